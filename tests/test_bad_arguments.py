@@ -154,6 +154,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.compensation": lambda: {"model": net(), "masks": masks(), "calibration": [IMAGES]},
     "nni_topo.create_pruner": lambda: ratio(name="random"),
     "nni_topo.dependency_groups": lambda: whole(example_inputs=IMAGES),
+    "nni_topo.explain": lambda: {"model": net(), "example_inputs": IMAGES, "layer": "first"},
     "nni_topo.distill": lambda: {"dense": pruned(), "original": net(), "images": [IMAGES], "steps": 1, "lr": 0.1},
     "nni_topo.distillation": lambda: {"dense": pruned(), "original": net(), "images": [IMAGES], "steps": 1, "lr": 0.1},
     "nni_topo.enable_strict": dict,
@@ -512,7 +513,7 @@ PARTS = {
     "nni_topo.hooks": "ConfigAllocator DataCollector KeptSet MetricCalculator NNIAllocator PruningContext PruningUnit "
     "SparsityAllocator keep_highest pruning_units unit_scores",
     "nni_topo.recovery": "Compensation CompensationReport Distillation LayerReport",
-    "nni_topo.speedup": "DenseReport Exported LatencyTable LayerLatency LayerReport ModeCost",
+    "nni_topo.speedup": "DenseReport Explanation Exported LatencyTable LayerLatency LayerReport ModeCost",
     "nni_topo.topology": "Batches Forest LayerGraph",
     "nni_topo.zoo": "DataBundle DataInfo EpochLog ModelInfo TrainingLog",
 }

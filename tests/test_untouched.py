@@ -150,6 +150,7 @@ CALLS = {
     "dependency_groups": lambda m, _, __: nni_topo.dependency_groups(m, IMAGES[:2], CONFIG),
     "distill": lambda m, other, _: nni_topo.distill(m, other, BATCHES, steps=2, batch_size=4),
     "distillation": lambda m, other, _: recovery.distillation(m, other, BATCHES, steps=2, objective="squares"),
+    "explain": lambda m, _, __: nni_topo.explain(m, IMAGES[:2], next(iter(MASKS))),
     "export": lambda m, _, folder: nni_topo.export(m, folder / "net.pt2", IMAGES[:2], "torch.export"),
     "load": lambda m, _, folder: with_file(nni_topo.load, folder, m),
     "masked_model": lambda m, _, __: nni_topo.masked_model(m, IMAGES[:2], MASKS),

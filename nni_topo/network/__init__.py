@@ -6,8 +6,10 @@ from nni_topo.network.layers import as_torch_layers, register_module, zeros_held
 from nni_topo.network.speedup import (
     DenseReport,
     DependencyGroups,
+    Explanation,
     LayerReport,
     dependency_groups,
+    explain,
     masked_model,
     to_dense,
 )
@@ -15,6 +17,7 @@ from nni_topo.network.speedup import (
 __all__ = [
     "DenseReport",
     "DependencyGroups",
+    "Explanation",
     "Exported",
     "LatencyTable",
     "LayerLatency",
@@ -22,6 +25,7 @@ __all__ = [
     "ModeCost",
     "as_torch_layers",
     "dependency_groups",
+    "explain",
     "export",
     "load",
     "masked_model",

@@ -120,6 +120,15 @@ class ChannelFlow(Numbering):
         kept[FIXED] = True
         return kept | ~stated
 
+    def coupled_with(self, name: str) -> list[str]:
+        """List the other layers that share a channel with a layer, channels that stay included, in network order."""
+        shared = np.unique(self._before[self.layer_numbers(name)])
+        return [
+            other
+            for other in self.layers
+            if other != name and np.isin(self._before[self.layer_numbers(other)], shared).any()
+        ]
+
     def why_pinned(self, name: str) -> reasons.Reasons:
         """Return why channels of a layer stay in any case, each reason once."""
         roots = self._before[self.layer_numbers(name)].tolist()

@@ -101,6 +101,46 @@ def in_part(kept: int, channels: int, reasons: Reasons) -> str:
     return f"{kept} of {channels} channels stay: {told(reasons)}"
 
 
+# What can be done about a reason, by its kind; nothing about those that aren't here.
+_ADVICE: dict[Kind, str] = {
+    "model_output": "exclude the layer (exclude_op_names); what calls the model needs this size",
+    "untraced_output": "write the code after the layer as a module that takes tensors and returns tensors",
+    "untraced_model": "change what the message names, or prune the parts of the model one by one",
+    "no_rule": "use an operation that has a rule, such as view, permute, cat, chunk or one that works place by place",
+    "joins_constant": (
+        "make a constant a parameter of the model (nn.Parameter), which is cut along with the channels that it meets; "
+        "channels that meet the network's input can't go"
+    ),
+    "joins_random": "draw the random numbers without the dimension of the channels, or in training mode only",
+    "random_shape": "draw the random numbers without the dimension of the channels, or in training mode only",
+    "overwritten": "make a new tensor (torch.cat, torch.where) instead of writing into a part of one",
+    "fixed_channels": "read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
+    "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
+    "result_depends": "use an operation that treats every channel by itself, or exclude the layer (exclude_op_names)",
+    "nonzero_values": "use an activation that is zero at zero (ReLU, GELU, SiLU) between the layer and the operation",
+    "no_batch": "give the convolution a dimension of samples",
+    "uncut_module": "say how the module is cut with nni_topo.register_module",
+    "recurrent_state": "use recurrent layers of one level and one direction, with biases: these lose units",
+    "convolves_channels": "prune the layer whose channels the convolution runs along",
+    "needs_all_channels": "prune the heads of the attention instead",
+    "training_output": "delete the layer from the model if it isn't trained any more",
+    "training_only": "delete the layer from the model if it isn't trained any more",
+    "training_reader": "delete the layer from the model if it isn't trained any more",
+    "dry_run_failed": "make the forward run on random weights and inputs",
+    "head_by_head": "select every layer that adds to the same residual stream: its channels then go instead of heads",
+    "no_heads": 'ask for channels: leave out "granularity": "head"',
+    "computed_weight": "make the weight a plain parameter; nni_topo.as_torch_layers(model) does so where it can",
+    "transposed_weight": "prune nni_topo.as_torch_layers(model) instead of the model",
+    "inside_module": "write the module as one that calls its layers; heads of nn.MultiheadAttention can go as it is",
+    "not_followed": "call the layer itself (self.layer(x)) rather than a function on its weight",
+}
+
+
+def advice(reasons: Reasons) -> tuple[str, ...]:
+    """List what can be done about reasons, each way once."""
+    return tuple(dict.fromkeys(_ADVICE[reason.kind] for reason in reasons if reason.kind in _ADVICE))
+
+
 # What an operation of the forward does with channels.
 
 
@@ -335,6 +375,34 @@ def carries_constant(layer: str) -> Reason:
         layer,
         f"kept to carry the constant contribution of the removed channels ({layer})",
     )
+
+
+# Why a dense model can't equal the masked one, with what can be done about it.
+
+_UNCHECKED = (
+    "check=False gives the dense model all the same, which computes something else by that and has to be fine-tuned"
+)
+
+
+def unchecked() -> str:
+    """Say what to do where nothing is known of the difference."""
+    return _UNCHECKED
+
+
+def unequal(layers: Iterable[str], place: str | None, statistics: str = "") -> str:
+    """Say why outputs differ from a place on: removed channels of pruned layers that aren't zero there.
+
+    ``place``: a layer that reads the channels; None where that isn't known. ``statistics``: the kind of a module there
+    that computes something over all channels.
+    """
+    before = ", ".join(layers) or "the layers before it"
+    leave_out = f"exclude {before} from the config_list (exclude_op_names)"
+    if statistics:
+        return f"{statistics} takes its statistics over removed channels too: {leave_out}; {_UNCHECKED}"
+    if place is None:
+        return f"removed channels of {before} aren't zero there: {leave_out}; {_UNCHECKED}"
+    arrive = f"removed channels of {before} arrive at {place} as values that aren't zero"
+    return f'{arrive}: {leave_out}; constants="keep" takes over what is constant, but for borders; {_UNCHECKED}'
 
 
 def _at(kind: Kind, node: Node, sentence: str) -> Reason:

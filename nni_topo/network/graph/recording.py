@@ -29,7 +29,7 @@ from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
 from nni_topo.network.graph.graph_module import on_modules
 from nni_topo.network.graph.layer_results import LayerResults
-from nni_topo.network.graph.nodes import RECORDED
+from nni_topo.network.graph.nodes import LINE, RECORDED, forward_line
 from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forget_places
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
 from nni_topo.network.runtime import out_of_memory, tensors_of
@@ -316,6 +316,7 @@ class _Recorder(TorchFunctionMode):
             return
         node = self.graph.create_node(op, target, *(map_aggregate(each, self._argument) for each in (args, kwargs)))
         node.meta["nn_module_stack"] = {name: (name, nn.Module) for name in self._stack}
+        node.meta[LINE] = forward_line()
         if isinstance(out, Tensor):
             self._keep(out, node)
             return

@@ -30,7 +30,6 @@ from nni_topo.network.runtime import (
     left_alone,
     random_state_kept,
 )
-from nni_topo.network.speedup.advice import way_forward
 from nni_topo.network.speedup.constant_channels import (
     Brought,
     absorb,
@@ -42,6 +41,7 @@ from nni_topo.network.speedup.constant_channels import (
     norms_of_constants,
 )
 from nni_topo.network.speedup.equivalence import apply_masks, check_equal
+from nni_topo.network.speedup.explain import way_forward
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import FullMasks, Masks, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_outputs, narrowed

@@ -1,0 +1,209 @@
+"""Why a layer keeps its channels, or a dense model can't equal the masked one; and what can be done about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, checked, unknown_name
+from nni_topo.network.channels import FIXED, ChannelFlow, Reasons, blocks_of, partial_ties, reasons
+from nni_topo.network.layers import RECURRENT, feature_dimension, is_transposed_linear, output_channels
+from nni_topo.network.runtime import SHAPES, STRUCTURE, leaves_models_alone
+from nni_topo.network.speedup.dependency import whole_layers
+from nni_topo.network.speedup.network import Network
+
+Kept = dict[str, list[Tensor]]
+
+_MIXING = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LocalResponseNorm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which channels of a layer can be pruned, and what decides that. ``print`` shows it in a few lines.
+
+    Parameters
+    ----------
+    layer : str
+        The layer's name.
+    channels : int
+        How many channels it makes.
+    kept : int
+        How many of them stay whatever is asked for; all of them where the layer can't be pruned.
+    coupled : tuple of str, default=()
+        Other layers with which it shares channels, in network order.
+    in_part : bool, default=False
+        Whether only some of its channels are shared with those layers, or in another order.
+    blocks : int, default=1
+        Blocks of channels that have to lose equally many.
+    heads : str, default=""
+        The attention or recurrent module of whose heads or units the layer is a part; empty if there is none.
+    mixes : str, default=""
+        The attention whose heads the layer puts together: it loses columns with them. Empty if there is none.
+    reasons : tuple of Reason, default=()
+        Why channels are kept; empty if all can be pruned.
+    """
+
+    layer: str
+    channels: int
+    kept: int
+    coupled: tuple[str, ...] = ()
+    in_part: bool = False
+    blocks: int = 1
+    heads: str = ""
+    mixes: str = ""
+    reasons: Reasons = ()
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What can be changed so that more of the channels can be pruned."""
+        return reasons.advice(self.reasons)
+
+    def __str__(self) -> str:
+        if self.kept == 0:
+            lines = [f"{self.layer}: all but one of {self.channels} channels can be pruned"]
+        elif self.kept < self.channels:
+            lines = [f"{self.layer}: {self.kept} of {self.channels} channels are kept, the others can be pruned"]
+        else:
+            lines = [f"{self.layer}: all {self.channels} channels are kept"]
+        if self.coupled:
+            how = "some channels are shared" if self.in_part else "the same channels go in all of them"
+            lines.append(f"coupled with {', '.join(self.coupled)}: {how}")
+        if self.blocks > 1:
+            lines.append(f"{self.blocks} blocks of channels lose equally many each")
+        if self.heads:
+            lines.append(f"channels go by whole heads or units of {self.heads}")
+        if self.mixes:
+            lines.append(f"columns of its weight go with the heads of {self.mixes}")
+        for reason in self.reasons:
+            lines.append(f"kept: {reason}{f', at {reason.line}' if reason.line else ''}")
+        lines += [f"what to change: {each}" for each in self.advice]
+        return "\n".join(lines)
+
+
+@checked(model=STRUCTURE, example_inputs=SHAPES)
+@leaves_models_alone
+def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
+    """Say which channels of a layer can be pruned, with which layers it is coupled, and why it keeps the others.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model. It isn't changed.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model: one tensor, positional or keyword arguments.
+    layer : str
+        The name of a layer that makes channels, as ``model.named_modules()`` gives it.
+
+    Returns
+    -------
+    Explanation
+        What `dependency_groups` and `to_dense` go by. Its ``reasons`` have a kind, the operation, and the line of the
+        forward that calls it where that is known.
+
+    Raises
+    ------
+    ConfigError
+        If the model has no such layer, the module makes no channels, or the inputs don't fit the model.
+    RuntimeError
+        PyTorch's own, if there isn't the memory to run the model.
+
+    See Also
+    --------
+    dependency_groups : The same for all layers: ``skipped`` has the reasons.
+
+    Examples
+    --------
+    >>> from torch.nn import Conv2d, Sequential, Softmax
+    >>> model = Sequential(Conv2d(1, 8, 3), Softmax(dim=1), Conv2d(8, 4, 3), Conv2d(4, 2, 1))
+    >>> print(explain(model, torch.ones(1, 1, 8, 8), "2"))
+    2: all but one of 4 channels can be pruned
+    >>> print(explain(model, torch.ones(1, 1, 8, 8), "0"))
+    0: all 8 channels are kept
+    kept: the result of an operation depends on removed channels (1)
+    what to change: use an operation that treats every channel by itself, or exclude the layer (exclude_op_names)
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if layer not in modules:
+        makers = [name for name, module in modules.items() if _channels(module) is not None]
+        raise unknown_name("layer", layer, makers)
+    module = modules[layer]
+    channels = _channels(module)
+    if channels is None:
+        inner = [name for name in modules if name.startswith(f"{layer}.") and _channels(modules[name]) is not None]
+        hint = f"; it holds {', '.join(inner)}" if inner else ""
+        raise ConfigError(
+            "layer must name a convolution, a linear or recurrent layer or an embedding, "
+            f"got {type(module).__name__} ({layer}){hint}"
+        )
+    try:
+        flow = Network.on(model, example_inputs).flow
+    except SpeedupError as error:
+        return Explanation(layer, channels, channels, reasons=(reasons.untraced_model(error),))
+    why = whole_layers(model, example_inputs, [layer]).get(layer, ())
+    if layer not in flow.layers:
+        return Explanation(layer, channels, channels, reasons=why)
+    channels = flow.layers[layer].channels
+    kept = channels if why else int((flow.layer_roots(layer) == FIXED).sum())
+    coupled = tuple(flow.coupled_with(layer))
+    heads, mixed = flow.heads.get(layer), flow.mixers().get(layer)
+    return Explanation(
+        layer,
+        channels,
+        kept,
+        coupled,
+        in_part=layer in partial_ties(flow, [layer, *coupled]),
+        blocks=blocks_of(flow).get(layer, 1),
+        heads=heads.name if heads else "",
+        mixes=mixed.name if mixed else "",
+        reasons=why or (flow.why_pinned(layer) if kept else ()),
+    )
+
+
+def _channels(module: nn.Module) -> int | None:
+    """Count the channels that a module makes, those of a recurrent layer's state; None if it makes none."""
+    if isinstance(module, RECURRENT):
+        return int(module.hidden_size)
+    if is_transposed_linear(module):
+        weight: Any = module.weight
+        return int(weight.shape[1])
+    return output_channels(module)
+
+
+def way_forward(network: Network, reference: nn.Module, kept: Kept, place: str | None) -> str:
+    """Say why outputs differ from ``place`` on (None: behind the last module), and what can be done about it."""
+    try:
+        flow = network.flow
+    except NniTopoError:
+        return reasons.unchecked()
+    pruned = {name for name in flow.layers if name in kept and _removed(flow, name, kept).any()}
+    before = _layers_before(flow, place, pruned)
+    module = None if place is None else reference.get_submodule(place)
+    if isinstance(module, _MIXING):
+        return reasons.unequal(before, place, type(module).__name__)
+    is_read = module is not None and output_channels(module) is not None
+    return reasons.unequal(before, place if is_read else None)
+
+
+def _removed(flow: ChannelFlow, name: str, kept: Kept) -> Tensor:
+    """Tell which output channels of a layer are removed: bool, shape (channels,)."""
+    removed = torch.ones(flow.layers[name].channels, dtype=torch.bool)
+    removed[kept[name][feature_dimension(flow.fetch_attr(name))].cpu()] = False
+    return removed
+
+
+def _layers_before(flow: ChannelFlow, place: str | None, pruned: set[str]) -> list[str]:
+    """List the pruned layers from which a place can be reached without another layer between, in network order."""
+    at_place = [node for node in flow.graph.nodes if node.target == (place or "output")]
+    nodes = list(at_place)
+    found, seen = set[str](), set(at_place)
+    while nodes:
+        for parent in nodes.pop().all_input_nodes:
+            if str(parent.target) in flow.layers:
+                found.add(str(parent.target))
+            elif parent not in seen:
+                seen.add(parent)
+                nodes.append(parent)
+    return [name for name in flow.layers if name in found & pruned]

@@ -1,0 +1,255 @@
+"""Why a layer keeps its channels; why a dense model can't equal the masked one, and every way on that it names."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from typing import get_args
+
+import pytest
+import torch
+from speedup_nets import filter_mask
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.network.channels import reasons
+from nni_topo.speedup import dependency_groups, explain, to_dense
+
+GONE = [1, 2, 4, 5]
+
+
+class Net(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 3)
+        self.between = between
+        self.second = nn.Conv2d(8, 6, 3, padding=1, groups=2)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.second(self.between(self.first(images))).relu().mean((2, 3)))
+
+
+class Function(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def add_in_place(images: Tensor) -> Tensor:
+    images += 0.5
+    return images
+
+
+CONSTANTS = {
+    "sigmoid": nn.Sigmoid(),
+    "softplus": nn.Softplus(),
+    "functional": Function(torch.sigmoid),
+    "added in place": Function(add_in_place),
+}
+MIXED = {
+    "response norm": nn.LocalResponseNorm(3, alpha=3.0),
+    "softmax": nn.Softmax(dim=1),
+    "functional softmax": Function(lambda images: functional.softmax(images, dim=1)),
+    "functional norm": Function(lambda images: functional.group_norm(images, 1)),
+}
+
+
+def images() -> Tensor:
+    return torch.rand(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+def refused(net: nn.Module) -> str:
+    with pytest.raises(SpeedupError, match="got a difference") as caught:
+        to_dense(net, images(), {"first": filter_mask(net.first, GONE)})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", CONSTANTS)
+def test_constants_in_front_of_zeros_beyond_the_border_name_both_ways(kind):
+    net = Net(CONSTANTS[kind]).eval()
+    words = refused(net)
+    assert "removed channels of first arrive at second as values that aren't zero" in words
+    assert "exclude first from the config_list (exclude_op_names)" in words
+    assert 'constants="keep" takes over what is constant, but for borders' in words
+    masks = {"first": filter_mask(net.first, GONE)}
+    dense = to_dense(net, images(), masks, constants="keep")
+    with torch.no_grad():
+        constant = float(net.between(torch.zeros(1, 1, 1, 1)))
+        first, other = net.second.weight.sum((2, 3)).split(3)
+        added = torch.cat([first[:, [1, 2]], other[:, [0, 1]]]).sum(1) * constant
+    assert torch.allclose(dense.second.bias, net.second.bias + added, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_channels_before_what_mixes_them_stay_and_the_report_says_why(kind):
+    net = Net(MIXED[kind]).eval()
+    dense = to_dense(net, images(), {"first": filter_mask(net.first, GONE)})
+    (row,) = dense.report.kept
+    assert (row.name, row.after) == ("first", 8)
+    assert "the result of an operation depends on removed channels" in row.reason
+    for scale in (1.0, 100.0):
+        with torch.no_grad():
+            torch.testing.assert_close(dense(scale * images()), net(scale * images()))
+
+
+def test_all_ways_end_in_check_false():
+    for between in (CONSTANTS["sigmoid"], CONSTANTS["softplus"]):
+        assert "check=False gives the dense model all the same" in refused(Net(between).eval())
+
+
+def test_every_layer_that_arrives_there_is_named():
+    class Sum(Net):
+        def __init__(self) -> None:
+            super().__init__(nn.Sigmoid())
+            self.beside = nn.Conv2d(3, 8, 3)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, images: Tensor) -> Tensor:
+            met = self.norm(self.first(images)) + self.beside(images)
+            return self.head(self.second(self.between(met)).relu().mean((2, 3)))
+
+    net = Sum().eval()
+    masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "beside")}
+    with pytest.raises(SpeedupError, match="removed channels of first, beside arrive at second as values"):
+        to_dense(net, images(), masks)
+
+
+def test_a_constant_that_arrives_at_the_output_is_no_layers_to_take():
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(4, 8)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.first(inputs).sigmoid().sum(1, keepdim=True)
+
+    net = Gated()
+    with pytest.raises(SpeedupError, match=r"behind the last layer.*exclude first from the config_list"):
+        to_dense(net, torch.rand(3, 4), {"first": filter_mask(net.first, GONE)})
+
+
+class Branches(nn.Module):
+    """Layers that are coupled, counted, mixed and grouped; a choice by value lets no symbolic tracer in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted, self.coupled, self.mixed = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+        self.state = nn.LSTM(8, 6, bidirectional=True)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        counted = self.counted(features)
+        if float(counted.sum()) > 1e9:
+            counted = counted * 2
+        first = counted[:, :3].sum(1, keepdim=True)
+        mixed = torch.softmax(self.mixed(counted + self.coupled(features)), 1)
+        return self.head(mixed) + first, self.state(mixed)[0]
+
+
+FEATURES = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_layer_that_keeps_some_channels_is_explained_with_the_line_of_the_forward():
+    found = explain(Branches(), FEATURES, "counted")
+    assert (found.channels, found.kept, found.coupled, found.in_part) == (8, 3, ("coupled",), False)
+    (reason,) = found.reasons
+    assert (reason.kind, reason.place) == ("fixed_channels", "getitem")
+    source, first = inspect.getsourcelines(Branches.forward)
+    (line,) = [number for number, text in enumerate(source, first) if ":3]" in text]
+    assert reason.line == f"{__file__}:{line}"
+    assert str(found).splitlines() == [
+        "counted: 3 of 8 channels are kept, the others can be pruned",
+        "coupled with coupled: the same channels go in all of them",
+        f"kept: the forward picks or counts channels by fixed numbers (getitem), at {__file__}:{line}",
+        "what to change: read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
+    ]
+
+
+KINDS = {"coupled": "fixed_channels", "mixed": "result_depends", "head": "model_output", "state": "recurrent_state"}
+
+
+@pytest.mark.parametrize("layer", KINDS)
+def test_the_reasons_of_an_explanation_are_those_of_dependency_groups(layer):
+    model = Branches()
+    found = explain(model, FEATURES, layer)
+    groups = dependency_groups(model, FEATURES, [{"op_types": ["Linear", "LSTM"], "sparse_ratio": 0.5}])
+    assert [each.kind for each in found.reasons] == [KINDS[layer]]
+    assert (groups.reasons[layer], groups.skipped[layer].endswith(str(found.reasons[0]))) == (found.reasons, True)
+    assert (found.kept == found.channels) == (layer != "coupled")
+    assert len(found.advice) == 1
+
+
+def test_a_layer_that_can_be_pruned_is_explained_by_its_blocks_and_what_it_is_coupled_with():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=4), nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 1))
+    found = explain(model, images(), "1")
+    assert (found.kept, found.blocks, found.reasons, found.advice) == (0, 4, (), ())
+    assert str(found) == "1: all but one of 8 channels can be pruned\n4 blocks of channels lose equally many each"
+    follows = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
+    assert (explain(follows, images(), "0").coupled, explain(follows, images(), "1").coupled) == (("1",), ("0",))
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.both, self.head = (nn.Linear(*s) for s in ((4, 3), (4, 5), (4, 8), (8, 2)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.head(torch.cat([self.one(features), self.two(features)], 1) + self.both(features))
+
+
+def test_a_layer_that_shares_some_of_its_channels_says_so():
+    found = explain(Joined(), FEATURES, "both")
+    assert (found.coupled, found.in_part, found.kept) == (("one", "two"), True, 0)
+    assert "coupled with one, two: some channels are shared" in str(found)
+
+
+def test_layers_of_attention_are_explained_by_its_heads():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model, states = nn.Sequential(nn.Linear(4, 16), layer, nn.Linear(16, 3)), torch.rand(2, 5, 4)
+    attention, out = explain(model, states, "1.self_attn"), explain(model, states, "1.self_attn.out_proj")
+    assert (attention.heads, attention.mixes, attention.kept) == ("1.self_attn", "", 0)
+    assert (out.heads, out.mixes, out.coupled) == ("", "1.self_attn", ("0", "1.linear2"))
+    assert "columns of its weight go with the heads of 1.self_attn" in str(out)
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.from_numpy((features @ self.only.weight.detach()).numpy() * random.random()) * self.scale
+
+
+def test_a_layer_of_a_model_that_is_not_traced_is_explained_by_the_error():
+    found = explain(Untraceable(), FEATURES, "only")
+    assert (found.kept, [each.kind for each in found.reasons]) == (4, ["untraced_model"])
+
+
+def test_what_is_no_layer_is_refused_by_name():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    with pytest.raises(ConfigError, match=r"layer must be a known name, got '0\.00'; did you mean 0\.0"):
+        explain(model, FEATURES, "0.00")
+    with pytest.raises(ConfigError, match=r"layer must name a convolution.*got ReLU \(0\.1\)$"):
+        explain(model, FEATURES, "0.1")
+    with pytest.raises(ConfigError, match=r"got Sequential \(0\); it holds 0\.0$"):
+        explain(model, FEATURES, "0")
+    with pytest.raises(ConfigError, match="example_inputs must fit the model"):
+        explain(model, FEATURES[:, :3], "1")
+
+
+def test_every_kind_of_reason_that_keeps_a_layer_has_advice_or_is_one_of_the_masks():
+    of_masks = {"blocks_equal", "carries_constant", "last_read", "norm_follows", "not_asked", "rounding", "shared"}
+    kinds = set(get_args(reasons.Kind))
+    advised = {kind for kind in kinds if reasons.advice((reasons.Reason(kind),))}
+    assert kinds - advised == of_masks | {"coupled_with_itself"}
