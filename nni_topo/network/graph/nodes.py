@@ -23,15 +23,17 @@ TRAINED_OUTPUT = "nni_topo_trained_output"  # and whether the model then puts ou
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
 
-_INSIDE = ("torch", "nni", "nni_topo.network")  # packages whose lines aren't those of a forward
-
-
 def forward_line() -> str:
-    """Say which file and line of a forward is running: "resnet.py:102"; empty if none is."""
+    """Say which file and line of a model's own forward is running: "models/resnet.py:102"; empty if none is."""
     frame: FrameType | None = sys._getframe(1)
+    has_left = False  # the functions of this package that were called last, which record what runs
     while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if not any(name == package or name.startswith(f"{package}.") for package in _INSIDE):
+        package = str(frame.f_globals.get("__name__", ""))
+        is_own = package.startswith("nni_topo.network.")
+        if is_own and has_left:
+            return ""  # what runs the model: no forward lies between, as in a Sequential
+        has_left = has_left or not is_own
+        if not is_own and package.partition(".")[0] != "torch":
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

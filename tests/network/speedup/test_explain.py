@@ -174,6 +174,12 @@ def test_a_layer_that_keeps_some_channels_is_explained_with_the_line_of_the_forw
     ]
 
 
+def test_operations_that_no_forward_of_the_model_calls_have_no_line():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softmax(dim=1), nn.Linear(8, 2))
+    (reason,) = explain(model, FEATURES, "0").reasons
+    assert (reason.kind, reason.place, reason.line) == ("result_depends", "1", "")
+
+
 KINDS = {"coupled": "fixed_channels", "mixed": "result_depends", "head": "model_output", "state": "recurrent_state"}
 
 
