@@ -24,6 +24,7 @@ Kind = Literal[
     "fixed_channels",
     "fixed_sizes",
     "head_by_head",
+    "head_size",
     "inside_module",
     "joins_constant",
     "joins_random",
@@ -360,6 +361,13 @@ def blocks_equal() -> Reason:
     return Reason(
         "blocks_equal", text="blocks of a grouped convolution, a group norm or a chunk keep equally many channels"
     )
+
+
+def head_size(attention: Iterable[str]) -> Reason:
+    """Return the reason for heads that keep their size although masks would make all of them smaller."""
+    names = ", ".join(attention)
+    sentence = "head size unchanged: the attention uses the head size in a way that can't be adapted"
+    return Reason("head_size", names, names, f"{sentence} ({names})")
 
 
 def rounding(round_to: int) -> Reason:

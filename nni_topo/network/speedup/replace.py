@@ -24,7 +24,7 @@ from nni_topo.network.attention import (
     resize,
     set_size,
 )
-from nni_topo.network.channels import ChannelFlow, DenseOrder
+from nni_topo.network.channels import ChannelFlow, DenseOrder, reasons
 from nni_topo.network.graph import tensor_shape
 from nni_topo.network.layers import (
     HEAD,
@@ -203,7 +203,7 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
             if out_of_memory(error):
                 raise
             _logger.debug("heads of another size don't run", exc_info=True)
-    _logger.warning("heads keep their size: attention does more with it than multiply (%s)", ", ".join(found))
+    _logger.warning("%s", reasons.head_size(found))
     return dense
 
 

@@ -255,7 +255,16 @@ def test_what_is_no_layer_is_refused_by_name():
 
 
 def test_every_kind_of_reason_that_keeps_a_layer_has_advice_or_is_one_of_the_masks():
-    of_masks = {"blocks_equal", "carries_constant", "last_read", "norm_follows", "not_asked", "rounding", "shared"}
+    of_masks = {
+        "blocks_equal",
+        "carries_constant",
+        "head_size",
+        "last_read",
+        "norm_follows",
+        "not_asked",
+        "rounding",
+        "shared",
+    }
     kinds = set(get_args(reasons.Kind))
     advised = {kind for kind in kinds if reasons.advice((reasons.Reason(kind),))}
     assert kinds - advised == of_masks | {"coupled_with_itself"}
