@@ -155,13 +155,13 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     words += ["--caps", "features.conv1", "0.25", "features.conv2", "0.5", "--floors", "classifier.fc1", "0.6"]
     assert main([*words, "--out", str(tmp_path / "small"), "--json"]) == 0
     stages = json.loads(capsys.readouterr().out)
-    assert [stage["network"] for stage in stages] == ["original", "pruned", "compensated", "distilled"]
+    assert [stage["network"] for stage in stages] == ["unpruned", "pruned", "reconstructed", "distilled"]
     assert stages[-1]["params"] == pytest.approx(0.3 * stages[0]["params"], rel=0.1)
     assert stages[-1]["accuracy"] > stages[1]["accuracy"]
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=1)
     dense = nni_topo.load(tmp_path / "small" / "dense.pt", model)
     page = (tmp_path / "small" / "report.html").read_text()
-    assert all(f">{word}<" in page for word in ("compensated", "recovery by layer", "error held out", "latency_ms"))
+    assert all(f">{word}<" in page for word in ("reconstructed", "recovery by layer", "error held out", "latency_ms"))
     assert page.count(">features.conv2<") > 1  # its width, and how it came back
     assert dense.features.conv1.out_channels >= 12
     assert dense.features.conv2.out_channels >= 16

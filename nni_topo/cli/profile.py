@@ -41,7 +41,7 @@ class Profile(ModelVerb):
         images = torch.rand(self.batch_size, self.in_channels, self.image_size, self.image_size)
         dense = nni_topo.load(self.dense, model) if self.dense else self._pruned(model, images)
         place = resolve_device(self.device)
-        nets = {"original": model.to(place), "dense": dense.to(place)}
+        nets = {"unpruned": model.to(place), "dense": dense.to(place)}
         rows = profile(nets, images.to(place), modes=self.modes, runs=self.runs, threads=self.threads, seed=self.seed)
         head = ("mode", "network", "ms", "samples/s", "peak MB", "MACs (M)", "parameters (k)")
         title = f"{self.model}, batch of {self.batch_size}, {place}"

@@ -91,7 +91,7 @@ _logger = logging.getLogger(__name__)
 class Stage:
     """The network after one step. Intervals are of 95 %, over the held-out images."""
 
-    network: str  # original, pruned, compensated or distilled
+    network: str  # unpruned, pruned, reconstructed or distilled
     macs: int  # multiply-accumulates of one sample
     params: int
     distance: float  # mean squared distance of the outputs from the original's over their variance, held out
@@ -176,9 +176,9 @@ class ShrinkReport:
         lines += [f"warning: {each}" for each in self.warnings]
         lines += map(repr, self.tried)
         left_alone = self.compensation.left_alone if self.compensation else {}
-        lines += [f"not compensated: {name} ({reason})" for name, reason in left_alone.items()]
+        lines += [f"weights not reconstructed: {name} ({reason})" for name, reason in left_alone.items()]
         lines += [f"{row.name} keeps {row.kept} more: {row.reason}" for row in self.layers.kept]
-        lines += [f"{name} stays whole: {why}" for name, why in self.whole.items() if why != OUTPUT]
+        lines += [f"{name} keeps all channels: {why}" for name, why in self.whole.items() if why != OUTPUT]
         return "\n".join(lines)
 
 
@@ -277,7 +277,7 @@ def shrink(
     >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
     >>> small = shrink(model, [torch.randn(256, 16)], {"flops": 0.25}, distill={"steps": 100})
     >>> [stage.network for stage in small.report.stages]
-    ['original', 'pruned', 'compensated', 'distilled']
+    ['unpruned', 'pruned', 'reconstructed', 'distilled']
     >>> small(torch.randn(2, 16)).shape
     torch.Size([2, 4])
     """
@@ -288,7 +288,7 @@ def shrink(
     if distill is True or isinstance(distill, Mapping):
         check_one_shape(calls(model, data.all))
     measured = _Measurements(model, data, evaluate)
-    measured.add("original", model)
+    measured.add("unpruned", model)
     prunable = _layers_to_prune(model, data.example, layers)
     width_unit = widths_multiple(round_to, device_of(model))
     narrows = narrow_heads and budget.kind != "latency" and width_unit is None
@@ -305,7 +305,7 @@ def shrink(
         recovered = _compensate(plan, pruned, data.learned)
     outcome = _outcome(budget, model, recovered.dense, recovered.pruned.planned, data.all, pruner)
     if compensate is not None:
-        measured.add("compensated", recovered.dense)
+        measured.add("reconstructed", recovered.dense)
     # Read now: a function of the user's may distil in place.
     layer_report: Any = recovered.dense.report
     final = _distill(plan, recovered, data, distill)

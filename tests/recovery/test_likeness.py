@@ -193,8 +193,8 @@ class Halves(nn.Module):
 def test_the_report_says_which_layers_can_not_lose_channels():
     report = nni_topo.shrink(Halves().eval(), [torch.randn(64, 6)], {"params": 0.8}, distill=False).report
     assert list(report.whole) == ["first", "last"]
-    assert "first stays whole: " in repr(report)
-    assert "last stays whole" not in repr(report)
+    assert "first keeps all channels: " in repr(report)
+    assert "last keeps all channels" not in repr(report)
 
     class Only(Halves):
         def forward(self, images):

@@ -45,7 +45,7 @@ def test_the_widths_that_the_images_held_out_choose_stay():
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     tried = {each.allocation: each for each in small.report.tried}
     assert list(tried) == ["uniform", "topological", "error"]
-    assert [stage.network for stage in small.report.stages] == ["original", "pruned", "compensated"]
+    assert [stage.network for stage in small.report.stages] == ["unpruned", "pruned", "reconstructed"]
     held_out = torch.cat(IMAGES)[7::8]
     for name, each in tried.items():
         alone = shrunk({"flops": 0.4, "allocation": name}, model=model)

@@ -40,18 +40,18 @@ def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(digits_n
     )
     torch.testing.assert_close(digits_net.state_dict(), before, rtol=0, atol=0)
     stages = {stage.network: stage for stage in small.report.stages}
-    assert list(stages) == ["original", "pruned", "compensated", "distilled"]
-    whole, last = stages["original"], stages["distilled"]
+    assert list(stages) == ["unpruned", "pruned", "reconstructed", "distilled"]
+    whole, last = stages["unpruned"], stages["distilled"]
     assert (whole.distance, whole.agreement) == (0.0, 1.0)
     assert whole.macs == zoo.count_macs(digits_net, images_of(digits)[0])
     assert last.macs == zoo.count_macs(small, images_of(digits)[0])
     assert last.params == zoo.count_params(small)
     assert last.macs == pytest.approx(0.125 * whole.macs, rel=0.08)
     assert last.accuracy == zoo.evaluate(small, digits.validation)
-    assert stages["pruned"].accuracy < min(stages["compensated"].accuracy, last.accuracy)
-    assert stages["pruned"].agreement < min(stages["compensated"].agreement, last.agreement)
+    assert stages["pruned"].accuracy < min(stages["reconstructed"].accuracy, last.accuracy)
+    assert stages["pruned"].agreement < min(stages["reconstructed"].agreement, last.agreement)
     assert last.accuracy > whole.accuracy - 0.1
-    assert stages["pruned"].distance > stages["compensated"].distance > 0.0
+    assert stages["pruned"].distance > stages["reconstructed"].distance > 0.0
     assert (small.report.images, small.report.held_out) == (448, 64)
     held_out = torch.cat(images_of(digits))[7::8]
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_every_step_can_be_replaced():
     assert seen[1:] == [("compensate", ["hidden"], 2), ("distil", 8, 16)]
     assert isinstance(small.report, ShrinkReport)
     bare = shrunk(compensate=None)
-    assert [stage.network for stage in bare.report.stages] == ["original", "pruned"]
+    assert [stage.network for stage in bare.report.stages] == ["unpruned", "pruned"]
 
 
 def test_outputs_that_are_no_classes_have_no_agreement():

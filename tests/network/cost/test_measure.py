@@ -307,7 +307,7 @@ def test_the_verb_measures_before_and_after(capsys):
     assert main([*words, "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["mode"], row["network"]) for row in rows] == [
-        ("plain", "original"), ("plain", "dense"), ("bf16", "original"), ("bf16", "dense")
+        ("plain", "unpruned"), ("plain", "dense"), ("bf16", "unpruned"), ("bf16", "dense")
     ]  # fmt: skip
     assert rows[1]["params"] < 0.5 * rows[0]["params"]
     assert rows[1]["macs"] < 0.5 * rows[0]["macs"]
