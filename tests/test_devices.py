@@ -230,7 +230,7 @@ def small(place: torch.device) -> nn.Module:
 
 
 def test_training_is_the_cpus_and_goes_on_from_a_file(device, tmp_path):
-    recipe = zoo.Recipe(epochs=2, batch_size=32, augmentation="crop-flip", label_smoothing=0.1)
+    recipe = zoo.Recipe(epochs=2, batch_size=32, augmentation="crop-flip")
 
     def run(place: torch.device) -> Any:
         model, state = small(CPU), tmp_path / f"{place.type}.pt"

@@ -25,7 +25,6 @@ __all__ = ["Chirp", "chirp", "chirp_2d", "signal_energy", "sweep_range"]
 FloatArray: TypeAlias = NDArray[np.float64]
 Sweep = Literal["nyquist", "thesis"]
 Direction = Literal["radial", "diagonal"]
-WindowFunction = Literal["none", "hann"]
 _Value = TypeVar("_Value")
 
 _ENDS: dict[str, float] = {"nyquist": 0.5, "thesis": 1.0}
@@ -38,7 +37,6 @@ def chirp_2d(
     *,
     sweep: Sweep = "nyquist",
     direction: Direction = "radial",
-    window: WindowFunction = "none",
 ) -> FloatArray:
     """Return a two-dimensional linear chirp; see :func:`chirp`.
 
@@ -50,8 +48,6 @@ def chirp_2d(
         Range of the frequency.
     direction : {"radial", "diagonal"}, default="radial"
         Along what the frequency rises.
-    window : {"none", "hann"}, default="none"
-        Taper.
 
     Returns
     -------
@@ -63,7 +59,7 @@ def chirp_2d(
     >>> chirp_2d(28, 28).shape
     (28, 28)
     """
-    return chirp((height, width), sweep=sweep, direction=direction, window=window)
+    return chirp((height, width), sweep=sweep, direction=direction)
 
 
 @checked()
@@ -72,7 +68,6 @@ def chirp(
     *,
     sweep: Sweep = "nyquist",
     direction: Direction = "radial",
-    window: WindowFunction = "none",
 ) -> FloatArray:
     """Return a linear chirp: a cosine whose frequency rises linearly along a coordinate.
 
@@ -85,8 +80,6 @@ def chirp(
     direction : {"radial", "diagonal"}, default="radial"
         ``"radial"``: with the distance from the centre, out to the corners; every orientation. ``"diagonal"``: along
         the diagonal from the first to the last pixel, as the text has it; one orientation, every frequency once.
-    window : {"none", "hann"}, default="none"
-        ``"hann"`` tapers every axis by a squared sine that is nowhere zero, which lowers the leakage at the ends.
 
     Returns
     -------
@@ -118,7 +111,8 @@ def chirp(
     position = _checked(_POSITIONS, "direction", direction)(sizes)
     length = max(float(position.max()), 1.0)
     phase = start * position + (end - start) * position**2 / (2.0 * length)
-    return np.cos(2.0 * np.pi * phase) * _checked(_WINDOWS, "window", window)(sizes)
+    signal: FloatArray = np.cos(2.0 * np.pi * phase)
+    return signal
 
 
 @dataclass(frozen=True)
@@ -133,8 +127,6 @@ class Chirp:
         the other are silent.
     sweep : {"nyquist", "thesis"}, default="nyquist"
         Whether it ends at 1/2 or at 1 cycle per pixel; see :func:`sweep_range`.
-    window : {"none", "hann"}, default="none"
-        Its taper; see :func:`chirp`.
     channels : {"together", "separate"}, default="together"
         Whether it enters all input channels at once, as in the text, where kernels that cancel over the channels have
         no energy, or one after the other, whose energies add up.
@@ -152,25 +144,25 @@ class Chirp:
 
     direction: Literal["mean", "radial", "diagonal"] = "mean"
     sweep: Sweep = "nyquist"
-    window: WindowFunction = "none"
     channels: Literal["together", "separate"] = "together"
 
     def __post_init__(self) -> None:
         _checked({**_POSITIONS, "mean": _from_centre}, "direction", self.direction)
         _checked(_ENDS, "sweep", self.sweep)
-        _checked(_WINDOWS, "window", self.window)
         _checked(dict.fromkeys(("together", "separate"), 0), "channels", self.channels)
 
     def planes(self, shape: Sequence[int]) -> FloatArray:
         """Return the chirps for an input of a shape, ``(planes, *shape)``."""
         sizes = _checked_shape(shape)
         if self.direction != "mean":
-            return chirp(sizes, sweep=self.sweep, direction=self.direction, window=self.window)[None]
-        along = chirp(sizes, sweep=self.sweep, direction="diagonal", window=self.window)
+            return chirp(sizes, sweep=self.sweep, direction=self.direction)[None]
+        along = chirp(sizes, sweep=self.sweep, direction="diagonal")
         found = [_mirrored(along, signs) for signs in itertools.product((False, True), repeat=len(sizes))]
         for axis, size in enumerate(sizes if len(sizes) > 1 else ()):
             line = chirp((size,), sweep=self.sweep, direction="diagonal")
-            plane = np.moveaxis(line.reshape(-1, *[1] * (len(sizes) - 1)), 0, axis) * _WINDOWS[self.window](sizes)
+            varying = [1] * len(sizes)
+            varying[axis] = size
+            plane = np.broadcast_to(line.reshape(varying), sizes)
             found += [plane, np.flip(plane, axis)]
         return np.stack(found)
 
@@ -256,19 +248,7 @@ def _mirrored(plane: FloatArray, signs: Sequence[bool]) -> FloatArray:
     return np.flip(plane, tuple(axis for axis, sign in enumerate(signs) if sign))
 
 
-def _flat(shape: tuple[int, ...]) -> FloatArray:
-    return np.ones(shape)
-
-
-def _hann(shape: tuple[int, ...]) -> FloatArray:
-    taper = np.ones(())
-    for size in shape:
-        taper = taper[..., None] * np.sin(np.pi * (np.arange(size) + 0.5) / size) ** 2
-    return taper
-
-
 _POSITIONS: dict[str, Callable[[tuple[int, ...]], FloatArray]] = {"diagonal": _along_diagonal, "radial": _from_centre}
-_WINDOWS: dict[str, Callable[[tuple[int, ...]], FloatArray]] = {"none": _flat, "hann": _hann}
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

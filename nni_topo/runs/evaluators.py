@@ -46,7 +46,7 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
             optimizer.step()
 
     def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
-        return cross_entropy(*by_label(model(batch[0]), batch[1]), label_smoothing=recipe.label_smoothing)
+        return cross_entropy(*by_label(model(batch[0]), batch[1]))
 
     # NNI makes it anew for the wrapped model, so the model here is the one before a pruner wraps it
     kind, knobs = recipe.optimizing()

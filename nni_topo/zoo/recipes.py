@@ -40,8 +40,6 @@ class Recipe:
     augmentation : {"none", "crop", "crop-flip"}, default="none"
         ``crop``: shifts by up to an eighth of the side, black (stored value 0) behind. ``flip``: mirrors left
         and right at random.
-    label_smoothing : float, default=0.0
-        In [0, 1).
     precision : {"float32", "bfloat16"}, default="float32"
         ``bfloat16`` computes convolutions and linear layers of the training steps in bfloat16; parameters
         stay float32. Twice as fast on processors with bfloat16 instructions, many times slower on others.
@@ -67,7 +65,6 @@ class Recipe:
     weight_decay: float = 5e-4
     schedule: LearningRateSchedule = "one-cycle"
     augmentation: Augmentation = "none"
-    label_smoothing: float = 0.0
     precision: Precision = "float32"
     optimizer: Optimizer = "sgd"
 
@@ -79,7 +76,6 @@ class Recipe:
             lr=number(0, closed="neither"),
             momentum=number(0, 1, "left"),
             weight_decay=number(0),
-            label_smoothing=number(0, 1, "left"),
         )
 
     def optimizing(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

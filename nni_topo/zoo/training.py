@@ -224,7 +224,7 @@ class _Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
             logits = self.model(images).float()
         logits, labels = by_label(logits, labels)
-        loss = cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        loss = cross_entropy(logits, labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -257,7 +257,6 @@ def test_schedules_by_hand(schedule: str, points: list[tuple[float, float]]) -> 
         ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0"),
         ({"lr": math.nan}, "lr must be above 0 and finite, got nan"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 1\), got -0.1"),
         ({"schedule": "step"}, "schedule must be a known name, got 'step'; known: cosine"),
         ({"augmentation": "mixup"}, "augmentation must be a known name, got 'mixup'; known: crop"),
         ({"precision": "float16"}, "precision must be a known name, got 'float16'; did you mean"),

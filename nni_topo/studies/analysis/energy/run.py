@@ -69,7 +69,6 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
     calibration: int = 0  # training images whose energy is measured instead of the chirp's; 0: the chirp
     sweep: str = _CHIRP.sweep  # of the chirp: nyquist or thesis
     direction: str = _CHIRP.direction  # of the chirp: mean, radial or diagonal
-    window: str = _CHIRP.window  # taper of the chirp: none or hann
     normalization: str = "area"  # of tied layers: none, area or layer
     batch_norm: bool = False  # scale responses as batch norms do
 
@@ -105,7 +104,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
 
     def _knobs(self) -> dict[str, Any]:
         """Return what isn't the pruner's default of its knobs, as YAML has them."""
-        signal = {name: getattr(self, name) for name in ("sweep", "direction", "window")}
+        signal = {name: getattr(self, name) for name in ("sweep", "direction")}
         knobs: dict[str, Any] = {}
         if changed := {name: value for name, value in signal.items() if value != getattr(_CHIRP, name)}:
             knobs["signal"] = changed
