@@ -26,7 +26,7 @@ def test_doctor_knows_what_is_here_and_what_a_port_is_used_for(capsys, tmp_path)
     assert found[f"port {port}"]["state"] == "missing"
     assert (
         found["torch and torchvision"]["state"]
-        == found["NNI's mends"]["state"]
+        == found["patches of NNI"]["state"]
         == found["data: digits"]["state"]
         == "ok"
     )
@@ -48,7 +48,7 @@ def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
         "remedy": "pip install 'gone>=1'",
     }
     assert main(["doctor"]) == 1
-    assert "mend what is broken first" in capsys.readouterr().out
+    assert "fix what is broken first" in capsys.readouterr().out
 
 
 WITHOUT_MANAGER = """

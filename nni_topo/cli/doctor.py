@@ -64,7 +64,7 @@ class Doctor(Verb):
         ]
         rows = [(each.what, each.state, each.found, each.remedy) for each in found]
         broken = [each for each in found if each.state == "broken"]
-        way_on = "mend what is broken first" if broken else "next: nni-topo demo"
+        way_on = "fix what is broken first" if broken else "next: nni-topo demo"
         table = as_table(None, ("what", "is", "found", "what to do"), rows, left=4)
         self.put_out(console, [asdict(each) for each in found], [table, way_on])
         return 1 if broken else 0
@@ -114,9 +114,9 @@ def _nni() -> Finding:
     failed = compat.enable().failed
     if failed:
         return Finding(
-            "NNI's mends", "broken", ", ".join(failed), "see docs/compatibility.md for the versions that fit"
+            "patches of NNI", "broken", ", ".join(failed), "see docs/compatibility.md for the versions that fit"
         )
-    return Finding("NNI's mends", "ok", "all in place")
+    return Finding("patches of NNI", "ok", "all in place")
 
 
 def _gpu() -> Finding:

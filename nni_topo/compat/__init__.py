@@ -1,7 +1,7 @@
 """Makes NNI 3.0 trace, wrap and speed up models on the installed PyTorch, without touching its files.
 
-This package is the only home of patches to NNI. Each mend is one function that names the place, the cause
-and the versions, checks that it's needed, and does nothing where NNI or PyTorch is already right. No mend
+This package is the only home of patches to NNI. Each patch is one function that names the place, the cause
+and the versions, checks that it's needed, and does nothing where NNI or PyTorch is already right. No patch
 that `enable` applies changes the result of a computation that worked before; of layers that share a weight NNI
 made other layers, and of transposed convolutions it masked the inputs with the bias of the outputs, which counts as
 broken.
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from nni_topo.compat.importing import keep_pytree_nodes
-from nni_topo.compat.report import CompatibilityWarning, CompatReport, MendResult
+from nni_topo.compat.report import CompatibilityWarning, CompatReport, PatchResult
 from nni_topo.errors import CompatibilityError
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "PAIRING",
     "CompatReport",
     "CompatibilityWarning",
-    "MendResult",
+    "PatchResult",
     "disable_fast_metrics",
     "enable",
     "enable_fast_metrics",
@@ -45,7 +45,7 @@ reports: list[CompatReport] = []
 
 
 def enable() -> CompatReport:
-    """Mend what is broken between NNI and the installed PyTorch and Python. Later calls do nothing.
+    """Patch NNI where the installed PyTorch and Python break it. Later calls do nothing.
 
     Returns
     -------
@@ -60,7 +60,7 @@ def enable() -> CompatReport:
     Warns
     -----
     CompatibilityWarning
-        Once, if NNI's version isn't a known one or a mend couldn't be put in place; it says what was done.
+        Once, if NNI's version isn't a known one or a patch couldn't be put in place; it says what was done.
 
     Examples
     --------
@@ -69,7 +69,7 @@ def enable() -> CompatReport:
     True
     """
     if not reports:
-        report = _mend()
+        report = _patch()
         reports.append(report)
         if report.nni not in KNOWN_NNI_VERSIONS or report.failed:
             known = " or ".join(KNOWN_NNI_VERSIONS)
@@ -91,21 +91,21 @@ def disable_fast_metrics() -> None:
     metrics.use_fast_metrics(False)
 
 
-def _mend() -> CompatReport:
-    """Import NNI and run every mend."""
+def _patch() -> CompatReport:
+    """Import NNI and run every patch."""
     try:
-        results = [MendResult(keep_pytree_nodes.__name__, "applied" if keep_pytree_nodes() else "unneeded")]
+        results = [PatchResult(keep_pytree_nodes.__name__, "applied" if keep_pytree_nodes() else "unneeded")]
         nni_version = str(importlib.import_module("nni").__version__)
     except ImportError as error:
         raise CompatibilityError(
             f"nni.compression must be importable, got {error!r} (torch {torch.__version__}); see docs/compatibility.md"
         ) from error
-    results += [_run(mend) for mend in mends()]
+    results += [_run(patch) for patch in patches()]
     return CompatReport(nni_version, torch.__version__, platform.python_version(), tuple(results))
 
 
-def mends() -> tuple[Callable[[], bool], ...]:
-    """List the mends; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
+def patches() -> tuple[Callable[[], bool], ...]:
+    """List the patches; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
     from nni_topo.compat import evaluators, launching, speedup, tracing, wording, wrapping
 
     return (
@@ -143,9 +143,9 @@ def mends() -> tuple[Callable[[], bool], ...]:
     )
 
 
-def _run(mend: Callable[[], bool]) -> MendResult:
-    """Run one mend; an unknown NNI or PyTorch may lack what it looks at, which mustn't stop the others."""
+def _run(patch: Callable[[], bool]) -> PatchResult:
+    """Run one patch; an unknown NNI or PyTorch may lack what it looks at, which mustn't stop the others."""
     try:
-        return MendResult(mend.__name__, "applied" if mend() else "unneeded")
+        return PatchResult(patch.__name__, "applied" if patch() else "unneeded")
     except Exception as error:
-        return MendResult(mend.__name__, "failed", repr(error))
+        return PatchResult(patch.__name__, "failed", repr(error))

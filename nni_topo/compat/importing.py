@@ -1,4 +1,4 @@
-"""The mend that has to be in place while NNI is being imported."""
+"""The patch that has to be in place while NNI is being imported."""
 
 from __future__ import annotations
 

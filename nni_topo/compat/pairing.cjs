@@ -5,7 +5,7 @@ const Module = require("module");
 const { setTimeout: wait } = require("timers/promises");
 
 const load = Module._load;
-const mended = new Set();
+const patched = new Set();
 
 Module._load = function (request, ...rest) {
   const loaded = load.call(this, request, ...rest);
@@ -19,9 +19,9 @@ Module._load = function (request, ...rest) {
   return loaded;
 };
 
-function once(prototype, mend) {
-  if (!mended.has(prototype)) mend(prototype);
-  mended.add(prototype);
+function once(prototype, patch) {
+  if (!patched.has(prototype)) patch(prototype);
+  patched.add(prototype);
 }
 
 // `this.parameters.shift()`: trials get parameters in the order in which they ask, the database, the tuner's `trial_end` and a

@@ -1,4 +1,4 @@
-"""What was found and mended when NNI met the installed PyTorch and Python."""
+"""Which patches NNI needed with the installed PyTorch and Python, and what came of each."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ Outcome = Literal["applied", "unneeded", "failed"]
 
 
 class CompatibilityWarning(UserWarning):
-    """The installed NNI isn't a known one, or a mend couldn't be put in place."""
+    """The installed NNI isn't a known one, or a patch couldn't be put in place."""
 
 
 @dataclass(frozen=True)
-class MendResult:
-    """The outcome of one mend.
+class PatchResult:
+    """The outcome of one patch.
 
     Parameters
     ----------
     name : str
-        The mend's function name.
+        The patch's function name.
     outcome : {"applied", "unneeded", "failed"}
         ``"unneeded"`` where NNI or PyTorch is already right.
     reason : str, default ""
-        Why the mend failed; empty otherwise.
+        Why the patch failed; empty otherwise.
     """
 
     name: str
@@ -33,34 +33,34 @@ class MendResult:
 
 @dataclass(frozen=True)
 class CompatReport:
-    """The outcome of all mends, in the order in which they ran.
+    """The outcome of all patches, in the order in which they ran.
 
     Parameters
     ----------
     nni, torch, python : str
         The versions found.
-    results : tuple of MendResult
-        One entry per mend.
+    results : tuple of PatchResult
+        One entry per patch.
     """
 
     nni: str
     torch: str
     python: str
-    results: tuple[MendResult, ...]
+    results: tuple[PatchResult, ...]
 
     @property
     def applied(self) -> tuple[str, ...]:
-        """Names of the mends that changed something."""
+        """Names of the patches that changed something."""
         return self._names("applied")
 
     @property
     def unneeded(self) -> tuple[str, ...]:
-        """Names of the mends that found everything right."""
+        """Names of the patches that found everything right."""
         return self._names("unneeded")
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """Names of the mends that couldn't be put in place."""
+        """Names of the patches that couldn't be put in place."""
         return self._names("failed")
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Mends of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, shared layers, given masks, several outputs, cost."""
+"""Patches of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, shared layers, given masks, several outputs, cost."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def untie_layers() -> bool:
     the first of its names. Returns True, but for a second call: NNI has no such rule.
     """
     original = model_speedup.ModelSpeedup.speedup_model
-    if hasattr(original, "_nni_topo_mend"):
+    if hasattr(original, "_nni_topo_patch"):
         return False
 
     @wraps(original)
@@ -81,7 +81,7 @@ def untie_layers() -> bool:
             tie_again(model, ties)
         return model
 
-    speedup_model._nni_topo_mend = True  # type: ignore[attr-defined]
+    speedup_model._nni_topo_patch = True  # type: ignore[attr-defined]
     model_speedup.ModelSpeedup.speedup_model = speedup_model
     return True
 

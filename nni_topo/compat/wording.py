@@ -1,4 +1,4 @@
-"""Mends of what NNI says: less where nothing is wrong, and words where it raises a bare ``AssertionError``."""
+"""Patches of what NNI says: less where nothing is wrong, and words where it raises a bare ``AssertionError``."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _worded(original: Callable[..., Any], rule: str, names: tuple[str, ...]) -> 
 
 
 def _code(function: Callable[..., Any]) -> CodeType:
-    """Return the code of NNI's own function, behind the mends around it."""
+    """Return the code of NNI's own function, inside the wrappers that patches put around it."""
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return function.__code__

@@ -1,4 +1,4 @@
-"""Mends of how NNI wraps models: shared weights, modules with two names, constructors that fail."""
+"""Patches of how NNI wraps models: shared weights, modules with two names, constructors that fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nni_topo.sharing import parameter_holders
 
 _TIED = "_nni_topo_tied"
 _BEGUN = "_nni_topo_begun"
-_MARK = "_nni_topo_mend"
+_MARK = "_nni_topo_patch"
 _FORWARD = "_nni_topo_forward"
 _CALLING = "_nni_topo_calling"
 _MIXER = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -183,12 +183,12 @@ def call_layers_of_attention() -> bool:
     return _replaced(Compressor, wrap_model, wrap_calling, _CALLING) and marked
 
 
-def _replaced(place: Any, function: Callable[..., Any], mended: Callable[..., Any], mark: str = _MARK) -> bool:
-    """Put a mended function in the place of NNI's and return True, or False if that was done before."""
+def _replaced(place: Any, function: Callable[..., Any], patched: Callable[..., Any], mark: str = _MARK) -> bool:
+    """Put a patched function in the place of NNI's and return True, or False if that was done before."""
     if hasattr(function, mark):
         return False
-    setattr(mended, mark, True)
-    setattr(place, function.__name__, functools.wraps(function)(mended))
+    setattr(patched, mark, True)
+    setattr(place, function.__name__, functools.wraps(function)(patched))
     return True
 
 

@@ -1,4 +1,4 @@
-"""Opt-in mends of NNI's own pruners and speedup that can change a result, or raise where NNI went on silently.
+"""Opt-in patches of NNI's own pruners and speedup that can change a result, or raise where NNI went on silently.
 
 Nothing here is in force until :func:`enable_strict` is called, so that a comparison with plain NNI stays one. The
 package's own pruners behave like this without it. All places are NNI 3.0's, on every PyTorch and Python.

@@ -311,7 +311,7 @@ def test_code_units_hold_every_instruction_at_its_offset(function: Callable[...,
             assert units[instruction.offset // 2] == instruction
 
 
-def test_mends_are_needed_on_the_pythons_that_have_caches_or_other_jumps(
+def test_patches_are_needed_on_the_pythons_that_have_caches_or_other_jumps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain_jumps = tuple(dis.opmap[name] for name in concrete_proxy.ConcreteProxy.jump_opnames if name in dis.opmap)

@@ -1,4 +1,4 @@
-"""The mends as a whole: what is reported, what is warned of, and what a fresh interpreter gets."""
+"""The patches as a whole: what is reported, what is warned of, and what a fresh interpreter gets."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from nni_topo import compat
 report = compat.enable()
 from torch.fx.immutable_collections import immutable_list
 from torch.utils import _pytree
-again = [mend.__name__ for mend in compat.mends() if mend()]
+again = [patch.__name__ for patch in compat.patches() if patch()]
 node = _pytree.SUPPORTED_NODES[immutable_list]
 print(json.dumps({
     "applied": report.applied, "failed": report.failed, "again": again, "nni": report.nni,
@@ -68,7 +68,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-def test_fresh_interpreter_is_mended_without_a_warning_and_once() -> None:
+def test_fresh_interpreter_is_patched_without_a_warning_and_once() -> None:
     # NNI's dependencies import what Python deprecates; NNI and PyTorch themselves stay quiet
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", FRESH]
     environment = {name: value for name, value in os.environ.items() if name != EVALUATORS}
@@ -100,7 +100,7 @@ def test_second_call_gives_the_same_report_and_changes_nothing(compat_report: co
     assert concrete_tracer.node_is_impure_wrapper is purity
 
 
-def test_report_names_every_mend_once(compat_report: compat.CompatReport) -> None:
+def test_report_names_every_patch_once(compat_report: compat.CompatReport) -> None:
     names = [result.name for result in compat_report.results]
     assert sorted(names) == sorted(compat_report.applied + compat_report.unneeded + compat_report.failed)
     assert len(set(names)) == len(names)
@@ -119,23 +119,23 @@ def test_unknown_version_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> N
         compat.enable()
 
 
-def test_mend_that_fails_is_named_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patch_that_fails_is_named_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "reports", [])
     monkeypatch.delattr(concrete_tracer, "node_is_impure_wrapper")
     with pytest.warns(compat.CompatibilityWarning, match="failed: accept_purity_argument \\(AttributeError"):
         report = compat.enable()
     assert report.failed == ("accept_purity_argument",)
-    assert len(report.results) == len(compat.mends()) + 1
+    assert len(report.results) == len(compat.patches()) + 1
 
 
-@pytest.mark.parametrize("mend", compat.mends(), ids=lambda mend: mend.__name__)
-def test_mend_says_where_and_why(mend: object) -> None:
-    text = mend.__doc__ or ""
+@pytest.mark.parametrize("patch", compat.patches(), ids=lambda patch: patch.__name__)
+def test_patch_says_where_and_why(patch: object) -> None:
+    text = patch.__doc__ or ""
     assert "Place: ``nni/" in text
     assert "Cause:" in text
     assert re.search(r"every version|[Pp]ython \d|every Python|any PyTorch|\d\.\d+", text.split("Cause:")[1])
     assert "Returns" in text
 
 
-def test_mend_is_not_needed_twice() -> None:
+def test_patch_is_not_needed_twice() -> None:
     assert tracing.restore_tensor_methods() is False

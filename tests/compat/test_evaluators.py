@@ -1,4 +1,4 @@
-"""Lightning's step limit is mended, and trainers are left alone where their packages aren't installed."""
+"""Lightning's step limit is patched, and trainers are left alone where their packages aren't installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nni_topo.compat import CompatReport, evaluators
 
 
-def test_mends_are_applied_once(compat_report: CompatReport) -> None:
+def test_patches_are_applied_once(compat_report: CompatReport) -> None:
     assert {"set_lightning_steps", "patch_trainer_steps", "pass_loss_arguments"} <= set(compat_report.applied)
     assert evaluators.set_lightning_steps() is False
     assert evaluators.patch_trainer_steps() is False
@@ -32,7 +32,7 @@ print(names <= set(report.unneeded), report.failed)
 
 
 @pytest.mark.slow
-def test_mends_are_not_needed_without_the_packages(bare_python: Callable[[str], str]) -> None:
+def test_patches_are_not_needed_without_the_packages(bare_python: Callable[[str], str]) -> None:
     assert bare_python(ALONE).split() == ["True", "()"]
 
 

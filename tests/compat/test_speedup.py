@@ -131,7 +131,7 @@ def test_sizes_are_left_alone_where_they_are_leaves() -> None:
     assert (utils.tree_map, utils.tree_flatten) == before
 
 
-def test_sizes_are_mended_where_pytorch_opens_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_patched_where_pytorch_opens_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "tree_map", tree_map)
     monkeypatch.setattr(utils, "tree_flatten", tree_flatten)
     opened = len(tree_flatten(torch.Size((2, 3)))[0]) == 2
@@ -146,7 +146,7 @@ def test_randomized_output_goes_by_both_names() -> None:
     assert not hasattr(info, "output_randomize")
 
 
-def test_randomized_output_is_mended_once_and_only_where_it_is_misspelt(
+def test_randomized_output_is_patched_once_and_only_where_it_is_misspelt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert speedup.restore_randomized_output() is False

@@ -133,7 +133,7 @@ def test_super_is_the_base_of_the_defining_class(kind: type[nn.Module]) -> None:
     torch.testing.assert_close(concrete_trace(kind(), (x,))(-x), kind()(-x))
 
 
-def test_super_is_mended_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_super_is_patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_instance(self: ast.NodeTransformer, node: ast.Call) -> ast.AST:
         return ast.parse("super(self.__class__, self)", mode="eval").body
 
@@ -169,7 +169,7 @@ def test_builtin_classes_are_themselves_after_a_trace_that_fails() -> None:
     assert all(one is other for one, other in zip(before, after, strict=True))
 
 
-def test_stand_ins_and_wrappers_are_mended_once() -> None:
+def test_stand_ins_and_wrappers_are_patched_once() -> None:
     assert tracing.run_leaves_with_classes() is False
     assert tracing.write_stand_ins_as_types() is False
     assert tracing.compare_stand_ins_as_types() is False
@@ -207,7 +207,7 @@ def test_purity_is_left_alone_where_it_takes_the_argument(monkeypatch: pytest.Mo
     assert concrete_tracer.node_is_impure_wrapper is takes_both
 
 
-def test_purity_is_mended_where_it_takes_the_node_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_purity_is_patched_where_it_takes_the_node_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(concrete_tracer, "node_is_impure_wrapper", lambda node: node.op == "output")
     assert tracing.accept_purity_argument() is True
     nodes = list(torch.fx.symbolic_trace(nn.ReLU()).graph.nodes)
@@ -215,7 +215,7 @@ def test_purity_is_mended_where_it_takes_the_node_only(monkeypatch: pytest.Monke
     assert tracing.accept_purity_argument() is False
 
 
-def test_type_can_be_wrapped_and_the_mend_is_applied_where_it_could_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_type_can_be_wrapped_and_the_patch_is_applied_where_it_could_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tracing.wrap_type_itself() is False
     monkeypatch.setattr(concrete_tracer, "functools", functools)
     broken = not isinstance(getattr(type, "__type_params__", ()), tuple)

@@ -1,4 +1,4 @@
-"""Transposed convolutions under NNI's own pruners, and convolutions to one channel, as NNI is and as it is mended."""
+"""Transposed convolutions under NNI's own pruners, and convolutions to one channel, as NNI is and as it is patched."""
 
 from __future__ import annotations
 
