@@ -114,7 +114,7 @@ def disk_errors(place: Path) -> Iterator[None]:
     except NniTopoError:
         raise
     except (OSError, RuntimeError) as error:
-        # PyTorch says what a full disk did to its archive; what the disk said stands behind it.
+        # PyTorch says what a full disk did to its archive; the disk's own message comes after it.
         said: BaseException | None = error
         while said is not None and not isinstance(said, OSError):
             said = said.__context__

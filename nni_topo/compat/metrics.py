@@ -175,7 +175,7 @@ def summed_distances(blocks: Tensor, p: float = 2.0, most: int = 2**22) -> Tenso
     rows = blocks.reshape(-1, blocks.shape[-1])
     rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
     if p == 2:
-        # distances don't change, but the products behind them lose less: a row's sum is now at least n times its length
+        # distances don't change, but their products lose less: a row's sum is now at least n times its length
         rows = rows - rows.mean(dim=0)
     size = max(1, most // max(1, len(rows)))
     parts = (slice(start, start + size) for start in range(0, len(rows), size))

@@ -55,7 +55,7 @@ function pair(prototype) {
 }
 
 // `addRecoveredTrialJob`: what a resumed experiment goes on with. NNI's tuners begin anew and learn of results alone, so that they
-// propose what is running once more; numbers begin behind the trials that are taken up again, and are given out twice.
+// propose what is running once more; numbers begin after the trials that are taken up again, and are given out twice.
 function remember(prototype) {
   const { addRecoveredTrialJob, onTunerCommand } = prototype;
 

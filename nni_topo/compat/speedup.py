@@ -1,4 +1,4 @@
-"""Patches of NNI's ``ModelSpeedup``: pytrees, a misspelt attribute, shared layers, given masks, several outputs, cost."""
+"""Patches of NNI's ``ModelSpeedup``: pytrees, misspelt attribute, shared layers, given masks, several outputs, cost."""
 
 from __future__ import annotations
 

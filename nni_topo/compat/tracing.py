@@ -269,7 +269,7 @@ def code_units(code: CodeType) -> tuple[dis.Instruction, ...]:
     """List the instruction that counts at every code unit (two bytes) of a code object, ``len(co_code) // 2``."""
     # A unit that is only part of an instruction holds the next one: the inline caches that follow most instructions
     # since Python 3.11, EXTENDED_ARG, and from 3.13 on TO_BOOL and the comparisons that end in a truth test, which used
-    # to be a part of the jump or the `not` behind it. So code_units(code)[frame.f_lasti // 2] is the running
+    # to be a part of the jump or the `not` after it. So code_units(code)[frame.f_lasti // 2] is the running
     # instruction.
     units: list[dis.Instruction] = []
     # counted by hand: during a trace len() is NNI's, and walks through what it is given

@@ -60,7 +60,7 @@ def log_details_on_demand() -> bool:
 
     Place: ``nni/runtime/log.py``, ``nni/common/concrete_trace_utils/operator_patcher.py`` and
     ``nni/compression/speedup/mask_conflict.py``. Cause: the level of all loggers is INFO; each ``and`` and ``or`` in
-    the code that is read is warned of, 324 times for a BERT, and so is any layer behind a pruned one; two words are
+    the code that is read is warned of, 324 times for a BERT, and so is any layer after a pruned one; two words are
     printed; on every version.
     ``logging.getLogger("nni.compression").setLevel("INFO")`` brings the lines back. Returns True, but for a second call
     and where that logger has a level.

@@ -88,7 +88,7 @@ def _level(row: FloatArray, scale: float) -> None:
     reach = np.maximum(RELATIVE * np.abs(falling), FLOOR * max(scale, abs(float(falling[0])), abs(float(falling[-1]))))
     if not (falling[:-1] - falling[1:] <= reach[:-1]).any():
         return
-    # Where the stretch ends that each value would stand for; then from the largest on, one stretch after the other.
+    # The end of the run of equal values that each value would start; then from the largest on, one run after the other.
     ends = np.searchsorted(-falling, reach - falling, side="right").tolist()
     start, values = 0, falling.tolist()
     while start < len(values):

@@ -1,11 +1,12 @@
-"""What stays of units that share some of their blocks, as no dependency group can state: there they choose as one.
+"""Which blocks are kept where units share some of them, which no dependency group can state: they choose as one.
 
-A *class* is what can only go together: blocks of several units, or several of one. Classes that the same units hold
-make a *stretch*. Each unit says how many blocks it would keep; from the narrowest on, these are dealt out over the
-stretches that it holds and nobody before it did, in proportion to their lengths. Wider units so follow narrower ones
-where they share blocks, and meet their own count by the others. Where the ties don't allow that, more stay, never
-fewer. Within a stretch the classes with the highest mean score over all of their layers stay. Of units whose blocks a
-network shuffles and splits a number stays of each stretch that `shuffles` tells.
+A *class* is a set of blocks that are kept or pruned together: blocks of several units, or several of one unit. Classes
+that the same units hold form a *segment*. Each unit says how many blocks it would keep. From the narrowest unit to the
+widest, this count is distributed over the segments that the unit holds and no unit before it did, in proportion to
+their lengths. So wider units follow narrower ones where they share blocks, and reach their own count with the others.
+Where the coupling doesn't allow that, more blocks are kept, never fewer. Within a segment the classes with the highest
+mean score over all of their layers are kept. Where a network shuffles and splits channels, `PruningUnit.shares` says
+how many blocks of each segment are kept.
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ class Agreement:
         self._shared = [_Shared([tied[name] for name in names]) for names in groups]
         places = {unit.name: place for place, unit in enumerate(units)}
         self.together = [[places[name] for name in names] for names in groups]
-        """Which units, by their places, share blocks, directly or over others."""
+        """Indices of the units that share blocks, directly or through others."""
         self._shuffled = [unit for unit in units if unit.shares]
 
     def __call__(self, kept: KeptBlocks, scores: Mapping[str, NDArray[np.generic]]) -> KeptBlocks:
-        """Return what stays: of each unit as many blocks as are kept now, as nearly as ties allow; which, by scores."""
+        """Return the kept blocks, by score: as many of each unit as ``kept`` has, or more where coupling needs it."""
         agreed = dict(kept)
         for shared in self._shared:
             agreed |= shared.choose(kept, scores)
         for unit in self._shuffled:
-            agreed[unit.name] = chosen_of(unit.stretches, unit.shares, descending(scores[unit.name])[::-1])
+            agreed[unit.name] = chosen_of(unit.segments, unit.shares, descending(scores[unit.name])[::-1])
         return agreed
 
 
 def warn_of_more(units: Sequence[PruningUnit], kept: KeptBlocks, agreed: KeptBlocks) -> None:
-    """Name the units of which more stays than a ratio or threshold of the config_list asks for."""
-    # A row more is rounding; a budget counts what stays, and says so itself.
+    """Warn of units that keep more blocks than a ratio or threshold of the config_list asks for."""
+    # One row more is rounding. A budget counts the kept blocks and warns by itself.
     found = [
         f"{unit.name} {agreed[unit.name].sum()} of {unit.blocks} instead of {kept[unit.name].sum()}"
         for unit in units
@@ -59,14 +60,15 @@ def warn_of_more(units: Sequence[PruningUnit], kept: KeptBlocks, agreed: KeptBlo
     ]
     if found:
         _logger.warning(
-            "layers that share channels must be asked for what can be met together; more stays of %s", "; ".join(found)
+            "layers that share channels must ask for widths that fit together; more channels are kept in %s",
+            "; ".join(found),
         )
 
 
 class _Shared:
-    """Units that share blocks, directly or over others.
+    """Units that share blocks, directly or through others.
 
-    ``_holds[p, s]`` says how many blocks of the p-th part, over all units, one class of the s-th stretch stands for.
+    ``_holds[p, s]`` says how many blocks of the p-th part, over all units, one class of the s-th segment stands for.
     """
 
     def __init__(self, units: list[PruningUnit]) -> None:
@@ -76,22 +78,22 @@ class _Shared:
         pairs = zip(units, self._classes, strict=True)
         rows = [row for unit, own in pairs for row in own.reshape(unit.parts, unit.rows)]
         holds = np.array([np.bincount(row, minlength=classes.max() + 1) for row in rows])
-        self._stretch = _ranks(column.tobytes() for column in holds.T.copy())
-        _, first, self._sizes = np.unique(self._stretch, return_index=True, return_counts=True)
+        self._segment = _ranks(column.tobytes() for column in holds.T.copy())
+        _, first, self._sizes = np.unique(self._segment, return_index=True, return_counts=True)
         self._holds = holds[:, first]
         # A part within another holds fewer classes, so that it comes before.
         self._order = np.argsort((holds > 0).sum(1), kind="stable")
         self._owner = np.repeat(np.arange(len(units)), [unit.parts for unit in units])
 
     def choose(self, kept: KeptBlocks, scores: Mapping[str, NDArray[np.generic]]) -> KeptBlocks:
-        """Return what stays of each unit."""
+        """Return the kept blocks of each unit."""
         wanted = [kept[unit.name].reshape(unit.parts, unit.rows).sum(1) for unit in self._units]
         counts = self._raised(self._dealt(np.concatenate(wanted)), np.concatenate(wanted))
         order = descending(self._worth(scores))
-        left = np.zeros(len(self._stretch), dtype=np.bool_)
-        for stretch, count in enumerate(counts):
-            left[order[self._stretch[order] == stretch][:count]] = True
-        return {unit.name: left[own] for unit, own in zip(self._units, self._classes, strict=True)}
+        is_kept = np.zeros(len(self._segment), dtype=np.bool_)
+        for segment, count in enumerate(counts):
+            is_kept[order[self._segment[order] == segment][:count]] = True
+        return {unit.name: is_kept[own] for unit, own in zip(self._units, self._classes, strict=True)}
 
     def _worth(self, scores: Mapping[str, NDArray[np.generic]]) -> FloatArray:
         """Average the scores of each class over all targets that hold it, as those of a dependency group are."""
@@ -102,7 +104,7 @@ class _Shared:
         return worth
 
     def _dealt(self, wanted: IntArray) -> IntArray:
-        """Return how many classes of each stretch stay so that every part keeps what it wants, if that can be."""
+        """Return how many classes of each segment to keep so that every part keeps the wanted count, where possible."""
         counts, is_open = np.zeros_like(self._sizes), np.ones(len(self._sizes), dtype=np.bool_)
         for part in self._order:
             own = self._holds[part]
@@ -112,7 +114,7 @@ class _Shared:
         return counts
 
     def _raised(self, counts: IntArray, wanted: IntArray) -> IntArray:
-        """Let more stay until every part has what it wants, and all parts of a unit as much as each other."""
+        """Keep more until every part has the wanted count, and all parts of a unit have the same count."""
         while True:
             totals = self._holds @ counts
             most = np.zeros(len(self._units), dtype=np.int64)
@@ -125,13 +127,13 @@ class _Shared:
 
 
 def _ranks(values: Iterable[Hashable]) -> IntArray:
-    """Number values by where each of them comes first, so that the lowest number is that of the first."""
+    """Number the distinct values from 0 in the order of their first occurrence."""
     found: dict[Hashable, int] = {}
     return np.array([found.setdefault(value, len(found)) for value in values])
 
 
 def _deal(total: int, sizes: IntArray, each: IntArray) -> IntArray:
-    """Deal ``total`` blocks out to stretches of some ``sizes`` in proportion, ``each`` class of which takes so many."""
+    """Distribute ``total`` blocks over segments in proportion to ``sizes``; a class takes ``each`` blocks."""
     room = int(sizes @ each)
     counts, rest = np.divmod(sizes * min(total, room), max(room, 1))
     for place in np.argsort(-rest, kind="stable"):

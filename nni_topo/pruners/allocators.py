@@ -31,9 +31,9 @@ class NNIAllocator(SparsityAllocator):
 
 
 class ConfigAllocator(SparsityAllocator):
-    """Masks of a kept set as it is, of scores by their order: as many blocks stay as the context's planner says.
+    """Masks of a kept set as it is, or of scores by rank: as many blocks are kept as the context's planner says.
 
-    Of equal scores the lower index stays; scores of blocks of several elements are equal within 1e-6 of their size.
+    Of equal scores the lower index is kept; scores of blocks of several elements are equal within 1e-6 of their size.
     Units that share some of their blocks choose as one, see :mod:`nni_topo.pruners.agreement`.
     """
 
@@ -56,7 +56,7 @@ class ConfigAllocator(SparsityAllocator):
 
 
 def keep_highest(unit: PruningUnit, scores: FloatArray, rows: int) -> NDArray[np.bool_]:
-    """Return which blocks stay, ``(blocks,)``, when each part keeps its ``rows`` highest ``scores`` ``(blocks,)``."""
+    """Return the kept blocks, boolean ``(blocks,)``: in each part the ``rows`` highest of ``scores`` ``(blocks,)``."""
     parts = scores.reshape(unit.parts, unit.rows)
     order = descending(parts) if unit.is_summed else np.argsort(-parts, axis=1, kind="stable")
     kept = np.zeros(parts.shape, dtype=np.bool_)

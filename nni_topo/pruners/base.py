@@ -1,7 +1,7 @@
 """The base class of the package's structured pruners: NNI's Pruner with three hooks.
 
 A pruner of this kind is a data collector, a metric calculator and a sparsity allocator. NNI's three stages call them,
-so the pruner also works inside NNI's scheduled pruners; the calculator asks the planner how many blocks stay::
+so the pruner also works inside NNI's scheduled pruners; the calculator asks the planner how many blocks to keep::
 
     config_list -> NNI wraps the model -> DataCollector -> MetricCalculator -> SparsityAllocator -> masks
 """
@@ -64,7 +64,7 @@ class StructuredPruner(Pruner):
     allocator : SparsityAllocator or None, default=None
         Makes the masks. None: :class:`~nni_topo.hooks.ConfigAllocator`.
     planner : Planner or None, default=None
-        How much stays. None: :class:`~nni_topo.hooks.Planner`, by the config_list.
+        How many blocks are kept. None: :class:`~nni_topo.hooks.Planner`, by the config_list.
 
     Attributes
     ----------
@@ -193,22 +193,22 @@ class StructuredPruner(Pruner):
         super().update_masks(known_masks(self, masks))
 
     def _fitting(self, model: nn.Module, config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Check the layers, and leave those out that can't be looked at and that dependency groups chose by kind."""
+        """Check the layers; leave out those that the collector refuses, if dependency groups chose them by kind."""
         try:
             self._check_layers(model, matched_modules(model, config_list))
             return config_list
         except LayerError as error:
             if not isinstance(config_list, DependencyGroups):
                 raise
-            left = config_list.without(error.layers)
-            out = [name for entry in config_list if entry not in left for name in entry["op_names"]]
-            if not (left and out) or config_list.named & set(out):
+            remaining = config_list.without(error.layers)
+            out = [name for entry in config_list if entry not in remaining for name in entry["op_names"]]
+            if not (remaining and out) or config_list.named & set(out):
                 raise
-            _logger.warning("layers stay whole (%s): %s", ", ".join(out), error)
-            return self._fitting(model, left)
+            _logger.warning("layers stay unpruned (%s): %s", ", ".join(out), error)
+            return self._fitting(model, remaining)
 
     def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
-        """Refuse layers that can't be looked at; nothing is wrapped yet."""
+        """Refuse layers that the collector can't use; nothing is wrapped yet."""
         self.collector.check(model, modules)
 
     def _collect_data(self) -> Data:
@@ -229,7 +229,7 @@ class StructuredPruner(Pruner):
         )
 
     def _activate_targets(self, cap: float = 0.0) -> None:
-        """Give the ``sparse_ratio`` ``cap`` to configured targets without a rule: these pruners say how much goes."""
+        """Give the ``sparse_ratio`` ``cap`` to configured targets without a rule: the pruner finds the number."""
         spaces = [space for targets in self._target_spaces.values() for space in targets.values()]
         # A rule of one member is that of its group: a second one beside it could contradict it.
         ruled = {space.dependency_group_id for space in spaces if is_active(space)} - {None}
@@ -252,7 +252,7 @@ class StructuredPruner(Pruner):
         for layer, chosen in (self.calculator.pairs or {}).items():
             kept = kept_channels(self._module_wrappers[layer].module, masks[layer])
             if kept is not None:
-                pairs[layer] = {gone: stays for gone, stays in chosen.items() if kept[stays] and not kept[gone]}
+                pairs[layer] = {pruned: twin for pruned, twin in chosen.items() if kept[twin] and not kept[pruned]}
         return pairs or None
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:

@@ -43,26 +43,26 @@ BUDGETS = ("flops", "params", "latency", "memory")
 _RULES = {"allocation": one_of(get_args(Allocation)), "latency_table": instance(LatencyTable) | PATH | NONE}
 _MISSED = 0.01
 _MISSED_TIME = 0.05  # of what is asked for
-_SECONDS = 10.0  # to time one network beside the whole one
+_SECONDS = 10.0  # to time one network beside the unpruned one
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is left of a network's cost: a pruner spends it on all layers, instead of ratios in the config_list.
+    """The share of a network's cost to keep; a pruner distributes it over all layers, instead of config_list ratios.
 
     Parameters
     ----------
     flops, params, latency, memory : float or None, default=None
-        The share to be left, in (0, 1], of one of them: multiply-accumulates, parameters, seconds, or bytes of the
+        The share to keep, in (0, 1], of exactly one cost: multiply-accumulates, parameters, seconds, or bytes of the
         parameters with the input and output of the layer where both are largest, for one sample.
     allocation : {"uniform", "topological", "error", "auto"}, default="uniform"
-        How it is dealt out: the same share of every layer; one tolerance on death times over the network, which
-        TopologicalPruner and ReconstructionPruner know; for ReconstructionPruner, where least is lost for what is
-        saved: the least-squares errors of all layers that read a channel, by the cost that goes with it; or, in
-        :func:`nni_topo.shrink` alone, whichever of these answers most like the whole network on images held out.
+        How the budget is distributed. ``"uniform"``: the same share of every layer. ``"topological"``: one tolerance
+        on death times over the network (TopologicalPruner and ReconstructionPruner). ``"error"``: the channels with the
+        least reconstruction error, in all layers that read them, per cost saved (ReconstructionPruner). ``"auto"``:
+        the one of these whose network is nearest to the unpruned one on held-out images (:func:`nni_topo.shrink` only).
     latency_table : LatencyTable, str, Path or None, default=None
-        Seconds of the layers over their widths, or a JSON file of them, for ``latency``, which then is all that counts.
-        None: measured once, on one thread with the batch of the pruner's ``example_inputs``
+        Seconds per layer and width, or a JSON file of them, for ``latency``; then only the table counts. None: measured
+        once, on one thread with the batch of the pruner's ``example_inputs``
         (``pruner.planner.latency_table`` holds it), and corrected by the times of dense networks of the widths found.
 
     Raises
@@ -72,10 +72,10 @@ class Budget:
 
     Notes
     -----
-    The config_list says where only; its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, and what they don't let go
-    the other layers lose. Widths are whole numbers: what comes nearest to the budget counts; a budget missed by more
-    than 1 % of the network, one of time by more than 5 % of itself, is warned of, with the reason. NNI's schedulers
-    don't schedule a budget.
+    The config_list only says which layers are pruned. Its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, and the
+    other layers lose more or less instead. Widths are integers, so the nearest possible cost is taken. A warning with
+    the reason is given where the budget is missed by more than 1 % of the network, or a time by more than 5 % of the
+    budget. NNI's schedulers don't schedule a budget.
 
     Examples
     --------
@@ -104,18 +104,18 @@ class Budget:
 
     @property
     def kind(self) -> str:
-        """What is counted: ``"flops"``, ``"params"``, ``"latency"`` or ``"memory"``."""
+        """The kind of cost: ``"flops"``, ``"params"``, ``"latency"`` or ``"memory"``."""
         return next(name for name in BUDGETS if getattr(self, name) is not None)
 
     @property
     def share(self) -> float:
-        """The share to be left."""
+        """The share to keep."""
         return float(getattr(self, self.kind))
 
 
 @dataclass(frozen=True)
 class BudgetOutcome:
-    """What came of a budget."""
+    """The cost that was reached under a budget."""
 
     kind: str  # what is counted: flops, params, latency or memory
     asked: float  # share that should be left, in (0, 1]
@@ -175,19 +175,19 @@ class BudgetPlanner(Planner):
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
     def _why_missed(self, removed: Sequence[int], bounds: Sequence[tuple[int, int]]) -> str:
-        """Say why a budget couldn't be met more nearly."""
+        """Return the reason why the cost isn't nearer to the budget."""
         if self.round_to:
             return f"layers keep multiples of {self.round_to}"
         is_over = self.left > self.budget.share
         if all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True)):
             key = "max_sparse_ratio" if is_over else "min_sparse_ratio"
-            return f"all layers are at their {key}, or one channel; layers that aren't listed stay whole"
+            return f"all layers are at their {key}, or one channel; layers that aren't listed stay unpruned"
         if self.budget.kind == "latency" and self.budget.latency_table is None:
             return "no widths that were timed came nearer"
         return "one channel more or less is as much"
 
     def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
-        """Return what a network costs, in the budget's unit, with some channels gone."""
+        """Return a function that gives the network's cost, in the budget's unit, for a choice of kept channels."""
         if self.budget.kind == "latency" and self.latency_table is None:
             self.latency_table = measure_latency(model, self.example_inputs)
         layers = {name for unit in units for name in unit.layers}
@@ -199,14 +199,14 @@ class BudgetPlanner(Planner):
 
 
 def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutcome:
-    """Return what came of a budget; ``why`` is the reason if it is missed."""
+    """Return the outcome of a budget; ``why`` is the reason if it is missed."""
     tolerance = max(_MISSED, _MISSED_TIME * asked * (kind == "latency"))
     is_met = abs(left - asked) <= tolerance
     return BudgetOutcome(kind, asked, left, is_met, "" if is_met else why)
 
 
 def tell_if_missed(budget: Budget, left: float, reason: str) -> BudgetOutcome:
-    """Return what came of a budget, and warn where it is missed."""
+    """Return the outcome of a budget, and warn where it is missed."""
     outcome = budget_outcome(budget.kind, budget.share, left, reason)
     if not outcome.is_met:
         _logger.warning("%s", outcome)
@@ -218,19 +218,19 @@ def share_left(
     cost: Callable[[Kept], float],
     rounded: Callable[[PruningUnit, int], int] = lambda _, rows: rows,
 ) -> Callable[[Sequence[int]], float]:
-    """Return the share of a cost that is left, as a function of the rows that each unit loses."""
-    whole = cost({})
-    if not whole > 0.0:
-        raise DataError(f"the unpruned network must cost something, got {whole} (budget)")
+    """Return a function that gives the remaining share of a cost for the numbers of rows that units lose."""
+    unpruned = cost({})
+    if not unpruned > 0.0:
+        raise DataError(f"the unpruned network must have a positive cost, got {unpruned} (budget)")
 
     kept = kept_if(units, rounded)
-    return lambda removed: float(cost(kept(removed)) / whole)
+    return lambda removed: float(cost(kept(removed)) / unpruned)
 
 
 def kept_if(
     units: Sequence[PruningUnit], rounded: Callable[[PruningUnit, int], int]
 ) -> Callable[[Sequence[int]], Kept]:
-    """Return what says which channels layers keep if units lose so many rows: the first, in the place of any."""
+    """Return a function from the numbers of rows that units lose to kept channels; the first rows are kept."""
     agree = Agreement(units)
 
     def kept(removed: Sequence[int]) -> Kept:
@@ -248,7 +248,7 @@ def kept_if(
 def network_cost(
     kind: str, model: nn.Module, example_inputs: Any, table: LatencyTable | None = None
 ) -> Callable[[Kept], float]:
-    """Return what a network costs with some channels gone, in the unit of a budget; without a table it is timed."""
+    """Return a function that gives the cost for a choice of kept channels; latency without a table is measured."""
     cost = NetworkCost(model, example_inputs)
     if kind == "latency":
         seconds = table or measure_latency(model, example_inputs)
@@ -258,15 +258,15 @@ def network_cost(
 
 
 def network_time(model: nn.Module, example_inputs: Any, wanted: float) -> Callable[[Sequence[Kept]], list[float]]:
-    """Return what dense networks with some channels gone take, as shares of the whole one's time beside them.
+    """Return a function that times dense networks for choices of kept channels, as shares of the unpruned one's time.
 
-    One alone that is far from the share ``wanted`` is timed roughly.
+    A single network that is far from the share ``wanted`` is timed roughly.
     """
-    whole, cost = unwrapped_copy(model), NetworkCost(model, example_inputs)
+    unpruned, cost = unwrapped_copy(model), NetworkCost(model, example_inputs)
 
     def shares(choices: Sequence[Kept]) -> list[float]:
-        nets = [to_dense(whole, example_inputs, cost.masks(kept), check=False) for kept in choices]
-        timed = time_shares(nets, whole, example_inputs, wanted, seconds=_SECONDS * len(nets))
+        nets = [to_dense(unpruned, example_inputs, cost.masks(kept), check=False) for kept in choices]
+        timed = time_shares(nets, unpruned, example_inputs, wanted, seconds=_SECONDS * len(nets))
         for found, off in timed:
             level = logging.WARNING if off > max(_MISSED_TIME, abs(found - wanted) / found) else logging.INFO
             _logger.log(level, "widths that were timed take %.4g of the time, known to %.1f %%", found, 100.0 * off)

@@ -109,7 +109,7 @@ def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
         place = f"config_list[{index}]"
         _warn(entry, place)
         _rename_selection(entry, place)
-        # As in NNI 2: what the entry matches is left out of the entries before it, not of those behind.
+        # As in NNI 2: what the entry matches is left out of the entries before it, not of those after it.
         if entry.pop("exclude", False):
             _exclude(model, entry, modern)
         else:
@@ -118,7 +118,7 @@ def modern_config(model: nn.Module, config_list: Sequence[Any]) -> list[Any]:
 
 
 def of_single_weights(config_list: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out of dependency groups what says which channels go together: weights go one by one."""
+    """Drop the coupling of channels from dependency groups: weights are pruned one by one."""
     if not isinstance(config_list, DependencyGroups):
         return config_list
     together = ("dependency_group_id", "internal_metric_block", "granularity")
@@ -183,7 +183,7 @@ def check_request(
     if not config_list and existed_wrappers is None:
         skipped = config_list.skipped if isinstance(config_list, DependencyGroups) else {}
         why = "".join(f"; {', '.join(names)}: {reason}" for reason, names in by_reason(skipped).items())
-        told = f": all layers that were asked for stay whole{why}" if skipped else ""
+        told = f": all layers that were asked for stay unpruned{why}" if skipped else ""
         raise ConfigError(f"a config_list must have at least one entry, got none (config_list){told}")
     _check_unwrapped(model, existed_wrappers or {})
     for index, config in enumerate(config_list):
@@ -275,7 +275,7 @@ def check_keys_left_out(config_list: Sequence[dict[str, Any]], keys: Sequence[st
 
 
 def _check_rules(config_list: Sequence[dict[str, Any]]) -> None:
-    """Refuse entries that say nowhere how much goes: they would prune nothing, or make NNI fail without a word."""
+    """Refuse entries without a ratio or threshold: they would prune nothing, or make NNI fail without a message."""
     ruled = [config for config in config_list if any(key in s for s in _settings(config) for key in _RULES)]
     groups = {group for config in ruled for group in _groups(config)}
     for index, config in enumerate(config_list):

@@ -28,7 +28,7 @@ _GATE = {"align": {"module_name": None, "target_name": "weight_ih_l0", "dims": [
 
 
 class HeadScaling(Scaling):
-    """Blocks that are the rows of a head, which lie in several stretches: ``(heads, rows)``."""
+    """Blocks that are the rows of a head, which lie in several segments: ``(heads, rows)``."""
 
     def __init__(self, rows: IntArray) -> None:
         super().__init__([rows.shape[1], -1], kernel_padding_mode="back", kernel_padding_val=-1)
@@ -56,7 +56,7 @@ class ColumnScaling(Scaling):
     ) -> Tensor:
         """Reduce each block to one value, by default the mean."""
         found: Tensor = super().shrink(target, reduce_func, keepdim)
-        # A function that reduces nothing leaves each block's values in a dimension behind.
+        # A function that reduces nothing keeps each block's values in a trailing dimension.
         return found.reshape(-1, 1, *found.shape[target.dim() :]) if keepdim else found
 
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
@@ -74,7 +74,7 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
         by_head, module = attention.granularity(layer), model.get_submodule(layer)
         for target in (weight_name(module), *(row_names(module)[:1] if attention.recurrent else ())):
             space = target_spaces.get(layer, {}).get(target)
-            # Single rows of nn.MultiheadAttention or a recurrent layer are nothing that could go.
+            # Single rows of nn.MultiheadAttention or a recurrent layer can't be pruned alone.
             known = (by_head, "out_channel") if layer == attention.name else (by_head,)
             if attention.is_fused and space is not None and space.granularity in known:
                 space.granularity, space._scaler = by_head, HeadScaling(rows)

@@ -1,7 +1,7 @@
-"""The three hooks of a structured pruner: what it looks at, what it keeps, and the masks that follow.
+"""The three hooks of a structured pruner: what it looks at, what it keeps, and the masks that result.
 
 NNI 2 had them as classes; NNI 3 folded them into three methods of each pruner. They are classes again here, so that
-a cloud and a criterion can be combined freely. How many blocks stay is a planner's to say, before any is chosen.
+a cloud and a criterion can be combined freely. A planner says how many blocks are kept, before any is chosen.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Masks = dict[str, dict[str, Tensor]]
 
 
 class KeptSet(Metrics):
-    """Metrics of a choice that is made: 0 for what goes; made by :meth:`PruningContext.keep`.
+    """Metrics of a choice already made: 0 for pruned blocks; made by :meth:`PruningContext.keep`.
 
-    The package's allocator takes it as it is. What stays scores 1 or, where that is more, the ``sparse_threshold``: so
+    The package's allocator takes it as it is. Kept blocks score 1 or, where that is more, the ``sparse_threshold``: so
     NNI's comes to the same masks, wherever as many blocks were chosen as the config_list asks for.
     """
 
@@ -57,11 +57,11 @@ class PruningContext:
     parameter_names : dict of str to str
         Parameter names before and after wrapping, which the evaluator needs to rebuild its optimizers.
     planner : Planner
-        Says how many blocks stay.
+        Says how many blocks are kept.
     ties : mapping of str to sequence of int
-        By layer that shares some of its channels with others, a number for each: equal ones go together.
+        For layers that share some channels with others, the group id of each channel: equal ids are pruned together.
     shares : mapping of str to Share
-        By layer whose channels are shuffled, how many of which stay at a plain ratio.
+        For layers whose channels are shuffled, how many channels of each segment are kept at a plain ratio.
     """
 
     model: nn.Module
@@ -99,7 +99,7 @@ class PruningContext:
         return self.planner.rows(self.units, losses, self.model)
 
     def keep(self, kept: Mapping[str, NDArray[np.bool_]]) -> KeptSet:
-        """Return the kept set of what stays of each unit, by its name: boolean ``(blocks,)``.
+        """Return the kept set of the kept blocks of each unit, by its name: boolean ``(blocks,)``.
 
         Raises
         ------
@@ -115,7 +115,7 @@ class PruningContext:
         return KeptSet(self.spread({name: torch.from_numpy(each * worth[name]) for name, each in kept.items()}))
 
     def spread(self, values: Mapping[str, Tensor]) -> Metrics:
-        """Give each member of a unit a copy of the unit's values ``(blocks,)``, in the blocked shape."""
+        """Return for each member of a unit a copy of the unit's values ``(blocks,)``, in the blocked shape."""
         metrics: Metrics = {}
         for unit in self.units:
             for module, target in unit.members:
@@ -171,7 +171,7 @@ class PruningContext:
             self.evaluate()
 
     def check_memory(self, matrices: float, cure: str, width: float = 0.0) -> None:
-        """Raise DataError unless so many float64 numbers for each pair of blocks, and `width` for each block, fit."""
+        """Raise DataError unless `matrices` float64 values per pair of blocks and `width` per block fit in memory."""
         for unit in self.units:
             what = f"what compares {unit.rows} blocks with each other"
             check_memory(8 * unit.rows * (matrices * unit.rows + width), what, cure, unit.name)
@@ -201,13 +201,12 @@ class DataCollector(ABC):
 
 
 class MetricCalculator(ABC):
-    """Turns collected data into one score per block, larger = keep, or into the set of blocks that stay.
+    """Turns collected data into one score per block, larger = keep, or into the set of kept blocks.
 
     Attributes
     ----------
     pairs : dict of str to dict of int to int, or None
-        By layer, of the latest call, the channel that should stand in for each one that goes. None: compensation finds
-        it.
+        By layer, of the latest call, the kept channel that stands in for each pruned one. None: compensation finds it.
     """
 
     pairs: Pairs | None = None

@@ -1,7 +1,7 @@
 """Matrix pruning: whole rows and columns of the weight matrices, by their norm.
 
-A channel is a row of its own layer's matrix and a column (of a convolution, a stretch of columns) of each matrix that
-reads it. Both go together, so the matrices stay dense and get smaller.
+A channel is a row of its own layer's matrix and a column (of a convolution, a block of columns) of each matrix that
+reads it. Both are pruned together, so the matrices stay dense and get smaller.
 
 Source: "Network Structure Pruning", AVLSI final project report, section VI (matrix-based pruning).
 """
@@ -53,7 +53,7 @@ class RowColumnCollector(DataCollector):
 
 @dataclass
 class JointNorm(MetricCalculator):
-    """The norm of everything that goes with a channel; of a dependency group, over all members' rows."""
+    """The norm of all weights that are pruned with a channel; of a dependency group, over all members' rows."""
 
     norm: int
 
@@ -85,7 +85,7 @@ class MatrixPruner(StructuredPruner):
     budget : Budget, mapping or None, default=None
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
+        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
 
     Raises
     ------
@@ -97,8 +97,8 @@ class MatrixPruner(StructuredPruner):
     Directly: ``compress()``. Iteratively, with training in between: as the inner pruner of NNI's ``LinearPruner`` or
     ``AGPPruner``, or by :func:`nni_topo.pruners.rounds.prune_in_rounds`; norms are then measured again each time.
 
-    The norm is over all weights that go with a channel: its rows in all members of its dependency group, and the
-    columns in all layers that read it. Batch norms don't count.
+    The norm is over all weights that are pruned with a channel: its rows in all members of its dependency group, and
+    the columns in all layers that read it. Batch norms don't count.
 
     Examples
     --------

@@ -48,19 +48,20 @@ class Planner:
     strict : bool, default=False
         Keep what is ``> sparse_threshold`` instead of NNI's ``>=``.
     tolerance : float, default=0.0
-        Added to ``sparse_threshold``: with ``strict``, losses within it of the threshold count as equal and go.
+        Added to ``sparse_threshold``: with ``strict``, losses within it of the threshold count as equal and are pruned.
     round_to : int or None, default=None
-        Layers keep a multiple of so many channels, at least 1, or all of them: more stay than the config_list asks for.
+        Layers keep a multiple of so many channels, at least 1, or all of them, and so more than the config_list asks
+        for.
 
     Notes
     -----
-    Of ``n`` blocks ``n - int(n * sparse_ratio)`` stay: ratios truncate as in NNI, so two rows at 0.4 lose none. A layer
-    is never emptied: where a threshold exceeds all losses one block stays, with a warning. Blocks of several elements
-    have losses that were summed: those that differ by no more than 1e-6 of their size are equal; to a threshold they
+    Of ``n`` blocks ``n - int(n * sparse_ratio)`` are kept: ratios truncate as in NNI, so two rows at 0.4 lose none. A
+    layer is never emptied: where a threshold exceeds all losses one block is kept, with a warning. Losses of blocks of
+    several elements are sums, so those that differ by no more than 1e-6 of their size are equal; to a threshold they
     are equal within 1e-10 of it.
-    Under a ``global_group_id`` blocks go in ascending order of loss, each weighted by its number of elements, as long
-    as the group's removed elements don't exceed ``int(elements * sparse_ratio)``; each layer's own minimum and maximum
-    ratio hold.
+    Under a ``global_group_id`` blocks are pruned in ascending order of loss, each weighted by its number of elements,
+    as long as the group's removed elements don't exceed ``int(elements * sparse_ratio)``; each layer's own minimum and
+    maximum ratio hold.
     """
 
     normalization: Literal["none", "mean"] = "none"
@@ -84,7 +85,7 @@ class Planner:
 
     def rounded(self, unit: PruningUnit, rows: int) -> int:
         """Return the least number of rows, from ``rows`` on, that makes a multiple of ``round_to`` channels."""
-        # ``rows`` of each part stay: ``rows * parts`` is a multiple of ``round_to`` if ``rows`` is one of ``step``.
+        # Each part keeps ``rows``: ``rows * parts`` is a multiple of ``round_to`` if ``rows`` is one of ``step``.
         step = 1 if self.round_to is None else self.round_to // math.gcd(self.round_to, unit.parts)
         return min(-(-rows // step) * step, unit.rows)
 
@@ -109,10 +110,10 @@ class Planner:
             # A threshold may be set just beside a loss, with care: 1e-10 of it, not the 1e-6 of ties between losses.
             equal = within(losses, threshold)
             passing = passing & ~equal if self.strict else passing | equal
-        # Where a maximum ratio keeps more than the one block that always stays, nothing would be emptied.
+        # Where a maximum ratio keeps more than the one block that is always kept, nothing would be emptied.
         if not passing.any() and unit.removable_rows[1] == unit.rows - 1:
             _logger.warning(
-                "sparse_threshold %g exceeds all %d scores, the highest %g: one block stays (%s)",
+                "sparse_threshold %g exceeds all %d scores, the highest %g: one block is kept (%s)",
                 threshold,
                 unit.blocks,
                 losses.max(),
@@ -128,19 +129,19 @@ class Planner:
         fewest, most = zip(*(unit.removable_rows for unit in group), strict=True)
         cost = [unit.elements * unit.parts for unit in group]
         budget = int(sum(unit.elements * unit.blocks for unit in group) * (group[0].sparse_ratio or 0.0))
-        # What the minimum ratios ask for goes in any case; only what is left of the budget is spent by rank.
+        # The minimum ratios are pruned in any case; only the rest of the budget is spent by rank.
         budget -= sum(low * each for low, each in zip(fewest, cost, strict=True))
         ascending = [
             self._comparable(losses(unit))[::-1][low:high] for unit, low, high in zip(group, fewest, most, strict=True)
         ]
         owners = np.repeat(np.arange(len(group)), [len(each) for each in ascending])
         joined = np.concatenate(ascending)
-        # Between layers, too, rounding mustn't decide; of equal losses those of the earlier layer go first.
+        # Rounding mustn't decide between layers either; of equal losses those of the earlier layer are pruned first.
         order = np.argsort(leveled(joined) if any(unit.is_summed for unit in group) else joined, kind="stable")
-        # Sums rise, so a first stretch of the order goes: within each unit its lowest, of which a count says enough.
+        # Sums rise, so a prefix of the order is pruned: within each unit its lowest rows, so that a count is enough.
         spent = np.asarray(cost)[owners][order].cumsum()
         removed = np.bincount(owners[order][spent <= budget], minlength=len(group)).tolist()
-        return {u.name: u.rows - low - gone for u, low, gone in zip(group, fewest, removed, strict=True)}
+        return {unit.name: unit.rows - low - more for unit, low, more in zip(group, fewest, removed, strict=True)}
 
     def _comparable(self, losses: FloatArray) -> FloatArray:
         mean = float(np.abs(losses).mean()) if self.normalization == "mean" else 1.0

@@ -53,7 +53,7 @@ class RandomPruner(StructuredPruner):
     example_inputs : Any, default=None
         Inputs of the model, for a ``budget``.
     round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
+        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
 
     Raises
     ------

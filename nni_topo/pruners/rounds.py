@@ -25,14 +25,14 @@ from nni_topo.sharing import parameter_holders
 
 @dataclass(frozen=True)
 class Round:
-    """What a round, from 1, left: by ``"module.target"`` the share of each pruned weight's elements."""
+    """The state after a round, from 1: by ``"module.target"`` the remaining share of each pruned weight's elements."""
 
     index: int
     kept: dict[str, float]
 
 
 def even_steps(rounds: int) -> list[float]:
-    """Return steps for :func:`prune_in_rounds` by which every round takes the same share of what is left."""
+    """Return steps for :func:`prune_in_rounds` by which every round prunes the same share of the remaining elements."""
     return [(index + 1) / rounds for index in range(rounds)]
 
 

@@ -35,13 +35,13 @@ class WhenAsked(dict[str, Value]):
 
 @dataclass(kw_only=True, eq=False)
 class SelectionMetric(MetricCalculator):
-    """Chooses what stays of each unit by its clouds; ``origin``: whether the zero vector belongs to them."""
+    """Chooses the kept blocks of each unit by its clouds; ``origin``: whether the zero vector belongs to them."""
 
     origin: bool = True
     progress: bool | None = None
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
-        """Plan by what blocks are worth how many blocks stay, then choose which."""
+        """Plan how many blocks each unit keeps, then choose which."""
         units = {unit.name: unit for unit in context.units}
         clouds = WhenAsked(lambda name: _clouds(units[name], data, origin=self.origin))
         return context.keep(self.choose(context, clouds, context.rows(self.losses(context, clouds))))
@@ -53,12 +53,12 @@ class SelectionMetric(MetricCalculator):
 
     @abstractmethod
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
-        """Return what stays of each unit, ``(blocks,)``: of each part as many ``rows``."""
+        """Return the kept blocks of each unit, boolean ``(blocks,)``; every part keeps its unit's ``rows``."""
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """Points of ``size`` blocks, and the origin behind them if it belongs to the cloud."""
+    """Points of ``size`` blocks, and, last, the origin if it belongs to the cloud."""
 
     points: FloatArray
     size: int
@@ -80,7 +80,7 @@ class Cloud:
     def losses(self) -> FloatArray:
         """Half the H0 death times, descending, in units of their mean, shape (size,).
 
-        The j-th is what the cloud's H0 diagram loses, in bottleneck distance, once all but j - 1 blocks are gone.
+        The j-th is what the cloud's H0 diagram loses, in bottleneck distance, once all but j - 1 blocks are pruned.
         """
         deaths = topology.h0_deaths(self.distances)
         if len(deaths) < self.size:

@@ -1,4 +1,4 @@
-"""How many rows each unit loses so that what is left of a cost is a share of it."""
+"""How many rows each unit loses so that a given share of the network's cost remains."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _TIMINGS = 10
 _TOGETHER = 3
 _LEAST_GAIN = -0.05  # logarithm of a share of the time
 _STEPS = 40
-_STRETCHES = 16
-_LEAST_SAVING = 1e-12  # a share: rows that save nothing go last
+_FIRST_STEPS = 16
+_LEAST_SAVING = 1e-12  # a share: rows that save nothing are removed last
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 def solve_uniform(
     rows: Sequence[int],
-    left: Callable[[Sequence[int]], float],
+    remaining: Callable[[Sequence[int]], float],
     share: float,
     bounds: Sequence[tuple[int, int]] | None = None,
 ) -> list[int]:
-    """Return the rows that units lose by one ratio, as far as bounds let them, to be ``left`` a ``share`` of the cost.
+    """Return the rows that units lose by one ratio, within their bounds, so that a ``share`` of the cost remains.
 
-    The ``bounds`` are the fewest and the most rows of each; without them all but one may go.
+    The ``bounds`` are the fewest and the most rows of each; without them all but one may be removed.
     """
     bounds = bounds or [(0, count - 1) for count in rows]
     # Layers of equal width would round at the same ratio, all at once: a phase for each, spread evenly by the golden
@@ -46,10 +46,10 @@ def solve_uniform(
 
     low, high = 0.0, 1.0
     # Widths are integers: bisection ends beside a step of the cost, so the nearest of all that it saw counts.
-    tried = [(abs(left(removed(ratio)) - share), ratio) for ratio in (low, high)]
+    tried = [(abs(remaining(removed(ratio)) - share), ratio) for ratio in (low, high)]
     for _ in range(_STEPS):
         middle = (low + high) / 2.0
-        found = left(removed(middle))
+        found = remaining(removed(middle))
         tried.append((abs(found - share), middle))
         low, high = (middle, high) if found > share else (low, middle)
     return removed(_nearest(tried))
@@ -58,48 +58,49 @@ def solve_uniform(
 def solve_error(
     losses: list[FloatArray],
     bounds: list[tuple[int, int]],
-    left: Callable[[Sequence[int]], float],
+    remaining: Callable[[Sequence[int]], float],
     share: float,
     together: Sequence[Sequence[int]] = (),
 ) -> list[int]:
-    """Remove rows, again and again those that lose least for what they save, until a budget is met.
+    """Remove rows, each time those with the least loss per cost saved, until a budget is met.
 
-    ``losses`` (rows,) descend, unit by unit. What rows save depends on the layers around them, so it is counted anew;
-    as other rows go it only shrinks, so that a count from before is a bound and few are needed. Units ``together``,
-    by their indices, share rows: what one of them alone loses may save nothing, so they also go in proportion.
+    ``losses`` (rows,) descend, unit by unit. What rows save depends on the layers around them, so it is counted anew.
+    It only shrinks as other rows are removed, so an earlier count is a bound and few new counts are needed. Units
+    ``together``, by their indices, share rows: removing rows of one alone may save nothing, so they are also removed in
+    proportion.
     """
     removed = [low for low, _ in bounds]
-    behind = [np.append(0.0, worth[::-1].cumsum()) for worth in losses]  # what the last rows are worth, by their number
-    now, scale = left(removed), max(each[-1] for each in behind)
+    lost_by_count = [np.append(0.0, worth[::-1].cumsum()) for worth in losses]  # sum of the n least rows, by n
+    now, scale = remaining(removed), max(each[-1] for each in lost_by_count)
     groups = [[unit] for unit in range(len(losses))] + [list(units) for units in together]
 
-    def strides(stretches: int) -> list[dict[int, int]]:
+    def strides(most_steps: int) -> list[dict[int, int]]:
         """Return how many rows of which units each group loses at a time; at most so many times."""
         sizes = [{unit: len(losses[unit]) for unit in units} for units in groups]
-        times = [min(stretches, *size.values()) if stretches else min(size.values()) for size in sizes]
+        times = [min(most_steps, *size.values()) if most_steps else min(size.values()) for size in sizes]
         return [
             {unit: max(1, count // most) for unit, count in size.items()}
             for size, most in zip(sizes, times, strict=True)
         ]
 
-    def stretch(step: dict[int, int]) -> list[int]:
-        return [min(gone + step.get(at, 0), bounds[at][1]) for at, gone in enumerate(removed)]
+    def removed_after(step: dict[int, int]) -> list[int]:
+        return [min(count + step.get(unit, 0), bounds[unit][1]) for unit, count in enumerate(removed)]
 
     def price(step: dict[int, int]) -> float:
-        there = stretch(step)
+        there = removed_after(step)
         if there == removed:
             return math.inf
-        lost = sum(float(behind[unit][there[unit]] - behind[unit][removed[unit]]) for unit in step)
-        return lost / max(now - left(there), _LEAST_SAVING)
+        lost = sum(float(lost_by_count[unit][there[unit]] - lost_by_count[unit][removed[unit]]) for unit in step)
+        return lost / max(now - remaining(there), _LEAST_SAVING)
 
-    steps, is_near = strides(_STRETCHES), False
+    steps, is_near = strides(_FIRST_STEPS), False
     prices = [price(step) for step in steps]
     while now > share and min(prices) < math.inf:
         group = first_smallest(prices, scale)
         known, prices[group] = prices[group], price(steps[group])
         if prices[group] > known * (1.0 + RELATIVE) + FLOOR * scale:
             continue
-        then = left(stretch(steps[group]))
+        then = remaining(removed_after(steps[group]))
         if then < share and not is_near:
             # Near the budget row by row.
             steps, is_near = strides(0), True
@@ -107,7 +108,7 @@ def solve_error(
             continue
         if abs(then - share) > abs(now - share):
             break
-        removed, now = stretch(steps[group]), then
+        removed, now = removed_after(steps[group]), then
         prices[group] = price(steps[group])
     return removed
 
@@ -120,7 +121,7 @@ def _nearest(tried: list[tuple[float, Position]]) -> Position:
 
 
 def solve_tolerance(
-    losses: list[FloatArray], bounds: list[tuple[int, int]], left: Callable[[Sequence[int]], float], share: float
+    losses: list[FloatArray], bounds: list[tuple[int, int]], remaining: Callable[[Sequence[int]], float], share: float
 ) -> list[int]:
     """Remove, over all units, the rows whose score lies below one tolerance, such that a budget is met."""
     settled = leveled(np.concatenate(losses))
@@ -137,10 +138,10 @@ def solve_tolerance(
         ]
 
     low, high = 0, len(tolerances) - 1
-    tried = [(abs(left(removed(index)) - share), index) for index in (low, high)]
+    tried = [(abs(remaining(removed(index)) - share), index) for index in (low, high)]
     while high - low > 1:
         middle = (low + high) // 2
-        found = left(removed(middle))
+        found = remaining(removed(middle))
         tried.append((abs(found - share), middle))
         low, high = (middle, high) if found > share else (low, middle)
     return removed(_nearest(tried))
@@ -166,15 +167,17 @@ def solve_timed(
 
     def look_again() -> tuple[int, ...]:
         nearest = sorted(found, key=gap)[:_TOGETHER]
-        found.update({each: (left, found[each][1]) for each, left in zip(nearest, timed(nearest), strict=True)})
+        found.update(
+            {each: (remaining, found[each][1]) for each, remaining in zip(nearest, timed(nearest), strict=True)}
+        )
         return min(nearest, key=gap)
 
     for _ in bar("timing widths", None, range(_TIMINGS)):
         removed = tuple(solve(aim))
         if removed in found:
             # on one step of the widths: halfway between the nearest that take less and more
-            below = max((aim for left, aim in found.values() if left < share), default=0.0)
-            aim = (below + min((aim for left, aim in found.values() if left >= share), default=1.0)) / 2.0
+            below = max((aim for remaining, aim in found.values() if remaining < share), default=0.0)
+            aim = (below + min((aim for remaining, aim in found.values() if remaining >= share), default=1.0)) / 2.0
             if (removed := tuple(solve(aim))) in found:
                 break
         found[removed] = timed([removed])[0], aim

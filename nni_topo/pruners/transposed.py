@@ -38,7 +38,7 @@ class OutputScaling(Scaling):
         """Reduce each output channel of ``(in, out / groups, ...)`` to one value, by default the mean."""
         found: Tensor = super().shrink(channels_swapped(target, self._groups), reduce_func, keepdim)
         if keepdim and self._is_column:
-            # A function that reduces nothing leaves each block's values in a dimension behind.
+            # A function that reduces nothing keeps each block's values in a trailing dimension.
             return found.reshape(-1, 1, *found.shape[target.dim() :])
         return found
 

@@ -2,7 +2,7 @@
 
 NNI hands a pruner one target space per parameter. A *unit* is one such target, or all targets that share a
 ``dependency_group_id``. It has ``blocks`` scores (one per filter or neuron at the default granularity), of which
-``parts`` equal stretches lose the same number each (NNI's ``internal_metric_block``, for grouped convolutions).
+``parts`` equal segments lose the same number each (NNI's ``internal_metric_block``, for grouped convolutions).
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ class PruningUnit:
     blocks : int
         Number of scores a member has, at least 1.
     parts : int
-        Number of equal stretches of blocks that lose the same count each, at least 1.
+        Number of equal segments of blocks that lose the same count each, at least 1.
     elements : int
-        Number of tensor elements that go with one block, over all members.
+        Number of tensor elements pruned with one block, over all members.
     sparse_ratio, sparse_threshold : float or None
         The rule that applies; exactly one is given.
     min_sparse_ratio, max_sparse_ratio : float
-        Bounds of the share of blocks that may go, in [0, 1].
+        Bounds of the share of blocks that may be pruned, in [0, 1].
     global_group_id : int, str or None
         Units of one id are ranked together.
     ties : tuple of int
-        A number for each block, ``(blocks,)``, where some are shared with other units, or with others of the unit:
-        blocks with equal numbers go together. Empty where none are.
-    stretches, shares : tuple of int
-        Where a network shuffles channels, a stretch for each block, ``(blocks,)``, and how many of each stretch stay.
+        Group id of each block, ``(blocks,)``, where blocks are coupled with those of other units or of this one:
+        blocks with equal ids are kept or pruned together. Empty where none are.
+    segments, shares : tuple of int
+        Where a network shuffles channels: the segment of each block, ``(blocks,)``, and how many of each are kept.
         Empty elsewhere, and where the rule is no ratio that these are for.
     """
 
@@ -72,7 +72,7 @@ class PruningUnit:
     max_sparse_ratio: float
     global_group_id: int | str | None = None
     ties: tuple[int, ...] = ()
-    stretches: tuple[int, ...] = ()
+    segments: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
 
     @property
@@ -91,7 +91,7 @@ class PruningUnit:
 
     @property
     def removable_rows(self) -> tuple[int, int]:
-        """The fewest and the most rows that may go under the minimum and the maximum ratio; one always stays."""
+        """The fewest and the most rows to prune under the minimum and the maximum ratio; one is always kept."""
         most = min(int(self.rows * self.max_sparse_ratio), self.rows - 1)
         return min(int(self.rows * self.min_sparse_ratio), most), most
 
@@ -101,7 +101,7 @@ class PruningUnit:
         return self.elements > 1
 
     def kept_rows(self, removed: int) -> int:
-        """Return how many rows stay when so many should go, as far as the minimum and the maximum ratio let them."""
+        """Return how many rows are kept if so many are to be pruned, within the minimum and the maximum ratio."""
         fewest, most = self.removable_rows
         return self.rows - min(max(removed, fewest), most)
 
@@ -220,7 +220,7 @@ def _unit(
     if rules["sparse_ratio"] is not None and rules["sparse_threshold"] is not None:
         raise ConfigError(f"a dependency group must have a ratio or a threshold, got both ({name})")
     blocks = _common(name, "number of blocks", (math.prod(block_shape(space)) for space in spaces))
-    # All parts lose alike, so each member's own stretches have to be whole numbers of the common ones.
+    # All parts lose alike, so each member's own segments have to be whole numbers of the common ones.
     parts = math.lcm(*(int(space.internal_metric_block or 1) for space in spaces))
     if blocks % parts:
         raise ConfigError(f"internal_metric_block must divide the {blocks} blocks, got {parts} ({name})")
@@ -242,7 +242,7 @@ def _unit(
         min_sparse_ratio=low,
         max_sparse_ratio=high,
         ties=tied,
-        stretches=share.stretches,
+        segments=share.stretches,
         shares=share.counts,
         **rules,
     )

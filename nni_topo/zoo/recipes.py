@@ -38,7 +38,7 @@ class Recipe:
         ``cosine``: from ``lr`` to 0 along half a cosine. ``one-cycle``: linearly from ``lr / 25`` up to
         ``lr`` over the first 30 % of the steps, then down to 0 along half a cosine [1]_.
     augmentation : {"none", "crop", "crop-flip"}, default="none"
-        ``crop``: shifts by up to an eighth of the side, black (stored value 0) behind. ``flip``: mirrors left
+        ``crop``: shifts by up to an eighth of the side, filled with black (stored value 0). ``flip``: mirrors left
         and right at random.
     precision : {"float32", "bfloat16"}, default="float32"
         ``bfloat16`` computes convolutions and linear layers of the training steps in bfloat16; parameters

@@ -1,4 +1,4 @@
-"""ResNets for small images: stages of basic blocks behind a 3x3 convolution, without pooling in front.
+"""ResNets for small images: a 3x3 convolution, then stages of basic blocks, without pooling at the start.
 
 Where a block changes the number of channels its shortcut is a 1x1 convolution with batch norm (option B of
 the paper). Option A, strided slicing with zero padding, has no parameters, but slices and pads by channel

@@ -20,7 +20,7 @@ def named(**layers: nn.Module) -> nn.Sequential:
 
 
 class ConvNet(nn.Module):
-    """Convolutional features ``[n, c, h', w']``, flattened, and a classifier behind them."""
+    """Convolutional features ``[n, c, h', w']``, flattened, then a classifier."""
 
     def __init__(self, features: nn.Module, classifier: nn.Module) -> None:
         super().__init__()

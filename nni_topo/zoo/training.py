@@ -168,7 +168,7 @@ class _Trainer:
         self.batches = math.ceil(len(self.labels) / recipe.batch_size)
 
     def resume(self, path: Path) -> list[EpochLog]:
-        """Go on from a file of :meth:`keep`, if there is one; return the logs of the epochs behind."""
+        """Go on from a file of :meth:`keep`, if there is one; return the logs of the epochs done."""
         if not path.exists():
             return []
         with reading(path, "a training's state", "of this model", DELETE):
@@ -249,7 +249,7 @@ def augmented(
 
 
 def shifted(images: Tensor, black: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Shift every image on its own by up to an eighth of its side; ``black``, shape (c,), comes in behind."""
+    """Shift every image on its own by up to an eighth of its side; ``black``, shape (c,), fills the rest."""
     count, _, height, width = images.shape
     reach = max(1, width // 8)
     shift = black.view(1, -1, 1, 1)

@@ -78,7 +78,7 @@ class GatedMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each added to its input; norms before them, or behind the sums."""
+    """Attention and an MLP, each added to its input; norms before them, or after the sums."""
 
     def __init__(
         self, attention: nn.Module, mlp: nn.Module, norms: tuple[nn.Module, nn.Module], *, first: bool
@@ -158,7 +158,7 @@ def vit_small(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
 
 
 def bert_small(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build the same with norms behind the sums, as BERT has them: https://arxiv.org/abs/1810.04805."""
+    """Build the same with norms after the sums, as BERT has them: https://arxiv.org/abs/1810.04805."""
     return PatchTransformer(num_classes, in_channels, image_size, norm_first=False)
 
 

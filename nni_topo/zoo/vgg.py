@@ -22,8 +22,8 @@ _STAGES_11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 
 
 def vgg16(num_classes: int, in_channels: int, image_size: int, width: float) -> nn.Module:
-    """Build VGG-16 with one linear layer behind the convolutions, the usual form for 32x32 images."""
-    # No bias: the batch norm behind each convolution would cancel it.
+    """Build VGG-16 with one linear layer after the convolutions, the usual form for 32x32 images."""
+    # No bias: the batch norm after each convolution would cancel it.
     features, channels = convolutions(in_channels, _widths(_STAGES, width), bias=False)
     inputs = channels * (image_size // 32) ** 2
     return ConvNet(features, named(fc1=nn.Linear(inputs, num_classes)))

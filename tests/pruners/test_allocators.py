@@ -96,7 +96,7 @@ def test_a_threshold_above_all_scores_keeps_the_best_and_says_so(caplog):
     context = context_of([{"op_types": ["Linear"], "sparse_threshold": 9.0}], nn.Linear(3, 4))
     scores = metrics_of(context, [2, 1, 3, 0.5])
     assert kept(ConfigAllocator().allocate(scores, context), "0") == [False, False, True, False]
-    assert "sparse_threshold 9 exceeds all 4 scores, the highest 3: one block stays (0.weight)" in caplog.text
+    assert "sparse_threshold 9 exceeds all 4 scores, the highest 3: one block is kept (0.weight)" in caplog.text
 
 
 def test_global_ranking_weighs_blocks_by_their_elements():

@@ -190,5 +190,5 @@ def test_bad_requests_are_refused_before_the_model_is_wrapped(budget, error, wor
 def test_a_table_of_another_network_is_refused():
     with pytest.raises(DataError, match=r"every pruned layer, got none of that name \(hidden\)"):
         kept({"latency": 0.5}, proportional({}, ["stem", "inner"]))
-    with pytest.raises(DataError, match=r"must cost something, got 0\.0"):
+    with pytest.raises(DataError, match=r"must have a positive cost, got 0\.0"):
         kept({"latency": 0.5}, proportional({}))

@@ -344,5 +344,5 @@ def test_a_maximum_that_leaves_too_much_to_others_is_refused_before_wrapping():
 def test_knobs_of_the_own_loop_are_refused_under_a_schedule(knob):
     model = toy_model()
     pruner = TopologicalMagnitudePruner(model, LAYERS, toy_evaluator(model), **knob)
-    with pytest.raises(ConfigError, match="rounds, rewind and on_round go with this pruner's own loop"):
+    with pytest.raises(ConfigError, match="rounds, rewind and on_round belong to this pruner's own loop"):
         AGPPruner(pruner, interval_steps=1, total_times=2).compress(max_steps=4, max_epochs=None)

@@ -140,7 +140,7 @@ def test_what_a_pruner_can_make_nothing_of_stays_whole_with_one_warning_unless_i
     with caplog.at_level(logging.WARNING, "nni_topo"):
         masks = pruned("reconstruction", model, inputs)
     assert masks.keys() == {"first", "left", "right"}
-    assert [r.getMessage() for r in caplog.records if "layers stay whole (wide)" in r.getMessage()] != []
+    assert [r.getMessage() for r in caplog.records if "layers stay unpruned (wide)" in r.getMessage()] != []
     assert nni_topo.to_dense(model, inputs, masks).wide.out_channels == 8
     before = dict(model.named_modules())
     with pytest.raises(LayerError, match=r"\(wide\)") as caught:

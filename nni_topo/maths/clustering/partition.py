@@ -1,4 +1,4 @@
-"""Clusters of points: five algorithms of scikit-learn behind one function.
+"""Clusters of points: one function for five algorithms of scikit-learn.
 
 Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
 Technology, 2019, chapter 4.

@@ -1,4 +1,4 @@
-"""Exchanges behind greedy least-squares selection: a kept channel goes where one that was left out takes off more.
+"""Exchanges after greedy least-squares selection: a pruned channel replaces a kept one where that lowers the error.
 
 Forward selection takes nothing back: a channel that was best alone stays when others have made it dispensable. The
 exchange algorithm [1]_ looks at all pairs of a chosen and another channel, and makes the exchange that takes most off
@@ -55,7 +55,7 @@ def exchange(
     most : int
         The most exchanges, at least 0.
     parts : int, default=1
-        Equal stretches of channels; an exchange stays within one.
+        Equal segments of channels; an exchange stays within one.
 
     Returns
     -------

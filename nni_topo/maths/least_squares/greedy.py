@@ -59,7 +59,7 @@ def greedy_least_squares(
     block : int or sequence of int, default=1
         Columns of a channel, at least 1; a sequence has one entry for each layer.
     parts : int, default=1
-        Equal stretches of channels of which the same number is kept; divides n and ``keep``.
+        Equal segments of channels of which the same number is kept; divides n and ``keep``.
 
     Returns
     -------
@@ -225,7 +225,7 @@ class _Reader(ABC):
         # These are scaled to length 1 by the `inverse` of their own products' Cholesky factor.
 
     def _chunks(self) -> Iterator[slice]:
-        """Yield stretches of the channels left whose rows fit into a processor's cache."""
+        """Yield chunks of the remaining channels whose rows fit into a processor's cache."""
         step = max(1, _CACHED // (8 * self._block * self._cross.shape[1]))
         for start in range(0, self._left, step):
             yield slice(start, min(start + step, self._left))

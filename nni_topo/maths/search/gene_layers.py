@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
-_FIRST_STRETCH = 1024
+_FIRST_CHUNK = 1024
 
 
 class GeneLayer:
@@ -30,7 +30,7 @@ class GeneLayer:
         first = self._weakest(alive, floor)
         bound = self.ascending.dtype.type(self.ascending[first] + rate * self.span)
         stop = max(int(np.searchsorted(self.ascending, bound)), first + 1)
-        if stop - first > _FIRST_STRETCH:  # reading all magnitudes in a row beats a jump per weight
+        if stop - first > _FIRST_CHUNK:  # reading all magnitudes in a row beats a jump per weight
             survivors = alive & (self.magnitudes >= bound)
             if np.count_nonzero(survivors) >= self.least:
                 alive[:] = survivors
@@ -56,13 +56,13 @@ class GeneLayer:
         return True
 
     def _weakest(self, alive: BoolArray, floor: int) -> int:
-        stretch = _FIRST_STRETCH
+        chunk = _FIRST_CHUNK
         while True:
-            hits = alive[self.order[floor : floor + stretch]]
+            hits = alive[self.order[floor : floor + chunk]]
             if hits.any():
                 return floor + int(hits.argmax())
-            floor += stretch
-            stretch *= 2
+            floor += chunk
+            chunk *= 2
 
 
 def random_subset(alive: BoolArray, kept: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -232,8 +232,8 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         """Put what the other has between two cuts into an individual's genes."""
         first, second = np.sort(self.rng.choice(self.size + 1, 2, replace=False)).tolist()
         start = first // 8
-        stretch = np.unpackbits(other.genes[start : -(-second // 8)]).view(np.bool_)
-        alive[first:second] = stretch[first - 8 * start : second - 8 * start]
+        chunk = np.unpackbits(other.genes[start : -(-second // 8)]).view(np.bool_)
+        alive[first:second] = chunk[first - 8 * start : second - 8 * start]
 
     def _parts(self, alive: BoolArray) -> Iterator[tuple[GeneLayer, BoolArray]]:
         start = 0

@@ -210,16 +210,16 @@ def projected_features(points: int, error: float, *, failure: float = _FAILURE) 
 
 @checked()
 def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -> FloatArray:
-    """Project a cloud that comes in stretches of its features.
+    """Project a cloud that comes in chunks of its features.
 
     Parameters
     ----------
     columns : iterable of ndarray, shape (n, any)
-        The cloud's features, one stretch after the other; only one is held at a time.
+        The cloud's features, one chunk after the other; only one is held at a time.
     features : int
         Features that are left, at least 1.
     seed : int
-        Same seed and stretches, same projection.
+        Same seed and chunks, same projection.
 
     Returns
     -------
@@ -230,7 +230,7 @@ def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -
     Raises
     ------
     DataError
-        If there is no stretch or no feature is left.
+        If there is no chunk or no feature is left.
 
     Examples
     --------
@@ -244,14 +244,14 @@ def random_projection(columns: Iterable[FloatArray], features: int, seed: int) -
     rng, total = np.random.default_rng(seed), None
     points = 0
     for given in columns:
-        stretch = as_points(given, "a stretch of features")
-        if points and len(stretch) != points:
-            raise DataError(f"stretches must have a row per point, got {points} rows and {len(stretch)}")
-        points = len(stretch)
-        part = _product(stretch, rng.standard_normal((stretch.shape[1], features)))
+        chunk = as_points(given, "a chunk of features")
+        if points and len(chunk) != points:
+            raise DataError(f"chunks must have a row per point, got {points} rows and {len(chunk)}")
+        points = len(chunk)
+        part = _product(chunk, rng.standard_normal((chunk.shape[1], features)))
         total = part if total is None else np.add(total, part, out=total)
     if total is None:
-        raise DataError("a projection needs at least one stretch of features, got none")
+        raise DataError("a projection needs at least one chunk of features, got none")
     return np.asarray(total / math.sqrt(features))
 
 

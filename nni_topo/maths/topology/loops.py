@@ -77,7 +77,7 @@ def write_loops(
 ) -> int:
     """Write the bars of H1 of a subset into bars (64 words, 2), inf before; return how many, or -1 without room."""
     # Every edge carries a code: the sum, over Z/2, of the bars whose loops it stands for. The codes along a closed path
-    # sum up to its homology class, modulo the relations that the bars' deaths leave behind. Edges come shortest first;
+    # sum up to its homology class, modulo the relations from the bars' deaths. Edges come shortest first;
     # `place` (n,) has each point's number in the subset, below 0 for points outside.
     size = place.max() + 1
     words = len(bars) // 64

@@ -133,7 +133,7 @@ def _align(first: FloatArray, second: FloatArray, order: float) -> FloatArray:
     # `old[i]` is the least cost of the first i bars of `first` against the first ``step - 1 - i`` of `second`,
     # `older[i]` that of a step before. The cells of an anti-diagonal don't depend on each other: r + m steps on arrays,
     # instead of r m on cells. Cells outside of the table are infinite, so they never win.
-    # Turned, so that the p diagrams lie next to each other in memory: slices of cells are whole stretches of it.
+    # Turned, so that the p diagrams lie next to each other in memory: slices of cells are contiguous.
     lists, rows, columns = first.T, first.shape[1], len(second)
     drop_first, drop_second = (0.5 * lists) ** order, (0.5 * second[:, None]) ** order
     older = np.full((rows + 1, len(first)), np.inf)

@@ -78,7 +78,7 @@ class CoupledWeightCollector(DataCollector):
 
 
 def norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]:
-    """Return ``|weight| / sqrt(variance + eps)``, float64 ``(channels,)``, of the norm right behind, by layer."""
-    behind = norms_behind(context.model, flow).items()
-    scales = ((layer, norm_scale(context.model.get_submodule(name))) for layer, name in behind)
+    """Return ``|weight| / sqrt(variance + eps)``, float64 ``(channels,)``, of the norm directly after it, by layer."""
+    norms = norms_behind(context.model, flow).items()
+    scales = ((layer, norm_scale(context.model.get_submodule(name))) for layer, name in norms)
     return {layer: scale.abs().cpu() for layer, scale in scales if scale is not None}

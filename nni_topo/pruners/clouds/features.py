@@ -1,4 +1,4 @@
-"""The feature cloud: what each neuron or filter puts out over calibration data, behind its activation."""
+"""The feature cloud: the outputs of each neuron or filter on calibration data, after its activation."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TracedNetwork:
 class FeatureCollector(DataCollector):
     """The feature cloud: a neuron's outputs over the calibration samples are its coordinates.
 
-    What a layer puts out is taken behind the batch norms and the activation that follow it directly, so that a neuron
+    A layer's output is taken after the batch norms and the activation that follow it directly, so that a neuron
     which never fires is a point at zero. If the model calls a layer more than once, every call counts.
 
     Parameters
@@ -79,7 +79,7 @@ class FeatureCollector(DataCollector):
     Notes
     -----
     The first column of what is handed on is each neuron's mean output, the others span its deviations from the mean;
-    those of channels that only go together stand side by side, channel by channel. All are per sample and position, so
+    those of coupled channels stand side by side, channel by channel. All are per sample and position, so
     that they don't grow with the calibration set. Distances between rows are the distances between features, inner
     products without the first columns their covariances. Features wider than the layer are projected onto as many
     dimensions as there are neurons: exactly, by a pivoted Cholesky decomposition of their covariances, summed up batch
@@ -163,7 +163,7 @@ class _Rows:
 
     def add(self, rows: Tensor) -> None:
         """Add features ``(blocks, samples)``."""
-        # A copy: what the network does in place behind the layer would change the rows.
+        # A copy: in-place operations after the layer would change the rows.
         self._few.append(rows.clone())
         # Up to as many samples as neurons the features themselves are the smaller thing to keep.
         if self._moments.samples or sum(each.shape[1] for each in self._few) > len(rows):

@@ -19,7 +19,7 @@ from nni_topo.pruners.units import PruningUnit, output_blocks
 class FoldedWeightCollector(DataCollector):
     """The weight cloud of the network without batch norms; needs no data, only the shape of an input.
 
-    A filter's coordinates are its weights times the scale of the batch norm right behind it, and one more: the bias
+    A filter's coordinates are its weights times the scale of the batch norm directly after it, and one more: the bias
     that folding leaves, ``(bias - mean) * scale + shift``. Together they are the affine map of filter and norm in
     evaluation mode, so filters are near each other if their maps are, and at the origin if theirs is zero. A layer
     without a norm has its own weights and bias; one with neither has a zero for the bias.
@@ -62,11 +62,10 @@ class FoldedWeightCollector(DataCollector):
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
             outputs = output_blocks(context.target_spaces[module][target], "folded clouds")
-            behind = [context.model.get_submodule(norms[module])] if module in norms else []
+            norm = [context.model.get_submodule(norms[module])] if module in norms else []
             own = weights[module][target].unflatten(1, (outputs.shape[1], -1))
             scale, offset = (
-                values.cpu()[outputs][..., None]
-                for values in through_norms(behind, _bias(context, module, outputs.size))
+                values.cpu()[outputs][..., None] for values in through_norms(norm, _bias(context, module, outputs.size))
             )
             if not bool(torch.isfinite(scale).all() and torch.isfinite(offset).all()):
                 raise DataError(f"biases and batch norms must be finite, got NaN or infinity ({module})")

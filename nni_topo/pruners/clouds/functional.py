@@ -29,7 +29,7 @@ IntArray = NDArray[np.int64]
 class FunctionalCollector(DataCollector):
     """The functional cloud: a neuron's outputs where they are read, weighted by how strongly they are read.
 
-    A neuron's coordinates are the values that it puts into each layer behind it (after batch norm, activation and
+    A neuron's coordinates are the values that it puts into each next layer (after batch norm, activation and
     pooling), each times the norm of the weights that read it. So a neuron that is always silent, or that nobody listens
     to, lies at the origin, and two neurons are near each other if one can stand in for the other. The coordinates of a
     head of attention are what it adds to the residual stream.
@@ -114,7 +114,7 @@ class ChannelReader:
         if self.mixes:
             moments.add(rows[torch.from_numpy(self.places.ravel()).to(rows.device)])
             return
-        # ``(channels, places, samples)``: behind a flattened map a linear layer reads a channel in several places.
+        # ``(channels, places, samples)``: after a flattening a linear layer reads a channel in several places.
         moments.add(rows[torch.from_numpy(self.places).to(rows.device)], self.strength.to(rows.device))
 
     def gram(self, gram: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def readers_of(
     outputs = output_blocks(context.target_spaces[lead][target], "clouds of what is read")
     if lead not in flow.layers or not np.array_equal(np.sort(flow.bundles(lead)), outputs):
         raise LayerError(
-            f"channels that only go together must be asked for together, as dependency_groups does ({unit.name})",
+            f"coupled channels must be in one dependency group, as dependency_groups makes them ({unit.name})",
             [lead],
         )
     places = _reading(lead, flow, dict(context.model.named_modules()))
@@ -164,7 +164,7 @@ def check_read(
 def unread_error(names: list[str]) -> LayerError:
     """Build the error for layers that nothing reads, with the ways on."""
     return LayerError(
-        "a cloud of what is read, and ReconstructionPruner, need a layer behind that reads all channels of a layer "
+        "a cloud of what is read, and ReconstructionPruner, need a next layer that reads all channels of a layer "
         "alike, got none: exclude such layers from the config_list (exclude_op_names), or let TopologicalPruner look "
         f"at the layer itself, cloud='activation' or 'weight' ({', '.join(names)})",
         names,
@@ -177,7 +177,7 @@ def _reading(name: str, flow: ChannelFlow, modules: dict[str, nn.Module]) -> lis
     found = []
     for other in flow.layers:
         module = modules[other]
-        # It hands each channel on by itself: what reads the channels is the layer behind it.
+        # It passes each channel on by itself: the layer after it reads the channels.
         if is_depthwise(module):
             continue
         places = _places(channels, flow.entering_roots(other))
@@ -204,8 +204,8 @@ def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Te
         # Its weight has the input channels first, whatever the groups.
         norms = torch.linalg.vector_norm(weight.flatten(1), order, dim=1)
     else:
-        # Input channel j of group g is column j of the g-th stretch of rows.
-        stretches = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
-        norms = torch.linalg.vector_norm(stretches, order, dim=(1, 3)).reshape(-1)
+        # Input channel j of group g is column j of the g-th segment of rows.
+        by_group = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
+        norms = torch.linalg.vector_norm(by_group, order, dim=(1, 3)).reshape(-1)
     strength: Tensor = norms[torch.from_numpy(places).to(norms.device)]
     return strength.cpu()

@@ -41,8 +41,8 @@ class GradientCollector(DataCollector):
 
     A neuron's coordinate for a sample is the derivative of the sample's loss by a gate that scales the neuron's output
     wherever it is read: its values there times their gradients, summed over positions and readers. To first order this
-    is what the loss falls by when the neuron goes. So a neuron that no loss depends on lies at the origin, and two are
-    near each other if they help and harm the same samples.
+    is what the loss falls by when the neuron is pruned. So a neuron that no loss depends on lies at the origin, and two
+    are near each other if they help and harm the same samples.
 
     Parameters
     ----------

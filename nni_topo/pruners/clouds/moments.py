@@ -81,7 +81,7 @@ def embedding(covariance: Tensor) -> Tensor:
     """Return points ``(n, rank)`` with these inner products ``(n, n)``, float64, to 1e-6 of the largest norm."""
     largest = float(covariance.diagonal().max())
     # Pivoted Cholesky: n^3 / 3, far less than eigenvectors, and it stops where only rounding is left. LAPACK counts
-    # pivots from 1 and leaves numbers of its own above the diagonal and behind the rank.
+    # pivots from 1 and leaves numbers of its own above the diagonal and beyond the rank.
     factor, pivots, rank, _ = lapack.dpstrf(covariance.numpy(), tol=_ROUNDING * largest, lower=1)
     points = torch.zeros(len(covariance), max(int(rank), 1), dtype=torch.float64)
     if rank:

@@ -54,18 +54,18 @@ class Narrowing:
         """Return a random projection of a cloud ``(n, any)``, shape ``(n, features)``, float64."""
         error = topology.projection_error(len(cloud) + 1, features)
         _logger.info("%s: %s features projected onto %s, distances to %.3g", name, cloud.shape[1], features, error)
-        columns = (stretch.numpy() for stretch in stretches(cloud, center=center, scale=scale))
+        columns = (chunk.numpy() for chunk in chunks(cloud, center=center, scale=scale))
         return torch.from_numpy(topology.random_projection(columns, features, self.seed))
 
 
-def stretches(cloud: Tensor, *, center: bool = False, scale: bool = False) -> Iterator[Tensor]:
-    """Yield stretches ``(n, some features)`` of a cloud ``(n, features)``, float64, on the CPU, 64 MiB at most."""
+def chunks(cloud: Tensor, *, center: bool = False, scale: bool = False) -> Iterator[Tensor]:
+    """Yield chunks ``(n, some features)`` of a cloud ``(n, features)``, float64, on the CPU, 64 MiB at most."""
     for part in cloud.split(max(1, _STRETCH // len(cloud)), dim=1):
-        stretch = part.to("cpu", torch.float64)
+        chunk = part.to("cpu", torch.float64)
         if center:
-            stretch = stretch - stretch.mean(0)
+            chunk = chunk - chunk.mean(0)
         if scale:
             # A constant feature has no scale of its own and stays as it is.
-            deviation = stretch.std(0, correction=0)
-            stretch = stretch / torch.where(deviation == 0, 1.0, deviation)
-        yield stretch
+            deviation = chunk.std(0, correction=0)
+            chunk = chunk / torch.where(deviation == 0, 1.0, deviation)
+        yield chunk

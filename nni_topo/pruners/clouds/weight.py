@@ -13,7 +13,7 @@ from nni_topo.errors import DataError, check_memory, checked, one_of
 from nni_topo.network.layers import by_channel
 from nni_topo.network.runtime import calibration_of, watched
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
-from nni_topo.pruners.clouds.narrowing import Narrowing, stretches
+from nni_topo.pruners.clouds.narrowing import Narrowing, chunks
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
 
@@ -57,7 +57,7 @@ class WeightCollector(DataCollector):
 
     Notes
     -----
-    A cloud that is made narrow is read in stretches of 64 MiB: beside the weight itself, memory is bounded by ``8 *
+    A cloud that is made narrow is read in chunks of 64 MiB: beside the weight itself, memory is bounded by ``8 *
     blocks * max_features`` bytes, or ``8 * blocks**2``, which is what the distances take anyway. Projecting costs
     ``blocks * features * max_features`` products. Preprocessing comes before the projection.
 
@@ -109,11 +109,11 @@ class WeightCollector(DataCollector):
             return preprocess_points(cloud.to("cpu", torch.float64), self.preprocess)
         steps = {"center": self.preprocess in ("center", "standardize"), "scale": self.preprocess == "standardize"}
         if features is None:
-            points = points_of_gram(_total(part @ part.T for part in stretches(cloud, **steps)))
+            points = points_of_gram(_total(part @ part.T for part in chunks(cloud, **steps)))
         else:
             points = self.narrowing.project(cloud, features, name, **steps)
         if self.preprocess == "unit":
-            points = points / _nonzero(_total(part.pow(2).sum(1) for part in stretches(cloud)).sqrt())[:, None]
+            points = points / _nonzero(_total(part.pow(2).sum(1) for part in chunks(cloud)).sqrt())[:, None]
         return points
 
 

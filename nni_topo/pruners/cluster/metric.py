@@ -69,7 +69,7 @@ class SurvivorMetric(MetricCalculator):
     collector: FeatureCollector
     survivor: tuple[str, ...]
     seed: int
-    # By layer, of the latest call: the survivor of each neuron that goes. Dead neurons need none.
+    # By layer, of the latest call: the survivor of each pruned neuron. Dead neurons need none.
     pairs: dict[str, dict[int, int]] = field(default_factory=dict, init=False)
 
     @abstractmethod
@@ -77,7 +77,7 @@ class SurvivorMetric(MetricCalculator):
         """Return the clusters of every unit, given the clouds of its parts."""
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
-        """Cluster every unit and choose the neurons that stay."""
+        """Cluster every unit and choose the neurons to keep."""
         layers = self.collector.network.flow.layers
         clouds = {unit.name: _clouds(unit, data, layers) for unit in context.units}
         found = self.cluster(clouds, context)
@@ -94,7 +94,7 @@ class SurvivorMetric(MetricCalculator):
     def _kept(
         self, unit: PruningUnit, points: FloatArray, clusters: Clusters, scores: FloatArray, context: PruningContext
     ) -> BoolArray:
-        """Choose what stays of a unit and remember what it stands for."""
+        """Choose the kept neurons of a unit and remember which neurons each stands for."""
         labels = clusters.labels
         best = best_of(labels, scores)
         distances = np.where(labels < 0, -1.0, np.linalg.norm(points - points[best], axis=1))
@@ -103,7 +103,7 @@ class SurvivorMetric(MetricCalculator):
         for part in np.arange(unit.blocks).reshape(unit.parts, unit.rows):
             others = part[~kept[part]]
             # Where a cap or another part asks for more neurons than there are clusters, those farthest from the
-            # survivor of their cluster stay too; dead ones last.
+            # survivor of their cluster are kept too; dead ones last.
             lacking = clusters.rows - (len(part) - len(others))
             kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
         gone = np.flatnonzero(~kept & (best >= 0))
@@ -131,7 +131,7 @@ class ClusterMetric(SurvivorMetric):
 
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], rows: int, planner: Planner) -> Clusters:
         alive = max(int(cloud.alive.sum()) for cloud in parts)
-        # Where any go dead neurons all do, also more than the ratio asks for; the maximum ratio holds.
+        # If any are pruned all dead neurons are, even more than the ratio asks for; the maximum ratio holds.
         if rows < unit.rows:
             rows = planner.rounded(unit, max(1, min(rows, alive), unit.rows - unit.removable_rows[1]))
         labels = np.full(unit.blocks, -1, dtype=np.intp)

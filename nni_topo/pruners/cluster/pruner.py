@@ -1,4 +1,4 @@
-"""Clustered pruning: one neuron or filter of each cluster of features stays.
+"""Clustered pruning: one neuron or filter of each cluster of features is kept.
 
 Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
 Technology, 2019, chapter 4, algorithm 1.
@@ -43,12 +43,12 @@ class ClusterPruner(StructuredPruner):
     calibration : iterable or None, default=None
         Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
     algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
-        See :func:`nni_topo.maths.clustering.partition`. Points of noise of DBSCAN stay.
+        See :func:`nni_topo.maths.clustering.partition`. Points of noise of DBSCAN are kept.
     survivor : str or sequence of str, default="auto"
-        Which neuron of a cluster stays: ``"random"``; ``"center"``, the nearest to its mean; ``"weight"``, the largest
-        sum of absolute weights on both sides (4.12); ``"bias"``, the largest bias (4.13); ``"bias_norm"``, the largest
-        absolute bias. Of several the ranks are averaged. A batch norm behind the layer is part of the bias. ``"auto"``:
-        ``"bias_norm"`` for convolutions with a bias or a batch norm, else ``"weight"``.
+        Which neuron of a cluster is kept: ``"random"``; ``"center"``, the nearest to its mean; ``"weight"``, the
+        largest sum of absolute weights on both sides (4.12); ``"bias"``, the largest bias (4.13); ``"bias_norm"``, the
+        largest absolute bias. Of several the ranks are averaged. A batch norm after the layer is part of the bias.
+        ``"auto"``: ``"bias_norm"`` for convolutions with a bias or a batch norm, else ``"weight"``.
     pool : {"none", "mean"} or int, default="none"
         Feature maps as they are, averaged to one value, or to so many in each direction.
     n_init : int, default=3
@@ -60,7 +60,7 @@ class ClusterPruner(StructuredPruner):
     example_inputs : Any, default=None
         Inputs of the model, for a ``budget``; None: the first ``calibration`` batch.
     round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
+        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
     seed : int, default=0
         Same seed, same masks.
 
@@ -76,7 +76,7 @@ class ClusterPruner(StructuredPruner):
 
     Notes
     -----
-    Neurons that are zero on all samples all go, where anything goes at all, unless the layer would be empty.
+    Neurons that are zero on all samples are all pruned, if anything is pruned, unless the layer would be empty.
 
     References
     ----------
@@ -145,7 +145,7 @@ class ClusterPruner(StructuredPruner):
 
     @property
     def pairs(self) -> dict[str, dict[int, int]]:
-        """By layer the neuron that stays for each one that goes, of the latest masks.
+        """By layer, for each pruned neuron, the kept one that stands in for it in the latest masks.
 
         For ``nni_topo.compensate(model, masks, calibration, method="pair", pairs=pruner.pairs)``, the correlation-based
         update.

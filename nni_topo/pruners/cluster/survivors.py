@@ -1,4 +1,4 @@
-"""Survivors: which neuron of each cluster stays.
+"""Survivors: the neuron of each cluster that is kept.
 
 Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
 Technology, 2019, sections 4.3.1 and 5.3.5.
@@ -45,7 +45,7 @@ def survivor_scores(
     closeness: FloatArray,
     generator: np.random.Generator,
 ) -> FloatArray:
-    """Score the neurons of a unit, ``(blocks,)`` float64, by a rule or the mean rank of several; the highest stays."""
+    """Score the neurons of a unit, ``(blocks,)`` float64, by a rule or the mean rank of several; highest = kept."""
     if rules == AUTO:
         has_bias = is_convolution(unit, context) and offsets(unit, context, network) is not None
         rules = ("bias_norm",) if has_bias else ("weight",)
@@ -86,7 +86,7 @@ def offsets(unit: PruningUnit, context: PruningContext, network: TracedNetwork) 
 
 
 def best_of(labels: IntArray, scores: FloatArray) -> IntArray:
-    """Return the node that stays for each one, ``(n,)``: the highest score of its cluster; -1 for nodes in none."""
+    """Return the kept node for each node, ``(n,)``: the one with its cluster's highest score; -1 for nodes in none."""
     best = np.full(len(labels), -1, dtype=np.intp)
     for label in np.unique(labels[labels >= 0]):
         members = np.flatnonzero(labels == label)

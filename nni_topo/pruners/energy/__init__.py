@@ -1,4 +1,4 @@
-"""Energy-based filter pruning: what stays lets most of a signal through."""
+"""Energy-based filter pruning: keeps the filters with the largest response to a signal."""
 
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 

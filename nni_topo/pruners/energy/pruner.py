@@ -1,7 +1,7 @@
-"""Energy-based pruning: the filters that let least of a chirp through go, until a share of the energy is gone.
+"""Energy-based pruning: filters with the least response to a chirp are pruned, up to a share of the energy.
 
 Every layer gets a linear chirp of its own input size; the energies of its filters' responses, in ascending order, are
-summed up, and what lies within the threshold goes. Neither data nor gradients are needed.
+summed up, and the filters within the threshold are pruned. Neither data nor gradients are needed.
 
 References
 ----------
@@ -56,7 +56,7 @@ def cumulative_shares(energies: Tensor) -> Tensor:
 
 
 TOLERANCE = 1e-9
-"""Cumulative shares within this of the threshold count as equal to it, and go."""
+"""Cumulative shares within this of the threshold count as equal to it; their filters are pruned."""
 
 
 class EnergyFilterPruner(StructuredPruner):
@@ -67,8 +67,9 @@ class EnergyFilterPruner(StructuredPruner):
     model : torch.nn.Module
         Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
     config_list : list of dict
-        NNI's config_list. ``sparse_threshold``, in (0, 1), is the share of the layer's energy that may go: a filter
-        stays if its own energy and that of all weaker ones is *more* than this share (1e-9 is a tie, and goes).
+        NNI's config_list. ``sparse_threshold``, in (0, 1), is the share of the layer's energy that may be
+        pruned: a filter is kept if its own energy and that of all weaker ones is *more* than this share (a tie, within
+        1e-9, is pruned).
         ``sparse_ratio`` takes the weakest filters. In a dependency group the energies add up before they are sorted;
         under a ``global_group_id`` all layers get one threshold, the one that meets the ratio.
     evaluator : nni.compression.utils.Evaluator or None, default=None
@@ -87,14 +88,14 @@ class EnergyFilterPruner(StructuredPruner):
     normalization : {"none", "area", "layer"}, default="area"
         How the members of a dependency group weigh: by the sum of their energies, per position, or the same each.
     batch_norm : bool, default=False
-        Whether responses are scaled as the batch norm behind the layer does; needs ``example_inputs``.
+        Whether responses are scaled as the batch norm after the layer does; needs ``example_inputs``.
     bias : bool, default=True
         Whether the layer's bias is part of the response.
     linear : {"unit-energy", "refuse"}, default="unit-energy"
         What happens to linear layers, which a chirp can't enter: the expected energy of their outputs for uncorrelated
         inputs of energy 1 each, or an error. ``signal="data"`` measures them like convolutions.
     round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
+        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
 
     Raises
     ------
@@ -110,7 +111,7 @@ class EnergyFilterPruner(StructuredPruner):
     Notes
     -----
     A layer is never emptied. In scheduled pruning energies are measured again each time, on the weights as they are
-    then; filters that are masked already have none and stay out.
+    then; filters that are masked already have none and stay masked.
 
     Cost: one forward pass of the example inputs, then one convolved plane per filter.
 

@@ -1,4 +1,4 @@
-"""Hooks that let a genetic algorithm say which single weights stay."""
+"""Hooks that let a genetic algorithm choose the single weights to keep."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class GeneticMetric(MetricCalculator):
 
 
 def largest_share(unit: PruningUnit) -> float:
-    """Return the share of a layer's weights that may go: the smaller of its ``sparse_ratio`` and its maximum."""
+    """Return the share of a layer's weights that may be pruned: the smaller of its ``sparse_ratio`` and its maximum."""
     ratio = 1.0 if unit.sparse_ratio is None else unit.sparse_ratio
     return min(ratio, unit.max_sparse_ratio)
 

@@ -126,7 +126,7 @@ class PopulationAccuracy:
 
 
 class _Tail:
-    """The rest of a network behind its masked layers, with what one batch brings there."""
+    """The rest of a network after its masked layers, with one batch's inputs to it."""
 
     def __init__(self, graph: torch.fx.GraphModule, names: Sequence[str], inputs: Tensor, labels: Tensor) -> None:
         self.labels = labels

@@ -57,7 +57,7 @@ class GeneticWeightPruner(StructuredPruner):
         :class:`~nni_topo.WeightSearch`, or its fields: fitness, population, generations, mutations. None:
         ``WeightSearch()``.
     state : str, Path or None, default=None
-        File that each generation is written to. Where it exists, the search goes on from there.
+        File that each generation is written to. If it exists, the search resumes from it.
     on_generation : callable or None, default=None
         Called with the :class:`~nni_topo.maths.search.weights.WeightGeneticAlgorithm` after each generation; a true
         value ends the search.

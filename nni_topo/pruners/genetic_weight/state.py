@@ -1,4 +1,4 @@
-"""Files from which a stopped genetic algorithm goes on."""
+"""Files from which a stopped genetic algorithm resumes."""
 
 from __future__ import annotations
 

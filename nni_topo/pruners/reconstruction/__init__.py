@@ -1,4 +1,4 @@
-"""The choice from which the layers behind can be solved anew: least squares, not topology."""
+"""Channels from which the next layers' outputs can best be reconstructed: least squares, not topology."""
 
 from nni_topo.pruners.reconstruction.pruner import ReconstructionPruner
 

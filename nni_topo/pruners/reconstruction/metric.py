@@ -1,4 +1,4 @@
-"""The metric of reconstruction: channels by forward selection, and by exchanges behind it."""
+"""The metric of reconstruction: channels by forward selection, then by exchanges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nni_topo.pruners.units import KeptBlocks
 
 @dataclass(kw_only=True, eq=False)
 class ReconstructionMetric(SelectionMetric):
-    """Keeps of every unit the channels from which the layers behind can best be solved anew."""
+    """Keeps in every unit the channels from which the next layers' outputs can best be reconstructed."""
 
     problems: ReconstructionProblems
     swaps: int = 0

@@ -1,4 +1,4 @@
-"""Reconstruction: how well the layers behind a unit can be met from a part of its channels.
+"""Reconstruction: how well the outputs of the layers after a unit can be predicted from some of its channels.
 
 What a layer puts out is linear in what enters it. So for each layer that reads a unit, the Gram matrix of the entering
 values says, for every set of kept channels at once, how much of the layer's output is lost even if its weights are
@@ -164,17 +164,17 @@ class ReconstructionProblems:
     def _together(
         self, units: list[PruningUnit], readers: dict[str, list[ChannelReader]]
     ) -> Iterator[list[PruningUnit]]:
-        """Cut units into stretches whose matrices fit into memory together."""
-        stretch: list[PruningUnit] = []
+        """Cut units into chunks whose matrices fit into memory together."""
+        chunk: list[PruningUnit] = []
         size = 0
         for unit in units:
             own = sum(8 * column_count(reader) ** 2 for reader in readers[unit.name])
-            if stretch and size + own > self.max_bytes:
-                yield stretch
-                stretch, size = [], 0
-            stretch.append(unit)
+            if chunk and size + own > self.max_bytes:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(unit)
             size += own
-        yield stretch
+        yield chunk
 
 
 def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[ChannelReader]:

@@ -1,4 +1,4 @@
-"""Reconstruction pruning: keep the channels from which the layers behind can best be solved anew.
+"""Reconstruction pruning: keep the channels from which the next layers' outputs can best be reconstructed.
 
 References
 ----------
@@ -66,7 +66,7 @@ class ReconstructionPruner(StructuredPruner):
     example_inputs : Any, default=None
         Inputs of the model, for a ``budget``; None: the first ``calibration`` batch.
     round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
+        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
     seed : int, default=0
         Of the positions at which large feature maps are sampled. Same seed, same masks.
     progress : bool or None, default=None
@@ -79,7 +79,7 @@ class ReconstructionPruner(StructuredPruner):
 
     See Also
     --------
-    nni_topo.compensate : solves the layers behind anew, for which these channels are chosen.
+    nni_topo.compensate : reconstructs the weights of the next layers, for which these channels are chosen.
     nni_topo.to_dense : makes the masked model smaller.
 
     References

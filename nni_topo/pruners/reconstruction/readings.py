@@ -44,7 +44,7 @@ class Reading:
     def met(self, entering: Tensor, output: Tensor) -> None:
         """See a call of the layer."""
         self._before, self._shape = entering, tuple(output.shape)
-        if has_own_forward(self.module):  # which may go on behind its convolution
+        if has_own_forward(self.module):  # which may compute more after its convolution
             size = call_of(self.module, entering).output_size
             self._shape = (len(entering), 1, *size) if size else tuple(entering.shape)
 

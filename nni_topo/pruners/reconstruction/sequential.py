@@ -20,9 +20,9 @@ from nni_topo.recovery.compensating import compensate_up_to
 
 
 class SequentialProblems(ReconstructionProblems):
-    """Measures each unit's problem behind the units chosen before it, compensated, in the order in which they are read.
+    """Measures each unit's problem after the units chosen before it were compensated, in the order of the network.
 
-    What is to be met stays the original network's; the channels to be kept come from the network in which the units
+    The targets are those of the unpruned network; the channels to keep come from the network in which the units
     before are pruned and the layers up to here are reconstructed.
     """
 

@@ -38,7 +38,7 @@ class SubclusterMetric(SurvivorMetric):
         return found
 
     def _clusters(self, unit: PruningUnit, parts: list[FeatureCloud], context: PruningContext, cap: int) -> Clusters:
-        """Cluster each part, of which ``cap`` neurons may go; all keep as many as the one that needs the most."""
+        """Cluster each part, of which at most ``cap`` neurons are pruned; all keep as many as the neediest part."""
         clouds = [cloud.living() for cloud in parts]
         fewest, most = unit.rows - cap, unit.rows - unit.removable_rows[0]
         labels = [self._labels(unit, part, cloud, context, fewest, most) for part, cloud in enumerate(clouds)]
@@ -105,7 +105,7 @@ def _count(labels: IntArray) -> int:
 
 
 def _cap(unit: PruningUnit) -> int:
-    """Return how many rows of a unit may go: its ratio, where it has one of its own, and its maximum are caps."""
+    """Return how many rows of a unit may be pruned: at most its own ratio, if it has one, and its maximum ratio."""
     _, most = unit.removable_rows
     if unit.sparse_ratio is None or unit.global_group_id is not None:
         return most

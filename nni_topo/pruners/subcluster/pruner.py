@@ -1,4 +1,4 @@
-"""Sub-clustering based neurogenetic pruning: few clusters, split until none varies too much; one neuron of each stays.
+"""Sub-clustering based neurogenetic pruning: clusters are split until none varies too much; one neuron of each is kept.
 
 Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
 Technology, 2019, chapter 5, algorithms 2 and 3.
@@ -37,10 +37,10 @@ class SubclusterPruner(StructuredPruner):
         Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
     config_list : list of dict
         NNI's config_list. It says where; no ratio is needed. ``max_sparse_ratio``, and ``sparse_ratio`` where it's
-        given, is a cap on what may go: clusters are split further until enough stay. ``min_sparse_ratio`` ends the
-        splitting early. ``sparse_threshold`` takes the place of the HoH threshold, in the unit of the features'
-        covariances. The members of a ``dependency_group_id`` are clustered together; the ratio of a
-        ``global_group_id`` caps what the group loses.
+        given, is the largest share that may be pruned: clusters are split further until enough neurons are kept.
+        ``min_sparse_ratio`` ends the splitting early. ``sparse_threshold`` takes the place of the HoH threshold, in the
+        unit of the features' covariances. The members of a ``dependency_group_id`` are clustered together; the ratio of
+        a ``global_group_id`` caps what the group loses.
     evaluator : nni.compression.utils.Evaluator or None, default=None
         Needed for scheduled pruning; its evaluation data serve where there is no ``calibration``.
     existed_wrappers : dict or None, default=None
@@ -58,7 +58,7 @@ class SubclusterPruner(StructuredPruner):
     pool : {"none", "mean"} or int, default="none"
         Feature maps as they are, averaged to one value, or to so many in each direction.
     round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
+        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
     seed : int, default=0
         Same seed, same masks.
 
@@ -70,10 +70,10 @@ class SubclusterPruner(StructuredPruner):
 
     Notes
     -----
-    Neurons that are zero on all samples all go, as far as the cap lets them, unless the layer would be empty.
+    Neurons that are zero on all samples are all pruned, up to that share, unless the layer would be empty.
 
-    Neurons that are near copies of each other stay in one cluster, however loud they are, and one of them goes. With
-    ``Growth(statistic="max")`` every neuron whose variance is above the threshold ends up alone.
+    Neurons that are near copies of each other stay in one cluster, however large their values, and one of them is
+    pruned. With ``Growth(statistic="max")`` every neuron whose variance is above the threshold ends up alone.
 
     Every call looks at the network as it is masked by then: what went before is dead, and the threshold is that of the
     neurons that are left. So a second ``compress()``, or a schedule, may take more than one call does.
@@ -154,7 +154,7 @@ class SubclusterPruner(StructuredPruner):
 
     @property
     def pairs(self) -> dict[str, dict[int, int]]:
-        """By layer the neuron that stays for each one that goes, of the latest masks.
+        """By layer, for each pruned neuron, the kept one that stands in for it in the latest masks.
 
         For ``nni_topo.compensate(model, masks, calibration, method="pair", pairs=pruner.pairs)``, the correlation-based
         update.

@@ -28,7 +28,7 @@ _HALF = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "spars
 
 
 def check_ratio(create: Create) -> None:
-    """Half of the filters and neurons go, their biases with them, and nothing else."""
+    """Half of the filters and neurons are pruned, with their biases, and nothing else."""
     masks = _masks(create, _HALF)
     _require(
         set(masks) == {"stem", "inner", "hidden"},

@@ -104,7 +104,7 @@ def toy_knobs(knobs: Iterable[str], needs: Iterable[str] = ()) -> dict[str, Any]
     dict of str to Any
         Knobs that aren't listed here are left to their defaults.
     """
-    # One cluster to begin with and a threshold above most: the ratio, which is a cap, says what stays.
+    # One cluster to begin with and a threshold above most: the ratio, which is a cap, says what is kept.
     values: dict[str, Any] = {"energy": 0.99, "growth": {"initial_ratio": 0.1}}
     values |= {"example_inputs": toy_images(2)}
     if any("calibration" in need for need in needs):

@@ -1,4 +1,4 @@
-"""The metric of topological pruning: which blocks of a cloud stay, found by covering it or by comparing diagrams."""
+"""The metric of topological pruning: which blocks of a cloud to keep, found by covering it or by comparing diagrams."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GeneticSearch(EvolutionSettings):
     crossover_probability, mutation_probability : float, default=0.8 and 0.2
         In [0, 1].
     elitism : bool, default=True
-        Whether the best individual goes on unchanged.
+        Whether the best individual is carried over unchanged.
     patience : int or None, default=None
         Generations without improvement after which the search ends. None: never.
     greedy_start : bool, default=True
@@ -119,7 +119,7 @@ class TopologicalMetric(SelectionMetric):
 def _chosen(
     cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings
 ) -> tuple[BoolArray, list[Generation]]:
-    """Return what stays of a cloud, ``(size,)``, and the genetic algorithm's progress."""
+    """Return the kept blocks of a cloud, boolean ``(size,)``, and the genetic algorithm's progress."""
     cover, search = cloud.cover(keep), settings.search
     if search is None or keep == cloud.size:
         return cover, []

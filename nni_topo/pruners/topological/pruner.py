@@ -1,7 +1,7 @@
 """Topological pruning: keep the filters that keep the shape of a layer's point cloud.
 
 A layer is a cloud with one point per filter or neuron, plus the origin, to which a pruned one falls. How *many* points
-a cloud can spare is read off its H0 death times; *which* points stay is a search over subsets of that size, by a
+a cloud can spare is read off its H0 death times; *which* points are kept is a search over subsets of that size, by a
 genetic algorithm or greedily, that minimises a distance between the kept and the whole cloud.
 
 Source: Perera, "Topological Pruner: a neural network pruner using topological data analysis", MSc thesis, University of
@@ -43,8 +43,8 @@ class TopologicalPruner(StructuredPruner):
         Model to prune. NNI wraps it; ``unwrap_model()`` takes the wrappers off again.
     config_list : list of dict
         NNI's config_list; all its keys keep their meaning. The members of a ``dependency_group_id`` are one joint
-        cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks go as long as half the longest H0
-        death time that the cloud loses stays below it, in units of the layer's mean death time; one block stays.
+        cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks are pruned as long as half the longest
+        H0 death time that the cloud loses stays below it, in units of the layer's mean death time; one block is kept.
     evaluator : nni.compression.utils.Evaluator or None, default=None
         Needed for scheduled pruning; serves the activation and gradient clouds where there is no ``calibration``.
     existed_wrappers : dict or None, default=None
@@ -72,7 +72,7 @@ class TopologicalPruner(StructuredPruner):
         Inputs of the model, which a ``budget`` and the folded and coupled clouds need; for a budget the first
         ``calibration`` batch serves as well.
     round_to : int or None, default=None
-        Every layer keeps a multiple of so many channels, or all; more than asked for stay.
+        Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
     seed : int, default=0
         Same seed, same masks.
     progress : bool or None, default=None
@@ -88,7 +88,7 @@ class TopologicalPruner(StructuredPruner):
 
     See Also
     --------
-    nni_topo.ReconstructionPruner : chooses by least squares in the layers behind.
+    nni_topo.ReconstructionPruner : selects by least squares in the next layers.
     nni_topo.to_dense : makes the masked model smaller.
 
     Notes

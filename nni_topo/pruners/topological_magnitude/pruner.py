@@ -1,7 +1,7 @@
 """Topological iterative magnitude pruning (T-IMP): keep each layer's spanning tree, fill up by magnitude.
 
 The maximum spanning tree of a layer's graph holds its zeroth homology in the descending filtration of |w|. While a
-layer has weights to spare beyond its tree, the largest ones stay too; below the size of the tree it isn't pruned.
+layer keeps more weights than its tree has, the largest ones are kept too; below the size of the tree it isn't pruned.
 
 Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, section 3.4.
 """
@@ -173,7 +173,7 @@ class TopologicalMagnitudePruner(StructuredPruner):
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
         if self.rounds != 1 or self.rewind is not None or self.on_round is not None:
             raise ConfigError(
-                "rounds, rewind and on_round go with this pruner's own loop, compress(max_steps, max_epochs), got a "
+                "rounds, rewind and on_round belong to this pruner's own loop, compress(max_steps, max_epochs), got a "
                 "schedule (TopologicalMagnitudePruner)"
             )
         super()._fuse_preprocess(evaluator)

@@ -54,7 +54,7 @@ class TreeMetric(MetricCalculator):
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
         """Keep trees, and of the other weights the largest."""
         trees = self.trees(data, context)
-        # Nothing is worth more than what must stay.
+        # Weights that must be kept get the highest score.
         worth = {
             unit.name: np.where(trees[unit.name], np.inf, data[module][target].numpy().reshape(-1))
             for unit in context.units

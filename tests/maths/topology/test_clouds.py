@@ -156,7 +156,7 @@ def test_duplicates_and_the_origin_stay_exact():
         (lambda: projection_error(5, 0), "at least one feature, got 0"),
         (lambda: projection_error(5, 5, failure=1.0), r"in \(0, 1\), got 1.0"),
         (lambda: projected_features(5, 1.0), r"in \(0, 1\), got 1.0"),
-        (lambda: random_projection([], 5, 0), "at least one stretch"),
+        (lambda: random_projection([], 5, 0), "at least one chunk"),
         (lambda: random_projection([np.ones((2, 2))], 0, 0), "at least one feature"),
     ],
 )

@@ -214,7 +214,7 @@ def test_layers_that_are_asked_for_different_ratios_lose_no_more_than_that(caplo
     assert dense.expand.conv.out_channels == 24
     assert dense.inner[0][1].conv.out_channels == 12
     assert not dense.report.kept
-    assert "more stays of inner.0.1.conv.weight+inner.1.1.conv.weight 12 of 16 instead of 4" in caplog.text
+    assert "more channels are kept in inner.0.1.conv.weight+inner.1.1.conv.weight 12 of 16 instead of 4" in caplog.text
 
 
 def test_blocks_of_ones_own_are_chosen_as_before():

@@ -98,7 +98,7 @@ def test_where_a_number_cant_be_a_few_more_stay(caplog):
     assert inner == [groups.shares[f"{place}.branch.5"].counts and sum(groups.shares[f"{place}.branch.5"].counts)
                      for place in range(1, 5)]  # fmt: skip
     assert inner[0] > 3
-    assert "more stays of 1.branch.5.weight" in caplog.text
+    assert "more channels are kept in 1.branch.5.weight" in caplog.text
 
 
 def test_channels_with_the_highest_scores_of_each_stretch_stay():

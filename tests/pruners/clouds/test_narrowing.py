@@ -7,7 +7,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.hooks import WeightCollector
-from nni_topo.pruners.clouds.narrowing import stretches
+from nni_topo.pruners.clouds.narrowing import chunks
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.topology import pairwise_distances, projected_features, projection_error, with_origin
@@ -69,9 +69,9 @@ def test_clouds_above_the_size_keep_their_inner_products(preprocess):
     assert cloud_of(layer(24, 20), max_bytes=1).shape == (24, 20)
 
 
-def test_a_wide_weight_is_read_in_stretches_of_bounded_size():
+def test_a_wide_weight_is_read_in_chunks_of_bounded_size():
     weight = torch.arange(64.0)[:, None].expand(64, 2**19)  # 256 MiB as float64
-    sizes = [part.numel() for part in stretches(weight)]
+    sizes = [part.numel() for part in chunks(weight)]
     assert sum(sizes) == weight.numel()
     assert 8 * max(sizes) == 2**26
 
