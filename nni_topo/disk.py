@@ -1,4 +1,4 @@
-"""Files and folders: they appear whole, one process writes a folder, and damage and full disks are said in words."""
+"""Files and folders: atomic writes, one writing process per folder, and plain errors for damage and full disks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nni_topo.errors import ConfigError, DataError, NniTopoError
 MIN_FREE_BYTES = 16 * 2**20
 _LOCK = ".lock"
 DELETE = "delete it and run again"
-"""What helps against a damaged file that a run has written itself."""
+"""The cure in errors about a damaged file that a run has written itself."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 if sys.platform == "win32":
@@ -43,7 +43,7 @@ else:
     import fcntl
 
     def _locked(stream: IO[str], *, wait: bool, shared: bool = False) -> bool:
-        """Say whether a file could be locked; the system drops the lock with the process, however that ends."""
+        """Return whether a file could be locked; the system releases it when the process ends, however that is."""
         try:
             fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -52,7 +52,7 @@ else:
 
 
 def path_of(path: Any, knob: str = "path") -> Path:
-    """Return what text or a path-like object names; ConfigError for anything else, and for text that names nothing."""
+    """Return the path that text or a path-like object names; ConfigError for anything else and for empty text."""
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise ConfigError(f"a path must be text or a path-like object, got {type(path).__name__} ({knob})")
     if not os.fspath(path) or "\0" in os.fspath(path):
@@ -85,7 +85,7 @@ def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
 
 @contextmanager
 def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a folder with room to write, by default as soon as no other process does; a killed one lets go."""
+    """Hold a folder with room to write, by default once no other process holds it; a killed process releases it."""
     check_free_disk(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Say whether a process holds a folder by :func:`only_process`."""
+    """Return whether a process holds a folder by :func:`only_process`."""
     try:
         stream = output_file(folder / _LOCK).open("r")  # to open a pipe would wait for a writer
     except (OSError, DataError):
@@ -108,7 +108,7 @@ def is_held(folder: Path) -> bool:
 
 @contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
-    """Turn what a disk that is full, or can't be written to, raises into a DataError that names the place."""
+    """Turn errors of a full or read-only disk into a DataError that names the place."""
     try:
         yield
     except NniTopoError:
@@ -135,7 +135,7 @@ _KINDS = {
 
 
 def output_file(path: Path) -> Path:
-    """Return the file that is written where a path leads, links followed; DataError unless it is a file or is new."""
+    """Return the file that a path leads to, links followed; DataError if something exists there that is no file."""
     with disk_errors(path):
         target = Path(os.path.realpath(path))
         try:
@@ -157,7 +157,7 @@ def check_output_file(path: Path, *, makes_folder: bool = False) -> None:
 
 
 def output_folder(folder: Path) -> Path:
-    """Return a folder to write to, made where there is none."""
+    """Return a folder to write to; it is made if it doesn't exist."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -184,18 +184,18 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of text, whole or not at all."""
+    """Write a text file atomically."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any, *, sort: bool = True, default: Callable[[Any], Any] | None = None) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1, sort_keys=sort, default=default) + "\n")
 
 
 def write_figure(path: Path, figure: Any, dpi: int) -> None:
-    """Write a picture of matplotlib's, whole or not at all, in the format of the file's name."""
+    """Write a matplotlib figure atomically, in the format of the file's suffix."""
     kind, kinds = path.suffix[1:].lower() or "png", figure.canvas.get_supported_filetypes()
     if kind not in kinds:
         raise ConfigError(f"a picture must be one of {', '.join(sorted(kinds))}, got {kind} ({path})")
@@ -204,14 +204,14 @@ def write_figure(path: Path, figure: Any, dpi: int) -> None:
 
 
 def write_tensors(path: Path, content: Any) -> None:
-    """Write a file of ``torch.save``, whole or not at all."""
+    """Write a file of ``torch.save`` atomically."""
     with whole_file(path) as part, part.open("wb") as stream:
         torch.save(content, stream)
 
 
 @contextmanager
 def reading(path: Path, what: str, holds: str = "", cure: str = "") -> Iterator[None]:
-    """Turn whatever a file's content leads to into a DataError that says what it must be and hold, and a cure."""
+    """Turn any error from a file's content into a DataError that says what the file must be and hold, and the cure."""
     with disk_errors(path):
         is_file, exists = path.is_file(), path.exists()
     if not is_file:

@@ -41,7 +41,7 @@ class ConfigError(NniTopoError, ValueError):
 
 
 class LayerError(ConfigError):
-    """Layers that a pruner can make nothing of; ``layers`` has their names."""
+    """Layers that a pruner can't prune; ``layers`` has their names."""
 
     def __init__(self, message: str, layers: Iterable[str] = ()) -> None:
         super().__init__(message)
@@ -49,17 +49,17 @@ class LayerError(ConfigError):
 
 
 class DataError(NniTopoError, ValueError):
-    """Tensors, files or data sets that can't be used: NaN weights, missing files, wrong shapes."""
+    """Tensors, files or data sets that can't be used, such as NaN weights, missing files or wrong shapes."""
 
 
 class SpeedupError(NniTopoError, RuntimeError):
-    """Masks that can't be turned into a dense model that computes the same function."""
+    """Masks from which no dense model with the same outputs can be made."""
 
     page = "docs/compatibility.md"
 
 
 class ExportError(NniTopoError, RuntimeError):
-    """A network that can't be written such that the file computes the same."""
+    """A network whose exported file wouldn't compute the same outputs."""
 
     page = "docs/export.md"
 
@@ -80,10 +80,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a knob must be: in words, and as a test that raises for no value; ``names``, where it is one of them.
+    """What an argument must be: in words and as a test that never raises; ``names`` if it is one of several names.
 
-    ``tell`` says what was given, where that is clearer than the value itself; ``look`` gets the name, a value for which
-    the rule holds and the place, and raises what is wrong within it.
+    ``tell`` describes the given value where that is clearer than its repr. ``look`` gets the name, a value for which
+    the rule holds and the place, and raises an error for anything wrong within the value.
     """
 
     words: str
@@ -110,7 +110,7 @@ class Rule:
         )
 
     def check(self, name: str, value: Any, place: str) -> None:
-        """Raise the rule's error, with the name of the knob and of its place, unless a value is what it must be."""
+        """Raise the rule's error, with the argument's name and place, unless the rule holds for the value."""
         if self.holds(value):
             if self.look is not None:
                 self.look(name, value, place)
@@ -122,7 +122,7 @@ class Rule:
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Rule:
-    """Return the rule of a number that counts something."""
+    """Return the rule of an integer from ``least`` to ``most``."""
 
     def holds(value: Any) -> bool:
         return not isinstance(value, bool) and isinstance(value, Integral) and least <= int(value) <= most

@@ -1,4 +1,4 @@
-"""Tensors that stand in several places of a model: found, taken apart and put together again.
+"""Tensors shared by several modules of a model: find them, untie them and tie them again.
 
 A tied weight is one object in two modules. Whoever masks, cuts or loads one of the places would change the other too,
 so work on single layers begins with a copy whose places hold tensors of their own.
@@ -23,7 +23,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def find_ties(model: nn.Module) -> SharedNames:
-    """List, in the order of modules, the places by full name that hold one parameter or buffer: two or more each."""
+    """List the parameters and buffers that two or more modules share: the full names of each, in order of modules."""
     places: dict[int, list[str]] = {}
     # A module with several names is one place, under its first.
     for name, module in model.named_modules():
@@ -34,13 +34,13 @@ def find_ties(model: nn.Module) -> SharedNames:
 
 
 def parameter_holders(model: nn.Module) -> Counter[int]:
-    """Count the places of each parameter, by its ``id``."""
+    """Count the modules that hold each parameter, by its ``id``."""
     tables = (module._parameters for module in model.modules())
     return Counter(id(parameter) for table in tables for parameter in table.values() if parameter is not None)
 
 
 def untie(model: nn.Module, ties: Iterable[Iterable[str]]) -> None:
-    """Give every place but the first of each tie, of names as `find_ties` gives them, a copy of its tensor."""
+    """Replace shared tensors, named as by `find_ties`, by copies under every name but the first."""
     for _, *others in ties:
         for name in others:
             table, own = _place(model, name)
@@ -48,7 +48,7 @@ def untie(model: nn.Module, ties: Iterable[Iterable[str]]) -> None:
 
 
 def tie_again(model: nn.Module, ties: Iterable[Iterable[str]]) -> None:
-    """Let the places of each tie hold one tensor again, as far as their tensors are equal; no value changes."""
+    """Share one tensor again among names whose tensors are still equal; no value changes."""
     for names in ties:
         leaders: list[Tensor] = []
         for name in names:
@@ -72,14 +72,14 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Return the table of a module that holds a tensor, and the tensor's name in it."""
+    """Return the module's dict that holds a tensor (parameters or buffers), and the tensor's key in it."""
     module_name, _, own = name.rpartition(".")
     module = model.get_submodule(module_name)
     return module._parameters if own in module._parameters else module._buffers, own
 
 
 def find_aliases(model: nn.Module) -> SharedNames:
-    """List the names of each module that has several."""
+    """List all names of each module that has several names."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -87,7 +87,7 @@ def find_aliases(model: nn.Module) -> SharedNames:
 
 
 def share_modules(model: nn.Module, aliases: Iterable[Iterable[str]]) -> None:
-    """Put the module under the first of some names under the others too."""
+    """Register the module with the first of some names under the other names too."""
     for first, *others in aliases:
         for name in others:
             model.set_submodule(name, model.get_submodule(first))

@@ -18,7 +18,7 @@ _SHOWN = 3
 def save_checkpoint(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
     """Write a model's parameters and buffers, with a few words about them.
 
-    The file appears whole or not at all: it is written beside its place and moved there.
+    The file is written atomically: beside its place, then moved there.
 
     Parameters
     ----------

@@ -102,7 +102,7 @@ class DataBundle:
     train, validation, test : TensorDataset
         Two tensors each: float32 images ``[n, in_channels, image_size, image_size]``, normalised per channel
         to mean 0 and standard deviation 1 over the training images, and int64 labels ``[n]`` in ``[0,
-        num_classes)``. Of text int64 rows ``[n, image_size]`` and, as labels, what follows each of their places.
+        num_classes)``. Of text: int64 rows ``[n, image_size]`` and, as labels, the byte after each position.
     in_channels : int
         Channels of the images.
     image_size : int
@@ -130,12 +130,12 @@ class DataBundle:
 
     @property
     def is_text(self) -> bool:
-        """Whether every place of a row has a label of its own: what follows it."""
+        """Whether every position of a row has its own label: the byte after it."""
         return self.train.tensors[1].dim() == 2
 
     @property
     def black(self) -> Tensor:
-        """What a stored 0 has become, per channel, shape (in_channels,)."""
+        """The normalised value of a stored 0, per channel, shape (in_channels,)."""
         return -torch.tensor(self.mean) / torch.tensor(self.std)
 
 
@@ -146,14 +146,14 @@ def list_data() -> list[str]:
 
 @checked()
 def data_info(name: str) -> DataInfo:
-    """Return the record of a data set; for an ``.npz`` file or a folder, one with the little that is known.
+    """Return the record of a data set; for an ``.npz`` file or a folder, one with its path and kind.
 
     Raises
     ------
     ConfigError
-        If the name is none of these.
+        If the name is unknown.
     DataError
-        If it is the path of a folder that isn't there.
+        If it is the path of a folder that doesn't exist.
     """
     if name in _DATA:
         return _DATA[name]
@@ -201,7 +201,7 @@ def load_data(
     image_size : int or None, default=None
         Side in pixels to which the files of an image folder are scaled; None takes them as they are.
     seed : int, default=0
-        Of the validation split and the limit. The test set doesn't depend on it.
+        Seed of the validation split and the limit. The test set doesn't depend on it.
     download : bool, default=False
         Whether torchvision may fetch missing files into ``data_dir``.
 
@@ -219,7 +219,7 @@ def load_data(
     Notes
     -----
     Mean and standard deviation come from all training images, those of the validation split included, so that
-    neither ``limit`` nor ``seed`` changes what a trained model is fed.
+    neither ``limit`` nor ``seed`` changes the inputs of a trained model.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Where the images come from: every reader returns :class:`RawData`, as stored, not yet normalised."""
+"""Readers of data sets: each returns :class:`RawData` as stored, not yet normalised."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def read_cifar(folder: Path, download: bool, *, kind: str) -> RawData:
 
 
 def read_stdlib() -> RawData:
-    """Read the sources of Python's standard library as rows of 128 bytes and, as labels, what follows each of them."""
+    """Read the sources of Python's standard library as rows of 128 bytes; the labels are the bytes that follow."""
     root, rows = Path(sysconfig.get_path("stdlib")), dict[bool, list[Array]]({True: [], False: []})
     files = [path.relative_to(root) for path in root.rglob("*.py")]
     own = sorted(path for path in files if not _NOT_READ & {*path.parts[:-1]})
     for path in own:
-        # By the name, so that a file is in the same part wherever another one is missing.
+        # By the name, so that a file is in the same set even where another file is missing.
         is_test = zlib.crc32(path.as_posix().encode()) % _PARTS == 0
         rows[is_test].append(np.frombuffer((root / path).read_bytes(), dtype=np.uint8))
     if not (rows[True] and rows[False]):
@@ -92,7 +92,7 @@ def read_stdlib() -> RawData:
 
 
 def _in_rows(texts: list[Array]) -> tuple[Array, Array]:
-    """Return rows of bytes and what follows each of them."""
+    """Return rows of bytes and, as labels, the byte after each of theirs."""
     text = np.concatenate(texts)
     text = text[: (len(text) - 1) // _ROW * _ROW + 1]
     return text[:-1].reshape(-1, _ROW), text[1:].reshape(-1, _ROW).astype(np.int64)
@@ -117,7 +117,7 @@ def read_npz(path: Path) -> RawData:
 
 
 def split_off_test(images: Array, labels: Array, class_names: tuple[str, ...], seed: int) -> RawData:
-    """Set 20 % of every class apart as the test set; callers keep the seed fixed, so that all runs share the test."""
+    """Use 20 % of every class as the test set; callers keep the seed fixed, so that all runs share the test set."""
     test = stratified_fraction(labels, 0.2, np.random.default_rng(seed))
     return RawData(images[~test], labels[~test], images[test], labels[test], class_names)
 

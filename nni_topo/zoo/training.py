@@ -185,7 +185,7 @@ class _Trainer:
             return [EpochLog(**log) for log in state["logs"]]
 
     def keep(self, path: Path, logs: list[EpochLog]) -> None:
-        """Write what lasts between epochs; the file appears whole or not at all."""
+        """Write the state between epochs, atomically."""
         state = {
             "format": _FORMAT,
             "kind": self.kind,

@@ -15,7 +15,7 @@ from nni_topo.maths.search.weights import HistoryRow, Individual, WeightGeneticA
 
 
 def save_state(algorithm: WeightGeneticAlgorithm, path: str | Path) -> None:
-    """Write generation, history and random generator; folders are made, the file appears whole or not at all."""
+    """Write generation, history and random generator; folders are made, and the file is written atomically."""
     path = Path(path)
     output_folder(path.parent)
     members = algorithm.current_generation
