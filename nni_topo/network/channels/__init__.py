@@ -4,10 +4,10 @@ from nni_topo.network.channels import reasons
 from nni_topo.network.channels.constraints import blocks_of, meeting, partial_ties
 from nni_topo.network.channels.dense_order import DenseOrder
 from nni_topo.network.channels.flow import ChannelFlow
-from nni_topo.network.channels.ids import Blocks, Layer
+from nni_topo.network.channels.ids import FIXED, Blocks, Layer, varies
 from nni_topo.network.channels.readers import followers, norms_behind, only_norm_behind, passes
 from nni_topo.network.channels.reasons import Reason, Reasons
-from nni_topo.network.channels.rules import FIXED, varies
+from nni_topo.network.channels.rules import has_property
 from nni_topo.network.channels.shuffle import Share, Shares, asked_of, chosen_of, shares, stays_in_place
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "blocks_of",
     "chosen_of",
     "followers",
+    "has_property",
     "meeting",
     "norms_behind",
     "only_norm_behind",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from nni_topo.network.channels.flow import ChannelFlow
-from nni_topo.network.channels.rules import FIXED
+from nni_topo.network.channels.ids import FIXED
 
 
 def meeting(owned: Mapping[str, set[int]]) -> list[list[str]]:

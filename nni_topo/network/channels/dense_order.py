@@ -11,8 +11,9 @@ from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nni_topo.network.channels.flow import ChannelFlow
-from nni_topo.network.channels.rules import INDEXED, MOVES, MOVING_MODULES, carry, compressed, given_shapes, varies
-from nni_topo.network.graph import plain_name, resized
+from nni_topo.network.channels.ids import carry, compressed, given_shapes, varies
+from nni_topo.network.channels.rules import module_rule, rule_of
+from nni_topo.network.graph import resized
 from nni_topo.network.runtime import tensors_of
 
 
@@ -91,7 +92,8 @@ class DenseOrder(torch.fx.Interpreter):
             return self._tried(node, args, kwargs, ascending)
         if node.op == "call_module":
             return self._through(node, labels[0], ascending) if labels else ascending
-        if plain_name(node) in MOVES and not (plain_name(node) in INDEXED and tensors_of((args[1:], kwargs))):
+        rule = rule_of(node)
+        if rule is not None and rule.moves and not (rule.by_index and tensors_of((args[1:], kwargs))):
             args = (args[0].contiguous(), *args[1:]) if isinstance(args[0], Tensor) else args
             return self._tried(node, args, kwargs, ascending)
         self._reorder_own(node)
@@ -119,7 +121,8 @@ class DenseOrder(torch.fx.Interpreter):
         if len(entering):
             dims = [d for d in range(1, labels.dim()) if varies(labels, d)] or [1]
             self.entering[name] = labels.transpose(0, dims[0]).flatten(1)[:, 0].numpy()
-        if isinstance(self.fetch_attr(name), MOVING_MODULES):
+        rule = module_rule(self.fetch_attr(name))
+        if rule is not None and rule.moves:
             return self._tried(node, (labels.contiguous(),), {}, ascending)
         if layer is None:
             return _carried([labels], ascending)

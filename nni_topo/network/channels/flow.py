@@ -6,7 +6,7 @@ Every output channel of every layer gets a number. The numbers travel through th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,10 @@ from torch.utils._pytree import tree_map
 
 from nni_topo.network.attention import Attention, attend
 from nni_topo.network.channels import reasons
-from nni_topo.network.channels.ids import Blocks, Layer
-from nni_topo.network.channels.picked_channels import counted_off, is_looked_at
+from nni_topo.network.channels.ids import FIXED, Blocks, Layer, fixed
 from nni_topo.network.channels.propagate import Numbering
-from nni_topo.network.channels.rules import FIXED, MEETS, MOVES, fixed
-from nni_topo.network.graph import IN_TRAINING, TRAINED_OUTPUT, counted, place, plain_name
+from nni_topo.network.channels.rules import FixedPlaces, has_property, is_looked_at, rule_of
+from nni_topo.network.graph import IN_TRAINING, TRAINED_OUTPUT, Written, counted, place, tensor_shape
 from nni_topo.network.layers import TRANSPOSED, Place
 from nni_topo.network.runtime import tensors_of
 
@@ -35,8 +34,7 @@ class ChannelFlow(Numbering):
             outputs = self.run(*tree_map(fixed, args))
         self.in_training = self._set_apart()
         written = counted(graph_module.graph, self.numbers)
-        for held, reason in counted_off(graph_module.graph, self.numbers, written.keys(), self.picks):
-            self._given.pin(held, reason)
+        self._keep_fixed_places(written.keys())
         self._before, self._roots, self._reasons = self._given.settled()
         # Channels at the model's output, which have to stay. FIXED ones stay anyway.
         arriving = [np.unique(labels.numpy()) for labels in tensors_of(outputs)]
@@ -75,6 +73,35 @@ class ChannelFlow(Numbering):
                 if self.heads.pop(name, None) is not None:
                     self._given.pin(self._entering[name], reasons.training_reader(name))
         return found
+
+    def _keep_fixed_places(self, following: Collection[Place]) -> None:
+        """Keep channels that a forward picks or counts by fixed numbers, as ``z[:, 1:4]`` or ``z.split(3, 1)``.
+
+        The numbers stay as they are in the dense model, so the channels that they count have to stay too: in front of
+        ``z[:, 4]`` there must be four channels, whichever these are; what comes behind may go. A number that the
+        forward takes from a shape, or from an attribute that counts channels, one of ``following``, follows the
+        channels and keeps none.
+        """
+
+        def is_fixed(value: Any) -> bool:
+            return isinstance(value, int) and not (isinstance(value, Written) and value.place in following)
+
+        for node in self.traced.graph.nodes:
+            rule, parent = rule_of(node), node.args[0] if node.args else node.kwargs.get("input")
+            if rule is None or rule.held is None or not isinstance(parent, torch.fx.Node):
+                continue
+            entering, shape = self.numbers.get(parent.name), tensor_shape(parent)
+            if not isinstance(entering, torch.Tensor) or shape is None:
+                continue
+            for dim, size in enumerate(shape):
+                # Where channels are spread over several dimensions, as heads are, no place in one is that of a channel.
+                if not entering.shape[dim] == entering.numel() == size > 1:
+                    continue
+                held = np.zeros(size, dtype=np.bool_)
+                for part in rule.held(FixedPlaces(node, dim, shape, is_fixed, self.picks)):
+                    held[part] = True
+                if held.any():
+                    self._given.pin(entering.flatten().numpy()[held], reasons.fixed_channels(node))
 
     def roots(self, numbers: np.ndarray) -> np.ndarray:
         """Look up representatives, int, shape (n,): one for channels that are tied, ``FIXED`` if they stay."""
@@ -152,9 +179,9 @@ class ChannelFlow(Numbering):
         found = [(self.roots(entering), name) for name, entering in self._entering.items() if len(entering)]
         for node in self.traced.graph.nodes:
             labels = self.numbers[node.name]
-            picks = plain_name(node) in ("getitem", "narrow", "select") and not is_looked_at(node)
+            picks = has_property(node, "picks") and not is_looked_at(node)
             # What moves, or meets others, may have no channels.
-            picks = picks and not all(plain_name(user) in MEETS | MOVES for user in node.users)
+            picks = picks and not all(has_property(user, "meets") or has_property(user, "moves") for user in node.users)
             if picks and isinstance(labels, torch.Tensor) and labels.numel():
                 found.append((np.unique(self.roots(labels.numpy())), place(node)))
         return found

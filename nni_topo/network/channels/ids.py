@@ -1,16 +1,26 @@
-"""What channels belong to, and numbers given out to them: tied where channels go together, pinned where they stay."""
+"""Channel ids: one for each channel of each layer, tied where channels go together, pinned where they stay.
+
+In place of a tensor's values its ids travel through the graph: a tensor of the same shape, int64, that says of each
+entry which channel it belongs to.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+import torch
+import torch.fx
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils._pytree import tree_map
 
 from nni_topo.network.channels.reasons import Reason
-from nni_topo.network.channels.rules import FIXED
+
+FIXED = 0  # the id of all channels that have to stay; the first layer's start at 1
 
 
 @dataclasses.dataclass
@@ -42,12 +52,24 @@ class Blocks:
     is_uneven: bool = False  # of shuffled layers, whose pieces can't be of one size each
 
 
-class Numbers:
-    """The numbers of a network's channels, and which of them are tied; ``FIXED`` stands for all that stay."""
+class ChannelIds:
+    """The ids of a network's channels, and what is known of them: which are tied, pinned, or lost equally often.
+
+    ``FIXED`` stands for all that stay.
+    """
 
     def __init__(self) -> None:
         self.count = FIXED + 1
         self.reason: Reason  # why numbers would stay that are tied to FIXED now; set before any are
+        self.layers: dict[str, Layer] = {}  # in the order they are called
+        self.own: dict[str, Own] = {}  # by name; these go with the channels that they meet, and have no say
+        self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
+        self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
+        self.chunks = False  # whether channels are cut into equal pieces
+        self.summed = set[str]()  # nodes that add up over channels: what is removed has to arrive as zeros
+        self.guessed = set[str]()  # nodes without a rule that are taken to work place by place
+        self.by_node: dict[str, Any] = {}  # what each node puts out: int64, of length 1 where nothing differs
+        self.picks: dict[str, torch.Tensor] = {}  # by node, the places that a constant of the forward's picks
         self._pairs = [np.zeros((0, 2), dtype=np.int64)]
         self._pins: list[tuple[np.ndarray, Reason]] = []
         self._columns: list[tuple[np.ndarray, Reason]] = []
@@ -73,6 +95,24 @@ class Numbers:
             self.pin(pairs[stay].max(1), self.reason)
         self._pairs.append(pairs[~stay])
 
+    def couple(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        """Tie the ids of tensors that meet entry by entry; both are broadcast."""
+        one, other = torch.broadcast_tensors(one, other)
+        # Along a dimension in which neither differs (batch, pixels) one place says all, and few pairs are left to sort.
+        for d in range(one.dim()):
+            if not (one.shape[d] == 0 or varies(one, d) or varies(other, d)):
+                one, other = one.narrow(d, 0, 1), other.narrow(d, 0, 1)
+        self.tie(*np.divmod(np.unique((one * self.count + other).numpy()), self.count))
+
+    def per_channel(self, labels: torch.Tensor, dim: int) -> np.ndarray:
+        """Reduce ids to one a channel; those that share a channel are tied."""
+        rows = labels.transpose(0, dim)
+        # The usual case, all places of a channel alike, is one comparison; ties are looked for only where it fails.
+        first = rows[(slice(None),) + (slice(0, 1),) * (rows.dim() - 1)]
+        if not torch.equal(first.expand(rows.shape), rows):
+            self.couple(first, rows)
+        return first.reshape(-1).numpy()
+
     def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, Reason]]:
         """Look up representatives, int, (count,), before and after pinning; and, by those before, why they are pinned.
 
@@ -91,14 +131,77 @@ class Numbers:
         return before, np.where(np.isin(before, list(reasons)), FIXED, before), reasons
 
 
-def by_layer(pieces: list[np.ndarray], made: Sequence[Layer | Own], is_shuffled: bool) -> list[list[np.ndarray]]:
-    """Take what each layer gives to pieces for itself where layers were shuffled."""
-    if not is_shuffled:
-        return [pieces]
-    # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
-    firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
-    owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
-    return [
-        [piece[owner == each] for piece, owner in zip(pieces, owners, strict=True)]
-        for each in np.unique(np.concatenate(owners))
-    ]
+def fixed(leaf: Any) -> Any:
+    """Label a tensor from outside ``FIXED``: its channels can't be removed; any other leaf comes back as it is."""
+    # On the CPU, as all labels are, wherever the model lies.
+    return staying(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def staying(shape: tuple[int, ...]) -> torch.Tensor:
+    """Label all of a tensor ``FIXED``."""
+    return torch.tensor(FIXED).expand(shape)
+
+
+def compressed(leaf: Any) -> Any:
+    """Keep of labels one entry of every dimension along which they don't differ; any other leaf comes back as it is."""
+    if isinstance(leaf, torch.Tensor):
+        for d in range(leaf.dim()):
+            leaf = leaf if leaf.shape[d] == 0 or varies(leaf, d) else leaf.narrow(d, 0, 1)
+        return leaf.clone()
+    return leaf
+
+
+def given_shapes(node: torch.fx.Node) -> Any:
+    """Label all that a node puts out ``FIXED``, in the output's containers; None in place of what is no tensor."""
+    metas = node.meta.get("tensor_meta")
+    return tree_map(
+        lambda meta: staying(tuple(meta.shape)) if isinstance(meta, TensorMetadata) else None,
+        metas,
+        is_leaf=lambda meta: isinstance(meta, TensorMetadata),
+    )
+
+
+def varies(labels: torch.Tensor, dim: int) -> bool:
+    """Tell whether labels, int64, differ along a dimension."""
+    # A stride of 0 is one entry seen many times: nothing to compare.
+    some = labels.shape[dim] > 1 and labels.stride(dim) != 0
+    return some and not torch.equal(labels.narrow(dim, 0, 1).expand(labels.shape), labels)
+
+
+def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Carry labels (batch, channels, ...) to a shape with the channels where they were; None if that can't be told."""
+    # What keeps its shape (an activation, a norm) works place by place, as far as shapes can tell.
+    if tuple(labels.shape) == shape:
+        return labels
+    alike = min(labels.dim(), len(shape)) > 1 and tuple(labels.shape[:2]) == shape[:2]
+    # Where the places of a channel have numbers that differ, a place of the output could have any of them.
+    if not alike or any(varies(labels, d) for d in range(2, labels.dim())):
+        return None
+    # Any place will do, all being alike; expanded again, so that strides of 0 still say that nothing differs.
+    channels = labels[(slice(None), slice(None)) + (0,) * (labels.dim() - 2)]
+    return channels.view(shape[:2] + (1,) * (len(shape) - 2)).expand(shape)
+
+
+def carry_reduced(labels: torch.Tensor, shape: tuple[int, ...], dims: Iterable[int]) -> torch.Tensor | None:
+    """Carry labels through a reduction along dimensions, counted from 0; None if that can't be told.
+
+    They are ``FIXED`` where all channels go into one number, which is made anew in the dense model too.
+    """
+    gone = set(dims)
+    places = [d for d in range(labels.dim()) if varies(labels, d)]
+    if set(places) <= gone:
+        return staying(shape)
+    if gone & set(places):
+        return None
+    for d in gone:
+        labels = labels.narrow(d, 0, 1)
+    left = labels if len(shape) == labels.dim() else labels.squeeze(tuple(gone))
+    return left.expand(shape) if left.dim() == len(shape) else None
+
+
+def meet_alike(labels: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
+    """Tell whether tensors can meet place by place to give one of a shape."""
+    try:
+        return tuple(torch.broadcast_shapes(*(each.shape for each in labels))) == shape
+    except RuntimeError:
+        return False

@@ -1,149 +1,698 @@
-"""Numbers that stand for channels, and how single operations carry them from tensor to tensor."""
+"""The table of operators: what each does with channels.
+
+One function says for an operator, or for a few alike, where the channel ids of its inputs go, which of them it couples
+and which it keeps. `rule` enters it under the operators' names, or under the classes of modules without parameters. A
+name has one rule, so the order of the functions here means nothing. What else the package has to know of an operator
+(does it move entries, does it take fewer places than there are) stands in the same entry, as a property of
+`OperatorRule`; nobody else decides by an operator's name.
+
+Rules propose only: a dry run checks what they say of every operation of a model. An operator without a rule is taken
+to work place by place.
+
+A removed channel is zero in the masked network and missing in the dense one. A sum or a length is the same with and
+without it. A mean counts it, a maximum may be it, a softmax gives it a share, a sort puts others in its place: where
+such an operation goes along channels, all of them have to stay. What an operation does decides, not what came out for
+some numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.fx
 from torch import Tensor, nn
-from torch.fx.passes.shape_prop import TensorMetadata
-from torch.utils._pytree import tree_map
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
 
-from nni_topo.network.graph import plain_name
-from nni_topo.network.layers import AlongChannels
+from nni_topo.network.channels import reasons
+from nni_topo.network.channels.ids import (
+    FIXED,
+    Blocks,
+    ChannelIds,
+    Layer,
+    Own,
+    carry,
+    carry_reduced,
+    compressed,
+    given_shapes,
+    meet_alike,
+    staying,
+    varies,
+)
+from nni_topo.network.graph import plain_name, tensor_shape
+from nni_topo.network.runtime import tensors_of
 
-FIXED = 0  # the root of all channels that have to stay; the first layer starts at 1
-
-# These are run on the numbers themselves, which shows where each channel goes.
-MOVING_MODULES = (
-    torch.nn.Flatten, torch.nn.Unflatten, torch.nn.PixelShuffle, torch.nn.PixelUnshuffle, torch.nn.ChannelShuffle,
-)  # fmt: skip
-MOVES = frozenset((
-    "cat", "concat", "concatenate", "column_stack", "dstack", "hstack", "vstack", "row_stack", "stack", "chunk",
-    "split", "tensor_split", "split_with_sizes", "unbind", "flatten", "unflatten", "reshape", "reshape_as", "view",
-    "view_as", "permute", "transpose", "swapaxes", "t", "movedim", "moveaxis", "squeeze", "unsqueeze", "expand",
-    "expand_as", "repeat", "repeat_interleave", "tile", "narrow", "select", "getitem", "index_select", "flip", "roll",
-    "contiguous", "clone", "detach", "getattr", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
-))  # fmt: skip
-# Of these the index may be a computed tensor, in whose place only numbers of channels are at hand.
-INDEXED = frozenset(["getitem", "index_select", "gather", "take", "take_along_dim"])
-# Here channels meet place by place, and a channel that is gone on one side is missed by the other: they are tied.
-MEETS = frozenset((
-    "add", "iadd", "radd", "sub", "isub", "subtract", "mul", "imul", "multiply", "div", "truediv", "itruediv",
-    "divide", "true_divide", "floordiv", "floor_divide", "pow", "maximum", "minimum", "fmax", "fmin", "max", "min",
-    "where", "lerp", "addcmul", "addcdiv", "and", "or", "xor", "logical_and", "logical_or", "logical_xor", "eq", "ne",
-    "lt", "le", "gt", "ge", "mod", "remainder", "fmod",
-))  # fmt: skip
-_OF_ONE_VALUE = frozenset(f"{new}{name}" for name in ("zeros", "ones", "empty", "full") for new in ("", "new_"))
+Modules = Callable[[str], Any]
+"""Looks up a module of a traced model by name."""
+# What an operation raises that can't be run on channel ids, or has no such argument.
+_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 
 
-def fixed(leaf: Any) -> Any:
-    """Label a tensor from outside ``FIXED``: its channels can't be removed; any other leaf comes back as it is."""
-    # On the CPU, as all labels are, wherever the model lies.
-    return staying(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
+class Operation:
+    """One call of an operator, as its rule sees it: channel ids in place of tensors.
 
-
-def staying(shape: tuple[int, ...]) -> torch.Tensor:
-    """Label all of a tensor ``FIXED``."""
-    return torch.tensor(FIXED).expand(shape)
-
-
-def made(node: torch.fx.Node, shape: tuple[int, ...], numbers: dict[str, Any]) -> torch.Tensor:
-    """Label what is made of no traced tensor, given the labels of the nodes before.
-
-    It is a constant, of which all stays, and so do the channels that meet it; but of one value, as large as a tensor
-    along a dimension, there is as much as that has left.
+    Attributes
+    ----------
+    node : torch.fx.Node
+        The call in the graph.
+    args, kwargs : tuple, dict
+        What it gets, with a tensor of channel ids, int64 and of the same shape, in place of each tensor.
+    ids : list of torch.Tensor
+        The tensors among these, in their order.
+    shape : tuple of int or None
+        Shape of its output; None if that isn't one tensor.
+    module : torch.nn.Module or None
+        The module that it calls, if it calls one.
+    channels : ChannelIds
+        All ids of the model, to couple them or to keep them.
     """
-    args = node.args[is_like(node) :]
-    # As ``torch.zeros(2, 3)`` and ``torch.full((2, 3), value)``.
-    sizes: Any = args[0] if args and isinstance(args[0], (tuple, list)) else args
-    for d, size in enumerate(sizes if plain_name(node) in _OF_ONE_VALUE and len(sizes) >= len(shape) else ()):
-        if isinstance(size, torch.fx.Node) and plain_name(size) == "size" and len(size.args) == 2:
-            tensor, at = size.args
-            labels = numbers.get(tensor.name) if isinstance(tensor, torch.fx.Node) else None
-            if isinstance(labels, torch.Tensor) and isinstance(at, int) and labels.numel() == labels.shape[at] > 1:
-                return labels.view([-1 if each == d else 1 for each in range(len(shape))]).expand(shape)
-    return staying(shape)
+
+    def __init__(self, node: Node, values: dict[Node, Any], channels: ChannelIds, modules: Modules) -> None:
+        self.node, self.channels, self.modules = node, channels, modules
+        self._values = values
+        self.args: tuple[Any, ...]
+        self.kwargs: dict[str, Any]
+        self.args, self.kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        self.ids: list[Tensor] = tensors_of((self.args, self.kwargs))
+        self.shape = tensor_shape(node)
+        self.module: Any = modules(str(node.target)) if node.op == "call_module" else None
+
+    def argument(self, at: int, *names: str, default: Any = None) -> Any:
+        """Look up an argument by one of its names, else by its place, the first tensor's being 0."""
+        for name in names:
+            if name in self.kwargs:
+                return self.kwargs[name]
+        return self.args[at] if len(self.args) > at else default
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operator itself."""
+        if self.module is not None:
+            return self.module(*args, **kwargs)
+        if self.node.op == "call_method":
+            return getattr(args[0], str(self.node.target))(*args[1:], **kwargs)
+        return self.node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def with_picks(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with known indices as they are: their values say places, and those are of ids too."""
+        values = dict(self._values)
+        for node in self.node.all_input_nodes[1:]:
+            if node.name in self.channels.picks:
+                values[node] = self.channels.picks[node.name]
+        args, kwargs = map_arg((self.node.args, self.node.kwargs), values.__getitem__)
+        return args, kwargs
+
+    def couple(self, one: Tensor, other: Tensor) -> None:
+        """Let channels go or stay together, entry by entry; both are broadcast."""
+        self.channels.couple(one, other)
+
+    def keep(self, ids: Tensor, reason: reasons.Reason | None = None) -> None:
+        """Let channels stay."""
+        self.channels.pin(np.unique(compressed(ids)), reason or reasons.no_rule(self.node))
+
+    # What follows returns the ids of the output.
+
+    def all_kept(self, ids: list[Tensor] | None = None, reason: reasons.Reason | None = None) -> Any:
+        """Keep all channels that enter, and so all that leave."""
+        found = given_shapes(self.node)
+        # What gives no tensor (a size, an assertion) is no reader of channels, unless it writes into one.
+        if tensors_of(found) or plain_name(self.node) == "setitem":
+            for each in self.ids if ids is None else ids:
+                self.keep(each, reason)
+        return found
+
+    def computed(self) -> Any:
+        """Compute what isn't a tensor: a size, say."""
+        return self.run_on_ids()
+
+    def run_on_ids(self, args: tuple[Any, ...] | None = None) -> Any:
+        """Run data movement on the ids themselves, which shows where each channel goes; None where that fails.
+
+        ``args``: what to run it on instead.
+        """
+        try:
+            return self.run(self.args if args is None else args, self.kwargs)
+        except _FAILURES:
+            return None
+
+    def moved(self, args: tuple[Any, ...] | None = None, ids: list[Tensor] | None = None) -> Any:
+        """Run data movement on the ids themselves; where that fails, all stay, or those of ``ids``."""
+        moved = self.run_on_ids(args)
+        return self.all_kept(ids) if moved is None else moved
+
+    def carried(self, ids: list[Tensor], carry: Callable[[Tensor, tuple[int, ...]], Tensor | None]) -> Any:
+        """Carry the ids of one tensor to each shape that is put out; where that can't be told, all stay."""
+        found = given_shapes(self.node)
+        leaves: list[Tensor] = []
+        for each in tensors_of(found):
+            leaf = carry(ids[0], tuple(each.shape)) if len(ids) == 1 else None
+            if leaf is None:
+                return self.all_kept(ids)
+            leaves.append(leaf)
+        rest = iter(leaves)
+        return tree_map_only(Tensor, lambda _: next(rest), found)
+
+    def passed(self, ids: list[Tensor] | None = None) -> Any:
+        """Leave channels where they are, as far as shapes show that: the usual case."""
+        return self.carried(self.ids if ids is None else ids, carry)
+
+    def met(self, ids: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Couple what meets place by place; an operand that is broadcast along the channels is coupled with nothing."""
+        full = [each.view((1,) * (len(shape) - each.dim()) + tuple(each.shape)) for each in ids]
+        # Which dimension holds the channels isn't known; it is one along which ids differ.
+        varying = {d for each in full for d in range(1, len(shape)) if varies(each, d)}
+        coupled = [each for each in full if all(each.shape[d] == shape[d] for d in varying)]
+        for other in coupled[1:]:
+            self.couple(coupled[0], other)
+        return (coupled or full)[0].expand(shape)
+
+    def by_place(self, ids: list[Tensor] | None = None, *, known: bool, meets: bool = False) -> Any:
+        """Take the operator to work place by place.
+
+        ``known``: that it does, else the dry run looks closer. ``meets``: that several tensors meet, else those that
+        could are taken to unless one is a parameter of the model's own, as a functional layer has that nobody cuts.
+        """
+        ids = self.ids if ids is None else ids
+        if self.shape is None:
+            self.channels.guessed.add(self.node.name)
+            return self.passed(ids)
+        if not known:
+            self.channels.guessed.add(self.node.name)
+        own = any(node.op == "get_attr" for node in self.node.all_input_nodes)
+        if len(ids) > 1 and (meets or not own) and meet_alike(ids, self.shape):
+            return self.met(ids, self.shape)
+        return self.passed(ids)
+
+    def along(self, dims: tuple[int, ...], *, adds: bool = False, reduces: bool = False) -> Any:
+        """Let the operator work along dimensions, from 0: of those it needs all places, unless it only adds them up.
+
+        ``adds``: zeros make no difference to what it gives at other places. ``reduces``: the dimensions are gone behind
+        it, or of length 1.
+        """
+        first = self.ids[0]
+        held = [d for d in dims if varies(first, d)]
+        if held and adds:
+            self.channels.summed.add(self.node.name)
+        elif held:
+            entries = compressed(first).movedim(held, list(range(len(held))))
+            rows = entries.flatten(0, len(held) - 1).flatten(1) if entries.dim() > len(held) else entries.reshape(-1, 1)
+            # Places of a dimension that can only go together leave none behind for which their absence counts.
+            self.channels.pin_unless_tied(rows.numpy(), reasons.result_depends(self.node))
+        if len(self.ids) > 1:
+            is_alike = self.shape is not None and meet_alike(self.ids, self.shape)
+            return self.met(self.ids, self.shape or ()) if is_alike else self.passed()
+        if not reduces:
+            return self.passed()
+        return self.carried(self.ids, lambda ids, shape: carry_reduced(ids, shape, dims))
 
 
-def is_like(node: torch.fx.Node) -> bool:
-    """Tell whether a node makes a tensor of the type of another one, of which it takes no more (``x.new_zeros``)."""
-    return plain_name(node) in _OF_ONE_VALUE and plain_name(node).startswith("new_")
+@dataclasses.dataclass(frozen=True)
+class FixedPlaces:
+    """A call on a tensor whose channels lie along one dimension, asked for the places that its fixed numbers count."""
+
+    node: Node
+    dim: int
+    shape: tuple[int, ...]  # of the tensor
+    is_fixed: Callable[[Any], bool]  # whether a number stays as it is in the dense model
+    picks: dict[str, Tensor]  # by node, constant tensors of the forward's
+
+    @property
+    def size(self) -> int:
+        """How many channels there are."""
+        return self.shape[self.dim]
+
+    def argument(self, at: int, *names: str) -> Any:
+        """Look up an argument of the call by name, else by its place."""
+        for name in names:
+            if name in self.node.kwargs:
+                return self.node.kwargs[name]
+        return self.node.args[at] if len(self.node.args) > at else None
+
+    def is_along(self, at: int) -> bool:
+        """Tell whether the dimension that the call works along, its argument at a place, is that of the channels."""
+        dim: Any = self.argument(at, "dim")
+        return bool((dim or 0) % len(self.shape) == self.dim)
 
 
-def put_by_row(node: torch.fx.Node, labels: list[torch.Tensor]) -> list[torch.Tensor] | None:
-    """Return labels of one row each of a tensor and of those that are put into its rows; None for any other node."""
-    dim = node.args[1] if len(node.args) == 4 else None
-    if plain_name(node) not in ("index_add", "index_copy") or not isinstance(dim, int) or len(labels) != 3:
+@dataclasses.dataclass(frozen=True)
+class Dims:
+    """Where an operator finds the dimensions that it works along, and what it does there."""
+
+    at: int | None  # the argument's place, the tensor's being 0; None: by name alone
+    default: int | tuple[int, ...] | Callable[[int], int] | None  # where none are given; None: all
+    adds: bool = False  # zeros make no difference
+    largest: bool = False  # they make none where no value is negative
+    reduces: bool = False  # the dimensions are gone behind it, or of length 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorRule:
+    """What the package knows of an operator."""
+
+    apply: Callable[[Operation], Any]  # the channel ids of its output
+    moves: bool = False  # its output's entries are entries of its inputs, so that it can be run on ids
+    by_index: bool = False  # which ones may be said by a tensor, in whose place ids would pick at random
+    meets: bool = False  # several tensors meet place by place
+    picks: bool = False  # it takes some places of a dimension
+    picks_one: bool = False  # it may take one place alone
+    writes: bool = False  # it writes into a tensor
+    reads_sizes: bool = False  # it takes no more than size and type of a tensor
+    one_value: bool = False  # it makes a tensor of one value, given its sizes
+    is_like: bool = False  # the first argument is a tensor, of which such a tensor has the type
+    is_unset: bool = False  # it gives whatever lies in memory
+    never_negative: bool = False  # whatever it gets
+    keeps_sign: bool = False  # it gives nothing negative where it gets nothing negative
+    dims: Dims | None = None  # of what works along dimensions
+    held: Callable[[FixedPlaces], list[slice]] | None = None  # places that stay since fixed numbers count them
+
+
+_TABLE: dict[Any, OperatorRule] = {}  # by name, by class of a module, or by function of somebody's own
+
+
+def rule(
+    *operators: str | type[nn.Module], **properties: Any
+) -> Callable[[Callable[[Operation], Any]], Callable[[Operation], Any]]:
+    """Enter a function as the rule of operators: names as of `operation_name`, or classes of modules."""
+
+    def enter(apply: Callable[[Operation], Any]) -> Callable[[Operation], Any]:
+        for each in operators:
+            if each in _TABLE:
+                raise ValueError(f"an operator has one rule, got a second one ({each})")
+            _TABLE[each] = OperatorRule(apply, **properties)
+        return apply
+
+    return enter
+
+
+def operation_name(node: Node) -> str:
+    """Name a function or method as the table does."""
+    return plain_name(node).removeprefix("special_")
+
+
+def rule_of(node: Node) -> OperatorRule | None:
+    """Look up the rule of a function or method that a node calls; None without one."""
+    if node.op not in ("call_function", "call_method"):
         return None
-    rows = labels[0], labels[2]
-    return None if any(varies(each, dim) for each in rows) else [each.narrow(dim, 0, 1) for each in rows]
+    return _TABLE.get(operation_name(node))
 
 
-def compressed(leaf: Any) -> Any:
-    """Keep of labels one entry of every dimension along which they don't differ; any other leaf comes back as it is."""
-    if isinstance(leaf, torch.Tensor):
-        for d in range(leaf.dim()):
-            leaf = leaf if leaf.shape[d] == 0 or varies(leaf, d) else leaf.narrow(d, 0, 1)
-        return leaf.clone()
-    return leaf
+def module_rule(module: nn.Module) -> OperatorRule | None:
+    """Look up the rule of a module, that of the nearest class it is derived from; None without one."""
+    for kind in type(module).__mro__:
+        if kind in _TABLE:
+            return _TABLE[kind]
+    return None
 
 
-def given_shapes(node: torch.fx.Node) -> Any:
-    """Label all that a node puts out ``FIXED``, in the output's containers; None in place of what is no tensor."""
-    metas = node.meta.get("tensor_meta")
-    return tree_map(
-        lambda meta: staying(tuple(meta.shape)) if isinstance(meta, TensorMetadata) else None,
-        metas,
-        is_leaf=lambda meta: isinstance(meta, TensorMetadata),
-    )
+def has_property(node: Node, what: str) -> bool:
+    """Tell whether the rule of a function or method that a node calls has a property."""
+    found = rule_of(node)
+    return found is not None and bool(getattr(found, what))
 
 
-def merges(node: torch.fx.Node, labels: list[torch.Tensor]) -> bool:
-    """Tell whether a node is torchvision's function, into which no tracer goes, that puts four neighbours together."""
-    return plain_name(node) == "patch_merging_pad" and not any(varies(labels[0], d) for d in (-3, -2))
+# Data movement.
 
 
-def merge(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Put the channels of four neighbours next to one another, in a tensor of this shape."""
-    return torch.cat([labels[..., :1, :1, :].expand(*shape[:-1], -1)] * 4, -1)
+@rule(
+    "column_stack", "dstack", "hstack", "vstack", "row_stack", "reshape_as", "swapaxes", "t", "moveaxis", "repeat",
+    "repeat_interleave", "tile", "flip", "detach", "getattr", "pixel_shuffle", "pixel_unshuffle", nn.Unflatten,
+    moves=True,
+)  # fmt: skip
+@rule(
+    "flatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand", "expand_as", "contiguous", "clone",
+    "channel_shuffle", nn.Flatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, moves=True, keeps_sign=True,
+)  # fmt: skip
+def _moves(op: Operation) -> Any:
+    return op.moved()
 
 
-def varies(labels: torch.Tensor, dim: int) -> bool:
-    """Tell whether labels, int64, differ along a dimension."""
-    # A stride of 0 is one entry seen many times: nothing to compare.
-    some = labels.shape[dim] > 1 and labels.stride(dim) != 0
-    return some and not torch.equal(labels.narrow(dim, 0, 1).expand(labels.shape), labels)
+@rule("cat", "concat", "concatenate", moves=True, keeps_sign=True)
+def _concatenated(op: Operation) -> Any:
+    return _joined(op, op.ids, op.argument(1, "dim", default=0))
 
 
-def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """Carry labels (batch, channels, ...) to a shape with the channels where they were; None if that can't be told."""
-    # What keeps its shape (an activation, a norm) works place by place, as far as shapes can tell.
-    if tuple(labels.shape) == shape:
-        return labels
-    alike = min(labels.dim(), len(shape)) > 1 and tuple(labels.shape[:2]) == shape[:2]
-    # Where the places of a channel have numbers that differ, a place of the output could have any of them.
-    if not alike or any(varies(labels, d) for d in range(2, labels.dim())):
-        return None
-    # Any place will do, all being alike; expanded again, so that strides of 0 still say that nothing differs.
-    channels = labels[(slice(None), slice(None)) + (0,) * (labels.dim() - 2)]
-    return channels.view(shape[:2] + (1,) * (len(shape) - 2)).expand(shape)
+@rule("stack", moves=True, keeps_sign=True)
+def _stacked(op: Operation) -> Any:
+    dim = op.argument(1, "dim", default=0)
+    return _joined(op, [each.unsqueeze(dim) for each in op.ids], dim)
 
 
-def carry_picked(node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> torch.Tensor | None:
+def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
+    """Couple what is joined along another dimension than that of the channels."""
+    moved = op.run_on_ids()
+    if moved is None:
+        return op.all_kept()
+    slices = []
+    for part in parts:
+        if part.shape[dim]:  # of a part all channels may be gone
+            # A slice in which ids still differ has its channels in another dimension, where they meet those of others.
+            first = part.narrow(dim, 0, 1)
+            if not any(varies(first, d) for d in range(1, first.dim())):
+                return moved
+            slices.append(first)
+    for other in slices[1:]:
+        op.couple(slices[0], other)
+    # One id for what is coupled, so that only channels differ in what follows.
+    return torch.from_numpy(op.channels.settled()[1])[moved]
+
+
+@rule("view_as", moves=True)
+def _viewed_as(op: Operation) -> Any:
+    return op.moved((op.args[0].contiguous(), *op.args[1:]))
+
+
+@rule("view", moves=True, keeps_sign=True)
+def _viewed(op: Operation) -> Any:
+    # Ids are expanded, and of such a tensor no view can be taken.
+    moved = op.run_on_ids((op.args[0].contiguous(), *op.args[1:]))
+    return op.all_kept() if moved is None else _taken_apart(op, moved, _given_sizes(op))
+
+
+@rule("reshape", moves=True, keeps_sign=True)
+def _reshaped(op: Operation) -> Any:
+    moved = op.run_on_ids()
+    return op.all_kept() if moved is None else _taken_apart(op, moved, _given_sizes(op))
+
+
+@rule("unflatten", moves=True, keeps_sign=True)
+def _unflattened(op: Operation) -> Any:
+    moved = op.run_on_ids()
+    if moved is None:
+        return op.all_kept()
+    given: Any = op.node.kwargs.get("sizes", op.node.args[-1])
+    # A slice of a shape is a node of its own, whose sizes follow those of a tensor.
+    parts = given if isinstance(given, (tuple, list)) else [given] * (moved.dim() - op.ids[0].dim() + 1)
+    sizes = (*[None] * (_varying(moved) or [0])[0], *parts)
+    return _taken_apart(op, moved, sizes)
+
+
+def _given_sizes(op: Operation) -> Any:
+    """Return the sizes that a view is asked for, as the graph has them: what follows a tensor's shape is a node."""
+    sizes: Any = op.node.args[1:] or op.node.kwargs.get("shape", op.node.kwargs.get("size", ()))
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+
+
+def _varying(ids: Tensor) -> list[int]:
+    """List the dimensions along which ids differ."""
+    return [d for d in range(ids.dim()) if varies(ids, d)]
+
+
+def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
+    """Say what a view asks of channels that it takes apart into rows: so many rows, or rows of such a length."""
+    if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
+        return moved
+    places = _varying(moved)
+    if len(places) != 2 or len(sizes) <= places[1]:
+        return moved
+    count_is_fixed, length_is_fixed = (isinstance(sizes[d], int) and sizes[d] != -1 for d in places)
+    rows = moved.movedim(places, (0, 1)).flatten(2)[:, :, 0].numpy()
+    if count_is_fixed and not length_is_fixed:
+        op.channels.blocks.append(Blocks([list(rows)], may_vanish=False, moves=True))
+        op.channels.reorders = True
+    elif length_is_fixed and not count_is_fixed:
+        op.channels.tie(rows[:, :1], rows)
+    return moved
+
+
+@rule("patch_merging_pad")
+def _merged(op: Operation) -> Any:
+    """Put the channels of four neighbours next to one another: a function of torchvision's that isn't traced into."""
+    first = op.ids[0]
+    if op.shape is None or any(varies(first, d) for d in (-3, -2)):
+        return op.by_place(known=False)
+    return torch.cat([first[..., :1, :1, :].expand(*op.shape[:-1], -1)] * 4, -1)
+
+
+# What takes some places of a dimension. A fixed number keeps the channels that it counts: see `FixedPlaces`.
+
+
+def _held_by_unbind(given: FixedPlaces) -> list[slice]:
+    return [slice(None)] if given.is_along(1) else []
+
+
+@rule("unbind", moves=True, held=_held_by_unbind)
+def _unbound(op: Operation) -> Any:
+    return op.moved()
+
+
+def _held_by_split(given: FixedPlaces) -> list[slice]:
+    if not given.is_along(2):
+        return []
+    sizes = given.argument(1, "split_size_or_sections", "split_size", "split_sizes")
+    if given.is_fixed(sizes):
+        # All pieces but the last are whole, and there are as many.
+        return [slice((given.size - 1) // max(int(sizes), 1) * int(sizes) + 1)]
+    held, start = [], 0
+    for each in sizes if isinstance(sizes, Sequence) else ():
+        if not isinstance(each, int):
+            return [slice(None)]
+        if given.is_fixed(each):
+            held.append(slice(start, start + each))
+        start += each
+    return held
+
+
+@rule("split", moves=True, keeps_sign=True, held=_held_by_split)
+@rule("split_with_sizes", moves=True, held=_held_by_split)
+def _split(op: Operation) -> Any:
+    return op.moved()
+
+
+def _held_by_parts(given: FixedPlaces) -> list[slice]:
+    if not given.is_along(2):
+        return []
+    parts = given.argument(1, "chunks", "indices_or_sections", "indices", "sections")
+    if isinstance(parts, Sequence):
+        held = []
+        for end in parts:
+            if given.is_fixed(end):
+                held += _boundary(end, given.size)
+        return held
+    # Of parts of one size `Blocks` says that they lose equally many.
+    return [slice(None)] if given.is_fixed(parts) and given.size % max(int(parts), 1) else []
+
+
+@rule("tensor_split", moves=True, held=_held_by_parts)
+def _split_evenly(op: Operation) -> Any:
+    return op.moved()
+
+
+@rule("chunk", moves=True, keeps_sign=True, held=_held_by_parts)
+def _chunked(op: Operation) -> Any:
+    pieces = op.run_on_ids()
+    if pieces is None:
+        return op.all_kept()
+    # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
+    if pieces[0].dim() > 1 and len({piece.shape for piece in pieces}) == 1:
+        channels = op.channels
+        held = [d for d in range(1, pieces[0].dim()) if any(varies(piece, d) for piece in pieces)]
+        rows = [channels.per_channel(piece, held[0] if len(held) == 1 else 1) for piece in pieces]
+        sides, channels.chunks = _by_layer(rows, channels), True
+        uneven = channels.reorders and any(len({len(block) for block in side}) > 1 for side in sides)
+        channels.blocks.append(Blocks([rows] if uneven else sides, may_vanish=False, moves=True, is_uneven=uneven))
+    return pieces
+
+
+def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.ndarray]]:
+    """Take what each layer gives to pieces for itself where layers were shuffled."""
+    if not channels.reorders:
+        return [pieces]
+    # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
+    made: list[Layer | Own] = [*channels.layers.values(), *channels.own.values()]
+    firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
+    owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
+    of_layers = np.unique(np.concatenate(owners))
+    return [[piece[each == layer] for piece, each in zip(pieces, owners, strict=True)] for layer in of_layers]
+
+
+def _held_by_narrow(given: FixedPlaces) -> list[slice]:
+    if not given.is_along(1):
+        return []
+    start, length = given.argument(2, "start"), given.argument(3, "length")
+    if given.is_fixed(start) and given.is_fixed(length):
+        # It asks for all of its channels, also where it ends at the last one.
+        return [slice(start + length)] if start >= 0 else [slice(None)]
+    return _boundary(start, given.size) if given.is_fixed(start) else []
+
+
+@rule("narrow", moves=True, picks=True, held=_held_by_narrow)
+def _narrowed(op: Operation) -> Any:
+    return op.moved()
+
+
+def _held_by_select(given: FixedPlaces) -> list[slice]:
+    at = given.argument(2, "index")
+    return _place_held(given.node, at) if given.is_along(1) and given.is_fixed(at) else []
+
+
+@rule("select", moves=True, picks=True, picks_one=True, held=_held_by_select)
+def _selected(op: Operation) -> Any:
+    return op.moved()
+
+
+def _held_by_roll(given: FixedPlaces) -> list[slice]:
+    shifts, dims = given.argument(1, "shifts"), given.argument(2, "dims")
+    if dims is None or (isinstance(dims, Sequence) and not dims):
+        return [slice(None)]  # of all entries, one after the other
+    shifts, dims = (each if isinstance(each, Sequence) else [each] for each in (shifts, dims))
+    held = []
+    for shift, each in zip(shifts, dims, strict=False):
+        if each % len(given.shape) == given.dim and given.is_fixed(shift) and shift:
+            # The last ones come in front, or the first ones behind.
+            held.append(slice(-shift, None) if shift > 0 else slice(-shift))
+    return held
+
+
+@rule("roll", moves=True, held=_held_by_roll)
+def _rolled(op: Operation) -> Any:
+    return op.moved()
+
+
+def _held_by_index(given: FixedPlaces) -> list[slice]:
+    index: Any = given.node.args[1]
+    parts = list(index) if isinstance(index, tuple) else [index]
+    taken = [_dimensions(part) for part in parts]
+    missing = len(given.shape) - sum(taken)
+    found: Any = slice(None)
+    first, size = 0, given.size
+    for part, dims in zip(parts, taken, strict=True):
+        if first <= given.dim < first + dims:
+            found = part
+        first += missing if part is Ellipsis else dims
+    if isinstance(found, slice):
+        if found.step not in (None, 1):
+            return [slice(None)]
+        held = []
+        for end in (found.start, found.stop):
+            if given.is_fixed(end):
+                held += _boundary(end, size)
+        return held
+    if isinstance(found, Node) and found.name in given.picks:
+        return _held_by_tensor(found, given.picks)
+    if isinstance(found, (list, tuple)):
+        places = np.array(found, dtype=object).ravel().tolist()
+        if not all(isinstance(each, int) and not isinstance(each, bool) for each in places):
+            return [slice(None)]
+        return [_up_to(each) for each in places]
+    return _place_held(given.node, found) if given.is_fixed(found) else []
+
+
+def _place_held(node: Node, at: int) -> list[slice]:
+    """Hold a place that is picked, unless it is there of any channels and its values aren't read."""
+    return [] if at in (0, -1) and is_looked_at(node) else [_up_to(at)]
+
+
+def is_looked_at(node: Node) -> bool:
+    """Tell whether a channel that is picked is looked at for its sizes alone."""
+    for user in node.users:
+        of_sizes = plain_name(user) == "getattr" and user.args[1] in ("shape", "device", "dtype")
+        if not (of_sizes or has_property(user, "reads_sizes")):
+            return False
+    return True
+
+
+def _held_by_tensor(index: Any, picks: dict[str, Tensor]) -> list[slice]:
+    """Hold what a constant tensor picks; a computed one picks of channels that stay for that."""
+    values = picks.get(index.name) if isinstance(index, Node) else None
+    if values is None or not values.numel():
+        return []
+    if values.dtype == torch.bool:
+        return [slice(None)]
+    return [_up_to(int(end)) for end in (values.min(), values.max())]
+
+
+def _dimensions(part: Any) -> int:
+    """Count the dimensions of a tensor that a part of an index stands for."""
+    if part is None or part is Ellipsis or isinstance(part, bool):
+        return 0
+    if isinstance(part, Node):
+        meta: Any = part.meta.get("tensor_meta")
+        return len(meta.shape) if getattr(meta, "dtype", None) == torch.bool else 1
+    first, depth = part, 0
+    while isinstance(first, (list, tuple)) and first:
+        first, depth = first[0], depth + 1
+    return depth if isinstance(first, bool) else 1
+
+
+def _boundary(end: int, size: int) -> list[slice]:
+    """Hold what lies in front of a boundary, or behind one that is counted from the end."""
+    if end >= size or end <= -size or end == 0:
+        return []  # of fewer channels it takes as much
+    return [slice(end)] if end > 0 else [slice(end, None)]
+
+
+def _up_to(at: int) -> slice:
+    """Hold a place and what lies in front of it, or behind if it is counted from the end."""
+    return slice(at + 1) if at >= 0 else slice(at, None)
+
+
+@rule("getitem", moves=True, by_index=True, picks=True, picks_one=True, keeps_sign=True, held=_held_by_index)
+def _indexed(op: Operation) -> Any:
+    if _index_is_known(op):
+        return _picked(op)
+    if not tensors_of(given_shapes(op.node)):
+        return op.computed()
+    picked = picked_along_others(op.node, op.ids, op.shape)
+    return op.by_place(known=False) if picked is None else picked
+
+
+def _held_by_index_select(given: FixedPlaces) -> list[slice]:
+    return _held_by_tensor(given.argument(2, "index", "indices"), given.picks) if given.is_along(1) else []
+
+
+@rule("index_select", moves=True, by_index=True, held=_held_by_index_select)
+@rule("take", by_index=True)
+def _index_selected(op: Operation) -> Any:
+    return _picked(op) if _index_is_known(op) else op.by_place(known=False)
+
+
+@rule("gather", by_index=True, held=_held_by_index_select, dims=Dims(1, None))
+def _gathered(op: Operation) -> Any:
+    return _picked(op) if _index_is_known(op) else _works_along(op)
+
+
+def _held_by_take_along_dim(given: FixedPlaces) -> list[slice]:
+    return _held_by_tensor(given.argument(1, "index", "indices"), given.picks) if given.is_along(2) else []
+
+
+@rule("take_along_dim", by_index=True, held=_held_by_take_along_dim, dims=Dims(2, None))
+def _taken_along(op: Operation) -> Any:
+    return _picked(op) if _index_is_known(op) else _works_along(op)
+
+
+def _index_is_known(op: Operation) -> bool:
+    """Tell whether all places that an operator picks are numbers of the forward's, or constant tensors."""
+    indices = op.node.all_input_nodes[1:]
+    if indices and all(each.name in op.channels.picks for each in indices):
+        return True
+    return not tensors_of((op.args[1:], op.kwargs))
+
+
+def _picked(op: Operation) -> Any:
+    """Pick of the ids what is picked of the values: constant tensors say which, in place of their own ids."""
+    args, kwargs = op.with_picks()
+    try:
+        return op.run(args, kwargs)
+    except _FAILURES:
+        return op.all_kept(op.ids[:1])
+
+
+def picked_along_others(node: Node, ids: list[Tensor], shape: tuple[int, ...] | None) -> Tensor | None:
     """Carry channels in the last dimension to what a computed index or mask picks along others; None elsewhere.
 
-    ``labels`` are those of the tensor and of indices and masks.
+    ``ids`` are those of the tensor and of indices and masks.
     """
-    states, *indices = labels
+    states, *indices = ids
     last = states.dim() - 1
-    if plain_name(node) != "getitem" or not shape or not indices or not _leaves_last(node.args[1], states.dim()):
+    if not shape or not indices or not _leaves_last(node.args[1], states.dim()):
         return None
-    if any(varies(each, d) for each in indices for d in range(each.dim())) or any(
-        varies(states, d) or not states.shape[d] for d in range(last)
-    ):
+    if any(_varying(each) for each in indices):
+        return None
+    if any(varies(states, d) or not states.shape[d] for d in range(last)):
         return None
     return states[(slice(0, 1),) * last].reshape(-1).expand(shape)
 
@@ -153,40 +702,336 @@ def _leaves_last(index: Any, dims: int) -> bool:
     parts = [part for part in (index if isinstance(index, (tuple, list)) else (index,)) if part is not None]
     if any(part is Ellipsis for part in parts):
         return parts[-1] is Ellipsis or parts[-1] == slice(None)
-    metas = [part.meta.get("tensor_meta") if isinstance(part, torch.fx.Node) else None for part in parts]
-    # A mask stands for as many dimensions as it has.
-    taken = sum(len(meta.shape) if meta is not None and meta.dtype == torch.bool else 1 for meta in metas)
+    taken = 0
+    for part in parts:
+        meta = part.meta.get("tensor_meta") if isinstance(part, Node) else None
+        # A mask stands for as many dimensions as it has.
+        taken += len(meta.shape) if meta is not None and meta.dtype == torch.bool else 1
     return taken < dims or (taken == dims and parts[-1] == slice(None))
 
 
-def carry_reduced(labels: torch.Tensor, shape: tuple[int, ...], dims: Iterable[int]) -> torch.Tensor | None:
-    """Carry labels through a reduction along dimensions, counted from 0; None if that can't be told.
+@rule("put", "setitem", writes=True)
+def _written(op: Operation) -> Any:
+    # The channels of what is written would be unknown from here on.
+    return op.all_kept(reason=reasons.overwritten(op.node))
 
-    They are ``FIXED`` where all channels go into one number, which is made anew in the dense model too.
+
+# Place by place on several tensors: where channels meet, one that is missing on one side is missed on the other.
+
+
+@rule("add", "iadd", "mul", "imul", "maximum", "minimum", meets=True, keeps_sign=True)
+@rule(
+    "radd", "sub", "isub", "subtract", "multiply", "div", "truediv", "itruediv", "divide", "true_divide", "floordiv",
+    "floor_divide", "pow", "fmax", "fmin", "where", "lerp", "addcmul", "addcdiv", "and", "or", "xor", "logical_and",
+    "logical_or", "logical_xor", "eq", "ne", "lt", "le", "gt", "ge", "mod", "remainder", "fmod", meets=True,
+)  # fmt: skip
+def _meet(op: Operation) -> Any:
+    return op.by_place(known=True, meets=True)
+
+
+@rule("max", meets=True, dims=Dims(1, None, largest=True, reduces=True))
+@rule("min", meets=True, dims=Dims(1, None, reduces=True))
+def _largest(op: Operation) -> Any:
+    # Of two tensors it is place by place.
+    return op.by_place(known=True, meets=True) if len(op.ids) > 1 else _works_along(op, known=True)
+
+
+# Place by place on one tensor.
+
+
+@rule("abs", "exp", "hardsigmoid", "relu", "relu6", "sigmoid", "softplus", "sqrt", "square", never_negative=True)
+@rule("empty_like", reads_sizes=True, is_unset=True)
+@rule("full_like", "ones_like", "zeros_like", reads_sizes=True)
+@rule("dropout", keeps_sign=True)
+@rule(
+    "absolute", "neg", "negative", "positive", "pos", "sign", "sgn", "rsqrt", "reciprocal", "exp2", "expm1", "log",
+    "log1p", "log2", "log10", "sin", "cos", "tan", "tanh", "sinh", "cosh", "asin", "acos", "atan", "atan2", "arctan",
+    "erf", "erfc", "expit", "logit", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardtanh",
+    "hardswish", "hardshrink", "softshrink", "tanhshrink", "softsign", "logsigmoid", "threshold", "rrelu", "clamp",
+    "clamp_min", "clamp_max", "clip", "ceil", "floor", "round", "trunc", "frac", "nan_to_num", "float", "half",
+    "double", "bfloat16", "long", "int", "bool", "type", "cpu", "cuda", "dropout1d", "dropout2d", "dropout3d",
+    "alpha_dropout", "feature_alpha_dropout", "invert", "bitwise_not", "logical_not", "isnan", "isinf", "isfinite",
+    "requires_grad", "zero", "fill", "rand_like", "randn_like", "conj", "real", "imag", "masked_fill",
+    "stochastic_depth",
+)  # fmt: skip
+def _pointwise(op: Operation) -> Any:
+    return op.by_place(known=True)
+
+
+@rule(nn.Identity, nn.modules.dropout._DropoutNd, keeps_sign=True)
+@rule(nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, never_negative=True)
+@rule(
+    nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.Hardshrink,
+    nn.Softshrink, nn.Tanhshrink, nn.Softsign, nn.LogSigmoid, nn.Threshold, nn.RReLU, nn.Tanh,
+)  # fmt: skip
+def _pointwise_module(op: Operation) -> Any:
+    return op.passed()
+
+
+@rule("to", "type_as")
+def _typed(op: Operation) -> Any:
+    # The other is looked at for its type or device.
+    return op.by_place(op.ids[:1], known=True)
+
+
+# What makes tensors, or looks at their sizes.
+
+
+@rule("size", "dim", reads_sizes=True)
+def _size(op: Operation) -> Any:
+    return op.computed()
+
+
+@rule("zeros", "ones", "full", one_value=True)
+@rule("empty", one_value=True, is_unset=True)
+@rule("new_zeros", "new_ones", "new_full", one_value=True, is_like=True, reads_sizes=True)
+@rule("new_empty", one_value=True, is_like=True, reads_sizes=True, is_unset=True)
+def _made_of_one_value(op: Operation) -> Any:
+    return op.by_place(known=False)  # only where the value is a traced tensor; else see `made`
+
+
+def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
+    """Return the ids of what is made of no traced tensor.
+
+    It is a constant, of which all stays, and so do the channels that meet it; but of one value, as large as a tensor
+    along a dimension, there is as much as that has left.
     """
-    gone = set(dims)
-    places = [d for d in range(labels.dim()) if varies(labels, d)]
-    if set(places) <= gone:
-        return staying(shape)
-    if gone & set(places):
+    args = node.args[has_property(node, "is_like") :]
+    # As ``torch.zeros(2, 3)`` and ``torch.full((2, 3), value)``.
+    sizes: Any = args[0] if args and isinstance(args[0], (tuple, list)) else args
+    for d, size in enumerate(sizes if has_property(node, "one_value") and len(sizes) >= len(shape) else ()):
+        if isinstance(size, Node) and plain_name(size) == "size" and len(size.args) == 2:
+            tensor, at = size.args
+            ids = channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
+            if isinstance(ids, Tensor) and isinstance(at, int) and ids.numel() == ids.shape[at] > 1:
+                return ids.view([-1 if each == d else 1 for each in range(len(shape))]).expand(shape)
+    return staying(shape)
+
+
+# What works along dimensions.
+
+
+def _softmax_default(rank: int) -> int:
+    """Return along which dimension PyTorch's softmax goes if it isn't told."""
+    return 0 if rank in (0, 1, 3) else 1
+
+
+def _works_along(op: Operation, *, known: bool = False) -> Any:
+    found = rule_of(op.node)
+    where = None if found is None else found.dims
+    if where is None:
+        return op.by_place(known=known)
+    rank = op.ids[0].dim()
+    given = op.kwargs.get("dim", op.kwargs.get("axis"))
+    if given is None and where.at is not None and len(op.args) > where.at:
+        given = op.args[where.at]
+    if given is None or isinstance(given, bool):  # ``x.std(True)`` asks for no dimension
+        given = where.default(rank) if callable(where.default) else where.default
+    dims = _from_zero(given, rank)
+    if dims is None:
+        return op.by_place(known=known)
+    adds = where.adds and _order_adds(op)
+    if where.largest:
+        adds = _values_alone(op.node) and _is_never_negative(op.node.args[0], op.modules)
+    return op.along(dims, adds=adds, reduces=where.reduces)
+
+
+def _along(names: str, dims: Dims, **properties: Any) -> None:
+    """Enter operators that work along dimensions and need no more said."""
+    rule(*names.split(), dims=dims, **properties)(_works_along)
+
+
+# What is the same with zeros.
+_along("sum", Dims(1, None, adds=True, reduces=True), keeps_sign=True)
+_along("nansum any count_nonzero", Dims(1, None, adds=True, reduces=True))
+_along("norm linalg_vector_norm", Dims(2, None, adds=True, reduces=True), never_negative=True)
+_along("linalg_norm", Dims(2, None, adds=True, reduces=True))
+_along("linalg_matrix_norm", Dims(2, (-2, -1), adds=True, reduces=True))
+_along("normalize", Dims(2, 1, adds=True))
+_along("cumsum", Dims(1, -1, adds=True))
+# What is the same with zeros where no value is negative.
+_along("amax", Dims(1, None, largest=True, reduces=True), keeps_sign=True)
+# What counts zeros, chooses among them, or says or depends on where a value is.
+_along("mean amin", Dims(1, None, reduces=True), keeps_sign=True)
+_along("nanmean std var std_mean var_mean prod all aminmax median nanmedian", Dims(1, None, reduces=True))
+_along("logsumexp argmax argmin", Dims(1, None, reduces=True))
+_along("mode", Dims(1, -1, reduces=True))
+_along("sort argsort cumprod cummax cummin logcumsumexp", Dims(1, -1))
+_along("softmax", Dims(1, _softmax_default), never_negative=True)
+_along("log_softmax softmin", Dims(1, _softmax_default))
+_along("scatter scatter_add scatter_reduce index_fill index_reduce", Dims(1, None))
+_along("quantile nanquantile", Dims(2, None, reduces=True))
+_along("kthvalue", Dims(2, -1, reduces=True))
+_along("topk diff linalg_cross", Dims(2, -1))
+_along("trapezoid trapz", Dims(None, -1, reduces=True))
+_along("cumulative_trapezoid unique_consecutive", Dims(None, -1))
+_along("gumbel_softmax", Dims(4, -1))
+_along("unique", Dims(4, None))
+_along("msort", Dims(None, 0))
+_along("local_response_norm", Dims(None, 1))
+_along("fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft", Dims(2, -1))
+_along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_hfft2 fft_ihfft2", Dims(2, (-2, -1)))
+_along("fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfftn fft_ihfftn", Dims(2, None))
+_along("fft_fftshift fft_ifftshift", Dims(1, None))
+# Windows slide along the last dimensions.
+_along("max_pool1d avg_pool1d adaptive_max_pool1d adaptive_avg_pool1d", Dims(None, -1), keeps_sign=True)
+_along("max_pool2d avg_pool2d adaptive_max_pool2d adaptive_avg_pool2d", Dims(None, (-2, -1)), keeps_sign=True)
+_along("max_pool3d avg_pool3d adaptive_max_pool3d adaptive_avg_pool3d", Dims(None, (-3, -2, -1)), keeps_sign=True)
+_along("lp_pool1d", Dims(None, -1))
+_along("lp_pool2d fractional_max_pool2d", Dims(None, (-2, -1)))
+_along("lp_pool3d fractional_max_pool3d", Dims(None, (-3, -2, -1)))
+
+
+@rule("index_add", "index_copy", dims=Dims(1, None))
+def _put_by_row(op: Operation) -> Any:
+    dim = op.args[1] if len(op.args) == 4 else None
+    rows = [op.ids[0], op.ids[2]] if len(op.ids) == 3 else []
+    if not rows or not isinstance(dim, int) or any(varies(each, dim) for each in rows):
+        return _works_along(op)
+    # Rows without channels of their own: what one of each shows holds for all.
+    first = [each.narrow(dim, 0, 1) for each in rows]
+    return op.met(first, tuple(first[0].shape)).expand(op.shape or ())
+
+
+@rule("group_norm")
+def _group_norm(op: Operation) -> Any:
+    return op.along(tuple(range(1, op.ids[0].dim())))
+
+
+@rule("layer_norm", "rms_norm")
+def _layer_norm(op: Operation) -> Any:
+    shape, rank = op.argument(1, "normalized_shape"), op.ids[0].dim()
+    if not isinstance(shape, Iterable):
+        return op.by_place(known=False)
+    return op.along(tuple(range(rank - len(list(shape)), rank)))
+
+
+@rule(nn.Softmax, never_negative=True)
+@rule(nn.LogSoftmax, nn.Softmin)
+def _softmax_module(op: Operation) -> Any:
+    rank = op.ids[0].dim()
+    return op.along(_from_zero(_softmax_default(rank) if op.module.dim is None else op.module.dim, rank) or ())
+
+
+@rule(nn.Softmax2d, never_negative=True)
+def _softmax_2d(op: Operation) -> Any:
+    return _along_last(op, -3)
+
+
+@rule(nn.LocalResponseNorm, nn.CrossMapLRN2d)
+def _response_norm(op: Operation) -> Any:
+    return _along_last(op, 1)
+
+
+@rule(nn.MaxPool1d, nn.AvgPool1d, nn.LPPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d, keeps_sign=True)
+def _pool_1d(op: Operation) -> Any:
+    return _along_last(op, -1)
+
+
+@rule(
+    nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d, nn.FractionalMaxPool2d,
+    keeps_sign=True,
+)  # fmt: skip
+def _pool_2d(op: Operation) -> Any:
+    return _along_last(op, -2, -1)
+
+
+@rule(
+    nn.MaxPool3d, nn.AvgPool3d, nn.LPPool3d, nn.AdaptiveMaxPool3d, nn.AdaptiveAvgPool3d, nn.FractionalMaxPool3d,
+    keeps_sign=True,
+)  # fmt: skip
+def _pool_3d(op: Operation) -> Any:
+    return _along_last(op, -3, -2, -1)
+
+
+def _along_last(op: Operation, *dims: int) -> Any:
+    return op.along(tuple(d % op.ids[0].dim() for d in dims))
+
+
+def _from_zero(given: Any, rank: int) -> tuple[int, ...] | None:
+    """Count dimensions from 0: one, several, or all; None if they aren't known."""
+    listed = list(given) if isinstance(given, Iterable) else [] if given is None else [given]
+    if not all(isinstance(d, int) for d in listed):
         return None
-    for d in gone:
-        labels = labels.narrow(d, 0, 1)
-    left = labels if len(shape) == labels.dim() else labels.squeeze(tuple(gone))
-    return left.expand(shape) if left.dim() == len(shape) else None
+    return tuple(d % rank for d in listed) if listed and rank else tuple(range(rank))
 
 
-def meet_alike(labels: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
-    """Tell whether tensors can meet place by place to give one of a shape."""
-    try:
-        return tuple(torch.broadcast_shapes(*(each.shape for each in labels))) == shape
-    except RuntimeError:
-        return False
+def _order_adds(op: Operation) -> bool:
+    """Tell whether a norm is one that zeros add nothing to; what is no norm is asked for no order."""
+    if "norm" not in operation_name(op.node):
+        return True
+    order = op.argument(1, "p", "ord")
+    return order is None or order in ("fro", "nuc") or (isinstance(order, (int, float)) and order >= 0)
 
 
-def goes_along(module: nn.Module, labels: Tensor, shape: tuple[int, ...]) -> bool:
-    """Tell whether a layer is a convolution along the channels that enter it, labelled, and puts as many out."""
-    if not isinstance(module, nn.Conv1d) or labels.dim() != 3 or labels.shape[::2] != shape[::2]:
-        return False
-    is_plain = type(module) in (nn.Conv1d, AlongChannels) and module.padding_mode == "zeros" and module.groups == 1
-    return is_plain and module.stride == (1,) and varies(labels, 2) and not varies(labels, 1)
+def _values_alone(node: Node) -> bool:
+    """Tell whether of the values and places that a maximum gives the values alone are read."""
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] != 0 and user.users:
+            return False
+        if user.target is getattr and user.args[1] != "values":
+            return False
+    return True
+
+
+def _is_never_negative(value: Any, modules: Modules) -> bool:
+    """Tell whether what a node gives can't be negative."""
+    known = set[Node]()
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if not isinstance(current, Node) or current in known:
+            if isinstance(current, (int, float)) and current < 0:
+                return False
+            continue
+        known.add(current)
+        module = modules(str(current.target)) if current.op == "call_module" else None
+        found = rule_of(current) if module is None else module_rule(module)
+        if found is not None and found.never_negative:
+            continue
+        name = operation_name(current)
+        least = _least(current, name, module)
+        if least is not None and least >= 0:
+            continue
+        if name == "pow" and len(current.args) > 1 and isinstance(current.args[1], int) and current.args[1] % 2 == 0:
+            continue
+        if found is None or not found.keeps_sign:
+            return False
+        # Of what only moves values the numbers among the arguments are places.
+        numbers = current.args if name in ("add", "iadd", "mul", "imul") else current.all_input_nodes
+        waiting += [each for each in numbers if isinstance(each, (Node, int, float))]
+    return True
+
+
+def _least(node: Node, name: str, module: nn.Module | None) -> float | None:
+    """Return below which number a node that clamps gives nothing; None if there is none, or it isn't known."""
+    least: Any = None
+    if isinstance(module, nn.Hardtanh):
+        least = module.min_val
+    elif module is None and name in ("clamp", "clip", "clamp_min", "hardtanh"):
+        least = node.kwargs.get("min", node.kwargs.get("min_val", node.args[1] if len(node.args) > 1 else None))
+    return least if isinstance(least, (int, float)) else None
+
+
+# Products.
+
+
+@rule("matmul", "bmm", "rmatmul", "imatmul")
+def _product(op: Operation) -> Any:
+    """Couple the channels over which a matrix product sums; others go where their rows and columns do."""
+    if op.shape is None or len(op.ids) != 2:
+        return op.by_place(known=False)
+    one, other = op.ids
+    if min(one.dim(), other.dim()) < 2:
+        return op.all_kept()
+    # Counted from the end: along which dimensions of each are there channels?
+    rows, columns = ([d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in op.ids)
+    if rows in ([], [-1]) and columns in ([], [-2]):
+        op.couple(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
+        return staying(op.shape)
+    # Rows of the first, or columns of the second, that hold channels are rows or columns of what comes out.
+    if (rows, columns) == ([-2], []):
+        return one[..., :1].expand(op.shape)
+    if (rows, columns) == ([], [-1]):
+        return other[..., :1, :].expand(op.shape)
+    return op.all_kept()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from nni_topo.network.channels.constraints import meeting
 from nni_topo.network.channels.dense_order import DenseOrder
 from nni_topo.network.channels.flow import ChannelFlow
-from nni_topo.network.channels.rules import FIXED, compressed
+from nni_topo.network.channels.ids import FIXED, compressed
 from nni_topo.network.layers import is_depthwise
 
 

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import PrunedMultiheadAttention, attend
-from nni_topo.network.channels import FIXED, ChannelFlow, Reason, Shares, chosen_of, reasons, shares
-from nni_topo.network.graph import RANDOM, arguments, plain_name, resized
+from nni_topo.network.channels import FIXED, ChannelFlow, Reason, Shares, chosen_of, has_property, reasons, shares
+from nni_topo.network.graph import RANDOM, arguments, resized
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.runtime import (
     SAME_CHANNELS,
@@ -397,7 +397,7 @@ class _DryRun:
         method = getattr(args[0], str(node.target)) if node.op == "call_method" else None
         value = node.target(*args, **kwargs) if method is None else method(*args[1:], **kwargs)  # type: ignore[operator]
         # What isn't written to yet holds anything, and not the same in both.
-        return value.zero_() if plain_name(node) in ("empty", "empty_like", "new_empty") else value
+        return value.zero_() if has_property(node, "is_unset") else value
 
     def _silenced(self, name: str, layer: nn.Module) -> nn.Module:
         """Return a recurrent layer without the units that are gone, which others of it read; any other as it is."""
@@ -479,7 +479,7 @@ class _DryRun:
 
     def _is_picked(self, node: Node) -> bool:
         numbers = self.flow.numbers[node.name]
-        return plain_name(node) in ("getitem", "select") and isinstance(numbers, Tensor) and numbers.numel() == 1
+        return has_property(node, "picks_one") and isinstance(numbers, Tensor) and numbers.numel() == 1
 
     def _tensors_before(self, node: Node) -> list[Node]:
         """List the nodes whose tensors a node works on, by way of sizes too."""

@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch.fx.passes.shape_prop import ShapeProp
 
-from nni_topo.network.channels.rules import FIXED, carry, carry_picked, carry_reduced, staying
+from nni_topo.network.channels.ids import FIXED, carry, carry_reduced, staying
+from nni_topo.network.channels.rules import picked_along_others
 
 
 def channel_labels(*shape):
@@ -58,11 +59,11 @@ def test_channels_of_the_last_dimension_go_with_what_is_picked_along_others():
         ShapeProp(traced).propagate(x, at, mask)
         node = next(node for node in traced.graph.nodes if node.op == "call_function")
         shape = tuple(node.meta["tensor_meta"].shape)
-        found = carry_picked(node, [labels, staying((5,))], shape)
+        found = picked_along_others(node, [labels, staying((5,))], shape)
         carried[name] = found is not None
         assert found is None or torch.equal(found, torch.arange(3, 8).expand(shape))
-        assert carry_picked(node, [labels.mT, staying((5,))], shape) is None
-        assert carry_picked(node, [labels, torch.arange(5)], shape) is None
+        assert picked_along_others(node, [labels.mT, staying((5,))], shape) is None
+        assert picked_along_others(node, [labels, torch.arange(5)], shape) is None
     assert [name for name, is_carried in carried.items() if not is_carried] == [
         "channels",
         "channels at places",
