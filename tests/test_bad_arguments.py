@@ -164,6 +164,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.pruner_info": lambda: {"name": "random"},
     "nni_topo.recalibrate_batch_norm": lambda: {"model": net(), "calibration": [IMAGES]},
     "nni_topo.register_module": lambda: {"kind": Net, "cut": cut},
+    "nni_topo.register_operator": lambda: {"operator": lambda images: images, "rule": "keep"},
     "nni_topo.register_pruner": lambda: {"info": nni_topo.pruner_info("random")},
     "nni_topo.remove_blocks": lambda: {"model": blocks(), "names": ["1"], "calibration": [ROWS]},
     "nni_topo.shrink": lambda: {

@@ -42,6 +42,7 @@ evaluate = lambda net: zoo.evaluate(net, data.test)
 my_evaluator = lambda net: recipe_evaluator(net, data, zoo.Recipe(epochs=1, batch_size=32))
 """,
     "migrating": None,
+    "own_operator": None,
     "own_pruner": None,
     "recovery": "batches = batches[:1]",
     "reliability": None,

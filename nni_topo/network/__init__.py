@@ -1,5 +1,6 @@
 """From NNI's masks to a smaller dense model: dependency groups, the masked reference, ModelSpeedup."""
 
+from nni_topo.network.channels import Operation, register_operator
 from nni_topo.network.cost import LatencyTable, LayerLatency, ModeCost, measure_latency, profile
 from nni_topo.network.io import Exported, export, load, save, save_pretrained
 from nni_topo.network.layers import as_torch_layers, register_module, zeros_held
@@ -23,6 +24,7 @@ __all__ = [
     "LayerLatency",
     "LayerReport",
     "ModeCost",
+    "Operation",
     "as_torch_layers",
     "dependency_groups",
     "explain",
@@ -32,6 +34,7 @@ __all__ = [
     "measure_latency",
     "profile",
     "register_module",
+    "register_operator",
     "save",
     "save_pretrained",
     "to_dense",

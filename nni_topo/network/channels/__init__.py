@@ -7,7 +7,7 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, Blocks, Layer, varies
 from nni_topo.network.channels.readers import followers, norms_behind, only_norm_behind, passes
 from nni_topo.network.channels.reasons import Reason, Reasons
-from nni_topo.network.channels.rules import has_property
+from nni_topo.network.channels.rules import Operation, has_property, register_operator, rules_registered
 from nni_topo.network.channels.shuffle import Share, Shares, asked_of, chosen_of, shares, stays_in_place
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "ChannelFlow",
     "DenseOrder",
     "Layer",
+    "Operation",
     "Reason",
     "Reasons",
     "Share",
@@ -31,6 +32,8 @@ __all__ = [
     "partial_ties",
     "passes",
     "reasons",
+    "register_operator",
+    "rules_registered",
     "shares",
     "stays_in_place",
     "varies",

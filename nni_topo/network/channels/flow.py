@@ -19,7 +19,7 @@ from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import FIXED, Blocks, Layer, fixed
 from nni_topo.network.channels.propagate import Numbering
 from nni_topo.network.channels.rules import FixedPlaces, has_property, is_looked_at, rule_of
-from nni_topo.network.graph import IN_TRAINING, TRAINED_OUTPUT, Written, counted, place, tensor_shape
+from nni_topo.network.graph import IN_TRAINING, TRAINED_OUTPUT, TracedInt, counted, place, tensor_shape
 from nni_topo.network.layers import TRANSPOSED, Place
 from nni_topo.network.runtime import tensors_of
 
@@ -84,7 +84,7 @@ class ChannelFlow(Numbering):
         """
 
         def is_fixed(value: Any) -> bool:
-            return isinstance(value, int) and not (isinstance(value, Written) and value.place in following)
+            return isinstance(value, int) and not (isinstance(value, TracedInt) and value.place in following)
 
         for node in self.traced.graph.nodes:
             rule, parent = rule_of(node), node.args[0] if node.args else node.kwargs.get("input")

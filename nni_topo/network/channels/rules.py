@@ -18,6 +18,7 @@ some numbers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -27,8 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.overrides import handle_torch_function, has_torch_function, resolve_name
 from torch.utils._pytree import tree_map_only
 
+from nni_topo.errors import ConfigError, Rule, checked, shown
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
     FIXED,
@@ -297,7 +300,8 @@ def rule_of(node: Node) -> OperatorRule | None:
     """Look up the rule of a function or method that a node calls; None without one."""
     if node.op not in ("call_function", "call_method"):
         return None
-    return _TABLE.get(operation_name(node))
+    target = node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+    return _TABLE[target] if target in _TABLE else _TABLE.get(operation_name(node))
 
 
 def module_rule(module: nn.Module) -> OperatorRule | None:
@@ -1035,3 +1039,272 @@ def _product(op: Operation) -> Any:
     if (rows, columns) == ([], [-1]):
         return other[..., :1, :].expand(op.shape)
     return op.all_kept()
+
+
+@rule("einsum")
+def _einstein_sum(op: Operation) -> Any:
+    """Follow channels by the letters of their dimensions, as of ``"bqc,bkc->bqk"``.
+
+    Operands that share a letter meet there, so their channels are coupled. Channels of a letter that the output has go
+    where the output has it; what is summed over leaves none behind.
+    """
+    read = _letters(op)
+    if read is None:
+        return op.all_kept()
+    operands, output = read
+    # By the letters that hold an operand's channels, its ids in the order of these letters.
+    coupled: dict[str, list[Tensor]] = {}
+    holding: list[str] = []
+    for letters, ids in zip(operands, op.ids, strict=True):
+        held = "".join(sorted(letter for d, letter in enumerate(letters) if varies(ids, d)))
+        holding.append(held)
+        if held:
+            others = [letter for letter in letters if letter not in held]
+            ordered = ids.permute([letters.index(letter) for letter in (*held, *others)])
+            for _ in others:
+                ordered = ordered.select(-1, 0)  # along the others nothing differs
+            coupled.setdefault(held, []).append(ordered)
+    found = staying(op.shape or ())
+    is_placed = False
+    for held, entering in coupled.items():
+        for letters, ids, own in zip(operands, op.ids, holding, strict=True):
+            has_letter = any(letter in held and ids.shape[d] > 1 for d, letter in enumerate(letters))
+            if has_letter and own != held:
+                return op.all_kept()  # it meets them in a dimension that keeps all of its places
+        in_output = [letter for letter in held if letter in output]
+        if in_output and (is_placed or len(in_output) < len(held)):
+            return op.all_kept()
+        if in_output:
+            is_placed = True
+            places = [output.index(letter) for letter in held]
+            view = [1] * len(output)
+            for place, size in zip(places, entering[0].shape, strict=True):
+                view[place] = size
+            ordered = entering[0].permute(np.argsort(places).tolist())
+            found = ordered.reshape(view).expand(op.shape or ())
+        elif len(entering) == 1:
+            # Nothing that is removed too is multiplied with what is removed, which so has to arrive as zeros.
+            op.channels.summed.add(op.node.name)
+    for entering in coupled.values():
+        for other in entering[1:]:
+            op.couple(entering[0], other)
+    return found
+
+
+def _letters(op: Operation) -> tuple[list[str], str] | None:
+    """Read the equation of an Einstein sum: one letter for each dimension of each operand, and of the output.
+
+    None for what isn't followed: lists of numbers in place of letters, or the diagonal of an operand.
+    """
+    equation = op.args[0] if op.args else None
+    if not isinstance(equation, str) or op.shape is None:
+        return None
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    operands = inputs.split(",")
+    if len(operands) != len(op.ids):
+        return None
+    # Dots stand for as many dimensions as are left, counted from the last; here each is a digit.
+    digits, longest = "0123456789", ""
+    for at, (letters, ids) in enumerate(zip(operands, op.ids, strict=True)):
+        missing = ids.dim() - len(letters.replace("...", ""))
+        dots = digits[len(digits) - missing :] if 0 < missing <= len(digits) else ""
+        operands[at] = letters.replace("...", dots)
+        if len(set(operands[at])) != len(operands[at]) or len(operands[at]) != ids.dim():
+            return None
+        longest = max(longest, dots, key=len)
+    if not arrow:
+        # As PyTorch has it: what appears once, in the order of the alphabet, behind the dimensions of the dots.
+        once = [each for each in sorted(set(inputs) - set(".,")) if inputs.count(each) == 1]
+        output = "..." * ("..." in inputs) + "".join(sorted(once, key=lambda each: (each.islower(), each)))
+    output = output.replace("...", longest)
+    return (operands, output) if len(output) == len(op.shape) else None
+
+
+# Windows.
+
+
+@rule("unfold", nn.Unfold)
+def _unfolded(op: Operation) -> Any:
+    """Give each channel as many neighbouring rows as a window has places: (N, C, H, W) -> (N, C * places, windows)."""
+    ids = op.ids[0]
+    if op.node.op == "call_method" or op.node.target is Tensor.unfold:
+        # Windows along one dimension, in a new last one.
+        along = op.argument(1, "dimension")
+        return op.all_kept() if not isinstance(along, int) or varies(ids, along % ids.dim()) else op.moved()
+    at = ids.dim() - 3
+    if op.shape is None or any(varies(ids, d) for d in range(ids.dim()) if d != at):
+        return op.all_kept()
+    row = ids.select(-1, 0).select(-1, 0).reshape(-1, ids.shape[at])[0]
+    return row.repeat_interleave(op.shape[-2] // len(row)).unsqueeze(-1).expand(op.shape)
+
+
+@rule("fold", nn.Fold)
+def _folded(op: Operation) -> Any:
+    """Add up windows to images, the inverse of unfold: rows of one channel go together."""
+    ids = op.ids[0]
+    at = ids.dim() - 2
+    if op.shape is None or any(varies(ids, d) for d in range(ids.dim()) if d != at):
+        return op.all_kept()
+    rows = ids.select(-1, 0).reshape(-1, ids.shape[at])[0]
+    of_channels = rows.view(op.shape[-3], -1)
+    op.couple(of_channels[:, :1], of_channels)
+    return of_channels[:, 0].view(-1, 1, 1).expand(op.shape)
+
+
+# Operators of somebody else's.
+
+_USER_RULES = ("follow", "couple", "keep")
+_registered = 0
+
+
+def rules_registered() -> int:
+    """Count the calls of `register_operator`: what was found out about a model before one may be different now."""
+    return _registered
+
+
+@checked(
+    operator=Rule("a function or its name", lambda value: callable(value) or (isinstance(value, str) and bool(value))),
+    rule=Rule(
+        f"one of {', '.join(map(repr, _USER_RULES))} or a function",
+        lambda value: callable(value) or (isinstance(value, str) and value in _USER_RULES),
+    ),
+)
+def register_operator(
+    operator: Callable[..., Any] | str,
+    rule: str | Callable[[Operation], Tensor] = "follow",
+    *,
+    dim: int = 1,
+) -> Any:
+    """Say what an operator does with channels, where the package has no rule for it.
+
+    Parameters
+    ----------
+    operator : callable or str
+        A function of PyTorch's or its name, an operator of ``torch.library``, or a Python function of your own, as one
+        that calls a ``torch.autograd.Function``.
+    rule : {"follow", "couple", "keep"} or callable, default="follow"
+        What the operator does with channels:
+
+        - "follow": channel i of the output is made of channel i of the first tensor. Channels of other tensors stay.
+        - "couple": channel i of the output is made of the channels i of all tensors, which are pruned together.
+        - "keep": all channels that enter stay.
+        - A function gets the call, a `nni_topo.network.Operation`, in which channel ids stand in place of values, and
+          returns the channel ids of the output: an int64 tensor of the output's shape.
+    dim : int, default=1
+        The dimension that holds the channels, -1 for the last; of "follow" and "couple".
+
+    Returns
+    -------
+    callable or str
+        What the forward has to call: ``operator`` itself, or of a Python function of your own a wrapped one, which
+        is followed as one operation. Called by its old name it is looked into instead.
+
+    Raises
+    ------
+    ConfigError
+        If the operator has a rule already.
+
+    See Also
+    --------
+    register_module : The same of a module with parameters that lose channels.
+
+    Notes
+    -----
+    `dependency_groups` checks what a rule says by pruning random channels: channels that a rule is wrong about stay,
+    and ``skipped`` says why.
+
+    Examples
+    --------
+    >>> import nni_topo
+    >>> class Swish(torch.autograd.Function):
+    ...     @staticmethod
+    ...     def forward(ctx, images):
+    ...         return images * images.sigmoid()
+    >>> def swish(images):
+    ...     return Swish.apply(images)
+    >>> swish = nni_topo.register_operator(swish, "follow")
+
+    A function that doubles the channels says where each goes:
+
+    >>> def twice(images):
+    ...     return Swish.apply(torch.cat([images, images], 1))
+    >>> twice = nni_topo.register_operator(twice, lambda call: torch.cat([call.ids[0], call.ids[0]], 1))
+    """
+    global _registered
+    key, seen = _key_of(operator)
+    if key in _TABLE:
+        raise ConfigError(f"operator must be one without a rule, got {shown(operator)} (register_operator)")
+    name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
+
+    def apply(op: Operation) -> Any:
+        if rule == "keep":
+            return op.all_kept()
+        if not callable(rule):
+            return _followed(op, dim, is_coupled=rule == "couple")
+        found = rule(op)
+        if op.shape is not None and not (
+            isinstance(found, Tensor) and found.dtype == torch.int64 and tuple(found.shape) == op.shape
+        ):
+            what = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else shown(found)
+            raise ConfigError(
+                f"rule must return channel ids, int64, of the output's shape {op.shape}, got {what} ({name})"
+            )
+        return found
+
+    _TABLE[key] = OperatorRule(apply)
+    _registered += 1
+    return seen
+
+
+def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
+    """Return under what the table holds an operator, and what a forward has to call so that tracers see it."""
+    if isinstance(operator, str):
+        return operator.strip("_"), operator
+    library = getattr(operator, "_opoverload", operator)  # of what `torch.library.custom_op` makes
+    if isinstance(library, torch._ops.OpOverload):
+        return library.overloadpacket, operator
+    if isinstance(library, torch._ops.OpOverloadPacket):
+        return library, operator
+    if resolve_name(operator) is not None:
+        # PyTorch's functions and methods are known by name, however they are called.
+        return operator.__name__.strip("_").removeprefix("special_"), operator
+
+    @functools.wraps(operator)
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            return handle_torch_function(seen, given, *args, **kwargs)
+        return operator(*args, **kwargs)
+
+    return seen, seen
+
+
+def _followed(op: Operation, dim: int, *, is_coupled: bool) -> Any:
+    """Let channels along a dimension stay where they are: of the first tensor, or of all, which are coupled."""
+    op.channels.guessed.add(op.node.name)  # the dry run looks whether other channels have a part in it
+    first = op.ids[0]
+    count = first.shape[dim] if -first.dim() <= dim < first.dim() else 0
+    followed = []
+    for ids in op.ids:
+        is_followed = ids is first or (is_coupled and -ids.dim() <= dim < ids.dim() and ids.shape[dim] == count)
+        if is_followed and any(varies(ids, d) for d in range(ids.dim()) if d != dim % ids.dim()):
+            return op.all_kept()
+        if is_followed:
+            followed.append(ids.movedim(dim, 0).reshape(count, -1)[:, 0] if ids.numel() else ids.flatten())
+        else:
+            op.keep(ids)
+    given = given_shapes(op.node)
+    if (
+        any(not (-each.dim() <= dim < each.dim() and each.shape[dim] == count) for each in tensors_of(given))
+        or not count
+    ):
+        return op.all_kept()
+    for ids in followed[1:]:
+        op.couple(followed[0], ids)
+
+    def placed(leaf: Tensor) -> Tensor:
+        view = [1] * leaf.dim()
+        view[dim] = count
+        return followed[0].view(view).expand(leaf.shape)
+
+    return tree_map_only(Tensor, placed, given)

@@ -455,7 +455,9 @@ def _picks(target: Any, args: Any) -> bool:
 
 
 def _namespace(module: nn.Module) -> dict[str, Any]:
-    return vars(sys.modules[type(module).__module__])
+    # A class that was made by executing a string, say, has no module that is imported.
+    found = sys.modules.get(type(module).__module__)
+    return {} if found is None else vars(found)
 
 
 def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:

@@ -17,7 +17,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import NniTopoError, SpeedupError
 from nni_topo.network.attention import Attention, find_attention
-from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.channels import ChannelFlow, rules_registered
 from nni_topo.network.graph import (
     add_training,
     arguments,
@@ -199,7 +199,8 @@ def share_answers(model: nn.Module, copied: nn.Module) -> None:
 
 def _structure(model: nn.Module) -> str:
     """Write down all of a model that a trace may depend on, whether NNI has wrapped it or not."""
-    lines, places = [], dict[int, int]()
+    # Before an operator had a rule, another answer was found.
+    lines, places = [f"rules {rules_registered()}"], dict[int, int]()
     for name, module in model.named_modules(remove_duplicate=False):
         if is_scripted(module):
             shapes = [tuple(each.shape) for each in (*module.parameters(), *module.buffers())]

@@ -1,0 +1,245 @@
+"""Operators of windows and Einstein sums, and those that a user registers: layers around them lose channels exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import nni_topo
+from nni_topo.errors import ConfigError
+from nni_topo.network.channels.rules import rule
+
+IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+ASKED = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+
+
+class Between(nn.Module):
+    """A function of what layers give, ``a`` (and ``c``) 3 to 8 channels, and of ``w``, read by ``last``."""
+
+    def __init__(self, between, last, *, first=8, weight=None):
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, first, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.last, self.between = last, between
+        if weight is not None:
+            self.w = nn.Parameter(torch.randn(*weight, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x):
+        return self.last(self.between(self, x))
+
+
+def rows(images):
+    return images.flatten(2).transpose(1, 2)
+
+
+def single_head(self, x):
+    scores = torch.einsum("bqc,bkc->bqk", rows(self.a(x)), rows(self.c(x))).softmax(-1)
+    return torch.einsum("bqk,bkc->bqc", scores, rows(x))
+
+
+def mixed(self, x):
+    scores = rows(x) @ rows(x).transpose(1, 2)
+    return torch.einsum("b q k, b k c -> b c q", scores, rows(self.a(x)))
+
+
+# By name: the network, and how many channels its layers have left at half.
+NETS = {
+    "unfold and fold": (
+        lambda: Between(
+            lambda self, x: functional.fold(functional.unfold(self.a(x), 3, padding=1), (6, 6), 3, padding=1),
+            nn.Conv2d(8, 4, 3),
+        ),
+        {"a": 4},
+    ),
+    "unfold to columns": (
+        lambda: Between(lambda self, x: functional.unfold(self.a(x), 2, stride=2).transpose(1, 2), nn.Linear(32, 5)),
+        {"a": 4},
+    ),
+    "modules of both": (
+        lambda: Between(
+            lambda self, x: self.a(x),
+            nn.Sequential(nn.Unfold(2, stride=2), nn.ReLU(), nn.Fold((6, 6), 2, stride=2), nn.Conv2d(8, 4, 1)),
+        ),
+        {"a": 4},
+    ),
+    "fold of a layer's channels": (
+        lambda: Between(lambda self, x: functional.fold(self.a(x).flatten(2), (7, 7), 2), nn.Conv2d(8, 4, 1), first=32),
+        {"a": 16},
+    ),
+    "windows along a dimension": (
+        lambda: Between(lambda self, x: self.a(x).unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2)), nn.Conv2d(8, 4, 1)),
+        {"a": 4},
+    ),
+    "einsum with a parameter": (
+        lambda: Between(
+            lambda self, x: torch.einsum("bchw,oc->bohw", self.a(x), self.w), nn.Conv2d(6, 4, 1), weight=(6, 8)
+        ),
+        {"a": 4},
+    ),
+    "einsum with dots": (
+        lambda: Between(
+            lambda self, x: torch.einsum("bc...,oc->bo...", self.a(x), self.w), nn.Conv2d(6, 4, 1), weight=(6, 8)
+        ),
+        {"a": 4},
+    ),
+    "einsum that scales channels": (
+        lambda: Between(
+            lambda self, x: torch.einsum("bchw,c->bchw", self.a(x), self.w), nn.Conv2d(8, 4, 1), weight=(8,)
+        ),
+        {"a": 4},
+    ),
+    "einsum place by place": (
+        lambda: Between(lambda self, x: torch.einsum("bchw,bchw->bchw", self.a(x), self.c(x)), nn.Conv2d(8, 4, 1)),
+        {"a": 4, "c": 4},
+    ),
+    "einsum that permutes": (
+        lambda: Between(lambda self, x: torch.einsum("bchw->bhwc", self.a(x)), nn.Linear(8, 4)),
+        {"a": 4},
+    ),
+    "einsum without an arrow": (
+        lambda: Between(
+            lambda self, x: torch.einsum("bchw,co", self.a(x), self.w[:1].expand(8, 6)), nn.Linear(6, 4), weight=(1, 6)
+        ),
+        {"a": 8},
+    ),
+    "scores of attention": (lambda: Between(single_head, nn.Linear(3, 4)), {"a": 4, "c": 4}),
+    "values of attention": (lambda: Between(mixed, nn.Conv1d(8, 4, 1)), {"a": 4}),
+    "einsum that sums channels up": (
+        lambda: Between(lambda self, x: torch.einsum("bchw->bhw", self.a(x)).unsqueeze(1), nn.Conv2d(1, 4, 1)),
+        {"a": 4},
+    ),
+}
+
+
+def pruned(net):
+    """Cut half of all channels that can go; the dense network and the groups."""
+    config_list = nni_topo.dependency_groups(net, IMAGES, ASKED)
+    if not config_list:
+        return net, config_list
+    pruner = nni_topo.RandomPruner(net, config_list, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    with torch.no_grad():
+        expected = nni_topo.masked_model(net, IMAGES, masks).eval()(IMAGES)
+        dense = nni_topo.to_dense(net, IMAGES, masks, check=True)
+        torch.testing.assert_close(dense.eval()(IMAGES), expected, rtol=1e-4, atol=1e-5)
+    return dense, config_list
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_layers_around_windows_and_einstein_sums_lose_channels_and_the_outputs_stay(name):
+    make, wanted = NETS[name]
+    net = make().eval()
+    dense, config_list = pruned(net)
+    assert {layer: dense.get_submodule(layer).out_channels for layer in wanted} == wanted, config_list.skipped
+
+
+def test_the_layer_behind_reads_fewer_columns():
+    dense, _ = pruned(NETS["unfold to columns"][0]().eval())
+    assert dense.last.in_features == 16
+
+
+# What isn't understood: the channels stay.
+KEPT = {
+    "outer product": lambda self, x: torch.einsum("bc,bd->bcd", self.a(x).mean((2, 3)), self.c(x).mean((2, 3))).flatten(
+        1
+    ),
+    "parameter along other channels": lambda self, x: torch.einsum("bc,co->bo", self.a(x).mean((2, 3)), self.w),
+    "windows over channels": lambda self, x: self.a(x).mean(3).unfold(1, 2, 2).flatten(1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("outer product", 64), ("parameter along other channels", 8), ("windows over channels", 48)]
+)
+def test_channels_of_what_is_not_understood_stay_with_a_reason(name, width):
+    net = Between(KEPT[name], nn.Linear(width, 4), weight=(8, 8)).eval()
+    found = nni_topo.dependency_groups(net, IMAGES, ASKED)
+    operator = "unfold" if name.startswith("windows") else "einsum"
+    assert "no rule says where channels go" in found.skipped["a"]
+    assert operator in found.skipped["a"]
+
+
+def test_an_operator_has_one_rule():
+    with pytest.raises(ValueError, match="got a second one"):
+        rule("cat")(lambda op: op.passed())
+    for known in ("cat", torch.cat, "einsum", torch.Tensor.add_):
+        with pytest.raises(ConfigError, match="operator must be one without a rule"):
+            nni_topo.register_operator(known, "keep")
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images):
+        return images * images.sigmoid()
+
+
+class Opaque(torch.autograd.Function):
+    """What tracers can't look into: it leaves PyTorch in between."""
+
+    @staticmethod
+    def forward(ctx, *images):
+        found = sum(torch.from_numpy(each.detach().numpy() * 2) for each in images)
+        return found
+
+
+def through(operator, *, two=False):
+    def between(self, x):
+        return operator(self.a(x), self.c(x)) if two else operator(self.a(x))
+
+    return Between(between, nn.Conv2d(8, 4, 1)).eval()
+
+
+def test_channels_follow_a_function_of_ones_own():
+    own = nni_topo.register_operator(lambda images: Opaque.apply(images), "follow")
+    net = through(own)
+    dense, _ = pruned(net)
+    assert dense.a.out_channels == dense.last.in_channels == 4
+
+
+def test_two_tensors_are_coupled_in_a_function_of_ones_own():
+    own = nni_topo.register_operator(lambda one, other: Opaque.apply(one, other), "couple")
+    dense, config_list = pruned(through(own, two=True))
+    assert dense.a.out_channels == dense.c.out_channels == dense.last.in_channels == 4
+    assert len({config["dependency_group_id"] for config in config_list if "dependency_group_id" in config}) == 1
+
+
+def test_a_wrong_rule_is_found_by_the_dry_run():
+    def mean_over_channels(images):
+        return Opaque.apply(images) - Opaque.apply(images).mean(1, keepdim=True)
+
+    own = nni_topo.register_operator(mean_over_channels, "follow")
+    found = nni_topo.dependency_groups(through(own), IMAGES, ASKED)
+    assert "mean_over_channels" in found.skipped["a"]
+
+
+def test_channels_stay_where_a_rule_says_so_and_the_first_answer_does_not_outlast_a_rule():
+    @torch.library.custom_op("nni_topo_tests::reversed", mutates_args=())
+    def backwards(images: torch.Tensor) -> torch.Tensor:
+        return images.flip(1).contiguous()
+
+    net = through(backwards)
+    assert "a" in nni_topo.dependency_groups(net, IMAGES, ASKED).skipped
+    nni_topo.register_operator(backwards, lambda call: call.ids[0].flip(1))
+    assert "a" not in nni_topo.dependency_groups(net, IMAGES, ASKED).skipped
+    dense, _ = pruned(net)
+    assert dense.a.out_channels == 4
+
+    @torch.library.custom_op("nni_topo_tests::doubled", mutates_args=())
+    def doubled(images: torch.Tensor) -> torch.Tensor:
+        return images * 2
+
+    nni_topo.register_operator(doubled, "keep")
+    assert "a" in nni_topo.dependency_groups(through(doubled), IMAGES, ASKED).skipped
+
+
+def test_a_rule_must_return_ids_of_the_outputs_shape():
+    own = nni_topo.register_operator(lambda images: Opaque.apply(images), lambda call: call.ids[0].sum(1))
+    with pytest.raises(ConfigError, match=r"rule must return channel ids, int64, of the output's shape .*got"):
+        nni_topo.dependency_groups(through(own), IMAGES, ASKED)
+
+
+def test_the_function_itself_computes_what_it_did():
+    own = nni_topo.register_operator(Swish.apply, "follow")
+    assert torch.equal(own(IMAGES), IMAGES * IMAGES.sigmoid())
