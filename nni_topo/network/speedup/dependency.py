@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -185,70 +187,175 @@ def dependency_groups(
     """
     check_names(model, config_list)
     network = Network.on(model, example_inputs)
-    selections, named = [], set[str]()
-    by_head = set[str]()
+    given = _select(model, config_list)
+    try:
+        flow = network.flow
+    except SpeedupError as error:
+        if strict or given.layers & given.named:
+            raise
+        return _all_left_out(model, given, error)
+    selection = _with_layers_of_attention(given, flow)
+    order = _network_order(model, flow)
+    groups = layer_groups(flow)
+    # What is named stays selected whatever it is, so that the pruner that can make nothing of it says so.
+    unpruned = _skipped(network, flow, [name for name in order if name in selection.by_type])
+    projections = _projections_by_column(flow, groups, selection, unpruned)
+    choice = _choose(model, flow, order, selection, unpruned, projections)
+    if strict:
+        _check_none_left_out(choice.left_out)
+    _warn(flow, groups, choice)
+    entries = _write_entries(flow, order, selection, choice)
+    # Of what mixes heads by column all rows stay.
+    ties = partial_ties(flow, choice.by_row - _followers(flow))
+    in_part = {name: why for name, why in choice.in_part.items() if name not in selection.named}
+    return DependencyGroups(
+        entries,
+        skipped=reasons.as_text(choice.left_out) | _told_in_part(flow, in_part),
+        named=selection.named & selection.layers,
+        ties=ties,
+        shares=shares(flow, asked_of(flow, entries, ties)),
+        reasons=choice.left_out | in_part,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selection:
+    """What a config_list selects."""
+
+    entries: tuple[tuple[frozenset[str], dict[str, Any]], ...]  # names, and settings other than those that select
+    named: frozenset[str]  # by ``op_names``
+    by_head: frozenset[str]  # those of which heads are asked for
+
+    @cached_property
+    def layers(self) -> frozenset[str]:
+        """All that any entry selects."""
+        return frozenset().union(*(names for names, _ in self.entries))
+
+    @cached_property
+    def by_type(self) -> frozenset[str]:
+        """Those of them that no entry names."""
+        return self.layers - self.named
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """What becomes of each selected layer."""
+
+    by_row: frozenset[str]  # those that lose rows of their weights: channels, or heads
+    projections: dict[str, Attention]  # those that lose columns: output projections, with the heads that they read
+    left_out: dict[str, Reasons]  # those that can't lose any, and why
+    in_part: dict[str, Reasons]  # why some channels stay, of those ``by_row``
+
+
+def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selection:
+    """Return what the entries of a config_list select, as NNI reads them, derived classes included."""
+    entries, named, by_head = list[tuple[frozenset[str], dict[str, Any]]](), set[str](), set[str]()
     for config in trans_legacy_config_list(copy.deepcopy(config_list)):
         named.update(config.get("op_names") or ())
         if config.get("op_types"):
             types = {*config["op_types"], *derived_types(model, config["op_types"])}
             config["op_types"] = sorted(types | _parametrized(model, types))
-        asks = config.get("granularity") == "head"
-        if asks:
+        asks_for_heads = config.get("granularity") == "head"
+        if asks_for_heads:
             del config["granularity"]
-        modules, public, _ = select_modules_by_config(model, config)
+        modules, settings, _ = select_modules_by_config(model, config)
         if not modules:
             raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
         derived_types(torch.nn.ModuleList(modules.values()), PruningSetting.registry)  # of layers that are named, too
-        selections.append((set(modules), public))
-        by_head.update(modules if asks else ())
-    selected = {name for names, _ in selections for name in names}
-    try:
-        flow = network.flow
-    except SpeedupError as error:
-        if strict or selected & named:
-            raise
-        untraced = {name: (reasons.untraced_model(error),) for name, _ in model.named_modules() if name in selected}
-        _logger.warning("all layers stay whole and are left out: %s", error)
-        return DependencyGroups([], reasons.as_text(untraced), reasons=untraced)
-    order = _network_order(model, flow)
-    selections = [(_parts(names, flow) if by_head & names else names, public) for names, public in selections]
-    selected, by_head = {name for names, _ in selections for name in names}, _parts(by_head, flow)
-    asked = [name for name in order if name in selected - named]
-    skipped = _skipped(network, flow, asked, selected)
-    mixers = {name: each for name, each in flow.mixers().items() if each.channels.keys() <= selected - skipped.keys()}
-    mixers = {name: each for name, each in mixers.items() if name in by_head or name in selected - named}
-    groups = layer_groups(flow)
-    mixers = _by_column(flow, groups, mixers, by_head, selected - skipped.keys())
-    skipped = (
-        {name: why for name, why in skipped.items() if name not in mixers}
-        | _sharing_with(flow, mixers, [name for name in asked if name not in mixers])
-        | {name: _why_headless(model, name) for name in order if name in by_head - flow.heads.keys() - mixers.keys()}
-    )
-    for name, why in skipped.items() if strict else ():
+        entries.append((frozenset(modules), settings))
+        by_head.update(modules if asks_for_heads else ())
+    return _Selection(tuple(entries), frozenset(named), frozenset(by_head))
+
+
+def _all_left_out(model: torch.nn.Module, selection: _Selection, error: SpeedupError) -> DependencyGroups:
+    """Return no groups, for a model that can't be traced."""
+    selected = [name for name, _ in model.named_modules() if name in selection.layers]
+    untraced = {name: (reasons.untraced_model(error),) for name in selected}
+    _logger.warning("all layers stay whole and are left out: %s", error)
+    return DependencyGroups([], reasons.as_text(untraced), reasons=untraced)
+
+
+def _with_layers_of_attention(selection: _Selection, flow: ChannelFlow) -> _Selection:
+    """Put the layers of attention in place of modules that hold them, where heads are asked for."""
+    entries = list[tuple[frozenset[str], dict[str, Any]]]()
+    for names, settings in selection.entries:
+        asks_for_heads = bool(selection.by_head & names)
+        entries.append((_parts(names, flow) if asks_for_heads else names, settings))
+    return _Selection(tuple(entries), selection.named, _parts(selection.by_head, flow))
+
+
+def _projections_by_column(
+    flow: ChannelFlow, groups: list[list[str]], selection: _Selection, unpruned: Mapping[str, Reasons]
+) -> dict[str, Attention]:
+    """Return the output projections that lose columns, those of pruned heads, and no rows.
+
+    An output projection can lose rows, as other layers do, with all layers of its group, if none of these was asked for
+    heads.
+    """
+    prunable = selection.layers - unpruned.keys()
+    found = dict[str, Attention]()
+    for name, attention in flow.mixers().items():
+        is_asked = name in selection.by_head or name in selection.by_type
+        if is_asked and attention.channels.keys() <= prunable:
+            found[name] = attention
+    # What norms make of a head that is gone only a mask on its columns takes off.
+    by_head = selection.by_head | {name for name, attention in found.items() if attention.shifted}
+    by_row = set[str]()
+    for names in groups:
+        inside = {name for name in names if not flow.layers[name].depthwise}
+        if inside <= prunable - by_head and not any(FIXED in flow.layer_roots(name) for name in inside):
+            by_row |= inside
+    return {name: attention for name, attention in found.items() if name not in by_row}
+
+
+def _choose(
+    model: torch.nn.Module,
+    flow: ChannelFlow,
+    order: Sequence[str],
+    selection: _Selection,
+    unpruned: Mapping[str, Reasons],
+    projections: dict[str, Attention],
+) -> _Choice:
+    """Tell which selected layers lose rows, and which none, given those that can't and those that lose columns."""
+    left_out = {name: why for name, why in unpruned.items() if name not in projections}
+    # An output projection that loses columns keeps its rows, and with these the channels that it shares.
+    rows = {root: name for name in projections for root in flow.layer_roots(name).tolist() if root != FIXED}
+    for name in order:
+        if name in selection.by_type and name in flow.layers and name not in projections:
+            shared = [rows[root] for root in flow.layer_roots(name).tolist() if root in rows]
+            if shared:
+                left_out[name] = (reasons.head_by_head(shared[0]),)
+    for name in order:
+        if name in selection.by_head and name not in flow.heads and name not in projections:
+            left_out[name] = _why_headless(model, name)
+    by_row = selection.layers - left_out.keys() - projections.keys()
+    return _Choice(by_row, projections, left_out, _pinned(flow, by_row))
+
+
+def _check_none_left_out(left_out: Mapping[str, Reasons]) -> None:
+    for name, why in left_out.items():
         if why != (reasons.model_output(),):
             told = reasons.told(why)
             raise ConfigError(f"every layer that is selected must be one that can lose channels, got {name}: {told}")
-    pinned = _pinned(flow, selected - skipped.keys() - mixers.keys())
-    _warn(flow, groups, selected - skipped.keys() - mixers.keys(), skipped, pinned)
-    extra = _settings(flow, mixers, selected - skipped.keys())
-    left_out = skipped.keys() | _followers(flow)
 
-    def by_block(name: str, public: dict[str, Any]) -> bool:
+
+def _write_entries(
+    flow: ChannelFlow, order: Sequence[str], selection: _Selection, choice: _Choice
+) -> list[dict[str, Any]]:
+    """Write an entry for each layer that is to lose channels: its own settings, and those of its group."""
+    group_settings = _settings(flow, choice.projections, choice.by_row | choice.projections.keys())
+    left_out = choice.left_out.keys() | _followers(flow)
+    entries = []
+    for names, settings in selection.entries:
         # Blocks of one's own, NNI's 64 by 64, say, make no group: what is left of heads is seen when masks are there.
-        return isinstance(public.get("granularity"), list) and (name in flow.heads or name in mixers)
-
-    entries = [
-        {"op_names": [name], **copy.deepcopy(public), **({} if by_block(name, public) else extra.get(name, {}))}
-        for names, public in selections
-        for name in order
-        if name in names and name not in left_out
-    ]
-    # Of what mixes heads by column all rows stay.
-    ties = partial_ties(flow, selected - left_out - mixers.keys())
-    pinned = {name: found for name, found in pinned.items() if name not in named}
-    told_of = reasons.as_text(skipped) | _told_in_part(flow, pinned)
-    each_share = shares(flow, asked_of(flow, entries, ties))
-    return DependencyGroups(entries, told_of, named & selected, ties, each_share, skipped | pinned)
+        has_blocks = isinstance(settings.get("granularity"), list)
+        for name in order:
+            if name not in names or name in left_out:
+                continue
+            is_alone = has_blocks and (name in flow.heads or name in choice.projections)
+            group = {} if is_alone else group_settings.get(name, {})
+            entries.append({"op_names": [name], **copy.deepcopy(settings), **group})
+    return entries
 
 
 def _parametrized(model: torch.nn.Module, types: set[str]) -> set[str]:
@@ -268,7 +375,7 @@ def _why_headless(model: torch.nn.Module, name: str) -> Reasons:
     return (reasons.no_heads(),)
 
 
-def _parts(names: set[str], flow: ChannelFlow) -> set[str]:
+def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
     """Put the layers of attention in place of a module that holds them."""
     found = {name: flow.attention[name] for name in names - flow.heads.keys() if name in flow.attention}
     inner = {layer for each in found.values() for layer in (*each.channels, *filter(None, [each.out]))}
@@ -278,11 +385,11 @@ def _parts(names: set[str], flow: ChannelFlow) -> set[str]:
 def whole_layers(model: torch.nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Reasons]:
     """Return which of some layers have to stay whole, and why."""
     network = Network.on(model, example_inputs)
-    return _skipped(network, network.flow, list(names), set(names))
+    return _skipped(network, network.flow, list(names))
 
 
-def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: set[str]) -> dict[str, Reasons]:
-    """Return which layers have to stay whole, and why: of those asked for, among all that are selected."""
+def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str, Reasons]:
+    """Return which of the layers asked for have to stay whole, and why."""
     unfit, skipped, heads = unprunable(network), dict[str, Reasons](), list[str]()
     for name in asked:
         if name not in flow.layers:
@@ -311,49 +418,26 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str], selected: se
     return {name: skipped[name] for name in asked if name in skipped}
 
 
-def _by_column(
-    flow: ChannelFlow, groups: list[list[str]], mixers: dict[str, Attention], by_head: set[str], free: set[str]
-) -> dict[str, Attention]:
-    """Leave out what mixes heads and can lose rows: with all layers of its group, of which none was asked for heads."""
-    # What norms make of a head that is gone only a mask on its columns takes off.
-    by_head = by_head | {name for name, each in mixers.items() if each.shifted}
-    by_row = set[str]()
-    for names in groups:
-        inside = {name for name in names if not flow.layers[name].depthwise}
-        if inside <= free - by_head and not any(FIXED in flow.layer_roots(name) for name in inside):
-            by_row |= inside
-    return {name: each for name, each in mixers.items() if name not in by_row}
-
-
-def _sharing_with(flow: ChannelFlow, mixers: Mapping[str, Attention], asked: list[str]) -> dict[str, Reasons]:
-    """Return which layers stay whole since they share channels with an output projection that loses columns alone."""
-    rows = {root: name for name in mixers for root in flow.layer_roots(name).tolist() if root != FIXED}
-    found = dict[str, Reasons]()
-    for name in asked:
-        roots = flow.layer_roots(name).tolist() if name in flow.layers else []
-        if mixer := next((rows[root] for root in roots if root in rows), None):
-            found[name] = (reasons.head_by_head(mixer),)
-    return found
-
-
 def layer_groups(flow: ChannelFlow) -> list[list[str]]:
     """Group the layers of which any channel is tied, in network order; one without ties is a group of its own."""
     return meeting({name: set(flow.layer_roots(name).tolist()) - {FIXED} for name in flow.layers})
 
 
-def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> dict[str, int]:
-    """Rank module names by their first call, those that are never called behind."""
+def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> list[str]:
+    """List module names by their first call, and after these those that are never called."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    return {name: rank for rank, name in enumerate(dict.fromkeys([*flow.layers, *names]))}
+    return list(dict.fromkeys([*flow.layers, *names]))
 
 
-def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention], chosen: set[str]) -> dict[str, dict[str, Any]]:
-    """Make the keys that dependency groups add to entries of chosen layers; `mixers` lose the columns of heads."""
+def _settings(
+    flow: ChannelFlow, projections: Mapping[str, Attention], chosen: frozenset[str]
+) -> dict[str, dict[str, Any]]:
+    """Make the keys that dependency groups add to entries of chosen layers; `projections` lose the columns of heads."""
     blocks = blocks_of(flow)
     # NNI can state only groups whose layers are tied channel i to channel i.
     stated: dict[tuple[int, ...], list[str]] = {}
     for name in flow.layers:
-        own = next(iter(mixers[name].channels)) if name in mixers else name
+        own = next(iter(projections[name].channels)) if name in projections else name
         roots = tuple(flow.roots(flow.bundle_numbers(own)).tolist())
         if set(roots) != {FIXED}:
             stated.setdefault(roots, []).append(name)
@@ -376,7 +460,7 @@ def _settings(flow: ChannelFlow, mixers: Mapping[str, Attention], chosen: set[st
             settings.setdefault(name, {})["granularity"] = [-1, 1]  # by column, where NNI's default is by row
     for name, attention in flow.heads.items():
         settings.setdefault(name, {})["granularity"] = attention.granularity(name)
-    for name, attention in mixers.items():
+    for name, attention in projections.items():
         settings.setdefault(name, {})["granularity"] = [-1, attention.size]
     return settings
 
@@ -393,7 +477,7 @@ def _followers(flow: ChannelFlow) -> set[str]:
     }
 
 
-def _pinned(flow: ChannelFlow, selected: set[str]) -> dict[str, Reasons]:
+def _pinned(flow: ChannelFlow, selected: frozenset[str]) -> dict[str, Reasons]:
     """Return of which layers some channels have to stay, and why."""
     return {name: flow.why_pinned(name) for name in flow.layers if name in selected and FIXED in flow.layer_roots(name)}
 
@@ -415,31 +499,26 @@ def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def _warn(
-    flow: ChannelFlow,
-    groups: list[list[str]],
-    selected: set[str],
-    skipped: Mapping[str, Reasons],
-    pinned: Mapping[str, Reasons],
-) -> None:
+def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
     """Name the layers left out, those that keep some channels, and those that give the output."""
     if flow.missed:
         _logger.warning("%s", flow.missed)
-    if set(skipped.values()) - {(reasons.model_output(),)}:
-        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in by_reason(reasons.as_text(skipped)).items())
+    if set(choice.left_out.values()) - {(reasons.model_output(),)}:
+        layers_by_reason = by_reason(reasons.as_text(choice.left_out))
+        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in layers_by_reason.items())
         _logger.warning("layers that can't lose channels stay whole and are left out: %s", told)
     for names in groups:
-        inside = [name for name in names if name in selected]
-        outside = [name for name in names if name not in selected and not flow.layers[name].depthwise]
+        inside = [name for name in names if name in choice.by_row]
+        outside = [name for name in names if name not in choice.by_row and not flow.layers[name].depthwise]
         if inside and outside:
             _logger.warning(
                 "layers that share channels must be selected together, got %s without %s: "
                 "the channels they share stay",
                 ", ".join(inside), ", ".join(outside),
             )  # fmt: skip
-    if pinned:
-        told = "; ".join(f"{name}: {why}" for name, why in _told_in_part(flow, pinned).items())
+    if choice.in_part:
+        told = "; ".join(f"{name}: {why}" for name, why in _told_in_part(flow, choice.in_part).items())
         _logger.warning("some channels of these layers can't be removed: %s", told)
-    heads = [name for name in flow.layers if name in selected and flow.reaches_output(name)]
+    heads = [name for name in flow.layers if name in choice.by_row and flow.reaches_output(name)]
     if heads:
         _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
