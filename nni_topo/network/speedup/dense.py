@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from nni.compression.speedup.replacer import Replacer
 
@@ -158,32 +159,168 @@ def to_dense(
     full = check_masks(model, masks)
     with random_state_kept(), torch.inference_mode(False):
         torch.manual_seed(0)
-        network = Network(model, call)
-        dense, reference, kept, resolved, notes = _build(
-            network, full, round_to, tuple(customized_replacers), keep=constants == "keep"
-        )
-        checked = ""
-        if check:
-            advise = partial(way_forward, network, reference, kept)
-            with left_alone(dense):
-                checked = check_equal(reference, dense, call, kept, rtol, advise=advise)
-        flow = network.flow
-    _report(model, dense, full, resolved, checked, notes, flow)
+        task = _prepare(Network(model, call), full, round_to)
+        masked = _masked_with_constants(task) if constants == "keep" else _masked_without_constants(task)
+        dense = _cut(task, masked, tuple(customized_replacers))
+        checked = _compare(task, masked, dense, rtol) if check else ""
+    _report(task, masked, dense, checked)
     return dense
 
 
-def _report(
-    model: torch.nn.Module,
-    dense: torch.nn.Module,
-    masks: FullMasks,
-    resolved: Resolved,
-    checked: str,
-    notes: tuple[str, ...],
-    flow: ChannelFlow,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is to be made dense."""
+
+    network: Network
+    flow: ChannelFlow
+    original: torch.nn.Module  # a light copy of the model in evaluation mode
+    masks: FullMasks
+    round_to: int | Literal["auto"] | None
+    rounded: Resolved  # the masks made to agree, with ``round_to``
+
+    def apply(self, resolved: Resolved) -> torch.nn.Module:
+        """Return the masked model for masks that agree."""
+        return apply_masks(self.original, self.network.call, resolved.masks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Masked:
+    """The masked model that the dense one has to equal."""
+
+    reference: torch.nn.Module
+    resolved: Resolved  # its masks
+    contributions: Brought  # what removed channels bring that the layers of the dense model have to add
+    notes: tuple[str, ...]
+
+    @property
+    def left(self) -> np.ndarray:
+        """Which channels stay: bool, by group id."""
+        return self.resolved.left
+
+
+def _prepare(network: Network, masks: FullMasks, round_to: int | Literal["auto"] | None) -> _Task:
+    """Make the masks agree, all that is known before anything is measured."""
+    original, flow = detached_copy(network.model, light=True).eval(), network.flow
+    return _Task(network, flow, original, masks, round_to, resolve(original, flow, masks, round_to))
+
+
+def _runnable(task: _Task, model: torch.nn.Module, left: np.ndarray) -> tuple[torch.nn.Module, Call]:
+    """Return what runs all layers of a model, and what to call it on.
+
+    Layers that run in training alone are among these where they read pruned channels.
+    """
+    if all(left[task.flow.entering_roots(name)].all() for name in task.flow.in_training):
+        return model, task.network.call
+    graph_module, args = task.network.graph(model, in_training=True)
+    return Steps(graph_module), (args, {})
+
+
+def _masked_with_constants(task: _Task) -> _Masked:
+    """Mask a model as NNI does, where batch norms make constants of removed channels, which layers add from now on."""
+    resolved, flow = task.rounded, task.flow
+    # As in NNI's masked model, in which norms make something of the zeros that arrive.
+    with left_alone(task.original):
+        runs, call = _runnable(task, task.original, resolved.left)
+        kept = constants_read(runs, flow, resolved.left, call)
+        lacking = dropped(runs, flow, resolved.left, call)
+    reference = task.apply(resolved)
+    notes = []
+    if lacking:
+        notes.append(
+            f"what removed channels bring is no constant that can be kept, and is dropped: {', '.join(lacking)}"
+        )
+    bordered = [name for name in kept if is_bordered(task.original, flow, name)]
+    if bordered:
+        notes.append(f"kept constants go on beyond the border that these layers pad with zeros: {', '.join(bordered)}")
+    if kept:
+        runs, call = _runnable(task, task.original, resolved.left)
+        notes += _notes_on_training(norms_of_constants(runs, flow, resolved.left, call))
+    # Each layer is cut for itself, so each needs tensors of its own.
+    untie(reference, find_ties(reference))
+    absorb(reference, flow, resolved.left, kept, exactly=False)
+    return _Masked(reference, resolved, Brought({}, {}), tuple(notes))
+
+
+def _masked_without_constants(task: _Task) -> _Masked:
+    """Mask a model with removed channels at zero, and choose constant channels where zeros become something else."""
+    flow = task.flow
+    # Constant channels count for the multiple, so that they are chosen among all that may go.
+    measured = task.rounded if task.round_to is None else resolve(task.original, flow, task.masks)
+    probe = task.apply(measured)
+    with left_alone(probe):
+        runs, call = _runnable(task, probe, measured.left)
+        contributions = brought(runs, flow, measured.left, call)
+    if contributions.carried:
+        # What is gone now was gone when it was measured: none that stayed then may go because a constant channel counts
+        # too.
+        constant_channels = contributions.carriers(flow)
+        resolved = resolve(
+            task.original, flow, task.masks, task.round_to, carriers=constant_channels, also=measured.left
+        )
+    else:
+        resolved = task.rounded
+    reference = probe if resolved is measured else task.apply(resolved)
+    notes = []
+    if contributions.constants or contributions.carried:
+        runs, call = _runnable(task, reference, measured.left)
+        notes = _notes_on_training(norms_of_constants(runs, flow, resolved.left, call))
+    return _Masked(reference, resolved, contributions, tuple(notes))
+
+
+def _notes_on_training(norms: list[str]) -> list[str]:
+    """Note which batch norms make constants of removed channels."""
+    if not norms:
+        return []
+    told = (
+        "constants behind batch norms are those of evaluation mode; in training mode the masked model computes others"
+    )
+    return [f"{told}: {', '.join(norms)}"]
+
+
+def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.nn.Module:
+    """Cut a copy of the masked model: layers, heads, and the attributes that count channels."""
+    flow, original = task.flow, task.original
+    # What is cut, or takes constants over, gets new tensors; the others the reference, which goes, may share with it.
+    copied = detached_copy(masked.reference, light=not replacers)
+    # Each layer is cut for itself, so each needs tensors of its own.
+    untie(copied, find_ties(copied))
+    absorb(copied, flow, masked.left, masked.contributions.constants, exactly=True)
+    carry(copied, flow, masked.left, masked.contributions.carried)
+    DenseSpeedup(copied, flow, masked.left, replacers).speedup_model()
+    put_sizes(copied, flow.sizes_left(masked.left))
+    dense = narrowed(copied, flow, masked.resolved.masks, masked.left, task.network.call)
+    _count_anew(original, dense)
+    tie_again(dense, find_ties(original))
+    tell_config(dense, original)
+    for name, module in task.network.model.named_modules():
+        dense.get_submodule(name).training = module.training
+    return dense
+
+
+def _count_anew(original: torch.nn.Module, dense: torch.nn.Module) -> None:
+    """Let attributes that nobody reads while the model runs count the channels that are left, where it is known how."""
+    changed = {}
+    for place, size in sizes_shown(original, dense).items():
+        before = number_at(original, place)
+        if size != before and number_at(dense, place) == before:
+            changed[place] = size
+    put_sizes(dense, changed)
+
+
+def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) -> str:
+    """Raise a SpeedupError unless the dense model computes what the masked one does; say on what they were compared."""
+    kept = kept_outputs(task.flow, masked.left)
+    advise = partial(way_forward, task.network, masked.reference, kept)
+    with left_alone(dense):
+        return check_equal(masked.reference, dense, task.network.call, kept, rtol, advise=advise)
+
+
+def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
+    model, flow, resolved = task.network.model, task.flow, masked.resolved
     trained: dict[str, Reasons] = {name: (reasons.training_only(name),) for name in flow.in_training}
-    report = dense_report(model, dense, masks, resolved.reasons | trained, stale_numbers(model, dense))
+    report = dense_report(model, dense, task.masks, resolved.reasons | trained, stale_numbers(model, dense))
+    notes = ((flow.missed,) if flow.missed else ()) + masked.notes
     report = dataclasses.replace(report, checked=checked, notes=notes)
     if report.stale:
         named = ", ".join(f"{name} {number}" for name, number in report.stale.items())
@@ -199,91 +336,3 @@ def _report(
     warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
     if isinstance(getattr(dense, "report", report), DenseReport):
         dense.report = report  # type: ignore[assignment]
-
-
-def _count_anew(original: torch.nn.Module, dense: torch.nn.Module) -> None:
-    """Let attributes that nobody reads while the model runs count the channels that are left, where it is known how."""
-    known = {place: size for place, size in sizes_shown(original, dense).items() if size != number_at(original, place)}
-    put_sizes(
-        dense, {place: size for place, size in known.items() if number_at(dense, place) == number_at(original, place)}
-    )
-
-
-def _build(
-    network: Network,
-    masks: FullMasks,
-    round_to: int | Literal["auto"] | None,
-    replacers: Sequence[Replacer],
-    *,
-    keep: bool,
-) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, list[torch.Tensor]], Resolved, tuple[str, ...]]:
-    """Make the dense model, its reference, the list of what is kept of each module's output, masks used and notes."""
-    original = detached_copy(network.model, light=True).eval()
-    flow = network.flow
-    resolved = rounded = resolve(original, flow, masks, round_to)
-    if round_to is not None and not keep:
-        # Carriers count for the multiple, so that they are chosen among all that may go.
-        resolved = resolve(original, flow, masks)
-    ties = find_ties(original)
-
-    is_read_in_training = any(not resolved.left[flow.entering_roots(name)].all() for name in flow.in_training)
-
-    def whole(model: torch.nn.Module) -> tuple[torch.nn.Module, Call]:
-        """Return what runs all layers of a model, those of training alone too, and what to call it on."""
-        if not is_read_in_training:
-            return model, network.call
-        graph_module, args = network.graph(model, in_training=True)
-        return Steps(graph_module), (args, {})
-
-    # As in NNI's masked model, in which norms make something of the zeros that arrive.
-    with left_alone(original):
-        runs, call = whole(original)
-        kept = constants_read(runs, flow, resolved.left, call) if keep else {}
-        lacking = dropped(runs, flow, resolved.left, call) if keep else []
-    reference = apply_masks(original, network.call, resolved.masks)
-    with left_alone(reference):
-        runs, call = whole(reference)
-        others = Brought({}, {}) if keep else brought(runs, flow, resolved.left, call)
-    if others.carried:
-        # What is gone now was gone when it was measured: none that stayed then may go because a carrier counts too.
-        carriers = others.carriers(flow)
-        resolved = resolve(original, flow, masks, round_to, carriers=carriers, also=resolved.left)
-        reference = apply_masks(original, network.call, resolved.masks)
-    elif not keep and round_to is not None:
-        resolved = rounded
-        reference = apply_masks(original, network.call, resolved.masks)
-    notes = [flow.missed] if flow.missed else []
-    if lacking:
-        notes.append(
-            f"what removed channels bring is no constant that can be kept, and is dropped: {', '.join(lacking)}"
-        )
-    bordered = [name for name in kept if is_bordered(original, flow, name)]
-    if bordered:
-        notes.append(f"kept constants go on beyond the border that these layers pad with zeros: {', '.join(bordered)}")
-    if kept or others.constants or others.carried:
-        runs, call = whole(original if keep else reference)
-        norms = norms_of_constants(runs, flow, resolved.left, call)
-        if norms:
-            notes.append(
-                "constants behind batch norms are those of evaluation mode; in training mode the masked model computes "
-                f"others: {', '.join(norms)}"
-            )
-    # Each layer is cut for itself, so each needs tensors of its own.
-    if keep:
-        untie(reference, find_ties(reference))
-        absorb(reference, flow, resolved.left, kept, exactly=False)
-    # What is cut, or takes constants over, gets new tensors; the others the reference, which goes, may share with it.
-    dense = detached_copy(reference, light=not replacers)
-    untie(dense, find_ties(dense))
-    if not keep:
-        absorb(dense, flow, resolved.left, others.constants, exactly=True)
-        carry(dense, flow, resolved.left, others.carried)
-    DenseSpeedup(dense, flow, resolved.left, replacers).speedup_model()
-    put_sizes(dense, flow.sizes_left(resolved.left))
-    dense = narrowed(dense, flow, resolved.masks, resolved.left, network.call)
-    _count_anew(original, dense)
-    tie_again(dense, ties)
-    tell_config(dense, original)
-    for name, module in network.model.named_modules():
-        dense.get_submodule(name).training = module.training
-    return dense, reference, kept_outputs(flow, resolved.left), resolved, tuple(notes)
