@@ -14,8 +14,7 @@ from nni_topo.network.layers import RECURRENT, feature_dimension, is_transposed_
 from nni_topo.network.runtime import SHAPES, STRUCTURE, leaves_models_alone
 from nni_topo.network.speedup.dependency import whole_layers
 from nni_topo.network.speedup.network import Network
-
-Kept = dict[str, list[Tensor]]
+from nni_topo.network.speedup.reconcile import KeptIndices
 
 _MIXING = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LocalResponseNorm)
 
@@ -172,7 +171,7 @@ def _channels(module: nn.Module) -> int | None:
     return output_channels(module)
 
 
-def way_forward(network: Network, reference: nn.Module, kept: Kept, place: str | None) -> str:
+def way_forward(network: Network, reference: nn.Module, kept: KeptIndices, place: str | None) -> str:
     """Say why outputs differ from ``place`` on (None: behind the last module), and what can be done about it."""
     try:
         flow = network.flow
@@ -187,7 +186,7 @@ def way_forward(network: Network, reference: nn.Module, kept: Kept, place: str |
     return reasons.unequal(before, place if is_read else None)
 
 
-def _removed(flow: ChannelFlow, name: str, kept: Kept) -> Tensor:
+def _removed(flow: ChannelFlow, name: str, kept: KeptIndices) -> Tensor:
     """Tell which output channels of a layer are removed: bool, shape (channels,)."""
     removed = torch.ones(flow.layers[name].channels, dtype=torch.bool)
     removed[kept[name][feature_dimension(flow.fetch_attr(name))].cpu()] = False
