@@ -188,7 +188,7 @@ class Bench:
         nets = {"pruned": dense}
         if recover:
             pairs = None if free_pairs else getattr(own, "pairs", None)
-            updated = nni_topo.compensate(model, masks, images, method="pair", pairs=pairs)
+            updated = nni_topo.compensate(model, masks, images, method=nni_topo.recovery.Pair(pairs))
             nets["updated"] = nni_topo.to_dense(updated, example, masks)
             nets["rebuilt"] = nni_topo.to_dense(nni_topo.compensate(model, masks, images), example, masks)
         record |= {"widths_before": layer_widths(model), "widths": layer_widths(dense)}

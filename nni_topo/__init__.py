@@ -56,16 +56,22 @@ from nni_topo.pruners.subcluster import SubclusterPruner  # noqa: E402
 from nni_topo.pruners.topological import GeneticSearch, TopologicalPruner  # noqa: E402
 from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  # noqa: E402
 from nni_topo.recovery import (  # noqa: E402
+    RecoveryInfo,
+    RecoveryMethod,
     compensate,
     compensation,
     distill,
     distillation,
+    list_recoveries,
     narrow_heads,
     recalibrate_batch_norm,
+    recovery_info,
+    register_recovery,
     remove_blocks,
     synthetic_images,
 )
 
+importlib.import_module(f"{__name__}.studies.recovery_rules")  # it registers the rules of other papers
 expose_in_nni()
 
 hooks = pruners
@@ -124,6 +130,8 @@ __all__ = [
     "PrunerInfo",
     "RandomPruner",
     "ReconstructionPruner",
+    "RecoveryInfo",
+    "RecoveryMethod",
     "StructuredPruner",
     "SubclusterPruner",
     "TopologicalMagnitudePruner",
@@ -147,14 +155,17 @@ __all__ = [
     "export",
     "hooks",
     "list_pruners",
+    "list_recoveries",
     "load",
     "masked_model",
     "narrow_heads",
     "pruner_info",
     "recalibrate_batch_norm",
+    "recovery_info",
     "register_module",
     "register_operator",
     "register_pruner",
+    "register_recovery",
     "remove_blocks",
     "save",
     "save_pretrained",

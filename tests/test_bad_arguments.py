@@ -165,6 +165,13 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.recalibrate_batch_norm": lambda: {"model": net(), "calibration": [IMAGES]},
     "nni_topo.register_module": lambda: {"kind": Net, "cut": cut},
     "nni_topo.register_operator": lambda: {"operator": lambda images: images, "rule": "keep"},
+    "nni_topo.RecoveryInfo": lambda: {"name": "mine", "path": "here:Mine", "summary": "mine"},
+    "nni_topo.recovery_info": lambda: {"name": "reconstruct"},
+    "nni_topo.list_recoveries": lambda: {"pattern": "r*"},
+    "nni_topo.register_recovery": lambda: {"info": nni_topo.recovery_info("reconstruct")},
+    "nni_topo.recovery.Ahead": lambda: {"refine": 1, "layers": 2},
+    "nni_topo.recovery.Pair": lambda: {"pairs": {"first": {0: 1}}, "as_printed": False},
+    "nni_topo.recovery.Reconstruct": lambda: {"refine": 1},
     "nni_topo.register_pruner": lambda: {"info": nni_topo.pruner_info("random")},
     "nni_topo.remove_blocks": lambda: {"model": blocks(), "names": ["1"], "calibration": [ROWS]},
     "nni_topo.shrink": lambda: {
@@ -276,7 +283,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.testing.toy_images": dict,
     "nni_topo.testing.toy_knobs": lambda: {"knobs": ["energy"]},
     "nni_topo.testing.toy_model": dict,
-    "nni_topo.topology.Batches": dict,
+    "nni_topo.topology.EdgeBatches": dict,
     "nni_topo.topology.SubsetFitness": lambda: {"distances": DISTANCES},
     "nni_topo.topology.bottleneck_distance": lambda: {"a": [[0.0, 1.0]], "b": [[0.0, 2.0]]},
     "nni_topo.topology.channel_tree": lambda: {"weight": np.ones((2, 2, 3, 3))},
@@ -515,7 +522,7 @@ PARTS = {
     "SparsityAllocator keep_highest pruning_units unit_scores",
     "nni_topo.recovery": "Compensation CompensationReport Distillation LayerReport",
     "nni_topo.speedup": "DenseReport Explanation Exported LatencyTable LayerLatency LayerReport ModeCost",
-    "nni_topo.topology": "Batches Forest LayerGraph",
+    "nni_topo.topology": "EdgeBatches Forest LayerGraph",
     "nni_topo.zoo": "DataBundle DataInfo EpochLog ModelInfo TrainingLog",
 }
 SAME = {"nni_topo.compensate", "nni_topo.distill"}  # hand on what they get to compensation and distillation

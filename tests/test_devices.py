@@ -33,7 +33,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import create_pruner, list_pruners
 from nni_topo.recovery import distillation
-from nni_topo.recovery.compensating import METHODS
+from nni_topo.recovery.registry import list_recoveries
 from nni_topo.runs.choices import (
     Cell,
     CompensationChoice,
@@ -137,9 +137,9 @@ def test_schedules(device, scheduler):
     "knobs",
     [
         {"method": "reconstruct"},
-        {"method": "reconstruct", "ridge": 1e-3, "refine": 0, "recalibrate": True, "cache_bytes": 1},
-        *({"method": method} for method in METHODS if method != "reconstruct"),
-        {"method": "pair", "pairs": {"hidden": {0: 1}}, "as_printed": True},
+        {"method": nni_topo.recovery.Reconstruct(refine=0), "ridge": 1e-3, "recalibrate": True, "cache_bytes": 1},
+        *({"method": method} for method in list_recoveries() if method != "reconstruct"),
+        {"method": nni_topo.recovery.Pair({"hidden": {0: 1}}, as_printed=True)},
     ],
 )
 def test_compensation(device, knobs):

@@ -39,7 +39,7 @@ from nni_topo.pruners.hooks import (
 )
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import TargetSpaces, in_network_order, is_active, pruning_units
-from nni_topo.recovery.steps import Pairs
+from nni_topo.recovery.mixing import Pairs
 
 _logger = logging.getLogger(__name__)
 

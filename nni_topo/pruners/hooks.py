@@ -24,7 +24,7 @@ from nni_topo.network.channels import Share
 from nni_topo.network.runtime import evaluation_mode, padding_known, run
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import ChannelCoupling, PruningUnit, TargetSpaces, block_shape, pruning_units
-from nni_topo.recovery.steps import Pairs
+from nni_topo.recovery.mixing import Pairs
 
 Data = dict[str, dict[str, Tensor]]
 """``{module name: {target name: tensor}}``, one row per block: ``(blocks, features)``."""

@@ -1,28 +1,48 @@
 """Bringing a pruned network back without labels."""
 
 from nni_topo.maths.least_squares.greedy import greedy_least_squares
+from nni_topo.recovery.ahead import Ahead
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.blocks import remove_blocks
 from nni_topo.recovery.compensating import Compensation, compensate, compensation
 from nni_topo.recovery.distilling import Distillation, distill, distillation
-from nni_topo.recovery.mixing import pair_coefficients
+from nni_topo.recovery.mixing import Channel, Pair, pair_coefficients
 from nni_topo.recovery.narrowing import narrow_heads
+from nni_topo.recovery.reconstruct import Reconstruct
+from nni_topo.recovery.registry import (
+    Recalibrate,
+    RecoveryInfo,
+    RecoveryMethod,
+    list_recoveries,
+    recovery_info,
+    register_recovery,
+)
 from nni_topo.recovery.report import CompensationReport, LayerReport
 from nni_topo.recovery.synthetic import synthetic_images
 
 __all__ = [
+    "Ahead",
+    "Channel",
     "Compensation",
     "CompensationReport",
     "Distillation",
     "LayerReport",
+    "Pair",
+    "Recalibrate",
+    "Reconstruct",
+    "RecoveryInfo",
+    "RecoveryMethod",
     "compensate",
     "compensation",
     "distill",
     "distillation",
     "greedy_least_squares",
+    "list_recoveries",
     "narrow_heads",
     "pair_coefficients",
     "recalibrate_batch_norm",
+    "recovery_info",
+    "register_recovery",
     "remove_blocks",
     "synthetic_images",
 ]

@@ -27,12 +27,13 @@ from torch.autograd import forward_ad
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, check_fields, whole
 from nni_topo.maths.least_squares.gauss_newton import Vector, gauss_newton
 from nni_topo.network.runtime import bar, tensors_of
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Solvable
-from nni_topo.recovery.reconstruct import ReconstructTask
+from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask
+from nni_topo.recovery.registry import Tools
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import LayerReport
 from nni_topo.recovery.samples import Task
@@ -57,6 +58,32 @@ class _Batch:
     @property
     def nbytes(self) -> int:
         return sum(each.nbytes for each in [*tensors_of(self.entering), *self.wanted, *self.reached])
+
+
+@dataclass(frozen=True)
+class Ahead(Reconstruct):
+    """After :class:`Reconstruct`, solve the layers of each block for the original's values several layers ahead."""
+
+    # So many layers that are solved, at least 1, lie between a block and the place where the original's values are
+    # met; what the network puts out where there are fewer.
+    layers: int = 4
+
+    def __post_init__(self) -> None:
+        check_fields(self, "ahead", refine=whole(0), layers=whole(1))
+
+    def after(self, tasks: Sequence[Task], networks: Networks, tools: Tools) -> tuple[LayerReport, ...]:
+        """Solve the layers block by block."""
+        # Another pass from the inputs on: what the first one has kept lies behind layers that change again.
+        return look_ahead(
+            tools.new_replay(),
+            networks,
+            tasks,
+            tools.images,
+            ahead=self.layers,
+            seed=tools.seed,
+            cache_bytes=tools.cache_bytes,
+            progress=tools.progress,
+        )
 
 
 def look_ahead(

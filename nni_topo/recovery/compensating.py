@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from nni.compression.utils import Evaluator
 from torch import nn
 from torch.fx import Node
 
-from nni_topo.errors import NONE, ConfigError, check_integer, checked, instance, unknown_name, whole
+from nni_topo.errors import ConfigError, checked, instance
 from nni_topo.network.runtime import (
     BATCHES,
     MASKS,
@@ -30,18 +30,13 @@ from nni_topo.network.runtime import (
     structure_call,
 )
 from nni_topo.network.speedup import Masks
-from nni_topo.recovery.ahead import look_ahead
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics, plan_of
+from nni_topo.recovery.reconstruct import Reconstruct
+from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
 from nni_topo.recovery.samples import Sampler, Task
-from nni_topo.recovery.steps import Pairs, tasks_of
 from nni_topo.recovery.thin import thin_out
-
-Method = Literal[
-    "reconstruct", "ahead", "sequential", "layer", "scalar", "head", "channel", "pair", "mean", "merge", "recalibrate"
-]
-METHODS: tuple[str, ...] = get_args(Method)
 
 _logger = logging.getLogger(__name__)
 
@@ -66,9 +61,7 @@ class Compensation:
     model=MODEL,
     masks=MASKS,
     calibration=BATCHES,
-    refine=whole(0),
-    ahead=whole(1),
-    pairs=instance(Mapping) | NONE,
+    method=instance(str, RecoveryMethod),
 )
 @leaves_models_alone
 @in_smaller_batches
@@ -77,13 +70,9 @@ def compensation(
     masks: Masks,
     calibration: Iterable[Any] | Evaluator,
     *,
-    method: Method = "reconstruct",
+    method: str | RecoveryMethod = "reconstruct",
     ridge: float | Literal["auto"] = "auto",
-    refine: int = 2,
-    ahead: int = 4,
     recalibrate: bool = False,
-    pairs: Pairs | None = None,
-    as_printed: bool = False,
     seed: int = 0,
     cache_bytes: int = 2**30,
     progress: bool | None = None,
@@ -96,24 +85,28 @@ def compensation(
         The model and the report.
     """
     began = time.perf_counter()
-    _check_choices(method, ridge, refine, ahead, pairs, as_printed)
+    _check_ridge(ridge)
+    chosen = recovery_method(method)
     check_model(model)
     calibration = batches_of(calibration, model)
     sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
-    replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
-    plan = plan_of(networks, replay.touched_nodes)
-    tasks = tasks_of(method, plan, networks, refine=refine, pairs=pairs, as_printed=as_printed)
+
+    def new_replay() -> Replay:
+        return Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
+
+    sampler = Sampler(new_replay(), sizes, seed, cache_bytes)
+    plan = plan_of(networks, sampler.replay.touched_nodes)
+    tasks = chosen.tasks(plan, networks)
     thin_out(networks.pruned, tasks)
-    sampler = Sampler(replay, sizes, seed, cache_bytes)
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress)
-    if method == "ahead":
-        # Another pass from the inputs on: what the first one has kept lies behind layers that change again.
-        sampler.replay = replay = Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
-        layers += look_ahead(
-            replay, networks, tasks, sum(sizes), ahead=ahead, seed=seed, cache_bytes=cache_bytes, progress=progress
-        )
-    if recalibrate or method == "recalibrate":
+
+    def begin_again() -> Replay:
+        sampler.replay = new_replay()  # what the old one has kept goes
+        return sampler.replay
+
+    layers += chosen.after(tasks, networks, Tools(sum(sizes), seed, cache_bytes, progress, begin_again))
+    if recalibrate or chosen.recalibrates:
         copy_norm_statistics(networks, call, calibration)
     report = CompensationReport(layers, plan.left_alone, sum(sizes), time.perf_counter() - began)
     _warn(report)
@@ -134,35 +127,25 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
         evaluates on. 500 to 2,000 images are enough for small nets. They are read once, see
         :class:`nni_topo.Calibration`.
-    method : str, default="reconstruct"
-        ``"reconstruct"``: solve each layer behind removed channels anew, so that it meets the original's output, or the
-        sum it goes into. ``"ahead"``: after that, solve the layers of each block for the original's values several
-        layers ahead by Gauss-Newton steps [7]_, which takes ten times as long or more. Simpler rules, for comparison:
-        ``"sequential"`` (the layer's own output [1]_), ``"layer"``
-        (the same, from the original's inputs [2]_), ``"scalar"`` (one factor for each kept channel), ``"head"``
-        (the same, with one factor for all channels of a head [3]_), ``"channel"``
-        (predict removed channels from the kept ones [4]_), ``"pair"`` (one kept channel and a constant stand in for
-        each), ``"mean"`` (its mean does [5]_), ``"merge"`` (the channel with the most similar weights does [6]_; images
-        serve for the report alone), ``"recalibrate"`` (statistics of batch norms and nothing else).
+    method : str or RecoveryMethod, default="reconstruct"
+        A name of :func:`nni_topo.list_recoveries`, or a method with settings of its own, such as
+        ``nni_topo.recovery.Reconstruct(refine=0)``.
+        ``"reconstruct"`` (:class:`~nni_topo.recovery.Reconstruct`): solve each layer behind removed channels anew, so
+        that it meets the original's output, or the sum it goes into. ``"ahead"`` (:class:`~nni_topo.recovery.Ahead`):
+        after that, solve the layers of each block for the original's values several layers ahead by Gauss-Newton steps
+        [7]_, which takes ten times as long or more. ``"channel"`` (:class:`~nni_topo.recovery.Channel`): predict the
+        removed channels from the kept ones [4]_. ``"pair"`` (:class:`~nni_topo.recovery.Pair`): one kept channel and a
+        constant stand in for each. ``"recalibrate"``: statistics of batch norms and nothing else. Rules of other
+        papers, for comparison: ``"sequential"`` (the layer's own output [1]_), ``"layer"`` (the same, from the
+        original's inputs [2]_), ``"scalar"`` (one factor for each kept channel), ``"head"`` (the same, with one factor
+        for all channels of a head [3]_), ``"mean"`` (its mean stands in for a removed channel [5]_), ``"merge"`` (the
+        channel with the most similar weights does [6]_; images serve for the report alone).
     ridge : float or "auto", default="auto"
         Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
         a tenth of the mean variance.
         ``"auto"``: for each layer the one of 1e-8 ... 1, or no change at all, that is best on held-out samples.
-    refine : int, default=2
-        For ``"reconstruct"`` and ``"ahead"``: so many more steps for each layer in front of a ReLU, in which only what
-        the ReLU lets through counts, with the ridge of the first. They start from the first one's samples; they pay
-        where little is kept.
-    ahead : int, default=4
-        For ``"ahead"``: so many layers that are solved, at least 1, lie between a block and the place where the
-        original's values are met; what the network puts out where there are fewer.
     recalibrate : bool, default=False
         Also measure the statistics of batch norms anew, at the end.
-    pairs : mapping of str to mapping of int to int, optional
-        For ``"pair"``: ``{layer: {removed channel: kept channel}}``. By default, and for channels that aren't named,
-        the kept channel with the largest absolute correlation.
-    as_printed : bool, default=False
-        For ``"pair"``: take the constant of equation (5.9) as printed, from the removed neuron's own bias. It doesn't
-        follow from (5.10) and is there for comparison.
     seed : int, default=0
         For the positions that large feature maps are sampled at.
     cache_bytes : int, default=2**30
@@ -254,7 +237,7 @@ def compensate_up_to(
     plan = plan_of(networks, replay.touched_nodes)
     end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)
     plan.equations = [equation for equation in plan.equations if replay.order[equation.place] < end]
-    tasks = tasks_of("reconstruct", plan, networks, refine=0, pairs=None, as_printed=False)
+    tasks = Reconstruct(refine=0).tasks(plan, networks)
     _run(tasks, Sampler(replay, sizes, seed, 0), networks, None, False)
     return networks.pruned
 
@@ -305,16 +288,10 @@ def _step(
     )
 
 
-def _check_choices(method: str, ridge: Any, refine: Any, ahead: Any, pairs: Pairs | None, as_printed: bool) -> None:
-    if method not in METHODS:
-        raise unknown_name("method", method, METHODS)
+def _check_ridge(ridge: Any) -> None:
     is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
     if ridge != "auto" and not (is_number and 0.0 <= ridge < math.inf):
         raise ConfigError(f"ridge must be 'auto' or a finite number of at least 0, got {ridge!r} (ridge)")
-    check_integer("refine", refine, 0, "compensate")
-    check_integer("ahead", ahead, 1, "compensate")
-    if method != "pair" and (pairs is not None or as_printed):
-        raise ConfigError(f"pairs and as_printed go with method 'pair', got method {method!r}")
 
 
 def survey(model: nn.Module, calibration: Calibration) -> tuple[tuple[int, ...], Call]:

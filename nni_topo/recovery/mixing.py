@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,31 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, check_integer, checked, is_finite
+from nni_topo.errors import (
+    NONE,
+    ConfigError,
+    DataError,
+    Rule,
+    check_fields,
+    check_integer,
+    checked,
+    is_finite,
+    unknown_name,
+)
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
 from nni_topo.maths.ties import first_largest_along
-from nni_topo.network.layers import TRANSPOSED, by_output, of_output, weight_of
-from nni_topo.recovery.plan import Solvable
+from nni_topo.network.layers import TRANSPOSED, by_output, kept_channels, of_output, weight_of
+from nni_topo.recovery.networks import Networks
+from nni_topo.recovery.plan import Plan, Solvable, pruned_roots
 from nni_topo.recovery.reconstruct import add_constant
+from nni_topo.recovery.registry import RecoveryMethod
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task, is_pointwise
 
 # As a share of a channel's mean square: below it a variance is what rounding leaves of the difference of two sums.
 _LEAST_VARIANCE = 1e-12
+
+Pairs = Mapping[str, Mapping[int, int]]
 
 
 class ChannelTask(Task):
@@ -194,6 +209,45 @@ class PairTask(ChannelTask):
         return printed.expand(len(weights))
 
 
+@dataclass(frozen=True)
+class Channel(RecoveryMethod):
+    """Predict the removed channels from the kept ones, for every layer that read them."""
+
+    def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
+        """Return a task for each layer that reads removed channels."""
+        readers = readers_of_removed(plan, networks)
+        return [ChannelTask(layer, roots, networks.pruned) for layer, roots in readers]
+
+
+@dataclass(frozen=True)
+class Pair(RecoveryMethod):
+    """Let one kept channel and a constant stand in for each removed one."""
+
+    pairs: Pairs | None = None  # {layer: {removed channel: kept channel}}; else the one with the largest |correlation|
+    as_printed: bool = False  # the constant of equation (5.9) as printed, from the removed neuron's own bias
+
+    def __post_init__(self) -> None:
+        check_fields(self, "pair", pairs=Rule("a mapping of layers to mappings of channels", _maps_channels) | NONE)
+
+    def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
+        """Return a task for each layer that reads removed channels; ConfigError if ``pairs`` can't be used."""
+        survivors = _survivors(networks, self.pairs or {})
+        biases = _biases(networks) if self.as_printed else None
+        readers = readers_of_removed(plan, networks)
+        return [PairTask(layer, roots, networks.pruned, survivors, biases) for layer, roots in readers]
+
+
+def readers_of_removed(plan: Plan, networks: Networks) -> list[tuple[Solvable, np.ndarray]]:
+    """Return the layers that read removed channels, in network order, each with the numbers of all channels it read."""
+    layers: dict[str, Solvable] = {}
+    for equation in plan.equations:
+        module = networks.pruned.get_submodule(equation.layer.name)
+        if equation.layer.columns.shape[1] < by_output(weight_of(module), module).shape[1]:
+            layers[equation.layer.name] = equation.layer
+    in_order = [name for name in networks.flow.layers if name in layers]
+    return [(layers[name], networks.flow.entering_roots(name)) for name in in_order]
+
+
 @checked()
 def pair_coefficients(
     removed: ArrayLike, survivor: ArrayLike, *, iterations: int | None = None, eps: float = 0.0
@@ -257,3 +311,42 @@ def _places(layer: Solvable, roots: np.ndarray, module: nn.Module) -> tuple[Tens
         torch.isin(mine[:, 0], columns).nonzero().flatten() for mine, columns in zip(places, layer.columns, strict=True)
     ]
     return places, torch.stack(kept)
+
+
+def _maps_channels(pairs: object) -> bool:
+    if not isinstance(pairs, Mapping):
+        return False
+    return all(isinstance(name, str) and isinstance(chosen, Mapping) for name, chosen in pairs.items())
+
+
+def _survivors(networks: Networks, pairs: Pairs) -> dict[int, int]:
+    """Translate channels of layers into the numbers of the channel flow."""
+    removed = pruned_roots(networks.original, networks.flow, networks.masks)
+    survivors = {}
+    for name, chosen in pairs.items():
+        if name not in networks.flow.layers:
+            raise unknown_name("a layer of pairs", name, networks.flow.layers)
+        roots = networks.flow.layer_roots(name).tolist()
+        asked = kept_channels(networks.original.get_submodule(name), networks.asked.get(name, {}))
+        for gone, kept in chosen.items():
+            inside = all(each in range(len(roots)) for each in (gone, kept))
+            if inside and roots[gone] in removed and roots[kept] not in removed:
+                survivors[roots[gone]] = roots[kept]
+            # A channel that is masked stays where another layer needs it, and then needs no survivor.
+            elif not inside or asked is None or bool(asked[gone]) or not bool(asked[kept]):
+                raise ConfigError(
+                    f"pairs must map channels that are removed to channels that are kept, got {gone}: {kept} ({name})"
+                )
+    return survivors
+
+
+def _biases(networks: Networks) -> dict[int, float]:
+    """Return the bias of every channel's first layer, 0 if it has none."""
+    biases: dict[int, float] = {}
+    for name in networks.flow.layers:
+        roots = networks.flow.layer_roots(name)
+        bias = getattr(networks.original.get_submodule(name), "bias", None)
+        values = np.zeros(len(roots)) if bias is None else bias.detach().double().cpu().numpy()
+        for root, value in zip(roots.tolist(), values.tolist(), strict=True):
+            biases.setdefault(root, value)
+    return biases

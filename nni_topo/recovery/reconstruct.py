@@ -20,18 +20,44 @@ References
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nni_topo.errors import check_fields, whole
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
 from nni_topo.network.layers import by_output, of_output, through_norms
-from nni_topo.recovery.plan import Equation
+from nni_topo.recovery.networks import Networks
+from nni_topo.recovery.plan import Equation, Plan
+from nni_topo.recovery.registry import RecoveryMethod
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows, position_count
 
 _DEAD_SCALE = 1e-6
+
+
+@dataclass(frozen=True)
+class Reconstruct(RecoveryMethod):
+    """Solve each layer behind removed channels anew, so that it meets the original's output or the sum it goes into."""
+
+    # So many more steps, at least 0, for each layer in front of a ReLU, in which only what the ReLU lets through
+    # counts, with the ridge of the first. They start from its samples; they pay where little is kept.
+    refine: int = 2
+
+    def __post_init__(self) -> None:
+        check_fields(self, "reconstruct", refine=whole(0))
+
+    def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
+        """Return the tasks of each equation: one, and the steps that refine it."""
+        tasks: list[Task] = []
+        for equation in plan.equations:
+            steps = 1 + self.refine * equation.rectified
+            tasks += [
+                ReconstructTask(equation, networks.pruned, networks.result, refines=step > 0) for step in range(steps)
+            ]
+        return tasks
 
 
 class ReconstructTask(Task):

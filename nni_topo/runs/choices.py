@@ -25,7 +25,7 @@ from nni_topo.errors import (
 from nni_topo.network.runtime import CONFIG_LIST
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import pruner_info
-from nni_topo.recovery.compensating import Method
+from nni_topo.recovery import recovery_info
 from nni_topo.recovery.distilling import KNOBS
 from nni_topo.zoo import Augmentation, Recipe
 
@@ -69,11 +69,12 @@ class CompensationChoice:
     """How every row is compensated before it is retrained: by how many unlabelled training images, and how."""
 
     images: int = 1024
-    method: Method = "reconstruct"
+    method: str = "reconstruct"
     refine: int = 2
 
     def __post_init__(self) -> None:
         check_fields(self, "compensate", images=whole(1), refine=whole(0))
+        recovery_info(self.method)
 
 
 @dataclass(frozen=True)

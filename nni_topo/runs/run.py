@@ -27,7 +27,7 @@ from nni_topo.network.speedup import to_dense
 from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome, network_cost
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, pruner_info
-from nni_topo.recovery import CompensationReport, Distillation, compensation, distillation
+from nni_topo.recovery import CompensationReport, Distillation, compensation, distillation, recovery_info
 from nni_topo.runs.choices import (
     CompensationChoice,
     DataChoice,
@@ -233,8 +233,10 @@ def made_dense(
     """Return the dense network, compensated if asked for, and what compensation did."""
     if compensate is None:
         return to_dense(start.net, start.example, masks), None
-    images, method = start.images(compensate.images), compensate.method
-    done = compensation(start.net, masks, images, method=method, refine=compensate.refine, progress=progress)
+    info = recovery_info(compensate.method)
+    method: Any = info.load()
+    settings = method(refine=compensate.refine) if "refine" in info.knobs() else method()
+    done = compensation(start.net, masks, start.images(compensate.images), method=settings, progress=progress)
     return to_dense(done.model, start.example, masks), done.report
 
 

@@ -62,8 +62,7 @@ from nni_topo.pruners.budget import (
     tell_if_missed,
 )
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
-from nni_topo.recovery import compensation, distillation
-from nni_topo.recovery.compensating import METHODS
+from nni_topo.recovery import compensation, distillation, list_recoveries
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.lesson import check_one_shape
 from nni_topo.recovery.likeness import Answers
@@ -636,8 +635,8 @@ def _check(
             raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} (shrink)")
     if budget.allocation == AUTO:
         allocations_to_try(pruner)
-    if not (compensate is None or callable(compensate) or compensate in METHODS):
-        raise unknown_name("compensate", str(compensate), METHODS)
+    if not (compensate is None or callable(compensate) or compensate in list_recoveries()):
+        raise unknown_name("compensate", str(compensate), list_recoveries())
     if not (isinstance(distill, (bool, Mapping)) or callable(distill)):
         raise ConfigError(f"distill must be True, False, knobs or a function, got {distill!r} (shrink)")
     if isinstance(distill, Mapping):

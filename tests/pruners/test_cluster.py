@@ -96,7 +96,7 @@ def test_the_correlation_update_brings_the_output_back():
     pruner = ClusterPruner(copy.deepcopy(model), config, calibration=[data], survivor="center")
     _, masks = pruner.compress()
     pruner.unwrap_model()
-    updated = nni_topo.compensate(model, masks, [data], method="pair", pairs=pruner.pairs)
+    updated = nni_topo.compensate(model, masks, [data], method=nni_topo.recovery.Pair(pruner.pairs))
     errors = [
         ((nni_topo.masked_model(net, data, masks)(data) - model(data)).norm() / model(data).norm()).item()
         for net in (model, updated)
@@ -189,7 +189,7 @@ def test_transposed_convolutions_lose_output_channels(groups):
     pruner = ClusterPruner(model, config, calibration=[images], survivor="weight")
     _, masks = pruner.compress()
     pruner.unwrap_model()
-    model = nni_topo.compensate(model, masks, [images], method="pair", pairs=pruner.pairs_of(masks))
+    model = nni_topo.compensate(model, masks, [images], method=nni_topo.recovery.Pair(pruner.pairs_of(masks)))
     kept = masks["1"]["bias"] > 0
     assert kept.sum() == (4 if groups == 1 else 2)
     pairs = pruner.pairs["1"]
@@ -248,9 +248,9 @@ def test_pairs_whose_channel_stays_for_another_layer_are_left_out():
     pruner = ClusterPruner(model, config, calibration=[images], survivor="random")
     _, masks = pruner.compress()
     pruner.unwrap_model()
-    nni_topo.compensate(Residual(), masks, [images], method="pair", pairs=pruner.pairs)
-    with pytest.raises(ConfigError, match=r"pairs must map channels to channels, got 4 \(a\)"):
-        nni_topo.compensate(model, masks, [images], method="pair", pairs={"a": 4})
+    nni_topo.compensate(Residual(), masks, [images], method=nni_topo.recovery.Pair(pruner.pairs))
+    with pytest.raises(ConfigError, match=r"pairs must be a mapping of layers to mappings.*got \{'a': 4\}"):
+        nni_topo.compensate(model, masks, [images], method=nni_topo.recovery.Pair({"a": 4}))
 
 
 def test_pruners_can_be_pickled():

@@ -44,7 +44,8 @@ def test_masks_of_every_pruner_can_be_compensated(name, method):
     pruner.unwrap_model()
     pairs = pruner.pairs_of(masks) if method == "pair" else None
     assert (pairs is not None) == (method == "pair" and "cluster" in name)
-    done = nni_topo.compensate(model, masks, BATCHES, method=method, pairs=pairs)
+    chosen = nni_topo.recovery.Pair(pairs) if method == "pair" else method
+    done = nni_topo.compensate(model, masks, BATCHES, method=chosen)
     assert all(torch.equal(value, original.state_dict()[key]) for key, value in model.state_dict().items())
     dense = to_dense(done, IMAGES[:2], masks)
     torch.testing.assert_close(dense(IMAGES), masked_model(done, IMAGES[:2], masks)(IMAGES), atol=1e-5, rtol=0)

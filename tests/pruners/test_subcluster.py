@@ -192,7 +192,7 @@ def test_parts_of_a_grouped_convolution_keep_as_many_and_pairs_say_which(seed):
     pairs = pruner.pairs["2"]
     assert sorted(pairs) == np.flatnonzero(~kept.reshape(-1)).tolist() != []
     assert all(kept.reshape(-1)[survivor] for survivor in pairs.values())
-    nni_topo.compensate(model, pruner.get_masks(), data, method="pair", pairs=pruner.pairs)
+    nni_topo.compensate(model, pruner.get_masks(), data, method=nni_topo.recovery.Pair(pruner.pairs))
 
 
 def test_same_seed_same_tree():
@@ -276,7 +276,7 @@ def test_compensation_takes_the_survivors():
     _, masks = pruner.compress()
     pruner.unwrap_model()
     assert masks["0"]["bias"].sum() <= 30
-    updated = nni_topo.compensate(model, masks, [data], method="pair", pairs=pruner.pairs_of(masks))
+    updated = nni_topo.compensate(model, masks, [data], method=nni_topo.recovery.Pair(pruner.pairs_of(masks)))
     torch.testing.assert_close(masked_model(updated, data, masks)(data), wanted, atol=1e-4, rtol=1e-4)
 
 

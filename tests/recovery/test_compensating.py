@@ -14,8 +14,8 @@ from torch import nn
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.recovery import compensate, compensation
-from nni_topo.recovery.compensating import METHODS
+from nni_topo.recovery import Reconstruct, compensate, compensation
+from nni_topo.recovery.registry import list_recoveries
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.testing import toy_images, toy_model
 
@@ -57,7 +57,12 @@ def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
 @pytest.mark.parametrize(
     ("net", "pruner", "method"),
     [
-        *((net, L1NormPruner, m) for net in (LeNet, Concatenated, Grouped) for m in METHODS if m != "recalibrate"),
+        *(
+            (net, L1NormPruner, m)
+            for net in (LeNet, Concatenated, Grouped)
+            for m in list_recoveries()
+            if m != "recalibrate"
+        ),
         (chain, L2NormPruner, "reconstruct"),
         (Residual, FPGMPruner, "reconstruct"),
         (Residual, FPGMPruner, "channel"),
@@ -148,7 +153,7 @@ def test_report_tells_layer_by_layer_what_was_done():
     model, images = toy_model(), toy_images(640)
     masks = pruned(model, images[:2], exclude=["head"])
     began = time.perf_counter()
-    report = compensation(model, masks, images.split(64), refine=0).report
+    report = compensation(model, masks, images.split(64), method=Reconstruct(refine=0)).report
     took = time.perf_counter() - began
     assert report.images == 640
     frame = report.to_frame()
@@ -169,7 +174,7 @@ def test_layers_are_sampled_at_sixteen_positions_an_unknown_but_not_below_the_le
     monkeypatch.setattr("nni_topo.recovery.samples._LEAST_SAMPLES", least)
     model, images = toy_model(), toy_images(160)
     masks = pruned(model, images[:2], exclude=["head"])
-    frame = compensation(model, masks, images.split(80), refine=0).report.to_frame()
+    frame = compensation(model, masks, images.split(80), method=Reconstruct(refine=0)).report.to_frame()
     assert frame["unknowns"].tolist() == [36, 4, 8]
     assert frame["samples"].tolist() == samples
 
@@ -188,7 +193,7 @@ def test_too_few_samples_warn_and_still_help(caplog):
     model, images = toy_model(), toy_images(6)
     masks = pruned(model, images, ratio=0.25, exclude=["head"])
     with caplog.at_level(logging.WARNING):
-        found = compensation(model, masks, [images], refine=0)
+        found = compensation(model, masks, [images], method=Reconstruct(refine=0))
     assert "more samples than a layer has unknowns, got fewer for: head (6 of 12)" in caplog.text
     notes = found.report.to_frame()["note"].tolist()
     assert ["fewer samples than unknowns" in note for note in notes] == [False, False, True]
@@ -288,10 +293,7 @@ def test_bad_calibration_is_refused_and_nothing_changes(calibration, error, mess
         ({"ridge": math.nan}, "got nan"),
         ({"ridge": True}, "got True"),
         ({"ridge": "much"}, "got 'much'"),
-        ({"refine": -1}, "refine must be an integer of at least 0, got -1"),
-        ({"refine": 1.5}, "refine must be an integer of at least 0, got 1.5"),
-        ({"as_printed": True}, "go with method 'pair', got method 'reconstruct'"),
-        ({"pairs": {}, "method": "channel"}, "go with method 'pair', got method 'channel'"),
+        ({"method": 3}, "method must be a str or a RecoveryMethod, got 3"),
     ],
 )
 def test_bad_knobs_are_refused(knobs, message):

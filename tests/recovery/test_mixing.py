@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.recovery import compensate, compensation, pair_coefficients
+from nni_topo.recovery import Pair, compensate, compensation, pair_coefficients
 from nni_topo.speedup import masked_model, to_dense
 
 FLOATS = st.lists(st.floats(-10, 10), min_size=3, max_size=20)
@@ -69,7 +69,7 @@ def test_pair_of_a_linear_layer_is_the_text():
     features = net[:2](inputs).detach()
     alpha, beta = pair_coefficients(features[:, 2], features[:, 3])
     for as_printed in (False, True):
-        found = compensate(net, masks, [inputs], method="pair", pairs={"0": {2: 3}}, as_printed=as_printed)
+        found = compensate(net, masks, [inputs], method=Pair({"0": {2: 3}}, as_printed=as_printed))
         weight, bias = net[2].weight.detach().clone(), net[2].bias.detach().clone()
         bias += beta * (net[0].bias[2].detach() if as_printed else weight[:, 2])
         weight[:, 3] += alpha * weight[:, 2]
@@ -84,7 +84,7 @@ def test_pair_without_a_bias_to_take_the_constant_goes_through_the_origin():
     inputs = torch.randn(50, 3, dtype=torch.float64)
     features = net[:2](inputs).detach()
     masks = {"0": {"weight": torch.tensor([1.0, 1, 0, 1])[:, None]}}
-    found = compensation(net, masks, [inputs], method="pair", pairs={"0": {2: 3}})
+    found = compensation(net, masks, [inputs], method=Pair({"0": {2: 3}}))
     alpha = (features[:, 2] @ features[:, 3]) / (features[:, 3] @ features[:, 3])
     expected = net[2].weight[:, 3] + alpha * net[2].weight[:, 2]
     torch.testing.assert_close(found.model[2].weight[:, 3].detach(), expected.detach(), rtol=1e-9, atol=1e-9)
@@ -136,7 +136,7 @@ def test_report_measures_at_the_input(conv_net, halves, images):
 )
 def test_pairs_that_can_not_be_used_are_refused(conv_net, halves, images, pairs, message):
     with pytest.raises(ConfigError, match=message):
-        compensate(conv_net, halves(conv_net, "0"), images, method="pair", pairs=pairs)
+        compensate(conv_net, halves(conv_net, "0"), images, method=Pair(pairs))
 
 
 def test_pair_of_channels_that_different_layers_read_is_refused(images):
@@ -152,9 +152,9 @@ def test_pair_of_channels_that_different_layers_read_is_refused(images):
     net = Two().double().eval()
     gone = torch.tensor([1.0, 1, 1, 0])[:, None, None, None]
     masks = {"one": {"weight": gone}, "other": {"weight": gone}}
-    compensate(net, masks, images, method="pair", pairs={"one": {3: 0}})
+    compensate(net, masks, images, method=Pair({"one": {3: 0}}))
     with pytest.raises(ConfigError, match="must map channels"):
-        compensate(net, masks, images, method="pair", pairs={"one": {3: 7}})
+        compensate(net, masks, images, method=Pair({"one": {3: 7}}))
 
 
 @settings(max_examples=50, deadline=None)

@@ -10,7 +10,8 @@ from torch import nn
 import nni_topo
 from nni_topo.network.layers.derived import call_of
 from nni_topo.network.layers.kinds import by_output
-from nni_topo.recovery.compensating import METHODS, compensation
+from nni_topo.recovery.compensating import compensation
+from nni_topo.recovery.registry import list_recoveries
 from nni_topo.recovery.samples import input_rows
 
 HALF = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
@@ -68,7 +69,7 @@ def test_no_layer_is_left_alone_for_its_class(name):
     assert all(layer.error_after <= layer.error_before for layer in found.report.layers)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list_recoveries())
 def test_every_rule_takes_them(method):
     model, masks = twins("alike")
     found = compensation(model, masks, [images(16)], method=method)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo.recovery import compensate, compensation
+from nni_topo.recovery import Reconstruct, compensate, compensation
 from nni_topo.speedup import masked_model, to_dense
 
 
@@ -156,7 +156,7 @@ def test_last_layer_before_a_sum_makes_up_for_the_shortcut(residual_net, images)
     masks = {name: {"weight": torch.ones_like(net.get_submodule(name).weight)} for name in ("conv1", "conv3")}
     masks["conv1"]["weight"][3:] = 0
     masks["conv3"]["weight"][4:] = 0
-    frame = compensation(net, masks, images, refine=0).report.to_frame()
+    frame = compensation(net, masks, images, method=Reconstruct(refine=0)).report.to_frame()
     assert frame["layer"].tolist() == ["conv2", "conv3", "shortcut", "conv4", "shortcut", "head"]
     assert frame["place"].tolist()[:5] == ["add", "conv3", "shortcut", "add_1", "add_1"]
     assert (frame["error_after"] < frame["error_before"]).all()
@@ -171,7 +171,7 @@ def test_each_refinement_lowers_the_error_behind_the_relu(images):
     whole = torch.cat(images)
     errors = []
     for refine in range(4):
-        found = compensation(net, masks, images, refine=refine, ridge=1e-9)
+        found = compensation(net, masks, images, method=Reconstruct(refine=refine), ridge=1e-9)
         reached = masked_model(found.model, images[0], masks)[:4](whole).detach()
         errors.append(float((reached - net[:4](whole).detach()).square().sum()))
         assert [layer.place for layer in found.report.layers] == ["_2", *["relu(_2)"] * refine, "_5"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from nni_topo import RandomPruner, compensate
 from nni_topo.recovery import compensation
-from nni_topo.recovery.compensating import METHODS
+from nni_topo.recovery.registry import list_recoveries
 from nni_topo.sharing import find_ties
 from nni_topo.speedup import masked_model, to_dense
 
@@ -41,7 +41,7 @@ class Turned(nn.Module):
         return self.second(torch.relu(self.rotation(self.first(x))) * frequencies) * self.mask + torch.tensor(0.5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list_recoveries())
 @pytest.mark.parametrize("persistent", [True, False])
 def test_buffers_that_no_state_dict_holds(method, persistent):
     inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))

@@ -147,8 +147,8 @@ class ClusterPruner(StructuredPruner):
     def pairs(self) -> dict[str, dict[int, int]]:
         """By layer, for each pruned neuron, the kept one that stands in for it in the latest masks.
 
-        For ``nni_topo.compensate(model, masks, calibration, method="pair", pairs=pruner.pairs)``, the correlation-based
-        update.
+        For ``nni_topo.compensate(model, masks, calibration, method=nni_topo.recovery.Pair(pruner.pairs))``, the
+        correlation-based update.
         """
         return self._metric.pairs
 

@@ -13,7 +13,7 @@ from torch.nn.functional import unfold
 from nni_topo import create_pruner, dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import compensate, compensation
-from nni_topo.recovery.compensating import METHODS
+from nni_topo.recovery.registry import list_recoveries
 
 KEPT, GONE = [0, 2, 3], [1, 4, 5]
 
@@ -226,7 +226,7 @@ def test_recalibrate_changes_statistics_alone(lively):
     assert torch.equal(found.norm.running_mean[GONE], model.norm.running_mean[GONE])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list_recoveries())
 def test_every_rule_leaves_the_model_and_masks_alone_and_solves_grouped_and_residual_nets(
     method, residual_net, images, halves
 ):

@@ -25,7 +25,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,12 +36,13 @@ from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, 
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.channels import norms_behind
 from nni_topo.network.layers import WEIGHTED, by_output, through_norms, weight_used
-from nni_topo.recovery.mixing import PairTask
+from nni_topo.recovery.mixing import PairTask, readers_of_removed
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_roots
 from nni_topo.recovery.reconstruct import ReconstructTask
+from nni_topo.recovery.registry import RecoveryInfo, RecoveryMethod, register_recovery
 from nni_topo.recovery.replay import Values
-from nni_topo.recovery.samples import Samples, input_rows, output_rows
+from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows
 
 _LEAST_LIKENESS, _SHARE_OF_LIKENESS = 0.1, 0.85  # the paper's t and lambda for VGG
 _TINY = 1e-12
@@ -131,6 +132,68 @@ def _mean(equations: NormalEquations) -> Solution:
     return Solution(equations.unchanged().weights, equations.sums["y"] / equations.samples)
 
 
+@dataclass(frozen=True)
+class Sequential(RecoveryMethod):
+    """Solve each layer for its own output in the original, from inputs as recovered so far [4]_."""
+
+    task: ClassVar[type[ReconstructTask]] = ReconstructTask
+
+    def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
+        """Return one task for each layer of the plan."""
+        order = {node: rank for rank, node in enumerate(networks.original.graph.nodes)}
+        return [self.task(each, networks.pruned, networks.result) for each in own_equations(plan, order)]
+
+
+@dataclass(frozen=True)
+class LayerAlone(Sequential):
+    """Solve each layer for its own output in the original, from the original's inputs [3]_."""
+
+    task = LayerTask
+
+
+@dataclass(frozen=True)
+class Mean(Sequential):
+    """Put the mean of what removed channels give into the constant [1]_."""
+
+    task = MeanTask
+
+
+@dataclass(frozen=True)
+class Scalar(RecoveryMethod):
+    """Solve for one factor for each kept channel."""
+
+    def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
+        """Return one task for each equation."""
+        sizes = self.sizes(networks)
+        return [
+            ScalarTask(each, networks.pruned, networks.result, sizes.get(each.layer.name, 1)) for each in plan.equations
+        ]
+
+    def sizes(self, networks: Networks) -> dict[str, int]:
+        """Return how many channels that follow one another have one factor, by layer; 1 for those that aren't named."""
+        del networks
+        return {}
+
+
+@dataclass(frozen=True)
+class Head(Scalar):
+    """Solve for one factor for each kept head, and for each kept channel of other layers [2]_."""
+
+    def sizes(self, networks: Networks) -> dict[str, int]:
+        """Return the sizes of heads by the layer that reads them."""
+        return {name: each.size for name, each in networks.flow.mixers().items()}
+
+
+@dataclass(frozen=True)
+class Merge(RecoveryMethod):
+    """Let the kept channel with the most similar weights stand in for each removed one [5]_."""
+
+    def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
+        """Return a task for each layer that reads removed channels."""
+        merged, readers = merged_channels(networks), readers_of_removed(plan, networks)
+        return [MergeTask(layer, roots, networks.pruned, merged) for layer, roots in readers]
+
+
 def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
     """Return, by channel number, who stands in for each removed channel and times what, from the weights alone."""
     removed = pruned_roots(networks.original, networks.flow, networks.masks)
@@ -216,3 +279,14 @@ def _together(equations: NormalEquations, kernel: Tensor, numbers: Tensor) -> No
         "rr": spread.sum(1, keepdim=True),
     }
     return NormalEquations.of(equations.samples, added)
+
+
+for _info in (
+    RecoveryInfo("sequential", f"{__name__}:Sequential", "solves each layer for its own output"),
+    RecoveryInfo("layer", f"{__name__}:LayerAlone", "solves each layer for its own output from the original's inputs"),
+    RecoveryInfo("mean", f"{__name__}:Mean", "puts the mean of removed channels into the constant"),
+    RecoveryInfo("scalar", f"{__name__}:Scalar", "solves for one factor for each kept channel"),
+    RecoveryInfo("head", f"{__name__}:Head", "solves for one factor for each kept head"),
+    RecoveryInfo("merge", f"{__name__}:Merge", "lets the most similar kept filter stand in for each removed one"),
+):
+    register_recovery(_info)

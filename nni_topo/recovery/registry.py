@@ -1,0 +1,150 @@
+"""Recovery methods by name: each is a class of settings with the rule that solves the layers of a pruned network.
+
+A method of your own is a frozen dataclass that derives from :class:`RecoveryMethod` and overrides
+:meth:`~RecoveryMethod.tasks`. Hand an object of it to :func:`nni_topo.compensate`, or register it by a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+from nni_topo.errors import ConfigError, check_fields, checked, unknown_name
+from nni_topo.recovery.networks import Networks
+from nni_topo.recovery.plan import Plan
+from nni_topo.recovery.replay import Replay
+from nni_topo.recovery.report import LayerReport
+from nni_topo.recovery.samples import Task
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a method that does more than its tasks works with."""
+
+    images: int  # of the calibration data
+    seed: int
+    cache_bytes: int  # memory for intermediate values
+    progress: bool | None  # whether bars are shown
+    new_replay: Callable[[], Replay]  # both networks from the inputs on; what was kept before is given back
+
+
+class RecoveryMethod:
+    """A way to change the kept weights of a pruned network; the fields of a subclass are its settings."""
+
+    recalibrates: ClassVar[bool] = False
+    """Whether the statistics of batch norms are measured anew at the end, whatever is asked for."""
+
+    def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
+        """Return what is solved, in the order in which it is solved: a :class:`Task` for a layer, or several."""
+        raise NotImplementedError
+
+    def after(self, tasks: Sequence[Task], networks: Networks, tools: Tools) -> tuple[LayerReport, ...]:
+        """Go on once all tasks are done; return reports of what was done. By default nothing."""
+        del tasks, networks, tools
+        return ()
+
+
+@dataclass(frozen=True)
+class Recalibrate(RecoveryMethod):
+    """Measure the statistics of batch norms anew and change no weight."""
+
+    recalibrates = True
+
+    def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
+        """Return nothing to solve."""
+        del plan, networks
+        return []
+
+
+@dataclass(frozen=True)
+class RecoveryInfo:
+    """A recovery method in the table.
+
+    Attributes
+    ----------
+    name : str
+        Name that :func:`nni_topo.compensate` takes as ``method``.
+    path : str
+        ``"package.module:Class"`` of a :class:`RecoveryMethod` whose settings all have defaults; imported when needed.
+    summary : str
+        What it does, in one line.
+    """
+
+    name: str
+    path: str
+    summary: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def load(self) -> type[RecoveryMethod]:
+        """Import and return the class; ConfigError if that isn't one of a :class:`RecoveryMethod`."""
+        module, _, name = self.path.partition(":")
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"a method must be a class that can be imported, got {self.path!r}: {error}") from error
+        if not isinstance(kind, type) or not issubclass(kind, RecoveryMethod):
+            raise ConfigError(f"a method must be a class of RecoveryMethod, got {kind!r} ({self.path})")
+        return kind
+
+    def knobs(self) -> tuple[str, ...]:
+        """Return the names of the method's own settings."""
+        return tuple(field.name for field in fields(self.load()))  # type: ignore[arg-type]
+
+
+TABLE: dict[str, RecoveryInfo] = {}
+
+
+@checked()
+def register_recovery(info: RecoveryInfo) -> None:
+    """Add a recovery method to the table, for example a third party's.
+
+    Raises
+    ------
+    ConfigError
+        If the name is taken by another class.
+    """
+    known = TABLE.get(info.name)
+    if known is not None and known.path != info.path:
+        raise ConfigError(f"a method's name must be free, got {info.name!r}, taken by {known.path} (register_recovery)")
+    TABLE[info.name] = info
+
+
+@checked()
+def list_recoveries(pattern: str = "*") -> list[str]:
+    """Return the names of all registered recovery methods that match a shell pattern, sorted.
+
+    Examples
+    --------
+    >>> list_recoveries("re*")
+    ['recalibrate', 'reconstruct']
+    """
+    return sorted(name for name in TABLE if fnmatchcase(name, pattern))
+
+
+@checked()
+def recovery_info(name: str) -> RecoveryInfo:
+    """Return a recovery method's record; ConfigError, with the nearest names that there are, if none has the name."""
+    if name not in TABLE:
+        raise unknown_name("method", name, TABLE)
+    return TABLE[name]
+
+
+def recovery_method(method: str | RecoveryMethod) -> RecoveryMethod:
+    """Return a method by its name, with its default settings, or as it is given."""
+    return method if isinstance(method, RecoveryMethod) else recovery_info(method).load()()
+
+
+_OWN = "nni_topo.recovery"
+for _info in (
+    RecoveryInfo("reconstruct", f"{_OWN}.reconstruct:Reconstruct", "solves each layer behind removed channels anew"),
+    RecoveryInfo("ahead", f"{_OWN}.ahead:Ahead", "then solves each block for values some layers ahead"),
+    RecoveryInfo("channel", f"{_OWN}.mixing:Channel", "predicts each removed channel from all kept ones"),
+    RecoveryInfo("pair", f"{_OWN}.mixing:Pair", "predicts each removed channel from one kept one and a constant"),
+    RecoveryInfo("recalibrate", f"{_OWN}.registry:Recalibrate", "measures statistics of batch norms and nothing else"),
+):
+    register_recovery(_info)

@@ -1,0 +1,107 @@
+"""Recovery methods by name: every registered one keeps what compensation promises, and users add theirs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import nni_topo
+from nni_topo.errors import ConfigError
+from nni_topo.network.speedup import masked_model
+from nni_topo.recovery import (
+    Ahead,
+    Pair,
+    Reconstruct,
+    RecoveryInfo,
+    RecoveryMethod,
+    compensate,
+    compensation,
+    list_recoveries,
+    recovery_info,
+    register_recovery,
+)
+from nni_topo.recovery.reconstruct import ReconstructTask
+from nni_topo.recovery.registry import TABLE
+
+
+@dataclass(frozen=True)
+class FirstLayers(RecoveryMethod):
+    """Solve so many layers and leave the others as they are."""
+
+    count: int = 1
+
+    def tasks(self, plan, networks):
+        return [ReconstructTask(each, networks.pruned, networks.result) for each in plan.equations[: self.count]]
+
+
+@pytest.mark.parametrize("method", list_recoveries())
+def test_every_method_gives_a_finite_network_of_the_same_shapes_and_leaves_model_and_masks_alone(
+    method, residual_net, images, halves
+):
+    masks = halves(residual_net, "conv1", "conv3")
+    before, asked = copy.deepcopy(residual_net.state_dict()), copy.deepcopy(masks)
+    found = compensation(residual_net, masks, images, method=method)
+    torch.testing.assert_close(residual_net.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(masks, asked, rtol=0, atol=0)
+    assert {name: value.shape for name, value in found.model.state_dict().items()} == {
+        name: value.shape for name, value in before.items()
+    }
+    assert bool(torch.isfinite(masked_model(found.model, images[0], masks)(images[0])).all())
+    assert all(math.isfinite(layer.error_after) for layer in found.report.layers)
+    again = compensate(residual_net, masks, images, method=method)
+    torch.testing.assert_close(again.state_dict(), found.model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", list_recoveries())
+def test_a_name_stands_for_its_class_with_the_defaults(name, residual_net, images, halves):
+    masks, info = halves(residual_net, "conv1"), recovery_info(name)
+    assert info.summary
+    by_name = compensate(residual_net, masks, images, method=name)
+    by_class = compensate(residual_net, masks, images, method=info.load()())
+    torch.testing.assert_close(by_name.state_dict(), by_class.state_dict(), rtol=0, atol=0)
+
+
+def test_settings_belong_to_their_method():
+    assert recovery_info("reconstruct").knobs() == ("refine",)
+    assert recovery_info("ahead").knobs() == ("refine", "layers")
+    assert recovery_info("pair").knobs() == ("pairs", "as_printed")
+    assert recovery_info("channel").knobs() == ()
+    with pytest.raises(ConfigError, match=r"refine must be an integer of at least 0, got -1 \(reconstruct\)"):
+        Reconstruct(refine=-1)
+    with pytest.raises(ConfigError, match=r"refine must be an integer of at least 0, got 1.5 \(ahead\)"):
+        Ahead(refine=1.5)
+    with pytest.raises(ConfigError, match=r"pairs must be .* got 3 \(pair\)"):
+        Pair(3)
+
+
+def test_a_method_of_a_user_is_taken_as_it_is_and_by_its_name(residual_net, images, halves):
+    masks = halves(residual_net, "conv1", "conv3")
+    every = compensation(residual_net, masks, images, method=Reconstruct(refine=0)).report.layers
+    one = compensation(residual_net, masks, images, method=FirstLayers(1))
+    assert len(every) > 1
+    assert [layer.layer for layer in one.report.layers] == [every[0].layer]
+    assert one.report.layers[0].error_after == every[0].error_after
+    register_recovery(RecoveryInfo("first", f"{__name__}:FirstLayers", "solves the first layer"))
+    try:
+        assert "first" in nni_topo.list_recoveries("f*")
+        named = compensate(residual_net, masks, images, method="first")
+        torch.testing.assert_close(named.state_dict(), one.model.state_dict(), rtol=0, atol=0)
+        with pytest.raises(ConfigError, match="a method's name must be free, got 'first'"):
+            register_recovery(RecoveryInfo("first", "elsewhere:Class", "another"))
+    finally:
+        del TABLE["first"]
+
+
+@pytest.mark.parametrize("path", ["nowhere:Class", "nni_topo.recovery:NoClass", "nni_topo.recovery:compensate", "text"])
+def test_a_path_that_leads_to_no_method_is_told(path):
+    with pytest.raises(ConfigError, match="a method must be a class"):
+        RecoveryInfo("bad", path, "nothing").load()
+
+
+def test_an_unknown_name_is_told_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"method must be a known name, got 'reconstuct'.*reconstruct"):
+        recovery_info("reconstuct")
