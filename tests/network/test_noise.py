@@ -40,7 +40,10 @@ WITHIN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "dropout": (lambda x: functional.dropout(x, 0.5, training=True), f"{DRAWN} (dropout)"),
     "randn_like": (noise, f"{DRAWN} (randn_like)"),
     "bernoulli": (lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)), f"{DRAWN} (bernoulli)"),
-    "rand": (lambda x: x * torch.rand(x.shape), "they are combined with random numbers that the forward draws (mul)"),
+    "rand": (
+        lambda x: x * torch.rand(x.shape),
+        "an operation joins them to random numbers that the forward draws (mul)",
+    ),
     "normal_": (lambda x: x + torch.empty_like(x).normal_(), f"{DRAWN} (normal)"),
 }
 

@@ -107,7 +107,7 @@ _ADVICE: dict[Kind, str] = {
     "model_output": "exclude the layer (exclude_op_names); what calls the model needs this size",
     "untraced_output": "write the code after the layer as a module that takes tensors and returns tensors",
     "untraced_model": "change what the message names, or prune the parts of the model one by one",
-    "no_rule": "use an operation that has a rule, such as view, permute, cat, chunk or one that works place by place",
+    "no_rule": "give the operation a rule with nni_topo.register_operator, or use one that has a rule (view, cat)",
     "joins_constant": (
         "make a constant a parameter of the model (nn.Parameter), which is cut along with the channels that it meets; "
         "channels that meet the network's input can't go"
@@ -152,12 +152,12 @@ def no_rule(node: Node) -> Reason:
 
 def joins_constant(node: Node) -> Reason:
     """Return the reason for channels that meet, place by place, something that can't be cut."""
-    return _at("joins_constant", node, "they are combined with the network's input, a constant or a parameter")
+    return _at("joins_constant", node, "an operation joins them to the network's input, a constant or a parameter")
 
 
 def joins_random(node: Node) -> Reason:
     """Return the reason for channels that meet random numbers place by place."""
-    return _at("joins_random", node, "they are combined with random numbers that the forward draws")
+    return _at("joins_random", node, "an operation joins them to random numbers that the forward draws")
 
 
 def random_shape(node: Node) -> Reason:

@@ -194,10 +194,10 @@ def test_what_meets_the_input_is_fixed_and_said(caplog):
     with caplog.at_level(logging.WARNING, "nni_topo"):
         assert dependency_groups(Skip(), IMAGES, CONVOLUTIONS) == []
         named = dependency_groups(Skip(), IMAGES, [{"op_names": ["one", "tail"], "sparse_ratio": 0.5}])
-    assert "one: they are combined with the network's input, a constant or a parameter (add)" in caplog.text
+    assert "one: an operation joins them to the network's input, a constant or a parameter (add)" in caplog.text
     assert names(named) == ["one", "tail"]
     assert (
-        "one: 3 of 3 channels stay: they are combined with the network's input, a constant or a parameter (add)"
+        "one: 3 of 3 channels stay: an operation joins them to the network's input, a constant or a parameter (add)"
         in caplog.text
     )
     assert "should be excluded, got tail" in caplog.text
