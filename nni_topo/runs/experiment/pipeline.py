@@ -42,11 +42,11 @@ METRICS, SETTINGS = "metrics.json", "settings.json"
 DENSE, MASKS, CONFIG_LIST = "dense.pt", "masks.pt", "config_list.json"
 _PRUNED, _RETRAINING = "pruned.pt", "retraining.pt"
 
-Report = Callable[[int, dict[str, float]], None]
+ReportMetrics = Callable[[int, dict[str, float]], None]
 
 
 def run_trial(
-    settings: TrialSettings, out: str | Path, *, cache: str | Path | None = None, report: Report | None = None
+    settings: TrialSettings, out: str | Path, *, cache: str | Path | None = None, report: ReportMetrics | None = None
 ) -> Record:
     """Run a trial, or what is left of it, in a folder; return what ``metrics.json`` holds, accuracies in [0, 1].
 
@@ -162,7 +162,9 @@ class _Trial:
             facts |= budget_facts(self.start, dense, self.cell.target, facts, WHOLE_CHANNELS)
         return facts
 
-    def retrained(self, dense: nn.Module, facts: Record, report: Report | None, rank: int, size: int) -> nn.Module:
+    def retrained(
+        self, dense: nn.Module, facts: Record, report: ReportMetrics | None, rank: int, size: int
+    ) -> nn.Module:
         """Retrain in place, alone or with the group, and report every epoch; return the net."""
         tell = report or (lambda step, result: None)
         state = self.out / _RETRAINING if size == 1 else None

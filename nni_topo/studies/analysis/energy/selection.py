@@ -43,7 +43,7 @@ from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.studies.analysis.energy.study import Evaluate, Quality, quality_of
 
 METHODS = ("random", "energy", "energy, genetic", "taylor", "taylor, genetic", "loss, genetic")
-Batches = Sequence[tuple[Tensor, Tensor]]
+LabelledBatches = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def study_selection(
     model: nn.Module,
     layer: str,
     example_inputs: Any,
-    batches: Batches,
+    batches: LabelledBatches,
     evaluate: Evaluate,
     *,
     keep: int,
@@ -129,7 +129,13 @@ class _Search:
     """What all methods share: energies, Taylor terms, and the place where channels are silenced."""
 
     def __init__(
-        self, model: nn.Module, layer: str, example_inputs: Any, batches: Batches, seed: int, knobs: dict[str, Any]
+        self,
+        model: nn.Module,
+        layer: str,
+        example_inputs: Any,
+        batches: LabelledBatches,
+        seed: int,
+        knobs: dict[str, Any],
     ) -> None:
         self.model, self.layer, self.example_inputs, self.batches = model, layer, example_inputs, batches
         self.seed = seed

@@ -25,7 +25,7 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
 )
 
-Kind = Literal["node", "connection"]
+BoundKind = Literal["node", "connection"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def retraining_bound(
     batches: Iterable[tuple[Any, Any]],
     epochs: float,
     gamma: float = 1.0,
-    kind: Kind = "node",
+    kind: BoundKind = "node",
 ) -> RetrainingBound:
     """Bound the epochs of retraining from below by theorem 1.
 
@@ -222,7 +222,7 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
     )
 
 
-def _mu(state: _State, end: _State, kind: Kind) -> float:
+def _mu(state: _State, end: _State, kind: BoundKind) -> float:
     if kind == "node":
         # (3.4) and (3.5), with equality: |gradient|^2 = mu |loss - trained loss|
         gap = abs(state.loss - end.loss)

@@ -19,7 +19,7 @@ from nni_topo.network.speedup import masked_model
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.runs.run import Start, build_model, made_dense, retrain
 from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, study_masks
-from nni_topo.studies.analysis.retraining.bound import Kind, retraining_bound
+from nni_topo.studies.analysis.retraining.bound import BoundKind, retraining_bound
 from nni_topo.studies.pictures import finish, panels
 from nni_topo.studies.study import Names, Tell
 from nni_topo.studies.tables import as_table
@@ -107,7 +107,7 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
         pictures, labels = (tensor[: self.images].split(256) for tensor in start.data.train.tensors)
         batches = list(zip(pictures, labels, strict=True))
         masks = study_masks(name, start, ratio, self.calibration)
-        kind: Kind = "node" if name != CONNECTIONS and pruner_info(name).structured else "connection"
+        kind: BoundKind = "node" if name != CONNECTIONS and pruner_info(name).structured else "connection"
         sparse = made_dense(start, masks)[0] if kind == "node" else masked_model(start.net, start.example, masks)
         trained = start.recipe.epochs
         found = retraining_bound(initial, start.net, sparse, cross_entropy, batches, trained, self.gamma, kind)
