@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nni_topo.maths.ties import descending
-from nni_topo.network.channels import chosen_of, meeting
+from nni_topo.network.channels import chosen_of, coupled_names
 from nni_topo.pruners.planner import FloatArray
 from nni_topo.pruners.units import KeptBlocks, PruningUnit
 
@@ -32,7 +32,7 @@ class Agreement:
 
     def __init__(self, units: Sequence[PruningUnit]) -> None:
         tied = {unit.name: unit for unit in units if unit.ties}
-        groups = meeting({name: set(unit.ties) for name, unit in tied.items()})
+        groups = coupled_names({name: set(unit.ties) for name, unit in tied.items()})
         self._shared = [_Shared([tied[name] for name in names]) for names in groups]
         places = {unit.name: place for place, unit in enumerate(units)}
         self.together = [[places[name] for name in names] for names in groups]

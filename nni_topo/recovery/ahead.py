@@ -151,7 +151,7 @@ class _Data:
     """The batches of a stretch: kept where they fit into memory, or the networks run again for each pass."""
 
     def __init__(self, replay: Replay, stretch: Stretch, read: list[Node], later: set[Node], cache_bytes: int) -> None:
-        self._replay, self._stretch, self._read, self._later = replay, stretch, read, later
+        self._replay, self._unit_size, self._read, self._later = replay, stretch, read, later
         self._cache_bytes = cache_bytes
         self._kept: list[_Batch] | None = None
 
@@ -161,8 +161,8 @@ class _Data:
             return
         kept: list[_Batch] | None = []
         size = 0
-        place = self._stretch.place
-        for original, pruned in self._replay.run(self._stretch.first, [*self._read, place], self._later):
+        place = self._unit_size.place
+        for original, pruned in self._replay.run(self._unit_size.first, [*self._read, place], self._later):
             values = {node.name: pruned[node] for node in self._read}
             there = _floats(original[place]), _floats(pruned[place])
             batch = _Batch(values, *there, self._replay.counted(original))

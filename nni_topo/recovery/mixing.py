@@ -55,15 +55,15 @@ Pairs = Mapping[str, Mapping[int, int]]
 class ChannelTask(Task):
     """Mix the kept channels such that they stand in for all channels that a layer read."""
 
-    # `roots` (inputs,) has for each input channel or feature the number of the channel that it comes from. Features of
-    # one channel, behind a flattening, count as its samples.
+    # `group_ids` (inputs,) has for each input channel or feature the id of the channel that it comes from. Features of
+    # one channel, after a flattening, count as its samples.
 
-    def __init__(self, layer: Solvable, roots: np.ndarray, pruned: nn.Module) -> None:
+    def __init__(self, layer: Solvable, group_ids: np.ndarray, pruned: nn.Module) -> None:
         self.layer = layer
         self.place = layer.source
         self.watched = [layer.source]
         self._module: Any = pruned.get_submodule(layer.name)
-        self._places, self.kept = _places(layer, roots, self._module)
+        self._places, self.kept = _places(layer, group_ids, self._module)
 
     @property
     def unknowns(self) -> int:
@@ -141,14 +141,14 @@ class PairTask(ChannelTask):
     def __init__(
         self,
         layer: Solvable,
-        roots: np.ndarray,
+        group_ids: np.ndarray,
         pruned: nn.Module,
         survivors: Mapping[int, int] | None = None,
         biases: Mapping[int, float] | None = None,
     ) -> None:
-        super().__init__(layer, roots, pruned)
+        super().__init__(layer, group_ids, pruned)
         # All places of a channel have the same number: its first one tells.
-        self._numbers = torch.from_numpy(roots)[self._places[:, :, 0]]
+        self._numbers = torch.from_numpy(group_ids)[self._places[:, :, 0]]
         self._survivors = survivors or {}
         self._biases = biases
 
@@ -216,7 +216,7 @@ class Channel(RecoveryMethod):
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
         """Return a task for each layer that reads removed channels."""
         readers = readers_of_removed(plan, networks)
-        return [ChannelTask(layer, roots, networks.pruned) for layer, roots in readers]
+        return [ChannelTask(layer, group_ids, networks.pruned) for layer, group_ids in readers]
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Pair(RecoveryMethod):
         survivors = _survivors(networks, self.pairs or {})
         biases = _biases(networks) if self.as_printed else None
         readers = readers_of_removed(plan, networks)
-        return [PairTask(layer, roots, networks.pruned, survivors, biases) for layer, roots in readers]
+        return [PairTask(layer, group_ids, networks.pruned, survivors, biases) for layer, group_ids in readers]
 
 
 def readers_of_removed(plan: Plan, networks: Networks) -> list[tuple[Solvable, np.ndarray]]:
@@ -245,7 +245,7 @@ def readers_of_removed(plan: Plan, networks: Networks) -> list[tuple[Solvable, n
         if equation.layer.columns.shape[1] < by_output(weight_of(module), module).shape[1]:
             layers[equation.layer.name] = equation.layer
     in_order = [name for name in networks.flow.layers if name in layers]
-    return [(layers[name], networks.flow.entering_roots(name)) for name in in_order]
+    return [(layers[name], networks.flow.entering_group_ids(name)) for name in in_order]
 
 
 @checked()
@@ -292,17 +292,17 @@ def pair_coefficients(
     return alpha, beta
 
 
-def _places(layer: Solvable, roots: np.ndarray, module: nn.Module) -> tuple[Tensor, Tensor]:
+def _places(layer: Solvable, group_ids: np.ndarray, module: nn.Module) -> tuple[Tensor, Tensor]:
     """Return where channels enter, (groups, channels, places), and the ranks of the kept ones, (groups, kept)."""
     step = by_output(weight_of(module), module).shape[1]
     groups = layer.columns[:, 0] // step
-    counts = np.unique(np.unique(roots, return_counts=True)[1])
+    counts = np.unique(np.unique(group_ids, return_counts=True)[1])
     # Behind a flattening each channel has equally many features. 0, FIXED, stands for whatever can't be pruned, which
     # is no channel.
-    if is_pointwise(module) and len(counts) == 1 and counts[0] > 1 and roots.min() > 0:
+    if is_pointwise(module) and len(counts) == 1 and counts[0] > 1 and group_ids.min() > 0:
         # Stable: the features of each channel stay in the order of their positions, so that the p-th of every channel
         # lie at one position and make a sample.
-        order = np.argsort(roots, kind="stable").reshape(-1, counts[0])
+        order = np.argsort(group_ids, kind="stable").reshape(-1, counts[0])
         # By first features, so that channels come in the order in which the layer's weight has them.
         places = torch.from_numpy(order[np.argsort(order[:, 0])])[None]
     else:
@@ -326,12 +326,12 @@ def _survivors(networks: Networks, pairs: Pairs) -> dict[int, int]:
     for name, chosen in pairs.items():
         if name not in networks.flow.layers:
             raise unknown_name("a layer of pairs", name, networks.flow.layers)
-        roots = networks.flow.layer_roots(name).tolist()
+        group_ids = networks.flow.group_ids_of(name).tolist()
         asked = kept_channels(networks.original.get_submodule(name), networks.asked.get(name, {}))
         for gone, kept in chosen.items():
-            inside = all(each in range(len(roots)) for each in (gone, kept))
-            if inside and roots[gone] in removed and roots[kept] not in removed:
-                survivors[roots[gone]] = roots[kept]
+            inside = all(each in range(len(group_ids)) for each in (gone, kept))
+            if inside and group_ids[gone] in removed and group_ids[kept] not in removed:
+                survivors[group_ids[gone]] = group_ids[kept]
             # A channel that is masked stays where another layer needs it, and then needs no survivor.
             elif not inside or asked is None or bool(asked[gone]) or not bool(asked[kept]):
                 raise ConfigError(
@@ -344,9 +344,9 @@ def _biases(networks: Networks) -> dict[int, float]:
     """Return the bias of every channel's first layer, 0 if it has none."""
     biases: dict[int, float] = {}
     for name in networks.flow.layers:
-        roots = networks.flow.layer_roots(name)
+        group_ids = networks.flow.group_ids_of(name)
         bias = getattr(networks.original.get_submodule(name), "bias", None)
-        values = np.zeros(len(roots)) if bias is None else bias.detach().double().cpu().numpy()
-        for root, value in zip(roots.tolist(), values.tolist(), strict=True):
+        values = np.zeros(len(group_ids)) if bias is None else bias.detach().double().cpu().numpy()
+        for root, value in zip(group_ids.tolist(), values.tolist(), strict=True):
             biases.setdefault(root, value)
     return biases

@@ -136,7 +136,7 @@ def narrow_heads(
         if name not in known:
             raise ConfigError(f"a module must be attention whose heads are known, got {name!r} (sparse_ratio)")
     readers: dict[str, list[str]] = {}
-    for layer, read in flow.mixers().items():
+    for layer, read in flow.output_projections().items():
         readers.setdefault(read.name, []).append(layer)
     tables = find_frequencies(model, known)
     whole = {name: why for name in asked if (why := _why_whole(known[name], readers, tables))}
@@ -184,7 +184,7 @@ def narrow_instead(model: nn.Module, calibration: Iterable[Any] | Evaluator, mas
     rotary = find_frequencies(model, flow.attention)
     known = dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent)
     for name in (each for each in known if each not in rotary):
-        heads = left[flow.roots(flow.bundle_numbers(next(iter(flow.attention[name].channels))))]
+        heads = left[flow.group_ids(flow.unit_channel_ids(next(iter(flow.attention[name].channels))))]
         size = flow.attention[name].head_size
         wanted = size * heads.mean() + rest
         kept = min(max(round(wanted), 1), size)
@@ -194,9 +194,9 @@ def narrow_instead(model: nn.Module, calibration: Iterable[Any] | Evaluator, mas
     if not ratios:
         return model, masks
     turned, within = narrow_heads(model, batches, ratios)
-    mixers = {layer: read for layer, read in flow.mixers().items() if layer in within}
+    output_projections = {layer: read for layer, read in flow.output_projections().items() if layer in within}
     for layer in within:
-        if layer not in mixers:
+        if layer not in output_projections:
             full.pop(layer, None)  # rows of heads
         elif "weight" in full.get(layer, {}):
             rows = full[layer]["weight"].amax(1, keepdim=True)

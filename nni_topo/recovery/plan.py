@@ -65,7 +65,7 @@ def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, to
     """List the equations of a pruned network, in network order; `touched` are the nodes behind pruned channels."""
     plan = Plan()
     pruned = pruned_roots(graph_module, flow, masks)
-    meeting: dict[Node, list[tuple[Equation, Equation]]] = {}
+    coupled_names: dict[Node, list[tuple[Equation, Equation]]] = {}
     for node in graph_module.graph.nodes:
         # Where nothing pruned enters, the kept outputs are what they were.
         if node.op != "call_module" or not any(parent in touched for parent in node.all_input_nodes):
@@ -78,13 +78,13 @@ def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, to
             reason = "its groups keep different numbers of channels" if layer is None else None
         if reason is None and layer is not None:
             near, far = _ways(graph_module, layer)
-            meeting.setdefault(far.place, []).append((near, far))
+            coupled_names.setdefault(far.place, []).append((near, far))
         elif reason:
             plan.left_alone[name] = reason
     # By places and not by layers: an equation needs the values at its place, so all layers in front of that have to be
     # solved before. Python's sort is stable, so that the order at one place stays as `_ordered` has it.
     order = {node: rank for rank, node in enumerate(graph_module.graph.nodes)}
-    keyed = [item for equations in meeting.values() for item in _ordered(graph_module, equations)]
+    keyed = [item for equations in coupled_names.values() for item in _ordered(graph_module, equations)]
     plan.equations = sorted(keyed, key=lambda equation: order[equation.place])
     return plan
 
@@ -95,9 +95,9 @@ def pruned_roots(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks)
     for name in flow.layers:
         kept = kept_channels(graph_module.get_submodule(name), masks.get(name, {}))
         if kept is not None:
-            roots, is_kept = flow.layer_roots(name), kept.cpu().numpy()
+            group_ids, is_kept = flow.group_ids_of(name), kept.cpu().numpy()
             # A head of which any channel is kept stays.
-            pruned |= set(roots[~is_kept].tolist()) - set(roots[is_kept].tolist())
+            pruned |= set(group_ids[~is_kept].tolist()) - set(group_ids[is_kept].tolist())
     # FIXED stands for whatever stays; a mask of a channel that is tied to it removes nothing.
     return pruned - {FIXED}
 
@@ -149,8 +149,8 @@ def _solvable(
     name = str(node.target)
     module: Any = graph_module.get_submodule(name)
     # Which channels enter is known of the flow alone: this layer's own mask needn't name what pruning before it took.
-    kept_in = ~np.isin(flow.entering_roots(name), list(pruned))
-    kept_out = ~np.isin(flow.layer_roots(name), list(pruned))
+    kept_in = ~np.isin(flow.entering_group_ids(name), list(pruned))
+    kept_out = ~np.isin(flow.group_ids_of(name), list(pruned))
     mask = masks.get(name, {}).get("weight")
     groups = getattr(module, "groups", 1)
     if mask is not None:

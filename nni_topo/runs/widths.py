@@ -148,7 +148,7 @@ def _units(model: nn.Module, example_inputs: Any, config_list: DependencyGroups)
         names = [name for entry in members for name in entry["op_names"]]
         # blocks of all members must fit: a step takes one channel of each part
         parts = math.lcm(*(entry.get("internal_metric_block", 1) for entry in members))
-        blocks = len(flow.bundle_numbers(names[0])) // parts * parts
+        blocks = len(flow.unit_channel_ids(names[0])) // parts * parts
         ties = config_list.ties.get(names[0], ())
         units.append(
             PruningUnit(

@@ -34,7 +34,7 @@ from torch.fx import Node
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
 from nni_topo.maths.ties import first_largest_along
-from nni_topo.network.channels import norms_behind
+from nni_topo.network.channels import norms_after
 from nni_topo.network.layers import WEIGHTED, by_output, through_norms, weight_used
 from nni_topo.recovery.mixing import PairTask, readers_of_removed
 from nni_topo.recovery.networks import Networks
@@ -61,8 +61,8 @@ class MergeTask(PairTask):
 
     # `merged` says by channel numbers who stands in for whom and times what; no sample is looked at for it.
 
-    def __init__(self, layer: Solvable, roots: np.ndarray, pruned: nn.Module, merged: Merged) -> None:
-        super().__init__(layer, roots, pruned)
+    def __init__(self, layer: Solvable, group_ids: np.ndarray, pruned: nn.Module, merged: Merged) -> None:
+        super().__init__(layer, group_ids, pruned)
         self._merged = merged
 
     def _solution(self, equations: NormalEquations) -> Solution:
@@ -181,7 +181,7 @@ class Head(Scalar):
 
     def sizes(self, networks: Networks) -> dict[str, int]:
         """Return the sizes of heads by the layer that reads them."""
-        return {name: each.size for name, each in networks.flow.mixers().items()}
+        return {name: each.size for name, each in networks.flow.output_projections().items()}
 
 
 @dataclass(frozen=True)
@@ -191,27 +191,27 @@ class Merge(RecoveryMethod):
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
         """Return a task for each layer that reads removed channels."""
         merged, readers = merged_channels(networks), readers_of_removed(plan, networks)
-        return [MergeTask(layer, roots, networks.pruned, merged) for layer, roots in readers]
+        return [MergeTask(layer, group_ids, networks.pruned, merged) for layer, group_ids in readers]
 
 
 def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
     """Return, by channel number, who stands in for each removed channel and times what, from the weights alone."""
     removed = pruned_roots(networks.original, networks.flow, networks.masks)
-    norms = norms_behind(networks.original, networks.flow)
+    norms = norms_after(networks.original, networks.flow)
     made: dict[int, list[_Filter]] = defaultdict(list)
     for name in networks.flow.layers:
         if not isinstance(networks.original.get_submodule(name), WEIGHTED):
             continue
         norm = networks.original.get_submodule(norms[name]) if name in norms else None
-        for root, each in zip(networks.flow.layer_roots(name).tolist(), _filters(networks, name, norm), strict=True):
+        for root, each in zip(networks.flow.group_ids_of(name).tolist(), _filters(networks, name, norm), strict=True):
             made[root].append(each)
     # Channels are comparable where the same layers make them: in a residual stream all of these count.
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for root, found in made.items():
         alike[tuple(each.layer for each in found)].append(root)
     merged: dict[int, tuple[int, float]] = {}
-    for roots in alike.values():
-        kept, gone = ([root for root in roots if (root in removed) == is_gone] for is_gone in (False, True))
+    for group_ids in alike.values():
+        kept, gone = ([root for root in group_ids if (root in removed) == is_gone] for is_gone in (False, True))
         if kept and gone:
             nearest = _nearest([made[root] for root in gone], [made[root] for root in kept])
             merged |= {root: (kept[at], factor) for root, (at, factor) in zip(gone, nearest, strict=True)}

@@ -15,7 +15,7 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED
 
 
-def meeting(owned: Mapping[str, set[int]]) -> list[list[str]]:
+def coupled_names(owned: Mapping[str, set[int]]) -> list[list[str]]:
     """Group names that share a number, directly or through others; groups and names in the mapping's order."""
     from scipy.cluster.hierarchy import DisjointSet  # takes 30 ms to import
 
@@ -31,34 +31,36 @@ def meeting(owned: Mapping[str, set[int]]) -> list[list[str]]:
     return list(groups.values())
 
 
-def partial_ties(flow: ChannelFlow, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def partial_couplings(flow: ChannelFlow, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Number the channels of layers, (channels,) each, of which a group can't say all: equal numbers go together."""
     chosen = [name for name in flow.layers if name in set(names)]
-    free = {name: set(flow.layer_roots(name).tolist()) - {FIXED} for name in chosen}
-    return {name: _numbers(flow, name) for group in meeting(free) if not _is_stated(flow, group) for name in group}
+    free = {name: set(flow.group_ids_of(name).tolist()) - {FIXED} for name in chosen}
+    return {
+        name: _numbers(flow, name) for group in coupled_names(free) if not _is_stated(flow, group) for name in group
+    }
 
 
 def _is_stated(flow: ChannelFlow, names: list[str]) -> bool:
     """Tell whether layers are tied bundle i to bundle i, and no bundle to another of its own layer."""
-    roots = [flow.roots(flow.bundle_numbers(name)).tolist() for name in names]
-    free = [root for root in roots[0] if root != FIXED]
-    return all(each == roots[0] for each in roots) and len(set(free)) == len(free)
+    group_ids = [flow.group_ids(flow.unit_channel_ids(name)).tolist() for name in names]
+    free = [root for root in group_ids[0] if root != FIXED]
+    return all(each == group_ids[0] for each in group_ids) and len(set(free)) == len(free)
 
 
 def _numbers(flow: ChannelFlow, name: str) -> tuple[int, ...]:
-    roots = flow.layer_roots(name)
+    group_ids = flow.group_ids_of(name)
     # Channels that stay aren't tied to one another, so each gets a number that no other has.
-    return tuple(np.where(roots == FIXED, -flow.layer_numbers(name), roots).tolist())
+    return tuple(np.where(group_ids == FIXED, -flow.channel_ids_of(name), group_ids).tolist())
 
 
 def blocks_of(flow: ChannelFlow) -> dict[str, int]:
     """Count, for each layer, the blocks that have to lose the same number of channels."""
     counts: dict[str, int] = {}
     for name in flow.layers:
-        roots = flow.layer_roots(name)
+        group_ids = flow.group_ids_of(name)
         for side in (side for blocks in flow.blocks for side in blocks.sides):
-            owner = {root: rank for rank, block in enumerate(side) for root in flow.roots(block).tolist()}
-            ranks = np.array([owner.get(root, -1) for root in roots.tolist()])
+            owner = {root: rank for rank, block in enumerate(side) for root in flow.group_ids(block).tolist()}
+            ranks = np.array([owner.get(root, -1) for root in group_ids.tolist()])
             starts = np.flatnonzero(np.diff(ranks, prepend=-2) != 0)
             sizes = np.diff([*starts, len(ranks)])[ranks[starts] >= 0]
             # Layers that share blocks, joined or shuffled, keep these even if each has evenly many of every block.
@@ -66,17 +68,19 @@ def blocks_of(flow: ChannelFlow) -> dict[str, int]:
                 len(sizes)
                 and (sizes == sizes[0]).all()
                 and (starts % sizes[0] == 0).all()
-                and len(roots) % sizes[0] == 0
+                and len(group_ids) % sizes[0] == 0
             ):
-                counts[name] = math.lcm(counts.get(name, 1), len(roots) // sizes[0])
+                counts[name] = math.lcm(counts.get(name, 1), len(group_ids) // sizes[0])
     return _leveled(flow, counts) if flow.reorders else counts
 
 
 def _leveled(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, int]:
     """Give layers whose channels are shuffled together the same blocks: of others they'd lose another number."""
-    arriving = [flow.roots(np.concatenate([each for side in blocks.sides for each in side])) for blocks in flow.blocks]
+    arriving = [
+        flow.group_ids(np.concatenate([each for side in blocks.sides for each in side])) for blocks in flow.blocks
+    ]
     made = [name for name, layer in flow.layers.items() if not layer.depthwise]  # the others follow
-    met = [{name for name in made if np.isin(flow.layer_roots(name), roots).any()} for roots in arriving]
+    met = [{name for name in made if np.isin(flow.group_ids_of(name), group_ids).any()} for group_ids in arriving]
     before: dict[str, int] = {}
     while before != counts:
         before = dict(counts)

@@ -37,7 +37,7 @@ class DenseOrder(torch.fx.Interpreter):
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         """Look up a node's arguments, with the dense model's sizes."""
-        return resized(super().fetch_args_kwargs_from_env(n), self.flow.sizes_left(self.left))
+        return resized(super().fetch_args_kwargs_from_env(n), self.flow.sizes_kept(self.left))
 
     def run_node(self, n: Node) -> Any:
         """Follow the numbers through one node."""
@@ -53,15 +53,15 @@ class DenseOrder(torch.fx.Interpreter):
         if not (isinstance(found, Tensor) and isinstance(ascending, Tensor)) or found.shape != ascending.shape:
             return found
         one, other = compressed(found), compressed(ascending)
-        roots, named = (self.flow.roots(each.numpy()) for each in (one, other))
+        group_ids, named = (self.flow.group_ids(each.numpy()) for each in (one, other))
         if one.shape != other.shape or torch.equal(one.flatten().unique(), other.flatten().unique()):
             return found
-        if np.array_equal(roots, named):
+        if np.array_equal(group_ids, named):
             return ascending
         places = dict(zip(named.ravel().tolist(), other.flatten().tolist(), strict=True))
-        if len(places) < other.numel() or not places.keys() >= set(roots.ravel().tolist()):
+        if len(places) < other.numel() or not places.keys() >= set(group_ids.ravel().tolist()):
             return found
-        renamed = [places[root] for root in roots.ravel().tolist()]
+        renamed = [places[root] for root in group_ids.ravel().tolist()]
         return torch.tensor(renamed).view(one.shape).expand(found.shape)
 
     def _ascending(self, node: Node) -> Any:
@@ -75,7 +75,7 @@ class DenseOrder(torch.fx.Interpreter):
     def _cut(self, numbers: Any, full: Any) -> Any:
         if not isinstance(numbers, Tensor) or not isinstance(full, Tensor):
             return numbers
-        stays, shape = torch.from_numpy(np.asarray(self.left[self.flow.roots(numbers.numpy())])), list(full.shape)
+        stays, shape = torch.from_numpy(np.asarray(self.left[self.flow.group_ids(numbers.numpy())])), list(full.shape)
         for d, size in enumerate(numbers.shape):
             if size == full.shape[d]:
                 rows = stays.movedim(d, 0).reshape(size, -1).any(1)
@@ -106,10 +106,10 @@ class DenseOrder(torch.fx.Interpreter):
         for parent in owned if others else ():
             name, labels = str(parent.target), self.numbers[parent.name]
             numbers = self.flow.own_numbers(name)
-            met = self.flow.roots(compressed(others[0]).flatten().numpy()).tolist()
-            place = {root: at for at, root in enumerate(self.flow.roots(numbers).tolist())}
+            met = self.flow.group_ids(compressed(others[0]).flatten().numpy()).tolist()
+            place = {root: at for at, root in enumerate(self.flow.group_ids(numbers).tolist())}
             found = np.array([place.get(root, -1) for root in met], dtype=np.int64)
-            kept = np.flatnonzero(self.left[self.flow.roots(numbers)])
+            kept = np.flatnonzero(self.left[self.flow.group_ids(numbers)])
             if len(parent.users) == 1 and np.array_equal(np.sort(found), kept) and not np.array_equal(found, kept):
                 view = [-1 if d == self.flow.own[name].dim else 1 for d in range(labels.dim())]
                 self.own[name], self.numbers[parent.name] = found, torch.from_numpy(numbers[found]).view(view)
@@ -117,7 +117,7 @@ class DenseOrder(torch.fx.Interpreter):
 
     def _through(self, node: Node, labels: Tensor, ascending: Any) -> Any:
         name = str(node.target)
-        layer, entering = self.flow.all_layers.get(name), self.flow.entering_numbers(name)
+        layer, entering = self.flow.all_layers.get(name), self.flow.entering_channel_ids(name)
         if len(entering):
             dims = [d for d in range(1, labels.dim()) if varies(labels, d)] or [1]
             self.entering[name] = labels.transpose(0, dims[0]).flatten(1)[:, 0].numpy()
@@ -128,7 +128,7 @@ class DenseOrder(torch.fx.Interpreter):
             return _carried([labels], ascending)
         if layer.depthwise and name in self.entering:
             # What it puts out comes in the order of what enters.
-            outs = self.flow.layer_numbers(name).reshape(len(entering), -1)[self.places(name)].ravel()
+            outs = self.flow.channel_ids_of(name).reshape(len(entering), -1)[self.places(name)].ravel()
             view = [1, -1, *[1] * (ascending.dim() - 2)]
             return torch.from_numpy(outs).view(view).expand(ascending.shape)
         return ascending
@@ -143,8 +143,8 @@ class DenseOrder(torch.fx.Interpreter):
 
     def places(self, name: str) -> np.ndarray:
         """List the channels that enter a module and stay, by their places in the whole model: int, (left,)."""
-        entering = self.flow.entering_numbers(name)
-        kept = np.flatnonzero(self.left[self.flow.roots(entering)])
+        entering = self.flow.entering_channel_ids(name)
+        kept = np.flatnonzero(self.left[self.flow.group_ids(entering)])
         arriving = self.entering.get(name, entering[:0])
         place = {number: at for at, number in zip(kept.tolist(), entering[kept].tolist(), strict=True)}
         found = np.array([place.get(number, -1) for number in arriving.tolist()], dtype=np.int64)

@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_map
 from nni_topo.network.attention import Attention, attend
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import FIXED, Blocks, Layer, fixed
-from nni_topo.network.channels.propagate import Numbering
+from nni_topo.network.channels.propagate import Propagation
 from nni_topo.network.channels.rules import FixedPlaces, has_property, is_looked_at, rule_of
 from nni_topo.network.graph import IN_TRAINING, TRAINED_OUTPUT, TracedInt, counted, place, tensor_shape
 from nni_topo.network.layers import TRANSPOSED, Place
 from nni_topo.network.runtime import tensors_of
 
 
-class ChannelFlow(Numbering):
+class ChannelFlow(Propagation):
     """Follow the channels of a traced model, on its arguments, and answer what they have to do with one another."""
 
     def __init__(self, graph_module: torch.fx.GraphModule, args: tuple[Any, ...], missed: str = "") -> None:
@@ -38,12 +38,12 @@ class ChannelFlow(Numbering):
         self._before, self._roots, self._reasons = self._given.settled()
         # Channels at the model's output, which have to stay. FIXED ones stay anyway.
         arriving = [np.unique(labels.numpy()) for labels in tensors_of(outputs)]
-        roots = np.unique(self.roots(np.concatenate([*arriving, np.zeros(0, dtype=np.int64)])))
-        self.at_output = roots[roots > FIXED]
+        group_ids = np.unique(self.group_ids(np.concatenate([*arriving, np.zeros(0, dtype=np.int64)])))
+        self.at_output = group_ids[group_ids > FIXED]
         self._written = {
             place: (
                 uses[0][0],
-                [np.array(each, dtype=np.int64) for each in dict.fromkeys(tuple(self.roots(c)) for _, c in uses)],
+                [np.array(each, dtype=np.int64) for each in dict.fromkeys(tuple(self.group_ids(c)) for _, c in uses)],
             )
             for place, uses in written.items()
         }
@@ -67,7 +67,7 @@ class ChannelFlow(Numbering):
         found = dict[str, Layer]()
         for name in list(self.layers):
             if modes.get(owners.get(name, name), False):
-                self._given.pin(self.layer_numbers(name), reasons.training_only(name))
+                self._given.pin(self.channel_ids_of(name), reasons.training_only(name))
                 found[name] = self.layers.pop(name)
                 # What heads are cut with counts heads, which these keep.
                 if self.heads.pop(name, None) is not None:
@@ -103,12 +103,12 @@ class ChannelFlow(Numbering):
                 if held.any():
                     self._given.pin(entering.flatten().numpy()[held], reasons.fixed_channels(node))
 
-    def roots(self, numbers: np.ndarray) -> np.ndarray:
+    def group_ids(self, numbers: np.ndarray) -> np.ndarray:
         """Look up representatives, int, shape (n,): one for channels that are tied, ``FIXED`` if they stay."""
         found: np.ndarray = self._roots[numbers]
         return found
 
-    def sizes_left(self, left: np.ndarray) -> dict[Place, int]:
+    def sizes_kept(self, left: np.ndarray) -> dict[Place, int]:
         """Count anew what attributes of the model count, given which representatives stay."""
         return {place: parts * int(left[each[0]].sum()) for place, (parts, each) in self._written.items()}
 
@@ -122,9 +122,9 @@ class ChannelFlow(Numbering):
         """How many numbers there are, ``FIXED`` among them."""
         return len(self._roots)
 
-    def layer_roots(self, name: str) -> np.ndarray:
+    def group_ids_of(self, name: str) -> np.ndarray:
         """Look up the representatives of a layer's output channels: int, shape (channels,)."""
-        return self.roots(self.layer_numbers(name))
+        return self.group_ids(self.channel_ids_of(name))
 
     def kept(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
         """Tell which channels stay if layers keep the chosen ones: bool, by group id.
@@ -134,9 +134,9 @@ class ChannelFlow(Numbering):
         """
         kept, stated = np.zeros(self.size, dtype=np.bool_), np.zeros(self.size, dtype=np.bool_)
         for name, layer in self.layers.items():
-            ids, own = self.layer_roots(name), chosen.get(name)
+            ids, own = self.group_ids_of(name), chosen.get(name)
             if own is not None and len(own) < len(ids):
-                ids = self.roots(self.bundle_numbers(name))
+                ids = self.group_ids(self.unit_channel_ids(name))
             # Of a layer that mixes heads, the choice may be one of columns.
             if own is not None and len(own) == len(ids):
                 kept[ids[own]] = True
@@ -149,78 +149,80 @@ class ChannelFlow(Numbering):
 
     def coupled_with(self, name: str) -> list[str]:
         """List the other layers that share a channel with a layer, channels that stay included, in network order."""
-        shared = np.unique(self._before[self.layer_numbers(name)])
+        shared = np.unique(self._before[self.channel_ids_of(name)])
         return [
             other
             for other in self.layers
-            if other != name and np.isin(self._before[self.layer_numbers(other)], shared).any()
+            if other != name and np.isin(self._before[self.channel_ids_of(other)], shared).any()
         ]
 
     def why_pinned(self, name: str) -> reasons.Reasons:
         """Return why channels of a layer stay in any case, each reason once."""
-        roots = self._before[self.layer_numbers(name)].tolist()
-        return tuple(dict.fromkeys(self._reasons[root] for root in roots if root in self._reasons))
+        group_ids = self._before[self.channel_ids_of(name)].tolist()
+        return tuple(dict.fromkeys(self._reasons[root] for root in group_ids if root in self._reasons))
 
     def reaches_output(self, name: str) -> bool:
         """Tell whether any channel of a layer is one of the model's output, so that it has to stay."""
-        return bool(np.isin(self.layer_roots(name), self.at_output).any())
+        return bool(np.isin(self.group_ids_of(name), self.at_output).any())
 
-    def entering_roots(self, name: str) -> np.ndarray:
+    def entering_group_ids(self, name: str) -> np.ndarray:
         """Look up the representatives of what enters a layer or norm: int, shape (input channels,)."""
-        return self.roots(self.entering_numbers(name))
+        return self.group_ids(self.entering_channel_ids(name))
 
-    def entering_numbers(self, name: str) -> np.ndarray:
+    def entering_channel_ids(self, name: str) -> np.ndarray:
         """Look up what enters a layer or norm, as numbered by the layers before: int, (input channels,)."""
         # An embedding is entered by indices, so by no channels; a linear layer behind a flattening one, by features.
         return self._entering.get(name, np.zeros(0, dtype=np.int64))
 
     def read(self) -> list[tuple[np.ndarray, str]]:
         """List the channels that layers and norms read, and those that are picked of others: roots, and who does."""
-        found = [(self.roots(entering), name) for name, entering in self._entering.items() if len(entering)]
+        found = [(self.group_ids(entering), name) for name, entering in self._entering.items() if len(entering)]
         for node in self.traced.graph.nodes:
             labels = self.numbers[node.name]
             picks = has_property(node, "picks") and not is_looked_at(node)
             # What moves, or meets others, may have no channels.
             picks = picks and not all(has_property(user, "meets") or has_property(user, "moves") for user in node.users)
             if picks and isinstance(labels, torch.Tensor) and labels.numel():
-                found.append((np.unique(self.roots(labels.numpy())), place(node)))
+                found.append((np.unique(self.group_ids(labels.numpy())), place(node)))
         return found
 
-    def bundles(self, name: str) -> np.ndarray:
+    def units(self, name: str) -> np.ndarray:
         """List a layer's output channels by what goes together, as a head does: int, (bundles, channels)."""
         if name in self.heads:
             return self.heads[name].channels[name]
-        return np.arange(self.layers[name].channels).reshape(-1, self._stretch(name))
+        return np.arange(self.layers[name].channels).reshape(-1, self._unit_size(name))
 
-    def bundle_numbers(self, name: str) -> np.ndarray:
+    def unit_channel_ids(self, name: str) -> np.ndarray:
         """List the first number of each of a layer's bundles: int, (bundles,)."""
-        numbers: np.ndarray = self.layer_numbers(name)[self.bundles(name)[:, 0]]
+        numbers: np.ndarray = self.channel_ids_of(name)[self.units(name)[:, 0]]
         return numbers
 
-    def _stretch(self, name: str) -> int:
+    def _unit_size(self, name: str) -> int:
         """Count the neighbouring channels of a layer that only go together, as those that a pixel shuffle spreads."""
-        roots = self.layer_roots(name)
-        starts = np.flatnonzero(np.diff(roots, prepend=-1))
-        size = len(roots) // len(starts)
+        group_ids = self.group_ids_of(name)
+        starts = np.flatnonzero(np.diff(group_ids, prepend=-1))
+        size = len(group_ids) // len(starts)
         # NNI can't state blocks of a transposed convolution's channels.
-        if size == 1 or FIXED in roots or isinstance(self.fetch_attr(name), (*TRANSPOSED, torch.nn.Embedding)):
+        if size == 1 or FIXED in group_ids or isinstance(self.fetch_attr(name), (*TRANSPOSED, torch.nn.Embedding)):
             return 1
-        is_even = len(np.unique(roots[starts])) == len(starts) and np.array_equal(starts, np.arange(len(starts)) * size)
+        is_even = len(np.unique(group_ids[starts])) == len(starts) and np.array_equal(
+            starts, np.arange(len(starts)) * size
+        )
         # A depth-wise convolution that makes several channels of each follows the layer before it.
-        follows = self.layers[name].depthwise and len(self.entering_numbers(name)) < len(roots)
+        follows = self.layers[name].depthwise and len(self.entering_channel_ids(name)) < len(group_ids)
         return size if is_even and not follows else 1
 
-    def mixers(self) -> dict[str, Attention]:
+    def output_projections(self) -> dict[str, Attention]:
         """Return the linear layers that read all heads of attention and nothing else, by name."""
         found: dict[str, Attention] = {}
         for attention in dict.fromkeys(each.name for each in self.heads.values()):
             if self.attention[attention].recurrent:
                 continue
             layer, order = self.attention[attention].context
-            context = self.layer_roots(layer)[order]
+            context = self.group_ids_of(layer)[order]
             found |= {
                 name: self.attention[attention]
                 for name in self.layers
-                if FIXED not in context and np.array_equal(self.entering_roots(name), context)
+                if FIXED not in context and np.array_equal(self.entering_group_ids(name), context)
             }
         return found

@@ -34,7 +34,7 @@ class Layer:
 
 
 @dataclasses.dataclass
-class Own:
+class FreeParameter:
     """A parameter that the model uses by itself (a layer scale, a position embedding), with a number for each place."""
 
     first: int
@@ -62,7 +62,7 @@ class ChannelIds:
         self.count = FIXED + 1
         self.reason: Reason  # why numbers would stay that are tied to FIXED now; set before any are
         self.layers: dict[str, Layer] = {}  # in the order they are called
-        self.own: dict[str, Own] = {}  # by name; these go with the channels that they meet, and have no say
+        self.own: dict[str, FreeParameter] = {}  # by name; these go with the channels that they meet, and have no say
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
         self.chunks = False  # whether channels are cut into equal pieces

@@ -19,8 +19,8 @@ from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
     Blocks,
     ChannelIds,
+    FreeParameter,
     Layer,
-    Own,
     compressed,
     fixed,
     given_shapes,
@@ -50,7 +50,7 @@ from nni_topo.network.layers import (
 from nni_topo.network.runtime import tensors_of
 
 
-class Numbering(torch.fx.Interpreter):
+class Propagation(torch.fx.Interpreter):
     """Number the channels of a traced model with shapes in ``node.meta["tensor_meta"]``."""
 
     # What can't be followed isn't guessed: channels that enter an operation without a rule are pinned, that is, they
@@ -82,7 +82,7 @@ class Numbering(torch.fx.Interpreter):
         """Whether channels are cut into equal pieces."""
         return self._given.chunks
 
-    def layer_numbers(self, name: str) -> np.ndarray:
+    def channel_ids_of(self, name: str) -> np.ndarray:
         """List the numbers of a layer's output channels: int, shape (channels,)."""
         layer = self.all_layers[name]
         return np.arange(layer.first, layer.first + layer.channels)
@@ -139,7 +139,7 @@ class Numbering(torch.fx.Interpreter):
         long = [d for d in range(value.dim()) if value.shape[d] > 1]
         if name not in self.own:
             count = value.shape[long[-1]]
-            self.own[name] = Own(self._given.new(count), count, long[-1])
+            self.own[name] = FreeParameter(self._given.new(count), count, long[-1])
         own = self.own[name]
         view = [1] * value.dim()
         view[own.dim] = own.channels

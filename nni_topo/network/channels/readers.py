@@ -16,12 +16,12 @@ from nni_topo.network.layers import NORMS, is_plain_norm
 _PASSING = (nn.Identity, nn.modules.dropout._DropoutNd)
 
 
-def norms_behind(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
+def norms_after(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
     """Return, by layer, the name of the batch norm that takes all of its channels and no others; not all have one."""
     first = {layer.first: name for name, layer in flow.layers.items()}
     found = {}
     for name, module in model.named_modules():
-        entering = flow.entering_numbers(name)
+        entering = flow.entering_channel_ids(name)
         if not isinstance(module, NORMS) or not is_plain_norm(module) or not len(entering):
             continue
         layer = first.get(int(entering[0]))
@@ -32,7 +32,7 @@ def norms_behind(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
     return found
 
 
-def only_norm_behind(model: nn.Module, flow: ChannelFlow, name: str) -> nn.Module | None:
+def only_norm_after(model: nn.Module, flow: ChannelFlow, name: str) -> nn.Module | None:
     """Return the batch norm with statistics that alone reads a layer, and reads nothing else; None without one."""
     calls = [node for node in flow.traced.graph.nodes if node.op == "call_module" and node.target == name]
     readers = {user for node in calls for user in node.users}

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from nni_topo.network.channels.constraints import meeting
+from nni_topo.network.channels.constraints import coupled_names
 from nni_topo.network.channels.dense_order import DenseOrder
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, compressed
@@ -47,21 +47,21 @@ def stays_in_place(flow: ChannelFlow, left: np.ndarray, names: Collection[str] |
     looked_at = np.ones(flow.size, dtype=np.bool_)
     if names is not None:
         looked_at[:] = False
-        looked_at[np.concatenate([flow.layer_roots(name) for name in names])] = True
+        looked_at[np.concatenate([flow.group_ids_of(name) for name in names])] = True
     unfit = [leaf for node in order.unfit for leaf in tree_flatten(flow.numbers[node])[0] if isinstance(leaf, Tensor)]
-    if any(bool(looked_at[flow.roots(leaf.numpy())].any()) for leaf in unfit):
+    if any(bool(looked_at[flow.group_ids(leaf.numpy())].any()) for leaf in unfit):
         return False
     for name in order.entering:
         module: Any = flow.fetch_attr(name)
         groups = getattr(module, "groups", 1)
         arriving = order.entering[name]
-        if not looked_at[flow.entering_roots(name)].any():
+        if not looked_at[flow.entering_group_ids(name)].any():
             continue
-        kept = np.flatnonzero(left[flow.entering_roots(name)])
+        kept = np.flatnonzero(left[flow.entering_group_ids(name)])
         places = order.places(name)
-        if not np.array_equal(np.sort(arriving), np.sort(flow.entering_numbers(name)[kept])):
+        if not np.array_equal(np.sort(arriving), np.sort(flow.entering_channel_ids(name)[kept])):
             return False
-        of_group = places // max(len(flow.entering_numbers(name)) // groups, 1)
+        of_group = places // max(len(flow.entering_channel_ids(name)) // groups, 1)
         if groups > 1 and not is_depthwise(module) and bool((np.diff(of_group) < 0).any()):
             return False
     pieces = zip(_pieces(flow, flow.numbers), _pieces(flow, order.numbers), strict=True)
@@ -75,11 +75,13 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
     if not flow.shuffles:
         return {}
     counts = dict[str, int]()
-    moved = np.concatenate([[FIXED], *(flow.roots(each) for blocks in _moving(flow) for each in blocks)])
+    moved = np.concatenate([[FIXED], *(flow.group_ids(each) for blocks in _moving(flow) for each in blocks)])
     for name in wanted:
-        roots = flow.layer_roots(name)
-        is_free = len(np.unique(roots)) == len(roots) and FIXED not in roots and not flow.layers[name].depthwise
-        if is_free and np.isin(roots, moved).any():
+        group_ids = flow.group_ids_of(name)
+        is_free = (
+            len(np.unique(group_ids)) == len(group_ids) and FIXED not in group_ids and not flow.layers[name].depthwise
+        )
+        if is_free and np.isin(group_ids, moved).any():
             counts[name] = wanted[name]
     known = _KNOWN.setdefault(flow, {})
     if (key := tuple(counts.items())) not in known:
@@ -89,12 +91,12 @@ def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
 
 def _shares(flow: ChannelFlow, counts: dict[str, int]) -> Shares:
     whole, found = _routes(flow, flow.numbers), Shares()
-    rows = [set(flow.roots(np.concatenate(blocks)).tolist()) for blocks in _moving(flow)]
+    rows = [set(flow.group_ids(np.concatenate(blocks)).tolist()) for blocks in _moving(flow)]
     met = {
-        name: {place for place, row in enumerate(rows) if not row.isdisjoint(flow.layer_roots(name).tolist())}
+        name: {place for place, row in enumerate(rows) if not row.isdisjoint(flow.group_ids_of(name).tolist())}
         for name in counts
     }
-    for names in meeting(met):
+    for names in coupled_names(met):
         # A number may be one with which a channel would go where none of its layer does in the whole model.
         for more in range(_MORE):
             asked = {name: min(counts[name] + more, flow.layers[name].channels) for name in names}
@@ -111,17 +113,17 @@ def _shared_out(flow: ChannelFlow, whole: Routes, counts: Mapping[str, int], nam
     """Say how many channels of each stretch stay if each layer keeps so many; nothing where that can't be."""
     left = np.ones(flow.size, dtype=np.bool_)
     for name, count in counts.items():
-        left[flow.layer_roots(name)[count:]] = False
+        left[flow.group_ids_of(name)[count:]] = False
     dense, found = _routes(flow, DenseOrder(flow, left).numbers), Parts()
     for name in names:
-        roots = flow.layer_roots(name).tolist()
-        stretches = [whole[root] for root in roots]
-        room, taken = Counter(stretches), Counter(dense[root] for root in roots[: counts[name]])
+        group_ids = flow.group_ids_of(name).tolist()
+        stretches = [whole[root] for root in group_ids]
+        room, taken = Counter(stretches), Counter(dense[root] for root in group_ids[: counts[name]])
         if any(count > room[stretch] for stretch, count in taken.items()):
             return {}
         ranks = {stretch: rank for rank, stretch in enumerate(room)}
         found[name] = tuple(ranks[stretch] for stretch in stretches), tuple(taken[stretch] for stretch in ranks)
-        left[roots] = chosen_of(*found[name], np.arange(len(roots))[::-1])
+        left[group_ids] = chosen_of(*found[name], np.arange(len(group_ids))[::-1])
     return found if stays_in_place(flow, left, names) else {}
 
 
@@ -154,8 +156,8 @@ def _moving(flow: ChannelFlow) -> list[list[np.ndarray]]:
 def _routes(flow: ChannelFlow, numbers: Mapping[str, Any]) -> Routes:
     """List, by representative, the pieces that a channel goes to."""
     found: dict[int, tuple[tuple[str, int], ...]] = defaultdict(tuple)
-    for node, piece, roots in _pieces(flow, numbers):
-        for root in roots.tolist():
+    for node, piece, group_ids in _pieces(flow, numbers):
+        for root in group_ids.tolist():
             found[root] = (*found[root], (node, piece))
     return found
 
@@ -166,6 +168,6 @@ def _pieces(flow: ChannelFlow, numbers: Mapping[str, Any]) -> list[tuple[str, in
     for node in flow.traced.graph.nodes:
         if isinstance(numbers[node.name], (tuple, list)):
             leaves = [leaf for leaf in tree_flatten(numbers[node.name])[0] if isinstance(leaf, Tensor)]
-            each = [np.unique(flow.roots(compressed(leaf).numpy().ravel())) for leaf in leaves]
-            found += [(node.name, place, roots) for place, roots in enumerate(each)]
+            each = [np.unique(flow.group_ids(compressed(leaf).numpy().ravel())) for leaf in leaves]
+            found += [(node.name, place, group_ids) for place, group_ids in enumerate(each)]
     return found

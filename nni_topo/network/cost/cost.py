@@ -88,9 +88,9 @@ class NetworkCost:
             if name in sizes  # embeddings compute nothing
         }
         self._norms = {
-            name: self._flow.entering_roots(name)
+            name: self._flow.entering_group_ids(name)
             for name, module in modules.items()
-            if isinstance(module, NORMS) and module.affine and len(self._flow.entering_roots(name))
+            if isinstance(module, NORMS) and module.affine and len(self._flow.entering_group_ids(name))
         }
         # What each channel of the heads' values takes: a product with every query for every key, twice.
         self._attention: list[tuple[IntArray, int]] = []
@@ -99,10 +99,10 @@ class NetworkCost:
             if self._layers.keys() >= {*attention.channels, layer}:
                 made = [self._layers[name] for name in attention.channels]
                 queries, keys = made[0].leaving_positions, made[-1].together  # of one sample
-                self._attention.append((self._flow.layer_roots(layer)[channels.ravel()], 2 * queries * keys))
+                self._attention.append((self._flow.group_ids_of(layer)[channels.ravel()], 2 * queries * keys))
         nothing = np.zeros(self._flow.size, dtype=np.bool_)
         counted = sum(cost.weights(nothing) for cost in self._layers.values())
-        counted += 2 * sum(len(roots) for roots in self._norms.values())
+        counted += 2 * sum(len(group_ids) for group_ids in self._norms.values())
         self._bytes = max((parameter.element_size() for parameter in model.parameters()), default=4)
         self._rest = sum(parameter.numel() for parameter in model.parameters()) - counted
 
@@ -110,9 +110,9 @@ class NetworkCost:
         """Count the cost with channels gone; by layer, bool, shape (channels,), those kept; else all are."""
         gone = ~self._flow.kept(kept)
         macs = sum(cost.products(gone) * cost.positions for cost in self._layers.values())
-        macs += sum(_left(roots, gone) * products for roots, products in self._attention)
+        macs += sum(_left(group_ids, gone) * products for group_ids, products in self._attention)
         params = self._rest + sum(cost.weights(gone) for cost in self._layers.values())
-        params += 2 * sum(_left(roots, gone) for roots in self._norms.values())
+        params += 2 * sum(_left(group_ids, gone) for group_ids in self._norms.values())
         values = params + max((cost.activations(gone) for cost in self._layers.values()), default=0)
         return Cost(macs, params, self._bytes * values)
 
@@ -136,12 +136,12 @@ class NetworkCost:
 
 def _layer_cost(network: Network, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
     flow = network.flow
-    entering = [flow.entering_roots(name)]
+    entering = [flow.entering_group_ids(name)]
     if is_recurrent(module):  # every unit reads all units too
-        entering.append(flow.roots(flow.bundle_numbers(name)))
+        entering.append(flow.group_ids(flow.unit_channel_ids(name)))
     return _LayerCost(
         entering=np.concatenate(entering),
-        leaving=flow.layer_roots(name),
+        leaving=flow.group_ids_of(name),
         groups=getattr(module, "groups", 1),
         kernel=int(np.prod(weight_of(module).shape[2:])),
         # A transposed convolution computes at its input positions, all others at those of their output.
@@ -171,5 +171,5 @@ def _positions(module: Any, size: Size) -> int:
     return math.prod(size[1:]) // size[-1 if last else 1]
 
 
-def _left(roots: IntArray, gone: BoolArray) -> int:
-    return len(roots) - int(np.count_nonzero(gone[roots]))
+def _left(group_ids: IntArray, gone: BoolArray) -> int:
+    return len(group_ids) - int(np.count_nonzero(gone[group_ids]))

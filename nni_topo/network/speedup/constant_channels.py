@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.ties import first_largest
-from nni_topo.network.channels import ChannelFlow, Reason, only_norm_behind, reasons
+from nni_topo.network.channels import ChannelFlow, Reason, only_norm_after, reasons
 from nni_topo.network.layers import (
     CONVOLUTIONS,
     TRANSPOSED,
@@ -107,7 +107,7 @@ def dropped(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -
     names = list[str]()
     for name, reader in readers(model, flow, left, call).items():
         is_lost = torch.stack(reader.ends).ne(0).flatten(0, 1).any(0) & (reader.constants()[reader.gone] == 0)
-        absorbs = can_absorb(reader.module, only_norm_behind(model, flow, name), exactly=False)
+        absorbs = can_absorb(reader.module, only_norm_after(model, flow, name), exactly=False)
         if bool(is_lost.any()) or not absorbs:
             names.append(name)
     return names
@@ -115,7 +115,7 @@ def dropped(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -
 
 def is_bordered(model: nn.Module, flow: ChannelFlow, name: str) -> bool:
     """Tell whether a layer can add what it makes of constants but for what lies next to its border."""
-    module, norm = model.get_submodule(name), only_norm_behind(model, flow, name)
+    module, norm = model.get_submodule(name), only_norm_after(model, flow, name)
     return can_absorb(module, norm, exactly=False) and not can_absorb(module, norm, exactly=True)
 
 
@@ -131,11 +131,11 @@ def norms_of_constants(model: nn.Module, flow: ChannelFlow, left: np.ndarray, ca
             found.add(name)
 
     for name, module in model.named_modules():
-        gone = torch.from_numpy(~left[flow.entering_roots(name)])
+        gone = torch.from_numpy(~left[flow.entering_group_ids(name)])
         if is_plain_norm(module) and bool(gone.any()):
             leaving.append((module, partial(look, name, gone)))
         if name in flow.all_layers and isinstance(module, WEIGHTED):
-            kept = torch.from_numpy(np.asarray(left[flow.layer_roots(name)]))
+            kept = torch.from_numpy(np.asarray(left[flow.group_ids_of(name)]))
             leaving.append((module, partial(_zeroed, module, kept)))
     with torch.no_grad(), watched(leaving=leaving):
         run_small(model, random_like(call, torch.Generator().manual_seed(0)))
@@ -153,7 +153,7 @@ def absorb(
     """
     for name, values in constants.items():
         module: Any = model.get_submodule(name)
-        norm = only_norm_behind(model, flow, name)
+        norm = only_norm_after(model, flow, name)
         if not can_absorb(module, norm, exactly=exactly):
             continue
         weight, (gone, kept) = module.weight, map(torch.from_numpy, map(np.asarray, _stay(flow, left, name)))
@@ -192,7 +192,7 @@ def reads_plainly(module: nn.Module) -> bool:
 
 def _stay(flow: ChannelFlow, left: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Tell which channels that enter a layer are gone, and which that leave it stay."""
-    return ~left[flow.entering_roots(name)], left[flow.layer_roots(name)]
+    return ~left[flow.entering_group_ids(name)], left[flow.group_ids_of(name)]
 
 
 def _zeroed(module: nn.Module, kept: Tensor, entered: Tensor, output: Tensor) -> Tensor:
@@ -204,12 +204,12 @@ def _zeroed(module: nn.Module, kept: Tensor, entered: Tensor, output: Tensor) ->
 class Carried:
     """What some of the removed channels that enter a layer bring it in the place of all."""
 
-    carriers: list[int]  # their places among the channels that enter
+    constant_channels: list[int]  # their places among the channels that enter
     times: Tensor  # how many times what each of them brings a channel does: float64, (input channels, carriers)
 
 
 @dataclasses.dataclass(frozen=True)
-class Brought:
+class ConstantContribution:
     """What removed channels bring to layers whatever comes in, by layer."""
 
     constants: dict[str, Tensor]  # what their biases can add: (input channels,), zero elsewhere
@@ -222,32 +222,32 @@ class Brought:
         parts += [] if carried is None else [(carried.times != 0).any(1)]
         return torch.stack(parts).any(0) if parts else None
 
-    def carriers(self, flow: ChannelFlow) -> dict[int, Reason]:
+    def constant_channels(self, flow: ChannelFlow) -> dict[int, Reason]:
         """Return the channels that stay for others, by representative, and why."""
         found = dict[int, Reason]()
         for name, carried in self.carried.items():
-            for root in flow.entering_roots(name)[carried.carriers].tolist():
+            for root in flow.entering_group_ids(name)[carried.constant_channels].tolist():
                 found.setdefault(root, reasons.carries_constant(name))
         return found
 
 
-def brought(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> Brought:
+def constant_contribution(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> ConstantContribution:
     """Measure what removed channels bring to layers, and choose which of them stay to bring what no bias can add."""
     constants, carried, chosen = dict[str, Tensor](), dict[str, Carried](), set[int]()
     for name, reader in readers(model, flow, left, call, rows=True).items():
         values = reader.constants()
-        if not can_absorb(reader.module, only_norm_behind(model, flow, name), exactly=True):
+        if not can_absorb(reader.module, only_norm_after(model, flow, name), exactly=True):
             values = torch.zeros_like(values)
         if bool(values.any()):
             constants[name] = values
-        roots = flow.entering_roots(name)
+        group_ids = flow.entering_group_ids(name)
         if not _can_carry(reader.module):
             continue
         settled = (values != 0) | ~_by_input(reader.module).ne(0).flatten(1).any(1).cpu()
-        if found := _carried(reader, settled, np.isin(roots, [*chosen])):
+        if found := _carried(reader, settled, np.isin(group_ids, [*chosen])):
             carried[name] = found
-            chosen.update(roots[found.carriers].tolist())
-    return Brought(constants, carried)
+            chosen.update(group_ids[found.constant_channels].tolist())
+    return ConstantContribution(constants, carried)
 
 
 @torch.no_grad()
@@ -259,12 +259,12 @@ def carry(model: nn.Module, flow: ChannelFlow, left: np.ndarray, carried: dict[s
     for name, found in carried.items():
         module: Any = model.get_submodule(name)
         # Some may have come back since, with their weights.
-        gone = torch.from_numpy(~left[flow.entering_roots(name)])
+        gone = torch.from_numpy(~left[flow.entering_group_ids(name)])
         rows = _by_input(module)
         times = (found.times * gone[:, None]).to(rows.device)
-        times[found.carriers] = torch.eye(len(found.carriers), dtype=times.dtype, device=times.device)
+        times[found.constant_channels] = torch.eye(len(found.constant_channels), dtype=times.dtype, device=times.device)
         weight = rows.clone()
-        weight[found.carriers] = torch.tensordot(times, rows.double(), ([0], [0])).to(rows)
+        weight[found.constant_channels] = torch.tensordot(times, rows.double(), ([0], [0])).to(rows)
         keep(module, "weight", weight if isinstance(module, TRANSPOSED) else weight.transpose(0, 1).contiguous())
 
 
@@ -288,18 +288,18 @@ def _carried(reader: Reader, settled: Tensor, preferred: np.ndarray) -> Carried 
     same = [((each - first).abs().amax(1) <= TOLERANCE * size).numpy() for each in others]
     waiting = np.all([(size > 0).numpy(), ~settled[reader.gone].numpy(), *same], 0)
     places, preferred = reader.gone.nonzero().flatten(), preferred[reader.gone.numpy()]
-    carriers, columns = list[int](), list[Tensor]()
-    while waiting.any() and len(carriers) < _MOST:
+    constant_channels, columns = list[int](), list[Tensor]()
+    while waiting.any() and len(constant_channels) < _MOST:
         open_ = waiting & preferred if (waiting & preferred).any() else waiting
         chosen = first_largest(np.where(open_, size.numpy(), 0.0))
         factors = first @ first[chosen] / first[chosen].square().sum()
         alike = (first - factors[:, None] * first[chosen]).abs().amax(1) <= TOLERANCE * size
         taken = waiting & alike.numpy()
-        carriers.append(int(places[chosen]))
+        constant_channels.append(int(places[chosen]))
         columns.append(factors * torch.from_numpy(taken))
         waiting = waiting & ~taken
-    if not carriers:
+    if not constant_channels:
         return None
-    times = torch.zeros(len(reader.gone), len(carriers), dtype=torch.float64)
+    times = torch.zeros(len(reader.gone), len(constant_channels), dtype=torch.float64)
     times[reader.gone] = torch.stack(columns, 1)
-    return Carried(carriers, times)
+    return Carried(constant_channels, times)

@@ -32,10 +32,10 @@ from nni_topo.network.runtime import (
     random_state_kept,
 )
 from nni_topo.network.speedup.constant_channels import (
-    Brought,
+    ConstantContribution,
     absorb,
-    brought,
     carry,
+    constant_contribution,
     constants_read,
     dropped,
     is_bordered,
@@ -189,7 +189,7 @@ class _Masked:
 
     reference: torch.nn.Module
     resolved: Resolved  # its masks
-    contributions: Brought  # what removed channels bring that the layers of the dense model have to add
+    contributions: ConstantContribution  # what removed channels bring that the layers of the dense model have to add
     notes: tuple[str, ...]
 
     @property
@@ -209,7 +209,7 @@ def _runnable(task: _Task, model: torch.nn.Module, left: np.ndarray) -> tuple[to
 
     Layers that run in training alone are among these where they read pruned channels.
     """
-    if all(left[task.flow.entering_roots(name)].all() for name in task.flow.in_training):
+    if all(left[task.flow.entering_group_ids(name)].all() for name in task.flow.in_training):
         return model, task.network.call
     graph_module, args = task.network.graph(model, in_training=True)
     return Steps(graph_module), (args, {})
@@ -238,7 +238,7 @@ def _masked_with_constants(task: _Task) -> _Masked:
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(reference, find_ties(reference))
     absorb(reference, flow, resolved.left, kept, exactly=False)
-    return _Masked(reference, resolved, Brought({}, {}), tuple(notes))
+    return _Masked(reference, resolved, ConstantContribution({}, {}), tuple(notes))
 
 
 def _masked_without_constants(task: _Task) -> _Masked:
@@ -249,13 +249,13 @@ def _masked_without_constants(task: _Task) -> _Masked:
     probe = task.apply(measured)
     with left_alone(probe):
         runs, call = _runnable(task, probe, measured.left)
-        contributions = brought(runs, flow, measured.left, call)
+        contributions = constant_contribution(runs, flow, measured.left, call)
     if contributions.carried:
         # What is gone now was gone when it was measured: none that stayed then may go because a constant channel counts
         # too.
-        constant_channels = contributions.carriers(flow)
+        constant_channels = contributions.constant_channels(flow)
         resolved = resolve(
-            task.original, flow, task.masks, task.round_to, carriers=constant_channels, also=measured.left
+            task.original, flow, task.masks, task.round_to, constant_channels=constant_channels, also=measured.left
         )
     else:
         resolved = task.rounded
@@ -287,7 +287,7 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     absorb(copied, flow, masked.left, masked.contributions.constants, exactly=True)
     carry(copied, flow, masked.left, masked.contributions.carried)
     DenseSpeedup(copied, flow, masked.left, replacers).speedup_model()
-    put_sizes(copied, flow.sizes_left(masked.left))
+    put_sizes(copied, flow.sizes_kept(masked.left))
     dense = narrowed(copied, flow, masked.resolved.masks, masked.left, task.network.call)
     _count_anew(original, dense)
     tie_again(dense, find_ties(original))

@@ -25,8 +25,8 @@ from nni_topo.network.channels import (
     Share,
     asked_of,
     blocks_of,
-    meeting,
-    partial_ties,
+    coupled_names,
+    partial_couplings,
     reasons,
     shares,
 )
@@ -206,7 +206,7 @@ def dependency_groups(
     _warn(flow, groups, choice)
     entries = _write_entries(flow, order, selection, choice)
     # Of what mixes heads by column all rows stay.
-    ties = partial_ties(flow, choice.by_row - _followers(flow))
+    ties = partial_couplings(flow, choice.by_row - _followers(flow))
     in_part = {name: why for name, why in choice.in_part.items() if name not in selection.named}
     return DependencyGroups(
         entries,
@@ -294,7 +294,7 @@ def _projections_by_column(
     """
     prunable = selection.layers - unpruned.keys()
     found = dict[str, Attention]()
-    for name, attention in flow.mixers().items():
+    for name, attention in flow.output_projections().items():
         is_asked = name in selection.by_head or name in selection.by_type
         if is_asked and attention.channels.keys() <= prunable:
             found[name] = attention
@@ -303,7 +303,7 @@ def _projections_by_column(
     by_row = set[str]()
     for names in groups:
         inside = {name for name in names if not flow.layers[name].depthwise}
-        if inside <= prunable - by_head and not any(FIXED in flow.layer_roots(name) for name in inside):
+        if inside <= prunable - by_head and not any(FIXED in flow.group_ids_of(name) for name in inside):
             by_row |= inside
     return {name: attention for name, attention in found.items() if name not in by_row}
 
@@ -319,10 +319,10 @@ def _choose(
     """Tell which selected layers lose rows, and which none, given those that can't and those that lose columns."""
     left_out = {name: why for name, why in unpruned.items() if name not in projections}
     # An output projection that loses columns keeps its rows, and with these the channels that it shares.
-    rows = {root: name for name in projections for root in flow.layer_roots(name).tolist() if root != FIXED}
+    rows = {root: name for name in projections for root in flow.group_ids_of(name).tolist() if root != FIXED}
     for name in order:
         if name in selection.by_type and name in flow.layers and name not in projections:
-            shared = [rows[root] for root in flow.layer_roots(name).tolist() if root in rows]
+            shared = [rows[root] for root in flow.group_ids_of(name).tolist() if root in rows]
             if shared:
                 left_out[name] = (reasons.head_by_head(shared[0]),)
     for name in order:
@@ -403,11 +403,11 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
                 else:
                     skipped[name] = (why_not_followed(network.model, name),)
             continue
-        roots = flow.layer_roots(name)
-        found = dict.fromkeys(unfit[root] for root in roots.tolist() if root in unfit)
-        if found or (roots == FIXED).all():
+        group_ids = flow.group_ids_of(name)
+        found = dict.fromkeys(unfit[root] for root in group_ids.tolist() if root in unfit)
+        if found or (group_ids == FIXED).all():
             skipped[name] = tuple(found) or flow.why_pinned(name)
-        elif len(set(roots.tolist())) == 1 < len(roots) and name not in flow.heads:
+        elif len(set(group_ids.tolist())) == 1 < len(group_ids) and name not in flow.heads:
             skipped[name] = (reasons.coupled_with_itself(),)
         elif flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
@@ -420,7 +420,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
 
 def layer_groups(flow: ChannelFlow) -> list[list[str]]:
     """Group the layers of which any channel is tied, in network order; one without ties is a group of its own."""
-    return meeting({name: set(flow.layer_roots(name).tolist()) - {FIXED} for name in flow.layers})
+    return coupled_names({name: set(flow.group_ids_of(name).tolist()) - {FIXED} for name in flow.layers})
 
 
 def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> list[str]:
@@ -438,9 +438,9 @@ def _settings(
     stated: dict[tuple[int, ...], list[str]] = {}
     for name in flow.layers:
         own = next(iter(projections[name].channels)) if name in projections else name
-        roots = tuple(flow.roots(flow.bundle_numbers(own)).tolist())
-        if set(roots) != {FIXED}:
-            stated.setdefault(roots, []).append(name)
+        group_ids = tuple(flow.group_ids(flow.unit_channel_ids(own)).tolist())
+        if set(group_ids) != {FIXED}:
+            stated.setdefault(group_ids, []).append(name)
     # A recurrent layer is a group of its two weights.
     alone = {name for name, each in flow.heads.items() if each.recurrent} | {
         name for name in blocks if blocks[name] > 1
@@ -453,7 +453,7 @@ def _settings(
             if blocks.get(name, 1) > 1:
                 settings[name]["internal_metric_block"] = blocks[name]
     for name in flow.layers:
-        if name not in flow.heads and (size := flow.bundles(name).shape[1]) > 1:
+        if name not in flow.heads and (size := flow.units(name).shape[1]) > 1:
             weight: Any = flow.fetch_attr(name).weight
             settings.setdefault(name, {})["granularity"] = [size, *[-1] * (weight.dim() - 1)]
         if isinstance(flow.fetch_attr(name), torch.nn.Embedding):
@@ -467,27 +467,30 @@ def _settings(
 
 def _followers(flow: ChannelFlow) -> set[str]:
     """Find depth-wise convolutions whose channels come from several layers or in another order."""
-    owners = {name: flow.layer_roots(name) for name, layer in flow.layers.items() if not layer.depthwise}
-    return {
-        name
-        for name, layer in flow.layers.items()
-        if layer.depthwise
-        and not any(np.array_equal(flow.layer_roots(name), roots) for roots in owners.values())
-        and bool(set(flow.layer_roots(name).tolist()) & {r for roots in owners.values() for r in roots.tolist()})
-    }
+    owners = [flow.group_ids_of(name) for name, layer in flow.layers.items() if not layer.depthwise]
+    owned = set(np.concatenate([*owners, np.zeros(0, dtype=np.int64)]).tolist())
+    followers = set[str]()
+    for name, layer in flow.layers.items():
+        group_ids = flow.group_ids_of(name)
+        follows_one = any(np.array_equal(group_ids, each) for each in owners)
+        if layer.depthwise and not follows_one and owned & set(group_ids.tolist()):
+            followers.add(name)
+    return followers
 
 
 def _pinned(flow: ChannelFlow, selected: frozenset[str]) -> dict[str, Reasons]:
     """Return of which layers some channels have to stay, and why."""
-    return {name: flow.why_pinned(name) for name in flow.layers if name in selected and FIXED in flow.layer_roots(name)}
+    return {
+        name: flow.why_pinned(name) for name in flow.layers if name in selected and FIXED in flow.group_ids_of(name)
+    }
 
 
 def _told_in_part(flow: ChannelFlow, pinned: Mapping[str, Reasons]) -> dict[str, str]:
     """Say of layers of which some channels have to stay how many these are, and why."""
     told = {}
     for name, why in pinned.items():
-        roots = flow.layer_roots(name)
-        told[name] = reasons.in_part(int((roots == FIXED).sum()), len(roots), why)
+        group_ids = flow.group_ids_of(name)
+        told[name] = reasons.in_part(int((group_ids == FIXED).sum()), len(group_ids), why)
     return told
 
 

@@ -45,7 +45,7 @@ from nni_topo.network.runtime import (
     variations_of,
     varied,
 )
-from nni_topo.network.speedup.constant_channels import Brought, brought
+from nni_topo.network.speedup.constant_channels import ConstantContribution, constant_contribution
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
@@ -95,8 +95,8 @@ def _find_unprunable(network: Network) -> dict[int, Reason]:
 
 
 def _all_held(flow: ChannelFlow, reason: Reason) -> dict[int, Reason]:
-    roots = np.concatenate([flow.layer_roots(name) for name in flow.layers])
-    return dict.fromkeys(roots.tolist(), reason)
+    group_ids = np.concatenate([flow.group_ids_of(name) for name in flow.layers])
+    return dict.fromkeys(group_ids.tolist(), reason)
 
 
 class _Inputs:
@@ -198,17 +198,17 @@ def _draw(
     """
     left: np.ndarray = drawing.random(flow.size) < 0.5
     for block in (block for blocks in flow.blocks for side in blocks.sides for block in side if in_parts):
-        roots = flow.roots(block)
-        left[roots] = False
-        left[drawing.permutation(roots)[: (len(roots) + 1) // 2]] = True
+        group_ids = flow.group_ids(block)
+        left[group_ids] = False
+        left[drawing.permutation(group_ids)[: (len(group_ids) + 1) // 2]] = True
     for name, share in halves.items():
-        left[flow.layer_roots(name)] = chosen_of(
+        left[flow.group_ids_of(name)] = chosen_of(
             share.stretches, share.counts, drawing.permutation(len(share.stretches))
         )
     left[[FIXED, *flow.at_output, *held]] = True
     for name in flow.layers:
-        roots = flow.layer_roots(name)
-        left[roots[0]] |= not left[roots].any()
+        group_ids = flow.group_ids_of(name)
+        left[group_ids[0]] |= not left[group_ids].any()
     worth = drawing.random(len(left))
     keep_read(flow, left, lambda: worth)
     grow(flow, left, lambda: worth, 1, set())
@@ -239,7 +239,7 @@ class _DryRun:
     def __init__(self, flow: ChannelFlow, left: np.ndarray, full: GraphModule, *, is_double: bool = False) -> None:
         self.flow, self.left, self.full = flow, left, full
         self._is_double = is_double
-        self._sizes = flow.sizes_left(left)
+        self._sizes = flow.sizes_kept(left)
         modules = nn.Module()
         vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
         # Cutting puts new tensors in place of those it makes smaller, so both networks may share the others.
@@ -347,7 +347,7 @@ class _DryRun:
         """Run a layer in the small network alone, whose removed channels are zeros in the whole one."""
         if self._order is not None:
             return None
-        stays = channels_alone(node, self.full, self.small, self.flow, self.left, self._values)
+        stays = exact_channels(node, self.full, self.small, self.flow, self.left, self._values)
         if stays is None:
             return None
         given = self._called(node, self.small, 1)
@@ -403,7 +403,7 @@ class _DryRun:
         """Return a recurrent layer without the units that are gone, which others of it read; any other as it is."""
         if not is_recurrent(layer):
             return layer
-        gone, layer = torch.from_numpy(~self.left[self.flow.layer_roots(name)]), copy.deepcopy(layer)
+        gone, layer = torch.from_numpy(~self.left[self.flow.group_ids_of(name)]), copy.deepcopy(layer)
         for parameter in layer.parameters():
             parameter[gone.to(parameter.device)] = 0
         return layer
@@ -416,8 +416,8 @@ class _DryRun:
         return None if found is None else found.view(-1, *[1] * (layer.weight.dim() - 2))
 
     @cached_property
-    def _brought(self) -> Brought:
-        return brought(self.full, self.flow, self.left, (self._args, {}))
+    def _brought(self) -> ConstantContribution:
+        return constant_contribution(self.full, self.flow, self.left, (self._args, {}))
 
     def _first_input(self, node: Node) -> Any:
         parents = node.all_input_nodes
@@ -441,7 +441,7 @@ class _DryRun:
         return value
 
     def _stays(self, numbers: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(self.left[self.flow.roots(numbers.numpy())]))
+        return torch.from_numpy(np.asarray(self.left[self.flow.group_ids(numbers.numpy())]))
 
     def _cut(self, node: Node, value: Any) -> Any:
         """Take removed channels out of the tensors that a node gives."""
@@ -524,12 +524,12 @@ class _DryRun:
             leaf.numpy().ravel() for parent in entering for leaf in tree_flatten(self.flow.numbers[parent.name])[0]
             if isinstance(leaf, Tensor)
         ]  # fmt: skip
-        roots = np.unique(self.flow.roots(alive if len(alive) else np.concatenate([*numbers, alive])))
-        if self.left[roots].all() and self._is_attention(node):
+        group_ids = np.unique(self.flow.group_ids(alive if len(alive) else np.concatenate([*numbers, alive])))
+        if self.left[group_ids].all() and self._is_attention(node):
             holder: Any = node.args[0] if node.target is attend else node
             attention = self.flow.attention[str(holder.target)]
-            roots = np.unique(np.concatenate([self.flow.layer_roots(layer) for layer in attention.channels]))
-        gone = roots[roots > FIXED].tolist() if not self.left[roots].all() else self._removed()
+            group_ids = np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
+        gone = group_ids[group_ids > FIXED].tolist() if not self.left[group_ids].all() else self._removed()
         if len(alive) and reason.kind == "result_depends":
             reason = reasons.nonzero_values(node)
         for root in gone:
@@ -537,18 +537,18 @@ class _DryRun:
 
     def _removed_at(self, name: str) -> list[int]:
         """List the removed channels that enter or leave a module; without any, those of the whole network."""
-        leaving = self.flow.layer_roots(name) if name in self.flow.layers else np.zeros(0, dtype=np.int64)
-        roots = np.unique(np.concatenate([leaving, self.flow.entering_roots(name)]))
-        gone: list[int] = roots[~self.left[roots]].tolist()
+        leaving = self.flow.group_ids_of(name) if name in self.flow.layers else np.zeros(0, dtype=np.int64)
+        group_ids = np.unique(np.concatenate([leaving, self.flow.entering_group_ids(name)]))
+        gone: list[int] = group_ids[~self.left[group_ids]].tolist()
         return gone or self._removed()
 
     def _removed(self) -> list[int]:
-        roots = np.unique(np.concatenate([self.flow.layer_roots(name) for name in self.flow.layers]))
-        gone: list[int] = roots[~self.left[roots]].tolist()
+        group_ids = np.unique(np.concatenate([self.flow.group_ids_of(name) for name in self.flow.layers]))
+        gone: list[int] = group_ids[~self.left[group_ids]].tolist()
         return gone
 
 
-def channels_alone(
+def exact_channels(
     node: Node, whole: nn.Module, small: nn.Module, flow: ChannelFlow, left: np.ndarray, values: Mapping[Node, Any]
 ) -> Tensor | None:
     """Say which channels a linear layer or attention, entered by no removed channel, gives in the small network.
@@ -568,14 +568,14 @@ def channels_alone(
     if ins is None or any(each is None or not torch.equal(each, ins) for each in entering):
         return None
     weight, bias = ([getattr(layer, f"{prefix}{part}") for layer in layers] for part in ("weight", "bias"))
-    outs = torch.from_numpy(np.flatnonzero(left[flow.layer_roots(name)])).to(weight[0].device)
+    outs = torch.from_numpy(np.flatnonzero(left[flow.group_ids_of(name)])).to(weight[0].device)
     if not torch.equal(weight[0].index_select(0, outs).index_select(1, ins.to(outs.device)), weight[1]):
         return None
     if bias[0] is not None and not torch.equal(bias[0][outs], bias[1]):
         return None
     given = flow.numbers[node.name]
     numbers = (given[0] if isinstance(given, (tuple, list)) else given).flatten(0, -2)[0]
-    return torch.from_numpy(left[flow.roots(numbers.numpy())])
+    return torch.from_numpy(left[flow.group_ids(numbers.numpy())])
 
 
 def _read(node: Node) -> tuple[str, list[Node], tuple[type[nn.Module], ...], str] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, checked, unknown_name
-from nni_topo.network.channels import FIXED, ChannelFlow, Reasons, blocks_of, partial_ties, reasons
+from nni_topo.network.channels import FIXED, ChannelFlow, Reasons, blocks_of, partial_couplings, reasons
 from nni_topo.network.layers import RECURRENT, feature_dimension, is_transposed_linear, output_channels
 from nni_topo.network.runtime import SHAPES, STRUCTURE, leaves_models_alone
 from nni_topo.network.speedup.dependency import whole_layers
@@ -145,15 +145,15 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     if layer not in flow.layers:
         return Explanation(layer, channels, channels, reasons=why)
     channels = flow.layers[layer].channels
-    kept = channels if why else int((flow.layer_roots(layer) == FIXED).sum())
+    kept = channels if why else int((flow.group_ids_of(layer) == FIXED).sum())
     coupled = tuple(flow.coupled_with(layer))
-    heads, mixed = flow.heads.get(layer), flow.mixers().get(layer)
+    heads, mixed = flow.heads.get(layer), flow.output_projections().get(layer)
     return Explanation(
         layer,
         channels,
         kept,
         coupled,
-        in_part=layer in partial_ties(flow, [layer, *coupled]),
+        in_part=layer in partial_couplings(flow, [layer, *coupled]),
         blocks=blocks_of(flow).get(layer, 1),
         heads=heads.name if heads else "",
         mixes=mixed.name if mixed else "",

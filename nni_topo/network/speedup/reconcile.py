@@ -136,15 +136,15 @@ def resolve(
     masks: FullMasks,
     round_to: int | Literal["auto"] | None = None,
     *,
-    carriers: Mapping[int, Reason] | None = None,
+    constant_channels: Mapping[int, Reason] | None = None,
     also: np.ndarray | None = None,
 ) -> Resolved:
     """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all.
 
-    Channels that are ``carriers``, by representative and with the reason, stay without getting their weights back.
+    Channels that are ``constant_channels``, by group id and with the reason, stay without getting their weights back.
     Those that are ``also`` kept, bool by representative, stay with their weights.
     """
-    carriers = carriers or {}
+    constant_channels = constant_channels or {}
     round_to = widths_multiple(round_to, device_of(model))
     given = _given(model, flow, masks)
     kept = flow.kept(given)
@@ -152,7 +152,7 @@ def resolve(
     _check_output(flow, given, kept)
     # Equal blocks and rounding bring back the largest weights first, by L1 norm over tied channels.
     shared, scores = kept.copy(), cache(partial(_scores, model, flow))
-    kept[[*carriers]] = True
+    kept[[*constant_channels]] = True
     if also is not None:
         kept |= also
     read = keep_read(flow, kept, scores)
@@ -161,12 +161,12 @@ def resolve(
     leveled = kept.copy()
     grow(flow, kept, scores, round_to or 1, set(given))
     weighty = kept.copy()
-    weighty[[*carriers]] = False
+    weighty[[*constant_channels]] = False
     why = dict[str, Reasons]()
     for name in given:
-        if found := _why_kept(flow, given, name, (shared, leveled, kept), round_to, {**read, **carriers}):
+        if found := _why_kept(flow, given, name, (shared, leveled, kept), round_to, {**read, **constant_channels}):
             why[name] = found
-    more = {name: ((leveled & weighty)[flow.layer_roots(name)] & ~given[name]).sum() for name in given}
+    more = {name: ((leveled & weighty)[flow.group_ids_of(name)] & ~given[name]).sum() for name in given}
     told = {
         name: f"{count} of {len(given[name])} ({reasons.told(why.get(name, ()))})"
         for name, count in more.items()
@@ -197,7 +197,7 @@ def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[
 def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndarray) -> None:
     gone = flow.at_output[~kept[flow.at_output]]
     for name in given:
-        if np.isin(flow.layer_roots(name), gone).any():
+        if np.isin(flow.group_ids_of(name), gone).any():
             raise SpeedupError(
                 "the shape of the model's output must not change: exclude the layer that gives it from the "
                 f"config_list (exclude_op_names), got a mask that prunes channels of it ({name})"
@@ -207,28 +207,30 @@ def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndar
 def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, Reason]:
     """Bring one channel back where some are read by themselves of which none is left: which, and why."""
     found = dict[int, Reason]()
-    for roots, reader in flow.read():
-        if not kept[roots].any():
-            _bring_back(roots, kept, scores, 1)
-            found[int(roots[kept[roots]][0])] = reasons.last_read(reader)
+    for group_ids, reader in flow.read():
+        if not kept[group_ids].any():
+            _bring_back(group_ids, kept, scores, 1)
+            found[int(group_ids[kept[group_ids]][0])] = reasons.last_read(reader)
     return found
 
 
 def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, masked: set[str]) -> None:
     """Bring channels back until blocks are equal and counts are rounded; both only ever add."""
-    layers = [flow.layer_roots(name) for name in flow.layers if name in masked]
+    layers = [flow.group_ids_of(name) for name in flow.layers if name in masked]
     # What evens one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
     before, in_place = -1, flow.shuffles and stays_in_place(flow, kept)
     while before != int(kept.sum()):
         before = int(kept.sum())
         for blocks in flow.blocks:
             if not (in_place and blocks.moves):
-                _level(blocks, [[flow.roots(block) for block in side] for side in blocks.sides], kept, scores)
-        for roots in layers:
-            wanted = -(-int(kept[roots].sum()) // round_to) * round_to
-            _bring_back(roots, kept, scores, min(wanted, len(roots)))
+                _level(blocks, [[flow.group_ids(block) for block in side] for side in blocks.sides], kept, scores)
+        for group_ids in layers:
+            wanted = -(-int(kept[group_ids].sum()) // round_to) * round_to
+            _bring_back(group_ids, kept, scores, min(wanted, len(group_ids)))
         in_place = in_place and (before == int(kept.sum()) or stays_in_place(flow, kept))
-        uneven = [flow.roots(block) for each in flow.blocks if each.is_uneven for side in each.sides for block in side]
+        uneven = [
+            flow.group_ids(block) for each in flow.blocks if each.is_uneven for side in each.sides for block in side
+        ]
         if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
             # No number of each fits, but all of them.
             kept[np.concatenate(uneven)] = True
@@ -244,15 +246,15 @@ def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scor
             _bring_back(block, kept, scores, most if is_left else 0)
 
 
-def _bring_back(roots: np.ndarray, kept: np.ndarray, scores: Scores, wanted: int) -> None:
+def _bring_back(group_ids: np.ndarray, kept: np.ndarray, scores: Scores, wanted: int) -> None:
     """Keep the best of the pruned channels until so many are kept."""
-    if int(kept[roots].sum()) >= wanted:
+    if int(kept[group_ids].sum()) >= wanted:
         return
-    pruned = np.unique(roots[~kept[roots]])
+    pruned = np.unique(group_ids[~kept[group_ids]])
     best = pruned[descending(scores()[pruned])]
     for root in best:
         # Counted anew each time: one root may stand for several channels of the layer.
-        if int(kept[roots].sum()) >= wanted:
+        if int(kept[group_ids].sum()) >= wanted:
             return
         kept[root] = True
 
@@ -264,10 +266,10 @@ def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
         module = model.get_submodule(name)
         weight = weight_of(module).detach()
         sums = weight.abs().double().transpose(0, channel_dimension(module)).flatten(1).sum(1).cpu().numpy()
-        roots = flow.layer_roots(name)
+        group_ids = flow.group_ids_of(name)
         # A grouped transposed convolution has one column for the outputs at one place of every group, which share its
         # sum. Roots may repeat: each has to add.
-        np.add.at(scores, roots, np.resize(sums, len(roots)))
+        np.add.at(scores, group_ids, np.resize(sums, len(group_ids)))
     return scores
 
 
@@ -283,12 +285,12 @@ def _why_kept(
 
     ``single``: channels that stay by themselves, by representative, with the reason.
     """
-    roots = flow.layer_roots(name)
-    shared, leveled, rounded = (kept[roots] & ~given[name] for kept in stages)
+    group_ids = flow.group_ids_of(name)
+    shared, leveled, rounded = (kept[group_ids] & ~given[name] for kept in stages)
     if shared.any():
-        return _partners(flow, given, name, roots[shared])
-    alone = [root for root in roots.tolist() if root in single]
-    if (leveled & ~np.isin(roots, alone)).any():
+        return _partners(flow, given, name, group_ids[shared])
+    alone = [root for root in group_ids.tolist() if root in single]
+    if (leveled & ~np.isin(group_ids, alone)).any():
         return (reasons.blocks_equal(),)
     if alone:
         return (single[alone[0]],)
@@ -299,7 +301,7 @@ def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: 
     """Name what holds some of a layer's channels."""
     if (held == FIXED).any():
         return flow.why_pinned(name)
-    names = [other for other in flow.layers if np.isin(flow.layer_roots(other), held).any()]
+    names = [other for other in flow.layers if np.isin(flow.group_ids_of(other), held).any()]
     if names == [name]:
         return (reasons.kept_by_itself(),)
     free = [other for other in names if other not in given and not flow.layers[other].depthwise]
@@ -316,12 +318,12 @@ def _new_masks(
     shared, kept = stages
     new = {name: dict(targets) for name, targets in masks.items()}
     for name, layer in flow.layers.items():
-        module, keep = model.get_submodule(name), kept[flow.layer_roots(name)]
+        module, keep = model.get_submodule(name), kept[flow.group_ids_of(name)]
         old = given.get(name, np.ones_like(keep))
         if not (name in given or layer.depthwise) or np.array_equal(keep, old):
             continue
         # What is masked of a head that stays for the rest of it stays masked.
-        back = keep & ~(shared[flow.layer_roots(name)] if name in flow.heads else old)
+        back = keep & ~(shared[flow.group_ids_of(name)] if name in flow.heads else old)
         changed, keep_all = torch.from_numpy(back), torch.from_numpy(keep)
         targets = new.setdefault(name, {})
         weight = targets.get(weight_name(module), spread(module, torch.ones(layer.channels)))
@@ -332,8 +334,8 @@ def _new_masks(
                 mask = targets.get(own, torch.ones_like(rows).detach())
                 one, other = (each.to(mask).view(-1, *[1] * (rows.dim() - 1)) for each in (changed, keep_all))
                 targets[own] = torch.maximum(mask, one) * other
-    for name, attention in flow.mixers().items():
-        stays = torch.from_numpy(kept[flow.entering_roots(name)])
+    for name, attention in flow.output_projections().items():
+        stays = torch.from_numpy(kept[flow.entering_group_ids(name)])
         if attention.shifted and not bool(stays.all()):
             weight = weight_of(model.get_submodule(name)).detach()
             targets = new.setdefault(name, {})
@@ -344,7 +346,7 @@ def _new_masks(
 def with_own(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
     """Mask the parameters that the model uses by itself along with the channels that they meet."""
     for name, own in flow.own.items():
-        stays = torch.from_numpy(kept[flow.roots(flow.own_numbers(name))])
+        stays = torch.from_numpy(kept[flow.group_ids(flow.own_numbers(name))])
         if not bool(stays.all()):
             module, _, target = name.rpartition(".")
             parameter = model.get_parameter(name)
@@ -359,7 +361,7 @@ def find_narrow(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, lef
     for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):
         attention = flow.attention[name]
         layer = next(iter(attention.channels))
-        heads = np.flatnonzero(left[flow.roots(flow.bundle_numbers(layer))])
+        heads = np.flatnonzero(left[flow.group_ids(flow.unit_channel_ids(layer))])
         queries, keys, values = (_kept_rows(flow, masks, each)[rows[heads]] for each, rows in attention.parts)
         counts = {*keys.sum(1).tolist(), *values.sum(1).tolist()}
         if (

@@ -78,13 +78,13 @@ class DenseSpeedup:
 
     def indices(self, numbers: np.ndarray) -> torch.Tensor:
         """List the places, ascending, at which channels stay."""
-        return torch.from_numpy(np.flatnonzero(self.left[self.flow.roots(numbers)]))
+        return torch.from_numpy(np.flatnonzero(self.left[self.flow.group_ids(numbers)]))
 
     def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """List the numbers of the channels that enter and leave a module."""
-        entering = self.flow.entering_numbers(name)
+        entering = self.flow.entering_channel_ids(name)
         is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.all_layers
-        return entering, self.flow.layer_numbers(name) if is_layer else entering
+        return entering, self.flow.channel_ids_of(name) if is_layer else entering
 
     def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """List the places of the channels that enter and leave a module and stay, in the dense model's order."""
@@ -126,7 +126,7 @@ class _Cutter(Replacer):
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
             layer = next(iter(found.channels))
-            left = speedup.indices(flow.bundle_numbers(layer))
+            left = speedup.indices(flow.unit_channel_ids(layer))
             _cut_by_head(model.get_submodule(attention), found, left)
             resize(model.get_submodule(attention), found, len(left), len(speedup.kept(layer)[0]))
 
@@ -151,9 +151,9 @@ def _in_order(
     """List the channels of a module that stay as they come: what enters, and what leaves in the same order."""
     ins, outs = torch.from_numpy(order.places(name)), ascending[1]
     groups = getattr(module, "groups", getattr(module, "num_groups", 1))
-    of_group = ins // max(len(flow.entering_numbers(name)) // groups, 1)
+    of_group = ins // max(len(flow.entering_channel_ids(name)) // groups, 1)
     if is_depthwise(module):
-        step = flow.all_layers[name].channels // len(flow.entering_numbers(name))
+        step = flow.all_layers[name].channels // len(flow.entering_channel_ids(name))
         outs = (ins[:, None] * step + torch.arange(step)).flatten()
     elif bool((of_group[1:] < of_group[:-1]).any()):
         return ascending[0], outs
@@ -175,7 +175,7 @@ def kept_slices(
     numbers: torch.Tensor, shape: tuple[int, ...], flow: ChannelFlow, left: np.ndarray
 ) -> list[torch.Tensor]:
     """List the indices of each dimension of a tensor at which anything stays."""
-    stays = torch.from_numpy(np.asarray(left[flow.roots(numbers.numpy())]))
+    stays = torch.from_numpy(np.asarray(left[flow.group_ids(numbers.numpy())]))
     found = []
     for d, size in enumerate(shape):
         # Numbers are of length 1 where nothing differs, and where there is but one place.
@@ -209,11 +209,11 @@ def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.nda
 
 def _narrowed(dense: nn.Module, flow: ChannelFlow, found: dict[str, Dimensions], *, divides: bool) -> nn.Module:
     """Copy a model and cut within its heads; ``divides``: attention divides by the root of a head's size."""
-    small, mixers = copy.deepcopy(dense), flow.mixers()
+    small, output_projections = copy.deepcopy(dense), flow.output_projections()
     before = find_attention(small)
     with torch.no_grad():
         for name, kept in found.items():
-            readers = [layer for layer, read in mixers.items() if read.name == name]
+            readers = [layer for layer, read in output_projections.items() if read.name == name]
             _cut_within_heads(small, before[name], kept, readers, divides=divides)
         for table, names in by_table(find_frequencies(dense, flow.attention)).items():
             stays = pairs_of(found[names[0]][0]) if names[0] in found else None

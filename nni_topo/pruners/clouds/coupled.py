@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import checked
-from nni_topo.network.channels import ChannelFlow, norms_behind
+from nni_topo.network.channels import ChannelFlow, norms_after
 from nni_topo.network.layers import norm_scale
 from nni_topo.network.runtime import call_arguments
 from nni_topo.network.speedup import Network
@@ -79,6 +79,6 @@ class CoupledWeightCollector(DataCollector):
 
 def norm_scales(context: PruningContext, flow: ChannelFlow) -> dict[str, Tensor]:
     """Return ``|weight| / sqrt(variance + eps)``, float64 ``(channels,)``, of the norm directly after it, by layer."""
-    norms = norms_behind(context.model, flow).items()
+    norms = norms_after(context.model, flow).items()
     scales = ((layer, norm_scale(context.model.get_submodule(name))) for layer, name in norms)
     return {layer: scale.abs().cpu() for layer, scale in scales if scale is not None}

@@ -132,7 +132,7 @@ def readers_of(
     """Return the layers that read a unit, strengths being norms of this order; ConfigError if none reads it."""
     lead, target = unit.members[0]
     outputs = output_blocks(context.target_spaces[lead][target], "clouds of what is read")
-    if lead not in flow.layers or not np.array_equal(np.sort(flow.bundles(lead)), outputs):
+    if lead not in flow.layers or not np.array_equal(np.sort(flow.units(lead)), outputs):
         raise LayerError(
             f"coupled channels must be in one dependency group, as dependency_groups makes them ({unit.name})",
             [lead],
@@ -154,7 +154,7 @@ def check_read(
         name
         for name in modules
         # Names of modules that make no channels are passed over.
-        if name in set(flow.layers) - set(flow.mixers())
+        if name in set(flow.layers) - set(flow.output_projections())
         and not any(isinstance(module, kinds) for module, _ in _reading(name, flow, by_name))
     ]
     if unread:
@@ -173,14 +173,14 @@ def unread_error(names: list[str]) -> LayerError:
 
 def _reading(name: str, flow: ChannelFlow, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, IntArray]]:
     """Return the layers that read another one's channels, and where each channel enters."""
-    channels = flow.roots(flow.bundle_numbers(name))
+    channels = flow.group_ids(flow.unit_channel_ids(name))
     found = []
     for other in flow.layers:
         module = modules[other]
         # It passes each channel on by itself: the layer after it reads the channels.
         if is_depthwise(module):
             continue
-        places = _places(channels, flow.entering_roots(other))
+        places = _places(channels, flow.entering_group_ids(other))
         if places is not None:
             found.append((module, places))
     return found

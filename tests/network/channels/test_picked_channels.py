@@ -114,7 +114,7 @@ def test_draws_leave_every_layer_a_channel_that_it_reads():
     drawing = np.random.default_rng(0)
     for _ in range(200):  # about one of eight would take all of one half
         left = _draw(flow, {}, drawing, {}, in_parts=False)
-        assert all(left[flow.entering_roots(name)].any() for name in ("one", "two", "last"))
+        assert all(left[flow.entering_group_ids(name)].any() for name in ("one", "two", "last"))
 
 
 @pytest.mark.parametrize("gone", [slice(4), slice(4, None)])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nni_topo.network.channels.readers import norms_behind
+from nni_topo.network.channels.readers import norms_after
 from nni_topo.network.speedup.network import Network
 
 
@@ -24,4 +24,4 @@ class Joined(nn.Module):
 
 def test_a_norm_behind_a_concatenation_is_no_single_layers():
     model = Joined().eval()
-    assert norms_behind(model, Network.on(model, torch.ones(2, 1, 4, 4)).flow) == {"behind": "own"}
+    assert norms_after(model, Network.on(model, torch.ones(2, 1, 4, 4)).flow) == {"behind": "own"}

@@ -252,8 +252,8 @@ def test_what_is_written_into_a_part_of_a_tensor_is_in_the_graph():
         x = torch.randn(samples, 4)
         torch.testing.assert_close(graph(x), model(x))
     flow = Network.on(nn.Sequential(nn.Linear(2, 4), Writing(), nn.Linear(4, 3)), torch.randn(3, 2)).flow
-    assert (flow.layer_roots("1.layer") == FIXED).all()
-    assert not (flow.layer_roots("0") == FIXED).any()
+    assert (flow.group_ids_of("1.layer") == FIXED).all()
+    assert not (flow.group_ids_of("0") == FIXED).any()
 
 
 def test_what_depends_on_the_number_of_samples_in_another_way_is_refused():

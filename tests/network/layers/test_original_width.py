@@ -162,12 +162,12 @@ class Scaled(nn.Conv2d):
         return 2 * nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
 
 
-class Own(nn.Conv2d):
+class FreeParameter(nn.Conv2d):
     def forward(self, x):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [Scaled, Own, nn.Conv2d])
+@pytest.mark.parametrize("kind", [Scaled, FreeParameter, nn.Conv2d])
 def test_layers_that_arent_a_plain_one_with_a_computed_weight_are_left_alone(kind):
     layer = kind(3, 4, 3)
     before = layer.weight.clone()

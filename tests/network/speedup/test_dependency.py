@@ -110,8 +110,8 @@ def test_pairs_inside_a_larger_group_get_a_group_each():
 
 def test_halves_of_a_chunk_are_tied_to_each_other():
     flow = flow_of(Chunked())
-    roots = flow.layer_roots("first")
-    assert roots[:4].tolist() == roots[4:].tolist()
+    group_ids = flow.group_ids_of("first")
+    assert group_ids[:4].tolist() == group_ids[4:].tolist()
 
 
 def test_a_convolution_of_one_output_channel_is_no_depthwise_one():
@@ -140,7 +140,7 @@ def test_three_dimensional_convolutions_are_layers_too():
 def test_transposed_convolutions_are_tied():
     model = Sum(nn.ConvTranspose2d(3, 4, 1), nn.Conv2d(3, 4, 1))
     config = [{"op_names": ["one", "two"], "sparse_ratio": 0.5}]
-    assert flow_of(model).layer_roots("one").tolist() == flow_of(model).layer_roots("two").tolist()
+    assert flow_of(model).group_ids_of("one").tolist() == flow_of(model).group_ids_of("two").tolist()
     assert partition(dependency_groups(model, IMAGES, config)) == {frozenset({"one", "two"})}
 
 
@@ -165,8 +165,8 @@ def test_elementwise_operations_tie_channel_to_channel(operation):
             return self.tail(operation(self.one(x), self.two(x)))
 
     flow = flow_of(Two())
-    assert flow.layer_roots("one").tolist() == flow.layer_roots("two").tolist()
-    assert len(set(flow.layer_roots("one").tolist())) == 4
+    assert flow.group_ids_of("one").tolist() == flow.group_ids_of("two").tolist()
+    assert len(set(flow.group_ids_of("one").tolist())) == 4
 
 
 def test_a_gate_of_one_channel_ties_nothing():
@@ -190,7 +190,7 @@ def test_what_meets_the_input_is_fixed_and_said(caplog):
         def forward(self, x):
             return self.tail(x + self.one(x))
 
-    assert set(flow_of(Skip()).layer_roots("one").tolist()) == {FIXED}
+    assert set(flow_of(Skip()).group_ids_of("one").tolist()) == {FIXED}
     with caplog.at_level(logging.WARNING, "nni_topo"):
         assert dependency_groups(Skip(), IMAGES, CONVOLUTIONS) == []
         named = dependency_groups(Skip(), IMAGES, [{"op_names": ["one", "tail"], "sparse_ratio": 0.5}])
@@ -233,7 +233,7 @@ def test_an_entry_that_selects_nothing_is_refused_and_an_empty_list_is_not():
 
 def test_a_shared_layer_ties_what_enters_its_calls():
     flow = flow_of(Shared())
-    assert flow.layer_roots("stem").tolist() == flow.layer_roots("twice").tolist()
+    assert flow.group_ids_of("stem").tolist() == flow.group_ids_of("twice").tolist()
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def dry_run(model: nn.Module, rows: torch.Tensor = ROWS) -> _DryRun:
     """Make one of a model of which the odd channels of the first layer go."""
     assembled, flow = Network.on(model, rows).traced()
     left = np.ones(flow.size, dtype=bool)
-    left[flow.layer_roots("0")[1::2]] = False
+    left[flow.group_ids_of("0")[1::2]] = False
     return _DryRun(flow, left, assembled(copy.deepcopy(model)))
 
 
@@ -53,7 +53,7 @@ def test_a_layer_that_was_cut_wrongly_shows(model, layer, name):
     values = getattr(wrong.small.get_submodule(layer), name)
     values.data = values.data.flip(0)
     found, computed = run(wrong)
-    assert set(wrong.flow.layer_roots("0")[1::2].tolist()) <= found.keys()
+    assert set(wrong.flow.group_ids_of("0")[1::2].tolist()) <= found.keys()
     assert layer in computed
 
 
@@ -78,7 +78,7 @@ def test_what_is_masked_is_what_the_whole_layer_gives():
     both._step = looked
     assert run(both) == ({}, [])
     with torch.no_grad():
-        first = model[0](ROWS) * torch.from_numpy(both.left[both.flow.layer_roots("0")])
+        first = model[0](ROWS) * torch.from_numpy(both.left[both.flow.group_ids_of("0")])
         second = model[2](model[1](first))
     torch.testing.assert_close(kept["_0"][0], first)
     torch.testing.assert_close(kept["_2"][0], second)
@@ -173,9 +173,9 @@ class Products(TorchFunctionMode):
 def without_a_head(model: nn.Module, states: torch.Tensor) -> _DryRun:
     assembled, flow = Network.on(model.eval(), states).traced()
     left = np.ones(flow.size, dtype=bool)
-    left[flow.layer_roots("attention")[flow.heads["attention"].channels["attention"][1]]] = False
+    left[flow.group_ids_of("attention")[flow.heads["attention"].channels["attention"][1]]] = False
     if "gate" in flow.layers:
-        left[flow.layer_roots("gate")[:2]] = False
+        left[flow.group_ids_of("gate")[:2]] = False
     return _DryRun(flow, left, assembled(copy.deepcopy(model)))
 
 

@@ -124,19 +124,19 @@ def test_a_part_with_another_forward_is_traced_anew():
 
 def test_a_part_with_a_hook_is_traced_anew():
     model = nn.Sequential(Switched(), nn.Conv2d(4, 2, 1))
-    assert FIXED not in Network.on(model, IMAGES).flow.entering_roots("1")
+    assert FIXED not in Network.on(model, IMAGES).flow.entering_group_ids("1")
     with model[0].register_forward_hook(lambda module, inputs, output: output + torch.ones(4, 1, 1)):
-        assert FIXED in Network.on(model, IMAGES).flow.entering_roots("1")
-    assert FIXED not in Network.on(model, IMAGES).flow.entering_roots("1")
+        assert FIXED in Network.on(model, IMAGES).flow.entering_group_ids("1")
+    assert FIXED not in Network.on(model, IMAGES).flow.entering_group_ids("1")
 
 
 def test_no_answer_is_given_for_shapes_that_changed():
     model = two_layers()
     network = Network.on(model, IMAGES)
-    assert (len(network.flow.entering_roots("2")), network.sizes["2"][0][0]) == (4, (2, 4, 6, 6))
+    assert (len(network.flow.entering_group_ids("2")), network.sizes["2"][0][0]) == (4, (2, 4, 6, 6))
     for name, layer in two_layers(6).named_children():
         model.set_submodule(name, layer)
-    assert (len(network.flow.entering_roots("2")), network.sizes["2"][0][0]) == (6, (2, 6, 6, 6))
+    assert (len(network.flow.entering_group_ids("2")), network.sizes["2"][0][0]) == (6, (2, 6, 6, 6))
     model[0].stride = (2, 2)
     assert network.sizes["2"][0] == ((2, 6, 3, 3), (2, 2, 1, 1))
 

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from nni_topo.errors import ConfigError, checked, unknown_name
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
-from nni_topo.network.channels import norms_behind
+from nni_topo.network.channels import norms_after
 from nni_topo.network.layers import spread
 from nni_topo.network.runtime import (
     BATCHES,
@@ -145,7 +145,7 @@ class _Search:
         self.energies: FloatArray = (energies / energies.sum()).numpy()
         self.filters = len(self.energies)
         flow = Network.on(model, example_inputs).flow
-        self.place = model.get_submodule(norms_behind(model, flow).get(layer, layer))
+        self.place = model.get_submodule(norms_after(model, flow).get(layer, layer))
         self.terms = taylor_terms(model, self.place, batches).cpu().numpy()
 
     def choose(self, method: str, keep: int, evolution: EvolutionSettings) -> BoolArray:
