@@ -29,7 +29,7 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
     structure_call,
 )
-from nni_topo.network.speedup import Masks
+from nni_topo.network.speedup import MasksLike
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics, plan_of
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
@@ -67,7 +67,7 @@ class Compensation:
 @in_smaller_batches
 def compensation(
     model: nn.Module,
-    masks: Masks,
+    masks: MasksLike,
     calibration: Iterable[Any] | Evaluator,
     *,
     method: str | RecoveryMethod = "reconstruct",
@@ -226,7 +226,7 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
 
 
 def compensate_up_to(
-    model: nn.Module, masks: Masks, calibration: Iterable[Any], layer: str, *, seed: int = 0
+    model: nn.Module, masks: MasksLike, calibration: Iterable[Any], layer: str, *, seed: int = 0
 ) -> nn.Module:
     """Return the pruned network, traced, with the layers in front of `layer` reconstructed; errors of `compensate`."""
     check_model(model)

@@ -50,7 +50,7 @@ from nni_topo.network.runtime import (
     tensors_of,
     watched,
 )
-from nni_topo.network.speedup import FullMasks, Masks, Network, check_masks, union
+from nni_topo.network.speedup import FullMasks, MasksLike, Network, check_masks, union
 from nni_topo.recovery.directions import Moments, directions
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 
@@ -171,7 +171,9 @@ def narrow_heads(
     return turned, masks
 
 
-def narrow_instead(model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: Masks) -> tuple[nn.Module, Masks]:
+def narrow_instead(
+    model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: MasksLike
+) -> tuple[nn.Module, MasksLike]:
     """Give heads back that masks take away, and let all of a module's be narrower instead, for the same cost.
 
     Where `narrow_heads` leaves attention whole the heads go; model and masks are as it returns them.

@@ -14,7 +14,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.layers import fold
 from nni_topo.network.runtime import Call, detached_copy
-from nni_topo.network.speedup import FullMasks, Masks, Network, apply_masks, check_masks, resolve_masks, share_answers
+from nni_topo.network.speedup import (
+    FullMasks,
+    MasksLike,
+    Network,
+    apply_masks,
+    check_masks,
+    resolve_masks,
+    share_answers,
+)
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects
@@ -35,7 +43,7 @@ class Networks:
     folded: set[str]  # layers that compute their weight: plain ones in the graphs, and where solved in the result
 
 
-def build_networks(model: nn.Module, call: Call, masks: Masks) -> Networks:
+def build_networks(model: nn.Module, call: Call, masks: MasksLike) -> Networks:
     """Trace a model, complete its masks and make the networks; ConfigError or SpeedupError where that can't be."""
     checked = check_masks(model, masks)
     base = detached_copy(model).eval()

@@ -46,7 +46,7 @@ from nni_topo.network.runtime import (
 from nni_topo.network.speedup import (
     OUTPUT,
     DenseReport,
-    Masks,
+    MasksLike,
     check_masks,
     dependency_groups,
     to_dense,
@@ -75,7 +75,7 @@ from nni_topo.runs.widths import layer_ratios, pruning_config, sorted_layers
 if TYPE_CHECKING:
     import pandas
 
-Compensate = Callable[[nn.Module, Masks, Iterable[Any]], nn.Module]
+Compensate = Callable[[nn.Module, MasksLike, Iterable[Any]], nn.Module]
 Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
 
 # From where on a network is said to be worse on new images than on those that it was solved on: so many times the
@@ -196,7 +196,7 @@ def shrink(
     images: Iterable[Any] | Evaluator,
     budget: Budget | Mapping[str, Any],
     *,
-    pruner: str | Callable[..., Masks] = "reconstruction",
+    pruner: str | Callable[..., MasksLike] = "reconstruction",
     knobs: Mapping[str, Any] | None = None,
     layers: Iterable[str | Mapping[str, Any]] | None = None,
     compensate: str | Compensate | None = "reconstruct",
@@ -354,7 +354,7 @@ class _Plan:
     model: nn.Module
     example: Any
     prunable: _Prunable
-    pruner: str | Callable[..., Masks]
+    pruner: str | Callable[..., MasksLike]
     knobs: dict[str, Any]
     compensate: str | Compensate | None
     narrows: bool
@@ -368,7 +368,7 @@ class _Pruned:
     """The pruned network without recovery."""
 
     full: nn.Module  # of full size, heads made narrower
-    masks: Masks
+    masks: MasksLike
     dense: nn.Module
     planned: BudgetOutcome | None  # what the pruner's own budget came to; None where it has none
 
@@ -412,7 +412,7 @@ def _prune(plan: _Plan, budget: Budget, images: Calibration) -> _Pruned:
     return _Pruned(full, masks, to_dense(full, plan.example, masks, round_to=plan.round_to), planned)
 
 
-def _choose_channels(plan: _Plan, budget: Budget, images: Calibration) -> tuple[Masks, BudgetOutcome | None]:
+def _choose_channels(plan: _Plan, budget: Budget, images: Calibration) -> tuple[MasksLike, BudgetOutcome | None]:
     """Return the masks of a pruner that is told where and how much, on a copy of the model.
 
     And what came of the budget as the pruner counts it; None where it knows no budgets.
@@ -445,7 +445,7 @@ def _choose_channels(plan: _Plan, budget: Budget, images: Calibration) -> tuple[
     }
     taken = {name: offered[name] for name in pruner_knobs if name in offered}
     wrapped = create_pruner(pruner, victim, config_list, **taken | plan.knobs)
-    masks: Masks = wrapped.compress()[1]
+    masks: MasksLike = wrapped.compress()[1]
     wrapped.unwrap_model()
     planner = getattr(wrapped, "planner", None)  # NNI's pruners have none
     return masks, planner.outcome if isinstance(planner, BudgetPlanner) else None
@@ -570,7 +570,7 @@ def _outcome(
     dense: nn.Module,
     planned: BudgetOutcome | None,
     images: Calibration,
-    pruner: str | Callable[..., Masks],
+    pruner: str | Callable[..., MasksLike],
 ) -> BudgetOutcome:
     """Return what share of the cost the dense network takes, and warn where that isn't what was asked for."""
     args, kwargs = first_call(model, images)
@@ -594,7 +594,7 @@ def _outcome(
     return budget_outcome(budget.kind, budget.share, share, why)
 
 
-def _chooses_how_many(pruner: str | Callable[..., Masks]) -> bool:
+def _chooses_how_many(pruner: str | Callable[..., MasksLike]) -> bool:
     """Say whether a pruner neither knows budgets nor, as NNI's do, takes exactly the ratios that it is given."""
     return callable(pruner) or not (pruner_info(pruner).origin == "nni" or "budget" in pruner_info(pruner).knobs())
 

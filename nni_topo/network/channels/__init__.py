@@ -2,13 +2,11 @@
 
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.constraints import blocks_of, coupled_names, partial_couplings
-from nni_topo.network.channels.dense_order import DenseOrder
-from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.flow import ChannelFlow, followers, norms_after, only_norm_after, passes
 from nni_topo.network.channels.ids import FIXED, Blocks, Layer, varies
-from nni_topo.network.channels.readers import followers, norms_after, only_norm_after, passes
 from nni_topo.network.channels.reasons import Reason, Reasons
 from nni_topo.network.channels.rules import Operation, has_property, register_operator, rules_registered
-from nni_topo.network.channels.shuffle import Share, Shares, asked_of, chosen_of, shares, stays_in_place
+from nni_topo.network.channels.shuffle import DenseOrder, Share, Shares, asked_of, chosen_of, shares, stays_in_place
 
 __all__ = [
     "FIXED",

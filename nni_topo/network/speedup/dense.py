@@ -1,10 +1,10 @@
-"""From masks to a smaller dense model that computes the same."""
+"""From masks to a smaller dense model that computes the same, and a report of what was pruned and what was kept."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -16,7 +16,15 @@ from nni_topo.errors import ConfigError, checked
 from nni_topo.network.attention import tell_config
 from nni_topo.network.channels import ChannelFlow, Reasons, reasons
 from nni_topo.network.graph import Steps
-from nni_topo.network.layers import number_at, put_sizes, sizes_shown, stale_numbers
+from nni_topo.network.layers import (
+    PER_CHANNEL,
+    kept_channels,
+    number_at,
+    output_channels,
+    put_sizes,
+    sizes_shown,
+    stale_numbers,
+)
 from nni_topo.network.runtime import (
     INPUTS,
     MASKS,
@@ -41,12 +49,12 @@ from nni_topo.network.speedup.constant_channels import (
     is_bordered,
     norms_of_constants,
 )
+from nni_topo.network.speedup.dependency import why_not_followed
 from nni_topo.network.speedup.equivalence import apply_masks, check_equal
 from nni_topo.network.speedup.explain import way_forward
 from nni_topo.network.speedup.network import Network
-from nni_topo.network.speedup.reconcile import FullMasks, Masks, Resolved, check_masks, resolve, warn_of_kept
+from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_outputs, narrowed
-from nni_topo.network.speedup.report import DenseReport, dense_report
 from nni_topo.sharing import find_ties, tie_again, untie
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +66,7 @@ _logger = logging.getLogger(__name__)
 def to_dense(
     model: torch.nn.Module,
     example_inputs: Any,
-    masks: Masks,
+    masks: MasksLike,
     *,
     round_to: int | Literal["auto"] | None = None,
     constants: Literal["zero", "keep"] = "zero",
@@ -336,3 +344,116 @@ def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str) 
     warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
     if isinstance(getattr(dense, "report", report), DenseReport):
         dense.report = report  # type: ignore[assignment]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChannels:
+    """The channels of one layer.
+
+    Parameters
+    ----------
+    name : str
+        Its name in the model.
+    before : int
+        Channels of the model that was pruned.
+    asked : int
+        Channels that the layer's own mask keeps; all of them without a mask.
+    after : int
+        Channels of the dense model.
+    reason : str, default=""
+        Why channels stay that the mask removes; empty if none does.
+    """
+
+    name: str
+    before: int
+    asked: int
+    after: int
+    reason: str = ""
+
+    @property
+    def kept(self) -> int:
+        """How many channels stay although they are masked."""
+        return max(self.after - self.asked, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseReport:
+    """The channels of every layer, before and after.
+
+    Parameters
+    ----------
+    rows : tuple of LayerChannels
+        Convolutions, linear layers and embeddings, and masked norms, in the order of the model.
+    checked : str, default=""
+        On what inputs the dense model was found to compute what the masked one does; empty if that wasn't compared.
+    stale : mapping of str to int, default={}
+        Attributes, by name, that hold what was the number of channels of a layer that lost some, and the number; they
+        may count something else.
+    notes : tuple of str, default=()
+        What else to know of it: where it would train another way than the masked model, or lacks a part of that.
+
+    Examples
+    --------
+    >>> DenseReport((LayerChannels("conv1", 8, 4, 4), LayerChannels("conv2", 8, 4, 8, "shared with conv3")))
+    layer  channels  asked  after  kept although masked
+    conv1         8      4      4
+    conv2         8      4      8  4: shared with conv3
+    """
+
+    rows: tuple[LayerChannels, ...]
+    checked: str = ""
+    stale: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> tuple[LayerChannels, ...]:
+        """The layers that keep channels although they are masked."""
+        return tuple(row for row in self.rows if row.kept)
+
+    def __repr__(self) -> str:
+        width = max([5, *(len(row.name) for row in self.rows)])
+        lines = [f"{'layer':{width}}  channels  asked  after  kept although masked"]
+        for row in self.rows:
+            why = f"  {row.kept}: {row.reason}" if row.kept else ""
+            lines.append(f"{row.name:{width}}  {row.before:8}  {row.asked:5}  {row.after:5}{why}")
+        if self.stale:
+            lines.append("as before: " + ", ".join(f"{name} {number}" for name, number in self.stale.items()))
+        lines += [f"compared on {self.checked}"] if self.checked else []
+        lines += self.notes
+        return "\n".join(lines)
+
+
+def dense_report(
+    model: torch.nn.Module,
+    dense: torch.nn.Module,
+    masks: FullMasks,
+    why: Mapping[str, Reasons],
+    stale: Mapping[str, int],
+) -> DenseReport:
+    """Compare a model with its dense one: a row for each layer that makes channels, and for each masked norm."""
+    rows = []
+    for name, module in model.named_modules():
+        before, after = _channels(module), _channels(dense.get_submodule(name))
+        is_layer = output_channels(module) is not None
+        if before is None or after is None or not (is_layer or name in masks):
+            continue
+        asked = _asked(module, masks.get(name, {}), before)
+        found: Reasons = ()
+        if after > asked:
+            found = why.get(name, ()) or (why_not_followed(model, name) if is_layer else reasons.norm_follows(),)
+        rows.append(LayerChannels(name, before, asked, after, reasons.told(found)))
+    return DenseReport(tuple(rows), stale=stale)
+
+
+def _channels(module: torch.nn.Module) -> int | None:
+    weight = getattr(module, "weight", None)
+    if isinstance(module, PER_CHANNEL) and isinstance(weight, torch.Tensor):
+        return weight.numel()
+    return output_channels(module)
+
+
+def _asked(module: torch.nn.Module, targets: Mapping[str, torch.Tensor], before: int) -> int:
+    kept = kept_channels(module, targets)
+    if kept is None and isinstance(module, PER_CHANNEL) and "weight" in targets:
+        kept = targets["weight"].ne(0)
+    return before if kept is None else int(kept.sum())

@@ -21,6 +21,7 @@ from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import (
     FIXED,
     ChannelFlow,
+    Reason,
     Reasons,
     Share,
     asked_of,
@@ -31,11 +32,10 @@ from nni_topo.network.channels import (
     shares,
 )
 from nni_topo.network.graph import is_in_parts
-from nni_topo.network.layers import RECURRENT, check_names, is_transposed_linear, output_channels
+from nni_topo.network.layers import RECURRENT, check_names, is_transposed_linear, output_channels, weight_is_computed
 from nni_topo.network.runtime import SHAPES, STRUCTURE, UNGROUPED, leaves_models_alone
 from nni_topo.network.speedup.dry_run import unprunable
 from nni_topo.network.speedup.network import Network
-from nni_topo.network.speedup.report import why_not_followed
 
 _logger = logging.getLogger(__name__)
 
@@ -525,3 +525,24 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
     heads = [name for name in flow.layers if name in choice.by_row and flow.reaches_output(name)]
     if heads:
         _logger.warning("the layer that gives the model's output should be excluded, got %s", ", ".join(heads))
+
+
+def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
+    """Return why a layer keeps its channels although no other layer knows of them."""
+    if isinstance(model.get_submodule(name), RECURRENT):
+        return reasons.recurrent_state()
+    if weight_is_computed(model.get_submodule(name)):
+        is_known = is_parametrized(model.get_submodule(name)) or bool(model.get_submodule(name)._forward_pre_hooks)
+        return reasons.computed_weight(can_convert=is_known)
+    if is_transposed_linear(model.get_submodule(name)):
+        return reasons.transposed_weight()
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        owner = model.get_submodule(".".join(parts[:length]))
+        if type(owner).__module__.startswith("torch.nn.modules.") and not _is_container(owner):
+            return reasons.inside_module(".".join(parts[:length]), type(owner).__name__)
+    return reasons.not_followed()
+
+
+def _is_container(module: torch.nn.Module) -> bool:
+    return isinstance(module, (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict))

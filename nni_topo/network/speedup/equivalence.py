@@ -43,7 +43,7 @@ from nni_topo.network.runtime import (
     watched,
 )
 from nni_topo.network.speedup.network import Network
-from nni_topo.network.speedup.reconcile import FullMasks, KeptIndices, Masks, check_masks, union, with_own
+from nni_topo.network.speedup.reconcile import FullMasks, KeptIndices, MasksLike, check_masks, union, with_own
 from nni_topo.sharing import find_ties, tie_again, untie
 
 _ROUGH = 1e-5  # from this tolerance on a tenth of it is above rounding in single precision
@@ -347,7 +347,7 @@ def _compare(
 
 @checked(model=MODEL, example_inputs=INPUTS, masks=MASKS)
 @leaves_models_alone
-def masked_model(model: torch.nn.Module, example_inputs: Any, masks: Masks) -> torch.nn.Module:
+def masked_model(model: torch.nn.Module, example_inputs: Any, masks: MasksLike) -> torch.nn.Module:
     """Copy a model with its masked channels at zero, through batch norms too.
 
     Parameters

@@ -20,14 +20,16 @@ from nni_topo.network.runtime import MASKS, device_of
 
 _logger = logging.getLogger(__name__)
 
-Masks = Mapping[str, Mapping[str, torch.Tensor | None]]
+MasksLike = Mapping[str, Mapping[str, torch.Tensor | None]]
+"""What users give as masks; `check_masks` makes `FullMasks` of it."""
+
 FullMasks = dict[str, dict[str, torch.Tensor]]
 
 KeptIndices = dict[str, list[torch.Tensor]]
 """By module that gives one tensor, the indices of each dimension that stay."""
 
 
-def check_masks(model: torch.nn.Module, masks: Masks) -> FullMasks:
+def check_masks(model: torch.nn.Module, masks: MasksLike) -> FullMasks:
     """Check masks and expand them to their parameters' shapes, types and devices; a channel's bias goes along."""
     MASKS.check("masks", masks, "masks")
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from nni_topo import RandomPruner
+from nni_topo.network.channels.flow import norms_after
 from nni_topo.network.io.checkpoint import load, save
+from nni_topo.network.speedup.network import Network
 from nni_topo.sharing import find_ties
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
@@ -137,3 +139,23 @@ def test_parametrized_layers_beside_pruned_ones(wrap):
     expected = masked_model(model, inputs, masks)(inputs)
     assert torch.allclose(dense(inputs), expected, atol=1e-5)
     assert dense[3].parametrizations.weight is not model[3].parametrizations.weight
+
+
+class Joined(nn.Module):
+    """Two convolutions whose channels meet in one batch norm, and one with a norm of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Conv2d(1, 4, 1)
+        self.right = nn.Conv2d(1, 6, 1)
+        self.common = nn.BatchNorm2d(10)
+        self.behind = nn.Conv2d(10, 3, 1)
+        self.own = nn.BatchNorm2d(3)
+
+    def forward(self, images):
+        return self.own(self.behind(self.common(torch.cat([self.left(images), self.right(images)], 1))))
+
+
+def test_a_norm_behind_a_concatenation_is_no_single_layers():
+    model = Joined().eval()
+    assert norms_after(model, Network.on(model, torch.ones(2, 1, 4, 4)).flow) == {"behind": "own"}

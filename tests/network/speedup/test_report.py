@@ -14,7 +14,7 @@ from speedup_nets import Chunked, Grouped, Residual, chain, filter_mask, l1_mask
 from torch import nn
 
 import nni_topo
-from nni_topo.network.speedup.report import DenseReport, LayerReport
+from nni_topo.network.speedup.dense import DenseReport, LayerChannels
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -69,11 +69,11 @@ def test_chunks_and_rounding_say_so(caplog):
     dense, messages = warned(caplog, model, IMAGES, {"first": filter_mask(model.first, [0])}, check=False)
     assert len(messages) == 1
     model, (row,) = chain(), dense.report.kept
-    assert row == LayerReport("first", 8, 7, 8, "some of its channels are coupled with one another")
+    assert row == LayerChannels("first", 8, 7, 8, "some of its channels are coupled with one another")
     caplog.clear()
     dense, messages = warned(caplog, model, IMAGES, {"0": filter_mask(model[0], [1, 4, 5])}, round_to=4)
     assert messages == []
-    assert dense.report.kept == (LayerReport("0", 8, 5, 8, "round_to=4"),)
+    assert dense.report.kept == (LayerChannels("0", 8, 5, 8, "round_to=4"),)
 
 
 def test_a_norms_own_mask_removes_nothing_and_says_so(caplog):
@@ -251,7 +251,7 @@ def test_layers_within_a_module_that_is_called_as_a_whole_say_so(caplog):
     target = model.body.self_attn.out_proj
     dense, messages = warned(caplog, model, SEQUENCES, {"body.self_attn.out_proj": filter_mask(target, [0, 1])})
     (row,) = dense.report.kept
-    assert row == LayerReport(
+    assert row == LayerChannels(
         "body.self_attn.out_proj",
         8,
         6,
