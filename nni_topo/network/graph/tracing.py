@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.fx
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import Attention, Given, find_attention, is_stepwise, open_attention
@@ -37,6 +38,8 @@ from nni_topo.network.runtime import (
 )
 
 _logger = logging.getLogger(__name__)
+
+_FEW = 2  # samples on which a model is recorded; one alone is what some forwards squeeze away
 
 
 @dataclass(frozen=True)
@@ -99,19 +102,48 @@ def _check_runs(model: torch.nn.Module, call: Call) -> None:
 
 
 def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
+    """Record a model on the first few samples of a call where these show all of it, else on the call."""
     named = bind_arguments(model, call)
+    few = _first_samples(named)
+    if few is not None:
+        try:
+            recording = _trace_on(few, named, model, call)
+        except SpeedupError as error:  # a forward may ask for a number of samples, or do something else with so few
+            if isinstance(error, _OtherNumbersError):
+                raise
+            _logger.debug("%s can't be recorded on a few samples", type(model).__name__, exc_info=True)
+        else:
+            # Values that decide something are those of all samples.
+            if not recording.reads_values:
+                return recording
+    return _trace_on(named, named, model, call)
+
+
+def _first_samples(named: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the first samples of arguments that have more: what a recorder keeps alive grows with their number."""
+    samples = len(tensors_of(named)[0])
+    if samples <= 2 * _FEW:
+        return None
+    few: dict[str, Any] = tree_map_only(
+        torch.Tensor, lambda each: each[:_FEW] if each.dim() and len(each) == samples else each, named
+    )
+    return few
+
+
+def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: torch.nn.Module, call: Call) -> Recording:
+    """Record a model on some arguments, and check what the graph computes on all samples of a call."""
     results, attention = LayerResults(model), _AttentionCalls(find_attention(model))
     try:
         with torch.no_grad(), random_state_kept():
             others = _other_states()
             with torch_random_kept(), attention.noted(model):
-                recorded = record(model, named, results)
+                recorded = record(model, shown, results)
             graph_module, expected = recorded.graph_module, recorded.outputs
             is_drawn = others != _other_states()
-            if is_drawn:
+            if is_drawn or shown is not named:
                 # What the recorder has noted of Python's numbers or NumPy's isn't drawn again by the graph, so that
                 # it differs from what the model draws now.
-                with torch_random_kept():
+                with torch_random_kept(), results.taken():
                     expected = model(*call[0], **call[1])
             open_attention(graph_module, attention.given)
             args = _placed(graph_module.graph, named)
