@@ -32,7 +32,7 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.maths.search.gene_layers import Layer
+from nni_topo.maths.search.gene_layers import GeneLayer
 from nni_topo.maths.search.weights import WeightGeneticAlgorithm, WeightSearch
 from nni_topo.studies.analysis.evolution import EvolutionStudy, EvolutionTrial
 from nni_topo.studies.study import save_figures
@@ -196,7 +196,10 @@ def bookkeeping(genes: int, options: argparse.Namespace) -> dict[str, float]:
 
     def made(traced: bool) -> list[float]:
         algorithm = WeightGeneticAlgorithm(
-            [Layer(magnitudes)], lambda population: np.array([float(row[0]) for row in population]), settings, seed=0
+            [GeneLayer(magnitudes)],
+            lambda population: np.array([float(row[0]) for row in population]),
+            settings,
+            seed=0,
         )
         if traced:
             tracemalloc.start()

@@ -40,11 +40,12 @@ from nni_topo.runs.experiment.settings import TrialSettings
 from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
 from nni_topo.studies.analysis.rounds.study import METHODS, RoundsCell, run_rounds
 from nni_topo.studies.compare import compare
+from nni_topo.studies.plan import Plan
 from nni_topo.studies.records import read_records
 from nni_topo.studies.study import plain
 
 DIGITS = plans.DataChoice("digits", limit=200)
-SMALL = plans.Plan(
+SMALL = Plan(
     models=(plans.ModelChoice("small_cnn"),),
     data=(DIGITS,),
     pruners=tuple(map(plans.PrunerChoice, ("random", "l1", "topological"))),

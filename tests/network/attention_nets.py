@@ -7,7 +7,7 @@ from torch import nn
 
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.layers.kinds import weight_name, weight_of
-from nni_topo.zoo.transformers import Block, GatedMlp, Mlp, SelfAttention
+from nni_topo.zoo.transformers import Block, FeedForward, GatedMlp, SelfAttention
 
 WIDTH, HEADS, SIZE = 12, 4, 3
 
@@ -46,7 +46,7 @@ NETS = {
         nn.Linear(5, WIDTH), nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True)
     ),
     "fused": lambda: Stream(Fused()),
-    "apart": lambda: _block(SelfAttention(WIDTH, HEADS, bias=True, causal=False), Mlp(WIDTH, 8), nn.LayerNorm),
+    "apart": lambda: _block(SelfAttention(WIDTH, HEADS, bias=True, causal=False), FeedForward(WIDTH, 8), nn.LayerNorm),
     # Rotary positions turn pairs of channels, so heads are of two here.
     "shared keys": lambda: _block(SelfAttention(WIDTH, 6, 3, bias=False, causal=True), GatedMlp(WIDTH, 8), nn.RMSNorm),
 }  # fmt: skip

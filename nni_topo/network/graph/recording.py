@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -317,12 +318,7 @@ class _Recorder(TorchFunctionMode):
         node = self.graph.create_node(op, target, *(map_aggregate(each, self._argument) for each in (args, kwargs)))
         node.meta["nn_module_stack"] = {name: (name, nn.Module) for name in self._stack}
         node.meta[LINE] = forward_line()
-        if isinstance(out, Tensor):
-            self._keep(out, node)
-            return
-        for at, each in enumerate(out):
-            if isinstance(each, Tensor):
-                self._keep(each, self.graph.call_function(operator.getitem, (node, at)))
+        self._enter(out, node)
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -337,7 +333,7 @@ class _Recorder(TorchFunctionMode):
         return value
 
     def _enter(self, value: Any, node: Node) -> None:
-        """Note an argument; of a container, each tensor in it."""
+        """Note what a node gives; of a container, as the states of an LSTM within its output, each tensor in it."""
         if isinstance(value, Tensor):
             self._keep(value, node)
             return
@@ -441,7 +437,9 @@ def put(tensor: Tensor, place: Any, value: Any) -> Tensor:
 
 def _is_leaf(module: nn.Module) -> bool:
     """Tell whether a module is one node: one of PyTorch's own, attention, or a layer or norm of another's making."""
-    inner = [name for name, _ in module.named_children() if name != "_nni_wrapper"]
+    # What computes the weight of a parametrized layer is part of the layer.
+    added = {"_nni_wrapper", "parametrizations"} if is_parametrized(module) else {"_nni_wrapper"}
+    inner = [name for name, _ in module.named_children() if name not in added]
     own = type(module).__module__.startswith("torch.nn") and not inner
     return own or is_scripted(module) or is_attention(module) or is_one(module)
 

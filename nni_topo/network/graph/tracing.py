@@ -121,7 +121,8 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
 
 def _first_samples(named: dict[str, Any]) -> dict[str, Any] | None:
     """Take the first samples of arguments that have more: what a recorder keeps alive grows with their number."""
-    samples = len(tensors_of(named)[0])
+    first = tensors_of(named)[0]
+    samples = len(first) if first.dim() else 1
     if samples <= 2 * _FEW:
         return None
     few: dict[str, Any] = tree_map_only(

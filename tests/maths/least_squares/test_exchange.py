@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.least_squares.exchange import exchange
-from nni_topo.maths.least_squares.greedy import Products, Samples, forward_selection
+from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
 
 MANY = 1000
 few = settings(max_examples=30, deadline=None)
@@ -53,11 +53,11 @@ def swapped(chosen, channels, parts=1):
 def readers(seed, channels, kinds, samples=9):
     found = []
     for place, (kind, block, outputs) in enumerate(kinds):
-        columns, targets = mixed(seed + place, samples if kind is Samples else 60, channels, block, outputs)
+        columns, targets = mixed(seed + place, samples if kind is SampleMatrix else 60, channels, block, outputs)
         ridge = 1e-4 * np.square(columns).sum(0)
         found.append(
-            Samples(np.ascontiguousarray(columns.T), targets, ridge, block)
-            if kind is Samples
+            SampleMatrix(np.ascontiguousarray(columns.T), targets, ridge, block)
+            if kind is SampleMatrix
             else products(columns, targets, block)
         )
     return found
@@ -67,7 +67,9 @@ def readers(seed, channels, kinds, samples=9):
 @given(
     seed=seeds,
     kinds=st.lists(
-        st.tuples(st.sampled_from([Products, Samples]), st.integers(1, 3), st.integers(1, 12)), min_size=1, max_size=3
+        st.tuples(st.sampled_from([Products, SampleMatrix]), st.integers(1, 3), st.integers(1, 12)),
+        min_size=1,
+        max_size=3,
     ),
     parts=st.sampled_from([1, 2]),
 )
@@ -88,7 +90,7 @@ def test_each_exchange_is_the_best_of_all_pairs(seed, kinds, parts):
 
 
 @few
-@given(seed=seeds, block=st.integers(1, 3), kind=st.sampled_from([Products, Samples]))
+@given(seed=seeds, block=st.integers(1, 3), kind=st.sampled_from([Products, SampleMatrix]))
 def test_the_error_falls_with_every_exchange_until_no_pair_is_better(seed, block, kind):
     layers = readers(seed, 12, [(kind, block, 5)])
     start = np.random.default_rng(seed).permutation(12)[:5]  # worse than selection: more to exchange
@@ -121,10 +123,10 @@ def test_exchanges_stay_within_a_part_and_take_the_place_of_what_goes():
     assert (after // 4).tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("kind", [Products, Samples])
+@pytest.mark.parametrize("kind", [Products, SampleMatrix])
 def test_few_samples_are_exchanged_as_their_products_are(kind):
-    (few_samples,) = readers(5, 30, [(Samples, 4, 6)], samples=20)
-    layer = few_samples if kind is Samples else Products(few_samples.gram, few_samples.cross, 4)
+    (few_samples,) = readers(5, 30, [(SampleMatrix, 4, 6)], samples=20)
+    layer = few_samples if kind is SampleMatrix else Products(few_samples.gram, few_samples.cross, 4)
     start = np.arange(7)
     after, taken = exchange([layer], start, MANY)
     reference, reference_taken = exchange([Products(few_samples.gram, few_samples.cross, 4)], start, MANY)
@@ -164,7 +166,7 @@ def test_columns_that_are_silent_or_spanned_by_others_do_no_harm():
     columns, targets = mixed(2, 30, 6, 2, 4)
     columns[:, 4:6], columns[:, 6:8] = 0.0, columns[:, :2]
     gram = Products(columns.T @ columns, columns.T @ targets, 2)
-    few_samples = Samples(np.ascontiguousarray(columns.T), targets, 1e-4 * np.square(columns).sum(0), 2)
+    few_samples = SampleMatrix(np.ascontiguousarray(columns.T), targets, 1e-4 * np.square(columns).sum(0), 2)
     for layer in (gram, few_samples):
         after, taken = exchange([layer], [0, 2, 3], MANY)
         assert 2 not in after
@@ -173,7 +175,7 @@ def test_columns_that_are_silent_or_spanned_by_others_do_no_harm():
 
 
 def test_what_is_chosen_from_is_left_as_it_was():
-    layers = readers(9, 8, [(Products, 2, 3), (Samples, 2, 30)])
+    layers = readers(9, 8, [(Products, 2, 3), (SampleMatrix, 2, 30)])
     held = [layers[0].gram, layers[0].cross, layers[1].columns, layers[1].targets, layers[1].ridge]
     before = [values.copy() for values in held]
     start = np.array([0, 1, 2])

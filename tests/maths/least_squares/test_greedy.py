@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.least_squares.greedy import Products, Samples, forward_selection
+from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
 from nni_topo.recovery import greedy_least_squares
 
 
@@ -97,7 +97,7 @@ def test_readers_may_have_blocks_of_different_sizes():
 @given(seed=st.integers(0, 10_000), block=st.integers(1, 4), outputs=st.integers(1, 20), samples=st.integers(2, 12))
 def test_few_samples_choose_as_their_products_do(seed, block, outputs, samples):
     inputs, targets = draw(seed, samples, 9, block, outputs)
-    few = Samples(inputs.T, targets, 1e-4 * np.square(inputs).sum(0), block)
+    few = SampleMatrix(inputs.T, targets, 1e-4 * np.square(inputs).sum(0), block)
     order, taken = forward_selection([few], 9)
     by_products, taken_by_products = forward_selection([Products(few.gram, few.cross, block)], 9)
     np.testing.assert_allclose(taken, taken_by_products, rtol=1e-6, atol=1e-9 * taken[0])
@@ -109,7 +109,7 @@ def test_what_is_chosen_from_is_left_as_it_was():
     inputs, targets = draw(6, 5, 4, 2, 3)
     products, few = (inputs.T @ inputs + np.eye(8), inputs.T @ targets), (inputs.T.copy(), targets.copy())
     greedy_least_squares(*(values.copy() for values in products), 3, block=2)
-    layers = [Products(*products, 2), Samples(*few, np.ones(8), 2)]
+    layers = [Products(*products, 2), SampleMatrix(*few, np.ones(8), 2)]
     before = [values.copy() for values in (*products, *few)]
     forward_selection(layers, 3)
     for values, old in zip((*products, *few), before, strict=True):

@@ -13,7 +13,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense, zoo
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.attention.unfused.multihead import multihead
-from nni_topo.zoo.transformers import Block, Mlp, SelfAttention
+from nni_topo.zoo.transformers import Block, FeedForward, SelfAttention
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -151,7 +151,7 @@ def test_attention_that_gives_its_heads_the_width_of_what_enters_stays_and_what_
     torch.manual_seed(0)
     block = Block(
         Wide(WIDTH, HEADS, bias=True, causal=False),
-        Mlp(WIDTH, 8),
+        FeedForward(WIDTH, 8),
         (nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)),
         first=True,
     )

@@ -24,6 +24,34 @@ def test_a_model_may_put_out_nan():
     assert recording.graph_module(*recording.args).isnan().all()
 
 
+class ByNumber(nn.Module):
+    """Takes another way with many samples, or by the values of the last one."""
+
+    def __init__(self, decides):
+        super().__init__()
+        self.few, self.many, self.decides, self.sizes = nn.Linear(3, 2), nn.Linear(3, 2), decides, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return self.many(x) if self.decides(x) else self.few(x)
+
+
+def test_a_network_is_recorded_on_two_samples_however_many_there_are():
+    model = ByNumber(lambda x: False).eval()
+    recording = trace(model, ((torch.rand(64, 3),), {}))
+    assert sorted(model.sizes) == [2, 4, 64]  # recorded, recorded on twice as many, and compared on all
+    assert not recording.reads_values
+
+
+@pytest.mark.parametrize("decides", [lambda x: len(x) > 8, lambda x: x[-1].sum() > 0], ids=["number", "value"])
+def test_what_more_samples_decide_is_recorded_on_all(decides):
+    model, inputs = ByNumber(decides).eval(), -torch.ones(16, 3)
+    inputs[-1] = 1.0
+    recording = trace(model, ((inputs,), {}))
+    assert "many" in [node.target for node in recording.graph_module.graph.nodes]
+    torch.testing.assert_close(recording.graph_module(*recording.args), model.many(inputs))
+
+
 class TooLarge(nn.Sequential):
     """Wants more memory than any machine has."""
 
