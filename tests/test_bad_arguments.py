@@ -521,7 +521,7 @@ PARTS = {
     "nni_topo.hooks": "ConfigAllocator DataCollector KeptSet MetricCalculator NNIAllocator PruningContext PruningUnit "
     "SparsityAllocator keep_highest pruning_units unit_scores",
     "nni_topo.recovery": "Compensation CompensationReport Distillation LayerReport",
-    "nni_topo.speedup": "DenseReport Explanation Exported LatencyTable LayerChannels LayerLatency ModeCost",
+    "nni_topo.speedup": "DenseReport Explanation Exported LatencyTable LayerChannels LayerLatency ModeCost Operation",
     "nni_topo.topology": "EdgeBatches Forest LayerGraph",
     "nni_topo.zoo": "DataBundle DataInfo EpochLog ModelInfo TrainingLog",
 }
