@@ -48,7 +48,7 @@ SHARED_RATIOS = (0.1, 0.2, 0.3, 0.5)
 DIRECTION_SEEDS = 3
 RANDOM_SEEDS = 3
 CALIBRATION = 1024
-RIVAL_IMAGES = 500
+BASELINE_IMAGES = 500
 STUDY_IMAGES = 500
 STUDY_TRAINING = 3000
 STUDIES: dict[str, tuple[str, ...]] = {
@@ -134,10 +134,10 @@ def compression(label: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"layers": list(layers.items())}
 
 
-def rivals(label: str, threshold: float, options: argparse.Namespace) -> dict[str, Any]:
+def baselines(label: str, threshold: float, options: argparse.Namespace) -> dict[str, Any]:
     """Accuracy, as it is and re-calibrated, with as many filters of each layer gone as the threshold takes."""
     model, data = trained(label, options.data_dir, options.out)
-    test = TensorDataset(*data.test[:RIVAL_IMAGES])
+    test = TensorDataset(*data.test[:BASELINE_IMAGES])
     example = test.tensors[0][:2]
     images = data.train.tensors[0][:CALIBRATION].split(128)
     study = study_energy(model, _layers(model, example), example, thresholds=[threshold], together=False)
@@ -159,7 +159,7 @@ def directions(label: str, options: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, list[list[float]]] = {}
     for seed in range(DIRECTION_SEEDS):
         model, data = trained(label, options.data_dir, options.out, seed)
-        validation = TensorDataset(*data.validation[: 4 * RIVAL_IMAGES])
+        validation = TensorDataset(*data.validation[: 4 * BASELINE_IMAGES])
         example = data.test.tensors[0][:2]
         images = data.train.tensors[0][:CALIBRATION].split(128)
         rows.setdefault("unpruned", []).append([zoo.evaluate(model, validation)] * len(SHARED_RATIOS))
@@ -222,7 +222,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     **{f"directions {label}": lambda options, label=label: directions(label, options) for label in NETS},
     **{f"compression {label}": lambda options, label=label: compression(label, options) for label in NETS},
     **{
-        f"rivals {label} {t:g}": lambda options, label=label, t=t: rivals(label, t, options)
+        f"rivals {label} {t:g}": lambda options, label=label, t=t: baselines(label, t, options)
         for label in NETS
         for t in SHARED_THRESHOLDS
     },
@@ -277,7 +277,7 @@ def _print_compression(record: dict[str, Any]) -> None:
         print(f"| {name} | {' | '.join(map(str, counts))} |")
 
 
-def _print_rivals(record: dict[str, Any]) -> None:
+def _print_baselines(record: dict[str, Any]) -> None:
     print(f"{record['removed']} of {record['filters']} filters gone; before: {100 * record['before']:.1f} %\n")
     print("| filters by | as it is % | re-calibrated % |\n|---|---:|---:|")
     for row, runs in record["rows"]:
@@ -290,7 +290,7 @@ _PRINT: dict[str, Callable[[dict[str, Any]], None]] = {
     "correlation": _print_correlation,
     "directions": _print_directions,
     "compression": _print_compression,
-    "rivals": _print_rivals,
+    "rivals": _print_baselines,
     "study": lambda record: print(*show_energy(record, markdown=True), sep="\n"),
 }
 

@@ -144,8 +144,8 @@ def search(trial: Trial, model: nn.Module, data: zoo.DataBundle, before: float, 
     final = pruner.history[pruner.history.generation == options.generations]
     best = final.loc[final.fitness.idxmax()]
     level = copy.deepcopy(model)
-    rival = nni_topo.create_pruner("level", level, [{"op_names": ["fc2"], "sparse_ratio": float(best.compression)}])
-    rival.compress()
+    baseline = nni_topo.create_pruner("level", level, [{"op_names": ["fc2"], "sparse_ratio": float(best.compression)}])
+    baseline.compress()
     record = {
         **asdict(trial),
         "fitness": best.fitness,

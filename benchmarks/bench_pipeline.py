@@ -77,7 +77,7 @@ def measure(name: str, width: float, images: int) -> dict[str, Any]:
     record["whole"] = sum(record[step] for step in STEPS[:-1])
     timed("training epoch", lambda: train(copy.deepcopy(net), batches))
     record["training step"] = record["training epoch"] / len(batches)
-    rivals(copy.deepcopy(net), groups, masks, batches[0][:1], timed)
+    baselines(copy.deepcopy(net), groups, masks, batches[0][:1], timed)
     return record
 
 
@@ -93,7 +93,7 @@ def train(net: Any, batches: list[Any]) -> None:
         optimizer.step()
 
 
-def rivals(net: Any, groups: Any, masks: Any, example: Any, timed: Callable[..., Any]) -> None:
+def baselines(net: Any, groups: Any, masks: Any, example: Any, timed: Callable[..., Any]) -> None:
     """Time Torch-Pruning's whole pruning, NNI's FPGM and NNI's own speedup, as far as they take the network."""
     import torch_pruning
     from nni.compression.pruning import FPGMPruner

@@ -31,7 +31,7 @@ from nni_topo import zoo
 from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.widths import inner_layers, pruning_config
 from nni_topo.studies.cells import shared_ratios, start_of
-from nni_topo.studies.plan import Plan
+from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval
 
@@ -71,7 +71,7 @@ class _Net:
     """A trained net, its data, and the widths that all rows share."""
 
     def __init__(self, options: argparse.Namespace, seed: int) -> None:
-        plan = Plan(
+        plan = ComparisonPlan(
             models=(ModelChoice("lenet5_like"),),
             data=(DataChoice("fashion-mnist", str(options.data_dir), limit=20000),),
             pruners=(PrunerChoice("l1"),),

@@ -27,13 +27,13 @@ from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, PrunerChoice, T
 from nni_topo.runs.provenance import Record, provenance
 from nni_topo.runs.run import made_dense
 from nni_topo.studies.cells import cell_facts, pruned_cell, shared_ratios, start_of
-from nni_topo.studies.plan import Plan
+from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import best_rival, grouped, interval, markdown_table, paired_difference, show_accuracies
+from nni_topo.studies.tables import best_baseline, grouped, interval, markdown_table, paired_difference, show_accuracies
 
 CALIBRATION = 512
 TARGETS = (0.5, 0.25, 0.1, 0.03)
-RIVALS = ("random", "l1", "l2", "fpgm", "torch-pruning")
+BASELINES = ("random", "l1", "l2", "fpgm", "torch-pruning")
 CLOUDS = ("weight", "folded", "coupled", "activation", "functional", "gradient")
 SEARCHES = (
     ("weight", "hausdorff"),
@@ -98,8 +98,8 @@ def main() -> None:
 
 
 def _rows() -> Iterator[PrunerChoice]:
-    """The rivals, then ours: the thesis' choice, covers of every cloud, searches, reconstruction."""
-    for name in RIVALS:
+    """The baselines, then ours: the thesis' choice, covers of every cloud, searches, reconstruction."""
+    for name in BASELINES:
         yield PrunerChoice(name)
     for label, knobs in THESIS.items():
         yield PrunerChoice("perera2022", label, knobs)
@@ -127,7 +127,7 @@ def _run(options: argparse.Namespace, done: set[str]) -> Iterator[Record]:
     rows = {choice.row: choice for choice in _rows()}
     if unknown := set(options.rows or ()) - set(rows):
         raise SystemExit(f"--rows must be among {', '.join(rows)}, got {', '.join(sorted(unknown))}")
-    plan = Plan(
+    plan = ComparisonPlan(
         models=(ModelChoice(options.net),),
         data=(DataChoice(setting.data, options.data_dir, setting.limit, setting.stored_test_limit),),
         pruners=tuple(rows[label] for label in options.rows or rows),
@@ -185,14 +185,14 @@ def _print(records: list[Record]) -> None:
         titles = [title for name in columns for title in (COLUMNS[name], "vs best baseline")]
         print(f"\n**{model} on {data}, {target} ({seeds} seeds)**\n")
         print(f"| selection | MACs (M) | {' | '.join(titles)} | prune s |\n|---|{'---:|' * (len(titles) + 2)}")
-        rivals = {name: best_rival(rows, name) for name in columns}
+        baselines = {name: best_baseline(rows, name) for name in columns}
         for row, runs in rows.items():
             cells = [f"{interval([run['flops'] for run in runs.values()]).mean / 1e6:.2f}"]
             for name in columns:
                 cells.append(show_accuracies([run[name] for run in runs.values()]))
-                rival = rivals[name]
-                is_best = rival is None or row == rival
-                versus = "" if rival is None else paired_difference(runs, rows[rival], name).show(100, sign=True)
+                baseline = baselines[name]
+                is_best = baseline is None or row == baseline
+                versus = "" if baseline is None else paired_difference(runs, rows[baseline], name).show(100, sign=True)
                 cells.append("best baseline" if is_best else versus)
             cells.append(f"{interval([run['prune_seconds'] for run in runs.values()]).mean:.1f}")
             print(f"| {row} | {' | '.join(cells)} |")

@@ -1,4 +1,4 @@
-"""Clustered and sub-clustering pruning: neurons per layer, accuracy, epochs to come back; sweeps and rivals.
+"""Clustered and sub-clustering pruning: neurons per layer, accuracy, epochs to come back; sweeps and baselines.
 
 Every cell is a line of ``cells.jsonl`` in the output folder, which a second run doesn't compute again. Afterwards, and
 with ``--report`` alone, the tables are printed as Markdown and the pictures are drawn.
@@ -286,7 +286,7 @@ def _clustered(bench: Bench, part: str, name: str, seeds: int, label: str, **kno
             bench.run(part, name, seed, label, ratio, False, pruner="cluster", config=config, **knobs)
 
 
-def rivals(bench: Bench, nets: list[str], seeds: int) -> None:
+def baselines(bench: Bench, nets: list[str], seeds: int) -> None:
     """SubclusterPruner beside other pruners at the nodes per layer that it found, with and without the update."""
     for name in _among(nets, "lenet300", "lenet5", "lenet5_like"):
         for seed in range(1 if name == "lenet5_like" else seeds):
@@ -303,7 +303,7 @@ def rivals(bench: Bench, nets: list[str], seeds: int) -> None:
                 bench.run("rivals", name, seed, pruner, "", True, pruner=pruner, config=config, **knobs)
 
 
-PARTS = {"choice": choice, "networks": networks, "energy": energies, "statistics": statistics, "rivals": rivals}
+PARTS = {"choice": choice, "networks": networks, "energy": energies, "statistics": statistics, "rivals": baselines}
 PARTS |= {"algorithms": algorithms, "survivors": survivors}
 
 

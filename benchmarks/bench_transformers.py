@@ -30,7 +30,7 @@ from torch.utils.data import TensorDataset
 
 from nni_topo import compensate, create_pruner, dependency_groups, distill, narrow_heads, to_dense, zoo
 from nni_topo.runs.run import Start, pruner_knobs
-from nni_topo.studies.baselines import is_rival, rival_masks
+from nni_topo.studies.baselines import baseline_masks, is_baseline
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval
 from nni_topo.zoo.evaluation import bits
@@ -171,8 +171,8 @@ class _Recovered:
     def _masks(self) -> tuple[nn.Module, Any]:
         """Return what is pruned, which computes what the trained net does, and its masks."""
         net, pruner = copy.deepcopy(self._start.net), CHOICES[self._choice]
-        if is_rival(pruner):
-            return self._start.net, self._rival_masks(net)
+        if is_baseline(pruner):
+            return self._start.net, self._baseline_masks(net)
         config = [{"op_names_re": [r".*\.mlp\.(fc1|gate_proj|up_proj)"], "sparse_ratio": 1.0 - self._neurons}]
         if self._choice != _NARROWER:
             heads = {"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 1.0 - self._heads}
@@ -188,12 +188,12 @@ class _Recovered:
         turned, within = narrow_heads(self._start.net, self._rows.split(128), (size - kept) / size)
         return turned, {**masks, **within}
 
-    def _rival_masks(self, net: nn.Module) -> Any:
+    def _baseline_masks(self, net: nn.Module) -> Any:
         parts = {name: part for name, part in net.named_modules() if isinstance(part, SelfAttention)}
         heads = {f"{name}.{each}_proj": part.num_heads for name, part in parts.items() for each in "qkv"}
         inner = [name for name, _ in net.named_modules() if name.endswith(".mlp.fc1")]
         ratios = dict.fromkeys(heads, 1.0 - self._heads) | dict.fromkeys(inner, 1.0 - self._neurons)
-        return rival_masks(CHOICES[self._choice], net, self._rows[:2], ratios, heads)[0]
+        return baseline_masks(CHOICES[self._choice], net, self._rows[:2], ratios, heads)[0]
 
 
 def _times(start: Start, dense: nn.Module) -> dict[str, float]:

@@ -6,12 +6,12 @@ precision, in which hooks zero the outputs of the channels that are gone, or the
 is read off the dense network's weights alone, whose values are found among the original's.
 
 One process a network, with a limit on its memory and its processor's time, which all seconds are; a line per finished
-network, so that a stopped run goes on where it was. Prints the table as Markdown. With ``--rivals`` NNI's own
+network, so that a stopped run goes on where it was. Prints the table as Markdown. With ``--baselines`` NNI's own
 ``ModelSpeedup`` gets the same masks, and Torch-Pruning the same layers and ratio.
 
     python benchmarks/zoo.py --out runs/zoo.jsonl
     python benchmarks/zoo.py --out runs/zoo.jsonl --only torchvision/resnet18 --timeout 600
-    python benchmarks/zoo.py --out runs/zoo.jsonl --rivals
+    python benchmarks/zoo.py --out runs/zoo.jsonl --baselines
     python benchmarks/zoo.py --out runs/zoo.jsonl --table
 """
 
@@ -39,7 +39,7 @@ from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.studies.baselines import KINDS, PREFIX, cut
 
 
-def rival(make: Callable[[], nn.Module], model: nn.Module, inputs: Any) -> dict[str, Any]:
+def made_by_other(make: Callable[[], nn.Module], model: nn.Module, inputs: Any) -> dict[str, Any]:
     """Let another make the dense network: how many channels are gone, and its seconds; or how it fails."""
     start = time.process_time()
     try:
@@ -56,7 +56,7 @@ def rival(make: Callable[[], nn.Module], model: nn.Module, inputs: Any) -> dict[
     return {"status": "ok" if shapes[0] == shapes[1] else "another output", "gone": gone, "cpu_seconds": taken}
 
 
-def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict[str, Any]:
+def measure(name: str, options: dict[str, str], *, baselines: bool = False) -> dict[str, Any]:
     """Prune one network and compare."""
     model, inputs = build(name, options)
     record: dict[str, Any] = {"parameters": zoo.count_params(model)}
@@ -78,11 +78,13 @@ def measure(name: str, options: dict[str, str], *, rivals: bool = False) -> dict
     start = time.process_time()
     dense = nni_topo.to_dense(model, inputs, masks, check=False)
     record["dense_cpu_seconds"] = time.process_time() - start
-    if rivals:
+    if baselines:
         whole = detached_copy(model)
         ratios = {name: 0.5 for name, module in layers.items() if name not in heads and isinstance(module, KINDS)}
-        record["nni"] = rival(lambda: ModelSpeedup(detached_copy(model), inputs, masks).speedup_model(), whole, inputs)
-        record["torch_pruning"] = rival(lambda: cut(PREFIX, model, inputs, ratios)[0], whole, inputs)
+        record["nni"] = made_by_other(
+            lambda: ModelSpeedup(detached_copy(model), inputs, masks).speedup_model(), whole, inputs
+        )
+        record["torch_pruning"] = made_by_other(lambda: cut(PREFIX, model, inputs, ratios)[0], whole, inputs)
     gone, norms = zeroing(model, dense)
     chosen = sum(width(layers[entry["op_names"][0]]) for entry in groups if entry["op_names"][0] in layers)
     record |= {
@@ -109,14 +111,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="names of zoo.txt, default all")
     parser.add_argument("--timeout", type=float, default=120.0, help="processor seconds a network, default 120")
     parser.add_argument("--memory", type=float, default=10.0, help="gibibytes a process, default 10")
-    parser.add_argument("--rivals", action="store_true", help="also NNI's ModelSpeedup and Torch-Pruning")
+    parser.add_argument("--baselines", action="store_true", help="also NNI's ModelSpeedup and Torch-Pruning")
     parser.add_argument("--table", action="store_true", help="print the table of what is finished")
     options = parser.parse_args(arguments)
     done = read_lines(options.out)
     jobs = []
     for name, sizes in entries():
         if not (options.table or name in done or (options.only and name not in options.only)):
-            jobs.append((name, functools.partial(measure, name, sizes, rivals=options.rivals)))
+            jobs.append((name, functools.partial(measure, name, sizes, baselines=options.baselines)))
     for record in run_each(jobs, memory=options.memory, timeout=options.timeout):
         append_line(options.out, record)
     _print(read_lines(options.out))
@@ -125,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _print(records: dict[str, dict[str, Any]]) -> None:
     others = {"nni": "NNI", "torch_pruning": "Torch-Pruning"}
     others = others if any("nni" in record for record in records.values()) else {}
-    titles = ["network", "channels gone", "equal to", "layers left whole", "parameters left", "MACs left", "CPU s"]
+    titles = ["network", "channels gone", "equal to", "layers not pruned", "parameters left", "MACs left", "CPU s"]
     titles += [f"{title}: gone, s" for title in others.values()]
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for name, record in records.items():
@@ -150,7 +152,7 @@ def _print(records: dict[str, dict[str, Any]]) -> None:
 
 
 def _other(record: dict[str, Any], key: str) -> str:
-    """Write what a rival made of a network: the share of the channels asked for that is gone, and seconds."""
+    """Write what a baseline made of a network: the share of the channels asked for that is gone, and seconds."""
     found = record.get(key, {})
     told = f"{found['gone'] / max(record['asked'], 1):.2f}, {found['cpu_seconds']:.1f}" if "gone" in found else ""
     return told if found.get("status", "ok") == "ok" else ", ".join(filter(None, [found["status"], told]))

@@ -40,12 +40,12 @@ from nni_topo.runs.experiment.settings import TrialSettings
 from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
 from nni_topo.studies.analysis.rounds.study import METHODS, RoundsCell, run_rounds
 from nni_topo.studies.compare import compare
-from nni_topo.studies.plan import Plan
+from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.studies.records import read_records
 from nni_topo.studies.study import plain
 
 DIGITS = plans.DataChoice("digits", limit=200)
-SMALL = Plan(
+SMALL = ComparisonPlan(
     models=(plans.ModelChoice("small_cnn"),),
     data=(DIGITS,),
     pruners=tuple(map(plans.PrunerChoice, ("random", "l1", "topological"))),
@@ -70,7 +70,7 @@ def recovery(out: Path) -> Any:
 
 
 def rounds(out: Path) -> Any:
-    """Prune round by round, T-IMP and its rivals."""
+    """Prune round by round, T-IMP and its baselines."""
     recipe = zoo.Recipe(epochs=2, batch_size=32)
     model, target = plans.ModelChoice("small_cnn"), plans.Target("ratio", 0.99)
     cell = plans.Cell(model, DIGITS, METHODS["IMP"], target, 0, recipe, recipe.for_retraining(1))

@@ -515,7 +515,7 @@ FUNCTIONS = public_functions()  # before a test puts another in the place of one
 PARTS = {
     "nni_topo": "Calibration",
     "nni_topo.analysis": "Connectivity CriticalCompression EnergyStudy ErrorBound EvolutionTrial LayerCount "
-    "LayerEnergy LayerError LayerTopology NetDeviation NeuralPersistence Quality RetrainingBound Sensitivity "
+    "LayerEnergy LayerErrorBound LayerTopology NetDeviation NeuralPersistence Quality RetrainingBound Sensitivity "
     "SensitivityCurve TopologyStudy",
     "nni_topo.clustering": "Cluster SplitTree",
     "nni_topo.hooks": "ConfigAllocator DataCollector KeptSet MetricCalculator NNIAllocator PruningContext PruningUnit "

@@ -21,11 +21,11 @@ from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
 from nni_topo.studies.analysis.rounds.study import run_rounds
 from nni_topo.studies.compare import compare
-from nni_topo.studies.plan import Plan
+from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.study import save_figures
 
-PLAN = Plan(
+PLAN = ComparisonPlan(
     models=(ModelChoice("small_cnn"),),
     data=(DataChoice("digits", limit=200),),
     pruners=(PrunerChoice("l1"),),

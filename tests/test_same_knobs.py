@@ -25,7 +25,7 @@ from nni_topo.runs.scheduled import prune_on_schedule
 from nni_topo.studies.analysis.deviation import study_masks
 from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
 from nni_topo.studies.compare import compare
-from nni_topo.studies.plan import Plan
+from nni_topo.studies.plan import ComparisonPlan
 
 DATA = DataChoice("digits", limit=120)
 MODEL = ModelChoice("lenet300")
@@ -81,7 +81,7 @@ def checkpoint(tmp_path_factory):
 
 def _through_compare(name, folder, start, checkpoint):
     choice = PrunerChoice(name, calibration=64)
-    plan = Plan((MODEL,), (DATA,), (choice,), (Target("ratio", 0.5),), first_seed=SEED, train={"epochs": 1})
+    plan = ComparisonPlan((MODEL,), (DATA,), (choice,), (Target("ratio", 0.5),), first_seed=SEED, train={"epochs": 1})
     _, failures = compare(plan, folder, isolate=False)
     assert not failures
 
@@ -144,7 +144,9 @@ def test_an_evaluator_measures_and_leaves_the_weights(checkpoint):
 
 
 def test_random_differs_between_seeds_of_a_comparison(tmp_path):
-    plan = Plan((MODEL,), (DATA,), (PrunerChoice("random"),), (Target("ratio", 0.5),), seeds=3, train={"epochs": 0})
+    plan = ComparisonPlan(
+        (MODEL,), (DATA,), (PrunerChoice("random"),), (Target("ratio", 0.5),), seeds=3, train={"epochs": 0}
+    )
     records, _ = compare(plan, tmp_path, isolate=False)
     assert len({record["accuracy_oneshot"] for record in records}) > 1
     masks = [
@@ -162,7 +164,9 @@ CONFIG = [{"op_names": ["fc1"], "sparse_ratio": 0.5}]
 def test_pruners_that_need_data_work_from_compare_without_knobs(name, tmp_path):
     knobs = {"search": {"generations": 1, "population_size": 4}} if name == "genetic_weight" else {}
     choice = PrunerChoice(name, knobs=knobs)
-    plan = Plan((MODEL,), (DATA,), (choice,), (Target("ratio", 0.5),), train={"epochs": 1}, retrain={"epochs": 0})
+    plan = ComparisonPlan(
+        (MODEL,), (DATA,), (choice,), (Target("ratio", 0.5),), train={"epochs": 1}, retrain={"epochs": 0}
+    )
     (record,), failures = compare(plan, tmp_path, isolate=False)
     assert not failures
     assert 0 < record["weights_left"] < record["params_before"]

@@ -22,11 +22,11 @@ from nni_topo.runs.prune import check_empty, prune_checkpoint
 from nni_topo.runs.run import distillation_knobs, latencies
 from nni_topo.runs.shrink import shrink
 from nni_topo.runs.widths import inner_layers
-from nni_topo.studies.baselines import is_rival
+from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.compare import compare
 from nni_topo.studies.demo import DEMO
 from nni_topo.studies.pictures import comparison_figures, figure_of, plot_accuracy
-from nni_topo.studies.plan import SCRATCH, Plan, load_plan
+from nni_topo.studies.plan import SCRATCH, ComparisonPlan, load_plan
 from nni_topo.studies.records import compared_records
 from nni_topo.studies.report import prune_costs, write_report
 from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, plain, save_figures
@@ -94,12 +94,12 @@ class Compare(DataVerb):
         plan = plan if self.n_jobs is None else replace(plan, n_jobs=self.n_jobs)
         return _run_plan(plan, self.out, console, isolate=not self.in_process, as_json=self.json)
 
-    def _plan(self) -> Plan:
+    def _plan(self) -> ComparisonPlan:
         if not self.model:
             raise ConfigError("a comparison must have --model or --plan, got neither (nni-topo compare)")
         kinds: tuple[Any, ...] = ("ratio", *BUDGETS)
         targets = [Target(kind, value) for kind in kinds for value in getattr(self, kind)]
-        return Plan(
+        return ComparisonPlan(
             models=(self.model_choice,),
             data=(self.data_choice(),),
             pruners=tuple(map(self._choice, self.pruners)),
@@ -114,14 +114,14 @@ class Compare(DataVerb):
         )
 
     def _choice(self, name: str) -> PrunerChoice:
-        if name == SCRATCH or is_rival(name):
+        if name == SCRATCH or is_baseline(name):
             return PrunerChoice(name)
         info = pruner_info(name)
         is_blind = not any(need.startswith("calibration") for need in info.needs)
         return PrunerChoice(info.name, calibration=0 if is_blind else self.calibration)
 
 
-def _run_plan(plan: Plan, out: Path, console: Console, *, isolate: bool, as_json: bool) -> int:
+def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, isolate: bool, as_json: bool) -> int:
     def announce(cell: Cell, number: int, count: int) -> None:
         what = f"{cell.model.label} on {cell.data.name}, seed {cell.seed}: {cell.pruner.row}, {cell.target.label}"
         console.print(f"[{number}/{count}] {what}", markup=False, highlight=False)

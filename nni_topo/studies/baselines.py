@@ -32,7 +32,7 @@ _IMPORTANCES: dict[str, tuple[str, dict[str, Any]]] = {
 _ROUNDING = 1e-9  # 6 * (1 - 1 / 3) is less than 4
 
 
-def is_rival(name: str) -> bool:
+def is_baseline(name: str) -> bool:
     """Say whether a name is a row of Torch-Pruning's; ConfigError if it only begins like one, or isn't installed."""
     if not name.startswith(PREFIX):
         return False
@@ -42,7 +42,7 @@ def is_rival(name: str) -> bool:
     return True
 
 
-def rival_masks(
+def baseline_masks(
     name: str,
     model: nn.Module,
     example_inputs: Tensor,

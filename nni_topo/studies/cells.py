@@ -32,7 +32,7 @@ from nni_topo.runs.run import (
     trained,
 )
 from nni_topo.runs.widths import layer_ratios
-from nni_topo.studies.baselines import is_rival, rival_masks
+from nni_topo.studies.baselines import baseline_masks, is_baseline
 from nni_topo.studies.plan import SCRATCH
 
 _RECALIBRATION_IMAGES = 1024
@@ -127,8 +127,8 @@ def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
 def pruned_cell(cell: Cell, start: Start, ratios: dict[str, float]) -> Pruned:
     """Run a cell's pruner, or a baseline from outside, with a ratio for every layer."""
     choice = cell.pruner
-    if is_rival(choice.name):
-        return Pruned(*rival_masks(choice.name, start.net, start.example, ratios))
+    if is_baseline(choice.name):
+        return Pruned(*baseline_masks(choice.name, start.net, start.example, ratios))
     if choice.name == SCRATCH:  # of the network only the widths are used
         choice = replace(choice, name="random")
     return prune_to_ratios(start, choice, cell.target, ratios)
@@ -139,7 +139,7 @@ def why_missed(cell: Cell, pruned: Pruned) -> str:
     name = cell.pruner.name
     if pruned.budget is not None:
         return pruned.budget.why or "the dense network keeps other channels than were counted"
-    if name != SCRATCH and not is_rival(name) and not pruner_info(name).structured:
+    if name != SCRATCH and not is_baseline(name) and not pruner_info(name).structured:
         return "the pruner removes single weights and no channels"
     return WHOLE_CHANNELS
 

@@ -16,10 +16,10 @@ from nni_topo.pruners.registry import check_knob_names
 from nni_topo.runs.choices import Cell
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import load_model_data, resolve_device
-from nni_topo.studies.baselines import is_rival
+from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.cells import run_cell
 from nni_topo.studies.isolation import in_turn, isolated
-from nni_topo.studies.plan import SCRATCH, Plan
+from nni_topo.studies.plan import SCRATCH, ComparisonPlan
 from nni_topo.studies.records import COMPARED, append_record, read_records
 from nni_topo.studies.report import write_report
 from nni_topo.studies.tables import markdown_report
@@ -54,7 +54,7 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    plan: Plan,
+    plan: ComparisonPlan,
     out: str | Path,
     *,
     isolate: bool = True,
@@ -79,7 +79,7 @@ def compare(
 
 
 def _all_cells(
-    plan: Plan, cells: list[Cell], out: Path, isolate: bool, on_cell: Callable[[Cell, int, int], None] | None
+    plan: ComparisonPlan, cells: list[Cell], out: Path, isolate: bool, on_cell: Callable[[Cell, int, int], None] | None
 ) -> Comparison:
     done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})}
     # results.json and the tables are of one comparison; a changed plan in an old folder would mix two
@@ -117,7 +117,7 @@ def _all_cells(
 def _check_choices(cells: list[Cell]) -> None:
     """Raise, before anything runs, what would stop every cell of a model, data set or pruner."""
     for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
-        if pruner.name != SCRATCH and not is_rival(pruner.name):
+        if pruner.name != SCRATCH and not is_baseline(pruner.name):
             check_knob_names(pruner.name, pruner.knobs)
     for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
         resolve_device(cell.device)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from nni_topo.runs.choices import CompensationChoice, DataChoice, ModelChoice, PrunerChoice, Target
-from nni_topo.studies.plan import Plan
+from nni_topo.studies.plan import ComparisonPlan
 
-DEMO = Plan(
+DEMO = ComparisonPlan(
     models=(ModelChoice("small_cnn"),),
     data=(DataChoice("digits"),),
     pruners=(

@@ -36,7 +36,7 @@ SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """All cells of a comparison: every combination of models, data, pruners, targets and seeds."""
 
     models: tuple[ModelChoice, ...]
@@ -76,18 +76,18 @@ class Plan:
                 yield Cell(model, data, pruner, target, seed, train, retrain, self.device, compensate, distill)
 
 
-def load_plan(path: str | Path) -> Plan:
+def load_plan(path: str | Path) -> ComparisonPlan:
     """Read a plan from a YAML file; DataError if it can't be read, ConfigError if a key is unknown or a value is wrong.
 
-    Keys are those of :class:`Plan`; an entry of ``models``, ``data`` and ``pruners`` is a name or a mapping, one of
-    ``targets`` a mapping such as ``{flops: 0.25}``.
+    Keys are the fields of :class:`ComparisonPlan`; an entry of ``models``, ``data`` and ``pruners`` is a name or a
+    mapping, an entry of ``targets`` a mapping such as ``{flops: 0.25}``.
     """
     content = read_yaml(path, "a plan")
     for name, made in {"models": ModelChoice, "data": DataChoice, "pruners": PrunerChoice, "targets": Target}.items():
         entries = content.get(name, [])
         entries = entries if isinstance(entries, list) else [entries]
         content[name] = tuple(_target(entry) if made is Target else _choice(made, entry, name) for entry in entries)
-    return as_settings(Plan, content, Path(path).name)
+    return as_settings(ComparisonPlan, content, Path(path).name)
 
 
 def _choice(kind: Any, entry: Any, place: str) -> Any:

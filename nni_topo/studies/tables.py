@@ -1,6 +1,6 @@
 """Tables of a comparison's records, and of anything else.
 
-Rivals are the pruners that aren't this package's own, and random choice, which is nobody's.
+Baselines are the pruners that aren't this package's own, and random choice, which is nobody's.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column
     return interval([ours[seed][column] - theirs[seed][column] for seed in seeds])
 
 
-def best_rival(rows: dict[str, dict[int, Record]], column: str) -> str | None:
-    """Return the row with the highest mean among the rivals: the pruners of others, and random choice."""
+def best_baseline(rows: dict[str, dict[int, Record]], column: str) -> str | None:
+    """Return the row with the highest mean among the baselines: the pruners of others, and random choice."""
     own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"} - {"random"} | {SCRATCH}
     means = {}
     for row, runs in rows.items():
@@ -270,7 +270,11 @@ def _convergence(runs: dict[int, Record]) -> str:
 
 def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
     """Show a row's paired difference to the best baseline in a column."""
-    rival = best_rival(rows, column)
-    if rival is None or not any(column in record for record in rows[row].values()):
+    baseline = best_baseline(rows, column)
+    if baseline is None or not any(column in record for record in rows[row].values()):
         return ""
-    return "best baseline" if row == rival else paired_difference(rows[row], rows[rival], column).show(100, sign=True)
+    return (
+        "best baseline"
+        if row == baseline
+        else paired_difference(rows[row], rows[baseline], column).show(100, sign=True)
+    )

@@ -14,7 +14,7 @@ from nni_topo.runs import run as execute
 from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.run import Start
 from nni_topo.runs.widths import layer_ratios
-from nni_topo.studies.plan import Plan
+from nni_topo.studies.plan import ComparisonPlan
 
 
 def cell_of(pruner, **changes):
@@ -25,7 +25,7 @@ def cell_of(pruner, **changes):
         "targets": (Target("ratio", 0.5),),
         "retrain": {"epochs": 1},
     }
-    return next(Plan(**{**factors, **changes}).cells())
+    return next(ComparisonPlan(**{**factors, **changes}).cells())
 
 
 def numbered(images):

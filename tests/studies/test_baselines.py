@@ -10,7 +10,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.speedup import to_dense
-from nni_topo.studies.baselines import cut, is_rival, rival_masks
+from nni_topo.studies.baselines import baseline_masks, cut, is_baseline
 
 
 @pytest.mark.parametrize("name", ["torch-pruning", "torch-pruning-l1", "torch-pruning-fpgm"])
@@ -19,7 +19,7 @@ def test_torch_pruning_meets_the_macs_of_the_other_rows(name):
     images = torch.randn(2, 1, 16, 16)
     before = copy.deepcopy(model.state_dict())
     ratios = layer_ratios(model, images, Target("flops", 0.4))
-    masks, seconds = rival_masks(name, model, images, ratios)
+    masks, seconds = baseline_masks(name, model, images, ratios)
     dense = to_dense(model.eval(), images, masks)
     assert zoo.count_macs(dense, images) / zoo.count_macs(model, images) == pytest.approx(0.4, abs=0.01)
     assert dense(images).shape == (2, 10)
@@ -34,7 +34,7 @@ def test_torch_pruning_takes_whole_heads_of_queries_keys_and_values_together():
     images = torch.randn(2, 1, 16, 16)
     heads = {f"blocks.{block}.attention.{each}_proj": 6 for block in range(5) for each in "qkv"}
     ratios = dict.fromkeys(heads, 1 - 1 / 3) | {f"blocks.{block}.mlp.fc1": 0.75 for block in range(5)}
-    masks, _ = rival_masks("torch-pruning", model, images, ratios, heads)
+    masks, _ = baseline_masks("torch-pruning", model, images, ratios, heads)
     assert masks.keys() == ratios.keys()
     for block in range(5):
         query, key, value = (masks[f"blocks.{block}.attention.{each}_proj"]["bias"] for each in "qkv")
@@ -47,6 +47,6 @@ def test_torch_pruning_takes_whole_heads_of_queries_keys_and_values_together():
 
 
 def test_names():
-    assert not is_rival("l1")
+    assert not is_baseline("l1")
     with pytest.raises(ConfigError, match="did you mean torch-pruning-fpgm"):
-        is_rival("torch-pruning-fpg")
+        is_baseline("torch-pruning-fpg")

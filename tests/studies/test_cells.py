@@ -6,7 +6,7 @@ import pytest
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
-from nni_topo.studies.plan import Plan, load_plan
+from nni_topo.studies.plan import ComparisonPlan, load_plan
 
 
 def plan(**changes):
@@ -16,7 +16,7 @@ def plan(**changes):
         "pruners": (PrunerChoice("l1"), PrunerChoice("random")),
         "targets": (Target("ratio", 0.5), Target("flops", 0.3)),
     }
-    return Plan(**{**factors, **changes})
+    return ComparisonPlan(**{**factors, **changes})
 
 
 def test_every_combination_is_a_cell_and_has_a_key_of_its_own():

@@ -19,7 +19,7 @@ from nni_topo.errors import ConfigError, DataError, instance
 from nni_topo.network.layers.zeros import weights_left
 from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.studies.compare import compare
-from nni_topo.studies.plan import Plan, load_plan
+from nni_topo.studies.plan import ComparisonPlan, load_plan
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import markdown_report
 
@@ -27,7 +27,7 @@ RESULTS = ("accuracy_before", "accuracy_oneshot", "accuracy_recalibrated", "accu
 
 
 def plan(*pruners, seeds=1):
-    return Plan(
+    return ComparisonPlan(
         models=(ModelChoice("small_cnn"),),
         data=(DataChoice("digits", limit=300),),
         pruners=tuple(PrunerChoice(name) for name in pruners),
@@ -174,7 +174,7 @@ def test_cells_in_one_process_run_one_by_one(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
-    broken = Plan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("reconstruction"), PrunerChoice("l1"))})
+    broken = ComparisonPlan(**{**plan("l1").__dict__, "pruners": (PrunerChoice("reconstruction"), PrunerChoice("l1"))})
     records, failures = compare(broken, tmp_path)
     assert [record["pruner"] for record in records] == ["l1"]
     assert "needs calibration" in failures[0].reason
@@ -196,7 +196,7 @@ def test_a_process_that_dies_is_reported_with_its_signal_or_code(tmp_path, monke
     (tmp_path / "dying_nets_for_tests.py").write_text(DYING)
     monkeypatch.syspath_prepend(tmp_path)
     names = [f"dying_nets_for_tests:{name}" for name in ("killed", "leaving")]
-    both = Plan(**{**plan("l1").__dict__, "models": tuple(map(ModelChoice, names))})
+    both = ComparisonPlan(**{**plan("l1").__dict__, "models": tuple(map(ModelChoice, names))})
     records, failures = compare(both, tmp_path / "out")
     assert records == []
     assert [failure.reason for failure in failures] == ["killed by signal 9 (out of memory?)", "ended with exit code 3"]
@@ -209,11 +209,12 @@ def test_a_folder_of_another_comparison_is_refused(tmp_path):
 
 
 def test_a_part_of_the_test_images(tmp_path):
-    few = Plan(**{**plan("l1").__dict__, "data": (DataChoice("digits", limit=300, test_limit=20),)})
+    few = ComparisonPlan(**{**plan("l1").__dict__, "data": (DataChoice("digits", limit=300, test_limit=20),)})
     (record,), _ = compare(few, tmp_path, isolate=False)
     assert record["accuracy_before"] * 20 == pytest.approx(round(record["accuracy_before"] * 20))
+    none = {**few.__dict__, "data": (DataChoice("digits", test_limit=0),)}
     with pytest.raises(ConfigError, match="test_limit must be at least 1, got 0"):
-        compare(Plan(**{**few.__dict__, "data": (DataChoice("digits", test_limit=0),)}), tmp_path, isolate=False)
+        compare(ComparisonPlan(**none), tmp_path, isolate=False)
 
 
 @pytest.mark.parametrize("lost", [1, 5])

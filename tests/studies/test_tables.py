@@ -10,7 +10,7 @@ from scipy import stats
 
 from nni_topo.studies.pictures import plot_accuracy, plot_convergence
 from nni_topo.studies.tables import (
-    best_rival,
+    best_baseline,
     epochs_until_back,
     grouped,
     interval,
@@ -63,14 +63,14 @@ def test_one_value_has_no_interval():
     assert interval([0.5]).show(100) == "50.0"
 
 
-def test_rivals_are_the_pruners_of_others():
+def test_baselines_are_the_pruners_of_others():
     (rows,) = grouped(RECORDS).values()
-    assert best_rival(rows, "accuracy_retrained") == "l1"
+    assert best_baseline(rows, "accuracy_retrained") == "l1"
 
 
-def test_random_choice_is_a_rival_and_a_new_network_is_none():
+def test_random_choice_is_a_baseline_and_a_new_network_is_none():
     (rows,) = grouped([*RECORDS, record("by chance", 0, 0.98, "random"), record("scratch", 0, 0.99)]).values()
-    assert best_rival(rows, "accuracy_retrained") == "by chance"
+    assert best_baseline(rows, "accuracy_retrained") == "by chance"
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.2, 0.9], [0.99, 0.95, 0.999, 1.0], [0.0, 0.01, 0.0]])

@@ -1,7 +1,7 @@
 """Studies that look at a model and change nothing."""
 
 from nni_topo.maths.topology.overlap import overlap_bound, random_overlap_log10, tree_overlap
-from nni_topo.studies.analysis.bounds.propagation import ErrorBound, LayerError, error_bound
+from nni_topo.studies.analysis.bounds.propagation import ErrorBound, LayerErrorBound, error_bound
 from nni_topo.studies.analysis.compression import (
     CriticalCompression,
     LayerCount,
@@ -30,7 +30,7 @@ __all__ = [
     "EvolutionTrial",
     "LayerCount",
     "LayerEnergy",
-    "LayerError",
+    "LayerErrorBound",
     "LayerTopology",
     "NetDeviation",
     "NeuralPersistence",

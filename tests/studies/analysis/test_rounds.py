@@ -133,7 +133,7 @@ def test_tables_and_pictures(finished, tmp_path, drawn):
     assert "| T-IMP - IMP | T-IMP - IMP capped |" in table
     row = next(line for line in table.splitlines() if line.startswith("| 99.9 |"))
     last = [record["rounds"][2]["accuracy"] for record in records]
-    gains = [f"{100 * (last[1] - last[rival]):+.1f} ± 0.0" for rival in (0, 2)]
+    gains = [f"{100 * (last[1] - last[baseline]):+.1f} ± 0.0" for baseline in (0, 2)]
     assert row.endswith(f"| {gains[0]} | {gains[1]} |")
     assert "| small_cnn | classifier.fc2 |" in markdown_overlap(twice)
     files = RoundsStudy(twice).save(tmp_path)

@@ -30,14 +30,14 @@ from torch.fx import GraphModule
 from nni_topo.errors import ConfigError, check_integer, checked, is_finite
 from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
 from nni_topo.studies.analysis.bounds.lipschitz import largest_changes, norm
-from nni_topo.studies.analysis.bounds.stages import Stage, chain, traced
+from nni_topo.studies.analysis.bounds.segments import ChainSegment, chain, traced
 
 _SETTLED = 1e-5
 
 
 @dataclass(frozen=True)
-class LayerError:
-    """What one stage of the network (a layer, or a block that a branch goes past) adds to the error.
+class LayerErrorBound:
+    """What one segment of the network (a layer, or a block that a branch goes past) adds to the error.
 
     All norms are Euclidean, over the whole batch.
 
@@ -46,18 +46,18 @@ class LayerError:
     name : str
         Its layers, joined by ``+``.
     change : float
-        ``||delta W||``, biases and batch norms of the stage included.
+        ``||delta W||``, biases and batch norms of the segment included.
     weight_jacobian : float
         ``||dY(l) / dW(l-1)||``, the largest singular value.
     downstream : float
-        Product of the ``||dY(i) / dY(i-1)||`` of all later stages.
+        Product of the ``||dY(i) / dY(i-1)||`` of all later segments.
     first_order : float
-        The stage's term of (3.9): the product of the three.
+        The segment's term of (3.9): the product of the three.
     directional : float
         ``downstream * ||dY(l) / dW(l-1) delta W||``, the term before norms are separated (B.5): at most
         ``first_order``.
     lipschitz : float
-        The stage's term of the bound that always holds.
+        The segment's term of the bound that always holds.
     """
 
     name: str
@@ -75,13 +75,13 @@ class ErrorBound:
 
     Attributes
     ----------
-    layers : tuple of LayerError
+    layers : tuple of LayerErrorBound
         In network order.
     error : float
         ``||delta Y||`` over the batch.
     """
 
-    layers: tuple[LayerError, ...]
+    layers: tuple[LayerErrorBound, ...]
     error: float
 
     @property
@@ -167,9 +167,9 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     Notes
     -----
     Norms of Jacobians are largest singular values, found from below, by power iteration with forward and reverse
-    derivatives; nothing of the size of a Jacobian is held. A stage that nothing changed has the Jacobian of all of its
-    parameters. Samples don't mix in evaluation mode, so that the norm of ``dY(i) / dY(i-1)`` over a batch is that of
-    the worst sample.
+    derivatives; nothing of the size of a Jacobian is held. An unchanged segment has the Jacobian of all its
+    parameters. Samples don't mix in evaluation mode, so the norm of ``dY(i) / dY(i-1)`` over a batch is that of the
+    worst sample.
 
     The bound that always holds sums, over layers, the exact change of the layer's output at the original's
     activations, times Lipschitz constants of everything behind it, with pruned weights.
@@ -177,16 +177,16 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     check_integer("iterations", iterations, 1, "error_bound")
     graph, other = traced(original, inputs), traced(pruned, inputs)
     changes = _changes(graph, other)
-    stages = chain(graph)
+    segments = chain(graph)
     with torch.no_grad():
         error = norm(other(inputs) - graph(inputs))
     always = largest_changes(graph, other, inputs)
-    local = _local(stages, changes, inputs, iterations)
+    local = _local(segments, changes, inputs, iterations)
     layers = []
-    for stage, (change, jacobian, downstream, directional) in zip(stages, local, strict=True):
-        bound = sum(always.pop(name, 0.0) for name, _ in stage.module.named_modules())
+    for segment, (change, jacobian, downstream, directional) in zip(segments, local, strict=True):
+        bound = sum(always.pop(name, 0.0) for name, _ in segment.module.named_modules())
         terms = (change * jacobian * downstream, directional * downstream, bound)
-        layers.append(LayerError(stage.name, change, jacobian, downstream, *terms))
+        layers.append(LayerErrorBound(segment.name, change, jacobian, downstream, *terms))
     return ErrorBound(tuple(layers), error)
 
 
@@ -244,35 +244,35 @@ def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
 
 
 def _local(
-    stages: list[Stage], changes: dict[str, Tensor], inputs: Tensor, iterations: int
+    segments: list[ChainSegment], changes: dict[str, Tensor], inputs: Tensor, iterations: int
 ) -> list[tuple[float, float, float, float]]:
-    """Return for each stage the change, its weight Jacobian, the downstream product and the directional change."""
+    """Return for each segment the change, its weight Jacobian, the downstream product and the directional change."""
     values, forwards = [inputs], []
     with torch.no_grad():
-        for stage in stages:
-            values.append(stage({}, values[-1]))
+        for segment in segments:
+            values.append(segment({}, values[-1]))
     found = []
-    for stage, value in zip(stages, values, strict=False):
-        own = {name: p.detach() for name, p in stage.module.named_parameters()}
+    for segment, value in zip(segments, values, strict=False):
+        own = {name: p.detach() for name, p in segment.module.named_parameters()}
         moved = {name: changes[name] for name in own if bool(changes[name].any())}
-        # a stage that nothing changed has the Jacobian of all of its parameters
+        # a segment that nothing changed has the Jacobian of all of its parameters
         at = {name: own[name] for name in moved or own}
         change = math.sqrt(sum(norm(each) ** 2 for each in moved.values()))
-        forward = partial(_forward, stage, value)
+        forward = partial(_forward, segment, value)
         jacobian = jacobian_norm(forward, at, per_sample=False, iterations=iterations)
         step = norm(_tangent(forward, at, moved)) if moved else 0.0
         found.append((change, jacobian, step))
-    for stage, value in list(zip(stages, values, strict=False))[1:]:
+    for segment, value in list(zip(segments, values, strict=False))[1:]:
         # samples don't mix in evaluation mode: the norm over a batch is that of the worst sample
-        forwards.append(jacobian_norm(partial(stage, {}), value, per_sample=True, iterations=iterations))
-    # forwards begins with the second stage: from index on it holds what lies behind a stage
+        forwards.append(jacobian_norm(partial(segment, {}), value, per_sample=True, iterations=iterations))
+    # forwards begins with the second segment: from index on it holds what lies behind a segment
     return [
         (change, jacobian, math.prod(forwards[index:]), step) for index, (change, jacobian, step) in enumerate(found)
     ]
 
 
-def _forward(stage: Stage, value: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    return stage(parameters, value)
+def _forward(segment: ChainSegment, value: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    return segment(parameters, value)
 
 
 def _tangent(forward: Callable[[Any], Tensor], at: Any, direction: Any) -> Tensor:

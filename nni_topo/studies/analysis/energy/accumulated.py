@@ -16,7 +16,7 @@ from nni_topo.network.layers import output_channels
 from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
 from nni_topo.network.speedup import dependency_groups, to_dense
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
-from nni_topo.studies.analysis.energy.study import LITTLE, EnergyStudy, Evaluate, Quality, quality_of
+from nni_topo.studies.analysis.energy.study import LITTLE, EnergyStudy, EvaluateQuality, Quality, quality_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def accumulate_energy(
     model: nn.Module,
     layers: Sequence[tuple[str, ...]],
     example_inputs: Any,
-    evaluate: Evaluate,
+    evaluate: EvaluateQuality,
     *,
     threshold: float = 0.01,
     **knobs: Any,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, checked
 from nni_topo.network.runtime import MODEL, detached_copy, leaves_models_alone
-from nni_topo.studies.analysis.energy.study import Evaluate, Quality, quality_of
+from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -71,7 +71,7 @@ def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
 @leaves_models_alone
 def study_dropout(
     models: Mapping[str, Callable[[], nn.Module]],
-    evaluate: Evaluate,
+    evaluate: EvaluateQuality,
     *,
     rates: Sequence[float] = RATES,
     seed: int = 0,

@@ -27,7 +27,14 @@ from nni_topo.studies.analysis.energy.dropout import RATES, study_dropout
 from nni_topo.studies.analysis.energy.plots import layer_plot
 from nni_topo.studies.analysis.energy.replacement import study_replacement
 from nni_topo.studies.analysis.energy.selection import study_selection
-from nni_topo.studies.analysis.energy.study import EnergyStudy, Evaluate, LayerEnergy, Quality, masks_of, quality_on
+from nni_topo.studies.analysis.energy.study import (
+    EnergyStudy,
+    EvaluateQuality,
+    LayerEnergy,
+    Quality,
+    masks_of,
+    quality_on,
+)
 from nni_topo.studies.study import plain
 
 _SUBSET = 256
@@ -43,7 +50,7 @@ class Subject:
 
     start: Start
     study: EnergyStudy
-    evaluate: Evaluate
+    evaluate: EvaluateQuality
     knobs: dict[str, Any]
     layer: str | None
     pictures: dict[str, Figure] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models
 from nni_topo.network.speedup import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
-from nni_topo.studies.analysis.energy.study import Evaluate, Quality, quality_of
+from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 KINDS = ("kept", "removed", "random", "copied", "evolved")
 _TOURNAMENT = 3
@@ -54,11 +54,11 @@ def study_replacement(
     model: nn.Module,
     layer: str,
     example_inputs: Any,
-    evaluate: Evaluate,
+    evaluate: EvaluateQuality,
     *,
     threshold: float = 0.1,
     kinds: Sequence[str] = KINDS,
-    fitness: Evaluate | None = None,
+    fitness: EvaluateQuality | None = None,
     repair: Callable[[nn.Module], nn.Module] | None = None,
     evolution: FilterEvolution | None = None,
     seed: int = 0,
@@ -152,7 +152,7 @@ class _Surgeon:
         donors = others[torch.randint(len(others), (int(self.weak.sum()),), generator=self.generator)]
         return self._with(self.weight[donors], donors)
 
-    def evolved(self, evaluate: Evaluate, settings: FilterEvolution) -> nn.Module:
+    def evolved(self, evaluate: EvaluateQuality, settings: FilterEvolution) -> nn.Module:
         """Return a copy with the fittest filters: tournaments, filters dealt from two parents, normal mutation."""
         population = [self._drawn() for _ in range(settings.population_size)]
         losses = [quality_of(evaluate, self._with(filters)).loss for filters in population]
@@ -175,8 +175,8 @@ class _Surgeon:
         return self.scale * drawn.to(self.weight.device)
 
     def _winner(self, losses: list[float]) -> int:
-        rivals = torch.randint(len(losses), (_TOURNAMENT,), generator=self.generator).tolist()
-        return int(rivals[first_smallest([losses[rival] for rival in rivals])])
+        baselines = torch.randint(len(losses), (_TOURNAMENT,), generator=self.generator).tolist()
+        return int(baselines[first_smallest([losses[baseline] for baseline in baselines])])
 
     def _with(self, filters: Tensor, donors: Tensor | None = None) -> nn.Module:
         changed: nn.Module = detached_copy(self.model)

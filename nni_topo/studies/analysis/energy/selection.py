@@ -40,7 +40,7 @@ from nni_topo.network.runtime import (
 )
 from nni_topo.network.speedup import Network, masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
-from nni_topo.studies.analysis.energy.study import Evaluate, Quality, quality_of
+from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 METHODS = ("random", "energy", "energy, genetic", "taylor", "taylor, genetic", "loss, genetic")
 LabelledBatches = Sequence[tuple[Tensor, Tensor]]
@@ -64,7 +64,7 @@ def study_selection(
     layer: str,
     example_inputs: Any,
     batches: LabelledBatches,
-    evaluate: Evaluate,
+    evaluate: EvaluateQuality,
     *,
     keep: int,
     methods: Sequence[str] = METHODS,
@@ -163,7 +163,7 @@ class _Search:
         best: BoolArray = search.current_generation[0].genes
         return best
 
-    def judged(self, kept: BoolArray, seconds: float, evaluate: Evaluate) -> Selection:
+    def judged(self, kept: BoolArray, seconds: float, evaluate: EvaluateQuality) -> Selection:
         """Evaluate the network without the filters that don't stay."""
         module: Any = self.model.get_submodule(self.layer)
         masks = {"weight": spread(module, torch.from_numpy(kept))}

@@ -47,10 +47,10 @@ class Quality:
     accuracy: float
 
 
-Evaluate = Callable[[nn.Module], Quality]
+EvaluateQuality = Callable[[nn.Module], Quality]
 
 
-def quality_of(evaluate: Evaluate, model: nn.Module) -> Quality:
+def quality_of(evaluate: EvaluateQuality, model: nn.Module) -> Quality:
     """Return what an evaluation says of a model; ConfigError if that is no Quality."""
     found = evaluate(model)
     instance(Quality).check("what evaluate returns", found, "evaluate")
@@ -206,7 +206,7 @@ def study_energy(
     model: nn.Module,
     layers: Sequence[str],
     example_inputs: Any,
-    evaluate: Evaluate | None = None,
+    evaluate: EvaluateQuality | None = None,
     *,
     thresholds: Sequence[float] = THRESHOLDS,
     together: bool = True,
@@ -301,7 +301,7 @@ def _evaluate_alone(
     model: nn.Module,
     example_inputs: Any,
     masks: dict[float, Masks],
-    evaluate: Evaluate,
+    evaluate: EvaluateQuality,
     baseline: Quality,
 ) -> None:
     known = {0: baseline}
@@ -317,7 +317,7 @@ def _whole_networks(
     example_inputs: Any,
     masks: dict[float, Masks],
     rows: list[LayerEnergy],
-    evaluate: Evaluate | None,
+    evaluate: EvaluateQuality | None,
 ) -> dict[float, WholeNetwork]:
     cost = NetworkCost(model, example_inputs)
     found = {}

@@ -28,7 +28,7 @@ def markdown_rounds(records: Iterable[Record]) -> str:
         head = ["asked gone %"]
         for method in methods:
             head += [f"{method}: kept %", "accuracy %", "channels connected %", "outputs reached %"]
-        head += [f"T-IMP - {rival.partition(',')[0]}" for _, rival in _rivals(methods)]
+        head += [f"T-IMP - {baseline.partition(',')[0]}" for _, baseline in _baselines(methods)]
         rows = [_row(methods, index) for index in range(len(runs[0]["rounds"]))]
         parts.append(f"**{model} on {runs[0]['data']}, {what}; dense {before} %**\n\n")
         parts[-1] += markdown_table(head, rows, left=0) + "\n"
@@ -105,20 +105,20 @@ def _row(methods: dict[str, list[Record]], index: int) -> list[str]:
         cells.append(show_accuracies([run["rounds"][index]["accuracy"] for run in runs]))
         cells += [f"{100 * _mean(runs, index, key):.1f}" for key in ("channels_connected", "outputs_reached")]
     by_seed = {m: {run["seed"]: run["rounds"][index]["accuracy"] for run in runs} for m, runs in methods.items()}
-    for ours, rival in _rivals(methods):
-        seeds = sorted(by_seed[ours].keys() & by_seed[rival].keys())
-        gains = [by_seed[ours][seed] - by_seed[rival][seed] for seed in seeds]
+    for ours, baseline in _baselines(methods):
+        seeds = sorted(by_seed[ours].keys() & by_seed[baseline].keys())
+        gains = [by_seed[ours][seed] - by_seed[baseline][seed] for seed in seeds]
         cells.append(interval(gains).show(100, sign=True))
     return cells
 
 
-def _rivals(methods: dict[str, list[Record]]) -> list[tuple[str, str]]:
+def _baselines(methods: dict[str, list[Record]]) -> list[tuple[str, str]]:
     """Return T-IMP, rewound or not, with each method that it is compared with."""
     return [
-        (ours, rival)
+        (ours, baseline)
         for ours in methods
-        for rival in methods
-        if ours.startswith("T-IMP") and rival in (ours.replace("T-IMP", name) for name in ("IMP", "IMP capped"))
+        for baseline in methods
+        if ours.startswith("T-IMP") and baseline in (ours.replace("T-IMP", name) for name in ("IMP", "IMP capped"))
     ]
 
 

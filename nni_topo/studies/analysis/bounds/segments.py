@@ -1,4 +1,4 @@
-"""A network as a chain of stages, each a layer with weights and what follows it up to the next one."""
+"""A network as a chain of segments, each a layer with weights and what follows it up to the next one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nni_topo.network.runtime import call_arguments, check_model, detached_copy
 
 
 @dataclass(frozen=True)
-class Stage:
+class ChainSegment:
     """A part of a network that one value enters and one leaves; its module's parameters are named as in the network."""
 
     # convolutions and linear layers; more than one where a branch goes past them, as in a residual block
@@ -51,8 +51,8 @@ def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
     return graph_module
 
 
-def chain(graph_module: GraphModule) -> list[Stage]:
-    """Cut a traced network of one output into stages, each from a layer on whose input all that follows depends."""
+def chain(graph_module: GraphModule) -> list[ChainSegment]:
+    """Cut a traced network of one output into segments, each from a layer on whose input all that follows depends."""
     segments: list[list[Node]] = [[]]
     starts: list[Node] = []
     named: list[list[str]] = [[]]
@@ -71,7 +71,7 @@ def chain(graph_module: GraphModule) -> list[Stage]:
     if not named[0]:
         raise ConfigError("the propagation of errors needs a convolution or linear layer, got none (model)")
     return [
-        Stage(tuple(dict.fromkeys(layers)), _segment(graph_module, start, nodes))
+        ChainSegment(tuple(dict.fromkeys(layers)), _segment(graph_module, start, nodes))
         for start, nodes, layers in zip(starts, segments, named, strict=True)
     ]
 
