@@ -17,7 +17,7 @@ from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.io import checkpoint as serialization
-from nni_topo.network.layers.zeros import weights_left
+from nni_topo.network.layers.kinds import weights_left
 from nni_topo.runs.choices import CompensationChoice, DataChoice, ModelChoice, load_prune_config
 from nni_topo.runs.prune import prune_checkpoint
 from nni_topo.studies.compare import compare

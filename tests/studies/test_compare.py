@@ -16,7 +16,7 @@ from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError, DataError, instance
-from nni_topo.network.layers.zeros import weights_left
+from nni_topo.network.layers.kinds import weights_left
 from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.studies.compare import compare
 from nni_topo.studies.plan import ComparisonPlan, load_plan

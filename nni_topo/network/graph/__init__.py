@@ -1,7 +1,5 @@
 """The graph of a model."""
 
-from nni_topo.network.graph.graph_module import on_modules
-from nni_topo.network.graph.layer_sizes import layer_sizes
 from nni_topo.network.graph.nodes import (
     IN_TRAINING,
     RANDOM,
@@ -9,13 +7,14 @@ from nni_topo.network.graph.nodes import (
     is_of_forward,
     line_of,
     makes_mask,
+    on_modules,
     place,
     plain_name,
     tensor_shape,
 )
 from nni_topo.network.graph.submodules import is_in_parts
 from nni_topo.network.graph.traced_int import TracedInt, counted, resized
-from nni_topo.network.graph.tracing import Recording, arguments, trace
+from nni_topo.network.graph.tracing import Recording, arguments, layer_sizes, trace
 from nni_topo.network.graph.training_only import Steps, add_training, evaluated, unused_parameters
 
 __all__ = [

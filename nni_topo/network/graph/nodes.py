@@ -1,25 +1,20 @@
-"""What a node of a graph is called, where it stands, what it gives, and the marks in its ``meta``."""
+"""Graphs: a node's name, place, output shape and marks in ``meta``; graph modules whose children may have any name."""
 
 from __future__ import annotations
 
 import operator
 import sys
 from types import FrameType
+from typing import Any, ClassVar
 
 import torch.fx
+from torch import nn
+from torch.fx import Graph, GraphModule
 
-RECORDED = "_recorded"  # what a graph that was recorded calls constants, with a number behind it
-
-
+RECORDED = "_recorded"  # the name of a constant in a recorded graph starts with it, a number follows
 RANDOM = "nni_topo_random"  # in a node's meta: whether it draws random numbers
-
-
-IN_TRAINING = "nni_topo_in_training"  # in a node's meta: whether training mode alone reaches it
-
-
-TRAINED_OUTPUT = "nni_topo_trained_output"  # and whether the model then puts out what it gives
-
-
+IN_TRAINING = "nni_topo_in_training"  # in a node's meta: whether only training mode reaches it
+TRAINED_OUTPUT = "nni_topo_trained_output"  # in a node's meta: whether its value is an output in training mode
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
 
@@ -76,3 +71,37 @@ def plain_name(node: torch.fx.Node) -> str:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     # Underscores in front (``__add__``) and behind (``add_``) say how it is called, not what it does to channels.
     return "getitem" if node.target is operator.getitem else name.strip("_")
+
+
+# What PyTorch and this package ask a graph module for while they use it.
+_NEEDED = {"add_submodule", "delete_submodule", "delete_all_unused_submodules", "graph", "meta", "recompile"}
+_OWN = {name for name in set(dir(GraphModule)) - set(dir(nn.Module)) - _NEEDED if not name.startswith("_")}
+_OWN.add("shape_env")  # which instances have
+
+
+class _Shadowed(GraphModule):
+    """A graph module that gives its children where these have the names of what it has itself, ``code`` for one."""
+
+    shadowed: ClassVar[frozenset[str]] = frozenset()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in type(self).shadowed:
+            children = object.__getattribute__(self, "__dict__").get("_modules", {})
+            if name not in children:
+                raise AttributeError(name)  # it isn't there yet
+            return children[name]
+        return super().__getattribute__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The constructor's own, which would take the child's place.
+        if name not in type(self).shadowed or isinstance(value, nn.Module):
+            super().__setattr__(name, value)
+
+
+def on_modules(root: nn.Module | dict[str, Any], graph: Graph, name: str) -> GraphModule:
+    """Put a graph on modules, as `torch.fx.GraphModule` does."""
+    firsts = {str(node.target).partition(".")[0] for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    shadowed = frozenset(firsts & _OWN)
+    kind: Any = type("_Shadowed", (_Shadowed,), {"shadowed": shadowed}) if shadowed else GraphModule
+    made: GraphModule = kind(root, graph, name)
+    return made

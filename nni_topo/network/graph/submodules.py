@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.network.graph.graph_module import on_modules
+from nni_topo.network.graph.nodes import on_modules
 from nni_topo.network.layers import with_heads
 from nni_topo.network.runtime import (
     Call,

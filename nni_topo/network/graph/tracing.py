@@ -1,4 +1,4 @@
-"""The graph of a model, found by running it: `trace`."""
+"""The graph of a model, found by running it (`trace`), and the sizes at which its layers run (`layer_sizes`)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,33 @@ from typing import Any
 import numpy as np
 import torch
 import torch.fx
+from torch import Tensor, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.network.attention import Attention, Given, find_attention, is_stepwise, open_attention
-from nni_topo.network.graph.layer_results import LayerResults
+from nni_topo.network.attention import Attention, Given, find_attention, is_stepwise, mixing_called, open_attention
 from nni_topo.network.graph.nodes import RANDOM
-from nni_topo.network.graph.recording import record
+from nni_topo.network.graph.recording import LayerResults, record
 from nni_topo.network.graph.submodules import by_parts, is_in_parts, part_arguments
+from nni_topo.network.layers import (
+    CONVOLUTIONS,
+    WEIGHTED,
+    LayerSizes,
+    call_of,
+    check_covers_kernel,
+    has_own_forward,
+    inner_of,
+)
 from nni_topo.network.runtime import (
     Call,
     bind_arguments,
     called,
     detached_copy,
     drawn_since,
+    evaluation_mode,
     fast_paths_off,
+    left_alone,
     out_of_memory,
     random_state_kept,
     random_states,
@@ -261,3 +272,48 @@ def _check_same(expected: Any, actual: Any, model: torch.nn.Module, *, is_drawn:
                 f"got some of Python's or NumPy's ({type(model).__name__})"
             )
         raise SpeedupError(f"a graph must compute what its model does, got other outputs ({type(model).__name__})")
+
+
+def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
+    """Note the shapes at which convolutions and linear layers run; ConfigError if the call doesn't fit the model."""
+    sizes: LayerSizes = {}
+
+    def note(name: str, entered: Any, left: Any) -> None:
+        if not isinstance(entered, Tensor):
+            return  # rows of several lengths, packed
+        module: Any = model.get_submodule(name)
+        attends, recurs = (isinstance(module, kind) for kind in (nn.MultiheadAttention, nn.RNNBase))
+        leaving = (*entered.shape[:-1], 3 * entered.shape[-1]) if attends else tensors_of(left)[0].shape
+        if inner_of(module) is not None:
+            # What it goes on with behind its convolution has sizes of its own.
+            call = call_of(module, entered)
+            if isinstance(module, nn.Linear):
+                leaving = (*entered.shape[:-1], module.out_features)
+            else:
+                leaving = (len(entered), module.out_channels, *call.output_size)
+        pair = tuple(entered.shape), tuple(leaving)
+        if recurs and not module.batch_first and entered.dim() == 3:
+            pair = (pair[0][1::-1] + pair[0][2:], pair[1][1::-1] + pair[1][2:])
+        sizes.setdefault(name, []).append(pair)
+
+    def check(name: str, module: nn.Module, entered: Tensor) -> None:
+        check_covers_kernel(name, call_of(module, entered))
+
+    # Of attention: what makes queries, keys and values in one.
+    kinds = (*WEIGHTED, nn.MultiheadAttention, nn.RNNBase)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    hooks = watched(
+        # What another class does to its input before it convolves is its own affair, and so is what it needs.
+        [
+            (module, partial(check, name, module))
+            for name, module in layers
+            if isinstance(module, CONVOLUTIONS) and not has_own_forward(module)
+        ],
+        [(module, partial(note, name)) for name, module in layers],
+    )
+    with left_alone(model), hooks, evaluation_mode(model), mixing_called(model), torch.no_grad():
+        try:
+            model(*call[0], **call[1])
+        except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
+            raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
+    return sizes

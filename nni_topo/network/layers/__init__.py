@@ -1,6 +1,5 @@
 """Layers: what kinds there are, where they hold channels, and how they lose some."""
 
-from nni_topo.network.layers.batch_norm import norm_scale, through_norms
 from nni_topo.network.layers.constructors import (
     Place,
     number_at,
@@ -65,20 +64,23 @@ from nni_topo.network.layers.kinds import (
     is_scripted,
     is_transposed_linear,
     kept_channels,
+    norm_scale,
     of_output,
     output_channels,
     per_channel_names,
     register_module,
     row_names,
     spread,
+    through_norms,
     weight_is_computed,
     weight_name,
     weight_of,
+    weights_left,
+    zeros_held,
 )
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out, safely_laid_out
 from nni_topo.network.layers.original_width import ShiftedRMSNorm, channel_dim, count, response_norm
 from nni_topo.network.layers.slicing import AlongChannels, count_channels, cut, cut_along, keep
-from nni_topo.network.layers.zeros import weights_left, zeros_held
 
 __all__ = [
     "CONVOLUTIONS",

@@ -1,9 +1,10 @@
-"""Layers that make channels: how many, and where their weights hold them."""
+"""Layers: how many channels they output, where their weights hold these, what norms and pruned weights do to them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +12,19 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nni_topo.errors import checked, unknown_name
 from nni_topo.network.layers.derived import inner_of
 from nni_topo.network.layers.original_width import channel_dim, plain_norm, response_norm
-from nni_topo.network.runtime import STRUCTURE, counted_places, detached_copy, evaluation_mode, leaves_models_alone
+from nni_topo.network.runtime import (
+    MODEL,
+    STRUCTURE,
+    counted_places,
+    detached_copy,
+    evaluation_mode,
+    leaves_models_alone,
+)
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
@@ -316,3 +325,86 @@ def by_channel(module: nn.Module, values: Tensor) -> Tensor:
 def can_follow(value: Any) -> bool:
     """Tell whether a value that the model uses by itself is a parameter that can lose channels."""
     return isinstance(value, torch.nn.Parameter) and value.is_floating_point() and value.numel() > 1
+
+
+def norm_scale(norm: nn.Module) -> Tensor | None:
+    """Return by how much a norm multiplies each channel, ``(channels,)``; None if that depends on the batch."""
+    module: Any = norm
+    if module.running_var is None:
+        return None
+    # Not fuse_conv_bn_weights, which computes in the network's own precision: the root of a small variance needs more.
+    scale: Tensor = (module.running_var.detach().double() + module.eps).rsqrt()
+    return scale if module.weight is None else scale * module.weight.detach().double()
+
+
+def through_norms(norms: Iterable[nn.Module], constants: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scale of norms one after the other, and what they make of constants; both ``(channels,)``."""
+    constants = constants.detach().double()
+    scale = torch.ones_like(constants)
+    for norm in norms:
+        own = norm_scale(norm)
+        if own is None:
+            continue
+        module: Any = norm
+        scale, constants = scale.to(own.device) * own, constants.to(own.device)
+        # The mean first: where it is large it would cancel against an offset that was made of it.
+        constants = (constants - module.running_mean.detach().double()) * own
+        constants = constants if module.bias is None else constants + module.bias.detach().double()
+    return scale, constants
+
+
+@checked(model=MODEL)
+@contextmanager
+def zeros_held(model: nn.Module) -> Iterator[None]:
+    """Keep the weights that are zero at zero while a network trains.
+
+    Masks of single weights leave zeros in the network that :func:`~nni_topo.to_dense` returns. Within this context the
+    gradients at zeros of the weights of convolutions and linear layers are zero, and so are the zeros themselves after
+    every optimizer's step, whatever it does with momentum, weight decay or whole matrices.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network, not wrapped by a pruner. Weights shared between layers count once.
+
+    Notes
+    -----
+    A copy of the network that is made within the context isn't held, nor is a weight that a parametrization computes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> layer = nn.Linear(2, 1)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[0.0, 2.0]]))
+    >>> with zeros_held(layer):
+    ...     layer(torch.ones(1, 2)).sum().backward()
+    >>> layer.weight.grad.tolist()
+    [[0.0, 1.0]]
+    """
+    held = [(weight, weight != 0) for weight in _weights(model) if weight.requires_grad and not bool(weight.all())]
+    handles = [weight.register_hook(lambda gradient, kept=kept: gradient * kept) for weight, kept in held]
+
+    @torch.no_grad()
+    def restore(*_: Any) -> None:
+        for weight, kept in held:
+            if weight.is_leaf:
+                weight.mul_(kept.to(weight.device))
+
+    handles.append(register_optimizer_step_post_hook(restore))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def weights_left(model: nn.Module) -> int:
+    """Count the parameters without the zeros in the weights of convolutions and linear layers."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total - sum(int((weight == 0).sum()) for weight in _weights(model))
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    """Return the weights of all convolutions and linear layers, each once."""
+    found = (module.weight for module in model.modules() if isinstance(module, WEIGHTED))
+    return list({id(weight): weight for weight in found}.values())

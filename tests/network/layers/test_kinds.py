@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from nni.compression.speedup.replacer import Replacer
@@ -11,7 +13,7 @@ from torch.nn import functional
 
 import nni_topo
 from nni_topo.network import register_module
-from nni_topo.network.layers.kinds import RULES
+from nni_topo.network.layers.kinds import RULES, norm_scale, through_norms, weights_left
 from nni_topo.network.layers.original_width import CountedLayerNorm, channel_dim
 
 CONVOLUTIONS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -180,3 +182,103 @@ def test_channels_are_shuffled_in_the_dense_models_own_order():
     dense = nni_topo.to_dense(model, random_images(), masks)
     # Compared by `to_dense` itself; halves that lost different channels bring some back, never most.
     assert all(dense.get_submodule(name).out_channels <= model.get_submodule(name).out_channels - 2 for name in masks)
+
+
+def drawn(channels: int, **knobs: bool) -> nn.BatchNorm2d:
+    generator = torch.Generator().manual_seed(channels)
+    norm = nn.BatchNorm2d(channels, **knobs).double().eval()
+    if norm.running_var is not None:
+        norm.running_mean.copy_(torch.randn(channels, generator=generator))
+        norm.running_var.copy_(torch.rand(channels, generator=generator))
+    for parameter in norm.parameters():
+        parameter.data.copy_(torch.randn(channels, generator=generator))
+    return norm
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_do_to_constants_what_they_do_to_images(affine):
+    norms = [drawn(4, affine=affine), drawn(4, affine=True)]
+    constants = torch.tensor([0.5, -1.0, 100.0, 0.0])
+    with torch.no_grad():
+        expected = nn.Sequential(*norms)(constants.double().view(1, -1, 1, 1)).flatten()
+        steeper = nn.Sequential(*norms)(constants.double().add(1.0).view(1, -1, 1, 1)).flatten()
+    scale, offset = through_norms(norms, constants)
+    torch.testing.assert_close(offset, expected)
+    torch.testing.assert_close(scale, steeper - expected)
+
+
+def test_norm_without_running_statistics_has_no_scale():
+    norm = drawn(3, track_running_stats=False)
+    assert norm_scale(norm) is None
+    scale, offset = through_norms([norm], torch.arange(3.0))
+    assert scale.tolist() == [1.0, 1.0, 1.0]
+    assert offset.tolist() == [0.0, 1.0, 2.0]
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].weight[1:, :, 0] = 0.0
+        model[3].weight[0, 1:3] = 0.0
+        model[3].bias.zero_()
+    return model
+
+
+def train(model: nn.Module, optimizer: type[torch.optim.Optimizer], **knobs: float) -> None:
+    steps = optimizer(model.parameters(), lr=0.1, weight_decay=0.1, **knobs)
+    for _ in range(5):
+        steps.zero_grad()
+        model(torch.randn(8, 1, 3, 3)).square().sum().backward()
+        steps.step()
+
+
+@pytest.mark.parametrize(("optimizer", "knobs"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})])
+def test_zeros_stay_and_everything_else_learns(optimizer, knobs):
+    model, before = net(), net()
+    with nni_topo.zeros_held(model):
+        train(model, optimizer, **knobs)
+    for index in (0, 3):
+        was, now = before[index].weight, model[index].weight
+        assert torch.equal(was == 0, now == 0)
+        assert not (was == now)[was != 0].any()
+    assert model[3].bias.ne(0).all()
+    assert weights_left(model) == sum(p.numel() for p in model.parameters()) - 9 - 2
+
+
+def test_afterwards_zeros_learn_again():
+    model = net()
+    with nni_topo.zeros_held(model):
+        pass
+    train(model, torch.optim.SGD)
+    assert bool(model[0].weight.all())
+    assert bool(model[3].weight.all())
+
+
+def test_copies_and_frozen_weights_are_left_as_they_are():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    with nni_topo.zeros_held(model):
+        copied = copy.deepcopy(model)
+        train(copied, torch.optim.SGD)
+    assert torch.equal(copied[0].weight, model[0].weight)
+
+
+def test_an_optimizer_of_whole_matrices_moves_no_zero():
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        layer.weight[torch.rand(8, 8) < 0.5] = 0.0
+    kept = layer.weight != 0
+    steps = torch.optim.Muon(layer.parameters(), lr=0.1)
+
+    def step() -> None:
+        steps.zero_grad()
+        layer(torch.randn(16, 8)).square().sum().backward()
+        steps.step()
+
+    with nni_topo.zeros_held(layer):
+        step()
+    assert torch.equal(layer.weight != 0, kept)
+    step()
+    assert not torch.equal(layer.weight != 0, kept)
