@@ -1,14 +1,14 @@
-"""Heads and neurons of transformers: what is left by each choice, and what each rule recovers without a label.
+"""Heads and neurons of transformers: what each criterion keeps, and what each method recovers without a label.
 
     python benchmarks/bench_transformers.py vit_small --data-dir DIR --out runs/transformers
 
 trains a net of the zoo for each seed (``bert_small``, and ``gpt_small``, which needs no folder, alike), keeps half, a
 third and a sixth of the heads of every layer with half, a quarter and an eighth of the MLP's neurons, chosen by each
-pruner (of "narrower heads" all heads, with at most so many of their channels), and recovers each by each rule from the
-same unlabelled rows; 256 more judge what is distilled. ``--retrained`` adds an epoch with labels to what was shipped
-and to what was distilled, or to one of the two. A line per figure goes to ``transformers.jsonl``, nets to files beside
-it; the same command goes on where it was stopped. Of 2,000 test images the accuracy in percent, of 256 rows of text
-bits per byte; differences are paired by net. What dense nets take is timed in turns with the whole one.
+criterion (of "narrower heads" all heads, with at most so many of their channels), and recovers each by each method from
+the same unlabelled rows; 256 more judge what is distilled. ``--retrained`` fine-tunes for an epoch with labels after no
+recovery and after distillation, or after one of the two. A line per figure goes to ``transformers.jsonl``, nets to
+files beside it; the same command goes on where it was stopped. Of 2,000 test images the accuracy in percent, of 256
+rows of text bits per byte; differences are paired by net. Dense nets are timed in turns with the unpruned one.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ METHODS = {
 }
 RULES = ("as shipped", *METHODS, "solved, distilled")
 RETRAINED = ("as shipped", "solved, distilled")
+TITLES = {"as shipped": "no recovery", "solved": "weight reconstruction", "retrained": "fine-tuned"}
+"""What tables print for words of a rule's name, which command lines and records have had since the first runs."""
 _LOOKED_AT = 512
 _JUDGING = 256
 
@@ -81,7 +83,7 @@ def main() -> None:
         "--retrained",
         nargs="*",
         choices=RETRAINED,
-        help="then an epoch with labels, too, behind these (default: both)",
+        help="also fine-tune for an epoch with labels after these (default: both)",
     )
     options = parser.parse_args()
     options.choices = options.choices or [
@@ -197,15 +199,15 @@ class _Recovered:
 
 
 def _times(start: Start, dense: nn.Module) -> dict[str, float]:
-    """Return the shares of products and of time, one thread and 64 rows, that a dense net has of the whole one's."""
-    rows, nets = start.data.test.tensors[0][:64], {"whole": start.net, "dense": dense}
+    """Return a dense net's MACs and time, one thread and 64 rows, as shares of the unpruned one's."""
+    rows, nets = start.data.test.tensors[0][:64], {"unpruned": start.net, "dense": dense}
     macs = {name: zoo.count_macs(net, rows[:1]) for name, net in nets.items()}
     times = zoo.latencies(nets, rows, runs=20)
-    return {"macs": macs["dense"] / macs["whole"], "latency": times["dense"] / times["whole"]}
+    return {"macs": macs["dense"] / macs["unpruned"], "latency": times["dense"] / times["unpruned"]}
 
 
 def _print(records: list[dict[str, Any]]) -> None:
-    """Print in Markdown what is lost of the whole nets and by how much less than by norm, with 95 % intervals."""
+    """Print in Markdown what is lost beside the unpruned nets and by how much less than by norm, with intervals."""
     is_text = records[0]["key"][0] == "gpt_small"
     scale, digits, better = (1, 3, -1) if is_text else (100, 1, 1)
     lost: dict[tuple[Any, ...], dict[int, float]] = defaultdict(dict)
@@ -213,10 +215,11 @@ def _print(records: list[dict[str, Any]]) -> None:
         _, seed, heads, _, choice, rule = record["key"]
         lost[choice, rule, heads][seed] = better * (record["whole"] - record["worth"])
     shares = [heads for heads, _ in SHARES]
-    titles = " | ".join(f"1/{round(1 / each)} of the heads" for each in shares)
     nets = {record["key"][1]: record["whole"] for record in records}
-    print(f"\nwhole: {interval(list(nets.values())).show(scale, digits)}\n")
-    print(f"| choice | rule | lost: {titles} | less than by norm: {titles} | CPU s |\n|---|---|{'---:|' * 7}")
+    print(f"\nunpruned: {interval(list(nets.values())).show(scale, digits)}\n")
+    kept = "half | a third | a sixth"
+    lost_titles = kept.replace("half", "half kept")
+    print(f"| criterion | method | {lost_titles} | less than by norm: {kept} | CPU s |\n|---|---|{'---:|' * 7}")
     every = [*RULES, *(f"{rule}, retrained" for rule in RETRAINED)]
     order = [(c, r) for c in CHOICES for r in every if any((c, r) == (choice, rule) for choice, rule, _ in lost)]
     for choice, rule in order:
@@ -228,14 +231,15 @@ def _print(records: list[dict[str, Any]]) -> None:
             for cell, norm in zip(cells, norms, strict=True)
         ]
         seconds = [record["seconds"] for record in records if tuple(record["key"][4:]) == (choice, rule)]
-        print(f"| {choice} | {rule} | {' | '.join((*shown, *apart))} | {sum(seconds) / len(seconds):.0f} |")
+        method = ", ".join(TITLES.get(word, word) for word in rule.split(", "))
+        print(f"| {choice} | {method} | {' | '.join((*shown, *apart))} | {sum(seconds) / len(seconds):.0f} |")
     for choice, heads in itertools.product(_TIMED, shares):
         timed = [record for record in records if "macs" in record and record["key"][2:5:2] == [heads, choice]]
         parts = [
             f"{key} {interval([each[key] for each in timed]).show(digits=3)}" for key in ("macs", "latency") if timed
         ]
         if parts:
-            print(f"{choice}, 1/{round(1 / heads)} of the heads, share of the whole net's: {', '.join(parts)}")
+            print(f"{choice}, 1/{round(1 / heads)} of the heads, share of the unpruned net's: {', '.join(parts)}")
 
 
 def _show(values: Iterable[float], scale: float, digits: int, *, sign: bool = False) -> str:

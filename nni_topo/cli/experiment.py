@@ -37,9 +37,9 @@ class Run(Verb):
     """Start NNI's manager, show progress, export the best trial, stop the manager."""
 
     config: tyro.conf.Positional[Path | None] = None  # NNI's experiment file; see configs/experiments/
-    resume: str | None = None  # identifier of an experiment that was stopped or killed: go on with it
-    port: int = 8080  # of the web page and the REST API
-    listen_everywhere: bool = False  # on all interfaces, without a password: for trials on other machines
+    resume: str | None = None  # identifier of an experiment that was stopped or killed, to continue it
+    port: int = 8080  # port of the web page and the REST API
+    listen_everywhere: bool = False  # listen on all interfaces, without a password, for trials on other machines
     out: Path  # output folder
 
     def run(self, console: Console) -> int:
@@ -90,7 +90,7 @@ class _Look(Verb):
     """A look at an experiment."""
 
     id: tyro.conf.Positional[str | None] = None  # NNI's identifier; None: the experiment started last
-    port: int | None = None  # instead of an identifier: where the experiment runs
+    port: int | None = None  # port of the running experiment, instead of an identifier
 
     def chosen(self, trial: str | None = None) -> tuple[TrialRecord, str | None]:
         """Return the best trial, or the one asked for, and the experiment's trial command."""
@@ -142,7 +142,7 @@ class Export(_Look):
     """Copy the best trial's dense model and config_list."""
 
     trial: str | None = None  # identifier of another trial than the best one
-    rerun: bool = False  # run it again here if its files aren't here
+    rerun: bool = False  # run the trial again on this machine if its files aren't here
     out: Path  # output folder
 
     def run(self, console: Console) -> int:

@@ -23,15 +23,15 @@ class Profile(ModelVerb):
     """Measure one model before and after pruning, in turns: time, throughput, memory, MACs, parameters."""
 
     dense: Path | None = None  # file of nni_topo.save; None: the model pruned at random
-    ratio: float = 0.5  # share of the channels that goes without a file, in [0, 1)
-    round_to: int | Literal["auto"] | None = None  # channels that are left are a multiple of it
+    ratio: float = 0.5  # share of the channels to prune without a file, in [0, 1)
+    round_to: int | Literal["auto"] | None = None  # kept channels are a multiple of it
     modes: Names = ("plain",)  # of plain, channels_last, bf16, compile
-    batch_size: int = 1  # at least 1
-    image_size: int = 32  # pixels
-    in_channels: int = 3  # of the images
-    classes: int = 10  # of the output
+    batch_size: int = 1  # samples in a batch, at least 1
+    image_size: int = 32  # height and width in pixels
+    in_channels: int = 3  # channels of the images
+    classes: int = 10  # classes of the output
     runs: int = 30  # timed passes, at least 1
-    threads: int = 1  # at least 1
+    threads: int = 1  # threads on the CPU, at least 1
 
     def run(self, console: Console) -> int:
         """Print a row for each mode and network."""

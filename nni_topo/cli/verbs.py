@@ -68,22 +68,22 @@ class Demo(Verb):
 class Compare(DataVerb):
     """Compare pruners at equal cost; a comparison resumes where it was stopped."""
 
-    model: str = ""  # a listed name, torchvision/NAME, timm/NAME or package.module:factory; else --plan says all
+    model: str = ""  # a listed name, torchvision/NAME, timm/NAME or package.module:factory; or give --plan instead
     plan: Path | None = None  # YAML file with the whole comparison; see configs/
     pruners: Names = ("topological", "l1", "l2", "fpgm", "random")  # registered names
     ratio: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # sparse_ratio of every layer, in [0, 1); may be repeated
-    flops: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the MACs to be left, in (0, 1]; may be repeated
-    params: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # likewise of the parameters
-    latency: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # likewise of the time of a batch
-    memory: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # likewise of the bytes of parameters and activations
-    seeds: int = 1  # how many, at least 1
-    train_epochs: int | None = None  # None: the model's recipe
-    retrain_epochs: int = 1  # after pruning, at least 0
-    calibration: int = 512  # unlabelled images for the pruners that can't choose without
-    compensate: int = 0  # compensate every row on so many unlabelled images; 0: none
-    distill: int = 0  # then distil every row on so many unlabelled images; 0: none
+    flops: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the MACs to keep, in (0, 1]; may be repeated
+    params: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the parameters to keep
+    latency: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of a batch's time to keep
+    memory: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of parameters' and activations' bytes to keep
+    seeds: int = 1  # number of seeds, at least 1
+    train_epochs: int | None = None  # epochs of training; None: those of the model's recipe
+    retrain_epochs: int = 1  # epochs of fine-tuning after pruning, at least 0
+    calibration: int = 512  # unlabelled images for the pruners that need calibration data
+    compensate: int = 0  # unlabelled images for weight reconstruction of every pruned network; 0: no reconstruction
+    distill: int = 0  # unlabelled images for distillation after it; 0: no distillation
     in_process: bool = False  # don't start a process per cell
-    n_jobs: int | None = None  # cells that run at a time, at least 1; -1: one per core; None: as the plan says, or 1
+    n_jobs: int | None = None  # cells to run at a time, at least 1; -1: one per core; None: as in the plan, or 1
 
     def run(self, console: Console) -> int:
         """Run the comparison's cells and print its tables."""
@@ -142,12 +142,12 @@ def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, isolate: boo
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Verb):
-    """Write report.html anew in folders of runs, also while they run, and print the tables of comparisons."""
+    """Write report.html again in folders of runs, also while they run, and print the tables of comparisons."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]  # output folders of nni-topo
-    markdown: bool = False  # as Markdown on standard output
-    widths: bool = False  # also the layers' widths
-    out: Path | None = None  # picture of accuracy against MACs
+    markdown: bool = False  # print the tables as Markdown
+    widths: bool = False  # also print the layers' widths
+    out: Path | None = None  # file for a picture of accuracy against MACs
 
     def run(self, console: Console) -> int:
         """Write the folders' reports and print what their records say."""
@@ -172,18 +172,18 @@ class Report(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink(TrainedVerb):
-    """Make one trained model smaller from unlabelled images: choose, compensate, make dense, distil."""
+    """Make one trained model smaller from unlabelled images: select channels, reconstruct weights, distil."""
 
     pruner: str = "reconstruction"  # registered name
-    flops: float | None = None  # share of the MACs to be left, in (0, 1]; 0.25 if no other budget is given
-    params: float | None = None  # likewise of the parameters
-    latency: float | None = None  # likewise of the time of a batch
-    memory: float | None = None  # likewise of the bytes of parameters and activations
-    allocation: str | None = None  # how it is dealt out: uniform, topological, error or auto; None: uniform
-    caps: dict[str, float] = field(default_factory=dict)  # the most that layers lose, e.g. features.conv1 0.5
-    floors: dict[str, float] = field(default_factory=dict)  # the least
+    flops: float | None = None  # share of the MACs to keep, in (0, 1]; 0.25 if no other budget is given
+    params: float | None = None  # share of the parameters to keep
+    latency: float | None = None  # share of a batch's time to keep
+    memory: float | None = None  # share of the bytes of parameters and activations to keep
+    allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
+    caps: dict[str, float] = field(default_factory=dict)  # largest share a layer may lose, e.g. features.conv1 0.5
+    floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, likewise
     images: int = 1024  # unlabelled training images, at least 2
-    seconds: float | None = None  # of distillation, above 0; None: 600 steps or more
+    seconds: float | None = None  # time for distillation, above 0; None: 600 steps or more
 
     def run(self, console: Console) -> int:
         """Write the dense model and print what each step did to the accuracy on the test images."""

@@ -62,7 +62,7 @@ from nni_topo.pruners.budget import (
     tell_if_missed,
 )
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
-from nni_topo.recovery import compensation, distillation, list_recoveries
+from nni_topo.recovery import RecoveryMethod, compensation, distillation, list_recoveries
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.lesson import check_one_shape
 from nni_topo.recovery.likeness import Answers
@@ -199,7 +199,7 @@ def shrink(
     pruner: str | Callable[..., MasksLike] = "reconstruction",
     knobs: Mapping[str, Any] | None = None,
     layers: Iterable[str | Mapping[str, Any]] | None = None,
-    compensate: str | Compensate | None = "reconstruct",
+    compensate: str | RecoveryMethod | Compensate | None = "reconstruct",
     distill: Mapping[str, Any] | Distill | bool = True,
     narrow_heads: bool = True,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -231,9 +231,10 @@ def shrink(
         Names of the layers to prune, or entries of a config_list without ratios, whose ``max_sparse_ratio`` caps what a
         layer loses and whose ``min_sparse_ratio`` is its floor. By default all convolutions and linear layers but those
         that give the output.
-    compensate : str, callable or None, default="reconstruct"
-        Method of :func:`nni_topo.compensate`, or a function of (model, masks, images) that returns a model of full
-        size; None: no compensation.
+    compensate : str, RecoveryMethod, callable or None, default="reconstruct"
+        Method of :func:`nni_topo.compensate`, by name or as an object with settings of its own such as
+        ``nni_topo.recovery.Reconstruct(refine=0)``; or a function of (model, masks, images) that returns a model of
+        full size; None: no compensation.
     distill : mapping, callable or bool, default=True
         Whether to distil after it; the held-out images say whether what was learned is kept. Or knobs of
         :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``; or a function of (dense, model, images) that
@@ -356,7 +357,7 @@ class _Plan:
     prunable: _Prunable
     pruner: str | Callable[..., MasksLike]
     knobs: dict[str, Any]
-    compensate: str | Compensate | None
+    compensate: str | RecoveryMethod | Compensate | None
     narrows: bool
     round_to: int | None
     seed: int
@@ -456,13 +457,13 @@ def _compensate(plan: _Plan, pruned: _Pruned, images: Calibration) -> _Recovered
     if plan.compensate is None:
         return _Recovered(pruned, pruned.dense, None)
     report: CompensationReport | None = None
-    if callable(plan.compensate):
-        full = _checked_network(plan.compensate(pruned.full, pruned.masks, images), "compensate")
-    else:
-        method: Any = plan.compensate
-        knobs: Any = {"method": method, "seed": plan.seed, "progress": plan.progress}
-        done = compensation(pruned.full, pruned.masks, images, **knobs)
+    if isinstance(plan.compensate, (str, RecoveryMethod)):
+        done = compensation(
+            pruned.full, pruned.masks, images, method=plan.compensate, seed=plan.seed, progress=plan.progress
+        )
         full, report = done.model, done.report
+    else:
+        full = _checked_network(plan.compensate(pruned.full, pruned.masks, images), "compensate")
     return _Recovered(pruned, to_dense(full, plan.example, pruned.masks, round_to=plan.round_to), report)
 
 
@@ -635,7 +636,13 @@ def _check(
             raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} (shrink)")
     if budget.allocation == AUTO:
         allocations_to_try(pruner)
-    if not (compensate is None or callable(compensate) or compensate in list_recoveries()):
+    if isinstance(compensate, type) and issubclass(compensate, RecoveryMethod):
+        raise ConfigError(
+            f"compensate must be a method's name, an object of it or a function, got the class {compensate.__name__} "
+            "(shrink)"
+        )
+    is_given = compensate is None or isinstance(compensate, RecoveryMethod) or callable(compensate)
+    if not is_given and compensate not in list_recoveries():
         raise unknown_name("compensate", str(compensate), list_recoveries())
     if not (isinstance(distill, (bool, Mapping)) or callable(distill)):
         raise ConfigError(f"distill must be True, False, knobs or a function, got {distill!r} (shrink)")

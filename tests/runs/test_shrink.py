@@ -14,6 +14,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.pruners.budget import network_cost
+from nni_topo.recovery import Reconstruct
 from nni_topo.runs.shrink import ShrinkReport
 from nni_topo.testing import toy_images, toy_model
 from nni_topo.zoo.transformers import bert_small, vit_small
@@ -167,6 +168,17 @@ def test_every_step_can_be_replaced():
     assert [stage.network for stage in bare.report.stages] == ["unpruned", "pruned"]
 
 
+def test_a_recovery_method_with_settings_of_its_own():
+    by_name, once = shrunk(), shrunk(compensate=Reconstruct(refine=0))
+    places = [layer.place for layer in by_name.report.compensation.layers]
+    assert [place for place in places if not place.startswith("relu(")] == [
+        layer.place for layer in once.report.compensation.layers
+    ]
+    assert len(places) > len(once.report.compensation.layers) > 0
+    same = shrunk(compensate=Reconstruct())
+    torch.testing.assert_close(same.state_dict(), by_name.state_dict(), rtol=0, atol=0)
+
+
 def test_outputs_that_are_no_classes_have_no_agreement():
     class Features(nn.Module):
         def __init__(self):
@@ -193,6 +205,7 @@ def test_outputs_that_are_no_classes_have_no_agreement():
         ({"knobs": {"magic": 1}}, ConfigError, "knob of pruner 'reconstruction' must be a known name"),
         ({"pruner": "l1", "budget": {"params": 1e-4}}, ConfigError, "a params target must be reachable, got 0.0001"),
         ({"compensate": "magic"}, ConfigError, "compensate must be a known name"),
+        ({"compensate": Reconstruct}, ConfigError, "compensate must be .*, got the class Reconstruct"),
         ({"distill": "much"}, ConfigError, "distill must be True, False, knobs or a function, got 'much'"),
         ({"distill": {"epochs": 1}}, ConfigError, "knob of distill must be a known name, got 'epochs'"),
         ({"layers": ["nowhere"]}, ConfigError, "nowhere"),
