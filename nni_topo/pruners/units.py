@@ -242,7 +242,7 @@ def _unit(
         min_sparse_ratio=low,
         max_sparse_ratio=high,
         ties=tied,
-        segments=share.stretches,
+        segments=share.segments,
         shares=share.counts,
         **rules,
     )

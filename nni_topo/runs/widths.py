@@ -18,7 +18,7 @@ from nni_topo.network.speedup import (
     DependencyGroups,
     Network,
     dependency_groups,
-    whole_layers,
+    unprunable_layers,
     why_not_followed,
 )
 from nni_topo.pruners.budget import Budget, BudgetPlanner, network_cost, share_left
@@ -102,7 +102,7 @@ def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], 
     flow = Network.on(model, example_inputs).flow
     prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
     names = [name for name in flow.layers if isinstance(model.get_submodule(name), prunable)]
-    whole = whole_layers(model, example_inputs, names)
+    whole = unprunable_layers(model, example_inputs, names)
     for name in names:
         if flow.reaches_output(name):
             whole.setdefault(name, (reasons.model_output(),))

@@ -21,9 +21,9 @@ def coupled_names(owned: Mapping[str, set[int]]) -> list[list[str]]:
 
     sets = DisjointSet(owned)
     first_owner: dict[int, str] = {}
-    for name, numbers in owned.items():
+    for name, ids in owned.items():
         # One merge per owner, not per number: layers share thousands of channels with a few others.
-        for owner in {first_owner.setdefault(number, name) for number in numbers}:
+        for owner in {first_owner.setdefault(number, name) for number in ids}:
             sets.merge(owner, name)
     groups: dict[str, list[str]] = {}
     for name in owned:
@@ -43,7 +43,7 @@ def partial_couplings(flow: ChannelFlow, names: Iterable[str]) -> dict[str, tupl
 def _is_stated(flow: ChannelFlow, names: list[str]) -> bool:
     """Tell whether layers are tied bundle i to bundle i, and no bundle to another of its own layer."""
     group_ids = [flow.group_ids(flow.unit_channel_ids(name)).tolist() for name in names]
-    free = [root for root in group_ids[0] if root != FIXED]
+    free = [group_id for group_id in group_ids[0] if group_id != FIXED]
     return all(each == group_ids[0] for each in group_ids) and len(set(free)) == len(free)
 
 
@@ -59,8 +59,8 @@ def blocks_of(flow: ChannelFlow) -> dict[str, int]:
     for name in flow.layers:
         group_ids = flow.group_ids_of(name)
         for side in (side for blocks in flow.blocks for side in blocks.sides):
-            owner = {root: rank for rank, block in enumerate(side) for root in flow.group_ids(block).tolist()}
-            ranks = np.array([owner.get(root, -1) for root in group_ids.tolist()])
+            owner = {group_id: rank for rank, block in enumerate(side) for group_id in flow.group_ids(block).tolist()}
+            ranks = np.array([owner.get(group_id, -1) for group_id in group_ids.tolist()])
             starts = np.flatnonzero(np.diff(ranks, prepend=-2) != 0)
             sizes = np.diff([*starts, len(ranks)])[ranks[starts] >= 0]
             # Layers that share blocks, joined or shuffled, keep these even if each has evenly many of every block.

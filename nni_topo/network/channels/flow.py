@@ -81,10 +81,10 @@ from nni_topo.network.runtime import tensors_of
 
 
 class Propagation(torch.fx.Interpreter):
-    """Number the channels of a traced model with shapes in ``node.meta["tensor_meta"]``."""
+    """Send the ids of channels through a traced model with shapes in ``node.meta["tensor_meta"]``."""
 
     # What can't be followed isn't guessed: channels that enter an operation without a rule are pinned, that is, they
-    # stay. So every number says all there is to say about a channel, and the network can be cut by numbers alone.
+    # stay. So every id says all there is to say about a channel, and the network can be cut by ids alone.
     def __init__(self, graph_module: torch.fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.traced = graph_module
@@ -92,13 +92,13 @@ class Propagation(torch.fx.Interpreter):
         self._given = ChannelIds()
         self.layers = self._given.layers
         self.in_training = dict[str, Layer]()  # those that run in training alone, which are no layers to be pruned
-        self.along = set[str]()  # convolutions that go along the channels of others, and make none of their own
-        self.own = self._given.own
+        self.channel_wise = set[str]()  # channel-wise convolutions, which make no channels of their own
+        self.free_parameters = self._given.free_parameters
         self.attention = find_heads(graph_module)  # by module; of those that the graph calls
         self.heads: dict[str, Attention] = {}  # the same by layer that makes queries, keys or values
         self.blocks = self._given.blocks
         self.summed, self.guessed = self._given.summed, self._given.guessed
-        self.numbers, self.picks = self._given.by_node, self._given.picks
+        self.ids, self.picks = self._given.by_node, self._given.picks
         self._called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
         self._entering: dict[str, np.ndarray] = {}
 
@@ -113,7 +113,7 @@ class Propagation(torch.fx.Interpreter):
         return self._given.chunks
 
     def channel_ids_of(self, name: str) -> np.ndarray:
-        """List the numbers of a layer's output channels: int, shape (channels,)."""
+        """List the ids of a layer's output channels: int, shape (channels,)."""
         layer = self.all_layers[name]
         return np.arange(layer.first, layer.first + layer.channels)
 
@@ -122,39 +122,39 @@ class Propagation(torch.fx.Interpreter):
         """All layers by name, those that run in training alone among them."""
         return self.layers | self.in_training if self.in_training else self.layers
 
-    def own_numbers(self, name: str) -> np.ndarray:
-        """List the numbers of a parameter's channels: int, shape (channels,)."""
-        own = self.own[name]
-        return np.arange(own.first, own.first + own.channels)
+    def free_parameter_ids(self, name: str) -> np.ndarray:
+        """List the ids of a free parameter's channels: int, shape (channels,)."""
+        parameter = self.free_parameters[name]
+        return np.arange(parameter.first, parameter.first + parameter.channels)
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        """Compute a node's channel numbers from those of its arguments."""
+        """Compute the channel ids of a node's outputs from those of its arguments."""
         is_random = any(RANDOM in parent.meta for parent in n.all_input_nodes)
         self._given.reason = reasons.joins_random(n) if is_random else reasons.joins_constant(n)
-        found = self._numbered(n)
+        found = self._ids_of(n)
         if RANDOM in n.meta:
             # With fewer channels others would be drawn, and nothing could be compared.
             entering = self.fetch_args_kwargs_from_env(n)
-            for labels in map(compressed, tensors_of((entering, found))):
-                self._given.pin(np.unique(labels), reasons.random_shape(n))
-        self.numbers[n.name] = tree_map(compressed, found)
+            for ids in map(compressed, tensors_of((entering, found))):
+                self._given.pin(np.unique(ids), reasons.random_shape(n))
+        self.ids[n.name] = tree_map(compressed, found)
         return found
 
-    def _numbered(self, n: torch.fx.Node) -> Any:
+    def _ids_of(self, n: torch.fx.Node) -> Any:
         if n.op in ("placeholder", "output"):
             return super().run_node(n)
         if n.op == "get_attr":
             value = super().run_node(n)
             if is_of_forward(n) and value.dtype in (torch.bool, torch.int64, torch.int32):
                 self.picks[n.name] = value.cpu()
-            own = can_follow(value) and not self._is_cut_with_a_module(str(n.target))
-            return self._parameter(str(n.target), value) if own else tree_map(fixed, value)
+            is_free = can_follow(value) and not self._is_cut_with_a_module(str(n.target))
+            return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
-        labels = [] if makes_mask(n) or has_property(n, "is_like") else tensors_of((args, kwargs))
+        ids = [] if makes_mask(n) or has_property(n, "is_like") else tensors_of((args, kwargs))
         if n.op == "call_module":  # an embedding of positions may be given a size alone
-            return self._module(n, labels or [staying(())], shape)
-        return self._function(n, labels, shape)
+            return self._module(n, ids or [staying(())], shape)
+        return self._function(n, ids, shape)
 
     def _is_cut_with_a_module(self, name: str) -> bool:
         """Tell whether a parameter is lost along with channels of the module that holds it, which the graph calls."""
@@ -165,162 +165,165 @@ class Propagation(torch.fx.Interpreter):
         return not is_head(module) or own in (weight_name(module), *row_names(module))
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Number the one dimension of a parameter that isn't of length 1, or the last: where channels usually are."""
-        long = [d for d in range(value.dim()) if value.shape[d] > 1]
-        if name not in self.own:
-            count = value.shape[long[-1]]
-            self.own[name] = FreeParameter(self._given.new(count), count, long[-1])
-        own = self.own[name]
+        """Give ids to the one dimension of a parameter that isn't of length 1, or the last such: channels are there."""
+        if name not in self.free_parameters:
+            dim = max(d for d in range(value.dim()) if value.shape[d] > 1)
+            count = value.shape[dim]
+            self.free_parameters[name] = FreeParameter(self._given.new(count), count, dim)
+        parameter = self.free_parameters[name]
         view = [1] * value.dim()
-        view[own.dim] = own.channels
-        return torch.from_numpy(self.own_numbers(name)).view(view).expand(value.shape)
+        view[parameter.dim] = parameter.channels
+        return torch.from_numpy(self.free_parameter_ids(name)).view(view).expand(value.shape)
 
-    def _module(self, node: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
+    def _module(self, node: torch.fx.Node, ids: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
         module: torch.nn.Module = self.fetch_attr(name)
         if isinstance(module, torch.nn.RNNBase):
-            return self._recur(node, labels, name, type(module).__name__)
+            return self._recur(node, ids, name, type(module).__name__)
         if name in self.attention:
-            return self._attend(node, labels, self.attention[name])
+            return self._attend(node, ids, self.attention[name])
         if not can_be_cut(module):
             # It needs all that enters, and what it puts out can't be made less.
             kind = "compiled by torch.jit" if is_scripted(module) else type(module).__name__
-            return self._whole(node, labels, reasons.uncut_module(node, kind))
-        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and labels[0].dim() != module.weight.dim():
+            return self._all_kept(node, ids, reasons.uncut_module(node, kind))
+        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and ids[0].dim() != module.weight.dim():
             inputs = [tensor_shape(each) for each in self.traced.graph.nodes if each.op == "placeholder"]
-            if any(each is not None and len(each) == labels[0].dim() for each in inputs[:1]):
+            if any(each is not None and len(each) == ids[0].dim() for each in inputs[:1]):
                 raise ConfigError(
                     "example_inputs must hold a batch, the samples in the first dimension, "
-                    f"got a tensor of shape {tuple(labels[0].shape)}, which enters {name} (example_inputs)"
+                    f"got a tensor of shape {tuple(ids[0].shape)}, which enters {name} (example_inputs)"
                 )
-            return self._whole(node, labels, reasons.no_batch(node))
-        if name in self.along or (name not in self.layers and _goes_along(module, labels[0], shape or ())):
-            return self._along(node, name, module, labels[0], shape or ())
+            return self._all_kept(node, ids, reasons.no_batch(node))
+        if name in self.channel_wise or (name not in self.layers and _is_channel_wise(module, ids[0], shape or ())):
+            return self._channel_wise(node, name, module, ids[0], shape or ())
         if output_channels(module) is not None:
-            return self._layer(name, module, labels[0], shape or ())
+            return self._layer(name, module, ids[0], shape or ())
         known = module_rule(module)
         if known is not None and known.moves:
             return known.apply(self._operation(node))
         if isinstance(module, torch.nn.GroupNorm) and module.num_groups < module.num_channels:
-            # A norm's groups are of one size, so those that are left have to be too.
-            side = np.split(self._given.per_channel(labels[0], 1), module.num_groups)
+            # A norm's groups are of one size, and have to be after pruning too.
+            side = np.split(self._given.per_channel(ids[0], 1), module.num_groups)
             self.blocks.append(Blocks([list(side)], may_vanish=True))
         if isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module):
             rule = RULES.get(type(module))
             dim = rule.dim if rule else channel_dim(module)
             if dim is None:
-                return self._whole(node, labels, reasons.uncut_module(node, type(module).__name__))
-            self._tie_calls(name, self._given.per_channel(labels[0], dim % labels[0].dim()))
+                return self._all_kept(node, ids, reasons.uncut_module(node, type(module).__name__))
+            self._tie_calls(name, self._given.per_channel(ids[0], dim % ids[0].dim()))
         elif known is not None:
             return known.apply(self._operation(node))
         if isinstance(module, tuple(RULES)) or not (any(True for _ in module.parameters()) or is_normalizing(module)):
             self.guessed.add(node.name)
-        return self._operation(node).passed(labels)
+        return self._operation(node).passed(ids)
 
     def _operation(self, node: torch.fx.Node) -> Operation:
         """Put a node as its rule sees it."""
         values = {parent: self.env[parent] for parent in node.all_input_nodes}
         return Operation(node, values, self._given, self.fetch_attr)
 
-    def _along(self, node: torch.fx.Node, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> Any:
-        """Let a convolution along channels leave them where they are."""
-        self.along.add(name)
-        if not _goes_along(module, labels, shape) or labels.shape[2] != len(self._entering.get(name, labels[0, 0])):
-            return self._whole(node, [labels], reasons.convolved_elsewhere(node))
-        self._tie_calls(name, self._given.per_channel(labels, 2))
-        return labels[:, :1].expand(shape)
+    def _channel_wise(
+        self, node: torch.fx.Node, name: str, module: Any, ids: torch.Tensor, shape: tuple[int, ...]
+    ) -> Any:
+        """Let the channels that a channel-wise convolution reads stay where they are."""
+        self.channel_wise.add(name)
+        if not _is_channel_wise(module, ids, shape) or ids.shape[2] != len(self._entering.get(name, ids[0, 0])):
+            return self._all_kept(node, [ids], reasons.convolved_elsewhere(node))
+        self._tie_calls(name, self._given.per_channel(ids, 2))
+        return ids[:, :1].expand(shape)
 
-    def _recur(self, node: torch.fx.Node, labels: list[torch.Tensor], name: str, kind: str) -> Any:
+    def _recur(self, node: torch.fx.Node, ids: list[torch.Tensor], name: str, kind: str) -> Any:
         """Let a recurrent layer take fewer channels in, and tie the gates of each unit, and the states that it gets."""
-        self._tie_calls(name, self._given.per_channel(labels[0], labels[0].dim() - 1))
+        self._tie_calls(name, self._given.per_channel(ids[0], ids[0].dim() - 1))
         found = given_shapes(node)
         if name not in self.attention:
             # What it puts out is what its state holds, which stays.
-            return self._whole(node, labels[1:], reasons.recurrent_input(node, kind))
-        units = self._head_numbers(self.attention[name])
-        for state in labels[1:]:
+            return self._all_kept(node, ids[1:], reasons.recurrent_input(node, kind))
+        units = self._head_ids(self.attention[name])
+        for state in ids[1:]:
             self._given.tie(self._given.per_channel(state, state.dim() - 1), units)
         return tree_map_only(torch.Tensor, lambda leaf: torch.from_numpy(units).expand(leaf.shape), found)
 
-    def _head_numbers(self, attention: Attention) -> np.ndarray:
-        """Number what makes the heads and tie each together; return the numbers of what they put out."""
+    def _head_ids(self, attention: Attention) -> np.ndarray:
+        """Give ids to the layers that make the heads, and tie those of a head; return the ids of the heads' output."""
         for name, channels in attention.channels.items():
             if name not in self.layers:
                 self.layers[name] = Layer(name, self._given.new(channels.size), channels.size, depthwise=False)
                 if name not in self._entering:
                     self._entering[name] = np.zeros(entering_channels(self.fetch_attr(name)), dtype=np.int64)
                 self.heads[name] = attention
-        numbers = [channels + self.layers[name].first for name, channels in attention.channels.items()]
-        for head in zip(*numbers, strict=True):
-            self._given.tie(head[0][0], np.concatenate(head))
+        ids_by_layer = [channels + self.layers[name].first for name, channels in attention.channels.items()]
+        for ids_of_head in zip(*ids_by_layer, strict=True):
+            self._given.tie(ids_of_head[0][0], np.concatenate(ids_of_head))
         layer, order = attention.context
-        put_out: np.ndarray = order + self.layers[layer].first
-        return put_out
+        context: np.ndarray = order + self.layers[layer].first
+        return context
 
-    def _attend(self, node: torch.fx.Node, labels: list[torch.Tensor], attention: Attention) -> Any:
-        """Tie what makes each head together; what enters is read by the linear layers within, or needed as a whole."""
+    def _attend(self, node: torch.fx.Node, ids: list[torch.Tensor], attention: Attention) -> Any:
+        """Tie the layers that make each head; other layers within read what enters, or it has to keep all channels."""
         read = states_read(node, *self.fetch_args_kwargs_from_env(node))
         for name, states in read.items():
             for each in states:
                 self._tie_calls(name, self._given.per_channel(each, each.dim() - 1))
-        heads, numbers = attention.query_heads, self._head_numbers(attention)
-        first = numbers.reshape(heads, -1)[:, 0]
+        heads, context_ids = attention.query_heads, self._head_ids(attention)
+        first = context_ids.reshape(heads, -1)[:, 0]
+        states_of_all = [state for states in read.values() for state in states]
         needed = []
-        for each in labels:
-            # What another module says of positions, head by head: T5's first block says it for all of them.
+        for each in ids:
+            # A bias by position that another module makes, head by head: T5's first block makes it for all blocks.
             if each.dim() == 4 and each.shape[1] == heads and varies(each, 1):
                 self._given.tie(first, self._given.per_channel(each, 1))
-            elif not any(torch.equal(each, other) for states in read.values() for other in states):
+            elif not any(torch.equal(each, state) for state in states_of_all):
                 needed.append(each)
-        found = self._whole(node, needed, reasons.needs_all_channels(node, attention.name))
+        found = self._all_kept(node, needed, reasons.needs_all_channels(node, attention.name))
         context, *others = tensors_of(found)
-        by_head = [
-            torch.from_numpy(first).view(-1, 1, 1).expand(each.shape)
-            if each.dim() == 4 and each.shape[1] == heads else each
-            for each in others
-        ]  # fmt: skip
-        context = context if is_mixed(node, attention) else torch.from_numpy(numbers).expand(context.shape)
-        leaves = iter([context, *by_head])
+        if not is_mixed(node, attention):
+            context = torch.from_numpy(context_ids).expand(context.shape)
+        outputs = [context]
+        for each in others:
+            is_by_head = each.dim() == 4 and each.shape[1] == heads  # the weights of attention
+            outputs.append(torch.from_numpy(first).view(-1, 1, 1).expand(each.shape) if is_by_head else each)
+        leaves = iter(outputs)
         return tree_map_only(torch.Tensor, lambda _: next(leaves), found)
 
-    def _whole(self, node: torch.fx.Node, labels: list[torch.Tensor], reason: reasons.Reason) -> Any:
+    def _all_kept(self, node: torch.fx.Node, ids: list[torch.Tensor], reason: reasons.Reason) -> Any:
         """Keep all channels that enter a node, and so all that leave it."""
-        return self._operation(node).all_kept(labels, reason)
+        return self._operation(node).all_kept(ids, reason)
 
-    def _layer(self, name: str, module: Any, labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    def _layer(self, name: str, module: Any, ids: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         dim = len(shape) - 1 if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) else 1
         count = output_channels(module) or 0
         # A layer that is called again puts out the same channels: one set of weights makes them.
         if name not in self.layers:
             self.layers[name] = Layer(name, self._given.new(count), count, is_depthwise(module))
-        numbers = np.arange(count) + self.layers[name].first
+        leaving = np.arange(count) + self.layers[name].first
         if not isinstance(module, torch.nn.Embedding):
-            self._enter(name, module, self._given.per_channel(labels, dim), numbers)
+            self._enter(name, module, self._given.per_channel(ids, dim), leaving)
         view = [1] * len(shape)
         view[dim] = count
         # Expanded, not copied: where nothing differs the stride is 0, which `varies` sees without a look at the values.
-        return torch.from_numpy(numbers).view(view).expand(shape)
+        return torch.from_numpy(leaving).view(view).expand(shape)
 
-    def _enter(self, name: str, module: Any, entering: np.ndarray, numbers: np.ndarray) -> None:
+    def _enter(self, name: str, module: Any, entering: np.ndarray, leaving: np.ndarray) -> None:
         """Record the ties between a layer's input and output channels, over all of its calls."""
         self._tie_calls(name, entering)
         groups = getattr(module, "groups", 1)
         if is_depthwise(module):
             # Several outputs may come from one input (channel multiplier).
-            self._given.tie(np.repeat(entering, len(numbers) // groups), numbers)
+            self._given.tie(np.repeat(entering, len(leaving) // groups), leaving)
         elif groups > 1:
-            sides = [list(np.split(entering, groups)), list(np.split(numbers, groups))]
+            sides = [list(np.split(entering, groups)), list(np.split(leaving, groups))]
             self.blocks.append(Blocks(sides, may_vanish=True))
 
     def _tie_calls(self, name: str, entering: np.ndarray) -> None:
         """Tie what enters a module in one call to what enters it in another: one set of weights serves both."""
         self._given.tie(self._entering.setdefault(name, entering), entering)
 
-    def _function(self, n: torch.fx.Node, labels: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
+    def _function(self, n: torch.fx.Node, ids: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         if n.target is attend:
-            return self._attend(n, labels, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
+            return self._attend(n, ids, self.attention[str(n.args[0].target)])  # type: ignore[union-attr]
         op = self._operation(n)
-        if not labels:
+        if not ids:
             return op.computed() if shape is None else made(n, shape, self._given)
         rule = rule_of(n)
         if rule is not None and (rule.moves or rule.writes):
@@ -330,45 +333,47 @@ class Propagation(torch.fx.Interpreter):
         return op.by_place(known=False) if rule is None else rule.apply(op)
 
 
-def _goes_along(module: torch.nn.Module, labels: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Tell whether a layer is a convolution along the channels that enter it, labelled, and puts as many out."""
-    if not isinstance(module, torch.nn.Conv1d) or labels.dim() != 3 or labels.shape[::2] != shape[::2]:
+def _is_channel_wise(module: torch.nn.Module, ids: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Tell whether a layer is a channel-wise convolution: over the channels that enter it, by their ids, to as many."""
+    if not isinstance(module, torch.nn.Conv1d) or ids.dim() != 3 or ids.shape[::2] != shape[::2]:
         return False
     is_known = type(module) in (torch.nn.Conv1d, AlongChannels)
     is_plain = is_known and module.padding_mode == "zeros" and module.groups == 1
-    return is_plain and module.stride == (1,) and varies(labels, 2) and not varies(labels, 1)
+    return is_plain and module.stride == (1,) and varies(ids, 2) and not varies(ids, 1)
 
 
 class ChannelFlow(Propagation):
-    """Follow the channels of a traced model, on its arguments, and answer what they have to do with one another."""
+    """Follow the channels of a traced model, on its arguments, and answer questions about how they depend on others."""
 
     def __init__(self, graph_module: torch.fx.GraphModule, args: tuple[Any, ...], missed: str = "") -> None:
         super().__init__(graph_module)
-        self.missed = missed  # what is known of modules that only training mode may reach, and that aren't followed
+        self.missed = missed  # a note on modules that only training mode may reach, and that aren't followed
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))
         self.in_training = self._set_apart()
-        written = counted(graph_module.graph, self.numbers)
-        self._keep_fixed_places(written.keys())
-        self._before, self._roots, self._reasons = self._given.settled()
+        attribute_sizes = counted(graph_module.graph, self.ids)
+        self._keep_fixed_places(attribute_sizes.keys())
+        self._before, self._group_ids, self._reasons = self._given.settled()
         # Channels at the model's output, which have to stay. FIXED ones stay anyway.
-        arriving = [np.unique(labels.numpy()) for labels in tensors_of(outputs)]
-        group_ids = np.unique(self.group_ids(np.concatenate([*arriving, np.zeros(0, dtype=np.int64)])))
+        arriving = np.zeros(0, dtype=np.int64)
+        for ids in tensors_of(outputs):
+            arriving = np.concatenate([arriving, np.unique(ids.numpy())])
+        group_ids = np.unique(self.group_ids(arriving))
         self.at_output = group_ids[group_ids > FIXED]
-        self._written = {
+        self._attribute_sizes = {
             place: (
                 uses[0][0],
                 [np.array(each, dtype=np.int64) for each in dict.fromkeys(tuple(self.group_ids(c)) for _, c in uses)],
             )
-            for place, uses in written.items()
+            for place, uses in attribute_sizes.items()
         }
         # One number can only count equally many.
-        self.blocks += [Blocks([each], may_vanish=False) for _, each in self._written.values() if len(each) > 1]
+        self.blocks += [Blocks([each], may_vanish=False) for _, each in self._attribute_sizes.values() if len(each) > 1]
 
     def _set_apart(self) -> dict[str, Layer]:
-        """Take out of the layers those that run in training alone, and let them and what they put out stay.
+        """Take out of the layers those that run in training alone, and keep their channels and their outputs.
 
-        They read fewer channels where a layer before them loses some. What they make of these nobody has measured.
+        They read fewer channels where a layer before them loses some. The effect of that isn't measured.
         """
         modes = dict[str, bool]()  # by what is called, whether that is in training alone
         for node in self.traced.graph.nodes:
@@ -376,15 +381,15 @@ class ChannelFlow(Propagation):
                 holder: Any = node if node.op == "call_module" else node.args[0]
                 modes[str(holder.target)] = modes.get(str(holder.target), True) and IN_TRAINING in node.meta
             if node.meta.get(TRAINED_OUTPUT):
-                for labels in tensors_of(self.numbers[node.name]):
-                    self._given.pin(np.unique(labels.numpy()), reasons.training_output())
+                for ids in tensors_of(self.ids[node.name]):
+                    self._given.pin(np.unique(ids.numpy()), reasons.training_output())
         owners = {layer: name for name, each in self.attention.items() for layer in each.channels}
         found = dict[str, Layer]()
         for name in list(self.layers):
             if modes.get(owners.get(name, name), False):
                 self._given.pin(self.channel_ids_of(name), reasons.training_only(name))
                 found[name] = self.layers.pop(name)
-                # What heads are cut with counts heads, which these keep.
+                # These layers keep their heads, and so does all that has to have as many.
                 if self.heads.pop(name, None) is not None:
                     self._given.pin(self._entering[name], reasons.training_reader(name))
         return found
@@ -392,9 +397,9 @@ class ChannelFlow(Propagation):
     def _keep_fixed_places(self, following: Collection[Place]) -> None:
         """Keep channels that a forward picks or counts by fixed numbers, as ``z[:, 1:4]`` or ``z.split(3, 1)``.
 
-        The numbers stay as they are in the dense model, so the channels that they count have to stay too: in front of
-        ``z[:, 4]`` there must be four channels, whichever these are; what comes behind may go. A number that the
-        forward takes from a shape, or from an attribute that counts channels, one of ``following``, follows the
+        The numbers in the forward don't change, so the channels that they count have to stay too: before ``z[:, 4]``
+        there must be four channels, whichever these are; those after it may be pruned. A number that the forward takes
+        from a shape, or from an attribute that holds a number of channels, one of ``following``, changes with the
         channels and keeps none.
         """
 
@@ -405,7 +410,7 @@ class ChannelFlow(Propagation):
             rule, parent = rule_of(node), node.args[0] if node.args else node.kwargs.get("input")
             if rule is None or rule.held is None or not isinstance(parent, torch.fx.Node):
                 continue
-            entering, shape = self.numbers.get(parent.name), tensor_shape(parent)
+            entering, shape = self.ids.get(parent.name), tensor_shape(parent)
             if not isinstance(entering, torch.Tensor) or shape is None:
                 continue
             for dim, size in enumerate(shape):
@@ -418,14 +423,14 @@ class ChannelFlow(Propagation):
                 if held.any():
                     self._given.pin(entering.flatten().numpy()[held], reasons.fixed_channels(node))
 
-    def group_ids(self, numbers: np.ndarray) -> np.ndarray:
-        """Look up representatives, int, shape (n,): one for channels that are tied, ``FIXED`` if they stay."""
-        found: np.ndarray = self._roots[numbers]
+    def group_ids(self, ids: np.ndarray) -> np.ndarray:
+        """Look up group ids, int, shape (n,): tied channels have the same, those that stay ``FIXED``."""
+        found: np.ndarray = self._group_ids[ids]
         return found
 
-    def sizes_kept(self, left: np.ndarray) -> dict[Place, int]:
-        """Count anew what attributes of the model count, given which representatives stay."""
-        return {place: parts * int(left[each[0]].sum()) for place, (parts, each) in self._written.items()}
+    def sizes_kept(self, is_kept: np.ndarray) -> dict[Place, int]:
+        """Return what attributes that hold numbers of channels have to hold, given which channels stay, by group id."""
+        return {place: parts * int(is_kept[each[0]].sum()) for place, (parts, each) in self._attribute_sizes.items()}
 
     @property
     def shuffles(self) -> bool:
@@ -434,11 +439,11 @@ class ChannelFlow(Propagation):
 
     @property
     def size(self) -> int:
-        """How many numbers there are, ``FIXED`` among them."""
-        return len(self._roots)
+        """How many ids there are, ``FIXED`` among them."""
+        return len(self._group_ids)
 
     def group_ids_of(self, name: str) -> np.ndarray:
-        """Look up the representatives of a layer's output channels: int, shape (channels,)."""
+        """Look up the group ids of a layer's output channels: int, shape (channels,)."""
         return self.group_ids(self.channel_ids_of(name))
 
     def kept(self, chosen: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -452,7 +457,7 @@ class ChannelFlow(Propagation):
             ids, own = self.group_ids_of(name), chosen.get(name)
             if own is not None and len(own) < len(ids):
                 ids = self.group_ids(self.unit_channel_ids(name))
-            # Of a layer that mixes heads, the choice may be one of columns.
+            # For an output projection the choice may be one of columns.
             if own is not None and len(own) == len(ids):
                 kept[ids[own]] = True
                 stated[ids] = True
@@ -474,46 +479,46 @@ class ChannelFlow(Propagation):
     def why_pinned(self, name: str) -> reasons.Reasons:
         """Return why channels of a layer stay in any case, each reason once."""
         group_ids = self._before[self.channel_ids_of(name)].tolist()
-        return tuple(dict.fromkeys(self._reasons[root] for root in group_ids if root in self._reasons))
+        return tuple(dict.fromkeys(self._reasons[group_id] for group_id in group_ids if group_id in self._reasons))
 
     def reaches_output(self, name: str) -> bool:
         """Tell whether any channel of a layer is one of the model's output, so that it has to stay."""
         return bool(np.isin(self.group_ids_of(name), self.at_output).any())
 
     def entering_group_ids(self, name: str) -> np.ndarray:
-        """Look up the representatives of what enters a layer or norm: int, shape (input channels,)."""
+        """Look up the group ids of the channels that enter a layer or norm: int, shape (input channels,)."""
         return self.group_ids(self.entering_channel_ids(name))
 
     def entering_channel_ids(self, name: str) -> np.ndarray:
-        """Look up what enters a layer or norm, as numbered by the layers before: int, (input channels,)."""
-        # An embedding is entered by indices, so by no channels; a linear layer behind a flattening one, by features.
+        """Look up the ids of the channels that enter a layer or norm, from the layers before it: (input channels,)."""
+        # Indices enter an embedding, and no channels; features enter a linear layer after a flattening one.
         return self._entering.get(name, np.zeros(0, dtype=np.int64))
 
     def read(self) -> list[tuple[np.ndarray, str]]:
-        """List the channels that layers and norms read, and those that are picked of others: roots, and who does."""
+        """List the channels that layers and norms read, and those that a forward picks: group ids, and the reader."""
         found = [(self.group_ids(entering), name) for name, entering in self._entering.items() if len(entering)]
         for node in self.traced.graph.nodes:
-            labels = self.numbers[node.name]
+            ids = self.ids[node.name]
             picks = has_property(node, "picks") and not is_looked_at(node)
             # What moves, or meets others, may have no channels.
             picks = picks and not all(has_property(user, "meets") or has_property(user, "moves") for user in node.users)
-            if picks and isinstance(labels, torch.Tensor) and labels.numel():
-                found.append((np.unique(self.group_ids(labels.numpy())), place(node)))
+            if picks and isinstance(ids, torch.Tensor) and ids.numel():
+                found.append((np.unique(self.group_ids(ids.numpy())), place(node)))
         return found
 
     def units(self, name: str) -> np.ndarray:
-        """List a layer's output channels by what goes together, as a head does: int, (bundles, channels)."""
+        """List a layer's output channels by unit: those of a head, say. int, (units, channels)."""
         if name in self.heads:
             return self.heads[name].channels[name]
         return np.arange(self.layers[name].channels).reshape(-1, self._unit_size(name))
 
     def unit_channel_ids(self, name: str) -> np.ndarray:
-        """List the first number of each of a layer's bundles: int, (bundles,)."""
-        numbers: np.ndarray = self.channel_ids_of(name)[self.units(name)[:, 0]]
-        return numbers
+        """List the id of the first channel of each of a layer's units: int, (units,)."""
+        ids: np.ndarray = self.channel_ids_of(name)[self.units(name)[:, 0]]
+        return ids
 
     def _unit_size(self, name: str) -> int:
-        """Count the neighbouring channels of a layer that only go together, as those that a pixel shuffle spreads."""
+        """Count the neighbouring channels of a layer in a unit, as those that a pixel shuffle spreads over an image."""
         group_ids = self.group_ids_of(name)
         starts = np.flatnonzero(np.diff(group_ids, prepend=-1))
         size = len(group_ids) // len(starts)
@@ -528,7 +533,7 @@ class ChannelFlow(Propagation):
         return size if is_even and not follows else 1
 
     def output_projections(self) -> dict[str, Attention]:
-        """Return the linear layers that read all heads of attention and nothing else, by name."""
+        """Return the linear layers that read all heads of an attention module and nothing else, by name."""
         found: dict[str, Attention] = {}
         for attention in dict.fromkeys(each.name for each in self.heads.values()):
             if self.attention[attention].recurrent:
@@ -555,29 +560,34 @@ def norms_after(model: nn.Module, flow: ChannelFlow) -> dict[str, str]:
         if not isinstance(module, NORMS) or not is_plain_norm(module) or not len(entering):
             continue
         layer = first.get(int(entering[0]))
-        # Behind a concatenation the numbers of several layers follow each other.
-        own = np.arange(0 if layer is None else flow.layers[layer].channels)
-        if layer is not None and np.array_equal(entering, own + entering[0]):
+        if layer is None:
+            continue
+        # After a concatenation ids of several layers enter, which only look alike at the beginning.
+        expected = np.arange(flow.layers[layer].channels) + entering[0]
+        if np.array_equal(entering, expected):
             found[layer] = name
     return found
 
 
 def only_norm_after(model: nn.Module, flow: ChannelFlow, name: str) -> nn.Module | None:
-    """Return the batch norm with statistics that alone reads a layer, and reads nothing else; None without one."""
+    """Return the batch norm with statistics that is the only reader of a layer and reads nothing else; None without."""
     calls = [node for node in flow.traced.graph.nodes if node.op == "call_module" and node.target == name]
     readers = {user for node in calls for user in node.users}
     targets = {str(user.target) if user.op == "call_module" else "" for user in readers}
-    behind = targets.pop() if len(targets) == 1 else ""
-    norm = model.get_submodule(behind) if behind else None
-    of_norm = {node for node in flow.traced.graph.nodes if node.op == "call_module" and node.target == behind}
-    is_norm = norm is not None and is_plain_norm(norm) and isinstance(norm.running_mean, Tensor)
-    return norm if is_norm and of_norm == readers else None
+    name_after = targets.pop() if len(targets) == 1 else ""
+    if not name_after:
+        return None
+    norm = model.get_submodule(name_after)
+    if not is_plain_norm(norm) or not isinstance(norm.running_mean, Tensor):
+        return None
+    calls_of_norm = {node for node in flow.traced.graph.nodes if node.op == "call_module" and node.target == name_after}
+    return norm if calls_of_norm == readers else None
 
 
 def followers(node: Node) -> Iterator[Node]:
-    """Yield the nodes behind one, as long as each is read by one other alone and keeps its shape."""
+    """Yield the nodes after a node, as long as only one node reads each and the shape stays the same."""
     shape = tensor_shape(node)
-    # With a second reader the value also counts as it is here, so nothing behind speaks for it alone.
+    # A second reader uses the value as it is here, so nothing after it decides alone.
     while len(node.users) == 1:
         node = next(iter(node.users))
         if tensor_shape(node) != shape:
@@ -586,7 +596,7 @@ def followers(node: Node) -> Iterator[Node]:
 
 
 def passes(graph_module: GraphModule, node: Node) -> bool:
-    """Say whether a node hands on what it gets, in evaluation mode."""
+    """Say whether the output of a node equals its input, in evaluation mode."""
     if node.op == "call_module":
         return isinstance(graph_module.get_submodule(str(node.target)), _PASSING)
     if node.op == "call_method":

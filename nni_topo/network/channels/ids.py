@@ -28,14 +28,14 @@ class Layer:
     """A layer that makes channels."""
 
     name: str
-    first: int  # number of its first output channel; the others follow
+    first: int  # id of its first output channel; the others follow
     channels: int
     depthwise: bool  # each output channel depends on one input channel alone, with which it stays or goes
 
 
 @dataclasses.dataclass
 class FreeParameter:
-    """A parameter that the model uses by itself (a layer scale, a position embedding), with a number for each place."""
+    """A parameter that the model uses by itself (a layer scale, a position embedding), with an id for each place."""
 
     first: int
     channels: int
@@ -44,11 +44,11 @@ class FreeParameter:
 
 @dataclasses.dataclass
 class Blocks:
-    """Channels in blocks of which each keeps equally many: by side, one array of channel numbers a block."""
+    """Channels in blocks of which each keeps equally many: by side, one array of channel ids a block."""
 
     sides: list[list[np.ndarray]]  # a grouped convolution's inputs and its outputs, a norm's channels, a chunk's pieces
     may_vanish: bool  # a block may lose all of its channels, on all sides at once
-    moves: bool = False  # only where channels go depends on it, as behind a chunk: see `shuffles`
+    moves: bool = False  # it only decides where channels go, as after a chunk: see `shuffles`
     is_uneven: bool = False  # of shuffled layers, whose pieces can't be of one size each
 
 
@@ -60,9 +60,10 @@ class ChannelIds:
 
     def __init__(self) -> None:
         self.count = FIXED + 1
-        self.reason: Reason  # why numbers would stay that are tied to FIXED now; set before any are
+        self.reason: Reason  # why channels stay that are tied to FIXED from now on; set before any are
         self.layers: dict[str, Layer] = {}  # in the order they are called
-        self.own: dict[str, FreeParameter] = {}  # by name; these go with the channels that they meet, and have no say
+        # By name. Their channels are pruned with the channels that they are tied to, and keep none.
+        self.free_parameters: dict[str, FreeParameter] = {}
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
         self.chunks = False  # whether channels are cut into equal pieces
@@ -75,20 +76,20 @@ class ChannelIds:
         self._columns: list[tuple[np.ndarray, Reason]] = []
 
     def new(self, count: int) -> int:
-        """Give out so many numbers, and return the first of them."""
+        """Give out so many ids, and return the first of them."""
         self.count += count
         return self.count - count
 
-    def pin(self, numbers: np.ndarray, reason: Reason) -> None:
-        """Let numbers stay, and all that are tied to them."""
-        self._pins.append((numbers, reason))
+    def pin(self, ids: np.ndarray, reason: Reason) -> None:
+        """Keep channels, and all that are tied to them."""
+        self._pins.append((ids, reason))
 
     def pin_unless_tied(self, columns: np.ndarray, reason: Reason) -> None:
-        """Let the numbers of each column, (numbers, columns), stay unless all of them turn out to be tied."""
+        """Keep the channels of each column of ids, (ids, columns), unless all of them turn out to be tied."""
         self._columns.append((columns, reason))
 
     def tie(self, ones: np.ndarray | int, others: np.ndarray | int) -> None:
-        """Tie numbers to others, one by one; those that are tied to ``FIXED`` stay."""
+        """Tie channels to others, one by one; those that are tied to ``FIXED`` stay."""
         pairs = np.stack(np.broadcast_arrays(ones, others), -1).reshape(-1, 2)
         stay = (pairs == FIXED).any(1)
         if (pairs[stay] != FIXED).any():
@@ -104,9 +105,9 @@ class ChannelIds:
                 one, other = one.narrow(d, 0, 1), other.narrow(d, 0, 1)
         self.tie(*np.divmod(np.unique((one * self.count + other).numpy()), self.count))
 
-    def per_channel(self, labels: torch.Tensor, dim: int) -> np.ndarray:
+    def per_channel(self, ids: torch.Tensor, dim: int) -> np.ndarray:
         """Reduce ids to one a channel; those that share a channel are tied."""
-        rows = labels.transpose(0, dim)
+        rows = ids.transpose(0, dim)
         # The usual case, all places of a channel alike, is one comparison; ties are looked for only where it fails.
         first = rows[(slice(None),) + (slice(0, 1),) * (rows.dim() - 1)]
         if not torch.equal(first.expand(rows.shape), rows):
@@ -114,9 +115,9 @@ class ChannelIds:
         return first.reshape(-1).numpy()
 
     def settled(self) -> tuple[np.ndarray, np.ndarray, dict[int, Reason]]:
-        """Look up representatives, int, (count,), before and after pinning; and, by those before, why they are pinned.
+        """Return group ids, int, (count,), before and after pinning; and why channels are pinned, by group id before.
 
-        The smallest number leads: that of the layer that came first.
+        The smallest id of a group is its group id: that of the layer that came first.
         """
         pairs = np.concatenate(self._pairs)
         graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(self.count, self.count))
@@ -125,25 +126,25 @@ class ChannelIds:
         )
         before, reasons = firsts[parts], dict[int, Reason]()
         apart = [(rows[:, (before[rows] != before[rows[:1]]).any(0)], reason) for rows, reason in self._columns]
-        for numbers, reason in self._pins + apart:
-            for root in np.unique(before[numbers]).tolist():
-                reasons.setdefault(root, reason)
+        for ids, reason in self._pins + apart:
+            for group_id in np.unique(before[ids]).tolist():
+                reasons.setdefault(group_id, reason)
         return before, np.where(np.isin(before, list(reasons)), FIXED, before), reasons
 
 
 def fixed(leaf: Any) -> Any:
-    """Label a tensor from outside ``FIXED``: its channels can't be removed; any other leaf comes back as it is."""
-    # On the CPU, as all labels are, wherever the model lies.
+    """Give a tensor from outside the id ``FIXED``: its channels can't be pruned; any other leaf comes back as it is."""
+    # On the CPU, as all ids are, wherever the model lies.
     return staying(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def staying(shape: tuple[int, ...]) -> torch.Tensor:
-    """Label all of a tensor ``FIXED``."""
+    """Return ids for a tensor whose channels all stay: ``FIXED`` everywhere."""
     return torch.tensor(FIXED).expand(shape)
 
 
 def compressed(leaf: Any) -> Any:
-    """Keep of labels one entry of every dimension along which they don't differ; any other leaf comes back as it is."""
+    """Keep one entry of every dimension along which ids don't differ; any other leaf comes back as it is."""
     if isinstance(leaf, torch.Tensor):
         for d in range(leaf.dim()):
             leaf = leaf if leaf.shape[d] == 0 or varies(leaf, d) else leaf.narrow(d, 0, 1)
@@ -152,7 +153,7 @@ def compressed(leaf: Any) -> Any:
 
 
 def given_shapes(node: torch.fx.Node) -> Any:
-    """Label all that a node puts out ``FIXED``, in the output's containers; None in place of what is no tensor."""
+    """Return ids ``FIXED`` for all outputs of a node, in the same containers; None for what is no tensor."""
     metas = node.meta.get("tensor_meta")
     return tree_map(
         lambda meta: staying(tuple(meta.shape)) if isinstance(meta, TensorMetadata) else None,
@@ -161,47 +162,47 @@ def given_shapes(node: torch.fx.Node) -> Any:
     )
 
 
-def varies(labels: torch.Tensor, dim: int) -> bool:
-    """Tell whether labels, int64, differ along a dimension."""
+def varies(ids: torch.Tensor, dim: int) -> bool:
+    """Tell whether ids, int64, differ along a dimension."""
     # A stride of 0 is one entry seen many times: nothing to compare.
-    some = labels.shape[dim] > 1 and labels.stride(dim) != 0
-    return some and not torch.equal(labels.narrow(dim, 0, 1).expand(labels.shape), labels)
+    some = ids.shape[dim] > 1 and ids.stride(dim) != 0
+    return some and not torch.equal(ids.narrow(dim, 0, 1).expand(ids.shape), ids)
 
 
-def carry(labels: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
-    """Carry labels (batch, channels, ...) to a shape with the channels where they were; None if that can't be told."""
+def carry(ids: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Expand ids (batch, channels, ...) to an output's shape, channels at the same place; None if that isn't clear."""
     # What keeps its shape (an activation, a norm) works place by place, as far as shapes can tell.
-    if tuple(labels.shape) == shape:
-        return labels
-    alike = min(labels.dim(), len(shape)) > 1 and tuple(labels.shape[:2]) == shape[:2]
-    # Where the places of a channel have numbers that differ, a place of the output could have any of them.
-    if not alike or any(varies(labels, d) for d in range(2, labels.dim())):
+    if tuple(ids.shape) == shape:
+        return ids
+    alike = min(ids.dim(), len(shape)) > 1 and tuple(ids.shape[:2]) == shape[:2]
+    # Where the places of a channel have different ids, a place of the output could have any of them.
+    if not alike or any(varies(ids, d) for d in range(2, ids.dim())):
         return None
     # Any place will do, all being alike; expanded again, so that strides of 0 still say that nothing differs.
-    channels = labels[(slice(None), slice(None)) + (0,) * (labels.dim() - 2)]
+    channels = ids[(slice(None), slice(None)) + (0,) * (ids.dim() - 2)]
     return channels.view(shape[:2] + (1,) * (len(shape) - 2)).expand(shape)
 
 
-def carry_reduced(labels: torch.Tensor, shape: tuple[int, ...], dims: Iterable[int]) -> torch.Tensor | None:
-    """Carry labels through a reduction along dimensions, counted from 0; None if that can't be told.
+def carry_reduced(ids: torch.Tensor, shape: tuple[int, ...], dims: Iterable[int]) -> torch.Tensor | None:
+    """Return the ids after a reduction over dimensions, counted from 0; None if that isn't clear.
 
-    They are ``FIXED`` where all channels go into one number, which is made anew in the dense model too.
+    They are ``FIXED`` where all channels are reduced to one value, which the dense model computes too.
     """
-    gone = set(dims)
-    places = [d for d in range(labels.dim()) if varies(labels, d)]
-    if set(places) <= gone:
+    pruned = set(dims)
+    places = [d for d in range(ids.dim()) if varies(ids, d)]
+    if set(places) <= pruned:
         return staying(shape)
-    if gone & set(places):
+    if pruned & set(places):
         return None
-    for d in gone:
-        labels = labels.narrow(d, 0, 1)
-    left = labels if len(shape) == labels.dim() else labels.squeeze(tuple(gone))
-    return left.expand(shape) if left.dim() == len(shape) else None
+    for d in pruned:
+        ids = ids.narrow(d, 0, 1)
+    rest = ids if len(shape) == ids.dim() else ids.squeeze(tuple(pruned))
+    return rest.expand(shape) if rest.dim() == len(shape) else None
 
 
-def meet_alike(labels: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
-    """Tell whether tensors can meet place by place to give one of a shape."""
+def meet_alike(ids: list[torch.Tensor], shape: tuple[int, ...]) -> bool:
+    """Tell whether tensors broadcast to a shape."""
     try:
-        return tuple(torch.broadcast_shapes(*(each.shape for each in labels))) == shape
+        return tuple(torch.broadcast_shapes(*(each.shape for each in ids))) == shape
     except RuntimeError:
         return False

@@ -506,7 +506,7 @@ def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.nd
     if not channels.reorders:
         return [pieces]
     # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
-    made: list[Layer | FreeParameter] = [*channels.layers.values(), *channels.own.values()]
+    made: list[Layer | FreeParameter] = [*channels.layers.values(), *channels.free_parameters.values()]
     firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
     owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
     of_layers = np.unique(np.concatenate(owners))

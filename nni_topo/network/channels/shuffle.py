@@ -8,6 +8,7 @@ the dense model sends as many to each piece.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,171 +30,187 @@ from nni_topo.network.runtime import tensors_of
 
 
 class DenseOrder(torch.fx.Interpreter):
-    """Follow the numbers of channels through the dense model, given which of their representatives stay."""
+    """Follow the ids of channels through the dense model, given which channels stay, by group id."""
 
-    # A channel shuffle in two halves puts the first channel of the second half behind the first of the first half,
+    # A channel shuffle in two halves puts the first channel of the second half after the first of the first half,
     # whichever these are: the masked model has them in another order as soon as the halves lose different ones.
-    def __init__(self, flow: ChannelFlow, left: np.ndarray) -> None:
+    def __init__(self, flow: ChannelFlow, is_kept: np.ndarray) -> None:
         super().__init__(flow.traced)
-        self.flow, self.left = flow, left
-        self.numbers: dict[str, Any] = {}  # by node, as in the flow, but of the dense model's shapes
+        self.flow, self.is_kept = flow, is_kept
+        self.ids: dict[str, Any] = {}  # by node, as in the flow, but of the dense model's shapes
         self.entering: dict[str, np.ndarray] = {}  # by module
-        self.own: dict[
-            str, np.ndarray
-        ] = {}  # places that stay of the model's own parameters, in the order they are met
-        self.unfit = set[str]()  # the nodes that can't be run on what is left
-        self.reordered = set[str]()  # the nodes that give channels in another order than the whole model
+        # By name, the places of free parameters that stay, in the order of the channels that they are tied to.
+        self.free_parameters: dict[str, np.ndarray] = {}
+        self.failed = set[str]()  # the nodes that can't be run on the ids of kept channels
+        self.reordered = set[str]()  # the nodes that give channels in another order than the unpruned model
         with torch.no_grad():
             self.run()
 
     def fetch_args_kwargs_from_env(self, n: Node) -> Any:
         """Look up a node's arguments, with the dense model's sizes."""
-        return resized(super().fetch_args_kwargs_from_env(n), self.flow.sizes_kept(self.left))
+        return resized(super().fetch_args_kwargs_from_env(n), self.flow.sizes_kept(self.is_kept))
 
     def run_node(self, n: Node) -> Any:
-        """Follow the numbers through one node."""
+        """Follow the ids through one node."""
         ascending = self._ascending(n)
-        self.numbers[n.name] = found = self._renamed(self._moved(n, ascending), ascending)
-        pairs = zip(tensors_of(found), tensors_of(ascending), strict=False)
-        if any(one is not other and not torch.equal(compressed(one), compressed(other)) for one, other in pairs):
-            self.reordered.add(n.name)
+        self.ids[n.name] = found = self._renamed(self._moved(n, ascending), ascending)
+        for one, other in zip(tensors_of(found), tensors_of(ascending), strict=False):
+            if one is not other and not torch.equal(compressed(one), compressed(other)):
+                self.reordered.add(n.name)
         return found
 
     def _renamed(self, found: Any, ascending: Any) -> Any:
-        """Name channels as the flow does where what they are tied to, as a layer scale, gave its own names."""
+        """Return the ids that the flow has at a node where others of the same groups, a layer scale's say, arrived."""
         if not (isinstance(found, Tensor) and isinstance(ascending, Tensor)) or found.shape != ascending.shape:
             return found
-        one, other = compressed(found), compressed(ascending)
-        group_ids, named = (self.flow.group_ids(each.numpy()) for each in (one, other))
-        if one.shape != other.shape or torch.equal(one.flatten().unique(), other.flatten().unique()):
+        arrived, expected = compressed(found), compressed(ascending)
+        if arrived.shape != expected.shape or torch.equal(arrived.flatten().unique(), expected.flatten().unique()):
             return found
-        if np.array_equal(group_ids, named):
+        groups_arrived, groups_expected = self.flow.group_ids(arrived.numpy()), self.flow.group_ids(expected.numpy())
+        if np.array_equal(groups_arrived, groups_expected):
             return ascending
-        places = dict(zip(named.ravel().tolist(), other.flatten().tolist(), strict=True))
-        if len(places) < other.numel() or not places.keys() >= set(group_ids.ravel().tolist()):
+        id_of_group = dict(zip(groups_expected.ravel().tolist(), expected.flatten().tolist(), strict=True))
+        if len(id_of_group) < expected.numel() or not id_of_group.keys() >= set(groups_arrived.ravel().tolist()):
             return found
-        renamed = [places[root] for root in group_ids.ravel().tolist()]
-        return torch.tensor(renamed).view(one.shape).expand(found.shape)
+        renamed = [id_of_group[group_id] for group_id in groups_arrived.ravel().tolist()]
+        return torch.tensor(renamed).view(arrived.shape).expand(found.shape)
 
     def _ascending(self, node: Node) -> Any:
-        """Take the numbers that are gone out of what a node gives."""
-        leaves, spec = tree_flatten(self.flow.numbers[node.name])
+        """Take the ids of pruned channels out of a node's outputs, and leave the others in their order."""
+        leaves, spec = tree_flatten(self.flow.ids[node.name])
         shapes = tree_flatten(given_shapes(node))[0]
         if len(leaves) != len(shapes):
-            return self.flow.numbers[node.name]
-        return tree_unflatten([self._cut(*pair) for pair in zip(leaves, shapes, strict=True)], spec)
+            return self.flow.ids[node.name]
+        return tree_unflatten([self._cut(ids, full) for ids, full in zip(leaves, shapes, strict=True)], spec)
 
-    def _cut(self, numbers: Any, full: Any) -> Any:
-        if not isinstance(numbers, Tensor) or not isinstance(full, Tensor):
-            return numbers
-        stays, shape = torch.from_numpy(np.asarray(self.left[self.flow.group_ids(numbers.numpy())])), list(full.shape)
-        for d, size in enumerate(numbers.shape):
+    def _cut(self, ids: Any, full: Any) -> Any:
+        if not isinstance(ids, Tensor) or not isinstance(full, Tensor):
+            return ids
+        stays, shape = torch.from_numpy(np.asarray(self.is_kept[self.flow.group_ids(ids.numpy())])), list(full.shape)
+        for d, size in enumerate(ids.shape):
             if size == full.shape[d]:
                 rows = stays.movedim(d, 0).reshape(size, -1).any(1)
-                numbers = numbers.index_select(d, rows.nonzero().flatten())
-                shape[d] = numbers.shape[d]
-        return numbers.expand(shape)
+                ids = ids.index_select(d, rows.nonzero().flatten())
+                shape[d] = ids.shape[d]
+        return ids.expand(shape)
 
     def _moved(self, node: Node, ascending: Any) -> Any:
+        """Return the ids of a node's outputs in the dense model; ``ascending``: those in the unpruned model's order."""
         if node.op in ("placeholder", "get_attr", "output"):
             return ascending
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        labels = tensors_of((args, kwargs))
+        entering = tensors_of((args, kwargs))
         if not tensors_of(given_shapes(node)):
             return self._tried(node, args, kwargs, ascending)
         if node.op == "call_module":
-            return self._through(node, labels[0], ascending) if labels else ascending
+            return self._through(node, entering[0], ascending) if entering else ascending
         rule = rule_of(node)
         if rule is not None and rule.moves and not (rule.by_index and tensors_of((args[1:], kwargs))):
             args = (args[0].contiguous(), *args[1:]) if isinstance(args[0], Tensor) else args
             return self._tried(node, args, kwargs, ascending)
-        self._reorder_own(node)
-        return _carried(labels, ascending)
+        self._reorder_free_parameters(node)
+        return _in_order_of(entering, ascending)
 
-    def _reorder_own(self, node: Node) -> None:
-        """Put a parameter of the model's own that a node reads into the order of the channels that it meets."""
-        owned = [each for each in node.all_input_nodes if each.op == "get_attr" and str(each.target) in self.flow.own]
-        others = tensors_of([self.env[each] for each in node.all_input_nodes if each not in owned])
-        for parent in owned if others else ():
-            name, labels = str(parent.target), self.numbers[parent.name]
-            numbers = self.flow.own_numbers(name)
-            met = self.flow.group_ids(compressed(others[0]).flatten().numpy()).tolist()
-            place = {root: at for at, root in enumerate(self.flow.group_ids(numbers).tolist())}
-            found = np.array([place.get(root, -1) for root in met], dtype=np.int64)
-            kept = np.flatnonzero(self.left[self.flow.group_ids(numbers)])
+    def _reorder_free_parameters(self, node: Node) -> None:
+        """Put the free parameters that a node reads into the order of the channels that they are tied to there."""
+        parameters, others = list[Node](), list[Any]()
+        for parent in node.all_input_nodes:
+            if parent.op == "get_attr" and str(parent.target) in self.flow.free_parameters:
+                parameters.append(parent)
+            else:
+                others.append(self.env[parent])
+        tensors = tensors_of(others)
+        if not tensors:
+            return
+        groups_met = self.flow.group_ids(compressed(tensors[0]).flatten().numpy()).tolist()
+        for parent in parameters:
+            name = str(parent.target)
+            ids = self.flow.free_parameter_ids(name)
+            group_ids = self.flow.group_ids(ids)
+            place = {group_id: at for at, group_id in enumerate(group_ids.tolist())}
+            found = np.array([place.get(group_id, -1) for group_id in groups_met], dtype=np.int64)
+            kept = np.flatnonzero(self.is_kept[group_ids])
             if len(parent.users) == 1 and np.array_equal(np.sort(found), kept) and not np.array_equal(found, kept):
-                view = [-1 if d == self.flow.own[name].dim else 1 for d in range(labels.dim())]
-                self.own[name], self.numbers[parent.name] = found, torch.from_numpy(numbers[found]).view(view)
+                view = [1] * self.ids[parent.name].dim()
+                view[self.flow.free_parameters[name].dim] = -1
+                self.free_parameters[name] = found
+                self.ids[parent.name] = torch.from_numpy(ids[found]).view(view)
                 self.reordered.add(parent.name)
 
-    def _through(self, node: Node, labels: Tensor, ascending: Any) -> Any:
+    def _through(self, node: Node, ids: Tensor, ascending: Any) -> Any:
+        """Return the ids of a module's output, given those that enter it."""
         name = str(node.target)
         layer, entering = self.flow.all_layers.get(name), self.flow.entering_channel_ids(name)
         if len(entering):
-            dims = [d for d in range(1, labels.dim()) if varies(labels, d)] or [1]
-            self.entering[name] = labels.transpose(0, dims[0]).flatten(1)[:, 0].numpy()
+            dim = next((d for d in range(1, ids.dim()) if varies(ids, d)), 1)
+            self.entering[name] = ids.transpose(0, dim).flatten(1)[:, 0].numpy()
         rule = module_rule(self.fetch_attr(name))
         if rule is not None and rule.moves:
-            return self._tried(node, (labels.contiguous(),), {}, ascending)
+            return self._tried(node, (ids.contiguous(),), {}, ascending)
         if layer is None:
-            return _carried([labels], ascending)
+            return _in_order_of([ids], ascending)
         if layer.depthwise and name in self.entering:
-            # What it puts out comes in the order of what enters.
+            # Its output channels come in the order of its inputs.
             outs = self.flow.channel_ids_of(name).reshape(len(entering), -1)[self.places(name)].ravel()
             view = [1, -1, *[1] * (ascending.dim() - 2)]
             return torch.from_numpy(outs).view(view).expand(ascending.shape)
         return ascending
 
     def _tried(self, node: Node, args: Any, kwargs: Any, ascending: Any) -> Any:
-        """Run a node on numbers; where the dense model couldn't either, the rehearsal finds that out."""
+        """Run a node on ids; where the dense model couldn't run it either, the dry run finds that out."""
         try:
             return getattr(self, node.op)(node.target, args, kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError):
-            self.unfit.add(node.name)
+            self.failed.add(node.name)
             return ascending
 
     def places(self, name: str) -> np.ndarray:
-        """List the channels that enter a module and stay, by their places in the whole model: int, (left,)."""
+        """List the kept channels that enter a module by their places in the unpruned model: int, (kept channels,)."""
         entering = self.flow.entering_channel_ids(name)
-        kept = np.flatnonzero(self.left[self.flow.group_ids(entering)])
+        kept = np.flatnonzero(self.is_kept[self.flow.group_ids(entering)])
         arriving = self.entering.get(name, entering[:0])
-        place = {number: at for at, number in zip(kept.tolist(), entering[kept].tolist(), strict=True)}
-        found = np.array([place.get(number, -1) for number in arriving.tolist()], dtype=np.int64)
+        place = dict(zip(entering[kept].tolist(), kept.tolist(), strict=True))
+        found = np.array([place.get(channel_id, -1) for channel_id in arriving.tolist()], dtype=np.int64)
         return found if np.array_equal(np.sort(found), kept) else kept
 
     def select(self, node: Node, value: Any) -> Any:
-        """Take removed channels out of the tensors that a node gives, and put the others in order."""
+        """Take pruned channels out of a node's output tensors, and put the others in the dense model's order."""
         leaves, spec = tree_flatten(value)
-        pairs = [tree_flatten(each[node.name])[0] for each in (self.flow.numbers, self.numbers)]
-        if not len(leaves) == len(pairs[0]) == len(pairs[1]):
+        full_ids, dense_ids = tree_flatten(self.flow.ids[node.name])[0], tree_flatten(self.ids[node.name])[0]
+        if not len(leaves) == len(full_ids) == len(dense_ids):
             return value
-        return tree_unflatten([_gathered(*each) for each in zip(leaves, *pairs, strict=True)], spec)
+        return tree_unflatten(list(map(_gathered, leaves, full_ids, dense_ids)), spec)
 
 
-def _carried(labels: list[Tensor], ascending: Any) -> Any:
-    """Let what keeps its shape, or its first two dimensions, keep the order of that of its operands that varies."""
+def _in_order_of(entering: list[Tensor], ascending: Any) -> Any:
+    """Return the ids of the first operand whose channels are those of the output, in that operand's order."""
     if not isinstance(ascending, Tensor):
         return ascending
-    for each in labels:
-        carried = carry(each, tuple(ascending.shape))
-        if carried is not None and any(varies(carried, d) for d in range(1, carried.dim())):
-            return carried
+    for ids in entering:
+        found = carry(ids, tuple(ascending.shape))
+        if found is not None and any(varies(found, d) for d in range(1, found.dim())):
+            return found
     return ascending
 
 
-def _gathered(value: Any, numbers: Any, dense: Any) -> Any:
-    """Look up the values of a tensor that belong to the dense model's numbers, each of which it holds once."""
-    if not (isinstance(value, Tensor) and isinstance(numbers, Tensor) and isinstance(dense, Tensor)):
+def _gathered(value: Any, full_ids: Any, dense_ids: Any) -> Any:
+    """Look up the values of a tensor for the ids in the dense model, each of which occurs once in the full one."""
+    if not (isinstance(value, Tensor) and isinstance(full_ids, Tensor) and isinstance(dense_ids, Tensor)):
         return value
-    dims = [d for d in range(numbers.dim()) if numbers.shape[d] > 1]
+    dims = [d for d in range(full_ids.dim()) if full_ids.shape[d] > 1]
     if not dims:
         return value.clone()
     rest = [d for d in range(value.dim()) if d not in dims]
-    known, few = numbers.flatten().numpy(), dense[tuple(slice(None if d in dims else 1) for d in range(dense.dim()))]
+    wanted = dense_ids
+    for d in range(dense_ids.dim()):
+        if d not in dims:
+            wanted = wanted.narrow(d, 0, min(wanted.shape[d], 1))
+    # A sorted copy turns the lookup of thousands of ids into one binary search.
+    known = full_ids.flatten().numpy()
     order = np.argsort(known, kind="stable")
-    places = order[np.searchsorted(known[order], few.flatten().numpy()).clip(max=len(order) - 1)]
+    places = order[np.searchsorted(known[order], wanted.flatten().numpy()).clip(max=len(order) - 1)]
     flat = value.permute(*rest, *dims).flatten(len(rest))
-    picked = flat[..., torch.from_numpy(places).to(value.device)].unflatten(-1, [dense.shape[d] for d in dims])
+    picked = flat[..., torch.from_numpy(places).to(value.device)].unflatten(-1, [dense_ids.shape[d] for d in dims])
     return picked.permute(*np.argsort([*rest, *dims]).tolist()).contiguous()
 
 
@@ -201,81 +218,89 @@ class Share(NamedTuple):
     """How many of which of a layer's channels stay if it is asked to keep so many."""
 
     asked: int
-    stretches: tuple[int, ...]  # the stretch that each channel belongs to
-    counts: tuple[int, ...]  # how many of each stretch stay: `asked` together, or more where that can't be
+    segments: tuple[int, ...]  # the segment that each channel belongs to
+    counts: tuple[int, ...]  # how many of each segment stay: `asked` together, or more where that can't be
 
 
 Shares = dict[str, Share]
 Parts = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""By layer, the segment of each channel, and how many channels of each segment stay."""
 Routes = Mapping[int, tuple[tuple[str, int], ...]]
+"""By group id, the pieces that a channel goes to: node of the split, place among its outputs."""
 _KNOWN: WeakKeyDictionary[ChannelFlow, dict[tuple[tuple[str, int], ...], Shares]] = WeakKeyDictionary()
 _MORE = 16  # channels that a layer keeps at most beyond those asked for
 
 
-def stays_in_place(flow: ChannelFlow, left: np.ndarray, names: Collection[str] | None = None) -> bool:
-    """Tell whether in the dense model every piece holds the channels of the whole model that are left, in any order.
+def stays_in_place(flow: ChannelFlow, is_kept: np.ndarray, names: Collection[str] | None = None) -> bool:
+    """Tell whether each piece in the dense model holds the kept channels of that in the unpruned one, in any order.
 
     ``names``: only pieces with channels of these layers count.
     """
-    order = DenseOrder(flow, left)
+    order = DenseOrder(flow, is_kept)
     looked_at = np.ones(flow.size, dtype=np.bool_)
     if names is not None:
         looked_at[:] = False
         looked_at[np.concatenate([flow.group_ids_of(name) for name in names])] = True
-    unfit = [leaf for node in order.unfit for leaf in tree_flatten(flow.numbers[node])[0] if isinstance(leaf, Tensor)]
-    if any(bool(looked_at[flow.group_ids(leaf.numpy())].any()) for leaf in unfit):
-        return False
+    for node in order.failed:
+        for ids in tensors_of(flow.ids[node]):
+            if looked_at[flow.group_ids(ids.numpy())].any():
+                return False
     for name in order.entering:
         module: Any = flow.fetch_attr(name)
         groups = getattr(module, "groups", 1)
-        arriving = order.entering[name]
         if not looked_at[flow.entering_group_ids(name)].any():
             continue
-        kept = np.flatnonzero(left[flow.entering_group_ids(name)])
-        places = order.places(name)
-        if not np.array_equal(np.sort(arriving), np.sort(flow.entering_channel_ids(name)[kept])):
+        entering = flow.entering_channel_ids(name)
+        kept = np.flatnonzero(is_kept[flow.entering_group_ids(name)])
+        if not np.array_equal(np.sort(order.entering[name]), np.sort(entering[kept])):
             return False
-        of_group = places // max(len(flow.entering_channel_ids(name)) // groups, 1)
-        if groups > 1 and not is_depthwise(module) and bool((np.diff(of_group) < 0).any()):
+        group_of = order.places(name) // max(len(entering) // groups, 1)
+        if groups > 1 and not is_depthwise(module) and bool((np.diff(group_of) < 0).any()):
             return False
-    pieces = zip(_pieces(flow, flow.numbers), _pieces(flow, order.numbers), strict=True)
-    return all(
-        np.array_equal(whole[left[whole]], dense) for (_, _, whole), (_, _, dense) in pieces if looked_at[whole].any()
-    )
+    for (_, _, full), (_, _, dense) in zip(_pieces(flow, flow.ids), _pieces(flow, order.ids), strict=True):
+        if looked_at[full].any() and not np.array_equal(full[is_kept[full]], dense):
+            return False
+    return True
 
 
 def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
     """Say which channels of layers may stay, given how many of each should; only of layers that are shuffled."""
     if not flow.shuffles:
         return {}
+    moved = np.array([FIXED])
+    for blocks in _moving(flow):
+        moved = np.concatenate([moved, *(flow.group_ids(block) for block in blocks)])
     counts = dict[str, int]()
-    moved = np.concatenate([[FIXED], *(flow.group_ids(each) for blocks in _moving(flow) for each in blocks)])
     for name in wanted:
         group_ids = flow.group_ids_of(name)
-        is_free = (
-            len(np.unique(group_ids)) == len(group_ids) and FIXED not in group_ids and not flow.layers[name].depthwise
-        )
-        if is_free and np.isin(group_ids, moved).any():
+        is_coupled_with_itself = len(np.unique(group_ids)) < len(group_ids)
+        if flow.layers[name].depthwise or FIXED in group_ids or is_coupled_with_itself:
+            continue
+        if np.isin(group_ids, moved).any():
             counts[name] = wanted[name]
     known = _KNOWN.setdefault(flow, {})
-    if (key := tuple(counts.items())) not in known:
+    key = tuple(counts.items())
+    if key not in known:
         known[key] = _shares(flow, counts)
     return known[key]
 
 
 def _shares(flow: ChannelFlow, counts: dict[str, int]) -> Shares:
-    whole, found = _routes(flow, flow.numbers), Shares()
-    rows = [set(flow.group_ids(np.concatenate(blocks)).tolist()) for blocks in _moving(flow)]
-    met = {
-        name: {place for place, row in enumerate(rows) if not row.isdisjoint(flow.group_ids_of(name).tolist())}
-        for name in counts
-    }
-    for names in coupled_names(met):
-        # A number may be one with which a channel would go where none of its layer does in the whole model.
+    """Search the counts of layers that shuffles connect together, from those asked for upwards."""
+    routes, found = _routes(flow, flow.ids), Shares()
+    moved = [set(flow.group_ids(np.concatenate(blocks)).tolist()) for blocks in _moving(flow)]
+    moves_of = dict[str, set[int]]()  # by layer, the chunks and views that take its channels apart
+    for name in counts:
+        group_ids = flow.group_ids_of(name).tolist()
+        moves_of[name] = {place for place, others in enumerate(moved) if not others.isdisjoint(group_ids)}
+    for names in coupled_names(moves_of):
+        # With some counts the dense model would send a channel to a piece that none of its layer goes to here.
         for more in range(_MORE):
             asked = {name: min(counts[name] + more, flow.layers[name].channels) for name in names}
-            if each := _shared_out(flow, whole, counts | asked, names):
-                found |= {name: Share(counts[name], *each[name]) for name in names}
+            parts = _shared_out(flow, routes, counts | asked, names)
+            if parts:
+                for name in names:
+                    found[name] = Share(counts[name], *parts[name])
                 counts |= asked
                 break
         else:
@@ -283,31 +308,32 @@ def _shares(flow: ChannelFlow, counts: dict[str, int]) -> Shares:
     return found
 
 
-def _shared_out(flow: ChannelFlow, whole: Routes, counts: Mapping[str, int], names: list[str]) -> Parts:
-    """Say how many channels of each stretch stay if each layer keeps so many; nothing where that can't be."""
-    left = np.ones(flow.size, dtype=np.bool_)
+def _shared_out(flow: ChannelFlow, routes: Routes, counts: Mapping[str, int], names: list[str]) -> Parts:
+    """Say how many channels of each segment stay if each layer keeps so many; nothing where that can't be."""
+    is_kept = np.ones(flow.size, dtype=np.bool_)
     for name, count in counts.items():
-        left[flow.group_ids_of(name)[count:]] = False
-    dense, found = _routes(flow, DenseOrder(flow, left).numbers), Parts()
+        is_kept[flow.group_ids_of(name)[count:]] = False
+    # Which channels stay is not decided yet. Where the dense model sends the first of a layer, it sends any.
+    dense_routes, found = _routes(flow, DenseOrder(flow, is_kept).ids), Parts()
     for name in names:
         group_ids = flow.group_ids_of(name).tolist()
-        stretches = [whole[root] for root in group_ids]
-        room, taken = Counter(stretches), Counter(dense[root] for root in group_ids[: counts[name]])
-        if any(count > room[stretch] for stretch, count in taken.items()):
+        segments = [routes[group_id] for group_id in group_ids]
+        sizes, wanted = Counter(segments), Counter(dense_routes[group_id] for group_id in group_ids[: counts[name]])
+        if any(count > sizes[segment] for segment, count in wanted.items()):
             return {}
-        ranks = {stretch: rank for rank, stretch in enumerate(room)}
-        found[name] = tuple(ranks[stretch] for stretch in stretches), tuple(taken[stretch] for stretch in ranks)
-        left[group_ids] = chosen_of(*found[name], np.arange(len(group_ids))[::-1])
-    return found if stays_in_place(flow, left, names) else {}
+        rank = {segment: at for at, segment in enumerate(sizes)}
+        found[name] = tuple(rank[segment] for segment in segments), tuple(wanted[segment] for segment in rank)
+        is_kept[group_ids] = chosen_of(*found[name], np.arange(len(group_ids))[::-1])
+    return found if stays_in_place(flow, is_kept, names) else {}
 
 
-def chosen_of(stretches: Sequence[int], counts: Sequence[int], order: np.ndarray) -> np.ndarray:
-    """Tell which channels stay if of each stretch the last ones in an order do: bool, (channels,)."""
-    placed, left = np.asarray(stretches)[order], np.zeros(len(stretches), dtype=np.bool_)
-    for stretch, count in enumerate(counts):
-        own = order[placed == stretch]
-        left[own[len(own) - count :]] = True
-    return left
+def chosen_of(segments: Sequence[int], counts: Sequence[int], order: np.ndarray) -> np.ndarray:
+    """Tell which channels stay if of each segment the last ones in an order do: bool, (channels,)."""
+    placed, chosen = np.asarray(segments)[order], np.zeros(len(segments), dtype=np.bool_)
+    for segment, count in enumerate(counts):
+        members = order[placed == segment]
+        chosen[members[len(members) - count :]] = True
+    return chosen
 
 
 def asked_of(flow: ChannelFlow, entries: Iterable[Mapping[str, Any]], ties: Collection[str]) -> dict[str, int]:
@@ -323,25 +349,25 @@ def asked_of(flow: ChannelFlow, entries: Iterable[Mapping[str, Any]], ties: Coll
 
 
 def _moving(flow: ChannelFlow) -> list[list[np.ndarray]]:
-    """List what each chunk takes apart, and each view into rows."""
-    return [[block for side in each.sides for block in side] for each in flow.blocks if each.moves]
+    """List the blocks of ids that each chunk takes apart, and each view into rows."""
+    return [list(itertools.chain.from_iterable(blocks.sides)) for blocks in flow.blocks if blocks.moves]
 
 
-def _routes(flow: ChannelFlow, numbers: Mapping[str, Any]) -> Routes:
-    """List, by representative, the pieces that a channel goes to."""
+def _routes(flow: ChannelFlow, ids: Mapping[str, Any]) -> Routes:
+    """List, by group id, the pieces that a channel goes to."""
     found: dict[int, tuple[tuple[str, int], ...]] = defaultdict(tuple)
-    for node, piece, group_ids in _pieces(flow, numbers):
-        for root in group_ids.tolist():
-            found[root] = (*found[root], (node, piece))
+    for node, piece, group_ids in _pieces(flow, ids):
+        for group_id in group_ids.tolist():
+            found[group_id] = (*found[group_id], (node, piece))
     return found
 
 
-def _pieces(flow: ChannelFlow, numbers: Mapping[str, Any]) -> list[tuple[str, int, np.ndarray]]:
-    """List the pieces that splits make, by node and place, with the representatives in them, ascending."""
+def _pieces(flow: ChannelFlow, ids: Mapping[str, Any]) -> list[tuple[str, int, np.ndarray]]:
+    """List the pieces that splits make, by node and place, with the group ids in them, ascending."""
     found = []
     for node in flow.traced.graph.nodes:
-        if isinstance(numbers[node.name], (tuple, list)):
-            leaves = [leaf for leaf in tree_flatten(numbers[node.name])[0] if isinstance(leaf, Tensor)]
-            each = [np.unique(flow.group_ids(compressed(leaf).numpy().ravel())) for leaf in leaves]
-            found += [(node.name, place, group_ids) for place, group_ids in enumerate(each)]
+        if isinstance(ids[node.name], (tuple, list)):
+            for place, leaf in enumerate(tensors_of(ids[node.name])):
+                group_ids = flow.group_ids(compressed(leaf).numpy().ravel())
+                found.append((node.name, place, np.unique(group_ids)))
     return found

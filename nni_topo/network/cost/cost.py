@@ -52,21 +52,21 @@ class _LayerCost:
     together: int  # of these, those that see one another where it makes queries, keys or values: of a window
     bias: int  # how many of them
 
-    def products(self, gone: BoolArray) -> int:
+    def products(self, pruned: BoolArray) -> int:
         """Products per output position, summed over the output channels that are left."""
         # A depth-wise convolution loses groups with its channels: each channel keeps one input.
         depthwise = self.groups == len(self.entering) > 1
-        entering = 1 if depthwise else _left(self.entering, gone) // self.groups
-        return _left(self.leaving, gone) * entering * self.kernel
+        entering = 1 if depthwise else _left(self.entering, pruned) // self.groups
+        return _left(self.leaving, pruned) * entering * self.kernel
 
-    def weights(self, gone: BoolArray) -> int:
+    def weights(self, pruned: BoolArray) -> int:
         """Number of parameters that are left."""
-        return self.products(gone) + self.bias * _left(self.leaving, gone)
+        return self.products(pruned) + self.bias * _left(self.leaving, pruned)
 
-    def activations(self, gone: BoolArray) -> int:
+    def activations(self, pruned: BoolArray) -> int:
         """Number of values that enter and leave one call."""
-        entering = _left(self.entering, gone) * self.entering_positions
-        return entering + _left(self.leaving, gone) * self.leaving_positions
+        entering = _left(self.entering, pruned) * self.entering_positions
+        return entering + _left(self.leaving, pruned) * self.leaving_positions
 
 
 class NetworkCost:
@@ -108,24 +108,26 @@ class NetworkCost:
 
     def __call__(self, kept: Kept) -> Cost:
         """Count the cost with channels gone; by layer, bool, shape (channels,), those kept; else all are."""
-        gone = ~self._flow.kept(kept)
-        macs = sum(cost.products(gone) * cost.positions for cost in self._layers.values())
-        macs += sum(_left(group_ids, gone) * products for group_ids, products in self._attention)
-        params = self._rest + sum(cost.weights(gone) for cost in self._layers.values())
-        params += 2 * sum(_left(group_ids, gone) for group_ids in self._norms.values())
-        values = params + max((cost.activations(gone) for cost in self._layers.values()), default=0)
+        pruned = ~self._flow.kept(kept)
+        macs = sum(cost.products(pruned) * cost.positions for cost in self._layers.values())
+        macs += sum(_left(group_ids, pruned) * products for group_ids, products in self._attention)
+        params = self._rest + sum(cost.weights(pruned) for cost in self._layers.values())
+        params += 2 * sum(_left(group_ids, pruned) for group_ids in self._norms.values())
+        values = params + max((cost.activations(pruned) for cost in self._layers.values()), default=0)
         return Cost(macs, params, self._bytes * values)
 
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
         """Count the (input, output) channels left of each layer, of a linear layer the features."""
-        gone = ~self._flow.kept(kept)
-        return {name: (_left(cost.entering, gone), _left(cost.leaving, gone)) for name, cost in self._layers.items()}
+        pruned = ~self._flow.kept(kept)
+        return {
+            name: (_left(cost.entering, pruned), _left(cost.leaving, pruned)) for name, cost in self._layers.items()
+        }
 
     def masks(self, kept: Kept) -> dict[str, dict[str, torch.Tensor]]:
         """Return masks, of layers that lose channels, that let the same ones go."""
-        gone, found = ~self._flow.kept(kept), {}
+        pruned, found = ~self._flow.kept(kept), {}
         for name, cost in self._layers.items():
-            stays, module = torch.from_numpy(~gone[cost.leaving]), self._modules[name]
+            stays, module = torch.from_numpy(~pruned[cost.leaving]), self._modules[name]
             if not stays.all():
                 found[name] = {weight_name(module): spread(module, stays)}
                 for own in row_names(module):
@@ -171,5 +173,5 @@ def _positions(module: Any, size: Size) -> int:
     return math.prod(size[1:]) // size[-1 if last else 1]
 
 
-def _left(group_ids: IntArray, gone: BoolArray) -> int:
-    return len(group_ids) - int(np.count_nonzero(gone[group_ids]))
+def _left(group_ids: IntArray, pruned: BoolArray) -> int:
+    return len(group_ids) - int(np.count_nonzero(pruned[group_ids]))

@@ -6,7 +6,7 @@ from nni_topo.network.speedup.dependency import (
     DependencyGroups,
     by_reason,
     dependency_groups,
-    whole_layers,
+    unprunable_layers,
     why_not_followed,
 )
 from nni_topo.network.speedup.equivalence import apply_masks, masked_model
@@ -33,7 +33,7 @@ __all__ = [
     "share_answers",
     "to_dense",
     "union",
-    "whole_layers",
+    "unprunable_layers",
     "why_not_followed",
     "widths_multiple",
 ]

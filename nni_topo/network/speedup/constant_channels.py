@@ -1,12 +1,12 @@
-"""What removed channels bring to the layers that read them, where it is the same whatever comes in.
+"""The contribution of pruned channels to the layers that read them, where it doesn't depend on the input.
 
-A channel of zeros is a constant behind a sigmoid (0.5) or softplus, and in NNI's masked model behind a batch norm (its
-shift). What a layer makes of constants is one number for each of its channels, which its bias can add instead.
+A channel of zeros is a constant after a sigmoid (0.5) or softplus, and in NNI's masked model after a batch norm (its
+shift). A layer turns constants into one number for each of its output channels, which its bias can add instead.
 
-Where no bias can add it, one removed channel is kept, without weights: a constant channel. A constant is no one number
-for a layer that pads with zeros: next to the border it brings less. But what all removed channels bring is the same
-whatever comes in, and of each the same but for a factor. So what a layer has for the one that is kept is what it had
-for all.
+Constant channels: one pruned channel is kept, with zero weights, where its constant output can't be folded into a bias.
+For a layer that pads with zeros, say, the contribution of a constant is smaller next to the border. But it doesn't
+depend on the input, and that of each pruned channel is a multiple of that of any other. So the layer's weights for the
+kept channel become the sum of its weights for all of them, times these factors.
 """
 
 from __future__ import annotations
@@ -40,73 +40,77 @@ from nni_topo.network.runtime import Call, fitting, random_like, run_small, watc
 TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
 
 
-_MOST = 4  # channels that stay for one layer: what its others bring are multiples of what these do
+_MOST = 4  # constant channels of one layer, of which all its other pruned channels are multiples
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """A layer that removed channels enter, and what they brought in each of its calls."""
+    """A layer that pruned channels enter, and their values in each of its calls."""
 
     module: nn.Module
-    gone: Tensor  # which of the channels that enter are removed: bool, (input channels,)
-    rows: list[Tensor] | None = None  # (removed, samples and places), unless all are zero; None if not asked for
-    ends: list[Tensor] = dataclasses.field(default_factory=list)  # least and largest value of each: (2, removed)
+    pruned: Tensor  # which of the channels that enter are pruned: bool, (input channels,)
+    rows: list[Tensor] | None = None  # (pruned channels, samples and places), if not all zero; None if not wanted
+    ends: list[Tensor] = dataclasses.field(default_factory=list)  # least and largest value of each: (2, pruned)
 
     def look(self, entered: Tensor) -> None:
-        """Note what enters in a call."""
+        """Record the values that enter in a call."""
         if self.rows is not None and has_own_forward(self.module) and inner_of(self.module) is not None:
-            # As far as its convolution: what it pads with is no constant of the channels.
+            # Only up to its convolution: its padding is no constant of the channels.
             entered = call_of(self.module, entered).entering
-        rows, gone = by_channel(self.module, entered), self.gone
-        found = rows[gone.to(rows.device)] if len(rows) == len(gone) else rows.new_full((int(gone.sum()), 1), torch.nan)
+        rows, pruned = by_channel(self.module, entered), self.pruned
+        if len(rows) == len(pruned):
+            found = rows[pruned.to(rows.device)]
+        else:  # a call with another number of channels, of which nothing is known
+            found = rows.new_full((int(pruned.sum()), 1), torch.nan)
         self.ends.append(torch.stack([found.amin(1), found.amax(1)]).cpu().double())
         if self.rows is not None and bool(self.ends[-1].any()):
             self.rows.append(found.cpu().double())
 
     def constants(self) -> Tensor:
-        """Return what each channel brings in all calls, zero for one that stays or brings more than one number."""
+        """Return the constant value of each channel in all calls; zero for one that stays or isn't constant."""
         ends = torch.stack(self.ends)
         lowest, highest = ends[:, 0].amin(0), ends[:, 1].amax(0)
         largest = torch.maximum(lowest.abs(), highest.abs())
         values = torch.where(highest - lowest <= TOLERANCE * largest, highest, 0.0)
-        return torch.zeros(len(self.gone), dtype=torch.float64).masked_scatter(self.gone, values)
+        return torch.zeros(len(self.pruned), dtype=torch.float64).masked_scatter(self.pruned, values)
 
 
 def readers(
-    model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call, *, rows: bool = False
+    model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call, *, rows: bool = False
 ) -> dict[str, Reader]:
-    """Run a model on two random inputs, and return the layers to which removed channels bring anything but zeros."""
+    """Run a model on two random inputs; return the layers that pruned channels enter as other values than zero."""
     entering, leaving = list[Any](), list[Any]()
     found = dict[str, Reader]()
     for name in flow.all_layers:
         module = model.get_submodule(name)
-        gone, kept = (torch.from_numpy(np.asarray(each)) for each in _stay(flow, left, name))
-        if isinstance(module, WEIGHTED) and bool(gone.any()):
-            found[name] = Reader(module, gone, [] if rows else None)
+        pruned, kept = (torch.from_numpy(np.asarray(each)) for each in _pruned_and_kept(flow, is_kept, name))
+        if isinstance(module, WEIGHTED) and bool(pruned.any()):
+            found[name] = Reader(module, pruned, [] if rows else None)
             entering.append((module, found[name].look))
-        # A layer that goes on behind its convolution may well give something of a channel that is gone.
+        # A layer with operations after its convolution may give values for a pruned channel.
         if isinstance(module, WEIGHTED) and not bool(kept.all()) and not is_followed(module):
             leaving.append((module, partial(_zeroed, module, kept)))
-    # What differs between two inputs is no constant, even where either has but one place for each channel.
+    # Two inputs, for on one of them a channel with a single place looks constant.
     for seed in range(2):
         with fitting(0, "example_inputs"), torch.no_grad(), watched(entering, leaving):
             run_small(model, random_like(call, torch.Generator().manual_seed(seed)))
-        if not any(bool(each.any()) for reader in found.values() for each in reader.ends):
-            return {}
-    return {name: reader for name, reader in found.items() if any(bool(each.any()) for each in reader.ends)}
+        with_values = {name: reader for name, reader in found.items() if any(bool(each.any()) for each in reader.ends)}
+        if not with_values:
+            break
+    return with_values
 
 
-def constants_read(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> dict[str, Tensor]:
-    """Measure, by layer, what removed channels bring to it if that is constant: (input channels,), zero elsewhere."""
-    found = {name: reader.constants() for name, reader in readers(model, flow, left, call).items()}
+def constants_read(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> dict[str, Tensor]:
+    """Measure the constant values of pruned channels, by the layer that reads them: (input channels,), else zero."""
+    found = {name: reader.constants() for name, reader in readers(model, flow, is_kept, call).items()}
     return {name: values for name, values in found.items() if bool(values.any())}
 
 
-def dropped(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> list[str]:
-    """Name the layers that lack a part of what removed channels bring them, where constants are kept."""
+def dropped(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> list[str]:
+    """Name the layers that lose a part of the contribution of pruned channels, where constants are kept."""
     names = list[str]()
-    for name, reader in readers(model, flow, left, call).items():
-        is_lost = torch.stack(reader.ends).ne(0).flatten(0, 1).any(0) & (reader.constants()[reader.gone] == 0)
+    for name, reader in readers(model, flow, is_kept, call).items():
+        is_lost = torch.stack(reader.ends).ne(0).flatten(0, 1).any(0) & (reader.constants()[reader.pruned] == 0)
         absorbs = can_absorb(reader.module, only_norm_after(model, flow, name), exactly=False)
         if bool(is_lost.any()) or not absorbs:
             names.append(name)
@@ -114,28 +118,28 @@ def dropped(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -
 
 
 def is_bordered(model: nn.Module, flow: ChannelFlow, name: str) -> bool:
-    """Tell whether a layer can add what it makes of constants but for what lies next to its border."""
+    """Tell whether a layer's bias can add its response to constants exactly, but for places next to its border."""
     module, norm = model.get_submodule(name), only_norm_after(model, flow, name)
     return can_absorb(module, norm, exactly=False) and not can_absorb(module, norm, exactly=True)
 
 
-def norms_of_constants(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> list[str]:
-    """Name the batch norms that make something else than zeros of removed channels.
+def norms_of_constants(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> list[str]:
+    """Name the batch norms whose output for pruned channels isn't zero.
 
-    In training they take statistics of their own of these, so that something else comes out.
+    In training they use the statistics of the batch, which gives other constants.
     """
     found, leaving = set[str](), list[Any]()
 
-    def look(name: str, gone: Tensor, _: Any, output: Tensor) -> None:
-        if bool(output.transpose(0, 1)[gone.to(output.device)].any()):
+    def look(name: str, pruned: Tensor, _: Any, output: Tensor) -> None:
+        if bool(output.transpose(0, 1)[pruned.to(output.device)].any()):
             found.add(name)
 
     for name, module in model.named_modules():
-        gone = torch.from_numpy(~left[flow.entering_group_ids(name)])
-        if is_plain_norm(module) and bool(gone.any()):
-            leaving.append((module, partial(look, name, gone)))
+        pruned = torch.from_numpy(~is_kept[flow.entering_group_ids(name)])
+        if is_plain_norm(module) and bool(pruned.any()):
+            leaving.append((module, partial(look, name, pruned)))
         if name in flow.all_layers and isinstance(module, WEIGHTED):
-            kept = torch.from_numpy(np.asarray(left[flow.group_ids_of(name)]))
+            kept = torch.from_numpy(np.asarray(is_kept[flow.group_ids_of(name)]))
             leaving.append((module, partial(_zeroed, module, kept)))
     with torch.no_grad(), watched(leaving=leaving):
         run_small(model, random_like(call, torch.Generator().manual_seed(0)))
@@ -144,20 +148,21 @@ def norms_of_constants(model: nn.Module, flow: ChannelFlow, left: np.ndarray, ca
 
 @torch.no_grad()
 def absorb(
-    model: nn.Module, flow: ChannelFlow, left: np.ndarray, constants: dict[str, Tensor], *, exactly: bool
+    model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, constants: dict[str, Tensor], *, exactly: bool
 ) -> None:
-    """Let layers add what they make of constants, and read these no more; ``exactly``: only where no border differs.
+    """Fold constants into the biases of the layers that read them; ``exactly``: only where no border differs.
 
-    Parameters are replaced; buffers of the model mustn't be shared. A layer without a bias hands it on to the batch
-    norm behind it.
+    Their weights for these channels become zero. Parameters are replaced; buffers of the model mustn't be shared. For a
+    layer without a bias, the running mean of the batch norm after it takes the constant.
     """
     for name, values in constants.items():
         module: Any = model.get_submodule(name)
         norm = only_norm_after(model, flow, name)
         if not can_absorb(module, norm, exactly=exactly):
             continue
-        weight, (gone, kept) = module.weight, map(torch.from_numpy, map(np.asarray, _stay(flow, left, name)))
-        values = values * gone  # some may have come back since
+        weight = module.weight
+        pruned, kept = (torch.from_numpy(np.asarray(each)) for each in _pruned_and_kept(flow, is_kept, name))
+        values = values * pruned  # some may be kept again since they were measured
         rows = values.to(weight.device).view(module.groups if hasattr(module, "groups") else 1, -1)
         rows = rows.repeat_interleave(len(weight) // len(rows), 0)
         made = (weight.double().flatten(2).sum(2) if weight.dim() > 2 else weight.double()).mul(rows).sum(1)
@@ -170,10 +175,10 @@ def absorb(
 
 
 def can_absorb(module: nn.Module, norm: nn.Module | None, *, exactly: bool) -> bool:
-    """Tell whether a layer, or the batch norm behind it, can add what it makes of constants."""
+    """Tell whether the bias of a layer, or the batch norm after it, can add the layer's response to constants."""
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)) or not reads_plainly(module) or is_depthwise(module):
         return False
-    # Beyond the border there is no constant but zeros.
+    # Beyond the border there are zeros in place of the constant.
     around: Any = getattr(module, "_reversed_padding_repeated_twice", ())
     is_padded = any(around) and module.padding_mode == "zeros"
     if has_own_forward(module):
@@ -190,9 +195,9 @@ def reads_plainly(module: nn.Module) -> bool:
     return inner is not None and inner.is_own
 
 
-def _stay(flow: ChannelFlow, left: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tell which channels that enter a layer are gone, and which that leave it stay."""
-    return ~left[flow.entering_group_ids(name)], left[flow.group_ids_of(name)]
+def _pruned_and_kept(flow: ChannelFlow, is_kept: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which input channels of a layer are pruned, and which of its output channels stay."""
+    return ~is_kept[flow.entering_group_ids(name)], is_kept[flow.group_ids_of(name)]
 
 
 def _zeroed(module: nn.Module, kept: Tensor, entered: Tensor, output: Tensor) -> Tensor:
@@ -201,75 +206,74 @@ def _zeroed(module: nn.Module, kept: Tensor, entered: Tensor, output: Tensor) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class Carried:
-    """What some of the removed channels that enter a layer bring it in the place of all."""
+class ConstantChannels:
+    """The pruned channels that a layer keeps as inputs, with zero weights, in place of all of its pruned inputs."""
 
-    constant_channels: list[int]  # their places among the channels that enter
-    times: Tensor  # how many times what each of them brings a channel does: float64, (input channels, carriers)
+    places: list[int]  # their places among the channels that enter
+    factors: Tensor  # each input channel as a multiple of each of them: float64, (input channels, constant channels)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConstantContribution:
-    """What removed channels bring to layers whatever comes in, by layer."""
+    """The contribution of pruned channels that doesn't depend on the input, by the layer that reads them."""
 
-    constants: dict[str, Tensor]  # what their biases can add: (input channels,), zero elsewhere
-    carried: dict[str, Carried]  # all else
+    constants: dict[str, Tensor]  # values that fold into biases: (input channels,), zero elsewhere
+    constant_channels: dict[str, ConstantChannels]  # for all others
 
-    def channels(self, name: str) -> Tensor | None:
-        """Tell which of the channels that enter a layer needn't, for something else brings what they do."""
-        constants, carried = self.constants.get(name), self.carried.get(name)
-        parts = [] if constants is None else [constants != 0]
-        parts += [] if carried is None else [(carried.times != 0).any(1)]
-        return torch.stack(parts).any(0) if parts else None
+    def supplied(self, name: str) -> Tensor | None:
+        """Return the input channels whose contribution is supplied as a constant: bool, (input channels,)."""
+        found: Tensor | None = None
+        if name in self.constants:
+            found = self.constants[name] != 0
+        if name in self.constant_channels:
+            by_channels = (self.constant_channels[name].factors != 0).any(1)
+            found = by_channels if found is None else found | by_channels
+        return found
 
-    def constant_channels(self, flow: ChannelFlow) -> dict[int, Reason]:
-        """Return the channels that stay for others, by representative, and why."""
+    def kept_for_others(self, flow: ChannelFlow) -> dict[int, Reason]:
+        """Return the constant channels, by group id, and why they stay."""
         found = dict[int, Reason]()
-        for name, carried in self.carried.items():
-            for root in flow.entering_group_ids(name)[carried.constant_channels].tolist():
-                found.setdefault(root, reasons.carries_constant(name))
+        for name, channels in self.constant_channels.items():
+            for group_id in flow.entering_group_ids(name)[channels.places].tolist():
+                found.setdefault(group_id, reasons.carries_constant(name))
         return found
 
 
-def constant_contribution(model: nn.Module, flow: ChannelFlow, left: np.ndarray, call: Call) -> ConstantContribution:
-    """Measure what removed channels bring to layers, and choose which of them stay to bring what no bias can add."""
-    constants, carried, chosen = dict[str, Tensor](), dict[str, Carried](), set[int]()
-    for name, reader in readers(model, flow, left, call, rows=True).items():
+def constant_contribution(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call) -> ConstantContribution:
+    """Measure the constant contribution of pruned channels, and choose constant channels where no bias can add it."""
+    constants, constant_channels, chosen = dict[str, Tensor](), dict[str, ConstantChannels](), set[int]()
+    for name, reader in readers(model, flow, is_kept, call, rows=True).items():
         values = reader.constants()
         if not can_absorb(reader.module, only_norm_after(model, flow, name), exactly=True):
             values = torch.zeros_like(values)
         if bool(values.any()):
             constants[name] = values
         group_ids = flow.entering_group_ids(name)
-        if not _can_carry(reader.module):
+        if not reads_plainly(reader.module) or getattr(reader.module, "groups", 1) != 1:
             continue
-        settled = (values != 0) | ~_by_input(reader.module).ne(0).flatten(1).any(1).cpu()
-        if found := _carried(reader, settled, np.isin(group_ids, [*chosen])):
-            carried[name] = found
-            chosen.update(group_ids[found.constant_channels].tolist())
-    return ConstantContribution(constants, carried)
+        has_weights = _by_input(reader.module).ne(0).flatten(1).any(1).cpu()
+        found = _choose_constant_channels(reader, (values != 0) | ~has_weights, np.isin(group_ids, [*chosen]))
+        if found:
+            constant_channels[name] = found
+            chosen.update(group_ids[found.places].tolist())
+    return ConstantContribution(constants, constant_channels)
 
 
 @torch.no_grad()
-def carry(model: nn.Module, flow: ChannelFlow, left: np.ndarray, carried: dict[str, Carried]) -> None:
-    """Add a layer's weights for channels that are gone to those for the ones that bring it what they did.
-
-    Parameters are replaced.
-    """
-    for name, found in carried.items():
+def add_to_constant_channels(
+    model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, constant_channels: dict[str, ConstantChannels]
+) -> None:
+    """Add layers' weights for pruned channels to their weights for the constant channels. Parameters are replaced."""
+    for name, found in constant_channels.items():
         module: Any = model.get_submodule(name)
-        # Some may have come back since, with their weights.
-        gone = torch.from_numpy(~left[flow.entering_group_ids(name)])
+        # Some may be kept again since they were measured, with their weights.
+        pruned = torch.from_numpy(~is_kept[flow.entering_group_ids(name)])
         rows = _by_input(module)
-        times = (found.times * gone[:, None]).to(rows.device)
-        times[found.constant_channels] = torch.eye(len(found.constant_channels), dtype=times.dtype, device=times.device)
+        factors = (found.factors * pruned[:, None]).to(rows.device)
+        factors[found.places] = torch.eye(len(found.places), dtype=factors.dtype, device=factors.device)
         weight = rows.clone()
-        weight[found.constant_channels] = torch.tensordot(times, rows.double(), ([0], [0])).to(rows)
+        weight[found.places] = torch.tensordot(factors, rows.double(), ([0], [0])).to(rows)
         keep(module, "weight", weight if isinstance(module, TRANSPOSED) else weight.transpose(0, 1).contiguous())
-
-
-def _can_carry(module: Any) -> bool:
-    return reads_plainly(module) and getattr(module, "groups", 1) == 1
 
 
 def _by_input(module: Any) -> Tensor:
@@ -278,28 +282,34 @@ def _by_input(module: Any) -> Tensor:
     return weight if isinstance(module, TRANSPOSED) else weight.transpose(0, 1)
 
 
-def _carried(reader: Reader, settled: Tensor, preferred: np.ndarray) -> Carried | None:
-    """Choose channels whose multiples all others are that bring the same whatever comes in, if there are few."""
+def _choose_constant_channels(reader: Reader, is_settled: Tensor, preferred: np.ndarray) -> ConstantChannels | None:
+    """Choose a few pruned channels of which the others are multiples, as far as they don't depend on the input.
+
+    ``is_settled``: input channels that need none, bool; ``preferred``: those that other layers have already chosen.
+    """
     rows = reader.rows or []
     if len(rows) < len(reader.ends) or any(each.shape != rows[0].shape for each in rows):
         return None
     first, *others = rows
     size = first.abs().amax(1)
-    same = [((each - first).abs().amax(1) <= TOLERANCE * size).numpy() for each in others]
-    waiting = np.all([(size > 0).numpy(), ~settled[reader.gone].numpy(), *same], 0)
-    places, preferred = reader.gone.nonzero().flatten(), preferred[reader.gone.numpy()]
-    constant_channels, columns = list[int](), list[Tensor]()
-    while waiting.any() and len(constant_channels) < _MOST:
+    waiting = (size > 0).numpy() & ~is_settled[reader.pruned].numpy()
+    for each in others:
+        is_same = (each - first).abs().amax(1) <= TOLERANCE * size
+        waiting = waiting & is_same.numpy()
+    places, preferred = reader.pruned.nonzero().flatten(), preferred[reader.pruned.numpy()]
+    chosen_places, columns = list[int](), list[Tensor]()
+    while waiting.any() and len(chosen_places) < _MOST:
         open_ = waiting & preferred if (waiting & preferred).any() else waiting
         chosen = first_largest(np.where(open_, size.numpy(), 0.0))
+        # By least squares, though any two values would do: the residual shows whether it is a multiple at all.
         factors = first @ first[chosen] / first[chosen].square().sum()
         alike = (first - factors[:, None] * first[chosen]).abs().amax(1) <= TOLERANCE * size
         taken = waiting & alike.numpy()
-        constant_channels.append(int(places[chosen]))
+        chosen_places.append(int(places[chosen]))
         columns.append(factors * torch.from_numpy(taken))
         waiting = waiting & ~taken
-    if not constant_channels:
+    if not chosen_places:
         return None
-    times = torch.zeros(len(reader.gone), len(constant_channels), dtype=torch.float64)
-    times[reader.gone] = torch.stack(columns, 1)
-    return Carried(constant_channels, times)
+    all_factors = torch.zeros(len(reader.pruned), len(chosen_places), dtype=torch.float64)
+    all_factors[reader.pruned] = torch.stack(columns, 1)
+    return ConstantChannels(chosen_places, all_factors)

@@ -42,7 +42,7 @@ from nni_topo.network.runtime import (
 from nni_topo.network.speedup.constant_channels import (
     ConstantContribution,
     absorb,
-    carry,
+    add_to_constant_channels,
     constant_contribution,
     constants_read,
     dropped,
@@ -91,7 +91,7 @@ def to_dense(
     constants : {"zero", "keep"}, default="zero"
         What becomes of the shift that a batch norm adds to a removed channel. ``"zero"``: it goes with the channel, as
         in `masked_model`. ``"keep"``: it stays, as in the model that NNI's pruner has wrapped; the layer that reads it
-        adds what it makes of it to its bias, or takes it off the running mean of the batch norm behind.
+        adds what it makes of it to its bias, or takes it off the running mean of the batch norm after it.
     check : bool, default=True
         Compare the dense model with the masked one, in evaluation mode, on random inputs: as they are, times 0.01 and
         100 and shifted by 3 both ways where they are floats. ``report.checked`` says on which; images are compared
@@ -106,7 +106,7 @@ def to_dense(
     -------
     torch.nn.Module
         A new model of the same class with fewer channels, in the mode of ``model``, module by module. Attributes that
-        only count channels, as the size of a split, count those that are left where the forward reads them so, or the
+        hold a number of channels, as the size of a split, get the new number where the forward reads them so, or the
         constructors give a layer the same number; others that hold what was a layer's number of channels stay, and are
         named in ``report.stale`` and a warning. Layers that
         share a weight or buffer still do where the same of it is kept. Its ``report`` is a `DenseReport` of the
@@ -197,13 +197,13 @@ class _Masked:
 
     reference: torch.nn.Module
     resolved: Resolved  # its masks
-    contributions: ConstantContribution  # what removed channels bring that the layers of the dense model have to add
+    contributions: ConstantContribution  # of pruned channels, which the layers of the dense model have to add
     notes: tuple[str, ...]
 
     @property
-    def left(self) -> np.ndarray:
+    def is_kept(self) -> np.ndarray:
         """Which channels stay: bool, by group id."""
-        return self.resolved.left
+        return self.resolved.is_kept
 
 
 def _prepare(network: Network, masks: FullMasks, round_to: int | Literal["auto"] | None) -> _Task:
@@ -212,71 +212,71 @@ def _prepare(network: Network, masks: FullMasks, round_to: int | Literal["auto"]
     return _Task(network, flow, original, masks, round_to, resolve(original, flow, masks, round_to))
 
 
-def _runnable(task: _Task, model: torch.nn.Module, left: np.ndarray) -> tuple[torch.nn.Module, Call]:
+def _runnable(task: _Task, model: torch.nn.Module, is_kept: np.ndarray) -> tuple[torch.nn.Module, Call]:
     """Return what runs all layers of a model, and what to call it on.
 
     Layers that run in training alone are among these where they read pruned channels.
     """
-    if all(left[task.flow.entering_group_ids(name)].all() for name in task.flow.in_training):
+    if all(is_kept[task.flow.entering_group_ids(name)].all() for name in task.flow.in_training):
         return model, task.network.call
     graph_module, args = task.network.graph(model, in_training=True)
     return Steps(graph_module), (args, {})
 
 
 def _masked_with_constants(task: _Task) -> _Masked:
-    """Mask a model as NNI does, where batch norms make constants of removed channels, which layers add from now on."""
+    """Mask a model as NNI does, where batch norms make constants of pruned channels, and fold these into biases."""
     resolved, flow = task.rounded, task.flow
-    # As in NNI's masked model, in which norms make something of the zeros that arrive.
+    # As in NNI's masked model, in which norms turn the zeros that arrive into other values.
     with left_alone(task.original):
-        runs, call = _runnable(task, task.original, resolved.left)
-        kept = constants_read(runs, flow, resolved.left, call)
-        lacking = dropped(runs, flow, resolved.left, call)
+        runs, call = _runnable(task, task.original, resolved.is_kept)
+        kept = constants_read(runs, flow, resolved.is_kept, call)
+        lacking = dropped(runs, flow, resolved.is_kept, call)
     reference = task.apply(resolved)
     notes = []
     if lacking:
         notes.append(
-            f"what removed channels bring is no constant that can be kept, and is dropped: {', '.join(lacking)}"
+            f"what pruned channels contribute is no constant that can be kept, and is dropped: {', '.join(lacking)}"
         )
     bordered = [name for name in kept if is_bordered(task.original, flow, name)]
     if bordered:
         notes.append(f"kept constants go on beyond the border that these layers pad with zeros: {', '.join(bordered)}")
     if kept:
-        runs, call = _runnable(task, task.original, resolved.left)
-        notes += _notes_on_training(norms_of_constants(runs, flow, resolved.left, call))
+        runs, call = _runnable(task, task.original, resolved.is_kept)
+        notes += _notes_on_training(norms_of_constants(runs, flow, resolved.is_kept, call))
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(reference, find_ties(reference))
-    absorb(reference, flow, resolved.left, kept, exactly=False)
+    absorb(reference, flow, resolved.is_kept, kept, exactly=False)
     return _Masked(reference, resolved, ConstantContribution({}, {}), tuple(notes))
 
 
 def _masked_without_constants(task: _Task) -> _Masked:
-    """Mask a model with removed channels at zero, and choose constant channels where zeros become something else."""
+    """Mask a model with pruned channels at zero, and choose constant channels where zeros become other values."""
     flow = task.flow
-    # Constant channels count for the multiple, so that they are chosen among all that may go.
+    # Constant channels count for the multiple of ``round_to``, so they are chosen among all that may be pruned.
     measured = task.rounded if task.round_to is None else resolve(task.original, flow, task.masks)
     probe = task.apply(measured)
     with left_alone(probe):
-        runs, call = _runnable(task, probe, measured.left)
-        contributions = constant_contribution(runs, flow, measured.left, call)
-    if contributions.carried:
-        # What is gone now was gone when it was measured: none that stayed then may go because a constant channel counts
-        # too.
-        constant_channels = contributions.constant_channels(flow)
+        runs, call = _runnable(task, probe, measured.is_kept)
+        contributions = constant_contribution(runs, flow, measured.is_kept, call)
+    if contributions.constant_channels:
+        # What was measured holds for the channels pruned then: none that stayed may be pruned now because a constant
+        # channel takes its place in the count.
+        constant_channels = contributions.kept_for_others(flow)
         resolved = resolve(
-            task.original, flow, task.masks, task.round_to, constant_channels=constant_channels, also=measured.left
+            task.original, flow, task.masks, task.round_to, constant_channels=constant_channels, also=measured.is_kept
         )
     else:
         resolved = task.rounded
     reference = probe if resolved is measured else task.apply(resolved)
     notes = []
-    if contributions.constants or contributions.carried:
-        runs, call = _runnable(task, reference, measured.left)
-        notes = _notes_on_training(norms_of_constants(runs, flow, resolved.left, call))
+    if contributions.constants or contributions.constant_channels:
+        runs, call = _runnable(task, reference, measured.is_kept)
+        notes = _notes_on_training(norms_of_constants(runs, flow, resolved.is_kept, call))
     return _Masked(reference, resolved, contributions, tuple(notes))
 
 
 def _notes_on_training(norms: list[str]) -> list[str]:
-    """Note which batch norms make constants of removed channels."""
+    """Return a note on batch norms that make constants of pruned channels."""
     if not norms:
         return []
     told = (
@@ -288,15 +288,15 @@ def _notes_on_training(norms: list[str]) -> list[str]:
 def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.nn.Module:
     """Cut a copy of the masked model: layers, heads, and the attributes that count channels."""
     flow, original = task.flow, task.original
-    # What is cut, or takes constants over, gets new tensors; the others the reference, which goes, may share with it.
+    # Layers that are cut, or that constants are folded into, get new tensors; others may share the reference's.
     copied = detached_copy(masked.reference, light=not replacers)
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(copied, find_ties(copied))
-    absorb(copied, flow, masked.left, masked.contributions.constants, exactly=True)
-    carry(copied, flow, masked.left, masked.contributions.carried)
-    DenseSpeedup(copied, flow, masked.left, replacers).speedup_model()
-    put_sizes(copied, flow.sizes_kept(masked.left))
-    dense = narrowed(copied, flow, masked.resolved.masks, masked.left, task.network.call)
+    absorb(copied, flow, masked.is_kept, masked.contributions.constants, exactly=True)
+    add_to_constant_channels(copied, flow, masked.is_kept, masked.contributions.constant_channels)
+    DenseSpeedup(copied, flow, masked.is_kept, replacers).speedup_model()
+    put_sizes(copied, flow.sizes_kept(masked.is_kept))
+    dense = narrowed(copied, flow, masked.resolved.masks, masked.is_kept, task.network.call)
     _count_anew(original, dense)
     tie_again(dense, find_ties(original))
     tell_config(dense, original)
@@ -306,7 +306,7 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
 
 
 def _count_anew(original: torch.nn.Module, dense: torch.nn.Module) -> None:
-    """Let attributes that nobody reads while the model runs count the channels that are left, where it is known how."""
+    """Update attributes that hold numbers of channels and aren't read by the forward, where their meaning is known."""
     changed = {}
     for place, size in sizes_shown(original, dense).items():
         before = number_at(original, place)
@@ -317,7 +317,7 @@ def _count_anew(original: torch.nn.Module, dense: torch.nn.Module) -> None:
 
 def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) -> str:
     """Raise a SpeedupError unless the dense model computes what the masked one does; say on what they were compared."""
-    kept = kept_outputs(task.flow, masked.left)
+    kept = kept_outputs(task.flow, masked.is_kept)
     advise = partial(way_forward, task.network, masked.reference, kept)
     with left_alone(dense):
         return check_equal(masked.reference, dense, task.network.call, kept, rtol, advise=advise)

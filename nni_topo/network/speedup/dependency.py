@@ -319,10 +319,12 @@ def _choose(
     """Tell which selected layers lose rows, and which none, given those that can't and those that lose columns."""
     left_out = {name: why for name, why in unpruned.items() if name not in projections}
     # An output projection that loses columns keeps its rows, and with these the channels that it shares.
-    rows = {root: name for name in projections for root in flow.group_ids_of(name).tolist() if root != FIXED}
+    rows = {
+        group_id: name for name in projections for group_id in flow.group_ids_of(name).tolist() if group_id != FIXED
+    }
     for name in order:
         if name in selection.by_type and name in flow.layers and name not in projections:
-            shared = [rows[root] for root in flow.group_ids_of(name).tolist() if root in rows]
+            shared = [rows[group_id] for group_id in flow.group_ids_of(name).tolist() if group_id in rows]
             if shared:
                 left_out[name] = (reasons.head_by_head(shared[0]),)
     for name in order:
@@ -382,7 +384,7 @@ def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
     return (names - found.keys()) | inner
 
 
-def whole_layers(model: torch.nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Reasons]:
+def unprunable_layers(model: torch.nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Reasons]:
     """Return which of some layers have to stay whole, and why."""
     network = Network.on(model, example_inputs)
     return _skipped(network, network.flow, list(names))
@@ -396,7 +398,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
             # Of a norm, say, masks may be wanted all the same.
             module = network.model.get_submodule(name)
             if output_channels(module) is not None or isinstance(module, RECURRENT) or is_transposed_linear(module):
-                if name in flow.along:
+                if name in flow.channel_wise:
                     skipped[name] = (reasons.convolves_channels(),)
                 elif name in flow.in_training:
                     skipped[name] = (reasons.training_only(name),)
@@ -404,7 +406,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
                     skipped[name] = (why_not_followed(network.model, name),)
             continue
         group_ids = flow.group_ids_of(name)
-        found = dict.fromkeys(unfit[root] for root in group_ids.tolist() if root in unfit)
+        found = dict.fromkeys(unfit[group_id] for group_id in group_ids.tolist() if group_id in unfit)
         if found or (group_ids == FIXED).all():
             skipped[name] = tuple(found) or flow.why_pinned(name)
         elif len(set(group_ids.tolist())) == 1 < len(group_ids) and name not in flow.heads:

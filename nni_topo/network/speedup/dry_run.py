@@ -1,12 +1,13 @@
-"""A dry run: random channels go, and the network with them at zero runs beside the one without them, node by node.
+"""A dry run: prune random channels, and run the network with them at zero and the one without them node by node.
 
-What the rules for single operations say about channels is thereby checked on every operation of the model, whatever it
-is: that it runs on fewer channels at all, and that what it makes of those kept doesn't depend on those pruned.
+This checks what the rules say of single operations on every operation of the model: that it runs on fewer channels at
+all, and that its result for the kept channels doesn't depend on the pruned ones.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property
@@ -52,16 +53,16 @@ from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
 
 _SINGLE = {torch.float64: torch.float32}
 _SIDES = (33, 64)  # pixels of images in one batch; strides halve 33 to 17, 9, 5, 3 and 2
-_ROUNDS = 24  # each finds about half of the channels that can't go and weren't found yet
+_ROUNDS = 24  # each finds about half of the unprunable channels that weren't found yet
 
 
-_ROWS = 64  # that a layer reads at once, from which on its weights take less long to compare than to use
+_ROWS = 64  # from so many rows of input on, comparing a layer's weights takes less time than using them
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _MULTIHEAD = (nn.MultiheadAttention, PrunedMultiheadAttention)
 
 
 def unprunable(network: Network) -> dict[int, Reason]:
-    """Return the channels that a dense model can't do without although none is pinned: by group id, the reason."""
+    """Return the channels that can't be pruned although nothing pins them: by group id, the reason."""
     return network.remember("unprunable", lambda: _find_unprunable(network))
 
 
@@ -77,11 +78,11 @@ def _find_unprunable(network: Network) -> dict[int, Reason]:
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
         inputs, clean = _Inputs(args), set[bool]()
         for turn in range(_ROUNDS):
-            # Blocks lose a part of each, as pruners choose; and some as a whole, as masks may say.
+            # In turn: every block loses a part, as pruners choose; some blocks are pruned as a whole, as masks may.
             in_parts = bool(flow.blocks) and turn % 2 == 0
-            left = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
+            is_kept = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
             try:
-                found = inputs.find(_DryRun(flow, left, full))
+                found = inputs.find(_DryRun(flow, is_kept, full))
             except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
                 if out_of_memory(error):
                     raise
@@ -90,7 +91,7 @@ def _find_unprunable(network: Network) -> dict[int, Reason]:
             clean = set() if found else clean | {in_parts}
             if clean == {bool(flow.blocks), False}:
                 return held
-    # It didn't come to rest: nothing is sure.
+    # The last round still found channels: nothing is sure.
     return _all_held(flow, reasons.never_settled())
 
 
@@ -117,7 +118,7 @@ class _Inputs:
         self._is_clean = True  # whether nothing was found yet
 
     def find(self, dry_run: _DryRun) -> dict[int, Reason]:
-        """Return the channels that can't go, and why."""
+        """Return the unprunable channels by group id, and why."""
         if self._is_clean and self._in_one_batch(dry_run):
             return {}
         self._is_clean = False
@@ -138,7 +139,7 @@ class _Inputs:
         return False
 
     def _by_itself(self, dry_run: _DryRun) -> dict[int, Reason]:
-        """Return what is found on the inputs as they are; of these keep the small ones while they find nothing."""
+        """Return what is found on the inputs as they are: on small ones as long as nothing is found on these."""
         while len(self._alone) > 1:
             try:
                 if not dry_run.run(self._alone[0][0]):
@@ -150,7 +151,7 @@ class _Inputs:
         return dry_run.run(self._alone[0][0])
 
     def _varied(self, dry_run: _DryRun, variation: Variation) -> dict[int, Reason]:
-        """Return what is found on other inputs, in double precision too: rounding grows with what is computed."""
+        """Return what is found on other inputs, in double precision too: rounding errors grow with the values."""
         args = varied(self._alone[0], variation)
         try:
             found = dry_run.run(args[0], is_varied=True)
@@ -192,27 +193,28 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
 def _draw(
     flow: ChannelFlow, held: dict[int, Reason], drawing: np.random.Generator, halves: Shares, *, in_parts: bool
 ) -> np.ndarray:
-    """Draw which channels stay, by representative: about half of those that can go.
+    """Draw which channels stay, bool, by group id: about half of the prunable ones.
 
-    Of every layer at least one stays, and of what enters any.
+    At least one channel of every layer stays, and one of those that enter it.
     """
-    left: np.ndarray = drawing.random(flow.size) < 0.5
-    for block in (block for blocks in flow.blocks for side in blocks.sides for block in side if in_parts):
-        group_ids = flow.group_ids(block)
-        left[group_ids] = False
-        left[drawing.permutation(group_ids)[: (len(group_ids) + 1) // 2]] = True
+    is_kept: np.ndarray = drawing.random(flow.size) < 0.5
+    for blocks in flow.blocks if in_parts else ():
+        for block in itertools.chain.from_iterable(blocks.sides):
+            group_ids = flow.group_ids(block)
+            is_kept[group_ids] = False
+            is_kept[drawing.permutation(group_ids)[: (len(group_ids) + 1) // 2]] = True
     for name, share in halves.items():
-        left[flow.group_ids_of(name)] = chosen_of(
-            share.stretches, share.counts, drawing.permutation(len(share.stretches))
+        is_kept[flow.group_ids_of(name)] = chosen_of(
+            share.segments, share.counts, drawing.permutation(len(share.segments))
         )
-    left[[FIXED, *flow.at_output, *held]] = True
+    is_kept[[FIXED, *flow.at_output, *held]] = True
     for name in flow.layers:
         group_ids = flow.group_ids_of(name)
-        left[group_ids[0]] |= not left[group_ids].any()
-    worth = drawing.random(len(left))
-    keep_read(flow, left, lambda: worth)
-    grow(flow, left, lambda: worth, 1, set())
-    return left
+        is_kept[group_ids[0]] |= not is_kept[group_ids].any()
+    worth = drawing.random(len(is_kept))
+    keep_read(flow, is_kept, lambda: worth)
+    grow(flow, is_kept, lambda: worth, 1, set())
+    return is_kept
 
 
 def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
@@ -224,27 +226,27 @@ def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
     return taken
 
 
-def _is_zero(value: Tensor, gone: Tensor) -> bool:
+def _is_zero(value: Tensor, pruned: Tensor) -> bool:
     """Tell whether what is gone of a tensor is zero, where that is quick to say: of one dimension."""
-    dims = [d for d in range(gone.dim()) if gone.shape[d] > 1]
-    if len(dims) != 1 or gone.shape[dims[0]] != value.shape[dims[0]] or value.dtype not in (*_SINGLE, torch.float32):
+    dims = [d for d in range(pruned.dim()) if pruned.shape[d] > 1]
+    if len(dims) != 1 or pruned.shape[dims[0]] != value.shape[dims[0]] or value.dtype not in (*_SINGLE, torch.float32):
         return False
-    low, high = value.index_select(dims[0], gone.flatten().nonzero().flatten().to(value.device)).aminmax()
+    low, high = value.index_select(dims[0], pruned.flatten().nonzero().flatten().to(value.device)).aminmax()
     return float(low) == 0 == float(high)
 
 
 class _DryRun:
     """One run of both networks."""
 
-    def __init__(self, flow: ChannelFlow, left: np.ndarray, full: GraphModule, *, is_double: bool = False) -> None:
-        self.flow, self.left, self.full = flow, left, full
+    def __init__(self, flow: ChannelFlow, is_kept: np.ndarray, full: GraphModule, *, is_double: bool = False) -> None:
+        self.flow, self.is_kept, self.full = flow, is_kept, full
         self._is_double = is_double
-        self._sizes = flow.sizes_kept(left)
+        self._sizes = flow.sizes_kept(is_kept)
         modules = nn.Module()
         vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
-        # Cutting puts new tensors in place of those it makes smaller, so both networks may share the others.
+        # Cutting replaces the tensors that it makes smaller, so both networks may share the others.
         self.small: nn.Module = detached_copy(modules, light=True, shared=modules.buffers())
-        speedup, self._uncut = DenseSpeedup(self.small, flow, left), dict[int, Reason]()
+        speedup, self._uncut = DenseSpeedup(self.small, flow, is_kept), dict[int, Reason]()
         try:
             speedup.speedup_model()
         except SpeedupError as error:
@@ -253,13 +255,13 @@ class _DryRun:
 
     def doubled(self) -> _DryRun:
         """Return the same dry run in double precision."""
-        return _DryRun(self.flow, self.left, copy.deepcopy(self.full).double(), is_double=True)
+        return _DryRun(self.flow, self.is_kept, copy.deepcopy(self.full).double(), is_double=True)
 
     def run(self, args: tuple[Any, ...], *, blocks: int = 1, is_varied: bool = False) -> dict[int, Reason]:
-        """Return the channels that can't go, by representative, and why.
+        """Return the unprunable channels, by group id, and why.
 
-        ``blocks``: how many inputs there are in the batch, each of which counts by itself; of one of these, and of one
-        that ``is_varied``, what isn't finite isn't compared.
+        ``blocks``: how many inputs there are in the batch, each of which is compared by itself. Values that aren't
+        finite are left out of the comparison where there are several, or the input ``is_varied``.
         """
         self._blocks, self._is_varied = blocks, is_varied
         if self._uncut:
@@ -267,94 +269,102 @@ class _DryRun:
         self._found: dict[int, Reason] = {}
         self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
         self._args, inputs = args, iter(args)
-        readers = {parent: node for node in self.full.graph.nodes for parent in node.all_input_nodes}
-        last: dict[Node, list[Node]] = defaultdict(list)
-        for parent, node in readers.items():
-            last[node].append(parent)
+        last_reader = dict[Node, Node]()
+        for node in self.full.graph.nodes:
+            last_reader.update(dict.fromkeys(node.all_input_nodes, node))
+        done_after: dict[Node, list[Node]] = defaultdict(list)
+        for parent, node in last_reader.items():
+            done_after[node].append(parent)
         for node in self.full.graph.nodes:
             if node.op == "placeholder":
                 value = next(inputs)
                 self._values[node] = tuple(tree_map_only(Tensor, Tensor.clone, value) for _ in range(2))
             elif node.op != "output":
                 self._step(node)
-            for parent in last[node]:
+            for parent in done_after[node]:
                 del self._values[parent]
         return self._found
 
     def _step(self, node: Node) -> None:
         if node.op == "get_attr":
-            # Whether it fits shows where it is used, which may be for its type or device alone.
-            whole = self._called(node, self.full, 0)
-            self._values[node] = self._masked(node, whole, None), self._called(node, self.small, 1)
+            # Its size is compared where it is used, which may be for its type or device alone.
+            full = self._called(node, self.full, 0)
+            self._values[node] = self._masked(node, full, None), self._called(node, self.small, 1)
             return
         entering = {parent: self._nonzero(parent) for parent in self._tensors_before(node)}
         arriving = any(map(len, entering.values()))
-        if not arriving and (once := self._once(node)):
-            self._values[node] = once
-            return
+        if not arriving:
+            computed_once = self._once(node)
+            if computed_once:
+                self._values[node] = computed_once
+                return
         needless = self._needless(node) if arriving else None
         reads_others = node.name in self.flow.guessed and self._reads_others(node)
-        whole = self._masked(node, self._called(node, self.full, 0, needless), self._first_input(node))
-        expected = self._cut(node, whole)
+        full = self._masked(node, self._called(node, self.full, 0, needless), self._first_input(node))
+        expected = self._cut(node, full)
         try:
             actual = self._called(node, self.small, 1)
-            # Of attention the first: how much each head heeds what is known of the heads alone.
-            first = slice(1 if self._is_attention(node) else None)
-            reason = self._compare(node, *(tree_flatten(each)[0][first] for each in (expected, actual)))
+            # Of attention's outputs the first: its weights are compared where something reads them.
+            compared = slice(1 if self._is_attention(node) else None)
+            reason = self._compare(node, tree_flatten(expected)[0][compared], tree_flatten(actual)[0][compared])
         except Exception as error:  # an operation fails in as many ways as there are operations
             if out_of_memory(error):
                 raise
             actual, reason = None, reasons.fixed_sizes(node, error)
         if not reason and (reads_others or (arriving and node.name in self.flow.summed)):
             reason = reasons.result_depends(node)  # though not by much with these numbers
-        # One channel that is picked may be looked at for its sizes alone: who reads it tells.
+        # A single picked channel may be used for its size alone: its readers show that.
         if reason and not (reason.kind == "result_depends" and self._is_picked(node)):
             self._blame(node, entering, reason)
             actual = tree_map_only(Tensor, Tensor.clone, expected)
-        self._values[node] = whole, actual
+        self._values[node] = full, actual
 
     def _reads_others(self, node: Node) -> bool:
-        """Tell whether what a node gives for the channels left has to do with those removed.
+        """Tell whether a node's result for the kept channels depends on the pruned ones.
 
-        These get NaN, which shows wherever they are read, however little their numbers would matter.
+        The pruned channels get NaN, which shows wherever they are read, however little their values would matter.
         """
         poisoned = dict[Node, Any]()
         for parent in node.all_input_nodes:
             leaves, spec = tree_flatten(self._values[parent][0])
-            numbers = tree_flatten(self.flow.numbers[parent.name])[0]
-            if len(numbers) == len(leaves):
-                leaves = [self._poisoned(*pair) for pair in zip(leaves, numbers, strict=True)]
+            ids = tree_flatten(self.flow.ids[parent.name])[0]
+            if len(ids) == len(leaves):
+                leaves = list(map(self._poisoned, leaves, ids))
             poisoned[parent] = tree_unflatten(leaves, spec)
+        # Clones, for the node may write into what it gets.
         plain = {parent: tree_map_only(Tensor, Tensor.clone, self._values[parent][0]) for parent in poisoned}
         try:
-            given = [self._cut(node, self._called(node, self.full, 0, values=values)) for values in (plain, poisoned)]
+            without_nan = tensors_of(self._cut(node, self._called(node, self.full, 0, values=plain)))
+            with_nan = tensors_of(self._cut(node, self._called(node, self.full, 0, values=poisoned)))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:  # what takes no NaN is compared alone
             if out_of_memory(error):
                 raise
             return False
-        pairs = zip(*map(tensors_of, given), strict=True)
-        return any(bool((poisoned.isnan() & ~plain.isnan()).any()) for plain, poisoned in pairs)
+        for before, after in zip(without_nan, with_nan, strict=True):
+            if bool((after.isnan() & ~before.isnan()).any()):
+                return True
+        return False
 
-    def _poisoned(self, value: Any, numbers: Any) -> Any:
-        """Copy a tensor, with NaN in place of removed channels."""
+    def _poisoned(self, value: Any, ids: Any) -> Any:
+        """Copy a tensor, with NaN in place of pruned channels."""
         if not isinstance(value, Tensor):
             return value
-        if not (isinstance(numbers, Tensor) and value.is_floating_point() and numbers.dim() == value.dim()):
+        if not (isinstance(ids, Tensor) and value.is_floating_point() and ids.dim() == value.dim()):
             return value.clone()
-        return value.masked_fill(~self._stays(numbers).to(value.device).expand(value.shape), torch.nan)
+        return value.masked_fill(~self._stays(ids).to(value.device).expand(value.shape), torch.nan)
 
     def _once(self, node: Node) -> tuple[Any, Any] | None:
-        """Run a layer in the small network alone, whose removed channels are zeros in the whole one."""
+        """Run a layer in the small network alone, if all that differs in the full one is zeros."""
         if self._order is not None:
             return None
-        stays = exact_channels(node, self.full, self.small, self.flow, self.left, self._values)
+        stays = exact_channels(node, self.full, self.small, self.flow, self.is_kept, self._values)
         if stays is None:
             return None
         given = self._called(node, self.small, 1)
         (small, *others), spec = tree_flatten(given)
         places = stays.nonzero().flatten().to(small.device)
-        whole = small.new_zeros(*small.shape[:-1], len(stays)).index_copy_(-1, places, small)
-        return tree_unflatten([whole, *others], spec), given
+        full = small.new_zeros(*small.shape[:-1], len(stays)).index_copy_(-1, places, small)
+        return tree_unflatten([full, *others], spec), given
 
     def _called(
         self,
@@ -364,9 +374,9 @@ class _DryRun:
         needless: Tensor | None = None,
         values: dict[Node, Any] | None = None,
     ) -> Any:
-        """Compute what a node gives in one of the networks, without channels that needn't enter it.
+        """Compute a node's output in one of the networks, with channels that are ``needless`` at zero.
 
-        ``values``: what the nodes before it give, if not what they gave in this network.
+        ``values``: the outputs of the nodes before it, if not those in this network.
         """
         if RANDOM not in node.meta:
             return self._computed(node, module, which, needless, values)
@@ -396,67 +406,71 @@ class _DryRun:
             return (layer if which else self._silenced(str(node.target), layer))(*args, **kwargs)
         method = getattr(args[0], str(node.target)) if node.op == "call_method" else None
         value = node.target(*args, **kwargs) if method is None else method(*args[1:], **kwargs)  # type: ignore[operator]
-        # What isn't written to yet holds anything, and not the same in both.
+        # Memory that isn't written to yet holds anything, and not the same in both networks.
         return value.zero_() if has_property(node, "is_unset") else value
 
     def _silenced(self, name: str, layer: nn.Module) -> nn.Module:
-        """Return a recurrent layer without the units that are gone, which others of it read; any other as it is."""
+        """Return a recurrent layer with pruned units at zero, which its other units read; any other layer as it is."""
         if not is_recurrent(layer):
             return layer
-        gone, layer = torch.from_numpy(~self.left[self.flow.group_ids_of(name)]), copy.deepcopy(layer)
+        pruned, layer = torch.from_numpy(~self.is_kept[self.flow.group_ids_of(name)]), copy.deepcopy(layer)
         for parameter in layer.parameters():
-            parameter[gone.to(parameter.device)] = 0
+            parameter[pruned.to(parameter.device)] = 0
         return layer
 
     def _needless(self, node: Node) -> Tensor | None:
-        """Tell which channels needn't enter a layer, for else brings it what they do; broadcasts to what enters."""
+        """Return the input channels whose contribution is supplied as a constant; broadcasts to the layer's input."""
         name = str(node.target)
-        found = self._brought.channels(name) if name in self.flow.all_layers else None
-        layer: Any = self.full.get_submodule(name) if found is not None else None
-        return None if found is None else found.view(-1, *[1] * (layer.weight.dim() - 2))
+        if name not in self.flow.all_layers:
+            return None
+        supplied = self._contribution.supplied(name)
+        if supplied is None:
+            return None
+        layer: Any = self.full.get_submodule(name)
+        return supplied.view(-1, *[1] * (layer.weight.dim() - 2))
 
     @cached_property
-    def _brought(self) -> ConstantContribution:
-        return constant_contribution(self.full, self.flow, self.left, (self._args, {}))
+    def _contribution(self) -> ConstantContribution:
+        return constant_contribution(self.full, self.flow, self.is_kept, (self._args, {}))
 
     def _first_input(self, node: Node) -> Any:
         parents = node.all_input_nodes
         return self._values[parents[0]][0] if parents else None
 
     def _masked(self, node: Node, value: Any, entering: Any) -> Any:
-        """Zero removed channels of layers and parameters, and what a norm makes of those that arrive as zeros."""
+        """Zero the pruned channels of layers and parameters, and those of a norm that arrive as zeros."""
         if self._is_attention(node):
             (context, *others), spec = tree_flatten(value)
-            gone = ~self._stays(tree_flatten(self.flow.numbers[node.name])[0][0]).to(context.device)
-            return tree_unflatten([context.masked_fill(gone.expand(context.shape), 0), *others], spec)
+            pruned = ~self._stays(tree_flatten(self.flow.ids[node.name])[0][0]).to(context.device)
+            return tree_unflatten([context.masked_fill(pruned.expand(context.shape), 0), *others], spec)
         if node.op not in ("call_module", "get_attr") or not isinstance(value, Tensor):
             return value
-        gone, name = ~self._stays(self.flow.numbers[node.name]).to(value.device).expand(value.shape), str(node.target)
-        if name in (self.flow.layers if node.op == "call_module" else self.flow.own):
-            return value.masked_fill(gone, 0)
+        pruned, name = ~self._stays(self.flow.ids[node.name]).to(value.device).expand(value.shape), str(node.target)
+        if name in (self.flow.layers if node.op == "call_module" else self.flow.free_parameters):
+            return value.masked_fill(pruned, 0)
         module = self.full.get_submodule(name) if node.op == "call_module" else None
-        # One without parameters has none that could be masked.
+        # A norm without parameters has none that could be masked.
         if module is not None and is_normalizing(module) and per_channel_names(module):
-            return value.masked_fill(gone & (entering == 0), 0)
+            return value.masked_fill(pruned & (entering == 0), 0)
         return value
 
-    def _stays(self, numbers: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(self.left[self.flow.group_ids(numbers.numpy())]))
+    def _stays(self, ids: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(self.is_kept[self.flow.group_ids(ids.numpy())]))
 
     def _cut(self, node: Node, value: Any) -> Any:
-        """Take removed channels out of the tensors that a node gives."""
+        """Take pruned channels out of a node's output tensors."""
         if self._order is not None and node.name in self._order.reordered:
             return self._order.select(node, value)
         leaves, spec = tree_flatten(value)
-        numbers = tree_flatten(self.flow.numbers[node.name])[0]
-        if len(numbers) != len(leaves):
+        ids = tree_flatten(self.flow.ids[node.name])[0]
+        if len(ids) != len(leaves):
             return value
-        return tree_unflatten([self._slice(*pair) for pair in zip(leaves, numbers, strict=True)], spec)
+        return tree_unflatten(list(map(self._slice, leaves, ids)), spec)
 
-    def _slice(self, value: Any, numbers: Any) -> Any:
-        if not isinstance(value, Tensor) or not isinstance(numbers, Tensor):
+    def _slice(self, value: Any, ids: Any) -> Any:
+        if not isinstance(value, Tensor) or not isinstance(ids, Tensor):
             return value
-        for d, kept in enumerate(kept_slices(numbers, tuple(value.shape), self.flow, self.left)):
+        for d, kept in enumerate(kept_slices(ids, tuple(value.shape), self.flow, self.is_kept)):
             value = _taken(value, d, kept.to(value.device)) if len(kept) < value.shape[d] else value
         return value
 
@@ -469,117 +483,125 @@ class _DryRun:
             if isinstance(wanted, Tensor):
                 if wanted.shape != given.shape:
                     return reasons.fixed_sizes(node)
-                # What has no samples in its first dimension is measured as one.
+                # A tensor whose first dimension isn't that of the samples is compared as a whole.
                 blocks = self._blocks if wanted.dim() > 1 and len(wanted) % self._blocks == 0 else 1
                 if_finite = self._is_varied or blocks > 1
                 pairs = zip(wanted.chunk(blocks), given.chunk(blocks), strict=True) if blocks > 1 else [(wanted, given)]
-                if any(difference(*pair, if_finite=if_finite) > SAME_CHANNELS for pair in pairs):
-                    return reasons.result_depends(node)
+                for one, other in pairs:
+                    if difference(one, other, if_finite=if_finite) > SAME_CHANNELS:
+                        return reasons.result_depends(node)
         return None
 
     def _is_picked(self, node: Node) -> bool:
-        numbers = self.flow.numbers[node.name]
-        return has_property(node, "picks_one") and isinstance(numbers, Tensor) and numbers.numel() == 1
+        ids = self.flow.ids[node.name]
+        return has_property(node, "picks_one") and isinstance(ids, Tensor) and ids.numel() == 1
 
     def _tensors_before(self, node: Node) -> list[Node]:
-        """List the nodes whose tensors a node works on, by way of sizes too."""
+        """List the nodes whose tensors a node reads, itself or through sizes computed from them."""
         found, waiting = dict[Node, None](), list(node.all_input_nodes)
         while waiting:
             parent = waiting.pop()
-            numbers = self.flow.numbers.get(parent.name)
-            if any(isinstance(leaf, Tensor) for leaf in tree_flatten(numbers)[0]):
+            ids = self.flow.ids.get(parent.name)
+            if any(isinstance(leaf, Tensor) for leaf in tree_flatten(ids)[0]):
                 found[parent] = None
             elif not self._is_plain_size(parent):
                 waiting += parent.all_input_nodes
         return list(found)
 
     def _is_plain_size(self, node: Node) -> bool:
-        """Tell whether a node is how long a dimension is that holds no channels."""
+        """Tell whether a node is the size of a dimension that holds no channels."""
         if node.target != "size" or len(node.args) != 2:
             return False
         parent, dim = cast("tuple[Node, int]", node.args)
-        numbers = self.flow.numbers[parent.name]
-        return isinstance(numbers, Tensor) and numbers.shape[dim] == 1
+        ids = self.flow.ids[parent.name]
+        return isinstance(ids, Tensor) and ids.shape[dim] == 1
 
     def _nonzero(self, node: Node) -> np.ndarray:
-        """List the removed channels that a node gives as values that aren't zero."""
-        whole = self._values.get(node, (None,))[0]
+        """List the pruned channels of a node's output whose values aren't zero."""
+        full = self._values.get(node, (None,))[0]
         found = [np.zeros(0, dtype=np.int64)]
-        for value, numbers in zip(tree_flatten(whole)[0], tree_flatten(self.flow.numbers[node.name])[0], strict=False):
-            if not (isinstance(value, Tensor) and isinstance(numbers, Tensor) and value.dim() == numbers.dim()):
+        for value, ids in zip(tree_flatten(full)[0], tree_flatten(self.flow.ids[node.name])[0], strict=False):
+            if not (isinstance(value, Tensor) and isinstance(ids, Tensor) and value.dim() == ids.dim()):
                 continue
-            gone = ~self._stays(numbers)
-            if bool(gone.any()) and value.numel() and not _is_zero(value, gone):
-                alike = [d for d, size in enumerate(numbers.shape) if size == 1]
+            pruned = ~self._stays(ids)
+            if bool(pruned.any()) and value.numel() and not _is_zero(value, pruned):
+                alike = [d for d, size in enumerate(ids.shape) if size == 1]
                 value = value.abs() if value.is_complex() else value
-                ends = [getattr(value, end)(alike, keepdim=True) if alike else value for end in ("amin", "amax")]
-                alive = gone & ((ends[0] != 0) | (ends[1] != 0)).cpu()
-                found += [np.unique(numbers[alive].numpy())] if bool(alive.any()) else []
+                lowest = value.amin(alike, keepdim=True) if alike else value
+                highest = value.amax(alike, keepdim=True) if alike else value
+                alive = pruned & ((lowest != 0) | (highest != 0)).cpu()
+                if bool(alive.any()):
+                    found.append(np.unique(ids[alive].numpy()))
         return np.concatenate(found)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: Reason) -> None:
-        """Hold the channels that are to blame: those that arrive as values, else all that arrive, else the heads."""
+        """Keep the channels to blame: pruned ones with values, else all that enter, else those of the heads."""
         alive = np.concatenate([*entering.values(), np.zeros(0, dtype=np.int64)])
-        numbers = [
-            leaf.numpy().ravel() for parent in entering for leaf in tree_flatten(self.flow.numbers[parent.name])[0]
-            if isinstance(leaf, Tensor)
-        ]  # fmt: skip
-        group_ids = np.unique(self.flow.group_ids(alive if len(alive) else np.concatenate([*numbers, alive])))
-        if self.left[group_ids].all() and self._is_attention(node):
+        to_blame = alive
+        if not len(alive):
+            for parent in entering:
+                for ids in tensors_of(self.flow.ids[parent.name]):
+                    to_blame = np.concatenate([to_blame, ids.numpy().ravel()])
+        group_ids = np.unique(self.flow.group_ids(to_blame))
+        if self.is_kept[group_ids].all() and self._is_attention(node):
             holder: Any = node.args[0] if node.target is attend else node
             attention = self.flow.attention[str(holder.target)]
             group_ids = np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
-        gone = group_ids[group_ids > FIXED].tolist() if not self.left[group_ids].all() else self._removed()
+        pruned = group_ids[group_ids > FIXED].tolist() if not self.is_kept[group_ids].all() else self._removed()
         if len(alive) and reason.kind == "result_depends":
             reason = reasons.nonzero_values(node)
-        for root in gone:
-            self._found.setdefault(root, reason)
+        for group_id in pruned:
+            self._found.setdefault(group_id, reason)
 
     def _removed_at(self, name: str) -> list[int]:
-        """List the removed channels that enter or leave a module; without any, those of the whole network."""
+        """List the pruned channels that enter or leave a module; without any, all pruned channels of the network."""
         leaving = self.flow.group_ids_of(name) if name in self.flow.layers else np.zeros(0, dtype=np.int64)
         group_ids = np.unique(np.concatenate([leaving, self.flow.entering_group_ids(name)]))
-        gone: list[int] = group_ids[~self.left[group_ids]].tolist()
-        return gone or self._removed()
+        pruned: list[int] = group_ids[~self.is_kept[group_ids]].tolist()
+        return pruned or self._removed()
 
     def _removed(self) -> list[int]:
         group_ids = np.unique(np.concatenate([self.flow.group_ids_of(name) for name in self.flow.layers]))
-        gone: list[int] = group_ids[~self.left[group_ids]].tolist()
-        return gone
+        pruned: list[int] = group_ids[~self.is_kept[group_ids]].tolist()
+        return pruned
 
 
 def exact_channels(
-    node: Node, whole: nn.Module, small: nn.Module, flow: ChannelFlow, left: np.ndarray, values: Mapping[Node, Any]
+    node: Node, full: nn.Module, small: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, values: Mapping[Node, Any]
 ) -> Tensor | None:
-    """Say which channels a linear layer or attention, entered by no removed channel, gives in the small network.
+    """Tell which output channels of a linear layer or attention are the same in both networks, if that is certain.
 
-    ``values``: by node, what it gives in the whole network first. None, unless the weights are those of the channels
-    left: then the layer gives in the small network what it gives there in the whole one; all else is masked.
+    No pruned channel may enter it. ``values``: by node, the output in the full network and that in the small one. None
+    unless the small network's weights are those of the kept channels: then it computes the same for these, and the
+    others are masked.
     """
     read = _read(node)
     if read is None or read[0] not in flow.layers:
         return None
     name, parents, kinds, prefix = read
-    layers: list[Any] = [network.get_submodule(name) for network in (whole, small)]
+    layers: list[Any] = [network.get_submodule(name) for network in (full, small)]
     if any(type(each) not in kinds or each._forward_pre_hooks or each._forward_hooks for each in layers):
         return None
-    entering = [_entering(parent, flow, left, values) for parent in parents]
-    ins = entering[0]
-    if ins is None or any(each is None or not torch.equal(each, ins) for each in entering):
+    ins = _entering(parents[0], flow, is_kept, values)
+    if ins is None:
         return None
+    for parent in parents[1:]:
+        others = _entering(parent, flow, is_kept, values)
+        if others is None or not torch.equal(others, ins):
+            return None
     weight, bias = ([getattr(layer, f"{prefix}{part}") for layer in layers] for part in ("weight", "bias"))
-    outs = torch.from_numpy(np.flatnonzero(left[flow.group_ids_of(name)])).to(weight[0].device)
+    outs = torch.from_numpy(np.flatnonzero(is_kept[flow.group_ids_of(name)])).to(weight[0].device)
     if not torch.equal(weight[0].index_select(0, outs).index_select(1, ins.to(outs.device)), weight[1]):
         return None
     if bias[0] is not None and not torch.equal(bias[0][outs], bias[1]):
         return None
-    given = flow.numbers[node.name]
-    numbers = (given[0] if isinstance(given, (tuple, list)) else given).flatten(0, -2)[0]
-    return torch.from_numpy(left[flow.group_ids(numbers.numpy())])
+    given = flow.ids[node.name]
+    ids = (given[0] if isinstance(given, (tuple, list)) else given).flatten(0, -2)[0]
+    return torch.from_numpy(is_kept[flow.group_ids(ids.numpy())])
 
 
 def _read(node: Node) -> tuple[str, list[Node], tuple[type[nn.Module], ...], str] | None:
-    """Return what a node calls, what that reads, of which classes it may be and how its weights' names begin."""
+    """Return the module that a node calls, the nodes that enter it, the classes it may have, its weights' prefix."""
     if node.op == "call_module" and len(node.args) == 1 and isinstance(node.args[0], Node):
         return str(node.target), [node.args[0]], _LINEAR, ""
     if node.target is attend and len(node.args) == 5:
@@ -591,13 +613,13 @@ def _read(node: Node) -> tuple[str, list[Node], tuple[type[nn.Module], ...], str
     return None
 
 
-def _entering(parent: Node, flow: ChannelFlow, left: np.ndarray, values: Mapping[Node, Any]) -> Tensor | None:
-    """List the channels left of what enters, in its last dimension; None if it lacks others, or has few rows."""
-    # What a parameter holds isn't compared before it is used.
-    value, numbers = values[parent][0], flow.numbers[parent.name]
-    if parent.op == "get_attr" or not isinstance(value, Tensor) or not isinstance(numbers, Tensor):
+def _entering(parent: Node, flow: ChannelFlow, is_kept: np.ndarray, values: Mapping[Node, Any]) -> Tensor | None:
+    """List the kept channels of an input in its last dimension; None if other dimensions lose any, or for few rows."""
+    # A parameter is only compared where it is used.
+    value, ids = values[parent][0], flow.ids[parent.name]
+    if parent.op == "get_attr" or not isinstance(value, Tensor) or not isinstance(ids, Tensor):
         return None
-    if numbers.dim() != value.dim() or value[..., 0].numel() < _ROWS:
+    if ids.dim() != value.dim() or value[..., 0].numel() < _ROWS:
         return None
-    *others, ins = kept_slices(numbers, tuple(value.shape), flow, left)
+    *others, ins = kept_slices(ids, tuple(value.shape), flow, is_kept)
     return ins if [len(each) for each in others] == list(value.shape[:-1]) else None

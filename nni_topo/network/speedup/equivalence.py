@@ -102,7 +102,7 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
 
 def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generator) -> torch.nn.Module:
     """Copy a model with positive parameters, scaled so that activations neither grow nor shrink, and masked."""
-    probe, numbers = detached_copy(model, light=True).eval(), RandomWeights(torch.rand, generator)
+    probe, ids = detached_copy(model, light=True).eval(), RandomWeights(torch.rand, generator)
     for module in probe.modules():
         fold(module)  # weights with a mean of zero would cancel
     unbiased = {f"{name}.bias".lstrip(".") for name, module in model.named_modules() if is_depthwise(module)}
@@ -111,7 +111,7 @@ def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generat
         if name in unbiased:
             return torch.zeros_like(old)
         fan = max(old[0].numel(), 1) if old.dim() > 1 else 1
-        values, (owner, _, target) = numbers.like(old, 1 / fan, 0.5 / fan), name.rpartition(".")
+        values, (owner, _, target) = ids.like(old, 1 / fan, 0.5 / fan), name.rpartition(".")
         mask = masks.get(owner, {}).get(target)
         return values if mask is None else values * mask.to(values)
 

@@ -12,7 +12,7 @@ from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, checked, un
 from nni_topo.network.channels import FIXED, ChannelFlow, Reasons, blocks_of, partial_couplings, reasons
 from nni_topo.network.layers import RECURRENT, feature_dimension, is_transposed_linear, output_channels
 from nni_topo.network.runtime import SHAPES, STRUCTURE, leaves_models_alone
-from nni_topo.network.speedup.dependency import whole_layers
+from nni_topo.network.speedup.dependency import unprunable_layers
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import KeptIndices
 
@@ -141,7 +141,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
         flow = Network.on(model, example_inputs).flow
     except SpeedupError as error:
         return Explanation(layer, channels, channels, reasons=(reasons.untraced_model(error),))
-    why = whole_layers(model, example_inputs, [layer]).get(layer, ())
+    why = unprunable_layers(model, example_inputs, [layer]).get(layer, ())
     if layer not in flow.layers:
         return Explanation(layer, channels, channels, reasons=why)
     channels = flow.layers[layer].channels

@@ -96,7 +96,7 @@ class Resolved:
     """Masks that agree, and what was kept for it."""
 
     masks: FullMasks
-    left: np.ndarray  # which channels stay, by representative: bool
+    is_kept: np.ndarray  # which channels stay, by representative: bool
     reasons: dict[str, Reasons]  # why masked layers keep channels that their masks remove; of those that do
     kept: dict[str, str]  # how many such channels and why, by layer that keeps any but for ``round_to`` and carriers
 
@@ -160,15 +160,15 @@ def resolve(
     read = keep_read(flow, kept, scores)
     # In two steps, so that what equal blocks bring back can be told from what rounding does.
     grow(flow, kept, scores, 1, set(given))
-    leveled = kept.copy()
+    evened = kept.copy()
     grow(flow, kept, scores, round_to or 1, set(given))
     weighty = kept.copy()
     weighty[[*constant_channels]] = False
     why = dict[str, Reasons]()
     for name in given:
-        if found := _why_kept(flow, given, name, (shared, leveled, kept), round_to, {**read, **constant_channels}):
+        if found := _why_kept(flow, given, name, (shared, evened, kept), round_to, {**read, **constant_channels}):
             why[name] = found
-    more = {name: ((leveled & weighty)[flow.group_ids_of(name)] & ~given[name]).sum() for name in given}
+    more = {name: ((evened & weighty)[flow.group_ids_of(name)] & ~given[name]).sum() for name in given}
     told = {
         name: f"{count} of {len(given[name])} ({reasons.told(why.get(name, ()))})"
         for name, count in more.items()
@@ -197,9 +197,9 @@ def _given(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> dict[
 
 
 def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndarray) -> None:
-    gone = flow.at_output[~kept[flow.at_output]]
+    pruned = flow.at_output[~kept[flow.at_output]]
     for name in given:
-        if np.isin(flow.group_ids_of(name), gone).any():
+        if np.isin(flow.group_ids_of(name), pruned).any():
             raise SpeedupError(
                 "the shape of the model's output must not change: exclude the layer that gives it from the "
                 f"config_list (exclude_op_names), got a mask that prunes channels of it ({name})"
@@ -225,7 +225,7 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
         before = int(kept.sum())
         for blocks in flow.blocks:
             if not (in_place and blocks.moves):
-                _level(blocks, [[flow.group_ids(block) for block in side] for side in blocks.sides], kept, scores)
+                _even_out(blocks, [[flow.group_ids(block) for block in side] for side in blocks.sides], kept, scores)
         for group_ids in layers:
             wanted = -(-int(kept[group_ids].sum()) // round_to) * round_to
             _bring_back(group_ids, kept, scores, min(wanted, len(group_ids)))
@@ -238,14 +238,17 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
             kept[np.concatenate(uneven)] = True
 
 
-def _level(blocks: Blocks, sides: list[list[np.ndarray]], kept: np.ndarray, scores: Scores) -> None:
-    """Bring channels back until all blocks that are left keep equally many."""
+def _even_out(blocks: Blocks, sides: list[list[np.ndarray]], is_kept: np.ndarray, scores: Scores) -> None:
+    """Bring channels back until all blocks that are not pruned as a whole keep equally many."""
     # A block goes only if it goes on all sides; where any side keeps a channel of it, all are filled up.
-    left = [not blocks.may_vanish or any(kept[block].any() for block in parts) for parts in zip(*sides, strict=True)]
+    remains = []
+    for block_on_sides in zip(*sides, strict=True):
+        has_channels = any(is_kept[block].any() for block in block_on_sides)
+        remains.append(has_channels or not blocks.may_vanish)
     for side in sides:
-        most = max(int(kept[block].sum()) for block in side)
-        for block, is_left in zip(side, left, strict=True):
-            _bring_back(block, kept, scores, most if is_left else 0)
+        most = max(int(is_kept[block].sum()) for block in side)
+        for block, block_remains in zip(side, remains, strict=True):
+            _bring_back(block, is_kept, scores, most if block_remains else 0)
 
 
 def _bring_back(group_ids: np.ndarray, kept: np.ndarray, scores: Scores, wanted: int) -> None:
@@ -254,11 +257,11 @@ def _bring_back(group_ids: np.ndarray, kept: np.ndarray, scores: Scores, wanted:
         return
     pruned = np.unique(group_ids[~kept[group_ids]])
     best = pruned[descending(scores()[pruned])]
-    for root in best:
+    for group_id in best:
         # Counted anew each time: one root may stand for several channels of the layer.
         if int(kept[group_ids].sum()) >= wanted:
             return
-        kept[root] = True
+        kept[group_id] = True
 
 
 def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
@@ -288,11 +291,11 @@ def _why_kept(
     ``single``: channels that stay by themselves, by representative, with the reason.
     """
     group_ids = flow.group_ids_of(name)
-    shared, leveled, rounded = (kept[group_ids] & ~given[name] for kept in stages)
+    shared, evened, rounded = (kept[group_ids] & ~given[name] for kept in stages)
     if shared.any():
         return _partners(flow, given, name, group_ids[shared])
-    alone = [root for root in group_ids.tolist() if root in single]
-    if (leveled & ~np.isin(group_ids, alone)).any():
+    alone = [group_id for group_id in group_ids.tolist() if group_id in single]
+    if (evened & ~np.isin(group_ids, alone)).any():
         return (reasons.blocks_equal(),)
     if alone:
         return (single[alone[0]],)
@@ -347,8 +350,8 @@ def _new_masks(
 
 def with_own(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
     """Mask the parameters that the model uses by itself along with the channels that they meet."""
-    for name, own in flow.own.items():
-        stays = torch.from_numpy(kept[flow.group_ids(flow.own_numbers(name))])
+    for name, own in flow.free_parameters.items():
+        stays = torch.from_numpy(kept[flow.group_ids(flow.free_parameter_ids(name))])
         if not bool(stays.all()):
             module, _, target = name.rpartition(".")
             parameter = model.get_parameter(name)
@@ -357,13 +360,15 @@ def with_own(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: 
     return masks
 
 
-def find_narrow(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.ndarray) -> dict[str, Dimensions]:
+def find_narrow(
+    model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, is_kept: np.ndarray
+) -> dict[str, Dimensions]:
     """Find the attention modules within whose heads masks leave equally many channels, and which these are."""
     found: dict[str, Dimensions] = {}
     for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):
         attention = flow.attention[name]
         layer = next(iter(attention.channels))
-        heads = np.flatnonzero(left[flow.group_ids(flow.unit_channel_ids(layer))])
+        heads = np.flatnonzero(is_kept[flow.group_ids(flow.unit_channel_ids(layer))])
         queries, keys, values = (_kept_rows(flow, masks, each)[rows[heads]] for each, rows in attention.parts)
         counts = {*keys.sum(1).tolist(), *values.sum(1).tolist()}
         if (

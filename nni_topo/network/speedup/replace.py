@@ -60,12 +60,12 @@ class DenseSpeedup:
     """
 
     def __init__(
-        self, model: torch.nn.Module, flow: ChannelFlow, left: np.ndarray, replacers: Iterable[Replacer] = ()
+        self, model: torch.nn.Module, flow: ChannelFlow, is_kept: np.ndarray, replacers: Iterable[Replacer] = ()
     ) -> None:
         self.graph_module, self.bound_model = flow.traced, model
-        self.flow, self.left = flow, left
+        self.flow, self.is_kept = flow, is_kept
         self.node_infos = {node: NodeInfo(node) for node in flow.traced.graph.nodes}
-        self.order = DenseOrder(flow, left) if flow.reorders else None
+        self.order = DenseOrder(flow, is_kept) if flow.reorders else None
         self.replacers = [*replacers, _Cutter()]
         self.at = ""  # the module that is being cut
 
@@ -76,11 +76,11 @@ class DenseSpeedup:
                 replacer.replace_modules(self)
         return self.bound_model
 
-    def indices(self, numbers: np.ndarray) -> torch.Tensor:
+    def indices(self, ids: np.ndarray) -> torch.Tensor:
         """List the places, ascending, at which channels stay."""
-        return torch.from_numpy(np.flatnonzero(self.left[self.flow.group_ids(numbers)]))
+        return torch.from_numpy(np.flatnonzero(self.is_kept[self.flow.group_ids(ids)]))
 
-    def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def channel_ids(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """List the numbers of the channels that enter and leave a module."""
         entering = self.flow.entering_channel_ids(name)
         is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.all_layers
@@ -88,7 +88,7 @@ class DenseSpeedup:
 
     def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """List the places of the channels that enter and leave a module and stay, in the dense model's order."""
-        entering, leaving = self.numbers(name)
+        entering, leaving = self.channel_ids(name)
         ins, outs = self.indices(entering), self.indices(leaving)
         if self.order is None or not len(entering):
             return ins, outs
@@ -104,19 +104,19 @@ class _Cutter(Replacer):
         names += [*flow.heads, *flow.in_training]
         for name in dict.fromkeys(names):
             module, (ins, outs) = model.get_submodule(name), speedup.kept(name)
-            entering, leaving = speedup.numbers(name)
+            entering, leaving = speedup.channel_ids(name)
             speedup.at = name
             if len(ins) < len(entering) or len(outs) < len(leaving):
                 device = next((each.device for each in module.parameters()), torch.device("cpu"))
-                if name in flow.along:
+                if name in flow.channel_wise:
                     cut_along(module, ins.to(device), len(entering))
                 else:
                     cut(name, module, ins.to(device), outs.to(device))
         speedup.at = ""
-        for name, own in flow.own.items():
-            kept = speedup.indices(flow.own_numbers(name))
-            if speedup.order is not None and name in speedup.order.own:
-                kept = torch.from_numpy(speedup.order.own[name])
+        for name, own in flow.free_parameters.items():
+            kept = speedup.indices(flow.free_parameter_ids(name))
+            if speedup.order is not None and name in speedup.order.free_parameters:
+                kept = torch.from_numpy(speedup.order.free_parameters[name])
             if len(kept) < own.channels:
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)
@@ -126,23 +126,23 @@ class _Cutter(Replacer):
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
             layer = next(iter(found.channels))
-            left = speedup.indices(flow.unit_channel_ids(layer))
-            _cut_by_head(model.get_submodule(attention), found, left)
-            resize(model.get_submodule(attention), found, len(left), len(speedup.kept(layer)[0]))
+            heads = speedup.indices(flow.unit_channel_ids(layer))
+            _cut_by_head(model.get_submodule(attention), found, heads)
+            resize(model.get_submodule(attention), found, len(heads), len(speedup.kept(layer)[0]))
 
 
-def _cut_by_head(module: torch.nn.Module, attention: Attention, left: torch.Tensor) -> None:
+def _cut_by_head(module: torch.nn.Module, attention: Attention, heads: torch.Tensor) -> None:
     """Keep the entries of some heads in what has one for each, such as a table of positions."""
-    if len(left) == attention.heads:
+    if len(heads) == attention.heads:
         return
     for name, dim in attention.by_head.items():
         place, _, target = name.rpartition(".")
         owner: Any = module.get_submodule(place)
-        keep(owner, target, getattr(owner, target).index_select(dim, left.to(device_of(owner))))
+        keep(owner, target, getattr(owner, target).index_select(dim, heads.to(device_of(owner))))
         if isinstance(owner, torch.nn.Linear):
-            owner.out_features = len(left)
+            owner.out_features = len(heads)
         elif isinstance(owner, torch.nn.Embedding):
-            owner.embedding_dim = len(left)
+            owner.embedding_dim = len(heads)
 
 
 def _in_order(
@@ -160,22 +160,22 @@ def _in_order(
     return ins, outs if name in flow.all_layers else ins
 
 
-def kept_outputs(flow: ChannelFlow, left: np.ndarray) -> KeptIndices:
+def kept_outputs(flow: ChannelFlow, is_kept: np.ndarray) -> KeptIndices:
     """List, by module that gives one tensor, the indices that stay of each dimension at its first call."""
     kept: KeptIndices = {}
     for node in flow.traced.graph.nodes:
         shape = tensor_shape(node)
         # What a layer gives that goes on behind its convolution isn't what its node gives.
         if node.op == "call_module" and shape is not None and not node.meta.get(HEAD):
-            kept.setdefault(str(node.target), kept_slices(flow.numbers[node.name], shape, flow, left))
+            kept.setdefault(str(node.target), kept_slices(flow.ids[node.name], shape, flow, is_kept))
     return kept
 
 
 def kept_slices(
-    numbers: torch.Tensor, shape: tuple[int, ...], flow: ChannelFlow, left: np.ndarray
+    ids: torch.Tensor, shape: tuple[int, ...], flow: ChannelFlow, is_kept: np.ndarray
 ) -> list[torch.Tensor]:
     """List the indices of each dimension of a tensor at which anything stays."""
-    stays = torch.from_numpy(np.asarray(left[flow.group_ids(numbers.numpy())]))
+    stays = torch.from_numpy(np.asarray(is_kept[flow.group_ids(ids.numpy())]))
     found = []
     for d, size in enumerate(shape):
         # Numbers are of length 1 where nothing differs, and where there is but one place.
@@ -184,12 +184,12 @@ def kept_slices(
     return found
 
 
-def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, left: np.ndarray, call: Call) -> nn.Module:
-    """Cut what masks take away within heads; ``left``: which representatives stay, and so which heads.
+def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, is_kept: np.ndarray, call: Call) -> nn.Module:
+    """Cut what masks take away within heads; ``is_kept``: which representatives stay, and so which heads.
 
     Returns the model itself where there is nothing to cut, or what it computes without that isn't the same.
     """
-    if not (found := find_narrow(dense, flow, masks, left)):
+    if not (found := find_narrow(dense, flow, masks, is_kept)):
         return dense
     # Most attention divides by the root of a head's size, some by a number of its own.
     for divides in (True, False):

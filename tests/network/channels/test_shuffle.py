@@ -108,8 +108,8 @@ def test_channels_with_the_highest_scores_of_each_stretch_stay():
     norms = model[1].branch[5].weight.detach().abs().sum((1, 2, 3)).numpy()
     kept = masks["1.branch.5"]["weight"][:, 0, 0, 0].bool().numpy()
     assert sum(share.counts) == share.asked == 7
-    for stretch, count in enumerate(share.counts):
-        own = np.flatnonzero(np.array(share.stretches) == stretch)
+    for segment, count in enumerate(share.counts):
+        own = np.flatnonzero(np.array(share.segments) == segment)
         assert own[kept[own]].tolist() == sorted(own[np.argsort(-norms[own])[:count]].tolist())
 
 

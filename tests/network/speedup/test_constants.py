@@ -324,7 +324,7 @@ def test_what_no_layer_can_keep_is_named(shape, last):
     net, images = Shifted(shape, last).eval(), torch.randn(2, 3, 6, 6)
     masks = {"first": filter_mask(net.first, GONE)}
     (note,) = to_dense(net, images, masks, constants="keep").report.notes
-    assert note == "what removed channels bring is no constant that can be kept, and is dropped: last"
+    assert note == "what pruned channels contribute is no constant that can be kept, and is dropped: last"
     assert to_dense(net, images, masks).report.notes == ()
 
 

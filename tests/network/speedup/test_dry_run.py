@@ -78,7 +78,7 @@ def test_what_is_masked_is_what_the_whole_layer_gives():
     both._step = looked
     assert run(both) == ({}, [])
     with torch.no_grad():
-        first = model[0](ROWS) * torch.from_numpy(both.left[both.flow.group_ids_of("0")])
+        first = model[0](ROWS) * torch.from_numpy(both.is_kept[both.flow.group_ids_of("0")])
         second = model[2](model[1](first))
     torch.testing.assert_close(kept["_0"][0], first)
     torch.testing.assert_close(kept["_2"][0], second)
@@ -95,8 +95,8 @@ def test_a_network_that_fails_on_random_numbers_stays_whole_with_the_reason():
             self.squares = nn.Parameter(torch.eye(6, 3))
 
         def forward(self, x):
-            root = torch.linalg.cholesky(self.squares[:3])
-            return self.last(self.first(x) @ self.squares @ root)
+            group_id = torch.linalg.cholesky(self.squares[:3])
+            return self.last(self.first(x) @ self.squares @ group_id)
 
     groups = nni_topo.dependency_groups(
         Whitening().eval(), torch.randn(5, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
