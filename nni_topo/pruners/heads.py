@@ -17,7 +17,7 @@ from nni.compression.utils.scaling import Scaling
 from torch import Tensor
 
 from nni_topo.compat.wrapping import calling, scaling
-from nni_topo.network.attention import IntArray, find_heads, is_whole, set_stepwise
+from nni_topo.network.attention import IntArray, find_heads, is_fused_attention, set_unfused
 from nni_topo.network.layers import row_names, weight_name
 from nni_topo.pruners.transposed import OutputScaling, scale_by_outputs
 from nni_topo.pruners.units import TargetSpaces, holds_columns
@@ -104,4 +104,4 @@ def show_heads_to_nni() -> None:
         PruningSetting.register(kind, gates)
     if scale_by_heads not in scaling:
         scaling.extend((scale_by_outputs, scale_by_heads))
-        calling.append((is_whole, set_stepwise))
+        calling.append((is_fused_attention, set_unfused))

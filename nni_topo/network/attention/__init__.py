@@ -18,12 +18,12 @@ from nni_topo.network.attention.heads import (
 from nni_topo.network.attention.rotary import by_table, find_frequencies, keep_frequencies, pairs_of
 from nni_topo.network.attention.unfused.multihead import (
     PrunedMultiheadAttention,
-    is_stepwise,
-    is_whole,
+    is_fused_attention,
+    is_unfused,
     mixing_called,
     projected,
-    set_stepwise,
-    stepwise_class,
+    set_unfused,
+    unfused_class,
 )
 
 __all__ = [
@@ -37,9 +37,9 @@ __all__ = [
     "find_frequencies",
     "find_heads",
     "is_attention",
+    "is_fused_attention",
     "is_mixed",
-    "is_stepwise",
-    "is_whole",
+    "is_unfused",
     "keep_frequencies",
     "mixing_called",
     "open_attention",
@@ -47,8 +47,8 @@ __all__ = [
     "projected",
     "resize",
     "set_size",
-    "set_stepwise",
+    "set_unfused",
     "states_read",
-    "stepwise_class",
     "tell_config",
+    "unfused_class",
 ]

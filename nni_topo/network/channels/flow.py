@@ -50,7 +50,7 @@ from nni_topo.network.graph import (
     RANDOM,
     TRAINED_OUTPUT,
     TracedInt,
-    counted,
+    attribute_channels,
     is_of_forward,
     makes_mask,
     place,
@@ -62,7 +62,7 @@ from nni_topo.network.layers import (
     PER_CHANNEL,
     RULES,
     TRANSPOSED,
-    AlongChannels,
+    ChannelwiseConv1d,
     Place,
     can_be_cut,
     can_follow,
@@ -337,7 +337,7 @@ def _is_channel_wise(module: torch.nn.Module, ids: torch.Tensor, shape: tuple[in
     """Tell whether a layer is a channel-wise convolution: over the channels that enter it, by their ids, to as many."""
     if not isinstance(module, torch.nn.Conv1d) or ids.dim() != 3 or ids.shape[::2] != shape[::2]:
         return False
-    is_known = type(module) in (torch.nn.Conv1d, AlongChannels)
+    is_known = type(module) in (torch.nn.Conv1d, ChannelwiseConv1d)
     is_plain = is_known and module.padding_mode == "zeros" and module.groups == 1
     return is_plain and module.stride == (1,) and varies(ids, 2) and not varies(ids, 1)
 
@@ -351,7 +351,7 @@ class ChannelFlow(Propagation):
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))
         self.in_training = self._set_apart()
-        attribute_sizes = counted(graph_module.graph, self.ids)
+        attribute_sizes = attribute_channels(graph_module.graph, self.ids)
         self._keep_fixed_places(attribute_sizes.keys())
         self._before, self._group_ids, self._reasons = self._given.settled()
         # Channels at the model's output, which have to stay. FIXED ones stay anyway.

@@ -13,7 +13,7 @@ from nni_topo.network.graph.nodes import (
     tensor_shape,
 )
 from nni_topo.network.graph.submodules import is_in_parts
-from nni_topo.network.graph.traced_int import TracedInt, counted, resized
+from nni_topo.network.graph.traced_int import TracedInt, attribute_channels, resized
 from nni_topo.network.graph.tracing import Recording, arguments, layer_sizes, trace
 from nni_topo.network.graph.training_only import Steps, add_training, evaluated, unused_parameters
 
@@ -26,7 +26,7 @@ __all__ = [
     "TracedInt",
     "add_training",
     "arguments",
-    "counted",
+    "attribute_channels",
     "evaluated",
     "is_in_parts",
     "is_of_forward",

@@ -3,7 +3,7 @@
 A size that a forward asks a tensor for belongs to that tensor, and what is computed of such sizes belongs to all of
 them: the graph asks and computes again, so that it holds for other sizes. A size that an attribute of a module holds
 (``torch.split(images, self.width, 1)``) must change as soon as channels are removed: the graph says where it is held,
-so that a dense network's attribute can be changed, see `counted`.
+so that a dense network's attribute can be changed, see `attribute_channels`.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _attribute_sizes(node: Node) -> list[TracedInt]:
     return found
 
 
-def counted(graph: Graph, numbers: dict[str, Any]) -> dict[Place, list[tuple[int, np.ndarray]]]:
+def attribute_channels(graph: Graph, numbers: dict[str, Any]) -> dict[Place, list[tuple[int, np.ndarray]]]:
     """List what attributes count, given the channel ids by node: by place, parts of it and their channels.
 
     A place of which any use isn't understood isn't among them.

@@ -18,7 +18,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.network.attention import Attention, Given, find_attention, is_stepwise, mixing_called, open_attention
+from nni_topo.network.attention import Attention, Given, find_attention, is_unfused, mixing_called, open_attention
 from nni_topo.network.graph.nodes import RANDOM
 from nni_topo.network.graph.recording import LayerResults, record
 from nni_topo.network.graph.submodules import by_parts, is_in_parts, part_arguments
@@ -239,7 +239,7 @@ class _AttentionCalls:
         for layer in attention.channels:
             if isinstance(module, torch.nn.MultiheadAttention):
                 reads[layer] = [at if at < len(args) else name for at, name in enumerate(("query", "key", "value"))]
-            elif is_stepwise(module):
+            elif is_unfused(module):
                 reads[layer] = [*places][:1]
             else:
                 entered = self._entered.get(layer)

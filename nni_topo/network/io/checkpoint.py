@@ -45,9 +45,9 @@ from nni_topo.network.layers import (
     Place,
     ShiftedRMSNorm,
     can_follow,
-    count,
-    count_channels,
     fold,
+    keep_original_width,
+    make_channelwise,
     places_of,
     put_sizes,
     response_norm,
@@ -481,10 +481,10 @@ def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place
 
 def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
     if "counted" in sizes and isinstance(module, torch.nn.Conv1d):
-        count_channels(module, 1)  # the file holds where the channels left are
+        make_channelwise(module, 1)  # the file holds where the channels left are
         module.counted = sizes["counted"]
     elif "counted" in sizes:
-        count(module, sizes["counted"])
+        keep_original_width(module, sizes["counted"])
     for name in size_names(module):
         size = sizes[name]
         setattr(module, name, tuple(size) if isinstance(size, list) else size)

@@ -79,8 +79,8 @@ from nni_topo.network.layers.kinds import (
     zeros_held,
 )
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out, safely_laid_out
-from nni_topo.network.layers.original_width import ShiftedRMSNorm, channel_dim, count, response_norm
-from nni_topo.network.layers.slicing import AlongChannels, count_channels, cut, cut_along, keep
+from nni_topo.network.layers.original_width import ShiftedRMSNorm, channel_dim, keep_original_width, response_norm
+from nni_topo.network.layers.slicing import ChannelwiseConv1d, cut, cut_channelwise, keep, make_channelwise
 
 __all__ = [
     "CONVOLUTIONS",
@@ -92,7 +92,7 @@ __all__ = [
     "RULES",
     "TRANSPOSED",
     "WEIGHTED",
-    "AlongChannels",
+    "ChannelwiseConv1d",
     "InnerCall",
     "LayerSizes",
     "Place",
@@ -110,10 +110,8 @@ __all__ = [
     "channels_swapped",
     "check_covers_kernel",
     "check_names",
-    "count",
-    "count_channels",
     "cut",
-    "cut_along",
+    "cut_channelwise",
     "entering_channels",
     "feature_dimension",
     "fold",
@@ -135,10 +133,12 @@ __all__ = [
     "is_scripted",
     "is_transposed_linear",
     "keep",
+    "keep_original_width",
     "kept_channels",
     "kind_of",
     "lay_back",
     "lay_out",
+    "make_channelwise",
     "norm_scale",
     "number_at",
     "numbers_in",

@@ -24,7 +24,7 @@ from torch import nn
 
 Key = tuple[Any, ...]
 """An expression, in words that are the same wherever it is the same number."""
-Size = tuple[str, str]
+LayerAttribute = tuple[str, str]
 """A layer and the attribute of it that counts its channels."""
 
 _COUNTS = frozenset({
@@ -44,37 +44,42 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def sizes_shown(model: nn.Module, dense: nn.Module) -> dict[Place, int]:
-    """List what attributes of a model count in its dense one, where its constructors show it, and no layer differs.
+    """Return the dense model's values of attributes that the constructors show to be widths of layers, if all agree.
 
-    Attributes that the forward reads aren't among them: what it computes with them mustn't change.
+    Attributes that the forward reads are left out: what it computes with them mustn't change.
     """
     found: dict[Place, int] = {}
     kinds: set[Any] = {type(module) for module in model.modules()}
     read = {name for kind in kinds for name in _names_in_forward(kind)}
     for place, (number, sizes, is_all) in _held(model).items():
-        olds, news = ({_widths(each.get_submodule(layer)).get(a) for layer, a in sizes} for each in (model, dense))
+        olds, news = set[int | None](), set[int | None]()
+        for layer, attribute in sizes:
+            olds.add(_widths(model.get_submodule(layer)).get(attribute))
+            news.add(_widths(dense.get_submodule(layer)).get(attribute))
         if not is_all:
-            # Layers may be made of it in other ways too, so all of this width within the module have to agree.
-            news |= _widths_left(model, dense, place[0], number)
+            # Other layers may be made with it too, so all layers of this width within the module have to agree.
+            news |= _dense_widths(model, dense, place[0], number)
         if place[1] not in read and olds == {number} and len(news) == 1 and (new := news.pop()) is not None:
             found[place] = new
     return found
 
 
-def _widths_left(model: nn.Module, dense: nn.Module, name: str, number: int) -> set[int | None]:
-    """List what becomes of the widths of a number in a module."""
+def _dense_widths(model: nn.Module, dense: nn.Module, name: str, number: int) -> set[int | None]:
+    """Return the dense widths of all layers within a module whose width was a number."""
     found: set[int | None] = set()
     for inner, module in model.get_submodule(name).named_modules(prefix=name):
         after = _widths(dense.get_submodule(inner))
-        found |= {after.get(each) for each, width in _widths(module).items() if width == number}
+        for attribute, width in _widths(module).items():
+            if width == number:
+                found.add(after.get(attribute))
     return found
 
 
 def stale_numbers(model: nn.Module, dense: nn.Module) -> dict[str, int]:
-    """List the attributes, by name, that hold in the dense model what was the width of a layer within that lost some.
+    """Return the attributes, by name, that in the dense model still hold the old width of a pruned layer within.
 
-    Those that the forward of their own module reads aren't among them, nor those that the name, or the constructor,
-    says to count something else.
+    Left out are those that the forward of their own module reads, and those whose name, or whose constructor, says that
+    they count something else.
     """
     cut: dict[str, set[str]] = {}
     lost: dict[str, set[int]] = defaultdict(set)  # by a module, the widths of layers within it that got narrower
@@ -100,29 +105,36 @@ def stale_numbers(model: nn.Module, dense: nn.Module) -> dict[str, int]:
                 kept[name, key, path] = number
     held, found = _held(model) if kept else {}, dict[str, int]()
     for (name, key, path), number in kept.items():
-        sizes = held.get((name, key, path), (number, set[Size](), True))[1]
-        # Of layers that lose nothing.
+        sizes = held.get((name, key, path), (number, set[LayerAttribute](), True))[1]
+        # Unless it is the width of layers that aren't pruned.
         if {_widths(dense.get_submodule(layer)).get(each) for layer, each in sizes} != {number}:
             found[f"{name}.{key}".lstrip(".") + "".join(f"[{each!r}]" for each in path)] = number
     return found
 
 
 def _widths(module: nn.Module) -> dict[str, int]:
-    """List the sizes of a layer that count channels."""
+    """Return the attributes of a layer that count channels, with their values."""
     kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.") and kind is not nn.Module]
     if not kinds or isinstance(module, _CONTAINERS):
         return {}
-    own = {name: vars(module)[name] for name in _COUNTS & vars(module).keys()}
-    own = {name: value[0] if type(value) is tuple and len(value) == 1 else value for name, value in own.items()}
-    return {name: value for name, value in own.items() if type(value) is int}
+    found = {}
+    for name in _COUNTS & vars(module).keys():
+        value = vars(module)[name]
+        if type(value) is tuple and len(value) == 1:  # as ``normalized_shape``
+            value = value[0]
+        if type(value) is int:
+            found[name] = value
+    return found
 
 
-def _held(model: nn.Module) -> dict[Place, tuple[int, set[Size], bool]]:
+def _held(model: nn.Module) -> dict[Place, tuple[int, set[LayerAttribute], bool]]:
     """List the numbers that attributes hold, by place, the sizes of layers that are the same, and whether it is all."""
     reader = _Constructors(model)
     found = {}
     for place, (number, keys) in reader.held.items():
-        sizes = {size for key in keys if key in reader.sizes for size in reader.sizes[key]}
+        sizes = set[LayerAttribute]()
+        for key in keys:
+            sizes |= reader.sizes.get(key, set())
         if sizes:
             found[place] = number, sizes, not any(_is_among(key, reader.unsure) for key in keys)
     return found
@@ -138,7 +150,7 @@ class _Constructors:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.sizes: dict[Key, set[Size]] = defaultdict(set)
+        self.sizes: dict[Key, set[LayerAttribute]] = defaultdict(set)
         self.held: dict[Place, tuple[int, list[Key]]] = {}
         self.unsure: set[Key] = set()  # handed to calls that say nothing here, which may make layers of it
         self.named: dict[tuple[str, str], Key] = {}  # what attributes of modules that are read hold
@@ -281,11 +293,10 @@ class _Body:
             is_whole = not any(isinstance(each, ast.Starred) for each in value.elts) and int(path[0]) < len(value.elts)
             return self._at(value.elts[int(path[0])], path[1:]) if is_whole else None
         if isinstance(value, ast.Dict):
-            inside = {
-                each.value: one
-                for each, one in zip(value.keys, value.values, strict=True)
-                if isinstance(each, ast.Constant)
-            }
+            inside = {}
+            for each, one in zip(value.keys, value.values, strict=True):
+                if isinstance(each, ast.Constant):
+                    inside[each.value] = one
             return self._at(inside[path[0]], path[1:]) if path[0] in inside else None
         key = self._key(value)
         return None if key is None else _item(key, path)
@@ -441,8 +452,12 @@ class _Body:
             bound = inspect.signature(function).bind_partial(*[None] * skip, *call.args, **keywords).arguments
         except (TypeError, ValueError):
             return {}
-        keys = {name: self._key(each) for name, each in bound.items() if isinstance(each, ast.expr)}
-        return {name: key for name, key in keys.items() if key is not None}
+        found = {}
+        for name, each in bound.items():
+            key = self._key(each) if isinstance(each, ast.expr) else None
+            if key is not None:
+                found[name] = key
+        return found
 
 
 def _aligned(children: list[str], entries: list[tuple[ast.expr, bool]]) -> list[tuple[str, ast.expr]]:
@@ -530,11 +545,7 @@ Place = tuple[str, str, tuple[int | str, ...]]
 
 
 _MANY = 1000  # numbers that an attribute may hold
-
-
 _DEEP = 4  # lists and dicts within one another
-
-
 _TABLES = frozenset(vars(nn.Module()))  # PyTorch's own
 
 
@@ -590,10 +601,12 @@ def sizes_of(model: nn.Module) -> dict[str, Any]:
 
 def places_of(model: nn.Module) -> dict[str, dict[str, Place]]:
     """List where the numbers of `sizes_of` are: by full name, by the keys that lead to each, joined by slashes."""
-    return {
-        f"{name}.{key}".lstrip("."): {"/".join(map(str, path)): (name, key, path) for path in numbers_in(value) or {}}
-        for _, name, key, value in whole_numbers(model)
-    }
+    places: dict[str, dict[str, Place]] = {}
+    for _, name, key, value in whole_numbers(model):
+        inside = places[f"{name}.{key}".lstrip(".")] = {}
+        for path in numbers_in(value) or {}:
+            inside["/".join(map(str, path))] = name, key, path
+    return places
 
 
 def number_at(model: nn.Module, place: Place) -> int | None:

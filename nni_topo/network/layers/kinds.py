@@ -33,12 +33,12 @@ RECURRENT = (torch.nn.RNNBase, torch.nn.RNNCellBase)
 WEIGHTED = (*CONVOLUTIONS, *TRANSPOSED, torch.nn.Linear)
 NORMALIZING = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm)
 PER_CHANNEL = (*NORMALIZING, torch.nn.PReLU)
-"""Modules that hold one number a channel, and leave channels where they are."""
+"""Modules that hold one number a channel, and keep the order of channels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChannelRule:
-    """How a module of somebody's own making loses channels."""
+    """How channels are cut out of a custom module."""
 
     cut: Callable[[Any, torch.Tensor], None]
     dim: int
@@ -49,7 +49,7 @@ RULES: dict[type[torch.nn.Module], ChannelRule] = {}
 
 @checked()
 def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tensor], None], *, dim: int = 1) -> None:
-    """Say how a module loses channels that it works on one by one, where tracing it doesn't show that.
+    """Say how channels are cut out of a module that works on each channel by itself, where tracing can't show that.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
 @checked(model=STRUCTURE)
 @leaves_models_alone
 def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of a model with PyTorch's own plain layers in place of such as compute the same.
+    """Return a copy of a model with PyTorch's plain layers in place of custom ones that compute the same.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _make_weights_plain(module: Any) -> None:
-    """Put what a layer computes its weights to be in the place of what it computes them from."""
+    """Replace what a layer computes its weights from by the computed weights."""
     if is_parametrized(module):
         # PyTorch's own function would take the weight off the class, which copies share.
         computed = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
@@ -141,12 +141,12 @@ def _make_weights_plain(module: Any) -> None:
 
 
 def is_scripted(module: Any) -> bool:
-    """Tell whether a module is compiled by ``torch.jit``, so that nothing within can be seen or cut."""
+    """Tell whether a module is compiled by ``torch.jit``, so that its layers can't be traced or cut."""
     return isinstance(module, torch.jit.ScriptModule)
 
 
 def is_recurrent(module: Any) -> bool:
-    """Tell whether a module is a recurrent layer whose units can go: of one level and one direction, with biases."""
+    """Tell whether a module is a recurrent layer whose units can be pruned: one layer, one direction, with biases."""
     plain = type(module) in (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN)
     return plain and module.num_layers == 1 and not module.bidirectional and module.bias and not module.proj_size
 
@@ -157,19 +157,19 @@ def is_transposed_linear(module: torch.nn.Module) -> bool:
 
 
 def is_one(module: torch.nn.Module) -> bool:
-    """Tell whether a module of another's making is a layer or a norm, with an activation in it perhaps, to be cut."""
+    """Tell whether a custom module is a layer or a norm, perhaps with an activation in it, that can be cut."""
     if type(module) in RULES:
         return True
     if isinstance(module, (*WEIGHTED, torch.nn.Embedding)):
         inner = inner_of(module)
         if inner is None or not (inner.is_bare or inner.is_own):
             return not any(True for _ in module.children())
-        return inner.is_bare  # else what it does behind its convolution is followed, see `head`
+        return inner.is_bare  # else what it does after its convolution is followed, see `head`
     return is_normalizing(module) and channel_dim(module) is not None
 
 
 def is_normalizing(module: torch.nn.Module) -> bool:
-    """Tell whether a module is a norm, of PyTorch's or a response norm of somebody's making."""
+    """Tell whether a module is a norm of PyTorch's, or a custom response norm."""
     return isinstance(module, NORMALIZING) or response_norm(module) is not None
 
 
@@ -180,12 +180,12 @@ def per_channel_names(norm: torch.nn.Module) -> list[str]:
 
 
 def is_plain_norm(module: torch.nn.Module) -> bool:
-    """Tell whether a module is a batch norm and no more; one of another's making may hold an activation too."""
+    """Tell whether a module is a batch norm and nothing else; a custom one may hold an activation too."""
     return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.")
 
 
 def can_be_cut(module: torch.nn.Module) -> bool:
-    """Tell whether a module can be made smaller, or has no parameters to cut; a recurrent layer, say, has and can't."""
+    """Tell whether a module can be made smaller, or has no parameters to cut; some recurrent layers can't."""
     if output_channels(module) is not None:
         return not (weight_is_computed(module) or isinstance(module, torch.nn.MultiheadAttention))
     is_known = isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module)
@@ -193,7 +193,7 @@ def can_be_cut(module: torch.nn.Module) -> bool:
 
 
 def weight_is_computed(module: torch.nn.Module) -> bool:
-    """Tell whether a layer's weight is made of other parameters, as under weight norm."""
+    """Tell whether a layer's weight is computed from other parameters, as under weight norm."""
     # NNI's wrapper makes a plain tensor of it too, and holds the weight itself.
     names = [name for name, _ in module.named_parameters() if not name.startswith("_nni_wrapper")]
     return "weight" not in module._parameters and any("weight" in name for name in names)
@@ -260,7 +260,7 @@ def feature_dimension(module: torch.nn.Module) -> int:
 
 
 def kept_channels(module: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Tell which output channels masks keep any weight of: bool, shape (channels,); None if they don't say."""
+    """Return the output channels of which masks keep any weight: bool, shape (channels,); None without such masks."""
     count, mask = output_channels(module), targets.get(weight_name(module))
     if count is None or mask is None:
         return None
@@ -328,7 +328,7 @@ def can_follow(value: Any) -> bool:
 
 
 def norm_scale(norm: nn.Module) -> Tensor | None:
-    """Return by how much a norm multiplies each channel, ``(channels,)``; None if that depends on the batch."""
+    """Return the factor by which a norm multiplies each channel, ``(channels,)``; None if that depends on the batch."""
     module: Any = norm
     if module.running_var is None:
         return None

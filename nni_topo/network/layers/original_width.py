@@ -1,8 +1,9 @@
-"""Layer, RMS, group and response norms of which channels are gone, whose statistics count these all the same, as zeros.
+"""Layer, RMS, group and response norms with pruned channels, whose statistics are those of the original width.
 
-With ``s`` the share of the channels that are left, the mean over all is ``s`` times theirs, and the mean square ``s``
-times theirs; so is the variance, about the mean over all, and the others add ``1 - s`` times the square of that mean.
-A norm of the smaller size alone would leave ``s`` and the others out. A response norm (GRN, of ConvNeXt v2) divides
+The pruned channels enter these statistics as zeros. With ``s`` the share of the kept channels, the mean over all
+channels is ``s`` times the mean of the kept ones, and so is the mean square. The variance is ``s`` times the mean
+squared distance of the kept channels from the mean over all, plus ``1 - s`` times the square of that mean, for the
+pruned ones. A plain norm of the smaller size would compute other values. A response norm (GRN, of ConvNeXt v2) divides
 by the mean of the channels' lengths over all places.
 """
 
@@ -20,7 +21,7 @@ _EPS = ("variance_epsilon", "eps", "epsilon")
 
 
 def _normalized(x: Tensor, share: float, eps: float) -> Tensor:
-    # Sums along memory, where `var_mean` and layouts that earlier layers left behind take up to ten times as long.
+    # Sums along contiguous memory: `var_mean`, and the layouts that layers may return, take up to ten times as long.
     x = x.contiguous()
     mean = share * x.mean(-1, keepdim=True)
     x = x - mean
@@ -28,8 +29,8 @@ def _normalized(x: Tensor, share: float, eps: float) -> Tensor:
     return x * torch.rsqrt(variance + eps)
 
 
-class CountedLayerNorm(nn.LayerNorm):
-    """A layer norm over ``counted`` channels, of which only those of ``normalized_shape`` aren't zero."""
+class OriginalWidthLayerNorm(nn.LayerNorm):
+    """A layer norm with the statistics of ``counted`` channels; all but ``normalized_shape`` of them are pruned."""
 
     counted: int
     dim: int  # -1, or 1 in networks that hold channels first
@@ -42,12 +43,12 @@ class CountedLayerNorm(nn.LayerNorm):
         return (x if self.bias is None else x + self.bias).movedim(-1, self.dim)
 
     def extra_repr(self) -> str:
-        """Show the channels counted too."""
+        """Show the original width too."""
         return f"{super().extra_repr()}, counted={self.counted}"
 
 
-class CountedRMSNorm(nn.RMSNorm):
-    """An RMS norm over ``counted`` channels, of which only those of ``normalized_shape`` aren't zero."""
+class OriginalWidthRMSNorm(nn.RMSNorm):
+    """An RMS norm with the statistics of ``counted`` channels; all but ``normalized_shape`` of them are pruned."""
 
     counted: int
     shift: float = 0.0
@@ -59,12 +60,12 @@ class CountedRMSNorm(nn.RMSNorm):
         return x if self.weight is None else x * (self.weight + self.shift)
 
     def extra_repr(self) -> str:
-        """Show the channels counted too."""
+        """Show the original width too."""
         return f"{super().extra_repr()}, counted={self.counted}"
 
 
 class ShiftedRMSNorm(nn.RMSNorm):
-    """An RMS norm whose factors are its weights and ``shift`` more, as those of Gemma are and one."""
+    """An RMS norm whose factors are its weights plus ``shift``, which is 1 in Gemma."""
 
     shift: float
 
@@ -75,8 +76,8 @@ class ShiftedRMSNorm(nn.RMSNorm):
         return functional.rms_norm(x.to(kind), self.normalized_shape, factors, self.eps).to(x.dtype)
 
 
-class CountedGroupNorm(nn.GroupNorm):
-    """A group norm over groups of ``counted`` channels, of which some are gone, equally many of each group."""
+class OriginalWidthGroupNorm(nn.GroupNorm):
+    """A group norm with the statistics of groups of ``counted`` channels, of which equally many in each are pruned."""
 
     counted: int
 
@@ -89,19 +90,19 @@ class CountedGroupNorm(nn.GroupNorm):
         return x if self.bias is None else x + self.bias.view(view)
 
     def extra_repr(self) -> str:
-        """Show the channels counted too."""
+        """Show the original width too."""
         return f"{super().extra_repr()}, counted={self.counted}"
 
 
-class CountedResponseNorm(nn.Module):
-    """A global response norm over ``counted`` channels, of which only those of its two parameters aren't zero."""
+class OriginalWidthResponseNorm(nn.Module):
+    """A global response norm with the statistics of ``counted`` channels; those that its parameters lack are pruned."""
 
     counted: int
     dim: int  # -1, or 1 in networks that hold channels first
     eps: float
 
     def forward(self, images: Tensor) -> Tensor:
-        """Weigh channels by how long they are beside the others: four dimensions, channels in ``dim``."""
+        """Weigh channels by their length relative to the mean length: four dimensions, channels in ``dim``."""
         gain, shift = (parameter.flatten() for parameter in self.parameters())
         x = images.movedim(self.dim, -1)
         lengths = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
@@ -109,16 +110,16 @@ class CountedResponseNorm(nn.Module):
         return found.movedim(-1, self.dim)
 
     def extra_repr(self) -> str:
-        """Show the channels left and those counted."""
+        """Show the kept channels and the original width."""
         return f"{next(self.parameters()).numel()}, counted={self.counted}"
 
 
-def response_norm(norm: nn.Module) -> CountedResponseNorm | None:
-    """Return the global response norm that one of another's making computes, with its parameters; None if none does.
+def response_norm(norm: nn.Module) -> OriginalWidthResponseNorm | None:
+    """Return the global response norm that a custom module computes, with its parameters; None if it computes none.
 
-    The answer is found by trying it, on inputs some of which are as small as what is added to their mean length.
+    Both are run and compared, on inputs of which some are as small as the epsilon added to their mean length.
     """
-    if isinstance(norm, CountedResponseNorm):
+    if isinstance(norm, OriginalWidthResponseNorm):
         return norm
     sizes = [parameter.numel() for parameter in norm.parameters()]
     is_other = not type(norm).__module__.startswith(("torch.", "nni_topo."))
@@ -128,7 +129,7 @@ def response_norm(norm: nn.Module) -> CountedResponseNorm | None:
         nn.Parameter(torch.linspace(low, high, sizes[0], dtype=torch.float64)) for low, high in ((0.5, 1.5), (-1, 1))
     )
     tried: Any = copy.deepcopy(norm)
-    made = CountedResponseNorm()
+    made = OriginalWidthResponseNorm()
     for (name, old), new in zip(norm.named_parameters(), (gain, shift), strict=True):
         setattr(tried, name, nn.Parameter(new.view(old.shape)))
     made.gain, made.shift, made.counted = gain, shift, sizes[0]
@@ -148,20 +149,20 @@ def response_norm(norm: nn.Module) -> CountedResponseNorm | None:
 
 
 def channel_dim(norm: nn.Module) -> int | None:
-    """Tell along which dimension a norm has its channels; None if one of another's making may do more than that.
+    """Return the dimension in which a norm has its channels; None if a custom class may do more than normalize.
 
-    The answer for a class derived from ``nn.LayerNorm`` is found by trying it.
+    A class derived from ``nn.LayerNorm`` is run to find out.
     """
     if isinstance(norm, nn.RMSNorm):
         return (
             -1
-            if type(norm) in (nn.RMSNorm, ShiftedRMSNorm, CountedRMSNorm) and len(norm.normalized_shape) == 1
+            if type(norm) in (nn.RMSNorm, ShiftedRMSNorm, OriginalWidthRMSNorm) and len(norm.normalized_shape) == 1
             else None
         )
     if not isinstance(norm, nn.LayerNorm):
         response = response_norm(norm)
         return 1 if response is None else response.dim
-    if isinstance(norm, CountedLayerNorm):
+    if isinstance(norm, OriginalWidthLayerNorm):
         return norm.dim
     if type(norm) is nn.LayerNorm:
         return -1 if len(norm.normalized_shape) == 1 else None
@@ -170,7 +171,7 @@ def channel_dim(norm: nn.Module) -> int | None:
     plain = functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     for dim in (1, -1) if len(norm.normalized_shape) == 1 else ():
         try:
-            given = norm.forward(x.movedim(-1, dim))  # a tracer would take a call for one of the model's
+            given = norm.forward(x.movedim(-1, dim))  # a tracer would take `norm(...)` for a call of the model's
         except RuntimeError:
             continue
         if torch.allclose(given, plain.movedim(-1, dim), atol=1e-5):
@@ -179,10 +180,9 @@ def channel_dim(norm: nn.Module) -> int | None:
 
 
 def plain_norm(norm: nn.Module) -> nn.Module | None:
-    """Return an RMS or layer norm as PyTorch's, with the weight of one of another's making that computes the same.
+    """Return PyTorch's RMS or layer norm that computes what a custom module does, with its weight; None if none does.
 
-    None if none does. The answer is found by trying it, on inputs some of which are as small as what is added to their
-    squares.
+    Both are run and compared, on inputs of which some are as small as the epsilon added to their squares.
     """
     own, weight = dict(norm.named_parameters()), getattr(norm, "weight", None)
     eps = next((each for key in _EPS if isinstance(each := getattr(norm, key, None), float)), None)
@@ -208,15 +208,20 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
     return None
 
 
-def count(norm: nn.Module, channels: int) -> None:
-    """Let a norm go on counting so many channels, those of a group; one that does keeps its count."""
-    kinds = {nn.LayerNorm: CountedLayerNorm, nn.RMSNorm: CountedRMSNorm, nn.GroupNorm: CountedGroupNorm}
-    if isinstance(norm, (*kinds.values(), CountedResponseNorm)):
+def keep_original_width(norm: nn.Module, channels: int) -> None:
+    """Let a norm go on with the statistics of so many channels (of a group); one that does already keeps its number."""
+    kinds = {
+        nn.LayerNorm: OriginalWidthLayerNorm,
+        nn.RMSNorm: OriginalWidthRMSNorm,
+        nn.GroupNorm: OriginalWidthGroupNorm,
+    }
+    if isinstance(norm, (*kinds.values(), OriginalWidthResponseNorm)):
         return
     if response := response_norm(norm):
-        norm.__class__ = CountedResponseNorm
+        norm.__class__ = OriginalWidthResponseNorm
         norm.counted, norm.dim, norm.eps = channels, response.dim, response.eps  # type: ignore[assignment]
         return
-    dim, kind = channel_dim(norm), next(counted for plain, counted in kinds.items() if isinstance(norm, plain))
+    dim = channel_dim(norm)
+    kind = next(wide for plain, wide in kinds.items() if isinstance(norm, plain))
     norm.__class__ = kind
     norm.counted, norm.dim = channels, dim  # type: ignore[assignment]

@@ -1,8 +1,8 @@
-"""Cut channels out of a module in place, so that its type, mode, hooks and precision stay.
+"""Cut channels out of a module in place, so that it keeps its type, mode, hooks and precision.
 
-Where a convolution goes along the channels of another layer, as in ECA nets, the next channel isn't the next one any
-more once some are gone. Each tap of the kernel looks up its channel instead; those that are gone were zeros, and so is
-what lies beyond the border.
+A channel-wise convolution runs over the channels of another layer, as in ECA nets. Once channels are pruned, neighbours
+in the dense network weren't neighbours before. So each tap of the kernel looks its channel up; the pruned channels were
+zero, as is everything beyond the border.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional
 from nni_topo.errors import SpeedupError
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.kinds import CONVOLUTIONS, RULES, TRANSPOSED, is_recurrent, row_names, weight_name
-from nni_topo.network.layers.original_width import count, response_norm
+from nni_topo.network.layers.original_width import keep_original_width, response_norm
 
 _BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
 
@@ -52,7 +52,7 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
     elif isinstance(module, torch.nn.GroupNorm):
         _cut_group_norm(name, module, outs)
     elif isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-        count(module, module.normalized_shape[0])
+        keep_original_width(module, module.normalized_shape[0])
         _cut_vectors(module, outs)
         module.normalized_shape = (len(outs),)
     elif isinstance(module, torch.nn.PReLU) and module.num_parameters > 1:
@@ -72,10 +72,10 @@ def _cut_units(module: Any, rows: torch.Tensor) -> None:
 
 
 def _part(weight: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
-    """Take some places, ascending or in another order, of the first dimensions of a weight: a new tensor."""
+    """Select entries, in any order, along the first dimensions of a weight: a new tensor."""
     part = weight
     for d, each in enumerate(places):
-        # Not by brackets, which look the entries of a second dimension up one by one.
+        # Indexing with brackets would look up the entries of a second dimension one by one.
         if len(each) < weight.shape[d] or bool((each[1:] < each[:-1]).any()):
             part = part.index_select(d, each)
     return part.clone() if part is weight else part
@@ -86,7 +86,7 @@ def _rows(tensor: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor | Non
 
 
 def keep(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
-    """Replace a parameter or buffer by a new one of the same kind, which nothing else holds."""
+    """Replace a parameter or buffer by a new one of the same kind, which no other module shares."""
     old = getattr(module, name, None)
     if value is None or old is None:
         return
@@ -96,19 +96,19 @@ def keep(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None
 
 
 def _brief(counts: torch.Tensor) -> str:
-    """Write the first few counts."""
+    """Format the first few counts for a message."""
     return ", ".join(map(str, counts[:8].tolist())) + (", ..." if len(counts) > 8 else "")
 
 
 def _cut_vectors(module: torch.nn.Module, kept: torch.Tensor) -> None:
-    """Cut everything that has one number a channel."""
+    """Cut the parameters and buffers that have one entry a channel."""
     for name in ("weight", "bias", "running_mean", "running_var"):
         keep(module, name, _rows(getattr(module, name, None), kept))
 
 
 def _cut_response_norm(module: torch.nn.Module, kept: torch.Tensor) -> None:
     for name, parameter in list(module.named_parameters()):
-        count(module, parameter.numel())
+        keep_original_width(module, parameter.numel())
         keep(module, name, parameter.index_select(max(range(parameter.dim()), key=lambda d: parameter.shape[d]), kept))
 
 
@@ -118,17 +118,19 @@ def _cut_group_norm(name: str, module: torch.nn.GroupNorm, kept: torch.Tensor) -
     if bool((sizes != sizes[0]).any()):
         raise SpeedupError(f"groups of a norm must keep equally many channels, got {_brief(sizes)} ({name})")
     if int(sizes[0]) < module.num_channels // module.num_groups:
-        count(module, module.num_channels // module.num_groups)
+        keep_original_width(module, module.num_channels // module.num_groups)
     _cut_vectors(module, kept)
     module.num_groups, module.num_channels = len(sizes), len(kept)
 
 
 def _cut_convolution(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
-    """Cut a convolution group by group; groups that lose all their channels go."""
+    """Cut a convolution group by group; groups whose channels are all pruned are removed."""
     in_step, out_step = module.in_channels // module.groups, module.out_channels // module.groups
     in_groups, out_groups = ins // in_step, outs // out_step
-    left = torch.unique(torch.cat([in_groups, out_groups]))
-    counts = torch.stack([torch.bincount(groups, minlength=module.groups)[left] for groups in (in_groups, out_groups)])
+    kept_groups = torch.unique(torch.cat([in_groups, out_groups]))
+    ins_by_group = torch.bincount(in_groups, minlength=module.groups)[kept_groups]
+    outs_by_group = torch.bincount(out_groups, minlength=module.groups)[kept_groups]
+    counts = torch.stack([ins_by_group, outs_by_group])
     if not bool((counts == counts[:, :1]).all()) or not bool(counts.all()):
         raise SpeedupError(
             "groups of a convolution must keep equally many channels, got "
@@ -139,47 +141,47 @@ def _cut_convolution(name: str, module: Any, ins: torch.Tensor, outs: torch.Tens
     if module.groups == 1:
         keep(module, "weight", _part(module.weight, rows, columns))
     else:
-        per_row = columns.view(len(left), -1).repeat_interleave(len(rows) // len(left), dim=0)
+        per_row = columns.view(len(kept_groups), -1).repeat_interleave(len(rows) // len(kept_groups), dim=0)
         weight = module.weight[rows]
         index = per_row.view(per_row.shape + (1,) * (weight.dim() - 2)).expand(-1, -1, *weight.shape[2:])
         keep(module, "weight", weight.gather(1, index.to(weight.device)))
     keep(module, "bias", _rows(module.bias, outs))
-    module.in_channels, module.out_channels, module.groups = len(ins), len(outs), len(left)
+    module.in_channels, module.out_channels, module.groups = len(ins), len(outs), len(kept_groups)
 
 
-class AlongChannels(nn.Conv1d):
-    """A convolution along ``counted`` channels, of which some are left."""
+class ChannelwiseConv1d(nn.Conv1d):
+    """A channel-wise convolution over originally ``counted`` channels, of which some are kept."""
 
     counted: int
-    taps: Tensor  # int64, (left, kernel): where among the channels left what each tap sees is; one further for a zero
+    taps: Tensor  # int64, (kept, kernel): which of the kept channels each tap reads; their number stands for a zero
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``(batch, inputs, left)`` to ``(batch, outputs, left)``."""
+        """Convolve ``(batch, inputs, kept)`` to ``(batch, outputs, kept)``."""
         windows = functional.pad(x, (0, 1))[..., self.taps]
         found = torch.einsum("bilk,oik->bol", windows, self.weight)
         return found if self.bias is None else found + self.bias[:, None]
 
     def extra_repr(self) -> str:
-        """Show the channels counted too."""
+        """Show the original width too."""
         return f"{super().extra_repr()}, counted={self.counted}"  # type: ignore[no-untyped-call]
 
 
-def count_channels(module: Any, channels: int) -> None:
-    """Let a convolution look its channels up; one that does keeps its own."""
-    if isinstance(module, AlongChannels):
+def make_channelwise(module: Any, channels: int) -> None:
+    """Let a channel-wise convolution look its channels up; one that does already stays as it is."""
+    if isinstance(module, ChannelwiseConv1d):
         return
     before = module._reversed_padding_repeated_twice[0]
     steps = torch.arange(module.kernel_size[0]) * module.dilation[0] - before
     taps = torch.arange(channels)[:, None] + steps
-    module.__class__ = AlongChannels
+    module.__class__ = ChannelwiseConv1d
     module.counted = channels
     taps = taps.masked_fill((taps < 0) | (taps >= channels), channels)
     module.register_buffer("taps", taps.to(module.weight.device), persistent=False)
 
 
-def cut_along(module: Any, kept: Tensor, channels: int) -> None:
-    """Keep some of the channels that a convolution goes along, by their places among those there are, in place."""
-    count_channels(module, channels)
+def cut_channelwise(module: Any, kept: Tensor, channels: int) -> None:
+    """Keep some of the channels that a channel-wise convolution runs over, given their present indices, in place."""
+    make_channelwise(module, channels)
     places = torch.full((channels + 1,), len(kept), device=kept.device).index_copy(
         0, kept, torch.arange(len(kept), device=kept.device)
     )

@@ -28,7 +28,7 @@ _PutBack = Callable[[], object]
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 # What no forward writes to, may be large, or isn't the model's own.
 _OTHERS = (type, ModuleType, FunctionType, BuiltinFunctionType, ModuleWrapper, Optimizer, Dataset, DataLoader)
-# What NNI and `stepwise.set_stepwise` put into a module while they wrap it; the wrapper's targets come on top.
+# What NNI and `set_unfused` put into a module while they wrap it; the wrapper's targets come on top.
 _WRAPPING = frozenset({"_nni_wrapper", "forward", "_qkv_same_embed_dim"})
 
 

@@ -29,7 +29,7 @@ from nni_topo.network.graph import tensor_shape
 from nni_topo.network.layers import (
     HEAD,
     cut,
-    cut_along,
+    cut_channelwise,
     is_depthwise,
     keep,
     output_channels,
@@ -109,7 +109,7 @@ class _Cutter(Replacer):
             if len(ins) < len(entering) or len(outs) < len(leaving):
                 device = next((each.device for each in module.parameters()), torch.device("cpu"))
                 if name in flow.channel_wise:
-                    cut_along(module, ins.to(device), len(entering))
+                    cut_channelwise(module, ins.to(device), len(entering))
                 else:
                     cut(name, module, ins.to(device), outs.to(device))
         speedup.at = ""

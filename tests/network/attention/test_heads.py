@@ -25,8 +25,8 @@ def test_heads_that_are_masked_go(name):
     same(dense, masked_model(model, inputs, masks), inputs)
     (left,) = find_attention(dense).values()
     assert (left.heads, left.size) == (2, attention.size)
-    mixer = dense.get_submodule(attention.out)
-    assert mixer.in_features == 2 * attention.size
+    projection = dense.get_submodule(attention.out)
+    assert projection.in_features == 2 * attention.size
     gone = attention.heads - 2
     rows = sum(channels.shape[1] for channels in attention.channels.values())
     biased = getattr(model.get_submodule(attention.out), "bias", None) is not None
@@ -223,7 +223,7 @@ def test_the_residual_width_goes_with_all_that_reads_it_and_norms_count_on(name,
     for part, values in plain.named_parameters():
         values.data[:72] = getattr(norm, part)
     torch.testing.assert_close(norm(states[:, :72]), plain(states)[:, :72])
-    assert type(norm).__name__ == ("CountedRMSNorm" if name == "gpt_small" else "CountedLayerNorm")
+    assert type(norm).__name__ == ("OriginalWidthRMSNorm" if name == "gpt_small" else "OriginalWidthLayerNorm")
     save(dense, tmp_path / "dense.safetensors")
     assert torch.equal(load(tmp_path / "dense.safetensors", model)(inputs), dense(inputs))
 

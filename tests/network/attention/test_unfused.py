@@ -233,13 +233,13 @@ def test_masks_within_attention_act_while_it_is_wrapped(name):
     groups = dependency_groups(model, inputs, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
     pruner = create_pruner("l1", model, groups)
     masks = pruner.compress()[1]
-    mixer = next(each.out for each in find_attention(before).values())
+    projection = next(each.out for each in find_attention(before).values())
     changed = copy.deepcopy(before)
     for layer, targets in masks.items():
         for target, mask in targets.items():
             if mask is not None:
                 changed.get_submodule(layer).get_parameter(target).data.mul_(mask)
-    assert bool((masks[mixer]["weight"] == 0).any())
+    assert bool((masks[projection]["weight"] == 0).any())
     torch.testing.assert_close(model(inputs), changed(inputs))
     pruner.unwrap_model()
     assert [type(part) for part in model.modules()] == [type(part) for part in before.modules()]

@@ -13,8 +13,8 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.io.checkpoint import describe, load, save, size_names
-from nni_topo.network.layers.original_width import count
-from nni_topo.network.layers.slicing import cut_along
+from nni_topo.network.layers.original_width import keep_original_width
+from nni_topo.network.layers.slicing import cut_channelwise
 from nni_topo.speedup import to_dense
 
 
@@ -326,9 +326,9 @@ class Everything(nn.Module):
         self.root = nn.RMSNorm(4)
         self.shuffle = nn.PixelShuffle(2)
         self.along = nn.Conv1d(2, 2, 3, padding=1)
-        cut_along(self.along, torch.tensor([0, 2, 3]), 4)
+        cut_channelwise(self.along, torch.tensor([0, 2, 3]), 4)
         self.mean = nn.LayerNorm(4)
-        count(self.mean, 4)
+        keep_original_width(self.mean, 4)
 
 
 SIZES = [

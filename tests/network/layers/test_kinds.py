@@ -14,7 +14,7 @@ from torch.nn import functional
 import nni_topo
 from nni_topo.network import register_module
 from nni_topo.network.layers.kinds import RULES, norm_scale, through_norms, weights_left
-from nni_topo.network.layers.original_width import CountedLayerNorm, channel_dim
+from nni_topo.network.layers.original_width import OriginalWidthLayerNorm, channel_dim
 
 CONVOLUTIONS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 
@@ -77,7 +77,7 @@ def test_a_norm_of_channels_first_counts_what_is_gone():
     torch.manual_seed(0)
     model = nn.Sequential(SameConv(3, 8, 3), ChannelsFirst(8), nn.Conv2d(8, 4, 1)).double()
     dense = nni_topo.to_dense(model, random_images(), {"0": filter_mask(model[0], [1, 4, 5])})
-    assert isinstance(dense[1], CountedLayerNorm)
+    assert isinstance(dense[1], OriginalWidthLayerNorm)
     assert dense[1].dim == 1
     # The norm's shift is zero, but what it makes of a zero isn't: the channel goes with all that is made of it.
     model[2].weight.data[:, [1, 4, 5]] = 0

@@ -12,8 +12,8 @@ from whole_nets import NETS, Gate, ResponseNorm, Standardized, make
 
 import nni_topo
 from nni_topo.network.layers.derived import PaddedAlike, fold
-from nni_topo.network.layers.original_width import CountedResponseNorm, response_norm
-from nni_topo.network.layers.slicing import AlongChannels
+from nni_topo.network.layers.original_width import OriginalWidthResponseNorm, response_norm
+from nni_topo.network.layers.slicing import ChannelwiseConv1d
 from nni_topo.network.speedup.equivalence import masked_model
 
 IMAGES = torch.rand(2, 3, 13, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_what_a_tap_sees_is_looked_up():
     model = nn.Sequential(nn.Conv2d(3, 6, 1), Gate(3), nn.Conv2d(6, 2, 1)).double().eval()
     mask = torch.tensor([1, 0, 0, 1, 1, 0]).view(-1, 1, 1, 1).expand(6, 3, 1, 1).double()
     dense = nni_topo.to_dense(model, IMAGES, {"0": {"weight": mask}})
-    assert isinstance(dense[1].conv, AlongChannels)
+    assert isinstance(dense[1].conv, ChannelwiseConv1d)
     # Of channels 0, 3 and 4 the first has no neighbours left, the others each other; 3 stands for a zero.
     assert dense[1].conv.taps.tolist() == [[3, 0, 3], [3, 1, 2], [1, 2, 3]]
     assert torch.equal(dense[1].conv.weight, model[1].conv.weight)
@@ -141,9 +141,9 @@ def test_response_norms_are_found_by_trying(eps, dim):
 def test_a_response_norm_counts_what_is_gone():
     dense = pruned(make("response_norm"))[2]
     norm = dense[2].norm
-    assert isinstance(norm, CountedResponseNorm)
+    assert isinstance(norm, OriginalWidthResponseNorm)
     assert (norm.counted, norm.eps, norm.gamma.shape) == (24, 1e-3, (1, 1, 1, 12))
-    assert repr(norm) == "CountedResponseNorm(12, counted=24)"
+    assert repr(norm) == "OriginalWidthResponseNorm(12, counted=24)"
 
 
 def test_computed_weights_become_the_layers_own():

@@ -1,1 +1,1 @@
-"""Attention step by step, whatever number of heads and channels is kept."""
+"""Unfused attention: layer by layer, for any number of kept heads and channels."""

@@ -1,4 +1,4 @@
-"""Attention of CLIP and SigLIP step by step; see `stepwise`.
+"""Attention of CLIP and SigLIP layer by layer; see `unfused`.
 
 That of Transformers 4 gives what its heads put out the width of what enters.
 """
@@ -67,7 +67,7 @@ _PAIRS: list[tuple[Any, type[nn.Module]]] = [
     (SiglipAttention, PrunedSiglipAttention),
     (Siglip2Attention, PrunedSiglip2Attention),
 ]
-STEPWISE: dict[type[nn.Module], type[nn.Module]] = {
-    kind: stepwise for kind, stepwise in _PAIRS if "embed_dim" in kind.forward.__code__.co_varnames
+UNFUSED: dict[type[nn.Module], type[nn.Module]] = {
+    kind: unfused for kind, unfused in _PAIRS if "embed_dim" in kind.forward.__code__.co_varnames
 }
-"""By class of attention, one that computes the same step by step; of Transformers 5, which does so itself, none."""
+"""By class of attention, its unfused class; empty with Transformers 5, whose own classes call their layers."""

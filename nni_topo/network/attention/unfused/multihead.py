@@ -1,8 +1,8 @@
-"""Attention of PyTorch, torchvision and CLIP step by step, whatever number of heads and channels is left.
+"""Unfused attention: that of PyTorch, torchvision and CLIP, computed layer by layer, for any width and number of heads.
 
-Their own computes with the weights of its layers, which it never calls, or takes the width of its heads for that of
-what enters. Here the layers are called, so that hooks and wrappers see them, but for the one weight
-of ``nn.MultiheadAttention``.
+The original classes compute with the weights of layers that they never call, or take the input width for the width of
+all heads together. Here the layers are called, so that hooks and wrappers see them; only ``in_proj_weight`` of
+``nn.MultiheadAttention`` belongs to no layer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Where the classes are that compute step by step, by class. torchvision takes long to load, and is there where a model
-# has such a module, as Transformers is.
-_STEPWISE = {
+# The modules with the unfused classes, by original class. They are imported late, since torchvision takes long to load;
+# where a model has such a module, torchvision or Transformers is installed.
+_UNFUSED = {
     ("torchvision.models.swin_transformer", "ShiftedWindowAttention"): "nni_topo.network.attention.unfused.swin",
     ("torchvision.models.swin_transformer", "ShiftedWindowAttentionV2"): "nni_topo.network.attention.unfused.swin",
     (
@@ -45,8 +45,8 @@ def multihead(
     is_causal: bool = False,
     mix: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute what ``nn.MultiheadAttention`` does, step by step, whatever the number of heads that are left."""
-    del is_causal  # a hint that the mask makes unnecessary
+    """Compute what ``nn.MultiheadAttention`` does, layer by layer, for any number of heads."""
+    del is_causal  # only a hint: the mask says it too
     is_single, states = query.dim() == 2, [query] if query is key is value else [query, key, value]
     if is_single or not self.batch_first:
         states = [each.unsqueeze(0) if is_single else each.transpose(0, 1) for each in states]
@@ -54,7 +54,7 @@ def multihead(
     heads = [each.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for each in projected(self, *entering)]
     mask: Tensor | None = None
     if attn_mask is not None:
-        # Masks by head know those that were there at first.
+        # Masks by head have entries for the original heads.
         mask = _additive(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (len(heads[0]), -1)), heads[0])
     if key_padding_mask is not None:
         padding = _additive(key_padding_mask, heads[0]).reshape(len(heads[0]), 1, 1, -1)
@@ -75,7 +75,7 @@ def multihead(
 
 
 def projected(self: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Return the queries, keys and values that ``nn.MultiheadAttention`` makes of what enters: (..., width)."""
+    """Return the queries, keys and values that ``nn.MultiheadAttention`` computes, each (..., width)."""
     if query is key is value:
         return list(functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
     biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
@@ -90,54 +90,54 @@ def _additive(mask: Tensor, states: Tensor) -> Tensor:
 
 
 class PrunedMultiheadAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` of another width than its heads have together."""
+    """``nn.MultiheadAttention`` whose heads together may be narrower than its input."""
 
     forward = multihead
 
 
-def stepwise_class(module: nn.Module) -> type[nn.Module] | None:
-    """Return the class that computes step by step what a module's does, its own if that does so; None: it's no such."""
+def unfused_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the unfused class of an attention module, which may be its own; None if there is none."""
     kind = type(module)
     if kind in (nn.MultiheadAttention, PrunedMultiheadAttention):
         return PrunedMultiheadAttention
-    if kind.__module__ in _STEPWISE.values():
+    if kind.__module__ in _UNFUSED.values():
         return kind
-    place = _STEPWISE.get((kind.__module__, kind.__qualname__))
-    found: type[nn.Module] | None = import_module(place).STEPWISE.get(kind) if place else None
+    place = _UNFUSED.get((kind.__module__, kind.__qualname__))
+    found: type[nn.Module] | None = import_module(place).UNFUSED.get(kind) if place else None
     return found
 
 
-def is_stepwise(module: nn.Module) -> bool:
-    """Tell whether a module is such attention, whole or pruned: only its layers read what enters it."""
-    return stepwise_class(module) is not None
+def is_unfused(module: nn.Module) -> bool:
+    """Tell whether a module is attention that has an unfused class: only its layers read its input."""
+    return unfused_class(module) is not None
 
 
-def is_whole(module: nn.Module) -> bool:
-    """Tell whether a module is attention that computes with the weights of layers which it doesn't call."""
-    return stepwise_class(module) not in (None, type(module)) and getattr(module, "_qkv_same_embed_dim", True)
+def is_fused_attention(module: nn.Module) -> bool:
+    """Tell whether a module is attention that computes with the weights of layers without calling them."""
+    return unfused_class(module) not in (None, type(module)) and getattr(module, "_qkv_same_embed_dim", True)
 
 
-def set_stepwise(module: Any, stepwise: bool = True) -> None:
-    """Let attention compute step by step, or as its own class does."""
-    computed = stepwise_class(module)
-    module.__class__ = computed if stepwise or type(module) is not computed else computed.__base__
+def set_unfused(module: Any, unfused: bool = True) -> None:
+    """Switch attention to its unfused class, or back to its own."""
+    computed = unfused_class(module)
+    module.__class__ = computed if unfused or type(module) is not computed else computed.__base__
     if isinstance(module, nn.MultiheadAttention):
-        # Layers of PyTorch's don't compute with its weights by themselves where this is false.
-        module._qkv_same_embed_dim = not stepwise
+        # Where this is false, PyTorch's transformer layers call the attention and don't compute with its weights.
+        module._qkv_same_embed_dim = not unfused
 
 
 @contextmanager
 def mixing_called(*models: nn.Module) -> Iterator[None]:
-    """Let attention call the layer that mixes its heads, and others of it, so that hooks see them."""
+    """Let attention call its output projection and its other layers, so that hooks see them."""
     with ExitStack() as undone:
-        for module in (each for model in models for each in model.modules() if is_whole(each)):
-            kind: Any = stepwise_class(module)
+        for module in (each for model in models for each in model.modules() if is_fused_attention(each)):
+            kind: Any = unfused_class(module)
             # NNI's wrapper keeps the forward that it calls.
             place = vars(getattr(module, "_nni_wrapper", module))
             key = "forward" if place is vars(module) else "module_forward"
             undone.callback(partial(place.__setitem__, key, place[key]) if key in place else partial(place.pop, key))
             place[key] = partial(kind.forward, module)
-        # The fast paths call no layers at all.
+        # The fast paths call no layers.
         undone.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         yield

@@ -1,4 +1,4 @@
-"""Attention of torchvision's Swin and MaxViT step by step; see `stepwise`."""
+"""Attention of torchvision's Swin and MaxViT layer by layer; see `unfused`."""
 
 from __future__ import annotations
 
@@ -115,10 +115,10 @@ class PrunedRelativeAttention(RelativePositionalMultiHeadAttention):
     forward = relative
 
 
-STEPWISE: dict[type[nn.Module], type[nn.Module]] = {
+UNFUSED: dict[type[nn.Module], type[nn.Module]] = {
     ShiftedWindowAttention: PrunedWindowAttention,
     ShiftedWindowAttentionV2: PrunedWindowAttentionV2,
     ShiftedWindowAttention3d: PrunedWindowAttention3d,
     RelativePositionalMultiHeadAttention: PrunedRelativeAttention,
 }
-"""By class of attention, one that computes the same step by step."""
+"""By class of attention, its unfused class."""
