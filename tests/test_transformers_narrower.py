@@ -64,7 +64,7 @@ def test_heads_that_share_frequencies_lose_as_many_channels_or_none(caplog):
         caplog.clear()
         turned, masks = narrow_heads(model, [inputs], asked)
         assert (masks == {}) == (len(asked) == 1 or len({*asked.values()}) > 1)
-        assert "others that share its frequencies keep more or fewer channels" in caplog.text
+        assert "others that share its rotary frequencies keep another number of channels" in caplog.text
         torch.testing.assert_close(logits(turned, inputs), logits(model, inputs), rtol=1e-3, atol=1e-3)
 
 

@@ -1,10 +1,10 @@
-"""Several layers ahead: the layers of a block are solved for what the original has some layers behind them.
+"""Several layers ahead: the layers of a block are solved for the unpruned network's values some layers later.
 
-What a layer gives needn't be met for its own sake. Behind closed forms, which look no further than the next sum, each
-block's weights and constants take damped Gauss-Newton steps for the values at a place behind layers that stay as they
-are meanwhile: those between show which errors count there, and what the layers before got wrong is mended on the way.
+A layer's own output needn't be reproduced exactly. After the closed forms, which look no further than the next sum,
+each block's weights and constants take damped Gauss-Newton steps for the values at a later place. The layers between
+don't change meanwhile: they show which errors matter there, so that errors of earlier layers are corrected as well.
 The steps are found by conjugate gradients from products with Jacobians, forward and backward. SNOWS does so for single
-weights with all of the Hessian [1]_; here whole channels are gone, and Gauss-Newton leaves out second derivatives.
+weights with the full Hessian [1]_; here whole channels are pruned, and Gauss-Newton leaves out second derivatives.
 
 References
 ----------
@@ -37,7 +37,7 @@ from nni_topo.recovery.registry import Tools
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import LayerReport
 from nni_topo.recovery.samples import Task
-from nni_topo.recovery.windows import Stretch, Window, entering, stretches
+from nni_topo.recovery.windows import Segment, Window, entering, segments
 
 _STEPS, _ITERATIONS, _DAMPING = 4, 6, 1e-2
 _IMAGES_A_PRODUCT = 128
@@ -48,7 +48,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Batch:
-    """What enters a window in the pruned network, what the original has at its end, and where that isn't padding."""
+    """What enters a window in the pruned network, the unpruned values at its end, and where there is no padding."""
 
     entering: dict[str, Any]
     wanted: list[Tensor]
@@ -62,10 +62,10 @@ class _Batch:
 
 @dataclass(frozen=True)
 class Ahead(Reconstruct):
-    """After :class:`Reconstruct`, solve the layers of each block for the original's values several layers ahead."""
+    """After :class:`Reconstruct`, solve the layers of each block for the unpruned values several layers ahead."""
 
-    # So many layers that are solved, at least 1, lie between a block and the place where the original's values are
-    # met; what the network puts out where there are fewer.
+    # So many layers that are solved, at least 1, lie between a block and the place where the unpruned network's
+    # values are the target; the network's output where there are fewer.
     layers: int = 4
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class Ahead(Reconstruct):
 
     def after(self, tasks: Sequence[Task], networks: Networks, tools: Tools) -> tuple[LayerReport, ...]:
         """Solve the layers block by block."""
-        # Another pass from the inputs on: what the first one has kept lies behind layers that change again.
+        # Another pass from the inputs on: the first one has cached values after layers that change again.
         return look_ahead(
             tools.new_replay(),
             networks,
@@ -97,28 +97,32 @@ def look_ahead(
     cache_bytes: int,
     progress: bool | None,
 ) -> tuple[LayerReport, ...]:
-    """Solve the layers of `tasks`, which are done, block by block for places so many layers behind them."""
+    """Solve the layers of `tasks`, which are done, block by block for places so many layers after them."""
     by_name = {task.layer.name: task for task in tasks if isinstance(task, ReconstructTask)}
     layers: list[Solvable] = [task.layer for task in by_name.values()]
-    found = stretches(replay.nodes, replay.touched_nodes, layers, ahead)
-    entered = [entering(stretch, replay.nodes) for stretch in found]
+    found = segments(replay.nodes, replay.touched_nodes, layers, ahead)
+    entered = [entering(segment, replay.nodes) for segment in found]
     reports = []
-    for index, stretch in enumerate(bar("look ahead", progress, found)):
+    for index, segment in enumerate(bar("look ahead", progress, found)):
         later = {node for nodes in entered[index + 1 :] for node in nodes}
         later |= {other.place for other in found[index + 1 :]}
-        window = Window(stretch, networks.pruned, by_name)
-        data = _Data(replay, stretch, entered[index], later, cache_bytes)
+        window = Window(segment, networks.pruned, by_name)
+        data = _Data(replay, segment, entered[index], later, cache_bytes)
         try:
-            unknowns, report = _solved(stretch, window, data, images, seed)
+            unknowns, report = _solved(segment, window, data, images, seed)
         except NotImplementedError as error:
-            _logger.warning("nothing ahead of %s is met, it has no derivatives: %s", _names(stretch), error)
+            _logger.warning(
+                "the layers after %s can't be taken into account, an operation has no forward derivative: %s",
+                _names(segment),
+                error,
+            )
             continue
         window.put((networks.pruned, networks.result), unknowns)
         reports.append(report)
     return tuple(reports)
 
 
-def _solved(stretch: Stretch, window: Window, data: _Data, images: int, seed: int) -> tuple[Vector, LayerReport]:
+def _solved(segment: Segment, window: Window, data: _Data, images: int, seed: int) -> tuple[Vector, LayerReport]:
     """Return what a stretch's unknowns become, and the report."""
     began = time.perf_counter()
     problem, start = _Problem(window, data, images), window.start()
@@ -128,10 +132,10 @@ def _solved(stretch: Stretch, window: Window, data: _Data, images: int, seed: in
             problem, start, steps=_STEPS, iterations=_ITERATIONS, damping=_DAMPING, seed=seed
         )
     if not math.isfinite(before):
-        raise DataError(f"activations must be finite, got NaN or infinity ({stretch.place.name})")
+        raise DataError(f"activations must be finite, got NaN or infinity ({segment.place.name})")
     report = LayerReport(
-        layer=_names(stretch),
-        place=stretch.place.name,
+        layer=_names(segment),
+        place=segment.place.name,
         unknowns=sum(each.numel() for each in start),
         samples=problem.samples,
         ridge=_DAMPING,
@@ -143,15 +147,15 @@ def _solved(stretch: Stretch, window: Window, data: _Data, images: int, seed: in
     return unknowns, report
 
 
-def _names(stretch: Stretch) -> str:
-    return ", ".join(layer.name for layer in stretch.layers)
+def _names(segment: Segment) -> str:
+    return ", ".join(layer.name for layer in segment.layers)
 
 
 class _Data:
     """The batches of a stretch: kept where they fit into memory, or the networks run again for each pass."""
 
-    def __init__(self, replay: Replay, stretch: Stretch, read: list[Node], later: set[Node], cache_bytes: int) -> None:
-        self._replay, self._unit_size, self._read, self._later = replay, stretch, read, later
+    def __init__(self, replay: Replay, segment: Segment, read: list[Node], later: set[Node], cache_bytes: int) -> None:
+        self._replay, self._segment, self._read, self._later = replay, segment, read, later
         self._cache_bytes = cache_bytes
         self._kept: list[_Batch] | None = None
 
@@ -161,11 +165,11 @@ class _Data:
             return
         kept: list[_Batch] | None = []
         size = 0
-        place = self._unit_size.place
-        for original, pruned in self._replay.run(self._unit_size.first, [*self._read, place], self._later):
+        place = self._segment.place
+        for unpruned, pruned in self._replay.run(self._segment.first, [*self._read, place], self._later):
             values = {node.name: pruned[node] for node in self._read}
-            there = _floats(original[place]), _floats(pruned[place])
-            batch = _Batch(values, *there, self._replay.counted(original))
+            there = _floats(unpruned[place]), _floats(pruned[place])
+            batch = _Batch(values, *there, self._replay.unpadded(unpruned))
             size += batch.nbytes
             kept = [*kept, batch] if kept is not None and size <= self._cache_bytes else None
             yield batch
@@ -173,7 +177,7 @@ class _Data:
 
 
 class _Problem:
-    """The squared error at the end of a window, as a share of the original's variance there."""
+    """The squared error at the end of a window, as a share of the unpruned network's variance there."""
 
     # The gradient is that of all images. Products, which most of the time goes into, are those of every so many a
     # batch, others at each step.
@@ -182,7 +186,7 @@ class _Problem:
         self._window, self._data = window, data
         self._turn, self._few = 0, list[tuple[_Batch, Vector, list[Tensor]]]()
         self._lives = _lives(data)
-        moments = [[_moments(each) for each in self._counted(batch.wanted, batch)] for batch in data]
+        moments = [[_moments(each) for each in self._unpadded(batch.wanted, batch)] for batch in data]
         sums = [torch.stack(each).sum(0) for each in zip(*moments, strict=True)]
         # Of what is alive alone: the rest is an error that no weight changes.
         spreads = [float(square - total.square() / number) for number, total, square in sums]
@@ -222,7 +226,7 @@ class _Problem:
             moves = [torch.zeros_like(plain) if move is None else move for plain, move in reached]
             seen = [
                 (value, weight * move)
-                for value, move, weight in zip(lacking, self._counted(moves, batch), self._weights, strict=True)
+                for value, move, weight in zip(lacking, self._unpadded(moves, batch), self._weights, strict=True)
                 if value.requires_grad
             ]
             if seen:
@@ -233,9 +237,9 @@ class _Problem:
 
     def _lacking(self, batch: _Batch, at: Sequence[Tensor]) -> list[Tensor]:
         found = _floats(self._window(batch.entering, at))
-        return self._counted([mine - meant for mine, meant in zip(found, batch.wanted, strict=True)], batch)
+        return self._unpadded([mine - meant for mine, meant in zip(found, batch.wanted, strict=True)], batch)
 
-    def _counted(self, values: list[Tensor], batch: _Batch) -> list[Tensor]:
+    def _unpadded(self, values: list[Tensor], batch: _Batch) -> list[Tensor]:
         """Return values in single precision at least, 0 where nothing is alive, without padding."""
         wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in values]
         wide = [each if lives is None else each * lives for each, lives in zip(wide, self._lives, strict=True)]

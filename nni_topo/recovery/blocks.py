@@ -1,7 +1,7 @@
 """Whole blocks of a transformer taken out; what they did, as far as it is linear, goes into the layer before them.
 
 A block adds to the stream that the blocks before it made, so that the model runs without it. The last linear layer that
-writes into the stream before a gap is solved anew, such that the stream behind the gap is the original's: [1]_ does it
+writes into the stream before a gap is solved anew, such that the stream after the gap is the unpruned one: [1]_ does it
 with a linear map of that layer's output, here all of its weights may change.
 
 References
@@ -75,19 +75,19 @@ def remove_blocks(
     Returns
     -------
     torch.nn.Module
-        A new model, in the modes of ``model``, without the blocks; those behind them have lower numbers, and the
+        A new model, in the modes of ``model``, without the blocks; those after them have lower numbers, and the
         ``config`` of a model of Transformers says how many there are.
 
     Raises
     ------
     ConfigError
-        If a name is no block's, a block changes the shape of what enters it, or none would be left.
+        If a name is no block's, a block changes the shape of what enters it, or none would remain.
     DataError
         If there is no batch, a batch doesn't fit the model, or what it gives isn't finite.
 
     Notes
     -----
-    Where a norm stands between that layer and the gap, as behind the sums of BERT, or no block stands before it, blocks
+    Where a norm stands between that layer and the gap, as after the sums of BERT, or no block stands before it, blocks
     are taken out and nothing makes up for them; a warning says so.
 
     Memory is that of one layer's products, whatever the number of samples.
@@ -100,12 +100,12 @@ def remove_blocks(
     batches = batches_of(calibration, model)
     _check_shapes(model, names, batches)
     result: nn.Module = detached_copy(model)
-    gone: set[tuple[str, int]] = set()
+    removed: set[tuple[str, int]] = set()
     for parent, first, last in gaps:
         container: Any = result.get_submodule(parent)
         whole: Any = model.get_submodule(parent)
-        at = first - sum(parent == other and number < first for other, number in gone)
-        gone |= {(parent, number) for number in range(first, last + 1)}
+        at = first - sum(parent == other and number < first for other, number in removed)
+        removed |= {(parent, number) for number in range(first, last + 1)}
         take_out(result, parent, at, last - first + 1)
         writer = _writer(result, container[at - 1], batches) if at else None
         if writer is None:
@@ -117,13 +117,15 @@ def remove_blocks(
             if writer.bias is not None:
                 writer.bias += found.shift[0].to(writer.bias)
     counts = {parent: len(model.get_submodule(parent)._modules) for parent, _, _ in gaps}
-    left = {name: (count, [n for n in range(count) if (name, n) not in gone]) for name, count in counts.items()}
-    tell_depth(result, left)
+    numbers_kept = {}
+    for name, count in counts.items():
+        numbers_kept[name] = (count, [number for number in range(count) if (name, number) not in removed])
+    tell_depth(result, numbers_kept)
     return result
 
 
 def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return stretches of neighbouring blocks: the name of what holds them, the first and the last number."""
+    """Return runs of neighbouring blocks: the name of their container, the first and the last number."""
     modules = dict(model.named_modules())
     if isinstance(names, str) or not len(names):
         raise ConfigError(f"names must be a sequence of at least one block's name, got {names!r} (names)")
@@ -142,8 +144,8 @@ def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
             raise ConfigError(f"at least one block must stay, got all {len(numbers)} ({parent})")
         ordered = sorted(numbers)
         for _, run in itertools.groupby(enumerate(ordered), lambda pair: pair[1] - pair[0]):
-            stretch = [number for _, number in run]
-            gaps.append((parent, stretch[0], stretch[-1]))
+            segment = [number for _, number in run]
+            gaps.append((parent, segment[0], segment[-1]))
     return gaps
 
 
@@ -167,20 +169,24 @@ def _writer(model: nn.Module, block: nn.Module, batches: Calibration) -> Any:
     """Return the last linear layer of a block if all that it puts out is added to what leaves the block, or None."""
     args, kwargs = first_call(model, batches)
     called: list[Any] = []
-    left: list[Tensor] = []
+    outputs: list[Tensor] = []
     linear = [module for module in block.modules() if type(module) is nn.Linear]
     looks = [(module, lambda _, __, module=module: called.append(module)) for module in linear]
     with left_alone(model), evaluation_mode(model), torch.no_grad():
-        with watched(leaving=[*looks, (block, lambda _, output: left.append(tensors_of(output)[0]))]):
+        with watched(leaving=[*looks, (block, lambda _, output: outputs.append(tensors_of(output)[0]))]):
             model(*args, **kwargs)
-        width = left[0].shape[-1]
+        width = outputs[0].shape[-1]
         if not called or called.count(called[-1]) > 1 or called[-1].out_features != width:
             return None
-        added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(left[0])
+        added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(outputs[0])
         more = [(called[-1], lambda _, output: output + added)]
-        with watched(leaving=[*more, (block, lambda _, output: left.append(tensors_of(output)[0]))]):
+        with watched(leaving=[*more, (block, lambda _, output: outputs.append(tensors_of(output)[0]))]):
             model(*args, **kwargs)
-    return called[-1] if torch.allclose(left[1] - left[0], added.expand_as(left[0]), atol=_NEAR, rtol=_NEAR) else None
+    return (
+        called[-1]
+        if torch.allclose(outputs[1] - outputs[0], added.expand_as(outputs[0]), atol=_NEAR, rtol=_NEAR)
+        else None
+    )
 
 
 def _solved(
@@ -192,7 +198,7 @@ def _solved(
     batches: Calibration,
     ridge: float | Literal["auto"],
 ) -> Any:
-    """Solve for what a layer lacks so that its block in `result` gives what `wanted` does in the original."""
+    """Solve for what a layer lacks so that its block in `result` gives what `wanted` does in the unpruned network."""
     seen: dict[str, Tensor] = {}
     looks = [
         (wanted, lambda _, output: seen.update(wanted=tensors_of(output)[0])),

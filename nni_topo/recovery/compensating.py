@@ -1,4 +1,4 @@
-"""Compensation: a pruned network brought back without labels, gradients or retraining."""
+"""Compensation: a pruned network brought back without labels, gradients or fine-tuning."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def compensation(
     networks = build_networks(model, call, masks)
 
     def new_replay() -> Replay:
-        return Replay(model, networks.original, networks.pruned, calibration, cache_bytes)
+        return Replay(model, networks.unpruned, networks.pruned, calibration, cache_bytes)
 
     sampler = Sampler(new_replay(), sizes, seed, cache_bytes)
     plan = plan_of(networks, sampler.replay.touched_nodes)
@@ -130,14 +130,14 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     method : str or RecoveryMethod, default="reconstruct"
         A name of :func:`nni_topo.list_recoveries`, or a method with settings of its own, such as
         ``nni_topo.recovery.Reconstruct(refine=0)``.
-        ``"reconstruct"`` (:class:`~nni_topo.recovery.Reconstruct`): solve each layer behind removed channels anew, so
-        that it meets the original's output, or the sum it goes into. ``"ahead"`` (:class:`~nni_topo.recovery.Ahead`):
-        after that, solve the layers of each block for the original's values several layers ahead by Gauss-Newton steps
+        ``"reconstruct"`` (:class:`~nni_topo.recovery.Reconstruct`): solve each layer after removed channels again, so
+        it reproduces its unpruned output, or the sum it goes into. ``"ahead"`` (:class:`~nni_topo.recovery.Ahead`):
+        after that, solve the layers of each block for the unpruned values several layers ahead by Gauss-Newton steps
         [7]_, which takes ten times as long or more. ``"channel"`` (:class:`~nni_topo.recovery.Channel`): predict the
         removed channels from the kept ones [4]_. ``"pair"`` (:class:`~nni_topo.recovery.Pair`): one kept channel and a
         constant stand in for each. ``"recalibrate"``: statistics of batch norms and nothing else. Rules of other
         papers, for comparison: ``"sequential"`` (the layer's own output [1]_), ``"layer"`` (the same, from the
-        original's inputs [2]_), ``"scalar"`` (one factor for each kept channel), ``"head"`` (the same, with one factor
+        unpruned inputs [2]_), ``"scalar"`` (one factor for each kept channel), ``"head"`` (the same, with one factor
         for all channels of a head [3]_), ``"mean"`` (its mean stands in for a removed channel [5]_), ``"merge"`` (the
         channel with the most similar weights does [6]_; images serve for the report alone).
     ridge : float or "auto", default="auto"
@@ -181,7 +181,7 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
 
     Layers are solved in network order, each on the activations of the network as compensated so far. Where a
     layer's output goes into an addition, alone or over batch norms, the sum is what is met. Batch norms keep their
-    place and statistics; where a layer has no bias, the running mean of the batch norm behind it takes the constant.
+    place and statistics; where a layer has no bias, the running mean of the batch norm after it takes the constant.
 
     Layers that are called more than once, transposed convolutions that are called for an output size, and layers that
     are masked weight by weight or whose weights are tied or computed stay as they are; the log and the report name
@@ -233,7 +233,7 @@ def compensate_up_to(
     calibration = batches_of(calibration, model)
     sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
-    replay = Replay(model, networks.original, networks.pruned, calibration, 2**30)
+    replay = Replay(model, networks.unpruned, networks.pruned, calibration, 2**30)
     plan = plan_of(networks, replay.touched_nodes)
     end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)
     plan.equations = [equation for equation in plan.equations if replay.order[equation.place] < end]
@@ -303,6 +303,6 @@ def survey(model: nn.Module, calibration: Calibration) -> tuple[tuple[int, ...],
 def _warn(report: CompensationReport) -> None:
     if report.left_alone:
         named = ", ".join(f"{name} ({reason})" for name, reason in report.left_alone.items())
-        _logger.warning("layers behind removed channels that were left as they are: %s", named)
+        _logger.warning("layers after removed channels that couldn't be reconstructed: %s", named)
     for text in report.warnings:
         _logger.warning("%s", text)

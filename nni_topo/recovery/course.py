@@ -1,4 +1,4 @@
-"""A course of gradient steps: which parameters learn, how many steps are behind, and the file to go on from."""
+"""A course of gradient steps: which parameters learn, how many steps are done, and the file to continue from."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 
 _LOOKS = ((0.1, 10.0), (0.2, 4.0), (0.5, 2.0))
-"""After these shares of the way a course is left whose held-out loss is more than so many times that at first.
+"""A course ends early if, after these shares of its steps, the held-out loss is so many times the first one.
 
 At a high rate the loss rises at first and falls again as the rate does; it doesn't fall from above these lines to less
 than at first, or the next lower rate falls further.
 """
 
-_LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course is left
+_LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course may end early
 
 
 class Course:
@@ -40,7 +40,7 @@ class Course:
     Attributes
     ----------
     is_left : bool
-        Whether it ended early, for the held-out loss grew.
+        Whether it ended early because the held-out loss grew.
     seconds : float or None
         Time for all steps; None: as long as they take. A course that goes on from a file has that of its beginning.
     """
@@ -64,7 +64,7 @@ class Course:
         self.optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0.0)
         self.done, self.spent = 0, 0.0
         self.seconds = seconds
-        self.is_left = False
+        self.ended_early = False
         if self.path is not None and self.path.exists():
             self._resume(self.path)
 
@@ -77,7 +77,7 @@ class Course:
         *,
         grows: Callable[[nn.Module, float], bool] = lambda student, times: False,
     ) -> None:
-        """Take what is left of so many steps, or of the seconds, unless the held-out loss `grows` by so many times."""
+        """Take the remaining steps, or as many as time allows; stop if the held-out loss `grows` by so many times."""
         rest = itertools.islice(batches, self.done, None)
         with _learning(self.student, self._norms):
             for share in self._shares(total, progress, grows):
@@ -88,7 +88,7 @@ class Course:
                 self.optimizer.step()
 
     def _shares(self, total: int, progress: bool | None, grows: Callable[[nn.Module, float], bool]) -> Iterator[float]:
-        """Yield before each step the share of steps, or of time, that is behind."""
+        """Yield before each step the share of the steps, or of the time, that is used up."""
         last = 0.0
         began = kept = time.perf_counter() - self.spent
         for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
@@ -101,7 +101,7 @@ class Course:
             is_slow = self.seconds is not None and share > step / total
             is_known = self.done >= (_LEAST_STEPS_IN_TIME if is_slow else _LEAST_STEPS)
             if passed and is_known and grows(self.student, passed[-1]):
-                self.is_left = True
+                self.ended_early = True
                 break
             last = share
             yield share
@@ -109,7 +109,7 @@ class Course:
             if time.perf_counter() - kept >= self._every:
                 self._keep()
                 kept = time.perf_counter()
-        if not self.is_left:
+        if not self.ended_early:
             self._keep()
 
     def forget(self) -> None:

@@ -1,4 +1,4 @@
-"""Distillation without labels: a dense or masked network learns what the original says of unlabelled images [1]_.
+"""Distillation without labels: a dense or masked network learns the unpruned one's outputs for some images [1]_.
 
 The second step of a recovery. Compensation solves each layer alone and once; here all weights move together, a few
 hundred steps of AdamW, on the images that compensation had. Classifiers learn softened class probabilities, whatever
@@ -90,7 +90,7 @@ class Distillation:
     loss_before, loss_after : float
         On the images held out, in evaluation mode: of the model that was given, and of what was learned.
     agreement_before, agreement_after : float
-        Share of them, in [0, 1], whose largest logit is the original's; NaN for ``"squares"``.
+        Share of them, in [0, 1], whose largest logit is the unpruned network's; NaN for ``"squares"``.
     is_kept : bool
         Whether what was learned has less loss there, and so is in ``model``.
     images : int
@@ -172,14 +172,14 @@ def distillation(
     knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     rates = [lr] if lr is not None else _RATES
-    left = seconds  # for the courses to come
+    seconds_left = seconds  # for the courses to come
     for rate in rates:
         course = Course(
             _student(dense, pool),
             is_normed=is_normed,
             rate=rate,
             kind=kind,
-            seconds=left,
+            seconds=seconds_left,
             path=state,
             every=state_seconds,
         )
@@ -194,9 +194,9 @@ def distillation(
             grows=lambda net, times: not lesson.judge(net, held)[0] <= times * before[0],
         )
         student = course.student
-        if course.is_left:
+        if course.ended_early:
             _logger.info(
-                "learning rate %g is left after %d of %d steps: the loss on held-out images has grown",
+                "learning rate %g is given up after %d of %d steps: the loss on held-out images has grown",
                 rate,
                 course.done,
                 total,
@@ -206,18 +206,18 @@ def distillation(
         after = lesson.judge(student, held)
         is_kept = after[0] < before[0]  # of a hundred images, the answers alone tell little
         if course.seconds is not None:
-            left = course.seconds - course.spent
-        if is_kept or rate == rates[-1] or (left is not None and left <= 0.0):
+            seconds_left = course.seconds - course.spent
+        if is_kept or rate == rates[-1] or (seconds_left is not None and seconds_left <= 0.0):
             break
         course.forget()
     result = detached_copy(dense)
     if is_kept:
         _take_values(result, student)
     else:
-        text = f"held out it has loss {after[0]:.3g}, without it {before[0]:.3g}"
+        text = f"on held-out images the loss is {after[0]:.3g}, without it {before[0]:.3g}"
         if not math.isnan(before[1]):
-            text += f", and agreement {after[1]:.3g}, without it {before[1]:.3g}"
-        _logger.warning("what was distilled is left out: %s", text)
+            text += f", and the agreement {after[1]:.3g}, without it {before[1]:.3g}"
+        _logger.warning("distillation is discarded: %s", text)
     took = time.perf_counter() - began
     judged = (before[0], after[0], before[1], after[1])
     return Distillation(result, lesson.kind, *judged, is_kept, sum(counts), course.rate, course.done, took)
@@ -225,7 +225,7 @@ def distillation(
 
 @signed_like(distillation)
 def distill(*args: Any, **knobs: Any) -> nn.Module:
-    """Let a pruned network learn, without labels, to answer as the original does.
+    """Let a pruned network learn, without labels, the outputs of the unpruned one.
 
     Parameters
     ----------
@@ -242,7 +242,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         learned then. Those that :func:`nni_topo.compensate` had count for ``dense`` more than others would: what it
         never saw judges fairly.
     objective : {"auto", "kl", "squares"}, default="auto"
-        ``"kl"``: Kullback-Leibler divergence from the original's softened probabilities along the last axis.
+        ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis.
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
         ``"auto"``: ``"kl"`` for outputs that are called ``logits`` and for a single tensor (images, classes), else
         ``"squares"``.
@@ -256,16 +256,16 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
-        Learning rate of AdamW, above 0, at first; it falls along half a cosine. By default 6e-3; what would be left
-        out is learned once more at 2e-3, and then at 6e-4. A rate is left early at which the loss on the held-out
-        images has grown tenfold after a tenth of the way, fourfold after a fifth or twofold at half.
+        Learning rate of AdamW, above 0, at first; it falls along half a cosine. By default 6e-3; a result that
+        would be discarded is learned once more at 2e-3, and then at 6e-4. A rate is given up early if the loss on the
+        held-out images has grown tenfold after a tenth of the way, fourfold after a fifth or twofold at half.
     augment : callable, optional
         Gets inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns others,
         equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
         images are made, the first of them as they are.
     blend : bool, default=True
-        In all views but the first, move half of the images towards other ones, by a share drawn from [0, 1) [2]_; the
-        original answers for what comes out. For models that take one floating tensor; others' inputs stay.
+        In all views but the first, move half of the images towards other ones, by a share drawn from [0, 1) [2]_;
+        ``original`` answers for what comes out. For models that take one floating tensor; others' inputs stay.
     state : str or Path, optional
         File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
         the same result on one machine.

@@ -44,16 +44,16 @@ _TEMPERATURE = 2.0  # where nothing is learned; distillation's default
 
 
 class Lesson:
-    """What the original says of some images, and how far another network is from it."""
+    """The unpruned network's outputs for some images, and how far another network is from them."""
 
-    def __init__(self, original: nn.Module, student: nn.Module, pool: Call, objective: str, temperature: float) -> None:
-        self._original, self._pool, self._temperature = original, pool, temperature
+    def __init__(self, unpruned: nn.Module, student: nn.Module, pool: Call, objective: str, temperature: float) -> None:
+        self._unpruned, self._pool, self._temperature = unpruned, pool, temperature
         self._place = _place_of(student)
         self._wanted, likely = self._answers(pool)
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
         self.kind = likely if objective == "auto" else objective
-        counted = _counted(self._wanted, real_positions_of(original, pool))
-        self._scales = [float(wanted.var(0, correction=0).mean()) + _LEAST_VARIANCE for wanted in counted]
+        unpadded = _unpadded(self._wanted, real_positions_of(unpruned, pool))
+        self._scales = [float(wanted.var(0, correction=0).mean()) + _LEAST_VARIANCE for wanted in unpadded]
         found = self._run(student, taken(pool, torch.arange(1)))
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
         if shapes != expected:
@@ -73,13 +73,13 @@ class Lesson:
         return loss / len(index), agreed / answers if self.kind == "kl" else math.nan
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
-        """Return the mean loss on a call of which the original says `wanted`."""
+        """Return the mean loss on a call for which the unpruned network says `wanted`."""
         return self._loss(*self._compared(student, call, wanted))
 
     def _compared(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return what a model gives, and what is wanted, where both count."""
         real = real_positions_of(student, call)
-        return _counted(self._run(student, call), real), _counted(wanted, real)
+        return _unpadded(self._run(student, call), real), _unpadded(wanted, real)
 
     def _loss(self, found: list[Tensor], wanted: list[Tensor]) -> Tensor:
         if self.kind == "squares":
@@ -96,13 +96,13 @@ class Lesson:
         return torch.stack([t * t * each.sum(-1).mean() for each in losses]).mean()
 
     def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None, blend: bool) -> Batches:
-        """Yield batches of some of the images, pass after pass, with what the original says of them."""
+        """Yield batches of some of the images, pass after pass, with the unpruned network's outputs for them."""
         generator = torch.Generator().manual_seed(seed)
         plain, answers = taken(self._pool, index), self._answered
         answers[0] = [each[index.to(each.device)] for each in self._wanted]
         for turn in itertools.count():
             view = 0 if augment is None and not blend else turn % _VIEWS
-            # Drawn again from the view's own seed: the original answers once, and one view at a time is in memory.
+            # Drawn again from the view's own seed: the unpruned network answers once, and one view is in memory.
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
             call = _blended(call, seed + view) if blend and view else call
             if view not in answers:
@@ -115,12 +115,12 @@ class Lesson:
         return _some(student, cast_floats(self._pool, self._place[1]), index)
 
     def _answers(self, call: Call) -> tuple[list[Tensor], str]:
-        """Return all floating outputs of the original, and what should be made small for such."""
-        place, found, kind = device_of(self._original), [], ""
-        with evaluation_mode(self._original), torch.no_grad():
+        """Return all floating outputs of the unpruned network, and the objective that suits them."""
+        place, found, kind = device_of(self._unpruned), [], ""
+        with evaluation_mode(self._unpruned), torch.no_grad():
             for part in _together(torch.arange(len(tensors_of(call)[0]))):
                 args, kwargs = on_device(taken(call, part), place)
-                outputs, kind = outputs_of(self._original(*args, **kwargs), len(part))
+                outputs, kind = outputs_of(self._unpruned(*args, **kwargs), len(part))
                 found.append(on_device(outputs, self._place[0]))
         return [torch.cat(each).to(self._place[1]) for each in zip(*found, strict=True)], kind
 
@@ -145,11 +145,11 @@ def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
     return ordered[0].device, ordered[0].dtype
 
 
-def judged(original: nn.Module, nets: Sequence[nn.Module], images: Iterable[Any]) -> list[tuple[float, float]]:
+def judged(unpruned: nn.Module, nets: Sequence[nn.Module], images: Iterable[Any]) -> list[tuple[float, float]]:
     """Return of each of several networks what a lesson's :meth:`Lesson.judge` does, on all of some images."""
     pool = joined(list(calls(nets[0], images)))
     students = [student_copy(net, pool) for net in nets]
-    lesson = Lesson(original, students[0], pool, "auto", _TEMPERATURE)
+    lesson = Lesson(unpruned, students[0], pool, "auto", _TEMPERATURE)
     return [lesson.judge(net, torch.arange(len(tensors_of(pool)[0]))) for net in students]
 
 
@@ -166,7 +166,7 @@ def outputs_of(found: Any, count: int) -> tuple[list[Tensor], str]:
     return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
 
 
-def _counted(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:
+def _unpadded(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:
     """Return of outputs by position those that aren't padding, ``(positions, ...)``, and other outputs as they are."""
     if real is None:
         return outputs

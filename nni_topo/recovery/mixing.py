@@ -40,7 +40,7 @@ from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, 
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.layers import TRANSPOSED, by_output, kept_channels, of_output, weight_of
 from nni_topo.recovery.networks import Networks
-from nni_topo.recovery.plan import Plan, Solvable, pruned_roots
+from nni_topo.recovery.plan import Plan, Solvable, pruned_group_ids
 from nni_topo.recovery.reconstruct import add_constant
 from nni_topo.recovery.registry import RecoveryMethod
 from nni_topo.recovery.replay import Values
@@ -70,13 +70,13 @@ class ChannelTask(Task):
         """Kept channels of each group."""
         return self.kept.shape[1]
 
-    def extent(self, original: Values) -> tuple[int, int]:
+    def extent(self, unpruned: Values) -> tuple[int, int]:
         """Return entries, and positions of the layer's input."""
-        return len(original[self.place]), self._last(original[self.place]).shape[1]
+        return len(unpruned[self.place]), self._last(unpruned[self.place]).shape[1]
 
-    def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
-        """Return kept channels of the pruned network, what they alone lack, and the original's channels."""
-        wanted = self._rows(original[self.place][part], positions)
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+        """Return kept channels of the pruned network, what they alone lack, and the unpruned network's channels."""
+        wanted = self._rows(unpruned[self.place][part], positions)
         reached = self._rows(pruned[self.place][part], positions)
         index = self.kept.to(wanted.device)[:, None, :].expand(-1, wanted.shape[1], -1)
         inputs = reached.gather(2, index)
@@ -101,7 +101,7 @@ class ChannelTask(Task):
                 # Places count over all groups, the weight's second axis over those of one.
                 rows, local = rows.to(weight.device), places.to(weight.device) % weight.shape[1]
                 # (outputs, channels, places of a channel, kernel elements): a factor for a channel acts on all of its
-                # places alike, and so on a linear layer behind a flattened map as on a convolution.
+                # places alike, and so on a linear layer after a flattened map as on a convolution.
                 old = weight[rows[:, None], local.flatten()].double().unflatten(1, local.shape)
                 mixing = found.solution.weights[group].to(old.device)
                 # Removed channels are read no more; the kept ones take over, each by one factor for all kernel
@@ -177,9 +177,9 @@ class PairTask(ChannelTask):
         chosen = self._chosen(shared.abs() * spread.rsqrt().unsqueeze(2)).to(shared.device)
         slopes = (shared / spread.unsqueeze(2)).gather(1, chosen.unsqueeze(1))
         # Kept channels stand for themselves, without slope or shift.
-        gone = torch.ones_like(means[1]).scatter(1, self.kept.to(shared.device), 0.0)
-        weights = torch.zeros_like(shared).scatter(1, chosen.unsqueeze(1), slopes * gone.unsqueeze(1))
-        shift = (means[1] - slopes.squeeze(1) * means[0].gather(1, chosen)) * gone
+        is_removed = torch.ones_like(means[1]).scatter(1, self.kept.to(shared.device), 0.0)
+        weights = torch.zeros_like(shared).scatter(1, chosen.unsqueeze(1), slopes * is_removed.unsqueeze(1))
+        shift = (means[1] - slopes.squeeze(1) * means[0].gather(1, chosen)) * is_removed
         return Solution(weights, shift)
 
     def _chosen(self, likeness: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ class Pair(RecoveryMethod):
 
 
 def readers_of_removed(plan: Plan, networks: Networks) -> list[tuple[Solvable, np.ndarray]]:
-    """Return the layers that read removed channels, in network order, each with the numbers of all channels it read."""
+    """Return the layers that read removed channels, in network order, each with the group ids of all its inputs."""
     layers: dict[str, Solvable] = {}
     for equation in plan.equations:
         module = networks.pruned.get_submodule(equation.layer.name)
@@ -275,7 +275,7 @@ def pair_coefficients(
     if not (np.isfinite(u).all() and np.isfinite(s).all()):
         raise DataError("activations of a pair must be finite, got NaN or infinity")
     spread = float(((s - s.mean()) ** 2).sum())
-    # A kept channel that doesn't vary has no slope to give: the constant is all that is left of the line.
+    # A kept channel that doesn't vary has no slope to give: the constant alone remains of the line.
     if spread <= _LEAST_VARIANCE * float(s @ s):
         return 0.0, float(u.mean())
     if iterations is None:
@@ -297,7 +297,7 @@ def _places(layer: Solvable, group_ids: np.ndarray, module: nn.Module) -> tuple[
     step = by_output(weight_of(module), module).shape[1]
     groups = layer.columns[:, 0] // step
     counts = np.unique(np.unique(group_ids, return_counts=True)[1])
-    # Behind a flattening each channel has equally many features. 0, FIXED, stands for whatever can't be pruned, which
+    # After a flattening each channel has equally many features. 0, FIXED, stands for whatever can't be pruned, which
     # is no channel.
     if is_pointwise(module) and len(counts) == 1 and counts[0] > 1 and group_ids.min() > 0:
         # Stable: the features of each channel stay in the order of their positions, so that the p-th of every channel
@@ -320,22 +320,22 @@ def _maps_channels(pairs: object) -> bool:
 
 
 def _survivors(networks: Networks, pairs: Pairs) -> dict[int, int]:
-    """Translate channels of layers into the numbers of the channel flow."""
-    removed = pruned_roots(networks.original, networks.flow, networks.masks)
+    """Translate channels of layers into group ids."""
+    removed = pruned_group_ids(networks.unpruned, networks.flow, networks.masks)
     survivors = {}
     for name, chosen in pairs.items():
         if name not in networks.flow.layers:
             raise unknown_name("a layer of pairs", name, networks.flow.layers)
         group_ids = networks.flow.group_ids_of(name).tolist()
-        asked = kept_channels(networks.original.get_submodule(name), networks.asked.get(name, {}))
-        for gone, kept in chosen.items():
-            inside = all(each in range(len(group_ids)) for each in (gone, kept))
-            if inside and group_ids[gone] in removed and group_ids[kept] not in removed:
-                survivors[group_ids[gone]] = group_ids[kept]
+        asked = kept_channels(networks.unpruned.get_submodule(name), networks.asked.get(name, {}))
+        for lost, kept in chosen.items():
+            inside = all(each in range(len(group_ids)) for each in (lost, kept))
+            if inside and group_ids[lost] in removed and group_ids[kept] not in removed:
+                survivors[group_ids[lost]] = group_ids[kept]
             # A channel that is masked stays where another layer needs it, and then needs no survivor.
-            elif not inside or asked is None or bool(asked[gone]) or not bool(asked[kept]):
+            elif not inside or asked is None or bool(asked[lost]) or not bool(asked[kept]):
                 raise ConfigError(
-                    f"pairs must map channels that are removed to channels that are kept, got {gone}: {kept} ({name})"
+                    f"pairs must map channels that are removed to channels that are kept, got {lost}: {kept} ({name})"
                 )
     return survivors
 
@@ -345,8 +345,8 @@ def _biases(networks: Networks) -> dict[int, float]:
     biases: dict[int, float] = {}
     for name in networks.flow.layers:
         group_ids = networks.flow.group_ids_of(name)
-        bias = getattr(networks.original.get_submodule(name), "bias", None)
+        bias = getattr(networks.unpruned.get_submodule(name), "bias", None)
         values = np.zeros(len(group_ids)) if bias is None else bias.detach().double().cpu().numpy()
-        for root, value in zip(group_ids.tolist(), values.tolist(), strict=True):
-            biases.setdefault(root, value)
+        for group_id, value in zip(group_ids.tolist(), values.tolist(), strict=True):
+            biases.setdefault(group_id, value)
     return biases

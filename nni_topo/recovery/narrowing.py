@@ -1,6 +1,6 @@
 """Heads turned so that few of their channels do most: of queries and keys for the logits, of values for what they add.
 
-A head's logits are products of queries and keys, and what it adds is its values times columns of the layer behind, so
+A head's logits are products of queries and keys, and what it adds is its values times columns of the next layer, so
 that nothing changes where one is multiplied by a matrix and the other by its inverse. Of all matrices those are taken
 with which the first channels alone come nearest: with ``S`` and ``C`` the products of two factors' channels over the
 calibration, and ``S = L L'``, ``C = R R'``, the singular vectors of ``L' R`` say which directions these are. [1]_ keeps
@@ -75,7 +75,7 @@ def narrow_heads(
     calibration : iterable or nni.compression.utils.Evaluator
         Batches of inputs, as for :func:`nni_topo.compensate`; what a mask says is padding doesn't count.
     sparse_ratio : float or mapping of str to float
-        The share of each head's channels that goes, in (0, 1), of queries, keys and values alike; at least one stays,
+        The share of each head's channels to prune, in (0, 1), of queries, keys and values alike; at least one stays,
         under rotary positions at least a pair. Of all attention modules, or by name of those whose heads get narrower.
 
     Returns
@@ -98,13 +98,13 @@ def narrow_heads(
 
     Notes
     -----
-    Attention is left whole, in one warning, where more is done to queries and keys than to multiply them (norms, rotary
+    The head size is unchanged, with one warning, where attention uses it in a way that can't be adapted (norms, rotary
     positions of other kinds than Transformers' decoders have), where not all that share rotary frequencies lose as many
     channels, and where something else than one linear layer reads the heads. Heads that share keys and values are
     turned alike, for the sum of their errors.
 
     Logits matter up to what is added to all of a query's alike, and values up to a constant, which `compensate` puts
-    into the bias of the layer behind.
+    into the bias of the next layer.
 
     Cost: a pass over the batches, and one over the first for each attention module. Memory is that of the model and of
     one matrix of a head's size for each head, whatever the number of samples.
@@ -139,7 +139,7 @@ def narrow_heads(
     for layer, read in flow.output_projections().items():
         readers.setdefault(read.name, []).append(layer)
     tables = find_frequencies(model, known)
-    whole = {name: why for name in asked if (why := _why_whole(known[name], readers, tables))}
+    whole = {name: why for name in asked if (why := _why_unchanged(known[name], readers, tables))}
     turned: nn.Module = detached_copy(model)
     heads = [
         _Heads(turned, known[name], readers[name][0], asked[name], tables.get(name))
@@ -150,7 +150,7 @@ def narrow_heads(
     wanted = _outputs(turned, batches)
     for each in heads:
         if not each.turned(lambda: agree(wanted, _outputs(turned, batches), SAME_CHANNELS)):
-            whole[each.attention.name] = "more is done to queries and keys than to multiply them"
+            whole[each.attention.name] = "this attention uses the head size in a way that can't be adapted"
     for names in by_table(tables).values():
         users = [each for each in heads if each.attention.name in names and each.attention.name not in whole]
         if len(users) == len(names) and len({each.kept for each in users}) == 1:
@@ -159,7 +159,7 @@ def narrow_heads(
             for each in users:
                 each.asking = np.tile(stays, 2)
         else:
-            others = "others that share its frequencies keep more or fewer channels"
+            others = "others that share its rotary frequencies keep another number of channels"
             whole |= {each.attention.name: others for each in users}
     masks: FullMasks = {}
     for each in heads:
@@ -167,26 +167,26 @@ def narrow_heads(
             each.mask(masks)
     if whole:
         told = "; ".join(f"{name} ({why})" for name, why in whole.items())
-        _logger.warning("attention whose heads stay as large as they are: %s", told)
+        _logger.warning("head size unchanged: %s", told)
     return turned, masks
 
 
 def narrow_instead(
     model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: MasksLike
 ) -> tuple[nn.Module, MasksLike]:
-    """Give heads back that masks take away, and let all of a module's be narrower instead, for the same cost.
+    """Keep the heads that masks prune, and make all heads of a module narrower instead, for the same cost.
 
-    Where `narrow_heads` leaves attention whole the heads go; model and masks are as it returns them.
+    Where `narrow_heads` leaves the heads' size unchanged, heads are pruned; model and masks are as it returns them.
     """
     batches = batches_of(calibration, model)
     flow, full = Network(model, structure_call(model, batches)).flow, check_masks(model, masks)
-    left = union(model, flow, full)
+    is_kept = union(model, flow, full)
     ratios, rest = {}, 0.0
-    # Of rotary heads whole pairs go, and of all as many: fewer heads meet the cost better.
+    # Rotary heads lose whole pairs, all heads as many: pruning heads comes nearer to the cost.
     rotary = find_frequencies(model, flow.attention)
     known = dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent)
     for name in (each for each in known if each not in rotary):
-        heads = left[flow.group_ids(flow.unit_channel_ids(next(iter(flow.attention[name].channels))))]
+        heads = is_kept[flow.group_ids(flow.unit_channel_ids(next(iter(flow.attention[name].channels))))]
         size = flow.attention[name].head_size
         wanted = size * heads.mean() + rest
         kept = min(max(round(wanted), 1), size)
@@ -210,12 +210,12 @@ def narrow_instead(
     return turned, full
 
 
-def _why_whole(attention: Attention, readers: dict[str, list[str]], tables: dict[str, str | None]) -> str:
+def _why_unchanged(attention: Attention, readers: dict[str, list[str]], tables: dict[str, str | None]) -> str:
     if attention.name in tables and tables[attention.name] is None:
         return "rotary positions of an unknown kind"
     if attention.also:
         return "its queries and keys meet positions too"
-    return "" if len(readers.get(attention.name, [])) == 1 else "not one linear layer alone reads its heads"
+    return "" if len(readers.get(attention.name, [])) == 1 else "its heads must be read by exactly one linear layer"
 
 
 class _Heads:
@@ -223,14 +223,14 @@ class _Heads:
 
     def __init__(self, model: nn.Module, attention: Attention, reader: str, ratio: float, table: str | None) -> None:
         self.attention = attention
-        self._model, self._mixer = model, reader  # the layer that mixes them
+        self._model, self._projection = model, reader  # the layer that mixes them
         self._size = attention.head_size
         self._share = attention.parts[0][1].shape[1] // self._size  # heads that have their keys and values in common
         step = 1 if table is None else 2
         count = self._size // step
         self.kept = step * max(1, count - int(count * ratio + _ROUNDING))
         self.asking = np.arange(self._size) < self.kept
-        """Which channels of a head's queries and keys stay."""
+        """Which channels of a head's queries and keys are kept."""
         self.queries, self.keys, self.context = Moments(), Moments(), Moments()
         self.logits = None if table is None else PairLogits(model.get_buffer(table))
 
@@ -240,11 +240,11 @@ class _Heads:
 
     def looks(self) -> tuple[list[Any], list[Any]]:
         """Return what watches the layers within, when they are entered and left."""
-        mixer = self._model.get_submodule(self._mixer)
+        projection = self._model.get_submodule(self._projection)
         places = np.arange(len(self.attention.context[1])).reshape(-1, self._size)
 
         def mixed(entering: Tensor) -> None:
-            self.see(self.context, places, by_channel(mixer, entering))
+            self.see(self.context, places, by_channel(projection, entering))
 
         def made(layer: nn.Module, moments: Moments, rows: IntArray, _: Tensor, output: Tensor) -> None:
             self.see(moments, rows, by_channel(layer, output))
@@ -253,10 +253,10 @@ class _Heads:
         asking = [(self._model.get_submodule(layer), rows) for layer, rows in self._parts[:2] if layer != within]
         if self.logits is not None:
             looks = zip(asking, (self.logits.see_queries, self.logits.see_keys), strict=True)
-            return [(mixer, mixed)], [(layer, partial(look, rows)) for (layer, rows), look in looks]
+            return [(projection, mixed)], [(layer, partial(look, rows)) for (layer, rows), look in looks]
         moments = zip(asking, (self.queries, self.keys), strict=False)
         leaving = [(layer, partial(made, layer, each, rows)) for (layer, rows), each in moments]
-        return [(mixer, mixed)], leaving
+        return [(projection, mixed)], leaving
 
     def look_within(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See what ``nn.MultiheadAttention`` makes of its arguments."""
@@ -294,7 +294,7 @@ class _Heads:
         return True
 
     def mask(self, masks: FullMasks) -> None:
-        """Mask what doesn't stay of each head."""
+        """Mask the pruned channels of each head."""
         values = np.arange(self._size) < self.kept
         for (layer, rows), stays in zip(self._parts, (self.asking, self.asking, values), strict=True):
             module = self._model.get_submodule(layer)
@@ -302,8 +302,8 @@ class _Heads:
                 if isinstance(parameter := getattr(module, target, None), Tensor):
                     mask = masks.setdefault(layer, {}).setdefault(target, torch.ones_like(parameter).detach())
                     mask[torch.from_numpy(rows[:, ~stays].ravel()).to(mask.device)] = 0
-        mixer: Any = self._model.get_submodule(self._mixer)
-        mask = masks.setdefault(self._mixer, {}).setdefault("weight", torch.ones_like(mixer.weight).detach())
+        projection: Any = self._model.get_submodule(self._projection)
+        mask = masks.setdefault(self._projection, {}).setdefault("weight", torch.ones_like(projection.weight).detach())
         mask.unflatten(1, (-1, self._size))[:, :, self.kept :] = 0
 
     @property
@@ -312,7 +312,7 @@ class _Heads:
         return [(layer, rows.reshape(-1, self._size)) for layer, rows in self.attention.parts]
 
     def _parameters(self) -> list[nn.Parameter]:
-        layers = [self._model.get_submodule(layer) for layer in (*self.attention.channels, self._mixer)]
+        layers = [self._model.get_submodule(layer) for layer in (*self.attention.channels, self._projection)]
         return list(dict.fromkeys(p for each in layers for p in each.parameters(recurse=False)))
 
     def _turn_logits(self) -> None:
@@ -322,13 +322,15 @@ class _Heads:
         self._multiply(1, others)
 
     def _turn_values(self) -> None:
-        mixer: Any = self._model.get_submodule(self._mixer)
-        mixing = mixer.weight.detach().double().unflatten(1, (-1, self._size)).movedim(1, 0)  # (heads, outputs, size)
+        projection: Any = self._model.get_submodule(self._projection)
+        mixing = (
+            projection.weight.detach().double().unflatten(1, (-1, self._size)).movedim(1, 0)
+        )  # (heads, outputs, size)
         sums = (mixing.mT @ mixing).unflatten(0, (-1, self._share)).sum(1)
         seen = self.context.second(centred=True).unflatten(0, (-1, self._share)).mean(1)
         columns, rows = directions(sums, seen, self.kept)
         self._multiply(2, rows)
-        mixer.weight.copy_((mixing @ columns.repeat_interleave(self._share, 0)).movedim(0, 1).flatten(1))
+        projection.weight.copy_((mixing @ columns.repeat_interleave(self._share, 0)).movedim(0, 1).flatten(1))
 
     def _spin(self) -> None:
         """Turn each pair of queries and keys by an angle of its own."""
@@ -356,9 +358,9 @@ def _measure(model: nn.Module, heads: list[_Heads], batches: Iterable[Any]) -> N
     """Run a model over all batches and sum up what its heads do."""
     entering, leaving = [], []
     for each in heads:
-        before, behind = each.looks()
+        before, after = each.looks()
         entering += before
-        leaving += behind
+        leaving += after
     with ExitStack() as stack:
         stack.enter_context(mixing_called(model))
         stack.enter_context(watched(entering, leaving))

@@ -1,4 +1,4 @@
-"""The networks of a compensation: the original, the pruned one that is changed step by step, and the result."""
+"""The networks of a compensation: the unpruned one, the pruned one that is changed step by step, and the result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Networks:
     """All forms of one model."""
 
     # Graphs with the same node names, in evaluation mode, on copies of the model's modules.
-    original: GraphModule
+    unpruned: GraphModule
     pruned: GraphModule
     result: nn.Module  # a copy of the model, of full size, to be returned
     flow: ChannelFlow
@@ -51,17 +51,17 @@ def build_networks(model: nn.Module, call: Call, masks: MasksLike) -> Networks:
     folded = {name for name, module in base.named_modules() if fold(module)}
     network, result = Network(model, call), detached_copy(model)
     full = resolve_masks(base, network.flow, checked)
-    original = without_side_effects(network.graph(base)[0])
+    unpruned = without_side_effects(network.graph(base)[0])
     # The result has other weights, but is made dense by the same graph.
     share_answers(model, result)
-    pruned = detached_copy(original)
+    pruned = detached_copy(unpruned)
     _take_values(pruned, apply_masks(base, call, full))
-    return Networks(original, pruned, result, network.flow, full, checked, folded)
+    return Networks(unpruned, pruned, result, network.flow, full, checked, folded)
 
 
 def plan_of(networks: Networks, touched: set[Node]) -> Plan:
     """Plan what is solved; in the result, layers that are and compute their weight become plain ones that have it."""
-    plan = make_plan(networks.original, networks.flow, networks.masks, touched)
+    plan = make_plan(networks.unpruned, networks.flow, networks.masks, touched)
     for name in {equation.layer.name for equation in plan.equations} & networks.folded:
         fold(networks.result.get_submodule(name))
     return plan

@@ -17,7 +17,7 @@ _NOTHING = 1e-12  # of the largest logits
 class PairLogits:
     """Sums over queries and the keys up to them: products of what pairs of channels add to a head's logits.
 
-    What is added to all logits of a query alike changes nothing and is left out. Padding doesn't count.
+    A constant added to all logits of a query changes nothing and is removed first. Padding doesn't count.
     """
 
     def __init__(self, frequencies: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Which layers of a pruned network can be solved anew, from what, and against which place of the original."""
+"""Which layers of a pruned network can be solved anew, from what, and against which place of the unpruned network."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Solvable:
 
     name: str  # the layer's name in the model
     node: Node  # where the graph calls it
-    columns: Tensor  # (groups, d): input channels that are kept, in each group that is left
+    columns: Tensor  # (groups, d): input channels that are kept, in each group of which any is kept
     rows: Tensor  # (groups, o): output channels that are kept
-    intercept: str | None  # who takes a constant: the layer (bias), the batch norm behind it (running mean), nobody
+    intercept: str | None  # who takes a constant: the layer (bias), the batch norm after it (running mean), nobody
 
     @property
     def source(self) -> Node:
@@ -45,7 +45,7 @@ class Solvable:
 
 @dataclass(frozen=True)
 class Equation:
-    """A layer is to be solved such that the pruned network meets the original one at a place behind it."""
+    """A layer is to be solved such that the pruned network reproduces the unpruned one at a place after it."""
 
     layer: Solvable
     place: Node  # what is compared; from the layer up to there are only batch norms and additions
@@ -55,16 +55,16 @@ class Equation:
 
 @dataclass
 class Plan:
-    """All equations in the order in which they are to be solved, and the layers left alone with the reasons."""
+    """All equations in the order in which they are solved, and the layers that can't be solved, with the reasons."""
 
     equations: list[Equation] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
 
 
 def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, touched: set[Node]) -> Plan:
-    """List the equations of a pruned network, in network order; `touched` are the nodes behind pruned channels."""
+    """List the equations of a pruned network, in network order; `touched` are the nodes after pruned channels."""
     plan = Plan()
-    pruned = pruned_roots(graph_module, flow, masks)
+    pruned = pruned_group_ids(graph_module, flow, masks)
     coupled_names: dict[Node, list[tuple[Equation, Equation]]] = {}
     for node in graph_module.graph.nodes:
         # Where nothing pruned enters, the kept outputs are what they were.
@@ -89,14 +89,14 @@ def make_plan(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks, to
     return plan
 
 
-def pruned_roots(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks) -> set[int]:
-    """Return the representatives of all channels that are removed."""
+def pruned_group_ids(graph_module: GraphModule, flow: ChannelFlow, masks: FullMasks) -> set[int]:
+    """Return the group ids of all pruned channels."""
     pruned: set[int] = set()
     for name in flow.layers:
         kept = kept_channels(graph_module.get_submodule(name), masks.get(name, {}))
         if kept is not None:
             group_ids, is_kept = flow.group_ids_of(name), kept.cpu().numpy()
-            # A head of which any channel is kept stays.
+            # Group ids of heads stand for several channels: one that keeps any is kept.
             pruned |= set(group_ids[~is_kept].tolist()) - set(group_ids[is_kept].tolist())
     # FIXED stands for whatever stays; a mask of a channel that is tied to it removes nothing.
     return pruned - {FIXED}
@@ -139,7 +139,7 @@ def _goes_by_channel(module: Any, mask: Tensor) -> bool:
     blocks = by_output(mask, module).unsqueeze(-1).unflatten(0, (getattr(module, "groups", 1), -1)).flatten(3)
     rows = blocks.amax((2, 3), keepdim=True)
     columns = blocks.amax((1, 3), keepdim=True)
-    # Whole channels are gone if, in each group, the mask is the product of one of rows and one of columns.
+    # Whole channels are pruned if, in each group, the mask is the product of one of rows and one of columns.
     return bool((blocks == rows * columns).all())
 
 
@@ -155,17 +155,17 @@ def _solvable(
     groups = getattr(module, "groups", 1)
     if mask is not None:
         mask = by_output(mask, module)
-        # A channel may stay for another layer's sake while this layer has no weight of it left.
+        # A channel may be kept for another layer although all its weights in this layer are pruned.
         kept_out &= _any(mask.flatten(1), 1)
         kept_in &= _any(mask.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2), 2).reshape(-1)
     columns, rows = _split(kept_in, groups), _split(kept_out, groups)
     # A group without inputs or outputs has nothing to solve for; its constant is the bias it has.
-    left = [pair for pair in zip(columns, rows, strict=True) if len(pair[0]) and len(pair[1])]
+    solved = [pair for pair in zip(columns, rows, strict=True) if len(pair[0]) and len(pair[1])]
     # All groups are solved in one batch of equal sizes.
-    if not left or len({(len(one), len(other)) for one, other in left}) > 1:
+    if not solved or len({(len(one), len(other)) for one, other in solved}) > 1:
         return None
-    inputs = torch.from_numpy(np.stack([pair[0] for pair in left]))
-    outputs = torch.from_numpy(np.stack([pair[1] for pair in left]))
+    inputs = torch.from_numpy(np.stack([pair[0] for pair in solved]))
+    outputs = torch.from_numpy(np.stack([pair[1] for pair in solved]))
     return Solvable(name, node, inputs, outputs, _intercept(graph_module, node, outputs, masks))
 
 
@@ -213,7 +213,7 @@ def _ways(graph_module: GraphModule, layer: Solvable) -> tuple[Equation, Equatio
         if _is_affine(graph_module, user):
             norms.append(str(user.target))
         elif _is_sum(user):
-            # The last place where the layer's output is alone. Of several sums the first: behind it the place holds
+            # The last place where the layer's output is alone. Of several sums the first: after it the place holds
             # what other layers add, too.
             near = near or Equation(layer, node, tuple(norms))
         elif not passes(graph_module, user):
@@ -247,7 +247,7 @@ def _ordered(graph_module: GraphModule, equations: list[tuple[Equation, Equation
         module: Any = graph_module.get_submodule(pair[0].layer.name)
         return int(pair[0].layer.columns.shape[1] * module.weight[0, 0].numel())
 
-    # Those with fewer unknowns are solved first for their own outputs, which leaves the sum less to lack; the one with
-    # the most makes up for what it lacks, and the others for what is left of that.
+    # Those with fewer unknowns are solved first for their own outputs, which reduces the error of the sum; the one with
+    # the most then makes up for that error, and the others for what still remains.
     *others, (_, last) = sorted(equations, key=unknowns)
     return [near for near, _ in others] + [last] + [far for _, far in others]

@@ -1,12 +1,12 @@
-"""Layer-wise reconstruction: a layer behind pruned channels is solved anew, so that it meets the original network.
+"""Layer-wise reconstruction: a layer after pruned channels is solved again, so that it reproduces the unpruned one.
 
-The weights are those that predict, from the activations of the pruned and so far compensated network, what the original
+The weights are those that predict, from the activations of the pruned and so far compensated network, what the unpruned
 network has at the layer's output, or at the sum that the output goes into: there the layer also makes up for
 what the other summands lost. They are found by ridge least squares around the weights that the layer had, so that what
 the samples don't determine stays as it was.
 
 Where a ReLU follows, the solution may be refined: what both networks have below zero there counts as met, and where
-only the pruned one is above zero, zero is wanted. Each such step can only lower the error behind the ReLU [3]_.
+only the pruned one is above zero, zero is wanted. Each such step can only lower the error after the ReLU [3]_.
 
 References
 ----------
@@ -40,7 +40,7 @@ _DEAD_SCALE = 1e-6
 
 @dataclass(frozen=True)
 class Reconstruct(RecoveryMethod):
-    """Solve each layer behind removed channels anew, so that it meets the original's output or the sum it goes into."""
+    """Solve each layer after removed channels again, to reproduce its unpruned output or the sum it goes into."""
 
     # So many more steps, at least 0, for each layer in front of a ReLU, in which only what the ReLU lets through
     # counts, with the ridge of the first. They start from its samples; they pay where little is kept.
@@ -61,7 +61,7 @@ class Reconstruct(RecoveryMethod):
 
 
 class ReconstructTask(Task):
-    """Solve a layer's weights and constant for the original's values at a place behind it, or for a ReLU of them."""
+    """Solve a layer's weights and constant for the unpruned values at a place after it, or for a ReLU of them."""
 
     def __init__(self, equation: Equation, pruned: nn.Module, result: nn.Module, *, refines: bool = False) -> None:
         self.refines = refines
@@ -88,13 +88,13 @@ class ReconstructTask(Task):
         """Kept input channels times kernel elements."""
         return self.layer.columns.shape[1] * int(self._module.weight[0, 0].numel())
 
-    def extent(self, original: Values) -> tuple[int, int]:
+    def extent(self, unpruned: Values) -> tuple[int, int]:
         """Return entries, and positions of the layer's output."""
-        return len(original[self.place]), position_count(self._module, original[self.place].shape)
+        return len(unpruned[self.place]), position_count(self._module, unpruned[self.place].shape)
 
-    def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
-        """Return input patches of the pruned network, what it lacks at the place, and the original's values there."""
-        wanted = original[self.place][part]
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+        """Return input patches of the pruned network, what it lacks at the place, and the unpruned values there."""
+        wanted = unpruned[self.place][part]
         positions = positions.to(wanted.device)
         source = pruned[self.layer.source][part]
         inputs = input_rows(self._module, source, self._columns, positions, wanted.shape)
@@ -156,7 +156,7 @@ class ReconstructTask(Task):
 
 
 def add_constant(net: nn.Module, taker: str, rows: Tensor, constant: Tensor) -> None:
-    """Add a constant to the channels `rows` of a layer: in its bias, or the running mean of the norm behind it."""
+    """Add a constant to the channels `rows` of a layer: in its bias, or the running mean of the norm after it."""
     module: Any = net.get_submodule(taker)
     is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
     vector, sign = (module.running_mean, -1.0) if is_norm else (module.bias, 1.0)

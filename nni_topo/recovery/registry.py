@@ -28,7 +28,7 @@ class Tools:
     seed: int
     cache_bytes: int  # memory for intermediate values
     progress: bool | None  # whether bars are shown
-    new_replay: Callable[[], Replay]  # both networks from the inputs on; what was kept before is given back
+    new_replay: Callable[[], Replay]  # both networks from the inputs on; cached values are freed
 
 
 class RecoveryMethod:
@@ -141,7 +141,7 @@ def recovery_method(method: str | RecoveryMethod) -> RecoveryMethod:
 
 _OWN = "nni_topo.recovery"
 for _info in (
-    RecoveryInfo("reconstruct", f"{_OWN}.reconstruct:Reconstruct", "solves each layer behind removed channels anew"),
+    RecoveryInfo("reconstruct", f"{_OWN}.reconstruct:Reconstruct", "solves each layer after removed channels again"),
     RecoveryInfo("ahead", f"{_OWN}.ahead:Ahead", "then solves each block for values some layers ahead"),
     RecoveryInfo("channel", f"{_OWN}.mixing:Channel", "predicts each removed channel from all kept ones"),
     RecoveryInfo("pair", f"{_OWN}.mixing:Pair", "predicts each removed channel from one kept one and a constant"),

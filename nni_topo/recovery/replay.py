@@ -1,4 +1,4 @@
-"""The original and the pruned network, run side by side over calibration batches up to any place of their graph."""
+"""The unpruned and the pruned network, run side by side over calibration batches up to any place of their graph."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Reached:
 
     first: int
     second: int
-    original: Values
+    unpruned: Values
     pruned: Values
     nbytes: int = 0
 
@@ -47,29 +47,29 @@ class Replay:
 
     # What both have computed up to a place that won't change any more is kept for the next pass, batch by batch, as far
     # as it fits into `cache_bytes`; else a batch starts where it last did fit, in the worst case at its inputs. So
-    # memory stays bounded, whatever the number of images. The original never changes: what it has computed isn't
-    # computed again.
+    # memory stays bounded, whatever the number of images. The unpruned network never changes: what it has computed
+    # isn't computed again.
 
     def __init__(
         self,
         model: nn.Module,
-        original: GraphModule,
+        unpruned: GraphModule,
         pruned: GraphModule,
         calibration: Calibration,
         cache_bytes: int,
     ) -> None:
         self.model = model
-        self.nodes: list[Node] = list(original.graph.nodes)
+        self.nodes: list[Node] = list(unpruned.graph.nodes)
         self._placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self._masks = [node for node in self._placeholders if str(node.target) in PADDING]
         self.order = {node: rank for rank, node in enumerate(self.nodes)}
-        self._runners = Interpreter(original), Interpreter(pruned)
+        self._runners = Interpreter(unpruned), Interpreter(pruned)
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
         self._last_use = {node: max((self.order[user] for user in node.users), default=-1) for node in self.nodes}
-        self.touched_nodes = touched_nodes(original, pruned)
+        self.touched_nodes = touched_nodes(unpruned, pruned)
         self._calibration = calibration
         # Values that are kept would be changed by an operation in place, by each pass anew.
-        self._cache_bytes = 0 if _works_in_place(original) else cache_bytes
+        self._cache_bytes = 0 if _works_in_place(unpruned) else cache_bytes
         self._reached: dict[int, _Reached] = {}  # by batch
         self._batches = math.inf  # unknown before a pass was read to its end
 
@@ -82,18 +82,18 @@ class Replay:
         stop = max(self.order[node] for node in watched) + 1
         wanted = {*watched, *(later or ())}
         for index, at in enumerate(self._starts()):
-            original, pruned = at.original, at.pruned
-            # What a batch had reached before may lie behind what is settled now, of the original's values.
-            self._advance(original, pruned, range(at.first, settled), range(at.second, settled), wanted, index)
-            saved = dict(original), dict(pruned)
+            unpruned, pruned = at.unpruned, at.pruned
+            # Of the unpruned network's values, a batch may have reached places after what is settled now.
+            self._advance(unpruned, pruned, range(at.first, settled), range(at.second, settled), wanted, index)
+            saved = dict(unpruned), dict(pruned)
             front = max(at.first, settled)
-            self._advance(original, pruned, range(front, stop), range(settled, stop), wanted, index)
+            self._advance(unpruned, pruned, range(front, stop), range(settled, stop), wanted, index)
             if later is not None:
                 front = max(front, stop)
                 still = {*later, *self._masks}
-                needed = {node: value for node, value in original.items() if self._last_use[node] >= front}
-                saved = needed | {node: original[node] for node in still & original.keys()}, saved[1]
-            yield {node: original[node] for node in watched}, {node: pruned[node] for node in watched}
+                needed = {node: value for node, value in unpruned.items() if self._last_use[node] >= front}
+                saved = needed | {node: unpruned[node] for node in still & unpruned.keys()}, saved[1]
+            yield {node: unpruned[node] for node in watched}, {node: pruned[node] for node in watched}
             self._keep(index, _Reached(front, settled, *saved, nbytes=_nbytes(*saved)))
 
     def _keep(self, index: int, reached: _Reached) -> None:
@@ -102,7 +102,7 @@ class Replay:
         if others + reached.nbytes <= self._cache_bytes:
             self._reached[index] = reached
 
-    def counted(self, values: Values) -> Tensor | None:
+    def unpadded(self, values: Values) -> Tensor | None:
         """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it."""
         return real_positions({str(node.target): values[node] for node in self._masks})
 
@@ -115,28 +115,28 @@ class Replay:
             batches = index + 1
             if index in known:
                 # Copies of the dictionaries: a pass takes out what it no longer needs.
-                yield replace(known[index], original=dict(known[index].original), pruned=dict(known[index].pruned))
+                yield replace(known[index], unpruned=dict(known[index].unpruned), pruned=dict(known[index].pruned))
             else:
                 values = self._given(call)
                 yield _Reached(0, 0, dict(values), dict(values))
         self._batches = batches
 
     def _given(self, call: Call) -> Values:
-        """Return what enters the graph: of a network in parts all that the original's code gives these, in both."""
+        """Return what enters both graphs; of a network in parts, what the model's code passes to the parts."""
         if is_in_parts(self._runners[0].graph):
             return dict(zip(self._placeholders, arguments(self._runners[0].graph, self.model, call), strict=True))
         named = bind_arguments(self.model, call)
         return {node: named[str(node.target)] for node in self._placeholders if str(node.target) in named}
 
     def _advance(
-        self, original: Values, pruned: Values, one: range, other: range, watched: set[Node], index: int
+        self, unpruned: Values, pruned: Values, one: range, other: range, watched: set[Node], index: int
     ) -> None:
-        """Run a stretch of the original, and one of the pruned network."""
+        """Run some nodes of the unpruned network, and some of the pruned one."""
         try:
             with torch.no_grad():
                 for rank in range(min(one.start, other.start), max(one.stop, other.stop)):
-                    self._step(rank, original if rank in one else None, pruned if rank in other else None, original)
-                    for values in [values for values, run in ((original, one), (pruned, other)) if rank in run]:
+                    self._step(rank, unpruned if rank in one else None, pruned if rank in other else None, unpruned)
+                    for values in [values for values, run in ((unpruned, one), (pruned, other)) if rank in run]:
                         self._free(rank, values, watched)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if out_of_memory(error):  # not the batch's fault
@@ -145,16 +145,16 @@ class Replay:
                 f"calibration must fit the model, got {type(error).__name__}: {error} (batch {index})"
             ) from error
 
-    def _step(self, rank: int, original: Values | None, pruned: Values | None, known: Values) -> None:
-        """Compute a node in either network, or in both; `known` are values of the original."""
+    def _step(self, rank: int, unpruned: Values | None, pruned: Values | None, known: Values) -> None:
+        """Compute a node in either network, or in both; `known` are values of the unpruned one."""
         node = self.nodes[rank]
         if node.op == "placeholder":
-            for values in (original, pruned):
+            for values in (unpruned, pruned):
                 if values is not None:
                     values.setdefault(node, node.args[0] if node.args else None)
             return
-        if original is not None:
-            original[node] = _compute(self._runners[0], node, original)
+        if unpruned is not None:
+            unpruned[node] = _compute(self._runners[0], node, unpruned)
         if pruned is not None and node in self.touched_nodes:
             twin = self._twins[node]
             values = {self._twins[parent]: pruned[parent] for parent in node.all_input_nodes}
@@ -185,13 +185,13 @@ def without_side_effects(graph_module: GraphModule) -> GraphModule:
     return copied
 
 
-def touched_nodes(original: GraphModule, pruned: GraphModule) -> set[Node]:
-    """Return the nodes of the original's graph behind parameters in which the two graph modules differ."""
-    mine, theirs = original.state_dict(), pruned.state_dict()
+def touched_nodes(unpruned: GraphModule, pruned: GraphModule) -> set[Node]:
+    """Return the nodes of the unpruned graph that depend on parameters in which the graph modules differ."""
+    mine, theirs = unpruned.state_dict(), pruned.state_dict()
     # A norm that was narrowed has its tensors under other names, so that it counts as changed.
     changed = {name for name, value in mine.items() if name not in theirs or not torch.equal(value, theirs[name])}
     touched: set[Node] = set()
-    for node in original.graph.nodes:
+    for node in unpruned.graph.nodes:
         target = str(node.target)
         own = node.op in ("call_module", "get_attr") and any(
             name == target or name.startswith(f"{target}.") for name in changed

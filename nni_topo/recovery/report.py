@@ -19,11 +19,11 @@ LOST = 0.9
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one layer; errors are mean squared distances from the original over its variance there."""
+    """What happened to one layer; errors are mean squared distances from the unpruned network over its variance."""
 
     layer: str
     # node of the graph at which errors are measured: the layer's output, or the sum it goes into, for channel mixing
-    # its input, for method "ahead" what the original has behind later layers; in "relu(...)" only what a ReLU lets
+    # its input, for method "ahead" the unpruned values after later layers; in "relu(...)" only what a ReLU lets
     # through counts, and errors are upper bounds
     place: str
     unknowns: int  # inputs of each equation, the intercept not counted; for "ahead" all weights and constants
@@ -36,7 +36,7 @@ class LayerReport:
 
     @property
     def is_lost(self) -> bool:
-        """Whether almost nothing of the original's output is left."""
+        """Whether almost nothing of the unpruned output is kept."""
         return self.error_held_out > LOST
 
     @property
@@ -54,7 +54,7 @@ class CompensationReport:
     layers : tuple of LayerReport
         The equations that were solved, in order. A layer in front of an addition may come twice.
     left_alone : dict of str to str
-        Layers behind pruned channels that couldn't be reconstructed, and why.
+        Layers after pruned channels that couldn't be reconstructed, and why.
     images : int
         Calibration images.
     seconds : float
@@ -79,16 +79,16 @@ class CompensationReport:
                 "images, or take method='scalar', which has one unknown a channel"
             )
         if self.lost:
-            found.append(f"layers of whose output almost nothing is left: {', '.join(self.lost)}")
+            found.append(f"layers whose output is almost lost: {', '.join(self.lost)}")
         return tuple(found)
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """Layers of whose output almost nothing is left."""
+        """Layers whose output is almost lost."""
         return tuple(dict.fromkeys(layer.layer for layer in self.layers if layer.is_lost))
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return a table, one row for each equation, then one for each layer that was left alone."""
+        """Return a table, one row for each equation, then one for each layer that couldn't be reconstructed."""
         import pandas
 
         rows = [{**dataclasses.asdict(layer), "note": _note(layer)} for layer in self.layers]

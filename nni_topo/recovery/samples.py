@@ -69,7 +69,7 @@ def _chosen(values: Tensor, positions: Tensor, channels: Tensor) -> Tensor:
 
 
 def draw_positions(count: int, entries: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """Draw positions (entries, min(wanted, count)), ascending, one from each of ``wanted`` equal stretches."""
+    """Draw positions (entries, min(wanted, count)), ascending, one from each of ``wanted`` equal ranges."""
     if wanted >= count:
         return torch.arange(count).expand(entries, count)
     jitter = torch.rand(entries, wanted, generator=generator, dtype=torch.float64)
@@ -78,7 +78,7 @@ def draw_positions(count: int, entries: int, wanted: int, generator: torch.Gener
     return (low + (jitter * (high - low)).floor()).long()
 
 
-def draw_counted(
+def draw_unpadded(
     count: int, entries: int, wanted: int, generator: torch.Generator, real: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Draw positions as `draw_positions`, of which about `wanted` count, and tell which, both (entries, positions).
@@ -160,11 +160,11 @@ class Task(ABC):
         return self.place.name
 
     @abstractmethod
-    def extent(self, original: Values) -> tuple[int, int]:
+    def extent(self, unpruned: Values) -> tuple[int, int]:
         """Return how many entries a batch has here, and how many positions each entry."""
 
     @abstractmethod
-    def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return inputs, residuals and references at some positions of some entries, ``(groups, samples, ...)``."""
 
     def refined(self, samples: Samples) -> Samples:
@@ -253,12 +253,12 @@ class Sampler:
         """Run the networks and yield a task's samples."""
         generator = torch.Generator().manual_seed(self.seed)
         seen = 0
-        for index, (original, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
-            entries, count = task.extent(original)
-            real, wanted = self.replay.counted(original), self._wanted(task, index, entries)
-            positions, stay = draw_counted(count, entries, wanted, generator, real)
+        for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
+            entries, count = task.extent(unpruned)
+            real, wanted = self.replay.unpadded(unpruned), self._wanted(task, index, entries)
+            positions, stay = draw_unpadded(count, entries, wanted, generator, real)
             for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
-                samples = task.samples(original, pruned, part, positions[part])
+                samples = task.samples(unpruned, pruned, part, positions[part])
                 marks = (torch.arange(seen, seen + entries)[part] + 1) % _HELD_OUT == 0
                 rows = marks.repeat_interleave(samples[0].shape[1] // len(marks)).to(samples[0].device)
                 if stay is not None:

@@ -1,4 +1,4 @@
-"""Layers of a masked network that compute only what isn't zero: their weights stay as large, the work gets less."""
+"""Layers of a masked network that compute only channels that aren't zero; their weights keep their sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 from nni_topo.network.layers import CONVOLUTIONS
 from nni_topo.recovery.samples import Task
 
-_WORTH = 0.9  # of the weights, to be left at most: taking channels out and putting them back takes time, too
+_WORTH = 0.9  # of the weights to compute at most: taking channels out and putting them back takes time, too
 
 
 class _Thin:
@@ -54,7 +54,7 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _ThinLinear} | {kin
 
 
 def thin_out(model: nn.Module, tasks: Iterable[Task]) -> None:
-    """Let layers leave out, in place, channels of which all weights are zero and that no task is going to change."""
+    """Make layers skip, in place, the channels of which all weights are zero and that no task is going to change."""
     changed: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for task in tasks:
         changed.setdefault(task.layer.name, []).append((task.layer.columns.flatten(), task.layer.rows.flatten()))

@@ -22,18 +22,16 @@ _TOGETHER = 2  # blocks that are solved at once
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Some layers, and a place behind them; what lies in front of `first` has no part in it."""
+class Segment:
+    """Some layers, and a place after them; nodes before `first` don't belong to it."""
 
     first: int  # rank of the first node that is run
     place: Node
     layers: tuple[Solvable, ...]
 
 
-def stretches(
-    nodes: Sequence[Node], touched: Collection[Node], layers: Iterable[Solvable], ahead: int
-) -> list[Stretch]:
-    """Return two neighbouring blocks after the other, each with a place `ahead` layers behind it.
+def segments(nodes: Sequence[Node], touched: Collection[Node], layers: Iterable[Solvable], ahead: int) -> list[Segment]:
+    """Return two neighbouring blocks after the other, each with a place `ahead` layers after it.
 
     Everything flows through the ends of blocks alone, and they hold two layers at least, but for the last one.
     ``touched``: nodes that depend on what is pruned. The place is the end of the first block with so many layers
@@ -49,12 +47,12 @@ def stretches(
         end = borders[min(index + _TOGETHER, len(borders) - 1)]
         mine = tuple(layer for layer, rank in zip(ordered, at, strict=True) if begin < rank <= end)
         far = (border for border in borders if sum(end < rank <= border for rank in at) >= ahead)
-        found.append(Stretch(begin + 1, nodes[next(far, last)], mine))
+        found.append(Segment(begin + 1, nodes[next(far, last)], mine))
     return found
 
 
 def _borders(ends: Sequence[int], at: Sequence[int]) -> list[int]:
-    """Return the ranks behind which blocks begin, from those where one may, and those of the layers."""
+    """Return the ranks after which blocks begin, from those where one may, and those of the layers."""
     borders: list[int] = []
     for rank in at:
         # The end right before a layer leaves norms and activations to the layer in front of them.
@@ -76,9 +74,9 @@ def _ends(nodes: Sequence[Node], touched: Collection[Node], ranks: dict[Node, in
     return found
 
 
-def entering(stretch: Stretch, nodes: Sequence[Node]) -> list[Node]:
+def entering(segment: Segment, nodes: Sequence[Node]) -> list[Node]:
     """Return the nodes in front of a stretch whose values it reads; parameters of the graph's own aren't among them."""
-    program = nodes[stretch.first : nodes.index(stretch.place) + 1]
+    program = nodes[segment.first : nodes.index(segment.place) + 1]
     read = {parent for node in program for parent in node.all_input_nodes} - set(program)
     return [node for node in nodes if node in read and node.op != "get_attr"]
 
@@ -89,16 +87,16 @@ class Window:
     # Unknowns are two tensors a layer: of the weights between kept channels, (groups, rows, columns, kernel), and of
     # the constants of its outputs, (groups, rows), which stay 0 where nobody can take them.
 
-    def __init__(self, stretch: Stretch, network: GraphModule, tasks: dict[str, ReconstructTask]) -> None:
-        # Of the network's own graph, the nodes of which have the names that the original's have.
+    def __init__(self, segment: Segment, network: GraphModule, tasks: dict[str, ReconstructTask]) -> None:
+        # Of the network's own graph, whose nodes have the names of the unpruned one's.
         nodes: list[Node] = list(network.graph.nodes)
-        end = next(rank for rank, node in enumerate(nodes) if node.name == stretch.place.name)
-        program = nodes[stretch.first : end + 1]
+        end = next(rank for rank, node in enumerate(nodes) if node.name == segment.place.name)
+        program = nodes[segment.first : end + 1]
         read = {parent for node in program for parent in node.all_input_nodes} - set(program)
         self._program = [node for node in nodes if node in read and node.op == "get_attr"] + program
         self._runner = Interpreter(network)
         self._network = network
-        self._layers = {layer.name: layer for layer in stretch.layers}
+        self._layers = {layer.name: layer for layer in segment.layers}
         norms = {str(node.target) for node in program if node.op == "call_module"}
         self._norms = {name: _affine(network.get_submodule(name)) for name in norms if _is_affine(network, name)}
         self._blocks = {name: tasks[name].block(self._weight(name)) for name in self._layers}

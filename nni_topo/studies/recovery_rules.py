@@ -38,7 +38,7 @@ from nni_topo.network.channels import norms_after
 from nni_topo.network.layers import WEIGHTED, by_output, through_norms, weight_used
 from nni_topo.recovery.mixing import PairTask, readers_of_removed
 from nni_topo.recovery.networks import Networks
-from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_roots
+from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_group_ids
 from nni_topo.recovery.reconstruct import ReconstructTask
 from nni_topo.recovery.registry import RecoveryInfo, RecoveryMethod, register_recovery
 from nni_topo.recovery.replay import Values
@@ -102,11 +102,11 @@ class ScalarTask(ReconstructTask):
 class LayerTask(ReconstructTask):
     """Solve a layer alone, from the original's own inputs, as AIMET does: as if nothing before it were pruned [3]_."""
 
-    def samples(self, original: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
+    def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return the original's input patches, what the weights that are left lack of its output, and the output."""
-        wanted = original[self.place][part]
+        wanted = unpruned[self.place][part]
         positions = positions.to(wanted.device)
-        source = original[self.layer.source][part]
+        source = unpruned[self.layer.source][part]
         inputs = input_rows(self._module, source, self._columns, positions, wanted.shape)
         wanted = output_rows(self._module, wanted, self._rows, positions)
         weight = by_output(self._module.weight, self._module)
@@ -140,7 +140,7 @@ class Sequential(RecoveryMethod):
 
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
         """Return one task for each layer of the plan."""
-        order = {node: rank for rank, node in enumerate(networks.original.graph.nodes)}
+        order = {node: rank for rank, node in enumerate(networks.unpruned.graph.nodes)}
         return [self.task(each, networks.pruned, networks.result) for each in own_equations(plan, order)]
 
 
@@ -196,13 +196,13 @@ class Merge(RecoveryMethod):
 
 def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
     """Return, by channel number, who stands in for each removed channel and times what, from the weights alone."""
-    removed = pruned_roots(networks.original, networks.flow, networks.masks)
-    norms = norms_after(networks.original, networks.flow)
+    removed = pruned_group_ids(networks.unpruned, networks.flow, networks.masks)
+    norms = norms_after(networks.unpruned, networks.flow)
     made: dict[int, list[_Filter]] = defaultdict(list)
     for name in networks.flow.layers:
-        if not isinstance(networks.original.get_submodule(name), WEIGHTED):
+        if not isinstance(networks.unpruned.get_submodule(name), WEIGHTED):
             continue
-        norm = networks.original.get_submodule(norms[name]) if name in norms else None
+        norm = networks.unpruned.get_submodule(norms[name]) if name in norms else None
         for root, each in zip(networks.flow.group_ids_of(name).tolist(), _filters(networks, name, norm), strict=True):
             made[root].append(each)
     # Channels are comparable where the same layers make them: in a residual stream all of these count.
@@ -230,7 +230,7 @@ class _Filter:
 
 def _filters(networks: Networks, name: str, norm: nn.Module | None) -> list[_Filter]:
     """Return a layer's filters; `norm` is the batch norm behind, or None."""
-    module: Any = networks.original.get_submodule(name)
+    module: Any = networks.unpruned.get_submodule(name)
     weight = by_output(weight_used(module).detach().double(), module).flatten(1)
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias
     scale, bias = through_norms([] if norm is None else [norm], bias)

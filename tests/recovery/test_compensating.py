@@ -93,7 +93,7 @@ def test_single_weights_that_are_masked_stay_as_they_are(caplog):
     assert found.report.left_alone == {
         "inner": "masked weight by weight", "hidden": "masked weight by weight"
     }  # fmt: skip
-    assert "left as they are: inner (masked weight by weight), hidden" in caplog.text
+    assert "couldn't be reconstructed: inner (masked weight by weight), hidden" in caplog.text
     assert [layer.layer for layer in found.report.layers] == ["head"]
     assert torch.equal(found.model.inner.weight, model.inner.weight)
     masked = masked_model(model, images, masks), masked_model(found.model, images, masks)
@@ -215,7 +215,7 @@ def test_lost_layers_are_named(caplog):
     with caplog.at_level(logging.WARNING):
         found = compensation(model, masks, [torch.randn(400, 40)])
     assert found.report.lost == ("1",)
-    assert "almost nothing is left: 1" in caplog.text
+    assert "output is almost lost: 1" in caplog.text
 
 
 def test_batch_norms_are_recalibrated_on_request():

@@ -152,7 +152,7 @@ def test_what_got_worse_is_left_out(caplog):
     assert not found.is_kept
     assert not found.loss_after < found.loss_before
     torch.testing.assert_close(found.model.state_dict(), near.state_dict(), rtol=0, atol=0)
-    assert "what was distilled is left out: held out it has loss" in caplog.text
+    assert "distillation is discarded: on held-out images the loss is" in caplog.text
 
 
 def nearly_the_same() -> tuple[nn.Module, nn.Module]:
@@ -169,7 +169,7 @@ def test_a_rate_at_which_held_out_loss_grows_is_left_at_once(caplog):
     dense, original = nearly_the_same()
     with caplog.at_level("INFO", "nni_topo.recovery.distilling"):
         found = distillation(dense, original, batches(), steps=600, blend=False)
-    assert "learning rate 0.006 is left after 60 of 600 steps: the loss on held-out images has grown" in caplog.text
+    assert "learning rate 0.006 is given up after 60 of 600 steps: the loss on held-out images has grown" in caplog.text
     assert found.lr < 6e-3
     # a rate that somebody asks for is left as well, for what it makes is thrown away
     high = distillation(dense, original, batches(), steps=600, lr=0.05, blend=False)

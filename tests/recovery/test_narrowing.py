@@ -207,7 +207,7 @@ def test_queries_that_are_more_than_multiplied_are_left_as_they_were(caplog):
     inputs = torch.randn(30, 5, 8)
     turned, masks = narrow_heads(net, [inputs], 0.5)
     assert masks == {}
-    assert "1 (more is done to queries and keys than to multiply them)" in caplog.text
+    assert "1 (this attention uses the head size in a way that can't be adapted)" in caplog.text
     assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in turned.state_dict().items())
 
 

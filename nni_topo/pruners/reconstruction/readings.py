@@ -13,7 +13,7 @@ from nni_topo.maths.least_squares.greedy import Products, SampleMatrix
 from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.network.layers import by_output, call_of, has_own_forward, weight_used
 from nni_topo.pruners.clouds.functional import ChannelReader
-from nni_topo.recovery.samples import draw_counted, input_rows, position_count
+from nni_topo.recovery.samples import draw_unpadded, input_rows, position_count
 
 _LEAST_SAMPLES = 8192
 _SAMPLES_PER_COLUMN = 4
@@ -57,7 +57,7 @@ class Reading:
         before, now, shape = self._before, self._now, self._shape
         del self._before, self._now  # they may be large
         places = position_count(self.module, shape)
-        positions, stay = draw_counted(places, len(before), self._wanted, self._generator, counted)
+        positions, stay = draw_unpadded(places, len(before), self._wanted, self._generator, counted)
         positions = positions.to(before.device)
         real = slice(None) if stay is None else stay.flatten()
         rows = first = input_rows(self.module, now, self._inputs, positions, shape)[:, real].double()
