@@ -66,7 +66,7 @@ class DataChoice:
 
 @dataclass(frozen=True)
 class CompensationChoice:
-    """How every row is compensated before it is retrained: by how many unlabelled training images, and how."""
+    """How every row is compensated before it is fine-tuned: by how many unlabelled training images, and how."""
 
     images: int = 1024
     method: str = "reconstruct"
@@ -79,9 +79,9 @@ class CompensationChoice:
 
 @dataclass(frozen=True)
 class DistillationChoice:
-    """How every row learns from the unpruned network before it is retrained: from so many unlabelled training images.
+    """How every row learns from the unpruned network before it is fine-tuned: from so many unlabelled training images.
 
-    An eighth as many behind them judge. The other fields are knobs of :func:`nni_topo.distill`, ``augmentation`` is a
+    An eighth as many after them judge. The other fields are knobs of :func:`nni_topo.distill`, ``augmentation`` is a
     recipe's.
     """
 
@@ -144,7 +144,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a trained model of one seed, pruned by one pruner to one target, made dense and retrained."""
+    """One run: a trained model of one seed, pruned by one pruner to one target, made dense and fine-tuned."""
 
     model: ModelChoice
     data: DataChoice

@@ -32,7 +32,7 @@ def _versions() -> dict[str, str]:
 
 
 def _revision() -> str | None:
-    """Git revision of the checkout this package runs from, ``+`` behind it if files differ; None outside of one."""
+    """Git revision of the checkout this package runs from, ``+`` after it if files differ; None outside of one."""
     folder = Path(__file__).resolve().parent
     try:
         revision = _git(folder, "rev-parse", "--short=12", "HEAD")

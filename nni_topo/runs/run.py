@@ -105,7 +105,7 @@ class Start:
         return {f"accuracy_{step}": accuracy, f"bits_{step}": bits(loss)}
 
     def images(self, count: int, skip: int = 0) -> list[Tensor]:
-        """Return training images behind so many others, without labels, in batches on the device; none if none."""
+        """Return training images after so many others, without labels, in batches on the device; none if none."""
         images = self.data.train.tensors[0][skip : skip + count].to(self.device)
         return list(images.split(_IMAGES_AT_ONCE)) if len(images) else []
 

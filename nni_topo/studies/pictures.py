@@ -83,7 +83,7 @@ def plot_accuracy(records: Sequence[Record]) -> list[Axes]:
 
 
 def plot_convergence(records: Sequence[Record]) -> list[Axes]:
-    """Draw validation accuracy against the epochs of retraining, a line per row; empty where nothing was retrained."""
+    """Draw validation accuracy against the epochs of fine-tuning, a line per row; empty where none was fine-tuned."""
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
     if not groups:
         return []
@@ -118,4 +118,4 @@ def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:
     # pruned networks often begin at chance, far below all that follows
     low, high = min(curve[1:].min() for curve in means), max(before, *(curve[1:].max() for curve in means))
     margin = 0.1 * (high - low)
-    finish(axis, "epochs of retraining", "validation accuracy %", ylim=(low - margin, high + margin))
+    finish(axis, "epochs of fine-tuning", "validation accuracy %", ylim=(low - margin, high + margin))

@@ -48,8 +48,8 @@ class ComparisonPlan:
     train: Mapping[str, Any] = field(default_factory=dict)  # fields to replace in the model's default recipe
     retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})  # likewise, `epochs` too; 0: none
     device: str = "cpu"  # cpu, cuda or auto
-    compensate: CompensationChoice | None = None  # between pruning and retraining, for every row; None: none
-    distill: DistillationChoice | None = None  # behind compensation, for every row; None: none
+    compensate: CompensationChoice | None = None  # between pruning and fine-tuning, for every row; None: none
+    distill: DistillationChoice | None = None  # after compensation, for every row; None: none
     n_jobs: int = 1  # cells that run at a time, in processes of their own, at least 1; -1: one per core
 
     def __post_init__(self) -> None:

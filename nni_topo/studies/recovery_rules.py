@@ -1,4 +1,4 @@
-"""The rules of other papers, behind the interface of compensation: what they leave is what ours is measured by.
+"""The rules of other papers, by the interface of compensation: ours is compared with the errors that they leave.
 
 ``"merge"`` changes how a layer reads removed channels, as ``"channel"`` does, which is GRAIL's rule [6]_; ``"mean"``,
 ``"scalar"``, ``"head"``, ``"layer"`` and ``"sequential"`` solve a layer anew, as ``"reconstruct"`` does. What a paper
@@ -220,7 +220,7 @@ def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
 
 @dataclass(frozen=True)
 class _Filter:
-    """What one layer does for one channel: weights (d,) and a bias (), with the batch norm behind if there is one."""
+    """What one layer does for one channel: weights (d,) and a bias (), with the batch norm after it if there is one."""
 
     layer: str
     weight: Tensor
@@ -229,7 +229,7 @@ class _Filter:
 
 
 def _filters(networks: Networks, name: str, norm: nn.Module | None) -> list[_Filter]:
-    """Return a layer's filters; `norm` is the batch norm behind, or None."""
+    """Return a layer's filters; `norm` is the batch norm after it, or None."""
     module: Any = networks.unpruned.get_submodule(name)
     weight = by_output(weight_used(module).detach().double(), module).flatten(1)
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias

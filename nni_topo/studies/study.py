@@ -32,12 +32,12 @@ Names = Annotated[
         str_from_instance=lambda names: [",".join(names)],
     ),
 ]
-"""Names behind a flag, with commas or spaces between them."""
+"""Names after a flag, with commas or spaces between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """A verb of ``nni-topo``. Its fields are its flags, and the comment behind a field is what ``--help`` says of it.
+    """A verb of ``nni-topo``. Its fields are its flags, and the comment after a field is what ``--help`` says of it.
 
     The class's docstring begins with what the verb does.
     """

@@ -69,7 +69,7 @@ def show_accuracies(values: Sequence[float]) -> str:
 
 
 def epochs_until_back(record: Record) -> int | None:
-    """Return the epochs of retraining until the validation accuracy of before pruning is back, None if it wasn't."""
+    """Return the epochs of fine-tuning until the validation accuracy of before pruning is back, None if it wasn't."""
     return next((epoch for epoch, now in enumerate(record["curve"]) if now >= record["validation_before"]), None)
 
 
@@ -257,7 +257,7 @@ def _column(runs: dict[int, Record]) -> Callable[..., str]:
 
 
 def _convergence(runs: dict[int, Record]) -> str:
-    """Median, lowest and highest number of epochs until the accuracy is back; nothing behind two epochs or fewer."""
+    """Median, lowest and highest number of epochs until the accuracy is back; nothing after two epochs or fewer."""
     records = [record for record in runs.values() if len(record.get("curve", ())) > 3]
     if not records:
         return ""

@@ -46,7 +46,7 @@ class SensitivityCurve:
     layers : tuple of str
         Their names.
     accuracy : dict of float to float
-        Score of the network with these layers alone pruned, by ratio; ratios behind an early stop are missing.
+        Score of the network with these layers alone pruned, by ratio; ratios after an early stop are missing.
     """
 
     layers: tuple[str, ...]
@@ -170,7 +170,7 @@ def sensitivity(
     alone. The largest tolerance whose *joint* cost, which is measured, meets the budget is found by bisection. What is
     left of the budget goes to single layers, a step at a time, the one that costs least alone first, as long as the
     joint cost, measured anew, meets it. Cost: one pruning and one evaluation per curve and ratio, six or so for the
-    bisection, and one per step and per curve behind it.
+    bisection, and one per step and per curve after it.
     """
     ratios = sorted(set(map(float, ratios)))
     if not ratios or not all(0.0 < ratio < 1.0 for ratio in ratios):

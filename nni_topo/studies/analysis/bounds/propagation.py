@@ -172,7 +172,7 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
     worst sample.
 
     The bound that always holds sums, over layers, the exact change of the layer's output at the original's
-    activations, times Lipschitz constants of everything behind it, with pruned weights.
+    activations, times Lipschitz constants of everything after it, with pruned weights.
     """
     check_integer("iterations", iterations, 1, "error_bound")
     graph, other = traced(original, inputs), traced(pruned, inputs)
@@ -265,7 +265,7 @@ def _local(
     for segment, value in list(zip(segments, values, strict=False))[1:]:
         # samples don't mix in evaluation mode: the norm over a batch is that of the worst sample
         forwards.append(jacobian_norm(partial(segment, {}), value, per_sample=True, iterations=iterations))
-    # forwards begins with the second segment: from index on it holds what lies behind a segment
+    # forwards begins with the second segment: from index on it holds what lies after a segment
     return [
         (change, jacobian, math.prod(forwards[index:]), step) for index, (change, jacobian, step) in enumerate(found)
     ]

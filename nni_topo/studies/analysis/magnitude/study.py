@@ -62,7 +62,7 @@ class MagnitudeStudy(Findings):
 class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
     """Prune by magnitude directly and iteratively, and measure what zeros are worth in bytes and time.
 
-    The direct way has all epochs of retraining behind its one pruning, the iterative one deals them to its rounds.
+    The direct way has all epochs of fine-tuning after its one pruning, the iterative one deals them to its rounds.
     """
 
     ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)  # of the pruned layers, in (0, 1)
