@@ -1,7 +1,7 @@
-"""What pruning the channels of coupled layers has to heed beyond a dependency group.
+"""Constraints on the channels of coupled layers that a dependency group can't state.
 
-Layers may share some of their channels only, which no group can state: NNI's groups couple all, one to one. And blocks
-of channels, those of grouped layers, group norms and shuffles, may have to lose the same number each.
+Layers may share some of their channels only: NNI's groups couple all, one to one. And blocks of channels, those of
+grouped layers, group norms and shuffles, may have to lose the same number each.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from nni_topo.network.channels.ids import FIXED
 
 
 def coupled_names(owned: Mapping[str, set[int]]) -> list[list[str]]:
-    """Group names that share a number, directly or through others; groups and names in the mapping's order."""
+    """Group names that share an id, directly or through others; groups and names in the mapping's order."""
     from scipy.cluster.hierarchy import DisjointSet  # takes 30 ms to import
 
     sets = DisjointSet(owned)
     first_owner: dict[int, str] = {}
     for name, ids in owned.items():
-        # One merge per owner, not per number: layers share thousands of channels with a few others.
-        for owner in {first_owner.setdefault(number, name) for number in ids}:
+        # One merge per owner, not per id: layers share thousands of channels with a few others.
+        for owner in {first_owner.setdefault(one_id, name) for one_id in ids}:
             sets.merge(owner, name)
     groups: dict[str, list[str]] = {}
     for name in owned:
@@ -32,62 +32,74 @@ def coupled_names(owned: Mapping[str, set[int]]) -> list[list[str]]:
 
 
 def partial_couplings(flow: ChannelFlow, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Number the channels of layers, (channels,) each, of which a group can't say all: equal numbers go together."""
-    chosen = [name for name in flow.layers if name in set(names)]
-    free = {name: set(flow.group_ids_of(name).tolist()) - {FIXED} for name in chosen}
-    return {
-        name: _numbers(flow, name) for group in coupled_names(free) if not _is_stated(flow, group) for name in group
-    }
+    """Return ids, (channels,), of layers whose couplings no group can state: channels with equal ids are coupled."""
+    selected, free = set(names), dict[str, set[int]]()
+    for name in flow.layers:
+        if name in selected:
+            free[name] = set(flow.group_ids_of(name).tolist()) - {FIXED}
+    found = dict[str, tuple[int, ...]]()
+    for group in coupled_names(free):
+        if _is_stated(flow, group):
+            continue
+        for name in group:
+            group_ids = flow.group_ids_of(name)
+            # Channels that stay aren't coupled with one another, so each gets an id that no other has.
+            found[name] = tuple(np.where(group_ids == FIXED, -flow.channel_ids_of(name), group_ids).tolist())
+    return found
 
 
 def _is_stated(flow: ChannelFlow, names: list[str]) -> bool:
-    """Tell whether layers are tied bundle i to bundle i, and no bundle to another of its own layer."""
-    group_ids = [flow.group_ids(flow.unit_channel_ids(name)).tolist() for name in names]
-    free = [group_id for group_id in group_ids[0] if group_id != FIXED]
-    return all(each == group_ids[0] for each in group_ids) and len(set(free)) == len(free)
-
-
-def _numbers(flow: ChannelFlow, name: str) -> tuple[int, ...]:
-    group_ids = flow.group_ids_of(name)
-    # Channels that stay aren't tied to one another, so each gets a number that no other has.
-    return tuple(np.where(group_ids == FIXED, -flow.channel_ids_of(name), group_ids).tolist())
+    """Tell whether layers are coupled unit i to unit i, and no unit to another of its own layer."""
+    first = flow.group_ids(flow.unit_channel_ids(names[0]))
+    for name in names[1:]:
+        if not np.array_equal(flow.group_ids(flow.unit_channel_ids(name)), first):
+            return False
+    free = first[first != FIXED]
+    return len(np.unique(free)) == len(free)
 
 
 def blocks_of(flow: ChannelFlow) -> dict[str, int]:
     """Count, for each layer, the blocks that have to lose the same number of channels."""
+    all_sides = [side for blocks in flow.blocks for side in blocks.sides]
     counts: dict[str, int] = {}
     for name in flow.layers:
         group_ids = flow.group_ids_of(name)
-        for side in (side for blocks in flow.blocks for side in blocks.sides):
-            owner = {group_id: rank for rank, block in enumerate(side) for group_id in flow.group_ids(block).tolist()}
-            ranks = np.array([owner.get(group_id, -1) for group_id in group_ids.tolist()])
+        for side in all_sides:
+            block_of = np.full(flow.size, -1)
+            for rank, block in enumerate(side):
+                block_of[flow.group_ids(block)] = rank
+            ranks = block_of[group_ids]
+            # Runs of neighbouring channels of one block.
             starts = np.flatnonzero(np.diff(ranks, prepend=-2) != 0)
             sizes = np.diff([*starts, len(ranks)])[ranks[starts] >= 0]
+            if not len(sizes):
+                continue
             # Layers that share blocks, joined or shuffled, keep these even if each has evenly many of every block.
-            if (
-                len(sizes)
-                and (sizes == sizes[0]).all()
-                and (starts % sizes[0] == 0).all()
-                and len(group_ids) % sizes[0] == 0
-            ):
-                counts[name] = math.lcm(counts.get(name, 1), len(group_ids) // sizes[0])
-    return _leveled(flow, counts) if flow.reorders else counts
+            size = sizes[0]
+            are_equal = (sizes == size).all() and (starts % size == 0).all() and len(group_ids) % size == 0
+            if are_equal:
+                counts[name] = math.lcm(counts.get(name, 1), len(group_ids) // size)
+    return _with_equal_blocks(flow, counts) if flow.reorders else counts
 
 
-def _leveled(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, int]:
-    """Give layers whose channels are shuffled together the same blocks: of others they'd lose another number."""
-    arriving = [
-        flow.group_ids(np.concatenate([each for side in blocks.sides for each in side])) for blocks in flow.blocks
-    ]
-    made = [name for name, layer in flow.layers.items() if not layer.depthwise]  # the others follow
-    met = [{name for name in made if np.isin(flow.group_ids_of(name), group_ids).any()} for group_ids in arriving]
+def _with_equal_blocks(flow: ChannelFlow, counts: dict[str, int]) -> dict[str, int]:
+    """Give layers whose channels are shuffled together the same blocks: with others they'd lose different numbers."""
+    shuffled_together = list[set[str]]()
+    for blocks in flow.blocks:
+        group_ids = flow.group_ids(np.concatenate([block for side in blocks.sides for block in side]))
+        together = set[str]()
+        for name, layer in flow.layers.items():
+            # Depth-wise convolutions follow the layer before them.
+            if not layer.depthwise and np.isin(flow.group_ids_of(name), group_ids).any():
+                together.add(name)
+        shuffled_together.append(together)
     before: dict[str, int] = {}
     while before != counts:
         before = dict(counts)
-        for names in met:
+        for names in shuffled_together:
             common = math.lcm(*(counts.get(name, 1) for name in names))
             widths = [flow.layers[name].channels for name in names]
-            # In blocks of one channel none could go.
+            # No channel of blocks of one could be pruned.
             if all(width % common == 0 and width > common for width in widths):
                 counts |= dict.fromkeys(names, common)
     return counts

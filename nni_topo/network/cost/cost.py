@@ -28,7 +28,7 @@ from nni_topo.network.speedup import Network
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 Kept = Mapping[str, BoolArray]
-"""``{layer name: which of its output channels are kept}``, or which of its heads; what mixes heads is passed over."""
+"""``{layer name: which of its output channels are kept}``, or of its heads; output projections are passed over."""
 
 
 @dataclass(frozen=True)
@@ -49,50 +49,50 @@ class _LayerCost:
     positions: int
     entering_positions: int
     leaving_positions: int
-    together: int  # of these, those that see one another where it makes queries, keys or values: of a window
+    together: int  # of these, those of one window, where the layer makes queries, keys or values
     bias: int  # how many of them
 
     def products(self, pruned: BoolArray) -> int:
-        """Products per output position, summed over the output channels that are left."""
+        """Products per output position, summed over the kept output channels."""
         # A depth-wise convolution loses groups with its channels: each channel keeps one input.
         depthwise = self.groups == len(self.entering) > 1
-        entering = 1 if depthwise else _left(self.entering, pruned) // self.groups
-        return _left(self.leaving, pruned) * entering * self.kernel
+        entering = 1 if depthwise else _count_kept(self.entering, pruned) // self.groups
+        return _count_kept(self.leaving, pruned) * entering * self.kernel
 
     def weights(self, pruned: BoolArray) -> int:
-        """Number of parameters that are left."""
-        return self.products(pruned) + self.bias * _left(self.leaving, pruned)
+        """Number of kept parameters."""
+        return self.products(pruned) + self.bias * _count_kept(self.leaving, pruned)
 
     def activations(self, pruned: BoolArray) -> int:
         """Number of values that enter and leave one call."""
-        entering = _left(self.entering, pruned) * self.entering_positions
-        return entering + _left(self.leaving, pruned) * self.leaving_positions
+        entering = _count_kept(self.entering, pruned) * self.entering_positions
+        return entering + _count_kept(self.leaving, pruned) * self.leaving_positions
 
 
 class NetworkCost:
     """Count a network's cost from the channels that are kept."""
 
-    # Not by PyTorch's counter, on which `count_macs` stands: that runs a network, and a search for a budget asks for
-    # thousands of widths that nobody has built. The tests hold both to the same numbers.
-    # Convolutions, linear layers and attention count as the dense model has them, batch norms as parameters, everything
-    # else (other norms) as in the whole network. A channel that several layers
-    # put out together goes when all of them lose it; one of a layer without an entry stays.
+    # Not by PyTorch's counter, which `count_macs` uses: that runs a network, and a search for a budget asks for the
+    # cost of thousands of widths without building any. The tests hold both to the same numbers.
+    # Convolutions, linear layers and attention count as in the dense model, batch norms as parameters, everything else
+    # (other norms) as in the unpruned network. A channel that several layers share is pruned when all of them lose it;
+    # one of a layer without an entry stays.
     def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
         network = Network.on(model, example_inputs)
         samples = len(tensors_of(network.call)[0])
         self._flow, sizes = network.flow, network.sizes
         self._modules = modules = dict(model.named_modules())
-        self._layers = {
-            name: _layer_cost(network, name, modules[name], _by_sample(modules[name], sizes[name], samples))
-            for name in self._flow.layers
-            if name in sizes  # embeddings compute nothing
-        }
-        self._norms = {
-            name: self._flow.entering_group_ids(name)
-            for name, module in modules.items()
-            if isinstance(module, NORMS) and module.affine and len(self._flow.entering_group_ids(name))
-        }
-        # What each channel of the heads' values takes: a product with every query for every key, twice.
+        self._layers = dict[str, _LayerCost]()
+        for name in self._flow.layers:
+            if name in sizes:  # embeddings compute nothing
+                calls = _by_sample(modules[name], sizes[name], samples)
+                self._layers[name] = _layer_cost(network, name, modules[name], calls)
+        self._norms = dict[str, IntArray]()
+        for name, module in modules.items():
+            entering = self._flow.entering_group_ids(name)
+            if isinstance(module, NORMS) and module.affine and len(entering):
+                self._norms[name] = entering
+        # By channel of the heads' values: each query is multiplied with each key, and each weight with each value.
         self._attention: list[tuple[IntArray, int]] = []
         for attention in network.attention.values():
             layer, channels = attention.context
@@ -101,30 +101,38 @@ class NetworkCost:
                 queries, keys = made[0].leaving_positions, made[-1].together  # of one sample
                 self._attention.append((self._flow.group_ids_of(layer)[channels.ravel()], 2 * queries * keys))
         nothing = np.zeros(self._flow.size, dtype=np.bool_)
-        counted = sum(cost.weights(nothing) for cost in self._layers.values())
-        counted += 2 * sum(len(group_ids) for group_ids in self._norms.values())
+        # Parameters of everything else, which isn't pruned.
+        self._rest = sum(parameter.numel() for parameter in model.parameters())
+        for cost in self._layers.values():
+            self._rest -= cost.weights(nothing)
+        for group_ids in self._norms.values():
+            self._rest -= 2 * len(group_ids)
         self._bytes = max((parameter.element_size() for parameter in model.parameters()), default=4)
-        self._rest = sum(parameter.numel() for parameter in model.parameters()) - counted
 
     def __call__(self, kept: Kept) -> Cost:
-        """Count the cost with channels gone; by layer, bool, shape (channels,), those kept; else all are."""
+        """Count the cost with the ``kept`` channels of layers; a layer without an entry keeps all."""
         pruned = ~self._flow.kept(kept)
-        macs = sum(cost.products(pruned) * cost.positions for cost in self._layers.values())
-        macs += sum(_left(group_ids, pruned) * products for group_ids, products in self._attention)
-        params = self._rest + sum(cost.weights(pruned) for cost in self._layers.values())
-        params += 2 * sum(_left(group_ids, pruned) for group_ids in self._norms.values())
-        values = params + max((cost.activations(pruned) for cost in self._layers.values()), default=0)
-        return Cost(macs, params, self._bytes * values)
+        macs, params, activations = 0, self._rest, 0
+        for cost in self._layers.values():
+            macs += cost.products(pruned) * cost.positions
+            params += cost.weights(pruned)
+            activations = max(activations, cost.activations(pruned))
+        for group_ids, products in self._attention:
+            macs += _count_kept(group_ids, pruned) * products
+        for group_ids in self._norms.values():
+            params += 2 * _count_kept(group_ids, pruned)
+        return Cost(macs, params, self._bytes * (params + activations))
 
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
-        """Count the (input, output) channels left of each layer, of a linear layer the features."""
+        """Count the kept (input, output) channels of each layer, of a linear layer the features."""
         pruned = ~self._flow.kept(kept)
         return {
-            name: (_left(cost.entering, pruned), _left(cost.leaving, pruned)) for name, cost in self._layers.items()
+            name: (_count_kept(cost.entering, pruned), _count_kept(cost.leaving, pruned))
+            for name, cost in self._layers.items()
         }
 
     def masks(self, kept: Kept) -> dict[str, dict[str, torch.Tensor]]:
-        """Return masks, of layers that lose channels, that let the same ones go."""
+        """Return masks of the layers that lose channels."""
         pruned, found = ~self._flow.kept(kept), {}
         for name, cost in self._layers.items():
             stays, module = torch.from_numpy(~pruned[cost.leaving]), self._modules[name]
@@ -156,7 +164,7 @@ def _layer_cost(network: Network, name: str, module: Any, calls: list[tuple[Size
 
 
 def _by_sample(module: Any, calls: list[tuple[Size, Size]], samples: int) -> list[tuple[Size, Size]]:
-    """Let windows, which a linear layer may get as samples, be of the samples that they are of."""
+    """Split windows, which a linear layer may get as samples, by the sample that they come from."""
     if not isinstance(module, torch.nn.Linear):
         return calls
     return [(_parted(entering, samples), _parted(leaving, samples)) for entering, leaving in calls]
@@ -173,5 +181,6 @@ def _positions(module: Any, size: Size) -> int:
     return math.prod(size[1:]) // size[-1 if last else 1]
 
 
-def _left(group_ids: IntArray, pruned: BoolArray) -> int:
+def _count_kept(group_ids: IntArray, pruned: BoolArray) -> int:
+    """Count the kept channels among some, given by group id which are pruned."""
     return len(group_ids) - int(np.count_nonzero(pruned[group_ids]))

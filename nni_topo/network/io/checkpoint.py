@@ -121,15 +121,26 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     place = path_of(path)
     check_unwrapped(dense)
     listed, every = dense.state_dict(keep_vars=True), named_tensors(dense)
+    modules = dict[str, dict[str, Any]]()
+    for name, module in dense.named_modules():
+        if size_names(module):
+            modules[name] = describe(module)
+    state, buffers, fingerprints = dict[str, torch.Tensor](), dict[str, torch.Tensor](), dict[str, str]()
+    for name, tensor in listed.items():
+        state[name] = tensor.detach()
+    for name, tensor in every.items():
+        fingerprints[name] = _fingerprint(tensor)
+        if name not in listed:
+            buffers[name] = tensor.detach()
     document = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "package_version": __version__,
-        "modules": {name: describe(module) for name, module in dense.named_modules() if size_names(module)},
+        "modules": modules,
         "numbers": sizes_of(dense),
-        "state_dict": {name: tensor.detach() for name, tensor in listed.items()},
-        "buffers": {name: tensor.detach() for name, tensor in every.items() if name not in listed},
-        "fingerprints": {name: _fingerprint(tensor) for name, tensor in every.items()},
+        "state_dict": state,
+        "buffers": buffers,
+        "fingerprints": fingerprints,
         "blocks": kept_blocks(dense),
         "head_sizes": {name: attention.head_size for name, attention in find_attention(dense).items()},
     }
@@ -185,12 +196,13 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     check_unwrapped(built)
     _take_out(document["blocks"], built, os.fspath(path))
     for name, module in built.named_modules():
-        # Of a layer that computes its weight a plain one was made where it was cut.
-        if _is_plain(document["modules"].get(name), module):
+        # A layer that computes its weight became a plain one where it was cut, which has another type in the file.
+        description = document["modules"].get(name)
+        if isinstance(description, dict) and description.get("type") != type(module).__name__:
             fold(module)
     _check_fit(document, built, os.fspath(path))
     modules: dict[str, dict[str, Any]] = document["modules"]
-    whole = find_attention(built)
+    unpruned_attention = find_attention(built)
     for name, description in modules.items():
         _resize(built.get_submodule(name), description["sizes"])
     ties = find_ties(built)
@@ -200,10 +212,11 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
         for name, tensor in named_tensors(built).items():
             if name in stored:
                 tensor.data = stored[name].to(tensor.device, copy=True)
-    for name, attention in whole.items():
+    for name, attention in unpruned_attention.items():
         _resize_heads(built, attention, document["head_sizes"].get(name, attention.head_size), os.fspath(path))
     put_sizes(built, _smaller(document["numbers"], built, os.fspath(path)))
-    tie_again(built, [part for names in ties for part in _shared(names, stored)])
+    for names in ties:
+        tie_again(built, _shared(names, stored))
     _check_values(document.get("fingerprints", {}), stored, built, os.fspath(path))
     return built
 
@@ -219,11 +232,6 @@ def describe(module: torch.nn.Module) -> dict[str, Any]:
     sizes = {name: getattr(module, name) for name in size_names(module)}
     plain = {name: list(size) if isinstance(size, tuple) else int(size) for name, size in sizes.items()}
     return {"type": type(module).__name__, "sizes": plain}
-
-
-def _is_plain(description: Any, module: torch.nn.Module) -> bool:
-    """Tell whether a file has a module as one of another class than the model, which might be the plain one of it."""
-    return isinstance(description, dict) and description.get("type") != type(module).__name__
 
 
 def _fingerprint(tensor: torch.Tensor) -> str:
@@ -263,13 +271,13 @@ def _check_values(
 def _write_safe(document: dict[str, Any], path: _PathLike) -> None:
     """Write the tensors as safetensors, each once, and all else as JSON into the header."""
     tensors = document["state_dict"] | document["buffers"]
-    places = _shared([*tensors], tensors)
-    recipe = document | {
-        "state_dict": {name: first for first, *others in places for name in (first, *others)},
-        "buffers": [*document["buffers"]],
-    }
-    # Copies, for safetensors takes no two views of one memory.
-    values = {first: tensors[first].cpu().contiguous().clone() for first, *_ in places}
+    stored_as, values = dict[str, str](), dict[str, torch.Tensor]()
+    for names in _shared([*tensors], tensors):
+        first = names[0]
+        stored_as |= dict.fromkeys(names, first)
+        # A copy, for safetensors takes no two views of one memory.
+        values[first] = tensors[first].cpu().contiguous().clone()
+    recipe = document | {"state_dict": stored_as, "buffers": [*document["buffers"]]}
     try:
         save_file(values, os.fspath(path), {_RECIPE: json.dumps(recipe)})
     except SafetensorError as error:
@@ -284,13 +292,12 @@ def _read_safe(path: _PathLike) -> Any:
         if not isinstance(recipe, dict):
             return None
         values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    places, buffers = recipe["state_dict"], recipe["buffers"]
-    if unknown := values.keys() - {*places.values()}:
+    stored_as, buffers = recipe["state_dict"], recipe["buffers"]
+    if unknown := values.keys() - {*stored_as.values()}:
         raise DataError(f"a dense model's recipe must name every tensor, got none of {min(unknown)} ({path})")
-    return recipe | {
-        "state_dict": {name: values[first] for name, first in places.items() if name not in buffers},
-        "buffers": {name: values[places[name]] for name in buffers},
-    }
+    tensors = {name: values[first] for name, first in stored_as.items()}
+    in_buffers = {name: tensors.pop(name) for name in buffers}
+    return recipe | {"state_dict": tensors, "buffers": in_buffers}
 
 
 def _read(path: _PathLike) -> dict[str, Any]:
@@ -314,7 +321,7 @@ def _read(path: _PathLike) -> dict[str, Any]:
 
 
 def _take_out(blocks: dict[str, Any], model: torch.nn.Module, place: str) -> None:
-    """Take out of a model the blocks that a file's lacks; one that was built without them is left as it is."""
+    """Take the blocks out of a model that the file's model lacks, unless it was built without them."""
     modules, missing = dict(model.named_modules()), {}
     for name, kept in blocks.items():
         is_list = isinstance(kept, list) and bool(kept) and all(type(each) is int and each >= 0 for each in kept)
@@ -326,19 +333,22 @@ def _take_out(blocks: dict[str, Any], model: torch.nn.Module, place: str) -> Non
             missing[name] = kept
             if kept[-1] >= count:
                 rule = "a dense model must be loaded into the model it was pruned from"
-                raise ConfigError(f"{rule}, got {count} blocks where block {kept[-1]} is left ({name}, {place})")
+                raise ConfigError(f"{rule}, got {count} blocks where block {kept[-1]} is kept ({name}, {place})")
     take_out_others(model, missing)
 
 
 def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> None:
     """Raise unless the file could come from a pruned copy of the model."""
     rule = "a dense model must be loaded into the model it was pruned from"
-    modules = {name: module for name, module in model.named_modules() if size_names(module)}
-    resizable = {name for name, module in model.named_modules(remove_duplicate=False) if size_names(module)}
-    resizable |= find_attention(model).keys()
     stored: dict[str, dict[str, Any]] = document["modules"]
-    # Of a response norm the whole model says no size.
-    modules |= {name: each for name, each in model.named_modules() if name in stored and response_norm(each)}
+    modules, resizable = dict[str, torch.nn.Module](), {*find_attention(model)}
+    for name, module in model.named_modules():
+        # A response norm has a size only where it was pruned.
+        if size_names(module) or (name in stored and response_norm(module)):
+            modules[name] = module
+    for name, module in model.named_modules(remove_duplicate=False):
+        if size_names(module):
+            resizable.add(name)
     tensors = dict(model.state_dict(keep_vars=True))
     _check_names(rule, "modules", set(stored), set(modules), place)
     _check_names(rule, "tensors", set(document["state_dict"]), set(tensors), place)
@@ -367,18 +377,19 @@ def _check_sizes(
     for key, size in sizes.items():
         if key == "counted":
             continue
-        new, old = (each if isinstance(each, list) else [each] for each in (size, known.get(key, size)))
-        if len(new) != len(old) or any(one > whole or one < min(whole, 1) for one, whole in zip(new, old, strict=True)):
+        before = known.get(key, size)
+        new, old = size if isinstance(size, list) else [size], before if isinstance(before, list) else [before]
+        if len(new) != len(old) or any(not min(most, 1) <= one <= most for one, most in zip(new, old, strict=True)):
             raise ConfigError(
                 "a dense model must be loaded into the model it was pruned from, got "
                 f"{key} {size} where the model has {known.get(key)} ({name}, {place})"
             )
     tensors = {**document["state_dict"], **document["buffers"]}
-    stated, whole_stated = _stated(module, sizes), _stated(module, known)
+    stated, stated_unpruned = _stated(module, sizes), _stated(module, known)
     for own, shape in stated.items():
-        # A class of one's own may hold its tensors in another way, which the model shows.
+        # A user's class may hold its tensors in another way, which the model shows.
         mine, tensor = getattr(module, own, None), tensors.get(f"{name}.{own}".lstrip("."))
-        is_usual = isinstance(mine, torch.Tensor) and mine.shape[: len(shape)] == whole_stated[own]
+        is_usual = isinstance(mine, torch.Tensor) and mine.shape[: len(shape)] == stated_unpruned[own]
         if is_usual and tensor is not None and tensor.shape[: len(shape)] != shape:
             got = f"{sizes} for a {own} of shape {tuple(tensor.shape)}"
             raise DataError(f"a recipe's sizes must be those of its tensors, got {got} ({name}, {place})")
@@ -390,7 +401,7 @@ def _check_sizes(
 
 
 def _stated(module: Any, sizes: dict[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return by name how the shapes of a module's tensors begin if it has these sizes; NaN where none can."""
+    """Return the first dimensions of a module's tensors, by name, if it has these sizes; NaN where no tensor fits."""
     if isinstance(module, torch.nn.modules.conv._ConvNd):
         groups = sizes["groups"]
         if module.transposed:
@@ -417,10 +428,10 @@ def _stated(module: Any, sizes: dict[str, Any]) -> dict[str, tuple[float, ...]]:
 
 
 def _counts(module: Any, taps: torch.Tensor | None) -> tuple[int, float]:
-    """Return the fewest and the most channels that a module cut from this one may count: all that there were."""
+    """Return the least and the largest original width that a module cut from this one may have in its statistics."""
     if hasattr(module, "counted"):
         return module.counted, module.counted
-    if isinstance(module, torch.nn.Conv1d):  # it goes along channels, whose number the layer doesn't know
+    if isinstance(module, torch.nn.Conv1d):  # a channel-wise convolution, which doesn't know the number of channels
         return (1 if taps is None else len(taps)), math.inf
     if isinstance(module, torch.nn.GroupNorm):
         return (module.num_channels // module.num_groups,) * 2
@@ -432,10 +443,12 @@ def _counts(module: Any, taps: torch.Tensor | None) -> tuple[int, float]:
 def _checked(description: Any, name: str, place: str) -> tuple[str, dict[str, Any]]:
     """Return the type and sizes that a recipe has of a module."""
     match description:
-        case {"type": str(kind), "sizes": dict(sizes)} if all(
-            type(one) is int and one >= 0 for size in sizes.values() for one in (size if type(size) is list else [size])
-        ):
-            return kind, sizes
+        case {"type": str(kind), "sizes": dict(sizes)}:
+            numbers = list[Any]()
+            for size in sizes.values():
+                numbers += size if type(size) is list else [size]
+            if all(type(number) is int and number >= 0 for number in numbers):
+                return kind, sizes
     raise DataError(f"a recipe must give a module's type and whole sizes, got {description!r:.80} ({name}, {place})")
 
 
@@ -467,21 +480,21 @@ def _check_names(rule: str, kind: str, stored: set[str], known: set[str], place:
 
 
 def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place: str) -> None:
-    """Tell attention how many heads it has, and channels of each; its layers are cut already."""
+    """Set the number of heads of attention and the size of each; its layers are cut already."""
     layer, channels = next(iter(attention.channels.items()))
-    module, whole = model.get_submodule(attention.name), attention.head_size
-    if type(size) is not int or not 0 < size <= whole:
-        raise DataError(f"a head must have 1 to {whole} channels, got {size!r:.80} ({attention.name}, {place})")
+    module, full_size = model.get_submodule(attention.name), attention.head_size
+    if type(size) is not int or not 0 < size <= full_size:
+        raise DataError(f"a head must have 1 to {full_size} channels, got {size!r:.80} ({attention.name}, {place})")
     weight = weight_of(model.get_submodule(layer))
-    left = len(weight) // (channels.shape[1] // whole * size)
-    resize(module, attention, left, weight.shape[1])
-    if size < whole:
-        set_size(module, whole, size, left)
+    heads = len(weight) // (channels.shape[1] // full_size * size)
+    resize(module, attention, heads, weight.shape[1])
+    if size < full_size:
+        set_size(module, full_size, size, heads)
 
 
 def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
     if "counted" in sizes and isinstance(module, torch.nn.Conv1d):
-        make_channelwise(module, 1)  # the file holds where the channels left are
+        make_channelwise(module, 1)  # the file holds the places of the kept channels
         module.counted = sizes["counted"]
     elif "counted" in sizes:
         keep_original_width(module, sizes["counted"])
@@ -536,8 +549,8 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
         if not different:
             break
     if different:
-        whole, left = find_attention(built), find_attention(dense)
-        fewer = different[0] in whole and different[0] in left and left[different[0]].heads < whole[different[0]].heads
+        before, after = find_attention(built).get(different[0]), find_attention(dense).get(different[0])
+        fewer = before is not None and after is not None and after.heads < before.heads
         why = "has one width for all blocks"
         if fewer and not heads:
             why += f" (Transformers {version('transformers')} prunes no heads of this class)"
@@ -557,12 +570,12 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
 
 
 def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:
-    """Return what ``config.pruned_heads`` must say of a model: by the number of a block, heads that are gone.
+    """Return ``config.pruned_heads`` for a model: pruned heads, by the number of their block.
 
-    Which of a block's heads these are makes no difference: their values come from the file. What else depends on it
-    has another shape then. Nothing where the class can't prune heads, as none can since Transformers 5.
+    Which heads of a block are named makes no difference: the values of the others come from the file. Empty where the
+    class can't prune heads, as none can since Transformers 5.
     """
-    whole, left = find_attention(plain), find_attention(dense)
+    unpruned, pruned = find_attention(plain), find_attention(dense)
     probe, found = copy.deepcopy(plain), dict[int, list[int]]()
     for block in itertools.count():
         before = {name: each.heads for name, each in find_attention(probe).items()}
@@ -572,18 +585,20 @@ def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:
             return found
         after = {name: each.heads for name, each in find_attention(probe).items()}
         changed = [name for name, count in before.items() if after.get(name, 0) != count]
-        gone = {whole[name].heads - left[name].heads if name in left else 0 for name in changed}
         if not changed:
             return found
-        if len(gone) == 1 and (count := gone.pop()) > 0:
+        missing = {unpruned[name].heads - pruned[name].heads if name in pruned else 0 for name in changed}
+        count = missing.pop()
+        # A block whose attention modules lose different numbers can't be described.
+        if not missing and count > 0:
             found[block] = list(range(count))
     return found
 
 
 def _structure(model: torch.nn.Module) -> dict[str, Any]:
-    """Return what a config must say of a model: the heads, the modules' sizes, and the tensors' shapes, by name."""
+    """Return what a config has to reproduce: the heads, the modules' sizes and the tensors' shapes, by name."""
     heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
-    # A norm as PyTorch's in the place of one of Transformers' own computes the same; its weight says how wide it is.
+    # PyTorch's norms in the place of Transformers' own compute the same; their weights have the width already.
     plain = (torch.nn.RMSNorm, ShiftedRMSNorm, torch.nn.LayerNorm)
     described = [each for each in model.named_modules() if size_names(each[1]) and type(each[1]) not in plain]
     sizes = {name: describe(module) for name, module in described}
@@ -594,13 +609,13 @@ _NOTE = "kept_blocks"
 
 
 def take_out(model: nn.Module, parent: str, first: int, count: int) -> None:
-    """Take so many blocks out of an ``nn.ModuleList`` or ``nn.Sequential``, from a number on, in place."""
+    """Take ``count`` blocks out of an ``nn.ModuleList`` or ``nn.Sequential``, from number ``first`` on, in place."""
     container: Any = model.get_submodule(parent)
     kept = list(getattr(container, _NOTE, range(len(container))))
     del container[first : first + count]
     del kept[first : first + count]
     setattr(container, _NOTE, tuple(kept))
-    # By their numbers the layers of Transformers find what they cached.
+    # Layers of Transformers look up their cached states by these numbers.
     for block in list(container)[first:]:
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
@@ -608,12 +623,12 @@ def take_out(model: nn.Module, parent: str, first: int, count: int) -> None:
 
 
 def kept_blocks(model: nn.Module) -> dict[str, list[int]]:
-    """Return which of a model's first blocks are left, by the names of the lists that lost any."""
+    """Return the numbers of the blocks that are kept, by the names of the lists that lost any."""
     return {name: list(getattr(module, _NOTE)) for name, module in model.named_modules() if hasattr(module, _NOTE)}
 
 
 def take_out_others(model: nn.Module, kept: Mapping[str, list[int]]) -> None:
-    """Take all blocks but some out of a whole model, in place."""
+    """Take all blocks but the ``kept`` ones out of an unpruned model, in place."""
     before = {parent: len(model.get_submodule(parent)._modules) for parent in kept}
     for parent, numbers in kept.items():
         for number in sorted(set(range(before[parent])) - set(numbers), reverse=True):
@@ -622,9 +637,9 @@ def take_out_others(model: nn.Module, kept: Mapping[str, list[int]]) -> None:
 
 
 def tell_depth(model: Any, kept: Mapping[str, tuple[int, list[int]]]) -> None:
-    """Let the ``config`` of a model of Transformers say how many blocks are left, where it counts those of one list.
+    """Set the number of blocks in the ``config`` of a model of Transformers, if that describes one list of blocks.
 
-    ``kept``: by list how many there were, and the numbers of those that are left.
+    ``kept``: by list, how many blocks there were, and the numbers of those that are kept.
     """
     config: Any = getattr(model, "config", None)
     count, numbers = next(iter(kept.values()), (0, []))

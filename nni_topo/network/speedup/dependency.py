@@ -42,7 +42,7 @@ _logger = logging.getLogger(__name__)
 OUTPUT = str(reasons.model_output())
 
 
-# Of each channel there is a number: a look at all of them would take its time.
+# Only the outer types: a mapping has a number for every channel, and looking at all of them would take long.
 _BY_LAYER = Rule(
     "a mapping of layers' names to tuples",
     lambda value: (
@@ -60,11 +60,11 @@ class DependencyGroups(list[dict[str, Any]]):
     entries : iterable of dict
         The entries.
     skipped : mapping of str to str
-        By layer that the asker's config_list selects and this one doesn't, why it stays whole; in network order. Then,
-        by layer of which some channels have to stay and that this list selects for the others, how many stay and why.
+        By layer that the user's config_list selects and this one doesn't, why it keeps all channels; in network order.
+        Then, by layer of which some channels have to stay and that this list selects for the others, how many and why.
     named : iterable of str
-        The layers that ``op_names`` names. A pruner of the package that can make nothing of one raises; others it
-        leaves whole, with a warning.
+        The layers that ``op_names`` names. A pruner of the package that can't prune one raises; other layers that it
+        can't prune keep all channels, with a warning.
     ties : mapping of str to tuple of int
         By layer that shares some of its channels with others, or with itself, a number for each channel, (channels,):
         those with equal numbers can only go together, which no entry can say. The package's pruners heed it.
@@ -97,7 +97,7 @@ class DependencyGroups(list[dict[str, Any]]):
         return DependencyGroups(entries, self.skipped, self.named, self.ties, self.shares, self.reasons)
 
     def unnamed(self) -> DependencyGroups:
-        """Be as if ``op_types`` had selected all: what a pruner can make nothing of it leaves whole."""
+        """Return the groups as if ``op_types`` had selected all: layers that a pruner can't prune keep all channels."""
         return DependencyGroups(self, self.skipped, (), self.ties, self.shares, self.reasons)
 
     def without(self, layers: Iterable[str]) -> DependencyGroups:
@@ -153,10 +153,9 @@ def dependency_groups(
     Layers that ``op_names`` names are always in the result. Others are left out, in one warning and in ``skipped``,
     where `to_dense` couldn't remove their channels: those that give the model's output; and those whose channels
     enter something that needs all of them, or a fixed size in the forward.
-    A model that can't be traced as a whole is followed part by part, and what a part gives stays. Which these are
-    shows a rehearsal, in which random channels of all layers go: about two forward passes. A size that an attribute
-    holds (``self.width``) isn't fixed where it counts channels, by which the forward splits, slices or views them, and
-    nothing else is made of it.
+    A model that can't be traced as a whole is followed part by part, and the outputs of a part are kept. A dry run
+    finds unprunable channels by pruning random ones: about two forward passes. A size in an attribute (``self.width``)
+    isn't fixed where it holds a number of channels that the forward only uses to split, slice or view them.
 
     Where a selected layer is tied to one that isn't selected, its channels can't be removed: ``to_dense`` keeps them,
     as NNI does. It's no error; a warning names both.
@@ -197,7 +196,7 @@ def dependency_groups(
     selection = _with_layers_of_attention(given, flow)
     order = _network_order(model, flow)
     groups = layer_groups(flow)
-    # What is named stays selected whatever it is, so that the pruner that can make nothing of it says so.
+    # Named layers stay selected in any case: a pruner that can't prune one says so.
     unpruned = _skipped(network, flow, [name for name in order if name in selection.by_type])
     projections = _projections_by_column(flow, groups, selection, unpruned)
     choice = _choose(model, flow, order, selection, unpruned, projections)
@@ -205,7 +204,7 @@ def dependency_groups(
         _check_none_left_out(choice.left_out)
     _warn(flow, groups, choice)
     entries = _write_entries(flow, order, selection, choice)
-    # Of what mixes heads by column all rows stay.
+    # Output projections that lose columns keep all rows.
     ties = partial_couplings(flow, choice.by_row - _followers(flow))
     in_part = {name: why for name, why in choice.in_part.items() if name not in selection.named}
     return DependencyGroups(
@@ -239,7 +238,7 @@ class _Selection:
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """What becomes of each selected layer."""
+    """How each selected layer is pruned, if it is."""
 
     by_row: frozenset[str]  # those that lose rows of their weights: channels, or heads
     projections: dict[str, Attention]  # those that lose columns: output projections, with the heads that they read
@@ -261,7 +260,7 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
         modules, settings, _ = select_modules_by_config(model, config)
         if not modules:
             raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
-        derived_types(torch.nn.ModuleList(modules.values()), PruningSetting.registry)  # of layers that are named, too
+        derived_types(torch.nn.ModuleList(modules.values()), PruningSetting.registry)  # of named layers, too
         entries.append((frozenset(modules), settings))
         by_head.update(modules if asks_for_heads else ())
     return _Selection(tuple(entries), frozenset(named), frozenset(by_head))
@@ -298,7 +297,7 @@ def _projections_by_column(
         is_asked = name in selection.by_head or name in selection.by_type
         if is_asked and attention.channels.keys() <= prunable:
             found[name] = attention
-    # What norms make of a head that is gone only a mask on its columns takes off.
+    # After a norm the values of a pruned head aren't zero: only a mask on the columns removes them.
     by_head = selection.by_head | {name for name, attention in found.items() if attention.shifted}
     by_row = set[str]()
     for names in groups:
@@ -319,14 +318,16 @@ def _choose(
     """Tell which selected layers lose rows, and which none, given those that can't and those that lose columns."""
     left_out = {name: why for name, why in unpruned.items() if name not in projections}
     # An output projection that loses columns keeps its rows, and with these the channels that it shares.
-    rows = {
-        group_id: name for name in projections for group_id in flow.group_ids_of(name).tolist() if group_id != FIXED
-    }
+    rows = dict[int, str]()
+    for name in projections:
+        rows |= dict.fromkeys(flow.group_ids_of(name).tolist(), name)
+    rows.pop(FIXED, None)
     for name in order:
         if name in selection.by_type and name in flow.layers and name not in projections:
-            shared = [rows[group_id] for group_id in flow.group_ids_of(name).tolist() if group_id in rows]
-            if shared:
-                left_out[name] = (reasons.head_by_head(shared[0]),)
+            for group_id in flow.group_ids_of(name).tolist():
+                if group_id in rows:
+                    left_out[name] = (reasons.head_by_head(rows[group_id]),)
+                    break
     for name in order:
         if name in selection.by_head and name not in flow.heads and name not in projections:
             left_out[name] = _why_headless(model, name)
@@ -349,7 +350,7 @@ def _write_entries(
     left_out = choice.left_out.keys() | _followers(flow)
     entries = []
     for names, settings in selection.entries:
-        # Blocks of one's own, NNI's 64 by 64, say, make no group: what is left of heads is seen when masks are there.
+        # A user's blocks, NNI's 64 by 64, say, make no group: which heads are kept shows when there are masks.
         has_blocks = isinstance(settings.get("granularity"), list)
         for name in order:
             if name not in names or name in left_out:
@@ -361,7 +362,7 @@ def _write_entries(
 
 
 def _parametrized(model: torch.nn.Module, types: set[str]) -> set[str]:
-    """Name the classes that PyTorch has put in place of such types where a weight is computed."""
+    """Name the classes that PyTorch puts in place of some types where a weight is parametrized."""
     found = {type(module) for module in model.modules() if is_parametrized(module)}
     return {kind.__name__ for kind in found if kind.__bases__[0].__name__ in types}
 
@@ -379,23 +380,27 @@ def _why_headless(model: torch.nn.Module, name: str) -> Reasons:
 
 def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
     """Put the layers of attention in place of a module that holds them."""
-    found = {name: flow.attention[name] for name in names - flow.heads.keys() if name in flow.attention}
-    inner = {layer for each in found.values() for layer in (*each.channels, *filter(None, [each.out]))}
-    return (names - found.keys()) | inner
+    holders, inner = set[str](), set[str]()
+    for name in names - flow.heads.keys():
+        if name in flow.attention:
+            holders.add(name)
+            inner.update(flow.attention[name].channels)
+            inner.update(filter(None, [flow.attention[name].out]))
+    return (names - holders) | inner
 
 
 def unprunable_layers(model: torch.nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Reasons]:
-    """Return which of some layers have to stay whole, and why."""
+    """Return which of some layers have to keep all channels, and why."""
     network = Network.on(model, example_inputs)
     return _skipped(network, network.flow, list(names))
 
 
 def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str, Reasons]:
-    """Return which of the layers asked for have to stay whole, and why."""
-    unfit, skipped, heads = unprunable(network), dict[str, Reasons](), list[str]()
+    """Return which of the layers asked for have to keep all channels, and why."""
+    held, skipped, heads = unprunable(network), dict[str, Reasons](), list[str]()
     for name in asked:
         if name not in flow.layers:
-            # Of a norm, say, masks may be wanted all the same.
+            # Norms may be selected for masks of their own.
             module = network.model.get_submodule(name)
             if output_channels(module) is not None or isinstance(module, RECURRENT) or is_transposed_linear(module):
                 if name in flow.channel_wise:
@@ -406,7 +411,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
                     skipped[name] = (why_not_followed(network.model, name),)
             continue
         group_ids = flow.group_ids_of(name)
-        found = dict.fromkeys(unfit[group_id] for group_id in group_ids.tolist() if group_id in unfit)
+        found = dict.fromkeys(held[group_id] for group_id in group_ids.tolist() if group_id in held)
         if found or (group_ids == FIXED).all():
             skipped[name] = tuple(found) or flow.why_pinned(name)
         elif len(set(group_ids.tolist())) == 1 < len(group_ids) and name not in flow.heads:
@@ -421,7 +426,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
 
 
 def layer_groups(flow: ChannelFlow) -> list[list[str]]:
-    """Group the layers of which any channel is tied, in network order; one without ties is a group of its own."""
+    """Group layers that share any channel, in network order; a layer without shared channels is a group of its own."""
     return coupled_names({name: set(flow.group_ids_of(name).tolist()) - {FIXED} for name in flow.layers})
 
 
@@ -444,16 +449,19 @@ def _settings(
         if set(group_ids) != {FIXED}:
             stated.setdefault(group_ids, []).append(name)
     # A recurrent layer is a group of its two weights.
-    alone = {name for name, each in flow.heads.items() if each.recurrent} | {
-        name for name in blocks if blocks[name] > 1
-    }
-    needed = [n for n in stated.values() if (len(n) > 1 or n[0] in alone) and not chosen.isdisjoint(n)]
+    alone = {name for name, each in flow.heads.items() if each.recurrent}
+    alone |= {name for name, count in blocks.items() if count > 1}
     settings: dict[str, dict[str, Any]] = {}
-    for rank, names in enumerate(needed):
+    rank = 0
+    for names in stated.values():
+        is_needed = len(names) > 1 or names[0] in alone
+        if not is_needed or chosen.isdisjoint(names):
+            continue
         for name in names:
             settings[name] = {"dependency_group_id": f"group_{rank}"}
             if blocks.get(name, 1) > 1:
                 settings[name]["internal_metric_block"] = blocks[name]
+        rank += 1
     for name in flow.layers:
         if name not in flow.heads and (size := flow.units(name).shape[1]) > 1:
             weight: Any = flow.fetch_attr(name).weight
@@ -482,9 +490,11 @@ def _followers(flow: ChannelFlow) -> set[str]:
 
 def _pinned(flow: ChannelFlow, selected: frozenset[str]) -> dict[str, Reasons]:
     """Return of which layers some channels have to stay, and why."""
-    return {
-        name: flow.why_pinned(name) for name in flow.layers if name in selected and FIXED in flow.group_ids_of(name)
-    }
+    found = dict[str, Reasons]()
+    for name in flow.layers:
+        if name in selected and FIXED in flow.group_ids_of(name):
+            found[name] = flow.why_pinned(name)
+    return found
 
 
 def _told_in_part(flow: ChannelFlow, pinned: Mapping[str, Reasons]) -> dict[str, str]:
@@ -497,7 +507,7 @@ def _told_in_part(flow: ChannelFlow, pinned: Mapping[str, Reasons]) -> dict[str,
 
 
 def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
-    """Collect layers by why they stay whole."""
+    """Collect layers by the reason why they keep all channels."""
     found: dict[str, list[str]] = {}
     for name, why in skipped.items():
         found.setdefault(why, []).append(name)

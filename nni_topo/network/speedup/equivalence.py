@@ -2,7 +2,7 @@
 
 NNI's masked model multiplies weights by masks and no more: after a batch norm a removed channel is its
 bias, no longer zero, and what follows sees it. In the dense model the channel isn't there. So
-here everything that works on single channels goes with the channel it works on.
+here everything that works on single channels is pruned with the channel.
 """
 
 from __future__ import annotations
@@ -43,7 +43,14 @@ from nni_topo.network.runtime import (
     watched,
 )
 from nni_topo.network.speedup.network import Network
-from nni_topo.network.speedup.reconcile import FullMasks, KeptIndices, MasksLike, check_masks, union, with_own
+from nni_topo.network.speedup.reconcile import (
+    FullMasks,
+    KeptIndices,
+    MasksLike,
+    check_masks,
+    mask_free_parameters,
+    union,
+)
 from nni_topo.sharing import find_ties, tie_again, untie
 
 _ROUGH = 1e-5  # from this tolerance on a tenth of it is above rounding in single precision
@@ -316,7 +323,7 @@ def _first_difference(
             return name, f"from {name} on, whose output has another shape than expected"
         if difference(full, small) > rtol:
             return name, f"from {name} on"
-    return None, "behind the last layer"
+    return None, "after the last layer"
 
 
 def _worst(expected: list[torch.Tensor], actual: list[torch.Tensor]) -> float:
@@ -392,4 +399,4 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: MasksLike) 
         flow = Network(model, call).flow
     except SpeedupError:
         return apply_masks(model, call, full)
-    return apply_masks(model, call, with_own(model, flow, full, union(model, flow, full)))
+    return apply_masks(model, call, mask_free_parameters(model, flow, full, union(model, flow, full)))

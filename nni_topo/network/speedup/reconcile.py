@@ -30,7 +30,7 @@ KeptIndices = dict[str, list[torch.Tensor]]
 
 
 def check_masks(model: torch.nn.Module, masks: MasksLike) -> FullMasks:
-    """Check masks and expand them to their parameters' shapes, types and devices; a channel's bias goes along."""
+    """Check masks and expand them to their parameters' shapes, types and devices, biases included."""
     MASKS.check("masks", masks, "masks")
     modules = dict(model.named_modules(remove_duplicate=False))
     # Masks are kept under the first of the names of a module.
@@ -39,11 +39,10 @@ def check_masks(model: torch.nn.Module, masks: MasksLike) -> FullMasks:
     for name, targets in masks.items():
         if name not in modules:
             raise unknown_name("the module of a mask", name, modules)
-        checked = {
-            target: _check_mask(modules[name], target, mask, f"{name}.{target}")
-            for target, mask in targets.items()
-            if mask is not None
-        }
+        checked = dict[str, torch.Tensor]()
+        for target, mask in targets.items():
+            if mask is not None:
+                checked[target] = _check_mask(modules[name], target, mask, f"{name}.{target}")
         _complete(modules[name], checked)
         own = full.setdefault(first_names[id(modules[name])], checked)
         if any(not torch.equal(own.get(target, mask), mask) for target, mask in checked.items()):
@@ -59,7 +58,7 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
         raise ConfigError(f"a mask's target must be a parameter of its module ({names}), got {target!r} ({place})")
     if not isinstance(mask, torch.Tensor):
         raise ConfigError(f"a mask must be a tensor, got {type(mask).__name__} ({place})")
-    # What isn't its own square is neither zero nor one.
+    # Only zero and one are their own squares.
     values = mask.detach() if mask.is_floating_point() else mask.to(torch.float32)
     if values.numel() and bool((values * values).sub_(values).abs_().amax()):
         raise ConfigError(f"a mask must hold zeros and ones, got other values or NaN ({place})")
@@ -76,7 +75,7 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
 
 
 def _complete(module: torch.nn.Module, targets: dict[str, torch.Tensor]) -> None:
-    """Mask the bias, and what else is its own, of every output channel of which all weights are masked."""
+    """Mask the bias, and other parameters by row, of every output channel whose weights are all masked."""
     kept = kept_channels(module, targets)
     for name in row_names(module):
         if kept is not None and isinstance(rows := getattr(module, name, None), torch.Tensor):
@@ -85,10 +84,10 @@ def _complete(module: torch.nn.Module, targets: dict[str, torch.Tensor]) -> None
 
 
 Dimensions = list[np.ndarray]
-"""What stays within each head of queries and keys, and of values: bool, (heads, channels)."""
+"""The kept channels within each head of queries and keys, and of values: bool, (heads, channels)."""
 
 Scores = Callable[[], np.ndarray]
-"""By representative, what a channel is worth; only asked for where any come back."""
+"""By group id, the importance of channels; only computed where any come back."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +95,9 @@ class Resolved:
     """Masks that agree, and what was kept for it."""
 
     masks: FullMasks
-    is_kept: np.ndarray  # which channels stay, by representative: bool
+    is_kept: np.ndarray  # which channels stay, by group id: bool
     reasons: dict[str, Reasons]  # why masked layers keep channels that their masks remove; of those that do
-    kept: dict[str, str]  # how many such channels and why, by layer that keeps any but for ``round_to`` and carriers
+    kept: dict[str, str]  # how many and why, by layer that keeps any but for ``round_to`` and constant channels
 
 
 def resolve_masks(
@@ -144,7 +143,7 @@ def resolve(
     """Make checked masks of tied channels agree; ``round_to``: every pruned layer keeps a multiple of it, or all.
 
     Channels that are ``constant_channels``, by group id and with the reason, stay without getting their weights back.
-    Those that are ``also`` kept, bool by representative, stay with their weights.
+    Those that are ``also`` kept, bool by group id, stay with their weights.
     """
     constant_channels = constant_channels or {}
     round_to = widths_multiple(round_to, device_of(model))
@@ -158,7 +157,7 @@ def resolve(
     if also is not None:
         kept |= also
     read = keep_read(flow, kept, scores)
-    # In two steps, so that what equal blocks bring back can be told from what rounding does.
+    # In two steps, to tell the channels that come back for equal blocks from those for rounding.
     grow(flow, kept, scores, 1, set(given))
     evened = kept.copy()
     grow(flow, kept, scores, round_to or 1, set(given))
@@ -168,21 +167,21 @@ def resolve(
     for name in given:
         if found := _why_kept(flow, given, name, (shared, evened, kept), round_to, {**read, **constant_channels}):
             why[name] = found
-    more = {name: ((evened & weighty)[flow.group_ids_of(name)] & ~given[name]).sum() for name in given}
-    told = {
-        name: f"{count} of {len(given[name])} ({reasons.told(why.get(name, ()))})"
-        for name, count in more.items()
-        if count
-    }
+    told = dict[str, str]()
+    for name in given:
+        count = int(((evened & weighty)[flow.group_ids_of(name)] & ~given[name]).sum())
+        if count:
+            told[name] = f"{count} of {len(given[name])} ({reasons.told(why.get(name, ()))})"
     new = _new_masks(model, flow, masks, given, (shared, weighty))
-    # Of heads that keep as many channels each the others are cut as well.
-    for layer in (each for name in find_narrow(model, flow, new, kept) for each in flow.attention[name].channels):
-        told.pop(layer, None)
+    # Where all heads keep equally many channels, the masked ones are cut as well.
+    for name in find_narrow(model, flow, new, kept):
+        for layer in flow.attention[name].channels:
+            told.pop(layer, None)
     return Resolved(new, kept, why, told)
 
 
 def union(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks) -> np.ndarray:
-    """Tell for every representative whether it is kept: it is as soon as one tied to it is, or has no mask."""
+    """Tell which channels are kept, by group id: those of which any tied one is kept, or has no mask."""
     return flow.kept(_given(model, flow, masks))
 
 
@@ -207,7 +206,7 @@ def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndar
 
 
 def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, Reason]:
-    """Bring one channel back where some are read by themselves of which none is left: which, and why."""
+    """Bring one channel back where a reader would get none: return which, and why."""
     found = dict[int, Reason]()
     for group_ids, reader in flow.read():
         if not kept[group_ids].any():
@@ -219,7 +218,7 @@ def keep_read(flow: ChannelFlow, kept: np.ndarray, scores: Scores) -> dict[int, 
 def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, masked: set[str]) -> None:
     """Bring channels back until blocks are equal and counts are rounded; both only ever add."""
     layers = [flow.group_ids_of(name) for name in flow.layers if name in masked]
-    # What evens one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
+    # Evening out one set of blocks may unbalance another that shares its channels. Channels only come back, so it ends.
     before, in_place = -1, flow.shuffles and stays_in_place(flow, kept)
     while before != int(kept.sum()):
         before = int(kept.sum())
@@ -230,11 +229,12 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
             wanted = -(-int(kept[group_ids].sum()) // round_to) * round_to
             _bring_back(group_ids, kept, scores, min(wanted, len(group_ids)))
         in_place = in_place and (before == int(kept.sum()) or stays_in_place(flow, kept))
-        uneven = [
-            flow.group_ids(block) for each in flow.blocks if each.is_uneven for side in each.sides for block in side
-        ]
+        uneven = list[np.ndarray]()
+        for blocks in flow.blocks:
+            if blocks.is_uneven:
+                uneven += [flow.group_ids(block) for side in blocks.sides for block in side]
         if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
-            # No number of each fits, but all of them.
+            # No smaller number of each fits.
             kept[np.concatenate(uneven)] = True
 
 
@@ -258,7 +258,7 @@ def _bring_back(group_ids: np.ndarray, kept: np.ndarray, scores: Scores, wanted:
     pruned = np.unique(group_ids[~kept[group_ids]])
     best = pruned[descending(scores()[pruned])]
     for group_id in best:
-        # Counted anew each time: one root may stand for several channels of the layer.
+        # Counted anew each time: several channels of the layer may have one group id.
         if int(kept[group_ids].sum()) >= wanted:
             return
         kept[group_id] = True
@@ -273,7 +273,7 @@ def _scores(model: torch.nn.Module, flow: ChannelFlow) -> np.ndarray:
         sums = weight.abs().double().transpose(0, channel_dimension(module)).flatten(1).sum(1).cpu().numpy()
         group_ids = flow.group_ids_of(name)
         # A grouped transposed convolution has one column for the outputs at one place of every group, which share its
-        # sum. Roots may repeat: each has to add.
+        # sum. Group ids may repeat: each has to add.
         np.add.at(scores, group_ids, np.resize(sums, len(group_ids)))
     return scores
 
@@ -288,7 +288,7 @@ def _why_kept(
 ) -> Reasons:
     """Return why a layer got back channels that its mask removes, by the stage at which it did.
 
-    ``single``: channels that stay by themselves, by representative, with the reason.
+    ``single``: channels that stay whatever others do, by group id, with the reason.
     """
     group_ids = flow.group_ids_of(name)
     shared, evened, rounded = (kept[group_ids] & ~given[name] for kept in stages)
@@ -303,7 +303,7 @@ def _why_kept(
 
 
 def _partners(flow: ChannelFlow, given: dict[str, np.ndarray], name: str, held: np.ndarray) -> Reasons:
-    """Name what holds some of a layer's channels."""
+    """Return why channels of a layer stay that are coupled with kept ones: the other layers, or what pins them."""
     if (held == FIXED).any():
         return flow.why_pinned(name)
     names = [other for other in flow.layers if np.isin(flow.group_ids_of(other), held).any()]
@@ -327,7 +327,7 @@ def _new_masks(
         old = given.get(name, np.ones_like(keep))
         if not (name in given or layer.depthwise) or np.array_equal(keep, old):
             continue
-        # What is masked of a head that stays for the rest of it stays masked.
+        # Masked channels of a kept head stay masked.
         back = keep & ~(shared[flow.group_ids_of(name)] if name in flow.heads else old)
         changed, keep_all = torch.from_numpy(back), torch.from_numpy(keep)
         targets = new.setdefault(name, {})
@@ -345,17 +345,18 @@ def _new_masks(
             weight = weight_of(model.get_submodule(name)).detach()
             targets = new.setdefault(name, {})
             targets["weight"] = targets.get("weight", torch.ones_like(weight)) * stays.to(weight)
-    return with_own(model, flow, new, kept)
+    return mask_free_parameters(model, flow, new, kept)
 
 
-def with_own(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
-    """Mask the parameters that the model uses by itself along with the channels that they meet."""
-    for name, own in flow.free_parameters.items():
+def mask_free_parameters(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
+    """Mask free parameters where the channels that they are tied to are pruned."""
+    for name, free in flow.free_parameters.items():
         stays = torch.from_numpy(kept[flow.group_ids(flow.free_parameter_ids(name))])
         if not bool(stays.all()):
             module, _, target = name.rpartition(".")
             parameter = model.get_parameter(name)
-            view = [-1 if d == own.dim else 1 for d in range(parameter.dim())]
+            view = [1] * parameter.dim()
+            view[free.dim] = -1
             masks.setdefault(module, {})[target] = stays.to(parameter).view(view).expand_as(parameter).clone()
     return masks
 
@@ -363,7 +364,7 @@ def with_own(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: 
 def find_narrow(
     model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, is_kept: np.ndarray
 ) -> dict[str, Dimensions]:
-    """Find the attention modules within whose heads masks leave equally many channels, and which these are."""
+    """Find the attention modules in whose heads masks keep equally many channels, and these channels."""
     found: dict[str, Dimensions] = {}
     for name in dict.fromkeys(each.name for each in flow.heads.values() if not each.recurrent):
         attention = flow.attention[name]
@@ -371,14 +372,11 @@ def find_narrow(
         heads = np.flatnonzero(is_kept[flow.group_ids(flow.unit_channel_ids(layer))])
         queries, keys, values = (_kept_rows(flow, masks, each)[rows[heads]] for each, rows in attention.parts)
         counts = {*keys.sum(1).tolist(), *values.sum(1).tolist()}
-        if (
-            np.array_equal(queries, keys_of_queries(keys, queries))
-            and len(counts) == 1
-            and 0 < max(counts) < keys.shape[1]
-        ):
+        are_equal = len(counts) == 1 and np.array_equal(queries, keys_of_queries(keys, queries))
+        if are_equal and 0 < max(counts) < keys.shape[1]:
             found[name] = [keys, values]
     for names in by_table(find_frequencies(model, flow.attention)).values():
-        # A pair of channels goes with its frequency, from all heads that turn by it.
+        # A pair of channels is pruned with its rotary frequency, in all heads that use the table.
         kept = [found[name][0] for name in names if name in found]
         if len(kept) < len(names) or pairs_of(np.concatenate(kept)) is None:
             found = {name: each for name, each in found.items() if name not in names}
@@ -386,7 +384,7 @@ def find_narrow(
 
 
 def keys_of_queries(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Repeat what is of keys for each of the heads that share them: (heads, channels of queries)."""
+    """Repeat the kept channels of keys for each of the query heads that share them: (heads, channels of queries)."""
     return np.tile(keys, (1, queries.shape[1] // keys.shape[1]))
 
 

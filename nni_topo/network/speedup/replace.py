@@ -1,4 +1,4 @@
-"""Cutting a model: NNI's replacers are told which channels stay, and heads get narrower where masks say so."""
+"""Cut a model: NNI's replacers take out the pruned channels, and heads get narrower where masks ask for it."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ _logger = logging.getLogger(__name__)
 class DenseSpeedup:
     """Make a model dense in place, given how channels flow through it and which of them stay, by group id.
 
-    It runs NNI's replacers as NNI's ``ModelSpeedup`` does, and is what they get in its place: they find the model as
+    It runs NNI's replacers as NNI's ``ModelSpeedup`` does, and they get it in that one's place: it has the model as
     ``bound_model``, its graph as ``graph_module`` and the nodes of that in ``node_infos``. No node is run on random
-    values, for it is known what stays of each module: `kept` says it.
+    values, for the channels of each module that stay are known: `kept` returns them.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class DenseSpeedup:
         return torch.from_numpy(np.flatnonzero(self.is_kept[self.flow.group_ids(ids)]))
 
     def channel_ids(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """List the numbers of the channels that enter and leave a module."""
+        """List the ids of the channels that enter and leave a module."""
         entering = self.flow.entering_channel_ids(name)
         is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.all_layers
         return entering, self.flow.channel_ids_of(name) if is_layer else entering
 
     def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """List the places of the channels that enter and leave a module and stay, in the dense model's order."""
+        """List the places of the kept channels that enter and leave a module, in the dense model's order."""
         entering, leaving = self.channel_ids(name)
         ins, outs = self.indices(entering), self.indices(leaving)
         if self.order is None or not len(entering):
@@ -113,15 +113,15 @@ class _Cutter(Replacer):
                 else:
                     cut(name, module, ins.to(device), outs.to(device))
         speedup.at = ""
-        for name, own in flow.free_parameters.items():
+        for name, free in flow.free_parameters.items():
             kept = speedup.indices(flow.free_parameter_ids(name))
             if speedup.order is not None and name in speedup.order.free_parameters:
                 kept = torch.from_numpy(speedup.order.free_parameters[name])
-            if len(kept) < own.channels:
+            if len(kept) < free.channels:
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)
-                keep(module, target, getattr(module, target).index_select(own.dim, kept.to(device_of(module))))
-                if isinstance(module, torch.nn.Embedding) and own.dim == 1:  # read as a parameter, as DeBERTa does
+                keep(module, target, getattr(module, target).index_select(free.dim, kept.to(device_of(module))))
+                if isinstance(module, torch.nn.Embedding) and free.dim == 1:  # read as a parameter, as DeBERTa does
                     module.embedding_dim = len(kept)
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
@@ -132,7 +132,7 @@ class _Cutter(Replacer):
 
 
 def _cut_by_head(module: torch.nn.Module, attention: Attention, heads: torch.Tensor) -> None:
-    """Keep the entries of some heads in what has one for each, such as a table of positions."""
+    """Keep the entries of some heads in tensors with an entry for each head, such as a table of positions."""
     if len(heads) == attention.heads:
         return
     for name, dim in attention.by_head.items():
@@ -148,7 +148,7 @@ def _cut_by_head(module: torch.nn.Module, attention: Attention, heads: torch.Ten
 def _in_order(
     flow: ChannelFlow, order: DenseOrder, name: str, module: torch.nn.Module, ascending: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """List the channels of a module that stay as they come: what enters, and what leaves in the same order."""
+    """List the kept input channels of a module in the order they arrive in, and its output channels accordingly."""
     ins, outs = torch.from_numpy(order.places(name)), ascending[1]
     groups = getattr(module, "groups", getattr(module, "num_groups", 1))
     of_group = ins // max(len(flow.entering_channel_ids(name)) // groups, 1)
@@ -161,11 +161,11 @@ def _in_order(
 
 
 def kept_outputs(flow: ChannelFlow, is_kept: np.ndarray) -> KeptIndices:
-    """List, by module that gives one tensor, the indices that stay of each dimension at its first call."""
+    """List the kept indices of each dimension of the output at the first call, by module whose output is one tensor."""
     kept: KeptIndices = {}
     for node in flow.traced.graph.nodes:
         shape = tensor_shape(node)
-        # What a layer gives that goes on behind its convolution isn't what its node gives.
+        # A layer with operations after its convolution: its node stands for the convolution alone.
         if node.op == "call_module" and shape is not None and not node.meta.get(HEAD):
             kept.setdefault(str(node.target), kept_slices(flow.ids[node.name], shape, flow, is_kept))
     return kept
@@ -178,16 +178,16 @@ def kept_slices(
     stays = torch.from_numpy(np.asarray(is_kept[flow.group_ids(ids.numpy())]))
     found = []
     for d, size in enumerate(shape):
-        # Numbers are of length 1 where nothing differs, and where there is but one place.
+        # Ids have length 1 where nothing differs, and where there is only one place.
         rows = stays.movedim(d, -1).reshape(-1, stays.shape[d]).any(0) if stays.shape[d] == size > 0 else None
         found.append(torch.arange(size) if rows is None else rows.nonzero().flatten())
     return found
 
 
 def narrowed(dense: nn.Module, flow: ChannelFlow, masks: FullMasks, is_kept: np.ndarray, call: Call) -> nn.Module:
-    """Cut what masks take away within heads; ``is_kept``: which representatives stay, and so which heads.
+    """Cut the channels that masks prune within heads; ``is_kept``: the channels that stay, by group id.
 
-    Returns the model itself where there is nothing to cut, or what it computes without that isn't the same.
+    Returns the model itself where there is nothing to cut, or where its output would change.
     """
     if not (found := find_narrow(dense, flow, masks, is_kept)):
         return dense
@@ -234,7 +234,7 @@ def _cut_within_heads(
         stays.setdefault(layer, []).append(rows[dims])
     layer, rows = attention.parts[0]
     asking = model.get_submodule(layer)
-    # What divides by the root of a head's size divides by less now.
+    # Attention that divides by the root of a head's size divides by less now.
     for parameter in (weight_of(asking), getattr(asking, row_names(asking)[-1], None)):
         if parameter is not None and divides:
             parameter.data[torch.from_numpy(rows.ravel()).to(parameter.device)] *= (size / keys.shape[1]) ** 0.5
@@ -251,7 +251,7 @@ def _cut_within_heads(
 
 
 def _of_context(attention: Attention, values: np.ndarray) -> np.ndarray:
-    """Tell which channels that the heads put out stay: bool, (channels,)."""
+    """Tell which output channels of the heads stay: bool, (channels,)."""
     _, rows = attention.parts[2]
     by_row = np.zeros(int(rows.max()) + 1, dtype=bool)
     by_row[rows] = values

@@ -133,7 +133,7 @@ def test_a_constant_that_arrives_at_the_output_is_no_layers_to_take():
             return self.first(inputs).sigmoid().sum(1, keepdim=True)
 
     net = Gated()
-    with pytest.raises(SpeedupError, match=r"behind the last layer.*exclude first from the config_list"):
+    with pytest.raises(SpeedupError, match=r"after the last layer.*exclude first from the config_list"):
         to_dense(net, torch.rand(3, 4), {"first": filter_mask(net.first, GONE)})
 
 
