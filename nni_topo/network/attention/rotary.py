@@ -1,8 +1,8 @@
 """Rotary positions: queries and keys whose channels turn in pairs, by their place times a frequency of the pair [1]_.
 
 Channels ``j`` and ``j + size / 2`` of each head are a pair, as in the decoders of Transformers, and the frequencies are
-a buffer named ``inv_freq``: of an attention module, or one that all modules share. A pair goes with its frequency, so
-from all heads that share it.
+a buffer named ``inv_freq``: of an attention module, or one that all modules share. A pair is pruned with
+its frequency, so from all heads that share it.
 
 References
 ----------
@@ -51,21 +51,21 @@ def by_table(tables: Mapping[str, str | None]) -> dict[str, list[str]]:
 
 
 def pairs_of(kept: np.ndarray) -> np.ndarray | None:
-    """Return which pairs stay, bool (pairs,), where those of heads (heads, channels) are the same; else None."""
+    """Return the kept pairs, bool (pairs,), given the kept channels (heads, channels); None unless they form pairs."""
     halves = np.concatenate(np.split(kept, 2, axis=1))
     return halves[0] if (halves == halves[0]).all() else None
 
 
 def keep_frequencies(model: nn.Module, table: str, pairs: np.ndarray) -> None:
-    """Leave in a buffer, in place, the frequencies of some pairs alone."""
+    """Keep the frequencies of some pairs in a buffer, in place."""
     module: Any = model.get_submodule(table.rpartition(".")[0])
     old = model.get_buffer(table)
-    left = old[torch.from_numpy(pairs).to(old.device)].clone()
-    # Transformers holds what the frequencies were at first as well.
+    kept = old[torch.from_numpy(pairs).to(old.device)].clone()
+    # Transformers also keeps the original frequencies as an attribute.
     for values in (module._buffers, vars(module)):
         for key, value in list(values.items()):
             if isinstance(value, Tensor) and value.shape == old.shape:
-                values[key] = left
+                values[key] = kept
 
 
 def _changes(model: nn.Module, table: str) -> bool:

@@ -69,18 +69,18 @@ def tensor_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
 def plain_name(node: torch.fx.Node) -> str:
     """Name a function or method alike however it is called: "add" for ``torch.add``, ``operator.add``, ``add_``."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    # Underscores in front (``__add__``) and behind (``add_``) say how it is called, not what it does to channels.
+    # Underscores before (``__add__``) and after (``add_``) a name say how it is called, not what it does to channels.
     return "getitem" if node.target is operator.getitem else name.strip("_")
 
 
-# What PyTorch and this package ask a graph module for while they use it.
+# Attributes of graph modules that PyTorch and this package use.
 _NEEDED = {"add_submodule", "delete_submodule", "delete_all_unused_submodules", "graph", "meta", "recompile"}
 _OWN = {name for name in set(dir(GraphModule)) - set(dir(nn.Module)) - _NEEDED if not name.startswith("_")}
 _OWN.add("shape_env")  # which instances have
 
 
 class _Shadowed(GraphModule):
-    """A graph module that gives its children where these have the names of what it has itself, ``code`` for one."""
+    """A graph module whose children may have the names of its own attributes, as ``code``."""
 
     shadowed: ClassVar[frozenset[str]] = frozenset()
 
@@ -93,13 +93,13 @@ class _Shadowed(GraphModule):
         return super().__getattribute__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The constructor's own, which would take the child's place.
+        # An attribute of the constructor's would take the child's place.
         if name not in type(self).shadowed or isinstance(value, nn.Module):
             super().__setattr__(name, value)
 
 
 def on_modules(root: nn.Module | dict[str, Any], graph: Graph, name: str) -> GraphModule:
-    """Put a graph on modules, as `torch.fx.GraphModule` does."""
+    """Make a `torch.fx.GraphModule` of a graph and the modules that it calls."""
     firsts = {str(node.target).partition(".")[0] for node in graph.nodes if node.op in ("call_module", "get_attr")}
     shadowed = frozenset(firsts & _OWN)
     kind: Any = type("_Shadowed", (_Shadowed,), {"shadowed": shadowed}) if shadowed else GraphModule

@@ -1,7 +1,7 @@
-"""The graph of a model by running it: what its modules and PyTorch's functions do with tensors is written down.
+"""The graph of a model, recorded while it runs: every call of a module or a function of PyTorch's becomes a node.
 
-Python decides on real values here, so that a model may be written in any way; what it decides is the graph's for good.
-Only the number of samples isn't: the model runs twice, and numbers and constants that differ follow it.
+The forward runs on real values, so it may be written in any way; its branches and loops are fixed in the graph. Only
+the number of samples isn't fixed: the model runs twice, and numbers and constants that differ are computed from it.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class _Recorder(TorchFunctionMode):
         self._kinds = kinds
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._nodes: dict[int, Node] = {}
-        self._alive: list[Any] = []  # a tensor that is gone would leave its identity to another one
+        self._alive: list[Any] = []  # keeps tensors, so that no other gets the id of a freed one
         self._stack: list[str] = []  # the modules that run and are followed, the innermost last
         self._inside = 0  # within what is one node
         self._ran = set[str]()  # modules
@@ -542,33 +542,33 @@ _SPARE_BYTES = 1 << 28
 
 
 class LayerResults(TorchFunctionMode):
-    """What convolutions and products with a model's weights got and gave, as far as it fits into memory.
+    """Inputs and outputs of the convolutions and linear products of a run, as many as fit into memory.
 
-    A later run that gives them the same, or it twice, as a run on twice the samples does, gets the same back. All else
-    is computed, so that what differs shows where it enters the next layer, or in what the run puts out.
+    A later run that calls them on the same inputs, or on these twice, as with twice the samples, gets the same outputs.
+    Everything else is computed, so that a difference shows at the next layer's input or in the run's output.
     """
 
     def __init__(self, model: nn.Module, spare_bytes: int = _SPARE_BYTES) -> None:
         super().__init__()
         self._weights = {id(parameter) for parameter in model.parameters()}
-        # What a model's weights take, its activations may take too; small networks may keep some more.
+        # As much memory as the weights take, and for small networks some more.
         self._bytes = spare_bytes + sum(parameter.nbytes for parameter in model.parameters())
-        self._left = 0
+        self._spare = 0
         self._taking = False
         self._seen: dict[Any, list[tuple[Tensor, int, Tensor, Any]]] = defaultdict(list)  # by function and weight
         self._places: dict[Any, int] = {}  # the next call to come
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Take what layers give within the block; nothing is known from before."""
+        """Note the outputs of layers within the block, and forget earlier ones."""
         self._seen.clear()
-        self._left, self._taking = self._bytes, True
+        self._spare, self._taking = self._bytes, True
         with self:
             yield
 
     @contextmanager
     def given(self) -> Iterator[None]:
-        """Give it back within the block, in the same order."""
+        """Return the noted outputs within the block, in the same order."""
         self._places, self._taking = {}, False
         with self:
             yield
@@ -576,7 +576,7 @@ class LayerResults(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call a function, or return what it gave."""
+        """Call a function, or return its noted output."""
         kwargs = kwargs or {}
         if not is_inner(func) or len(args) < 2 or id(args[1]) not in self._weights:
             return func(*args, **kwargs)
@@ -590,12 +590,12 @@ class LayerResults(TorchFunctionMode):
             found = self._known(known[place], entering, settings) if place < len(known) else None
             return func(*args, **kwargs) if found is None else found
         out = func(*args, **kwargs)
-        if not isinstance(entering, Tensor) or entering.is_inference() or self._left < 0:
-            self._left = -1  # a call that isn't noted would leave the next one in its place
+        if not isinstance(entering, Tensor) or entering.is_inference() or self._spare < 0:
+            self._spare = -1  # no more calls: without this one the next would be taken for it
             return out
-        self._left -= entering.nbytes + out.nbytes
-        if self._left >= 0:
-            # A copy, for the model may write into it, as an activation in place does.
+        self._spare -= entering.nbytes + out.nbytes
+        if self._spare >= 0:
+            # A copy: the model may write into the output, as in-place activations do.
             self._seen[key].append((entering, entering._version, out.clone(), settings))
         return out
 

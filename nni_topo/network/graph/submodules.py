@@ -1,8 +1,8 @@
-"""A model that no tracer follows as a whole, as the graph of those of its parts that one follows.
+"""The graph of a model that can't be traced as a whole: the graphs of its largest submodules that can be, joined.
 
-Where one part gets the very tensor that another gave, and nothing else computes with it, the graph goes on from one to
-the other. What else lies between the parts (boxes that are chosen by value, loops over images) isn't looked at: what
-goes there has to keep its shape, as the output of a whole model has.
+Where the output of one submodule is the input of another, and nothing else computes with it, the graph connects the
+two. The code between them (boxes chosen by value, loops over images) isn't traced: a submodule's output that enters it
+has to keep its shape, as the output of a model has.
 """
 
 from __future__ import annotations
@@ -58,8 +58,11 @@ def by_parts(
         reads_values |= recording.reads_values
         return recording.graph_module.graph, recording.args
 
-    parts = {(name, number): part for name, number, part in _traced(model, "", _seen(model, call), traced)}
-    run, joined = _Run(untouched, call, {name for name, _ in parts}), _Joined()
+    parts, names = dict[_Place, _Part](), set[str]()
+    for name, number, part in _traced(model, "", _seen(model, call), traced):
+        parts[name, number] = part
+        names.add(name)
+    run, joined = _Run(untouched, call, names), _Joined()
     for place in run.order:
         joined.add(place, *parts[place], run)
     return *joined.finished(model), reads_values
@@ -98,7 +101,8 @@ class _Run(TorchFunctionMode):
                 stack.enter_context(watched(leaving=[(part, self._leave)]))
             with self:
                 self._use(model(*call[0], **call[1]))
-        given, got = ({id(each) for each in tensors_of(list(side.values()))} for side in (self.leaving, self.entering))
+        given = {id(each) for each in tensors_of(list(self.leaving.values()))}
+        got = {id(each) for each in tensors_of(list(self.entering.values()))}
         self.handed_on = (given & got) - self._used.keys()
 
     def __torch_function__(
@@ -124,7 +128,7 @@ class _Run(TorchFunctionMode):
 
 
 class _Joined:
-    """The graphs of parts, one behind the other."""
+    """The graphs of parts, one after the other."""
 
     def __init__(self) -> None:
         self._graph = Graph()
@@ -190,8 +194,8 @@ def _seen(model: nn.Module, call: Call, names: Iterable[str] | None = None) -> d
     seen: dict[str, list[Call]] = {}
     with ExitStack() as stack, evaluation_mode(model), torch.no_grad(), random_state_kept():
         modules = dict(model.named_modules())
-        for name, module in modules.items() if names is None else ((name, modules[name]) for name in names):
-            stack.enter_context(called(module, partial(_note, seen.setdefault(name, []))))
+        for name in modules if names is None else names:
+            stack.enter_context(called(modules[name], partial(_note, seen.setdefault(name, []))))
         model(*call[0], **call[1])
     return seen
 

@@ -26,7 +26,7 @@ from nni_topo.network.layers import Place, numbers_in, whole_numbers, with_numbe
 class TracedInt(int):
     """An integer that knows where it comes from: an attribute of a module, or sizes of tensors."""
 
-    # Of a number that an attribute holds, or a whole part of one:
+    # Of a number that an attribute holds, or an equal part of one:
     place: Place | None = None
     parts: int = 1
     unclear: set[Place]  # places of which something is made that the graph doesn't show
@@ -160,10 +160,10 @@ def _attribute_sizes(node: Node) -> list[TracedInt]:
     return found
 
 
-def attribute_channels(graph: Graph, numbers: dict[str, Any]) -> dict[Place, list[tuple[int, np.ndarray]]]:
-    """List what attributes count, given the channel ids by node: by place, parts of it and their channels.
+def attribute_channels(graph: Graph, ids: dict[str, Any]) -> dict[Place, list[tuple[int, np.ndarray]]]:
+    """Return which channels attributes count, given the channel ids by node: by place, the parts of it and their ids.
 
-    A place of which any use isn't understood isn't among them.
+    A place of which any use isn't understood is left out.
     """
     found: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
     unclear = set[Place | None]()
@@ -171,7 +171,7 @@ def attribute_channels(graph: Graph, numbers: dict[str, Any]) -> dict[Place, lis
         sizes = _attribute_sizes(node)
         if not sizes:
             continue
-        uses = _uses(node, numbers)
+        uses = _uses(node, ids)
         understood = {id(size) for size, channels in uses}
         if any(channels is None for _, channels in uses) or any(id(size) not in understood for size in sizes):
             unclear.update(size.place for size in sizes)
@@ -186,16 +186,16 @@ def attribute_channels(graph: Graph, numbers: dict[str, Any]) -> dict[Place, lis
     return even
 
 
-def _uses(node: Node, numbers: dict[str, Any]) -> list[tuple[TracedInt, np.ndarray | None]]:
+def _uses(node: Node, ids: dict[str, Any]) -> list[tuple[TracedInt, np.ndarray | None]]:
     """List the numbers in a node's arguments with the channels that each counts, None where it can't be told."""
     name, args = plain_name(node), node.args
     if name in ("view", "reshape"):
         sizes: Any = args[1] if len(args) > 1 and isinstance(args[1], (tuple, list)) else args[1:]
-        return [(size, _along(numbers[node.name], d, size)) for d, size in enumerate(sizes) if _is_traced(size)]
-    entering = numbers.get(args[0].name) if args and isinstance(args[0], Node) else None
+        return [(size, _ids_in(ids[node.name], d, size)) for d, size in enumerate(sizes) if _is_traced(size)]
+    entering = ids.get(args[0].name) if args and isinstance(args[0], Node) else None
     if name in ("split", "split_with_sizes") and len(args) > 1:
         sizes = args[1]
-        row = _along(entering, node.kwargs.get("dim", args[2] if len(args) > 2 else 0))
+        row = _ids_in(entering, node.kwargs.get("dim", args[2] if len(args) > 2 else 0))
         if row is not None and _is_traced(sizes):
             return [(sizes, part) for part in np.split(row, range(int(sizes), len(row), int(sizes)))]
         if row is None or isinstance(sizes, (int, Node)) or any(isinstance(size, Node) for size in sizes):
@@ -204,9 +204,13 @@ def _uses(node: Node, numbers: dict[str, Any]) -> list[tuple[TracedInt, np.ndarr
         return [(size, row[end - size : end]) for size, end in zip(sizes, ends, strict=True) if _is_traced(size)]
     cuts: Any = args[1] if name == "getitem" else None
     if isinstance(cuts, tuple) and all(isinstance(each, slice) for each in cuts):
-        bounds = [(d, end) for d, each in enumerate(cuts) for end in (each.start, each.stop) if _is_traced(end)]
-        rows = [_along(entering, d) for d, _ in bounds]
-        return [(end, None if row is None else row[:end]) for (_, end), row in zip(bounds, rows, strict=True)]
+        found: list[tuple[TracedInt, np.ndarray | None]] = []
+        for d, each in enumerate(cuts):
+            for end in (each.start, each.stop):
+                if _is_traced(end):
+                    row = _ids_in(entering, d)
+                    found.append((end, None if row is None else row[:end]))
+        return found
     return []
 
 
@@ -214,13 +218,13 @@ def _is_traced(size: Any) -> bool:
     return isinstance(size, TracedInt)
 
 
-def _along(numbers: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
-    """List the channels along a dimension, if it is the only one in which any differ."""
-    if not isinstance(numbers, Tensor) or not isinstance(dim, int):
+def _ids_in(ids: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
+    """Return the channel ids in a dimension; None if it isn't the only dimension of more than one entry."""
+    if not isinstance(ids, Tensor) or not isinstance(dim, int):
         return None
-    if not numbers.shape[dim] == numbers.numel() == (size or numbers.numel()):
+    if not ids.shape[dim] == ids.numel() == (size or ids.numel()):
         return None
-    found: np.ndarray = numbers.flatten().numpy()
+    found: np.ndarray = ids.flatten().numpy()
     return found
 
 

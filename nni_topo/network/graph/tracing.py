@@ -278,40 +278,38 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
     """Note the shapes at which convolutions and linear layers run; ConfigError if the call doesn't fit the model."""
     sizes: LayerSizes = {}
 
-    def note(name: str, entered: Any, left: Any) -> None:
+    def note(name: str, entered: Any, out: Any) -> None:
         if not isinstance(entered, Tensor):
             return  # rows of several lengths, packed
         module: Any = model.get_submodule(name)
-        attends, recurs = (isinstance(module, kind) for kind in (nn.MultiheadAttention, nn.RNNBase))
-        leaving = (*entered.shape[:-1], 3 * entered.shape[-1]) if attends else tensors_of(left)[0].shape
+        if isinstance(module, nn.MultiheadAttention):
+            leaving: Any = (*entered.shape[:-1], 3 * entered.shape[-1])  # queries, keys and values
+        else:
+            leaving = tensors_of(out)[0].shape
         if inner_of(module) is not None:
-            # What it goes on with behind its convolution has sizes of its own.
+            # The output of its convolution counts, not what it computes after that.
             call = call_of(module, entered)
             if isinstance(module, nn.Linear):
                 leaving = (*entered.shape[:-1], module.out_features)
             else:
                 leaving = (len(entered), module.out_channels, *call.output_size)
         pair = tuple(entered.shape), tuple(leaving)
-        if recurs and not module.batch_first and entered.dim() == 3:
+        if isinstance(module, nn.RNNBase) and not module.batch_first and entered.dim() == 3:
+            # The batch first, as in all other layers.
             pair = (pair[0][1::-1] + pair[0][2:], pair[1][1::-1] + pair[1][2:])
         sizes.setdefault(name, []).append(pair)
 
     def check(name: str, module: nn.Module, entered: Tensor) -> None:
         check_covers_kernel(name, call_of(module, entered))
 
-    # Of attention: what makes queries, keys and values in one.
-    kinds = (*WEIGHTED, nn.MultiheadAttention, nn.RNNBase)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
-    hooks = watched(
-        # What another class does to its input before it convolves is its own affair, and so is what it needs.
-        [
-            (module, partial(check, name, module))
-            for name, module in layers
-            if isinstance(module, CONVOLUTIONS) and not has_own_forward(module)
-        ],
-        [(module, partial(note, name)) for name, module in layers],
-    )
-    with left_alone(model), hooks, evaluation_mode(model), mixing_called(model), torch.no_grad():
+    checks, notes = list[Any](), list[Any]()
+    for name, module in model.named_modules():
+        if isinstance(module, (*WEIGHTED, nn.MultiheadAttention, nn.RNNBase)):
+            notes.append((module, partial(note, name)))
+            # A derived class may change its input before it convolves, and take smaller ones.
+            if isinstance(module, CONVOLUTIONS) and not has_own_forward(module):
+                checks.append((module, partial(check, name, module)))
+    with left_alone(model), watched(checks, notes), evaluation_mode(model), mixing_called(model), torch.no_grad():
         try:
             model(*call[0], **call[1])
         except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:

@@ -5,7 +5,7 @@ with a norm or an activation. Then the attributes that it has from PyTorch's cla
 it does is seen by running it, up to the call of PyTorch's function.
 
 Some compute the weight that they convolve with, as weight standardization does. Such a weight depends on all inputs of
-the layer: where some are gone it stays what it was with all of them, so it is computed once and becomes the layer's
+the layer. It has to stay the same when some are pruned, so it is computed once and becomes the layer's
 own. A plain layer is also what other tools know, and takes less time.
 """
 
@@ -226,7 +226,7 @@ def _call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inner
 
 @dataclass(frozen=True)
 class Inner:
-    """What a layer with a forward of its own was seen to do: one call, and nothing that needs the input behind it."""
+    """What a layer with a forward of its own was seen to do: one call, and nothing after it that needs the input."""
 
     is_bare: bool  # it gives what the call gives; else it goes on with that
     is_own: bool  # weight and bias are the parameters themselves; else they are computed, from no input
@@ -239,7 +239,7 @@ def inner_of(module: Any) -> Inner | None:
     """Try a layer with a forward of its own out, and tell what it does; None if it is none of these, or does more.
 
     It makes one call, with a weight of its parameter's shape; before that it may do anything to its input that takes no
-    parameters; what it does behind that depends on the call's result alone.
+    parameters; what it does after that depends on the call's result alone.
     """
     if not has_own_forward(module) or not isinstance(getattr(module, "weight", None), Tensor):
         return None
@@ -290,7 +290,7 @@ def _tried(module: Any, x: Tensor) -> Inner | None:
         for name, child in module.named_modules():
             if child is not module and (child._parameters or child._buffers):
                 hooks.enter_context(child.register_forward_pre_hook(note(name)))
-        left = forward_of(module, x)
+        out = forward_of(module, x)
     dim = -1 if isinstance(module, nn.Linear) else 1
     if len(calls) != 1 or early or _FUNCTIONS[calls[0].function][0] is not kind_of(module):
         return None
@@ -300,12 +300,12 @@ def _tried(module: Any, x: Tensor) -> Inner | None:
         return None
     if call.groups != getattr(module, "groups", 1):
         return None
-    is_bare = left is result and torch.equal(result, before)
+    is_bare = out is result and torch.equal(result, before)
     if not is_bare:
-        # What comes behind mustn't look at the input again.
+        # What comes after the call mustn't read the input again.
         with Within(lambda _: before.clone()):
             again = forward_of(module, 0.5 * x + 0.25)
-        pairs = list(zip(tree_leaves(left), tree_leaves(again), strict=True))
+        pairs = list(zip(tree_leaves(out), tree_leaves(again), strict=True))
         tensors = [pair for pair in pairs if isinstance(pair[0], Tensor)]
         if not tensors or not all(torch.equal(one, other) for one, other in tensors):
             return None
@@ -437,7 +437,7 @@ def graph_of_convolution(module: Any, input_size: Size) -> LayerGraph:
 
 
 class PaddedAlike(nn.Conv2d):
-    """A convolution that pads as TensorFlow's "SAME" does: as its input's size needs, the odd pixel behind."""
+    """A convolution that pads as TensorFlow's "SAME" does: as its input's size needs, an odd pixel at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(batch, channels, height, width)``."""

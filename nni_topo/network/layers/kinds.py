@@ -56,7 +56,7 @@ def register_module(kind: type[torch.nn.Module], cut: Callable[[Any, torch.Tenso
     kind : type
         The module's class. It isn't traced into; its output has the shape of its first input.
     cut : callable
-        Gets such a module and the channels that stay, ascending or in the order they come, int64, shape (left,), and
+        Gets such a module and the kept channels, ascending or in the order they come, int64, shape (kept,), and
         makes it smaller in place.
     dim : int, default=1
         The dimension of the input that holds the channels, -1 for the last.

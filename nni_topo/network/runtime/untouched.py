@@ -1,4 +1,4 @@
-"""Models that are used and not changed: what one holds is written down before, and put back afterwards.
+"""Models that are used and not changed: their state is noted before, and put back afterwards.
 
 So are modes, random states and the switch for fast paths.
 """
@@ -161,8 +161,8 @@ def _targets(module: nn.Module) -> frozenset[str]:
     return frozenset(() if wrapper is None else wrapper.pruning_target_spaces)  # type: ignore[arg-type]
 
 
-def _table(table: dict[Any, Any], left: Callable[[], frozenset[str]] = frozenset) -> _PutBack:
-    """Return what puts a table's entries back, in their order, but for the keys that are ``left`` as they are then."""
+def _table(table: dict[Any, Any], untouched: Callable[[], frozenset[str]] = frozenset) -> _PutBack:
+    """Return what puts a table's entries back, in their order, except for the ``untouched`` keys."""
     before = dict(table)
 
     def put() -> None:
@@ -170,7 +170,7 @@ def _table(table: dict[Any, Any], left: Callable[[], frozenset[str]] = frozenset
             old == new and before[old] is table[new] for old, new in zip(before, table, strict=True)
         ):
             return
-        skipped, now = left(), dict(table)
+        skipped, now = untouched(), dict(table)
         wanted = {}
         for key, value in before.items():
             if key not in skipped:

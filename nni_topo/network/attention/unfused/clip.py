@@ -24,7 +24,7 @@ def contrastive(
     mix: Any = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute what attention of CLIP and SigLIP does, whatever number of heads and channels is left."""
+    """Compute attention of CLIP and SigLIP, for any number of heads and channels."""
     query, key, value = (
         layer(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         for layer in (self.q_proj, self.k_proj, self.v_proj)
