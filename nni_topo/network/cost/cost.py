@@ -126,10 +126,10 @@ class NetworkCost:
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
         """Count the kept (input, output) channels of each layer, of a linear layer the features."""
         pruned = ~self._flow.kept(kept)
-        return {
-            name: (_count_kept(cost.entering, pruned), _count_kept(cost.leaving, pruned))
-            for name, cost in self._layers.items()
-        }
+        widths = dict[str, tuple[int, int]]()
+        for name, cost in self._layers.items():
+            widths[name] = _count_kept(cost.entering, pruned), _count_kept(cost.leaving, pruned)
+        return widths
 
     def masks(self, kept: Kept) -> dict[str, dict[str, torch.Tensor]]:
         """Return masks of the layers that lose channels."""

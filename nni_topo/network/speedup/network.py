@@ -93,9 +93,13 @@ class Network:
     @property
     def planes(self) -> dict[str, tuple[Size, Size]]:
         """Sizes in pixels of what enters and leaves each convolution, transposed or not, at its first call."""
-        found = [(name, self.model.get_submodule(name), calls[0]) for name, calls in self.sizes.items()]
-        convolutions = [each for each in found if isinstance(each[1], CONVOLUTIONS + TRANSPOSED)]
-        return {name: (spatial(module, size[0]), spatial(module, size[1])) for name, module, size in convolutions}
+        found = dict[str, tuple[Size, Size]]()
+        for name, calls in self.sizes.items():
+            module = self.model.get_submodule(name)
+            if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+                entering, leaving = calls[0]
+                found[name] = spatial(module, entering), spatial(module, leaving)
+        return found
 
     def graph(
         self, model: nn.Module, call: Call | None = None, *, in_training: bool = False
