@@ -266,7 +266,7 @@ def test_a_model_without_a_block_and_heads_loads_by_the_original(name, tmp_path)
                 for use in (True, False)
             ]
             assert all(torch.equal(text, texts[0]) for text in texts)
-    with pytest.raises(ConfigError, match="got 1 blocks where block 2 is left"):
+    with pytest.raises(ConfigError, match="got 1 blocks where block 2 is kept"):
         load(tmp_path / "dense.safetensors", make(name, layers=1))
     if name == "LlamaForCausalLM":
         save_pretrained(dense, tmp_path / "folder")

@@ -1,4 +1,4 @@
-"""Compensation: a pruned network brought back without labels, gradients or fine-tuning."""
+"""Weight reconstruction: weights after pruned channels are solved anew, without labels, gradients or fine-tuning."""
 
 from __future__ import annotations
 

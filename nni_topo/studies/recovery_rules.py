@@ -211,10 +211,10 @@ def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
         alike[tuple(each.layer for each in found)].append(root)
     merged: dict[int, tuple[int, float]] = {}
     for group_ids in alike.values():
-        kept, gone = ([root for root in group_ids if (root in removed) == is_gone] for is_gone in (False, True))
-        if kept and gone:
-            nearest = _nearest([made[root] for root in gone], [made[root] for root in kept])
-            merged |= {root: (kept[at], factor) for root, (at, factor) in zip(gone, nearest, strict=True)}
+        kept, pruned = ([root for root in group_ids if (root in removed) == is_pruned] for is_pruned in (False, True))
+        if kept and pruned:
+            nearest = _nearest([made[root] for root in pruned], [made[root] for root in kept])
+            merged |= {root: (kept[at], factor) for root, (at, factor) in zip(pruned, nearest, strict=True)}
     return merged
 
 
@@ -238,11 +238,11 @@ def _filters(networks: Networks, name: str, norm: nn.Module | None) -> list[_Fil
     return [_Filter(name, *row, is_normed=norm is not None) for row in zip(*rows, strict=True)]
 
 
-def _nearest(gone: list[list[_Filter]], kept: list[list[_Filter]]) -> list[tuple[int, float]]:
+def _nearest(pruned: list[list[_Filter]], kept: list[list[_Filter]]) -> list[tuple[int, float]]:
     """Return for each removed channel the rank of its survivor and the factor, 0.0 where none is like it."""
     is_normed = any(each.is_normed for each in kept[0])
-    biases = [torch.stack([torch.stack([each.bias for each in found]) for found in side]) for side in (gone, kept)]
-    rows = [torch.stack([torch.cat([each.weight for each in found]) for found in side]) for side in (gone, kept)]
+    biases = [torch.stack([torch.stack([each.bias for each in found]) for found in side]) for side in (pruned, kept)]
+    rows = [torch.stack([torch.cat([each.weight for each in found]) for found in side]) for side in (pruned, kept)]
     if not is_normed:  # the paper then counts the bias as one more weight
         rows = [torch.cat(pair, 1) for pair in zip(rows, biases, strict=True)]
     norms = [each.norm(dim=1).clamp_min(_TINY) for each in rows]

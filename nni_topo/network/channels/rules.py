@@ -193,8 +193,8 @@ class Operation:
     def along(self, dims: tuple[int, ...], *, adds: bool = False, reduces: bool = False) -> Any:
         """Let the operator work along dimensions, from 0: of those it needs all places, unless it only adds them up.
 
-        ``adds``: zeros make no difference to what it gives at other places. ``reduces``: the dimensions are gone behind
-        it, or of length 1.
+        ``adds``: zeros make no difference to what it gives at other places. ``reduces``: the output lacks
+        these dimensions, or has them with length 1.
         """
         first = self.ids[0]
         held = [d for d in dims if varies(first, d)]
@@ -203,7 +203,7 @@ class Operation:
         elif held:
             entries = compressed(first).movedim(held, list(range(len(held))))
             rows = entries.flatten(0, len(held) - 1).flatten(1) if entries.dim() > len(held) else entries.reshape(-1, 1)
-            # Places of a dimension that can only go together leave none behind for which their absence counts.
+            # If all places of a dimension can only be removed together, none is kept for which their absence counts.
             self.channels.pin_unless_tied(rows.numpy(), reasons.result_depends(self.node))
         if len(self.ids) > 1:
             is_alike = self.shape is not None and meet_alike(self.ids, self.shape)
@@ -249,7 +249,7 @@ class Dims:
     default: int | tuple[int, ...] | Callable[[int], int] | None  # where none are given; None: all
     adds: bool = False  # zeros make no difference
     largest: bool = False  # they make none where no value is negative
-    reduces: bool = False  # the dimensions are gone behind it, or of length 1
+    reduces: bool = False  # the output lacks the dimensions, or has them with length 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +352,7 @@ def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
         return op.all_kept()
     slices = []
     for part in parts:
-        if part.shape[dim]:  # of a part all channels may be gone
+        if part.shape[dim]:  # a part may have lost all channels
             # A slice in which ids still differ has its channels in another dimension, where they meet those of others.
             first = part.narrow(dim, 0, 1)
             if not any(varies(first, d) for d in range(1, first.dim())):
@@ -546,7 +546,7 @@ def _held_by_roll(given: FixedPlaces) -> list[slice]:
     held = []
     for shift, each in zip(shifts, dims, strict=False):
         if each % len(given.shape) == given.dim and given.is_fixed(shift) and shift:
-            # The last ones come in front, or the first ones behind.
+            # The last ones come first, or the first ones last.
             held.append(slice(-shift, None) if shift > 0 else slice(-shift))
     return held
 
@@ -623,14 +623,14 @@ def _dimensions(part: Any) -> int:
 
 
 def _boundary(end: int, size: int) -> list[slice]:
-    """Hold what lies in front of a boundary, or behind one that is counted from the end."""
+    """Keep what lies before a boundary, or after one that is counted from the end."""
     if end >= size or end <= -size or end == 0:
         return []  # of fewer channels it takes as much
     return [slice(end)] if end > 0 else [slice(end, None)]
 
 
 def _up_to(at: int) -> slice:
-    """Hold a place and what lies in front of it, or behind if it is counted from the end."""
+    """Keep a place and what lies before it, or after it if it is counted from the end."""
     return slice(at + 1) if at >= 0 else slice(at, None)
 
 
@@ -1046,7 +1046,7 @@ def _einstein_sum(op: Operation) -> Any:
     """Follow channels by the letters of their dimensions, as of ``"bqc,bkc->bqk"``.
 
     Operands that share a letter meet there, so their channels are coupled. Channels of a letter that the output has go
-    where the output has it; what is summed over leaves none behind.
+    where the output has it; what is summed over has none in the output.
     """
     read = _letters(op)
     if read is None:
@@ -1113,7 +1113,7 @@ def _letters(op: Operation) -> tuple[list[str], str] | None:
             return None
         longest = max(longest, dots, key=len)
     if not arrow:
-        # As PyTorch has it: what appears once, in the order of the alphabet, behind the dimensions of the dots.
+        # As PyTorch has it: what appears once, in the order of the alphabet, after the dimensions of the dots.
         once = [each for each in sorted(set(inputs) - set(".,")) if inputs.count(each) == 1]
         output = "..." * ("..." in inputs) + "".join(sorted(once, key=lambda each: (each.islower(), each)))
     output = output.replace("...", longest)

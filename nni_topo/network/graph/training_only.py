@@ -74,8 +74,8 @@ def add_training(
         if not owners:
             return graph_module, "", False
         missed = (
-            "evaluation mode doesn't reach these modules, and training mode can't be followed, so that channels that "
-            f"they read there may be gone: {', '.join(owners)}"
+            "these modules run in training mode alone, which couldn't be traced, so channels that they read may be "
+            f"missing: {', '.join(owners)}"
         )
         return graph_module, missed, False
 
@@ -170,23 +170,23 @@ def _merged(graph_module: GraphModule, other: GraphModule, unused: list[str]) ->
 
 def _around(other: GraphModule, unused: list[str]) -> tuple[set[Node], set[Node]]:
     """Find the nodes of a graph that lead to some parameters or follow from them, and which the model puts out."""
-    names, behind = set(unused), set[Node]()
+    names, after = set(unused), set[Node]()
     for node in other.graph.nodes:
         name = str(node.target)
         is_first = node.op == "get_attr" and name in names
         if node.op in ("call_module", "get_attr") and not is_first:
             is_first = any(each.startswith(f"{name}.") for each in names)
-        if is_first or not behind.isdisjoint(node.all_input_nodes):
-            behind.add(node)
+        if is_first or not after.isdisjoint(node.all_input_nodes):
+            after.add(node)
     outputs = set[Node]()
     for node in reversed(other.graph.nodes):
         # What only holds tensors together, as a named tuple does, isn't what the network computes.
         if node.op == "output" or (node in outputs and isinstance(node.target, type)):
             outputs.update(node.all_input_nodes)
             outputs.discard(node)
-            behind.discard(node)
-    outputs &= behind
-    wanted, open_ = set(behind), list(behind)
+            after.discard(node)
+    outputs &= after
+    wanted, open_ = set(after), list(after)
     while open_:
         for parent in open_.pop().all_input_nodes:
             if parent not in wanted:

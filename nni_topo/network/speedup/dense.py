@@ -125,37 +125,37 @@ def to_dense(
 
     See Also
     --------
-    dependency_groups : Makes pruners choose the same channels where layers meet.
+    dependency_groups : Makes pruners choose the same channels of coupled layers.
     masked_model : The masked model of the comparison.
 
     Notes
     -----
-    A channel goes as a whole: with its bias, its batch norm and the depth-wise convolution after it. This
-    is why the result may differ from NNI's wrapped model, in which the batch norm's bias survives.
+    A channel is removed with its bias, its batch norm and the depth-wise convolution after it. The result may
+    therefore differ from NNI's wrapped model, in which the batch norm's bias survives.
 
-    Where masks of layers that share channels differ, all channels that any of them keeps are kept, with the
-    weights of ``model``; a layer without a mask keeps all. So do modules that can't be cut, what enters them or
-    attention that isn't followed, and the units of recurrent layers of several levels or directions. Of attention whole
-    heads go, of other recurrent layers units with all of their gates: one of which a mask keeps any row stays. One
-    warning names the layers that keep channels, and why.
+    Where the masks of coupled layers differ, every channel that one of them keeps is kept, with the weights of
+    ``model``. A layer without a mask keeps all channels. So do modules that can't be cut, layers before them or before
+    attention that couldn't be traced, and recurrent layers of several levels or directions. Attention loses whole
+    heads; other recurrent layers lose units with all of their gates. A head or unit is kept if a mask keeps one of its
+    rows. One warning names the layers that keep channels, and why.
 
-    Single masked weights in channels that are kept stay as zeros.
+    Masked weights within kept channels are zeros in the dense model.
 
-    Behind an activation that isn't zero at zero (sigmoid, softplus) a removed channel is a constant, which goes into
-    the bias of the layer that reads it, or the batch norm behind that. Where it is no constant to that layer, as at a
-    border padded with zeros, or there is neither, one of the removed channels stays, without weights, and brings the
-    layer what all of them did; ``report`` says so. Where a convolution of several groups reads such channels, and where
-    what they bring depends on what comes in (a softmax over channels), the two models can't be equal. The error says
-    which layers to leave out; ``check=False`` gives the dense model all the same, to be fine-tuned.
+    After an activation that isn't zero at zero (sigmoid, softplus), a removed channel is a constant. It is added to the
+    bias of the layer that reads it, or to the batch norm after that layer. Where that is impossible (the layer pads
+    with zeros, or there is neither bias nor norm), one removed channel is kept with zero weights and carries the
+    contribution of all; ``report`` says so. Where a convolution with several groups reads such channels, or where their
+    contribution depends on the input (a softmax over channels), the two models can't be equal. The error then says
+    which layers to exclude; ``check=False`` returns the dense model all the same, to be fine-tuned.
 
-    With ``constants="keep"`` a layer that pads with zeros takes a constant for one that goes on beyond the border, so
-    that values next to it differ from those of NNI's wrapped model, and those of other layers don't. A parameter that
-    the model adds (``x + self.w``) is kept like a norm's shift. A constant that a transposed convolution reads, or a
-    layer that has neither bias nor batch norm, is dropped, and so is what differs by place, as a table of positions
-    does; ``report.notes`` names the layers that lack it. Constants behind a batch norm are those of evaluation mode,
-    where the norm's statistics are fixed: trained on, the dense model and the masked one go apart, and the notes name
-    the norms. After `compensate`, which
-    solves for removed channels that are zero, ``"zero"`` is right. Neither loses less accuracy on every network.
+    With ``constants="keep"``, a layer that pads with zeros treats a constant as if it went on beyond the border: values
+    next to the border differ from those of NNI's wrapped model, all others are equal. A parameter that the model adds
+    (``x + self.w``) is kept like a norm's shift. A constant is dropped where a transposed convolution reads it, where
+    the layer that reads it has neither bias nor batch norm, and where it differs by position, as a table of positions
+    does; ``report.notes`` names these layers. Constants after a batch norm are those of evaluation mode, in which the
+    norm's statistics are fixed: when trained further, the dense and the masked model diverge, and the notes name
+    the norms. After `compensate`, which solves for removed channels that are zero, ``"zero"`` is right. Neither setting
+    loses less accuracy on every network.
 
     Cost: two to four forward passes to trace the model, unless `dependency_groups` did, one on small images to look for
     constants, and three to compare.
@@ -279,9 +279,7 @@ def _notes_on_training(norms: list[str]) -> list[str]:
     """Return a note on batch norms that make constants of pruned channels."""
     if not norms:
         return []
-    told = (
-        "constants behind batch norms are those of evaluation mode; in training mode the masked model computes others"
-    )
+    told = "constants after batch norms are those of evaluation mode; in training mode the masked model computes others"
     return [f"{told}: {', '.join(norms)}"]
 
 

@@ -131,7 +131,7 @@ def dependency_groups(
     -------
     DependencyGroups
         A list with one entry for each layer an entry of ``config_list`` selects: the entries in their order, within
-        one the layers in network order. Layers that meet, in a residual addition say, get a common
+        one the layers in network order. Coupled layers (by a residual addition, say) get a common
         ``dependency_group_id`` ("group_0", "group_1", ... in network order), which replaces the old one.
         Layers before or at a grouped convolution or a group norm get ``internal_metric_block``, the
         number of blocks that have to lose the same number of channels, and a group id that makes NNI's
@@ -157,21 +157,21 @@ def dependency_groups(
     finds unprunable channels by pruning random ones: about two forward passes. A size in an attribute (``self.width``)
     isn't fixed where it holds a number of channels that the forward only uses to split, slice or view them.
 
-    Where a selected layer is tied to one that isn't selected, its channels can't be removed: ``to_dense`` keeps them,
-    as NNI does. It's no error; a warning names both.
-    A depth-wise convolution that isn't selected ties nothing: it follows the layer before it. One that
-    follows several layers at once, over a concatenation, follows them channel by channel; its entry is left
+    The channels of a selected layer that is coupled with one that isn't selected can't be removed: ``to_dense`` keeps
+    them, as NNI does. This is no error; a warning names both.
+    A depth-wise convolution that isn't selected couples nothing: it follows the layer before it. One that
+    follows several layers at once, after a concatenation, follows them channel by channel; its entry is left
     out, since NNI can't state such a group.
-    Where layers share some of their channels, as over a concatenation or a split that meets an addition, ``ties`` says
-    which. The package's pruners then choose so that as many go of each layer as were asked for, as nearly as the ties
-    allow; NNI's choose for each layer by itself, and `to_dense` keeps what any of them keeps.
+    Where layers share some of their channels, as through a concatenation or a split before an addition, ``ties`` says
+    which. The package's pruners then prune as many channels of each layer as were asked for, as nearly as the coupling
+    allows. NNI's pruners choose for each layer by itself, and `to_dense` keeps every channel that one of them keeps.
 
-    Layers that make queries, keys or values of attention lose whole heads: they get a granularity and a group. The
-    layer that mixes the heads loses rows where all that adds to the residual stream is selected, as it is where
-    ``op_names`` names it; selected without all that, columns, in the group of the heads. ``"granularity": "head"``,
-    which NNI doesn't know, asks for these layers' heads alone, also of a module that holds them. An entry with a list
-    for granularity keeps it.
-    Units of a recurrent layer of one level and one direction, with biases, go as heads do.
+    Layers that compute queries, keys or values of attention lose whole heads: they get a granularity and a group. The
+    output projection loses rows where every layer that adds to the residual stream is selected, and where ``op_names``
+    names it; otherwise it loses columns, in the group of the heads. ``"granularity": "head"``,
+    which NNI doesn't know, asks for the heads of these layers alone, also of a module that holds them. An entry with a
+    list for granularity keeps it.
+    Units of a recurrent layer of one level and one direction, with biases, are pruned as heads are.
 
     Examples
     --------

@@ -227,7 +227,7 @@ def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
 
 
 def _is_zero(value: Tensor, pruned: Tensor) -> bool:
-    """Tell whether what is gone of a tensor is zero, where that is quick to say: of one dimension."""
+    """Tell whether the pruned entries of a tensor are zero, where that is quick to say: of one dimension."""
     dims = [d for d in range(pruned.dim()) if pruned.shape[d] > 1]
     if len(dims) != 1 or pruned.shape[dims[0]] != value.shape[dims[0]] or value.dtype not in (*_SINGLE, torch.float32):
         return False

@@ -64,7 +64,7 @@ def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.n
     ties = find_ties(own)
     untie(own, ties)
     dead = _dead_inputs(own, call, masks)
-    # Only now, when the masked weights of the probe are gone, which are as many.
+    # Only now, when the masked weights of the probe, which are as many, are freed.
     reference: torch.nn.Module = detached_copy(own)
     with torch.no_grad():
         _apply(reference, masks)

@@ -172,7 +172,7 @@ def _channels(module: nn.Module) -> int | None:
 
 
 def way_forward(network: Network, reference: nn.Module, kept: KeptIndices, place: str | None) -> str:
-    """Say why outputs differ from ``place`` on (None: behind the last module), and what can be done about it."""
+    """Say why outputs differ from ``place`` on (None: after the last module), and what can be done about it."""
     try:
         flow = network.flow
     except NniTopoError:

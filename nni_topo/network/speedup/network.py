@@ -44,7 +44,7 @@ Traced = tuple[Callable[..., GraphModule], ChannelFlow]
 
 @dataclass(frozen=True)
 class _Known:
-    """What a recording leaves behind."""
+    """What is remembered of a recording."""
 
     assembled: Callable[..., GraphModule]
     flow: ChannelFlow

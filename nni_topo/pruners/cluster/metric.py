@@ -106,10 +106,10 @@ class SurvivorMetric(MetricCalculator):
             # survivor of their cluster are kept too; dead ones last.
             lacking = clusters.rows - (len(part) - len(others))
             kept[others[descending(distances[others])[: max(lacking, 0)]]] = True
-        gone = np.flatnonzero(~kept & (best >= 0))
+        pruned = np.flatnonzero(~kept & (best >= 0))
         lead, target = unit.members[0]
         outputs = output_blocks(context.target_spaces[lead][target], "clusters")
-        both = zip(outputs[gone].ravel().tolist(), outputs[best[gone]].ravel().tolist(), strict=True)
+        both = zip(outputs[pruned].ravel().tolist(), outputs[best[pruned]].ravel().tolist(), strict=True)
         self.pairs[lead] = dict(both)
         return kept
 

@@ -35,7 +35,7 @@ from nni_topo.pruners.selection import WhenAsked
 class ReconstructionPruner(StructuredPruner):
     """Prune the filters and neurons that least squares can do without in the layers that read them.
 
-    Channels are chosen one by one, each the one that takes most off the squared error with which the layers behind,
+    Channels are chosen one by one, each the one that takes most off the squared error with which the next layers,
     their weights solved anew, meet what they put out on the calibration data. All layers that read a channel count
     alike.
 

@@ -217,8 +217,8 @@ class _Trial:
     def _config_list(self, dense: nn.Module) -> list[dict[str, Any]]:
         """Return a config_list that leads any structured pruner to the same widths."""
         before, after = layer_widths(self.start.net), layer_widths(dense)
-        gone = {name: before[name] - after[name] for name in inner_layers(self.start.net, self.start.example)}
-        ratios = {name: (count + 0.5) / before[name] if count else 0.0 for name, count in gone.items()}
+        pruned = {name: before[name] - after[name] for name in inner_layers(self.start.net, self.start.example)}
+        ratios = {name: (count + 0.5) / before[name] if count else 0.0 for name, count in pruned.items()}
         return pruning_config(self.start.net, self.start.example, ratios)
 
 

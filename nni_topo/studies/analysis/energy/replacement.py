@@ -175,8 +175,8 @@ class _Surgeon:
         return self.scale * drawn.to(self.weight.device)
 
     def _winner(self, losses: list[float]) -> int:
-        baselines = torch.randint(len(losses), (_TOURNAMENT,), generator=self.generator).tolist()
-        return int(baselines[first_smallest([losses[baseline] for baseline in baselines])])
+        rivals = torch.randint(len(losses), (_TOURNAMENT,), generator=self.generator).tolist()
+        return int(rivals[first_smallest([losses[rival] for rival in rivals])])
 
     def _with(self, filters: Tensor, donors: Tensor | None = None) -> nn.Module:
         changed: nn.Module = detached_copy(self.model)

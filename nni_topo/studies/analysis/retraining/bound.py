@@ -151,7 +151,7 @@ def retraining_bound(
         check_model(model)
     start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))
     if kind == "node":
-        # a pruned node is gone from the network, so what would pull at its zeros doesn't count
+        # a pruned node is no longer in the network, so what would pull at its zeros doesn't count
         pruned = pruned.alive()
     # (3.6): squared norms, all layers together
     steepness = [sum(float(g.square().sum()) for g in state.gradients.values()) for state in (start, pruned)]
