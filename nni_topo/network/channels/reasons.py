@@ -43,6 +43,8 @@ Kind = Literal[
     "recurrent_state",
     "result_depends",
     "rounding",
+    "rule_keeps",
+    "rule_misfits",
     "shared",
     "training_output",
     "training_reader",
@@ -108,6 +110,8 @@ _ADVICE: dict[Kind, str] = {
     "untraced_output": "write the code after the layer as a module that takes tensors and returns tensors",
     "untraced_model": "change what the message names, or prune the parts of the model one by one",
     "no_rule": "give the operation a rule with nni_topo.register_operator, or use one that has a rule (view, cat)",
+    "rule_keeps": "register the operation with the rule 'follow' or 'couple' if it treats every channel by itself",
+    "rule_misfits": "register the operation with a dim that fits, or with a function as its rule",
     "joins_constant": (
         "make a constant a parameter of the model (nn.Parameter), which is cut along with the channels that it meets; "
         "channels that meet the network's input can't go"
@@ -148,6 +152,16 @@ def advice(reasons: Reasons) -> tuple[str, ...]:
 def no_rule(node: Node) -> Reason:
     """Return the reason for channels that enter an operation without a rule."""
     return _at("no_rule", node, "no rule says where channels go")
+
+
+def rule_keeps(node: Node) -> Reason:
+    """Return the reason for channels that enter an operation which was registered to keep them."""
+    return _at("rule_keeps", node, "the operation is registered to keep all channels")
+
+
+def rule_misfits(node: Node) -> Reason:
+    """Return the reason for channels that enter a registered operation whose shapes its rule doesn't fit."""
+    return _at("rule_misfits", node, "the rule that the operation is registered with doesn't fit these shapes")
 
 
 def joins_constant(node: Node) -> Reason:

@@ -1155,6 +1155,7 @@ def _folded(op: Operation) -> Any:
 
 _USER_RULES = ("follow", "couple", "keep")
 _registered = 0
+_WRAPPED: set[Any] = set()  # functions that were registered, and what forwards call instead
 
 
 def rules_registered() -> int:
@@ -1180,8 +1181,8 @@ def register_operator(
     Parameters
     ----------
     operator : callable or str
-        A function of PyTorch's or its name, an operator of ``torch.library``, or a Python function of your own, as one
-        that calls a ``torch.autograd.Function``.
+        A function of PyTorch's or its name, an operator of ``torch.library``, a Python function of your own, or the
+        ``apply`` of a ``torch.autograd.Function``.
     rule : {"follow", "couple", "keep"} or callable, default="follow"
         What the operator does with channels:
 
@@ -1202,7 +1203,8 @@ def register_operator(
     Raises
     ------
     ConfigError
-        If the operator has a rule already.
+        If the operator has a rule already, or is a class. Later, from what traces a model: if a rule that is a function
+        raises, or returns anything but channel ids of the output's shape.
 
     See Also
     --------
@@ -1231,17 +1233,28 @@ def register_operator(
     >>> twice = nni_topo.register_operator(twice, lambda call: torch.cat([call.ids[0], call.ids[0]], 1))
     """
     global _registered
+    if isinstance(operator, type):
+        raise ConfigError(
+            "operator must be the function that a forward calls (of a torch.autograd.Function its apply; modules are "
+            f"registered by register_module), got the class {operator.__name__} (register_operator)"
+        )
     key, seen = _key_of(operator)
-    if key in _TABLE:
+    if key in _TABLE or (callable(operator) and operator in _WRAPPED):
         raise ConfigError(f"operator must be one without a rule, got {shown(operator)} (register_operator)")
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
 
     def apply(op: Operation) -> Any:
         if rule == "keep":
-            return op.all_kept()
+            return op.all_kept(reason=reasons.rule_keeps(op.node))
         if not callable(rule):
             return _followed(op, dim, is_coupled=rule == "couple")
-        found = rule(op)
+        try:
+            found = rule(op)
+        except Exception as error:  # a rule fails in as many ways as it is written
+            raise ConfigError(
+                f"rule must return channel ids for every call of its operator, got {type(error).__name__}: {error} "
+                f"({name})"
+            ) from error
         if op.shape is not None and not (
             isinstance(found, Tensor) and found.dtype == torch.int64 and tuple(found.shape) == op.shape
         ):
@@ -1252,6 +1265,8 @@ def register_operator(
         return found
 
     _TABLE[key] = OperatorRule(apply)
+    if seen is not operator:
+        _WRAPPED.update((operator, seen))
     _registered += 1
     return seen
 
@@ -1276,6 +1291,11 @@ def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
             return handle_torch_function(seen, given, *args, **kwargs)
         return operator(*args, **kwargs)
 
+    # A graph calls it by its module and name, which the apply of a torch.autograd.Function lacks.
+    owner = getattr(operator, "__self__", None)
+    seen.__module__ = operator.__module__ or getattr(owner, "__module__", None) or __name__
+    if isinstance(owner, type):
+        seen.__name__ = seen.__qualname__ = f"{owner.__name__}_{operator.__name__}"
     return seen, seen
 
 
@@ -1288,17 +1308,17 @@ def _followed(op: Operation, dim: int, *, is_coupled: bool) -> Any:
     for ids in op.ids:
         is_followed = ids is first or (is_coupled and -ids.dim() <= dim < ids.dim() and ids.shape[dim] == count)
         if is_followed and any(varies(ids, d) for d in range(ids.dim()) if d != dim % ids.dim()):
-            return op.all_kept()
+            return op.all_kept(reason=reasons.rule_misfits(op.node))
         if is_followed:
             followed.append(ids.movedim(dim, 0).reshape(count, -1)[:, 0] if ids.numel() else ids.flatten())
         else:
-            op.keep(ids)
+            op.keep(ids, reasons.rule_keeps(op.node))
     given = given_shapes(op.node)
     if (
         any(not (-each.dim() <= dim < each.dim() and each.shape[dim] == count) for each in tensors_of(given))
         or not count
     ):
-        return op.all_kept()
+        return op.all_kept(reason=reasons.rule_misfits(op.node))
     for ids in followed[1:]:
         op.couple(followed[0], ids)
 

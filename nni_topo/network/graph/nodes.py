@@ -18,12 +18,18 @@ TRAINED_OUTPUT = "nni_topo_trained_output"  # in a node's meta: whether its valu
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
 
+_OPERATORS = "nni_topo.network.channels.rules"
+
+
 def forward_line() -> str:
     """Say which file and line of a model's own forward is running: "models/resnet.py:102"; empty if none is."""
     frame: FrameType | None = sys._getframe(1)
     has_left = False  # the functions of this package that were called last, which record what runs
     while frame is not None:
         package = str(frame.f_globals.get("__name__", ""))
+        if package == _OPERATORS:  # around a function that somebody has registered
+            frame = frame.f_back
+            continue
         is_own = package.startswith("nni_topo.network.")
         if is_own and has_left:
             return ""  # what runs the model: no forward lies between, as in a Sequential

@@ -243,3 +243,68 @@ def test_a_rule_must_return_ids_of_the_outputs_shape():
 def test_the_function_itself_computes_what_it_did():
     own = nni_topo.register_operator(Swish.apply, "follow")
     assert torch.equal(own(IMAGES), IMAGES * IMAGES.sigmoid())
+
+
+class Negated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images):
+        return -images
+
+
+def between(function):
+    """A network that calls a function between two convolutions."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            return self.last(function(self.first(x)))
+
+    return Net().eval(), torch.rand(2, 3, 4, 4)
+
+
+def test_the_apply_of_an_autograd_function_is_registered_itself():
+    model, images = between(nni_topo.register_operator(Negated.apply, "follow"))
+    groups = nni_topo.dependency_groups(model, images, [{"op_names": ["first"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {}
+    _, masks = (pruner := nni_topo.RandomPruner(model, groups, seed=0)).compress()
+    pruner.unwrap_model()
+    assert nni_topo.to_dense(model, images, masks).first.out_channels == 4
+
+
+def test_a_function_has_one_rule_and_a_class_none():
+    def doubled(images):
+        return 2 * images
+
+    seen = nni_topo.register_operator(doubled, "follow")
+    for again in (doubled, seen):
+        with pytest.raises(ConfigError, match="operator must be one without a rule"):
+            nni_topo.register_operator(again, "keep")
+    with pytest.raises(ConfigError, match="got the class Negated"):
+        nni_topo.register_operator(Negated, "keep")
+
+
+def test_reasons_name_what_is_registered_with_its_line():
+    def mixed(images):
+        return images - images.mean(1, keepdim=True)
+
+    for user_rule, dim, text in (
+        ("keep", 1, "registered to keep all channels"),
+        ("follow", 7, "doesn't fit these shapes"),
+    ):
+        model, images = between(nni_topo.register_operator(lambda x: mixed(x), user_rule, dim=dim))
+        told = str(nni_topo.explain(model, images, "first"))
+        assert text in told
+        assert "test_operators.py:" in told
+        assert "no rule says" not in told
+
+
+def test_a_rule_that_fails_is_named():
+    def reversed_(images):
+        return images.flip(1)
+
+    model, images = between(nni_topo.register_operator(reversed_, lambda call: call.ids[1]))
+    with pytest.raises(ConfigError, match=r"rule must return channel ids .* IndexError.*reversed_"):
+        nni_topo.dependency_groups(model, images, [{"op_names": ["first"], "sparse_ratio": 0.5}])
