@@ -344,6 +344,6 @@ def test_norms_whose_constants_differ_in_training_are_named():
     assert gap(dense(images), masked(images)) < 1e-9
     assert gap(dense.train()(images), masked.train()(images)) > 1e-3
     (note,) = dense.report.notes
-    assert note.startswith("constants behind batch norms are those of evaluation mode")
+    assert note.startswith("constants after batch norms are those of evaluation mode")
     plain, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 1)])
     assert to_dense(plain, images, masks).report.notes == ()
