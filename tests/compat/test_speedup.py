@@ -55,23 +55,10 @@ def masks_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return masks
 
 
-def test_model_with_sizes_and_a_dying_length_is_sped_up() -> None:
+@pytest.mark.parametrize("kind", [Sized, Pooled], ids=["sizes and a dying length", "max pooling without a stride"])
+def test_forwards_that_nnis_tracer_stumbles_over_are_sped_up(kind: type[Sized | Pooled]) -> None:
     torch.manual_seed(0)
-    model = Sized().eval()
-    masks = masks_of(model)
-    with torch.no_grad():
-        for name, mask in masks["conv1"].items():
-            model.conv1.get_parameter(name).mul_(mask)
-        expected = model(INPUTS)
-    dense = ModelSpeedup(model, INPUTS, masks).speedup_model()
-    assert dense.conv1.weight.shape == (4, 3, 3, 3)
-    assert dense.conv2.weight.shape == (4, 4, 3, 3)
-    torch.testing.assert_close(dense(INPUTS), expected)
-
-
-def test_functional_max_pooling_without_a_stride_is_sped_up() -> None:
-    torch.manual_seed(0)
-    model = Pooled().eval()
+    model = kind().eval()
     masks = masks_of(model)
     with torch.no_grad():
         for name, mask in masks["conv1"].items():
