@@ -18,12 +18,21 @@ import yaml
 import nni_topo
 from nni_topo import zoo
 from nni_topo.cli import main
+from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.testing import STRUCTURED_CHECKS
 
 PROJECT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("transcript", PROJECT / "tools" / "transcript.py")
-transcript = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(transcript)
+
+
+def tool(name: str) -> types.ModuleType:
+    """Return a module of ``tools/``, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+transcript = tool("transcript")
 PAGES = sorted([*PROJECT.glob("docs/*.md"), PROJECT / "README.md", PROJECT / "CONTRIBUTING.md"])
 # what a page's snippets take for granted beside a model of the digits, its images, batches and a
 # config_list; None: nothing
@@ -227,3 +236,13 @@ def test_every_page_stands_on_a_shelf():
     assert [name for shelf in shelves for name in shelf] == ["Start", "Choose", "How to", "Reference"]
     pages = [page for shelf in shelves for found in shelf.values() for page in found]
     assert sorted(pages) == sorted({path.name for path in PROJECT.glob("docs/*.md")} | MADE)
+
+
+def test_the_pages_made_of_the_code_name_every_public_name_and_every_key_of_a_plan():
+    pages = tool("pages")
+    named = set(re.findall(r"^::: .*\.(\w+)$", pages.api(), re.MULTILINE))
+    public = {name for name in nni_topo.__all__ if not isinstance(getattr(nni_topo, name), types.ModuleType)}
+    assert public - {"__version__"} <= named <= set(nni_topo.__all__)
+    verbs = pages.verbs()
+    for line in ("## shrink", "## analyze topology", *(f"| `{name}` |" for name in ComparisonPlan.__annotations__)):
+        assert line in verbs, line

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
-
 PROJECT = Path(__file__).parents[1]
 _TITLES = {
-    "plan": "A plan of `compare`",
+    "comparisonplan": "A plan of `compare`",
     "modelchoice": "An entry of `models`",
     "datachoice": "An entry of `data`",
     "prunerchoice": "An entry of `pruners`",
@@ -31,6 +29,8 @@ ELSEWHERE = {
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages, and the pictures of the figures' page."""
+    from mkdocs.structure.files import File  # the site's own environment has it, the tests' hasn't
+
     for page, source in ELSEWHERE.items():
         files.append(File.generated(config, page, content=relinked((PROJECT / source).read_text(), source)))
     for picture in PROJECT.glob("benchmarks/*/*.png"):
