@@ -44,6 +44,7 @@ from nni_topo.pruners.matrix import MatrixPruner  # noqa: E402
 from nni_topo.pruners.random import RandomPruner  # noqa: E402
 from nni_topo.pruners.reconstruction import ReconstructionPruner  # noqa: E402
 from nni_topo.pruners.registry import (  # noqa: E402
+    PRUNERS,
     PrunerInfo,
     create_pruner,
     expose_in_nni,
@@ -70,8 +71,11 @@ from nni_topo.recovery import (  # noqa: E402
     remove_blocks,
     synthetic_images,
 )
+from nni_topo.recovery.registry import RECOVERIES  # noqa: E402
 
 importlib.import_module(f"{__name__}.studies.recovery_rules")  # it registers the rules of other papers
+for _table in (PRUNERS, RECOVERIES):
+    _table.register_entry_points()
 expose_in_nni()
 
 hooks = pruners

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import zoo
 from nni_topo.cli import main
-from nni_topo.pruners.registry import TABLE, PrunerInfo, register_pruner
+from nni_topo.pruners.registry import PRUNERS, PrunerInfo, register_pruner
 from nni_topo.runs.choices import DataChoice, ModelChoice, PruneConfig, PrunerChoice, Target
 from nni_topo.runs.experiment.pipeline import run_trial
 from nni_topo.runs.experiment.settings import TrialSettings
@@ -67,7 +67,7 @@ def nosy() -> Iterator[str]:
     HANDED.clear()
     register_pruner(PrunerInfo("nosy", f"{__name__}:NosyPruner", "anything", needs=("evaluator", "training_steps")))
     yield "nosy"
-    del TABLE["nosy"]
+    del PRUNERS.table["nosy"]
 
 
 @pytest.fixture(scope="module")

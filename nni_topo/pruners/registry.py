@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from importlib.metadata import entry_points
-from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import nni.compression.pruning.tools
 from nni.compression.base.compressor import Pruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ANYTHING, ConfigError, check_fields, checked, instance, rule_of, unknown_name
+from nni_topo.errors import ConfigError, checked, instance, rule_of, unknown_name
 from nni_topo.network.runtime import CONFIG_LIST, MODEL
 from nni_topo.pruners.checks import check_request, of_single_weights
 from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator
+from nni_topo.registry import ClassInfo, Registry
 
-_logger = logging.getLogger(__name__)
 _NNI_ARGUMENTS = ("model", "config_list", "evaluator", "existed_wrappers")
 
 
 @dataclass(frozen=True)
-class PrunerInfo:
+class PrunerInfo(ClassInfo[Pruner]):
     """A pruner in the table.
 
     Attributes
@@ -46,29 +42,14 @@ class PrunerInfo:
         Knobs without which it can't work, e.g. ``"calibration or evaluator"``.
     """
 
-    name: str
-    path: str
-    summary: str
+    kind: ClassVar[str] = "pruner"
+    base: ClassVar[type] = Pruner
     structured: bool = True
     needs: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @property
-    def origin(self) -> str:
-        """The package it comes from: ``"nni_topo"``, ``"nni"`` or a third party's."""
-        return self.path.partition(".")[0]
-
-    def load(self) -> Callable[..., Pruner]:
-        """Import and return the class, or the class method."""
-        module, _, name = self.path.partition(":")
-        return attrgetter(name)(importlib.import_module(module))  # type: ignore[no-any-return]
-
     def knobs(self) -> tuple[str, ...]:
         """Return the names of the arguments beyond NNI's own four."""
-        parameters = inspect.signature(self.load()).parameters
-        return tuple(name for name in parameters if name not in (*_NNI_ARGUMENTS, "args", "kwargs"))
+        return tuple(name for name in super().knobs() if name not in (*_NNI_ARGUMENTS, "args", "kwargs"))
 
     def allocations(self) -> tuple[str, ...]:
         """Return how it can deal out a budget; nothing if it takes none."""
@@ -77,7 +58,7 @@ class PrunerInfo:
         return getattr(owner, "allocations", ("uniform",)) if "budget" in self.knobs() else ()
 
 
-TABLE: dict[str, PrunerInfo] = {}
+PRUNERS = Registry(PrunerInfo, "nni_topo.pruners")
 
 
 @checked()
@@ -89,10 +70,7 @@ def register_pruner(info: PrunerInfo) -> None:
     ConfigError
         If the name is taken by another class.
     """
-    known = TABLE.get(info.name)
-    if known is not None and known.path != info.path:
-        raise ConfigError(f"a pruner's name must be free, got {info.name!r}, taken by {known.path} (register_pruner)")
-    TABLE[info.name] = info
+    PRUNERS.register(info)
 
 
 @checked()
@@ -114,10 +92,9 @@ def list_pruners(pattern: str = "*") -> list[str]:
     >>> list_pruners("l?")
     ['l1', 'l2']
     """
-    return sorted(name for name in TABLE if fnmatchcase(name, pattern))
+    return PRUNERS.names(pattern)
 
 
-@checked(name=ANYTHING)  # looked at below
 def pruner_info(name: str) -> PrunerInfo:
     """Return a pruner's record, by its name or, of a third party's class, by ``package.module:Class``.
 
@@ -126,33 +103,7 @@ def pruner_info(name: str) -> PrunerInfo:
     ConfigError
         If the name is no text, isn't registered (with the nearest names that are), or isn't that of a class of pruners.
     """
-    if not isinstance(name, str):
-        raise ConfigError(f"a pruner's name must be text, got {name!r} (pruner)")
-    if ":" in name:
-        return _checked_class(PrunerInfo(name, name, "a third party's"))
-    if name not in TABLE:
-        raise unknown_name("pruner", name, TABLE)
-    return TABLE[name]
-
-
-def register_entry_points() -> None:
-    """Register what installed packages offer as ``name = package.module:Class`` in the group ``nni_topo.pruners``."""
-    for point in entry_points(group="nni_topo.pruners"):
-        package = point.dist.name if point.dist else "a third party"
-        try:
-            register_pruner(PrunerInfo(point.name, point.value, f"of {package}"))
-        except ConfigError as error:  # another package mustn't keep this one from being imported
-            _logger.warning("an entry point of %s is left out: %s", package, error)
-
-
-def _checked_class(info: PrunerInfo) -> PrunerInfo:
-    try:
-        kind = info.load()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"a pruner must be a class that can be imported, got {info.path!r}: {error}") from error
-    if not isinstance(kind, type) or not issubclass(kind, Pruner):
-        raise ConfigError(f"a pruner must be a class of NNI's Pruner, got {kind!r} ({info.path})")
-    return info
+    return PRUNERS.info(name)
 
 
 def check_knob_names(name: str, knobs: Iterable[str]) -> None:
@@ -224,7 +175,7 @@ def expose_in_nni() -> None:
     they weren't tested with: no longer of these, which are. All pruners see heads of attention,
     and the output channels of transposed convolutions.
     """
-    own = [cls for info in TABLE.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
+    own = [cls for info in PRUNERS.table.values() if info.origin == "nni_topo" and isinstance(cls := info.load(), type)]
     for cls in own:
         setattr(nni.compression.pruning, cls.__name__, cls)
     hooks = importlib.import_module(_OWN)
@@ -249,7 +200,7 @@ class _Tested(logging.Filter):
 
 _OWN = "nni_topo.pruners"
 _NNI = "nni.compression.pruning"
-for _info in (
+PRUNERS.register(
     PrunerInfo("topological", f"{_OWN}.topological:TopologicalPruner", "filters that cover the layer's point cloud"),
     PrunerInfo(
         "perera2022",
@@ -306,6 +257,4 @@ for _info in (
         "channels with the largest batch-norm scale after sparse training",
         needs=("evaluator", "training_steps"),
     ),
-):
-    register_pruner(_info)
-register_entry_points()
+)

@@ -10,18 +10,18 @@ also `unknowns`, `samples` and `apply`. The rules of other papers, in `studies/r
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from nni_topo.errors import ConfigError, check_fields, checked, unknown_name
+from nni_topo.errors import ConfigError, checked
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Plan
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import LayerReport
 from nni_topo.recovery.samples import Task
+from nni_topo.registry import ClassInfo, Registry
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Recalibrate(RecoveryMethod):
 
 
 @dataclass(frozen=True)
-class RecoveryInfo:
+class RecoveryInfo(ClassInfo[RecoveryMethod]):
     """A recovery method in the table.
 
     Attributes
@@ -77,30 +77,22 @@ class RecoveryInfo:
         What it does, in one line.
     """
 
-    name: str
-    path: str
-    summary: str
+    kind: ClassVar[str] = "method"
+    base: ClassVar[type] = RecoveryMethod
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def load(self) -> type[RecoveryMethod]:
-        """Import and return the class; ConfigError if that isn't one of a :class:`RecoveryMethod`."""
-        module, _, name = self.path.partition(":")
+    def make(self, **settings: Any) -> RecoveryMethod:
+        """Return a method with some settings, the others at their defaults; ConfigError if one of these has none."""
+        method = self.load()
         try:
-            kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"a method must be a class that can be imported, got {self.path!r}: {error}") from error
-        if not isinstance(kind, type) or not issubclass(kind, RecoveryMethod):
-            raise ConfigError(f"a method must be a class of RecoveryMethod, got {kind!r} ({self.path})")
-        return kind
-
-    def knobs(self) -> tuple[str, ...]:
-        """Return the names of the method's own settings."""
-        return tuple(field.name for field in fields(self.load()))  # type: ignore[arg-type]
+            inspect.signature(method).bind(**settings)
+        except TypeError as error:
+            raise ConfigError(
+                f"a method's settings must have defaults if it is named, got {error} ({self.name})"
+            ) from None
+        return method(**settings)
 
 
-TABLE: dict[str, RecoveryInfo] = {}
+RECOVERIES = Registry(RecoveryInfo, "nni_topo.recoveries")
 
 
 @checked()
@@ -112,10 +104,7 @@ def register_recovery(info: RecoveryInfo) -> None:
     ConfigError
         If the name is taken by another class.
     """
-    known = TABLE.get(info.name)
-    if known is not None and known.path != info.path:
-        raise ConfigError(f"a method's name must be free, got {info.name!r}, taken by {known.path} (register_recovery)")
-    TABLE[info.name] = info
+    RECOVERIES.register(info)
 
 
 @checked()
@@ -127,28 +116,30 @@ def list_recoveries(pattern: str = "*") -> list[str]:
     >>> list_recoveries("re*")
     ['recalibrate', 'reconstruct']
     """
-    return sorted(name for name in TABLE if fnmatchcase(name, pattern))
+    return RECOVERIES.names(pattern)
 
 
-@checked()
 def recovery_info(name: str) -> RecoveryInfo:
-    """Return a recovery method's record; ConfigError, with the nearest names that there are, if none has the name."""
-    if name not in TABLE:
-        raise unknown_name("method", name, TABLE)
-    return TABLE[name]
+    """Return a recovery method's record, by its name or, of a third party's class, by ``package.module:Class``.
+
+    Raises
+    ------
+    ConfigError
+        If the name is no text, isn't registered (with the nearest names that are), or isn't that of a class of methods.
+    """
+    return RECOVERIES.info(name)
 
 
 def recovery_method(method: str | RecoveryMethod) -> RecoveryMethod:
     """Return a method by its name, with its default settings, or as it is given."""
-    return method if isinstance(method, RecoveryMethod) else recovery_info(method).load()()
+    return method if isinstance(method, RecoveryMethod) else recovery_info(method).make()
 
 
 _OWN = "nni_topo.recovery"
-for _info in (
+RECOVERIES.register(
     RecoveryInfo("reconstruct", f"{_OWN}.reconstruct:Reconstruct", "solves each layer after removed channels again"),
     RecoveryInfo("ahead", f"{_OWN}.ahead:Ahead", "then solves each block for values some layers ahead"),
     RecoveryInfo("channel", f"{_OWN}.mixing:Channel", "predicts each removed channel from all kept ones"),
     RecoveryInfo("pair", f"{_OWN}.mixing:Pair", "predicts each removed channel from one kept one and a constant"),
     RecoveryInfo("recalibrate", f"{_OWN}.registry:Recalibrate", "measures statistics of batch norms and nothing else"),
-):
-    register_recovery(_info)
+)

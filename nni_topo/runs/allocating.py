@@ -13,7 +13,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.runtime import HELD_OUT, Calibration
 from nni_topo.pruners.budget import AUTO
-from nni_topo.pruners.registry import TABLE, pruner_info
+from nni_topo.pruners.registry import PRUNERS, pruner_info
 from nni_topo.recovery.lesson import judged
 
 
@@ -35,7 +35,7 @@ def allocations_to_try(pruner: str | Callable[..., Any]) -> tuple[str, ...]:
     """Return how a pruner can deal out a budget; ConfigError if there is nothing to choose from."""
     found = () if callable(pruner) else pruner_info(pruner).allocations()
     if len(found) < 2:
-        able = ", ".join(sorted(name for name, info in TABLE.items() if len(info.allocations()) > 1))
+        able = ", ".join(sorted(name for name, info in PRUNERS.table.items() if len(info.allocations()) > 1))
         named = "a function" if callable(pruner) else repr(pruner)
         raise ConfigError(
             f"a pruner must deal out budgets in several ways ({able}) for allocation={AUTO!r}, got {named} (budget)"

@@ -234,9 +234,8 @@ def made_dense(
     if compensate is None:
         return to_dense(start.net, start.example, masks), None
     info = recovery_info(compensate.method)
-    method: Any = info.load()
-    settings = method(refine=compensate.refine) if "refine" in info.knobs() else method()
-    done = compensation(start.net, masks, start.images(compensate.images), method=settings, progress=progress)
+    method = info.make(refine=compensate.refine) if "refine" in info.knobs() else info.make()
+    done = compensation(start.net, masks, start.images(compensate.images), method=method, progress=progress)
     return to_dense(done.model, start.example, masks), done.report
 
 

@@ -62,11 +62,12 @@ from nni_topo.pruners.budget import (
     tell_if_missed,
 )
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
-from nni_topo.recovery import RecoveryMethod, compensation, distillation, list_recoveries
+from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.lesson import check_one_shape
 from nni_topo.recovery.likeness import Answers
 from nni_topo.recovery.narrowing import narrow_instead
+from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
 from nni_topo.runs.choices import Target
@@ -642,8 +643,8 @@ def _check(
             "(shrink)"
         )
     is_given = compensate is None or isinstance(compensate, RecoveryMethod) or callable(compensate)
-    if not is_given and compensate not in list_recoveries():
-        raise unknown_name("compensate", str(compensate), list_recoveries())
+    if not is_given:
+        RECOVERIES.info(compensate, "compensate")
     if not (isinstance(distill, (bool, Mapping)) or callable(distill)):
         raise ConfigError(f"distill must be True, False, knobs or a function, got {distill!r} (shrink)")
     if isinstance(distill, Mapping):

@@ -40,7 +40,7 @@ from nni_topo.recovery.mixing import PairTask, readers_of_removed
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_group_ids
 from nni_topo.recovery.reconstruct import ReconstructTask
-from nni_topo.recovery.registry import RecoveryInfo, RecoveryMethod, register_recovery
+from nni_topo.recovery.registry import RECOVERIES, RecoveryInfo, RecoveryMethod
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows
 
@@ -281,12 +281,11 @@ def _together(equations: NormalEquations, kernel: Tensor, numbers: Tensor) -> No
     return NormalEquations.of(equations.samples, added)
 
 
-for _info in (
+RECOVERIES.register(
     RecoveryInfo("sequential", f"{__name__}:Sequential", "solves each layer for its own output"),
     RecoveryInfo("layer", f"{__name__}:LayerAlone", "solves each layer for its own output from the original's inputs"),
     RecoveryInfo("mean", f"{__name__}:Mean", "puts the mean of removed channels into the constant"),
     RecoveryInfo("scalar", f"{__name__}:Scalar", "solves for one factor for each kept channel"),
     RecoveryInfo("head", f"{__name__}:Head", "solves for one factor for each kept head"),
     RecoveryInfo("merge", f"{__name__}:Merge", "lets the most similar kept filter stand in for each removed one"),
-):
-    register_recovery(_info)
+)

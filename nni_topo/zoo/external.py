@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
+from nni_topo.registry import imported
 
 TORCHVISION = "torchvision/"
 TIMM = "timm/"
@@ -76,15 +77,7 @@ def _replace_first_conv(model: nn.Module, in_channels: int, name: str) -> None:
 
 def import_factory(name: str) -> Callable[..., nn.Module]:
     """Import ``package.module:factory``; ConfigError if it isn't there or can't be called."""
-    module_name, _, path = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in path.split("."):
-            found = getattr(found, part)
-    except ImportError as error:
-        raise ConfigError(f"a model factory's module must be importable, got {error} ({name})") from error
-    except AttributeError as error:
-        raise ConfigError(f"a model factory must exist in its module, got {error} ({name})") from error
+    found = imported(name, "a model factory must be a function")
     if not callable(found):
         raise ConfigError(f"a model factory must be callable, got {type(found).__name__} ({name})")
     return found  # type: ignore[no-any-return]

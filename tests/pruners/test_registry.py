@@ -11,8 +11,7 @@ from nni.compression.pruning import LinearPruner
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.pruners import registry
-from nni_topo.pruners.registry import PrunerInfo, check_knob_names
+from nni_topo.pruners.registry import PRUNERS, PrunerInfo, check_knob_names
 from nni_topo.testing import toy_evaluator, toy_images, toy_knobs, toy_model
 
 HALF = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
@@ -100,7 +99,7 @@ def test_nnis_own_pruners_get_the_same_checks_of_the_request():
 
 def test_a_third_party_joins_the_table(monkeypatch):
     info = PrunerInfo("mine", "nni_topo.pruners.random:RandomPruner", "what I like")
-    monkeypatch.setattr("nni_topo.pruners.registry.TABLE", dict(nni_topo.pruners.registry.TABLE))
+    monkeypatch.setattr(PRUNERS, "table", dict(PRUNERS.table))
     nni_topo.register_pruner(info)
     assert "mine" in nni_topo.list_pruners()
     check_knob_names("mine", ["seed"])
@@ -160,8 +159,8 @@ def test_a_third_party_is_known_by_its_path_and_by_its_entry_point(tmp_path, mon
     (found / "METADATA").write_text("Metadata-Version: 2.1\nName: third\nVersion: 1.0\n")
     (found / "entry_points.txt").write_text("[nni_topo.pruners]\nthird_random = third:Third\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(registry, "TABLE", dict(registry.TABLE))
-    registry.register_entry_points()
+    monkeypatch.setattr(PRUNERS, "table", dict(PRUNERS.table))
+    PRUNERS.register_entry_points()
     config = [{"op_names": ["stem"], "sparse_ratio": 0.5}]
     for name in ("third_random", "third:Third"):
         _, masks = nni_topo.create_pruner(name, toy_model(), config, seed=1).compress()

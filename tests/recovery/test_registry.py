@@ -25,7 +25,7 @@ from nni_topo.recovery import (
     register_recovery,
 )
 from nni_topo.recovery.reconstruct import ReconstructTask
-from nni_topo.recovery.registry import TABLE
+from nni_topo.recovery.registry import RECOVERIES
 
 
 @dataclass(frozen=True)
@@ -78,28 +78,40 @@ def test_settings_belong_to_their_method():
         Pair(3)
 
 
-def test_a_method_of_a_user_is_taken_as_it_is_and_by_its_name(residual_net, images, halves):
+def test_a_method_of_a_user_is_taken_as_it_is_by_its_name_and_by_its_path(residual_net, images, halves, monkeypatch):
     masks = halves(residual_net, "conv1", "conv3")
     every = compensation(residual_net, masks, images, method=Reconstruct(refine=0)).report.layers
     one = compensation(residual_net, masks, images, method=FirstLayers(1))
     assert len(every) > 1
     assert [layer.layer for layer in one.report.layers] == [every[0].layer]
     assert one.report.layers[0].error_after == every[0].error_after
+    monkeypatch.setattr(RECOVERIES, "table", dict(RECOVERIES.table))
     register_recovery(RecoveryInfo("first", f"{__name__}:FirstLayers", "solves the first layer"))
-    try:
-        assert "first" in nni_topo.list_recoveries("f*")
-        named = compensate(residual_net, masks, images, method="first")
+    assert "first" in nni_topo.list_recoveries("f*")
+    for name in ("first", f"{__name__}:FirstLayers"):
+        named = compensate(residual_net, masks, images, method=name)
         torch.testing.assert_close(named.state_dict(), one.model.state_dict(), rtol=0, atol=0)
-        with pytest.raises(ConfigError, match="a method's name must be free, got 'first'"):
-            register_recovery(RecoveryInfo("first", "elsewhere:Class", "another"))
-    finally:
-        del TABLE["first"]
+    with pytest.raises(ConfigError, match="a method's name must be free, got 'first'"):
+        register_recovery(RecoveryInfo("first", "elsewhere:Class", "another"))
 
 
 @pytest.mark.parametrize("path", ["nowhere:Class", "nni_topo.recovery:NoClass", "nni_topo.recovery:compensate", "text"])
 def test_a_path_that_leads_to_no_method_is_told(path):
     with pytest.raises(ConfigError, match="a method must be a class"):
         RecoveryInfo("bad", path, "nothing").load()
+    if ":" in path:
+        with pytest.raises(ConfigError, match="a method must be a class"):
+            recovery_info(path)
+
+
+@dataclass(frozen=True)
+class NeedsCount(RecoveryMethod):
+    count: int
+
+
+def test_a_method_by_name_needs_defaults(residual_net, images, halves):
+    with pytest.raises(ConfigError, match=r"a method's settings must have defaults if it is named, got .*'count'"):
+        compensate(residual_net, halves(residual_net, "conv1"), images, method=f"{__name__}:NeedsCount")
 
 
 def test_an_unknown_name_is_told_with_the_nearest():

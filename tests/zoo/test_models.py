@@ -250,7 +250,7 @@ def test_factory_gets_the_arguments_it_accepts(own_module: str) -> None:
     ("path", "message"),
     [
         ("not_a_model", "must return an nn.Module, got int"),
-        ("absent", "must exist in its module, got .*absent"),
+        ("absent", "must be a function that can be imported, got .*:absent"),
         ("constant", "must be callable, got int"),
     ],
 )
@@ -265,7 +265,9 @@ def test_factory_without_width_refuses_one(own_module: str) -> None:
 
 
 def test_factory_of_an_absent_module() -> None:
-    with pytest.raises(ConfigError, match="must be importable, got No module named 'absent_module_of_tests'"):
+    with pytest.raises(
+        ConfigError, match="must be a function that can be imported, got 'absent_module_of_tests:factory': No module"
+    ):
         build("absent_module_of_tests:factory")
 
 

@@ -1,0 +1,105 @@
+"""Classes by name, in tables that packages of third parties add to: the pruners, and the recovery methods."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.metadata import entry_points
+from operator import attrgetter
+from typing import Any, ClassVar, Generic, TypeVar
+
+from nni_topo.errors import ConfigError, check_fields, unknown_name
+
+Made = TypeVar("Made")  # what the class of a record makes
+_logger = logging.getLogger(__name__)
+
+
+def imported(path: str, what: str) -> Any:
+    """Import what ``"package.module:Name"`` names; ConfigError if there is no such thing."""
+    module, _, name = path.partition(":")
+    try:
+        return attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: of a module that begins with "."
+        raise ConfigError(f"{what} that can be imported, got {path!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ClassInfo(Generic[Made]):
+    """A class in a table; it is imported when it is needed."""
+
+    kind: ClassVar[str]  # what it is, in a word
+    base: ClassVar[type]  # what it derives from
+    name: str
+    path: str
+    summary: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def origin(self) -> str:
+        """The package it comes from: ``"nni_topo"``, ``"nni"`` or a third party's."""
+        return self.path.partition(":")[0].partition(".")[0]
+
+    def load(self) -> Callable[..., Made]:
+        """Import and return the class, or a class method; ConfigError if there is none, or it is of another kind."""
+        found: Callable[..., Made] = imported(self.path, f"a {self.kind} must be a class")
+        owner = getattr(found, "__self__", found)  # of a class method
+        if not (isinstance(owner, type) and issubclass(owner, self.base)):
+            base = f"{self.base.__module__}.{self.base.__qualname__}"
+            raise ConfigError(f"a {self.kind} must be a class of {base}, got {found!r} ({self.path})")
+        return found
+
+    def knobs(self) -> tuple[str, ...]:
+        """Return the names of its own arguments."""
+        return tuple(inspect.signature(self.load()).parameters)
+
+
+Info = TypeVar("Info", bound=ClassInfo[Any])
+
+
+class Registry(Generic[Info]):
+    """The records of one kind of class, by name; ``group`` names the entry points of packages that offer more."""
+
+    def __init__(self, record: type[Info], group: str) -> None:
+        self.table: dict[str, Info] = {}
+        self._record, self._group = record, group
+
+    def register(self, *infos: Info) -> None:
+        """Add records; ConfigError if a name is taken by another class."""
+        for info in infos:
+            known = self.table.get(info.name)
+            if known is not None and known.path != info.path:
+                taken = f"got {info.name!r}, taken by {known.path} ({type(info).__name__})"
+                raise ConfigError(f"a {info.kind}'s name must be free, {taken}")
+            self.table[info.name] = info
+
+    def names(self, pattern: str) -> list[str]:
+        """Return the names that match a shell pattern, sorted."""
+        return sorted(name for name in self.table if fnmatchcase(name, pattern))
+
+    def info(self, name: str, argument: str = "") -> Info:
+        """Return the record of a name, or of ``package.module:Class``; ConfigError, which may name the argument."""
+        kind = self._record.kind
+        if not isinstance(name, str):
+            raise ConfigError(f"a {kind}'s name must be text, got {name!r} ({argument or kind})")
+        if ":" in name:
+            found = self._record(name, name, "a third party's")
+            found.load()  # which looks at it
+            return found
+        if name not in self.table:
+            raise unknown_name(argument or kind, name, self.table)
+        return self.table[name]
+
+    def register_entry_points(self) -> None:
+        """Register what installed packages offer as ``name = package.module:Class``."""
+        for point in entry_points(group=self._group):
+            package = point.dist.name if point.dist else "a third party"
+            try:
+                self.register(self._record(point.name, point.value, f"of {package}"))
+            except ConfigError as error:  # another package mustn't keep this one from being imported
+                _logger.warning("an entry point of %s is left out: %s", package, error)
