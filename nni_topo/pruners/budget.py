@@ -41,8 +41,11 @@ AUTO = "auto"
 ALLOCATIONS: tuple[str, ...] = tuple(name for name in get_args(Allocation) if name != AUTO)
 BUDGETS = ("flops", "params", "latency", "memory")
 _RULES = {"allocation": one_of(get_args(Allocation)), "latency_table": instance(LatencyTable) | PATH | NONE}
-_MISSED = 0.01
+_MISSED = 0.01  # of the unpruned network's cost
 _MISSED_TIME = 0.05  # of what is asked for
+_ROUNDING = 1e-12  # 0.51 - 0.5 is more than 0.01 in double precision
+ONE_CHANNEL = "the next possible numbers of channels come no nearer"
+"""Why a budget is missed where nothing else keeps it from being met."""
 _SECONDS = 10.0  # to time one network beside the unpruned one
 
 
@@ -115,18 +118,32 @@ class Budget:
 
 @dataclass(frozen=True)
 class BudgetOutcome:
-    """The cost that was reached under a budget."""
+    """The cost that was reached under a budget; ``str`` is a sentence."""
 
     kind: str  # what is counted: flops, params, latency or memory
-    asked: float  # share that should be left, in (0, 1]
-    left: float  # share that is left
-    is_met: bool  # within 1 % of the whole network; of time, where that is more, within 5 % of what was asked for
+    asked: float  # share of the unpruned network's cost to keep, in (0, 1]
+    left: float  # share that is kept
+    is_met: bool  # whether they differ by `tolerance` at most
     why: str = ""  # why it is missed; empty where it is met
 
+    @property
+    def tolerance(self) -> float:
+        """How far ``left`` may be from ``asked``: 0.01; for latency 5 % of ``asked`` where that is more."""
+        return _tolerance(self.kind, self.asked)
+
     def __str__(self) -> str:
-        found = f"a budget of {self.kind} is {'met' if self.is_met else 'missed'}"
-        shares = f"{self.asked:.4g} of it should be left, {self.left:.4g} is"
-        return f"{found}: {shares}{'' if self.is_met else f', because {self.why}'}"
+        # So many digits that the numbers as they are printed agree with what is said of them.
+        for digits in range(4, 18):
+            asked, left = f"{self.asked:.{digits}g}", f"{self.left:.{digits}g}"
+            if _is_met(self.kind, float(asked), float(left)) == self.is_met:
+                break
+        kept = f"{left} of the unpruned network's cost is kept"
+        if self.is_met:
+            return f"the {self.kind} budget of {asked} is met: {kept}, within {self.tolerance:.4g} of it"
+        return (
+            f"the {self.kind} budget of {asked} is missed: {kept}, not within {self.tolerance:.4g} of it, because "
+            f"{self.why}"
+        )
 
 
 class BudgetPlanner(Planner):
@@ -181,10 +198,10 @@ class BudgetPlanner(Planner):
         is_over = self.left > self.budget.share
         if all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True)):
             key = "max_sparse_ratio" if is_over else "min_sparse_ratio"
-            return f"all layers are at their {key}, or one channel; layers that aren't listed stay unpruned"
+            return f"all layers are at their {key}, or have one channel left; layers that aren't listed stay unpruned"
         if self.budget.kind == "latency" and self.budget.latency_table is None:
             return "no widths that were timed came nearer"
-        return "one channel more or less is as much"
+        return ONE_CHANNEL
 
     def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
         """Return a function that gives the network's cost, in the budget's unit, for a choice of kept channels."""
@@ -200,9 +217,18 @@ class BudgetPlanner(Planner):
 
 def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutcome:
     """Return the outcome of a budget; ``why`` is the reason if it is missed."""
-    tolerance = max(_MISSED, _MISSED_TIME * asked * (kind == "latency"))
-    is_met = abs(left - asked) <= tolerance
+    is_met = _is_met(kind, asked, left)
     return BudgetOutcome(kind, asked, left, is_met, "" if is_met else why)
+
+
+def _tolerance(kind: str, asked: float) -> float:
+    """Return how far the share that is kept may be from the share that was asked for."""
+    return max(_MISSED, _MISSED_TIME * asked if kind == "latency" else 0.0)
+
+
+def _is_met(kind: str, asked: float, left: float) -> bool:
+    """Say whether a budget is met; a difference of just the tolerance is one, whatever the rounding of it."""
+    return abs(left - asked) <= _tolerance(kind, asked) + _ROUNDING
 
 
 def tell_if_missed(budget: Budget, left: float, reason: str) -> BudgetOutcome:

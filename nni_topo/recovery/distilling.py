@@ -53,7 +53,16 @@ from nni_topo.network.runtime import (
 )
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.course import Course
-from nni_topo.recovery.lesson import Augment, Lesson, Objective, is_blendable, joined, student_copy
+from nni_topo.recovery.lesson import (
+    MOST_DISTANCE,
+    Augment,
+    Lesson,
+    Objective,
+    is_better,
+    is_blendable,
+    joined,
+    student_copy,
+)
 from nni_topo.recovery.report import signed_like
 from nni_topo.sharing import named_tensors
 
@@ -78,6 +87,37 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Whether learned weights are kept, and the held-out figures that say so; ``str`` is a sentence.
+
+    They are kept if the loss falls and the distance is at most twice what it was before.
+    """
+
+    objective: str  # what the loss is: "kl" or "squares"
+    is_kept: bool
+    loss_before: float
+    loss_after: float
+    distance_before: float  # mean squared distance of the outputs over their variance
+    distance_after: float
+    agreement_before: float  # share of largest logits that are the same, in [0, 1]; NaN for "squares"
+    agreement_after: float
+
+    def __str__(self) -> str:
+        text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out images the loss "
+        text += f"({self.objective}) is {self.loss_after:.3g}, {self.loss_before:.3g} without it; the distance "
+        text += f"{self.distance_after:.3g}, {self.distance_before:.3g} without it"
+        if not math.isnan(self.agreement_before):
+            text += f"; the agreement {self.agreement_after:.3g}, {self.agreement_before:.3g} without it"
+        if self.is_kept and self.distance_after > self.distance_before:
+            text += f". The loss decides unless the distance grows to more than {MOST_DISTANCE:g} times its value"
+        elif not self.is_kept and self.loss_after < self.loss_before:
+            text += f". The loss falls, but the distance grows to more than {MOST_DISTANCE:g} times its value"
+        if self.objective == "kl" and self.distance_after > self.distance_before:
+            text += "; if the outputs aren't class scores, set distill's objective='squares', which is the distance"
+        return text
+
+
+@dataclass(frozen=True)
 class Distillation:
     """A distilled model and how it came about.
 
@@ -92,7 +132,8 @@ class Distillation:
     agreement_before, agreement_after : float
         Share of them, in [0, 1], whose largest logit is the unpruned network's; NaN for ``"squares"``.
     is_kept : bool
-        Whether what was learned has less loss there, and so is in ``model``.
+        Whether ``model`` has the learned weights: their loss there is smaller, and their distance at most twice that of
+        the model that was given.
     images : int
         All images, those held out included.
     lr : float
@@ -101,6 +142,8 @@ class Distillation:
         Gradient steps at that rate.
     seconds : float
         Wall time.
+    distance_before, distance_after : float
+        Mean squared distance of their outputs from the unpruned network's, over the variance of these.
     """
 
     model: nn.Module
@@ -114,6 +157,22 @@ class Distillation:
     lr: float
     steps: int
     seconds: float
+    distance_before: float
+    distance_after: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """The figures by which the learned weights were kept or discarded."""
+        return Verdict(
+            objective=self.objective,
+            is_kept=self.is_kept,
+            loss_before=self.loss_before,
+            loss_after=self.loss_after,
+            distance_before=self.distance_before,
+            distance_after=self.distance_after,
+            agreement_before=self.agreement_before,
+            agreement_after=self.agreement_after,
+        )
 
 
 @checked(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE, state=ANYTHING, **KNOBS)
@@ -191,7 +250,7 @@ def distillation(
             batches,
             total,
             progress,
-            grows=lambda net, times: not lesson.judge(net, held)[0] <= times * before[0],
+            grows=lambda net, times: not lesson.judge(net, held).loss <= times * before.loss,
         )
         student = course.student
         if course.ended_early:
@@ -204,7 +263,7 @@ def distillation(
         if is_normed:  # views and blends differ from the images that will come
             student = recalibrate_batch_norm(student, lesson.plain(student, learned))
         after = lesson.judge(student, held)
-        is_kept = after[0] < before[0]  # of a hundred images, the answers alone tell little
+        is_kept = is_better(after, before)
         if course.seconds is not None:
             seconds_left = course.seconds - course.spent
         if is_kept or rate == rates[-1] or (seconds_left is not None and seconds_left <= 0.0):
@@ -213,14 +272,24 @@ def distillation(
     result = detached_copy(dense)
     if is_kept:
         _take_values(result, student)
-    else:
-        text = f"on held-out images the loss is {after[0]:.3g}, without it {before[0]:.3g}"
-        if not math.isnan(before[1]):
-            text += f", and the agreement {after[1]:.3g}, without it {before[1]:.3g}"
-        _logger.warning("distillation is discarded: %s", text)
-    took = time.perf_counter() - began
-    judged = (before[0], after[0], before[1], after[1])
-    return Distillation(result, lesson.kind, *judged, is_kept, sum(counts), course.rate, course.done, took)
+    done = Distillation(
+        model=result,
+        objective=lesson.kind,
+        loss_before=before.loss,
+        loss_after=after.loss,
+        agreement_before=before.agreement,
+        agreement_after=after.agreement,
+        is_kept=is_kept,
+        images=sum(counts),
+        lr=course.rate,
+        steps=course.done,
+        seconds=time.perf_counter() - began,
+        distance_before=before.distance,
+        distance_after=after.distance,
+    )
+    if not is_kept:
+        _logger.warning("%s", done.verdict)
+    return done
 
 
 @signed_like(distillation)
@@ -279,8 +348,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        A new model in the mode of ``dense``, module by module: what was learned if that has less loss on the images
-        held out, else an equal copy. Masked weights stay zero.
+        A new model in the mode of ``dense``, module by module: with the learned weights if their loss on the images
+        held out is smaller and their distance from the outputs of ``original`` at most twice that of ``dense``, else an
+        equal copy. Masked weights stay zero.
 
     Raises
     ------

@@ -55,5 +55,8 @@ def check_held_out(images: Calibration, held_out: Calibration | None) -> Calibra
 def compared(original: nn.Module, tries: Mapping[str, nn.Module], held_out: Iterable[Any]) -> tuple[Tried, ...]:
     """Judge dense networks by allocation; of those that lose equally little the first is chosen."""
     found = judged(original, list(tries.values()), held_out)
-    best = first_smallest([loss if math.isfinite(loss) else math.inf for loss, _ in found])
-    return tuple(Tried(name, *figures, at == best) for at, (name, figures) in enumerate(zip(tries, found, strict=True)))
+    best = first_smallest([each.loss if math.isfinite(each.loss) else math.inf for each in found])
+    return tuple(
+        Tried(name, each.loss, each.agreement, is_chosen=at == best)
+        for at, (name, each) in enumerate(zip(tries, found, strict=True))
+    )

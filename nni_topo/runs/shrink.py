@@ -54,6 +54,7 @@ from nni_topo.network.speedup import (
 )
 from nni_topo.pruners.budget import (
     AUTO,
+    ONE_CHANNEL,
     Budget,
     BudgetOutcome,
     BudgetPlanner,
@@ -64,7 +65,8 @@ from nni_topo.pruners.budget import (
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
-from nni_topo.recovery.lesson import check_one_shape
+from nni_topo.recovery.distilling import Verdict
+from nni_topo.recovery.lesson import MOST_DISTANCE, check_one_shape
 from nni_topo.recovery.likeness import Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.registry import RECOVERIES
@@ -131,6 +133,9 @@ class ShrinkReport:
         What makes the figures doubtful, with what to do about it.
     whole : dict of str to str
         By layer that wasn't asked for, without ``layers``, because it can't lose channels, the reason.
+    distillation : Verdict or None
+        Whether the distilled weights were kept, and the figures that decided; None where :func:`nni_topo.distill`
+        didn't run.
     """
 
     stages: tuple[Stage, ...]
@@ -142,6 +147,7 @@ class ShrinkReport:
     held_out: int = 0
     warnings: tuple[str, ...] = ()
     whole: dict[str, str] = field(default_factory=dict)
+    distillation: Verdict | None = None
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -173,6 +179,8 @@ class ShrinkReport:
             )
         if self.budget is not None:
             lines.append(str(self.budget))
+        if self.distillation is not None:
+            lines.append(str(self.distillation))
         lines += [f"warning: {each}" for each in self.warnings]
         lines += map(repr, self.tried)
         left_alone = self.compensation.left_alone if self.compensation else {}
@@ -309,7 +317,7 @@ def shrink(
         measured.add("reconstructed", recovered.dense)
     # Read now: a function of the user's may distil in place.
     layer_report: Any = recovered.dense.report
-    final = _distill(plan, recovered, data, distill)
+    final, verdict = _distill(plan, recovered, data, distill)
     if distill is not False:
         measured.add("distilled", final)
     report: Any = ShrinkReport(
@@ -322,6 +330,7 @@ def shrink(
         held_out=0 if data.held_out is None else data.held_out.samples,
         warnings=measured.warnings() + (recovered.report.warnings if recovered.report is not None else ()),
         whole=prunable.unpruned,
+        distillation=verdict,
     )
     final.report = report
     return final
@@ -479,15 +488,21 @@ def _best_allocation(plan: _Plan, budget: Budget, data: _Data) -> tuple[_Recover
     return next(candidates[each.allocation] for each in tried if each.is_chosen), tried
 
 
-def _distill(plan: _Plan, recovered: _Recovered, data: _Data, distill: Mapping[str, Any] | Distill | bool) -> nn.Module:
-    """Train the dense network to answer as the unpruned one does, if that is asked for."""
+def _distill(
+    plan: _Plan, recovered: _Recovered, data: _Data, distill: Mapping[str, Any] | Distill | bool
+) -> tuple[nn.Module, Verdict | None]:
+    """Train the dense network to answer as the unpruned one does, if that is asked for.
+
+    And why the result was kept or not; None where :func:`nni_topo.distill` doesn't run.
+    """
     if distill is False:
-        return recovered.dense
+        return recovered.dense, None
     if callable(distill):
-        return _checked_network(distill(recovered.dense, plan.model, data.learned), "distill")
+        return _checked_network(distill(recovered.dense, plan.model, data.learned), "distill"), None
     knobs: dict[str, Any] = {"held_out": data.held_out, "seed": plan.seed, "progress": plan.progress}
     given: Mapping[str, Any] = {} if distill is True else distill
-    return distillation(recovered.dense, plan.model, data.learned, **knobs | dict(given)).model
+    done = distillation(recovered.dense, plan.model, data.learned, **knobs | dict(given))
+    return done.model, done.verdict
 
 
 class _Measurements:
@@ -535,6 +550,28 @@ class _Measurements:
 
     def warnings(self) -> tuple[str, ...]:
         """Say, with what to do, why the figures of the last network are doubtful."""
+        return (*self._worse(), *self._few_images())
+
+    def _worse(self) -> tuple[str, ...]:
+        """Say where distillation took the network away from the unpruned one.
+
+        That can be where a function of the caller's distils, or where other images than the held-out ones judged.
+        """
+        if self.stages[-1].network != "distilled":
+            return ()
+        before, after = self.stages[-2], self.stages[-1]
+        if not after.distance > MOST_DISTANCE * before.distance:
+            return ()
+        text = (
+            f"the distilled network is kept, but its distance from the unpruned network is {after.distance:.3g}, "
+            f"{before.distance:.3g} before distillation; these images didn't decide whether to keep it. "
+            "shrink(..., distill=False) returns the network before distillation"
+        )
+        _logger.warning("%s", text)
+        return (text,)
+
+    def _few_images(self) -> tuple[str, ...]:
+        """Say where images were too few to hold any out, or for the network."""
         if self._data.held_out is None:
             text = (
                 f"none of {self._data.learned.samples} images could be held out, so figures are those of the images "
@@ -591,8 +628,8 @@ def _outcome(
     if planned is not None and not planned.is_met:  # the planner has warned
         return budget_outcome(budget.kind, budget.share, share, planned.why)
     if _chooses_how_many(pruner):
-        return tell_if_missed(budget, share, "the pruner chooses how many channels stay")
-    why = "layers keep channels that were asked for" if report.kept else "one channel more or less is as much"
+        return tell_if_missed(budget, share, "the pruner chooses how many channels it keeps")
+    why = "layers keep channels that were asked for" if report.kept else ONE_CHANNEL
     return budget_outcome(budget.kind, budget.share, share, why)
 
 

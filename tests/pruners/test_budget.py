@@ -149,10 +149,10 @@ def test_death_times_deal_out_where_there_are_clouds_only():
 
 def test_bounds_of_the_config_list_hold_and_a_budget_missed_for_them_is_told(caplog):
     masks, _ = pruned(resnet(), {"flops": 0.05}, rule={"max_sparse_ratio": 0.5})
-    assert re.search(r"flops is missed: 0.05 of it should be left, .* all layers are at their max_sparse", caplog.text)
+    assert re.search(r"the flops budget of 0.05 is missed: .* all layers are at their max_sparse", caplog.text)
     assert all(targets["weight"].flatten(1)[:, 0].mean() >= 0.5 for targets in masks.values())
     masks, _ = pruned(resnet(), {"flops": 0.9}, rule={"min_sparse_ratio": 0.25})
-    assert re.search(r"0.9 of it should be left, .* all layers are at their min_sparse_ratio", caplog.text)
+    assert re.search(r"the flops budget of 0.9 is missed: .* all layers are at their min_sparse_ratio", caplog.text)
     assert all(targets["weight"].flatten(1)[:, 0].mean() <= 0.75 for targets in masks.values())
 
 
@@ -204,13 +204,23 @@ def test_a_pruner_knows_whether_its_budget_is_met(share, is_met, why):
         ("latency", 0.5, 0.52, True),
         ("latency", 0.5, 0.53, False),
         ("latency", 0.1, 0.109, True),
+        ("flops", 0.5, 0.51, True),
+        ("flops", 0.5, 0.51004, False),
+        ("flops", 0.25, 0.26000001, False),
+        ("flops", 0.12344, 0.13343999, True),
         ("params", 0.5, float("nan"), False),
     ],
 )
 def test_a_budget_is_met_within_a_hundredth_of_the_network_or_a_twentieth_of_the_time(kind, asked, left, is_met):
     outcome = budget_outcome(kind, asked, left, "of a reason")
     assert outcome.is_met is is_met
-    assert str(outcome).endswith("because of a reason") is not is_met
+    text = str(outcome)
+    assert text.endswith("because of a reason") is not is_met
+    # The numbers as they are printed agree with what is said of them.
+    printed = re.search(r"budget of (\S+) is (met|missed): (\S+) of .* within (\S+) of it", text)
+    said_asked, said_left, said_tolerance = (float(printed[at]) for at in (1, 3, 4))
+    assert said_tolerance == pytest.approx(outcome.tolerance)
+    assert (abs(said_left - said_asked) <= said_tolerance + 1e-12) is is_met is (printed[2] == "met")
 
 
 def test_a_budget_out_of_reach_empties_no_layer():

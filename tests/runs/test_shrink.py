@@ -119,7 +119,7 @@ def test_a_time_that_a_pruner_of_nni_misses_is_told(caplog):
     table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
     capped = [{"op_names": list(LAYERS), "max_sparse_ratio": 0.25}]
     shrunk({"latency": 0.4, "latency_table": table}, pruner="l1", layers=capped)
-    assert "a budget of latency is missed: 0.4 of it should be left" in caplog.text
+    assert "the latency budget of 0.4 is missed" in caplog.text
     assert "all layers are at their max_sparse_ratio" in caplog.text
 
 
@@ -132,7 +132,7 @@ def test_budgets_are_met_in_multiples_of_channels_or_told(pruner, caplog):
     assert zoo.count_params(small) / zoo.count_params(net) == pytest.approx(0.5, abs=0.02)
     assert "is missed" not in caplog.text
     nni_topo.shrink(net, images, {"params": 0.3}, pruner=pruner, round_to=32, compensate=None, distill=False)
-    assert "is missed: 0.3 of it should be left" in caplog.text
+    assert "the params budget of 0.3 is missed" in caplog.text
     assert "layers keep multiples of 32" in caplog.text
 
 
@@ -140,7 +140,8 @@ def test_a_pruner_that_finds_the_number_itself_tells_what_it_leaves(caplog):
     small = shrunk({"params": 0.5}, pruner="subcluster", knobs={"energy": 1e-6})
     left, whole = (network_cost("params", net, toy_images(1))({}) for net in (small, toy_model()))
     assert left / whole > 0.51
-    assert f"{left / whole:.4g} is, because the pruner chooses how many channels stay" in caplog.text
+    assert f"{left / whole:.4g} of the unpruned network's cost is kept" in caplog.text
+    assert "because the pruner chooses how many channels it keeps" in caplog.text
 
 
 def test_every_step_can_be_replaced():
@@ -193,6 +194,47 @@ def test_outputs_that_are_no_classes_have_no_agreement():
     assert all(math.isnan(stage.agreement) for stage in small.report.stages)
     assert "agreement" not in repr(small.report)
     assert small.report.stages[-1].distance > 0.0
+
+
+def coordinates():
+    """A network of three coordinates that move together: softened probabilities can't see how far."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    with torch.no_grad():
+        net[-1].weight += 0.6 * torch.randn(24)
+    return net, torch.randn(256, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_distilled_weights_that_take_the_outputs_away_are_discarded_and_the_report_says_why(caplog):
+    net, images = coordinates()
+    knobs = {"steps": 60, "lr": 6e-3}
+    report = nni_topo.shrink(net, [images], {"flops": 0.7}, distill=knobs).report
+    verdict, stages = report.distillation, {stage.network: stage for stage in report.stages}
+    assert verdict.loss_after < verdict.loss_before
+    assert verdict.distance_after > 2.0 * verdict.distance_before
+    assert not verdict.is_kept
+    # What decided is what the table has, on the same images.
+    assert verdict.distance_before == pytest.approx(stages["reconstructed"].distance, rel=1e-3)
+    assert stages["distilled"].distance == stages["reconstructed"].distance
+    assert "distillation is discarded" in repr(report)
+    assert "objective='squares'" in repr(report)
+    better = nni_topo.shrink(net, [images], {"flops": 0.7}, distill={**knobs, "objective": "squares"}).report
+    assert better.distillation.is_kept
+    assert better.stages[-1].distance == pytest.approx(better.distillation.distance_after, rel=1e-3)
+    assert better.stages[-1].distance < stages["reconstructed"].distance
+
+
+def test_what_a_function_of_the_callers_makes_worse_is_kept_and_told():
+    def distil(dense, model, images):
+        other = copy.deepcopy(dense)
+        with torch.no_grad():
+            other.head.bias += 10.0
+        return other
+
+    report = shrunk(distill=distil).report
+    assert report.distillation is None
+    assert report.stages[-1].distance > 2.0 * report.stages[-2].distance
+    assert "the distilled network is kept, but its distance from the unpruned network is" in report.warnings[0]
 
 
 @pytest.mark.parametrize(
