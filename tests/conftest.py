@@ -70,14 +70,6 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _children_import_no_trainers():
-    # a child that needs Lightning or Transformers takes the variable out; the others start in half the time
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NNI_TOPO_EVALUATORS", "torch")
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
 def _timed_for_a_moment():
     # every record of a run says how long its networks take; network/cost/test_measure.py tests the default of 30
     from nni_topo import zoo

@@ -236,7 +236,7 @@ class Experiment:
     def __init__(self, home: Path) -> None:
         self.home, self.finished = home, dict[str, bytes]()
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self.environment = {**os.environ, "HOME": str(home), "PATH": path, "NNI_TOPO_EVALUATORS": "torch"}
+        self.environment = {**os.environ, "HOME": str(home), "PATH": path}
         self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))
         (home / "config.yml").write_text(EXPERIMENT)
 

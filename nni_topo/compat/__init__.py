@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nni_topo.compat.importing import keep_pytree_nodes
+from nni_topo.compat.importing import KNOWN_NNI_VERSIONS, keep_pytree_nodes
 from nni_topo.compat.report import CompatibilityWarning, CompatReport, PatchResult
 from nni_topo.errors import CompatibilityError
 
@@ -32,8 +32,6 @@ __all__ = [
     "enable",
     "enable_fast_metrics",
 ]
-
-KNOWN_NNI_VERSIONS = ("3.0",)
 
 LOOPBACK = Path(__file__).with_name("loopback.cjs")
 """Keeps NNI's manager off the network when preloaded, ``NODE_OPTIONS="--require=..."``; see docs/compatibility.md."""
@@ -133,6 +131,7 @@ def patches() -> tuple[Callable[[], bool], ...]:
         wrapping.undo_failed_constructors,
         speedup.keep_given_masks,
         speedup.keep_graph_for_all_outputs,
+        evaluators.import_trainers_late,
         evaluators.set_lightning_steps,
         evaluators.patch_trainer_steps,
         evaluators.pass_loss_arguments,

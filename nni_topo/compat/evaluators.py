@@ -1,14 +1,80 @@
-"""Mends of NNI's evaluators. Nothing here imports a trainer library that NNI itself hasn't imported."""
+"""Patches of NNI's evaluators. Nothing here imports a trainer library before an evaluator needs it."""
 
 from __future__ import annotations
 
-import inspect
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
 import torch
+from nni.common import version
 from nni.compression.utils import evaluator
 from torch import Tensor
+
+
+def import_trainers_late() -> bool:
+    """Import Lightning and Transformers when an evaluator for them is made.
+
+    Place: ``nni/compression/utils/evaluator.py`` and ``nni/common/version.py``. Cause: they import the libraries
+    wherever these are installed, so that each new process takes seconds longer to start (any PyTorch and Python).
+    Returns True if one of them is imported late; False if none is installed, or NNI has imported what is.
+    """
+    is_late = False
+    if not evaluator.LIGHTNING_INSTALLED and importlib.util.find_spec("pytorch_lightning") is not None:
+        # NNI tells it to its manager
+        version.PYTORCH_LIGHTNING_VERSION = version._minor_version_tuple(metadata.version("pytorch_lightning"))
+        _prepare(evaluator.LightningEvaluator, _import_lightning)
+        evaluator.LIGHTNING_INSTALLED = True
+        is_late = True
+    if not evaluator.TRANSFORMERS_INSTALLED and importlib.util.find_spec("transformers") is not None:
+        _prepare(evaluator.TransformersEvaluator, _import_trainer)
+        evaluator.TRANSFORMERS_INSTALLED = True
+        is_late = True
+    return is_late
+
+
+def _prepare(cls: type, prepare: Callable[[], None]) -> None:
+    """Run a function before each object of a class is made, also where it is copied or read from a file."""
+
+    def make(kind: type, *args: Any, **kwargs: Any) -> Any:
+        prepare()
+        return object.__new__(kind)
+
+    cls.__new__ = make  # type: ignore[assignment, method-assign]
+
+
+def _import_lightning() -> None:
+    """Give NNI's evaluators Lightning, or, where it can't be imported, let them say that it isn't installed."""
+    if hasattr(evaluator, "pl"):
+        return
+    try:
+        evaluator.pl = importlib.import_module("pytorch_lightning")
+    except ImportError:
+        evaluator.LIGHTNING_INSTALLED = False
+
+
+def _import_trainer() -> None:
+    """Give NNI's evaluators the Trainer of Transformers, and the base of the callbacks that it accepts."""
+    if hasattr(evaluator, "HFTrainer"):
+        return
+    try:
+        from transformers import TrainerCallback
+        from transformers.trainer import Trainer
+    except ImportError:
+        evaluator.TRANSFORMERS_INSTALLED = False
+        return
+
+    class PatchCallback(TrainerCallback):
+        """As NNI has it where Transformers is installed."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Do nothing; NNI's tasks are in subclasses."""
+
+    PatchCallback.__module__, PatchCallback.__qualname__ = evaluator.__name__, "PatchCallback"
+    evaluator.PatchCallback = PatchCallback
+    evaluator.HFTrainer = Trainer
 
 
 def set_lightning_steps() -> bool:
@@ -16,23 +82,12 @@ def set_lightning_steps() -> bool:
 
     Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator.train``. Cause: it assigns
     ``trainer.fit_loop.max_steps``, which PyTorch Lightning 2.x only lets read; the limit lives on the loop over an
-    epoch (any PyTorch and Python). Returns True if ``train`` was replaced, False if Lightning isn't installed, has the
-    setter, or NNI doesn't need it.
+    epoch (any PyTorch and Python). Returns True if ``train`` was replaced, False if Lightning isn't installed.
     """
-    train = evaluator.LightningEvaluator.train
-    if not evaluator.LIGHTNING_INSTALLED or train is _train_lightning or _can_set_steps():
+    if not evaluator.LIGHTNING_INSTALLED or evaluator.LightningEvaluator.train is _train_lightning:
         return False
     evaluator.LightningEvaluator.train = _train_lightning
     return True
-
-
-def _can_set_steps() -> bool:
-    """Tell whether the fit loop of the installed Lightning takes ``max_steps``."""
-    from pytorch_lightning.loops import fit_loop
-
-    loop = getattr(fit_loop, "_FitLoop", None) or fit_loop.FitLoop
-    limit = getattr(loop, "max_steps", None)
-    return not isinstance(limit, property) or limit.fset is not None
 
 
 def _train_lightning(self: Any, max_steps: int | None = None, max_epochs: int | None = None) -> None:
@@ -56,12 +111,10 @@ def patch_trainer_steps() -> bool:
     ``trainer.deepspeed`` for the optimizer wherever the attribute exists, but it is None without DeepSpeed (seen with
     transformers 4.57), a messageless AssertionError. It also keeps one set of tasks for all pruners: of a schedule and
     its pruner the first set was lost and the second ran twice. Returns True if NNI's method was replaced, False if
-    transformers isn't installed or the method isn't NNI's.
+    transformers isn't installed.
     """
     cls = evaluator.TransformersEvaluator
     if not evaluator.TRANSFORMERS_INSTALLED or cls.patch_optimizer_step is _patch_optimizer_step:
-        return False
-    if "deepspeed" not in inspect.unwrap(evaluator.HFTrainer.__init__).__code__.co_names:
         return False
     cls.patch_optimizer_step = _patch_optimizer_step
     return True
@@ -72,12 +125,10 @@ def pass_loss_arguments() -> bool:
 
     Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator.patch_loss``. Cause: the method it puts in
     place knows no ``num_items_in_batch``, which Trainers pass (seen with transformers 4.57). Returns True if NNI's
-    method was replaced, False if transformers isn't installed or has no such argument.
+    method was replaced, False if transformers isn't installed.
     """
     cls = evaluator.TransformersEvaluator
     if not evaluator.TRANSFORMERS_INSTALLED or cls.patch_loss is _patch_loss:
-        return False
-    if "num_items_in_batch" not in inspect.signature(evaluator.HFTrainer.compute_loss).parameters:
         return False
     cls.patch_loss = _patch_loss
     return True

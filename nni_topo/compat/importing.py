@@ -1,19 +1,23 @@
-"""The patch that has to be in place while NNI is being imported."""
+"""What has to be in place while NNI is being imported."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 from torch.utils import _pytree
 
 _REGISTERING_MODULE = "nni.compression.speedup.utils"
-EVALUATORS = "NNI_TOPO_EVALUATORS"
-"""Environment variable; ``torch`` lets NNI start without Lightning and Transformers, which take seconds to import."""
+KNOWN_NNI_VERSIONS = ("3.0",)
+TRAINERS = ("pytorch_lightning", "transformers")
+"""What NNI imports wherever it is installed; only its evaluators need it, and it takes seconds."""
 
 
 def keep_pytree_nodes() -> bool:
@@ -26,22 +30,40 @@ def keep_pytree_nodes() -> bool:
     before.
     """
     already_imported = _REGISTERING_MODULE in sys.modules
-    with _registered_once() as held_back, _trainers_hidden(os.environ.get(EVALUATORS) == "torch"):
+    with _registered_once() as held_back, _trainers_hidden():
         importlib.import_module("nni.compression.pruning")
         importlib.import_module("nni.compression.speedup")
     return bool(held_back) and not already_imported
 
 
+class _Hidden(MetaPathFinder):
+    """Let one thread find no trainer library; what other threads import meanwhile is not touched."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Say nothing of other modules, so that Python's own finders are asked."""
+        if name in TRAINERS and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError(f"{name} is imported when it is used", name=name)
+        return None
+
+
 @contextmanager
-def _trainers_hidden(hidden: bool) -> Iterator[None]:
-    """Let NNI, which looks for trainer libraries whenever it is imported, find none that isn't imported already."""
-    names = [name for name in ("pytorch_lightning", "transformers") if hidden and name not in sys.modules]
-    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
+def _trainers_hidden() -> Iterator[None]:
+    """Let NNI find no trainer library but those that are imported already.
+
+    `evaluators.import_trainers_late` gives NNI the others when they are used. An NNI that isn't known finds all.
+    """
+    if metadata.version("nni") not in KNOWN_NNI_VERSIONS:
+        yield
+        return
+    finder = _Hidden()
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
-        for name in names:
-            del sys.modules[name]
+        sys.meta_path.remove(finder)
 
 
 @contextmanager

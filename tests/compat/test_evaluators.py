@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nni
 import pytest
 import pytorch_lightning as pl
 import torch
+import transformers
+from nni.common import version
 from nni.compression.utils import evaluator
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,8 +20,47 @@ from torch.utils.data import DataLoader, TensorDataset
 from nni_topo.compat import CompatReport, evaluators
 
 
+@pytest.fixture
+def _not_imported_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NNI's evaluators as they are while nobody has made one, whatever this process has imported."""
+    for cls in (evaluator.LightningEvaluator, evaluator.TransformersEvaluator):
+        cls.__new__(cls)  # other tests find both libraries in place again
+    for library in ("pl", "HFTrainer"):
+        monkeypatch.delattr(evaluator, library)
+    monkeypatch.setattr(evaluator, "PatchCallback", object)
+    for flag in ("LIGHTNING_INSTALLED", "TRANSFORMERS_INSTALLED"):
+        monkeypatch.setattr(evaluator, flag, False)
+    assert evaluators.import_trainers_late() is True
+    assert evaluators.import_trainers_late() is False
+    assert evaluator.LIGHTNING_INSTALLED
+    assert evaluator.TRANSFORMERS_INSTALLED
+    assert not hasattr(evaluator, "pl")
+    assert not hasattr(evaluator, "HFTrainer")
+
+
+@pytest.mark.usefixtures("_not_imported_yet")
+def test_an_evaluator_brings_its_library() -> None:
+    # no constructor runs where an evaluator is copied, or read from a file
+    for cls in (evaluator.LightningEvaluator, evaluator.TransformersEvaluator):
+        assert type(cls.__new__(cls)) is cls
+    assert evaluator.pl is pl
+    assert evaluator.HFTrainer is transformers.Trainer
+    assert issubclass(evaluator.PatchCallback, transformers.TrainerCallback)
+    assert version.version_dump()["pytorch_lightning"] == tuple(map(int, pl.__version__.split(".")[:2]))
+
+
+@pytest.mark.usefixtures("_not_imported_yet")
+@pytest.mark.parametrize("library", ["pytorch_lightning", "transformers"])
+def test_a_library_that_cannot_be_imported_is_told(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    cls: Any = evaluator.LightningEvaluator if library == "pytorch_lightning" else evaluator.TransformersEvaluator
+    with pytest.raises(AssertionError, match=f"^{library} is not installed"):
+        cls(None, None)
+
+
 def test_patches_are_applied_once(compat_report: CompatReport) -> None:
-    assert {"set_lightning_steps", "patch_trainer_steps", "pass_loss_arguments"} <= set(compat_report.applied)
+    patches = {"import_trainers_late", "set_lightning_steps", "patch_trainer_steps", "pass_loss_arguments"}
+    assert patches <= set(compat_report.applied)
     assert evaluators.set_lightning_steps() is False
     assert evaluators.patch_trainer_steps() is False
     assert evaluators.pass_loss_arguments() is False

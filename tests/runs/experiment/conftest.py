@@ -44,7 +44,7 @@ class Home:
         self.folder = folder
         self.port = free_port()
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        keys = {"HOME": str(folder), "PATH": path, "OMP_NUM_THREADS": "1", "NNI_TOPO_EVALUATORS": "torch"}
+        keys = {"HOME": str(folder), "PATH": path, "OMP_NUM_THREADS": "1"}
         self.environment = {**os.environ, **keys}
 
     def popen(self, *words: str) -> subprocess.Popen[str]:

@@ -219,8 +219,7 @@ def test_the_best_trial_is_one_that_succeeded():
 
 
 @pytest.mark.slow
-def test_a_trial_without_files_here_is_run_again(nets, tmp_path, monkeypatch):
-    monkeypatch.setenv("NNI_TOPO_EVALUATORS", "torch")
+def test_a_trial_without_files_here_is_run_again(nets, tmp_path):
     away = record("SUCCEEDED", 0.7, "/on/another/machine")
     with pytest.raises(DataError, match="must be on this machine, or run again here"):
         export_trial(away, tmp_path / "none")

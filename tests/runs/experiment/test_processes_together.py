@@ -64,7 +64,7 @@ runpy.run_module("nni_topo.runs.trial", run_name="__main__")
 
 
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NNI_TOPO_EVALUATORS": "torch"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -143,7 +143,6 @@ def searched(n_jobs: int):
 def test_a_dask_cluster_searches_layers_to_the_same_masks(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed", reason="needs Dask: pip install 'nni_topo[dask]'")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("NNI_TOPO_EVALUATORS", "torch")
     with (
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=tmp_path, host="127.0.0.1"
@@ -170,7 +169,7 @@ def test_ray_searches_layers_to_the_same_masks(tmp_path, monkeypatch):
         include_dashboard=False,
         object_store_memory=2**27,
         log_to_driver=False,
-        runtime_env={"env_vars": places | {"NNI_TOPO_EVALUATORS": "torch"}},
+        runtime_env={"env_vars": places},
     )
     try:
         register_ray()

@@ -19,7 +19,7 @@ from nni_topo.runs.experiment.manager import free_port
 CONFIG = """
 searchSpace:
   pruner: {{_type: choice, _value: [l1, random]}}
-trialCommand: NNI_TOPO_EVALUATORS=torch python -m nni_topo.runs.trial --limit 300 --train-epochs 4 --cache {nets}
+trialCommand: python -m nni_topo.runs.trial --limit 300 --train-epochs 4 --cache {nets}
 trialCodeDirectory: {code}
 trialConcurrency: 1
 maxTrialNumber: 2
