@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import nni_topo
 from nni_topo import zoo
@@ -36,7 +38,7 @@ def test_compare_gives_images_to_pruners_that_choose_by_them(tmp_path):
 def test_list_names_pruners_models_and_data(capsys):
     assert main(["list"]) == 0
     text = capsys.readouterr().out
-    for name in ("topological", "fpgm", "lenet5_like", "digits"):
+    for name in ("topological", "fpgm", "recalibrate", "lenet5_like", "digits"):
         assert name in text
 
 
@@ -84,6 +86,61 @@ def test_a_third_partys_pruners_are_compared_by_path_and_by_entry_point(tmp_path
     records = json.loads(done.stdout)
     assert [record["pruner"] for record in records] == names
     assert len({record["accuracy_retrained"] for record in records}) == 1
+
+
+OWN_RECOVERY = """
+from dataclasses import dataclass
+
+import nni_topo
+from nni_topo.recovery.reconstruct import ReconstructTask
+
+solved = []
+
+
+@dataclass(frozen=True)
+class Last(nni_topo.RecoveryMethod):
+    def tasks(self, plan, networks):
+        solved.append(plan.equations[-1].layer.name)
+        return [ReconstructTask(plan.equations[-1], networks.pruned, networks.result)]
+"""
+
+
+YAML = """
+models: [{name: small_cnn}]
+data: [{name: digits, limit: 300}]
+pruners: [{name: l1}]
+targets: [{ratio: 0.5}]
+train: {epochs: 1}
+retrain: {epochs: 1}
+compensate: {images: 32, method: "third_recovery:Last"}
+"""
+
+
+def test_a_third_partys_recovery_method_is_named_by_a_flag_and_in_yaml(tmp_path, monkeypatch):
+    (tmp_path / "third_recovery.py").write_text(OWN_RECOVERY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["--model", "small_cnn", "--pruners", "l1", "--ratio", "0.5", "--compensate", "32", *QUICK]
+    assert main(["compare", *words, "--method", "third_recovery:Last", "--out", str(tmp_path / "flag")]) == 0
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(YAML)
+    assert main(["compare", "--plan", str(plan), "--in-process", "--out", str(tmp_path / "yaml")]) == 0
+    solved = importlib.import_module("third_recovery").solved
+    assert len(solved) == 2
+    assert len(set(solved)) == 1
+    both = [json.loads((tmp_path / name / "results.jsonl").read_text()) for name in ("flag", "yaml")]
+    assert both[0]["accuracy_oneshot"] == both[1]["accuracy_oneshot"]
+    assert main(["compare", *words, "--method", "third_recovery:First", "--out", str(tmp_path / "none")]) == 2
+
+
+def test_shrink_takes_a_recovery_method_by_name(tmp_path, monkeypatch):
+    words = ["shrink", "--model", "small_cnn", "--limit", "300", "--images", "64", "--seconds", "1", "--flops", "0.5"]
+    checkpoint = tmp_path / "net.pt"
+    torch.save(
+        zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).state_dict(), checkpoint
+    )
+    words += ["--checkpoint", str(checkpoint), "--method", "mean", "--json", "--out"]
+    assert main([*words, str(tmp_path / "small")]) == 0
+    assert json.loads((tmp_path / "small" / "shrink.json").read_text())["method"] == "mean"
 
 
 @pytest.mark.parametrize(

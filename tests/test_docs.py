@@ -54,6 +54,7 @@ my_evaluator = lambda net: recipe_evaluator(net, data, zoo.Recipe(epochs=1, batc
     "migrating": None,
     "own_operator": None,
     "own_pruner": None,
+    "own_recovery": None,
     "recovery": "batches = batches[:1]",
     "reliability": None,
     "topological": "",
@@ -91,9 +92,11 @@ def run(path, tmp_path, monkeypatch):
     for needed in {"export": ["onnxruntime"], "experiments": ["distributed"]}.get(path.stem, []):
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
-    names = yours(path.stem)
-    # Dataclasses look their module up, as a page's are in a file of the reader's.
-    monkeypatch.setitem(sys.modules, path.stem, types.ModuleType(path.stem))
+    # Dataclasses look their module up, and paths lead into it, as a page's are in a file of the reader's.
+    module = types.ModuleType(path.stem)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    names = vars(module)
+    names.update(yours(path.stem))
     for snippet in snippets(path):
         exec(compile(snippet, str(path), "exec"), names)
     if path.stem == "experiments":

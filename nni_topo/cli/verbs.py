@@ -16,6 +16,7 @@ from nni_topo.disk import check_output_file, output_folder, write_figure, write_
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
+from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import check_empty, prune_checkpoint
@@ -36,20 +37,24 @@ from nni_topo.zoo import list_data, list_models
 
 @dataclass(frozen=True, kw_only=True)
 class List(Verb):
-    """List pruners, models and data by name."""
+    """List pruners, recovery methods, models and data by name."""
 
     pattern: tyro.conf.Positional[str] = "*"  # shell pattern of pruner names
 
     def run(self, console: Console) -> int:
-        """Print a table of pruners, models and data, or the same as JSON."""
+        """Print tables of pruners and recovery methods, models and data, or the same as JSON."""
         infos = {name: pruner_info(name) for name in list_pruners(self.pattern)}
         pruners = {name: {"summary": info.summary, "knobs": info.knobs()} for name, info in infos.items()}
-        document = {"pruners": pruners, "models": list_models(), "data": list_data()}
+        methods = {name: recovery_info(name) for name in list_recoveries()}
+        recoveries = {name: {"summary": info.summary, "knobs": info.knobs()} for name, info in methods.items()}
+        document = {"pruners": pruners, "recoveries": recoveries, "models": list_models(), "data": list_data()}
         rows = [(name, info.origin, info.summary, ", ".join(info.knobs())) for name, info in infos.items()]
         head, title = ("pruner", "from", "keeps", "knobs"), f"nni_topo {nni_topo.__version__}"
         models = f"models: {', '.join(list_models())} · torchvision/NAME · timm/NAME · package.module:factory"
         data = f"data:   {', '.join(list_data())} · an .npz file · a folder of images"
-        self.put_out(console, document, [as_table(title, head, rows, left=4), models, data])
+        lines = [(name, info.origin, info.summary, ", ".join(info.knobs())) for name, info in methods.items()]
+        table = as_table("recovery methods", ("method", "from", "does", "settings"), lines, left=4)
+        self.put_out(console, document, [as_table(title, head, rows, left=4), table, models, data])
         return 0
 
 
@@ -81,6 +86,7 @@ class Compare(DataVerb):
     retrain_epochs: int = 1  # epochs of fine-tuning after pruning, at least 0
     calibration: int = 512  # unlabelled images for the pruners that need calibration data
     compensate: int = 0  # unlabelled images for weight reconstruction of every pruned network; 0: no reconstruction
+    method: str = "reconstruct"  # a listed recovery method, or package.module:Class
     distill: int = 0  # unlabelled images for distillation after it; 0: no distillation
     in_process: bool = False  # don't start a process per cell
     n_jobs: int | None = None  # cells to run at a time, at least 1; -1: one per core; None: as in the plan, or 1
@@ -109,7 +115,7 @@ class Compare(DataVerb):
             train={} if self.train_epochs is None else {"epochs": self.train_epochs},
             retrain={"epochs": self.retrain_epochs},
             device=self.device,
-            compensate=CompensationChoice(self.compensate) if self.compensate else None,
+            compensate=CompensationChoice(self.compensate, self.method) if self.compensate else None,
             distill=DistillationChoice(self.distill) if self.distill else None,
         )
 
@@ -175,6 +181,7 @@ class Shrink(TrainedVerb):
     """Make one trained model smaller from unlabelled images: select channels, reconstruct weights, distil."""
 
     pruner: str = "reconstruction"  # registered name
+    method: str = "reconstruct"  # how weights are reconstructed: a listed recovery method, or package.module:Class
     flops: float | None = None  # share of the MACs to keep, in (0, 1]; 0.25 if no other budget is given
     params: float | None = None  # share of the parameters to keep
     latency: float | None = None  # share of a batch's time to keep
@@ -198,6 +205,7 @@ class Shrink(TrainedVerb):
             start.images(self.images),
             budget,
             pruner=self.pruner,
+            compensate=self.method,
             layers=self._entries(inner_layers(start.net, start.example)),
             distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
             evaluate=start.tested,
@@ -210,7 +218,7 @@ class Shrink(TrainedVerb):
         tables = {"stages": report.to_frame(), "recovery by layer": report.compensation.to_frame()}
         tables |= {"widths tried": pd.DataFrame(report.tried)} if report.tried else {}
         found = {name: each.replace({math.nan: None}).to_dict("records") for name, each in tables.items()}
-        facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "budget": budget}
+        facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "method": self.method, "budget": budget}
         facts |= {**found, "widths": report.layers.rows}
         facts |= latencies(start, dense) | provenance()
         write_json(self.out / "shrink.json", plain(facts), sort=False)

@@ -36,7 +36,7 @@ from nni_topo.errors import (
     is_finite,
     unknown_name,
 )
-from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit, fit_by
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.layers import TRANSPOSED, by_output, kept_channels, of_output, weight_of
 from nni_topo.recovery.networks import Networks
@@ -155,11 +155,7 @@ class PairTask(ChannelTask):
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve for ``alpha`` and ``beta`` of every pair."""
         # One unknown a channel needs no ridge, and the text has none: the samples held out only judge.
-        held_out = held.relative_error(self._solution(learned)) if held.samples else float("nan")
-        learned = learned.merged(held)
-        solution = self._solution(learned)
-        before = learned.relative_error(learned.unchanged())
-        return Fit(solution, 0.0, before, learned.relative_error(solution), held_out)
+        return fit_by(self._solution, learned, held)
 
     def _solution(self, equations: NormalEquations) -> Solution:
         sums, count = equations.sums, equations.samples

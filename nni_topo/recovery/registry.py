@@ -3,9 +3,9 @@
 A method of your own is a frozen dataclass that derives from :class:`RecoveryMethod` and overrides
 :meth:`~RecoveryMethod.tasks`. Hand an object of it to :func:`nni_topo.compensate`, or register it by a name.
 
-A task of your own derives from `ReconstructTask` in `reconstruct.py` and overrides `fit`, which gets sums over samples
-and returns a `Fit`, both of `maths/least_squares/normal.py`; where it samples something else than the layer's inputs,
-also `unknowns`, `samples` and `apply`. The rules of other papers, in `studies/recovery_rules.py`, are short examples.
+`docs/own_recovery.md` is one from end to end. Its task derives from `ReconstructTask` in `reconstruct.py` and overrides
+`fit`, which gets sums over samples and returns a `Fit`, both of `maths/least_squares/normal.py`; where it samples
+something else than the layer's inputs, also `unknowns`, `samples` and `apply`.
 """
 
 from __future__ import annotations

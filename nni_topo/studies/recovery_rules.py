@@ -21,7 +21,6 @@ References
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit, fit_by
 from nni_topo.maths.ties import first_largest_along
 from nni_topo.network.channels import norms_after
 from nni_topo.network.layers import WEIGHTED, by_output, through_norms, weight_used
@@ -121,15 +120,13 @@ class MeanTask(LayerTask):
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Take the mean of what lacks; weights stay as they are."""
-        held_out = held.relative_error(_mean(learned)) if held.samples else math.nan
-        learned = learned.merged(held)
-        solution = _mean(learned)
-        before, after = (learned.relative_error(each) for each in (learned.unchanged(), solution))
-        return Fit(solution, 0.0, before, after, held_out)
+        return fit_by(self._solution, learned, held)
 
-
-def _mean(equations: NormalEquations) -> Solution:
-    return Solution(equations.unchanged().weights, equations.sums["y"] / equations.samples)
+    def _solution(self, equations: NormalEquations) -> Solution:
+        found = equations.unchanged()
+        if self.layer.intercept is None:
+            return found  # nobody takes a constant
+        return Solution(found.weights, equations.sums["y"] / equations.samples)
 
 
 @dataclass(frozen=True)

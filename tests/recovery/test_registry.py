@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import math
+import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 import nni_topo
-from nni_topo.errors import ConfigError
-from nni_topo.network.speedup import masked_model
+from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.recovery import (
     Ahead,
     Pair,
@@ -26,6 +24,7 @@ from nni_topo.recovery import (
 )
 from nni_topo.recovery.reconstruct import ReconstructTask
 from nni_topo.recovery.registry import RECOVERIES
+from nni_topo.testing import RECOVERY_CHECKS
 
 
 @dataclass(frozen=True)
@@ -38,22 +37,10 @@ class FirstLayers(RecoveryMethod):
         return [ReconstructTask(each, networks.pruned, networks.result) for each in plan.equations[: self.count]]
 
 
+@pytest.mark.parametrize("check", RECOVERY_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("method", list_recoveries())
-def test_every_method_gives_a_finite_network_of_the_same_shapes_and_leaves_model_and_masks_alone(
-    method, residual_net, images, halves
-):
-    masks = halves(residual_net, "conv1", "conv3")
-    before, asked = copy.deepcopy(residual_net.state_dict()), copy.deepcopy(masks)
-    found = compensation(residual_net, masks, images, method=method)
-    torch.testing.assert_close(residual_net.state_dict(), before, rtol=0, atol=0)
-    torch.testing.assert_close(masks, asked, rtol=0, atol=0)
-    assert {name: value.shape for name, value in found.model.state_dict().items()} == {
-        name: value.shape for name, value in before.items()
-    }
-    assert bool(torch.isfinite(masked_model(found.model, images[0], masks)(images[0])).all())
-    assert all(math.isfinite(layer.error_after) for layer in found.report.layers)
-    again = compensate(residual_net, masks, images, method=method)
-    torch.testing.assert_close(again.state_dict(), found.model.state_dict(), rtol=0, atol=0)
+def test_every_method_keeps_its_promises(method, check):
+    check(method)
 
 
 @pytest.mark.parametrize("name", list_recoveries())
@@ -117,3 +104,45 @@ def test_a_method_by_name_needs_defaults(residual_net, images, halves):
 def test_an_unknown_name_is_told_with_the_nearest():
     with pytest.raises(ConfigError, match=r"method must be a known name, got 'reconstuct'.*reconstruct"):
         recovery_info("reconstuct")
+
+
+FACTORS = itertools.count(2)
+
+
+class BrokenTask(ReconstructTask):
+    def __init__(self, equation, networks, fault):
+        super().__init__(equation, networks.pruned, networks.result)
+        self.fault = fault
+
+    def apply(self, net, found):
+        super().apply(net, found)
+        layer = net.get_submodule(self.layer.name)
+        with torch.no_grad():
+            if self.fault == "other each time":
+                layer.weight.mul_(next(FACTORS))
+            if self.fault == "not finite":
+                layer.weight.fill_(torch.nan)
+
+
+@dataclass(frozen=True)
+class Broken(RecoveryMethod):
+    fault: str
+
+    def tasks(self, plan, networks):
+        return [BrokenTask(plan.equations[-1], networks, self.fault)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("other each time", "check_repeatable"),
+        ("not finite", "check_same_shapes"),
+        ("not finite", "check_few_images"),
+        ("not finite", "check_dense"),
+    ],
+)
+def test_checks_find_methods_that_break_a_promise(fault, check):
+    (found,) = [each for each in RECOVERY_CHECKS if each.__name__ == check]
+    with pytest.raises((AssertionError, NniTopoError)):
+        found(Broken(fault))
+    found(Broken("none"))

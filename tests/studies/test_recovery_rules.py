@@ -140,6 +140,16 @@ def test_layer_and_sequential_solve_for_the_layers_own_output(chain, method):
     assert [layer.place for layer in report.layers] == ["second", "head"]
 
 
+def test_mean_reports_no_gain_where_no_layer_takes_the_constant():
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4, bias=False)).eval()
+    masks = {"0": {"weight": torch.ones(6, 3), "bias": torch.ones(6)}}
+    masks["0"]["weight"][:3] = masks["0"]["bias"][:3] = 0
+    images = torch.randn(64, 3, generator=generator)
+    (layer,) = compensation(model, masks, images.split(16), method="mean").report.layers
+    assert layer.error_after == layer.error_before > 0
+
+
 def test_layer_looks_at_the_originals_inputs_and_sequential_at_the_pruned_ones(chain):
     model, masks, images = chain
     one = compensate(model, masks, images.split(16), method="layer", ridge=0.0)

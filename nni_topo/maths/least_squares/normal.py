@@ -303,6 +303,14 @@ def fit(learned: NormalEquations, held: NormalEquations, ridge: float | None, *,
     return Fit(found, chosen, before, whole.share(found.error), held_out)
 
 
+def fit_by(solve: Callable[[NormalEquations], Solution], learned: NormalEquations, held: NormalEquations) -> Fit:
+    """Solve by a rule without a ridge: from ``learned``, judged by those held out, and then from all samples."""
+    held_out = held.relative_error(solve(learned)) if held.samples else math.nan
+    whole = learned.merged(held)
+    found = solve(whole)
+    return Fit(found, 0.0, whole.relative_error(whole.unchanged()), whole.relative_error(found), held_out)
+
+
 def _choose(
     learned: NormalEquations, held: NormalEquations, ridge: float | None, *, intercept: bool
 ) -> tuple[float, float]:

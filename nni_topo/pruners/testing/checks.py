@@ -30,16 +30,16 @@ _HALF = [{"op_types": ["Conv2d", "Linear"], "exclude_op_names": ["head"], "spars
 def check_ratio(create: Create) -> None:
     """Half of the filters and neurons are pruned, with their biases, and nothing else."""
     masks = _masks(create, _HALF)
-    _require(
+    require(
         set(masks) == {"stem", "inner", "hidden"},
         f"masks for the configured layers only, got {sorted(masks)}",
     )
     for name, kept in (("stem", 4), ("inner", 4), ("hidden", 8)):
         rows = masks[name]["weight"].flatten(1)
-        _require(set(rows.unique().tolist()) <= {0.0, 1.0}, f"{name}: masks of 0 and 1")
-        _require(bool((rows == rows[:, :1]).all()), f"{name}: whole filters")
-        _require(int(rows[:, 0].sum()) == kept, f"{name}: {kept} kept, got {int(rows[:, 0].sum())}")
-        _require(torch.equal(masks[name]["bias"].flatten(), rows[:, 0]), f"{name}: bias mask follows the weight's")
+        require(set(rows.unique().tolist()) <= {0.0, 1.0}, f"{name}: masks of 0 and 1")
+        require(bool((rows == rows[:, :1]).all()), f"{name}: whole filters")
+        require(int(rows[:, 0].sum()) == kept, f"{name}: {kept} kept, got {int(rows[:, 0].sum())}")
+        require(torch.equal(masks[name]["bias"].flatten(), rows[:, 0]), f"{name}: bias mask follows the weight's")
 
 
 def check_masks(create: Create) -> None:
@@ -53,7 +53,7 @@ def check_half_precision(create: Create) -> None:
         model = _AnyPrecision(toy_model()).to(dtype)
         half, single = (_masks(create, _HALF, each) for each in (model, copy.deepcopy(model).float()))
         same = all(torch.equal(half[m][t].float(), single[m][t].float()) for m in single for t in single[m])
-        _require(same, f"{dtype} is ranked as float32 is")
+        require(same, f"{dtype} is ranked as float32 is")
 
 
 def check_equal_channels(create: Create) -> None:
@@ -80,7 +80,7 @@ def check_scales(create: Create) -> None:
 def check_zero_ratio(create: Create) -> None:
     """A ratio of 0 prunes nothing."""
     masks = _masks(create, [{"op_types": ["Conv2d"], "sparse_ratio": 0.0}])
-    _require(all(m is None or bool(m.all()) for targets in masks.values() for m in targets.values()), "nothing pruned")
+    require(all(m is None or bool(m.all()) for targets in masks.values() for m in targets.values()), "nothing pruned")
 
 
 def check_dependency_group(create: Create) -> None:
@@ -88,7 +88,7 @@ def check_dependency_group(create: Create) -> None:
     config = [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5, "dependency_group_id": "residual"}]
     masks = _masks(create, config)
     stem, inner = masks["stem"]["weight"], masks["inner"]["weight"]
-    _require(torch.equal(stem.flatten(1)[:, 0], inner.flatten(1)[:, 0]), "equal masks in a dependency group")
+    require(torch.equal(stem.flatten(1)[:, 0], inner.flatten(1)[:, 0]), "equal masks in a dependency group")
 
 
 def check_global_group(create: Create) -> None:
@@ -97,15 +97,15 @@ def check_global_group(create: Create) -> None:
     weights = [targets["weight"].expand_as(_weight(name)) for name, targets in masks.items()]
     total = sum(mask.numel() for mask in weights)
     lost = total - sum(float(mask.sum()) for mask in weights)
-    _require(0.3 * total <= lost <= 0.5 * total, f"a share in [0.3, 0.5] lost, got {lost / total:.3f}")
-    _require(all(bool(mask.any()) for mask in weights), "every layer keeps something")
+    require(0.3 * total <= lost <= 0.5 * total, f"a share in [0.3, 0.5] lost, got {lost / total:.3f}")
+    require(all(bool(mask.any()) for mask in weights), "every layer keeps something")
 
 
 def check_repeatable(create: Create) -> None:
     """The same request gives the same masks."""
     first, second = _masks(create, _HALF), _masks(create, _HALF)
     same = all(torch.equal(first[m][t], second[m][t]) for m in first for t in first[m])
-    _require(same, "same request, same masks")
+    require(same, "same request, same masks")
 
 
 def check_unwrap(create: Create) -> None:
@@ -124,7 +124,7 @@ def check_masked_forward(create: Create) -> None:
     pruner = create(model, _HALF)
     _, masks = pruner.compress()
     hidden = model.hidden(torch.ones(2, 8))
-    _require(bool((hidden[:, masks["hidden"]["bias"] == 0] == 0).all()), "pruned neurons put out zero")
+    require(bool((hidden[:, masks["hidden"]["bias"] == 0] == 0).all()), "pruned neurons put out zero")
 
 
 def check_from_compressor(create: Create) -> None:
@@ -136,8 +136,8 @@ def check_from_compressor(create: Create) -> None:
     second = create(model, [{"op_names": ["inner"], "sparse_ratio": 0.5}], None, first._module_wrappers)
     second.update_masks(second.generate_masks())
     masks = second.get_masks()
-    _require(int(masks["inner"]["weight"].flatten(1)[:, 0].sum()) == 4, "the new layer is pruned")
-    _require(int(masks["stem"]["weight"].flatten(1)[:, 0].sum()) == 4, "the inherited mask stays")
+    require(int(masks["inner"]["weight"].flatten(1)[:, 0].sum()) == 4, "the new layer is pruned")
+    require(int(masks["stem"]["weight"].flatten(1)[:, 0].sum()) == 4, "the inherited mask stays")
     second.unwrap_model()
 
 
@@ -150,7 +150,7 @@ def check_scheduled(create: Create) -> None:
         _, masks = scheduled.compress(max_steps=8, max_epochs=None)
         scheduled.unwrap_model()
         kept = {name: int(masks[name]["weight"].flatten(1)[:, 0].sum()) for name in masks}
-        _require(kept == {"stem": 4, "inner": 4, "hidden": 8}, f"{scheduler.__name__}: half kept, got {kept}")
+        require(kept == {"stem": 4, "inner": 4, "hidden": 8}, f"{scheduler.__name__}: half kept, got {kept}")
 
 
 def check_bad_requests(create: Create) -> None:
@@ -224,17 +224,18 @@ def _weight(name: str) -> torch.Tensor:
     return toy_model().get_submodule(name).weight  # type: ignore[return-value]
 
 
-def _require(condition: bool, promise: str) -> None:
+def require(condition: bool, promise: str) -> None:
+    """Raise AssertionError, with the promise, unless a condition holds."""
     if not condition:
         raise AssertionError(f"broken promise: {promise}")
 
 
 def _require_masks(masks: Any) -> None:
-    _require(set(masks) == {"stem", "inner", "hidden"}, f"masks for the configured layers only, got {sorted(masks)}")
+    require(set(masks) == {"stem", "inner", "hidden"}, f"masks for the configured layers only, got {sorted(masks)}")
     for name, targets in masks.items():
         for target, mask in targets.items():
-            _require(mask is None or set(mask.unique().tolist()) <= {0.0, 1.0}, f"{name}.{target}: masks of 0 and 1")
-        _require(bool(targets["weight"].any()), f"{name}: something stays")
+            require(mask is None or set(mask.unique().tolist()) <= {0.0, 1.0}, f"{name}.{target}: masks of 0 and 1")
+        require(bool(targets["weight"].any()), f"{name}: something stays")
 
 
 def _require_masks_or(refused: type[Exception], create: Create, model: ToyModel) -> None:
