@@ -87,11 +87,14 @@ def test_memory_that_one_way_of_attention_lacks_is_what_is_said_if_the_other_fai
     assert record(Eager(follows=True).eval(), {"x": torch.ones(2, 3)}) is not None
 
 
+MOST = {"samples": 4}
+
+
 def hungry(x):
     """Take more memory than there is for several inputs at once."""
     if has_torch_function_unary(x):
         return handle_torch_function(hungry, (x,), x)
-    if len(x) > 4:
+    if len(x) > MOST["samples"]:
         torch.zeros(1 << 50)
     return x
 
@@ -127,10 +130,18 @@ def test_memory_that_lacks_in_a_rehearsal_is_what_is_said_and_a_comparison_is_na
     assert "times 100" not in to_dense(model, torch.ones(2, 3), MASKS).report.checked
 
 
-def test_inputs_for_which_together_there_is_no_memory_are_taken_one_by_one():
+@pytest.mark.parametrize(
+    ("samples", "most"),
+    [
+        (2, 4),  # recorded once more with twice as many
+        (5, 5),  # recorded on two, and then on four
+    ],
+)
+def test_inputs_for_which_together_there_is_no_memory_are_taken_one_by_one(samples, most, monkeypatch):
+    monkeypatch.setitem(MOST, "samples", most)
     model = Hungry(of_numbers=False).eval()
-    assert "first" not in dependency_groups(model, torch.ones(2, 3), LINEAR).skipped
-    dense = to_dense(model, torch.ones(2, 3), MASKS)
+    assert "first" not in dependency_groups(model, torch.ones(samples, 3), LINEAR).skipped
+    dense = to_dense(model, torch.ones(samples, 3), MASKS)
     assert dense.first.out_features == 2
     assert "shifted by -3" in dense.report.checked
 
