@@ -69,7 +69,7 @@ JOBS = {
         lambda _: pruned("reconstruction", [WHOLE], calibration=MANY),
         r"of 4096 columns from 4096 samples .*\(calibration\) take less",
     ),
-    "recovery": (lambda _: compensated(MANY), r"least squares of 4032 unknowns .*method='scalar'.*\(2\)"),
+    "recovery": (lambda _: compensated(MANY), r"least squares of 4032 unknowns .*method='recalibrate'.*\(2\)"),
     "population": (
         lambda _: pruned("genetic_weight", [WHOLE], evaluate=lambda model: 1.0, search={"population_size": 10_000}),
         r"a population on 65536 weights .*population_size \(search\).*\(0\)",

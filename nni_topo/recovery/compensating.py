@@ -278,7 +278,7 @@ def _step(
     return LayerReport(
         layer=task.layer.name,
         place=task.label,
-        unknowns=task.unknowns,
+        unknowns=task.fitted,
         samples=samples,
         ridge=found.ridge,
         error_before=found.before,
@@ -303,6 +303,6 @@ def survey(model: nn.Module, calibration: Calibration) -> tuple[tuple[int, ...],
 def _warn(report: CompensationReport) -> None:
     if report.left_alone:
         named = ", ".join(f"{name} ({reason})" for name, reason in report.left_alone.items())
-        _logger.warning("layers after removed channels that couldn't be reconstructed: %s", named)
+        _logger.warning("layers that read removed channels and couldn't be reconstructed: %s", named)
     for text in report.warnings:
         _logger.warning("%s", text)

@@ -305,7 +305,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         The trained network before pruning, with the same inputs and outputs. It isn't changed.
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
-        evaluates on. Inputs of all batches have one shape but for their number. Some 1,000 are enough for small nets.
+        evaluates on. Inputs of all batches have one shape, but for the number of samples. 1,000 are enough for
+        small networks.
     held_out : iterable or nni.compression.utils.Evaluator, optional
         Batches like those of ``images``, to judge by; by default every eighth of ``images``, from which nothing is
         learned then. Those that :func:`nni_topo.compensate` had count for ``dense`` more than others would: what it

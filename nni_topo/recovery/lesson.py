@@ -16,9 +16,9 @@ from nni_topo.errors import ConfigError, DataError, check_memory
 from nni_topo.network.layers import lay_out
 from nni_topo.network.runtime import (
     Call,
+    arguments_of,
     at_once,
     bind_arguments,
-    call_arguments,
     calls,
     cast_floats,
     detached_copy,
@@ -214,8 +214,9 @@ def check_one_shape(parts: Iterable[Call]) -> None:
         if found != first:
             shapes = sorted({*first[1], *found[1]})
             raise DataError(
-                f"inputs of all batches must have one shape but for their number, got {shapes}: pad them alike, with "
-                "padding='max_length', or recover without distillation: shrink(..., distill=False) (images)"
+                f"inputs of all batches must have one shape for distillation, whatever their number, got {shapes}: pad "
+                "all batches to the same length, as a tokenizer does with padding='max_length', or leave "
+                "distillation out: shrink(..., distill=False) (images)"
             )
 
 
@@ -278,7 +279,10 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
         torch.manual_seed(seed)
         for part in _together(torch.arange(count)):
             args, kwargs = taken(call, part)
-            views.append(call_arguments(augment(kwargs or (args[0] if len(args) == 1 else args))))
+            seen = augment(kwargs or (args[0] if len(args) == 1 else args))
+            # A model may take a mapping as its argument; what the function gives is used as what it got was.
+            is_argument = not kwargs and isinstance(seen, Mapping)
+            views.append(arguments_of((seen,) if is_argument else seen))
     view = joined(views)
     if len(tensors_of(view)[0]) != count:
         raise ConfigError(f"augment must return as many images as it gets, {count}, got {len(tensors_of(view)[0])}")

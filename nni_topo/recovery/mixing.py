@@ -152,6 +152,11 @@ class PairTask(ChannelTask):
         self._survivors = survivors or {}
         self._biases = biases
 
+    @property
+    def fitted(self) -> int:
+        """One factor of the channel that stands in, for each removed channel."""
+        return 1
+
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve for ``alpha`` and ``beta`` of every pair."""
         # One unknown a channel needs no ridge, and the text has none: the samples held out only judge.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
-from nni_topo.errors import DataError
 from nni_topo.network.graph import arguments, is_in_parts
 from nni_topo.network.runtime import (
     PADDING,
@@ -23,7 +22,7 @@ from nni_topo.network.runtime import (
     Call,
     bind_arguments,
     calls,
-    out_of_memory,
+    fitting,
     real_positions,
     tensors_of,
 )
@@ -132,18 +131,11 @@ class Replay:
         self, unpruned: Values, pruned: Values, one: range, other: range, watched: set[Node], index: int
     ) -> None:
         """Run some nodes of the unpruned network, and some of the pruned one."""
-        try:
-            with torch.no_grad():
-                for rank in range(min(one.start, other.start), max(one.stop, other.stop)):
-                    self._step(rank, unpruned if rank in one else None, pruned if rank in other else None, unpruned)
-                    for values in [values for values, run in ((unpruned, one), (pruned, other)) if rank in run]:
-                        self._free(rank, values, watched)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if out_of_memory(error):  # not the batch's fault
-                raise
-            raise DataError(
-                f"calibration must fit the model, got {type(error).__name__}: {error} (batch {index})"
-            ) from error
+        with fitting(index), torch.no_grad():
+            for rank in range(min(one.start, other.start), max(one.stop, other.stop)):
+                self._step(rank, unpruned if rank in one else None, pruned if rank in other else None, unpruned)
+                for values in [values for values, run in ((unpruned, one), (pruned, other)) if rank in run]:
+                    self._free(rank, values, watched)
 
     def _step(self, rank: int, unpruned: Values | None, pruned: Values | None, known: Values) -> None:
         """Compute a node in either network, or in both; `known` are values of the unpruned one."""

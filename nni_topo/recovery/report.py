@@ -1,9 +1,10 @@
-"""What a compensation did, layer by layer."""
+"""What weight reconstruction did, layer by layer."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -15,20 +16,25 @@ P = ParamSpec("P")
 Made = TypeVar("Made")
 
 LOST = 0.9
+"""Held-out error above which a layer's output counts as almost lost: a constant has an error of 1."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one layer; errors are mean squared distances from the unpruned network over its variance."""
+    """What happened to one layer.
+
+    An error is the mean squared distance from the unpruned network's values, divided by their variance: 0 if they are
+    equal, 1 if they are as far away as the values' mean is.
+    """
 
     layer: str
-    # node of the graph at which errors are measured: the layer's output, or the sum it goes into, for channel mixing
-    # its input, for method "ahead" the unpruned values after later layers; in "relu(...)" only what a ReLU lets
-    # through counts, and errors are upper bounds
+    # The node of the graph at which errors are measured. It is the layer's output or the sum that the output goes into;
+    # for channel mixing the layer's input; for method "ahead" the values after some later layers. "relu(...)" means
+    # that only what a ReLU lets through counts; errors are upper bounds there.
     place: str
-    unknowns: int  # inputs of each equation, the intercept not counted; for "ahead" all weights and constants
+    unknowns: int  # numbers fitted for each output, the constant not counted; for "ahead" all weights and constants
     samples: int  # that were solved for: images times positions, for "ahead" also times channels
-    ridge: float  # penalty over each input's variance, for "ahead" damping; infinite if no change was best
+    ridge: float  # penalty over each input's variance, for "ahead" the damping; infinite if no change was best
     error_before: float  # over the calibration samples
     error_after: float
     error_held_out: float  # over samples that the solution wasn't fitted to; NaN if there were too few
@@ -36,7 +42,7 @@ class LayerReport:
 
     @property
     def is_lost(self) -> bool:
-        """Whether almost nothing of the unpruned output is kept."""
+        """Whether the held-out error is above 0.9, so that the layer hardly does better than a constant."""
         return self.error_held_out > LOST
 
     @property
@@ -52,11 +58,11 @@ class CompensationReport:
     Attributes
     ----------
     layers : tuple of LayerReport
-        The equations that were solved, in order. A layer in front of an addition may come twice.
+        The equations that were solved, in order. A layer before an addition may come twice.
     left_alone : dict of str to str
-        Layers after pruned channels that couldn't be reconstructed, and why.
+        By layer that reads pruned channels and couldn't be reconstructed, the reason.
     images : int
-        Calibration images.
+        Number of calibration images.
     seconds : float
         Wall time.
     """
@@ -70,40 +76,53 @@ class CompensationReport:
     def warnings(self) -> tuple[str, ...]:
         """What makes the solutions doubtful, with what to do about it."""
         found = []
-        # A layer that is refined is there once a step.
+        # A layer that is refined has a row for each step, of the same samples and unknowns.
         few = {layer.layer: layer for layer in self.layers if layer.is_underdetermined}
         if few:
-            named = ", ".join(f"{name} ({layer.samples} of {layer.unknowns})" for name, layer in few.items())
+            named = ", ".join(f"{name!r} ({layer.samples} of {layer.unknowns})" for name, layer in few.items())
+            # Samples grow with the images: each image has the same number of positions.
+            most = max(math.ceil(self.images * layer.unknowns / max(layer.samples, 1)) for layer in few.values())
             found.append(
-                f"calibration should have more samples than a layer has unknowns, got fewer for: {named}; hand on more "
-                "images, or take method='scalar', which has one unknown a channel"
+                f"calibration should have more samples than a layer has unknowns, got fewer for the layers {named}: "
+                f"pass more images, here at least {most} instead of {self.images}"
             )
-        if self.lost:
-            found.append(f"layers whose output is almost lost: {', '.join(self.lost)}")
+        lost = {layer.layer: layer for layer in self.layers if layer.is_lost}
+        if lost:
+            named = ", ".join(f"{name!r} ({layer.error_held_out:.3g})" for name, layer in lost.items())
+            found.append(
+                f"the outputs of these layers are almost lost: {named}. In parentheses is the squared distance from "
+                f"the unpruned network on held-out samples, over the variance; above {LOST:g} an output is hardly "
+                "better than a constant. Keep more of the channels that these layers read: prune the layers before "
+                "them less, or leave those unpruned"
+            )
         return tuple(found)
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """Layers whose output is almost lost."""
+        """Names of the layers whose output is almost lost: those with a held-out error above 0.9."""
         return tuple(dict.fromkeys(layer.layer for layer in self.layers if layer.is_lost))
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return a table, one row for each equation, then one for each layer that couldn't be reconstructed."""
+        """Return a table: a row for each equation, then a row for each layer that couldn't be reconstructed."""
         import pandas
 
         rows = [{**dataclasses.asdict(layer), "note": _note(layer)} for layer in self.layers]
-        rows += [{"layer": name, "note": f"left alone: {reason}"} for name, reason in self.left_alone.items()]
+        rows += [{"layer": name, "note": f"not reconstructed: {reason}"} for name, reason in self.left_alone.items()]
         columns = [*(field.name for field in dataclasses.fields(LayerReport)), "note"]
         return pandas.DataFrame(rows, columns=columns)
 
 
 def _note(layer: LayerReport) -> str:
-    notes = ["lost"] * layer.is_lost + ["fewer samples than unknowns"] * layer.is_underdetermined
+    notes = []
+    if layer.is_lost:
+        notes.append("output almost lost")
+    if layer.is_underdetermined:
+        notes.append("fewer samples than unknowns")
     return ", ".join(notes)
 
 
 def signed_like(other: Callable[P, Any]) -> Callable[[Callable[..., Made]], Callable[P, Made]]:
-    """Give a function the parameters of another, to which it hands them on."""
+    """Give a function the signature of another one, to which it passes its arguments."""
 
     def sign(function: Any) -> Any:
         own = inspect.signature(function)

@@ -138,7 +138,7 @@ _LEAST_SAMPLES = 16384
 _SAMPLES_PER_UNKNOWN = 16
 _CHUNK = 2**23
 _COPIES = 4  # of products, or of samples, at most
-_CURE = "method='scalar' or 'mean' takes none; nor does a layer that keeps fewer channels"
+_CURE = "method='recalibrate' takes none; a layer that reads fewer channels takes less"
 
 
 class Task(ABC):
@@ -152,7 +152,12 @@ class Task(ABC):
     @property
     @abstractmethod
     def unknowns(self) -> int:
-        """Inputs of each equation."""
+        """Inputs of each equation, by which memory and the number of samples are planned."""
+
+    @property
+    def fitted(self) -> int:
+        """Numbers fitted for each output, the constant not counted; fewer than inputs where these share one."""
+        return self.unknowns
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""A smaller network in one call: groups, choice, compensation, distillation, dense, checks, report."""
+"""A smaller network in one call: dependency groups, pruning, weight reconstruction, distillation, checks, report."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ from nni_topo.network.speedup import (
     OUTPUT,
     DenseReport,
     MasksLike,
+    by_reason,
     check_masks,
     dependency_groups,
     to_dense,
@@ -81,10 +82,10 @@ if TYPE_CHECKING:
 Compensate = Callable[[nn.Module, MasksLike, Iterable[Any]], nn.Module]
 Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
 
-# From where on a network is said to be worse on new images than on those that it was solved on: so many times the
-# distance, or so much less agreement, with an interval that leaves no doubt.
+# A network is said to be worse on held-out images than on calibration images if its distance is so many times as large,
+# or its agreement so much smaller, and the interval of the held-out figure excludes the other one.
 _GAP = 2.0
-_LEAST_GAP = 0.05  # a distance below it, as a share of the outputs' variance, is small whatever the other one is
+_LEAST_GAP = 0.05  # held-out distances below it, as shares of the outputs' variance, are small enough
 _GAP_OF_AGREEMENT = 0.05
 _logger = logging.getLogger(__name__)
 
@@ -96,43 +97,43 @@ class Stage:
     network: str  # unpruned, pruned, reconstructed or distilled
     macs: int  # multiply-accumulates of one sample
     params: int
-    distance: float  # mean squared distance of the outputs from the original's over their variance, held out
+    distance: float  # mean squared distance of the outputs from the unpruned network's over their variance, held out
     distance_low: float
     distance_high: float
-    agreement: float  # share of held-out images whose largest output is the original's; NaN but for (images, classes)
+    agreement: float  # share of held-out images with the largest output of the unpruned network; NaN without classes
     agreement_low: float
     agreement_high: float
-    calibration_distance: float  # the same on the images that were solved on, where networks look better than they are
+    calibration_distance: float  # the same on the calibration images, where networks look better than they are
     calibration_agreement: float
-    accuracy: float  # what `evaluate` says; NaN without
-    seconds: float  # wall time of the step; with allocation="auto" the pruned one's is that of all tries, compensated
+    accuracy: float  # what `evaluate` returns; NaN without it
+    seconds: float  # wall time of the step; with allocation="auto" that of "pruned" is for all tries and their recovery
 
 
 @dataclass(frozen=True, repr=False)
 class ShrinkReport:
-    """How a network was made smaller; its ``repr`` is a table.
+    """How a network was made smaller; its ``repr`` is a table with notes.
 
     Attributes
     ----------
     stages : tuple of Stage
-        The original, and the network after each step. Distances and agreements are those of held-out images.
+        The unpruned network, and the network after each step. Distances and agreements are those of held-out images.
     layers : DenseReport
-        Channels of every layer before and after, and why some stay.
+        Channels of every layer before and after, and why some channels are kept although they were to be removed.
     compensation : CompensationReport or None
-        How each layer came back; None without the package's compensation.
+        Errors of each layer before and after weight reconstruction; None without a method of this package.
     tried : tuple of Tried
-        Each way to deal out a budget with ``allocation="auto"``.
+        The ways to distribute the budget that were tried, with ``allocation="auto"``.
     budget : BudgetOutcome or None
         Whether the budget was met, and why not.
     images : int
-        Images that the network was chosen, compensated and distilled on.
+        Number of calibration images: pruning, weight reconstruction and distillation use them.
     held_out : int
-        Images that took no part in this; 0 if there were fewer than eight images in all, and figures are those of
-        ``images`` then.
+        Number of held-out images, which no step uses; 0 if there were fewer than eight images in all. Then the figures
+        are those of the calibration images.
     warnings : tuple of str
         What makes the figures doubtful, with what to do about it.
     whole : dict of str to str
-        By layer that wasn't asked for, without ``layers``, because it can't lose channels, the reason.
+        By layer that keeps all channels because they can't be removed, the reason. Empty if ``layers`` was given.
     distillation : Verdict or None
         Whether the distilled weights were kept, and the figures that decided; None where :func:`nni_topo.distill`
         didn't run.
@@ -174,8 +175,8 @@ class ShrinkReport:
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
             lines.append(
-                f"figures are those of {self.held_out} held-out images, with 95 % intervals; {self.images} others were "
-                "solved on"
+                f"distance and agreement are those of {self.held_out} held-out images, with 95 % intervals; the "
+                f"{self.images} other images are the calibration data"
             )
         if self.budget is not None:
             lines.append(str(self.budget))
@@ -184,20 +185,22 @@ class ShrinkReport:
         lines += [f"warning: {each}" for each in self.warnings]
         lines += map(repr, self.tried)
         left_alone = self.compensation.left_alone if self.compensation else {}
-        lines += [f"weights not reconstructed: {name} ({reason})" for name, reason in left_alone.items()]
-        lines += [f"{row.name} keeps {row.kept} more: {row.reason}" for row in self.layers.kept]
+        lines += [f"the weights of {name} are not reconstructed: {reason}" for name, reason in left_alone.items()]
+        lines += [
+            f"{row.name} keeps {row.kept} channels that were to be removed: {row.reason}" for row in self.layers.kept
+        ]
         lines += [f"{name} keeps all channels: {why}" for name, why in self.whole.items() if why != OUTPUT]
         return "\n".join(lines)
 
 
 def _with_interval(value: float, low: float, high: float) -> str | None:
-    """Return a figure and its interval as a table shows them; None for NaN."""
+    """Return a number and its interval as the table shows them; None for NaN."""
     if math.isnan(value):
         return None
     return f"{value:.4g}" if low == high else f"{value:.4g} ({low:.3g}-{high:.3g})"
 
 
-# What takes names, knobs or functions is looked at below.
+# Arguments that are names, knobs or functions are checked by `_check`.
 @checked(model=MODEL, images=BATCHES, budget=ANYTHING, pruner=ANYTHING, distill=ANYTHING, round_to=ROUND_TO)
 @leaves_models_alone
 def shrink(
@@ -223,42 +226,43 @@ def shrink(
     model : torch.nn.Module
         The trained network, not wrapped by a pruner. It isn't changed.
     images : iterable or nni.compression.utils.Evaluator
-        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
-        evaluates on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment.
-        Every eighth image is held out from all steps, for the report. Some 1,000 are enough for small nets.
+        Batches of inputs, or of ``(inputs, ...)``; labels aren't used. If it is an evaluator, the batches it evaluates
+        on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment.
+        Every eighth image is held out from all steps, for the report. 1,000 images are enough for small networks.
     budget : Budget or mapping
-        What is left of the cost, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. With ``"allocation": "auto"``
-        the pruner deals it out in every way that it can, each network is compensated, and the one stays whose answers
-        have the least loss, as :func:`nni_topo.distill` counts it, on the held-out images. That takes two or three
-        times as long; the report says which, with all figures.
+        The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. With
+        ``"allocation": "auto"`` the budget is distributed in every way that the pruner offers, the weights of each
+        network are reconstructed, and the network with the smallest loss on the held-out images is kept; the loss is
+        that of :func:`nni_topo.distill`. That takes two or three times as long; the report has the figures of all.
     pruner : str or callable, default="reconstruction"
         Name of a structured pruner, NNI's own too. Or a function of (a copy of the model, a
-        config_list with dependency groups and no ratios, the images) that returns masks.
+        config_list with dependency groups and without ratios, the calibration images) that returns masks.
     knobs : mapping, optional
         The named pruner's own arguments.
     layers : iterable of str or mapping, optional
-        Names of the layers to prune, or entries of a config_list without ratios, whose ``max_sparse_ratio`` caps what a
-        layer loses and whose ``min_sparse_ratio`` is its floor. By default all convolutions and linear layers but those
-        that give the output.
+        Names of the layers to prune, or entries of a config_list without ratios. Their ``max_sparse_ratio`` and
+        ``min_sparse_ratio`` are the largest and smallest share of channels that a layer loses. By default all
+        convolutions and linear layers except those that give the output.
     compensate : str, RecoveryMethod, callable or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`, by name or as an object with settings of its own such as
         ``nni_topo.recovery.Reconstruct(refine=0)``; or a function of (model, masks, images) that returns a model of
-        full size; None: no compensation.
+        full size; None: the weights are not reconstructed.
     distill : mapping, callable or bool, default=True
-        Whether to distil after it; the held-out images say whether what was learned is kept. Or knobs of
-        :func:`nni_topo.distill`, e.g. ``{"seconds": 60, "augment": ...}``; or a function of (dense, model, images) that
-        returns a dense model.
+        Whether to distil at the end. The distilled weights are kept only if, on the held-out images, the loss falls and
+        the distance at most doubles; ``report.distillation`` has the figures. Or knobs of :func:`nni_topo.distill`,
+        e.g. ``{"seconds": 60, "augment": ...}``; or a function of (dense, model, images) that returns a dense model,
+        which is kept in any case.
     narrow_heads : bool, default=True
-        Keep the heads of attention that the pruner takes, and make all of a module narrower for the same cost, where
-        :func:`nni_topo.narrow_heads` can. Not for a budget of time, nor with ``round_to``.
+        Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
+        :func:`nni_topo.narrow_heads` can. Not done for a latency budget, nor with ``round_to``.
     evaluate : callable, optional
-        Gets a network in evaluation mode and returns a number for the report, e.g. its accuracy.
+        A function of a network in evaluation mode that returns a number for the report, e.g. its accuracy.
     round_to : int or "auto", optional
-        Pruned layers keep a multiple of so many channels.
+        Pruned layers keep a multiple of this number of channels; ``"auto"`` chooses it for the model's device.
     seed : int, default=0
-        Of all steps.
+        Seed of all steps.
     progress : bool or None, default=None
-        Show bars on standard error; None: in a terminal, for what takes longer than five seconds.
+        Show progress bars on standard error; None: in a terminal, for steps of more than five seconds.
 
     Returns
     -------
@@ -268,7 +272,7 @@ def shrink(
     Raises
     ------
     ConfigError
-        If the budget, a name or a knob can't be used, or ``"auto"`` with a pruner that deals budgets out in one way.
+        If the budget, a name or a knob is invalid, or the allocation is ``"auto"`` and the pruner has only one.
     DataError
         If the images can't be used, or are fewer than eight for ``"auto"``.
     SpeedupError
@@ -315,7 +319,7 @@ def shrink(
     outcome = _outcome(budget, model, recovered.dense, recovered.pruned.planned, data.all, pruner)
     if compensate is not None:
         measured.add("reconstructed", recovered.dense)
-    # Read now: a function of the user's may distil in place.
+    # Read before distillation: a function of the caller's may distil in place.
     layer_report: Any = recovered.dense.report
     final, verdict = _distill(plan, recovered, data, distill)
     if distill is not False:
@@ -338,9 +342,9 @@ def shrink(
 
 @dataclass(frozen=True)
 class _Data:
-    """The images, and which of them judge.
+    """The images, split into calibration data and held-out images.
 
-    Those take no part in any step: a network looks better than it is on the images that it was solved on.
+    No step uses the held-out ones: a network looks better than it is on the images that its weights were solved on.
     """
 
     all: Calibration
@@ -354,13 +358,13 @@ class _Prunable:
     """The layers to prune, as entries of a config_list without ratios."""
 
     entries: list[dict[str, Any]]
-    unpruned: dict[str, str]  # why others can't lose channels, by layer; empty where the user names the layers
-    is_default: bool  # nobody named a layer
+    unpruned: dict[str, str]  # by other layer, why it can't lose channels; empty where the caller names the layers
+    is_default: bool  # the caller named no layer
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the network is to be made smaller, whatever the budget and the images."""
+    """How the network is made smaller, apart from the budget and the images."""
 
     model: nn.Module
     example: Any
@@ -381,7 +385,7 @@ class _Pruned:
     full: nn.Module  # of full size, heads made narrower
     masks: MasksLike
     dense: nn.Module
-    planned: BudgetOutcome | None  # what the pruner's own budget came to; None where it has none
+    planned: BudgetOutcome | None  # the outcome as the pruner counts it; None where it accepts no budget
 
 
 @dataclass(frozen=True)
@@ -394,14 +398,14 @@ class _Recovered:
 
 
 def _split(calibration: Calibration, model: nn.Module) -> _Data:
-    """Hold every eighth image out, and make example inputs."""
+    """Hold out every eighth image, and make example inputs."""
     args, kwargs = structure_call(model, calibration)
     learned, held_out = calibration.split()
     return _Data(calibration, learned, held_out, kwargs or args)
 
 
 def _layers_to_prune(model: nn.Module, example: Any, layers: Iterable[str | Mapping[str, Any]] | None) -> _Prunable:
-    """Write entries of a config_list for the layers that were named; by default for all that can lose channels."""
+    """Return config_list entries for the named layers; by default for all layers that can lose channels."""
     if layers is not None:
         given = list(layers)
         entries = [dict(each) for each in given if isinstance(each, Mapping)]
@@ -409,8 +413,11 @@ def _layers_to_prune(model: nn.Module, example: Any, layers: Iterable[str | Mapp
         return _Prunable([{"op_names": names}, *entries] if names else entries, {}, is_default=False)
     names, unpruned = sorted_layers(model, example)
     if not names:
-        reasons = "; ".join(f"{name} ({why})" for name, why in unpruned.items()) or "no convolution or linear layer"
-        raise ConfigError(f"a model must have a layer that can lose channels, got none: {reasons} (shrink)")
+        # What can be changed comes first: a layer that gives the output keeps its channels in any case.
+        layers_of = sorted(by_reason(unpruned).items(), key=lambda each: each[0] == OUTPUT)
+        told = [f"{', '.join(same)}: {why}" for why, same in layers_of]
+        reasons = "; ".join(told) or "no convolution or linear layer"
+        raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {reasons} (shrink)")
     return _Prunable([{"op_names": names}], unpruned, is_default=True)
 
 
@@ -424,9 +431,9 @@ def _prune(plan: _Plan, budget: Budget, images: Calibration) -> _Pruned:
 
 
 def _choose_channels(plan: _Plan, budget: Budget, images: Calibration) -> tuple[MasksLike, BudgetOutcome | None]:
-    """Return the masks of a pruner that is told where and how much, on a copy of the model.
+    """Run the pruner on a copy of the model, and return its masks and the outcome of the budget as it counts it.
 
-    And what came of the budget as the pruner counts it; None where it knows no budgets.
+    The outcome is None where the pruner accepts no budget.
     """
     victim, entries, pruner = detached_copy(plan.model), plan.prunable.entries, plan.pruner
     groups = dependency_groups(victim, plan.example, entries)
@@ -437,7 +444,7 @@ def _choose_channels(plan: _Plan, budget: Budget, images: Calibration) -> tuple[
         check_masks(plan.model, chosen)
         return chosen, None
     example = plan.example
-    if budget.kind == "latency":  # of the batch that counts
+    if budget.kind == "latency":  # the time of a whole batch counts
         args, kwargs = first_call(plan.model, images)
         example = kwargs or args
     pruner_knobs = pruner_info(pruner).knobs()
@@ -463,7 +470,7 @@ def _choose_channels(plan: _Plan, budget: Budget, images: Calibration) -> tuple[
 
 
 def _compensate(plan: _Plan, pruned: _Pruned, images: Calibration) -> _Recovered:
-    """Reconstruct the weights of a pruned network, if that is asked for."""
+    """Reconstruct the weights of a pruned network, if the plan says so."""
     if plan.compensate is None:
         return _Recovered(pruned, pruned.dense, None)
     report: CompensationReport | None = None
@@ -478,7 +485,7 @@ def _compensate(plan: _Plan, pruned: _Pruned, images: Calibration) -> _Recovered
 
 
 def _best_allocation(plan: _Plan, budget: Budget, data: _Data) -> tuple[_Recovered, tuple[Tried, ...]]:
-    """Deal a budget out in each way that the pruner can, and keep what answers most like the unpruned network."""
+    """Distribute the budget in each way that the pruner offers, and keep the network nearest to the unpruned one."""
     judges = check_held_out(data.all, data.held_out)
     candidates: dict[str, _Recovered] = {}
     for name in allocations_to_try(plan.pruner):
@@ -491,9 +498,9 @@ def _best_allocation(plan: _Plan, budget: Budget, data: _Data) -> tuple[_Recover
 def _distill(
     plan: _Plan, recovered: _Recovered, data: _Data, distill: Mapping[str, Any] | Distill | bool
 ) -> tuple[nn.Module, Verdict | None]:
-    """Train the dense network to answer as the unpruned one does, if that is asked for.
+    """Distil the dense network, if asked to, and return it with the figures that decided whether weights are kept.
 
-    And why the result was kept or not; None where :func:`nni_topo.distill` doesn't run.
+    The figures are None where :func:`nni_topo.distill` doesn't run.
     """
     if distill is False:
         return recovered.dense, None
@@ -506,7 +513,7 @@ def _distill(
 
 
 class _Measurements:
-    """Measures the network after each step, and how long the step took."""
+    """Measures the network after each step, and the step's time."""
 
     @leaves_models_alone
     def __init__(
@@ -549,11 +556,11 @@ class _Measurements:
         self._began = time.perf_counter()
 
     def warnings(self) -> tuple[str, ...]:
-        """Say, with what to do, why the figures of the last network are doubtful."""
+        """Return what makes the figures of the last network doubtful, and what to do about it."""
         return (*self._worse(), *self._few_images())
 
     def _worse(self) -> tuple[str, ...]:
-        """Say where distillation took the network away from the unpruned one.
+        """Return a warning where distillation took the network away from the unpruned one.
 
         That can be where a function of the caller's distils, or where other images than the held-out ones judged.
         """
@@ -571,11 +578,12 @@ class _Measurements:
         return (text,)
 
     def _few_images(self) -> tuple[str, ...]:
-        """Say where images were too few to hold any out, or for the network."""
+        """Return a warning where images were too few, to hold any out or for the network."""
         if self._data.held_out is None:
             text = (
-                f"none of {self._data.learned.samples} images could be held out, so figures are those of the images "
-                f"solved on: hand on at least {HELD_OUT}, better some hundred"
+                f"none of {self._data.learned.samples} images could be held out, so distance and agreement are "
+                "those of the calibration images, on which a network looks better than it is: pass at least "
+                f"{HELD_OUT} images, better some hundred"
             )
             _logger.warning("%s", text)
             return (text,)
@@ -591,12 +599,14 @@ class _Measurements:
         )
         if not (is_far or agrees_less):
             return ()
-        found = f"distance {last.distance:.3g} held out, {last.calibration_distance:.3g} on the images solved on"
+        found = (
+            f"distance {last.distance:.3g} on held-out images, {last.calibration_distance:.3g} on calibration images"
+        )
         if not math.isnan(last.agreement):
             found += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
         text = (
-            f"{self._data.learned.samples} images are too few for this network ({found}): hand on more images, as "
-            "different from each other as those to come, or leave more of the cost"
+            f"{self._data.learned.samples} images are too few for this network ({found}): pass more images, as "
+            "different from each other as the images it will be used on, or keep a larger share of the cost"
         )
         _logger.warning("%s", text)
         return (text,)
@@ -611,7 +621,7 @@ def _outcome(
     images: Calibration,
     pruner: str | Callable[..., MasksLike],
 ) -> BudgetOutcome:
-    """Return what share of the cost the dense network takes, and warn where that isn't what was asked for."""
+    """Return the share of the cost that the dense network keeps, and warn where that misses the budget."""
     args, kwargs = first_call(model, images)
     example: Any = kwargs or args
     report: Any = dense.report
@@ -629,17 +639,17 @@ def _outcome(
         return budget_outcome(budget.kind, budget.share, share, planned.why)
     if _chooses_how_many(pruner):
         return tell_if_missed(budget, share, "the pruner chooses how many channels it keeps")
-    why = "layers keep channels that were asked for" if report.kept else ONE_CHANNEL
+    why = "layers keep channels that were to be removed" if report.kept else ONE_CHANNEL
     return budget_outcome(budget.kind, budget.share, share, why)
 
 
 def _chooses_how_many(pruner: str | Callable[..., MasksLike]) -> bool:
-    """Say whether a pruner neither knows budgets nor, as NNI's do, takes exactly the ratios that it is given."""
+    """Say whether a pruner neither accepts budgets nor, as NNI's pruners do, exactly the ratios that it is given."""
     return callable(pruner) or not (pruner_info(pruner).origin == "nni" or "budget" in pruner_info(pruner).knobs())
 
 
 def _number(found: Any) -> float:
-    """Return what `evaluate` says of a network, if it is a number."""
+    """Return what `evaluate` returned, as a number."""
     try:
         return float(found)
     except (TypeError, ValueError, RuntimeError):
@@ -647,7 +657,7 @@ def _number(found: Any) -> float:
 
 
 def _checked_network(made: Any, name: str) -> nn.Module:
-    """Return what a function of the user's made, if it is a network."""
+    """Return what a function of the caller's returned, if it is a network."""
     if not isinstance(made, nn.Module):
         raise ConfigError(f"{name} must return a torch.nn.Module, got {type(made).__name__} (shrink)")
     return made
@@ -662,7 +672,7 @@ def _check(
     distill: Any,
     evaluate: Any,
 ) -> None:
-    """Raise what can be known before anything runs."""
+    """Check what can be checked before anything runs."""
     check_model(model)
     (instance(Mapping) | NONE).check("knobs", knobs, "shrink")
     (FUNCTION | NONE).check("evaluate", evaluate, "shrink")

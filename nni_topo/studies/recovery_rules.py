@@ -85,6 +85,11 @@ class ScalarTask(ReconstructTask):
         elements = self._module.weight[0, 0].numel()
         self._factors = torch.unique(numbers, return_inverse=True)[1].repeat_interleave(elements).to(self._columns)
 
+    @property
+    def fitted(self) -> int:
+        """Factors: one for each kept channel or head."""
+        return int(self._factors.max()) + 1
+
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve for what each factor differs from 1 by, from the sums for single weights."""
         weight = by_output(self._module.weight.detach(), self._module)
@@ -117,6 +122,11 @@ class LayerTask(ReconstructTask):
 
 class MeanTask(LayerTask):
     """Put what removed channels give on average, in the original, into the constant, as FLAP does [1]_."""
+
+    @property
+    def fitted(self) -> int:
+        """None beside the constant."""
+        return 0
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Take the mean of what lacks; weights stay as they are."""

@@ -100,7 +100,7 @@ WRONG = {
     "no batch": (torch.randn(3, 8, 8), r"must hold a batch.*got a tensor of shape \(3, 8, 8\), which enters first"),
     "no samples": (torch.randn(0, 3, 8, 8), r"must hold at least one sample, got shape \(0, 3, 8, 8\)"),
     "two tensors": ((IMAGES, IMAGES), "must fit Noisy.forward: too many positional arguments"),
-    "another name": ({"y": IMAGES}, "must fit Noisy.forward: missing a required argument"),
+    "another name": ({"y": IMAGES}, "must fit the model: .* where none of its keys is a parameter of forward"),
 }
 
 

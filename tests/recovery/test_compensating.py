@@ -134,7 +134,7 @@ def test_layers_that_can_not_be_solved_are_named_and_left():
     assert any(name.startswith("normed") for name in reasons)
     assert [layer.layer for layer in found.report.layers] == ["head"]
     frame = found.report.to_frame()
-    assert frame["note"].tolist()[1:] == [f"left alone: {reason}" for reason in reasons.values()]
+    assert frame["note"].tolist()[1:] == [f"not reconstructed: {reason}" for reason in reasons.values()]
     before, after = (
         distance(model, masked_model(net, images, masks), images) for net in (model, found.model)
     )  # fmt: skip
@@ -194,7 +194,10 @@ def test_too_few_samples_warn_and_still_help(caplog):
     masks = pruned(model, images, ratio=0.25, exclude=["head"])
     with caplog.at_level(logging.WARNING):
         found = compensation(model, masks, [images], method=Reconstruct(refine=0))
-    assert "more samples than a layer has unknowns, got fewer for: head (6 of 12)" in caplog.text
+    assert "more samples than a layer has unknowns, got fewer for the layers 'head' (6 of 12)" in caplog.text
+    assert "pass more images, here at least 12 instead of 6" in caplog.text
+    # What is advised helps.
+    assert compensation(model, masks, [toy_images(12)], method=Reconstruct(refine=0)).report.warnings == ()
     notes = found.report.to_frame()["note"].tolist()
     assert ["fewer samples than unknowns" in note for note in notes] == [False, False, True]
     assert all(bool(torch.isfinite(p).all()) for p in found.model.parameters())
@@ -215,7 +218,26 @@ def test_lost_layers_are_named(caplog):
     with caplog.at_level(logging.WARNING):
         found = compensation(model, masks, [torch.randn(400, 40)])
     assert found.report.lost == ("1",)
-    assert "output is almost lost: 1" in caplog.text
+    assert (
+        f"the outputs of these layers are almost lost: '1' ({found.report.layers[-1].error_held_out:.3g})"
+        in caplog.text
+    )
+    assert "prune the layers before them less" in caplog.text
+    more = {"0": {"weight": (torch.arange(40) < 36).float()[:, None]}}
+    assert compensation(model, more, [torch.randn(400, 40)]).report.lost == ()
+
+
+@pytest.mark.parametrize(("method", "unknowns"), [("scalar", 3), ("head", 3), ("mean", 0), ("reconstruct", 27)])
+def test_methods_that_fit_one_number_a_channel_need_few_samples(method, unknowns):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(16, 3)).eval()
+    masks = {"0": {"weight": (torch.arange(6) < 3).float()[:, None, None, None].expand(6, 2, 3, 3)}}
+    report = compensation(model, masks, [torch.randn(5, 2, 6, 6)], method=method).report
+    layer = next(each for each in report.layers if each.layer == "2")
+    assert (layer.samples, layer.unknowns) == (20, unknowns)
+    # Nobody is told to do what was done.
+    assert f"method={method!r}" not in " ".join(report.warnings)
+    assert layer.is_underdetermined is (method == "reconstruct")
 
 
 def test_batch_norms_are_recalibrated_on_request():

@@ -161,7 +161,7 @@ def test_ten_passes_over_many_images(images, steps):
         ([inputs(8) * math.nan], DataError, "must be finite, got NaN"),
         ([torch.ones(4, 5)], DataError, "must fit the model"),
         (inputs(8), ConfigError, "iterable of batches, e.g. a list of tensors, got one tensor"),
-        ([inputs(4), {"inputs": inputs(4)}], DataError, "one shape but for their number"),
+        ([inputs(4), {"inputs": inputs(4)}], DataError, "must have one shape for distillation"),
     ],
 )
 def test_bad_images_are_refused(images, error, message):

@@ -143,10 +143,12 @@ def test_the_report_has_held_out_figures_and_says_where_they_are_far_from_those_
     assert last.distance > 2.0 * last.calibration_distance
     text = " ".join(report.warnings)
     assert "63 images are too few for this network" in text
-    assert "hand on more images" in text
+    assert "pass more images" in text
     assert "should have more samples than a layer has unknowns" in text
     assert "warning: 63 images are too few" in repr(report)
-    assert "figures are those of 9 held-out images, with 95 % intervals; 63 others were solved on" in repr(report)
+    assert "those of 9 held-out images, with 95 % intervals; the 63 other images are the calibration data" in repr(
+        report
+    )
     many = nni_topo.shrink(model, [torch.randn(6000, 64)], {"flops": 0.3}, distill=False).report
     assert many.warnings == ()
     assert many.stages[-1].distance_low < many.stages[-1].calibration_distance < many.stages[-1].distance_high
@@ -201,7 +203,8 @@ def test_the_report_says_which_layers_can_not_lose_channels():
             return self.last(self.second(self.first(images).softmax(1)).softmax(1))
 
     with pytest.raises(
-        nni_topo.errors.ConfigError, match=r"must have a layer that can lose channels.*first \(.*second \("
+        nni_topo.errors.ConfigError,
+        match=r"must have a layer whose channels can be removed, got none: .*first.*; last: it gives",
     ):
         nni_topo.shrink(Only().eval(), [torch.randn(64, 6)], {"params": 0.8}, distill=False)
 

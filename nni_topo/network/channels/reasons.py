@@ -319,8 +319,11 @@ def recurrent_state() -> Reason:
 
 def computed_weight(*, can_convert: bool) -> Reason:
     """Return the reason for a layer whose weight isn't a parameter."""
-    way = ": nni_topo.as_torch_layers(model) makes it a plain layer" if can_convert else ""
-    return Reason("computed_weight", text=f"its weight is computed from other parameters{way}")
+    text = "its weight is computed from other parameters"
+    if can_convert:
+        text += ", by weight norm or another parametrization: nni_topo.as_torch_layers(model) makes it a plain layer, "
+        text += "prune the model that it returns"
+    return Reason("computed_weight", text=text)
 
 
 def transposed_weight() -> Reason:

@@ -24,6 +24,7 @@ from nni_topo.network.runtime import (
     INPUTS,
     NETWORK,
     SHAPES,
+    arguments_of,
     call_arguments,
     detached_copy,
     evaluation_mode,
@@ -220,7 +221,7 @@ def _rounds(
     enough: Callable[[list[tuple[float, ...]]], bool],
 ) -> list[tuple[float, ...]]:
     """Return the seconds of each model, round by round, each round in a random order, until there are enough."""
-    args, kwargs = call_arguments(example_inputs)
+    args, kwargs = arguments_of(example_inputs, next(iter(models.values())))
     first = tensors_of((args, kwargs))[0]
     order, generator = list(models), random.Random(seed)
     rounds: list[tuple[float, ...]] = []

@@ -35,6 +35,7 @@ from nni_topo.network.runtime import (
     Call,
     bind_arguments,
     called,
+    cure_of_argument,
     detached_copy,
     drawn_since,
     evaluation_mode,
@@ -108,7 +109,7 @@ def _check_runs(model: torch.nn.Module, call: Call) -> None:
         given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in tensors_of(call))
         raise ConfigError(
             f"example_inputs must fit the model: {type(model).__name__} can't be run on {given} in evaluation mode, "
-            f"got {type(error).__name__}: {error} (example_inputs)"
+            f"got {type(error).__name__}: {error}{cure_of_argument(error)} (example_inputs)"
         ) from error
 
 

@@ -41,7 +41,8 @@ class Calibration(Sequence[Any]):
         first entry is the input (a tensor, such a mapping, or a tuple of positional arguments) and whose other entries,
         such as labels, aren't looked at. So a model of two inputs takes ``((images, vectors),)`` or
         ``{"images": images, "vectors": vectors}``, while ``(images, vectors)`` are images with their labels. Entries
-        of a mapping that the model has no argument for are left out.
+        of a mapping that the model has no argument for are left out. Where ``forward`` has one required parameter,
+        takes no ``**kwargs``, and has no parameter called like a key of the mapping, the mapping is its argument.
     memory_bytes : int, default=2 * 2**30
         Memory for batches, in bytes, at least 0; what is beyond it, or beyond half of what is free, lies in files in
         the folder for temporary files. The batches of a list or tuple stay where they are.

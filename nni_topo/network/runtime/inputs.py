@@ -32,10 +32,22 @@ PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_m
 """Arguments that tell by position what is padding, and whether something other than zero there counts."""
 
 
-def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
-    """Split inputs, batch first, into positional and keyword arguments; copies on a model's device if one is given."""
-    if isinstance(example_inputs, Mapping):
-        call: Call = ((), dict(example_inputs))
+def call_arguments(example_inputs: Any, model: torch.nn.Module) -> Call:
+    """Split inputs, batch first, into positional and keyword arguments, and copy them to a model's device."""
+    call: Call = copied(arguments_of(example_inputs, model), device_of(model))
+    return call
+
+
+def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
+    """Split inputs, batch first, into positional and keyword arguments of a model.
+
+    This is the one rule of how inputs become arguments. A mapping holds keyword arguments, unless it is itself the
+    single argument of the model, see :func:`is_argument`; without a model it always holds keyword arguments.
+    """
+    if isinstance(example_inputs, Mapping) and model is not None and is_argument(example_inputs, model):
+        call: Call = ((dict(example_inputs),), {})
+    elif isinstance(example_inputs, Mapping):
+        call = ((), dict(example_inputs))
     elif isinstance(example_inputs, (tuple, list)):
         call = (tuple(example_inputs), {})
     else:
@@ -50,7 +62,70 @@ def call_arguments(example_inputs: Any, model: torch.nn.Module | None = None) ->
         raise ConfigError(
             f"example_inputs must hold a sample at least, got a tensor of shape {tuple(first.shape)} (example_inputs)"
         )
-    return call if model is None else copied(call, device_of(model))
+    return call
+
+
+def is_argument(mapping: Mapping[Any, Any], model: torch.nn.Module) -> bool:
+    """Say whether a mapping can only be meant as the single argument of a model, as in ``forward(self, batch)``.
+
+    So it is where the model's forward has one required parameter, which is positional, takes no arbitrary keyword
+    arguments, and has no parameter that is called like a key of the mapping.
+    """
+    parameters = _parameters_of(model)
+    if parameters is None or any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return False
+    if any(each.name in mapping and each.kind is not each.POSITIONAL_ONLY for each in parameters):
+        return False
+    required = [each for each in parameters if each.default is each.empty and each.kind is not each.VAR_POSITIONAL]
+    return len(required) == 1 and required[0].kind in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+
+
+def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter] | None:
+    """List the parameters of a model's forward; None where it isn't written in Python.
+
+    Of a compiled model, or one that is spread over devices, those of the model within.
+    """
+    for attribute, kinds in _WITHIN.items():
+        if type(model).__name__ in kinds and isinstance(inner := getattr(model, attribute, None), nn.Module):
+            return _parameters_of(inner)
+    try:
+        return list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+_WITHIN = {"_orig_mod": ("OptimizedModule",), "module": ("DataParallel", "DistributedDataParallel")}
+
+
+def cure_of_mapping(call: Call, model: torch.nn.Module) -> str:
+    """Say how a mapping is passed as an argument, where a model's first parameter got none by its name; else nothing.
+
+    For errors of arguments that don't fit.
+    """
+    args, kwargs = call
+    parameters = _parameters_of(model)
+    if args or not kwargs or not parameters:
+        return ""
+    first = parameters[0]
+    if first.name in kwargs or first.kind is not first.POSITIONAL_OR_KEYWORD:
+        return ""
+    return (
+        f"; a mapping holds arguments by name: if this one is itself the argument {first.name!r}, pass "
+        f"{{{first.name!r}: mapping}}"
+    )
+
+
+def cure_of_argument(error: Exception) -> str:
+    """Say why a model got a dict, where an error of it speaks of one; else nothing."""
+    if not isinstance(error, (TypeError, AttributeError)) or "dict" not in str(error):
+        return ""
+    return (
+        "; a mapping is passed as the model's single argument where none of its keys is a parameter of forward: to "
+        "pass its entries by name, use the names of these parameters as keys"
+    )
 
 
 def on_device(tree: Any, device: torch.device) -> Any:
@@ -74,7 +149,8 @@ def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
     try:
         bound = inspect.signature(model.forward).bind(*call[0], **call[1])
     except TypeError as error:
-        raise ConfigError(f"example_inputs must fit {type(model).__name__}.forward: {error}") from error
+        cure = cure_of_mapping(call, model)
+        raise ConfigError(f"example_inputs must fit {type(model).__name__}.forward: {error}{cure}") from error
     return dict(bound.arguments)
 
 
@@ -92,6 +168,10 @@ def real_positions(named: Mapping[str, Any]) -> Tensor | None:
         mask = named.get(name)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return (mask != 0) == counts
+    # A model may take all of them in one mapping.
+    if len(named) == 1:
+        only = next(iter(named.values()))
+        return real_positions(only) if isinstance(only, Mapping) else None
     return None
 
 
@@ -282,7 +362,7 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
     name = name_of(calibration)
     count = 0
     for count, batch in enumerate(calibration, start=1):
-        call = _bound(model, call_arguments(inputs_of(batch, count - 1, name)), batch, count - 1, name)
+        call = _bound(model, arguments_of(inputs_of(batch, count - 1, name), model), batch, count - 1, name)
         for part in parts(call):
             yield copied(part, device_of(model))
     if count == 0:
@@ -305,6 +385,7 @@ def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> C
         cure = f"; {_SEVERAL}" if several else ""
         if unknown := [str(key) for key in kwargs if key not in known]:
             cure = f"; it has no argument called {', '.join(unknown)}"
+        cure += cure_of_mapping(call, model)
         raise DataError(f"{name} must fit the model, got TypeError: {error}{cure} (batch {index})") from error
     return args, known
 
@@ -358,10 +439,10 @@ def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
         yield
     except NniTopoError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         if out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] + cure_of_argument(error)
         raise DataError(f"{knob} must fit the model, got {type(error).__name__}: {reason} (batch {batch})") from error
 
 

@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from nni_topo.errors import ConfigError, DataError, checked, whole
 from nni_topo.network.layers import feature_dimension
 from nni_topo.network.runtime import (
+    arguments_of,
     calibration_of,
-    call_arguments,
     called,
     copied,
     detached_copy,
@@ -129,7 +129,7 @@ class GradientCollector(DataCollector):
         model.eval().requires_grad_(False)
         device = device_of(model)
         for index, (inputs, targets) in enumerate(part for batch in _labelled(calibration) for part in parts(batch)):
-            call, targets = copied((call_arguments(inputs), targets), device)
+            call, targets = copied((arguments_of(inputs, model), targets), device)
             with torch.enable_grad():
                 loss = self._checked_loss(model(*call[0], **call[1]), targets, index)
             if not loss.requires_grad or not gates.opened:

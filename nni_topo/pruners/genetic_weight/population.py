@@ -24,7 +24,7 @@ from nni_topo.errors import DataError, SpeedupError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
 from nni_topo.network.graph import trace
 from nni_topo.network.layers import has_own_forward
-from nni_topo.network.runtime import at_once, call_arguments, fitting, parts, unwrapped_copy
+from nni_topo.network.runtime import arguments_of, at_once, fitting, parts, unwrapped_copy
 from nni_topo.pruners.genetic_weight.masked import split_genes
 from nni_topo.recovery.replay import without_side_effects
 
@@ -96,7 +96,7 @@ class PopulationAccuracy:
         with fitting(0, "validation"):
             expected = _logits(self._model(inputs), labels)
         try:
-            graph = without_side_effects(trace(self._model, call_arguments(inputs[:2])).graph_module)
+            graph = without_side_effects(trace(self._model, arguments_of(inputs[:2])).graph_module)
             tails = [_Tail(graph, self._names, *batch) for batch in self._batches]
             found = tails[0].logits([layer.weight[None] for layer in self._layers])[0]
             # A graph holds the branches that the traced batch took; and joint products are rounded differently.

@@ -15,7 +15,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph.tracing import trace
-from nni_topo.network.runtime.inputs import call_arguments
+from nni_topo.network.runtime.inputs import arguments_of
 from nni_topo.speedup import dependency_groups
 
 IMAGES = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -36,7 +36,7 @@ def names(config_list):
 
 
 def flow_of(model, inputs=IMAGES):
-    recording = trace(model.eval(), call_arguments(inputs))
+    recording = trace(model.eval(), arguments_of(inputs))
     graph_module, args = recording.graph_module, recording.args
     return ChannelFlow(graph_module, args)
 
@@ -45,7 +45,7 @@ def flow_of(model, inputs=IMAGES):
 def test_groups_are_those_of_nni(name):
     torch.manual_seed(0)
     model = torchvision.models.get_model(name).eval()
-    graph_module = trace(model, call_arguments(IMAGES)).graph_module
+    graph_module = trace(model, arguments_of(IMAGES)).graph_module
     expected = auto_set_denpendency_group_ids(graph_module, CONVOLUTIONS)
     assert partition(dependency_groups(model, IMAGES, CONVOLUTIONS)) == partition(expected)
 

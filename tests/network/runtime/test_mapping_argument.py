@@ -1,0 +1,148 @@
+"""Models whose forward takes one mapping, such as a batch of a data set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.cost import count_macs, latencies
+from nni_topo.network.runtime import arguments_of, real_positions_of
+
+
+class ByName(nn.Module):
+    """Takes its two tensors by name."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.images, self.vectors, self.head = nn.Linear(6, 16), nn.Linear(3, 16), nn.Linear(16, 4)
+
+    def forward(self, x, v):
+        return self.head(torch.relu(self.images(x)) + torch.relu(self.vectors(v)))
+
+
+class ByMapping(ByName):
+    """Takes both in one mapping."""
+
+    def forward(self, batch, scale=1.0):
+        return super().forward(scale * batch["x"], batch["v"])
+
+
+def batches(count=96, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"x": torch.randn(32, 6, generator=generator), "v": torch.randn(32, 3, generator=generator)}] * (
+        count // 32
+    )
+
+
+def pruned(model, inputs):
+    config_list = nni_topo.dependency_groups(model, inputs, [{"op_names": ["images", "vectors"], "sparse_ratio": 0.5}])
+    pruner = nni_topo.create_pruner("l1", model, config_list)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks
+
+
+def test_every_step_does_with_the_mapping_what_it_does_with_its_entries_by_name():
+    by_name, by_mapping, images = ByName().eval(), ByMapping().eval(), batches()
+    labelled = [(batch, torch.zeros(32)) for batch in images]
+    results = []
+    for model, given in ((by_name, images), (by_mapping, images), (by_mapping, labelled)):
+        masks = pruned(model, images[0])
+        solved = nni_topo.compensate(model, masks, given)
+        dense = nni_topo.to_dense(solved, images[0], masks)
+        learned = nni_topo.distill(dense, model, given, steps=20)
+        results.append((masks, solved.state_dict(), dense.state_dict(), learned.state_dict()))
+        assert dense.images.out_features == 8
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0])
+
+
+@pytest.mark.parametrize("pruner", ["reconstruction", "l1"])
+def test_shrink_takes_the_mapping(pruner):
+    knobs = {"pruner": pruner, "distill": {"steps": 20}}
+    small, other = (nni_topo.shrink(net.eval(), batches(), {"flops": 0.5}, **knobs) for net in (ByMapping(), ByName()))
+    torch.testing.assert_close(small.state_dict(), other.state_dict())
+    assert small(batches()[0]).shape == (32, 4)
+
+
+def test_views_of_a_mapping_are_mappings():
+    model, images = ByMapping().eval(), batches()
+    seen = []
+
+    def augment(batch):
+        seen.append(set(batch))
+        return {**batch, "x": -batch["x"]}
+
+    dense = nni_topo.to_dense(model, images[0], pruned(model, images[0]))
+    nni_topo.distill(dense, model, images, steps=20, augment=augment)
+    assert seen
+    assert all(keys == {"x", "v"} for keys in seen)
+
+
+@pytest.mark.parametrize("kind", ["torch.export", "onnx"])
+def test_export_and_measurements_take_the_mapping(kind, tmp_path):
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    model, images = ByMapping().eval(), batches()
+    exported = nni_topo.export(model, tmp_path / "net.file", images[0], format=kind)
+    assert exported.path.exists()
+    assert exported.error < 1e-4
+    assert count_macs(model, images[0]) == count_macs(ByName().eval(), images[0])
+    assert latencies({"one": model}, images[0], runs=2, warmup=1)["one"] > 0.0
+
+
+class Arbitrary(ByName):
+    def forward(self, batch, **others):
+        return super().forward(batch["x"], batch["v"])
+
+
+class SameName(ByName):
+    def forward(self, batch, x=None):
+        return super().forward(batch["x"] if x is None else x, batch["v"])
+
+
+class Optional(ByName):
+    def forward(self, batch=None):
+        return super().forward(batch["x"], batch["v"])
+
+
+class Several(ByName):
+    def forward(self, batch, scale):
+        return super().forward(scale * batch["x"], batch["v"])
+
+
+@pytest.mark.parametrize("kind", [Arbitrary, SameName, Optional, Several])
+def test_where_it_could_mean_either_an_error_says_how_to_pass_it(kind):
+    model, images = kind().eval(), batches()
+    cure = r"if this one is itself the argument 'batch', pass \{'batch': mapping\}"
+    with pytest.raises(ConfigError, match=cure):
+        nni_topo.dependency_groups(model, images[0], [{"op_types": ["Linear"]}])
+    with pytest.raises(DataError, match=cure):
+        nni_topo.recalibrate_batch_norm(model, images)
+    if kind is not Several:
+        named = [{"batch": batch} for batch in images]
+        small = nni_topo.shrink(model, named, {"flops": 0.5}, distill={"steps": 2})
+        assert small(images[0]).shape == (32, 4)
+
+
+def test_entries_of_wrong_names_are_told_apart_from_a_mapping_that_is_meant():
+    net, wrong = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), {"pixels": torch.zeros(4, 6)}
+    why = "a mapping is passed as the model's single argument where none of its keys is a parameter of forward"
+    with pytest.raises(ConfigError, match=why):
+        nni_topo.dependency_groups(net, wrong, [{"op_types": ["Linear"]}])
+    with pytest.raises(DataError, match=why):
+        nni_topo.shrink(net, [wrong] * 8, {"flops": 0.5})
+    with pytest.raises(DataError, match="must fit the model, got KeyError: 'v'"):
+        nni_topo.shrink(ByMapping().eval(), [{"x": torch.zeros(8, 6)}], {"flops": 0.5})
+
+
+def test_padding_is_known_within_the_mapping():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    call = arguments_of({"x": torch.zeros(2, 3), "attention_mask": mask}, ByMapping())
+    assert call[1] == {}
+    assert torch.equal(real_positions_of(ByMapping(), call), mask == 1)
