@@ -193,7 +193,7 @@ def test_a_batch_that_is_too_large_for_a_device_is_run_in_parts(job, device, cap
     assert not caplog.messages
     with far_device.memory(most):
         found = work(device, [IMAGES])
-    assert "out of memory: once more, 8 samples at a time" in caplog.messages[0]
+    assert "out of memory: starting again with 8 samples at a time" in caplog.messages[0]
     if job == "batch norms":  # which count each batch alike
         whole = work(device, [*IMAGES.split(4)])
     for one, other in zip(whole, found, strict=True):
@@ -206,7 +206,7 @@ def test_a_device_that_holds_no_sample_is_said_in_words_and_the_model_is_as_it_w
     before = snapshot(model)
     with (
         far_device.memory(2500),
-        pytest.raises(DataError, match=r"memory for a sample at a time, got: far out of memory"),
+        pytest.raises(DataError, match=r"memory for one sample at a time, got: far out of memory"),
     ):
         nni_topo.create_pruner("topological", model, HALF, cloud="activation", calibration=[IMAGES]).compress()
     require_unchanged(before, model)

@@ -148,7 +148,7 @@ def test_one_warning_names_all_that_is_left_whole(caplog):
     (message,) = [record.getMessage() for record in caplog.records]
     assert "one: " not in message  # one of its channels brings what all that are removed do
     assert "two: the result of an operation depends on removed channels (softmax)" in message
-    assert "three: removed channels arrive as values that aren't zero (four)" in message
+    assert "three: removed channels arrive as values that aren't zero (made by cumsum, read by four: Conv2d)" in message
 
 
 def test_a_network_of_which_all_layers_give_the_output_keeps_them():

@@ -40,9 +40,9 @@ from nni_topo.network.channels.rules import (
     FixedPlaces,
     Operation,
     has_property,
-    is_looked_at,
     made,
     module_rule,
+    reads_shape_only,
     rule_of,
 )
 from nni_topo.network.graph import (
@@ -51,6 +51,7 @@ from nni_topo.network.graph import (
     TRAINED_OUTPUT,
     TracedInt,
     attribute_channels,
+    described,
     is_of_forward,
     makes_mask,
     place,
@@ -131,6 +132,7 @@ class Propagation(torch.fx.Interpreter):
         """Compute the channel ids of a node's outputs from those of its arguments."""
         is_random = any(RANDOM in parent.meta for parent in n.all_input_nodes)
         self._given.reason = reasons.joins_random(n) if is_random else reasons.joins_constant(n)
+        self._given.node = n
         found = self._ids_of(n)
         if RANDOM in n.meta:
             # With fewer channels others would be drawn, and nothing could be compared.
@@ -204,7 +206,7 @@ class Propagation(torch.fx.Interpreter):
         if isinstance(module, torch.nn.GroupNorm) and module.num_groups < module.num_channels:
             # A norm's groups are of one size, and have to be after pruning too.
             side = np.split(self._given.per_channel(ids[0], 1), module.num_groups)
-            self.blocks.append(Blocks([list(side)], may_vanish=True))
+            self.blocks.append(Blocks([list(side)], may_vanish=True, place=described(node)))
         if isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module):
             rule = RULES.get(type(module))
             dim = rule.dim if rule else channel_dim(module)
@@ -313,7 +315,7 @@ class Propagation(torch.fx.Interpreter):
             self._given.tie(np.repeat(entering, len(leaving) // groups), leaving)
         elif groups > 1:
             sides = [list(np.split(entering, groups)), list(np.split(leaving, groups))]
-            self.blocks.append(Blocks(sides, may_vanish=True))
+            self.blocks.append(Blocks(sides, may_vanish=True, place=described(self._given.node)))
 
     def _tie_calls(self, name: str, entering: np.ndarray) -> None:
         """Tie what enters a module in one call to what enters it in another: one set of weights serves both."""
@@ -367,8 +369,11 @@ class ChannelFlow(Propagation):
             )
             for place, uses in attribute_sizes.items()
         }
-        # One number can only count equally many.
-        self.blocks += [Blocks([each], may_vanish=False) for _, each in self._attribute_sizes.values() if len(each) > 1]
+        for (module, attribute, _), (_, counted) in self._attribute_sizes.items():
+            # One number can only count equally many.
+            if len(counted) > 1:
+                where = f"{module}.{attribute}" if module else attribute
+                self.blocks.append(Blocks([counted], may_vanish=False, place=f"the attribute {where}"))
 
     def _set_apart(self) -> dict[str, Layer]:
         """Take out of the layers those that run in training alone, and keep their channels and their outputs.
@@ -476,6 +481,26 @@ class ChannelFlow(Propagation):
             if other != name and np.isin(self._before[self.channel_ids_of(other)], shared).any()
         ]
 
+    def coupling_operations(self, name: str) -> list[Node]:
+        """List the operations that couple a layer's channels with others, its own among them, in network order."""
+        group_ids = np.unique(self._before[self.channel_ids_of(name)])
+        found = dict[Node, None]()
+        for node, pairs in self._given.ties():
+            different = pairs[pairs[:, 0] != pairs[:, 1]]
+            if np.isin(self._before[different[:, 0]], group_ids).any():
+                found[node] = None
+        return list(found)
+
+    def block_places(self, name: str) -> tuple[str, ...]:
+        """Name what requires that blocks of a layer's channels lose equally many, in network order."""
+        group_ids = np.setdiff1d(self.group_ids_of(name), FIXED)
+        found = dict[str, None]()
+        for blocks in self.blocks:
+            ids = np.concatenate([block for side in blocks.sides for block in side])
+            if np.isin(group_ids, self.group_ids(ids)).any():
+                found[blocks.place] = None
+        return tuple(found)
+
     def why_pinned(self, name: str) -> reasons.Reasons:
         """Return why channels of a layer stay in any case, each reason once."""
         group_ids = self._before[self.channel_ids_of(name)].tolist()
@@ -499,7 +524,7 @@ class ChannelFlow(Propagation):
         found = [(self.group_ids(entering), name) for name, entering in self._entering.items() if len(entering)]
         for node in self.traced.graph.nodes:
             ids = self.ids[node.name]
-            picks = has_property(node, "picks") and not is_looked_at(node)
+            picks = has_property(node, "picks") and not reads_shape_only(node)
             # What moves, or meets others, may have no channels.
             picks = picks and not all(has_property(user, "meets") or has_property(user, "moves") for user in node.users)
             if picks and isinstance(ids, torch.Tensor) and ids.numel():

@@ -50,6 +50,7 @@ class Blocks:
     may_vanish: bool  # a block may lose all of its channels, on all sides at once
     moves: bool = False  # it only decides where channels go, as after a chunk: see `shuffles`
     is_uneven: bool = False  # of shuffled layers, whose pieces can't be of one size each
+    place: str = ""  # what needs them so: an operation, a module or an attribute
 
 
 class ChannelIds:
@@ -61,6 +62,7 @@ class ChannelIds:
     def __init__(self) -> None:
         self.count = FIXED + 1
         self.reason: Reason  # why channels stay that are tied to FIXED from now on; set before any are
+        self.node: torch.fx.Node  # the operation that ties channels from now on; set before any are
         self.layers: dict[str, Layer] = {}  # in the order they are called
         # By name. Their channels are pruned with the channels that they are tied to, and keep none.
         self.free_parameters: dict[str, FreeParameter] = {}
@@ -72,6 +74,7 @@ class ChannelIds:
         self.by_node: dict[str, Any] = {}  # what each node puts out: int64, of length 1 where nothing differs
         self.picks: dict[str, torch.Tensor] = {}  # by node, the places that a constant of the forward's picks
         self._pairs = [np.zeros((0, 2), dtype=np.int64)]
+        self._tied_at: list[torch.fx.Node] = []  # the operation of each of these arrays but the first
         self._pins: list[tuple[np.ndarray, Reason]] = []
         self._columns: list[tuple[np.ndarray, Reason]] = []
 
@@ -95,6 +98,11 @@ class ChannelIds:
         if (pairs[stay] != FIXED).any():
             self.pin(pairs[stay].max(1), self.reason)
         self._pairs.append(pairs[~stay])
+        self._tied_at.append(self.node)
+
+    def ties(self) -> list[tuple[torch.fx.Node, np.ndarray]]:
+        """List the operations that tie channels, in network order, each with the pairs of ids: int, (pairs, 2)."""
+        return list(zip(self._tied_at, self._pairs[1:], strict=True))
 
     def couple(self, one: torch.Tensor, other: torch.Tensor) -> None:
         """Tie the ids of tensors that meet entry by entry; both are broadcast."""

@@ -1,21 +1,23 @@
-"""Why a layer, a channel or a head is kept: every reason the package gives, in one place.
+"""Why a layer, a channel or a head is kept: every reason that the package gives, and the only place that words one.
 
-Each function below makes one `Reason`. Rules, the dry run and the speed-up call these functions and word nothing
-themselves, so that ``skipped``, ``dense.report``, warnings and errors say the same thing in the same words.
+To change a text, change it here: ``skipped``, ``explain``, ``dense.report``, warnings and errors all show it. To add a
+reason, add its kind to `Kind`, its sentence to the tables in the middle of this file, and what a user can do about it
+to `_ADVICE`. A reason whose sentence needs more than the name of an operation or layer has a function below the tables.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from torch.fx import Node
 
-from nni_topo.network.graph import line_of, place
+from nni_topo.network.graph import described, line_of, place
 
 Kind = Literal[
     "blocks_equal",
+    "call_not_covered",
     "carries_constant",
     "computed_weight",
     "convolves_channels",
@@ -65,14 +67,14 @@ class Reason:
     kind : str
         A short identifier of the reason.
     place : str, default=""
-        The operation, with the module it is written in ("add in layer1.0"), or the module that keeps the channels;
-        empty if there is none.
+        The operation, with the module in whose forward it stands ("add in layer1.0"), or the module that keeps the
+        channels; empty if there is none.
     layer : str, default=""
-        The layer or module that the reason names; empty if it names none.
+        The layer or module that the text is about; empty if there is none.
     text : str, default=""
         The reason in words.
     line : str, default=""
-        File and line of the forward where the operation is called; empty if that isn't known.
+        File and line of the forward that calls the operation ("net.py:12"); empty if they aren't known.
     """
 
     kind: Kind
@@ -86,35 +88,42 @@ class Reason:
 
 
 Reasons = tuple[Reason, ...]
-"""All that keeps one layer, each reason once."""
+"""All reasons why one layer keeps channels, each once."""
 
 
 def told(reasons: Iterable[Reason]) -> str:
-    """Say several reasons in one line, each text once."""
+    """Join the texts of several reasons into one line, each text once."""
     return "; ".join(dict.fromkeys(str(reason) for reason in reasons))
 
 
 def as_text(reasons: Mapping[str, Reasons]) -> dict[str, str]:
-    """Say by layer what keeps it."""
+    """Return the reasons of each layer as one line of text, by layer."""
     return {name: told(found) for name, found in reasons.items()}
 
 
 def in_part(kept: int, channels: int, reasons: Reasons) -> str:
-    """Say what keeps some of a layer's channels."""
-    return f"{kept} of {channels} channels stay: {told(reasons)}"
+    """Return why a layer keeps some of its channels, as text."""
+    return f"{kept} of {channels} channels are kept: {told(reasons)}"
 
 
-# What can be done about a reason, by its kind; nothing about those that aren't here.
+# What a user can do about a reason, by its kind. The kinds that masks, not the model, bring about have no entry.
 _ADVICE: dict[Kind, str] = {
-    "model_output": "exclude the layer (exclude_op_names); what calls the model needs this size",
+    "model_output": "exclude the layer (exclude_op_names): the caller of the model needs this number of channels",
     "untraced_output": "write the code after the layer as a module that takes tensors and returns tensors",
     "untraced_model": "change what the message names, or prune the parts of the model one by one",
-    "no_rule": "give the operation a rule with nni_topo.register_operator, or use one that has a rule (view, cat)",
-    "rule_keeps": "register the operation with the rule 'follow' or 'couple' if it treats every channel by itself",
+    "no_rule": (
+        "write this step with operations that have a rule (torch.cat, view), or register a rule for the operation "
+        "with nni_topo.register_operator"
+    ),
+    "call_not_covered": (
+        "write this step with operations that move channels as a whole (torch.cat, view) or treat every channel by "
+        "itself, or exclude the layer (exclude_op_names)"
+    ),
+    "rule_keeps": "register the operation as 'follow' or 'couple' instead, if it treats every channel by itself",
     "rule_misfits": "register the operation with a dim that fits, or with a function as its rule",
     "joins_constant": (
-        "make a constant a parameter of the model (nn.Parameter), which is cut along with the channels that it meets; "
-        "channels that meet the network's input can't go"
+        "store the constant as a parameter of the model (nn.Parameter): its channels are pruned with the layer's; "
+        "channels that are combined with the network's input can't be pruned"
     ),
     "joins_random": "draw the random numbers without the dimension of the channels, or in training mode only",
     "random_shape": "draw the random numbers without the dimension of the channels, or in training mode only",
@@ -122,81 +131,125 @@ _ADVICE: dict[Kind, str] = {
     "fixed_channels": "read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
     "result_depends": "use an operation that treats every channel by itself, or exclude the layer (exclude_op_names)",
-    "nonzero_values": "use an activation that is zero at zero (ReLU, GELU, SiLU) between the layer and the operation",
-    "no_batch": "give the convolution a dimension of samples",
+    "nonzero_values": (
+        "use operations that leave channels of zeros at zero (ReLU, GELU, SiLU) between the layer and the one that "
+        "reads it, or exclude the layer (exclude_op_names)"
+    ),
+    "no_batch": "give the convolution's input a batch dimension",
     "uncut_module": "say how the module is cut with nni_topo.register_module",
-    "recurrent_state": "use recurrent layers of one level and one direction, with biases: these lose units",
-    "convolves_channels": "prune the layer whose channels the convolution runs along",
+    "recurrent_state": "use recurrent layers of one level and one direction, with biases: their units can be pruned",
+    "convolves_channels": "prune the layer whose channels the convolution slides along",
     "needs_all_channels": "prune the heads of the attention instead",
     "training_output": "delete the layer from the model if it isn't trained any more",
     "training_only": "delete the layer from the model if it isn't trained any more",
     "training_reader": "delete the layer from the model if it isn't trained any more",
-    "dry_run_failed": "make the forward run on random weights and inputs",
-    "head_by_head": "select every layer that adds to the same residual stream: its channels then go instead of heads",
+    "dry_run_failed": "change the forward so that it runs on random weights and inputs",
+    "head_by_head": (
+        "select every layer that adds to the same residual stream: its channels are then pruned instead of heads"
+    ),
     "no_heads": 'ask for channels: leave out "granularity": "head"',
     "computed_weight": "make the weight a plain parameter; nni_topo.as_torch_layers(model) does so where it can",
     "transposed_weight": "prune nni_topo.as_torch_layers(model) instead of the model",
-    "inside_module": "write the module as one that calls its layers; heads of nn.MultiheadAttention can go as it is",
+    "inside_module": (
+        "write the module as one that calls its layers; heads of nn.MultiheadAttention can be pruned as it is"
+    ),
     "not_followed": "call the layer itself (self.layer(x)) rather than a function on its weight",
 }
 
 
 def advice(reasons: Reasons) -> tuple[str, ...]:
-    """List what can be done about reasons, each way once."""
+    """List what a user can do about reasons, each advice once."""
     return tuple(dict.fromkeys(_ADVICE[reason.kind] for reason in reasons if reason.kind in _ADVICE))
 
 
-# What an operation of the forward does with channels.
+# The three forms that most reasons have. Each makes a function from a kind and a sentence.
 
 
-def no_rule(node: Node) -> Reason:
-    """Return the reason for channels that enter an operation without a rule."""
-    return _at("no_rule", node, "no rule says where channels go")
+def _of_operation(kind: Kind, sentence: str) -> Callable[[Node], Reason]:
+    """Return a function that makes the reason of an operation, which is named after the sentence."""
+
+    def reason(node: Node) -> Reason:
+        return _at(kind, node, sentence)
+
+    return reason
 
 
-def rule_keeps(node: Node) -> Reason:
-    """Return the reason for channels that enter an operation which was registered to keep them."""
-    return _at("rule_keeps", node, "the operation is registered to keep all channels")
+def _of_layer(kind: Kind, sentence: str) -> Callable[[str], Reason]:
+    """Return a function that makes the reason of a layer or module, whose name takes the place of ``{layer}``."""
+
+    def reason(layer: str) -> Reason:
+        return Reason(kind, layer, layer, sentence.format(layer=layer))
+
+    return reason
 
 
-def rule_misfits(node: Node) -> Reason:
-    """Return the reason for channels that enter a registered operation whose shapes its rule doesn't fit."""
-    return _at("rule_misfits", node, "the rule that the operation is registered with doesn't fit these shapes")
+def _plain(kind: Kind, sentence: str) -> Callable[[], Reason]:
+    """Return a function that makes a reason which names nothing."""
+
+    def reason() -> Reason:
+        return Reason(kind, text=sentence)
+
+    return reason
 
 
-def joins_constant(node: Node) -> Reason:
-    """Return the reason for channels that meet, place by place, something that can't be cut."""
-    return _at("joins_constant", node, "an operation joins them to the network's input, a constant or a parameter")
+def _at(kind: Kind, node: Node, sentence: str) -> Reason:
+    """Make the reason of an operation, which is named after the sentence, with its class if it is a module."""
+    return Reason(kind, place(node), "", f"{sentence} ({described(node)})", line_of(node))
 
 
-def joins_random(node: Node) -> Reason:
-    """Return the reason for channels that meet random numbers place by place."""
-    return _at("joins_random", node, "an operation joins them to random numbers that the forward draws")
+# Operations of the forward that keep the channels which enter them: kind and sentence.
+
+no_rule = _of_operation("no_rule", "no rule says where channels go")
+call_not_covered = _of_operation("call_not_covered", "the rule of this operation doesn't cover this call")
+rule_keeps = _of_operation("rule_keeps", "the operation is registered to keep all channels")
+rule_misfits = _of_operation("rule_misfits", "the rule that the operation is registered with doesn't fit these shapes")
+joins_constant = _of_operation(
+    "joins_constant", "an operation joins them to the network's input, a constant or a parameter"
+)
+joins_random = _of_operation("joins_random", "an operation joins them to random numbers that the forward draws")
+random_shape = _of_operation("random_shape", "the forward draws random numbers for them")
+overwritten = _of_operation("overwritten", "the forward writes into part of a tensor")
+fixed_channels = _of_operation("fixed_channels", "the forward picks or counts channels by fixed numbers")
+result_depends = _of_operation("result_depends", "the result of an operation depends on removed channels")
+
+# Layers and modules that keep channels: kind and sentence.
+
+training_only = _of_layer("training_only", "{layer} runs in training mode only")
+training_reader = _of_layer("training_reader", "{layer} reads them in training mode only")
+head_by_head = _of_layer("head_by_head", "it shares channels with {layer}, which loses heads")
+last_read = _of_layer("last_read", "{layer} needs at least one of the channels that it reads")
+carries_constant = _of_layer(
+    "carries_constant", "kept to carry the constant contribution of the removed channels ({layer})"
+)
+
+# What the kept layer is itself, or where its channels go: kind and sentence.
+
+model_output = _plain("model_output", "it gives the model's output")
+training_output = _plain("training_output", "they are an output of the model in training mode")
+coupled_with_itself = _plain("coupled_with_itself", "all of its channels are coupled with one another")
+kept_by_itself = _plain("coupled_with_itself", "some of its channels are coupled with one another")
+convolves_channels = _plain("convolves_channels", "it is a convolution along the channels of another layer")
+no_heads = _plain("no_heads", "it makes no queries, keys or values of attention, so it has no heads")
+recurrent_state = _plain("recurrent_state", "a recurrent layer keeps the size of its state")
+transposed_weight = _plain(
+    "transposed_weight", "its weight is transposed: nni_topo.as_torch_layers(model) makes it a linear layer"
+)
+not_followed = _plain("not_followed", "the layer isn't called by itself, or its channels couldn't be followed")
+norm_follows = _plain("norm_follows", "a norm keeps the channels of the layer before it, whose mask decides")
+not_asked = _plain("not_asked", "not asked for")
+never_settled = _plain("dry_run_failed", "channels depend on one another in a way that no rule describes")
 
 
-def random_shape(node: Node) -> Reason:
-    """Return the reason for channels that random numbers are drawn for: of fewer, others would be drawn."""
-    return _at("random_shape", node, "the forward draws random numbers for them")
+# Reasons whose sentences need more.
 
 
-def overwritten(node: Node) -> Reason:
-    """Return the reason for channels of a tensor into which a forward writes."""
-    return _at("overwritten", node, "part of a tensor is overwritten")
-
-
-def fixed_channels(node: Node) -> Reason:
-    """Return the reason for channels in front of a fixed place or number, as 4 in ``z[:, 4]``."""
-    return _at("fixed_channels", node, "the forward picks or counts channels by fixed numbers")
-
-
-def result_depends(node: Node) -> Reason:
-    """Return the reason for channels whose absence changes what an operation computes of the others."""
-    return _at("result_depends", node, "the result of an operation depends on removed channels")
-
-
-def nonzero_values(node: Node) -> Reason:
-    """Return the reason for removed channels that aren't zero any more where an operation reads them."""
-    return _at("nonzero_values", node, "removed channels arrive as values that aren't zero")
+def nonzero_values(reader: Node, source: Node) -> Reason:
+    """Return the reason for removed channels that are zero before ``source`` and not where ``reader`` reads them."""
+    where = described(reader)
+    if source is not reader:
+        where = f"made by {described(source)}, read by {where}"
+    text = f"removed channels arrive as values that aren't zero ({where})"
+    return Reason("nonzero_values", place(source), "", text, line_of(source) or line_of(reader))
 
 
 def fixed_sizes(node: Node, error: Exception | None = None) -> Reason:
@@ -206,78 +259,53 @@ def fixed_sizes(node: Node, error: Exception | None = None) -> Reason:
 
 
 def no_batch(node: Node) -> Reason:
-    """Return the reason for what enters a convolution without a dimension of samples."""
-    return _of("no_batch", node, f"the input of {node.target} has no batch dimension")
+    """Return the reason for the input of a convolution that has no batch dimension."""
+    return _of_module("no_batch", node, f"the input of {node.target} has no batch dimension")
 
 
 def uncut_module(node: Node, kind: str) -> Reason:
-    """Return the reason for channels that enter a module of which nobody knows how it is cut."""
-    return _of("uncut_module", node, f"they enter {node.target} ({kind}), which can't be cut")
-
-
-def recurrent_input(node: Node, kind: str) -> Reason:
-    """Return the reason for channels of a state that a recurrent layer is given and can't lose."""
-    return _of("recurrent_state", node, f"they are the initial state of {node.target} ({kind}), which keeps its size")
-
-
-def convolved_elsewhere(node: Node) -> Reason:
-    """Return the reason for channels of a convolution along channels that is called on different ones."""
-    return _of("convolves_channels", node, f"{node.target}, a convolution along channels, is called on others as well")
-
-
-def needs_all_channels(node: Node, layer: str) -> Reason:
-    """Return the reason for what enters attention and isn't read by its own linear layers."""
-    return Reason(
-        "needs_all_channels", layer, layer, f"attention ({layer}) needs all channels that enter", line_of(node)
-    )
-
-
-# What runs in training mode only.
-
-
-def training_output() -> Reason:
-    """Return the reason for channels that the model puts out in training mode only."""
-    return Reason("training_output", text="they are an output of the model in training mode")
-
-
-def training_only(layer: str) -> Reason:
-    """Return the reason for a layer that evaluation mode never reaches."""
-    return Reason("training_only", layer, layer, f"{layer} runs in training mode only")
-
-
-def training_reader(layer: str) -> Reason:
-    """Return the reason for channels that attention reads, or a recurrent layer, that evaluation mode never reaches."""
-    return Reason("training_reader", layer, layer, f"{layer} reads them in training mode only")
-
-
-# What the dry run finds.
-
-
-def dry_run_failed(error: Exception) -> Reason:
-    """Return the reason for all channels of a network that can't be run on random numbers."""
-    return Reason("dry_run_failed", text=f"the dry run fails on random numbers: {type(error).__name__}")
-
-
-def never_settled() -> Reason:
-    """Return the reason for all channels where every round of the dry run finds further ones."""
-    return Reason("dry_run_failed", text="channels depend on one another in a way that no rule describes")
+    """Return the reason for channels that enter a module of class ``kind``, which the package can't cut."""
+    return _of_module("uncut_module", node, f"they enter {node.target} ({kind}), which can't be cut")
 
 
 def cutting_failed(layer: str, error: Exception) -> Reason:
-    """Return the reason for channels of a module that raises when it is cut."""
+    """Return the reason for channels of a module that raises an error when it is cut."""
     return Reason("uncut_module", layer, layer, str(error))
 
 
-# What the layer itself is, and where its channels end.
+def recurrent_input(node: Node, kind: str) -> Reason:
+    """Return the reason for channels of the initial state of a recurrent layer that keeps its units."""
+    text = f"they are the initial state of {node.target} ({kind}), which keeps its size"
+    return _of_module("recurrent_state", node, text)
 
 
-def model_output() -> Reason:
-    """Return the reason for a layer whose channels are the model's output."""
-    return Reason("model_output", text="it gives the model's output")
+def convolved_elsewhere(node: Node) -> Reason:
+    """Return the reason for channels of a channel-wise convolution that is called on different channels too."""
+    text = f"{node.target}, a convolution along channels, is called on other channels as well"
+    return _of_module("convolves_channels", node, text)
+
+
+def _of_module(kind: Kind, node: Node, text: str) -> Reason:
+    """Make the reason of a module that a node calls; the text names the module."""
+    return Reason(kind, str(node.target), str(node.target), text, line_of(node))
+
+
+def needs_all_channels(node: Node, layer: str) -> Reason:
+    """Return the reason for tensors that enter attention and that its own linear layers don't read."""
+    text = f"attention ({layer}) needs all channels that enter"
+    return Reason("needs_all_channels", layer, layer, text, line_of(node))
+
+
+def dry_run_failed(error: Exception) -> Reason:
+    """Return the reason for all channels of a network that fails on random weights and inputs."""
+    return Reason("dry_run_failed", text=f"the dry run fails on random numbers: {type(error).__name__}")
 
 
 def untraced_output(*, is_noise: bool) -> Reason:
-    """Return the reason for a layer that ends a part of a model; ``is_noise``: what isn't traced draws numbers."""
+    """Return the reason for the last layer of a traced part of a model.
+
+    ``is_noise``: whether the code after it draws random numbers of Python's or NumPy's.
+    """
     why = ": the forward draws random numbers of Python's or NumPy's" if is_noise else ""
     return Reason("untraced_output", text=f"its output enters code that could not be traced{why}")
 
@@ -287,34 +315,9 @@ def untraced_model(error: Exception) -> Reason:
     return Reason("untraced_model", text=str(error))
 
 
-def coupled_with_itself() -> Reason:
-    """Return the reason for a layer of which no channel can go without all others."""
-    return Reason("coupled_with_itself", text="all of its channels are coupled with one another")
-
-
-def convolves_channels() -> Reason:
-    """Return the reason for a convolution that goes along the channels of others and makes none."""
-    return Reason("convolves_channels", text="it is a convolution along the channels of another layer")
-
-
-def head_by_head(layer: str) -> Reason:
-    """Return the reason for a layer that shares channels with an output projection, which loses columns and no rows."""
-    return Reason("head_by_head", layer, layer, f"it shares channels with {layer}, which loses heads")
-
-
-def no_heads() -> Reason:
-    """Return the reason for a layer asked for heads that has none."""
-    return Reason("no_heads", text="it makes no queries, keys or values of attention, so it has no heads")
-
-
 def unknown_attention(module: str, kind: str) -> Reason:
-    """Return the reason for a layer asked for heads in attention whose parts aren't known by name."""
+    """Return the reason for a layer asked for heads, in attention whose layers aren't recognised by their names."""
     return Reason("no_heads", module, module, f"it is part of {module} ({kind}), attention of an unknown structure")
-
-
-def recurrent_state() -> Reason:
-    """Return the reason for a recurrent layer whose units can't go."""
-    return Reason("recurrent_state", text="a recurrent layer keeps the size of its state")
 
 
 def computed_weight(*, can_convert: bool) -> Reason:
@@ -326,58 +329,22 @@ def computed_weight(*, can_convert: bool) -> Reason:
     return Reason("computed_weight", text=text)
 
 
-def transposed_weight() -> Reason:
-    """Return the reason for Transformers' ``Conv1D``."""
-    return Reason(
-        "transposed_weight",
-        text="its weight is transposed: nni_topo.as_torch_layers(model) makes it a linear layer",
-    )
-
-
 def inside_module(module: str, kind: str) -> Reason:
-    """Return the reason for a layer within a module of PyTorch's that doesn't call it."""
+    """Return the reason for a layer within a module of PyTorch's that uses its weight and doesn't call it."""
     return Reason("inside_module", module, module, f"it is part of {module} ({kind}), which runs as one operation")
 
 
-def not_followed() -> Reason:
-    """Return the reason for a layer that no graph knows."""
-    return Reason("not_followed", text="the layer isn't called by itself, or its channels couldn't be followed")
+def shared(names: Iterable[str], unmasked: Sequence[str]) -> Reason:
+    """Return the reason for channels that other layers keep; ``unmasked``: those of these layers without a mask."""
+    text = f"shared by {', '.join(names)}"
+    if unmasked:
+        text += f"; of these without a mask: {', '.join(unmasked)}"
+    return Reason("shared", text=text)
 
 
-def norm_follows() -> Reason:
-    """Return the reason for a masked norm."""
-    return Reason("norm_follows", text="a norm keeps the channels of the layer before it, whose mask decides")
-
-
-def not_asked() -> Reason:
-    """Return the reason for a layer that could lose channels and wasn't asked to."""
-    return Reason("not_asked", text="not asked for")
-
-
-# What reconciling the masks of several layers keeps.
-
-
-def shared(names: Iterable[str], unmasked: Iterable[str]) -> Reason:
-    """Return the reason for channels that other layers keep; ``unmasked``: those of them without a mask."""
-    free = ", ".join(unmasked)
-    return Reason("shared", text=f"shared by {', '.join(names)}{'; of these without a mask: ' if free else ''}{free}")
-
-
-def kept_by_itself() -> Reason:
-    """Return the reason for channels that are coupled with others of the same layer, which its mask keeps."""
-    return Reason("coupled_with_itself", text="some of its channels are coupled with one another")
-
-
-def last_read(reader: str) -> Reason:
-    """Return the reason for the one channel that a reader must be left."""
-    return Reason("last_read", reader, reader, f"{reader} needs at least one of the channels that it reads")
-
-
-def blocks_equal() -> Reason:
-    """Return the reason for channels that make blocks equally large."""
-    return Reason(
-        "blocks_equal", text="blocks of a grouped convolution, a group norm or a chunk keep equally many channels"
-    )
+def blocks_equal(places: Iterable[str]) -> Reason:
+    """Return the reason for channels that make blocks equally large; ``places``: the operations that need them so."""
+    return Reason("blocks_equal", text=f"blocks of channels keep equally many, as {', '.join(places)} requires")
 
 
 def head_size(attention: Iterable[str]) -> Reason:
@@ -388,37 +355,25 @@ def head_size(attention: Iterable[str]) -> Reason:
 
 
 def rounding(round_to: int) -> Reason:
-    """Return the reason for channels that make widths a multiple of a number."""
+    """Return the reason for channels that make a width a multiple of ``round_to``."""
     return Reason("rounding", text=f"round_to={round_to}")
-
-
-def carries_constant(layer: str) -> Reason:
-    """Return the reason for a channel without weights that brings a layer what all removed ones did."""
-    return Reason(
-        "carries_constant",
-        layer,
-        layer,
-        f"kept to carry the constant contribution of the removed channels ({layer})",
-    )
 
 
 # Why a dense model can't equal the masked one, with what can be done about it.
 
-_UNCHECKED = (
-    "check=False gives the dense model all the same, which computes something else by that and has to be fine-tuned"
-)
+_UNCHECKED = "check=False returns the dense model all the same; its outputs differ and it has to be fine-tuned"
 
 
 def unchecked() -> str:
-    """Say what to do where nothing is known of the difference."""
+    """Return what to do where the cause of a difference isn't known."""
     return _UNCHECKED
 
 
 def unequal(layers: Iterable[str], place: str | None, statistics: str = "") -> str:
-    """Say why outputs differ from a place on: removed channels of pruned layers that aren't zero there.
+    """Return why the outputs differ from a place on: removed channels of pruned layers aren't zero there.
 
-    ``place``: a layer that reads the channels; None where that isn't known. ``statistics``: the kind of a module there
-    that computes something over all channels.
+    ``place``: a layer that reads the channels; None if it isn't known. ``statistics``: the class of the module at this
+    place if it computes statistics over all channels.
     """
     before = ", ".join(layers) or "the layers before it"
     leave_out = f"exclude {before} from the config_list (exclude_op_names)"
@@ -427,15 +382,5 @@ def unequal(layers: Iterable[str], place: str | None, statistics: str = "") -> s
     if place is None:
         return f"removed channels of {before} aren't zero there: {leave_out}; {_UNCHECKED}"
     arrive = f"removed channels of {before} arrive at {place} as values that aren't zero"
-    return f'{arrive}: {leave_out}; constants="keep" takes over what is constant, but for borders; {_UNCHECKED}'
-
-
-def _at(kind: Kind, node: Node, sentence: str) -> Reason:
-    """Make a reason of an operation, which the sentence ends with."""
-    where = place(node)
-    return Reason(kind, where, "", f"{sentence} ({where})", line_of(node))
-
-
-def _of(kind: Kind, node: Node, sentence: str) -> Reason:
-    """Make a reason of a module, which the sentence names."""
-    return Reason(kind, str(node.target), str(node.target), sentence, line_of(node))
+    keep = 'constants="keep" keeps constant values, as if they went on beyond padded borders'
+    return f"{arrive}: {leave_out}; {keep}; {_UNCHECKED}"

@@ -1,26 +1,28 @@
-"""The table of operators: what each does with channels.
+"""The table of operators: what each operator does with channels.
 
-One function says for an operator, or for a few alike, where the channel ids of its inputs go, which of them it couples
-and which it keeps. `rule` enters it under the operators' names, or under the classes of modules without parameters. A
-name has one rule, so the order of the functions here means nothing. What else the package has to know of an operator
-(does it move entries, does it take fewer places than there are) stands in the same entry, as a property of
-`OperatorRule`; nobody else decides by an operator's name.
+The rule of an operator, or of several that behave alike, is one function. It says where the channel ids of the inputs
+go, which of them the operator couples and which it keeps. The decorator `rule` enters the function under the names of
+the operators, or under the classes of modules without parameters. A name has one rule, so the order of the functions
+has no meaning. Whatever else the package has to know of an operator (does it only move entries, does it pick some
+places of a dimension) is a property in the same entry, `OperatorRule`; no other file decides by an operator's name.
 
-Rules propose only: a dry run checks what they say of every operation of a model. An operator without a rule is taken
-to work place by place.
+Rules only propose: a dry run checks them for every operation of a model. An operator without a rule is assumed to work
+place by place, that is, on each entry by itself.
 
-A removed channel is zero in the masked network and missing in the dense one. A sum or a length is the same with and
-without it. A mean counts it, a maximum may be it, a softmax gives it a share, a sort puts others in its place: where
-such an operation goes along channels, all of them have to stay. What an operation does decides, not what came out for
-some numbers.
+A removed channel is zero in the masked network and missing in the dense one. A sum or a norm is the same with and
+without it. A mean counts it, a maximum may be it, a softmax gives it a share, a sort puts other channels in its place:
+all channels are kept if such an operation works along them. The rule decides by what the operation does, not by what
+it computes for some numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
-import operator
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+import operator as operator_module
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
-from torch.overrides import handle_torch_function, has_torch_function, resolve_name
+from torch.overrides import get_testing_overrides, handle_torch_function, has_torch_function, resolve_name
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, Rule, checked, shown
@@ -47,32 +49,32 @@ from nni_topo.network.channels.ids import (
     staying,
     varies,
 )
-from nni_topo.network.graph import plain_name, tensor_shape
+from nni_topo.network.graph import described, plain_name, tensor_shape
 from nni_topo.network.runtime import tensors_of
 
 Modules = Callable[[str], Any]
 """Looks up a module of a traced model by name."""
-# What an operation raises that can't be run on channel ids, or has no such argument.
+# What operations raise if they can't be run on channel ids, or don't have an argument.
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 
 
 class Operation:
-    """One call of an operator, as its rule sees it: channel ids in place of tensors.
+    """One call of an operator, as its rule gets it: with tensors of channel ids in place of its tensors.
 
     Attributes
     ----------
     node : torch.fx.Node
         The call in the graph.
     args, kwargs : tuple, dict
-        What it gets, with a tensor of channel ids, int64 and of the same shape, in place of each tensor.
+        Its arguments. In place of each tensor stands a tensor of channel ids: int64, of the same shape.
     ids : list of torch.Tensor
-        The tensors among these, in their order.
+        The tensors of channel ids among the arguments, in their order.
     shape : tuple of int or None
-        Shape of its output; None if that isn't one tensor.
+        Shape of its output; None if the output isn't one tensor.
     module : torch.nn.Module or None
-        The module that it calls, if it calls one.
+        The module that it calls; None if it calls a function or method.
     channels : ChannelIds
-        All ids of the model, to couple them or to keep them.
+        All channel ids of the model, which can be coupled or kept.
     """
 
     def __init__(self, node: Node, values: dict[Node, Any], channels: ChannelIds, modules: Modules) -> None:
@@ -86,7 +88,7 @@ class Operation:
         self.module: Any = modules(str(node.target)) if node.op == "call_module" else None
 
     def argument(self, at: int, *names: str, default: Any = None) -> Any:
-        """Look up an argument by one of its names, else by its place, the first tensor's being 0."""
+        """Look up an argument by one of its names, else by its position, which is 0 for the first tensor."""
         for name in names:
             if name in self.kwargs:
                 return self.kwargs[name]
@@ -101,7 +103,7 @@ class Operation:
         return self.node.target(*args, **kwargs)  # type: ignore[operator]
 
     def with_picks(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments with known indices as they are: their values say places, and those are of ids too."""
+        """Return the arguments, with constant index tensors themselves: they pick from ids as they pick from values."""
         values = dict(self._values)
         for node in self.node.all_input_nodes[1:]:
             if node.name in self.channels.picks:
@@ -110,32 +112,39 @@ class Operation:
         return args, kwargs
 
     def couple(self, one: Tensor, other: Tensor) -> None:
-        """Let channels go or stay together, entry by entry; both are broadcast."""
+        """Couple channels, entry by entry: they are pruned together. The two tensors of ids are broadcast."""
         self.channels.couple(one, other)
 
     def keep(self, ids: Tensor, reason: reasons.Reason | None = None) -> None:
-        """Let channels stay."""
-        self.channels.pin(np.unique(compressed(ids)), reason or reasons.no_rule(self.node))
+        """Keep channels."""
+        self.channels.pin(np.unique(compressed(ids)), reason or self._why_kept())
 
-    # What follows returns the ids of the output.
+    def _why_kept(self) -> reasons.Reason:
+        """Return why channels are kept where the rule of the operation says no more."""
+        found = rule_of(self.node) if self.module is None else module_rule(self.module)
+        if found is None:
+            return reasons.no_rule(self.node)
+        return reasons.rule_keeps(self.node) if found.is_registered else reasons.call_not_covered(self.node)
+
+    # The methods below return the ids of the output.
 
     def all_kept(self, ids: list[Tensor] | None = None, reason: reasons.Reason | None = None) -> Any:
-        """Keep all channels that enter, and so all that leave."""
+        """Keep all channels that enter, those of ``ids`` if given, and so all channels of the output."""
         found = given_shapes(self.node)
-        # What gives no tensor (a size, an assertion) is no reader of channels, unless it writes into one.
+        # An operation that returns no tensor (a size, an assertion) needs no channels, unless it writes into a tensor.
         if tensors_of(found) or plain_name(self.node) == "setitem":
             for each in self.ids if ids is None else ids:
                 self.keep(each, reason)
         return found
 
     def computed(self) -> Any:
-        """Compute what isn't a tensor: a size, say."""
+        """Compute an output that isn't a tensor, such as a size."""
         return self.run_on_ids()
 
     def run_on_ids(self, args: tuple[Any, ...] | None = None) -> Any:
-        """Run data movement on the ids themselves, which shows where each channel goes; None where that fails.
+        """Run an operator that moves entries on the ids themselves, which shows where each channel goes.
 
-        ``args``: what to run it on instead.
+        ``args``: arguments to use in place of its own. None if it fails.
         """
         try:
             return self.run(self.args if args is None else args, self.kwargs)
@@ -143,12 +152,12 @@ class Operation:
             return None
 
     def moved(self, args: tuple[Any, ...] | None = None, ids: list[Tensor] | None = None) -> Any:
-        """Run data movement on the ids themselves; where that fails, all stay, or those of ``ids``."""
+        """Run an operator that moves entries on the ids themselves; if it fails, keep all channels (of ``ids``)."""
         moved = self.run_on_ids(args)
         return self.all_kept(ids) if moved is None else moved
 
     def carried(self, ids: list[Tensor], carry: Callable[[Tensor, tuple[int, ...]], Tensor | None]) -> Any:
-        """Carry the ids of one tensor to each shape that is put out; where that can't be told, all stay."""
+        """Expand the ids of one tensor to the shape of each output by ``carry``; if that is None, keep all channels."""
         found = given_shapes(self.node)
         leaves: list[Tensor] = []
         for each in tensors_of(found):
@@ -160,24 +169,28 @@ class Operation:
         return tree_map_only(Tensor, lambda _: next(rest), found)
 
     def passed(self, ids: list[Tensor] | None = None) -> Any:
-        """Leave channels where they are, as far as shapes show that: the usual case."""
+        """Leave channels where they are, if the shapes allow that, as most operators do."""
         return self.carried(self.ids if ids is None else ids, carry)
 
     def met(self, ids: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Couple what meets place by place; an operand that is broadcast along the channels is coupled with nothing."""
+        """Couple operands that are combined place by place; one that is broadcast along the channels isn't coupled."""
         full = [each.view((1,) * (len(shape) - each.dim()) + tuple(each.shape)) for each in ids]
-        # Which dimension holds the channels isn't known; it is one along which ids differ.
-        varying = {d for each in full for d in range(1, len(shape)) if varies(each, d)}
+        # The dimension of the channels isn't known, but it is one along which ids differ.
+        varying = set[int]()
+        for each in full:
+            varying.update(d for d in _varying(each) if d > 0)
         coupled = [each for each in full if all(each.shape[d] == shape[d] for d in varying)]
         for other in coupled[1:]:
             self.couple(coupled[0], other)
-        return (coupled or full)[0].expand(shape)
+        found = coupled[0] if coupled else full[0]
+        return found.expand(shape)
 
     def by_place(self, ids: list[Tensor] | None = None, *, known: bool, meets: bool = False) -> Any:
-        """Take the operator to work place by place.
+        """Assume that the operator works place by place.
 
-        ``known``: that it does, else the dry run looks closer. ``meets``: that several tensors meet, else those that
-        could are taken to unless one is a parameter of the model's own, as a functional layer has that nobody cuts.
+        ``known``: whether it certainly does; otherwise the dry run looks closer. ``meets``: whether it certainly
+        combines several tensors place by place. Otherwise tensors whose shapes allow it are assumed to be combined so,
+        unless one is a parameter that the model passes itself, as the weight of a functional layer, which isn't cut.
         """
         ids = self.ids if ids is None else ids
         if self.shape is None:
@@ -185,15 +198,15 @@ class Operation:
             return self.passed(ids)
         if not known:
             self.channels.guessed.add(self.node.name)
-        own = any(node.op == "get_attr" for node in self.node.all_input_nodes)
-        if len(ids) > 1 and (meets or not own) and meet_alike(ids, self.shape):
+        has_parameter = any(node.op == "get_attr" for node in self.node.all_input_nodes)
+        if len(ids) > 1 and (meets or not has_parameter) and meet_alike(ids, self.shape):
             return self.met(ids, self.shape)
         return self.passed(ids)
 
     def along(self, dims: tuple[int, ...], *, adds: bool = False, reduces: bool = False) -> Any:
-        """Let the operator work along dimensions, from 0: of those it needs all places, unless it only adds them up.
+        """Follow an operator that works along dimensions, counted from 0: it needs all places, unless it adds them up.
 
-        ``adds``: zeros make no difference to what it gives at other places. ``reduces``: the output lacks
+        ``adds``: whether zeros make no difference to its results at other places. ``reduces``: whether the output lacks
         these dimensions, or has them with length 1.
         """
         first = self.ids[0]
@@ -203,7 +216,7 @@ class Operation:
         elif held:
             entries = compressed(first).movedim(held, list(range(len(held))))
             rows = entries.flatten(0, len(held) - 1).flatten(1) if entries.dim() > len(held) else entries.reshape(-1, 1)
-            # If all places of a dimension can only be removed together, none is kept for which their absence counts.
+            # If all places of a dimension are coupled, they are removed together, and so is the result that needs them.
             self.channels.pin_unless_tied(rows.numpy(), reasons.result_depends(self.node))
         if len(self.ids) > 1:
             is_alike = self.shape is not None and meet_alike(self.ids, self.shape)
@@ -215,65 +228,66 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class FixedPlaces:
-    """A call on a tensor whose channels lie along one dimension, asked for the places that its fixed numbers count."""
+    """A call on a tensor whose channels are in one dimension; a rule's ``held`` lists the places that it fixes."""
 
     node: Node
     dim: int
     shape: tuple[int, ...]  # of the tensor
-    is_fixed: Callable[[Any], bool]  # whether a number stays as it is in the dense model
-    picks: dict[str, Tensor]  # by node, constant tensors of the forward's
+    is_fixed: Callable[[Any], bool]  # whether a number is the same in the dense model
+    picks: dict[str, Tensor]  # by node, constant tensors that the forward makes
 
     @property
     def size(self) -> int:
-        """How many channels there are."""
+        """The number of channels."""
         return self.shape[self.dim]
 
     def argument(self, at: int, *names: str) -> Any:
-        """Look up an argument of the call by name, else by its place."""
+        """Look up an argument of the call by name, else by its position."""
         for name in names:
             if name in self.node.kwargs:
                 return self.node.kwargs[name]
         return self.node.args[at] if len(self.node.args) > at else None
 
     def is_along(self, at: int) -> bool:
-        """Tell whether the dimension that the call works along, its argument at a place, is that of the channels."""
+        """Tell whether the call works along the channels. ``at``: the position of its argument ``dim``."""
         dim: Any = self.argument(at, "dim")
         return bool((dim or 0) % len(self.shape) == self.dim)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-    """Where an operator finds the dimensions that it works along, and what it does there."""
+    """The dimensions along which an operator works, and what it does there."""
 
-    at: int | None  # the argument's place, the tensor's being 0; None: by name alone
-    default: int | tuple[int, ...] | Callable[[int], int] | None  # where none are given; None: all
-    adds: bool = False  # zeros make no difference
-    largest: bool = False  # they make none where no value is negative
+    at: int | None  # position of the argument, 0 being the tensor's; None: it is given by name only
+    default: int | tuple[int, ...] | Callable[[int], int] | None  # without the argument; None: all dimensions
+    adds: bool = False  # zeros make no difference to the result
+    largest: bool = False  # zeros make no difference to the result if no value is negative
     reduces: bool = False  # the output lacks the dimensions, or has them with length 1
 
 
 @dataclasses.dataclass(frozen=True)
 class OperatorRule:
-    """What the package knows of an operator."""
+    """The rule of an operator, and its properties."""
 
-    apply: Callable[[Operation], Any]  # the channel ids of its output
-    moves: bool = False  # its output's entries are entries of its inputs, so that it can be run on ids
-    by_index: bool = False  # which ones may be said by a tensor, in whose place ids would pick at random
-    meets: bool = False  # several tensors meet place by place
-    picks: bool = False  # it takes some places of a dimension
-    picks_one: bool = False  # it may take one place alone
+    apply: Callable[[Operation], Any]  # returns the channel ids of the output
+    moves: bool = False  # the output's entries are entries of its inputs, so that it can be run on ids
+    by_index: bool = False  # a tensor may say which entries; with ids in its place it would pick wrong ones
+    meets: bool = False  # it combines several tensors place by place
+    picks: bool = False  # it picks some places of a dimension
+    picks_one: bool = False  # it may pick a single place
     writes: bool = False  # it writes into a tensor
-    reads_sizes: bool = False  # it takes no more than size and type of a tensor
-    one_value: bool = False  # it makes a tensor of one value, given its sizes
-    is_like: bool = False  # the first argument is a tensor, of which such a tensor has the type
-    is_unset: bool = False  # it gives whatever lies in memory
-    never_negative: bool = False  # whatever it gets
-    keeps_sign: bool = False  # it gives nothing negative where it gets nothing negative
-    dims: Dims | None = None  # of what works along dimensions
-    held: Callable[[FixedPlaces], list[slice]] | None = None  # places that stay since fixed numbers count them
+    reads_sizes: bool = False  # it reads only the shape and the type of a tensor
+    one_value: bool = False  # it makes a tensor of one value, with the shape that its arguments say
+    is_like: bool = False  # its first argument is a tensor, from which the new tensor takes its type
+    is_unset: bool = False  # the values of its output are whatever is in memory
+    never_negative: bool = False  # its output is never negative
+    keeps_sign: bool = False  # its output isn't negative where its inputs aren't
+    dims: Dims | None = None  # the dimensions along which it works, if it works along some
+    is_registered: bool = False  # a user has registered it
+    held: Callable[[FixedPlaces], list[slice]] | None = None  # returns the places that fixed numbers need kept
 
 
-_TABLE: dict[Any, OperatorRule] = {}  # by name, by class of a module, or by function of somebody's own
+_TABLE: dict[Any, OperatorRule] = {}  # by name, by class of a module, or by a registered function
 
 
 def rule(
@@ -292,7 +306,7 @@ def rule(
 
 
 def operation_name(node: Node) -> str:
-    """Name a function or method as the table does."""
+    """Return the name of a function or method in the table."""
     return plain_name(node).removeprefix("special_")
 
 
@@ -305,7 +319,7 @@ def rule_of(node: Node) -> OperatorRule | None:
 
 
 def module_rule(module: nn.Module) -> OperatorRule | None:
-    """Look up the rule of a module, that of the nearest class it is derived from; None without one."""
+    """Look up the rule of a module's class, or of the nearest class that it is derived from; None without one."""
     for kind in type(module).__mro__:
         if kind in _TABLE:
             return _TABLE[kind]
@@ -313,12 +327,12 @@ def module_rule(module: nn.Module) -> OperatorRule | None:
 
 
 def has_property(node: Node, what: str) -> bool:
-    """Tell whether the rule of a function or method that a node calls has a property."""
+    """Tell whether the rule of the function or method that a node calls has a property of `OperatorRule`."""
     found = rule_of(node)
     return found is not None and bool(getattr(found, what))
 
 
-# Data movement.
+# Operators that move entries.
 
 
 @rule(
@@ -346,21 +360,21 @@ def _stacked(op: Operation) -> Any:
 
 
 def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
-    """Couple what is joined along another dimension than that of the channels."""
+    """Follow a concatenation. Along another dimension than that of the channels, it couples its parts."""
     moved = op.run_on_ids()
     if moved is None:
         return op.all_kept()
     slices = []
     for part in parts:
-        if part.shape[dim]:  # a part may have lost all channels
-            # A slice in which ids still differ has its channels in another dimension, where they meet those of others.
+        if part.shape[dim]:  # a part may have no channels left
+            # If ids differ within one slice, the channels are in another dimension, where all parts must have the same.
             first = part.narrow(dim, 0, 1)
             if not any(varies(first, d) for d in range(1, first.dim())):
                 return moved
             slices.append(first)
     for other in slices[1:]:
         op.couple(slices[0], other)
-    # One id for what is coupled, so that only channels differ in what follows.
+    # Coupled channels get one id, so that after this operation ids differ along the channels only.
     return torch.from_numpy(op.channels.settled()[1])[moved]
 
 
@@ -371,7 +385,7 @@ def _viewed_as(op: Operation) -> Any:
 
 @rule("view", moves=True, keeps_sign=True)
 def _viewed(op: Operation) -> Any:
-    # Ids are expanded, and of such a tensor no view can be taken.
+    # Tensors of ids are expanded, and an expanded tensor has no view.
     moved = op.run_on_ids((op.args[0].contiguous(), *op.args[1:]))
     return op.all_kept() if moved is None else _taken_apart(op, moved, _given_sizes(op))
 
@@ -388,14 +402,14 @@ def _unflattened(op: Operation) -> Any:
     if moved is None:
         return op.all_kept()
     given: Any = op.node.kwargs.get("sizes", op.node.args[-1])
-    # A slice of a shape is a node of its own, whose sizes follow those of a tensor.
+    # Sizes given as a slice of a shape are one node; they change with the tensor's.
     parts = given if isinstance(given, (tuple, list)) else [given] * (moved.dim() - op.ids[0].dim() + 1)
     sizes = (*[None] * (_varying(moved) or [0])[0], *parts)
     return _taken_apart(op, moved, sizes)
 
 
 def _given_sizes(op: Operation) -> Any:
-    """Return the sizes that a view is asked for, as the graph has them: what follows a tensor's shape is a node."""
+    """Return the sizes that a view is given, as in the graph: numbers, or nodes where they come from a shape."""
     sizes: Any = op.node.args[1:] or op.node.kwargs.get("shape", op.node.kwargs.get("size", ()))
     return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
@@ -406,7 +420,7 @@ def _varying(ids: Tensor) -> list[int]:
 
 
 def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
-    """Say what a view asks of channels that it takes apart into rows: so many rows, or rows of such a length."""
+    """Constrain channels that a view splits into rows: a fixed number of rows, or rows of a fixed length."""
     if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
         return moved
     places = _varying(moved)
@@ -415,7 +429,7 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     count_is_fixed, length_is_fixed = (isinstance(sizes[d], int) and sizes[d] != -1 for d in places)
     rows = moved.movedim(places, (0, 1)).flatten(2)[:, :, 0].numpy()
     if count_is_fixed and not length_is_fixed:
-        op.channels.blocks.append(Blocks([list(rows)], may_vanish=False, moves=True))
+        op.channels.blocks.append(Blocks([list(rows)], may_vanish=False, moves=True, place=described(op.node)))
         op.channels.reorders = True
     elif length_is_fixed and not count_is_fixed:
         op.channels.tie(rows[:, :1], rows)
@@ -424,14 +438,14 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
 
 @rule("patch_merging_pad")
 def _merged(op: Operation) -> Any:
-    """Put the channels of four neighbours next to one another: a function of torchvision's that isn't traced into."""
+    """Follow torchvision's function that puts the channels of four neighbouring places next to one another."""
     first = op.ids[0]
     if op.shape is None or any(varies(first, d) for d in (-3, -2)):
         return op.by_place(known=False)
     return torch.cat([first[..., :1, :1, :].expand(*op.shape[:-1], -1)] * 4, -1)
 
 
-# What takes some places of a dimension. A fixed number keeps the channels that it counts: see `FixedPlaces`.
+# Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
 
 
 def _held_by_unbind(given: FixedPlaces) -> list[slice]:
@@ -448,7 +462,7 @@ def _held_by_split(given: FixedPlaces) -> list[slice]:
         return []
     sizes = given.argument(1, "split_size_or_sections", "split_size", "split_sizes")
     if given.is_fixed(sizes):
-        # All pieces but the last are whole, and there are as many.
+        # All pieces but the last keep their size, and their number stays the same.
         return [slice((given.size - 1) // max(int(sizes), 1) * int(sizes) + 1)]
     held, start = [], 0
     for each in sizes if isinstance(sizes, Sequence) else ():
@@ -476,7 +490,7 @@ def _held_by_parts(given: FixedPlaces) -> list[slice]:
             if given.is_fixed(end):
                 held += _boundary(end, given.size)
         return held
-    # Of parts of one size `Blocks` says that they lose equally many.
+    # If all parts have one size, `Blocks` makes them lose equally many channels, and nothing is fixed.
     return [slice(None)] if given.is_fixed(parts) and given.size % max(int(parts), 1) else []
 
 
@@ -490,27 +504,43 @@ def _chunked(op: Operation) -> Any:
     pieces = op.run_on_ids()
     if pieces is None:
         return op.all_kept()
-    # In the dense model too chunk makes equal pieces of what it gets, so all of them have to lose equally many.
+    # In the dense model chunk makes equal pieces too, so all pieces have to lose equally many channels.
     if pieces[0].dim() > 1 and len({piece.shape for piece in pieces}) == 1:
         channels = op.channels
         held = [d for d in range(1, pieces[0].dim()) if any(varies(piece, d) for piece in pieces)]
         rows = [channels.per_channel(piece, held[0] if len(held) == 1 else 1) for piece in pieces]
         sides, channels.chunks = _by_layer(rows, channels), True
         uneven = channels.reorders and any(len({len(block) for block in side}) > 1 for side in sides)
-        channels.blocks.append(Blocks([rows] if uneven else sides, may_vanish=False, moves=True, is_uneven=uneven))
+        channels.blocks.append(
+            Blocks(
+                [rows] if uneven else sides,
+                may_vanish=False,
+                moves=True,
+                is_uneven=uneven,
+                place=described(op.node),
+            )
+        )
     return pieces
 
 
 def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.ndarray]]:
-    """Take what each layer gives to pieces for itself where layers were shuffled."""
+    """Group the channels of pieces by the layer that makes them, if layers were shuffled.
+
+    Returns one list per layer, with its channels in each piece; without a shuffle, one list with the pieces.
+    """
     if not channels.reorders:
         return [pieces]
-    # Behind a shuffle every layer's first channels come first, so that each has to lose equally many of each piece.
+    # After a shuffle the first channels of every layer come first: each layer has to lose equally many in each piece.
     made: list[Layer | FreeParameter] = [*channels.layers.values(), *channels.free_parameters.values()]
     firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
     owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
-    of_layers = np.unique(np.concatenate(owners))
-    return [[piece[each == layer] for piece, each in zip(pieces, owners, strict=True)] for layer in of_layers]
+    sides: list[list[np.ndarray]] = []
+    for layer in np.unique(np.concatenate(owners)):
+        side = []
+        for piece, owner in zip(pieces, owners, strict=True):
+            side.append(piece[owner == layer])
+        sides.append(side)
+    return sides
 
 
 def _held_by_narrow(given: FixedPlaces) -> list[slice]:
@@ -518,7 +548,7 @@ def _held_by_narrow(given: FixedPlaces) -> list[slice]:
         return []
     start, length = given.argument(2, "start"), given.argument(3, "length")
     if given.is_fixed(start) and given.is_fixed(length):
-        # It asks for all of its channels, also where it ends at the last one.
+        # All channels up to the end of the range are needed, also if it ends at the last channel.
         return [slice(start + length)] if start >= 0 else [slice(None)]
     return _boundary(start, given.size) if given.is_fixed(start) else []
 
@@ -541,12 +571,12 @@ def _selected(op: Operation) -> Any:
 def _held_by_roll(given: FixedPlaces) -> list[slice]:
     shifts, dims = given.argument(1, "shifts"), given.argument(2, "dims")
     if dims is None or (isinstance(dims, Sequence) and not dims):
-        return [slice(None)]  # of all entries, one after the other
+        return [slice(None)]  # it rolls the flattened tensor
     shifts, dims = (each if isinstance(each, Sequence) else [each] for each in (shifts, dims))
     held = []
     for shift, each in zip(shifts, dims, strict=False):
         if each % len(given.shape) == given.dim and given.is_fixed(shift) and shift:
-            # The last ones come first, or the first ones last.
+            # The channels that move from the end to the start, or from the start to the end.
             held.append(slice(-shift, None) if shift > 0 else slice(-shift))
     return held
 
@@ -586,12 +616,12 @@ def _held_by_index(given: FixedPlaces) -> list[slice]:
 
 
 def _place_held(node: Node, at: int) -> list[slice]:
-    """Hold a place that is picked, unless it is there of any channels and its values aren't read."""
-    return [] if at in (0, -1) and is_looked_at(node) else [_up_to(at)]
+    """Return the places to keep for a picked one: none for the first or last, if only its shape or type is read."""
+    return [] if at in (0, -1) and reads_shape_only(node) else [_up_to(at)]
 
 
-def is_looked_at(node: Node) -> bool:
-    """Tell whether a channel that is picked is looked at for its sizes alone."""
+def reads_shape_only(node: Node) -> bool:
+    """Tell whether only the shape, device or type of a picked channel is read."""
     for user in node.users:
         of_sizes = plain_name(user) == "getattr" and user.args[1] in ("shape", "device", "dtype")
         if not (of_sizes or has_property(user, "reads_sizes")):
@@ -600,7 +630,7 @@ def is_looked_at(node: Node) -> bool:
 
 
 def _held_by_tensor(index: Any, picks: dict[str, Tensor]) -> list[slice]:
-    """Hold what a constant tensor picks; a computed one picks of channels that stay for that."""
+    """Return the places to keep for those that a constant tensor picks. A computed index keeps all by its rule."""
     values = picks.get(index.name) if isinstance(index, Node) else None
     if values is None or not values.numel():
         return []
@@ -610,7 +640,7 @@ def _held_by_tensor(index: Any, picks: dict[str, Tensor]) -> list[slice]:
 
 
 def _dimensions(part: Any) -> int:
-    """Count the dimensions of a tensor that a part of an index stands for."""
+    """Return how many dimensions of a tensor one part of an index takes."""
     if part is None or part is Ellipsis or isinstance(part, bool):
         return 0
     if isinstance(part, Node):
@@ -623,14 +653,14 @@ def _dimensions(part: Any) -> int:
 
 
 def _boundary(end: int, size: int) -> list[slice]:
-    """Keep what lies before a boundary, or after one that is counted from the end."""
+    """Return the places to keep for a boundary: those before it, or after one that is counted from the end."""
     if end >= size or end <= -size or end == 0:
-        return []  # of fewer channels it takes as much
+        return []  # with fewer channels it is at the same end
     return [slice(end)] if end > 0 else [slice(end, None)]
 
 
 def _up_to(at: int) -> slice:
-    """Keep a place and what lies before it, or after it if it is counted from the end."""
+    """Return a place and those before it, or those after it if it is counted from the end."""
     return slice(at + 1) if at >= 0 else slice(at, None)
 
 
@@ -669,7 +699,7 @@ def _taken_along(op: Operation) -> Any:
 
 
 def _index_is_known(op: Operation) -> bool:
-    """Tell whether all places that an operator picks are numbers of the forward's, or constant tensors."""
+    """Tell whether all indices of an operator are numbers or constant tensors of the forward."""
     indices = op.node.all_input_nodes[1:]
     if indices and all(each.name in op.channels.picks for each in indices):
         return True
@@ -677,7 +707,7 @@ def _index_is_known(op: Operation) -> bool:
 
 
 def _picked(op: Operation) -> Any:
-    """Pick of the ids what is picked of the values: constant tensors say which, in place of their own ids."""
+    """Pick the same entries of the ids as of the values."""
     args, kwargs = op.with_picks()
     try:
         return op.run(args, kwargs)
@@ -686,9 +716,10 @@ def _picked(op: Operation) -> Any:
 
 
 def picked_along_others(node: Node, ids: list[Tensor], shape: tuple[int, ...] | None) -> Tensor | None:
-    """Carry channels in the last dimension to what a computed index or mask picks along others; None elsewhere.
+    """Return the ids after a computed index or mask that leaves the last dimension, that of the channels, as it is.
 
-    ``ids`` are those of the tensor and of indices and masks.
+    ``ids``: those of the tensor, then those of indices and masks. None if the index doesn't leave it, or if the
+    channels aren't in the last dimension.
     """
     states, *indices = ids
     last = states.dim() - 1
@@ -702,25 +733,25 @@ def picked_along_others(node: Node, ids: list[Tensor], shape: tuple[int, ...] | 
 
 
 def _leaves_last(index: Any, dims: int) -> bool:
-    """Tell whether an index of a tensor with so many dimensions takes all of the last one."""
+    """Tell whether an index of a tensor with ``dims`` dimensions takes all of the last one."""
     parts = [part for part in (index if isinstance(index, (tuple, list)) else (index,)) if part is not None]
     if any(part is Ellipsis for part in parts):
         return parts[-1] is Ellipsis or parts[-1] == slice(None)
     taken = 0
     for part in parts:
         meta = part.meta.get("tensor_meta") if isinstance(part, Node) else None
-        # A mask stands for as many dimensions as it has.
+        # A mask takes as many dimensions as it has.
         taken += len(meta.shape) if meta is not None and meta.dtype == torch.bool else 1
     return taken < dims or (taken == dims and parts[-1] == slice(None))
 
 
 @rule("put", "setitem", writes=True)
 def _written(op: Operation) -> Any:
-    # The channels of what is written would be unknown from here on.
+    # After this the tensor would hold channels of two tensors, which isn't followed.
     return op.all_kept(reason=reasons.overwritten(op.node))
 
 
-# Place by place on several tensors: where channels meet, one that is missing on one side is missed on the other.
+# Operators on several tensors, place by place: they couple the channels of all.
 
 
 @rule("add", "iadd", "mul", "imul", "maximum", "minimum", meets=True, keeps_sign=True)
@@ -736,11 +767,11 @@ def _meet(op: Operation) -> Any:
 @rule("max", meets=True, dims=Dims(1, None, largest=True, reduces=True))
 @rule("min", meets=True, dims=Dims(1, None, reduces=True))
 def _largest(op: Operation) -> Any:
-    # Of two tensors it is place by place.
+    # With two tensors it works place by place.
     return op.by_place(known=True, meets=True) if len(op.ids) > 1 else _works_along(op, known=True)
 
 
-# Place by place on one tensor.
+# Operators on one tensor, place by place.
 
 
 @rule("abs", "exp", "hardsigmoid", "relu", "relu6", "sigmoid", "softplus", "sqrt", "square", never_negative=True)
@@ -774,11 +805,11 @@ def _pointwise_module(op: Operation) -> Any:
 
 @rule("to", "type_as")
 def _typed(op: Operation) -> Any:
-    # The other is looked at for its type or device.
+    # Only the type or device of the other tensor is read.
     return op.by_place(op.ids[:1], known=True)
 
 
-# What makes tensors, or looks at their sizes.
+# Operators that make tensors, or read their sizes.
 
 
 @rule("size", "dim", reads_sizes=True)
@@ -791,19 +822,21 @@ def _size(op: Operation) -> Any:
 @rule("new_zeros", "new_ones", "new_full", one_value=True, is_like=True, reads_sizes=True)
 @rule("new_empty", one_value=True, is_like=True, reads_sizes=True, is_unset=True)
 def _made_of_one_value(op: Operation) -> Any:
-    return op.by_place(known=False)  # only where the value is a traced tensor; else see `made`
+    return op.by_place(known=False)  # called only if the value is a traced tensor; `made` is for all others
 
 
 def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
-    """Return the ids of what is made of no traced tensor.
+    """Return the ids of a tensor that is made from no traced tensor.
 
-    It is a constant, of which all stays, and so do the channels that meet it; but of one value, as large as a tensor
-    along a dimension, there is as much as that has left.
+    It is a constant: its channels are kept, and so are those that are combined with it. But a tensor of one value that
+    takes its size from the channels of a traced tensor gets the ids of these, because it becomes smaller with them.
     """
     args = node.args[has_property(node, "is_like") :]
-    # As ``torch.zeros(2, 3)`` and ``torch.full((2, 3), value)``.
+    # Sizes are single arguments, ``torch.zeros(2, 3)``, or one tuple, ``torch.full((2, 3), value)``.
     sizes: Any = args[0] if args and isinstance(args[0], (tuple, list)) else args
-    for d, size in enumerate(sizes if has_property(node, "one_value") and len(sizes) >= len(shape) else ()):
+    if not has_property(node, "one_value") or len(sizes) < len(shape):
+        return staying(shape)
+    for d, size in enumerate(sizes):
         if isinstance(size, Node) and plain_name(size) == "size" and len(size.args) == 2:
             tensor, at = size.args
             ids = channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
@@ -812,11 +845,11 @@ def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
     return staying(shape)
 
 
-# What works along dimensions.
+# Operators that work along dimensions.
 
 
 def _softmax_default(rank: int) -> int:
-    """Return along which dimension PyTorch's softmax goes if it isn't told."""
+    """Return the dimension along which PyTorch's softmax works if none is given."""
     return 0 if rank in (0, 1, 3) else 1
 
 
@@ -829,7 +862,7 @@ def _works_along(op: Operation, *, known: bool = False) -> Any:
     given = op.kwargs.get("dim", op.kwargs.get("axis"))
     if given is None and where.at is not None and len(op.args) > where.at:
         given = op.args[where.at]
-    if given is None or isinstance(given, bool):  # ``x.std(True)`` asks for no dimension
+    if given is None or isinstance(given, bool):  # ``x.std(True)`` gives no dimension
         given = where.default(rank) if callable(where.default) else where.default
     dims = _from_zero(given, rank)
     if dims is None:
@@ -841,11 +874,11 @@ def _works_along(op: Operation, *, known: bool = False) -> Any:
 
 
 def _along(names: str, dims: Dims, **properties: Any) -> None:
-    """Enter operators that work along dimensions and need no more said."""
+    """Enter operators, names separated by spaces, for which the dimensions are all that a rule needs."""
     rule(*names.split(), dims=dims, **properties)(_works_along)
 
 
-# What is the same with zeros.
+# Zeros make no difference to their results.
 _along("sum", Dims(1, None, adds=True, reduces=True), keeps_sign=True)
 _along("nansum any count_nonzero", Dims(1, None, adds=True, reduces=True))
 _along("norm linalg_vector_norm", Dims(2, None, adds=True, reduces=True), never_negative=True)
@@ -853,9 +886,9 @@ _along("linalg_norm", Dims(2, None, adds=True, reduces=True))
 _along("linalg_matrix_norm", Dims(2, (-2, -1), adds=True, reduces=True))
 _along("normalize", Dims(2, 1, adds=True))
 _along("cumsum", Dims(1, -1, adds=True))
-# What is the same with zeros where no value is negative.
+# Zeros make no difference to their results if no value is negative.
 _along("amax", Dims(1, None, largest=True, reduces=True), keeps_sign=True)
-# What counts zeros, chooses among them, or says or depends on where a value is.
+# Zeros make a difference: these count values, select among them, or depend on their places.
 _along("mean amin", Dims(1, None, reduces=True), keeps_sign=True)
 _along("nanmean std var std_mean var_mean prod all aminmax median nanmedian", Dims(1, None, reduces=True))
 _along("logsumexp argmax argmin", Dims(1, None, reduces=True))
@@ -892,7 +925,7 @@ def _put_by_row(op: Operation) -> Any:
     rows = [op.ids[0], op.ids[2]] if len(op.ids) == 3 else []
     if not rows or not isinstance(dim, int) or any(varies(each, dim) for each in rows):
         return _works_along(op)
-    # Rows without channels of their own: what one of each shows holds for all.
+    # Ids don't differ between rows, so the first row of each stands for all.
     first = [each.narrow(dim, 0, 1) for each in rows]
     return op.met(first, tuple(first[0].shape)).expand(op.shape or ())
 
@@ -953,15 +986,22 @@ def _along_last(op: Operation, *dims: int) -> Any:
 
 
 def _from_zero(given: Any, rank: int) -> tuple[int, ...] | None:
-    """Count dimensions from 0: one, several, or all; None if they aren't known."""
-    listed = list(given) if isinstance(given, Iterable) else [] if given is None else [given]
+    """Return dimensions counted from 0: ``given`` is one, several, or None for all. None if they aren't known."""
+    if given is None:
+        listed = []
+    elif isinstance(given, Iterable):
+        listed = list(given)
+    else:
+        listed = [given]
     if not all(isinstance(d, int) for d in listed):
         return None
-    return tuple(d % rank for d in listed) if listed and rank else tuple(range(rank))
+    if not listed or rank == 0:
+        return tuple(range(rank))
+    return tuple(d % rank for d in listed)
 
 
 def _order_adds(op: Operation) -> bool:
-    """Tell whether a norm is one that zeros add nothing to; what is no norm is asked for no order."""
+    """Tell whether zeros make no difference to a norm of this order. True for operators that aren't norms."""
     if "norm" not in operation_name(op.node):
         return True
     order = op.argument(1, "p", "ord")
@@ -969,9 +1009,9 @@ def _order_adds(op: Operation) -> bool:
 
 
 def _values_alone(node: Node) -> bool:
-    """Tell whether of the values and places that a maximum gives the values alone are read."""
+    """Tell whether only the values of a maximum are read, and not their places."""
     for user in node.users:
-        if user.target is operator.getitem and user.args[1] != 0 and user.users:
+        if user.target is operator_module.getitem and user.args[1] != 0 and user.users:
             return False
         if user.target is getattr and user.args[1] != "values":
             return False
@@ -979,7 +1019,7 @@ def _values_alone(node: Node) -> bool:
 
 
 def _is_never_negative(value: Any, modules: Modules) -> bool:
-    """Tell whether what a node gives can't be negative."""
+    """Tell whether the value of a node can't be negative."""
     known = set[Node]()
     waiting = [value]
     while waiting:
@@ -994,27 +1034,29 @@ def _is_never_negative(value: Any, modules: Modules) -> bool:
         if found is not None and found.never_negative:
             continue
         name = operation_name(current)
-        least = _least(current, name, module)
-        if least is not None and least >= 0:
+        bound = _lower_bound(current, name, module)
+        if bound is not None and bound >= 0:
             continue
         if name == "pow" and len(current.args) > 1 and isinstance(current.args[1], int) and current.args[1] % 2 == 0:
             continue
         if found is None or not found.keeps_sign:
             return False
-        # Of what only moves values the numbers among the arguments are places.
-        numbers = current.args if name in ("add", "iadd", "mul", "imul") else current.all_input_nodes
-        waiting += [each for each in numbers if isinstance(each, (Node, int, float))]
+        # Numbers are operands of these operators only; to others they are places or sizes.
+        operands = current.args if name in ("add", "iadd", "mul", "imul") else current.all_input_nodes
+        waiting += [each for each in operands if isinstance(each, (Node, int, float))]
     return True
 
 
-def _least(node: Node, name: str, module: nn.Module | None) -> float | None:
-    """Return below which number a node that clamps gives nothing; None if there is none, or it isn't known."""
-    least: Any = None
+def _lower_bound(node: Node, name: str, module: nn.Module | None) -> float | None:
+    """Return the lower bound of a node that clamps; None if there is none, or it isn't known."""
+    bound: Any = None
     if isinstance(module, nn.Hardtanh):
-        least = module.min_val
+        bound = module.min_val
     elif module is None and name in ("clamp", "clip", "clamp_min", "hardtanh"):
-        least = node.kwargs.get("min", node.kwargs.get("min_val", node.args[1] if len(node.args) > 1 else None))
-    return least if isinstance(least, (int, float)) else None
+        bound = node.args[1] if len(node.args) > 1 else None
+        for key in ("min_val", "min"):
+            bound = node.kwargs.get(key, bound)
+    return bound if isinstance(bound, (int, float)) else None
 
 
 # Products.
@@ -1022,18 +1064,18 @@ def _least(node: Node, name: str, module: nn.Module | None) -> float | None:
 
 @rule("matmul", "bmm", "rmatmul", "imatmul")
 def _product(op: Operation) -> Any:
-    """Couple the channels over which a matrix product sums; others go where their rows and columns do."""
+    """Couple the channels over which a matrix product sums; channels of other rows or columns stay where they are."""
     if op.shape is None or len(op.ids) != 2:
         return op.by_place(known=False)
     one, other = op.ids
     if min(one.dim(), other.dim()) < 2:
         return op.all_kept()
-    # Counted from the end: along which dimensions of each are there channels?
+    # The dimensions of each factor that hold channels, counted from the end.
     rows, columns = ([d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in op.ids)
     if rows in ([], [-1]) and columns in ([], [-2]):
         op.couple(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
         return staying(op.shape)
-    # Rows of the first, or columns of the second, that hold channels are rows or columns of what comes out.
+    # Channels in the rows of the first factor, or the columns of the second, are rows or columns of the product.
     if (rows, columns) == ([-2], []):
         return one[..., :1].expand(op.shape)
     if (rows, columns) == ([], [-1]):
@@ -1045,14 +1087,14 @@ def _product(op: Operation) -> Any:
 def _einstein_sum(op: Operation) -> Any:
     """Follow channels by the letters of their dimensions, as of ``"bqc,bkc->bqk"``.
 
-    Operands that share a letter meet there, so their channels are coupled. Channels of a letter that the output has go
-    where the output has it; what is summed over has none in the output.
+    If operands share the letter of their channels, these are coupled. Channels go to the dimension of the output that
+    has their letter; if the output doesn't have it, they are summed over.
     """
     read = _letters(op)
     if read is None:
         return op.all_kept()
     operands, output = read
-    # By the letters that hold an operand's channels, its ids in the order of these letters.
+    # By the letters of the dimensions that hold channels, the ids of operands, with dimensions in the order of letters.
     coupled: dict[str, list[Tensor]] = {}
     holding: list[str] = []
     for letters, ids in zip(operands, op.ids, strict=True):
@@ -1062,7 +1104,7 @@ def _einstein_sum(op: Operation) -> Any:
             others = [letter for letter in letters if letter not in held]
             ordered = ids.permute([letters.index(letter) for letter in (*held, *others)])
             for _ in others:
-                ordered = ordered.select(-1, 0)  # along the others nothing differs
+                ordered = ordered.select(-1, 0)  # ids don't differ along the other dimensions
             coupled.setdefault(held, []).append(ordered)
     found = staying(op.shape or ())
     is_placed = False
@@ -1070,7 +1112,7 @@ def _einstein_sum(op: Operation) -> Any:
         for letters, ids, own in zip(operands, op.ids, holding, strict=True):
             has_letter = any(letter in held and ids.shape[d] > 1 for d, letter in enumerate(letters))
             if has_letter and own != held:
-                return op.all_kept()  # it meets them in a dimension that keeps all of its places
+                return op.all_kept()  # another operand has this dimension without channels, so it can't become smaller
         in_output = [letter for letter in held if letter in output]
         if in_output and (is_placed or len(in_output) < len(held)):
             return op.all_kept()
@@ -1083,7 +1125,7 @@ def _einstein_sum(op: Operation) -> Any:
             ordered = entering[0].permute(np.argsort(places).tolist())
             found = ordered.reshape(view).expand(op.shape or ())
         elif len(entering) == 1:
-            # Nothing that is removed too is multiplied with what is removed, which so has to arrive as zeros.
+            # The other operands keep their entries for removed channels, so removed channels must arrive as zeros.
             op.channels.summed.add(op.node.name)
     for entering in coupled.values():
         for other in entering[1:]:
@@ -1092,9 +1134,9 @@ def _einstein_sum(op: Operation) -> Any:
 
 
 def _letters(op: Operation) -> tuple[list[str], str] | None:
-    """Read the equation of an Einstein sum: one letter for each dimension of each operand, and of the output.
+    """Return the equation of an Einstein sum: a letter for each dimension of each operand, and of the output.
 
-    None for what isn't followed: lists of numbers in place of letters, or the diagonal of an operand.
+    None for equations that aren't followed: with lists of numbers in place of letters, or the diagonal of an operand.
     """
     equation = op.args[0] if op.args else None
     if not isinstance(equation, str) or op.shape is None:
@@ -1103,7 +1145,7 @@ def _letters(op: Operation) -> tuple[list[str], str] | None:
     operands = inputs.split(",")
     if len(operands) != len(op.ids):
         return None
-    # Dots stand for as many dimensions as are left, counted from the last; here each is a digit.
+    # Dots stand for all dimensions that have no letter, counted from the last. Here each of these gets a digit.
     digits, longest = "0123456789", ""
     for at, (letters, ids) in enumerate(zip(operands, op.ids, strict=True)):
         missing = ids.dim() - len(letters.replace("...", ""))
@@ -1113,7 +1155,7 @@ def _letters(op: Operation) -> tuple[list[str], str] | None:
             return None
         longest = max(longest, dots, key=len)
     if not arrow:
-        # As PyTorch has it: what appears once, in the order of the alphabet, after the dimensions of the dots.
+        # Without an arrow PyTorch's output has the dimensions of the dots, then the letters that appear once, sorted.
         once = [each for each in sorted(set(inputs) - set(".,")) if inputs.count(each) == 1]
         output = "..." * ("..." in inputs) + "".join(sorted(once, key=lambda each: (each.islower(), each)))
     output = output.replace("...", longest)
@@ -1125,10 +1167,13 @@ def _letters(op: Operation) -> tuple[list[str], str] | None:
 
 @rule("unfold", nn.Unfold)
 def _unfolded(op: Operation) -> Any:
-    """Give each channel as many neighbouring rows as a window has places: (N, C, H, W) -> (N, C * places, windows)."""
+    """Follow unfold: each channel becomes one row for each place of a window.
+
+    (samples, channels, height, width) -> (samples, channels * places, windows).
+    """
     ids = op.ids[0]
     if op.node.op == "call_method" or op.node.target is Tensor.unfold:
-        # Windows along one dimension, in a new last one.
+        # The method makes windows along one dimension, whose places are a new last dimension.
         along = op.argument(1, "dimension")
         return op.all_kept() if not isinstance(along, int) or varies(ids, along % ids.dim()) else op.moved()
     at = ids.dim() - 3
@@ -1140,7 +1185,7 @@ def _unfolded(op: Operation) -> Any:
 
 @rule("fold", nn.Fold)
 def _folded(op: Operation) -> Any:
-    """Add up windows to images, the inverse of unfold: rows of one channel go together."""
+    """Follow fold, the inverse of unfold: it adds up windows to images. The rows of one channel are coupled."""
     ids = op.ids[0]
     at = ids.dim() - 2
     if op.shape is None or any(varies(ids, d) for d in range(ids.dim()) if d != at):
@@ -1151,15 +1196,16 @@ def _folded(op: Operation) -> Any:
     return of_channels[:, 0].view(-1, 1, 1).expand(op.shape)
 
 
-# Operators of somebody else's.
+# Operators that users register.
 
 _USER_RULES = ("follow", "couple", "keep")
+_MOST_DIMS = 8  # dimensions of a tensor in a network; a wrong dim is found where it is written, not when a model runs
 _registered = 0
 _WRAPPED: set[Any] = set()  # functions that were registered, and what forwards call instead
 
 
 def rules_registered() -> int:
-    """Count the calls of `register_operator`: what was found out about a model before one may be different now."""
+    """Count the calls of `register_operator`. What is remembered of a model holds as long as this count stays."""
     return _registered
 
 
@@ -1186,34 +1232,37 @@ def register_operator(
     rule : {"follow", "couple", "keep"} or callable, default="follow"
         What the operator does with channels:
 
-        - "follow": channel i of the output is made of channel i of the first tensor. Channels of other tensors stay.
-        - "couple": channel i of the output is made of the channels i of all tensors, which are pruned together.
-        - "keep": all channels that enter stay.
-        - A function gets the call, a `nni_topo.network.Operation`, in which channel ids stand in place of values, and
-          returns the channel ids of the output: an int64 tensor of the output's shape.
+        - "follow": channel i of the output is computed from channel i of the first tensor. The channels of all other
+          tensors are kept.
+        - "couple": channel i of the output is computed from the channels i of all tensors, which are pruned together.
+        - "keep": all channels that enter are kept.
+        - A function gets the call, a `nni_topo.network.Operation`, in which tensors of channel ids stand in place of
+          the values. It returns the channel ids of the output: an int64 tensor of the output's shape.
     dim : int, default=1
-        The dimension that holds the channels, -1 for the last; of "follow" and "couple".
+        The dimension that holds the channels, from -8 to 7; -1 is the last. For "follow" and "couple" only.
 
     Returns
     -------
     callable or str
-        What the forward has to call: ``operator`` itself, or of a Python function of your own a wrapped one, which
-        is followed as one operation. Called by its old name it is looked into instead.
+        What the forward has to call. Of a Python function of your own this is a function that wraps it, and is
+        followed as one operation; the original function would be traced into. Otherwise ``operator`` itself.
 
     Raises
     ------
     ConfigError
-        If the operator has a rule already, or is a class. Later, from what traces a model: if a rule that is a function
-        raises, or returns anything but channel ids of the output's shape.
+        If the operator has a rule already, is a class, takes no argument that a rule could be about, or is a name that
+        PyTorch doesn't have; if ``dim`` is out of range, or is given with a rule that doesn't use it; if a rule that is
+        a function doesn't take one argument. Later, when a model is traced: if that function raises, or returns
+        anything but channel ids of the output's shape.
 
     See Also
     --------
-    register_module : The same of a module with parameters that lose channels.
+    register_module : The same for a module with parameters that lose channels.
 
     Notes
     -----
-    `dependency_groups` checks what a rule says by pruning random channels: channels that a rule is wrong about stay,
-    and ``skipped`` says why.
+    `dependency_groups` checks a rule by removing random channels. Channels for which the rule is wrong are kept, and
+    ``skipped`` says why.
 
     Examples
     --------
@@ -1233,11 +1282,7 @@ def register_operator(
     >>> twice = nni_topo.register_operator(twice, lambda call: torch.cat([call.ids[0], call.ids[0]], 1))
     """
     global _registered
-    if isinstance(operator, type):
-        raise ConfigError(
-            "operator must be the function that a forward calls (of a torch.autograd.Function its apply; modules are "
-            f"registered by register_module), got the class {operator.__name__} (register_operator)"
-        )
+    _check_operator(operator, rule, dim)
     key, seen = _key_of(operator)
     if key in _TABLE or (callable(operator) and operator in _WRAPPED):
         raise ConfigError(f"operator must be one without a rule, got {shown(operator)} (register_operator)")
@@ -1250,38 +1295,98 @@ def register_operator(
             return _followed(op, dim, is_coupled=rule == "couple")
         try:
             found = rule(op)
-        except Exception as error:  # a rule fails in as many ways as it is written
+        except Exception as error:  # a user's function may raise anything
             raise ConfigError(
                 f"rule must return channel ids for every call of its operator, got {type(error).__name__}: {error} "
                 f"({name})"
             ) from error
-        if op.shape is not None and not (
-            isinstance(found, Tensor) and found.dtype == torch.int64 and tuple(found.shape) == op.shape
-        ):
+        are_ids = isinstance(found, Tensor) and found.dtype == torch.int64 and tuple(found.shape) == op.shape
+        if op.shape is not None and not are_ids:
             what = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else shown(found)
             raise ConfigError(
                 f"rule must return channel ids, int64, of the output's shape {op.shape}, got {what} ({name})"
             )
         return found
 
-    _TABLE[key] = OperatorRule(apply)
+    _TABLE[key] = OperatorRule(apply, is_registered=True)
     if seen is not operator:
         _WRAPPED.update((operator, seen))
     _registered += 1
     return seen
 
 
+def _check_operator(operator: Callable[..., Any] | str, rule: str | Callable[[Operation], Tensor], dim: int) -> None:
+    """Refuse what can't work whatever the model: ConfigError."""
+    if isinstance(operator, type):
+        raise ConfigError(
+            "operator must be the function that a forward calls (of a torch.autograd.Function its apply; modules are "
+            f"registered by register_module), got the class {operator.__name__} (register_operator)"
+        )
+    if isinstance(operator, str):
+        _check_name(operator)
+    if not -_MOST_DIMS <= dim < _MOST_DIMS:
+        raise ConfigError(
+            f"dim must be an integer from {-_MOST_DIMS} to {_MOST_DIMS - 1}, got {dim} (register_operator)"
+        )
+    if dim != 1 and (rule == "keep" or callable(rule)):
+        kind = "a function" if callable(rule) else "'keep'"
+        raise ConfigError(
+            f"dim must be given with the rule 'follow' or 'couple' only, got {dim} with {kind} (register_operator)"
+        )
+    if callable(rule) and not _takes_one(rule):
+        raise ConfigError(
+            "a rule that is a function must take one argument, the call of the operator, "
+            f"got {shown(rule)} (register_operator)"
+        )
+    if callable(operator) and _parameters(operator) == {}:
+        raise ConfigError(f"operator must take a tensor, got {shown(operator)} without arguments (register_operator)")
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name under which PyTorch has no function or method: no forward could call it."""
+    known = {each.__name__.strip("_") for each in get_testing_overrides() if hasattr(each, "__name__")}
+    for space in (torch, Tensor, torch.nn.functional, operator_module):
+        known.update(each.strip("_") for each in dir(space))
+    if name.strip("_") not in known:
+        near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ConfigError(
+            "operator must be a function, or the name of a function or method of PyTorch's, "
+            f"got {name!r} (register_operator){hint}"
+        )
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """Return the parameters of a function by name; None if they aren't known, as those of many of PyTorch's."""
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Tell whether a function can be called with one positional argument; True if its parameters aren't known."""
+    parameters = _parameters(function)
+    if parameters is None:
+        return True
+    try:
+        inspect.Signature(list(parameters.values())).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
 def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
-    """Return under what the table holds an operator, and what a forward has to call so that tracers see it."""
+    """Return the key of an operator in the table, and the function that a forward has to call for it to be followed."""
     if isinstance(operator, str):
         return operator.strip("_"), operator
-    library = getattr(operator, "_opoverload", operator)  # of what `torch.library.custom_op` makes
+    library = getattr(operator, "_opoverload", operator)  # where `torch.library.custom_op` keeps its operator
     if isinstance(library, torch._ops.OpOverload):
         return library.overloadpacket, operator
     if isinstance(library, torch._ops.OpOverloadPacket):
         return library, operator
     if resolve_name(operator) is not None:
-        # PyTorch's functions and methods are known by name, however they are called.
+        # PyTorch's functions and methods have one key, their name, for all ways to call them.
         return operator.__name__.strip("_").removeprefix("special_"), operator
 
     @functools.wraps(operator)
@@ -1291,7 +1396,7 @@ def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
             return handle_torch_function(seen, given, *args, **kwargs)
         return operator(*args, **kwargs)
 
-    # A graph calls it by its module and name, which the apply of a torch.autograd.Function lacks.
+    # A graph calls a function by its module and name, which the apply of a torch.autograd.Function lacks.
     owner = getattr(operator, "__self__", None)
     seen.__module__ = operator.__module__ or getattr(owner, "__module__", None) or __name__
     if isinstance(owner, type):
@@ -1300,24 +1405,29 @@ def _key_of(operator: Callable[..., Any] | str) -> tuple[Any, Any]:
 
 
 def _followed(op: Operation, dim: int, *, is_coupled: bool) -> Any:
-    """Let channels along a dimension stay where they are: of the first tensor, or of all, which are coupled."""
-    op.channels.guessed.add(op.node.name)  # the dry run looks whether other channels have a part in it
+    """Leave the channels of a dimension where they are: those of the first tensor, or of all, which are coupled."""
+    op.channels.guessed.add(op.node.name)  # the dry run checks whether other channels have a part in the result
+
+    def has_dim(ids: Tensor) -> bool:
+        return -ids.dim() <= dim < ids.dim()
+
     first = op.ids[0]
-    count = first.shape[dim] if -first.dim() <= dim < first.dim() else 0
+    count = first.shape[dim] if has_dim(first) else 0
     followed = []
     for ids in op.ids:
-        is_followed = ids is first or (is_coupled and -ids.dim() <= dim < ids.dim() and ids.shape[dim] == count)
-        if is_followed and any(varies(ids, d) for d in range(ids.dim()) if d != dim % ids.dim()):
-            return op.all_kept(reason=reasons.rule_misfits(op.node))
-        if is_followed:
-            followed.append(ids.movedim(dim, 0).reshape(count, -1)[:, 0] if ids.numel() else ids.flatten())
-        else:
+        is_followed = ids is first or (is_coupled and has_dim(ids) and ids.shape[dim] == count)
+        if not is_followed:
             op.keep(ids, reasons.rule_keeps(op.node))
+            continue
+        if any(varies(ids, d) for d in range(ids.dim()) if d != dim % ids.dim()):
+            return op.all_kept(reason=reasons.rule_misfits(op.node))
+        # One id per channel: along the other dimensions they don't differ.
+        followed.append(ids.movedim(dim, 0).reshape(count, -1)[:, 0] if ids.numel() else ids.flatten())
     given = given_shapes(op.node)
-    if (
-        any(not (-each.dim() <= dim < each.dim() and each.shape[dim] == count) for each in tensors_of(given))
-        or not count
-    ):
+    for leaf in tensors_of(given):
+        if not has_dim(leaf) or leaf.shape[dim] != count:
+            return op.all_kept(reason=reasons.rule_misfits(op.node))
+    if count == 0:
         return op.all_kept(reason=reasons.rule_misfits(op.node))
     for ids in followed[1:]:
         op.couple(followed[0], ids)

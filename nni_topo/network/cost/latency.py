@@ -1,4 +1,4 @@
-"""What a network takes in time at widths that nobody has built: a table of measured layers, and interpolation."""
+"""Estimate the time of a network at any widths, from a table of layers that were timed at a few, by interpolation."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _SHARES = (0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class LayerLatency:
-    """Seconds of one layer over its widths.
+    """Seconds of one layer at several widths.
 
     Attributes
     ----------
@@ -60,8 +60,8 @@ class LayerLatency:
     seconds : tuple of tuple of float
         Shape ``(len(entering), len(leaving))``, at least 0.
     activation : float
-        Elements that the layer puts out at full width, per batch: the weight with which its output channels count for
-        what happens between layers.
+        Number of elements of the layer's output at full width, per batch. The time between layers is taken to be
+        proportional to the elements that all layers put out.
     """
 
     entering: tuple[int, ...]
@@ -75,28 +75,30 @@ class LayerLatency:
             if not widths or list(widths) != sorted(set(widths)) or widths[0] < 1:
                 raise DataError(f"widths must be ascending and at least 1, got {widths} ({name})")
         if len(self.seconds) != len(self.entering) or any(len(row) != len(self.leaving) for row in self.seconds):
-            raise DataError(f"a layer needs {len(self.entering)} by {len(self.leaving)} seconds, got others (seconds)")
+            shape = f"({len(self.entering)}, {len(self.leaving)})"
+            raise DataError(f"seconds must have the shape {shape}, got rows of {[*map(len, self.seconds)]} (seconds)")
         if not all(math.isfinite(value) and value >= 0.0 for row in self.seconds for value in row):
-            raise DataError("seconds must be finite and at least 0, got others (seconds)")
+            raise DataError(f"seconds must be finite and at least 0, got {self.seconds} (seconds)")
 
     def at(self, entering: int, leaving: int) -> float:
-        """Interpolate linearly in both widths; beyond the table its nearest entry counts."""
+        """Return the seconds at two widths, interpolated linearly; beyond the table, those of its nearest entry."""
         by_entering = [float(np.interp(leaving, self.leaving, row)) for row in self.seconds]
         return float(np.interp(entering, self.entering, by_entering))
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Seconds of a network's layers over their widths, and of what happens between them.
+    """Seconds of a network's layers at several widths, and seconds between the layers.
 
     Parameters
     ----------
     layers : mapping of str to LayerLatency
         Convolutions and linear layers by name.
     rest : float, default=0.0
-        Seconds of everything else at full width, at least 0; it shrinks with the elements that the layers put out.
+        Seconds of everything else at full width, at least 0; it is proportional to the elements that the layers put
+        out.
     batch_size, threads : int, default=1
-        What it was measured with; kept for the record.
+        The batch size and the number of threads of the measurement, for the record.
 
     Examples
     --------
@@ -116,18 +118,25 @@ class LatencyTable:
         Parameters
         ----------
         widths : mapping of str to (int, int)
-            Input and output channels that are left, by layer; layers that aren't in the table cost nothing.
+            Input and output channels by layer; layers that aren't in the table take no time.
 
         Returns
         -------
         float
             Seconds per batch.
         """
-        known = {name: pair for name, pair in widths.items() if name in self.layers}
-        layers = sum(self.layers[name].at(*pair) for name, pair in known.items())
-        whole = sum(self.layers[name].activation for name in known)
-        left = sum(self.layers[n].activation * out / self.layers[n].leaving[-1] for n, (_, out) in known.items())
-        return float(layers + self.rest * (left / whole if whole else 1.0))
+        seconds = 0.0
+        full_elements = 0.0
+        elements = 0.0
+        for name, (entering, leaving) in widths.items():
+            if name not in self.layers:
+                continue
+            layer = self.layers[name]
+            seconds += layer.at(entering, leaving)
+            full_elements += layer.activation
+            elements += layer.activation * leaving / layer.leaving[-1]
+        share = elements / full_elements if full_elements else 1.0
+        return float(seconds + self.rest * share)
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
@@ -167,42 +176,43 @@ def measure_latency(
     repeats: int = 5,
     threads: int = 1,
 ) -> LatencyTable:
-    """Time the layers of a network at a few widths each.
+    """Time each layer of a network at a few widths.
 
     Parameters
     ----------
     model : torch.nn.Module
-        The model, wrapped by NNI or not; it isn't changed.
+        The model, wrapped by NNI or not. It isn't changed.
     example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs of the model; their first dimension is the batch that is timed.
+        Inputs of the model, batch first: one tensor, positional or keyword arguments. Their batch size is timed.
     shares : sequence of float, default=(0.25, 0.5, 0.75, 1.0)
-        Widths of inputs and outputs as shares of the layer's own, in (0, 1]; one channel and the full width are always
-        timed.
+        Widths at which inputs and outputs are timed, as shares of the layer's full width, in (0, 1]. One channel and
+        the full width are always timed.
     repeats : int, default=5
-        Runs per width, of which the median counts, at least 1.
+        Timed runs per width, at least 1; their median counts.
     threads : int, default=1
-        PyTorch's threads while timing, at least 1; put back afterwards.
+        PyTorch's threads during the timing, at least 1; the former number is restored.
 
     Returns
     -------
     LatencyTable
+        The seconds of each layer by width, and those between the layers.
 
     Raises
     ------
     ConfigError
-        If a knob is out of range.
+        If an argument is out of its range, or the inputs don't fit the model.
 
     Notes
     -----
-    Every width is a fresh layer of the same kind, run alone on random inputs of the size that the model gives it; equal
-    layers are timed once. A wider layer is never entered as a faster one: the running maximum counts. What the model
-    does between its layers is a whole pass less the time inside them. A layer that is called several times counts each
-    call.
+    For every width a new layer of the same kind is made and run by itself, on ones, at the size of the model's own
+    inputs of the layer. Equal layers are timed once. A layer that is called several times counts each call. A wider
+    layer never gets a smaller time than a narrower one: the table holds the running maximum. The time between the
+    layers is that of a pass of the model minus the time inside its layers.
     """
     if repeats < 1 or threads < 1 or not len(shares) or not all(0.0 < share <= 1.0 for share in shares):
         raise ConfigError(
-            f"repeats and threads must be at least 1 and shares in (0, 1], got {repeats}, {threads} and {shares} "
-            "(measure_latency)"
+            "repeats and threads must be at least 1, and shares at least one number in (0, 1], "
+            f"got {repeats}, {threads} and {shares} (measure_latency)"
         )
     network = Network.on(model, example_inputs)
     called = {name: model.get_submodule(name) for name in network.sizes}
@@ -211,24 +221,24 @@ def measure_latency(
     layers: dict[str, LayerLatency] = {}
     with thread_count(threads), torch.no_grad(), evaluation_mode(model), memory_kept(tensors_of(network.call)[0]):
         rest = _between(model, modules.values(), network.call, repeats)
-        for name in modules:
-            found = network.sizes[name]
-            entering, leaving = _grid(modules[name], shares)
+        for name, module in modules.items():
+            calls = network.sizes[name]
+            entering, leaving = _grid(module, shares)
             seconds = np.zeros((len(entering), len(leaving)))
-            for inputs, _ in found:
-                # What a class with a forward of its own does may hang on anything that it holds.
-                own = name if has_own_forward(modules[name]) else ""
-                key = (type(modules[name]), modules[name].extra_repr(), own, inputs, entering, leaving)
+            for inputs, _ in calls:
+                # A class with a forward of its own may use any of its attributes: no other layer is equal to it.
+                own = name if has_own_forward(module) else ""
+                key = (type(module), module.extra_repr(), own, inputs, entering, leaving)
                 if key not in timed:
-                    timed[key] = _timed_grid(modules[name], inputs, entering, leaving, repeats)
+                    timed[key] = _timed_grid(module, inputs, entering, leaving, repeats)
                 seconds += timed[key]
-            elements = float(sum(np.prod(outputs) for _, outputs in found))
+            elements = float(sum(np.prod(outputs) for _, outputs in calls))
             layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), elements)
     return LatencyTable(layers, rest, batch_size=batch_size(network.call), threads=threads)
 
 
 def _between(model: nn.Module, modules: Iterable[nn.Module], call: Call, repeats: int) -> float:
-    """Return the seconds that a pass spends between layers, which aren't entered from one another."""
+    """Return the median seconds that a pass spends outside of the layers. No layer may call another."""
     entered = inside = 0.0
 
     def enter(entering: Tensor) -> None:
@@ -253,7 +263,11 @@ def _between(model: nn.Module, modules: Iterable[nn.Module], call: Call, repeats
 def _timed_grid(
     module: nn.Module, size: tuple[int, ...], entering: tuple[int, ...], leaving: tuple[int, ...], repeats: int
 ) -> FloatArray:
-    """Return the median seconds of layers like one, shape ``(len(entering), len(leaving))``, never falling."""
+    """Time layers like a module at several widths.
+
+    ``size``: the shape of the module's input. Returns the median seconds, shape ``(len(entering), len(leaving))``,
+    which don't fall along either axis.
+    """
     weight: Tensor = module.weight  # type: ignore[assignment]
     dim = len(size) - 1 if isinstance(module, nn.Linear) else 1
     seconds = np.empty((len(entering), len(leaving)))
@@ -267,53 +281,62 @@ def _timed_grid(
                 start = now(inputs)
                 layer(inputs)
                 times.append(now(inputs) - start)
-            # The time spent waiting for a core, which doesn't count, is told less exactly than time itself.
+            # `now` leaves out the time spent waiting for a core, which the system measures less exactly.
             seconds[i, j] = max(0.0, statistics.median(times[1:]))
     return np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
 
 
 def _grid(module: nn.Module, shares: Sequence[float]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the widths at which a layer is timed."""
+    """Return the input and output widths at which a layer is timed."""
     if isinstance(module, nn.Linear):
-        return _steps(module.in_features, 1, shares), _steps(module.out_features, 1, shares)
+        return _widths(module.in_features, 1, shares), _widths(module.out_features, 1, shares)
     conv: Any = module
     if is_depthwise(conv):
-        return (conv.in_channels,), _steps(conv.out_channels, conv.out_channels // conv.in_channels, shares)
-    return _steps(conv.in_channels, conv.groups, shares), _steps(conv.out_channels, conv.groups, shares)
+        return (conv.in_channels,), _widths(conv.out_channels, conv.out_channels // conv.in_channels, shares)
+    return _widths(conv.in_channels, conv.groups, shares), _widths(conv.out_channels, conv.groups, shares)
 
 
-def _steps(full: int, unit: int, shares: Sequence[float]) -> tuple[int, ...]:
-    return tuple(sorted({unit, full, *(unit * max(1, round(share * full / unit)) for share in shares)}))
+def _widths(full: int, unit: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """Return multiples of ``unit`` near the shares of the full width, with the smallest and the full one, ascending."""
+    widths = {unit, full}
+    for share in shares:
+        widths.add(unit * max(1, round(share * full / unit)))
+    return tuple(sorted(widths))
 
 
 def _cut_to(module: Any, entering: int, leaving: int) -> tuple[nn.Module, int]:
-    """Return a layer up to its convolution or product, cut to widths as it would be, and the width of its input."""
+    """Return a copy of a layer, up to its convolution or product, that is cut to widths, and the width of its input."""
     layer: Any = unwrapped_copy(module)
     if is_followed(layer):
         layer = head(layer)
     groups = getattr(module, "groups", 1)
-    whole = [module.in_features if isinstance(module, nn.Linear) else module.in_channels, output_channels(module) or 0]
+    full_input = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    full_output = output_channels(module) or 0
     if is_depthwise(module):
-        entering = leaving * whole[0] // whole[1]
-        ins, outs = torch.arange(entering), torch.arange(leaving)
+        entering = leaving * full_input // full_output
+        inputs, outputs = torch.arange(entering), torch.arange(leaving)
     else:
-        ins, outs = (
-            (torch.arange(groups)[:, None] * (full // groups) + torch.arange(width // groups)).flatten()
-            for full, width in zip(whole, (entering, leaving), strict=True)
-        )
+        inputs = _first_of_groups(groups, full_input, entering)
+        outputs = _first_of_groups(groups, full_output, leaving)
     device = weight_of(module).device
-    cut("", layer, ins.to(device), outs.to(device))
+    cut("", layer, inputs.to(device), outputs.to(device))
     return layer, entering
+
+
+def _first_of_groups(groups: int, full: int, width: int) -> Tensor:
+    """Return the first channels of every group, equally many of each: int64, shape (width,)."""
+    starts = torch.arange(groups) * (full // groups)
+    return (starts[:, None] + torch.arange(width // groups)).flatten()
 
 
 def _like(module: nn.Module, entering: int, leaving: int) -> tuple[nn.Module, int]:
     """Return a layer of the same kind at other widths, and the width of its input."""
-    conv: Any = module
-    if isinstance(module, nn.Linear) and inner_of(module) is None:
-        return nn.Linear(entering, leaving, bias=module.bias is not None), entering
-    groups = getattr(conv, "groups", 1)
     if inner_of(module) is not None:
-        return _cut_to(conv, entering, leaving)
+        return _cut_to(module, entering, leaving)
+    if isinstance(module, nn.Linear):
+        return nn.Linear(entering, leaving, bias=module.bias is not None), entering
+    conv: Any = module
+    groups = conv.groups
     if is_depthwise(conv):
         groups = entering = leaving * conv.in_channels // conv.out_channels
     more = {"output_padding": conv.output_padding} if isinstance(module, TRANSPOSED) else {}

@@ -1,4 +1,4 @@
-"""What models take on this machine: multiply-accumulates, parameters, time, throughput and memory, in several modes."""
+"""Measure models on this machine: multiply-accumulates, parameters, time, throughput and memory, in several modes."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ from nni_topo.network.runtime import (
     tensors_of,
 )
 
-_LEAST_ROUNDS = 8
-_BLOCK, _BLOCKS = 120 * 2**10, 8192  # bytes below what glibc maps alone, and how many
-_SCHEDULED = "/proc/thread-self/schedstat"  # Linux: nanoseconds with a core and waiting for one, and slices
-
+_LEAST_ROUNDS = 8  # of a comparison of times
+# Blocks that `memory_kept` allocates: the bytes of each, which glibc takes from the heap, and their number.
+_BLOCK, _BLOCKS = 120 * 2**10, 8192
+# Linux: the nanoseconds for which this thread had a core, those for which it waited for one, and its time slices.
+_SCHEDULED = "/proc/thread-self/schedstat"
 
 MODES = ("plain", "channels_last", "bf16", "compile")
 
 
 @checked(model=NETWORK)
 def count_params(model: nn.Module) -> int:
-    """Return the number of parameters, shared ones counted once; buffers aren't counted.
+    """Return the number of parameters of a model.
 
     Parameters
     ----------
@@ -54,6 +55,7 @@ def count_params(model: nn.Module) -> int:
     Returns
     -------
     int
+        Number of entries of all parameters. Shared parameters count once; buffers don't count.
     """
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -61,12 +63,12 @@ def count_params(model: nn.Module) -> int:
 @checked(model=NETWORK, example_inputs=SHAPES)
 @leaves_models_alone
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Return the multiply-accumulates of one sample: convolutions, linear layers, matrix products, attention.
+    """Return the multiply-accumulates of one sample: of convolutions, linear layers, matrix products and attention.
 
     Parameters
     ----------
     model : nn.Module
-        Run once in evaluation mode, then put back into the modes it was in.
+        Run once in evaluation mode. Its modules are put back into their modes afterwards.
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs of the model, batch first: one tensor, positional or keyword arguments. Only the first sample is used.
 
@@ -78,8 +80,8 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
     Notes
     -----
-    Fused attention kernels are switched off for the run: depending on the PyTorch version, the counter
-    doesn't see inside them.
+    Fused attention kernels are switched off for the run, because the counter of some PyTorch versions doesn't count
+    what they compute.
     """
     from torch.utils.flop_counter import FlopCounterMode  # loads Triton
 
@@ -106,8 +108,8 @@ def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, warmup:
     ----------
     model : nn.Module
         Timed in evaluation mode, without gradients.
-    example_inputs : Tensor or tuple of Tensor
-        Inputs of the model, on its device; the batch size is theirs.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of the model, on its device, batch first. Their batch size is timed.
     runs : int, default=30
         Timed passes, at least 1.
     warmup : int, default=5
@@ -139,23 +141,24 @@ def latencies(
     threads: int = 1,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return the median times of several models, measured in turns.
+    """Return the median times of several models that are measured in turns.
 
-    In every round each model runs once, in random order, so that a machine that slows down for a while slows
-    all of them and the ratios hold. The time that one thread on the CPU waits for a core doesn't count, where the
-    system tells it (Linux); what a model itself waits for does. What a pass frees the next one uses, as with caching
-    allocators: glibc hands some of it back, how much depends on the process, and may take a third longer (Linux).
+    In every round each model runs once, in random order: if the machine slows down for a while, it slows all models,
+    and the ratios of their times hold. With one thread on the CPU, the time that the thread waits for a core doesn't
+    count (on Linux, which measures it); time that the model itself waits counts. On Linux the memory that a pass frees
+    is kept for the next pass, as caching allocators keep it; otherwise glibc would return some of it to the system,
+    how much differs between processes, and a pass could take a third longer.
 
     Parameters
     ----------
     models : mapping of str to nn.Module
-        Models by name; all take the same inputs.
+        Models by name, which all take the same inputs.
     example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs, on the models' device; the batch size is theirs.
+        Inputs, on the models' device, batch first. Their batch size is timed.
     runs, warmup, threads : int
-        As in :func:`latency_ms`; ``runs`` and ``warmup`` are rounds.
+        As in :func:`latency_ms`; ``runs`` and ``warmup`` count rounds.
     seed : int, default=0
-        Of the order within the rounds.
+        Seed of the order within the rounds.
 
     Returns
     -------
@@ -171,7 +174,10 @@ def latencies(
         if value < least:
             raise ConfigError(f"{knob} must be at least {least}, got {value} (latencies)")
     rounds = _rounds(models, example_inputs, threads, seed, lambda done: len(done) == warmup + runs)[warmup:]
-    return {name: 1000.0 * statistics.median(own) for name, own in zip(models, zip(*rounds, strict=True), strict=True)}
+    medians = {}
+    for place, name in enumerate(models):
+        medians[name] = 1000.0 * statistics.median(seconds[place] for seconds in rounds)
+    return medians
 
 
 def time_shares(
@@ -183,33 +189,66 @@ def time_shares(
     precision: float = 0.015,
     seconds: float = 10.0,
 ) -> list[tuple[float, float]]:
-    """Return the share of a whole network's time that each model takes on one thread, and how far off that may be.
+    """Compare the times of models with that of the unpruned network, on one thread.
 
-    A share is the median over rounds in which each runs once, for what slows a machine down slows all. Rounds go on
-    until each median's 95 % interval is within a ``precision`` of it, or took so many ``seconds``; eight at least. What
-    is far from the share that is ``wanted`` need be known to a fifth of the way only.
+    Every round runs each model once, so that whatever slows the machine down slows all of them.
+
+    Parameters
+    ----------
+    models : sequence of nn.Module
+        The models.
+    whole : nn.Module
+        The unpruned network.
+    example_inputs : Tensor, tuple, list or mapping of str to Any
+        Inputs of all of them.
+    wanted : float, optional
+        The share of time that is looked for. A model that is far from it is measured less exactly: to a fifth of its
+        distance.
+    precision : float, default=0.015
+        Half width of the 95 % interval of a median, as a share of it, at which no more rounds are needed.
+    seconds : float, default=10.0
+        After so many seconds no further round starts, but there are at least eight rounds.
+
+    Returns
+    -------
+    list of (float, float)
+        For each model the median share of the unpruned network's time, and the half width of its 95 % interval as a
+        share of it.
     """
     found = [(math.nan, math.inf)] * len(models)
 
     def is_known(done: list[tuple[float, ...]]) -> bool:
         nonlocal found
-        count, is_over = len(done) - 1, sum(map(sum, done[1:])) > seconds  # the first warms up
-        # looked at whenever there are twice as many: who looks each time stops at a sample that is close by chance
-        if count < _LEAST_ROUNDS or (count & (count - 1) and not is_over):
+        rounds = done[1:]  # the first warms up
+        is_over = sum(map(sum, rounds)) > seconds
+        # The medians are looked at only when the number of rounds has doubled: looking after every round would stop at
+        # an interval that is narrow by chance.
+        has_doubled = len(rounds).bit_count() == 1
+        if len(rounds) < _LEAST_ROUNDS or not (has_doubled or is_over):
             return False
-        found = [_median_share(own, done[1:]) for own in range(len(models))]
-        away = [0.0 if wanted is None else abs(median - wanted) / median for median, _ in found]
-        return is_over or all(off <= max(precision, far / 5.0) for (_, off), far in zip(found, away, strict=True))
+        found = [_median_share(place, rounds) for place in range(len(models))]
+        if is_over:
+            return True
+        for median, half_width in found:
+            distance = 0.0 if wanted is None else abs(median - wanted) / median
+            if half_width > max(precision, distance / 5.0):
+                return False
+        return True
 
     named = {f"model {place}": model for place, model in enumerate(models)}
     _rounds({**named, "whole": whole}, example_inputs, 1, 0, is_known)
     return found
 
 
-def _median_share(own: int, rounds: list[tuple[float, ...]]) -> tuple[float, float]:
-    """Return the median share of the last one's time, and half of its 95 % interval as a share of it."""
-    shares = sorted(times[own] / times[-1] for times in rounds)
-    median, low = statistics.median(shares), int(len(shares) / 2.0 - 0.98 * math.sqrt(len(shares)))
+def _median_share(place: int, rounds: list[tuple[float, ...]]) -> tuple[float, float]:
+    """Return the median of one model's time as a share of the last model's, and half of its 95 % interval.
+
+    The half width is a share of the median.
+    """
+    shares = sorted(times[place] / times[-1] for times in rounds)
+    median = statistics.median(shares)
+    # The number of shares below the true median is binomial; 0.98 * sqrt(n) are 1.96 of its standard deviations.
+    low = int(len(shares) / 2.0 - 0.98 * math.sqrt(len(shares)))
     return median, (shares[-1 - low] - shares[low]) / (2.0 * median)
 
 
@@ -234,46 +273,51 @@ def _rounds(
     ):
         while not enough(rounds):
             generator.shuffle(order)
-            taken = {}
+            seconds = {}
             for name in order:
                 start = now(first)
                 models[name](*args, **kwargs)
-                taken[name] = now(first) - start
-            rounds.append(tuple(taken[name] for name in models))
+                seconds[name] = now(first) - start
+            rounds.append(tuple(seconds[name] for name in models))
     return rounds
 
 
 def now(tensor: Tensor) -> float:
-    """Seconds on a clock; on a GPU when its work is done, of one thread on the CPU without its waits for a core."""
+    """Return the seconds of a clock for timing work on a tensor's device.
+
+    On a GPU the clock is read when all work there is done. With one thread on the CPU it doesn't count the time that
+    the thread waits for a core.
+    """
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-    alone = tensor.device.type == "cpu" and torch.get_num_threads() == 1
-    return time.perf_counter() - (_without_core() if alone else 0.0)
+    if tensor.device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.perf_counter() - _seconds_waiting()
+    return time.perf_counter()
 
 
 @contextmanager
 def memory_kept(tensor: Tensor) -> Iterator[None]:
-    """Let passes beside a tensor on the CPU use the memory that they free once more, as caching allocators do.
+    """Keep the memory that a pass frees for the next pass, if a tensor is on the CPU, as caching allocators do.
 
-    What glibc gives back to the system instead depends on what lies on the heap by chance, and pages that are handed
-    out anew take up to a third of a pass. Of what is held, 1 GB of addresses, only what is used takes memory.
+    Otherwise glibc returns some of it to the system. How much depends by chance on what the heap holds, and fetching it
+    again takes up to a third of a pass. This reserves 1 GB of addresses, of which only those in use take memory.
     """
     if not (sys.platform == "linux" and tensor.device.type == "cpu"):
         yield
         return
-    # Only the end of the heap is given back: the last block keeps the room of the others from being that.
+    # glibc only returns the end of the heap. While the last block is held, the freed blocks before it aren't its end.
     *room, last = (torch.empty(_BLOCK, dtype=torch.uint8) for _ in range(_BLOCKS))
     del room
     try:
         yield
     finally:
         del last
-        with suppress(AttributeError):  # of glibc alone
+        with suppress(AttributeError):  # other C libraries have no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def _without_core() -> float:
-    """Return for how long this thread was ready to run while others had the cores; 0 where the system doesn't tell."""
+def _seconds_waiting() -> float:
+    """Return the seconds for which this thread has waited for a core; 0 on systems that don't measure it."""
     try:
         file = os.open(_SCHEDULED, os.O_RDONLY)
         try:
@@ -286,7 +330,7 @@ def _without_core() -> float:
 
 @contextmanager
 def thread_count(count: int) -> Iterator[None]:
-    """Let PyTorch use so many threads for a while."""
+    """Set PyTorch's number of threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -297,21 +341,22 @@ def thread_count(count: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ModeCost:
-    """One network in one mode.
+    """The cost of one network in one mode.
 
     Attributes
     ----------
     network, mode : str
+        The name of the network, and the mode, one of `MODES`.
     macs, params : int
-        Multiply-accumulates of one sample, and parameters.
+        Multiply-accumulates of one sample, and number of parameters.
     latency_ms : float
-        Median time of one batch; NaN if it can't run in this mode.
+        Median time of one batch in milliseconds; NaN if the network can't run in this mode.
     throughput : float
-        Samples a second.
+        Samples a second; NaN if the network can't run in this mode.
     peak_bytes : int
-        Parameters, buffers and the most that a pass held besides, inputs not counted.
-    failed : str
-        Why it can't run in this mode; empty if it can.
+        Bytes of parameters and buffers, and the most that a pass holds besides; inputs don't count.
+    failed : str, default=""
+        Why the network can't run in this mode; empty if it can.
     """
 
     network: str
@@ -336,23 +381,23 @@ def profile(
     threads: int = 1,
     seed: int = 0,
 ) -> list[ModeCost]:
-    """Measure networks beside each other, those of a mode in turns.
+    """Measure several networks in several modes; the networks of a mode are timed in turns.
 
     Parameters
     ----------
     models : mapping of str to torch.nn.Module
-        Networks by name, on one device; they aren't changed.
+        Networks by name, on one device. They aren't changed.
     example_inputs : Tensor or tuple of Tensor
-        Inputs of all of them, on their device; the batch size is theirs.
+        Inputs of all networks, on their device, batch first. Their batch size is measured.
     modes : sequence of str, default=("plain",)
-        Of ``"plain"``, ``"channels_last"``, ``"bf16"`` (weights and inputs) and ``"compile"`` (``torch.compile``).
+        Any of ``"plain"``, ``"channels_last"``, ``"bf16"`` (weights and inputs) and ``"compile"`` (``torch.compile``).
     runs, warmup, threads, seed : int
         As in :func:`latencies`.
 
     Returns
     -------
     list of ModeCost
-        By mode, within it by network. Where one network can't run in a mode, none is measured in it.
+        Ordered by mode, then by network. If one network can't run in a mode, no network is measured in it.
 
     Raises
     ------
@@ -363,19 +408,20 @@ def profile(
     if unknown is not None:
         raise unknown_name("mode", unknown, MODES)
     if not models:
-        raise ConfigError("a profile needs a network, got none (models)")
+        raise ConfigError("models must hold at least one network, got none (profile)")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     costs = {name: (count_macs(model, inputs), count_params(model)) for name, model in models.items()}
     found = []
     for mode in modes:
-        given = {name: _in_mode(detached_copy(model), mode) for name, model in models.items()}
+        networks: dict[str, Any] = {name: _in_mode(detached_copy(model), mode) for name, model in models.items()}
         entering = tuple(_in_mode(each, mode) for each in inputs)
         peaks, times, failed = dict.fromkeys(models, 0), dict.fromkeys(models, float("nan")), ""
         try:
-            peaks = {name: _peak(model, entering) for name, model in given.items()}
-            run = {name: torch.compile(model) for name, model in given.items()} if mode == "compile" else given
-            times = latencies(run, entering, runs=runs, warmup=warmup, threads=threads, seed=seed)  # type: ignore[arg-type]
-        except (RuntimeError, NotImplementedError) as error:  # no compiler, an operation without bf16
+            peaks = {name: _peak_bytes(model, entering) for name, model in networks.items()}
+            if mode == "compile":
+                networks = {name: torch.compile(model) for name, model in networks.items()}
+            times = latencies(networks, entering, runs=runs, warmup=warmup, threads=threads, seed=seed)
+        except (RuntimeError, NotImplementedError) as error:  # no compiler, or an operation without bf16
             failed = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         found += [
             ModeCost(name, mode, *costs[name], times[name], 1000 * len(inputs[0]) / times[name], peaks[name], failed)
@@ -385,7 +431,7 @@ def profile(
 
 
 def _in_mode(value: Any, mode: str) -> Any:
-    """Put a network or an input into the form of a mode."""
+    """Convert a network or an input to the number type or memory format of a mode."""
     if mode == "bf16" and (isinstance(value, nn.Module) or value.is_floating_point()):
         return value.to(torch.bfloat16)
     if mode == "channels_last" and (isinstance(value, nn.Module) or value.dim() == 4):
@@ -393,21 +439,21 @@ def _in_mode(value: Any, mode: str) -> Any:
     return value
 
 
-def _peak(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Measure the bytes of a network and the most that a pass holds besides."""
-    own = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
+def _peak_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Return the bytes of a network's parameters and buffers, and the most bytes that a pass holds besides."""
+    stored = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
     with evaluation_mode(model), torch.inference_mode():
-        model(*inputs)  # what is made once, such as workspaces, is none of the pass's
+        model(*inputs)  # a first pass allocates memory that is kept, such as workspaces; it isn't counted
         if inputs[0].is_cuda:
             torch.cuda.reset_peak_memory_stats(inputs[0].device)
             before = torch.cuda.memory_allocated(inputs[0].device)
             model(*inputs)
-            return own + torch.cuda.max_memory_allocated(inputs[0].device) - before
+            return stored + torch.cuda.max_memory_allocated(inputs[0].device) - before
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watch:
             model(*inputs)
+    events = [event for event in watch.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
-    events = watch.profiler.kineto_results.events()
-    for event in sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()):
-        held += event.nbytes()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()  # negative where memory is freed
         most = max(most, held)
-    return own + most
+    return stored + most

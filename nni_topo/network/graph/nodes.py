@@ -60,6 +60,14 @@ def place(node: torch.fx.Node) -> str:
     return f"{plain_name(node)} in {owner[-1]}" if owner else plain_name(node)
 
 
+def described(node: torch.fx.Node) -> str:
+    """Say where a node stands as `place` does, and of a module its class too: "last.2: Fold"."""
+    owner = node.graph.owning_module
+    if node.op != "call_module" or owner is None:
+        return place(node)
+    return f"{place(node)}: {type(owner.get_submodule(str(node.target))).__name__}"
+
+
 def makes_mask(node: torch.fx.Node) -> bool:
     """Tell whether a node is a function that makes a mask: of states it looks at size and type alone."""
     return getattr(node.target, "makes_mask", False)

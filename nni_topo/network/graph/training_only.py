@@ -1,8 +1,9 @@
-"""What runs in training alone, as a second head of scores does: how it hangs on what evaluation mode computes.
+"""Modules that run in training mode only, such as auxiliary heads: how they are connected to the rest of a model.
 
-A model is traced in evaluation mode. Where that doesn't reach all of its parameters, it is traced once more, with the
-modules around these in training mode, and what leads to them is put into the graph. Then their channels are followed
-like all others, and whatever reads a layer loses what the layer loses.
+A model is traced in evaluation mode. If some of its parameters aren't used there, it is traced a second time, with the
+modules that hold these parameters in training mode, and the operations that lead to them are added to the graph. Then
+their channels are followed like all others: a layer that runs in training mode only loses the input channels that the
+layers before it lose.
 """
 
 from __future__ import annotations
@@ -31,72 +32,95 @@ _logger = logging.getLogger(__name__)
 
 
 def unused_parameters(model: nn.Module, graph: Graph) -> list[str]:
-    """Name the parameters of a model that no node of its graph computes with."""
+    """List the parameters of a model that no node of its graph uses, by name."""
     used = set[int]()
     for node in graph.nodes:
         if node.op not in ("call_module", "get_attr"):
             continue
         found = _attribute(model, str(node.target))
-        used.update(id(each) for each in (found.parameters() if isinstance(found, nn.Module) else [found]))
-    return [name for name, each in model.named_parameters() if id(each) not in used]
+        if isinstance(found, nn.Module):
+            used.update(id(parameter) for parameter in found.parameters())
+        else:
+            used.add(id(found))
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in used]
 
 
 def add_training(
     model: nn.Module, graph_module: GraphModule, unused: list[str], call: Call, trace: Callable[[nn.Module, Call], Any]
 ) -> tuple[GraphModule, str, bool]:
-    """Put what a model runs in training alone into its graph of evaluation mode, which leaves some parameters unused.
+    """Add the operations that a model runs in training mode only to its graph of evaluation mode.
 
-    The model, in evaluation mode, isn't changed. What is put in has ``IN_TRAINING`` in its meta. Where training mode
-    can't be followed, the graph comes back as it is, with words that say so. Also tells whether training mode reads
-    values, by `trace`, which returns a `Recording`.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, in evaluation mode. It isn't changed.
+    graph_module : torch.fx.GraphModule
+        Its graph in evaluation mode, which is changed.
+    unused : list of str
+        The parameters that this graph doesn't use.
+    call : Call
+        Arguments of the model.
+    trace : callable
+        Traces a model on a call and returns a `Recording`.
+
+    Returns
+    -------
+    graph_module : torch.fx.GraphModule
+        The graph. Nodes that were added have ``IN_TRAINING`` in their meta. If training mode can't be followed, the
+        graph of evaluation mode.
+    missed : str
+        Which modules couldn't be followed, as a note for the user; empty if all could.
+    reads_values : bool
+        Whether the forward reads the values of tensors in training mode.
     """
     try:
-        # A copy of weights too, for a forward may write into them in training.
+        # The copy has weights of its own, because a forward may write into them in training mode.
         trained = detached_copy(model)
         for name in unused:
-            parts = name.split(".")[:-1]
-            for length in range(len(parts) + 1):
-                # Not what lies beside them, as dropout and batch norms, which don't say where data goes.
-                around = trained.get_submodule(".".join(parts[:length]))
-                around.training = around.training or not _computes_otherwise(around)
+            owners = name.split(".")[:-1]
+            for length in range(len(owners) + 1):
+                # Only the modules that contain the parameter: dropout and batch norms beside it would compute something
+                # else in training mode, and don't decide where data goes.
+                owner = trained.get_submodule(".".join(owners[:length]))
+                owner.training = owner.training or not _only_computes_otherwise(owner)
         recording = trace(trained, call)
         other = recording.graph_module
         if is_in_parts(graph_module.graph) or is_in_parts(other.graph):
-            raise SpeedupError("what runs in training alone is followed where a tracer follows all of a model")
+            raise SpeedupError("a model must be traced as a whole to follow training mode, got one traced in parts")
         return _merged(graph_module, other, unused), "", recording.reads_values
-    except Exception as error:  # a forward in training fails in as many ways as it is written
+    except Exception as error:  # a user's forward may raise anything
         if out_of_memory(error):
             raise
         evaluated(graph_module.graph)
         graph_module.recompile()
         _logger.debug("%s can't be followed in training mode", type(model).__name__, exc_info=True)
-        owners = _not_run(model, call, unused)
-        if not owners:
+        not_run = _not_run(model, call, unused)
+        if not not_run:
             return graph_module, "", False
         missed = (
-            "these modules run in training mode alone, which couldn't be traced, so channels that they read may be "
-            f"missing: {', '.join(owners)}"
+            "these modules run in training mode only, which couldn't be traced, so channels that they read may be "
+            f"missing: {', '.join(not_run)}"
         )
         return graph_module, missed, False
 
 
 def evaluated(graph: Graph) -> Graph:
-    """Take out of a graph what runs in training alone."""
+    """Remove the nodes of a graph that run in training mode only."""
     for node in reversed(graph.nodes):
         if node.meta.get(IN_TRAINING):
             graph.erase_node(node)
     return graph
 
 
-def _computes_otherwise(module: nn.Module) -> bool:
-    """Tell whether a module computes something else in training mode, and goes no other way."""
+def _only_computes_otherwise(module: nn.Module) -> bool:
+    """Tell whether training mode changes what a module computes, but not which modules run: a layer of PyTorch's."""
     return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
         module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     )
 
 
 class Steps(nn.Module):
-    """A graph to be run node by node, so that PyTorch prints nothing where it fails."""
+    """A graph as a module that runs it node by node; PyTorch prints nothing if a node fails."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__()
@@ -105,12 +129,12 @@ class Steps(nn.Module):
         self._runs.extra_traceback = False
 
     def forward(self, *args: Any) -> Any:
-        """Run the graph on its placeholders' values."""
+        """Run the graph. ``args``: the values of its placeholders."""
         return self._runs.run(*args)
 
 
 def _attribute(model: nn.Module, name: str) -> Any:
-    """Return what a model holds under a name; None where that is a constant of its tracer's."""
+    """Look up an attribute of a model; None if it has none, as for constants that only the tracer knows."""
     try:
         return attrgetter(name)(model)
     except AttributeError:
@@ -118,69 +142,73 @@ def _attribute(model: nn.Module, name: str) -> Any:
 
 
 def _not_run(model: nn.Module, call: Call, parameters: list[str]) -> list[str]:
-    """Name the modules that hold some parameters and don't run in evaluation mode."""
+    """List the modules that hold these parameters and don't run in evaluation mode."""
     ran = set[str]()
     copied = detached_copy(model, light=True).eval()
     owners = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
     with ExitStack() as stack, torch.no_grad(), random_state_kept():
         for owner in owners:
-            stack.enter_context(called(copied.get_submodule(owner), partial(_note, ran, owner)))
+            stack.enter_context(called(copied.get_submodule(owner), partial(_note_call, ran, owner)))
         copied(*call[0], **call[1])
     return [owner for owner in owners if owner not in ran]
 
 
-def _note(ran: set[str], owner: str, _: tuple[Any, ...], __: dict[str, Any]) -> None:
+def _note_call(ran: set[str], owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     ran.add(owner)
 
 
 def _merged(graph_module: GraphModule, other: GraphModule, unused: list[str]) -> GraphModule:
-    """Put what leads to some parameters, and what follows from them, from a graph of training mode into another."""
+    """Copy the nodes around some parameters from a graph of training mode into the graph of evaluation mode."""
     wanted, outputs = _around(other, unused)
     if not wanted:
-        return graph_module  # no mode reaches them
+        return graph_module  # training mode doesn't use the parameters either
     graph = graph_module.graph
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    # A node that has the same in both graphs: the first in the one is the first in the other.
-    waiting = defaultdict[tuple[Any, ...], deque[Node]](deque)
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    # Nodes that compute the same are matched in order: the first in one graph to the first in the other.
+    unmatched = defaultdict[tuple[Any, ...], deque[Node]](deque)
     for node in graph.nodes:
-        waiting[_key(node, node.args, node.kwargs)].append(node)
-    known, cursor, reached = dict[Node, Node](), next(iter(graph.nodes)), -1
+        unmatched[_key(node, node.args, node.kwargs)].append(node)
+    matches = dict[Node, Node]()  # by node of training mode, the node of the merged graph
+    cursor, reached = next(iter(graph.nodes)), -1  # the node to insert after, and the last position that was matched
     for node in other.graph.nodes:
-        if node.op == "output" or not all(each in known for each in node.all_input_nodes):
+        if node.op == "output" or not all(parent in matches for parent in node.all_input_nodes):
             continue
-        _in_evaluation(node)
-        args, kwargs = (map_arg(each, known.__getitem__) for each in (node.args, node.kwargs))
-        alike = waiting[_key(node, args, kwargs)]
+        _set_to_evaluation(node)
+        args, kwargs = map_arg((node.args, node.kwargs), matches.__getitem__)
+        alike = unmatched[_key(node, args, kwargs)]
         if alike and not _is_another_constant(node, graph_module, other):
-            known[node] = alike.popleft()
-            if order[known[node]] > reached:
-                cursor, reached = known[node], order[known[node]]
+            matches[node] = alike.popleft()
+            if position[matches[node]] > reached:
+                cursor, reached = matches[node], position[matches[node]]
         elif node in wanted:
             if node.op == "placeholder":
-                raise SpeedupError(f"both modes must be given the same, got {node.target} in training alone")
-            # Where it runs in the model, for what follows may write into what it reads.
+                raise SpeedupError(f"both modes must have the same arguments, got {node.target} in training mode only")
+            # The copy keeps its place in the order of the forward, because later nodes may write into its inputs.
             with graph.inserting_after(cursor):
-                known[node] = cursor = graph.node_copy(node, known.__getitem__)
+                matches[node] = cursor = graph.node_copy(node, matches.__getitem__)
             cursor.meta[IN_TRAINING] = True
             cursor.meta[TRAINED_OUTPUT] = node in outputs
-            _bring(cursor, graph_module, other)
+            _add_attribute(cursor, graph_module, other)
     graph_module.recompile()
     return with_heads(graph_module)
 
 
 def _around(other: GraphModule, unused: list[str]) -> tuple[set[Node], set[Node]]:
-    """Find the nodes of a graph that lead to some parameters or follow from them, and which the model puts out."""
+    """Find the nodes of a graph that use some parameters, lead to such nodes or follow from them.
+
+    Returns these nodes, and those of them whose values the model returns.
+    """
     names, after = set(unused), set[Node]()
     for node in other.graph.nodes:
         name = str(node.target)
-        is_first = node.op == "get_attr" and name in names
-        if node.op in ("call_module", "get_attr") and not is_first:
-            is_first = any(each.startswith(f"{name}.") for each in names)
-        if is_first or not after.isdisjoint(node.all_input_nodes):
+        uses_parameter = node.op == "get_attr" and name in names
+        if node.op in ("call_module", "get_attr") and not uses_parameter:
+            uses_parameter = any(each.startswith(f"{name}.") for each in names)
+        if uses_parameter or not after.isdisjoint(node.all_input_nodes):
             after.add(node)
     outputs = set[Node]()
     for node in reversed(other.graph.nodes):
-        # What only holds tensors together, as a named tuple does, isn't what the network computes.
+        # A container of outputs, such as a named tuple, is no output itself: its tensors are.
         if node.op == "output" or (node in outputs and isinstance(node.target, type)):
             outputs.update(node.all_input_nodes)
             outputs.discard(node)
@@ -196,18 +224,19 @@ def _around(other: GraphModule, unused: list[str]) -> tuple[set[Node], set[Node]
 
 
 def _key(node: Node, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Write down what a node computes; other nodes are in it by their names."""
-    return node.op, node.target, repr(args if node.op != "placeholder" else ()), repr(kwargs)
+    """Return what a node computes, as a key by which nodes of two graphs are compared; other nodes are named in it."""
+    # The default value of a placeholder may differ between the modes.
+    return node.op, node.target, repr(() if node.op == "placeholder" else args), repr(kwargs)
 
 
-def _in_evaluation(node: Node) -> None:
-    """Let a function that is told the mode compute what it does in evaluation mode, as modules do."""
+def _set_to_evaluation(node: Node) -> None:
+    """Set the argument ``training`` of a function to False, as modules of both graphs are in evaluation mode."""
     if node.op != "call_function":
         return
     try:
         signature = inspect.signature(node.target)  # type: ignore[arg-type]
         given = signature.bind(*node.args, **node.kwargs)
-    except (TypeError, ValueError):  # of PyTorch's own some have none
+    except (TypeError, ValueError):  # some functions of PyTorch's have no signature
         return
     if given.arguments.get("training") is True:
         given.arguments["training"] = False
@@ -216,28 +245,31 @@ def _in_evaluation(node: Node) -> None:
 
 
 def _is_another_constant(node: Node, graph_module: GraphModule, other: GraphModule) -> bool:
-    """Tell whether a node stands for a constant of its tracer's that isn't that of the same name in another graph."""
-    one, two = (_attribute(each, str(node.target)) for each in (graph_module, other))
-    return is_of_forward(node) and not (one.shape == two.shape and torch.equal(one, two))
+    """Tell whether a node is a constant of the forward whose value differs from that of the same name in evaluation."""
+    if not is_of_forward(node):
+        return False
+    in_evaluation = _attribute(graph_module, str(node.target))
+    in_training = _attribute(other, str(node.target))
+    return not (in_evaluation.shape == in_training.shape and torch.equal(in_evaluation, in_training))
 
 
-def _bring(node: Node, graph_module: GraphModule, other: GraphModule) -> None:
-    """Give a graph's module what one of its nodes, which was another's, computes with."""
+def _add_attribute(node: Node, graph_module: GraphModule, other: GraphModule) -> None:
+    """Give a graph module the module, parameter or constant that a node copied from another graph uses."""
     if node.op not in ("call_module", "get_attr"):
         return
     held = _attribute(other, str(node.target))
     if _attribute(graph_module, str(node.target)) is not None and isinstance(held, nn.Module):
         return
-    place, _, name = str(node.target).rpartition(".")
+    owner_name, _, name = str(node.target).rpartition(".")
     if isinstance(held, nn.Module):
         graph_module.add_submodule(str(node.target), held)
         return
-    while not isinstance(held, nn.Parameter) and hasattr(graph_module, name) and not place:
+    while not isinstance(held, nn.Parameter) and hasattr(graph_module, name) and not owner_name:
         name = f"{name}_in_training"
         node.target = name
-    if place and _attribute(graph_module, place) is None:
-        graph_module.add_submodule(place, nn.Module())
-    owner = graph_module.get_submodule(place)
+    if owner_name and _attribute(graph_module, owner_name) is None:
+        graph_module.add_submodule(owner_name, nn.Module())
+    owner = graph_module.get_submodule(owner_name)
     if isinstance(held, nn.Parameter):
         owner.register_parameter(name, held)
     else:

@@ -1,4 +1,4 @@
-"""A dense network as a file for other programs: ONNX, also in INT8, or ``torch.export``; checked in its own runtime."""
+"""Export a dense network as ONNX, also in INT8, or by ``torch.export``, and check what the file computes."""
 
 from __future__ import annotations
 
@@ -37,25 +37,27 @@ from nni_topo.network.runtime import (
 )
 
 Format = Literal["onnx", "torch.export"]
-_OTHER_BATCH = 3
+_BATCH = 2  # samples with which a network is exported
+_OTHER_BATCH = 3  # samples with which its file is run besides
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that a network was exported to.
+    """The file that a network was exported to.
 
     Attributes
     ----------
     path : Path
         The file.
     size : int
-        Its bytes.
+        Its size in bytes.
     error : float
-        Largest difference of the float file's outputs from the network's, at two batch sizes, as a share of the
-        largest output.
-    int8_distance : float
-        Mean squared distance of the INT8 file's outputs from the network's, as a share of their variance, on every
-        eighth sample, from which no range was taken; on all where there are fewer than eight. NaN without INT8.
+        Largest difference between the outputs of the file, before it is converted to INT8, and those of the network,
+        at two batch sizes, as a share of the largest output.
+    int8_distance : float, default=NaN
+        Mean squared distance between the outputs of the INT8 file and those of the network, as a share of their
+        variance. It is measured on every eighth sample, which the ranges of the integers don't come from, or on all
+        samples if there are fewer than eight. NaN without INT8.
     """
 
     path: Path
@@ -73,7 +75,7 @@ def export(
     *,
     int8: Iterable[Any] | None = None,
 ) -> Exported:
-    """Write a network to a file that runs without this package, and check that the file computes the same.
+    """Export a network to a file that runs without this package, and check that the file computes the same.
 
     Parameters
     ----------
@@ -86,26 +88,29 @@ def export(
     format : {"onnx", "torch.export"}, default="onnx"
         ONNX for onnxruntime, or a program for :func:`torch.export.load`.
     int8 : iterable, optional
-        Unlabelled batches of inputs; weights and activations become 8-bit integers, their ranges those that were seen
-        on the batches. ONNX only.
+        Calibration data: batches of unlabelled inputs. Weights and activations become 8-bit integers, whose ranges are
+        those of the values on these batches. ONNX only.
 
     Returns
     -------
     Exported
-        The file, its size, and how far its outputs lie from the network's.
+        The file, its size, and how much its outputs differ from the network's.
 
     Raises
     ------
     ConfigError
-        If the format is unknown, INT8 isn't ONNX, inputs don't fit, or packages are missing.
+        If the format is unknown, INT8 is asked for in another format than ONNX, or a package is missing.
+    DataError
+        If the inputs or the calibration data don't fit the network.
     ExportError
-        If PyTorch can't export the network for any batch size, or outputs differ by more than 1e-4 of the largest.
+        If PyTorch can't export the network for every batch size, or the file's outputs differ by more than 1e-4 of the
+        largest output.
 
     Notes
     -----
     ONNX needs ``pip install 'nni_topo[export]'``. INT8 is onnxruntime's static quantisation: signed weights with a
-    scale per channel, unsigned activations. Weights take 7 of the 8 bits: processors without VNNI add two products in
-    16 bits, which those of 8 overflow, so that the file would compute something else there.
+    scale per channel, unsigned activations. Weights use 7 of the 8 bits, because processors without VNNI add two
+    products in 16 bits: products of 8-bit numbers overflow there, and the file would compute something else.
 
     Examples
     --------
@@ -120,26 +125,26 @@ def export(
     if format not in get_args(Format):
         raise unknown_name("format", str(format), get_args(Format))
     if int8 is not None and format != "onnx":
-        raise ConfigError(f"INT8 must be exported as onnx, got format {format!r} (int8)")
+        raise ConfigError(f"the format of an INT8 file must be 'onnx', got {format!r} (int8)")
     images = None if int8 is None else Calibration.of(int8, "int8")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
-            _package(name)
+            _import(name)
     check_output_file(path, makes_folder=True)
     check_model(model)
     net = detached_copy(model).cpu().eval()
-    call = _resized(call_arguments(inputs, net), 2)
+    call = _resized(call_arguments(inputs, net), _BATCH)
     check_fits(net, call)
     if images is not None:
         check_fits(net, next(calls(net, images)))
     program = _program(net, call)
     output_folder(path.parent)
-    # What doesn't compute the same isn't left behind, for the file is moved to its place at the end.
+    # The file gets its name only after all checks, so that none is left behind that computes something else.
     with whole_file(path) as part:
         distance = math.nan
         if format == "torch.export":
             with _quietly(), _export_errors("that torch.export can save (ONNX may)", net):
-                # Streams, for a file must have a name of its kind.
+                # Streams, because torch.export refuses a path that doesn't end in .pt2.
                 with part.open("wb") as written:
                     torch.export.save(program, written)
                 with part.open("rb") as read:
@@ -157,18 +162,19 @@ def export(
     return Exported(path, path.stat().st_size, error, distance)
 
 
-def _package(name: str) -> Any:
+def _import(name: str) -> Any:
+    """Import a package that ONNX needs; ConfigError if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"ONNX must have its packages: pip install 'nni_topo[export]', got no {name} (export)"
+            f"the packages for ONNX must be installed: pip install 'nni_topo[export]', got no {name} (export)"
         ) from error
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep the exporters' notes, which aren't about the user's network, to themselves; errors come through."""
+    """Hide warnings and log messages of the exporters, which aren't about the user's network."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -180,7 +186,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _resized(call: Call, size: int) -> Call:
-    """Return a call of so many samples, the first ones over and over."""
+    """Return a call of so many samples; if it has fewer, they are repeated."""
     batch = batch_size(call)
 
     def take(tensor: Tensor) -> Tensor:
@@ -193,22 +199,25 @@ def _resized(call: Call, size: int) -> Call:
 
 
 def _program(net: nn.Module, call: Call) -> Any:
-    """Export a network such that the batch size is free."""
+    """Export a network as a program that takes any batch size."""
     batch = torch.export.Dim("batch")
     size = batch_size(call)
 
-    def shape(leaf: Any) -> Any:
-        return {0: batch} if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else None
+    def free_dimension(leaf: Any) -> Any:
+        has_samples = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
+        return {0: batch} if has_samples else None
 
-    shapes = (*tree_map(shape, call[0]), *tree_map(shape, call[1]).values())
-    names = [*_names(net, call)]
+    args, kwargs = call
+    positional = list(inspect.signature(net.forward).parameters)[: len(args)]
+    dynamic_shapes = dict(zip(positional, tree_map(free_dimension, args), strict=True))
+    dynamic_shapes |= tree_map(free_dimension, kwargs)
     with _export_errors("that torch.export can follow at any batch size", net), torch.no_grad():
-        return torch.export.export(net, *call, dynamic_shapes=dict(zip(names, shapes, strict=True)))
+        return torch.export.export(net, *call, dynamic_shapes=dynamic_shapes)
 
 
 @contextmanager
 def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
-    """Turn whatever PyTorch's exporters raise into an ExportError."""
+    """Turn any error of PyTorch's exporters within the block into an ExportError. ``rule``: what a network must be."""
     try:
         yield
     except Exception as error:
@@ -219,82 +228,88 @@ def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _names(net: nn.Module, call: Call) -> Iterator[str]:
-    yield from list(inspect.signature(net.forward).parameters)[: len(call[0])]
-    yield from call[1]
-
-
 def _session(path: Path) -> Any:
-    runtime = _package("onnxruntime")
+    """Load an ONNX file in onnxruntime."""
+    runtime = _import("onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors only
     return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _feed(session: Any, call: Call) -> dict[str, Any]:
+    """Return the arrays of a call by the names of the session's inputs."""
     names = [each.name for each in session.get_inputs()]
-    return dict(zip(names, (tensor.detach().cpu().numpy() for tensor in tensors_of(call)), strict=True))
+    arrays = [tensor.detach().cpu().numpy() for tensor in tensors_of(call)]
+    return dict(zip(names, arrays, strict=True))
 
 
 def _run(session: Any, call: Call) -> list[Tensor]:
+    """Return the outputs of an ONNX file."""
     return [torch.from_numpy(np.asarray(each)) for each in session.run(None, _feed(session, call))]
 
 
-def _answers(net: nn.Module, call: Call) -> list[Tensor]:
+def _outputs(net: nn.Module, call: Call) -> list[Tensor]:
+    """Return the outputs of a network."""
     with torch.no_grad():
         return tensors_of(net(*call[0], **call[1]))
 
 
 def _check(net: nn.Module, call: Call, run: Any) -> float:
-    """Return the largest relative difference of a file's outputs from the network's, at two batch sizes."""
+    """Return the largest relative difference between the outputs of a file and of the network, at two batch sizes.
+
+    ``run``: returns the file's outputs for a call. ExportError if they differ by too much.
+    """
     errors = []
     for each in (call, _resized(call, _OTHER_BATCH)):
         with torch.no_grad():
             outputs = run(each)
-        for wanted, got in zip(_answers(net, each), outputs, strict=True):
-            if wanted.shape != got.shape:
-                shapes = f"{tuple(got.shape)} for {tuple(wanted.shape)}"
-                raise ExportError(f"an output must keep its shape, got {shapes} (export)")
-            errors.append(difference(wanted, got))
-    if not max(errors) <= SAME_PROGRAM:
+        for expected, actual in zip(_outputs(net, each), outputs, strict=True):
+            if expected.shape != actual.shape:
+                shapes = f"{tuple(actual.shape)} in place of {tuple(expected.shape)}"
+                raise ExportError(f"outputs of the file must have the network's shapes, got {shapes} (export)")
+            errors.append(difference(expected, actual))
+    largest = max(errors)
+    if not largest <= SAME_PROGRAM:  # NaN too
         raise ExportError(
-            f"outputs must be equal within {SAME_PROGRAM:g} of the largest, got {max(errors):.3g} (export)"
+            f"outputs of the file must equal the network's within {SAME_PROGRAM:g} of the largest, "
+            f"got a difference of {largest:.3g} (export)"
         )
-    return max(errors)
+    return largest
 
 
 def _quantize(path: Path, session: Any, batches: list[Call]) -> None:
-    """Replace a float file by its INT8 version."""
-    quantization = _package("onnxruntime.quantization")
-    prepared = _package("onnxruntime.quantization.shape_inference")
+    """Replace an ONNX file of floats by its INT8 version."""
+    quantization = _import("onnxruntime.quantization")
+    preparation = _import("onnxruntime.quantization.shape_inference")
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self) -> None:
-            self._left = iter(batches)
+            self._remaining = iter(batches)
 
         def get_next(self) -> dict[str, Any] | None:
-            call = next(self._left, None)
+            call = next(self._remaining, None)
             return None if call is None else _feed(session, call)
 
     kinds = quantization.QuantType
     with tempfile.TemporaryDirectory() as folder, _quietly():
         source = Path(folder) / "prepared.onnx"
-        prepared.quant_pre_process(str(path), str(source))
+        preparation.quant_pre_process(str(path), str(source))
         quantization.quantize_static(
             str(source),
             str(path),
             Reader(),
             per_channel=True,
-            reduce_range=True,  # 7 bits
+            reduce_range=True,  # 7 of 8 bits: see the notes of `export`
             activation_type=kinds.QUInt8,
             weight_type=kinds.QInt8,
         )
 
 
 def _distance(net: nn.Module, session: Any, batches: Iterable[Call]) -> float:
-    wanted, got = [], []
+    """Return the mean squared distance between first outputs of a file and the network, as a share of the variance."""
+    of_network, of_file = [], []
     for call in batches:
-        wanted.append(_answers(net, call)[0].double())
-        got.append(_run(session, call)[0].double())
-    whole, near = torch.cat(wanted), torch.cat(got)
-    return float((near - whole).square().sum() / (whole - whole.mean(0)).square().sum())
+        of_network.append(_outputs(net, call)[0].double())
+        of_file.append(_run(session, call)[0].double())
+    expected, actual = torch.cat(of_network), torch.cat(of_file)
+    return float((actual - expected).square().sum() / (expected - expected.mean(0)).square().sum())

@@ -1,4 +1,4 @@
-"""Calibration data: batches of inputs that are read in one pass, checked, and kept for all that looks at them."""
+"""Calibration data: batches of inputs that are read once, checked, and kept for every later pass."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from nni_topo.errors import ConfigError, DataError, free_memory, whole
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, taken, tensors_of
 
 HELD_OUT = 8
-"""Every so many samples one is held out."""
+"""Of so many samples one is held out."""
 
 _MEMORY = 2 * 2**30
-_MOST_BATCHES = 10_000  # of an iterable without a length, which may have no end
-_FREE_SHARE = 0.5  # of free memory, and of free disk space, that is taken at most
+_MOST_BATCHES = 10_000  # read from an iterable without a length, which may have no end
+_FREE_SHARE = 0.5  # of the free memory, and of the free disk space, that batches may take
 
 
 class Calibration(Sequence[Any]):
-    """Batches of inputs, read once: every look at them sees the same samples in the same order.
+    """Batches of inputs that are read once: every pass over them yields the same samples in the same order.
 
-    A shuffling or augmenting ``DataLoader`` gives other batches in each pass, and a generator gives one pass alone. All
-    functions of the package that take batches make a ``Calibration`` of them first. Make one yourself where several
-    calls shall see the same samples.
+    A ``DataLoader`` that shuffles or augments yields other batches in each pass, and a generator can be read only once.
+    All functions of the package that take batches make a ``Calibration`` of them first. Make one yourself if several
+    calls are to use the same samples.
 
     Parameters
     ----------
@@ -44,21 +44,23 @@ class Calibration(Sequence[Any]):
         of a mapping that the model has no argument for are left out. Where ``forward`` has one required parameter,
         takes no ``**kwargs``, and has no parameter called like a key of the mapping, the mapping is its argument.
     memory_bytes : int, default=2 * 2**30
-        Memory for batches, in bytes, at least 0; what is beyond it, or beyond half of what is free, lies in files in
-        the folder for temporary files. The batches of a list or tuple stay where they are.
+        Memory for batches, in bytes, at least 0, of which at most half of the free memory is used. Further batches are
+        written to files in the folder for temporary files. The batches of a list or tuple aren't copied.
     name : str, default="calibration"
-        What messages call the batches.
+        The name of the batches in messages.
 
     Raises
     ------
     ConfigError
-        If ``batches`` isn't an iterable of batches, or ``memory_bytes`` isn't such a number.
+        If ``batches`` isn't an iterable of batches, or ``memory_bytes`` isn't an integer of at least 0.
+    DataError
+        When the batches are first used: if there is none, if a batch holds no inputs, if inputs are NaN or infinite, if
+        the batches don't fit into the memory and half of the free disk space together, or if an iterable without a
+        length yields more than 10,000.
 
     Notes
     -----
-    Batches are read at the first look. A DataError is raised then if there is none, if one holds no inputs, if inputs
-    are NaN or infinite, or if the batches don't fit into memory and half of the free disk space together. An iterable
-    without a length, which may have no end, may give 10,000 batches.
+    Batches are read when they are first used, not when the object is made.
 
     Examples
     --------
@@ -88,8 +90,10 @@ class Calibration(Sequence[Any]):
 
     @classmethod
     def of(cls, batches: Iterable[Any], name: str = "calibration") -> Calibration:
-        """Return batches as calibration data; those that are such already, as they are."""
-        return batches if isinstance(batches, Calibration) else cls(batches, name=name)
+        """Return calibration data of batches; a ``Calibration`` is returned as it is."""
+        if isinstance(batches, Calibration):
+            return batches
+        return cls(batches, name=name)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -105,49 +109,61 @@ class Calibration(Sequence[Any]):
         return f"{type(self).__name__}({state})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
-        # Nothing changes what was read, and a copy of what wasn't would be read in another order.
+        # Batches that were read never change, and a copy of batches not yet read would be read in another order.
         return self
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many samples each batch holds."""
+        """The number of samples of each batch."""
         return self._sizes if self._batches else ()
 
     @property
     def samples(self) -> int:
-        """How many samples there are."""
+        """The number of samples in all batches."""
         return sum(self.sizes)
 
     def split(self) -> tuple[Calibration, Calibration | None]:
-        """Return the samples to solve on, and every eighth, held out to judge by; None where there aren't eight.
+        """Split off every eighth sample.
 
-        Where a batch holds lists of samples, as those of detectors do, every eighth batch is held out instead.
+        Returns
+        -------
+        learned : Calibration
+            The samples to solve on.
+        held_out : Calibration or None
+            Every eighth sample, to judge the solution by; None if there are fewer than eight samples. If batches hold
+            lists of samples, as those of detectors do, every eighth batch.
         """
         can_be_cut = all(_can_be_cut(inputs_of(batch)) for batch in self)
-        learned: list[tuple[int, Tensor | None]] = []  # a batch's number, and which of its samples; None: all
-        held: list[tuple[int, Tensor | None]] = []
-        first = 0  # number of the batch's first sample among all
+        learned: _Rows = []
+        held_out: _Rows = []
+        first = 0  # position of the batch's first sample among all samples
         for index, size in enumerate(self.sizes):
             if can_be_cut:
                 is_held = torch.arange(first, first + size) % HELD_OUT == HELD_OUT - 1
-                for rows, chosen in ((learned, ~is_held), (held, is_held)):
-                    if bool(chosen.any()):
-                        rows.append((index, chosen.nonzero().flatten()))
+                for rows, is_chosen in ((learned, ~is_held), (held_out, is_held)):
+                    if bool(is_chosen.any()):
+                        rows.append((index, is_chosen.nonzero().flatten()))
+            elif index % HELD_OUT == HELD_OUT - 1:
+                held_out.append((index, None))
             else:
-                (held if index % HELD_OUT == HELD_OUT - 1 else learned).append((index, None))
+                learned.append((index, None))
             first += size
-        return self._part(learned), self._part(held) if held else None
+        return self._subset(learned), self._subset(held_out) if held_out else None
 
-    def _part(self, rows: list[tuple[int, Tensor | None]]) -> Calibration:
-        part = Calibration((), name=self.name)
-        part._source = None
-        part._kept = _Part(self._batches, rows)
-        part._sizes = tuple(self._sizes[index] if chosen is None else len(chosen) for index, chosen in rows)
-        return part
+    def _subset(self, rows: _Rows) -> Calibration:
+        """Return some of the samples as calibration data, without copying them."""
+        subset = Calibration((), name=self.name)
+        subset._source = None
+        subset._kept = _Subset(self._batches, rows)
+        sizes = []
+        for index, chosen in rows:
+            sizes.append(self._sizes[index] if chosen is None else len(chosen))
+        subset._sizes = tuple(sizes)
+        return subset
 
     @property
     def _batches(self) -> Sequence[Any]:
-        """The batches; at the first look they are read."""
+        """The batches, which are read when they are first used."""
         if self._source is not None:
             self._read(self._source)
             self._source = None
@@ -155,7 +171,7 @@ class Calibration(Sequence[Any]):
 
     def _read(self, source: Iterable[Any]) -> None:
         """Read, check and keep all batches."""
-        is_lasting = isinstance(source, (list, tuple))
+        in_memory = isinstance(source, (list, tuple))  # the caller holds these batches anyway
         length = _length(source)
         store = BatchStore(self._memory_bytes)
         batches: list[Any] = []
@@ -164,27 +180,29 @@ class Calibration(Sequence[Any]):
             batch = _plain(batch)
             check_inputs(batch, index, self.name)
             sizes.append(_samples_in(inputs_of(batch, index, self.name)))
-            if is_lasting:
+            if in_memory:
                 batches.append(batch)
                 continue
             if length is None and index >= _MOST_BATCHES:
-                got = f"{index} batches of {store.nbytes / 2**30:.2f} GiB so far, and more"
+                got = f"{index} batches so far ({store.nbytes / 2**30:.2f} GiB) and more"
                 raise DataError(f"{self.name} must have an end, or a length, got {got}: {_CURE} ({self.name})")
-            # A generator may fill the same tensor again for its next batch.
-            own: Any = tree_map_only(Tensor, lambda each: each.detach().clone(), batch)
-            expected = 0 if length is None else nbytes_of(own) * (length - index)
-            if not store.has_room(max(nbytes_of(own), expected)):
+            # A copy: a generator may fill the same tensor again for its next batch.
+            copied: Any = tree_map_only(Tensor, lambda each: each.detach().clone(), batch)
+            # All batches that are still to come are taken to be as large as this one.
+            coming = 1 if length is None else max(1, length - index)
+            if not store.has_room(nbytes_of(copied) * coming):
                 count = f"{index + 1} of {'?' if length is None else length} batches"
-                got = f"{count}, {nbytes_of(own) / 2**20:.1f} MiB each"
+                got = f"{count}, {nbytes_of(copied) / 2**20:.1f} MiB each"
                 raise DataError(f"{self.name} must fit into {store.limit}, got {got}: {_CURE} ({self.name})")
-            store.append(own)
+            store.append(copied)
         if not sizes:
             raise DataError(f"{self.name} must hold at least one batch, got none (was a generator used twice?)")
-        self._kept, self._sizes = batches if is_lasting else store, tuple(sizes)
+        self._kept = batches if in_memory else store
+        self._sizes = tuple(sizes)
 
 
 def calibration_of(batches: Iterable[Any] | None) -> Calibration | None:
-    """Return the calibration data of a pruner, if it was given any."""
+    """Return batches as calibration data; None if there are none."""
     return None if batches is None else Calibration.of(batches)
 
 
@@ -192,15 +210,15 @@ _CURE = "take fewer batches, e.g. list(itertools.islice(batches, 16))"
 
 
 def _length(source: Iterable[Any]) -> int | None:
-    """Return how many batches an iterable says that it has; None: it doesn't say."""
+    """Return the number of batches of an iterable; None if it has no length."""
     try:
         return len(source)  # type: ignore[arg-type]
-    except TypeError:  # so says the loader of a data set that is a stream, too
+    except TypeError:  # a DataLoader has a __len__ that raises this if its data set is a stream
         return None
 
 
 def _plain(batch: Any) -> Any:
-    """Return a batch with dicts in the place of other mappings, such as what tokenizers give: trees of PyTorch's."""
+    """Return a batch with dicts in place of other mappings, as tokenizers return: PyTorch's trees know dicts only."""
     if isinstance(batch, Mapping):
         return {key: _plain(value) for key, value in batch.items()}
     if type(batch) in (list, tuple):
@@ -209,36 +227,39 @@ def _plain(batch: Any) -> Any:
 
 
 def _can_be_cut(inputs: Any) -> bool:
-    """Say whether the first dimension of tensors has the samples; detectors take lists of images instead."""
+    """Say whether the samples are the first dimension of tensors; detectors take lists of images instead."""
     return not any(isinstance(value, (tuple, list)) and tensors_of(value) for value in _values(inputs))
 
 
 def _values(inputs: Any) -> Iterable[Any]:
-    """Return the arguments that a batch's inputs are, but for a single tensor."""
+    """Return the arguments that a batch's inputs hold; none if the inputs are a single tensor."""
     if isinstance(inputs, Mapping):
         return inputs.values()
-    return inputs if isinstance(inputs, (tuple, list)) else ()
+    if isinstance(inputs, (tuple, list)):
+        return inputs
+    return ()
 
 
-_TENSOR = object()  # stands for a tensor that lies in a file
+_TENSOR = object()  # stands in place of a tensor that is in a file
 
 
 @dataclass(frozen=True)
-class _Filed:
-    """A batch whose tensors lie in a file."""
+class _BatchOnDisk:
+    """A batch whose tensors are in a file."""
 
     path: Path
     leaves: list[Any]
     spec: Any
 
     def read(self) -> Any:
-        """Return the batch; its tensors are mapped into memory, and read where they are used."""
+        """Return the batch. Its tensors are mapped into memory, so that they are read only where they are used."""
         tensors = iter(torch.load(self.path, weights_only=True, mmap=True))
-        return tree_unflatten([next(tensors) if each is _TENSOR else each for each in self.leaves], self.spec)
+        leaves = [next(tensors) if leaf is _TENSOR else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.spec)
 
 
 class BatchStore(Sequence[Any]):
-    """Nested containers of tensors: in memory as far as there is room, the others in files that go with the store."""
+    """Batches of tensors: in memory as long as there is room, then in files, which are deleted with the store."""
 
     def __init__(self, memory_bytes: int = _MEMORY) -> None:
         self._memory = min(memory_bytes, int(_FREE_SHARE * free_memory()))
@@ -249,15 +270,15 @@ class BatchStore(Sequence[Any]):
 
     @property
     def limit(self) -> str:
-        """What there is room for, in words."""
+        """The memory and disk space that batches may take, in words."""
         return f"{self._memory / 2**30:.2f} GiB of memory and {self._disk / 2**30:.2f} GiB of disk"
 
     def has_room(self, nbytes: int) -> bool:
-        """Say whether so many bytes more can be kept."""
+        """Say whether there is room for so many more bytes."""
         return self.nbytes + nbytes <= self._memory + self._disk
 
     def append(self, batch: Any) -> None:
-        """Keep one more."""
+        """Add a batch."""
         self.nbytes += nbytes_of(batch)
         if self.nbytes <= self._memory:
             self._batches.append(batch)
@@ -268,7 +289,8 @@ class BatchStore(Sequence[Any]):
         leaves, spec = tree_flatten(batch)
         path = self._folder / f"{len(self._batches)}.pt"
         torch.save([leaf for leaf in leaves if isinstance(leaf, Tensor)], path)
-        self._batches.append(_Filed(path, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec))
+        others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._batches.append(_BatchOnDisk(path, others, spec))
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -277,25 +299,30 @@ class BatchStore(Sequence[Any]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         batch = self._batches[index]
-        return batch.read() if isinstance(batch, _Filed) else batch
+        return batch.read() if isinstance(batch, _BatchOnDisk) else batch
 
 
 def nbytes_of(tree: Any) -> int:
-    """Return the bytes of all tensors in nested containers."""
+    """Return the number of bytes of all tensors in nested containers."""
     return sum(each.nbytes for each in tensors_of(tree))
 
 
 def _samples_in(inputs: Any) -> int:
-    """Return how many samples a batch's inputs hold, also where they are a list of images."""
+    """Return the number of samples in a batch's inputs, which may be a list of images."""
     if _can_be_cut(inputs):
         return batch_size(inputs)
-    return next(len(value) for value in _values(inputs) if isinstance(value, (tuple, list)) and tensors_of(value))
+    lists = [value for value in _values(inputs) if isinstance(value, (tuple, list)) and tensors_of(value)]
+    return len(lists[0])
 
 
-class _Part(Sequence[Any]):
-    """Some samples of some batches, cut out where they are looked at."""
+_Rows = list[tuple[int, Tensor | None]]
+"""Indices of batches, each with the indices of the selected samples; None selects all samples."""
 
-    def __init__(self, batches: Sequence[Any], rows: list[tuple[int, Tensor | None]]) -> None:
+
+class _Subset(Sequence[Any]):
+    """Some samples of some batches, selected each time a batch is used."""
+
+    def __init__(self, batches: Sequence[Any], rows: _Rows) -> None:
         self._batches, self._rows = batches, rows
 
     def __len__(self) -> int:
@@ -304,18 +331,22 @@ class _Part(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        number, chosen = self._rows[index]
-        batch = self._batches[number]
+        batch_index, chosen = self._rows[index]
+        batch = self._batches[batch_index]
         return batch if chosen is None else taken(batch, chosen)
 
 
-_PATIENCE = 5.0
+_DELAY = 5.0  # seconds after which a bar appears that wasn't asked for
 
 
 def bar(
     what: str, progress: bool | None, items: Iterable[Any] | None = None, *, total: int | None = None, done: int = 0
 ) -> tqdm[Any]:
-    """Return tqdm's bar: at once if ``progress``; None: where five seconds don't do, in a terminal; False: never."""
-    # tqdm itself takes None for a bar in a terminal alone
-    hidden, patience = (None, _PATIENCE) if progress is None else (not progress, 0.0)
-    return tqdm(items, desc=what, total=total, initial=done, disable=hidden, delay=patience)
+    """Return a progress bar of tqdm.
+
+    ``progress``: True shows it at once, False never, and None after five seconds, if the output is a terminal.
+    """
+    if progress is None:
+        # With None tqdm itself checks that the output is a terminal.
+        return tqdm(items, desc=what, total=total, initial=done, disable=None, delay=_DELAY)
+    return tqdm(items, desc=what, total=total, initial=done, disable=not progress)

@@ -1,4 +1,4 @@
-"""What goes through a model's layers, call by call: the one place where forward hooks are set and taken off again."""
+"""Forward hooks that show what enters and leaves layers. No other file of the package sets and removes hooks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from nni_topo.network.runtime.inputs import bind_arguments, calls, fitting, name
 from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
 
 Entering = Callable[[Tensor], Any]
-"""Sees the tensor that enters a layer; what it returns, unless None, enters instead."""
+"""Gets the tensor that enters a layer. What it returns enters instead, unless that is None."""
 Leaving = Callable[[Tensor, Any], Any]
-"""Sees what entered a layer and what leaves it; what it returns, unless None, leaves instead."""
+"""Gets the input and the output of a layer. What it returns becomes the output, unless that is None."""
 
+# Which positions of the current call aren't padding: bool, (samples, places). None if all count.
 _REAL: ContextVar[Tensor | None] = ContextVar("real", default=None)
 
 
@@ -31,25 +32,25 @@ _REAL: ContextVar[Tensor | None] = ContextVar("real", default=None)
 def watched(
     entering: Iterable[tuple[nn.Module, Entering]] = (), leaving: Iterable[tuple[nn.Module, Leaving]] = ()
 ) -> Iterator[None]:
-    """Show functions every call of layers within the block; a layer may be named more than once."""
+    """Call functions at every call of their layers within the block; a layer may be listed more than once."""
     with ExitStack() as handles:
         for module, look in entering:
-            handles.enter_context(module.register_forward_pre_hook(_before(look), with_kwargs=True))
-        for module, seen in leaving:
-            handles.enter_context(module.register_forward_hook(_behind(seen), with_kwargs=True))
+            handles.enter_context(module.register_forward_pre_hook(_pre_hook(look), with_kwargs=True))
+        for module, look_after in leaving:
+            handles.enter_context(module.register_forward_hook(_hook(look_after), with_kwargs=True))
         yield
 
 
 @contextmanager
 def called(model: nn.Module, look: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
-    """Show a function the arguments of every call of a model within the block, before it runs."""
+    """Call a function with the arguments of every call of a model within the block, before the model runs."""
     with model.register_forward_pre_hook(lambda _, args, kwargs: look(args, kwargs), with_kwargs=True):
         yield
 
 
 @contextmanager
 def padding_known(model: nn.Module) -> Iterator[None]:
-    """Let `by_channel` leave out, within the block, what the arguments of a model's latest call say is padding."""
+    """Let `by_channel` skip padding within the block: the positions that the model's latest call masks as padding."""
 
     def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _REAL.set(real_positions_of(model, (args, kwargs)))
@@ -60,7 +61,13 @@ def padding_known(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def counting(real: Tensor | None) -> Iterator[None]:
-    """Let `by_channel` look, within the block, at these positions alone, bool ``(samples, places)``; None: at all."""
+    """Let `by_channel` count only these positions within the block.
+
+    Parameters
+    ----------
+    real : Tensor or None
+        bool, shape (samples, places); None counts all positions.
+    """
     before = _REAL.set(real)
     try:
         yield
@@ -69,33 +76,34 @@ def counting(real: Tensor | None) -> Iterator[None]:
 
 
 def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
-    """Return, as calibration batches, what a model is called on while something works; DataError if it isn't."""
+    """Return the inputs with which ``work`` calls a model, as calibration batches; DataError if it never does."""
     seen: list[Any] = []
 
     def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = bind_arguments(model, (args, kwargs)) if kwargs else args
-        # A batch's first entry is what the model takes: several arguments mustn't look like inputs and targets.
+        # The first entry of a batch is the model's input. In a tuple of one, several arguments aren't taken for an
+        # input with its targets.
         seen.append((tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), inputs),))
 
     with called(model, record):
         work()
     if not seen:
-        raise DataError("an evaluator must call the model where there is no calibration, got no call (evaluator)")
+        raise DataError("an evaluator that serves as calibration data must call the model, got no call (evaluator)")
     return seen
 
 
 def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: str = "calibration") -> Calibration:
-    """Return batches that are read once and kept; of an evaluator, those it evaluates the model on."""
+    """Return batches as calibration data; of an evaluator, the batches that it evaluates the model on."""
     if calibration is None:
         raise ConfigError(
-            f"{knob} must be an iterable of batches, got None: without data, nni_topo.synthetic_images(model, "
-            f"example_inputs) makes some from the model alone ({knob})"
+            f"{knob} must be an iterable of batches, got None; without data, nni_topo.synthetic_images(model, "
+            f"example_inputs) makes images from the model alone ({knob})"
         )
     if not isinstance(calibration, Evaluator):
         return Calibration.of(calibration, knob)
     if getattr(calibration, "model", None) is not None:
-        raise ConfigError(f"an evaluator that serves as {knob} must be free, got one at work ({knob})")
-    # A copy of either: an evaluator that no pruner had yet must stay one that the next pruner can take.
+        raise ConfigError(f"an evaluator that serves as {knob} must not be in use, got one that has a model ({knob})")
+    # Copies of the evaluator and of the model, so that a pruner can still initialize and bind the evaluator.
     evaluator, evaluated = copy.copy(calibration), detached_copy(model)
     if not evaluator._initialization_complete:
         evaluator._init_optimizer_helpers(model)
@@ -108,7 +116,7 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: s
 
 
 def pruner_batches(calibration: Iterable[Any] | Evaluator | None, model: nn.Module) -> Calibration | None:
-    """Return the calibration data that a pruner was given, if any; of an evaluator, what it evaluates the model on."""
+    """Return a pruner's calibration data, None if it has none; of an evaluator, what it evaluates the model on."""
     return None if calibration is None else batches_of(calibration, model)
 
 
@@ -121,25 +129,35 @@ def run(model: nn.Module, calibration: Iterable[Any]) -> None:
 
 
 def counted_places(shape: tuple[int, ...]) -> Tensor | None:
-    """Return which positions ``(samples, places)`` aren't padding, bool; None: all, or it isn't known for the shape."""
+    """Return which positions aren't padding: bool, of this shape (samples, places).
+
+    None if all count, or if the positions are known for another shape only.
+    """
     real = _REAL.get()
-    return None if real is None or real.shape != shape else real
+    if real is None or real.shape != shape:
+        return None
+    return real
 
 
-def _before(look: Entering) -> Callable[..., Any]:
+def _pre_hook(look: Entering) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found = look(_first(args, kwargs))
-        if found is None:
+        replacement = look(_input_of(args, kwargs))
+        if replacement is None:
             return None
-        return ((found, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): found})
+        if args:
+            return (replacement, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): replacement}
 
     return hook
 
 
-def _behind(look: Leaving) -> Callable[..., Any]:
-    return lambda module, args, kwargs, output: look(_first(args, kwargs), output)
+def _hook(look: Leaving) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return look(_input_of(args, kwargs), output)
+
+    return hook
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # A layer may be given its input by name.
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a layer's first argument, which may be given by name; None if there is none."""
     return next(iter((*args, *kwargs.values())), None)

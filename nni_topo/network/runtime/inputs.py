@@ -1,4 +1,4 @@
-"""Example inputs and model outputs, whatever container they come in."""
+"""Inputs of models and calls with them, whatever containers of tensors they come in."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a model."""
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 Variation = tuple[float, float]
-"""By which inputs are multiplied, after what is added to them."""
+"""A factor and a shift of inputs: the shift is added first, then the factor multiplies."""
 VARIATIONS: tuple[Variation, ...] = ((0.01, 0.0), (100.0, 0.0), (1.0, 3.0))
-_SIDE = 64  # pixels at which models are tried where they can be
+_SIDE = 64  # pixels a side of the images on which models are tried, if they take images of this size
 _logger = logging.getLogger(__name__)
 
 PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_mask": False}
-"""Arguments that tell by position what is padding, and whether something other than zero there counts."""
+"""Arguments that mask padding by position, with whether the positions that aren't zero count (or are padding)."""
 
 
 def call_arguments(example_inputs: Any, model: torch.nn.Module) -> Call:
@@ -60,7 +61,7 @@ def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> C
     first = tensors_of(call)[0]
     if first.dim() and not len(first):
         raise ConfigError(
-            f"example_inputs must hold a sample at least, got a tensor of shape {tuple(first.shape)} (example_inputs)"
+            f"example_inputs must hold at least one sample, got a tensor of shape {tuple(first.shape)} (example_inputs)"
         )
     return call
 
@@ -145,7 +146,10 @@ def _moved(tensor: Tensor, device: torch.device, *, copy: bool = False) -> Tenso
 
 
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
-    """Name a call's arguments in the order of ``model.forward``, without defaults; a ConfigError if unfit."""
+    """Return a call's arguments by name, in the order of ``model.forward``, without defaults.
+
+    ConfigError if they don't fit.
+    """
     try:
         bound = inspect.signature(model.forward).bind(*call[0], **call[1])
     except TypeError as error:
@@ -155,15 +159,15 @@ def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
 
 
 def real_positions_of(model: torch.nn.Module, call: Call) -> Tensor | None:
-    """Return which positions of a call aren't padding, bool ``(samples, places)``; None if no mask tells."""
+    """Return which positions of a call aren't padding: bool, (samples, places); None if the call has no mask."""
     try:
         return real_positions(bind_arguments(model, call))
-    except ConfigError:  # what doesn't fit the model is for the model to say
+    except ConfigError:  # the model itself raises an error that says more
         return None
 
 
 def real_positions(named: Mapping[str, Any]) -> Tensor | None:
-    """Return which positions of named arguments aren't padding, bool ``(samples, places)``; None if no mask tells."""
+    """Return which positions aren't padding: bool, (samples, places); None if no argument masks padding."""
     for name, counts in PADDING.items():
         mask = named.get(name)
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -181,98 +185,111 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
 
 
 def random_like(call: Call, generator: torch.Generator, *, positive: bool = False) -> Call:
-    """Draw the floats of a call anew: standard normal, or ``positive``, uniform in [0.5, 1.5]."""
+    """Return a call with random floats: standard normal, or if ``positive`` uniform in [0.5, 1.5]."""
 
     def draw(tensor: Tensor) -> Tensor:
-        # Integers and booleans may be indices or masks, for which not every value will do.
+        # Integers and booleans may be indices or masks, where a random value may be out of range.
         if not tensor.is_floating_point():
             return tensor.clone()
-        values = torch.rand if positive else torch.randn
-        return (values(tensor.shape, generator=generator) + 0.5 * positive).to(tensor)
+        if positive:
+            return (torch.rand(tensor.shape, generator=generator) + 0.5).to(tensor)
+        return torch.randn(tensor.shape, generator=generator).to(tensor)
 
     drawn: Call = tree_map_only(Tensor, draw, call)
     return drawn
 
 
 def shrunk(call: Call, side: int = _SIDE) -> Call:
-    """Cut large images of a call, 4-D tensors, to a corner, and leave two of them."""
-    small: Call = tree_map_only(
-        torch.Tensor,
-        lambda each: each[:2, :, :side, :side] if each.dim() == 4 and each.shape[1] < _SIDE else each,
-        call,
-    )
-    return small if all(each.dim() == 4 for each in tensors_of(call)) else call
+    """Return a call with the first two images, cropped to ``side`` pixels; unless all tensors are images: the call."""
+    if any(each.dim() != 4 for each in tensors_of(call)):
+        return call
+
+    def crop(images: Tensor) -> Tensor:
+        # Tensors of many channels are taken for features, whose size another input may have to match.
+        return images[:2, :, :side, :side] if images.shape[1] < _SIDE else images
+
+    small: Call = tree_map_only(Tensor, crop, call)
+    return small
 
 
 def varied(call: Call, variation: Variation) -> Call:
-    """Shift the floats of a call and multiply them."""
+    """Return a call with shifted and scaled floats."""
     factor, shift = variation
-    new: Call = tree_map_only(Tensor, lambda t: (t + shift) * factor if t.is_floating_point() else t, call)
+
+    def vary(tensor: Tensor) -> Tensor:
+        return (tensor + shift) * factor if tensor.is_floating_point() else tensor
+
+    new: Call = tree_map_only(Tensor, vary, call)
     return new
 
 
 def variations_of(call: Call) -> tuple[Variation, ...]:
-    """List how the inputs of a call may be varied: not at all where none are floats."""
+    """List the variations of a call: none if it has no floats."""
     return VARIATIONS if any(each.is_floating_point() for each in tensors_of(call)) else ()
 
 
 def together(call: Call, variations: tuple[Variation, ...]) -> Call | None:
-    """Put the first sample of a call and its variations into one batch; None if not all floats hold samples."""
+    """Return one batch of the first sample of a call and its variations.
+
+    None if there is a tensor of floats whose first dimension isn't that of the samples.
+    """
     size = batch_size(call)
-    if any(each.is_floating_point() and (not each.dim() or len(each) != size) for each in tensors_of(call)):
-        return None
-    one = taken(call, torch.arange(1))
-    several = [one, *(varied(one, variation) for variation in variations)]
-    leaves = [tree_flatten(each) for each in several]
-    joined = [
-        torch.cat(each) if isinstance(each[0], Tensor) and each[0].dim() and len(each[0]) == 1 else each[0]
-        for each in zip(*(found for found, _ in leaves), strict=True)
-    ]
-    batch: Call = tree_unflatten(joined, leaves[0][1])
+    for tensor in tensors_of(call):
+        if tensor.is_floating_point() and (tensor.dim() == 0 or len(tensor) != size):
+            return None
+    sample = taken(call, torch.arange(1))
+    first_leaves, spec = tree_flatten(sample)
+    leaves_by_call = [first_leaves, *(tree_flatten(varied(sample, variation))[0] for variation in variations)]
+    joined = []
+    for same_leaf in zip(*leaves_by_call, strict=True):
+        first = same_leaf[0]
+        has_samples = isinstance(first, Tensor) and first.dim() > 0 and len(first) == 1
+        joined.append(torch.cat(same_leaf) if has_samples else first)
+    batch: Call = tree_unflatten(joined, spec)
     return batch
 
 
 def run_small(model: nn.Module, call: Call) -> Any:
-    """Run a model on a corner of large images; where it doesn't take that, on the whole."""
+    """Run a model on two small crops of its images; on the call as it is if that fails."""
     small = shrunk(call)
     try:
         return model(*small[0], **small[1])
-    except Exception as error:  # it may fail in as many ways as it is written
+    except Exception as error:  # a user's model may raise anything
         if out_of_memory(error):
             raise
         return model(*call[0], **call[1])
 
 
 def cast_floats(call: Call, dtype: torch.dtype) -> Call:
-    """Cast the floating tensors of a call to a floating type."""
+    """Return a call with its floats cast to another floating type."""
     cast: Call = tree_map_only(Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, call)
     return cast
 
 
 @dataclass
-class _Share:
-    """How many samples may run together, None: all; and how many did at most."""
+class _BatchLimit:
+    """How many samples may run together (None: all), and the most that have."""
 
     most: int | None
     seen: int = 0
 
 
-_SHARE: ContextVar[_Share | None] = ContextVar("share", default=None)
+_LIMIT: ContextVar[_BatchLimit | None] = ContextVar("limit", default=None)
 
 
 def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Do some work once more, by half as many samples at a time, wherever a device's memory doesn't hold them.
+    """Decorate a function that runs a model: when memory is short it starts again, with half as many samples at a time.
 
-    Raises DataError where it doesn't hold a single one.
+    The function asks `at_once` or `parts` how many samples it may run together. DataError if one sample is too many.
     """
     place = work.__qualname__
 
     @functools.wraps(work)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        outer = _SHARE.get()
-        share = _Share(None if outer is None else outer.most)
+        outer = _LIMIT.get()
+        limit = _BatchLimit(None if outer is None else outer.most)
         while True:
-            token = _SHARE.set(share)
+            token = _LIMIT.set(limit)
             try:
                 return work(*args, **kwargs)
             except RuntimeError as error:
@@ -280,33 +297,33 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
                     raise
                 reason = str(error).partition("\n")[0]
             finally:
-                _SHARE.reset(token)
-            # Out here, so that the error no longer holds the tensors of what failed.
-            if share.seen < 2:
-                raise DataError(f"a device must have memory for a sample at a time, got: {reason} ({place})")
-            share = _Share(share.seen // 2)
-            _logger.warning("out of memory: once more, %d samples at a time (%s)", share.most, place)
+                _LIMIT.reset(token)
+            # Outside of the except clause, because the error keeps the tensors of the failed call in memory.
+            if limit.seen < 2:
+                raise DataError(f"a device must have memory for one sample at a time, got: {reason} ({place})")
+            limit = _BatchLimit(limit.seen // 2)
+            _logger.warning("out of memory: starting again with %d samples at a time (%s)", limit.most, place)
 
     return run
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Say whether an error is that of memory that there isn't: a GPU's, or, by its words, a CPU's."""
+    """Say whether an error means that memory is short; PyTorch's error for a CPU only says so in words."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def at_once(samples: int) -> int:
-    """Return how many of so many samples run together, within the work of :func:`in_smaller_batches`."""
-    share = _SHARE.get()
-    if share is None:
+    """Return how many of so many samples may run together within a function decorated by `in_smaller_batches`."""
+    limit = _LIMIT.get()
+    if limit is None:
         return samples
-    least = samples if share.most is None else min(samples, share.most)
-    share.seen = max(share.seen, least)
-    return least
+    allowed = samples if limit.most is None else min(samples, limit.most)
+    limit.seen = max(limit.seen, allowed)
+    return allowed
 
 
 def parts(call: Any) -> Iterator[Any]:
-    """Cut a call, or a batch with its targets, into nearly equal ones of as many samples as may run together."""
+    """Cut a call, or a batch with its targets, into nearly equal parts, each of samples that may run together."""
     size = batch_size(call)
     most = at_once(size)
     if most == size:
@@ -317,17 +334,20 @@ def parts(call: Any) -> Iterator[Any]:
 
 
 def taken(call: Any, index: Tensor) -> Any:
-    """Return the entries `index` of a call."""
+    """Return a call with some of its samples. ``index``: int64, their indices, or bool, (samples,)."""
     count = batch_size(call)
-    return tree_map_only(
-        Tensor, lambda each: each[index.to(each.device)] if each.dim() and len(each) == count else each, call
-    )
+
+    def take(tensor: Tensor) -> Tensor:
+        has_samples = tensor.dim() > 0 and len(tensor) == count
+        return tensor[index.to(tensor.device)] if has_samples else tensor
+
+    return tree_map_only(Tensor, take, call)
 
 
 def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
     """Return the inputs of a batch: a tensor, a dict of keyword arguments or a tuple of positional ones.
 
-    This is the one rule of what a batch may be, see :class:`nni_topo.Calibration`.
+    :class:`nni_topo.Calibration` says what a batch may be; only this function decides it.
     """
     if isinstance(batch, (tuple, list)):
         if not batch:
@@ -343,7 +363,7 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
 
 
 def check_inputs(batch: Any, index: int, name: str) -> None:
-    """Raise DataError unless all tensors among a batch's inputs have values, finite ones where they float."""
+    """Raise DataError unless all tensors of a batch's inputs are dense, have values, and floats are finite."""
     for tensor in tensors_of(inputs_of(batch, index, name)):
         if tensor.numel() == 0:
             raise DataError(f"a batch must hold inputs, got an empty one ({name}, batch {index})")
@@ -355,9 +375,9 @@ def check_inputs(batch: Any, index: int, name: str) -> None:
 
 
 def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
-    """Yield the arguments that calibration batches stand for, copies on a model's device; DataError if they don't fit.
+    """Yield a call of the model for each calibration batch, copied to the model's device; DataError if it doesn't fit.
 
-    A model may change what enters it in place: copies keep the batches as they are.
+    A model may change its inputs in place; since they are copies, the batches stay as they are.
     """
     name = name_of(calibration)
     count = 0
@@ -370,7 +390,7 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
 
 
 def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> Call:
-    """Return a call without entries of a mapping that the model has no argument for; DataError if it doesn't fit."""
+    """Return a call without the keyword arguments that the model doesn't have; DataError if it doesn't fit."""
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # not written in Python
@@ -391,50 +411,50 @@ def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> C
 
 
 _SEVERAL = (
-    "of a batch that is a tuple or list, the first entry is the input and the others are targets: hand several inputs "
-    "on as ((images, vectors),) or as {'images': images, 'vectors': vectors}"
+    "of a batch that is a tuple or list, the first entry is the input and the others are targets: pass several inputs "
+    "as ((images, vectors),) or as {'images': images, 'vectors': vectors}"
 )
 
 
 def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
-    """Return the arguments that the first batch stands for, tried out."""
+    """Return the call of the model for the first batch; DataError if the model can't be run on it."""
     call = next(calls(model, calibration))
     check_fits(model, call, name_of(calibration))
     return call
 
 
 def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
-    """Return the arguments to follow a model's channels with: the first batch's, tried out, of two samples."""
+    """Return a call to trace a model with: two samples of the first batch; DataError if the model can't run on it."""
     return structure_of(model, next(calls(model, calibration)), name_of(calibration))
 
 
 def name_of(calibration: Iterable[Any]) -> str:
-    """Return what messages call some batches."""
+    """Return the name of calibration batches in messages."""
     return getattr(calibration, "name", "calibration")
 
 
 def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Call:
-    """Return a call's first two samples where the model takes them, else the call; DataError if it takes neither."""
-    # To follow channels takes time and memory by sample.
+    """Return a call's first two samples if the model runs on them, else the call; DataError if it runs on neither."""
+    # Tracing takes time and memory for each sample.
     few: Call = taken(call, torch.arange(min(2, batch_size(call))))
     try:
         check_fits(model, few, name)
     except DataError:
-        # The model takes no other number of samples, or no fewer.
+        # The model may need exactly this number of samples, or more than two.
         check_fits(model, call, name)
         return call
     return few
 
 
 def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> None:
-    """Run a model on the first batch, in evaluation mode; a DataError if it can't take it."""
+    """Run a model on a call in evaluation mode; DataError if that fails."""
     with fitting(0, name), left_alone(model), evaluation_mode(model), torch.no_grad():
         model(*call[0], **call[1])
 
 
 @contextmanager
 def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
-    """Turn an error of a model in the block into a DataError that names the knob's batch, from 0."""
+    """Turn an error of a model within the block into a DataError. ``batch``: the batch of ``knob``, counted from 0."""
     try:
         yield
     except NniTopoError:
@@ -447,5 +467,8 @@ def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
 
 
 def batch_size(call: Any) -> int:
-    """Return the number of samples in a call, the length of its first tensor that has one."""
-    return next((len(each) for each in tensors_of(call) if each.dim()), 1)
+    """Return the number of samples in a call: the length of its first tensor that has dimensions; 1 if none has."""
+    for tensor in tensors_of(call):
+        if tensor.dim():
+            return len(tensor)
+    return 1

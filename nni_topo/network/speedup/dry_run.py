@@ -268,6 +268,8 @@ class _DryRun:
             return self._uncut
         self._found: dict[int, Reason] = {}
         self._values: dict[Node, tuple[Any, Any]] = {}  # what a node gives in both networks
+        # By node, the pruned channels that enter it with values other than zero, by the node that they come from.
+        self._arriving: dict[Node, dict[Node, np.ndarray]] = {}
         self._args, inputs = args, iter(args)
         last_reader = dict[Node, Node]()
         for node in self.full.graph.nodes:
@@ -293,7 +295,9 @@ class _DryRun:
             return
         entering = {parent: self._nonzero(parent) for parent in self._tensors_before(node)}
         arriving = any(map(len, entering.values()))
-        if not arriving:
+        if arriving:
+            self._arriving[node] = entering
+        else:
             computed_once = self._once(node)
             if computed_once:
                 self._values[node] = computed_once
@@ -549,9 +553,21 @@ class _DryRun:
             group_ids = np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
         pruned = group_ids[group_ids > FIXED].tolist() if not self.is_kept[group_ids].all() else self._removed()
         if len(alive) and reason.kind == "result_depends":
-            reason = reasons.nonzero_values(node)
+            reason = reasons.nonzero_values(node, self._source(node))
         for group_id in pruned:
             self._found.setdefault(group_id, reason)
+
+    def _source(self, reader: Node) -> Node:
+        """Find the operation that gives pruned channels the values, other than zero, with which they enter a node."""
+        source = reader
+        while True:
+            before = source
+            for parent, channels in self._arriving.get(before, {}).items():
+                if len(channels) and parent.op not in ("get_attr", "placeholder"):
+                    source = parent
+                    break
+            if source is before:
+                return source
 
     def _removed_at(self, name: str) -> list[int]:
         """List the pruned channels that enter or leave a module; without any, all pruned channels of the network."""

@@ -1,8 +1,9 @@
-"""Why a layer keeps its channels, or a dense model can't equal the masked one; and what can be done about it."""
+"""Why a layer keeps its channels, why a dense model can't equal the masked one, and what to change."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, checked, unknown_name
 from nni_topo.network.channels import FIXED, ChannelFlow, Reasons, blocks_of, partial_couplings, reasons
+from nni_topo.network.graph import described, line_of
 from nni_topo.network.layers import RECURRENT, feature_dimension, is_transposed_linear, output_channels
 from nni_topo.network.runtime import SHAPES, STRUCTURE, leaves_models_alone
 from nni_topo.network.speedup.dependency import unprunable_layers
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import KeptIndices
 
+_LISTED = 4  # names that a message lists before it counts the others
 _MIXING = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LocalResponseNorm)
 
 
@@ -35,8 +38,13 @@ class Explanation:
         Other layers with which it shares channels, in network order.
     in_part : bool, default=False
         Whether only some of its channels are shared with those layers, or in another order.
+    couplings : tuple of str, default=()
+        The operations that couple its channels with those layers' or with one another, in network order: with the
+        module in whose forward they stand, and the line of the forward where that is known.
     blocks : int, default=1
         Blocks of channels that have to lose equally many.
+    block_places : tuple of str, default=()
+        What requires these blocks: grouped convolutions, group norms, chunks, views and attributes, in network order.
     heads : str, default=""
         The attention or recurrent module of whose heads or units the layer is a part; empty if there is none.
     mixes : str, default=""
@@ -50,7 +58,9 @@ class Explanation:
     kept: int
     coupled: tuple[str, ...] = ()
     in_part: bool = False
+    couplings: tuple[str, ...] = ()
     blocks: int = 1
+    block_places: tuple[str, ...] = ()
     heads: str = ""
     mixes: str = ""
     reasons: Reasons = ()
@@ -68,18 +78,26 @@ class Explanation:
         else:
             lines = [f"{self.layer}: all {self.channels} channels are kept"]
         if self.coupled:
-            how = "some channels are shared" if self.in_part else "the same channels go in all of them"
+            how = "some channels are shared" if self.in_part else "the same channels are pruned in all of them"
             lines.append(f"coupled with {', '.join(self.coupled)}: {how}")
+        if self.couplings:
+            lines.append(f"coupled by {_first(self.couplings)}")
         if self.blocks > 1:
-            lines.append(f"{self.blocks} blocks of channels lose equally many each")
+            lines.append(f"{self.blocks} blocks of channels lose equally many each, for {_first(self.block_places)}")
         if self.heads:
-            lines.append(f"channels go by whole heads or units of {self.heads}")
+            lines.append(f"channels are pruned by whole heads or units of {self.heads}")
         if self.mixes:
-            lines.append(f"columns of its weight go with the heads of {self.mixes}")
+            lines.append(f"columns of its weight are pruned with the heads of {self.mixes}")
         for reason in self.reasons:
             lines.append(f"kept: {reason}{f', at {reason.line}' if reason.line else ''}")
         lines += [f"what to change: {each}" for each in self.advice]
         return "\n".join(lines)
+
+
+def _first(names: Sequence[str]) -> str:
+    """List the first names, and count the others: residual stages have an addition for each block."""
+    shown = ", ".join(names[:_LISTED])
+    return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown
 
 
 @checked(model=STRUCTURE, example_inputs=SHAPES)
@@ -121,22 +139,23 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     2: all but one of 4 channels can be pruned
     >>> print(explain(model, torch.ones(1, 1, 8, 8), "0"))
     0: all 8 channels are kept
-    kept: the result of an operation depends on removed channels (1)
+    kept: the result of an operation depends on removed channels (1: Softmax)
     what to change: use an operation that treats every channel by itself, or exclude the layer (exclude_op_names)
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    layers = [name for name, module in modules.items() if _channels(module) is not None]
     if layer not in modules:
-        makers = [name for name, module in modules.items() if _channels(module) is not None]
-        raise unknown_name("layer", layer, makers)
+        raise unknown_name("layer", layer, layers)
     module = modules[layer]
     channels = _channels(module)
     if channels is None:
-        inner = [name for name in modules if name.startswith(f"{layer}.") and _channels(modules[name]) is not None]
-        hint = f"; it holds {', '.join(inner)}" if inner else ""
-        raise ConfigError(
-            "layer must name a convolution, a linear or recurrent layer or an embedding, "
-            f"got {type(module).__name__} ({layer}){hint}"
-        )
+        rule = "layer must name a convolution, a linear or recurrent layer or an embedding"
+        if layer == "":
+            hint = f"; the model's layers are {_first(layers)}" if layers else "; the model has no such layer"
+            raise ConfigError(f"{rule}, got the empty name, which is the model itself (layer){hint}")
+        inner = [name for name in layers if name.startswith(f"{layer}.")]
+        hint = f"; it holds {_first(inner)}" if inner else ""
+        raise ConfigError(f"{rule}, got {type(module).__name__} ({layer}){hint}")
     try:
         flow = Network.on(model, example_inputs).flow
     except SpeedupError as error:
@@ -147,6 +166,11 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     channels = flow.layers[layer].channels
     kept = channels if why else int((flow.group_ids_of(layer) == FIXED).sum())
     coupled = tuple(flow.coupled_with(layer))
+    couplings = []
+    if coupled or any(reason.kind == "coupled_with_itself" for reason in why):
+        for node in flow.coupling_operations(layer):
+            line = line_of(node)
+            couplings.append(f"{described(node)} at {line}" if line else described(node))
     heads, mixed = flow.heads.get(layer), flow.output_projections().get(layer)
     return Explanation(
         layer,
@@ -154,7 +178,9 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
         kept,
         coupled,
         in_part=layer in partial_couplings(flow, [layer, *coupled]),
+        couplings=tuple(couplings),
         blocks=blocks_of(flow).get(layer, 1),
+        block_places=flow.block_places(layer),
         heads=heads.name if heads else "",
         mixes=mixed.name if mixed else "",
         reasons=why or (flow.why_pinned(layer) if kept else ()),

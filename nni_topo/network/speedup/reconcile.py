@@ -296,7 +296,7 @@ def _why_kept(
         return _partners(flow, given, name, group_ids[shared])
     alone = [group_id for group_id in group_ids.tolist() if group_id in single]
     if (evened & ~np.isin(group_ids, alone)).any():
-        return (reasons.blocks_equal(),)
+        return (reasons.blocks_equal(flow.block_places(name)),)
     if alone:
         return (single[alone[0]],)
     return (reasons.rounding(round_to),) if round_to is not None and rounded.any() else ()

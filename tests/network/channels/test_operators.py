@@ -157,8 +157,7 @@ def test_channels_of_what_is_not_understood_stay_with_a_reason(name, width):
     net = Between(KEPT[name], nn.Linear(width, 4), weight=(8, 8)).eval()
     found = nni_topo.dependency_groups(net, IMAGES, ASKED)
     operator = "unfold" if name.startswith("windows") else "einsum"
-    assert "no rule says where channels go" in found.skipped["a"]
-    assert operator in found.skipped["a"]
+    assert f"the rule of this operation doesn't cover this call ({operator})" in found.skipped["a"]
 
 
 def test_an_operator_has_one_rule():
@@ -308,3 +307,31 @@ def test_a_rule_that_fails_is_named():
     model, images = between(nni_topo.register_operator(reversed_, lambda call: call.ids[1]))
     with pytest.raises(ConfigError, match=r"rule must return channel ids .* IndexError.*reversed_"):
         nni_topo.dependency_groups(model, images, [{"op_names": ["first"], "sparse_ratio": 0.5}])
+
+
+IMPOSSIBLE = {
+    "a dim that no tensor has": ({"dim": 9}, r"dim must be an integer from -8 to 7, got 9"),
+    "one from the end": ({"dim": -9}, r"dim must be an integer from -8 to 7, got -9"),
+    "a dim beside a function": (
+        {"rule": lambda call: call.ids[0], "dim": 2},
+        "with the rule 'follow' or 'couple' only",
+    ),
+    "a dim beside keep": ({"rule": "keep", "dim": 2}, "with the rule 'follow' or 'couple' only, got 2 with 'keep'"),
+    "a rule of two arguments": ({"rule": lambda call, ids: ids}, "must take one argument, the call of the operator"),
+    "a rule without arguments": ({"rule": lambda: None}, "must take one argument, the call of the operator"),
+    "an operator without arguments": ({"operator": lambda: IMAGES}, "operator must take a tensor"),
+    "an unknown name": ({"operator": "cumsun"}, "function or method of PyTorch's, got 'cumsun'.*did you mean .*cumsum"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_can_not_work_in_any_model_is_refused_when_it_is_registered(case):
+    given, words = IMPOSSIBLE[case]
+    with pytest.raises(ConfigError, match=words):
+        nni_topo.register_operator(**{"operator": lambda images: images, **given})
+
+
+def test_what_a_registered_rule_keeps_says_that_it_is_registered():
+    own = nni_topo.register_operator(lambda images: Opaque.apply(images), lambda call: call.all_kept())
+    found = nni_topo.dependency_groups(through(own), IMAGES, ASKED)
+    assert found.skipped["a"].startswith("the operation is registered to keep all channels")

@@ -69,7 +69,7 @@ def test_channels_that_fixed_numbers_count_stay_and_the_others_go(name):
     groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
     told = groups.skipped.get("first", "")
     assert ("by fixed numbers" in told) is bool(held)
-    assert told.startswith(f"{len(held)} of 8 channels stay") is (0 < len(held) < 8)
+    assert told.startswith(f"{len(held)} of 8 channels are kept") is (0 < len(held) < 8)
     assert [entry["op_names"] for entry in groups] == ([["first"]] if len(held) < 8 else [])
     # Of those that may go, all but two in different halves.
     stays = torch.zeros(8, dtype=torch.bool)

@@ -134,7 +134,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("nni_topo.network.cost.measure.time", clock)
-    monkeypatch.setattr("nni_topo.network.cost.measure._without_core", lambda: 0.0)
+    monkeypatch.setattr("nni_topo.network.cost.measure._seconds_waiting", lambda: 0.0)
     return clock
 
 

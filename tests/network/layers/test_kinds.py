@@ -96,7 +96,7 @@ def test_a_layer_that_needs_all_inputs_keeps_those_before_it_whole():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), DividingConv(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
     groups = nni_topo.dependency_groups(model, random_images().float(), CONVOLUTIONS)
     assert [entry["op_names"] for entry in groups] == [["2"]]
-    assert groups.skipped["0"] == "the result of an operation depends on removed channels (2)"
+    assert groups.skipped["0"] == "the result of an operation depends on removed channels (2: DividingConv)"
 
 
 def test_a_module_with_a_rule_is_cut_by_it():

@@ -122,7 +122,8 @@ def test_channels_that_a_hidden_layer_makes_constants_of_stay():
     model = whole_nets._eca(Gate(3, bias=True, hidden=3)).double().eval()
     model[2].body[3].last = nn.Conv1d(3, 1, 3, padding=1).double()
     groups = nni_topo.dependency_groups(model, IMAGES, HALF)
-    assert groups.skipped["2.body.0"] == "removed channels arrive as values that aren't zero (2.body.3.last)"
+    made_and_read = "made by 2.body.3.conv: Conv1d, read by 2.body.3.last: Conv1d"
+    assert groups.skipped["2.body.0"] == f"removed channels arrive as values that aren't zero ({made_and_read})"
 
 
 @pytest.mark.parametrize(("eps", "dim"), [(1e-6, -1), (1e-6, 1), (1e-3, -1)])

@@ -197,7 +197,7 @@ def test_what_meets_the_input_is_fixed_and_said(caplog):
     assert "one: an operation joins them to the network's input, a constant or a parameter (add)" in caplog.text
     assert names(named) == ["one", "tail"]
     assert (
-        "one: 3 of 3 channels stay: an operation joins them to the network's input, a constant or a parameter (add)"
+        "one: 3 of 3 channels are kept: an operation joins them to the network's input, a constant or a parameter (add)"
         in caplog.text
     )
     assert "should be excluded, got tail" in caplog.text

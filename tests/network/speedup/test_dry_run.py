@@ -131,7 +131,7 @@ def test_a_channel_that_is_picked_counts_where_its_values_do_and_rows_that_a_mas
     ids[:, -1] = 2
     asked = [{"op_types": ["Linear", "Embedding"], "sparse_ratio": 0.5}]
     groups = nni_topo.dependency_groups(model, ids, asked)
-    told = "1 of 8 channels stay: the forward picks or counts channels by fixed numbers (getitem)"
+    told = "1 of 8 channels are kept: the forward picks or counts channels by fixed numbers (getitem)"
     assert groups.skipped.get("words") == (told if reads_values else None)
     assert "inner" not in groups.skipped
     masks = nni_topo.create_pruner("random", copy.deepcopy(model), list(groups), seed=0).compress()[1]

@@ -78,7 +78,7 @@ def test_constants_in_front_of_zeros_beyond_the_border_name_both_ways(kind):
     words = refused(net)
     assert "removed channels of first arrive at second as values that aren't zero" in words
     assert "exclude first from the config_list (exclude_op_names)" in words
-    assert 'constants="keep" takes over what is constant, but for borders' in words
+    assert 'constants="keep" keeps constant values, as if they went on beyond padded borders' in words
     masks = {"first": filter_mask(net.first, GONE)}
     dense = to_dense(net, images(), masks, constants="keep")
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_channels_before_what_mixes_them_stay_and_the_report_says_why(kind):
 
 def test_all_ways_end_in_check_false():
     for between in (CONSTANTS["sigmoid"], CONSTANTS["softplus"]):
-        assert "check=False gives the dense model all the same" in refused(Net(between).eval())
+        assert "check=False returns the dense model all the same" in refused(Net(between).eval())
 
 
 def test_every_layer_that_arrives_there_is_named():
@@ -166,9 +166,11 @@ def test_a_layer_that_keeps_some_channels_is_explained_with_the_line_of_the_forw
     source, first = inspect.getsourcelines(Branches.forward)
     (line,) = [number for number, text in enumerate(source, first) if ":3]" in text]
     assert reason.line == f"{__file__}:{line}"
+    (addition,) = [number for number, text in enumerate(source, first) if "self.coupled(features)" in text]
     assert str(found).splitlines() == [
         "counted: 3 of 8 channels are kept, the others can be pruned",
-        "coupled with coupled: the same channels go in all of them",
+        "coupled with coupled: the same channels are pruned in all of them",
+        f"coupled by add at {__file__}:{addition}",
         f"kept: the forward picks or counts channels by fixed numbers (getitem), at {__file__}:{line}",
         "what to change: read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
     ]
@@ -198,7 +200,10 @@ def test_a_layer_that_can_be_pruned_is_explained_by_its_blocks_and_what_it_is_co
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=4), nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 1))
     found = explain(model, images(), "1")
     assert (found.kept, found.blocks, found.reasons, found.advice) == (0, 4, (), ())
-    assert str(found) == "1: all but one of 8 channels can be pruned\n4 blocks of channels lose equally many each"
+    assert str(found).splitlines() == [
+        "1: all but one of 8 channels can be pruned",
+        "4 blocks of channels lose equally many each, for 1: Conv2d, 2: GroupNorm",
+    ]
     follows = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
     assert (explain(follows, images(), "0").coupled, explain(follows, images(), "1").coupled) == (("1",), ("0",))
 
@@ -224,7 +229,7 @@ def test_layers_of_attention_are_explained_by_its_heads():
     attention, out = explain(model, states, "1.self_attn"), explain(model, states, "1.self_attn.out_proj")
     assert (attention.heads, attention.mixes, attention.kept) == ("1.self_attn", "", 0)
     assert (out.heads, out.mixes, out.coupled) == ("", "1.self_attn", ("0", "1.linear2"))
-    assert "columns of its weight go with the heads of 1.self_attn" in str(out)
+    assert "columns of its weight are pruned with the heads of 1.self_attn" in str(out)
 
 
 class Untraceable(nn.Module):
@@ -252,6 +257,74 @@ def test_what_is_no_layer_is_refused_by_name():
         explain(model, FEATURES, "0")
     with pytest.raises(ConfigError, match="example_inputs must fit the model"):
         explain(model, FEATURES[:, :3], "1")
+
+
+def test_the_empty_name_is_refused_with_the_layers_that_there_are():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    words = r"layer must name a convolution.*got the empty name, which is the model itself \(layer\)"
+    with pytest.raises(ConfigError, match=rf"{words}; the model's layers are 0\.0, 1$"):
+        explain(model, FEATURES, "")
+    many = nn.Sequential(*[nn.Linear(4, 4) for _ in range(9)])
+    with pytest.raises(ConfigError, match=rf"{words}; the model's layers are 0, 1, 2, 3 and 5 more$"):
+        explain(many, FEATURES, "")
+    with pytest.raises(ConfigError, match=rf"{words}; the model has no such layer$"):
+        explain(nn.Sequential(nn.ReLU()), FEATURES, "")
+
+
+class Residual(nn.Module):
+    """Two convolutions, each with a group norm, that an addition couples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8)
+        self.second, self.norm_after = nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        states = self.norm(self.first(images)).relu()
+        return self.last(states + self.norm_after(self.second(states)))
+
+
+@pytest.mark.parametrize("layer", ["first", "second"])
+def test_layers_before_group_norms_name_the_norms_and_the_operation_that_couples_them(layer):
+    found = explain(Residual(), images(), layer)
+    source, first = inspect.getsourcelines(Residual.forward)
+    assert found.couplings == (f"add at {__file__}:{first + len(source) - 1}",)
+    assert found.block_places == ("norm: GroupNorm", "norm_after: GroupNorm")
+    assert "4 blocks of channels lose equally many each, for norm: GroupNorm, norm_after: GroupNorm" in str(found)
+
+
+def test_a_mask_that_leaves_uneven_blocks_names_the_group_norm():
+    model = Residual().eval()
+    masks = {name: filter_mask(model.get_submodule(name), [0]) for name in ("first", "second")}
+    report = to_dense(model, images(), masks).report
+    told = "blocks of channels keep equally many, as norm: GroupNorm, norm_after: GroupNorm requires"
+    assert [row.reason for row in report.kept] == [told, told]
+
+
+def test_the_operation_that_gives_removed_channels_values_is_named_with_the_layer_that_reads_them():
+    net = Net(Function(lambda images: images.cumsum(1).flip(1))).eval()
+    (reason,) = explain(net, images(), "first").reasons
+    text = "removed channels arrive as values that aren't zero (made by cumsum in between, read by second: Conv2d)"
+    assert (reason.kind, reason.place, str(reason)) == ("nonzero_values", "cumsum in between", text)
+    assert reason.line.startswith(f"{__file__}:")
+
+
+def test_a_module_that_no_rule_follows_is_named_by_its_class():
+    padded = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConstantPad3d((0, 0, 0, 0, 1, 1), 1.0), nn.Conv2d(10, 4, 3))
+    (reason,) = explain(padded, images(), "0").reasons
+    assert (reason.place, str(reason)) == ("1", "no rule says where channels go (1: ConstantPad3d)")
+
+
+def test_the_advice_for_an_operation_with_a_rule_is_to_change_the_model():
+    torch.manual_seed(0)
+    windows = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), Function(lambda rows: rows.mT), nn.Fold((3, 7), (2, 4)))
+    found = explain(nn.Sequential(windows, nn.Conv2d(8, 4, 1)), images(), "0.0")
+    assert str(found.reasons[0]) == "the rule of this operation doesn't cover this call (0.3: Fold)"
+    assert "register_operator" not in str(found)
+    assert "write this step with" in str(found)
+    padded = Net(Function(lambda images: functional.pad(images, (0, 0, 0, 0, 1, 1), value=1.0)[:, 1:9])).eval()
+    assert any("torch.cat" in way for way in explain(padded, images(), "first").advice)
 
 
 def test_every_kind_of_reason_that_keeps_a_layer_has_advice_or_is_one_of_the_masks():
