@@ -102,9 +102,9 @@ def _shrunk(
     few = {key: each[:2] for key, each in batches[0].items()}
     groups = list(timed("groups", lambda: dependency_groups(model, few, asked)))
     masks = timed("choose", lambda: create_pruner("l1", copy.deepcopy(model), groups).compress()[1])
-    solved = timed("compensate", lambda: compensate(model, masks, batches))
-    dense = timed("dense", lambda: to_dense(solved, few, masks))
-    for name, net in (("as shipped", to_dense(model, few, masks)), ("compensated", dense)):
+    reconstructed = timed("compensate", lambda: compensate(model, masks, batches))
+    dense = timed("dense", lambda: to_dense(reconstructed, few, masks))
+    for name, net in (("no recovery", to_dense(model, few, masks)), ("weight reconstruction", dense)):
         lost = (_logits(net, batches) - wanted).square().mean() / wanted.var(0).mean()
         record |= {f"{name}, lost": float(lost), f"{name}, parameters": zoo.count_params(net)}
     return dense, record

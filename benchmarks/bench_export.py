@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--shapes", action="store_true", help="networks of new weights instead")
     parser.add_argument("--data-dir", type=Path, help="folder of the data set's files")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--flops", type=float, default=0.1, help="share of the MACs left")
+    parser.add_argument("--flops", type=float, default=0.1, help="share of the MACs to keep")
     parser.add_argument("--images", type=int, default=1024, help="unlabelled, for all steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=100)

@@ -45,7 +45,13 @@ def main() -> None:
     table = Table(
         "ratios", "widths", title=f"{found.model} on {found.data}, {options.seeds} seeds", title_justify="left"
     )
-    for name in ("MACs left %", "whole net, test %", "compensated, validation %", "retrained, validation %", "test %"):
+    for name in (
+        "MACs kept %",
+        "unpruned, test %",
+        "weight reconstruction, validation %",
+        "fine-tuned, validation %",
+        "test %",
+    ):
         table.add_column(name, justify="right")
     for row, entries in metrics.items():
         keys = ("flops_share", "test_accuracy_before", "accuracy_pruned", "accuracy", "test_accuracy")

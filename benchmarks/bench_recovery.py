@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--flops", type=float, default=0.03, help="share of the MACs left (default 0.03)")
+    parser.add_argument("--flops", type=float, default=0.03, help="share of the MACs to keep (default 0.03)")
     parser.add_argument("--net", choices=tuple(NETS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, nargs="+", default=[1024], help="unlabelled; all rows at the first count")
-    parser.add_argument("--flops", type=float, nargs="+", help="shares of the MACs left (default: the plan's)")
+    parser.add_argument("--flops", type=float, nargs="+", help="shares of the MACs to keep (default: the plan's)")
     parser.add_argument("--masks", nargs="+", choices=tuple(MASKS), default=list(MASKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--steps", type=int, help="of distillation (default: its own)")
@@ -231,7 +231,7 @@ def _print_comparisons(records: list[dict[str, Any]]) -> None:
     for (*group, _), rows in by_place.items():
         groups[tuple(group)].append(rows)
     titles = [f"distilled - {other}, points" for other in VERSUS]
-    print(f"\n| net, masks, MACs left, images | {' | '.join(titles)} | error of the channel ridge gone, % |")
+    print(f"\n| net, masks, MACs kept, images | {' | '.join(titles)} | error of the channel ridge gone, % |")
     print("|---|" + "---:|" * (len(titles) + 1))
     for (model, mask, target, count), nets in sorted(groups.items(), key=str):
         nets = [rows for rows in nets if DISTILLED[1] in rows]

@@ -5,7 +5,7 @@
     python benchmarks/bench_selection.py --net small_cnn --out runs/selection          # scikit-learn's digits, minutes
 
 Every layer but the output is pruned, residual groups included, to the same widths in all rows (but "own widths", which
-has the same MACs); measured as shipped, with batch norms re-calibrated, and after one pass over some training images
+has the same MACs); measured without recovery, with batch norms re-calibrated, and after one pass over training images
 (``SETTINGS``). A line a figure goes to NET.jsonl; the same command goes on where it was stopped. ``--report`` only
 prints.
 """
@@ -50,7 +50,7 @@ THESIS: dict[str, dict[str, Any]] = {
     "perera2022, H1 alone": {"homology_dimensions": [1]},
 }
 COLUMNS = {
-    "accuracy_oneshot": "as shipped %",
+    "accuracy_oneshot": "no recovery %",
     "accuracy_recalibrated": "BN recal. %",
     "accuracy_retrained": "fine-tuned %",
 }
@@ -58,7 +58,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A net, its data, how it was trained, and on how many images it is measured and retrained."""
+    """A net, its data, how it was trained, and on how many images it is measured and fine-tuned."""
 
     data: str
     limit: int | None
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, help="shares of the MACs left")
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, help="shares of the MACs to keep")
     parser.add_argument("--rows", nargs="+", metavar="LABEL", help="these rows alone, e.g. random l1 (default: all)")
     parser.add_argument("--report", action="store_true", help="print what is there, run nothing")
     options = parser.parse_args()

@@ -53,14 +53,14 @@ def _layers(cells: pd.DataFrame, most: Mapping[str, int]) -> Iterator[str]:
 def _rows(cells: pd.DataFrame, most: Mapping[str, int]) -> Iterator[str]:
     shown = {
         "before": "before %",
-        "validation": "pruned, validation %",
-        "pruned": "pruned %",
+        "validation": "no recovery, validation %",
+        "pruned": "no recovery %",
         "updated": "updated %",
-        "rebuilt": "reconstructed %",
+        "rebuilt": "weight reconstruction %",
     }
-    shown |= {"retrained": "retrained %", "retrained_updated": "updated and retrained %"}
-    shown |= {f"error_{row}": f"error, {row} %" for row in ("pruned", "updated", "rebuilt")}
-    heads = ["net", "row", "ratio", "runs", "nodes", "parameters gone %", *shown.values()]
+    shown |= {"retrained": "fine-tuned %", "retrained_updated": "updated, fine-tuned %"}
+    shown |= {f"error_{row}": f"error, {shown[row]}" for row in ("pruned", "updated", "rebuilt")}
+    heads = ["net", "row", "ratio", "runs", "nodes", "parameters removed %", *shown.values()]
     heads += ["epochs", "epochs, updated", "prune s"]
     yield f"| {' | '.join(heads)} |"
     yield "|---|---|" + "---:|" * (len(heads) - 2)
@@ -77,7 +77,7 @@ def _rows(cells: pd.DataFrame, most: Mapping[str, int]) -> Iterator[str]:
 
 
 def _curves(cells: pd.DataFrame) -> Figure:
-    """Figures 5.2 to 5.11: loss and accuracy while the pruned networks are retrained."""
+    """Figures 5.2 to 5.11: loss and accuracy while the pruned networks are fine-tuned."""
     figure = Figure(figsize=(3.2 * len(cells), 5.0), layout="constrained")
     axes = figure.subplots(2, len(cells), squeeze=False, sharex="col")
     for column, cell in zip(axes.T, cells.to_dict("records"), strict=True):
@@ -93,7 +93,7 @@ def _curves(cells: pd.DataFrame) -> Figure:
 
 
 def _picture(cells: pd.DataFrame) -> Figure:
-    """Accuracy with the update against the share of parameters that is left, a line per row, a panel per net."""
+    """Accuracy with the update against the share of kept parameters, a line per row, a panel per net."""
     nets = list(dict.fromkeys(cells["net"]))
     figure = Figure(figsize=(5.5 * len(nets), 4.0), layout="constrained")
     for axis, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
@@ -101,7 +101,7 @@ def _picture(cells: pd.DataFrame) -> Figure:
             means = group.assign(left=100 * group["params"] / group["params_before"], accuracy=100 * group["updated"])
             means = means.groupby("ratio")[["left", "accuracy"]].mean()
             axis.plot(means["left"], means["accuracy"], "o-", markersize=3, label=str(label))
-        axis.set(xlabel="parameters left %", ylabel="test accuracy %, updated, not retrained", title=net)
+        axis.set(xlabel="parameters kept %", ylabel="test accuracy %, updated, not fine-tuned", title=net)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="xx-small")
     return figure

@@ -127,8 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _print(records: dict[str, dict[str, Any]]) -> None:
     others = {"nni": "NNI", "torch_pruning": "Torch-Pruning"}
     others = others if any("nni" in record for record in records.values()) else {}
-    titles = ["network", "channels gone", "equal to", "layers not pruned", "parameters left", "MACs left", "CPU s"]
-    titles += [f"{title}: gone, s" for title in others.values()]
+    titles = ["network", "channels removed", "equal to", "unpruned layers", "parameters kept", "MACs kept", "CPU s"]
+    titles += [f"{title}: removed, s" for title in others.values()]
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for name, record in records.items():
         if record["status"] != "ok":
@@ -143,7 +143,7 @@ def _print(records: dict[str, dict[str, Any]]) -> None:
             f"{len(record['skipped'])} of {record['layers']} | {parameters:.2f} | {macs} | "
             f"{seconds} |" + "".join(f" {_other(record, key)} |" for key in others)
         )
-    print("\nLayers left whole, and those that keep some masked channels, by reason:\n")
+    print("\nLayers that aren't pruned, and layers that keep some masked channels, by reason:\n")
     for name, record in records.items():
         whole = Counter(brief(why) for why in record.get("skipped", {}).values())
         some = Counter(f"in part, {brief(why)}" for why in record.get("kept", {}).values())

@@ -73,9 +73,11 @@ def _one_thread():
 def _timed_for_a_moment():
     # every record of a run says how long its networks take; network/cost/test_measure.py tests the default of 30
     from nni_topo import zoo
+    from nni_topo.network.cost import measure
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo, "latencies", functools.partial(zoo.latencies, runs=3, warmup=1))
+        patch.setattr(measure, "_WARMUP_ROUNDS", 1)
+        patch.setattr(zoo, "latencies", functools.partial(zoo.latencies, runs=3))
         yield
 
 

@@ -106,7 +106,7 @@ def test_the_cifar_plans_run_on_files_as_cifars(net, cifar10, tmp_path):
         pruners=tuple(
             replace(choice, calibration=min(choice.calibration, 32), compensate=choice.compensate and few)
             for choice in plan.pruners
-            if choice.row in ("l1", "topological, functional", "reconstruction, compensated")
+            if choice.row in ("l1", "topological, functional", "reconstruction, weight reconstruction")
         ),
         targets=plan.targets[:1],
         seeds=1,
@@ -115,12 +115,16 @@ def test_the_cifar_plans_run_on_files_as_cifars(net, cifar10, tmp_path):
     )
     records, failures = compare(small, tmp_path / "out", isolate=False)
     assert failures == []
-    assert [record["pruner"] for record in records] == ["l1", "topological, functional", "reconstruction, compensated"]
+    assert [record["pruner"] for record in records] == [
+        "l1",
+        "topological, functional",
+        "reconstruction, weight reconstruction",
+    ]
     assert ["accuracy_compensated" in record for record in records] == [False, False, True]
     for record in records:
         assert record["flops"] / record["flops_before"] == pytest.approx(0.5, abs=0.02)
         assert len(record["curve"]) == 4
-    assert "epochs until back" in markdown_report(records)
+    assert "epochs to recover" in markdown_report(records)
 
 
 @pytest.mark.slow
@@ -247,7 +251,7 @@ def test_a_record_says_whether_the_dense_network_meets_the_budget(
     assert found["left"] == pytest.approx(record["flops"] / record["flops_before"])
     assert why in found["why"]
     assert (found["why"] == "") is is_met
-    row = next(row for row in prune_costs(record) if row[0].startswith("flops left"))
+    row = next(row for row in prune_costs(record) if row[0].startswith("flops kept"))
     assert row[0].endswith("asked, met)" if is_met else "asked, missed)")
 
 

@@ -25,7 +25,7 @@ Choices = dict[str, "type[Verb] | Callable[[], Choices]"]
 
 
 def studies() -> Choices:
-    """Study one model; nothing is changed."""
+    """Study one model without changing it."""
     from nni_topo.studies import analysis
 
     found: Choices = {}
@@ -37,7 +37,7 @@ def studies() -> Choices:
 
 
 def experiment_parts() -> Choices:
-    """Run NNI's experiments, and look at them."""
+    """Run NNI's experiments and show their results."""
     return {
         "run": experiment.Run,
         "status": experiment.Status,
@@ -62,7 +62,7 @@ VERBS: Choices = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 1 if some cells failed, 2 if it can't be carried out, 130 if interrupted."""
+    """Run the command line; return 0, 1 if cells or trials failed, 2 after an error, 130 if interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name, choice = "nni-topo", _choose("nni-topo", VERBS, words)
     while not isinstance(choice, type):
@@ -76,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NniTopoError as error:
         return _failed(name, str(error), error.page)
     except OSError as error:
-        return _failed(name, f"files must be such that they can be read and written, got {error}")
+        return _failed(name, f"files must be readable and writable, got {error}")
     except KeyboardInterrupt as interruption:
-        way_on = next(iter(interruption.args), "the same command goes on from here")
-        Console(stderr=True).print(f"{name}: interrupted; {way_on}", markup=False, soft_wrap=True)
+        how_to_resume = interruption.args[0] if interruption.args else "the same command resumes it"
+        Console(stderr=True).print(f"{name}: interrupted; {how_to_resume}", markup=False, soft_wrap=True)
         return _INTERRUPTED
 
 
@@ -91,18 +91,20 @@ def _failed(name: str, reason: str, page: str = "") -> int:
 
 
 def _choose(name: str, choices: Choices, words: list[str]) -> type[Verb] | Callable[[], Choices]:
-    """Return what the first word names; without one, or with ``--help``, say what there is and leave."""
+    """Return the choice that the first word names; without a word, or with ``--help``, print the choices and exit."""
     lines = {verb: (inspect.getdoc(choice) or "").partition("\n")[0] for verb, choice in choices.items()}
     return choices[chosen(name, lines, words, f"nni_topo {nni_topo.__version__}")]
 
 
 def parsed(name: str, kind: type[Verb], words: list[str]) -> Verb:
-    """Return a verb with what the words, and a YAML file that they name, say."""
+    """Return a verb with its fields set from the words and, for a study, from the YAML file of ``--plan``."""
     if issubclass(kind, Study):
-        planned = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        planned.add_argument("--plan")
-        path, words = planned.parse_known_args(words)
-        words = [*(flags_of(path.plan) if path.plan else ()), *words]
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--plan")
+        known, words = parser.parse_known_args(words)
+        if known.plan:
+            # later flags win, so those of the command line come after the file's
+            words = [*flags_of(known.plan), *words]
     return tyro.cli(kind, prog=name, args=words, config=(tyro.conf.FlagCreatePairsOff,))
 
 

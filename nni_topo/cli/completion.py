@@ -1,4 +1,4 @@
-"""``nni-topo completion``: a script by which a shell completes verbs and flags."""
+"""``nni-topo completion``: a script with which a shell completes verbs and flags."""
 
 from __future__ import annotations
 
@@ -39,12 +39,10 @@ class Completion(Verb):
 
 
 def _completed(path: str, choices: Any) -> Iterator[tuple[str, list[str]]]:
-    """Yield what may follow the words of a command, longer commands first."""
+    """Yield commands and the words that may follow them, longer commands first."""
     if isinstance(choices, type):
-        yield (
-            path,
-            [f"--{field.name.replace('_', '-')}" for field in fields(choices) if "Positional" not in str(field.type)],
-        )
+        named = [field.name for field in fields(choices) if "Positional" not in str(field.type)]
+        yield path, [f"--{name.replace('_', '-')}" for name in named]
         return
     known = choices if isinstance(choices, dict) else choices()
     for name, choice in known.items():

@@ -1,4 +1,4 @@
-"""``nni-topo doctor``: what this machine has of what the package needs, and what to do about the rest."""
+"""``nni-topo doctor``: check what the package needs on this machine, and say how to get what is missing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FREE_DISK = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: ``ok``, ``missing`` (needed only for some things) or ``broken``."""
+    """One check and its state: ``ok``, ``missing`` (something optional) or ``broken``."""
 
     what: str
     state: str
@@ -44,16 +44,16 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Verb):
-    """Check versions, NNI, PyTorch's pair, data, GPU, NNI's port and optional packages; say what to do."""
+    """Check versions, NNI, torch and torchvision, data, GPU, NNI's port and extras; say what to do."""
 
-    data_dir: Path | None = None  # folder with data sets' files, to be read as a comparison reads them
-    port: int = 8080  # of NNI's manager
+    data_dir: Path | None = None  # folder with the files of data sets, which are read as a check
+    port: int = 8080  # port of NNI's manager
 
     def run(self, console: Console) -> int:
-        """Print what was found; return 1 if anything needed is broken."""
+        """Print the checks; return 1 if anything is broken."""
         found = [
             *_packages(),
-            _pair(),
+            _torchvision(),
             _nni(),
             _gpu(),
             *self._data(),
@@ -64,9 +64,9 @@ class Doctor(Verb):
         ]
         rows = [(each.what, each.state, each.found, each.remedy) for each in found]
         broken = [each for each in found if each.state == "broken"]
-        way_on = "fix what is broken first" if broken else "next: nni-topo demo"
-        table = as_table(None, ("what", "is", "found", "what to do"), rows, left=4)
-        self.put_out(console, [asdict(each) for each in found], [table, way_on])
+        next_step = "fix what is broken first" if broken else "next: nni-topo demo"
+        table = as_table(None, ("what", "is", "found", "what to do"), rows, text_columns=4)
+        self.put_out(console, [asdict(each) for each in found], [table, next_step])
         return 1 if broken else 0
 
     def _data(self) -> Iterator[Finding]:
@@ -80,7 +80,7 @@ class Doctor(Verb):
 
 
 def _packages() -> Iterator[Finding]:
-    """Look at what setup.cfg requires; where the package isn't installed itself, at nothing."""
+    """Check the requirements of setup.cfg; only Python if the package itself isn't installed."""
     yield Finding("python", "ok", platform.python_version())
     try:
         required = [Requirement(text) for text in importlib.metadata.requires("nni_topo") or ()]
@@ -100,8 +100,8 @@ def _packages() -> Iterator[Finding]:
         yield Finding(need.name, "ok" if fits else "broken", version, remedy)
 
 
-def _pair() -> Finding:
-    """Look whether torchvision was built for the torch that is there."""
+def _torchvision() -> Finding:
+    """Check whether torchvision was built for the installed torch."""
     torch_version, vision = (importlib.metadata.version(name) for name in ("torch", "torchvision"))
     needs = [Requirement(text) for text in importlib.metadata.requires("torchvision") or ()]
     wanted = next((need.specifier for need in needs if need.name == "torch"), None)
@@ -114,7 +114,7 @@ def _nni() -> Finding:
     failed = compat.enable().failed
     if failed:
         return Finding(
-            "patches of NNI", "broken", ", ".join(failed), "see docs/compatibility.md for the versions that fit"
+            "patches of NNI", "broken", ", ".join(failed), "see docs/compatibility.md for supported versions"
         )
     return Finding("patches of NNI", "ok", "all in place")
 
@@ -122,21 +122,21 @@ def _nni() -> Finding:
 def _gpu() -> Finding:
     if torch.cuda.is_available():
         return Finding("GPU", "ok", torch.cuda.get_device_name())
-    return Finding("GPU", "missing", f"none that this torch can use; {torch.get_num_threads()} threads instead")
+    return Finding("GPU", "missing", f"none that this torch can use; CPU with {torch.get_num_threads()} threads")
 
 
 def _manager() -> Finding:
     if importlib.util.find_spec("nni_node") is None:
         remedy = "pip install --force-reinstall --no-deps 'nni>=3.0,<4'"
-        return Finding("NNI's manager", "missing", "not there, so no experiments; nothing else needs it", remedy)
-    return Finding("NNI's manager", "ok", "there for experiments")
+        return Finding("NNI's manager", "missing", "not installed; only experiments need it", remedy)
+    return Finding("NNI's manager", "ok", "installed")
 
 
 def _free(port: int) -> Finding:
-    with socket.socket() as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            one.bind(("127.0.0.1", port))
+            probe.bind(("127.0.0.1", port))
         except OSError as error:
             return Finding(f"port {port}", "missing", f"in use ({error.strerror})", "name another port for experiments")
     return Finding(f"port {port}", "ok", "free for NNI's manager")
@@ -145,7 +145,7 @@ def _free(port: int) -> Finding:
 def _disk() -> Finding:
     folder = Path(tempfile.gettempdir())
     free = shutil.disk_usage(folder).free
-    state, remedy = ("ok", "") if free > _FREE_DISK else ("missing", "set TMPDIR to a folder with more room")
+    state, remedy = ("ok", "") if free > _FREE_DISK else ("missing", "set TMPDIR to a folder with more free space")
     return Finding("temporary files", state, f"{free / 2**30:.1f} GiB free in {folder}", remedy)
 
 

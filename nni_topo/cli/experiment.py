@@ -51,23 +51,23 @@ class Run(Verb):
         check_free_disk(self.out)
         config = None if self.config is None else load_experiment(self.config)
         if threading.current_thread() is threading.main_thread():
-            # a manager mustn't outlive a run that is told to end
+            # on SIGTERM the manager must be stopped too
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         experiment = start_experiment(config, self.port, resume=self.resume, everywhere=self.listen_everywhere)
         reach = "all interfaces, without a password" if self.listen_everywhere else "this machine only"
         console.print(f"experiment {experiment.id} at http://localhost:{self.port} ({reach})", highlight=False)
-        way_on = f"`nni-topo experiment run --resume {experiment.id} --out {self.out}` goes on with it"
+        how_to_resume = f"`nni-topo experiment run --resume {experiment.id} --out {self.out}` resumes it"
         try:
             trials, interrupted = _watched(experiment, console)
             status = self._exported(experiment, trials, console, rerun=not interrupted)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(way_on) from None
+            raise KeyboardInterrupt(how_to_resume) from None
         if interrupted:
-            raise KeyboardInterrupt(way_on)
+            raise KeyboardInterrupt(how_to_resume)
         return status
 
     def _exported(self, experiment: Experiment, trials: list[TrialRecord], console: Console, *, rerun: bool) -> int:
-        """Write what an experiment found and say so; return the exit status."""
+        """Write and print an experiment's results; return the exit status."""
         save_trials(trials, self.out)
         if not rerun and not any(trial.is_candidate for trial in trials):
             console.print(f"no trial has succeeded yet · all trials: {self.out}", markup=False)
@@ -86,14 +86,14 @@ class Run(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Look(Verb):
-    """A look at an experiment."""
+class _Shown(Verb):
+    """Base of the verbs that show an experiment."""
 
     id: tyro.conf.Positional[str | None] = None  # NNI's identifier; None: the experiment started last
     port: int | None = None  # port of the running experiment, instead of an identifier
 
     def chosen(self, trial: str | None = None) -> tuple[TrialRecord, str | None]:
-        """Return the best trial, or the one asked for, and the experiment's trial command."""
+        """Return the best trial, or the one named, and the experiment's trial command."""
         with opened(self.id, self.port) as experiment:
             trials = read_trials(experiment)
             profile = experiment.get_experiment_profile()["params"]
@@ -107,8 +107,8 @@ class _Look(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Status(_Look):
-    """Show an experiment's trials, also of one that has ended."""
+class Status(_Shown):
+    """Show the trials of a running or finished experiment."""
 
     def run(self, console: Console) -> int:
         """Print a table of the trials."""
@@ -118,16 +118,17 @@ class Status(_Look):
                 trials = stopped(trials)
             document = {"experiment": experiment.id, "status": status, "errors": errors}
             parts: list[RenderableType] = [trials_table(trials, f"experiment {experiment.id}: {status.lower()}")]
-            if cut_short := sum(trial.status == STOPPED for trial in trials):
+            cut_short = sum(trial.status == STOPPED for trial in trials)
+            if cut_short:
                 how = f"nni-topo experiment run --resume {experiment.id} --out FOLDER"
-                parts.append(f"{cut_short} stopped before their end; go on with: {how}")
+                parts.append(f"{cut_short} stopped before their end; resume with: {how}")
             parts += [Text(error, "red") for error in errors]
             self.put_out(console, {**document, "trials": [trial.to_dict() for trial in trials]}, parts)
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best(_Look):
+class Best(_Shown):
     """Show the trial with the best score."""
 
     def run(self, console: Console) -> int:
@@ -138,7 +139,7 @@ class Best(_Look):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(_Look):
+class Export(_Shown):
     """Copy the best trial's dense model and config_list."""
 
     trial: str | None = None  # identifier of another trial than the best one
@@ -156,7 +157,7 @@ class Export(_Look):
 
 
 def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord], bool]:
-    """Watch an experiment to its end, or until Ctrl-C, and stop it; return its trials and whether it was cut short."""
+    """Follow an experiment to its end or to Ctrl-C, then stop it; return its trials, and whether it was interrupted."""
     try:
         return _followed(experiment, console), False
     except KeyboardInterrupt:
@@ -168,7 +169,7 @@ def _watched(experiment: Experiment, console: Console) -> tuple[list[TrialRecord
 
 
 def _followed(experiment: Experiment, console: Console) -> list[TrialRecord]:
-    """Watch an experiment and print every trial that ends."""
+    """Follow an experiment and print every trial that ends."""
     told: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -186,12 +187,12 @@ def _followed(experiment: Experiment, console: Console) -> list[TrialRecord]:
 
 
 def _line(trial: TrialRecord) -> str:
-    result = trial.error or "without a word" if trial.score is None else f"{trial.score:.4f}"
+    result = trial.error or "no error message" if trial.score is None else f"{trial.score:.4f}"
     return f"trial {trial.number} ({trial.id}) {trial.status.lower()}: {result} · {in_words(trial.parameters)}"
 
 
 def _in_lines(best: TrialRecord, metrics: dict[str, Any]) -> tuple[str, str]:
-    """Return a trial's scores and its parameters in words."""
+    """Return a trial's scores and its parameters as two lines."""
     shown = {**best.result, **{name: metrics[name] for name in ("test_accuracy",) if name in metrics}}
     result = ", ".join(f"{'score' if name == 'default' else name} {value:.4f}" for name, value in shown.items())
     return f"best trial {best.number} ({best.id}): {result}", in_words(best.parameters)

@@ -1,4 +1,4 @@
-"""The verb that measures a network before and after pruning."""
+"""``nni-topo profile``: measure a network before and after pruning."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ class Profile(ModelVerb):
     """Measure one model before and after pruning, in turns: time, throughput, memory, MACs, parameters."""
 
     dense: Path | None = None  # file of nni_topo.save; None: the model pruned at random
-    ratio: float = 0.5  # share of the channels to prune without a file, in [0, 1)
-    round_to: int | Literal["auto"] | None = None  # kept channels are a multiple of it
-    modes: Names = ("plain",)  # of plain, channels_last, bf16, compile
+    ratio: float = 0.5  # without a file: share of the channels to prune at random, in [0, 1)
+    round_to: int | Literal["auto"] | None = (
+        None  # kept channels are a multiple of this number; auto: of what the device prefers
+    )
+    modes: Names = ("plain",)  # any of plain, channels_last, bf16, compile
     batch_size: int = 1  # samples in a batch, at least 1
     image_size: int = 32  # height and width in pixels
     in_channels: int = 3  # channels of the images
@@ -45,7 +47,7 @@ class Profile(ModelVerb):
         rows = profile(nets, images.to(place), modes=self.modes, runs=self.runs, threads=self.threads, seed=self.seed)
         head = ("mode", "network", "ms", "samples/s", "peak MB", "MACs (M)", "parameters (k)")
         title = f"{self.model}, batch of {self.batch_size}, {place}"
-        table = as_table(title, head, map(_row, rows), left=2)
+        table = as_table(title, head, map(_row, rows), text_columns=2)
         failed = dict.fromkeys(f"{row.mode}: {row.failed}" for row in rows if row.failed)
         self.put_out(console, [asdict(row) for row in rows], [table, *failed])
         return 0

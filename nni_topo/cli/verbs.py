@@ -1,4 +1,4 @@
-"""The verbs that run what ``nni_topo.runs`` holds: list, demo, compare, report, shrink, prune."""
+"""The verbs list, demo, compare, report, shrink and prune."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class List(Verb):
         models = f"models: {', '.join(list_models())} · torchvision/NAME · timm/NAME · package.module:factory"
         data = f"data:   {', '.join(list_data())} · an .npz file · a folder of images"
         lines = [(name, info.origin, info.summary, ", ".join(info.knobs())) for name, info in methods.items()]
-        table = as_table("recovery methods", ("method", "from", "does", "settings"), lines, left=4)
-        self.put_out(console, document, [as_table(title, head, rows, left=4), table, models, data])
+        table = as_table("recovery methods", ("method", "from", "does", "settings"), lines, text_columns=4)
+        self.put_out(console, document, [as_table(title, head, rows, text_columns=4), table, models, data])
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Verb):
-    """Train a small net on digits, prune it by every data-free pruner, compare."""
+    """Train a small network on digits, prune it by several pruners, and compare."""
 
     out: Path = Path("demo")  # output folder
 
@@ -88,7 +88,7 @@ class Compare(DataVerb):
     compensate: int = 0  # unlabelled images for weight reconstruction of every pruned network; 0: no reconstruction
     method: str = "reconstruct"  # a listed recovery method, or package.module:Class
     distill: int = 0  # unlabelled images for distillation after it; 0: no distillation
-    in_process: bool = False  # don't start a process per cell
+    in_process: bool = False  # run all cells in this process, one by one
     n_jobs: int | None = None  # cells to run at a time, at least 1; -1: one per core; None: as in the plan, or 1
 
     def run(self, console: Console) -> int:
@@ -123,8 +123,8 @@ class Compare(DataVerb):
         if name == SCRATCH or is_baseline(name):
             return PrunerChoice(name)
         info = pruner_info(name)
-        is_blind = not any(need.startswith("calibration") for need in info.needs)
-        return PrunerChoice(info.name, calibration=0 if is_blind else self.calibration)
+        needs_data = any(need.startswith("calibration") for need in info.needs)
+        return PrunerChoice(info.name, calibration=self.calibration if needs_data else 0)
 
 
 def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, isolate: bool, as_json: bool) -> int:
@@ -148,7 +148,7 @@ def _run_plan(plan: ComparisonPlan, out: Path, console: Console, *, isolate: boo
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Verb):
-    """Write report.html again in folders of runs, also while they run, and print the tables of comparisons."""
+    """Write report.html in folders of finished or running runs, and print the tables of comparisons."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]  # output folders of nni-topo
     markdown: bool = False  # print the tables as Markdown
@@ -156,7 +156,7 @@ class Report(Verb):
     out: Path | None = None  # file for a picture of accuracy against MACs
 
     def run(self, console: Console) -> int:
-        """Write the folders' reports and print what their records say."""
+        """Write the folders' reports and print the tables of their records."""
         if self.out is not None:
             check_output_file(self.out)
         for folder in self.folders:
@@ -188,18 +188,21 @@ class Shrink(TrainedVerb):
     memory: float | None = None  # share of the bytes of parameters and activations to keep
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
     caps: dict[str, float] = field(default_factory=dict)  # largest share a layer may lose, e.g. features.conv1 0.5
-    floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, likewise
+    floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, e.g. features.conv1 0.1
     images: int = 1024  # unlabelled training images, at least 2
     seconds: float | None = None  # time for distillation, above 0; None: 600 steps or more
 
     def run(self, console: Console) -> int:
-        """Write the dense model and print what each step did to the accuracy on the test images."""
+        """Write the dense model and print the accuracy on the test images after each step."""
         import pandas as pd
 
         check_empty(self.out)
         start = self.start()
-        shares = {kind: share for kind in BUDGETS if (share := getattr(self, kind)) is not None} or {"flops": 0.25}
-        budget = {**shares, **({} if self.allocation is None else {"allocation": self.allocation})}
+        budget: dict[str, Any] = {kind: getattr(self, kind) for kind in BUDGETS if getattr(self, kind) is not None}
+        if not budget:
+            budget["flops"] = 0.25
+        if self.allocation is not None:
+            budget["allocation"] = self.allocation
         dense = shrink(
             start.net,
             start.images(self.images),
@@ -236,12 +239,12 @@ class Shrink(TrainedVerb):
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(TrainedVerb):
-    """Prune one trained model as a YAML file says."""
+    """Prune one trained model by a YAML file."""
 
     config: Path  # YAML file: pruner, knobs, config_list; see configs/
 
     def run(self, console: Console) -> int:
-        """Prune, write the dense model, and print what was measured."""
+        """Prune, write the dense model, and print costs and accuracies before and after."""
         record = prune_checkpoint(
             self.model_choice,
             self.checkpoint,
@@ -252,7 +255,9 @@ class Prune(TrainedVerb):
             device=self.device,
             progress=False if self.json else None,
         )
-        table = as_table(f"{record['model']}, {record['pruner']}", ("", "before", "after"), prune_costs(record), left=3)
+        table = as_table(
+            f"{record['model']}, {record['pruner']}", ("", "before", "after"), prune_costs(record), text_columns=3
+        )
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
         self.put_out(console, record, [table, files])
         return 0

@@ -33,7 +33,6 @@ from nni_topo.errors import (
     check_fields,
     check_integer,
     checked,
-    is_finite,
     unknown_name,
 )
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit, fit_by
@@ -250,16 +249,14 @@ def readers_of_removed(plan: Plan, networks: Networks) -> list[tuple[Solvable, n
 
 
 @checked()
-def pair_coefficients(
-    removed: ArrayLike, survivor: ArrayLike, *, iterations: int | None = None, eps: float = 0.0
-) -> tuple[float, float]:
+def pair_coefficients(removed: ArrayLike, survivor: ArrayLike, *, iterations: int | None = None) -> tuple[float, float]:
     """Return alpha and beta of the line that predicts a removed channel ``f_u`` from a kept one ``f_s``, (5.10).
 
     It is ``argmin ||f_u - alpha f_s - beta||^2`` over the same samples, arrays of equal shapes; where ``f_s`` is
-    constant, alpha is 0. With ``iterations`` (5.11) and (5.12) alternate so often from ``beta = 0`` and come nearer to
-    that by ``mean(f_s)^2 / (mean(f_s^2) + eps / n)`` each time, ``eps`` the text's small value in the denominator.
-    (5.12) prints no mean; as beta is one number, it is the mean over samples. ConfigError if a knob is out of range,
-    DataError if there is no sample, the shapes differ, or a value isn't finite.
+    constant, alpha is 0. With ``iterations``, (5.11) and (5.12) alternate that many times from ``beta = 0``; each time
+    the distance to the closed form shrinks by ``mean(f_s)^2 / mean(f_s^2)``. (5.12) prints no mean; as beta is one
+    number, it is the mean over samples. The text's small value in the denominators is 0. ConfigError if ``iterations``
+    is less than 1, DataError if there is no sample, the shapes differ, or a value isn't finite.
 
     Examples
     --------
@@ -268,8 +265,6 @@ def pair_coefficients(
     """
     if iterations is not None:
         check_integer("iterations", iterations, 1, "pair_coefficients")
-    if not is_finite(eps) or eps < 0.0:
-        raise ConfigError(f"eps must be finite and at least 0, got {eps!r} (pair_coefficients)")
     u, s = np.asarray(removed, dtype=np.float64).ravel(), np.asarray(survivor, dtype=np.float64).ravel()
     if u.shape != s.shape or not u.size:
         raise DataError(f"activations of a pair must be of one shape and not empty, got {u.size} and {s.size} values")
@@ -281,12 +276,11 @@ def pair_coefficients(
         return 0.0, float(u.mean())
     if iterations is None:
         # Centred first: the difference of raw moments would cancel where the means are large.
-        alpha = float((u - u.mean()) @ (s - s.mean())) / (spread + eps)
+        alpha = float((u - u.mean()) @ (s - s.mean())) / spread
         return alpha, float(u.mean() - alpha * s.mean())
-    # Each step is a least-squares solution in one of the two unknowns with the other held, so that the error, with
-    # eps alpha^2 as a part of it, never rises.
+    # Each step is a least-squares solution in one of the two unknowns with the other fixed: the error never rises.
     alpha = beta = 0.0
-    square = float(s @ s) + eps
+    square = float(s @ s)
     for _ in range(iterations):
         alpha = float(u @ s - beta * s.sum()) / square
         beta = float((u - alpha * s).mean())

@@ -1,1 +1,1 @@
-"""What the core does without: studies of networks, and comparisons of pruners with their tables and pictures."""
+"""Studies of a model, and comparisons of pruners with tables and pictures; the core works without them."""

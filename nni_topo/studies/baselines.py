@@ -1,7 +1,7 @@
 """Torch-Pruning's pruners as rows of a comparison; they need the extra ``bench``.
 
-Torch-Pruning cuts the model itself instead of making masks. It gets the same layers and the same number of channels per
-layer as the other rows.
+Torch-Pruning changes the model itself instead of making masks. It prunes the same layers to the same numbers of
+channels as the other rows.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from nni_topo.pruners.hooks import Masks
 
 PREFIX = "torch-pruning"
 KINDS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM)
-"""Layers that Torch-Pruning is asked to prune."""
+"""Types of layers that Torch-Pruning prunes here."""
 _IMPORTANCES: dict[str, tuple[str, dict[str, Any]]] = {
     # the group L2 norm
     PREFIX: ("GroupMagnitudeImportance", {"p": 2}),
     f"{PREFIX}-l1": ("GroupMagnitudeImportance", {"p": 1}),
     f"{PREFIX}-fpgm": ("FPGMImportance", {"p": 2}),
 }
-_ROUNDING = 1e-9  # 6 * (1 - 1 / 3) is less than 4
+_ROUNDING = 1e-9  # in floating point 6 * (1 - 1 / 3) is less than 4
 
 
 def is_baseline(name: str) -> bool:
-    """Say whether a name is a row of Torch-Pruning's; ConfigError if it only begins like one, or isn't installed."""
+    """Return whether a name is one of Torch-Pruning's; ConfigError if it is misspelt or Torch-Pruning is missing."""
     if not name.startswith(PREFIX):
         return False
     if name not in _IMPORTANCES:
@@ -49,9 +49,9 @@ def baseline_masks(
     ratios: dict[str, float],
     heads: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Masks, float]:
-    """Let Torch-Pruning cut a copy at ``sparse_ratio`` by layer; return NNI's masks of what went, and seconds."""
+    """Prune a copy by Torch-Pruning, at a ``sparse_ratio`` by layer; return NNI's masks of it, and seconds."""
     began = time.perf_counter()
-    # layers that aren't named are left whole
+    # layers without a ratio aren't pruned
     _, kept = cut(name, model, example_inputs, ratios, heads)
     seconds = time.perf_counter() - began
     return {layer: _layer_masks(model.get_submodule(layer), mask) for layer, mask in kept.items()}, seconds
@@ -64,8 +64,8 @@ def cut(
     ratios: dict[str, float],
     heads: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the network that Torch-Pruning leaves, and ones for the output channels that stayed, by layer."""
-    # Of queries, keys and values, whose `heads` are given, whole heads go.
+    """Return the network pruned by Torch-Pruning and, by layer, 1 for each kept output channel and 0 for the others."""
+    # `heads` has the number of heads of the query, key and value layers, which lose whole heads.
     package = _package()
     dense: nn.Module = detached_copy(model)
     layers = {n: m for n, m in dense.named_modules() if isinstance(m, KINDS)}
@@ -96,12 +96,12 @@ def cut(
 
 
 def _layer_masks(layer: Any, kept: Tensor) -> dict[str, Tensor]:
-    """Masks of a layer's weight and bias from one value per output channel."""
+    """Return masks of a layer's weight and bias from one value per output channel."""
     return {"weight": spread(layer, kept)} | ({} if layer.bias is None else {"bias": kept})
 
 
 def _exact(count: int, ratio: float) -> float:
-    """Ratio at which Torch-Pruning, which rounds what it keeps down, removes as many channels or heads as NNI."""
+    """Return the ratio at which Torch-Pruning, which rounds kept channels down, removes as many as NNI."""
     removed = int(count * ratio + _ROUNDING)
     return (removed - 0.5) / count if removed else 0.0
 

@@ -1,4 +1,4 @@
-"""One cell of a comparison: its stages in turn, and the record of what was measured."""
+"""One cell of a comparison: train, prune, make dense, recover, fine-tune, and record what was measured."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ _RECALIBRATION_IMAGES = 1024
 
 
 class Trained(Protocol):
-    """What begins with a trained network, which is kept in the run's folder by this key."""
+    """A job that starts from a trained network, which the output folder holds under its key."""
 
     @property
     def training_key(self) -> str:
-        """Equal networks, equal key."""
+        """Key of the trained network; jobs with the same key share it."""
 
 
 def run_cell(cell: Cell, out: Path) -> Record:
-    """Run a cell, its trained network in the ``checkpoints`` of a comparison's folder, and return its record."""
+    """Run a cell and return its record; its trained network is saved in ``checkpoints`` of the output folder."""
     began = time.perf_counter()
-    # latencies are those of one thread, whatever the machine
+    # latencies are measured on one thread on every machine
     torch.set_num_threads(1)
     start = start_of(cell, out)
     ratios = shared_ratios(cell, start, out)
     pruned = pruned_cell(cell, start, ratios)
-    cutting = time.perf_counter()
+    speedup_began = time.perf_counter()
     dense, _ = made_dense(start, pruned.masks)
     # accuracies in [0, 1] on the test images, seconds, bytes; latencies are median milliseconds of a batch
     record = {
@@ -64,7 +64,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
         "accuracy_before": start.accuracy,
         **(start.figures(start.net, "before") if start.data.is_text else {}),
         "prune_seconds": pruned.seconds,
-        "speedup_seconds": time.perf_counter() - cutting,
+        "speedup_seconds": time.perf_counter() - speedup_began,
         **latencies(start, dense),
     }
     if cell.target.kind != "ratio":
@@ -98,7 +98,7 @@ def checkpoint(cell: Trained, out: Path) -> Path:
 
 
 def cell_facts(cell: Cell) -> Record:
-    """Return what every record says of its cell."""
+    """Return the entries of a record that identify its cell."""
     return {
         "key": cell.key,
         "pruner": cell.pruner.row,
@@ -111,11 +111,11 @@ def cell_facts(cell: Cell) -> Record:
 
 
 def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
-    """Return every layer's ``sparse_ratio``; those solved for a budget are kept in ``ratios.json``."""
+    """Return every layer's ``sparse_ratio``; ratios that meet a budget are saved in ``ratios.json``."""
     path = out / "ratios.json"
-    # they depend on the architecture alone: all seeds and pruners share them
+    # The ratios depend on the architecture only: all seeds and pruners share them.
     key = f"{cell.model.label}, {tuple(start.example.shape[1:])}, {cell.target.label}"
-    with only_process(checkpoint(cell, out).parent):  # the folder itself is held by the comparison
+    with only_process(checkpoint(cell, out).parent):  # the comparison already locks the folder itself
         known = read_json(path) or {}
         if key not in known:
             example = start.timed if cell.target.kind == "latency" else start.example
@@ -125,17 +125,17 @@ def shared_ratios(cell: Cell, start: Start, out: Path) -> dict[str, float]:
 
 
 def pruned_cell(cell: Cell, start: Start, ratios: dict[str, float]) -> Pruned:
-    """Run a cell's pruner, or a baseline from outside, with a ratio for every layer."""
+    """Run a cell's pruner, or one of Torch-Pruning, with a ratio for every layer."""
     choice = cell.pruner
     if is_baseline(choice.name):
         return Pruned(*baseline_masks(choice.name, start.net, start.example, ratios))
-    if choice.name == SCRATCH:  # of the network only the widths are used
+    if choice.name == SCRATCH:  # training from scratch uses the widths only
         choice = replace(choice, name="random")
     return prune_to_ratios(start, choice, cell.target, ratios)
 
 
 def why_missed(cell: Cell, pruned: Pruned) -> str:
-    """Say why the network may be far from the budget of a cell, whose widths all of its pruners share."""
+    """Return why a network may miss its cell's budget; all pruners of a target share its widths."""
     name = cell.pruner.name
     if pruned.budget is not None:
         return pruned.budget.why or "the dense network keeps other channels than were counted"
@@ -157,7 +157,7 @@ def with_new_weights(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record: Record) -> nn.Module:
-    """Measure a pruned network as it is, with batch norms re-calibrated, and recovered as asked for; return this."""
+    """Measure a pruned network with no recovery, after batch-norm re-calibration and after the cell's recovery."""
     record |= start.figures(dense, "oneshot")
     images = start.images(_RECALIBRATION_IMAGES)
     record["accuracy_recalibrated"] = start.tested(recalibrate_batch_norm(dense, images))
@@ -174,7 +174,7 @@ def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record:
 
 
 def _peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where the system doesn't say."""
+    """Return the largest resident memory of this process so far, in bytes; None where the system can't tell."""
     if sys.platform == "win32":
         return None
     import resource

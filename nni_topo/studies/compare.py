@@ -1,4 +1,4 @@
-"""Run a plan so that it can be killed anywhere and goes on where it was."""
+"""Run a comparison's plan; a run that was killed resumes with the cells that have no record."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class RunFailure:
 
 
 class Comparison(NamedTuple):
-    """What a comparison found; its ``repr`` is the tables, in Markdown."""
+    """The result of a comparison; its ``repr`` shows the tables, in Markdown."""
 
     records: list[Record]  # of the plan's cells that ran, in its order
     failures: list[RunFailure]  # cells that raised or were killed; the same command tries them again
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return the records as a table, one row each, what is nested as columns with dots in their names."""
+        """Return the records as a table, a row each; nested values become columns with dotted names."""
         import pandas
 
         return pandas.json_normalize(self.records)
@@ -62,12 +62,12 @@ def compare(
 ) -> Comparison:
     """Run the cells of a plan that have no record yet; return all records, in the plan's order, and the failed cells.
 
-    The folder gets a line per finished cell in ``results.jsonl``, all records at the end in ``results.json``, the
-    plan, ``report.html`` and the trained models. With ``isolate`` each cell has a process of its own: its memory is
-    given back, a crash ends one cell only, and the plan's ``n_jobs`` of them run at a time. ``on_cell`` is called with
-    each cell, its number from 1 and their number before it runs. ConfigError if a name, a knob or the device is
-    unknown, or the folder holds another comparison's records; DataError if the data can't be read, or another run is at
-    work in the folder.
+    The output folder gets a line per finished cell in ``results.jsonl``, all records at the end in ``results.json``,
+    the plan, ``report.html`` and the trained models. With ``isolate`` each cell runs in a process of its own: its
+    memory is freed, a crash ends that cell only, and the plan's ``n_jobs`` cells run at a time. ``on_cell`` is called
+    before each cell with the cell, its number from 1 and the number of cells. ConfigError if a name, a knob or the
+    device is unknown, or the folder holds another comparison's records; DataError if the data can't be read, or another
+    run uses the folder.
     """
     if not isolate and plan.n_jobs != 1:
         raise ConfigError(f"cells that share a process must run one by one, got n_jobs {plan.n_jobs} (compare)")
@@ -82,12 +82,12 @@ def _all_cells(
     plan: ComparisonPlan, cells: list[Cell], out: Path, isolate: bool, on_cell: Callable[[Cell, int, int], None] | None
 ) -> Comparison:
     done = {record["key"]: record for record in read_records(out / "results.jsonl", {"key": instance(str), **COMPARED})}
-    # results.json and the tables are of one comparison; a changed plan in an old folder would mix two
-    strangers = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
-    if strangers:
-        one = strangers[0]
+    # results.json and the tables show one comparison; a changed plan in an old folder would mix two
+    foreign = [record for key, record in done.items() if key not in {cell.key for cell in cells}]
+    if foreign:
+        one = foreign[0]
         raise ConfigError(
-            f"an output folder must hold one comparison, got {len(strangers)} records of another one, e.g. "
+            f"an output folder must hold one comparison, got {len(foreign)} records of another one, e.g. "
             f"{one['model']}, {one['data']}, {one['pruner']}, {one['target']} ({out})"
         )
     write_json(out / "plan.json", asdict(plan), sort=False, default=repr)
@@ -99,9 +99,8 @@ def _all_cells(
     todo = {number: cell for number, cell in enumerate(cells, start=1) if cell.key not in done}
     jobs = effective_n_jobs(plan.n_jobs)
     failures = {}
-    with closing(
-        isolated(todo, out, jobs, tell, run_cell) if isolate else in_turn(todo, out, tell, run_cell)
-    ) as results:
+    results = isolated(todo, out, jobs, tell, run_cell) if isolate else in_turn(todo, out, tell, run_cell)
+    with closing(results):
         for number, result in results:
             if isinstance(result, str):
                 failures[number] = RunFailure(todo[number], result)
@@ -115,7 +114,7 @@ def _all_cells(
 
 
 def _check_choices(cells: list[Cell]) -> None:
-    """Raise, before anything runs, what would stop every cell of a model, data set or pruner."""
+    """Check pruners, knobs, devices and data before the first cell runs."""
     for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
         if pruner.name != SCRATCH and not is_baseline(pruner.name):
             check_knob_names(pruner.name, pruner.knobs)

@@ -1,4 +1,4 @@
-"""The demonstration: a small network on scikit-learn's digits, pruned to the same widths by every row of the table."""
+"""The demonstration: a small network on scikit-learn's digits, pruned to the same widths by several pruners."""
 
 from __future__ import annotations
 

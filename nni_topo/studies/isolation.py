@@ -1,4 +1,4 @@
-"""Runs one by one, or in processes of their own: memory is given back, and a crash ends one run only."""
+"""Run jobs one by one, or each in its own process: memory is freed, and a crash ends one job only."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nni_topo.errors import NniTopoError
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.cells import Trained, checkpoint
 
-# Never a plain fork: the child would inherit locks that PyTorch's threads hold. The server imports the pipeline once.
+# Never a plain fork: the child would inherit locks of PyTorch's threads. The fork server imports the pipeline once.
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 Results = Generator[tuple[int, "Record | str"], None, None]
-_LOOK_SECONDS = 1.0  # how often it is looked whether a network that others wait for is trained
+_POLL_SECONDS = 1.0  # how often to check whether a network that other jobs wait for is trained
 
 
 Job = TypeVar("Job", bound=Trained)
@@ -31,7 +31,7 @@ Job = TypeVar("Job", bound=Trained)
 def in_turn(
     todo: Mapping[int, Job], out: Path, tell: Callable[[int], None], run: Callable[[Job, Path], Record]
 ) -> Results:
-    """Run one by one in this process; yield each one's number and record."""
+    """Run jobs one by one in this process; yield each job's number and record."""
     for number, job in todo.items():
         tell(number)
         yield number, run(job, out)
@@ -40,10 +40,10 @@ def in_turn(
 def isolated(
     todo: Mapping[int, Job], out: Path, jobs: int, tell: Callable[[int], None], run: Callable[[Job, Path], Record]
 ) -> Results:
-    """Run each in a process of its own, so many at a time; yield its number and its record, or why there is none.
+    """Run each job in its own process, ``jobs`` at a time; yield its number and its record, or why it has none.
 
-    Of those that share a network one trains it; the others begin when it is there. ``run`` is a module's function. A
-    process computes on one thread.
+    If several jobs share a trained network, one trains it and the others start when its checkpoint exists. ``run`` must
+    be a function of a module. Each process computes on one thread.
     """
     context: Any = multiprocessing.get_context(_START)
     if _START == "forkserver":
@@ -51,26 +51,31 @@ def isolated(
     waiting, running = dict(todo), dict[Connection, tuple[int, BaseProcess]]()
     try:
         while waiting or running:
-            while len(running) < jobs and (number := _next(waiting, [todo[each] for each, _ in running.values()], out)):
+            while len(running) < jobs:
+                number = _next(waiting, [todo[each] for each, _ in running.values()], out)
+                if number is None:
+                    break
                 tell(number)
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_send_record, args=(sender, run, waiting.pop(number), out))
                 process.start()
-                sender.close()  # the child's own end: when it is gone, so is the child
+                sender.close()  # the child holds the other copy: the pipe closes when the child ends
                 running[receiver] = number, process
-            for ready in wait(list(running), _LOOK_SECONDS):
-                number, process = running.pop(cast(Connection, ready))
-                yield number, _received(cast(Connection, ready), process)
+            for ready in wait(list(running), _POLL_SECONDS):
+                done, process = running.pop(cast(Connection, ready))
+                yield done, _received(cast(Connection, ready), process)
     finally:
         for _, process in running.values():
             process.kill()
 
 
 def _next(waiting: Mapping[int, Job], running: list[Job], out: Path) -> int | None:
-    """Return the number of the first whose network is trained, or that none that runs is training."""
+    """Return the number of the first waiting job whose network is trained, or isn't being trained by a running job."""
     training = {job.training_key for job in running}
-    free = (n for n, job in waiting.items() if job.training_key not in training or checkpoint(job, out).exists())
-    return next(free, None)
+    for number, job in waiting.items():
+        if job.training_key not in training or checkpoint(job, out).exists():
+            return number
+    return None
 
 
 def _received(receiver: Connection, process: BaseProcess) -> Record | str:
@@ -78,7 +83,7 @@ def _received(receiver: Connection, process: BaseProcess) -> Record | str:
     with receiver:
         try:
             return cast("Record | str", receiver.recv())
-        except (EOFError, OSError):  # nothing, or not all of it
+        except (EOFError, OSError):  # it sent nothing, or only a part
             process.join()
     code = process.exitcode or 0
     return f"killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
@@ -99,9 +104,9 @@ def _send_record(sender: Connection, run: Callable[[Job, Path], Record], job: Jo
 
 
 def _end_with_parent() -> None:
-    """Leave nothing running behind a parent that was killed; an interruption is the parent's to heed."""
+    """End this process once its parent is killed; ignore Ctrl-C, which the parent handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        # sys.exit would end the thread alone
+        # sys.exit would end this thread only
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Pictures: one panel or several, what all panels have, and those of a comparison's records."""
+"""Figures of one or several panels, and the figures of a comparison's records."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Item = TypeVar("_Item")
 
 
 def single(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a figure of a size in inches with one panel."""
+    """Return a figure with one panel; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -35,7 +35,7 @@ def figure_of(axis: Axes) -> Figure:
 
 
 def finish(axis: Axes, xlabel: str = "", ylabel: str = "", *, columns: int = 1, **settings: Any) -> None:
-    """Label a panel, put a grid under it and, where lines have labels, a legend of so many columns on it."""
+    """Label a panel and add a grid; if its lines have labels, add a legend with ``columns`` columns."""
     axis.set(xlabel=xlabel, ylabel=ylabel, **settings)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
@@ -49,7 +49,7 @@ def panels(
     size: tuple[float, float] = (4.2, 3.4),
     columns: int = 3,
 ) -> Figure:
-    """Draw each item in a panel of a size in inches, its name above it, so many beside each other."""
+    """Draw each item in a panel of ``size`` inches under its name, ``columns`` panels in a row."""
     named = list(items)
     across = min(columns, len(named))
     down = -(-len(named) // across)
@@ -64,7 +64,7 @@ def panels(
 
 
 def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
-    """Return a comparison's pictures by the stems of their files."""
+    """Return a comparison's figures by the names of their files without suffix."""
     drawn = {"accuracy": plot_accuracy(records), "convergence": plot_convergence(records)}
     return {name: figure_of(axes[0]) for name, axes in drawn.items() if axes}
 
@@ -83,7 +83,7 @@ def plot_accuracy(records: Sequence[Record]) -> list[Axes]:
 
 
 def plot_convergence(records: Sequence[Record]) -> list[Axes]:
-    """Draw validation accuracy against the epochs of fine-tuning, a line per row; empty where none was fine-tuned."""
+    """Draw validation accuracy against the epochs of fine-tuning, a line per pruner; empty without fine-tuning."""
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
     if not groups:
         return []
@@ -98,7 +98,7 @@ def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
     for index, name in enumerate(names):
         targets = [[run for run in rows.get(name, {}).values() if column in run] for rows in groups.values()]
         targets = [runs for runs in targets if runs]
-        # Rows of one target have the same MACs: a small step to the side keeps their markers apart.
+        # Networks of one target have the same MACs: a small horizontal step keeps their markers apart.
         step = (index - (len(names) - 1) / 2) * records[0]["flops_before"] / 2e8
         macs = [interval([run["flops"] for run in runs]).mean / 1e6 + step for runs in targets]
         points = [interval([100 * run[column] for run in runs]) for runs in targets]
@@ -115,7 +115,7 @@ def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:
     for index, (name, curve) in enumerate(zip(rows, means, strict=True)):
         line = f"{_MARKERS[index % len(_MARKERS)]}{'-' if index < 10 else '--'}"
         axis.plot(curve, line, markersize=4, color=f"C{index % 10}", label=name)
-    # pruned networks often begin at chance, far below all that follows
+    # Pruned networks often start at chance level, far below all later values.
     low, high = min(curve[1:].min() for curve in means), max(before, *(curve[1:].max() for curve in means))
     margin = 0.1 * (high - low)
     finish(axis, "epochs of fine-tuning", "validation accuracy %", ylim=(low - margin, high + margin))

@@ -1,4 +1,4 @@
-"""A comparison's plan: all the cells it is made of, read from YAML."""
+"""A comparison's plan, read from YAML, and its cells."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCRATCH = "scratch"
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """All cells of a comparison: every combination of models, data, pruners, targets and seeds."""
+    """A comparison: every combination of models, data, pruners, targets and seeds is a cell."""
 
     models: tuple[ModelChoice, ...]
     data: tuple[DataChoice, ...]
@@ -45,12 +45,16 @@ class ComparisonPlan:
     targets: tuple[Target, ...]
     seeds: int = 1  # how many, at least 1, from `first_seed` on
     first_seed: int = 0
-    train: Mapping[str, Any] = field(default_factory=dict)  # fields to replace in the model's default recipe
-    retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})  # likewise, `epochs` too; 0: none
+    train: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # fields to replace in the model's default recipe of training
+    retrain: Mapping[str, Any] = field(
+        default_factory=lambda: {"epochs": 1}
+    )  # fields to replace in the recipe of fine-tuning; `epochs` 0: none
     device: str = "cpu"  # cpu, cuda or auto
     compensate: CompensationChoice | None = None  # between pruning and fine-tuning, for every row; None: none
     distill: DistillationChoice | None = None  # after compensation, for every row; None: none
-    n_jobs: int = 1  # cells that run at a time, in processes of their own, at least 1; -1: one per core
+    n_jobs: int = 1  # cells run at a time, each in its own process, at least 1; -1: one per core
 
     def __post_init__(self) -> None:
         check_fields(self, "plan", seeds=whole(1), first_seed=SEED, n_jobs=ANYTHING)
@@ -64,7 +68,7 @@ class ComparisonPlan:
             raise ConfigError(f"labels of pruners must differ, got twice: {', '.join(twice)} (plan)")
 
     def cells(self) -> Iterator[Cell]:
-        """Yield the cells, those that share a trained model next to each other."""
+        """Yield the cells; cells that share a trained model follow each other."""
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         for model, data, seed in itertools.product(self.models, self.data, seeds):
             default = default_recipe(model.name, data.name)
@@ -102,6 +106,6 @@ def _target(entry: Any) -> Target:
         raise ConfigError(f"a target must be a mapping with one key of {', '.join(TARGETS)}, got {entry!r} (targets)")
     ((kind, value),) = entry.items()
     try:
-        return Target(kind, float(value))  # YAML takes 1e-3 for a text
+        return Target(kind, float(value))  # YAML reads 1e-3 as a string
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"a target must be a number in its interval, got {entry!r} (targets): {error}") from error

@@ -21,26 +21,28 @@ COMPARED: dict[str, Rule] = {
 
 
 def read_records(path: Path, rules: Mapping[str, Rule] | None = None) -> list[Record]:
-    """Read the records of ``results.jsonl``, whose keys keep some rules; DataError names the line that doesn't.
+    """Read the records of ``results.jsonl`` and check their keys by rules; DataError names the line that breaks one.
 
-    A last line that a crash cut short is left out, or one that is being written.
+    A last line without a line break is ignored: a crash cut it short, or another process is writing it.
     """
     if not path.exists():
         return []
+    rules = rules or {}
     lines = path.read_bytes().splitlines(keepends=True)
     records = []
-    for index, line in enumerate(filter(_is_whole, lines), start=1):
+    for index, line in enumerate(filter(_is_complete, lines), start=1):
         place = f"{path}:{index}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"every line must be a JSON record, got: {error} ({place})") from error
-        missing = set(rules or ()) - record.keys() if isinstance(record, dict) else None
-        if missing is None or missing:
-            found = f"the keys {', '.join(record)[:80]}" if missing else f"a {type(record).__name__}"
-            raise DataError(f"every line must be a JSON record of a run, got {found} ({place})")
+        if not isinstance(record, dict):
+            raise DataError(f"every line must be a JSON record of a run, got a {type(record).__name__} ({place})")
+        if not record.keys() >= rules.keys():
+            keys = ", ".join(record)[:80]
+            raise DataError(f"every line must be a JSON record of a run, got the keys {keys} ({place})")
         try:
-            check_knobs(place, record, rules or {})
+            check_knobs(place, record, rules)
         except ConfigError as error:
             raise DataError(f"every line must be a JSON record of a run: {error}") from None
         records.append(record)
@@ -48,7 +50,7 @@ def read_records(path: Path, rules: Mapping[str, Rule] | None = None) -> list[Re
 
 
 def compared_records(path: Path) -> list[Record]:
-    """Read the records of comparisons; those of studies, which have no target, are left out."""
+    """Read the records of comparisons; records of studies, which have no target, are skipped."""
     found = [record for record in read_records(path) if "target" in record]
     for record in found:
         missing = COMPARED.keys() - record.keys()
@@ -59,16 +61,16 @@ def compared_records(path: Path) -> list[Record]:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Add a record to ``results.jsonl``, in place of a line that a crash cut short; wait until it is on the disk."""
+    """Append a record to ``results.jsonl`` and wait until it is on the disk; replace a last line without a break."""
     with disk_errors(path), output_file(path).open("ab") as stream:
         if path.stat().st_size:
             before = path.read_bytes()
-            if not _is_whole(before):
+            if not _is_complete(before):
                 stream.truncate(before.rfind(b"\n") + 1)
         stream.write(json.dumps(record, sort_keys=True).encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _is_whole(line: bytes) -> bool:
+def _is_complete(line: bytes) -> bool:
     return line.endswith(b"\n")

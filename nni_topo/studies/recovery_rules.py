@@ -1,8 +1,8 @@
-"""The rules of other papers, by the interface of compensation: ours is compared with the errors that they leave.
+"""The recovery rules of other papers as methods of ``compensate``, to compare this package's methods with.
 
 ``"merge"`` changes how a layer reads removed channels, as ``"channel"`` does, which is GRAIL's rule [6]_; ``"mean"``,
-``"scalar"``, ``"head"``, ``"layer"`` and ``"sequential"`` solve a layer anew, as ``"reconstruct"`` does. What a paper
-says of penalties is left out: the ridge of each layer is chosen on held-out samples, as ours is.
+``"scalar"``, ``"head"``, ``"layer"`` and ``"sequential"`` solve for a layer's weights, as ``"reconstruct"`` does. The
+papers' penalties aren't used: the ridge of each layer is chosen on held-out samples, as in our methods.
 
 References
 ----------
@@ -43,7 +43,7 @@ from nni_topo.recovery.registry import RECOVERIES, RecoveryInfo, RecoveryMethod
 from nni_topo.recovery.replay import Values
 from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows
 
-_LEAST_LIKENESS, _SHARE_OF_LIKENESS = 0.1, 0.85  # the paper's t and lambda for VGG
+_LEAST_SIMILARITY, _SHARE_OF_SIMILARITY = 0.1, 0.85  # the paper's t and lambda for VGG
 _TINY = 1e-12
 
 Merged = Mapping[int, tuple[int, float]]
@@ -56,9 +56,9 @@ def own_equations(plan: Plan, order: Mapping[Node, int]) -> list[Equation]:
 
 
 class MergeTask(PairTask):
-    """Let the kept channel of the most similar filter, times a factor, stand in for each removed one [5]_."""
+    """Replace each removed channel by the kept channel of the most similar filter, times a factor [5]_."""
 
-    # `merged` says by channel numbers who stands in for whom and times what; no sample is looked at for it.
+    # `merged` maps a removed channel's group id to its replacement's and the factor; it uses no samples.
 
     def __init__(self, layer: Solvable, group_ids: np.ndarray, pruned: nn.Module, merged: Merged) -> None:
         super().__init__(layer, group_ids, pruned)
@@ -69,17 +69,17 @@ class MergeTask(PairTask):
         for group, numbers in enumerate(self._numbers.tolist()):
             ranks = {numbers[channel]: rank for rank, channel in enumerate(self.kept[group].tolist())}
             for channel, number in enumerate(numbers):
-                survivor, factor = self._merged.get(number, (number, 0.0))
-                if survivor in ranks and number not in ranks:
-                    found.weights[group, ranks[survivor], channel] = factor
+                replacement, factor = self._merged.get(number, (number, 0.0))
+                if replacement in ranks and number not in ranks:
+                    found.weights[group, ranks[replacement], channel] = factor
         return found
 
 
 class ScalarTask(ReconstructTask):
-    """Multiply the weights that read each kept channel, or head, by one number, as Kwon et al. tune masks [2]_."""
+    """Multiply the weights that read each kept channel, or head, by one number, as Kwon et al. do [2]_."""
 
     def __init__(self, equation: Equation, pruned: nn.Module, result: nn.Module, size: int = 1) -> None:
-        # `size` channels that follow one another are one head's.
+        # Each `size` consecutive channels form one head.
         super().__init__(equation, pruned, result)
         numbers = torch.arange(self._columns.shape[1]) if size == 1 else self._columns[0].cpu() // size
         elements = self._module.weight[0, 0].numel()
@@ -91,11 +91,11 @@ class ScalarTask(ReconstructTask):
         return int(self._factors.max()) + 1
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
-        """Solve for what each factor differs from 1 by, from the sums for single weights."""
+        """Solve for the difference of each factor from 1, from the sums for single weights."""
         weight = by_output(self._module.weight.detach(), self._module)
-        # (groups, outputs, channels * kernel elements), as they count at the place.
+        # (groups, outputs, channels * kernel elements), scaled as at the place where the error is measured
         kernel = weight[self.block(weight)].double().flatten(2) * self._scale[self._rows].unsqueeze(2)
-        fewer, others = (_together(each, kernel, self._factors) for each in (learned, held))
+        fewer, others = (_summed_by_number(each, kernel, self._factors) for each in (learned, held))
         found = fit(fewer, others, ridge, intercept=False)
         solution = Solution(
             found.solution.weights[:, self._factors] * kernel.transpose(1, 2), learned.unchanged().shift
@@ -104,10 +104,10 @@ class ScalarTask(ReconstructTask):
 
 
 class LayerTask(ReconstructTask):
-    """Solve a layer alone, from the original's own inputs, as AIMET does: as if nothing before it were pruned [3]_."""
+    """Solve for a layer from its inputs in the unpruned network, as AIMET does [3]_."""
 
     def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
-        """Return the original's input patches, what the weights that are left lack of its output, and the output."""
+        """Return the unpruned network's input patches, what kept weights miss of its output, and the output."""
         wanted = unpruned[self.place][part]
         positions = positions.to(wanted.device)
         source = unpruned[self.layer.source][part]
@@ -121,7 +121,7 @@ class LayerTask(ReconstructTask):
 
 
 class MeanTask(LayerTask):
-    """Put what removed channels give on average, in the original, into the constant, as FLAP does [1]_."""
+    """Add the removed channels' mean contribution in the unpruned network to the constant, as FLAP does [1]_."""
 
     @property
     def fitted(self) -> int:
@@ -129,19 +129,19 @@ class MeanTask(LayerTask):
         return 0
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
-        """Take the mean of what lacks; weights stay as they are."""
+        """Return the mean of the missing output as the constant; weights don't change."""
         return fit_by(self._solution, learned, held)
 
     def _solution(self, equations: NormalEquations) -> Solution:
         found = equations.unchanged()
         if self.layer.intercept is None:
-            return found  # nobody takes a constant
+            return found  # no layer after it can take a constant
         return Solution(found.weights, equations.sums["y"] / equations.samples)
 
 
 @dataclass(frozen=True)
 class Sequential(RecoveryMethod):
-    """Solve each layer for its own output in the original, from inputs as recovered so far [4]_."""
+    """Solve for each layer's output in the unpruned network, from its inputs in the network recovered so far [4]_."""
 
     task: ClassVar[type[ReconstructTask]] = ReconstructTask
 
@@ -153,14 +153,14 @@ class Sequential(RecoveryMethod):
 
 @dataclass(frozen=True)
 class LayerAlone(Sequential):
-    """Solve each layer for its own output in the original, from the original's inputs [3]_."""
+    """Solve for each layer's output in the unpruned network, from its inputs there [3]_."""
 
     task = LayerTask
 
 
 @dataclass(frozen=True)
 class Mean(Sequential):
-    """Put the mean of what removed channels give into the constant [1]_."""
+    """Add the mean contribution of the removed channels to the constant [1]_."""
 
     task = MeanTask
 
@@ -177,7 +177,7 @@ class Scalar(RecoveryMethod):
         ]
 
     def sizes(self, networks: Networks) -> dict[str, int]:
-        """Return how many channels that follow one another have one factor, by layer; 1 for those that aren't named."""
+        """Return how many consecutive channels share a factor, by layer; 1 for layers that aren't named."""
         del networks
         return {}
 
@@ -193,7 +193,7 @@ class Head(Scalar):
 
 @dataclass(frozen=True)
 class Merge(RecoveryMethod):
-    """Let the kept channel with the most similar weights stand in for each removed one [5]_."""
+    """Replace each removed channel by the kept channel with the most similar weights [5]_."""
 
     def tasks(self, plan: Plan, networks: Networks) -> list[Task]:
         """Return a task for each layer that reads removed channels."""
@@ -202,7 +202,7 @@ class Merge(RecoveryMethod):
 
 
 def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
-    """Return, by channel number, who stands in for each removed channel and times what, from the weights alone."""
+    """Return, by group id, the replacement of each removed channel and its factor, from the weights alone."""
     removed = pruned_group_ids(networks.unpruned, networks.flow, networks.masks)
     norms = norms_after(networks.unpruned, networks.flow)
     made: dict[int, list[_Filter]] = defaultdict(list)
@@ -210,24 +210,29 @@ def merged_channels(networks: Networks) -> dict[int, tuple[int, float]]:
         if not isinstance(networks.unpruned.get_submodule(name), WEIGHTED):
             continue
         norm = networks.unpruned.get_submodule(norms[name]) if name in norms else None
-        for root, each in zip(networks.flow.group_ids_of(name).tolist(), _filters(networks, name, norm), strict=True):
-            made[root].append(each)
-    # Channels are comparable where the same layers make them: in a residual stream all of these count.
-    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for root, found in made.items():
-        alike[tuple(each.layer for each in found)].append(root)
+        for group_id, each in zip(
+            networks.flow.group_ids_of(name).tolist(), _filters(networks, name, norm), strict=True
+        ):
+            made[group_id].append(each)
+    # Channels are compared if the same layers make them; in a residual stream several layers make one channel.
+    comparable: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for group_id, filters in made.items():
+        comparable[tuple(each.layer for each in filters)].append(group_id)
     merged: dict[int, tuple[int, float]] = {}
-    for group_ids in alike.values():
-        kept, pruned = ([root for root in group_ids if (root in removed) == is_pruned] for is_pruned in (False, True))
-        if kept and pruned:
-            nearest = _nearest([made[root] for root in pruned], [made[root] for root in kept])
-            merged |= {root: (kept[at], factor) for root, (at, factor) in zip(pruned, nearest, strict=True)}
+    for group_ids in comparable.values():
+        kept = [group_id for group_id in group_ids if group_id not in removed]
+        pruned = [group_id for group_id in group_ids if group_id in removed]
+        if not kept or not pruned:
+            continue
+        nearest = _nearest([made[group_id] for group_id in pruned], [made[group_id] for group_id in kept])
+        for group_id, (rank, factor) in zip(pruned, nearest, strict=True):
+            merged[group_id] = kept[rank], factor
     return merged
 
 
 @dataclass(frozen=True)
 class _Filter:
-    """What one layer does for one channel: weights (d,) and a bias (), with the batch norm after it if there is one."""
+    """One layer's filter of one channel: weights (d,) and a bias (), scaled by a batch norm after it, if any."""
 
     layer: str
     weight: Tensor
@@ -246,25 +251,28 @@ def _filters(networks: Networks, name: str, norm: nn.Module | None) -> list[_Fil
 
 
 def _nearest(pruned: list[list[_Filter]], kept: list[list[_Filter]]) -> list[tuple[int, float]]:
-    """Return for each removed channel the rank of its survivor and the factor, 0.0 where none is like it."""
+    """Return for each removed channel the rank of its replacement and the factor, 0.0 where none is similar."""
     is_normed = any(each.is_normed for each in kept[0])
     biases = [torch.stack([torch.stack([each.bias for each in found]) for found in side]) for side in (pruned, kept)]
     rows = [torch.stack([torch.cat([each.weight for each in found]) for found in side]) for side in (pruned, kept)]
-    if not is_normed:  # the paper then counts the bias as one more weight
+    if not is_normed:  # without a norm the paper treats the bias as one more weight
         rows = [torch.cat(pair, 1) for pair in zip(rows, biases, strict=True)]
     norms = [each.norm(dim=1).clamp_min(_TINY) for each in rows]
     factors = norms[0][:, None] / norms[1]
-    likeness = (rows[0] @ rows[1].T) / (norms[0][:, None] * norms[1])
-    away = (factors.unsqueeze(2) * biases[1] - biases[0].unsqueeze(1)).norm(dim=2)
-    away = away / away.amax(1, keepdim=True).clamp_min(_TINY)
-    share = _SHARE_OF_LIKENESS if is_normed else 1.0
-    chosen = first_largest_along(share * (1.0 + likeness) + (1.0 - share) * (1.0 - away), 1)
-    found = zip(chosen.tolist(), factors.gather(1, chosen[:, None]), likeness.gather(1, chosen[:, None]), strict=True)
-    return [(at, float(factor) if float(like) >= _LEAST_LIKENESS else 0.0) for at, factor, like in found]
+    similarity = (rows[0] @ rows[1].T) / (norms[0][:, None] * norms[1])
+    distances = (factors.unsqueeze(2) * biases[1] - biases[0].unsqueeze(1)).norm(dim=2)
+    distances = distances / distances.amax(1, keepdim=True).clamp_min(_TINY)
+    share = _SHARE_OF_SIMILARITY if is_normed else 1.0
+    chosen = first_largest_along(share * (1.0 + similarity) + (1.0 - share) * (1.0 - distances), 1)
+    found = []
+    for row, rank in enumerate(chosen.tolist()):
+        is_similar = float(similarity[row, rank]) >= _LEAST_SIMILARITY
+        found.append((rank, float(factors[row, rank]) if is_similar else 0.0))
+    return found
 
 
-def _together(equations: NormalEquations, kernel: Tensor, numbers: Tensor) -> NormalEquations:
-    """Return the sums for one factor for all weights of a number, common to all outputs, from those for single ones."""
+def _summed_by_number(equations: NormalEquations, kernel: Tensor, numbers: Tensor) -> NormalEquations:
+    """Return the sums for one factor per number, common to all outputs, from the sums for single weights."""
     if not equations.samples:
         return NormalEquations()
     sums, groups = equations.sums, len(kernel)
@@ -289,10 +297,18 @@ def _together(equations: NormalEquations, kernel: Tensor, numbers: Tensor) -> No
 
 
 RECOVERIES.register(
-    RecoveryInfo("sequential", f"{__name__}:Sequential", "solves each layer for its own output"),
-    RecoveryInfo("layer", f"{__name__}:LayerAlone", "solves each layer for its own output from the original's inputs"),
-    RecoveryInfo("mean", f"{__name__}:Mean", "puts the mean of removed channels into the constant"),
+    RecoveryInfo(
+        "sequential",
+        f"{__name__}:Sequential",
+        "solves for each layer's output from its inputs in the network recovered so far",
+    ),
+    RecoveryInfo(
+        "layer", f"{__name__}:LayerAlone", "solves for each layer's output from its inputs in the unpruned network"
+    ),
+    RecoveryInfo("mean", f"{__name__}:Mean", "adds the mean contribution of removed channels to the constant"),
     RecoveryInfo("scalar", f"{__name__}:Scalar", "solves for one factor for each kept channel"),
     RecoveryInfo("head", f"{__name__}:Head", "solves for one factor for each kept head"),
-    RecoveryInfo("merge", f"{__name__}:Merge", "lets the most similar kept filter stand in for each removed one"),
+    RecoveryInfo(
+        "merge", f"{__name__}:Merge", "replaces each removed channel by the one of the most similar kept filter"
+    ),
 )

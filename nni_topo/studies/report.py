@@ -1,4 +1,4 @@
-"""``report.html``: what a run's folder holds, in one file that needs nothing else."""
+"""``report.html``: the contents of a run's folder in one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from nni_topo.studies.records import compared_records
 from nni_topo.studies.tables import cells_of, grouped, title_of, widths_of
 
 _SOURCES = ("versions", "hardware", "revision")
-_LONG = 40
+_LONG = 40  # rows of a table from which on it is folded
 _COLORS = {"#000000": "currentColor", "#ffffff": "var(--page)"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a report: a table whose ``left`` first columns are words, or a picture as HTML, or lines of text."""
+    """A part of a report: a table whose first ``text_columns`` columns hold text, a picture as HTML, or text."""
 
     title: str
     head: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
-    left: int = 1
+    text_columns: int = 1
     picture: str = ""
     text: str = ""
     folded: bool = False
@@ -55,20 +55,20 @@ def write_report(folder: str | Path) -> Path:
 
 
 def prune_costs(record: Record) -> list[tuple[str, str, str]]:
-    """Return rows of what pruning changed: before and after."""
+    """Return a pruning's costs and accuracies as rows: what, before, after."""
     rows = [
         ("MACs (M)", f"{record['flops_before'] / 1e6:.2f}", f"{record['flops'] / 1e6:.2f}"),
         ("parameters (k)", f"{record['params_before'] / 1e3:.1f}", f"{record['params'] / 1e3:.1f}"),
     ]
     if record["weights_left"] < record["params"]:
-        left = f"{record['weights_left_before'] / 1e3:.1f}", f"{record['weights_left'] / 1e3:.1f}"
-        rows.append(("weights that aren't zero (k)", *left))
+        nonzero = f"{record['weights_left_before'] / 1e3:.1f}", f"{record['weights_left'] / 1e3:.1f}"
+        rows.append(("nonzero weights (k)", *nonzero))
     if "latency_ms" in record:
         times = f"{record['latency_before_ms']:.2f}", f"{record['latency_ms']:.2f}"
         rows.append((f"latency ms (batch of {record['latency_batch']})", *times))
     if "budget" in record:
         asked = BudgetOutcome(**record["budget"])
-        label = f"{asked.kind} left % ({100 * asked.asked:.4g} asked, {'met' if asked.is_met else 'missed'})"
+        label = f"{asked.kind} kept % ({100 * asked.asked:.4g} asked, {'met' if asked.is_met else 'missed'})"
         rows.append((label, "100.0", f"{100 * asked.left:.1f}"))
     before = f"{100 * record['accuracy_before']:.1f}"
     steps = {
@@ -85,14 +85,14 @@ def prune_costs(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _parts(folder: Path) -> Iterator[Part]:
-    drawn, told = set[str](), {"results"}
-    # A study's own records have no target; its findings lie beside them.
+    drawn: set[str] = set()  # stems of pictures that the comparison's parts draw themselves
+    # A study's own records have no target; its findings are in a file beside them.
     records = compared_records(folder / "results.jsonl")
     if records:
         drawn = {"accuracy", "convergence"}
         yield from _of_comparison(records)
     for path in sorted(folder.glob("*.json")):
-        if path.stem not in told:
+        if path.stem != "results":
             document = read_json(path, "a run's file")
             is_pruning = path.stem == "summary" and "flops_before" in document
             yield from _of_pruning(document) if is_pruning else _of_document(path.stem, document)
@@ -126,12 +126,12 @@ def _of_pruning(record: Record) -> Iterator[Part]:
 
 
 def _of_document(title: str, document: Any) -> Iterator[Part]:
-    """Show any JSON document: what is alike in a table, what is long or nested folded."""
+    """Yield the parts of any JSON document: like entries as a table; long tables and nested values are folded."""
     if not isinstance(document, Mapping):
         document = {title: document}
     single = {key: value for key, value in document.items() if _is_single(value)}
     if single:
-        yield Part(title, rows=[(str(key), _shown(value)) for key, value in single.items()], left=2)
+        yield Part(title, rows=[(str(key), _shown(value)) for key, value in single.items()], text_columns=2)
     for key, value in document.items():
         if key in single or key in _SOURCES:
             continue
@@ -147,7 +147,7 @@ def _of_document(title: str, document: Any) -> Iterator[Part]:
 
 
 def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Part:
-    """Return entries as rows; a column with nested values is left to the file."""
+    """Return entries as a table, columns of text first; columns with nested values aren't shown."""
     names = dict.fromkeys(name for entry in entries for name in entry)
     shown = [name for name in names if all(_is_single(entry.get(name)) for entry in entries)]
     words = [name for name in shown if any(isinstance(entry.get(name), str) for entry in entries)]
@@ -157,7 +157,7 @@ def _table(title: str, entries: Sequence[Mapping[str, Any]]) -> Part:
 
 
 def entries_of(value: Any) -> list[Mapping[str, Any]]:
-    """Return the rows that a list of mappings, or a mapping of them by name, stands for; none of anything else."""
+    """Return a list of mappings, or a mapping of names to mappings, as rows; an empty list for anything else."""
     if isinstance(value, Mapping) and all(isinstance(item, Mapping) for item in value.values()):
         return [{"name": name, **item} for name, item in value.items()]
     return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
@@ -176,7 +176,7 @@ def _shown(value: Any) -> str:
 
 
 def _sources(records: Sequence[Record]) -> Iterator[Part]:
-    """Yield which versions ran where; records of several machines or versions show each once."""
+    """Yield the versions and hardware that the records come from, each value once."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
         for name in _SOURCES:
@@ -186,11 +186,13 @@ def _sources(records: Sequence[Record]) -> Iterator[Part]:
                 if item is not None:
                     found.setdefault(key, {})[str(item)] = None
     if found:
-        yield Part("versions", rows=[(name, " / ".join(values)) for name, values in found.items()], left=2, folded=True)
+        yield Part(
+            "versions", rows=[(name, " / ".join(values)) for name, values in found.items()], text_columns=2, folded=True
+        )
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """Return a figure as an SVG element, its text as text, black and white as the page has them."""
+    """Return a figure as an SVG element: text stays text, black and white become the page's two colors."""
     stream = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""The base of all verbs, studies above all: fields are the flags, and what was found writes and shows itself."""
+"""Base classes of the verbs and the studies: fields are flags, and a study's findings write their own files."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ Names = Annotated[
         str_from_instance=lambda names: [",".join(names)],
     ),
 ]
-"""Names after a flag, with commas or spaces between them."""
+"""Names after a flag, separated by commas or spaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """A verb of ``nni-topo``. Its fields are its flags, and the comment after a field is what ``--help`` says of it.
+    """A verb of ``nni-topo``. Its fields are its flags; ``--help`` shows the comment after each field.
 
-    The class's docstring begins with what the verb does.
+    The first line of the class's docstring says what the verb does.
     """
 
-    json: bool = False  # one JSON document on standard output
-    seed: int = 0  # of a single run; a comparison's first
-    device: str = "cpu"  # cpu, cuda, cuda:1, auto or another of PyTorch
+    json: bool = False  # print one JSON document to standard output
+    seed: int = 0  # seed of the run; of several seeds the first
+    device: str = "cpu"  # cpu, cuda, cuda:1, auto or another device of PyTorch
 
     def run(self, console: Console) -> int:
-        """Do it, print to the console what isn't JSON, and return the exit status."""
+        """Run the verb, print everything but JSON to the console, and return the exit status."""
         raise NotImplementedError
 
     def put_out(self, console: Console, document: Any, parts: Iterable[RenderableType]) -> None:
-        """Print one JSON document if that is asked for, else tables and lines."""
+        """Print one JSON document with ``--json``, otherwise tables and lines."""
         if self.json:
             print(json.dumps(document, indent=1))
             return
@@ -83,7 +83,7 @@ class DataVerb(ModelVerb):
     out: Path  # output folder
 
     def data_choice(self, test_images: int | None = None) -> DataChoice:
-        """Return the data set, with so many test images; None: all."""
+        """Return the data set, with ``test_images`` test images; None: all."""
         folder = None if self.data_dir is None else str(self.data_dir)
         return DataChoice(self.data, folder, self.limit, test_images, self.download)
 
@@ -106,7 +106,7 @@ class TrainedVerb(DataVerb):
 
 
 def flags_of(path: str | Path) -> list[str]:
-    """Return the words that give a verb what a YAML file says; its keys are names of flags, with ``_`` or ``-``."""
+    """Return a YAML file as flags of the command line; its keys are names of flags, with ``_`` or ``-``."""
     words = []
     for key, value in read_yaml(path, "a plan").items():
         flag = f"--{key}".replace("_", "-")
@@ -118,7 +118,7 @@ def flags_of(path: str | Path) -> list[str]:
 
 
 class Findings:
-    """What a study found, a frozen dataclass: it becomes the file ``STEM.json`` and pictures."""
+    """What a study found, a frozen dataclass: written as ``STEM.json`` and pictures."""
 
     stem: ClassVar[str]
     unwritten: ClassVar[tuple[str, ...]] = ()
@@ -132,27 +132,30 @@ class Findings:
         return f"{type(self).__name__}\n{self.to_frame().to_string(index=False, max_colwidth=60)}"
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return the rows of the document's first table, or, where it has none, all of it in one row."""
+        """Return the document's first table; the whole document in one row if it has no table."""
         import pandas
 
         document = self.to_dict()
-        rows = next(filter(None, map(entries_of, document.values())), [document])
-        return pandas.json_normalize(rows)
+        for value in document.values():
+            rows = entries_of(value)
+            if rows:
+                return pandas.json_normalize(rows)
+        return pandas.json_normalize([document])
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as numbers, lists and strings."""
         return plain({name: value for name, value in vars(self).items() if name not in self.unwritten})  # type: ignore[no-any-return]
 
     def figures(self) -> dict[str, Figure]:
-        """Return the pictures by the stems of their files."""
+        """Return the pictures by the names of their files without suffix."""
         return {}
 
     def texts(self) -> dict[str, str]:
-        """Return further files by their names."""
+        """Return the contents of further text files by their names."""
         return {}
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write the JSON document, the pictures and further files, the folder made if need be; return the files."""
+        """Write the JSON document, the pictures and further files into a folder, made if missing; return the files."""
         pictures = save_figures(folder, self.figures())
         texts = {f"{self.stem}.json": json.dumps(self.to_dict(), indent=1) + "\n", **self.texts()}
         files = {Path(folder, name): text for name, text in texts.items()}
@@ -163,7 +166,7 @@ class Findings:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it: dataclasses as mappings, keys as strings, arrays as lists."""
+    """Return a value as JSON can hold it: dataclasses as mappings, keys as strings, arrays as lists."""
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
@@ -174,7 +177,7 @@ def plain(value: Any) -> Any:
 
 
 def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:
-    """Write figures as PNG files, the folder made if need be; return the files."""
+    """Write figures as PNG files into a folder, made if missing; return the files."""
     folder = output_folder(Path(folder))
     files = {name: folder / f"{name}.png" for name in figures}
     for name, figure in figures.items():
@@ -189,28 +192,27 @@ Found = TypeVar("Found", bound=Findings)
 class Study(Verb, Generic[Found]):
     """A verb of ``nni-topo analyze``: :meth:`find` computes, :meth:`show` says how it is printed.
 
-    The verb is the name of the study's file or folder in ``nni_topo/studies/analysis``; that it is
-    there is all it needs.
+    The verb is the name of the study's file or folder in ``nni_topo/studies/analysis``; it needs no entry elsewhere.
     """
 
-    plan: Path | None = None  # YAML file whose keys are these flags; flags that are given come before it
+    plan: Path | None = None  # YAML file whose keys are these flags; flags of the command line override it
     out: Path | None = None  # output folder; None: nothing is written
 
     @property
     def place(self) -> str:
-        """Where the study's knobs are, for messages."""
+        """The study's command, named in error messages."""
         return f"analyze {type(self).__module__.split('.')[3]}"
 
     def find(self, tell: Tell) -> Found:
-        """Compute; ``tell`` prints a line as something is known."""
+        """Compute the findings; ``tell`` prints a line of progress."""
         raise NotImplementedError
 
     def show(self, found: Found) -> Iterator[RenderableType]:
-        """Yield tables and lines."""
+        """Yield the findings as tables and lines."""
         raise NotImplementedError
 
     def run(self, console: Console) -> int:
-        """Compute, write the files, and print one JSON document or tables and the files' names."""
+        """Run the study, write its files, and print one JSON document, or tables and the names of the files."""
         if self.out is not None:
             check_free_disk(self.out)
         found = self.find(lambda line: console.print(line, markup=False, highlight=False))

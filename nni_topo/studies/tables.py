@@ -1,6 +1,6 @@
-"""Tables of a comparison's records, and of anything else.
+"""Tables of a comparison's records, and functions for all other tables.
 
-Baselines are the pruners that aren't this package's own, and random choice, which is nobody's.
+Baselines are the pruners of other packages, and random selection.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nni_topo.runs.provenance import Record
 from nni_topo.studies.plan import SCRATCH
 
 Group = tuple[str, str, str]
-_NEAREST = 1e-3
+_NEAREST = 1e-3  # accuracies are kept this far from 0 and 1 before the log-odds are taken
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Interval:
     half: float
 
     def show(self, scale: float = 1.0, digits: int = 1, *, sign: bool = False) -> str:
-        """Return ``mean ± half``, or the mean alone where there is one value."""
+        """Return ``mean ± half``, or the mean of a single value."""
         mean = f"{scale * self.mean:{'+' if sign else ''}.{digits}f}"
         return mean if np.isnan(self.half) else f"{mean} ± {scale * self.half:.{digits}f}"
 
@@ -54,8 +54,8 @@ def interval(values: Sequence[float]) -> Interval:
 def show_accuracies(values: Sequence[float]) -> str:
     """Return the mean of accuracies in [0, 1] and its 95 % interval, in percent and within 0 and 100.
 
-    Where Student's interval leaves that range, the interval is that of the log-odds, shown by its ends; values within
-    0.001 of 0 or 1 count as that far away.
+    If Student's interval leaves that range, the interval of the log-odds is shown instead, by its ends; for it, values
+    are clipped to [0.001, 0.999].
 
     >>> show_accuracies([0.5, 0.6, 0.7]), show_accuracies([0.1, 0.2, 0.9])
     ('60.0 ± 24.8', '40.0 (0.2 to 99.5)')
@@ -69,8 +69,11 @@ def show_accuracies(values: Sequence[float]) -> str:
 
 
 def epochs_until_back(record: Record) -> int | None:
-    """Return the epochs of fine-tuning until the validation accuracy of before pruning is back, None if it wasn't."""
-    return next((epoch for epoch, now in enumerate(record["curve"]) if now >= record["validation_before"]), None)
+    """Return after how many epochs of fine-tuning the validation accuracy reaches the unpruned one's; None: never."""
+    for epoch, accuracy in enumerate(record["curve"]):
+        if accuracy >= record["validation_before"]:
+            return epoch
+    return None
 
 
 def grouped(records: Iterable[Record]) -> dict[Group, dict[str, dict[int, Record]]]:
@@ -82,13 +85,13 @@ def grouped(records: Iterable[Record]) -> dict[Group, dict[str, dict[int, Record
 
 
 def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column: str) -> Interval:
-    """Return the difference of a column over the seeds that both rows have."""
-    seeds = sorted(seed for seed in set(ours) & set(theirs) if column in ours[seed] and column in theirs[seed])
+    """Return the mean difference of a column, paired by seed, over the seeds that both rows have."""
+    seeds = [seed for seed in sorted(ours.keys() & theirs.keys()) if column in ours[seed] and column in theirs[seed]]
     return interval([ours[seed][column] - theirs[seed][column] for seed in seeds])
 
 
 def best_baseline(rows: dict[str, dict[int, Record]], column: str) -> str | None:
-    """Return the row with the highest mean among the baselines: the pruners of others, and random choice."""
+    """Return the baseline with the highest mean: among the pruners of other packages, and random selection."""
     own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"} - {"random"} | {SCRATCH}
     means = {}
     for row, runs in rows.items():
@@ -103,13 +106,13 @@ def as_table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]],
     *,
-    left: int = 1,
+    text_columns: int = 1,
     totals: Iterable[Sequence[str]] = (),
 ) -> Table:
-    """Return a table for the terminal: its ``left`` first columns of words, others of numbers; ``totals`` set apart."""
+    """Return a table for the terminal: first ``text_columns`` columns of text, then numbers; ``totals`` set apart."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index < left else "right", no_wrap=not index)
+        table.add_column(name, justify="left" if index < text_columns else "right", no_wrap=not index)
     for row in rows:
         table.add_row(*map(Text, row))
     table.add_section()
@@ -118,9 +121,9 @@ def as_table(
     return table
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
-    """Return a table in Markdown, its ``left`` first columns of words, others of numbers."""
-    rule = "|" + "---|" * left + "---:|" * (len(head) - left)
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
+    """Return a table in Markdown: the first ``text_columns`` columns hold text, the others numbers."""
+    rule = "|" + "---|" * text_columns + "---:|" * (len(head) - text_columns)
     return "\n".join((f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)))
 
 
@@ -140,15 +143,29 @@ def print_widths(records: Iterable[Record], console: Console) -> None:
 
 
 def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and cells of a group's widths: by layer the mean of each row, beside what it was before."""
-    first = next(iter(next(iter(rows.values())).values()))
-    before, whole = first.get("widths_before", {}), first.get("whole", {})
+    """Return the head and the lines of a group's widths: by layer the unpruned width and each row's mean width."""
+    first_runs = next(iter(rows.values()))
+    first = next(iter(first_runs.values()))
+    before = first.get("widths_before", {})
+    reasons = first.get("whole", {})  # why a layer wasn't pruned, by layer
+    head = ["layer"]
+    if before:
+        head.append("before")
+    head.extend(rows)
+    if reasons:
+        head.append("not pruned, because")
     lines = []
     for layer in first["widths"]:
-        widths = (interval([record["widths"][layer] for record in runs.values()]).mean for runs in rows.values())
-        known = [str(before[layer])] if before else []
-        lines.append([layer, *known, *(f"{width:g}" for width in widths), *([whole.get(layer, "")] if whole else [])])
-    return ["layer", *(["before"] if before else []), *rows, *(["left whole, because"] if whole else [])], lines
+        line = [layer]
+        if before:
+            line.append(str(before[layer]))
+        for runs in rows.values():
+            mean = interval([record["widths"][layer] for record in runs.values()]).mean
+            line.append(f"{mean:g}")
+        if reasons:
+            line.append(reasons.get(layer, ""))
+        lines.append(line)
+    return head, lines
 
 
 def markdown_report(records: Iterable[Record]) -> str:
@@ -167,7 +184,7 @@ def title_of(group: Group, rows: dict[str, dict[int, Record]]) -> str:
 
 
 def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
-    """Columns that hold anything, and cells of a table: the unpruned network, then a line per pruner."""
+    """Return a table's head and lines: the unpruned network, then a line per pruner; empty columns are omitted."""
     rows = _timed_together(rows)
     lines = [_unpruned(next(iter(rows.values()))), *(_cells(rows, row) for row in rows)]
     used = [name for name in lines[-1] if any(line.get(name) for line in lines)]
@@ -175,7 +192,7 @@ def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[s
 
 
 def _unpruned(runs: dict[int, Record]) -> dict[str, str]:
-    """Cells of the unpruned network, by column, from the runs of one row."""
+    """Return the cells of the unpruned network by column, from the runs of one row."""
     cell = _column(runs)
     return {
         "method": "unpruned",
@@ -188,14 +205,14 @@ def _unpruned(runs: dict[int, Record]) -> dict[str, str]:
 
 
 def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
-    """Cells of a row by column."""
+    """Return the cells of a row by column."""
     runs = rows[row]
     cell = _column(runs)
     return {
         "method": row,
         "MACs (M)": cell("flops", 1e-6, 2, spread=False),
         "parameters (k)": cell("params", 1e-3, spread=False),
-        "not zero (k)": cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
+        "nonzero (k)": cell("weights_left", 1e-3, spread=False) if _has_zeros(runs) else "",
         "before %": cell("accuracy_before"),
         "before bits": cell("bits_before", 1, 3),
         "no recovery %": cell("accuracy_oneshot"),
@@ -210,16 +227,16 @@ def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
         "fine-tuned %": cell("accuracy_retrained"),
         "fine-tuned bits": cell("bits_retrained", 1, 3),
         "vs best baseline": _versus(rows, row, "accuracy_retrained"),
-        "epochs until back": _convergence(runs),
+        "epochs to recover": _convergence(runs),
         "latency ms": cell("latency_ms", 1, 2),
         "prune s": cell("prune_seconds", 1, 2, spread=False),
     }
 
 
 def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, Record]]:
-    """Give networks of equal widths one latency, the median of those measured in a seed's rows, one after the other."""
-    # Equal networks take equal time: what lies between their rows is what else the machine had to do.
-    found: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+    """Give networks of one seed and equal widths the same latency: the median of their measured ones."""
+    # Equal networks take equal time: differences between their rows come from the machine's other load.
+    measured: dict[tuple[str, int, str], list[float]] = defaultdict(list)
 
     def keys(seed: int, record: Record) -> dict[str, tuple[str, int, str]]:
         widths = {"latency_before_ms": "", "latency_ms": json.dumps(record.get("widths"), sort_keys=True)}
@@ -228,21 +245,24 @@ def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, R
     for runs in rows.values():
         for seed, record in runs.items():
             for name, key in keys(seed, record).items():
-                found[key].append(record[name])
-    medians = {key: statistics.median(values) for key, values in found.items()}
-    return {
-        row: {seed: run | {name: medians[key] for name, key in keys(seed, run).items()} for seed, run in runs.items()}
-        for row, runs in rows.items()
-    }
+                measured[key].append(record[name])
+    medians = {key: statistics.median(values) for key, values in measured.items()}
+    timed: dict[str, dict[int, Record]] = {}
+    for row, runs in rows.items():
+        timed[row] = {}
+        for seed, record in runs.items():
+            latencies = {name: medians[key] for name, key in keys(seed, record).items()}
+            timed[row][seed] = record | latencies
+    return timed
 
 
 def _has_zeros(runs: dict[int, Record]) -> bool:
-    """Say whether single weights were pruned: networks of one width have many that are zero."""
+    """Return whether single weights were pruned, by the share of weights that are zero."""
     return any(record.get("weights_left", record["params"]) < 0.999 * record["params"] for record in runs.values())
 
 
 def _column(runs: dict[int, Record]) -> Callable[..., str]:
-    """Return a function that shows a column's mean and interval over a row's seeds; nothing where it has no value."""
+    """Return a function that shows a column's mean and interval over a row's seeds; an empty text without values."""
 
     def show(name: str, scale: float = 100, digits: int = 1, *, spread: bool = True) -> str:
         values = [record[name] for record in runs.values() if name in record]
@@ -257,7 +277,7 @@ def _column(runs: dict[int, Record]) -> Callable[..., str]:
 
 
 def _convergence(runs: dict[int, Record]) -> str:
-    """Median, lowest and highest number of epochs until the accuracy is back; nothing after two epochs or fewer."""
+    """Return median, lowest and highest number of epochs to recover; an empty text after two epochs or fewer."""
     records = [record for record in runs.values() if len(record.get("curve", ())) > 3]
     if not records:
         return ""
@@ -273,8 +293,6 @@ def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:
     baseline = best_baseline(rows, column)
     if baseline is None or not any(column in record for record in rows[row].values()):
         return ""
-    return (
-        "best baseline"
-        if row == baseline
-        else paired_difference(rows[row], rows[baseline], column).show(100, sign=True)
-    )
+    if row == baseline:
+        return "best baseline"
+    return paired_difference(rows[row], rows[baseline], column).show(100, sign=True)

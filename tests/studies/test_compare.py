@@ -90,7 +90,7 @@ def test_single_weights_stay_pruned_while_the_net_is_retrained(tmp_path, monkeyp
     assert l1["weights_left"] == l1["params"]
     lines = markdown_report(records).splitlines()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines if line.startswith("| ")}
-    column = rows["method"].index("not zero (k)")
+    column = rows["method"].index("nonzero (k)")
     assert rows["level"][column] == f"{level['weights_left'] / 1e3:.1f}"
     assert rows["l1"][column] == rows["unpruned"][column] == ""
     assert "not zero" not in markdown_report([l1])

@@ -101,7 +101,7 @@ CURVES = [
 def test_epochs_until_the_accuracy_is_back_are_counted_from_the_pruned_network():
     assert [epochs_until_back(found) for found in CURVES] == [2, 3, 2, 3, None, None, 0, 0, 0]
     table = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in markdown_report(CURVES).splitlines()}
-    column = table["method"].index("epochs until back")
+    column = table["method"].index("epochs to recover")
     assert [table[row][column] for row in ("l1", "ours", "kept", "unpruned")] == ["2 [2, 3]", "> 3 [3, > 3]", "0", ""]
     assert "until back" not in markdown_report(RECORDS)
 

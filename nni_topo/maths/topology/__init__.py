@@ -13,7 +13,6 @@ from nni_topo.maths.topology.diagrams import rips_diagram
 from nni_topo.maths.topology.fitness import CRITERIA, SubsetFitness
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph, linear_graph
 from nni_topo.maths.topology.layer_trees import (
-    EdgeBatches,
     Forest,
     channel_tree,
     maximum_spanning_tree,
@@ -25,7 +24,6 @@ from nni_topo.maths.topology.spanning import h0_deaths
 
 __all__ = [
     "CRITERIA",
-    "EdgeBatches",
     "Forest",
     "LayerGraph",
     "SubsetFitness",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,13 +18,10 @@ from nni_topo.errors import DataError, checked
 from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_points, as_tensor
 from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph, plane_components
 
-
-class EdgeBatches(NamedTuple):
-    """How many edges are looked at together: at first and at most; and of how many weights the bounds are quantiles."""
-
-    per_node: int = 16  # measured: so many mostly hold the whole forest
-    most: int = 1 << 21
-    sample: int = 1 << 16
+# How many edges are sorted at once: at first, per node, which mostly holds the complete forest; and at most.
+_FIRST_PER_NODE = 16
+_MOST_EDGES = 1 << 21
+_SAMPLE = 1 << 16  # weights whose quantiles are the bounds of the batches
 
 
 @checked()
@@ -180,7 +176,7 @@ class Forest:
 
 
 @checked()
-def spanning_forest(weight: ArrayLike, graph: LayerGraph, batches: EdgeBatches | None = None) -> Forest:
+def spanning_forest(weight: ArrayLike, graph: LayerGraph) -> Forest:
     """Compute the maximum spanning forest of a layer's whole graph.
 
     Parameters
@@ -189,8 +185,6 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph, batches: EdgeBatches |
         Finite weights, as many as the graph has elements.
     graph : LayerGraph
         The layer's graph.
-    batches : EdgeBatches or None, default=None
-        How many edges are looked at together; the forest doesn't depend on it.
 
     Returns
     -------
@@ -212,9 +206,10 @@ def spanning_forest(weight: ArrayLike, graph: LayerGraph, batches: EdgeBatches |
     labels = np.arange(graph.inputs + graph.outputs)
     taken: list[tuple[IntArray, IntArray, IntArray]] = []
     missing = graph.forest_edges
-    per_node, most, sample = batches or EdgeBatches()
-    first, most = (max(1, edges // graph.plane_outputs) for edges in (per_node * len(labels), most))
-    for batch in _falling(flat, first, most, np.sort(flat[:: max(1, len(flat) // sample)])):
+    first = max(1, _FIRST_PER_NODE * len(labels) // graph.plane_outputs)
+    most = max(1, _MOST_EDGES // graph.plane_outputs)
+    sample = np.sort(flat[:: max(1, len(flat) // _SAMPLE)])
+    for batch in _falling(flat, first, most, sample):
         sources, targets = (nodes.ravel() for nodes in graph.ends(batch))
         chosen, labels = _joined(labels, sources, targets + graph.inputs)
         taken.append((batch[chosen // graph.plane_outputs], sources[chosen], targets[chosen]))

@@ -35,6 +35,7 @@ from nni_topo.network.runtime import (
     tensors_of,
 )
 
+_WARMUP_ROUNDS = 5  # untimed rounds before the timed ones
 _LEAST_ROUNDS = 8  # of a comparison of times
 # Blocks that `memory_kept` allocates: the bytes of each, which glibc takes from the heap, and their number.
 _BLOCK, _BLOCKS = 120 * 2**10, 8192
@@ -101,7 +102,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 
 @checked(model=COMPUTING, example_inputs=INPUTS)
-def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, warmup: int = 5, threads: int = 1) -> float:
+def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, threads: int = 1) -> float:
     """Return the median time of one forward pass.
 
     Parameters
@@ -111,9 +112,7 @@ def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, warmup:
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs of the model, on its device, batch first. Their batch size is timed.
     runs : int, default=30
-        Timed passes, at least 1.
-    warmup : int, default=5
-        Passes before them that aren't timed, at least 0.
+        Timed passes, at least 1; a few untimed ones come before them.
     threads : int, default=1
         PyTorch's threads during the timing, at least 1; the former number is restored.
 
@@ -127,7 +126,7 @@ def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, warmup:
     ConfigError
         If a number is out of its range.
     """
-    return latencies({"model": model}, example_inputs, runs=runs, warmup=warmup, threads=threads)["model"]
+    return latencies({"model": model}, example_inputs, runs=runs, threads=threads)["model"]
 
 
 @checked(example_inputs=INPUTS)
@@ -137,7 +136,6 @@ def latencies(
     example_inputs: Any,
     *,
     runs: int = 30,
-    warmup: int = 5,
     threads: int = 1,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -155,8 +153,8 @@ def latencies(
         Models by name, which all take the same inputs.
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs, on the models' device, batch first. Their batch size is timed.
-    runs, warmup, threads : int
-        As in :func:`latency_ms`; ``runs`` and ``warmup`` count rounds.
+    runs, threads : int
+        As in :func:`latency_ms`; ``runs`` counts rounds.
     seed : int, default=0
         Seed of the order within the rounds.
 
@@ -170,10 +168,11 @@ def latencies(
     ConfigError
         If a number is out of its range.
     """
-    for knob, value, least in (("runs", runs, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
-        if value < least:
-            raise ConfigError(f"{knob} must be at least {least}, got {value} (latencies)")
-    rounds = _rounds(models, example_inputs, threads, seed, lambda done: len(done) == warmup + runs)[warmup:]
+    for knob, value in (("runs", runs), ("threads", threads)):
+        if value < 1:
+            raise ConfigError(f"{knob} must be at least 1, got {value} (latencies)")
+    count = _WARMUP_ROUNDS + runs
+    rounds = _rounds(models, example_inputs, threads, seed, lambda done: len(done) == count)[_WARMUP_ROUNDS:]
     medians = {}
     for place, name in enumerate(models):
         medians[name] = 1000.0 * statistics.median(seconds[place] for seconds in rounds)
@@ -377,7 +376,6 @@ def profile(
     *,
     modes: Sequence[str] = ("plain",),
     runs: int = 30,
-    warmup: int = 5,
     threads: int = 1,
     seed: int = 0,
 ) -> list[ModeCost]:
@@ -391,7 +389,7 @@ def profile(
         Inputs of all networks, on their device, batch first. Their batch size is measured.
     modes : sequence of str, default=("plain",)
         Any of ``"plain"``, ``"channels_last"``, ``"bf16"`` (weights and inputs) and ``"compile"`` (``torch.compile``).
-    runs, warmup, threads, seed : int
+    runs, threads, seed : int
         As in :func:`latencies`.
 
     Returns
@@ -420,7 +418,7 @@ def profile(
             peaks = {name: _peak_bytes(model, entering) for name, model in networks.items()}
             if mode == "compile":
                 networks = {name: torch.compile(model) for name, model in networks.items()}
-            times = latencies(networks, entering, runs=runs, warmup=warmup, threads=threads, seed=seed)
+            times = latencies(networks, entering, runs=runs, threads=threads, seed=seed)
         except (RuntimeError, NotImplementedError) as error:  # no compiler, or an operation without bf16
             failed = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         found += [

@@ -1,4 +1,4 @@
-"""Studies that look at a model and change nothing."""
+"""Studies of a model; none of them changes it."""
 
 from nni_topo.maths.topology.overlap import overlap_bound, random_overlap_log10, tree_overlap
 from nni_topo.studies.analysis.bounds.propagation import ErrorBound, LayerErrorBound, error_bound

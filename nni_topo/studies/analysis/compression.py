@@ -1,4 +1,4 @@
-"""The topologically critical compression ratio: how far a layer can be pruned before its spanning tree breaks.
+"""The topologically critical compression ratio: how far a layer can be pruned with its spanning tree kept.
 
 Source: Zeroth-Order Topological Insights into Iterative Magnitude Pruning, definition 3.1, theorem 3.2, appendices E
 and F.
@@ -31,20 +31,20 @@ _CONVENTIONS = ("theorem", "tables")
 
 @dataclass(frozen=True)
 class LayerCount:
-    """What the critical ratio of a layer is made of.
+    """The numbers that give a layer's critical ratio.
 
     Attributes
     ----------
     kind : {"dense", "recurrent", "conv"}
-        What it is.
+        The kind of layer.
     edges : int
-        Edges of its graph; of a convolution those between one input plane and one output plane.
+        Edges of its graph; for a convolution, between one input plane and one output plane.
     tree_edges : int
-        Nodes of that graph less one.
+        Number of nodes of that graph minus one.
     weights : int
         Number of its weights.
     channel_tree : int
-        Weights that keep every channel of it connected, see :func:`nni_topo.topology.channel_tree`.
+        Number of weights that keep all its channels connected, see :func:`nni_topo.topology.channel_tree`.
     """
 
     kind: str
@@ -55,12 +55,12 @@ class LayerCount:
 
     @property
     def ratio(self) -> float:
-        """Edges over tree edges; below 1 where a convolution's plane isn't connected, such as a 1x1's."""
+        """Edges over tree edges; below 1 if the planes of a convolution aren't connected, as for a 1x1 kernel."""
         return self.edges / self.tree_edges
 
     @property
     def weight_ratio(self) -> float:
-        """Weights over those of the channel tree: how far a mask of weights can really go."""
+        """Weights over weights of the channel tree: the largest compression by a mask that keeps the tree."""
         return self.weights / self.channel_tree
 
 
@@ -71,11 +71,11 @@ class CriticalCompression(Findings):
     Attributes
     ----------
     convention : {"theorem", "tables"}
-        How convolutions were counted.
+        How edges of convolutions were counted.
     counts : dict of str to LayerCount
         By layer, in the model's order.
     skipped : dict of str to str
-        Modules with weights that are left out, and why: their type, or ``"1x1"`` under the tables' convention.
+        Modules with weights that aren't counted, and why: their type, or ``"1x1"`` by the tables' convention.
     """
 
     stem = "compression"
@@ -110,18 +110,18 @@ class CriticalCompression(Findings):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
-    """Say how far layers can be pruned with their trees whole."""
+    """Compute how far layers can be pruned with their spanning trees kept."""
 
-    input_size: tuple[int, ...]  # of one input, without the batch: channels, height and width of an image in pixels
+    input_size: tuple[int, ...]  # shape of one input without the batch: for images channels, height and width in pixels
     classes: int = 10  # number of outputs
     convention: str = "theorem"  # theorem or tables
 
     def find(self, tell: Tell) -> CriticalCompression:
-        """Count the critical compression ratios of a model by name."""
+        """Compute the critical compression ratios of a model by name."""
         size = self.input_size
         if not size or min(size) < 1:
             raise ConfigError(f"input_size must be one or more numbers of at least 1, got {size}")
-        # a model from outside may take any dimensions
+        # a model from elsewhere may take inputs of any shape
         if self.model in list_models() and (len(size) != 3 or size[1] != size[2]):
             raise ConfigError(f"input_size must be channels, height and width of a square, got {size}")
         shape = {"num_classes": self.classes, "in_channels": size[0], "image_size": size[-1]}
@@ -129,7 +129,7 @@ class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
         return critical_compression_ratio(net, torch.zeros(1, *size), cast(Convention, self.convention))
 
     def show(self, found: CriticalCompression) -> Iterator[RenderableType]:
-        """Yield a row per layer: edges, tree edges, critical ratio, and how far a mask of weights can go."""
+        """Yield a row per layer: edges, tree edges, critical ratio, and the same for weights."""
         size = "x".join(map(str, self.input_size))
         head = ("layer", "kind", "edges", "tree edges", "critical ratio", "weights", "channel tree", "ratio of weights")
         counts = list(found.counts.values())
@@ -140,10 +140,10 @@ class AnalyzeCompression(ModelVerb, Study[CriticalCompression]):
         ]
         total = ("all", "", *_ratio(*sums[:2]), *_ratio(*sums[2:]))
         title = f"{self.model_choice.label}, {size}, as in the {self.convention}"
-        yield as_table(title, head, rows, left=2, totals=[total])
+        yield as_table(title, head, rows, text_columns=2, totals=[total])
         yield "by kind: " + ", ".join(f"{kind} {ratio:.4f}" for kind, ratio in found.by_kind().items())
         if found.skipped:
-            yield "left out: " + ", ".join(f"{name} ({why})" for name, why in found.skipped.items())
+            yield "skipped: " + ", ".join(f"{name} ({why})" for name, why in found.skipped.items())
 
 
 def _ratio(count: int, tree: int) -> tuple[str, str, str]:
@@ -155,7 +155,7 @@ def _ratio(count: int, tree: int) -> tuple[str, str, str]:
 def critical_compression_ratio(
     model: nn.Module, example_inputs: Any, convention: Convention = "theorem"
 ) -> CriticalCompression:
-    """Count how far each layer, and the model, can be pruned with its maximum spanning trees left whole.
+    """Compute how far each layer, and the model, can be pruned with maximum spanning trees kept.
 
     Parameters
     ----------
@@ -164,9 +164,9 @@ def critical_compression_ratio(
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Its inputs; the first dimension is the batch.
     convention : {"theorem", "tables"}, default="theorem"
-        How convolutions are counted, each once, from one input plane to one output plane.
+        How edges of a convolution are counted, between one input plane and one output plane.
         ``"theorem"``: at the true input size with padding, stride and dilation. ``"tables"``: as the paper's tables
-        do, at stride 1 on an input of the size of the output; convolutions of a single weight are left out.
+        do, at stride 1 on an input of the size of the output; 1x1 convolutions aren't counted.
 
     Returns
     -------
@@ -182,8 +182,8 @@ def critical_compression_ratio(
     -----
     A linear layer, and each gate of a recurrent one, has ``out * in`` edges and a tree of ``out + in - 1``. A
     convolution has ``kernel * positions`` edges and, by the theorem, a tree of one edge less than padded input
-    positions plus output positions. These are ratios of *edges*: convolutions share weights, so how many weights a
-    mask needs is another question, see :attr:`LayerCount.weight_ratio`.
+    positions plus output positions. These are ratios of *edges*: the positions of a convolution share weights, so the
+    ratio of weights differs, see :attr:`LayerCount.weight_ratio`.
 
     Examples
     --------
@@ -215,18 +215,17 @@ def critical_compression_ratio(
 
 @checked(model=MODEL)
 def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str, Any]]:
-    """Return a config_list by which no layer loses more weights than its spanning tree spares.
+    """Return a config_list by which every layer keeps at least as many weights as its spanning tree has.
 
-    For pruners of single weights, such as NNI's ``LevelPruner``: every layer keeps at least as many weights as join
-    all its channels, though not these very ones, which is what
-    :class:`~nni_topo.TopologicalMagnitudePruner` promises.
+    For pruners of single weights, such as NNI's ``LevelPruner``. The kept weights are as many as join all channels of
+    the layer, but need not join them; :class:`~nni_topo.TopologicalMagnitudePruner` keeps weights that do.
 
     Parameters
     ----------
     model : torch.nn.Module
         The model; its linear layers and convolutions are pruned, not those of types that NNI doesn't know.
     sparse_ratio : float
-        Share of each layer's weights that goes, in (0, 1), where its channel tree leaves so many.
+        Share of each layer's weights to remove, in (0, 1); less where the channel tree has more weights than remain.
 
     Returns
     -------
@@ -249,7 +248,7 @@ def critical_config_list(model: nn.Module, sparse_ratio: float) -> list[dict[str
     layers = [layer for layer in found if type(layer.module).__name__ in PruningSetting.registry]
     if not layers:
         raise ConfigError("a config_list of critical ratios needs linear layers or convolutions, got none (model)")
-    # Half a weight keeps int(weights * ratio) from falling short by rounding.
+    # Half a weight more keeps int(weights * ratio) from losing one by rounding.
     return [
         {
             "op_names": [layer.name],

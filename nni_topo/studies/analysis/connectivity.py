@@ -1,4 +1,4 @@
-"""What unstructured masks cut off: outputs and channels that no path of kept weights reaches."""
+"""Find the outputs and channels that no path of kept weights reaches under masks of single weights."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 @dataclass(frozen=True)
 class Connectivity:
-    """What is still connected under masks.
+    """The parts of a model that kept weights still connect.
 
     Attributes
     ----------
     outputs : float
         Share of the model's outputs that a path of kept weights reaches from its inputs, in [0, 1].
     reached : dict of str to float
-        By layer the share of its output channels that such a path reaches.
+        By layer, the share of its output channels that such a path reaches.
     connected : dict of str to float
-        By masked layer the share of its input and output channels that keep at least one weight.
+        By masked layer, the share of its input and output channels that keep at least one weight.
     """
 
     outputs: float
@@ -80,16 +80,16 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
     Raises
     ------
     ConfigError
-        If the masks name a layer that isn't there, the model doesn't run on the inputs, or it puts out something where
-        all inputs are zero, for example by a sigmoid: then a reached output can't be told from others.
+        If the masks name a layer that isn't there, the model doesn't run on the inputs, or its output for zeros isn't
+        zero, for example because of a sigmoid: then a reached output can't be told from others.
     DataError
         If a mask isn't of its weight's shape.
 
     Notes
     -----
-    Every kept weight becomes one over the number of kept weights of its layer, every bias zero, every other vector
-    one, norms and modules that cut small values off do nothing, and ones are fed in: with activations like ReLU a
-    value is positive where a path leads, and zero elsewhere.
+    A copy of the model runs on ones. In the copy every kept weight is a positive constant, every bias is zero, every
+    other vector is one, and norms and shrinking activations are removed. With activations like ReLU, a value is
+    then positive if a path of kept weights reaches it, and zero otherwise.
 
     Examples
     --------
@@ -116,18 +116,17 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
         layers = [(name, module) for name, module in flow.named_modules() if isinstance(module, _LAYERS)]
         with watched(leaving=[(module, partial(note, name, module)) for name, module in layers]):
             outputs = _outputs(flow, args, kwargs, 1.0)
-    alive = torch.cat([(out > 0).any(0).flatten() for out in outputs])
-    connected = {
-        name: _connected(flow.get_submodule(name), found["weight"])
-        for name, found in masks.items()
-        if "weight" in found
-    }
-    return Connectivity(float(alive.double().mean()), reached, connected)
+    is_reached = torch.cat([(out > 0).any(0).flatten() for out in outputs])
+    connected = {}
+    for name, found in masks.items():
+        if "weight" in found:
+            connected[name] = _connected(flow.get_submodule(name), found["weight"])
+    return Connectivity(float(is_reached.double().mean()), reached, connected)
 
 
 @dataclass(frozen=True)
 class ConnectivityPoint:
-    """One pruned network: what is connected, the share of its pruned layers' weights that is kept, its accuracy."""
+    """One pruned network: what is connected, the kept share of its pruned layers' weights, and its accuracy."""
 
     pruner: str
     ratio: float
@@ -146,7 +145,7 @@ class ConnectivityStudy(PointsStudy):
     stem = "connectivity"
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``connectivity``: what is connected against the share of weights that is gone."""
+        """Return ``connectivity``: what is connected against the share of removed weights."""
         means = self.means()
         for column in ("kept", "outputs", "channels"):
             means[column] *= 100
@@ -156,18 +155,18 @@ class ConnectivityStudy(PointsStudy):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
-    """Measure what pruned networks still connect, by pruner."""
+    """Measure which channels and outputs of pruned networks are still connected, by pruner."""
 
-    pruners: Names = (CONNECTIONS, "level")  # registered names; connections: single weights at random
+    pruners: Names = (CONNECTIONS, "level")  # registered names; connections: random single weights
     ratios: tuple[float, ...] = (0.5, 0.9, 0.95, 0.99)  # of every layer, in [0, 1)
 
     def find(self, tell: Tell) -> ConnectivityStudy:
-        """Prune one trained network in many ways and follow the weights that are left."""
+        """Prune one trained network in many ways and follow the kept weights."""
         start = self.start()
         return ConnectivityStudy(self.points(start, tell), start.accuracy)
 
     def point(self, start: Start, name: str, ratio: float) -> ConnectivityPoint:
-        """Prune the network and follow the weights that are left."""
+        """Prune the network and follow the kept weights."""
         masks = study_masks(name, start, ratio, self.calibration)
         found = connectivity(start.net, start.example, masks)
         accuracy = start.tested(masked_model(start.net, start.example, masks))
@@ -186,13 +185,13 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
 
 
 def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
-    """Return a copy in double precision whose weights are shares and whose biases and norms do nothing."""
+    """Return a copy in double precision with positive constants for kept weights, and without biases and norms."""
     flow: nn.Module = detached_copy(model).double()
     for name, module in list(flow.named_modules()):
         if isinstance(module, (*NORMALIZING, *_SHRINKING)):
             flow.set_submodule(name, nn.Identity())
             continue
-        fold(module)  # a weight that is computed from ones and zeros may be anything
+        fold(module)  # a parametrized weight would not be the constant that is set below
         for parameter, values in module.named_parameters(recurse=False):
             mask = masks.get(name, {}).get(parameter)
             if mask is not None and mask.shape != values.shape:
@@ -205,7 +204,7 @@ def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> 
 
 
 def _outputs(model: nn.Module, args: Any, kwargs: Any, value: float) -> list[Tensor]:
-    """Run a model on floating inputs filled with a value."""
+    """Run a model with all floating-point inputs filled with a value."""
 
     def fill(leaf: Any) -> Any:
         is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()

@@ -1,4 +1,4 @@
-"""Net Deviation: how far a pruned network's error lies from what its pruning could have done.
+"""Net Deviation: the difference of a pruned network's error and the bound of that error.
 
 Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
 Technology, 2019, equations 3.12 and 3.13.
@@ -46,11 +46,11 @@ class NetDeviation:
     dev : float
         ``||delta Y|| - bound``, equation (3.12).
     sign : float
-        ``dev / ||dev||``, equation (3.13) as printed: for a number this is its sign, -1, 0 or 1, and nothing more.
+        ``dev / ||dev||``, equation (3.13) as printed: for a number, only its sign, -1, 0 or 1.
     relative : float
-        ``dev / bound``, at least -1: what (3.13) is described as, a *normalised* difference of error and bound. -1: no
-        error; 0: all of the bound is used up; above 0: the bound, which holds to first order, is broken, infinitely
-        where it is 0. 0 if there is neither error nor bound.
+        ``dev / bound``, at least -1: a *normalised* difference of error and bound, as the text describes (3.13). -1: no
+        error; 0: the error equals the bound; above 0: the error exceeds the bound, which holds to first order only.
+        Infinite for an error with bound 0; 0 if both are 0.
     error, bound : float
         Euclidean norms over the batch.
     """
@@ -66,7 +66,7 @@ class NetDeviation:
 def net_deviation(
     original: nn.Module, pruned: nn.Module, inputs: Tensor, *, form: Form = "first_order", iterations: int = 100
 ) -> NetDeviation:
-    """Compare the error of a pruned network's output with its bound; less is better.
+    """Compare the error of a pruned network's output with its bound; smaller is better.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def net_deviation(
     inputs : torch.Tensor
         A batch, shape ``(n, ...)``, of the data used for pruning; labels aren't needed.
     form : {"first_order", "directional", "lipschitz"}, default="first_order"
-        The bound: (3.9) as printed, its tighter form (B.5), or the one that always holds.
+        The bound: (3.9) as printed, its tighter form (B.5), or the Lipschitz bound for changes of any size.
     iterations : int, default=100
         Most steps of each power iteration.
 
@@ -90,8 +90,8 @@ def net_deviation(
 
     Notes
     -----
-    ``dev`` grows with the bound: a pruning whose bound is larger has the lower deviation at the same error. Read it
-    beside ``error`` itself.
+    ``dev`` falls as the bound rises: of two prunings with the same error, the one with the larger bound has the smaller
+    deviation. Read it together with ``error``.
 
     References
     ----------
@@ -113,7 +113,7 @@ def deviation_of(found: ErrorBound, form: Form = "first_order") -> NetDeviation:
     return NetDeviation(dev, sign, relative, found.error, bound)
 
 
-# in the place of a pruner's name: single weights at random
+# used like a pruner's name: masks of random single weights
 CONNECTIONS = "connections"
 _ITERATIONS = 50
 
@@ -125,19 +125,19 @@ class DeviationPoint:
     pruner: str
     ratio: float
     seed: int
-    pruned: float  # share of the pruned layers' weights that is gone
+    pruned: float  # removed share of the pruned layers' weights
     error: float  # norm of the output's change
     bound: float  # (3.9)
-    lipschitz: float  # the bound that always holds
-    dev: float  # as in a NetDeviation with (3.9), like the next two
+    lipschitz: float  # the Lipschitz bound
+    dev: float  # this and the next two as in a NetDeviation with (3.9)
     sign: float
     relative: float
-    accuracy: float  # on the test images, without retraining
+    accuracy: float  # on the test images, without fine-tuning
 
 
 @dataclass(frozen=True)
 class PointsStudy(Findings):
-    """A point per pruned network; the unpruned network's test accuracy in [0, 1]."""
+    """A point per pruned network, and the unpruned network's test accuracy in [0, 1]."""
 
     points: Sequence[Any]
     accuracy: float
@@ -156,7 +156,7 @@ class DeviationStudy(PointsStudy):
     images: int
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``deviation`` and ``accuracy``: what pruning does against the share of weights that is gone."""
+        """Return ``deviation`` and ``accuracy``: both against the share of removed weights."""
         means = self.means()
         columns = {"deviation (3.12)": "dev", "deviation / bound": "relative", "norm of the output's change": "error"}
         accuracy = curves(means.assign(accuracy=100 * means["accuracy"]), {"test accuracy %": "accuracy"})
@@ -168,14 +168,14 @@ class DeviationStudy(PointsStudy):
 class PrunersStudy(TrainedStudy[Found]):
     """A study of one trained network under several pruners, ratios and seeds."""
 
-    pruners: Names = (CONNECTIONS, "level", "random", "cluster", "subcluster")  # connections: single weights at random
+    pruners: Names = (CONNECTIONS, "level", "random", "cluster", "subcluster")  # connections: random single weights
     ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of every layer, in [0, 1)
     seeds: int = 1  # runs of each pruner, at least 1
-    calibration: int = 512  # training images for pruners that take some, at least 1
+    calibration: int = 512  # training images for pruners that need calibration data, at least 1
     n_jobs: int = 1  # networks pruned and measured at a time, at least 1; -1: one per core
 
     def check(self) -> None:
-        """Raise ConfigError unless the study can be carried out."""
+        """Check the arguments; ConfigError if one is out of its range."""
         if not self.pruners or not self.ratios:
             raise ConfigError(f"a study needs at least one pruner and one ratio, got none ({self.place})")
         for name in self.pruners:
@@ -188,13 +188,13 @@ class PrunersStudy(TrainedStudy[Found]):
         check_jobs(self.n_jobs, self.place)
 
     def start(self, test_images: int | None = None) -> Start:
-        """Check the study before a network is trained for it."""
+        """Check the arguments, then return the trained network with its data."""
         self.check()
         return super().start(test_images)
 
     def points(self, start: Start, tell: Tell) -> list[Any]:
-        """Return the point of every run, as many measured at a time as ``n_jobs`` says."""
-        known = replace(start, known_accuracy=start.accuracy)  # measured once, not by every run
+        """Return the point of every run, ``n_jobs`` measured at a time."""
+        known = replace(start, known_accuracy=start.accuracy)  # measured once, not in every run
         runs = list(self.runs())
         tasks = (delayed(self.point)(replace(known, seed=seed), name, ratio) for name, ratio, seed in runs)
         found = []
@@ -204,14 +204,14 @@ class PrunersStudy(TrainedStudy[Found]):
         return found
 
     def runs(self) -> Iterator[tuple[str, float, int]]:
-        """Yield pruner, ratio and seed of every run; a pruner without a seed has one, for all would be alike."""
+        """Yield pruner, ratio and seed of every run; a pruner without ``seed`` runs once, its runs being equal."""
         for name in self.pruners:
             repeats = self.seeds if name == CONNECTIONS or "seed" in pruner_info(name).knobs() else 1
             for ratio, seed in itertools.product(self.ratios, range(self.seed, self.seed + repeats)):
                 yield name, ratio, seed
 
     def point(self, start: Start, name: str, ratio: float) -> Any:
-        """Prune the network, with the seed that is its run's, and measure what came out."""
+        """Prune the network with the seed of ``start`` and return what was measured."""
         raise NotImplementedError
 
 
@@ -219,10 +219,10 @@ class PrunersStudy(TrainedStudy[Found]):
 class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
     """Compare the error of pruned networks with its bound, by pruner."""
 
-    images: int = 64  # training images that are measured on, at least 1
+    images: int = 64  # training images for the error and its bound, at least 1
 
     def check(self) -> None:
-        """Raise ConfigError unless the study can be carried out."""
+        """Check the arguments; ConfigError if one is out of its range."""
         super().check()
         check_integer("images", self.images, 1, self.place)
 
@@ -232,7 +232,7 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
         return DeviationStudy(self.points(start, tell), start.accuracy, len(self._batch(start)))
 
     def point(self, start: Start, name: str, ratio: float) -> DeviationPoint:
-        """Prune the network and measure how far its output is from the original's."""
+        """Prune the network and measure how much its output differs from the unpruned network's."""
         batch, masks = self._batch(start), study_masks(name, start, ratio, self.calibration)
         changed = masked_model(start.net, batch[:2], masks)
         bound = error_bound(start.net, changed, batch, iterations=_ITERATIONS)
@@ -243,7 +243,7 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
 
     def show(self, found: DeviationStudy) -> Iterator[RenderableType]:
         """Yield the means over seeds as a table."""
-        head = ("pruner", "ratio", "weights gone", "error", "bound (3.9)", "dev (3.12)", "dev / bound", "Lipschitz")
+        head = ("pruner", "ratio", "weights removed", "error", "bound (3.9)", "dev (3.12)", "dev / bound", "Lipschitz")
         rows = [
             [
                 str(row["pruner"]),
@@ -258,18 +258,18 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
 
 
 def _point(name: str, ratio: float, seed: int, pruned: float, found: ErrorBound, accuracy: float) -> DeviationPoint:
-    # the fields of a Net Deviation are columns of the study, error and bound among them
+    # all fields of a NetDeviation are fields of a point too, error and bound among them
     values = asdict(deviation_of(found)) | {"lipschitz": found.lipschitz, "accuracy": accuracy}
     return DeviationPoint(pruner=name, ratio=ratio, seed=seed, pruned=pruned, **values)
 
 
 def study_masks(name: str, start: Start, ratio: float, calibration: int) -> Masks:
-    """Return masks by a registered name, or ``"connections"``, at a ratio in [0, 1) of every layer but the output."""
+    """Return masks at a ratio in [0, 1) of every layer but the output, by a registered pruner or ``"connections"``."""
     layers = inner_layers(start.net, start.example)
     if name == CONNECTIONS:
         return _random_connections(start.net, layers, ratio, start.seed)
     info = pruner_info(name)
-    # it finds the number of neurons itself, and begins with 1 - ratio of them
+    # sub-clustering finds the number of neurons itself and starts from the share 1 - ratio
     finds_number = name == "subcluster"
     knobs = {"growth": {"initial_ratio": max(1.0 - ratio, 1e-9)}} if finds_number else {}
     entry = {"op_names": layers} if finds_number else {"op_names": layers, "sparse_ratio": ratio}
@@ -298,12 +298,12 @@ def share_kept(masks: Masks) -> float:
 
 
 def curves(means: pd.DataFrame, columns: dict[str, str]) -> Figure:
-    """Draw columns, by their labels, against the share of weights that is gone, a line per pruner."""
+    """Draw columns, by their labels, against the share of removed weights, a line per pruner."""
 
     def draw(axis: Axes, column: str) -> None:
         for name, rows in means.groupby("pruner", sort=False):
             ordered = rows.sort_values("pruned")
             axis.plot(100 * ordered["pruned"], ordered[column], "o-", markersize=3, label=str(name))
-        finish(axis, "weights gone %")
+        finish(axis, "weights removed %")
 
     return panels(columns.items(), draw, size=(5.0, 3.8))

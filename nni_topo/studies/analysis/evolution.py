@@ -1,4 +1,4 @@
-"""Pictures of weight-pruning genetic searches: one generation after another, and several searches side by side.
+"""Figures of genetic searches for weights to prune: over generations, and of several searches side by side.
 
 Source: Janjic, "Exploring Redundancy in Neural Networks: Pruning by Genetic Algorithm & Filter Energy", MSc thesis,
 University of Manitoba, 2018, figures 5.1 to 5.14 and A.1 to A.6, tables 5.1 and 5.2.
@@ -35,20 +35,20 @@ _ROWS = 400
 
 @dataclass(frozen=True)
 class EvolutionTrial:
-    """One search.
+    """One genetic search.
 
     Attributes
     ----------
     history : pandas.DataFrame
         As :attr:`nni_topo.GeneticWeightPruner.history`.
     weights : numpy.ndarray
-        Start weights, ``(genes,)``.
+        Weights at the start, ``(genes,)``.
     kept : numpy.ndarray
-        Boolean ``(genes,)``: the fittest individual's.
+        Boolean ``(genes,)``: the weights that the fittest individual keeps.
     start_accuracy : float
-        Of the undamaged network, in [0, 1].
+        Accuracy of the unpruned network, in [0, 1].
     alpha, beta : float
-        Weights of the fitness.
+        Coefficients of accuracy and compression in the fitness.
     """
 
     history: pd.DataFrame
@@ -60,7 +60,7 @@ class EvolutionTrial:
 
     @classmethod
     def of(cls, pruner: GeneticWeightPruner) -> EvolutionTrial:
-        """Take a pruner's latest search."""
+        """Return a pruner's latest search."""
         search = pruner.evolution
         knobs = search.settings
         kept = search.genes(search.best())
@@ -73,34 +73,33 @@ class EvolutionTrial:
         return found.set_axis(["initial", "final"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the search as numbers and lists, its weights left out."""
+        """Return the search as numbers and lists, without its weights."""
         facts = {"start_accuracy": self.start_accuracy, "alpha": self.alpha, "beta": self.beta}
         return facts | {"kept": float(self.kept.mean()), "history": self.history.to_dict("list")}
 
     def line(self, by: str) -> pd.DataFrame:
-        """Return the line of descent that ends highest in a column, one row per generation."""
+        """Return the line of descent whose last individual is highest in a column, a row per generation."""
         last = self.history[self.history.generation == self.history.generation.max()]
         return self.history[self.history.individual == last.individual[last[by].idxmax()]]
 
 
 @checked()
 def plot_evolution(trials: Mapping[str, EvolutionTrial]) -> dict[str, list[Axes]]:
-    """Draw searches as the thesis does.
+    """Draw searches in the figures of the thesis.
 
     Parameters
     ----------
     trials : mapping of str to EvolutionTrial
-        By label, e.g. the damage rate; at least one.
+        At least one, by label, e.g. the damage rate.
 
     Returns
     -------
     dict of str to list of matplotlib.axes.Axes
-        The panels of each picture, a figure each:
-        ``distributions`` of fitness per generation, ``fitness`` over the generations with the lines of the fittest and
-        the most accurate, ``progress`` of accuracy and compression, ``heatmap`` of the weights that stay,
-        ``weights`` at the start of the first trial with their kurtosis, ``histograms`` of weights before and after,
-        ``solutions`` in the plane of compression and accuracy; ``lineages_fitness``, ``lineages_compression`` and
-        ``lineages_accuracy`` of every individual.
+        The panels of each figure, by its name: ``distributions`` of fitness per generation, ``fitness`` over the
+        generations with the lines of the fittest and the most accurate, ``progress`` of accuracy and compression,
+        ``heatmap`` of the kept weights, ``weights`` at the start of the first trial with their kurtosis,
+        ``histograms`` of weights before and after, ``solutions`` in the plane of compression and accuracy;
+        ``lineages_fitness``, ``lineages_compression`` and ``lineages_accuracy`` of every individual.
 
     Raises
     ------
@@ -120,7 +119,7 @@ class EvolutionStudy(Findings):
     trials: dict[str, EvolutionTrial]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return each search's history, its first and last generation, and what is kept."""
+        """Return each search's history, start accuracy, coefficients of the fitness and kept share."""
         return {label: trial.to_dict() for label, trial in self.trials.items()}
 
     def figures(self) -> dict[str, Figure]:
@@ -130,16 +129,16 @@ class EvolutionStudy(Findings):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
-    """Search for the weights of a layer that can go, once per damage rate, and draw the searches."""
+    """Search for weights of a layer that can be removed, once per damage rate, and draw the searches."""
 
-    layers: Names = ()  # names of the layers that are searched together; none: the one with the most weights
-    damage_rates: tuple[float, ...] = (0.1,)  # share of the weights that generation 0 loses at random, in [0, 1]
+    layers: Names = ()  # names of layers to search together; none: the layer with the most weights
+    damage_rates: tuple[float, ...] = (0.1,)  # share of the weights removed at random in generation 0, in [0, 1]
     population_size: int = WeightSearch.population_size  # individuals, at least 2
     generations: int = WeightSearch.generations  # after generation 0, at least 1
-    max_sparse_ratio: float | None = None  # most of the weights that may go, in (0, 1); None: all may
+    max_sparse_ratio: float | None = None  # largest share of the weights that may be removed, in (0, 1); None: all
 
     def find(self, tell: Tell) -> EvolutionStudy:
-        """Search on validation images; the search fits what it is given."""
+        """Search on validation images, because the search overfits the images that it sees."""
         if not self.damage_rates:
             raise ConfigError(f"a study needs at least one damage rate, got none ({self.place})")
         start = self.start()
@@ -149,13 +148,13 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
         entry |= {} if self.max_sparse_ratio is None else {"max_sparse_ratio": self.max_sparse_ratio}
         trials = {}
         for rate in self.damage_rates:
-            victim = copy.deepcopy(start.net)
+            copied = copy.deepcopy(start.net)
             search = WeightSearch(population_size=self.population_size, generations=self.generations, damage_rate=rate)
-            knobs = pruner_knobs("genetic_weight", victim, start)
-            pruner = GeneticWeightPruner(victim, [entry], search=search, **knobs)
+            knobs = pruner_knobs("genetic_weight", copied, start)
+            pruner = GeneticWeightPruner(copied, [entry], search=search, **knobs)
             pruner.compress()
             trial = trials[f"damage {100 * rate:g} %"] = EvolutionTrial.of(pruner)
-            tell(f"damage {100 * rate:g} %: {100 * (1 - trial.kept.mean()):.1f} % of {' + '.join(layers)} gone")
+            tell(f"damage {100 * rate:g} %: {100 * (1 - trial.kept.mean()):.1f} % of {' + '.join(layers)} removed")
         return EvolutionStudy(trials)
 
     def show(self, found: EvolutionStudy) -> Iterator[RenderableType]:
@@ -167,7 +166,7 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
             for column in ("fitness", "accuracy", "compression")
         ]
         head = ("search", "generation", "of", "lowest", "mean", "highest")
-        yield as_table(f"evolution of {self.model}", head, rows, left=3)
+        yield as_table(f"evolution of {self.model}", head, rows, text_columns=3)
 
 
 def _figures(trials: Mapping[str, EvolutionTrial]) -> dict[str, Figure]:
@@ -199,7 +198,7 @@ def _distributions(axis: Axes, trial: EvolutionTrial) -> None:
 
 
 def _course(axis: Axes, measured: tuple[EvolutionTrial, str]) -> None:
-    """Range and mean of a column over the generations, and the lines of descent that end highest."""
+    """Draw range and mean of a column over the generations, and the best lines of descent."""
     trial, column = measured
     groups = trial.history.groupby("generation")[column]
     axis.fill_between(groups.min().index, groups.min(), groups.max(), alpha=0.2, label="range")
@@ -211,7 +210,7 @@ def _course(axis: Axes, measured: tuple[EvolutionTrial, str]) -> None:
 
 
 def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
-    """A column per trial; each row of the picture is the mean magnitude of a stretch of kept weights."""
+    """Draw a column per trial; each row is the mean magnitude of the kept weights in one section of the layer."""
     columns = []
     for trial in trials.values():
         kept = np.where(trial.kept, np.abs(trial.weights), 0.0)
@@ -220,22 +219,22 @@ def _heatmap(trials: Mapping[str, EvolutionTrial]) -> Figure:
     picture = axis.imshow(np.array(columns).T, aspect="auto", cmap="magma_r", interpolation="nearest")
     axis.set_xticks(range(len(trials)), list(trials), fontsize="x-small")
     axis.set(ylabel="weights of the layer, in order")
-    figure.colorbar(picture, label="mean |w| left")
+    figure.colorbar(picture, label="mean |w| kept")
     return figure
 
 
 def _lineages(axis: Axes, trial: EvolutionTrial, column: str) -> None:
-    """A line per individual; a line of descent keeps its number."""
+    """Draw a line per individual; a line of descent keeps its number."""
     values = trial.history.pivot(index="generation", columns="individual", values=column)
     axis.plot(values.index, values.to_numpy(), linewidth=0.6)
     finish(axis, "generation", column)
 
 
 def _shape(weights: NDArray[np.float32]) -> str:
-    """Say how heavy the tails of weights are, and how many lie near zero."""
+    """Return the weights' kurtosis and the share of weights near zero as a text."""
     size = np.abs(weights)
-    weak = (size <= size.min() + 0.1 * np.ptp(size)).mean()
-    return f"kurtosis {kurtosis(weights, fisher=False):.2f}, {100 * weak:.1f} % in the lowest tenth of the magnitudes"
+    small = (size <= size.min() + 0.1 * np.ptp(size)).mean()
+    return f"kurtosis {kurtosis(weights, fisher=False):.2f}, {100 * small:.1f} % in the lowest tenth of the magnitudes"
 
 
 def _initial(axis: Axes, trial: EvolutionTrial) -> None:

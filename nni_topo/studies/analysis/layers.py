@@ -1,4 +1,4 @@
-"""The layers of a model as graphs: which weights join what, at which input size."""
+"""The weights of a model's layers, and the graphs of inputs and outputs that they join."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _SUPPORTED = (nn.Linear, *CONVOLUTIONS, *_RECURRENT)
 
 @dataclass(frozen=True, eq=False)
 class WeightLayer:
-    """One weight of a model that joins inputs to outputs."""
+    """One weight matrix or kernel of a model, which joins inputs to outputs."""
 
-    name: str  # of the module; of a recurrent layer with parameter and gate, e.g. "lstm.weight_hh_l0[forget]"
+    name: str  # the module's; for a recurrent layer with parameter and gate, e.g. "lstm.weight_hh_l0[forget]"
     kind: str  # dense, recurrent or conv
-    weight: NDArray[np.float64]  # (out, in) or (out, in / groups, *kernel), masked where NNI masks it
+    weight: NDArray[np.float64]  # (out, in) or (out, in / groups, *kernel), zero where NNI masks it
     module: nn.Module
 
     @property
@@ -53,11 +53,11 @@ class WeightLayer:
 
 
 def weight_layers(model: nn.Module) -> tuple[list[WeightLayer], dict[str, str]]:
-    """List a model's weights that join inputs to outputs, in its order, and by module the types that are left out."""
+    """Return a model's weights in its order, and the types of modules with weights that aren't supported, by name."""
     layers: list[WeightLayer] = []
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
-        # a child of the module that it wraps, which is listed itself
+        # NNI's wrapper is a child of the module that it wraps, which is listed itself
         if name.rpartition(".")[2] == "_nni_wrapper":
             continue
         if _is_supported(module):
@@ -93,7 +93,7 @@ def _weights(name: str, module: nn.Module) -> Iterator[WeightLayer]:
 
 
 def _values(name: str, module: nn.Module, parameter: str) -> NDArray[np.float64]:
-    """Return a weight in force: under NNI's wrapper the wrapper's values times its mask."""
+    """Return a weight as the forward uses it: under NNI's wrapper, the wrapper's values times its mask."""
     wrapper = getattr(module, "_nni_wrapper", None)
     owner = wrapper if wrapper is not None and hasattr(wrapper, parameter) else module
     values: Tensor = getattr(owner, parameter).detach().to("cpu", torch.float64)

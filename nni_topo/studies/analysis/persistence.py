@@ -1,4 +1,4 @@
-"""Neural persistence: the zeroth homology of a layer's weights as one number, and its trend during training.
+"""Neural persistence: the zeroth homology of a layer's weights as one number, and its course during training.
 
 References
 ----------
@@ -43,11 +43,11 @@ class NeuralPersistence:
     layers : dict of str to float
         By layer, in the model's order.
     deaths : dict of str to ndarray of float64
-        By layer the death values w' in [0, 1], descending: the diagram is ``(1, w')`` for each.
+        By layer the death values w' in [0, 1], descending: the diagram has a point ``(1, w')`` for each.
     normalized : bool
         Whether the layers' values are divided by their upper bounds.
     skipped : dict of str to str
-        Modules with weights that are left out, with their type.
+        Modules with weights that aren't supported, with their type, or with why they are skipped.
     """
 
     layers: dict[str, float]
@@ -84,13 +84,13 @@ def neural_persistence(
 ) -> NeuralPersistence:
     """Compute the neural persistence of every layer of a model.
 
-    Edges enter by descending ``w' = |w| / max |w|``. Every node is born at 1, and two components merge along each
-    edge of the maximum spanning tree, so that the diagram is ``(1, w')`` over the tree's edges.
+    Edges are added by descending ``w' = |w| / max |w|``. Every node is born at 1, and each edge of the maximum spanning
+    tree merges two components, so that the diagram has a point ``(1, w')`` for each edge of the tree.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any model, wrapped by NNI (then masked weights count as 0) or not; it isn't changed.
+        Any model; it isn't changed. If NNI has wrapped it, masked weights count as 0.
     example_inputs : Tensor, tuple, list, mapping of str to Any or None, default=None
         The model's inputs; needed for ``conv_graph="toeplitz"`` only.
     p : float, default=2.0
@@ -98,10 +98,10 @@ def neural_persistence(
     normalized : bool, default=False
         Divide each layer by its upper bound, so that it lies in [0, 1]; a layer whose ``w'`` are all 1 gets 0.
     conv_graph : {"channel", "toeplitz"}, default="channel"
-        A convolution's graph: channels joined by the largest |w| of their kernel, or channels and positions
-        joined as in the Toeplitz matrix.
+        A convolution's graph. ``"channel"``: channels joined by the largest |w| of their kernel; ``"toeplitz"``:
+        channels and positions joined as in the Toeplitz matrix.
     scale : {"layer", "model"}, default="layer"
-        Whose largest |w| is 1: each layer's own, or the model's, as in [1]_.
+        Divide by the largest |w| of each layer, or of the model as in [1]_.
 
     Returns
     -------
@@ -147,14 +147,14 @@ def neural_persistence(
         values[layer.name] = norm / bound if bound > 0 else 0.0
     if not values:
         found = ", ".join(f"{name} ({why})" for name, why in skipped.items())
-        raise ConfigError(f"a model must have a layer that can be followed, got only {found} (neural_persistence)")
+        raise ConfigError(f"a model must have a supported layer that is run, got only {found} (neural_persistence)")
     return NeuralPersistence(values, deaths, normalized, skipped)
 
 
 class PersistenceTracker:
     """Record a model's neural persistence while it trains.
 
-    An object is a callback: call it after each epoch, with any arguments, e.g. as ``callback`` of
+    A tracker is a callback: call it after each epoch, with any arguments, e.g. as ``callback`` of
     :func:`nni_topo.zoo.train`. :meth:`lightning` returns a callback for Lightning's Trainer.
 
     Parameters
@@ -162,14 +162,14 @@ class PersistenceTracker:
     model : torch.nn.Module
         The model that trains.
     example_inputs : Any, default=None
-        See :func:`neural_persistence`, as for all others.
+        See :func:`neural_persistence`.
     **options
-        Arguments of :func:`neural_persistence`.
+        Further arguments of :func:`neural_persistence`.
 
     Attributes
     ----------
     history : list of NeuralPersistence
-        The untrained model first.
+        One entry per call, after that of the model as it was at first.
 
     Examples
     --------
@@ -187,12 +187,12 @@ class PersistenceTracker:
         self.history = [neural_persistence(model, example_inputs, **options)]
 
     def __call__(self, *_: Any) -> None:
-        """Look at the model as it is now."""
+        """Record the model's persistence as it is now."""
         self.history.append(neural_persistence(self.model, self.example_inputs, **self.options))
 
     @property
     def totals(self) -> list[float]:
-        """Total of the whole model, per record."""
+        """The model's total, per record."""
         return [record.total for record in self.history]
 
     def lightning(self) -> Any:
@@ -219,13 +219,13 @@ class PersistenceTracker:
 
 @dataclass(frozen=True)
 class PersistenceStudy(Findings):
-    """Neural persistence before and after each epoch of a training, or of one trained model."""
+    """Neural persistence before training and after each epoch, or of one trained model."""
 
     stem = "persistence"
     history: list[NeuralPersistence]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the trend of every layer and of the whole, and the last state in full."""
+        """Return the course of every layer and of the total, and the last record in full."""
         return {
             "totals": [record.total for record in self.history],
             "layers": {name: [record.layers[name] for record in self.history] for name in self.history[-1].layers},
@@ -233,32 +233,32 @@ class PersistenceStudy(Findings):
         }
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``persistence``: the layers' trends, and the deaths of the last state."""
+        """Return ``persistence``: the course of the layers, and the deaths of the last record."""
         figure = Figure(figsize=(10.0, 4.0), layout="constrained")
-        trend, deaths = figure.subplots(1, 2)
+        course, deaths = figure.subplots(1, 2)
         last = self.history[-1]
         for index, name in enumerate(last.layers):
             color = f"C{index % 10}"
-            trend.plot([record.layers[name] for record in self.history], ".-", color=color, label=name)
+            course.plot([record.layers[name] for record in self.history], ".-", color=color, label=name)
             curve = last.deaths[name]
             deaths.plot([(i + 1) / len(curve) for i in range(len(curve))], curve, color=color)
         what = "normalized neural persistence" if last.normalized else "neural persistence"
-        finish(trend, "epoch", what, columns=1 + len(last.layers) // 12)
-        finish(deaths, "share of the tree's edges", "|w| / max |w|", title="last state")
+        finish(course, "epoch", what, columns=1 + len(last.layers) // 12)
+        finish(deaths, "share of the tree's edges", "|w| / max |w|", title="last record")
         return {"persistence": figure}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
-    """Compute the neural persistence of a trained model, or without a checkpoint along its training."""
+    """Compute the neural persistence of a trained model, or, without a checkpoint, during its training."""
 
     p: float = 2.0  # order of the norm, at least 1
     normalized: bool = False  # divide each layer by its upper bound
     conv_graph: str = "channel"  # channel or toeplitz
-    scale: str = "layer"  # whose largest weight is 1: layer or model
+    scale: str = "layer"  # divide by the largest weight of each layer or of the model: layer or model
 
     def find(self, tell: Tell) -> PersistenceStudy:
-        """Look at a model, and again after each epoch where there is no checkpoint."""
+        """Compute a model's persistence; without a checkpoint, train it and compute again after each epoch."""
         place = resolve_device(self.device)
         bundle = load_model_data(self.model_choice, self.data_choice())
         net = build_model(self.model_choice, bundle, self.seed).to(place)
@@ -282,7 +282,7 @@ class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
         title = f"neural persistence of {self.model}"
         yield as_table(title, ("layer", "tree edges", "first", "last"), rows, totals=[total])
         if last.skipped:
-            yield "left out: " + ", ".join(f"{name} ({why})" for name, why in last.skipped.items())
+            yield "skipped: " + ", ".join(f"{name} ({why})" for name, why in last.skipped.items())
 
 
 def _norm(persistences: NDArray[np.float64], p: float) -> float:
@@ -292,7 +292,7 @@ def _norm(persistences: NDArray[np.float64], p: float) -> float:
 
 
 def _lengths(layer: WeightLayer, size: tuple[int, ...]) -> tuple[NDArray[np.float64], float]:
-    """Return the |w| of the tree's edges, descending, and the least |w| of any edge."""
+    """Return the |w| of the tree's edges, descending, and the smallest |w| of all edges."""
     magnitudes = np.abs(layer.weight)
     if layer.kind == "conv" and not size:
         lengths = np.sort(magnitudes[channel_tree(layer.weight, groups=layer.groups)])[::-1]

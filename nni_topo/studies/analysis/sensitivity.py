@@ -1,7 +1,6 @@
-"""Sensitivity: accuracy against ratio with one layer, or one group of coupled layers, pruned at a time.
+"""Sensitivity: accuracy by ratio with one layer, or one group of coupled layers, pruned at a time.
 
-NNI 2 had such a tool; NNI 3 dropped it. Layers that meet in an addition can only be pruned together, so they have one
-curve.
+NNI 2 had such a tool; NNI 3 dropped it. Coupled layers can only be pruned together, so they share a curve.
 """
 
 from __future__ import annotations
@@ -46,25 +45,25 @@ class SensitivityCurve:
     layers : tuple of str
         Their names.
     accuracy : dict of float to float
-        Score of the network with these layers alone pruned, by ratio; ratios after an early stop are missing.
+        Score of the network with only these layers pruned, by ratio; without ratios after an early stop.
     """
 
     layers: tuple[str, ...]
     accuracy: dict[float, float]
 
     def highest_ratio(self, least: float) -> float:
-        """Return the highest measured ratio up to which the score never falls below ``least``; 0 if there is none."""
-        held = 0.0
+        """Return the highest measured ratio up to which no score is below ``least``; 0 if there is none."""
+        highest = 0.0
         for ratio, accuracy in sorted(self.accuracy.items()):
             if accuracy < least:
                 break
-            held = ratio
-        return held
+            highest = ratio
+        return highest
 
 
 @dataclass(frozen=True)
 class Sensitivity(Findings):
-    """What :func:`sensitivity` found.
+    """The result of :func:`sensitivity`.
 
     Attributes
     ----------
@@ -77,9 +76,9 @@ class Sensitivity(Findings):
     budget : float
         Score that the suggestion may cost.
     suggested : list of dict
-        A config_list with one ratio per curve that was affordable.
+        A config_list with one ratio for each curve that the budget allows to prune.
     suggested_accuracy : float
-        Score, measured, of the network pruned by it, all layers at once, without retraining.
+        Measured score of the network pruned by ``suggested``, all layers at once, without fine-tuning.
     """
 
     stem, unwritten = "sensitivity", ("knobs",)
@@ -98,7 +97,7 @@ class Sensitivity(Findings):
     def texts(self) -> dict[str, str]:
         """Return ``suggested.yaml``, for ``nni-topo prune``."""
         head = (
-            f"# All ratios together score {self.suggested_accuracy:.4f} of {self.baseline:.4f} before retraining "
+            f"# All ratios together score {self.suggested_accuracy:.4f} of {self.baseline:.4f} before fine-tuning "
             f"(budget {self.budget:g}).\n# Run with nni-topo prune --config THIS.\n"
         )
         plain = {name: value for name, value in self.knobs.items() if isinstance(value, (str, int, float, bool))}
@@ -139,19 +138,19 @@ def sensitivity(
     pruner : str, default="l1"
         Any registered pruner that takes a ``sparse_ratio``.
     layers : sequence of str or None, default=None
-        Names. None: all convolutions and linear layers, for pruners of whole channels without those that give the
+        Names. None: all convolutions and linear layers; for pruners of channels, without those that compute the
         model's output.
     knobs : mapping, callable or None, default=None
-        The pruner's own arguments, or a function that returns them for each copy of the model before it is pruned, as
-        NNI's evaluators are made for one; ``example_inputs`` is added where the pruner takes it.
+        The pruner's own arguments, or a function that returns them for each copy of the model before it is pruned, for
+        arguments made for one model, such as NNI's evaluators. ``example_inputs`` is added where the pruner takes it.
     budget : float, default=0.01
         Score that the suggestion may cost, all layers pruned at once, at least 0.
     stop_drop : float or None, default=None
-        A curve ends once its score is more than this below the baseline. None: never.
+        A curve ends once its score is more than this below the baseline. None: it never ends early.
     on_progress : callable or None, default=None
         Called with the layers' names (joined by ``+``), the ratio and the score of each measurement, curve by curve.
     n_jobs : int, default=1
-        Curves measured at a time, as joblib's ``n_jobs``: in processes of their own, to which all of this is pickled.
+        Curves measured at a time, as joblib's ``n_jobs``, in processes of their own; all arguments are pickled.
 
     Returns
     -------
@@ -166,11 +165,11 @@ def sensitivity(
 
     Notes
     -----
-    The suggestion begins with one tolerance for all layers: each gets the highest ratio that costs at most so much
-    alone. The largest tolerance whose *joint* cost, which is measured, meets the budget is found by bisection. What is
-    left of the budget goes to single layers, a step at a time, the one that costs least alone first, as long as the
-    joint cost, measured anew, meets it. Cost: one pruning and one evaluation per curve and ratio, six or so for the
-    bisection, and one per step and per curve after it.
+    The suggestion starts with one tolerance for all layers: each layer gets the highest ratio that costs at most the
+    tolerance alone. Bisection finds the largest tolerance whose measured *joint* cost is within the budget. Then single
+    layers are pruned further, one ratio at a time, the step that costs least alone first, as long as the joint cost,
+    measured again, stays within the budget. Cost: one pruning and one evaluation per curve and ratio, about six for
+    the bisection, and one per further step and per curve.
     """
     ratios = sorted(set(map(float, ratios)))
     if not ratios or not all(0.0 < ratio < 1.0 for ratio in ratios):
@@ -199,15 +198,15 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
 
     pruner: str = "l1"  # any registered pruner
     ratios: tuple[float, ...] = RATIOS  # of each layer, in (0, 1)
-    layers: Names = ()  # names of layers; none: all that can be pruned
-    budget: float = 0.01  # accuracy the suggestion may cost, at least 0
-    stop_drop: float | None = None  # end a curve so far below the baseline; None: never
+    layers: Names = ()  # names of layers; none: all layers that can be pruned
+    budget: float = 0.01  # accuracy that the suggestion may cost, at least 0
+    stop_drop: float | None = None  # a curve ends once it is this far below the baseline; None: never early
     calibration: int | None = None  # training images for the pruner; None: 512 where it needs them
     images: int | None = None  # validation images used; None: all
     n_jobs: int = 1  # curves measured at a time, at least 1; -1: one per core
 
     def find(self, tell: Tell) -> Sensitivity:
-        """Prune copies of a trained model and judge them on validation images."""
+        """Prune copies of a trained model and measure them on validation images."""
         start = self.start()
         needs = any("calibration" in need for need in pruner_info(self.pruner).needs)
         calibration = _CALIBRATION * needs if self.calibration is None else self.calibration
@@ -219,7 +218,7 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
             self.ratios,
             self.pruner,
             layers=self.layers or None,
-            knobs=lambda victim: pruner_knobs(self.pruner, victim, start, calibration),
+            knobs=lambda copied: pruner_knobs(self.pruner, copied, start, calibration),
             budget=self.budget,
             stop_drop=self.stop_drop,
             on_progress=lambda layers, ratio, accuracy: tell(f"{layers} at {ratio:g}: {100 * accuracy:.1f} %"),
@@ -237,12 +236,12 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
             rows.append([" + ".join(curve.layers), *shown, chosen.get(curve.layers, "0")])
         yield as_table(f"sensitivity of {self.model}, {self.pruner}, validation accuracy in %", head, rows)
         before, after = 100 * found.baseline, 100 * found.suggested_accuracy
-        yield f"unpruned {before:.1f} %, all suggested ratios at once {after:.1f} %, without retraining"
+        yield f"unpruned {before:.1f} %, all suggested ratios at once {after:.1f} %, without fine-tuning"
 
 
 @checked()
 def plot_sensitivity(found: Sensitivity) -> Axes:
-    """Draw a curve per layer, the baseline and the budget; nothing is shown or written."""
+    """Draw a curve per layer, with the unpruned score and the budget; nothing is shown or written."""
     _, axis = single(7.0, 4.5)
     for index, curve in enumerate(found.curves):
         points = sorted({0.0: found.baseline, **curve.accuracy}.items())
@@ -267,16 +266,16 @@ class _Trial:
             self.knobs = dict(knobs)
 
     def groups(self, layers: Sequence[str] | None) -> list[tuple[str, ...]]:
-        """Return the layers, those that lose the same channels together."""
+        """Return the layers, coupled ones in one tuple."""
         entry: dict[str, Any] = {"op_names": self._all_layers() if layers is None else list(layers)}
         check_names(self.model, [entry])
         if not self.info.structured:
             return [(name,) for name in entry["op_names"]]
-        tied: dict[str, list[str]] = {}
+        groups: dict[str, list[str]] = {}
         for config in dependency_groups(self.model, self.example_inputs, [{**entry, "sparse_ratio": 0.5}]):
             (name,) = config["op_names"]
-            tied.setdefault(config.get("dependency_group_id", name), []).append(name)
-        return [tuple(names) for names in tied.values()]
+            groups.setdefault(config.get("dependency_group_id", name), []).append(name)
+        return [tuple(names) for names in groups.values()]
 
     def curve(self, names: tuple[str, ...], ratios: Sequence[float], least: float) -> SensitivityCurve:
         """Return the scores of copies with some layers pruned, in the ratios' order, until one is below ``least``."""
@@ -292,18 +291,18 @@ class _Trial:
         config: list[dict[str, Any]] = [{"op_names": list(n), "sparse_ratio": ratio} for n, ratio in ratios.items()]
         if self.info.structured:
             config = dependency_groups(self.model, self.example_inputs, config)
-        victim = detached_copy(self.model)
+        copied = detached_copy(self.model)
         if not isinstance(self._knobs, Mapping):
-            made = self._knobs(victim)
+            made = self._knobs(copied)
             instance(Mapping).check("what knobs returns", made, "sensitivity")
             self.knobs = dict(made)
         knobs = dict(self.knobs)
         if "example_inputs" in self.info.knobs():
             knobs.setdefault("example_inputs", self.example_inputs)
-        pruner = create_pruner(self.pruner, victim, config, **knobs)
+        pruner = create_pruner(self.pruner, copied, config, **knobs)
         _, masks = pruner.compress()
         pruner.unwrap_model()
-        return self.score(masked_model(victim, self.example_inputs, masks))
+        return self.score(masked_model(copied, self.example_inputs, masks))
 
     def score(self, model: nn.Module) -> float:
         """Return a model's score."""
@@ -325,10 +324,10 @@ class _Trial:
 def _suggestion(
     trial: _Trial, curves: list[SensitivityCurve], baseline: float, budget: float
 ) -> tuple[dict[tuple[str, ...], float], float]:
-    """Return ratios that together stay within the budget, and their joint score.
+    """Return ratios that together are within the budget, and their joint score.
 
-    First one tolerance for all layers, the largest that does; then single layers go on, the next step that costs least
-    alone first, and a layer whose step is too much for all together stays where it is.
+    First the largest tolerance, the same for all layers, that is within the budget. Then single layers take further
+    steps, the one that costs least alone first; a layer whose step exceeds the joint budget takes no more.
     """
     drops = {baseline - accuracy for curve in curves for accuracy in curve.accuracy.values()}
     tolerances = sorted(drop for drop in {0.0, *drops} if drop <= budget)
@@ -336,7 +335,7 @@ def _suggestion(
     low, high = 0, len(tolerances)
     while low < high:
         middle = (low + high) // 2
-        # Half an ulp of an accuracy must not decide.
+        # The tolerance absorbs rounding of accuracies.
         least = baseline - tolerances[middle] - 1e-12
         ratios = {curve.layers: ratio for curve in curves if (ratio := curve.highest_ratio(least)) > 0.0}
         score = trial.pruned(ratios) if ratios else baseline
@@ -344,24 +343,26 @@ def _suggestion(
             best, joint, low = ratios, score, middle + 1
         else:
             high = middle
-    going = list(curves)
-    while going:
-        steps = {index: _next_ratio(curve, best) for index, curve in enumerate(going)}
-        costs = {index: baseline - going[index].accuracy[ratio] for index, ratio in steps.items() if ratio is not None}
+    remaining = list(curves)
+    while remaining:
+        steps = {index: _next_ratio(curve, best) for index, curve in enumerate(remaining)}
+        costs = {
+            index: baseline - remaining[index].accuracy[ratio] for index, ratio in steps.items() if ratio is not None
+        }
         if not costs:
             break
         index = min(costs, key=costs.__getitem__)
-        curve = going.pop(index)
+        curve = remaining.pop(index)
         if costs[index] > budget + 1e-12:
             continue
         tried = {**best, curve.layers: float(steps[index] or 0.0)}
         score = trial.pruned(tried)
         if score >= baseline - budget - 1e-12:
             best, joint = tried, score
-            going.insert(index, curve)
+            remaining.insert(index, curve)
     return {curve.layers: best[curve.layers] for curve in curves if curve.layers in best}, joint
 
 
-def _next_ratio(curve: SensitivityCurve, chosen: Mapping[tuple[str, ...], float]) -> float | None:
-    """Return the lowest measured ratio above the chosen one; None if there is none."""
-    return min((ratio for ratio in curve.accuracy if ratio > chosen.get(curve.layers, 0.0)), default=None)
+def _next_ratio(curve: SensitivityCurve, present: Mapping[tuple[str, ...], float]) -> float | None:
+    """Return the lowest measured ratio above the layer's present one; None if there is none."""
+    return min((ratio for ratio in curve.accuracy if ratio > present.get(curve.layers, 0.0)), default=None)

@@ -1,4 +1,4 @@
-"""A picture of how sub-clustering split a layer's clusters."""
+"""A figure of the splits that sub-clustering made of a layer's clusters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nni_topo.studies.pictures import finish, panels
 
 @checked()
 def draw_splits(trees: Mapping[str, SplitTree]) -> list[Axes]:
-    """Draw trees of splits, such as :attr:`nni_topo.SubclusterPruner.trees`.
+    """Draw the trees of splits of :attr:`nni_topo.SubclusterPruner.trees`.
 
     Parameters
     ----------
@@ -23,8 +23,8 @@ def draw_splits(trees: Mapping[str, SplitTree]) -> list[Axes]:
     Returns
     -------
     list of matplotlib.axes.Axes
-        A panel per tree, of one figure: each cluster at the variance that was compared with the threshold (dashed),
-        its area as many nodes as it has, filled where it wasn't split.
+        The panels of one figure, one per tree. A cluster is drawn at the variance that was compared with the threshold
+        (dashed line), with an area proportional to its number of nodes, and filled if it wasn't split.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def _draw(axis: Axes, tree: SplitTree) -> None:
 
 
 def leaf_places(tree: SplitTree) -> dict[int, float]:
-    """Return an abscissa per cluster: leaves side by side, a split cluster between its halves."""
+    """Return a horizontal position per cluster: leaves side by side, a split cluster between its halves."""
     places: dict[int, float] = {}
     drawn = 0
     waiting = list(reversed(tree.initial))

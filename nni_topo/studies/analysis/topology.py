@@ -1,4 +1,4 @@
-"""What a pruning does to the topology of each layer: diagrams before and after, death curves, the search's progress."""
+"""The topology of each layer before and after pruning: diagrams, death times, and the progress of the search."""
 
 from __future__ import annotations
 
@@ -45,18 +45,19 @@ class LayerTopology:
     points, kept : int
         Blocks before and after.
     share : float
-        Of the blocks that is kept, in (0, 1].
+        Share of the blocks that are kept, in (0, 1].
     deaths : ndarray of float64, shape (points,)
         H0 death times of the cloud with the origin, descending, in units of their mean.
     tolerance : float
-        Half the longest death time that is lost, in units of the mean: the ``sparse_threshold`` just above it gives the
-        same number of blocks. 0 if none is lost. A topological allocation gives all layers nearly the same.
+        Half the longest death time of the removed blocks, in units of the mean; a ``sparse_threshold`` just above it
+        keeps the same number of blocks. 0 if no block is removed. A topological allocation gives all layers nearly the
+        same tolerance.
     diagrams_before, diagrams_after : dict of int to ndarray, shape (bars, 2)
         Finite bars, births and deaths, by degree.
     bottleneck : dict of int to float
-        Distance of the two diagrams by degree, infinite bars left out.
+        Distance of the two diagrams by degree, without infinite bars.
     hausdorff : float
-        Largest distance of a point to the nearest kept one, the origin counted as kept.
+        Largest distance of a point to the nearest kept one; the origin counts as kept.
     trace : list of Generation
         The genetic algorithm's progress; empty for the greedy solver.
     """
@@ -76,7 +77,7 @@ class LayerTopology:
 
 @dataclass(frozen=True)
 class TopologyStudy(Findings):
-    """The layers of a pruned network, in its order."""
+    """The layers of a pruned network, in the network's order."""
 
     stem, unwritten = "topology", ("masks",)
     layers: list[LayerTopology]
@@ -85,9 +86,8 @@ class TopologyStudy(Findings):
     def figures(self) -> dict[str, Figure]:
         """Return the pictures ``deaths``, ``allocation``, ``diagrams``, ``barcodes`` and ``search``.
 
-        ``deaths`` and ``allocation`` have all layers, what they can spare and how many blocks they keep; the others the
-        layers with the most points, twelve at most. ``search``, the genetic algorithm's progress, isn't there where
-        there was none.
+        ``deaths`` shows the death times of all layers, ``allocation`` how many blocks they keep. The others show the
+        layers with the most points, twelve at most. ``search``, the genetic algorithm's progress, needs such a search.
         """
         most = sorted(self.layers, key=lambda layer: -layer.points)[:_MOST_PANELS]
         drawn = [layer for layer in self.layers if layer in most]
@@ -106,9 +106,11 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
     """Compare the clouds of a model's layers before and after topological pruning: diagrams, death curves, search."""
 
     ratio: float = 0.5  # sparse_ratio of every layer, in [0, 1)
-    flops: float | None = None  # instead: share of the MACs to be left, in (0, 1], dealt out by death times
-    degrees: tuple[int, ...] = (0, 1)  # of homology, each from 0
-    calibration: int = 0  # training images for the functional cloud; 0: the weights
+    flops: float | None = (
+        None  # instead of ratio: share of the MACs to keep, in (0, 1], shared among layers by death times
+    )
+    degrees: tuple[int, ...] = (0, 1)  # degrees of homology, each at least 0
+    calibration: int = 0  # training images for the functional cloud; 0: the weight cloud
 
     def find(self, tell: Tell) -> TopologyStudy:
         """Prune a copy of a trained model."""
@@ -117,7 +119,7 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
         knobs = pruner_knobs("topological", start.net, start, self.calibration)
         entry: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
         if target.kind == "flops":
-            # death times deal out a share of the MACs
+            # the budget is shared among layers by death times
             knobs["budget"] = Budget(flops=target.value, allocation="topological")
         else:
             entry["sparse_ratio"] = target.value
@@ -153,9 +155,9 @@ def study_topology(
     config_list : list of dict
         NNI's config_list.
     degrees : tuple of int, default=(0, 1)
-        Degrees of the diagrams, each from 0.
+        Degrees of the diagrams, each at least 0.
     **knobs
-        The pruner's own.
+        Arguments of :class:`~nni_topo.TopologicalPruner`.
 
     Returns
     -------
@@ -210,20 +212,20 @@ def _layer(
 
 
 def _death_curves(layers: list[LayerTopology]) -> Figure:
-    """Death times against the share of points, with a dot where each layer is cut."""
+    """Draw death times against the share of points, with a dot at the share that each layer keeps."""
     figure, axis = single(7.5, 4.5)
     for index, layer in enumerate(layers):
         color, share = f"C{index % 10}", np.arange(1, layer.points + 1) / layer.points
         axis.plot(share, layer.deaths, color=color, label=_short(layer.name))
         axis.plot(layer.share, layer.deaths[layer.kept - 1], "o", color=color)
-    title = "what each layer can spare (dots: where it is cut)"
+    title = "death times of each layer (dots: share kept)"
     labels = "share of the points kept", "H0 death time / layer's mean"
     finish(axis, *labels, columns=1 + len(layers) // 12, title=title)
     return figure
 
 
 def _allocation(layers: list[LayerTopology]) -> Figure:
-    """Blocks of every layer before and after, with the tolerance that its death times put on that cut."""
+    """Draw the blocks of every layer before and after, with the tolerance of its death times."""
     figure, axis = single(7.5, 1.2 + 0.28 * len(layers))
     places = np.arange(len(layers))
     axis.barh(places, [layer.points for layer in layers], color="C0", alpha=0.3, label="before")
@@ -232,7 +234,7 @@ def _allocation(layers: list[LayerTopology]) -> Figure:
     axis.bar_label(bars, notes, fontsize="x-small", padding=3)
     axis.set_yticks(places, [_short(layer.name) for layer in layers], fontsize="x-small")
     axis.invert_yaxis()
-    finish(axis, "blocks", title="how many stay (tolerance: half the longest lost death time / mean)")
+    finish(axis, "blocks", title="blocks kept (tolerance: half the longest removed death time / mean)")
     return figure
 
 
@@ -271,7 +273,7 @@ def _draw_trace(axis: Axes, layer: LayerTopology) -> None:
 
 
 def _short(name: str) -> str:
-    """First target of a unit, and how many more there are."""
+    """Return the first target of a unit, and how many more there are."""
     first, *others = name.split("+")
     first = first.removesuffix(".weight")
     return f"{first} +{len(others)}" if others else first

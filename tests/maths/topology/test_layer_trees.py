@@ -9,7 +9,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from nni_topo.errors import DataError
-from nni_topo.maths.topology.layer_trees import EdgeBatches
+from nni_topo.maths.topology import layer_trees
 from nni_topo.topology import (
     LayerGraph,
     channel_tree,
@@ -56,13 +56,14 @@ def networkx_forest(weight: np.ndarray, graph: LayerGraph) -> nx.Graph:
 
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal"])
-def test_a_forest_has_networkxs_lengths_and_no_cycle(name, kind):
+def test_a_forest_has_networkxs_lengths_and_no_cycle(name, kind, monkeypatch):
     graph = GRAPHS[name]
     weight = weights_of(graph, kind)
     reference = networkx_forest(weight, graph)
     lengths = sorted((data["weight"] for *_, data in reference.edges(data=True)), reverse=True)
     for batch in (40, 1 << 21):  # several batches, and one
-        forest = spanning_forest(weight, graph, EdgeBatches(most=batch))
+        monkeypatch.setattr(layer_trees, "_MOST_EDGES", batch)
+        forest = spanning_forest(weight, graph)
         np.testing.assert_allclose(forest.lengths, lengths)
         np.testing.assert_array_equal(forest.lengths, np.abs(weight).ravel()[forest.elements])
         built = nx.Graph(zip(forest.sources.tolist(), (graph.inputs + forest.targets).tolist(), strict=True))
@@ -71,11 +72,12 @@ def test_a_forest_has_networkxs_lengths_and_no_cycle(name, kind):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_ties_are_taken_in_row_major_order_whatever_the_batches(name):
+def test_ties_are_taken_in_row_major_order_whatever_the_batches(name, monkeypatch):
     graph = GRAPHS[name]
     weight = weights_of(graph, "ties", seed=3)
     whole = spanning_forest(weight, graph)
-    parts = spanning_forest(weight, graph, EdgeBatches(most=30))
+    monkeypatch.setattr(layer_trees, "_MOST_EDGES", 30)
+    parts = spanning_forest(weight, graph)
     for field in ("elements", "sources", "targets"):
         np.testing.assert_array_equal(getattr(whole, field), getattr(parts, field))
 
@@ -92,14 +94,16 @@ def test_dense_trees_equal_scipy(shape):
 
 
 @pytest.mark.parametrize(("pruned", "scale"), [(0.0, 1.0), (0.999, 1.0), (0.0, 1e-9)])
-def test_a_forest_of_many_weights_is_that_of_all_of_them_sorted(pruned, scale):
+def test_a_forest_of_many_weights_is_that_of_all_of_them_sorted(pruned, scale, monkeypatch):
     rng = np.random.default_rng(0)
     weight = scale * rng.normal(size=(40, 60))
     # The elements of a small sample are the least, and most of the others may be equal.
     weight.ravel()[:: weight.size // 50] *= 1e-3
     weight[rng.random(weight.shape) < pruned] = 0.0
     whole = maximum_spanning_tree(weight)
-    forest = spanning_forest(weight, linear_graph(*weight.shape), EdgeBatches(per_node=1, most=7, sample=50))
+    for name, value in (("_FIRST_PER_NODE", 1), ("_MOST_EDGES", 7), ("_SAMPLE", 50)):
+        monkeypatch.setattr(layer_trees, name, value)
+    forest = spanning_forest(weight, linear_graph(*weight.shape))
     np.testing.assert_array_equal(np.flatnonzero(whole), np.sort(forest.elements))
     assert len(forest.elements) == sum(weight.shape) - 1
     assert (np.diff(forest.lengths) <= 0).all()

@@ -88,7 +88,7 @@ def test_measuring_leaves_the_modes_and_batch_norms_alone() -> None:
     model[1].eval()
     inputs = torch.full((3, 4), 5.0)
     count_macs(model, inputs)
-    latency_ms(model, inputs, runs=2, warmup=1)
+    latency_ms(model, inputs, runs=2)
     assert [module.training for module in model.modules()] == [True, True, False]
     assert torch.equal(model[0].running_mean, torch.zeros(4))
 
@@ -102,7 +102,7 @@ def test_params_count_shared_ones_once_and_no_buffers() -> None:
 def test_latencies_order_models_by_their_work() -> None:
     """A hundred times the work takes longer on any machine, however busy: the two are timed in turns."""
     models = {"large": nn.Linear(1500, 1500), "small": nn.Linear(1500, 15)}
-    times = latencies(models, torch.zeros(64, 1500), runs=9, warmup=2)
+    times = latencies(models, torch.zeros(64, 1500), runs=9)
     assert list(times) == ["large", "small"]
     assert times["large"] > times["small"] > 0
 

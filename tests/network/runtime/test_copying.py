@@ -158,6 +158,6 @@ def test_public_functions_copy_models_whose_weights_are_computed_with_gradients(
     model(images).sum().backward()
     nni_topo.recalibrate_batch_norm(model, [images])
     nni_topo.analysis.sensitivity(model, images[:2], lambda net: 0.0, [0.5], pruner="l1")
-    nni_topo.speedup.profile({"net": model}, images[:2], runs=1, warmup=0)
+    nni_topo.speedup.profile({"net": model}, images[:2], runs=1)
     dense = nni_topo.shrink(model, [images], {"params": 0.7}, distill={"steps": 2})
     assert dense(images).shape == (16, 4)

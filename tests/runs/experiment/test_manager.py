@@ -169,7 +169,7 @@ def test_an_interrupted_run_exports_what_it_found_and_names_one_way_on(home, net
     seen = home.topo("experiment", "status", "--json")
     assert {trial["id"]: trial["status"] for trial in json.loads(seen.stdout)["trials"]} == found
     shown = home.topo("experiment", "status").stdout
-    assert f"go on with: nni-topo experiment run --resume {known}" in shown
+    assert f"resume with: nni-topo experiment run --resume {known}" in shown
 
     again = home.topo(*way_on.split()[1:], "--port", str(free_port()))
     assert again.returncode == 0, again.stderr

@@ -12,7 +12,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, load_model_data
 from nni_topo.studies.analysis.deviation import AnalyzeDeviation
-from nni_topo.studies.analysis.retraining.study import epochs_back
+from nni_topo.studies.analysis.retraining.study import epochs_to_recover
 
 DATA = DataChoice("digits", limit=400)
 RECIPE = zoo.Recipe(epochs=3, batch_size=32, lr=0.05)
@@ -126,19 +126,19 @@ def test_retraining_table_fits_gamma(checkpoint, tmp_path, capsys):
     arguments = ("--pruners", "random", "--ratios", "0.5", "--epochs", "1", "--images", "100")
     assert command("retraining", checkpoint, tmp_path, *arguments) == 0
     text = capsys.readouterr().out
-    assert "gamma that fits" in text
-    assert "epochs of retraining of lenet300" in text
+    assert "fitted gamma" in text
+    assert "epochs of fine-tuning of lenet300" in text
 
 
 def test_epochs_end_when_the_accuracy_is_back():
     data = load_model_data(ModelChoice("lenet300"), DATA)
     model = build_model(ModelChoice("lenet300"), data, 0)
     start = zoo.evaluate(model, data.test)
-    assert epochs_back(model, data, RECIPE, start, seed=0) == (0, start)
-    taken, accuracy = epochs_back(model, data, RECIPE, start + 0.05, seed=0)
+    assert epochs_to_recover(model, data, RECIPE, start, seed=0) == (0, start)
+    taken, accuracy = epochs_to_recover(model, data, RECIPE, start + 0.05, seed=0)
     assert taken in (1, 2, 3)
     assert accuracy >= start + 0.05
-    assert epochs_back(model, data, RECIPE, 1.1, seed=0)[0] is None
+    assert epochs_to_recover(model, data, RECIPE, 1.1, seed=0)[0] is None
 
 
 def test_pruned_connections_stay_pruned_in_retraining():
@@ -147,7 +147,7 @@ def test_pruned_connections_stay_pruned_in_retraining():
     mask = torch.rand(model.fc1.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     with torch.no_grad():
         model.fc1.weight *= mask
-    assert epochs_back(model, data, RECIPE, 1.1, seed=0)[0] is None
+    assert epochs_to_recover(model, data, RECIPE, 1.1, seed=0)[0] is None
     assert bool((model.fc1.weight[~mask] == 0).all())
     assert bool((model.fc1.weight[mask] != 0).any())
 
@@ -202,7 +202,7 @@ def test_evolution_command(checkpoint, tmp_path, capsys):
     arguments = ("--damage-rates", "0.1", "0.5", "--population-size", "4", "--generations", "2")
     assert command("evolution", checkpoint, tmp_path, *arguments, "--layers", "fc1", "--json") == 0
     output = capsys.readouterr()
-    assert output.err.count("% of fc1 gone") == 2
+    assert output.err.count("% of fc1 removed") == 2
     study = json.loads(output.out)
     assert list(study) == ["damage 10 %", "damage 50 %"]
     for trial in study.values():
@@ -215,7 +215,7 @@ def test_evolution_command(checkpoint, tmp_path, capsys):
     assert {"evolution.json", "fitness.png", "solutions.png"} < files
     assert command("evolution", checkpoint, tmp_path, "--generations", "1", "--population-size", "2") == 0
     text = capsys.readouterr().out
-    assert "of fc2 gone" in text  # the layer with the most weights
+    assert "of fc2 removed" in text  # the layer with the most weights
     assert "compression" in text
     assert "highest" in text
 

@@ -27,7 +27,7 @@ def test_the_command_prints_the_papers_tables(model, size, final, capsys):
     assert main([*COMPRESSION, model, *words]) == 0
     text = capsys.readouterr().out
     assert f"{final:.5f}" in text
-    assert ("left out: stage2.0.shortcut.0 (1x1)" in text) == (model == "resnet20")
+    assert ("skipped: stage2.0.shortcut.0 (1x1)" in text) == (model == "resnet20")
 
 
 def test_compression_as_json_and_to_a_file(tmp_path, capsys):

@@ -1,1 +1,1 @@
-"""Bounds on the error that pruning causes: first order, and one that always holds."""
+"""Bounds of the error that pruning causes: to first order, and for changes of any size."""

@@ -1,4 +1,4 @@
-"""How much a layer can enlarge a difference of its inputs: Lipschitz constants that hold for all inputs.
+"""Lipschitz constants of layers, valid for all inputs, and the bound that they give for a pruned network.
 
 References
 ----------
@@ -24,7 +24,7 @@ from nni_topo.network.graph import tensor_shape
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, call_of, has_own_forward, inner_of, kind_of, norm_scale
 from nni_topo.studies.analysis.bounds.pooling import pooling_constant, pooling_of
 
-# Upper bounds of the slopes; a knob can make a leaky or exponential unit steeper, see _steepness.
+# Upper bounds of the slopes; a parameter can make a leaky or exponential unit steeper, see _steepness.
 _SLOPES = {
     "relu": 1.0, "relu6": 1.0, "leakyrelu": 1.0, "elu": 1.0, "celu": 1.0, "tanh": 1.0, "hardtanh": 1.0, "softplus": 1.0,
     "softsign": 1.0, "logsigmoid": 1.0, "sigmoid": 0.25, "hardsigmoid": 1.0 / 6.0, "softmax": 1.0, "gelu": 1.13,
@@ -38,15 +38,15 @@ _SUMS = {"add", "iadd", "sub"}
 
 
 def largest_changes(graph: GraphModule, other: GraphModule, inputs: Tensor) -> dict[str, float]:
-    """Bound how far two networks' outputs can differ (Euclidean norm): by module what its change adds to the bound."""
+    """Bound the Euclidean distance of two networks' outputs; return by module what its change adds to the bound."""
     runner = _Changes(graph, other)
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
-    # A parameter that the model uses itself belongs to no module that is called: its change would be left out unseen.
-    apart = sorted(runner._moved - called)
-    if apart:
+    # A parameter that the model itself uses belongs to no module that is called: the bound would miss its change.
+    uncalled = sorted(runner._changed - called)
+    if uncalled:
         raise ConfigError(
             "a global error bound needs parameters that belong to layers, got some that the model uses itself "
-            f"({apart[0] or 'model'})"
+            f"({uncalled[0] or 'model'})"
         )
     with torch.no_grad():
         runner.run(inputs)
@@ -74,24 +74,24 @@ def operator_constant(graph_module: GraphModule, node: Node) -> float:
     pool = pooling_of(module, node)
     if pool is not None:
         return pooling_constant(pool, _shape(node.all_input_nodes[0])[2:], _shape(node)[2:])
-    name = _plain(module, node)
+    name = _operation_name(module, node)
     if name in _SLOPES:
         return max(_SLOPES[name], _steepness(module, name, node))
     if name == "mean":
-        # a mean of m entries has the norm 1 / sqrt(m), and no entry is in two of them
+        # A mean of m entries has the norm 1 / sqrt(m), and each entry is in one mean only.
         return math.sqrt(math.prod(_shape(node)) / math.prod(_shape(node.all_input_nodes[0])))
-    # of a sum: for each operand in the shape of the sum; _differences counts the copies of one that is broadcast
+    # A sum: 1 for each operand of the sum's shape; _differences counts the copies of a broadcast operand.
     if name in _MOVES | _SUMS and not node.kwargs.get("alpha") and not (name == "getitem" and _repeats(node.args[1])):
         return 1.0
     raise ConfigError(f"a global error bound needs an operation of a known Lipschitz constant, got {name!r} ({node})")
 
 
 def _plain_layer(module: Any, shape: Sequence[int]) -> nn.Module:
-    """Return one of PyTorch's own layers that computes what a layer of another class does; ConfigError if none does."""
+    """Return a layer of PyTorch that computes the same as one of a derived class; ConfigError if there is none."""
     inner = inner_of(module)
     x = torch.arange(1.0, math.prod(shape[1:]) + 1, dtype=torch.float64).view(1, *shape[1:])
     entering = call_of(module, x).entering if inner is not None and inner.is_bare else x.new_zeros(0)
-    # Before it convolves it may add zeros, which change no norm, and nothing else.
+    # Before the convolution it may only add zeros, which change no norm.
     if inner is None or not torch.equal(entering[entering != 0], x.flatten()):
         raise ConfigError(
             "a global error bound needs layers that pad with zeros and convolve or multiply by a matrix alone, got "
@@ -106,20 +106,20 @@ def _plain_layer(module: Any, shape: Sequence[int]) -> nn.Module:
 
 
 def convolution_constant(module: Any, sides: Sequence[int], most: int = 2 * 10**8) -> float:
-    """Bound the operator norm of a convolution, padded by zeros, on images of these sides; of `most` values by sums."""
+    """Bound a zero-padded convolution's operator norm on images of given sides; from sums above `most` values."""
     if module.padding_mode != "zeros":
         raise ConfigError(f"a global error bound needs convolutions padded by zeros, got {module.padding_mode!r}")
     kernels = module.weight.detach().double().unflatten(0, (module.groups, -1))
     reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     if isinstance(module, TRANSPOSED):
-        # its images are spread by the stride first
+        # its images are spread out by the stride first
         sides = [(side - 1) * step + 1 for side, step in zip(sides, module.stride, strict=True)]
-    # On a torus as large as image and kernel together nothing wraps onto itself: the layer computes a part of the
-    # convolution there, whose norm is the largest one of its frequencies [1].
+    # On a torus as large as image and kernel together nothing wraps around: the layer computes a part of the
+    # convolution on the torus, whose norm is the largest of its frequencies' norms [1].
     torus = [side + more for side, more in zip(sides, reach, strict=True)]
     dims = tuple(range(3, kernels.dim()))
     if kernels.shape[:3].numel() * math.prod(torus) > most:
-        # too much memory: |A|_2 <= sqrt(|A|_1 |A|_inf), the largest absolute column and row sums
+        # The spectrum takes too much memory: |A|_2 <= sqrt(|A|_1 |A|_inf), the largest absolute column and row sums.
         absolute = kernels.abs().sum(dims)
         return float((absolute.sum(2).amax(1) * absolute.sum(1).amax(1)).sqrt().max())
     spaced = kernels.new_zeros(*kernels.shape[:3], *(each + 1 for each in reach))
@@ -130,7 +130,7 @@ def convolution_constant(module: Any, sides: Sequence[int], most: int = 2 * 10**
 
 
 def _steepness(module: Any, name: str, node: Node) -> float:
-    """Slope of a leaky or exponential unit on its negative side."""
+    """Return the slope of a leaky or exponential unit on its negative side; 0 for other units."""
     knob = {"leakyrelu": "negative_slope", "elu": "alpha"}.get(name)
     if knob is None:
         return 0.0
@@ -141,12 +141,12 @@ def _steepness(module: Any, name: str, node: Node) -> float:
 
 
 def _repeats(index: Any) -> bool:
-    """Say whether an index may read an entry more than once."""
+    """Return whether an index may read an entry more than once."""
     each = index if isinstance(index, tuple) else (index,)
     return not all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in each)
 
 
-def _plain(module: nn.Module | None, node: Node) -> str:
+def _operation_name(module: nn.Module | None, node: Node) -> str:
     if module is not None:
         return type(module).__name__.lower()
     if node.target is operator.getitem:
@@ -162,21 +162,23 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 
 class _Changes(Interpreter):
-    """Runs the original and collects, at every node, by how much the pruned network can differ, layer by layer."""
+    """Runs the unpruned network and bounds, at every node and by layer, how much the pruned network can differ."""
 
     def __init__(self, graph: GraphModule, other: GraphModule) -> None:
         super().__init__(graph)
         self.other = other
         self.known: dict[Node, dict[str, float]] = {}
         mine, theirs = graph.state_dict(), other.state_dict()
-        self._moved = {name.rpartition(".")[0] for name, value in mine.items() if not torch.equal(value, theirs[name])}
+        self._changed = {
+            name.rpartition(".")[0] for name, value in mine.items() if not torch.equal(value, theirs[name])
+        }
 
     def run_node(self, n: Node) -> Any:
-        """Run a node of the original as usual."""
+        """Run a node of the unpruned network and bound the difference of its value."""
         value = super().run_node(n)
         if n.op in ("call_module", "call_function", "call_method"):
             found = _differences(self.other, n, self.known)
-            if n.op == "call_module" and str(n.target) in self._moved:
+            if n.op == "call_module" and str(n.target) in self._changed:
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 changed = self.other.get_submodule(str(n.target))(*args, **kwargs)
                 found[str(n.target)] = found.get(str(n.target), 0.0) + norm(changed - value)
@@ -187,17 +189,17 @@ class _Changes(Interpreter):
 
 
 def _differences(graph_module: GraphModule, node: Node, known: dict[Node, dict[str, float]]) -> dict[str, float]:
-    """Return the norms that differences of a node's inputs can become at most, split by the layers they come from."""
+    """Bound a node's output difference, given those of its inputs; return it by the layers it comes from."""
     total: dict[str, float] = {}
     operands: list[Node] = []
-    map_arg((node.args, node.kwargs), operands.append)  # one that is read twice counts twice
-    moving = [operand for operand in operands if known.get(operand)]
-    if not moving:
+    map_arg((node.args, node.kwargs), operands.append)  # a node that is read twice counts twice
+    differing = [operand for operand in operands if known.get(operand)]
+    if not differing:
         return total
     constant = operator_constant(graph_module, node)
-    broadcasts = node.op != "call_module" and _plain(None, node) in _SUMS
-    for operand in moving:
-        # k copies of a difference are sqrt(k) times as long
+    broadcasts = node.op != "call_module" and _operation_name(None, node) in _SUMS
+    for operand in differing:
+        # k copies of a difference have sqrt(k) times its norm
         copies = math.prod(_shape(node)) / math.prod(_shape(operand)) if broadcasts else 1.0
         for layer, norm in known[operand].items():
             total[layer] = total.get(layer, 0.0) + constant * math.sqrt(copies) * norm

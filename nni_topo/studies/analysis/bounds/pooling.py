@@ -1,4 +1,4 @@
-"""How much a pooling can enlarge a difference of its inputs, from what its windows hold."""
+"""Lipschitz constants of pooling layers, from the entries in their windows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
 
 
 def pooling_of(module: nn.Module | None, node: Node) -> nn.Module | None:
-    """Return the pooling that a node calls, a function as the module of the same settings; None if it doesn't pool."""
+    """Return the pooling module of a node, for a function the module of equal settings; None if it doesn't pool."""
     if module is not None:
         return module if isinstance(module, _POOLINGS) else None
     if node.op != "call_function" or node.target not in _FUNCTIONS:
@@ -47,37 +47,37 @@ def pooling_constant(pool: Any, entering: Sequence[int], leaving: Sequence[int])
         _windows(pool, axis, before, after) for axis, (before, after) in enumerate(zip(entering, leaving, strict=True))
     ]
     if isinstance(pool, _AVERAGES):
-        # an average is the Kronecker product of those along the sides, and norms multiply
+        # An average is the Kronecker product of the averages along the sides; their norms multiply.
         norms = math.prod(float(torch.linalg.matrix_norm(side, 2)) for side in sides)
         return norms / (getattr(pool, "divisor_override", None) or 1)
-    # no output moves further than the entries in its window: an entry counts once for each window that holds it
+    # No output changes by more than the entries in its window; an entry counts once per window that contains it.
     return math.sqrt(math.prod(float(side.sum(0).max()) for side in sides))
 
 
 def _windows(pool: Any, axis: int, entering: int, leaving: int) -> Tensor:
-    """Return what each window takes of each place of one side, shape (leaving, entering), float64."""
-    held = torch.zeros(leaving, entering, dtype=torch.float64)
+    """Return the weight of each position of one side in each window, shape (leaving, entering), float64."""
+    weights = torch.zeros(leaving, entering, dtype=torch.float64)
     for window in range(leaving):
         places, size = _window(pool, axis, window, entering, leaving)
-        held[window, places] = 1.0 / size if isinstance(pool, _AVERAGES) else 1.0
-    return held
+        weights[window, places] = 1.0 / size if isinstance(pool, _AVERAGES) else 1.0
+    return weights
 
 
 def _window(pool: Any, axis: int, window: int, entering: int, leaving: int) -> tuple[list[int], int]:
-    """Return a window's places and by how many its sum is divided."""
+    """Return a window's positions and the divisor of its sum."""
     if isinstance(pool, _ADAPTIVE):
         begin, end = window * entering // leaving, -(-(window + 1) * entering // leaving)
         return list(range(begin, end)), end - begin
-    kernel, padding = _along(pool.kernel_size, axis), _along(pool.padding, axis)
-    spacing = _along(getattr(pool, "dilation", 1), axis)
-    begin = window * _along(pool.stride or pool.kernel_size, axis) - padding
+    kernel, padding = _on_axis(pool.kernel_size, axis), _on_axis(pool.padding, axis)
+    spacing = _on_axis(getattr(pool, "dilation", 1), axis)
+    begin = window * _on_axis(pool.stride or pool.kernel_size, axis) - padding
     places = [place for place in range(begin, begin + kernel * spacing, spacing) if 0 <= place < entering]
     if getattr(pool, "divisor_override", None):
         return places, 1
-    # a last window of ceil_mode that hangs over the padding is divided by what lies within
+    # With ceil_mode the last window may exceed the padding; its divisor counts only positions inside.
     padded = getattr(pool, "count_include_pad", True)
     return places, min(begin + kernel, entering + padding) - begin if padded else len(places)
 
 
-def _along(value: int | Sequence[int], axis: int) -> int:
+def _on_axis(value: int | Sequence[int], axis: int) -> int:
     return value if isinstance(value, int) else value[axis]

@@ -1,9 +1,9 @@
-"""How the changes of pruned layers add up to the error of a network's output.
+"""Bounds of the error of a pruned network's output, as sums over its layers.
 
-Theorem 2 of [1]_ bounds the error by a sum over layers: how far a layer's weights moved, times how strongly its output
-depends on them, times how strongly the network's output depends on that of the layer. As printed it holds to first
-order only: it takes the derivatives at the unpruned weights, and a ReLU that a pruned weight switches on isn't in
-them. So there are two forms here: the printed one, and one with Lipschitz constants that bounds the error always.
+Theorem 2 of [1]_ bounds the error by a sum over layers: how much a layer's weights changed, times how strongly its
+output depends on them, times how strongly the network's output depends on that of the layer. As printed it holds to
+first order only: its derivatives are taken at the unpruned weights, and miss a ReLU that a pruned weight switches on.
+So there are two forms here: the printed one, and one with Lipschitz constants that holds for changes of any size.
 
 References
 ----------
@@ -32,12 +32,12 @@ from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
 from nni_topo.studies.analysis.bounds.lipschitz import largest_changes, norm
 from nni_topo.studies.analysis.bounds.segments import ChainSegment, chain, traced
 
-_SETTLED = 1e-5
+_CONVERGED = 1e-5
 
 
 @dataclass(frozen=True)
 class LayerErrorBound:
-    """What one segment of the network (a layer, or a block that a branch goes past) adds to the error.
+    """The error due to one segment of the network: a layer, or a block that a branch bypasses.
 
     All norms are Euclidean, over the whole batch.
 
@@ -57,7 +57,7 @@ class LayerErrorBound:
         ``downstream * ||dY(l) / dW(l-1) delta W||``, the term before norms are separated (B.5): at most
         ``first_order``.
     lipschitz : float
-        The segment's term of the bound that always holds.
+        The segment's term of the Lipschitz bound.
     """
 
     name: str
@@ -71,7 +71,7 @@ class LayerErrorBound:
 
 @dataclass(frozen=True)
 class ErrorBound:
-    """The error of a pruned network's output, and what bounds it.
+    """The error of a pruned network's output, and its bounds.
 
     Attributes
     ----------
@@ -86,17 +86,17 @@ class ErrorBound:
 
     @property
     def first_order(self) -> float:
-        """The sum of (3.9). It bounds the error in the limit of small changes only."""
+        """The sum of (3.9), a bound of the error in the limit of small changes only."""
         return sum(layer.first_order for layer in self.layers)
 
     @property
     def directional(self) -> float:
-        """The sum of (B.5), tighter than (3.9) and as local."""
+        """The sum of (B.5), tighter than (3.9), and a bound for small changes only as well."""
         return sum(layer.directional for layer in self.layers)
 
     @property
     def lipschitz(self) -> float:
-        """A bound of the error that holds for changes of any size."""
+        """The Lipschitz bound of the error, which holds for changes of any size."""
         return sum(layer.lipschitz for layer in self.layers)
 
     def to_frame(self) -> pd.DataFrame:
@@ -114,8 +114,9 @@ class ErrorBound:
         Returns
         -------
         pandas.DataFrame
-            By ``layer``: ``share`` of the sum of (3.9), equal ones if nothing changed; ``epsilon``, what the layer may
-            add; ``largest_change``, the ``||delta W||`` that (3.9) allows it; ``change``, what it has.
+            By ``layer``: ``share`` of the sum of (3.9), equal shares if nothing changed; ``epsilon``, the error the
+            layer may add; ``largest_change``, the ``||delta W||`` that (3.9) allows for it; ``change``, its
+            ``||delta W||``.
 
         Raises
         ------
@@ -137,18 +138,18 @@ class ErrorBound:
 @checked(original=MODEL, pruned=MODEL, inputs=INPUTS)
 @leaves_models_alone
 def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, iterations: int = 100) -> ErrorBound:
-    """Bound the error that pruning makes at a network's output, layer by layer.
+    """Bound the error of a pruned network's output, layer by layer.
 
     Parameters
     ----------
     original : torch.nn.Module
-        The network.
+        The unpruned network.
     pruned : torch.nn.Module
-        The same with changed parameters, e.g. :func:`nni_topo.masked_model`; of full size, not made dense.
+        The same network with changed parameters, e.g. :func:`nni_topo.masked_model`; not made dense.
     inputs : torch.Tensor
         A batch, shape ``(n, ...)``.
     iterations : int, default=100
-        Most steps of each power iteration for a Jacobian's norm, at least 1; it ends earlier once it has settled.
+        Most steps of each power iteration for a Jacobian's norm, at least 1; it ends earlier once it has converged.
 
     Returns
     -------
@@ -166,13 +167,12 @@ def error_bound(original: nn.Module, pruned: nn.Module, inputs: Tensor, *, itera
 
     Notes
     -----
-    Norms of Jacobians are largest singular values, found from below, by power iteration with forward and reverse
-    derivatives; nothing of the size of a Jacobian is held. An unchanged segment has the Jacobian of all its
-    parameters. Samples don't mix in evaluation mode, so the norm of ``dY(i) / dY(i-1)`` over a batch is that of the
-    worst sample.
+    Norms of Jacobians are largest singular values, approached from below by power iteration with forward and reverse
+    derivatives; no Jacobian is stored. An unchanged segment has the Jacobian of all its parameters. Samples don't mix
+    in evaluation mode, so the norm of ``dY(i) / dY(i-1)`` over a batch is that of the worst sample.
 
-    The bound that always holds sums, over layers, the exact change of the layer's output at the original's
-    activations, times Lipschitz constants of everything after it, with pruned weights.
+    The Lipschitz bound sums, over layers, the exact change of the layer's output at the unpruned network's activations,
+    times the Lipschitz constants, with pruned weights, of everything after it.
     """
     check_integer("iterations", iterations, 1, "error_bound")
     graph, other = traced(original, inputs), traced(pruned, inputs)
@@ -194,8 +194,8 @@ def jacobian_norm(
     forward: Callable[[Any], Tensor], at: Any, *, per_sample: bool, iterations: int = 100, seed: int = 0
 ) -> float:
     """Return the largest singular value, from below, of a Jacobian by power iteration; 0 for a constant function."""
-    # With per_sample the function maps each entry of the first dimension by itself: each has a vector of its own, and
-    # the largest value counts.
+    # With per_sample the function maps each entry of the first dimension separately: each entry has its own vector,
+    # and the largest of their values is returned.
     value, pull = vjp(forward, at)[:2]
     vector = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)).to(value)
     found = 0.0
@@ -206,20 +206,20 @@ def jacobian_norm(
         # vector is J J^T of a unit vector: its length tends to the square of the singular value.
         _, lengths = _unit(vector, per_sample)
         last, found = found, math.sqrt(float(lengths.max()))
-        if found == 0.0 or abs(found - last) <= _SETTLED * found:
+        if found == 0.0 or abs(found - last) <= _CONVERGED * found:
             break
     return found
 
 
 def _unit(vector: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """Return vectors of length 1 and the lengths they had; zeros stay."""
+    """Return vectors scaled to length 1 and their lengths before; zeros stay zeros."""
     rows = vector.reshape(len(vector), -1) if per_sample else vector.reshape(1, -1)
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return (rows / lengths.clamp(min=torch.finfo(rows.dtype).tiny)).reshape(vector.shape), lengths
 
 
 def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
-    """Return by how much each parameter changed; raise ConfigError unless nothing else differs."""
+    """Return the change of each parameter; ConfigError if anything else differs."""
     mine, theirs = (dict(each.named_parameters(remove_duplicate=False)) for each in (graph, other))
     shapes = [{name: value.shape for name, value in each.items()} for each in (mine, theirs)]
     unlike = sorted(name for name in mine.keys() | theirs.keys() if shapes[0].get(name) != shapes[1].get(name))
@@ -228,17 +228,17 @@ def _changes(graph: GraphModule, other: GraphModule) -> dict[str, Tensor]:
             f"original and pruned must have parameters of the same shapes, got others ({', '.join(unlike[:3])})"
         )
     own, buffers = dict(graph.named_buffers()), dict(other.named_buffers())
-    moved = [name for name in own if name not in buffers or not torch.equal(own[name], buffers[name])]
-    moved += [name for name in buffers if name not in own]
-    if moved:
-        raise ConfigError(f"original and pruned must share their buffers, got others ({', '.join(moved[:3])})")
-    # a traced network is printed with its modules and their settings, then its code
+    differing = [name for name in own if name not in buffers or not torch.equal(own[name], buffers[name])]
+    differing += [name for name in buffers if name not in own]
+    if differing:
+        raise ConfigError(f"original and pruned must share their buffers, got others ({', '.join(differing[:3])})")
+    # a traced network's text has its modules with their settings, then its code
     printed = (str(each).splitlines() for each in (graph, other))
     for steps in itertools.zip_longest(*printed, fillvalue="nothing"):
         if steps[0] != steps[1]:
             one, same = (step.partition("): ")[2] or step for step in steps)
             raise ConfigError(
-                f"original and pruned must do the same but for the values of parameters, got {one} and {same} (model)"
+                f"original and pruned must differ in the values of parameters only, got {one} and {same} (model)"
             )
     return {name: theirs[name].detach() - mine[name].detach() for name in mine}
 
@@ -254,18 +254,18 @@ def _local(
     found = []
     for segment, value in zip(segments, values, strict=False):
         own = {name: p.detach() for name, p in segment.module.named_parameters()}
-        moved = {name: changes[name] for name in own if bool(changes[name].any())}
+        changed = {name: changes[name] for name in own if bool(changes[name].any())}
         # a segment that nothing changed has the Jacobian of all of its parameters
-        at = {name: own[name] for name in moved or own}
-        change = math.sqrt(sum(norm(each) ** 2 for each in moved.values()))
+        at = {name: own[name] for name in changed or own}
+        change = math.sqrt(sum(norm(each) ** 2 for each in changed.values()))
         forward = partial(_forward, segment, value)
         jacobian = jacobian_norm(forward, at, per_sample=False, iterations=iterations)
-        step = norm(_tangent(forward, at, moved)) if moved else 0.0
+        step = norm(_tangent(forward, at, changed)) if changed else 0.0
         found.append((change, jacobian, step))
     for segment, value in list(zip(segments, values, strict=False))[1:]:
         # samples don't mix in evaluation mode: the norm over a batch is that of the worst sample
         forwards.append(jacobian_norm(partial(segment, {}), value, per_sample=True, iterations=iterations))
-    # forwards begins with the second segment: from index on it holds what lies after a segment
+    # forwards starts with the second segment: from index on it holds the segments after a segment
     return [
         (change, jacobian, math.prod(forwards[index:]), step) for index, (change, jacobian, step) in enumerate(found)
     ]
@@ -278,7 +278,7 @@ def _forward(segment: ChainSegment, value: Tensor, parameters: dict[str, Tensor]
 def _tangent(forward: Callable[[Any], Tensor], at: Any, direction: Any) -> Tensor:
     """Return the derivative of a function in a direction."""
     with warnings.catch_warnings():
-        # PyTorch's own rules for forward derivatives are compiled by it.
+        # PyTorch compiles its own rules for forward derivatives with it.
         warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
         tangent: Tensor = jvp(forward, (at,), (direction,))[1]
     return tangent

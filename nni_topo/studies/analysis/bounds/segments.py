@@ -1,4 +1,4 @@
-"""A network as a chain of segments, each a layer with weights and what follows it up to the next one."""
+"""Cut a network into a chain of segments: a layer with weights and the operations up to the next such layer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nni_topo.network.runtime import call_arguments, check_model, detached_copy
 
 @dataclass(frozen=True)
 class ChainSegment:
-    """A part of a network that one value enters and one leaves; its module's parameters are named as in the network."""
+    """A part of a network with one input and one output; its module's parameters are named as in the network."""
 
-    # convolutions and linear layers; more than one where a branch goes past them, as in a residual block
+    # convolutions and linear layers; several if a branch bypasses them, as in a residual block
     layers: tuple[str, ...]
     module: GraphModule
 
@@ -30,7 +30,7 @@ class ChainSegment:
         return "+".join(self.layers)
 
     def __call__(self, parameters: dict[str, Tensor], value: Tensor) -> Tensor:
-        """Run it with some of its parameters replaced."""
+        """Run the segment with some of its parameters replaced."""
         result: Tensor = functional_call(self.module, parameters, (value,))
         return result
 
@@ -52,7 +52,7 @@ def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
 
 
 def chain(graph_module: GraphModule) -> list[ChainSegment]:
-    """Cut a traced network of one output into segments, each from a layer on whose input all that follows depends."""
+    """Cut a traced network with one output before each layer whose input is all that the rest depends on."""
     segments: list[list[Node]] = [[]]
     starts: list[Node] = []
     named: list[list[str]] = [[]]
@@ -60,7 +60,7 @@ def chain(graph_module: GraphModule) -> list[ChainSegment]:
         is_layer = node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), WEIGHTED)
         if not starts:
             starts.append(node.all_input_nodes[0])
-        # only where one value is left that all that follows depends on: a block with a branch stays whole
+        # only where all later nodes depend on a single value: a block with a branch isn't cut
         elif is_layer and named[-1] and entering is not None and node.all_input_nodes == [entering]:
             starts.append(entering)
             segments.append([])
@@ -77,7 +77,7 @@ def chain(graph_module: GraphModule) -> list[ChainSegment]:
 
 
 def _steps(graph: Graph) -> Iterator[tuple[Node, Node | None]]:
-    """Yield the nodes that depend on the input, each with the one value, if any, that all that follows depends on."""
+    """Yield the nodes that depend on the input, each with the single value that it and all later nodes depend on."""
     order = {node: rank for rank, node in enumerate(graph.nodes)}
     alive: set[Node] = set()
     dependent: set[Node] = set()

@@ -1,4 +1,4 @@
-"""Energy-based pruning under study: what each threshold takes, what that costs, and what could stand in its place."""
+"""The energy study: filters removed at each threshold, the accuracy that costs, and alternatives."""
 
 from nni_topo.studies.analysis.energy.run import AnalyzeEnergy
 

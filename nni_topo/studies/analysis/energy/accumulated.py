@@ -1,4 +1,4 @@
-"""Layer after layer pruned by energy without any retraining: how the small losses add up.
+"""Prune layer after layer by energy without fine-tuning, to see how small losses add up.
 
 Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.1.
 """
@@ -21,7 +21,7 @@ from nni_topo.studies.analysis.energy.study import LITTLE, EnergyStudy, Evaluate
 
 @dataclass(frozen=True)
 class Step:
-    """The network after one more step: the layers pruned in it, the filters that went, and the quality since."""
+    """One step: the layers pruned in it, the number of filters removed, and the network's quality after it."""
 
     layers: tuple[str, ...]
     removed: int
@@ -29,10 +29,9 @@ class Step:
 
 
 def harmless_layers(study: EnergyStudy, threshold: float, most_lost: float = LITTLE) -> list[tuple[str, ...]]:
-    """Return the layers, in order, that lose filters at one of the study's thresholds and, alone, little accuracy."""
-    return [
-        layer.layers for layer in study.layers if layer.removed[threshold] and study.lost(layer, threshold) < most_lost
-    ]
+    """Return, in order, the layers that lose filters at a threshold of the study and, pruned alone, little accuracy."""
+    pruned = [layer for layer in study.layers if layer.removed[threshold]]
+    return [layer.layers for layer in pruned if study.lost(layer, threshold) < most_lost]
 
 
 @checked(model=MODEL, example_inputs=INPUTS)
@@ -46,14 +45,14 @@ def accumulate_energy(
     threshold: float = 0.01,
     **knobs: Any,
 ) -> list[Step]:
-    """Prune one layer after the other, each measured on the network that the ones before it left.
+    """Prune one layer after the other and measure the network after each.
 
     Parameters
     ----------
     model : torch.nn.Module
         The trained model; it isn't changed.
     layers : sequence of tuple of str
-        Layers in the order in which they go; those of one tuple go together.
+        Layers in the order of pruning; the layers of one tuple are pruned together.
     example_inputs : Any
         Inputs of the model.
     evaluate : callable

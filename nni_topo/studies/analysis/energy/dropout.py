@@ -18,7 +18,7 @@ RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class ActiveDropout(nn.Module):
-    """Dropout that also drops in evaluation mode, from a seed of its own; what stays is divided by ``1 - rate``."""
+    """Dropout that is active in evaluation mode, with its own seed; kept values are divided by ``1 - rate``."""
 
     def __init__(self, rate: float, seed: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ActiveDropout(nn.Module):
         self._generator = torch.Generator().manual_seed(seed)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Drop single values of a tensor of any shape."""
+        """Set single values of a tensor of any shape to zero."""
         kept = torch.rand(values.shape, generator=self._generator).to(values.device) >= self.rate
         return values * kept / (1.0 - self.rate)
 
@@ -36,7 +36,7 @@ class ActiveDropout(nn.Module):
 @checked(model=MODEL)
 @leaves_models_alone
 def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
-    """Copy a model so that its dropout layers drop at test time, all at one rate.
+    """Return a copy of a model whose dropout layers are active at test time, all at one rate.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
     rate : float
         In [0, 1).
     seed : int, default=0
-        Of what is dropped.
+        Of the dropped values.
 
     Returns
     -------
@@ -81,13 +81,13 @@ def study_dropout(
     Parameters
     ----------
     models : mapping of str to callable
-        Functions that return a model, by what it is called; one is built at a time.
+        Functions that return a model, by name; one model is built at a time.
     evaluate : callable
         Maps a model to its :class:`~nni_topo.analysis.Quality`.
     rates : sequence of float, default=(0.0, 0.1, ..., 0.9)
-        In [0, 1) each. The model's first part runs once for all of them, if no dropout is in it.
+        Each in [0, 1). A first submodule without dropout runs once for all rates.
     seed : int, default=0
-        The same values are dropped in every model.
+        Of the dropped values, the same for every model.
 
     Returns
     -------
@@ -96,36 +96,36 @@ def study_dropout(
     """
     found = {}
     for name, build in models.items():
-        model = _remembering(build())
+        model = _with_cached_start(build())
         found[name] = {rate: quality_of(evaluate, with_dropout(model, rate, seed=seed)) for rate in rates}
     return found
 
 
-class _Remembered(nn.Module):
-    """A module that computes what it puts out for an input once; its copies share what is known."""
+class _Cached(nn.Module):
+    """A module that computes its output once per input; its copies share the stored outputs."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module.eval()
-        self._known: list[tuple[Tensor, Tensor]] = []
+        self._outputs: list[tuple[Tensor, Tensor]] = []
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _Remembered:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Cached:
         return self
 
     def forward(self, values: Tensor) -> Tensor:
-        """Return the module's output, from memory if the same values came before."""
-        for before, output in self._known:
+        """Return the module's output, a stored one if the same input came before."""
+        for before, output in self._outputs:
             if torch.equal(before, values):
                 return output
         computed: Tensor = self.module(values)
-        self._known.append((values, computed))
+        self._outputs.append((values, computed))
         return computed
 
 
-def _remembering(model: nn.Module) -> nn.Module:
-    """Copy a model so that its first part, if it has no dropout, runs once whatever the rate."""
+def _with_cached_start(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose first submodule, if it has no dropout, runs once for all rates."""
     copied: nn.Module = detached_copy(model)
     name, first = next(iter(copied.named_children()), ("", copied))
     if name and not any(isinstance(module, nn.Dropout) for module in first.modules()):
-        setattr(copied, name, _Remembered(first))
+        setattr(copied, name, _Cached(first))
     return copied

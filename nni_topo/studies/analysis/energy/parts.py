@@ -1,4 +1,4 @@
-"""The further parts of an energy study: dropout, accumulated pruning, replacement, selection, schedules.
+"""The optional parts of an energy study: dropout, accumulated pruning, replacement, selection, schedules.
 
 Each part takes a :class:`Subject` and returns plain numbers for the study's record.
 """
@@ -41,12 +41,12 @@ _SUBSET = 256
 _RECALIBRATION_IMAGES = 1024
 _DROPOUT_THRESHOLDS = (0.01, 0.1)
 _SEARCH = EvolutionSettings(population_size=20, generations=10)
-_RETRAIN_EPOCHS = 4
+_FINE_TUNING_EPOCHS = 4
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What all parts of a study look at."""
+    """The trained network, its study and the settings that all parts use."""
 
     start: Start
     study: EnergyStudy
@@ -56,11 +56,11 @@ class Subject:
     pictures: dict[str, Figure] = field(default_factory=dict)
 
     def nearest(self, threshold: float) -> float:
-        """Return the study's threshold that is nearest to one."""
+        """Return the study's threshold nearest to a number."""
         return min(self.study.thresholds, key=lambda known: abs(known - threshold))
 
     def single_layer(self) -> LayerEnergy:
-        """Return the layer that replacement and selection look at."""
+        """Return the layer that replacement and selection study."""
         threshold = self.nearest(0.1)
         alone = [row for row in self.study.layers if len(row.layers) == 1 and row.removed[threshold]]
         if self.layer is not None:
@@ -72,10 +72,10 @@ class Subject:
 
 
 def dropout_part(subject: Subject) -> Record:
-    """Accuracy under every dropout rate: the unpruned network, and each layer alone at 1 and 10 %."""
+    """Measure accuracy at every dropout rate: unpruned, and with each layer alone pruned at 1 and 10 %."""
     study = subject.study
-    (bare,) = study_dropout({"": lambda: subject.start.net}, subject.evaluate, seed=subject.start.seed).values()
-    record: Record = {"unpruned": plain(bare)}
+    (unpruned,) = study_dropout({"": lambda: subject.start.net}, subject.evaluate, seed=subject.start.seed).values()
+    record: Record = {"unpruned": plain(unpruned)}
     for threshold in sorted({subject.nearest(t) for t in _DROPOUT_THRESHOLDS}):
         models = {row.name: partial(_pruned_alone, subject, row, threshold) for row in study.layers}
         found = study_dropout(models, subject.evaluate, seed=subject.start.seed)
@@ -85,7 +85,7 @@ def dropout_part(subject: Subject) -> Record:
 
 
 def accumulated_part(subject: Subject) -> Record:
-    """Layers that cost less than two points alone at the lowest threshold, one after the other, without training."""
+    """Prune, one after the other, the layers that cost less than two points alone at the lowest threshold."""
     threshold = subject.study.thresholds[0]
     layers = harmless_layers(subject.study, threshold)
     steps = accumulate_energy(
@@ -95,7 +95,7 @@ def accumulated_part(subject: Subject) -> Record:
 
 
 def replacement_part(subject: Subject) -> Record:
-    """One layer's weak filters replaced, as they are and with batch norms re-calibrated."""
+    """Replace one layer's low-energy filters; evaluate before and after batch-norm re-calibration."""
     row, threshold = subject.single_layer(), subject.nearest(0.1)
     images = subject.start.images(_RECALIBRATION_IMAGES)
     found = study_replacement(
@@ -114,7 +114,7 @@ def replacement_part(subject: Subject) -> Record:
 
 
 def selection_part(subject: Subject) -> Record:
-    """One layer's filters chosen by energy, Taylor terms and genetic search, half of them kept."""
+    """Select half of one layer's filters by energy, Taylor terms and genetic search."""
     row = subject.single_layer()
     place = subject.start.example.device
     images, labels = (tensor[:_SUBSET].to(place) for tensor in subject.start.data.train.tensors)
@@ -133,14 +133,14 @@ def selection_part(subject: Subject) -> Record:
 
 
 def schedules_part(subject: Subject) -> Record:
-    """Half of every layer's filters, at once or in rounds with training in between, for the same number of epochs."""
+    """Prune half of every layer's filters at once, or in rounds with fine-tuning between, with equal epochs in all."""
     layers = [name for row in subject.study.layers for name in row.layers]
     entry = {"op_names": layers, "sparse_ratio": 0.5}
     config_list = dependency_groups(subject.start.net, subject.start.example, [entry])
-    recipe = subject.start.recipe.for_retraining(_RETRAIN_EPOCHS)
+    recipe = subject.start.recipe.for_retraining(_FINE_TUNING_EPOCHS)
     choice = PrunerChoice("energy", knobs=subject.knobs)
     schedules: tuple[Schedule, ...] = ("one-shot", "linear", "agp")
-    record: Record = {"ratio": 0.5, "epochs": _RETRAIN_EPOCHS}
+    record: Record = {"ratio": 0.5, "epochs": _FINE_TUNING_EPOCHS}
     for schedule in schedules:
         dense = prune_on_schedule(subject.start, choice, config_list, recipe, schedule=schedule)
         record[schedule] = plain(subject.evaluate(dense))
@@ -159,7 +159,7 @@ PARTS: dict[str, Callable[[Subject], Record]] = {
 def _dropout_pictures(
     study: EnergyStudy, threshold: float, found: dict[str, dict[float, Quality]]
 ) -> dict[str, Figure]:
-    """Draw accuracy and loss by layer, a line per rate, and what each rate changes."""
+    """Draw accuracy and loss by layer, a line per rate, and their change by dropout."""
     rows = [found[row.name] for row in study.layers]
     where = f"one layer at {100 * threshold:g} % of its energy"
     figures = {}

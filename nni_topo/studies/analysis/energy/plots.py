@@ -38,7 +38,7 @@ def fitness_plot(study: EnergyStudy) -> Figure:
 
 
 def layer_plot(layers: Sequence[LayerEnergy], lines: Mapping[str, Sequence[float]], label: str) -> Figure:
-    """Draw values per layer, a line per name: one value per layer each."""
+    """Draw lines by name, each with one value per layer."""
     figure, axis = single(max(6.0, 2.0 + _WIDTH_PER_LAYER * len(layers)), 4.5)
     for index, (name, values) in enumerate(lines.items()):
         axis.plot(range(len(layers)), values, "o-", color=f"C{index % 10}", markersize=3, label=name)

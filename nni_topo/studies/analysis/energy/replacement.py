@@ -1,4 +1,4 @@
-"""Low-energy filters replaced instead of removed: by random, copied or evolved ones.
+"""Replace low-energy filters instead of removing them: by random, copied or evolved ones.
 
 Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.2.
 """
@@ -28,17 +28,17 @@ _TOURNAMENT = 3
 
 @dataclass(frozen=True)
 class Replacement:
-    """What became of a network whose weakest filters were replaced."""
+    """A network whose low-energy filters were replaced."""
 
     quality: Quality
-    repaired: Quality | None  # after repair; None without one
+    repaired: Quality | None  # after ``repair``; None without it
     energy: float  # share of the layer's energy that the replaced filters have now, in [0, 1]
-    similarity: float  # mean absolute cosine between a filter and what stands in its place, in [0, 1]
+    similarity: float  # mean absolute cosine between a filter and its replacement, in [0, 1]
 
 
 @dataclass(frozen=True)
 class FilterEvolution:
-    """Knobs of the evolution of filters; ``mutation``: standard deviation, in units of that of the layer's weights."""
+    """Settings of the evolution; ``mutation``: standard deviation, relative to that of the layer's weights."""
 
     population_size: int = 12
     generations: int = 8
@@ -64,7 +64,7 @@ def study_replacement(
     seed: int = 0,
     **knobs: Any,
 ) -> dict[str, Replacement]:
-    """Replace a convolution's filters within an energy threshold, in several ways.
+    """Replace a convolution's filters below an energy threshold, in several ways.
 
     Parameters
     ----------
@@ -77,19 +77,19 @@ def study_replacement(
     evaluate : callable
         Maps a model to its :class:`~nni_topo.analysis.Quality`.
     threshold : float, default=0.1
-        Energy share of the filters that go, in (0, 1).
+        Energy share of the replaced filters, in (0, 1).
     kinds : sequence of str, default=("kept", "removed", "random", "copied", "evolved")
-        Left as they are; set to zero, batch norm included; drawn anew, normal with the standard deviation of the
-        layer's weights; copied from random other filters of the layer, with their biases; evolved from random ones.
+        Unchanged; set to zero, batch norm included; drawn from a normal distribution with the standard deviation of
+        the layer's weights; copied from random other filters of the layer, with their biases; evolved from random ones.
     fitness : callable or None, default=None
-        What evolution minimises the loss of, usually ``evaluate`` on a subset of other images. None: ``evaluate``.
+        Evolution minimises its loss; usually ``evaluate`` on a subset of other images. None: ``evaluate``.
     repair : callable or None, default=None
-        Applied to every network before it is evaluated once more, such as a re-calibration of batch norms, to which
-        new filters are strangers. Evolution does without.
+        Applied to every network before a second evaluation, such as a re-calibration of batch norms, whose statistics
+        don't fit new filters. Evolution doesn't use it.
     evolution : FilterEvolution or None, default=None
-        Knobs of the evolution.
+        Settings of the evolution.
     seed : int, default=0
-        Of all draws.
+        Of all random draws.
     **knobs
         Of :class:`~nni_topo.EnergyFilterPruner`.
 
@@ -101,7 +101,7 @@ def study_replacement(
     Raises
     ------
     ConfigError
-        If a kind is unknown, the layer isn't a convolution without groups, or no filter lies within the threshold.
+        If a kind is unknown, the layer isn't a convolution without groups, or no filter lies below the threshold.
     """
     for kind in kinds:
         if kind not in KINDS:
@@ -113,14 +113,14 @@ def study_replacement(
     module = model.get_submodule(layer)
     if not bool(weak.any()) or getattr(module, "groups", 1) != 1:
         raise ConfigError(f"a layer without groups must have filters to replace, got {int(weak.sum())} ({layer})")
-    surgeon = _Surgeon(model, layer, weak, torch.Generator().manual_seed(seed))
+    replacer = _Replacer(model, layer, weak, torch.Generator().manual_seed(seed))
     plane = torch.from_numpy(Chirp().planes(input_sizes(model, [layer], example_inputs)[layer]))
     found = {}
     for kind in kinds:
         if kind == "evolved":
-            changed = surgeon.evolved(fitness or evaluate, evolution or FilterEvolution())
+            changed = replacer.evolved(fitness or evaluate, evolution or FilterEvolution())
         else:
-            changed = masked_model(model, example_inputs, masks) if kind == "removed" else surgeon.simple(kind)
+            changed = masked_model(model, example_inputs, masks) if kind == "removed" else replacer.simple(kind)
         repaired = None if repair is None else quality_of(evaluate, _repaired(repair, changed))
         traits = _traits(module, changed.get_submodule(layer), weak, plane)
         found[kind] = Replacement(quality_of(evaluate, changed), repaired, *traits)
@@ -133,8 +133,8 @@ def _repaired(repair: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.
     return found
 
 
-class _Surgeon:
-    """Builds copies of a model with other filters in the place of the weak ones."""
+class _Replacer:
+    """Makes copies of a model with its weak filters replaced."""
 
     def __init__(self, model: nn.Module, layer: str, weak: Tensor, generator: torch.Generator) -> None:
         self.model, self.layer, self.weak, self.generator = model, layer, weak, generator
@@ -142,7 +142,7 @@ class _Surgeon:
         self.weight, self.scale = weight, weight.std(correction=0)
 
     def simple(self, kind: str) -> nn.Module:
-        """Return a copy with the weak filters kept, drawn anew or copied from others."""
+        """Return a copy with the weak filters unchanged, drawn at random or copied from others."""
         if kind == "kept":
             plain: nn.Module = detached_copy(self.model)
             return plain
@@ -153,7 +153,7 @@ class _Surgeon:
         return self._with(self.weight[donors], donors)
 
     def evolved(self, evaluate: EvaluateQuality, settings: FilterEvolution) -> nn.Module:
-        """Return a copy with the fittest filters: tournaments, filters dealt from two parents, normal mutation."""
+        """Return a copy with the fittest filters found by tournaments, uniform crossover and normal mutation."""
         population = [self._drawn() for _ in range(settings.population_size)]
         losses = [quality_of(evaluate, self._with(filters)).loss for filters in population]
         for _ in range(settings.generations - 1):
@@ -161,9 +161,9 @@ class _Surgeon:
             children = [population[best]]
             while len(children) < settings.population_size:
                 mother, father = population[self._winner(losses)], population[self._winner(losses)]
-                dealt = torch.rand(len(mother), generator=self.generator) < 0.5
-                dealt = dealt.to(mother.device).view(-1, *[1] * (mother.dim() - 1))
-                child = torch.where(dealt, mother, father)
+                from_mother = torch.rand(len(mother), generator=self.generator) < 0.5
+                from_mother = from_mother.to(mother.device).view(-1, *[1] * (mother.dim() - 1))
+                child = torch.where(from_mother, mother, father)
                 children.append(child + settings.mutation * self._drawn())
             population = children
             losses = [losses[best], *(quality_of(evaluate, self._with(filters)).loss for filters in population[1:])]
@@ -175,8 +175,8 @@ class _Surgeon:
         return self.scale * drawn.to(self.weight.device)
 
     def _winner(self, losses: list[float]) -> int:
-        rivals = torch.randint(len(losses), (_TOURNAMENT,), generator=self.generator).tolist()
-        return int(rivals[first_smallest([losses[rival] for rival in rivals])])
+        drawn = torch.randint(len(losses), (_TOURNAMENT,), generator=self.generator).tolist()
+        return int(drawn[first_smallest([losses[individual] for individual in drawn])])
 
     def _with(self, filters: Tensor, donors: Tensor | None = None) -> nn.Module:
         changed: nn.Module = detached_copy(self.model)
@@ -189,9 +189,9 @@ class _Surgeon:
 
 
 def _traits(before: Any, after: Any, weak: Tensor, plane: Tensor) -> tuple[float, float]:
-    """Energy share of the weak filters, and their likeness to what they were."""
+    """Return the energy share of the weak filters, and their mean similarity to the original ones."""
     bias = None if after.bias is None else after.bias.detach().double()
     energy, _ = chirp_response_energy(after, weight_used(after).detach().double(), bias, plane)
     old, new = (module.weight.detach()[weak].flatten(1).double() for module in (before, after))
-    likeness = torch.cosine_similarity(old, new, dim=1).abs().mean()
-    return float(energy[weak].sum() / energy.sum()), float(likeness)
+    similarity = torch.cosine_similarity(old, new, dim=1).abs().mean()
+    return float(energy[weak].sum() / energy.sum()), float(similarity)

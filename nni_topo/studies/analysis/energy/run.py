@@ -1,4 +1,4 @@
-"""The energy study of one model by name."""
+"""``nni-topo analyze energy``: the energy study of one model by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CHIRP = Chirp()
 
 @dataclass(frozen=True)
 class EnergyReport(Findings):
-    """A study, the records and pictures of what came with it, and the text of ``suggested.yaml``; empty: none."""
+    """A study, the records and pictures of its parts, and the text of ``suggested.yaml``; empty: none."""
 
     stem = "energy"
     study: EnergyStudy
@@ -50,37 +50,37 @@ class EnergyReport(Findings):
         return {**self.study.figures(), **self.pictures}
 
     def texts(self) -> dict[str, str]:
-        """Return ``suggested.yaml``, where a layer can spare a filter."""
+        """Return ``suggested.yaml``, if any layer has a suggested threshold."""
         return {"suggested.yaml": self.suggestion} if self.suggestion else {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeEnergy(TrainedStudy[EnergyReport]):
-    """Prune filters by energy share: what goes at each, what that costs, and a suggestion.
+    """Prune filters at several energy thresholds, measure the accuracy of each, and suggest a threshold per layer.
 
-    Layers, thresholds and all parts are judged on validation images; the test images see what was chosen.
+    Everything is measured on validation images; the suggestion is then measured on the test images.
     """
 
     thresholds: tuple[float, ...] = THRESHOLDS  # energy shares in (0, 1), ascending
-    images: int | None = None  # validation and test images used, of each, at least 1; None: all
-    max_drop: float = 0.01  # accuracy that the suggestion lets each layer cost by itself, at least 0
+    images: int | None = None  # number of validation images, and of test images, at least 1; None: all
+    max_drop: float = 0.01  # accuracy that each suggested threshold may cost alone, at least 0
     parts: Names = ()  # further studies: dropout, accumulated, replacement, selection, schedules
-    layer: str | None = None  # of replacement and selection; None: the one that is costliest to prune
-    calibration: int = 0  # training images whose energy is measured instead of the chirp's; 0: the chirp
+    layer: str | None = None  # layer of replacement and selection; None: the one that costs most accuracy
+    calibration: int = 0  # training images whose responses are measured instead of the chirp's; 0: the chirp
     sweep: str = _CHIRP.sweep  # of the chirp: nyquist or thesis
     direction: str = _CHIRP.direction  # of the chirp: mean, radial or diagonal
-    normalization: str = "area"  # of tied layers: none, area or layer
+    normalization: str = "area"  # of coupled layers: none, area or layer
     batch_norm: bool = False  # scale responses as batch norms do
 
     def find(self, tell: Tell) -> EnergyReport:
-        """Study a trained model; what is known is written before the next part begins, which takes minutes."""
+        """Study a trained model; findings are written before each part, as a part can take minutes."""
         for part in self.parts:
             if part not in PARTS:
                 raise unknown_name("part of an energy study", part, PARTS)
         start = self.start(self.images)
         net, example, knobs = start.net, start.example, self._knobs()
         if "dropout" in self.parts:
-            with_dropout(net, 0.0)  # says at once that there is none
+            with_dropout(net, 0.0)  # raises at once if the model has no dropout
         layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
         given = knobs | ({"calibration": start.images(self.calibration)} if self.calibration else {})
         evaluate = partial(quality_on, images=TensorDataset(*start.data.validation[: self.images]))
@@ -103,10 +103,11 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
         return show_energy(found.to_dict())
 
     def _knobs(self) -> dict[str, Any]:
-        """Return what isn't the pruner's default of its knobs, as YAML has them."""
+        """Return the pruner's arguments that differ from their defaults, as in YAML."""
         signal = {name: getattr(self, name) for name in ("sweep", "direction")}
         knobs: dict[str, Any] = {}
-        if changed := {name: value for name, value in signal.items() if value != getattr(_CHIRP, name)}:
+        changed = {name: value for name, value in signal.items() if value != getattr(_CHIRP, name)}
+        if changed:
             knobs["signal"] = changed
         if self.normalization != "area":
             knobs["normalization"] = self.normalization
@@ -118,8 +119,8 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
         """Return a file for ``nni-topo prune``, with the command."""
         found, thresholds = record["suggested"], record["suggested"]["thresholds"]
         entries = [
-            {"op_names": [name for name in thresholds if thresholds[name] == level], "sparse_threshold": level}
-            for level in sorted(set(thresholds.values()))
+            {"op_names": [name for name in thresholds if thresholds[name] == threshold], "sparse_threshold": threshold}
+            for threshold in sorted(set(thresholds.values()))
         ]
         content: dict[str, Any] = {"pruner": "energy", "config_list": entries}
         content |= {"knobs": knobs} if knobs else {}
@@ -127,14 +128,14 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
         before, accuracy = (100.0 * found[key]["accuracy"] for key in ("quality_before", "quality"))
         comment = (
             f"# {record['model']} on {record['data']}: per layer the highest energy threshold that, alone, costs at "
-            f"most {100.0 * self.max_drop:g} points\n# on validation images. All at once, without retraining, on test "
+            f"most {100.0 * self.max_drop:g} points\n# on validation images. All at once, without fine-tuning, on test "
             f"images: {accuracy:.1f} % ({before:.1f} % before) at {100.0 * found['macs']:.1f} % of the MACs.\n"
             f"#   {self._prune_command()} --config suggested.yaml --out DIR\n\n"
         )
         return comment + yaml.safe_dump(content, sort_keys=False)
 
     def _prune_command(self) -> str:
-        """Return the command that prunes the same network, without what it takes its configuration from."""
+        """Return the command that prunes the same network, without ``--config`` and ``--out``."""
         values: dict[str, Any] = {
             "model": self.model,
             "data": self.data,
@@ -147,7 +148,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
 
 
 def _suggested(study: EnergyStudy, thresholds: dict[str, float], start: Start) -> Record:
-    """Try the suggestion, all layers at once, on the test images."""
+    """Prune all layers at the suggested thresholds at once and measure on the test images."""
     masks: Masks = {}
     for name, threshold in thresholds.items():
         masks |= masks_of([name], study.masks[threshold])

@@ -1,7 +1,7 @@
-"""Which filters of a layer go, by energy, by first-order effect on the loss, and by genetic search on either.
+"""Select the filters of one layer by energy, by first-order effect on the loss, and by genetic search for either.
 
-Energy is a sum over filters: the best subset of a size is the sorted one, and a search can only find it again. What
-several filters do together to the loss is not, and there a search has something to find.
+Energy is a sum over filters: sorting finds the best subset of a size, and a search can only find it again. The joint
+effect of several filters on the loss isn't such a sum, so a search may find a better subset than sorting.
 
 References
 ----------
@@ -48,13 +48,13 @@ LabelledBatches = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Selection:
-    """The filters that a method keeps, ascending, and the quality of the network without the others."""
+    """The filters that a method keeps, ascending, and the quality of the network with the others removed."""
 
     kept: tuple[int, ...]
-    energy: float  # share of the layer's energy that goes, in [0, 1]
-    taylor: float  # mean over images of the first-order change of the loss when the filters go together, in nats
+    energy: float  # share of the layer's energy that is removed, in [0, 1]
+    taylor: float  # mean over images of the first-order change of the loss by removing the filters together, in nats
     quality: Quality
-    seconds: float  # that choosing took
+    seconds: float  # that the selection took
 
 
 @checked(model=MODEL, example_inputs=INPUTS, batches=BATCHES)
@@ -72,7 +72,7 @@ def study_selection(
     seed: int = 0,
     **knobs: Any,
 ) -> dict[str, Selection]:
-    """Choose the filters of one layer in several ways and compare what is left.
+    """Select the filters of one layer by several methods and compare the pruned networks.
 
     Parameters
     ----------
@@ -87,15 +87,15 @@ def study_selection(
     evaluate : callable
         Maps a model to its :class:`~nni_topo.analysis.Quality`.
     keep : int
-        Filters that stay, in [1, filters - 1].
+        Number of kept filters, in [1, filters - 1].
     methods : sequence of str, default=METHODS
         ``"random"``; ``"energy"`` and ``"taylor"`` sort the filters, each by its own energy or mean absolute
         first-order effect; the genetic ones search for a subset: least energy lost, least first-order effect of all
         removed filters together, least loss.
     evolution : EvolutionSettings or None, default=None
-        Knobs of the search. None: their defaults.
+        Settings of the search. None: the defaults.
     seed : int, default=0
-        Of random choice and search.
+        Of random selection and search.
     **knobs
         Of :class:`~nni_topo.EnergyFilterPruner`.
 
@@ -120,13 +120,13 @@ def study_selection(
         found = {}
         for method in methods:
             began = time.perf_counter()
-            kept = search.choose(method, keep, evolution or EvolutionSettings())
-            found[method] = search.judged(kept, time.perf_counter() - began, evaluate)
+            kept = search.select(method, keep, evolution or EvolutionSettings())
+            found[method] = search.evaluated(kept, time.perf_counter() - began, evaluate)
     return found
 
 
 class _Search:
-    """What all methods share: energies, Taylor terms, and the place where channels are silenced."""
+    """What all methods share: energies, Taylor terms, and the module whose output channels are set to zero."""
 
     def __init__(
         self,
@@ -148,8 +148,8 @@ class _Search:
         self.place = model.get_submodule(norms_after(model, flow).get(layer, layer))
         self.terms = taylor_terms(model, self.place, batches).cpu().numpy()
 
-    def choose(self, method: str, keep: int, evolution: EvolutionSettings) -> BoolArray:
-        """Return which filters stay, boolean ``(filters,)``."""
+    def select(self, method: str, keep: int, evolution: EvolutionSettings) -> BoolArray:
+        """Return the kept filters, boolean ``(filters,)``."""
         if method == "random":
             return _largest(np.random.default_rng(self.seed).random(self.filters), keep)
         if method == "energy":
@@ -163,8 +163,8 @@ class _Search:
         best: BoolArray = search.current_generation[0].genes
         return best
 
-    def judged(self, kept: BoolArray, seconds: float, evaluate: EvaluateQuality) -> Selection:
-        """Evaluate the network without the filters that don't stay."""
+    def evaluated(self, kept: BoolArray, seconds: float, evaluate: EvaluateQuality) -> Selection:
+        """Evaluate the network without the removed filters."""
         module: Any = self.model.get_submodule(self.layer)
         masks = {"weight": spread(module, torch.from_numpy(kept))}
         if module.bias is not None:
@@ -194,18 +194,18 @@ class _Search:
 
 
 def taylor_terms(model: nn.Module, place: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return by how much, to first order, silent channels change images' losses: (images, channels), signs aside."""
+    """Return the first-order change of each image's loss by removing a channel, up to its sign: (images, channels)."""
     outputs: list[Tensor] = []
 
     def watch(_: Tensor, output: Tensor) -> Tensor:
         outputs.append(output.detach().requires_grad_())
-        return outputs[-1] * 1.0  # what comes next may write in place
+        return outputs[-1] * 1.0  # the next module may write in place
 
     terms = []
     with watched(leaving=[(place, watch)]), torch.enable_grad():
         for index, (images, labels) in enumerate(batches):
             outputs.clear()
-            # a sum, so that an image's gradient is that of its own loss
+            # a sum: the gradient of an image is then that of its own loss
             with fitting(index, "batches"):
                 loss = cross_entropy(model(images), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, outputs[-1])

@@ -1,4 +1,4 @@
-"""The study of energy-based pruning: what each threshold takes from each layer, and what that costs.
+"""The energy study: the filters each threshold removes from each layer, and the accuracy that costs.
 
 Source: Janjic, MSc thesis, University of Manitoba, 2018, sections 4.2 and 5.2.
 """
@@ -26,9 +26,9 @@ from nni_topo.studies.study import Findings
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 MANY = 0.2
-"""Share of a layer's filters from which on many are removed."""
+"""Share of a layer's filters; removing at least this share counts as many."""
 LITTLE = 0.02
-"""Accuracy, a fraction, up to which little is lost: the two points of the thesis."""
+"""Loss of accuracy, a fraction, that counts as little: the two points of the thesis."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ EvaluateQuality = Callable[[nn.Module], Quality]
 
 
 def quality_of(evaluate: EvaluateQuality, model: nn.Module) -> Quality:
-    """Return what an evaluation says of a model; ConfigError if that is no Quality."""
+    """Evaluate a model; ConfigError if the result is no Quality."""
     found = evaluate(model)
     instance(Quality).check("what evaluate returns", found, "evaluate")
     return found
@@ -59,18 +59,18 @@ def quality_of(evaluate: EvaluateQuality, model: nn.Module) -> Quality:
 
 @dataclass(frozen=True)
 class LayerEnergy:
-    """One layer, or the layers of one dependency group, under every threshold.
+    """One layer, or the layers of one dependency group, at every threshold.
 
     Attributes
     ----------
     layers : tuple of str
         Module names.
     filters : int
-        How many there are.
+        Their number of filters.
     shares : tuple of float
         Cumulative energy shares, ascending, the last one 1.
     removed : dict of float to int
-        Filters that go, by threshold.
+        Number of removed filters, by threshold.
     alone : dict of float to Quality
         The network with this layer alone pruned, by threshold; empty if nothing was evaluated.
     """
@@ -87,13 +87,13 @@ class LayerEnergy:
         return f"{self.layers[0]} +{len(self.layers) - 1}" if len(self.layers) > 1 else self.layers[0]
 
     def compression(self, threshold: float) -> float:
-        """Return the share of the filters that goes, in [0, 1)."""
+        """Return the share of the filters that are removed, in [0, 1)."""
         return self.removed[threshold] / self.filters
 
 
 @dataclass(frozen=True)
 class WholeNetwork:
-    """The dense network with all layers pruned at once: filters that went, share of the MACs left, in (0, 1]."""
+    """The dense network with all layers pruned: number of removed filters, share of the MACs kept, in (0, 1]."""
 
     removed: int
     macs: float
@@ -103,7 +103,7 @@ class WholeNetwork:
 
 @dataclass(frozen=True)
 class EnergyStudy(Findings):
-    """What energy-based pruning does to a network.
+    """The effect of energy-based pruning on a network.
 
     Attributes
     ----------
@@ -175,7 +175,7 @@ class EnergyStudy(Findings):
         Returns
         -------
         dict of str to float
-            Module names in the network's order; layers that nothing is taken from are left out.
+            Module names in the network's order; layers that lose no filter are left out.
 
         Raises
         ------
@@ -184,12 +184,12 @@ class EnergyStudy(Findings):
         """
         if not max_drop >= 0.0:
             raise ConfigError(f"max_drop must be at least 0, got {max_drop} (suggestion)")
-        return {
-            name: best
-            for layer in self.layers
-            if (best := self._highest_within(layer, max_drop)) is not None
-            for name in layer.layers
-        }
+        found = {}
+        for layer in self.layers:
+            best = self._highest_within(layer, max_drop)
+            if best is not None:
+                found.update(dict.fromkeys(layer.layers, best))
+        return found
 
     def _highest_within(self, layer: LayerEnergy, max_drop: float) -> float | None:
         best = None
@@ -219,7 +219,7 @@ def study_energy(
     model : torch.nn.Module
         The trained model; it isn't changed.
     layers : sequence of str
-        Convolutions to prune; those of a dependency group go together.
+        Convolutions to prune; those of a dependency group are pruned together.
     example_inputs : Any
         Inputs of the model.
     evaluate : callable or None, default=None
@@ -242,8 +242,8 @@ def study_energy(
 
     Notes
     -----
-    A layer alone is silenced in a copy of the model, batch norm included, which computes what the dense model would.
-    Masks that are equal are evaluated once.
+    A layer pruned alone is masked in a copy of the model, batch norm included; the dense model would compute the same.
+    Equal masks are evaluated once.
     """
     thresholds = tuple(thresholds)
     if not thresholds or any(low >= high for low, high in pairwise((0.0, *thresholds, 1.0))):
@@ -262,8 +262,8 @@ def study_energy(
         baseline = quality_of(evaluate, model)
         for row in rows:
             _evaluate_alone(row, model, example_inputs, masks, evaluate, baseline)
-    whole = _whole_networks(model, example_inputs, masks, rows, evaluate) if together else {}
-    return EnergyStudy(thresholds, baseline, rows, whole, masks)
+    networks = _whole_networks(model, example_inputs, masks, rows, evaluate) if together else {}
+    return EnergyStudy(thresholds, baseline, rows, networks, masks)
 
 
 def quality_on(net: nn.Module, images: TensorDataset) -> Quality:
@@ -321,10 +321,10 @@ def _whole_networks(
 ) -> dict[float, WholeNetwork]:
     cost = NetworkCost(model, example_inputs)
     found = {}
-    for threshold, chosen in masks.items():
-        left = cost({name: _kept(model, name, chosen).numpy() for row in rows for name in row.layers}).macs
-        dense = to_dense(model, example_inputs, chosen)
+    for threshold, selected in masks.items():
+        macs = cost({name: _kept(model, name, selected).numpy() for row in rows for name in row.layers}).macs
+        dense = to_dense(model, example_inputs, selected)
         quality = None if evaluate is None else quality_of(evaluate, dense)
         removed = sum(row.removed[threshold] for row in rows)
-        found[threshold] = WholeNetwork(removed, left / cost({}).macs, quality)
+        found[threshold] = WholeNetwork(removed, macs / cost({}).macs, quality)
     return found

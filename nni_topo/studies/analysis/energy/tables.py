@@ -12,13 +12,13 @@ from nni_topo.studies.tables import as_table, markdown_table
 
 
 class _Table(NamedTuple):
-    """A table in words; ``totals``: rows set apart at its end."""
+    """A table of texts; ``totals``: rows set apart at its end."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
     totals: list[list[str]]
-    left: int = 1
+    text_columns: int = 1
 
 
 def show_energy(record: Record, *, markdown: bool = False) -> Iterator[RenderableType]:
@@ -38,13 +38,13 @@ def show_energy(record: Record, *, markdown: bool = False) -> Iterator[Renderabl
 
 
 def _shown(table: _Table, markdown: bool) -> Iterator[RenderableType]:
-    """Yield a title on a line of its own, for above a narrow table it would be folded, and the table."""
-    title, head, rows, totals, left = table
+    """Yield a title as a line of its own, because a narrow table would wrap it, and the table."""
+    title, head, rows, totals, text_columns = table
     yield f"{title}\n" if markdown else title
     if markdown:
-        yield markdown_table(head, rows + totals, left=left) + "\n"
+        yield markdown_table(head, rows + totals, text_columns=text_columns) + "\n"
     else:
-        yield as_table(None, head, rows, left=left, totals=totals)
+        yield as_table(None, head, rows, text_columns=text_columns, totals=totals)
 
 
 def _layer_table(record: Record) -> _Table:
@@ -58,17 +58,17 @@ def _layer_table(record: Record) -> _Table:
         ]
         for layer in record["layers"]
     ]
-    whole = [record["together"][str(t)] for t in thresholds]
+    together = [record["together"][str(t)] for t in thresholds]
     filters = str(sum(layer["filters"] for layer in record["layers"]))
     return _Table(
         f"{record['model']} on {record['data']}: {before}; filters removed: accuracy %",
         ["layer", "filters", *_shares(thresholds)],
         rows,
         [
-            ["all at once", filters, *(f"{row['removed']}: {_percent(row['quality'])}" for row in whole)],
-            ["MACs left %", "", *(f"{100 * row['macs']:.1f}" for row in whole)],
+            ["all at once", filters, *(f"{row['removed']}: {_percent(row['quality'])}" for row in together)],
+            ["MACs kept %", "", *(f"{100 * row['macs']:.1f}" for row in together)],
         ],
-        left=2,
+        text_columns=2,
     )
 
 
@@ -90,7 +90,7 @@ def _dropout_table(part: Record) -> _Table:
 
 
 def _accumulated_table(part: Record) -> _Table:
-    title = f"accumulated at {100 * part['threshold']:g} % of the energy, without retraining"
+    title = f"accumulated at {100 * part['threshold']:g} % of the energy, without fine-tuning"
     rows = [[_name(step), str(step["removed"]), *_quality(step["quality"])] for step in part["steps"]]
     return _Table(title, ["after layer", "removed", "accuracy %", "loss"], rows, [])
 
@@ -106,7 +106,7 @@ def _replacement_table(part: Record) -> _Table:
         ]
         for kind, made in part["kinds"].items()
     ]
-    head = ["filters", "accuracy %", "re-calibrated %", "energy %", "likeness"]
+    head = ["filters", "accuracy %", "re-calibrated %", "energy %", "similarity"]
     return _Table(f"{part['filters']} filters of {part['layer']} replaced", head, rows, [])
 
 
@@ -122,7 +122,7 @@ def _selection_table(part: Record) -> _Table:
         for name, made in part["methods"].items()
     ]
     head = ["", "accuracy %", "loss", "energy lost %", "Taylor", "seconds"]
-    return _Table(f"half of the {part['filters']} filters of {part['layer']}, chosen by", head, rows, [])
+    return _Table(f"half of the {part['filters']} filters of {part['layer']}, selected by", head, rows, [])
 
 
 def _schedules_table(part: Record) -> _Table:

@@ -1,4 +1,4 @@
-"""The magnitude study: iterative against direct pruning, sizes and times of sparse and dense networks."""
+"""The magnitude study: iterative and direct pruning, sizes and times of sparse and dense networks."""
 
 from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
 

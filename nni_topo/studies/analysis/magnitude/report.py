@@ -1,4 +1,4 @@
-"""Pictures and tables of the magnitude study."""
+"""Figures and tables of the magnitude study."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from nni_topo.studies.pictures import finish
 from nni_topo.studies.tables import markdown_table
 
 _WAYS = {"direct": "-", "direct, retrained": "--", "iterative": ":"}
+WORDS = {"direct": "direct", "direct, retrained": "direct, fine-tuned", "iterative": "iterative"}
+"""The ways, named as in the records, in the words of figures and tables."""
 _PARTS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "C2", ("matrix", "all"): "C3"}
 
 
@@ -25,7 +27,7 @@ def magnitude_figure(document: Record) -> Figure:
     for (pruner, part), color in _PARTS.items():
         for way, style in _WAYS.items():
             points = [(row["ratio"], row["accuracy"]) for row in _chosen(rows, pruner, part, way)]
-            _line(accuracy, points, style, color, f"{pruner}, {part}, {way}")
+            _line(accuracy, points, style, color, f"{pruner}, {part}, {WORDS[way]}")
     for pruner, color in (("level", "C0"), ("matrix", "C3")):
         chosen = _chosen(rows, pruner, "all", "direct")
         _line(params, [(row["ratio"], row["params"]) for row in chosen], ".-", color, pruner)
@@ -40,9 +42,9 @@ def magnitude_figure(document: Record) -> Figure:
     for axis, label, unpruned in (
         (accuracy, "accuracy", baseline["accuracy"]),
         (alone, "accuracy, one layer pruned", baseline["accuracy"]),
-        (params, "parameters left", baseline["params"]),
+        (params, "nonzero parameters", baseline["params"]),
         (disk, "bytes on disk", baseline["bytes"]["dense"]),
-        (time, "time, of the unpruned network's", 1.0),
+        (time, "time / unpruned network's time", 1.0),
     ):
         axis.axhline(unpruned, color="0.5", linewidth=0.8)
         finish(axis, "ratio", label, yscale="log" if axis in (params, disk) else "linear")
@@ -50,7 +52,7 @@ def magnitude_figure(document: Record) -> Figure:
 
 
 def markdown_magnitude(document: Record) -> str:
-    """Return the study's tables: accuracies by way and by layer, then what is left of parameters, bytes and time."""
+    """Return the study's tables: accuracies by way and by layer, then parameters, bytes and times by ratio."""
     rows, baseline = document["rows"], document["baseline"]
     ratios = sorted({row["ratio"] for row in rows})
     head = [f"{ratio:g}" for ratio in ratios]
@@ -58,7 +60,7 @@ def markdown_magnitude(document: Record) -> str:
     for (pruner, part), way in itertools.product(_PARTS, _WAYS):
         found = {row["ratio"]: row["accuracy"] for row in _chosen(rows, pruner, part, way)}
         if found:
-            accuracies.append([pruner, part, way, *(_percent(found.get(ratio)) for ratio in ratios)])
+            accuracies.append([pruner, part, WORDS[way], *(_percent(found.get(ratio)) for ratio in ratios)])
     costs = []
     for pruner in ("level", "matrix"):
         chosen = _chosen(rows, pruner, "all", "direct")
@@ -69,7 +71,7 @@ def markdown_magnitude(document: Record) -> str:
             costs.append([pruner, f"{name} (kB)", *_thousands([size, *(row["bytes"][name] for row in chosen)])])
         for name, shares in _shares(chosen).items():
             shown = (f"{share:.2f}" for share in (1.0, *shares))
-            costs.append([pruner, f"{name}: time, of the unpruned network's", *shown])
+            costs.append([pruner, f"{name}: time / unpruned network's time", *shown])
     curves = document["sensitivity"]["curves"]
     alone = [["+".join(c["layers"]), *(_percent(c["accuracy"].get(str(ratio))) for ratio in ratios)] for c in curves]
     return "\n\n".join(
@@ -88,7 +90,7 @@ def _chosen(rows: Sequence[Record], pruner: str, part: str, way: str) -> list[Re
 
 
 def _shares(rows: Sequence[Record]) -> dict[str, list[float]]:
-    """Times by what was timed, of the unpruned network's, which was timed in turns with the others."""
+    """Return each network's times over those of the unpruned network, which was timed in turns with it."""
     timed = [row["latency_ms"] for row in rows]
     names = [name for name in timed[0] if name != "unpruned"] if timed else []
     return {name: [times[name] / times["unpruned"] for times in timed] for name in names}

@@ -1,4 +1,4 @@
-"""What sparse weights take on disk and in time: dense files, compressed ones, coordinate and row formats."""
+"""Bytes and time of sparse weights: dense files, compressed files, coordinate and row formats."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nni_topo.network.runtime import detached_copy
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:
-    """Return the bytes that a model's state takes on disk by format; masked weights are zeros in it."""
+    """Return the bytes of a model's state on disk, by format; masked weights must be zeros."""
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     dense = _saved(state)
-    # weights of two and more dimensions as matrices (out, rest), with 64-bit indices but for csr32; the rest is dense
+    # Weights of two and more dimensions become matrices (out, rest), with 64-bit indices except for csr32.
     coordinates = {name: _matrix(value).to_sparse_coo().coalesce() for name, value in state.items() if value.dim() > 1}
     rows = {name: _csr(_matrix(value)) for name, value in state.items() if value.dim() > 1}
-    # Clones: the indices may be views of larger storages, which would be written whole.
+    # Clones, because the indices may be views of larger storages, which would be written in full.
     parts = {name: (m.crow_indices().clone(), m.col_indices().clone(), m.values().clone()) for name, m in rows.items()}
     short = {name: (crow.int(), columns.int(), values) for name, (crow, columns, values) in parts.items()}
     return {
@@ -34,7 +34,7 @@ def stored_bytes(model: nn.Module) -> dict[str, int]:
 
 
 class SparseLinear(nn.Module):
-    """A linear layer that multiplies by a sparse matrix in row format; the given layer's zeros are left out."""
+    """A linear layer that multiplies by a sparse matrix in row format, without the given layer's zeros."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

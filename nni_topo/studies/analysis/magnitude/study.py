@@ -1,4 +1,4 @@
-"""The magnitude study: direct and iterative pruning, which layers, and what zeros are worth on disk and in time.
+"""The magnitude study: direct and iterative pruning of some or all layers, and the bytes and time that zeros save.
 
 Source: "Network Structure Pruning", AVLSI final project report, sections V and VI, figures 11 to 20.
 """
@@ -24,7 +24,7 @@ from nni_topo.pruners.rounds import even_steps, prune_in_rounds
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start, made_dense, pruner_knobs
 from nni_topo.runs.widths import inner_layers
-from nni_topo.studies.analysis.magnitude.report import magnitude_figure, markdown_magnitude
+from nni_topo.studies.analysis.magnitude.report import WORDS, magnitude_figure, markdown_magnitude
 from nni_topo.studies.analysis.magnitude.storage import stored_bytes, with_sparse_linears
 from nni_topo.studies.analysis.sensitivity import sensitivity
 from nni_topo.studies.records import append_record, read_records
@@ -46,7 +46,7 @@ _ROW = {
 
 @dataclass(frozen=True)
 class MagnitudeStudy(Findings):
-    """Records of the unpruned network, of every way of pruning it, and of layers pruned alone."""
+    """Records of the unpruned network, of every way of pruning it, and of each layer pruned alone."""
 
     stem = "magnitude"
     baseline: Record
@@ -60,14 +60,14 @@ class MagnitudeStudy(Findings):
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
-    """Prune by magnitude directly and iteratively, and measure what zeros are worth in bytes and time.
+    """Prune by magnitude directly and iteratively, and measure the bytes and time that zeros save.
 
-    The direct way has all epochs of fine-tuning after its one pruning, the iterative one deals them to its rounds.
+    Direct pruning has all epochs of fine-tuning after its only round, iterative pruning shares them among its rounds.
     """
 
-    ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)  # of the pruned layers, in (0, 1)
-    rounds: int = 3  # of iterative pruning, in [1, epochs]
-    epochs: int = 3  # of retraining in all
+    ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)  # sparse_ratio of the pruned layers, in (0, 1)
+    rounds: int = 3  # rounds of iterative pruning, in [1, epochs]
+    epochs: int = 3  # epochs of fine-tuning in all
     images: int | None = None  # test images used, at least 1; None: all
     runs: int = 30  # timed passes, at least 1
 
@@ -79,7 +79,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
             raise ConfigError(f"rounds must be in [1, epochs], got {self.rounds} of {self.epochs} epochs (magnitude)")
 
     def find(self, tell: Tell) -> MagnitudeStudy:
-        """Prune one trained network in many ways; a line per record in ``rows.jsonl``, but for what stands there."""
+        """Prune one trained network in every way that has no record in ``rows.jsonl`` yet."""
         self.check()
         with only_process(self.out, wait=False):
             return self._found(tell)
@@ -95,7 +95,8 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         for row in self._wanted(start):
             if _place(row) not in done:
                 rows.append({**row, **self._measured(start, **row), **request})
-                tell(f"{', '.join(_place(row)[:3])}, {row['ratio']:g}: {100 * rows[-1]['accuracy']:.1f} %")
+                which = f"{row['pruner']}, {row['part']}, {WORDS[row['way']]}, {row['ratio']:g}"
+                tell(f"{which}: {100 * rows[-1]['accuracy']:.1f} %")
                 append_record(path, rows[-1])
         curves = sensitivity(start.net, start.example, start.tested, sorted(set(self.ratios)), "level")
         return MagnitudeStudy(self.baseline(start), sorted(rows, key=_place), curves.to_dict())
@@ -121,42 +122,46 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
                     yield {"pruner": pruner, "part": part, "way": way, "ratio": ratio}
 
     def _measured(self, start: Start, pruner: str, part: str, way: str, ratio: float) -> Record:
-        victim = copy.deepcopy(start.net)
+        pruned = copy.deepcopy(start.net)
         config: list[dict[str, Any]] = [{"op_names": _layers(start, pruner, part), "sparse_ratio": ratio}]
         if pruner_info(pruner).structured:
-            config = dependency_groups(victim, start.example, config)
-        made = create_pruner(pruner, victim, config, **pruner_knobs(pruner, victim, start))
+            config = dependency_groups(pruned, start.example, config)
+        made = create_pruner(pruner, pruned, config, **pruner_knobs(pruner, pruned, start))
         if way != "direct":
-            return {"accuracy": self._retrained(start, made, victim, 1 if way == "direct, retrained" else self.rounds)}
+            return {
+                "accuracy": self._fine_tuned_accuracy(
+                    start, made, pruned, 1 if way == "direct, retrained" else self.rounds
+                )
+            }
         _, masks = made.compress()
         made.unwrap_model()
-        masked = masked_model(victim, start.example, masks)
-        # parameters left, bytes and milliseconds come with the records of all layers pruned directly
+        masked = masked_model(pruned, start.example, masks)
+        # only records of all layers pruned directly have parameters, bytes and milliseconds
         costs = self._costs(start, pruner, masked, masks) if part == "all" else {}
         return {"accuracy": start.tested(masked), **costs}
 
-    def _retrained(self, start: Start, pruner: Any, victim: nn.Module, rounds: int) -> float:
+    def _fine_tuned_accuracy(self, start: Start, pruner: Any, pruned: nn.Module, rounds: int) -> float:
         epochs = iter([self.epochs // rounds + (index < self.epochs % rounds) for index in range(rounds)])
 
         def train() -> None:
             recipe = start.recipe.for_retraining(next(epochs))
-            zoo.train(victim, start.data, recipe, seed=start.seed, device=start.device)
+            zoo.train(pruned, start.data, recipe, seed=start.seed, device=start.device)
 
         prune_in_rounds(pruner, even_steps(rounds), train)
-        accuracy = start.tested(victim)
+        accuracy = start.tested(pruned)
         pruner.unwrap_model()
         return accuracy
 
     def _costs(self, start: Start, pruner: str, masked: nn.Module, masks: Any) -> Record:
-        """Return parameters left, bytes and milliseconds; the unpruned network is timed in turns with the others."""
+        """Return nonzero parameters, bytes and milliseconds; the unpruned network is timed in turns with the others."""
         if pruner == "matrix":
             stored = made_dense(start, masks)[0]
-            others, left = {"dense": stored}, zoo.count_params(stored)
+            others, params = {"dense": stored}, zoo.count_params(stored)
         else:
             stored, others = masked, {"csr": with_sparse_linears(masked)}
-            left = weights_left(masked)
+            params = weights_left(masked)
         times = zoo.latencies({"unpruned": start.net, "zeros": masked, **others}, _images(start), runs=self.runs)
-        return {"params": left, "bytes": stored_bytes(stored), "latency_ms": times}
+        return {"params": params, "bytes": stored_bytes(stored), "latency_ms": times}
 
 
 def _place(row: Record) -> tuple[str, str, str, float]:

@@ -1,4 +1,4 @@
-"""Epochs of retraining against their lower bound."""
+"""The retraining study: epochs of fine-tuning compared with their lower bound."""
 
 from nni_topo.studies.analysis.retraining.bound import RetrainingBound, retraining_bound
 from nni_topo.studies.analysis.retraining.study import AnalyzeRetraining

@@ -1,4 +1,4 @@
-"""How many epochs a pruned network needs at least to come back: theorem 1, relative to what its training took.
+"""A lower bound of the epochs of fine-tuning ("retraining" in the text) that restore a pruned network: theorem 1.
 
 Source: S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
 Technology, 2019, section 3.2 and appendix A.
@@ -35,11 +35,11 @@ class RetrainingBound:
     Attributes
     ----------
     epochs : float
-        Lower bound of the epochs of retraining, equation (3.1) as printed.
+        Lower bound of the epochs of fine-tuning, equation (3.1) as printed.
     derived_epochs : float
-        The same with the ratio of gradients the other way up, which is what (A.2) to (A.5) give: with equality there,
-        epochs are proportional to ``||gradient||^2 / mu``. In the node form it is ``gamma`` times the ratio of the two
-        losses to be made up for, times the epochs of training.
+        The same with the ratio of gradients inverted, which is what (A.2) to (A.5) give: with equality there, epochs
+        are proportional to ``||gradient||^2 / mu``. In the node form it is ``gamma`` times the ratio of the two
+        differences in loss, after pruning and before training, times the epochs of training.
     mu_initial, mu_sparse : float
         Constants of (3.2) and (3.3), or (3.4) and (3.5), with equality.
     gradient_initial, gradient_sparse : float
@@ -65,7 +65,7 @@ class RetrainingBound:
         return self.epochs
 
     def fitted_gamma(self, epochs: float) -> float:
-        """Return the constant with which (3.1) gives a number of epochs that was observed.
+        """Return the constant for which (3.1) gives an observed number of epochs.
 
         Parameters
         ----------
@@ -108,7 +108,7 @@ def retraining_bound(
     batches : iterable of (inputs, targets)
         Data to take losses and gradients on. Inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
     epochs : float
-        What the training took, positive.
+        Epochs of the training, positive.
     gamma : float, default=1.0
         The text's free constant, positive. The text fits it to each case, between 1e-6 and 100; see ``fitted_gamma``.
     kind : {"node", "connection"}, default="node"
@@ -132,9 +132,9 @@ def retraining_bound(
 
     Notes
     -----
-    The theorem assumes a strictly convex loss, which a network's isn't, and that epochs are proportional to the loss to
-    be made up for: with a fitted constant it describes, it doesn't predict. Everything is computed in evaluation mode;
-    the models aren't changed.
+    The theorem assumes a strictly convex loss, which a network's isn't, and that epochs are proportional to the
+    difference in loss: with a fitted constant it describes epochs, it doesn't predict them. Everything is computed in
+    evaluation mode; the models aren't changed.
 
     References
     ----------
@@ -151,21 +151,21 @@ def retraining_bound(
         check_model(model)
     start, end, pruned = (_state(model, loss, data) for model in (initial, trained, sparse))
     if kind == "node":
-        # a pruned node is no longer in the network, so what would pull at its zeros doesn't count
-        pruned = pruned.alive()
-    # (3.6): squared norms, all layers together
-    steepness = [sum(float(g.square().sum()) for g in state.gradients.values()) for state in (start, pruned)]
-    if min(steepness) == 0.0:
+        # pruned nodes are no longer in the network: the gradients of their zeros don't count
+        pruned = pruned.without_zeros()
+    # (3.6): squared norms over all layers
+    squared_norms = [sum(float(g.square().sum()) for g in state.gradients.values()) for state in (start, pruned)]
+    if min(squared_norms) == 0.0:
         raise DataError("gradients before training and after pruning must not be zero, got one that is (theorem 1)")
     mu_initial, mu_sparse = (_mu(state, end, kind) for state in (start, pruned))
     constants = gamma * epochs * mu_initial / mu_sparse
     return RetrainingBound(
-        epochs=constants * steepness[0] / steepness[1],
-        derived_epochs=constants * steepness[1] / steepness[0],
+        epochs=constants * squared_norms[0] / squared_norms[1],
+        derived_epochs=constants * squared_norms[1] / squared_norms[0],
         mu_initial=mu_initial,
         mu_sparse=mu_sparse,
-        gradient_initial=steepness[0],
-        gradient_sparse=steepness[1],
+        gradient_initial=squared_norms[0],
+        gradient_sparse=squared_norms[1],
         loss_initial=start.loss,
         loss_trained=end.loss,
         loss_sparse=pruned.loss,
@@ -181,8 +181,8 @@ class _State:
     weights: dict[str, Tensor]
     gradients: dict[str, Tensor]
 
-    def alive(self) -> _State:
-        """Return the state with the gradients of zeros, which pruning made, left out."""
+    def without_zeros(self) -> _State:
+        """Return the state with the gradients of pruned weights, which are zero, set to zero."""
         return replace(self, gradients={name: g * (self.weights[name] != 0) for name, g in self.gradients.items()})
 
 
@@ -211,7 +211,7 @@ def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[t
         mean = found * (len(targets) / samples)
         torch.autograd.backward(mean)
         total += mean.item()
-    # what the loss doesn't depend on has no gradient
+    # parameters that the loss doesn't depend on have no gradient
     reached = {name: p for name, p in copied.named_parameters() if p.grad is not None}
     if not math.isfinite(total):
         raise DataError(f"a loss must be finite, got {total} (theorem 1)")

@@ -1,4 +1,4 @@
-"""Epochs of retraining against theorem 1: the library function behind ``nni-topo analyze retraining``."""
+"""``nni-topo analyze retraining``: epochs of fine-tuning compared with the bound of theorem 1."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from nni_topo.studies.tables import as_table
 
 @dataclass(frozen=True)
 class RetrainingPoint:
-    """One pruned and retrained network; accuracies in [0, 1]."""
+    """One pruned and fine-tuned network; accuracies in [0, 1]."""
 
     pruner: str
     kind: str  # "connection" or "node"
     ratio: float
     seed: int
     bound: float  # epochs by (3.1) as printed, with the study's constant
-    derived: float  # the same with the ratio of gradients the other way up
-    epochs: int | None  # after which the test accuracy was back; None: never
-    accuracy_pruned: float  # before retraining
-    accuracy_retrained: float  # after the last epoch of it
+    derived: float  # the same with the ratio of gradients inverted
+    epochs: int | None  # after which the test accuracy recovered; None: never
+    accuracy_pruned: float  # before fine-tuning
+    accuracy_retrained: float  # after the last epoch of fine-tuning
 
 
 @dataclass(frozen=True)
 class RetrainingStudy(PointsStudy):
-    """All points, the epochs of training, the most epochs of retraining, and gamma."""
+    """All points, the epochs of training, the most epochs of fine-tuning, and gamma."""
 
     stem = "retraining"
     trained_epochs: int
@@ -52,37 +52,37 @@ class RetrainingStudy(PointsStudy):
     def means(self) -> pd.DataFrame:
         """Return means over seeds by ``pruner``, ``kind`` and ``ratio``, in the order of the points."""
         frame = pd.DataFrame([asdict(point) for point in self.points]).drop(columns="seed")
-        # a run that wasn't back counts with the most epochs, and back says how many were
+        # a run that didn't recover counts with the most epochs; `back` is the number of runs that did
         frame = frame.assign(
             back=frame["epochs"].notna(), epochs=frame["epochs"].fillna(self.most_epochs).astype(float)
         )
         grouped = frame.groupby(["pruner", "kind", "ratio"], sort=False, as_index=False)
         means = grouped.mean()
-        # the constant with which (3.1) gives the epochs, for the bound is proportional to it
+        # the constant for which (3.1) gives the epochs: the bound is proportional to it
         return means.assign(back=grouped["back"].sum()["back"], fitted=self.gamma * means["epochs"] / means["bound"])
 
     def figures(self) -> dict[str, Figure]:
-        """Return ``retraining``: epochs taken and both bounds against the ratio, a panel per pruner."""
+        """Return ``retraining``: epochs taken and both bounds by ratio, a panel per pruner."""
         groups = self.means().groupby(["pruner", "kind"], sort=False)
         return {"retraining": panels(((f"{name} ({kind})", rows) for (name, kind), rows in groups), _draw)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
-    """Compare the epochs that retraining takes with their lower bound.
+    """Compare the epochs that fine-tuning takes to restore the accuracy with their lower bound.
 
-    A checkpoint must be what the model's own recipe and this seed gave, for the bound needs the untrained network.
+    A checkpoint must come from the model's own recipe and this seed, because the bound needs the untrained network.
     """
 
-    pruners: Names = (CONNECTIONS, "random")  # registered names; connections: single weights at random
+    pruners: Names = (CONNECTIONS, "random")  # registered names; connections: random single weights
     ratios: tuple[float, ...] = (0.1, 0.5, 0.9)  # of every layer, in [0, 1)
     images: int = 2048  # training images for losses and gradients, at least 1
-    epochs: int = 10  # most epochs of retraining, at least 1
+    epochs: int = 10  # most epochs of fine-tuning, at least 1
     gamma: float = 1.0  # the theorem's free constant, positive
-    tolerance: float = 0.0  # accuracy that may be missing, in [0, 1]
+    tolerance: float = 0.0  # loss of accuracy that counts as recovered, in [0, 1]
 
     def check(self) -> None:
-        """Raise ConfigError unless the study can be carried out."""
+        """Check the arguments; ConfigError if one is out of its range."""
         super().check()
         for knob in ("images", "epochs"):
             check_integer(knob, getattr(self, knob), 1, self.place)
@@ -92,17 +92,17 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
             raise ConfigError(f"tolerance must be in [0, 1], got {self.tolerance!r} ({self.place})")
 
     def find(self, tell: Tell) -> RetrainingStudy:
-        """Prune a trained network, retrain it until its accuracy is back, and compare the epochs with theorem 1."""
+        """Prune a trained network, fine-tune it until its accuracy recovers, and compare the epochs with theorem 1."""
         start = self.start()
         points = self.points(start, tell)
         return RetrainingStudy(points, start.accuracy, start.recipe.epochs, self.epochs, self.gamma)
 
     def runs(self) -> Iterator[tuple[str, float, int]]:
-        """Yield pruner, ratio and seed of every run; retraining has a seed, whether or not the pruner has one."""
+        """Yield pruner, ratio and seed of every run; fine-tuning uses the seed even if the pruner doesn't."""
         yield from itertools.product(self.pruners, self.ratios, range(self.seed, self.seed + self.seeds))
 
     def point(self, start: Start, name: str, ratio: float) -> RetrainingPoint:
-        """Prune, bound, retrain."""
+        """Prune the network, compute its bound, and fine-tune it."""
         initial = build_model(self.model_choice, start.data, self.seed).to(start.device)
         pictures, labels = (tensor[: self.images].split(256) for tensor in start.data.train.tensors)
         batches = list(zip(pictures, labels, strict=True))
@@ -112,16 +112,16 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
         trained = start.recipe.epochs
         found = retraining_bound(initial, start.net, sparse, cross_entropy, batches, trained, self.gamma, kind)
         before = start.tested(sparse)
-        # the learning rate falls over the most epochs, however soon the accuracy is back
+        # the learning rate falls over the most epochs, even if the accuracy recovers earlier
         recipe, wanted = start.recipe.for_retraining(self.epochs), start.accuracy - self.tolerance
-        taken, after = epochs_back(sparse, start.data, recipe, wanted, seed=start.seed)
+        taken, after = epochs_to_recover(sparse, start.data, recipe, wanted, seed=start.seed)
         bounds = found.epochs, found.derived_epochs
         return RetrainingPoint(name, kind, ratio, start.seed, *bounds, taken, before, after)
 
     def show(self, found: RetrainingStudy) -> Iterator[RenderableType]:
         """Yield the means over seeds as a table."""
         bound = f"bound (3.1), gamma {found.gamma:g}"
-        head = ("pruner", "kind", "ratio", bound, "gamma that fits", "bound as derived", "epochs taken", "runs back")
+        head = ("pruner", "kind", "ratio", bound, "fitted gamma", "bound as derived", "epochs taken", "runs recovered")
         rows = [
             [
                 str(row["pruner"]),
@@ -134,18 +134,20 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
             ]
             for row in found.means().to_dict("records")
         ]
-        yield as_table(f"epochs of retraining of {self.model}", (*head, "pruned %", "retrained %"), rows, left=2)
+        yield as_table(
+            f"epochs of fine-tuning of {self.model}", (*head, "no recovery %", "fine-tuned %"), rows, text_columns=2
+        )
         yield f"trained for {found.trained_epochs} epochs to {100 * found.accuracy:.1f} %"
 
 
-class _Back(Exception):  # noqa: N818 - ends a training, no error
-    """The accuracy is back."""
+class _Recovered(Exception):  # noqa: N818 - ends a training, no error
+    """The accuracy has recovered."""
 
 
-def epochs_back(
+def epochs_to_recover(
     model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, wanted: float, *, seed: int
 ) -> tuple[int | None, float]:
-    """Train in place until the test accuracy is ``wanted``; return epochs (None: never) and the last test accuracy."""
+    """Fine-tune in place until the test accuracy is ``wanted``; return epochs (None: never) and the last accuracy."""
     device = next(model.parameters()).device
     reached = [zoo.evaluate(model, data.test, device=device)]
     if reached[0] >= wanted:
@@ -154,11 +156,11 @@ def epochs_back(
     def watch(log: zoo.EpochLog) -> None:
         reached.append(zoo.evaluate(model, data.test, device=device))
         if reached[-1] >= wanted:
-            raise _Back
+            raise _Recovered
 
     try:
         retrain(model, data, recipe, seed=seed, callback=watch)
-    except _Back:
+    except _Recovered:
         return len(reached) - 1, reached[-1]
     return None, reached[-1]
 
@@ -171,4 +173,4 @@ def _draw(axis: Axes, rows: pd.DataFrame) -> None:
         ("derived", "^--", "bound as derived"),
     ):
         axis.plot(rows["ratio"], rows[column], style, label=label)
-    finish(axis, "ratio", "epochs of retraining", yscale="symlog")
+    finish(axis, "ratio", "epochs of fine-tuning", yscale="symlog")

@@ -1,4 +1,4 @@
-"""Rounds of pruning and retraining: T-IMP against magnitude pruning."""
+"""Rounds of pruning and fine-tuning: T-IMP and magnitude pruning compared."""
 
 from nni_topo.studies.analysis.rounds.study import AnalyzeRounds
 

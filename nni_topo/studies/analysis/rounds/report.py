@@ -1,4 +1,4 @@
-"""Tables and pictures of the study of iterative magnitude pruning with and without spanning trees."""
+"""Tables and figures of the study of iterative magnitude pruning with and without spanning trees."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ def markdown_rounds(records: Iterable[Record]) -> str:
         runs = next(iter(methods.values()))
         before = show_accuracies([run["accuracy_before"] for run in runs])
         what = f"{runs[0]['images']} images, {len(runs)} seed{'s' * (len(runs) > 1)}"
-        head = ["asked gone %"]
+        head = ["target sparsity %"]
         for method in methods:
             head += [f"{method}: kept %", "accuracy %", "channels connected %", "outputs reached %"]
         head += [f"T-IMP - {baseline.partition(',')[0]}" for _, baseline in _baselines(methods)]
         rows = [_row(methods, index) for index in range(len(runs[0]["rounds"]))]
         parts.append(f"**{model} on {runs[0]['data']}, {what}; dense {before} %**\n\n")
-        parts[-1] += markdown_table(head, rows, left=0) + "\n"
+        parts[-1] += markdown_table(head, rows, text_columns=0) + "\n"
     return "\n".join(parts)
 
 
 def markdown_overlap(records: Iterable[Record]) -> str:
-    """Return a Markdown table: each linear layer's overlap, trained, with its bound."""
+    """Return a Markdown table: the overlap of each trained linear layer, with its bound."""
     rows = [
         (model, name, measured.show(100), f"{100 * bound:.1f}")
         for model, layers in _overlaps(records).items()
         for name, (measured, bound) in layers.items()
     ]
-    return markdown_table(("net", "layer", "overlap measured %", "bound %"), rows, left=2)
+    return markdown_table(("net", "layer", "overlap measured %", "bound %"), rows, text_columns=2)
 
 
 def rounds_figure(records: Iterable[Record]) -> Figure:
-    """Draw accuracy and connectivity over the sparsity asked for, a column per model."""
+    """Draw accuracy and connectivity over the target sparsity, a column per model."""
     models = _by_model(records)
     figure = Figure(figsize=(4.2 * len(models), 6.4), layout="constrained")
     axes = figure.subplots(2, len(models), squeeze=False, sharex="col")
@@ -60,12 +60,12 @@ def rounds_figure(records: Iterable[Record]) -> Figure:
             for kept in critical:
                 axis.axvline(1.0 / kept, color="black", linewidth=0.7, linestyle="--")
         finish(upper, "", "accuracy %", title=f"{model}\ndashed: critical compression", xscale="log")
-        finish(lower, "compression asked for (weights / weights kept)", "%")
+        finish(lower, "target compression (weights / weights kept)", "%")
     return figure
 
 
 def overlap_figure(records: Iterable[Record]) -> Figure:
-    """Draw each linear layer's overlap, trained, beside its bound, a panel per model."""
+    """Draw the overlap of each trained linear layer beside its bound, a panel per model."""
 
     def draw(axis: Axes, layers: dict[str, tuple[Interval, float]]) -> None:
         places = np.arange(len(layers))
@@ -87,7 +87,7 @@ def _by_model(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
 
 
 def _overlaps(records: Iterable[Record]) -> dict[str, dict[str, tuple[Interval, float]]]:
-    """Return per model and layer the measured overlap over the seeds, each seed once, and the bound."""
+    """Return per model and layer the interval of the measured overlap over the seeds, and the bound."""
     found: dict[str, dict[str, tuple[Interval, float]]] = {}
     for model, methods in _by_model(records).items():
         runs = next(iter(methods.values()))
@@ -114,12 +114,13 @@ def _row(methods: dict[str, list[Record]], index: int) -> list[str]:
 
 def _baselines(methods: dict[str, list[Record]]) -> list[tuple[str, str]]:
     """Return T-IMP, rewound or not, with each method that it is compared with."""
-    return [
-        (ours, baseline)
-        for ours in methods
-        for baseline in methods
-        if ours.startswith("T-IMP") and baseline in (ours.replace("T-IMP", name) for name in ("IMP", "IMP capped"))
-    ]
+    pairs = []
+    for ours in methods:
+        if not ours.startswith("T-IMP"):
+            continue
+        compared = [ours.replace("T-IMP", name) for name in ("IMP", "IMP capped")]
+        pairs += [(ours, baseline) for baseline in methods if baseline in compared]
+    return pairs
 
 
 def _mean(runs: list[Record], index: int, key: str) -> float:
@@ -127,9 +128,9 @@ def _mean(runs: list[Record], index: int, key: str) -> float:
 
 
 def _draw(axis: Axes, runs: list[Record], key: str, label: str, style: str) -> None:
-    asked = [1.0 / (1.0 - level) for level in runs[0]["sparsities"]]
+    targets = [1.0 / (1.0 - level) for level in runs[0]["sparsities"]]
     values = 100 * np.array([[entry[key] for entry in run["rounds"]] for run in runs])
     options: dict[str, Any] = {"color": _COLORS.get(re.split("[:,]", label)[0])}
-    axis.plot(asked, values.mean(0), style, marker=".", label=label, **options)
+    axis.plot(targets, values.mean(0), style, marker=".", label=label, **options)
     if len(runs) > 1:
-        axis.fill_between(asked, values.min(0), values.max(0), alpha=0.15, linewidth=0, **options)
+        axis.fill_between(targets, values.min(0), values.max(0), alpha=0.15, linewidth=0, **options)

@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning with and without the spanning trees: one net, one method, one seed, round by round."""
+"""Iterative magnitude pruning with and without the spanning trees, by method and seed, measured after each round."""
 
 from __future__ import annotations
 
@@ -45,35 +45,35 @@ METHODS = {
     "IMP": PrunerChoice("level", "IMP"),
     "T-IMP": PrunerChoice("topological_magnitude", "T-IMP", {"on_subcritical": "clip"}),
 }
-"""NNI's magnitude pruner, and the one that keeps the trees; past the critical ratio it stays there."""
+"""NNI's magnitude pruner, and T-IMP, which keeps the trees and stops at the critical ratio."""
 _TYPES = ["Linear", "Conv2d"]
 SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
 @dataclass(frozen=True)
 class RoundsCell:
-    """One run of the study."""
+    """One run of the study: a method and a seed."""
 
-    # its method is one of METHODS, its target the last round's, its recipes those of the training and of each round
+    # its pruner is one of METHODS, its target the last sparsity, its recipes those of training and of each round
     cell: Cell
     sparsities: tuple[float, ...] = SPARSITIES
-    rewind: bool = False  # a round's training then follows the recipe of the training
-    capped: bool = False  # no layer loses more weights than its channel tree spares: as many are kept as by T-IMP
+    rewind: bool = False  # each round is then trained by the recipe of the training
+    capped: bool = False  # each layer keeps at least as many weights as its channel tree has, like T-IMP
 
     @property
     def training_key(self) -> str:
-        """Name of the trained network that the run begins with."""
+        """Key of the trained network that the run starts from."""
         return self.cell.training_key
 
     @property
     def key(self) -> str:
-        """Name of the run's record: equal settings, equal key."""
+        """Key of the run's record; runs with equal settings have equal keys."""
         levels = ",".join(f"{level:g}" for level in self.sparsities)
         return f"{self.cell.key} {levels}{' rewound' if self.rewind else ''}{' capped' if self.capped else ''}"
 
     @property
     def method(self) -> str:
-        """Row of the table."""
+        """Name of the method, as in the tables."""
         return self.cell.pruner.row + (" capped" if self.capped else "") + (", rewound" if self.rewind else "")
 
 
@@ -89,7 +89,7 @@ class RoundsStudy(Findings):
         return {"rounds": rounds_figure(self.records), "overlap": overlap_figure(self.records)}
 
     def tables(self) -> Iterator[str]:
-        """Yield what the rounds left, and each linear layer's overlap with its bound, in Markdown."""
+        """Yield the results of the rounds, and each linear layer's overlap with its bound, in Markdown."""
         yield markdown_rounds(self.records)
         yield markdown_overlap(self.records)
 
@@ -98,20 +98,20 @@ class RoundsStudy(Findings):
 class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
     """Prune by magnitude round by round, with and without the spanning trees.
 
-    "IMP capped" prunes by magnitude alone, but keeps as many weights of each layer as T-IMP.
+    "IMP capped" prunes by magnitude only, but keeps as many weights of each layer as T-IMP.
     """
 
-    methods: Names = ("IMP", "T-IMP", "IMP capped")  # of these
-    sparsities: tuple[float, ...] = SPARSITIES  # share of each layer gone after each round, rising, in (0, 1)
+    methods: Names = ("IMP", "T-IMP", "IMP capped")  # any of these
+    sparsities: tuple[float, ...] = SPARSITIES  # sparsity of each layer after each round, rising, in (0, 1)
     rewind: bool = False  # kept weights return to their initial values before each round's training
-    seeds: int = 1  # how many, at least 1
-    train_epochs: int | None = None  # None: the model's recipe
-    retrain_epochs: int = 2  # of each round that isn't rewound, at least 0
+    seeds: int = 1  # number of seeds, at least 1
+    train_epochs: int | None = None  # epochs of training; None: those of the model's recipe
+    retrain_epochs: int = 2  # epochs of fine-tuning after each round without --rewind, at least 0
     images: int | None = None  # test images used, at least 1; None: all
-    n_jobs: int = 1  # runs at a time, in processes of their own, at least 1; -1: one per core
+    n_jobs: int = 1  # runs at a time, each in its own process, at least 1; -1: one per core
 
     def find(self, tell: Tell) -> RoundsStudy:
-        """Run what has no record in ``results.jsonl`` yet."""
+        """Run the cells that have no record in ``results.jsonl`` yet."""
         check_integer("seeds", self.seeds, 1, self.place)
 
         def announce(cell: RoundsCell, number: int, count: int) -> None:
@@ -147,8 +147,8 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
 def run_rounds(cells: Sequence[RoundsCell], out: str | Path, *, n_jobs: int = 1, announce: Any = None) -> list[Record]:
     """Run the cells that have no record in ``results.jsonl`` yet, and return all records in order.
 
-    With ``n_jobs`` other than 1 so many run at a time (-1: one per core), in processes of their own and on one thread
-    each. DataError names those that ended without a record, once all have ended; the same call tries them again.
+    With ``n_jobs`` other than 1, ``n_jobs`` cells run at a time (-1: one per core), each in its own process and on one
+    thread. Once all have ended, DataError names those without a record; the same call runs them again.
     """
     check_jobs(n_jobs, "rounds")
     out = Path(out)
@@ -166,7 +166,8 @@ def _all_cells(cells: Sequence[RoundsCell], out: Path, n_jobs: int, announce: An
 
     jobs, failed = effective_n_jobs(n_jobs), []
     run = run_rounds_cell
-    with closing(in_turn(todo, out, tell, run) if n_jobs == 1 else isolated(todo, out, jobs, tell, run)) as results:
+    results = in_turn(todo, out, tell, run) if n_jobs == 1 else isolated(todo, out, jobs, tell, run)
+    with closing(results):
         for number, result in results:
             if isinstance(result, str):
                 failed.append(f"{todo[number].method}, seed {todo[number].cell.seed}: {result}")
@@ -179,12 +180,13 @@ def _all_cells(cells: Sequence[RoundsCell], out: Path, n_jobs: int, announce: An
 
 
 def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
-    """Train, then prune and retrain round by round; return the record, accuracies and shares in [0, 1]."""
+    """Train, then prune and fine-tune round by round; return the record, with accuracies and shares in [0, 1]."""
     began = time.perf_counter()
     cell = study.cell
     start = start_of(cell, out)
-    nobody = TensorDataset(*(tensor[:0] for tensor in start.data.validation.tensors))
-    start = replace(start, data=replace(start.data, validation=nobody))  # epochs aren't watched here
+    # without validation images no time goes into evaluating epochs
+    no_images = TensorDataset(*(tensor[:0] for tensor in start.data.validation.tensors))
+    start = replace(start, data=replace(start.data, validation=no_images))
     net, data = start.net, start.data
     record: Record = {
         "key": study.key,
@@ -205,7 +207,7 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
 
 
 def overlaps(net: nn.Module) -> dict[str, dict[str, float]]:
-    """Return each linear layer's share of tree weights among its largest, measured and bounded from below."""
+    """Return each linear layer's share of tree weights among its largest weights, and its lower bound."""
     return {
         layer.name: {"measured": tree_overlap(layer.weight), "bound": overlap_bound(*layer.weight.shape)}
         for layer in weight_layers(net)[0]
@@ -244,10 +246,10 @@ def _rounds(study: RoundsCell, start: Start) -> list[Record]:
     return rounds
 
 
-def _measured(pruner: Pruner, start: Start, bare: nn.Module) -> Record:
-    """Measure a network in its wrappers; ``bare`` is one of the same architecture without."""
+def _measured(pruner: Pruner, start: Start, unwrapped: nn.Module) -> Record:
+    """Measure a network that NNI has wrapped; ``unwrapped`` is a network of the same architecture without wrappers."""
     masks: Masks = pruner.get_masks()
-    found = connectivity(bare, start.example, masks)
+    found = connectivity(unwrapped, start.example, masks)
     return {
         "accuracy": start.tested(start.net),
         "kept": share_kept(masks),

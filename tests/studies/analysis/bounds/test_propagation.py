@@ -302,7 +302,7 @@ def test_networks_that_do_something_else_are_refused(other):
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     changed = copy.deepcopy(net)
     changed[1] = other
-    with pytest.raises(ConfigError, match="must do the same but for the values of parameters, got ReLU"):
+    with pytest.raises(ConfigError, match="must differ in the values of parameters only, got ReLU"):
         error_bound(net, changed, torch.randn(3, 4))
 
 

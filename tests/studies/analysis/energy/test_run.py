@@ -102,9 +102,9 @@ def test_parts_are_printed_and_recorded(words, tmp_path, capsys, drawn):
     for title in (
         "loss (nats)",
         "dropout at test time",
-        "without retraining",
+        "without fine-tuning",
         "replaced",
-        "chosen by",
+        "selected by",
         "epochs in all",
     ):
         assert title in text
