@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import hashlib
 import json
@@ -75,9 +74,15 @@ def _timed_for_a_moment():
     from nni_topo import zoo
     from nni_topo.network.cost import measure
 
+    timed = zoo.latencies
+
+    def few_passes(*args, **knobs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(measure, "_WARMUP_ROUNDS", 1)
+            return timed(*args, **{"runs": 3, **knobs})
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_WARMUP_ROUNDS", 1)
-        patch.setattr(zoo, "latencies", functools.partial(zoo.latencies, runs=3))
+        patch.setattr(zoo, "latencies", few_passes)
         yield
 
 

@@ -24,9 +24,7 @@ class Profile(ModelVerb):
 
     dense: Path | None = None  # file of nni_topo.save; None: the model pruned at random
     ratio: float = 0.5  # without a file: share of the channels to prune at random, in [0, 1)
-    round_to: int | Literal["auto"] | None = (
-        None  # kept channels are a multiple of this number; auto: of what the device prefers
-    )
+    round_to: int | Literal["auto"] | None = None  # kept channels are a multiple of it; auto: the device's
     modes: Names = ("plain",)  # any of plain, channels_last, bf16, compile
     batch_size: int = 1  # samples in a batch, at least 1
     image_size: int = 32  # height and width in pixels

@@ -106,9 +106,7 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
     """Compare the clouds of a model's layers before and after topological pruning: diagrams, death curves, search."""
 
     ratio: float = 0.5  # sparse_ratio of every layer, in [0, 1)
-    flops: float | None = (
-        None  # instead of ratio: share of the MACs to keep, in (0, 1], shared among layers by death times
-    )
+    flops: float | None = None  # instead of ratio: share of the MACs to keep, in (0, 1], by death times
     degrees: tuple[int, ...] = (0, 1)  # degrees of homology, each at least 0
     calibration: int = 0  # training images for the functional cloud; 0: the weight cloud
 
