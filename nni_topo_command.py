@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 VERBS = {
-    "list": "List pruners, models and data by name.",
+    "list": "List pruners, recovery methods, models and data by name.",
     "demo": "Train a small network on digits, prune it by several pruners, and compare.",
     "compare": "Compare pruners at equal cost; a comparison resumes where it was stopped.",
     "report": "Write report.html in folders of finished or running runs, and print the tables of comparisons.",
