@@ -76,6 +76,7 @@ def _timed_for_a_moment():
 
     timed = zoo.latencies
 
+    @functools.wraps(timed)
     def few_passes(*args, **knobs):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(measure, "_WARMUP_ROUNDS", 1)

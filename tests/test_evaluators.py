@@ -120,7 +120,9 @@ def test_recovery_takes_an_evaluators_images() -> None:
     nni_topo.recalibrate_batch_norm(whole, fresh)
     assert not fresh._initialization_complete
     evaluator.bind_model(model)
-    with pytest.raises(ConfigError, match="an evaluator that serves as calibration must be free"):
+    with pytest.raises(
+        ConfigError, match="an evaluator that serves as calibration must not be in use, got one that has a model"
+    ):
         nni_topo.compensate(model, masks, evaluator)
 
 

@@ -300,8 +300,9 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
             pair = (pair[0][1::-1] + pair[0][2:], pair[1][1::-1] + pair[1][2:])
         sizes.setdefault(name, []).append(pair)
 
-    def check(name: str, module: nn.Module, entered: Tensor) -> None:
-        check_covers_kernel(name, call_of(module, entered))
+    def check(name: str, module: nn.Module, entered: Any) -> None:
+        if isinstance(entered, Tensor):  # what isn't one the layer itself refuses
+            check_covers_kernel(name, call_of(module, entered))
 
     checks, notes = list[Any](), list[Any]()
     for name, module in model.named_modules():
@@ -313,6 +314,6 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
     with left_alone(model), watched(checks, notes), evaluation_mode(model), mixing_called(model), torch.no_grad():
         try:
             model(*call[0], **call[1])
-        except (RuntimeError, TypeError, ValueError, LookupError, AssertionError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
             raise ConfigError(f"example_inputs must be ones that the model runs on, got: {error} (forward)") from error
     return sizes
