@@ -166,8 +166,10 @@ def latencies(
     Raises
     ------
     ConfigError
-        If a number is out of its range.
+        If a number is out of its range, or there is no model.
     """
+    if not models:
+        raise ConfigError("models must hold at least one network, got none (latencies)")
     for knob, value in (("runs", runs), ("threads", threads)):
         if value < 1:
             raise ConfigError(f"{knob} must be at least 1, got {value} (latencies)")
