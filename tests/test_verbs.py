@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import nni_topo
 import nni_topo_command
 from nni_topo import analysis
 from nni_topo.cli import VERBS, main, studies
@@ -27,6 +29,18 @@ KINDS = {
     for name, kind in choices.items()
     if isinstance(kind, type)
 }
+ASKING = """
+import sys
+before = {*sys.modules, *sys.stdlib_module_names}
+import nni_topo_command
+for words in ("--help", "--version", "compare --help", "analyze --help", "analyze rounds --seed 1 -h"):
+    try:
+        nni_topo_command.main(words.split())
+    except SystemExit as end:
+        assert not end.code
+    print(end=chr(0))
+print(*(name for name in sys.modules if name not in before and name.partition(".")[0] not in before))
+"""
 IMPORTS = """
 from __future__ import annotations
 
@@ -75,11 +89,31 @@ def test_the_command_says_without_loading_anything_what_there_is(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     said = capsys.readouterr().out
-    code = "import sys, nni_topo_command\ntry: nni_topo_command.main(['--help'])\nfinally: print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *help_lines, loaded = found.stdout.splitlines()
-    assert [line.split() for line in help_lines] == [line.split() for line in said.splitlines()]
-    assert not {"torch", "nni", "numpy"} & set(loaded.split())
+    found = subprocess.run([sys.executable, "-c", ASKING], capture_output=True, text=True, check=True)
+    answers = found.stdout.split("\0")
+    assert answers[0].split() == said.split()
+    assert answers[1].split() == ["nni_topo", nni_topo.__version__]
+    assert "--compensate INT" in answers[2]
+    assert set(STUDIES) <= set(answers[3].split())
+    assert "--plan PATH" in answers[4]
+    assert answers[5].split() == ["nni_topo_command"]
+
+
+@pytest.mark.parametrize("verb", sorted(KINDS))
+def test_help_tells_from_the_source_what_the_class_has(verb):
+    read = nni_topo_command._fields(nni_topo_command._verb(verb.split()))
+    fields = dataclasses.fields(KINDS[verb])
+    assert list(read) == [field.name for field in fields]
+    for field in fields:
+        assert read[field.name].kind == ast.unparse(ast.parse(field.type, mode="eval"))
+        shown = nni_topo_command._default(read[field.name])
+        if field.default is dataclasses.MISSING:
+            assert shown == ("(required)" if field.default_factory is dataclasses.MISSING else "")
+        elif field.default is None or field.default is False or field.default in ((), ""):
+            assert shown == ""
+        else:
+            several = isinstance(field.default, tuple)
+            assert shown == f"(default: {' '.join(map(str, field.default)) if several else field.default})"
 
 
 @pytest.mark.parametrize("words", [[], ["analyze"]])
