@@ -6,6 +6,8 @@ READY := $(VENV)/.nni_topo-ready
 export OMP_NUM_THREADS ?= 1
 # the tests in a process per core, in four at most: each takes 1.5 GB; `make test SPREAD=` runs them in one
 SPREAD ?= --numprocesses logical --maxprocesses 4 --dist worksteal
+# a process that begins, such as a worker of the tests, mustn't compile all modules and tests anew
+unexport PYTHONDONTWRITEBYTECODE
 # for `make test-lowest`: the oldest Python that the package takes, where it is there
 LOWEST := .venv-lowest
 PYTHON_LOWEST ?= $(shell python3.10 --version > /dev/null 2>&1 && echo python3.10 || echo $(PYTHON))
