@@ -10,6 +10,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -46,15 +47,12 @@ def left_alone(*models: Any) -> Iterator[None]:
     for model in models:
         if isinstance(model, nn.Module):
             _write_down(model, put_back, seen)
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with random_state_kept():
+    with random_state_kept():
+        try:
             yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for each in put_back:
-            each()
+        finally:
+            for each in put_back:
+                each()
 
 
 def leaves_models_alone(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
@@ -166,9 +164,9 @@ def _table(table: dict[Any, Any], untouched: Callable[[], frozenset[str]] = froz
     before = dict(table)
 
     def put() -> None:
-        if len(table) == len(before) and all(
-            old == new and before[old] is table[new] for old, new in zip(before, table, strict=True)
-        ):
+        # A model has thousands of entries, of which hardly any changes: no loop of Python's goes over these.
+        same_names = len(table) == len(before) and all(map(is_, before, table))
+        if same_names and all(map(is_, before.values(), table.values())):
             return
         skipped, now = untouched(), dict(table)
         wanted = {}
