@@ -87,7 +87,7 @@ def test_without_a_table_the_network_is_timed_once(monkeypatch):
     # how near the times are known doesn't matter here
     monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.1)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.ReLU(), nn.Conv2d(24, 4, 3))
     images = torch.randn(4, 3, 24, 24)
     pruner = TopologicalPruner(
         model, [{"op_names": ["0", "2"]}], budget={"latency": 0.5}, example_inputs=images, solver="greedy"

@@ -41,7 +41,7 @@ def test_the_error_ahead_falls_below_that_of_the_closed_form(residual_net, image
 def test_removed_channels_stay_out_and_the_model_and_masks_as_they_were(residual_net, images, halves):
     masks = halves(residual_net, "stem", "conv1", "conv2", "conv3")
     before, asked = copy.deepcopy(residual_net.state_dict()), copy.deepcopy(masks)
-    found = compensate(residual_net, masks, images, method="ahead")
+    found = compensate(residual_net, masks, images[:1], method="ahead")
     torch.testing.assert_close(residual_net.state_dict(), before, rtol=0, atol=0)
     torch.testing.assert_close(masks, asked, rtol=0, atol=0)
     # Kept channels read no removed ones, and the weights of the removed ones are what they were.

@@ -47,8 +47,8 @@ def test_every_method_keeps_its_promises(method, check):
 def test_a_name_stands_for_its_class_with_the_defaults(name, residual_net, images, halves):
     masks, info = halves(residual_net, "conv1"), recovery_info(name)
     assert info.summary
-    by_name = compensate(residual_net, masks, images, method=name)
-    by_class = compensate(residual_net, masks, images, method=info.load()())
+    by_name = compensate(residual_net, masks, images[:1], method=name)
+    by_class = compensate(residual_net, masks, images[:1], method=info.load()())
     torch.testing.assert_close(by_name.state_dict(), by_class.state_dict(), rtol=0, atol=0)
 
 

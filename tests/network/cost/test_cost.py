@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torchvision
 from speedup_nets import l1_masks
 
 from nni_topo import zoo
@@ -35,6 +36,13 @@ def real_cost(model, images):
     return Cost(zoo.count_macs(model, images), params, 4 * (params + max(sizes)))
 
 
+def short_mobilenet():
+    """Three of a MobileNet's blocks: without an expansion, with one and a shortcut, with one and a stride."""
+    torch.manual_seed(0)
+    blocks = [[1, 16, 1, 1], [6, 16, 1, 1], [6, 24, 1, 2]]
+    return torchvision.models.MobileNetV2(10, inverted_residual_setting=blocks)
+
+
 NETS = {
     "small_cnn": (
         lambda: zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0),
@@ -46,7 +54,7 @@ NETS = {
         (3, 16, 16),
     ),
     "mobilenet": (
-        lambda: zoo.create_model("torchvision/mobilenet_v2", num_classes=10, in_channels=3, image_size=32, seed=0),
+        short_mobilenet,
         (3, 32, 32),
     ),
 }
