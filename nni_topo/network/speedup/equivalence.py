@@ -7,6 +7,7 @@ here everything that works on single channels is pruned with the channel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError, checked
-from nni_topo.network.layers import channel_dim, fold, is_depthwise, is_normalizing, per_channel_names
+from nni_topo.network.layers import WEIGHTED, channel_dim, fold, is_depthwise, is_normalizing, per_channel_names
 from nni_topo.network.runtime import (
     INPUTS,
     MASKS,
@@ -54,6 +55,8 @@ from nni_topo.network.speedup.reconcile import (
 from nni_topo.sharing import find_ties, tie_again, untie
 
 _ROUGH = 1e-5  # from this tolerance on a tenth of it is above rounding in single precision
+# Between these the largest value of a layer of the probe stays as it is: far from where gates round to zero.
+_LEAST, _LARGEST = 0.01, 100.0
 _Place = tuple[str | None, str]
 
 
@@ -95,10 +98,15 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
     generator = torch.Generator().manual_seed(0)
     probe = _positive(model, masks, generator)
     positive = cast_floats(random_like(call, generator, positive=True), torch.float32)
-    found = [(n, m) for n, m in probe.named_modules() if is_depthwise(m) or is_normalizing(m)]
-    watches = {name: _Watch(module) for name, module in found}
+    watches, looks = dict[str, _Watch](), list[Any]()
+    for name, module in probe.named_modules():
+        if is_depthwise(module) or is_normalizing(module):
+            watches[name] = _Watch(module)
+            looks.append((module, watches[name].look))
+        if isinstance(module, WEIGHTED):
+            looks.append((module, _in_range))
     unstable = True
-    with torch.no_grad(), random_state_kept(), watched(leaving=[(m, watches[name].look) for name, m in found]):
+    with torch.no_grad(), random_state_kept(), watched(leaving=looks):
         while unstable:
             run_small(probe, positive)
             unsettled = [watch.settle() for watch in watches.values()]
@@ -125,6 +133,19 @@ def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generat
     put_parameters(probe, weights)
     floating: torch.nn.Module = probe.float()
     return floating
+
+
+def _in_range(_: Any, output: Any) -> Any:
+    """Scale a layer's output to a largest value of one where the probe's values have grown or shrunk much.
+
+    Only whether a value is zero counts here. But gates that multiply activations square them in each block, and the
+    probe's norms don't scale them down: after some blocks all would be infinite, NaN or zero.
+    """
+    if not isinstance(output, torch.Tensor) or not output.numel():
+        return output
+    largest = float(output.abs().amax())
+    is_usual = _LEAST <= largest <= _LARGEST
+    return output if is_usual or largest == 0 or not math.isfinite(largest) else output / largest
 
 
 class _Watch:
@@ -154,7 +175,7 @@ class _Watch:
         """Note a call, and let out what is to pass instead."""
         rows = entered.transpose(0, self._dim).flatten(1)
         self._calls.append(rows.eq(0).all(1))
-        passed = entered.clone() if self._is_norm else output
+        passed = _in_range(entered, entered.clone() if self._is_norm else output)
         if self._alive is None:
             return passed
         view = [1] * passed.dim()

@@ -279,3 +279,51 @@ def test_the_mode_of_each_module_stays():
     model[1].eval()
     reference = masked_model(model, IMAGES, {"0": filter_mask(model[0], [1])})
     assert [module.training for module in reference.modules()] == [module.training for module in model.modules()]
+
+
+class GatedBlock(nn.Module):
+    """A block whose gate multiplies its values, as in MambaOut: each block squares what no norm holds."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.enter, self.leave = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        values, gate = self.enter(self.norm(x)).chunk(2, -1)
+        return x + self.leave(values * nn.functional.gelu(gate))
+
+
+class UnnormedGates(nn.Module):
+    """Gates without any norm, and a batch norm after them."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3 if at == 0 else 8, 8, 1, bias=False) for at in range(12)])
+        self.norm, self.last, self.factor = nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1), factor
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            x = self.factor * x * x
+        return self.last(self.norm(x))
+
+
+def test_channels_that_arrive_as_zeros_are_found_behind_many_gates():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), *(GatedBlock(8) for _ in range(9)), nn.LayerNorm(8), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.5 if "norm" not in name else 1.0))
+    rows = torch.randn(4, 7, 5)
+    asked = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
+    groups = dependency_groups(model, rows, asked)
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    assert to_dense(model, rows, masks)[0].out_features == 4
+
+
+@pytest.mark.parametrize("factor", [10.0, 0.01])
+def test_squares_of_squares_are_neither_infinite_nor_zero(factor):
+    model = lively(UnnormedGates(factor)).eval()
+    rows = changed(model, masked_model(model, IMAGES, {"layers.11": filter_mask(model.layers[11], [1, 6])}))
+    assert rows["norm.bias"] == rows["norm.weight"] == [1, 6]
