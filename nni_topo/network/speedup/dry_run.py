@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -53,10 +54,17 @@ from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
 
 _SINGLE = {torch.float64: torch.float32}
 _SIDES = (33, 64)  # pixels of images in one batch; strides halve 33 to 17, 9, 5, 3 and 2
+_LARGEST = 2.0**20  # from here on a layer's output is scaled; inputs in the largest scale stay far below
 _ROUNDS = 24  # each finds about half of the unprunable channels that weren't found yet
 
 
 _ROWS = 64  # from so many rows of input on, comparing a layer's weights takes less time than using them
+# What leaves zeros as they are, so that pruned channels of both networks stay at zero.
+_SIGNS: tuple[Callable[[Tensor], Tensor], ...] = (
+    torch.abs,
+    lambda values: -values.abs(),
+    lambda values: 0.01 * values,
+)
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _MULTIHEAD = (nn.MultiheadAttention, PrunedMultiheadAttention)
 
@@ -226,6 +234,11 @@ def _taken(value: Tensor, d: int, places: Tensor) -> Tensor:
     return taken
 
 
+def _changed(change: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """Return a changed copy of a tensor of floats, and of any other a plain one, into which a node may write."""
+    return change(value) if value.is_floating_point() else value.clone()
+
+
 def _is_zero(value: Tensor, pruned: Tensor) -> bool:
     """Tell whether the pruned entries of a tensor are zero, where that is quick to say: of one dimension."""
     dims = [d for d in range(pruned.dim()) if pruned.shape[d] > 1]
@@ -317,11 +330,69 @@ class _DryRun:
             actual, reason = None, reasons.fixed_sizes(node, error)
         if not reason and (reads_others or (arriving and node.name in self.flow.summed)):
             reason = reasons.result_depends(node)  # though not by much with these numbers
+        if not reason and self._is_foreign(node):
+            reason = self._compare_signs(node)
         # A single picked channel may be used for its size alone: its readers show that.
         if reason and not (reason.kind == "result_depends" and self._is_picked(node)):
             self._blame(node, entering, reason)
             actual = tree_map_only(Tensor, Tensor.clone, expected)
-        self._values[node] = full, actual
+        self._values[node] = self._in_range(node, full, actual)
+
+    def _in_range(self, node: Node, full: Any, actual: Any) -> tuple[Any, Any]:
+        """Scale a layer's output in both networks by the same factor where values have grown beyond all measure.
+
+        Gates that multiply activations square them in each block. Without a norm they would be infinite after some
+        blocks, then NaN, and nothing after these could be compared.
+        """
+        if node.op != "call_module" or str(node.target) not in self.flow.layers:
+            return full, actual
+        if not isinstance(full, Tensor) or not full.numel():
+            return full, actual
+        low, high = (float(end) for end in full.detach().aminmax())
+        largest = max(-low, high)
+        if not _LARGEST < largest < math.inf:
+            return full, actual
+        factor = 0.5 ** math.ceil(math.log2(largest))  # a power of two, which changes no digit
+        return full * factor, actual * factor
+
+    def _is_foreign(self, node: Node) -> bool:
+        """Tell whether what an operation does with channels is a user's word, or a guess about code of another package.
+
+        Of PyTorch's own operations without a rule this would be a guess too, but these work place by place.
+        """
+        if has_property(node, "is_registered"):
+            return True
+        if node.name not in self.flow.guessed or node.op == "call_method":
+            return False
+        target: Any = node.target
+        if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            return str(target).partition(".")[0] not in ("aten", "prims")
+        made_by = type(self.full.get_submodule(target)) if node.op == "call_module" else target
+        return str(getattr(made_by, "__module__", "")).partition(".")[0] not in ("torch", "_operator", "math")
+
+    def _compare_signs(self, node: Node) -> Reason | None:
+        """Compare both networks at a node once more, on entering values of one sign and on small ones.
+
+        Whether a zero in place of a pruned channel matters may depend on the others: it is the largest where all of
+        these are negative, and of many channels some are positive with random weights. A trained network's may all be
+        negative.
+        """
+        for change in _SIGNS:
+            entering: list[dict[Node, Any]] = [{}, {}]
+            for parent in node.all_input_nodes:
+                for which, values in enumerate(entering):
+                    values[parent] = tree_map_only(Tensor, partial(_changed, change), self._values[parent][which])
+            try:
+                full = self._called(node, self.full, 0, values=entering[0])
+                actual = self._called(node, self.small, 1, values=entering[1])
+                reason = self._compare(node, tree_flatten(self._cut(node, full))[0], tree_flatten(actual)[0])
+            except Exception as error:  # an operation needn't take all that is a number
+                if out_of_memory(error):
+                    raise
+                continue
+            if reason:
+                return reason
+        return None
 
     def _reads_others(self, node: Node) -> bool:
         """Tell whether a node's result for the kept channels depends on the pruned ones.

@@ -209,3 +209,30 @@ def test_attention_that_was_cut_wrongly_shows(name):
     found, heads = heads_of(wrong, ROWS[None])
     assert found
     assert heads == [3, 2]
+
+
+class Squares(nn.Module):
+    """Squares its values in each block and holds no norm, so that they are infinite after some blocks."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3 if at == 0 else 8, 8, 1) for at in range(12)])
+        self.last, self.operator = nn.Conv2d(8, 2, 1), operator
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            x = x * x
+        return self.last(self.operator(x))
+
+
+def test_channels_of_numbers_beyond_measure_are_compared_too():
+    def centred(images):
+        return images - images.amax(1, keepdim=True)
+
+    asked = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    images = torch.rand(2, 3, 6, 6)
+    centred = nni_topo.register_operator(centred, "follow")
+    groups = nni_topo.dependency_groups(Squares(centred).eval(), images, asked)
+    assert "depends on removed channels" in groups.skipped["layers.11"]
+    assert "layers.11" not in nni_topo.dependency_groups(Squares(torch.relu).eval(), images, asked).skipped
