@@ -425,6 +425,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """Name the first few of several things, and count the others, so that a message stays short."""
+    found = list(names)
+    # One more is as short as its count.
+    if len(found) <= most + 1:
+        return ", ".join(found)
+    return f"{', '.join(found[:most])} and {len(found) - most} more"
+
+
 _SMALL = 2**26
 
 

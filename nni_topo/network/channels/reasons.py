@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch.fx import Node
 
+from nni_topo.errors import listed
 from nni_topo.network.graph import described, line_of, place
 
 Kind = Literal[
@@ -335,10 +336,13 @@ def inside_module(module: str, kind: str) -> Reason:
 
 
 def shared(names: Iterable[str], unmasked: Sequence[str]) -> Reason:
-    """Return the reason for channels that other layers keep; ``unmasked``: those of these layers without a mask."""
-    text = f"shared by {', '.join(names)}"
+    """Return the reason for channels that other layers keep; ``unmasked``: those of these layers without a mask.
+
+    It names a few of them; `nni_topo.explain` names all.
+    """
+    text = f"shared by {listed(names)}"
     if unmasked:
-        text += f"; of these without a mask: {', '.join(unmasked)}"
+        text += f"; of these without a mask: {listed(unmasked)}"
     return Reason("shared", text=text)
 
 

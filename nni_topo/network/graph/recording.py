@@ -2,10 +2,12 @@
 
 The forward runs on real values, so it may be written in any way; its branches and loops are fixed in the graph. Only
 the number of samples isn't fixed: the model runs twice, and numbers and constants that differ are computed from it.
+It is fixed too where a model doesn't run on twice the samples.
 """
 
 from __future__ import annotations
 
+import logging
 import operator
 import sys
 import threading
@@ -34,6 +36,7 @@ from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forg
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
 from nni_topo.network.runtime import difference, out_of_memory, tensors_of
 
+_logger = logging.getLogger(__name__)
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
 # What a forward may ask a tensor for without reading its values, and get a number.
 _ABOUT_TENSORS = {
@@ -103,9 +106,9 @@ def _recorded_twice(
     with attributes_traced(model) as unclear:
         with results.taken():
             first = _Recorder(model, kinds, named)
-        with results.given():
-            second = _Recorder(model, kinds, doubled)
-        _follow_samples(first, second, samples)
+        second = _recorder_of_twice(model, kinds, doubled, results)
+        if second is not None:
+            _follow_samples(first, second, samples)
         forget_places(first.graph, unclear)
     for node in reversed(first.graph.nodes):
         if not node.users and node not in first.read and node.op not in ("placeholder", "output"):
@@ -116,7 +119,25 @@ def _recorded_twice(
         if name in used:
             model.register_buffer(name, tensor, persistent=False)
     graph_module = with_heads(on_modules(model, first.graph, type(model).__name__))
-    return Recorded(graph_module, first.outputs, first.reads_values or second.reads_values)
+    reads_values = first.reads_values or (second is not None and second.reads_values)
+    return Recorded(graph_module, first.outputs, reads_values)
+
+
+def _recorder_of_twice(
+    model: nn.Module, kinds: _ModuleKinds, doubled: dict[str, Any], results: LayerResults
+) -> _Recorder | None:
+    """Record a model on twice the samples; None if it doesn't run on these, as memory is short or their number fixed.
+
+    The graph of the first run then holds for that number of samples alone.
+    """
+    try:
+        with results.given():
+            return _Recorder(model, kinds, doubled)
+    except SpeedupError:
+        raise
+    except Exception as error:  # a model fails in as many ways as it is written
+        _logger.info("%s is recorded for this number of samples alone: %s", type(model).__name__, error)
+    return None
 
 
 def _tensor_attributes(model: nn.Module) -> dict[str, Tensor]:

@@ -40,6 +40,10 @@ _OTHER = frozenset({
     "ratio", "rate", "reduction", "reductions", "level", "levels",
 })  # fmt: skip
 """Words in the names of numbers that count no channels."""
+_PIXELS = frozenset({"resolution", "resolutions", "grid", "pixel", "pixels", "crop", "frame", "frames"})
+"""Words in the names of numbers that count places of an image."""
+_ABOUT_WEIGHTS = frozenset({"pretrained", "checkpoint"})
+"""Words in the names of what describes downloaded weights, and nothing of the network that they were put into."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -78,8 +82,8 @@ def _dense_widths(model: nn.Module, dense: nn.Module, name: str, number: int) ->
 def stale_numbers(model: nn.Module, dense: nn.Module) -> dict[str, int]:
     """Return the attributes, by name, that in the dense model still hold the old width of a pruned layer within.
 
-    Left out are those that the forward of their own module reads, and those whose name, or whose constructor, says that
-    they count something else.
+    Left out are those that the forward of their own module reads, those whose name, or whose constructor, says that
+    they count something else, and what describes downloaded weights.
     """
     cut: dict[str, set[str]] = {}
     lost: dict[str, set[int]] = defaultdict(set)  # by a module, the widths of layers within it that got narrower
@@ -92,15 +96,22 @@ def stale_numbers(model: nn.Module, dense: nn.Module) -> dict[str, int]:
                 lost[".".join(parts[:length])].add(before[each])
     if not lost:
         return {}
+    held_numbers = list(whole_numbers(model))
+    # One dict may be held under several names, of which one says what it describes.
+    of_weights = {id(value) for _, _, key, value in held_numbers if _words(key) & _ABOUT_WEIGHTS}
     kept: dict[Place, int] = {}
-    for module, name, key, value in whole_numbers(model):
+    for module, name, key, value in held_numbers:
         kind: Any = type(module)
         if not lost.get(name) or key in cut[name] or key in _names_in_forward(kind):
             continue
+        if type(value) is not int and id(value) in of_weights:
+            continue
         for path, number in (numbers_in(value) or {}).items():
-            own = [key, *(each for each in path if isinstance(each, str))][-1]
-            words = re.split(r"[_\W\d]+|(?<=[a-z])(?=[A-Z])", own)
-            is_other = any(word.lower() in _OTHER for word in words)
+            names = [key, *(each for each in path if isinstance(each, str))]
+            words = _words(names[-1])
+            # A size in several numbers, as in ``input_size=(3, 288, 288)``, is that of an image.
+            is_of_image = bool(words & _PIXELS) or ("size" in words and bool(path) and type(path[-1]) is int)
+            is_other = bool(words & _OTHER) or is_of_image or any(_words(each) & _ABOUT_WEIGHTS for each in names)
             if number > 1 and number in lost[name] and number_at(dense, (name, key, path)) == number and not is_other:
                 kept[name, key, path] = number
     held, found = _held(model) if kept else {}, dict[str, int]()
@@ -110,6 +121,11 @@ def stale_numbers(model: nn.Module, dense: nn.Module) -> dict[str, int]:
         if {_widths(dense.get_submodule(layer)).get(each) for layer, each in sizes} != {number}:
             found[f"{name}.{key}".lstrip(".") + "".join(f"[{each!r}]" for each in path)] = number
     return found
+
+
+def _words(name: str) -> set[str]:
+    """Return the words of a name, in small letters."""
+    return {word.lower() for word in re.split(r"[_\W\d]+|(?<=[a-z])(?=[A-Z])", name)}
 
 
 def _widths(module: nn.Module) -> dict[str, int]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from nni.compression.speedup.replacer import Replacer
 
-from nni_topo.errors import ConfigError, checked
+from nni_topo.errors import ConfigError, checked, listed
 from nni_topo.network.attention import tell_config
 from nni_topo.network.channels import ChannelFlow, Reasons, reasons
 from nni_topo.network.graph import Steps
@@ -134,10 +134,11 @@ def to_dense(
     therefore differ from NNI's wrapped model, in which the batch norm's bias survives.
 
     Where the masks of coupled layers differ, every channel that one of them keeps is kept, with the weights of
-    ``model``. A layer without a mask keeps all channels. So do modules that can't be cut, layers before them or before
-    attention that couldn't be traced, and recurrent layers of several levels or directions. Attention loses whole
-    heads; other recurrent layers lose units with all of their gates. A head or unit is kept if a mask keeps one of its
-    rows. One warning names the layers that keep channels, and why.
+    ``model``: the masked model of the comparison is that of ``masked_model(..., reconcile=True)``. A layer without a
+    mask keeps all channels. So do modules that can't be cut, layers before them or before attention that couldn't be
+    traced, and recurrent layers of several levels or directions. Attention loses whole heads; other recurrent layers
+    lose units with all of their gates. A head or unit is kept if a mask keeps one of its rows. One warning names a few
+    of the layers that keep channels, and why; the report has all.
 
     Masked weights within kept channels are zeros in the dense model.
 
@@ -329,11 +330,11 @@ def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str) 
     notes = ((flow.missed,) if flow.missed else ()) + masked.notes
     report = dataclasses.replace(report, checked=checked, notes=notes)
     if report.stale:
-        named = ", ".join(f"{name} {number}" for name, number in report.stale.items())
         _logger.warning(
             "attributes that hold what was a layer's number of channels stay as they are, for nothing shows what they "
-            "count: %s", named,
-        )  # fmt: skip
+            "count: %s (all are in dense.report.stale)",
+            listed(f"{name} {number}" for name, number in report.stale.items()),
+        )
     if flow.missed:
         _logger.warning("%s", flow.missed)
     others = {row.name: f"{row.kept} of {row.before} ({row.reason})" for row in report.kept}

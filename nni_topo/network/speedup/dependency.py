@@ -16,7 +16,7 @@ from nni.compression.base.setting import PruningSetting
 from torch.nn.utils.parametrize import is_parametrized
 
 from nni_topo.compat.wrapping import derived_types
-from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked
+from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked, listed
 from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import (
     FIXED,
@@ -160,8 +160,9 @@ def dependency_groups(
     The channels of a selected layer that is coupled with one that isn't selected can't be removed: ``to_dense`` keeps
     them, as NNI does. This is no error; a warning names both.
     A depth-wise convolution that isn't selected couples nothing: it follows the layer before it. One that
-    follows several layers at once, after a concatenation, follows them channel by channel; its entry is left
-    out, since NNI can't state such a group.
+    follows several layers at once, after a concatenation, follows them channel by channel, as does one that makes
+    several channels of each and is coupled with another layer; its entry is left out, since NNI can't state such a
+    group.
     Where layers share some of their channels, as through a concatenation or a split before an addition, ``ties`` says
     which. The package's pruners then prune as many channels of each layer as were asked for, as nearly as the coupling
     allows. NNI's pruners choose for each layer by itself, and `to_dense` keeps every channel that one of them keeps.
@@ -476,13 +477,17 @@ def _settings(
 
 
 def _followers(flow: ChannelFlow) -> set[str]:
-    """Find depth-wise convolutions whose channels come from several layers or in another order."""
-    owners = [flow.group_ids_of(name) for name, layer in flow.layers.items() if not layer.depthwise]
-    owned = set(np.concatenate([*owners, np.zeros(0, dtype=np.int64)]).tolist())
+    """Find depth-wise convolutions whose channels come from several layers, in another order or several from each."""
+    owners = [name for name, layer in flow.layers.items() if not layer.depthwise]
+    owned = {group_id for name in owners for group_id in flow.group_ids_of(name).tolist()}
+    # By channel and by unit: a depth-wise convolution that makes two channels of each is pruned by single ones, and no
+    # group holds it together with a layer that is pruned by pairs.
+    stated = [(flow.group_ids_of(name), flow.group_ids(flow.unit_channel_ids(name))) for name in owners]
     followers = set[str]()
     for name, layer in flow.layers.items():
         group_ids = flow.group_ids_of(name)
-        follows_one = any(np.array_equal(group_ids, each) for each in owners)
+        units = flow.group_ids(flow.unit_channel_ids(name))
+        follows_one = any(np.array_equal(group_ids, ids) and np.array_equal(units, each) for ids, each in stated)
         if layer.depthwise and not follows_one and owned & set(group_ids.tolist()):
             followers.add(name)
     return followers
@@ -520,8 +525,8 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
         _logger.warning("%s", flow.missed)
     if set(choice.left_out.values()) - {(reasons.model_output(),)}:
         layers_by_reason = by_reason(reasons.as_text(choice.left_out))
-        told = "; ".join(f"{', '.join(names)}: {why}" for why, names in layers_by_reason.items())
-        _logger.warning("layers that can't lose channels stay whole and are left out: %s", told)
+        told = "; ".join(f"{listed(names)}: {why}" for why, names in layers_by_reason.items())
+        _logger.warning("layers that can't lose channels stay whole and are left out (.skipped has all): %s", told)
     for names in groups:
         inside = [name for name in names if name in choice.by_row]
         outside = [name for name in names if name not in choice.by_row and not flow.layers[name].depthwise]
@@ -529,10 +534,11 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
             _logger.warning(
                 "layers that share channels must be selected together, got %s without %s: "
                 "the channels they share stay",
-                ", ".join(inside), ", ".join(outside),
+                listed(inside), listed(outside),
             )  # fmt: skip
     if choice.in_part:
-        told = "; ".join(f"{name}: {why}" for name, why in _told_in_part(flow, choice.in_part).items())
+        layers_by_reason = by_reason(_told_in_part(flow, choice.in_part))
+        told = "; ".join(f"{listed(names)}: {why}" for why, names in layers_by_reason.items())
         _logger.warning("some channels of these layers can't be removed: %s", told)
     heads = [name for name in flow.layers if name in choice.by_row and flow.reaches_output(name)]
     if heads:

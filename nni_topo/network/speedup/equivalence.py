@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import SpeedupError, checked
+from nni_topo.errors import FLAG, SpeedupError, checked
 from nni_topo.network.layers import WEIGHTED, channel_dim, fold, is_depthwise, is_normalizing, per_channel_names
 from nni_topo.network.runtime import (
     INPUTS,
@@ -50,6 +50,7 @@ from nni_topo.network.speedup.reconcile import (
     MasksLike,
     check_masks,
     mask_free_parameters,
+    resolve,
     union,
 )
 from nni_topo.sharing import find_ties, tie_again, untie
@@ -373,9 +374,11 @@ def _compare(
         )
 
 
-@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS)
+@checked(model=MODEL, example_inputs=INPUTS, masks=MASKS, reconcile=FLAG)
 @leaves_models_alone
-def masked_model(model: torch.nn.Module, example_inputs: Any, masks: MasksLike) -> torch.nn.Module:
+def masked_model(
+    model: torch.nn.Module, example_inputs: Any, masks: MasksLike, *, reconcile: bool = False
+) -> torch.nn.Module:
     """Copy a model with its masked channels at zero, through batch norms too.
 
     Parameters
@@ -386,6 +389,10 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: MasksLike) 
         Inputs of the model: one tensor, positional or keyword arguments.
     masks : mapping of str to mapping of str to Tensor or None
         NNI's masks, ``{module: {parameter: mask}}``.
+    reconcile : bool, default=False
+        Make the masks of coupled layers agree first, as `to_dense` does: where they differ, every channel that one of
+        them keeps is kept, with its weights. Without it each layer is masked as its own mask says. Masks of this
+        package's pruners with the list of `dependency_groups` agree already.
 
     Returns
     -------
@@ -401,7 +408,7 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: MasksLike) 
     ConfigError
         If masks don't fit the model.
     SpeedupError
-        If the model is still wrapped or a layer would be empty.
+        If the model is still wrapped or a layer would be empty; with ``reconcile``, if it can't be traced.
     DataError
         If the model holds NaN or infinite values.
 
@@ -419,5 +426,9 @@ def masked_model(model: torch.nn.Module, example_inputs: Any, masks: MasksLike) 
     try:
         flow = Network(model, call).flow
     except SpeedupError:
+        if reconcile:
+            raise
         return apply_masks(model, call, full)
+    if reconcile:
+        return apply_masks(model, call, resolve(model, flow, full).masks)
     return apply_masks(model, call, mask_free_parameters(model, flow, full, union(model, flow, full)))

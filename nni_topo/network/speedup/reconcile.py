@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from nni_topo.errors import ConfigError, SpeedupError, unknown_name
+from nni_topo.errors import ConfigError, SpeedupError, listed, unknown_name
 from nni_topo.maths.ties import descending
 from nni_topo.network.attention import by_table, find_frequencies, pairs_of
 from nni_topo.network.channels import FIXED, Blocks, ChannelFlow, Reason, Reasons, reasons, stays_in_place
@@ -100,6 +100,9 @@ class Resolved:
     kept: dict[str, str]  # how many and why, by layer that keeps any but for ``round_to`` and constant channels
 
 
+_REASONS = 3  # that a warning names
+
+
 def resolve_masks(
     model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, round_to: int | None = None
 ) -> FullMasks:
@@ -110,14 +113,25 @@ def resolve_masks(
 
 
 def warn_of_kept(kept: Mapping[str, str]) -> None:
-    """Say in one warning which layers keep channels although they are masked: how many and why, by layer."""
-    if kept:
-        by_reason: dict[str, list[str]] = {}
-        for name, text in kept.items():
-            count, _, why = text.partition(" (")
-            by_reason.setdefault(why, []).append(f"{name} {count}")
-        told = "; ".join(f"{', '.join(names)} ({why}" for why, names in by_reason.items())
-        _logger.warning("masks must agree where layers share channels; channels kept although masked: %s", told)
+    """Say in one warning which layers keep channels although they are masked: how many and why, by layer.
+
+    It names a few layers; the report of the dense model has them all.
+    """
+    if not kept:
+        return
+    by_reason: dict[str, list[str]] = {}
+    for name, text in kept.items():
+        count, _, why = text.partition(" (")
+        by_reason.setdefault(why, []).append(f"{name} {count}")
+    told = [f"{listed(names)} ({why}" for why, names in by_reason.items()]
+    if len(told) > _REASONS:
+        others = sum(len(names) for names in list(by_reason.values())[_REASONS:])
+        told = [*told[:_REASONS], f"{others} more layers for other reasons"]
+    is_short = sum(map(len, by_reason.values())) <= len(told)
+    _logger.warning(
+        "masks must agree where layers share channels; channels kept although masked: %s%s",
+        "; ".join(told), "" if is_short else "; dense.report lists all layers",
+    )  # fmt: skip
 
 
 def widths_multiple(round_to: int | str | None, device: torch.device) -> int | None:

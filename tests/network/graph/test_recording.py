@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, symbolic_trace
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from nni_topo import create_pruner, dependency_groups, masked_model, to_dense
+from nni_topo import RandomPruner, create_pruner, dependency_groups, masked_model, to_dense
 from nni_topo.errors import SpeedupError
 from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph.recording import LayerResults, record
@@ -436,3 +436,40 @@ def test_results_take_no_more_memory_than_the_model_and_what_may_be_spared():
         output, computed = compared(model, symbolic_trace(model), spare_bytes=memory - weights)
         torch.testing.assert_close(output, model(IMAGES), rtol=0, atol=0)
         assert computed == expected
+
+
+class FixedBatch(nn.Module):
+    """Takes four samples and no other number of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8 * 16, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.two(torch.relu(self.one(x)))).view(4, -1))
+
+
+class ShortOfMemory(nn.Module):
+    """Runs on two samples, and has no memory for more."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8 * 16, 3)
+
+    def forward(self, x):
+        if x.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.head(torch.relu(self.two(torch.relu(self.one(x)))).flatten(1))
+
+
+@pytest.mark.parametrize(("make", "samples"), [(FixedBatch, 4), (ShortOfMemory, 2)])
+def test_a_model_that_runs_on_no_more_samples_loses_channels_all_the_same(make, samples):
+    torch.manual_seed(0)
+    model, images = make().eval(), torch.rand(samples, 3, 8, 8)
+    groups = dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {}
+    pruner = RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = to_dense(model, images, masks)
+    assert (dense.one.out_channels, dense.two.out_channels, dense.head.in_features) == (4, 4, 64)

@@ -148,6 +148,43 @@ def test_what_nothing_shows_is_named_once(told: pytest.LogCaptureFixture) -> Non
     assert "as before: feature_info[0] 8" in repr(dense.report)
 
 
+class Described(nn.Module):
+    """Holds what describes its downloaded weights, as timm's networks do, and sizes of images that are its widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_cfg = {"input_size": (3, 16, 16), "width": 8, "first_conv": "one"}
+        self.default_cfg = self.pretrained_cfg
+        self.input_size, self.grid_size, self.input_resolution = (3, 16, 16), (8, 8), [16, 16]
+        self.settings = {"test_input_size": [3, 8, 8], "pretrained": {"dim": 8}, "hidden_sizes": [8, 16], "dim": 8}
+        self.hidden_size = 16
+        self.one, self.two, self.head = conv3x3(3, 8), conv3x3(8, 16), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.relu(self.two(torch.relu(self.one(x)))))
+        return found
+
+
+def test_what_describes_images_or_downloaded_weights_is_not_named() -> None:
+    assert dense_of(Described().eval()).report.stale == {
+        "settings['hidden_sizes'][0]": 8,
+        "settings['hidden_sizes'][1]": 16,
+        "settings['dim']": 8,
+        "hidden_size": 16,
+    }
+
+
+def test_a_warning_names_the_first_few_numbers(told: pytest.LogCaptureFixture) -> None:
+    model: Any = Numbers().eval()
+    model.more = [8] * 20
+    dense = dense_of(model)
+    assert len(dense.report.stale) == 25
+    line = next(record.getMessage() for record in told.records if "attributes" in record.getMessage())
+    assert "feature_info[0] 8" in line
+    assert "and 21 more (all are in dense.report.stale)" in line
+    assert len(line) < 300
+
+
 def test_nothing_is_named_where_no_width_goes() -> None:
     assert dense_of(Numbers().eval(), [{"op_names": ["one"], "sparse_ratio": 0.0}]).report.stale == {}
 

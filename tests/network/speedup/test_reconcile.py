@@ -39,6 +39,68 @@ def test_masks_that_differ_are_united():
     assert torch.equal(dense.stem.weight, model.stem.weight[[0, 3, 4, 5, 6, 7]])
 
 
+def test_the_masked_model_of_the_comparison_has_masks_that_agree():
+    model = Residual().eval()
+    masks = {"stem": filter_mask(model.stem, [0, 1, 2]), "point": filter_mask(model.point, [1, 2, 3])}
+    with torch.no_grad():
+        expected = masked_model(model, IMAGES, masks, reconcile=True).eval()(IMAGES)
+        actual = to_dense(model, IMAGES, masks).eval()(IMAGES)
+        by_itself = masked_model(model, IMAGES, masks).eval()(IMAGES)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(actual, by_itself, rtol=1e-2)
+
+
+class Added(nn.Module):
+    """Adds up the outputs of many layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.many = nn.ModuleList([nn.Conv2d(3, 8, 1) for _ in range(40)])
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.last(sum(each(x) for each in self.many))
+
+
+def test_a_warning_names_a_few_of_many_layers_and_the_report_all(caplog):
+    model = Added().eval()
+    masks = {f"many.{at}": filter_mask(each, [at % 8]) for at, each in enumerate(model.many)}
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        dense = to_dense(model, IMAGES, masks)
+    assert "many.0 1 of 8, many.1 1 of 8" in caplog.text
+    assert "and 36 more (shared by many.0, many.1" in caplog.text
+    assert "dense.report lists all layers" in caplog.text
+    assert len(caplog.messages[0]) < 400
+    assert len(dense.report.kept) == 40
+
+
+class Multiplied(nn.Module):
+    """Depth-wise convolutions that make two channels of each, and a layer whose outputs are multiplied with theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.small, self.large = nn.Conv2d(8, 16, 1, groups=8), nn.Conv2d(8, 16, 3, padding=1, groups=8)
+        self.beside, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        first = self.first(x)
+        return self.last((self.small(first) + self.large(first)) * self.beside(x))
+
+
+def test_masks_of_another_pruner_agree_where_channels_are_multiplied(caplog):
+    torch.manual_seed(0)
+    model = Multiplied().eval()
+    groups = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    pruner = L1NormPruner(model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        dense = to_dense(model, IMAGES, masks)
+    assert not caplog.messages
+    assert (dense.first.out_channels, dense.small.out_channels, dense.beside.out_channels) == (4, 8, 8)
+
+
 def test_groups_of_a_convolution_stay_equal():
     model = Grouped()
     masks = {"first": filter_mask(model.first, [0, 1, 4]), "second": filter_mask(model.second, [0, 1, 6])}
