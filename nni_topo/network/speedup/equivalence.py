@@ -176,7 +176,7 @@ class _Watch:
         """Note a call, and let out what is to pass instead."""
         rows = entered.transpose(0, self._dim).flatten(1)
         self._calls.append(rows.eq(0).all(1))
-        passed = _in_range(entered, entered.clone() if self._is_norm else output)
+        passed: torch.Tensor = _in_range(entered, entered.clone() if self._is_norm else output)
         if self._alive is None:
             return passed
         view = [1] * passed.dim()
