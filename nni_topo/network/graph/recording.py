@@ -34,7 +34,7 @@ from nni_topo.network.attention import is_attention
 from nni_topo.network.graph.nodes import LINE, RECORDED, forward_line, on_modules
 from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forget_places
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
-from nni_topo.network.runtime import difference, out_of_memory, tensors_of
+from nni_topo.network.runtime import difference, let_go, out_of_memory, tensors_of
 
 _logger = logging.getLogger(__name__)
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
@@ -76,6 +76,7 @@ def record(model: nn.Module, named: dict[str, Any], results: LayerResults | None
     try:
         return _recorded(model, named, results)
     except Exception as error:  # a model fails in as many ways as it is written
+        let_go(error)
         for config in others:
             config._attn_implementation = told[id(config)]
         try:
@@ -92,7 +93,8 @@ def _recorded(model: nn.Module, named: dict[str, Any], results: LayerResults) ->
     attributes = _tensor_attributes(model)
     try:
         return _recorded_twice(model, named, attributes, results)
-    except SpeedupError:
+    except SpeedupError as error:
+        let_go(error)
         # What a model has kept from its last run (a detector's anchors, by size) is that of other inputs now.
         return _recorded_twice(model, named, attributes, results)
 
@@ -137,6 +139,7 @@ def _recorder_of_twice(
         raise
     except Exception as error:  # a model fails in as many ways as it is written
         _logger.info("%s is recorded for this number of samples alone: %s", type(model).__name__, error)
+        let_go(error)
     return None
 
 

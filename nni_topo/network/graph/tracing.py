@@ -41,6 +41,7 @@ from nni_topo.network.runtime import (
     evaluation_mode,
     fast_paths_off,
     left_alone,
+    let_go,
     out_of_memory,
     random_state_kept,
     random_states,
@@ -81,6 +82,7 @@ def trace(model: torch.nn.Module, inputs: Call) -> Recording:
     try:
         return _trace_whole(model, inputs)
     except SpeedupError as error:
+        let_go(error)
         _check_runs(model, inputs)
         try:
             with torch.no_grad(), random_state_kept():
@@ -109,7 +111,7 @@ def _check_runs(model: torch.nn.Module, call: Call) -> None:
         given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in tensors_of(call))
         raise ConfigError(
             f"example_inputs must fit the model: {type(model).__name__} can't be run on {given} in evaluation mode, "
-            f"got {type(error).__name__}: {error}{cure_of_argument(error)} (example_inputs)"
+            f"got {type(error).__name__}: {str(error).partition(chr(10))[0]}{cure_of_argument(error)} (example_inputs)"
         ) from error
 
 
@@ -124,6 +126,7 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
             if isinstance(error, _OtherNumbersError):
                 raise
             _logger.debug("%s can't be recorded on a few samples", type(model).__name__, exc_info=True)
+            let_go(error)
         else:
             # Values that decide something are those of all samples.
             if not recording.reads_values:

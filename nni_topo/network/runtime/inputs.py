@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -310,6 +311,17 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
 def out_of_memory(error: Exception) -> bool:
     """Say whether an error means that memory is short; PyTorch's error for a CPU only says so in words."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def let_go(error: BaseException | None) -> None:
+    """Let go of what the functions that an error has left still hold in their variables.
+
+    An error that is kept, or is being handled while something else is tried, keeps them alive: of an unfinished
+    recording, every tensor that the model made.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def at_once(samples: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -473,3 +475,20 @@ def test_a_model_that_runs_on_no_more_samples_loses_channels_all_the_same(make, 
     pruner.unwrap_model()
     dense = to_dense(model, images, masks)
     assert (dense.one.out_channels, dense.two.out_channels, dense.head.in_features) == (4, 4, 64)
+
+
+def test_a_recording_that_fails_keeps_no_tensor_while_the_next_one_runs():
+    made, alive = [], []
+
+    class Failing(nn.Module):
+        def forward(self, images):
+            gc.collect()
+            alive.append(sum(each() is not None for each in made))
+            features = images + 1
+            made.append(weakref.ref(features))
+            raise SpeedupError("not this way")
+
+    with pytest.raises(SpeedupError, match="not this way"):
+        record(Failing(), {"images": torch.ones(2, 3)})
+    assert len(alive) > 1
+    assert set(alive) == {0}
