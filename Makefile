@@ -1,7 +1,7 @@
 # VENV may point at an environment that is there already; without it one is made in .venv.
 VENV ?= .venv
 PYTHON ?= python3
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 READY := $(VENV)/.nni_topo-ready
 export OMP_NUM_THREADS ?= 1
 # the tests in a process per core, in four at most: each takes 1.5 GB; `make test SPREAD=` runs them in one
@@ -10,6 +10,7 @@ SPREAD ?= --numprocesses logical --maxprocesses 4 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 # for `make test-lowest`: the oldest Python that the package takes, where it is there
 LOWEST := .venv-lowest
+OTHER := .venv-other
 PYTHON_LOWEST ?= $(shell python3.10 --version > /dev/null 2>&1 && echo python3.10 || echo $(PYTHON))
 # for `make docs`
 SITE ?= .venv-docs
@@ -18,8 +19,19 @@ SITE_TOOLS := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29,<2' 'ruff>=
 # further options of benchmarks/upstream/run.py
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 UPSTREAM ?=
-# for `make test-all`: files and folders of tests; all without one
+# for `make test` and `make test-all`: further options of pytest
+OPTIONS ?=
+# for `make test-all` and `make test-slow`: files and folders of tests; all without one
 TESTS ?=
+# for `make test-slow`: K/N, of N parts of the slow tests only part K, from 0 on; all without one
+SHARE ?=
+# for `make test-with`: what is installed with the package, and what after it, whatever setup.cfg says of it
+WITH ?=
+AFTER ?=
+# for `make zoo`: options of `benchmarks/golden.py compare`
+ZOO ?=
+# for `make test-nightly`: options of tools/nightly.py, such as "--minutes 60" or --report
+NIGHTLY ?=
 PROCESSORS ?=
 FUZZ ?=
 FAULTS ?=
@@ -31,13 +43,13 @@ MUTANTS ?=
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_devices_studies.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: fuzz faults reliability demo test test-all test-lowest test-processors cuda lint docs start pictures mutants upstream checkout clean
+.PHONY: fuzz faults reliability demo test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
 
 test: $(READY)
-	$(BIN)/python -m pytest $(SPREAD)
+	$(BIN)/python -m pytest $(SPREAD) $(OPTIONS)
 
 # the numerical tests as other processors round; PROCESSORS: options of tests/processors.py, such as --turn or
 # "--only prescott haswell" or --quick
@@ -59,7 +71,29 @@ faults: $(READY)
 	PYTHONPATH=. $(BIN)/python tests/kills.py $(FAULTS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow" $(TESTS)
+	$(BIN)/python -m pytest $(SPREAD) $(OPTIONS) -m "slow or not slow" $(TESTS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest $(SPREAD) $(OPTIONS) -m slow $(if $(SHARE),--share $(SHARE)) $(TESTS)
+
+# the tests with another Python or other packages, in an environment of its own that is removed afterwards (6 GB)
+test-with:
+	$(PYTHON) -m venv --clear $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --editable '.[test]' $(patsubst %,'%',$(WITH))
+	$(if $(AFTER),$(OTHER)/bin/python -m pip install --quiet $(patsubst %,'%',$(AFTER)))
+	$(OTHER)/bin/python -m pytest $(SPREAD) $(TESTS); status=$$?; rm -rf $(OTHER); exit $$status
+
+# everything that is promised, for hours; the next call goes on where one stopped
+test-nightly: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[nightly]'
+	BIN=$(BIN) $(BIN)/python tools/nightly.py $(NIGHTLY)
+
+# groups and dense networks of every network of benchmarks/zoo.txt, against what they were
+zoo: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[nightly]'
+	mkdir -p runs && rm -f runs/zoo.jsonl
+	YOLO_CONFIG_DIR=runs PYTHONPATH=. $(BIN)/python benchmarks/golden.py record --out runs/zoo.jsonl
+	PYTHONPATH=. $(BIN)/python benchmarks/golden.py compare benchmarks/golden/zoo.jsonl.gz runs/zoo.jsonl $(ZOO)
 
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON_LOWEST) -m venv $(LOWEST)
@@ -111,4 +145,4 @@ $(READY): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv $(LOWEST) $(SITE) site build dist demo start upstream.json cuda.json *.egg-info
+	rm -rf .venv $(LOWEST) $(OTHER) $(SITE) site build dist demo start upstream.json cuda.json *.egg-info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import gc
@@ -10,11 +11,13 @@ import hashlib
 import json
 import os
 import pickle
+import platform
 import re
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +97,19 @@ def note_outcome(report: pytest.TestReport | pytest.CollectReport) -> None:
     seconds = round(getattr(report, "duration", 0.0), 2)
     with open(file, "a", encoding="utf-8") as lines:
         print(json.dumps([report.nodeid, outcome, seconds, reason]), file=lines)
+
+
+def pytest_sessionstart() -> None:
+    """Note what the outcomes were seen with."""
+    file = os.environ.get("NNI_TOPO_OUTCOMES")
+    if not file or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    packages = {"torch": torch.__version__, "numpy": np.__version__}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        packages["transformers"] = metadata.version("transformers")
+    versions = [f"Python {platform.python_version()}", *(f"{name} {each}" for name, each in packages.items())]
+    with open(file, "a", encoding="utf-8") as lines:
+        print(json.dumps(["", "versions", 0.0, ", ".join(versions)]), file=lines)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -148,3 +148,17 @@ def test_the_score_leaves_out_what_no_test_can_kill():
     assert "code.py:3 mode 3 (4 tests)" in told
     assert "code.py:5 mode 5 (no test runs it)" in told
     assert "code.py:4" not in told
+
+
+@pytest.mark.usefixtures("scripts")
+def test_packages_below_the_score_that_is_asked_for_are_named():
+    from reporting import shortfalls
+
+    found = {
+        "1": {"key": "1", "path": "nni_topo/runs/run.py", "state": "killed"},
+        "2": {"key": "2", "path": "nni_topo/runs/parts/run.py", "state": "survived"},
+        "3": {"key": "3", "path": "nni_topo/cli/verbs.py", "state": "timeout"},
+        "4": {"key": "4", "path": "nni_topo/cli/verbs.py", "state": "survived"},
+    }
+    assert shortfalls(found, {"4": "the same"}, 88) == ["nni_topo/runs: 50.0 %, which is below 88"]
+    assert shortfalls(found, {}, 50) == []

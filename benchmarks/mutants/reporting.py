@@ -36,6 +36,30 @@ def report(found: Mapping[str, Mapping[str, Any]], known: Mapping[str, str]) -> 
     return "\n".join([*survivors, "", header, *rows, _row("all", every, known)])
 
 
+def shortfalls(found: Mapping[str, Mapping[str, Any]], known: Iterable[str], least: float) -> list[str]:
+    """Return the packages, with their scores in per cent, whose score is below ``least``."""
+    known = set(known)
+    below = []
+    for package in sorted({_package(record) for record in found.values()}):
+        some = [record for record in found.values() if _package(record) == package]
+        score = 100 * _score(some, known)
+        if score < least:
+            below.append(f"{package}: {score:.1f} %, which is below {least:g}")
+    return below
+
+
+def _package(record: Mapping[str, Any]) -> str:
+    """Return the package of a mutated file, as nni_topo/network."""
+    return "/".join(Path(record["path"]).parts[:2])
+
+
+def _score(some: Sequence[Mapping[str, Any]], known: Iterable[str]) -> float:
+    """Return the killed share of the mutants that a test can kill; 1 without any."""
+    mortal = [record for record in some if record["state"] in KILLED or record["key"] not in known]
+    killed = sum(record["state"] in KILLED for record in mortal)
+    return killed / len(mortal) if mortal else 1.0
+
+
 def _folder(record: Mapping[str, Any]) -> str:
     """Return the folder of a mutated file."""
     return str(Path(record["path"]).parent)
@@ -45,8 +69,7 @@ def _row(name: str, some: Sequence[Mapping[str, Any]], known: Iterable[str]) -> 
     """Return a line of the table; the score leaves the equivalent mutants out."""
     killed = sum(r["state"] in KILLED for r in some)
     same = sum(r["state"] not in KILLED and r["key"] in known for r in some)
-    score = f"{killed / max(1, len(some) - same):.1%}"
-    return _ROW.format(name, len(some), killed, len(some) - killed - same, same, score)
+    return _ROW.format(name, len(some), killed, len(some) - killed - same, same, f"{_score(some, known):.1%}")
 
 
 def _survivor(record: Mapping[str, Any]) -> str:

@@ -19,25 +19,29 @@ import covering
 import forking
 import pytest
 from mutating import Mutant, draw
-from reporting import KILLED, equivalents, records, report
+from reporting import KILLED, equivalents, records, report, shortfalls
 
 PROJECT = Path(__file__).resolve().parents[2]
-FOLDERS = ("maths", "pruners", "network", "recovery")
+FOLDERS = ("maths", "pruners", "network", "recovery", "runs", "cli", "compat")
 """The package's folders whose code is mutated; which tests run it is measured."""
 
 TIME_IS_OVER = "the time is over; run it again to go on"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is asked for and print the table."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked for and print the table; 1 if that isn't finished, or a score is below ``--least``."""
     options = _parser().parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out.resolve() / "mutants.jsonl"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; run it again to go on"))
+    is_finished = True
     if not options.report:
         with forking.copied(PROJECT) as copy:
-            _run(copy, log, options)
+            is_finished = _run(copy, log, options)
     print(report(records(log), equivalents()))
+    below = shortfalls(records(log), equivalents(), options.least)
+    print(*below, sep="\n")
+    return 0 if is_finished and not below else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,12 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folders", nargs="+", default=FOLDERS, help=f"or files (default {' '.join(FOLDERS)})")
     parser.add_argument("--tests", nargs="+", default=["tests", forking.PACKAGE], help="where tests lie (default all)")
     parser.add_argument("--again", nargs="*", metavar="KEY", help="run these once more, without keys all survivors")
+    parser.add_argument("--least", type=float, default=0, help="per cent that each package must reach (default 0)")
     parser.add_argument("--report", action="store_true", help="only print what is there")
     return parser
 
 
-def _run(copy: Path, log: Path, options: argparse.Namespace) -> None:
-    """Measure the tests where that isn't done, then run the mutants that have no result, until the time is over."""
+def _run(copy: Path, log: Path, options: argparse.Namespace) -> bool:
+    """Measure the tests where that isn't done, then run the mutants that have no result; False if the time is over."""
     until = time.monotonic() + 60 * options.minutes
     drawn = draw(copy, [f"{forking.PACKAGE}/{folder}" for folder in options.folders], options.seed, options.count)
     forking.preload(copy)
@@ -65,15 +70,16 @@ def _run(copy: Path, log: Path, options: argparse.Namespace) -> None:
         files.append(file)
         if time.monotonic() > until:
             print(TIME_IS_OVER)
-            return
+            return False
     for mutant in _open(drawn, records(log), options.again):
         if time.monotonic() > until:
             print(TIME_IS_OVER)
-            return
+            return False
         record = try_mutant(copy, mutant, covering.choose(mutant, files, options.budget))
         with log.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
         print(f"{record['state']:9} {record['cpu_s']:5.1f} s  {mutant.path}:{mutant.line} {mutant.key}", flush=True)
+    return True
 
 
 def _open(drawn: Sequence[Mutant], done: dict[str, dict[str, Any]], again: Sequence[str] | None) -> list[Mutant]:
@@ -127,4 +133,4 @@ class _FirstFailure:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -7,6 +7,7 @@ Fashion-MNIST's files stand in for MNIST's, and run by pytest, the large models 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gzip
 import json
 import os
@@ -20,9 +21,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 PROJECT = Path(__file__).resolve().parents[2]
+RECORDS = PROJECT / "benchmarks/records/upstream.json"
+COUNTED = ("nni_topo/compat", "nni_topo/network")
+"""Folders whose commits make a record old."""
 PRUNING_TESTS = Path("test/algo/compression/pruning")
 PLUGIN = "upstream_plugin"
 
@@ -83,8 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for result in results:
         for failure in result.failures:
             print(f"FAILED {result.file}: {failure}")
+    written = report(results, plain=options.plain)
     if options.out:
-        options.out.write_text(json.dumps(report(results, plain=options.plain), indent=2) + "\n")
+        options.out.write_text(json.dumps(written, indent=2) + "\n")
+    if options.record:
+        keep(written, RECORDS)
     return 0 if all(result.complete for result in results) else 1
 
 
@@ -94,10 +102,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nni", type=Path, required=True, help="a checkout of NNI's repository at v3.0")
     parser.add_argument("--fashion-mnist", type=Path, required=True, help="folder with the four idx files, or .gz")
     parser.add_argument("--out", type=Path, help="write the results as JSON to this file")
+    parser.add_argument("--record", action="store_true", help=f"keep the counts in {RECORDS.relative_to(PROJECT)}")
     parser.add_argument("--only", nargs="+", choices=TESTS, metavar="FILE", help="run these files only")
     parser.add_argument("--plain", action="store_true", help="leave `import nni_topo` out, to see what breaks")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one process (default: 3600)")
     options = parser.parse_args(arguments)
+    if options.record and (options.only or options.plain):
+        parser.error("--record keeps whole runs with nni_topo, got --only or --plain")
     if not (options.nni / PRUNING_TESTS).is_dir():
         parser.error(f"--nni must be a checkout of NNI, got {options.nni} (no {PRUNING_TESTS})")
     for name in IDX_FILES:
@@ -195,7 +206,7 @@ def row(result: FileResult) -> str:
     return f"{result.file:32s} {counts} of {result.expected:3d} {result.seconds:8.1f} s"
 
 
-def report(results: list[FileResult], *, plain: bool) -> dict[str, object]:
+def report(results: list[FileResult], *, plain: bool) -> dict[str, Any]:
     """Put the results together with the versions they were made with."""
     packages = ("nni", "torch", "torchvision", "pytorch-lightning", "numpy")
     return {
@@ -205,6 +216,32 @@ def report(results: list[FileResult], *, plain: bool) -> dict[str, object]:
         "expected": sum(result.expected for result in results),
         "files": [asdict(result) for result in results],
     }
+
+
+def keep(written: dict[str, Any], records: Path) -> None:
+    """Enter a run in the records, in place of the last one with the same minor version of PyTorch.
+
+    How many commits changed the folders that matter is kept, and not a commit's name: names change when a branch is
+    rebased.
+    """
+    minor = ".".join(written["versions"]["torch"].split(".")[:2])
+    kept = json.loads(records.read_text()) if records.exists() else {}
+    kept[minor] = {
+        "date": datetime.date.today().isoformat(),
+        "commits": commits(),
+        "passed": written["passed"],
+        "expected": written["expected"],
+        "versions": written["versions"],
+        "files": {file["file"]: file["passed"] for file in written["files"]},
+    }
+    records.parent.mkdir(parents=True, exist_ok=True)
+    records.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+
+
+def commits() -> int:
+    """Count the commits that changed the folders of which NNI's tests may fail."""
+    command = ["git", "-C", str(PROJECT), "rev-list", "--count", "HEAD", "--", *COUNTED]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def version(package: str) -> str | None:

@@ -1,0 +1,63 @@
+"""README's sentence on NNI's own tests is what their last runs showed, and these runs are not old."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+RECORDS = PROJECT / "benchmarks" / "records" / "upstream.json"
+OLD = 100
+"""Commits of compat and network after which a run says little about the code."""
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    spec = importlib.util.spec_from_file_location("upstream_run", PROJECT / "benchmarks" / "upstream" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_the_readme_says_what_the_records_hold(upstream):
+    records = json.loads(RECORDS.read_text())
+    text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    said = re.search(r"with it all (\d+) pass on PyTorch ([\d., and]+?)\.(?= |$)", text)
+    assert said, "README.md: with it all ... pass on PyTorch ..."
+    assert int(said[1]) == sum(upstream.TESTS.values())
+    assert set(re.findall(r"\d+\.\d+", said[2])) == records.keys()
+    assert {(record["passed"], record["expected"]) for record in records.values()} == {(int(said[1]),) * 2}
+    assert all(record["files"] == upstream.TESTS for record in records.values())
+
+
+def test_the_last_run_is_not_old(upstream):
+    command = ["git", "-C", str(PROJECT), "rev-parse", "--is-shallow-repository"]
+    shallow = subprocess.run(command, capture_output=True, text=True)
+    if shallow.stdout.strip() != "false":
+        pytest.skip("needs the project's git history")
+    last = max(record["commits"] for record in json.loads(RECORDS.read_text()).values())
+    age = upstream.commits() - last
+    assert age <= OLD, f"NNI's own tests ran {age} commits of compat and network ago: make upstream UPSTREAM=--record"
+
+
+def test_a_run_takes_the_place_of_the_last_one_with_the_same_pytorch(upstream, tmp_path):
+    def run(torch, passed):
+        files = [{"file": "test_pruner", "passed": passed}]
+        return {"versions": {"torch": torch}, "passed": passed, "expected": 79, "files": files}
+
+    records = tmp_path / "records" / "upstream.json"
+    for torch, passed in (("2.15.0", 79), ("2.11.0", 79), ("2.15.1", 78)):
+        upstream.keep(run(torch, passed), records)
+    kept = json.loads(records.read_text())
+    assert {minor: record["passed"] for minor, record in kept.items()} == {"2.11": 79, "2.15": 78}
+    assert kept["2.15"]["versions"] == {"torch": "2.15.1"}
+    assert kept["2.15"]["commits"] == upstream.commits()
+    assert kept["2.15"]["files"] == {"test_pruner": 78}
