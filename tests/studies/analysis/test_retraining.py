@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import nni_topo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.studies.analysis import retraining_bound
+from nni_topo.testing import require_unchanged, snapshot
 
 
 class Quadratic(nn.Module):
@@ -97,10 +98,23 @@ def test_batches_may_hold_keyword_arguments():
     assert retraining_bound(*nets, mse_loss, named, 10).epochs == bound(*nets, "node").epochs
 
 
-def test_models_are_left_as_they_are():
-    nets = (Quadratic(6, 8), Quadratic(0, 0), Quadratic(0, 2))
-    bound(*nets, "node")
-    assert all(net.weights.grad is None and net.training for net in nets)
+@pytest.mark.parametrize("training", [True, False])
+def test_models_are_left_as_they_are(training):
+    def net():
+        # batch norm's statistics and dropout's draws are what a forward pass in training changes
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).train(training)
+
+    torch.manual_seed(0)
+    nets, batches = [net() for _ in range(3)], [(torch.randn(16, 4), torch.randint(3, (16,)))]
+    nets[1][0].weight.grad = torch.ones_like(nets[1][0].weight)
+    before = [snapshot(net) for net in nets]
+    random_state = torch.get_rng_state()
+    assert retraining_bound(*nets, cross_entropy, batches, 5).epochs > 0
+    for state, each in zip(before, nets, strict=True):
+        require_unchanged(state, each)
+    assert [net[0].weight.grad is None for net in nets] == [True, False, True]
+    assert torch.equal(nets[1][0].weight.grad, torch.ones_like(nets[1][0].weight))
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_the_bound_of_nodes_is_the_same_for_zeros_and_for_a_dense_network():

@@ -58,7 +58,7 @@ def test_study_evaluates_every_model_at_every_rate():
 
 
 def test_the_part_before_the_dropout_runs_once_and_changes_nothing():
-    calls, inputs = [], torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    calls, inputs = [], torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
 
     class Counted(nn.Linear):
         def forward(self, values):
@@ -69,11 +69,18 @@ def test_the_part_before_the_dropout_runs_once_and_changes_nothing():
 
     def evaluate(net):
         with torch.no_grad():
-            return Quality(float(torch.cat([net(batch) for batch in inputs.split(4)]).pow(2).mean()), 0.0)
+            return Quality(float(torch.cat([net(batch) for batch in inputs.split(2500)]).pow(2).mean()), 0.0)
 
     found = study_dropout({"net": lambda: model}, evaluate, rates=(0.0, 0.3, 0.6))["net"]
-    assert calls == [4, 2]
+    assert calls == [2500, 1500]
     assert {rate: evaluate(with_dropout(model, rate)) for rate in (0.0, 0.3, 0.6)} == found
+    # Each value is kept with probability 1 - p and divided by it, so its variance is p / (1 - p) times its square.
+    with torch.no_grad():
+        hidden = model[0](inputs)
+        clean = float(model[2](hidden).pow(2).mean())
+        spread = float((hidden.pow(2) @ model[2].weight.pow(2).T).mean())
+    for rate, quality in found.items():
+        assert quality.loss == pytest.approx(clean + rate / (1 - rate) * spread, rel=0.05)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
