@@ -241,7 +241,7 @@ def _is_sum(node: Node) -> bool:
 
 
 def _ordered(graph_module: GraphModule, equations: list[tuple[Equation, Equation]]) -> list[Equation]:
-    """Order the equations of the layers that meet at one place."""
+    """Order the equations of layers whose outputs are added."""
 
     def unknowns(pair: tuple[Equation, Equation]) -> int:
         module: Any = graph_module.get_submodule(pair[0].layer.name)

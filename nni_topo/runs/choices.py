@@ -66,7 +66,7 @@ class DataChoice:
 
 @dataclass(frozen=True)
 class CompensationChoice:
-    """How every row is compensated before it is fine-tuned: by how many unlabelled training images, and how."""
+    """How every row is compensated before it is fine-tuned, by ``images`` training images without their labels."""
 
     images: int = 1024
     method: str = "reconstruct"
@@ -79,10 +79,10 @@ class CompensationChoice:
 
 @dataclass(frozen=True)
 class DistillationChoice:
-    """How every row learns from the unpruned network before it is fine-tuned: from so many unlabelled training images.
+    """How every row is distilled from the unpruned network before it is fine-tuned.
 
-    An eighth as many after them judge. The other fields are knobs of :func:`nni_topo.distill`, ``augmentation`` is a
-    recipe's.
+    ``images`` training images are used without labels; an eighth as many after them are held out. The other fields
+    are knobs of :func:`nni_topo.distill`; ``augmentation`` is that of a recipe.
     """
 
     images: int = 1024
@@ -122,7 +122,7 @@ class PrunerChoice:
 
 @dataclass(frozen=True)
 class Target:
-    """How much goes: a ``sparse_ratio`` for every layer, or the share that is left of what a budget counts."""
+    """How much is removed: a ``sparse_ratio`` for every layer, or the share of a budget's cost that is kept."""
 
     kind: Literal["ratio", "flops", "params", "latency", "memory"]
     value: float
@@ -181,7 +181,7 @@ class PruneConfig:
     config_list: list[dict[str, Any]]
     knobs: Mapping[str, Any] = field(default_factory=dict)
     calibration: int = 0  # training images, without labels, given to the pruner; 0: none
-    dependency_groups: bool = True  # whether layers that meet in an addition lose the same channels
+    dependency_groups: bool = True  # whether coupled layers lose the same channels
     compensate: CompensationChoice | None = None  # on training images without labels, for any pruner; None: none
     distill: DistillationChoice | None = None  # likewise
     round_to: int | None = None  # layers keep a multiple of so many channels

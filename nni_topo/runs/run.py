@@ -39,7 +39,7 @@ from nni_topo.runs.choices import (
 )
 from nni_topo.runs.evaluators import recipe_evaluator
 from nni_topo.runs.provenance import Record
-from nni_topo.runs.widths import left_whole, pruning_config
+from nni_topo.runs.widths import pruning_config, reasons_of_unpruned_layers
 from nni_topo.zoo.evaluation import bits
 
 LATENCY_BATCH = 64
@@ -285,7 +285,7 @@ def costs(start: Start, dense: nn.Module) -> Record:
     found: Record = {
         "widths": layer_widths(dense),
         "widths_before": layer_widths(start.net),
-        "whole": left_whole(start.net, start.example, dense),
+        "whole": reasons_of_unpruned_layers(start.net, start.example, dense),
     }
     for suffix, net in (("_before", start.net), ("", dense)):
         found[f"flops{suffix}"] = zoo.count_macs(net, start.example)

@@ -39,8 +39,9 @@ def layer_ratios(
 ) -> dict[str, float]:
     """Return the ``sparse_ratio``, in [0, 1), of every layer that a comparison prunes, in network order.
 
-    Entries of a config_list say which these are, and their minimum and maximum ratios; a latency table, what time is.
-    Every layer loses the same share, up to a step of rounding that is dealt such that the whole meets the budget.
+    The entries of a config_list name the layers and their minimum and maximum ratios. A budget of time is counted by
+    the latency table. Every layer loses the same share; rounding to whole channels is distributed over the layers so
+    that the network meets the budget.
     """
     config_list = _grouped(model, example_inputs, entries)
     if target.kind == "ratio":
@@ -60,14 +61,17 @@ def layer_ratios(
 def proposed_ratios(
     model: nn.Module, example_inputs: Tensor, proposed: Mapping[str, float], share: float | None = None
 ) -> dict[str, float]:
-    """Return proposed ratios such that layers that meet agree, and the MACs left meet a ``share`` (None: any)."""
+    """Return the proposed ratios, equal within coupled layers and scaled so that this ``share`` of the MACs is kept.
+
+    None as the share scales nothing.
+    """
     config_list = _grouped(model, example_inputs)
     units = _units(model, example_inputs, config_list)
     if share is None:
         agreed = {name: float(proposed[unit.layers[0]]) for unit in units for name in unit.layers}
         return {name: agreed[name] for entry in config_list for name in entry["op_names"]}
     left = share_left(units, network_cost("flops", model, example_inputs))
-    # of a dependency group the first member's counts; one factor for all then scales what stays
+    # the first layer's proposal stands for its dependency group; one factor for all scales the kept shares
     kept = [1.0 - proposed[unit.layers[0]] for unit in units]
 
     def removed(factor: float) -> list[int]:
@@ -76,12 +80,12 @@ def proposed_ratios(
             for unit, part in zip(units, kept, strict=True)
         ]
 
-    # with the highest factor nothing goes; fewer channels stay as it falls, so that halving finds the budget
+    # the highest factor keeps every channel, and a lower one never keeps more, so that bisection finds the budget
     low, high = 0.0, 1.0 / min(kept)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2.0
         low, high = (low, middle) if left(removed(middle)) > share else (middle, high)
-    # rows are whole: of the two sides of the jump either may be nearer
+    # channels are whole, so the kept share jumps; either side of the jump may be nearer to the budget
     nearest = min((removed(factor) for factor in (low, high)), key=lambda counts: abs(left(counts) - share))
     return _as_ratios(units, nearer(units, nearest, left, share), config_list)
 
@@ -93,12 +97,12 @@ def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, f
 
 
 def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
-    """Return the convolutions and linear layers whose channels can go and aren't the model's output, in its order."""
+    """Return the convolutions and linear layers that can lose channels, in network order; no output layers."""
     return sorted_layers(model, example_inputs)[0]
 
 
 def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], dict[str, str]]:
-    """Return what :func:`inner_layers` does, and of the other convolutions and linear layers why they stay whole."""
+    """Return the layers of :func:`inner_layers`, and for all others the reason why they can't lose channels."""
     flow = Network.on(model, example_inputs).flow
     prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
     names = [name for name in flow.layers if isinstance(model.get_submodule(name), prunable)]
@@ -112,8 +116,8 @@ def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], 
     return [name for name in names if name not in whole], reasons.as_text(whole)
 
 
-def left_whole(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> dict[str, str]:
-    """Say of each layer that is as wide in the dense network as in the model why that is so."""
+def reasons_of_unpruned_layers(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> dict[str, str]:
+    """Return for each layer that lost no channel in the dense network the reason why."""
     report: Any = getattr(dense, "report", None)
     flow, found = Network.on(model, example_inputs).flow, {}
     for row in report.rows if isinstance(report, DenseReport) else ():

@@ -35,7 +35,7 @@ from nni_topo.pruners.units import in_network_order, is_active
 
 
 class TopologicalMagnitudePruner(StructuredPruner):
-    """Prune single weights by magnitude, with each layer's maximum spanning tree left whole.
+    """Prune single weights by magnitude, with each layer's maximum spanning tree kept.
 
     Parameters
     ----------

@@ -165,7 +165,7 @@ class _Trial:
     def retrained(
         self, dense: nn.Module, facts: Record, report: ReportMetrics | None, rank: int, size: int
     ) -> nn.Module:
-        """Retrain in place, alone or with the group, and report every epoch; return the net."""
+        """Fine-tune the network in place, alone or with the group, and report every epoch; return the network."""
         tell = report or (lambda step, result: None)
         state = self.out / _RETRAINING if size == 1 else None
         if state is None or not state.exists():
@@ -195,7 +195,7 @@ class _Trial:
         return load_model_data(self.cell.model, replace(self.cell.data, limit=limit))
 
     def finish(self, dense: nn.Module, masks: Masks, facts: Record, seconds: float) -> Record:
-        """Measure the net and write what the trial leaves behind."""
+        """Measure the network and write the trial's files."""
         accuracy = self.start.validated(dense) if self.cell.retrain.epochs else facts["accuracy_pruned"]
         metrics: Record = {
             **facts,

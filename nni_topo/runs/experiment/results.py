@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: a table of all trials, and the best one's dense model and config_list."""
+"""The results of an experiment: a table of all trials, and the best one's dense model and config_list."""
 
 from __future__ import annotations
 
