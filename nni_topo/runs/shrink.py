@@ -174,9 +174,10 @@ class ShrinkReport:
         frame = pandas.DataFrame(rows).dropna(axis="columns", how="all")
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
+            measured = "distance and agreement are" if "agreement" in frame else "distance is"
             lines.append(
-                f"distance and agreement are those of {self.held_out} held-out images, with 95 % intervals; the "
-                f"{self.images} other images are the calibration data"
+                f"{measured} measured on {self.held_out} held-out images, with 95 % intervals; the {self.images} other "
+                "images are the calibration data"
             )
         if self.budget is not None:
             lines.append(str(self.budget))
