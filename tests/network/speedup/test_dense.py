@@ -313,7 +313,7 @@ def test_what_an_activation_makes_of_zeros_goes_into_the_bias_behind():
 
 def test_inputs_must_fit_the_model():
     with pytest.raises(
-        ConfigError, match="example_inputs must fit the model: LeNet .* use the names of these parameters"
+        ConfigError, match=r"example_inputs must fit the model: LeNet .* use the names of these parameters"
     ):
         to_dense(LeNet(), {"image": images(1, 28)}, {})
     with pytest.raises(ConfigError, match="example_inputs must be a tensor"):
