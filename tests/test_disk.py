@@ -141,7 +141,7 @@ def test_what_does_not_compute_the_same_is_not_left_behind(tmp_path):
         def forward(self, inputs):
             return inputs + torch.rand_like(inputs)
 
-    with pytest.raises(nni_topo.errors.ExportError, match="outputs must be equal"):
+    with pytest.raises(nni_topo.errors.ExportError, match="outputs of the file must equal"):
         nni_topo.export(Random(), tmp_path / "net.pt2", torch.ones(2, 3), "torch.export")
     assert not list(tmp_path.iterdir())
 

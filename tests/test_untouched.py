@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import analysis, network, recovery, zoo
 from nni_topo.errors import DataError
-from nni_topo.network.runtime.untouched import left_alone
+from nni_topo.network.runtime.untouched import fast_paths_off, left_alone
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.testing import require_unchanged, snapshot, toy_knobs
 
@@ -362,3 +362,14 @@ def test_a_model_that_keeps_the_handle_of_a_hook_is_copied_as_often_as_needed():
     small.hook.remove()
     assert not small.second._forward_hooks
     assert model.second._forward_hooks
+
+
+def test_two_threads_leave_the_fast_paths_of_attention_as_they_were():
+    first, second = fast_paths_off(), fast_paths_off()
+    before = torch.backends.mha.get_fastpath_enabled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # the one that came first ends first
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.mha.get_fastpath_enabled() == before

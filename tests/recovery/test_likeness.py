@@ -146,7 +146,7 @@ def test_the_report_has_held_out_figures_and_says_where_they_are_far_from_those_
     assert "pass more images" in text
     assert "should have more samples than a layer has unknowns" in text
     assert "warning: 63 images are too few" in repr(report)
-    assert "those of 9 held-out images, with 95 % intervals; the 63 other images are the calibration data" in repr(
+    assert "measured on 9 held-out images, with 95 % intervals; the 63 other images are the calibration data" in repr(
         report
     )
     many = nni_topo.shrink(model, [torch.randn(6000, 64)], {"flops": 0.3}, distill=False).report

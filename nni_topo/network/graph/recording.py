@@ -130,7 +130,8 @@ def _recorder_of_twice(
 ) -> _Recorder | None:
     """Record a model on twice the samples; None if it doesn't run on these, as memory is short or their number fixed.
 
-    The graph of the first run then holds for that number of samples alone.
+    The graph of the first run then holds for that number of samples alone. Lists of samples (a detector's images) are
+    not doubled by that: what fails on them is followed part by part.
     """
     try:
         with results.given():
@@ -138,6 +139,8 @@ def _recorder_of_twice(
     except SpeedupError:
         raise
     except Exception as error:  # a model fails in as many ways as it is written
+        if any(tensors_of(each) and not isinstance(each, Tensor) for each in doubled.values()):
+            raise
         _logger.info("%s is recorded for this number of samples alone: %s", type(model).__name__, error)
         let_go(error)
     return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -257,16 +258,40 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class _FastPaths:
+    """PyTorch's switch of the fast paths, which all threads share: the last one that needs them off restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = True
+
+    def turn_off(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._users += 1
+
+    def restore(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_FAST_PATHS = _FastPaths()
+
+
 @contextmanager
 def fast_paths_off() -> Iterator[None]:
     """Let attention and transformer layers compute what they say, step by step, for a while."""
     # The fast paths turn padded batches into nested tensors, on which hooks and masks can't work.
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    _FAST_PATHS.turn_off()
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        _FAST_PATHS.restore()
 
 
 @contextmanager
