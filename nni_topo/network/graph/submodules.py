@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.network.graph.nodes import on_modules
+from nni_topo.network.graph.traced_int import TracedInt
 from nni_topo.network.layers import with_heads
 from nni_topo.network.runtime import (
     Call,
@@ -184,6 +185,10 @@ class _Joined:
             function: Any = getattr(type(args[0]), str(node.target)) if node.op == "call_method" else node.target
             return function(*args, **kwargs)
         copied = self._graph.node_copy(node, known.__getitem__)
+        # a part's graph names modules, and attributes that hold sizes, as the part does
+        copied.args, copied.kwargs = map_aggregate(
+            (copied.args, copied.kwargs), lambda leaf: leaf.within(name) if isinstance(leaf, TracedInt) else leaf
+        )
         if node.op in ("call_module", "get_attr"):
             copied.target = f"{name}.{node.target}".rstrip(".")
         return copied

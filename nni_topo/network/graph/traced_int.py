@@ -47,6 +47,13 @@ class TracedInt(int):
         made.place, made.parts, made.unclear = place, parts, unclear
         return made
 
+    def within(self, name: str) -> TracedInt:
+        """Return the same number for the model that holds its module under this name."""
+        if self.place is None:
+            return self
+        inner, key, path = self.place
+        return TracedInt.of_attribute(int(self), (f"{name}.{inner}".strip("."), key, path), self.parts, self.unclear)
+
     def note_other_use(self) -> None:
         """Note that something is made of an attribute's number that the graph doesn't show."""
         if self.place is not None:

@@ -98,6 +98,33 @@ def test_channels_stay_where_anything_else_has_a_part_in_them(between):
     assert [entry["op_names"][0] for entry in groups] == ["head.convs.a", "head.convs.b"]
 
 
+class Halves(nn.Module):
+    """Adds both halves of what a convolution gives; an attribute holds their width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 6
+        self.conv = nn.Conv2d(6, 2 * self.width, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second = torch.split(self.conv(images), self.width, 1)
+        return first.relu() + second
+
+
+def test_sizes_that_attributes_of_parts_hold_are_those_of_the_whole_model():
+    torch.manual_seed(0)
+    model = Net(lambda level: None).eval()
+    model.backbone.append(nn.Sequential(Halves()))
+    groups = nni_topo.dependency_groups(model, IMAGES, ALL)
+    pruner = nni_topo.RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, IMAGES, masks)
+    assert (dense.backbone[2][0].width, dense.backbone[2][0].conv.out_channels) == (3, 6)
+    assert model.backbone[2][0].width == 6
+    torch.testing.assert_close(dense(IMAGES[:1]), nni_topo.masked_model(model, IMAGES, masks)(IMAGES[:1]))
+
+
 def test_a_model_is_left_as_it_was_by_tracers_that_fail():
     model = net(lambda level: None)
     before = {key: value.clone() for key, value in model.state_dict().items()}
