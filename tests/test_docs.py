@@ -18,6 +18,8 @@ import yaml
 import nni_topo
 from nni_topo import zoo
 from nni_topo.cli import main
+from nni_topo.pruners.registry import PRUNERS
+from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.studies.plan import ComparisonPlan
 from nni_topo.testing import STRUCTURED_CHECKS
 
@@ -95,6 +97,8 @@ def run(path, tmp_path, monkeypatch):
     # Dataclasses look their module up, and paths lead into it, as a page's are in a file of the reader's.
     module = types.ModuleType(path.stem)
     monkeypatch.setitem(sys.modules, path.stem, module)
+    for registry in (PRUNERS, RECOVERIES):  # a page registers classes of its own
+        monkeypatch.setattr(registry, "table", dict(registry.table))
     names = vars(module)
     names.update(yours(path.stem))
     for snippet in snippets(path):

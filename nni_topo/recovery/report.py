@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas
 
 P = ParamSpec("P")
-Made = TypeVar("Made")
+_Made = TypeVar("_Made")
 
 LOST = 0.9
 """Held-out error above which a layer's output counts as almost lost: a constant has an error of 1."""
@@ -121,7 +121,7 @@ def _note(layer: LayerReport) -> str:
     return ", ".join(notes)
 
 
-def signed_like(other: Callable[P, Any]) -> Callable[[Callable[..., Made]], Callable[P, Made]]:
+def signed_like(other: Callable[P, Any]) -> Callable[[Callable[..., _Made]], Callable[P, _Made]]:
     """Give a function the signature of another one, to which it passes its arguments."""
 
     def sign(function: Any) -> Any:
