@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
+from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import (
@@ -26,7 +27,7 @@ from nni_topo.errors import (
     unknown_name,
 )
 from nni_topo.network.cost import Kept, LatencyTable, NetworkCost, measure_latency, time_shares
-from nni_topo.network.runtime import inputs_of, unwrapped_copy
+from nni_topo.network.runtime import example_inputs_of, unwrapped_copy
 from nni_topo.network.speedup import to_dense
 from nni_topo.pruners.agreement import Agreement
 from nni_topo.pruners.planner import Losses, Planner
@@ -303,9 +304,11 @@ def network_time(model: nn.Module, example_inputs: Any, wanted: float) -> Callab
 
 def planned(
     budget: Budget | Mapping[str, Any] | None,
+    model: nn.Module,
     example_inputs: Any,
-    calibration: Iterable[Any] | None,
     *,
+    calibration: Iterable[Any] | None = None,
+    evaluator: Evaluator | None,
     fallback: Planner,
     allocations: Sequence[str] = ("uniform",),
 ) -> Planner:
@@ -321,8 +324,9 @@ def planned(
         )
     if budget.allocation not in allocations:
         raise unknown_name("allocation of this pruner", budget.allocation, allocations)
-    if example_inputs is None and calibration is not None:
-        example_inputs = next((inputs_of(batch) for batch in calibration), None)
-    if example_inputs is None:
-        raise ConfigError("a budget needs example_inputs or calibration data, got neither (budget)")
-    return BudgetPlanner(budget, example_inputs, round_to=fallback.round_to)
+    inputs = example_inputs_of(example_inputs, model, calibration=calibration, evaluator=evaluator)
+    if inputs is None:
+        raise ConfigError(
+            "a budget needs example_inputs, calibration data or an evaluator that evaluates, got none of them (budget)"
+        )
+    return BudgetPlanner(budget, inputs, round_to=fallback.round_to)

@@ -19,6 +19,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, Rule, whole
+from nni_topo.network.runtime import example_inputs_of
 from nni_topo.network.speedup import Network
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
@@ -74,13 +75,14 @@ class MatrixPruner(StructuredPruner):
         NNI's config_list. A ratio of 0.8 in every layer leaves a fifth of the rows *and* of the columns of an inner
         matrix, so about a twenty-fifth of its weights.
     evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning only.
+        Needed for scheduled pruning; tells the inputs where there are no ``example_inputs``.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
     norm : {1, 2}, default=2
         Order of the norm.
     example_inputs : Any, default=None
-        Inputs of the model, which tell who reads a channel, and for a ``budget``. None: rows count alone, as for NNI's
+        Inputs of the model, which tell who reads a channel, and for a ``budget``. None: the evaluator's
+        ``dummy_input`` or the first batch on which it evaluates; without an evaluator rows count alone, as for NNI's
         norm pruners.
     budget : Budget, mapping or None, default=None
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
@@ -130,12 +132,13 @@ class MatrixPruner(StructuredPruner):
         self.example_inputs = example_inputs
         self.budget = budget
         self.round_to = round_to
+        inputs = example_inputs_of(example_inputs, model, evaluator=evaluator)
         super().__init__(
             model,
             config_list,
             evaluator,
             existed_wrappers,
-            collector=RowColumnCollector(norm, example_inputs),
+            collector=RowColumnCollector(norm, inputs),
             calculator=JointNorm(norm),
-            planner=planned(budget, example_inputs, None, fallback=Planner(round_to=round_to)),
+            planner=planned(budget, model, inputs, evaluator=evaluator, fallback=Planner(round_to=round_to)),
         )

@@ -43,7 +43,7 @@ class RandomPruner(StructuredPruner):
     config_list : list of dict
         NNI's config_list.
     evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning only.
+        Needed for scheduled pruning; tells the inputs where a ``budget`` has no ``example_inputs``.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
     seed : int, default=0
@@ -51,7 +51,8 @@ class RandomPruner(StructuredPruner):
     budget : Budget, mapping or None, default=None
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     example_inputs : Any, default=None
-        Inputs of the model, for a ``budget``.
+        Inputs of the model, for a ``budget``; None: the evaluator's ``dummy_input``, or the first batch on which it
+        evaluates.
     round_to : int or None, default=None
         Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
 
@@ -93,5 +94,5 @@ class RandomPruner(StructuredPruner):
             existed_wrappers,
             collector=WeightCollector(),
             calculator=RandomMetric(seed),
-            planner=planned(budget, example_inputs, None, fallback=Planner(round_to=round_to)),
+            planner=planned(budget, model, example_inputs, evaluator=evaluator, fallback=Planner(round_to=round_to)),
         )

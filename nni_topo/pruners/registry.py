@@ -211,7 +211,7 @@ PRUNERS.register(
         "reconstruction",
         f"{_OWN}.reconstruction:ReconstructionPruner",
         "filters from which the next layers can best be solved anew",
-        needs=("calibration",),
+        needs=("calibration or evaluator",),
     ),
     PrunerInfo("energy", f"{_OWN}.energy:EnergyFilterPruner", "filters that let most of a chirp through"),
     PrunerInfo(

@@ -250,7 +250,7 @@ def test_calibration_serves_as_example_inputs():
         ({"budget": 0.5}, {}, "budget must be a Budget or a mapping of its fields or None, got 0.5"),
         ({"budget": {"flops": 0.5, "allocation": "unifrom"}}, {}, "did you mean uniform"),
         ({"budget": {"flops": 0.5}}, {"sparse_ratio": 0.5}, r"replaces sparse_ratio, got both \(config_list\[0\]\)"),
-        ({"budget": {"flops": 0.5}, "example_inputs": None}, {}, "needs example_inputs or calibration"),
+        ({"budget": {"flops": 0.5}, "example_inputs": None}, {}, "a budget needs example_inputs, .* got none of them"),
     ],
 )
 def test_bad_budgets_are_refused_before_the_model_is_wrapped(knobs, config, words):

@@ -281,7 +281,7 @@ def test_groups_of_a_grouped_convolution_lose_the_same_number():
 @pytest.mark.parametrize(
     ("knobs", "error", "message"),
     [
-        ({}, ConfigError, "ReconstructionPruner needs calibration data, got none"),
+        ({}, ConfigError, "ReconstructionPruner needs calibration data or an evaluator, got neither"),
         ({"calibration": BATCHES, "sequential": "backwards"}, ConfigError, "sequential.*backwards"),
         ({"calibration": BATCHES, "swaps": -1}, ConfigError, "swaps must be an integer of at least 0, got -1"),
         ({"calibration": BATCHES, "budget": {"flops": 2.0}}, ConfigError, r"must be in \(0, 1\], got 2.0"),

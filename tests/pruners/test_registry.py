@@ -81,7 +81,7 @@ def test_schedulers_warn_of_strange_pruners_only():
     [
         ("topologicl", {}, "pruner must be a known name, got 'topologicl'; did you mean topological"),
         ("topological", {"criterium": "cover"}, "did you mean criterion"),
-        ("reconstruction", {}, "pruner 'reconstruction' needs calibration, got none"),
+        ("reconstruction", {}, "pruner 'reconstruction' needs calibration or evaluator, got none"),
         ("taylor", {}, "pruner 'taylor' needs evaluator, training_steps"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.calibration import Calibration, bar
 from nni_topo.network.runtime.copying import detached_copy
-from nni_topo.network.runtime.inputs import bind_arguments, calls, fitting, name_of, real_positions_of
+from nni_topo.network.runtime.inputs import bind_arguments, calls, fitting, inputs_of, name_of, real_positions_of
 from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
 
 Entering = Callable[[Tensor], Any]
@@ -83,7 +83,7 @@ def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
         inputs = bind_arguments(model, (args, kwargs)) if kwargs else args
         # The first entry of a batch is the model's input. In a tuple of one, several arguments aren't taken for an
         # input with its targets.
-        seen.append((tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), inputs),))
+        seen.append((_detached(inputs),))
 
     with called(model, record):
         work()
@@ -103,16 +103,76 @@ def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: s
         return Calibration.of(calibration, knob)
     if getattr(calibration, "model", None) is not None:
         raise ConfigError(f"an evaluator that serves as {knob} must not be in use, got one that has a model ({knob})")
-    # Copies of the evaluator and of the model, so that a pruner can still initialize and bind the evaluator.
-    evaluator, evaluated = copy.copy(calibration), detached_copy(model)
-    if not evaluator._initialization_complete:
-        evaluator._init_optimizer_helpers(model)
-    evaluator.bind_model(evaluated)
+    with _bound_copy(calibration, model) as (evaluator, evaluated):
+        return Calibration(inputs_seen(evaluated, evaluator.evaluate), name=knob)
+
+
+def example_inputs_of(
+    example_inputs: Any, model: nn.Module, *, calibration: Iterable[Any] | None = None, evaluator: Evaluator | None
+) -> Any:
+    """Return the inputs with which a pruner looks at its model; None if nothing tells them.
+
+    Parameters
+    ----------
+    example_inputs : Any
+        The pruner's own argument; returned unless it is None.
+    model : torch.nn.Module
+        The model, which isn't wrapped yet. It isn't changed.
+    calibration : iterable or None, default=None
+        The pruner's calibration data, whose first batch comes next.
+    evaluator : nni.compression.utils.Evaluator or None
+        The pruner's evaluator: its ``dummy_input`` comes next, at last the first batch on which it evaluates the
+        model. The evaluation ends there. One that is in use isn't run.
+    """
+    if example_inputs is not None:
+        return example_inputs
+    if calibration is not None:
+        return next((inputs_of(batch) for batch in calibration), None)
+    if evaluator is None:
+        return None
+    # LightningEvaluator's `get_dummy_input` would take a batch of the training data
+    dummy_input = getattr(evaluator, "dummy_input", getattr(evaluator, "_dummy_input", None))
+    if dummy_input is not None:
+        return dummy_input
+    if getattr(evaluator, "model", None) is not None:
+        return None
+    with _bound_copy(evaluator, model) as (copied, evaluated):
+        return _first_inputs(evaluated, copied.evaluate)
+
+
+class _Enough(BaseException):
+    """Ends an evaluation. Not an Exception, which the user's function may catch."""
+
+
+def _first_inputs(model: nn.Module, evaluate: Callable[[], Any]) -> Any:
+    """Return the inputs with which an evaluation calls the model first; None if it never does."""
+    seen: list[Any] = []
+
+    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(_detached(bind_arguments(model, (args, kwargs)) if kwargs else args))
+        raise _Enough
+
+    with called(model, record), suppress(_Enough):
+        evaluate()
+    return seen[0] if seen else None
+
+
+@contextmanager
+def _bound_copy(evaluator: Evaluator, model: nn.Module) -> Iterator[tuple[Evaluator, nn.Module]]:
+    """Bind a copy of an evaluator to a copy of a model: a pruner can still initialize and bind the evaluator itself."""
+    copied, evaluated = copy.copy(evaluator), detached_copy(model)
+    if not copied._initialization_complete:
+        copied._init_optimizer_helpers(model)
+    copied.bind_model(evaluated)
     try:
         with evaluation_mode(evaluated), torch.no_grad():
-            return Calibration(inputs_seen(evaluated, evaluator.evaluate), name=knob)
+            yield copied, evaluated
     finally:
-        evaluator.unbind_model()
+        copied.unbind_model()
+
+
+def _detached(inputs: Any) -> Any:
+    return tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), inputs)
 
 
 def pruner_batches(calibration: Iterable[Any] | Evaluator | None, model: nn.Module) -> Calibration | None:

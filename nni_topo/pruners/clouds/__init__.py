@@ -14,7 +14,7 @@ from nni_topo.pruners.clouds.gradient import GradientCollector
 from nni_topo.pruners.clouds.weight import PREPROCESS, ActivationCollector, Preprocess, WeightCollector
 from nni_topo.pruners.hooks import DataCollector
 
-_TRACED: dict[str, Callable[..., DataCollector]] = {
+TRACED: dict[str, Callable[..., DataCollector]] = {
     "coupled": CoupledWeightCollector,
     "folded": FoldedWeightCollector,
 }
@@ -23,7 +23,7 @@ _MEASURED: dict[str, Callable[..., DataCollector]] = {
     "functional": FunctionalCollector,
     "gradient": GradientCollector,
 }
-CLOUDS = ("auto", "weight", *_TRACED, *_MEASURED)
+CLOUDS = ("auto", "weight", *TRACED, *_MEASURED)
 """Names of clouds."""
 
 
@@ -103,12 +103,14 @@ def make_collector(
         kind = "weight" if calibration is None else "functional"
     if kind == "weight":
         return WeightCollector(preprocess=preprocess)
-    if kind in _TRACED:
+    if kind in TRACED:
         if example_inputs is None:
-            raise ConfigError(f"cloud {kind!r} needs example_inputs, got none (example_inputs)")
-        return _TRACED[kind](example_inputs, preprocess=preprocess)
+            raise ConfigError(
+                f"cloud {kind!r} needs example_inputs or an evaluator that evaluates, got neither (example_inputs)"
+            )
+        return TRACED[kind](example_inputs, preprocess=preprocess)
     if calibration is None and kind == "functional":
-        raise ConfigError("cloud 'functional' needs calibration data, got none (calibration)")
+        raise ConfigError("cloud 'functional' needs calibration data or an evaluator, got neither (calibration)")
     if calibration is None and evaluator is None and kind == "gradient":
         raise ConfigError("cloud 'gradient' needs calibration data or an evaluator, got neither (calibration)")
     return _MEASURED[kind](calibration, preprocess=preprocess)

@@ -58,7 +58,8 @@ class ClusterPruner(StructuredPruner):
     budget : Budget, mapping or None, default=None
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     example_inputs : Any, default=None
-        Inputs of the model, for a ``budget``; None: the first ``calibration`` batch.
+        Inputs of the model, for a ``budget``; None: the first ``calibration`` batch, else the evaluator's
+        ``dummy_input`` or the first batch on which it evaluates.
     round_to : int or None, default=None
         Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
     seed : int, default=0
@@ -140,7 +141,14 @@ class ClusterPruner(StructuredPruner):
             existed_wrappers,
             collector=collector,
             calculator=self._metric,
-            planner=planned(budget, example_inputs, self.calibration, fallback=Planner(round_to=round_to)),
+            planner=planned(
+                budget,
+                model,
+                example_inputs,
+                calibration=self.calibration,
+                evaluator=evaluator,
+                fallback=Planner(round_to=round_to),
+            ),
         )
 
     @property

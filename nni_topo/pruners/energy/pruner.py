@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, Rule, instance, number, one_of, settings
 from nni_topo.maths import signals
 from nni_topo.maths.ties import descending
-from nni_topo.network.runtime import pruner_batches
+from nni_topo.network.runtime import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.checks import pruner_arguments
@@ -77,7 +77,8 @@ class EnergyFilterPruner(StructuredPruner):
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
     example_inputs : Any, default=None
-        Inputs of the model, which tell every layer's input size; needed by the chirp.
+        Inputs of the model, which tell every layer's input size; the chirp needs them. None: the first ``calibration``
+        batch, else the evaluator's ``dummy_input`` or the first batch on which it evaluates.
     signal : {"chirp", "data"}, Chirp, mapping or EnergyCollector, default="chirp"
         Whose responses are measured: those to a :class:`~nni_topo.Chirp`, given or by its fields: direction, sweep and
         taper, and whether it enters all input channels at once; or ``"data"``, the calibration images.
@@ -161,16 +162,19 @@ class EnergyFilterPruner(StructuredPruner):
         self.bias = bias
         self.linear = linear
         self.round_to = round_to
+        inputs = example_inputs
+        if batch_norm or signal != "data":
+            inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
         shared: dict[str, Any] = {"normalization": normalization, "batch_norm": batch_norm, "bias": bias}
         if isinstance(signal, EnergyCollector):
             collector: EnergyCollector = signal
         elif signal == "data":
             if self.calibration is None and evaluator is None:
                 raise ConfigError("signal 'data' needs calibration data or an evaluator, got neither (calibration)")
-            collector = DataEnergyCollector(example_inputs, calibration=self.calibration, **shared)
+            collector = DataEnergyCollector(inputs, calibration=self.calibration, **shared)
         else:
             chirp = None if isinstance(signal, str) else signal
-            collector = ChirpEnergyCollector(example_inputs, signal=chirp, linear=linear, **shared)
+            collector = ChirpEnergyCollector(inputs, signal=chirp, linear=linear, **shared)
         fallback = Planner(strict=True, tolerance=TOLERANCE, round_to=round_to)
         super().__init__(
             model,
@@ -179,5 +183,7 @@ class EnergyFilterPruner(StructuredPruner):
             existed_wrappers,
             collector=collector,
             calculator=CumulativeEnergyMetric(),
-            planner=planned(budget, example_inputs, self.calibration, fallback=fallback),
+            planner=planned(
+                budget, model, inputs, calibration=self.calibration, evaluator=evaluator, fallback=fallback
+            ),
         )

@@ -17,7 +17,10 @@ from nni_topo.network.speedup import Network
 def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[int, ...]]:
     """Return by name the spatial sizes that enter convolutions; ConfigError if unknown or, padded, below the kernel."""
     if example_inputs is None:
-        raise ConfigError(f"the input size of a layer must be known, got no example_inputs ({names[0]})")
+        raise ConfigError(
+            "a layer's input size must be known, from example_inputs or an evaluator that evaluates, got neither "
+            f"({names[0]})"
+        )
     planes = Network.on(model, example_inputs).planes
     for name in names:
         if name not in planes:

@@ -48,10 +48,10 @@ class ReconstructionPruner(StructuredPruner):
         ``sparse_threshold`` and ``global_group_id`` compare half the H0 death times of the layers' functional clouds,
         in units of the layer's mean, as in :class:`~nni_topo.TopologicalPruner`.
     evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning.
+        Needed for scheduled pruning; its evaluation data serve where there is no ``calibration``.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
-    calibration : iterable
+    calibration : iterable or None, default=None
         Batches of inputs, or of ``(inputs, targets)`` whose targets are ignored. A list or DataLoader, not a generator.
     sequential : bool, default=False
         Look at each layer in the network as pruned so far, the layers before it reconstructed, instead of at all
@@ -64,7 +64,8 @@ class ReconstructionPruner(StructuredPruner):
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``, or ``{"flops":
         0.25, "allocation": "error"}`` for widths by the error that channels leave.
     example_inputs : Any, default=None
-        Inputs of the model, for a ``budget``; None: the first ``calibration`` batch.
+        Inputs of the model, for a ``budget``; None: the first ``calibration`` batch, else the evaluator's
+        ``dummy_input`` or the first batch on which it evaluates.
     round_to : int or None, default=None
         Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
     seed : int, default=0
@@ -119,9 +120,9 @@ class ReconstructionPruner(StructuredPruner):
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
-        kept = pruner_batches(calibration, model)
+        kept = pruner_batches(evaluator if calibration is None else calibration, model)
         if kept is None:
-            raise ConfigError("ReconstructionPruner needs calibration data, got none (calibration)")
+            raise ConfigError("ReconstructionPruner needs calibration data or an evaluator, got neither (calibration)")
         self.calibration = calibration = kept
         self.sequential = sequential
         self.swaps = swaps
@@ -133,8 +134,10 @@ class ReconstructionPruner(StructuredPruner):
         self._problems = (SequentialProblems if sequential else ReconstructionProblems)(calibration, seed=seed)
         planner = planned(
             budget,
+            model,
             example_inputs,
-            calibration,
+            calibration=calibration,
+            evaluator=evaluator,
             fallback=Planner(round_to=round_to),
             allocations=self.allocations,
         )

@@ -19,11 +19,11 @@ from torch import nn
 
 from nni_topo.errors import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
 from nni_topo.maths.search.subsets import Generation
-from nni_topo.network.runtime import pruner_batches
+from nni_topo.network.runtime import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.checks import pruner_arguments
-from nni_topo.pruners.clouds import CLOUDS, PointCloud, make_collector
+from nni_topo.pruners.clouds import CLOUDS, TRACED, PointCloud, make_collector
 from nni_topo.pruners.clouds.weight import PREPROCESS, Preprocess
 from nni_topo.pruners.hooks import DataCollector
 from nni_topo.pruners.planner import Planner
@@ -46,7 +46,7 @@ class TopologicalPruner(StructuredPruner):
         cloud, features side by side. ``sparse_threshold`` is a tolerance: blocks are pruned as long as half the longest
         H0 death time that the cloud loses stays below it, in units of the layer's mean death time; one block is kept.
     evaluator : nni.compression.utils.Evaluator or None, default=None
-        Needed for scheduled pruning; serves the activation and gradient clouds where there is no ``calibration``.
+        Needed for scheduled pruning; its evaluation serves the clouds that need data where there is no ``calibration``.
     existed_wrappers : dict or None, default=None
         Used by ``from_compressor``.
     cloud : str, PointCloud, mapping or DataCollector, default="auto"
@@ -69,8 +69,8 @@ class TopologicalPruner(StructuredPruner):
     budget : Budget, mapping or None, default=None
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     example_inputs : Any, default=None
-        Inputs of the model, which a ``budget`` and the folded and coupled clouds need; for a budget the first
-        ``calibration`` batch serves as well.
+        Inputs of the model, which a ``budget`` and the folded and coupled clouds need; None: the first
+        ``calibration`` batch, else the evaluator's ``dummy_input`` or the first batch on which it evaluates.
     round_to : int or None, default=None
         Every layer keeps a multiple of so many channels, or all of them, and so more than asked for. None: any number.
     seed : int, default=0
@@ -153,6 +153,11 @@ class TopologicalPruner(StructuredPruner):
         self.n_jobs = n_jobs
         named = PointCloud(cloud) if isinstance(cloud, (str, DataCollector)) else cloud
         points = as_settings(PointCloud, named, "cloud")
+        inputs = example_inputs
+        if points.kind == "functional" and self.calibration is None:
+            self.calibration = pruner_batches(evaluator, model)
+        if points.kind in TRACED:
+            inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
         criterion = "hausdorff" if criterion == "auto" else criterion
         settings = SelectionSettings(criterion, self.homology_dimensions, _search(solver, criterion))
         self._metric = TopologicalMetric(
@@ -163,14 +168,14 @@ class TopologicalPruner(StructuredPruner):
             config_list,
             evaluator,
             existed_wrappers,
-            collector=make_collector(
-                points, calibration=self.calibration, example_inputs=example_inputs, evaluator=evaluator
-            ),
+            collector=make_collector(points, calibration=self.calibration, example_inputs=inputs, evaluator=evaluator),
             calculator=self._metric,
             planner=planned(
                 budget,
+                model,
                 example_inputs,
-                self.calibration,
+                calibration=self.calibration,
+                evaluator=evaluator,
                 fallback=Planner(round_to=round_to),
                 allocations=self.allocations,
             ),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nni_topo.errors import FUNCTION, NONE, ConfigError, instance, one_of, whole
 from nni_topo.maths.topology.layer_graphs import LayerGraph
 from nni_topo.network.layers import CONVOLUTIONS, graph_of_convolution
+from nni_topo.network.runtime import example_inputs_of
 from nni_topo.network.speedup import Network
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
@@ -55,7 +56,8 @@ class TopologicalMagnitudePruner(StructuredPruner):
         tree is one weight per edge. ``"toeplitz"``: the paper's, every kernel by itself from input plane to output
         plane; its trees take most weights of each kernel. ``"toeplitz_full"``: all channels and positions at once.
     example_inputs : Tensor, tuple, list, mapping of str to Any or None, default=None
-        The model's inputs; needed for the Toeplitz graphs.
+        The model's inputs, which the Toeplitz graphs need. None: the evaluator's ``dummy_input``, or the first batch on
+        which it evaluates.
     rounds : int, default=1
         Number of rounds of ``compress(max_steps, max_epochs)``, at least 1, by each of which every layer loses the same
         share of what it has left.
@@ -113,8 +115,15 @@ class TopologicalMagnitudePruner(StructuredPruner):
         rewind: Literal["initial"] | Mapping[str, Tensor] | None = None,
         on_round: Callable[[Round], None] | None = None,
     ) -> None:
-        if conv_graph != "channel" and example_inputs is None:
-            raise ConfigError(f"conv_graph {conv_graph!r} needs example_inputs, got None (TopologicalMagnitudePruner)")
+        graphs = {}
+        if conv_graph != "channel":
+            inputs = example_inputs_of(example_inputs, model, evaluator=evaluator)
+            if inputs is None:
+                raise ConfigError(
+                    f"conv_graph {conv_graph!r} needs example_inputs, or an evaluator that evaluates, got neither "
+                    "(TopologicalMagnitudePruner)"
+                )
+            graphs = _graphs(model, inputs)
         self.on_subcritical = on_subcritical
         self.conv_graph = conv_graph
         self.rounds = rounds
@@ -123,7 +132,6 @@ class TopologicalMagnitudePruner(StructuredPruner):
         self._rewind_state = _rewind_state(model, rewind)
         self.on_round = on_round
         self.history: list[Round] = []
-        graphs = _graphs(model, example_inputs) if conv_graph != "channel" else {}
         self._metric = TreeMetric(conv_graph=conv_graph, graphs=graphs, on_subcritical=on_subcritical)
         super().__init__(
             model,
