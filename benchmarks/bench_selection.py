@@ -45,7 +45,7 @@ SEARCHES = (
     ("functional", "wasserstein"),
 )
 THESIS: dict[str, dict[str, Any]] = {
-    "weight, bottleneck, genetic (perera2022)": {},
+    "perera2022, the larger of H0 and H1": {"combine": "max"},
     "perera2022, H0 and H1 added": {"combine": "sum"},
     "perera2022, H1 alone": {"homology_dimensions": [1]},
 }

@@ -167,3 +167,14 @@ def test_a_layer_of_another_kind_is_refused():
     model = toy_model()
     with pytest.raises(ConfigError, match="got the weight of a BatchNorm2d"):
         GeneticWeightPruner(model, [{"op_names": ["norm"]}], validation=BATCH)
+
+
+@pytest.mark.parametrize(("beta", "is_flat"), [(0.0, True), (1.0, False)])
+def test_a_search_without_any_order_is_told(caplog, beta, is_flat):
+    """An accuracy that never changes leaves the share of removed weights; at beta 0 that doesn't count either."""
+    pruner = GeneticWeightPruner(
+        task()[0], [{"op_names": ["0"]}], evaluate=lambda model: 0.5, search={**SMALL, "beta": beta}
+    )
+    pruner.compress()
+    assert pruner.evolution.is_flat == is_flat
+    assert ("weights are chosen at random" in caplog.text) == is_flat

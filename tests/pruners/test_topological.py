@@ -189,6 +189,29 @@ def test_perera2022_compares_diagrams_of_the_weights_without_the_origin(combine)
     assert float(fitness(kept(masks, "0")[None])[0]) == pytest.approx(pruner.trace["0.weight"][-1].best, abs=1e-12)
 
 
+def test_perera2022_searches_by_default_and_a_flat_fitness_is_told(caplog):
+    """By the larger distance, which is H0's, all subsets are equal; the sum tells them apart."""
+    points = np.random.default_rng(3).normal(size=(24, 27)).astype(np.float32)
+    config_list = [{"op_names": ["0"], "sparse_ratio": 0.5}]
+    found = {}
+    for combine in ("sum", "max"):
+        caplog.clear()
+        pruner = TopologicalPruner.perera2022(layer_of(points.tolist()), config_list, combine=combine)
+        _, masks = pruner.compress()
+        told = [each.getMessage() for each in caplog.records if "chosen at random" in each.getMessage()]
+        found[combine] = pruner.trace["0.weight"], told, kept(masks, "0")
+    first, last = found["sum"][0][0], found["sum"][0][-1]
+    assert last.best < first.best < first.mean
+    assert found["sum"][1] == []
+    assert len({(each.best, each.mean) for each in found["max"][0]}) == 1
+    assert found["max"][1] == [
+        "the criterion 'bottleneck' tells no individual of any generation from another, so these channels are chosen "
+        "at random; 'bottleneck_sum', 'hausdorff' or another degree in homology_dimensions may (0.weight)"
+    ]
+    default = TopologicalPruner.perera2022(layer_of(points.tolist()), config_list)
+    assert kept(default.compress()[1], "0").tolist() == found["sum"][2].tolist()
+
+
 def test_perera2022_refuses_the_knobs_that_it_fixes():
     with pytest.raises(ConfigError, match="knob of pruner 'perera2022' must be a known name, got 'criterion'"):
         nni_topo.create_pruner("perera2022", toy_model(), HALF, criterion="cover")

@@ -190,6 +190,12 @@ class WeightGeneticAlgorithm(GeneticAlgorithm):
         self.children = []
         self._record()
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether the individuals of each generation so far were equally fit."""
+        found = {(row.generation, row.fitness) for row in self.history}
+        return len(found) == len({generation for generation, _ in found})
+
     def genes(self, individual: Individual) -> BoolArray:
         """Return an individual's genes, shape ``(genes,)``."""
         return np.unpackbits(individual.genes, count=self.size).view(np.bool_)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from nni_topo.pruners.genetic_weight.population import PopulationAccuracy
 from nni_topo.pruners.genetic_weight.state import load_state, save_state
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext
 from nni_topo.pruners.units import PruningUnit
+
+_logger = logging.getLogger(__name__)
 
 OnGeneration = Callable[[WeightGeneticAlgorithm], bool | None]
 Accuracies = Callable[[Iterator[BoolArray]], FloatArray]
@@ -70,6 +73,12 @@ class GeneticMetric(MetricCalculator):
                 return self._after(current)
 
             search.run(after)
+        if search.is_flat:
+            _logger.warning(
+                "all individuals of all %d generations are equally fit, so weights are chosen at random; beta above 0 "
+                "prefers smaller networks (search)",
+                search.generation + 1,
+            )
         genes = search.genes(search.best())
         kept = np.split(genes, np.cumsum([unit.blocks for unit in context.units])[:-1])
         return context.keep({unit.name: own for unit, own in zip(context.units, kept, strict=True)})

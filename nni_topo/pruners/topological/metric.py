@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,8 @@ from nni_topo.network.runtime import bar
 from nni_topo.pruners.hooks import Data, KeptSet, PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, SelectionMetric
 from nni_topo.pruners.units import KeptBlocks
+
+_logger = logging.getLogger(__name__)
 
 _COPIES = 3  # of a cloud, while its distances are computed
 _CURE = "leave the layer out (exclude_op_names), or choose by norms; solver='greedy' takes less than a search"
@@ -107,22 +110,32 @@ class TopologicalMetric(SelectionMetric):
         one_by_one = get_active_backend()[0].supports_return_generator
         results = Parallel(n_jobs=self.n_jobs, return_as="generator" if one_by_one else "list")(work)
         found: dict[str, list[BoolArray]] = {}
+        flat: list[str] = []
         with bar("choosing filters", self.progress, total=len(tasks)) as shown:
-            for (_, unit, part), (kept, trace) in zip(tasks, results, strict=True):
+            for (_, unit, part), (kept, trace, is_flat) in zip(tasks, results, strict=True):
                 found.setdefault(unit.name, []).append(kept)
                 if trace:
                     self.trace[unit.part_name(part)] = trace
+                if is_flat:
+                    flat.append(unit.part_name(part))
                 shown.update()
+        if flat:
+            _logger.warning(
+                "the criterion %r tells no individual of any generation from another, so these channels are chosen at "
+                "random; 'bottleneck_sum', 'hausdorff' or another degree in homology_dimensions may (%s)",
+                self.settings.criterion,
+                ", ".join(flat),
+            )
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _chosen(
     cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings
-) -> tuple[BoolArray, list[Generation]]:
-    """Return the kept blocks of a cloud, boolean ``(size,)``, and the genetic algorithm's progress."""
+) -> tuple[BoolArray, list[Generation], bool]:
+    """Return the kept blocks of a cloud, boolean ``(size,)``, the search's progress, and whether it found no order."""
     cover, search = cloud.cover(keep), settings.search
     if search is None or keep == cloud.size:
-        return cover, []
+        return cover, [], False
     criterion, _, summed = settings.criterion.partition("_")
     fitness = topology.SubsetFitness(
         cloud.distances,
@@ -141,4 +154,4 @@ def _chosen(
         initial=cover[None] if search.greedy_start else None,
     )
     run.run()
-    return run.best_individual()[1], run.trace
+    return run.best_individual()[1], run.trace, run.is_flat

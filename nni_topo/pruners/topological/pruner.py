@@ -196,7 +196,7 @@ class TopologicalPruner(StructuredPruner):
         evaluator: Evaluator | None = None,
         existed_wrappers: dict[str, ModuleWrapper] | None = None,
         *,
-        combine: Literal["max", "sum"] = "max",
+        combine: Literal["max", "sum"] = "sum",
         homology_dimensions: Sequence[int] = (0, 1),
         preprocess: Preprocess = "none",
         search: GeneticSearch | Mapping[str, Any] | None = None,
@@ -208,17 +208,18 @@ class TopologicalPruner(StructuredPruner):
         progress: bool | None = None,
         n_jobs: int | None = 1,
     ) -> TopologicalPruner:
-        """Return a pruner in the thesis' setting.
+        """Return a pruner with our reconstruction of the thesis' setting, of which the front matter alone is public.
 
         The cloud is that of the weights, without the origin; the criterion is the bottleneck distance of the diagrams
-        in H0 and H1, minimised by a genetic algorithm that starts from random individuals.
+        in H0 and H1, added, minimised by a genetic algorithm that starts from random individuals.
 
         Parameters
         ----------
         model, config_list, evaluator, existed_wrappers
             As for the class.
-        combine : {"max", "sum"}, default="max"
-            Whether the degrees' distances are compared or added.
+        combine : {"max", "sum"}, default="sum"
+            Whether the degrees' distances are added, or the larger one counts: at a fixed ratio that is H0's, the same
+            for nearly all subsets, so that the search can't tell them apart (a warning says so).
         homology_dimensions : sequence of int, default=(0, 1)
             Degrees whose diagrams are compared.
         preprocess : {"none", "center", "standardize", "unit"}, default="none"

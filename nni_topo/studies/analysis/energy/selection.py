@@ -12,6 +12,7 @@ References
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from nni_topo.network.runtime import (
 from nni_topo.network.speedup import Network, masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
+
+_logger = logging.getLogger(__name__)
 
 METHODS = ("random", "energy", "energy, genetic", "taylor", "taylor, genetic", "loss, genetic")
 LabelledBatches = Sequence[tuple[Tensor, Tensor]]
@@ -160,6 +163,10 @@ class _Search:
         fitness = searched[method.removesuffix(", genetic")]
         search = SubsetGeneticAlgorithm(self.filters, keep, fitness, evolution, seed=self.seed)
         search.run()
+        if search.is_flat:
+            _logger.warning(
+                "%r tells no individual from another, so the filters are chosen at random (%s)", method, self.layer
+            )
         best: BoolArray = search.current_generation[0].genes
         return best
 
