@@ -43,7 +43,7 @@ MUTANTS ?=
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_devices_studies.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: fuzz faults reliability demo test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
+.PHONY: trained-packages fuzz faults reliability demo test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -84,7 +84,7 @@ test-with:
 	$(OTHER)/bin/python -m pytest $(SPREAD) $(TESTS); status=$$?; rm -rf $(OTHER); exit $$status
 
 # everything that is promised, for hours; the next call goes on where one stopped
-test-nightly: $(READY)
+test-nightly: $(READY) trained-packages
 	$(BIN)/python -m pip install --quiet --editable '.[nightly]'
 	BIN=$(BIN) $(BIN)/python tools/nightly.py $(NIGHTLY)
 
@@ -94,6 +94,12 @@ zoo: $(READY)
 	mkdir -p runs && rm -f runs/zoo.jsonl
 	YOLO_CONFIG_DIR=runs PYTHONPATH=. $(BIN)/python benchmarks/golden.py record --out runs/zoo.jsonl
 	PYTHONPATH=. $(BIN)/python benchmarks/golden.py compare benchmarks/golden/zoo.jsonl.gz runs/zoo.jsonl $(ZOO)
+
+# networks that were trained elsewhere, and scikit-image for its photos: neither needs what they name. More photos are in
+# Debian's opencv-doc and mate-backgrounds
+trained-packages: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/trained/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps 'scikit-image>=0.25,<0.27'
 
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON_LOWEST) -m venv $(LOWEST)

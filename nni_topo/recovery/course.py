@@ -53,10 +53,12 @@ class Course:
         rate: float,
         kind: dict[str, Any] | None = None,
         seconds: float | None = None,
+        warmup: float = 0.0,
         path: str | Path | None = None,
         every: float = 30.0,
     ) -> None:
         self.student, self.rate = student, rate
+        self._warmup = warmup  # share of the steps, or of the time, in which the rate rises
         norms = [each for each in student.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
         self._norms = norms if is_normed else []
         self.kind, self.path = kind or {}, None if path is None else Path(path)
@@ -81,7 +83,10 @@ class Course:
         rest = itertools.islice(batches, self.done, None)
         with _learning(self.student, self._norms):
             for share in self._shares(total, progress, grows):
-                level = (1.0 + math.cos(math.pi * share)) / 2.0
+                if share < self._warmup:
+                    level = max(share, 1.0 / total) / self._warmup
+                else:
+                    level = (1.0 + math.cos(math.pi * (share - self._warmup) / (1.0 - self._warmup))) / 2.0
                 self.optimizer.param_groups[0]["lr"] = level * self.rate
                 self.optimizer.zero_grad()
                 lesson.objective(self.student, *next(rest)).backward()

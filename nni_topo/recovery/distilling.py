@@ -28,6 +28,7 @@ from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import (
     ANYTHING,
     FLAG,
+    FUNCTION,
     NONE,
     SEED,
     ConfigError,
@@ -58,6 +59,7 @@ from nni_topo.recovery.lesson import (
     Augment,
     Lesson,
     Objective,
+    Outputs,
     is_better,
     is_blendable,
     joined,
@@ -66,7 +68,7 @@ from nni_topo.recovery.lesson import (
 from nni_topo.recovery.report import signed_like
 from nni_topo.sharing import named_tensors
 
-OBJECTIVES = ("auto", "kl", "squares")
+OBJECTIVES = ("auto", "kl", "squares", "cosine")
 
 _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
@@ -79,6 +81,9 @@ KNOBS = {
     "seconds": _POSITIVE | NONE,
     "batch_size": whole(1),
     "lr": _POSITIVE | NONE,
+    "warmup": number(0.0, 1.0, "left"),
+    "blocks": number(0.0),
+    "outputs": FUNCTION | NONE,
     "blend": FLAG,
     "state_seconds": number(0.0),
 }
@@ -190,6 +195,9 @@ def distillation(
     seconds: float | None = None,
     batch_size: int = 64,
     lr: float | None = None,
+    warmup: float = 0.0,
+    outputs: Outputs | None = None,
+    blocks: float = 0.0,
     augment: Augment | None = None,
     blend: bool = True,
     state: str | Path | None = None,
@@ -202,7 +210,8 @@ def distillation(
     if objective not in OBJECTIVES:
         raise unknown_name("objective", str(objective), OBJECTIVES)
     numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
-    check_knobs("distill", numbers | {"blend": blend, "state_seconds": state_seconds}, KNOBS)
+    others = {"warmup": warmup, "blocks": blocks, "outputs": outputs, "blend": blend, "state_seconds": state_seconds}
+    check_knobs("distill", numbers | others, KNOBS)
     SEED.check("seed", seed, "distill")
     if state is not None:
         check_output_file(path_of(state, "state"))
@@ -216,7 +225,7 @@ def distillation(
     counts = [each.samples for each in given]
     pool = joined([call for each in given for call in calls(dense, each)])
     student = _student(dense, pool)
-    lesson = Lesson(original, student, pool, objective, temperature)
+    lesson = Lesson(original, student, pool, objective, temperature, outputs=outputs, blocks=blocks)
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
     held, learned = order[::HELD_OUT], order[torch.arange(len(order)) % HELD_OUT != 0]
     if held_out is not None:
@@ -229,6 +238,7 @@ def distillation(
 
     is_blended = blend and is_blendable(pool)
     knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
+    knobs |= {"warmup": warmup, "blocks": blocks}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     rates = [lr] if lr is not None else _RATES
     seconds_left = seconds  # for the courses to come
@@ -239,6 +249,7 @@ def distillation(
             rate=rate,
             kind=kind,
             seconds=seconds_left,
+            warmup=warmup,
             path=state,
             every=state_seconds,
         )
@@ -311,11 +322,13 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         Batches like those of ``images``, to judge by; by default every eighth of ``images``, from which nothing is
         learned then. Those that :func:`nni_topo.compensate` had count for ``dense`` more than others would: what it
         never saw judges fairly.
-    objective : {"auto", "kl", "squares"}, default="auto"
+    objective : {"auto", "kl", "squares", "cosine"}, default="auto"
         ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis.
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
-        ``"auto"``: ``"kl"`` for outputs that are called ``logits`` and for a single tensor (images, classes), else
-        ``"squares"``.
+        ``"cosine"``, for one vector a sample: one minus the cosine with the unpruned network's vector, and five times
+        the squared difference of the cosines between all samples of a batch [3]_. ``"auto"``: ``"cosine"`` where
+        ``outputs`` gives vectors of length one, ``"kl"`` for outputs that are called ``logits`` and for a single tensor
+        (images, classes), else ``"squares"``.
     temperature : float, default=2.0
         Logits are divided by it, above 0; for ``"kl"``.
     steps : int, optional
@@ -329,6 +342,17 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         Learning rate of AdamW, above 0, at first; it falls along half a cosine. By default 6e-3; a result that
         would be discarded is learned once more at 2e-3, and then at 6e-4. A rate is given up early if the loss on the
         held-out images has grown tenfold after a tenth of the way, fourfold after a fifth or twofold at half.
+    warmup : float, default=0.0
+        Share of the steps, in [0, 1), in which the rate rises from zero to ``lr`` before it falls.
+    outputs : callable, optional
+        What counts of a model's output, where that is only a part or a function of it, e.g. a pooled embedding. It gets
+        what the model returned, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or
+        dict, with an entry for each sample.
+    blocks : float, default=0.0
+        Weight, at least 0, of a second loss: the squared distance of what each block puts out, over its variance in the
+        batch, as the mean over all blocks. A block is an entry of an ``nn.ModuleList`` or ``nn.Sequential`` with at
+        least two layers that have weights; those count whose output has the same shape in both networks. Padding
+        doesn't. ``original`` runs at every step then.
     augment : callable, optional
         Gets inputs as a batch holds them (a tensor; for several arguments their tuple or dict) and returns others,
         equally many. It draws from PyTorch's generators, as torchvision's transforms do. Up to eight views of the
@@ -376,7 +400,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     decay is 0. Half precision learns in single precision. The loss of ``"kl"`` is multiplied by
     the squared temperature.
 
-    Cost: a step runs ``dense`` forward and back; ``original`` runs once over the images, or over each of their views.
+    Cost: a step runs ``dense`` forward and back; ``original`` runs once over the images, or over each of their views,
+    and with ``blocks`` once more at every step.
 
     References
     ----------
@@ -384,6 +409,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
        https://arxiv.org/abs/1503.02531
     .. [2] L. Beyer et al., "Knowledge distillation: a good teacher is patient and consistent",
        https://arxiv.org/abs/2106.05237
+    .. [3] F. Tung and G. Mori, "Similarity-preserving knowledge distillation", https://arxiv.org/abs/1907.09682
 
     Examples
     --------

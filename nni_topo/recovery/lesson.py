@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax, normalize
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError, check_memory
@@ -29,10 +30,13 @@ from nni_topo.network.runtime import (
     real_positions_of,
     taken,
     tensors_of,
+    watched,
 )
 
-Objective = Literal["auto", "kl", "squares"]
+Objective = Literal["auto", "kl", "squares", "cosine"]
 Augment = Callable[[Any], Any]
+Outputs = Callable[[Any, Any], Any]
+"""Gets what a model returned and the inputs, as a batch holds them; returns what counts of it."""
 Batches = Iterator[tuple[Call, list[Tensor]]]
 
 _VIEWS = 8
@@ -41,6 +45,9 @@ _AT_ONCE = 256
 _COPIES = 3
 _LEAST_VARIANCE = 1e-12
 _TEMPERATURE = 2.0  # where nothing is learned; distillation's default
+_UNIT = 1e-3  # by how much the length of an embedding may differ from one
+# Of the similarities between the embeddings of a batch, beside those of an embedding with the unpruned network's.
+_SIMILARITIES = 5.0
 
 
 # Networks whose outputs are class scores gain accuracy by distillation although the distance of the scores grows, by up
@@ -66,8 +73,19 @@ def is_better(after: Judgement, before: Judgement) -> bool:
 class Lesson:
     """The unpruned network's outputs for some images, and how far another network is from them."""
 
-    def __init__(self, unpruned: nn.Module, student: nn.Module, pool: Call, objective: str, temperature: float) -> None:
+    def __init__(
+        self,
+        unpruned: nn.Module,
+        student: nn.Module,
+        pool: Call,
+        objective: str,
+        temperature: float,
+        *,
+        outputs: Outputs | None = None,
+        blocks: float = 0.0,
+    ) -> None:
         self._unpruned, self._pool, self._temperature = unpruned, pool, temperature
+        self._outputs = outputs
         self._place = _place_of(student)
         self._wanted, likely = self._answers(pool)
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
@@ -78,6 +96,19 @@ class Lesson:
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
+        if self.kind == "cosine" and any(len(shape) != 1 for shape in shapes):
+            raise ConfigError(
+                f"objective='cosine' must have one vector for each sample, got outputs of shapes {expected}: outputs= "
+                "says how they become one (objective)"
+            )
+        self._blocks = blocks  # weight of the blocks' outputs in what is learned
+        self._block_names = (
+            shared_blocks(unpruned, student, taken(pool, torch.arange(1)), self._place) if blocks else []
+        )
+        if blocks and not self._block_names:
+            raise ConfigError(
+                f"blocks must be 0 where no block's output has the same shape in both models, got {blocks} (blocks)"
+            )
 
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
         """Compare a network with the unpruned one on some of the images, in evaluation mode."""
@@ -95,8 +126,27 @@ class Lesson:
         return Judgement(loss / len(index), agreement, distance / len(index))
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
-        """Return the mean loss on a call for which the unpruned network says `wanted`."""
-        return self._loss(*self._compared(student, call, wanted))
+        """Return the mean loss on a call for which the unpruned network says `wanted`; with that of the blocks."""
+        if not self._block_names:
+            return self._loss(*self._compared(student, call, wanted))
+        theirs: dict[str, Tensor] = {}
+        mine: dict[str, Tensor] = {}
+        args, kwargs = on_device(call, device_of(self._unpruned))
+        with evaluation_mode(self._unpruned), torch.no_grad(), _blocks_seen(self._unpruned, self._block_names, theirs):
+            self._unpruned(*args, **kwargs)
+        with _blocks_seen(student, self._block_names, mine):
+            found, wanted = self._compared(student, call, wanted)
+        real = real_positions_of(student, call)
+        off = []
+        for name in self._block_names:
+            states = [mine[name], theirs[name].to(mine[name])]
+            one, other = (
+                each.flatten(0, -2) if each.dim() > 2 and real is not None else each for each in _unpadded(states, real)
+            )
+            # A share of the variance over this batch, so that all blocks count alike whatever their scale.
+            variance = (other - other.mean(0)).square().mean() + _LEAST_VARIANCE
+            off.append((one - other).square().mean() / variance)
+        return self._loss(found, wanted) + self._blocks * torch.stack(off).mean()
 
     def _compared(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return what a model gives, and what is wanted, where both count."""
@@ -114,6 +164,8 @@ class Lesson:
     def _loss(self, found: list[Tensor], wanted: list[Tensor]) -> Tensor:
         if self.kind == "squares":
             return self._distance(found, wanted)
+        if self.kind == "cosine":
+            return torch.stack([_cosine_loss(*pair) for pair in zip(found, wanted, strict=True)]).mean()
         t = self._temperature
         losses = [
             kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
@@ -146,13 +198,61 @@ class Lesson:
         with evaluation_mode(self._unpruned), torch.no_grad():
             for part in _together(torch.arange(len(tensors_of(call)[0]))):
                 args, kwargs = on_device(taken(call, part), place)
-                outputs, kind = outputs_of(self._unpruned(*args, **kwargs), len(part))
+                outputs, kind = read_outputs(self._unpruned(*args, **kwargs), (args, kwargs), len(part), self._outputs)
                 found.append(on_device(outputs, self._place[0]))
         return [torch.cat(each).to(self._place[1]) for each in zip(*found, strict=True)], kind
 
     def _run(self, student: nn.Module, call: Call) -> list[Tensor]:
         args, kwargs = cast_floats(call, self._place[1])
-        return outputs_of(student(*args, **kwargs), len(tensors_of(call)[0]))[0]
+        return read_outputs(student(*args, **kwargs), (args, kwargs), len(tensors_of(call)[0]), self._outputs)[0]
+
+
+def _cosine_loss(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Return how far embeddings turn from the unpruned network's, and their similarities to each other from theirs."""
+    one, other = normalize(mine, dim=1), normalize(theirs, dim=1)
+    turned = 1.0 - (one * other).sum(1).mean()
+    # The order of neighbours is in the similarities; what turns all embeddings alike leaves them as they are.
+    return turned + _SIMILARITIES * (one @ one.T - other @ other.T).square().mean()
+
+
+def shared_blocks(
+    unpruned: nn.Module, student: nn.Module, call: Call, place: tuple[torch.device, torch.dtype]
+) -> list[str]:
+    """Return the blocks whose output has the same shape in both networks: in order, each called once.
+
+    A block is an entry of an ``nn.ModuleList`` or ``nn.Sequential`` that holds at least two layers with weights.
+    """
+    shapes: list[dict[str, Any]] = []
+    for net in (unpruned, student):
+        names = [
+            f"{parent}.{key}".lstrip(".")
+            for parent, module in net.named_modules()
+            if isinstance(module, (nn.ModuleList, nn.Sequential))
+            for key, child in module._modules.items()
+            if child is not None and sum(bool(list(each.parameters(recurse=False))) for each in child.modules()) > 1
+        ]
+        seen: dict[str, Tensor] = {}
+        args, kwargs = on_device(cast_floats(call, place[1]) if net is student else call, device_of(net))
+        with evaluation_mode(net), torch.no_grad(), _blocks_seen(net, names, seen):
+            net(*args, **kwargs)
+        shapes.append({name: each.shape for name, each in seen.items()})
+    return [name for name, shape in shapes[0].items() if shapes[1].get(name) == shape]
+
+
+@contextmanager
+def _blocks_seen(net: nn.Module, names: Sequence[str], seen: dict[str, Tensor]) -> Iterator[None]:
+    """Collect the first floating tensor that each of some modules returns within the block."""
+
+    def look(name: str) -> Callable[[Tensor, Any], None]:
+        def keep(_: Tensor, output: Any) -> None:
+            tensors = [each for each in tensors_of(output) if each.is_floating_point() and each.dim() > 1]
+            if tensors:
+                seen[name] = tensors[0]
+
+        return keep
+
+    with watched(leaving=[(net.get_submodule(name), look(name)) for name in names]):
+        yield
 
 
 def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
@@ -171,12 +271,26 @@ def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
     return ordered[0].device, ordered[0].dtype
 
 
-def judged(unpruned: nn.Module, nets: Sequence[nn.Module], images: Iterable[Any]) -> list[Judgement]:
+def judged(
+    unpruned: nn.Module, nets: Sequence[nn.Module], images: Iterable[Any], outputs: Outputs | None = None
+) -> list[Judgement]:
     """Compare several networks with the unpruned one, as :meth:`Lesson.judge` does, on all of some images."""
     pool = joined(list(calls(nets[0], images)))
     students = [student_copy(net, pool) for net in nets]
-    lesson = Lesson(unpruned, students[0], pool, "auto", _TEMPERATURE)
+    lesson = Lesson(unpruned, students[0], pool, "auto", _TEMPERATURE, outputs=outputs)
     return [lesson.judge(net, torch.arange(len(tensors_of(pool)[0]))) for net in students]
+
+
+def read_outputs(found: Any, call: Call, count: int, outputs: Outputs | None) -> tuple[list[Tensor], str]:
+    """Return what `outputs` makes of a model's output for a call, and the objective that suits it, as `outputs_of`."""
+    if outputs is None:
+        return outputs_of(found, count)
+    args, kwargs = call
+    read = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
+    tensors, kind = outputs_of(read, count)
+    if all(each.dim() == 2 and bool((each.detach().norm(dim=1) - 1.0).abs().max() <= _UNIT) for each in tensors):
+        kind = "cosine"
+    return tensors, kind
 
 
 def outputs_of(found: Any, count: int) -> tuple[list[Tensor], str]:

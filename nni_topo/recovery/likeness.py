@@ -21,7 +21,7 @@ from nni_topo.network.runtime import (
     real_positions_of,
     tensors_of,
 )
-from nni_topo.recovery.lesson import outputs_of
+from nni_topo.recovery.lesson import Outputs, read_outputs
 
 _Z = 1.959964  # 95 % of a normal distribution
 _TAIL = 0.975
@@ -60,11 +60,11 @@ class Answers:
     Distances are shares of the variance over all parts, so that a small part doesn't need one of its own.
     """
 
-    def __init__(self, model: nn.Module, *parts: Calibration) -> None:
-        self._model, self._parts = model, parts
+    def __init__(self, model: nn.Module, *parts: Calibration, outputs: Outputs | None = None) -> None:
+        self._model, self._parts, self._outputs = model, parts, outputs
         self._wanted = [BatchStore() for _ in parts]
         for part, store in zip(parts, self._wanted, strict=True):
-            for answer in _answers(model, part):
+            for answer in _answers(model, part, outputs):
                 store.append((answer.outputs, answer.are_logits, answer.real, answer.samples))
         self._scales = _scales([_Answer(*each) for store in self._wanted for each in store])
 
@@ -77,7 +77,7 @@ class Answers:
         for part, store in zip(self._parts, self._wanted, strict=True):
             distances: list[float] = []  # of each image
             agreed: list[float] = []
-            for mine, kept in zip(_answers(net, part), store, strict=True):
+            for mine, kept in zip(_answers(net, part, self._outputs), store, strict=True):
                 theirs = _Answer(*kept)
                 distances += self._distances(mine, theirs)
                 agreed += _agreements(mine, theirs)
@@ -105,7 +105,7 @@ class Answers:
         return found
 
 
-def _answers(net: nn.Module, images: Calibration) -> Iterator[_Answer]:
+def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None) -> Iterator[_Answer]:
     """Run a network over images, in evaluation mode."""
     with evaluation_mode(net), torch.no_grad():
         for index, call in enumerate(calls(net, images)):
@@ -114,15 +114,15 @@ def _answers(net: nn.Module, images: Calibration) -> Iterator[_Answer]:
                 found = net(*call[0], **call[1])
             real = real_positions_of(net, call)
             try:
-                outputs, kind = outputs_of(found, count)
+                read, kind = read_outputs(found, call, count, outputs)
             except ConfigError:
                 # Such as lists of boxes: without an entry per image, a batch is one sample.
-                outputs = [each.flatten()[None] for each in tensors_of(found) if each.is_floating_point()]
-                if not outputs:
+                read = [each.flatten()[None] for each in tensors_of(found) if each.is_floating_point()]
+                if not read:
                     raise
                 kind, real, count = "squares", None, 1
             yield _Answer(
-                outputs=[each.detach().cpu() for each in outputs],
+                outputs=[each.detach().cpu() for each in read],
                 are_logits=kind == "kl",
                 real=None if real is None else real.cpu(),
                 samples=count,

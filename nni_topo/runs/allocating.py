@@ -14,7 +14,7 @@ from nni_topo.maths.ties import first_smallest
 from nni_topo.network.runtime import HELD_OUT, Calibration
 from nni_topo.pruners.budget import AUTO
 from nni_topo.pruners.registry import PRUNERS, pruner_info
-from nni_topo.recovery.lesson import judged
+from nni_topo.recovery.lesson import Outputs, judged
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,11 @@ def check_held_out(images: Calibration, held_out: Calibration | None) -> Calibra
     return held_out
 
 
-def compared(original: nn.Module, tries: Mapping[str, nn.Module], held_out: Iterable[Any]) -> tuple[Tried, ...]:
+def compared(
+    original: nn.Module, tries: Mapping[str, nn.Module], held_out: Iterable[Any], outputs: Outputs | None = None
+) -> tuple[Tried, ...]:
     """Judge dense networks by allocation; of those that lose equally little the first is chosen."""
-    found = judged(original, list(tries.values()), held_out)
+    found = judged(original, list(tries.values()), held_out, outputs)
     best = first_smallest([each.loss if math.isfinite(each.loss) else math.inf for each in found])
     return tuple(
         Tried(name, each.loss, each.agreement, is_chosen=at == best)

@@ -67,7 +67,7 @@ from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_in
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.distilling import Verdict
-from nni_topo.recovery.lesson import MOST_DISTANCE, check_one_shape
+from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs, check_one_shape
 from nni_topo.recovery.likeness import Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.registry import RECOVERIES
@@ -215,6 +215,7 @@ def shrink(
     compensate: str | RecoveryMethod | Compensate | None = "reconstruct",
     distill: Mapping[str, Any] | Distill | bool = True,
     narrow_heads: bool = True,
+    outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     round_to: int | Literal["auto"] | None = None,
     seed: int = 0,
@@ -256,6 +257,9 @@ def shrink(
     narrow_heads : bool, default=True
         Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
         :func:`nni_topo.narrow_heads` can. Not done for a latency budget, nor with ``round_to``.
+    outputs : callable, optional
+        What counts of the model's output, as for :func:`nni_topo.distill`: the report, the allocation and distillation
+        look at nothing else.
     evaluate : callable, optional
         A function of a network in evaluation mode that returns a number for the report, e.g. its accuracy.
     round_to : int or "auto", optional
@@ -297,11 +301,11 @@ def shrink(
     """
     calibration = batches_of(images, model, "images")
     budget = as_settings(Budget, budget, "budget")
-    _check(model, budget, pruner, knobs, compensate, distill, evaluate)
+    _check(model, budget, pruner, knobs, compensate, distill, outputs, evaluate)
     data = _split(calibration, model)
     if distill is True or isinstance(distill, Mapping):
         check_one_shape(calls(model, data.all))
-    measured = _Measurements(model, data, evaluate)
+    measured = _Measurements(model, data, evaluate, outputs)
     measured.add("unpruned", model)
     prunable = _layers_to_prune(model, data.example, layers)
     width_unit = widths_multiple(round_to, device_of(model))
@@ -311,7 +315,7 @@ def shrink(
     )
     tried: tuple[Tried, ...] = ()
     if budget.allocation == AUTO:
-        recovered, tried = _best_allocation(plan, budget, data)
+        recovered, tried = _best_allocation(plan, budget, data, outputs)
         measured.add("pruned", recovered.pruned.dense)
     else:
         pruned = _prune(plan, budget, data.learned)
@@ -322,7 +326,7 @@ def shrink(
         measured.add("reconstructed", recovered.dense)
     # Read before distillation: a function of the caller's may distil in place.
     layer_report: Any = recovered.dense.report
-    final, verdict = _distill(plan, recovered, data, distill)
+    final, verdict = _distill(plan, recovered, data, distill, outputs)
     if distill is not False:
         measured.add("distilled", final)
     report: Any = ShrinkReport(
@@ -485,19 +489,25 @@ def _compensate(plan: _Plan, pruned: _Pruned, images: Calibration) -> _Recovered
     return _Recovered(pruned, to_dense(full, plan.example, pruned.masks, round_to=plan.round_to), report)
 
 
-def _best_allocation(plan: _Plan, budget: Budget, data: _Data) -> tuple[_Recovered, tuple[Tried, ...]]:
+def _best_allocation(
+    plan: _Plan, budget: Budget, data: _Data, outputs: Outputs | None
+) -> tuple[_Recovered, tuple[Tried, ...]]:
     """Distribute the budget in each way that the pruner offers, and keep the network nearest to the unpruned one."""
     judges = check_held_out(data.all, data.held_out)
     candidates: dict[str, _Recovered] = {}
     for name in allocations_to_try(plan.pruner):
         own: Any = replace(budget, allocation=name)  # type: ignore[arg-type]
         candidates[name] = _compensate(plan, _prune(plan, own, data.learned), data.learned)
-    tried = compared(plan.model, {name: each.dense for name, each in candidates.items()}, judges)
+    tried = compared(plan.model, {name: each.dense for name, each in candidates.items()}, judges, outputs)
     return next(candidates[each.allocation] for each in tried if each.is_chosen), tried
 
 
 def _distill(
-    plan: _Plan, recovered: _Recovered, data: _Data, distill: Mapping[str, Any] | Distill | bool
+    plan: _Plan,
+    recovered: _Recovered,
+    data: _Data,
+    distill: Mapping[str, Any] | Distill | bool,
+    outputs: Outputs | None,
 ) -> tuple[nn.Module, Verdict | None]:
     """Distil the dense network, if asked to, and return it with the figures that decided whether weights are kept.
 
@@ -507,7 +517,12 @@ def _distill(
         return recovered.dense, None
     if callable(distill):
         return _checked_network(distill(recovered.dense, plan.model, data.learned), "distill"), None
-    knobs: dict[str, Any] = {"held_out": data.held_out, "seed": plan.seed, "progress": plan.progress}
+    knobs: dict[str, Any] = {
+        "held_out": data.held_out,
+        "outputs": outputs,
+        "seed": plan.seed,
+        "progress": plan.progress,
+    }
     given: Mapping[str, Any] = {} if distill is True else distill
     done = distillation(recovered.dense, plan.model, data.learned, **knobs | dict(given))
     return done.model, done.verdict
@@ -522,9 +537,10 @@ class _Measurements:
         model: nn.Module,
         data: _Data,
         evaluate: Callable[[nn.Module], float] | None,
+        outputs: Outputs | None = None,
     ) -> None:
         judges = [data.learned] if data.held_out is None else [data.learned, data.held_out]
-        self._answers = Answers(model, *judges)
+        self._answers = Answers(model, *judges, outputs=outputs)
         self._data, self._evaluate = data, evaluate
         self.stages: list[Stage] = []
         self._began = time.perf_counter()
@@ -671,12 +687,14 @@ def _check(
     knobs: Mapping[str, Any] | None,
     compensate: Any,
     distill: Any,
+    outputs: Any,
     evaluate: Any,
 ) -> None:
     """Check what can be checked before anything runs."""
     check_model(model)
     (instance(Mapping) | NONE).check("knobs", knobs, "shrink")
     (FUNCTION | NONE).check("evaluate", evaluate, "shrink")
+    (FUNCTION | NONE).check("outputs", outputs, "shrink")
     if isinstance(pruner, type):
         raise ConfigError(f"pruner must be a pruner's name, or a function, got the class {pruner.__name__} (shrink)")
     if not callable(pruner):

@@ -1,0 +1,202 @@
+"""Distillation towards what is read of a model's output, and towards what its blocks put out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distill_nets import Narrow, batches, inputs, pair
+from torch import nn
+from torch.nn.functional import normalize
+
+import nni_topo
+from nni_topo.errors import ConfigError
+from nni_topo.recovery import distill, distillation
+from nni_topo.recovery.course import Course
+from nni_topo.recovery.lesson import Lesson, shared_blocks
+
+
+def unit(output, _):
+    return normalize(output, dim=1)
+
+
+def by_hand(mine, theirs):
+    """Return one minus the mean cosine, and five times the squared difference of all pairs' cosines."""
+    mine, theirs = normalize(mine.double(), dim=1), normalize(theirs.double(), dim=1)
+    count = len(mine)
+    pairs = [(float(mine[a] @ mine[b]) - float(theirs[a] @ theirs[b])) ** 2 for a in range(count) for b in range(count)]
+    return 1.0 - float((mine * theirs).sum(1).mean()) + 5.0 * sum(pairs) / count**2
+
+
+def test_vectors_of_length_one_are_compared_by_their_cosines():
+    dense, original = pair()
+    held = inputs(16, seed=5)
+    found = distillation(dense, original, batches(), held_out=[held], outputs=unit, steps=60, lr=0.01)
+    assert found.objective == "cosine"
+    with torch.no_grad():
+        assert found.loss_before == pytest.approx(by_hand(dense(held), original(held)), rel=1e-4)
+        assert found.loss_after == pytest.approx(by_hand(found.model(held), original(held)), rel=1e-4)
+    assert found.loss_after < 0.7 * found.loss_before
+    assert found.agreement_after != found.agreement_after  # NaN: there are no classes
+
+
+def test_lengths_do_not_count_for_cosines():
+    _, original = pair()
+    longer = nn.Sequential(original, Times(3.0))
+    lesson = Lesson(original, longer, ((inputs(32),), {}), "cosine", 2.0)
+    assert lesson.judge(longer, torch.arange(32)).loss == pytest.approx(0.0, abs=1e-6)
+    assert lesson.judge(longer, torch.arange(32)).distance > 1.0
+
+
+def test_outputs_get_what_the_model_returned_and_the_batch():
+    """Only the first two of four numbers count, of a tuple, and the batch is a mapping with more than the inputs."""
+    dense, original = pair("tuple")
+    seen = []
+
+    def first_two(output, batch):
+        seen.append(batch)
+        return output[0][:, :2]
+
+    given = [{"inputs": each} for each in batches()]
+    found = distillation(dense, original, given, outputs=first_two, objective="squares", steps=150, lr=0.02)
+    assert all(set(each) == {"inputs"} for each in seen)
+    held = inputs(64, seed=7)
+    with torch.no_grad():
+        off = [(net(held)[0] - original(held)[0]).square().mean(0) for net in (dense, found.model)]
+    assert off[1][:2].sum() < 0.3 * off[0][:2].sum()
+    # What isn't read is not learned.
+    assert off[1][2:].sum() > 0.5 * off[0][2:].sum()
+
+
+def test_outputs_that_are_not_unit_vectors_keep_their_objective():
+    dense, original = pair()
+    found = distillation(dense, original, batches(), outputs=lambda output, _: output, steps=2)
+    assert found.objective == "kl"
+
+
+def test_the_shrink_report_looks_at_what_is_read_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 6))
+    images = [torch.randn(256, 8, generator=torch.Generator().manual_seed(1))]
+    small = nni_topo.shrink(model, images, {"flops": 0.5}, outputs=unit, distill={"steps": 60, "lr": 0.003})
+    assert small.report.distillation.objective == "cosine"
+    assert [stage.agreement != stage.agreement for stage in small.report.stages] == [True] * 4
+    held = images[0][7::8]
+    with torch.no_grad():
+        mine, theirs = normalize(small(held), dim=1), normalize(model(held), dim=1)
+        variance = normalize(model(images[0]), dim=1).var(0, correction=0).sum()
+    assert small.report.stages[-1].distance == pytest.approx(
+        float((mine - theirs).square().sum(1).mean() / variance), rel=1e-3
+    )
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, inputs):
+        return self.factor * inputs
+
+
+class Block(nn.Module):
+    """A residual block, with a hidden layer of any width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.expand, self.project = nn.Linear(8, width), nn.Linear(width, 8)
+
+    def forward(self, states):
+        return states + self.project(torch.relu(self.expand(states)))
+
+
+class Stack(nn.Module):
+    """Three blocks and a head that has two layers; padding is masked, if anything."""
+
+    def __init__(self, width, head=8):
+        super().__init__()
+        torch.manual_seed(width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+        self.heads = nn.Sequential(nn.Sequential(nn.Linear(8, head), nn.Linear(head, 3)))
+
+    def forward(self, states, attention_mask=None):
+        for block in self.blocks:
+            states = block(states)
+        return self.heads(states)
+
+
+def test_blocks_are_found_and_their_outputs_learned():
+    dense, original = Stack(4), Stack(16)
+    states = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+    names = shared_blocks(original, dense, ((states[:1],), {}), (torch.device("cpu"), torch.float32))
+    assert names == ["blocks.0", "blocks.1", "blocks.2", "heads.0"]
+    plain, with_blocks = (
+        distill(dense, original, [states], steps=200, lr=0.003, blocks=weight, objective="squares")
+        for weight in (0.0, 2.0)
+    )
+
+    def off(net):
+        with torch.no_grad():
+            one, other = net.blocks[0](states), original.blocks[0](states)
+        return float((one - other).square().mean())
+
+    assert off(with_blocks) < 0.7 * off(plain)
+
+
+def test_the_loss_of_blocks_is_a_share_of_their_variance_over_real_positions():
+    dense, original = Stack(4), Stack(16)
+    states = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(5) < torch.tensor([5, 4, 3, 5, 2, 1])[:, None]).long()
+    call = ((), {"states": states, "attention_mask": mask})
+    lesson = Lesson(original, dense, call, "squares", 2.0, blocks=3.0)
+    real = mask.bool()
+    with torch.no_grad():
+        wanted = [original(states)]
+        shares, mine, theirs = [], states, states
+        for one, other in zip(dense.blocks, original.blocks, strict=True):
+            mine, theirs = one(mine), other(theirs)
+            shares.append((mine[real] - theirs[real]).square().mean() / theirs[real].var(0, correction=0).mean())
+        mine, theirs = dense(states)[real], original(states)[real]
+        shares.append((mine - theirs).square().mean() / theirs.var(0, correction=0).mean())
+        plain = lesson._loss([mine], [theirs])
+        found = lesson.objective(dense, call, wanted)
+    assert float(found) == pytest.approx(float(plain + 3.0 * sum(shares) / 4), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"blocks": -1.0}, "blocks must be at least 0 and finite, got -1.0"),
+        ({"blocks": 1.0}, "blocks must be 0 where no block's output has the same shape in both models, got 1.0"),
+        ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0"),
+        ({"outputs": "pooled"}, "outputs must be a function or None, got 'pooled'"),
+        ({"objective": "cosine", "outputs": lambda output, _: output[:, None]}, "must have one vector for each sample"),
+        ({"outputs": lambda output, _: output.sum()}, "must hold a floating tensor with an entry per image"),
+    ],
+)
+def test_bad_knobs_are_refused(knobs, message):
+    dense, original = pair()
+    with pytest.raises(ConfigError, match=message):
+        distill(dense, original, batches(), **knobs)
+
+
+def test_the_rate_rises_and_falls():
+    dense, original = pair()
+    rates = []
+
+    class Seen(Lesson):
+        def objective(self, student, call, wanted):
+            rates.append(course.optimizer.param_groups[0]["lr"])
+            return super().objective(student, call, wanted)
+
+    pool = ((inputs(64),), {})
+    lesson = Seen(original, dense, pool, "kl", 2.0)
+    course = Course(dense, is_normed=False, rate=0.01, warmup=0.2)
+    course.run(lesson, lesson.batches(torch.arange(64), 64, 0, None, False), 20, False)
+    # The first of four rising steps has a share of a twentieth where one of nothing would be lost.
+    assert rates[:5] == pytest.approx([0.0025, 0.0025, 0.005, 0.0075, 0.01])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[12] == pytest.approx(0.005, rel=1e-6)  # halfway down
+
+
+def test_narrow_net_has_no_blocks():
+    assert shared_blocks(Narrow(4), Narrow(4), ((inputs(1),), {}), (torch.device("cpu"), torch.float32)) == []
