@@ -65,7 +65,11 @@ def keep_highest(unit: PruningUnit, scores: FloatArray, rows: int) -> NDArray[np
 
 
 def _add_aligned(masks: Masks, context: PruningContext) -> None:
-    """Add the masks of targets that follow another one, such as a bias its weight."""
+    """Add the masks of targets that follow another one, such as a bias its weight.
+
+    As in NNI, a follower with a ratio or a group of its own keeps its own mask, and one with a threshold of its own
+    loses both what the threshold removes and what the other target loses.
+    """
     aligned, _ = target_spaces_filter(context.target_spaces, lambda space: space.align is not None)
     followers: dict[str, dict[str, object]] = defaultdict(dict)
     for module_name, spaces in aligned.items():
@@ -74,6 +78,11 @@ def _add_aligned(masks: Masks, context: PruningContext) -> None:
             has_value = space.type is not TargetType.PARAMETER or space.target is not None
             if not has_value or space.align["target_name"] not in masks.get(source, {}):
                 continue
+            has_own_rule = space.sparse_ratio is not None or space.dependency_group_id is not None
+            if has_own_rule and target_name in masks.get(module_name, {}):
+                continue
             followers[module_name][target_name] = space
     for module_name, found in _expand_masks(_generate_align_sparsity(masks, followers), followers).items():
-        masks[module_name].update(found)
+        for target_name, mask in found.items():
+            own = masks[module_name].get(target_name)
+            masks[module_name][target_name] = mask if own is None else (own * mask).bool().float()

@@ -152,9 +152,15 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
     """
     module, blocks = space._wrapper.module, math.prod(block_shape(space))
     channels = output_channels(module) or 0
+    place = f"{space._wrapper.name}.{space._target_name}"
+    if weight_of(module).shape != space.target.shape:
+        raise ConfigError(
+            f"{what} need the weight of a layer, got another target with a rule of its own ({place}); without one it "
+            "loses what the weight loses"
+        )
     if space.granularity == "out_channel" and blocks == channels and channel_dimension(module) == 0:
         return np.arange(channels)[:, None]
-    whole = channels > 0 and channels % blocks == 0 and weight_of(module).shape == space.target.shape
+    whole = channels > 0 and channels % blocks == 0
     if whole and space._scaler is not None:
         owners = spread(module, torch.arange(channels), torch.int32)
         rows = space._scaler.shrink(owners, lambda block: block, keepdim=True).reshape(blocks, -1).sort(1)[0]
@@ -164,7 +170,7 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
             return found
     raise ConfigError(
         f"{what} need layers pruned by output channel, got a {type(module).__name__} of {channels} channels in "
-        f"{blocks} blocks of granularity {space.granularity!r} ({space._wrapper.name}.{space._target_name})"
+        f"{blocks} blocks of granularity {space.granularity!r} ({place})"
     )
 
 

@@ -132,7 +132,14 @@ def readers_of(
     """Return the layers that read a unit, strengths being norms of this order; ConfigError if none reads it."""
     lead, target = unit.members[0]
     outputs = output_blocks(context.target_spaces[lead][target], "clouds of what is read")
-    if lead not in flow.layers or not np.array_equal(np.sort(flow.units(lead)), outputs):
+    together = np.sort(flow.units(lead)) if lead in flow.layers else None
+    if together is not None and outputs.shape[1] > together.shape[1]:
+        raise LayerError(
+            "a block must hold only channels that have to stay together, got blocks of "
+            f"{outputs.shape[1]} where {together.shape[1]} must ({unit.name}); round_to keeps multiples of channels",
+            [lead],
+        )
+    if together is None or not np.array_equal(together, outputs):
         raise LayerError(
             f"coupled channels must be in one dependency group, as dependency_groups makes them ({unit.name})",
             [lead],

@@ -105,8 +105,11 @@ def _count(labels: IntArray) -> int:
 
 
 def _cap(unit: PruningUnit) -> int:
-    """Return how many rows of a unit may be pruned: at most its own ratio, if it has one, and its maximum ratio."""
-    _, most = unit.removable_rows
+    """Return how many rows of a unit may be pruned: at most its own ratio, if it has one, and its maximum ratio.
+
+    A minimum ratio above its own ratio takes that one's place, as in NNI.
+    """
+    fewest, most = unit.removable_rows
     if unit.sparse_ratio is None or unit.global_group_id is not None:
         return most
-    return min(most, int(unit.rows * unit.sparse_ratio))
+    return min(most, max(fewest, int(unit.rows * unit.sparse_ratio)))

@@ -140,7 +140,7 @@ def _chosen(
     fitness = topology.SubsetFitness(
         cloud.distances,
         criterion,
-        homology_dimensions=settings.homology_dimensions,
+        homology_dimensions=_degrees(cloud, settings),
         base=cloud.base,
         engine=search.engine,
         combine="sum" if summed else "max",
@@ -155,3 +155,11 @@ def _chosen(
     )
     run.run()
     return run.best_individual()[1], run.trace, run.is_flat
+
+
+def _degrees(cloud: Cloud, settings: SelectionSettings) -> tuple[int, ...]:
+    """Return the degrees in which diagrams are compared: points on a line, such as single weights, have no loops."""
+    degrees = settings.homology_dimensions
+    if 0 in degrees and cloud.points.shape[1] == 1:
+        return (0,)
+    return degrees

@@ -1,0 +1,53 @@
+"""What each pruner makes of each key of a config_list, against NNI's pruners and against the page that says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from config_keys import CASES, OWN, kept, plain, table, written
+
+import nni_topo
+from nni_topo.pruners.selection import Cloud
+from nni_topo.pruners.topological.metric import SelectionSettings, _chosen
+from nni_topo.pruners.topological.pruner import GeneticSearch
+
+
+def test_the_page_says_what_every_pruner_makes_of_every_key() -> None:
+    assert written() == table()
+
+
+def test_the_table_can_tell_pruners_apart() -> None:
+    """NNI's own pruner differs from key to key, or an equal count would say nothing."""
+    counts = {case: kept("l1", CASES[case][0]) for case in ("`sparse_ratio`", "a bias with a ratio of its own")}
+    assert counts["a bias with a ratio of its own"] == {"first.weight": 8 * 27, "first.bias": 12}
+    assert counts["`sparse_ratio`"]["first.bias"] == 8
+    assert len(OWN) == 10
+
+
+def test_a_bias_with_a_threshold_loses_what_its_weight_loses_too() -> None:
+    weight = {"sparse_ratio": 0.5}
+    bias: dict[str, Any] = {"sparse_threshold": 0.1}
+    config_list = [{"op_names": ["first"], "target_settings": {"weight": weight, "bias": bias}}]
+    model = plain()
+    _, masks = nni_topo.MatrixPruner(model, config_list).compress()
+    kept_rows = masks["first"]["weight"].expand_as(plain().first.weight).flatten(1).any(1)
+    assert kept_rows.sum() == 8
+    assert torch.equal(masks["first"]["bias"].bool(), kept_rows & (plain().first.bias.abs() >= 0.1))
+
+
+@pytest.mark.parametrize("criterion", ["bottleneck", "bottleneck_sum", "wasserstein"])
+def test_single_weights_are_chosen_without_loops(criterion: str) -> None:
+    """Points on a line have no loops: with and without degree 1 the same weights are kept."""
+    points = np.random.default_rng(0).normal(size=(12, 1))
+    search = GeneticSearch(population_size=6, generations=3)
+    chosen = [
+        _chosen(Cloud(points, 12), 6, [0], SelectionSettings(criterion, degrees, search))[0]
+        for degrees in ((0, 1), (0,))
+    ]
+    flat = Cloud(np.hstack([points, np.zeros((12, 1))]), 12)
+    in_plane = _chosen(flat, 6, [0], SelectionSettings(criterion, (0, 1), search))[0]
+    assert (chosen[0] == chosen[1]).all()
+    assert (chosen[0] == in_plane).all()
