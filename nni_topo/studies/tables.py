@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 from scipy import special, stats
@@ -22,6 +23,7 @@ from nni_topo.runs.provenance import Record
 from nni_topo.studies.plan import SCRATCH
 
 Group = tuple[str, str, str]
+_BORDER = 3  # characters between two columns of a table
 _NEAREST = 1e-3  # accuracies are kept this far from 0 and 1 before the log-odds are taken
 
 
@@ -101,6 +103,80 @@ def best_baseline(rows: dict[str, dict[int, Record]], column: str) -> str | None
     return max(means, key=means.__getitem__, default=None)
 
 
+@dataclass
+class NumberTable:
+    """A table for the terminal whose numbers are never cut: what is too wide goes on in another table below.
+
+    Attributes
+    ----------
+    title : str or None
+        Stands above the first part.
+    head : sequence of str
+        Names of the columns, broken between words.
+    rows, totals : sequence of sequence of str
+        Lines, and lines that are set apart below them.
+    text_columns : int
+        How many columns hold text; every part begins with them. A text is broken where it is too long, a number never.
+    unpruned_first : bool
+        Whether the first line is set apart.
+    """
+
+    title: str | None
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    totals: Sequence[Sequence[str]] = ()
+    text_columns: int = 1
+    unpruned_first: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield as many tables as the width asks for."""
+        for index, columns in enumerate(self._parts(options.max_width)):
+            unbroken = 1 + sum(max(self._width(column), len(self.head[column])) + _BORDER for column in columns)
+            title = self.title if index == 0 else None
+            yield self._part(columns, title, breaks_heads=unbroken > options.max_width)
+
+    def _parts(self, width: int) -> list[list[int]]:
+        """Deal the number columns out to tables that are no wider than the terminal, one column at least in each."""
+        texts = list(range(self.text_columns))
+        left = width - sum(self._width(index) + _BORDER for index in texts) - 1
+        parts: list[list[int]] = []
+        room = 0
+        for index in range(self.text_columns, len(self.head)):
+            needed = self._width(index) + _BORDER
+            if not parts or needed > room:
+                parts.append(list(texts))
+                room = left
+            parts[-1].append(index)
+            room -= needed
+        return parts or [texts]
+
+    def _width(self, column: int) -> int:
+        """Return the width of a column: of its longest number, or of the longest word in its head."""
+        cells = [len(row[column]) for row in (*self.rows, *self.totals)]
+        return max(*map(len, self.head[column].split()), 1, *cells)
+
+    def _part(self, columns: Sequence[int], title: str | None, *, breaks_heads: bool) -> Table:
+        """Return the table of some columns, with heads on one line or broken to the width of their column."""
+        table = Table(title=title, title_justify="left")
+        for index in columns:
+            is_text = index < self.text_columns
+            name = self.head[index]
+            if is_text:
+                table.add_column(name, no_wrap=index == 0)
+            else:
+                if breaks_heads:
+                    name = "\n".join(textwrap.wrap(name, self._width(index)))
+                table.add_column(name, justify="right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*(Text(row[index]) for index in columns))
+        if self.unpruned_first:
+            table.rows[0].end_section = True
+        table.add_section()
+        for row in self.totals:
+            table.add_row(*(Text(row[index]) for index in columns))
+        return table
+
+
 def as_table(
     title: str | None,
     head: Sequence[str],
@@ -108,17 +184,9 @@ def as_table(
     *,
     text_columns: int = 1,
     totals: Iterable[Sequence[str]] = (),
-) -> Table:
+) -> NumberTable:
     """Return a table for the terminal: first ``text_columns`` columns of text, then numbers; ``totals`` set apart."""
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index < text_columns else "right", no_wrap=not index)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    table.add_section()
-    for row in totals:
-        table.add_row(*map(Text, row))
-    return table
+    return NumberTable(title, list(head), [list(row) for row in rows], [list(row) for row in totals], text_columns)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
@@ -131,9 +199,7 @@ def print_report(records: Iterable[Record], console: Console) -> None:
     """Print one table of records per model, data set and target."""
     for group, rows in grouped(records).items():
         columns, lines = cells_of(rows)
-        table = as_table(title_of(group, rows), columns, lines)
-        table.rows[0].end_section = True
-        console.print(table)
+        console.print(NumberTable(title_of(group, rows), columns, lines, unpruned_first=True))
 
 
 def print_widths(records: Iterable[Record], console: Console) -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 from nni_topo.studies.pictures import plot_accuracy, plot_convergence
 from nni_topo.studies.tables import (
     best_baseline,
+    cells_of,
     epochs_until_back,
     grouped,
     interval,
@@ -185,3 +186,24 @@ def test_equal_networks_have_one_latency():
     place = rows[0].index("latency ms")
     shown = {row[0].removeprefix("| "): row[place] for row in rows[1:]}
     assert shown == {"unpruned": "2.00", "l1": "2.00", "fpgm": "2.00", "random": "2.00", "ours": "0.50"}
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160, 300])
+def test_no_number_and_no_head_is_cut_in_a_narrow_terminal(width):
+    records = [{**entry, "accuracy_compensated": 0.9 + entry["seed"] / 100} for entry in RECORDS]
+    rows = next(iter(grouped(records).values()))
+    head, lines = cells_of(rows)
+    stream = io.StringIO()
+    print_report(records, Console(file=stream, width=width))
+    text = stream.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("net on digits") == 1
+    words = text.split()
+    for name in head:
+        assert all(word in words for word in name.split())
+    # in every part a line begins with its row's name, and together the parts hold the row's cells in their order
+    for line in lines:
+        shown = [row[1:-1].split("│") for row in text.splitlines() if row.startswith(f"│ {line[0]} ")]
+        assert [cell.strip() for part in shown for cell in part[1:]] == line[1:]
+    assert len(shown) == 1 or width < 160
