@@ -77,9 +77,10 @@ class Budget:
     Notes
     -----
     The config_list only says which layers are pruned. Its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, and the
-    other layers lose more or less instead. Widths are integers, so the nearest possible cost is taken. A warning with
-    the reason is given where the budget is missed by more than 1 % of the network, or a time by more than 5 % of the
-    budget. NNI's schedulers don't schedule a budget.
+    other layers lose more or less instead. Widths are integers, so the nearest possible cost is taken. A budget is met
+    by a network that costs at most 1 % of the unpruned one more, for a time 5 % of the budget. A warning gives the
+    reason where it is missed, and where the network costs less than asked by more than that. NNI's schedulers don't
+    schedule a budget.
 
     Examples
     --------
@@ -124,27 +125,31 @@ class BudgetOutcome:
     kind: str  # what is counted: flops, params, latency or memory
     asked: float  # share of the unpruned network's cost to keep, in (0, 1]
     left: float  # share that is kept
-    is_met: bool  # whether they differ by `tolerance` at most
-    why: str = ""  # why it is missed; empty where it is met
+    is_met: bool  # whether no more is kept than `asked` and `tolerance`
+    why: str = ""  # why `left` isn't within `tolerance` of `asked`; empty where it is
 
     @property
     def tolerance(self) -> float:
         """How far ``left`` may be from ``asked``: 0.01; for latency 5 % of ``asked`` where that is more."""
         return _tolerance(self.kind, self.asked)
 
+    @property
+    def is_near(self) -> bool:
+        """Whether ``left`` is within ``tolerance`` of ``asked``: a network that costs less meets the budget, too."""
+        return _is_near(self.kind, self.asked, self.left)
+
     def __str__(self) -> str:
         # So many digits that the numbers as they are printed agree with what is said of them.
         for digits in range(4, 18):
             asked, left = f"{self.asked:.{digits}g}", f"{self.left:.{digits}g}"
-            if _is_met(self.kind, float(asked), float(left)) == self.is_met:
+            if _is_near(self.kind, float(asked), float(left)) == self.is_near:
                 break
         kept = f"{left} of the unpruned network's cost is kept"
-        if self.is_met:
-            return f"the {self.kind} budget of {asked} is met: {kept}, within {self.tolerance:.4g} of it"
-        return (
-            f"the {self.kind} budget of {asked} is missed: {kept}, not within {self.tolerance:.4g} of it, because "
-            f"{self.why}"
-        )
+        said = f"the {self.kind} budget of {asked} is {'met' if self.is_met else 'missed'}: {kept}"
+        if self.is_near:
+            return f"{said}, within {self.tolerance:.4g} of it"
+        difference = f"{abs(self.left - self.asked):.4g} {'more' if self.left > self.asked else 'less'} than asked"
+        return f"{said}, {difference}, because {self.why}"
 
 
 class BudgetPlanner(Planner):
@@ -217,9 +222,9 @@ class BudgetPlanner(Planner):
 
 
 def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutcome:
-    """Return the outcome of a budget; ``why`` is the reason if it is missed."""
-    is_met = _is_met(kind, asked, left)
-    return BudgetOutcome(kind, asked, left, is_met, "" if is_met else why)
+    """Return the outcome of a budget; ``why`` is the reason if the cost isn't near to it."""
+    is_near = _is_near(kind, asked, left)
+    return BudgetOutcome(kind, asked, left, is_near or left < asked, "" if is_near else why)
 
 
 def _tolerance(kind: str, asked: float) -> float:
@@ -227,15 +232,15 @@ def _tolerance(kind: str, asked: float) -> float:
     return max(_MISSED, _MISSED_TIME * asked if kind == "latency" else 0.0)
 
 
-def _is_met(kind: str, asked: float, left: float) -> bool:
-    """Say whether a budget is met; a difference of just the tolerance is one, whatever the rounding of it."""
+def _is_near(kind: str, asked: float, left: float) -> bool:
+    """Say whether a cost is near to a budget; a difference of just the tolerance is, whatever the rounding of it."""
     return abs(left - asked) <= _tolerance(kind, asked) + _ROUNDING
 
 
 def tell_if_missed(budget: Budget, left: float, reason: str) -> BudgetOutcome:
-    """Return the outcome of a budget, and warn where it is missed."""
+    """Return the outcome of a budget, and warn where the cost isn't near to it."""
     outcome = budget_outcome(budget.kind, budget.share, left, reason)
-    if not outcome.is_met:
+    if not outcome.is_near:
         _logger.warning("%s", outcome)
     return outcome
 

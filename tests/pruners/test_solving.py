@@ -79,8 +79,8 @@ def test_a_second_choice_is_held_against_what_was_asked_for(caplog):
         caplog.clear()
         pruner.compress()
         kept = f"{pruner.planner.left:.4g} of the unpruned network's cost is kept"
-        assert f"the latency budget of 0.05 is missed: {kept}, not within 0.01 of it" in caplog.text
-        assert "because all layers are at their max_sparse_ratio" in caplog.text
+        assert f"the latency budget of 0.05 is missed: {kept}, " in caplog.text
+        assert "more than asked, because all layers are at their max_sparse_ratio" in caplog.text
 
 
 def test_without_a_table_the_network_is_timed_once(monkeypatch):
