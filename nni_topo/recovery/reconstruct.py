@@ -28,12 +28,22 @@ from torch import Tensor, nn
 
 from nni_topo.errors import check_fields, whole
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
+from nni_topo.maths.least_squares.shifts import Geometry, Patches
 from nni_topo.network.layers import by_output, of_output, through_norms
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan
 from nni_topo.recovery.registry import RecoveryMethod
 from nni_topo.recovery.replay import Values
-from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows, position_count
+from nni_topo.recovery.samples import (
+    Samples,
+    Task,
+    geometry_of,
+    input_rows,
+    output_map,
+    output_rows,
+    patches_of,
+    position_count,
+)
 
 _DEAD_SCALE = 1e-6
 
@@ -65,6 +75,7 @@ class ReconstructTask(Task):
 
     def __init__(self, equation: Equation, pruned: nn.Module, result: nn.Module, *, refines: bool = False) -> None:
         self.refines = refines
+        self._is_rectified = equation.rectified
         self.layer = equation.layer
         self.place = equation.place
         self.watched = [equation.layer.source, equation.place]
@@ -103,6 +114,23 @@ class ReconstructTask(Task):
         samples = inputs, wanted.double() - reached, wanted
         return self.refined(samples) if self.refines else samples
 
+    @property
+    def passes(self) -> int:
+        """How often the inputs are multiplied with values of the outputs: more often in front of a ReLU."""
+        return 3 if self._is_rectified else 1
+
+    def geometry(self, pruned: Values) -> Geometry | None:
+        """Return how windows lie on what enters the layer; None if it isn't a convolution, or a transposed one."""
+        return geometry_of(self._module, pruned[self.layer.source][:1])
+
+    def patches(self, unpruned: Values, pruned: Values, part: slice) -> Samples:
+        """Return what `samples` does, at all positions."""
+        inputs = patches_of(self._module, pruned[self.layer.source][part], self._columns)
+        wanted = output_map(unpruned[self.place][part], self._rows)
+        reached = output_map(pruned[self.place][part], self._rows)
+        samples = inputs, wanted.double() - reached, wanted
+        return self.refined(samples) if self.refines else samples
+
     def refined(self, samples: Samples) -> Samples:
         """Return the samples with what a ReLU lets through as wanted, and what lacks there."""
         inputs, lacking, wanted = samples
@@ -110,10 +138,12 @@ class ReconstructTask(Task):
         lacking = torch.where(wanted > 0, lacking, -reached.clamp(min=0.0))
         return inputs, lacking, wanted.clamp(min=0.0)
 
-    def effect(self, inputs: Tensor, found: Fit) -> Tensor:
+    def effect(self, inputs: Tensor | Patches, found: Fit) -> Tensor:
         """Return what a solution changes at the place: nothing where the layer's output doesn't get there."""
         lives = (self._inverse() != 0).double().unsqueeze(1)
-        return (inputs.double() @ found.solution.weights + found.solution.shift.unsqueeze(1)) * lives
+        weights, shift = found.solution.weights, found.solution.shift.unsqueeze(1)
+        moved = inputs.times(weights) if isinstance(inputs, Patches) else inputs.double() @ weights
+        return (moved + shift) * lives
 
     def fit(self, learned: NormalEquations, held: NormalEquations, ridge: float | None) -> Fit:
         """Solve by ridge least squares."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from nni_topo.errors import DataError, check_memory
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations
+from nni_topo.maths.least_squares.shifts import Geometry, Patches, pays
 from nni_topo.network.graph import tensor_shape
 from nni_topo.network.layers import TRANSPOSED, InnerCall, call_of, has_own_forward
 from nni_topo.recovery.plan import Solvable
@@ -50,6 +51,26 @@ def input_rows(module: Any, inputs: Tensor, columns: Tensor, positions: Tensor, 
         # A transposed convolution's kernel meets its input from the last tap on.
         rows = rows.flip(tuple(range(2, 2 + dims)))
     return rows.reshape(len(rows), groups, -1).transpose(0, 1)
+
+
+def geometry_of(module: Any, inputs: Tensor) -> Geometry | None:
+    """Return how a layer's windows lie on what enters it; None if it isn't a convolution whose patches are its rows."""
+    if is_pointwise(module) or isinstance(module, TRANSPOSED):
+        return None
+    call = call_of(module, inputs)
+    return Geometry(call.kernel, call.stride, call.dilation, call.output_size)
+
+
+def patches_of(module: Any, inputs: Tensor, columns: Tensor) -> Patches:
+    """Return what enters a convolution at all positions, of input channels (groups, d)."""
+    call, geometry = _reached(module, inputs, columns.flatten()), geometry_of(module, inputs[:1])
+    assert geometry is not None  # what is asked for patches is a convolution
+    return Patches.of(call.padded, len(columns), geometry)
+
+
+def output_map(outputs: Tensor, rows: Tensor) -> Tensor:
+    """Return a convolution's outputs, of channels (groups, o), in the order of `Patches`: (groups, rows, o)."""
+    return outputs.movedim(0, -1).flatten(1)[rows].mT
 
 
 def output_rows(module: nn.Module, outputs: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
@@ -97,13 +118,19 @@ def _windows(module: Any, inputs: Tensor, channels: Tensor, size: Sequence[int])
 
     ``channels`` are some of those that enter.
     """
+    call = _reached(module, inputs, channels)
+    if not isinstance(module, TRANSPOSED):
+        return call.windows()
+    return _transposed_windows(call, call.output_size if has_own_forward(module) else size)
+
+
+def _reached(module: Any, inputs: Tensor, channels: Tensor) -> InnerCall:
+    """Return the call of PyTorch's function that a convolution makes of some of the channels that enter."""
     if has_own_forward(module):
         # Its forward takes all channels, and may do anything before it convolves.
         call = call_of(module, inputs)
-        call, size = replace(call, entering=call.entering[:, channels]), call.output_size
-    else:
-        call = call_of(module, inputs[:, channels])
-    return _transposed_windows(call, size) if isinstance(module, TRANSPOSED) else call.windows()
+        return replace(call, entering=call.entering[:, channels])
+    return call_of(module, inputs[:, channels])
 
 
 def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
@@ -131,7 +158,7 @@ def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
     return windows
 
 
-Samples = tuple[Tensor, Tensor, Tensor]
+Samples = tuple[Tensor | Patches, Tensor, Tensor]
 
 _HELD_OUT = 5
 _LEAST_SAMPLES = 16384
@@ -160,6 +187,11 @@ class Task(ABC):
         return self.unknowns
 
     @property
+    def outputs(self) -> int:
+        """Outputs of each group."""
+        return int(self.layer.rows.shape[1])
+
+    @property
     def label(self) -> str:
         """Where the error is measured, in words."""
         return self.place.name
@@ -172,11 +204,25 @@ class Task(ABC):
     def samples(self, unpruned: Values, pruned: Values, part: slice, positions: Tensor) -> Samples:
         """Return inputs, residuals and references at some positions of some entries, ``(groups, samples, ...)``."""
 
+    @property
+    def passes(self) -> int:
+        """How often the inputs are multiplied with values of the outputs, about."""
+        return 1
+
+    def geometry(self, pruned: Values) -> Geometry | None:
+        """Return how windows lie on the inputs, if they can be taken at all positions as `Patches`; else None."""
+        del pruned
+        return None
+
+    def patches(self, unpruned: Values, pruned: Values, part: slice) -> Samples:
+        """Return what `samples` does at all positions, in the order of `Patches`; for tasks with a geometry."""
+        raise NotImplementedError
+
     def refined(self, samples: Samples) -> Samples:
         """Return the samples of a task that refines, from what the network lacks at the same positions."""
         return samples
 
-    def effect(self, inputs: Tensor, found: Fit) -> Tensor:
+    def effect(self, inputs: Tensor | Patches, found: Fit) -> Tensor:
         """Return what a solution changes at the place; for tasks that others refine."""
         raise NotImplementedError
 
@@ -193,10 +239,10 @@ class Task(ABC):
 class _Chunk:
     """Samples of a task as long as others refine it, and which of them are held out."""
 
-    inputs: Tensor
+    inputs: Tensor | Patches
     lacking: Tensor
     wanted: Tensor
-    is_held_out: Tensor
+    is_held_out: Tensor  # by row
 
     @property
     def nbytes(self) -> int:
@@ -206,7 +252,8 @@ class _Chunk:
 class Sampler:
     """Streams the samples of tasks into normal equations."""
 
-    # A layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
+    # Where shifts take less work (`pays`), a convolution's sums are those over all positions. Of the others,
+    # a layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
     # spread over images and positions, drawn from a seed. Every fifth entry is held out. Padding isn't looked at.
 
     def __init__(self, replay: Replay, sizes: Sequence[int], seed: int, cache_bytes: int) -> None:
@@ -261,16 +308,25 @@ class Sampler:
         for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
             entries, count = task.extent(unpruned)
             real, wanted = self.replay.unpadded(unpruned), self._wanted(task, index, entries)
+            is_padded = real is not None and real.shape == (entries, count)
+            if not is_padded and self._takes_all(task, pruned):
+                for part in _parts(entries, count * math.prod(task.layer.columns.shape)):
+                    samples = task.patches(unpruned, pruned, part)
+                    marks = self._marks(seen, entries)[part]
+                    yield _Chunk(*samples, is_held_out=marks.repeat(count).to(samples[1].device))
+                seen += entries
+                continue
             positions, stay = draw_unpadded(count, entries, wanted, generator, real)
             for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
                 samples = task.samples(unpruned, pruned, part, positions[part])
-                marks = (torch.arange(seen, seen + entries)[part] + 1) % _HELD_OUT == 0
-                rows = marks.repeat_interleave(samples[0].shape[1] // len(marks)).to(samples[0].device)
+                marks = self._marks(seen, entries)[part]
+                rows = marks.repeat_interleave(samples[1].shape[1] // len(marks)).to(samples[1].device)
                 if stay is not None:
                     stays = stay[part].flatten().to(rows.device)
                     stays = stays.repeat_interleave(len(rows) // len(stays))
-                    inputs, lacking, meant = (each[:, stays] for each in samples)
-                    samples, rows = (inputs, lacking, meant), rows[stays]
+                    inputs, lacking, meant = samples
+                    samples = _at_rows(inputs, stays), lacking[:, stays], meant[:, stays]
+                    rows = rows[stays]
                 yield _Chunk(*samples, is_held_out=rows)
             seen += entries
 
@@ -284,11 +340,35 @@ class Sampler:
             yield chunk
         self._chunks = kept
 
+    def _takes_all(self, task: Task, pruned: Values) -> bool:
+        """Say whether the sums over all positions take less work by shifts than those over a sample of rows."""
+        geometry = task.geometry(pruned)
+        if geometry is None:
+            return False
+        return pays(
+            geometry, task.layer.columns.shape[1], task.outputs, sum(self.sizes), _sampled_rows(task), task.passes
+        )
+
+    @staticmethod
+    def _marks(seen: int, entries: int) -> Tensor:
+        """Tell which entries of a batch are held out, after so many in the batches before."""
+        return (torch.arange(seen, seen + entries) + 1) % _HELD_OUT == 0
+
     def _wanted(self, task: Task, index: int, entries: int) -> int:
         """Positions per entry of a batch."""
-        samples = max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
+        samples = _sampled_rows(task)
         share = self.sizes[index] / sum(self.sizes)
         return int(samples * share / entries) + 1
+
+
+def _sampled_rows(task: Task) -> int:
+    """Return how many rows are drawn for a task, where there are as many."""
+    return max(_LEAST_SAMPLES, _SAMPLES_PER_UNKNOWN * task.unknowns)
+
+
+def _at_rows(inputs: Tensor | Patches, rows: Tensor) -> Tensor | Patches:
+    """Return marked rows of inputs; of patches all rows of an entry are marked or none is."""
+    return inputs.chosen(rows) if isinstance(inputs, Patches) else inputs[:, rows]
 
 
 def _refined(task: Task, chunk: _Chunk) -> _Chunk:
@@ -297,8 +377,7 @@ def _refined(task: Task, chunk: _Chunk) -> _Chunk:
 
 def _add(equations: NormalEquations, chunk: _Chunk, rows: Tensor) -> None:
     if bool(rows.any()):
-        inputs, residuals, references = (values[:, rows] for values in (chunk.inputs, chunk.lacking, chunk.wanted))
-        equations.add(inputs, residuals, references)
+        equations.add(_at_rows(chunk.inputs, rows), chunk.lacking[:, rows], chunk.wanted[:, rows])
 
 
 def _parts(entries: int, size: int) -> Iterator[slice]:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from nni_topo.maths.least_squares.shifts import Patches, PatchProducts, symmetric
 
 GRID = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Where the walk along the grid begins, and what is taken where no sample is held out.
@@ -31,6 +32,7 @@ class NormalEquations:
         self.samples = 0
         self._rows: list[tuple[Tensor, Tensor]] | None = []  # inputs and residuals; None where products are summed
         self._sums: dict[str, Tensor] = {}
+        self._shifted: PatchProducts | None = None  # products of patches that aren't in the sums yet
         self._parts: tuple[NormalEquations, ...] = ()  # those whose products of inputs add up to these
         # By samples: what the last solution was found with.
         self._factors: dict[int, tuple[float, bool, _Factor]] = {} if known is None else known._factors
@@ -38,7 +40,7 @@ class NormalEquations:
         self._few: dict[tuple[int, bool], tuple[Tensor, Tensor, Tensor]] = {} if known is None else known._few
         self._known = known is not None and known._rows is None
         if known is not None and self._known:
-            self._rows, self._sums["xx"] = None, known._sums["xx"]
+            self._rows, self._sums["xx"] = None, known.sums["xx"]
 
     @classmethod
     def of(cls, samples: int, sums: dict[str, Tensor]) -> NormalEquations:
@@ -58,16 +60,22 @@ class NormalEquations:
             self._multiply(inputs, residuals)
         if self._parts:
             self._sums["xx"], self._parts = self._products(), ()
+        self._settle()
         return self._sums
 
-    def add(self, inputs: Tensor, residuals: Tensor, references: Tensor) -> None:
+    def add(self, inputs: Tensor | Patches, residuals: Tensor, references: Tensor) -> None:
         """Add inputs (groups, samples, unknowns), and residuals and references (groups, samples, outputs)."""
         # Normal equations square the condition number: float64, whatever the network computes in.
-        inputs, residuals, references = inputs.double(), residuals.double(), references.double()
-        self.samples += inputs.shape[1]
-        moments = {"x": inputs, "y": residuals, "yy": residuals.square(), "r": references, "rr": references.square()}
+        residuals, references = residuals.double(), references.double()
+        self.samples += residuals.shape[1]
+        moments = {"y": residuals, "yy": residuals.square(), "r": references, "rr": references.square()}
         for name, values in moments.items():
             self._accumulate(name, values.sum(1))
+        if isinstance(inputs, Patches):
+            self._add_patches(inputs, residuals)
+            return
+        inputs = inputs.double()
+        self._accumulate("x", inputs.sum(1))
         if self._rows is None:
             self._multiply(inputs, residuals)
             return
@@ -102,6 +110,7 @@ class NormalEquations:
     def is_finite(self) -> bool:
         """Say whether no sample was NaN or infinite."""
         # What isn't finite shows in the plain sums; only products can overflow where these don't.
+        self._settle()
         own = [self._sums["xx"].diagonal(dim1=1, dim2=2)] if "xx" in self._sums else []
         totals = [total for name, total in self._sums.items() if name != "xx"] + own
         return all(bool(torch.isfinite(total).all()) for total in totals)
@@ -223,14 +232,15 @@ class NormalEquations:
         squares = inputs.square().sum(1)
         scale = _penalty(squares, 1.0).masked_fill(squares <= floor, torch.inf).rsqrt().unsqueeze(1)
         scaled = inputs * scale
-        return scaled, scale, _gram(scaled.mT)
+        return scaled, scale, symmetric(scaled.mT)
 
     def _products(self) -> Tensor:
         """Sum the products of inputs, to be worked on in place."""
         if self._parts:
             one, other = (part._products() for part in self._parts)
             return one.add_(other)
-        return _gram(self._joined()[0]) if self._rows else self._sums["xx"].clone()
+        self._settle()
+        return symmetric(self._joined()[0]) if self._rows else self._sums["xx"].clone()
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         """Return all samples that are kept: inputs and residuals, (groups, samples, ...)."""
@@ -242,8 +252,26 @@ class NormalEquations:
 
     def _multiply(self, inputs: Tensor, residuals: Tensor) -> None:
         if not self._known:
-            self._accumulate("xx", _gram(inputs))
+            self._accumulate("xx", symmetric(inputs))
         self._accumulate("xy", inputs.mT @ residuals)
+
+    def _add_patches(self, inputs: Patches, residuals: Tensor) -> None:
+        """Add patches, of which no row is kept."""
+        rows = self._joined() if self._rows else None
+        self._rows = None
+        if rows is not None:
+            self._multiply(*rows)
+        self._accumulate("x", inputs.total())
+        self._accumulate("xy", inputs.cross(residuals))
+        if not self._known:
+            self._shifted = self._shifted or PatchProducts()
+            self._shifted.add(inputs)
+
+    def _settle(self) -> None:
+        """Take products of patches into the sums."""
+        if self._shifted is not None:
+            products, self._shifted = self._shifted.total(), None
+            self._accumulate("xx", products)
 
     def _accumulate(self, name: str, total: Tensor) -> None:
         self._sums[name] = self._sums[name].add_(total) if name in self._sums else total
@@ -260,16 +288,6 @@ class _Factor:
 
 def _penalty(squares: Tensor, ridge: float) -> Tensor:
     return ridge * (squares + _FLOOR * squares.mean(1, keepdim=True))
-
-
-def _gram(inputs: Tensor) -> Tensor:
-    """Return products of the columns of inputs (groups, samples, unknowns): (groups, unknowns, unknowns)."""
-    if inputs.device.type != "cpu":
-        return inputs.mT @ inputs
-    # NumPy sees that both factors are one matrix and computes half of the symmetric product; PyTorch computes it all.
-    with np.errstate(invalid="ignore", over="ignore"):
-        products = [rows.T @ rows for rows in inputs.numpy()]
-    return torch.from_numpy(np.stack(products) if len(products) > 1 else products[0][None])
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,12 @@ class InnerCall:
         return tuple(self.weight.shape[2:])
 
     @property
+    def padded(self) -> Tensor:
+        """What enters, with the padding."""
+        ends = [amount for pair in reversed(self.padding) for amount in pair]
+        return functional.pad(self.entering, ends) if any(ends) else self.entering
+
+    @property
     def padded_size(self) -> tuple[int, ...]:
         """Pixels of what enters, with the padding."""
         size = self.entering.shape[self.entering.dim() - len(self.kernel) :]
@@ -108,8 +114,7 @@ class InnerCall:
 
     def windows(self) -> Tensor:
         """Return a view ``(n, channels, *output size, *kernel size)`` of a convolution's padded input."""
-        ends = [amount for pair in reversed(self.padding) for amount in pair]
-        windows = functional.pad(self.entering, ends) if any(ends) else self.entering
+        windows = self.padded
         for dim, (kernel, stride, dilation) in enumerate(
             zip(self.kernel, self.stride, self.dilation, strict=True), start=2
         ):

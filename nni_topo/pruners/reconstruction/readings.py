@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix
 from nni_topo.maths.least_squares.normal import NormalEquations
+from nni_topo.maths.least_squares.shifts import pays
 from nni_topo.network.layers import by_output, call_of, has_own_forward, weight_used
 from nni_topo.pruners.clouds.functional import ChannelReader
-from nni_topo.recovery.samples import draw_unpadded, input_rows, position_count
+from nni_topo.recovery.samples import draw_unpadded, geometry_of, input_rows, patches_of, position_count
 
 _LEAST_SAMPLES = 8192
 _SAMPLES_PER_COLUMN = 4
@@ -24,8 +25,8 @@ _FEW = 4  # times the samples: not more than a layer's columns, and these aren't
 class Reading:
     """The least squares of a layer's share of its output, in the original network, by what enters its twin."""
 
-    # ``images`` come in all. A layer with ``c`` columns is sampled at about ``max(8192, 4 * c)`` positions over all of
-    # them, evenly spread.
+    # ``images`` come in all. Where shifts take less work (`pays`), a convolution's sums are those over all positions.
+    # Of the others, a layer with ``c`` columns is sampled at about ``max(8192, 4 * c)`` positions, evenly spread.
 
     def __init__(self, reader: ChannelReader, twin: nn.Module, images: int, seed: int) -> None:
         self.module: Any = reader.module
@@ -35,7 +36,8 @@ class Reading:
         weight: Any = reader.module.weight
         self._inputs = torch.from_numpy(reader.places).reshape(1, -1).to(weight.device)
         self._weights = self._read_weights()
-        self._wanted = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * column_count(reader)) // images + 1
+        self._images = images
+        self._sampled = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * column_count(reader))
         self._generator = torch.Generator().manual_seed(seed)
         self._shape: Sequence[int]
         self._before: Tensor
@@ -57,16 +59,33 @@ class Reading:
         before, now, shape = self._before, self._now, self._shape
         del self._before, self._now  # they may be large
         places = position_count(self.module, shape)
-        positions, stay = draw_unpadded(places, len(before), self._wanted, self._generator, counted)
+        # Of the unpruned network itself the outputs follow from the products of the inputs.
+        weights = self._weights[:, :0] if self.module is self.twin else self._weights
+        is_padded = counted is not None and counted.shape == (len(before), places)
+        if not is_padded and self._takes_all(now):
+            patches = patches_of(self.module, now, self._inputs)
+            first_patches = patches if now is before else patches_of(self.module, before, self._inputs)
+            outputs = first_patches.times(weights[None])
+            self.equations.add(patches, outputs, outputs)
+            return
+        wanted = self._sampled // self._images + 1
+        positions, stay = draw_unpadded(places, len(before), wanted, self._generator, counted)
         positions = positions.to(before.device)
         real = slice(None) if stay is None else stay.flatten()
         rows = first = input_rows(self.module, now, self._inputs, positions, shape)[:, real].double()
         if now is not before:
             first = input_rows(self.module, before, self._inputs, positions, shape)[:, real].double()
-        # What the unit adds to the layer's output, without the other channels and the bias. By the same rows it follows
-        # from their products.
-        outputs = first @ (self._weights[:, :0] if self.module is self.twin else self._weights)
+        # What the unit adds to the layer's output, without the other channels and the bias.
+        outputs = first @ weights
         self.equations.add(rows, outputs, outputs)
+
+    def _takes_all(self, entering: Tensor) -> bool:
+        """Say whether the sums over all positions take less work by shifts than those over a sample of rows."""
+        geometry = geometry_of(self.module, entering[:1])
+        if geometry is None or geometry.elements != self.columns:
+            return False
+        outputs = 0 if self.module is self.twin else self._weights.shape[1]
+        return pays(geometry, self._inputs.shape[1], outputs, self._images, self._sampled)
 
     def layer(self) -> Products | SampleMatrix:
         """Return what was summed up, targets scaled such that their total variance is 1."""

@@ -1,0 +1,130 @@
+"""Seconds of selecting channels and of reconstructing weights, as multiples of a pass over the calibration data.
+
+A pass is one forward and one backward run over all calibration batches, in the same process and with one thread. Two
+versions of the package are compared by running the same file with each checkout in PYTHONPATH:
+
+    OMP_NUM_THREADS=1 PYTHONPATH=CHECKOUT python benchmarks/bench_seconds.py --networks pitch resnet18 bert
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nni_topo
+
+
+def pitch(inputs: int) -> tuple[nn.Module, list[Tensor]]:
+    """Six convolutions of 512x1 and 64x1, batch norms after ReLU, poolings by 2; 0.49 M parameters."""
+
+    def block(entering: int, leaving: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+        convolution = nn.Conv1d(entering, leaving, kernel, stride=stride, padding=kernel // 2)
+        return [convolution, nn.ReLU(), nn.BatchNorm1d(leaving), nn.MaxPool1d(2)]
+
+    widths = [1, 128, 16, 16, 16, 32, 64]
+    layers = block(1, 128, 512, stride=4)
+    for entering, leaving in itertools.pairwise(widths[1:]):
+        layers += block(entering, leaving, 64)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 64, 360)), list(torch.randn(inputs, 1, 1024).split(64))
+
+
+def resnet18(inputs: int) -> tuple[nn.Module, list[Tensor]]:
+    """torchvision's, on images of 96 pixels."""
+    import torchvision
+
+    return torchvision.models.resnet18(num_classes=100), list(torch.randn(inputs, 3, 96, 96).split(32))
+
+
+def bert(inputs: int) -> tuple[nn.Module, list[Any]]:
+    """Four layers of width 128 on 32 tokens."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
+    batches = [{"input_ids": tokens} for tokens in torch.randint(0, 1000, (inputs, 32)).split(32)]
+    return BertModel(config), batches
+
+
+NETWORKS: dict[str, tuple[Callable[[int], tuple[nn.Module, list[Any]]], int, list[dict[str, Any]]]] = {
+    "pitch": (pitch, 1024, [{"op_types": ["Conv1d"], "sparse_ratio": 0.5}]),
+    "resnet18": (resnet18, 128, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]),
+    "bert": (bert, 256, [{"op_types": ["Linear"], "sparse_ratio": 0.5}]),
+}
+
+
+def settle_norms(model: nn.Module, batches: list[Any]) -> None:
+    """Let batch norms see the data, so that all layers get values of an ordinary size."""
+    model.train()
+    with torch.no_grad():
+        for batch in batches[:4]:
+            called(model, batch)
+    model.eval()
+
+
+def called(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch."""
+    return model(**batch) if isinstance(batch, dict) else model(batch)
+
+
+def first_output(found: Any) -> Tensor:
+    """Return the tensor that a model puts out first."""
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def measure(name: str) -> dict[str, float]:
+    """Return the seconds of a pass, and what selection and reconstruction take in passes."""
+    make, inputs, config_list = NETWORKS[name]
+    torch.manual_seed(0)
+    model, batches = make(inputs)
+    settle_norms(model, batches)
+    began = time.perf_counter()
+    for batch in batches:
+        first_output(called(model, batch)).square().mean().backward()
+    seconds = time.perf_counter() - began
+    model.zero_grad()
+    grouped = nni_topo.dependency_groups(model, batches[0], config_list)
+    began = time.perf_counter()
+    pruner = nni_topo.ReconstructionPruner(model, grouped, calibration=batches)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    selected = time.perf_counter()
+    found = nni_topo.compensate(model, masks, batches)
+    done = time.perf_counter()
+    masked = nni_topo.to_dense(model, batches[0], masks)
+    solved = nni_topo.to_dense(found, batches[0], masks)
+    with torch.no_grad():
+        wanted = first_output(called(model, batches[0]))
+        errors = [
+            float((first_output(called(net, batches[0])) - wanted).square().mean() / wanted.var())
+            for net in (masked, solved)
+        ]
+    return {
+        "pass s": seconds,
+        "select, passes": (selected - began) / seconds,
+        "reconstruct, passes": (done - selected) / seconds,
+        "error, no recovery": errors[0],
+        "error, weight reconstruction": errors[1],
+    }
+
+
+def main() -> None:
+    """Print a Markdown row for each network."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="default all")
+    names = parser.parse_args().networks
+    torch.set_num_threads(1)
+    for index, name in enumerate(names):
+        found = measure(name)
+        if index == 0:
+            print("| network |", " | ".join(found), "|")
+            print("|---|" + "---:|" * len(found))
+        print(f"| {name} |", " | ".join(f"{value:.3g}" for value in found.values()), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Products of patches by shifts are those of patches that are written down."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from nni_topo.maths.least_squares.normal import NormalEquations
+from nni_topo.maths.least_squares.shifts import Geometry, Patches, PatchProducts, pays, symmetric
+
+
+@st.composite
+def geometries(draw):
+    dims = draw(st.integers(1, 3))
+
+    def numbers(high):
+        return tuple(draw(st.lists(st.integers(1, high), min_size=dims, max_size=dims)))
+
+    return Geometry(numbers(4 if dims < 3 else 3), numbers(3), numbers(3), numbers(5 if dims < 3 else 3))
+
+
+def inputs_of(geometry, entries, channels, seed, spare=0):
+    """Padded inputs that just hold all windows, and ``spare`` pixels more."""
+    pixels = [
+        (size - 1) * stride + (kernel - 1) * dilation + 1 + spare
+        for size, stride, kernel, dilation in zip(
+            geometry.size, geometry.stride, geometry.kernel, geometry.dilation, strict=True
+        )
+    ]
+    return torch.randn(entries, channels, *pixels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def written(inputs, groups, geometry):
+    """The patches as PyTorch's unfold gives them, (groups, positions * entries, columns)."""
+    windows, dims = inputs, len(geometry.kernel)
+    for dim in range(dims):
+        reach = geometry.dilation[dim] * (geometry.kernel[dim] - 1) + 1
+        windows = windows.unfold(2 + dim, reach, geometry.stride[dim])[..., :: geometry.dilation[dim]]
+        windows = windows.narrow(2 + dim, 0, geometry.size[dim])
+    windows = windows.unflatten(1, (groups, -1))
+    order = [1, *range(3, 3 + dims), 0, 2, *range(3 + dims, 3 + 2 * dims)]
+    return windows.permute(order).reshape(groups, geometry.positions * len(inputs), -1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(geometries(), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 1), st.integers(0, 99))
+def test_sums_by_shifts_are_those_of_the_patches_that_unfold_gives(geometry, groups, channels, entries, spare, seed):
+    inputs = inputs_of(geometry, entries, groups * channels, seed, spare)
+    rows = written(inputs, groups, geometry)
+    patches = Patches.of(inputs, groups, geometry)
+    assert (patches.rows, patches.columns) == rows.shape[1:]
+    assert torch.equal(patches.written(), rows)
+    products = PatchProducts()
+    for part in inputs.split(2):
+        products.add(Patches.of(part, groups, geometry))
+    torch.testing.assert_close(products.total(), rows.mT @ rows, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(patches.total(), rows.sum(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(patches.squares(), rows.square().sum(1), rtol=1e-12, atol=1e-12)
+    values = torch.randn(groups, patches.rows, 2, dtype=torch.float64)
+    torch.testing.assert_close(patches.cross(values), rows.mT @ values, rtol=1e-11, atol=1e-11)
+    weights = torch.randn(groups, patches.columns, 2, dtype=torch.float64)
+    torch.testing.assert_close(patches.times(weights), rows @ weights, rtol=1e-11, atol=1e-11)
+    marks = torch.arange(entries) % 2 == 0
+    chosen = patches.chosen(marks.repeat(geometry.positions))
+    assert torch.equal(chosen.written(), rows[:, marks.repeat(geometry.positions)])
+
+
+def test_of_a_large_kernel_few_pairs_are_summed_over_all_positions():
+    long = Geometry((64,), (1,), (1,), (100,))
+    assert {one: len(others) for one, others in long.full_pairs().items()} == {0: 64}
+    square = Geometry((3, 3), (1, 1), (1, 1), (8, 8))
+    # each of nine elements with the first, and the others of its row with those of its column
+    assert square.full_pairs() == {
+        0: list(range(9)),
+        1: [3, 6],
+        2: [3, 6],
+    }
+    apart = Geometry((5,), (2,), (3,), (8,))
+    assert apart.steps == ((2, 3),)
+
+
+def test_a_column_that_only_meets_padding_is_exactly_zero():
+    geometry = Geometry((9,), (1,), (1,), (3,))
+    inputs = functional.pad(torch.randn(5, 2, 3, dtype=torch.float64), (4, 4))
+    products = PatchProducts()
+    products.add(Patches.of(inputs, 1, geometry))
+    rows = written(inputs, 1, geometry)[0]
+    found, is_zero = products.total()[0], (rows == 0).all(0)
+    assert 0 < is_zero.sum() < len(is_zero)
+    assert not found[is_zero].any()
+    assert not found[:, is_zero].any()
+    torch.testing.assert_close(found.diagonal(), rows.square().sum(0))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_equations_of_patches_and_of_rows_are_solved_alike(known):
+    geometry = Geometry((3, 2), (1, 2), (1, 1), (5, 4))
+    inputs = inputs_of(geometry, 12, 4, 1) + 0.3
+    rows = written(inputs, 2, geometry)
+    targets = rows @ torch.randn(2, rows.shape[2], 3, dtype=torch.float64) + 0.1 * torch.randn(2, rows.shape[1], 3)
+    by_rows, by_shifts = NormalEquations(), NormalEquations()
+    by_rows.add(rows, targets, targets)
+    by_shifts.add(Patches.of(inputs, 2, geometry), targets, targets)
+    if known:  # a second right-hand side to the same inputs
+        targets = targets.clamp(min=0.0)
+        by_rows, by_shifts = NormalEquations(by_rows), NormalEquations(by_shifts)
+        by_rows.add(rows, targets, targets)
+        by_shifts.add(Patches.of(inputs, 2, geometry), targets, targets)
+    assert by_shifts.samples == by_rows.samples
+    expected, found = (each.solve(1e-3, intercept=True) for each in (by_rows, by_shifts))
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found.shift, expected.shift, rtol=1e-9, atol=1e-10)
+    assert by_shifts.squared_error(found) == pytest.approx(by_rows.squared_error(expected), rel=1e-9)
+
+
+def test_rows_and_patches_may_be_added_to_the_same_equations():
+    geometry = Geometry((3,), (1,), (1,), (6,))
+    inputs = inputs_of(geometry, 10, 2, 2)
+    rows = written(inputs, 1, geometry)
+    both = NormalEquations()
+    first = written(inputs[:4], 1, geometry)
+    both.add(first, first[..., :1], first[..., :1])
+    rest = written(inputs[4:], 1, geometry)
+    both.add(Patches.of(inputs[4:], 1, geometry), rest[..., :1], rest[..., :1])
+    torch.testing.assert_close(both.sums["xx"], symmetric(rows), rtol=1e-12, atol=1e-12)
+    assert both.is_finite()
+    both.add(Patches.of(inputs * torch.nan, 1, geometry), rows[..., :1], rows[..., :1])
+    assert not both.is_finite()
+
+
+@pytest.mark.parametrize(
+    ("geometry", "channels", "outputs", "entries", "sampled", "expected"),
+    [
+        (Geometry((64,), (1,), (1,), (100,)), 32, 16, 1000, 100_000, True),
+        (Geometry((3, 3), (1, 1), (1, 1), (16, 16)), 32, 32, 100, 25_600, True),
+        # a small share of the positions is enough
+        (Geometry((3, 3), (1, 1), (1, 1), (56, 56)), 64, 64, 1000, 16_384, False),
+        # one element has no neighbour, and with a large stride patches share nothing
+        (Geometry((1, 1), (1, 1), (1, 1), (16, 16)), 32, 32, 100, 25_600, False),
+        (Geometry((4, 4), (4, 4), (1, 1), (16, 16)), 32, 32, 100, 25_600, False),
+        # fewer rows than columns are kept as they are
+        (Geometry((64,), (1,), (1,), (4,)), 32, 16, 100, 16_384, False),
+    ],
+)
+def test_shifts_pay_for_large_kernels_at_many_places(geometry, channels, outputs, entries, sampled, expected):
+    assert pays(geometry, channels, outputs, entries, sampled) is expected
