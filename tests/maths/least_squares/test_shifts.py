@@ -135,7 +135,9 @@ def test_rows_and_patches_may_be_added_to_the_same_equations():
     ("geometry", "channels", "outputs", "entries", "sampled", "expected"),
     [
         (Geometry((64,), (1,), (1,), (100,)), 32, 16, 1000, 100_000, True),
-        (Geometry((3, 3), (1, 1), (1, 1), (16, 16)), 32, 32, 100, 25_600, True),
+        (Geometry((5, 5), (1, 1), (1, 1), (32, 32)), 32, 32, 100, 102_400, True),
+        # they save less than their many small products cost
+        (Geometry((3, 3), (1, 1), (1, 1), (6, 6)), 128, 128, 128, 18_432, False),
         # a small share of the positions is enough
         (Geometry((3, 3), (1, 1), (1, 1), (56, 56)), 64, 64, 1000, 16_384, False),
         # one element has no neighbour, and with a large stride patches share nothing
