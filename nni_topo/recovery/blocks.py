@@ -205,6 +205,7 @@ def _solved(
         (block, lambda _, output: seen.update(reached=tensors_of(output)[0])),
     ]
     equations, samples = (NormalEquations(), NormalEquations()), 0
+    is_held_out = batches.held_out(_HELD_OUT)
     with (
         left_alone(model, result),
         evaluation_mode(model, result),
@@ -215,7 +216,7 @@ def _solved(
             with fitting(index, batches.name):
                 for net in (model, result):
                     net(*call[0], **call[1])
-            held = (samples + torch.arange(len(seen["wanted"]))) % _HELD_OUT == _HELD_OUT - 1
+            held = is_held_out[samples : samples + len(seen["wanted"])]
             samples += len(held)
             marks = held.view(-1, *[1] * (seen["wanted"].dim() - 2)).expand(seen["wanted"].shape[:-1])
             real = real_positions_of(model, call)

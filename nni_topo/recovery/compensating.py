@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nni.compression.utils import Evaluator
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from nni_topo.errors import ConfigError, checked, instance
@@ -35,7 +35,7 @@ from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
-from nni_topo.recovery.samples import Sampler, Task
+from nni_topo.recovery.samples import HELD_OUT_ENTRIES, Sampler, Task
 from nni_topo.recovery.thin import thin_out
 
 _logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def compensation(
     def new_replay() -> Replay:
         return Replay(model, networks.unpruned, networks.pruned, calibration, cache_bytes)
 
-    sampler = Sampler(new_replay(), sizes, seed, cache_bytes)
+    sampler = Sampler(new_replay(), sizes, seed, cache_bytes, held_out_groups(calibration, sizes))
     plan = plan_of(networks, sampler.replay.touched_nodes)
     tasks = chosen.tasks(plan, networks)
     thin_out(networks.pruned, tasks)
@@ -126,7 +126,7 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     calibration : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
         evaluates on. 500 to 2,000 images are enough for small nets. They are read once, see
-        :class:`nni_topo.Calibration`.
+        :class:`nni_topo.Calibration`, whose ``groups`` say which samples aren't independent, such as crops of a photo.
     method : str or RecoveryMethod, default="reconstruct"
         A name of :func:`nni_topo.list_recoveries`, or a method with settings of its own, such as
         ``nni_topo.recovery.Reconstruct(refine=0)``.
@@ -238,7 +238,8 @@ def compensate_up_to(
     end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)
     plan.equations = [equation for equation in plan.equations if replay.order[equation.place] < end]
     tasks = Reconstruct(refine=0).tasks(plan, networks)
-    _run(tasks, Sampler(replay, sizes, seed, 0), networks, None, False)
+    sampler = Sampler(replay, sizes, seed, 0, held_out_groups(calibration, sizes))
+    _run(tasks, sampler, networks, None, False)
     return networks.pruned
 
 
@@ -298,6 +299,13 @@ def survey(model: nn.Module, calibration: Calibration) -> tuple[tuple[int, ...],
     """Count the images of each call that batches stand for, and return a call to follow the structure with."""
     sizes = [batch_size(call) for call in calls(model, calibration)]
     return tuple(sizes), structure_call(model, calibration)
+
+
+def held_out_groups(calibration: Calibration, sizes: Sequence[int]) -> Tensor | None:
+    """Return which samples are held out where they come in groups; None where each is held out by itself."""
+    if calibration.groups is None or tuple(sizes) != calibration.sizes:
+        return None
+    return calibration.held_out(HELD_OUT_ENTRIES)
 
 
 def _warn(report: CompensationReport) -> None:

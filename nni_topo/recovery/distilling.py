@@ -227,7 +227,11 @@ def distillation(
     student = _student(dense, pool)
     lesson = Lesson(original, student, pool, objective, temperature, outputs=outputs, blocks=blocks)
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
-    held, learned = order[::HELD_OUT], order[torch.arange(len(order)) % HELD_OUT != 0]
+    if given[0].groups is None:
+        is_held = torch.arange(len(order)) % HELD_OUT == 0
+    else:
+        is_held = given[0].held_out(HELD_OUT)[order]
+    held, learned = order[is_held], order[~is_held]
     if held_out is not None:
         held, learned = counts[0] + torch.arange(counts[1]), order
     if not len(learned):
@@ -319,9 +323,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         evaluates on. Inputs of all batches have one shape, but for the number of samples. 1,000 are enough for
         small networks.
     held_out : iterable or nni.compression.utils.Evaluator, optional
-        Batches like those of ``images``, to judge by; by default every eighth of ``images``, from which nothing is
-        learned then. Those that :func:`nni_topo.compensate` had count for ``dense`` more than others would: what it
-        never saw judges fairly.
+        Batches like those of ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
+        :class:`nni_topo.Calibration` with groups, from which nothing is learned then. Those that
+        :func:`nni_topo.compensate` had count for ``dense`` more than others would: what it never saw judges fairly.
     objective : {"auto", "kl", "squares", "cosine"}, default="auto"
         ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis.
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.

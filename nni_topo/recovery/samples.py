@@ -160,7 +160,8 @@ def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
 
 Samples = tuple[Tensor | Patches, Tensor, Tensor]
 
-_HELD_OUT = 5
+HELD_OUT_ENTRIES = 5
+"""Of so many entries one is held out, to choose the ridge by."""
 _LEAST_SAMPLES = 16384
 _SAMPLES_PER_UNKNOWN = 16
 _CHUNK = 2**23
@@ -254,11 +255,15 @@ class Sampler:
 
     # Where shifts take less work (`pays`), a convolution's sums are those over all positions. Of the others,
     # a layer with more than ``max(16384, 16 * unknowns)`` positions over all images is sampled at about so many, evenly
-    # spread over images and positions, drawn from a seed. Every fifth entry is held out. Padding isn't looked at.
+    # spread over images and positions, drawn from a seed. Every fifth entry is held out, or every fifth group of
+    # entries. Padding isn't looked at.
 
-    def __init__(self, replay: Replay, sizes: Sequence[int], seed: int, cache_bytes: int) -> None:
+    def __init__(
+        self, replay: Replay, sizes: Sequence[int], seed: int, cache_bytes: int, held_out: Tensor | None = None
+    ) -> None:
         self.replay = replay
         self.sizes = sizes
+        self._held_out = held_out  # by sample, where samples come in groups; None: each is held out by itself
         self.seed = seed
         self._cache_bytes = cache_bytes  # for the samples that refinements go on from; without, networks run again
         self._known: tuple[NormalEquations, NormalEquations] | None = None
@@ -308,18 +313,19 @@ class Sampler:
         for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
             entries, count = task.extent(unpruned)
             real, wanted = self.replay.unpadded(unpruned), self._wanted(task, index, entries)
+            is_held_out = self._marks(index, seen, entries)
             is_padded = real is not None and real.shape == (entries, count)
             if not is_padded and self._takes_all(task, pruned):
                 for part in _parts(entries, count * math.prod(task.layer.columns.shape)):
                     samples = task.patches(unpruned, pruned, part)
-                    marks = self._marks(seen, entries)[part]
+                    marks = is_held_out[part]
                     yield _Chunk(*samples, is_held_out=marks.repeat(count).to(samples[1].device))
                 seen += entries
                 continue
             positions, stay = draw_unpadded(count, entries, wanted, generator, real)
             for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
                 samples = task.samples(unpruned, pruned, part, positions[part])
-                marks = self._marks(seen, entries)[part]
+                marks = is_held_out[part]
                 rows = marks.repeat_interleave(samples[1].shape[1] // len(marks)).to(samples[1].device)
                 if stay is not None:
                     stays = stay[part].flatten().to(rows.device)
@@ -329,6 +335,15 @@ class Sampler:
                     rows = rows[stays]
                 yield _Chunk(*samples, is_held_out=rows)
             seen += entries
+
+    def _marks(self, index: int, seen: int, entries: int) -> Tensor:
+        """Return which entries of a batch are held out; so many were in the batches before."""
+        size = self.sizes[index]
+        if self._held_out is None or entries % size:
+            return (torch.arange(seen, seen + entries) + 1) % HELD_OUT_ENTRIES == 0
+        first = sum(self.sizes[:index])
+        # A layer may cut each sample into several entries, such as windows.
+        return self._held_out[first : first + size].repeat_interleave(entries // size)
 
     def _keep(self, chunks: Iterator[_Chunk], is_refined: bool) -> Iterator[_Chunk]:
         """Pass samples on; keep them for the tasks that refine this one if all fit into the cache."""
@@ -348,11 +363,6 @@ class Sampler:
         return pays(
             geometry, task.layer.columns.shape[1], task.outputs, sum(self.sizes), _sampled_rows(task), task.passes
         )
-
-    @staticmethod
-    def _marks(seen: int, entries: int) -> Tensor:
-        """Tell which entries of a batch are held out, after so many in the batches before."""
-        return (torch.arange(seen, seen + entries) + 1) % _HELD_OUT == 0
 
     def _wanted(self, task: Task, index: int, entries: int) -> int:
         """Positions per entry of a batch."""

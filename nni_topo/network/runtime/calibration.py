@@ -48,15 +48,20 @@ class Calibration(Sequence[Any]):
         written to files in the folder for temporary files. The batches of a list or tuple aren't copied.
     name : str, default="calibration"
         The name of the batches in messages.
+    groups : sequence of int or str, optional
+        For each sample what it was taken from, such as the photo of a crop or the speaker of a recording, in the order
+        of the samples. Samples of one group aren't independent, so a group is held out as a whole. By default each
+        sample is a group of its own.
 
     Raises
     ------
     ConfigError
-        If ``batches`` isn't an iterable of batches, or ``memory_bytes`` isn't an integer of at least 0.
+        If ``batches`` isn't an iterable of batches, ``memory_bytes`` isn't an integer of at least 0, or ``groups``
+        isn't a sequence of integers or strings.
     DataError
         When the batches are first used: if there is none, if a batch holds no inputs, if inputs are NaN or infinite, if
         the batches don't fit into the memory and half of the free disk space together, or if an iterable without a
-        length yields more than 10,000.
+        length yields more than 10,000, or if there aren't as many ``groups`` as samples.
 
     Notes
     -----
@@ -74,7 +79,14 @@ class Calibration(Sequence[Any]):
     8
     """
 
-    def __init__(self, batches: Iterable[Any], *, memory_bytes: int = _MEMORY, name: str = "calibration") -> None:
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        memory_bytes: int = _MEMORY,
+        name: str = "calibration",
+        groups: Sequence[int | str] | Tensor | None = None,
+    ) -> None:
         whole(0, 2**63 - 1).check("memory_bytes", memory_bytes, "Calibration")
         if isinstance(batches, (Tensor, np.ndarray)):
             kind = "tensor" if isinstance(batches, Tensor) else "array"
@@ -84,6 +96,8 @@ class Calibration(Sequence[Any]):
             raise ConfigError(f"{name} must be an iterable of batches, got {type(batches).__name__} ({name})")
         self.name = name
         self._memory_bytes = memory_bytes
+        # By sample, the rank of its group in the order in which the groups appear.
+        self._groups = None if groups is None else _ranks(groups)
         self._source: Iterable[Any] | None = batches
         self._kept: Sequence[Any] = ()
         self._sizes: tuple[int, ...] = ()
@@ -123,7 +137,7 @@ class Calibration(Sequence[Any]):
         return sum(self.sizes)
 
     def split(self) -> tuple[Calibration, Calibration | None]:
-        """Split off every eighth sample.
+        """Split off every eighth sample, or every eighth group of samples.
 
         Returns
         -------
@@ -131,15 +145,17 @@ class Calibration(Sequence[Any]):
             The samples to solve on.
         held_out : Calibration or None
             Every eighth sample, to judge the solution by; None if there are fewer than eight samples. If batches hold
-            lists of samples, as those of detectors do, every eighth batch.
+            lists of samples, as those of detectors do, every eighth batch. With groups every eighth group, and one
+            where there are at least two.
         """
+        marks = self.held_out(HELD_OUT)
         can_be_cut = all(_can_be_cut(inputs_of(batch)) for batch in self)
         learned: _Rows = []
         held_out: _Rows = []
         first = 0  # position of the batch's first sample among all samples
         for index, size in enumerate(self.sizes):
             if can_be_cut:
-                is_held = torch.arange(first, first + size) % HELD_OUT == HELD_OUT - 1
+                is_held = marks[first : first + size]
                 for rows, is_chosen in ((learned, ~is_held), (held_out, is_held)):
                     if bool(is_chosen.any()):
                         rows.append((index, is_chosen.nonzero().flatten()))
@@ -150,9 +166,35 @@ class Calibration(Sequence[Any]):
             first += size
         return self._subset(learned), self._subset(held_out) if held_out else None
 
+    @property
+    def groups(self) -> Tensor | None:
+        """By sample the number of its group, int64 (samples,); None if each sample is a group of its own."""
+        samples = self.samples
+        if self._groups is not None and len(self._groups) != samples:
+            raise DataError(
+                f"groups must have one entry for each of {samples} samples, got {len(self._groups)} (groups)"
+            )
+        return self._groups
+
+    def held_out(self, every: int) -> Tensor:
+        """Return which samples are held out: every so many, by whole groups where these are known; bool (samples,)."""
+        groups = self.groups
+        if groups is None:
+            return torch.arange(self.samples) % every == every - 1
+        # Of fewer groups than that the last one is held out, as long as another one remains.
+        every = min(every, max(2, int(groups.max()) + 1))
+        return groups % every == every - 1
+
     def _subset(self, rows: _Rows) -> Calibration:
         """Return some of the samples as calibration data, without copying them."""
         subset = Calibration((), name=self.name)
+        if self._groups is not None:
+            starts = [sum(self._sizes[:index]) for index in range(len(self._sizes))]
+            chosen_groups = []
+            for index, chosen in rows:
+                own = self._groups[starts[index] : starts[index] + self._sizes[index]]
+                chosen_groups.append(own if chosen is None else own[chosen])
+            subset._groups = _ranks(torch.cat(chosen_groups))
         subset._source = None
         subset._kept = _Subset(self._batches, rows)
         sizes = []
@@ -199,6 +241,16 @@ class Calibration(Sequence[Any]):
             raise DataError(f"{self.name} must hold at least one batch, got none (was a generator used twice?)")
         self._kept = batches if in_memory else store
         self._sizes = tuple(sizes)
+
+
+def _ranks(groups: Any) -> Tensor:
+    """Number groups in the order in which they appear."""
+    labels = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
+    is_sequence = isinstance(labels, Sequence) and not isinstance(labels, (str, bytes))
+    if not is_sequence or not all(isinstance(each, (int, str)) for each in labels):
+        raise ConfigError(f"groups must be a sequence of integers or strings, got {type(groups).__name__} (groups)")
+    known: dict[int | str, int] = {}
+    return torch.tensor([known.setdefault(each, len(known)) for each in labels], dtype=torch.int64)
 
 
 def calibration_of(batches: Iterable[Any] | None) -> Calibration | None:

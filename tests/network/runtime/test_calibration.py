@@ -167,6 +167,66 @@ def test_every_eighth_sample_is_held_out_with_its_labels():
     assert list(map(len, lists.split())) == [8, 1]
 
 
+def test_groups_are_held_out_as_a_whole(batches):
+    """Sixteen photos, crops of each spread over all batches; the eighth and the sixteenth photo to appear are held."""
+    photos = [(3 + at) % 16 for at in range(120)]
+    data = Calibration(batches, groups=photos)
+    learned, held_out = data.split()
+    assert data.held_out(8).tolist() == [photo in (3 + 7, (3 + 15) % 16) for photo in photos]
+    rows = torch.cat(list(batches))
+    assert torch.equal(torch.cat(list(held_out)), rows[data.held_out(8)])
+    assert torch.equal(torch.cat(list(learned)), rows[~data.held_out(8)])
+    # What is split off keeps its groups, counted anew.
+    assert len(learned.groups.unique()) == 14
+    assert int(learned.groups.max()) == 13
+    assert torch.equal(Calibration(batches, groups=[f"photo {photo}" for photo in photos]).groups, data.groups)
+
+
+@pytest.mark.parametrize(("kinds", "held"), [(1, 0), (2, 60), (5, 24), (8, 15)])
+def test_one_of_few_groups_is_held_out(batches, kinds, held):
+    data = Calibration(batches, groups=torch.arange(120) % kinds)
+    assert int(data.held_out(8).sum()) == held
+    assert (0 if data.split()[1] is None else data.split()[1].samples) == held
+
+
+def test_groups_that_are_none_are_refused(batches):
+    for groups in ("abc", 3, [0.5] * 120, [None] * 120):
+        with pytest.raises(ConfigError, match="groups must be a sequence of integers or strings"):
+            Calibration(batches, groups=groups)
+    with pytest.raises(DataError, match="groups must have one entry for each of 120 samples, got 119"):
+        Calibration(batches, groups=[0] * 119).split()
+
+
+def test_the_ridge_is_chosen_on_groups_that_were_not_seen(model):
+    """Ten samples in twelve copies each: a copy says nothing of what the layer does elsewhere."""
+    few = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+    rows = few.repeat_interleave(12, 0)
+    masks = {
+        "hidden": {"weight": (torch.arange(12) % 2).float()[:, None].expand(12, 6), "bias": torch.arange(12) % 2.0}
+    }
+    apart, known = (
+        nni_topo.compensation(model, masks, Calibration([rows], groups=groups)).report.layers[0]
+        for groups in (None, torch.arange(120) // 12)
+    )
+    assert known.ridge > apart.ridge
+    assert known.error_held_out > 3 * apart.error_held_out
+
+
+def test_distillation_judges_by_groups_that_were_not_seen(model):
+    """On the eighth group, of zeros, both networks say the same, and on no other one."""
+    images = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    images[56:] = 0.0
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.hidden.weight.mul_(2.0)
+    apart, known = (
+        nni_topo.distillation(other, model, Calibration(images.split(16), groups=groups), steps=1, objective="squares")
+        for groups in (None, torch.arange(64) // 8)
+    )
+    assert apart.loss_before > 0.01
+    assert known.loss_before == pytest.approx(0.0, abs=1e-9)
+
+
 def test_what_memory_has_no_room_for_lies_in_files_that_go(batches, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     given = [({"inputs": batch}, (None, "text", torch.tensor([index]))) for index, batch in enumerate(batches)]

@@ -1,0 +1,171 @@
+"""Tables and a picture of what ``run.py`` recorded.
+
+    python benchmarks/trained/report.py runs/trained
+    python benchmarks/trained/report.py benchmarks/records/trained --into benchmarks/RESULTS.md
+
+The first writes ``report.md`` and ``agreement.png`` into the folder and prints the tables; ``--into`` replaces what a
+page holds between the two comments that name this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.trained.run import CRITERIA, OURS, RECOVERIES
+from nni_topo.disk import output_file
+from nni_topo.studies.records import read_records
+from nni_topo.studies.tables import markdown_table
+
+BEGIN, END = "<!-- benchmarks/trained/report.py: begin -->", "<!-- benchmarks/trained/report.py: end -->"
+NETWORKS = ("efficientnet-lite0", "minilm")
+TITLES = {
+    "efficientnet-lite0": "EfficientNet-Lite0, {share:.0%} of the MACs",
+    "minilm": "MiniLM-L6, {share:.0%} of the heads' channels and of the MLPs' neurons",
+}
+_DIGITS = {"KL": (1.0, 2), "cosine": (1.0, 3), "Spearman": (1.0, 3)}  # others are percentages
+_MARKERS = dict(zip(CRITERIA, "xosD^*", strict=True))
+Record = dict[str, Any]
+
+
+def read(folder: Path) -> list[Record]:
+    """Return all records of a folder, network after network."""
+    return [record for name in NETWORKS for record in read_records(folder / f"{name}.jsonl")]
+
+
+def tables(records: Iterable[Record]) -> str:
+    """Return Markdown: a table for each network and share, with what it was measured on."""
+    groups: dict[tuple[str, float], dict[tuple[str, str], Record]] = {}
+    for record in records:
+        network, share, criterion, recovery = record["key"]
+        groups.setdefault((network, share), {})[criterion, recovery] = record
+    order = sorted(groups, key=lambda group: (NETWORKS.index(group[0]), -group[1]))
+    return "\n\n".join(_table(*group, groups[group]) for group in order)
+
+
+def _table(network: str, share: float, found: dict[tuple[str, str], Record]) -> str:
+    """Return the table of one network at one share; the better end of each column of figures is bold."""
+    first = next(iter(found.values()))
+    names = list(first["figures"])
+    rows = [
+        (criterion, recovery) for recovery in RECOVERIES for criterion in CRITERIA if (criterion, recovery) in found
+    ]
+    best = {}
+    for name in names:
+        values = {row: found[row]["figures"][name]["value"] for row in rows}
+        best[name] = (min if name == "KL" else max)(values, key=values.__getitem__)
+    lines = []
+    for row in rows:
+        record = found[row]
+        line = [row[0], RECOVERED[row[1]]]
+        for name in names:
+            shown = figure(name, record["figures"][name])
+            line.append(f"**{shown}**" if best[name] == row else shown)
+        steps = str(record["steps"]) + ("" if record["is_kept"] else ", discarded") if "steps" in record else ""
+        line += [f"{100 * record['macs']:.1f}", f"{100 * record['params']:.1f}", steps, f"{record['seconds']:.0f}"]
+        lines.append(line)
+    head = ["criterion", "recovery", *map(_head, names), "MACs %", "parameters %", "steps", "CPU s"]
+    return (
+        f"**{TITLES[network].format(share=share)}**\n\n{markdown_table(head, lines, text_columns=2)}\n\n{_said(first)}"
+    )
+
+
+RECOVERED = {
+    "none": "none",
+    "batch norms": "batch norms recalibrated",
+    "channel": '`compensate(method="channel")` (GRAIL)',
+    "compensate": "`compensate`",
+    "distill": "`distill`",
+    "compensate, distill": "`compensate`, then `distill`",
+}
+
+
+def _head(name: str) -> str:
+    return name if name in _DIGITS else f"{name} %"
+
+
+def figure(name: str, found: dict[str, float]) -> str:
+    """Return a figure with its interval."""
+    scale, digits = _DIGITS.get(name, (100.0, 1))
+    value, half = scale * found["value"], scale * (found["high"] - found["low"]) / 2
+    return f"{value:.{digits}f} ± {half:.{digits}f}"
+
+
+def _said(record: Record) -> str:
+    """Say what the figures were measured on, and the command."""
+    data, versions = record["data"], record["versions"]
+    if record["network"] == "minilm":
+        text = (
+            f"{data['test']:,} test sentences; {data['calibration']:,} calibration sentences, {data['distillation']:,} "
+        )
+        text += f"for `distill`, {data['validation']:,} validation sentences."
+    else:
+        test, learned, more = data["test"], data["calibration"], data["distillation"]
+        judges = data["validation"]
+        text = f"{test['crops']:,} crops of {test['photos']} test photos, intervals over photos; "
+        text += (
+            f"{learned['crops']:,} crops of {learned['photos']} calibration photos, {more['crops']:,} for `distill`, "
+        )
+        text += f"{judges['crops']:,} of {judges['photos']} validation photos."
+    command = f"python benchmarks/trained/run.py {record['network']} --out benchmarks/records/trained"
+    return f"{text} PyTorch {versions['torch']}, one thread of a shared {record['hardware']['processor']}. `{command}`"
+
+
+def picture(records: Sequence[Record], path: Path) -> None:
+    """Draw what each criterion and recovery keeps, against the processor's seconds, a panel for each table."""
+    groups = sorted({(record["key"][0], record["key"][1]) for record in records}, key=lambda at: (at[0], -at[1]))
+    drawn = Figure(figsize=(4.6 * len(groups), 3.8), layout="constrained")
+    for axis, (network, share) in zip(drawn.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        own = [record for record in records if record["key"][:2] == [network, share]]
+        column = "recall@10" if network == "minilm" else "top 1"
+        for criterion in CRITERIA:
+            points = [record for record in own if record["key"][2] == criterion]
+            if not points:
+                continue
+            points.sort(key=lambda record: RECOVERIES.index(record["key"][3]))
+            places = [RECOVERIES.index(record["key"][3]) for record in points]
+            values = [100 * record["figures"][column]["value"] for record in points]
+            style = {"color": "tab:red", "linewidth": 2.0} if criterion == OURS else {"alpha": 0.7}
+            axis.plot(places, values, marker=_MARKERS[criterion], label=criterion, **style)
+        axis.set_xticks(range(len(RECOVERIES)), RECOVERIES, rotation=30, ha="right", fontsize="x-small")
+        axis.set(ylabel=f"{column} %", ylim=(0, 100))
+        axis.set_title(TITLES[network].format(share=share), fontsize="x-small")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="xx-small")
+    drawn.savefig(output_file(path), dpi=110)
+
+
+def replaced(page: str, text: str) -> str:
+    """Return a page with the text between the two comments replaced."""
+    before, _, rest = page.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"a page must have {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the --out of run.py")
+    parser.add_argument("--into", type=Path, help="a page that holds the tables")
+    options = parser.parse_args(arguments)
+    records = read(options.folder)
+    if not records:
+        parser.error(f"the folder must hold records of run.py, got none ({options.folder})")
+    text = tables(records)
+    if options.into is not None:
+        options.into.write_text(replaced(options.into.read_text(encoding="utf-8"), text), encoding="utf-8")
+        return
+    picture(records, options.folder / "agreement.png")
+    report = f"# Networks that were trained elsewhere\n\n![agreement by recovery](agreement.png)\n\n{text}\n"
+    (options.folder / "report.md").write_text(report, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

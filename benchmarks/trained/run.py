@@ -1,0 +1,341 @@
+"""Prune the two networks that nobody here trained, recover them without labels, and record how alike they stay.
+
+    python benchmarks/trained/run.py efficientnet-lite0 --out runs/trained
+    python benchmarks/trained/run.py minilm --out runs/trained
+    python benchmarks/trained/run.py minilm --out runs/trained --only l1 reconstruction --recoveries none
+
+Every row keeps the same number of channels in every layer. A cell is a network, a share of its cost, a selection
+criterion and a recovery; each is a line of ``NETWORK.jsonl``, and the same command goes on where it was stopped.
+``--only`` and ``--recoveries`` run some rows and columns. ``report.py`` beside this file makes the tables.
+
+Weights are recovered from calibration photos (sentences), distilled weights are kept or discarded by validation photos,
+and all figures are of test photos, which nothing else looks at. Seconds are those of the processor, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nni_topo
+from benchmarks.trained import measures, photos, pretrained, sentences
+from nni_topo.network.cost import NetworkCost
+from nni_topo.network.runtime import detached_copy
+from nni_topo.runs.choices import Target
+from nni_topo.runs.provenance import provenance
+from nni_topo.runs.widths import inner_layers, layer_ratios, pruning_config
+from nni_topo.studies.baselines import baseline_masks
+from nni_topo.studies.records import append_record, read_records
+
+CRITERIA = ("random", "l1", "l2", "fpgm", "torch-pruning", "reconstruction")
+OURS = "reconstruction"
+UNPRUNED = "unpruned"
+RECOVERIES = ("none", "batch norms", "channel", "compensate", "distill", "compensate, distill")
+LONG = ("channel", "distill", "compensate, distill")
+"""Recoveries that only the rows of LONG_ROWS have: they take minutes."""
+LONG_ROWS = ("l1", OURS)
+Masks = Any
+
+
+class Subject(ABC):
+    """A trained network, the data that it is recovered from and measured on, and how it is pruned."""
+
+    name: str
+    shares: tuple[float, ...]
+    model: nn.Module
+    example: Any  # example inputs
+    data: nni_topo.Calibration  # of selection, weight reconstruction and batch norms
+
+    @abstractmethod
+    def choose(self, criterion: str, share: float) -> tuple[nn.Module, Masks]:
+        """Return a network that computes what the unpruned one does, and masks of it."""
+
+    @abstractmethod
+    def distilled(self, dense: nn.Module, share: float, seconds: float, state: Path) -> nni_topo.recovery.Distillation:
+        """Distil a dense network for about so many seconds."""
+
+    @abstractmethod
+    def figures(self, net: nn.Module) -> dict[str, measures.Figure]:
+        """Compare a network with the unpruned one on the test data."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the data are, for the records."""
+
+    def masks_of(self, criterion: str, net: nn.Module, config_list: list[dict[str, Any]]) -> Masks:
+        """Run a pruner by name on a copy of a network."""
+        victim = detached_copy(net)
+        knobs: dict[str, Any] = {}
+        if criterion == OURS:
+            knobs = {"calibration": self.data, "example_inputs": self.example}
+        elif criterion == "random":
+            knobs = {"seed": 0}
+        pruner = nni_topo.create_pruner(criterion, victim, config_list, **knobs)
+        masks = pruner.compress()[1]
+        pruner.unwrap_model()
+        return masks
+
+
+class Cnn(Subject):
+    """EfficientNet-Lite0 at 128 pixels, pruned to a share of its multiply-accumulates."""
+
+    name = "efficientnet-lite0"
+    shares = (0.8, 0.5)
+    crops = 960  # of all calibration photos together
+    distilled_crops = 1920
+
+    def __init__(self, *, calibration: int | None = None, photo_count: int | None = None) -> None:
+        self.model = pretrained.efficientnet_lite0()
+        self.example = torch.zeros(1, 3, photos.SIDE, photos.SIDE)
+        self.crops = calibration or self.crops
+        found = photos.random_crops("calibration", self.crops, seed=1, photos=photo_count)
+        self.data = _in_turns(found)
+        self._photos = photo_count
+        self._test = photos.random_crops("test", 960, seed=3)
+        self._wanted = measures.answers(self.model, self._test.batches())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Photos and crops of each part."""
+        names = photos.PHOTOS
+        return {
+            "calibration": {"photos": self._photos or len(names["calibration"]), "crops": self.crops},
+            "distillation": {"photos": self._photos or len(names["calibration"]), "crops": self.distilled_crops},
+            "validation": {"photos": len(names["validation"]), "crops": 320},
+            "test": {"photos": len(names["test"]), "crops": len(self._test.photos)},
+        }
+
+    def choose(self, criterion: str, share: float) -> tuple[nn.Module, Masks]:
+        """Prune all layers to the same widths, whatever the criterion; the share is of multiply-accumulates."""
+        ratios = layer_ratios(self.model, self.example, Target("flops", share), self._entries())
+        if criterion.startswith("torch-pruning"):
+            return self.model, baseline_masks(criterion, self.model, self.example, ratios)[0]
+        return self.model, self.masks_of(criterion, self.model, pruning_config(self.model, self.example, ratios))
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return [{"op_names": inner_layers(self.model, self.example)}]
+
+    def distilled(self, dense: nn.Module, share: float, seconds: float, state: Path) -> nni_topo.recovery.Distillation:
+        """Distil on crops of the calibration photos; crops of the validation photos decide."""
+        learned = photos.random_crops("calibration", self.distilled_crops, seed=2, photos=self._photos)
+        judges = photos.random_crops("validation", 320, seed=2)
+        return nni_topo.distillation(
+            dense,
+            self.model,
+            _in_turns(learned),
+            held_out=judges.batches(),
+            seconds=seconds,
+            steps=100_000,
+            lr=1e-3,
+            warmup=0.1,
+            state=state,
+        )
+
+    def figures(self, net: nn.Module) -> dict[str, measures.Figure]:
+        """Agreement of classes on crops of the test photos."""
+        mine = measures.answers(net, self._test.batches())
+        return measures.like_classifier(mine, self._wanted, self._test)
+
+
+def _in_turns(crops: photos.Crops, size: int = 64) -> nni_topo.Calibration:
+    """Return crops in an order in which photos take turns, so that each batch has crops of most, with the photos."""
+    kinds = crops.photos.unique()
+    places = [(crops.photos == kind).nonzero().flatten() for kind in kinds]
+    most = max(len(each) for each in places)
+    order = torch.tensor([int(each[turn]) for turn in range(most) for each in places if turn < len(each)])
+    return nni_topo.Calibration(list(crops.images[order].split(size)), groups=crops.photos[order])
+
+
+class Encoder(Subject):
+    """MiniLM-L6 on sentences of at most 32 tokens, without half of its heads' channels and half of its MLPs'."""
+
+    name = "minilm"
+    shares = (0.5,)
+    calibration = 1024
+    learned = 16_000
+    judges = 300
+
+    def __init__(self, home: Path, *, calibration: int | None = None) -> None:
+        folder = pretrained.minilm_folder(home)
+        self.model = pretrained.minilm(folder)
+        self._cache = home
+        self._words = pretrained.tokenizer(folder)
+        self.calibration = calibration or self.calibration
+        self._texts = {
+            "calibration": sentences.read("calibration", self.learned, cache=home),
+            "validation": sentences.read("validation", self.judges, cache=home),
+            "test": sentences.read("test", 2000, cache=home),
+        }
+        self.data = nni_topo.Calibration(self._batches("calibration", self.calibration))
+        self.example = {name: each[:2] for name, each in self.data[0].items()}
+        self._test = self._batches("test")
+        self._wanted = measures.embeddings(self.model, self._test)
+
+    def _batches(self, part: str, count: int | None = None) -> list[dict[str, Tensor]]:
+        return sentences.batches(sentences.tokens(self._words, self._texts[part][:count]))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Sentences of each part, with a hash of those measured."""
+        return {
+            "calibration": self.calibration,
+            "distillation": len(self._texts["calibration"]),
+            "validation": len(self._texts["validation"]),
+            "test": len(self._texts["test"]),
+            "test sentences": sentences.digest(self._texts["test"]),
+            "packages": sentences.versions(),
+        }
+
+    def choose(self, criterion: str, share: float) -> tuple[nn.Module, Masks]:
+        """Prune heads and neurons; the reconstruction criterion makes all heads narrower instead, for the same cost."""
+        heads = {"op_names_re": [r".*\.attention\.self"], "granularity": "head", "sparse_ratio": 1.0 - share}
+        neurons = {"op_names_re": [r".*\.intermediate\.dense"], "sparse_ratio": 1.0 - share}
+        if criterion == "torch-pruning":
+            ids = self.example["input_ids"]
+            config_list = nni_topo.dependency_groups(self.model, self.example, [heads, neurons])
+            names = [name for entry in config_list for name in entry["op_names"]]
+            counts = {name: self.model.config.num_attention_heads for name in names if ".attention." in name}
+            ratios = dict.fromkeys(names, 1.0 - share)
+            return self.model, baseline_masks(criterion, self.model, ids, ratios, counts)[0]
+        if criterion != OURS:
+            groups = nni_topo.dependency_groups(self.model, self.example, [heads, neurons])
+            return self.model, self.masks_of(criterion, self.model, groups)
+        turned, narrower = nni_topo.narrow_heads(self.model, self.data, 1.0 - share)
+        groups = nni_topo.dependency_groups(turned, self.example, [neurons])
+        return turned, narrower | self.masks_of(criterion, turned, groups)
+
+    def distilled(self, dense: nn.Module, share: float, seconds: float, state: Path) -> nni_topo.recovery.Distillation:
+        """Distil pooled embeddings and the blocks' hidden states; other sentences decide."""
+        return nni_topo.distillation(
+            dense,
+            self.model,
+            self._batches("calibration"),
+            held_out=self._batches("validation"),
+            outputs=lambda output, batch: pretrained.embedding(output, batch["attention_mask"]),
+            blocks=0.2,
+            seconds=seconds,
+            steps=100_000,
+            lr=8e-4,
+            warmup=0.1,
+            state=state,
+        )
+
+    def figures(self, net: nn.Module) -> dict[str, measures.Figure]:
+        """Cosine and neighbours of embeddings of the test sentences."""
+        return measures.like_encoder(measures.embeddings(net, self._test), self._wanted)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run the cells that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=(Cnn.name, Encoder.name))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--only", nargs="+", choices=CRITERIA, default=CRITERIA, metavar="CRITERION")
+    parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=RECOVERIES, metavar="RECOVERY")
+    parser.add_argument("--shares", nargs="+", type=float, metavar="SHARE", help="shares of the cost to keep")
+    parser.add_argument("--seconds", type=float, default=600.0, help="processor's seconds of a distillation, about")
+    parser.add_argument("--all", action="store_true", help="the long recoveries for every criterion")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.network}.jsonl"
+    done = {tuple(record["key"]) for record in read_records(path)}
+    subject: Subject = Cnn() if options.network == Cnn.name else Encoder(options.out)
+    common = {"network": subject.name, "data": subject.facts, **provenance()}
+    for record in cells(subject, options, done):
+        append_record(path, record | common)
+        shown = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in record["figures"].items())
+        print(f"{' | '.join(map(str, record['key']))}: {shown} ({record['seconds']:.0f} s)", flush=True)
+
+
+def wanted(criterion: str, options: argparse.Namespace) -> list[str]:
+    """Return the recoveries of a row, in the order in which they run."""
+    names = [name for name in RECOVERIES if name in options.recoveries]
+    if options.network == Encoder.name:  # it has no batch norms
+        names = [name for name in names if name != "batch norms"]
+    if options.all or criterion in LONG_ROWS:
+        return names
+    return [name for name in names if name not in LONG]
+
+
+def cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Measure the cells that aren't done; a row's selection and weight reconstruction run once for all of them."""
+    cost = NetworkCost(subject.model, subject.example)({})
+    for share in options.shares or subject.shares:
+        for criterion in options.only:
+            names = [name for name in wanted(criterion, options) if (subject.name, share, criterion, name) not in done]
+            if not names:
+                continue
+            (net, masks), chosen_in = timed(lambda row=criterion, part=share: subject.choose(row, part))  # type: ignore[misc]
+            row = Row(subject, share, net, masks)
+            for name in names:
+                state = options.out / f"{subject.name}-{share:g}-{criterion}-{name.replace(', ', '-')}.state"
+                dense, seconds, notes = row.recovered(name, options.seconds, state)
+                left = NetworkCost(dense, subject.example)({})
+                yield {
+                    "key": (subject.name, share, criterion, name),
+                    "figures": {key: asdict(figure) for key, figure in subject.figures(dense).items()},
+                    "selection_seconds": chosen_in,
+                    "seconds": chosen_in + seconds,
+                    "macs": left.macs / cost.macs,
+                    "params": left.params / cost.params,
+                    **notes,
+                }
+                state.unlink(missing_ok=True)
+
+
+class Row:
+    """A pruned network, and what its recoveries share."""
+
+    def __init__(self, subject: Subject, share: float, net: nn.Module, masks: Masks) -> None:
+        self.subject, self.share, self.net, self.masks = subject, share, net, masks
+        self._solved: dict[str, tuple[nn.Module, float]] = {}
+
+    def recovered(self, name: str, limit: float, state: Path) -> tuple[nn.Module, float, Mapping[str, Any]]:
+        """Return the dense network after a recovery, its seconds, and notes for the record."""
+        subject = self.subject
+        if name in ("channel", "compensate"):
+            return *self.solved("reconstruct" if name == "compensate" else name), {}
+        if name == "compensate, distill":
+            dense, spent = self.solved("reconstruct")
+        else:
+            dense, spent = nni_topo.to_dense(self.net, subject.example, self.masks), 0.0
+        if name == "none":
+            return dense, spent, {}
+        if name == "batch norms":
+            calibrated, seconds = timed(lambda: nni_topo.recalibrate_batch_norm(dense, subject.data))
+            return calibrated, seconds, {}
+        found, seconds = timed(lambda: subject.distilled(dense, self.share, limit, state))
+        notes = {"steps": found.steps, "lr": found.lr, "is_kept": found.is_kept}
+        return found.model, spent + seconds, notes
+
+    def solved(self, method: str) -> tuple[nn.Module, float]:
+        """Return the dense network after weight reconstruction, and the seconds of that."""
+        if method not in self._solved:
+
+            def solve() -> nn.Module:
+                full = nni_topo.compensate(self.net, self.masks, self.subject.data, method=method)
+                return nni_topo.to_dense(full, self.subject.example, self.masks)
+
+            self._solved[method] = timed(solve)
+        return self._solved[method]
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what a function returns, and the processor's seconds that it took."""
+    began = time.process_time()
+    found = work()
+    return found, time.process_time() - began
+
+
+if __name__ == "__main__":
+    main()
