@@ -122,7 +122,11 @@ class Cnn(Subject):
         return self.model, self.masks_of(criterion, self.model, pruning_config(self.model, self.example, ratios))
 
     def _entries(self) -> list[dict[str, Any]]:
-        return [{"op_names": inner_layers(self.model, self.example)}]
+        """Name the layers within the blocks: the widths between blocks stay as they are."""
+        names = inner_layers(self.model, self.example)
+        widened = {name.rpartition(".")[0] for name in names if name.endswith("_expand_conv")}
+        within = ("_expand_conv", "_depthwise_conv")
+        return [{"op_names": [n for n in names if n.rpartition(".")[0] in widened and n.endswith(within)]}]
 
     def distilled(self, dense: nn.Module, share: float, seconds: float, state: Path) -> nni_topo.recovery.Distillation:
         """Distil on crops of the calibration photos; crops of the validation photos decide."""
