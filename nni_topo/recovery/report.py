@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from nni_topo.errors import listed
+
 if TYPE_CHECKING:
     import pandas
 
@@ -79,7 +81,8 @@ class CompensationReport:
         # A layer that is refined has a row for each step, of the same samples and unknowns.
         few = {layer.layer: layer for layer in self.layers if layer.is_underdetermined}
         if few:
-            named = ", ".join(f"{name!r} ({layer.samples} of {layer.unknowns})" for name, layer in few.items())
+            scarcest = sorted(few.values(), key=lambda layer: layer.samples / layer.unknowns)
+            named = listed([f"{layer.layer!r} ({layer.samples} of {layer.unknowns})" for layer in scarcest])
             # Samples grow with the images: each image has the same number of positions.
             most = max(math.ceil(self.images * layer.unknowns / max(layer.samples, 1)) for layer in few.values())
             found.append(
@@ -88,7 +91,8 @@ class CompensationReport:
             )
         lost = {layer.layer: layer for layer in self.layers if layer.is_lost}
         if lost:
-            named = ", ".join(f"{name!r} ({layer.error_held_out:.3g})" for name, layer in lost.items())
+            worst = sorted(lost.values(), key=lambda layer: -layer.error_held_out)
+            named = listed([f"{layer.layer!r} ({layer.error_held_out:.3g})" for layer in worst])
             found.append(
                 f"the outputs of these layers are almost lost: {named}. In parentheses is the squared distance from "
                 f"the unpruned network on held-out samples, over the variance; above {LOST:g} an output is hardly "

@@ -16,6 +16,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.recovery import Reconstruct, compensate, compensation
 from nni_topo.recovery.registry import list_recoveries
+from nni_topo.recovery.report import CompensationReport, LayerReport
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.testing import toy_images, toy_model
 
@@ -374,3 +375,13 @@ def test_positions_that_are_padding_do_not_count():
     assert [layer.samples for layer in found[0].report.layers] == [int((~gone).sum()), 12]
     assert not torch.equal(found[0].model.body.linear2.weight, model.body.linear2.weight)
     torch.testing.assert_close(*(each.model.body.linear2.weight for each in found), rtol=1e-4, atol=1e-6)
+
+
+def test_warnings_name_the_worst_layers_and_count_the_others():
+    def layer(index, samples, held_out):
+        return LayerReport(f"conv{index}", "add", 100, samples, 0.1, 1.0, 0.5, held_out, 0.0)
+
+    layers = tuple(layer(index, 10 + index, 1.0 + index / 10) for index in range(9))
+    few, lost = CompensationReport(layers, {}, 8, 0.0).warnings
+    assert "'conv0' (10 of 100), 'conv1' (11 of 100), 'conv2' (12 of 100), 'conv3' (13 of 100) and 5 more" in few
+    assert "'conv8' (1.8), 'conv7' (1.7), 'conv6' (1.6), 'conv5' (1.5) and 5 more" in lost
