@@ -385,3 +385,20 @@ def test_blocks_that_ask_the_models_config_for_their_heads_may_keep_different_on
     save(dense, tmp_path / "dense.pt")
     again = load(tmp_path / "dense.pt", make("Phi3ForCausalLM"))
     assert torch.equal(logits(again, inputs), logits(dense, inputs))
+
+
+def test_a_model_without_its_pooling_layer_is_saved_as_a_folder(tmp_path):
+    """The argument isn't in the config, and from_pretrained takes it again."""
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24
+    )
+    torch.manual_seed(0)
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    ids = torch.randint(0, 40, (3, 7), generator=torch.Generator().manual_seed(1))
+    asked = [{"op_names_re": [r".*\.intermediate\.dense"], "sparse_ratio": 0.5}]
+    masks = create_pruner("l1", copy.deepcopy(model), list(dependency_groups(model, ids, asked))).compress()[1]
+    dense = to_dense(model, ids, masks)
+    save_pretrained(dense, tmp_path / "folder")
+    loaded = transformers.BertModel.from_pretrained(tmp_path / "folder", add_pooling_layer=False).eval()
+    assert loaded.encoder.layer[1].intermediate.dense.out_features == 12
+    torch.testing.assert_close(loaded(ids).last_hidden_state, dense(ids).last_hidden_state)

@@ -538,6 +538,7 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     config.pruned_heads = {}
     with torch.device("meta"):
         plain = type(dense)(config)
+    _leave_out(plain, dense)
     got = _structure(dense)
     # What a model was loaded with comes first: Transformers knows heads that this package doesn't.
     for heads in (known, _pruned_heads(plain, dense)):
@@ -567,6 +568,18 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
         for file in sorted(Path(beside).iterdir()):
             with whole_file(place / file.name) as part:
                 file.replace(part)
+
+
+def _leave_out(plain: torch.nn.Module, dense: torch.nn.Module) -> None:
+    """Remove from a model built by its config the parts that another one was made without.
+
+    An argument says so, such as ``add_pooling_layer=False``, which isn't in the config; ``from_pretrained`` takes it.
+    """
+    own = dict(dense.named_modules())
+    for name, module in list(plain.named_modules()):
+        for key in [key for key, child in module._modules.items() if child is not None]:
+            if name in own and hasattr(own[name], key) and getattr(own[name], key) is None:
+                setattr(module, key, None)
 
 
 def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:
