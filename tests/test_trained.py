@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ _INSTALL = "make trained-packages installs it"
 @pytest.fixture(scope="module")
 def modules():
     sys.path.insert(0, str(_PROJECT))
-    names = ("photos", "sentences", "pretrained", "measures")
+    names = ("photos", "sentences", "pretrained", "measures", "run", "report")
     yield {name: importlib.import_module(f"benchmarks.trained.{name}") for name in names}
     sys.path.remove(str(_PROJECT))
 
@@ -129,3 +130,76 @@ def test_the_networks_are_those_that_were_trained(modules, tmp_path):
     similar = found @ found.T
     assert similar.diagonal().tolist() == pytest.approx([1.0] * 3, abs=1e-5)
     assert similar[0, 1] > 0.5 > similar[0, 2]
+
+
+RECORDS = _PROJECT / "benchmarks" / "records" / "trained"
+
+
+def test_the_page_holds_the_tables_of_the_records(modules):
+    page = (_PROJECT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    report = modules["report"]
+    assert report.replaced(page, report.tables(report.read(RECORDS))) == page
+
+
+def test_rows_of_a_table_cost_the_same_and_no_cell_is_there_twice(modules):
+    records = modules["report"].read(RECORDS)
+    keys = [tuple(record["key"]) for record in records]
+    assert len(keys) == len(set(keys))
+    costs = {}
+    for record in records:
+        if "macs" in record:
+            costs.setdefault((record["network"], record["key"][1]), []).append(record["macs"])
+    for (network, _), found in costs.items():
+        assert max(found) - min(found) < 0.01, network
+
+
+def test_the_readme_says_what_the_records_hold(modules):
+    """Each figure of the sentences on these networks is that of the cell."""
+    report = modules["report"]
+    cells = {tuple(record["key"]): record["figures"] for record in report.read(RECORDS)}
+    text = " ".join((_PROJECT / "README.md").read_text(encoding="utf-8").split())
+    for key, column, said in report.QUOTED:
+        figure = report.figure(column, cells[key][column]).partition(" ")[0]
+        assert said.format(figure) in text, said
+
+
+def test_pictures_and_tables_are_made_of_few_cells_too(modules, tmp_path):
+    report = modules["report"]
+    some = [record for record in report.read(RECORDS) if record["key"][3] == "none"]
+    report.picture(some, tmp_path / "agreement.png")
+    assert (tmp_path / "agreement.png").stat().st_size > 5_000
+    assert "compensate" not in report.tables(some).replace("benchmarks", "")
+
+
+def test_crops_take_turns_and_come_with_their_photos(modules):
+    photos = modules["photos"]
+    owners = torch.tensor([0, 0, 0, 1, 1, 2])
+    crops = photos.Crops(torch.arange(6.0).view(6, 1, 1, 1), owners)
+    data = modules["run"]._in_turns(crops, size=4)
+    assert torch.cat(list(data)).flatten().tolist() == [0, 3, 5, 1, 4, 2]
+    assert data.groups.tolist() == [0, 1, 2, 0, 1, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["cnn_from_a_wheel", "embedding_model"])
+def test_the_pages_run_from_the_wheel_to_the_exported_file(modules, page, tmp_path, monkeypatch):
+    if lacking := [*modules["pretrained"].missing(), *modules["photos"].missing()]:
+        pytest.skip(f"{', '.join(lacking)} isn't installed: {_INSTALL}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(_PROJECT)
+    (tmp_path / "runs").mkdir()
+    text = (_PROJECT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    names = {"__name__": page}
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(compile(snippet, page, "exec"), names)
+    stages = {stage.network: stage for stage in names["small"].report.stages}
+    share = 0.8 if page == "cnn_from_a_wheel" else 0.5
+    assert stages["pruned"].macs / stages["unpruned"].macs == pytest.approx(share, abs=0.01)
+    assert stages["reconstructed"].distance < 0.8 * stages["pruned"].distance
+    assert names["small"].report.held_out > 0
+    assert names["done"].error < 1e-4
+    if page == "cnn_from_a_wheel":
+        images = names["crops"].images[:2]
+        assert torch.equal(names["small"](images), names["again"](images))
+    else:
+        assert float((names["one"] - names["other"]).abs().max()) < 1e-5

@@ -27,6 +27,7 @@ TITLES = {
     "efficientnet-lite0": "EfficientNet-Lite0, {share:.0%} of the MACs",
     "minilm": "MiniLM-L6, {share:.0%} of the heads' channels and of the MLPs' neurons",
 }
+COLUMNS = ("top 1", "top 5", "KL", "cosine", "recall@10", "Spearman")
 _DIGITS = {"KL": (1.0, 2), "cosine": (1.0, 3), "Spearman": (1.0, 3)}  # others are percentages
 _MARKERS = dict(zip(CRITERIA, "xosD^*", strict=True))
 Record = dict[str, Any]
@@ -40,17 +41,44 @@ def read(folder: Path) -> list[Record]:
 def tables(records: Iterable[Record]) -> str:
     """Return Markdown: a table for each network and share, with what it was measured on."""
     groups: dict[tuple[str, float], dict[tuple[str, str], Record]] = {}
+    few: dict[tuple[str, float], list[Record]] = {}
     for record in records:
+        if "images" in record:
+            few.setdefault((record["network"], record["key"][1]), []).append(record)
+            continue
         network, share, criterion, recovery = record["key"]
         groups.setdefault((network, share), {})[criterion, recovery] = record
     order = sorted(groups, key=lambda group: (NETWORKS.index(group[0]), -group[1]))
-    return "\n\n".join(_table(*group, groups[group]) for group in order)
+    found = []
+    for group in order:
+        found.append(_table(*group, groups[group]))
+        if group in few:
+            found.append(_by_images(*group, few[group]))
+    return "\n\n".join(found)
+
+
+def _by_images(network: str, share: float, records: list[Record]) -> str:
+    """Return the table of what weight reconstruction gains from more images."""
+    records = sorted(records, key=lambda record: record["images"])
+    names = [name for name in COLUMNS if name in records[0]["figures"]]
+    what = "sentences" if network == "minilm" else "crops"
+    lines = []
+    for record in records:
+        line = [str(record["images"])]
+        if network != "minilm":
+            line.append(str(record["data"]["calibration"]["photos"]))
+        lines.append([*line, *(figure(name, record["figures"][name]) for name in names), f"{record['seconds']:.0f}"])
+    head = [f"calibration {what}", *(["photos"] if network != "minilm" else []), *map(_head, names), "CPU s"]
+    title = f"**{TITLES[network].format(share=share)}: `{OURS}` and `compensate` by number of {what}**"
+    counts = " ".join(str(record["images"]) for record in records)
+    command = f"python benchmarks/trained/run.py {network} --out benchmarks/records/trained --images {counts}"
+    return f"{title}\n\n{markdown_table(head, lines, text_columns=0)}\n\n`{command}`"
 
 
 def _table(network: str, share: float, found: dict[tuple[str, str], Record]) -> str:
     """Return the table of one network at one share; the better end of each column of figures is bold."""
     first = next(iter(found.values()))
-    names = list(first["figures"])
+    names = [name for name in COLUMNS if name in first["figures"]]
     rows = [
         (criterion, recovery) for recovery in RECOVERIES for criterion in CRITERIA if (criterion, recovery) in found
     ]
@@ -117,6 +145,7 @@ def _said(record: Record) -> str:
 
 def picture(records: Sequence[Record], path: Path) -> None:
     """Draw what each criterion and recovery keeps, against the processor's seconds, a panel for each table."""
+    records = [record for record in records if "images" not in record]
     groups = sorted({(record["key"][0], record["key"][1]) for record in records}, key=lambda at: (at[0], -at[1]))
     drawn = Figure(figsize=(4.6 * len(groups), 3.8), layout="constrained")
     for axis, (network, share) in zip(drawn.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):

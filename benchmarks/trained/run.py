@@ -6,7 +6,8 @@
 
 Every row keeps the same number of channels in every layer. A cell is a network, a share of its cost, a selection
 criterion and a recovery; each is a line of ``NETWORK.jsonl``, and the same command goes on where it was stopped.
-``--only`` and ``--recoveries`` run some rows and columns. ``report.py`` beside this file makes the tables.
+``--only`` and ``--recoveries`` run some rows and columns. ``--images 8 32 128 512`` measures instead what weight
+reconstruction gains from so many crops (sentences). ``report.py`` beside this file makes the tables.
 
 Weights are recovered from calibration photos (sentences), distilled weights are kept or discarded by validation photos,
 and all figures are of test photos, which nothing else looks at. Seconds are those of the processor, on one thread.
@@ -52,7 +53,8 @@ class Subject(ABC):
     shares: tuple[float, ...]
     model: nn.Module
     example: Any  # example inputs
-    data: nni_topo.Calibration  # of selection, weight reconstruction and batch norms
+    count: int  # crops or sentences for selection, weight reconstruction and batch norms
+    data: nni_topo.Calibration  # these
 
     @abstractmethod
     def choose(self, criterion: str, share: float) -> tuple[nn.Module, Masks]:
@@ -90,16 +92,14 @@ class Cnn(Subject):
 
     name = "efficientnet-lite0"
     shares = (0.8, 0.5)
-    crops = 960  # of all calibration photos together
     distilled_crops = 1920
 
-    def __init__(self, *, calibration: int | None = None, photo_count: int | None = None) -> None:
+    def __init__(self, count: int | None = None) -> None:
         self.model = pretrained.efficientnet_lite0()
         self.example = torch.zeros(1, 3, photos.SIDE, photos.SIDE)
-        self.crops = calibration or self.crops
-        found = photos.random_crops("calibration", self.crops, seed=1, photos=photo_count)
-        self.data = _in_turns(found)
-        self._photos = photo_count
+        self.count = 960 if count is None else count
+        self._photos = min(self.count, len(photos.PHOTOS["calibration"]))
+        self.data = _in_turns(photos.random_crops("calibration", self.count, seed=1, photos=self._photos))
         self._test = photos.random_crops("test", 960, seed=3)
         self._wanted = measures.answers(self.model, self._test.batches())
 
@@ -108,8 +108,8 @@ class Cnn(Subject):
         """Photos and crops of each part."""
         names = photos.PHOTOS
         return {
-            "calibration": {"photos": self._photos or len(names["calibration"]), "crops": self.crops},
-            "distillation": {"photos": self._photos or len(names["calibration"]), "crops": self.distilled_crops},
+            "calibration": {"photos": self._photos, "crops": self.count},
+            "distillation": {"photos": len(names["calibration"]), "crops": self.distilled_crops},
             "validation": {"photos": len(names["validation"]), "crops": 320},
             "test": {"photos": len(names["test"]), "crops": len(self._test.photos)},
         }
@@ -130,7 +130,7 @@ class Cnn(Subject):
 
     def distilled(self, dense: nn.Module, share: float, seconds: float, state: Path) -> nni_topo.recovery.Distillation:
         """Distil on crops of the calibration photos; crops of the validation photos decide."""
-        learned = photos.random_crops("calibration", self.distilled_crops, seed=2, photos=self._photos)
+        learned = photos.random_crops("calibration", self.distilled_crops, seed=2)
         judges = photos.random_crops("validation", 320, seed=2)
         return nni_topo.distillation(
             dense,
@@ -139,8 +139,10 @@ class Cnn(Subject):
             held_out=judges.batches(),
             seconds=seconds,
             steps=100_000,
-            lr=1e-3,
+            lr=1e-4,  # on the validation photos 3e-4 and 1e-3 made the loss larger
             warmup=0.1,
+            blocks=50.0,
+            blend=False,
             state=state,
         )
 
@@ -164,22 +166,21 @@ class Encoder(Subject):
 
     name = "minilm"
     shares = (0.5,)
-    calibration = 1024
     learned = 16_000
     judges = 300
 
-    def __init__(self, home: Path, *, calibration: int | None = None) -> None:
+    def __init__(self, home: Path, count: int | None = None) -> None:
         folder = pretrained.minilm_folder(home)
         self.model = pretrained.minilm(folder)
         self._cache = home
         self._words = pretrained.tokenizer(folder)
-        self.calibration = calibration or self.calibration
+        self.count = 1024 if count is None else count
         self._texts = {
             "calibration": sentences.read("calibration", self.learned, cache=home),
             "validation": sentences.read("validation", self.judges, cache=home),
             "test": sentences.read("test", 2000, cache=home),
         }
-        self.data = nni_topo.Calibration(self._batches("calibration", self.calibration))
+        self.data = nni_topo.Calibration(self._batches("calibration", self.count))
         self.example = {name: each[:2] for name, each in self.data[0].items()}
         self._test = self._batches("test")
         self._wanted = measures.embeddings(self.model, self._test)
@@ -191,7 +192,7 @@ class Encoder(Subject):
     def facts(self) -> dict[str, Any]:
         """Sentences of each part, with a hash of those measured."""
         return {
-            "calibration": self.calibration,
+            "calibration": self.count,
             "distillation": len(self._texts["calibration"]),
             "validation": len(self._texts["validation"]),
             "test": len(self._texts["test"]),
@@ -247,18 +248,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=RECOVERIES, metavar="RECOVERY")
     parser.add_argument("--shares", nargs="+", type=float, metavar="SHARE", help="shares of the cost to keep")
     parser.add_argument("--seconds", type=float, default=600.0, help="processor's seconds of a distillation, about")
+    parser.add_argument("--images", nargs="+", type=int, metavar="COUNT", help="calibration crops or sentences")
     parser.add_argument("--all", action="store_true", help="the long recoveries for every criterion")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.network}.jsonl"
     done = {tuple(record["key"]) for record in read_records(path)}
-    subject: Subject = Cnn() if options.network == Cnn.name else Encoder(options.out)
-    common = {"network": subject.name, "data": subject.facts, **provenance()}
-    for record in cells(subject, options, done):
-        append_record(path, record | common)
-        shown = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in record["figures"].items())
-        print(f"{' | '.join(map(str, record['key']))}: {shown} ({record['seconds']:.0f} s)", flush=True)
+    for images in options.images or [None]:
+        subject: Subject = Cnn(images) if options.network == Cnn.name else Encoder(options.out, images)
+        common = {"network": subject.name, "data": subject.facts, **provenance()}
+        for record in cells(subject, options, done) if images is None else image_cells(subject, options, done):
+            append_record(path, record | common)
+            shown = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in record["figures"].items())
+            print(f"{' | '.join(map(str, record['key']))}: {shown} ({record['seconds']:.0f} s)", flush=True)
 
 
 def wanted(criterion: str, options: argparse.Namespace) -> list[str]:
@@ -295,6 +298,23 @@ def cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ..
                     **notes,
                 }
                 state.unlink(missing_ok=True)
+
+
+def image_cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Measure weight reconstruction with few images; they select the channels too."""
+    share = (options.shares or subject.shares)[0]
+    key = (subject.name, share, OURS, f"compensate, {subject.count} images")
+    if key in done:
+        return
+    (net, masks), chosen_in = timed(lambda: subject.choose(OURS, share))
+    dense, seconds = Row(subject, share, net, masks).solved("reconstruct")
+    yield {
+        "key": key,
+        "images": subject.count,
+        "figures": {name: asdict(figure) for name, figure in subject.figures(dense).items()},
+        "selection_seconds": chosen_in,
+        "seconds": chosen_in + seconds,
+    }
 
 
 class Row:
