@@ -109,8 +109,8 @@ trained-packages: $(READY)
 trained: trained-packages
 	$(TRAINED) benchmarks/trained/run.py efficientnet-lite0 --out trained --shares 0.8 --only $(TRAINED_ROWS) --recoveries none compensate
 	$(TRAINED) benchmarks/trained/run.py minilm --out trained --only $(TRAINED_ROWS) --recoveries none compensate
-	$(TRAINED) benchmarks/trained/run.py minilm --out trained --only l1 --recoveries distill --seconds 300
-	$(TRAINED) benchmarks/trained/run.py minilm --out trained --only reconstruction --recoveries 'compensate, distill' --seconds 300
+	$(TRAINED) benchmarks/trained/run.py minilm --out trained --only l1 --recoveries distill --steps 200
+	$(TRAINED) benchmarks/trained/run.py minilm --out trained --only reconstruction --recoveries 'compensate, distill' --steps 200
 	$(TRAINED) benchmarks/trained/report.py trained
 
 # all cells of the tables in benchmarks/RESULTS.md, in hours, into the committed records

@@ -29,6 +29,15 @@ TITLES = {
 }
 COLUMNS = ("top 1", "top 5", "KL", "cosine", "recall@10", "Spearman")
 _DIGITS = {"KL": (1.0, 2), "cosine": (1.0, 3), "Spearman": (1.0, 3)}  # others are percentages
+_CNN, _ENCODER = NETWORKS
+QUOTED = (
+    ((_ENCODER, 0.5, OURS, "compensate, distill"), "cosine", "a cosine of {} with the unpruned network's"),
+    ((_ENCODER, 0.5, OURS, "compensate, distill"), "recall@10", "{} % of the ten nearest neighbours"),
+    ((_ENCODER, 0.5, "l1", "none"), "recall@10", "({} % by L1 without recovery"),
+    ((_CNN, 0.8, OURS, "compensate"), "top 1", "the class of {} % of crops of other photos"),
+    ((_CNN, 0.5, OURS, "compensate"), "top 1", "half of them {} %"),
+)
+"""Cell, column and wording of each figure in README.md; a test holds one against the other."""
 _MARKERS = dict(zip(CRITERIA, "xosD^*", strict=True))
 Record = dict[str, Any]
 

@@ -61,8 +61,8 @@ class Subject(ABC):
         """Return a network that computes what the unpruned one does, and masks of it."""
 
     @abstractmethod
-    def distilled(self, dense: nn.Module, share: float, seconds: float, state: Path) -> nni_topo.recovery.Distillation:
-        """Distil a dense network for about so many seconds."""
+    def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
+        """Distil a dense network; limits are the steps, of 64 images or sentences, and the seconds."""
 
     @abstractmethod
     def figures(self, net: nn.Module) -> dict[str, measures.Figure]:
@@ -128,7 +128,7 @@ class Cnn(Subject):
         within = ("_expand_conv", "_depthwise_conv")
         return [{"op_names": [n for n in names if n.rpartition(".")[0] in widened and n.endswith(within)]}]
 
-    def distilled(self, dense: nn.Module, share: float, seconds: float, state: Path) -> nni_topo.recovery.Distillation:
+    def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
         """Distil on crops of the calibration photos; crops of the validation photos decide."""
         learned = photos.random_crops("calibration", self.distilled_crops, seed=2)
         judges = photos.random_crops("validation", 320, seed=2)
@@ -137,8 +137,7 @@ class Cnn(Subject):
             self.model,
             _in_turns(learned),
             held_out=judges.batches(),
-            seconds=seconds,
-            steps=100_000,
+            **limits,
             lr=1e-4,  # on the validation photos 3e-4 and 1e-3 made the loss larger
             warmup=0.1,
             blocks=50.0,
@@ -218,7 +217,7 @@ class Encoder(Subject):
         groups = nni_topo.dependency_groups(turned, self.example, [neurons])
         return turned, narrower | self.masks_of(criterion, turned, groups)
 
-    def distilled(self, dense: nn.Module, share: float, seconds: float, state: Path) -> nni_topo.recovery.Distillation:
+    def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
         """Distil pooled embeddings and the blocks' hidden states; other sentences decide."""
         return nni_topo.distillation(
             dense,
@@ -227,8 +226,7 @@ class Encoder(Subject):
             held_out=self._batches("validation"),
             outputs=lambda output, batch: pretrained.embedding(output, batch["attention_mask"]),
             blocks=0.2,
-            seconds=seconds,
-            steps=100_000,
+            **limits,
             lr=8e-4,
             warmup=0.1,
             state=state,
@@ -247,7 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=CRITERIA, default=CRITERIA, metavar="CRITERION")
     parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=RECOVERIES, metavar="RECOVERY")
     parser.add_argument("--shares", nargs="+", type=float, metavar="SHARE", help="shares of the cost to keep")
-    parser.add_argument("--seconds", type=float, default=600.0, help="processor's seconds of a distillation, about")
+    parser.add_argument("--steps", type=int, default=250, help="of a distillation (default 250)")
+    parser.add_argument("--seconds", type=float, help="wall time of a distillation's steps (default: no limit)")
     parser.add_argument("--images", nargs="+", type=int, metavar="COUNT", help="calibration crops or sentences")
     parser.add_argument("--all", action="store_true", help="the long recoveries for every criterion")
     options = parser.parse_args(arguments)
@@ -286,7 +285,7 @@ def cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ..
             row = Row(subject, share, net, masks)
             for name in names:
                 state = options.out / f"{subject.name}-{share:g}-{criterion}-{name.replace(', ', '-')}.state"
-                dense, seconds, notes = row.recovered(name, options.seconds, state)
+                dense, seconds, notes = row.recovered(name, {"steps": options.steps, "seconds": options.seconds}, state)
                 left = NetworkCost(dense, subject.example)({})
                 yield {
                     "key": (subject.name, share, criterion, name),
@@ -324,7 +323,7 @@ class Row:
         self.subject, self.share, self.net, self.masks = subject, share, net, masks
         self._solved: dict[str, tuple[nn.Module, float]] = {}
 
-    def recovered(self, name: str, limit: float, state: Path) -> tuple[nn.Module, float, Mapping[str, Any]]:
+    def recovered(self, name: str, limits: dict[str, Any], state: Path) -> tuple[nn.Module, float, Mapping[str, Any]]:
         """Return the dense network after a recovery, its seconds, and notes for the record."""
         subject = self.subject
         if name in ("channel", "compensate"):
@@ -338,7 +337,7 @@ class Row:
         if name == "batch norms":
             calibrated, seconds = timed(lambda: nni_topo.recalibrate_batch_norm(dense, subject.data))
             return calibrated, seconds, {}
-        found, seconds = timed(lambda: subject.distilled(dense, self.share, limit, state))
+        found, seconds = timed(lambda: subject.distilled(dense, limits, state))
         notes = {"steps": found.steps, "lr": found.lr, "is_kept": found.is_kept}
         return found.model, spent + seconds, notes
 
