@@ -1,7 +1,8 @@
 """Change one thing in the code, run the tests, see whether one fails: the score on random mutants.
 
 ``make mutants`` runs it; it goes on where the last run stopped. A mutant whose tests fail, crash or run out of time is
-killed, one that no test sees has survived. Each runs in a fork, on a copy of the tree.
+killed, one that no test sees has survived. Each runs in a fork, on a copy of the tree; those of `nni_topo.compat`,
+which is imported before, in a process of their own.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import Any
 
 import covering
 import forking
-import pytest
+from first_failure import tested, tested_afresh
 from mutating import Mutant, draw
 from reporting import KILLED, equivalents, records, report, shortfalls
 
 PROJECT = Path(__file__).resolve().parents[2]
 FOLDERS = ("maths", "pruners", "network", "recovery", "runs", "cli", "compat")
 """The package's folders whose code is mutated; which tests run it is measured."""
+
+IMPORTED_BEFORE = f"{forking.PACKAGE}/compat/"
+"""Where the files lie that a fork has imported before they are changed."""
 
 TIME_IS_OVER = "the time is over; run it again to go on"
 
@@ -101,35 +105,12 @@ def try_mutant(copy: Path, mutant: Mutant, chosen: covering.Chosen) -> dict[str,
     }  # fmt: skip
     if not chosen.tests:
         return {**record, "state": "untested", "by": None, "cpu_s": 0.0}
+    run = tested_afresh if mutant.path.startswith(IMPORTED_BEFORE) else tested
     with forking.changed(path, mutant.source(text)):
-        outcome = forking.in_child(lambda: _tested(chosen.tests), 2 * chosen.seconds + 20)
+        outcome = forking.in_child(lambda: run(chosen.tests), 2 * chosen.seconds + 20)
     state = outcome.state if outcome.state != "done" else outcome.answer["state"]
     by = outcome.answer["by"] if outcome.answer else None
     return {**record, "state": state, "by": by, "cpu_s": round(outcome.cpu_s, 1)}
-
-
-def _tested(tests: Sequence[str]) -> dict[str, Any]:
-    """Run tests until one fails, in a child."""
-    first = _FirstFailure(tests)
-    files = list(dict.fromkeys(test.split("::")[0] for test in tests))
-    code = forking.pytest_run([*files, "-x", "-q", "--tb=line"], first)
-    return {"state": "killed" if code else "survived", "by": first.failed}
-
-
-class _FirstFailure:
-    """A plugin of pytest that runs the given tests in their order and notes the one that fails."""
-
-    def __init__(self, tests: Sequence[str]) -> None:
-        self._rank = {test: rank for rank, test in enumerate(tests)}
-        self.failed: str | None = None
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = sorted((item for item in items if item.nodeid in self._rank), key=lambda i: self._rank[i.nodeid])
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed and self.failed is None:
-            self.failed = report.nodeid
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery import distill, distillation
+from nni_topo.recovery.lesson import outputs_of
 
 
 def test_augmented_views_are_answered_by_the_original():
@@ -183,3 +184,11 @@ def test_lists_of_images_as_detectors_take_them_are_refused_with_a_way_on():
     listed = [{"images": [torch.rand(3, 8, 8), torch.rand(3, 9, 8)]}]
     with pytest.raises(DataError, match=r"got a list, as detectors take it: shrink\(\.\.\., distill=False\)"):
         distill(copy.deepcopy(net), net, listed)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((4, 1), "squares"), ((4, 2), "kl"), ((4,), "squares"), ((4, 2, 3), "squares")]
+)
+def test_two_numbers_and_more_for_each_image_are_taken_for_logits(shape, kind):
+    tensors, found = outputs_of(torch.zeros(shape), 4)
+    assert (len(tensors), found) == (1, kind)

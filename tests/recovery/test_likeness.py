@@ -33,7 +33,7 @@ def test_distance_and_agreement_are_those_of_each_part_with_their_intervals():
     same = wanted.argmax(1) == got.argmax(1)
     for likeness, rows in zip(found, (slice(0, 40), slice(40, 60)), strict=True):
         mine = errors[rows].numpy()
-        assert likeness.distance.value == pytest.approx(mine.mean())
+        assert likeness.distance.value == pytest.approx(mine.mean(), rel=1e-10)
         low, high = stats.t.interval(0.95, len(mine) - 1, loc=mine.mean(), scale=stats.sem(mine))
         assert (likeness.distance.low, likeness.distance.high) == (pytest.approx(low), pytest.approx(high))
         share = likeness.agreement
@@ -86,6 +86,47 @@ def test_padding_and_lengths_that_differ_do_not_count():
     (likeness,) = Answers(Tokens(), Calibration(batches)).likenesses(Tokens(0.5))
     assert likeness.distance.value == pytest.approx(float(torch.cat(errors).mean()) / scale, rel=1e-5)
     assert math.isnan(likeness.agreement.value)
+
+
+class Logits(Tokens):
+    """As many class scores at each position as there are positions, and the same mask."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return {"logits": super().forward(input_ids)["last_hidden_state"].roll(1, 2)}
+
+
+def test_agreement_of_positions_is_that_of_their_classes():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 11, (5, 4), generator=generator)
+    mask = torch.tensor([[1, 1, 1, 0]] * 4 + [[1, 0, 0, 0]])
+    (likeness,) = Answers(Logits(), Calibration([{"input_ids": ids, "attention_mask": mask}])).likenesses(Noisy())
+    with torch.no_grad():
+        same = (Logits()(ids)["logits"].argmax(2) == Noisy()(ids)["logits"].argmax(2)).double()
+    assert 0.0 < float(same.mean()) < 1.0
+    assert likeness.agreement.value == pytest.approx(float(((same * mask).sum(1) / mask.sum(1)).mean()))
+
+
+class Noisy(Logits):
+    def forward(self, input_ids, attention_mask=None):
+        found = super().forward(input_ids)["logits"]
+        return {"logits": found + torch.randn(found.shape, generator=torch.Generator().manual_seed(1))}
+
+
+class Classes(Tokens):
+    """As many scores for each text as it has places."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids)["last_hidden_state"].mean(1)
+
+
+def test_scores_of_as_many_classes_as_there_are_places_all_count():
+    ids = torch.randint(1, 11, (9, 4), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0]] * 9)}
+    (likeness,) = Answers(Classes(), Calibration([batch])).likenesses(Classes(0.5))
+    with torch.no_grad():
+        wanted, got = Classes()(ids).double(), Classes(0.5)(ids).double()
+    scale = (wanted - wanted.mean(0)).square().sum()
+    assert likeness.distance.value == pytest.approx(float((wanted - got).square().sum() / scale))
 
 
 class Similar(nn.Module):

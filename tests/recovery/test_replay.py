@@ -48,6 +48,29 @@ def test_values_are_those_of_the_networks(residual_net, pair, images, cache_byte
         torch.testing.assert_close(other, changed(whole).detach())
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x, factor=2.0):
+        return self.last(factor * self.first(x).relu())
+
+
+@pytest.mark.parametrize("factor", [{}, {"factor": 3.0}])
+def test_arguments_that_a_batch_leaves_out_have_their_defaults(factor):
+    torch.manual_seed(0)
+    model = Scaled()
+    original = symbolic_trace(model)
+    changed = copy.deepcopy(original)
+    changed.get_submodule("first").weight.data.mul_(0.5)
+    inputs = torch.randn(5, 3)
+    replay = Replay(model, original, changed, [{"x": inputs, **factor}], 0)
+    one, other = values(replay, original, "last", "first")
+    torch.testing.assert_close(one, model(inputs, **factor).detach())
+    torch.testing.assert_close(other, changed(inputs, **factor).detach())
+
+
 def test_a_later_change_shows_behind_what_is_settled(residual_net, pair, images):
     original, changed = pair
     replay = Replay(residual_net, original, changed, images, 2**30)

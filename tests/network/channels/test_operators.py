@@ -365,6 +365,11 @@ def test_what_can_not_work_in_any_model_is_refused_when_it_is_registered(case):
         nni_topo.register_operator(**{"operator": lambda images: images, **given})
 
 
+@pytest.mark.parametrize("dim", [-8, 7])
+def test_the_first_and_the_last_dimension_may_be_named(dim):
+    nni_topo.register_operator(lambda images: images, "follow", dim=dim)
+
+
 def test_what_a_registered_rule_keeps_says_that_it_is_registered():
     own = nni_topo.register_operator(lambda images: Opaque.apply(images), lambda call: call.all_kept())
     found = nni_topo.dependency_groups(through(own), IMAGES, ASKED)

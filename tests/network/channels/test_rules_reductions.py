@@ -15,6 +15,7 @@ import nni_topo
 
 CHANNELS = 8
 GONE = [1, 2, 4, 7]
+MIX = torch.randn(CHANNELS**2, CHANNELS**2, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(2, 3, CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(0))
 
 
@@ -125,12 +126,15 @@ FREE = {
     "norm of all": lambda z: gate(z, torch.norm(z)),
     "largest length": lambda z: gate(z, torch.linalg.vector_norm(z, torch.inf, 1, keepdim=True)),
     "vector_norm": lambda z: gate(z, torch.linalg.vector_norm(z, dim=(1, 2, 3), keepdim=True)),
+    "norm of order 0.5": lambda z: gate(z, z.norm(0.5, 1, keepdim=True)),
+    "lengths of pixels": lambda z: gate(z, torch.linalg.norm(z.flatten(2), dim=2)[:, :, None, None]),
     "normalize": lambda z: functional.normalize(z),
     "normalize by order 1": lambda z: functional.normalize(z, p=1.0, dim=1),
     "any": lambda z: gate(z, (z > 0).any(1, keepdim=True)),
     "count_nonzero": lambda z: gate(z, (z > 0).count_nonzero(1).unsqueeze(1)),
     "cumsum": lambda z: z * z.cumsum(1),
     "amax behind relu": lambda z: gate(z, z.relu().amax(1, keepdim=True)),
+    "amax of means behind relu": lambda z: gate(z, z.relu().mean((2, 3), keepdim=True).amax(1, keepdim=True)),
     "max behind a clamp": lambda z: gate(z, z.clamp(min=0).max(1, keepdim=True)[0]),
     "max of squares": lambda z: gate(z, (z**2).max(1, keepdim=True).values),
     "max of lengths and pools": lambda z: gate(z, functional.max_pool2d(z.abs(), 3, 1, 1).amax(1, keepdim=True)),
@@ -147,6 +151,8 @@ FREE = {
     "lse of rows": lambda z: gate(z, z.logsumexp(3, keepdim=True)) * z.relu(),
     "quantile of rows": lambda z: gate(z, z.quantile(0.3, 3, keepdim=True)),
     "Softmax of rows": lambda z: z * functional.softmax(z, 3),
+    "pixels times a matrix": lambda z: (z.flatten(2) @ MIX.to(z)).view_as(z),
+    "a chunk of one": lambda z: z.chunk(1, dim=1)[0].relu(),
     "pools": nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1)),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 import weakref
 
 import pytest
@@ -56,6 +57,7 @@ def test_a_recorded_model_takes_other_numbers_of_samples():
     graph = record(model, {"x": torch.randn(3, 5, 4), "scale": 0.5}).graph_module
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     assert targets == ["first", "last"]
+    assert not {node.target for node in graph.graph.nodes} & {operator.iadd, "add_", "__iadd__"}
     for samples in (1, 2, 7):
         inputs = torch.randn(samples, 5, 4)
         torch.testing.assert_close(graph(inputs)[0], model(inputs, 0.5)["out"])

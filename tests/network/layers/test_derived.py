@@ -102,7 +102,9 @@ def test_the_graph_of_a_layer_has_the_edges_that_it_computes_with(name, padded):
     graph = graph_of_convolution(layer, (10, 10))
     assert padded_size(layer, (10, 10)) == (padded, padded)
     with torch.no_grad():
-        assert graph.outputs == layer(torch.zeros(1, 12, 10, 10)).numel()
+        outputs = layer(torch.zeros(1, 12, 10, 10))
+    assert graph.outputs == outputs.numel()
+    assert graph.edges == outputs.numel() * 25  # each channel reads its own alone
 
 
 @pytest.mark.parametrize("name", KINDS)
