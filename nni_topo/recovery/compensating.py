@@ -152,7 +152,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         Memory for intermediate values of both networks, and as much again for one layer's samples. With less, more
         is computed again.
     progress : bool or None, default=None
-        Show a bar on standard error; None: in a terminal, for what takes longer than five seconds.
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
 
     Returns
     -------

@@ -372,7 +372,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     seed : int, default=0
         For the order of the images and what is held out; and of PyTorch's generators for ``augment``.
     progress : bool or None, default=None
-        Show a bar on standard error; None: in a terminal, for what takes longer than five seconds.
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
 
     Returns
     -------

@@ -14,6 +14,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.runtime import (
     BatchStore,
     Calibration,
+    bar,
     batch_size,
     calls,
     evaluation_mode,
@@ -108,7 +109,7 @@ class Answers:
 def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None) -> Iterator[_Answer]:
     """Run a network over images, in evaluation mode."""
     with evaluation_mode(net), torch.no_grad():
-        for index, call in enumerate(calls(net, images)):
+        for index, call in enumerate(bar("comparing", None, calls(net, images))):
             count = batch_size(call)
             with fitting(index, images.name):
                 found = net(*call[0], **call[1])

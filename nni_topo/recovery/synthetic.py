@@ -69,7 +69,8 @@ def synthetic_images(
     seed : int, default=0
         Of the noise in the beginning.
     progress : bool or None, default=None
-        Show a bar on standard error; None: in a terminal, for what takes longer than five seconds.
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
 
     Returns
     -------

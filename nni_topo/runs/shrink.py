@@ -267,7 +267,8 @@ def shrink(
     seed : int, default=0
         Seed of all steps.
     progress : bool or None, default=None
-        Show progress bars on standard error; None: in a terminal, for steps of more than five seconds.
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
 
     Returns
     -------

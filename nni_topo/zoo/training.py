@@ -109,7 +109,8 @@ def train(
     device : str, torch.device or None, default=None
         Where to train; the whole training set is moved there. None: where the model lies.
     progress : bool or None, default=None
-        Whether to show a bar on standard error; None: in a terminal, for what takes longer than five seconds.
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
     callback : callable or None, default=None
         Called with the :class:`EpochLog` after every epoch, the model being in evaluation mode. An exception
         it raises ends the training.

@@ -18,7 +18,7 @@ from nni_topo.network.runtime.arguments import (
     check_model,
     check_unwrapped,
 )
-from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, bar, calibration_of
+from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, calibration_of
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
 from nni_topo.network.runtime.copying import RandomWeights, detached_copy, device_of, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.hooks import (
@@ -69,6 +69,7 @@ from nni_topo.network.runtime.inputs import (
     variations_of,
     varied,
 )
+from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.untouched import (
     drawn_since,
     evaluation_mode,

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from tqdm import tqdm
 
 from nni_topo.errors import ConfigError, DataError, free_memory, whole
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, taken, tensors_of
+from nni_topo.network.runtime.progress import bar
 
 HELD_OUT = 8
 """Of so many samples one is held out."""
@@ -386,19 +386,3 @@ class _Subset(Sequence[Any]):
         batch_index, chosen = self._rows[index]
         batch = self._batches[batch_index]
         return batch if chosen is None else taken(batch, chosen)
-
-
-_DELAY = 5.0  # seconds after which a bar appears that wasn't asked for
-
-
-def bar(
-    what: str, progress: bool | None, items: Iterable[Any] | None = None, *, total: int | None = None, done: int = 0
-) -> tqdm[Any]:
-    """Return a progress bar of tqdm.
-
-    ``progress``: True shows it at once, False never, and None after five seconds, if the output is a terminal.
-    """
-    if progress is None:
-        # With None tqdm itself checks that the output is a terminal.
-        return tqdm(items, desc=what, total=total, initial=done, disable=None, delay=_DELAY)
-    return tqdm(items, desc=what, total=total, initial=done, disable=not progress)

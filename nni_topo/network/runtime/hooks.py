@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime.calibration import Calibration, bar
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.inputs import bind_arguments, calls, fitting, inputs_of, name_of, real_positions_of
+from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
 
 Entering = Callable[[Tensor], Any]

@@ -32,6 +32,7 @@ from nni_topo.network.runtime import (
     Call,
     RandomWeights,
     Variation,
+    bar,
     cast_floats,
     detached_copy,
     difference,
@@ -290,7 +291,7 @@ class _DryRun:
         done_after: dict[Node, list[Node]] = defaultdict(list)
         for parent, node in last_reader.items():
             done_after[node].append(parent)
-        for node in self.full.graph.nodes:
+        for node in bar("dry run", None, self.full.graph.nodes):
             if node.op == "placeholder":
                 value = next(inputs)
                 self._values[node] = tuple(tree_map_only(Tensor, Tensor.clone, value) for _ in range(2))

@@ -68,7 +68,8 @@ class GeneticWeightPruner(StructuredPruner):
     seed : int, default=0
         Same seed, same masks.
     progress : bool or None, default=None
-        Show a bar over the generations; None: in a terminal, for what takes longer than five seconds.
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
 
     Raises
     ------

@@ -71,7 +71,8 @@ class ReconstructionPruner(StructuredPruner):
     seed : int, default=0
         Of the positions at which large feature maps are sampled. Same seed, same masks.
     progress : bool or None, default=None
-        Show a progress bar over the layers; None: in a terminal, for what takes longer than five seconds.
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
 
     Raises
     ------

@@ -76,7 +76,8 @@ class TopologicalPruner(StructuredPruner):
     seed : int, default=0
         Same seed, same masks.
     progress : bool or None, default=None
-        Show a progress bar over the layers; None: in a terminal, for what takes longer than five seconds.
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
     n_jobs : int or None, default=1
         Layers searched at a time, as joblib's ``n_jobs``; ``joblib.parallel_config`` picks another backend, such as
         Dask's. The result doesn't depend on it.

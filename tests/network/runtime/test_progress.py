@@ -1,3 +1,5 @@
+"""What takes long says so: a bar in a terminal, lines elsewhere."""
+
 from __future__ import annotations
 
 import io
@@ -6,7 +8,9 @@ import time
 
 import pytest
 
-from nni_topo.network.runtime.calibration import bar
+import nni_topo
+from nni_topo.network.runtime import bar
+from nni_topo.testing import toy_images, toy_model
 
 
 class Terminal(io.StringIO):
@@ -14,20 +18,58 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture
+def late(monkeypatch):
+    """Seconds by which tqdm's clock is ahead."""
+    clock, seconds = time.time, [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock() + seconds[0])
+    return seconds
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 @pytest.mark.parametrize(
-    ("stream", "progress", "seconds", "shown"),
-    [
-        (io.StringIO, True, 0.0, True),
-        (io.StringIO, None, 6.0, False),
-        (Terminal, None, 0.0, False),
-        (Terminal, None, 6.0, True),
-        (Terminal, False, 6.0, False),
-    ],
+    ("progress", "seconds", "shown"), [(True, 0.0, True), (None, 4.0, False), (None, 6.0, True), (False, 6.0, False)]
 )
-def test_a_bar_is_shown_where_it_is_asked_for_or_a_terminal_waits(stream, progress, seconds, shown, monkeypatch):
+def test_progress_is_shown_where_it_is_asked_for_or_after_five_seconds(
+    stream, progress, seconds, shown, monkeypatch, late
+):
     monkeypatch.setattr(sys, "stderr", stream())
-    clock, late = time.time, [0.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: clock() + late[0])
     for _ in bar("work", progress, range(3)):
-        late[0] += seconds / 2
-    assert ("work" in sys.stderr.getvalue()) == shown
+        late[0] += seconds / 3
+    text = sys.stderr.getvalue()
+    assert ("work" in text) == shown
+    assert ("\r" in text) == (shown and stream is Terminal)
+
+
+def test_a_log_gets_a_line_every_half_minute_with_the_time_left(monkeypatch, late):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for _ in bar("work", None, range(10, 100), total=100, done=10):
+        late[0] += 4.0
+    lines = sys.stderr.getvalue().splitlines()
+    assert lines[0] == "work: 12 of 100, 00:08 passed, about 05:52 left"
+    assert lines[1] == "work: 20 of 100, 00:40 passed, about 05:20 left"
+    assert len(lines) == 12
+
+
+def test_work_without_a_known_end_says_how_much_is_done(monkeypatch, late):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with bar("epochs", None) as shown:
+        late[0] += 70.0
+        shown.set_postfix_str("loss 0.5", refresh=False)
+        shown.update(2)
+    assert sys.stderr.getvalue() == "epochs: 2, 01:10 passed, loss 0.5\n"
+
+
+def test_a_process_without_an_output_works_on(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(bar("work", True, range(3))) == [0, 1, 2]
+
+
+def test_weight_reconstruction_writes_lines_to_a_file(monkeypatch, late):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    model, images = toy_model(), toy_images(40)
+    pruner = nni_topo.RandomPruner(model, [{"op_names": ["hidden"], "sparse_ratio": 0.5}])
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    nni_topo.compensate(model, masks, [images], progress=True)
+    assert "compensate: 0 of " in sys.stderr.getvalue()

@@ -1,0 +1,53 @@
+"""Progress of what takes long: a bar in a terminal, lines in a file, a pipe or a notebook."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+_DELAY = 5.0  # seconds after which progress appears that wasn't asked for
+_PAUSE = 30.0  # seconds from one line to the next
+
+
+class _Lines(tqdm):  # type: ignore[type-arg]
+    """Progress in lines of their own: where the output is no terminal, a bar would be drawn again and again."""
+
+    monitor_interval = 0  # no thread that draws anew
+    _next = 0.0  # seconds after the start when the next line is due
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write a line if one is due. tqdm ends a bar with an empty message: nothing is written then."""
+        passed = self.format_dict["elapsed"]
+        if msg is not None or passed < self._next:
+            return
+        self._next = passed + _PAUSE
+        self.fp.write(f"{self._line(passed)}\n")
+        self.fp.flush()
+
+    def _line(self, passed: float) -> str:
+        """Say what is done, the time passed and the time left: "distill: 9 of 60, 00:40 passed, about 03:46 left"."""
+        words = [f"{self.desc}: {self.n:g}" + (f" of {self.total:g}" if self.total else "")]
+        words.append(f"{self.format_interval(passed)} passed")
+        here = self.n - self.initial  # what was done before took none of this time
+        if self.total and here:
+            words.append(f"about {self.format_interval(passed / here * (self.total - self.n))} left")
+        if self.postfix:
+            words.append(str(self.postfix))
+        return ", ".join(words)
+
+
+def bar(
+    what: str, progress: bool | None, items: Iterable[Any] | None = None, *, total: int | None = None, done: int = 0
+) -> tqdm[Any]:
+    """Return a progress bar of tqdm in a terminal; elsewhere one that writes a line every thirty seconds.
+
+    ``progress``: True shows it at once, False never, and None after five seconds.
+    """
+    given: dict[str, Any] = {"desc": what, "total": total, "initial": done}
+    given |= {"delay": _DELAY if progress is None else 0.0, "disable": progress is False or sys.stderr is None}
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(items, **given)
+    return _Lines(items, **given, leave=False, miniters=1)
