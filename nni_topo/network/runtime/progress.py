@@ -17,14 +17,16 @@ class _Lines(tqdm):  # type: ignore[type-arg]
 
     monitor_interval = 0  # no thread that draws anew
     _next = 0.0  # seconds after the start when the next line is due
+    _last = ""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write a line if one is due. tqdm ends a bar with an empty message: nothing is written then."""
+        """Write a line if one is due, or at the end, for which tqdm passes an empty message."""
         passed = self.format_dict["elapsed"]
-        if msg is not None or passed < self._next:
+        line = self._line(passed)
+        if line == self._last or (msg is None and passed < self._next):
             return
-        self._next = passed + _PAUSE
-        self.fp.write(f"{self._line(passed)}\n")
+        self._next, self._last = passed + _PAUSE, line
+        self.fp.write(f"{line}\n")
         self.fp.flush()
 
     def _line(self, passed: float) -> str:
@@ -32,7 +34,7 @@ class _Lines(tqdm):  # type: ignore[type-arg]
         words = [f"{self.desc}: {self.n:g}" + (f" of {self.total:g}" if self.total else "")]
         words.append(f"{self.format_interval(passed)} passed")
         here = self.n - self.initial  # what was done before took none of this time
-        if self.total and here:
+        if self.total and here and self.n < self.total:
             words.append(f"about {self.format_interval(passed / here * (self.total - self.n))} left")
         if self.postfix:
             words.append(str(self.postfix))

@@ -48,6 +48,7 @@ def test_a_log_gets_a_line_every_half_minute_with_the_time_left(monkeypatch, lat
     lines = sys.stderr.getvalue().splitlines()
     assert lines[0] == "work: 12 of 100, 00:08 passed, about 05:52 left"
     assert lines[1] == "work: 20 of 100, 00:40 passed, about 05:20 left"
+    assert lines[-1] == "work: 100 of 100, 06:00 passed"
     assert len(lines) == 12
 
 
