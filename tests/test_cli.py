@@ -243,3 +243,15 @@ def test_shrink_lets_images_choose_the_widths(tmp_path, capsys):
     assert f"widths {chosen}: held out loss" in capsys.readouterr().out
     assert main([*words, "--allocation", "auto", "--pruner", "l1", "--out", str(tmp_path / "norm")]) == 2
     assert "must deal out budgets in several ways" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_profile_shows_the_figures_of_its_document_in_their_units(capsys):
+    words = ["profile", "--model", "small_cnn", "--in-channels", "1", "--image-size", "8", "--runs", "1"]
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    for row in rows:  # but for times, those of both runs are the same
+        line = next(line for line in shown.splitlines() if row["network"] in line.split())
+        figures = [row["peak_bytes"] / 1e6, row["macs"] / 1e6, row["params"] / 1e3]
+        assert line.replace("│", " ").split()[-3:] == [f"{each:.1f}" for each in figures]

@@ -103,7 +103,7 @@ def test_the_graph_of_a_layer_has_the_edges_that_it_computes_with(name, padded):
     assert padded_size(layer, (10, 10)) == (padded, padded)
     with torch.no_grad():
         outputs = layer(torch.zeros(1, 12, 10, 10))
-    assert graph.outputs == outputs.numel()
+    assert (graph.inputs, graph.outputs) == (12 * padded**2, outputs.numel())
     assert graph.edges == outputs.numel() * 25  # each channel reads its own alone
 
 

@@ -17,6 +17,7 @@ from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.runtime.inputs import arguments_of
 from nni_topo.speedup import dependency_groups
+from nni_topo.zoo.transformers import vit_small
 
 IMAGES = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 CONVOLUTIONS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -245,3 +246,18 @@ def test_the_order_does_not_depend_on_the_hash_seed(bare_python):
         "print(groups(nets.Residual(), torch.rand(1, 3, 8, 8), [{'op_types': ['Conv2d'], 'sparse_ratio': 0.5}]))"
     )
     assert bare_python(script).strip() == str(dependency_groups(Residual(), IMAGES, CONVOLUTIONS))
+
+
+def test_output_projections_lose_rows_with_all_that_share_their_channels_and_heads_without():
+    torch.manual_seed(0)
+    model = vit_small(3, 1, 8).eval()
+    images = torch.rand(2, 1, 8, 8)
+    together = dependency_groups(model, images, [{"op_types": ["Linear", "Conv2d"], "sparse_ratio": 0.5}])
+    projections = [entry for entry in together if entry["op_names"][0].endswith("o_proj")]
+    assert len(projections) == len(model.blocks)
+    assert all("granularity" not in entry for entry in projections)
+    assert "blocks.0.mlp.fc2" not in together.skipped
+    alone = dependency_groups(model, images, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    projections = [entry for entry in alone if entry["op_names"][0].endswith("o_proj")]
+    assert {tuple(entry["granularity"]) for entry in projections} == {(-1, 16)}
+    assert "which loses heads" in alone.skipped["blocks.0.mlp.fc2"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from nni_topo import create_pruner, dependency_groups, to_dense
 from nni_topo.errors import SpeedupError
-from nni_topo.network.speedup.equivalence import check_equal
+from nni_topo.network.speedup.equivalence import _in_range, check_equal
 from nni_topo.speedup import masked_model
 
 NAN, INF = float("nan"), float("inf")
@@ -327,3 +327,15 @@ def test_squares_of_squares_are_neither_infinite_nor_zero(factor):
     model = lively(UnnormedGates(factor)).eval()
     rows = changed(model, masked_model(model, IMAGES, {"layers.11": filter_mask(model.layers[11], [1, 6])}))
     assert rows["norm.bias"] == rows["norm.weight"] == [1, 6]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.0, 0.0], [0.0, 0.0]), ([1e30, -5e29], [1.0, -0.5]), ([1e-30, 0.0], [1.0, 0.0]), ([2.0, 3.0], [2.0, 3.0])],
+)
+def test_values_that_have_grown_or_shrunk_much_are_scaled_and_zeros_are_not(values, expected):
+    assert _in_range(None, torch.tensor(values)).tolist() == pytest.approx(expected)
+
+
+def test_what_is_not_finite_stays_so():
+    assert _in_range(None, torch.tensor([torch.inf, 1.0])).tolist() == [torch.inf, 1.0]
