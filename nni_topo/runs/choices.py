@@ -59,6 +59,7 @@ class DataChoice:
     test_limit: int | None = None  # test images used, the set's first ones; None: all
     download: bool = False
     image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are
+    workers: int | None = None  # processes that read a folder's images, at least 0; None: one per core, at most 8
 
     def __post_init__(self) -> None:
         check_fields(self, "data", data_dir=PATH | NONE)
@@ -238,8 +239,10 @@ def _model_facts(model: ModelChoice) -> dict[str, Any]:
 
 def _data_facts(data: DataChoice) -> dict[str, Any]:
     """The data's part of a key: without its place, and without what is used as it is."""
-    found = asdict(replace(data, data_dir=None, download=False))
-    return {name: value for name, value in found.items() if name not in ("test_limit", "image_size") or value}
+    found = asdict(replace(data, data_dir=None, download=False, workers=None))
+    return {
+        name: value for name, value in found.items() if name not in ("test_limit", "image_size", "workers") or value
+    }
 
 
 def _digest(content: Any) -> str:

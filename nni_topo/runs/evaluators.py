@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import nni
@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 from nni_topo import zoo
 from nni_topo.network.runtime import device_of
 from nni_topo.zoo.evaluation import by_label
+from nni_topo.zoo.labelled import batches as batches_of_rows
+from nni_topo.zoo.labelled import held_on
 
 
 def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe, *, seed: int = 0) -> TorchEvaluator:
@@ -33,16 +35,20 @@ def recipe_evaluator(model: nn.Module, data: zoo.DataBundle, recipe: zoo.Recipe,
         del scheduler
         steps = (max_epochs or recipe.epochs) * batches if max_steps is None else max_steps
         generator = torch.Generator().manual_seed(seed)
-        images, labels = (tensor.to(device_of(model)) for tensor in data.train.tensors)
+        device = device_of(model)
+        held = held_on(data.train, device)
+
+        def epochs() -> Iterator[tuple[Tensor, Tensor]]:
+            while True:
+                order = torch.randperm(len(held), generator=generator).tensor_split(batches)
+                yield from batches_of_rows(held, order, device)
+
         model.train()
-        for done in range(steps):
-            if done % batches == 0:
-                order = torch.randperm(len(labels), generator=generator).tensor_split(batches)
-            chosen = order[done % batches]
+        for done, batch in zip(range(steps), epochs(), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(done / steps)
             optimizer.zero_grad()
-            step((images[chosen], labels[chosen]), model).backward()
+            step(batch, model).backward()
             optimizer.step()
 
     def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:

@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import TensorDataset
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.hooks import Masks
 from nni_topo.runs.run import on_cpu
 from nni_topo.zoo import DataBundle
+from nni_topo.zoo.labelled import subset
 
 _Plain = TypeVar("_Plain")
 _SHOWN = 12
@@ -100,7 +100,7 @@ def data_share(data: DataBundle, rank: int, size: int) -> DataBundle:
         raise ConfigError(f"each process must get a training image, got {len(data.train)} for {size} (data_share)")
     # Shares of one length: all processes take as many steps, and none waits for gradients that never come. Up to
     # size - 1 images are left out.
-    return replace(data, train=TensorDataset(*(part[rank::size][:each] for part in data.train.tensors)))
+    return replace(data, train=subset(data.train, slice(rank, rank + each * size, size)))
 
 
 def _is_group() -> bool:

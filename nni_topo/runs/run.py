@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.disk import DELETE
@@ -41,12 +40,15 @@ from nni_topo.runs.evaluators import recipe_evaluator
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.widths import pruning_config, reasons_of_unpruned_layers
 from nni_topo.zoo.evaluation import bits
+from nni_topo.zoo.external import pretrained_preprocessing
+from nni_topo.zoo.labelled import ImageFiles, subset
 
 LATENCY_BATCH = 64
 _RECALIBRATION_IMAGES = 1024
 _GRADIENT_STEPS = 32
 _IMAGES_AT_ONCE = 128
 _LABELLED_AT_ONCE = 512
+_VALIDATION_FILES = 1024
 STILL = 1e-30
 """Learning rate at which an evaluator measures gradients and leaves weights as they are."""
 WHOLE_CHANNELS = "whole channels come no nearer, or the pruner keeps others than it is asked to"
@@ -69,15 +71,15 @@ class Start:
         """Where the network lies."""
         return next(self.net.parameters()).device
 
-    @property
+    @cached_property
     def example(self) -> Tensor:
         """Two test images, on the device."""
-        return self.data.test.tensors[0][:2].to(self.device)
+        return self.data.test[:2][0].to(self.device)
 
-    @property
+    @cached_property
     def timed(self) -> Tensor:
         """The batch of test images that networks are timed on, on the device."""
-        return self.data.test.tensors[0][:LATENCY_BATCH].to(self.device)
+        return self.data.test[:LATENCY_BATCH][0].to(self.device)
 
     @cached_property
     def accuracy(self) -> float:
@@ -106,12 +108,13 @@ class Start:
 
     def images(self, count: int, skip: int = 0) -> list[Tensor]:
         """Return training images after so many others, without labels, in batches on the device; none if none."""
-        images = self.data.train.tensors[0][skip : skip + count].to(self.device)
+        images = self.data.train[skip : skip + count][0].to(self.device)
         return list(images.split(_IMAGES_AT_ONCE)) if len(images) else []
 
     def validation(self) -> list[tuple[Tensor, ...]]:
-        """Return the validation images with their labels, in batches on the device."""
-        parts = (tensor.to(self.device).split(_LABELLED_AT_ONCE) for tensor in self.data.validation.tensors)
+        """Return the validation images with their labels, in batches on the device; of files the first 1,024."""
+        among = slice(_VALIDATION_FILES if isinstance(self.data.validation, ImageFiles) else None)
+        parts = (tensor.to(self.device).split(_LABELLED_AT_ONCE) for tensor in self.data.validation[among])
         return list(zip(*parts, strict=True))
 
 
@@ -333,12 +336,14 @@ def load_model_data(model: ModelChoice, data: DataChoice) -> zoo.DataBundle:
         pad_to=None if data.image_size else pad_to,
         image_size=data.image_size,
         download=data.download,
+        preprocessing=pretrained_preprocessing(model.name),
+        workers=data.workers,
     )
     if data.test_limit is None:
         return bundle
     if data.test_limit < 1:
         raise ConfigError(f"test_limit must be at least 1, got {data.test_limit} (data)")
-    return replace(bundle, test=TensorDataset(*bundle.test[: data.test_limit]))
+    return replace(bundle, test=subset(bundle.test, slice(data.test_limit)))
 
 
 def build_model(model: ModelChoice, data: zoo.DataBundle, seed: int) -> nn.Module:

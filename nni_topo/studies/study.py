@@ -79,13 +79,15 @@ class DataVerb(ModelVerb):
     data: str = "digits"  # a listed name, an .npz file or a folder
     data_dir: Path | None = None  # folder with the data set's files
     limit: int | None = None  # training images used, at least 1; None: all
+    image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are
+    workers: int | None = None  # processes that read a folder's images, at least 0; None: one per core, at most 8
     download: bool = False  # let torchvision download CIFAR
     out: Path  # output folder
 
     def data_choice(self, test_images: int | None = None) -> DataChoice:
         """Return the data set, with ``test_images`` test images; None: all."""
         folder = None if self.data_dir is None else str(self.data_dir)
-        return DataChoice(self.data, folder, self.limit, test_images, self.download)
+        return DataChoice(self.data, folder, self.limit, test_images, self.download, self.image_size, self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,11 +19,13 @@ from torch.utils.data import TensorDataset
 
 from nni_topo.errors import ConfigError, DataError, checked, unknown_name
 from nni_topo.zoo.external import accepted
+from nni_topo.zoo.labelled import LabelledImages, Preprocessing, labels_of, subset
 from nni_topo.zoo.recipes import Recipe
 from nni_topo.zoo.sources import (
     Array,
     RawData,
     class_rank,
+    in_rounds,
     read_cifar,
     read_digits,
     read_idx_folder,
@@ -30,6 +33,9 @@ from nni_topo.zoo.sources import (
     read_stdlib,
     stratified_fraction,
 )
+
+if TYPE_CHECKING:
+    from nni_topo.zoo.image_folder import ListedFolder
 
 
 @dataclass(frozen=True)
@@ -43,15 +49,15 @@ class DataInfo:
     description : str
         One line about the images.
     read : callable
-        Returns :class:`~nni_topo.zoo.sources.RawData` from those of ``folder`` (where the files lie), ``download``
-        and ``image_size`` that it accepts.
+        Returns :class:`~nni_topo.zoo.sources.RawData`, or a folder's list of files, from those of ``folder`` (where
+        the files lie), ``download``, ``image_size``, ``pad_to``, ``preprocessing`` and ``workers`` that it accepts.
     adapt : callable
         Makes the recipe for these images from a net's own.
     """
 
     name: str
     description: str
-    read: Callable[..., RawData] = field(repr=False)
+    read: Callable[..., RawData | ListedFolder] = field(repr=False)
     adapt: Callable[[Recipe], Recipe] = field(default=lambda recipe: recipe, repr=False)
 
     @property
@@ -68,10 +74,16 @@ def _photographs(recipe: Recipe) -> Recipe:
     return replace(recipe, epochs=4 * recipe.epochs, augmentation="crop-flip")
 
 
-def _read_image_folder(folder: Path, image_size: int | None) -> RawData:
-    from nni_topo.zoo.image_folder import read_image_folder  # torchvision is slow to import
+def _list_image_folder(
+    folder: Path,
+    image_size: int | None,
+    pad_to: int | None,
+    preprocessing: Preprocessing | None,
+    workers: int | None,
+) -> ListedFolder:
+    from nni_topo.zoo.image_folder import list_image_folder  # torchvision is slow to import
 
-    return read_image_folder(folder, image_size)
+    return list_image_folder(folder, image_size, pad_to, preprocessing, workers)
 
 
 _MOST_ROWS = 1000  # of text to watch: each has as many labels as places
@@ -87,7 +99,7 @@ _DATA = {
         ),
         DataInfo("cifar10", "32x32 in colour", partial(read_cifar, kind="CIFAR10"), _photographs),
         DataInfo("cifar100", "32x32 in colour", partial(read_cifar, kind="CIFAR100"), _photographs),
-        DataInfo("image-folder", "photos by class, scaled to image_size", _read_image_folder, _photographs),
+        DataInfo("image-folder", "photos by class, scaled to image_size", _list_image_folder, _photographs),
         DataInfo("python-stdlib", "rows of 128 bytes of Python's own sources", read_stdlib),
     )
 }
@@ -99,10 +111,11 @@ class DataBundle:
 
     Attributes
     ----------
-    train, validation, test : TensorDataset
-        Two tensors each: float32 images ``[n, in_channels, image_size, image_size]``, normalised per channel
-        to mean 0 and standard deviation 1 over the training images, and int64 labels ``[n]`` in ``[0,
-        num_classes)``. Of text: int64 rows ``[n, image_size]`` and, as labels, the byte after each position.
+    train, validation, test : TensorDataset or ImageFiles
+        A slice of each gives two tensors: float32 images ``[n, in_channels, image_size, image_size]``, normalised per
+        channel, and int64 labels ``[n]`` in ``[0, num_classes)``. Of text: int64 rows ``[n, image_size]`` and, as
+        labels, the byte after each position. An image folder stays in its files and is read where it is used;
+        everything else is in memory.
     in_channels : int
         Channels of the images.
     image_size : int
@@ -110,16 +123,17 @@ class DataBundle:
     num_classes : int
         Number of classes.
     mean, std : tuple of float
-        Per channel, of the stored training images (``uint8`` in units of 255) before padding.
+        Per channel, of the stored training images (``uint8`` in units of 255) before padding; of an image folder
+        those of ``preprocessing``. Images are normalised by them.
     name : str
         The name or path that was loaded.
     class_names : tuple of str
         One name per class.
     """
 
-    train: TensorDataset
-    validation: TensorDataset
-    test: TensorDataset
+    train: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages
     in_channels: int
     image_size: int
     num_classes: int
@@ -131,7 +145,7 @@ class DataBundle:
     @property
     def is_text(self) -> bool:
         """Whether every position of a row has its own label: the byte after it."""
-        return self.train.tensors[1].dim() == 2
+        return labels_of(self.train).dim() == 2
 
     @property
     def black(self) -> Tensor:
@@ -161,7 +175,7 @@ def data_info(name: str) -> DataInfo:
     if path.suffix == ".npz":
         return DataInfo(name, ".npz file", partial(read_npz, path))
     if path.is_dir():
-        return DataInfo(name, "folder of images", partial(_read_image_folder, path))
+        return DataInfo(name, "folder of images", partial(_list_image_folder, path))
     if len(path.parts) > 1:
         raise DataError(f"an image folder must exist, got none ({path})")
     raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"])
@@ -178,6 +192,8 @@ def load_data(
     image_size: int | None = None,
     seed: int = 0,
     download: bool = False,
+    preprocessing: Preprocessing | None = None,
+    workers: int | None = None,
 ) -> DataBundle:
     """Load a data set.
 
@@ -192,7 +208,8 @@ def load_data(
         Folder of the files; needed for MNIST, Fashion-MNIST and CIFAR.
     limit : int or None, default=None
         Number of training images to keep, at least 1, drawn evenly from the classes after the validation
-        split. None keeps all.
+        split. None keeps all. Of an image folder the validation set is limited likewise, and files that aren't drawn
+        aren't read.
     validation : float, default=0.1
         Fraction of every class of the training images that becomes the validation set, in [0, 1); of text at most
         1,000 rows.
@@ -204,6 +221,11 @@ def load_data(
         Seed of the validation split and the limit. The test set doesn't depend on it.
     download : bool, default=False
         Whether torchvision may fetch missing files into ``data_dir``.
+    preprocessing : Preprocessing or None, default=None
+        Of an image folder: mean, standard deviation, crop and interpolation. None: ImageNet's mean and deviation, the
+        whole middle square, bilinear. Runs give those of the pretrained weights of ``torchvision/`` and ``timm/``.
+    workers : int or None, default=None
+        Processes that read an image folder, at least 0, where 0 is this one. None: one per core, at most 8.
 
     Returns
     -------
@@ -221,13 +243,18 @@ def load_data(
     Mean and standard deviation come from all training images, those of the validation split included, so that
     neither ``limit`` nor ``seed`` changes the inputs of a trained model.
 
+    Image folders are never read as a whole. Loading lists the files and opens the header of the first file of every
+    training class. Their images come in rounds of one image of each class, in a random order drawn from ``seed``, of
+    the test set from a constant: the first n images hold n classes, or every class n / classes times, as long as the
+    class has that many.
+
     Examples
     --------
     >>> data = load_data("digits", limit=100)
     >>> data.train.tensors[0].shape, len(data.test), data.num_classes
     (torch.Size([100, 1, 8, 8]), 355, 10)
     """
-    _check_arguments(limit, validation, pad_to, image_size)
+    _check_arguments(limit, validation, pad_to, image_size, workers)
     info = data_info(name)
     if info.needs_folder:
         if data_dir is None:
@@ -235,8 +262,12 @@ def load_data(
         if not download and not Path(data_dir).is_dir():
             raise DataError(f"data_dir must be a folder that exists, got none ({data_dir})")
     folder = None if data_dir is None else Path(data_dir)
-    raw = info.read(**accepted(info.read, {"folder": folder, "download": download, "image_size": image_size}))
+    knobs: dict[str, Any] = {"folder": folder, "download": download, "image_size": image_size, "pad_to": pad_to}
+    knobs |= {"preprocessing": preprocessing, "workers": workers}
+    raw = info.read(**accepted(info.read, knobs))
     generator = np.random.default_rng(seed)
+    if not isinstance(raw, RawData):
+        return _files(raw, name, limit, validation, generator)
     if raw.train_images.ndim == 2:
         return _text(raw, name, limit, validation, generator)
     _check_raw(raw, name)
@@ -264,6 +295,31 @@ def load_data(
     )
 
 
+def _files(
+    listed: ListedFolder, name: str, limit: int | None, validation: float, generator: np.random.Generator
+) -> DataBundle:
+    """Return a folder's images, in rounds over the classes; the limit is applied to the list of files."""
+    labels = listed.train.labels.numpy(force=True)
+    held_out = stratified_fraction(labels, validation, generator)
+    sets = []
+    for rows in (np.flatnonzero(~held_out), np.flatnonzero(held_out)):
+        order = rows[in_rounds(labels[rows], generator)][:limit]
+        sets.append(subset(listed.train, torch.from_numpy(order)))
+    layout = listed.train.layout
+    return DataBundle(
+        train=sets[0],
+        validation=sets[1],
+        test=listed.test,
+        in_channels=len(layout.mean),
+        image_size=layout.padded,
+        num_classes=len(listed.class_names),
+        mean=layout.mean,
+        std=layout.std,
+        name=name,
+        class_names=listed.class_names,
+    )
+
+
 def _text(raw: RawData, name: str, limit: int | None, validation: float, generator: np.random.Generator) -> DataBundle:
     """Return rows of text; there is nothing to normalise, and every place has a label of its own."""
     order = generator.permutation(len(raw.train_images))
@@ -280,10 +336,14 @@ def _text(raw: RawData, name: str, limit: int | None, validation: float, generat
     )
 
 
-def _check_arguments(limit: int | None, validation: float, pad_to: int | None, image_size: int | None) -> None:
+def _check_arguments(
+    limit: int | None, validation: float, pad_to: int | None, image_size: int | None, workers: int | None
+) -> None:
     for knob, value in (("limit", limit), ("pad_to", pad_to), ("image_size", image_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{knob} must be at least 1, got {value} (load_data)")
+    if workers is not None and workers < 0:
+        raise ConfigError(f"workers must be at least 0, got {workers} (load_data)")
     if not 0.0 <= validation < 1.0:
         raise ConfigError(f"validation must be in [0, 1), got {validation} (load_data)")
 

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
 
 from nni_topo.errors import NONE, DataError, checked, whole
 from nni_topo.network.runtime import (
@@ -22,6 +21,7 @@ from nni_topo.network.runtime import (
     left_alone,
 )
 from nni_topo.zoo.data import DataBundle
+from nni_topo.zoo.labelled import LabelledImages, batches_in_order, labels_of
 
 _EVALUATION = {"model": COMPUTING, "device": DEVICE | NONE, "batch_size": whole(1)}
 
@@ -42,14 +42,14 @@ def check_model(model: nn.Module, data: DataBundle) -> None:
     DataError
         If the model can't compute on the images, or its number of outputs isn't the number of classes.
     """
-    image = data.train.tensors[0][:1]
+    image, label = data.train[:1]
     shape = tuple(image.shape[1:])
     try:
         with evaluation_mode(model), torch.no_grad():
             logits = model(image.to(device_of(model)))
     except RuntimeError as error:
         raise DataError(f"the model must take images of shape {shape}, got: {error} ({data.name})") from error
-    wanted = (*data.train.tensors[1][:1].shape, data.num_classes)
+    wanted = (*label.shape, data.num_classes)
     if not isinstance(logits, Tensor) or logits.shape != wanted:
         found = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"the model must have {data.num_classes} outputs, one per class, got {found} ({data.name})")
@@ -67,7 +67,7 @@ def bits(loss: float) -> float:
 
 @checked(**_EVALUATION)
 def evaluate(
-    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
+    model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> float:
     """Return the accuracy of a classifier.
 
@@ -75,7 +75,7 @@ def evaluate(
     ----------
     model : nn.Module
         Moved to ``device``; run in evaluation mode, then put back into the modes it was in.
-    dataset : TensorDataset
+    dataset : TensorDataset or ImageFiles
         Images ``[n, in_channels, h, w]`` and labels ``[n]``, at least one.
     device : str, torch.device or None, default=None
         Where to compute. None: where the model lies.
@@ -97,7 +97,7 @@ def evaluate(
 
 @checked(**_EVALUATION)
 def evaluate_loss(
-    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
+    model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> float:
     """Return the mean cross entropy in nats; parameters and errors as for :func:`evaluate`."""
     return loss_and_accuracy(model, dataset, device=device, batch_size=batch_size)[0]
@@ -106,7 +106,7 @@ def evaluate_loss(
 @checked(**_EVALUATION)
 @in_smaller_batches
 def loss_and_accuracy(
-    model: nn.Module, dataset: TensorDataset, *, device: str | torch.device | None = None, batch_size: int = 512
+    model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> tuple[float, float]:
     """Return what :func:`evaluate_loss` and :func:`evaluate` do, in one pass; parameters and errors as there."""
     if len(dataset) == 0:
@@ -115,14 +115,11 @@ def loss_and_accuracy(
     model.to(device)
     totals = torch.zeros(2, dtype=torch.float64)
     with left_alone(model), evaluation_mode(model), torch.no_grad(), fitting(0, "dataset"):
-        for images, labels in zip(
-            *(torch.split(part, at_once(min(batch_size, len(dataset)))) for part in dataset.tensors), strict=True
-        ):
-            logits, labels = by_label(model(images.to(device)).float(), labels)
+        for images, labels in batches_in_order(dataset, at_once(min(batch_size, len(dataset))), torch.device(device)):
+            logits, labels = by_label(model(images).float(), labels)
             if int(labels.max()) >= logits.shape[1]:
                 raise DataError(f"labels must be below the model's {logits.shape[1]} outputs, got {int(labels.max())}")
-            wanted = labels.to(device)
-            loss, hits = cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(1) == wanted).sum()
+            loss, hits = cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
             totals += torch.stack([loss, hits]).cpu().double()
-    loss, hits = (totals / dataset.tensors[1].numel()).tolist()
+    loss, hits = (totals / labels_of(dataset).numel()).tolist()
     return loss, hits

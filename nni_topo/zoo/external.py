@@ -11,6 +11,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, unknown_name
 from nni_topo.registry import imported
+from nni_topo.zoo.labelled import Preprocessing
 
 TORCHVISION = "torchvision/"
 TIMM = "timm/"
@@ -24,6 +25,27 @@ def torchvision_names() -> list[str]:
     from torchvision import models  # slow to import
 
     return [TORCHVISION + name for name in models.list_models(module=models)]
+
+
+def pretrained_preprocessing(name: str) -> Preprocessing | None:
+    """Return how images were prepared for a model's default pretrained weights; None where it has none."""
+    if name.startswith(TORCHVISION):
+        from torchvision import models  # slow to import
+
+        weights = list(models.get_model_weights(name.removeprefix(TORCHVISION)))
+        if not weights:
+            return None
+        made = models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
+        crop = made.crop_size[0] / made.resize_size[0]
+        return Preprocessing(tuple(made.mean), tuple(made.std), crop, made.interpolation.value)
+    if name.startswith(TIMM):
+        try:
+            timm: Any = importlib.import_module("timm")
+        except ImportError:  # building the model says so
+            return None
+        found = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+        return found and Preprocessing(tuple(found.mean), tuple(found.std), found.crop_pct, found.interpolation)
+    return None
 
 
 def build_torchvision(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:

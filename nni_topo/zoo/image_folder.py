@@ -2,100 +2,174 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.datasets import DatasetFolder
+from torch import Tensor
+from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision.transforms import InterpolationMode, v2
 
-from nni_topo.errors import DataError, check_memory
-from nni_topo.zoo.sources import Array, RawData, split_off_test
+from nni_topo.errors import DataError
+from nni_topo.zoo.labelled import ImageFiles, Layout, Preprocessing
+from nni_topo.zoo.sources import Array, in_rounds, stratified_fraction
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SPLIT_SEED = 1797
-_COPIES = 6  # read, stacked, and as float32
+_GREY = ("1", "L", "I;16")
 
 
-def read_image_folder(folder: Path, image_size: int | None = None) -> RawData:
-    """Read a folder of images, one folder per class, as ``uint8``; DataError if they can't be one data set."""
+@dataclass(frozen=True)
+class ListedFolder:
+    """The files of a training and a test set, of which none has been read."""
+
+    train: ImageFiles
+    test: ImageFiles
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The files of one folder by class."""
+
+    files: npt.NDArray[np.bytes_] = field(repr=False)
+    labels: Array
+    class_names: tuple[str, ...]
+
+
+def list_image_folder(
+    folder: Path,
+    image_size: int | None = None,
+    pad_to: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    workers: int | None = None,
+) -> ListedFolder:
+    """List a folder of images, one folder per class; DataError if they can't be one data set."""
     # With a `train` folder inside, `test` (or `val`) beside it is the test set and must have no class that `train`
     # lacks. Otherwise the folders are the classes, and 20 % of every class are set apart for the test, always the same
-    # ones. Images are grey if all files of the training set are, else RGB. With `image_size` the middle square is
-    # scaled to it; without, the images must be squares of one size.
-    if not (folder / "train").is_dir():
-        whole = _listed(folder)
-        return split_off_test(
-            _images(whole, image_size, _is_grey(whole)), np.asarray(whole.targets), tuple(whole.classes), _SPLIT_SEED
-        )
-    place = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
-    if place is None:
-        raise DataError(f"beside train there must be a folder test or val, got none ({folder})")
-    train, test = _listed(folder / "train"), _listed(place)
-    unknown = sorted(set(test.classes) - set(train.classes))
-    if unknown:
-        raise DataError(f"test classes must be training classes, got {', '.join(unknown)} ({place})")
-    grey = _is_grey(train)
-    train_images, test_images = (_images(part, image_size, grey) for part in (train, test))
-    labels = np.asarray([train.class_to_idx[test.classes[target]] for target in test.targets])
-    return RawData(train_images, np.asarray(train.targets), test_images, labels, tuple(train.classes))
-
-
-class _Listed(DatasetFolder):
-    """The files of a folder by class; hidden folders aren't classes."""
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        return names, {name: label for label, name in enumerate(names)}
+    # ones. The first file of every training class says what all are: grey if all of these are, else RGB; without
+    # `image_size` squares of one size. Files that differ are named when they are read.
+    if (folder / "train").is_dir():
+        place = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+        if place is None:
+            raise DataError(f"beside train there must be a folder test or val, got none ({folder})")
+        train, test = _listed(folder / "train"), _listed(place)
+        roots = str(folder / "train"), str(place)
+        unknown = sorted(set(test.class_names) - set(train.class_names))
+        if unknown:
+            raise DataError(f"test classes must be training classes, got {', '.join(unknown)} ({place})")
+        numbers = {name: number for number, name in enumerate(train.class_names)}
+        renumbered = np.asarray([numbers[name] for name in test.class_names])
+        test = replace(test, labels=renumbered[test.labels])
+        first = [str(Path(roots[0], os.fsdecode(train.files[row]))) for row in _first_of_classes(train)]
+    else:
+        whole, roots = _listed(folder), (str(folder), str(folder))
+        first = [str(Path(folder, os.fsdecode(whole.files[row]))) for row in _first_of_classes(whole)]
+        apart = stratified_fraction(whole.labels, 0.2, np.random.default_rng(_SPLIT_SEED))
+        train, test = (_Listed(whole.files[rows], whole.labels[rows], whole.class_names) for rows in (~apart, apart))
+    layout = _layout(first, image_size, pad_to, preprocessing or Preprocessing())
+    # In rounds, so that the first images of a test set, however few, are of many classes.
+    order = in_rounds(test.labels, np.random.default_rng(_SPLIT_SEED))
+    return ListedFolder(
+        ImageFiles(roots[0], train.files, torch.from_numpy(train.labels), layout, workers),
+        ImageFiles(roots[1], test.files[order], torch.from_numpy(test.labels[order]), layout, workers),
+        train.class_names,
+    )
 
 
 def _listed(folder: Path) -> _Listed:
     try:
-        return _Listed(folder, loader=_open, extensions=_SUFFIXES)
+        # hidden folders aren't classes
+        names = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+        files: list[npt.NDArray[np.bytes_]] = []
+        for name in names:
+            # class by class, for a list of all paths takes ten times the memory of the arrays
+            paths = [path for path, _ in make_dataset(folder, {name: 0}, extensions=_SUFFIXES)]
+            files.append(np.array([os.fsencode(os.path.relpath(path, folder)) for path in paths]))
     except FileNotFoundError as error:
         raise DataError(
             f"an image folder must hold one folder per class with at least one image, got: {error} ({folder})"
         ) from error
+    if not names:
+        raise DataError(f"an image folder must hold one folder per class, got none ({folder})")
+    labels = np.repeat(np.arange(len(names)), [len(each) for each in files])
+    return _Listed(np.concatenate(files), labels, tuple(names))
 
 
-def _is_grey(files: _Listed) -> bool:
-    return all(_open(path).mode in ("1", "L", "I;16") for path, _ in files.samples)
+def _first_of_classes(listed: _Listed) -> list[int]:
+    rows: list[int] = np.unique(listed.labels, return_index=True)[1].tolist()
+    return rows
 
 
-def _images(files: _Listed, image_size: int | None, grey: bool) -> Array:
-    """Read images ``[n, c, h, w]``."""
-    pictures: list[Array] = []
-    for path, _ in files.samples:
-        picture = _read_image(path, image_size, grey)
-        if pictures and picture.shape != pictures[0].shape:
-            sizes = f"{pictures[0].shape[1:]} and {picture.shape[1:]}"
-            raise DataError(f"images must share one size unless image_size is given, got {sizes} ({path})")
-        if not pictures:
-            needed = _COPIES * picture.nbytes * len(files)
-            check_memory(needed, f"{len(files)} images", "a smaller image_size takes less", files.root)
-        pictures.append(picture)
-    return np.stack(pictures)
+def _layout(first: list[str], image_size: int | None, pad_to: int | None, preprocessing: Preprocessing) -> Layout:
+    """Return what all images have in common, by the headers of one file of every class."""
+    modes, sizes = [], []
+    for path in first:
+        with _opened(path) as image:
+            modes.append(image.mode)
+            sizes.append(image.size)
+    side = image_size
+    if side is None:
+        for path, size in zip(first, sizes, strict=True):
+            if size != sizes[0]:
+                raise _other_size(sizes[0], size, path)
+        width, side = sizes[0]
+        if width != side:
+            raise DataError(f"images must be squares unless image_size is given, got {side}x{width} ({first[0]})")
+    grey = all(mode in _GREY for mode in modes)
+    return Layout(grey, side, image_size is not None, max(side, pad_to or 0), preprocessing)
 
 
-def _read_image(path: str, image_size: int | None, grey: bool) -> Array:
+def read_image(path: str, layout: Layout) -> Tensor:
+    """Read a file: uint8 ``[c, h, w]``, scaled, cropped and padded, not normalised; DataError names a bad one."""
+    with _opened(path) as image:
+        if layout.grey and image.mode not in _GREY:
+            raise DataError(
+                f"images must all be grey where the first of every class is, got one of mode {image.mode} ({path})"
+            )
+        try:
+            picture = image.convert("L" if layout.grey else "RGB")
+        except OSError as error:
+            raise _not_whole(path, error) from error
+    if layout.scaled:
+        picture = _scaled(picture, layout)
+    elif picture.size != (layout.side, layout.side):
+        raise _other_size((layout.side, layout.side), picture.size, path)
+    pixels: Tensor = v2.functional.pil_to_tensor(picture)
+    missing = layout.padded - layout.side
+    before, after = missing // 2, missing - missing // 2
+    return torch.nn.functional.pad(pixels, (before, after, before, after))
+
+
+def _scaled(picture: Image.Image, layout: Layout) -> Image.Image:
+    """Return the middle square of an image, scaled, by torchvision's transforms."""
+    mode = InterpolationMode(layout.preprocessing.interpolation)
+    short = round(layout.side / layout.preprocessing.crop)
+    scaled: Image.Image = v2.functional.resize(picture, [short], interpolation=mode, antialias=True)
+    cropped: Image.Image = v2.functional.center_crop(scaled, [layout.side])
+    return cropped
+
+
+def _opened(path: str) -> Image.Image:
     try:
-        image = _open(path).convert("L" if grey else "RGB")
-    except OSError as error:
-        size = Path(path).stat().st_size
-        raise DataError(f"an image file must be whole, got {error} in {size} bytes ({path})") from error
-    if image_size is not None:
-        short = min(image.size)
-        left, top = ((side - short) / 2 for side in image.size)
-        box = (left, top, left + short, top + short)
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
-    pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[None] if grey else pixels.transpose(2, 0, 1)
-
-
-def _open(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            picture: Image.Image = image.copy()
-            return picture
+        image: Image.Image = Image.open(path)
     except UnidentifiedImageError as error:
         size = Path(path).stat().st_size
         raise DataError(f"an image file must be of a known format, got {size} bytes ({path})") from error
+    except OSError as error:
+        raise _not_whole(path, error) from error
+    return image
+
+
+def _not_whole(path: str, error: OSError) -> DataError:
+    size = f"{Path(path).stat().st_size} bytes" if Path(path).exists() else "no file"
+    return DataError(f"an image file must be whole, got {error} in {size} ({path})")
+
+
+def _other_size(size: tuple[int, int], other: tuple[int, int], path: str) -> DataError:
+    sizes = f"{size[::-1]} and {other[::-1]}"
+    return DataError(f"images must share one size unless image_size is given, got {sizes} ({path})")

@@ -138,6 +138,11 @@ def class_rank(labels: Array, generator: np.random.Generator) -> npt.NDArray[np.
     return ranks
 
 
+def in_rounds(labels: Array, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Return an order in which every round holds one image of each class that has any left, in random order."""
+    return np.lexsort((generator.random(len(labels)), class_rank(labels, generator)))
+
+
 def _npz_arrays(path: Path) -> dict[str, Array]:
     with reading(path, "an .npz data set", "of plain arrays"), np.load(path, allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}

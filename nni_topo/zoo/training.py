@@ -1,7 +1,7 @@
-"""Training and evaluation of classifiers on data that fits into memory.
+"""Training of classifiers, on data in memory or in files.
 
-Batches are indexed straight from the tensors, without loader processes. All randomness (order, augmentation,
-dropout) comes from one seed; the global generators are left as they were.
+Batches are indexed straight from tensors; files are read by processes of their own. All randomness (order,
+augmentation, dropout) comes from one seed; the global generators are left as they were.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from nni_topo.network.layers import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.runtime import COMPUTING, DEVICE, TENSOR, bar, device_of
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import by_label, check_model, evaluate
+from nni_topo.zoo.labelled import batches, held_on
 from nni_topo.zoo.recipes import Augmentation, Recipe
 
 _FORMAT = "nni-topo training 2"
@@ -107,7 +108,7 @@ def train(
     seed : int
         Of the order of the images, the augmentation and dropout. Same seed, same result on one machine.
     device : str, torch.device or None, default=None
-        Where to train; the whole training set is moved there. None: where the model lies.
+        Where to train; a training set in memory is moved there as a whole. None: where the model lies.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -160,13 +161,13 @@ class _Trainer:
     def __init__(self, model: nn.Module, data: DataBundle, recipe: Recipe, seed: int, device: torch.device) -> None:
         self.model, self.data, self.recipe, self.device = model, data, recipe, device
         self.kind: dict[str, Any] = {"recipe": asdict(recipe), "seed": seed, "images": len(data.train)}
-        self.images, self.labels = (tensor.to(device) for tensor in data.train.tensors)
+        self.images = held_on(data.train, device)
         self.black = data.black
         self.generator = torch.Generator().manual_seed(seed)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         kind, knobs = recipe.optimizing()
         self.optimizer = kind(learning, **knobs)
-        self.batches = math.ceil(len(self.labels) / recipe.batch_size)
+        self.batches = math.ceil(len(data.train) / recipe.batch_size)
 
     def resume(self, path: Path) -> list[EpochLog]:
         """Go on from a file of :meth:`keep`, if there is one; return the logs of the epochs done."""
@@ -201,11 +202,12 @@ class _Trainer:
         """Go once through the training images, then look at the validation images."""
         start = time.perf_counter()
         self.model.train()
-        order = torch.randperm(len(self.labels), generator=self.generator)
+        order = torch.randperm(len(self.images), generator=self.generator)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for step, chosen in enumerate(order.tensor_split(self.batches)):
+        chosen = order.tensor_split(self.batches)
+        for step, (images, labels) in enumerate(batches(self.images, chosen, self.device)):
             done = ((epoch - 1) * self.batches + step) / (self.recipe.epochs * self.batches)
-            totals += self._step(chosen, self.recipe.rate(done))
+            totals += self._step(images, labels, self.recipe.rate(done))
         loss, hits = (totals / len(order)).tolist()
         if not math.isfinite(loss):
             raise ConfigError(f"lr must keep the loss finite, got {loss} at lr={self.recipe.lr} (epoch {epoch})")
@@ -215,10 +217,9 @@ class _Trainer:
         rate = self.optimizer.param_groups[0]["lr"]
         return EpochLog(epoch, loss, hits, accuracy, rate, time.perf_counter() - start)
 
-    def _step(self, chosen: Tensor, rate: float) -> Tensor:
-        """Take one step on the chosen images; their summed loss and the number of hits, shape (2,)."""
+    def _step(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
+        """Take one step on images; their summed loss and the number of hits, shape (2,)."""
         self.optimizer.param_groups[0]["lr"] = rate
-        images, labels = self.images[chosen.to(self.device)], self.labels[chosen.to(self.device)]
         if images.dim() == 4:  # and not rows of text
             images = augmented(images, self.recipe.augmentation, self.black.to(self.device), self.generator)
             images = images.contiguous(memory_format=torch.channels_last)
@@ -229,7 +230,7 @@ class _Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return torch.stack([loss.detach(), (logits.argmax(1) == labels).double().mean()]) * len(chosen)
+        return torch.stack([loss.detach(), (logits.argmax(1) == labels).double().mean()]) * len(images)
 
 
 @checked(images=TENSOR, black=TENSOR)

@@ -187,10 +187,13 @@ def test_image_folder_with_train_and_test(tmp_path: Path) -> None:
     data = load_data(str(tmp_path), validation=0.2)
     assert (data.in_channels, data.image_size, data.class_names) == (3, 6, ("cat", "dog", "owl"))
     assert (len(data.train), len(data.validation), len(data.test)) == (12, 3, 4)
-    assert data.test.tensors[1].tolist() == [0, 0, 2, 2]
+    images, labels = data.test[:]
+    assert sorted(labels[:2].tolist()) == sorted(labels[2:].tolist()) == [0, 2]  # round by round
+    owls = images[labels == 2].numpy()
     first = np.asarray(Image.open(tmp_path / "test" / "owl" / "0.png")).transpose(2, 0, 1) / 255
     mean, std = (np.array(values).reshape(3, 1, 1) for values in (data.mean, data.std))
-    np.testing.assert_allclose(data.test.tensors[0][2].numpy() * std + mean, first, atol=1e-5)
+    assert np.abs(owls * std + mean - first).max(axis=(1, 2, 3)).min() < 1e-5
+    assert data.mean == (0.485, 0.456, 0.406)
 
 
 def test_image_folder_of_classes_alone_splits_a_test_off(tmp_path: Path) -> None:
@@ -199,8 +202,8 @@ def test_image_folder_of_classes_alone_splits_a_test_off(tmp_path: Path) -> None
     (tmp_path / ".hidden").mkdir()
     data, other = (load_data(str(tmp_path), seed=seed) for seed in (0, 1))
     assert (data.in_channels, data.class_names) == (1, ("a", "b"))
-    assert torch.bincount(data.test.tensors[1]).tolist() == [2, 2]
-    assert torch.equal(data.test.tensors[0], other.test.tensors[0])
+    assert torch.bincount(data.test[:][1]).tolist() == [2, 2]
+    assert torch.equal(data.test[:][0], other.test[:][0])
 
 
 def test_image_folder_can_be_scaled(tmp_path: Path) -> None:
@@ -209,12 +212,14 @@ def test_image_folder_can_be_scaled(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"share one size unless image_size is given, got \(6, 9\) and \(12, 6\)"):
         load_data(str(tmp_path))
     data = load_data(str(tmp_path), image_size=6, validation=0.0)
-    assert data.train.tensors[0].shape == (8, 3, 6, 6)
-    # A 9x6 image needs no scaling: its middle 6 columns, from 1.5 on, are blends of neighbours.
-    pixels = np.stack([np.asarray(Image.open(tmp_path / "a" / f"{i}.png")) for i in range(5)]).astype(float)
-    blends = (pixels[:, :, 1:7] + pixels[:, :, 2:8]) / 2 / 255
-    first = data.train.tensors[0][0].permute(1, 2, 0).numpy() * np.array(data.std) + np.array(data.mean)
-    assert np.abs(blends[:, :, 1:5] - first[:, 1:5]).max(axis=(1, 2, 3)).min() < 1 / 255
+    assert data.train[:][0].shape == (8, 3, 6, 6)
+    # A 9x6 image needs no scaling: as torchvision crops it, its middle 6 columns begin at 1.5, rounded to 2.
+    wanted = {np.asarray(Image.open(tmp_path / "a" / f"{i}.png"))[:, 2:8].tobytes() for i in range(5)}
+    images, labels = data.train[:]
+    stored = images.permute(0, 2, 3, 1).numpy() * np.array(data.std) + np.array(data.mean)
+    found = {each.tobytes() for each in np.rint(255 * stored[labels == 0]).astype(np.uint8)}
+    assert len(found) == 4
+    assert found < wanted
 
 
 def test_bad_image_folders_are_named(tmp_path: Path) -> None:
@@ -237,11 +242,12 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
     ("kept", "message"), [(60, "whole, got .* in 60 bytes"), (3, "of a known format, got 3 bytes")]
 )
 def test_truncated_images_are_named(tmp_path: Path, kept: int, message: str) -> None:
-    write_images(tmp_path / "a", 3)
-    path = tmp_path / "a" / "1.png"
+    write_images(tmp_path / "train" / "a", 3)
+    write_images(tmp_path / "test" / "a", 3)
+    path = tmp_path / "train" / "a" / "1.png"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(DataError, match=rf"an image file must be {message}.*1\.png"):
-        load_data(str(tmp_path))
+        load_data(str(tmp_path), validation=0.0).train[:]
 
 
 @pytest.fixture

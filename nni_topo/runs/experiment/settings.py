@@ -46,6 +46,7 @@ class TrialSettings:
     data: str = "digits"  # a listed name, an .npz file or a folder
     data_dir: str | None = None  # folder with the data set's files
     limit: int | None = None  # training images of the unpruned net; None: all
+    image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are
     train_epochs: int | None = None  # of the unpruned net; None: the model's recipe
     checkpoint: str | None = None  # state dict of the trained net; None: it is trained, once per experiment
     pruner: str = "l1"  # registered name, see nni-topo list
@@ -97,7 +98,7 @@ class TrialSettings:
         retrain = train.for_retraining(self.retrain_epochs)
         return Cell(
             model=ModelChoice(self.model, self.width),
-            data=DataChoice(self.data, self.data_dir, self.limit),
+            data=DataChoice(self.data, self.data_dir, self.limit, image_size=self.image_size),
             pruner=PrunerChoice(self.pruner, knobs=self.knobs, calibration=self.calibration),
             target=Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops),
             seed=self.seed,

@@ -239,7 +239,7 @@ class AnalyzeDeviation(PrunersStudy[DeviationStudy]):
         return _point(name, ratio, start.seed, 1.0 - share_kept(masks), bound, start.tested(changed))
 
     def _batch(self, start: Start) -> Tensor:
-        return start.data.train.tensors[0][: self.images].to(start.device)
+        return start.data.train[: self.images][0].to(start.device)
 
     def show(self, found: DeviationStudy) -> Iterator[RenderableType]:
         """Yield the means over seeds as a table."""

@@ -265,7 +265,7 @@ class AnalyzePersistence(TrainedStudy[PersistenceStudy]):
         if self.checkpoint is not None:
             zoo.load_checkpoint(self.checkpoint, net)
         options = {name: getattr(self, name) for name in ("p", "normalized", "conv_graph", "scale")}
-        tracker = PersistenceTracker(net, bundle.test.tensors[0][:1].to(place), **options)
+        tracker = PersistenceTracker(net, bundle.test[:1][0].to(place), **options)
         if self.checkpoint is None:
             recipe = zoo.default_recipe(self.model, self.data)
             zoo.train(net, bundle, recipe, seed=self.seed, device=place, callback=tracker)

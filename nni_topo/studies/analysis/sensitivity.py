@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, check_jobs, check_result, checked, instance
@@ -28,6 +27,7 @@ from nni_topo.runs.run import pruner_knobs
 from nni_topo.studies.pictures import figure_of, finish, single
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
 from nni_topo.studies.tables import as_table
+from nni_topo.zoo.labelled import subset
 
 _CALIBRATION = 512
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -210,7 +210,7 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
         start = self.start()
         needs = any("calibration" in need for need in pruner_info(self.pruner).needs)
         calibration = _CALIBRATION * needs if self.calibration is None else self.calibration
-        watched = TensorDataset(*start.data.validation[: self.images])
+        watched = subset(start.data.validation, slice(self.images))
         return sensitivity(
             start.net,
             start.example,

@@ -12,7 +12,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import EvolutionSettings
@@ -36,6 +35,7 @@ from nni_topo.studies.analysis.energy.study import (
     quality_on,
 )
 from nni_topo.studies.study import plain
+from nni_topo.zoo.labelled import subset
 
 _SUBSET = 256
 _RECALIBRATION_IMAGES = 1024
@@ -117,7 +117,7 @@ def selection_part(subject: Subject) -> Record:
     """Select half of one layer's filters by energy, Taylor terms and genetic search."""
     row = subject.single_layer()
     place = subject.start.example.device
-    images, labels = (tensor[:_SUBSET].to(place) for tensor in subject.start.data.train.tensors)
+    images, labels = (tensor.to(place) for tensor in subject.start.data.train[:_SUBSET])
     found = study_selection(
         subject.start.net,
         row.layers[0],
@@ -177,4 +177,4 @@ def _pruned_alone(subject: Subject, row: LayerEnergy, threshold: float) -> nn.Mo
 
 
 def _subset_quality(subject: Subject, net: nn.Module) -> Quality:
-    return quality_on(net, TensorDataset(*subject.start.data.train[:_SUBSET]))
+    return quality_on(net, subset(subject.start.data.train, slice(_SUBSET)))

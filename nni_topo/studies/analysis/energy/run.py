@@ -12,7 +12,6 @@ import yaml
 from matplotlib.figure import Figure
 from rich.console import RenderableType
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.errors import unknown_name
@@ -27,6 +26,7 @@ from nni_topo.studies.analysis.energy.parts import PARTS, Subject
 from nni_topo.studies.analysis.energy.study import THRESHOLDS, EnergyStudy, masks_of, quality_on, study_energy
 from nni_topo.studies.analysis.energy.tables import show_energy
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy, plain
+from nni_topo.zoo.labelled import subset
 
 _CHIRP = Chirp()
 
@@ -83,7 +83,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
             with_dropout(net, 0.0)  # raises at once if the model has no dropout
         layers = [name for name in inner_layers(net, example) if not isinstance(net.get_submodule(name), nn.Linear)]
         given = knobs | ({"calibration": start.images(self.calibration)} if self.calibration else {})
-        evaluate = partial(quality_on, images=TensorDataset(*start.data.validation[: self.images]))
+        evaluate = partial(quality_on, images=subset(start.data.validation, slice(self.images)))
         study = study_energy(net, layers, example, evaluate, thresholds=self.thresholds, **given)
         thresholds = study.suggestion(self.max_drop)
         report = EnergyReport(study, {"model": self.model_choice.label, "data": self.data, "seed": self.seed})

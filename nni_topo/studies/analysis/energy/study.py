@@ -12,7 +12,6 @@ from typing import Any, cast
 
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, checked, instance
@@ -23,6 +22,7 @@ from nni_topo.network.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
 from nni_topo.studies.study import Findings
+from nni_topo.zoo.labelled import LabelledImages
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 MANY = 0.2
@@ -266,7 +266,7 @@ def study_energy(
     return EnergyStudy(thresholds, baseline, rows, networks, masks)
 
 
-def quality_on(net: nn.Module, images: TensorDataset) -> Quality:
+def quality_on(net: nn.Module, images: LabelledImages) -> Quality:
     """Return a network's quality on images with labels."""
     return Quality(*zoo.loss_and_accuracy(net, images, device=next(net.parameters()).device))
 

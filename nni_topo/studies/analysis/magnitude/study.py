@@ -169,7 +169,7 @@ def _place(row: Record) -> tuple[str, str, str, float]:
 
 
 def _images(start: Start) -> Tensor:
-    return start.data.test.tensors[0][:_BATCH].to(start.device)
+    return start.data.test[:_BATCH][0].to(start.device)
 
 
 def _layers(start: Start, pruner: str, part: str) -> list[str]:

@@ -104,7 +104,7 @@ class AnalyzeRetraining(PrunersStudy[RetrainingStudy]):
     def point(self, start: Start, name: str, ratio: float) -> RetrainingPoint:
         """Prune the network, compute its bound, and fine-tune it."""
         initial = build_model(self.model_choice, start.data, self.seed).to(start.device)
-        pictures, labels = (tensor[: self.images].split(256) for tensor in start.data.train.tensors)
+        pictures, labels = (tensor.split(256) for tensor in start.data.train[: self.images])
         batches = list(zip(pictures, labels, strict=True))
         masks = study_masks(name, start, ratio, self.calibration)
         kind: BoundKind = "node" if name != CONNECTIONS and pruner_info(name).structured else "connection"

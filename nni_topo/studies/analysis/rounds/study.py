@@ -15,7 +15,6 @@ from joblib import effective_n_jobs
 from matplotlib.figure import Figure
 from nni.compression.base.compressor import Pruner
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.disk import only_process
@@ -40,6 +39,7 @@ from nni_topo.studies.cells import start_of
 from nni_topo.studies.isolation import in_turn, isolated
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.study import DataVerb, Findings, Names, Study, Tell
+from nni_topo.zoo.labelled import subset
 
 METHODS = {
     "IMP": PrunerChoice("level", "IMP"),
@@ -185,7 +185,7 @@ def run_rounds_cell(study: RoundsCell, out: Path) -> Record:
     cell = study.cell
     start = start_of(cell, out)
     # without validation images no time goes into evaluating epochs
-    no_images = TensorDataset(*(tensor[:0] for tensor in start.data.validation.tensors))
+    no_images = subset(start.data.validation, slice(0))
     start = replace(start, data=replace(start.data, validation=no_images))
     net, data = start.net, start.data
     record: Record = {

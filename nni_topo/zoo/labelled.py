@@ -1,0 +1,219 @@
+"""Labelled images, in memory or in files, read in the same way.
+
+Both kinds give tensors where they are sliced, ``images, labels = dataset[:100]``, and batches by :func:`batches`.
+Files are read where they are asked for, by processes of a ``DataLoader``: what is in memory at a time doesn't depend
+on how many files there are.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from nni_topo.errors import DataError, check_memory
+
+_FILES_AT_ONCE = 32  # what a process reads between two answers: 5 MB at 224x224
+_MOST_PROCESSES = 8
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image file becomes a network's input.
+
+    Attributes
+    ----------
+    mean, std : tuple of float, default=(0.485, 0.456, 0.406) and (0.229, 0.224, 0.225)
+        Of red, green and blue, in units of the largest value; ImageNet's. Grey images use their averages.
+    crop : float, default=1.0
+        Side of the square that is cut out of the middle, as a share of the shorter side, in (0, 1].
+    interpolation : {"bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"}, default="bilinear"
+        How pixels are computed where an image is scaled.
+    """
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop: float = 1.0
+    interpolation: str = "bilinear"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all images of a folder have in common once they are read."""
+
+    grey: bool
+    side: int  # pixels, before padding
+    scaled: bool  # whether files are scaled to the side; else they must have it
+    padded: int  # pixels of a side, after padding with black
+    preprocessing: Preprocessing
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean per channel that is subtracted."""
+        mean = self.preprocessing.mean
+        return (sum(mean) / len(mean),) if self.grey else mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Deviation per channel that is divided by."""
+        std = self.preprocessing.std
+        return (sum(std) / len(std),) if self.grey else std
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
+    """Labelled images that stay in their files.
+
+    ``dataset[i]`` is one image with its label; ``dataset[i:j]`` reads so many into memory: images
+    ``[n, c, h, w]``, float32 and normalised, with labels ``[n]``, as of a ``TensorDataset``.
+
+    Attributes
+    ----------
+    root : str
+        Folder that the files' paths begin from.
+    files : ndarray of bytes, shape (n,)
+        Their paths below it. One array, for a list of strings would be copied into every reading process.
+    labels : Tensor, shape (n,)
+        int64.
+    layout : Layout
+        What the images become.
+    workers : int or None
+        Processes that read, at least 0, where 0 is this one. None: one per core, at most 8, none for a few files.
+    """
+
+    root: str
+    files: npt.NDArray[np.bytes_] = field(repr=False)
+    labels: Tensor = field(repr=False)
+    layout: Layout
+    workers: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(index, slice):
+            pixels = self.pixels([range(len(self))[index]])
+            return self.normalised(pixels)[0], self.labels[index]
+        rows = torch.arange(len(self))[index]
+        channels = len(self.layout.mean)
+        needed = 2.0 * 4 * channels * self.layout.padded**2 * len(rows)  # read in batches, then in one tensor
+        check_memory(needed, f"{len(rows)} images", "fewer images or a smaller image_size take less", self.root)
+        found = [images for images, _ in batches(self, [rows], torch.device("cpu"))]
+        empty = torch.empty(0, channels, self.layout.padded, self.layout.padded)
+        return (found[0] if found else empty), self.labels[rows]
+
+    def path(self, index: int) -> str:
+        """Return the path of a file."""
+        return os.path.join(self.root, os.fsdecode(self.files[index]))
+
+    def pixels(self, rows: Iterable[int]) -> Tensor:
+        """Read files: uint8 ``[n, c, h, w]``, not normalised."""
+        from nni_topo.zoo.image_folder import read_image  # torchvision is slow to import
+
+        return torch.stack([read_image(self.path(row), self.layout) for row in rows])
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Return what was read as a network's input, on the device of the pixels."""
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=pixels.device).view(1, -1, 1, 1)
+            for values in (self.layout.mean, self.layout.std)
+        )
+        return pixels.to(torch.float32).div_(255.0).sub_(mean).div_(std)
+
+
+LabelledImages = TensorDataset | ImageFiles
+
+
+def labels_of(dataset: LabelledImages) -> Tensor:
+    """Return all labels, int64: (n,), of text (n, places)."""
+    return dataset.labels if isinstance(dataset, ImageFiles) else dataset.tensors[1]
+
+
+def subset(dataset: LabelledImages, rows: slice | Tensor) -> LabelledImages:
+    """Return some of a data set, still in memory or still in files."""
+    if isinstance(dataset, ImageFiles):
+        chosen = torch.arange(len(dataset))[rows]
+        return replace(dataset, files=dataset.files[chosen.tolist()], labels=dataset.labels[chosen])
+    return TensorDataset(*(tensor[rows] for tensor in dataset.tensors))
+
+
+def held_on(dataset: LabelledImages, device: torch.device) -> LabelledImages:
+    """Return a data set in memory moved to a device; files stay where they are, their batches are moved."""
+    if isinstance(dataset, ImageFiles):
+        return dataset
+    return TensorDataset(*(tensor.to(device) for tensor in dataset.tensors))
+
+
+def batches(dataset: LabelledImages, chosen: Iterable[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images and labels of rows, one batch for each tensor of row numbers, on the device."""
+    if isinstance(dataset, ImageFiles):
+        yield from _batches_of_files(dataset, list(chosen), device)
+        return
+    images, labels = dataset.tensors
+    for rows in chosen:
+        yield images[rows.to(images.device)].to(device), labels[rows.to(labels.device)].to(device)
+
+
+def batches_in_order(dataset: LabelledImages, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all images and labels, ``size`` of them at a time, on the device."""
+    if isinstance(dataset, ImageFiles):
+        yield from batches(dataset, torch.arange(len(dataset)).split(size), device)
+        return
+    for images, labels in zip(*(tensor.split(size) for tensor in dataset.tensors), strict=True):
+        yield images.to(device), labels.to(device)
+
+
+class _Reading(Dataset[Any]):
+    """Files by lists of row numbers; an error is an answer, so that it reaches the caller as it was raised."""
+
+    def __init__(self, images: ImageFiles) -> None:
+        self.images = images
+
+    def __getitem__(self, rows: list[int]) -> Tensor | DataError:
+        try:
+            return self.images.pixels(rows)
+        except DataError as error:
+            return error
+
+
+def _batches_of_files(
+    dataset: ImageFiles, chosen: list[Tensor], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    # Processes read a few files at a time, however large the batches are: what waits in their queues has a bound.
+    pieces = (piece.tolist() for rows in chosen for piece in rows.split(_FILES_AT_ONCE))
+    count = sum(len(rows) for rows in chosen)
+    loader = DataLoader(
+        _Reading(dataset),
+        batch_size=None,
+        sampler=pieces,
+        num_workers=_processes(count) if dataset.workers is None else dataset.workers,
+        # without one of its own it draws from the global generator
+        generator=torch.Generator(),
+    )
+    answers = iter(loader)
+    for rows in chosen:
+        read = []
+        for _ in range(math.ceil(len(rows) / _FILES_AT_ONCE)):
+            pixels = next(answers)
+            if isinstance(pixels, DataError):
+                raise pixels
+            read.append(dataset.normalised(pixels.to(device)))
+        if read:
+            yield torch.cat(read), dataset.labels[rows].to(device)
+
+
+def _processes(count: int) -> int:
+    """Return how many processes read so many files."""
+    if count <= 2 * _FILES_AT_ONCE or multiprocessing.current_process().daemon:
+        return 0  # starting them takes longer, and daemons may start none
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST_PROCESSES, cores)
