@@ -33,7 +33,8 @@ _CNN, _ENCODER = NETWORKS
 QUOTED = (
     ((_ENCODER, 0.5, OURS, "compensate, distill"), "cosine", "a cosine of {} with the unpruned network's"),
     ((_ENCODER, 0.5, OURS, "compensate, distill"), "recall@10", "{} % of the ten nearest neighbours"),
-    ((_ENCODER, 0.5, "l1", "none"), "recall@10", "({} % by L1 without recovery"),
+    ((_ENCODER, 0.5, "l1", "distill"), "recall@10", "({} % by L1 and distillation alone"),
+    ((_ENCODER, 0.5, "l1", "none"), "recall@10", "{} % by L1 without recovery)"),
     ((_CNN, 0.8, OURS, "compensate"), "top 1", "the class of {} % of crops of other photos"),
     ((_CNN, 0.8, "l1", "batch norms"), "top 1", "({} % by L1 with batch norms recalibrated,"),
     ((_CNN, 0.8, "l1", "compensate"), "top 1", "recalibrated, {} % by L1 with our recovery)"),
