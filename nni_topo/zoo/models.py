@@ -91,7 +91,7 @@ _MODELS = {
     info.name: info
     for info in (
         ModelInfo("lenet300", "MLP with hidden layers of 300 and 100 neurons", lenet300, 28, 8, paper=_LENET),
-        ModelInfo("lenet5", "conv 6, conv 16, hidden 84", lenet5, 32, 8, pad_to=32, min_image_size=16, paper=_LENET),
+        ModelInfo("lenet5", "conv 6, 16, hidden 120, 84", lenet5, 32, 8, pad_to=32, min_image_size=16, paper=_LENET),
         ModelInfo("lenet5_like", "conv 32, 64, hidden 1024", lenet5_like, 28, 5, min_image_size=4, paper=_LENET),
         ModelInfo("mnist_fcn", "MLP with five hidden layers of 100 neurons", mnist_fcn, 28, 8, paper=_SYNFLOW),
         ModelInfo("mnist_cnn", "conv 32, 32, one linear layer, no pooling", mnist_cnn, 28, 5, paper=_SYNFLOW),

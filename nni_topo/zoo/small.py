@@ -37,12 +37,7 @@ class Mlp(nn.Sequential):
     """Fully connected layers with ReLUs in between, on flattened images; sizes from the input's to the output's."""
 
     def __init__(self, *sizes: int) -> None:
-        layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
-        for index, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
-            layers[f"fc{index}"] = nn.Linear(inputs, outputs)
-            layers[f"relu{index}"] = nn.ReLU()
-        del layers[f"relu{len(sizes) - 1}"]
-        super().__init__(OrderedDict(layers))
+        super().__init__(OrderedDict(flatten=nn.Flatten(), **_linear_layers(sizes)))
 
 
 def lenet300(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
@@ -63,10 +58,10 @@ def mnist_cnn(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
 
 
 def lenet5(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """Build LeNet-5 in the 6-16-84 form: unpadded 5x5 convolutions, average pooling, one hidden layer."""
+    """Build LeNet-5: two unpadded 5x5 convolutions of 6 and 16 filters, average pooling, 120 and 84 hidden neurons."""
     side = ((image_size - 4) // 2 - 4) // 2
     features = _lenet(in_channels, (6, 16), nn.AvgPool2d, padding=0)
-    return ConvNet(features, _classifier(16 * side**2, 84, num_classes))
+    return ConvNet(features, _classifier(16 * side**2, 120, 84, num_classes))
 
 
 def lenet5_like(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
@@ -132,6 +127,16 @@ def _lenet(in_channels: int, widths: Sequence[int], pool: type[nn.Module], paddi
     return named(**layers)
 
 
-def _classifier(inputs: int, hidden: int, num_classes: int) -> nn.Sequential:
-    """Chain one hidden layer with a ReLU and the logits."""
-    return named(fc1=nn.Linear(inputs, hidden), relu1=nn.ReLU(), fc2=nn.Linear(hidden, num_classes))
+def _classifier(*sizes: int) -> nn.Sequential:
+    """Chain linear layers with ReLUs in between; sizes from the input's to the logits'."""
+    return named(**_linear_layers(sizes))
+
+
+def _linear_layers(sizes: Sequence[int]) -> dict[str, nn.Module]:
+    """Return linear layers with ReLUs in between, by name."""
+    layers: dict[str, nn.Module] = {}
+    for index, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
+        layers[f"fc{index}"] = nn.Linear(inputs, outputs)
+        layers[f"relu{index}"] = nn.ReLU()
+    del layers[f"relu{len(sizes) - 1}"]
+    return layers

@@ -68,12 +68,13 @@ def test_dense_equals_masked(net):
     assert parameters(dense) < 0.7 * parameters(model)
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet20", 32), ("resnet56", 32), ("lenet5", 32)])
-def test_small_zoo_models(name, size):
+# lenet5 keeps its linear layers, of which only the first reads fewer inputs: 36.0 k of 62.0 k parameters stay
+@pytest.mark.parametrize(("name", "size", "share"), [("resnet20", 32, 0.5), ("resnet56", 32, 0.5), ("lenet5", 32, 0.6)])
+def test_small_zoo_models(name, size, share):
     model = lively(create_model(name, num_classes=10, in_channels=3, image_size=size, seed=0))
     masks, dense = prune_half(model, images(3, size))
     same_output(dense, masked_model(model, images(3, size), masks), images(3, size, batch=3))
-    assert parameters(dense) < 0.5 * parameters(model)
+    assert parameters(dense) < share * parameters(model)
 
 
 def test_vgg16_at_one_half_has_a_quarter_of_the_parameters():
