@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import time
 from dataclasses import dataclass, field, replace
@@ -16,17 +17,18 @@ from typing import Any
 
 import torch
 from subcluster_report import report
+from subcluster_rules import GrownLayer, Reading, kept_by_rule
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.maths.clustering.subclustering import STATISTICS
+from nni_topo.maths.clustering.subclustering import STATISTICS, Growth, initial_clusters
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, layer_widths, load_model_data
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis import draw_splits
-from nni_topo.studies.analysis.retraining.study import epochs_back
+from nni_topo.studies.analysis.retraining.study import epochs_to_recover
 from nni_topo.zoo.evaluation import loss_and_accuracy
 from nni_topo.zoo.recipes import Precision
 
@@ -42,9 +44,15 @@ class Net:
     epochs: int
     retrain: int
     energy: float | dict[str, float] = 0.5
-    initial: dict[str, float] | None = field(default=None)
+    initial: dict[str, float] = field(default_factory=dict)
     calibration: int = CALIBRATION
     precision: Precision = "float32"
+    skipped: tuple[str, ...] = ()
+
+    def layers(self, model: nn.Module, bundle: zoo.DataBundle) -> list[str]:
+        """Return the layers that are pruned."""
+        found = inner_layers(model, bundle.test.tensors[0][:2])
+        return [name for name in found if name not in self.skipped]
 
 
 def of_layers(kind: str, values: tuple[float, ...]) -> dict[str, float]:
@@ -63,8 +71,9 @@ NETS = {
         10_000,
         8,
         10,
-        {**of_layers("conv", (0.3, 0.3)), **of_layers("fc", (0.4,))},
-        {**of_layers("conv", (4 / 6, 4 / 16)), **of_layers("fc", (15 / 84,))},
+        {**of_layers("conv", (0.3, 0.3)), "classifier.fc2": 0.4},
+        {**of_layers("conv", (4 / 6, 4 / 16)), "classifier.fc2": 15 / 84},
+        skipped=("classifier.fc1",),  # the text leaves its 120 nodes whole
     ),
     "lenet5_like": Net(
         ModelChoice("lenet5_like"),
@@ -150,10 +159,14 @@ class Bench:
             return
         record = {"key": key, "part": part, "net": name, "seed": seed, "label": label, "ratio": ratio}
         record |= self._measured(name, seed, retrain, **choice)
+        self.keep(record)
+        print(key, f"{100 * record['pruned']:.1f} %", f"{record['seconds']:.1f} s", flush=True)
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Append a cell to the file."""
         self.records.append(record)
         with self.file.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
-        print(key, f"{100 * record['pruned']:.1f} %", f"{record['seconds']:.1f} s", flush=True)
 
     def _measured(
         self,
@@ -200,7 +213,7 @@ class Bench:
             record["curves"] = self.curves(name, dense, bundle, seed)
         if retrain:
             for row, net in (("", dense), ("_updated", nets["updated"])):
-                found = epochs_back(net, bundle, self.recipe(name, True), accuracy, seed=seed)
+                found = epochs_to_recover(net, bundle, self.recipe(name, True), accuracy, seed=seed)
                 record[f"epochs{row}"], record[f"retrained{row}"] = found
         record["seconds"] = time.perf_counter() - began
         return record
@@ -217,9 +230,9 @@ def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knob
     """Run SubclusterPruner with a network's settings, some of them changed."""
     net = NETS[name]
     model, bundle, _ = bench.trained(name, seed)
-    growth = nni_topo.Growth(initial_ratio=net.initial, **knobs.pop("growth", {}))
+    growth = Growth(initial_ratio=net.initial, **knobs.pop("growth", {}))
     settings = {"energy": net.energy, "growth": growth, **knobs}
-    config = [{"op_names": inner_layers(model, bundle.test.tensors[0][:2])}]
+    config = [{"op_names": net.layers(model, bundle)}]
     retrain = part not in ("statistics", "choice")
     settings |= {"recover": retrain}
     bench.run(part, name, seed, label, "", retrain, pruner="subcluster", config=config, **settings)
@@ -280,7 +293,7 @@ def _among(nets: list[str], *names: str) -> list[str]:
 def _clustered(bench: Bench, part: str, name: str, seeds: int, label: str, **knobs: Any) -> None:
     for seed in range(seeds):
         model, bundle, _ = bench.trained(name, seed)
-        layers = inner_layers(model, bundle.test.tensors[0][:2])
+        layers = NETS[name].layers(model, bundle)
         for ratio in (0.3, 0.5, 0.7):
             config = [{"op_names": layers, "sparse_ratio": ratio}]
             bench.run(part, name, seed, label, ratio, False, pruner="cluster", config=config, **knobs)
@@ -303,7 +316,57 @@ def baselines(bench: Bench, nets: list[str], seeds: int) -> None:
                 bench.run("rivals", name, seed, pruner, "", True, pruner=pruner, config=config, **knobs)
 
 
-PARTS = {"choice": choice, "networks": networks, "energy": energies, "statistics": statistics, "rivals": baselines}
+def rules(bench: Bench, nets: list[str], seeds: int) -> None:
+    """Kept nodes by how the histograms are read, on trees that are grown once, beside the text's tables."""
+    for name, seed in itertools.product(nets, range(seeds)):
+        key = f"rules/{name}/{seed}"
+        if any(record["key"] == key for record in bench.records):
+            continue
+        layers = grown_layers(bench, name, seed)
+        widths = [len(net.weight) for net in map(bench.trained(name, seed)[0].get_submodule, layers)]
+        record = {"key": key, "part": "rules", "net": name, "seed": seed, "layers": list(layers), "widths": widths}
+        bench.keep(record | {"rules": kept_by_rule(layers.values())})
+        print(key, flush=True)
+
+
+def grown_layers(bench: Bench, name: str, seed: int) -> dict[str, GrownLayer]:
+    """Return each pruned layer with its clusters split down to single nodes."""
+    net = NETS[name]
+    model, bundle, _ = bench.trained(name, seed)
+    config = [{"op_names": net.layers(model, bundle)}]
+    images = list(bundle.train.tensors[0][: net.calibration].split(128))
+    growth = Growth(initial_ratio=net.initial)
+    pruner = nni_topo.SubclusterPruner(
+        copy.deepcopy(model), config, calibration=images, energy=net.energy, growth=growth, seed=seed
+    )
+    metric = pruner._metric
+    found: dict[str, GrownLayer] = {}
+
+    def note(clouds: Any, context: Any) -> Any:
+        for unit in context.units:
+            ((lead, _),), (part,) = unit.members, clouds[unit.name]
+            cloud = part.living()
+            initial = min(len(cloud.names), initial_clusters(net.initial[lead], unit.rows))
+            found[lead] = GrownLayer(cloud.points, cloud.covariance, initial, metric.energy(unit), seed)
+        return clusters(clouds, context)
+
+    clusters, metric.cluster = metric.cluster, note
+    pruner.compress()
+    for lead, layer in found.items():  # the rule that is called the package's is what the package does
+        wanted = len(pruner.trees[f"{lead}.weight"].leaves)
+        if layer.kept(Reading())[0] != wanted:
+            raise RuntimeError(f"the benchmark's rule and the pruner must agree, got {lead} of {name}")
+    return found
+
+
+PARTS = {
+    "rules": rules,
+    "choice": choice,
+    "networks": networks,
+    "energy": energies,
+    "statistics": statistics,
+    "rivals": baselines,
+}
 PARTS |= {"algorithms": algorithms, "survivors": survivors}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from subcluster_rules import tables
 
 
 def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) -> None:
@@ -16,6 +17,9 @@ def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) ->
     frame = pd.DataFrame(records)
     for part, cells in frame.groupby("part", sort=False):
         print(f"\n**{part}**\n")
+        if part == "rules":
+            print("\n".join(tables([record for record in records if record["part"] == part])))
+            continue
         for line in _layers(cells, most) if part == "networks" else _rows(cells, most):
             print(line)
         for line in unrisen(cells) if part == "statistics" else ():

@@ -36,7 +36,7 @@ def run(pruner, name="0"):
 
 def test_it_needs_no_ratio_and_keeps_one_node_of_each_leaf():
     model, data = net()
-    pruner = SubclusterPruner(model, [HIDDEN], calibration=[data], energy=0.8)
+    pruner = SubclusterPruner(model, [HIDDEN], calibration=[data], energy=0.8, growth=Growth(bins=10))
     kept = run(pruner)
     tree = pruner.trees["0.weight"]
     assert len(tree.initial) == 3
@@ -113,7 +113,8 @@ def test_the_choice_does_not_depend_on_the_scale_of_a_layer():
 
 def test_more_energy_keeps_fewer():
     model, data = net()
-    counts = [run(SubclusterPruner(model, [HIDDEN], calibration=[data], energy=p)).sum() for p in (0.1, 0.5, 0.9)]
+    knobs = {"calibration": [data], "growth": Growth(bins=10)}
+    counts = [run(SubclusterPruner(model, [HIDDEN], energy=p, **knobs)).sum() for p in (0.1, 0.5, 0.9)]
     assert counts[0] > counts[2]
     assert counts == sorted(counts, reverse=True)
 
@@ -131,7 +132,8 @@ def test_ratios_are_caps(cap):
 def test_a_minimum_ends_the_growth():
     model, data = net()
     config = [{**HIDDEN, "min_sparse_ratio": 0.9}]
-    assert run(SubclusterPruner(model, config, calibration=[data], energy=0.01)).sum() == 6
+    knobs = {"calibration": [data], "energy": 0.01, "growth": Growth(bins=10)}
+    assert run(SubclusterPruner(model, config, **knobs)).sum() == 6
 
 
 def test_a_threshold_takes_the_place_of_the_histograms():
@@ -251,7 +253,7 @@ def test_bad_requests_are_refused():
         ({**data, "growth": {"statistics": "max"}}, "key of growth must be a known name, got 'statistics'"),
         ({**data, "growth": 0.3}, "growth must be a Growth or a mapping of its fields or None, got 0.3"),
         ({**data, "growth": {"recursive": "no"}}, "recursive must be True or False, got 'no'"),
-        ({**data, "growth": {"bins": 2.5}}, "bins must be an integer of at least 1, got 2.5"),
+        ({**data, "growth": {"bins": 2.5}}, "bins must be an integer of at least 1 or 'scott', got 2.5"),
         ({**data, "seed": -1}, "seed must be an integer of at least 0 .*got -1"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -49,7 +49,8 @@ class SubclusterPruner(StructuredPruner):
         Batches of inputs, or of ``(inputs, targets)``; labels aren't used. A list or DataLoader, not a generator.
     energy : float or mapping of str to float, default=0.5
         The text's p, in (0, 1): the share of the covariances within a cluster that lies below its threshold. More
-        energy, fewer splits, fewer neurons. A mapping gives it by module name; layers that aren't named have 0.5.
+        energy, fewer splits, fewer neurons; the bins of ``growth`` say how much it changes. A mapping gives it by
+        module name; layers that aren't named have 0.5.
     growth : Growth, mapping or None, default=None
         :class:`~nni_topo.Growth`, or its fields: how many clusters there are to begin with, when one is split. None:
         ``Growth()``.
@@ -89,7 +90,8 @@ class SubclusterPruner(StructuredPruner):
     >>> from torch import nn
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
-    >>> pruner = SubclusterPruner(model, [{"op_names": ["0"]}], calibration=[torch.randn(128, 4)], energy=0.5)
+    >>> config, batches = [{"op_names": ["0"]}], [torch.randn(128, 4)]
+    >>> pruner = SubclusterPruner(model, config, calibration=batches, energy=0.5, growth={"initial_ratio": 0.2})
     >>> _, masks = pruner.compress()
     >>> tree = pruner.trees["0.weight"]
     >>> len(tree.initial) < len(tree.leaves) == int(masks["0"]["bias"].sum()) < 64

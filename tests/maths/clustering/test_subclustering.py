@@ -21,19 +21,48 @@ def layer(nodes: int = 40, samples: int = 60, seed: int = 0) -> tuple[np.ndarray
 def test_threshold_by_hand():
     # Ten bins of width 1 between 0 and 10: of the four values two lie below 2, three below 3.
     values = np.array([0.0, 1.5, 2.5, 10.0])
-    assert hoh_threshold([values], 0.5) == pytest.approx(2.0)
-    assert hoh_threshold([values], 0.75) == pytest.approx(3.0)
+    assert hoh_threshold([values], 0.5, bins=10) == pytest.approx(2.0)
+    assert hoh_threshold([values], 0.75, bins=10) == pytest.approx(3.0)
+    assert hoh_threshold([values], 0.76, bins=10) == pytest.approx(10.0)
+
+
+def test_threshold_by_hand_in_bins_of_scotts_width():
+    # A standard deviation of 3.8487 and four values: a width of 8.4564, so two bins, [0, 5) and [5, 10].
+    values = np.array([0.0, 1.5, 2.5, 10.0])
+    assert hoh_threshold([values], 0.75) == pytest.approx(5.0)
     assert hoh_threshold([values], 0.76) == pytest.approx(10.0)
+    # Two values are half their distance off their mean: a width of 1.39 distances, one bin.
+    assert hoh_threshold([values[:2]], 0.1) == pytest.approx(1.5)
 
 
-def test_threshold_is_the_centre_of_the_fullest_bin_over_clusters():
+def test_threshold_is_the_upper_edge_of_the_fullest_bin_over_clusters():
     # Constant clusters are their own edges: 1, 1, 1.5 and 11; ten bins of width 1, the first one holds three.
     clusters = [np.array([value]) for value in (1.0, 1.0, 1.5, 11.0)]
-    assert hoh_threshold(clusters, 0.5) == pytest.approx(1.5)
+    assert hoh_threshold(clusters, 0.5, bins=10) == pytest.approx(2.0)
+    # A standard deviation of 4.26 and four values: a width of 9.4, two bins of 5.
+    assert hoh_threshold(clusters, 0.5) == pytest.approx(6.0)
 
 
 def test_of_equally_full_bins_the_lowest_counts():
-    assert hoh_threshold([np.array([1.0]), np.array([3.0])], 0.5, bins=2) == pytest.approx(1.5)
+    assert hoh_threshold([np.array([1.0]), np.array([3.0])], 0.5, bins=2) == pytest.approx(2.0)
+
+
+@given(st.integers(0, 1000), st.integers(2, 300), st.floats(0.05, 0.95))
+def test_scotts_bins_are_numpys(seed, count, energy):
+    values = np.random.default_rng(seed).exponential(size=count)
+    borders = np.histogram_bin_edges(values, "scott")
+    counts, _ = np.histogram(values, borders)
+    wanted = borders[1 + int((np.cumsum(counts) >= energy * count).argmax())]
+    assert hoh_threshold([values], energy) == pytest.approx(wanted)
+
+
+def test_a_range_of_so_many_widths_takes_so_many_bins_whatever_rounding_says():
+    # 0, 1 and nine values on either side of 0.5, so far from it that two bins are exactly of Scott's width.
+    deviation = 0.5 / (24.0 * np.sqrt(np.pi) / 20) ** (1.0 / 3.0)
+    away = np.sqrt((20.0 * deviation**2 - 2.0 * 0.5**2) / 18.0)
+    for hair in (1.0 - 1e-13, 1.0, 1.0 + 1e-13):
+        values = np.array([0.0, 1.0, *[0.5 - away * hair] * 9, *[0.5 + away * hair] * 9])
+        assert hoh_threshold([values], 0.01) == pytest.approx(0.5)
 
 
 @given(st.integers(0, 100), st.lists(st.floats(0.05, 0.95), min_size=2, max_size=5))
@@ -132,15 +161,26 @@ def test_leaves_partition_the_nodes_and_children_their_parent(seed, initial):
             assert sorted(halves) == list(cluster.members)
 
 
+@pytest.mark.parametrize(("bins", "factor"), [("scott", 1.25), (10, 1.5)])
 @pytest.mark.parametrize("statistic", ["dispersion", "trace"])
-def test_more_energy_keeps_fewer_nodes_in_total(statistic):
+def test_more_energy_keeps_fewer_nodes_in_total(statistic, bins, factor):
     # in a single layer the fullest bin of a few clusters can jump down
     layers = [layer(nodes=60, seed=seed) for seed in range(8)]
     kept = [
-        sum(len(grow(*each, 6, Growth(statistic), energy=p).leaves) for each in layers) for p in (0.1, 0.5, 0.8, 0.95)
+        sum(len(grow(*each, 6, Growth(statistic, bins=bins), energy=p).leaves) for each in layers)
+        for p in (0.1, 0.5, 0.8, 0.95)
     ]
     assert kept == sorted(kept, reverse=True)
-    assert kept[0] > 1.5 * kept[-1]
+    assert kept[0] > factor * kept[-1]
+
+
+def test_more_bins_keep_more_nodes_in_total():
+    layers = [layer(nodes=60, seed=seed) for seed in range(8)]
+    kept = [
+        sum(len(grow(*each, 6, Growth(bins=bins), energy=0.2).leaves) for each in layers) for bins in (3, 5, 10, 30)
+    ]
+    assert kept == sorted(kept)
+    assert kept[-1] > 2 * kept[0]
 
 
 def groups(labels):
@@ -222,7 +262,7 @@ def test_energy_outside_its_range_is_refused(energy):
 
 
 def test_bad_requests_are_refused():
-    with pytest.raises(ConfigError, match="bins must be an integer of at least 1, got 0"):
+    with pytest.raises(ConfigError, match="bins must be an integer of at least 1 or 'scott', got 0"):
         Growth(bins=0)
     with pytest.raises(ConfigError, match="statistic must be a known name, got 'median'"):
         Growth(statistic="median")

@@ -1,0 +1,71 @@
+"""The tables of sub-clustering's rules are those of their records, and the benchmark's rule is the package's."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+from nni_topo import zoo
+from nni_topo.clustering import Growth, grow
+
+_PROJECT = Path(__file__).parents[1]
+_RECORDS = _PROJECT / "benchmarks" / "records" / "subcluster_rules.jsonl"
+
+
+@pytest.fixture(scope="module")
+def rules():
+    sys.path.insert(0, folder := str(_PROJECT / "benchmarks"))
+    yield importlib.import_module("subcluster_rules")
+    sys.path.remove(folder)
+    del sys.modules["subcluster_rules"]
+
+
+def test_the_page_holds_the_table_of_the_records(rules):
+    page = (_PROJECT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in _RECORDS.read_text().splitlines()]
+    assert {(record["net"], record["seed"]) for record in records} == {
+        (net, seed) for net in rules.SOURCE for seed in range(3)
+    }
+    assert "\n".join(rules.tables(records)) in page
+
+
+@pytest.mark.parametrize("reading", ["scott", "10", "3"])
+def test_a_cut_tree_is_what_grows_to_the_threshold(rules, reading):
+    generator = np.random.default_rng(0)
+    for seed in range(3):
+        points = np.maximum(generator.normal(size=(50, 4)) @ generator.normal(size=(4, 60)), 0.0)
+        covariance = np.cov(points, bias=True)
+        layer = rules.GrownLayer(points, covariance, 12, 0.3, seed)
+        bins = rules.READINGS[reading].bins
+        tree = grow(points, covariance, 12, Growth(bins=bins), energy=0.3, seed=seed)
+        assert layer.kept(rules.READINGS[reading]) == (len(tree.leaves), tree.depth)
+        assert layer.unsplit() == (12, 0)
+
+
+def test_what_the_page_on_the_sources_says_the_nodes_leave(rules):
+    page = (_PROJECT / "docs" / "sources.md").read_text(encoding="utf-8")
+    found = {}
+    for net, (channels, size) in {
+        "lenet300": (1, 28),
+        "lenet5": (1, 32),
+        "lenet5_like": (1, 28),
+        "cnn12": (3, 32),
+        "vgg16_modified": (3, 32),
+    }.items():
+        model = zoo.create_model(net, num_classes=10, in_channels=channels, image_size=size)
+        layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)][:-1]
+        if net == "lenet5":
+            layers.remove("classifier.fc1")
+        found[net] = f"{100 * rules.removed_by_source(net, model, layers):.1f} %"
+    assert found["lenet300"] in page
+    assert found["lenet5"] in page
+    for net, name in (("lenet5_like", "LeNet-5-like"), ("cnn12", "12-layer CNN"), ("vgg16_modified", "VGG-16 to the")):
+        (row,) = (line for line in page.splitlines() if re.search(rf"\| {name}.*removed", line))
+        assert f"{found[net]} removed" in row, net
