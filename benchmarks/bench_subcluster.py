@@ -193,7 +193,7 @@ class Bench:
         trees = getattr(own, "trees", {})
         record["initial"] = {key.removesuffix(".weight"): len(tree.initial) for key, tree in trees.items()}
         record["depth"] = max((tree.depth for tree in trees.values()), default=0)
-        if trees and retrain:
+        if trees and retrain and seed == 0:
             draw_splits(trees)[0].figure.savefig(self.out / f"splits-{name}.png", dpi=110)
         own.unwrap_model()
         example = images[0][:2]
@@ -240,8 +240,8 @@ def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knob
 
 def networks(bench: Bench, nets: list[str], seeds: int) -> None:
     """Tables 5.2 to 5.7: nodes per layer, accuracy, epochs."""
-    for name in nets:
-        subcluster(bench, "networks", name, 0, "subcluster", curves=True)
+    for name, seed in itertools.product(nets, range(seeds)):
+        subcluster(bench, "networks", name, seed, "subcluster", curves=seed == 0)
 
 
 def choice(bench: Bench, nets: list[str], seeds: int) -> None:

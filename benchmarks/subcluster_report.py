@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from subcluster_rules import tables
+from subcluster_rules import SOURCE, tables
 
 
 def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) -> None:
@@ -24,7 +24,7 @@ def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) ->
             print(line)
         for line in unrisen(cells) if part == "statistics" else ():
             print(line)
-    networks = frame[frame["part"] == "networks"]
+    networks = frame[(frame["part"] == "networks") & (frame["seed"] == 0)]
     if len(networks):
         _curves(networks).savefig(out / "retraining.png", dpi=110)
     for part in ("algorithms", "survivors"):
@@ -34,22 +34,18 @@ def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) ->
 
 
 def _layers(cells: pd.DataFrame, most: Mapping[str, int]) -> Iterator[str]:
-    yield "| net | row | layer | before | initial | after | compression |"
-    yield "|---|---|---|---:|---:|---:|---:|"
-    for cell in cells.to_dict("records"):
-        for layer, before in cell["widths_before"].items():
-            if layer in cell["initial"]:
-                after = cell["widths"][layer]
-                row = (
-                    cell["net"],
-                    cell["label"],
-                    layer,
-                    before,
-                    cell["initial"][layer],
-                    after,
-                    f"{before / after:.2f}x",
-                )
-                yield f"| {' | '.join(map(str, row))} |"
+    yield "| net | layer | before | initial | after, by run | the text's share % | share, by run % |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    for net, runs in cells.groupby("net", sort=False):
+        first = runs.iloc[0]
+        layers = [layer for layer in first["widths_before"] if layer in first["initial"]]
+        for layer, whole, after in zip(layers, *SOURCE[str(net)], strict=True):
+            before = first["widths_before"][layer]
+            kept = [widths[layer] for widths in runs["widths"]]
+            shares = ", ".join(f"{100 * nodes / before:.0f}" for nodes in kept)
+            nodes = ", ".join(map(str, kept))
+            row = (net, layer, before, first["initial"][layer], nodes, f"{100 * after / whole:.0f}", shares)
+            yield f"| {' | '.join(map(str, row))} |"
     yield ""
     yield from _rows(cells, most)
 
