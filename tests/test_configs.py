@@ -124,7 +124,7 @@ def test_the_cifar_plans_run_on_files_as_cifars(net, cifar10, tmp_path):
     for record in records:
         assert record["flops"] / record["flops_before"] == pytest.approx(0.5, abs=0.02)
         assert len(record["curve"]) == 4
-    assert "epochs to recover" in markdown_report(records)
+    assert "epochs to 100 %" in markdown_report(records)
 
 
 @pytest.mark.slow

@@ -157,15 +157,17 @@ class Cell:
     device: str = "cpu"
     compensate: CompensationChoice | None = None
     distill: DistillationChoice | None = None
+    until: float | None = None  # share of the unpruned validation accuracy that ends fine-tuning; None: all epochs
 
     @property
     def key(self) -> str:
         """Name of the cell's record: equal settings, equal key, wherever the data lies."""
         settings = {**asdict(self), "model": _model_facts(self.model), "data": _data_facts(self.data)}
         for step in ("compensate", "distill"):
-            if settings[step] is None:
-                del settings[step]
             del settings["pruner"][step]  # the cell's own says what is done
+        for name in ("compensate", "distill", "until"):
+            if settings[name] is None:
+                del settings[name]
         return _digest(settings)
 
     @property

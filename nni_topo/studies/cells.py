@@ -34,6 +34,7 @@ from nni_topo.runs.run import (
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.studies.baselines import baseline_masks, is_baseline
 from nni_topo.studies.plan import SCRATCH
+from nni_topo.zoo import Recipe
 
 _RECALIBRATION_IMAGES = 1024
 
@@ -70,16 +71,11 @@ def run_cell(cell: Cell, out: Path) -> Record:
     if cell.target.kind != "ratio":
         record |= budget_facts(start, dense, cell.target, record, why_missed(cell, pruned))
     if cell.pruner.name == SCRATCH:
-        dense, recipe = with_new_weights(dense, cell.seed), cell.train
+        dense, recipe, until = with_new_weights(dense, cell.seed), cell.train, None
     else:
-        dense, recipe = _recovered(cell, start, pruned.masks, dense, record), cell.retrain
+        dense, recipe, until = _recovered(cell, start, pruned.masks, dense, record), cell.retrain, cell.until
     if recipe.epochs:
-        curve = [start.validated(dense)] if len(start.data.validation) else []
-        log = retrain(dense, start.data, recipe, seed=cell.seed)
-        record["retrain_seconds"] = log.seconds
-        if curve:
-            record["validation_before"] = start.validation_accuracy
-            record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
+        record |= _fine_tuned(start, dense, recipe, cell.seed, until)
         record |= start.figures(dense, "retrained")
     record["peak_memory_bytes"] = _peak_memory()
     record["seconds"] = time.perf_counter() - began
@@ -171,6 +167,28 @@ def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record:
         record |= start.figures(dense, "distilled")
         record["distill_seconds"] = found.seconds
     return dense
+
+
+def _fine_tuned(start: Start, dense: nn.Module, recipe: Recipe, seed: int, until: float | None) -> Record:
+    """Fine-tune a dense network in place and return its learning curve on the validation images.
+
+    ``until`` is a share of the unpruned network's accuracy. A network that has it before the first epoch gets none.
+    """
+    record: Record = {}
+    curve = [start.validated(dense)] if len(start.data.validation) else []
+    goal = None
+    if until is not None:
+        record["until"] = until
+        goal = until * start.validation_accuracy
+        if curve[0] >= goal:
+            recipe = replace(recipe, epochs=0)
+    log = retrain(dense, start.data, recipe, seed=seed, until=goal)
+    record["retrain_seconds"] = log.seconds
+    record["epoch_seconds"] = [epoch.training_seconds for epoch in log.epochs]
+    if curve:
+        record["validation_before"] = start.validation_accuracy
+        record["curve"] = [*curve, *(epoch.validation_accuracy for epoch in log.epochs)]
+    return record
 
 
 def _peak_memory() -> int | None:

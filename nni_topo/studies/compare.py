@@ -120,4 +120,6 @@ def _check_choices(cells: list[Cell]) -> None:
             check_knob_names(pruner.name, pruner.knobs)
     for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
         resolve_device(cell.device)
-        load_model_data(cell.model, cell.data)
+        data = load_model_data(cell.model, cell.data)
+        if cell.until is not None and not len(data.validation):
+            raise ConfigError(f"until must have validation images to look at, got none ({cell.data.name})")

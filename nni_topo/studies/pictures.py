@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -34,11 +35,13 @@ def figure_of(axis: Axes) -> Figure:
     return cast("Figure", axis.figure)
 
 
-def finish(axis: Axes, xlabel: str = "", ylabel: str = "", *, columns: int = 1, **settings: Any) -> None:
+def finish(
+    axis: Axes, xlabel: str = "", ylabel: str = "", *, columns: int = 1, legend: bool = True, **settings: Any
+) -> None:
     """Label a panel and add a grid; if its lines have labels, add a legend with ``columns`` columns."""
     axis.set(xlabel=xlabel, ylabel=ylabel, **settings)
     axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
+    if legend and axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize="xx-small", ncols=columns)
 
 
@@ -83,12 +86,22 @@ def plot_accuracy(records: Sequence[Record]) -> list[Axes]:
 
 
 def plot_convergence(records: Sequence[Record]) -> list[Axes]:
-    """Draw validation accuracy against the epochs of fine-tuning, a line per pruner; empty without fine-tuning."""
+    """Draw validation accuracy against the epochs of fine-tuning, a line per pruner; empty without fine-tuning.
+
+    Lines are means over seeds, bands their 95 % intervals. A run that has stopped keeps its last accuracy. All panels
+    share one legend.
+    """
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
     if not groups:
         return []
     named = ((f"{model} on {data},\n{target}", rows) for (model, data, target), rows in groups.items())
-    return panels(named, _draw_convergence, size=(5.5, 4.2)).axes
+    figure = panels(named, _draw_convergence, size=(5.5, 4.2))
+    handles: dict[str, Artist] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="x-small")
+    return figure.axes
 
 
 def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
@@ -109,13 +122,26 @@ def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
 
 
 def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:
-    before = 100 * float(np.mean([run["validation_before"] for runs in rows.values() for run in runs.values()]))
+    runs = [run for each in rows.values() for run in each.values()]
+    before = 100 * float(np.mean([run["validation_before"] for run in runs]))
     axis.axhline(before, color="k", linestyle=":", label="unpruned")
-    means = [100 * np.array([run["curve"] for run in runs.values()]).mean(axis=0) for runs in rows.values()]
-    for index, (name, curve) in enumerate(zip(rows, means, strict=True)):
+    for until in sorted({run["until"] for run in runs if run.get("until", 1.0) < 1.0}):
+        axis.axhline(until * before, color="0.5", linestyle=":", label=f"{100 * until:g} % of it")
+    seen: list[float] = []  # later values, which the axis shows: pruned networks often start at chance level
+    for index, (name, each) in enumerate(rows.items()):
+        curves = [run["curve"] for run in each.values()]
+        longest = max(map(len, curves))
+        lasting = [[*curve, *[curve[-1]] * (longest - len(curve))] for curve in curves]
+        points = [interval([100 * accuracy for accuracy in epoch]) for epoch in zip(*lasting, strict=True)]
+        means = np.array([point.mean for point in points])
+        halves = np.nan_to_num([point.half for point in points])
         line = f"{_MARKERS[index % len(_MARKERS)]}{'-' if index < 10 else '--'}"
-        axis.plot(curve, line, markersize=4, color=f"C{index % 10}", label=name)
-    # Pruned networks often start at chance level, far below all later values.
-    low, high = min(curve[1:].min() for curve in means), max(before, *(curve[1:].max() for curve in means))
+        color = f"C{index % 10}"
+        axis.plot(means, line, markersize=4, color=color, label=name)
+        highest = np.minimum(means + halves, 100)
+        axis.fill_between(range(longest), means - halves, highest, color=color, alpha=0.12, lw=0)
+        seen += means[1:].tolist()
+    low, high = min(seen), max(before, *seen)
     margin = 0.1 * (high - low)
-    finish(axis, "epochs of fine-tuning", "validation accuracy %", ylim=(low - margin, high + margin))
+    limits = (low - margin, high + margin)
+    finish(axis, "epochs of fine-tuning", "validation accuracy %", legend=False, ylim=limits)

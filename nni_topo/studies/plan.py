@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from nni_topo.errors import (
     as_settings,
     check_fields,
     check_jobs,
+    number,
     whole,
 )
 from nni_topo.runs.choices import (
@@ -30,7 +31,7 @@ from nni_topo.runs.choices import (
     read_yaml,
     with_recovery,
 )
-from nni_topo.zoo import default_recipe
+from nni_topo.zoo import Recipe, default_recipe
 
 SCRATCH = "scratch"
 
@@ -50,7 +51,9 @@ class ComparisonPlan:
     )  # fields to replace in the model's default recipe of training
     retrain: Mapping[str, Any] = field(
         default_factory=lambda: {"epochs": 1}
-    )  # fields to replace in the recipe of fine-tuning; `epochs` 0: none
+    )  # fields to replace in the recipe of fine-tuning; `epochs` 0: none. Its key `until`, a share in (0, 1], ends
+    # fine-tuning after the first epoch that reaches this share of the unpruned network's validation accuracy, or after
+    # `epochs`; the learning rate is then constant, unless `schedule` says otherwise
     device: str = "cpu"  # cpu, cuda or auto
     compensate: CompensationChoice | None = None  # between pruning and fine-tuning, for every row; None: none
     distill: DistillationChoice | None = None  # after compensation, for every row; None: none
@@ -59,6 +62,12 @@ class ComparisonPlan:
     def __post_init__(self) -> None:
         check_fields(self, "plan", seeds=whole(1), first_seed=SEED, n_jobs=ANYTHING)
         check_jobs(self.n_jobs, "plan")
+        if self.retrain.get("until") is not None:
+            number(0, 1, "right").check("until", self.retrain["until"], "retrain")
+            if not self.retrain.get("epochs"):
+                raise ConfigError(
+                    f"until must have epochs beside it, the most that are run, got {dict(self.retrain)} (retrain)"
+                )
         for name in ("models", "data", "pruners", "targets"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must hold at least one entry, got none (plan)")
@@ -73,11 +82,21 @@ class ComparisonPlan:
         for model, data, seed in itertools.product(self.models, self.data, seeds):
             default = default_recipe(model.name, data.name)
             train = changed_recipe(default, self.train)
-            retrain = changed_recipe(train.for_retraining(int(self.retrain.get("epochs", 1))), self.retrain)
+            retrain, until = self._fine_tuning(train)
             for target, pruner in itertools.product(self.targets, self.pruners):
                 compensate = self.compensate if pruner.compensate is None else pruner.compensate or None
                 distill = self.distill if pruner.distill is None else pruner.distill or None
-                yield Cell(model, data, pruner, target, seed, train, retrain, self.device, compensate, distill)
+                yield Cell(model, data, pruner, target, seed, train, retrain, self.device, compensate, distill, until)
+
+    def _fine_tuning(self, train: Recipe) -> tuple[Recipe, float | None]:
+        """Return the recipe of fine-tuning and ``until``."""
+        changes = dict(self.retrain)
+        until = changes.pop("until", None)
+        recipe = train.for_retraining(int(changes.get("epochs", 1)))
+        if until is not None:
+            # Nobody knows beforehand when it ends: a cosine over all epochs would still be high then.
+            recipe = replace(recipe, schedule="constant")
+        return changed_recipe(recipe, changes), until
 
 
 def load_plan(path: str | Path) -> ComparisonPlan:

@@ -6,6 +6,7 @@ Baselines are the pruners of other packages, and random selection.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import textwrap
 from collections import defaultdict
@@ -24,6 +25,9 @@ from nni_topo.studies.plan import SCRATCH
 
 Group = tuple[str, str, str]
 _BORDER = 3  # characters between two columns of a table
+SHARES = (0.95, 0.98, 0.99, 1.0)
+"""Shares of the unpruned network's validation accuracy, up to the one that ended fine-tuning, in tables."""
+_SHORT = 2  # so many epochs of fine-tuning say nothing of convergence
 _NEAREST = 1e-3  # accuracies are kept this far from 0 and 1 before the log-odds are taken
 
 
@@ -70,10 +74,10 @@ def show_accuracies(values: Sequence[float]) -> str:
     return f"{100 * found.mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def epochs_until_back(record: Record) -> int | None:
-    """Return after how many epochs of fine-tuning the validation accuracy reaches the unpruned one's; None: never."""
+def epochs_until_back(record: Record, share: float = 1.0) -> int | None:
+    """Return after how many epochs of fine-tuning a share of the unpruned validation accuracy is back; None: never."""
     for epoch, accuracy in enumerate(record["curve"]):
-        if accuracy >= record["validation_before"]:
+        if accuracy >= share * record["validation_before"]:
             return epoch
     return None
 
@@ -94,13 +98,18 @@ def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column
 
 def best_baseline(rows: dict[str, dict[int, Record]], column: str) -> str | None:
     """Return the baseline with the highest mean: among the pruners of other packages, and random selection."""
-    own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"} - {"random"} | {SCRATCH}
     means = {}
     for row, runs in rows.items():
         values = [record[column] for record in runs.values() if column in record]
-        if values and next(iter(runs.values()))["pruner_name"] not in own:
+        if values and not _is_own(runs):
             means[row] = float(np.mean(values))
     return max(means, key=means.__getitem__, default=None)
+
+
+def _is_own(runs: dict[int, Record]) -> bool:
+    """Return whether a row is no baseline: a pruner of this package but random selection, or a new network."""
+    own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"} - {"random"} | {SCRATCH}
+    return next(iter(runs.values()))["pruner_name"] in own
 
 
 @dataclass
@@ -196,10 +205,12 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_c
 
 
 def print_report(records: Iterable[Record], console: Console) -> None:
-    """Print one table of records per model, data set and target."""
+    """Print one table of records per model, data set and target, and one of convergence after it."""
     for group, rows in grouped(records).items():
         columns, lines = cells_of(rows)
         console.print(NumberTable(title_of(group, rows), columns, lines, unpruned_first=True))
+        if has_convergence(rows):
+            console.print(as_table(f"convergence: {title_of(group, rows)}", *convergence_of(rows)))
 
 
 def print_widths(records: Iterable[Record], console: Console) -> None:
@@ -235,10 +246,13 @@ def widths_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[
 
 
 def markdown_report(records: Iterable[Record]) -> str:
-    """Return one Markdown table of records per model, data set and target."""
+    """Return one Markdown table of records per model, data set and target, and one of convergence after it."""
     lines = []
     for group, rows in grouped(records).items():
         lines += [f"**{title_of(group, rows)}**", "", markdown_table(*cells_of(rows)), ""]
+        if has_convergence(rows):
+            title = f"**convergence: {title_of(group, rows)}**"
+            lines += [title, "", markdown_table(*convergence_of(rows)), ""]
     return "\n".join(lines)
 
 
@@ -255,6 +269,103 @@ def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[s
     lines = [_unpruned(next(iter(rows.values()))), *(_cells(rows, row) for row in rows)]
     used = [name for name in lines[-1] if any(line.get(name) for line in lines)]
     return used, [[line.get(name, "") for name in used] for line in lines]
+
+
+def has_convergence(rows: dict[str, dict[int, Record]]) -> bool:
+    """Return whether networks were fine-tuned long enough for a table of convergence: more than two epochs."""
+    return any(_is_long(record) for runs in rows.values() for record in runs.values())
+
+
+def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the lines of a table: fine-tuning until shares of the unpruned accuracy are back.
+
+    The accuracy is that on the validation images. Epochs and seconds of training are the median [lowest, highest] over
+    seeds; ``> 40`` is more than the 40 epochs that were run. The last column is the mean difference in epochs to the
+    last share, paired by seed, with its 95 % interval, from the baseline with the fewest; a run that doesn't get there
+    counts as all of its epochs.
+    """
+    long = {row: {seed: record for seed, record in runs.items() if _is_long(record)} for row, runs in rows.items()}
+    long = {row: runs for row, runs in long.items() if runs}
+    records = [record for runs in long.values() for record in runs.values()]
+    # Runs that stop at 99 % say nothing of 100 %.
+    last = min(record.get("until", 1.0) for record in records)
+    shares = [*(share for share in SHARES if share < last), last]
+    is_timed = all("epoch_seconds" in record for record in records)
+    head = ["method", "unpruned %", "before fine-tuning %"]
+    for share in shares:
+        head.append(f"epochs to {100 * share:g} %")
+        if is_timed:
+            head.append(f"seconds to {100 * share:g} %")
+    head.append(f"vs best baseline, epochs to {100 * last:g} %")
+    baseline = _fastest_baseline(long, shares)
+    lines = []
+    for row, runs in long.items():
+        unpruned = show_accuracies([record["validation_before"] for record in runs.values()])
+        line = [row, unpruned, show_accuracies([record["curve"][0] for record in runs.values()])]
+        for share in shares:
+            line.append(_median_epochs(runs, share))
+            if is_timed:
+                line.append(_median_seconds(runs, share))
+        if row == baseline:
+            line.append("best baseline")
+        elif baseline is None:
+            line.append("")
+        else:
+            ours, theirs = _with_epochs(runs, last), _with_epochs(long[baseline], last)
+            line.append(paired_difference(ours, theirs, "epochs").show(sign=True))
+        lines.append(line)
+    return head, lines
+
+
+def _is_long(record: Record) -> bool:
+    """Return whether fine-tuning was long; one that may stop early is, however soon it stopped."""
+    return "until" in record or len(record.get("curve", ())) > _SHORT + 1
+
+
+def _median_epochs(runs: dict[int, Record], share: float) -> str:
+    """Return median, lowest and highest number of epochs to a share; of an even number the lower middle one."""
+    ranked: list[tuple[float, str]] = []
+    for record in runs.values():
+        epochs = epochs_until_back(record, share)
+        last = len(record["curve"]) - 1
+        ranked.append((math.inf, f"> {last}") if epochs is None else (epochs, str(epochs)))
+    return _median_of(ranked)
+
+
+def _median_seconds(runs: dict[int, Record], share: float) -> str:
+    """Return median, lowest and highest seconds of training to a share; of an even number the lower middle one."""
+    ranked: list[tuple[float, str]] = []
+    for record in runs.values():
+        epochs = epochs_until_back(record, share)
+        seconds = sum(record["epoch_seconds"][:epochs])  # None: all of them
+        ranked.append((math.inf, f"> {seconds:.0f}") if epochs is None else (seconds, f"{seconds:.0f}"))
+    return _median_of(ranked)
+
+
+def _median_of(ranked: list[tuple[float, str]]) -> str:
+    """Return the texts of the median [lowest, highest] value, or the one text that they share."""
+    names = [name for _, name in sorted(ranked)]
+    middle = names[(len(names) - 1) // 2]
+    return middle if names[0] == names[-1] else f"{middle} [{names[0]}, {names[-1]}]"
+
+
+def _with_epochs(runs: dict[int, Record], share: float) -> dict[int, Record]:
+    """Return records of the epochs to a share by seed; a run that doesn't get there counts as all of its epochs."""
+    found = {}
+    for seed, record in runs.items():
+        epochs = epochs_until_back(record, share)
+        found[seed] = {"epochs": len(record["curve"]) - 1 if epochs is None else epochs}
+    return found
+
+
+def _fastest_baseline(rows: dict[str, dict[int, Record]], shares: Sequence[float]) -> str | None:
+    """Return the baseline with the fewest mean epochs to the last share; of equal ones, to the share before it."""
+    means = {}
+    for row, runs in rows.items():
+        if not _is_own(runs):
+            by_share = [_with_epochs(runs, share) for share in reversed(shares)]
+            means[row] = [float(np.mean([found["epochs"] for found in each.values()])) for each in by_share]
+    return min(means, key=means.__getitem__, default=None)
 
 
 def _unpruned(runs: dict[int, Record]) -> dict[str, str]:
@@ -293,7 +404,6 @@ def _cells(rows: dict[str, dict[int, Record]], row: str) -> dict[str, str]:
         "fine-tuned %": cell("accuracy_retrained"),
         "fine-tuned bits": cell("bits_retrained", 1, 3),
         "vs best baseline": _versus(rows, row, "accuracy_retrained"),
-        "epochs to recover": _convergence(runs),
         "latency ms": cell("latency_ms", 1, 2),
         "prune s": cell("prune_seconds", 1, 2, spread=False),
     }
@@ -340,18 +450,6 @@ def _column(runs: dict[int, Record]) -> Callable[..., str]:
         return found.show(scale, digits) if spread else f"{scale * found.mean:.{digits}f}"
 
     return show
-
-
-def _convergence(runs: dict[int, Record]) -> str:
-    """Return median, lowest and highest number of epochs to recover; an empty text after two epochs or fewer."""
-    records = [record for record in runs.values() if len(record.get("curve", ())) > 3]
-    if not records:
-        return ""
-    last = len(records[0]["curve"]) - 1
-    found = sorted(last + 1 if epochs is None else epochs for epochs in map(epochs_until_back, records))
-    names = [f"> {last}" if epochs > last else str(epochs) for epochs in found]
-    middle = names[(len(names) - 1) // 2]
-    return middle if names[0] == names[-1] else f"{middle} [{names[0]}, {names[-1]}]"
 
 
 def _versus(rows: dict[str, dict[int, Record]], row: str, column: str) -> str:

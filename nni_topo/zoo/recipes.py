@@ -10,7 +10,7 @@ import torch
 
 from nni_topo.errors import check_fields, number, whole
 
-LearningRateSchedule = Literal["cosine", "one-cycle"]
+LearningRateSchedule = Literal["constant", "cosine", "one-cycle"]
 Augmentation = Literal["none", "crop", "crop-flip"]
 Precision = Literal["float32", "bfloat16"]
 Optimizer = Literal["sgd", "adamw"]
@@ -34,9 +34,9 @@ class Recipe:
         In [0, 1).
     weight_decay : float, default=5e-4
         L2 penalty on all parameters, at least 0.
-    schedule : {"cosine", "one-cycle"}, default="one-cycle"
-        ``cosine``: from ``lr`` to 0 along half a cosine. ``one-cycle``: linearly from ``lr / 25`` up to
-        ``lr`` over the first 30 % of the steps, then down to 0 along half a cosine [1]_.
+    schedule : {"constant", "cosine", "one-cycle"}, default="one-cycle"
+        ``constant``: always ``lr``. ``cosine``: from ``lr`` to 0 along half a cosine. ``one-cycle``: linearly from
+        ``lr / 25`` up to ``lr`` over the first 30 % of the steps, then down to 0 along half a cosine [1]_.
     augmentation : {"none", "crop", "crop-flip"}, default="none"
         ``crop``: shifts by up to an eighth of the side, filled with black (stored value 0). ``flip``: mirrors left
         and right at random.
@@ -87,6 +87,8 @@ class Recipe:
 
     def rate(self, progress: float) -> float:
         """Return the learning rate after a fraction ``progress`` in [0, 1] of all steps."""
+        if self.schedule == "constant":
+            return self.lr
         if self.schedule == "cosine":
             return self.lr * (1.0 + math.cos(math.pi * progress)) / 2.0
         if progress < _WARMUP:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, reading, write_tensors
-from nni_topo.errors import NONE, ConfigError, DataError, checked
+from nni_topo.errors import NONE, ConfigError, DataError, checked, number
 from nni_topo.network.layers import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.runtime import COMPUTING, DEVICE, TENSOR, bar, device_of
 from nni_topo.zoo.data import DataBundle
@@ -27,7 +27,7 @@ from nni_topo.zoo.evaluation import by_label, check_model, evaluate
 from nni_topo.zoo.labelled import batches, held_on
 from nni_topo.zoo.recipes import Augmentation, Recipe
 
-_FORMAT = "nni-topo training 2"
+_FORMAT = "nni-topo training 3"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class EpochLog:
         Learning rate of the last step.
     seconds : float
         Wall time of the pass, validation included.
+    training_seconds : float
+        Wall time of the pass without validation.
     """
 
     epoch: int
@@ -56,6 +58,7 @@ class EpochLog:
     validation_accuracy: float | None
     lr: float
     seconds: float
+    training_seconds: float
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class TrainingLog:
     Attributes
     ----------
     epochs : tuple of EpochLog
-        One per pass, in order.
+        One per pass, in order; fewer than the recipe's where ``until`` ended the training.
     recipe : Recipe
         What was followed.
     seed : int
@@ -82,7 +85,7 @@ class TrainingLog:
         return sum(epoch.seconds for epoch in self.epochs)
 
 
-@checked(model=COMPUTING, device=DEVICE | NONE)
+@checked(model=COMPUTING, device=DEVICE | NONE, until=number(0, 1, "right") | NONE)
 def train(
     model: nn.Module,
     data: DataBundle,
@@ -93,6 +96,7 @@ def train(
     progress: bool | None = None,
     callback: Callable[[EpochLog], None] | None = None,
     state: str | Path | None = None,
+    until: float | None = None,
 ) -> TrainingLog:
     """Train a classifier in place.
 
@@ -118,6 +122,9 @@ def train(
     state : str, Path or None, default=None
         File that gets the training's state after every epoch, before ``callback``. If it is there, the training goes
         on from it, to the same result on one machine; epochs that it holds aren't called back again.
+    until : float or None, default=None
+        Validation accuracy in (0, 1] that ends the training, after the first epoch that reaches it. The learning rate
+        is that of the recipe with all its epochs. None: all epochs.
 
     Returns
     -------
@@ -128,8 +135,11 @@ def train(
     DataError
         If the model doesn't fit the data, or ``state`` isn't a state of the model.
     ConfigError
-        If the loss stops being finite, or ``state`` is that of a training with another recipe or seed.
+        If the loss stops being finite, ``state`` is that of a training with another recipe or seed, or ``until`` is
+        given without validation images.
     """
+    if until is not None and not len(data.validation):
+        raise ConfigError(f"until must have validation images to look at, got {until} without any (train)")
     device = device_of(model) if device is None else torch.device(device)
     check_model(model.to(device), data)
     path = None if state is None else path_of(state, "state")
@@ -144,6 +154,8 @@ def train(
         logs = [] if path is None else trainer.resume(path)
         shown.update(len(logs))
         for epoch in range(len(logs) + 1, recipe.epochs + 1):
+            if logs and _reaches(logs[-1], until):
+                break
             log = trainer.run_epoch(epoch)
             logs.append(log)
             shown.set_postfix_str(f"loss {log.loss:.3f}, accuracy {100 * log.accuracy:.1f} %", refresh=False)
@@ -153,6 +165,10 @@ def train(
             if callback is not None:
                 callback(log)
     return TrainingLog(tuple(logs), recipe, seed)
+
+
+def _reaches(log: EpochLog, until: float | None) -> bool:
+    return until is not None and log.validation_accuracy is not None and log.validation_accuracy >= until
 
 
 class _Trainer:
@@ -211,11 +227,12 @@ class _Trainer:
         loss, hits = (totals / len(order)).tolist()
         if not math.isfinite(loss):
             raise ConfigError(f"lr must keep the loss finite, got {loss} at lr={self.recipe.lr} (epoch {epoch})")
+        training_seconds = time.perf_counter() - start
         self.model.eval()
         watched = len(self.data.validation)
         accuracy = evaluate(self.model, self.data.validation, device=self.device) if watched else None
         rate = self.optimizer.param_groups[0]["lr"]
-        return EpochLog(epoch, loss, hits, accuracy, rate, time.perf_counter() - start)
+        return EpochLog(epoch, loss, hits, accuracy, rate, time.perf_counter() - start, training_seconds)
 
     def _step(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
         """Take one step on images; their summed loss and the number of hits, shape (2,)."""

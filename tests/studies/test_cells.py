@@ -54,6 +54,17 @@ def test_retraining_has_its_own_epochs():
     assert (cell.retrain.epochs, cell.retrain.lr) == (3, 0.001)
 
 
+def test_fine_tuning_until_a_share_has_a_constant_rate_and_a_key_of_its_own():
+    (full, _, _, _) = plan(retrain={"epochs": 40, "lr": 0.01}).cells()
+    (cell, _, _, _) = plan(retrain={"epochs": 40, "lr": 0.01, "until": 0.99}).cells()
+    assert (full.until, full.retrain.schedule) == (None, "cosine")
+    assert (cell.until, cell.retrain.schedule, cell.retrain.epochs, cell.retrain.lr) == (0.99, "constant", 40, 0.01)
+    constant = plan(retrain={"epochs": 40, "lr": 0.01, "schedule": "constant"}).cells()
+    assert len({full.key, cell.key, next(constant).key}) == 3
+    chosen = plan(retrain={"epochs": 40, "until": 0.99, "schedule": "one-cycle"}).cells()
+    assert next(chosen).retrain.schedule == "one-cycle"
+
+
 HALF = (Target("ratio", 0.5),)
 YAML = """
 models: [small_cnn, {name: vgg16, width: 0.25}]
@@ -111,6 +122,9 @@ def test_a_plan_is_read_from_yaml(tmp_path):
         ("{flops: 0.25}", "{flop: 0.25}", "a target must be a known name, got 'flop'; did you mean flops"),
         ("{flops: 0.25}", "0.25", "mapping with one key"),
         ("train: {epochs: 4}", "train: {epoch: 4}", "did you mean epochs"),
+        ("retrain: {epochs: 1}", "retrain: {epochs: 9, until: 0}", r"until must be in \(0, 1\], got 0 \(retrain\)"),
+        ("retrain: {epochs: 1}", "retrain: {epochs: 9, until: most}", r"until must be .*, got 'most' \(retrain\)"),
+        ("retrain: {epochs: 1}", "retrain: {until: 0.99}", r"until must have epochs beside it, .*'until': 0.99"),
         ("label: activations", "label: l1", "labels of pruners must differ, got twice: l1"),
         ("- l1", "- {label: l1}", "a mapping with a name"),
     ],

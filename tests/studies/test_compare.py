@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
+from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
 from nni_topo.cli import main
@@ -55,6 +56,36 @@ def test_records_hold_what_a_table_needs(tmp_path):
         assert record["peak_memory_bytes"] > 2**26
     assert records[0]["flops"] == records[1]["flops"]
     assert json.loads((tmp_path / "results.json").read_text()) == records
+
+
+def test_fine_tuning_ends_where_a_share_of_the_unpruned_accuracy_is_back(tmp_path):
+    asked = dataclasses.replace(plan("l1", "scratch"), retrain={"epochs": 6, "until": 0.5}, train={"epochs": 8})
+    (l1, scratch), failures = compare(asked, tmp_path / "half", isolate=False)
+    assert failures == []
+    *before, last = l1["curve"]
+    assert last >= 0.5 * l1["validation_before"] > max(before)
+    assert len(l1["epoch_seconds"]) == len(before) < 6
+    assert 0.0 < sum(l1["epoch_seconds"]) < l1["retrain_seconds"]
+    assert l1["until"] == 0.5
+    # a new network is trained by the whole recipe
+    assert len(scratch["epoch_seconds"]) == 8
+    assert "until" not in scratch
+    at_once = dataclasses.replace(asked, pruners=asked.pruners[:1], retrain={"epochs": 6, "until": 1e-3})
+    (record,), _ = compare(at_once, tmp_path / "at-once", isolate=False)
+    assert (record["epoch_seconds"], record["curve"]) == ([], l1["curve"][:1])
+    assert "| 0 | 0 | best baseline |" in markdown_report([record])
+
+
+def test_fine_tuning_until_a_share_needs_validation_images(tmp_path, monkeypatch):
+    load = zoo.load_data
+    monkeypatch.setattr(zoo, "load_data", lambda *args, **knobs: unwatched(load(*args, **knobs)))
+    asked = dataclasses.replace(plan("l1"), retrain={"epochs": 2, "until": 0.9})
+    with pytest.raises(ConfigError, match=r"until must have validation images to look at, got none \(digits\)"):
+        compare(asked, tmp_path, isolate=False)
+
+
+def unwatched(data):
+    return dataclasses.replace(data, validation=TensorDataset(*data.validation[:0]))
 
 
 def test_records_say_whether_the_budget_is_met(tmp_path):

@@ -88,8 +88,8 @@ def test_intervals_of_accuracies_inside_are_students():
     assert show_accuracies([0.5, 0.6, 0.7]) == interval([0.5, 0.6, 0.7]).show(100)
 
 
-def converging(pruner, seed, *curve):
-    return {**record(pruner, seed, curve[-1]), "validation_before": 0.9, "curve": list(curve)}
+def converging(pruner, seed, *curve, **more):
+    return {**record(pruner, seed, curve[-1]), "validation_before": 0.9, "curve": list(curve), **more}
 
 
 CURVES = [
@@ -99,21 +99,92 @@ CURVES = [
 ]
 
 
+def stopped(pruner, seed, *curve, each=2.0):
+    """A run that stops at 99 % of 0.9, which is 0.891."""
+    return converging(pruner, seed, *curve, until=0.99, epoch_seconds=[each] * (len(curve) - 1))
+
+
+STOPPED = [
+    *(stopped("l1", seed, 0.1, 0.85, 0.86, 0.9, each=2 + seed) for seed in range(3)),
+    *(stopped("l2", seed, 0.1, 0.87, 0.88, 0.88, 0.88) for seed in range(3)),
+    stopped("topological", 0, 0.1, 0.895),
+    stopped("topological", 1, 0.1, 0.86, 0.892),
+    stopped("topological", 2, 0.1, 0.88, 0.88, 0.88, 0.88),
+]
+
+
+def convergence_rows(records):
+    text = markdown_report(records)
+    lines = text[text.index("**convergence: ") :].splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {row[0]: dict(zip(table[0][1:], row[1:], strict=True)) for row in table[1:]}
+
+
 def test_epochs_until_the_accuracy_is_back_are_counted_from_the_pruned_network():
     assert [epochs_until_back(found) for found in CURVES] == [2, 3, 2, 3, None, None, 0, 0, 0]
-    table = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in markdown_report(CURVES).splitlines()}
-    column = table["method"].index("epochs to recover")
-    assert [table[row][column] for row in ("l1", "ours", "kept", "unpruned")] == ["2 [2, 3]", "> 3 [3, > 3]", "0", ""]
-    assert "until back" not in markdown_report(RECORDS)
+    assert [epochs_until_back(found, 0.99) for found in CURVES] == [2, 3, 2, 3, None, 3, 0, 0, 0]
+    rows = convergence_rows(CURVES)
+    assert [rows[row]["epochs to 100 %"] for row in ("l1", "ours", "kept")] == ["2 [2, 3]", "> 3 [3, > 3]", "0"]
+    assert rows["ours"]["epochs to 99 %"] == "3 [3, > 3]"
+    assert not any("seconds" in head for head in rows["l1"])
+    assert "convergence" not in markdown_report(RECORDS)
 
 
-def test_the_picture_of_convergence_has_a_line_per_row(drawn, tmp_path):
+def test_convergence_counts_epochs_and_seconds_up_to_the_share_that_ended_fine_tuning():
+    rows = convergence_rows(STOPPED)
+    head = ["unpruned %", "before fine-tuning %"]
+    head += [f"{unit} to {share} %" for share in (95, 98, 99) for unit in ("epochs", "seconds")]
+    assert list(rows["l1"]) == [*head, "vs best baseline, epochs to 99 %"]
+    # 95 % of 0.9 is 0.855, 98 % 0.882
+    assert [rows["l1"][name] for name in head[2:]] == ["2", "6 [4, 8]", "3", "9 [6, 12]", "3", "9 [6, 12]"]
+    assert [rows["l2"][name] for name in head[2:]] == ["1", "2", "> 4", "> 8", "> 4", "> 8"]
+    ours = ["1", "2", "2 [1, > 4]", "4 [2, > 8]", "2 [1, > 4]", "4 [2, > 8]"]
+    assert [rows["topological"][name] for name in head[2:]] == ours
+    assert rows["l1"]["before fine-tuning %"] == "10.0 ± 0.0"
+
+
+def test_differences_in_epochs_are_paired_and_a_run_that_never_gets_there_counts_as_all_its_epochs():
+    rows = convergence_rows(STOPPED)
+    difference = [rows[row]["vs best baseline, epochs to 99 %"] for row in ("l1", "l2", "topological")]
+    expected = stats.ttest_rel([1, 2, 4], [3, 3, 3]).confidence_interval(0.95)
+    half = (expected.high - expected.low) / 2
+    assert difference == ["best baseline", "+1.0 ± 0.0", f"-0.7 ± {half:.1f}"]
+
+
+def test_among_baselines_that_need_as_many_epochs_the_lower_share_decides():
+    equal = [stopped(name, 0, 0.1, first, 0.9) for name, first in (("l1", 0.85), ("l2", 0.86))]
+    rows = convergence_rows(equal)
+    assert [rows[row]["vs best baseline, epochs to 99 %"] for row in ("l1", "l2")] == ["+0.0", "best baseline"]
+
+
+def test_the_terminal_shows_convergence_in_a_table_of_its_own():
+    stream = io.StringIO()
+    print_report(STOPPED, Console(file=stream, width=160))
+    assert stream.getvalue().count("convergence: net on digits, ratio 0.5 (3 seeds)") == 1
+
+
+def test_the_picture_of_convergence_has_a_line_and_a_band_per_row_and_one_legend(drawn, tmp_path):
     assert plot_convergence(RECORDS) == []
-    plot_convergence([*CURVES, *RECORDS])[0].figure.savefig(tmp_path / "convergence.png")
+    other = [{**entry, "data": "mnist"} for entry in STOPPED]
+    plot_convergence([*CURVES, *RECORDS, *other])[0].figure.savefig(tmp_path / "convergence.png")
     lines = drawn.lines("convergence.png")
     assert set(lines) == {"unpruned", "l1", "ours", "kept"}
     assert lines["ours"] == [(epoch, pytest.approx(y)) for epoch, y in enumerate([20, 70, 80, 100 * 2.689 / 3])]
     assert [y for _, y in lines["unpruned"]] == pytest.approx([90, 90])
+    figure = drawn["convergence.png"]
+    (legend,) = figure.legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named == ["unpruned", "l1", "ours", "kept", "99 % of it", "l2", "topological"]
+    assert [axis.get_legend() for axis in figure.axes] == [None, None]
+    # bands are Student's intervals; a run that has stopped keeps its last value
+    second = drawn.lines("convergence.png", panel=1)
+    assert [y for _, y in second["topological"]] == pytest.approx([10, 263.5 / 3, 266.7 / 3, 266.7 / 3, 266.7 / 3])
+    assert [y for _, y in second["99 % of it"]] == pytest.approx([89.1, 89.1])
+    band = figure.axes[1].collections[2].get_paths()[0].vertices
+    for epoch, values in ((1, [89.5, 86.0, 88.0]), (4, [89.5, 89.2, 88.0])):
+        heights = [y for x, y in band if x == epoch]
+        found = interval(values)
+        assert (min(heights), max(heights)) == pytest.approx((found.mean - found.half, found.mean + found.half))
 
 
 def test_differences_are_paired_over_seeds():

@@ -82,12 +82,39 @@ def test_log_tells_what_happened(data) -> None:
     assert [epoch.epoch for epoch in seen] == [1, 2]
     assert (log.recipe, log.seed) == (SHORT, 4)
     assert log.seconds == pytest.approx(sum(epoch.seconds for epoch in seen))
+    assert all(0.0 < epoch.training_seconds < epoch.seconds for epoch in seen)
     assert seen[-1].validation_accuracy == evaluate(model, data.validation)
     # Seven batches an epoch, so the last step comes 13/14 of the way through.
     assert seen[-1].lr == pytest.approx(SHORT.rate(13 / 14))
     assert not model.training
     with pytest.raises(dataclasses.FrozenInstanceError):
         log.seed = 1
+
+
+def test_a_training_ends_after_the_first_epoch_that_reaches_the_accuracy(data) -> None:
+    recipe = replace(SHORT, epochs=6)
+    full = train(small(), data, recipe, seed=4)
+    reached = [epoch.validation_accuracy for epoch in full.epochs]
+    goal = max(reached[:4])
+    first = next(count for count, accuracy in enumerate(reached, start=1) if accuracy >= goal)
+    model = small()
+    log = train(model, data, recipe, seed=4, until=goal)
+    assert 1 < first < 6
+    assert [epoch.loss for epoch in log.epochs] == [epoch.loss for epoch in full.epochs[:first]]
+    assert evaluate(model, data.validation) == reached[first - 1]
+    assert len(train(small(), data, SHORT, seed=4, until=1.0).epochs) == SHORT.epochs
+
+
+def test_an_accuracy_to_reach_is_checked_before_the_training(data) -> None:
+    model = small()
+    before = weights(model)
+    for until in (0.0, 1.2):
+        with pytest.raises(ConfigError, match=rf"until must be in \(0, 1\] or None, got {until}"):
+            train(model, data, SHORT, seed=0, until=until)
+    unwatched = replace(data, validation=TensorDataset(*data.validation[:0]))
+    with pytest.raises(ConfigError, match=r"until must have validation images to look at, got 0\.5 without any"):
+        train(model, unwatched, SHORT, seed=0, until=0.5)
+    assert torch.equal(weights(model), before)
 
 
 def test_first_step_is_plain_sgd_by_hand(data) -> None:
@@ -238,6 +265,7 @@ def test_shifts_move_every_image_by_itself_and_bring_black_in() -> None:
 @pytest.mark.parametrize(
     ("schedule", "points"),
     [
+        ("constant", [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0)]),
         ("cosine", [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]),
         ("one-cycle", [(0.0, 0.04), (0.15, 0.52), (0.3, 1.0), (0.65, 0.5), (1.0, 0.0)]),
     ],
@@ -257,7 +285,7 @@ def test_schedules_by_hand(schedule: str, points: list[tuple[float, float]]) -> 
         ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0"),
         ({"lr": math.nan}, "lr must be above 0 and finite, got nan"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
-        ({"schedule": "step"}, "schedule must be a known name, got 'step'; known: cosine"),
+        ({"schedule": "step"}, "schedule must be a known name, got 'step'; known: constant"),
         ({"augmentation": "mixup"}, "augmentation must be a known name, got 'mixup'; known: crop"),
         ({"precision": "float16"}, "precision must be a known name, got 'float16'; did you mean"),
     ],

@@ -49,6 +49,13 @@ def test_a_training_that_was_ended_goes_on_to_the_same_weights(tmp_path):
     assert torch.equal(done[1].weight, whole[1].weight)
 
 
+def test_a_training_that_reached_its_accuracy_is_not_continued(tmp_path):
+    log = train(net(), DATA, RECIPE, seed=5, state=tmp_path / "state.pt", until=0.05)
+    again = train(net(), DATA, RECIPE, seed=5, state=tmp_path / "state.pt", until=0.05, callback=stop_after(2))
+    assert again == log
+    assert len(log.epochs) == 1
+
+
 @pytest.mark.parametrize(
     ("recipe", "seed", "message"),
     [(replace(RECIPE, lr=0.03), 5, "must go on with recipe"), (RECIPE, 6, "must go on with seed 5, got 6")],
