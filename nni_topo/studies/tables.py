@@ -280,9 +280,10 @@ def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[
     """Return the head and the lines of a table: fine-tuning until shares of the unpruned accuracy are back.
 
     The accuracy is that on the validation images. Epochs and seconds of training are the median [lowest, highest] over
-    seeds; ``> 40`` is more than the 40 epochs that were run. The last column is the mean difference in epochs to the
-    last share, paired by seed, with its 95 % interval, from the baseline with the fewest; a run that doesn't get there
-    counts as all of its epochs.
+    seeds; ``> 40`` is more than the 40 epochs that were run. An epoch of networks of equal widths takes the same time,
+    the median of all their epochs: differences come from the machine's other load. The last column is the mean
+    difference in epochs to the last share, paired by seed, with its 95 % interval, from the baseline with the fewest; a
+    run that doesn't get there counts as all of its epochs.
     """
     long = {row: {seed: record for seed, record in runs.items() if _is_long(record)} for row, runs in rows.items()}
     long = {row: runs for row, runs in long.items() if runs}
@@ -290,7 +291,8 @@ def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[
     # Runs that stop at 99 % say nothing of 100 %.
     last = min(record.get("until", 1.0) for record in records)
     shares = [*(share for share in SHARES if share < last), last]
-    is_timed = all("epoch_seconds" in record for record in records)
+    per_epoch = _seconds_of_an_epoch(records)
+    is_timed = all(_widths(record) in per_epoch for record in records)
     head = ["method", "unpruned %", "before fine-tuning %"]
     for share in shares:
         head.append(f"epochs to {100 * share:g} %")
@@ -305,7 +307,7 @@ def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[
         for share in shares:
             line.append(_median_epochs(runs, share))
             if is_timed:
-                line.append(_median_seconds(runs, share))
+                line.append(_median_seconds(runs, share, per_epoch))
         if row == baseline:
             line.append("best baseline")
         elif baseline is None:
@@ -332,12 +334,26 @@ def _median_epochs(runs: dict[int, Record], share: float) -> str:
     return _median_of(ranked)
 
 
-def _median_seconds(runs: dict[int, Record], share: float) -> str:
+def _seconds_of_an_epoch(records: Sequence[Record]) -> dict[str, float]:
+    """Return by the widths of networks the median seconds of an epoch's training."""
+    measured: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        if record.get("epoch_seconds"):
+            measured[_widths(record)] += record["epoch_seconds"]
+    return {widths: statistics.median(seconds) for widths, seconds in measured.items()}
+
+
+def _widths(record: Record) -> str:
+    """Return a network's widths as a key; networks with the same key take equal time."""
+    return json.dumps(record.get("widths"), sort_keys=True)
+
+
+def _median_seconds(runs: dict[int, Record], share: float, per_epoch: dict[str, float]) -> str:
     """Return median, lowest and highest seconds of training to a share; of an even number the lower middle one."""
     ranked: list[tuple[float, str]] = []
     for record in runs.values():
         epochs = epochs_until_back(record, share)
-        seconds = sum(record["epoch_seconds"][:epochs])  # None: all of them
+        seconds = per_epoch[_widths(record)] * (len(record["curve"]) - 1 if epochs is None else epochs)
         ranked.append((math.inf, f"> {seconds:.0f}") if epochs is None else (seconds, f"{seconds:.0f}"))
     return _median_of(ranked)
 
@@ -415,7 +431,7 @@ def _timed_together(rows: dict[str, dict[int, Record]]) -> dict[str, dict[int, R
     measured: dict[tuple[str, int, str], list[float]] = defaultdict(list)
 
     def keys(seed: int, record: Record) -> dict[str, tuple[str, int, str]]:
-        widths = {"latency_before_ms": "", "latency_ms": json.dumps(record.get("widths"), sort_keys=True)}
+        widths = {"latency_before_ms": "", "latency_ms": _widths(record)}
         return {name: (name, seed, own) for name, own in widths.items() if name in record}
 
     for runs in rows.values():
