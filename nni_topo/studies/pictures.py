@@ -88,8 +88,8 @@ def plot_accuracy(records: Sequence[Record]) -> list[Axes]:
 def plot_convergence(records: Sequence[Record]) -> list[Axes]:
     """Draw validation accuracy against the epochs of fine-tuning, a line per pruner; empty without fine-tuning.
 
-    Lines are means over seeds, bands their 95 % intervals. A run that has stopped keeps its last accuracy. All panels
-    share one legend.
+    Lines are means over seeds; bands go from the lowest to the highest seed, because 95 % intervals of a few seeds hide
+    one another. A run that has stopped keeps its last accuracy. All panels share one legend.
     """
     groups = grouped(record for record in records if len(record.get("curve", ())) > 1)
     if not groups:
@@ -131,15 +131,13 @@ def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:
     for index, (name, each) in enumerate(rows.items()):
         curves = [run["curve"] for run in each.values()]
         longest = max(map(len, curves))
-        lasting = [[*curve, *[curve[-1]] * (longest - len(curve))] for curve in curves]
-        points = [interval([100 * accuracy for accuracy in epoch]) for epoch in zip(*lasting, strict=True)]
-        means = np.array([point.mean for point in points])
-        halves = np.nan_to_num([point.half for point in points])
+        # seeds x epochs
+        percent = 100 * np.array([[*curve, *[curve[-1]] * (longest - len(curve))] for curve in curves])
+        means = percent.mean(axis=0)
         line = f"{_MARKERS[index % len(_MARKERS)]}{'-' if index < 10 else '--'}"
         color = f"C{index % 10}"
         axis.plot(means, line, markersize=4, color=color, label=name)
-        highest = np.minimum(means + halves, 100)
-        axis.fill_between(range(longest), means - halves, highest, color=color, alpha=0.12, lw=0)
+        axis.fill_between(range(longest), percent.min(axis=0), percent.max(axis=0), color=color, alpha=0.1, lw=0)
         seen += means[1:].tolist()
     low, high = min(seen), max(before, *seen)
     margin = 0.1 * (high - low)

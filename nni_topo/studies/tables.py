@@ -282,8 +282,8 @@ def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[
     The accuracy is that on the validation images. Epochs and seconds of training are the median [lowest, highest] over
     seeds; ``> 40`` is more than the 40 epochs that were run. An epoch of networks of equal widths takes the same time,
     the median of all their epochs: differences come from the machine's other load. The last column is the mean
-    difference in epochs to the last share, paired by seed, with its 95 % interval, from the baseline with the fewest; a
-    run that doesn't get there counts as all of its epochs.
+    difference in epochs to the largest share that any run reaches, paired by seed, with its 95 % interval, from the
+    baseline with the fewest; a run that doesn't get there counts as all of its epochs.
     """
     long = {row: {seed: record for seed, record in runs.items() if _is_long(record)} for row, runs in rows.items()}
     long = {row: runs for row, runs in long.items() if runs}
@@ -298,8 +298,11 @@ def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[
         head.append(f"epochs to {100 * share:g} %")
         if is_timed:
             head.append(f"seconds to {100 * share:g} %")
-    head.append(f"vs best baseline, epochs to {100 * last:g} %")
-    baseline = _fastest_baseline(long, shares)
+    # Where no run gets to a share, a difference of zero would say nothing.
+    reached = [share for share in shares if any(epochs_until_back(record, share) is not None for record in records)]
+    compared = reached[-1] if reached else shares[0]
+    head.append(f"vs best baseline, epochs to {100 * compared:g} %")
+    baseline = _fastest_baseline(long, [share for share in shares if share <= compared])
     lines = []
     for row, runs in long.items():
         unpruned = show_accuracies([record["validation_before"] for record in runs.values()])
@@ -313,7 +316,7 @@ def convergence_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[
         elif baseline is None:
             line.append("")
         else:
-            ours, theirs = _with_epochs(runs, last), _with_epochs(long[baseline], last)
+            ours, theirs = _with_epochs(runs, compared), _with_epochs(long[baseline], compared)
             line.append(paired_difference(ours, theirs, "epochs").show(sign=True))
         lines.append(line)
     return head, lines

@@ -158,6 +158,15 @@ def test_among_baselines_that_need_as_many_epochs_the_lower_share_decides():
     assert [rows[row]["vs best baseline, epochs to 99 %"] for row in ("l1", "l2")] == ["+0.0", "best baseline"]
 
 
+def test_a_share_that_no_run_reaches_is_not_compared():
+    runs = [stopped("l1", 0, 0.1, 0.86, 0.87), stopped("l2", 0, 0.1, 0.86, 0.885), stopped("topological", 0, 0.1, 0.89)]
+    rows = convergence_rows(runs)
+    assert [rows[row]["epochs to 99 %"] for row in rows] == ["> 2", "> 2", "> 1"]
+    difference = [rows[row]["vs best baseline, epochs to 98 %"] for row in rows]
+    # l1 counts as all of its two epochs, as many as l2 needs, and both need one to 95 %
+    assert difference == ["best baseline", "+0.0", "-1.0"]
+
+
 def test_the_terminal_shows_convergence_in_a_table_of_its_own():
     stream = io.StringIO()
     print_report(STOPPED, Console(file=stream, width=160))
@@ -177,15 +186,14 @@ def test_the_picture_of_convergence_has_a_line_and_a_band_per_row_and_one_legend
     named = [text.get_text() for text in legend.get_texts()]
     assert named == ["unpruned", "l1", "ours", "kept", "99 % of it", "l2", "topological"]
     assert [axis.get_legend() for axis in figure.axes] == [None, None]
-    # bands are Student's intervals; a run that has stopped keeps its last value
+    # bands go from the lowest to the highest seed; a run that has stopped keeps its last value
     second = drawn.lines("convergence.png", panel=1)
     assert [y for _, y in second["topological"]] == pytest.approx([10, 263.5 / 3, 266.7 / 3, 266.7 / 3, 266.7 / 3])
     assert [y for _, y in second["99 % of it"]] == pytest.approx([89.1, 89.1])
     band = figure.axes[1].collections[2].get_paths()[0].vertices
-    for epoch, values in ((1, [89.5, 86.0, 88.0]), (4, [89.5, 89.2, 88.0])):
+    for epoch, ends in ((1, (86.0, 89.5)), (4, (88.0, 89.5))):
         heights = [y for x, y in band if x == epoch]
-        found = interval(values)
-        assert (min(heights), max(heights)) == pytest.approx((found.mean - found.half, found.mean + found.half))
+        assert (min(heights), max(heights)) == pytest.approx(ends)
 
 
 def test_differences_are_paired_over_seeds():
