@@ -38,7 +38,12 @@ SCRATCH = "scratch"
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """A comparison: every combination of models, data, pruners, targets and seeds is a cell."""
+    """A comparison: every combination of models, data, pruners, targets and seeds is a cell.
+
+    ``retrain`` with 0 ``epochs`` is no fine-tuning. Its ``until``, a share in (0, 1], ends fine-tuning after the first
+    epoch that reaches this share of the unpruned network's accuracy on the validation images, or after ``epochs``; the
+    learning rate is then constant, unless ``schedule`` says otherwise. A ``scratch`` row is trained to the end.
+    """
 
     models: tuple[ModelChoice, ...]
     data: tuple[DataChoice, ...]
@@ -46,14 +51,8 @@ class ComparisonPlan:
     targets: tuple[Target, ...]
     seeds: int = 1  # how many, at least 1, from `first_seed` on
     first_seed: int = 0
-    train: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # fields to replace in the model's default recipe of training
-    retrain: Mapping[str, Any] = field(
-        default_factory=lambda: {"epochs": 1}
-    )  # fields to replace in the recipe of fine-tuning; `epochs` 0: none. Its key `until`, a share in (0, 1], ends
-    # fine-tuning after the first epoch that reaches this share of the unpruned network's validation accuracy, or after
-    # `epochs`; the learning rate is then constant, unless `schedule` says otherwise
+    train: Mapping[str, Any] = field(default_factory=dict)  # fields to replace in the model's recipe of training
+    retrain: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 1})  # likewise of fine-tuning; and `until`
     device: str = "cpu"  # cpu, cuda or auto
     compensate: CompensationChoice | None = None  # between pruning and fine-tuning, for every row; None: none
     distill: DistillationChoice | None = None  # after compensation, for every row; None: none
