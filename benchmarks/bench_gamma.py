@@ -1,12 +1,12 @@
-"""Is there an empirical relation for the constant gamma of theorem 1? Epochs predicted for networks left out of the fit.
+"""Is there an empirical relation for the constant gamma of theorem 1? Epochs predicted for networks left out.
 
     nni-topo analyze retraining --model lenet300 ... --out DIR/lenet300
     nni-topo analyze retraining --model lenet5 ... --out DIR/lenet5
     python benchmarks/bench_gamma.py DIR/lenet300/retraining.json DIR/lenet5/retraining.json
 
-By (3.1) the epochs are at least ``gamma * bound``, with the bound at gamma = 1. A relation for gamma is thus one for the
-epochs: each relation here is a least-squares fit of their logarithm. Runs that didn't recover, or needed no epoch, are
-counted and left out.
+By (3.1) the epochs are at least ``gamma * bound``, with the bound at gamma = 1. A relation for gamma is thus one for
+the epochs: each relation here is a least-squares fit of their logarithm. Runs that didn't recover, or needed no epoch,
+are counted and left out.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def main() -> None:
     ]
     known = [point for point in points if point["epochs"]]
     never = sum(point["epochs"] is None for point in points)
-    print(f"{len(points)} runs: {len(known)} recovered, {never} never did, {len(points) - len(known) - never} at once\n")
+    at_once = len(points) - len(known) - never
+    print(f"{len(points)} runs: {len(known)} recovered, {never} never did, {at_once} at once\n")
     print(markdown_table(*correlations(known)))
     print(markdown_table(*table(known)))
 
@@ -68,9 +69,8 @@ def correlations(points: Sequence[dict[str, Any]]) -> tuple[list[str], list[list
         epochs = [point["epochs"] for point in chosen]
         gammas = [point["epochs"] / point["bound"] for point in chosen]
         row = [group, str(len(chosen)), f"{min(epochs)} to {max(epochs)}", f"{min(gammas):.2g} to {max(gammas):.2g}"]
-        for column in ("bound", "derived", "ratio"):
-            row.append(f"{spearmanr([point[column] for point in chosen], epochs).statistic:.2f}")
-        rows.append(row)
+        ranks = [spearmanr([point[column] for point in chosen], epochs) for column in ("bound", "derived", "ratio")]
+        rows.append([*row, *(f"{rank.statistic:.2f}" for rank in ranks)])
     return head, rows
 
 

@@ -70,9 +70,10 @@ def counts_table() -> tuple[list[str], list[list[str]]]:
         weights = sum(m * n for m, n in layers)
         trees, tree = sum(m + n - 1 for m, n in layers), sum(widths) - 1
         by_layer = ", ".join(f"{100 * overlap_bound(*layer):.1f}" for layer in layers)
+        same_form = ", ".join(f"{100 * network_overlap_bound(layer):.1f}" for layer in layers)
         row = [net, f"{weights:,}", str(trees), f"{weights / trees:.1f}", str(tree), f"{weights / tree:.1f}"]
-        rows.append([*row, by_layer, f"{100 * network_overlap_bound(widths):.1f}"])
-    return [*head, "bounds of the layers %", "bound of the network %"], rows
+        rows.append([*row, by_layer, same_form, f"{100 * network_overlap_bound(widths):.1f}"])
+    return [*head, "bounds of the layers % (3.3)", "in the network's form", "bound of the network %"], rows
 
 
 def tree_record(net: str, data_dir: Path | None, seed: int) -> dict[str, Any]:

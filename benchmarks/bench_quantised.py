@@ -2,8 +2,8 @@
 
     python benchmarks/bench_quantised.py --data-dir FASHION_MNIST --out DIR
 
-Networks are trained and pruned as in ``bench_subcluster.py``, with the same folder of checkpoints, and fine-tuned for the
-epochs that they have there. Weights are then rounded, a step per row of a layer's matrix; INT8 is an ONNX file of
+Networks are trained and pruned as in ``bench_subcluster.py``, with the same folder of checkpoints, and fine-tuned for
+the epochs that they have there. Weights are then rounded, a step per row of a layer's matrix; INT8 is an ONNX file of
 ``nni_topo.export``, run by onnxruntime. Each network is a line of DIR/quantised.jsonl, which a second run leaves out.
 """
 
@@ -93,7 +93,7 @@ def fine_tuned(bench: Bench, name: str, seed: int) -> nn.Module:
 
 
 def rounded(model: nn.Module, bits: int) -> nn.Module:
-    """Return a copy whose weights take ``2 ** bits - 1`` values a row, symmetric about zero; biases stay as they are."""
+    """Return a copy whose weights take ``2 ** bits - 1`` values a row, symmetric about zero; biases stay."""
     copied = copy.deepcopy(model)
     for parameter in copied.parameters():
         if parameter.dim() > 1:

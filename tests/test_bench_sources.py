@@ -96,3 +96,19 @@ def test_a_relation_that_holds_is_found_and_predicts_what_it_was_not_fitted_to(g
     # one gamma: epochs / bound = 3 bound^-0.5, whose geometric mean is c
     ratios = [3 * point["bound"] ** -0.5 for point in points]
     assert np.exp(gamma.fit(relations["(3.1), one gamma"], points)[0]) == pytest.approx(np.prod(ratios) ** (1 / 6))
+
+
+def test_the_search_minimises_what_it_is_asked_to():
+    deviation = module("bench_deviation_search")
+    # four neurons read the same input and add up; the second and the fourth hardly count for the output
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    model[0].weight.data.fill_(1.0)
+    model[0].bias.data.zero_()
+    model[2].weight.data.copy_(torch.tensor([[3.0, 0.1, 2.0, 0.2]]))
+    images = torch.ones(5, 3)
+    settings = deviation.EvolutionSettings(population_size=8, generations=5)
+    error = deviation.searched(model, "0", images, 2, deviation.OBJECTIVES["error"], 0, settings)
+    assert error.tolist() == [True, False, True, False]
+    pruned = deviation.without(model, images, "0", error)
+    # every image loses 3 (0.1 + 0.2)
+    assert deviation.net_deviation(model, pruned, images).error == pytest.approx(0.9 * 5**0.5, rel=1e-5)

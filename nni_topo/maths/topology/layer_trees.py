@@ -105,7 +105,7 @@ def network_tree(weights: Sequence[ArrayLike]) -> list[BoolArray]:
     first = 0
     sources, targets = [], []
     for matrix in matrices:
-        outputs, inputs = matrix.shape
+        inputs = matrix.shape[1]
         rows, columns = np.divmod(np.arange(matrix.size), inputs)
         sources.append(first + columns)
         targets.append(first + inputs + rows)

@@ -40,7 +40,7 @@ def test_no_loop_of_a_single_layer_is_ever_filled():
 
 @pytest.mark.parametrize("engine", ["exact", "gudhi"])
 def test_an_output_that_reads_all_of_a_loop_fills_it(engine):
-    # the loop of both inputs and both hidden neurons is born with 0.8, and filled when the output reads the second with 0.5
+    # both inputs and both hidden neurons are a loop from 0.8 on; the output fills it by reading the second with 0.5
     bars = rips_diagram(
         distances=relevance_distances([[[1.0, 0.9], [0.9, 0.8]], [[1.0, 0.5]]]), dimension=1, engine=engine
     )

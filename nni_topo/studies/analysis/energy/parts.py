@@ -1,5 +1,4 @@
-"""The optional parts of an energy study: dropout, accumulated and iterative pruning, replacement, selection,
-schedules.
+"""The optional parts of an energy study, from dropout to schedules.
 
 Each part takes a :class:`Subject` and returns plain numbers for the study's record.
 """
@@ -98,7 +97,7 @@ def accumulated_part(subject: Subject) -> Record:
 def iterative_part(subject: Subject) -> Record:
     """Prune all layers at 10 % of their energy, one after the other, with equal epochs of fine-tuning between or after.
 
-    ``"none"``: no fine-tuning. ``"between"``: an epoch after each layer. ``"after"``: as many epochs, all after the last.
+    ``"none"``: no fine-tuning. ``"between"``: an epoch after each layer. ``"after"``: as many epochs, after the last.
     """
     start, threshold = subject.start, subject.nearest(0.1)
     layers = [row.layers for row in subject.study.layers if row.removed[threshold]]

@@ -98,10 +98,10 @@ def _accumulated_table(part: Record) -> _Table:
 def _iterative_table(part: Record) -> _Table:
     share, epochs = f"{100 * part['threshold']:g} %", part["epochs"]
     title = f"one layer after the other at {share} of its energy; {epochs} epochs of fine-tuning in all"
-    rows = [
-        [_name(without), str(without["removed"]), _percent(without["quality"]), str(step["removed"]), *_quality(step["quality"])]
-        for without, step in zip(part["none"], part["between"], strict=True)
-    ]
+    rows = []
+    for without, step in zip(part["none"], part["between"], strict=True):
+        alone = [_name(without), str(without["removed"]), _percent(without["quality"])]
+        rows.append([*alone, str(step["removed"]), *_quality(step["quality"])])
     head = ["after layer", "removed", "accuracy %", "an epoch after each: removed", "accuracy %", "loss"]
     after = [f"the first, then {epochs} epochs", "", _percent(part["after"]), "", "", ""]
     return _Table(title, head, rows, [after])
