@@ -27,7 +27,7 @@ from nni_topo.studies.tables import interval, markdown_table, show_accuracies
 NET, LAYER = "lenet300", "fc1"
 IMAGES = 32
 KEPT = 0.5
-SEARCH = EvolutionSettings(population_size=20, generations=15)
+SEARCH = EvolutionSettings(population_size=16, generations=10)
 ITERATIONS = 20
 OBJECTIVES: dict[str, Callable[[NetDeviation], float]] = {
     "dev (3.12)": lambda found: found.dev,
