@@ -1,4 +1,4 @@
-"""Benchmarks of what the sources leave to the future: rounding, loops of a network, and the relation for gamma."""
+"""Benchmarks of what the sources leave to the future: rounding, loops of a network, and Net Deviation."""
 
 from __future__ import annotations
 
@@ -71,31 +71,6 @@ def test_the_largest_weights_of_a_network_and_its_counts(topology):
     assert rows[0][:3] == ["lenet300", f"{weights:,}", str(784 + 300 - 1 + 300 + 100 - 1 + 100 + 10 - 1)]
     assert rows[0][4] == str(784 + 300 + 100 + 10 - 1)
     assert float(rows[0][5]) == pytest.approx(weights / 1193, abs=0.05)
-
-
-@pytest.fixture(scope="module")
-def gamma():
-    return module("bench_gamma")
-
-
-def test_a_relation_that_holds_is_found_and_predicts_what_it_was_not_fitted_to(gamma):
-    # epochs = 3 bound^0.5, bounds of other sizes in each group; the bound as derived says nothing
-    points = [
-        {"group": group, "bound": bound, "derived": derived, "ratio": 0.1, "epochs": 3 * bound**0.5}
-        for group, bounds in (("a", (1.0, 4.0, 9.0)), ("b", (16.0, 25.0, 100.0)))
-        for bound, derived in zip(bounds, (5.0, 1.0, 3.0), strict=True)
-    ]
-    relations = gamma.RELATIONS
-    log_c, power = gamma.fit(relations["(3.1), a power of the bound"], points)
-    assert np.exp(log_c) == pytest.approx(3.0)
-    assert power == pytest.approx(0.5)
-    rows = {row[0]: row for row in gamma.table(points)[1]}
-    assert rows["(3.1), a power of the bound"][2:4] == ["1.00", "1.00"]
-    assert float(rows["(3.1), one gamma"][3]) > 2.0
-    assert gamma.factor([np.log(2), -np.log(2)]) == pytest.approx(2.0)
-    # one gamma: epochs / bound = 3 bound^-0.5, whose geometric mean is c
-    ratios = [3 * point["bound"] ** -0.5 for point in points]
-    assert np.exp(gamma.fit(relations["(3.1), one gamma"], points)[0]) == pytest.approx(np.prod(ratios) ** (1 / 6))
 
 
 def test_the_search_minimises_what_it_is_asked_to():
