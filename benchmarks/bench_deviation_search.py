@@ -9,6 +9,7 @@ L1 norm stand beside it. Networks are trained as in ``bench_subcluster.py``, wit
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from bench_subcluster import Bench
 from torch import Tensor, nn
 
-from nni_topo import masked_model, zoo
+from nni_topo import zoo
 from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
 from nni_topo.studies.analysis import NetDeviation, net_deviation
@@ -27,8 +28,8 @@ from nni_topo.studies.tables import interval, markdown_table, show_accuracies
 NET, LAYER = "lenet300", "fc1"
 IMAGES = 32
 KEPT = 0.5
-SEARCH = EvolutionSettings(population_size=16, generations=10)
-ITERATIONS = 20
+SEARCH = EvolutionSettings(population_size=12, generations=8)
+ITERATIONS = 5
 OBJECTIVES: dict[str, Callable[[NetDeviation], float]] = {
     "dev (3.12)": lambda found: found.dev,
     "dev / bound": lambda found: found.relative,
@@ -51,7 +52,7 @@ def main() -> None:
         runs.setdefault("unpruned", []).append({"accuracy": before})
         images = data.train.tensors[0][:IMAGES]
         for row, kept in selections(model, images, seed).items():
-            pruned = without(model, images, LAYER, kept)
+            pruned = without(model, LAYER, kept)
             found = net_deviation(model, pruned, images, iterations=100)
             record = {"error": found.error, "bound": found.bound, "dev": found.dev, "relative": found.relative}
             runs.setdefault(row, []).append(record | {"accuracy": zoo.evaluate(pruned, data.test)})
@@ -84,7 +85,7 @@ def searched(
     """Return the subset of a layer's neurons with the smallest objective that a genetic search finds."""
 
     def fitness(population: np.ndarray) -> np.ndarray:
-        networks = (without(model, images, layer, kept) for kept in population)
+        networks = (without(model, layer, kept) for kept in population)
         return np.array([objective(net_deviation(model, net, images, iterations=ITERATIONS)) for net in networks])
 
     size = len(model.get_submodule(layer).weight)
@@ -94,12 +95,14 @@ def searched(
     return best
 
 
-def without(model: nn.Module, images: Tensor, layer: str, kept: np.ndarray) -> nn.Module:
-    """Return the model with the other neurons of a linear layer, and their biases, set to zero."""
-    module: Any = model.get_submodule(layer)
+def without(model: nn.Module, layer: str, kept: np.ndarray) -> nn.Module:
+    """Return a copy with the other neurons of a linear layer, and their biases, set to zero."""
+    pruned = copy.deepcopy(model)
+    module: Any = pruned.get_submodule(layer)
     rows = torch.from_numpy(kept).to(module.weight)
-    masks = {"weight": rows[:, None].expand_as(module.weight).clone(), "bias": rows}
-    return masked_model(model, images[:2], {layer: masks})
+    module.weight.data *= rows[:, None]
+    module.bias.data *= rows
+    return pruned
 
 
 def table(runs: dict[str, list[dict[str, float]]]) -> tuple[list[str], list[list[str]]]:

@@ -84,6 +84,6 @@ def test_the_search_minimises_what_it_is_asked_to():
     settings = deviation.EvolutionSettings(population_size=8, generations=5)
     error = deviation.searched(model, "0", images, 2, deviation.OBJECTIVES["error"], 0, settings)
     assert error.tolist() == [True, False, True, False]
-    pruned = deviation.without(model, images, "0", error)
+    pruned = deviation.without(model, "0", error)
     # every image loses 3 (0.1 + 0.2)
     assert deviation.net_deviation(model, pruned, images).error == pytest.approx(0.9 * 5**0.5, rel=1e-5)
