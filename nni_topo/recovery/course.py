@@ -25,12 +25,12 @@ _FORMAT = "nni-topo distillation 3"
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 _FALL = 0.4  # share of a course in which the rate falls to zero, at its end
-_LOOKS = 20  # how often a course of full length looks at the held-out loss
-_PATIENCE = 4  # looks without progress after which the rate begins to fall
-_PROGRESS = 0.02  # share of the least loss by which a smaller one counts as progress
+_LOOKS = 25  # how often a course of full length looks at the held-out loss
+_WINDOW = 4  # looks whose mean is compared with that of as many before them: at a high rate single losses jump
+_PROGRESS = 0.02  # share of the earlier mean by which a smaller one counts as progress
 
 _LINES = ((0.1, 20.0), (0.2, 10.0), (0.5, 5.0))
-"""A course is given up if, after these shares of it, the held-out loss is so many times the first one.
+"""A course is given up if, at two looks in turn after these shares of it, the held-out loss is so many times the first.
 
 At a high rate the loss rises at first and falls again as the rate does, from three times the first one at half of the
 course to less than half of it. Above these lines the network is broken.
@@ -145,7 +145,7 @@ class Course:
         self.optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0.0)
         self.clock, self.schedule = clock or Clock(), schedule or Schedule()
         self.done, self.curve, self.is_given_up = 0, list[Look](), False
-        self._last = 0.0  # share of the course at the last step
+        self._looked = 0.0  # share of the course at the last look
         self._began = self.clock.spent
         if self.path is not None and self.path.exists():
             self._resume(self.path)
@@ -176,9 +176,9 @@ class Course:
         with _learning(self.student, self._norms):
             for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
                 share = self._share(step, total)
-                if look is not None and int(share * _LOOKS) > int(self._last * _LOOKS) and self.done:
+                if look is not None and int(share * _LOOKS) > int(self._looked * _LOOKS) and self.done:
                     self._look(look(self.student), share, first, total)
-                self._last = share
+                    self._looked = share
                 if self.is_given_up or share >= self.schedule.end:
                     break
                 self.optimizer.param_groups[0]["lr"] = self.rate * self.schedule.level(share, 1.0 / total)
@@ -206,24 +206,26 @@ class Course:
     def _look(self, loss: float, share: float, first: float, total: int) -> None:
         """Note the held-out loss, and end the course, or let its rate fall, where that says so."""
         self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
-        passed = [times for at, times in _LINES if self._last < at <= share]
+        passed = [times for at, times in _LINES if self._looked < at <= share]
+        least = min(each.loss for each in self.curve[-2:])
         # Of few steps little is known, unless it is time that allows no more of them.
         is_slow = share > self.done / total
         is_known = self.done >= (_LEAST_STEPS_IN_TIME if is_slow else _LEAST_STEPS)
-        if not math.isfinite(loss) or (passed and is_known and not loss <= passed[-1] * first):
+        if not math.isfinite(loss) or (passed and is_known and not least <= passed[-1] * first):
             self.is_given_up = True
         elif self._stands_still():
             self.schedule.fall(share)
 
     def _stands_still(self) -> bool:
-        """Say whether the last looks at the full rate found no smaller loss than those before them.
+        """Say whether the last looks at the full rate found no smaller mean loss than those before them.
 
         While the rate rises the loss is often smaller than soon after.
         """
         losses = [each.loss for each in self.curve if each.lr == self.rate]
-        if len(losses) <= _PATIENCE:
+        if len(losses) < 2 * _WINDOW:
             return False
-        return min(losses[-_PATIENCE:]) > (1.0 - _PROGRESS) * min(losses[:-_PATIENCE])
+        lately, before = sum(losses[-_WINDOW:]), sum(losses[-2 * _WINDOW : -_WINDOW])
+        return lately > (1.0 - _PROGRESS) * before
 
     def forget(self) -> None:
         """Remove the file, so that another course can begin."""
@@ -239,7 +241,7 @@ class Course:
             "began": self._began,
             "rate": self.rate,
             "rates": [asdict(each) for each in self.rates],
-            "last": self._last,
+            "looked": self._looked,
             "fall": [self.schedule.falls_from, self.schedule.end],
             "curve": [asdict(each) for each in self.curve],
             "model": self.student.state_dict(),
@@ -258,7 +260,7 @@ class Course:
                 if found != value:
                     raise ConfigError(f"distillation must go on with {key} {found}, got {value} ({path})")
             self.optimizer.load_state_dict(state["optimizer"])
-            self.done, self.rate, self._last = state["done"], state["rate"], state["last"]
+            self.done, self.rate, self._looked = state["done"], state["rate"], state["looked"]
             self.schedule.falls_from, self.schedule.end = state["fall"]
             self.rates = tuple(RateTrial(**each) for each in state["rates"])
             self.curve = [Look(**each) for each in state["curve"]]

@@ -433,9 +433,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         there is none, the result is a copy of ``dense``.
     warmup : float, default=0.1
         Share of the steps, in [0, 1), in which the rate rises from zero to ``lr``. It falls in a line to zero in the
-        last two fifths of the steps, or from where the loss on the held-out images (256 of them at most) has made no
-        progress of 2 % in four of twenty looks. The steps are given up where this loss is twenty times the first one
-        after a tenth of them, ten times after a fifth, or five times at half.
+        last two fifths of the steps, or from where the loss on the held-out images makes no more progress. It is looked
+        at 25 times, on 256 of them at most: the mean of four looks has to be 2 % below that of the four before. The
+        steps are given up where the loss is twenty times the first one after a tenth of them, ten times after a fifth,
+        or five times at half.
     outputs : callable, optional
         What counts of a model's output, where that is only a part or a function of it, e.g. a pooled embedding. It gets
         what the model returned, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or

@@ -43,38 +43,48 @@ def test_the_rate_rises_stays_and_falls():
 
 
 def test_a_course_that_makes_progress_has_all_its_steps():
-    done, rates = course(100, [0.9**look for look in range(20)])
+    done, rates = course(100, [0.9**look for look in range(25)])
     assert (done.done, len(rates), done.is_given_up) == (100, 100, False)
-    assert [each.step for each in done.curve] == [*range(5, 100, 5), 100]
+    assert [each.step for each in done.curve] == [*range(4, 100, 4), 100]
 
 
 def test_the_rate_falls_at_once_where_there_is_no_more_progress():
-    # Looks after 5, 10, ... steps. The four after the second one find nothing smaller: at step 30 the fall begins.
-    done, rates = course(100, [1.0, 0.5, 0.5, 0.495, 0.5, 0.6, 0.7])
-    assert rates[29] == 0.01
-    assert rates[30] == pytest.approx(0.01)
-    assert rates[31] < 0.01
+    # Looks after 4, 8, ... steps. The mean of the fifth to the eighth isn't smaller than that of the four before,
+    # though the least of all is among them: at step 32 the fall begins.
+    done, rates = course(100, [1.0, 0.5, 0.6, 0.5, 0.9, 0.45, 0.6, 0.6, 0.6])
+    assert rates[:33] == pytest.approx([0.01] * 33)
+    assert rates[33] < 0.01
     # Three fifths of the course are before the fall and two after it.
-    assert done.done == 50
-    assert rates[-1] == pytest.approx(0.01 / 20)
+    assert done.done == 54
+    assert rates[-1] < 0.0005
+
+
+def test_looks_while_the_rate_rises_do_not_count():
+    done, _ = course(100, [0.1, 0.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.19, 0.18], warmup=0.1)
+    assert done.curve[12].lr == 0.01
 
 
 def test_small_progress_counts_as_none():
-    assert course(100, [1.0 - 1e-4 * look for look in range(20)])[0].done < 50
+    assert course(100, [1.0 - 1e-3 * look for look in range(25)])[0].done == 54
 
 
 @pytest.mark.parametrize(
     ("losses", "steps"),
     [
-        ([25.0], 60),
-        ([15.0] * 2 + [11.0], 120),
-        ([15.0] * 2 + [9.0, 8.0, 7.0, 6.5, 6.4, 6.2, 6.1, 6.0], 300),
-        ([math.nan], 30),
+        ([25.0], 72),  # the first look after a tenth of 600 steps
+        ([15.0, 15.0, 14.0, 13.0, 12.0, 11.0], 120),
+        ([15.0, 15.0, 14.0, 13.0, 9.0, 8.0, 7.0, 6.9, 6.8, 6.7, 6.0, 5.9, 5.8], 312),
+        ([math.nan], 24),
     ],
 )
 def test_a_course_is_given_up_where_the_loss_grows(losses, steps):
     done, _ = course(600, losses, first=1.0)
     assert (done.is_given_up, done.done) == (True, steps)
+
+
+def test_a_single_large_loss_does_not_end_a_course():
+    done, _ = course(600, [0.9, 0.8, 30.0, 0.7, 0.6], first=1.0)
+    assert not done.is_given_up
 
 
 def test_time_that_is_over_takes_no_step():

@@ -198,8 +198,8 @@ def test_a_rate_that_is_asked_for_is_given_up_where_held_out_loss_grows(caplog):
     dense, original = nearly_the_same()
     with caplog.at_level("INFO", "nni_topo.recovery.distilling"):
         high = distillation(dense, original, batches(), steps=600, lr=0.05, blend=False)
-    assert "learning rate 0.05 is given up after 60 of 600 steps: the loss on held-out images has grown" in caplog.text
-    assert (high.is_kept, high.steps, high.rates) == (False, 60, ())
+    assert "learning rate 0.05 is given up after 72 of 600 steps: the loss on held-out images has grown" in caplog.text
+    assert (high.is_kept, high.steps, high.rates) == (False, 72, ())
     # one that lowers the loss all the time has all of its steps
     low = distillation(*pair(), batches(), steps=100, lr=1e-3, blend=False)
     assert low.is_kept
@@ -209,7 +209,7 @@ def test_a_rate_that_is_asked_for_is_given_up_where_held_out_loss_grows(caplog):
 def test_the_curve_is_the_held_out_loss_along_the_steps():
     dense, original = pair()
     found = distillation(dense, original, batches(), steps=100, lr=1e-3, warmup=0.0, blend=False)
-    assert [each.step for each in found.curve] == list(range(5, 101, 5))
+    assert [each.step for each in found.curve] == list(range(4, 101, 4))
     assert found.curve[-1].loss == found.loss_after
     assert found.curve[0].lr == 1e-3
     assert found.curve[-1].lr < 1e-4
@@ -224,7 +224,7 @@ def test_steps_end_where_the_held_out_loss_makes_no_more_progress():
     dense, original = pair()
     near = distill(dense, original, batches(), steps=1000, lr=0.01, blend=False)
     again = distillation(near, original, batches(), steps=1000, lr=1e-4, blend=False)
-    assert again.steps < 600
+    assert again.steps < 700
     assert again.loss_after <= again.loss_before * 1.01
 
 
