@@ -261,6 +261,11 @@ def test_what_a_function_of_the_callers_makes_worse_is_kept_and_told():
         ({"distill": "much"}, ConfigError, "distill must be True, False, knobs or a function, got 'much'"),
         ({"distill": {"epochs": 1}}, ConfigError, "knob of distill must be a known name, got 'epochs'"),
         ({"layers": ["nowhere"]}, ConfigError, "nowhere"),
+        (
+            {"layers": ["stem", {"op_names": ["hidden"], "sparse_ratio": 0.5}]},
+            ConfigError,
+            r"a budget replaces sparse_ratio, got both \(layers\[1\]\)",
+        ),
     ],
 )
 def test_what_can_not_be_used_is_refused(knobs, error, message):
