@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("auto", "kl", "squares", "cosine")
 
-_STEPS, _PASSES = 300, 10
+_STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
 _LOOKED_AT = 256  # held-out images at most that are looked at while learning goes on; all of them judge the result
 
@@ -419,7 +419,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     temperature : float, default=2.0
         Logits are divided by it, above 0; for ``"kl"``.
     steps : int, optional
-        Gradient steps at most, at least 1; by default 300, or ten passes over the images where that is more. They end
+        Gradient steps at most, at least 1; by default 600, or ten passes over the images where that is more. They end
         earlier where the loss on the held-out images makes no more progress.
     seconds : float, optional
         Budget of wall time, above 0, for the whole call: the range test, the steps and the judging. With a budget that

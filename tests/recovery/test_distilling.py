@@ -30,7 +30,7 @@ def test_three_quarters_pruned_and_compensated_net_gets_better_without_labels(di
     found = distillation(dense, model, images)
     before, after = (zoo.evaluate(net, digits.validation) for net in (dense, found.model))
     assert found.is_kept
-    assert 60 <= found.steps <= 300
+    assert 60 <= found.steps <= 600
     assert found.rates[-1].is_taken
     assert after > before + 0.05
     # The same labels would say no more: the validation images were never looked at.
