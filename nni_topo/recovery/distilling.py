@@ -313,6 +313,7 @@ def distillation(
             courses_batches,
             tried_loss,
             first,
+            lesson.loss_of_a_constant(looked_at),
             most_steps,
             is_normed=is_normed,
             clock=clock,
@@ -429,8 +430,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     lr : float, optional
         Learning rate of AdamW at its highest, above 0. By default a range test finds it: 6e-3, 2e-3, 6e-4, 2e-4 and
         6e-5 are tried in this order, with 3 % of the steps each, at least ten, in which the rate rises and falls to
-        zero. The first one is taken after which the loss on the held-out images is at most three times what it was. If
-        there is none, the result is a copy of ``dense``.
+        zero. The first one is taken after which the loss on the held-out images is at most three times what it was, and
+        has grown by at most a quarter of the loss of a network that always gives the same answer. If there is none, the
+        result is a copy of ``dense``.
     warmup : float, default=0.1
         Share of the steps, in [0, 1), in which the rate rises from zero to ``lr``. It falls in a line to zero in the
         last two fifths of the steps, or from where the loss on the held-out images makes no more progress. It is looked

@@ -129,6 +129,18 @@ class Lesson:
         # Rounding can make a divergence of almost nothing negative.
         return Judgement(max(loss / len(index), 0.0), agreement, distance / len(index))
 
+    def loss_of_a_constant(self, index: Tensor) -> float:
+        """Return the loss of a network that gives the same answer for each of some images: their mean answer."""
+        index = index[:_AT_ONCE]
+        real = real_positions_of(self._unpruned, taken(self._pool, index))
+        wanted = _unpadded([each[index.to(each.device)] for each in self._wanted], real)
+        if self.kind == "kl":
+            t = self._temperature
+            means = [t * (each / t).softmax(-1).flatten(0, -2).mean(0).log() for each in wanted]
+        else:
+            means = [each.mean(0) for each in wanted]
+        return float(self._loss([mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)], wanted))
+
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
         """Return the mean loss on a call for which the unpruned network says `wanted`; with that of the blocks."""
         if not self._block_names:

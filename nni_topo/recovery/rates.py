@@ -13,8 +13,9 @@ from nni_topo.recovery.lesson import Batches, Lesson
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 """Learning rates of AdamW that are tried, the highest first."""
 
-_MOST_LOSS = 3.0
-"""A rate can be taken if after its few steps the held-out loss is at most so many times what it was before.
+_MOST_LOSS, _MOST_GROWTH = 3.0, 0.25
+"""A rate can be taken if after its few steps the held-out loss is at most so many times what it was before, and has
+grown by at most this share of the loss of a network that always gives the same answer.
 
 Of few steps the loss is least at low rates, and over a whole course at high ones. So the test doesn't ask which rate is
 best so far; it asks which one doesn't break the network.
@@ -32,6 +33,7 @@ def try_rates(
     batches: Callable[[], Batches],
     judge: Callable[[nn.Module], float],
     first: float,
+    constant: float,
     total: int,
     *,
     is_normed: bool,
@@ -53,6 +55,8 @@ def try_rates(
         Returns the held-out loss of a network, which may be changed.
     first : float
         The held-out loss of the network as it is.
+    constant : float
+        That of a network that always gives the same answer.
     total : int
         Steps of a whole course.
     is_normed : bool
@@ -69,6 +73,7 @@ def try_rates(
     """
     clock = clock or Clock()
     steps = max(_LEAST_STEPS, round(_SHARE * total))
+    most = min(_MOST_LOSS * first, first + _MOST_GROWTH * max(constant, first))
     found: list[RateTrial] = []
     for rate in bar("learning rate", progress, rates, total=len(rates)):
         limit = None if clock.seconds is None else max(0.0, _SHARE_OF_TIME * clock.left)
@@ -76,7 +81,7 @@ def try_rates(
         course = Course(student(), is_normed=is_normed, rate=rate, clock=Clock(limit), schedule=schedule)
         course.run(lesson, batches(), steps, progress=False)
         loss = judge(course.student)
-        found.append(RateTrial(rate, course.done, loss, loss <= _MOST_LOSS * first))
+        found.append(RateTrial(rate, course.done, loss, loss <= most))
         if found[-1].is_taken:
             break
     return tuple(found)

@@ -12,7 +12,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery import distill, distillation
-from nni_topo.recovery.lesson import outputs_of
+from nni_topo.recovery.lesson import Lesson, outputs_of
 
 
 def test_augmented_views_are_answered_by_the_original():
@@ -52,6 +52,25 @@ def test_the_rate_suits_the_size_of_the_weights(scale, tmp_path):
     assert again.loss_after == found.loss_after
     # With time for all of them, it's the same.
     assert distillation(dense, original, images, seconds=1000, **known).lr == found.lr
+
+
+@pytest.mark.parametrize("kind", ["kl", "squares", "cosine"])
+def test_the_loss_of_a_constant_is_that_of_the_mean_answer(kind):
+    dense, original = pair()
+    lesson = Lesson(original, dense, ((inputs(64),), {}), kind, 2.0)
+    with torch.no_grad():
+        answers = original(inputs(64)[10:50]).double()
+    if kind == "kl":
+        likely = (answers / 2.0).softmax(1)
+        expected = float(4.0 * (likely * (likely / likely.mean(0)).log()).sum(1).mean())
+    elif kind == "squares":
+        with torch.no_grad():
+            scale = original(inputs(64)).double().var(0, correction=0).mean()
+        expected = float((answers - answers.mean(0)).square().mean() / scale)
+    else:
+        units, mean = answers / answers.norm(dim=1, keepdim=True), answers.mean(0)
+        expected = float(1.0 - (units @ (mean / mean.norm())).mean() + 5.0 * (1.0 - units @ units.T).square().mean())
+    assert lesson.loss_of_a_constant(torch.arange(10, 50)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_half_of_the_images_are_blended_with_others_in_all_passes_but_the_first():

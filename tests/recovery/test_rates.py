@@ -8,7 +8,7 @@ from nni_topo.recovery.lesson import Lesson, student_copy
 from nni_topo.recovery.rates import RATES, try_rates
 
 
-def tried(judge, total=300, rates=RATES):
+def tried(judge, total=300, rates=RATES, constant=100.0):
     dense, original = pair()
     pool = ((inputs(64),), {})
     lesson = Lesson(original, dense, pool, "kl", 2.0)
@@ -18,6 +18,7 @@ def tried(judge, total=300, rates=RATES):
         lambda: lesson.batches(torch.arange(64), 64, 0, None, False),
         judge,
         1.0,
+        constant,
         total,
         is_normed=False,
         rates=rates,
@@ -32,6 +33,13 @@ def test_the_highest_rate_is_taken_that_breaks_nothing(losses, expected):
     assert [each.loss for each in found] == pytest.approx(losses, nan_ok=True)
     assert [each.is_taken for each in found] == [False] * (len(losses) - 1) + [True]
     assert found[-1].lr == expected
+
+
+@pytest.mark.parametrize(("constant", "expected"), [(100.0, 6e-3), (9.0, 6e-3), (4.0, 2e-3), (1.5, 6e-4), (0.5, 6e-4)])
+def test_a_rate_must_not_lead_to_a_network_that_always_gives_the_same_answer(constant, expected):
+    """After a loss of 1, with losses of 2.9, 1.7, 1.1 and 0.9: it may grow by a quarter of the constant's."""
+    left = [2.9, 1.7, 1.1, 0.9]
+    assert tried(lambda _: left.pop(0), constant=constant)[-1].lr == expected
 
 
 def test_none_is_taken_where_all_break_the_network():
