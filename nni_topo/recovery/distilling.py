@@ -430,7 +430,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     lr : float, optional
         Learning rate of AdamW at its highest, above 0. By default a range test finds it: 6e-3, 2e-3, 6e-4, 2e-4 and
         6e-5 are tried in this order, with 3 % of the steps each, at least ten, in which the rate rises and falls to
-        zero. The first one is taken after which the loss on the held-out images is at most three times what it was, and
+        zero. The first one is taken after which the loss on the held-out images is at most twice what it was, and
         has grown by at most a quarter of the loss of a network that always gives the same answer. If there is none, the
         result is a copy of ``dense``.
     warmup : float, default=0.1

@@ -13,7 +13,7 @@ from nni_topo.recovery.lesson import Batches, Lesson
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 """Learning rates of AdamW that are tried, the highest first."""
 
-_MOST_LOSS, _MOST_GROWTH = 3.0, 0.25
+_MOST_LOSS, _MOST_GROWTH = 2.0, 0.25
 """A rate can be taken if after its few steps the held-out loss is at most so many times what it was before, and has
 grown by at most this share of the loss of a network that always gives the same answer.
 

@@ -26,7 +26,7 @@ def tried(judge, total=300, rates=RATES, constant=100.0):
     )
 
 
-@pytest.mark.parametrize(("losses", "expected"), [([0.5], 6e-3), ([4.0, 3.0], 2e-3), ([4.0, float("nan"), 2.9], 6e-4)])
+@pytest.mark.parametrize(("losses", "expected"), [([0.5], 6e-3), ([4.0, 2.0], 2e-3), ([4.0, float("nan"), 1.9], 6e-4)])
 def test_the_highest_rate_is_taken_that_breaks_nothing(losses, expected):
     left = list(losses)
     found = tried(lambda _: left.pop(0))
@@ -35,15 +35,15 @@ def test_the_highest_rate_is_taken_that_breaks_nothing(losses, expected):
     assert found[-1].lr == expected
 
 
-@pytest.mark.parametrize(("constant", "expected"), [(100.0, 6e-3), (9.0, 6e-3), (4.0, 2e-3), (1.5, 6e-4), (0.5, 6e-4)])
+@pytest.mark.parametrize(("constant", "expected"), [(100.0, 6e-3), (4.0, 6e-3), (3.0, 2e-3), (1.5, 6e-4), (0.5, 6e-4)])
 def test_a_rate_must_not_lead_to_a_network_that_always_gives_the_same_answer(constant, expected):
-    """After a loss of 1, with losses of 2.9, 1.7, 1.1 and 0.9: it may grow by a quarter of the constant's."""
-    left = [2.9, 1.7, 1.1, 0.9]
+    """After a loss of 1, with losses of 1.9, 1.7, 1.1 and 0.9: it may grow by a quarter of the constant's."""
+    left = [1.9, 1.7, 1.1, 0.9]
     assert tried(lambda _: left.pop(0), constant=constant)[-1].lr == expected
 
 
 def test_none_is_taken_where_all_break_the_network():
-    found = tried(lambda _: 3.1)
+    found = tried(lambda _: 2.1)
     assert [each.lr for each in found] == list(RATES)
     assert not any(each.is_taken for each in found)
 
