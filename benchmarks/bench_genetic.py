@@ -1,11 +1,12 @@
 """The weight-pruning genetic algorithm on the thesis' two nets: fitness, compression, accuracy, time.
 
 An MLP 1024-2048-10 (layer 2048->10) and a CNN with convolutions of 32 and 64 filters, 576-200-10 (layer 200->10), both
-with tanh, on MNIST or Fashion-MNIST scaled to 32x32 and 24x24; `--layer fc1`: the layers 1024->2048 and 576->200. The search sees validation images only; accuracy is
-reported on the test set, with NNI's LevelPruner at the same sparsity beside it. Damage rates 10 to 90 %, both mutations
-at 10 and at 1 %. The time of a generation is compared with a list-based pyeasyga run of the same algorithm. Prints
-Markdown, the thesis' tables 5.1 and 5.2 too; writes JSON and, for the first seed, the thesis' pictures.
-What is in the output folder already isn't run again, a stopped search goes on.
+with tanh, on MNIST or Fashion-MNIST scaled to 32x32 and 24x24; `--layer fc1` takes the layers 1024->2048 and 576->200.
+The search sees validation images only; accuracy is reported on the test set, with NNI's LevelPruner at the same
+sparsity beside it. Damage rates 10 to 90 %, both mutations at 10 and at 1 %. The time of a generation is compared with
+a list-based pyeasyga run of the same algorithm. Prints Markdown, the thesis' tables 5.1 and 5.2 too, and how each
+layer's weights are distributed; writes JSON and, for the first seed, the thesis' pictures. What is in the output folder
+already isn't run again, a stopped search goes on.
 
     python benchmarks/bench_genetic.py --data fashion-mnist --data-dir DIR --out runs/genetic
 """
@@ -146,7 +147,9 @@ def search(trial: Trial, model: nn.Module, data: zoo.DataBundle, before: float, 
     final = pruner.history[pruner.history.generation == options.generations]
     best = final.loc[final.fitness.idxmax()]
     level = copy.deepcopy(model)
-    baseline = nni_topo.create_pruner("level", level, [{"op_names": [trial.layer], "sparse_ratio": float(best.compression)}])
+    baseline = nni_topo.create_pruner(
+        "level", level, [{"op_names": [trial.layer], "sparse_ratio": float(best.compression)}]
+    )
     baseline.compress()
     record = {
         **asdict(trial),
@@ -350,7 +353,9 @@ def main() -> None:
                     trials[f"damage {100 * rate:.0f} %"], record = search(trial, model, data, before, options)
                     records.append(record)
                 if not seed:
-                    save_figures(options.out / f"{name}_{options.layer}_{100 * termination:g}", EvolutionStudy(trials).figures())
+                    save_figures(
+                        options.out / f"{name}_{options.layer}_{100 * termination:g}", EvolutionStudy(trials).figures()
+                    )
                     tables.append(f"{100 * termination:g} % terminated:\n\n{populations(name, trials)}")
             if options.lists and not seed:
                 lists[name] = list_seconds(name, model, data, options)

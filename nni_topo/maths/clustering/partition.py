@@ -199,12 +199,14 @@ def similarity_graph(distances: FloatArray, graph: str = "gaussian") -> FloatArr
         raise unknown_name("graph", graph, GRAPHS)
     if graph == "gaussian":
         squared = np.square(distances)
-        return squareform(np.exp(-squared / (2.0 * np.median(squared))))
+        weights: FloatArray = squareform(np.exp(-squared / (2.0 * np.median(squared))))
+        return weights
     distances = leveled(distances)
     if graph == "epsilon":
         # single linkage merges along the edges of the minimum spanning tree
         radius = linkage(distances, "single")[-1, 2]
-        return squareform((distances <= radius).astype(np.float64))
+        joined: FloatArray = squareform((distances <= radius).astype(np.float64))
+        return joined
     square = squareform(distances)
     count = len(square)
     nearest = min(1 + math.ceil(math.log(count)), count - 1)
@@ -212,7 +214,8 @@ def similarity_graph(distances: FloatArray, graph: str = "gaussian") -> FloatArr
     reach = np.partition(square, nearest, axis=1)[:, nearest]
     near = square <= reach[:, None]
     np.fill_diagonal(near, False)
-    return (near | near.T).astype(np.float64)
+    either: FloatArray = (near | near.T).astype(np.float64)
+    return either
 
 
 def _spectral_labels(points: FloatArray, count: int, seed: int, n_init: int, graph: str) -> IntArray:
