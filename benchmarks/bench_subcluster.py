@@ -271,12 +271,11 @@ def statistics(bench: Bench, nets: list[str], seeds: int) -> None:
 
 def algorithms(bench: Bench, nets: list[str], seeds: int) -> None:
     """Figures 4.1 and 4.2: clustering algorithms, survivors by bias, with the correlation update."""
-    for name in _among(nets, "lenet300", "lenet5"):
-        for algorithm in ("kmeans", "ward", "dbscan", "gmm", "gmm_full"):
-            _clustered(bench, "algorithms", name, seeds, algorithm, algorithm=algorithm, survivor="bias_norm")
-        for graph in GRAPHS:
-            knobs = {"algorithm": "spectral", "graph": graph, "survivor": "bias_norm"}
-            _clustered(bench, "algorithms", name, seeds, f"spectral, {graph}", **knobs)
+    choices = {f"spectral, {graph}": {"algorithm": "spectral", "graph": graph} for graph in GRAPHS}
+    choices |= {algorithm: {"algorithm": algorithm} for algorithm in ("kmeans", "ward", "dbscan", "gmm", "gmm_full")}
+    for label, knobs in choices.items():
+        for name in _among(nets, "lenet300", "lenet5"):
+            _clustered(bench, "algorithms", name, seeds, label, survivor="bias_norm", **knobs)
 
 
 def survivors(bench: Bench, nets: list[str], seeds: int) -> None:

@@ -24,7 +24,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
 Algorithm = Literal["kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-Graph = Literal["gaussian", "knn", "epsilon"]
+Graph = Literal["epsilon", "knn", "gaussian"]
 GRAPHS: tuple[str, ...] = get_args(Graph)
 
 _LEAST_VARIANCE = 1e-6
@@ -41,7 +41,7 @@ def partition(
     seed: int = 0,
     n_init: int = 3,
     min_samples: int = 3,
-    graph: str = "gaussian",
+    graph: str = "epsilon",
 ) -> IntArray:
     """Cut a cloud of points into clusters.
 
@@ -62,8 +62,8 @@ def partition(
         Starts of k-means and mixtures, of which the best counts; at least 1.
     min_samples : int, default=3
         For DBSCAN: points, itself included, that a core point has within reach; at least 1.
-    graph : {"gaussian", "knn", "epsilon"}, default="gaussian"
-        For spectral clustering, see :func:`similarity_graph`. The text has the last two.
+    graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
+        For spectral clustering, see :func:`similarity_graph`.
 
     Returns
     -------
@@ -159,17 +159,17 @@ def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: i
 
 
 @checked()
-def similarity_graph(distances: FloatArray, graph: str = "gaussian") -> FloatArray:
+def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArray:
     """Return the weights of a graph on points, from their distances.
 
     Parameters
     ----------
     distances : ndarray of float64, shape (n * (n - 1) / 2,)
         Distances of the pairs, as :func:`scipy.spatial.distance.pdist` orders them; n at least 2.
-    graph : {"gaussian", "knn", "epsilon"}, default="gaussian"
-        All pairs, with weight ``exp(-d^2 / (2 m))``, m the median of the squared distances; pairs of which one point
-        is among the k nearest of the other, ``k = 1 + ceil(ln(n))``; pairs no farther apart than the smallest radius
-        at which the graph is connected, the longest edge of the minimum spanning tree. These two have weight 1.
+    graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
+        Pairs no farther apart than the smallest radius at which the graph is connected, the longest edge of the minimum
+        spanning tree; pairs of which one point is among the k nearest of the other, ``k = 1 + ceil(ln(n))``; both with
+        weight 1. Or all pairs, with weight ``exp(-d^2 / (2 m))``, m the median of the squared distances.
 
     Returns
     -------
@@ -190,7 +190,7 @@ def similarity_graph(distances: FloatArray, graph: str = "gaussian") -> FloatArr
 
     Examples
     --------
-    >>> similarity_graph(pdist([[0.0], [1.0], [3.0]]), "epsilon")
+    >>> similarity_graph(pdist([[0.0], [1.0], [3.0]]))
     array([[0., 1., 0.],
            [1., 0., 1.],
            [0., 1., 0.]])
@@ -222,12 +222,15 @@ def _spectral_labels(points: FloatArray, count: int, seed: int, n_init: int, gra
     """Cluster the distinct points: eigenvectors may tell equal ones apart, by nothing but rounding."""
     from sklearn.cluster import SpectralClustering
 
-    distances = squareform(pdist(points))
-    number, place = connected_components(distances <= _SAME * np.abs(points).max(), directed=False)
+    distances = pdist(points)
+    same = squareform(distances <= _SAME * np.abs(points).max())
+    number, place = connected_components(same, directed=False)
     if number <= count:
         return np.asarray(place, dtype=np.intp)
-    _, first = np.unique(place, return_index=True)
-    affinities = similarity_graph(squareform(distances[np.ix_(first, first)]), graph)
+    if number < len(points):
+        _, first = np.unique(place, return_index=True)
+        distances = pdist(points[first])
+    affinities = similarity_graph(distances, graph)
     model = SpectralClustering(count, affinity="precomputed", random_state=seed, n_init=n_init)
     return np.asarray(model.fit(affinities).labels_[place], dtype=np.intp)
 

@@ -55,7 +55,7 @@ class ClusterPruner(StructuredPruner):
         Starts of k-means and mixtures, at least 1.
     min_samples : int, default=3
         DBSCAN's number of points that make a core, at least 1.
-    graph : {"gaussian", "knn", "epsilon"}, default="gaussian"
+    graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
         The graph of spectral clustering, see :func:`nni_topo.maths.clustering.similarity_graph`.
     budget : Budget, mapping or None, default=None
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
@@ -119,7 +119,7 @@ class ClusterPruner(StructuredPruner):
         pool: Pool = "none",
         n_init: int = 3,
         min_samples: int = 3,
-        graph: Graph = "gaussian",
+        graph: Graph = "epsilon",
         budget: Budget | Mapping[str, Any] | None = None,
         example_inputs: Any = None,
         round_to: int | None = None,

@@ -160,12 +160,15 @@ def test_a_pair_is_joined_if_one_is_among_the_three_nearest_of_the_other():
 
 
 def test_points_equally_far_away_are_all_neighbours_or_none():
-    # Corners and middle of a square: of a corner the two next corners and the middle are the three nearest; the middle
-    # has the four corners at one distance and takes all of them. No corner is joined with the opposite one.
-    points = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0], [1.0, 1.0]])
-    assert edges(similarity_graph(pdist(points), "knn")) == {
-        (0, 1), (0, 2), (1, 3), (2, 3), (0, 4), (1, 4), (2, 4), (3, 4),
-    }  # fmt: skip
+    # Two arcs of five points around a middle, k = 1 + ceil(ln 11) = 4: the nearest of a point on an arc are the other
+    # four, and the middle is as far from all ten, so it is joined with all or, by k alone, with the first four.
+    angles = np.concatenate([np.linspace(-0.2, 0.2, 5), np.pi + np.linspace(-0.2, 0.2, 5)])
+    points = np.concatenate([[[0.0, 0.0]], 10.0 * np.stack([np.cos(angles), np.sin(angles)], axis=1)])
+    points *= 1.0 + 1e-13 * np.random.default_rng(0).normal(size=(11, 1))  # rounding decides nothing
+    graph = similarity_graph(pdist(points), "knn")
+    assert graph[0].tolist() == [0.0] + [1.0] * 10
+    assert graph[1:6, 1:6].sum() == graph[6:, 6:].sum() == 20
+    assert graph[1:6, 6:].sum() == 0
 
 
 @given(st.integers(0, 50), st.integers(3, 30))
@@ -186,7 +189,7 @@ def test_graphs_are_those_of_scikit_learn(seed, count):
 def test_the_gaussian_graph_has_half_of_its_weights_above_that_of_the_median_distance():
     distances = np.array([1.0, 2.0, 3.0])
     expected = np.exp(-np.array([1.0, 4.0, 9.0]) / 8.0)
-    np.testing.assert_allclose(squareform(similarity_graph(distances)), expected, rtol=1e-12)
+    np.testing.assert_allclose(squareform(similarity_graph(distances, "gaussian")), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

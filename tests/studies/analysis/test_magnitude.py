@@ -41,6 +41,9 @@ def test_zeros_take_no_room_where_they_are_left_out():
 def test_the_study_writes_rows_a_picture_and_goes_on(tmp_path, capsys, drawn):
     words = ["analyze", "magnitude", *SMALL, "--rounds", "2", "--epochs", "2", "--json", "--out", str(tmp_path)]
     words += ["--batch", "64", "--seconds", "0.2", "--seeds", "2"]
+    # without fine-tuning the direct rows alone, which the next call finds
+    assert main([*words, "--ratios", "0.5", "--epochs", "0"]) == 0
+    assert capsys.readouterr().err.count("direct, 0.5, seed") == 6
     assert main([*words, "--ratios", "0.5"]) == 0
     first = json.loads(capsys.readouterr().out)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
@@ -199,6 +202,7 @@ def test_sensitivity_gives_pruners_the_data_they_need(pruner, kept, tmp_path):
         ({"ratios": (1.0,)}, "ratios must be one or more numbers"),
         ({"rounds": 0}, "rounds must be in \\[1, epochs\\], got 0 of 3 epochs"),
         ({"rounds": 4}, "got 4 of 3 epochs"),
+        ({"epochs": -1}, r"epochs must be an integer of at least 0, got -1 \(magnitude\)"),
         ({"seeds": 0}, r"seeds must be an integer of at least 1, got 0 \(magnitude\)"),
         ({"batch": 0}, r"batch must be an integer of at least 1, got 0 \(magnitude\)"),
         ({"seconds": 0.0}, r"seconds must be above 0 and finite, got 0.0 \(magnitude\)"),

@@ -70,7 +70,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
 
     ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)  # sparse_ratio of the pruned layers, in (0, 1)
     rounds: int = 3  # rounds of iterative pruning, in [1, epochs]
-    epochs: int = 3  # epochs of fine-tuning in all
+    epochs: int = 3  # epochs of fine-tuning in all, at least 0; 0: direct pruning alone
     seeds: int = 1  # runs, each with a seed of its own, at least 1
     images: int | None = None  # test images used, at least 1; None: all
     batch: int = 256  # test images of a timed pass, at least 1
@@ -80,7 +80,8 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         """Raise ConfigError unless the study can be carried out."""
         if not self.ratios or not all(0.0 < ratio < 1.0 for ratio in self.ratios):
             raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {self.ratios} (magnitude)")
-        if not 1 <= self.rounds <= self.epochs:
+        check_integer("epochs", self.epochs, 0, "magnitude")
+        if self.epochs and not 1 <= self.rounds <= self.epochs:
             raise ConfigError(f"rounds must be in [1, epochs], got {self.rounds} of {self.epochs} epochs (magnitude)")
         check_integer("seeds", self.seeds, 1, "magnitude")
         check_integer("batch", self.batch, 1, "magnitude")
@@ -105,23 +106,30 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
     def _rows(self, start: Start, tell: Tell) -> list[Record]:
         """Return the records of one seed, known ones first."""
         path = self.out / "rows.jsonl"
-        images = {"train_images": len(start.data.train), "test_images": len(start.data.test)}
-        request = {"rounds": self.rounds, "epochs": self.epochs, "seed": start.seed, **images}
-        timing = {"batch": self.batch, "seconds": self.seconds}
-        rows = []
-        for row in read_records(path, _ROW):
-            wanted = {**request, **timing} if _has_costs(row) else request
-            if row["ratio"] in self.ratios and wanted.items() <= row.items():
-                rows.append(row)
+        wanted = {_place(row): row for row in self._wanted(start)}
+        known = read_records(path, _ROW)
+        rows = [r for r in known if _place(r) in wanted and self._request(start, r).items() <= r.items()]
         done = set(map(_place, rows))
-        for row in self._wanted(start):
-            if _place(row) not in done:
-                timed = timing if _has_costs(row) else {}
-                rows.append({**row, **self._measured(start, **row), **request, **timed})
+        for place, row in wanted.items():
+            if place not in done:
+                rows.append({**row, **self._measured(start, **row), **self._request(start, row)})
                 which = f"{row['pruner']}, {row['part']}, {WORDS[row['way']]}, {row['ratio']:g}, seed {start.seed}"
                 tell(f"{which}: {100 * rows[-1]['accuracy']:.1f} %")
                 append_record(path, rows[-1])
         return rows
+
+    def _request(self, start: Start, row: Record) -> Record:
+        """Return what a record's figures depend on, beside its place."""
+        request = {
+            "seed": start.seed,
+            "train_images": len(start.data.train),
+            "test_images": len(start.data.test),
+        }
+        if row["way"] != "direct":
+            request |= {"rounds": self.rounds, "epochs": self.epochs}
+        if _has_costs(row):
+            request |= {"batch": self.batch, "seconds": self.seconds}
+        return request
 
     def show(self, found: MagnitudeStudy) -> Iterator[str]:
         """Yield the tables, in Markdown."""
@@ -144,8 +152,9 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
 
     def _wanted(self, start: Start) -> Iterator[Record]:
         """Yield pruner, part, way and ratio of every record."""
+        ways = tuple(WORDS) if self.epochs else ("direct",)
         for ratio, pruner in itertools.product(sorted(set(self.ratios)), _PARTS):
-            for part, way in itertools.product(_PARTS[pruner], ("direct", "direct, retrained", "iterative")):
+            for part, way in itertools.product(_PARTS[pruner], ways):
                 if _layers(start, pruner, part):
                     yield {"pruner": pruner, "part": part, "way": way, "ratio": ratio}
 
