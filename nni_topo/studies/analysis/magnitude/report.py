@@ -81,7 +81,8 @@ def markdown_magnitude(document: Record) -> str:
             costs.append([pruner, f"{name} (kB)", unpruned, *_cells(found, ratios, 1e-3)])
         for name in _timed(chosen):
             found = _by_ratio(chosen, "time_shares", name, "median")
-            costs.append([pruner, f"{name}: {_SHARE}", "1", *_cells(found, ratios, 1, 2)])
+            timed = "copy of the unpruned network" if name == _AGAIN else name
+            costs.append([pruner, f"{timed}: {_SHARE}", "1", *_cells(found, ratios, 1, 2)])
             halves += [row["time_shares"][name]["half"] for row in chosen]
         noise += [row["time_shares"][_AGAIN]["median"] for row in chosen]
     accuracy = show_range([base["accuracy"] for base in baselines], 100)
@@ -89,9 +90,9 @@ def markdown_magnitude(document: Record) -> str:
     return "\n\n".join(
         (
             f"Unpruned: {accuracy} %, {milliseconds} ms for {first['batch']} images. Seeds: {len(baselines)}.",
-            markdown_table(["pruner", "layers", "way", *head], accuracies),
-            markdown_table(["layer alone", *head], alone),
-            markdown_table(["pruner", "what", "0", *head], costs),
+            markdown_table(["pruner", "layers", "way", *head], accuracies, text_columns=3),
+            markdown_table(["layer alone", *head], alone, text_columns=1),
+            markdown_table(["pruner", "what", "0", *head], costs, text_columns=2),
             f"Noise of the times: a copy of the unpruned network takes {show_range(noise, 1, 3)} of its time. "
             f"Each is the median of many rounds, whose 95 % interval is on average {100 * _mean(halves):.1f} % of it "
             f"to either side, at most {100 * max(halves):.1f} %.",
