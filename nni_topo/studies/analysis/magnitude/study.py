@@ -120,7 +120,7 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
 
     def _request(self, start: Start, row: Record) -> Record:
         """Return what a record's figures depend on, beside its place."""
-        request = {
+        request: Record = {
             "seed": start.seed,
             "train_images": len(start.data.train),
             "test_images": len(start.data.test),
