@@ -54,7 +54,7 @@ SMALL = ComparisonPlan(
     train={"epochs": 2},
     retrain={"epochs": 1},
 )
-TIMES = ("seconds", "latency", "_ms", "peak_", "revision")
+TIMES = ("seconds", "latency", "_ms", "time_shares", "peak_", "revision")
 
 
 def comparison(out: Path) -> Any:

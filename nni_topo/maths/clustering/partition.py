@@ -63,7 +63,8 @@ def partition(
     min_samples : int, default=3
         For DBSCAN: points, itself included, that a core point has within reach; at least 1.
     graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
-        For spectral clustering, see :func:`similarity_graph`.
+        For spectral clustering: which points are joined. Those no farther apart than the smallest radius at which the
+        graph is connected; each with its ``1 + ceil(ln(n))`` nearest; or all, with weights that fall with the distance.
 
     Returns
     -------
@@ -158,7 +159,6 @@ def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: i
     return np.asarray(found, dtype=np.intp)
 
 
-@checked()
 def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArray:
     """Return the weights of a graph on points, from their distances.
 
@@ -195,8 +195,6 @@ def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArra
            [1., 0., 1.],
            [0., 1., 0.]])
     """
-    if graph not in GRAPHS:
-        raise unknown_name("graph", graph, GRAPHS)
     if graph == "gaussian":
         squared = np.square(distances)
         weights: FloatArray = squareform(np.exp(-squared / (2.0 * np.median(squared))))

@@ -56,7 +56,7 @@ class ClusterPruner(StructuredPruner):
     min_samples : int, default=3
         DBSCAN's number of points that make a core, at least 1.
     graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
-        The graph of spectral clustering, see :func:`nni_topo.maths.clustering.similarity_graph`.
+        The graph of spectral clustering, see :func:`nni_topo.maths.clustering.partition`.
     budget : Budget, mapping or None, default=None
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     example_inputs : Any, default=None

@@ -11,7 +11,8 @@ from sklearn.neighbors import kneighbors_graph, radius_neighbors_graph
 
 from nni_topo.clustering import ALGORITHMS, GRAPHS
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.clustering import partition, similarity_graph
+from nni_topo.maths.clustering import partition
+from nni_topo.maths.clustering.partition import similarity_graph
 
 
 def blobs(count: int = 4, size: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -218,8 +219,6 @@ def test_neighbours_follow_a_ring_around_a_blob_which_distances_cut():
 def test_unknown_graphs_are_refused():
     with pytest.raises(ConfigError, match="did you mean knn"):
         partition(LINE, 2, "spectral", graph="knm")
-    with pytest.raises(ConfigError, match="did you mean epsilon"):
-        similarity_graph(pdist(LINE), "epsilom")
 
 
 @given(st.integers(0, 40))
