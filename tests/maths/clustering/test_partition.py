@@ -216,6 +216,15 @@ def test_neighbours_follow_a_ring_around_a_blob_which_distances_cut():
     assert not same_partition(partition(points, 2, "spectral", graph="gaussian"), labels)
 
 
+def test_one_radius_joins_blobs_that_lie_nearer_than_the_farthest_one():
+    places = np.repeat([0.0, 1.0, 10.0], 8)
+    points = places[:, None] + 0.01 * np.random.default_rng(0).normal(size=(24, 2))
+    graph = similarity_graph(pdist(points), "epsilon")
+    assert graph[:8, 8:16].all()  # the radius is about 9, the distance of the last blob
+    assert not same_partition(partition(points, 3, "spectral", graph="epsilon"), places)
+    assert same_partition(partition(points, 3, "spectral", graph="knn"), places)
+
+
 def test_unknown_graphs_are_refused():
     with pytest.raises(ConfigError, match="did you mean knn"):
         partition(LINE, 2, "spectral", graph="knm")
