@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.maths.clustering import GRAPHS
 from nni_topo.maths.clustering.subclustering import STATISTICS, Growth, initial_clusters
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, layer_widths, load_model_data
@@ -282,9 +283,11 @@ def statistics(bench: Bench, nets: list[str], seeds: int) -> None:
 
 def algorithms(bench: Bench, nets: list[str], seeds: int) -> None:
     """Figures 4.1 and 4.2: clustering algorithms, survivors by bias, with the correlation update."""
-    for name in _among(nets, "lenet300", "lenet5"):
-        for algorithm in ("kmeans", "ward", "spectral", "dbscan", "gmm", "gmm_full"):
-            _clustered(bench, "algorithms", name, seeds, algorithm, algorithm=algorithm, survivor="bias_norm")
+    choices = {f"spectral, {graph}": {"algorithm": "spectral", "graph": graph} for graph in GRAPHS}
+    choices |= {algorithm: {"algorithm": algorithm} for algorithm in ("kmeans", "ward", "dbscan", "gmm", "gmm_full")}
+    for label, knobs in choices.items():
+        for name in _among(nets, "lenet300", "lenet5"):
+            _clustered(bench, "algorithms", name, seeds, label, survivor="bias_norm", **knobs)
 
 
 def survivors(bench: Bench, nets: list[str], seeds: int) -> None:

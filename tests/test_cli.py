@@ -225,8 +225,14 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert dense.classifier.fc1.out_features <= 26
     assert zoo.evaluate(dense, zoo.load_data("digits").test) == stages[-1]["accuracy"]
     assert "widths tried" not in page
+    document = json.loads((tmp_path / "small" / "shrink.json").read_text())
+    assert document["result of distillation"].startswith("distillation is ")
+    steps = [look["step"] for look in document["distillation"]]
+    assert steps == sorted(set(steps))
+    assert f"It took {steps[-1]} of at most 600 steps at a learning rate of up to " in page
+    assert '<img alt="distillation"' in page
     assert main([*words, "--out", str(tmp_path / "small")]) == 2
-    assert "must be new or empty, got 3 entries" in " ".join(capsys.readouterr().err.split())
+    assert "must be new or empty, got 4 entries" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
