@@ -1,4 +1,4 @@
-"""Seconds of selecting channels, reconstructing weights and distilling, as multiples of a pass over the calibration data.
+"""Seconds of selecting channels, reconstructing weights and distilling, as multiples of a pass over the data.
 
 A pass is one forward and one backward run over all calibration batches, in the same process and with one thread. Two
 versions of the package are compared by running the same file with each checkout in PYTHONPATH:
