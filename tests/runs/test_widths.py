@@ -132,3 +132,12 @@ def test_rows_move_as_long_as_that_meets_the_budget_more_nearly(start, share, ne
 
 def test_rows_stay_where_a_move_only_meets_the_budget_equally_nearly():
     assert nearer(UNITS, [2, 2], rows_cost(3, 3), 50.5 / 64) == [2, 2]
+
+
+def test_a_share_of_the_whole_removes_no_channel_of_a_deep_network():
+    # more layers than rows that are moved at the end
+    net = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(40)))
+    images = torch.zeros(2, 3)
+    ratios = proposed_ratios(net, images, dict.fromkeys(inner_layers(net, images), 0.5), 1.0)
+    assert len(ratios) == 39
+    assert set(ratios.values()) == {0.0}
