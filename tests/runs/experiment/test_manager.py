@@ -237,7 +237,7 @@ def test_a_stopped_experiment_is_resumed_with_its_own_configuration(tmp_path, mo
             base.commit()
     config = manager._stopped_config("old")
     assert (config.trial_command, config.max_trial_number) == ("python of_this_one.py", 3)
-    with pytest.raises(ConfigError, match="got one killed before: run its file again .begun."):
+    with pytest.raises(ConfigError, match="got one killed before: run its file again"):
         manager._stopped_config("begun")
     with pytest.raises(ConfigError, match="must have ended to be resumed, got RUNNING: `nnictl stop going` ends it"):
         manager._stopped_config("going")
