@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
+from nni_topo.errors import ConfigError
 from nni_topo.runs import run as execute
 from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.run import Start, trained
@@ -144,3 +145,15 @@ def test_only_a_budget_of_time_is_counted_in_the_batch_that_is_timed(kind, image
     assert len(pruner_seen["knobs"]["example_inputs"]) == images
     assert pruner_seen["knobs"]["budget"] == {kind: 0.6, "allocation": "uniform"}
     assert (found.budget.kind, found.budget.asked) == (kind, 0.6)
+
+
+def test_a_ratio_is_no_budget_to_be_dealt_out(pruner_seen):
+    start = small_start()
+    choice = PrunerChoice("matrix", knobs={"budget": {"allocation": "uniform"}})
+    ratios = layer_ratios(start.net, start.example, Target("ratio", 0.5))
+    with pytest.raises(ConfigError, match=r"a budget must be a share of one of .*, got none"):
+        execute.prune_to_ratios(start, choice, Target("ratio", 0.5), ratios)
+    # without an allocation a pruner gets the layers' ratios
+    execute.prune_to_ratios(start, PrunerChoice("matrix"), Target("flops", 0.5), ratios)
+    assert "budget" not in pruner_seen["knobs"]
+    assert {float(each["weight"].mean()) for each in pruner_seen["pruner"].get_masks().values()} == {0.5}
