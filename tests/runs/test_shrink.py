@@ -123,6 +123,8 @@ def test_a_budget_of_time_serves_pruners_of_nni_too():
     assert min(steps) > 0
     # channels are whole, so the budget is met within half of the largest step
     assert share() == pytest.approx(0.6, abs=max(steps) / 2)
+    # and the report counts by the same table
+    assert small.report.budget.left == pytest.approx(share())
 
 
 def test_a_time_that_a_pruner_of_nni_misses_is_told(caplog):
