@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -122,6 +123,8 @@ def test_a_budget_of_time_serves_pruners_of_nni_too():
     assert min(steps) > 0
     # channels are whole, so the budget is met within half of the largest step
     assert share() == pytest.approx(0.6, abs=max(steps) / 2)
+    # and the report counts by the same table
+    assert small.report.budget.left == pytest.approx(share())
 
 
 def test_a_time_that_a_pruner_of_nni_misses_is_told(caplog):
@@ -317,3 +320,15 @@ def test_heads_go_where_time_counts_or_multiples_are_asked_for(knobs, monkeypatc
     net, images = vit_small(4, 1, 8).eval(), torch.randn(20, 1, 8, 8)
     small = nni_topo.shrink(net, [images], pruner="l1", compensate=None, distill=False, **knobs)
     assert {each.head_size for each in find_attention(small).values()} == {16}
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (nn.Sequential(nn.Linear(4, 2)), "got none: 0: it gives the model's output (shrink)"),
+        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)), "got none: no convolution or linear layer (shrink)"),
+    ],
+)
+def test_a_model_without_a_layer_to_prune_is_refused_with_the_reason(net, reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        nni_topo.shrink(net, [torch.randn(16, 4)], {"flops": 0.5})
