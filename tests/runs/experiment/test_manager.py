@@ -47,6 +47,16 @@ x = nni.get_next_parameter()["x"]
 asked.touch()
 nni.report_final_result(x)
 """
+QUICK = """
+import time
+import nni
+ratio = nni.get_next_parameter()["ratio"]
+if ratio == 0.75:
+    raise ValueError("a ratio that this network doesn't survive")
+if ratio == 0.875:
+    time.sleep(600)
+nni.report_final_result({"default": ratio / 2, "accuracy": ratio})
+"""
 SECONDS = 240
 ALL_INTERFACES = {"0" * 32, "0" * 8}
 
@@ -107,6 +117,46 @@ def test_five_trials_of_which_one_crashes(home, nets, wait_until):
     exported = home.topo("experiment", "export", again["experiment"], "--trial", trials["fpgm"]["id"], "--out", "fpgm")
     assert exported.returncode == 0, exported.stderr
     assert json.loads((home.folder / "fpgm" / "settings.json").read_text())["pruner"] == "fpgm"
+
+
+def form(value):
+    """Keys, and types of values, however deep."""
+    if isinstance(value, dict):
+        return {name: form(each) for name, each in value.items()}
+    return [form(each) for each in value] if isinstance(value, list) else type(value).__name__
+
+
+@pytest.mark.slow
+def test_a_real_manager_answers_in_the_form_that_was_recorded(home, wait_until):
+    """The tests of the verbs in tests/cli repeat the recorded replies."""
+    home.write("quick.py", QUICK)
+    text = CONFIG.format(
+        space="  ratio: {_type: choice, _value: [0.25, 0.5, 0.75, 0.875]}",
+        nets="",
+        words="",
+        trials=4,
+        home=home.folder,
+    )
+    text = text.replace("trialConcurrency: 2", "trialConcurrency: 1")
+    text = text.replace("tuner: {name: GridSearch}", "tuner: {name: GridSearch, classArgs: {optimize_mode: maximize}}")
+    home.write("config.yml", re.sub("trialCommand: .*", "trialCommand: python quick.py", text))
+    recorded = Manager(home.folder / "trials")
+    words = ["experiment", "run", "config.yml", "--port", str(home.port), "--out", "out"]
+    with home.popen(sys.executable, "-m", "nni_topo", *words) as process:
+        try:
+            expected = ["FAILED", "RUNNING", "SUCCEEDED", "SUCCEEDED"]
+            wait_until(lambda: process.poll() is not None or statuses(home) == expected)
+            found = {name: home.rest(name) for name in ("experiment", "check-status", "trial-jobs")}
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=SECONDS)
+    assert [job["status"] for job in found["trial-jobs"]] == ["SUCCEEDED", "SUCCEEDED", "FAILED", "RUNNING"]
+    for name, reply in found.items():
+        assert form(reply) == form(recorded.replies[name]), name
+    for name in ("hyperParameters", "sequenceId"):
+        assert [job[name] for job in found["trial-jobs"]] == [job[name] for job in recorded.replies["trial-jobs"]]
+    scores = [job["finalMetricData"][0]["data"] for job in found["trial-jobs"][:2]]
+    assert scores == [job["finalMetricData"][0]["data"] for job in recorded.replies["trial-jobs"][:2]]
 
 
 @pytest.mark.slow
