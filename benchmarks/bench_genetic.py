@@ -1,11 +1,12 @@
 """The weight-pruning genetic algorithm on the thesis' two nets: fitness, compression, accuracy, time.
 
 An MLP 1024-2048-10 (layer 2048->10) and a CNN with convolutions of 32 and 64 filters, 576-200-10 (layer 200->10), both
-with tanh, on MNIST or Fashion-MNIST scaled to 32x32 and 24x24. The search sees validation images only; accuracy is
-reported on the test set, with NNI's LevelPruner at the same sparsity beside it. Damage rates 10 to 90 %, both mutations
-at 10 and at 1 %. The time of a generation is compared with a list-based pyeasyga run of the same algorithm. Prints
-Markdown, the thesis' tables 5.1 and 5.2 too; writes JSON and, for the first seed, the thesis' pictures.
-What is in the output folder already isn't run again, a stopped search goes on.
+with tanh, on MNIST or Fashion-MNIST scaled to 32x32 and 24x24; `--layer fc1` takes the layers 1024->2048 and 576->200.
+The search sees validation images only; accuracy is reported on the test set, with NNI's LevelPruner at the same
+sparsity beside it. Damage rates 10 to 90 %, both mutations at 10 and at 1 %. The time of a generation is compared with
+a list-based pyeasyga run of the same algorithm. Prints Markdown, the thesis' tables 5.1 and 5.2 too, and how each
+layer's weights are distributed; writes JSON and, for the first seed, the thesis' pictures. What is in the output folder
+already isn't run again, a stopped search goes on.
 
     python benchmarks/bench_genetic.py --data fashion-mnist --data-dir DIR --out runs/genetic
 """
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from list_genes import list_based
+from scipy.stats import kurtosis
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -104,11 +106,12 @@ class Trial:
     seed: int
     termination: float
     rate: float
+    layer: str = "fc2"
 
     @property
     def file(self) -> str:
         """Stem of what is kept of it."""
-        return f"{self.net}_{self.seed}_{100 * self.termination:g}_{100 * self.rate:.0f}"
+        return f"{self.net}_{self.layer}_{self.seed}_{100 * self.termination:g}_{100 * self.rate:.0f}"
 
 
 def search(trial: Trial, model: nn.Module, data: zoo.DataBundle, before: float, options: argparse.Namespace) -> Any:
@@ -127,7 +130,7 @@ def search(trial: Trial, model: nn.Module, data: zoo.DataBundle, before: float, 
 
     pruner = nni_topo.GeneticWeightPruner(
         copy.deepcopy(model),
-        [{"op_names": ["fc2"]}],
+        [{"op_names": [trial.layer]}],
         validation=batches,
         search=WeightSearch(
             damage_rate=trial.rate,
@@ -144,7 +147,9 @@ def search(trial: Trial, model: nn.Module, data: zoo.DataBundle, before: float, 
     final = pruner.history[pruner.history.generation == options.generations]
     best = final.loc[final.fitness.idxmax()]
     level = copy.deepcopy(model)
-    baseline = nni_topo.create_pruner("level", level, [{"op_names": ["fc2"], "sparse_ratio": float(best.compression)}])
+    baseline = nni_topo.create_pruner(
+        "level", level, [{"op_names": [trial.layer], "sparse_ratio": float(best.compression)}]
+    )
     baseline.compress()
     record = {
         **asdict(trial),
@@ -166,14 +171,15 @@ def search(trial: Trial, model: nn.Module, data: zoo.DataBundle, before: float, 
 
 def list_seconds(name: str, model: nn.Module, data: zoo.DataBundle, options: argparse.Namespace) -> float:
     """CPU seconds of a generation of the list-based run, evaluation by the whole network included."""
-    path = options.out / f"{name}_lists.json"
+    path = options.out / f"{name}_{options.layer}_lists.json"
     if path.exists():
         return float(json.loads(path.read_text(encoding="utf-8")))
     model = copy.deepcopy(model)
-    weight = model.fc2.weight.detach().clone()
+    layer = model.get_submodule(options.layer)
+    weight = layer.weight.detach().clone()
 
     def fitness(genes: list[int]) -> float:
-        model.fc2.weight.data = weight * torch.tensor(genes, dtype=weight.dtype).view_as(weight)
+        layer.weight.data = weight * torch.tensor(genes, dtype=weight.dtype).view_as(weight)
         return 100 * zoo.evaluate(model, data.validation) + 1 - sum(genes) / len(genes)
 
     magnitudes = weight.abs().flatten().tolist()
@@ -241,6 +247,25 @@ def markdown(records: list[dict[str, Any]], lists: dict[str, float], books: dict
     return f"{table}\n\nbookkeeping: {json.dumps(books)}"
 
 
+def shapes(name: str, model: nn.Module) -> list[list[str]]:
+    """Describe each linear layer's weights as the thesis does for its figures 5.1 and 5.8."""
+    rows = []
+    for layer, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            weights = module.weight.detach().double().numpy().ravel()
+            small = np.abs(weights) < np.abs(weights).max() / 10
+            rows.append(
+                [
+                    f"{name}, {layer}",
+                    f"{module.in_features} -> {module.out_features}",
+                    f"{weights.min():.3f} to {weights.max():.3f}",
+                    f"{kurtosis(weights):.2f}",
+                    f"{100 * small.mean():.1f}",
+                ]
+            )
+    return rows
+
+
 def tabulated(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ("---", *("---:",) * (len(head) - 1)), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -299,6 +324,7 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=50)
     parser.add_argument("--generations", type=int, default=20)
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--layer", default="fc2", choices=("fc1", "fc2"), help="whose weights are searched")
     parser.add_argument("--genes", type=int, default=2048 * 1024, help="of the bookkeeping's measurement")
     parser.add_argument("--lists", action="store_true", help="also time lists, of the bookkeeping too")
     parser.add_argument("--terminations", type=float, nargs="+", default=list(TERMINATIONS), help="of both mutations")
@@ -312,25 +338,31 @@ def main() -> None:
     lists: dict[str, float] = {}
     books = bookkeeping(options.genes, options)
     tables = []
+    weights: list[list[str]] = []
     for name in options.nets:
         data = resized(raw, NETS[name][1], options.images, options.test_images)
         for seed in range(options.seeds):
             model = trained(name, data, seed, options)
             before = zoo.evaluate(model, data.test)
+            if not seed:
+                weights += shapes(name, model)
             for termination in options.terminations:
                 trials = {}
                 for rate in options.rates:
-                    trial = Trial(name, seed, termination, rate)
+                    trial = Trial(name, seed, termination, rate, options.layer)
                     trials[f"damage {100 * rate:.0f} %"], record = search(trial, model, data, before, options)
                     records.append(record)
                 if not seed:
-                    save_figures(options.out / f"{name}_{100 * termination:g}", EvolutionStudy(trials).figures())
+                    save_figures(
+                        options.out / f"{name}_{options.layer}_{100 * termination:g}", EvolutionStudy(trials).figures()
+                    )
                     tables.append(f"{100 * termination:g} % terminated:\n\n{populations(name, trials)}")
             if options.lists and not seed:
                 lists[name] = list_seconds(name, model, data, options)
             content = {"records": records, "list_seconds": lists, "bookkeeping": books}
             (options.out / "genetic.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print("\n\n".join([markdown(records, lists, books), *tables]))
+    head = ("weights, seed 0", "layer", "range", "excess kurtosis", "magnitudes in the lowest tenth %")
+    print("\n\n".join([markdown(records, lists, books), *tables, tabulated(head, weights)]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds of selecting channels and of reconstructing weights, as multiples of a pass over the calibration data.
+"""Seconds of selecting channels, reconstructing weights and distilling, as multiples of a pass over the data.
 
 A pass is one forward and one backward run over all calibration batches, in the same process and with one thread. Two
 versions of the package are compared by running the same file with each checkout in PYTHONPATH:
@@ -97,11 +97,14 @@ def measure(name: str) -> dict[str, float]:
     done = time.perf_counter()
     masked = nni_topo.to_dense(model, batches[0], masks)
     solved = nni_topo.to_dense(found, batches[0], masks)
+    distilling = time.perf_counter()
+    distilled = nni_topo.distillation(solved, model, batches)
+    distilling = time.perf_counter() - distilling
     with torch.no_grad():
         wanted = first_output(called(model, batches[0]))
         errors = [
             float((first_output(called(net, batches[0])) - wanted).square().mean() / wanted.var())
-            for net in (masked, solved)
+            for net in (masked, solved, distilled.model)
         ]
     return {
         "pass s": seconds,
@@ -109,6 +112,11 @@ def measure(name: str) -> dict[str, float]:
         "reconstruct, passes": (done - selected) / seconds,
         "error, no recovery": errors[0],
         "error, weight reconstruction": errors[1],
+        "distil, passes": distilling / seconds,
+        "steps": distilled.steps,
+        "loss, before": distilled.loss_before,
+        "loss, after": distilled.loss_after,
+        "error, distilled": errors[2],
     }
 
 

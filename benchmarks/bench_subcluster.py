@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.maths.clustering import GRAPHS
 from nni_topo.maths.clustering.subclustering import STATISTICS, Growth, initial_clusters
 from nni_topo.runs.choices import DataChoice, ModelChoice
 from nni_topo.runs.run import build_model, layer_widths, load_model_data
@@ -133,12 +134,12 @@ class Bench:
             self._trained[name, seed] = model.eval(), bundle, zoo.evaluate(model, bundle.test)
         return self._trained[name, seed]
 
-    def recipe(self, name: str, retraining: bool = False) -> zoo.Recipe:
-        """Return the recipe of training, or of retraining."""
+    def recipe(self, name: str, retraining: bool = False, most: int | None = None) -> zoo.Recipe:
+        """Return the recipe of training, or of retraining for ``most`` epochs (None: the network's)."""
         net = NETS[name]
         base = zoo.default_recipe(net.model.name, self.data)
         base = replace(base, epochs=net.epochs, precision=net.precision)
-        return base.for_retraining(net.retrain) if retraining else base
+        return base.for_retraining(most or net.retrain) if retraining else base
 
     def curves(self, name: str, model: nn.Module, bundle: zoo.DataBundle, seed: int) -> dict[str, list[list[float]]]:
         """Retrain a copy for all epochs; loss and accuracy on validation and test images before and after each."""
@@ -179,6 +180,7 @@ class Bench:
         free_pairs: bool = False,
         curves: bool = False,
         recover: bool = True,
+        most: int | None = None,
         **knobs: Any,
     ) -> dict[str, Any]:
         began = time.perf_counter()
@@ -212,9 +214,11 @@ class Bench:
         if curves:
             record["curves"] = self.curves(name, dense, bundle, seed)
         if retrain:
-            for row, net in (("", dense), ("_updated", nets["updated"])):
-                found = epochs_to_recover(net, bundle, self.recipe(name, True), accuracy, seed=seed)
-                record[f"epochs{row}"], record[f"retrained{row}"] = found
+            record["most"] = most or NETS[name].retrain
+            for row, net in (("", "pruned"), ("_updated", "updated")):
+                if net in nets:
+                    found = epochs_to_recover(nets[net], bundle, self.recipe(name, True, most), accuracy, seed=seed)
+                    record[f"epochs{row}"], record[f"retrained{row}"] = found
         record["seconds"] = time.perf_counter() - began
         return record
 
@@ -234,7 +238,7 @@ def subcluster(bench: Bench, part: str, name: str, seed: int, label: str, **knob
     settings = {"energy": net.energy, "growth": growth, **knobs}
     config = [{"op_names": net.layers(model, bundle)}]
     retrain = part not in ("statistics", "choice")
-    settings |= {"recover": retrain}
+    settings = {"recover": retrain, **settings}
     bench.run(part, name, seed, label, "", retrain, pruner="subcluster", config=config, **settings)
 
 
@@ -259,6 +263,15 @@ def energies(bench: Bench, nets: list[str], seeds: int) -> None:
             subcluster(bench, "energy", name, 0, str(energy), energy=energy)
 
 
+def epochs(bench: Bench, nets: list[str], seeds: int) -> None:
+    """Tables 5.9 and 5.10: epochs until the accuracy is back by percentage of energy, without the update."""
+    table = {"lenet5_like": ((0.1, 0.5, 0.8), 26), "vgg16_modified": ((0.2, 0.5, 0.8), 28)}
+    for name in _among(nets, *table):
+        energies, most = table[name]
+        for energy in energies:
+            subcluster(bench, "epochs", name, 0, str(energy), energy=energy, recover=False, most=most)
+
+
 def statistics(bench: Bench, nets: list[str], seeds: int) -> None:
     """Neurons kept by energy for each statistic, without retraining."""
     for name in _among(nets, "lenet300", "lenet5_like", "vgg16_modified"):
@@ -270,9 +283,11 @@ def statistics(bench: Bench, nets: list[str], seeds: int) -> None:
 
 def algorithms(bench: Bench, nets: list[str], seeds: int) -> None:
     """Figures 4.1 and 4.2: clustering algorithms, survivors by bias, with the correlation update."""
-    for name in _among(nets, "lenet300", "lenet5"):
-        for algorithm in ("kmeans", "ward", "spectral", "dbscan", "gmm", "gmm_full"):
-            _clustered(bench, "algorithms", name, seeds, algorithm, algorithm=algorithm, survivor="bias_norm")
+    choices = {f"spectral, {graph}": {"algorithm": "spectral", "graph": graph} for graph in GRAPHS}
+    choices |= {algorithm: {"algorithm": algorithm} for algorithm in ("kmeans", "ward", "dbscan", "gmm", "gmm_full")}
+    for label, knobs in choices.items():
+        for name in _among(nets, "lenet300", "lenet5"):
+            _clustered(bench, "algorithms", name, seeds, label, survivor="bias_norm", **knobs)
 
 
 def survivors(bench: Bench, nets: list[str], seeds: int) -> None:
@@ -364,6 +379,7 @@ PARTS = {
     "choice": choice,
     "networks": networks,
     "energy": energies,
+    "epochs": epochs,
     "statistics": statistics,
     "rivals": baselines,
 }

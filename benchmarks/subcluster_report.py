@@ -70,8 +70,11 @@ def _rows(cells: pd.DataFrame, most: Mapping[str, int]) -> Iterator[str]:
         row = [net, label, ratio, len(group), nodes, f"{100 * gone:.1f}"]
         row += [f"{100 * group[key].mean():.1f}" if key in group and group[key].notna().any() else "" for key in shown]
         for key in ("epochs", "epochs_updated"):
-            runs = [] if "retrained" not in group or group["retrained"].isna().all() else group[key].tolist()
-            row.append(", ".join(f"> {most[net]}" if pd.isna(epochs) else str(int(epochs)) for epochs in runs))
+            measured = key in group and "retrained" in group and group["retrained"].notna().any()
+            runs = group[key].tolist() if measured else []
+            # the part on epochs gives each network more of them than the others do
+            limit = int(group["most"].iloc[0]) if "most" in group and group["most"].notna().all() else most[net]
+            row.append(", ".join(f"> {limit}" if pd.isna(epochs) else str(int(epochs)) for epochs in runs))
         row.append(f"{group['prune_seconds'].mean():.2f}")
         yield f"| {' | '.join(map(str, row))} |"
 

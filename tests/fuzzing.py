@@ -165,6 +165,7 @@ KNOBS: dict[str, Any] = {
     "pool": st.sampled_from(["none", "mean", 2]),
     "n_init": st.just(1),
     "min_samples": st.sampled_from([1, 3]),
+    "graph": st.sampled_from(["epsilon", "knn", "gaussian"]),
     "energy": st.sampled_from([0.1, 0.9, {"hidden": 0.5}]),
     "growth": st.sampled_from([{"statistic": name} for name in ("dispersion", "trace", "max", "mean")]),
     "cloud": st.sampled_from(["auto", "weight", "folded", "coupled", "activation", "functional", "gradient"]),

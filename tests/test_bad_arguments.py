@@ -244,6 +244,8 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
         "methods": ("random", "energy"),
     },
     "nni_topo.analysis.study_topology": lambda: ratio(solver="greedy"),
+    "nni_topo.analysis.network_overlap_bound": lambda: {"widths": [3, 2]},
+    "nni_topo.analysis.network_tree_overlap": lambda: {"weights": [POINTS]},
     "nni_topo.analysis.tree_overlap": lambda: {"weight": POINTS},
     "nni_topo.analysis.with_dropout": lambda: {"model": net(), "rate": 0.5},
     "nni_topo.clustering.grow": lambda: {
@@ -294,6 +296,8 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.topology.hausdorff_to_subset": lambda: {"distances": DISTANCES, "subsets": [[True] * 3 + [False] * 3]},
     "nni_topo.topology.linear_graph": lambda: {"outputs": 2, "inputs": 3},
     "nni_topo.topology.maximum_spanning_tree": lambda: {"weight": POINTS},
+    "nni_topo.topology.network_tree": lambda: {"weights": [POINTS]},
+    "nni_topo.topology.relevance_distances": lambda: {"weights": [POINTS]},
     "nni_topo.topology.mean_cover": lambda: {"distances": DISTANCES, "subsets": [[True] * 3 + [False] * 3]},
     "nni_topo.topology.pairwise_distances": lambda: {"points": POINTS},
     "nni_topo.topology.plane_trees": lambda: {

@@ -47,6 +47,10 @@ def test_list_as_json(capsys):
     document = json.loads(capsys.readouterr().out)
     assert list(document["pruners"]) == ["topological"]
     assert "criterion" in document["pruners"]["topological"]["knobs"]
+    assert "refine" in document["recoveries"]["reconstruct"]["knobs"]
+    assert document["recoveries"]["reconstruct"]["summary"]
+    assert "lenet5_like" in document["models"]
+    assert "digits" in document["data"]
 
 
 def test_compare_writes_records_and_a_picture(tmp_path, capsys, drawn):
@@ -55,6 +59,7 @@ def test_compare_writes_records_and_a_picture(tmp_path, capsys, drawn):
     output = capsys.readouterr()
     records = json.loads(output.out)
     assert [record["pruner"] for record in records] == ["l1", "random"]
+    assert output.out == json.dumps(records, indent=1) + "\n"
     assert "[2/2]" in output.err
     assert (tmp_path / "run" / "accuracy.png").exists()
     shown = [float(bars[0].get_ydata()[0]) for axis in drawn["accuracy.png"].axes for bars in axis.containers]
@@ -132,15 +137,67 @@ def test_a_third_partys_recovery_method_is_named_by_a_flag_and_in_yaml(tmp_path,
     assert main(["compare", *words, "--method", "third_recovery:First", "--out", str(tmp_path / "none")]) == 2
 
 
-def test_shrink_takes_a_recovery_method_by_name(tmp_path, monkeypatch):
-    words = ["shrink", "--model", "small_cnn", "--limit", "300", "--images", "64", "--seconds", "1", "--flops", "0.5"]
-    checkpoint = tmp_path / "net.pt"
-    torch.save(
-        zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).state_dict(), checkpoint
-    )
-    words += ["--checkpoint", str(checkpoint), "--method", "mean", "--json", "--out"]
-    assert main([*words, str(tmp_path / "small")]) == 0
-    assert json.loads((tmp_path / "small" / "shrink.json").read_text())["method"] == "mean"
+@pytest.fixture
+def untrained(tmp_path):
+    """A file with the weights of a network for digits."""
+    path = tmp_path / "net.pt"
+    net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def bars_of(text):
+    """The bars, by name, that a program has shown on standard error."""
+    return {line.partition(":")[0] for line in text.splitlines()} & {"compensate", "distill", "training"}
+
+
+def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_path, untrained, capsys, monkeypatch):
+    # progress that nobody asked for appears at once
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    words = ["shrink", "--model", "small_cnn", "--limit", "300", "--images", "64", "--seconds", "0.2", "--flops", "0.5"]
+    words += ["--checkpoint", str(untrained), "--method", "mean", "--out"]
+    assert main([*words, str(tmp_path / "small"), "--json"]) == 0
+    assert not bars_of(capsys.readouterr().err)
+    document = json.loads((tmp_path / "small" / "shrink.json").read_text())
+    asked = {"model": "small_cnn", "data": "digits", "pruner": "reconstruction", "method": "mean"}
+    assert {**document, **asked, "budget": {"flops": 0.5}} == document
+    assert main([*words, str(tmp_path / "shown")]) == 0
+    assert bars_of(capsys.readouterr().err) == {"compensate", "distill"}
+
+
+def test_shrink_keeps_a_quarter_of_the_work_if_no_budget_is_given(tmp_path, untrained):
+    words = ["shrink", "--model", "small_cnn", "--limit", "64", "--images", "32", "--pruner", "l1"]
+    words += ["--checkpoint", str(untrained), "--out", str(tmp_path / "small"), "--seconds"]
+    assert main([*words, "0.1"]) == 0
+    assert json.loads((tmp_path / "small" / "shrink.json").read_text())["budget"] == {"flops": 0.25}
+
+
+def test_shrink_has_no_use_for_no_time(tmp_path, untrained, capsys):
+    words = ["shrink", "--model", "small_cnn", "--limit", "64", "--checkpoint", str(untrained), "--seconds", "0"]
+    assert main([*words, "--out", str(tmp_path / "small")]) == 2
+    assert "seconds must be" in capsys.readouterr().err
+
+
+def test_prune_takes_the_seed_and_shows_costs_before_and_after(tmp_path, untrained, capsys, monkeypatch):
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    config = tmp_path / "prune.yaml"
+    config.write_text("pruner: random\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]\nretrain: {epochs: 1}\n")
+    words = ["prune", "--model", "small_cnn", "--limit", "64", "--config", str(config), "--seed", "3"]
+    words += ["--checkpoint", str(untrained), "--out"]
+    assert main([*words, str(tmp_path / "json"), "--json"]) == 0
+    output = capsys.readouterr()
+    record = json.loads(output.out)
+    assert (record["seed"], record["pruner"], record["model"]) == (3, "random", "small_cnn")
+    assert record == json.loads((tmp_path / "json" / "summary.json").read_text())
+    assert not bars_of(output.err)
+    assert main([*words, str(tmp_path / "shown")]) == 0
+    output = capsys.readouterr()
+    assert bars_of(output.err) == {"training"}
+    assert "small_cnn, random" in output.out
+    assert {"before", "after"} <= set(output.out.replace("┃", " ").split())
+    place = tmp_path / "shown"
+    files = f"dense model: {place / 'dense.pt'} (nni_topo.load) · report: {place / 'report.html'}"
+    assert output.out.endswith(f"{files}\n")
 
 
 @pytest.mark.parametrize(
@@ -225,8 +282,14 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert dense.classifier.fc1.out_features <= 26
     assert zoo.evaluate(dense, zoo.load_data("digits").test) == stages[-1]["accuracy"]
     assert "widths tried" not in page
+    document = json.loads((tmp_path / "small" / "shrink.json").read_text())
+    assert document["result of distillation"].startswith("distillation is ")
+    steps = [look["step"] for look in document["distillation"]]
+    assert steps == sorted(set(steps))
+    assert f"It took {steps[-1]} of at most 600 steps at a learning rate of up to " in page
+    assert '<img alt="distillation"' in page
     assert main([*words, "--out", str(tmp_path / "small")]) == 2
-    assert "must be new or empty, got 3 entries" in " ".join(capsys.readouterr().err.split())
+    assert "must be new or empty, got 4 entries" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
@@ -255,3 +318,10 @@ def test_a_profile_shows_the_figures_of_its_document_in_their_units(capsys):
         line = next(line for line in shown.splitlines() if row["network"] in line.split())
         figures = [row["peak_bytes"] / 1e6, row["macs"] / 1e6, row["params"] / 1e3]
         assert line.replace("│", " ").split()[-3:] == [f"{each:.1f}" for each in figures]
+
+
+def test_a_profile_uses_one_thread_if_nothing_else_is_said(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["profile", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "threads on the CPU, at least 1 (default: 1)" in said

@@ -160,7 +160,6 @@ def test_caps_and_floors_hold_under_a_budget_as_the_page_says(tmp_path, monkeypa
     assert kept["2"] <= 8
 
 
-@pytest.mark.slow
 def test_snippets_of_the_readme_run(tmp_path, monkeypatch):
     run(PROJECT / "README.md", tmp_path, monkeypatch)
     assert {path.name for path in tmp_path.iterdir()} == {"small.safetensors", "small.pt2"}

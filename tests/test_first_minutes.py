@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +54,49 @@ def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
     assert "fix what is broken first" in capsys.readouterr().out
 
 
+def test_doctor_says_which_versions_do_not_fit(capsys, monkeypatch):
+    from importlib import metadata
+
+    real = metadata.requires
+    asked = {
+        # what is for others comes first: a later one is looked at all the same
+        "nni_topo": ["elsewhere>=1; sys_platform == 'none'", "pytest>=1; extra == 'dev'", "numpy<1", "torch>=1"],
+        "torchvision": ["numpy", "torch==1.0"],
+    }
+    monkeypatch.setattr(metadata, "requires", lambda name: asked[name] if name in asked else real(name))
+    found = findings(capsys, status=1)
+    assert not {"elsewhere", "pytest"} & set(found)
+    version = metadata.version("numpy")
+    wanted = {"what": "numpy", "state": "broken", "found": version, "remedy": "pip install 'numpy<1'"}
+    assert found["numpy"] == wanted
+    assert (found["torch"]["state"], found["torch"]["remedy"]) == ("ok", "")
+    pair = found["torch and torchvision"]
+    assert (pair["state"], pair["found"]) == (
+        "broken",
+        f"{metadata.version('torch')} with {metadata.version('torchvision')}",
+    )
+    assert pair["remedy"] == "pip install 'torch==1.0', or the torchvision of this torch"
+
+
+def test_doctor_names_the_extra_of_a_package_and_a_full_disk(capsys, monkeypatch):
+    real = importlib.util.find_spec
+    gone = ("numba", "onnxscript")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else real(name))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
+    found = findings(capsys)
+    assert found["extra: fast"]["found"] == "no numba"
+    assert found["extra: export"]["found"].endswith("onnxscript")
+    assert found["extra: export"]["remedy"] == "pip install 'nni_topo[export]'"
+    disk = found["temporary files"]
+    assert (disk["state"], disk["remedy"]) == ("missing", "set TMPDIR to a folder with more free space")
+    assert disk["found"].startswith("1.0 GiB free in ")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30 + 1))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: real("torch"))
+    found = findings(capsys)
+    assert (found["temporary files"]["state"], found["temporary files"]["remedy"]) == ("ok", "")
+    assert (found["extra: fast"]["state"], found["extra: fast"]["found"]) == ("ok", "numba")
+
+
 WITHOUT_MANAGER = """
 import sys
 sys.modules["nni_node"] = None
@@ -92,3 +138,8 @@ def test_bash_completes_verbs_and_flags(typed, offered, capsys):
 def test_zsh_takes_the_same_script(capsys):
     assert main(["completion", "zsh"]) == 0
     assert capsys.readouterr().out.startswith("autoload -U +X bashcompinit")
+
+
+def test_the_script_ends_with_one_line_break(capsys):
+    assert main(["completion", "bash"]) == 0
+    assert capsys.readouterr().out.endswith("\n}\ncomplete -o default -F _nni_topo nni-topo\n")

@@ -1,4 +1,4 @@
-"""README's sentence on NNI's own tests is what their last runs showed, and these runs are not old."""
+"""Sentences and tables are what the records hold, and the runs of NNI's own tests are not old."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from nni_topo.studies.tables import interval
 
 PROJECT = Path(__file__).parent.parent
 RECORDS = PROJECT / "benchmarks" / "records" / "upstream.json"
@@ -61,3 +64,26 @@ def test_a_run_takes_the_place_of_the_last_one_with_the_same_pytorch(upstream, t
     assert kept["2.15"]["versions"] == {"torch": "2.15.1"}
     assert kept["2.15"]["commits"] == upstream.commits()
     assert kept["2.15"]["files"] == {"test_pruner": 78}
+
+
+def test_the_table_of_distillation_is_that_of_its_records():
+    lines = (PROJECT / "benchmarks" / "records" / "distillation.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    text = (PROJECT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    gains: dict[tuple[str, int], list[float]] = {}
+    for net, share in sorted({(record["net"], record["flops"]) for record in records}):
+        runs = [record for record in records if (record["net"], record["flops"]) == (net, share)]
+        columns = [[100 * run[step] for run in runs] for step in ("reconstruct", "before", "after")]
+        found = [interval(column) for column in columns]
+        differences = [after - before for before, after in zip(columns[1], columns[2], strict=True)]
+        gain = interval(differences)
+        for run, difference in zip(runs, differences, strict=True):
+            gains.setdefault((net, run["seed"]), []).append(difference)
+        cells = [f"{net}, {100 * share:g} %", *(f"{each.mean:.1f} ± {each.half:.1f}" for each in found)]
+        cells += [f"{gain.mean:+.1f} ± {gain.half:.1f}"]
+        cells += [f"{np.mean([run[step] for run in runs]):.0f}" for step in ("before_s", "after_s")]
+        assert f"| {' | '.join(cells)} |" in text
+    over_all = interval([float(np.mean(each)) for each in gains.values()])
+    assert (
+        f"Over the six networks (mean of both costs) the change gains {over_all.mean:.1f} ± {over_all.half:.1f}" in text
+    )

@@ -174,7 +174,7 @@ def test_pruners_that_need_data_work_from_compare_without_knobs(name, tmp_path):
 
 def test_a_magnitude_study_starts_where_every_run_starts(checkpoint, tmp_path):
     start = trained(MODEL, DATA, checkpoint=checkpoint, seed=SEED)
-    study = AnalyzeMagnitude(model="lenet300", out=tmp_path, ratios=(0.5,), rounds=1, epochs=1, runs=1)
+    study = AnalyzeMagnitude(model="lenet300", out=tmp_path, ratios=(0.5,), rounds=1, epochs=1)
     assert study.baseline(start)["accuracy"] == start.accuracy
     assert json.dumps(study.baseline(start))
 

@@ -26,7 +26,7 @@ from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.compare import compare
 from nni_topo.studies.demo import DEMO
-from nni_topo.studies.pictures import comparison_figures, figure_of, plot_accuracy
+from nni_topo.studies.pictures import comparison_figures, figure_of, plot_accuracy, plot_distillation
 from nni_topo.studies.plan import SCRATCH, ComparisonPlan, load_plan
 from nni_topo.studies.records import compared_records
 from nni_topo.studies.report import prune_costs, write_report
@@ -190,7 +190,7 @@ class Shrink(TrainedVerb):
     caps: dict[str, float] = field(default_factory=dict)  # largest share a layer may lose, e.g. features.conv1 0.5
     floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, e.g. features.conv1 0.1
     images: int = 1024  # unlabelled training images, at least 2
-    seconds: float | None = None  # time for distillation, above 0; None: 600 steps or more
+    seconds: float | None = None  # time for distillation, above 0; None: until the held-out loss makes no progress
 
     def run(self, console: Console) -> int:
         """Write the dense model and print the accuracy on the test images after each step."""
@@ -220,11 +220,16 @@ class Shrink(TrainedVerb):
         nni_topo.save(dense, self.out / "dense.pt")
         tables = {"stages": report.to_frame(), "recovery by layer": report.compensation.to_frame()}
         tables |= {"widths tried": pd.DataFrame(report.tried)} if report.tried else {}
+        verdict = report.distillation
+        tables |= {"distillation": verdict.to_frame()} if verdict.curve else {}
         found = {name: each.replace({math.nan: None}).to_dict("records") for name, each in tables.items()}
         facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "method": self.method, "budget": budget}
         facts |= {**found, "widths": report.layers.rows}
+        facts |= {"result of distillation": str(verdict)}
         facts |= latencies(start, dense) | provenance()
         write_json(self.out / "shrink.json", plain(facts), sort=False)
+        if verdict.curve:
+            write_figure(self.out / "distillation.png", plot_distillation(verdict), 110)
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
         self.put_out(console, found["stages"], [repr(report), files])
         return 0

@@ -266,12 +266,14 @@ def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -
     return found
 
 
-def check_keys_left_out(config_list: Sequence[dict[str, Any]], keys: Sequence[str], why: str) -> None:
+def check_keys_left_out(
+    config_list: Sequence[Mapping[str, Any]], keys: Sequence[str], why: str, place: str = "config_list"
+) -> None:
     """Raise a ConfigError that begins with ``why`` where an entry has one of some keys."""
     for index, config in enumerate(config_list):
         for key in keys:
             if any(setting.get(key) is not None for setting in _settings(config)):
-                raise ConfigError(f"{why} {key}, got both (config_list[{index}])")
+                raise ConfigError(f"{why} {key}, got both ({place}[{index}])")
 
 
 def _check_rules(config_list: Sequence[dict[str, Any]]) -> None:
@@ -286,7 +288,7 @@ def _check_rules(config_list: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def _settings(config: dict[str, Any]) -> list[dict[str, Any]]:
+def _settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return an entry and what it says of single targets."""
     return [config, *config.get("target_settings", {}).values()]
 

@@ -205,7 +205,7 @@ PRUNERS.register(
     PrunerInfo(
         "perera2022",
         f"{_OWN}.topological:TopologicalPruner.perera2022",
-        "filters whose persistence diagrams are near the layer's, after the thesis",
+        "filters whose persistence diagrams are near the layer's: our reconstruction from a thesis' abstract and lists",
     ),
     PrunerInfo(
         "reconstruction",

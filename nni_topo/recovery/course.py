@@ -1,12 +1,13 @@
-"""A course of gradient steps: which parameters learn, how many steps are done, and the file to continue from."""
+"""A course of gradient steps: its learning rates, its end, which parameters learn, and the file it goes on from."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +21,107 @@ from nni_topo.network.layers import by_output, inputs_laid_out, zeros_held
 from nni_topo.network.runtime import bar
 from nni_topo.recovery.lesson import Batches, Lesson
 
-_FORMAT = "nni-topo distillation 2"
+_FORMAT = "nni-topo distillation 3"
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
+_FALL = 0.4  # share of a course in which the rate falls to zero, at its end
+_LOOKS = 25  # how often a course of full length looks at the held-out loss
+_WINDOW = 4  # looks whose mean is compared with that of as many before them: at a high rate single losses jump
+_PROGRESS = 0.02  # share of the earlier mean by which a smaller one counts as progress
 
-_LOOKS = ((0.1, 10.0), (0.2, 4.0), (0.5, 2.0))
-"""A course ends early if, after these shares of its steps, the held-out loss is so many times the first one.
+_LINES = ((0.1, 20.0), (0.2, 10.0), (0.5, 5.0))
+"""A course is given up if, at two looks in turn after these shares of it, the held-out loss is so many times the first.
 
-At a high rate the loss rises at first and falls again as the rate does; it doesn't fall from above these lines to less
-than at first, or the next lower rate falls further.
+At a high rate the loss rises at first and falls again as the rate does, from three times the first one at half of the
+course to less than half of it. Above these lines the network is broken.
 """
 
-_LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course may end early
+_LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course may be given up
 
 
-class Course:
-    """Gradient steps of a student, the rate falling along half a cosine; they go on from a file if it is there.
+@dataclass(frozen=True)
+class Look:
+    """One look at the loss on held-out images during a course."""
+
+    step: int  # steps done
+    lr: float  # learning rate of the last step
+    loss: float
+
+
+@dataclass(frozen=True)
+class RateTrial:
+    """What became of a network after a few steps at a learning rate that falls to zero."""
+
+    lr: float
+    steps: int
+    loss: float  # on held-out images
+    is_taken: bool
+
+
+class Clock:
+    """Wall time of a distillation, that of interrupted runs included, and how much of it there is.
 
     Attributes
     ----------
-    is_left : bool
-        Whether it ended early because the held-out loss grew.
     seconds : float or None
-        Time for all steps; None: as long as they take. A course that goes on from a file has that of its beginning.
+        All of the time; None: as long as it takes.
+    reserve : float
+        Seconds at the end that aren't for steps: judging the result takes them.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds, self.reserve = seconds, 0.0
+        self._began = time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._began
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left for steps; infinite without a limit."""
+        return math.inf if self.seconds is None else self.seconds - self.reserve - self.spent
+
+    def go_on_from(self, spent: float) -> None:
+        """Count the seconds that an interrupted run had spent."""
+        self._began = time.perf_counter() - spent
+
+
+class Schedule:
+    """The learning rate along a course, as a share of the highest: it rises, stays, and falls in a line to zero.
+
+    It falls in the last two fifths of the course. Where the held-out loss makes no more progress, the fall begins at
+    once, and is as much shorter as the part before it was.
+    """
+
+    def __init__(self, warmup: float = 0.0, falls_from: float = 1.0 - _FALL) -> None:
+        self.warmup = warmup
+        self.falls_from, self.end = falls_from, 1.0
+
+    def level(self, share: float, least: float) -> float:
+        """Return the rate after a share of the course, in [0, 1]; a rising one is that of `least` at least."""
+        rising = max(share, least) / self.warmup if share < self.warmup else 1.0
+        falling = (self.end - share) / (self.end - self.falls_from) if share > self.falls_from else 1.0
+        return max(0.0, min(rising, falling, 1.0))
+
+    def fall(self, share: float) -> None:
+        """Let the rate fall from here on, unless it does already, and the course end as much earlier."""
+        if share < self.falls_from:
+            self.falls_from, self.end = share, share / (1.0 - _FALL)
+
+
+class Course:
+    """Gradient steps of a student; they go on from a file if it is there.
+
+    Attributes
+    ----------
+    curve : list of Look
+        The held-out loss along the course.
+    rates : tuple of RateTrial
+        The range test by which the rate was found; a course that goes on from a file has that of its beginning.
+    is_given_up : bool
+        Whether it ended because the held-out loss grew.
     """
 
     def __init__(
@@ -52,21 +131,22 @@ class Course:
         is_normed: bool,
         rate: float,
         kind: dict[str, Any] | None = None,
-        seconds: float | None = None,
-        warmup: float = 0.0,
+        clock: Clock | None = None,
+        schedule: Schedule | None = None,
         path: str | Path | None = None,
         every: float = 30.0,
+        rates: Sequence[RateTrial] = (),
     ) -> None:
-        self.student, self.rate = student, rate
-        self._warmup = warmup  # share of the steps, or of the time, in which the rate rises
+        self.student, self.rate, self.rates = student, rate, tuple(rates)
         norms = [each for each in student.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
         self._norms = norms if is_normed else []
         self.kind, self.path = kind or {}, None if path is None else Path(path)
         self._every = every  # seconds from one state in the file to the next
         self.optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0.0)
-        self.done, self.spent = 0, 0.0
-        self.seconds = seconds
-        self.ended_early = False
+        self.clock, self.schedule = clock or Clock(), schedule or Schedule()
+        self.done, self.curve, self.is_given_up = 0, list[Look](), False
+        self._looked = 0.0  # share of the course at the last look
+        self._began = self.clock.spent
         if self.path is not None and self.path.exists():
             self._resume(self.path)
 
@@ -77,45 +157,75 @@ class Course:
         total: int,
         progress: bool | None = None,
         *,
-        grows: Callable[[nn.Module, float], bool] = lambda student, times: False,
+        first: float = math.inf,
+        look: Callable[[nn.Module], float] | None = None,
     ) -> None:
-        """Take the remaining steps, or as many as time allows; stop if the held-out loss `grows` by so many times."""
+        """Take the remaining steps, or as many as time and the held-out loss allow.
+
+        Parameters
+        ----------
+        total : int
+            Steps of a course of full length.
+        first : float, default=inf
+            The held-out loss before the first step.
+        look : callable, optional
+            Returns a network's held-out loss. Without it the course has its full length.
+        """
         rest = itertools.islice(batches, self.done, None)
+        kept = time.perf_counter()
         with _learning(self.student, self._norms):
-            for share in self._shares(total, progress, grows):
-                if share < self._warmup:
-                    level = max(share, 1.0 / total) / self._warmup
-                else:
-                    level = (1.0 + math.cos(math.pi * (share - self._warmup) / (1.0 - self._warmup))) / 2.0
-                self.optimizer.param_groups[0]["lr"] = level * self.rate
+            for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
+                share = self._share(step, total)
+                if look is not None and int(share * _LOOKS) > int(self._looked * _LOOKS) and self.done:
+                    self._look(look(self.student), share, first, total)
+                    self._looked = share
+                if self.is_given_up or share >= self.schedule.end:
+                    break
+                self.optimizer.param_groups[0]["lr"] = self.rate * self.schedule.level(share, 1.0 / total)
                 self.optimizer.zero_grad()
                 lesson.objective(self.student, *next(rest)).backward()
                 self.optimizer.step()
-
-    def _shares(self, total: int, progress: bool | None, grows: Callable[[nn.Module, float], bool]) -> Iterator[float]:
-        """Yield before each step the share of the steps, or of the time, that is used up."""
-        last = 0.0
-        began = kept = time.perf_counter() - self.spent
-        for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
-            self.spent = time.perf_counter() - began
-            share = max(step / total, 0.0 if self.seconds is None else self.spent / self.seconds)
-            if share >= 1.0:
-                break
-            passed = [times for at, times in _LOOKS if last < at <= share]
-            # Of few steps little is known, unless it is time that allows no more of them.
-            is_slow = self.seconds is not None and share > step / total
-            is_known = self.done >= (_LEAST_STEPS_IN_TIME if is_slow else _LEAST_STEPS)
-            if passed and is_known and grows(self.student, passed[-1]):
-                self.ended_early = True
-                break
-            last = share
-            yield share
-            self.done += 1
-            if time.perf_counter() - kept >= self._every:
-                self._keep()
-                kept = time.perf_counter()
-        if not self.ended_early:
+                self.done += 1
+                if time.perf_counter() - kept >= self._every:
+                    self._keep()
+                    kept = time.perf_counter()
+        is_looked_at = bool(self.curve) and self.curve[-1].step == self.done
+        if look is not None and self.done and not is_looked_at:
+            self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], look(self.student)))
+        if not self.is_given_up:
             self._keep()
+
+    def _share(self, step: int, total: int) -> float:
+        """Return the share of the steps, or of the time, that is used up."""
+        share = step / total
+        if self.clock.seconds is not None:
+            taken = self.clock.spent - self._began
+            share = max(share, taken / max(taken + self.clock.left, 1e-9))
+        return share
+
+    def _look(self, loss: float, share: float, first: float, total: int) -> None:
+        """Note the held-out loss, and end the course, or let its rate fall, where that says so."""
+        self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], loss))
+        passed = [times for at, times in _LINES if self._looked < at <= share]
+        least = min(each.loss for each in self.curve[-2:])
+        # Of few steps little is known, unless it is time that allows no more of them.
+        is_slow = share > self.done / total
+        is_known = self.done >= (_LEAST_STEPS_IN_TIME if is_slow else _LEAST_STEPS)
+        if not math.isfinite(loss) or (passed and is_known and not least <= passed[-1] * first):
+            self.is_given_up = True
+        elif self._stands_still():
+            self.schedule.fall(share)
+
+    def _stands_still(self) -> bool:
+        """Say whether the last looks at the full rate found no smaller mean loss than those before them.
+
+        While the rate rises the loss is often smaller than soon after.
+        """
+        losses = [each.loss for each in self.curve if each.lr == self.rate]
+        if len(losses) < 2 * _WINDOW:
+            return False
+        lately, before = sum(losses[-_WINDOW:]), sum(losses[-2 * _WINDOW : -_WINDOW])
+        return lately > (1.0 - _PROGRESS) * before
 
     def forget(self) -> None:
         """Remove the file, so that another course can begin."""
@@ -123,16 +233,21 @@ class Course:
             output_file(self.path).unlink(missing_ok=True)
 
     def _keep(self) -> None:
-        if self.path is not None:
-            now = {
-                "done": self.done,
-                "spent": self.spent,
-                "rate": self.rate,
-                "seconds": self.seconds,
-                "model": self.student.state_dict(),
-            }
-            parts = {"format": _FORMAT, "kind": self.kind, **now, "optimizer": self.optimizer.state_dict()}
-            write_tensors(self.path, parts)
+        if self.path is None:
+            return
+        now = {
+            "done": self.done,
+            "spent": self.clock.spent,
+            "began": self._began,
+            "rate": self.rate,
+            "rates": [asdict(each) for each in self.rates],
+            "looked": self._looked,
+            "fall": [self.schedule.falls_from, self.schedule.end],
+            "curve": [asdict(each) for each in self.curve],
+            "model": self.student.state_dict(),
+        }
+        parts = {"format": _FORMAT, "kind": self.kind, **now, "optimizer": self.optimizer.state_dict()}
+        write_tensors(self.path, parts)
 
     def _resume(self, path: Path) -> None:
         with reading(path, "a state", "of this distillation", DELETE):
@@ -145,8 +260,12 @@ class Course:
                 if found != value:
                     raise ConfigError(f"distillation must go on with {key} {found}, got {value} ({path})")
             self.optimizer.load_state_dict(state["optimizer"])
-            self.done, self.spent, self.rate = state["done"], state["spent"], state["rate"]
-            self.seconds = state["seconds"]
+            self.done, self.rate, self._looked = state["done"], state["rate"], state["looked"]
+            self.schedule.falls_from, self.schedule.end = state["fall"]
+            self.rates = tuple(RateTrial(**each) for each in state["rates"])
+            self.curve = [Look(**each) for each in state["curve"]]
+            self._began = state["began"]
+            self.clock.go_on_from(state["spent"])
 
 
 @contextmanager

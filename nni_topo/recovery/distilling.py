@@ -2,7 +2,8 @@
 
 The second step of a recovery. Compensation solves each layer alone and once; here all weights move together, a few
 hundred steps of AdamW, on the images that compensation had. Classifiers learn softened class probabilities, whatever
-else a network gives is met in squares.
+else a network gives is met in squares. A range test on held-out images finds the learning rate, and the steps end when
+the loss on these makes no progress.
 
 References
 ----------
@@ -16,9 +17,9 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nni.compression.utils import Evaluator
@@ -53,10 +54,11 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
 )
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
-from nni_topo.recovery.course import Course
+from nni_topo.recovery.course import Clock, Course, Look, RateTrial, Schedule
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
     Augment,
+    Batches,
     Lesson,
     Objective,
     Outputs,
@@ -65,14 +67,18 @@ from nni_topo.recovery.lesson import (
     joined,
     student_copy,
 )
+from nni_topo.recovery.rates import RATES, try_rates
 from nni_topo.recovery.report import signed_like
 from nni_topo.sharing import named_tensors
+
+if TYPE_CHECKING:
+    import pandas
 
 OBJECTIVES = ("auto", "kl", "squares", "cosine")
 
 _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
-_RATES = (6e-3, 2e-3, 6e-4)
+_LOOKED_AT = 256  # held-out images at most that are looked at while learning goes on; all of them judge the result
 
 _POSITIVE = number(0.0, closed="neither")
 KNOBS = {
@@ -106,6 +112,11 @@ class Verdict:
     distance_after: float
     agreement_before: float  # share of largest logits that are the same, in [0, 1]; NaN for "squares"
     agreement_after: float
+    lr: float = math.nan  # learning rate at its highest; NaN if each that was tried breaks the network
+    steps: int = 0  # gradient steps at that rate
+    most_steps: int = 0  # of a course of full length
+    rates: tuple[RateTrial, ...] = ()  # the range test, the highest rate first; empty if a rate was given
+    curve: tuple[Look, ...] = ()  # the held-out loss along the steps
 
     def __str__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out images the loss "
@@ -119,7 +130,24 @@ class Verdict:
             text += f". The loss falls, but the distance grows to more than {MOST_DISTANCE:g} times its value"
         if self.objective == "kl" and self.distance_after > self.distance_before:
             text += "; if the outputs aren't class scores, set distill's objective='squares', which is the distance"
-        return text
+        return f"{text}. {self._course()}"
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the curve as a table: a row for each look, with the step, the learning rate and the held-out loss."""
+        import pandas
+
+        return pandas.DataFrame([asdict(look) for look in self.curve], columns=["step", "lr", "loss"])
+
+    def _course(self) -> str:
+        """Say how many steps were taken, and at which rate."""
+        if math.isnan(self.lr):
+            tried = ", ".join(f"{each.lr:g}" for each in self.rates)
+            return (
+                f"No step was taken: a few at each of the learning rates {tried} made the loss more than twice as large"
+            )
+        text = f"It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
+        too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
+        return text + (f"; {', '.join(too_high)} was too high" if too_high else "")
 
 
 @dataclass(frozen=True)
@@ -142,13 +170,19 @@ class Distillation:
     images : int
         All images, those held out included.
     lr : float
-        Learning rate at first.
+        Learning rate at its highest; NaN if each that was tried breaks the network, so that no step was taken.
     steps : int
         Gradient steps at that rate.
     seconds : float
         Wall time.
     distance_before, distance_after : float
         Mean squared distance of their outputs from the unpruned network's, over the variance of these.
+    most_steps : int
+        Steps that a course of full length would have had.
+    rates : tuple of RateTrial
+        The range test: what the held-out loss was after a few steps at each rate. Empty where ``lr`` was given.
+    curve : tuple of Look
+        Step, learning rate and held-out loss along the course.
     """
 
     model: nn.Module
@@ -164,6 +198,13 @@ class Distillation:
     seconds: float
     distance_before: float
     distance_after: float
+    most_steps: int = 0
+    rates: tuple[RateTrial, ...] = ()
+    curve: tuple[Look, ...] = ()
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the curve as a table: a row for each look, with the step, the learning rate and the held-out loss."""
+        return self.verdict.to_frame()
 
     @property
     def verdict(self) -> Verdict:
@@ -177,6 +218,11 @@ class Distillation:
             distance_after=self.distance_after,
             agreement_before=self.agreement_before,
             agreement_after=self.agreement_after,
+            lr=self.lr,
+            steps=self.steps,
+            most_steps=self.most_steps,
+            rates=self.rates,
+            curve=self.curve,
         )
 
 
@@ -195,7 +241,7 @@ def distillation(
     seconds: float | None = None,
     batch_size: int = 64,
     lr: float | None = None,
-    warmup: float = 0.0,
+    warmup: float = 0.1,
     outputs: Outputs | None = None,
     blocks: float = 0.0,
     augment: Augment | None = None,
@@ -206,7 +252,7 @@ def distillation(
     progress: bool | None = None,
 ) -> Distillation:
     """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
-    began = time.perf_counter()
+    clock = Clock(seconds)
     if objective not in OBJECTIVES:
         raise unknown_name("objective", str(objective), OBJECTIVES)
     numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
@@ -233,57 +279,92 @@ def distillation(
         is_held = given[0].held_out(HELD_OUT)[order]
     held, learned = order[is_held], order[~is_held]
     if held_out is not None:
-        held, learned = counts[0] + torch.arange(counts[1]), order
+        drawn = torch.randperm(counts[1], generator=torch.Generator().manual_seed(seed))
+        held, learned = counts[0] + drawn, order
     if not len(learned):
         raise DataError(f"distillation must have at least two images, one to judge by, got {len(order)} (images)")
-    before = lesson.judge(student, held)
-    total = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
+    most_steps = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
     is_normed = len(learned) >= _BATCH_NORM_IMAGES
-
     is_blended = blend and is_blendable(pool)
-    knobs = {"steps": total, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
+
+    judging = time.perf_counter()
+    before = lesson.judge(student, held)
+    judging = time.perf_counter() - judging
+    clock.reserve = judging
+    if is_normed:  # the result is judged twice, and its batch norms measured on the images
+        clock.reserve += judging * (1.0 + len(learned) / len(held))
+    looked_at = held[:_LOOKED_AT]
+    first = before.loss if len(looked_at) == len(held) else lesson.judge(student, looked_at).loss
+
+    def courses_batches() -> Batches:
+        return lesson.batches(learned, batch_size, seed, augment, is_blended, lambda needed: needed <= clock.left / 10)
+
+    def tried_loss(net: nn.Module) -> float:
+        # After a few steps the running statistics are still those of before.
+        few = lesson.plain(net, learned[:_BATCH_NORM_IMAGES])
+        return lesson.judge(recalibrate_batch_norm(net, few) if is_normed else net, looked_at).loss
+
+    rates: tuple[RateTrial, ...] = ()
+    rate = lr
+    if rate is None and (state is None or not path_of(state, "state").exists()):
+        rates = try_rates(
+            lesson,
+            lambda: _student(dense, pool),
+            courses_batches,
+            tried_loss,
+            first,
+            lesson.loss_of_a_constant(looked_at),
+            most_steps,
+            is_normed=is_normed,
+            clock=clock,
+            progress=progress,
+        )
+        rate = next((each.lr for each in rates if each.is_taken), math.nan)
+    elif rate is None:
+        rate = RATES[0]  # the file has its own
+
+    knobs = {"steps": most_steps, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
     knobs |= {"warmup": warmup, "blocks": blocks}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
-    rates = [lr] if lr is not None else _RATES
-    seconds_left = seconds  # for the courses to come
-    for rate in rates:
+    after, is_kept, taken, curve = before, False, 0, tuple[Look, ...]()
+    if not math.isnan(rate):
         course = Course(
             _student(dense, pool),
             is_normed=is_normed,
             rate=rate,
             kind=kind,
-            seconds=seconds_left,
-            warmup=warmup,
+            clock=clock,
+            schedule=Schedule(warmup),
             path=state,
             every=state_seconds,
+            rates=rates,
         )
-        if course.rate < rate:  # the file is that of a later course
-            continue
-        batches = lesson.batches(learned, batch_size, seed, augment, is_blended)
         course.run(
             lesson,
-            batches,
-            total,
+            courses_batches(),
+            most_steps,
             progress,
-            grows=lambda net, times: not lesson.judge(net, held).loss <= times * before.loss,
+            first=first,
+            look=lambda net: lesson.judge(net, looked_at).loss,
         )
-        student = course.student
-        if course.ended_early:
+        rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
+        if course.is_given_up:
             _logger.info(
                 "learning rate %g is given up after %d of %d steps: the loss on held-out images has grown",
                 rate,
-                course.done,
-                total,
+                taken,
+                most_steps,
             )
-        if is_normed:  # views and blends differ from the images that will come
-            student = recalibrate_batch_norm(student, lesson.plain(student, learned))
+        student = course.student
         after = lesson.judge(student, held)
+        if is_normed:
+            # Views and blends differ from the images that will come. Statistics of the images as they are may be better
+            # or worse than those of the steps: the held-out images decide.
+            measured = recalibrate_batch_norm(student, lesson.plain(student, learned))
+            judged_again = lesson.judge(measured, held)
+            if judged_again.loss < after.loss:
+                student, after = measured, judged_again
         is_kept = is_better(after, before)
-        if course.seconds is not None:
-            seconds_left = course.seconds - course.spent
-        if is_kept or rate == rates[-1] or (seconds_left is not None and seconds_left <= 0.0):
-            break
-        course.forget()
     result = detached_copy(dense)
     if is_kept:
         _take_values(result, student)
@@ -296,11 +377,14 @@ def distillation(
         agreement_after=after.agreement,
         is_kept=is_kept,
         images=sum(counts),
-        lr=course.rate,
-        steps=course.done,
-        seconds=time.perf_counter() - began,
+        lr=rate,
+        steps=taken,
+        seconds=clock.spent,
         distance_before=before.distance,
         distance_after=after.distance,
+        most_steps=most_steps,
+        rates=rates,
+        curve=curve,
     )
     if not is_kept:
         _logger.warning("%s", done.verdict)
@@ -336,18 +420,25 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     temperature : float, default=2.0
         Logits are divided by it, above 0; for ``"kl"``.
     steps : int, optional
-        Gradient steps, at least 1; by default 600, or ten passes over the images where that is more.
+        Gradient steps at most, at least 1; by default 600, or ten passes over the images where that is more. They end
+        earlier where the loss on the held-out images makes no more progress.
     seconds : float, optional
-        Budget of wall time, above 0, for all learning rates that are tried: steps end there, and the learning rate
-        falls such that it ends with them. With a budget that binds, the result depends on the machine's speed.
+        Budget of wall time, above 0, for the whole call: the range test, the steps and the judging. With a budget that
+        binds, the result depends on the machine's speed.
     batch_size : int, default=64
         Images a step, at least 1.
     lr : float, optional
-        Learning rate of AdamW, above 0, at first; it falls along half a cosine. By default 6e-3; a result that
-        would be discarded is learned once more at 2e-3, and then at 6e-4. A rate is given up early if the loss on the
-        held-out images has grown tenfold after a tenth of the way, fourfold after a fifth or twofold at half.
-    warmup : float, default=0.0
-        Share of the steps, in [0, 1), in which the rate rises from zero to ``lr`` before it falls.
+        Learning rate of AdamW at its highest, above 0. By default a range test finds it: 6e-3, 2e-3, 6e-4, 2e-4 and
+        6e-5 are tried in this order, with 3 % of the steps each, at least ten, in which the rate rises and falls to
+        zero. The first one is taken after which the loss on the held-out images is at most twice what it was, and
+        has grown by at most a quarter of the loss of a network that always gives the same answer. If there is none, the
+        result is a copy of ``dense``.
+    warmup : float, default=0.1
+        Share of the steps, in [0, 1), in which the rate rises from zero to ``lr``. It falls in a line to zero in the
+        last two fifths of the steps, or from where the loss on the held-out images makes no more progress. It is looked
+        at 25 times, on 256 of them at most: the mean of four looks has to be 2 % below that of the four before. The
+        steps are given up where the loss is twenty times the first one after a tenth of them, ten times after a fifth,
+        or five times at half.
     outputs : callable, optional
         What counts of a model's output, where that is only a part or a function of it, e.g. a pooled embedding. It gets
         what the model returned, and the inputs as ``augment`` does, and returns a tensor, or several in a tuple or
@@ -400,10 +491,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
     Notes
     -----
-    With at least 256 images to learn from, batch norms take their statistics from the batches, and in the end from all
-    of these images as they are. Dropout is off. Weight
-    decay is 0. Half precision learns in single precision. The loss of ``"kl"`` is multiplied by
-    the squared temperature.
+    With at least 256 images to learn from, batch norms take their statistics from the batches. In the end they keep
+    these, or get those of all images as they are, whichever gives the smaller loss on the held-out images. Dropout is
+    off. Weight decay is 0. Half precision learns in single precision. The loss of ``"kl"`` is multiplied by the squared
+    temperature.
 
     Cost: a step runs ``dense`` forward and back; ``original`` runs once over the images, or over each of their views,
     and with ``blocks`` once more at every step.

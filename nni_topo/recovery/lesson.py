@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -87,7 +88,9 @@ class Lesson:
         self._unpruned, self._pool, self._temperature = unpruned, pool, temperature
         self._outputs = outputs
         self._place = _place_of(student)
+        began = time.perf_counter()
         self._wanted, likely = self._answers(pool)
+        self.seconds_of_answers = time.perf_counter() - began  # of the unpruned network, for all images
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
         self.kind = likely if objective == "auto" else objective
         unpadded = _unpadded(self._wanted, real_positions_of(unpruned, pool))
@@ -123,7 +126,20 @@ class Lesson:
                     agreed += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
                     answers += theirs[..., 0].numel()
         agreement = agreed / answers if self.kind == "kl" else math.nan
-        return Judgement(loss / len(index), agreement, distance / len(index))
+        # Rounding can make a divergence of almost nothing negative.
+        return Judgement(max(loss / len(index), 0.0), agreement, distance / len(index))
+
+    def loss_of_a_constant(self, index: Tensor) -> float:
+        """Return the loss of a network that gives the same answer for each of some images: their mean answer."""
+        index = index[:_AT_ONCE]
+        real = real_positions_of(self._unpruned, taken(self._pool, index))
+        wanted = _unpadded([each[index.to(each.device)] for each in self._wanted], real)
+        if self.kind == "kl":
+            t = self._temperature
+            means = [t * (each / t).softmax(-1).flatten(0, -2).mean(0).log() for each in wanted]
+        else:
+            means = [each.mean(0) for each in wanted]
+        return float(self._loss([mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)], wanted))
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
         """Return the mean loss on a call for which the unpruned network says `wanted`; with that of the blocks."""
@@ -173,13 +189,27 @@ class Lesson:
         ]
         return torch.stack([t * t * each.sum(-1).mean() for each in losses]).mean()
 
-    def batches(self, index: Tensor, size: int, seed: int, augment: Augment | None, blend: bool) -> Batches:
-        """Yield batches of some of the images, pass after pass, with the unpruned network's outputs for them."""
+    def batches(
+        self,
+        index: Tensor,
+        size: int,
+        seed: int,
+        augment: Augment | None,
+        blend: bool,
+        allows: Callable[[float], bool] = lambda seconds: True,
+    ) -> Batches:
+        """Yield batches of some of the images, pass after pass, with the unpruned network's outputs for them.
+
+        A new view of the images costs a pass of the unpruned network: `allows` says whether there are so many seconds
+        for it. Else an earlier view comes again.
+        """
         generator = torch.Generator().manual_seed(seed)
         plain, answers = taken(self._pool, index), self._answered
         answers[0] = [each[index.to(each.device)] for each in self._wanted]
         for turn in itertools.count():
             view = 0 if augment is None and not blend else turn % _VIEWS
+            if view not in answers and not allows(self.seconds_of_answers * len(index) / len(self._wanted[0])):
+                view = list(answers)[turn % len(answers)]
             # Drawn again from the view's own seed: the unpruned network answers once, and one view is in memory.
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
             call = _blended(call, seed + view) if blend and view else call

@@ -63,6 +63,7 @@ from nni_topo.pruners.budget import (
     network_cost,
     tell_if_missed,
 )
+from nni_topo.pruners.checks import check_keys_left_out
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
@@ -302,7 +303,15 @@ def shrink(
     """
     calibration = batches_of(images, model, "images")
     budget = as_settings(Budget, budget, "budget")
+    layers = None if layers is None else list(layers)
     _check(model, budget, pruner, knobs, compensate, distill, outputs, evaluate)
+    if not callable(pruner):
+        check_keys_left_out(
+            [each if isinstance(each, Mapping) else {} for each in layers or ()],
+            ("sparse_ratio", "sparse_threshold", "global_group_id"),
+            "a budget replaces",
+            "layers",
+        )
     data = _split(calibration, model)
     if distill is True or isinstance(distill, Mapping):
         check_one_shape(calls(model, data.all))
@@ -410,12 +419,11 @@ def _split(calibration: Calibration, model: nn.Module) -> _Data:
     return _Data(calibration, learned, held_out, kwargs or args)
 
 
-def _layers_to_prune(model: nn.Module, example: Any, layers: Iterable[str | Mapping[str, Any]] | None) -> _Prunable:
+def _layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]] | None) -> _Prunable:
     """Return config_list entries for the named layers; by default for all layers that can lose channels."""
     if layers is not None:
-        given = list(layers)
-        entries = [dict(each) for each in given if isinstance(each, Mapping)]
-        names = [each for each in given if isinstance(each, str)]
+        entries = [dict(each) for each in layers if isinstance(each, Mapping)]
+        names = [each for each in layers if isinstance(each, str)]
         return _Prunable([{"op_names": names}, *entries] if names else entries, {}, is_default=False)
     names, unpruned = sorted_layers(model, example)
     if not names:

@@ -11,6 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nni_topo.recovery.distilling import Verdict
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.tables import grouped, interval
 
@@ -102,6 +103,19 @@ def plot_convergence(records: Sequence[Record]) -> list[Axes]:
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="x-small")
     return figure.axes
+
+
+def plot_distillation(verdict: Verdict) -> Figure:
+    """Draw the held-out loss along a distillation, beside that before it, and the learning rate below."""
+    figure = Figure(figsize=(5.5, 4.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    steps = [look.step for look in verdict.curve]
+    above.plot(steps, [look.loss for look in verdict.curve], "o-", markersize=3, label="during distillation")
+    above.axhline(verdict.loss_before, color="k", linestyle=":", label="before")
+    finish(above, ylabel=f"held-out loss ({verdict.objective})", yscale="log")
+    below.plot(steps, [look.lr for look in verdict.curve], color="C1")
+    finish(below, "steps", "learning rate")
+    return figure
 
 
 def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:

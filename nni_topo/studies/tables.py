@@ -57,6 +57,17 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(float(array.mean()), float(half))
 
 
+def show_range(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Return the mean of at least one value, and the lowest and the highest where they differ from it as shown.
+
+    >>> show_range([0.5, 0.625, 0.75], 100), show_range([0.5, 0.5])
+    ('62.5 [50.0, 75.0]', '0.5')
+    """
+    numbers = [scale * float(value) for value in values]
+    mean, low, high = (f"{number:.{digits}f}" for number in (float(np.mean(numbers)), min(numbers), max(numbers)))
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
 def show_accuracies(values: Sequence[float]) -> str:
     """Return the mean of accuracies in [0, 1] and its 95 % interval, in percent and within 0 and 100.
 

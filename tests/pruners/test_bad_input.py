@@ -131,6 +131,7 @@ BAD_KNOBS = {
     "pool": ("max", 0, True),
     "n_init": (0, 2.5),
     "min_samples": (0, "3"),
+    "graph": ("knm", 5, None),
     "energy": (1.0, "half", {"hidden": 2.0}, None),
     "growth": (3, {"bins": 0}, {"recursive": "no"}, {"initial_ratio": "few"}),
     "cloud": ("gradients", 3, ["weight"], {"origin": 1}),

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo.clustering import ALGORITHMS
+from nni_topo.clustering import ALGORITHMS, GRAPHS
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.clustering import partition
 from nni_topo.pruners.cluster.pruner import ClusterPruner
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
 
@@ -39,8 +40,30 @@ def test_one_of_each_family_stays(algorithm):
     model, data = families()
     with torch.no_grad():
         model[0].bias.zero_()
-    found = kept(ClusterPruner(model, [{**HIDDEN, "sparse_ratio": 2 / 3}], calibration=[data], algorithm=algorithm))
+    config = [{**HIDDEN, "sparse_ratio": 2 / 3}]
+    # The other graphs of spectral clustering join these families: they are smaller than k, and unequally far apart.
+    found = kept(ClusterPruner(model, config, calibration=[data], algorithm=algorithm, graph="gaussian"))
     assert sorted(np.flatnonzero(found) % 4) == [0, 1, 2, 3]
+
+
+def test_every_graph_of_spectral_clustering_reaches_the_clusters():
+    generator = torch.Generator().manual_seed(3)
+    data = torch.eye(6)
+    found = {}
+    for graph in GRAPHS:
+        model = nn.Sequential(nn.Linear(6, 24), nn.Linear(24, 3))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.randn(24, 6, generator=generator.manual_seed(3)))
+            model[0].bias.zero_()
+        pruner = ClusterPruner(
+            model, [{**HIDDEN, "sparse_ratio": 0.75}], calibration=[data], algorithm="spectral", graph=graph
+        )
+        kept(pruner)
+        # the outputs on the unit vectors are the weights, from which the same clusters must come
+        labels = partition(model[0].weight.detach().double().numpy(), 6, "spectral", graph=graph)
+        assert all(labels[gone] == labels[stays] for gone, stays in pruner.pairs["0"].items())
+        found[graph] = pruner.pairs["0"]
+    assert found["gaussian"] != found["knn"] != found["epsilon"]
 
 
 def test_the_survivor_is_the_one_asked_for():

@@ -12,7 +12,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery import distill, distillation
-from nni_topo.recovery.lesson import outputs_of
+from nni_topo.recovery.lesson import Lesson, outputs_of
 
 
 def test_augmented_views_are_answered_by_the_original():
@@ -27,11 +27,11 @@ def test_augmented_views_are_answered_by_the_original():
 
     plain = distill(dense, original, sided, steps=300, lr=0.01)
     augmented = distill(dense, original, sided, steps=300, lr=0.01, augment=turned)
-    assert divergence(augmented, original, other) < 0.3 * divergence(plain, original, other)
+    assert divergence(augmented, original, other) < 0.5 * divergence(plain, original, other)
 
 
-@pytest.mark.parametrize(("scale", "expected"), [(1.0, 6e-3), (30.0, 2e-3), (1e3, None)])
-def test_what_would_be_left_out_is_learned_at_a_lower_rate(scale, expected, tmp_path):
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e3])
+def test_the_rate_suits_the_size_of_the_weights(scale, tmp_path):
     """Where inputs are thirty times as large, weights are small, and a high rate takes them far away."""
     _, original = pair()
     dense = copy.deepcopy(original)
@@ -41,15 +41,36 @@ def test_what_would_be_left_out_is_learned_at_a_lower_rate(scale, expected, tmp_
             net.first.weight /= scale
     images = [scale * part for part in batches(256)]
     known = {"steps": 80, "held_out": images[:2]}
-    alone = {lr: distillation(dense, original, images, lr=lr, **known) for lr in (6e-3, 2e-3, 6e-4)}
-    assert next((lr for lr, each in alone.items() if each.is_kept), None) == expected
     found = distillation(dense, original, images, state=tmp_path / "state.pt", **known)
+    assert found.is_kept
+    assert found.lr == {1.0: 6e-3, 30.0: 2e-3, 1e3: 6e-5}[scale]
+    assert [each.is_taken for each in found.rates] == [False] * (len(found.rates) - 1) + [True]
+    # A rate that was found is as good as the same rate given, and is found again in the file.
+    assert distillation(dense, original, images, lr=found.lr, **known).loss_after == found.loss_after
     again = distillation(dense, original, images, state=tmp_path / "state.pt", **known)
-    for each in (found, again):
-        assert (each.lr, each.is_kept, each.steps) == (expected or 6e-4, expected is not None, 80)
-        assert each.loss_after == alone[each.lr].loss_after
+    assert (again.lr, again.rates, again.curve) == (found.lr, found.rates, found.curve)
+    assert again.loss_after == found.loss_after
     # With time for all of them, it's the same.
-    assert distillation(dense, original, images, seconds=1000, **known).lr == (expected or 6e-4)
+    assert distillation(dense, original, images, seconds=1000, **known).lr == found.lr
+
+
+@pytest.mark.parametrize("kind", ["kl", "squares", "cosine"])
+def test_the_loss_of_a_constant_is_that_of_the_mean_answer(kind):
+    dense, original = pair()
+    lesson = Lesson(original, dense, ((inputs(64),), {}), kind, 2.0)
+    with torch.no_grad():
+        answers = original(inputs(64)[10:50]).double()
+    if kind == "kl":
+        likely = (answers / 2.0).softmax(1)
+        expected = float(4.0 * (likely * (likely / likely.mean(0)).log()).sum(1).mean())
+    elif kind == "squares":
+        with torch.no_grad():
+            scale = original(inputs(64)).double().var(0, correction=0).mean()
+        expected = float((answers - answers.mean(0)).square().mean() / scale)
+    else:
+        units, mean = answers / answers.norm(dim=1, keepdim=True), answers.mean(0)
+        expected = float(1.0 - (units @ (mean / mean.norm())).mean() + 5.0 * (1.0 - units @ units.T).square().mean())
+    assert lesson.loss_of_a_constant(torch.arange(10, 50)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_half_of_the_images_are_blended_with_others_in_all_passes_but_the_first():

@@ -11,7 +11,6 @@ from torch.nn.functional import normalize
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.recovery import distill, distillation
-from nni_topo.recovery.course import Course
 from nni_topo.recovery.lesson import Lesson, shared_blocks
 
 
@@ -177,25 +176,6 @@ def test_bad_knobs_are_refused(knobs, message):
     dense, original = pair()
     with pytest.raises(ConfigError, match=message):
         distill(dense, original, batches(), **knobs)
-
-
-def test_the_rate_rises_and_falls():
-    dense, original = pair()
-    rates = []
-
-    class Seen(Lesson):
-        def objective(self, student, call, wanted):
-            rates.append(course.optimizer.param_groups[0]["lr"])
-            return super().objective(student, call, wanted)
-
-    pool = ((inputs(64),), {})
-    lesson = Seen(original, dense, pool, "kl", 2.0)
-    course = Course(dense, is_normed=False, rate=0.01, warmup=0.2)
-    course.run(lesson, lesson.batches(torch.arange(64), 64, 0, None, False), 20, False)
-    # The first of four rising steps has a share of a twentieth where one of nothing would be lost.
-    assert rates[:5] == pytest.approx([0.0025, 0.0025, 0.005, 0.0075, 0.01])
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert rates[12] == pytest.approx(0.005, rel=1e-6)  # halfway down
 
 
 def test_narrow_net_has_no_blocks():

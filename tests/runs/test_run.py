@@ -10,9 +10,10 @@ import torch
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
+from nni_topo.errors import ConfigError
 from nni_topo.runs import run as execute
 from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
-from nni_topo.runs.run import Start
+from nni_topo.runs.run import Start, trained
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.studies.plan import ComparisonPlan
 
@@ -92,3 +93,68 @@ def test_weights_stay_while_taylor_measures_gradients(pruner_seen, train):
         assert torch.equal(model.get_parameter(name), pruner_seen["before"][name])
         torch.testing.assert_close(weight.detach(), pruner_seen["before"][name], rtol=0.0, atol=1e-12)
     assert {float(targets["weight"].mean()) for targets in masks.values()} == {0.5}
+
+
+def small_start():
+    data = zoo.load_data("digits", limit=50)
+    net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).eval()
+    return Start(net, data, zoo.Recipe(epochs=1))
+
+
+def test_accuracies_are_measured_where_they_arent_known():
+    start = small_start()
+    assert start.accuracy == zoo.evaluate(start.net, start.data.test)
+    assert start.validation_accuracy == zoo.evaluate(start.net, start.data.validation)
+    known = replace(start, known_accuracy=2.0, known_validation=3.0)
+    assert (known.accuracy, known.validation_accuracy) == (2.0, 3.0)
+
+
+def test_a_trained_network_is_kept_with_what_is_known_of_it(tmp_path, monkeypatch):
+    choices = ModelChoice("small_cnn"), DataChoice("digits", limit=50)
+    recipe = zoo.Recipe(epochs=1)
+    start = trained(*choices, recipe=recipe, folder=tmp_path, seed=3)
+    (path,) = tmp_path.glob("*.pt")
+    assert path.name.endswith("-seed3.pt")
+    facts = zoo.load_checkpoint(path, small_start().net)
+    assert facts.pop("seconds") > 0.0
+    assert facts == {"seed": 3, "accuracy": start.accuracy, "validation_accuracy": start.validation_accuracy}
+    # the second time it is read: it isn't trained, and its accuracies are those of the file
+    monkeypatch.setattr(zoo, "train", None)
+    again = trained(*choices, recipe=recipe, folder=tmp_path, seed=3)
+    assert (again.known_accuracy, again.known_validation) == (start.accuracy, start.validation_accuracy)
+    assert all(torch.equal(one, start.net.state_dict()[name]) for name, one in again.net.state_dict().items())
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(64, 1), (20, 3), (1, 32)])
+def test_gradients_are_measured_once_over_the_images_or_in_32_batches(batch_size, steps):
+    start = small_start()
+    assert len(start.data.train) == 50
+    start = replace(start, recipe=zoo.Recipe(epochs=1, batch_size=batch_size))
+    found = execute.pruner_knobs("taylor", copy.deepcopy(start.net), start)["training_steps"]
+    assert (found, type(found)) == (steps, int)
+
+
+@pytest.mark.parametrize(("kind", "images"), [("flops", 2), ("memory", 2), ("latency", 64)])
+def test_only_a_budget_of_time_is_counted_in_the_batch_that_is_timed(kind, images, pruner_seen, monkeypatch):
+    # how near the times are known doesn't matter here
+    monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.01)
+    monkeypatch.setattr("nni_topo.pruners.solving._TIMINGS", 1)
+    start = small_start()
+    choice = PrunerChoice("matrix", knobs={"budget": {"allocation": "uniform"}})
+    ratios = layer_ratios(start.net, start.example, Target("ratio", 0.5))
+    found = execute.prune_to_ratios(start, choice, Target(kind, 0.6), ratios)
+    assert len(pruner_seen["knobs"]["example_inputs"]) == images
+    assert pruner_seen["knobs"]["budget"] == {kind: 0.6, "allocation": "uniform"}
+    assert (found.budget.kind, found.budget.asked) == (kind, 0.6)
+
+
+def test_a_ratio_is_no_budget_to_be_dealt_out(pruner_seen):
+    start = small_start()
+    choice = PrunerChoice("matrix", knobs={"budget": {"allocation": "uniform"}})
+    ratios = layer_ratios(start.net, start.example, Target("ratio", 0.5))
+    with pytest.raises(ConfigError, match=r"a budget must be a share of one of .*, got none"):
+        execute.prune_to_ratios(start, choice, Target("ratio", 0.5), ratios)
+    # without an allocation a pruner gets the layers' ratios
+    execute.prune_to_ratios(start, PrunerChoice("matrix"), Target("flops", 0.5), ratios)
+    assert "budget" not in pruner_seen["knobs"]
+    assert {float(each["weight"].mean()) for each in pruner_seen["pruner"].get_masks().values()} == {0.5}

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nni.compression.pruning import LinearPruner
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
@@ -38,6 +39,27 @@ def test_every_schedule_ends_at_the_ratio_and_can_still_classify(trained, schedu
     assert zoo.evaluate(dense, data.test) > 0.8
     assert not dense.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("finishing", "in_rounds"), [(0, 3), (2, 1)])
+def test_all_epochs_are_spent_the_last_ones_on_the_dense_network(trained, finishing, in_rounds, monkeypatch):
+    steps, epochs = [], []
+    compress, train = LinearPruner.compress, zoo.train
+
+    def compressed(self, max_steps, max_epochs):
+        steps.append(max_steps)
+        return compress(self, max_steps, max_epochs)
+
+    def dense_trained(net, data, recipe, **knobs):
+        epochs.append(recipe.epochs)
+        return train(net, data, recipe, **knobs)
+
+    monkeypatch.setattr(LinearPruner, "compress", compressed)
+    monkeypatch.setattr(zoo, "train", dense_trained)
+    config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
+    prune_on_schedule(trained, ENERGY, config, RECIPE, schedule="linear", rounds=1, finishing=finishing)
+    in_an_epoch = -(-len(trained.data.train) // RECIPE.batch_size)
+    assert (steps, epochs) == ([in_rounds * in_an_epoch], [finishing])
 
 
 def test_same_seed_same_network_and_a_silent_output(trained, capsys):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -122,6 +123,8 @@ def test_a_budget_of_time_serves_pruners_of_nni_too():
     assert min(steps) > 0
     # channels are whole, so the budget is met within half of the largest step
     assert share() == pytest.approx(0.6, abs=max(steps) / 2)
+    # and the report counts by the same table
+    assert small.report.budget.left == pytest.approx(share())
 
 
 def test_a_time_that_a_pruner_of_nni_misses_is_told(caplog):
@@ -146,7 +149,8 @@ def test_budgets_are_met_in_multiples_of_channels_or_told(pruner, caplog):
 
 
 def test_a_pruner_that_finds_the_number_itself_tells_what_it_leaves(caplog):
-    small = shrunk({"params": 0.5}, pruner="subcluster", knobs={"energy": 1e-6})
+    # With many bins clusters are split until few neurons go.
+    small = shrunk({"params": 0.5}, pruner="subcluster", knobs={"energy": 1e-6, "growth": {"bins": 10}})
     left, whole = (network_cost("params", net, toy_images(1))({}) for net in (small, toy_model()))
     assert left / whole > 0.51
     assert f"{left / whole:.4g} of the unpruned network's cost is kept" in caplog.text
@@ -260,6 +264,11 @@ def test_what_a_function_of_the_callers_makes_worse_is_kept_and_told():
         ({"distill": "much"}, ConfigError, "distill must be True, False, knobs or a function, got 'much'"),
         ({"distill": {"epochs": 1}}, ConfigError, "knob of distill must be a known name, got 'epochs'"),
         ({"layers": ["nowhere"]}, ConfigError, "nowhere"),
+        (
+            {"layers": ["stem", {"op_names": ["hidden"], "sparse_ratio": 0.5}]},
+            ConfigError,
+            r"a budget replaces sparse_ratio, got both \(layers\[1\]\)",
+        ),
     ],
 )
 def test_what_can_not_be_used_is_refused(knobs, error, message):
@@ -311,3 +320,15 @@ def test_heads_go_where_time_counts_or_multiples_are_asked_for(knobs, monkeypatc
     net, images = vit_small(4, 1, 8).eval(), torch.randn(20, 1, 8, 8)
     small = nni_topo.shrink(net, [images], pruner="l1", compensate=None, distill=False, **knobs)
     assert {each.head_size for each in find_attention(small).values()} == {16}
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (nn.Sequential(nn.Linear(4, 2)), "got none: 0: it gives the model's output (shrink)"),
+        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)), "got none: no convolution or linear layer (shrink)"),
+    ],
+)
+def test_a_model_without_a_layer_to_prune_is_refused_with_the_reason(net, reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        nni_topo.shrink(net, [torch.randn(16, 4)], {"flops": 0.5})

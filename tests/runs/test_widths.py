@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from partly_tied_nets import Hierarchical
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.choices import Target
-from nni_topo.runs.widths import inner_layers, layer_ratios, nearer, proposed_ratios, pruning_config
+from nni_topo.runs.widths import (
+    _grouped,
+    _units,
+    inner_layers,
+    layer_ratios,
+    nearer,
+    proposed_ratios,
+    pruning_config,
+)
 from nni_topo.speedup import to_dense
 
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -132,3 +141,24 @@ def test_rows_move_as_long_as_that_meets_the_budget_more_nearly(start, share, ne
 
 def test_rows_stay_where_a_move_only_meets_the_budget_equally_nearly():
     assert nearer(UNITS, [2, 2], rows_cost(3, 3), 50.5 / 64) == [2, 2]
+
+
+def test_a_share_of_the_whole_removes_no_channel_of_a_deep_network():
+    # more layers than rows that are moved at the end
+    net = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(40)))
+    images = torch.zeros(2, 3)
+    ratios = proposed_ratios(net, images, dict.fromkeys(inner_layers(net, images), 0.5), 1.0)
+    assert len(ratios) == 39
+    assert set(ratios.values()) == {0.0}
+
+
+def test_channels_that_only_some_layers_share_are_counted_as_shared():
+    # Res2Net: what a convolution makes of one quarter of a layer's channels is added to the next quarter
+    net, images = Hierarchical().eval(), torch.zeros(2, 3, 8, 8)
+    units = _units(net, images, _grouped(net, images))
+    shared = {name: unit.ties for unit in units for name in unit.layers}
+    enter = shared["enter.conv"]
+    assert len(enter) == len(set(enter)) == 32
+    assert shared["convs.0.conv"] == enter[8:16]
+    assert shared["convs.1.conv"] == enter[16:24]
+    assert shared["stem.conv"] == shared["convs.2.conv"] == ()

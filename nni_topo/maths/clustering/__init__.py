@@ -1,12 +1,14 @@
 """Clusters of points as plain functions on arrays: partitions, and sub-clustering with its threshold."""
 
-from nni_topo.maths.clustering.partition import ALGORITHMS, Algorithm, partition
+from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, Graph, partition
 from nni_topo.maths.clustering.subclustering import Cluster, Growth, SplitTree, grow, hoh_threshold, initial_clusters
 
 __all__ = [
     "ALGORITHMS",
+    "GRAPHS",
     "Algorithm",
     "Cluster",
+    "Graph",
     "Growth",
     "SplitTree",
     "grow",

@@ -6,12 +6,14 @@ Technology, 2019, chapter 4.
 
 from __future__ import annotations
 
+import math
 import warnings
 from bisect import bisect_left
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.cluster.hierarchy import linkage
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import pdist, squareform
 
@@ -22,6 +24,8 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
 Algorithm = Literal["kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+Graph = Literal["epsilon", "knn", "gaussian"]
+GRAPHS: tuple[str, ...] = get_args(Graph)
 
 _LEAST_VARIANCE = 1e-6
 _SAME = 1e-9
@@ -30,7 +34,14 @@ _AXES = 16
 
 @checked(count=ANYTHING)  # looked at with the points
 def partition(
-    points: FloatArray, count: int, algorithm: str = "kmeans", *, seed: int = 0, n_init: int = 3, min_samples: int = 3
+    points: FloatArray,
+    count: int,
+    algorithm: str = "kmeans",
+    *,
+    seed: int = 0,
+    n_init: int = 3,
+    min_samples: int = 3,
+    graph: str = "epsilon",
 ) -> IntArray:
     """Cut a cloud of points into clusters.
 
@@ -41,8 +52,8 @@ def partition(
     count : int
         Number of clusters, in [1, n].
     algorithm : {"kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"}, default="kmeans"
-        Lloyd's k-means; spectral clustering on Gaussian affinities as wide as the median distance, in which equal
-        points count once and stay together; agglomeration by Ward's criterion; DBSCAN; expectation maximisation of a
+        Lloyd's k-means; spectral clustering on a ``graph``, in which equal points count once and stay together;
+        agglomeration by Ward's criterion; DBSCAN; expectation maximisation of a
         mixture of spherical Gaussians, which unlike diagonal ones don't depend on how the cloud is turned, or of
         Gaussians with full covariances on the 16 principal axes that hold the most.
     seed : int, default=0
@@ -51,6 +62,9 @@ def partition(
         Starts of k-means and mixtures, of which the best counts; at least 1.
     min_samples : int, default=3
         For DBSCAN: points, itself included, that a core point has within reach; at least 1.
+    graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
+        For spectral clustering: which points are joined. Those no farther apart than the smallest radius at which the
+        graph is connected; each with its ``1 + ceil(ln(n))`` nearest; or all, with weights that fall with the distance.
 
     Returns
     -------
@@ -83,6 +97,8 @@ def partition(
         check_integer(name, value, least, "partition")
     if algorithm not in ALGORITHMS:
         raise unknown_name("algorithm", algorithm, ALGORITHMS)
+    if graph not in GRAPHS:
+        raise unknown_name("graph", graph, GRAPHS)
     if count == len(points):
         return np.arange(count, dtype=np.intp)
     if count == 1:
@@ -95,7 +111,7 @@ def partition(
         # Fewer distinct points than clusters, and mixtures that don't settle, still give a partition.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", message="Graph is not fully connected", category=UserWarning)
-        return renumbered(_labels(points, count, algorithm, seed, n_init))
+        return renumbered(_labels(points, count, algorithm, seed, n_init, graph))
 
 
 def checked_points(points: FloatArray) -> FloatArray:
@@ -119,7 +135,7 @@ def renumbered(labels: IntArray) -> IntArray:
     return rank[inverse]
 
 
-def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: int) -> IntArray:
+def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: int, graph: str) -> IntArray:
     # Here and below, not above: scikit-learn takes longer to import than all of this package.
     from sklearn import cluster, decomposition, mixture
 
@@ -128,7 +144,7 @@ def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: i
     elif algorithm == "ward":
         found = cluster.AgglomerativeClustering(count, linkage="ward").fit(points).labels_
     elif algorithm == "spectral":
-        found = _spectral_labels(points, count, seed, n_init)
+        found = _spectral_labels(points, count, seed, n_init, graph)
     else:
         variance = points.var(0).sum() / points.shape[1]
         scaled = points / np.sqrt(variance) if variance > 0 else points
@@ -143,19 +159,78 @@ def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: i
     return np.asarray(found, dtype=np.intp)
 
 
-def _spectral_labels(points: FloatArray, count: int, seed: int, n_init: int) -> IntArray:
+def similarity_graph(distances: FloatArray, graph: str = "epsilon") -> FloatArray:
+    """Return the weights of a graph on points, from their distances.
+
+    Parameters
+    ----------
+    distances : ndarray of float64, shape (n * (n - 1) / 2,)
+        Distances of the pairs, as :func:`scipy.spatial.distance.pdist` orders them; n at least 2.
+    graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
+        Pairs no farther apart than the smallest radius at which the graph is connected, the longest edge of the minimum
+        spanning tree; pairs of which one point is among the k nearest of the other, ``k = 1 + ceil(ln(n))``; both with
+        weight 1. Or all pairs, with weight ``exp(-d^2 / (2 m))``, m the median of the squared distances.
+
+    Returns
+    -------
+    ndarray of float64, shape (n, n)
+        Symmetric, with zeros on the diagonal.
+
+    Notes
+    -----
+    The thesis [1]_ (4.2.2) joins each point with those in a ball of radius epsilon, or with its k nearest, and gives
+    neither number; the ones here are those that [2]_ (8.2) recommends. Of points equally far away either all or none
+    are among the k nearest, so that k can be exceeded.
+
+    References
+    ----------
+    .. [1] S. S. John, "Sub-clustering based neurogenetic pruning", MTech thesis, Indian Institute of Space Science and
+       Technology, 2019, section 4.2.2.
+    .. [2] U. von Luxburg, "A tutorial on spectral clustering", Statistics and Computing 17, 2007.
+
+    Examples
+    --------
+    >>> similarity_graph(pdist([[0.0], [1.0], [3.0]]))
+    array([[0., 1., 0.],
+           [1., 0., 1.],
+           [0., 1., 0.]])
+    """
+    if graph == "gaussian":
+        squared = np.square(distances)
+        weights: FloatArray = squareform(np.exp(-squared / (2.0 * np.median(squared))))
+        return weights
+    distances = leveled(distances)
+    if graph == "epsilon":
+        # single linkage merges along the edges of the minimum spanning tree
+        radius = linkage(distances, "single")[-1, 2]
+        joined: FloatArray = squareform((distances <= radius).astype(np.float64))
+        return joined
+    square = squareform(distances)
+    count = len(square)
+    nearest = min(1 + math.ceil(math.log(count)), count - 1)
+    # place 0 of a sorted row is the point itself
+    reach = np.partition(square, nearest, axis=1)[:, nearest]
+    near = square <= reach[:, None]
+    np.fill_diagonal(near, False)
+    either: FloatArray = (near | near.T).astype(np.float64)
+    return either
+
+
+def _spectral_labels(points: FloatArray, count: int, seed: int, n_init: int, graph: str) -> IntArray:
     """Cluster the distinct points: eigenvectors may tell equal ones apart, by nothing but rounding."""
     from sklearn.cluster import SpectralClustering
 
-    distances = squareform(pdist(points))
-    number, place = connected_components(distances <= _SAME * np.abs(points).max(), directed=False)
+    distances = pdist(points)
+    same = squareform(distances <= _SAME * np.abs(points).max())
+    number, place = connected_components(same, directed=False)
     if number <= count:
         return np.asarray(place, dtype=np.intp)
-    _, first = np.unique(place, return_index=True)
-    squared = np.square(distances[np.ix_(first, first)])
-    width = np.median(squared[np.triu_indices(number, 1)])
+    if number < len(points):
+        _, first = np.unique(place, return_index=True)
+        distances = pdist(points[first])
+    affinities = similarity_graph(distances, graph)
     model = SpectralClustering(count, affinity="precomputed", random_state=seed, n_init=n_init)
-    return np.asarray(model.fit(np.exp(-squared / (2.0 * width))).labels_[place], dtype=np.intp)
+    return np.asarray(model.fit(affinities).labels_[place], dtype=np.intp)
 
 
 def _density_labels(points: FloatArray, count: int, min_samples: int) -> IntArray:

@@ -56,8 +56,8 @@ class Generation:
 class SubsetGeneticAlgorithm(GeneticAlgorithm):
     """Minimise a fitness, (individuals, size) of bool to (individuals,), over the subsets of ``keep`` blocks."""
 
-    # After Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022, section 6.5. Breeding a generation
-    # costs O(population * size * log size).
+    # Our reconstruction of the evolutionary module that the table of contents of Perera, "Topological Pruner", MSc
+    # thesis, University of Moratuwa, 2022, lists. Breeding a generation costs O(population * size * log size).
 
     def __init__(
         self,

@@ -16,10 +16,12 @@ from nni_topo.maths.topology.layer_trees import (
     Forest,
     channel_tree,
     maximum_spanning_tree,
+    network_tree,
     plane_trees,
     spanning_forest,
 )
 from nni_topo.maths.topology.matching import h0_bottleneck, h0_wasserstein
+from nni_topo.maths.topology.relevance import relevance_distances
 from nni_topo.maths.topology.spanning import h0_deaths
 
 __all__ = [
@@ -38,11 +40,13 @@ __all__ = [
     "linear_graph",
     "maximum_spanning_tree",
     "mean_cover",
+    "network_tree",
     "pairwise_distances",
     "plane_trees",
     "projected_features",
     "projection_error",
     "random_projection",
+    "relevance_distances",
     "rips_diagram",
     "spanning_forest",
     "wasserstein_distance",

@@ -6,7 +6,7 @@ taken in row-major order, so that every tree is unique.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from nni_topo.errors import DataError, checked
-from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_points, as_tensor
+from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_chain, as_points, as_tensor
 from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph, plane_components
 
 # How many edges are sorted at once: at first, per node, which mostly holds the complete forest; and at most.
@@ -64,6 +64,63 @@ def maximum_spanning_tree(weight: ArrayLike) -> BoolArray:
     mask = np.zeros(matrix.size, dtype=np.bool_)
     mask[spanning_forest(matrix, linear_graph(*matrix.shape)).elements] = True
     return mask.reshape(matrix.shape)
+
+
+@checked()
+def network_tree(weights: Sequence[ArrayLike]) -> list[BoolArray]:
+    """Mark the weights of a chain of linear layers that form the maximum spanning tree of the whole network.
+
+    The network is one graph: its nodes are the inputs, the neurons of every layer and the outputs, its edges the |w| of
+    all layers.
+
+    Parameters
+    ----------
+    weights : sequence of array_like, shapes (n_1, n_0), (n_2, n_1), ...
+        Finite weights in the network's order, at least one layer.
+
+    Returns
+    -------
+    list of ndarray of bool, shapes of the weights
+        True on ``n_0 + n_1 + ... - 1`` weights in all. Among equal |w| the first in the network's order, then in
+        row-major order, is taken.
+
+    Raises
+    ------
+    DataError
+        If a layer isn't a finite, non-empty matrix, or doesn't take as many inputs as the one before has outputs.
+
+    Notes
+    -----
+    Every node keeps a weight, but a hidden neuron may keep incoming or outgoing ones only: other than the trees of
+    the single layers, this tree doesn't join every neuron to both sides. Memory grows with all weights.
+
+    Examples
+    --------
+    >>> network_tree([[[3.0], [1.0]], [[2.0, 4.0]]])  # the loop loses its smallest weight
+    [array([[ True],
+           [False]]), array([[ True,  True]])]
+    """
+    matrices = as_chain(weights)
+    lengths = np.concatenate([np.abs(matrix).ravel() for matrix in matrices])
+    first = 0
+    sources, targets = [], []
+    for matrix in matrices:
+        inputs = matrix.shape[1]
+        rows, columns = np.divmod(np.arange(matrix.size), inputs)
+        sources.append(first + columns)
+        targets.append(first + inputs + rows)
+        first += inputs
+    order = np.argsort(-lengths, kind="stable")
+    # ranks instead of lengths: all differ, so that the tree is unique, and none is 0, which SciPy takes for no edge
+    ranks = np.empty(len(lengths))
+    ranks[order] = np.arange(1.0, len(lengths) + 1)
+    nodes = first + len(matrices[-1])
+    graph = csr_matrix((ranks, (np.concatenate(sources), np.concatenate(targets))), shape=(nodes, nodes))
+    kept = minimum_spanning_tree(graph).data.astype(np.intp) - 1
+    mask = np.zeros(len(lengths), dtype=np.bool_)
+    mask[order[kept]] = True
+    ends = np.cumsum([matrix.size for matrix in matrices])[:-1]
+    return [part.reshape(matrix.shape) for part, matrix in zip(np.split(mask, ends), matrices, strict=True)]
 
 
 @checked()

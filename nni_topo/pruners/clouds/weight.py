@@ -63,7 +63,8 @@ class WeightCollector(DataCollector):
 
     References
     ----------
-    .. [1] Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022, section 6.3.
+    .. [1] Perera, "Topological Pruner", MSc thesis, University of Moratuwa, 2022: its table of contents
+       names a point cloud made of the weight matrix; only its abstract and lists are public.
     .. [2] Dasgupta, Gupta, "An elementary proof of a theorem of Johnson and Lindenstrauss", Random Structures and
        Algorithms 22, 2003.
     """

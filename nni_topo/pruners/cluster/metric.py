@@ -121,6 +121,7 @@ class ClusterMetric(SurvivorMetric):
     algorithm: str
     n_init: int
     min_samples: int
+    graph: str
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit."""
@@ -137,8 +138,15 @@ class ClusterMetric(SurvivorMetric):
         labels = np.full(unit.blocks, -1, dtype=np.intp)
         for cloud in (part.living() for part in parts):
             if len(cloud.names):
-                knobs = {"seed": self.seed, "n_init": self.n_init, "min_samples": self.min_samples}
-                found = partition(cloud.points, min(rows, len(cloud.names)), self.algorithm, **knobs)
+                found = partition(
+                    cloud.points,
+                    min(rows, len(cloud.names)),
+                    self.algorithm,
+                    seed=self.seed,
+                    n_init=self.n_init,
+                    min_samples=self.min_samples,
+                    graph=self.graph,
+                )
                 labels[cloud.names] = found + labels.max() + 1
         return Clusters(labels, rows)
 

@@ -14,7 +14,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, one_of, whole
-from nni_topo.maths.clustering.partition import ALGORITHMS, Algorithm
+from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, Graph
 from nni_topo.network.runtime import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
@@ -55,6 +55,8 @@ class ClusterPruner(StructuredPruner):
         Starts of k-means and mixtures, at least 1.
     min_samples : int, default=3
         DBSCAN's number of points that make a core, at least 1.
+    graph : {"epsilon", "knn", "gaussian"}, default="epsilon"
+        The graph of spectral clustering, see :func:`nni_topo.maths.clustering.partition`.
     budget : Budget, mapping or None, default=None
         :class:`~nni_topo.Budget` for the whole network instead of ratios, e.g. ``{"flops": 0.25}``.
     example_inputs : Any, default=None
@@ -96,7 +98,14 @@ class ClusterPruner(StructuredPruner):
     4
     """
 
-    @pruner_arguments(algorithm=one_of(ALGORITHMS), survivor=SURVIVOR, pool=POOL, n_init=whole(1), min_samples=whole(1))
+    @pruner_arguments(
+        algorithm=one_of(ALGORITHMS),
+        survivor=SURVIVOR,
+        pool=POOL,
+        n_init=whole(1),
+        min_samples=whole(1),
+        graph=one_of(GRAPHS),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -110,6 +119,7 @@ class ClusterPruner(StructuredPruner):
         pool: Pool = "none",
         n_init: int = 3,
         min_samples: int = 3,
+        graph: Graph = "epsilon",
         budget: Budget | Mapping[str, Any] | None = None,
         example_inputs: Any = None,
         round_to: int | None = None,
@@ -121,6 +131,7 @@ class ClusterPruner(StructuredPruner):
         self.pool = pool
         self.n_init = n_init
         self.min_samples = min_samples
+        self.graph = graph
         self.budget = budget
         self.example_inputs = example_inputs
         self.round_to = round_to
@@ -132,6 +143,7 @@ class ClusterPruner(StructuredPruner):
             algorithm=algorithm,
             n_init=n_init,
             min_samples=min_samples,
+            graph=graph,
             seed=seed,
         )
         super().__init__(

@@ -5,7 +5,8 @@ a cloud can spare is read off its H0 death times; *which* points are kept is a s
 genetic algorithm or greedily, that minimises a distance between the kept and the whole cloud.
 
 Source: Perera, "Topological Pruner: a neural network pruner using topological data analysis", MSc thesis, University of
-Moratuwa, 2022.
+Moratuwa, 2022. Only its abstract and lists are public: criteria, clouds and allocations are this project's, and
+``perera2022`` is our reconstruction.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ class TopologicalPruner(StructuredPruner):
         progress: bool | None = None,
         n_jobs: int | None = 1,
     ) -> TopologicalPruner:
-        """Return a pruner with our reconstruction of the thesis' setting, of which the front matter alone is public.
+        """Return a pruner with our reconstruction of a thesis from its abstract and lists; no more of it is public.
 
         The cloud is that of the weights, without the origin; the criterion is the bottleneck distance of the diagrams
         in H0 and H1, added, minimised by a genetic algorithm that starts from random individuals.

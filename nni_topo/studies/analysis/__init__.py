@@ -1,6 +1,12 @@
 """Studies of a model; none of them changes it."""
 
-from nni_topo.maths.topology.overlap import overlap_bound, random_overlap_log10, tree_overlap
+from nni_topo.maths.topology.overlap import (
+    network_overlap_bound,
+    network_tree_overlap,
+    overlap_bound,
+    random_overlap_log10,
+    tree_overlap,
+)
 from nni_topo.studies.analysis.bounds.propagation import ErrorBound, LayerErrorBound, error_bound
 from nni_topo.studies.analysis.compression import (
     CriticalCompression,
@@ -48,6 +54,8 @@ __all__ = [
     "draw_splits",
     "error_bound",
     "net_deviation",
+    "network_overlap_bound",
+    "network_tree_overlap",
     "neural_persistence",
     "overlap_bound",
     "plot_evolution",

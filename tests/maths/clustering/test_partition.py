@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.spatial.distance import cdist
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import cdist, pdist, squareform
+from sklearn.cluster import SpectralClustering
+from sklearn.neighbors import kneighbors_graph, radius_neighbors_graph
 
-from nni_topo.clustering import ALGORITHMS
+from nni_topo.clustering import ALGORITHMS, GRAPHS
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.clustering import partition
+from nni_topo.maths.clustering.partition import similarity_graph
 
 
 def blobs(count: int = 4, size: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -131,6 +135,99 @@ def test_equal_points_share_a_spectral_cluster_among_others():
     points = corners + np.random.default_rng(0).normal(size=corners.shape)
     points[:9] = points[0]
     assert same_partition(partition(points, 3, "spectral"), np.repeat([0, 1, 2], [12, 4, 4]))
+
+
+# Six points on a line: k = 1 + ceil(ln 6) = 3, and the longest edge of the spanning tree joins 7 and 12.
+LINE = np.array([0.0, 1.0, 3.0, 7.0, 12.0, 16.0])[:, None]
+
+
+def edges(graph: np.ndarray) -> set[tuple[int, int]]:
+    np.testing.assert_array_equal(graph, graph.T)
+    return {(int(one), int(other)) for one, other in np.argwhere(np.triu(graph))}
+
+
+def test_the_radius_is_the_smallest_at_which_the_graph_is_connected():
+    graph = similarity_graph(pdist(LINE), "epsilon")
+    assert edges(graph) == {(0, 1), (0, 2), (1, 2), (2, 3), (3, 4), (4, 5)}
+    assert set(graph.ravel().tolist()) == {0.0, 1.0}
+
+
+def test_a_pair_is_joined_if_one_is_among_the_three_nearest_of_the_other():
+    graph = similarity_graph(pdist(LINE), "knn")
+    # nearest of 0: 1, 3, 7; of 1: 0, 3, 7; of 3: 0, 1, 7; of 7: 3, 12, 1; of 12: 16, 7, 3; of 16: 12, 7, 3
+    of_one = {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (3, 4), (4, 5), (2, 4), (3, 5), (2, 5)}
+    assert edges(graph) == of_one
+    assert set(graph.ravel().tolist()) == {0.0, 1.0}
+
+
+def test_points_equally_far_away_are_all_neighbours_or_none():
+    # Two arcs of five points around a middle, k = 1 + ceil(ln 11) = 4: the nearest of a point on an arc are the other
+    # four, and the middle is as far from all ten, so it is joined with all or, by k alone, with the first four.
+    angles = np.concatenate([np.linspace(-0.2, 0.2, 5), np.pi + np.linspace(-0.2, 0.2, 5)])
+    points = np.concatenate([[[0.0, 0.0]], 10.0 * np.stack([np.cos(angles), np.sin(angles)], axis=1)])
+    points *= 1.0 + 1e-13 * np.random.default_rng(0).normal(size=(11, 1))  # rounding decides nothing
+    graph = similarity_graph(pdist(points), "knn")
+    assert graph[0].tolist() == [0.0] + [1.0] * 10
+    assert graph[1:6, 1:6].sum() == graph[6:, 6:].sum() == 20
+    assert graph[1:6, 6:].sum() == 0
+
+
+@given(st.integers(0, 50), st.integers(3, 30))
+@settings(max_examples=25, deadline=None)
+def test_graphs_are_those_of_scikit_learn(seed, count):
+    points = np.random.default_rng(seed).normal(size=(count, 3))
+    distances = pdist(points)
+    nearest = min(1 + int(np.ceil(np.log(count))), count - 1)
+    theirs = kneighbors_graph(points, nearest).toarray()
+    np.testing.assert_array_equal(similarity_graph(distances, "knn"), np.maximum(theirs, theirs.T))
+    ours = similarity_graph(distances, "epsilon")
+    radius = distances[squareform(ours) > 0].max()
+    np.testing.assert_array_equal(ours, radius_neighbors_graph(points, radius * (1 + 1e-9)).toarray())
+    assert connected_components(ours)[0] == 1
+    assert connected_components(radius_neighbors_graph(points, radius * (1 - 1e-9)))[0] == 2
+
+
+def test_the_gaussian_graph_has_half_of_its_weights_above_that_of_the_median_distance():
+    distances = np.array([1.0, 2.0, 3.0])
+    expected = np.exp(-np.array([1.0, 4.0, 9.0]) / 8.0)
+    np.testing.assert_allclose(squareform(similarity_graph(distances, "gaussian")), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_spectral_clusters_are_scikit_learns_on_the_graph(graph):
+    points = np.random.default_rng(2).normal(size=(30, 4))
+    affinities = similarity_graph(pdist(points), graph)
+    theirs = SpectralClustering(5, affinity="precomputed", random_state=0, n_init=3).fit(affinities).labels_
+    assert same_partition(partition(points, 5, "spectral", graph=graph), theirs)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_blobs_are_found_on_every_graph(graph):
+    points, labels = blobs()
+    assert same_partition(partition(points, 4, "spectral", graph=graph), labels)
+
+
+def test_neighbours_follow_a_ring_around_a_blob_which_distances_cut():
+    rng = np.random.default_rng(0)
+    angles = np.linspace(0.0, 2.0 * np.pi, 60, endpoint=False)
+    ring = 10.0 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    points, labels = np.concatenate([ring, rng.normal(size=(20, 2))]), np.repeat([0, 1], [60, 20])
+    assert same_partition(partition(points, 2, "spectral", graph="knn"), labels)
+    assert not same_partition(partition(points, 2, "spectral", graph="gaussian"), labels)
+
+
+def test_one_radius_joins_blobs_that_lie_nearer_than_the_farthest_one():
+    places = np.repeat([0.0, 1.0, 10.0], 8)
+    points = places[:, None] + 0.01 * np.random.default_rng(0).normal(size=(24, 2))
+    graph = similarity_graph(pdist(points), "epsilon")
+    assert graph[:8, 8:16].all()  # the radius is about 9, the distance of the last blob
+    assert not same_partition(partition(points, 3, "spectral", graph="epsilon"), places)
+    assert same_partition(partition(points, 3, "spectral", graph="knn"), places)
+
+
+def test_unknown_graphs_are_refused():
+    with pytest.raises(ConfigError, match="did you mean knn"):
+        partition(LINE, 2, "spectral", graph="knm")
 
 
 @given(st.integers(0, 40))

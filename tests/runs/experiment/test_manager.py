@@ -7,15 +7,20 @@ import os
 import re
 import signal
 import socket
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from nni.tools.nnictl.config_utils import Experiments
+from recorded_manager import Manager
 
 import nni_topo
 from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.runs.experiment import manager
 from nni_topo.runs.experiment.manager import check_port, free_port, load_experiment, start_experiment
 from nni_topo.runs.experiment.results import export_trial
 from nni_topo.runs.experiment.trials import TrialRecord, best_trial
@@ -41,6 +46,16 @@ while nni.get_sequence_id() == 0 and not asked.exists():
 x = nni.get_next_parameter()["x"]
 asked.touch()
 nni.report_final_result(x)
+"""
+QUICK = """
+import time
+import nni
+ratio = nni.get_next_parameter()["ratio"]
+if ratio == 0.75:
+    raise ValueError("a ratio that this network doesn't survive")
+if ratio == 0.875:
+    time.sleep(600)
+nni.report_final_result({"default": ratio / 2, "accuracy": ratio})
 """
 SECONDS = 240
 ALL_INTERFACES = {"0" * 32, "0" * 8}
@@ -102,6 +117,46 @@ def test_five_trials_of_which_one_crashes(home, nets, wait_until):
     exported = home.topo("experiment", "export", again["experiment"], "--trial", trials["fpgm"]["id"], "--out", "fpgm")
     assert exported.returncode == 0, exported.stderr
     assert json.loads((home.folder / "fpgm" / "settings.json").read_text())["pruner"] == "fpgm"
+
+
+def form(value):
+    """Keys, and types of values, however deep."""
+    if isinstance(value, dict):
+        return {name: form(each) for name, each in value.items()}
+    return [form(each) for each in value] if isinstance(value, list) else type(value).__name__
+
+
+@pytest.mark.slow
+def test_a_real_manager_answers_in_the_form_that_was_recorded(home, wait_until):
+    """The tests of the verbs in tests/cli repeat the recorded replies."""
+    home.write("quick.py", QUICK)
+    text = CONFIG.format(
+        space="  ratio: {_type: choice, _value: [0.25, 0.5, 0.75, 0.875]}",
+        nets="",
+        words="",
+        trials=4,
+        home=home.folder,
+    )
+    text = text.replace("trialConcurrency: 2", "trialConcurrency: 1")
+    text = text.replace("tuner: {name: GridSearch}", "tuner: {name: GridSearch, classArgs: {optimize_mode: maximize}}")
+    home.write("config.yml", re.sub("trialCommand: .*", "trialCommand: python quick.py", text))
+    recorded = Manager(home.folder / "trials")
+    words = ["experiment", "run", "config.yml", "--port", str(home.port), "--out", "out"]
+    with home.popen(sys.executable, "-m", "nni_topo", *words) as process:
+        try:
+            expected = ["FAILED", "RUNNING", "SUCCEEDED", "SUCCEEDED"]
+            wait_until(lambda: process.poll() is not None or statuses(home) == expected)
+            found = {name: home.rest(name) for name in ("experiment", "check-status", "trial-jobs")}
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=SECONDS)
+    assert [job["status"] for job in found["trial-jobs"]] == ["SUCCEEDED", "SUCCEEDED", "FAILED", "RUNNING"]
+    for name, reply in found.items():
+        assert form(reply) == form(recorded.replies[name]), name
+    for name in ("hyperParameters", "sequenceId"):
+        assert [job[name] for job in found["trial-jobs"]] == [job[name] for job in recorded.replies["trial-jobs"]]
+    scores = [job["finalMetricData"][0]["data"] for job in found["trial-jobs"][:2]]
+    assert scores == [job["finalMetricData"][0]["data"] for job in recorded.replies["trial-jobs"][:2]]
 
 
 @pytest.mark.slow
@@ -192,6 +247,53 @@ def test_a_port_in_use_is_a_clear_error(home, capsys, monkeypatch):
     assert not (home.folder / "nni-experiments").exists()
     with pytest.raises(ConfigError, match=r"must be in \[1, 65534\], got 70000"):
         check_port(70000)
+
+
+REMOTE = """
+trainingService:
+  platform: remote
+  reuseMode: false
+  machineList: [{host: 127.0.0.1, user: nobody, password: none}]
+"""
+
+
+def test_trials_on_other_machines_need_the_next_port_too(home, monkeypatch):
+    local = configured(home, home.folder, PRUNERS, 5)
+    text = Path(local).read_text().replace("trainingService: {platform: local}\n", "nniManagerIp: 127.0.0.1\n")
+    remote = home.write("remote.yml", text + REMOTE)
+    monkeypatch.chdir(home.folder)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", home.port + 1))
+        taken.listen()
+        with pytest.raises(ConfigError, match=f"a port must be free, got {home.port + 1}: Address already in use"):
+            start_experiment(load_experiment(remote), home.port)
+
+
+def test_a_stopped_experiment_is_resumed_with_its_own_configuration(tmp_path, monkeypatch):
+    # what NNI leaves of an experiment: a row in its list, and a database in the experiment's folder
+    monkeypatch.setattr(Experiments.__init__, "__defaults__", (str(tmp_path),))
+    params = {**Manager(tmp_path / "trials").replies["experiment"]["params"], "trialCommand": "python of_this_one.py"}
+    known = Experiments()
+    for name, state in (("old", "STOPPED"), ("new", "STOPPED"), ("begun", "STOPPED"), ("going", "RUNNING")):
+        begin = len(known.get_all_experiments())
+        own = {"status": state, "logDir": tmp_path, "pid": os.getpid()}
+        known.add_experiment(name, 8080, begin, "local", "", **own)
+    for name in ("old", "new"):
+        (tmp_path / name / "db").mkdir(parents=True)
+        with closing(sqlite3.connect(tmp_path / name / "db" / "nni.sqlite")) as base:
+            base.execute("create table ExperimentProfile (params text, id text, revision integer)")
+            row = json.dumps({**params, "maxTrialNumber": len(name)}), name, 1
+            base.execute("insert into ExperimentProfile values (?, ?, ?)", row)
+            base.commit()
+    config = manager._stopped_config("old")
+    assert (config.trial_command, config.max_trial_number) == ("python of_this_one.py", 3)
+    with pytest.raises(ConfigError, match="got one killed before: run its file again"):
+        manager._stopped_config("begun")
+    with pytest.raises(ConfigError, match="must have ended to be resumed, got RUNNING: `nnictl stop going` ends it"):
+        manager._stopped_config("going")
+    assert manager._registered(None)["id"] == "going"
+    with pytest.raises(ConfigError, match=r"must be one that NNI knows, got 'other' \(experiment\)"):
+        manager._stopped_config("other")
 
 
 def test_requests_that_make_no_sense_are_clear_errors(home, capsys, monkeypatch):

@@ -14,8 +14,10 @@ import torch
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.disk import is_held
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.choices import DataChoice, ModelChoice
+from nni_topo.runs.experiment import pipeline
 from nni_topo.runs.experiment.pipeline import reported, run_trial
 from nni_topo.runs.run import load_model_data
 from nni_topo.runs.trial import main
@@ -213,3 +215,48 @@ def test_a_folder_that_cant_be_made_is_a_clear_error(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="must be a folder that can be written to"):
         run_trial(settings, tmp_path / "file" / "trial")
+
+
+def test_outside_of_an_experiment_a_trial_counts_as_the_first(nets, tmp_path):
+    (tmp_path / "parameters.json").write_text('{"ratio": 0.5}')
+    words = [*SMALL_WORDS, "--retrain-epochs", "0", "--retrain-images", "50", "--double-images-after", "1"]
+    words += ["--params", str(tmp_path / "parameters.json"), "--cache", str(nets), "--out", str(tmp_path / "trial")]
+    assert main(words) == 0
+    assert json.loads((tmp_path / "trial" / "settings.json").read_text())["retrain_images"] == 50
+
+
+@pytest.mark.parametrize("is_given", [False, True])
+def test_of_trials_that_share_nets_one_trains_them(is_given, settings, nets, tmp_path, monkeypatch):
+    held = []
+
+    def noting(*arguments, **knobs):
+        held.append(is_held(nets))
+        return trained(*arguments, **knobs)
+
+    trained = pipeline.trained
+    monkeypatch.setattr(pipeline, "trained", noting)
+    (checkpoint,) = (nets / "checkpoints").glob("*seed0.pt")
+    own = str(checkpoint) if is_given else None
+    run_trial(dataclasses.replace(settings, retrain_epochs=0, checkpoint=own), tmp_path / "trial", cache=nets)
+    assert held == [not is_given]
+
+
+def test_each_of_two_processes_retrains_on_half_of_the_images_and_of_the_batch(settings, nets, tmp_path, monkeypatch):
+    seen = []
+
+    def noting(net, data, recipe, *, through, **knobs):
+        seen.append((len(data.train), recipe.batch_size, type(through), knobs["seed"]))
+
+    monkeypatch.setattr(pipeline, "retrain", noting)
+    trial = pipeline._Trial(settings, tmp_path, nets)
+    whole, batch = len(trial.start.data.train), trial.cell.retrain.batch_size
+    facts = {"accuracy_pruned": 0.5, "price": 0.0}
+    trial.retrained(trial.start.net, facts, None, 0, 1)
+    # a group of one process stands for two: what the second one does isn't looked at
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        trial.retrained(trial.start.net, facts, None, 1, 2)
+    finally:
+        torch.distributed.destroy_process_group()
+    parallel = torch.nn.parallel.DistributedDataParallel
+    assert seen == [(whole, batch, type(None), 0), (whole // 2, batch // 2, parallel, 1)]

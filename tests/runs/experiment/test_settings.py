@@ -32,6 +32,7 @@ def test_a_layer_without_a_ratio_gets_the_common_one():
 def test_a_tuners_budget_becomes_images():
     settings = TrialSettings(images_per_budget=150)
     assert with_parameters(settings, {"TRIAL_BUDGET": 3}).retrain_images == 450
+    assert with_parameters(TrialSettings(images_per_budget=1), {"TRIAL_BUDGET": 0.25}).retrain_images == 1
     with pytest.raises(ConfigError, match="needs images_per_budget, got none"):
         with_parameters(TrialSettings(), {"TRIAL_BUDGET": 3})
 

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
+from nni_topo import zoo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError
-from nni_topo.runs.choices import load_prune_config
+from nni_topo.runs.choices import DataChoice, ModelChoice, load_prune_config
+from nni_topo.runs.run import Start, load_model_data
+from nni_topo.studies.analysis.magnitude.report import markdown_magnitude
 from nni_topo.studies.analysis.magnitude.storage import stored_bytes, with_sparse_linears
 from nni_topo.studies.analysis.magnitude.study import AnalyzeMagnitude
 
@@ -35,57 +40,132 @@ def test_zeros_take_no_room_where_they_are_left_out():
 @pytest.mark.slow
 def test_the_study_writes_rows_a_picture_and_goes_on(tmp_path, capsys, drawn):
     words = ["analyze", "magnitude", *SMALL, "--rounds", "2", "--epochs", "2", "--json", "--out", str(tmp_path)]
+    words += ["--batch", "64", "--seconds", "0.2", "--seeds", "2"]
+    # without fine-tuning the direct rows alone, which the next call finds
+    assert main([*words, "--ratios", "0.5", "--epochs", "0"]) == 0
+    assert capsys.readouterr().err.count("direct, 0.5, seed") == 6
     assert main([*words, "--ratios", "0.5"]) == 0
     first = json.loads(capsys.readouterr().out)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 18
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     assert main([*words, "--ratios", "0.5", "0.8"]) == 0
     output = capsys.readouterr()
     document = json.loads(output.out)
-    assert output.err.count("0.5:") == 1
-    kinds = {(row["pruner"], row["part"], row["way"]) for row in document["rows"]}
-    assert len(kinds) == 9
-    assert len(document["rows"]) == 18
+    assert output.err.count("0.5, seed") == 1
+    kinds = {(row["pruner"], row["part"], row["way"], row["seed"]) for row in document["rows"]}
+    assert len(kinds) == 18
+    assert len(document["rows"]) == 36
     kept = [row for row in document["rows"] if row["ratio"] == 0.5]
     assert [row["accuracy"] for row in kept] == [row["accuracy"] for row in first["rows"]]
-    level, matrix = (
-        next(row for row in document["rows"] if row["pruner"] == name and row["ratio"] == 0.8 and "params" in row)
-        for name in ("level", "matrix")
-    )
-    assert matrix["params"] < level["params"] < 0.25 * document["baseline"]["params"]
-    assert matrix["bytes"]["dense"] < 0.5 * level["bytes"]["dense"]
-    assert set(level["latency_ms"]) == {"unpruned", "zeros", "csr"}
-    assert set(matrix["latency_ms"]) == {"unpruned", "zeros", "dense"}
+    # the seeds train networks of their own
+    assert [base["seed"] for base in document["baselines"]] == [0, 1]
+    assert document["baselines"][0]["bytes"]["gzip"] != document["baselines"][1]["bytes"]["gzip"]
+    for seed, baseline in enumerate(document["baselines"]):
+        level, matrix = (
+            next(
+                row
+                for row in document["rows"]
+                if (row["pruner"], row["ratio"], row["seed"]) == (name, 0.8, seed) and "params" in row
+            )
+            for name in ("level", "matrix")
+        )
+        assert matrix["params"] < level["params"] < 0.25 * baseline["params"]
+        assert matrix["bytes"]["dense"] < 0.5 * level["bytes"]["dense"]
+        assert set(level["time_shares"]) == {"unpruned", "zeros", "csr"}
+        assert set(matrix["time_shares"]) == {"unpruned", "zeros", "dense"}
     check_picture(drawn, document)
+    # records timed on another batch aren't used, the others are
+    assert main([*words, "--ratios", "0.5", "--batch", "32"]) == 0
+    assert capsys.readouterr().err.count("0.5, seed") == 4
 
 
 def check_picture(drawn, document):
-    """The five panels: accuracy, layers alone, parameters, bytes and time, against the ratio."""
+    """The five panels: accuracy, layers alone, parameters, bytes and time, means over the seeds against the ratio."""
     rows = sorted(document["rows"], key=lambda row: row["ratio"])
-    accuracy = {}
+
+    def means(found):
+        return {
+            label: [(ratio, pytest.approx(sum(values) / len(values))) for ratio, values in points.items()]
+            for label, points in found.items()
+        }
+
+    def add(found, label, ratio, value):
+        found.setdefault(label, {}).setdefault(ratio, []).append(value)
+
+    accuracy, alone, params, disk, time = {}, {}, {}, {}, {}
     for row in rows:
         way = row["way"].replace("retrained", "fine-tuned")  # records keep the older word
-        label = f"{row['pruner']}, {row['part']}, {way}"
-        accuracy.setdefault(label, []).append((row["ratio"], row["accuracy"]))
-    assert drawn.lines("magnitude.png", 0) == accuracy
-    alone = {
-        "+".join(curve["layers"]): [(float(ratio), value) for ratio, value in curve["accuracy"].items()]
-        for curve in document["sensitivity"]["curves"]
-    }
-    assert drawn.lines("magnitude.png", 1) == alone
-    params, disk, time = {}, {}, {}
+        add(accuracy, f"{row['pruner']}, {row['part']}, {way}", row["ratio"], row["accuracy"])
+    assert drawn.lines("magnitude.png", 0) == means(accuracy)
+    for study in document["sensitivities"]:
+        for curve in study["curves"]:
+            for ratio, value in curve["accuracy"].items():
+                add(alone, "+".join(curve["layers"]), float(ratio), value)
+    assert drawn.lines("magnitude.png", 1) == means(alone)
     for row in (row for row in rows if row["part"] == "all" and row["way"] == "direct"):
-        params.setdefault(row["pruner"], []).append((row["ratio"], row["params"]))
+        add(params, row["pruner"], row["ratio"], row["params"])
         for name, size in row["bytes"].items():
-            disk.setdefault(f"{row['pruner']}, {name}", []).append((row["ratio"], size))
-        for name in set(row["latency_ms"]) - {"unpruned"}:
-            share = row["latency_ms"][name] / row["latency_ms"]["unpruned"]
-            time.setdefault(f"{row['pruner']}, {name}", []).append((row["ratio"], share))
-    assert [drawn.lines("magnitude.png", panel) for panel in (2, 3, 4)] == [params, disk, time]
+            add(disk, f"{row['pruner']}, {name}", row["ratio"], size)
+        for name, share in row["time_shares"].items():
+            add(time, f"{row['pruner']}, {name}", row["ratio"], share["median"])
+    assert [drawn.lines("magnitude.png", panel) for panel in (2, 3, 4)] == [means(params), means(disk), means(time)]
     levels = [axis.get_lines()[-1].get_ydata()[0] for axis in drawn["magnitude.png"].axes]
-    baseline = document["baseline"]
-    assert levels == [baseline["accuracy"], baseline["accuracy"], baseline["params"], baseline["bytes"]["dense"], 1.0]
+    baselines = document["baselines"]
+    expected = [sum(base[key] for base in baselines) / len(baselines) for key in ("accuracy", "accuracy", "params")]
+    dense = sum(base["bytes"]["dense"] for base in baselines) / len(baselines)
+    assert levels == pytest.approx([*expected, dense, 1.0])
+
+
+def record(ratio, seed, accuracy, **costs):
+    return {
+        "pruner": "level",
+        "part": "all",
+        "way": "direct",
+        "ratio": ratio,
+        "seed": seed,
+        "accuracy": accuracy,
+    } | costs
+
+
+def test_tables_have_means_with_the_lowest_and_the_highest_of_the_seeds():
+    sizes = dict.fromkeys(("dense", "gzip", "coo", "csr", "csr32"), 2000)
+    rows, baselines, sensitivities = [], [], []
+    for seed, accuracy in enumerate((0.5, 0.6, 0.9)):
+        shares = {"unpruned": {"median": 1.0 + 0.01 * (seed - 1), "half": 0.01}}
+        shares["zeros"] = {"median": 0.5 + 0.1 * seed, "half": 0.04}
+        sized = sizes | {"gzip": 1000 * (seed + 1)}
+        rows.append(record(0.5, seed, accuracy, params=500, bytes=sized, time_shares=shares))
+        baselines.append(
+            {"seed": seed, "accuracy": 0.8, "params": 1000, "bytes": sizes, "latency_ms": 2.0, "batch": 256}
+        )
+        curves = [{"layers": ["a", "b"], "accuracy": {"0.5": accuracy - 0.1}}]
+        sensitivities.append({"seed": seed, "curves": curves})
+    text = markdown_magnitude({"rows": rows, "baselines": baselines, "sensitivities": sensitivities})
+    assert "Unpruned: 80.0 %, 2.0 ms for 256 images. Seeds: 3." in text
+    assert "| level | all | direct | 66.7 [50.0, 90.0] |" in text
+    assert "| a+b | 56.7 [40.0, 80.0] |" in text
+    assert "| level | parameters (k) | 1.0 | 0.5 |" in text
+    assert "| level | gzip (kB) | 2.0 | 2.0 [1.0, 3.0] |" in text
+    assert "| level | zeros: time / unpruned network's time | 1 | 0.60 [0.50, 0.70] |" in text
+    assert "takes 1.000 [0.990, 1.010] of its time" in text
+    assert "on average 2.5 % of it to either side, at most 4.0 %" in text
+
+
+def test_a_copy_of_the_unpruned_network_takes_its_time_and_a_dense_small_one_less(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 600), nn.ReLU(), nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 10)
+    )
+    images, labels = torch.randn(256, 1, 28, 28), torch.zeros(256, dtype=torch.long)
+    data = load_model_data(ModelChoice("lenet300"), DataChoice("digits", limit=50))
+    data = dataclasses.replace(data, test=TensorDataset(images, labels))
+    study = AnalyzeMagnitude(model="lenet300", out=tmp_path, seconds=3.0)
+    found = study._measured(Start(net.eval(), data, zoo.Recipe(epochs=1)), "matrix", "all", "direct", 0.9)
+    shares = {name: share["median"] for name, share in found["time_shares"].items()}
+    # the machine may be busy, but never so that a network's rounds take half of the time of the same network's rounds
+    assert 0.67 < shares["unpruned"] < 1.5
+    assert shares["dense"] < 0.5
 
 
 def test_sensitivity_suggests_what_prune_takes(tmp_path, capsys):
@@ -122,6 +202,10 @@ def test_sensitivity_gives_pruners_the_data_they_need(pruner, kept, tmp_path):
         ({"ratios": (1.0,)}, "ratios must be one or more numbers"),
         ({"rounds": 0}, "rounds must be in \\[1, epochs\\], got 0 of 3 epochs"),
         ({"rounds": 4}, "got 4 of 3 epochs"),
+        ({"epochs": -1}, r"epochs must be an integer of at least 0, got -1 \(magnitude\)"),
+        ({"seeds": 0}, r"seeds must be an integer of at least 1, got 0 \(magnitude\)"),
+        ({"batch": 0}, r"batch must be an integer of at least 1, got 0 \(magnitude\)"),
+        ({"seconds": 0.0}, r"seconds must be above 0 and finite, got 0.0 \(magnitude\)"),
     ],
 )
 def test_bad_requests_are_refused(knobs, message, tmp_path):

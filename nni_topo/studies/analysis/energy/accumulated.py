@@ -1,11 +1,11 @@
-"""Prune layer after layer by energy without fine-tuning, to see how small losses add up.
+"""Prune layer after layer by energy, to see how small losses add up and what fine-tuning in between does.
 
-Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.1.
+Source: Janjic, MSc thesis, University of Manitoba, 2018, section 6.1 and the chapter on future work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ def accumulate_energy(
     evaluate: EvaluateQuality,
     *,
     threshold: float = 0.01,
+    retrain: Callable[[nn.Module], object] | None = None,
     **knobs: Any,
 ) -> list[Step]:
     """Prune one layer after the other and measure the network after each.
@@ -59,6 +60,9 @@ def accumulate_energy(
         Maps a model to its :class:`~nni_topo.analysis.Quality`.
     threshold : float, default=0.01
         Energy share, in (0, 1).
+    retrain : callable or None, default=None
+        Trains the dense network in place after each layer, before it is measured and its next layer pruned. None:
+        nothing is trained.
     **knobs
         Of :class:`~nni_topo.EnergyFilterPruner`.
 
@@ -75,6 +79,8 @@ def accumulate_energy(
         _, masks = pruner.compress()
         before = _channels(dense, names[0])
         dense = to_dense(dense, example_inputs, masks)
+        if retrain is not None:
+            retrain(dense)
         steps.append(Step(names, before - _channels(dense, names[0]), quality_of(evaluate, dense)))
     return steps
 

@@ -1,4 +1,4 @@
-"""The optional parts of an energy study: dropout, accumulated pruning, replacement, selection, schedules.
+"""The optional parts of an energy study, from dropout to schedules.
 
 Each part takes a :class:`Subject` and returns plain numbers for the study's record.
 """
@@ -19,9 +19,9 @@ from nni_topo.network.speedup import dependency_groups, masked_model
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.choices import PrunerChoice
 from nni_topo.runs.provenance import Record
-from nni_topo.runs.run import Start
+from nni_topo.runs.run import Start, retrain
 from nni_topo.runs.scheduled import Schedule, prune_on_schedule
-from nni_topo.studies.analysis.energy.accumulated import accumulate_energy, harmless_layers
+from nni_topo.studies.analysis.energy.accumulated import Step, accumulate_energy, harmless_layers
 from nni_topo.studies.analysis.energy.dropout import RATES, study_dropout
 from nni_topo.studies.analysis.energy.plots import layer_plot
 from nni_topo.studies.analysis.energy.replacement import study_replacement
@@ -94,6 +94,35 @@ def accumulated_part(subject: Subject) -> Record:
     return {"threshold": threshold, "steps": plain(steps)}
 
 
+def iterative_part(subject: Subject) -> Record:
+    """Prune all layers at 10 % of their energy, one after the other, with equal epochs of fine-tuning between or after.
+
+    ``"none"``: no fine-tuning. ``"between"``: an epoch after each layer. ``"after"``: as many epochs, after the last.
+    """
+    start, threshold = subject.start, subject.nearest(0.1)
+    layers = [row.layers for row in subject.study.layers if row.removed[threshold]]
+
+    def steps(retrain_step: Callable[[nn.Module], object]) -> list[Step]:
+        return accumulate_energy(
+            start.net,
+            layers,
+            start.example,
+            subject.evaluate,
+            threshold=threshold,
+            retrain=retrain_step,
+            **subject.knobs,
+        )
+
+    each = start.recipe.for_retraining(1)
+    networks: list[nn.Module] = []
+    without = steps(networks.append)
+    between = steps(lambda net: retrain(net, start.data, each, seed=start.seed))
+    last = networks[-1]
+    retrain(last, start.data, start.recipe.for_retraining(len(layers)), seed=start.seed)
+    record: Record = {"threshold": threshold, "epochs": len(layers), "none": plain(without), "between": plain(between)}
+    return {**record, "after": plain(subject.evaluate(last))}
+
+
 def replacement_part(subject: Subject) -> Record:
     """Replace one layer's low-energy filters; evaluate before and after batch-norm re-calibration."""
     row, threshold = subject.single_layer(), subject.nearest(0.1)
@@ -150,6 +179,7 @@ def schedules_part(subject: Subject) -> Record:
 PARTS: dict[str, Callable[[Subject], Record]] = {
     "dropout": dropout_part,
     "accumulated": accumulated_part,
+    "iterative": iterative_part,
     "replacement": replacement_part,
     "selection": selection_part,
     "schedules": schedules_part,

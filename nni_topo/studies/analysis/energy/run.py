@@ -64,7 +64,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
     thresholds: tuple[float, ...] = THRESHOLDS  # energy shares in (0, 1), ascending
     images: int | None = None  # number of validation images, and of test images, at least 1; None: all
     max_drop: float = 0.01  # accuracy that each suggested threshold may cost alone, at least 0
-    parts: Names = ()  # further studies: dropout, accumulated, replacement, selection, schedules
+    parts: Names = ()  # further: dropout, accumulated, iterative, replacement, selection, schedules
     layer: str | None = None  # layer of replacement and selection; None: the one that costs most accuracy
     calibration: int = 0  # training images whose responses are measured instead of the chirp's; 0: the chirp
     sweep: str = _CHIRP.sweep  # of the chirp: nyquist or thesis

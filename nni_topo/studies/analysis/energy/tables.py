@@ -95,6 +95,18 @@ def _accumulated_table(part: Record) -> _Table:
     return _Table(title, ["after layer", "removed", "accuracy %", "loss"], rows, [])
 
 
+def _iterative_table(part: Record) -> _Table:
+    share, epochs = f"{100 * part['threshold']:g} %", part["epochs"]
+    title = f"one layer after the other at {share} of its energy; {epochs} epochs of fine-tuning in all"
+    rows = []
+    for without, step in zip(part["none"], part["between"], strict=True):
+        alone = [_name(without), str(without["removed"]), _percent(without["quality"])]
+        rows.append([*alone, str(step["removed"]), *_quality(step["quality"])])
+    head = ["after layer", "removed", "accuracy %", "an epoch after each: removed", "accuracy %", "loss"]
+    after = [f"the first, then {epochs} epochs", "", _percent(part["after"]), "", "", ""]
+    return _Table(title, head, rows, [after])
+
+
 def _replacement_table(part: Record) -> _Table:
     rows = [
         [
@@ -134,6 +146,7 @@ def _schedules_table(part: Record) -> _Table:
 _PARTS: dict[str, Callable[[Record], _Table]] = {
     "dropout": _dropout_table,
     "accumulated": _accumulated_table,
+    "iterative": _iterative_table,
     "replacement": _replacement_table,
     "selection": _selection_table,
     "schedules": _schedules_table,

@@ -1,21 +1,28 @@
-"""Figures and tables of the magnitude study."""
+"""Figures and tables of the magnitude study: means over the seeds, with the lowest and the highest."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.pictures import finish
-from nni_topo.studies.tables import markdown_table
+from nni_topo.studies.tables import markdown_table, show_range
 
 _WAYS = {"direct": "-", "direct, retrained": "--", "iterative": ":"}
 WORDS = {"direct": "direct", "direct, retrained": "direct, fine-tuned", "iterative": "iterative"}
 """The ways, named as in the records, in the words of figures and tables."""
 _PARTS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "C2", ("matrix", "all"): "C3"}
+_AGAIN = "unpruned"  # the copy of the unpruned network among the timed ones
+_SHARE = "time / unpruned network's time"
+
+Values = Mapping[float, Sequence[float]]
+"""By ratio the values of all seeds."""
 
 
 def magnitude_figure(document: Record) -> Figure:
@@ -23,28 +30,27 @@ def magnitude_figure(document: Record) -> Figure:
     figure = Figure(figsize=(15.0, 8.0), layout="constrained")
     (accuracy, alone, params), (disk, time, spare) = figure.subplots(2, 3)
     spare.remove()
-    rows, baseline = document["rows"], document["baseline"]
+    rows, baselines = document["rows"], document["baselines"]
     for (pruner, part), color in _PARTS.items():
         for way, style in _WAYS.items():
-            points = [(row["ratio"], row["accuracy"]) for row in _chosen(rows, pruner, part, way)]
-            _line(accuracy, points, style, color, f"{pruner}, {part}, {WORDS[way]}")
+            found = _by_ratio(_chosen(rows, pruner, part, way), "accuracy")
+            _line(accuracy, found, style, color, f"{pruner}, {part}, {WORDS[way]}")
     for pruner, color in (("level", "C0"), ("matrix", "C3")):
         chosen = _chosen(rows, pruner, "all", "direct")
-        _line(params, [(row["ratio"], row["params"]) for row in chosen], ".-", color, pruner)
-        for name, style in zip(baseline["bytes"], ("-", "--", ":", "-.", ".-"), strict=True):
-            _line(disk, [(row["ratio"], row["bytes"][name]) for row in chosen], style, color, f"{pruner}, {name}")
-        for name, shares in _shares(chosen).items():
-            points = [(row["ratio"], share) for row, share in zip(chosen, shares, strict=True)]
-            _line(time, points, "--" if name == "zeros" else "-", color, f"{pruner}, {name}")
-    for index, curve in enumerate(document["sensitivity"]["curves"]):
-        points = [(float(ratio), value) for ratio, value in curve["accuracy"].items()]
-        _line(alone, points, ".-", f"C{index % 10}", "+".join(curve["layers"]))
+        _line(params, _by_ratio(chosen, "params"), ".-", color, pruner)
+        for name, style in zip(baselines[0]["bytes"], ("-", "--", ":", "-.", ".-"), strict=True):
+            _line(disk, _by_ratio(chosen, "bytes", name), style, color, f"{pruner}, {name}")
+        for name in _timed(chosen):
+            style = {"zeros": "--", _AGAIN: ":"}.get(name, "-")
+            _line(time, _by_ratio(chosen, "time_shares", name, "median"), style, color, f"{pruner}, {name}")
+    for index, (layers, found) in enumerate(_alone(document).items()):
+        _line(alone, found, ".-", f"C{index % 10}", layers)
     for axis, label, unpruned in (
-        (accuracy, "accuracy", baseline["accuracy"]),
-        (alone, "accuracy, one layer pruned", baseline["accuracy"]),
-        (params, "nonzero parameters", baseline["params"]),
-        (disk, "bytes on disk", baseline["bytes"]["dense"]),
-        (time, "time / unpruned network's time", 1.0),
+        (accuracy, "accuracy", _mean(base["accuracy"] for base in baselines)),
+        (alone, "accuracy, one layer pruned", _mean(base["accuracy"] for base in baselines)),
+        (params, "nonzero parameters", _mean(base["params"] for base in baselines)),
+        (disk, "bytes on disk", _mean(base["bytes"]["dense"] for base in baselines)),
+        (time, _SHARE, 1.0),
     ):
         axis.axhline(unpruned, color="0.5", linewidth=0.8)
         finish(axis, "ratio", label, yscale="log" if axis in (params, disk) else "linear")
@@ -53,33 +59,43 @@ def magnitude_figure(document: Record) -> Figure:
 
 def markdown_magnitude(document: Record) -> str:
     """Return the study's tables: accuracies by way and by layer, then parameters, bytes and times by ratio."""
-    rows, baseline = document["rows"], document["baseline"]
+    rows, baselines = document["rows"], document["baselines"]
     ratios = sorted({row["ratio"] for row in rows})
     head = [f"{ratio:g}" for ratio in ratios]
     accuracies = []
     for (pruner, part), way in itertools.product(_PARTS, _WAYS):
-        found = {row["ratio"]: row["accuracy"] for row in _chosen(rows, pruner, part, way)}
+        found = _by_ratio(_chosen(rows, pruner, part, way), "accuracy")
         if found:
-            accuracies.append([pruner, part, WORDS[way], *(_percent(found.get(ratio)) for ratio in ratios)])
-    costs = []
+            accuracies.append([pruner, part, WORDS[way], *_cells(found, ratios, 100)])
+    alone = [[layers, *_cells(found, ratios, 100)] for layers, found in _alone(document).items()]
+    costs, noise, halves = [], [], []
     for pruner in ("level", "matrix"):
         chosen = _chosen(rows, pruner, "all", "direct")
         if not chosen:
             continue
-        costs.append([pruner, "parameters (k)", *_thousands([baseline["params"], *(row["params"] for row in chosen)])])
-        for name, size in baseline["bytes"].items():
-            costs.append([pruner, f"{name} (kB)", *_thousands([size, *(row["bytes"][name] for row in chosen)])])
-        for name, shares in _shares(chosen).items():
-            shown = (f"{share:.2f}" for share in (1.0, *shares))
-            costs.append([pruner, f"{name}: time / unpruned network's time", *shown])
-    curves = document["sensitivity"]["curves"]
-    alone = [["+".join(c["layers"]), *(_percent(c["accuracy"].get(str(ratio))) for ratio in ratios)] for c in curves]
+        unpruned = show_range([base["params"] for base in baselines], 1e-3)
+        costs.append([pruner, "parameters (k)", unpruned, *_cells(_by_ratio(chosen, "params"), ratios, 1e-3)])
+        for name in baselines[0]["bytes"]:
+            unpruned = show_range([base["bytes"][name] for base in baselines], 1e-3)
+            found = _by_ratio(chosen, "bytes", name)
+            costs.append([pruner, f"{name} (kB)", unpruned, *_cells(found, ratios, 1e-3)])
+        for name in _timed(chosen):
+            found = _by_ratio(chosen, "time_shares", name, "median")
+            timed = "copy of the unpruned network" if name == _AGAIN else name
+            costs.append([pruner, f"{timed}: {_SHARE}", "1", *_cells(found, ratios, 1, 2)])
+            halves += [row["time_shares"][name]["half"] for row in chosen]
+        noise += [row["time_shares"][_AGAIN]["median"] for row in chosen]
+    accuracy = show_range([base["accuracy"] for base in baselines], 100)
+    first, milliseconds = baselines[0], show_range([base["latency_ms"] for base in baselines])
     return "\n\n".join(
         (
-            f"Unpruned: {_percent(baseline['accuracy'])} %, {baseline['latency_ms']:.2f} ms for 64 images.",
-            markdown_table(["pruner", "layers", "way", *head], accuracies),
-            markdown_table(["layer alone", *head], alone),
-            markdown_table(["pruner", "what", "0", *head], costs),
+            f"Unpruned: {accuracy} %, {milliseconds} ms for {first['batch']} images. Seeds: {len(baselines)}.",
+            markdown_table(["pruner", "layers", "way", *head], accuracies, text_columns=3),
+            markdown_table(["layer alone", *head], alone, text_columns=1),
+            markdown_table(["pruner", "what", "0", *head], costs, text_columns=2),
+            f"Noise of the times: a copy of the unpruned network takes {show_range(noise, 1, 3)} of its time. "
+            f"Each is the median of many rounds, whose 95 % interval is on average {100 * _mean(halves):.1f} % of it "
+            f"to either side, at most {100 * max(halves):.1f} %.",
         )
     )
 
@@ -89,21 +105,46 @@ def _chosen(rows: Sequence[Record], pruner: str, part: str, way: str) -> list[Re
     return sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["ratio"])
 
 
-def _shares(rows: Sequence[Record]) -> dict[str, list[float]]:
-    """Return each network's times over those of the unpruned network, which was timed in turns with it."""
-    timed = [row["latency_ms"] for row in rows]
-    names = [name for name in timed[0] if name != "unpruned"] if timed else []
-    return {name: [times[name] / times["unpruned"] for times in timed] for name in names}
+def _by_ratio(rows: Iterable[Record], *keys: str) -> Values:
+    """Return what lies under the keys in records of several seeds."""
+    found = defaultdict[float, list[float]](list)
+    for row in rows:
+        value = row
+        for key in keys:
+            value = value[key]
+        found[row["ratio"]].append(float(value))  # type: ignore[arg-type]
+    return found
 
 
-def _line(axis: Axes, points: Sequence[tuple[float, float]], style: str, color: str, label: str) -> None:
-    if points:
-        axis.plot(*zip(*points, strict=True), style, color=color, label=label)
+def _alone(document: Record) -> Mapping[str, Values]:
+    """Return the accuracies with one layer pruned, by the names of coupled layers."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for study in document["sensitivities"]:
+        for curve in study["curves"]:
+            accuracies = found.setdefault("+".join(curve["layers"]), {})
+            for ratio, value in curve["accuracy"].items():
+                accuracies.setdefault(float(ratio), []).append(value)
+    return found
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
+def _timed(rows: Sequence[Record]) -> list[str]:
+    return list(rows[0]["time_shares"]) if rows else []
 
 
-def _thousands(values: Sequence[float]) -> list[str]:
-    return [f"{value / 1e3:.1f}" for value in values]
+def _line(axis: Axes, found: Values, style: str, color: str, label: str) -> None:
+    """Draw the means, and a band from the lowest to the highest where there are several seeds."""
+    if not found:
+        return
+    ratios = list(found)
+    axis.plot(ratios, [_mean(found[ratio]) for ratio in ratios], style, color=color, label=label)
+    if max(map(len, found.values())) > 1:
+        lowest, highest = [min(found[ratio]) for ratio in ratios], [max(found[ratio]) for ratio in ratios]
+        axis.fill_between(ratios, lowest, highest, alpha=0.1, linewidth=0, color=color)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _cells(found: Values, ratios: Sequence[float], scale: float, digits: int = 1) -> list[str]:
+    return [show_range(found[ratio], scale, digits) if ratio in found else "" for ratio in ratios]

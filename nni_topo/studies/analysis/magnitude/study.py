@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from nni_topo import zoo
 from nni_topo.disk import only_process
-from nni_topo.errors import ConfigError, instance, number
+from nni_topo.errors import ConfigError, check_integer, instance, number, whole
+from nni_topo.network.cost import time_shares
 from nni_topo.network.layers import CONVOLUTIONS, weights_left
+from nni_topo.network.runtime import detached_copy
 from nni_topo.network.speedup import dependency_groups, masked_model
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
@@ -36,9 +38,9 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": CONVOLUTIONS,
     "dense": (nn.Linear,),
 }
-_BATCH = 64
 _ROW = {
     **dict.fromkeys(("pruner", "part", "way"), instance(str)),
+    "seed": whole(0),
     "ratio": number(0.0, 1.0),
     "accuracy": number(0.0, 1.0),
 }
@@ -46,12 +48,12 @@ _ROW = {
 
 @dataclass(frozen=True)
 class MagnitudeStudy(Findings):
-    """Records of the unpruned network, of every way of pruning it, and of each layer pruned alone."""
+    """Records of every way of pruning, and, a record per seed, of the unpruned networks and of each layer alone."""
 
     stem = "magnitude"
-    baseline: Record
     rows: list[Record]
-    sensitivity: Record
+    baselines: list[Record]
+    sensitivities: list[Record]
 
     def figures(self) -> dict[str, Figure]:
         """Return ``magnitude``: accuracy, each layer's sensitivity, parameters, bytes and time against the ratio."""
@@ -63,43 +65,71 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
     """Prune by magnitude directly and iteratively, and measure the bytes and time that zeros save.
 
     Direct pruning has all epochs of fine-tuning after its only round, iterative pruning shares them among its rounds.
+    Each seed trains a network of its own, unless there is a checkpoint, and fine-tunes with that seed.
     """
 
     ratios: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)  # sparse_ratio of the pruned layers, in (0, 1)
     rounds: int = 3  # rounds of iterative pruning, in [1, epochs]
-    epochs: int = 3  # epochs of fine-tuning in all
+    epochs: int = 3  # epochs of fine-tuning in all, at least 0; 0: direct pruning alone
+    seeds: int = 1  # runs, each with a seed of its own, at least 1
     images: int | None = None  # test images used, at least 1; None: all
-    runs: int = 30  # timed passes, at least 1
+    batch: int = 256  # test images of a timed pass, at least 1
+    seconds: float = 10.0  # after so many seconds of timing one pruned network no further round starts, above 0
 
     def check(self) -> None:
         """Raise ConfigError unless the study can be carried out."""
         if not self.ratios or not all(0.0 < ratio < 1.0 for ratio in self.ratios):
             raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {self.ratios} (magnitude)")
-        if not 1 <= self.rounds <= self.epochs:
+        check_integer("epochs", self.epochs, 0, "magnitude")
+        if self.epochs and not 1 <= self.rounds <= self.epochs:
             raise ConfigError(f"rounds must be in [1, epochs], got {self.rounds} of {self.epochs} epochs (magnitude)")
+        check_integer("seeds", self.seeds, 1, "magnitude")
+        check_integer("batch", self.batch, 1, "magnitude")
+        number(0.0, closed="neither").check("seconds", self.seconds, "magnitude")
 
     def find(self, tell: Tell) -> MagnitudeStudy:
-        """Prune one trained network in every way that has no record in ``rows.jsonl`` yet."""
+        """Prune each seed's network in every way that has no record in ``rows.jsonl`` yet."""
         self.check()
         with only_process(self.out, wait=False):
             return self._found(tell)
 
     def _found(self, tell: Tell) -> MagnitudeStudy:
-        start, path = self.start(self.images), self.out / "rows.jsonl"
-        images = {"train_images": len(start.data.train), "test_images": len(start.data.test)}
-        request = {"rounds": self.rounds, "epochs": self.epochs, "seed": self.seed, **images}
-        rows = [
-            row for row in read_records(path, _ROW) if request.items() <= row.items() and row["ratio"] in self.ratios
-        ]
+        rows, baselines, sensitivities = [], [], []
+        for seed in range(self.seed, self.seed + self.seeds):
+            start = replace(self, seed=seed).start(self.images)
+            rows += self._rows(start, tell)
+            baselines.append(self.baseline(start))
+            curves = sensitivity(start.net, start.example, start.tested, sorted(set(self.ratios)), "level")
+            sensitivities.append({"seed": seed, **curves.to_dict()})
+        return MagnitudeStudy(sorted(rows, key=lambda row: (*_place(row), row["seed"])), baselines, sensitivities)
+
+    def _rows(self, start: Start, tell: Tell) -> list[Record]:
+        """Return the records of one seed, known ones first."""
+        path = self.out / "rows.jsonl"
+        wanted = {_place(row): row for row in self._wanted(start)}
+        known = read_records(path, _ROW)
+        rows = [r for r in known if _place(r) in wanted and self._request(start, r).items() <= r.items()]
         done = set(map(_place, rows))
-        for row in self._wanted(start):
-            if _place(row) not in done:
-                rows.append({**row, **self._measured(start, **row), **request})
-                which = f"{row['pruner']}, {row['part']}, {WORDS[row['way']]}, {row['ratio']:g}"
+        for place, row in wanted.items():
+            if place not in done:
+                rows.append({**row, **self._measured(start, **row), **self._request(start, row)})
+                which = f"{row['pruner']}, {row['part']}, {WORDS[row['way']]}, {row['ratio']:g}, seed {start.seed}"
                 tell(f"{which}: {100 * rows[-1]['accuracy']:.1f} %")
                 append_record(path, rows[-1])
-        curves = sensitivity(start.net, start.example, start.tested, sorted(set(self.ratios)), "level")
-        return MagnitudeStudy(self.baseline(start), sorted(rows, key=_place), curves.to_dict())
+        return rows
+
+    def _request(self, start: Start, row: Record) -> Record:
+        """Return what a record's figures depend on, beside its place."""
+        request: Record = {
+            "seed": start.seed,
+            "train_images": len(start.data.train),
+            "test_images": len(start.data.test),
+        }
+        if row["way"] != "direct":
+            request |= {"rounds": self.rounds, "epochs": self.epochs}
+        if _has_costs(row):
+            request |= {"batch": self.batch, "seconds": self.seconds}
+        return request
 
     def show(self, found: MagnitudeStudy) -> Iterator[str]:
         """Yield the tables, in Markdown."""
@@ -107,17 +137,24 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
 
     def baseline(self, start: Start) -> Record:
         """Return the record of the unpruned network."""
+        images = self._timed_images(start)
         return {
+            "seed": start.seed,
             "accuracy": start.accuracy,
             "params": zoo.count_params(start.net),
             "bytes": stored_bytes(start.net),
-            "latency_ms": zoo.latency_ms(start.net, _images(start), runs=self.runs),
+            "latency_ms": zoo.latency_ms(start.net, images),
+            "batch": len(images),
         }
+
+    def _timed_images(self, start: Start) -> Tensor:
+        return start.data.test[: self.batch][0].to(start.device)
 
     def _wanted(self, start: Start) -> Iterator[Record]:
         """Yield pruner, part, way and ratio of every record."""
+        ways = tuple(WORDS) if self.epochs else ("direct",)
         for ratio, pruner in itertools.product(sorted(set(self.ratios)), _PARTS):
-            for part, way in itertools.product(_PARTS[pruner], ("direct", "direct, retrained", "iterative")):
+            for part, way in itertools.product(_PARTS[pruner], ways):
                 if _layers(start, pruner, part):
                     yield {"pruner": pruner, "part": part, "way": way, "ratio": ratio}
 
@@ -136,7 +173,6 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         _, masks = made.compress()
         made.unwrap_model()
         masked = masked_model(pruned, start.example, masks)
-        # only records of all layers pruned directly have parameters, bytes and milliseconds
         costs = self._costs(start, pruner, masked, masks) if part == "all" else {}
         return {"accuracy": start.tested(masked), **costs}
 
@@ -153,23 +189,31 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
         return accuracy
 
     def _costs(self, start: Start, pruner: str, masked: nn.Module, masks: Any) -> Record:
-        """Return nonzero parameters, bytes and milliseconds; the unpruned network is timed in turns with the others."""
+        """Return nonzero parameters, bytes, and times as shares of the unpruned network's.
+
+        A copy of the unpruned network is timed like the others: how far its share is from 1 is noise.
+        """
+        nets = {"unpruned": detached_copy(start.net), "zeros": masked}
         if pruner == "matrix":
-            stored = made_dense(start, masks)[0]
-            others, params = {"dense": stored}, zoo.count_params(stored)
+            stored = nets["dense"] = made_dense(start, masks)[0]
+            params = zoo.count_params(stored)
         else:
-            stored, others = masked, {"csr": with_sparse_linears(masked)}
+            stored, nets["csr"] = masked, with_sparse_linears(masked)
             params = weights_left(masked)
-        times = zoo.latencies({"unpruned": start.net, "zeros": masked, **others}, _images(start), runs=self.runs)
-        return {"params": params, "bytes": stored_bytes(stored), "latency_ms": times}
+        timed = time_shares(list(nets.values()), start.net, self._timed_images(start), seconds=self.seconds)
+        shares = {}
+        for name, (median, half) in zip(nets, timed, strict=True):
+            shares[name] = {"median": median, "half": half}
+        return {"params": params, "bytes": stored_bytes(stored), "time_shares": shares}
 
 
 def _place(row: Record) -> tuple[str, str, str, float]:
     return row["pruner"], row["part"], row["way"], row["ratio"]
 
 
-def _images(start: Start) -> Tensor:
-    return start.data.test[:_BATCH][0].to(start.device)
+def _has_costs(row: Record) -> bool:
+    """Say whether a record has parameters, bytes and times: where all layers are pruned directly."""
+    return bool(row["part"] == "all" and row["way"] == "direct")
 
 
 def _layers(start: Start, pruner: str, part: str) -> list[str]:

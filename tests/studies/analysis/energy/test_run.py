@@ -95,7 +95,7 @@ def test_layers_are_judged_on_validation_images_and_the_suggestion_on_test_image
 
 @pytest.mark.slow
 def test_parts_are_printed_and_recorded(words, tmp_path, capsys, drawn):
-    parts = ["dropout", "accumulated", "replacement", "selection", "schedules"]
+    parts = ["dropout", "accumulated", "iterative", "replacement", "selection", "schedules"]
     study = ["analyze", "energy", *words, "--images", "100", "--thresholds", "0.05", "0.1", "0.3", "--parts", *parts]
     assert main([*study, "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
@@ -103,6 +103,7 @@ def test_parts_are_printed_and_recorded(words, tmp_path, capsys, drawn):
         "loss (nats)",
         "dropout at test time",
         "without fine-tuning",
+        "2 epochs of fine-tuning in all",
         "replaced",
         "selected by",
         "epochs in all",
@@ -110,6 +111,14 @@ def test_parts_are_printed_and_recorded(words, tmp_path, capsys, drawn):
         assert title in text
     record = json.loads((tmp_path / "energy.json").read_text())
     assert set(parts) < set(record)
+    iterative = record["iterative"]
+    assert iterative["threshold"] == 0.1
+    first, second = (sum(step["removed"] for step in iterative[way]) for way in ("none", "between"))
+    assert 0 < first < 32
+    assert 0 < second < 32
+    # the first layer is pruned before anything is trained
+    assert iterative["none"][0]["removed"] == iterative["between"][0]["removed"]
+    assert iterative["after"] != iterative["none"][-1]["quality"]
     assert set(record["selection"]["methods"]) > {"energy", "taylor, genetic"}
     found = list(record["dropout"]["0.1"].values())
     for suffix, key, factor in (("", "accuracy", 100.0), ("_loss", "loss", 1.0)):

@@ -209,3 +209,24 @@ def test_accumulated_steps_shrink_the_network_layer_by_layer():
         assert step.removed > 0
         widths[index] -= step.removed
         assert seen[index] == widths
+
+
+def test_accumulated_steps_measure_and_prune_what_was_trained_in_between():
+    model, images = net(), IMAGES[:2]
+    layers = [("0",), ("3",)]
+    plain = accumulate_energy(model, layers, images, quality, threshold=0.3)
+    trained = []
+
+    def retrain(dense):
+        # all filters of the second convolution become the first one: equal energies, of which a third goes
+        trained.append(dense.get_submodule("0").out_channels)
+        weight = dense.get_submodule("3").weight.data
+        weight.copy_(weight[:1].expand_as(weight))
+        dense.get_submodule("3").bias.data.zero_()
+        dense.get_submodule("7").bias.data.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))
+
+    steps = accumulate_energy(model, layers, images, quality, threshold=0.3, retrain=retrain)
+    assert trained == [12 - plain[0].removed] * 2
+    assert [step.removed for step in steps] == [plain[0].removed, 4]  # 4/16 <= 0.3 < 5/16
+    assert [step.quality.accuracy for step in steps] == [0.25, 0.25]  # always the first of four classes
+    assert model.get_submodule("7").bias.abs().max() < 9.0

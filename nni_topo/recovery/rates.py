@@ -1,0 +1,87 @@
+"""Which learning rate a distillation can take: a range test of a few steps for each, on held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from nni_topo.network.runtime import bar
+from nni_topo.recovery.course import Clock, Course, RateTrial, Schedule
+from nni_topo.recovery.lesson import Batches, Lesson
+
+RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
+"""Learning rates of AdamW that are tried, the highest first."""
+
+_MOST_LOSS, _MOST_GROWTH = 2.0, 0.25
+"""A rate can be taken if after its few steps the held-out loss is at most so many times what it was before, and has
+grown by at most this share of the loss of a network that always gives the same answer.
+
+Of few steps the loss is least at low rates, and over a whole course at high ones. So the test doesn't ask which rate is
+best so far; it asks which one doesn't break the network.
+"""
+
+_RISE = 0.3  # share of these steps in which the rate rises; it falls in the others
+_SHARE = 0.03  # of a course's steps, for each rate
+_LEAST_STEPS = 10
+_SHARE_OF_TIME = 0.03  # of what is left, for each rate
+
+
+def try_rates(
+    lesson: Lesson,
+    student: Callable[[], nn.Module],
+    batches: Callable[[], Batches],
+    judge: Callable[[nn.Module], float],
+    first: float,
+    constant: float,
+    total: int,
+    *,
+    is_normed: bool,
+    rates: Sequence[float] = RATES,
+    clock: Clock | None = None,
+    progress: bool | None = None,
+) -> tuple[RateTrial, ...]:
+    """Try learning rates from the highest on until one can be taken.
+
+    Parameters
+    ----------
+    lesson : Lesson
+        What is learned.
+    student : callable
+        Returns a copy of the network that learns.
+    batches : callable
+        Returns the batches of a course from its first one on.
+    judge : callable
+        Returns the held-out loss of a network, which may be changed.
+    first : float
+        The held-out loss of the network as it is.
+    constant : float
+        That of a network that always gives the same answer.
+    total : int
+        Steps of a whole course.
+    is_normed : bool
+        Whether batch norms take their statistics from the batches.
+    rates : sequence of float
+        What is tried, the highest first.
+    clock : Clock, optional
+        A limit of time: each rate may take a thirtieth of what is left.
+
+    Returns
+    -------
+    tuple of RateTrial
+        One for each rate that was tried. None is taken if all break the network.
+    """
+    clock = clock or Clock()
+    steps = max(_LEAST_STEPS, round(_SHARE * total))
+    most = min(_MOST_LOSS * first, first + _MOST_GROWTH * max(constant, first))
+    found: list[RateTrial] = []
+    for rate in bar("learning rate", progress, rates, total=len(rates)):
+        limit = None if clock.seconds is None else max(0.0, _SHARE_OF_TIME * clock.left)
+        schedule = Schedule(_RISE, falls_from=_RISE)
+        course = Course(student(), is_normed=is_normed, rate=rate, clock=Clock(limit), schedule=schedule)
+        course.run(lesson, batches(), steps, progress=False)
+        loss = judge(course.student)
+        found.append(RateTrial(rate, course.done, loss, loss <= most))
+        if found[-1].is_taken:
+            break
+    return tuple(found)

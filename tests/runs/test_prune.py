@@ -1,0 +1,79 @@
+"""What a pruning file asks for, and the record that says what came of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import nni_topo
+from nni_topo import zoo
+from nni_topo.errors import ConfigError
+from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PruneConfig
+from nni_topo.runs.prune import prune_checkpoint
+
+SMALL, DIGITS = ModelChoice("small_cnn"), DataChoice("digits", limit=64)
+FULL = PruneConfig(
+    "matrix",
+    [{"op_types": ["Conv2d"]}],
+    knobs={"budget": {"flops": 0.5}},
+    compensate=CompensationChoice(32),
+    distill=DistillationChoice(32, steps=2),
+    retrain={"epochs": 1},
+)
+BARS = ("compensate:", "distill:", "training:")
+
+
+def small_cnn():
+    return zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "net.pt"
+    torch.save(small_cnn().state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("round_to", [None, 8])
+def test_the_record_says_what_each_step_left(round_to, checkpoint, tmp_path, capsys, monkeypatch):
+    # progress that nobody asked for appears at once
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    out = tmp_path / "out"
+    config = PruneConfig(**{**vars(FULL), "round_to": round_to})
+    progress = None if round_to else False
+    record = prune_checkpoint(SMALL, checkpoint, config, DIGITS, out, seed=3, progress=progress)
+    assert {name: record[name] for name in ("model", "data", "pruner", "seed")} == {
+        "model": "small_cnn",
+        "data": "digits",
+        "pruner": "matrix",
+        "seed": 3,
+    }
+    data = zoo.load_data("digits", limit=64)
+    dense = nni_topo.load(out / "dense.pt", small_cnn())
+    assert record["accuracy_before"] == zoo.evaluate(small_cnn(), data.test)
+    assert record["accuracy_retrained"] == zoo.evaluate(dense, data.test)
+    assert {"accuracy_oneshot", "accuracy_compensated", "accuracy_distilled"} <= set(record)
+    rows = record["compensation"]
+    assert {"features.conv3"} <= {row["layer"] for row in rows}
+    images = data.test[:2][0]
+    left = zoo.count_macs(dense, images) / zoo.count_macs(small_cnn(), images)
+    assert (record["flops"], record["flops_before"]) == (
+        zoo.count_macs(dense, images),
+        zoo.count_macs(small_cnn(), images),
+    )
+    assert record["budget"]["asked"] == 0.5
+    assert record["budget"]["left"] == pytest.approx(left)
+    if round_to is not None:
+        assert {width % 8 for name, width in record["widths"].items() if name.startswith("features")} == {0}
+    lines = capsys.readouterr().err.splitlines()
+    assert {word for word in BARS if any(line.startswith(word) for line in lines)} == (set(BARS) if round_to else set())
+
+
+def test_a_file_that_cant_be_used_is_refused_before_the_network_is_trained(tmp_path, monkeypatch):
+    trainings = []
+    monkeypatch.setattr(zoo, "train", lambda *arguments, **knobs: trainings.append(arguments))
+    config = PruneConfig("l1", [{"op_names": ["nowhere"], "sparse_ratio": 0.5}])
+    with pytest.raises(ConfigError, match="nowhere"):
+        prune_checkpoint(SMALL, None, config, DIGITS, tmp_path / "out")
+    assert trainings == []
+    assert not (tmp_path / "out").exists()
