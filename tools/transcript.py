@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 SNIPPET = re.compile(r"```(python|console)\n(.*?)```\n(\n```text\n.*?```\n)?", re.S)
+PROGRESS = re.compile(r"^\w[\w ]*: [\d.]+( of \d+)?, [\d:]+ passed")
+"""Lines on how far a step is, which appear where a machine is slow."""
 PROJECT = Path(__file__).parents[1]
 
 
@@ -61,8 +63,9 @@ def shell(command: str) -> str:
 
 
 def tidy(said: str) -> str:
-    """Return a text without space at the ends of its lines."""
-    return "".join(f"{line.rstrip()}\n" for line in said.rstrip().splitlines())
+    """Return a text without lines on progress, and without space at the ends of its lines."""
+    lines = (line.rstrip() for line in said.rstrip().splitlines())
+    return "".join(f"{line}\n" for line in lines if not PROGRESS.match(line))
 
 
 if __name__ == "__main__":
