@@ -148,7 +148,7 @@ def untrained(tmp_path):
 
 def bars_of(text):
     """The bars, by name, that a program has shown on standard error."""
-    return {line.partition(":")[0] for line in text.splitlines()} & {"compensate", "distill", "training"}
+    return {line.partition(":")[0] for line in text.splitlines()} & {"compensate", "learning rate", "training"}
 
 
 def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_path, untrained, capsys, monkeypatch):
@@ -162,7 +162,7 @@ def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_
     asked = {"model": "small_cnn", "data": "digits", "pruner": "reconstruction", "method": "mean"}
     assert {**document, **asked, "budget": {"flops": 0.5}} == document
     assert main([*words, str(tmp_path / "shown")]) == 0
-    assert bars_of(capsys.readouterr().err) == {"compensate", "distill"}
+    assert bars_of(capsys.readouterr().err) == {"compensate", "learning rate"}
 
 
 def test_shrink_keeps_a_quarter_of_the_work_if_no_budget_is_given(tmp_path, untrained):

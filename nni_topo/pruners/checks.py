@@ -23,6 +23,7 @@ from nni.compression.utils import Evaluator
 from schema import SchemaError
 from torch import Tensor, nn
 
+from nni_topo.compat.wrapping import derived_types
 from nni_topo.errors import (
     ANYTHING,
     FLAG,
@@ -302,6 +303,7 @@ def _reason(error: SchemaError) -> str:
 
 
 def _check_module(name: str, module: nn.Module) -> None:
+    derived_types(module, PruningSetting.registry)  # NNI knows a class that derives from one of PyTorch's from here on
     if type(module).__name__ not in PruningSetting.registry:
         known = ", ".join(sorted(PruningSetting.registry))
         raise ConfigError(

@@ -118,6 +118,8 @@ class Course:
     ----------
     curve : list of Look
         The held-out loss along the course.
+    is_normed : bool
+        Whether batch norms take their statistics from the batches.
     rates : tuple of RateTrial
         The range test by which the rate was found; a course that goes on from a file has that of its beginning.
     is_given_up : bool
@@ -138,8 +140,7 @@ class Course:
         rates: Sequence[RateTrial] = (),
     ) -> None:
         self.student, self.rate, self.rates = student, rate, tuple(rates)
-        norms = [each for each in student.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
-        self._norms = norms if is_normed else []
+        self.is_normed = is_normed
         self.kind, self.path = kind or {}, None if path is None else Path(path)
         self._every = every  # seconds from one state in the file to the next
         self.optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0.0)
@@ -173,7 +174,8 @@ class Course:
         """
         rest = itertools.islice(batches, self.done, None)
         kept = time.perf_counter()
-        with _learning(self.student, self._norms):
+        norms = [each for each in self.student.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+        with _learning(self.student, norms if self.is_normed else []):
             for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
                 share = self._share(step, total)
                 if look is not None and int(share * _LOOKS) > int(self._looked * _LOOKS) and self.done:
@@ -240,6 +242,7 @@ class Course:
             "spent": self.clock.spent,
             "began": self._began,
             "rate": self.rate,
+            "is_normed": self.is_normed,
             "rates": [asdict(each) for each in self.rates],
             "looked": self._looked,
             "fall": [self.schedule.falls_from, self.schedule.end],
@@ -261,6 +264,7 @@ class Course:
                     raise ConfigError(f"distillation must go on with {key} {found}, got {value} ({path})")
             self.optimizer.load_state_dict(state["optimizer"])
             self.done, self.rate, self._looked = state["done"], state["rate"], state["looked"]
+            self.is_normed = state["is_normed"]
             self.schedule.falls_from, self.schedule.end = state["fall"]
             self.rates = tuple(RateTrial(**each) for each in state["rates"])
             self.curve = [Look(**each) for each in state["curve"]]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from nni.compression.utils import Evaluator
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import (
@@ -40,6 +41,7 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
+from nni_topo.network.io import fingerprint
 from nni_topo.network.runtime import (
     BATCHES,
     HELD_OUT,
@@ -52,6 +54,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     in_smaller_batches,
     leaves_models_alone,
+    tensors_of,
 )
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.course import Clock, Course, Look, RateTrial, Schedule
@@ -78,6 +81,7 @@ OBJECTIVES = ("auto", "kl", "squares", "cosine")
 
 _STEPS, _PASSES = 600, 10
 _BATCH_NORM_IMAGES = 256
+_FEW = 25  # held-out images below which a result that is kept was often worse on other images
 _LOOKED_AT = 256  # held-out images at most that are looked at while learning goes on; all of them judge the result
 
 _POSITIVE = number(0.0, closed="neither")
@@ -117,6 +121,8 @@ class Verdict:
     most_steps: int = 0  # of a course of full length
     rates: tuple[RateTrial, ...] = ()  # the range test, the highest rate first; empty if a rate was given
     curve: tuple[Look, ...] = ()  # the held-out loss along the steps
+    held_out: int = 0  # images that decided
+    is_out_of_time: bool = False  # whether `seconds` ended it
 
     def __str__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out images the loss "
@@ -140,14 +146,21 @@ class Verdict:
 
     def _course(self) -> str:
         """Say how many steps were taken, and at which rate."""
-        if math.isnan(self.lr):
+        if math.isnan(self.lr) and self.loss_before == 0.0:
+            text = "No step was taken: there is nothing to learn"
+        elif math.isnan(self.lr) and self.is_out_of_time:
+            text = "No step was taken: the time was over"
+        elif math.isnan(self.lr):
             tried = ", ".join(f"{each.lr:g}" for each in self.rates)
-            return (
-                f"No step was taken: a few at each of the learning rates {tried} made the loss more than twice as large"
-            )
-        text = f"It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
-        too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
-        return text + (f"; {', '.join(too_high)} was too high" if too_high else "")
+            text = f"No step was taken: a few at each of the learning rates {tried} make the loss too large"
+        else:
+            text = f"It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
+            text += ", until the time was over" if self.is_out_of_time else ""
+            too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
+            text += f"; too high: {', '.join(too_high)}" if too_high else ""
+        if 0 < self.held_out < _FEW:
+            text += f". {self.held_out} held-out images are few to decide by: give more images, or held_out="
+        return text
 
 
 @dataclass(frozen=True)
@@ -183,6 +196,10 @@ class Distillation:
         The range test: what the held-out loss was after a few steps at each rate. Empty where ``lr`` was given.
     curve : tuple of Look
         Step, learning rate and held-out loss along the course.
+    held_out : int
+        Number of held-out images.
+    is_out_of_time : bool
+        Whether ``seconds`` ended the steps.
     """
 
     model: nn.Module
@@ -201,6 +218,8 @@ class Distillation:
     most_steps: int = 0
     rates: tuple[RateTrial, ...] = ()
     curve: tuple[Look, ...] = ()
+    held_out: int = 0
+    is_out_of_time: bool = False
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the curve as a table: a row for each look, with the step, the learning rate and the held-out loss."""
@@ -223,6 +242,8 @@ class Distillation:
             most_steps=self.most_steps,
             rates=self.rates,
             curve=self.curve,
+            held_out=self.held_out,
+            is_out_of_time=self.is_out_of_time,
         )
 
 
@@ -284,7 +305,8 @@ def distillation(
     if not len(learned):
         raise DataError(f"distillation must have at least two images, one to judge by, got {len(order)} (images)")
     most_steps = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
-    is_normed = len(learned) >= _BATCH_NORM_IMAGES
+    norms = (each for each in dense.modules() if isinstance(each, _BatchNorm) and each.track_running_stats)
+    is_normed = len(learned) >= _BATCH_NORM_IMAGES and any(norms)
     is_blended = blend and is_blendable(pool)
 
     judging = time.perf_counter()
@@ -299,33 +321,49 @@ def distillation(
     def courses_batches() -> Batches:
         return lesson.batches(learned, batch_size, seed, augment, is_blended, lambda needed: needed <= clock.left / 10)
 
-    def tried_loss(net: nn.Module) -> float:
-        # After a few steps the running statistics are still those of before.
-        few = lesson.plain(net, learned[:_BATCH_NORM_IMAGES])
-        return lesson.judge(recalibrate_batch_norm(net, few) if is_normed else net, looked_at).loss
+    def trials(rates: Sequence[float], is_normed: bool) -> tuple[RateTrial, ...]:
+        def loss(net: nn.Module) -> float:
+            # After a few steps the running statistics are still those of before.
+            few = lesson.plain(net, learned[:_BATCH_NORM_IMAGES])
+            return lesson.judge(recalibrate_batch_norm(net, few) if is_normed else net, looked_at).loss
 
-    rates: tuple[RateTrial, ...] = ()
-    rate = lr
-    if rate is None and (state is None or not path_of(state, "state").exists()):
-        rates = try_rates(
+        return try_rates(
             lesson,
             lambda: _student(dense, pool),
             courses_batches,
-            tried_loss,
+            loss,
             first,
             lesson.loss_of_a_constant(looked_at),
             most_steps,
             is_normed=is_normed,
+            rates=rates,
             clock=clock,
             progress=progress,
         )
+
+    rates: tuple[RateTrial, ...] = ()
+    rate = math.nan if lr is None else lr
+    goes_on = state is not None and path_of(state, "state").exists()
+    if goes_on:
+        rate = RATES[0] if lr is None else lr  # the file has its own
+    elif before.loss == 0.0:
+        rate = math.nan  # nothing is left to learn
+    elif lr is None:
+        rates = trials(RATES, is_normed)
+        if is_normed and rates and not rates[-1].is_taken:
+            # Networks that were trained with fixed statistics, or on other images, break by those of the batches.
+            is_normed = False
+            rates = trials(RATES, is_normed)
         rate = next((each.lr for each in rates if each.is_taken), math.nan)
-    elif rate is None:
-        rate = RATES[0]  # the file has its own
+    elif is_normed:
+        found = trials([lr], is_normed)
+        is_normed = not found or found[0].is_taken
 
     knobs = {"steps": most_steps, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
     knobs |= {"warmup": warmup, "blocks": blocks}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
+    if state is not None:  # the same images in the same order: which are held out depends on it
+        kind["images of the hash"] = " ".join(fingerprint(each)[:16] for each in tensors_of(pool))
     after, is_kept, taken, curve = before, False, 0, tuple[Look, ...]()
     if not math.isnan(rate):
         course = Course(
@@ -357,7 +395,7 @@ def distillation(
             )
         student = course.student
         after = lesson.judge(student, held)
-        if is_normed:
+        if course.is_normed:
             # Views and blends differ from the images that will come. Statistics of the images as they are may be better
             # or worse than those of the steps: the held-out images decide.
             measured = recalibrate_batch_norm(student, lesson.plain(student, learned))
@@ -385,6 +423,8 @@ def distillation(
         most_steps=most_steps,
         rates=rates,
         curve=curve,
+        held_out=len(held),
+        is_out_of_time=clock.left <= 0.0,
     )
     if not is_kept:
         _logger.warning("%s", done.verdict)

@@ -24,6 +24,7 @@ best so far; it asks which one doesn't break the network.
 _RISE = 0.3  # share of these steps in which the rate rises; it falls in the others
 _SHARE = 0.03  # of a course's steps, for each rate
 _LEAST_STEPS = 10
+_LEAST_KNOWN = 3  # steps of which something can be told, where time allows no more
 _SHARE_OF_TIME = 0.03  # of what is left, for each rate
 
 
@@ -69,7 +70,7 @@ def try_rates(
     Returns
     -------
     tuple of RateTrial
-        One for each rate that was tried. None is taken if all break the network.
+        One for each rate that was tried. None is taken if all break the network, or time allows no steps.
     """
     clock = clock or Clock()
     steps = max(_LEAST_STEPS, round(_SHARE * total))
@@ -80,6 +81,8 @@ def try_rates(
         schedule = Schedule(_RISE, falls_from=_RISE)
         course = Course(student(), is_normed=is_normed, rate=rate, clock=Clock(limit), schedule=schedule)
         course.run(lesson, batches(), steps, progress=False)
+        if course.done < _LEAST_KNOWN:
+            break  # there is no time to learn anything of a rate
         loss = judge(course.student)
         found.append(RateTrial(rate, course.done, loss, loss <= most))
         if found[-1].is_taken:

@@ -179,13 +179,17 @@ def nearly_the_same() -> tuple[nn.Module, nn.Module]:
     return dense, original
 
 
-def test_where_every_rate_breaks_the_network_no_step_is_taken(caplog):
+def fragile() -> tuple[nn.Module, nn.Module, list[torch.Tensor]]:
     """Inputs are so large and weights so small that each step is many times a weight."""
     dense, original = pair()
     with torch.no_grad():
         for net in (dense, original):
             net.first.weight /= 1e7
-    images = [1e7 * part for part in batches()]
+    return dense, original, [1e7 * part for part in batches()]
+
+
+def test_where_every_rate_breaks_the_network_no_step_is_taken(caplog):
+    dense, original, images = fragile()
     found = distillation(dense, original, images, steps=600, blend=False)
     assert math.isnan(found.lr)
     assert (found.steps, found.is_kept, found.curve) == (0, False, ())
@@ -195,15 +199,62 @@ def test_where_every_rate_breaks_the_network_no_step_is_taken(caplog):
 
 
 def test_a_rate_that_is_asked_for_is_given_up_where_held_out_loss_grows(caplog):
-    dense, original = nearly_the_same()
+    dense, original, images = fragile()
     with caplog.at_level("INFO", "nni_topo.recovery.distilling"):
-        high = distillation(dense, original, batches(), steps=600, lr=0.05, blend=False)
+        high = distillation(dense, original, images, steps=600, lr=0.05, blend=False)
     assert "learning rate 0.05 is given up after 72 of 600 steps: the loss on held-out images has grown" in caplog.text
     assert (high.is_kept, high.steps, high.rates) == (False, 72, ())
     # one that lowers the loss all the time has all of its steps
     low = distillation(*pair(), batches(), steps=100, lr=1e-3, blend=False)
     assert low.is_kept
     assert low.steps == 100
+
+
+def test_nothing_is_learned_where_nothing_is_left_to_learn(caplog):
+    _, original = pair()
+    found = distillation(copy.deepcopy(original), original, batches(), lr=0.01)
+    assert (found.steps, found.is_kept, found.rates) == (0, False, ())
+    assert "No step was taken: there is nothing to learn" in caplog.text
+
+
+def test_norms_keep_their_statistics_where_those_of_batches_break_the_network():
+    """A network that was trained with fixed statistics, which aren't those of the images."""
+    _, original = pair(norm=True)
+    with torch.no_grad():
+        original.norm.running_mean.fill_(1.0)
+        original.norm.running_var.fill_(9.0)
+        dense = copy.deepcopy(original)
+        dense.head.bias += torch.tensor([0.05, -0.05, 0.1, 0.0])
+    images = batches(600)
+    found = distillation(dense, original, images, objective="squares", steps=60, blend=False)
+    assert found.rates[-1].is_taken
+    given = distillation(dense, original, images, objective="squares", steps=60, lr=found.lr, blend=False)
+    assert given.loss_after == found.loss_after
+    for each in (found, given):
+        assert each.is_kept
+        assert torch.equal(each.model.norm.running_mean, dense.norm.running_mean)
+
+
+def test_few_held_out_images_are_named():
+    dense, original = pair()
+    assert "8 held-out images are few to decide by" in str(distillation(dense, original, batches(64), steps=5).verdict)
+    assert "few to decide by" not in str(distillation(dense, original, batches(224), steps=5).verdict)
+
+
+def test_no_rate_is_tried_where_time_allows_no_steps():
+    dense, original = pair()
+    found = distillation(dense, original, batches(), seconds=1e-3)
+    assert (found.steps, found.rates, found.is_kept) == (0, (), False)
+    assert "No step was taken: the time was over" in str(found.verdict)
+
+
+def test_a_state_is_of_the_images_that_it_began_with(tmp_path):
+    dense, original = pair()
+    knobs = {"steps": 20, "lr": 1e-3, "state": tmp_path / "state.pt"}
+    distillation(dense, original, batches(), **knobs)
+    distillation(dense, original, batches(), **knobs)
+    with pytest.raises(ConfigError, match="must go on with images of the hash"):
+        distillation(dense, original, batches()[::-1], **knobs)
 
 
 def test_the_curve_is_the_held_out_loss_along_the_steps():

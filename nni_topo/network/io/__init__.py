@@ -1,11 +1,12 @@
 """Dense models in files: checkpoints, folders of Transformers, exports."""
 
-from nni_topo.network.io.checkpoint import load, save, save_pretrained, take_out, tell_depth
+from nni_topo.network.io.checkpoint import fingerprint, load, save, save_pretrained, take_out, tell_depth
 from nni_topo.network.io.exporting import Exported, export
 
 __all__ = [
     "Exported",
     "export",
+    "fingerprint",
     "load",
     "save",
     "save_pretrained",

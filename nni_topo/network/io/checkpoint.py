@@ -129,7 +129,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     for name, tensor in listed.items():
         state[name] = tensor.detach()
     for name, tensor in every.items():
-        fingerprints[name] = _fingerprint(tensor)
+        fingerprints[name] = fingerprint(tensor)
         if name not in listed:
             buffers[name] = tensor.detach()
     document = {
@@ -234,7 +234,7 @@ def describe(module: torch.nn.Module) -> dict[str, Any]:
     return {"type": type(module).__name__, "sizes": plain}
 
 
-def _fingerprint(tensor: torch.Tensor) -> str:
+def fingerprint(tensor: torch.Tensor) -> str:
     """Digest a tensor's type, shape and bits."""
     plain = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
@@ -258,9 +258,9 @@ def _check_values(
     """Raise unless a model holds what was saved; files of older versions have no fingerprints."""
     for name, tensor in named_tensors(built).items():
         saved = fingerprints.get(name)
-        if saved is None or _fingerprint(tensor) == saved:
+        if saved is None or fingerprint(tensor) == saved:
             continue
-        if _fingerprint(stored[name]) != saved:
+        if fingerprint(stored[name]) != saved:
             raise DataError(f"a dense model's file must hold what was saved, got other values ({name}, {place})")
         raise ConfigError(
             "a dense model must be loaded into the model it was pruned from, got one that shares tensors between "
