@@ -148,8 +148,8 @@ class Verdict:
         """Say how many steps were taken, and at which rate."""
         if math.isnan(self.lr) and self.loss_before == 0.0:
             text = "No step was taken: there is nothing to learn"
-        elif math.isnan(self.lr) and self.is_out_of_time:
-            text = "No step was taken: the time was over"
+        elif math.isnan(self.lr) and not self.rates:
+            text = "No step was taken: seconds= allows too few"
         elif math.isnan(self.lr):
             tried = ", ".join(f"{each.lr:g}" for each in self.rates)
             text = f"No step was taken: a few at each of the learning rates {tried} make the loss too large"
@@ -364,7 +364,7 @@ def distillation(
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     if state is not None:  # the same images in the same order: which are held out depends on it
         kind["images of the hash"] = " ".join(fingerprint(each)[:16] for each in tensors_of(pool))
-    after, is_kept, taken, curve = before, False, 0, tuple[Look, ...]()
+    after, is_kept, taken, curve, is_out_of_time = before, False, 0, tuple[Look, ...](), False
     if not math.isnan(rate):
         course = Course(
             _student(dense, pool),
@@ -385,6 +385,7 @@ def distillation(
             first=first,
             look=lambda net: lesson.judge(net, looked_at).loss,
         )
+        is_out_of_time = clock.left <= 0.0
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
         if course.is_given_up:
             _logger.info(
@@ -424,7 +425,7 @@ def distillation(
         rates=rates,
         curve=curve,
         held_out=len(held),
-        is_out_of_time=clock.left <= 0.0,
+        is_out_of_time=is_out_of_time,
     )
     if not is_kept:
         _logger.warning("%s", done.verdict)

@@ -24,7 +24,7 @@ best so far; it asks which one doesn't break the network.
 _RISE = 0.3  # share of these steps in which the rate rises; it falls in the others
 _SHARE = 0.03  # of a course's steps, for each rate
 _LEAST_STEPS = 10
-_LEAST_KNOWN = 3  # steps of which something can be told, where time allows no more
+_LEAST_KNOWN, _LEAST_LEFT = 3, 20  # steps for each rate, and steps after that, where time allows no more
 _SHARE_OF_TIME = 0.03  # of what is left, for each rate
 
 
@@ -65,26 +65,34 @@ def try_rates(
     rates : sequence of float
         What is tried, the highest first.
     clock : Clock, optional
-        A limit of time: each rate may take a thirtieth of what is left.
+        A limit of time: each rate takes 3 % of what is left, or three steps where these take longer.
 
     Returns
     -------
     tuple of RateTrial
-        One for each rate that was tried. None is taken if all break the network, or time allows no steps.
+        One for each rate that was tried. None is taken if all break the network. None is tried if time allows fewer
+        than twenty steps.
     """
     clock = clock or Clock()
     steps = max(_LEAST_STEPS, round(_SHARE * total))
+
+    def tried(rate: float, steps: int) -> nn.Module:
+        course = Course(student(), is_normed=is_normed, rate=rate, schedule=Schedule(_RISE, falls_from=_RISE))
+        course.run(lesson, batches(), steps, progress=False)
+        return course.student
+
+    if clock.seconds is not None:
+        began = clock.spent
+        tried(min(rates), _LEAST_KNOWN)
+        seconds_of_a_step = (clock.spent - began) / _LEAST_KNOWN
+        if clock.left < _LEAST_LEFT * seconds_of_a_step:
+            return ()
+        steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / seconds_of_a_step)))
     most = min(_MOST_LOSS * first, first + _MOST_GROWTH * max(constant, first))
     found: list[RateTrial] = []
     for rate in bar("learning rate", progress, rates, total=len(rates)):
-        limit = None if clock.seconds is None else max(0.0, _SHARE_OF_TIME * clock.left)
-        schedule = Schedule(_RISE, falls_from=_RISE)
-        course = Course(student(), is_normed=is_normed, rate=rate, clock=Clock(limit), schedule=schedule)
-        course.run(lesson, batches(), steps, progress=False)
-        if course.done < _LEAST_KNOWN:
-            break  # there is no time to learn anything of a rate
-        loss = judge(course.student)
-        found.append(RateTrial(rate, course.done, loss, loss <= most))
+        loss = judge(tried(rate, steps))
+        found.append(RateTrial(rate, steps, loss, loss <= most))
         if found[-1].is_taken:
             break
     return tuple(found)
