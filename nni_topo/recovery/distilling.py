@@ -353,7 +353,7 @@ def distillation(
         if is_normed and rates and not rates[-1].is_taken:
             # Networks that were trained with fixed statistics, or on other images, break by those of the batches.
             is_normed = False
-            rates = trials(RATES, is_normed)
+            rates = trials(RATES, is_normed) or rates
         rate = next((each.lr for each in rates if each.is_taken), math.nan)
     elif is_normed:
         found = trials([lr], is_normed)

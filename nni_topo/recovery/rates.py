@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -70,8 +71,8 @@ def try_rates(
     Returns
     -------
     tuple of RateTrial
-        One for each rate that was tried. None is taken if all break the network. None is tried if time allows fewer
-        than twenty steps.
+        One for each rate that was tried. None is taken if all break the network. No other is tried where time allows
+        fewer than twenty more steps.
     """
     clock = clock or Clock()
     steps = max(_LEAST_STEPS, round(_SHARE * total))
@@ -81,16 +82,18 @@ def try_rates(
         course.run(lesson, batches(), steps, progress=False)
         return course.student
 
+    least_left = -math.inf  # seconds that are left for the course
     if clock.seconds is not None:
         began = clock.spent
         tried(min(rates), _LEAST_KNOWN)
         seconds_of_a_step = (clock.spent - began) / _LEAST_KNOWN
-        if clock.left < _LEAST_LEFT * seconds_of_a_step:
-            return ()
+        least_left = _LEAST_LEFT * seconds_of_a_step
         steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / seconds_of_a_step)))
     most = min(_MOST_LOSS * first, first + _MOST_GROWTH * max(constant, first))
     found: list[RateTrial] = []
     for rate in bar("learning rate", progress, rates, total=len(rates)):
+        if clock.left < least_left:
+            break
         loss = judge(tried(rate, steps))
         found.append(RateTrial(rate, steps, loss, loss <= most))
         if found[-1].is_taken:
