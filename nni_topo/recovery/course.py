@@ -88,7 +88,7 @@ class Clock:
         self._began = time.perf_counter() - spent
 
 
-class Schedule:
+class RateSchedule:
     """The learning rate along a course, as a share of the highest: it rises, stays, and falls in a line to zero.
 
     It falls in the last two fifths of the course. Where the held-out loss makes no more progress, the fall begins at
@@ -134,7 +134,7 @@ class Course:
         rate: float,
         kind: dict[str, Any] | None = None,
         clock: Clock | None = None,
-        schedule: Schedule | None = None,
+        schedule: RateSchedule | None = None,
         path: str | Path | None = None,
         every: float = 30.0,
         rates: Sequence[RateTrial] = (),
@@ -144,7 +144,7 @@ class Course:
         self.kind, self.path = kind or {}, None if path is None else Path(path)
         self._every = every  # seconds from one state in the file to the next
         self.optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], weight_decay=0.0)
-        self.clock, self.schedule = clock or Clock(), schedule or Schedule()
+        self.clock, self.schedule = clock or Clock(), schedule or RateSchedule()
         self.done, self.curve, self.is_given_up = 0, list[Look](), False
         self._looked = 0.0  # share of the course at the last look
         self._began = self.clock.spent

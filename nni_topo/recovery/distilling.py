@@ -57,7 +57,7 @@ from nni_topo.network.runtime import (
     tensors_of,
 )
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
-from nni_topo.recovery.course import Clock, Course, Look, RateTrial, Schedule
+from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, RateTrial
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
     Augment,
@@ -372,7 +372,7 @@ def distillation(
             rate=rate,
             kind=kind,
             clock=clock,
-            schedule=Schedule(warmup),
+            schedule=RateSchedule(warmup),
             path=state,
             every=state_seconds,
             rates=rates,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from nni_topo.network.runtime import bar
-from nni_topo.recovery.course import Clock, Course, RateTrial, Schedule
+from nni_topo.recovery.course import Clock, Course, RateSchedule, RateTrial
 from nni_topo.recovery.lesson import Batches, Lesson
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
@@ -78,7 +78,7 @@ def try_rates(
     steps = max(_LEAST_STEPS, round(_SHARE * total))
 
     def tried(rate: float, steps: int) -> nn.Module:
-        course = Course(student(), is_normed=is_normed, rate=rate, schedule=Schedule(_RISE, falls_from=_RISE))
+        course = Course(student(), is_normed=is_normed, rate=rate, schedule=RateSchedule(_RISE, falls_from=_RISE))
         course.run(lesson, batches(), steps, progress=False)
         return course.student
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from distill_nets import inputs, pair
 
-from nni_topo.recovery.course import Clock, Course, Schedule
+from nni_topo.recovery.course import Clock, Course, RateSchedule
 from nni_topo.recovery.lesson import Lesson
 
 
@@ -26,7 +26,7 @@ def course(total, losses=None, *, rate=0.01, first=math.inf, clock=None, warmup=
     """Run a course whose looks find the given losses, the last one again and again; return it and the rates."""
     dense, original = pair()
     lesson = Seen(original, dense, ((inputs(64),), {}), "kl", 2.0)
-    lesson.course = Course(dense, is_normed=False, rate=rate, clock=clock, schedule=Schedule(warmup))
+    lesson.course = Course(dense, is_normed=False, rate=rate, clock=clock, schedule=RateSchedule(warmup))
     batches = lesson.batches(torch.arange(64), 64, 0, None, False)
     left = None if losses is None else list(losses)
     look = None if left is None else lambda _: left.pop(0) if len(left) > 1 else left[0]
@@ -93,7 +93,7 @@ def test_time_that_is_over_takes_no_step():
 
 
 def test_the_fall_is_as_much_shorter_as_what_was_before_it():
-    schedule = Schedule()
+    schedule = RateSchedule()
     assert schedule.level(0.59, 0.01) == 1.0
     schedule.fall(0.3)
     assert schedule.end == pytest.approx(0.5)

@@ -1,6 +1,6 @@
 """Clusters of points as plain functions on arrays: partitions, and sub-clustering with its threshold."""
 
-from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, Graph, partition
+from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, NeighbourGraph, partition
 from nni_topo.maths.clustering.subclustering import Cluster, Growth, SplitTree, grow, hoh_threshold, initial_clusters
 
 __all__ = [
@@ -8,8 +8,8 @@ __all__ = [
     "GRAPHS",
     "Algorithm",
     "Cluster",
-    "Graph",
     "Growth",
+    "NeighbourGraph",
     "SplitTree",
     "grow",
     "hoh_threshold",

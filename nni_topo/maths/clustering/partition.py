@@ -24,8 +24,8 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.intp]
 Algorithm = Literal["kmeans", "spectral", "ward", "dbscan", "gmm", "gmm_full"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-Graph = Literal["epsilon", "knn", "gaussian"]
-GRAPHS: tuple[str, ...] = get_args(Graph)
+NeighbourGraph = Literal["epsilon", "knn", "gaussian"]
+GRAPHS: tuple[str, ...] = get_args(NeighbourGraph)
 
 _LEAST_VARIANCE = 1e-6
 _SAME = 1e-9

@@ -14,7 +14,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, one_of, whole
-from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, Graph
+from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, NeighbourGraph
 from nni_topo.network.runtime import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
@@ -119,7 +119,7 @@ class ClusterPruner(StructuredPruner):
         pool: Pool = "none",
         n_init: int = 3,
         min_samples: int = 3,
-        graph: Graph = "epsilon",
+        graph: NeighbourGraph = "epsilon",
         budget: Budget | Mapping[str, Any] | None = None,
         example_inputs: Any = None,
         round_to: int | None = None,

@@ -21,7 +21,7 @@ _PARTS = {("level", "all"): "C0", ("level", "conv"): "C1", ("level", "dense"): "
 _AGAIN = "unpruned"  # the copy of the unpruned network among the timed ones
 _SHARE = "time / unpruned network's time"
 
-Values = Mapping[float, Sequence[float]]
+PerSeed = Mapping[float, Sequence[float]]
 """By ratio the values of all seeds."""
 
 
@@ -105,7 +105,7 @@ def _chosen(rows: Sequence[Record], pruner: str, part: str, way: str) -> list[Re
     return sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["ratio"])
 
 
-def _by_ratio(rows: Iterable[Record], *keys: str) -> Values:
+def _by_ratio(rows: Iterable[Record], *keys: str) -> PerSeed:
     """Return what lies under the keys in records of several seeds."""
     found = defaultdict[float, list[float]](list)
     for row in rows:
@@ -116,7 +116,7 @@ def _by_ratio(rows: Iterable[Record], *keys: str) -> Values:
     return found
 
 
-def _alone(document: Record) -> Mapping[str, Values]:
+def _alone(document: Record) -> Mapping[str, PerSeed]:
     """Return the accuracies with one layer pruned, by the names of coupled layers."""
     found: dict[str, dict[float, list[float]]] = {}
     for study in document["sensitivities"]:
@@ -131,7 +131,7 @@ def _timed(rows: Sequence[Record]) -> list[str]:
     return list(rows[0]["time_shares"]) if rows else []
 
 
-def _line(axis: Axes, found: Values, style: str, color: str, label: str) -> None:
+def _line(axis: Axes, found: PerSeed, style: str, color: str, label: str) -> None:
     """Draw the means, and a band from the lowest to the highest where there are several seeds."""
     if not found:
         return
@@ -146,5 +146,5 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def _cells(found: Values, ratios: Sequence[float], scale: float, digits: int = 1) -> list[str]:
+def _cells(found: PerSeed, ratios: Sequence[float], scale: float, digits: int = 1) -> list[str]:
     return [show_range(found[ratio], scale, digits) if ratio in found else "" for ratio in ratios]
