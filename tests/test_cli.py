@@ -262,7 +262,7 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
         "--images",
         "64",
         "--seconds",
-        "0.5",
+        "60",
         "--params",
         "0.3",
     ]

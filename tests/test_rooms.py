@@ -89,3 +89,13 @@ def test_each_folder_of_network_imports_only_those_before_it_and_by_what_these_e
                 continue
             assert FOLDERS.index(parts[2]) < FOLDERS.index(folder), f"{path.name} imports {name}"
             assert len(parts) == 3, f"{path.name} imports {name}, which nni_topo.network.{parts[2]} may export"
+
+
+def test_functions_of_analysis_stay_when_their_files_are_imported_by_their_short_names(bare_python):
+    program = """
+import nni_topo
+import nni_topo.analysis.connectivity, nni_topo.analysis.sensitivity
+from nni_topo.analysis.connectivity import Connectivity
+print(callable(nni_topo.analysis.connectivity), callable(nni_topo.analysis.sensitivity), Connectivity.__name__)
+"""
+    assert bare_python(program) == "True True Connectivity\n"

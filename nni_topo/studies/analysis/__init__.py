@@ -1,5 +1,9 @@
 """Studies of a model; none of them changes it."""
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from nni_topo.maths.topology.overlap import (
     network_overlap_bound,
     network_tree_overlap,
@@ -71,3 +75,18 @@ __all__ = [
     "tree_overlap",
     "with_dropout",
 ]
+
+
+class _Analysis(ModuleType):
+    """The package of the studies, in which functions keep their names.
+
+    Two functions have their file's name. An import of the file under its short name, ``nni_topo.analysis.sensitivity``,
+    would put the file in the function's place.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and callable(self.__dict__.get(name))):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Analysis

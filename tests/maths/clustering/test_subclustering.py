@@ -144,7 +144,8 @@ def test_no_leaf_varies_more_than_the_threshold(seed, energy, initial, statistic
     points, covariance = layer(nodes=16, seed=seed)
     tree = grow(points, covariance, initial, Growth(statistic), energy=energy, seed=seed)
     for leaf in (tree.clusters[n] for n in tree.leaves):
-        assert len(leaf.members) == 1 or leaf.variance <= tree.threshold
+        # a variance that is the threshold but for rounding counts as equal to it
+        assert len(leaf.members) == 1 or leaf.variance <= tree.threshold * (1.0 + 1e-9)
     assert all(tree.clusters[p.parent].variance > tree.threshold for p in tree.clusters if p.parent is not None)
 
 
