@@ -27,7 +27,7 @@ from nni_topo.network.runtime import in_smaller_batches, left_alone
 from nni_topo.network.speedup import DependencyGroups
 from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.budget import BudgetPlanner
-from nni_topo.pruners.checks import check_keys_left_out, check_request, matched_modules, pruner_arguments
+from nni_topo.pruners.checks import check_no_ratios, check_request, matched_modules, pruner_arguments
 from nni_topo.pruners.hooks import (
     Data,
     DataCollector,
@@ -120,9 +120,7 @@ class StructuredPruner(Pruner):
             model, config_list, existed_wrappers, self.setting_rules, needs_rule=self.needs_rule
         )
         if has_budget:
-            check_keys_left_out(
-                config_list, ("sparse_ratio", "sparse_threshold", "global_group_id"), "a budget replaces"
-            )
+            check_no_ratios(config_list)
         self.collector = collector
         self.calculator = calculator
         config_list = self._fitting(model, config_list)

@@ -267,6 +267,13 @@ def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -
     return found
 
 
+def check_no_ratios(config_list: Sequence[Mapping[str, Any]], place: str = "config_list") -> None:
+    """Raise a ConfigError where an entry says how much to prune, which a budget does."""
+    check_keys_left_out(
+        config_list, ("sparse_ratio", "sparse_threshold", "global_group_id"), "a budget replaces", place
+    )
+
+
 def check_keys_left_out(
     config_list: Sequence[Mapping[str, Any]], keys: Sequence[str], why: str, place: str = "config_list"
 ) -> None:

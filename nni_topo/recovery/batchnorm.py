@@ -25,6 +25,11 @@ from nni_topo.network.runtime import (
 )
 
 
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return a model's batch norms that have running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+
+
 @checked(model=MODEL, calibration=BATCHES)
 @leaves_models_alone
 @in_smaller_batches
@@ -58,7 +63,7 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
     """
     copied: nn.Module = detached_copy(model)
     batches = batches_of(calibration, model)
-    norms = [module for module in copied.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = batch_norms(copied)
     measured: dict[_BatchNorm, dict[str, torch.Tensor]] = {}
     with left_alone(copied), evaluation_mode(copied), torch.no_grad():
         for norm in norms:

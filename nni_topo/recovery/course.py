@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_topo.disk import DELETE, output_file, read_tensors, reading, write_tensors
+from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.layers import by_output, inputs_laid_out, zeros_held
 from nni_topo.network.runtime import bar
+from nni_topo.recovery.batchnorm import batch_norms
 from nni_topo.recovery.lesson import Batches, Lesson
 
 _FORMAT = "nni-topo distillation 3"
@@ -174,8 +175,7 @@ class Course:
         """
         rest = itertools.islice(batches, self.done, None)
         kept = time.perf_counter()
-        norms = [each for each in self.student.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
-        with _learning(self.student, norms if self.is_normed else []):
+        with _learning(self.student, batch_norms(self.student) if self.is_normed else []):
             for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
                 share = self._share(step, total)
                 if look is not None and int(share * _LOOKS) > int(self._looked * _LOOKS) and self.done:
@@ -228,11 +228,6 @@ class Course:
             return False
         lately, before = sum(losses[-_WINDOW:]), sum(losses[-2 * _WINDOW : -_WINDOW])
         return lately > (1.0 - _PROGRESS) * before
-
-    def forget(self) -> None:
-        """Remove the file, so that another course can begin."""
-        if self.path is not None:
-            output_file(self.path).unlink(missing_ok=True)
 
     def _keep(self) -> None:
         if self.path is None:

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from nni.compression.utils import Evaluator
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import (
@@ -56,7 +55,7 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
     tensors_of,
 )
-from nni_topo.recovery.batchnorm import recalibrate_batch_norm
+from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
 from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, RateTrial
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
@@ -305,8 +304,7 @@ def distillation(
     if not len(learned):
         raise DataError(f"distillation must have at least two images, one to judge by, got {len(order)} (images)")
     most_steps = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
-    norms = (each for each in dense.modules() if isinstance(each, _BatchNorm) and each.track_running_stats)
-    is_normed = len(learned) >= _BATCH_NORM_IMAGES and any(norms)
+    is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
     is_blended = blend and is_blendable(pool)
 
     judging = time.perf_counter()
@@ -363,7 +361,7 @@ def distillation(
     knobs |= {"warmup": warmup, "blocks": blocks}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     if state is not None:  # the same images in the same order: which are held out depends on it
-        kind["images of the hash"] = " ".join(fingerprint(each)[:16] for each in tensors_of(pool))
+        kind["the same images in the same order, hash"] = " ".join(fingerprint(each)[:16] for each in tensors_of(pool))
     after, is_kept, taken, curve, is_out_of_time = before, False, 0, tuple[Look, ...](), False
     if not math.isnan(rate):
         course = Course(

@@ -63,7 +63,7 @@ from nni_topo.pruners.budget import (
     network_cost,
     tell_if_missed,
 )
-from nni_topo.pruners.checks import check_keys_left_out
+from nni_topo.pruners.checks import check_no_ratios
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
@@ -306,12 +306,7 @@ def shrink(
     layers = None if layers is None else list(layers)
     _check(model, budget, pruner, knobs, compensate, distill, outputs, evaluate)
     if not callable(pruner):
-        check_keys_left_out(
-            [each if isinstance(each, Mapping) else {} for each in layers or ()],
-            ("sparse_ratio", "sparse_threshold", "global_group_id"),
-            "a budget replaces",
-            "layers",
-        )
+        check_no_ratios([each if isinstance(each, Mapping) else {} for each in layers or ()], "layers")
     data = _split(calibration, model)
     if distill is True or isinstance(distill, Mapping):
         check_one_shape(calls(model, data.all))

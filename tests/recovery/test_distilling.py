@@ -269,7 +269,7 @@ def test_a_state_is_of_the_images_that_it_began_with(tmp_path):
     knobs = {"steps": 20, "lr": 1e-3, "state": tmp_path / "state.pt"}
     distillation(dense, original, batches(), **knobs)
     distillation(dense, original, batches(), **knobs)
-    with pytest.raises(ConfigError, match="must go on with images of the hash"):
+    with pytest.raises(ConfigError, match="must go on with the same images in the same order, hash"):
         distillation(dense, original, batches()[::-1], **knobs)
 
 
