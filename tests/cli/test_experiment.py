@@ -1,4 +1,9 @@
-"""The verbs of `nni-topo experiment` beside a manager whose replies were recorded; `tests/runs` has a real one."""
+"""What the verbs of `nni-topo experiment` show and write, from replies of NNI's manager that were recorded.
+
+NNI's client is the real one. The manager isn't, and `run` doesn't start one here. The slow tests in
+`tests/runs/experiment/test_manager.py` run, interrupt, resume and export with a real manager, and hold the recorded
+replies against its own.
+"""
 
 from __future__ import annotations
 

@@ -246,7 +246,9 @@ def test_each_of_two_processes_retrains_on_half_of_the_images_and_of_the_batch(s
 
     def noting(net, data, recipe, *, through, **knobs):
         seen.append((len(data.train), recipe.batch_size, type(through), knobs["seed"]))
+        return retrain(net, data, recipe, through=through, **knobs)
 
+    retrain = pipeline.retrain
     monkeypatch.setattr(pipeline, "retrain", noting)
     trial = pipeline._Trial(settings, tmp_path, nets)
     whole, batch = len(trial.start.data.train), trial.cell.retrain.batch_size
