@@ -317,13 +317,13 @@ def read_outputs(found: Any, call: Call, count: int, outputs: Outputs | None) ->
         return outputs_of(found, count)
     args, kwargs = call
     read = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
-    tensors, kind = outputs_of(read, count)
+    tensors, kind = outputs_of(read, count, "what outputs= returns")
     if all(each.dim() == 2 and bool((each.detach().norm(dim=1) - 1.0).abs().max() <= _UNIT) for each in tensors):
         kind = "cosine"
     return tensors, kind
 
 
-def outputs_of(found: Any, count: int) -> tuple[list[Tensor], str]:
+def outputs_of(found: Any, count: int, what: str = "a model's output") -> tuple[list[Tensor], str]:
     """Return the outputs to be met, of so many entries, and whether they are logits (``kl``) or not (``squares``)."""
     logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
     if isinstance(logits, Tensor):
@@ -331,7 +331,7 @@ def outputs_of(found: Any, count: int) -> tuple[list[Tensor], str]:
     tensors = [each for each in tensors_of(found) if each.is_floating_point() and each.dim() and len(each) == count]
     if not tensors:
         raise ConfigError(
-            f"a model's output must hold a floating tensor with an entry per image, got {type(found).__name__}"
+            f"{what} must hold a floating tensor with an entry per image, got {_kind(found)} for {count} images"
         )
     return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
 
@@ -424,10 +424,27 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
         for part in _together(torch.arange(count)):
             args, kwargs = taken(call, part)
             seen = augment(kwargs or (args[0] if len(args) == 1 else args))
+            if not tensors_of(seen):
+                raise ConfigError(f"augment must return tensors, in what it gets them in, got {type(seen).__name__}")
             # A model may take a mapping as its argument; what the function gives is used as what it got was.
             is_argument = not kwargs and isinstance(seen, Mapping)
             views.append(arguments_of((seen,) if is_argument else seen))
     view = joined(views)
-    if len(tensors_of(view)[0]) != count:
-        raise ConfigError(f"augment must return as many images as it gets, {count}, got {len(tensors_of(view)[0])}")
+    tensors = tensors_of(view)
+    if len(tensors[0]) != count:
+        raise ConfigError(f"augment must return as many images as it gets, {count}, got {len(tensors[0])}")
+    wrong = _not_finite(tensors)
+    if wrong > _not_finite(tensors_of(call)):  # inputs may hold some, such as masks that are added
+        raise ConfigError(f"augment must return finite values, got {wrong} that aren't, for {count} images")
     return view
+
+
+def _not_finite(tensors: list[Tensor]) -> int:
+    """Count the values that are infinite or no numbers."""
+    return sum(int((~each.isfinite()).sum()) for each in tensors if each.is_floating_point())
+
+
+def _kind(found: Any) -> str:
+    """Return a value's type, and the shapes of its tensors, for an error."""
+    shapes = [f"{str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}" for each in tensors_of(found)]
+    return f"{type(found).__name__} ({', '.join(shapes)})" if shapes else type(found).__name__

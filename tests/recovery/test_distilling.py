@@ -372,6 +372,8 @@ def test_frozen_parameters_stay():
         ({"seed": -1}, "seed must be an integer of at least 0 .*, got -1"),
         ({"blend": 1}, "blend must be True or False, got 1"),
         ({"augment": lambda part: part[:3]}, "augment must return as many images as it gets"),
+        ({"augment": lambda _: None}, "augment must return tensors, in what it gets them in, got NoneType"),
+        ({"augment": lambda part: part / 0.0}, "augment must return finite values, got"),
     ],
 )
 def test_bad_knobs_are_refused(knobs, message):

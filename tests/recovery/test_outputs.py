@@ -169,7 +169,14 @@ def test_the_loss_of_blocks_is_a_share_of_their_variance_over_real_positions():
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0"),
         ({"outputs": "pooled"}, "outputs must be a function or None, got 'pooled'"),
         ({"objective": "cosine", "outputs": lambda output, _: output[:, None]}, "must have one vector for each sample"),
-        ({"outputs": lambda output, _: output.sum()}, "must hold a floating tensor with an entry per image"),
+        (
+            {"outputs": lambda output, _: output.sum()},
+            r"what outputs= returns must hold a floating tensor with an entry per image, got Tensor \(float32 \(\)\)",
+        ),
+        (
+            {"outputs": lambda output, _: None},
+            "what outputs= returns must hold a floating tensor with an entry per image, got NoneType",
+        ),
     ],
 )
 def test_bad_knobs_are_refused(knobs, message):
