@@ -113,11 +113,12 @@ trained: trained-packages
 	$(TRAINED) benchmarks/trained/run.py minilm --out trained --only reconstruction --recoveries 'compensate, distill' --steps 200
 	$(TRAINED) benchmarks/trained/report.py trained
 
-# all cells of the tables in benchmarks/RESULTS.md, in hours, into the committed records
+# all cells of the tables in benchmarks/results/trained.md, in hours, into the committed records
 trained-table: trained-packages
 	$(TRAINED) benchmarks/trained/run.py efficientnet-lite0 --out benchmarks/records/trained
 	$(TRAINED) benchmarks/trained/run.py minilm --out benchmarks/records/trained
-	$(TRAINED) benchmarks/trained/report.py benchmarks/records/trained --into benchmarks/RESULTS.md
+	$(TRAINED) benchmarks/trained/report.py benchmarks/records/trained --into benchmarks/results/trained.md
+	$(TRAINED) benchmarks/trained/report.py benchmarks/records/trained --bars docs/figures/minilm.png
 
 test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON_LOWEST) -m venv $(LOWEST)

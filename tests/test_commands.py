@@ -15,7 +15,12 @@ from nni_topo.studies.plan import load_plan
 
 PROJECT = Path(__file__).parent.parent
 PAGES = [*PROJECT.glob("docs/*.md"), *(PROJECT / name for name in ("README.md", "CONTRIBUTING.md"))]
-FILES = [*PAGES, PROJECT / "benchmarks" / "RESULTS.md", *PROJECT.glob("configs/**/*.y*ml")]
+FILES = [
+    *PAGES,
+    PROJECT / "benchmarks" / "RESULTS.md",
+    *PROJECT.glob("benchmarks/results/*.md"),
+    *PROJECT.glob("configs/**/*.y*ml"),
+]
 CHEAP = ("list", "analyze compression --model resnet20 ", "analyze compression --model mnist_fcn ")
 
 

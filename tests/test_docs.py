@@ -67,7 +67,7 @@ evaluator = recipe_evaluator(model, data, zoo.Recipe(epochs=1, batch_size=32))
 """,
     "transformers": None,
 }
-MADE = {"index.md", "api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
+MADE = {"api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
 
 
 def snippets(path):

@@ -69,7 +69,7 @@ def test_a_run_takes_the_place_of_the_last_one_with_the_same_pytorch(upstream, t
 def test_the_table_of_distillation_is_that_of_its_records():
     lines = (PROJECT / "benchmarks" / "records" / "distillation.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    text = (PROJECT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    text = (PROJECT / "benchmarks" / "results" / "recovery.md").read_text(encoding="utf-8")
     gains: dict[tuple[str, int], list[float]] = {}
     for net, share in sorted({(record["net"], record["flops"]) for record in records}):
         runs = [record for record in records if (record["net"], record["flops"]) == (net, share)]

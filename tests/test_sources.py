@@ -8,12 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from markdown_sections import sections
 
 from nni_topo.cli import main
 
 PROJECT = Path(__file__).parents[1]
 PAGE = (PROJECT / "docs" / "sources.md").read_text(encoding="utf-8")
-RESULTS = (PROJECT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
 SYSTEMS = 15
 
 
@@ -27,13 +27,6 @@ def table(heading):
 
 ROWS = table("The systems")
 by_system = pytest.mark.parametrize("row", ROWS, ids=lambda row: row["system"].split(" (")[0])
-
-
-def sections():
-    """The text of RESULTS.md by anchor, from each heading to the next."""
-    parts = re.split(r"^#+ (.*)$", RESULTS, flags=re.M)
-    heads = (re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in parts[1::2])
-    return dict(zip(heads, parts[2::2], strict=True))
 
 
 def test_there_is_a_row_per_system_and_no_other():
@@ -65,13 +58,13 @@ def test_a_row_names_what_there_is(row, capsys):
 
 @by_system
 def test_the_figures_of_a_row_stand_in_the_section_that_it_links(row):
-    anchors = re.findall(r"RESULTS\.md#([\w-]+)", row["our figure"])
-    text = "\n".join(sections()[anchor] for anchor in anchors)
+    links = re.findall(r"benchmarks/(results/\w+\.md)(?:#([\w-]+))?\)", row["our figure"])
+    text = "\n".join(sections(PROJECT / "benchmarks" / page)[anchor] for page, anchor in links)
     said = re.sub(r"\[.*?\]\(.*?\)|p = [\d.]+|at 0\.\d", "", row["our figure"])
     figures = re.findall(r"\d+\.\d+(?:e\+\d+)?(?: ± \d+\.\d+)?|-\d{4}", said)
     assert figures
     missing = [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", text)]
-    assert not missing, f"not in RESULTS.md#{', '.join(anchors)}: {', '.join(missing)}"
+    assert not missing, f"not in {links}: {', '.join(missing)}"
 
 
 @by_system

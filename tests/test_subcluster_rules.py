@@ -28,7 +28,7 @@ def rules():
 
 
 def test_the_page_holds_the_table_of_the_records(rules):
-    page = (_PROJECT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    page = (_PROJECT / "benchmarks" / "results" / "clustering.md").read_text(encoding="utf-8")
     records = [json.loads(line) for line in _RECORDS.read_text().splitlines()]
     assert {(record["net"], record["seed"]) for record in records} == {
         (net, seed) for net in rules.SOURCE for seed in range(3)

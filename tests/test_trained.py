@@ -136,7 +136,7 @@ RECORDS = _PROJECT / "benchmarks" / "records" / "trained"
 
 
 def test_the_page_holds_the_tables_of_the_records(modules):
-    page = (_PROJECT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    page = (_PROJECT / "benchmarks" / "results" / "trained.md").read_text(encoding="utf-8")
     report = modules["report"]
     assert report.replaced(page, report.tables(report.read(RECORDS))) == page
 

@@ -20,8 +20,8 @@ _TITLES = {
     "pruneconfig": "A file for `prune`",
 }
 ELSEWHERE = {
-    "index.md": "README.md",
     "results.md": "benchmarks/RESULTS.md",
+    **{f"results/{page.name}": f"benchmarks/results/{page.name}" for page in PROJECT.glob("benchmarks/results/*.md")},
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
@@ -46,8 +46,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def relinked(text: str, source: str) -> str:
-    """Return a file's text with its links as seen from the site's top folder; what isn't part of it is named only."""
-    pages = {source: page for page, source in ELSEWHERE.items()}
+    """Return a file's text with its links as seen from its page; what isn't part of the site is named only."""
+    pages = {source: page for page, source in ELSEWHERE.items()} | {"README.md": "index.md"}
+    top = "../" if source.startswith("benchmarks/results/") else ""
 
     def link(found: re.Match[str]) -> str:
         words, target, anchor = found[1], found[2], found[3] or ""
@@ -56,10 +57,10 @@ def relinked(text: str, source: str) -> str:
         place = (PROJECT / source).parent.joinpath(target).resolve()
         inside = place.is_relative_to(PROJECT) and place.relative_to(PROJECT).as_posix()
         if inside in pages:
-            return f"{words}({pages[inside]}{anchor})"
+            return f"{words}({top}{pages[inside]}{anchor})"
         for folder in ("docs", "benchmarks"):
             if inside and inside.startswith(f"{folder}/") and place.suffix in (".md", ".png"):
-                return f"{words}({inside.removeprefix(f'{folder}/')}{anchor})"
+                return f"{words}({top}{inside.removeprefix(f'{folder}/')}{anchor})"
         return re.sub(r"^!?\[(.*)\]$", r"\1", words)
 
     return re.sub(r"(!?\[[^\]]*\])\(([^)#\s]*)(#[^)]*)?\)", link, text)

@@ -1,10 +1,11 @@
 """Tables and a picture of what ``run.py`` recorded.
 
     python benchmarks/trained/report.py runs/trained
-    python benchmarks/trained/report.py benchmarks/records/trained --into benchmarks/RESULTS.md
+    python benchmarks/trained/report.py benchmarks/records/trained --into benchmarks/results/trained.md
+    python benchmarks/trained/report.py benchmarks/records/trained --bars docs/figures/minilm.png
 
 The first writes ``report.md`` and ``agreement.png`` into the folder and prints the tables; ``--into`` replaces what a
-page holds between the two comments that name this file.
+page holds between the two comments that name this file; ``--bars`` draws README's picture.
 """
 
 from __future__ import annotations
@@ -32,15 +33,23 @@ _DIGITS = {"KL": (1.0, 2), "cosine": (1.0, 3), "Spearman": (1.0, 3)}  # others a
 _CNN, _ENCODER = NETWORKS
 QUOTED = (
     ((_ENCODER, 0.5, OURS, "compensate, distill"), "cosine", "a cosine of {} with the unpruned network's"),
-    ((_ENCODER, 0.5, OURS, "compensate, distill"), "recall@10", "{} % of the ten nearest neighbours"),
-    ((_ENCODER, 0.5, "l1", "distill"), "recall@10", "({} % by L1 and distillation alone"),
-    ((_ENCODER, 0.5, "l1", "none"), "recall@10", "{} % by L1 without recovery)"),
+    ((_ENCODER, 0.5, "l1", "distill"), "cosine", "{} by L1 and distillation"),
+    ((_ENCODER, 0.5, "l1", "none"), "cosine", "{} by L1 without recovery"),
     ((_CNN, 0.8, OURS, "compensate"), "top 1", "the class of {} % of crops of other photos"),
     ((_CNN, 0.8, "l1", "batch norms"), "top 1", "({} % by L1 with batch norms recalibrated,"),
     ((_CNN, 0.8, "l1", "compensate"), "top 1", "recalibrated, {} % by L1 with our recovery)"),
     ((_CNN, 0.5, OURS, "compensate"), "top 1", "With half of the MACs it is {} %."),
 )
 """Cell, column and wording of each figure in README.md; a test holds one against the other."""
+BARS = (
+    ("l1", "none", "L1, no recovery"),
+    ("fpgm", "compensate", "FPGM (best baseline), weight reconstruction"),
+    ("l1", "distill", "L1, distillation"),
+    (OURS, "none", "least squares, no recovery"),
+    (OURS, "compensate", "least squares, weight reconstruction"),
+    (OURS, "compensate, distill", "least squares, weight reconstruction, distillation"),
+)
+"""MiniLM's cells in README's picture, from the top: criterion, recovery and label."""
 _MARKERS = dict(zip(CRITERIA, "xosD^*", strict=True))
 Record = dict[str, Any]
 
@@ -180,6 +189,23 @@ def picture(records: Sequence[Record], path: Path) -> None:
     drawn.savefig(output_file(path), dpi=110)
 
 
+def bars(records: Sequence[Record], path: Path) -> None:
+    """Draw how near MiniLM's embeddings stay to the unpruned network's, a bar for each cell of ``BARS``."""
+    cells = {tuple(record["key"]): record["figures"] for record in records if "images" not in record}
+    values = [cells[_ENCODER, 0.5, criterion, recovery]["cosine"]["value"] for criterion, recovery, _ in BARS]
+    colors = ["tab:red" if criterion == OURS else "tab:gray" for criterion, _, _ in BARS]
+    drawn = Figure(figsize=(7.2, 2.6), layout="constrained")
+    axis = drawn.subplots()
+    shown = axis.barh([label for _, _, label in BARS], values, color=colors)
+    axis.bar_label(shown, fmt="%.3f", padding=3)
+    axis.invert_yaxis()
+    axis.set(xlim=(0.0, 1.08), xlabel="cosine with the unpruned network")
+    drawn.suptitle("all-MiniLM-L6-v2 with half of its heads' channels and of its MLPs' neurons", fontsize="medium")
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    drawn.savefig(output_file(path), dpi=130)
+
+
 def replaced(page: str, text: str) -> str:
     """Return a page with the text between the two comments replaced."""
     before, _, rest = page.partition(BEGIN)
@@ -194,10 +220,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the --out of run.py")
     parser.add_argument("--into", type=Path, help="a page that holds the tables")
+    parser.add_argument("--bars", type=Path, help="write README's picture here, and nothing else")
     options = parser.parse_args(arguments)
     records = read(options.folder)
     if not records:
         parser.error(f"the folder must hold records of run.py, got none ({options.folder})")
+    if options.bars is not None:
+        bars(records, options.bars)
+        return
     text = tables(records)
     if options.into is not None:
         options.into.write_text(replaced(options.into.read_text(encoding="utf-8"), text), encoding="utf-8")

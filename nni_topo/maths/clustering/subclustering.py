@@ -227,8 +227,9 @@ def hoh_threshold(
     -----
     The source gives neither the bins nor which of their values counts. With ten bins deep networks keep most of their
     neurons where the source keeps a fifth; with Scott's rule and upper edges the shares of kept neurons lie nearest to
-    its tables, over five networks, of the standard rules that were compared (``benchmarks/RESULTS.md``). (5.6) read to
-    the letter, the largest edge below which *less* than a share ``energy`` lies, gives lower edges and prunes less.
+    its tables, over five networks, of the standard rules that were compared (``benchmarks/results/clustering.md``).
+    (5.6) read to the letter, the largest edge below which *less* than a share ``energy`` lies, gives lower edges and
+    prunes less.
 
     References
     ----------
