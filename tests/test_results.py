@@ -18,6 +18,8 @@ BENCHMARKS = PROJECT / "benchmarks"
 FRONT = BENCHMARKS / "RESULTS.md"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.md"))
 QUOTING = [PROJECT / "README.md", PROJECT / "docs" / "choosing.md", PROJECT / "docs" / "index.md", FRONT]
+# the rows of sources.md have a test of their own, tests/test_sources.py
+OTHERS = sorted({*PROJECT.glob("docs/*.md")} - {*QUOTING, PROJECT / "docs" / "sources.md"})
 NUMBER = r"(?<![\w.+-])[-+]?\d[\d,]*(?:\.\d+)?"
 # what a sentence claims: numbers with an interval, with decimals, with a unit, or in a list before one ("18 to 47 %")
 FIGURE = re.compile(
@@ -68,6 +70,14 @@ def test_the_figures_of_a_page_stand_in_the_tables_that_it_links(page):
         assert not missing, f"{page.name}: not in the linked tables: {missing}: {block}"
         checked += len(figures)
     assert checked or page.stem == "index"
+
+
+@pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
+def test_figures_with_intervals_on_the_other_pages_stand_in_the_tables_that_they_link(page):
+    for block in blocks(page):
+        text = "\n".join(tables(sections(path)[anchor]) for path, anchor in linked(block, page))
+        missing = [figure for figure in quoted(block) if " ± " in figure and not stands(figure, text)]
+        assert not missing, f"{page.name}: not in the linked tables: {missing}: {block}"
 
 
 def test_a_figure_that_was_altered_is_noticed():
