@@ -2,12 +2,15 @@
 
     python benchmarks/bench_recovery.py ablation --data-dir DIR --out runs/recovery
     python benchmarks/bench_recovery.py images --data-dir DIR --out runs/recovery
+    python benchmarks/bench_recovery.py choice --data-dir DIR --out runs/recovery --flops 0.1 --seeds 5
     python benchmarks/bench_recovery.py cost --out runs/recovery
 
-``ablation`` and ``images`` take LeNet-5-like nets trained on 20,000 images of Fashion-MNIST for five epochs (trained
-first where ``--out`` has no checkpoints of them) and write a line per figure to ``ablation.jsonl`` and
-``images.jsonl``; the same command goes on where it was stopped. ``cost`` measures seconds and peak memory of
-compensating VGG-16 and ResNet-50, each in a process of its own and on one thread, beside one epoch of training.
+``choice`` compares which of 5,000 images are taken: random ones (three draws), those nearest to the centres of k-means,
+and those of `choose_images`. ``ablation``, ``images`` and ``choice`` take LeNet-5-like nets trained on 20,000 images of
+Fashion-MNIST for five epochs (trained first where ``--out`` has no checkpoints of them) and write a line per figure to
+``ablation.jsonl``, ``images.jsonl`` and ``choice.jsonl``; the same command goes on where it was stopped. ``cost``
+measures seconds and peak memory of compensating VGG-16 and ResNet-50, each in a process of its own and on one thread,
+beside one epoch of training.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 import nni_topo
@@ -40,13 +44,16 @@ CRITERIA = ("hausdorff", "cover", "bottleneck", "wasserstein")
 SOLVERS = ("greedy", "genetic")
 METHODS = ("pair", "channel", "reconstruct")
 COUNTS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+POOL = 5_000
+FEW = (16, 32, 64, 128)
+CHOICES = ("random, draw 0", "random, draw 1", "random, draw 2", "nearest to centres of k-means", "choose_images")
 NETS = {"vgg16": (3, 32, 1024), "torchvision/resnet50": (3, 224, 256)}
 
 
 def main() -> None:
     """Parse the command line and run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("ablation", "images", "cost"))
+    parser.add_argument("part", choices=("ablation", "images", "choice", "cost"))
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
@@ -58,7 +65,7 @@ def main() -> None:
     if options.part == "cost":
         _cost(options) if options.net is None else print(json.dumps(_cost_of(options.net)))
         return
-    run = _ablation if options.part == "ablation" else _images
+    run = {"ablation": _ablation, "images": _images, "choice": _choice}[options.part]
     path = options.out / f"{options.part}.jsonl"
     done = {tuple(record["key"]) for record in read_records(path)}
     for seed in range(options.seeds):
@@ -162,12 +169,53 @@ def _images(net: _Net, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
                 yield {**record, method: net.accuracy_of(model, masks)}
 
 
+def _choice(net: _Net, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Compensate with few images of a pool, chosen in several ways; the time is that of the choice."""
+    masks = net.masks("l2")
+    pool = net.data.train.tensors[0][:POOL]
+    for count in FEW:
+        for row in (
+            "random, draw 0",
+            "random, draw 1",
+            "random, draw 2",
+            "nearest to centres of k-means",
+            "choose_images",
+        ):
+            key = (net.seed, net.flops, row, count)
+            if key in done:
+                continue
+            began = time.perf_counter()
+            images = _chosen(net.model, pool, row, count, net.seed)
+            seconds = time.perf_counter() - began
+            model = nni_topo.compensate(net.model, masks, images)
+            record = {"key": key, "row": f"{row.split(',')[0]}, {count} images", "count": count, "seconds": seconds}
+            yield {**record, "before": net.accuracy, "reconstruct": net.accuracy_of(model, masks)}
+
+
+def _chosen(model: nn.Module, pool: Tensor, row: str, count: int, seed: int) -> Any:
+    """Choose images of a pool."""
+    if row == "choose_images":
+        return nni_topo.choose_images(pool.split(256), model, count)
+    if row.startswith("random"):
+        generator = torch.Generator().manual_seed(100 * seed + int(row[-1]))
+        return [pool[torch.randperm(len(pool), generator=generator)[:count]]]
+    # The same features as those of choose_images.
+    entered: list[Tensor] = []
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    with last.register_forward_pre_hook(lambda _, given: entered.append(given[0])), torch.no_grad():
+        for batch in pool.split(256):
+            model(batch)
+    features = torch.cat(entered).numpy()
+    centres = KMeans(count, n_init=3, random_state=seed).fit(features).cluster_centers_
+    return [pool[torch.cdist(torch.from_numpy(centres), torch.from_numpy(features)).argmin(dim=1).unique()]]
+
+
 def _print(records: Iterable[dict[str, Any]], part: str) -> None:
     """Print a Markdown table: mean over seeds with 95 % intervals."""
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         rows[record["row"]].append(record)
-    columns = (("none",) if part == "ablation" else ()) + METHODS
+    columns = {"ablation": ("none", *METHODS), "images": METHODS, "choice": ("reconstruct",)}[part]
     print(f"\n| {part} | {' | '.join(columns)} | s |\n|---|{'---:|' * (len(columns) + 1)}")
     for row, found in rows.items():
         cells = []

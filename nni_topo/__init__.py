@@ -59,6 +59,7 @@ from nni_topo.pruners.topological_magnitude import TopologicalMagnitudePruner  #
 from nni_topo.recovery import (  # noqa: E402
     RecoveryInfo,
     RecoveryMethod,
+    choose_images,
     compensate,
     compensation,
     distill,
@@ -144,6 +145,7 @@ __all__ = [
     "__version__",
     "analysis",
     "as_torch_layers",
+    "choose_images",
     "clustering",
     "compat",
     "compensate",

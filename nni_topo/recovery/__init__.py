@@ -4,6 +4,7 @@ from nni_topo.maths.least_squares.greedy import greedy_least_squares
 from nni_topo.recovery.ahead import Ahead
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.blocks import remove_blocks
+from nni_topo.recovery.choosing import choose_images
 from nni_topo.recovery.compensating import Compensation, compensate, compensation
 from nni_topo.recovery.distilling import Distillation, distill, distillation
 from nni_topo.recovery.mixing import Channel, Pair, pair_coefficients
@@ -32,6 +33,7 @@ __all__ = [
     "Reconstruct",
     "RecoveryInfo",
     "RecoveryMethod",
+    "choose_images",
     "compensate",
     "compensation",
     "distill",

@@ -8,7 +8,7 @@ from nni_topo.maths.topology.clouds import (
     with_origin,
 )
 from nni_topo.maths.topology.comparison import bottleneck_distance, wasserstein_distance
-from nni_topo.maths.topology.covering import farthest_point_order, hausdorff_to_subset, mean_cover
+from nni_topo.maths.topology.covering import farthest_point_order, farthest_points, hausdorff_to_subset, mean_cover
 from nni_topo.maths.topology.diagrams import rips_diagram
 from nni_topo.maths.topology.fitness import CRITERIA, SubsetFitness
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph, linear_graph
@@ -33,6 +33,7 @@ __all__ = [
     "channel_tree",
     "convolution_graph",
     "farthest_point_order",
+    "farthest_points",
     "h0_bottleneck",
     "h0_deaths",
     "h0_wasserstein",

@@ -6,11 +6,13 @@ Hausdorff distance, in every degree: a subset that leaves no point far away keep
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nni_topo.errors import checked
-from nni_topo.maths.ties import first_largest
+from nni_topo.errors import ConfigError, DataError, checked, whole
+from nni_topo.maths.ties import first_largest, first_smallest
 from nni_topo.maths.topology import kernels
 from nni_topo.maths.topology.checks import BoolArray, FloatArray, IntArray, as_distances, as_index, as_subsets
 from nni_topo.maths.topology.kernels import use_compiled
@@ -197,14 +199,81 @@ def farthest_point_order(distances: ArrayLike, start: int = 0) -> tuple[IntArray
     (array([0, 2, 1]), array([5., 1., 0.]))
     """
     matrix = as_distances(distances)
-    newest = as_index(start, len(matrix), "start")
-    order, radii = np.empty(len(matrix), dtype=np.intp), np.empty(len(matrix))
-    nearest = np.full(len(matrix), np.inf)
-    largest = float(matrix.max())
+    first = as_index(start, len(matrix), "start")
+    return _farthest(matrix.__getitem__, len(matrix), len(matrix), first, float(matrix.max()))
+
+
+@checked()
+def farthest_points(points: ArrayLike, count: int) -> IntArray:
+    """Choose points that cover a cloud: the one nearest to the mean, then always the farthest from those before it.
+
+    Parameters
+    ----------
+    points : array_like, shape (n, d)
+        Finite coordinates.
+    count : int
+        How many points, in [1, n].
+
+    Returns
+    -------
+    ndarray of int, shape (count,)
+        Indices in the order of choice, so that the first k are the choice of k points. Of points that are equally far,
+        to 1e-6 of their distance, the one with the lowest index.
+
+    Raises
+    ------
+    ConfigError
+        If the count isn't in [1, n].
+    DataError
+        If the points aren't a matrix of finite numbers.
+
+    See Also
+    --------
+    farthest_point_order : the same from distances, with the radii.
+
+    Notes
+    -----
+    O(count n d) time, and O(n d) memory: no matrix of distances is made.
+
+    References
+    ----------
+    T. F. Gonzalez, Clustering to minimize the maximum intercluster distance, Theoretical Computer Science
+    38, 1985.
+
+    Examples
+    --------
+    >>> farthest_points([[0.0], [1.0], [5.0], [6.0]], 3)
+    array([1, 3, 0])
+    """
+    cloud = np.asarray(points, dtype=np.float64)
+    if cloud.ndim != 2 or not cloud.size or not np.isfinite(cloud).all():
+        raise DataError(f"points must be a matrix of finite numbers (n, d), got shape {cloud.shape} (points)")
+    whole(1).check("count", count, "farthest_points")
+    if count > len(cloud):
+        raise ConfigError(f"count must be in [1, {len(cloud)}], the number of points, got {count} (farthest_points)")
+
+    def distances_to(index: int) -> FloatArray:
+        found: FloatArray = np.sqrt(np.square(cloud - cloud[index]).sum(axis=1))
+        return found
+
+    from_mean = np.square(cloud - cloud.mean(axis=0)).sum(axis=1)
+    first = first_smallest(from_mean, float(from_mean.max()))
+    # No two points are farther apart than twice the distance of the farthest one from any of them.
+    order, _ = _farthest(distances_to, len(cloud), count, first, 2.0 * float(distances_to(first).max()))
+    return order
+
+
+def _farthest(
+    distances_to: Callable[[int], FloatArray], points: int, count: int, first: int, largest: float
+) -> tuple[IntArray, FloatArray]:
+    """Return so many points, always the farthest from those before it, and the radii that are left; each (count,)."""
+    order, radii = np.empty(count, dtype=np.intp), np.empty(count)
+    nearest = np.full(points, np.inf)
+    newest = first
     # Chosen points stand at -inf, so that duplicates of theirs still come before them.
-    for step in range(len(matrix)):
+    for step in range(count):
         order[step] = newest
-        np.minimum(nearest, matrix[newest], out=nearest)
+        np.minimum(nearest, distances_to(newest), out=nearest)
         nearest[newest] = -np.inf
         # After the last point all stand at -inf.
         radii[step] = max(nearest.max(), 0.0)

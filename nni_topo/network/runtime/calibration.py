@@ -185,6 +185,39 @@ class Calibration(Sequence[Any]):
         every = min(every, max(2, int(groups.max()) + 1))
         return groups % every == every - 1
 
+    def chosen(self, samples: Tensor) -> Calibration:
+        """Return some samples, in this order, in batches as large as the largest of these.
+
+        Where the batches have inputs of other shapes, or hold lists of samples, the samples stay in the batches and in
+        the order in which they are.
+
+        Parameters
+        ----------
+        samples : Tensor
+            int64, (count,): indices of samples, each once.
+        """
+        rows: _Rows = []
+        first = 0  # position of the batch's first sample among all samples
+        for index, size in enumerate(self.sizes):
+            own = samples[(samples >= first) & (samples < first + size)] - first
+            if len(own):
+                rows.append((index, own.sort().values))
+            first += size
+        subset = self._subset(rows)
+        batches = _joined([inputs_of(batch, index, self.name) for index, batch in enumerate(subset)])
+        if batches is None:
+            return subset
+        # The batches have the samples in the order of their indices.
+        place = samples.argsort().argsort()
+        size = max(self.sizes)
+        groups = None if subset._groups is None else subset._groups[place]
+        return Calibration(
+            [(taken(batches, part),) for part in place.split(size)],
+            memory_bytes=self._memory_bytes,
+            name=self.name,
+            groups=groups,
+        )
+
     def _subset(self, rows: _Rows) -> Calibration:
         """Return some of the samples as calibration data, without copying them."""
         subset = Calibration((), name=self.name)
@@ -281,6 +314,24 @@ def _plain(batch: Any) -> Any:
 def _can_be_cut(inputs: Any) -> bool:
     """Say whether the samples are the first dimension of tensors; detectors take lists of images instead."""
     return not any(isinstance(value, (tuple, list)) and tensors_of(value) for value in _values(inputs))
+
+
+def _joined(inputs: list[Any]) -> Any:
+    """Return one batch's inputs made of several; None where their shapes don't fit together."""
+    if not all(map(_can_be_cut, inputs)):
+        return None
+    flat = [tree_flatten(_plain(each)) for each in inputs]
+    shapes = set()
+    for leaves, spec in flat:
+        found = [each.shape[1:] if isinstance(each, Tensor) and each.dim() else None for each in leaves]
+        shapes.add((str(spec), tuple(found)))
+    if len(shapes) > 1:
+        return None
+    columns = []
+    for column in zip(*(leaves for leaves, _ in flat), strict=True):
+        has_samples = isinstance(column[0], Tensor) and column[0].dim() > 0
+        columns.append(torch.cat(column) if has_samples else column[0])
+    return tree_unflatten(columns, flat[0][1])
 
 
 def _values(inputs: Any) -> Iterable[Any]:

@@ -1,0 +1,155 @@
+"""A few images that stand for many: those that cover what the network sees in the others [1]_.
+
+What images cost, in weight reconstruction and in distillation, grows with their number, and of two that look alike to
+the network the second one tells little. So the images are points, by their features, and the chosen ones cover the
+cloud: each is the farthest from those before it.
+
+References
+----------
+.. [1] T. F. Gonzalez, "Clustering to minimize the maximum intercluster distance", Theoretical Computer Science 38,
+   1985.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from nni.compression.utils import Evaluator
+from torch import Tensor, nn
+
+from nni_topo.errors import FUNCTION, NONE, DataError, checked, whole
+from nni_topo.maths.topology import farthest_points
+from nni_topo.network.runtime import (
+    BATCHES,
+    MODEL,
+    Calibration,
+    bar,
+    batch_size,
+    batches_of,
+    calls,
+    evaluation_mode,
+    fitting,
+    leaves_models_alone,
+    real_positions_of,
+    watched,
+)
+from nni_topo.recovery.lesson import Outputs, read_outputs
+
+
+@checked(pool=BATCHES, model=MODEL, count=whole(1), outputs=FUNCTION | NONE)
+@leaves_models_alone
+def choose_images(
+    pool: Iterable[Any] | Evaluator,
+    model: nn.Module,
+    count: int,
+    *,
+    outputs: Outputs | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    """Choose a few images that stand for all of a pool, to calibrate with.
+
+    Parameters
+    ----------
+    pool : iterable or nni.compression.utils.Evaluator
+        Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. See :class:`nni_topo.Calibration`.
+    model : torch.nn.Module
+        The trained network. It isn't changed.
+    count : int
+        How many images, from 1 to the number in the pool.
+    outputs : callable, optional
+        The features: a function of what the model returns and of its inputs, as for :func:`nni_topo.distill`. By
+        default what enters the last linear layer, where what that layer gives is the model's output, as in
+        classifiers; else the model's outputs. Positions of a feature map or of a sequence are averaged, padding apart.
+    progress : bool or None, default=None
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
+
+    Returns
+    -------
+    Calibration
+        The chosen images, in the order of choice: the one nearest to the mean of the features, then always the one
+        that is farthest from those before it, by the Euclidean distance of the features. So the first k of them are the
+        choice of k. Of equally far ones the first in the pool is chosen; nothing is random. Where the pool's batches
+        have other shapes, they keep their batches and their order.
+
+    Raises
+    ------
+    ConfigError
+        If the count isn't an integer of at least 1, or ``outputs`` isn't a function.
+    DataError
+        If the pool can't be used or has fewer images, or features aren't finite or have other numbers by image.
+
+    See Also
+    --------
+    nni_topo.shrink, nni_topo.compensate, nni_topo.distill : what the images are for.
+    nni_topo.topology.farthest_points : the choice among points.
+
+    Notes
+    -----
+    One pass over the pool. Farthest points cover rare kinds of images, outliers too; images that are broken belong out
+    of the pool.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> pool = torch.tensor([[0.0, 0.1], [0.0, 0.0], [3.0, 0.0], [3.0, 0.1], [0.1, 5.0]])
+    >>> few = choose_images([pool], nn.Identity(), 3)
+    >>> [batch[0].tolist() for batch in few]
+    [[[0.0, 0.10000000149011612], [0.10000000149011612, 5.0], [3.0, 0.0]]]
+    """
+    calibration = batches_of(pool, model, "pool")
+    features = _features(model, calibration, outputs, progress)
+    if count > len(features):
+        raise DataError(f"the pool must hold at least as many images as are to be chosen, {count}, got {len(features)}")
+    order = farthest_points(features.numpy(force=True), count)
+    return calibration.chosen(torch.from_numpy(order))
+
+
+def _features(model: nn.Module, pool: Calibration, outputs: Outputs | None, progress: bool | None) -> Tensor:
+    """Return the features of all images, float64 (images, features), on the CPU."""
+    found: list[Tensor] = []
+    last: list[tuple[Tensor, Any]] = []  # what entered the layer that ran last, and what it gave
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+    def note(entered: Tensor, given: Any) -> None:
+        last[:] = [(entered.detach(), given)]
+
+    with evaluation_mode(model), torch.no_grad(), watched(leaving=[(module, note) for module in linear]):
+        for index, call in enumerate(bar("choosing images", progress, calls(model, pool))):
+            last.clear()
+            with fitting(index, pool.name):
+                result = model(*call[0], **call[1])
+            is_classifier = outputs is None and bool(last) and last[0][1] is _tensor_of(result)
+            tensors = [last[0][0]] if is_classifier else read_outputs(result, call, batch_size(call), outputs)[0]
+            real = real_positions_of(model, call)
+            found.append(torch.cat([_by_sample(each, real) for each in tensors], dim=1))
+    widths = sorted({each.shape[1] for each in found})
+    if len(widths) > 1:
+        raise DataError(f"features must be as many for each image, got {widths}: outputs= can average them (outputs)")
+    features = torch.cat(found)
+    if not bool(features.isfinite().all()):
+        raise DataError("features must be finite, got NaN or infinity (outputs)")
+    return features
+
+
+def _tensor_of(result: Any) -> Any:
+    """Return a model's output where it is a tensor, or its logits."""
+    if isinstance(result, Tensor):
+        return result
+    return result.get("logits") if isinstance(result, dict) else getattr(result, "logits", None)
+
+
+def _by_sample(tensor: Tensor, real: Tensor | None) -> Tensor:
+    """Return features (samples, ...) with their positions averaged: float64 (samples, features), on the CPU."""
+    values = tensor.detach().double().cpu()
+    if values.dim() == 2:
+        return values
+    if values.dim() == 3:  # (samples, positions, features), as of transformers
+        if real is not None and real.shape == values.shape[:2]:
+            weights = real.double().cpu()[:, :, None]
+            return (values * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+        return values.mean(1)
+    return values.flatten(2).mean(2) if values.dim() > 3 else values.reshape(len(values), -1)

@@ -1,0 +1,132 @@
+"""`choose_images`: which images of a pool stand for the others."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nni_topo
+from nni_topo import Calibration, choose_images
+from nni_topo.errors import ConfigError, DataError
+
+
+class Classifier(nn.Module):
+    """A network whose features before the last layer are its inputs, doubled."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 2, bias=False)
+        self.last = nn.Linear(2, 3)
+        with torch.no_grad():
+            self.first.weight.copy_(2 * torch.eye(2))
+            self.last.weight.zero_()  # outputs tell nothing
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+POINTS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [10.0, 0.0], [10.0, 1.0], [0.0, 7.0], [4.0, 2.0]])
+# By hand: the mean is (25 / 6, 10 / 6), nearest to (4, 2). From there the squared distances are 20, 13, 40, 37, 41, 0:
+# (0, 7). Then (10, 0), with 40 from (4, 2): (0, 0), 20 from (4, 2), is the next, and (1, 0), 1 from (0, 0), ties with
+# (10, 1), 1 from (10, 0): the first in the pool.
+ORDER = [5, 4, 2, 0, 1, 3]
+
+
+def chosen(found):
+    """Return the chosen images as one tensor."""
+    return torch.cat([batch[0] for batch in found])
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_each_image_is_the_farthest_from_those_before_it(count):
+    found = choose_images([POINTS[:4], POINTS[4:]], Classifier(), count)
+    torch.testing.assert_close(chosen(found), POINTS[ORDER[:count]], rtol=0, atol=0)
+    assert found.samples == count
+
+
+def test_batches_are_as_large_as_those_of_the_pool():
+    assert choose_images(POINTS.split(2), Classifier(), 5).sizes == (2, 2, 1)
+
+
+def test_a_shuffling_loader_of_images_with_labels_gives_the_same_images():
+    loader = DataLoader(TensorDataset(POINTS, torch.arange(6)), batch_size=4, shuffle=True)
+    found = choose_images(loader, Classifier(), 4)
+    torch.testing.assert_close(chosen(found), POINTS[ORDER[:4]], rtol=0, atol=0)
+
+
+def test_the_size_of_the_numbers_doesnt_matter():
+    for factor in (1e-3, 100.0, 1e6):
+        found = choose_images([factor * POINTS], Classifier(), 6)
+        torch.testing.assert_close(chosen(found), factor * POINTS[ORDER], rtol=0, atol=0)
+
+
+def test_without_a_last_linear_layer_the_outputs_count_and_positions_are_averaged():
+    images = torch.zeros(6, 2, 2, 2)
+    images[:, :, 0, 0] = 4 * POINTS  # of four positions: the mean is the point
+    torch.testing.assert_close(chosen(choose_images([images], nn.Identity(), 6)), images[ORDER], rtol=0, atol=0)
+
+
+class Embedder(nn.Module):
+    """The hidden states of a sequence, as an encoder of Transformers gives them."""
+
+    def forward(self, states, attention_mask=None):
+        return {"last_hidden_state": states}
+
+
+def test_padding_isnt_averaged_and_mappings_stay_mappings():
+    states = torch.zeros(6, 3, 2)
+    states[:, 0], states[:, 1] = POINTS, POINTS
+    states[:, 2] = torch.tensor([[50.0, -9.0]]) * torch.arange(6.0)[:, None]  # padding, which is garbage
+    mask = torch.tensor([[1, 1, 0]]).expand(6, 3)
+    found = choose_images([{"states": states, "attention_mask": mask}], Embedder(), 3)
+    ((batch,),) = list(found)
+    torch.testing.assert_close(batch["states"], states[ORDER[:3]], rtol=0, atol=0)
+    assert batch["attention_mask"].shape == (3, 3)
+
+
+def test_features_can_be_told():
+    found = choose_images([POINTS], Classifier(), 2, outputs=lambda _, images: images[:, :1])
+    # First coordinates 0, 1, 10, 10, 0, 4: their mean is 25 / 6, next to 4, and 10 is 6 away.
+    torch.testing.assert_close(chosen(found), POINTS[[5, 2]], rtol=0, atol=0)
+
+
+def test_groups_go_along():
+    pool = Calibration([POINTS[:4], POINTS[4:]], groups=["a", "b", "c", "c", "a", "b"])
+    found = choose_images(pool, Classifier(), 4)
+    # 5, 4, 2, 0 are of b, a, c, a, and groups are numbered in the order in which they appear.
+    assert found.groups.tolist() == [0, 1, 2, 1]
+
+
+def test_batches_of_other_shapes_keep_their_order():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = [torch.rand(3, 2, 4, 4), torch.rand(3, 2, 5, 5)]
+    found = choose_images(images, model, 6)
+    assert [tuple(batch.shape) for batch in found] == [(3, 2, 4, 4), (3, 2, 5, 5)]
+
+
+def test_the_model_stays_and_a_network_is_shrunk_with_the_images():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)).train()
+    before = copy.deepcopy(model.state_dict())
+    pool = list(torch.randn(96, 1, 6, 6).split(32))
+    few = choose_images(pool, model, 40)
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    small = nni_topo.shrink(model, few, {"flops": 0.5}, distill=False)
+    assert small.report.images + small.report.held_out == 40
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(DataError, match="at least as many images as are to be chosen, 7, got 6"):
+        choose_images([POINTS], Classifier(), 7)
+    with pytest.raises(ConfigError, match="count must be an integer of at least 1, got 0"):
+        choose_images([POINTS], Classifier(), 0)
+    with pytest.raises(ConfigError, match="outputs must be a function or None, got 'pooled'"):
+        choose_images([POINTS], Classifier(), 2, outputs="pooled")
+    with pytest.raises(DataError, match="features must be as many for each image, got"):
+        choose_images([torch.rand(3, 4), torch.rand(3, 5)], nn.Identity(), 2)
+    with pytest.raises(DataError, match="features must be finite"):
+        choose_images([POINTS], Classifier(), 2, outputs=lambda _, images: images / 0.0)
