@@ -438,7 +438,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     ----------
     dense : torch.nn.Module
         The network that :func:`nni_topo.to_dense` or :func:`nni_topo.masked_model` returned, best after
-        :func:`nni_topo.compensate`. It isn't changed.
+        :func:`nni_topo.compensate`. It isn't changed. Parameters that don't require gradients stay as they are; if none
+        requires them, all learn, and the result is frozen as ``dense`` is.
     original : torch.nn.Module
         The trained network before pruning, with the same inputs and outputs. It isn't changed.
     images : iterable or nni.compression.utils.Evaluator
@@ -561,10 +562,15 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
 
 
 def _student(dense: nn.Module, pool: Call) -> nn.Module:
-    """Return a copy that can learn."""
-    if not any(parameter.requires_grad for parameter in dense.parameters()):
-        raise ConfigError("a model must have parameters that require gradients, got none (dense)")
-    return student_copy(dense, pool)
+    """Return a copy that can learn: what requires gradients, or everything where nothing does."""
+    if not any(parameter.is_floating_point() for parameter in dense.parameters()):
+        raise ConfigError("a model must have floating parameters, got none (dense)")
+    student = student_copy(dense, pool)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        # A network that is frozen as a whole is one that is only used, not one of which nothing may change.
+        for parameter in student.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    return student
 
 
 def _take_values(model: nn.Module, other: nn.Module) -> None:

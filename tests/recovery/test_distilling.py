@@ -354,8 +354,21 @@ def test_frozen_parameters_stay():
     assert torch.equal(found.first.weight, dense.first.weight)
     assert not found.first.weight.requires_grad
     assert not torch.equal(found.head.weight, dense.head.weight)
-    with pytest.raises(ConfigError, match=r"must have parameters that require gradients, got none \(dense\)"):
-        distill(dense.requires_grad_(False), original, batches())
+
+
+def test_a_network_that_is_frozen_as_a_whole_learns_and_stays_frozen():
+    dense, original = pair()
+    free = distill(dense, original, batches(), steps=10, lr=1e-3)
+    found = distillation(dense.requires_grad_(False), original, batches(), steps=10, lr=1e-3)
+    assert found.is_kept
+    assert not any(parameter.requires_grad for parameter in (*found.model.parameters(), *dense.parameters()))
+    for mine, its in zip(found.model.parameters(), free.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_a_network_without_parameters_is_refused():
+    with pytest.raises(ConfigError, match=r"a model must have floating parameters, got none \(dense\)"):
+        distill(torch.nn.Flatten(), torch.nn.Flatten(), [torch.rand(16, 3)])
 
 
 @pytest.mark.parametrize(

@@ -523,6 +523,15 @@ def _chunked(op: Operation) -> Any:
     return pieces
 
 
+@rule("glu", nn.GLU)
+def _gated(op: Operation) -> Any:
+    # One half times the sigmoid of the other: what chunk takes apart and a product couples, place by place.
+    dim = op.argument(1, "dim", default=-1) if op.module is None else op.module.dim
+    first, second = op.ids[0].chunk(2, dim)
+    op.couple(first, second)
+    return torch.from_numpy(op.channels.settled()[1])[first]
+
+
 def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.ndarray]]:
     """Group the channels of pieces by the layer that makes them, if layers were shuffled.
 

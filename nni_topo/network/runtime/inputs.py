@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -181,8 +181,16 @@ def real_positions(named: Mapping[str, Any]) -> Tensor | None:
 
 
 def tensors_of(tree: Any) -> list[torch.Tensor]:
-    """List the tensors of nested tuples, lists and dicts in a fixed order."""
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+    """List the tensors of nested tuples, lists, dicts and data classes in a fixed order."""
+    found: list[torch.Tensor] = []
+    for leaf in tree_flatten(tree)[0]:
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            # To PyTorch's trees a data class is one leaf.
+            for field in fields(leaf):
+                found += tensors_of(getattr(leaf, field.name, None))
+    return found
 
 
 def random_like(call: Call, generator: torch.Generator, *, positive: bool = False) -> Call:

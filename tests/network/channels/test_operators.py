@@ -45,6 +45,22 @@ def mixed(self, x):
 
 # By name: the network, and how many channels its layers have left at half.
 NETS = {
+    "glu": (lambda: Between(lambda self, x: functional.glu(self.a(x), 1), nn.Conv2d(4, 4, 1)), {"a": 4}),
+    "glu of a sum": (
+        lambda: Between(lambda self, x: functional.glu(self.a(x) + self.c(x), dim=1), nn.Conv2d(4, 4, 1)),
+        {"a": 4, "c": 4},
+    ),
+    "glu of two layers": (
+        lambda: Between(
+            lambda self, x: functional.glu(torch.cat([self.a(x), self.c(x)], 1), 1).relu(), nn.Conv2d(8, 4, 1)
+        ),
+        {"a": 4, "c": 4},
+    ),
+    "module of glu, channels last": (
+        lambda: Between(lambda self, x: rows(self.a(x)), nn.Sequential(nn.GLU(), nn.Linear(4, 5))),
+        {"a": 4},
+    ),
+    "glu along places": (lambda: Between(lambda self, x: functional.glu(self.a(x), 2), nn.Conv2d(8, 4, 1)), {"a": 4}),
     "unfold and fold": (
         lambda: Between(
             lambda self, x: functional.fold(functional.unfold(self.a(x), 3, padding=1), (6, 6), 3, padding=1),
