@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from nni_topo.network.layers import (
     NORMS,
+    RECURRENT,
     TRANSPOSED,
     Size,
     has_bias,
     is_recurrent,
+    recurrent_products,
     row_names,
     spread,
     weight_name,
@@ -87,6 +89,12 @@ class NetworkCost:
             if name in sizes:  # embeddings compute nothing
                 calls = _by_sample(modules[name], sizes[name], samples)
                 self._layers[name] = _layer_cost(network, name, modules[name], calls)
+        # Of recurrent layers that keep all units: those of several levels or directions, and cells.
+        self._unpruned_macs = 0
+        for name, calls in sizes.items():
+            if name not in self._layers and isinstance(modules[name], RECURRENT):
+                steps = sum(_positions(modules[name], leaving) for _, leaving in calls)
+                self._unpruned_macs += steps * recurrent_products(modules[name])
         self._norms = dict[str, IntArray]()
         for name, module in modules.items():
             entering = self._flow.entering_group_ids(name)
@@ -112,7 +120,7 @@ class NetworkCost:
     def __call__(self, kept: Kept) -> Cost:
         """Count the cost with the ``kept`` channels of layers; a layer without an entry keeps all."""
         pruned = ~self._flow.kept(kept)
-        macs, params, activations = 0, self._rest, 0
+        macs, params, activations = self._unpruned_macs, self._rest, 0
         for cost in self._layers.values():
             macs += cost.products(pruned) * cost.positions
             params += cost.weights(pruned)
@@ -177,7 +185,7 @@ def _parted(size: Size, samples: int) -> Size:
 
 def _positions(module: Any, size: Size) -> int:
     """Count the positions of one sample in a layer's input or output."""
-    last = isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention, torch.nn.RNNBase))
+    last = isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention, *RECURRENT))
     return math.prod(size[1:]) // size[-1 if last else 1]
 
 

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nni_topo.errors import ConfigError, checked, unknown_name
+from nni_topo.network.layers import RECURRENT, recurrent_products
 from nni_topo.network.runtime import (
     COMPUTING,
     INPUTS,
@@ -64,7 +65,9 @@ def count_params(model: nn.Module) -> int:
 @checked(model=NETWORK, example_inputs=SHAPES)
 @leaves_models_alone
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Return the multiply-accumulates of one sample: of convolutions, linear layers, matrix products and attention.
+    """Return the multiply-accumulates of one sample.
+
+    Those of convolutions, linear and recurrent layers, matrix products and attention count.
 
     Parameters
     ----------
@@ -76,8 +79,8 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     Returns
     -------
     int
-        Half of what PyTorch's ``FlopCounterMode`` counts, which is 2 per multiply-accumulate. Biases, norms,
-        activations, pooling and recurrent layers count 0.
+        Half of what PyTorch's ``FlopCounterMode`` counts, which is 2 per multiply-accumulate, and of recurrent layers,
+        which it doesn't count, one for each weight and step. Biases, norms, activations and pooling count 0.
 
     Notes
     -----
@@ -89,7 +92,24 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     call = call_arguments(example_inputs, model)
     args, kwargs = taken(call, torch.arange(1))
     counter = FlopCounterMode(display=False)
+    products, counted = 0, list[int]()  # of recurrent layers: ours, and what the counter says of some of them
+
+    def enter(*_: Any) -> None:
+        counted.append(counter.get_total_flops())
+
+    def leave(module: nn.Module, entered: tuple[Any, ...], _: Any) -> None:
+        nonlocal products
+        counted.append(counter.get_total_flops() - counted.pop())
+        (rows, *_) = tensors_of(entered[0])  # of a packed sequence its data
+        products += recurrent_products(module) * (rows.numel() // rows.shape[-1])
+
+    hooks = ExitStack()
+    for module in model.modules():
+        if isinstance(module, RECURRENT):
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
     with (
+        hooks,
         evaluation_mode(model),
         fast_paths_off(),
         sdpa_kernel(SDPBackend.MATH),
@@ -98,7 +118,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
         counter,
     ):
         model(*args, **kwargs)
-    return int(counter.get_total_flops()) // 2
+    return (int(counter.get_total_flops()) - sum(counted)) // 2 + products
 
 
 @checked(model=COMPUTING, example_inputs=INPUTS)

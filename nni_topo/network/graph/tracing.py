@@ -24,6 +24,7 @@ from nni_topo.network.graph.recording import LayerResults, record
 from nni_topo.network.graph.submodules import by_parts, is_in_parts, part_arguments
 from nni_topo.network.layers import (
     CONVOLUTIONS,
+    RECURRENT,
     WEIGHTED,
     LayerSizes,
     call_of,
@@ -309,7 +310,7 @@ def layer_sizes(model: nn.Module, call: Call) -> LayerSizes:
 
     checks, notes = list[Any](), list[Any]()
     for name, module in model.named_modules():
-        if isinstance(module, (*WEIGHTED, nn.MultiheadAttention, nn.RNNBase)):
+        if isinstance(module, (*WEIGHTED, *RECURRENT, nn.MultiheadAttention)):
             notes.append((module, partial(note, name)))
             # A derived class may change its input before it convolves, and take smaller ones.
             if isinstance(module, CONVOLUTIONS) and not has_own_forward(module):

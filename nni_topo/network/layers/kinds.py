@@ -151,6 +151,12 @@ def is_recurrent(module: Any) -> bool:
     return plain and module.num_layers == 1 and not module.bidirectional and module.bias and not module.proj_size
 
 
+def recurrent_products(module: torch.nn.Module) -> int:
+    """Count the products of a recurrent layer, or of a cell, at one step: each of its weights takes part in one."""
+    weights = [weight for name, weight in module.named_parameters() if name.startswith("weight")]
+    return sum(weight.numel() for weight in weights)
+
+
 def is_transposed_linear(module: torch.nn.Module) -> bool:
     """Tell whether a module is a ``Conv1D`` of Transformers, which needn't be installed."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

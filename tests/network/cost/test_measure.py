@@ -18,6 +18,7 @@ from torch import nn
 import nni_topo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.measure import memory_kept, now, profile, time_shares
 from nni_topo.network.speedup.reconcile import widths_multiple
 from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
@@ -322,3 +323,53 @@ def test_auto_rounds_to_what_the_processor_takes_at_once():
     assert widths_multiple("auto", torch.device("cuda")) == 8
     with pytest.raises(ConfigError, match="round_to must be a known name"):
         nni_topo.to_dense(model, images, {"0": {"weight": mask}}, round_to="fast")
+
+
+class Steps(nn.Module):
+    """A recurrent layer over seven steps, or a cell that is called for each."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, rows):
+        if isinstance(self.layer, nn.RNNBase):
+            return self.layer(rows)[0]
+        state = None
+        for step in range(rows.shape[1]):
+            state = self.layer(rows[:, step], state)
+        return state
+
+
+# By hand, for each of seven steps: gates x units x (inputs + units), levels above the first reading units.
+@pytest.mark.parametrize(
+    ("layer", "products"),
+    [
+        (lambda: nn.RNN(6, 16, batch_first=True), 16 * 22),
+        (lambda: nn.LSTM(6, 16, batch_first=True), 4 * 16 * 22),
+        (lambda: nn.LSTM(6, 16, batch_first=True, bias=False), 4 * 16 * 22),
+        (lambda: nn.LSTM(6, 16, 2, batch_first=True), 4 * 16 * (22 + 32)),
+        (lambda: nn.GRU(6, 16, batch_first=True, bidirectional=True), 2 * 3 * 16 * 22),
+        # 8 outputs are projected from 16 units, and read back.
+        pytest.param(
+            lambda: nn.LSTM(6, 16, proj_size=8, batch_first=True),
+            4 * 16 * 14 + 8 * 16,
+            marks=pytest.mark.filterwarnings("ignore:LSTM with projections"),
+        ),
+        (lambda: nn.LSTMCell(6, 16), 4 * 16 * 22),
+        (lambda: nn.GRUCell(6, 16), 3 * 16 * 22),
+    ],
+)
+def test_recurrent_layers_count_by_both_counters(layer, products):
+    model, rows = Steps(layer()), torch.randn(3, 7, 6)
+    assert count_macs(model, rows) == 7 * products
+    assert NetworkCost(model, rows)({}).macs == 7 * products
+
+
+def test_what_stays_of_a_recurrent_layer_counts_in_a_budget():
+    model = nn.Sequential(Steps(nn.LSTM(6, 16, 2, batch_first=True)), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    full = 7 * (4 * 16 * 54 + 16 * 64 + 64 * 4)
+    small = nni_topo.shrink(model, [torch.randn(32, 7, 6)], {"flops": 0.9}, pruner="l1", distill=False)
+    assert small.report.stages[0].macs == full
+    assert small.report.stages[-1].macs <= 0.91 * full
+    assert small.report.stages[-1].macs == count_macs(small, torch.zeros(1, 7, 6))
