@@ -48,6 +48,10 @@ class LayerError(ConfigError):
         self.layers = tuple(layers)
 
 
+class GradientError(ConfigError):
+    """A network that can't learn, because no gradients can be taken of its outputs."""
+
+
 class DataError(NniTopoError, ValueError):
     """Tensors, files or data sets that can't be used, such as NaN weights, missing files or wrong shapes."""
 

@@ -175,7 +175,7 @@ class Course:
         """
         rest = itertools.islice(batches, self.done, None)
         kept = time.perf_counter()
-        with _learning(self.student, batch_norms(self.student) if self.is_normed else []):
+        with learning(self.student, batch_norms(self.student) if self.is_normed else []):
             for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
                 share = self._share(step, total)
                 if look is not None and int(share * _LOOKS) > int(self._looked * _LOOKS) and self.done:
@@ -268,7 +268,7 @@ class Course:
 
 
 @contextmanager
-def _learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
+def learning(student: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Let gradients be taken and some batch norms use their batches; what masks have made zero stays zero."""
     handles = []
     for module in student.modules():

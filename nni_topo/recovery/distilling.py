@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from nni.compression.utils import Evaluator
-from torch import nn
+from torch import Tensor, nn
 
 from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import (
@@ -34,6 +34,7 @@ from nni_topo.errors import (
     SEED,
     ConfigError,
     DataError,
+    GradientError,
     check_knobs,
     checked,
     number,
@@ -53,10 +54,11 @@ from nni_topo.network.runtime import (
     detached_copy,
     in_smaller_batches,
     leaves_models_alone,
+    out_of_memory,
     tensors_of,
 )
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
-from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, RateTrial
+from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, RateTrial, learning
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
     Augment,
@@ -306,6 +308,7 @@ def distillation(
     most_steps = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
     is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
     is_blended = blend and is_blendable(pool)
+    _check_gradients(lesson, student, learned[:2], seed)
 
     judging = time.perf_counter()
     before = lesson.judge(student, held)
@@ -518,6 +521,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     ConfigError
         If a knob can't be used, the two models' outputs differ in kind or shape, nothing can be learned, or ``state``
         is that of another distillation.
+    GradientError
+        If no gradients can be taken of the outputs, as where ``forward`` runs under :class:`torch.no_grad`, or writes
+        in place into what a gradient needs. It is a ConfigError, too.
     DataError
         If there are fewer than two images, inputs are NaN or infinite, a batch doesn't fit a model, or ``state`` isn't
         a state of the model.
@@ -571,6 +577,28 @@ def _student(dense: nn.Module, pool: Call) -> nn.Module:
         for parameter in student.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
     return student
+
+
+def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int) -> None:
+    """Raise a GradientError unless gradients can be taken of what a network gives for a few images."""
+    call, wanted = next(lesson.batches(few, len(few), seed, None, False, lambda _: True))
+    with learning(student, []):
+        loss = lesson.objective(student, call, wanted)
+        if not loss.requires_grad:
+            raise GradientError(
+                "a network that is distilled must compute gradients, got outputs without any: its forward runs under "
+                "torch.no_grad() or torch.inference_mode(), or detaches them (dense)"
+            )
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            first_line = str(error).splitlines()[0]
+            raise GradientError(
+                f"a network that is distilled must compute gradients, got: {first_line} (dense)"
+            ) from error
+    student.zero_grad(set_to_none=True)
 
 
 def _take_values(model: nn.Module, other: nn.Module) -> None:

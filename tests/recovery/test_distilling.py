@@ -12,7 +12,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.errors import ConfigError, GradientError, SpeedupError
 from nni_topo.recovery import distill, distillation, recalibrate_batch_norm
 from nni_topo.recovery.rates import RATES
 from nni_topo.testing import toy_images, toy_model
@@ -364,6 +364,41 @@ def test_a_network_that_is_frozen_as_a_whole_learns_and_stays_frozen():
     assert not any(parameter.requires_grad for parameter in (*found.model.parameters(), *dense.parameters()))
     for mine, its in zip(found.model.parameters(), free.parameters(), strict=True):
         assert torch.equal(mine, its)
+
+
+class Wrapped(torch.nn.Module):
+    """A network, and what is done with its inputs or outputs."""
+
+    def __init__(self, inner, work):
+        super().__init__()
+        self.inner, self.work = inner, work
+
+    def forward(self, x):
+        return self.work(self.inner, x)
+
+
+def without_gradients(inner, x):
+    with torch.no_grad():
+        return inner(x)
+
+
+def detached(inner, x):
+    return inner(x).detach()
+
+
+def overwritten(inner, x):
+    given = inner(x)
+    found = given.exp()
+    return found + found.sigmoid().mul_(2.0) if found.add_(1.0) is found else given
+
+
+@pytest.mark.parametrize("work", [without_gradients, detached, overwritten])
+def test_networks_without_gradients_are_refused_before_anything_is_learned(work):
+    dense, original = pair()
+    wrapped = Wrapped(dense, work), Wrapped(original, work)
+    with pytest.raises(GradientError, match="a network that is distilled must compute gradients, got"):
+        distill(*wrapped, batches())
+    assert all(parameter.grad is None for parameter in wrapped[0].parameters())
 
 
 def test_a_network_without_parameters_is_refused():
