@@ -47,9 +47,12 @@ from nni_topo.network.speedup import (
     OUTPUT,
     DenseReport,
     MasksLike,
+    ModelReport,
     by_reason,
     check_masks,
+    dense_report_of,
     dependency_groups,
+    give_report,
     to_dense,
     widths_multiple,
 )
@@ -111,7 +114,7 @@ class Stage:
 
 
 @dataclass(frozen=True, repr=False)
-class ShrinkReport:
+class ShrinkReport(ModelReport):
     """How a network was made smaller; its ``repr`` is a table with notes.
 
     Attributes
@@ -330,11 +333,11 @@ def shrink(
     if compensate is not None:
         measured.add("reconstructed", recovered.dense)
     # Read before distillation: a function of the caller's may distil in place.
-    layer_report: Any = recovered.dense.report
+    layer_report = dense_report_of(recovered.dense)
     final, verdict = _distill(plan, recovered, data, distill, outputs)
     if distill is not False:
         measured.add("distilled", final)
-    report: Any = ShrinkReport(
+    report = ShrinkReport(
         stages=tuple(measured.stages),
         layers=layer_report,
         compensation=recovered.report,
@@ -346,7 +349,10 @@ def shrink(
         whole=prunable.unpruned,
         distillation=verdict,
     )
-    final.report = report
+    if not give_report(final, report):
+        _logger.warning(
+            "the model has an attribute of its own called report, so that this is only told here: %s", report
+        )
     return final
 
 
@@ -645,7 +651,7 @@ def _outcome(
     """Return the share of the cost that the dense network keeps, and warn where that misses the budget."""
     args, kwargs = first_call(model, images)
     example: Any = kwargs or args
-    report: Any = dense.report
+    report = dense_report_of(dense)
     if budget.kind != "latency":
         left, whole = (network_cost(budget.kind, net, example)({}) for net in (dense, model))
         share = left / whole

@@ -77,6 +77,39 @@ def test_same_seed_same_network_and_the_file_can_be_read(tmp_path):
     assert torch.equal(again(toy_images(4)), one(toy_images(4)))
 
 
+def test_a_network_is_made_smaller_again_and_the_reports_are_those_of_the_last_step():
+    images = list(toy_images(64).split(32))
+    first = shrunk({"flops": 0.7})
+    second = nni_topo.shrink(first, images, {"flops": 0.7}, distill=False)
+    assert isinstance(first.report, ShrinkReport)
+    assert second.report.stages[0].macs == first.report.stages[-1].macs
+    assert second.report.stages[-1].macs <= 0.75 * second.report.stages[0].macs
+    widths = {row.name: row.after for row in first.report.layers.rows}
+    assert {row.name: row.before for row in second.report.layers.rows} == widths
+    assert "reconstructed" in repr(second.report)
+    name = next(row.name for row in second.report.layers.rows if row.after < row.before)
+    weight = torch.ones_like(second.get_submodule(name).weight)
+    weight[0] = 0.0
+    dense = nni_topo.to_dense(second, images[0][:2], {name: {"weight": weight}})
+    assert next(row for row in dense.report.rows if row.name == name).asked < widths[name]
+
+
+class Reporting(torch.nn.Sequential):
+    """A model with a method of the name that the reports have."""
+
+    def report(self):
+        return "the model's own"
+
+
+def test_a_method_of_the_models_called_report_stays(caplog):
+    torch.manual_seed(0)
+    model = Reporting(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    small = nni_topo.shrink(model, [torch.randn(64, 8)], {"flops": 0.5}, distill=False)
+    assert small.report() == "the model's own"
+    assert "reconstructed" in caplog.text
+    assert small[0].out_features < 32
+
+
 @pytest.mark.parametrize("pruner", ["l1", "fpgm", "topological", "random", "energy"])
 def test_any_structured_pruner_meets_the_budget_and_the_output_layer_stays(pruner):
     small = shrunk(pruner=pruner)

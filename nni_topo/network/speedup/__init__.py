@@ -1,6 +1,13 @@
 """From masks to a smaller dense model: dependency groups, the dry run, the masked reference, ModelSpeedup."""
 
-from nni_topo.network.speedup.dense import DenseReport, LayerChannels, to_dense
+from nni_topo.network.speedup.dense import (
+    DenseReport,
+    LayerChannels,
+    ModelReport,
+    dense_report_of,
+    give_report,
+    to_dense,
+)
 from nni_topo.network.speedup.dependency import (
     OUTPUT,
     DependencyGroups,
@@ -22,12 +29,15 @@ __all__ = [
     "FullMasks",
     "LayerChannels",
     "MasksLike",
+    "ModelReport",
     "Network",
     "apply_masks",
     "by_reason",
     "check_masks",
+    "dense_report_of",
     "dependency_groups",
     "explain",
+    "give_report",
     "masked_model",
     "resolve_masks",
     "share_answers",

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -341,8 +342,29 @@ def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str) 
     # What is kept for rounding alone, or without its weights, is no reason to warn.
     silent = resolved.reasons.keys() - resolved.kept.keys()
     warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
-    if isinstance(getattr(dense, "report", report), DenseReport):
-        dense.report = report  # type: ignore[assignment]
+    _REPORTS[dense] = report
+    give_report(dense, report)
+
+
+class ModelReport:
+    """What the package writes down of a model that it returns, in the model's attribute ``report``."""
+
+
+def give_report(model: torch.nn.Module, report: ModelReport) -> bool:
+    """Let a model have a report, in place of an earlier one; False where ``report`` is an attribute of the model's."""
+    if not isinstance(getattr(model, "report", report), ModelReport):
+        return False
+    model.report = report  # type: ignore[assignment]
+    return True
+
+
+# Also of models that have an attribute `report` of their own.
+_REPORTS: WeakKeyDictionary[torch.nn.Module, DenseReport] = WeakKeyDictionary()
+
+
+def dense_report_of(dense: torch.nn.Module) -> DenseReport:
+    """Return the report of a model that :func:`to_dense` returned."""
+    return _REPORTS[dense]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,7 +398,7 @@ class LayerChannels:
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseReport:
+class DenseReport(ModelReport):
     """The channels of every layer, before and after.
 
     Parameters
