@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nni_topo.studies.tables import interval
+from nni_topo.studies.tables import interval, markdown_report
 
 PROJECT = Path(__file__).parent.parent
 RECORDS = PROJECT / "benchmarks" / "records" / "upstream.json"
@@ -64,6 +64,15 @@ def test_a_run_takes_the_place_of_the_last_one_with_the_same_pytorch(upstream, t
     assert kept["2.15"]["versions"] == {"torch": "2.15.1"}
     assert kept["2.15"]["commits"] == upstream.commits()
     assert kept["2.15"]["files"] == {"test_pruner": 78}
+
+
+def test_the_tables_of_convergence_are_those_of_their_records():
+    lines = (PROJECT / "benchmarks" / "records" / "convergence.jsonl").read_text().splitlines()
+    text = (PROJECT / "benchmarks" / "results" / "cnn_by_budget.md").read_text(encoding="utf-8")
+    section = text.split("## VGG-16 at a quarter of its width: convergence")[1].split("\n## ")[0]
+    rows = [line for line in markdown_report([json.loads(line) for line in lines]).splitlines() if line.startswith("|")]
+    assert len(rows) == 19  # two tables of seven rows, the unpruned network, and the heads
+    assert rows == [line for line in section.splitlines() if line.startswith("|")]
 
 
 def test_the_table_of_distillation_is_that_of_its_records():
