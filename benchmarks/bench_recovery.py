@@ -5,12 +5,12 @@
     python benchmarks/bench_recovery.py choice --data-dir DIR --out runs/recovery --flops 0.1 --seeds 5
     python benchmarks/bench_recovery.py cost --out runs/recovery
 
-``choice`` compares which of 5,000 images are taken: random ones (three draws), those nearest to the centres of k-means,
-and those of `choose_images`. ``ablation``, ``images`` and ``choice`` take LeNet-5-like nets trained on 20,000 images of
-Fashion-MNIST for five epochs (trained first where ``--out`` has no checkpoints of them) and write a line per figure to
-``ablation.jsonl``, ``images.jsonl`` and ``choice.jsonl``; the same command goes on where it was stopped. ``cost``
-measures seconds and peak memory of compensating VGG-16 and ResNet-50, each in a process of its own and on one thread,
-beside one epoch of training.
+``choice`` compares which of 5,000 images are taken: random ones (three draws), and by both methods of `choose_images`.
+``ablation``, ``images`` and ``choice`` take LeNet-5-like nets trained on 20,000 images of Fashion-MNIST for five epochs
+(trained first where ``--out`` has no checkpoints of them) and write a line per figure to ``ablation.jsonl``,
+``images.jsonl`` and ``choice.jsonl``; the same command goes on where it was stopped. ``cost`` measures seconds and peak
+memory of compensating VGG-16 and ResNet-50, each in a process of its own and on one thread, beside one epoch of
+training.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
@@ -46,7 +46,7 @@ METHODS = ("pair", "channel", "reconstruct")
 COUNTS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 POOL = 5_000
 FEW = (16, 32, 64, 128)
-CHOICES = ("random, draw 0", "random, draw 1", "random, draw 2", "nearest to centres of k-means", "choose_images")
+CHOICES = ("random, draw 0", "random, draw 1", "random, draw 2", "kmeans", "cover")
 NETS = {"vgg16": (3, 32, 1024), "torchvision/resnet50": (3, 224, 256)}
 
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--flops", type=float, default=0.03, help="share of the MACs to keep (default 0.03)")
     parser.add_argument("--net", choices=tuple(NETS), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -68,7 +69,7 @@ def main() -> None:
     run = {"ablation": _ablation, "images": _images, "choice": _choice}[options.part]
     path = options.out / f"{options.part}.jsonl"
     done = {tuple(record["key"]) for record in read_records(path)}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for record in run(_Net(options, seed), done):
             append_record(path, record)
     _print(read_records(path), options.part)
@@ -189,25 +190,18 @@ def _choice(net: _Net, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
             seconds = time.perf_counter() - began
             model = nni_topo.compensate(net.model, masks, images)
             record = {"key": key, "row": f"{row.split(',')[0]}, {count} images", "count": count, "seconds": seconds}
-            yield {**record, "before": net.accuracy, "reconstruct": net.accuracy_of(model, masks)}
+            dense = nni_topo.to_dense(model, net.example, masks)
+            record |= {"before": net.accuracy, "reconstruct": zoo.evaluate(dense, net.data.test)}
+            yield {**record, "validation": zoo.evaluate(dense, TensorDataset(*net.data.validation))}
 
 
 def _chosen(model: nn.Module, pool: Tensor, row: str, count: int, seed: int) -> Any:
     """Choose images of a pool."""
-    if row == "choose_images":
-        return nni_topo.choose_images(pool.split(256), model, count)
     if row.startswith("random"):
         generator = torch.Generator().manual_seed(100 * seed + int(row[-1]))
         return [pool[torch.randperm(len(pool), generator=generator)[:count]]]
-    # The same features as those of choose_images.
-    entered: list[Tensor] = []
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    with last.register_forward_pre_hook(lambda _, given: entered.append(given[0])), torch.no_grad():
-        for batch in pool.split(256):
-            model(batch)
-    features = torch.cat(entered).numpy()
-    centres = KMeans(count, n_init=3, random_state=seed).fit(features).cluster_centers_
-    return [pool[torch.cdist(torch.from_numpy(centres), torch.from_numpy(features)).argmin(dim=1).unique()]]
+    method: Any = row
+    return nni_topo.choose_images(pool.split(256), model, count, method=method, seed=seed)
 
 
 def _print(records: Iterable[dict[str, Any]], part: str) -> None:
@@ -215,7 +209,7 @@ def _print(records: Iterable[dict[str, Any]], part: str) -> None:
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         rows[record["row"]].append(record)
-    columns = {"ablation": ("none", *METHODS), "images": METHODS, "choice": ("reconstruct",)}[part]
+    columns = {"ablation": ("none", *METHODS), "images": METHODS, "choice": ("reconstruct", "validation")}[part]
     print(f"\n| {part} | {' | '.join(columns)} | s |\n|---|{'---:|' * (len(columns) + 1)}")
     for row, found in rows.items():
         cells = []

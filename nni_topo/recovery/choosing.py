@@ -1,8 +1,8 @@
-"""A few images that stand for many: those that cover what the network sees in the others [1]_.
+"""A few images that stand for many, by what the network sees in them.
 
 What images cost, in weight reconstruction and in distillation, grows with their number, and of two that look alike to
-the network the second one tells little. So the images are points, by their features, and the chosen ones cover the
-cloud: each is the farthest from those before it.
+the network the second one tells little. So the images are points, by their features. Either each stands for a cluster
+of them, or the chosen ones cover the cloud: each is the farthest from those before it [1]_.
 
 References
 ----------
@@ -13,13 +13,16 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import FUNCTION, NONE, DataError, checked, whole
+from nni_topo.errors import FUNCTION, NONE, SEED, DataError, checked, one_of, whole
+from nni_topo.maths.clustering import partition
+from nni_topo.maths.ties import FloatArray, IntArray, first_smallest
 from nni_topo.maths.topology import farthest_points
 from nni_topo.network.runtime import (
     BATCHES,
@@ -38,14 +41,18 @@ from nni_topo.network.runtime import (
 from nni_topo.recovery.lesson import Outputs, read_outputs
 
 
-@checked(pool=BATCHES, model=MODEL, count=whole(1), outputs=FUNCTION | NONE)
+@checked(
+    pool=BATCHES, model=MODEL, count=whole(1), method=one_of(("kmeans", "cover")), outputs=FUNCTION | NONE, seed=SEED
+)
 @leaves_models_alone
 def choose_images(
     pool: Iterable[Any] | Evaluator,
     model: nn.Module,
     count: int,
     *,
+    method: Literal["kmeans", "cover"] = "kmeans",
     outputs: Outputs | None = None,
+    seed: int = 0,
     progress: bool | None = None,
 ) -> Calibration:
     """Choose a few images that stand for all of a pool, to calibrate with.
@@ -58,10 +65,18 @@ def choose_images(
         The trained network. It isn't changed.
     count : int
         How many images, from 1 to the number in the pool.
+    method : {"kmeans", "cover"}, default="kmeans"
+        ``"kmeans"``: as many clusters of the features as images are asked for, and of each cluster the image that is
+        nearest to its mean; in the order in which the clusters first appear in the pool. ``"cover"``: the image
+        nearest to the mean of all features, then always the one that is farthest from those before it; the first k of
+        them are the choice of k. Rare kinds of images come early then, outliers too. Distances are Euclidean; of
+        equally far images the first in the pool is chosen.
     outputs : callable, optional
         The features: a function of what the model returns and of its inputs, as for :func:`nni_topo.distill`. By
         default what enters the last linear layer, where what that layer gives is the model's output, as in
         classifiers; else the model's outputs. Positions of a feature map or of a sequence are averaged, padding apart.
+    seed : int, default=0
+        Of the clusters' first centres; ``"cover"`` draws nothing.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -69,15 +84,13 @@ def choose_images(
     Returns
     -------
     Calibration
-        The chosen images, in the order of choice: the one nearest to the mean of the features, then always the one
-        that is farthest from those before it, by the Euclidean distance of the features. So the first k of them are the
-        choice of k. Of equally far ones the first in the pool is chosen; nothing is random. Where the pool's batches
-        have other shapes, they keep their batches and their order.
+        The chosen images, in batches as large as the pool's. Where the pool's batches have other shapes, the images
+        keep their batches and their order.
 
     Raises
     ------
     ConfigError
-        If the count isn't an integer of at least 1, or ``outputs`` isn't a function.
+        If the count isn't an integer of at least 1, the method isn't known, or ``outputs`` isn't a function.
     DataError
         If the pool can't be used or has fewer images, or features aren't finite or have other numbers by image.
 
@@ -88,15 +101,15 @@ def choose_images(
 
     Notes
     -----
-    One pass over the pool. Farthest points cover rare kinds of images, outliers too; images that are broken belong out
-    of the pool.
+    One pass over the pool. With 16 and 32 images of 5,000 both methods gave more accuracy after weight reconstruction
+    than random images; with 128 there is nothing to gain, and ``"cover"`` loses by its outliers.
 
     Examples
     --------
     >>> import torch
     >>> from torch import nn
     >>> pool = torch.tensor([[0.0, 0.1], [0.0, 0.0], [3.0, 0.0], [3.0, 0.1], [0.1, 5.0]])
-    >>> few = choose_images([pool], nn.Identity(), 3)
+    >>> few = choose_images([pool], nn.Identity(), 3, method="cover")
     >>> [batch[0].tolist() for batch in few]
     [[[0.0, 0.10000000149011612], [0.10000000149011612, 5.0], [3.0, 0.0]]]
     """
@@ -104,8 +117,23 @@ def choose_images(
     features = _features(model, calibration, outputs, progress)
     if count > len(features):
         raise DataError(f"the pool must hold at least as many images as are to be chosen, {count}, got {len(features)}")
-    order = farthest_points(features.numpy(force=True), count)
+    points = features.numpy(force=True)
+    order = farthest_points(points, count) if method == "cover" else _nearest_to_centres(points, count, seed)
     return calibration.chosen(torch.from_numpy(order))
+
+
+def _nearest_to_centres(points: FloatArray, count: int, seed: int) -> IntArray:
+    """Return for each of so many clusters the index of the point that is nearest to its mean."""
+    labels = partition(points, count, seed=seed)
+    found: list[int] = []
+    for label in range(int(labels.max()) + 1):
+        (members,) = np.nonzero(labels == label)
+        off = np.square(points[members] - points[members].mean(axis=0)).sum(axis=1)
+        scale = float(np.square(points[members]).sum(axis=1).max())
+        found.append(int(members[first_smallest(off, scale)]))
+    # Of equal images there are fewer clusters than asked for.
+    others = np.setdiff1d(np.arange(len(points)), found)
+    return np.array([*found, *others[: count - len(found)]], dtype=np.intp)
 
 
 def _features(model: nn.Module, pool: Calibration, outputs: Outputs | None, progress: bool | None) -> Tensor:

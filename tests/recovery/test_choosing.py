@@ -34,6 +34,10 @@ POINTS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [10.0, 0.0], [10.0, 1.0], [0.0, 7
 ORDER = [5, 4, 2, 0, 1, 3]
 
 
+def cover(*args, **knobs):
+    return choose_images(*args, **{"method": "cover", **knobs})
+
+
 def chosen(found):
     """Return the chosen images as one tensor."""
     return torch.cat([batch[0] for batch in found])
@@ -41,31 +45,51 @@ def chosen(found):
 
 @pytest.mark.parametrize("count", range(1, 7))
 def test_each_image_is_the_farthest_from_those_before_it(count):
-    found = choose_images([POINTS[:4], POINTS[4:]], Classifier(), count)
+    found = cover([POINTS[:4], POINTS[4:]], Classifier(), count)
     torch.testing.assert_close(chosen(found), POINTS[ORDER[:count]], rtol=0, atol=0)
     assert found.samples == count
 
 
 def test_batches_are_as_large_as_those_of_the_pool():
-    assert choose_images(POINTS.split(2), Classifier(), 5).sizes == (2, 2, 1)
+    assert cover(POINTS.split(2), Classifier(), 5).sizes == (2, 2, 1)
 
 
 def test_a_shuffling_loader_of_images_with_labels_gives_the_same_images():
     loader = DataLoader(TensorDataset(POINTS, torch.arange(6)), batch_size=4, shuffle=True)
-    found = choose_images(loader, Classifier(), 4)
+    found = cover(loader, Classifier(), 4)
     torch.testing.assert_close(chosen(found), POINTS[ORDER[:4]], rtol=0, atol=0)
 
 
 def test_the_size_of_the_numbers_doesnt_matter():
     for factor in (1e-3, 100.0, 1e6):
-        found = choose_images([factor * POINTS], Classifier(), 6)
+        found = cover([factor * POINTS], Classifier(), 6)
         torch.testing.assert_close(chosen(found), factor * POINTS[ORDER], rtol=0, atol=0)
 
 
 def test_without_a_last_linear_layer_the_outputs_count_and_positions_are_averaged():
     images = torch.zeros(6, 2, 2, 2)
     images[:, :, 0, 0] = 4 * POINTS  # of four positions: the mean is the point
-    torch.testing.assert_close(chosen(choose_images([images], nn.Identity(), 6)), images[ORDER], rtol=0, atol=0)
+    torch.testing.assert_close(chosen(cover([images], nn.Identity(), 6)), images[ORDER], rtol=0, atol=0)
+
+
+def test_each_cluster_is_stood_for_by_the_image_nearest_to_its_mean():
+    # Three clusters: around 0 the mean is 1 / 3, nearest to 0; around 10 it is 10.2, nearest to 10; 20 is alone.
+    rows = torch.tensor([[10.0], [10.6], [0.0], [1.0], [0.0], [20.0], [10.0]])
+    found = choose_images([rows[:4], rows[4:]], nn.Identity(), 3)
+    assert chosen(found).flatten().tolist() == [10.0, 0.0, 20.0]
+    assert found.sizes == (3,)
+
+
+def test_equal_images_are_filled_up_with_the_first_of_the_pool():
+    rows = torch.tensor([[2.0], [2.0], [2.0], [5.0]])
+    assert sorted(chosen(choose_images([rows], nn.Identity(), 3)).flatten().tolist()) == [2.0, 2.0, 5.0]
+
+
+def test_the_seed_draws_the_first_centres_and_the_same_seed_gives_the_same_images():
+    rows = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    found = [chosen(choose_images(rows.split(50), nn.Identity(), 20, seed=seed)) for seed in (0, 0, 1)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 class Embedder(nn.Module):
@@ -80,21 +104,21 @@ def test_padding_isnt_averaged_and_mappings_stay_mappings():
     states[:, 0], states[:, 1] = POINTS, POINTS
     states[:, 2] = torch.tensor([[50.0, -9.0]]) * torch.arange(6.0)[:, None]  # padding, which is garbage
     mask = torch.tensor([[1, 1, 0]]).expand(6, 3)
-    found = choose_images([{"states": states, "attention_mask": mask}], Embedder(), 3)
+    found = cover([{"states": states, "attention_mask": mask}], Embedder(), 3)
     ((batch,),) = list(found)
     torch.testing.assert_close(batch["states"], states[ORDER[:3]], rtol=0, atol=0)
     assert batch["attention_mask"].shape == (3, 3)
 
 
 def test_features_can_be_told():
-    found = choose_images([POINTS], Classifier(), 2, outputs=lambda _, images: images[:, :1])
+    found = cover([POINTS], Classifier(), 2, outputs=lambda _, images: images[:, :1])
     # First coordinates 0, 1, 10, 10, 0, 4: their mean is 25 / 6, next to 4, and 10 is 6 away.
     torch.testing.assert_close(chosen(found), POINTS[[5, 2]], rtol=0, atol=0)
 
 
 def test_groups_go_along():
     pool = Calibration([POINTS[:4], POINTS[4:]], groups=["a", "b", "c", "c", "a", "b"])
-    found = choose_images(pool, Classifier(), 4)
+    found = cover(pool, Classifier(), 4)
     # 5, 4, 2, 0 are of b, a, c, a, and groups are numbered in the order in which they appear.
     assert found.groups.tolist() == [0, 1, 2, 1]
 
@@ -102,7 +126,7 @@ def test_groups_go_along():
 def test_batches_of_other_shapes_keep_their_order():
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     images = [torch.rand(3, 2, 4, 4), torch.rand(3, 2, 5, 5)]
-    found = choose_images(images, model, 6)
+    found = cover(images, model, 6)
     assert [tuple(batch.shape) for batch in found] == [(3, 2, 4, 4), (3, 2, 5, 5)]
 
 
@@ -111,7 +135,7 @@ def test_the_model_stays_and_a_network_is_shrunk_with_the_images():
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)).train()
     before = copy.deepcopy(model.state_dict())
     pool = list(torch.randn(96, 1, 6, 6).split(32))
-    few = choose_images(pool, model, 40)
+    few = cover(pool, model, 40)
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -121,12 +145,14 @@ def test_the_model_stays_and_a_network_is_shrunk_with_the_images():
 
 def test_bad_arguments_are_refused():
     with pytest.raises(DataError, match="at least as many images as are to be chosen, 7, got 6"):
-        choose_images([POINTS], Classifier(), 7)
+        cover([POINTS], Classifier(), 7)
     with pytest.raises(ConfigError, match="count must be an integer of at least 1, got 0"):
-        choose_images([POINTS], Classifier(), 0)
+        cover([POINTS], Classifier(), 0)
+    with pytest.raises(ConfigError, match="method must be a known name, got 'random'"):
+        choose_images([POINTS], Classifier(), 2, method="random")
     with pytest.raises(ConfigError, match="outputs must be a function or None, got 'pooled'"):
-        choose_images([POINTS], Classifier(), 2, outputs="pooled")
+        cover([POINTS], Classifier(), 2, outputs="pooled")
     with pytest.raises(DataError, match="features must be as many for each image, got"):
-        choose_images([torch.rand(3, 4), torch.rand(3, 5)], nn.Identity(), 2)
+        cover([torch.rand(3, 4), torch.rand(3, 5)], nn.Identity(), 2)
     with pytest.raises(DataError, match="features must be finite"):
-        choose_images([POINTS], Classifier(), 2, outputs=lambda _, images: images / 0.0)
+        cover([POINTS], Classifier(), 2, outputs=lambda _, images: images / 0.0)
