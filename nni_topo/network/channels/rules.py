@@ -859,7 +859,7 @@ def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
 
 def _softmax_default(rank: int) -> int:
     """Return the dimension along which PyTorch's softmax works if none is given."""
-    return 0 if rank in (0, 1, 3) else 1
+    return 0 if rank in (1, 3) else 1
 
 
 def _works_along(op: Operation, *, known: bool = False) -> Any:
