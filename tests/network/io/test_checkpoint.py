@@ -381,6 +381,8 @@ def test_safetensors_of_others_are_refused_and_ours_are_read_by_others(tmp_path)
     [
         (lambda: make()[:-1], "modules missing in the model: 10 "),
         (lambda: make().append(nn.Linear(4, 4)), "modules missing in the file: 11 "),
+        (lambda: make()[:4], r"modules missing in the model: 10, 4, 5, 6, 9 \("),
+        (lambda: make()[:3], r"modules missing in the model: 10, 3, 4, 5 and 2 more \("),
         (lambda: make(width=4), r"got shape \(6, 3, 3, 3\) where the model has \(4, 3, 3, 3\) \(0.weight"),
         (lambda: nn.Sequential(nn.Linear(3, 8), *make()[1:]), "got Conv2d where the model has Linear"),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), *make()[1:]), "tensors missing in the model: 0.bias"),

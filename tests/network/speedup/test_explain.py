@@ -267,6 +267,9 @@ def test_the_empty_name_is_refused_with_the_layers_that_there_are():
     many = nn.Sequential(*[nn.Linear(4, 4) for _ in range(9)])
     with pytest.raises(ConfigError, match=rf"{words}; the model's layers are 0, 1, 2, 3 and 5 more$"):
         explain(many, FEATURES, "")
+    four = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    with pytest.raises(ConfigError, match=rf"{words}; the model's layers are 0, 1, 2, 3$"):
+        explain(four, FEATURES, "")
     with pytest.raises(ConfigError, match=rf"{words}; the model has no such layer$"):
         explain(nn.Sequential(nn.ReLU()), FEATURES, "")
 
