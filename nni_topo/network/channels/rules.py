@@ -436,15 +436,6 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     return moved
 
 
-@rule("patch_merging_pad")
-def _merged(op: Operation) -> Any:
-    """Follow torchvision's function that puts the channels of four neighbouring places next to one another."""
-    first = op.ids[0]
-    if op.shape is None or any(varies(first, d) for d in (-3, -2)):
-        return op.by_place(known=False)
-    return torch.cat([first[..., :1, :1, :].expand(*op.shape[:-1], -1)] * 4, -1)
-
-
 # Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
 
 

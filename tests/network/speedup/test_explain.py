@@ -100,6 +100,10 @@ def test_channels_before_what_mixes_them_stay_and_the_report_says_why(kind):
             torch.testing.assert_close(dense(scale * images()), net(scale * images()))
 
 
+def test_a_network_that_takes_single_precision_alone_is_compared_in_it():
+    assert "removed channels of first arrive" in refused(Net(Function(lambda images: images.sigmoid().float())).eval())
+
+
 def test_all_ways_end_in_check_false():
     for between in (CONSTANTS["sigmoid"], CONSTANTS["softplus"]):
         assert "check=False returns the dense model all the same" in refused(Net(between).eval())
