@@ -321,7 +321,7 @@ def test_each_thing_that_turned_out_otherwise_is_warned_of_once(caplog):
 
 
 def test_named_layers_stay_selected_and_are_not_told_in_part(caplog):
-    told, groups = warnings_of(caplog, BY_NAME, picks=True, mixes=True)
+    _, groups = warnings_of(caplog, BY_NAME, picks=True, mixes=True)
     assert [entry["op_names"] for entry in groups] == [["one"], ["two"], ["last"]]
     assert groups.skipped == {}
 
