@@ -403,7 +403,7 @@ def _unflattened(op: Operation) -> Any:
         return op.all_kept()
     given: Any = op.node.kwargs.get("sizes", op.node.args[-1])
     # Sizes given as a slice of a shape are one node; they change with the tensor's.
-    parts = given if isinstance(given, (tuple, list)) else [given] * (moved.dim() - op.ids[0].dim() + 1)
+    parts = given if isinstance(given, (tuple, list)) else [given] * moved.dim()
     sizes = (*[None] * (_varying(moved) or [0])[0], *parts)
     return _taken_apart(op, moved, sizes)
 
