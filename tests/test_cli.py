@@ -325,3 +325,19 @@ def test_a_profile_uses_one_thread_if_nothing_else_is_said(capsys):
         main(["profile", "--help"])
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "threads on the CPU, at least 1 (default: 1)" in said
+
+
+def test_an_error_names_the_page_of_its_verb_or_the_first_steps(capsys):
+    from nni_topo.cli import _failed
+
+    pages = {
+        "analyze topology": "docs/choosing.md", "experiment run": "docs/experiments.md", "prune": "docs/config_list.md",
+        "shrink": "docs/recovery.md", "doctor": "docs/compatibility.md", "list": "docs/start.md",
+    }  # fmt: skip
+    for verb, page in pages.items():
+        assert _failed(f"nni-topo {verb}", "it is wrong") == 2
+        assert capsys.readouterr().err == f"nni-topo {verb}: it is wrong; see {page}\n"
+    assert _failed("nni-topo prune", "it is wrong", "docs/export.md") == 2
+    assert capsys.readouterr().err == "nni-topo prune: it is wrong; see docs/export.md\n"
+    assert _failed("nni-topo prune", "see docs/faq.md") == 2
+    assert capsys.readouterr().err == "nni-topo prune: see docs/faq.md\n"

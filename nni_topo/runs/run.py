@@ -44,7 +44,6 @@ from nni_topo.zoo.external import pretrained_preprocessing
 from nni_topo.zoo.labelled import ImageFiles, subset
 
 LATENCY_BATCH = 64
-_RECALIBRATION_IMAGES = 1024
 _GRADIENT_STEPS = 32
 _IMAGES_AT_ONCE = 128
 _LABELLED_AT_ONCE = 512

@@ -12,6 +12,7 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.cost import NetworkCost
+from nni_topo.network.speedup.network import Network
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
 ASKED = [{"op_types": ["Linear", "LSTM", "GRU", "RNN"], "sparse_ratio": 0.5}]
@@ -144,3 +145,27 @@ def test_a_recurrent_layer_of_several_levels_cant_be_named():
     model = Net(nn.LSTM, num_layers=2)
     with pytest.raises(ConfigError, match=r"one level and one direction.*\(body\)"):
         nni_topo.RandomPruner(model, [{"op_names": ["body"], "sparse_ratio": 0.5}])
+
+
+class Started(nn.Module):
+    """A recurrent layer whose first states other layers make."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.states = nn.ModuleList([nn.Linear(4, 10) for _ in range(1 + (kind is nn.LSTM))])
+        self.body, self.head = kind(4, 10, batch_first=True), nn.Linear(10, 3)
+
+    def forward(self, rows):
+        states = tuple(each(rows[:, 0])[None] for each in self.states)
+        return self.head(self.body(rows, states if len(states) == 2 else states[0])[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_makes_the_first_states_goes_with_the_units(kind):
+    flow = Network.on(Started(kind).eval(), torch.randn(2, 5, 4)).flow
+    units = flow.group_ids_of("body")[:10].tolist()
+    assert len(set(units)) == 10
+    for name in flow.layers:
+        if name.startswith("states"):
+            assert flow.group_ids_of(name).tolist() == units
+    assert flow.entering_group_ids("head").tolist() == units

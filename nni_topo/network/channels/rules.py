@@ -403,7 +403,7 @@ def _unflattened(op: Operation) -> Any:
         return op.all_kept()
     given: Any = op.node.kwargs.get("sizes", op.node.args[-1])
     # Sizes given as a slice of a shape are one node; they change with the tensor's.
-    parts = given if isinstance(given, (tuple, list)) else [given] * (moved.dim() - op.ids[0].dim() + 1)
+    parts = given if isinstance(given, (tuple, list)) else [given] * moved.dim()
     sizes = (*[None] * (_varying(moved) or [0])[0], *parts)
     return _taken_apart(op, moved, sizes)
 
@@ -434,15 +434,6 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     elif length_is_fixed and not count_is_fixed:
         op.channels.tie(rows[:, :1], rows)
     return moved
-
-
-@rule("patch_merging_pad")
-def _merged(op: Operation) -> Any:
-    """Follow torchvision's function that puts the channels of four neighbouring places next to one another."""
-    first = op.ids[0]
-    if op.shape is None or any(varies(first, d) for d in (-3, -2)):
-        return op.by_place(known=False)
-    return torch.cat([first[..., :1, :1, :].expand(*op.shape[:-1], -1)] * 4, -1)
 
 
 # Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
@@ -859,7 +850,7 @@ def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
 
 def _softmax_default(rank: int) -> int:
     """Return the dimension along which PyTorch's softmax works if none is given."""
-    return 0 if rank in (0, 1, 3) else 1
+    return 0 if rank in (1, 3) else 1
 
 
 def _works_along(op: Operation, *, known: bool = False) -> Any:

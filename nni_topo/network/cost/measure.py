@@ -173,8 +173,10 @@ def latencies(
         Models by name, which all take the same inputs.
     example_inputs : Tensor, tuple, list or mapping of str to Any
         Inputs, on the models' device, batch first. Their batch size is timed.
-    runs, threads : int
-        As in :func:`latency_ms`; ``runs`` counts rounds.
+    runs : int, default=30
+        Timed rounds, at least 1; a few untimed ones come before them.
+    threads : int, default=1
+        As in :func:`latency_ms`.
     seed : int, default=0
         Seed of the order within the rounds.
 
@@ -411,7 +413,9 @@ def profile(
         Inputs of all networks, on their device, batch first. Their batch size is measured.
     modes : sequence of str, default=("plain",)
         Any of ``"plain"``, ``"channels_last"``, ``"bf16"`` (weights and inputs) and ``"compile"`` (``torch.compile``).
-    runs, threads, seed : int
+    runs : int, default=30
+    threads : int, default=1
+    seed : int, default=0
         As in :func:`latencies`.
 
     Returns

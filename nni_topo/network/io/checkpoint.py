@@ -39,7 +39,7 @@ from nni_topo.disk import (
     whole_file,
     write_tensors,
 )
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, listed
 from nni_topo.network.attention import Attention, find_attention, resize, set_size
 from nni_topo.network.layers import (
     Place,
@@ -120,17 +120,17 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     """
     place = path_of(path)
     check_unwrapped(dense)
-    listed, every = dense.state_dict(keep_vars=True), named_tensors(dense)
+    in_state, every = dense.state_dict(keep_vars=True), named_tensors(dense)
     modules = dict[str, dict[str, Any]]()
     for name, module in dense.named_modules():
         if size_names(module):
             modules[name] = describe(module)
     state, buffers, fingerprints = dict[str, torch.Tensor](), dict[str, torch.Tensor](), dict[str, str]()
-    for name, tensor in listed.items():
+    for name, tensor in in_state.items():
         state[name] = tensor.detach()
     for name, tensor in every.items():
         fingerprints[name] = fingerprint(tensor)
-        if name not in listed:
+        if name not in in_state:
             buffers[name] = tensor.detach()
     document = {
         "format": _FORMAT,
@@ -475,8 +475,7 @@ def _smaller(stored: dict[str, Any], model: torch.nn.Module, place: str) -> dict
 def _check_names(rule: str, kind: str, stored: set[str], known: set[str], place: str) -> None:
     for problem, names in (("missing in the model", stored - known), ("missing in the file", known - stored)):
         if names:
-            listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-            raise ConfigError(f"{rule}, got {kind} {problem}: {listed} ({place})")
+            raise ConfigError(f"{rule}, got {kind} {problem}: {listed(sorted(names))} ({place})")
 
 
 def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place: str) -> None:

@@ -164,12 +164,14 @@ def channel_dim(norm: nn.Module) -> int | None:
         return 1 if response is None else response.dim
     if isinstance(norm, OriginalWidthLayerNorm):
         return norm.dim
+    if len(norm.normalized_shape) != 1:
+        return None
     if type(norm) is nn.LayerNorm:
-        return -1 if len(norm.normalized_shape) == 1 else None
+        return -1
     weight = next(norm.parameters(), torch.zeros(0))
     x = torch.linspace(-1, 2, 6 * norm.normalized_shape[0]).view(1, 2, 3, -1).to(weight)
     plain = functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    for dim in (1, -1) if len(norm.normalized_shape) == 1 else ():
+    for dim in (1, -1):
         try:
             given = norm.forward(x.movedim(-1, dim))  # a tracer would take `norm(...)` for a call of the model's
         except RuntimeError:

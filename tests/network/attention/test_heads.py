@@ -265,3 +265,12 @@ def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width(kind):
     assert [4 * after.numel() for after in left[1:-1]] == [before.numel() for before in whole[1:-1]]
     with_heads = [{"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 0.5}, everything]
     assert "which loses heads" in dependency_groups(model, inputs[:2], with_heads).skipped["patches"]
+
+
+def test_a_module_that_is_named_stands_for_its_layers_where_heads_are_asked_for_and_for_itself_elsewhere():
+    model, entry = make("apart"), {"op_names": ["1.attention"], "sparse_ratio": 0.5}
+    plain = dependency_groups(model, _states(3, 7, 5), [entry])
+    assert [each["op_names"] for each in plain] == [["1.attention"]]
+    heads = dependency_groups(model, _states(3, 7, 5), [{**entry, "granularity": "head"}])
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert [each["op_names"] for each in heads] == [[f"1.attention.{layer}"] for layer in layers]

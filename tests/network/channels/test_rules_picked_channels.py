@@ -88,6 +88,42 @@ def test_channels_that_fixed_numbers_count_stay_and_the_others_go(name):
     assert "by fixed numbers" in report.kept[0].reason
 
 
+# Picks along pixels, of as many rows and columns as there are channels.
+ELSEWHERE: dict[str, Callable[[Tensor], Tensor]] = {
+    "list": lambda z: z[:, :, [0, 1, 4]],
+    "list of columns": lambda z: z[..., [1, 0]],
+    "tensor": lambda z: z[:, :, torch.tensor([0, 3])],
+    "index_select": lambda z: z.index_select(2, torch.tensor([3, 1])),
+    "index_select by name": lambda z: torch.index_select(z, dim=-1, index=torch.tensor([3, 1])),
+    "take_along_dim": lambda z: torch.take_along_dim(z, torch.tensor([2, 0]).view(1, 1, 2, 1), 2),
+    "integer": lambda z: z[:, :, 2:3],
+    "select": lambda z: z.select(2, 2).unsqueeze(2),
+    "select of columns": lambda z: z.select(-1, 2).unsqueeze(2),
+    "narrow": lambda z: z.narrow(2, 2, 3),
+    "narrow by name": lambda z: torch.narrow(z, dim=3, start=2, length=3),
+    "slices": lambda z: z[:, :, 1:4, ::2],
+    "slice behind dots": lambda z: z[..., 2:5],
+    "chunk": lambda z: z.chunk(3, 2)[0],
+    "chunk by name": lambda z: torch.chunk(z, 3, dim=-1)[0],
+    "split": lambda z: z.split(3, 2)[0],
+    "split into given": lambda z: z.split([3, 5], dim=3)[0],
+    "tensor_split": lambda z: z.tensor_split(3, 2)[0],
+    "tensor_split at places": lambda z: z.tensor_split((2, 3), dim=2)[0],
+    "unbind": lambda z: torch.stack(z.unbind(2)[:3], 2),
+    "roll": lambda z: z.roll(2, 2),
+    "roll of both": lambda z: z.roll((2, 1), (2, 3)),
+    "roll by name": lambda z: torch.roll(z, shifts=2, dims=-1),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_picks_along_other_dimensions_keep_no_channels(name):
+    model = Picks(ELSEWHERE[name], 8).eval()
+    flow = Network.on(model, IMAGES).flow
+    assert flow.why_pinned("first") == ()
+    assert flow.entering_group_ids("last").tolist() == flow.group_ids_of("first").tolist()
+
+
 def test_values_of_a_buffer_may_change_so_that_it_picks_from_all():
     model = Picks(lambda z: z, 3).eval()
     model.register_buffer("places", torch.tensor([0, 1, 2]))

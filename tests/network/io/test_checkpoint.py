@@ -12,7 +12,7 @@ from tied_nets import LanguageModel, Rotation, TiedConvolutions, untied
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.network.io.checkpoint import describe, load, save, size_names
+from nni_topo.network.io.checkpoint import _stated, describe, load, save, size_names
 from nni_topo.network.layers.original_width import keep_original_width
 from nni_topo.network.layers.slicing import cut_channelwise
 from nni_topo.speedup import to_dense
@@ -381,6 +381,8 @@ def test_safetensors_of_others_are_refused_and_ours_are_read_by_others(tmp_path)
     [
         (lambda: make()[:-1], "modules missing in the model: 10 "),
         (lambda: make().append(nn.Linear(4, 4)), "modules missing in the file: 11 "),
+        (lambda: make()[:4], r"modules missing in the model: 10, 4, 5, 6, 9 \("),
+        (lambda: make()[:3], r"modules missing in the model: 10, 3, 4, 5 and 2 more \("),
         (lambda: make(width=4), r"got shape \(6, 3, 3, 3\) where the model has \(4, 3, 3, 3\) \(0.weight"),
         (lambda: nn.Sequential(nn.Linear(3, 8), *make()[1:]), "got Conv2d where the model has Linear"),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), *make()[1:]), "tensors missing in the model: 0.bias"),
@@ -435,3 +437,28 @@ def test_a_wrapped_model_is_refused(tmp_path):
     pruner.compress()
     with pytest.raises(SpeedupError, match="unwrap_model"):
         save(model, tmp_path / "dense.pt")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(4, 6, 3), nn.Conv1d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3), nn.Linear(3, 5),
+        nn.ConvTranspose1d(4, 6, 3, groups=2), nn.Conv2d(4, 8, 1, groups=4), nn.BatchNorm1d(3), nn.GroupNorm(2, 6),
+        nn.LSTM(4, 3), nn.GRU(4, 3), nn.RNN(4, 3), nn.LayerNorm(5), nn.LayerNorm((2, 3)), nn.RMSNorm(4),
+        nn.Embedding(5, 4), nn.PReLU(4), nn.PReLU(),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_say_how_large_a_modules_tensors_are(module):
+    stated = _stated(module, describe(module)["sizes"])
+    assert stated
+    for name, shape in stated.items():
+        assert getattr(module, name).shape[: len(shape)] == shape
+
+
+def test_sizes_that_fit_no_tensor_say_so():
+    assert _stated(nn.PixelShuffle(2), {"upscale_factor": 2}) == {}
+    (size,) = _stated(nn.GroupNorm(2, 6), {"num_channels": 5, "num_groups": 2})["weight"]
+    assert size != size
+    odd = _stated(nn.Conv2d(4, 6, 1), {"in_channels": 5, "out_channels": 7, "groups": 2})
+    assert odd == {"weight": (6, 2.5)}

@@ -4,9 +4,37 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from nni_topo.errors import DataError
-from nni_topo.network.runtime.inputs import at_once, in_smaller_batches, varied
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.runtime.inputs import (
+    VARIATIONS,
+    arguments_of,
+    at_once,
+    batch_size,
+    bind_arguments,
+    calls,
+    cast_floats,
+    check_inputs,
+    cure_of_argument,
+    cure_of_mapping,
+    fitting,
+    in_smaller_batches,
+    inputs_of,
+    is_argument,
+    on_device,
+    out_of_memory,
+    parts,
+    random_like,
+    real_positions,
+    run_small,
+    shrunk,
+    structure_of,
+    taken,
+    together,
+    variations_of,
+    varied,
+)
 
 
 def test_numbers_are_shifted_and_scaled_and_tokens_and_masks_are_not():
@@ -39,3 +67,290 @@ def test_memory_for_less_than_one_sample_is_an_error():
 
     with pytest.raises(DataError, match="must have memory for one sample at a time, got: 1 is too many"):
         work()
+
+
+def test_only_what_runs_within_such_work_is_limited_and_inner_work_has_the_outers_limit():
+    tried = []
+
+    @in_smaller_batches
+    def inner():
+        return at_once(100)
+
+    @in_smaller_batches
+    def outer():
+        tried.append((at_once(8), inner(), at_once(3)))
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("too many")
+        return tried
+
+    assert at_once(8) == 8
+    assert outer() == [(8, 100, 3), (4, 4, 3), (2, 2, 2)]
+    assert inner() == 100
+
+    @in_smaller_batches
+    def failing():
+        raise RuntimeError("of another kind")
+
+    with pytest.raises(RuntimeError, match="of another kind"):
+        failing()
+
+
+def test_a_call_is_cut_into_nearly_equal_parts():
+    @in_smaller_batches
+    def sizes(most, samples):
+        images, whole = torch.arange(samples), torch.zeros(())
+        if at_once(samples) > most:
+            raise torch.OutOfMemoryError("too many")
+        found = [(part[0].tolist(), part[1] is whole) for part in parts((images, whole))]
+        assert [each for part, _ in found for each in part] == images.tolist()
+        assert all(is_whole for _, is_whole in found)
+        return [len(part) for part, _ in found]
+
+    assert sizes(4, 7) == [3, 2, 2]
+    assert sizes(3, 6) == [3, 3]
+    assert sizes(9, 9) == [9]
+    assert sizes(1, 3) == [1, 1, 1]
+    call = (torch.arange(5),)
+    assert next(parts(call)) is call
+
+
+def test_an_error_says_that_memory_is_short_by_its_class_or_its_words():
+    short = [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9")]
+    assert [out_of_memory(each) for each in [*short, RuntimeError("memory"), ValueError()]] == [True] * 3 + [False] * 2
+
+
+class OneArgument(nn.Module):
+    def forward(self, batch, scale=1.0, *more):
+        return batch
+
+
+class TwoArguments(nn.Module):
+    def forward(self, images, vectors):
+        return images
+
+
+class AnyArguments(nn.Module):
+    def forward(self, images, **more):
+        return images
+
+
+class ByName(nn.Module):
+    def forward(self, *, images):
+        return images
+
+
+class ByPlace(nn.Module):
+    def forward(self, images, /):
+        return images
+
+
+class NoneRequired(nn.Module):
+    def forward(self, images=None):
+        return images
+
+
+X = torch.zeros(2, 3)
+
+
+def test_inputs_become_arguments():
+    assert arguments_of(X) == ((X,), {})
+    assert arguments_of((X, 3)) == ((X, 3), {})
+    assert arguments_of([X, None]) == ((X, None), {})
+    assert arguments_of({"a": X}) == ((), {"a": X})
+    assert arguments_of({"images": X}, TwoArguments()) == ((), {"images": X})
+    assert arguments_of({"a": X}, OneArgument()) == (({"a": X},), {})
+    assert arguments_of(torch.tensor(1.0)) == ((torch.tensor(1.0),), {})
+    for nothing in (3, (), {}, {"a": 3}, None):
+        with pytest.raises(ConfigError, match=rf"with a tensor in it, got {type(nothing).__name__}"):
+            arguments_of(nothing)
+    with pytest.raises(ConfigError, match=r"at least one sample, got a tensor of shape \(0, 3\) \(example_inputs\)"):
+        arguments_of(torch.zeros(0, 3))
+    assert arguments_of((torch.zeros(()), torch.zeros(0)))[1] == {}
+
+
+def test_a_mapping_is_an_argument_where_it_can_be_nothing_else():
+    assert is_argument({"a": X}, OneArgument())
+    assert not is_argument({"batch": X}, OneArgument())
+    assert not is_argument({"scale": X}, OneArgument())
+    assert not is_argument({"a": X}, TwoArguments())
+    assert not is_argument({"a": X}, AnyArguments())
+    assert not is_argument({"a": X}, ByName())
+    assert is_argument({"a": X}, ByPlace())
+    assert is_argument({"images": X}, ByPlace())
+    assert not is_argument({"a": X}, NoneRequired())
+    assert is_argument({"a": X}, nn.DataParallel(OneArgument()))
+    assert not is_argument({"batch": X}, nn.DataParallel(OneArgument()))
+
+
+def test_errors_say_how_a_mapping_is_meant():
+    cure = "; a mapping holds arguments by name: if this one is itself the argument 'images', pass {'images': mapping}"
+    assert cure_of_mapping(((), {"a": X}), TwoArguments()) == cure
+    assert cure_of_mapping(((), {"images": X}), TwoArguments()) == ""
+    assert cure_of_mapping(((), {}), TwoArguments()) == ""
+    assert cure_of_mapping(((X,), {"a": X}), TwoArguments()) == ""
+    assert cure_of_mapping(((), {"a": X}), ByName()) == ""
+    assert cure_of_mapping(((), {"a": X}), ByPlace()) == ""
+    assert "single argument" in cure_of_argument(TypeError("a dict was given"))
+    assert "single argument" in cure_of_argument(AttributeError("'dict' object"))
+    assert cure_of_argument(ValueError("a dict was given")) == ""
+    assert cure_of_argument(TypeError("a list was given")) == ""
+
+
+def test_arguments_are_bound_in_the_order_of_the_forward():
+    assert list(bind_arguments(TwoArguments(), ((), {"vectors": X, "images": X}))) == ["images", "vectors"]
+    assert list(bind_arguments(OneArgument(), ((X,), {}))) == ["batch"]
+    with pytest.raises(ConfigError, match=r"must fit TwoArguments.forward: missing .*'vectors'$"):
+        bind_arguments(TwoArguments(), ((X,), {}))
+    with pytest.raises(ConfigError, match=r"pass \{'images': mapping\}$"):
+        bind_arguments(TwoArguments(), ((), {"a": X}))
+
+
+def test_padding_is_where_masks_say_so():
+    mask = torch.tensor([[1, 0, 2]])
+    real, padded = [[True, False, True]], [[False, True, False]]
+    assert real_positions({"attention_mask": mask}).tolist() == real
+    assert real_positions({"key_padding_mask": mask}).tolist() == padded
+    assert real_positions({"src_key_padding_mask": mask}).tolist() == padded
+    assert real_positions({"x": X, "attention_mask": mask}).tolist() == real
+    assert real_positions({"batch": {"x": X, "attention_mask": mask}}).tolist() == real
+    assert real_positions({"batch": {"attention_mask": mask}, "x": X}) is None
+    assert real_positions({"attention_mask": mask[0]}) is None
+    assert real_positions({"attention_mask": None, "key_padding_mask": mask}).tolist() == padded
+    assert real_positions({}) is None
+    assert real_positions({"x": X}) is None
+
+
+def test_random_inputs_are_drawn_for_floats_alone():
+    call = ((torch.zeros(400, dtype=torch.float64), torch.arange(3)), {"mask": torch.tensor([True, False])})
+    (normal, tokens), kwargs = random_like(call, torch.Generator().manual_seed(0))
+    assert normal.dtype == torch.float64
+    assert torch.equal(normal.float(), torch.randn(400, generator=torch.Generator().manual_seed(0)))
+    assert tokens.tolist() == [0, 1, 2]
+    assert tokens is not call[0][1]
+    assert kwargs["mask"].tolist() == [True, False]
+    (positive, _), _ = random_like(call, torch.Generator().manual_seed(0), positive=True)
+    assert torch.equal(positive.float(), torch.rand(400, generator=torch.Generator().manual_seed(0)) + 0.5)
+
+
+def test_images_are_cropped_and_features_are_not():
+    images, features = torch.zeros(5, 3, 70, 80), torch.zeros(5, 64, 70, 80)
+    (small, kept), _ = shrunk(((images, features), {}))
+    assert small.shape == (2, 3, 64, 64)
+    assert kept is features
+    assert shrunk(((torch.zeros(5, 63, 70, 80),), {}), 33)[0][0].shape == (2, 63, 33, 33)
+    assert shrunk(((torch.zeros(1, 3, 7, 80),), {}))[0][0].shape == (1, 3, 7, 64)
+    call = ((images, torch.zeros(5, 3)), {})
+    assert shrunk(call) is call
+
+
+def test_variations_stand_behind_the_first_sample_in_one_batch():
+    assert VARIATIONS == ((0.01, 0.0), (100.0, 0.0), (1.0, 3.0))
+    assert variations_of(((X,), {})) == VARIATIONS
+    assert variations_of(((torch.arange(3),), {})) == ()
+    assert variations_of(((torch.arange(3), X), {})) == VARIATIONS
+    images, tokens = torch.tensor([[1.0, 2.0], [5.0, 6.0]]), torch.tensor([[7], [8]])
+    (batch, ids), kwargs = together(((images, tokens), {"flag": True}), ((10.0, 0.0), (1.0, 3.0)))
+    assert batch.tolist() == [[1.0, 2.0], [10.0, 20.0], [4.0, 5.0]]
+    assert ids.tolist() == [[7], [7], [7]]
+    assert kwargs == {"flag": True}
+    assert together(((images, torch.zeros(3)), {}), VARIATIONS) is None
+    assert together(((images, torch.zeros(())), {}), VARIATIONS) is None
+    table = torch.arange(3)
+    assert together(((images, table), {}), VARIATIONS)[0][1] is table
+
+
+def test_samples_are_taken_of_what_has_samples():
+    images, table, number = torch.arange(4.0), torch.arange(3), torch.tensor(2.0)
+    (some, whole, one), kwargs = taken(((images, table, number), {"a": images}), torch.tensor([2, 0]))
+    assert some.tolist() == kwargs["a"].tolist() == [2.0, 0.0]
+    assert whole is table
+    assert one is number
+    assert taken(images, torch.tensor([True, False, False, True])).tolist() == [0.0, 3.0]
+    assert [batch_size(each) for each in (images, (number, table), number, 3)] == [4, 3, 1, 1]
+
+
+def test_floats_are_cast_and_moved_and_others_only_moved():
+    args, _ = cast_floats(((X, torch.arange(2)), {}), torch.float64)
+    assert [each.dtype for each in args] == [torch.float64, torch.int64]
+    given = torch.ones(2, requires_grad=True)
+    assert not on_device([given], torch.device("cpu"))[0].requires_grad
+    meta = torch.zeros(2, device="meta")
+    assert on_device(meta, torch.device("meta")).is_meta
+    with pytest.raises(DataError, match=r"got one on the meta device \(inputs\)"):
+        on_device(meta, torch.device("cpu"))
+
+
+class Picky(nn.Module):
+    """It takes so many samples, or images of that size, alone."""
+
+    def __init__(self, samples=None, side=None, error=RuntimeError("refused\nin two lines")):  # noqa: B008
+        super().__init__()
+        self.samples, self.side, self.error, self.shapes = samples, side, error, []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.shapes.append(tuple(images.shape))
+        if self.samples not in (None, len(images)) or self.side not in (None, images.shape[-1]):
+            raise self.error
+        return images
+
+
+def test_models_run_on_small_inputs_where_they_can():
+    images = torch.zeros(5, 3, 70, 70)
+    model = Picky()
+    assert run_small(model, ((images,), {})).shape == (2, 3, 64, 64)
+    assert run_small(Picky(side=70), ((images,), {})).shape == (5, 3, 70, 70)
+    with pytest.raises(MemoryError):
+        run_small(Picky(side=70, error=MemoryError()), ((images,), {}))
+    call = ((images,), {})
+    assert structure_of(Picky(), call)[0][0].shape == (2, 3, 70, 70)
+    assert structure_of(Picky(samples=5), call) is call
+    assert structure_of(Picky(), ((images[:1],), {}))[0][0].shape == (1, 3, 70, 70)
+    with pytest.raises(DataError, match=r"^words must fit the model, got RuntimeError: refused \(batch 0\)$"):
+        structure_of(Picky(samples=3), call, "words")
+
+
+def test_errors_of_a_model_are_told_as_such():
+    for error in (RuntimeError("a"), ValueError("a"), TypeError("a"), KeyError("a"), AttributeError("a")):
+        words = rf"^data must fit .* got {type(error).__name__}: '?a'? \(batch 7\)$"
+        with pytest.raises(DataError, match=words), fitting(7, "data"):
+            raise error
+    for error in (ConfigError("a"), torch.OutOfMemoryError("a"), ZeroDivisionError("a")):
+        with pytest.raises(type(error), match=r"^a$"), fitting(0):
+            raise error
+
+
+def test_a_batchs_inputs_are_its_first_entry():
+    assert inputs_of((X, 3)) is X
+    assert inputs_of([(X, X), 3]) == (X, X)
+    assert inputs_of({"a": X}) == {"a": X}
+    assert inputs_of(X) is X
+    with pytest.raises(DataError, match=r"a batch must hold an input, got an empty one \(calibration, batch 0\)"):
+        inputs_of([])
+    with pytest.raises(ConfigError, match=r"tensor in it, got int \(data, batch 4\)"):
+        inputs_of((3, X), 4, "data")
+    for wrong, words in (
+        (torch.zeros(2, 0), "a batch must hold inputs, got an empty one"),
+        (X.to_sparse(), "got a sparse_coo tensor"),
+        (X.to("meta"), "got a meta tensor"),
+        (torch.tensor([1.0, float("nan")]), "must be finite"),
+        (torch.tensor([1.0, float("-inf")]), "must be finite"),
+    ):
+        with pytest.raises(DataError, match=rf"{words}.*\(data, batch 4\)"):
+            check_inputs(((X, wrong), 3), 4, "data")
+    check_inputs(torch.arange(3), 0, "data")
+
+
+def test_calls_have_the_arguments_that_a_model_takes():
+    (call,) = calls(TwoArguments(), [{"images": X, "vectors": X, "labels": X}])
+    assert list(call[1]) == ["images", "vectors"]
+    assert call[1]["images"] is not X
+    (call,) = calls(AnyArguments(), [{"images": X, "labels": X}])
+    assert list(call[1]) == ["images", "labels"]
+    with pytest.raises(DataError, match="must hold at least one batch, got none"):
+        list(calls(TwoArguments(), []))
+    with pytest.raises(DataError, match=r"missing .*'vectors'.*the first entry is the input.*\(batch 1\)$"):
+        list(calls(TwoArguments(), [((X, X), 3), (X, 3)]))
+    with pytest.raises(DataError, match=r"no argument called labels, names; a mapping holds.*\(batch 0\)$"):
+        list(calls(TwoArguments(), [{"labels": X, "names": X}]))
+    with pytest.raises(DataError, match=r"'vectors' \(batch 0\)$"):
+        list(calls(TwoArguments(), [X]))

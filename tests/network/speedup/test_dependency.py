@@ -261,3 +261,76 @@ def test_output_projections_lose_rows_with_all_that_share_their_channels_and_hea
     projections = [entry for entry in alone if entry["op_names"][0].endswith("o_proj")]
     assert {tuple(entry["granularity"]) for entry in projections} == {(-1, 16)}
     assert "which loses heads" in alone.skipped["blocks.0.mlp.fc2"]
+
+
+class Beside(nn.Module):
+    """A chain, and beside it layers of each kind that keeps channels: all, some, and for the output."""
+
+    def __init__(self, *, mixes=False, picks=False, pairs=False):
+        super().__init__()
+        self.one, self.two, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.mixes, self.picks, self.pairs = mixes, picks, pairs
+
+    def forward(self, x):
+        y = self.one(x)
+        y = y.softmax(1) * y if self.mixes else y
+        y = y * y[:, 1:2].mean() if self.picks else y
+        z = self.two(y)
+        return self.last(z + y if self.pairs else z)
+
+
+def warnings_of(caplog, config_list, **knobs):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        groups = dependency_groups(Beside(**knobs).eval(), torch.randn(2, 3, 5, 5), config_list)
+    return [record.getMessage() for record in caplog.records], groups
+
+
+BY_TYPE = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+BY_NAME = [{"op_names": ["one", "two", "last"], "sparse_ratio": 0.5}]
+WHOLE = "layers that can't lose channels stay whole and are left out (.skipped has all): "
+SOME = "some channels of these layers can't be removed: "
+DEPENDS = "the result of an operation depends on removed channels (softmax)"
+
+
+def test_what_is_as_it_was_asked_for_is_not_warned_of(caplog):
+    told, groups = warnings_of(caplog, BY_TYPE)
+    assert told == []
+    assert groups.skipped == {"last": "it gives the model's output"}
+    assert [entry["op_names"] for entry in groups] == [["one"], ["two"]]
+    assert not any("dependency_group_id" in entry for entry in groups)
+    assert warnings_of(caplog, BY_TYPE, pairs=True)[0] == []
+
+
+def test_each_thing_that_turned_out_otherwise_is_warned_of_once(caplog):
+    told, groups = warnings_of(caplog, BY_TYPE, mixes=True)
+    assert told == [f"{WHOLE}one: {DEPENDS}; last: it gives the model's output"]
+    assert groups.skipped["one"] == DEPENDS
+    told, groups = warnings_of(caplog, BY_TYPE, picks=True)
+    assert told == [f"{SOME}one: {groups.skipped['one']}"]
+    assert groups.skipped["one"].startswith("2 of 8 channels are kept: ")
+    assert [entry["op_names"] for entry in groups] == [["one"], ["two"]]
+    told, groups = warnings_of(caplog, BY_NAME)
+    assert told == ["the layer that gives the model's output should be excluded, got last"]
+    assert groups.skipped == {}
+    assert groups.named == {"one", "two", "last"}
+    told, groups = warnings_of(caplog, [{"op_names": ["one"], "sparse_ratio": 0.5}], pairs=True)
+    assert told == [
+        "layers that share channels must be selected together, got one without two: the channels they share stay"
+    ]
+
+
+def test_named_layers_stay_selected_and_are_not_told_in_part(caplog):
+    _, groups = warnings_of(caplog, BY_NAME, picks=True, mixes=True)
+    assert [entry["op_names"] for entry in groups] == [["one"], ["two"], ["last"]]
+    assert groups.skipped == {}
+
+
+@pytest.mark.parametrize("knobs", [{"mixes": True}, {"picks": True}])
+def test_where_every_layer_must_lose_channels_another_one_is_an_error(knobs):
+    model, images = Beside(**knobs).eval(), torch.randn(2, 3, 5, 5)
+    if "mixes" in knobs:
+        with pytest.raises(ConfigError, match=r"must be one that can lose channels, got one: the result"):
+            dependency_groups(model, images, BY_TYPE, strict=True)
+    else:
+        assert dependency_groups(model, images, BY_TYPE, strict=True).skipped.keys() == {"last", "one"}

@@ -9,6 +9,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import nni_topo
+from nni_topo.errors import SpeedupError
+from nni_topo.network.layers.kinds import register_module
 from nni_topo.network.speedup.dry_run import _DryRun
 from nni_topo.network.speedup.network import Network
 
@@ -236,3 +238,30 @@ def test_channels_of_numbers_beyond_measure_are_compared_too():
     groups = nni_topo.dependency_groups(Squares(centred).eval(), images, asked)
     assert "depends on removed channels" in groups.skipped["layers.11"]
     assert "layers.11" not in nni_topo.dependency_groups(Squares(torch.relu).eval(), images, asked).skipped
+
+
+class Scale(nn.Module):
+    """Factors of channels, which refuse to be cut."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.factors = nn.Parameter(torch.ones(width))
+
+    def forward(self, images):
+        return images * self.factors.view(-1, 1, 1)
+
+
+def refuse(module, kept):
+    raise SpeedupError("its factors can't be cut")
+
+
+def test_a_module_that_refuses_to_be_cut_keeps_the_channels_that_enter_it():
+    register_module(Scale, refuse)
+    scaled = nn.Sequential(nn.Conv2d(3, 8, 1), Scale(8), nn.Conv2d(8, 6, 1))
+    model = nn.Sequential(scaled, nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    images = torch.randn(2, 3, 5, 5)
+    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert groups.skipped["0.0"] == "its factors can't be cut"
+    assert [entry["op_names"] for entry in groups] == [["0.2"]]
+    (reason,) = nni_topo.explain(model, images, "0.0").reasons
+    assert (reason.kind, reason.layer) == ("uncut_module", "0.1")

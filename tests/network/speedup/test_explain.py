@@ -100,6 +100,10 @@ def test_channels_before_what_mixes_them_stay_and_the_report_says_why(kind):
             torch.testing.assert_close(dense(scale * images()), net(scale * images()))
 
 
+def test_a_network_that_takes_single_precision_alone_is_compared_in_it():
+    assert "removed channels of first arrive" in refused(Net(Function(lambda images: images.sigmoid().float())).eval())
+
+
 def test_all_ways_end_in_check_false():
     for between in (CONSTANTS["sigmoid"], CONSTANTS["softplus"]):
         assert "check=False returns the dense model all the same" in refused(Net(between).eval())
@@ -267,6 +271,9 @@ def test_the_empty_name_is_refused_with_the_layers_that_there_are():
     many = nn.Sequential(*[nn.Linear(4, 4) for _ in range(9)])
     with pytest.raises(ConfigError, match=rf"{words}; the model's layers are 0, 1, 2, 3 and 5 more$"):
         explain(many, FEATURES, "")
+    four = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    with pytest.raises(ConfigError, match=rf"{words}; the model's layers are 0, 1, 2, 3$"):
+        explain(four, FEATURES, "")
     with pytest.raises(ConfigError, match=rf"{words}; the model has no such layer$"):
         explain(nn.Sequential(nn.ReLU()), FEATURES, "")
 

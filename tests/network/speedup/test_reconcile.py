@@ -10,7 +10,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.layers.kinds import kept_channels, spread
-from nni_topo.network.speedup.reconcile import check_masks
+from nni_topo.network.speedup.reconcile import check_masks, warn_of_kept, widths_multiple
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -270,3 +270,41 @@ def test_a_mask_spread_from_channels_keeps_these_channels_and_zeroes_the_output_
         output = module(inputs)
     dim = 1 if spatial else -1
     assert torch.equal(output.transpose(0, dim).flatten(1).ne(0).any(1), kept)
+
+
+def warned(caplog, kept):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        warn_of_kept(kept)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_warning_names_layers_by_reason_and_counts_what_it_leaves_out(caplog):
+    start = "masks must agree where layers share channels; channels kept although masked: "
+    assert warned(caplog, {}) == []
+    kept = {"a": "1 of 8 (one)"}
+    assert warned(caplog, kept) == [f"{start}a 1 of 8 (one)"]
+    kept |= {"b": "2 of 8 (two)", "c": "3 of 8 (three)"}
+    three = f"{start}a 1 of 8 (one); b 2 of 8 (two); c 3 of 8 (three)"
+    assert warned(caplog, kept) == [three]
+    # Two layers for one reason take one place: the report has a line for each.
+    assert warned(caplog, {**kept, "d": "4 of 8 (two)"}) == [
+        f"{start}a 1 of 8 (one); b 2 of 8, d 4 of 8 (two); c 3 of 8 (three); dense.report lists all layers"
+    ]
+    others = {"d": "4 of 8 (four)", "e": "5 of 8 (four)", "f": "6 of 8 (six)"}
+    assert warned(caplog, kept | others) == [f"{three}; 3 more layers for other reasons; dense.report lists all layers"]
+    many = {f"layer{at}": "1 of 8 (one)" for at in range(6)}
+    assert warned(caplog, many) == [
+        f"{start}layer0 1 of 8, layer1 1 of 8, layer2 1 of 8, layer3 1 of 8 and 2 more (one); "
+        "dense.report lists all layers"
+    ]
+
+
+def test_widths_are_rounded_to_what_is_said_or_to_what_a_device_takes_at_once():
+    cpu = torch.device("cpu")
+    assert [widths_multiple(each, cpu) for each in (None, 1, 12)] == [None, 1, 12]
+    assert widths_multiple("auto", torch.device("meta")) == 8
+    assert widths_multiple("auto", cpu) == {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+    for wrong in (0, -1, True, 1.5, "all"):
+        with pytest.raises(ConfigError, match='round_to must be a positive integer, "auto" or None'):
+            widths_multiple(wrong, cpu)

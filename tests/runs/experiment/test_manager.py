@@ -249,6 +249,20 @@ def test_a_port_in_use_is_a_clear_error(home, capsys, monkeypatch):
         check_port(70000)
 
 
+def test_a_free_port_and_the_next_one_are_free(monkeypatch):
+    asked = []
+
+    def check(port):
+        asked.append(port)
+        if len(asked) == 1:
+            raise ConfigError("in use")
+
+    monkeypatch.setattr("nni_topo.runs.experiment.manager.check_port", check)
+    found = free_port()
+    assert len(asked) == 2
+    assert asked[1] == found + 1
+
+
 REMOTE = """
 trainingService:
   platform: remote

@@ -1,0 +1,125 @@
+"""Tensors that a forward makes, channel-wise convolutions and merged patches: where the rules say channels are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import PatchMerging
+
+import nni_topo
+from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.speedup.network import Network
+
+IMAGES = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+class Between(nn.Module):
+    """What a function makes of one layer's eight channels goes into the next."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.between = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x)))
+
+
+FREE = {
+    "ones of as many channels": lambda z: z * torch.ones(1, z.size(1), 1, 1),
+    "of the shape": lambda z: z * torch.ones(z.shape[1], 1, 1),
+    "a full one": lambda z: z * torch.full((z.size(1), 1, 1), 2.0),
+    "zeros": lambda z: z + torch.zeros(1, z.size(1), 6, 5),
+    "new ones": lambda z: z * z.new_ones(1, z.size(1), 1, 1),
+    "new full": lambda z: z * z.new_full((z.size(1), 1, 1), 2.0),
+    "like it": lambda z: z * torch.ones_like(z),
+    "one number": lambda z: z * torch.ones(()),
+    "one for each pixel": lambda z: z * torch.ones(6, 5),
+    "of other sizes": lambda z: z * torch.ones(z.size(2), z.size(3)),
+}
+KEPT = {
+    "eight ones": lambda z: z * torch.ones(1, 8, 1, 1),
+    "eight zeros": lambda z: z + torch.zeros(8, 1, 1),
+    "new ones": lambda z: z * z.new_ones(8, 1, 1),
+    "several values": lambda z: z * torch.arange(8.0).view(8, 1, 1),
+    "values as many as channels": lambda z: z * torch.arange(z.size(1)).view(-1, 1, 1),
+    "a line of values": lambda z: z * torch.linspace(0.0, 1.0, 8).view(8, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_constant_as_wide_as_the_channels_lets_them_go(name: str) -> None:
+    flow = Network.on(Between(FREE[name]).eval(), IMAGES).flow
+    assert flow.why_pinned("first") == ()
+    assert (flow.group_ids_of("first") > FIXED).all()
+    assert flow.entering_group_ids("last").tolist() == flow.group_ids_of("first").tolist()
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_constant_of_so_many_values_keeps_the_channels(name: str) -> None:
+    flow = Network.on(Between(KEPT[name]).eval(), IMAGES).flow
+    assert [reason.kind for reason in flow.why_pinned("first")] == ["joins_constant"]
+    assert flow.entering_group_ids("last").tolist() == [FIXED] * 8
+
+
+class Gate(nn.Module):
+    """A convolution over the channels, as in ECA nets."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.first, self.conv, self.last = nn.Conv2d(3, 8, 1), conv, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x)
+        weights = self.conv(z.mean((2, 3))[:, None]).sigmoid()
+        return self.last(z * weights.transpose(1, 2)[..., None])
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_channels_that_a_convolution_slides_along_may_go(kernel: int) -> None:
+    flow = Network.on(Gate(nn.Conv1d(1, 1, kernel, padding=kernel // 2)).eval(), IMAGES).flow
+    assert flow.channel_wise == {"conv"}
+    assert list(flow.layers) == ["first", "last"]
+    assert flow.why_pinned("first") == ()
+    assert flow.entering_group_ids("conv").tolist() == flow.group_ids_of("first").tolist()
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular"),
+        type("Own", (nn.Conv1d,), {})(1, 1, 3, padding=1),
+    ],
+)
+def test_other_convolutions_along_channels_keep_them(conv: nn.Module) -> None:
+    flow = Network.on(Gate(conv).eval(), IMAGES).flow
+    assert flow.channel_wise == set()
+    assert len(set(flow.group_ids_of("first").tolist())) == 1  # all are coupled with one another
+
+
+class Merging(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.merge, self.last = nn.Conv2d(3, 8, 1), PatchMerging(8), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.merge(self.first(x).permute(0, 2, 3, 1)))
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 6)])
+@torch.no_grad()
+def test_the_channels_of_merged_patches_stand_four_times_behind_one_another(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model, images = Merging().eval(), torch.randn(2, 3, *size)
+    flow = Network.on(model, images).flow
+    wanted = flow.group_ids_of("first").tolist()
+    assert flow.why_pinned("first") == ()
+    assert flow.entering_group_ids("merge.norm").tolist() == wanted * 4
+    assert flow.entering_group_ids("merge.reduction").tolist() == wanted * 4
+    mask = torch.tensor([1.0, 0, 1, 1, 0, 0, 1, 1])
+    masks = {"first": {"weight": mask.view(-1, 1, 1, 1).expand(8, 3, 1, 1), "bias": mask}}
+    dense = nni_topo.to_dense(model, images, masks)
+    assert (dense.first.out_channels, dense.merge.reduction.in_features) == (5, 20)
+    torch.testing.assert_close(dense(images), nni_topo.masked_model(model, images, masks)(images))

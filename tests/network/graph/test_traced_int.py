@@ -1,0 +1,243 @@
+"""Integers that know where they come from: what their arithmetic keeps of that, and what it notes as unclear."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.fx import Graph
+
+from nni_topo.network.graph.traced_int import (
+    TracedInt,
+    attribute_channels,
+    attributes_traced,
+    forget_places,
+    resized,
+)
+
+PLACE = ("inner", "width", ())
+
+
+def held(value: int = 12, parts: int = 1, place=PLACE) -> TracedInt:
+    return TracedInt.of_attribute(value, place, parts, set())
+
+
+def size(value: int = 12) -> TracedInt:
+    return TracedInt.of_tensor(value, torch.zeros(value), 0)
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "floordiv", "truediv", "mod", "pow"])
+def test_arithmetic_gives_the_integers_results_on_both_sides(name: str) -> None:
+    function = getattr(operator, name)
+    for traced in (held(12), size(12)):
+        assert function(traced, 5) == function(12, 5)
+        assert function(5, traced) == function(5, 12)
+        assert function(traced, held(5)) == function(12, 5)
+    assert divmod(held(12), 5) == (2, 2)
+    assert divmod(50, held(12)) == (4, 2)
+    assert -held(12) == -12
+
+
+def test_comparisons_are_the_integers_and_hashes_too() -> None:
+    traced = held(12)
+    assert (traced == 12, traced != 12, traced < 12, traced <= 12, traced > 12, traced >= 12) == (
+        True, False, False, True, False, True,
+    )  # fmt: skip
+    assert hash(traced) == hash(12)
+    assert {12: "a"}[traced] == "a"
+
+
+def test_equal_parts_of_an_attributes_number_are_known() -> None:
+    number = held(12, parts=2)
+    part = number // 3
+    assert isinstance(part, TracedInt)
+    assert (int(part), part.place, part.parts, part.unclear) == (4, PLACE, 6, set())
+    assert part.unclear is number.unclear
+    again = part // 2
+    assert (int(again), again.parts) == (2, 12)
+    whole = number // 1
+    assert (int(whole), whole.parts, whole.unclear) == (12, 2, set())
+
+
+@pytest.mark.parametrize("divisor", [5, 24, -3])
+def test_other_quotients_are_plain_and_noted(divisor: int) -> None:
+    number = held(12)
+    found = number // divisor
+    assert type(found) is int
+    assert found == 12 // divisor
+    assert number.unclear == {PLACE}
+
+
+def test_a_quotient_by_another_attributes_number_is_known_and_that_number_noted() -> None:
+    number, heads = held(12), held(3, place=("inner", "heads", ()))
+    part = number // heads
+    assert (int(part), part.place, part.parts) == (4, PLACE, 3)
+    assert number.unclear == set()
+    assert heads.unclear == {("inner", "heads", ())}
+
+
+def test_a_quotient_by_a_size_belongs_to_the_size() -> None:
+    number, tensor_size = held(12), size(3)
+    found = number // tensor_size
+    assert (int(found), found.place, found.source) == (4, None, (operator.floordiv, (number, tensor_size)))
+    assert number.unclear == {PLACE}
+
+
+@pytest.mark.parametrize("function", [operator.add, operator.sub, operator.mul, operator.floordiv])
+def test_what_is_computed_of_sizes_keeps_the_function_and_the_operands(function) -> None:
+    tensor = torch.zeros(2, 12)
+    one = TracedInt.of_tensor(12, tensor, 1)
+    assert one.source[0] is tensor
+    assert one.source[1] == 1
+    found = function(one, 5)
+    assert found.source == (function, (one, 5))
+    reflected = function(50, one)
+    assert reflected.source[0] is function
+    assert [int(each) for each in reflected.source[1]] == [50, 12]
+    assert function(one, held(5)).source[0] is function
+    assert type(function(held(12), 5)) is int or function is operator.floordiv
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda n: n == 3, lambda n: n != 3, lambda n: n < 3, lambda n: n <= 3, lambda n: n > 3, lambda n: n >= 3,
+        lambda n: -n, lambda n: n / 5, lambda n: 5 / n, lambda n: n % 5, lambda n: 50 % n, lambda n: divmod(n, 5),
+        lambda n: divmod(50, n), lambda n: n**2, lambda n: 2**n, lambda n: n + 1, lambda n: 1 + n, lambda n: n - 1,
+        lambda n: 20 - n, lambda n: n * 2, lambda n: 2 * n, lambda n: n + 0.5, lambda n: 50 // n,
+    ],
+)  # fmt: skip
+def test_a_use_that_no_graph_shows_is_noted(use) -> None:
+    number = held(12)
+    use(number)
+    assert number.unclear == {PLACE}
+    other = held(12)
+    if use(7) is not None:
+        assert other.unclear == set()
+
+
+def test_with_a_float_it_is_a_float() -> None:
+    assert held(12) * 0.5 == 6.0
+    assert 0.5 * held(12) == 6.0
+    assert type(held(12) + 0.5) is float
+
+
+def test_a_number_within_another_model_has_the_longer_name() -> None:
+    number = held(12, parts=3)
+    inner = number.within("block")
+    assert (int(inner), inner.place, inner.parts) == (12, ("block.inner", "width", ()), 3)
+    assert inner.unclear is number.unclear
+    top = held(12, place=("", "width", (1,))).within("block")
+    assert top.place == ("block", "width", (1,))
+    assert held(12).within("").place == PLACE
+    tensor_size = size(5)
+    assert tensor_size.within("block") is tensor_size
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copies_keep_the_attribute_and_drop_the_tensor(copied) -> None:
+    number = copied(held(12, parts=3))
+    assert (type(number), int(number), number.place, number.parts) == (TracedInt, 12, PLACE, 3)
+    assert type(copied(size(5))) is int
+
+
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.sizes, self.one, self.name = 8, [3, {"a": 5}], 1, "eight"
+        self.layer = nn.Linear(8, 8)
+
+
+def test_attributes_are_traced_within_the_block_and_put_back() -> None:
+    model = nn.Sequential(Sized())
+    inner = model[0]
+    with attributes_traced(model) as unclear:
+        assert (inner.width.place, inner.width.parts) == (("0", "width", ()), 1)
+        assert inner.sizes[0].place == ("0", "sizes", (0,))
+        assert inner.sizes[1]["a"].place == ("0", "sizes", (1, "a"))
+        assert type(inner.one) is int  # the number of so much else
+        assert type(inner.layer.in_features) is int  # PyTorch's own
+        assert unclear == set()
+        assert inner.width % 3 == 2
+        assert unclear == {("0", "width", ())}
+    assert (type(inner.width), inner.width, inner.sizes) == (int, 8, [3, {"a": 5}])
+    assert [type(inner.sizes[0]), type(inner.sizes[1]["a"])] == [int, int]
+    with pytest.raises(RuntimeError, match="inside"), attributes_traced(model):
+        raise RuntimeError("inside")
+    assert type(inner.width) is int
+
+
+def graph_of(method: str, *args) -> tuple[Graph, dict]:
+    """One call on a tensor of eight channels; the ids by node."""
+    graph = Graph()
+    images = graph.placeholder("images")
+    called = graph.call_method(method, (images, *args)) if method != "getitem" else graph.call_function(
+        operator.getitem, (images, *args)
+    )  # fmt: skip
+    graph.output(called)
+    return graph, {"images": torch.arange(10, 18).view(1, 8, 1), called.name: torch.arange(10, 18).view(1, 8, 1)}
+
+
+def found_in(method: str, *args) -> list[tuple[int, list[int]]] | None:
+    found = attribute_channels(*graph_of(method, *args))
+    assert found.keys() <= {PLACE}
+    return [(parts, ids.tolist()) for parts, ids in found[PLACE]] if found else None
+
+
+ALL = list(range(10, 18))
+
+
+def test_views_splits_and_slices_show_which_channels_an_attribute_counts() -> None:
+    assert found_in("view", 1, held(8), 1) == [(1, ALL)]
+    assert found_in("reshape", (1, held(8, parts=2), 1)) == [(2, ALL)]
+    assert found_in("view", 1, held(4), 2) is None  # not the number of channels
+    assert found_in("view", held(8), 1, 1) is None  # another dimension
+    assert found_in("split", held(4), 1) == [(1, ALL[:4]), (1, ALL[4:])]
+    assert found_in("split", held(3), 1) is None  # pieces of several sizes
+    assert found_in("split", held(4)) is None  # along samples
+    assert found_in("split", [held(5), 3], 1) == [(1, ALL[:5])]
+    assert found_in("split_with_sizes", [3, held(5)], 1) == [(1, ALL[3:])]
+    assert found_in("getitem", (slice(None), slice(None, held(3)))) == [(1, ALL[:3])]
+    assert found_in("getitem", (slice(None), slice(held(3), None))) == [(1, ALL[:3])]
+    assert found_in("getitem", (slice(None, held(3)), slice(None))) is None
+    assert found_in("getitem", (slice(None), held(3))) is None  # it picks one
+    assert found_in("relu", held(8)) is None  # nothing is known of it
+
+
+def test_a_split_by_name_and_a_second_use_that_isnt_understood() -> None:
+    graph = Graph()
+    images = graph.placeholder("images")
+    number = held(4)
+    graph.call_method("split", (images, number), {"dim": 1})
+    ids = {"images": torch.arange(10, 18).view(1, 8, 1)}
+    assert [ids.tolist() for _, ids in attribute_channels(graph, ids)[PLACE]] == [ALL[:4], ALL[4:]]
+    graph.call_method("narrow", (images, 1, 0, number))
+    assert attribute_channels(graph, ids) == {}
+
+
+def test_numbers_of_places_are_forgotten_and_replaced() -> None:
+    graph = Graph()
+    images = graph.placeholder("images")
+    other = ("inner", "other", ())
+    node = graph.call_method("view", (images, 1, held(8, parts=2), held(3, place=other)))
+    args, kwargs = resized((node.args, {"a": held(5)}), {PLACE: 6})
+    assert args[1:] == (1, 3, 3)
+    assert kwargs == {"a": 6}
+    assert resized((1, 2), {PLACE: 6}) == (1, 2)
+    given = torch.Size([2, 3])
+    assert resized(given, {PLACE: 6}) is given
+    assert int(resized([size(7)], {PLACE: 6})[0]) == 7
+    assert resized([held(8, parts=2)], {}) == [8]
+    forget_places(graph, {PLACE})
+    assert [type(each) for each in node.args[1:]] == [int, int, TracedInt]
+    assert node.args[1:] == (1, 8, 3)
+
+
+def test_ids_are_arrays_of_the_channels() -> None:
+    ((_, ids),) = attribute_channels(*graph_of("view", 1, held(8), 1))[PLACE]
+    assert isinstance(ids, np.ndarray)

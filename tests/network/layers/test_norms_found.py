@@ -1,0 +1,234 @@
+"""Norms of original width against PyTorch's on zeros, and what is found out about norms of other classes by trying."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nni_topo.network.layers.original_width import (
+    OriginalWidthGroupNorm,
+    OriginalWidthLayerNorm,
+    OriginalWidthResponseNorm,
+    OriginalWidthRMSNorm,
+    ShiftedRMSNorm,
+    channel_dim,
+    keep_original_width,
+    plain_norm,
+    response_norm,
+)
+
+KEPT = [0, 2, 5]
+
+
+def drawn(norm: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return norm.double()
+
+
+def entering(*shape: int) -> Tensor:
+    """Return inputs of which some are as small as the epsilons."""
+    images = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).double() + 0.5
+    images[0] *= 1e-3
+    return images
+
+
+class ChannelsFirst(nn.LayerNorm):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.movedim(1, -1)).movedim(-1, 1)
+
+
+class ChannelsLast(nn.LayerNorm):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images)
+
+
+class Response(nn.Module):
+    """The response norm of ConvNeXt v2, with channels last or first."""
+
+    def __init__(self, width: int, dim: int = -1, *, eps: float = 1e-6, flat: bool = False):
+        super().__init__()
+        shape = (width,) if flat or dim == -1 else (1, width, 1, 1)
+        self.gamma, self.beta = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+        self.dim, self.eps = dim, eps
+
+    def forward(self, images: Tensor) -> Tensor:
+        places = (1, 2) if self.dim == -1 else (2, 3)
+        lengths = images.norm(dim=places, keepdim=True)
+        weights = lengths / (lengths.mean(self.dim, keepdim=True) + self.eps)
+        return self.gamma * (images * weights) + self.beta + images
+
+
+# By name: the norm, the shape of what enters, the dimension of the channels, and the class that it gets.
+NORMS = {
+    "layer norm": (nn.LayerNorm(6), (3, 6), -1, OriginalWidthLayerNorm),
+    "layer norm, eps": (nn.LayerNorm(6, eps=0.1), (3, 2, 6), -1, OriginalWidthLayerNorm),
+    "no bias": (nn.LayerNorm(6, bias=False), (3, 6), -1, OriginalWidthLayerNorm),
+    "no parameters": (nn.LayerNorm(6, elementwise_affine=False), (3, 6), -1, OriginalWidthLayerNorm),
+    "channels first": (ChannelsFirst(6), (3, 6, 2, 2), 1, OriginalWidthLayerNorm),
+    "channels last": (ChannelsLast(6), (3, 2, 2, 6), -1, OriginalWidthLayerNorm),
+    "root mean square": (nn.RMSNorm(6), (3, 6), -1, OriginalWidthRMSNorm),
+    "root mean square, eps": (nn.RMSNorm(6, eps=0.1), (3, 2, 6), -1, OriginalWidthRMSNorm),
+    "root mean square, no weight": (nn.RMSNorm(6, elementwise_affine=False), (3, 6), -1, OriginalWidthRMSNorm),
+    "response": (Response(6), (3, 2, 2, 6), -1, OriginalWidthResponseNorm),
+    "response, first": (Response(6, 1), (3, 6, 2, 2), 1, OriginalWidthResponseNorm),
+    "response, eps": (Response(6, eps=0.1), (3, 2, 2, 6), -1, OriginalWidthResponseNorm),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@torch.no_grad()
+def test_the_kept_channels_are_what_they_are_beside_zeros(name: str) -> None:
+    norm, shape, dim, kind = NORMS[name]
+    norm, images, kept = drawn(norm), entering(*shape), torch.tensor(KEPT)
+    zeroed = torch.zeros_like(images).index_copy(dim, kept, images.index_select(dim, kept))
+    wanted = norm(zeroed).index_select(dim, kept)
+    whole = norm(images)
+    keep_original_width(norm, 6)
+    assert type(norm) is kind
+    assert (norm.counted, norm.dim) == (6, dim)
+    assert "counted=6" in repr(norm)
+    torch.testing.assert_close(norm(images), whole, rtol=1e-9, atol=1e-12)
+    keep_original_width(norm, 9)  # it keeps the number that it has
+    assert norm.counted == 6
+    for key, parameter in list(norm.named_parameters()):
+        place = max(range(parameter.dim()), key=lambda d: parameter.shape[d])
+        setattr(norm, key, nn.Parameter(parameter.index_select(place, kept)))
+    torch.testing.assert_close(norm(images.index_select(dim, kept)), wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@torch.no_grad()
+def test_groups_that_lose_channels_are_what_they_are_beside_zeros(affine: bool) -> None:
+    norm, images, kept = drawn(nn.GroupNorm(2, 6, affine=affine)), entering(3, 6, 4, 2), torch.tensor([0, 2, 3, 5])
+    wanted = norm(torch.zeros_like(images).index_copy(1, kept, images[:, kept]))[:, kept]
+    keep_original_width(norm, 3)
+    assert type(norm) is OriginalWidthGroupNorm
+    assert "counted=3" in repr(norm)
+    norm.num_channels = 4
+    for key, parameter in list(norm.named_parameters()):
+        setattr(norm, key, nn.Parameter(parameter[kept]))
+    torch.testing.assert_close(norm(images[:, kept]), wanted, rtol=1e-9, atol=1e-12)
+    flat = entering(3, 6)[:, kept]
+    torch.testing.assert_close(norm(flat), norm(flat[..., None])[..., 0])
+
+
+class Twice(nn.LayerNorm):
+    """It does more than normalize."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 2 * super().forward(images)
+
+
+class Refusing(nn.LayerNorm):
+    def forward(self, images: Tensor) -> Tensor:
+        raise RuntimeError("not here")
+
+
+class Other(nn.RMSNorm):
+    pass
+
+
+def test_the_dimension_of_a_norms_channels_is_found_by_class_or_by_trying() -> None:
+    dims = {
+        -1: [nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False), nn.RMSNorm(4), ShiftedRMSNorm(4),
+             ChannelsLast(4), ChannelsLast(4, elementwise_affine=False), Response(4), ChannelsLast(3)],
+        1: [ChannelsFirst(4), ChannelsFirst(4).double(), Response(4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4),
+            nn.PReLU(4)],
+        None: [nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4)), Other(4), Twice(4), Refusing(4), ChannelsLast((2, 4))],
+    }  # fmt: skip
+    for dim, norms in dims.items():
+        for norm in norms:
+            assert channel_dim(norm) == dim, norm
+    for norm in (nn.LayerNorm(4), ChannelsFirst(4)):
+        before = channel_dim(norm)
+        keep_original_width(norm, 4)
+        assert channel_dim(norm) == before
+    root = nn.RMSNorm(4)
+    keep_original_width(root, 4)
+    assert channel_dim(root) == -1
+
+
+class Root(nn.Module):
+    """A norm of a model's own: ``kind`` says what it computes."""
+
+    def __init__(self, kind: str = "root", width: int = 5, key: str = "eps", eps: object = 1e-6):
+        super().__init__()
+        self.weight, self.kind = nn.Parameter(torch.linspace(0.5, 1.5, width)), kind
+        setattr(self, key, eps)
+        self.used = eps if isinstance(eps, float) else 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "layer":
+            return functional.layer_norm(x, x.shape[-1:], self.weight, None, self.used)
+        if self.kind == "refusing":
+            raise ValueError("not here")
+        if self.kind == "several":
+            return x, x
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.used * (self.kind != "no eps"))
+        if self.kind == "shifted":
+            return x * (1 + self.weight)
+        return x * self.weight + (1e-4 if self.kind == "off" else 0.0)
+
+
+def test_plain_norms_are_found_by_trying() -> None:
+    for key in ("variance_epsilon", "eps", "epsilon"):
+        found = plain_norm(norm := Root(key=key, eps=1e-5))
+        assert (type(found), found.eps, found.normalized_shape) == (nn.RMSNorm, 1e-5, (5,))
+        assert found.weight is norm.weight
+    shifted = plain_norm(Root("shifted"))
+    assert (type(shifted), shifted.shift) == (ShiftedRMSNorm, 1.0)
+    layer = plain_norm(Root("layer"))
+    assert (type(layer), layer.bias) == (nn.LayerNorm, None)
+    assert type(plain_norm(Root().double())) is nn.RMSNorm
+    for kind in ("refusing", "several", "off", "no eps"):
+        assert plain_norm(Root(kind)) is None
+    assert plain_norm(Root(eps=1)) is None
+    assert plain_norm(Root(key="other")) is None
+    assert plain_norm(nn.RMSNorm(5, eps=1e-6)) is None  # PyTorch's own needs no other
+    assert plain_norm(nn.Linear(2, 2)) is None
+    two = Root()
+    two.more = nn.Parameter(torch.ones(5))
+    assert plain_norm(two) is None
+    wide = Root()
+    wide.weight = nn.Parameter(torch.ones(1, 5))
+    assert plain_norm(wide) is None
+    none = Root()
+    none.weight, none.gain = None, nn.Parameter(torch.ones(5))
+    assert plain_norm(none) is None
+
+
+@torch.no_grad()
+def test_a_shifted_norm_computes_in_single_precision_at_least() -> None:
+    norm = ShiftedRMSNorm(4, eps=1e-3)
+    norm.shift = 1.0
+    norm.weight.copy_(torch.tensor([0.0, 1.0, -1.0, 0.5]))
+    x = torch.tensor([[1.0, -2.0, 3.0, 4.0], [1e-3, 0.0, 0.0, 0.0]])
+    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * torch.tensor([1.0, 2.0, 0.0, 1.5])
+    torch.testing.assert_close(norm(x), wanted)
+    half = norm.half()(x.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half, wanted.half(), rtol=1e-3, atol=1e-3)
+
+
+def test_response_norms_are_told_from_what_only_looks_like_one() -> None:
+    for norm, dim in ((Response(4), -1), (Response(4, 1), 1), (Response(2), -1), (Response(4, eps=1e-3), -1)):
+        found = response_norm(norm)
+        assert (type(found), found.dim, found.counted, found.eps) == (
+            OriginalWidthResponseNorm, dim, len(norm.gamma.flatten()), norm.eps,
+        )  # fmt: skip
+        assert response_norm(found) is found
+        assert not norm.gamma.any()  # it was tried with others
+    one, whole, uneven, with_buffer, with_module, other = (Response(4) for _ in range(6))
+    one.beta = None
+    whole.eps = 1
+    uneven.beta = nn.Parameter(torch.zeros(1))
+    with_buffer.register_buffer("note", torch.zeros(1))
+    with_module.inner = nn.Identity()
+    other.forward = lambda images: images
+    for norm in (one, whole, uneven, with_buffer, with_module, other, Response(1), nn.LayerNorm(4)):
+        assert response_norm(norm) is None

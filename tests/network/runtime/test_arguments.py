@@ -1,0 +1,252 @@
+"""The rules of models, inputs, masks and config_lists: the last value that is taken and the first that isn't."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from nni_topo.errors import ConfigError, DataError, NniTopoError, Rule
+from nni_topo.network.runtime import arguments
+from nni_topo.network.runtime.arguments import check_entry, check_model, unusable
+
+META = torch.zeros(2, 3, device="meta")
+SPARSE = torch.zeros(2, 3).to_sparse()
+LAZY = UninitializedParameter()
+
+# By key of an entry, values that can be and values that can't.
+KEYS: dict[str, tuple[list[Any], list[Any]]] = {
+    "sparse_ratio": ([0, 0.0, 0.999], [-0.001, 1, 1.0, "0.5", None, True, float("nan")]),
+    "sparse_threshold": ([-5, 0, 1e9], [float("inf"), "0", None]),
+    "max_sparse_ratio": ([0.001, 1], [0, 1.001, None]),
+    "min_sparse_ratio": ([0, 0.999], [-0.001, 1, None]),
+    "global_group_id": (["a", 3, 0], [1.5, None, ("a",)]),
+    "dependency_group_id": (["a", 3, 0], [1.5, None, ("a",)]),
+    "internal_metric_block": ([1, 7], [0, -1, 1.5, True, None]),
+    "granularity": (
+        [
+            "default", "in_channel", "out_channel", "per_channel", [1, -1], (1, -1), [[1, -1]], [[2, 2], "front"],
+            [[2], "back", 4], [[2], "back", -1], [-1],
+        ],
+        [
+            "head", "rows", [], [[]], [0], [-2], [1.5], ["front"], [[1], "middle"], [[1], "front", 0],
+            [[1], "front", 1, 1], [1, "front"], 4, None, "",
+        ],
+    ),
+    "apply_method": (["bypass", "mul", "add"], ["sub", None, 1]),
+    "align": ([{}, {"target_name": "weight"}], [[], None, "weight"]),
+    "op_names": ([[], ["a", "b"]], ["a", ("a",), [1], None]),
+    "op_types": ([[], ["Conv2d"]], ["Conv2d", [nn.Conv2d], None]),
+    "op_names_re": ([[], ["a.*", "(b)"]], ["a.*", ["("], [3], None]),
+    "op_partial_names": ([["a"]], ["a", [1], None]),
+    "exclude_op_names": ([["a"]], ["a", [1], None]),
+    "exclude_op_types": ([["Conv2d"]], ["Conv2d", [1], None]),
+    "exclude_op_names_re": ([["a.*"]], ["a.*", ["["], [3], None]),
+    "exclude": ([True, False], [1, 0, None, "yes"]),
+    "target_names": ([["weight"]], ["weight", [1], None]),
+    "target_settings": ([{}, {"weight": {}}, {"bias": {"sparse_ratio": 0.5}}], [[], {"weight": 1}, None]),
+}  # fmt: skip
+WITHIN = (
+    "sparse_ratio", "sparse_threshold", "max_sparse_ratio", "min_sparse_ratio", "global_group_id",
+    "dependency_group_id", "internal_metric_block", "granularity", "apply_method", "align",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_an_entrys_value_is_taken_up_to_its_bounds(key: str) -> None:
+    taken, refused = KEYS[key]
+    for value in taken:
+        check_entry({key: value}, "config_list[0]")
+    for value in refused:
+        with pytest.raises(ConfigError, match=rf"^{key} must be .*\(config_list\[2\]\)$|^{key} must be a known name"):
+            check_entry({key: value}, "config_list[2]")
+
+
+@pytest.mark.parametrize("key", WITHIN)
+def test_the_settings_of_a_parameter_have_the_same_bounds(key: str) -> None:
+    taken, refused = KEYS[key]
+    for value in taken:
+        check_entry({"target_settings": {"bias": {key: value}}}, "config_list[0]")
+    for value in refused:
+        with pytest.raises(ConfigError, match=rf"^{key} must be "):
+            check_entry({"target_settings": {"weight": {}, "bias": {key: value}}}, "config_list[0]")
+
+
+def test_an_entry_is_a_dict_and_its_place_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^a config_list entry must be a dict, got list \(config_list\[1\]\)$"):
+        arguments.CONFIG_LIST.check("config_list", [{}, []], "prune")
+    with pytest.raises(
+        ConfigError, match=r"^sparse_ratio must be .* got 2 \(config_list\[0\]\.target_settings\.bias\)$"
+    ):
+        check_entry({"target_settings": {"bias": {"sparse_ratio": 2}}}, "config_list[0]")
+
+
+def test_heads_may_be_asked_of_dependency_groups_alone() -> None:
+    entries: list[dict[str, Any]] = [{"granularity": "head"}, {"target_settings": {"weight": {"granularity": "head"}}}]
+    for entry in entries:
+        arguments.UNGROUPED.check("config_list", [entry], "here")
+        arguments.UNGROUPED.check("config_list", ({"granularity": "out_channel"}, {"granularity": [1, -1]}), "here")
+        with pytest.raises(ConfigError, match="granularity must be a known name, got 'head'"):
+            arguments.CONFIG_LIST.check("config_list", [entry], "here")
+    with pytest.raises(ConfigError, match="granularity must be "):
+        arguments.UNGROUPED.check("config_list", [{"granularity": "heads"}], "here")
+
+
+class Unset(nn.Module):
+    """A layer with one parameter that isn't an ordinary one."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.odd = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+PLAIN = nn.Linear(2, 2)
+SCRIPTED = torch.jit.script(nn.Linear(2, 2))
+SPREAD = nn.DataParallel(nn.Linear(2, 2))
+ON_META = nn.Linear(2, 2, device="meta")
+LAZY_MODEL, SPARSE_MODEL = Unset(LAZY), Unset(SPARSE)
+# By rule, what it takes and what it refuses, with the class of the error and words of it.
+RULES: dict[str, tuple[list[Any], list[tuple[Any, type[NniTopoError], str]]]] = {
+    "MODEL": (
+        [PLAIN],
+        [
+            (None, ConfigError, "got a NoneType"),
+            (nn.Linear, ConfigError, "got the class Linear"),
+            (SCRIPTED, ConfigError, "isn't scripted, compiled or spread over devices"),
+            (SPREAD, ConfigError, "got a DataParallel"),
+            (ON_META, DataError, r"one on the meta device, which has no values \(weight, here\)"),
+            (LAZY_MODEL, DataError, r"a lazy one, which has no shape before the model has run \(odd, here\)"),
+            (SPARSE_MODEL, DataError, r"one of layout torch.sparse_coo"),
+        ],
+    ),
+    "STRUCTURE": (
+        [PLAIN, ON_META],
+        [
+            (3, ConfigError, "got a int"),
+            (nn.Linear, ConfigError, "got the class Linear"),
+            (SCRIPTED, ConfigError, "scripted"),
+            (LAZY_MODEL, DataError, "a lazy one"),
+            (SPARSE_MODEL, DataError, "layout"),
+        ],
+    ),
+    "NETWORK": (
+        [PLAIN, ON_META, SCRIPTED, SPREAD],
+        [
+            (None, ConfigError, "must be a torch.nn.Module, got a NoneType"),
+            (nn.Linear, ConfigError, "got the class Linear"),
+            (LAZY_MODEL, DataError, "a lazy one"),
+        ],
+    ),
+    "COMPUTING": (
+        [PLAIN, SCRIPTED, SPREAD],
+        [
+            (nn.Linear, ConfigError, "must be a torch.nn.Module, got the class Linear"),
+            (ON_META, DataError, "on the meta device"),
+        ],
+    ),
+    "TENSOR": (
+        [torch.zeros(2), torch.zeros(())],
+        [
+            ([torch.zeros(2)], ConfigError, "must be a tensor"),
+            (None, ConfigError, "must be a tensor"),
+            (META, DataError, "on the meta device"),
+            (torch.zeros(0, 3), DataError, r"at least one sample, got shape \(0, 3\) \(here\)"),
+        ],
+    ),
+    "INPUTS": (
+        [torch.zeros(2), [torch.zeros(2), 3], {"a": torch.zeros(1)}, (torch.zeros(0), torch.zeros(1))],
+        [
+            ([], ConfigError, "a tuple of arguments or a dict"),
+            ({"a": 3}, ConfigError, "a tuple of arguments or a dict"),
+            (None, ConfigError, "a tuple of arguments or a dict"),
+            ([torch.zeros(2), META], DataError, "on the meta device"),
+            ((torch.zeros(0), torch.zeros(0, 4)), DataError, r"at least one sample, got shape \(0,\)"),
+        ],
+    ),
+    "SHAPES": (
+        [META, torch.zeros(2)],
+        [
+            (3, ConfigError, "a tuple of arguments"),
+            (SPARSE, DataError, "layout"),
+            (torch.zeros(0), DataError, "sample"),
+        ],
+    ),
+    "BATCHES": (
+        [[], [torch.zeros(2)], iter([]), torch.zeros(2)],
+        [
+            (
+                None,
+                ConfigError,
+                r"got None: without data, nni_topo.synthetic_images\(model, example_inputs\) makes some",
+            ),
+            (PLAIN, ConfigError, "got a Linear"),
+        ],
+    ),
+    "MASKS": (
+        [{}, {"a": {}}, {"a": {"weight": torch.ones(2), "bias": None}}],
+        [
+            ([], ConfigError, "a mapping of names of modules"),
+            ({1: {}}, ConfigError, r"\(1, here\)"),
+            ({"a": torch.ones(2)}, ConfigError, r"\(a, here\)"),
+            ({"a": {"weight": [1.0]}}, ConfigError, r"a mask must be a tensor, got list \(a.weight\)"),
+            ({"a": {"bias": None, "weight": META}}, DataError, r"which has no values \(a.weight\)"),
+        ],
+    ),
+    "DEVICE": (
+        ["cpu", "cuda:1", torch.device("meta")],
+        [("gpu", ConfigError, "a device's name"), (0, ConfigError, "a device's name"), (None, ConfigError, "device")],
+    ),
+    "ROUND_TO": (
+        [1, 8, "auto", None],
+        [
+            (0, ConfigError, "at least 1"),
+            ("all", ConfigError, "a known name, got 'all'"),
+            (1.5, ConfigError, "least 1"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_is_handed_in_is_taken_or_refused_with_the_reason(name: str) -> None:
+    taken, refused = RULES[name]
+    rule: Rule = getattr(arguments, name)
+    for value in taken:
+        rule.check("value", value, "here")
+    for value, error, words in refused:
+        with pytest.raises(error, match=words) as caught:
+            rule.check("value", value, "here")
+        assert type(caught.value) is error
+
+
+def test_a_tensor_without_values_may_be_used_for_its_shape() -> None:
+    assert unusable(META, needs_values=False) == ""
+    assert "meta" in unusable(META)
+    assert unusable(torch.zeros(2)) == ""
+    assert "layout torch.sparse_coo" in unusable(SPARSE, needs_values=False)
+    assert "lazy" in unusable(LAZY, needs_values=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_parameters_and_buffers_are_finite(value: float) -> None:
+    for name in ("weight", "running_var"):
+        model = nn.BatchNorm1d(3)
+        check_model(model)
+        with torch.no_grad():
+            getattr(model, name)[1] = value
+        with pytest.raises(DataError, match=rf"got NaN or infinite values \({name}\)"):
+            check_model(model)
+    large = nn.Linear(2, 1)
+    nn.init.constant_(large.weight, 3e38)  # their sum is infinite, they aren't
+    check_model(large)
+
+
+def test_a_wrapped_model_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].add_module("_nni_wrapper", nn.Identity())
+    with pytest.raises(NniTopoError, match=r"call pruner.unwrap_model\(\) first.*\(0\)"):
+        check_model(model)

@@ -1,0 +1,73 @@
+"""How far apart results are: by hand, with NaN, infinite values, zeros and other types among them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
+
+NAN, INF = math.nan, math.inf
+# Expected, given, and how far they are apart.
+CASES = {
+    "equal": ([1.0, -2.0], [1.0, -2.0], 0.0),
+    "of the largest": ([1.0, -4.0], [1.5, -4.0], 0.125),
+    "of the lowest, below": ([1.0, -4.0], [1.0, -6.0], 0.5),
+    "below it": ([8.0, 1.0], [8.0, 3.0], 0.25),
+    "above it": ([8.0, 1.0], [8.0, -3.0], 0.5),
+    "of zeros, as it is": ([0.0, 0.0], [0.5, -0.75], 0.75),
+    "nan in both": ([NAN, 2.0], [NAN, 1.0], 0.5),
+    "nan against a number": ([NAN, 2.0], [2.0, 2.0], INF),
+    "a number against nan": ([2.0, 2.0], [NAN, 2.0], INF),
+    "infinite in both": ([INF, 2.0], [INF, 1.5], 0.25),
+    "of another sign": ([INF, 2.0], [-INF, 2.0], INF),
+    "infinite against a number": ([INF, 2.0], [5.0, 2.0], INF),
+    "a number against infinite": ([5.0, 2.0], [-INF, 2.0], INF),
+    "nothing finite": ([NAN, INF], [NAN, INF], 0.0),
+    "nothing finite, and apart": ([NAN, INF], [NAN, 3.0], INF),
+    "zeros beside nan, as they are": ([NAN, 0.0], [NAN, 0.25], 0.25),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_difference_is_relative_to_the_largest_expected_value(name: str, dtype: torch.dtype) -> None:
+    expected, actual, apart = CASES[name]
+    assert difference(torch.tensor(expected, dtype=dtype), torch.tensor(actual, dtype=dtype)) == apart
+
+
+def test_types_may_differ_and_integers_count_too() -> None:
+    expected = torch.tensor([1.0, 4.0])
+    assert difference(expected, torch.tensor([1.0, 5.0], dtype=torch.float64)) == 0.25
+    assert difference(torch.tensor([1, 4]), torch.tensor([3, 4])) == 0.5
+    assert difference(torch.tensor([True, False]), torch.tensor([True, True])) == 1.0
+    assert difference(torch.zeros(0, 3), torch.zeros(0, 3)) == 0.0
+
+
+def test_where_only_finite_values_count_all_of_the_expected_ones_have_to_be_finite() -> None:
+    expected = torch.tensor([NAN, 2.0])
+    assert difference(expected, torch.tensor([1.0, 9.0]), if_finite=True) == 0.0
+    assert difference(torch.tensor([INF, 2.0]), torch.tensor([1.0, 9.0]), if_finite=True) == 0.0
+    assert difference(torch.tensor([4.0, 2.0]), torch.tensor([4.0, NAN]), if_finite=True) == INF
+    assert difference(torch.tensor([4.0, 2.0]), torch.tensor([4.0, 3.0]), if_finite=True) == 0.25
+    assert difference(torch.tensor([4.0, 2.0]).half(), torch.tensor([4.0, 3.0]).half(), if_finite=True) == 0.25
+
+
+def test_runs_agree_up_to_the_tolerance_tensor_by_tensor() -> None:
+    one, other = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])
+    assert agree([one, one], [one, other], 0.25)
+    assert not agree([one, one], [one, other], 0.2499)
+    assert not agree([one, one], [other, one], 0.2499)
+    assert not agree([one], [one, one], 1.0)
+    assert not agree([one], [one[None]], 1.0)
+    assert agree([], [], 0.0)
+    assert agree([torch.tensor([NAN, INF])], [torch.tensor([NAN, INF])], 0.0)
+
+
+def test_equals_are_told_from_others_by_bounds_that_docs_name() -> None:
+    assert (SAME_CHANNELS, SAME_PROGRAM) == (1e-3, 1e-4)
+    # Sixty-four units in the last place of 1: of 52, 23, 10 and 7 bits.
+    bits = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
+    assert {dtype: 64 * 2.0**-count for dtype, count in bits.items()} == SAME_LAYER
