@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import dis
 import inspect
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -54,7 +55,7 @@ def sizes_shown(model: nn.Module, dense: nn.Module) -> dict[Place, int]:
     """
     found: dict[Place, int] = {}
     kinds: set[Any] = {type(module) for module in model.modules()}
-    read = {name for kind in kinds for name in _names_in_forward(kind)}
+    read = {name for kind in kinds for name in read_in_forward(kind)}
     for place, (number, sizes, is_all) in _held(model).items():
         olds, news = set[int | None](), set[int | None]()
         for layer, attribute in sizes:
@@ -79,11 +80,11 @@ def _dense_widths(model: nn.Module, dense: nn.Module, name: str, number: int) ->
     return found
 
 
-def stale_numbers(model: nn.Module, dense: nn.Module) -> dict[str, int]:
+def stale_numbers(model: nn.Module, dense: nn.Module, right: Collection[Place] = ()) -> dict[str, int]:
     """Return the attributes, by name, that in the dense model still hold the old width of a pruned layer within.
 
-    Left out are those that the forward of their own module reads, those whose name, or whose constructor, says that
-    they count something else, and what describes downloaded weights.
+    Left out are those that are known to be ``right``, those that the forward of their own module reads, those whose
+    name, or whose constructor, says that they count something else, and what describes downloaded weights.
     """
     cut: dict[str, set[str]] = {}
     lost: dict[str, set[int]] = defaultdict(set)  # by a module, the widths of layers within it that got narrower
@@ -96,13 +97,13 @@ def stale_numbers(model: nn.Module, dense: nn.Module) -> dict[str, int]:
                 lost[".".join(parts[:length])].add(before[each])
     if not lost:
         return {}
-    held_numbers = list(whole_numbers(model))
+    held_numbers = list(_described_too(model))
     # One dict may be held under several names, of which one says what it describes.
     of_weights = {id(value) for _, _, key, value in held_numbers if _words(key) & _ABOUT_WEIGHTS}
     kept: dict[Place, int] = {}
     for module, name, key, value in held_numbers:
         kind: Any = type(module)
-        if not lost.get(name) or key in cut[name] or key in _names_in_forward(kind):
+        if not lost.get(name) or key in cut[name] or key in read_in_forward(kind):
             continue
         if type(value) is not int and id(value) in of_weights:
             continue
@@ -112,6 +113,8 @@ def stale_numbers(model: nn.Module, dense: nn.Module) -> dict[str, int]:
             # A size in several numbers, as in ``input_size=(3, 288, 288)``, is that of an image.
             is_of_image = bool(words & _PIXELS) or ("size" in words and bool(path) and type(path[-1]) is int)
             is_other = bool(words & _OTHER) or is_of_image or any(_words(each) & _ABOUT_WEIGHTS for each in names)
+            if (name, key, path) in right:
+                continue
             if number > 1 and number in lost[name] and number_at(dense, (name, key, path)) == number and not is_other:
                 kept[name, key, path] = number
     held, found = _held(model) if kept else {}, dict[str, int]()
@@ -538,7 +541,7 @@ def _assigned_elsewhere(kind: type) -> frozenset[str]:
 
 
 @lru_cache(maxsize=1024)
-def _names_in_forward(kind: type) -> frozenset[str]:
+def read_in_forward(kind: type) -> frozenset[str]:
     """Name the attributes that a class's forward reads, or methods and properties that it reads."""
     if kind.__module__.startswith("torch.nn."):
         return frozenset()
@@ -601,13 +604,26 @@ def whole_numbers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]
                 yield module, name, key, value
 
 
+def _described_too(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
+    """List what `whole_numbers` does, and the list ``info`` of objects that describe features, as timm's have them.
+
+    The key of such a list has a dot: ``feature_info.info``.
+    """
+    yield from whole_numbers(model)
+    for name, module in model.named_modules():
+        for key, value in list(vars(module).items()):
+            inside = getattr(value, "info", None) if hasattr(value, "out_indices") else None
+            if isinstance(inside, list) and numbers_in(inside) is not None:
+                yield module, name, f"{key}.info", inside
+
+
 def sizes_of(model: nn.Module) -> dict[str, Any]:
     """List the numbers that attributes of a model's own modules hold, by full name: int or list of int.
 
     Of a dict, or of lists within lists, it is a dict of int by the keys that lead to each, joined by slashes.
     """
     sizes: dict[str, Any] = {}
-    for _, name, key, value in whole_numbers(model):
+    for _, name, key, value in _described_too(model):
         found = numbers_in(value) or {}
         is_flat = type(value) is int or (type(value) in (list, tuple) and len(found) == len(value))
         nested = {"/".join(map(str, path)): each for path, each in found.items()}
@@ -618,7 +634,7 @@ def sizes_of(model: nn.Module) -> dict[str, Any]:
 def places_of(model: nn.Module) -> dict[str, dict[str, Place]]:
     """List where the numbers of `sizes_of` are: by full name, by the keys that lead to each, joined by slashes."""
     places: dict[str, dict[str, Place]] = {}
-    for _, name, key, value in whole_numbers(model):
+    for _, name, key, value in _described_too(model):
         inside = places[f"{name}.{key}".lstrip(".")] = {}
         for path in numbers_in(value) or {}:
             inside["/".join(map(str, path))] = name, key, path
@@ -628,11 +644,20 @@ def places_of(model: nn.Module) -> dict[str, dict[str, Place]]:
 def number_at(model: nn.Module, place: Place) -> int | None:
     """Return the number at a place of a model's attributes, None where there is none."""
     name, key, path = place
-    return (numbers_in(getattr(model.get_submodule(name), key, None)) or {}).get(path)
+    value: Any = model.get_submodule(name)
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return (numbers_in(value) or {}).get(path)
 
 
 def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
     """Write sizes into a model's attributes."""
     for (name, key, path), size in sizes.items():
         module = model.get_submodule(name)
-        setattr(module, key, with_numbers(getattr(module, key), {path: size}))
+        owner, _, listed = key.partition(".")
+        if listed:
+            described = copy.copy(getattr(module, owner))  # other models may hold the same object
+            setattr(described, listed, with_numbers(getattr(described, listed), {path: size}))
+            setattr(module, owner, described)
+        else:
+            setattr(module, key, with_numbers(getattr(module, key), {path: size}))

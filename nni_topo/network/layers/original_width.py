@@ -5,6 +5,9 @@ channels is ``s`` times the mean of the kept ones, and so is the mean square. Th
 squared distance of the kept channels from the mean over all, plus ``1 - s`` times the square of that mean, for the
 pruned ones. A plain norm of the smaller size would compute other values. A response norm (GRN, of ConvNeXt v2) divides
 by the mean of the channels' lengths over all places.
+
+As in PyTorch's norms, the statistics of half precision are taken in single precision, in which squares don't overflow;
+outputs have the precision of the inputs, under autocast too.
 """
 
 from __future__ import annotations
@@ -20,12 +23,18 @@ from torch.nn import functional
 _EPS = ("variance_epsilon", "eps", "epsilon")
 
 
+def _precise(x: Tensor) -> Tensor:
+    """Return a tensor in single precision at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _normalized(x: Tensor, share: float, eps: float) -> Tensor:
     # Sums along contiguous memory: `var_mean`, and the layouts that layers may return, take up to ten times as long.
-    x = x.contiguous()
+    x = _precise(x.contiguous())
     mean = share * x.mean(-1, keepdim=True)
     x = x - mean
-    variance = share * torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1] + (1 - share) * mean.square()
+    # Not `torch.linalg.vecdot`, which autocast computes in half precision.
+    variance = share * (x * x).sum(-1, keepdim=True) / x.shape[-1] + (1 - share) * mean.square()
     return x * torch.rsqrt(variance + eps)
 
 
@@ -40,7 +49,8 @@ class OriginalWidthLayerNorm(nn.LayerNorm):
         x = images.movedim(self.dim, -1)
         x = _normalized(x, x.shape[-1] / self.counted, self.eps)
         x = x if self.weight is None else x * self.weight
-        return (x if self.bias is None else x + self.bias).movedim(-1, self.dim)
+        x = x if self.bias is None else x + self.bias
+        return x.movedim(-1, self.dim).to(images.dtype)
 
     def extra_repr(self) -> str:
         """Show the original width too."""
@@ -55,9 +65,10 @@ class OriginalWidthRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize along the channels: ``(..., channels)``."""
+        kind, x = x.dtype, _precise(x)
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         x = x * torch.rsqrt(x.shape[-1] / self.counted * x.square().mean(-1, keepdim=True) + eps)
-        return x if self.weight is None else x * (self.weight + self.shift)
+        return (x if self.weight is None else x * (self.weight + self.shift)).to(kind)
 
     def extra_repr(self) -> str:
         """Show the original width too."""
@@ -87,7 +98,7 @@ class OriginalWidthGroupNorm(nn.GroupNorm):
         x = _normalized(images.unflatten(1, (self.num_groups, -1)).flatten(2), share, self.eps).view(images.shape)
         view = (-1, *[1] * (x.dim() - 2))
         x = x if self.weight is None else x * self.weight.view(view)
-        return x if self.bias is None else x + self.bias.view(view)
+        return (x if self.bias is None else x + self.bias.view(view)).to(images.dtype)
 
     def extra_repr(self) -> str:
         """Show the original width too."""
@@ -100,14 +111,15 @@ class OriginalWidthResponseNorm(nn.Module):
     counted: int
     dim: int  # -1, or 1 in networks that hold channels first
     eps: float
+    names: tuple[str, str]  # of the gain and the shift; FSDP and replicas of DataParallel list no parameters
 
     def forward(self, images: Tensor) -> Tensor:
         """Weigh channels by their length relative to the mean length: four dimensions, channels in ``dim``."""
-        gain, shift = (parameter.flatten() for parameter in self.parameters())
-        x = images.movedim(self.dim, -1)
+        gain, shift = (getattr(self, name).flatten() for name in self.names)
+        x = _precise(images.movedim(self.dim, -1))
         lengths = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
         found: Tensor = x + shift + gain * x * lengths / (lengths.sum(-1, keepdim=True) / self.counted + self.eps)
-        return found.movedim(-1, self.dim)
+        return found.movedim(-1, self.dim).to(images.dtype)
 
     def extra_repr(self) -> str:
         """Show the kept channels and the original width."""
@@ -132,7 +144,7 @@ def response_norm(norm: nn.Module) -> OriginalWidthResponseNorm | None:
     made = OriginalWidthResponseNorm()
     for (name, old), new in zip(norm.named_parameters(), (gain, shift), strict=True):
         setattr(tried, name, nn.Parameter(new.view(old.shape)))
-    made.gain, made.shift, made.counted = gain, shift, sizes[0]
+    made.gain, made.shift, made.counted, made.names = gain, shift, sizes[0], ("gain", "shift")
     rows = torch.linspace(-9, 9, 24 * sizes[0], dtype=torch.float64).sin().view(2, 3, 4, -1)
     rows[1] *= 1e-6
     eps = getattr(norm, "eps", 1e-6)
@@ -220,7 +232,9 @@ def keep_original_width(norm: nn.Module, channels: int) -> None:
     if isinstance(norm, (*kinds.values(), OriginalWidthResponseNorm)):
         return
     if response := response_norm(norm):
+        gain, shift = (name for name, _ in norm.named_parameters())
         norm.__class__ = OriginalWidthResponseNorm
+        norm.names = gain, shift  # type: ignore[assignment]
         norm.counted, norm.dim, norm.eps = channels, response.dim, response.eps  # type: ignore[assignment]
         return
     dim = channel_dim(norm)

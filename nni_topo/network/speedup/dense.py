@@ -50,6 +50,7 @@ from nni_topo.network.speedup.constant_channels import (
     is_bordered,
     norms_of_constants,
 )
+from nni_topo.network.speedup.contracts import count_anew
 from nni_topo.network.speedup.dependency import why_not_followed
 from nni_topo.network.speedup.equivalence import apply_masks, check_equal
 from nni_topo.network.speedup.explain import way_forward
@@ -107,8 +108,9 @@ def to_dense(
     -------
     torch.nn.Module
         A new model of the same class with fewer channels, in the mode of ``model``, module by module. Attributes that
-        hold a number of channels, as the size of a split, get the new number where the forward reads them so, or the
-        constructors give a layer the same number; others that hold what was a layer's number of channels stay, and are
+        hold a number of channels, as the size of a split, get the new number where the forward reads them so, the
+        constructors give a layer the same number, or timm and torchvision define what they count, such as
+        ``feature_info``; others that hold what was a layer's number of channels stay, and are
         named in ``report.stale`` and a warning. Layers that
         share a weight or buffer still do where the same of it is kept. Its ``report`` is a `DenseReport` of the
         channels of every layer before and after, and why some stay although they are masked; a model with a
@@ -160,7 +162,8 @@ def to_dense(
     loses less accuracy on every network.
 
     Cost: two to four forward passes to trace the model, unless `dependency_groups` did, one on small images to look for
-    constants, and three to compare.
+    constants, and three to compare; two more, and what ``forward_features`` takes, where a network holds attributes as
+    timm's and torchvision's do.
     """
     check_model(model)
     if constants not in ("zero", "keep"):
@@ -172,8 +175,9 @@ def to_dense(
         task = _prepare(Network(model, call), full, round_to)
         masked = _masked_with_constants(task) if constants == "keep" else _masked_without_constants(task)
         dense = _cut(task, masked, tuple(customized_replacers))
+        counted = count_anew(task.original, dense, task.network.call)
         checked = _compare(task, masked, dense, rtol) if check else ""
-    _report(task, masked, dense, checked)
+    _report(task, masked, dense, checked, stale_numbers(model, dense, counted))
     return dense
 
 
@@ -323,11 +327,11 @@ def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) 
         return check_equal(masked.reference, dense, task.network.call, kept, rtol, advise=advise)
 
 
-def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str) -> None:
+def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, stale: Mapping[str, int]) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
     model, flow, resolved = task.network.model, task.flow, masked.resolved
     trained: dict[str, Reasons] = {name: (reasons.training_only(name),) for name in flow.in_training}
-    report = dense_report(model, dense, task.masks, resolved.reasons | trained, stale_numbers(model, dense))
+    report = dense_report(model, dense, task.masks, resolved.reasons | trained, stale)
     notes = ((flow.missed,) if flow.missed else ()) + masked.notes
     report = dataclasses.replace(report, checked=checked, notes=notes)
     if report.stale:

@@ -12,7 +12,7 @@ from whole_nets import NETS, Gate, ResponseNorm, Standardized, make
 
 import nni_topo
 from nni_topo.network.layers.derived import PaddedAlike, fold
-from nni_topo.network.layers.original_width import OriginalWidthResponseNorm, response_norm
+from nni_topo.network.layers.original_width import OriginalWidthResponseNorm, keep_original_width, response_norm
 from nni_topo.network.layers.slicing import ChannelwiseConv1d
 from nni_topo.network.speedup.equivalence import masked_model
 
@@ -145,6 +145,36 @@ def test_a_response_norm_counts_what_is_gone():
     assert isinstance(norm, OriginalWidthResponseNorm)
     assert (norm.counted, norm.eps, norm.gamma.shape) == (24, 1e-3, (1, 1, 1, 12))
     assert repr(norm) == "OriginalWidthResponseNorm(12, counted=24)"
+
+
+@pytest.mark.parametrize("size", [1, 300, 3000])  # squares of the two larger ones overflow float16
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["layer", "rms", "group"])
+def test_half_precision_is_as_precise_as_in_the_norms_of_pytorch(name, kind, size):
+    makers = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "group": lambda channels: nn.GroupNorm(4, channels)}
+    torch.manual_seed(0)
+    plain, norm = (makers[name](512) for _ in range(2))
+    nn.init.normal_(plain.weight, 1, 0.1)
+    norm.load_state_dict(plain.state_dict())
+    keep_original_width(norm, 128 if name == "group" else 512)  # no channel is pruned, so both compute the same
+    x = ((torch.randn(4, 512) + 0.3) * size).to(kind)
+    assert type(norm) is not type(plain)
+    near = 2 * torch.finfo(kind).eps
+    torch.testing.assert_close(norm.to(kind)(x), plain.to(kind)(x), rtol=near, atol=near)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(norm.float()(x.float()), plain.float()(x.float()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_response_norm_of_large_values_in_half_precision(kind):
+    torch.manual_seed(0)
+    norm = ResponseNorm(512)
+    x = (300 * torch.randn(4, 7, 7, 512)).to(kind)
+    wanted = norm(x.float())
+    keep_original_width(norm, 512)
+    found = norm.to(kind)(x)
+    assert found.dtype == kind
+    assert (found - wanted).abs().max() <= 2 * torch.finfo(kind).eps * wanted.abs().max()
 
 
 def test_computed_weights_become_the_layers_own():

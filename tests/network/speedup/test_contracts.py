@@ -1,0 +1,336 @@
+"""Attributes that code around a network relies on, and networks of timm and torchvision that go on living there."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v3_small
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, _mobilenet_extractor, _resnet_fpn_extractor
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import FeaturePyramidNetwork
+
+import nni_topo
+from nni_topo.network.speedup.contracts import channels_kept
+
+
+def dense_of(model: nn.Module, images: Tensor, **entry: Any) -> Any:
+    asked = [{"sparse_ratio": 0.5, **(entry or {"op_types": ["Conv2d", "Linear"]})}]
+    groups = nni_topo.dependency_groups(model, images, asked)
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    return nni_topo.to_dense(model, images, masks)
+
+
+class Head(nn.Module):
+    """As timm's heads; ``in_features`` and ``num_features`` come in a way that no constructor shows."""
+
+    def __init__(self, widths: dict[str, int], classes: int) -> None:
+        super().__init__()
+        self.in_features, self.num_features = max(widths.values()), sum(widths.values()) - 24
+        self.norm, self.fc = nn.BatchNorm2d(24), nn.Linear(24, classes)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.norm(x).mean((2, 3))
+        return x if pre_logits else self.fc(x)
+
+    def reset(self, classes: int) -> None:
+        self.fc = nn.Linear(self.num_features, classes)
+
+
+class Body(nn.Module):
+    """A network that is written as timm's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = {f"stage{at}": 8 * at for at in (1, 2, 3)}
+        self.feature_info = [
+            {"module": name, "num_chs": width, "reduction": 2} for name, width in reversed(list(widths.items()))
+        ]
+        self.num_features = self.head_hidden_size = max(widths.values())
+        self.stage1 = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.stage2 = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.stage3 = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU())
+        self.head = Head({"one": 24, "other": 24}, 4)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        found: Tensor = self.stage3(self.stage2(self.stage1(x)))
+        return found
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        found: Tensor = self.head(x, pre_logits=pre_logits)
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_network_written_as_those_of_timm_tells_its_widths(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = Body().eval()
+    dense = dense_of(model, IMAGES, op_names=["stage1.0", "stage3.0"])
+    # Stage 2 keeps its channels, and its maps of 8 x 8 are as large as stage 1 was wide.
+    assert [entry["num_chs"] for entry in dense.feature_info] == [12, 16, 4]
+    assert (dense.num_features, dense.head_hidden_size, dense.head.in_features, dense.head.num_features) == (12,) * 4
+    assert dense.report.stale == {}
+    assert [entry["num_chs"] for entry in model.feature_info] == [24, 16, 8]
+    nni_topo.save(dense, tmp_path / "dense.safetensors")
+    loaded: Any = nni_topo.load(tmp_path / "dense.safetensors", Body)
+    assert (loaded.feature_info, loaded.num_features) == (dense.feature_info, 12)
+    dense.head.reset(7)
+    assert dense(IMAGES).shape == (2, 7)
+
+
+def test_what_describes_another_tensor_is_left_and_named() -> None:
+    model = Body().eval()
+    for entry, module in zip(model.feature_info, ("stage1", "stage2.0", "stage4"), strict=True):
+        entry["module"] = module
+    dense = dense_of(model, IMAGES)
+    # Stage 1 never had 24 channels, there is no stage 4, and what stage 2 begins with has the width that it says.
+    assert [entry["num_chs"] for entry in dense.feature_info] == [24, 8, 8]
+    assert dense.report.stale == {"feature_info[0]['num_chs']": 24, "feature_info[2]['num_chs']": 8}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ([(2, 8, 5, 5)], [(2, 4, 5, 5)], 4),
+        ([(2, 5, 5, 8)], [(2, 5, 5, 4)], 4),  # channels last
+        ([(2, 8, 8, 8)], [(2, 4, 8, 8)], 4),  # as many places in a row as channels
+        ([(8, 8)], [(8, 4)], 4),  # the batch counts no channels
+        ([(2, 8, 5, 5)], [(2, 8, 5, 5)], 8),
+        ([(2, 8, 5), (2, 8, 3)], [(2, 4, 5), (2, 4, 3)], 4),
+        ([(2, 8, 5), (2, 8, 3)], [(2, 4, 5), (2, 6, 3)], None),  # of several outputs
+        ([(2, 8, 5), (2, 7, 3)], [(2, 4, 5), (2, 7, 3)], None),
+        ([(2, 8, 8)], [(2, 4, 6)], None),
+        ([(2, 9, 5)], [(2, 4, 5)], None),
+        ([(8, 5)], [(4, 5)], None),
+        ([(2, 8)], [(2, 4, 1)], None),
+        ([], [], None),
+    ],
+)
+def test_channels_are_what_became_fewer(before: Any, after: Any, kept: int | None) -> None:
+    assert channels_kept(8, before, after) == kept
+
+
+def test_a_property_tells_its_own_number() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        @property
+        def in_channels(self) -> int:
+            return self.conv.in_channels
+
+        @property
+        def out_channels(self) -> int:
+            return self.conv.out_channels
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.conv(x)
+            return found
+
+    dense = dense_of(nn.Sequential(Gate(), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval(), IMAGES)
+    assert (dense[0].in_channels, dense[0].out_channels) == (3, 4)
+
+
+class Info:
+    """As timm's FeatureInfo."""
+
+    def __init__(self) -> None:
+        self.info = [{"module": "no such one", "num_chs": width, "reduction": 2} for width in (8, 16, 24)]
+        self.out_indices = (0, -1)
+
+    def channels(self) -> list[int]:
+        return [self.info[at]["num_chs"] for at in self.out_indices]  # type: ignore[misc]
+
+
+class Features(nn.Module):
+    """As what timm's ``features_only`` returns: some maps of a body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.feature_info = Body(), Info()
+        del self.body.head
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.body.stage1(x)
+        return [x, self.body.stage3(self.body.stage2(x))]
+
+
+class Detector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = Features()
+        self.joints = nn.ModuleList([nn.Conv2d(8, 2, 1), nn.Conv2d(24, 2, 1)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [joint(each) for joint, each in zip(self.joints, self.features(x), strict=True)]
+
+
+def test_features_alone_are_counted_by_their_place(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = Detector().eval()
+    dense = dense_of(model, IMAGES)
+    assert [each.shape[1] for each in dense.features(IMAGES)] == [4, 12]
+    assert dense.features.feature_info.channels() == [4, 12]
+    assert model.features.feature_info.channels() == [8, 24]
+    assert [entry["num_chs"] for entry in dense.features.body.feature_info] == [12, 8, 4]
+    # Which map has the 16 channels of the second entry, nothing says; the body itself isn't called.
+    assert dense.report.stale == {"features.feature_info.info[1]['num_chs']": 16, "features.body.num_features": 24}
+    nni_topo.save(dense, tmp_path / "dense.pt")
+    loaded: Any = nni_topo.load(tmp_path / "dense.pt", Detector)
+    assert loaded.features.feature_info.channels() == [4, 12]
+
+
+def test_a_module_of_lightning_that_holds_a_network_tells_its_widths() -> None:
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Trained(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Body()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.net(x)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    torch.manual_seed(0)
+    dense = dense_of(Trained().eval(), IMAGES)
+    assert [entry["num_chs"] for entry in dense.net.feature_info] == [12, 8, 4]
+    assert (dense.net.num_features, dense.report.stale) == (12, {})
+    weight = dense.net.stage1[0].weight.detach().clone()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = lightning.Trainer(max_epochs=1, enable_model_summary=False, **quiet)
+    trainer.fit(dense, torch.utils.data.DataLoader([(image, 1) for image in IMAGES], batch_size=2))
+    assert not torch.equal(dense.net.stage1[0].weight, weight)
+
+
+def trained_pyramid(body: nn.Module, widths: list[int], maps: Any, images: Tensor) -> None:
+    """Train a pyramid over the maps of a body for a step: all weights that the maps depend on change."""
+    pyramid = FeaturePyramidNetwork(widths, 8)
+    parameters = [*body.train().parameters(), *pyramid.parameters()]
+    optimizer = torch.optim.Adam(parameters, 0.01)
+    levels = pyramid(OrderedDict((str(at), each) for at, each in enumerate(maps(images))))
+    assert {level.shape[1] for level in levels.values()} == {8}
+    sum(level.square().mean() for level in levels.values()).backward()
+    assert sum(each.grad is not None for each in body.parameters()) > 4
+    before = [each.detach().clone() for each in parameters]
+    optimizer.step()
+    for old, parameter in zip(before, parameters, strict=True):
+        assert parameter.grad is None or not parameter.grad.any() or not torch.equal(old, parameter)
+
+
+def test_a_resnet_of_torchvision_gets_a_pyramid() -> None:
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4).eval()
+    images = torch.randn(2, 3, 32, 32)
+    dense = dense_of(model, images)
+    assert (model.inplanes, dense.inplanes, dense.layer4[0].conv2.out_channels) == (512, 256, 256)
+    getter = IntermediateLayerGetter(copy.deepcopy(dense), {"layer2": "two", "layer4": "four"})
+    assert {name: each.shape[1] for name, each in getter(images).items()} == {"two": 64, "four": 256}
+    backbone = _resnet_fpn_extractor(dense, trainable_layers=5)
+    assert {each.shape[1] for each in backbone(images).values()} == {256}
+    trained_pyramid(getter, [64, 256], lambda x: getter(x).values(), images)
+
+
+def test_the_number_of_output_channels_of_a_detectors_backbone_is_counted() -> None:
+    class Detected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            body = nn.Sequential(OrderedDict(one=nn.Conv2d(3, 8, 3), two=nn.Conv2d(8, 16, 3)))
+            self.backbone = BackboneWithFPN(body, {"one": "0", "two": "1"}, [8, 16], 12)
+            self.head = nn.Conv2d(12, 2, 1)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.head(each) for each in self.backbone(x).values()]
+
+    torch.manual_seed(0)
+    dense = dense_of(Detected().eval(), IMAGES)
+    assert dense.backbone.out_channels == 6
+    assert {each.shape[1] for each in dense.backbone(IMAGES).values()} == {6}
+
+
+@pytest.mark.slow
+def test_a_mobile_net_of_torchvision_gets_a_pyramid() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 32, 32)
+    dense = dense_of(mobilenet_v3_small(num_classes=4).eval(), images)
+    x = images
+    for block in dense.features:
+        x = block(x)
+        assert block.out_channels == x.shape[1]
+    backbone = _mobilenet_extractor(dense, fpn=True, trainable_layers=6)
+    assert {each.shape[1] for each in backbone(images).values()} == {256}
+
+
+SMALL = {"img_size": 64}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "resnet10t": {},
+    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 48},
+    "mobilenetv3_small_050": {},
+    "convnext_atto": {},
+    "convnextv2_atto": {},
+    "regnetx_002": {},
+    "efficientnet_lite0": {},
+    "densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
+    "swin_tiny_patch4_window7_224": {
+        **SMALL, "embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 2,
+    },
+    "ghostnet_050": {},
+    "repvgg_a0": {},
+    "deit_tiny_patch16_224": {"img_size": 32, "depth": 2},
+    "mnasnet_small": {},
+    "poolformer_s12": {},
+    "rexnet_100": {},
+    "cspresnet50": {},
+    "fastvit_t8": {},
+    "mobileone_s0": {},
+    "res2net50_14w_8s": {},
+    "hardcorenas_a": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=pytest.mark.slow if at > 1 else ()) for at, each in enumerate(FAMILIES)]
+)
+def test_families_of_timm(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **FAMILIES[name]).eval()
+    images = torch.randn(2, 3, *[FAMILIES[name].get("img_size", 64)] * 2)
+    dense = dense_of(model, images)
+    features = dense.forward_features(images)
+    pooled = dense.forward_head(features, pre_logits=True)
+    assert model.num_features > dense.num_features
+    assert dense.num_features in (features.shape[1], features.shape[-1])
+    assert dense.head_hidden_size == pooled.shape[1] == dense.get_classifier().in_features
+    # What is left describes how the network was made, not what it gives.
+    assert not [each for each in dense.report.stale if "num_features" in each or "feature_info" in each]
+
+    found = timm.models._features.FeatureGetterNet(copy.deepcopy(dense), out_indices=(-2, -1))
+    maps = found(images)
+    assert found.feature_info.channels() == [each.shape[1] for each in maps]
+    assert found.feature_info.channels()[-1] < model.feature_info[-1]["num_chs"]
+    trained_pyramid(found, found.feature_info.channels(), found, images)
+
+    dense.reset_classifier(7)
+    logits = dense.train()(images)
+    assert logits.shape == (2, 7)
+    logits.square().mean().backward()
+    assert dense.get_classifier().weight.grad.any()
+    dense.reset_classifier(0)
+    assert torch.equal(dense.eval()(images), dense.forward_head(dense.forward_features(images), pre_logits=True))

@@ -1,0 +1,195 @@
+"""Training goes on after pruning: with what trains networks elsewhere, a pruned one trains as any other does."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+from training_nets import PROCESSES, Net, labelled, pruned_net, step, train_shared
+
+import nni_topo
+
+IMAGES, LABELS = labelled()
+
+
+@pytest.fixture(scope="module")
+def made() -> Any:
+    return pruned_net()
+
+
+@pytest.fixture
+def dense(made: Any) -> Any:
+    return copy.deepcopy(made)
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    found = []
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        found.append(parameter.grad.clone())
+    return found
+
+
+def test_every_norm_and_attention_of_the_package_is_in_the_network(made: Any) -> None:
+    kinds = {type(module).__name__ for module in made.modules()}
+    names = {f"OriginalWidth{kind}" for kind in ("LayerNorm", "RMSNorm", "GroupNorm", "ResponseNorm")}
+    assert names | {"PrunedMultiheadAttention"} <= kinds
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(torch.optim.SGD, 0.1), (torch.optim.AdamW, 0.01)])
+def test_an_optimizer_made_after_pruning_trains_every_parameter(dense: Any, kind: Any, rate: float) -> None:
+    before = [parameter.detach().clone() for parameter in dense.parameters()]
+    optimizer = kind(dense.train().parameters(), rate)
+    losses = [step(dense, optimizer, IMAGES, LABELS) for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.03
+    for old, parameter in zip(before, dense.parameters(), strict=True):
+        assert not torch.equal(old, parameter)
+        moments = [value for value in optimizer.state[parameter].values() if value.dim()]
+        assert all(value.shape == parameter.shape for value in moments)
+
+
+def test_what_was_frozen_stays_frozen() -> None:
+    torch.manual_seed(0)
+    model = Net().eval()
+    model.stem.requires_grad_(False)
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = nni_topo.to_dense(model, IMAGES, masks)
+    assert dense.stem[0].out_channels < 16
+    trained = {name for name, parameter in dense.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_shrink_returns_a_network_that_trains() -> None:
+    torch.manual_seed(0)
+    small = nni_topo.shrink(Net().eval(), [IMAGES], {"flops": 0.6}, distill={"steps": 4}).train()
+    optimizer = torch.optim.AdamW(small.parameters(), 0.01)
+    losses = [step(small, optimizer, IMAGES, LABELS) for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+def followed(model: nn.Module, averaged: Any, update: Any, decay: float) -> None:
+    """Train for three steps, and compare an averaged model with the average by hand."""
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
+    for _ in range(3):
+        step(model, optimizer, IMAGES, LABELS)
+        update(model)
+        for old, parameter in zip(expected, model.parameters(), strict=True):
+            old.lerp_(parameter.detach(), 1 - decay)
+    for wanted, parameter, last in zip(expected, averaged.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, wanted)
+        assert not torch.equal(parameter, last)
+    assert averaged.eval()(IMAGES).shape == (16, 4)
+
+
+def test_an_average_of_its_weights_follows_it(dense: Any) -> None:
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
+    averaged = torch.optim.swa_utils.AveragedModel(dense, multi_avg_fn=average)
+    averaged.update_parameters(dense)  # the first call copies
+    followed(dense, averaged.module, averaged.update_parameters, 0.75)
+
+
+@pytest.mark.parametrize("kind", ["ModelEmaV2", "ModelEmaV3"])
+def test_the_averages_of_timm_follow_it(dense: Any, kind: str) -> None:
+    averaged = getattr(pytest.importorskip("timm.utils"), kind)(dense, decay=0.75)
+    followed(dense, averaged.module, averaged.update, 0.75)
+
+
+def test_mixed_precision_trains_as_single_precision_does(dense: Any) -> None:
+    plain = copy.deepcopy(dense)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses = []
+    optimizer = torch.optim.AdamW(dense.train().parameters(), 0.01)
+    for _ in range(6):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = dense(IMAGES)
+            loss = nn.functional.cross_entropy(logits.float(), LABELS)
+        assert logits.dtype == torch.bfloat16
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss.detach()))
+    optimizer = torch.optim.AdamW(plain.train().parameters(), 0.01)
+    expected = [step(plain, optimizer, IMAGES, LABELS) for _ in range(6)]
+    assert losses == pytest.approx(expected, abs=0.02)
+    assert losses[-1] < losses[0]
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_it_computes_in_half_precision(dense: Any, kind: torch.dtype) -> None:
+    with torch.no_grad():
+        wanted = dense(IMAGES)
+        found = dense.to(kind)(IMAGES.to(kind))
+    assert found.dtype == kind
+    assert (found - wanted).abs().max() < 16 * torch.finfo(kind).eps * wanted.abs().max()
+
+
+def test_it_is_compiled_once_for_training_and_once_for_evaluation(dense: Any) -> None:
+    torch._dynamo.reset()
+    plain, counter = copy.deepcopy(dense).train(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(dense.train(), backend=counter, fullgraph=True)
+    for model in (plain, compiled):
+        nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+    torch.testing.assert_close(gradients(dense), gradients(plain))
+    optimizer = torch.optim.SGD(dense.parameters(), 0.1)
+    for _ in range(3):
+        step(compiled, optimizer, IMAGES, LABELS)
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled.eval()(IMAGES), dense.eval()(IMAGES))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(("ratios", "graphs"), [((0.5, 0.5), 1), ((0.25, 0.5), 2)])
+def test_blocks_compiled_one_by_one_share_a_graph_if_they_are_as_wide(ratios: tuple[float, ...], graphs: int) -> None:
+    torch.manual_seed(0)
+    model = Net().eval()
+    asked = [{"op_names": [f"blocks.{at}.up"], "sparse_ratio": ratio} for at, ratio in enumerate(ratios)]
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), asked).compress()[1]
+    dense: Any = nni_topo.to_dense(model, IMAGES, masks)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    wanted = dense(IMAGES)
+    for block in dense.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(dense(IMAGES), wanted)
+    assert counter.frame_count == graphs
+
+
+def test_activations_may_be_computed_again(dense: Any) -> None:
+    plain = copy.deepcopy(dense).train()
+    for block in (*dense.blocks, dense.response):
+        block.forward = lambda x, inner=block.forward: checkpoint(inner, x, use_reentrant=False)
+    for model in (plain, dense.train()):
+        nn.functional.cross_entropy(model(IMAGES), LABELS).backward()
+    for found, wanted in zip(gradients(dense), gradients(plain), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp_flat", "fsdp2"])
+def test_two_processes_train_as_one_does(dense: Any, how: str, tmp_path: Path) -> None:
+    nni_topo.save(dense, tmp_path / "dense.pt")
+    torch.multiprocessing.spawn(train_shared, (how, tmp_path / "dense.pt", tmp_path), PROCESSES)
+    found = torch.load(tmp_path / f"{how}.pt", weights_only=True)
+    optimizer = torch.optim.SGD(dense.parameters(), 0.1)
+    start = copy.deepcopy(dense.state_dict())
+    for _ in range(2):
+        step(dense, optimizer, IMAGES, LABELS)
+    wanted = dense.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(start[name], value) for name, value in wanted.items())
