@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
@@ -192,7 +191,7 @@ def _choice(net: _Net, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
             record = {"key": key, "row": f"{row.split(',')[0]}, {count} images", "count": count, "seconds": seconds}
             dense = nni_topo.to_dense(model, net.example, masks)
             record |= {"before": net.accuracy, "reconstruct": zoo.evaluate(dense, net.data.test)}
-            yield {**record, "validation": zoo.evaluate(dense, TensorDataset(*net.data.validation))}
+            yield {**record, "validation": zoo.evaluate(dense, net.data.validation)}
 
 
 def _chosen(model: nn.Module, pool: Tensor, row: str, count: int, seed: int) -> Any:

@@ -301,10 +301,10 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
             token = _LIMIT.set(limit)
             try:
                 return work(*args, **kwargs)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:  # Python's own has no text
                 if not out_of_memory(error):
                     raise
-                reason = str(error).partition("\n")[0]
+                reason = str(error).partition("\n")[0] or type(error).__name__
             finally:
                 _LIMIT.reset(token)
             # Outside of the except clause, because the error keeps the tensors of the failed call in memory.

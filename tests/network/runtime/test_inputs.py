@@ -45,15 +45,16 @@ def test_numbers_are_shifted_and_scaled_and_tokens_and_masks_are_not():
     assert kwargs["mask"] is mask
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError()])
 @pytest.mark.parametrize(("fits", "tried"), [(2, [8, 4, 2]), (1, [8, 4, 2, 1]), (8, [8])])
-def test_work_starts_again_with_half_as_many_samples_down_to_one(fits, tried):
+def test_work_starts_again_with_half_as_many_samples_down_to_one(fits, tried, error):
     seen = []
 
     @in_smaller_batches
     def work():
         seen.append(at_once(8))
         if seen[-1] > fits:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return "done"
 
     assert work() == "done"
