@@ -174,13 +174,7 @@ def _choice(net: _Net, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     masks = net.masks("l2")
     pool = net.data.train.tensors[0][:POOL]
     for count in FEW:
-        for row in (
-            "random, draw 0",
-            "random, draw 1",
-            "random, draw 2",
-            "nearest to centres of k-means",
-            "choose_images",
-        ):
+        for row in CHOICES:
             key = (net.seed, net.flops, row, count)
             if key in done:
                 continue
