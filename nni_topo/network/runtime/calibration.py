@@ -148,23 +148,43 @@ class Calibration(Sequence[Any]):
             lists of samples, as those of detectors do, every eighth batch. With groups every eighth group, and one
             where there are at least two.
         """
-        marks = self.held_out(HELD_OUT)
+        learned, held_out = self._cut(self.held_out(HELD_OUT).long(), [0] * (HELD_OUT - 1) + [1], 2)
+        return self._subset([]) if learned is None else learned, held_out
+
+    def in_parts(self, pattern: Sequence[int]) -> tuple[Calibration | None, ...]:
+        """Split the samples, or the groups of samples, into parts.
+
+        Parameters
+        ----------
+        pattern : sequence of int
+            The parts, from 0 on, of the first samples, such as ``(0, 0, 1)``; then it begins again. If batches hold
+            lists of samples, as those of detectors do, it is that of batches.
+
+        Returns
+        -------
+        tuple of Calibration or None
+            The parts in their order; None for one without samples.
+        """
+        groups = self.groups
+        ranks = torch.arange(self.samples) if groups is None else groups
+        return self._cut(torch.tensor(pattern)[ranks % len(pattern)], pattern, max(pattern) + 1)
+
+    def _cut(self, marks: Tensor, pattern: Sequence[int], count: int) -> tuple[Calibration | None, ...]:
+        """Return parts by the marks of the samples, (samples,); of batches that can't be cut, by a pattern of these."""
         can_be_cut = all(_can_be_cut(inputs_of(batch)) for batch in self)
-        learned: _Rows = []
-        held_out: _Rows = []
+        parts: list[_Rows] = [[] for _ in range(count)]
         first = 0  # position of the batch's first sample among all samples
         for index, size in enumerate(self.sizes):
             if can_be_cut:
-                is_held = marks[first : first + size]
-                for rows, is_chosen in ((learned, ~is_held), (held_out, is_held)):
-                    if bool(is_chosen.any()):
-                        rows.append((index, is_chosen.nonzero().flatten()))
-            elif index % HELD_OUT == HELD_OUT - 1:
-                held_out.append((index, None))
+                own = marks[first : first + size]
+                for part, rows in enumerate(parts):
+                    chosen = (own == part).nonzero().flatten()
+                    if len(chosen):
+                        rows.append((index, chosen))
             else:
-                learned.append((index, None))
+                parts[pattern[index % len(pattern)]].append((index, None))
             first += size
-        return self._subset(learned), self._subset(held_out) if held_out else None
+        return tuple(self._subset(rows) if rows else None for rows in parts)
 
     @property
     def groups(self) -> Tensor | None:

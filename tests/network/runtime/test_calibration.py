@@ -182,6 +182,21 @@ def test_groups_are_held_out_as_a_whole(batches):
     assert torch.equal(Calibration(batches, groups=[f"photo {photo}" for photo in photos]).groups, data.groups)
 
 
+def test_samples_and_groups_are_split_into_parts_by_a_pattern(batches):
+    rows = torch.cat(batches)
+    parts = Calibration(batches).in_parts((0, 2, 0, 1))
+    for part, chosen in zip(parts, ((0, 2), (3,), (1,)), strict=True):
+        assert torch.equal(torch.cat(list(part)), rows[[at for at in range(120) if at % 4 in chosen]])
+    photos = torch.arange(120) // 10
+    first, second = Calibration(batches, groups=photos).in_parts((0, 0, 1))
+    assert torch.equal(torch.cat(list(second)), rows[photos % 3 == 2])
+    assert len(first.groups.unique()) == 8
+    few = Calibration([rows[:1]]).in_parts((0, 1))
+    assert (few[0].samples, few[1]) == (1, None)
+    lists = Calibration([([[image, image]],) for image in torch.zeros(9, 3, 4, 4)])
+    assert list(map(len, lists.in_parts((0, 1, 1)))) == [3, 6]
+
+
 @pytest.mark.parametrize(("kinds", "held"), [(1, 0), (2, 60), (5, 24), (8, 15)])
 def test_one_of_few_groups_is_held_out(batches, kinds, held):
     data = Calibration(batches, groups=torch.arange(120) % kinds)
