@@ -111,13 +111,13 @@ sys.meta_path.insert(0, _Analysis())
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
-    if name == "shrink":  # the pipeline's modules come along
-        return importlib.import_module(f"{__name__}.runs.shrink").shrink
+    if name in ("shrink", "frontier"):  # the pipeline's modules come along
+        return getattr(importlib.import_module(f"{__name__}.runs.{name}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, "shrink"})
+    return sorted({*globals(), *_LAZY, "frontier", "shrink"})
 
 
 __all__ = [
@@ -159,6 +159,7 @@ __all__ = [
     "errors",
     "explain",
     "export",
+    "frontier",
     "hooks",
     "list_pruners",
     "list_recoveries",

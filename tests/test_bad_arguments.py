@@ -181,6 +181,13 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
         "pruner": "random",
         "distill": False,
     },
+    "nni_topo.frontier": lambda: {
+        "model": net(),
+        "images": [IMAGES],
+        "shares": (0.6,),
+        "pruner": "random",
+        "distill": False,
+    },
     "nni_topo.choose_images": lambda: {"pool": [IMAGES], "model": net(), "count": 1},
     "nni_topo.synthetic_images": lambda: {"model": net(), "example_inputs": IMAGES, "count": 2, "steps": 1},
     "nni_topo.to_dense": lambda: {"model": net(), "example_inputs": IMAGES, "masks": masks()},
@@ -549,7 +556,8 @@ def test_the_arguments_that_are_changed_work(name):
     run(function_of(name), VALID[name]())
 
 
-HEAVY = {"distillation", "compensation", "shrink", "dependency_groups", "to_dense", "analysis.sensitivity"}
+HEAVY = {"distillation", "compensation", "shrink", "frontier", "dependency_groups", "to_dense"}
+HEAVY |= {"analysis.sensitivity"}
 HEAVY |= {"analysis.deviation_of", "analysis.study_selection", "analysis.study_replacement", "analysis.study_energy"}
 HEAVY |= {"zoo.latency_ms", "zoo.train", "analysis.accumulate_energy", "analysis.neural_persistence"}
 

@@ -292,6 +292,66 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert "must be new or empty, got 4 entries" in " ".join(capsys.readouterr().err.split())
 
 
+def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, untrained, capsys):
+    words = ["shrink", "--model", "small_cnn", "--limit", "500", "--images", "400", "--checkpoint", str(untrained)]
+    words += ["--tolerance", "0.05", "--seconds", "0.2", "--out"]
+    assert main([*words, str(tmp_path / "flags"), "--json"]) == 0
+    document = json.loads((tmp_path / "flags" / "shrink.json").read_text())
+    found = document["tolerance"]
+    assert (found["tolerance"], found["kind"], found["measure"], found["held_out"]) == (0.05, "flops", "answers", 150)
+    assert document["budget"] is None
+    assert document["networks tried"] == found["candidates"]
+    assert "0.05" in document["result of the search"]
+    assert json.loads(capsys.readouterr().out) == document["stages"]
+    page = (tmp_path / "flags" / "report.html").read_text()
+    assert ">networks tried<" in page
+    plan = tmp_path / "shrink.yaml"
+    plan.write_text(
+        f"model: small_cnn\nlimit: 500\nimages: 400\ncheckpoint: {untrained}\ntolerance: 0.05\nseconds: 0.2\n"
+        "budget: params\nallocation: error\ncaps: {features.conv1: 0.5, features.conv2: 0.5}\n"
+    )
+    assert main(["shrink", "--plan", str(plan), "--tolerance", "0.1", "--out", str(tmp_path / "file")]) == 0
+    document = json.loads((tmp_path / "file" / "shrink.json").read_text())
+    assert (document["tolerance"]["tolerance"], document["tolerance"]["kind"]) == (0.1, "params")
+    assert document["budget"] == {"params": None, "allocation": "error"}
+    rows = {row["name"]: row for row in document["widths"]}
+    assert all(rows[name]["after"] >= rows[name]["before"] // 2 for name in ("features.conv1", "features.conv2"))
+
+
+def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
+    words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--checkpoint", str(untrained)]
+    words += ["--seconds", "0.2", "--shares", "0.6", "0.3", "--budget", "params", "--out", str(tmp_path / "sizes")]
+    assert main([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["cost"], [row["share"] for row in document["networks"]]) == ("params", [1.0, 0.6, 0.3])
+    model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=1)
+    for row in document["networks"][1:]:
+        assert zoo.count_params(nni_topo.load(tmp_path / "sizes" / f"{row['share']}.pt", model)) == row["params"]
+    page = (tmp_path / "sizes" / "report.html").read_text()
+    assert '<img alt="frontier"' in page
+    assert ">networks<" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tolerance", "0.01", "--images", "128"], "299 held-out images without a change are needed"),
+        (["--tolerance", "2"], "tolerance must be in (0, 1) or None, got 2.0"),
+        (["--budget", "params"], "--budget names the cost for --tolerance or --shares without a share of its own, got"),
+        (["--tolerance", "0.1", "--budget", "flops", "--params", "0.5"], "without a share of its own, got --params"),
+        (["--shares", "0.5", "0.25", "--tolerance", "0.1"], "--shares says how much is kept, got --tolerance"),
+        (["--shares", "0.25", "0.5"], "shares must be descending numbers in (0, 1), at least one, got 0.5 after 0.25"),
+        (["--tolerance", "0.1", "--budget", "size"], "budget must be a known name, got 'size'"),
+        (["--tolerance", "0.1", "--measure", "evaluate"], "measure must be a known name, got 'evaluate'"),
+    ],
+)
+def test_shrink_says_what_is_wrong_with_a_tolerance(words, message, tmp_path, untrained, capsys):
+    start = ["shrink", "--model", "small_cnn", "--limit", "300", "--checkpoint", str(untrained)]
+    assert main([*start, *words, "--out", str(tmp_path / "small")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "small").exists()
+
+
 @pytest.mark.slow
 def test_shrink_lets_images_choose_the_widths(tmp_path, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--seconds", "0.2", "--flops", "0.3"]

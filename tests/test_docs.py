@@ -48,6 +48,7 @@ rank, scheduler = 0, LocalCluster(n_workers=1, processes=False, dashboard_addres
 pruner = nni_topo.TopologicalPruner(model, config_list)
 """,
     "export": None,
+    "how_small": "batches = data.train.tensors[0][:240].split(64)",
     "magnitude": """
 from nni_topo.runs.evaluators import recipe_evaluator
 evaluate = lambda net: zoo.evaluate(net, data.test)

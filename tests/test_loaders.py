@@ -124,6 +124,8 @@ WORK = {
     "shrink": shrunk,
     "shrink, auto": lambda batches: shrunk(batches, budget={"flops": 0.5, "allocation": "auto"}, distill=False),
     "shrink, topological": lambda batches: shrunk(batches, pruner="topological", distill=False),
+    "shrink, tolerance": lambda batches: shrunk(batches, budget="flops", tolerance=0.6, distill=False),
+    "frontier": lambda batches: weights_of(nni_topo.frontier(net(), batches, (0.7, 0.4), distill=False)[0.4]),
     "distill": lambda batches: weights_of(nni_topo.distill(dense(), net(), batches, steps=3)),
     "recalibrate_batch_norm": lambda batches: weights_of(nni_topo.recalibrate_batch_norm(net(), batches)),
     "narrow_heads": lambda batches: narrowed(batches),

@@ -162,6 +162,12 @@ CALLS = {
     "shrink": lambda m, _, __: nni_topo.shrink(
         m, BATCHES, {"flops": 0.7}, evaluate=accuracy, distill={"steps": 2, "batch_size": 4}
     ),
+    "shrink within a tolerance": lambda m, _, __: nni_topo.shrink(
+        m, [*BATCHES, *BATCHES], tolerance=0.5, measure="distance", distill={"steps": 2, "batch_size": 4}
+    ),
+    "frontier": lambda m, _, __: nni_topo.frontier(
+        m, BATCHES, (0.8, 0.6), evaluate=accuracy, distill={"steps": 2, "batch_size": 4}
+    ),
     "synthetic_images": lambda m, _, __: nni_topo.synthetic_images(m, IMAGES[:2], count=2, steps=2),
     "to_dense": lambda m, _, __: nni_topo.to_dense(m, IMAGES[:2], MASKS, constants="keep"),
     "measure_latency": lambda m, _, __: network.measure_latency(m, IMAGES[:2], shares=(1.0,), repeats=1),

@@ -80,7 +80,7 @@ def api() -> str:
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
-    homes |= {"shrink": "nni_topo.runs.shrink.shrink"}
+    homes |= {name: f"nni_topo.runs.{name}.{name}" for name in ("frontier", "shrink")}
     names = [name for name in listed if name in homes and not (PROJECT / homes[name].replace(".", "/")).is_dir()]
     parts = ["# The public names", "", *(f"::: {homes[name]}\n" for name in names if name != "__version__")]
     return "\n".join(parts)

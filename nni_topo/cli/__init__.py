@@ -98,8 +98,8 @@ def _choose(name: str, choices: Choices, words: list[str]) -> type[Verb] | Calla
 
 
 def parsed(name: str, kind: type[Verb], words: list[str]) -> Verb:
-    """Return a verb with its fields set from the words and, for a study, from the YAML file of ``--plan``."""
-    if issubclass(kind, Study):
+    """Return a verb with its fields set from the words and, where ``--plan`` is a file of flags, from that."""
+    if issubclass(kind, (Study, verbs.Shrink)):
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--plan")
         known, words = parser.parse_known_args(words)

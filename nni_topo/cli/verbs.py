@@ -12,12 +12,13 @@ import tyro
 from rich.console import Console
 
 import nni_topo
-from nni_topo.disk import check_output_file, output_folder, write_figure, write_json
-from nni_topo.errors import ConfigError
+from nni_topo.disk import check_output_file, output_folder, read_json, write_figure, write_json
+from nni_topo.errors import ConfigError, one_of
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
+from nni_topo.runs.frontier import frontier
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import check_empty, prune_checkpoint
 from nni_topo.runs.run import distillation_knobs, latencies
@@ -182,10 +183,15 @@ class Shrink(TrainedVerb):
 
     pruner: str = "reconstruction"  # registered name
     method: str = "reconstruct"  # how weights are reconstructed: a listed recovery method, or package.module:Class
-    flops: float | None = None  # share of the MACs to keep, in (0, 1]; 0.25 if no other budget is given
+    flops: float | None = None  # share of the MACs to keep, in (0, 1]; 0.25 if no budget and no tolerance is given
     params: float | None = None  # share of the parameters to keep
     latency: float | None = None  # share of a batch's time to keep
     memory: float | None = None  # share of the bytes of parameters and activations to keep
+    tolerance: float | None = None  # share of answers that may change, in (0, 1): as small as that allows
+    budget: str | None = None  # with --tolerance or --shares, the cost that counts: flops, params, latency or memory
+    shares: tuple[float, ...] = ()  # networks of several sizes: shares of the cost that --budget names, descending
+    measure: str = "outputs"  # what --tolerance is about: outputs (changed answers; else distance) or distance
+    plan: Path | None = None  # YAML file whose keys are these flags; flags of the command line override it
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
     caps: dict[str, float] = field(default_factory=dict)  # largest share a layer may lose, e.g. features.conv1 0.5
     floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, e.g. features.conv1 0.1
@@ -197,16 +203,17 @@ class Shrink(TrainedVerb):
         import pandas as pd
 
         check_empty(self.out)
+        budget = self._budget()
+        one_of(("outputs", "distance")).check("measure", self.measure, "nni-topo shrink")
+        if self.shares:
+            return self._several(console)
         start = self.start()
-        budget: dict[str, Any] = {kind: getattr(self, kind) for kind in BUDGETS if getattr(self, kind) is not None}
-        if not budget:
-            budget["flops"] = 0.25
-        if self.allocation is not None:
-            budget["allocation"] = self.allocation
         dense = shrink(
             start.net,
             start.images(self.images),
             budget,
+            tolerance=self.tolerance,
+            measure=self.measure,
             pruner=self.pruner,
             compensate=self.method,
             layers=self._entries(inner_layers(start.net, start.example)),
@@ -218,21 +225,66 @@ class Shrink(TrainedVerb):
         report: Any = dense.report
         output_folder(self.out)
         nni_topo.save(dense, self.out / "dense.pt")
-        tables = {"stages": report.to_frame(), "recovery by layer": report.compensation.to_frame()}
+        tables = {"stages": report.to_frame()}
+        tables |= {"recovery by layer": report.compensation.to_frame()} if report.compensation else {}
         tables |= {"widths tried": pd.DataFrame(report.tried)} if report.tried else {}
-        verdict = report.distillation
-        tables |= {"distillation": verdict.to_frame()} if verdict.curve else {}
+        found_within, verdict = report.tolerance, report.distillation
+        has_curve = verdict is not None and bool(verdict.curve)
+        tables |= {"networks tried": found_within.to_frame()} if found_within else {}
+        tables |= {"distillation": verdict.to_frame()} if has_curve else {}
         found = {name: each.replace({math.nan: None}).to_dict("records") for name, each in tables.items()}
         facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "method": self.method, "budget": budget}
         facts |= {**found, "widths": report.layers.rows}
-        facts |= {"result of distillation": str(verdict)}
+        if found_within is not None:
+            found_facts = {name: None if value != value else value for name, value in plain(found_within).items()}
+            facts |= {"tolerance": found_facts, "result of the search": str(found_within)}
+        facts |= {"result of distillation": str(verdict)} if verdict is not None else {}
         facts |= latencies(start, dense) | provenance()
         write_json(self.out / "shrink.json", plain(facts), sort=False)
-        if verdict.curve:
+        if has_curve:
             write_figure(self.out / "distillation.png", plot_distillation(verdict), 110)
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
         self.put_out(console, found["stages"], [repr(report), files])
         return 0
+
+    def _several(self, console: Console) -> int:
+        """Write networks of several sizes, their table and picture."""
+        start = self.start()
+        found = frontier(
+            start.net,
+            start.images(self.images),
+            self.shares,
+            budget=self._budget() or "flops",
+            pruner=self.pruner,
+            compensate=self.method,
+            layers=self._entries(inner_layers(start.net, start.example)),
+            distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
+            evaluate=start.tested,
+            seed=self.seed,
+            progress=False if self.json else None,
+        )
+        files = found.save(self.out)
+        written = f"written: {', '.join(map(str, files))} · report: {write_report(self.out)}"
+        self.put_out(console, read_json(self.out / "frontier.json"), [repr(found), written])
+        return 0
+
+    def _budget(self) -> str | dict[str, Any] | None:
+        """Return the shares to keep; a name or None where a tolerance says how much."""
+        shares: dict[str, Any] = {kind: getattr(self, kind) for kind in BUDGETS if getattr(self, kind) is not None}
+        if self.budget is not None and (shares or (self.tolerance is None and not self.shares)):
+            other = f"--{next(iter(shares))}" if shares else "neither"
+            raise ConfigError(
+                f"--budget names the cost for --tolerance or --shares without a share of its own, got {other} "
+                "(nni-topo shrink)"
+            )
+        if self.shares and (shares or self.tolerance is not None):
+            other = f"--{next(iter(shares))}" if shares else "--tolerance"
+            raise ConfigError(f"--shares says how much is kept, got {other} beside it (nni-topo shrink)")
+        allocation = {} if self.allocation is None else {"allocation": self.allocation}
+        if not shares and (self.tolerance is not None or self.shares):
+            # What is kept follows from the tolerance, or the shares.
+            return self.budget if self.allocation is None else {self.budget or "flops": None, **allocation}
+        return {**(shares or {"flops": 0.25}), **allocation}
 
     def _entries(self, layers: list[str]) -> list[dict[str, Any]]:
         bounds = {"max_sparse_ratio": self.caps, "min_sparse_ratio": self.floors}

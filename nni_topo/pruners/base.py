@@ -26,7 +26,7 @@ from nni_topo.network.layers import kept_channels
 from nni_topo.network.runtime import in_smaller_batches, left_alone
 from nni_topo.network.speedup import DependencyGroups
 from nni_topo.pruners.allocators import ConfigAllocator
-from nni_topo.pruners.budget import BudgetPlanner
+from nni_topo.pruners.budget import Budget, BudgetPlanner
 from nni_topo.pruners.checks import check_no_ratios, check_request, matched_modules, pruner_arguments
 from nni_topo.pruners.hooks import (
     Data,
@@ -124,6 +124,7 @@ class StructuredPruner(Pruner):
         self.collector = collector
         self.calculator = calculator
         config_list = self._fitting(model, config_list)
+        self._collected: Data | None = None  # of the first call of `masks_for`
         self._ties = config_list.ties if isinstance(config_list, DependencyGroups) else {}
         self._shares = config_list.shares if isinstance(config_list, DependencyGroups) else {}
         self.allocator = ConfigAllocator() if allocator is None else allocator
@@ -178,6 +179,48 @@ class StructuredPruner(Pruner):
         """Return the masks of NNI's three stages, which the hooks do; where a GPU's memory is too small, batch less."""
         return super().generate_masks()  # type: ignore[no-any-return]
 
+    @in_smaller_batches
+    def masks_for(self, budget: Budget) -> Masks:
+        """Return the masks for a budget, without putting them into the model.
+
+        It may be called again for other shares of the same kind of cost. Each time channels are selected anew, by what
+        was collected and measured at the first call.
+
+        Parameters
+        ----------
+        budget : Budget
+            Of the kind and the allocation of the pruner's own one.
+
+        Returns
+        -------
+        dict
+            ``{module name: {target name: mask}}``. ``planner.outcome`` says whether the budget is met; unlike in
+            ``compress``, nothing is logged where it isn't.
+
+        Raises
+        ------
+        ConfigError
+            If the pruner has no budget, or one of another kind.
+        """
+        planner = self.planner
+        if not isinstance(planner, BudgetPlanner):
+            raise ConfigError(
+                f"{type(self).__name__} must have a budget to be asked for another one, got none (budget)"
+            )
+        planner.change(budget)
+        self._keep_measurements()
+        with left_alone(self.bound_model):
+            if self._collected is None:
+                self._collected = self._collect_data()
+            found = self._generate_sparsity(self._calculate_metrics(self._collected))
+        # As wide as the parameters, as NNI's wrappers make masks of blocks when they take them.
+        for name, targets in found.items():
+            for target, mask in targets.items():
+                whole = self._target_spaces[name][target].target
+                if mask is not None and whole is not None:
+                    targets[target] = mask.expand_as(whole).clone()
+        return found
+
     def update_masks(self, masks: Masks) -> None:
         """Put masks into the wrapped model; those of modules that this pruner doesn't know are left out.
 
@@ -208,6 +251,9 @@ class StructuredPruner(Pruner):
     def _check_layers(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Refuse layers that the collector can't use; nothing is wrapped yet."""
         self.collector.check(model, modules)
+
+    def _keep_measurements(self) -> None:
+        """Keep what the calculator measures for later calls of :meth:`masks_for`; by default nothing."""
 
     def _collect_data(self) -> Data:
         return self.collector.collect(self.context)

@@ -164,7 +164,18 @@ class BudgetPlanner(Planner):
         self.left = math.nan  # the share of the widths found, as it is counted or timed
         self.outcome: BudgetOutcome | None = None  # None until the widths are found
         self._cost: Callable[[Kept], float] | None = None
+        self._warns = True  # where the budget is missed
         self._aim: float | None = None  # what the table must say so that the dense network takes the share
+
+    def change(self, budget: Budget) -> None:
+        """Plan by another share of the same cost from now on; what was measured stays, and nothing is logged."""
+        known = self.budget
+        if (budget.kind, budget.allocation) != (known.kind, known.allocation):
+            raise ConfigError(
+                f"a budget must be of {known.kind} with allocation {known.allocation!r}, as the pruner's own, got "
+                f"{budget.kind} with {budget.allocation!r} (budget)"
+            )
+        self.budget, self.outcome, self._aim, self._warns = budget, None, None, False
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many rows each unit keeps under the budget."""
@@ -194,7 +205,8 @@ class BudgetPlanner(Planner):
         else:
             removed = solve(share)
             self.left = cost(removed)
-        self.outcome = tell_if_missed(self.budget, self.left, self._why_missed(removed, bounds))
+        tell = tell_if_missed if self._warns else outcome_of
+        self.outcome = tell(self.budget, self.left, self._why_missed(removed, bounds))
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
     def _why_missed(self, removed: Sequence[int], bounds: Sequence[tuple[int, int]]) -> str:
@@ -237,9 +249,14 @@ def _is_near(kind: str, asked: float, left: float) -> bool:
     return abs(left - asked) <= _tolerance(kind, asked) + _ROUNDING
 
 
+def outcome_of(budget: Budget, left: float, reason: str) -> BudgetOutcome:
+    """Return the outcome of a budget; ``reason`` says why if the cost isn't near to it."""
+    return budget_outcome(budget.kind, budget.share, left, reason)
+
+
 def tell_if_missed(budget: Budget, left: float, reason: str) -> BudgetOutcome:
     """Return the outcome of a budget, and warn where the cost isn't near to it."""
-    outcome = budget_outcome(budget.kind, budget.share, left, reason)
+    outcome = outcome_of(budget, left, reason)
     if not outcome.is_near:
         _logger.warning("%s", outcome)
     return outcome

@@ -248,6 +248,11 @@ class Distillation:
         )
 
 
+def course_length(images: int, batch_size: int) -> int:
+    """Return the steps at most of a course on so many images, where ``steps`` isn't given."""
+    return max(_STEPS, _PASSES * math.ceil(images / batch_size))
+
+
 @checked(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE, state=ANYTHING, **KNOBS)
 @leaves_models_alone
 @in_smaller_batches
@@ -305,7 +310,7 @@ def distillation(
         held, learned = counts[0] + drawn, order
     if not len(learned):
         raise DataError(f"distillation must have at least two images, one to judge by, got {len(order)} (images)")
-    most_steps = steps or max(_STEPS, _PASSES * math.ceil(len(learned) / batch_size))
+    most_steps = steps or course_length(len(learned), batch_size)
     is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
     is_blended = blend and is_blendable(pool)
     _check_gradients(lesson, student, learned[:2], seed)

@@ -46,6 +46,14 @@ class Likeness:
 
 
 @dataclass(frozen=True)
+class Differences:
+    """How like two networks' answers are, sample by sample; where outputs have no samples, batch by batch."""
+
+    distances: list[float]  # squared, over the variance of the unpruned network's outputs; NaN: other shapes
+    agreed: list[float]  # share of the sample's largest logits that are the same; NaN where outputs aren't logits
+
+
+@dataclass(frozen=True)
 class _Answer:
     """What a network gives for one batch, on the CPU."""
 
@@ -71,22 +79,29 @@ class Answers:
 
     def likenesses(self, net: nn.Module) -> list[Likeness]:
         """Compare a network on each part."""
-        exact = Likeness(Estimate(0.0, 0.0, 0.0), Estimate(*([1.0 if self._are_logits else math.nan] * 3)))
+        exact = Likeness(Estimate(0.0, 0.0, 0.0), Estimate(*([1.0 if self.are_classes else math.nan] * 3)))
         if net is self._model:
             return [exact] * len(self._parts)
         found = []
-        for part, store in zip(self._parts, self._wanted, strict=True):
-            distances: list[float] = []  # of each image
-            agreed: list[float] = []
-            for mine, kept in zip(_answers(net, part, self._outputs), store, strict=True):
-                theirs = _Answer(*kept)
-                distances += self._distances(mine, theirs)
-                agreed += _agreements(mine, theirs)
-            found.append(Likeness(_mean(distances), _share(agreed)))
+        for part in range(len(self._parts)):
+            differences = self.differences(net, part)
+            found.append(Likeness(_mean(differences.distances), _share(differences.agreed)))
         return found
 
+    def differences(self, net: nn.Module, part: int) -> Differences:
+        """Compare a network on each sample of a part."""
+        distances: list[float] = []
+        agreed: list[float] = []
+        answers = _answers(net, self._parts[part], self._outputs)
+        for mine, kept in zip(answers, self._wanted[part], strict=True):
+            theirs = _Answer(*kept)
+            distances += self._distances(mine, theirs)
+            agreed += _agreements(mine, theirs)
+        return Differences(distances, agreed)
+
     @property
-    def _are_logits(self) -> bool:
+    def are_classes(self) -> bool:
+        """Whether the unpruned network's outputs are scores of classes, the largest of which is its answer."""
         return _Answer(*self._wanted[0][0]).are_logits
 
     def _distances(self, mine: _Answer, theirs: _Answer) -> list[float]:
@@ -104,6 +119,11 @@ class Answers:
             total += by_sample / scale if scale > 0.0 else torch.where(by_sample > 0.0, math.inf, 0.0)
         found: list[float] = (total / max(len(mine.outputs), 1)).tolist()
         return found
+
+
+def are_classes(model: nn.Module, images: Calibration, outputs: Outputs | None = None) -> bool:
+    """Say whether a model's outputs are scores of classes; it is run on the first batch."""
+    return next(_answers(model, images, outputs)).are_logits
 
 
 def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None) -> Iterator[_Answer]:

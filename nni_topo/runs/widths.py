@@ -22,6 +22,7 @@ from nni_topo.network.speedup import (
     why_not_followed,
 )
 from nni_topo.pruners.budget import Budget, BudgetPlanner, network_cost, share_left
+from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.choices import Target
 
@@ -56,6 +57,21 @@ def layer_ratios(
             f"leave {planner.left:.3g} (target)"
         )
     return _as_ratios(units, [unit.rows - kept[unit.name] for unit in units], config_list)
+
+
+def least_share(
+    model: nn.Module,
+    example_inputs: Any,
+    kind: str,
+    entries: Sequence[Mapping[str, Any]],
+    table: LatencyTable | None = None,
+    round_to: int | None = None,
+) -> float:
+    """Return the share of a cost that the fewest channels of each layer leave, within the bounds of the entries."""
+    units = _units(model, example_inputs, _grouped(model, example_inputs, entries))
+    rounded = Planner(round_to=round_to).rounded
+    left = share_left(units, network_cost(kind, model, example_inputs, table), rounded)
+    return left([unit.removable_rows[1] for unit in units])
 
 
 def proposed_ratios(

@@ -109,11 +109,13 @@ class TrainedVerb(DataVerb):
 
 def flags_of(path: str | Path) -> list[str]:
     """Return a YAML file as flags of the command line; its keys are names of flags, with ``_`` or ``-``."""
-    words = []
+    words: list[str] = []
     for key, value in read_yaml(path, "a plan").items():
         flag = f"--{key}".replace("_", "-")
         if value is True:
             words.append(flag)
+        elif isinstance(value, Mapping):
+            words += [flag, *(str(word) for pair in value.items() for word in pair)]
         elif value is not None and value is not False:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]
     return words

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from nni.compression.pruning import LinearPruner
 
+from nni_topo import Budget, create_pruner, dependency_groups, pruner_info
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.testing import toy_evaluator, toy_images, toy_model
@@ -38,6 +40,35 @@ def test_masks_made_once_at_the_first_step_on_request():
     pruner.interval_steps = 100
     pruner._fusion_compress(max_steps=2, max_epochs=None)
     assert int(pruner.get_masks()["hidden"]["weight"][:, 0].sum()) == 8
+
+
+@pytest.mark.parametrize("name", ["reconstruction", "topological", "random"])
+def test_a_pruner_says_which_masks_it_would_make_for_other_budgets(name, monkeypatch):
+    def made(share, allocation="uniform"):
+        budget = Budget(flops=share, allocation=allocation)
+        knobs = {"calibration": [toy_images(32)]} if "calibration" in pruner_info(name).knobs() else {}
+        return create_pruner(name, toy_model(), config, budget=budget, example_inputs=toy_images(2), **knobs)
+
+    config = dependency_groups(toy_model(), toy_images(2), [{"op_names": ["stem", "inner", "hidden"]}])
+    asked = made(0.8)
+    counts = []
+    collect = asked._collect_data
+    monkeypatch.setattr(asked, "_collect_data", lambda: counts.append(1) or collect())
+    for share in (0.7, 0.4):
+        found = asked.masks_for(Budget(flops=share))
+        other = made(share)
+        wanted = other.compress()[1]
+        for layer, masks in wanted.items():
+            for target, mask in masks.items():
+                assert mask is None or torch.equal(found[layer][target], mask)
+        assert asked.planner.outcome == other.planner.outcome
+    assert counts == [1]
+    # Nothing is masked yet.
+    assert all(mask is None or bool(mask.all()) for masks in asked.get_masks().values() for mask in masks.values())
+    with pytest.raises(ConfigError, match="of flops with allocation 'uniform', as the pruner's own, got params"):
+        asked.masks_for(Budget(params=0.5))
+    with pytest.raises(ConfigError, match="RandomPruner must have a budget to be asked for another one, got none"):
+        RandomPruner(toy_model(), HALF).masks_for(Budget(flops=0.5))
 
 
 def test_from_compressor_passes_the_knobs_on():

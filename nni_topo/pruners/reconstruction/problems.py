@@ -93,6 +93,8 @@ class ReconstructionProblems:
         self.calibration = Calibration.of(calibration)
         self.seed = seed
         self.max_bytes = max_bytes
+        self.keeps = False  # whether problems that fit into `max_bytes` together are measured only once
+        self._measured: dict[str, ReconstructionProblem] = {}
 
     def check(self, model: nn.Module, modules: dict[str, nn.Module]) -> None:
         """Check, before anything is wrapped, that a convolution or linear layer reads each layer to prune."""
@@ -104,12 +106,19 @@ class ReconstructionProblems:
         """Yield every unit and its problem; `kept`, which the caller fills in, isn't looked at here."""
         del kept
         model = context.model
+        if context.units and all(unit.name in self._measured for unit in context.units):
+            for unit in context.units:
+                yield unit, self._measured[unit.name]
+            return
         with evaluation_mode(model):
             network = self.network(model)
             readers = {unit.name: linear_readers(unit, network.flow, context) for unit in context.units}
             self.check_memory(readers, network)
-            for units in self._together(context.units, readers):
+            chunks = list(self._together(context.units, readers))
+            for units in chunks:
                 found = self.measure({unit.name: readers[unit.name] for unit in units}, model, model)
+                if self.keeps and len(chunks) == 1:
+                    self._measured = dict(found)
                 for unit in units:
                     yield unit, found.pop(unit.name)
 

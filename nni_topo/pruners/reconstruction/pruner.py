@@ -144,6 +144,7 @@ class ReconstructionPruner(StructuredPruner):
         )
         is_by_error = isinstance(planner, BudgetPlanner) and planner.budget.allocation == "error"
         by_error = ReconstructionProblems(calibration, seed=seed) if is_by_error else None
+        self._all_problems = [self._problems] if by_error is None else [self._problems, by_error]
         super().__init__(
             model,
             config_list,
@@ -153,6 +154,10 @@ class ReconstructionPruner(StructuredPruner):
             calculator=ReconstructionMetric(problems=self._problems, swaps=swaps, by_error=by_error, progress=progress),
             planner=planner,
         )
+
+    def _keep_measurements(self) -> None:
+        for problems in self._all_problems:
+            problems.keeps = True
 
     def _collect_data(self) -> Data:
         # Clouds are looked at only where layers are compared: by thresholds, global groups and budgets.

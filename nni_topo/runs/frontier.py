@@ -1,0 +1,491 @@
+"""Networks of several sizes from one run, and what each of them loses."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nni.compression.utils import Evaluator
+from torch import nn
+
+from nni_topo.disk import output_folder, path_of, write_figure, write_json
+from nni_topo.errors import ANYTHING, ConfigError, checked, is_finite, shown
+from nni_topo.maths.knee import knee
+from nni_topo.maths.ties import first_smallest
+from nni_topo.network.cost import measure_latency, time_shares
+from nni_topo.network.io import save
+from nni_topo.network.runtime import (
+    BATCHES,
+    MODEL,
+    ROUND_TO,
+    batches_of,
+    calls,
+    first_call,
+    leaves_models_alone,
+)
+from nni_topo.pruners.budget import Budget, outcome_of
+from nni_topo.recovery import RecoveryMethod
+from nni_topo.recovery.distilling import course_length
+from nni_topo.recovery.lesson import Outputs, check_one_shape, judged
+from nni_topo.runs.shrink import ShrinkReport, tell_report, without_share
+from nni_topo.runs.steps import (
+    Compensate,
+    Distill,
+    ImageParts,
+    Measurements,
+    RecoveredNetwork,
+    ShrinkSteps,
+    Stage,
+    check_has_size,
+    check_steps,
+)
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+SHARES = (0.75, 0.5, 0.25, 0.1)
+_DISTILLED = 1.0  # steps of distillation for all networks together, as a multiple of those for a single one
+_LEAST_STEPS = 40
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One of the networks, and what it costs and loses. Intervals are of 95 %, over the held-out images."""
+
+    share: float  # of the cost, that was asked for; 1.0 is the unpruned network
+    left: float  # share of the cost that is kept
+    macs: int  # multiply-accumulates of one sample
+    params: int
+    changed: float  # share of held-out images whose answer, the class of the largest output, changes; NaN: no classes
+    changed_low: float
+    changed_high: float
+    distance: float  # mean squared distance of the outputs from the unpruned network's over their variance, held out
+    distance_low: float
+    distance_high: float
+    accuracy: float  # what `evaluate` returns; NaN without it
+    start: float  # share of the network that this one was made from: 1.0, or that of a larger one
+    is_distilled: bool  # whether learned weights were kept
+    is_knee: bool  # whether the curve of the losses has its knee here
+    seconds: float  # wall time
+
+
+class Frontier(Mapping[float, nn.Module]):
+    """Networks of several sizes by the share of the cost that was asked for, e.g. ``found[0.25]``.
+
+    Attributes
+    ----------
+    points : tuple of FrontierPoint
+        The unpruned network and the others, from the largest on.
+    kind : {"flops", "params", "latency", "memory"}
+        The cost that is counted.
+    measure : {"answers", "distance"}
+        What the curve shows: the share of changed answers, or where outputs aren't scores of classes the distance.
+    images, held_out : int
+        Number of calibration images, and of held-out images, which the figures are of. The held-out ones also decide
+        whether a network starts from a larger one, and whether distilled weights are kept; 0 if there were fewer than
+        eight images in all, then the figures are those of the calibration images.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[float, nn.Module],
+        points: Sequence[FrontierPoint],
+        kind: str,
+        measure: str,
+        images: int,
+        held_out: int,
+    ) -> None:
+        self._networks = dict(networks)
+        self.points, self.kind, self.measure = tuple(points), kind, measure
+        self.images, self.held_out = images, held_out
+
+    def __getitem__(self, share: float) -> nn.Module:
+        return self._networks[share]
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._networks)
+
+    def __len__(self) -> int:
+        return len(self._networks)
+
+    @property
+    def knee(self) -> float | None:
+        """The share of the network at the knee of the curve: smaller ones lose more than they save; None without."""
+        return next((point.share for point in self.points if point.is_knee), None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the points as mappings, one for each network."""
+        return [asdict(point) for point in self.points]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the points as a table, one row each."""
+        import pandas
+
+        return pandas.DataFrame(self.rows())
+
+    def plot(self) -> Figure:
+        """Draw what the networks lose against their cost, with 95 % intervals and the knee."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5.0, 3.6), layout="constrained")
+        axis = figure.subplots()
+        percent = 100.0 if self.measure == "answers" else 1.0
+        points = [point for point in self.points if math.isfinite(self._loss(point))]
+        left = [100.0 * point.left for point in points]
+        values = [percent * self._loss(point) for point in points]
+        bounds = [[percent * each for each in self._bounds(point)] for point in points]
+        low = [max(value - bound[0], 0.0) for value, bound in zip(values, bounds, strict=True)]
+        high = [max(bound[1] - value, 0.0) for value, bound in zip(values, bounds, strict=True)]
+        axis.errorbar(left, values, yerr=[low, high], fmt="o-", capsize=3, label=f"{self.held_out} held-out images")
+        for place, value, point in zip(left, values, points, strict=True):
+            if point.is_knee:
+                axis.plot([place], [value], "D", color="C3", markersize=8, zorder=3, label="knee")
+        lost = "changed answers %" if self.measure == "answers" else "distance / variance"
+        axis.set(xlabel=f"{self.kind} kept %", ylabel=lost, xlim=(0, 105))
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+        return figure
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write all networks, the table and the picture into a folder, made if missing.
+
+        Parameters
+        ----------
+        folder : str or path-like
+            A network is named after its share, e.g. ``0.25.pt``, which :func:`nni_topo.load` reads; the others are
+            ``frontier.json`` and ``frontier.png``. Existing files are replaced.
+
+        Returns
+        -------
+        list of Path
+            The files.
+        """
+        place = output_folder(path_of(folder, "folder"))
+        files = []
+        for share, network in self.items():
+            files.append(place / f"{share:g}.pt")
+            save(network, files[-1])
+        rows = [
+            {name: value if is_finite(value) or isinstance(value, bool) else None for name, value in row.items()}
+            for row in self.rows()
+        ]
+        files += [place / "frontier.json", place / "frontier.png"]
+        write_json(files[-2], {"cost": self.kind, "measure": self.measure, "knee": self.knee, "networks": rows})
+        write_figure(files[-1], self.plot(), 130)
+        return files
+
+    def _loss(self, point: FrontierPoint) -> float:
+        return point.changed if self.measure == "answers" else point.distance
+
+    def _bounds(self, point: FrontierPoint) -> tuple[float, float]:
+        if self.measure == "answers":
+            return point.changed_low, point.changed_high
+        return point.distance_low, point.distance_high
+
+    def __repr__(self) -> str:
+        names = ["share", "left", "macs", "params", "changed", "distance", "accuracy", "start", "is_distilled"]
+        frame = self.to_frame()[[*names, "seconds"]].dropna(axis="columns", how="all")
+        lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
+        if self.held_out:
+            lines.append(f"measured on {self.held_out} held-out images; the {self.images} others are calibration data")
+        else:
+            lines.append(
+                f"measured on the {self.images} calibration images, on which networks look better than they are"
+            )
+        if self.knee is None:
+            lines.append("the curve has no knee")
+        else:
+            lines.append(f"the knee is at a share of {self.knee:g}: smaller networks lose more for what they save")
+        return "\n".join(lines)
+
+
+@checked(
+    model=MODEL,
+    images=BATCHES,
+    shares=ANYTHING,
+    budget=ANYTHING,
+    pruner=ANYTHING,
+    distill=ANYTHING,
+    round_to=ROUND_TO,
+)
+@leaves_models_alone
+def frontier(
+    model: nn.Module,
+    images: Iterable[Any] | Evaluator,
+    shares: Sequence[float] = SHARES,
+    *,
+    budget: Mapping[str, Any] | str = "flops",
+    pruner: str = "reconstruction",
+    knobs: Mapping[str, Any] | None = None,
+    layers: Iterable[str | Mapping[str, Any]] | None = None,
+    compensate: str | RecoveryMethod | Compensate | None = "reconstruct",
+    distill: Mapping[str, Any] | Distill | bool = True,
+    narrow_heads: bool = True,
+    outputs: Outputs | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    round_to: int | Literal["auto"] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Frontier:
+    """Make networks of several sizes from one trained network, from unlabelled images alone.
+
+    What :func:`nni_topo.shrink` does for one budget, with everything that doesn't depend on it done once.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The trained network, not wrapped by a pruner. It isn't changed.
+    images : iterable or nni.compression.utils.Evaluator
+        Batches of inputs, or of ``(inputs, ...)``, as for :func:`nni_topo.shrink`.
+    shares : sequence of float, default=(0.75, 0.5, 0.25, 0.1)
+        Shares of the cost to keep, in (0, 1) and descending.
+    budget : str or mapping, default="flops"
+        The cost that the shares are of, ``"flops"``, ``"params"``, ``"latency"`` or ``"memory"``; with other settings
+        of :class:`nni_topo.Budget` ``{"flops": None, "allocation": "error"}``.
+    pruner : str, default="reconstruction"
+        Name of a structured pruner that accepts a budget, or of one of NNI's.
+    knobs, layers, compensate, narrow_heads, outputs, evaluate, round_to, seed, progress
+        As for :func:`nni_topo.shrink`.
+    distill : mapping, callable or bool, default=True
+        As for :func:`nni_topo.shrink`. Unless ``steps`` or ``seconds`` of each network are given, all networks share
+        the steps that a single one takes, the smaller ones more of them.
+
+    Returns
+    -------
+    Frontier
+        The networks by their share, with ``to_frame()``, ``rows()``, ``plot()`` and ``save(folder)``. Each network has
+        a ``report``, a :class:`ShrinkReport <nni_topo.runs.shrink.ShrinkReport>`.
+
+    Raises
+    ------
+    ConfigError
+        If the shares aren't descending numbers in (0, 1), or a name or a knob is invalid.
+    DataError, SpeedupError
+        As for :func:`nni_topo.shrink`.
+
+    See Also
+    --------
+    nni_topo.shrink : One network; with a tolerance, the smallest one that it allows.
+
+    Notes
+    -----
+    Where the distilled weights of a network were kept, the next smaller one is also made from it, and starts from there
+    if its loss on the held-out images, as :func:`nni_topo.distill` counts it, is no larger than that of the one made
+    from the unpruned network.
+
+    The knee is the point farthest below the straight line between the unpruned and the smallest network, where both
+    axes are scaled to [0, 1] [1]_.
+
+    References
+    ----------
+    .. [1] Satopaa et al., "Finding a 'kneedle' in a haystack", ICDCS Workshops 2011.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> found = frontier(model, [torch.randn(256, 16)], (0.5, 0.25), distill=False)
+    >>> list(found)
+    [0.5, 0.25]
+    >>> found[0.25](torch.randn(2, 16)).shape
+    torch.Size([2, 4])
+    """
+    calibration = batches_of(images, model, "images")
+    wanted = _checked_shares(shares)
+    template = without_share(budget, "frontier")
+    if template is None:
+        raise ConfigError(
+            f"budget must name a cost, e.g. 'flops' or {{'flops': None}}, got {shown(budget)}: shares says how much is "
+            "kept (frontier)"
+        )
+    kind = template.kind
+    layers = None if layers is None else list(layers)
+    check_steps(model, template, pruner, knobs, layers, compensate, distill, outputs, evaluate, place="frontier")
+    check_has_size(pruner, "shares need")
+    data = ImageParts.of(calibration, model)
+    if distill is True or isinstance(distill, Mapping):
+        check_one_shape(calls(model, data.all))
+    measured = Measurements(model, data, evaluate, outputs)
+    measured.add("unpruned", model)
+    settings: dict[str, Any] = {
+        "pruner": pruner,
+        "knobs": knobs,
+        "layers": layers,
+        "compensate": compensate,
+        "distill": distill,
+        "narrow_heads": narrow_heads,
+        "outputs": outputs,
+        "round_to": round_to,
+        "seed": seed,
+        "progress": progress,
+    }
+    steps = ShrinkSteps.prepare(model, data, kind, **settings, is_search=True)
+    timed = template
+    if kind == "latency" and template.latency_table is None:
+        # Measured once for all networks; these are timed at the end.
+        template = replace(template, latency_table=measure_latency(model, steps.example_for(kind)))
+    own_steps = _distillation_steps(wanted, data.learned.samples, distill)
+
+    networks: dict[float, nn.Module] = {}
+    reports: list[ShrinkReport] = []
+    starts: list[float] = []
+    lefts: list[float] = []
+    times: list[float] = []
+    for share, count in zip(wanted, own_steps, strict=True):
+        began = time.perf_counter()
+        fixed: Any = {kind: share}
+        own = replace(template, **fixed)
+        recovered, tried = steps.recover(own)
+        left, start = steps.share_left(own, recovered), 1.0
+        larger = wanted[len(networks) - 1] if networks else None
+        # Where learned weights were discarded, the larger network has nothing that this one hasn't.
+        if larger is not None and is_learned(reports[-1]) and kind != "latency" and _has_no_bounds(layers):
+            other = _made_from_larger(networks[larger], lefts[-1], share, data, template, settings, recovered)
+            if other is not None:
+                own_left = steps.share_left(own, other)
+                # One that keeps more of the cost would win for that alone.
+                is_comparable = own_left <= left + outcome_of(own, left, "").tolerance
+                if is_comparable and _is_no_worse(model, recovered, other, data, outputs):
+                    recovered, start, left = other, larger, own_left
+        outcome = outcome_of(own, left, "the next possible numbers of channels come no nearer")
+        if not outcome.is_near:
+            _logger.warning("%s", outcome)
+        final, verdict = steps.distil(recovered.dense, **({} if count is None else {"steps": count}))
+        is_last_step_distilled = distill is not False
+        measured.add("distilled" if is_last_step_distilled else "reconstructed", final)
+        report = ShrinkReport(
+            stages=(measured.stages[0], measured.stages[-1]),
+            layers=recovered.layers,
+            compensation=recovered.report,
+            tried=tried,
+            budget=outcome,
+            images=data.learned.samples,
+            held_out=0 if data.held_out is None else data.held_out.samples,
+            warnings=() if recovered.report is None else recovered.report.warnings,
+            whole=steps.prunable.unpruned,
+            distillation=verdict,
+        )
+        tell_report(final, report)
+        networks[share] = final
+        reports.append(report)
+        starts.append(start)
+        lefts.append(left)
+        times.append(time.perf_counter() - began)
+    if kind == "latency" and timed.latency_table is None:
+        args, kwargs = first_call(model, data.all)
+        found = time_shares(list(networks.values()), model, kwargs or args, wanted[-1])
+        lefts = [share for share, _ in found]
+    measure = "answers" if measured.answers.are_classes else "distance"
+    points = [_point(1.0, 1.0, measured.stages[0], 1.0, False, 0.0)]
+    for share, left, report, start, seconds in zip(wanted, lefts, reports, starts, times, strict=True):
+        points.append(_point(share, left, report.stages[-1], start, is_learned(report), seconds))
+    losses = [point.changed if measure == "answers" else point.distance for point in points]
+    bend = knee([point.left for point in points], losses)
+    if bend is not None:
+        points[bend] = replace(points[bend], is_knee=True)
+    held_out = 0 if data.held_out is None else data.held_out.samples
+    return Frontier(networks, points, kind, measure, data.learned.samples, held_out)
+
+
+def is_learned(report: ShrinkReport) -> bool:
+    """Say whether a network has weights that distillation learned."""
+    if report.distillation is not None:
+        return report.distillation.is_kept
+    return report.stages[-1].network == "distilled"  # a function of the caller's, whose network is kept in any case
+
+
+def _checked_shares(shares: Any) -> list[float]:
+    """Return the shares, or raise ConfigError."""
+    rule = "shares must be descending numbers in (0, 1), at least one"
+    if isinstance(shares, (str, bytes, Mapping)) or not isinstance(shares, Iterable):
+        raise ConfigError(f"{rule}, got {shown(shares)} (frontier)")
+    given = list(shares)
+    for place, share in enumerate(given):
+        if not is_finite(share) or not 0.0 < share < 1.0:
+            raise ConfigError(f"{rule}, got {shown(share)} (shares[{place}])")
+        if place and not share < given[place - 1]:
+            raise ConfigError(f"{rule}, got {share} after {given[place - 1]} (shares[{place}])")
+    if not given:
+        raise ConfigError(f"{rule}, got none (shares)")
+    return [float(share) for share in given]
+
+
+def _distillation_steps(shares: list[float], images: int, distill: Any) -> list[int | None]:
+    """Return how many steps each network is distilled, all hardly more than a single one; None: as it is asked for."""
+    given = distill if isinstance(distill, Mapping) else {}
+    if distill is False or callable(distill) or any(given.get(name) is not None for name in ("steps", "seconds")):
+        return [None] * len(shares)
+    total = _DISTILLED * course_length(images, given.get("batch_size", 64))
+    # Networks that lose more have more to learn.
+    weights = [1.0 - share for share in shares]
+    return [max(_LEAST_STEPS, round(total * weight / sum(weights))) for weight in weights]
+
+
+def _has_no_bounds(layers: list[str | Mapping[str, Any]] | None) -> bool:
+    """Say whether no layer has a bound of its own, which is a share of the unpruned network's channels."""
+    bounds = {"min_sparse_ratio", "max_sparse_ratio"}
+    return not any(bounds & each.keys() for each in layers or () if isinstance(each, Mapping))
+
+
+def _made_from_larger(
+    larger: nn.Module,
+    left: float,
+    share: float,
+    data: ImageParts,
+    template: Budget,
+    settings: Mapping[str, Any],
+    recovered: RecoveredNetwork,
+) -> RecoveredNetwork | None:
+    """Prune a larger network further, to the same share of the unpruned one's cost; None where that can't be."""
+    fixed: Any = {template.kind: min(share / left, 1.0)}
+    try:
+        steps = ShrinkSteps.prepare(larger, data, template.kind, **settings, is_search=True)
+        other, _ = steps.recover(replace(template, **fixed))
+    except ConfigError as error:  # nothing more can go
+        _logger.info("the network of share %g isn't made from a larger one: %s", share, error)
+        return None
+    # Its report counts the larger network's channels as those before: a reader wants the unpruned network's.
+    before = {row.name: row.before for row in recovered.layers.rows}
+    rows = tuple(replace(row, before=before.get(row.name, row.before)) for row in other.layers.rows)
+    return replace(other, layers=replace(other.layers, rows=rows))
+
+
+def _is_no_worse(
+    model: nn.Module, plain: RecoveredNetwork, other: RecoveredNetwork, data: ImageParts, outputs: Outputs | None
+) -> bool:
+    """Say whether a network made from a larger one loses no more on the held-out images."""
+    if data.judges is None:
+        return False
+    found = judged(model, [other.dense, plain.dense], data.judges, outputs)
+    return first_smallest([each.loss if math.isfinite(each.loss) else math.inf for each in found]) == 0
+
+
+def _point(share: float, left: float, stage: Stage, start: float, is_distilled: bool, seconds: float) -> FrontierPoint:
+    """Return the point of a network after its last step."""
+    return FrontierPoint(
+        share=share,
+        left=left,
+        macs=stage.macs,
+        params=stage.params,
+        changed=1.0 - stage.agreement,
+        changed_low=1.0 - stage.agreement_high,
+        changed_high=1.0 - stage.agreement_low,
+        distance=stage.distance,
+        distance_low=stage.distance_low,
+        distance_high=stage.distance_high,
+        accuracy=stage.accuracy,
+        start=start,
+        is_distilled=is_distilled,
+        is_knee=False,
+        seconds=seconds,
+    )

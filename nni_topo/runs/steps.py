@@ -1,0 +1,558 @@
+"""The steps of a network that is made smaller from calibration data: choose channels, reconstruct, distil, measure.
+
+:func:`nni_topo.shrink` runs each of them once, a search within a tolerance and :func:`nni_topo.frontier` for several
+sizes: the same functions, on what was prepared and measured once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from nni_topo.errors import FUNCTION, NONE, ConfigError, check_knobs, instance, shown, unknown_name
+from nni_topo.network.cost import LatencyTable, NetworkCost, time_shares
+from nni_topo.network.runtime import (
+    HELD_OUT,
+    Calibration,
+    check_model,
+    detached_copy,
+    device_of,
+    evaluation_mode,
+    first_call,
+    leaves_models_alone,
+    structure_call,
+)
+from nni_topo.network.speedup import (
+    OUTPUT,
+    DenseReport,
+    MasksLike,
+    by_reason,
+    check_masks,
+    dense_report_of,
+    dependency_groups,
+    to_dense,
+    widths_multiple,
+)
+from nni_topo.pruners.base import StructuredPruner
+from nni_topo.pruners.budget import (
+    AUTO,
+    ONE_CHANNEL,
+    Budget,
+    BudgetOutcome,
+    BudgetPlanner,
+    budget_outcome,
+    network_cost,
+    tell_if_missed,
+)
+from nni_topo.pruners.checks import check_no_ratios
+from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
+from nni_topo.recovery import RecoveryMethod, compensation, distillation
+from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
+from nni_topo.recovery.distilling import Verdict
+from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs
+from nni_topo.recovery.likeness import Answers
+from nni_topo.recovery.narrowing import narrow_instead
+from nni_topo.recovery.registry import RECOVERIES
+from nni_topo.recovery.report import CompensationReport
+from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
+from nni_topo.runs.choices import Target
+from nni_topo.runs.widths import layer_ratios, pruning_config, sorted_layers
+
+Compensate = Callable[[nn.Module, MasksLike, Iterable[Any]], nn.Module]
+Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
+
+# A network is said to be worse on held-out images than on calibration images if its distance is so many times as large,
+# or its agreement so much smaller, and the interval of the held-out figure excludes the other one.
+_GAP = 2.0
+_LEAST_GAP = 0.05  # held-out distances below it, as shares of the outputs' variance, are small enough
+_GAP_OF_AGREEMENT = 0.05
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The network after one step. Intervals are of 95 %, over the held-out images."""
+
+    network: str  # unpruned, pruned, reconstructed or distilled
+    macs: int  # multiply-accumulates of one sample
+    params: int
+    distance: float  # mean squared distance of the outputs from the unpruned network's over their variance, held out
+    distance_low: float
+    distance_high: float
+    agreement: float  # share of held-out images with the largest output of the unpruned network; NaN without classes
+    agreement_low: float
+    agreement_high: float
+    calibration_distance: float  # the same on the calibration images, where networks look better than they are
+    calibration_agreement: float
+    accuracy: float  # what `evaluate` returns; NaN without it
+    # Wall time of the step; of "pruned" that of all tries and their recovery with allocation="auto" or a tolerance.
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ImageParts:
+    """The images, split into calibration data and held-out images.
+
+    No step uses the held-out ones: a network looks better than it is on the images that its weights were solved on.
+    """
+
+    all: Calibration
+    learned: Calibration
+    judges: Calibration | None  # decide between networks; None where images are too few
+    held_out: Calibration | None  # the report's figures are of these; None where images are too few
+    example: Any  # example inputs, of which only the shapes are read
+
+    @classmethod
+    def of(
+        cls, calibration: Calibration, model: nn.Module, parts: tuple[Calibration | None, ...] | None = None
+    ) -> ImageParts:
+        """Hold out every eighth image, or name three parts in the order of the fields; make example inputs."""
+        args, kwargs = structure_call(model, calibration)
+        if parts is None:
+            learned, held_out = calibration.split()
+            return cls(calibration, learned, held_out, held_out, kwargs or args)
+        first, judges, held_out = parts
+        return cls(calibration, calibration if first is None else first, judges, held_out, kwargs or args)
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """The layers to prune, as entries of a config_list without ratios."""
+
+    entries: list[dict[str, Any]]
+    unpruned: dict[str, str]  # by other layer, why it can't lose channels; empty where the caller names the layers
+    is_default: bool  # the caller named no layer
+
+
+@dataclass(frozen=True)
+class PrunedNetwork:
+    """The pruned network without recovery."""
+
+    full: nn.Module  # of full size, heads made narrower
+    masks: MasksLike
+    dense: nn.Module
+    planned: BudgetOutcome | None  # the outcome as the pruner counts it; None where it accepts no budget
+
+
+@dataclass(frozen=True)
+class RecoveredNetwork:
+    """The pruned network after weight reconstruction, if that was asked for."""
+
+    pruned: PrunedNetwork
+    dense: nn.Module
+    layers: DenseReport
+    report: CompensationReport | None
+
+
+@dataclass(frozen=True)
+class ShrinkSteps:
+    """How a network is made smaller, apart from the budget."""
+
+    model: nn.Module
+    images: ImageParts
+    prunable: Prunable
+    pruner: str | Callable[..., MasksLike]
+    knobs: dict[str, Any]
+    compensate: str | RecoveryMethod | Compensate | None
+    distill: Mapping[str, Any] | Distill | bool
+    narrows: bool
+    outputs: Outputs | None
+    round_to: int | None
+    seed: int
+    progress: bool | None
+    is_search: bool = False  # whether networks of several sizes are made: a missed budget of one isn't told
+    # By kind of cost and allocation, the pruner that is asked again for every size: with what it has measured.
+    _asked: dict[tuple[str, str], StructuredPruner] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(
+        cls,
+        model: nn.Module,
+        images: ImageParts,
+        kind: str,
+        *,
+        pruner: str | Callable[..., MasksLike],
+        knobs: Mapping[str, Any] | None,
+        layers: list[str | Mapping[str, Any]] | None,
+        compensate: str | RecoveryMethod | Compensate | None,
+        distill: Mapping[str, Any] | Distill | bool,
+        narrow_heads: bool,
+        outputs: Outputs | None,
+        round_to: int | Literal["auto"] | None,
+        seed: int,
+        progress: bool | None,
+        is_search: bool = False,
+    ) -> ShrinkSteps:
+        """Find the layers that can lose channels; ``kind`` is the cost that is made small."""
+        prunable = _layers_to_prune(model, images.example, layers)
+        width_unit = widths_multiple(round_to, device_of(model))
+        return cls(
+            model=model,
+            images=images,
+            prunable=prunable,
+            pruner=pruner,
+            knobs=dict(knobs or {}),
+            compensate=compensate,
+            distill=distill,
+            narrows=narrow_heads and kind != "latency" and width_unit is None,
+            outputs=outputs,
+            round_to=width_unit,
+            seed=seed,
+            progress=progress,
+            is_search=is_search,
+        )
+
+    def prune(self, budget: Budget) -> PrunedNetwork:
+        """Prune under a budget."""
+        masks, planned = self._choose_channels(budget)
+        full = self.model
+        if self.narrows:
+            full, masks = narrow_instead(self.model, self.images.learned, masks)
+        return PrunedNetwork(full, masks, to_dense(full, self.images.example, masks, round_to=self.round_to), planned)
+
+    def reconstruct(self, pruned: PrunedNetwork) -> RecoveredNetwork:
+        """Reconstruct the weights of a pruned network, if that was asked for."""
+        if self.compensate is None:
+            return RecoveredNetwork(pruned, pruned.dense, dense_report_of(pruned.dense), None)
+        images, report = self.images.learned, None
+        if isinstance(self.compensate, (str, RecoveryMethod)):
+            done = compensation(
+                pruned.full, pruned.masks, images, method=self.compensate, seed=self.seed, progress=self.progress
+            )
+            full, report = done.model, done.report
+        else:
+            full = _checked_network(self.compensate(pruned.full, pruned.masks, images), "compensate")
+        dense = to_dense(full, self.images.example, pruned.masks, round_to=self.round_to)
+        return RecoveredNetwork(pruned, dense, dense_report_of(dense), report)
+
+    def recover(self, budget: Budget) -> tuple[RecoveredNetwork, tuple[Tried, ...]]:
+        """Prune under a budget and reconstruct; for ``"auto"`` in each way that the pruner offers, the best is kept."""
+        if budget.allocation != AUTO:
+            return self.reconstruct(self.prune(budget)), ()
+        judges = check_held_out(self.images.all, self.images.judges)
+        candidates: dict[str, RecoveredNetwork] = {}
+        for name in allocations_to_try(self.pruner):
+            own: Any = replace(budget, allocation=name)  # type: ignore[arg-type]
+            candidates[name] = self.reconstruct(self.prune(own))
+        networks = {name: each.dense for name, each in candidates.items()}
+        tried = compared(self.model, networks, judges, self.outputs)
+        return next(candidates[each.allocation] for each in tried if each.is_chosen), tried
+
+    def distil(self, dense: nn.Module, **own: Any) -> tuple[nn.Module, Verdict | None]:
+        """Distil a dense network, if asked to, and return it with the figures that decided whether weights are kept.
+
+        The figures are None where :func:`nni_topo.distill` doesn't run. ``own`` are knobs of this network alone, which
+        give way to those of the caller.
+        """
+        if self.distill is False:
+            return dense, None
+        if callable(self.distill):
+            return _checked_network(self.distill(dense, self.model, self.images.learned), "distill"), None
+        knobs: dict[str, Any] = {
+            "held_out": self.images.judges,
+            "outputs": self.outputs,
+            "seed": self.seed,
+            "progress": self.progress,
+            **own,
+        }
+        given: Mapping[str, Any] = {} if self.distill is True else self.distill
+        chosen = {name: value for name, value in given.items() if value is not None or name not in own}
+        done = distillation(dense, self.model, self.images.learned, **knobs | chosen)
+        return done.model, done.verdict
+
+    @leaves_models_alone
+    def outcome(self, budget: Budget, recovered: RecoveredNetwork) -> BudgetOutcome:
+        """Return the share of the cost that a dense network keeps, and warn where that misses the budget."""
+        planned = recovered.pruned.planned
+        share = self.share_left(budget, recovered)
+        if planned is not None and not planned.is_met:  # the warning was given
+            return budget_outcome(budget.kind, budget.share, share, planned.why)
+        if chooses_how_many(self.pruner):
+            return tell_if_missed(budget, share, "the pruner chooses how many channels it keeps")
+        why = "layers keep channels that were to be removed" if recovered.layers.kept else ONE_CHANNEL
+        return budget_outcome(budget.kind, budget.share, share, why)
+
+    def share_left(self, budget: Budget, recovered: RecoveredNetwork) -> float:
+        """Return the share of the cost that a dense network of :meth:`reconstruct` keeps."""
+        args, kwargs = first_call(self.model, self.images.all)
+        example: Any = kwargs or args
+        dense = recovered.dense
+        if budget.kind != "latency":
+            return float(network_cost(budget.kind, dense, example)({}) / self._unpruned_cost(budget.kind, example))
+        if budget.latency_table is not None:
+            table: Any = budget.latency_table  # a file was read when the budget was made
+            cost = network_cost(budget.kind, self.model, example, table)
+            known = {row.name: row for row in recovered.layers.rows if row.name in table.layers}
+            widths = {name: np.arange(row.before) < row.after for name, row in known.items()}
+            return float(cost(widths) / cost({}))
+        ((share, _),) = time_shares([dense], self.model, example, budget.share)
+        return share
+
+    def _unpruned_cost(self, kind: str, example: Any) -> float:
+        if kind not in self._costs:
+            self._costs[kind] = network_cost(kind, self.model, example)({})
+        return self._costs[kind]
+
+    @cached_property
+    def _costs(self) -> dict[str, float]:
+        """The costs of the unpruned network that are known."""
+        return {}
+
+    def example_for(self, kind: str) -> Any:
+        """Return the inputs by which a cost is counted: for time a whole batch."""
+        if kind != "latency":
+            return self.images.example
+        args, kwargs = first_call(self.model, self.images.learned)
+        return kwargs or args
+
+    def _choose_channels(self, budget: Budget) -> tuple[MasksLike, BudgetOutcome | None]:
+        """Run the pruner on a copy of the model, and return its masks and the outcome of the budget as it counts it.
+
+        The outcome is None where the pruner accepts no budget.
+        """
+        known = self._asked.get((budget.kind, budget.allocation))
+        if known is not None:
+            return self._ask(known, budget)
+        victim, entries, pruner = detached_copy(self.model), self.prunable.entries, self.pruner
+        groups = dependency_groups(victim, self.images.example, entries)
+        config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups
+        if callable(pruner):
+            chosen = pruner(victim, config_list, self.images.learned)
+            instance(Mapping).check("masks", chosen, "pruner")
+            check_masks(self.model, chosen)
+            return chosen, None
+        example = self.example_for(budget.kind)
+        pruner_knobs = pruner_info(pruner).knobs()
+        if "budget" not in pruner_knobs:
+            table: LatencyTable | Any = budget.latency_table  # a file is read when the budget is made
+            kind: Any = budget.kind
+            target = Target(kind, budget.share)
+            ratios = layer_ratios(self.model, example, target, entries, table, self.round_to)
+            config_list = pruning_config(self.model, example, ratios)
+        offered = {
+            "seed": self.seed,
+            "calibration": self.images.learned,
+            "example_inputs": example,
+            "budget": budget,
+            "round_to": self.round_to,
+        }
+        taken = {name: offered[name] for name in pruner_knobs if name in offered}
+        wrapped = create_pruner(pruner, victim, config_list, **taken | self.knobs)
+        is_asked = isinstance(wrapped, StructuredPruner) and isinstance(wrapped.planner, BudgetPlanner)
+        if self.is_search and is_asked:
+            self._asked[budget.kind, budget.allocation] = wrapped
+            return self._ask(wrapped, budget)
+        masks: MasksLike = wrapped.compress()[1]
+        wrapped.unwrap_model()
+        planner = getattr(wrapped, "planner", None)  # NNI's pruners have none
+        return masks, planner.outcome if isinstance(planner, BudgetPlanner) else None
+
+    def _ask(self, pruner: StructuredPruner, budget: Budget) -> tuple[MasksLike, BudgetOutcome | None]:
+        """Return the masks of a pruner for a budget, and the outcome."""
+        masks = pruner.masks_for(budget)
+        planner: Any = pruner.planner
+        return masks, planner.outcome
+
+
+def _layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]] | None) -> Prunable:
+    """Return config_list entries for the named layers; by default for all layers that can lose channels."""
+    if layers is not None:
+        entries = [dict(each) for each in layers if isinstance(each, Mapping)]
+        names = [each for each in layers if isinstance(each, str)]
+        return Prunable([{"op_names": names}, *entries] if names else entries, {}, is_default=False)
+    names, unpruned = sorted_layers(model, example)
+    if not names:
+        # What can be changed comes first: a layer that gives the output keeps its channels in any case.
+        layers_of = sorted(by_reason(unpruned).items(), key=lambda each: each[0] == OUTPUT)
+        told = [f"{', '.join(same)}: {why}" for why, same in layers_of]
+        reasons = "; ".join(told) or "no convolution or linear layer"
+        raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {reasons} (shrink)")
+    return Prunable([{"op_names": names}], unpruned, is_default=True)
+
+
+class Measurements:
+    """Measures the network after each step, and the step's time."""
+
+    @leaves_models_alone
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageParts,
+        evaluate: Callable[[nn.Module], float] | None,
+        outputs: Outputs | None = None,
+    ) -> None:
+        # The calibration images first, the held-out ones last; between them those that decide, if they are others.
+        parts = [data.learned]
+        for part in (data.judges, data.held_out):
+            if part is not None and part is not parts[-1]:
+                parts.append(part)
+        self.answers = Answers(model, *parts, outputs=outputs)
+        self._data, self._evaluate = data, evaluate
+        self.stages: list[Stage] = []
+        self._began = time.perf_counter()
+
+    @leaves_models_alone
+    def add(self, name: str, net: nn.Module) -> None:
+        """Measure a network."""
+        seconds = time.perf_counter() - self._began if self.stages else 0.0
+        found = self.answers.likenesses(net)
+        solved, held_out = found[0], found[-1]  # one and the same where none is held out
+        cost = NetworkCost(net, self._data.example)({})
+        with evaluation_mode(net):
+            accuracy = math.nan if self._evaluate is None else number_of(self._evaluate(net))
+        stage = Stage(
+            network=name,
+            macs=cost.macs,
+            params=cost.params,
+            distance=held_out.distance.value,
+            distance_low=held_out.distance.low,
+            distance_high=held_out.distance.high,
+            agreement=held_out.agreement.value,
+            agreement_low=held_out.agreement.low,
+            agreement_high=held_out.agreement.high,
+            calibration_distance=solved.distance.value,
+            calibration_agreement=solved.agreement.value,
+            accuracy=accuracy,
+            seconds=seconds,
+        )
+        self.stages.append(stage)
+        self._began = time.perf_counter()
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what makes the figures of the last network doubtful, and what to do about it."""
+        return (*self._worse(), *self._few_images())
+
+    def _worse(self) -> tuple[str, ...]:
+        """Return a warning where distillation took the network away from the unpruned one.
+
+        That can be where a function of the caller's distils, or where other images than the held-out ones judged.
+        """
+        if self.stages[-1].network != "distilled":
+            return ()
+        before, after = self.stages[-2], self.stages[-1]
+        if not after.distance > MOST_DISTANCE * before.distance:
+            return ()
+        text = (
+            f"the distilled network is kept, but its distance from the unpruned network is {after.distance:.3g}, "
+            f"{before.distance:.3g} before distillation; these images didn't decide whether to keep it. "
+            "shrink(..., distill=False) returns the network before distillation"
+        )
+        _logger.warning("%s", text)
+        return (text,)
+
+    def _few_images(self) -> tuple[str, ...]:
+        """Return a warning where images were too few, to hold any out or for the network."""
+        if self._data.held_out is None:
+            text = (
+                f"none of {self._data.learned.samples} images could be held out, so distance and agreement are "
+                "those of the calibration images, on which a network looks better than it is: pass at least "
+                f"{HELD_OUT} images, better some hundred"
+            )
+            _logger.warning("%s", text)
+            return (text,)
+        last = self.stages[-1]
+        is_far = (
+            last.distance_low > last.calibration_distance
+            and last.distance > _GAP * last.calibration_distance
+            and last.distance > _LEAST_GAP
+        )
+        agrees_less = (
+            last.agreement_high < last.calibration_agreement
+            and last.agreement < last.calibration_agreement - _GAP_OF_AGREEMENT
+        )
+        if not (is_far or agrees_less):
+            return ()
+        found = (
+            f"distance {last.distance:.3g} on held-out images, {last.calibration_distance:.3g} on calibration images"
+        )
+        if not math.isnan(last.agreement):
+            found += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
+        text = (
+            f"{self._data.learned.samples} images are too few for this network ({found}): pass more images, as "
+            "different from each other as the images it will be used on, or keep a larger share of the cost"
+        )
+        _logger.warning("%s", text)
+        return (text,)
+
+
+def chooses_how_many(pruner: str | Callable[..., MasksLike]) -> bool:
+    """Say whether a pruner neither accepts budgets nor, as NNI's pruners do, exactly the ratios that it is given."""
+    return callable(pruner) or not (pruner_info(pruner).origin == "nni" or "budget" in pruner_info(pruner).knobs())
+
+
+def check_has_size(pruner: str | Callable[..., MasksLike], what: str) -> None:
+    """Refuse a pruner that can't be asked for a size; ``what`` begins the sentence."""
+    if chooses_how_many(pruner):
+        named = "a function" if callable(pruner) else repr(pruner)
+        raise ConfigError(
+            f"{what} a pruner that can be asked for a size, got {named}, which chooses how many channels it keeps "
+            "(pruner)"
+        )
+
+
+def number_of(found: Any) -> float:
+    """Return what `evaluate` returned, as a number."""
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"evaluate must return a number, got {shown(found)} (shrink)") from None
+
+
+def _checked_network(made: Any, name: str) -> nn.Module:
+    """Return what a function of the caller's returned, if it is a network."""
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{name} must return a torch.nn.Module, got {type(made).__name__} (shrink)")
+    return made
+
+
+def check_steps(
+    model: nn.Module,
+    budget: Budget,
+    pruner: Any,
+    knobs: Mapping[str, Any] | None,
+    layers: list[str | Mapping[str, Any]] | None,
+    compensate: Any,
+    distill: Any,
+    outputs: Any,
+    evaluate: Any,
+    place: str,
+) -> None:
+    """Check what can be checked before anything runs."""
+    check_model(model)
+    (instance(Mapping) | NONE).check("knobs", knobs, place)
+    (FUNCTION | NONE).check("evaluate", evaluate, place)
+    (FUNCTION | NONE).check("outputs", outputs, place)
+    if isinstance(pruner, type):
+        raise ConfigError(f"pruner must be a pruner's name, or a function, got the class {pruner.__name__} ({place})")
+    if not callable(pruner):
+        check_knob_names(pruner, knobs or {})
+        if not pruner_info(pruner).structured:
+            raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} ({place})")
+        check_no_ratios([each if isinstance(each, Mapping) else {} for each in layers or ()], "layers")
+    if budget.allocation == AUTO:
+        allocations_to_try(pruner)
+    if isinstance(compensate, type) and issubclass(compensate, RecoveryMethod):
+        raise ConfigError(
+            f"compensate must be a method's name, an object of it or a function, got the class {compensate.__name__} "
+            f"({place})"
+        )
+    is_given = compensate is None or isinstance(compensate, RecoveryMethod) or callable(compensate)
+    if not is_given:
+        RECOVERIES.info(compensate, "compensate")
+    if not (isinstance(distill, (bool, Mapping)) or callable(distill)):
+        raise ConfigError(f"distill must be True, False, knobs or a function, got {distill!r} ({place})")
+    if isinstance(distill, Mapping):
+        allowed = tuple(inspect.signature(distillation).parameters)[3:]
+        for knob in distill:
+            if knob not in allowed:
+                raise unknown_name("knob of distill", str(knob), allowed)
+        check_knobs("distill", distill, DISTILLATION_KNOBS)

@@ -1,0 +1,468 @@
+"""As small as a tolerance allows: a search over shares of the cost, and a confirmation on images that it never saw.
+
+The images come in three parts. On the first one channels are chosen and weights are reconstructed, the second one
+judges the candidates of the search, and the third one confirms the result. The candidates that the search found to be
+within the tolerance are looked at from the largest network to the smallest, until one fails: such a fixed sequence lets
+each look use the whole risk of 5 %, and the chance that the network returned misses its tolerance is still 5 % at most
+[1]_.
+
+References
+----------
+.. [1] A. Angelopoulos, S. Bates, E. Candes, M. Jordan and L. Lei, "Learn then test: calibrating predictive algorithms
+   to achieve risk control", https://arxiv.org/abs/2110.01052 (fixed sequence testing)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError
+from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
+from nni_topo.network.cost import measure_latency
+from nni_topo.network.runtime import Calibration, detached_copy, evaluation_mode, leaves_models_alone
+from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
+from nni_topo.recovery.distilling import Verdict
+from nni_topo.recovery.lesson import Outputs
+from nni_topo.recovery.likeness import Answers, are_classes
+from nni_topo.runs.allocating import Tried
+from nni_topo.runs.steps import RecoveredNetwork, ShrinkSteps, check_has_size, number_of
+from nni_topo.runs.widths import least_share
+
+if TYPE_CHECKING:
+    import pandas
+
+MEASURES = ("auto", "outputs", "distance", "evaluate")
+PARTS = (0, 1, 2, 0, 2, 1, 0, 2)
+"""Of eight images in turn, three are calibration data, two judge the candidates, and three confirm the result."""
+
+_LEAST = 8  # images of each part where distances are measured, for which no number follows from the tolerance
+_CANDIDATES = 6
+_SMALLEST = 1.0 / 64.0  # share of the cost below which no candidate is tried
+_STEP, _MORE_DISTILLED = 0.75, 1  # how much smaller a network is distilled next, and how many at most
+_LARGER = (1.3, 2.0)  # how much larger networks are that are confirmed before the smallest one
+_NEAR = 1.02  # no further candidate is tried between two shares whose quotient is less
+_WORDS = {
+    "answers": "share of changed answers",
+    "distance": "mean squared distance of the outputs over their variance",
+    "evaluate": "fall of what evaluate returns",
+}
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that the search tried."""
+
+    asked: float  # share of the cost that was to be kept
+    left: float  # share that is kept
+    is_distilled: bool  # otherwise it is the network after weight reconstruction
+    difference: float  # from the unpruned network, on the images that judge candidates
+    limit: float  # upper 95 % limit that the images which confirm would give, if they looked the same; NaN: evaluate
+    is_within: bool  # whether the limit, or without one the difference, is at most the tolerance
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """A look at a network on the images that the search never saw."""
+
+    left: float  # share of the cost that is kept
+    is_distilled: bool
+    difference: float
+    limit: float  # upper 95 % limit; NaN: evaluate
+    is_within: bool
+
+
+@dataclass(frozen=True)
+class ToleranceOutcome:
+    """What a search within a tolerance found; ``str`` is a sentence.
+
+    Attributes
+    ----------
+    tolerance : float
+        What was asked for.
+    measure : {"answers", "distance", "evaluate"}
+        What is at most the tolerance: the share of images whose answer, the class of the largest output, changes; the
+        mean squared distance of the outputs from the unpruned network's, over their variance; or the fall of the number
+        that ``evaluate`` returns.
+    kind : {"flops", "params", "latency", "memory"}
+        The cost that was made small.
+    left : float
+        Share of it that the returned network keeps.
+    difference, limit : float
+        Of the returned network, on the images that confirm: the estimate and its upper 95 % limit (NaN for
+        ``"evaluate"``).
+    held_out : int
+        Number of images that confirm, or of groups of images where these are known.
+    judges : int
+        Number of images, or groups, that judged the candidates.
+    needed : int
+        How many, all without a change, have the tolerance as their limit; 0 unless ``measure`` is ``"answers"``.
+    candidates : tuple of Candidate
+        All networks that were tried, in the order of the search.
+    confirmations : tuple of Confirmation
+        The looks at the images that confirm, from the largest network on.
+    is_met : bool
+        Whether a smaller network was confirmed. Otherwise a copy of the unpruned network was returned.
+    """
+
+    tolerance: float
+    measure: str
+    kind: str
+    left: float
+    difference: float
+    limit: float
+    held_out: int
+    judges: int
+    needed: int
+    candidates: tuple[Candidate, ...]
+    confirmations: tuple[Confirmation, ...]
+    is_met: bool
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the candidates as a table, one row each."""
+        import pandas
+
+        return pandas.DataFrame([asdict(each) for each in self.candidates])
+
+    def __str__(self) -> str:
+        distilled = sum(each.is_distilled for each in self.candidates)
+        tried = f"{len(self.candidates) - distilled} networks were tried, {distilled} of them also distilled"
+        if not self.is_met:
+            return f"no smaller network was found within the tolerance of {self.tolerance:g}: {tried}"
+        found = f"{_WORDS[self.measure]} {self.difference:.3g}"
+        if self.measure != "evaluate":
+            found += f", at most {self.limit:.3g} with 95 % confidence, on {self.held_out} held-out images"
+            found += " that the search didn't use"
+        text = f"the tolerance of {self.tolerance:g} is met: {found}; {self.left:.4g} of the {self.kind} are kept"
+        text += f" ({tried})"
+        if self.needed:
+            text += f". {self.needed} held-out images without a change are needed for this tolerance"
+        return text
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How far a network is from the unpruned one."""
+
+    difference: float
+    limit: float  # upper 95 % limit; NaN: evaluate
+    is_within: bool
+
+
+class Judge:
+    """Says how far networks are from the unpruned one: on the images of the search, and on those that confirm."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        answers: Answers,
+        parts: Sequence[Calibration],
+        tolerance: float,
+        measure: str,
+        evaluate: Callable[[nn.Module], float] | None,
+    ) -> None:
+        # The images that judge and those that confirm, which the answers have after the calibration data; none for a
+        # function, which has its own.
+        self._answers, self._groups = answers, [each.groups for each in parts]
+        self._evaluate, self.tolerance, self.measure = evaluate, tolerance, measure
+        self.counts = [_units(each) for each in parts] or [0, 0]
+        self._unpruned = self._number(model) if measure == "evaluate" else math.nan
+
+    def on_search(self, net: nn.Module) -> Judged:
+        """Compare on the images of the search; the limit is what those that confirm would give if they looked alike."""
+        return self._judged(net, 1, self.counts[-1])
+
+    def confirm(self, net: nn.Module) -> Judged:
+        """Compare on the images that confirm."""
+        return self._judged(net, 2, None)
+
+    def _judged(self, net: nn.Module, part: int, count: int | None) -> Judged:
+        if self.measure == "evaluate":
+            fall = self._unpruned - self._number(net)
+            return Judged(fall, math.nan, fall <= self.tolerance)
+        differences = self._answers.differences(net, part)
+        is_broken = ~np.isfinite(differences.distances)
+        if self.measure == "answers":
+            values = np.where(is_broken, 1.0, 1.0 - np.asarray(differences.agreed))
+        else:
+            values = np.asarray(differences.distances)
+        values = _by_group(values, self._groups[part - 1])
+        count = count or len(values)
+        mean = float(values.mean())
+        if self.measure == "distance":
+            deviation = float(values.std(ddof=1)) if len(values) > 1 and math.isfinite(mean) else math.nan
+            limit = limit_of_mean(mean, deviation, count)
+        elif set(values.tolist()) <= {0.0, 1.0}:
+            limit = limit_of_share(mean, count)
+        else:
+            limit = limit_of_bounded(mean, count)
+        return Judged(mean, limit, limit <= self.tolerance)
+
+    @leaves_models_alone
+    def _number(self, net: nn.Module) -> float:
+        assert self._evaluate is not None
+        with evaluation_mode(net):
+            return number_of(self._evaluate(net))
+
+
+@dataclass(frozen=True)
+class TriedNetwork:
+    """A candidate and its networks."""
+
+    candidate: Candidate
+    recovered: RecoveredNetwork
+    tried: tuple[Tried, ...]  # the allocations that were compared for it
+    network: nn.Module  # after distillation, if it was distilled
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The network that is returned, and how it was found."""
+
+    chosen: TriedNetwork | None  # None where no smaller network is within the tolerance
+    outcome: ToleranceOutcome
+    budget: BudgetOutcome | None  # None without a share that was asked for
+    warnings: tuple[str, ...]
+
+
+def resolved_measure(
+    measure: str,
+    evaluate: Callable[[nn.Module], float] | None,
+    model: nn.Module,
+    images: Calibration,
+    outputs: Outputs | None,
+) -> str:
+    """Return what is measured: ``"answers"``, ``"distance"`` or ``"evaluate"``."""
+    if measure == "evaluate" and evaluate is None:
+        raise ConfigError("measure='evaluate' needs a function evaluate, got None (shrink)")
+    if measure == "evaluate" or (measure == "auto" and evaluate is not None):
+        return "evaluate"
+    if measure == "distance" or not are_classes(model, images, outputs):
+        return "distance"
+    return "answers"
+
+
+def check_tolerance(
+    tolerance: float, measure: str, images: Calibration, parts: Sequence[Calibration | None], pruner: Any
+) -> None:
+    """Refuse a tolerance that images can't confirm, and a pruner that can't be asked for a size."""
+    check_has_size(pruner, "a tolerance needs")
+    if measure == "evaluate":
+        return
+    unit = "images" if images.groups is None else "groups of images"
+    counts = [0 if part is None else _units(part) for part in parts]
+    total = _units(images)
+    if measure == "distance":
+        if min(counts) < _LEAST:
+            enough = _total_for(_LEAST, min((0, 1, 2), key=PARTS.count))
+            raise ConfigError(f"a tolerance needs at least {enough} {unit}, got {total} (images)")
+        return
+    needed, got = observations_needed(tolerance), counts[2]
+    if got < needed:
+        least = f", or a tolerance of at least {math.ceil(1e4 * limit_of_share(0.0, got)) / 1e4:g}" if got else ""
+        raise ConfigError(
+            f"{needed} held-out {unit} without a change are needed for a tolerance of {tolerance:g}, got {got} of "
+            f"{total} {unit}: pass at least {_total_for(needed, 2)} {unit}{least} (tolerance)"
+        )
+
+
+def within_tolerance(steps: ShrinkSteps, judge: Judge, budget: Budget, asked: float | None) -> SearchResult:
+    """Search the smallest network within a tolerance, distil and confirm it.
+
+    ``budget`` says which cost is made small, and its allocation; its share is not looked at. ``asked`` is the share
+    below which no network is looked for; None: the smallest one.
+    """
+    kind, timed = budget.kind, budget
+    if kind == "latency" and budget.latency_table is None:
+        # Measured once for all candidates; the result is timed.
+        budget = replace(budget, latency_table=measure_latency(steps.model, steps.example_for(kind)))
+    table: Any = budget.latency_table
+    floor = least_share(steps.model, steps.example_for(kind), kind, steps.prunable.entries, table, steps.round_to)
+    if floor * _NEAR >= 1.0:
+        raise ConfigError(
+            f"a network must have channels to remove, got one whose fewest channels keep {floor:.4g} of its {kind} "
+            "(shrink)"
+        )
+    lowest = max(_SMALLEST, floor, asked or 0.0)
+    low, high = lowest, 1.0
+    candidates: list[Candidate] = []
+    passed: list[TriedNetwork] = []
+
+    def made(share: float) -> TriedNetwork:
+        """Make a network without distillation, and judge it."""
+        shares: Any = {kind: share}
+        own = replace(budget, **shares)
+        recovered, tried = steps.recover(own)
+        judged = judge.on_search(recovered.dense)
+        left = steps.share_left(own, recovered)
+        candidate = Candidate(share, left, False, judged.difference, judged.limit, judged.is_within)
+        candidates.append(candidate)
+        return TriedNetwork(candidate, recovered, tried, recovered.dense, None)
+
+    def distilled(plain: TriedNetwork) -> TriedNetwork:
+        """Distil a network, and judge it again."""
+        # A copy: a function of the caller's may distil in place.
+        network, verdict = steps.distil(detached_copy(plain.recovered.dense))
+        judged = judge.on_search(network)
+        candidate = Candidate(
+            plain.candidate.asked, plain.candidate.left, True, judged.difference, judged.limit, judged.is_within
+        )
+        candidates.append(candidate)
+        return replace(plain, candidate=candidate, network=network, verdict=verdict)
+
+    # Costs are compared by quotients: half of a network's cost counts as much as half of a small one's.
+    first = made(lowest) if asked is not None and asked >= floor and lowest < 1.0 else None
+    if first is not None and first.candidate.is_within:
+        passed.append(first)
+    else:
+        while len(candidates) < _CANDIDATES and high / low >= _NEAR:
+            middle = math.sqrt(low * high)
+            found = made(middle)
+            if found.candidate.is_within:
+                passed.append(found)
+                high = middle
+            else:
+                low = middle
+    passed.sort(key=lambda each: -each.candidate.left)
+    if passed and judge.measure != "evaluate":
+        # The smallest may have passed by chance: networks somewhat larger, too, stand ready to be confirmed.
+        smallest = passed[-1].candidate.asked
+        for factor, nearest in zip(_LARGER, (1.0, *_LARGER), strict=False):
+            share = factor * smallest
+            is_there = any(nearest * smallest < each.candidate.asked <= share * _NEAR for each in passed)
+            if share * _NEAR < 1.0 and not is_there:
+                found = made(share)
+                passed += [found] if found.candidate.is_within else []
+        passed.sort(key=lambda each: -each.candidate.left)
+    if passed and steps.distill is not False:
+        found = distilled(passed[-1])
+        if found.candidate.is_within:
+            passed[-1] = found
+            _go_on(passed, found, lowest, made, distilled)
+    return _confirmed(steps, judge, timed, asked, candidates, passed)
+
+
+def _go_on(
+    passed: list[TriedNetwork],
+    last: TriedNetwork,
+    lowest: float,
+    made: Callable[[float], TriedNetwork],
+    distilled: Callable[[TriedNetwork], TriedNetwork],
+) -> None:
+    """Try smaller networks after distillation, as long as it helps; what is within the tolerance joins the others."""
+    largest, share, step = last.candidate.asked, last.candidate.asked, _STEP
+    for _ in range(_MORE_DISTILLED):
+        # Where learned weights are discarded, the network is no better than what the search has found.
+        if last.verdict is not None and not last.verdict.is_kept:
+            return
+        share = max(share * step, lowest)
+        if largest / share < _NEAR:
+            return
+        last = distilled(made(share))
+        if last.candidate.is_within:
+            passed.append(last)
+            largest = share
+        else:
+            # Half of the way back, in quotients.
+            share, step = largest, math.sqrt(step)
+    passed.sort(key=lambda each: -each.candidate.left)
+
+
+def _confirmed(
+    steps: ShrinkSteps,
+    judge: Judge,
+    budget: Budget,
+    asked: float | None,
+    candidates: list[Candidate],
+    passed: list[TriedNetwork],
+) -> SearchResult:
+    """Look at the candidates that passed, from the largest to the smallest, on the images that confirm."""
+    looks: list[Confirmation] = []
+    chosen: TriedNetwork | None = None
+    for each in passed:
+        if judge.measure == "evaluate" and each is not passed[-1]:
+            continue  # the function has no other images
+        judged, candidate = judge.confirm(each.network), each.candidate
+        looks.append(
+            Confirmation(candidate.left, candidate.is_distilled, judged.difference, judged.limit, judged.is_within)
+        )
+        if not judged.is_within:
+            break
+        chosen = each
+    left = 1.0 if chosen is None else chosen.candidate.left
+    if chosen is not None and budget.kind == "latency":
+        left = steps.share_left(budget, chosen.recovered)
+    confirmed = [look for look in looks if look.is_within]
+    outcome = ToleranceOutcome(
+        tolerance=judge.tolerance,
+        measure=judge.measure,
+        kind=budget.kind,
+        left=left,
+        difference=confirmed[-1].difference if confirmed else 0.0,
+        limit=confirmed[-1].limit if confirmed else math.nan,
+        held_out=judge.counts[1],
+        judges=judge.counts[0],
+        needed=observations_needed(judge.tolerance) if judge.measure == "answers" else 0,
+        candidates=tuple(candidates),
+        confirmations=tuple(looks),
+        is_met=chosen is not None,
+    )
+    warnings = _warnings(outcome)
+    reached: BudgetOutcome | None = None
+    if asked is not None:
+        reached = budget_outcome(budget.kind, asked, left, "a smaller network isn't within the tolerance")
+        if not reached.is_met:
+            warnings.append(str(reached))
+    for text in warnings:
+        _logger.warning("%s", text)
+    return SearchResult(chosen, outcome, reached, tuple(warnings))
+
+
+def _warnings(outcome: ToleranceOutcome) -> list[str]:
+    """Return what a user should know of a search that ended early."""
+    found = []
+    missed = [look for look in outcome.confirmations if not look.is_within]
+    if missed:
+        look = missed[0]
+        text = (
+            f"the candidate with {look.left:.4g} of the {outcome.kind} wasn't confirmed: {_WORDS[outcome.measure]} "
+            f"{look.difference:.3g}, at most {look.limit:.3g} with 95 % confidence, on {outcome.held_out} held-out "
+            "images"
+        )
+        if outcome.is_met:
+            text += ". The next larger candidate is returned"
+        found.append(f"{text}. More images let smaller networks be confirmed")
+    if not outcome.is_met:
+        found.append(f"{outcome}; a copy of the unpruned network is returned. Pass more images, or a larger tolerance")
+    return found
+
+
+def _units(part: Calibration) -> int:
+    """Return the number of samples, or of groups of them where these are known."""
+    return part.samples if part.groups is None else int(part.groups.max()) + 1
+
+
+def _by_group(values: NDArray[np.float64], groups: Tensor | None) -> NDArray[np.float64]:
+    """Return the means over groups of samples, which are independent; without groups the values themselves."""
+    # Outputs without an entry per sample have one value a batch, to which no group belongs.
+    if groups is None or len(groups) != len(values):
+        return values
+    numbers = groups.numpy()
+    means: NDArray[np.float64] = np.bincount(numbers, weights=values) / np.bincount(numbers)
+    return means
+
+
+def _total_for(needed: int, part: int) -> int:
+    """Return how many images there must be so that so many fall to a part."""
+    places = [place for place, own in enumerate(PARTS) if own == part]
+    cycles, rest = divmod(needed - 1, len(places))
+    return cycles * len(PARTS) + places[rest] + 1

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nni_topo
+from nni_topo import zoo
+from nni_topo.errors import ConfigError
+from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
+from nni_topo.runs import frontier as module
+from nni_topo.runs.frontier import Frontier, FrontierPoint
+from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
+
+SHARES = (0.7, 0.45, 0.25)
+
+
+def images(count: int = 128) -> list[torch.Tensor]:
+    return list(toy_images(count).split(32))
+
+
+def made(shares=SHARES, model=None, given=None, **knobs):
+    return nni_topo.frontier(
+        toy_model().eval() if model is None else model,
+        images() if given is None else given,
+        shares,
+        **{"distill": False, **knobs},
+    )
+
+
+def test_each_network_is_the_one_that_shrink_makes():
+    found = made()
+    assert list(found) == list(SHARES)
+    for share, point in zip(SHARES, found.points[1:], strict=True):
+        alone = nni_topo.shrink(toy_model().eval(), images(), {"flops": share}, distill=False)
+        torch.testing.assert_close(found[share].state_dict(), alone.state_dict(), rtol=1e-5, atol=1e-6)
+        mine, theirs = found[share].report, alone.report
+        assert mine.layers == theirs.layers
+        assert mine.budget == theirs.budget
+        assert (point.share, point.left, point.start) == (share, theirs.budget.left, 1.0)
+        assert (point.macs, point.params) == (theirs.stages[-1].macs, theirs.stages[-1].params)
+        assert point.changed == pytest.approx(1.0 - theirs.stages[-1].agreement)
+        assert point.changed_low <= point.changed <= point.changed_high
+        assert point.distance == pytest.approx(theirs.stages[-1].distance, rel=1e-3)
+    whole = found.points[0]
+    assert (whole.share, whole.left, whole.changed, whole.distance) == (1.0, 1.0, 0.0, 0.0)
+    assert (found.kind, found.measure, found.images, found.held_out) == ("flops", "answers", 112, 16)
+
+
+def test_the_table_has_a_row_for_each_network_and_the_unpruned_one(monkeypatch):
+    counts = []
+    measure = ReconstructionProblems.measure
+    monkeypatch.setattr(
+        ReconstructionProblems, "measure", lambda *given, **knobs: counts.append(1) or measure(*given, **knobs)
+    )
+    found = made(evaluate=lambda net: 0.5, budget="params")
+    assert len(counts) == 1  # the sums of all networks
+    frame = found.to_frame()
+    assert list(frame["share"]) == [1.0, *SHARES]
+    assert list(frame["accuracy"]) == [0.5] * 4
+    assert found.rows()[1]["params"] == zoo.count_params(found[0.7])
+    assert found.points[1].left == zoo.count_params(found[0.7]) / zoo.count_params(toy_model())
+    shown = repr(found)
+    assert [line.split()[0] for line in shown.splitlines()[1:5]] == ["1", "0.7", "0.45", "0.25"]
+    assert "measured on 16 held-out images; the 112 others are calibration data" in shown
+
+
+def test_it_is_saved_with_its_picture_and_can_be_loaded(tmp_path):
+    found = made()
+    files = found.save(tmp_path / "sizes")
+    assert [path.name for path in files] == ["0.7.pt", "0.45.pt", "0.25.pt", "frontier.json", "frontier.png"]
+    again = nni_topo.load(files[2], toy_model()).eval()
+    assert torch.equal(again(toy_images(4)), found[0.25](toy_images(4)))
+    document = json.loads(files[3].read_text())
+    assert [row["macs"] for row in document["networks"]] == [point.macs for point in found.points]
+    assert document["networks"][0]["accuracy"] is None
+    assert files[4].read_bytes()[:4] == b"\x89PNG"
+
+
+def points(*pairs: tuple[float, float], knee: int | None = None) -> list[FrontierPoint]:
+    none = dict.fromkeys(("distance", "distance_low", "distance_high"), 0.0)
+    return [
+        FrontierPoint(
+            left, left, 1, 1, lost, lost / 2, 2 * lost, **none, accuracy=math.nan, start=1.0, is_distilled=False,
+            is_knee=index == knee, seconds=0.0,
+        )
+        for index, (left, lost) in enumerate(pairs)
+    ]  # fmt: skip
+
+
+def test_the_picture_has_the_points_their_intervals_and_the_knee():
+    curve = points((1.0, 0.0), (0.5, 0.01), (0.25, 0.02), (0.1, 0.2), knee=2)
+    found = Frontier({}, curve, "flops", "answers", 100, 50)
+    assert found.knee == 0.25
+    (axis,) = found.plot().axes
+    line, mark = (each for each in axis.lines if len(each.get_xdata()) in (4, 1) and each.get_marker() in ("o", "D"))
+    assert list(line.get_xdata()) == [100.0, 50.0, 25.0, 10.0]
+    assert list(line.get_ydata()) == pytest.approx([0.0, 1.0, 2.0, 20.0])
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([25.0], [2.0])
+    assert axis.get_ylabel() == "changed answers %"
+    assert "the knee is at a share of 0.25" in repr(found)
+    straight = Frontier({}, points((1.0, 0.0), (0.5, 0.1), (0.0, 0.2)), "flops", "answers", 100, 50)
+    assert straight.knee is None
+    assert "no knee" in repr(straight)
+
+
+def test_the_knee_is_marked_where_the_losses_begin_to_rise():
+    """Neurons that are copies can go without a loss, and then none of the others."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1)).eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.randn(8, 6, generator=generator).repeat(4, 1))
+        net[0].bias.copy_(torch.randn(8, generator=generator).repeat(4))
+        net[2].weight.copy_(torch.randn(1, 32, generator=generator))
+    rows = [torch.randn(400, 6, generator=generator)]
+    found = made((0.75, 0.5, 0.25, 0.125, 0.0625), net, rows)
+    assert found.measure == "distance"
+    assert found.knee == 0.25
+    assert [point.is_knee for point in found.points] == [False, False, False, True, False, False]
+
+
+def wide_net() -> tuple[nn.Module, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8.0)
+    return net, [torch.randn(256, 16, generator=generator)]
+
+
+@pytest.mark.parametrize("is_better", [True, False])
+def test_a_smaller_network_starts_from_a_larger_one_where_that_is_no_worse(is_better, monkeypatch):
+    net, rows = wide_net()
+    losses = []
+
+    def judged(*given):
+        found = own_judged(*given)
+        losses.append([each.loss for each in found])
+        return found
+
+    def learn(dense, model, images):
+        # The first network learns nothing, or forgets all that it knew.
+        if not is_better and dense[0].out_features > 35:
+            with torch.no_grad():
+                dense[4].weight.zero_()
+        return dense
+
+    own_judged = module.judged
+    monkeypatch.setattr(module, "judged", judged)
+    found = made((0.5, 0.25), net, rows, distill=learn)
+    ((from_larger, plain),) = losses
+    if not is_better:
+        assert from_larger > plain
+        assert found.points[2].start == 1.0
+        return
+    assert found.points[2].start == (0.5 if from_larger <= plain else 1.0)
+    # Taken in any case, it has the size and the report of a network made from the unpruned one.
+    monkeypatch.setattr(module, "_is_no_worse", lambda *given: True)
+    found = made((0.5, 0.25), net, rows, distill=learn)
+    assert found.points[2].start == 0.5
+    assert found.points[2].left == pytest.approx(0.25, abs=0.01)
+    row = found[0.25].report.layers.rows[0]
+    assert (row.before, row.after) == (64, found[0.25][0].out_features)
+    assert found[0.25][0].out_features < found[0.5][0].out_features
+    assert found[0.25].report.budget.left == found.points[2].left
+
+
+def test_all_networks_share_the_steps_of_distillation():
+    found = made(distill=True)
+    steps = [found[share].report.distillation.most_steps for share in SHARES]
+    assert sum(steps) == pytest.approx(600, abs=2)
+    assert steps == sorted(steps)
+    given = made(distill={"steps": 5})
+    assert [given[share].report.distillation.most_steps for share in SHARES] == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ((0.5, 0.75), r"must be descending numbers in \(0, 1\), at least one, got 0.75 after 0.5 \(shares\[1\]\)"),
+        ((0.5, 0.5), r"got 0.5 after 0.5 \(shares\[1\]\)"),
+        ((1.0, 0.5), r"got 1.0 \(shares\[0\]\)"),
+        ((0.5, 0.0), r"got 0.0 \(shares\[1\]\)"),
+        ((0.5, math.nan), r"got nan \(shares\[1\]\)"),
+        ((0.5, "0.25"), r"got '0.25' \(shares\[1\]\)"),
+        ((), r"got none \(shares\)"),
+        ("0.5", r"got '0.5' \(frontier\)"),
+        (0.5, r"got 0.5 \(frontier\)"),
+    ],
+)  # fmt: skip
+def test_shares_that_are_none_are_refused_before_anything_runs(shares, message):
+    model = toy_model()
+    model.register_forward_hook(lambda *given: pytest.fail("it ran"))
+    with pytest.raises(ConfigError, match=message):
+        made(shares, model)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"budget": {"flops": 0.5}}, "budget must name a cost, e.g. 'flops' .*: shares says how much is kept"),
+        ({"budget": "size"}, "budget must be a known name, got 'size'"),
+        ({"budget": None}, "budget must name a cost"),
+        ({"pruner": "subcluster"}, "shares need a pruner that can be asked for a size, got 'subcluster'"),
+        ({"pruner": "magic"}, "pruner must be a known name"),
+        ({"distill": {"epochs": 1}}, "knob of distill must be a known name"),
+    ],
+)
+def test_what_can_not_be_used_is_refused(knobs, message):
+    with pytest.raises(ConfigError, match=message):
+        made(**knobs)
+
+
+def test_a_network_with_nothing_to_remove_is_refused():
+    with pytest.raises(ConfigError, match="must have a layer whose channels can be removed, got none"):
+        made(model=nn.Sequential(nn.Linear(6, 3)), given=[torch.randn(16, 6)])
+
+
+def test_a_share_that_no_network_reaches_is_told(caplog):
+    found = made((0.5, 0.001))
+    assert found.points[2].left > 0.011
+    assert "the flops budget of 0.001 is missed" in caplog.text
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_ordinary_use_and_the_model_stays_as_it_was(is_training):
+    model = toy_model().train(is_training)
+    handle = model.norm.register_forward_hook(lambda module, args, output: None)
+    before = snapshot(model)
+    pictures = 100.0 * toy_images(128)
+    loader = DataLoader(TensorDataset(pictures, torch.arange(128)), batch_size=32, shuffle=True)
+    found = made((0.6, 0.3), model, loader, distill={"steps": 5})
+    require_unchanged(before, model)
+    handle.remove()
+    assert all(net.training is is_training for net in found.values())
+    assert found.points[2].macs < found.points[1].macs < found.points[0].macs
+
+
+def test_a_network_made_by_shrink_can_be_made_smaller_again():
+    first = nni_topo.shrink(toy_model().eval(), images(), {"flops": 0.6}, distill=False)
+    report = first.report
+    found = made((0.5,), first)
+    assert first.report is report
+    assert found[0.5].report.layers.rows[0].before == first.stem.out_channels
+    second = nni_topo.shrink(first, images(), {"flops": 0.5}, distill=False)
+    assert second.report.stages[-1].macs == found.points[1].macs

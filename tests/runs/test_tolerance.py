@@ -1,0 +1,372 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from toy_times import proportional
+
+import nni_topo
+from nni_topo.errors import ConfigError
+from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share
+from nni_topo.network.runtime import Calibration
+from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
+from nni_topo.recovery.likeness import Answers
+from nni_topo.runs import steps
+from nni_topo.runs.tolerance import PARTS, Judge
+from nni_topo.testing import require_unchanged, snapshot
+
+WIDTH, DISTINCT = 32, 8
+
+
+class Copies(nn.Module):
+    """Eight different neurons, four copies of each: a quarter of them can do all that they do."""
+
+    def __init__(self, outputs: int = 3, inputs: int = 6) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.hidden, self.head = nn.Linear(inputs, WIDTH), nn.Linear(WIDTH, outputs)
+        with torch.no_grad():
+            self.hidden.weight.copy_(torch.randn(DISTINCT, inputs, generator=generator).repeat(WIDTH // DISTINCT, 1))
+            self.hidden.bias.copy_(torch.randn(DISTINCT, generator=generator).repeat(WIDTH // DISTINCT))
+            self.head.weight.copy_(torch.randn(outputs, WIDTH, generator=generator))
+            self.head.bias.zero_()
+
+    def forward(self, x):
+        """Map (images, inputs) to (images, outputs)."""
+        return self.head(torch.relu(self.hidden(x)))
+
+
+def rows(count: int = 800, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def shrunk(model=None, images=None, **knobs):
+    given = [rows()] if images is None else images
+    settings = {"tolerance": 0.01, "distill": False, **knobs}
+    return nni_topo.shrink(Copies().eval() if model is None else model, given, **settings)
+
+
+def changed(one: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((one(images).argmax(1) != other(images).argmax(1)).double().mean())
+
+
+def test_the_smallest_network_within_the_tolerance_is_found_and_confirmed():
+    model = Copies().eval()
+    small = shrunk(model)
+    found = small.report.tolerance
+    # Without one of the eight neurons answers change; each share is within 4 % of the next one tried.
+    assert DISTINCT <= small.hidden.out_features <= DISTINCT + 1
+    assert changed(model, small, rows(5000, 2)) < 0.01
+    assert (found.is_met, found.measure, found.kind, found.needed) == (True, "answers", "flops", 299)
+    assert (found.difference, found.limit) == (0.0, limit_of_share(0.0, 300))
+    assert (small.report.images, found.judges, found.held_out, small.report.held_out) == (300, 200, 300, 300)
+    assert found.left == pytest.approx(small.hidden.out_features / WIDTH)
+    assert 6 <= len(found.candidates) <= 9
+    assert min(each.left for each in found.candidates if each.is_within) == found.left
+    assert all(not each.is_within for each in found.candidates if each.left < found.left)
+    assert [stage.network for stage in small.report.stages] == ["unpruned", "pruned", "reconstructed"]
+    shown = repr(small.report)
+    assert "the tolerance of 0.01 is met: share of changed answers 0, at most 0.00994 with 95 % confidence" in shown
+    assert "299 held-out images without a change are needed" in shown
+    frame = found.to_frame()
+    assert len(frame) == len(found.candidates)
+    assert list(frame["left"]) == [each.left for each in found.candidates]
+
+
+def test_differences_are_counted_on_the_images_of_each_part():
+    model = Copies().eval()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.weight += 0.3 * torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(3))
+    images = rows(64)
+    parts = Calibration([images[:40], images[40:]]).in_parts(PARTS)
+    judge = Judge(model, Answers(model, *parts), parts[1:], 0.5, "answers", None)
+    rank = torch.arange(64) % 8
+    judging, confirming = (torch.isin(rank, torch.tensor(each)) for each in ((1, 5), (2, 4, 7)))
+    share = changed(model, other, images[confirming])
+    assert 0.0 < share < 1.0
+    assert judge.confirm(other).difference == share
+    assert judge.confirm(other).limit == limit_of_share(share, 24)
+    searched = judge.on_search(other)
+    assert searched.difference == changed(model, other, images[judging])
+    # What the 24 images that confirm would give.
+    assert searched.limit == limit_of_share(searched.difference, 24)
+    far = Judge(model, Answers(model, *parts), parts[1:], 0.5, "distance", None).confirm(other)
+    with torch.no_grad():
+        wanted, got = model(images), other(images)
+    scale = float((wanted - wanted.mean(0)).square().sum(1).mean())
+    errors = (wanted - got).square().sum(1)[confirming] / scale
+    assert far.difference == pytest.approx(float(errors.mean()), rel=1e-5)
+    assert far.limit == pytest.approx(limit_of_mean(float(errors.mean()), float(errors.std()), 24), rel=1e-5)
+    # Six photos of four crops each: the crops of one are no independent witnesses.
+    photos = torch.arange(64) // 4
+    grouped = Calibration([images], groups=photos).in_parts(PARTS)
+    judge = Judge(model, Answers(model, *grouped), grouped[1:], 0.5, "answers", None)
+    chosen = [photo for photo in range(16) if photo % 8 in (2, 4, 7)]
+    shares = [changed(model, other, images[photos == photo]) for photo in chosen]
+    assert judge.counts == [4, 6]
+    assert judge.confirm(other).difference == pytest.approx(sum(shares) / 6)
+    assert judge.confirm(other).limit == pytest.approx(limit_of_bounded(sum(shares) / 6, 6))
+
+
+class Rare(Copies):
+    """The first input decides the answer, where it isn't 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.hidden.weight[:, 0] = 0.0
+            for index, sign in ((0, 1.0), (1, -1.0)):
+                self.hidden.weight[index] = 0.0
+                self.hidden.weight[index, 0] = sign
+                self.hidden.bias[index] = 0.0
+                self.head.weight[:, index] = torch.tensor([50.0, -50.0, 0.0]) * sign
+
+
+def test_what_only_the_images_that_confirm_show_is_not_missed(caplog):
+    model, images = Rare().eval(), rows()
+    confirms = torch.isin(torch.arange(800) % 8, torch.tensor([2, 4, 7]))
+    images[~confirms, 0] = 0.0
+    small = shrunk(model, [images])
+    found = small.report.tolerance
+    assert any(each.is_within for each in found.candidates)
+    assert not found.is_met
+    assert (len(found.confirmations), found.left) == (1, 1.0)
+    assert found.confirmations[0].left == max(each.left for each in found.candidates)
+    assert torch.equal(small(images), model(images))
+    assert small is not model
+    assert "a copy of the unpruned network is returned" in small.report.warnings[-1]
+    assert "wasn't confirmed: share of changed answers" in caplog.text
+
+
+def test_images_that_could_never_confirm_a_tolerance_are_refused_before_anything_runs():
+    model = Copies().eval()
+    calls = []
+    handle = model.hidden.register_forward_hook(lambda *args: calls.append(1))
+    message = (
+        "299 held-out images without a change are needed for a tolerance of 0.01, got 48 of 128 images: pass at least "
+        r"797 images, or a tolerance of at least 0.0606 \(tolerance\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        shrunk(model, [rows(128)])
+    assert len(calls) == 1  # to see that its outputs are scores
+    handle.remove()
+    assert shrunk(images=[rows(797)]).report.tolerance.held_out == 299
+    with pytest.raises(ConfigError, match="got 298 of 796 images"):
+        shrunk(images=[rows(796)])
+    assert shrunk(images=[rows(128)], tolerance=0.0606).report.tolerance.held_out == 48
+    with pytest.raises(ConfigError, match="got 30 of 80 groups of images: pass at least 797 groups of images"):
+        shrunk(images=Calibration([rows()], groups=torch.arange(800) // 10))
+    with pytest.raises(ConfigError, match="needs at least 30 images, got 29"):
+        shrunk(images=[rows(29)], measure="distance")
+
+
+def test_outputs_that_are_no_scores_are_measured_by_their_distance():
+    for model, knobs in ((Copies(1), {}), (Copies(3), {"measure": "distance"})):
+        small = shrunk(model.eval(), tolerance=0.02, **knobs)
+        found = small.report.tolerance
+        assert (found.measure, found.needed, found.is_met) == ("distance", 0, True)
+        assert found.difference <= found.limit <= 0.02
+        assert found.difference == pytest.approx(small.report.stages[-1].distance, abs=1e-9)
+        assert "mean squared distance of the outputs over their variance" in repr(small.report)
+        assert small.hidden.out_features < WIDTH
+
+
+def test_a_function_of_the_users_decides_by_the_fall_of_what_it_returns():
+    images, seen = rows(400, 4), []
+    model = Copies().eval()
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+
+    def accuracy(net):
+        assert not net.training
+        seen.append(net)
+        return (net(images).argmax(1) == labels).double().mean()
+
+    small = shrunk(model, [rows(40)], evaluate=accuracy, tolerance=0.05)
+    found = small.report.tolerance
+    assert (found.measure, found.held_out, small.report.images) == ("evaluate", 0, 35)
+    assert found.difference == pytest.approx(1.0 - float(accuracy(small)))
+    assert found.difference <= 0.05
+    assert math.isnan(found.limit)
+    count = len(seen)
+    assert shrunk(model, evaluate=accuracy, measure="outputs").report.tolerance.measure == "answers"
+    assert len(seen) == count + 3  # for the stages of the report alone
+    with pytest.raises(ConfigError, match="measure='evaluate' needs a function evaluate, got None"):
+        shrunk(measure="evaluate")
+    with pytest.raises(ConfigError, match="evaluate must return a number, got 'much'"):
+        shrunk(evaluate=lambda net: "much")
+
+
+def test_beside_a_budget_whichever_keeps_more_decides(caplog):
+    enough = shrunk(budget={"flops": 0.5})
+    assert enough.hidden.out_features == WIDTH // 2
+    # A larger one stands ready in case that it isn't confirmed.
+    assert [each.asked for each in enough.report.tolerance.candidates] == [0.5, 0.65]
+    assert enough.report.budget.is_met
+    assert "budget" not in caplog.text
+    missed = shrunk(budget={"flops": 0.1, "allocation": "error"})
+    assert DISTINCT <= missed.hidden.out_features <= DISTINCT + 1
+    assert not missed.report.budget.is_met
+    assert "the flops budget of 0.1 is missed" in caplog.text
+    assert "because a smaller network isn't within the tolerance" in missed.report.warnings[-1]
+
+
+@pytest.mark.parametrize("budget", ["params", "memory", "latency", {"flops": None, "allocation": "auto"}])
+def test_the_cost_that_is_made_small_has_a_name(budget):
+    if budget == "latency":
+        budget = {"latency": 0.01, "latency_table": proportional({"hidden": 1.0, "head": 1.0})}
+    small = shrunk(budget=budget)
+    found = small.report.tolerance
+    assert found.kind == (budget if isinstance(budget, str) else next(iter(budget)))
+    assert DISTINCT <= small.hidden.out_features <= DISTINCT + 2
+    if found.kind == "params":
+        left, whole = (sum(each.numel() for each in net.parameters()) for net in (small, Copies()))
+        assert found.left == left / whole
+
+
+def test_a_pruner_of_nni_is_asked_too():
+    small = shrunk(pruner="fpgm")
+    assert small.report.tolerance.is_met
+    assert small.hidden.out_features < WIDTH
+    assert changed(Copies().eval(), small, rows(5000, 2)) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"tolerance": 0.0}, r"tolerance must be in \(0, 1\) or None, got 0.0 \(shrink\)"),
+        ({"tolerance": 1}, r"tolerance must be in \(0, 1\) or None, got 1"),
+        ({"tolerance": True}, "tolerance must be in"),
+        ({"tolerance": math.nan}, "tolerance must be in"),
+        ({"tolerance": None}, "needs a budget with a share, .* or a tolerance, got neither"),
+        ({"tolerance": None, "budget": "flops"}, "needs a budget with a share, .* or a tolerance, got 'flops'"),
+        ({"budget": "size"}, "budget must be a known name, got 'size'; known: flops, latency, memory, params"),
+        ({"budget": 0.5}, "budget must be a Budget or a mapping"),
+        ({"measure": "agreement"}, "measure must be .*, got 'agreement'"),
+        ({"pruner": "subcluster"}, "a pruner that can be asked for a size, got 'subcluster'"),
+        ({"pruner": lambda *given: {}}, "a pruner that can be asked for a size, got a function"),
+    ],
+)
+def test_what_can_not_be_used_is_refused(knobs, message):
+    with pytest.raises(ConfigError, match=message):
+        shrunk(**knobs)
+
+
+def test_a_network_with_nothing_to_remove_is_refused():
+    narrow = nn.Sequential(nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 3)).eval()
+    with pytest.raises(
+        ConfigError, match="a network must have channels to remove, got one whose fewest channels keep 1"
+    ):
+        shrunk(narrow)
+    with pytest.raises(ConfigError, match="must have a layer whose channels can be removed, got none"):
+        shrunk(nn.Sequential(nn.Linear(6, 3)).eval())
+
+
+def test_distillation_is_judged_too_and_a_function_of_the_users_may_change_what_it_gets():
+    model = Copies().eval()
+    small = shrunk(model, distill={"steps": 60}, tolerance=0.05)
+    found = small.report.tolerance
+    assert any(each.is_distilled for each in found.candidates)
+    assert small.report.stages[-1].network in ("reconstructed", "distilled")
+
+    def ruin(dense, unpruned, images):
+        with torch.no_grad():
+            dense.head.weight.neg_()
+        return dense
+
+    kept = shrunk(model, distill=ruin)
+    assert kept.report.stages[-1].network == "reconstructed"
+    assert changed(model, kept, rows(5000, 2)) < 0.01
+    assert [each.is_within for each in kept.report.tolerance.candidates if each.is_distilled] == [False]
+
+
+def test_statistics_and_groups_are_made_once_for_all_candidates(monkeypatch):
+    counts = {"measure": 0, "groups": 0}
+    measure, groups = ReconstructionProblems.measure, steps.dependency_groups
+
+    def counted(*given, **knobs):
+        counts["measure"] += 1
+        return measure(*given, **knobs)
+
+    def counted_groups(*given, **knobs):
+        counts["groups"] += 1
+        return groups(*given, **knobs)
+
+    monkeypatch.setattr(ReconstructionProblems, "measure", counted)
+    monkeypatch.setattr(steps, "dependency_groups", counted_groups)
+    assert len(shrunk().report.tolerance.candidates) >= 6
+    assert counts == {"measure": 1, "groups": 1}
+
+
+def test_a_candidate_is_the_network_that_shrink_makes_of_its_share():
+    found = shrunk()
+    asked = min((each for each in found.report.tolerance.candidates if each.is_within), key=lambda each: each.left)
+    learned = Calibration([rows()]).in_parts(PARTS)[0]
+    # The same calibration data: after each seven images one that is held out. The last two have no eighth after them.
+    seen = torch.cat(list(learned))
+    filler = torch.cat([torch.cat([each, each[:1]]) if len(each) == 7 else each for each in seen.split(7)])
+    same = nni_topo.shrink(Copies().eval(), [filler], {"flops": asked.asked}, distill=False)
+    assert same.report.images == 300
+    torch.testing.assert_close(same.state_dict(), found.state_dict(), rtol=1e-4, atol=1e-4)
+
+
+class Own(nn.Conv2d):
+    """A convolution of a class of its own."""
+
+
+class Images(nn.Module):
+    """Copies of convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.copies = Own(1, 16, 2), Copies(3, 16)
+        self.norm = nn.BatchNorm2d(16)
+        with torch.no_grad():
+            weight = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+            self.body.weight.copy_(weight.repeat(4, 1, 1, 1))
+
+    def forward(self, images):
+        """Map (images, 1, 4, 4) to (images, 3)."""
+        return self.copies(torch.relu(self.norm(self.body(images))).mean((2, 3)))
+
+
+def pictures(scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(800, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        DataLoader(TensorDataset(pictures(), torch.arange(800)), batch_size=100, shuffle=True),
+        [{"images": each} for each in pictures().split(100)],
+        list(pictures(100.0).split(100)),
+    ],
+    ids=["shuffled", "mapping", "large"],
+)
+@pytest.mark.parametrize("is_training", [False, True])
+def test_ordinary_use_and_the_model_stays_as_it_was(batches, is_training):
+    model = Images().train(is_training)
+    handle = model.norm.register_forward_hook(lambda module, args, output: None)
+    before = snapshot(model)
+    small = shrunk(model, batches, tolerance=0.05, distill={"steps": 20})
+    require_unchanged(before, model)
+    handle.remove()
+    assert small.training is is_training
+    assert small.report.tolerance.is_met
+    assert small.copies.hidden.out_features < WIDTH
+
+
+def test_the_result_can_be_saved_also_where_nothing_was_removed(tmp_path):
+    images = rows()
+    images[~torch.isin(torch.arange(800) % 8, torch.tensor([2, 4, 7])), 0] = 0.0
+    for model, given in ((Copies().eval(), rows()), (Rare().eval(), images)):
+        small = shrunk(model, [given])
+        nni_topo.save(small, tmp_path / "small.pt")
+        again = nni_topo.load(tmp_path / "small.pt", type(model)().eval())
+        assert torch.equal(again(given), small(given))
