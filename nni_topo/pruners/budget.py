@@ -15,6 +15,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import (
+    FLAG,
     NONE,
     PATH,
     ConfigError,
@@ -41,7 +42,11 @@ AUTO = "auto"
 """The allocation that :func:`nni_topo.shrink` finds by trying those that a pruner takes."""
 ALLOCATIONS: tuple[str, ...] = tuple(name for name in get_args(Allocation) if name != AUTO)
 BUDGETS = ("flops", "params", "latency", "memory")
-_RULES = {"allocation": one_of(get_args(Allocation)), "latency_table": instance(LatencyTable) | PATH | NONE}
+_RULES = {
+    "allocation": one_of(get_args(Allocation)),
+    "latency_table": instance(LatencyTable) | PATH | NONE,
+    "equal_blocks": FLAG,
+}
 _MISSED = 0.01  # of the unpruned network's cost
 _MISSED_TIME = 0.05  # of what is asked for
 _ROUNDING = 1e-12  # 0.51 - 0.5 is more than 0.01 in double precision
@@ -64,6 +69,11 @@ class Budget:
         on death times over the network (TopologicalPruner and ReconstructionPruner). ``"error"``: the channels with the
         least reconstruction error, in all layers that read them, per cost saved (ReconstructionPruner). ``"auto"``:
         the one of these whose network is nearest to the unpruned one on held-out images (:func:`nni_topo.shrink` only).
+    equal_blocks : bool, default=False
+        Let layers of the same width keep the same number of channels, and attention of the same number of heads the
+        same number of heads, in all blocks. A config of Transformers can describe such a network
+        (:func:`nni_topo.save_pretrained`), and blocks compiled one by one share their code. The cost comes less near to
+        the budget. For ``"uniform"`` alone.
     latency_table : LatencyTable, str, Path or None, default=None
         Seconds per layer and width, or a JSON file of them, for ``latency``; then only the table counts. None: measured
         once, on one thread with the batch of the pruner's ``example_inputs``
@@ -94,6 +104,7 @@ class Budget:
     memory: float | None = None
     allocation: Allocation = "uniform"
     latency_table: LatencyTable | str | Path | None = None
+    equal_blocks: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -102,6 +113,10 @@ class Budget:
                 f"a budget must be a share of one of {', '.join(BUDGETS)}, got {given or 'none'} (budget)"
             )
         check_knobs("budget", vars(self), {given[0]: number(0, 1, "right"), **_RULES})
+        if self.equal_blocks and self.allocation != "uniform":
+            raise ConfigError(
+                f"equal blocks need the allocation 'uniform', got {self.allocation!r} (equal_blocks, budget)"
+            )
         if self.latency_table is not None and self.latency is None:
             raise ConfigError(f"a latency table needs a budget of 'latency', got {given[0]!r} (latency_table)")
         if isinstance(self.latency_table, (str, Path)):
@@ -185,7 +200,8 @@ class BudgetPlanner(Planner):
 
         def solve(share: float) -> list[int]:
             if self.budget.allocation == "uniform":
-                return solve_uniform([unit.rows for unit in units], cost, share, bounds)
+                rows = [unit.rows for unit in units]
+                return solve_uniform(rows, cost, share, bounds, alike=self.budget.equal_blocks)
             worth = [losses(unit) for unit in units]
             if self.budget.allocation == "topological":
                 return solve_tolerance(worth, bounds, cost, share)
@@ -219,7 +235,7 @@ class BudgetPlanner(Planner):
             return f"all layers are at their {key}, or have one channel left; layers that aren't listed stay unpruned"
         if self.budget.kind == "latency" and self.budget.latency_table is None:
             return "no widths that were timed came nearer"
-        return ONE_CHANNEL
+        return "blocks are equally wide" if self.budget.equal_blocks else ONE_CHANNEL
 
     def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
         """Return a function that gives the network's cost, in the budget's unit, for a choice of kept channels."""

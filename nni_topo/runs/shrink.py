@@ -235,7 +235,7 @@ def shrink(
         which is kept in any case.
     narrow_heads : bool, default=True
         Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
-        :func:`nni_topo.narrow_heads` can. Not done for a latency budget, nor with ``round_to``.
+        :func:`nni_topo.narrow_heads` can. Not done for a latency budget, nor with ``round_to`` or ``equal_blocks``.
     outputs : callable, optional
         What counts of the model's output, as for :func:`nni_topo.distill`: the report, the allocation and distillation
         look at nothing else.

@@ -215,7 +215,7 @@ class ShrinkSteps:
         """Prune under a budget."""
         masks, planned = self._choose_channels(budget)
         full = self.model
-        if self.narrows:
+        if self.narrows and not budget.equal_blocks:
             full, masks = narrow_instead(self.model, self.images.learned, masks)
         return PrunedNetwork(full, masks, to_dense(full, self.images.example, masks, round_to=self.round_to), planned)
 
@@ -336,7 +336,8 @@ class ShrinkSteps:
             table: LatencyTable | Any = budget.latency_table  # a file is read when the budget is made
             kind: Any = budget.kind
             target = Target(kind, budget.share)
-            ratios = layer_ratios(self.model, example, target, entries, table, self.round_to)
+            alike = budget.equal_blocks
+            ratios = layer_ratios(self.model, example, target, entries, table, self.round_to, equal_blocks=alike)
             config_list = pruning_config(self.model, example, ratios)
         offered = {
             "seed": self.seed,

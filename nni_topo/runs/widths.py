@@ -37,6 +37,8 @@ def layer_ratios(
     entries: Sequence[Mapping[str, Any]] | None = None,
     table: LatencyTable | None = None,
     round_to: int | None = None,
+    *,
+    equal_blocks: bool = False,
 ) -> dict[str, float]:
     """Return the ``sparse_ratio``, in [0, 1), of every layer that a comparison prunes, in network order.
 
@@ -48,7 +50,7 @@ def layer_ratios(
     if target.kind == "ratio":
         return {name: target.value for entry in config_list for name in entry["op_names"]}
     units = _units(model, example_inputs, config_list)
-    budget: dict[str, Any] = {target.kind: target.value, "latency_table": table}
+    budget: dict[str, Any] = {target.kind: target.value, "latency_table": table, "equal_blocks": equal_blocks}
     planner = BudgetPlanner(Budget(**budget), example_inputs, round_to=round_to)
     kept = planner.rows(units, lambda unit: np.zeros(unit.blocks), model)
     if planner.left > 2.0 * target.value:

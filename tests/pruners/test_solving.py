@@ -8,8 +8,8 @@ from toy_times import LAYERS, proportional
 
 from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.pruners.budget import network_time
-from nni_topo.pruners.solving import solve_timed
+from nni_topo.pruners.budget import Budget, network_time
+from nni_topo.pruners.solving import solve_timed, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
 from nni_topo.testing import toy_images, toy_model
@@ -29,6 +29,26 @@ def kept(budget, table, allocation="uniform", model=None, **rule):
     pruner.unwrap_model()
     assert to_dense(model, toy_images(2), masks)(toy_images(2)).shape == (2, 4)
     return {name: int(masks[name]["bias"].sum()) for name in masks}, pruner
+
+
+def test_units_alike_lose_equally_many():
+    rows, bounds = [8, 24, 8, 24, 8], [(0, 7), (0, 23)] * 2 + [(0, 7)]
+
+    def remaining(removed):
+        return 1 - sum(removed) / sum(rows)
+
+    # 46 of 72 rows are asked for. One ratio removes 3 of 8 with 8 or 9 of 24: 45 or 47 rows stay, one from the budget.
+    assert solve_uniform(rows, remaining, 46 / 72, bounds, alike=True) in ([3, 9, 3, 9, 3], [3, 8, 3, 8, 3])
+    apart = solve_uniform(rows, remaining, 46 / 72, bounds)
+    assert sum(apart) == 26
+    assert len(set(apart[::2])) > 1 or len(set(apart[1::2])) > 1
+
+
+def test_equal_blocks_are_for_one_ratio_alone():
+    with pytest.raises(ConfigError, match=r"equal blocks need the allocation 'uniform', got 'error' \(equal_blocks"):
+        Budget(flops=0.5, allocation="error", equal_blocks=True)
+    with pytest.raises(ConfigError, match=r"equal_blocks must be True or False, got 1"):
+        Budget(flops=0.5, equal_blocks=1)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "topological"])

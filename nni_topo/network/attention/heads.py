@@ -8,6 +8,7 @@ is a unit of a recurrent layer, which is pruned with its rows in all gates.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import operator
 from dataclasses import dataclass, field, replace
@@ -336,6 +337,13 @@ def tell_config(model: Any, original: nn.Module) -> None:
     found, before = find_attention(model), find_attention(original)
     kept_shares = {each.heads / before[name].heads for name, each in found.items()}
     size = next((key for key in ("head_dim", "d_kv") if isinstance(getattr(config, key, None), int)), None)
+    sizes = {each.head_size for each in before.values()}
+    if size is None and config is not None and kept_shares != {1.0} and len(sizes) == 1:
+        # Some constructors ask for a head's size that the config needn't have, and else divide the width by the heads.
+        kinds: list[Any] = [type(model.get_submodule(name)) for name in found]
+        if all("head_dim" in inspect.unwrap(kind.__init__).__code__.co_consts for kind in kinds):
+            size = "head_dim"
+            setattr(config, size, sizes.pop())
     if len(kept_shares) == 1 and size:
         share, channels = kept_shares.pop(), getattr(config, size)
         for key in (*_COUNTS, *_SHARED_COUNTS, "num_decoder_heads"):
