@@ -338,7 +338,8 @@ def tell_config(model: Any, original: nn.Module) -> None:
     kept_shares = {each.heads / before[name].heads for name, each in found.items()}
     size = next((key for key in ("head_dim", "d_kv") if isinstance(getattr(config, key, None), int)), None)
     sizes = {each.head_size for each in before.values()}
-    if size is None and config is not None and kept_shares != {1.0} and len(sizes) == 1:
+    is_config = callable(getattr(config, "to_dict", None))  # of Transformers, no dict of the user's
+    if size is None and is_config and kept_shares != {1.0} and len(sizes) == 1:
         # Some constructors ask for a head's size that the config needn't have, and else divide the width by the heads.
         kinds: list[Any] = [type(model.get_submodule(name)) for name in found]
         if all("head_dim" in inspect.unwrap(kind.__init__).__code__.co_consts for kind in kinds):
