@@ -361,7 +361,7 @@ def frontier(
         if not outcome.is_near:
             _logger.warning("%s", outcome)
         final, verdict = steps.distil(recovered.dense, **({} if count is None else {"steps": count}))
-        is_last_step_distilled = distill is not False
+        is_last_step_distilled = callable(distill) or final is not recovered.dense
         measured.add("distilled" if is_last_step_distilled else "reconstructed", final)
         report = ShrinkReport(
             stages=(measured.stages[0], measured.stages[-1]),
@@ -371,7 +371,7 @@ def frontier(
             budget=outcome,
             images=data.learned.samples,
             held_out=0 if data.held_out is None else data.held_out.samples,
-            warnings=() if recovered.report is None else recovered.report.warnings,
+            warnings=(() if recovered.report is None else recovered.report.warnings) + steps.warnings,
             whole=steps.prunable.unpruned,
             distillation=verdict,
         )

@@ -230,9 +230,10 @@ def shrink(
         full size; None: the weights are not reconstructed.
     distill : mapping, callable or bool, default=True
         Whether to distil at the end. The distilled weights are kept only if, on the held-out images, the loss falls and
-        the distance at most doubles; ``report.distillation`` has the figures. Or knobs of :func:`nni_topo.distill`,
-        e.g. ``{"seconds": 60, "augment": ...}``; or a function of (dense, model, images) that returns a dense model,
-        which is kept in any case.
+        the distance at most doubles; ``report.distillation`` has the figures. A network of whose outputs no gradients
+        can be taken isn't distilled, with a warning. Or knobs of :func:`nni_topo.distill`, e.g.
+        ``{"seconds": 60, "augment": ...}``; or a function of (dense, model, images) that returns a dense model, which
+        is kept in any case.
     narrow_heads : bool, default=True
         Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
         :func:`nni_topo.narrow_heads` can. Not done for a latency budget, nor with ``round_to`` or ``equal_blocks``.
@@ -369,7 +370,7 @@ def shrink(
             measured.add("reconstructed", recovered.dense)
         layer_report = recovered.layers
         final, verdict = steps.distil(recovered.dense)
-        if distill is not False:
+        if callable(distill) or final is not recovered.dense:
             measured.add("distilled", final)
     compensation_report = None if recovered is None else recovered.report
     report = ShrinkReport(
@@ -382,6 +383,7 @@ def shrink(
         held_out=0 if data.held_out is None else data.held_out.samples,
         warnings=measured.warnings()
         + (compensation_report.warnings if compensation_report is not None else ())
+        + steps.warnings
         + more_warnings,
         whole=steps.prunable.unpruned,
         distillation=verdict,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from nni_topo.errors import FUNCTION, NONE, ConfigError, check_knobs, instance, shown, unknown_name
+from nni_topo.errors import FUNCTION, NONE, ConfigError, GradientError, check_knobs, instance, shown, unknown_name
 from nni_topo.network.cost import LatencyTable, NetworkCost, time_shares
 from nni_topo.network.runtime import (
     HELD_OUT,
@@ -172,6 +172,7 @@ class ShrinkSteps:
     is_search: bool = False  # whether networks of several sizes are made: a missed budget of one isn't told
     # By kind of cost and allocation, the pruner that is asked again for every size: with what it has measured.
     _asked: dict[tuple[str, str], StructuredPruner] = field(default_factory=dict)
+    _not_distilled: list[str] = field(default_factory=list)
 
     @classmethod
     def prepare(
@@ -250,8 +251,8 @@ class ShrinkSteps:
     def distil(self, dense: nn.Module, **own: Any) -> tuple[nn.Module, Verdict | None]:
         """Distil a dense network, if asked to, and return it with the figures that decided whether weights are kept.
 
-        The figures are None where :func:`nni_topo.distill` doesn't run. ``own`` are knobs of this network alone, which
-        give way to those of the caller.
+        The figures are None where :func:`nni_topo.distill` doesn't run, as for a network without gradients. ``own`` are
+        knobs of this network alone, which give way to those of the caller.
         """
         if self.distill is False:
             return dense, None
@@ -266,8 +267,20 @@ class ShrinkSteps:
         }
         given: Mapping[str, Any] = {} if self.distill is True else self.distill
         chosen = {name: value for name, value in given.items() if value is not None or name not in own}
-        done = distillation(dense, self.model, self.images.learned, **knobs | chosen)
+        try:
+            done = distillation(dense, self.model, self.images.learned, **knobs | chosen)
+        except GradientError as error:
+            if self.distill is not True:  # whoever gives knobs wants it
+                raise
+            self._not_distilled.append(f"the network isn't distilled: {error}")
+            _logger.warning("%s", self._not_distilled[-1])
+            return dense, None
         return done.model, done.verdict
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Steps that were left out, and why."""
+        return tuple(dict.fromkeys(self._not_distilled))
 
     @leaves_models_alone
     def outcome(self, budget: Budget, recovered: RecoveredNetwork) -> BudgetOutcome:

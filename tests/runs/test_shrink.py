@@ -12,7 +12,7 @@ from toy_times import LAYERS, proportional
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.pruners.budget import network_cost
 from nni_topo.recovery import Reconstruct
@@ -92,6 +92,27 @@ def test_a_network_is_made_smaller_again_and_the_reports_are_those_of_the_last_s
     weight[0] = 0.0
     dense = nni_topo.to_dense(second, images[0][:2], {name: {"weight": weight}})
     assert next(row for row in dense.report.rows if row.name == name).asked < widths[name]
+
+
+class Deployed(nn.Sequential):
+    """A network that is only used: its forward takes no gradients."""
+
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_network_without_gradients_is_made_smaller_without_distillation(caplog):
+    torch.manual_seed(0)
+    model = Deployed(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    images = [torch.randn(64, 8)]
+    small = nni_topo.shrink(model, images, {"flops": 0.5})
+    assert [stage.network for stage in small.report.stages] == ["unpruned", "pruned", "reconstructed"]
+    (told,) = [text for text in small.report.warnings if "isn't distilled" in text]
+    assert "torch.no_grad()" in told
+    assert told in caplog.text
+    with pytest.raises(GradientError, match="must compute gradients"):
+        nni_topo.shrink(model, images, {"flops": 0.5}, distill={"steps": 5})
 
 
 class Reporting(torch.nn.Sequential):

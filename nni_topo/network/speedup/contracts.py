@@ -207,4 +207,7 @@ def _by_method(module: Any, part: str, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _takes_pre_logits(function: Any) -> bool:
     """Tell whether a function can be asked for what enters the classifier."""
-    return callable(function) and "pre_logits" in inspect.signature(function).parameters
+    try:
+        return callable(function) and "pre_logits" in inspect.signature(function).parameters
+    except ValueError:  # a method of a scripted module
+        return False
