@@ -14,6 +14,7 @@ from torch import nn
 
 from nni_topo import zoo
 from nni_topo.clustering import Growth, grow
+from nni_topo.studies.tables import interval
 
 _PROJECT = Path(__file__).parents[1]
 _RECORDS = _PROJECT / "benchmarks" / "records" / "subcluster_rules.jsonl"
@@ -34,6 +35,29 @@ def test_the_page_holds_the_table_of_the_records(rules):
         (net, seed) for net in rules.SOURCE for seed in range(3)
     }
     assert "\n".join(rules.tables(records)) in page
+
+
+def test_the_table_of_the_default_holds_what_its_records_say():
+    page = (_PROJECT / "benchmarks" / "results" / "clustering.md").read_text(encoding="utf-8")
+    section = page.split("## Sub-clustering with the default")[1].split("\n## ")[0]
+    rows = {cells[1].strip(): [each.strip() for each in cells] for cells in map(cells_of, section.splitlines())}
+    lines = _RECORDS.with_name("subcluster_networks.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 12
+    for net in dict.fromkeys(record["net"] for record in records):
+        runs = [record for record in records if record["net"] == net]
+        nodes = ["-".join(str(run["widths"][layer]) for layer in run["initial"]) for run in runs]
+        removed = [f"{100 * (1 - run['params'] / run['params_before']):.1f}" for run in runs]
+        steps = ("before", "pruned", "updated", "rebuilt", "retrained", "retrained_updated")
+        accuracies = [interval([100 * run[step] for run in runs]).show() for step in steps]
+        assert rows[net][2] == ", ".join(nodes)
+        assert rows[net][4] == ", ".join(removed)
+        assert rows[net][6:12] == accuracies
+        assert rows[net][12] == ", ".join(str(run["depth"]) for run in runs)
+
+
+def cells_of(line):
+    return line.split("|") if line.startswith("|") else ["", ""]
 
 
 @pytest.mark.parametrize("reading", ["scott", "10", "3"])
