@@ -46,7 +46,7 @@ def test_the_table_of_the_default_holds_what_its_records_say():
     assert len(records) == 12
     for net in dict.fromkeys(record["net"] for record in records):
         runs = [record for record in records if record["net"] == net]
-        nodes = ["-".join(str(run["widths"][layer]) for layer in run["initial"]) for run in runs]
+        nodes = ["-".join(str(n) for layer, n in run["widths"].items() if layer in run["initial"]) for run in runs]
         removed = [f"{100 * (1 - run['params'] / run['params_before']):.1f}" for run in runs]
         steps = ("before", "pruned", "updated", "rebuilt", "retrained", "retrained_updated")
         accuracies = [interval([100 * run[step] for run in runs]).show() for step in steps]
