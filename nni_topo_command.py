@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     chosen("nni-topo", VERBS, words, f"nni_topo {version()}")
     explain(words)
+    if arguments is None and "" not in sys.path:
+        sys.path.append("")  # a model that is named as module:function may lie in the working folder
     from nni_topo import cli
 
     return cli.main(words)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ANYTHING, NONE, ConfigError, as_settings, checked, number, one_of
+from nni_topo.errors import ANYTHING, NONE, ConfigError, as_settings, checked, listed, number, one_of
 from nni_topo.network.runtime import (
     BATCHES,
     MODEL,
@@ -59,6 +59,7 @@ from nni_topo.runs.tolerance import (
 if TYPE_CHECKING:
     import pandas
 
+_MANY = 8  # channels, of which more than one should be left
 _logger = logging.getLogger(__name__)
 
 
@@ -113,12 +114,17 @@ class ShrinkReport(ModelReport):
 
         return pandas.DataFrame([asdict(stage) for stage in self.stages])
 
+    def _name_of(self, stage: Stage) -> str:
+        """Return how the table names a network: weights that distillation found may have been discarded."""
+        is_discarded = self.distillation is not None and not self.distillation.is_kept
+        return f"{stage.network} (discarded)" if is_discarded and stage.network == "distilled" else stage.network
+
     def __repr__(self) -> str:
         import pandas
 
         rows = [
             {
-                "network": stage.network,
+                "network": self._name_of(stage),
                 "macs": stage.macs,
                 "params": stage.params,
                 "distance": _with_interval(stage.distance, stage.distance_low, stage.distance_high),
@@ -384,6 +390,7 @@ def shrink(
         warnings=measured.warnings()
         + (compensation_report.warnings if compensation_report is not None else ())
         + steps.warnings
+        + _nearly_gone(layer_report)
         + more_warnings,
         whole=steps.prunable.unpruned,
         distillation=verdict,
@@ -391,6 +398,17 @@ def shrink(
     )
     tell_report(final, report)
     return final
+
+
+def _nearly_gone(layers: DenseReport) -> tuple[str, ...]:
+    """Name the layers of which a single channel is left, which costs more than a network can bear."""
+    left = [f"{row.name} ({row.before})" for row in layers.rows if row.after == 1 and row.before >= _MANY]
+    if not left:
+        return ()
+    return (
+        f"one channel is left of these layers: {listed(left)}. The other layers can't lose enough, and what keeps all "
+        "channels is listed below: ask for a larger share, or give these layers a max_sparse_ratio (layers)",
+    )
 
 
 def tell_report(network: nn.Module, report: ShrinkReport) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels import reasons
 from nni_topo.network.cost import LatencyTable
+from nni_topo.network.layers import RECURRENT, is_recurrent
 from nni_topo.network.speedup import (
     DenseReport,
     DependencyGroups,
@@ -131,6 +132,8 @@ def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], 
     for name, module in model.named_modules():
         if isinstance(module, prunable) and name not in flow.layers:
             whole[name] = (why_not_followed(model, name),)
+        if isinstance(module, RECURRENT):
+            whole[name] = (reasons.recurrent_not_named() if is_recurrent(module) else reasons.recurrent_state(),)
     return [name for name in names if name not in whole], reasons.as_text(whole)
 
 

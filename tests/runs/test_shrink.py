@@ -94,6 +94,43 @@ def test_a_network_is_made_smaller_again_and_the_reports_are_those_of_the_last_s
     assert next(row for row in dense.report.rows if row.name == name).asked < widths[name]
 
 
+class Tagger(nn.Module):
+    """A recurrent layer of two directions, which keeps all units, and a layer that can be pruned."""
+
+    def __init__(self, **knobs):
+        super().__init__()
+        self.states = nn.LSTM(8, 24, batch_first=True, **knobs)
+        self.hidden, self.out = nn.Linear(48 if knobs else 24, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.hidden(self.states(x)[0])))
+
+
+def test_layers_that_are_nearly_gone_are_told_and_what_keeps_the_cost():
+    torch.manual_seed(0)
+    small = nni_topo.shrink(Tagger(bidirectional=True), [torch.randn(64, 6, 8)], {"flops": 0.5}, distill=False)
+    assert small.hidden.out_features == 1
+    (told,) = [text for text in small.report.warnings if "one channel is left" in text]
+    assert "hidden (32)" in told
+    assert "states keeps all channels: a recurrent layer keeps the size of its state" in repr(small.report)
+    enough = nni_topo.shrink(Tagger(bidirectional=True), [torch.randn(64, 6, 8)], {"flops": 0.9}, distill=False)
+    assert not [text for text in enough.report.warnings if "one channel is left" in text]
+
+
+def test_a_recurrent_layer_that_could_be_named_is_told():
+    small = nni_topo.shrink(Tagger(), [torch.randn(64, 6, 8)], {"flops": 0.9}, distill=False)
+    assert small.report.whole["states"] == "a recurrent layer loses units only where layers= or op_names name it"
+
+
+def test_distilled_weights_that_are_discarded_are_marked_in_the_table():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    small = nni_topo.shrink(model, [torch.randn(64, 8)], {"flops": 0.5}, distill={"lr": 1e3, "steps": 5})
+    assert not small.report.distillation.is_kept
+    assert "distilled (discarded)" in repr(small.report)
+    assert small.report.stages[-1].network == "distilled"
+
+
 class Deployed(nn.Sequential):
     """A network that is only used: its forward takes no gradients."""
 
