@@ -75,6 +75,24 @@ def test_the_tables_of_convergence_are_those_of_their_records():
     assert rows == [line for line in section.splitlines() if line.startswith("|")]
 
 
+def test_the_table_of_chosen_images_is_that_of_its_records():
+    lines = (PROJECT / "benchmarks" / "records" / "choice.jsonl").read_text().splitlines()
+    text = (PROJECT / "benchmarks" / "results" / "recovery.md").read_text(encoding="utf-8")
+    section = text.split("## Which images of many")[1].split("\n## ")[0]
+    found: dict[tuple[int, str], dict[int, list[float]]] = {}
+    for record in map(json.loads, lines):
+        seed, _, row, count = record["key"]
+        runs = found.setdefault((count, row.split(",")[0]), {})
+        runs.setdefault(seed, []).append(100 * record["reconstruct"])
+    for count in (16, 32, 64, 128):
+        means = {way: [np.mean(found[count, way][seed]) for seed in range(5)] for way in ("random", "kmeans", "cover")}
+        cells = [str(count), *(interval(means[way]).show() for way in means)]
+        for way in ("kmeans", "cover"):
+            gain = interval(np.subtract(means[way], means["random"]))
+            cells.append(f"{gain.mean:+.1f} ± {gain.show().split('± ')[1]}")
+        assert f"| {' | '.join(cells)} |" in section
+
+
 def test_the_table_of_distillation_is_that_of_its_records():
     lines = (PROJECT / "benchmarks" / "records" / "distillation.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
