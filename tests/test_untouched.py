@@ -237,7 +237,7 @@ def public():
 
 
 def test_every_public_function_is_tried():
-    assert public().keys() == CALLS.keys() | CHANGING.keys()
+    assert public().keys() == {name.partition(" ")[0] for name in CALLS} | CHANGING.keys()
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))
