@@ -271,7 +271,7 @@ class ShrinkSteps:
             done = distillation(dense, self.model, self.images.learned, **knobs | chosen)
         except GradientError as error:
             if self.distill is not True:  # whoever gives knobs wants it
-                raise
+                raise GradientError(f"{error}; distill=False leaves distillation out") from error
             self._not_distilled.append(f"the network isn't distilled: {error}")
             _logger.warning("%s", self._not_distilled[-1])
             return dense, None
