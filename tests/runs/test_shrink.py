@@ -148,7 +148,7 @@ def test_a_network_without_gradients_is_made_smaller_without_distillation(caplog
     (told,) = [text for text in small.report.warnings if "isn't distilled" in text]
     assert "torch.no_grad()" in told
     assert told in caplog.text
-    with pytest.raises(GradientError, match="must compute gradients.*distill=False leaves distillation out"):
+    with pytest.raises(GradientError, match=r"must compute gradients.*distill=False leaves distillation out"):
         nni_topo.shrink(model, images, {"flops": 0.5}, distill={"steps": 5})
 
 
