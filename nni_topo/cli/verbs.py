@@ -21,7 +21,7 @@ from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, 
 from nni_topo.runs.frontier import frontier
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import check_empty, prune_checkpoint
-from nni_topo.runs.run import distillation_knobs, latencies
+from nni_topo.runs.run import Start, distillation_knobs, latencies
 from nni_topo.runs.shrink import shrink
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.baselines import is_baseline
@@ -214,13 +214,7 @@ class Shrink(TrainedVerb):
             budget,
             tolerance=self.tolerance,
             measure=self.measure,
-            pruner=self.pruner,
-            compensate=self.method,
-            layers=self._entries(inner_layers(start.net, start.example)),
-            distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
-            evaluate=start.tested,
-            seed=self.seed,
-            progress=False if self.json else None,
+            **self._steps(start),
         )
         report: Any = dense.report
         output_folder(self.out)
@@ -247,6 +241,18 @@ class Shrink(TrainedVerb):
         self.put_out(console, found["stages"], [repr(report), files])
         return 0
 
+    def _steps(self, start: Start) -> dict[str, Any]:
+        """Return what both `shrink` and `frontier` are told of the steps."""
+        return {
+            "pruner": self.pruner,
+            "compensate": self.method,
+            "layers": self._entries(inner_layers(start.net, start.example)),
+            "distill": distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
+            "evaluate": start.tested,
+            "seed": self.seed,
+            "progress": False if self.json else None,
+        }
+
     def _several(self, console: Console) -> int:
         """Write networks of several sizes, their table and picture."""
         start = self.start()
@@ -255,13 +261,7 @@ class Shrink(TrainedVerb):
             start.images(self.images),
             self.shares,
             budget=self._budget() or "flops",
-            pruner=self.pruner,
-            compensate=self.method,
-            layers=self._entries(inner_layers(start.net, start.example)),
-            distill=distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
-            evaluate=start.tested,
-            seed=self.seed,
-            progress=False if self.json else None,
+            **self._steps(start),
         )
         files = found.save(self.out)
         written = f"written: {', '.join(map(str, files))} · report: {write_report(self.out)}"

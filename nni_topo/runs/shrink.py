@@ -59,7 +59,7 @@ from nni_topo.runs.tolerance import (
 if TYPE_CHECKING:
     import pandas
 
-_MANY = 8  # channels, of which more than one should be left
+_MANY = 8  # so many channels make it worth telling that only one is left
 _logger = logging.getLogger(__name__)
 
 
@@ -401,13 +401,13 @@ def shrink(
 
 
 def _nearly_gone(layers: DenseReport) -> tuple[str, ...]:
-    """Name the layers of which a single channel is left, which costs more than a network can bear."""
-    left = [f"{row.name} ({row.before})" for row in layers.rows if row.after == 1 and row.before >= _MANY]
+    """Return a warning that names the layers of which one channel is left."""
+    left = [f"{row.name} (of {row.before})" for row in layers.rows if row.after == 1 and row.before >= _MANY]
     if not left:
         return ()
     return (
-        f"one channel is left of these layers: {listed(left)}. The other layers can't lose enough, and what keeps all "
-        "channels is listed below: ask for a larger share, or give these layers a max_sparse_ratio (layers)",
+        f"one channel is left of these layers: {listed(left)}; ask for a larger share of the cost, or give them a "
+        "max_sparse_ratio (layers)",
     )
 
 

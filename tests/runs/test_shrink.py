@@ -111,7 +111,7 @@ def test_layers_that_are_nearly_gone_are_told_and_what_keeps_the_cost():
     small = nni_topo.shrink(Tagger(bidirectional=True), [torch.randn(64, 6, 8)], {"flops": 0.5}, distill=False)
     assert small.hidden.out_features == 1
     (told,) = [text for text in small.report.warnings if "one channel is left" in text]
-    assert "hidden (32)" in told
+    assert "hidden (of 32)" in told
     assert "states keeps all channels: a recurrent layer keeps the size of its state" in repr(small.report)
     enough = nni_topo.shrink(Tagger(bidirectional=True), [torch.randn(64, 6, 8)], {"flops": 0.9}, distill=False)
     assert not [text for text in enough.report.warnings if "one channel is left" in text]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.inputs import (
     VARIATIONS,
@@ -31,6 +34,7 @@ from nni_topo.network.runtime.inputs import (
     shrunk,
     structure_of,
     taken,
+    tensors_of,
     together,
     variations_of,
     varied,
@@ -355,3 +359,42 @@ def test_calls_have_the_arguments_that_a_model_takes():
         list(calls(TwoArguments(), [{"labels": X, "names": X}]))
     with pytest.raises(DataError, match=r"'vectors' \(batch 0\)$"):
         list(calls(TwoArguments(), [X]))
+
+
+@dataclass
+class Answer:
+    """What a model returns: tensors in the fields of a data class."""
+
+    scores: torch.Tensor
+    others: dict[str, torch.Tensor]
+    name: str = "answer"
+
+
+class Answering(nn.Module):
+    """A convolution that is read by a linear layer, and features beside the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, images):
+        features = self.first(images).relu().mean((2, 3))
+        scores = self.last(features)
+        return [Answer(scores, {"double": 2.0 * scores})]
+
+
+def test_fields_of_data_classes_are_looked_into():
+    one, two = torch.ones(2), torch.zeros(3)
+    found = tensors_of({"a": (Answer(one, {"b": two}), 3)})
+    assert [each is wanted for each, wanted in zip(found, (one, two), strict=True)] == [True, True]
+    assert tensors_of(Answer) == []  # the class itself holds none
+
+
+def test_a_network_that_returns_a_data_class_is_made_smaller():
+    torch.manual_seed(0)
+    model, images = Answering(), torch.randn(64, 1, 6, 6)
+    small = nni_topo.shrink(model, [images], {"flops": 0.5}, distill=False)
+    assert small.first.out_channels == 4
+    (answer,) = small(images)
+    torch.testing.assert_close(answer.others["double"], 2.0 * answer.scores)
+    assert small.report.stages[-1].distance < small.report.stages[1].distance
