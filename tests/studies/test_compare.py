@@ -327,6 +327,9 @@ def test_compensation_distillation_taylor_and_a_yardstick(tmp_path):
         assert record["accuracy_compensated"] > record["accuracy_oneshot"]
         assert record["accuracy_distilled"] != record["accuracy_compensated"]
         assert record["distill_seconds"] > 0.0
+        for step in ("oneshot", "recalibrated", "compensated", "distilled"):
+            assert 0.0 < record[f"validation_{step}"] <= 1.0
+            assert record[f"validation_{step}"] != record[f"accuracy_{step}"]  # of other images
         assert "accuracy_retrained" not in record
     table = markdown_report(records)
     assert "| distilled % | vs best baseline, distilled |" in table

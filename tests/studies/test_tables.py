@@ -74,6 +74,18 @@ def test_random_choice_is_a_baseline_and_a_new_network_is_none():
     assert best_baseline(rows, "accuracy_retrained") == "by chance"
 
 
+def test_the_best_baseline_is_chosen_on_the_validation_images_if_all_records_hold_them():
+    tested = [record("l1", 0, 0.9), record("fpgm", 0, 0.8), record("topological", 0, 0.7)]
+    (rows,) = grouped(tested).values()
+    assert best_baseline(rows, "accuracy_retrained") == "l1"
+    validated = [run | {"validation_retrained": 1.0 - run["accuracy_retrained"]} for run in tested]
+    (rows,) = grouped(validated).values()
+    assert best_baseline(rows, "accuracy_retrained") == "fpgm"
+    # one baseline without it can't be compared on the validation images
+    (rows,) = grouped([tested[0], *validated[1:]]).values()
+    assert best_baseline(rows, "accuracy_retrained") == "l1"
+
+
 @pytest.mark.parametrize("values", [[0.1, 0.2, 0.9], [0.99, 0.95, 0.999, 1.0], [0.0, 0.01, 0.0]])
 def test_intervals_of_accuracies_stay_within_0_and_100(values):
     found = interval(values)
