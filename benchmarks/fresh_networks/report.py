@@ -1,0 +1,225 @@
+"""Records and tables of the comparison on networks that chose no default; README.md beside this file is its protocol.
+
+    python benchmarks/fresh_networks/report.py --keep runs/fresh/lenet5_like
+    python benchmarks/fresh_networks/report.py
+    python benchmarks/fresh_networks/report.py --into benchmarks/results/fresh_networks.md
+
+``--keep`` copies what the tables need of a comparison's ``results.jsonl`` into the records. Without it the tables are
+printed as Markdown, or replace what a page holds between the two comments that name this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from nni_topo.disk import output_file
+from nni_topo.studies.records import read_records
+from nni_topo.studies.tables import (
+    best_baseline,
+    cells_of,
+    grouped,
+    interval,
+    markdown_table,
+    paired_difference,
+    title_of,
+)
+
+Record = dict[str, Any]
+Rows = dict[str, dict[int, Record]]
+
+RECORDS = Path(__file__).parents[1] / "records" / "fresh_networks"
+BEGIN, END = (f"<!-- benchmarks/fresh_networks/report.py: {word} -->" for word in ("begin", "end"))
+NETWORKS = {
+    "lenet5_like": "LeNet-5-like",
+    "resnet20": "ResNet-20",
+    "mobilenet_like": "MobileNetV2, small",
+    "vit_small": "ViT, small",
+    "vgg16_quarter": "VGG-16, a quarter of its width",
+}
+"""By the name of their plan, in the order in which they run."""
+CRITERIA = ("reconstruction", "topological, functional")
+STEPS = {
+    "accuracy_oneshot": "no recovery",
+    "accuracy_recalibrated": "BN recal.",
+    "accuracy_compensated": "weight reconstruction",
+    "accuracy_distilled": "distilled",
+    "accuracy_retrained": "fine-tuned",
+}
+PRIMARY_SHARE, PRIMARY_STEP = 0.1, "accuracy_compensated"
+LEVEL = 0.05
+DATA = "Fashion-MNIST, split anew"
+_KEPT = {"pruner", "pruner_name", "seed", "target", "flops", "flops_before", "params", "params_before", "revision"}
+_MEASURED = ("accuracy_before", "validation_before", "prune_seconds", "compensate_seconds", "distill_seconds")
+
+
+def main() -> None:
+    """Parse the command line; keep records, or print or write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, metavar="OUT", help="folder of a comparison, named as its plan")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="page whose tables are replaced")
+    options = parser.parse_args()
+    if options.keep is not None:
+        keep(options.keep)
+    elif options.into is not None:
+        page = options.into.read_text(encoding="utf-8")
+        before, rest = page.split(BEGIN)
+        after = rest.split(END)[1]
+        options.into.write_text(f"{before}{BEGIN}\n\n{tables(read())}\n\n{END}{after}", encoding="utf-8")
+    else:
+        print(tables(read()))
+
+
+def keep(out: Path) -> None:
+    """Write the records of a comparison without what the tables don't need; ValueError if no plan has its name."""
+    if out.name not in NETWORKS:
+        raise ValueError(f"the folder must be named as a plan, {', '.join(NETWORKS)}, got {out}")
+    lines = []
+    for record in read_records(out / "results.jsonl"):
+        slim = {"model": NETWORKS[out.name], "data": DATA, "torch": record["versions"]["torch"]}
+        names = _KEPT.union(STEPS, (step.replace("accuracy", "validation") for step in STEPS), _MEASURED)
+        slim |= {name: record[name] for name in names & record.keys()}
+        lines.append(json.dumps(slim, sort_keys=True))
+    path = output_file(RECORDS / f"{out.name}.jsonl")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(lines)} records: {path}")
+
+
+def read() -> list[Record]:
+    """Return all records, network after network."""
+    return [record for name in NETWORKS for record in read_records(RECORDS / f"{name}.jsonl")]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One criterion against the best baseline in one cell.
+
+    Accuracies are percentages, means over the networks; the difference is in points.
+    """
+
+    baseline: str
+    ours: float
+    theirs: float
+    difference: str
+    mean: float
+    excludes_zero: bool
+    p: float
+    networks: int
+
+
+def compared(rows: Rows, criterion: str, step: str) -> Comparison | None:
+    """Compare a criterion with the best baseline of a step; None if one is missing or has fewer than two networks."""
+    baseline = best_baseline(rows, step)
+    if baseline is None or criterion not in rows:
+        return None
+    ours, theirs = rows[criterion], rows[baseline]
+    seeds = [seed for seed in sorted(ours.keys() & theirs.keys()) if step in ours[seed] and step in theirs[seed]]
+    if len(seeds) < 2:
+        return None
+    first = [ours[seed][step] for seed in seeds]
+    second = [theirs[seed][step] for seed in seeds]
+    found = paired_difference(ours, theirs, step)
+    differences = np.subtract(first, second)
+    # equal differences have no spread, and no test says anything of them
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if differences.std() > 0 else float(found.mean == 0.0)
+    return Comparison(
+        baseline,
+        100 * interval(first).mean,
+        100 * interval(second).mean,
+        found.show(100, sign=True),
+        found.mean,
+        abs(found.mean) > found.half,
+        p,
+        len(seeds),
+    )
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values corrected by Holm's method, in the order given.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    corrected = [1.0] * len(values)
+    largest = 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def tables(records: Iterable[Record]) -> str:
+    """Return Markdown: the primary cells, the exploratory differences, and every row of every network."""
+    groups: dict[tuple[str, str], Rows] = {}
+    titles = {}
+    for group, rows in grouped(records).items():
+        groups[group[0], group[2]] = rows
+        titles[group[0], group[2]] = title_of(group, rows)
+    blocks = ["### Primary cells", _primary(groups)]
+    blocks += ["### Differences from the best baseline", *_differences(groups)]
+    blocks.append("### All rows")
+    for place, rows in groups.items():
+        blocks += [f"**{titles[place]}**", markdown_table(*cells_of(rows))]
+    return "\n\n".join(blocks)
+
+
+def _primary(groups: dict[tuple[str, str], Rows]) -> str:
+    """Return the table of the ten cells that were named before the first run."""
+    target = f"{100 * PRIMARY_SHARE:g} % of the MACs left"
+    cells = [(network, criterion) for network in NETWORKS.values() for criterion in CRITERIA]
+    found = [compared(groups.get((network, target), {}), criterion, PRIMARY_STEP) for network, criterion in cells]
+    corrected = holm([1.0 if each is None else each.p for each in found])
+    lines = []
+    for (network, criterion), each, p in zip(cells, found, corrected, strict=True):
+        if each is None:
+            lines.append([network, criterion, "not run", "", "", "", "", "", ""])
+            continue
+        verdict = "no significant difference"
+        if p < LEVEL:
+            verdict = "win" if each.mean > 0 else "loss"
+        numbers = [f"{each.ours:.1f}", f"{each.theirs:.1f}", each.difference, f"{each.p:.4f}", f"{p:.3f}"]
+        lines.append([network, criterion, each.baseline, verdict, str(each.networks), *numbers])
+    head = ["network", "criterion", "best baseline", "outcome", "networks", "criterion %", "baseline %"]
+    return markdown_table([*head, "difference", "p", "p by Holm"], lines, text_columns=4)
+
+
+def _differences(groups: dict[tuple[str, str], Rows]) -> list[str]:
+    """Return a table of exploratory differences for each network, and how many of their intervals exclude zero."""
+    by_network: dict[str, list[list[str]]] = {}
+    cells = above = below = 0
+    for (network, target), rows in groups.items():
+        for criterion in CRITERIA:
+            line = [target.removesuffix(" of the MACs left"), criterion]
+            for step in STEPS:
+                each = compared(rows, criterion, step)
+                if each is None:
+                    line.append("not run")
+                    continue
+                line.append(f"{each.difference} ({each.baseline})")
+                if target.startswith(f"{100 * PRIMARY_SHARE:g} ") and step == PRIMARY_STEP:
+                    continue
+                cells += 1
+                above += each.excludes_zero and each.mean > 0
+                below += each.excludes_zero and each.mean < 0
+            by_network.setdefault(network, []).append(line)
+    blocks = []
+    for network, lines in by_network.items():
+        head = ["MACs left", "criterion", *STEPS.values()]
+        blocks += [f"**{network}: points, best baseline in brackets**", markdown_table(head, lines, text_columns=2)]
+    if cells:
+        outside = f"{above} lie above zero and {below} below it with their whole 95 % interval"
+        by_chance = f"By chance alone about {round(0.05 * cells)} would lie outside."
+        blocks.append(f"Of the {cells} exploratory differences, {outside}. {by_chance}")
+    return blocks
+
+
+if __name__ == "__main__":
+    main()
