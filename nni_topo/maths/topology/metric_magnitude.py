@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 
 from nni_topo.errors import DataError, checked, number, whole
 from nni_topo.maths.ties import first_smallest
-from nni_topo.maths.topology.checks import FloatArray, IntArray, as_distances
+from nni_topo.maths.topology.checks import FloatArray, IntArray, as_distances, as_index
 
 _POSITIVE = number(0.0, closed="neither")
 
@@ -62,7 +62,7 @@ def metric_magnitude(distances: ArrayLike, scale: float = 1.0) -> float:
 
 
 @checked(keep=whole(1), scale=_POSITIVE)
-def magnitude_subset(distances: ArrayLike, keep: int, scale: float = 1.0) -> IntArray:
+def magnitude_subset(distances: ArrayLike, keep: int, scale: float = 1.0, *, base: int | None = None) -> IntArray:
     """Return points of a cloud that keep much of its magnitude: the least is lost by each removal.
 
     Parameters
@@ -73,6 +73,8 @@ def magnitude_subset(distances: ArrayLike, keep: int, scale: float = 1.0) -> Int
         How many points stay, in [1, n].
     scale : float, default=1.0
         As in :func:`metric_magnitude`.
+    base : int or None, default=None
+        Index of a point that always stays, such as the origin of a cloud of channels. None: no point does.
 
     Returns
     -------
@@ -89,9 +91,11 @@ def magnitude_subset(distances: ArrayLike, keep: int, scale: float = 1.0) -> Int
     Notes
     -----
     Backward elimination: removing a point of weight w costs w^2 over its entry on the diagonal of the inverse
-    similarities, exactly; the inverse is updated after each removal. O(n^3) in all. Of points at distance 0 all but
-    the first go at first, the last one before the others; of removals that cost equally much the lowest index goes
-    first. A greedy search: no guarantee that the kept set has the largest magnitude of its size.
+    similarities, exactly; the inverse is updated after each removal. O(n^3) in all. A greedy search: no guarantee that
+    the kept set has the largest magnitude of its size.
+
+    Of points at distance 0 all but one go at first, the last one before the others; the base stays, else the first.
+    Of removals that cost equally much the lowest index goes first.
 
     Examples
     --------
@@ -100,22 +104,29 @@ def magnitude_subset(distances: ArrayLike, keep: int, scale: float = 1.0) -> Int
     array([0, 2, 3])
     """
     matrix = as_distances(distances)
-    if keep > len(matrix):
-        raise DataError(f"keep must be at most the number of points, {len(matrix)}, got {keep}")
-    firsts = _different_points(matrix)
-    if keep >= len(firsts):
-        copies = np.setdiff1d(np.arange(len(matrix)), firsts)
-        return np.sort(np.concatenate([firsts, copies[: keep - len(firsts)]]))
-    inverse = _inverse(matrix[np.ix_(firsts, firsts)], scale)
-    left = firsts
+    points = len(matrix)
+    if keep > points:
+        raise DataError(f"keep must be at most the number of points, {points}, got {keep}")
+    # The base comes first, so that it stays of points on its place.
+    order = np.arange(points)
+    if base is not None:
+        order = np.concatenate([[as_index(base, points, "base")], np.delete(order, base)])
+    left = order[_different_points(matrix[np.ix_(order, order)])]
+    if keep >= len(left):
+        copies = np.setdiff1d(order, left)
+        return np.sort(np.concatenate([left, copies[: keep - len(left)]]))
+    inverse = _inverse(matrix[np.ix_(left, left)], scale)
     while len(left) > keep:
         weights = inverse.sum(axis=1)
-        gone = first_smallest(weights**2 / inverse.diagonal())
+        costs = weights**2 / inverse.diagonal()
+        if base is not None:
+            costs[0] = np.inf
+        gone = first_smallest(costs)
         others = np.arange(len(left)) != gone
         column = inverse[others, gone]
         inverse = inverse[np.ix_(others, others)] - np.outer(column, column) / inverse[gone, gone]
         left = left[others]
-    return left
+    return np.sort(left)
 
 
 def _different_points(distances: FloatArray) -> IntArray:

@@ -64,6 +64,23 @@ def test_copies_go_before_other_points():
     assert magnitude_subset(distances, 6).tolist() == list(range(6))
 
 
+def test_the_base_stays():
+    distances = cloud(2)
+    for base in range(9):
+        for keep in (1, 4, 8):
+            kept = magnitude_subset(distances, keep, base=base)
+            assert base in kept
+            assert len(set(kept.tolist())) == keep
+    line = np.array([0.0, 5.0, 5.0, 5.0, 9.0])
+    distances = abs(np.subtract.outer(line, line))
+    assert magnitude_subset(distances, 3, base=2).tolist() == [0, 2, 4]
+    assert magnitude_subset(distances, 4, base=3).tolist() == [0, 1, 3, 4]
+    free = magnitude_subset(cloud(3), 4)
+    assert magnitude_subset(cloud(3), 4, base=int(free[0])).tolist() == free.tolist()
+    with pytest.raises(DataError, match=r"base must be a point's index in \[0, 5\), got 5"):
+        magnitude_subset(distances, 3, base=5)
+
+
 def test_equal_costs_are_decided_by_the_lowest_index():
     distances = 2.0 * (1.0 - np.eye(4))
     assert magnitude_subset(distances, 2).tolist() == [2, 3]
