@@ -66,13 +66,21 @@ def test_a_run_takes_the_place_of_the_last_one_with_the_same_pytorch(upstream, t
     assert kept["2.15"]["files"] == {"test_pruner": 78}
 
 
-def test_the_tables_of_convergence_are_those_of_their_records():
-    lines = (PROJECT / "benchmarks" / "records" / "convergence.jsonl").read_text().splitlines()
+@pytest.mark.parametrize(
+    ("records", "heading", "rows"),
+    [
+        ("convergence", "VGG-16 at a quarter of its width: convergence", 7),
+        ("convergence_full_width", "VGG-16 at its full width: convergence", 4),
+    ],
+)
+def test_the_tables_of_convergence_are_those_of_their_records(records, heading, rows):
+    lines = (PROJECT / "benchmarks" / "records" / f"{records}.jsonl").read_text().splitlines()
     text = (PROJECT / "benchmarks" / "results" / "cnn_by_budget.md").read_text(encoding="utf-8")
-    section = text.split("## VGG-16 at a quarter of its width: convergence")[1].split("\n## ")[0]
-    rows = [line for line in markdown_report([json.loads(line) for line in lines]).splitlines() if line.startswith("|")]
-    assert len(rows) == 19  # two tables of seven rows, the unpruned network, and the heads
-    assert rows == [line for line in section.splitlines() if line.startswith("|")]
+    section = text.split(f"## {heading}")[1].split("\n## ")[0]
+    table = markdown_report([json.loads(line) for line in lines])
+    found = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(found) == 2 * rows + 5  # two tables, the unpruned network in the first, and the heads
+    assert found == [line for line in section.splitlines() if line.startswith("|")]
 
 
 def test_the_table_of_chosen_images_is_that_of_its_records():

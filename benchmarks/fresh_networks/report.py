@@ -164,8 +164,11 @@ def tables(records: Iterable[Record]) -> str:
         groups[group[0], group[2]] = rows
         titles[group[0], group[2]] = title_of(group, rows)
     blocks = ["### Primary cells", _primary(groups)]
-    blocks += ["### Differences from the best baseline", *_differences(groups)]
-    blocks.append("### All rows")
+    differences = _differences(groups)
+    if differences:
+        blocks += ["### Differences from the best baseline", *differences]
+    if groups:
+        blocks.append("### All rows")
     for place, rows in groups.items():
         blocks += [f"**{titles[place]}**", markdown_table(*cells_of(rows))]
     return "\n\n".join(blocks)
@@ -180,7 +183,7 @@ def _primary(groups: dict[tuple[str, str], Rows]) -> str:
     lines = []
     for (network, criterion), each, p in zip(cells, found, corrected, strict=True):
         if each is None:
-            lines.append([network, criterion, "not run", "", "", "", "", "", ""])
+            lines.append([network, criterion, "", "not run", *[""] * 6])
             continue
         verdict = "no significant difference"
         if p < LEVEL:
