@@ -33,9 +33,9 @@ def split():
 
 def record(network, pruner, seed, tested, validated, target="10 % of the MACs left"):
     step = {"accuracy_compensated": tested, "validation_compensated": validated}
-    facts = {"flops": 1.0, "flops_before": 2.0, "params": 1.0, "params_before": 2.0, "accuracy_before": 0.9}
-    name = pruner.split(",")[0]
-    return facts | step | dict(model=network, data="", pruner=pruner, pruner_name=name, seed=seed, target=target)
+    costs = {"flops": 1.0, "flops_before": 2.0, "params": 1.0, "params_before": 2.0, "accuracy_before": 0.9}
+    cell = {"model": network, "data": "", "pruner": pruner, "seed": seed, "target": target}
+    return {**costs, **step, **cell, "pruner_name": pruner.split(",")[0]}
 
 
 def test_the_split_is_even_and_takes_no_image_that_a_default_was_chosen_on(split):

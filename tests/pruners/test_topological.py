@@ -206,7 +206,8 @@ def test_perera2022_searches_by_default_and_a_flat_fitness_is_told(caplog):
     assert len({(each.best, each.mean) for each in found["max"][0]}) == 1
     assert found["max"][1] == [
         "the criterion 'bottleneck' tells no individual of any generation from another, so these channels are chosen "
-        "at random; 'bottleneck_sum', 'hausdorff' or another degree in homology_dimensions may tell them apart (0.weight)"
+        "at random; 'bottleneck_sum', 'hausdorff' or another degree in homology_dimensions may tell them apart "
+        "(0.weight)"
     ]
     default = TopologicalPruner.perera2022(layer_of(points.tolist()), config_list)
     assert kept(default.compress()[1], "0").tolist() == found["sum"][2].tolist()
