@@ -59,7 +59,7 @@ def relinked(text: str, source: str) -> str:
         if inside in pages:
             return f"{words}({top}{pages[inside]}{anchor})"
         for folder in ("docs", "benchmarks"):
-            if inside and inside.startswith(f"{folder}/") and place.suffix in (".md", ".png"):
+            if inside and inside.startswith(f"{folder}/") and place.suffix in (".md", ".png", ".ipynb"):
                 return f"{words}({top}{inside.removeprefix(f'{folder}/')}{anchor})"
         return re.sub(r"^!?\[(.*)\]$", r"\1", words)
 
