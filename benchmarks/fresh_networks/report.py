@@ -30,13 +30,14 @@ from nni_topo.studies.tables import (
     markdown_table,
     paired_difference,
     title_of,
+    with_tables,
 )
 
 Record = dict[str, Any]
 Rows = dict[str, dict[int, Record]]
 
 RECORDS = Path(__file__).parents[1] / "records" / "fresh_networks"
-BEGIN, END = (f"<!-- benchmarks/fresh_networks/report.py: {word} -->" for word in ("begin", "end"))
+SOURCE = "benchmarks/fresh_networks/report.py"  # as the comments around a page's tables say
 NETWORKS = {
     "lenet5_like": "LeNet-5-like",
     "resnet20": "ResNet-20",
@@ -55,6 +56,7 @@ STEPS = {
 }
 PRIMARY_SHARE, PRIMARY_STEP = 0.1, "accuracy_compensated"
 LEVEL = 0.05
+SEEDS = 5
 DATA = "Fashion-MNIST, split anew"
 _KEPT = {"pruner", "pruner_name", "seed", "target", "flops", "flops_before", "params", "params_before", "revision"}
 _MEASURED = ("accuracy_before", "validation_before", "prune_seconds", "compensate_seconds", "distill_seconds")
@@ -70,9 +72,7 @@ def main() -> None:
         keep(options.keep)
     elif options.into is not None:
         page = options.into.read_text(encoding="utf-8")
-        before, rest = page.split(BEGIN)
-        after = rest.split(END)[1]
-        options.into.write_text(f"{before}{BEGIN}\n\n{tables(read())}\n\n{END}{after}", encoding="utf-8")
+        options.into.write_text(with_tables(page, SOURCE, tables(read())), encoding="utf-8")
     else:
         print(tables(read()))
 
@@ -179,17 +179,20 @@ def _primary(groups: dict[tuple[str, str], Rows]) -> str:
     target = f"{100 * PRIMARY_SHARE:g} % of the MACs left"
     cells = [(network, criterion) for network in NETWORKS.values() for criterion in CRITERIA]
     found = [compared(groups.get((network, target), {}), criterion, PRIMARY_STEP) for network, criterion in cells]
-    corrected = holm([1.0 if each is None else each.p for each in found])
+    # an outcome that is looked at before all networks have run would be looked at more than once
+    values = [each.p if each is not None and each.networks == SEEDS else 1.0 for each in found]
     lines = []
-    for (network, criterion), each, p in zip(cells, found, corrected, strict=True):
+    for (network, criterion), each, p in zip(cells, found, holm(values), strict=True):
         if each is None:
             lines.append([network, criterion, "", "not run", *[""] * 6])
             continue
-        verdict = "no significant difference"
-        if p < LEVEL:
-            verdict = "win" if each.mean > 0 else "loss"
+        outcome = "no significant difference"
+        if each.networks < SEEDS:
+            outcome = f"open: {each.networks} of {SEEDS} networks"
+        elif p < LEVEL:
+            outcome = "win" if each.mean > 0 else "loss"
         numbers = [f"{each.ours:.1f}", f"{each.theirs:.1f}", each.difference, f"{each.p:.4f}", f"{p:.3f}"]
-        lines.append([network, criterion, each.baseline, verdict, str(each.networks), *numbers])
+        lines.append([network, criterion, each.baseline, outcome, str(each.networks), *numbers])
     head = ["network", "criterion", "best baseline", "outcome", "networks", "criterion %", "baseline %"]
     return markdown_table([*head, "difference", "p", "p by Holm"], lines, text_columns=4)
 

@@ -4,8 +4,11 @@
 
 Trains networks of four convolutions with batch norms, removes the same number of filters of every layer by each
 criterion, recalibrates the batch norms, and writes a line per network, criterion and share to ``which_filters.jsonl``.
-The same command goes on where it was stopped; ``--report`` prints the tables. ``images.npz`` is made by
-``benchmarks/fresh_networks/split.py``.
+The same command goes on where it was stopped. ``images.npz`` is made by ``benchmarks/fresh_networks/split.py``.
+
+    python benchmarks/topology/which_filters.py --out benchmarks/records/topology --into benchmarks/results/topology.md
+
+writes the tables of the records into a page, between the two comments that name this file.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from torch import Tensor, nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import interval, markdown_table, show_accuracies
+from nni_topo.studies.tables import interval, markdown_table, show_accuracies, with_tables
 
+SOURCE = "benchmarks/topology/which_filters.py"  # as the comments around a page's tables say
 EXPLORATION, CONFIRMATION = range(300, 305), range(310, 325)
 SHARES = (0.5, 0.25)  # of every layer's filters that stay
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # over the median distance
@@ -43,10 +47,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="the .npz file")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--report", action="store_true", help="print what is there")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="page whose tables are replaced; nothing is run")
     options = parser.parse_args()
     path = options.out / "which_filters.jsonl"
-    if not options.report:
+    if options.into is not None:
+        page = options.into.read_text(encoding="utf-8")
+        options.into.write_text(with_tables(page, SOURCE, tables(read_records(path))), encoding="utf-8")
+    else:
         torch.set_num_threads(1)
         data = zoo.load_data(str(options.images), limit=5_000)
         for seed in EXPLORATION:
@@ -54,7 +61,7 @@ def main() -> None:
         scales = {name: chosen_scale(read_records(path), name) for name in (MAGNITUDE, ACTIVATIONS)}
         for seed in CONFIRMATION:
             run(seed, data, options.out, path, scales)
-    print(tables(read_records(path)))
+        print(tables(read_records(path)))
 
 
 def four_convolutions(num_classes: int, in_channels: int) -> nn.Module:

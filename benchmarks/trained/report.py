@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from benchmarks.trained.run import CRITERIA, OURS, RECOVERIES
 from nni_topo.disk import output_file
 from nni_topo.studies.records import read_records
-from nni_topo.studies.tables import markdown_table
+from nni_topo.studies.tables import markdown_table, with_tables
 
-BEGIN, END = "<!-- benchmarks/trained/report.py: begin -->", "<!-- benchmarks/trained/report.py: end -->"
+SOURCE = "benchmarks/trained/report.py"  # as the comments around a page's tables say
 NETWORKS = ("efficientnet-lite0", "minilm")
 TITLES = {
     "efficientnet-lite0": "EfficientNet-Lite0, {share:.0%} of the MACs",
@@ -206,15 +206,6 @@ def bars(records: Sequence[Record], path: Path) -> None:
     drawn.savefig(output_file(path), dpi=130)
 
 
-def replaced(page: str, text: str) -> str:
-    """Return a page with the text between the two comments replaced."""
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"a page must have {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and write what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -230,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     text = tables(records)
     if options.into is not None:
-        options.into.write_text(replaced(options.into.read_text(encoding="utf-8"), text), encoding="utf-8")
+        page = options.into.read_text(encoding="utf-8")
+        options.into.write_text(with_tables(page, SOURCE, text), encoding="utf-8")
         return
     picture(records, options.folder / "agreement.png")
     report = f"# Networks that were trained elsewhere\n\n![agreement by recovery](agreement.png)\n\n{text}\n"

@@ -223,6 +223,25 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_c
     return "\n".join((f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)))
 
 
+def with_tables(page: str, source: str, tables: str) -> str:
+    """Return a Markdown page whose text between the two comments that name a source is replaced; ValueError if none.
+
+    >>> page = with_tables("<!-- a.py: begin -->old<!-- a.py: end -->, and more", "a.py", "new")
+    >>> print(page)
+    <!-- a.py: begin -->
+    <BLANKLINE>
+    new
+    <BLANKLINE>
+    <!-- a.py: end -->, and more
+    """
+    begin, end = (f"<!-- {source}: {word} -->" for word in ("begin", "end"))
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"a page must have {begin} and {end}")
+    return f"{before}{begin}\n\n{tables}\n\n{end}{after}"
+
+
 def print_report(records: Iterable[Record], console: Console) -> None:
     """Print one table of records per model, data set and target, and one of convergence after it."""
     for group, rows in grouped(records).items():
