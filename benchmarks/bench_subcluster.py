@@ -318,9 +318,9 @@ def baselines(bench: Bench, nets: list[str], seeds: int) -> None:
     """SubclusterPruner beside other pruners at the nodes per layer that it found, with and without the update."""
     for name in _among(nets, "lenet300", "lenet5", "lenet5_like"):
         for seed in range(1 if name == "lenet5_like" else seeds):
-            subcluster(bench, "rivals", name, seed, "subcluster", energy=0.8)
-            subcluster(bench, "rivals", name, seed, "subcluster, free pairs", energy=0.8, free_pairs=True)
-            mine = next(r for r in bench.records if r["key"] == f"rivals/{name}/{seed}/subcluster/")
+            subcluster(bench, "baselines", name, seed, "subcluster", energy=0.8)
+            subcluster(bench, "baselines", name, seed, "subcluster, free pairs", energy=0.8, free_pairs=True)
+            mine = next(r for r in bench.records if r["key"] == f"baselines/{name}/{seed}/subcluster/")
             config = [
                 {"op_names": [layer], "sparse_ratio": (count - mine["widths"][layer] + 0.5) / count}
                 for layer, count in mine["widths_before"].items()
@@ -328,7 +328,7 @@ def baselines(bench: Bench, nets: list[str], seeds: int) -> None:
             ]
             for pruner in ("l1", "l2", "fpgm", "topological", "cluster", "random"):
                 knobs = {"survivor": "weight"} if pruner == "cluster" else {}
-                bench.run("rivals", name, seed, pruner, "", True, pruner=pruner, config=config, **knobs)
+                bench.run("baselines", name, seed, pruner, "", True, pruner=pruner, config=config, **knobs)
 
 
 def rules(bench: Bench, nets: list[str], seeds: int) -> None:
@@ -381,7 +381,7 @@ PARTS = {
     "energy": energies,
     "epochs": epochs,
     "statistics": statistics,
-    "rivals": baselines,
+    "baselines": baselines,
 }
 PARTS |= {"algorithms": algorithms, "survivors": survivors}
 

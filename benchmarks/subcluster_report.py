@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from subcluster_rules import SOURCE, tables
+from subcluster_rules import tables
+
+from nni_topo.studies.tables import markdown_table
+
+TEXT_REMOVED = {"lenet300": 76.8, "lenet5": 70.4, "lenet5_like": 90.1, "cnn12": 68.1, "vgg16_modified": 79.7}
+"""Percentage of parameters that the text's tables 5.2 to 5.7 say are removed."""
+TEXT_EPOCHS = {"0.1": "2", "0.5": "11", "0.8": "> 25"}
+"""Epochs of the text's table 5.8, LeNet-300-100 on MNIST."""
 
 
 def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) -> None:
@@ -19,11 +25,10 @@ def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) ->
         print(f"\n**{part}**\n")
         if part == "rules":
             print("\n".join(tables([record for record in records if record["part"] == part])))
-            continue
-        for line in _layers(cells, most) if part == "networks" else _rows(cells, most):
-            print(line)
-        for line in unrisen(cells) if part == "statistics" else ():
-            print(line)
+        elif part in PART_TABLES:
+            print(part_table(str(part), cells, most))
+        else:
+            print("\n".join(_rows(cells, most)))
     networks = frame[(frame["part"] == "networks") & (frame["seed"] == 0)]
     if len(networks):
         _curves(networks).savefig(out / "retraining.png", dpi=110)
@@ -33,49 +38,136 @@ def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) ->
             _picture(cells).savefig(out / f"{part}.png", dpi=130)
 
 
-def _layers(cells: pd.DataFrame, most: Mapping[str, int]) -> Iterator[str]:
-    yield "| net | layer | before | initial | after, by run | the text's share % | share, by run % |"
-    yield "|---|---|---:|---:|---:|---:|---:|"
-    for net, runs in cells.groupby("net", sort=False):
-        first = runs.iloc[0]
-        layers = [layer for layer in first["widths_before"] if layer in first["initial"]]
-        for layer, whole, after in zip(layers, *SOURCE[str(net)], strict=True):
-            before = first["widths_before"][layer]
-            kept = [widths[layer] for widths in runs["widths"]]
-            shares = ", ".join(f"{100 * nodes / before:.0f}" for nodes in kept)
-            nodes = ", ".join(map(str, kept))
-            row = (net, layer, before, first["initial"][layer], nodes, f"{100 * after / whole:.0f}", shares)
-            yield f"| {' | '.join(map(str, row))} |"
-    yield ""
-    yield from _rows(cells, most)
+def part_table(part: str, cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+    """Return the table of a part as the page on clustering holds it."""
+    return PART_TABLES[part](cells, most)
+
+
+def _choice(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+    """Return a line for each network and statistic."""
+    lines = []
+    for record in cells.to_dict("records"):
+        percents = [100 * (1 - record["params"] / record["params_before"])]
+        percents += [100 * record[key] for key in ("validation", "pruned", "before")]
+        line = [record["net"], record["label"], _nodes(record), *(f"{value:.1f}" for value in percents)]
+        lines.append([*line, str(record["depth"]), f"{TEXT_REMOVED[record['net']]}"])
+    head = ["net", "statistic", "nodes", "parameters removed %", "validation %", "test %", "unpruned %"]
+    return markdown_table([*head, "most splits in a row", "the text: removed %"], lines, text_columns=3)
+
+
+def _statistics(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+    """Return a line for each network and p, with three columns for each statistic."""
+    cells = cells.assign(statistic=cells["label"].str.split().str[0], p=cells["label"].str.split().str[1])
+    names = list(dict.fromkeys(cells["statistic"]))
+    lines = []
+    for (net, p), rows in cells.groupby(["net", "p"], sort=False):
+        line = [str(net), str(p)]
+        for name in names:
+            (record,) = rows[rows["statistic"] == name].to_dict("records")
+            removed = 100 * (1 - record["params"] / record["params_before"])
+            line += [_nodes(record), f"{removed:.1f}", f"{100 * record['pruned']:.1f}"]
+        lines.append(line)
+    head = ["net", "p"]
+    for name in names:
+        head += [f"{name}: nodes", "removed %", "test %"]
+    return markdown_table(head, lines, text_columns=2)
+
+
+def _energies(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+    """Return a line for each network and p, with fine-tuning."""
+    lines = []
+    for record in cells.to_dict("records"):
+        removed = 100 * (1 - record["params"] / record["params_before"])
+        line = [record["net"], record["label"], f"{removed:.1f}"]
+        line += [f"{100 * record[key]:.1f}" for key in ("before", "pruned", "updated")]
+        for row in ("", "_updated"):
+            epochs = _epochs([record[f"epochs{row}"]], int(record["most"]))
+            line.append(f"{100 * record[f'retrained{row}']:.1f} ({epochs})")
+        lines.append([*line, TEXT_EPOCHS[record["label"]] if record["net"] == "lenet300" else ""])
+    head = ["net", "p", "parameters removed %", "unpruned %", "no recovery %", "updated %", "fine-tuned % (epochs)"]
+    return markdown_table([*head, "updated, fine-tuned % (epochs)", "the text: epochs"], lines, text_columns=2)
+
+
+def _baselines(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+    """Return a table for each network: means over its runs, epochs of each."""
+    blocks = []
+    for net, group in cells.groupby("net", sort=False):
+        mine = group[group["label"] == "subcluster"].to_dict("records")
+        nodes = ", ".join(_nodes(record) for record in mine)
+        unpruned = 100 * group["before"].mean()
+        lines = []
+        for label, rows in group.groupby("label", sort=False):
+            line = [str(label), *(f"{100 * rows[key].mean():.1f}" for key in ("pruned", "updated", "rebuilt"))]
+            line += [f"{100 * rows[f'error_{key}'].mean():.1f}" for key in ("pruned", "updated", "rebuilt")]
+            for row in ("", "_updated"):
+                epochs = _epochs(rows[f"epochs{row}"], int(rows["most"].iloc[0]))
+                line.append(f"{100 * rows[f'retrained{row}'].mean():.1f} ({epochs})")
+            lines.append(line)
+        head = ["pruner", "no recovery %", "updated %", "weight reconstruction %", "error %, no recovery", "updated"]
+        head += ["weight reconstruction", "fine-tuned % (epochs, by run)", "updated, fine-tuned % (epochs)"]
+        runs = f"{len(mine)} run{'s' if len(mine) > 1 else ''}, nodes {nodes}, unpruned {unpruned:.1f} %"
+        blocks.append(f"**{net}, {runs}**\n\n{markdown_table(head, lines)}")
+    return "\n\n".join(blocks)
+
+
+def _by_ratio(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+    """Return a line for each network and label, with two columns for each ratio; means over runs."""
+    ratios = list(dict.fromkeys(cells["ratio"]))
+    lines = []
+    for (net, label), group in cells.groupby(["net", "label"], sort=False):
+        line = [str(net), str(label)]
+        for ratio in ratios:
+            rows = group[group["ratio"] == ratio]
+            line += [f"{100 * rows[key].mean():.1f}" for key in ("pruned", "updated")]
+        lines.append(line)
+    head = ["net", "by"]
+    for ratio in ratios:
+        head += [f"{ratio}: no recovery %", "updated %"]
+    return markdown_table(head, lines, text_columns=2)
+
+
+PART_TABLES: dict[str, Callable[[pd.DataFrame, Mapping[str, int]], str]] = {
+    "choice": _choice,
+    "statistics": _statistics,
+    "energy": _energies,
+    "baselines": _baselines,
+    "algorithms": _by_ratio,
+    "survivors": _by_ratio,
+}
+
+
+def _nodes(record: Mapping[str, Any]) -> str:
+    """Return how many nodes the pruned layers keep."""
+    return "-".join(str(count) for layer, count in record["widths"].items() if layer in record["initial"])
+
+
+def _epochs(found: Iterable[Any], limit: int) -> str:
+    """Return epochs by run; ``> limit`` where the accuracy didn't come back."""
+    return ", ".join(f"> {limit}" if pd.isna(epochs) else str(int(epochs)) for epochs in found)
 
 
 def _rows(cells: pd.DataFrame, most: Mapping[str, int]) -> Iterator[str]:
+    """Yield the lines of a table of everything that was measured."""
     shown = {
-        "before": "before %",
+        "before": "unpruned %",
         "validation": "no recovery, validation %",
         "pruned": "no recovery %",
         "updated": "updated %",
         "rebuilt": "weight reconstruction %",
     }
     shown |= {"retrained": "fine-tuned %", "retrained_updated": "updated, fine-tuned %"}
-    shown |= {f"error_{row}": f"error, {shown[row]}" for row in ("pruned", "updated", "rebuilt")}
-    heads = ["net", "row", "ratio", "runs", "nodes", "parameters removed %", *shown.values()]
-    heads += ["epochs", "epochs, updated", "prune s"]
+    heads = ["net", "row", "runs", "nodes", "parameters removed %", *shown.values(), "epochs", "epochs, updated"]
     yield f"| {' | '.join(heads)} |"
     yield "|---|---|" + "---:|" * (len(heads) - 2)
-    for (net, label, ratio), group in cells.groupby(["net", "label", "ratio"], sort=False):
-        gone = 1 - (group["params"] / group["params_before"]).mean()
-        nodes = "-".join(map(str, list(group.iloc[0]["widths"].values())[:-1]))  # of the first run, without the output
-        row = [net, label, ratio, len(group), nodes, f"{100 * gone:.1f}"]
+    for (net, label), group in cells.groupby(["net", "label"], sort=False):
+        removed = 1 - (group["params"] / group["params_before"]).mean()
+        row = [net, label, len(group), _nodes(group.iloc[0]), f"{100 * removed:.1f}"]
         row += [f"{100 * group[key].mean():.1f}" if key in group and group[key].notna().any() else "" for key in shown]
         for key in ("epochs", "epochs_updated"):
             measured = key in group and "retrained" in group and group["retrained"].notna().any()
-            runs = group[key].tolist() if measured else []
             # the part on epochs gives each network more of them than the others do
             limit = int(group["most"].iloc[0]) if "most" in group and group["most"].notna().all() else most[net]
-            row.append(", ".join(f"> {limit}" if pd.isna(epochs) else str(int(epochs)) for epochs in runs))
-        row.append(f"{group['prune_seconds'].mean():.2f}")
+            row.append(_epochs(group[key].tolist(), limit) if measured else "")
         yield f"| {' | '.join(map(str, row))} |"
 
 
@@ -108,14 +200,3 @@ def _picture(cells: pd.DataFrame) -> Figure:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="xx-small")
     return figure
-
-
-def unrisen(cells: pd.DataFrame) -> Iterator[str]:
-    """Name the layers in which more energy leaves more nodes."""
-    cells = cells.assign(statistic=cells["label"].str.split().str[0])
-    for (net, statistic), group in cells.groupby(["net", "statistic"], sort=False):
-        for before, after in itertools.pairwise(group.to_dict("records")):
-            grown = [name for name, count in after["widths"].items() if count > before["widths"][name]]
-            if grown:
-                step = f"{before['label'].split()[1]} to {after['label'].split()[1]}"
-                yield f"{net}, {statistic}, {step}: more nodes in {', '.join(grown)}"

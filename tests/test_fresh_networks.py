@@ -23,6 +23,7 @@ def report():
     sys.path.insert(0, str(FOLDER))
     yield importlib.import_module("report")
     sys.path.remove(str(FOLDER))
+    del sys.modules["report"]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,7 @@ def split():
     sys.path.insert(0, str(FOLDER))
     yield importlib.import_module("split")
     sys.path.remove(str(FOLDER))
+    del sys.modules["split"]
 
 
 def record(network, pruner, seed, tested, validated, target="10 % of the MACs left"):
