@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,7 @@ class Shrink(TrainedVerb):
     measure: str = "outputs"  # what --tolerance is about: outputs (changed answers; else distance) or distance
     plan: Path | None = None  # YAML file whose keys are these flags; flags of the command line override it
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
+    depth: bool = False  # let blocks compete with channels for the budget
     caps: dict[str, float] = field(default_factory=dict)  # largest share a layer may lose, e.g. features.conv1 0.5
     floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, e.g. features.conv1 0.1
     images: int = 1024  # unlabelled training images, at least 2
@@ -222,7 +223,9 @@ class Shrink(TrainedVerb):
         tables = {"stages": report.to_frame()}
         tables |= {"recovery by layer": report.compensation.to_frame()} if report.compensation else {}
         tables |= {"widths tried": pd.DataFrame(report.tried)} if report.tried else {}
-        found_within, verdict = report.tolerance, report.distillation
+        found_within, verdict, depth = report.tolerance, report.distillation, report.depth
+        tables |= {"blocks removed": pd.DataFrame(map(asdict, depth.removed))} if depth and depth.removed else {}
+        tables |= {"numbers of blocks tried": depth.to_frame()} if depth else {}
         has_curve = verdict is not None and bool(verdict.curve)
         tables |= {"networks tried": found_within.to_frame()} if found_within else {}
         tables |= {"distillation": verdict.to_frame()} if has_curve else {}
@@ -232,6 +235,7 @@ class Shrink(TrainedVerb):
         if found_within is not None:
             found_facts = {name: None if value != value else value for name, value in plain(found_within).items()}
             facts |= {"tolerance": found_facts, "result of the search": str(found_within)}
+        facts |= {"blocks": str(depth)} if depth else {}
         facts |= {"result of distillation": str(verdict)} if verdict is not None else {}
         facts |= latencies(start, dense) | provenance()
         write_json(self.out / "shrink.json", plain(facts), sort=False)
@@ -248,6 +252,7 @@ class Shrink(TrainedVerb):
             "compensate": self.method,
             "layers": self._entries(inner_layers(start.net, start.example)),
             "distill": distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
+            "depth": self.depth,
             "evaluate": start.tested,
             "seed": self.seed,
             "progress": False if self.json else None,

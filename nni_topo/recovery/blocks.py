@@ -1,8 +1,10 @@
-"""Whole blocks of a transformer taken out; what they did, as far as it is linear, goes into the layer before them.
+"""Whole blocks taken out; what they did, as far as it is linear, goes into the layer before them.
 
-A block adds to the stream that the blocks before it made, so that the model runs without it. The last linear layer that
-writes into the stream before a gap is solved anew, such that the stream after the gap is the unpruned one: [1]_ does it
-with a linear map of that layer's output, here all of its weights may change.
+A block adds to the stream that the blocks before it made, so that the model runs without it. The last layer that writes
+into the stream before a gap, a linear one or a convolution, is solved anew, such that the stream after the gap is the
+unpruned one: [1]_ does it with a linear map of that layer's output, here all of its weights may change. Where a ReLU or
+a norm follows the sum, as in ResNet and BERT, what enters that is solved for, and the norm of the block before the gap
+becomes that of the last block in it.
 
 References
 ----------
@@ -15,7 +17,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,28 +26,35 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, checked, unknown_name
-from nni_topo.maths.least_squares.normal import NormalEquations, fit
+from nni_topo.maths.least_squares.normal import NormalEquations, Solution, fit
 from nni_topo.network.io import take_out, tell_depth
+from nni_topo.network.layers import CONVOLUTIONS, NORMS
 from nni_topo.network.runtime import (
     BATCHES,
     MODEL,
     Calibration,
+    Call,
     batches_of,
     calls,
     check_model,
     detached_copy,
     evaluation_mode,
+    fast_paths_off,
     first_call,
     fitting,
     leaves_models_alone,
     left_alone,
     real_positions_of,
+    structure_call,
     tensors_of,
     watched,
 )
+from nni_topo.recovery.samples import draw_positions, input_rows, output_rows, position_count
 
 _HELD_OUT = 5
 _NEAR = 1e-3
+_POSITIONS = 64  # of each image of a convolution's output: neighbouring ones tell nearly the same
+_ENDS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LayerNorm, nn.RMSNorm)  # what may follow the sum at a block's end
 
 _logger = logging.getLogger(__name__)
 
@@ -87,10 +97,11 @@ def remove_blocks(
 
     Notes
     -----
-    Where a norm stands between that layer and the gap, as after the sums of BERT, or no block stands before it, blocks
-    are taken out and nothing makes up for them; a warning says so.
+    Where no block stands before the gap, or its last layer isn't added to the stream, blocks are taken out and nothing
+    makes up for them; a warning says so.
 
-    Memory is that of one layer's products, whatever the number of samples.
+    Memory is that of one layer's products, whatever the number of samples. Of a convolution's output 64 positions of
+    each image are taken.
     """
     is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
     if ridge != "auto" and not (is_number and 0.0 <= ridge < math.inf):
@@ -107,15 +118,13 @@ def remove_blocks(
         at = first - sum(parent == other and number < first for other, number in removed)
         removed |= {(parent, number) for number in range(first, last + 1)}
         take_out(result, parent, at, last - first + 1)
-        writer = _writer(result, container[at - 1], batches) if at else None
-        if writer is None:
+        call = structure_call(model, batches)
+        gap = gap_after(result, container[at - 1], model, whole[last], call) if at else None
+        if gap is None:
             _logger.warning("nothing makes up for the blocks %d to %d of %s: no sum before them", first, last, parent)
             continue
-        found = _solved(model, whole[last], result, container[at - 1], writer, batches, ridge)
-        with torch.no_grad():
-            writer.weight += found.weights[0].T.to(writer.weight)
-            if writer.bias is not None:
-                writer.bias += found.shift[0].to(writer.bias)
+        (found,) = solutions((model, result), [gap], batches, ridge)
+        gap.fill(found)
     counts = {parent: len(model.get_submodule(parent)._modules) for parent, _, _ in gaps}
     numbers_kept = {}
     for name, count in counts.items():
@@ -165,67 +174,231 @@ def _check_shapes(model: nn.Module, names: Sequence[str], batches: Calibration) 
             raise ConfigError(f"a block must put out what enters it, changed, got shapes {before} and {after} ({name})")
 
 
-def _writer(model: nn.Module, block: nn.Module, batches: Calibration) -> Any:
-    """Return the last linear layer of a block if all that it puts out is added to what leaves the block, or None."""
-    args, kwargs = first_call(model, batches)
-    called: list[Any] = []
-    outputs: list[Tensor] = []
-    linear = [module for module in block.modules() if type(module) is nn.Linear]
-    looks = [(module, lambda _, __, module=module: called.append(module)) for module in linear]
-    with left_alone(model), evaluation_mode(model), torch.no_grad():
-        with watched(leaving=[*looks, (block, lambda _, output: outputs.append(tensors_of(output)[0]))]):
-            model(*args, **kwargs)
-        width = outputs[0].shape[-1]
-        if not called or called.count(called[-1]) > 1 or called[-1].out_features != width:
-            return None
-        added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(outputs[0])
-        more = [(called[-1], lambda _, output: output + added)]
-        with watched(leaving=[*more, (block, lambda _, output: outputs.append(tensors_of(output)[0]))]):
-            model(*args, **kwargs)
-    return (
-        called[-1]
-        if torch.allclose(outputs[1] - outputs[0], added.expand_as(outputs[0]), atol=_NEAR, rtol=_NEAR)
-        else None
-    )
+@dataclass(frozen=True)
+class Stream:
+    """Where the stream after a block can be read."""
+
+    block: nn.Module
+    end: nn.Module | None  # the ReLU or norm after the sum, whose input is read; None: the block's output is
+
+    def watch(self, look: Callable[[Tensor], Any]) -> tuple[list[Any], list[Any]]:
+        """Return what `watched` takes to show the stream."""
+        # Copies, for what comes next may work in place.
+        if self.end is None:
+            return [], [(self.block, lambda _, output: look(tensors_of(output)[0].detach().clone()))]
+        return [(self.end, lambda entering: look(entering.detach().clone()))], []
 
 
-def _solved(
-    model: nn.Module,
-    wanted: nn.Module,
-    result: nn.Module,
-    block: nn.Module,
-    writer: nn.Linear,
-    batches: Calibration,
-    ridge: float | Literal["auto"],
-) -> Any:
-    """Solve for what a layer lacks so that its block in `result` gives what `wanted` does in the unpruned network."""
-    seen: dict[str, Tensor] = {}
-    looks = [
-        (wanted, lambda _, output: seen.update(wanted=tensors_of(output)[0])),
-        (block, lambda _, output: seen.update(reached=tensors_of(output)[0])),
-    ]
-    equations, samples = (NormalEquations(), NormalEquations()), 0
+@dataclass(frozen=True)
+class Writer:
+    """The last layer of a block, where all that it puts out is added to the stream."""
+
+    layer: Any  # a linear layer or a convolution
+    norm: Any  # the batch norm between the layer and the sum; None without one
+    stream: Stream
+
+    @property
+    def has_intercept(self) -> bool:
+        """Whether a constant can be added."""
+        return self.layer.bias is not None or (self.norm is not None and self.norm.affine)
+
+    def add(self, solution: Solution) -> None:
+        """Let the layer write more into the stream: new parameters, for other networks may hold the present ones."""
+        weight = self.layer.weight
+        more = solution.weights[0].T.to(weight.device)
+        shift = solution.shift[0].to(weight.device)
+        scale = torch.ones_like(shift)
+        if self.norm is not None:
+            scale = (self.norm.running_var.double() + self.norm.eps).rsqrt()
+            if self.norm.affine:
+                scale = scale * self.norm.weight.double()
+        # Nothing gets through a norm that multiplies by zero.
+        passes = scale.abs() > 0.0
+        inverse = torch.where(passes, 1.0 / torch.where(passes, scale, 1.0), 0.0)
+        with torch.no_grad():
+            new = weight + (more * inverse.unsqueeze(1)).view_as(weight).to(weight)
+            self.layer.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
+            takes_shift = self.norm if self.norm is not None and self.norm.affine else self.layer
+            if takes_shift.bias is not None:
+                shift = torch.where(passes, shift, 0.0) if takes_shift is self.norm else shift * inverse
+                bias = takes_shift.bias
+                takes_shift.bias = nn.Parameter(bias + shift.to(bias), requires_grad=bias.requires_grad)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A layer before a gap, and what it is to bring into the stream."""
+
+    writer: Writer
+    wanted: Stream
+    is_whole: bool  # whether all that is wanted lacks, else what the writer's own stream doesn't have
+
+    def fill(self, solution: Solution) -> None:
+        """Let the writer make up for the gap."""
+        self.writer.add(solution)
+        end, wanted_end = self.writer.stream.end, self.wanted.end
+        if end is not None and wanted_end is not None and not self.is_whole:
+            for name, parameter in wanted_end.named_parameters(recurse=False):
+                copied = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                setattr(end, name, copied)
+
+
+def gap_after(result: nn.Module, block: nn.Module, model: nn.Module, wanted: nn.Module, call: Call) -> Gap | None:
+    """Return how a block of one model can give what another block gives in the unpruned model, or None."""
+    writer = find_writer(result, block, call)
+    if writer is None:
+        return None
+    stream = Stream(wanted, _Calls(model, wanted, call).end)
+    # A norm can become the other block's, and a ReLU is the same; nothing else is made of one.
+    return Gap(writer, stream, is_whole=False) if type(stream.end) is type(writer.stream.end) else None
+
+
+class _Calls:
+    """The calls of the modules in a block, and what they put out."""
+
+    def __init__(self, model: nn.Module, block: nn.Module, call: Call) -> None:
+        self.calls: list[tuple[nn.Module, Any, Any]] = []  # the tensors are held, so that no address is used again
+
+        def look(module: nn.Module) -> Any:
+            return lambda entering, output: self.calls.append((module, entering, output))
+
+        inner = [module for module in block.modules() if module is not block]
+        outputs: list[Any] = []
+        looks = [(module, look(module)) for module in inner]
+        run_watched(model, call, leaving=[*looks, (block, lambda _, output: outputs.append(output))])
+        self.output = tensors_of(outputs[-1])[0]
+        self.end: nn.Module | None = None
+        for module, _, output in self.calls:
+            if isinstance(module, _ENDS) and _is_same(output, self.output):
+                self.end = module
+
+    def last_layer(self) -> Any:
+        """Return the last linear layer or convolution, if it is called once; None otherwise."""
+        layers = [module for module, _, _ in self.calls if type(module) in (*CONVOLUTIONS, nn.Linear)]
+        return layers[-1] if layers and layers.count(layers[-1]) == 1 else None
+
+    def norm_of(self, layer: nn.Module) -> Any:
+        """Return the batch norm that a layer's output enters, or None."""
+        (output,) = (output for module, _, output in self.calls if module is layer)
+        for module, entering, _ in self.calls:
+            if isinstance(module, NORMS) and module.running_var is not None and _is_same(entering, output):
+                return module
+        return None
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Say whether two values are tensors in one place."""
+    are_tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return are_tensors and one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+def run_watched(model: nn.Module, call: Call, entering: Iterable[Any] = (), leaving: Iterable[Any] = ()) -> Any:
+    """Run a model once, in evaluation mode, and show what enters and leaves its layers."""
+    # Fused code would pass hooks by.
+    with left_alone(model), evaluation_mode(model), torch.no_grad(), fast_paths_off(), watched(entering, leaving):
+        return model(*call[0], **call[1])
+
+
+def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None:
+    """Return the last layer of a block if all that it puts out is added to what leaves the block, or None."""
+    seen = _Calls(model, block, call)
+    layer: Any = seen.last_layer()
+    if layer is None or getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
+        return None
+    writer = Writer(layer, seen.norm_of(layer), Stream(block, seen.end))
+    width = len(layer.weight)
+    added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(seen.output)
+    if not isinstance(layer, nn.Linear):
+        added = added.view(-1, *[1] * len(layer.kernel_size))
+    changed = layer if writer.norm is None else writer.norm
+    streams: list[Tensor] = []
+    for more in ([], [(changed, lambda _, output: output + added)]):
+        before, after = writer.stream.watch(streams.append)
+        first = len(streams)
+        run_watched(model, call, before, [*more, *after])
+        # A ReLU may be called more than once; its last call is the block's end.
+        del streams[first:-1]
+    unchanged, moved = streams
+    is_wide = unchanged.dim() >= added.dim() and unchanged.shape[1 if added.dim() > 1 else -1] == width
+    if not is_wide or not torch.allclose(moved - unchanged, added.expand_as(unchanged), atol=_NEAR, rtol=_NEAR):
+        return None
+    return writer
+
+
+def solutions(
+    nets: Sequence[nn.Module], gaps: Sequence[Gap], batches: Calibration, ridge: float | Literal["auto"]
+) -> list[Solution]:
+    """Solve for what the writers of gaps lack, each by itself, in one pass over the batches.
+
+    ``nets`` are the networks in which the streams lie; the last one is that of the writers.
+    """
+    seen: list[dict[str, Tensor]] = [{} for _ in gaps]
+    before: list[Any] = []
+    after: list[Any] = []
+    for gap, own in zip(gaps, seen, strict=True):
+        before.append((gap.writer.layer, lambda entering, own=own: own.update(entering=entering)))
+        streams = {"wanted": gap.wanted} if gap.is_whole else {"wanted": gap.wanted, "reached": gap.writer.stream}
+        for key, stream in streams.items():
+            more = stream.watch(lambda value, key=key, own=own: own.update({key: value}))  # type: ignore[misc]
+            before += more[0]
+            after += more[1]
+    equations = [(NormalEquations(), NormalEquations()) for _ in gaps]
+    samples = 0
     is_held_out = batches.held_out(_HELD_OUT)
-    with (
-        left_alone(model, result),
-        evaluation_mode(model, result),
-        torch.no_grad(),
-        watched([(writer, lambda entering: seen.update(entering=entering))], looks),
-    ):
-        for index, call in enumerate(calls(model, batches)):
+    with left_alone(*nets), evaluation_mode(*nets), torch.no_grad(), fast_paths_off(), watched(before, after):
+        for index, call in enumerate(calls(nets[0], batches)):
             with fitting(index, batches.name):
-                for net in (model, result):
+                for net in nets:
                     net(*call[0], **call[1])
-            held = is_held_out[samples : samples + len(seen["wanted"])]
-            samples += len(held)
-            marks = held.view(-1, *[1] * (seen["wanted"].dim() - 2)).expand(seen["wanted"].shape[:-1])
-            real = real_positions_of(model, call)
-            stays = torch.ones_like(marks) if real is None or real.shape != marks.shape else real.to(marks.device)
-            for each, rows in zip(equations, (stays & ~marks, stays & marks), strict=True):
-                if bool(rows.any()):
-                    chosen = {key: value[rows.to(value.device)].double() for key, value in seen.items()}
-                    lacking = chosen["wanted"] - chosen["reached"]
-                    each.add(*(part.unsqueeze(0) for part in (chosen["entering"], lacking, chosen["wanted"])))
-    if not all(each.is_finite() for each in equations):
-        raise DataError("what blocks give must be finite, got NaN or infinity (calibration)")
-    return fit(*equations, None if ridge == "auto" else float(ridge), intercept=writer.bias is not None).solution
+            if not gaps:
+                break
+            count = len(seen[0]["wanted"])
+            held = is_held_out[samples : samples + count]
+            samples += count
+            real = real_positions_of(nets[0], call)
+            for gap, own, parts in zip(gaps, seen, equations, strict=True):
+                lacking = own["wanted"].double() - own.get("reached", 0.0)
+                values = own["entering"], lacking, own["wanted"]
+                for each, rows in zip(parts, (~held, held), strict=True):
+                    chosen = _rows(gap.writer.layer, values, rows, real)
+                    if chosen is not None:
+                        each.add(*chosen)
+    found = []
+    for gap, parts in zip(gaps, equations, strict=True):
+        if not all(each.is_finite() for each in parts):
+            raise DataError("what blocks give must be finite, got NaN or infinity (calibration)")
+        used = None if ridge == "auto" else float(ridge)
+        found.append(fit(*parts, used, intercept=gap.writer.has_intercept).solution)
+    return found
+
+
+def _rows(
+    layer: Any, values: tuple[Tensor, Tensor, Tensor], held: Tensor, real: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return a layer's inputs, what lacks and what is wanted of some samples, (1, rows, ...), or None.
+
+    ``held`` says which samples, bool (samples,); ``real`` which positions aren't padding, bool (samples, places).
+    """
+    entering, lacking, wanted = values
+    if isinstance(layer, nn.Linear):
+        marks = held.view(-1, *[1] * (wanted.dim() - 2)).expand(wanted.shape[:-1])
+        if real is not None and real.shape == marks.shape:
+            marks = marks & real.to(marks.device)
+        if not bool(marks.any()):
+            return None
+        chosen = marks.to(wanted.device)
+        return entering[chosen][None], lacking[chosen][None], wanted[chosen][None]
+    if not bool(held.any()):
+        return None
+    own = held.to(wanted.device)
+    entering, lacking, wanted = entering[own], lacking[own], wanted[own]
+    generator = torch.Generator().manual_seed(0)
+    positions = draw_positions(position_count(layer, wanted.shape), len(wanted), _POSITIONS, generator)
+    positions = positions.to(wanted.device)
+    columns = torch.arange(layer.in_channels, device=wanted.device)[None]
+    rows = torch.arange(layer.out_channels, device=wanted.device)[None]
+    return (
+        input_rows(layer, entering, columns, positions, wanted.shape),
+        output_rows(layer, lacking, rows, positions),
+        output_rows(layer, wanted, rows, positions),
+    )

@@ -43,12 +43,12 @@ def allocations_to_try(pruner: str | Callable[..., Any]) -> tuple[str, ...]:
     return found
 
 
-def check_held_out(images: Calibration, held_out: Calibration | None) -> Calibration:
-    """Return the images that judge, or raise DataError where there are none."""
+def check_held_out(
+    images: Calibration, held_out: Calibration | None, what: str = f"allocation={AUTO!r}"
+) -> Calibration:
+    """Return the images that judge, or raise DataError where there are none; ``what`` needs them."""
     if held_out is None:
-        raise DataError(
-            f"allocation={AUTO!r} needs at least {HELD_OUT} images, of which one judges, got {images.samples} (images)"
-        )
+        raise DataError(f"{what} needs at least {HELD_OUT} images, of which one judges, got {images.samples} (images)")
     return held_out
 
 

@@ -32,6 +32,7 @@ from nni_topo.pruners.budget import Budget, outcome_of
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import Outputs, check_one_shape, judged
+from nni_topo.runs.depth import DepthSteps
 from nni_topo.runs.shrink import ShrinkReport, tell_report, without_share
 from nni_topo.runs.steps import (
     Compensate,
@@ -229,6 +230,7 @@ def frontier(
     compensate: str | RecoveryMethod | Compensate | None = "reconstruct",
     distill: Mapping[str, Any] | Distill | bool = True,
     narrow_heads: bool = True,
+    depth: bool = False,
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     round_to: int | Literal["auto"] | None = None,
@@ -254,6 +256,8 @@ def frontier(
         Name of a structured pruner that accepts a budget, or of one of NNI's.
     knobs, layers, compensate, narrow_heads, outputs, evaluate, round_to, seed, progress
         As for :func:`nni_topo.shrink`.
+    depth : bool, default=False
+        As for :func:`nni_topo.shrink`; the order of the blocks is found once. No network then starts from a larger one.
     distill : mapping, callable or bool, default=True
         As for :func:`nni_topo.shrink`. Unless ``steps`` or ``seconds`` of each network are given, all networks share
         the steps that a single one takes, the smaller ones more of them.
@@ -330,6 +334,8 @@ def frontier(
         "progress": progress,
     }
     steps = ShrinkSteps.prepare(model, data, kind, **settings, is_search=True)
+    if depth:
+        steps = DepthSteps.of(steps, template)
     timed = template
     if kind == "latency" and template.latency_table is None:
         # Measured once for all networks; these are timed at the end.
@@ -349,7 +355,8 @@ def frontier(
         left, start = steps.share_left(own, recovered), 1.0
         larger = wanted[len(networks) - 1] if networks else None
         # Where learned weights were discarded, the larger network has nothing that this one hasn't.
-        if larger is not None and is_learned(reports[-1]) and kind != "latency" and _has_no_bounds(layers):
+        is_possible = kind != "latency" and not depth and _has_no_bounds(layers)
+        if larger is not None and is_possible and is_learned(reports[-1]):
             other = _made_from_larger(networks[larger], lefts[-1], share, data, template, settings, recovered)
             if other is not None:
                 own_left = steps.share_left(own, other)
@@ -374,6 +381,7 @@ def frontier(
             warnings=(() if recovered.report is None else recovered.report.warnings) + steps.warnings,
             whole=steps.prunable.unpruned,
             distillation=verdict,
+            depth=recovered.depth,
         )
         tell_report(final, report)
         networks[share] = final

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import nn
@@ -66,6 +66,9 @@ from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
 from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import layer_ratios, pruning_config, sorted_layers
+
+if TYPE_CHECKING:
+    from nni_topo.runs.depth import DepthOutcome
 
 Compensate = Callable[[nn.Module, MasksLike, Iterable[Any]], nn.Module]
 Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
@@ -151,6 +154,8 @@ class RecoveredNetwork:
     dense: nn.Module
     layers: DenseReport
     report: CompensationReport | None
+    blocks_removed: int = 0  # where blocks compete with channels
+    depth: DepthOutcome | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ class ShrinkSteps:
     is_search: bool = False  # whether networks of several sizes are made: a missed budget of one isn't told
     # By kind of cost and allocation, the pruner that is asked again for every size: with what it has measured.
     _asked: dict[tuple[str, str], StructuredPruner] = field(default_factory=dict)
-    _not_distilled: list[str] = field(default_factory=list)
+    _left_out: list[str] = field(default_factory=list)
 
     @classmethod
     def prepare(
@@ -194,7 +199,7 @@ class ShrinkSteps:
         is_search: bool = False,
     ) -> ShrinkSteps:
         """Find the layers that can lose channels; ``kind`` is the cost that is made small."""
-        prunable = _layers_to_prune(model, images.example, layers)
+        prunable = layers_to_prune(model, images.example, layers)
         width_unit = widths_multiple(round_to, device_of(model))
         return cls(
             model=model,
@@ -272,15 +277,19 @@ class ShrinkSteps:
         except GradientError as error:
             if self.distill is not True:  # whoever gives knobs wants it
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
-            self._not_distilled.append(f"the network isn't distilled: {error}")
-            _logger.warning("%s", self._not_distilled[-1])
+            self.leave_out(f"the network isn't distilled: {error}")
             return dense, None
         return done.model, done.verdict
+
+    def leave_out(self, text: str) -> None:
+        """Warn of a step that is left out."""
+        self._left_out.append(text)
+        _logger.warning("%s", text)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Steps that were left out, and why."""
-        return tuple(dict.fromkeys(self._not_distilled))
+        return tuple(dict.fromkeys(self._left_out))
 
     @leaves_models_alone
     def outcome(self, budget: Budget, recovered: RecoveredNetwork) -> BudgetOutcome:
@@ -377,7 +386,7 @@ class ShrinkSteps:
         return masks, planner.outcome
 
 
-def _layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]] | None) -> Prunable:
+def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]] | None) -> Prunable:
     """Return config_list entries for the named layers; by default for all layers that can lose channels."""
     if layers is not None:
         entries = [dict(each) for each in layers if isinstance(each, Mapping)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels import reasons
-from nni_topo.network.cost import LatencyTable
+from nni_topo.network.cost import LatencyTable, NetworkCost
 from nni_topo.network.layers import RECURRENT, is_recurrent
 from nni_topo.network.speedup import (
     DenseReport,
@@ -22,7 +22,7 @@ from nni_topo.network.speedup import (
     unprunable_layers,
     why_not_followed,
 )
-from nni_topo.pruners.budget import Budget, BudgetPlanner, network_cost, share_left
+from nni_topo.pruners.budget import Budget, BudgetPlanner, kept_if, network_cost, share_left
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.choices import Target
@@ -75,6 +75,15 @@ def least_share(
     rounded = Planner(round_to=round_to).rounded
     left = share_left(units, network_cost(kind, model, example_inputs, table), rounded)
     return left([unit.removable_rows[1] for unit in units])
+
+
+def fewest_channels(
+    model: nn.Module, example_inputs: Any, entries: Sequence[Mapping[str, Any]], round_to: int | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Return masks that leave each layer as few channels as the bounds of the entries allow."""
+    units = _units(model, example_inputs, _grouped(model, example_inputs, entries))
+    kept = kept_if(units, Planner(round_to=round_to).rounded)([unit.removable_rows[1] for unit in units])
+    return NetworkCost(model, example_inputs).masks(kept)
 
 
 def proposed_ratios(

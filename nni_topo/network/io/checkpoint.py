@@ -18,7 +18,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from nni_topo._version import __version__
 from nni_topo.disk import (
@@ -41,6 +40,7 @@ from nni_topo.disk import (
 )
 from nni_topo.errors import ConfigError, DataError, listed
 from nni_topo.network.attention import Attention, find_attention, resize, set_size
+from nni_topo.network.io.depth import kept_blocks, removed_parts, take_out_others, take_out_part
 from nni_topo.network.layers import (
     Place,
     ShiftedRMSNorm,
@@ -71,10 +71,11 @@ _KINDS: dict[str, type] = {
     "buffers": dict,
     "fingerprints": dict,
     "blocks": dict,
+    "parts": dict,
     "head_sizes": dict,
 }
 _OLDER: dict[str, Any] = {
-    key: {} for key in ("numbers", "buffers", "fingerprints", "blocks", "head_sizes")
+    key: {} for key in ("numbers", "buffers", "fingerprints", "blocks", "parts", "head_sizes")
 }  # of older versions
 
 # The attributes that say how large a module is, by the class that defines them.
@@ -142,6 +143,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         "buffers": buffers,
         "fingerprints": fingerprints,
         "blocks": kept_blocks(dense),
+        "parts": removed_parts(dense),
         "head_sizes": {name: attention.head_size for name, attention in find_attention(dense).items()},
     }
     if place.suffix == _SAFE:
@@ -195,6 +197,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     built = detached_copy(model) if isinstance(model, torch.nn.Module) else model()
     check_unwrapped(built)
     _take_out(document["blocks"], built, os.fspath(path))
+    _take_out_parts(document["parts"], built, os.fspath(path))
     for name, module in built.named_modules():
         # A layer that computes its weight became a plain one where it was cut, which has another type in the file.
         description = document["modules"].get(name)
@@ -335,6 +338,18 @@ def _take_out(blocks: dict[str, Any], model: torch.nn.Module, place: str) -> Non
                 rule = "a dense model must be loaded into the model it was pruned from"
                 raise ConfigError(f"{rule}, got {count} blocks where block {kept[-1]} is kept ({name}, {place})")
     take_out_others(model, missing)
+
+
+def _take_out_parts(parts: dict[str, Any], model: torch.nn.Module, place: str) -> None:
+    """Take the parts out of a model's blocks that the file's model lacks."""
+    modules = dict(model.named_modules())
+    for name, outputs in parts.items():
+        if type(outputs) is not int or outputs < 0:
+            raise DataError(f"a recipe must say how many outputs a part had, got {outputs!r:.80} ({name}, {place})")
+        if name not in modules:
+            rule = "a dense model must be loaded into the model it was pruned from"
+            raise ConfigError(f"{rule}, got one without a part that is to be taken out ({name}, {place})")
+        take_out_part(model, name, outputs)
 
 
 def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> None:
@@ -530,6 +545,11 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     check_free_disk(place, 0)
     check_unwrapped(dense)
     config, name = getattr(dense, "config", None), type(dense).__name__
+    if parts := removed_parts(dense):
+        raise ConfigError(
+            "from_pretrained must be able to build the model by its config, which has all parts in each block, got a "
+            f"model without some; nni_topo.save and nni_topo.load take it ({min(parts)}, {name})"
+        )
     if config is None or not callable(getattr(dense, "save_pretrained", None)):
         raise ConfigError(f"a model must be one of Transformers, got {name}; nni_topo.save takes any (save_pretrained)")
     config = copy.deepcopy(config)
@@ -615,49 +635,3 @@ def _structure(model: torch.nn.Module) -> dict[str, Any]:
     described = [each for each in model.named_modules() if size_names(each[1]) and type(each[1]) not in plain]
     sizes = {name: describe(module) for name, module in described}
     return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-
-
-_NOTE = "kept_blocks"
-
-
-def take_out(model: nn.Module, parent: str, first: int, count: int) -> None:
-    """Take ``count`` blocks out of an ``nn.ModuleList`` or ``nn.Sequential``, from number ``first`` on, in place."""
-    container: Any = model.get_submodule(parent)
-    kept = list(getattr(container, _NOTE, range(len(container))))
-    del container[first : first + count]
-    del kept[first : first + count]
-    setattr(container, _NOTE, tuple(kept))
-    # Layers of Transformers look up their cached states by these numbers.
-    for block in list(container)[first:]:
-        for module in block.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx -= count
-
-
-def kept_blocks(model: nn.Module) -> dict[str, list[int]]:
-    """Return the numbers of the blocks that are kept, by the names of the lists that lost any."""
-    return {name: list(getattr(module, _NOTE)) for name, module in model.named_modules() if hasattr(module, _NOTE)}
-
-
-def take_out_others(model: nn.Module, kept: Mapping[str, list[int]]) -> None:
-    """Take all blocks but the ``kept`` ones out of an unpruned model, in place."""
-    before = {parent: len(model.get_submodule(parent)._modules) for parent in kept}
-    for parent, numbers in kept.items():
-        for number in sorted(set(range(before[parent])) - set(numbers), reverse=True):
-            take_out(model, parent, number, 1)
-    tell_depth(model, {parent: (before[parent], numbers) for parent, numbers in kept.items()})
-
-
-def tell_depth(model: Any, kept: Mapping[str, tuple[int, list[int]]]) -> None:
-    """Set the number of blocks in the ``config`` of a model of Transformers, if that describes one list of blocks.
-
-    ``kept``: by list, how many blocks there were, and the numbers of those that are kept.
-    """
-    config: Any = getattr(model, "config", None)
-    count, numbers = next(iter(kept.values()), (0, []))
-    if len(kept) != 1 or getattr(config, "num_hidden_layers", None) != count or config.is_encoder_decoder:
-        return
-    config.num_hidden_layers = len(numbers)
-    kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, list) and len(kinds) == count:
-        config.layer_types = [kinds[number] for number in numbers]

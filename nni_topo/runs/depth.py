@@ -1,0 +1,756 @@
+"""Blocks compete with channels for a budget: which may go, in which order, and how many before channels take the rest.
+
+Blocks that add to a stream and keep its shape can go as a whole, and so can attention or the MLP of a transformer's
+block. The layer before the gap makes up for them as far as it can, see :mod:`nni_topo.recovery.blocks`. The next one to
+go is that whose absence costs the least loss on held-out images for the cost that it saves; all are looked at again
+after each removal.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from nni_topo.errors import ConfigError
+from nni_topo.maths.ties import first_smallest
+from nni_topo.network.cost import LatencyTable, measure_latency, time_shares
+from nni_topo.network.io import take_out, take_out_part, tell_depth
+from nni_topo.network.layers import RECURRENT, WEIGHTED, is_transposed_linear
+from nni_topo.network.runtime import (
+    Calibration,
+    Call,
+    detached_copy,
+    leaves_models_alone,
+    out_of_memory,
+    structure_call,
+    tensors_of,
+)
+from nni_topo.network.speedup import dense_report_of, to_dense
+from nni_topo.pruners.budget import Budget, BudgetOutcome, network_cost, outcome_of, tell_if_missed
+from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
+from nni_topo.recovery.lesson import Outputs, judged
+from nni_topo.runs.allocating import Tried, check_held_out
+from nni_topo.runs.steps import PrunedNetwork, RecoveredNetwork, ShrinkSteps, layers_to_prune
+from nni_topo.runs.widths import fewest_channels, inner_layers, least_share
+
+if TYPE_CHECKING:
+    import pandas
+
+_SOLVED, _JUDGED = 256, 128  # calibration and held-out images by which blocks are chosen
+_LOOKED_AT = 8  # blocks that are looked at again after each removal, those that promised most
+_MIDDLE, _BETWEEN = 0.5, (0.25, 0.75)  # shares of the saving, in quotients, that blocks bring in the networks tried
+_DEPENDS = 1e-6
+_CACHE = "past_key_values"  # what a decoder returns for its next call
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RemovedBlock:
+    """A block, or a part of one, that was removed; ``str`` is a sentence."""
+
+    name: str  # in the unpruned network
+    kind: str  # block, or part
+    replaced_by: str  # layer, by its name in the unpruned network, whose weights make up for it; empty: nothing does
+
+    def __str__(self) -> str:
+        how = f"the weights of {self.replaced_by} make up for it" if self.replaced_by else "nothing takes its place"
+        return f"the {self.kind} {self.name} is removed: {how}"
+
+
+@dataclass(frozen=True)
+class DepthTried:
+    """A network that was tried: some blocks removed, channels for the rest of the budget."""
+
+    removed: int  # blocks, or parts of blocks
+    left: float  # share of the cost that is kept without the blocks, with all channels
+    kept: float  # share that is kept in the end
+    loss: float  # on the held-out images, as nni_topo.distill counts it; less is better
+    is_met: bool  # whether the budget is met
+    is_chosen: bool
+
+    def __str__(self) -> str:
+        blocks = "1 block" if self.removed == 1 else f"{self.removed} blocks"
+        text = f"{blocks} removed: {self.left:.4g} of the cost left, {self.kept:.4g} after channels"
+        return f"{text}, held-out loss {self.loss:.4g}" + " (chosen)" * self.is_chosen
+
+
+@dataclass(frozen=True)
+class DepthOutcome:
+    """Which blocks were removed for a budget; ``str`` has a line for each fact.
+
+    Attributes
+    ----------
+    removed : tuple of RemovedBlock
+        The blocks, and parts of blocks, in the order in which they were removed.
+    tried : tuple of DepthTried
+        The networks among which the held-out images chose.
+    kept : dict of str to str
+        By block that would be removable, the reason why it stays whatever it costs.
+    overhead : float
+        With a latency budget the share of the unpruned network's time that stays if each layer has as few channels as
+        possible; NaN for other costs.
+    """
+
+    removed: tuple[RemovedBlock, ...]
+    tried: tuple[DepthTried, ...]
+    kept: dict[str, str]
+    overhead: float = math.nan
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the networks that were tried as a table, one row each."""
+        import pandas
+
+        return pandas.DataFrame([asdict(each) for each in self.tried])
+
+    def __str__(self) -> str:
+        lines = [str(each) for each in self.removed] or ["no block is removed"]
+        if not math.isnan(self.overhead):
+            lines.append(f"{self.overhead:.4g} of the time stays with as few channels as possible")
+        lines += map(str, self.tried)
+        lines += [f"the block {name} stays: {reason}" for name, reason in self.kept.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A block, or a part of one, that can be removed."""
+
+    name: str
+    block: str  # the block that it is, or is a part of
+    outputs: int  # of a part, the length of the tuple that it returns; 0: a tensor
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the rest of the block stays."""
+        return self.name != self.block
+
+
+@dataclass(frozen=True)
+class Removable:
+    """What can be removed from a network."""
+
+    candidates: tuple[Candidate, ...]
+    parts: dict[str, tuple[str, ...]]  # by block, its parts in the order of their calls, where it has any
+    kept: dict[str, str]  # why others stay
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A call of a module: what entered and left it."""
+
+    entering: Any
+    output: Any
+    first: Tensor  # a copy of the first tensor of the output, which what follows may change in place
+
+
+def removable_blocks(
+    model: nn.Module, images: Calibration, keep: Callable[[str], str] = lambda _: "", *, whole_blocks: bool = False
+) -> Removable:
+    """Find the blocks, and parts of blocks, that a network runs without.
+
+    A block lies in a list, is called once, adds to its input and keeps its shape. Those that contain others stay.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network.
+    images : Calibration
+        Batches, of which two samples are run.
+    keep : callable
+        Gives the reason why a module with a name must stay; an empty text if it needn't.
+    whole_blocks : bool
+        Whether no parts are looked for.
+    """
+    call = structure_call(model, images)
+    modules = dict(model.named_modules())
+    listed = [
+        (f"{name}.{key}" if name else key, child)
+        for name, module in modules.items()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        for key, child in module.named_children()
+    ]
+    names = dict.fromkeys(name for name, _ in listed)
+    names |= dict.fromkeys(f"{name}.{key}" for name, child in listed for key, _ in child.named_children())
+    seen: dict[str, list[_Seen]] = {name: [] for name in names}
+    entered: dict[str, Any] = {}
+
+    def note(name: str) -> Any:
+        def look(_: Any, output: Any) -> None:
+            tensors = tensors_of(output)
+            if tensors:
+                seen[name].append(_Seen(entered[name], output, tensors[0].clone()))
+
+        return look
+
+    def enter(name: str) -> Any:
+        def look(entering: Any) -> None:
+            entered[name] = entering.clone() if isinstance(entering, Tensor) else entering
+
+        return look
+
+    own = [(modules[name], name) for name in names]
+    before, after = [(module, enter(name)) for module, name in own], [(module, note(name)) for module, name in own]
+    outputs = run_watched(model, call, before, after)
+    memory = {tensor.untyped_storage().data_ptr() for tensor in _tensors(outputs)}
+    shapes = [tensor.shape for tensor in _tensors(outputs)]
+
+    def adds(name: str) -> bool:
+        """Say whether a block keeps the shape of its input, and what it puts out depends on it without its layers."""
+        if len(seen[name]) != 1 or not isinstance(seen[name][0].entering, Tensor):
+            return False
+        entering = seen[name][0].entering
+        keeps_shape = entering.is_floating_point() and entering.shape == seen[name][0].first.shape
+        return keeps_shape and _depends(model, modules[name], call, entering)
+
+    blocks = [name for name, module in listed if _layers_in(module) and adds(name)]
+    blocks = [name for name in blocks if not any(other.startswith(f"{name}.") for other in blocks)]
+    found: list[Candidate] = []
+    parts: dict[str, tuple[str, ...]] = {}
+    kept: dict[str, str] = {}
+
+    def why_kept(name: str) -> str:
+        if any(_has_hooks(each) for each in modules[name].modules()):
+            return "a hook meets it"
+        mine = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(seen[name][0].output)}
+        if mine & memory:
+            return "what it puts out is an output of the model"
+        return keep(name)
+
+    def runs_without(candidate: Candidate) -> bool:
+        trial = detached_copy(model, light=True)
+        _remove(trial, candidate, candidate.name)
+        try:
+            return [tensor.shape for tensor in _tensors(run_watched(trial, call))] == shapes
+        except Exception as error:  # a forward may do anything with what its blocks give
+            if out_of_memory(error):
+                raise
+            return False
+
+    for name in blocks:
+        own_parts = [] if whole_blocks else _parts_of(name, modules[name], seen)
+        if own_parts:
+            parts[name] = tuple(own_parts)
+        wanted = [Candidate(name, name, 0)]
+        for part in own_parts:
+            output = seen[part][0].output
+            wanted.append(Candidate(part, name, len(output) if isinstance(output, tuple) else 0))
+        for candidate in wanted:
+            is_only = not candidate.is_part and len(modules[name.rpartition(".")[0]]._modules) == 1
+            # A decoder counts the tokens that it has seen by the keys of its first attention.
+            counts = candidate.is_part and getattr(modules[candidate.name], "layer_idx", None) == 0
+            if is_only or counts:
+                continue
+            why = why_kept(candidate.name)
+            if not why and not runs_without(candidate):
+                why = "the model gives other outputs without it, or doesn't run"
+            if why:
+                kept[candidate.name] = why
+            else:
+                found.append(candidate)
+    return Removable(tuple(found), parts, kept)
+
+
+def _parts_of(block: str, module: nn.Module, seen: Mapping[str, list[_Seen]]) -> list[str]:
+    """Return the parts of a block, if its output is its input and what at least two parts put out."""
+    names = [f"{block}.{key}" for key, _ in module.named_children()]
+    (whole,) = seen[block]
+    parts, total = [], whole.entering
+    for name in names:
+        is_part = len(seen[name]) == 1 and seen[name][0].first.shape == whole.first.shape
+        if is_part and _layers_in(module.get_submodule(name.removeprefix(f"{block}."))):
+            parts.append(name)
+            total = total + seen[name][0].first
+    scale = float(whole.first.abs().max())
+    is_sum = torch.allclose(total, whole.first, rtol=1e-3, atol=1e-4 * scale)
+    return parts if len(parts) > 1 and is_sum else []
+
+
+def _depends(model: nn.Module, block: nn.Module, call: Call, entering: Tensor) -> bool:
+    """Say whether a block's output depends on its input when all of its layers give zeros."""
+    generator = torch.Generator().manual_seed(0)
+    found: list[Tensor] = []
+    zeros = [(layer, lambda _, output: tree_map_only(Tensor, torch.zeros_like, output)) for layer in _layers_in(block)]
+    look = (block, lambda _, output: found.append(tensors_of(output)[0].clone()))
+    for _ in range(2):
+        given = torch.randn(entering.shape, generator=generator).to(entering)
+        try:
+            run_watched(model, call, [(block, lambda _, given=given: given)], [*zeros, look])
+        except Exception as error:  # what follows may not take such values
+            if out_of_memory(error):
+                raise
+    return len(found) == 2 and bool((found[0] - found[1]).abs().max() > _DEPENDS)
+
+
+def _layers_in(module: nn.Module) -> list[nn.Module]:
+    """Return the modules with weights that multiply what enters them."""
+    kinds = (*WEIGHTED, *RECURRENT, nn.MultiheadAttention)
+    return [each for each in module.modules() if isinstance(each, kinds) or is_transposed_linear(each)]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Say whether a module has hooks of its forward or backward pass."""
+    kinds = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(map(len, kinds))
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    """Return the tensors that a model puts out for its user, without a decoder's cache."""
+    if isinstance(outputs, Mapping):
+        outputs = {key: value for key, value in outputs.items() if key != _CACHE}
+    return tensors_of(outputs)
+
+
+def _remove(net: nn.Module, candidate: Candidate, name: str) -> None:
+    """Remove a block, or a part of one, which has a name in a network, in place."""
+    if candidate.is_part:
+        take_out_part(net, name, candidate.outputs)
+        return
+    parent, _, key = name.rpartition(".")
+    keys = list(net.get_submodule(parent)._modules)
+    number = keys.index(key)
+    take_out(net, parent, number, 1)
+    tell_depth(net, {parent: (len(keys), [other for other in range(len(keys)) if other != number])})
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A network without some of its blocks."""
+
+    net: nn.Module
+    names: dict[str, str]  # by name of a module here, its name in the unpruned network
+    gone: tuple[Candidate, ...]
+    removed: tuple[RemovedBlock, ...]
+    loss: float  # on the held-out images
+    left: float  # about what share of the cost is kept
+
+    @property
+    def here(self) -> dict[str, str]:
+        """By name of a module in the unpruned network, its name here."""
+        return {original: name for name, original in self.names.items()}
+
+    def without(self, candidate: Candidate, gap: Gap | None, solution: Any) -> tuple[nn.Module, dict[str, str], str]:
+        """Return a network that lacks one more block, the names in it, and the layer that makes up for it.
+
+        The network holds the parameters of this one, but for those of that layer.
+        """
+        net = detached_copy(self.net, light=True)
+        twins = dict(zip(self.net.modules(), net.modules(), strict=True))
+        before = {twins[self.net.get_submodule(name)]: original for name, original in self.names.items()}
+        replaced_by = ""
+        if gap is not None and solution is not None:
+            stream, writer = gap.writer.stream, gap.writer
+            own = Stream(twins[stream.block], None if stream.end is None else twins[stream.end])
+            norm = None if writer.norm is None else twins[writer.norm]
+            twin = replace(writer, layer=twins[writer.layer], norm=norm, stream=own)
+            replace(gap, writer=twin).fill(solution)
+            replaced_by = before[twin.layer]
+        _remove(net, candidate, self.here[candidate.name])
+        names = {name: before[module] for name, module in net.named_modules() if module in before}
+        return net, names, replaced_by
+
+
+class DepthPath:
+    """A network without one, two, three ... of its blocks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Calibration,
+        judges: Calibration,
+        outputs: Outputs | None,
+        removable: Removable,
+        saved: Callable[[Candidate], float],
+    ) -> None:
+        self._model, self._outputs, self._removable = model, outputs, removable
+        self._images, self._judges = _few(images, _SOLVED), _few(judges, _JUDGED)
+        self._saved = {candidate: saved(candidate) for candidate in removable.candidates}
+        self._scores: dict[Candidate, float] = {}
+        names = {name: name for name, _ in model.named_modules()}
+        self._call = structure_call(model, images)
+        self.states = [Shortened(model, names, (), (), 0.0, 1.0)]
+
+    def nearest(self, share: float) -> int:
+        """Return how many blocks must go so that about a share of the cost is left, as far as there are so many."""
+        while self.states[-1].left > share and self._extend():
+            pass
+        distances = [abs(math.log(max(state.left, 1e-9) / share)) for state in self.states]
+        return first_smallest(distances)
+
+    def choose(self, scores: Sequence[float]) -> int:
+        """Return the number of the block that goes next, by the loss of each for the cost that it saves."""
+        return first_smallest(scores)
+
+    def _extend(self) -> bool:
+        """Remove one more block, if there is one."""
+        state = self.states[-1]
+        candidates = self._remaining(state)
+        if not candidates:
+            return False
+        gaps = [self._gap(state, candidate) for candidate in candidates]
+        present = [gap for gap in gaps if gap is not None]
+        nets = (self._model,) if state.net is self._model else (self._model, state.net)
+        solved = iter(solutions(nets, present, self._images, "auto") if present else [])
+        trials = []
+        for candidate, gap in zip(candidates, gaps, strict=True):
+            trials.append(state.without(candidate, gap, None if gap is None else next(solved)))
+        losses = [each.loss for each in judged(self._model, [net for net, *_ in trials], self._judges, self._outputs)]
+        for candidate, loss in zip(candidates, losses, strict=True):
+            saved = self._saved_after(state, candidate)
+            self._scores[candidate] = (loss - state.loss) / saved if math.isfinite(loss) else math.inf
+        best = self.choose([self._scores[candidate] for candidate in candidates])
+        chosen, (net, names, replaced_by) = candidates[best], trials[best]
+        removed = RemovedBlock(chosen.name, "part" if chosen.is_part else "block", replaced_by)
+        whole = detached_copy(net)
+        self.states.append(
+            Shortened(
+                net=whole,
+                names=names,
+                gone=(*state.gone, chosen),
+                removed=(*state.removed, removed),
+                loss=losses[best],
+                left=max(state.left - self._saved_after(state, chosen), 0.0),
+            )
+        )
+        return True
+
+    def _remaining(self, state: Shortened) -> list[Candidate]:
+        """Return what can go next; those that promised most, where there are many."""
+        gone = {candidate.name for candidate in state.gone}
+        found = []
+        for candidate in self._removable.candidates:
+            parts = [part for part in self._removable.parts.get(candidate.block, ()) if part not in gone]
+            is_last_part = candidate.is_part and len(parts) == 1  # the whole block goes instead, its norms too
+            if candidate.name not in state.here or candidate.name in gone or is_last_part:
+                continue
+            parent = state.here[candidate.block].rpartition(".")[0]
+            is_last = not candidate.is_part and len(state.net.get_submodule(parent)._modules) == 1
+            if not is_last and self._saved_after(state, candidate) > 0.0:
+                found.append(candidate)
+        found.sort(key=lambda candidate: self._scores.get(candidate, -math.inf))
+        return found[:_LOOKED_AT] if self._scores else found
+
+    def _saved_after(self, state: Shortened, candidate: Candidate) -> float:
+        """Return what a removal saves, as a share of the unpruned network's cost; parts that are gone save nothing."""
+        gone = [each for each in state.gone if each.is_part and each.block == candidate.block]
+        return self._saved[candidate] - (0.0 if candidate.is_part else sum(self._saved[each] for each in gone))
+
+    def _gap(self, state: Shortened, candidate: Candidate) -> Gap | None:
+        """Return which layer makes up for a block, and by what; None if none does."""
+        parent, _, key = state.here[candidate.block].rpartition(".")
+        container = state.net.get_submodule(parent)
+        keys = list(container._modules)
+        place = keys.index(key)
+        if candidate.is_part:
+            # The part before it in the stream, of this block or of one before.
+            order: list[str] = []
+            for other in keys[: place + 1]:
+                block = state.names[f"{parent}.{other}" if parent else other]
+                order += [part for part in self._removable.parts.get(block, ()) if part in state.here]
+            at = order.index(candidate.name)
+            if not at:
+                return None
+            writer = find_writer(state.net, state.net.get_submodule(state.here[order[at - 1]]), self._call)
+            part = Stream(state.net.get_submodule(state.here[candidate.name]), None)
+            return None if writer is None else Gap(writer, part, is_whole=True)
+        if not place:
+            return None
+        # Blocks after it may be gone already: the stream after the last of them is wanted.
+        original_parent, _, original_key = candidate.name.rpartition(".")
+        original = self._model.get_submodule(original_parent)
+        gone = {each.name for each in state.gone}
+        originals = list(original._modules)
+        last = originals.index(original_key)
+        while last + 1 < len(originals):
+            following = f"{original_parent}.{originals[last + 1]}" if original_parent else originals[last + 1]
+            if following not in gone:
+                break
+            last += 1
+        wanted: Any = original._modules[originals[last]]
+        before: Any = container._modules[keys[place - 1]]
+        return gap_after(state.net, before, self._model, wanted, self._call)
+
+
+def _few(images: Calibration, count: int) -> Calibration:
+    """Return so many images, evenly spaced."""
+    samples = images.samples
+    if samples <= count:
+        return images
+    return images.chosen(torch.linspace(0, samples - 1, count).round().long().unique())
+
+
+@dataclass(frozen=True)
+class DepthSteps(ShrinkSteps):
+    """How a network is made smaller where blocks compete with channels for the budget."""
+
+    removable: Removable = field(default_factory=lambda: Removable((), {}, {}))
+    _paths: dict[str, DepthPath] = field(default_factory=dict)
+    _made: dict[int, ShrinkSteps] = field(default_factory=dict)
+    _lefts: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, steps: ShrinkSteps, budget: Budget) -> ShrinkSteps:
+        """Return steps that also remove blocks; where no block can go, the same steps, which then say so."""
+        removable = removable_blocks(steps.model, steps.images.all, _keeps(steps), whole_blocks=budget.equal_blocks)
+        if not removable.candidates:
+            why = "; ".join(f"{name}: {reason}" for name, reason in removable.kept.items())
+            why = why or "none lies in a list of at least two, adds to its input and keeps its shape"
+            steps.leave_out(f"depth=True finds no block that can be removed ({why}), so only channels are removed")
+            return steps
+        check_held_out(steps.images.all, steps.images.judges, "depth=True")
+        own = {each.name: getattr(steps, each.name) for each in fields(ShrinkSteps)}
+        return cls(**{**own, "is_search": True}, removable=removable)
+
+    def recover(self, budget: Budget) -> tuple[RecoveredNetwork, tuple[Tried, ...]]:
+        """Try some numbers of blocks, let channels take the rest of the budget, and keep the network that loses least.
+
+        Among networks that miss the budget the one that misses it least is kept.
+        """
+        judges = check_held_out(self.images.all, self.images.judges, "depth=True")
+        path, share = self._path(budget), budget.share
+        found: dict[int, tuple[RecoveredNetwork, tuple[Tried, ...]]] = {}
+        outcomes: dict[int, BudgetOutcome] = {}
+        losses: dict[int, float] = {}
+
+        def attempt(count: int) -> None:
+            if count in found:
+                return
+            try:
+                recovered, tried = self._with_depth(budget, count)
+            except ConfigError as error:  # of a network without channels that can go
+                if not count:
+                    raise
+                _logger.info("%d blocks are not removed: %s", count, error)
+                return
+            found[count] = recovered, tried
+            outcomes[count] = outcome_of(budget, self.share_left(budget, recovered), "")
+            (judgement,) = judged(self.model, [recovered.dense], judges, self.outputs)
+            losses[count] = judgement.loss if math.isfinite(judgement.loss) else math.inf
+
+        # Where few channels don't make a network fast enough, blocks go first.
+        overhead = self._overhead(budget) if budget.kind == "latency" else math.nan
+        first = path.nearest(share / overhead) if overhead > share else 0
+        attempt(first)
+        middle = max(first, path.nearest(share**_MIDDLE))
+        attempt(middle)
+        fewer, more = _BETWEEN
+        is_better = middle in found and _order(outcomes[middle], losses[middle]) < min(
+            (_order(outcomes[count], losses[count]) for count in found if count != middle), default=(True, math.inf)
+        )
+        attempt(max(first, path.nearest(share ** (more if is_better else fewer))))
+        if not found:
+            attempt(0)
+        counts = sorted(found)
+        keys = [_order(outcomes[count], losses[count]) for count in counts]
+        best = counts[keys.index(min(keys))]
+        tries = []
+        for count in counts:
+            left = self._left(budget, count)
+            outcome = outcomes[count]
+            tries.append(DepthTried(count, left, outcome.left, losses[count], outcome.is_met, count == best))
+        depth = DepthOutcome(path.states[best].removed, tuple(tries), self.removable.kept, overhead)
+        recovered, tried = found[best]
+        notes = tuple(str(each) for each in depth.removed)
+        layers = replace(recovered.layers, notes=(*recovered.layers.notes, *notes))
+        chosen = replace(recovered, layers=layers, depth=depth)
+        return chosen, tried
+
+    def share_left(self, budget: Budget, recovered: RecoveredNetwork) -> float:
+        """Return the share of the unpruned network's cost that is kept."""
+        count = recovered.blocks_removed
+        if not count or budget.latency_table is None:
+            return super().share_left(budget, recovered)
+        own = self._own_budget(budget, count)
+        return self._left(budget, count) * self._steps_without(count, budget).share_left(own, recovered)
+
+    @leaves_models_alone
+    def outcome(self, budget: Budget, recovered: RecoveredNetwork) -> BudgetOutcome:
+        """Return the share of the cost that a dense network keeps, and warn where that misses the budget."""
+        planned = recovered.pruned.planned
+        why = "no network that was tried came nearer" if planned is None or not planned.why else planned.why
+        return tell_if_missed(budget, self.share_left(budget, recovered), why)
+
+    def _with_depth(self, budget: Budget, count: int) -> tuple[RecoveredNetwork, tuple[Tried, ...]]:
+        """Remove so many blocks, and channels for the rest of the budget."""
+        if not count:
+            return super().recover(budget)
+        short = self._path(budget).states[count]
+        if self._left(budget, count) <= budget.share:
+            dense = to_dense(short.net, self.images.example, {})
+            pruned = PrunedNetwork(short.net, {}, dense, None)
+            recovered = RecoveredNetwork(pruned, dense, dense_report_of(dense), None)
+            tried: tuple[Tried, ...] = ()
+        else:
+            recovered, tried = self._steps_without(count, budget).recover(self._own_budget(budget, count))
+        return replace(recovered, blocks_removed=count), tried
+
+    def _steps_without(self, count: int, budget: Budget) -> ShrinkSteps:
+        """Return the steps of the network without so many blocks."""
+        if count not in self._made:
+            short = self._path(budget).states[count]
+            layers: Any = None if self.prunable.is_default else _renamed(self.prunable.entries, self.model, short)
+            own = {each.name: getattr(self, each.name) for each in fields(ShrinkSteps) if each.init}
+            own |= {
+                "model": short.net,
+                "prunable": layers_to_prune(short.net, self.images.example, layers),
+                "_asked": {},
+                "_left_out": [],
+            }
+            self._made[count] = ShrinkSteps(**own)
+        return self._made[count]
+
+    def _own_budget(self, budget: Budget, count: int) -> Budget:
+        """Return the budget of the network without so many blocks."""
+        fixed: Any = {budget.kind: min(budget.share / self._left(budget, count), 1.0)}
+        table: Any = budget.latency_table
+        if table is not None:
+            fixed["latency_table"] = _table_of(table, self._path(budget).states[count])
+        return replace(budget, **fixed)
+
+    def _left(self, budget: Budget, count: int) -> float:
+        """Return the share of the cost that the network keeps without so many blocks, with all channels."""
+        key = budget.kind, count
+        if count and key not in self._lefts:
+            short = self._path(budget).states[count]
+            example = self.example_for(budget.kind)
+            table: Any = budget.latency_table
+            if budget.kind == "latency" and table is None:
+                ((self._lefts[key], _),) = time_shares([short.net], self.model, example, budget.share)
+            else:
+                own = None if table is None else _table_of(table, short)
+                left = network_cost(budget.kind, short.net, example, own)({})
+                self._lefts[key] = float(left / network_cost(budget.kind, self.model, example, table)({}))
+        return self._lefts.get(key, 1.0)
+
+    def _overhead(self, budget: Budget) -> float:
+        """Return the share of time that the fewest channels leave."""
+        key = "overhead", 0
+        if key not in self._lefts:
+            example, entries = self.example_for("latency"), self.prunable.entries
+            table: Any = budget.latency_table
+            if table is not None:
+                found = least_share(self.model, example, "latency", entries, table, self.round_to)
+            else:
+                masks = fewest_channels(self.model, example, entries, self.round_to)
+                thin = to_dense(self.model, self.images.example, masks, check=False)
+                ((found, _),) = time_shares([thin], self.model, example, budget.share)
+            self._lefts[key] = found
+        return self._lefts[key]
+
+    def _path(self, budget: Budget) -> DepthPath:
+        if budget.kind not in self._paths:
+            example = self.example_for(budget.kind)
+            table: Any = budget.latency_table
+            if budget.kind == "latency" and table is None:
+                table = measure_latency(self.model, example)
+            saved = cost_saved(self.model, example, budget.kind, table)
+            judges: Any = self.images.judges
+            self._paths[budget.kind] = DepthPath(
+                self.model, self.images.learned, judges, self.outputs, self.removable, saved
+            )
+        return self._paths[budget.kind]
+
+
+def cost_saved(
+    model: nn.Module, example: Any, kind: str, table: LatencyTable | None = None
+) -> Callable[[Candidate], float]:
+    """Return a function that gives the share of a network's cost that removing a block saves; of time by a table."""
+    unpruned = network_cost(kind, model, example, table)({})
+    known: dict[str, float] = {}
+
+    def saved(candidate: Candidate) -> float:
+        module = model.get_submodule(candidate.name)
+        if table is not None:
+            layers = [name for name, _ in module.named_modules(prefix=candidate.name) if name in table.layers]
+            return _seconds(table, layers) / _seconds(table, table.layers)
+        # Blocks of one kind cost the same, and counting takes a trace of the network.
+        same = f"{candidate.block.rpartition('.')[0]} {module!r}"
+        if same not in known:
+            trial = detached_copy(model, light=True)
+            _remove(trial, candidate, candidate.name)
+            known[same] = float(1.0 - network_cost(kind, trial, example)({}) / unpruned)
+        return known[same]
+
+    return saved
+
+
+def _order(outcome: BudgetOutcome, loss: float) -> tuple[bool, float]:
+    """Return by what networks are put in order: those that meet the budget first, by loss, the others by cost."""
+    return not outcome.is_met, loss if outcome.is_met else outcome.left
+
+
+def _seconds(table: LatencyTable, names: Iterable[str]) -> float:
+    """Return the seconds of some layers of a table at full width, and their share of those between layers."""
+    total = sum(layer.activation for layer in table.layers.values())
+    seconds = 0.0
+    for name in names:
+        layer = table.layers[name]
+        between = table.rest * layer.activation / total if total else 0.0
+        seconds += layer.at(layer.entering[-1], layer.leaving[-1]) + between
+    return seconds
+
+
+def _table_of(table: LatencyTable, short: Shortened) -> LatencyTable:
+    """Return the table of a network without some blocks."""
+    layers = {name: table.layers[original] for name, original in short.names.items() if original in table.layers}
+    total = sum(layer.activation for layer in table.layers.values())
+    share = sum(layer.activation for layer in layers.values()) / total if total else 1.0
+    return replace(table, layers=layers, rest=table.rest * share)
+
+
+def _resolved(entries: Sequence[Mapping[str, Any]], model: nn.Module) -> list[tuple[list[str], dict[str, Any]]]:
+    """Return the layers that each entry of a config_list selects, and its other keys."""
+    found = []
+    for entry in trans_legacy_config_list(copy.deepcopy(list(entries))):
+        modules, settings, _ = select_modules_by_config(model, entry)
+        found.append((list(modules), dict(settings)))
+    return found
+
+
+def _renamed(entries: Sequence[Mapping[str, Any]], model: nn.Module, short: Shortened) -> list[dict[str, Any]]:
+    """Return the entries for a network without some blocks, by the names of its layers."""
+    found = []
+    for names, settings in _resolved(entries, model):
+        here = [short.here[name] for name in names if name in short.here]
+        if here:
+            found.append({**settings, "op_names": here})
+    if not found:
+        raise ConfigError("a network must have a layer whose channels can be removed, got none that is named (layers)")
+    return found
+
+
+def _keeps(steps: ShrinkSteps) -> Callable[[str], str]:
+    """Return a function that says why a block must stay for the layers that the caller named."""
+    if steps.prunable.is_default:
+        return lambda _: ""
+    named: dict[str, float] = {}
+    for names, settings in _resolved(steps.prunable.entries, steps.model):
+        for name in names:
+            named[name] = min(named.get(name, 1.0), float(settings.get("max_sparse_ratio", 1.0)))
+    prunable = inner_layers(steps.model, steps.images.example)
+
+    def why(block: str) -> str:
+        inside = [name for name in prunable if name.startswith(f"{block}.")]
+        mine = [name for name in named if name.startswith(f"{block}.")]
+        if not mine:
+            return "no layer in it is named (layers)"
+        unnamed = [name for name in inside if name not in named]
+        if unnamed:
+            return f"{unnamed[0]} isn't named (layers)"
+        bounded = [name for name in mine if named[name] < 1.0]
+        return f"{bounded[0]} has a max_sparse_ratio (layers)" if bounded else ""
+
+    return why
