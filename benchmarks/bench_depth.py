@@ -1,12 +1,12 @@
 """Blocks, channels or both: what networks lose at the same MACs, and what time they take.
 
-    python benchmarks/bench_depth.py --data-dir DIR --out runs/depth
+    python benchmarks/bench_depth.py --out runs/depth
 
-trains networks on 5,000 images of Fashion-MNIST, and removes channels alone (`shrink`), blocks alone, blocks alone in
-a random order, or lets both compete (`shrink(..., depth=True)`), at the same shares of the MACs. Calibration data are
-512 of the training images without their labels; nothing is distilled, except with ``--distill``. Blocks alone leave
-about the share that was asked for, for they can't be divided. A line per network goes to ``depth.jsonl``; the same
-command goes on where it was stopped.
+trains small networks on the digits, and removes channels alone (`shrink`), blocks alone, blocks alone in a random
+order, or lets both compete (`shrink(..., depth=True)`), at the same shares of the MACs. Calibration data are the
+training images without their labels. ``--distill`` 0 leaves out distillation. Blocks alone leave about the share that
+was asked for, for they can't be divided. A line per network goes to ``depth.jsonl``; the same command goes on where
+it was stopped. With ``--data fashion-mnist --data-dir DIR`` the networks are trained on 5,000 of its images.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import zoo
@@ -26,13 +27,13 @@ from nni_topo.network.runtime import Calibration, evaluation_mode
 from nni_topo.runs.depth import DepthPath, cost_saved, removable_blocks
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import markdown_table
-from nni_topo.zoo.labelled import subset
 
 NETS = ("vit_small", "resnet20")
 SHARES = (0.5, 0.25)
 SEEDS = (0, 1, 2)
+DISTILLED = (0, 200)
 WAYS = {"channels": "channels", "blocks": "blocks", "random": "blocks in a random order", "both": "blocks and channels"}
-TRAINED, CALIBRATED, TESTED, BATCH, TIMED = 5000, 512, 2000, 128, 16
+TRAINED, CALIBRATED, TESTED, BATCH, TIMED = 5000, 1024, 2000, 128, 16
 
 
 class RandomPath(DepthPath):
@@ -49,25 +50,29 @@ def main() -> None:
     """Parse the command line, run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--nets", nargs="+", default=NETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
-    parser.add_argument("--distill", type=int, default=0, help="steps of distillation")
+    parser.add_argument("--distill", type=int, nargs="+", default=DISTILLED, help="steps of distillation")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "depth.jsonl"
     done = {tuple(record["key"]) for record in read_records(path)}
-    data = zoo.load_data("fashion-mnist", options.data_dir, limit=TRAINED)
+    data = zoo.load_data(options.data, options.data_dir, limit=TRAINED if options.data_dir else None)
     for name in options.nets:
         for seed in options.seeds:
-            keys = [(name, seed, share, way, options.distill) for share in options.shares for way in WAYS]
+            keys = []
+            for steps in options.distill:
+                keys += [(name, seed, share, way, steps) for share in options.shares for way in WAYS]
             if all(key in done for key in keys):
                 continue
             net = _trained(name, seed, data, options.out)
             images = Calibration(list(data.train[:CALIBRATED][0].split(BATCH)))
-            tested = subset(data.test, slice(TESTED))
+            unused = [torch.cat([data.validation[:][part], data.test[:][part]])[:TESTED] for part in (0, 1)]
+            tested = TensorDataset(*unused)
             for key in keys:
                 if key not in done:
                     append_record(path, {"key": key, **_made(net, images, tested, *key[2:], seed)})

@@ -97,7 +97,7 @@ def remove_blocks(
 
     Notes
     -----
-    Where no block stands before the gap, or its last layer isn't added to the stream, blocks are taken out and nothing
+    Where no block stands before the gap, or none of its layers is added to the stream, blocks are taken out and nothing
     makes up for them; a warning says so.
 
     Memory is that of one layer's products, whatever the number of samples. Of a convolution's output 64 positions of
@@ -191,7 +191,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Writer:
-    """The last layer of a block, where all that it puts out is added to the stream."""
+    """A layer of a block, all of whose output is added to the stream."""
 
     layer: Any  # a linear layer or a convolution
     norm: Any  # the batch norm between the layer and the sum; None without one
@@ -272,10 +272,11 @@ class _Calls:
             if isinstance(module, _ENDS) and _is_same(output, self.output):
                 self.end = module
 
-    def last_layer(self) -> Any:
-        """Return the last linear layer or convolution, if it is called once; None otherwise."""
-        layers = [module for module, _, _ in self.calls if type(module) in (*CONVOLUTIONS, nn.Linear)]
-        return layers[-1] if layers and layers.count(layers[-1]) == 1 else None
+    def layers(self) -> list[Any]:
+        """Return the linear layers and convolutions that are called once, those with the most unknowns first."""
+        called: list[Any] = [module for module, _, _ in self.calls if type(module) in (*CONVOLUTIONS, nn.Linear)]
+        found = [layer for layer in reversed(called) if called.count(layer) == 1]
+        return sorted(found, key=lambda layer: -layer.weight[0].numel())
 
     def norm_of(self, layer: nn.Module) -> Any:
         """Return the batch norm that a layer's output enters, or None."""
@@ -300,29 +301,31 @@ def run_watched(model: nn.Module, call: Call, entering: Iterable[Any] = (), leav
 
 
 def find_writer(model: nn.Module, block: nn.Module, call: Call) -> Writer | None:
-    """Return the last layer of a block if all that it puts out is added to what leaves the block, or None."""
+    """Return a layer of a block all of whose output is added to what leaves the block, or None."""
     seen = _Calls(model, block, call)
-    layer: Any = seen.last_layer()
-    if layer is None or getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
-        return None
-    writer = Writer(layer, seen.norm_of(layer), Stream(block, seen.end))
-    width = len(layer.weight)
-    added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(seen.output)
-    if not isinstance(layer, nn.Linear):
-        added = added.view(-1, *[1] * len(layer.kernel_size))
-    changed = layer if writer.norm is None else writer.norm
-    streams: list[Tensor] = []
-    for more in ([], [(changed, lambda _, output: output + added)]):
-        before, after = writer.stream.watch(streams.append)
-        first = len(streams)
-        run_watched(model, call, before, [*more, *after])
-        # A ReLU may be called more than once; its last call is the block's end.
-        del streams[first:-1]
-    unchanged, moved = streams
-    is_wide = unchanged.dim() >= added.dim() and unchanged.shape[1 if added.dim() > 1 else -1] == width
-    if not is_wide or not torch.allclose(moved - unchanged, added.expand_as(unchanged), atol=_NEAR, rtol=_NEAR):
-        return None
-    return writer
+    stream = Stream(block, seen.end)
+    for layer in seen.layers():
+        if getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
+            continue
+        writer = Writer(layer, seen.norm_of(layer), stream)
+        width = len(layer.weight)
+        added = torch.randn(width, generator=torch.Generator().manual_seed(0)).to(seen.output)
+        if not isinstance(layer, nn.Linear):
+            added = added.view(-1, *[1] * len(layer.kernel_size))
+        if seen.output.dim() < added.dim() or seen.output.shape[1 if added.dim() > 1 else -1] != width:
+            continue
+        changed = layer if writer.norm is None else writer.norm
+        streams: list[Tensor] = []
+        for more in ([], [(changed, lambda _, output, added=added: output + added)]):
+            before, after = stream.watch(streams.append)
+            first = len(streams)
+            run_watched(model, call, before, [*more, *after])
+            # A ReLU may be called more than once; its last call is the block's end.
+            del streams[first:-1]
+        unchanged, moved = streams
+        if torch.allclose(moved - unchanged, added.expand_as(unchanged), atol=_NEAR, rtol=_NEAR):
+            return writer
+    return None
 
 
 def solutions(
@@ -357,7 +360,11 @@ def solutions(
             samples += count
             real = real_positions_of(nets[0], call)
             for gap, own, parts in zip(gaps, seen, equations, strict=True):
-                lacking = own["wanted"].double() - own.get("reached", 0.0)
+                reached = own.get("reached", torch.zeros_like(own["wanted"])).double()
+                lacking = own["wanted"].double() - reached
+                if isinstance(gap.writer.stream.end, nn.ReLU) and not gap.is_whole:
+                    # All that a ReLU doesn't let through is as good.
+                    lacking = torch.where(own["wanted"] > 0.0, lacking, -reached.clamp(min=0.0))
                 values = own["entering"], lacking, own["wanted"]
                 for each, rows in zip(parts, (~held, held), strict=True):
                     chosen = _rows(gap.writer.layer, values, rows, real)

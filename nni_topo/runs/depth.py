@@ -34,7 +34,7 @@ from nni_topo.network.runtime import (
     structure_call,
     tensors_of,
 )
-from nni_topo.network.speedup import dense_report_of, to_dense
+from nni_topo.network.speedup import dense_report_of, dependency_groups, to_dense
 from nni_topo.pruners.budget import Budget, BudgetOutcome, network_cost, outcome_of, tell_if_missed
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import Outputs, judged
@@ -390,6 +390,11 @@ class DepthPath:
         distances = [abs(math.log(max(state.left, 1e-9) / share)) for state in self.states]
         return first_smallest(distances)
 
+    def first_below(self, share: float) -> int:
+        """Return how many blocks must go so that at most a share of the cost is left, as far as there are so many."""
+        self.nearest(share)
+        return next((at for at, state in enumerate(self.states) if state.left <= share), len(self.states) - 1)
+
     def choose(self, scores: Sequence[float]) -> int:
         """Return the number of the block that goes next, by the loss of each for the cost that it saves."""
         return first_smallest(scores)
@@ -550,7 +555,13 @@ class DepthSteps(ShrinkSteps):
         is_better = middle in found and _order(outcomes[middle], losses[middle]) < min(
             (_order(outcomes[count], losses[count]) for count in found if count != middle), default=(True, math.inf)
         )
-        attempt(max(first, path.nearest(share ** (more if is_better else fewer))))
+        last = path.nearest(share ** (more if is_better else fewer))
+        if is_better:
+            # Blocks may bring all of the saving, if the network without them loses less than what was tried.
+            all_of_it = path.first_below(share)
+            is_no_worse = path.states[all_of_it].loss <= losses[middle]
+            last = all_of_it if is_no_worse or not any(outcome.is_met for outcome in outcomes.values()) else last
+        attempt(max(first, last))
         if not found:
             attempt(0)
         counts = sorted(found)
@@ -741,15 +752,20 @@ def _keeps(steps: ShrinkSteps) -> Callable[[str], str]:
         for name in names:
             named[name] = min(named.get(name, 1.0), float(settings.get("max_sparse_ratio", 1.0)))
     prunable = inner_layers(steps.model, steps.images.example)
+    coupled: dict[Any, list[str]] = {}
+    for entry in dependency_groups(steps.model, steps.images.example, [{"op_names": prunable, "sparse_ratio": 0.0}]):
+        key = entry.get("dependency_group_id", entry["op_names"][0])
+        coupled.setdefault(key, []).extend(entry["op_names"])
 
     def why(block: str) -> str:
-        inside = [name for name in prunable if name.startswith(f"{block}.")]
         mine = [name for name in named if name.startswith(f"{block}.")]
         if not mine:
             return "no layer in it is named (layers)"
-        unnamed = [name for name in inside if name not in named]
-        if unnamed:
-            return f"{unnamed[0]} isn't named (layers)"
+        for names in coupled.values():
+            # What writes into the stream shares its channels with layers outside, which keep them.
+            is_inside = all(name.startswith(f"{block}.") for name in names)
+            if is_inside and not named.keys() & set(names):
+                return f"{names[0]} isn't named (layers)"
         bounded = [name for name in mine if named[name] < 1.0]
         return f"{bounded[0]} has a max_sparse_ratio (layers)" if bounded else ""
 

@@ -310,14 +310,14 @@ def shrink(
     With ``depth`` blocks are put in an order first: the next to go is that whose absence costs the least loss, on 128
     held-out images, for the cost that it saves, after the layer before it was solved on 256 calibration images to
     make up for it; the eight most promising ones are looked at again after each removal. Then two or three networks
-    are made: without any block removed, and without blocks for a half and a quarter or three quarters of the saving,
-    counted in quotients; channels take the rest of the budget, and weights are reconstructed. The one with the
-    smallest loss on the held-out images is distilled. With a latency budget, blocks go first where layers with as few
-    channels as possible aren't fast enough; the report says what share of the time such layers leave. With a
+    are made: without any block removed, and without blocks for a half and a quarter, three quarters or all of the
+    saving, counted in quotients; channels take the rest of the budget, and weights are reconstructed. The one with
+    the smallest loss on the held-out images is distilled. With a latency budget, blocks go first where layers with as
+    few channels as possible aren't fast enough; the report says what share of the time such layers leave. With a
     ``tolerance`` each candidate is found in this way. A block stays if a hook meets it, if what it puts out is an
-    output of the model, and, with ``layers``, if it has a layer that isn't named or has a ``max_sparse_ratio``; parts
-    of blocks stay with ``equal_blocks``, so that Transformers' config describes the network. Where no block can go, a
-    warning says so and the network is that of ``depth=False``.
+    output of the model, and, with ``layers``, if one of its layers has a ``max_sparse_ratio``, or isn't named and has
+    channels that only the block uses; parts of blocks stay with ``equal_blocks``, so that Transformers' config
+    describes the network. Where no block can go, a warning says so and the network is that of ``depth=False``.
 
     Examples
     --------

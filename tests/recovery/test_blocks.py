@@ -11,6 +11,7 @@ from torch import nn
 
 from nni_topo import remove_blocks
 from nni_topo.errors import ConfigError
+from nni_topo.zoo.resnet import SmallImageResNet
 from nni_topo.zoo.transformers import bert_small, vit_small
 
 
@@ -50,14 +51,55 @@ def test_other_blocks_are_made_up_for_in_part(names):
     assert lost(model, remove_blocks(model, names, images(200).split(50))) < 0.8 * lost(model, plain)
 
 
-@pytest.mark.parametrize(("build", "name"), [(bert_small, "blocks.2"), (vit_small, "blocks.0")])
-def test_behind_a_norm_and_at_the_beginning_nothing_makes_up_for_them(build, name, caplog):
-    model = make(build)
+def test_at_the_beginning_nothing_makes_up_for_a_block(caplog):
+    model = make()
     with caplog.at_level(logging.WARNING):
-        small = remove_blocks(model, [name], [images()])
+        small = remove_blocks(model, ["blocks.0"], [images()])
     assert "nothing makes up" in caplog.text
     assert len(small.blocks) == 4
-    assert torch.equal(small.blocks[1].mlp.fc2.weight, model.blocks[1 + (name[-1] == "0")].mlp.fc2.weight)
+    assert torch.equal(small.blocks[1].mlp.fc2.weight, model.blocks[2].mlp.fc2.weight)
+
+
+def test_a_norm_after_the_sum_becomes_that_of_the_removed_block():
+    model = make(bert_small)
+    for block in model.blocks:
+        nn.init.normal_(block.norm2.weight, 1.0, 0.3)
+    plain = copy.deepcopy(model)
+    del plain.blocks[2]
+    small = remove_blocks(model, ["blocks.2"], images(200).split(50))
+    assert torch.equal(small.blocks[1].norm2.weight, model.blocks[2].norm2.weight)
+    assert lost(model, small) < 0.8 * lost(model, plain)
+
+
+def resnet():
+    torch.manual_seed(0)
+    model = SmallImageResNet(3, 3, 1, 1.0, channels=(6, 8)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    return model
+
+
+def test_a_residual_block_that_adds_nothing_leaves_no_trace():
+    model = resnet()
+    nn.init.zeros_(model.stage1[1].norm2.weight)
+    nn.init.zeros_(model.stage1[1].norm2.bias)
+    small = remove_blocks(model, ["stage1.1"], [images()])
+    assert len(small.stage1) == 2
+    assert lost(model, small) == 0.0
+
+
+def test_the_convolution_before_the_gap_makes_up_for_a_residual_block():
+    model = resnet()
+    plain = copy.deepcopy(model)
+    del plain.stage2[1]
+    small = remove_blocks(model, ["stage2.1"], images(200).split(50))
+    # The largest layer that writes into the stream: not the shortcut.
+    assert not torch.equal(small.stage2[0].conv2.weight, model.stage2[0].conv2.weight)
+    assert torch.equal(small.stage2[0].shortcut[0].weight, model.stage2[0].shortcut[0].weight)
+    assert lost(model, small) < 0.8 * lost(model, plain)
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,7 @@ def test_the_file_holds_nothing_but_plain_data(tmp_path):
         "modules",
         "numbers",
         "package_version",
+        "parts",
         "state_dict",
     ]
     assert sorted(document) == names

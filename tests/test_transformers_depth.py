@@ -1,0 +1,84 @@
+"""Tiny models of Transformers without some of their blocks, or parts of these, found by images and texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers_nets import inputs_of, logits, make, transformers
+
+import nni_topo
+from nni_topo.errors import ConfigError
+from nni_topo.network.io import take_out_part
+from nni_topo.network.runtime import Calibration
+from nni_topo.runs.depth import removable_blocks
+
+
+def found_in(name, **knobs):
+    model = make(name, layers=3)
+    return model, removable_blocks(model, Calibration([inputs_of(model, samples=8)]), **knobs)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "parts"),
+    [
+        ("GPT2LMHeadModel", "transformer.h", ("attn", "mlp")),
+        ("BertForSequenceClassification", "bert.encoder.layer", ()),
+        ("ViTForImageClassification", "vit.encoder.layer", ()),
+    ],
+)
+def test_blocks_and_parts_of_them_are_found(name, blocks, parts):
+    _, found = found_in(name)
+    wanted = []
+    for number in range(3):
+        wanted.append(f"{blocks}.{number}")
+        # The keys of the first attention say how many tokens a decoder has seen.
+        wanted += [f"{blocks}.{number}.{part}" for part in parts if number or part == "mlp"]
+    assert [each.name for each in found.candidates] == wanted
+    assert not found.kept
+    assert [each.name for each in found_in(name, whole_blocks=True)[1].candidates] == [
+        f"{blocks}.{number}" for number in range(3)
+    ]
+
+
+def test_hidden_states_that_a_user_reads_keep_their_blocks():
+    model = make("BertForSequenceClassification", layers=3)
+    model.config.output_hidden_states = True
+    found = removable_blocks(model, Calibration([inputs_of(model, samples=8)]))
+    assert not found.candidates
+    assert set(found.kept.values()) == {"what it puts out is an output of the model"}
+
+
+def test_a_decoder_without_an_attention_generates_and_is_read_again(tmp_path):
+    model = make("GPT2LMHeadModel", layers=3)
+    inputs = inputs_of(model)
+    take_out_part(model, "transformer.h.1.attn", 2)
+    start = inputs["input_ids"][:1]
+    texts = [model.generate(start, max_new_tokens=5, do_sample=False, use_cache=use) for use in (True, False)]
+    assert torch.equal(*texts)
+    nni_topo.save(model, tmp_path / "small.pt")
+    loaded = nni_topo.load(tmp_path / "small.pt", make("GPT2LMHeadModel", layers=3))
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    with pytest.raises(
+        ConfigError, match=r"all parts in each block, got a model without some.*transformer\.h\.1\.attn"
+    ):
+        nni_topo.save_pretrained(model, tmp_path / "folder")
+
+
+def test_equal_blocks_and_fewer_of_them_load_by_their_config(tmp_path):
+    model = make("BertForSequenceClassification", layers=3)
+    inputs = inputs_of(model, samples=24)
+    # Equal blocks can't spare this one, which adds nothing, before the others.
+    for layer in (model.bert.encoder.layer[1].attention.output.dense, model.bert.encoder.layer[1].output.dense):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    budget = {"flops": 0.6693, "equal_blocks": True}
+    layers = [{"op_names_re": [r".*self\.(query|key|value)|.*intermediate\.dense"]}]
+    settings = {"layers": layers, "distill": False, "compensate": None, "narrow_heads": False}
+    small = nni_topo.shrink(model, [inputs], budget, depth=True, **settings)
+    depth = small.report.depth
+    assert [(each.name, each.kind) for each in depth.removed] == [("bert.encoder.layer.1", "block")]
+    assert small.config.num_hidden_layers == 3 - len(depth.removed)
+    assert model.config.num_hidden_layers == 3
+    nni_topo.save_pretrained(small, tmp_path)
+    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, inputs), logits(small, inputs))
