@@ -318,6 +318,38 @@ def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, u
     assert all(rows[name]["after"] >= rows[name]["before"] // 2 for name in ("features.conv1", "features.conv2"))
 
 
+@pytest.mark.slow
+def test_shrink_removes_blocks_by_a_flag_or_a_file(tmp_path, capsys):
+    checkpoint = tmp_path / "vit.pt"
+    net = zoo.create_model("vit_small", num_classes=10, in_channels=1, image_size=28, seed=0)
+    for part in (net.blocks[1], net.blocks[3]):
+        for layer in (part.attention.o_proj, part.mlp.fc2):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+    torch.save(net.state_dict(), checkpoint)
+    plan = tmp_path / "shrink.yaml"
+    plan.write_text(
+        f"model: vit_small\nlimit: 200\nimages: 64\ncheckpoint: {checkpoint}\nseconds: 0.2\nflops: 0.6\ndepth: true\n"
+    )
+    words = ["--model", "vit_small", "--limit", "200", "--images", "64", "--checkpoint", str(checkpoint)]
+    ways = {"file": ["--plan", str(plan)], "flag": [*words, "--seconds", "0.2", "--flops", "0.6", "--depth"]}
+    found = {}
+    for way, given in ways.items():
+        assert main(["shrink", *given, "--out", str(tmp_path / way)]) == 0
+        document = json.loads((tmp_path / way / "shrink.json").read_text())
+        found[way] = document["blocks removed"]
+        assert [row["is_chosen"] for row in document["numbers of blocks tried"]].count(True) == 1
+        assert "is removed: " in document["blocks"]
+    assert found["file"] == found["flag"]
+    names = {row["name"] for row in found["flag"]}
+    assert any(name.startswith(("blocks.1", "blocks.3")) for name in names)
+    page = (tmp_path / "flag" / "report.html").read_text()
+    assert ">blocks removed<" in page
+    assert min(names) in page
+    loaded = nni_topo.load(tmp_path / "flag" / "dense.pt", net)
+    assert zoo.count_macs(loaded, torch.zeros(1, 1, 28, 28)) < 0.65 * zoo.count_macs(net, torch.zeros(1, 1, 28, 28))
+
+
 def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--checkpoint", str(untrained)]
     words += ["--seconds", "0.2", "--shares", "0.6", "0.3", "--budget", "params", "--out", str(tmp_path / "sizes")]

@@ -125,7 +125,7 @@ def test_parts_of_a_transformer_go_and_the_files_hold_the_rest(tmp_path):
     removed = {each.name: each for each in small.report.depth.removed}
     assert len(removed.keys() & {*silent, "blocks.3"}) >= 2
     assert any(each.kind == "part" for each in removed.values())
-    assert lost(model, small) < 0.1 * lost(model, shrunk(model, 0.6, depth=False))
+    assert lost(model, small) < 0.5 * lost(model, shrunk(model, 0.6, depth=False))
     example = images()[0][:3]
     nni_topo.save(small, tmp_path / "small.pt")
     loaded = nni_topo.load(tmp_path / "small.pt", vit).eval()
