@@ -353,8 +353,6 @@ def solutions(
             with fitting(index, batches.name):
                 for net in nets:
                     net(*call[0], **call[1])
-            if not gaps:
-                break
             count = len(seen[0]["wanted"])
             held = is_held_out[samples : samples + count]
             samples += count

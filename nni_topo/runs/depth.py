@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _SOLVED, _JUDGED = 256, 128  # calibration and held-out images by which blocks are chosen
 _LOOKED_AT = 8  # blocks that are looked at again after each removal, those that promised most
+_TOGETHER = 4  # networks that are judged at once, each with its own weights in memory
 _MIDDLE, _BETWEEN = 0.5, (0.25, 0.75)  # shares of the saving, in quotients, that blocks bring in the networks tried
 _DEPENDS = 1e-6
 _CACHE = "past_key_values"  # what a decoder returns for its next call
@@ -412,17 +413,19 @@ class DepthPath:
         trials = []
         for candidate, gap in zip(candidates, gaps, strict=True):
             trials.append(state.without(candidate, gap, None if gap is None else next(solved)))
-        losses = [each.loss for each in judged(self._model, [net for net, *_ in trials], self._judges, self._outputs)]
+        losses: list[float] = []
+        for start in range(0, len(trials), _TOGETHER):
+            nets_to_judge = [net for net, *_ in trials[start : start + _TOGETHER]]
+            losses += [each.loss for each in judged(self._model, nets_to_judge, self._judges, self._outputs)]
         for candidate, loss in zip(candidates, losses, strict=True):
             saved = self._saved_after(state, candidate)
             self._scores[candidate] = (loss - state.loss) / saved if math.isfinite(loss) else math.inf
         best = self.choose([self._scores[candidate] for candidate in candidates])
         chosen, (net, names, replaced_by) = candidates[best], trials[best]
         removed = RemovedBlock(chosen.name, "part" if chosen.is_part else "block", replaced_by)
-        whole = detached_copy(net)
         self.states.append(
             Shortened(
-                net=whole,
+                net=detached_copy(net),  # with weights of its own
                 names=names,
                 gone=(*state.gone, chosen),
                 removed=(*state.removed, removed),
