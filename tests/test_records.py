@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -122,3 +123,13 @@ def test_the_table_of_distillation_is_that_of_its_records():
     assert (
         f"Over the six networks (mean of both costs) the change gains {over_all.mean:.1f} ± {over_all.half:.1f}" in text
     )
+
+
+def test_the_table_of_blocks_and_channels_is_that_of_its_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    bench = importlib.import_module("bench_depth")
+    lines = (PROJECT / "benchmarks" / "records" / "depth.jsonl").read_text().splitlines()
+    text = (PROJECT / "benchmarks" / "results" / "budgets.md").read_text(encoding="utf-8")
+    section = text.split("## Blocks or channels")[1].split("\n## ")[0]
+    rows = bench.table([json.loads(line) for line in lines]).splitlines()
+    assert rows == [line for line in section.splitlines() if line.startswith("|")]

@@ -122,7 +122,7 @@ class DepthOutcome:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Removal:
     """A block, or a part of one, that can be removed."""
 
     name: str
@@ -139,7 +139,7 @@ class Candidate:
 class Removable:
     """What can be removed from a network."""
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Removal, ...]
     parts: dict[str, tuple[str, ...]]  # by block, its parts in the order of their calls, where it has any
     kept: dict[str, str]  # why others stay
 
@@ -214,7 +214,7 @@ def removable_blocks(
 
     blocks = [name for name, module in listed if _layers_in(module) and adds(name)]
     blocks = [name for name in blocks if not any(other.startswith(f"{name}.") for other in blocks)]
-    found: list[Candidate] = []
+    found: list[Removal] = []
     parts: dict[str, tuple[str, ...]] = {}
     kept: dict[str, str] = {}
 
@@ -226,7 +226,7 @@ def removable_blocks(
             return "what it puts out is an output of the model"
         return keep(name)
 
-    def runs_without(candidate: Candidate) -> bool:
+    def runs_without(candidate: Removal) -> bool:
         trial = detached_copy(model, light=True)
         _remove(trial, candidate, candidate.name)
         try:
@@ -240,10 +240,10 @@ def removable_blocks(
         own_parts = [] if whole_blocks else _parts_of(name, modules[name], seen)
         if own_parts:
             parts[name] = tuple(own_parts)
-        wanted = [Candidate(name, name, 0)]
+        wanted = [Removal(name, name, 0)]
         for part in own_parts:
             output = seen[part][0].output
-            wanted.append(Candidate(part, name, len(output) if isinstance(output, tuple) else 0))
+            wanted.append(Removal(part, name, len(output) if isinstance(output, tuple) else 0))
         for candidate in wanted:
             is_only = not candidate.is_part and len(modules[name.rpartition(".")[0]]._modules) == 1
             # A decoder counts the tokens that it has seen by the keys of its first attention.
@@ -315,7 +315,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return tensors_of(outputs)
 
 
-def _remove(net: nn.Module, candidate: Candidate, name: str) -> None:
+def _remove(net: nn.Module, candidate: Removal, name: str) -> None:
     """Remove a block, or a part of one, which has a name in a network, in place."""
     if candidate.is_part:
         take_out_part(net, name, candidate.outputs)
@@ -333,7 +333,7 @@ class Shortened:
 
     net: nn.Module
     names: dict[str, str]  # by name of a module here, its name in the unpruned network
-    gone: tuple[Candidate, ...]
+    gone: tuple[Removal, ...]
     removed: tuple[RemovedBlock, ...]
     loss: float  # on the held-out images
     left: float  # about what share of the cost is kept
@@ -343,7 +343,7 @@ class Shortened:
         """By name of a module in the unpruned network, its name here."""
         return {original: name for name, original in self.names.items()}
 
-    def without(self, candidate: Candidate, gap: Gap | None, solution: Any) -> tuple[nn.Module, dict[str, str], str]:
+    def without(self, candidate: Removal, gap: Gap | None, solution: Any) -> tuple[nn.Module, dict[str, str], str]:
         """Return a network that lacks one more block, the names in it, and the layer that makes up for it.
 
         The network holds the parameters of this one, but for those of that layer.
@@ -374,12 +374,12 @@ class DepthPath:
         judges: Calibration,
         outputs: Outputs | None,
         removable: Removable,
-        saved: Callable[[Candidate], float],
+        saved: Callable[[Removal], float],
     ) -> None:
         self._model, self._outputs, self._removable = model, outputs, removable
         self._images, self._judges = _few(images, _SOLVED), _few(judges, _JUDGED)
         self._saved = {candidate: saved(candidate) for candidate in removable.candidates}
-        self._scores: dict[Candidate, float] = {}
+        self._scores: dict[Removal, float] = {}
         names = {name: name for name, _ in model.named_modules()}
         self._call = structure_call(model, images)
         self.states = [Shortened(model, names, (), (), 0.0, 1.0)]
@@ -435,7 +435,7 @@ class DepthPath:
         )
         return True
 
-    def _remaining(self, state: Shortened) -> list[Candidate]:
+    def _remaining(self, state: Shortened) -> list[Removal]:
         """Return what can go next; those that promised most, where there are many."""
         gone = {candidate.name for candidate in state.gone}
         found = []
@@ -451,12 +451,12 @@ class DepthPath:
         found.sort(key=lambda candidate: self._scores.get(candidate, -math.inf))
         return found[:_LOOKED_AT] if self._scores else found
 
-    def _saved_after(self, state: Shortened, candidate: Candidate) -> float:
+    def _saved_after(self, state: Shortened, candidate: Removal) -> float:
         """Return what a removal saves, as a share of the unpruned network's cost; parts that are gone save nothing."""
         gone = [each for each in state.gone if each.is_part and each.block == candidate.block]
         return self._saved[candidate] - (0.0 if candidate.is_part else sum(self._saved[each] for each in gone))
 
-    def _gap(self, state: Shortened, candidate: Candidate) -> Gap | None:
+    def _gap(self, state: Shortened, candidate: Removal) -> Gap | None:
         """Return which layer makes up for a block, and by what; None if none does."""
         parent, _, key = state.here[candidate.block].rpartition(".")
         container = state.net.get_submodule(parent)
@@ -680,12 +680,12 @@ class DepthSteps(ShrinkSteps):
 
 def cost_saved(
     model: nn.Module, example: Any, kind: str, table: LatencyTable | None = None
-) -> Callable[[Candidate], float]:
+) -> Callable[[Removal], float]:
     """Return a function that gives the share of a network's cost that removing a block saves; of time by a table."""
     unpruned = network_cost(kind, model, example, table)({})
     known: dict[str, float] = {}
 
-    def saved(candidate: Candidate) -> float:
+    def saved(candidate: Removal) -> float:
         module = model.get_submodule(candidate.name)
         if table is not None:
             layers = [name for name, _ in module.named_modules(prefix=candidate.name) if name in table.layers]

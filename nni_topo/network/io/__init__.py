@@ -1,7 +1,14 @@
 """Dense models in files: checkpoints, folders of Transformers, exports."""
 
-from nni_topo.network.io.checkpoint import fingerprint, load, save, save_pretrained
-from nni_topo.network.io.depth import take_out, take_out_part, tell_depth
+from nni_topo.network.io.checkpoint import (
+    fingerprint,
+    load,
+    save,
+    save_pretrained,
+    take_out,
+    take_out_part,
+    tell_depth,
+)
 from nni_topo.network.io.exporting import Exported, export
 
 __all__ = [

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from nni_topo._version import __version__
 from nni_topo.disk import (
@@ -40,7 +41,6 @@ from nni_topo.disk import (
 )
 from nni_topo.errors import ConfigError, DataError, listed
 from nni_topo.network.attention import Attention, find_attention, resize, set_size
-from nni_topo.network.io.depth import kept_blocks, removed_parts, take_out_others, take_out_part
 from nni_topo.network.layers import (
     Place,
     ShiftedRMSNorm,
@@ -54,7 +54,7 @@ from nni_topo.network.layers import (
     sizes_of,
     weight_of,
 )
-from nni_topo.network.runtime import check_unwrapped, detached_copy, leaves_models_alone
+from nni_topo.network.runtime import check_unwrapped, detached_copy, leaves_models_alone, tensors_of
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
@@ -545,13 +545,13 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     check_free_disk(place, 0)
     check_unwrapped(dense)
     config, name = getattr(dense, "config", None), type(dense).__name__
+    if config is None or not callable(getattr(dense, "save_pretrained", None)):
+        raise ConfigError(f"a model must be one of Transformers, got {name}; nni_topo.save takes any (save_pretrained)")
     if parts := removed_parts(dense):
         raise ConfigError(
             "from_pretrained must be able to build the model by its config, which has all parts in each block, got a "
             f"model without some; nni_topo.save and nni_topo.load take it ({min(parts)}, {name})"
         )
-    if config is None or not callable(getattr(dense, "save_pretrained", None)):
-        raise ConfigError(f"a model must be one of Transformers, got {name}; nni_topo.save takes any (save_pretrained)")
     config = copy.deepcopy(config)
     known = dict(getattr(config, "pruned_heads", None) or {})
     config.pruned_heads = {}
@@ -635,3 +635,82 @@ def _structure(model: torch.nn.Module) -> dict[str, Any]:
     described = [each for each in model.named_modules() if size_names(each[1]) and type(each[1]) not in plain]
     sizes = {name: describe(module) for name, module in described}
     return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+
+
+_NOTE = "kept_blocks"
+
+
+def take_out(model: nn.Module, parent: str, first: int, count: int) -> None:
+    """Take ``count`` blocks out of an ``nn.ModuleList`` or ``nn.Sequential``, from number ``first`` on, in place."""
+    container: Any = model.get_submodule(parent)
+    kept = list(getattr(container, _NOTE, range(len(container))))
+    del container[first : first + count]
+    del kept[first : first + count]
+    setattr(container, _NOTE, tuple(kept))
+    # Layers of Transformers look up their cached states by these numbers.
+    for block in list(container)[first:]:
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx -= count
+
+
+def kept_blocks(model: nn.Module) -> dict[str, list[int]]:
+    """Return the numbers of the blocks that are kept, by the names of the lists that lost any."""
+    return {name: list(getattr(module, _NOTE)) for name, module in model.named_modules() if hasattr(module, _NOTE)}
+
+
+def take_out_others(model: nn.Module, kept: Mapping[str, list[int]]) -> None:
+    """Take all blocks but the ``kept`` ones out of an unpruned model, in place."""
+    before = {parent: len(model.get_submodule(parent)._modules) for parent in kept}
+    for parent, numbers in kept.items():
+        for number in sorted(set(range(before[parent])) - set(numbers), reverse=True):
+            take_out(model, parent, number, 1)
+    tell_depth(model, {parent: (before[parent], numbers) for parent, numbers in kept.items()})
+
+
+def tell_depth(model: Any, kept: Mapping[str, tuple[int, list[int]]]) -> None:
+    """Set the number of blocks in the ``config`` of a model of Transformers, if that describes one list of blocks.
+
+    ``kept``: by list, how many blocks there were, and the numbers of those that are kept.
+    """
+    config: Any = getattr(model, "config", None)
+    count, numbers = next(iter(kept.values()), (0, []))
+    if len(kept) != 1 or getattr(config, "num_hidden_layers", None) != count or config.is_encoder_decoder:
+        return
+    config.num_hidden_layers = len(numbers)
+    kinds = getattr(config, "layer_types", None)
+    if isinstance(kinds, list) and len(kinds) == count:
+        config.layer_types = [kinds[number] for number in numbers]
+
+
+class RemovedPart(nn.Module):
+    """Takes the place of a part of a block that was removed, and adds nothing to the stream.
+
+    Parameters
+    ----------
+    outputs : int, default=0
+        The length of the tuple that the part returned, whose first entry is zeros and all others None; 0: it returned a
+        tensor.
+    """
+
+    def __init__(self, outputs: int = 0) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros of the shape of the first tensor."""
+        zeros: torch.Tensor = torch.zeros_like(tensors_of((args, kwargs))[0])
+        return (zeros, *[None] * (self.outputs - 1)) if self.outputs else zeros
+
+
+def take_out_part(model: nn.Module, name: str, outputs: int) -> None:
+    """Take a part of a block out, in place; ``outputs`` as for `RemovedPart`."""
+    parent, _, key = name.rpartition(".")
+    removed = RemovedPart(outputs)
+    removed.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), key, removed)
+
+
+def removed_parts(model: nn.Module) -> dict[str, int]:
+    """Return the parts that were taken out of blocks, with the lengths of the tuples that they returned."""
+    return {name: module.outputs for name, module in model.named_modules() if isinstance(module, RemovedPart)}

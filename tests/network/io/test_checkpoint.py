@@ -12,10 +12,20 @@ from tied_nets import LanguageModel, Rotation, TiedConvolutions, untied
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.network.io.checkpoint import _stated, describe, load, save, size_names
+from nni_topo.network.io.checkpoint import (
+    RemovedPart,
+    _stated,
+    describe,
+    load,
+    removed_parts,
+    save,
+    size_names,
+    take_out_part,
+)
 from nni_topo.network.layers.original_width import keep_original_width
 from nni_topo.network.layers.slicing import cut_channelwise
 from nni_topo.speedup import to_dense
+from nni_topo.zoo.transformers import vit_small
 
 
 def make(width=8, groups=2, classes=4):
@@ -463,3 +473,44 @@ def test_sizes_that_fit_no_tensor_say_so():
     assert size != size
     odd = _stated(nn.Conv2d(4, 6, 1), {"in_channels": 5, "out_channels": 7, "groups": 2})
     assert odd == {"weight": (6, 2.5)}
+
+
+def vit():
+    torch.manual_seed(0)
+    return vit_small(3, 1, 8).eval()
+
+
+def test_a_removed_part_adds_nothing_in_the_form_of_what_it_stands_for():
+    states = torch.randn(2, 4, 6)
+    assert torch.equal(RemovedPart()(states), torch.zeros(2, 4, 6))
+    zeros, *others = RemovedPart(3)(attention_mask=None, hidden_states=states)
+    assert torch.equal(zeros, torch.zeros(2, 4, 6))
+    assert others == [None, None]
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_a_model_without_parts_is_read_again(ending, tmp_path):
+    model, images = vit(), torch.randn(3, 1, 8, 8)
+    take_out_part(model, "blocks.1.attention", 0)
+    take_out_part(model, "blocks.3.mlp", 0)
+    assert removed_parts(model) == {"blocks.1.attention": 0, "blocks.3.mlp": 0}
+    assert not model.blocks[1].attention.training
+    save(model, tmp_path / f"small.{ending}")
+    # The unpruned model will do, and the one without the parts.
+    for base in (vit(), model):
+        assert torch.equal(load(tmp_path / f"small.{ending}", base)(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"blocks.1.attention": -1}, DataError, r"how many outputs a part had, got -1 \(blocks\.1\.attention"),
+        ({"blocks.9.attention": 0}, ConfigError, r"without a part that is to be taken out \(blocks\.9\.attention"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(parts, error, message, tmp_path):
+    save(vit(), tmp_path / "small.pt")
+    document = torch.load(tmp_path / "small.pt", weights_only=True)
+    torch.save({**document, "parts": parts}, tmp_path / "small.pt")
+    with pytest.raises(error, match=message):
+        load(tmp_path / "small.pt", vit())
