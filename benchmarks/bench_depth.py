@@ -161,9 +161,9 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def _spread(values: list[float]) -> str:
-    """Return a mean and the largest deviation from it."""
+    """Return a mean, and of several seeds the largest deviation from it."""
     mean = sum(values) / len(values)
-    return f"{mean:.1f} ± {max(abs(value - mean) for value in values):.1f}"
+    return f"{mean:.1f}" + (f" ± {max(abs(value - mean) for value in values):.1f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -593,9 +593,13 @@ class DepthSteps(ShrinkSteps):
     @leaves_models_alone
     def outcome(self, budget: Budget, recovered: RecoveredNetwork) -> BudgetOutcome:
         """Return the share of the cost that a dense network keeps, and warn where that misses the budget."""
-        planned = recovered.pruned.planned
-        why = "no network that was tried came nearer" if planned is None or not planned.why else planned.why
-        return tell_if_missed(budget, self.share_left(budget, recovered), why)
+        planned, left = recovered.pruned.planned, self.share_left(budget, recovered)
+        why = "no network that was tried meets it"
+        if left < budget.share:
+            why = "of the networks that were tried this one loses least"
+        elif planned is not None and planned.why:
+            why = planned.why
+        return tell_if_missed(budget, left, why)
 
     def _with_depth(self, budget: Budget, count: int) -> tuple[RecoveredNetwork, tuple[Tried, ...]]:
         """Remove so many blocks, and channels for the rest of the budget."""
