@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import nni_topo
+from nni_topo.errors import DataError
 from nni_topo.studies.analysis import Quality, retraining_bound, study_selection
 from nni_topo.testing import toy_images, toy_model
 
@@ -208,6 +209,20 @@ def test_a_loader_is_read_once_and_does_what_the_same_batches_in_a_list_do(name,
         given = copy.deepcopy(loader.given[0])
         torch.testing.assert_close(found, work(loader.given[0]), equal_nan=True)
         torch.testing.assert_close(loader.given[0], given, rtol=0.0, atol=0.0)
+
+
+LABELLED = ("retraining_bound", "study_selection", "GeneticWeightPruner", "TopologicalPruner, gradient")
+
+
+@pytest.mark.parametrize("name", [name for name in WORK if name not in LABELLED])
+def test_images_in_a_form_that_the_model_cannot_read_say_what_to_change(name, tmp_path):
+    if name == "export":
+        pytest.importorskip("onnxruntime")
+    work = WORK[name] or (lambda batches: exported(batches, tmp_path))
+    with pytest.raises(DataError, match=r"must fit the model, got uint8 of shape .* as floats.* / 255 \(batch 0\)$"):
+        work([toy_images(16).mul(255).byte()])
+    with pytest.raises(DataError, match=r"got int64 .* it runs on the second: pass \[\(images, labels\)"):
+        work([(torch.zeros(16, dtype=torch.long), toy_images(16))])
 
 
 def test_every_public_function_that_takes_batches_is_tried():

@@ -22,6 +22,7 @@ from nni_topo.network.runtime import (
     in_smaller_batches,
     leaves_models_alone,
     left_alone,
+    structure_call,
 )
 
 
@@ -63,6 +64,7 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
     """
     copied: nn.Module = detached_copy(model)
     batches = batches_of(calibration, model)
+    structure_call(model, batches)  # an error that says what to change
     norms = batch_norms(copied)
     measured: dict[_BatchNorm, dict[str, torch.Tensor]] = {}
     with left_alone(copied), evaluation_mode(copied), torch.no_grad():

@@ -36,6 +36,7 @@ from nni_topo.network.runtime import (
     fitting,
     leaves_models_alone,
     real_positions_of,
+    structure_call,
     watched,
 )
 from nni_topo.recovery.lesson import Outputs, read_outputs
@@ -114,6 +115,7 @@ def choose_images(
     [[[0.0, 0.10000000149011612], [0.10000000149011612, 5.0], [3.0, 0.0]]]
     """
     calibration = batches_of(pool, model, "pool")
+    structure_call(model, calibration)  # an error that says what to change
     features = _features(model, calibration, outputs, progress)
     if count > len(features):
         raise DataError(f"the pool must hold at least as many images as are to be chosen, {count}, got {len(features)}")

@@ -49,9 +49,9 @@ from nni_topo.network.runtime import (
     Call,
     batches_of,
     calls,
-    check_fits,
     check_model,
     detached_copy,
+    first_call,
     in_smaller_batches,
     leaves_models_alone,
     out_of_memory,
@@ -294,7 +294,7 @@ def distillation(
     given = [batches_of(each, original, knob) for knob, each in both.items() if each is not None]
     for each in given:
         for model in (original, dense):
-            check_fits(model, next(calls(model, each)), each.name)
+            first_call(model, each)
     counts = [each.samples for each in given]
     pool = joined([call for each in given for call in calls(dense, each)])
     student = _student(dense, pool)

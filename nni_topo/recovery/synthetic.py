@@ -118,7 +118,7 @@ def synthetic_images(
             f"a model must take one floating tensor (n, channels, height, width), got {len(tensors)} of shapes "
             f"{[tuple(each.shape) for each in tensors]} (example_inputs)"
         )
-    check_fits(model, call)
+    check_fits(model, call, "example_inputs")
     network = detached_copy(model).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(tensors[0].shape[1:])

@@ -24,14 +24,13 @@ from nni_topo.network.runtime import (
     MODEL,
     ROUND_TO,
     batches_of,
-    calls,
     first_call,
     leaves_models_alone,
 )
 from nni_topo.pruners.budget import Budget, outcome_of
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import course_length
-from nni_topo.recovery.lesson import Outputs, check_one_shape, judged
+from nni_topo.recovery.lesson import Outputs, judged
 from nni_topo.runs.depth import DepthSteps
 from nni_topo.runs.shrink import ShrinkReport, tell_report, without_share
 from nni_topo.runs.steps import (
@@ -42,6 +41,7 @@ from nni_topo.runs.steps import (
     RecoveredNetwork,
     ShrinkSteps,
     Stage,
+    check_can_be_distilled,
     check_has_size,
     check_steps,
 )
@@ -317,8 +317,7 @@ def frontier(
     check_steps(model, template, pruner, knobs, layers, compensate, distill, outputs, evaluate, place="frontier")
     check_has_size(pruner, "shares need")
     data = ImageParts.of(calibration, model)
-    if distill is True or isinstance(distill, Mapping):
-        check_one_shape(calls(model, data.all))
+    check_can_be_distilled(model, data.all, distill)
     measured = Measurements(model, data, evaluate, outputs)
     measured.add("unpruned", model)
     settings: dict[str, Any] = {

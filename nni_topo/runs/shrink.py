@@ -18,8 +18,8 @@ from nni_topo.network.runtime import (
     ROUND_TO,
     Calibration,
     batches_of,
-    calls,
     leaves_models_alone,
+    structure_call,
 )
 from nni_topo.network.speedup import (
     OUTPUT,
@@ -33,7 +33,7 @@ from nni_topo.network.speedup import (
 from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, BudgetOutcome
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import Verdict
-from nni_topo.recovery.lesson import Outputs, check_one_shape
+from nni_topo.recovery.lesson import Outputs
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.allocating import Tried
 from nni_topo.runs.depth import DepthOutcome, DepthSteps
@@ -46,6 +46,7 @@ from nni_topo.runs.steps import (
     ShrinkSteps,
     Stage,
     check_has_size,
+    check_can_be_distilled,
     check_steps,
 )
 from nni_topo.runs.tolerance import (
@@ -337,6 +338,7 @@ def shrink(
     check_steps(
         model, kind_and_allocation, pruner, knobs, layers, compensate, distill, outputs, evaluate, place="shrink"
     )
+    structure_call(model, calibration)  # an error that says what to change
     parts: tuple[Calibration | None, ...] | None = None
     if depth:
         check_has_size(pruner, "depth=True needs")
@@ -346,8 +348,7 @@ def shrink(
         parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
         check_tolerance(tolerance, measure, calibration, parts or (), pruner)
     data = ImageParts.of(calibration, model, parts)
-    if distill is True or isinstance(distill, Mapping):
-        check_one_shape(calls(model, data.all))
+    check_can_be_distilled(model, data.all, distill)
     measured = Measurements(model, data, evaluate, outputs)
     measured.add("unpruned", model)
     steps = ShrinkSteps.prepare(

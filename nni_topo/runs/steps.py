@@ -18,11 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import nn
 
-from nni_topo.errors import FUNCTION, NONE, ConfigError, GradientError, check_knobs, instance, shown, unknown_name
+from nni_topo.errors import (
+    FUNCTION,
+    NONE,
+    ConfigError,
+    DataError,
+    GradientError,
+    check_knobs,
+    instance,
+    shown,
+    unknown_name,
+)
 from nni_topo.network.cost import LatencyTable, NetworkCost, time_shares
 from nni_topo.network.runtime import (
     HELD_OUT,
     Calibration,
+    calls,
     check_model,
     detached_copy,
     device_of,
@@ -58,7 +69,7 @@ from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_in
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.distilling import Verdict
-from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs
+from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs, check_one_shape
 from nni_topo.recovery.likeness import Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.registry import RECOVERIES
@@ -400,6 +411,18 @@ def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[s
         reasons = "; ".join(told) or "no convolution or linear layer"
         raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {reasons} (shrink)")
     return Prunable([{"op_names": names}], unpruned, is_default=True)
+
+
+def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any) -> None:
+    """Raise DataError, before anything runs, for images that :func:`nni_topo.distill` can't learn from."""
+    if not (distill is True or isinstance(distill, Mapping)):
+        return
+    if images.samples < 2:
+        raise DataError(
+            f"distillation must have at least two images, one to judge by, got {images.samples}: pass more, or leave "
+            "distillation out: shrink(..., distill=False) (images)"
+        )
+    check_one_shape(calls(model, images))
 
 
 class Measurements:

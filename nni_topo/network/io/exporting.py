@@ -32,6 +32,7 @@ from nni_topo.network.runtime import (
     check_model,
     detached_copy,
     difference,
+    first_call,
     leaves_models_alone,
     tensors_of,
 )
@@ -134,9 +135,9 @@ def export(
     check_model(model)
     net = detached_copy(model).cpu().eval()
     call = _resized(call_arguments(inputs, net), _BATCH)
-    check_fits(net, call)
+    check_fits(net, call, "inputs")
     if images is not None:
-        check_fits(net, next(calls(net, images)))
+        first_call(net, images)
     program = _program(net, call)
     output_folder(path.parent)
     # The file gets its name only after all checks, so that none is left behind that computes something else.

@@ -21,6 +21,7 @@ from nni_topo.network.runtime.arguments import (
 from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, calibration_of
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
 from nni_topo.network.runtime.copying import RandomWeights, detached_copy, device_of, put_parameters, unwrapped_copy
+from nni_topo.network.runtime.fits import check_fits, first_call, run, structure_call, structure_of
 from nni_topo.network.runtime.hooks import (
     Leaving,
     batches_of,
@@ -31,7 +32,6 @@ from nni_topo.network.runtime.hooks import (
     inputs_seen,
     padding_known,
     pruner_batches,
-    run,
     watched,
 )
 from nni_topo.network.runtime.inputs import (
@@ -45,10 +45,8 @@ from nni_topo.network.runtime.inputs import (
     call_arguments,
     calls,
     cast_floats,
-    check_fits,
     copied,
     cure_of_argument,
-    first_call,
     fitting,
     in_smaller_batches,
     inputs_of,
@@ -61,8 +59,6 @@ from nni_topo.network.runtime.inputs import (
     real_positions_of,
     run_small,
     shrunk,
-    structure_call,
-    structure_of,
     taken,
     tensors_of,
     together,

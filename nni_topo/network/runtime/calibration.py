@@ -37,12 +37,14 @@ class Calibration(Sequence[Any]):
     Parameters
     ----------
     batches : iterable
-        Batches of inputs. A batch is a tensor; or a mapping of the model's keyword arguments; or a tuple or list whose
+        Batches of inputs, prepared as in training. A batch is a tensor or an array; or a mapping of the model's keyword arguments; or a tuple or list whose
         first entry is the input (a tensor, such a mapping, or a tuple of positional arguments) and whose other entries,
         such as labels, aren't looked at. So a model of two inputs takes ``((images, vectors),)`` or
         ``{"images": images, "vectors": vectors}``, while ``(images, vectors)`` are images with their labels. Entries
         of a mapping that the model has no argument for are left out. Where ``forward`` has one required parameter,
         takes no ``**kwargs``, and has no parameter called like a key of the mapping, the mapping is its argument.
+        Floats are cast to the type of the model's parameters. Inputs in a form that the model can't read, such as
+        bytes, channels last or a single image without a batch dimension, are an error that names the form it reads.
     memory_bytes : int, default=2 * 2**30
         Memory for batches, in bytes, at least 0, of which at most half of the free memory is used. Further batches are
         written to files in the folder for temporary files. The batches of a list or tuple aren't copied.
@@ -90,10 +92,11 @@ class Calibration(Sequence[Any]):
         whole(0, 2**63 - 1).check("memory_bytes", memory_bytes, "Calibration")
         if isinstance(batches, (Tensor, np.ndarray)):
             kind = "tensor" if isinstance(batches, Tensor) else "array"
-            got = f"one {kind} of shape {tuple(batches.shape)}"
+            got = f"one {kind} of shape {tuple(batches.shape)}; pass [{kind}] if it is one batch"
             raise ConfigError(f"{name} must be an iterable of batches, e.g. a list of tensors, got {got} ({name})")
         if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
-            raise ConfigError(f"{name} must be an iterable of batches, got {type(batches).__name__} ({name})")
+            got = f"{type(batches).__name__}{_cure_without_batches(batches)}"
+            raise ConfigError(f"{name} must be an iterable of batches, got {got} ({name})")
         self.name = name
         self._memory_bytes = memory_bytes
         # By sample, the rank of its group in the order in which the groups appear.
@@ -291,7 +294,10 @@ class Calibration(Sequence[Any]):
                 raise DataError(f"{self.name} must fit into {store.limit}, got {got}: {_CURE} ({self.name})")
             store.append(copied)
         if not sizes:
-            raise DataError(f"{self.name} must hold at least one batch, got none (was a generator used twice?)")
+            why = "was a generator used twice?"
+            if getattr(source, "drop_last", False):  # a DataLoader's
+                why = "with drop_last=True, a DataLoader leaves out a batch that isn't full"
+            raise DataError(f"{self.name} must hold at least one batch, got none ({why})")
         self._kept = batches if in_memory else store
         self._sizes = tuple(sizes)
 
@@ -314,6 +320,15 @@ def calibration_of(batches: Iterable[Any] | None) -> Calibration | None:
 _CURE = "take fewer batches, e.g. list(itertools.islice(batches, 16))"
 
 
+def _cure_without_batches(value: Any) -> str:
+    """Say how a value becomes batches, where that is known; else nothing."""
+    if isinstance(value, Mapping):
+        return "; pass [mapping] if it is one batch"
+    if hasattr(value, "__getitem__") and not isinstance(value, (str, bytes, type)):
+        return "; of a data set, torch.utils.data.DataLoader(dataset, batch_size=64) makes batches"
+    return ""
+
+
 def _length(source: Iterable[Any]) -> int | None:
     """Return the number of batches of an iterable; None if it has no length."""
     try:
@@ -323,11 +338,15 @@ def _length(source: Iterable[Any]) -> int | None:
 
 
 def _plain(batch: Any) -> Any:
-    """Return a batch with dicts in place of other mappings, as tokenizers return: PyTorch's trees know dicts only."""
+    """Return a batch with dicts in place of other mappings, which PyTorch's trees don't know, and tensors of arrays."""
     if isinstance(batch, Mapping):
         return {key: _plain(value) for key, value in batch.items()}
     if type(batch) in (list, tuple):
         return type(batch)(_plain(value) for value in batch)
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "fiub":
+        # PyTorch takes neither negative strides, nor another byte order, nor memory that can't be written to.
+        native = batch.astype(batch.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(np.require(native, requirements=["C", "W"]))
     return batch
 
 

@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_map_only
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copying import detached_copy
-from nni_topo.network.runtime.inputs import bind_arguments, calls, fitting, inputs_of, name_of, real_positions_of
-from nni_topo.network.runtime.progress import bar
-from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
+from nni_topo.network.runtime.inputs import bind_arguments, inputs_of, real_positions_of
+from nni_topo.network.runtime.untouched import evaluation_mode
 
 Entering = Callable[[Tensor], Any]
 """Gets the tensor that enters a layer. What it returns enters instead, unless that is None."""
@@ -179,14 +178,6 @@ def _detached(inputs: Any) -> Any:
 def pruner_batches(calibration: Iterable[Any] | Evaluator | None, model: nn.Module) -> Calibration | None:
     """Return a pruner's calibration data, None if it has none; of an evaluator, what it evaluates the model on."""
     return None if calibration is None else batches_of(calibration, model)
-
-
-def run(model: nn.Module, calibration: Iterable[Any]) -> None:
-    """Run a model over calibration batches, in evaluation mode and without gradients."""
-    with left_alone(model), evaluation_mode(model), torch.no_grad(), padding_known(model):
-        for index, (args, kwargs) in enumerate(bar("calibration", None, calls(model, calibration))):
-            with fitting(index, name_of(calibration)):
-                model(*args, **kwargs)
 
 
 def counted_places(shape: tuple[int, ...]) -> Tensor | None:

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.runtime.copying import device_of
-from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
@@ -35,9 +34,8 @@ PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_m
 
 
 def call_arguments(example_inputs: Any, model: torch.nn.Module) -> Call:
-    """Split inputs, batch first, into positional and keyword arguments, and copy them to a model's device."""
-    call: Call = copied(arguments_of(example_inputs, model), device_of(model))
-    return call
+    """Split inputs, batch first, into positional and keyword arguments, and copy them as :func:`copied_for` does."""
+    return copied_for(model, arguments_of(example_inputs, model))
 
 
 def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
@@ -138,6 +136,19 @@ def on_device(tree: Any, device: torch.device) -> Any:
 def copied(tree: Any, device: torch.device) -> Any:
     """Copy the tensors of nested containers to a device, without their gradients."""
     return tree_map_only(Tensor, lambda tensor: _moved(tensor, device, copy=True), tree)
+
+
+def copied_for(model: nn.Module, call: Call) -> Call:
+    """Copy a call to a model's device, and cast its floats to the type of the model's parameters where they have one.
+
+    PyTorch's layers take no other type. A model whose parameters have several types says itself what it casts.
+    """
+    call = copied(call, device_of(model))
+    types = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    return cast_floats(call, types.pop()) if len(types) == 1 and types <= _COMPUTED else call
+
+
+_COMPUTED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # types that layers compute with
 
 
 def _moved(tensor: Tensor, device: torch.device, *, copy: bool = False) -> Tensor:
@@ -377,9 +388,25 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
     if not tensors_of(inputs):
         raise ConfigError(
             "the input of a batch must be a tensor, or a tuple or mapping with a tensor in it, got "
-            f"{type(inputs).__name__} ({name}, batch {index})"
+            f"{type(inputs).__name__}{_cure_without_tensors(inputs)} ({name}, batch {index})"
         )
     return inputs
+
+
+def _cure_without_tensors(inputs: Any) -> str:
+    """Say how inputs without a tensor become tensors, where that is known; else nothing."""
+    leaves = tree_flatten(inputs)[0]
+    first = leaves[0] if leaves else None
+    if type(first).__module__.partition(".")[0] == "PIL":
+        return (
+            ": pictures become tensors as in training, e.g. by torchvision.transforms.functional.to_tensor(picture), "
+            "and torch.stack makes one batch of several"
+        )
+    if isinstance(first, (int, float)) and first is not inputs:
+        if isinstance(inputs, Mapping):
+            return " of numbers: tokenizers give tensors with return_tensors='pt' and padding=True"
+        return " of numbers: torch.tensor makes a batch of them"
+    return ""
 
 
 def check_inputs(batch: Any, index: int, name: str) -> None:
@@ -404,7 +431,7 @@ def calls(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Call]:
     for count, batch in enumerate(calibration, start=1):
         call = _bound(model, arguments_of(inputs_of(batch, count - 1, name), model), batch, count - 1, name)
         for part in parts(call):
-            yield copied(part, device_of(model))
+            yield copied_for(model, part)
     if count == 0:
         raise DataError(f"{name} must hold at least one batch, got none (was a generator used twice?)")
 
@@ -436,40 +463,9 @@ _SEVERAL = (
 )
 
 
-def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
-    """Return the call of the model for the first batch; DataError if the model can't be run on it."""
-    call = next(calls(model, calibration))
-    check_fits(model, call, name_of(calibration))
-    return call
-
-
-def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
-    """Return a call to trace a model with: two samples of the first batch; DataError if the model can't run on it."""
-    return structure_of(model, next(calls(model, calibration)), name_of(calibration))
-
-
 def name_of(calibration: Iterable[Any]) -> str:
     """Return the name of calibration batches in messages."""
     return getattr(calibration, "name", "calibration")
-
-
-def structure_of(model: nn.Module, call: Call, name: str = "calibration") -> Call:
-    """Return a call's first two samples if the model runs on them, else the call; DataError if it runs on neither."""
-    # Tracing takes time and memory for each sample.
-    few: Call = taken(call, torch.arange(min(2, batch_size(call))))
-    try:
-        check_fits(model, few, name)
-    except DataError:
-        # The model may need exactly this number of samples, or more than two.
-        check_fits(model, call, name)
-        return call
-    return few
-
-
-def check_fits(model: nn.Module, call: Call, name: str = "calibration") -> None:
-    """Run a model on a call in evaluation mode; DataError if that fails."""
-    with fitting(0, name), left_alone(model), evaluation_mode(model), torch.no_grad():
-        model(*call[0], **call[1])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.runtime import structure_of
 from nni_topo.network.runtime.inputs import (
     VARIATIONS,
     arguments_of,
@@ -32,7 +33,6 @@ from nni_topo.network.runtime.inputs import (
     real_positions,
     run_small,
     shrunk,
-    structure_of,
     taken,
     tensors_of,
     together,

@@ -1,0 +1,193 @@
+"""Running a model over inputs, and what to change about these where it doesn't run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from nni_topo.errors import DataError, NniTopoError
+from nni_topo.network.runtime.hooks import padding_known, watched
+from nni_topo.network.runtime.inputs import (
+    Call,
+    arguments_of,
+    batch_size,
+    calls,
+    copied_for,
+    fitting,
+    name_of,
+    out_of_memory,
+    taken,
+    tensors_of,
+)
+from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
+
+# How many dimensions an input has that such a layer takes for a single sample.
+_UNBATCHED: tuple[tuple[type[nn.Module], int], ...] = (
+    (nn.Conv1d, 2),
+    (nn.Conv2d, 3),
+    (nn.Conv3d, 4),
+    (nn.ConvTranspose1d, 2),
+    (nn.ConvTranspose2d, 3),
+    (nn.ConvTranspose3d, 4),
+    (nn.RNNBase, 2),
+    (nn.MultiheadAttention, 2),
+)
+
+
+def run(model: nn.Module, calibration: Iterable[Any]) -> None:
+    """Run a model over calibration batches, in evaluation mode and without gradients; DataError if they don't fit."""
+    with left_alone(model), evaluation_mode(model), torch.no_grad(), padding_known(model):
+        for index, (args, kwargs) in enumerate(bar("calibration", None, calls(model, calibration))):
+            try:
+                with fitting(index, name_of(calibration)):
+                    model(*args, **kwargs)
+            except DataError:
+                if index == 0:
+                    first_call(model, calibration)  # an error that says what to change
+                raise
+
+
+def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
+    """Return the call of the model for the first batch; DataError if the model can't be run on it."""
+    call = next(calls(model, calibration))
+    check_fits(model, call, name_of(calibration), _first_batch(calibration))
+    return call
+
+
+def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
+    """Return a call to trace a model with: two samples of the first batch; DataError if the model can't run on it."""
+    call = next(calls(model, calibration))
+    return structure_of(model, call, name_of(calibration), _first_batch(calibration))
+
+
+def _first_batch(calibration: Iterable[Any]) -> Any:
+    return calibration[0] if isinstance(calibration, Sequence) else None
+
+
+def structure_of(model: nn.Module, call: Call, name: str = "calibration", batch: Any = None) -> Call:
+    """Return a call's first two samples if the model runs on them, else the call; DataError if it runs on neither."""
+    # Tracing takes time and memory for each sample.
+    few: Call = taken(call, torch.arange(min(2, batch_size(call))))
+    try:
+        check_fits(model, few, name, batch)
+    except DataError:
+        # The model may need exactly this number of samples, or more than two.
+        check_fits(model, call, name, batch)
+        return call
+    return few
+
+
+def check_fits(model: nn.Module, call: Call, name: str = "calibration", batch: Any = None) -> None:
+    """Run a model on a call in evaluation mode; DataError if that fails, or if a layer takes it for a single sample.
+
+    The error says what to change where the model runs on the same inputs in another form. ``batch`` is what the call
+    was made of.
+    """
+    try:
+        with fitting(0, name):
+            unbatched = _run(model, call)
+    except DataError:
+        if found := _form_that_fits(model, call, batch):
+            raise DataError(f"{name} must fit the model, {found} (batch 0)") from None
+        raise
+    if unbatched:
+        raise DataError(
+            f"{name} must have samples along the first dimension, got {_told(call)}, which {unbatched} takes for a "
+            f"single sample: pass {_BATCHED} (batch 0)"
+        )
+
+
+def _run(model: nn.Module, call: Call) -> str:
+    """Run a model on a call; return the layer that takes the model's input for a single sample, empty if none does."""
+    found: list[str] = []
+    shape = tensors_of(call)[0].shape
+
+    def look(name: str, dimensions: int) -> Callable[[Tensor], None]:
+        def see(entering: Tensor) -> None:
+            # Another shape is one that the model has made: it may well go through its samples one by one.
+            if isinstance(entering, Tensor) and entering.dim() == dimensions and entering.shape == shape:
+                found.append(name)
+
+        return see
+
+    entering = []
+    for name, module in model.named_modules():
+        for kind, dimensions in _UNBATCHED:
+            if isinstance(module, kind):
+                entering.append((module, look(f"{type(module).__name__} {name!r}", dimensions)))
+    with ExitStack() as stack:
+        stack.enter_context(left_alone(model))
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(watched(entering=entering))
+        model(*call[0], **call[1])
+    return found[0] if found else ""
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    """Say whether a model runs on a call whose first dimension is that of the samples."""
+    try:
+        return not _run(model, call)
+    except NniTopoError:
+        return False
+    except Exception as error:  # a user's model may raise anything
+        if out_of_memory(error):
+            raise
+        return False
+
+
+_BATCHED = "image.unsqueeze(0) of one, or the batches of a DataLoader"
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    is_integer = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    return tensor.float() if is_integer and tensor.dim() > 1 else tensor
+
+
+def _channels_first(tensor: Tensor) -> Tensor:
+    return tensor.movedim(-1, 1) if tensor.dim() > 2 else tensor
+
+
+# Forms in which inputs may be meant, each with what it is called and how it is made.
+_FORMS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
+    ("as floats, prepared as in training, e.g. images.float() / 255", _floats),
+    (f"with a batch dimension: {_BATCHED}", lambda tensor: tensor[None]),
+    ("with channels first: images.movedim(-1, 1)", _channels_first),
+)
+
+
+def _form_that_fits(model: nn.Module, call: Call, batch: Any) -> str:
+    """Say in which other form of the same inputs a model runs on them; empty if in none of the known ones."""
+    if isinstance(batch, (tuple, list)) and len(batch) > 1 and tensors_of(batch[1]):
+        other = copied_for(model, arguments_of(batch[1], model))
+        if isinstance(batch[0], Tensor) and _runs(model, other):
+            return (
+                f"got {_told(call)} as the first entry of a batch, which is the input; it runs on the second: pass "
+                "[(images, labels) for labels, images in batches]"
+            )
+    if len(call[0]) == 1 and isinstance(call[0][0], Mapping):
+        for key, entry in call[0][0].items():
+            if isinstance(entry, Tensor) and _runs(model, ((entry,), {})):
+                return f"got a mapping; it runs on the entry {key!r}: pass [batch[{key!r}] for batch in batches]"
+    for count in range(1, len(_FORMS) + 1):
+        for forms in itertools.combinations(_FORMS, count):
+            changed: Call = call
+            for _, change in forms:
+                changed = tree_map_only(Tensor, change, changed)
+            changed = copied_for(model, changed)
+            if _runs(model, changed):
+                return f"got {_told(call)}; it runs on them {'; '.join(words for words, _ in forms)}"
+    return ""
+
+
+def _told(call: Call) -> str:
+    """Describe the tensors of a call."""
+    told = [f"{str(each.dtype).removeprefix('torch.')} of shape {tuple(each.shape)}" for each in tensors_of(call)]
+    return ", ".join(told)

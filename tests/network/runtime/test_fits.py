@@ -1,0 +1,146 @@
+"""Inputs in other forms than a model takes: they are cast where there is one reading, else the error names the form."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nni_topo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.runtime import Calibration, check_fits, first_call, structure_call
+
+IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+BATCHED = r"with a batch dimension: image.unsqueeze\(0\) of one, or the batches of a DataLoader"
+FLOATS = r"as floats, prepared as in training, e.g. images.float\(\) / 255"
+FIRST = r"with channels first: images.movedim\(-1, 1\)"
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floats_of_another_type_are_cast_to_the_models_own(dtype, given):
+    model = classifier().to(dtype)
+    (images,), _ = first_call(model, [IMAGES.to(given)])
+    assert images.dtype == dtype
+    torch.testing.assert_close(images, IMAGES.to(given).to(dtype), rtol=0.0, atol=0.0)
+
+
+def test_a_model_of_several_types_gets_floats_as_they_are_and_integers_are_never_cast():
+    model = nn.Sequential(nn.Linear(3, 3).double(), nn.Linear(3, 3))
+    assert structure_call(nn.Sequential(model[0]), [torch.rand(4, 3)])[0][0].dtype == torch.float64
+    with pytest.raises(DataError, match="must fit the model, got RuntimeError"):
+        structure_call(model, [torch.rand(4, 3)])
+    tokens = torch.arange(6).view(2, 3)
+    assert structure_call(nn.Embedding(8, 4), [tokens])[0][0].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (IMAGES.mul(255).byte(), rf"got uint8 of shape \(6, 3, 8, 8\); it runs on them {FLOATS} \(batch 0\)$"),
+        (IMAGES.mul(255).long(), rf"got int64 of shape \(6, 3, 8, 8\); it runs on them {FLOATS} \(batch 0\)$"),
+        (IMAGES[0], rf"got float32 of shape \(3, 8, 8\); it runs on them {BATCHED} \(batch 0\)$"),
+        (IMAGES.movedim(1, -1), rf"got float32 of shape \(6, 8, 8, 3\); it runs on them {FIRST} \(batch 0\)$"),
+        (IMAGES[0].movedim(0, -1).mul(255).byte(), rf"it runs on them {FLOATS}; {BATCHED}; {FIRST} \(batch 0\)$"),
+        (
+            (torch.zeros(6).long(), IMAGES),
+            r"got int64 of shape \(6,\) as the first entry of a batch, which is the input; it runs on the second: pass "
+            r"\[\(images, labels\) for labels, images in batches\] \(batch 0\)$",
+        ),
+        (
+            {"pixels": IMAGES, "label": torch.zeros(6)},
+            r"got a mapping; it runs on the entry 'pixels': pass \[batch\['pixels'\] for batch in batches\]",
+        ),
+        (IMAGES[:, :1], r"got RuntimeError: Given groups=1.*to have 3 channels, but got 1 channels"),
+    ],
+    ids=["bytes", "integers", "one image", "channels last", "all three", "labels first", "mapping", "no form fits"],
+)
+def test_the_form_that_the_model_runs_on_is_named(batch, message):
+    with pytest.raises(DataError, match=message):
+        structure_call(classifier(), Calibration([batch], name="images"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "sample"),
+    [
+        (nn.Conv1d(3, 4, 3), (3, 9)),
+        (nn.Conv2d(3, 4, 3), (3, 8, 8)),
+        (nn.Conv3d(3, 4, 3), (3, 5, 5, 5)),
+        (nn.ConvTranspose2d(3, 4, 3), (3, 8, 8)),
+        (nn.GRU(3, 4, batch_first=True), (5, 3)),
+    ],
+    ids=["1d", "2d", "3d", "transposed", "recurrent"],
+)
+def test_a_layer_that_takes_the_batch_for_one_sample_is_named(layer, sample):
+    # Without the check, channels, or points in time, would be taken for samples.
+    model = nn.Sequential(layer)
+    with pytest.raises(DataError, match=rf"first dimension.*which {type(layer).__name__} '0' takes for a single"):
+        structure_call(model, [torch.rand(sample)])
+    structure_call(model, [torch.rand(2, *sample)])
+
+
+class OneByOne(nn.Module):
+    """Runs its layer on every sample alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([self.conv(image) for image in images])
+
+
+def test_a_model_may_run_its_layers_on_single_samples():
+    check_fits(OneByOne(), ((IMAGES,), {}))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        IMAGES.numpy(),
+        IMAGES.numpy().astype(">f4"),
+        IMAGES.flip(0).numpy()[::-1],
+        np.asfortranarray(IMAGES.numpy()),
+        np.broadcast_to(IMAGES.numpy()[0], IMAGES.shape),
+    ],
+    ids=["plain", "byte order", "backwards", "fortran", "read-only"],
+)
+def test_arrays_are_tensors(array):
+    expected = torch.tensor(np.ascontiguousarray(array).astype("float32"))
+    for given, entry in ([array], 0), ([(array, np.arange(6))], 0), ([{"images": array}], "images"):
+        (batch,) = Calibration(given)
+        found = batch if isinstance(batch, Tensor) else batch[entry]
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (IMAGES.numpy(), r"got one array of shape \(6, 3, 8, 8\); pass \[array\]"),
+        ({"x": IMAGES}, r"got dict; pass \[mapping\] if it is one batch"),
+        (TensorDataset(IMAGES), r"got TensorDataset; of a data set, torch.utils.data.DataLoader"),
+        (DataLoader(TensorDataset(IMAGES), 64, drop_last=True), "drop_last=True, a DataLoader leaves out a batch that"),
+        ([IMAGES.tolist()], r"got list of numbers: torch.tensor makes a batch of them \(images, batch 0\)"),
+        ([{"input_ids": [[1, 2]]}], r"tokenizers give tensors with return_tensors='pt'"),
+        ([IMAGES[:1]], "distillation must have at least two images, one to judge by, got 1: pass more, or leave"),
+    ],
+    ids=["array", "mapping", "data set", "drop_last", "lists", "tokens", "one image"],
+)
+def test_batches_that_are_none_say_how_to_make_some_before_anything_runs(batches, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        nni_topo.shrink(classifier(), batches, {"flops": 0.5}, pruner=lambda *_: pytest.fail("pruned"))
+
+
+def test_pictures_say_how_they_become_tensors():
+    image = pytest.importorskip("PIL.Image")
+    picture = image.fromarray(IMAGES[0].movedim(0, -1).mul(255).byte().numpy())
+    for batches in ([picture], [[picture, picture]]):
+        with pytest.raises(ConfigError, match=r"got Image: pictures become tensors as in training.*to_tensor"):
+            nni_topo.shrink(classifier(), batches, {"flops": 0.5})
