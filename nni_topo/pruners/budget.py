@@ -50,8 +50,13 @@ _RULES = {
 _MISSED = 0.01  # of the unpruned network's cost
 _MISSED_TIME = 0.05  # of what is asked for
 _ROUNDING = 1e-12  # 0.51 - 0.5 is more than 0.01 in double precision
-ONE_CHANNEL = "the next possible numbers of channels come no nearer"
-"""Why a budget is missed where nothing else keeps it from being met."""
+# Why a budget is missed where nothing else keeps it from being met.
+_NO_NEARER = {
+    "uniform": "with one ratio for all layers the next possible numbers of channels come no nearer",
+    "topological": "with one tolerance for all layers the next possible numbers of channels come no nearer",
+    "error": "where the channels with the least error per saved cost are removed first, the next one comes no nearer",
+    AUTO: "with the allocation that was chosen the next possible numbers of channels come no nearer",
+}
 _SECONDS = 10.0  # to time one network beside the unpruned one
 
 
@@ -170,9 +175,17 @@ class BudgetOutcome:
 class BudgetPlanner(Planner):
     """Keep as many blocks as a budget allows."""
 
-    def __init__(self, budget: Budget, example_inputs: Any, *, round_to: int | None = None) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        example_inputs: Any,
+        *,
+        round_to: int | None = None,
+        allocations: Sequence[str] = (),
+    ) -> None:
         super().__init__(round_to=round_to)
         self.budget = budget
+        self.allocations = allocations  # those that the pruner takes
         self.example_inputs = example_inputs
         # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
         self.latency_table = cast("LatencyTable | None", budget.latency_table)
@@ -235,7 +248,7 @@ class BudgetPlanner(Planner):
             return f"all layers are at their {key}, or have one channel left; layers that aren't listed stay unpruned"
         if self.budget.kind == "latency" and self.budget.latency_table is None:
             return "no widths that were timed came nearer"
-        return "blocks are equally wide" if self.budget.equal_blocks else ONE_CHANNEL
+        return "blocks are equally wide" if self.budget.equal_blocks else no_nearer(self.budget, self.allocations)
 
     def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
         """Return a function that gives the network's cost, in the budget's unit, for a choice of kept channels."""
@@ -247,6 +260,13 @@ class BudgetPlanner(Planner):
         if self._cost is None:
             self._cost = network_cost(self.budget.kind, model, self.example_inputs, self.latency_table)
         return self._cost
+
+
+def no_nearer(budget: Budget, allocations: Sequence[str]) -> str:
+    """Say why whole channels miss a budget, and which other allocation of the pruner's may come nearer."""
+    others = [repr(name) for name in allocations if budget.allocation not in (name, AUTO)]
+    cure = f"; the allocation {' or '.join(others)} may" if others else ""
+    return f"{_NO_NEARER[budget.allocation]}{cure}"
 
 
 def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutcome:
@@ -367,4 +387,4 @@ def planned(
         raise ConfigError(
             "a budget needs example_inputs, calibration data or an evaluator that evaluates, got none of them (budget)"
         )
-    return BudgetPlanner(budget, inputs, round_to=fallback.round_to)
+    return BudgetPlanner(budget, inputs, round_to=fallback.round_to, allocations=allocations)

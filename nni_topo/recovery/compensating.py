@@ -41,9 +41,9 @@ from nni_topo.recovery.thin import thin_out
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compensation:
-    """A compensated model and what was done to it.
+    """A compensated model and what was done to it; its ``repr`` is that of the report.
 
     Attributes
     ----------
@@ -55,6 +55,9 @@ class Compensation:
 
     model: nn.Module
     report: CompensationReport
+
+    def __repr__(self) -> str:
+        return repr(self.report)
 
 
 @checked(

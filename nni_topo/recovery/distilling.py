@@ -102,9 +102,9 @@ KNOBS = {
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
-    """Whether learned weights are kept, and the held-out figures that say so; ``str`` is a sentence.
+    """Whether learned weights are kept, and the held-out figures that say so; ``repr`` is a few sentences.
 
     They are kept if the loss falls and the distance is at most twice what it was before.
     """
@@ -125,7 +125,7 @@ class Verdict:
     held_out: int = 0  # images that decided
     is_out_of_time: bool = False  # whether `seconds` ended it
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out images the loss "
         text += f"({self.objective}) is {self.loss_after:.3g}, {self.loss_before:.3g} without it; the distance "
         text += f"{self.distance_after:.3g}, {self.distance_before:.3g} without it"
@@ -145,9 +145,14 @@ class Verdict:
 
         return pandas.DataFrame([asdict(look) for look in self.curve], columns=["step", "lr", "loss"])
 
+    @property
+    def has_anything_to_learn(self) -> bool:
+        """Whether the network without distillation has a loss."""
+        return not (math.isnan(self.lr) and self.loss_before == 0.0)
+
     def _course(self) -> str:
         """Say how many steps were taken, and at which rate."""
-        if math.isnan(self.lr) and self.loss_before == 0.0:
+        if not self.has_anything_to_learn:
             text = "No step was taken: there is nothing to learn"
         elif math.isnan(self.lr) and not self.rates:
             text = "No step was taken: seconds= allows too few"
@@ -159,14 +164,14 @@ class Verdict:
             text += ", until the time was over" if self.is_out_of_time else ""
             too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
             text += f"; too high: {', '.join(too_high)}" if too_high else ""
-        if 0 < self.held_out < _FEW:
+        if 0 < self.held_out < _FEW and self.has_anything_to_learn:
             text += f". {self.held_out} held-out images are few to decide by: give more images, or held_out="
         return text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Distillation:
-    """A distilled model and how it came about.
+    """A distilled model and how it came about; its ``repr`` is that of its verdict.
 
     Attributes
     ----------
@@ -221,6 +226,9 @@ class Distillation:
     curve: tuple[Look, ...] = ()
     held_out: int = 0
     is_out_of_time: bool = False
+
+    def __repr__(self) -> str:
+        return repr(self.verdict)
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the curve as a table: a row for each look, with the step, the learning rate and the held-out loss."""
@@ -433,7 +441,7 @@ def distillation(
         held_out=len(held),
         is_out_of_time=is_out_of_time,
     )
-    if not is_kept:
+    if not is_kept and done.verdict.has_anything_to_learn:
         _logger.warning("%s", done.verdict)
     return done
 

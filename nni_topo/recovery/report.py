@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 _Made = TypeVar("_Made")
 
+SMALL = 0.05
+"""Squared distance from the unpruned network, over the variance, below which no warning is given of few images."""
 LOST = 0.9
 """Held-out error above which a layer's output counts as almost lost: a constant has an error of 1."""
 
@@ -48,14 +50,19 @@ class LayerReport:
         return self.error_held_out > LOST
 
     @property
+    def is_far(self) -> bool:
+        """Whether the held-out error isn't below 0.05, where it is small enough whatever the samples; it may be NaN."""
+        return not self.error_held_out < SMALL
+
+    @property
     def is_underdetermined(self) -> bool:
         """Whether there were fewer samples than unknowns, so that the ridge alone decides."""
         return self.samples < self.unknowns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompensationReport:
-    """What happened to all layers.
+    """What happened to all layers; its ``repr`` is a table with warnings.
 
     Attributes
     ----------
@@ -74,12 +81,20 @@ class CompensationReport:
     images: int
     seconds: float
 
+    def __repr__(self) -> str:
+        columns = ["layer", "place", "unknowns", "samples", "error_before", "error_after", "error_held_out", "note"]
+        table = self.to_frame()[columns].fillna({"place": ""})
+        shown = table.to_string(index=False, max_colwidth=60, na_rep="", float_format=lambda value: f"{value:.4g}")
+        lines = [shown] if len(table) else []
+        lines.append(f"{self.images} calibration images, {self.seconds:.3g} s")
+        return "\n".join([*lines, *(f"warning: {each}" for each in self.warnings)])
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """What makes the solutions doubtful, with what to do about it."""
         found = []
         # A layer that is refined has a row for each step, of the same samples and unknowns.
-        few = {layer.layer: layer for layer in self.layers if layer.is_underdetermined}
+        few = {layer.layer: layer for layer in self.layers if layer.is_underdetermined and layer.is_far}
         if few:
             scarcest = sorted(few.values(), key=lambda layer: layer.samples / layer.unknowns)
             named = listed([f"{layer.layer!r} ({layer.samples} of {layer.unknowns})" for layer in scarcest])

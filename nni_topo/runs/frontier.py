@@ -26,6 +26,7 @@ from nni_topo.network.runtime import (
     batches_of,
     first_call,
     leaves_models_alone,
+    tells_once,
 )
 from nni_topo.pruners.budget import Budget, outcome_of
 from nni_topo.recovery import RecoveryMethod
@@ -218,6 +219,7 @@ class Frontier(Mapping[float, nn.Module]):
     round_to=ROUND_TO,
 )
 @leaves_models_alone
+@tells_once
 def frontier(
     model: nn.Module,
     images: Iterable[Any] | Evaluator,
@@ -363,7 +365,7 @@ def frontier(
                 is_comparable = own_left <= left + outcome_of(own, left, "").tolerance
                 if is_comparable and _is_no_worse(model, recovered, other, data, outputs):
                     recovered, start, left = other, larger, own_left
-        outcome = outcome_of(own, left, "the next possible numbers of channels come no nearer")
+        outcome = outcome_of(own, left, steps.why_missed(own, recovered))
         if not outcome.is_near:
             _logger.warning("%s", outcome)
         final, verdict = steps.distil(recovered.dense, **({} if count is None else {"steps": count}))

@@ -20,6 +20,7 @@ from nni_topo.network.runtime import (
     batches_of,
     leaves_models_alone,
     structure_call,
+    tells_once,
 )
 from nni_topo.network.speedup import (
     OUTPUT,
@@ -184,6 +185,7 @@ KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEAS
 # Arguments that are names, knobs or functions are checked by `check_steps`.
 @checked(model=MODEL, images=BATCHES, budget=ANYTHING, pruner=ANYTHING, distill=ANYTHING, round_to=ROUND_TO, **KNOBS)
 @leaves_models_alone
+@tells_once
 def shrink(
     model: nn.Module,
     images: Iterable[Any] | Evaluator,

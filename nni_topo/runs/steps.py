@@ -56,12 +56,12 @@ from nni_topo.network.speedup import (
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import (
     AUTO,
-    ONE_CHANNEL,
     Budget,
     BudgetOutcome,
     BudgetPlanner,
     budget_outcome,
     network_cost,
+    no_nearer,
     tell_if_missed,
 )
 from nni_topo.pruners.checks import check_no_ratios
@@ -73,7 +73,7 @@ from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs, check_one_shape
 from nni_topo.recovery.likeness import Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.registry import RECOVERIES
-from nni_topo.recovery.report import CompensationReport
+from nni_topo.recovery.report import SMALL, CompensationReport
 from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
 from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import layer_ratios, pruning_config, sorted_layers
@@ -87,7 +87,6 @@ Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
 # A network is said to be worse on held-out images than on calibration images if its distance is so many times as large,
 # or its agreement so much smaller, and the interval of the held-out figure excludes the other one.
 _GAP = 2.0
-_LEAST_GAP = 0.05  # held-out distances below it, as shares of the outputs' variance, are small enough
 _GAP_OF_AGREEMENT = 0.05
 _logger = logging.getLogger(__name__)
 
@@ -305,14 +304,22 @@ class ShrinkSteps:
     @leaves_models_alone
     def outcome(self, budget: Budget, recovered: RecoveredNetwork) -> BudgetOutcome:
         """Return the share of the cost that a dense network keeps, and warn where that misses the budget."""
-        planned = recovered.pruned.planned
-        share = self.share_left(budget, recovered)
-        if planned is not None and not planned.is_met:  # the warning was given
-            return budget_outcome(budget.kind, budget.share, share, planned.why)
+        share, why = self.share_left(budget, recovered), self.why_missed(budget, recovered)
         if chooses_how_many(self.pruner):
-            return tell_if_missed(budget, share, "the pruner chooses how many channels it keeps")
-        why = "layers keep channels that were to be removed" if recovered.layers.kept else ONE_CHANNEL
-        return budget_outcome(budget.kind, budget.share, share, why)
+            return tell_if_missed(budget, share, why)
+        return budget_outcome(budget.kind, budget.share, share, why)  # the pruner has given the warning
+
+    def why_missed(self, budget: Budget, recovered: RecoveredNetwork) -> str:
+        """Return the reason if the cost of a network isn't near to its budget."""
+        planned = recovered.pruned.planned
+        if planned is not None and planned.why:
+            return planned.why
+        if chooses_how_many(self.pruner):
+            return "the pruner chooses how many channels it keeps"
+        if recovered.layers.kept:
+            return "layers keep channels that were to be removed"
+        allocations = () if callable(self.pruner) else pruner_info(self.pruner).allocations()
+        return no_nearer(budget, allocations)
 
     def share_left(self, budget: Budget, recovered: RecoveredNetwork) -> float:
         """Return the share of the cost that a dense network of :meth:`reconstruct` keeps."""
@@ -506,16 +513,13 @@ class Measurements:
             _logger.warning("%s", text)
             return (text,)
         last = self.stages[-1]
-        is_far = (
-            last.distance_low > last.calibration_distance
-            and last.distance > _GAP * last.calibration_distance
-            and last.distance > _LEAST_GAP
-        )
+        is_far = last.distance_low > last.calibration_distance and last.distance > _GAP * last.calibration_distance
         agrees_less = (
             last.agreement_high < last.calibration_agreement
             and last.agreement < last.calibration_agreement - _GAP_OF_AGREEMENT
         )
-        if not (is_far or agrees_less):
+        # Where the outputs hardly differ, so do the answers but for ties.
+        if last.distance < SMALL or not (is_far or agrees_less):
             return ()
         found = (
             f"distance {last.distance:.3g} on held-out images, {last.calibration_distance:.3g} on calibration images"

@@ -105,7 +105,7 @@ _DATA = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DataBundle:
     """A data set ready for training.
 
@@ -141,6 +141,13 @@ class DataBundle:
     std: tuple[float, ...]
     name: str
     class_names: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.train)} training, {len(self.validation)} validation, {len(self.test)} test"
+        size = f"rows of {self.image_size}"
+        if not self.is_text:
+            size = f"images of shape ({self.in_channels}, {self.image_size}, {self.image_size})"
+        return f"{type(self).__name__}({self.name}: {counts} {size}, {self.num_classes} classes)"
 
     @property
     def is_text(self) -> bool:

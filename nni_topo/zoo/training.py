@@ -61,9 +61,9 @@ class EpochLog:
     training_seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingLog:
-    """What a training did.
+    """What a training did; its ``repr`` is a table of the epochs.
 
     Attributes
     ----------
@@ -78,6 +78,16 @@ class TrainingLog:
     epochs: tuple[EpochLog, ...]
     recipe: Recipe
     seed: int
+
+    def __repr__(self) -> str:
+        rows = [f"{'epoch':>5} {'loss':>7} {'accuracy':>8} {'validation':>10} {'lr':>8} {'seconds':>7}"]
+        for each in self.epochs:
+            validation = "" if each.validation_accuracy is None else f"{each.validation_accuracy:.4f}"
+            rows.append(
+                f"{each.epoch:>5} {each.loss:>7.4f} {each.accuracy:>8.4f} {validation:>10} {each.lr:>8.2g} "
+                f"{each.seconds:>7.2f}"
+            )
+        return "\n".join(rows)
 
     @property
     def seconds(self) -> float:

@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from nni_topo import Budget, ReconstructionPruner, create_pruner, dependency_groups, to_dense, zoo
+from nni_topo import Budget, ReconstructionPruner, create_pruner, dependency_groups, shrink, to_dense, zoo
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.budget import budget_outcome, network_cost
+from nni_topo.pruners.budget import budget_outcome, network_cost, no_nearer
 from nni_topo.pruners.solving import solve_error, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.runs.widths import inner_layers
@@ -178,6 +179,41 @@ def test_other_layers_lose_what_caps_and_floors_do_not_let_go(kind, caplog):
     assert all(shares[name] >= 0.75 for name in middle)
     assert all(shares[name] <= 0.8 for name in rest)
     assert "is missed" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("allocation", "allocations", "why"),
+    [
+        (
+            "uniform",
+            ("uniform",),
+            r"^with one ratio for all layers .* come no nearer$",
+        ),
+        ("uniform", ("uniform", "error"), r"come no nearer; the allocation 'error' may$"),
+        (
+            "error",
+            ("uniform", "topological", "error"),
+            r"next one .* the allocation 'uniform' or 'topological' may$",
+        ),
+        ("auto", ("uniform", "error"), r"^with the allocation that was chosen .* come no nearer$"),
+    ],
+)
+def test_a_budget_missed_for_whole_channels_names_the_allocations_that_may_come_nearer(allocation, allocations, why):
+    assert re.search(why, no_nearer(Budget(flops=0.5, allocation=allocation), allocations))
+
+
+def test_another_allocation_comes_nearer_where_one_ratio_does_not():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    images = [torch.rand(32, 3, 8, 8)]
+    left = {}
+    for allocation in ("uniform", "topological"):
+        budget = {"flops": 0.5, "allocation": allocation}
+        outcome = shrink(model, images, budget, distill=False).report.budget
+        left[allocation] = outcome.left
+        assert "; the allocation " in str(outcome)
+    assert abs(left["topological"] - 0.5) < abs(left["uniform"] - 0.5)
 
 
 @pytest.mark.parametrize(

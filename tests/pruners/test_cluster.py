@@ -42,8 +42,21 @@ def test_one_of_each_family_stays(algorithm):
         model[0].bias.zero_()
     config = [{**HIDDEN, "sparse_ratio": 2 / 3}]
     # The other graphs of spectral clustering join these families: they are smaller than k, and unequally far apart.
-    found = kept(ClusterPruner(model, config, calibration=[data], algorithm=algorithm, graph="gaussian"))
+    knobs = {"graph": "gaussian"} if algorithm == "spectral" else {}
+    found = kept(ClusterPruner(model, config, calibration=[data], algorithm=algorithm, **knobs))
     assert sorted(np.flatnonzero(found) % 4) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "knob", "value"),
+    [("kmeans", "graph", "knn"), ("ward", "n_init", 5), ("spectral", "min_samples", 4), ("dbscan", "n_init", 1)],
+)
+def test_a_knob_that_the_algorithm_does_not_use_is_refused_before_the_model_is_wrapped(algorithm, knob, value):
+    model, data = families()
+    config = [{**HIDDEN, "sparse_ratio": 0.5}]
+    with pytest.raises(ConfigError, match=rf"{knob} must be given with algorithm=.* only, got {value!r} with"):
+        ClusterPruner(model, config, calibration=[data], algorithm=algorithm, **{knob: value})
+    assert not hasattr(model[0], "_nni_wrapper")
 
 
 def test_every_graph_of_spectral_clustering_reaches_the_clusters():

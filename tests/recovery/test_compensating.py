@@ -385,3 +385,16 @@ def test_warnings_name_the_worst_layers_and_count_the_others():
     few, lost = CompensationReport(layers, {}, 8, 0.0).warnings
     assert "'conv0' (10 of 100), 'conv1' (11 of 100), 'conv2' (12 of 100), 'conv3' (13 of 100) and 5 more" in few
     assert "'conv8' (1.8), 'conv7' (1.7), 'conv6' (1.6), 'conv5' (1.5) and 5 more" in lost
+
+
+@pytest.mark.parametrize(("features", "is_told"), [(4, False), (40, True)])
+def test_few_images_are_told_only_where_the_outputs_suffer(features, is_told):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(features, 40, bias=False), nn.Linear(40, 3)).eval()
+    masks = {"0": {"weight": (torch.arange(40) < 30).float()[:, None].expand(40, features)}}
+    report = compensation(model, masks, [torch.randn(24, features, generator=generator)]).report
+    (layer,) = report.layers
+    assert layer.is_underdetermined
+    assert layer.is_far is is_told
+    assert any("pass more images" in each for each in report.warnings) is is_told

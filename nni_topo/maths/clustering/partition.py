@@ -32,6 +32,25 @@ _SAME = 1e-9
 _AXES = 16
 
 
+# By knob, its default and the algorithms that use it.
+_USED: dict[str, tuple[int | str, tuple[str, ...]]] = {
+    "n_init": (3, ("kmeans", "spectral", "gmm", "gmm_full")),
+    "min_samples": (3, ("dbscan",)),
+    "graph": ("epsilon", ("spectral",)),
+}
+
+
+def check_used(algorithm: str, place: str, **given: int | str) -> None:
+    """Raise ConfigError for a knob that isn't at its default although the algorithm doesn't use it."""
+    for knob, value in given.items():
+        default, algorithms = _USED[knob]
+        if value != default and algorithm not in algorithms:
+            users = " or ".join(map(repr, algorithms))
+            raise ConfigError(
+                f"{knob} must be given with algorithm={users} only, got {value!r} with {algorithm!r} ({place})"
+            )
+
+
 @checked(count=ANYTHING)  # looked at with the points
 def partition(
     points: FloatArray,
@@ -99,6 +118,7 @@ def partition(
         raise unknown_name("algorithm", algorithm, ALGORITHMS)
     if graph not in GRAPHS:
         raise unknown_name("graph", graph, GRAPHS)
+    check_used(algorithm, "partition", n_init=n_init, min_samples=min_samples, graph=graph)
     if count == len(points):
         return np.arange(count, dtype=np.intp)
     if count == 1:

@@ -86,7 +86,7 @@ class LayerLatency:
         return float(np.interp(entering, self.entering, by_entering))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatencyTable:
     """Seconds of a network's layers at several widths, and seconds between the layers.
 
@@ -111,6 +111,11 @@ class LatencyTable:
     rest: float = 0.0
     batch_size: int = 1
     threads: int = 1
+
+    def __repr__(self) -> str:
+        seconds = sum(each.seconds[-1][-1] for each in self.layers.values()) + self.rest
+        timed = f"a batch of {self.batch_size} on {self.threads} thread{'s' * (self.threads != 1)}"
+        return f"{type(self).__name__}({len(self.layers)} layers, {1000.0 * seconds:.4g} ms for {timed})"
 
     def __call__(self, widths: Mapping[str, tuple[int, int]]) -> float:
         """Return the seconds of the network at given widths.

@@ -41,6 +41,7 @@ from nni_topo.disk import (
 )
 from nni_topo.errors import ConfigError, DataError, listed
 from nni_topo.network.attention import Attention, find_attention, resize, set_size
+from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers import (
     Place,
     ShiftedRMSNorm,
@@ -109,6 +110,8 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
 
     Raises
     ------
+    ConfigError
+        If the path ends as the files of :func:`nni_topo.export` do, in ``.onnx`` or ``.pt2``.
     SpeedupError
         If the model is still wrapped by NNI.
     DataError
@@ -120,6 +123,8 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     save_pretrained : Writes a folder that Transformers loads by itself.
     """
     place = path_of(path)
+    if place.suffix.lower() in FORMATS:
+        raise ConfigError(f"files that end in {place.suffix} are those of nni_topo.export, got it for save ({place})")
     check_unwrapped(dense)
     in_state, every = dense.state_dict(keep_vars=True), named_tensors(dense)
     modules = dict[str, dict[str, Any]]()

@@ -38,6 +38,8 @@ from nni_topo.network.runtime import (
 )
 
 Format = Literal["onnx", "torch.export"]
+FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
+"""By ending of a path, the format of the file."""
 _BATCH = 2  # samples with which a network is exported
 _OTHER_BATCH = 3  # samples with which its file is run besides
 
@@ -72,7 +74,7 @@ def export(
     model: nn.Module,
     path: str | Path,
     inputs: Any,
-    format: Format = "onnx",  # noqa: A002
+    format: Format | None = None,  # noqa: A002
     *,
     int8: Iterable[Any] | None = None,
 ) -> Exported:
@@ -83,11 +85,13 @@ def export(
     model : torch.nn.Module
         The network, such as `to_dense` returns. It isn't changed.
     path : str or Path
-        The file to write, e.g. ``"small.onnx"`` or ``"small.pt2"``.
+        The file to write, e.g. ``"small.onnx"`` or ``"small.pt2"``; without a ``format`` its ending must be one of
+        these two.
     inputs : Tensor, tuple, list or mapping of str to Any
         Example inputs, batch first: one tensor, positional or keyword arguments. The file takes any batch size.
-    format : {"onnx", "torch.export"}, default="onnx"
-        ONNX for onnxruntime, or a program for :func:`torch.export.load`.
+    format : {"onnx", "torch.export"}, optional
+        ONNX for onnxruntime, or a program for :func:`torch.export.load`. None: ``"onnx"`` for a path that ends in
+        ``.onnx``, ``"torch.export"`` for one in ``.pt2``.
     int8 : iterable, optional
         Calibration data: batches of unlabelled inputs. Weights and activations become 8-bit integers, whose ranges are
         those of the values on these batches. ONNX only.
@@ -100,7 +104,8 @@ def export(
     Raises
     ------
     ConfigError
-        If the format is unknown, INT8 is asked for in another format than ONNX, or a package is missing.
+        If the format is unknown, or isn't that of the path's ending; if INT8 is asked for in another format than ONNX,
+        or a package is missing.
     DataError
         If the inputs or the calibration data don't fit the network.
     ExportError
@@ -118,13 +123,20 @@ def export(
     >>> import tempfile, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     done = export(model, f"{folder}/small.pt2", torch.randn(2, 4), format="torch.export")
+    ...     done = export(model, f"{folder}/small.pt2", torch.randn(2, 4))
     >>> done.path.name, done.error < 1e-4
     ('small.pt2', True)
     """
     path = path_of(path)
-    if format not in get_args(Format):
+    if format is not None and format not in get_args(Format):
         raise unknown_name("format", str(format), get_args(Format))
+    named = FORMATS.get(path.suffix.lower())
+    if format is None and named is None:
+        known = " or ".join(FORMATS)
+        raise ConfigError(f"a path must end in {known}, or format= be given, got {path.suffix or 'no ending'} ({path})")
+    if format is not None and named not in (None, format):
+        raise ConfigError(f"a path that ends in {path.suffix} must have the format {named!r}, got {format!r} ({path})")
+    format = named if format is None else format  # noqa: A001
     if int8 is not None and format != "onnx":
         raise ConfigError(f"the format of an INT8 file must be 'onnx', got {format!r} (int8)")
     images = None if int8 is None else Calibration.of(int8, "int8")

@@ -66,6 +66,7 @@ from nni_topo.network.runtime.inputs import (
     varied,
 )
 from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.telling import tells_once
 from nni_topo.network.runtime.untouched import (
     drawn_since,
     evaluation_mode,
@@ -154,6 +155,7 @@ __all__ = [
     "structure_call",
     "structure_of",
     "taken",
+    "tells_once",
     "tensors_of",
     "together",
     "torch_random_kept",

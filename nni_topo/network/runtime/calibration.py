@@ -37,9 +37,10 @@ class Calibration(Sequence[Any]):
     Parameters
     ----------
     batches : iterable
-        Batches of inputs, prepared as in training. A batch is a tensor or an array; or a mapping of the model's keyword arguments; or a tuple or list whose
-        first entry is the input (a tensor, such a mapping, or a tuple of positional arguments) and whose other entries,
-        such as labels, aren't looked at. So a model of two inputs takes ``((images, vectors),)`` or
+        Batches of inputs, prepared as in training. A batch is a tensor or an array; or a mapping of the model's keyword
+        arguments; or a tuple or list whose first entry is the input (a tensor, such a mapping, or a tuple of positional
+        arguments) and whose other entries, such as labels, aren't looked at. So a model of two inputs takes
+        ``((images, vectors),)`` or
         ``{"images": images, "vectors": vectors}``, while ``(images, vectors)`` are images with their labels. Entries
         of a mapping that the model has no argument for are left out. Where ``forward`` has one required parameter,
         takes no ``**kwargs``, and has no parameter called like a key of the mapping, the mapping is its argument.

@@ -22,9 +22,9 @@ _LISTED = 4  # names that a message lists before it counts the others
 _MIXING = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LocalResponseNorm)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """Which channels of a layer can be pruned, and what decides that. ``print`` shows it in a few lines.
+    """Which channels of a layer can be pruned, and what decides that. Its ``repr`` says it in a few lines.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class Explanation:
         """What can be changed so that more of the channels can be pruned."""
         return reasons.advice(self.reasons)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if self.kept == 0:
             lines = [f"{self.layer}: all but one of {self.channels} channels can be pruned"]
         elif self.kept < self.channels:

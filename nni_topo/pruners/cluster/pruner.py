@@ -14,7 +14,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, one_of, whole
-from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, NeighbourGraph
+from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, NeighbourGraph, check_used
 from nni_topo.network.runtime import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
@@ -125,6 +125,7 @@ class ClusterPruner(StructuredPruner):
         round_to: int | None = None,
         seed: int = 0,
     ) -> None:
+        check_used(algorithm, type(self).__name__, n_init=n_init, min_samples=min_samples, graph=graph)
         self.calibration = pruner_batches(calibration, model)
         self.algorithm = algorithm
         self.survivor = survivor

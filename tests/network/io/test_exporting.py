@@ -175,6 +175,34 @@ def test_what_cannot_be_exported_is_said_before_a_file_is_written(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("small.pt3", {}, r"a path must end in .onnx or .pt2, or format= be given, got .pt3"),
+        ("small", {}, "a path must end in .onnx or .pt2, or format= be given, got no ending"),
+        ("small.pt2", {"format": "onnx"}, "a path that ends in .pt2 must have the format 'torch.export', got 'onnx'"),
+        ("small.ONNX", {"format": "torch.export"}, "a path that ends in .ONNX must have the format 'onnx', got 'torch"),
+        ("small.pt2", {"int8": [IMAGES]}, "the format of an INT8 file must be 'onnx', got 'torch.export'"),
+    ],
+)
+def test_the_ending_of_a_path_and_the_format_must_agree(tmp_path, name, given, message):
+    with pytest.raises(ConfigError, match=message):
+        nni_topo.export(toy_model(), tmp_path / name, IMAGES[:2], **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ending_of_a_path_says_the_format(tmp_path):
+    nni_topo.export(toy_model(), tmp_path / "small.pt2", IMAGES[:2])
+    assert torch.export.load(tmp_path / "small.pt2").module()(IMAGES[:2]).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["small.onnx", "small.pt2"])
+def test_a_checkpoint_does_not_get_the_ending_of_an_exported_file(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"are those of nni_topo.export, got it for save"):
+        nni_topo.save(toy_model(), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_packages_are_named_with_the_extra_that_has_them(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"pip install 'nni_topo\[export\]', got no onnxscript"):

@@ -1,0 +1,57 @@
+"""A warning that several steps of a verb give is told once for each call of the verb."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo.network.runtime import tells_once
+from nni_topo.network.runtime.telling import _ONCE
+
+LOGGER = logging.getLogger("nni_topo.runs.steps")
+OTHERS = logging.getLogger("elsewhere")
+
+
+def warn(*texts: str) -> None:
+    for text in texts:
+        LOGGER.warning("%s", text)
+        LOGGER.info("%s", text)
+        OTHERS.warning("%s", text)
+
+
+def test_the_same_warning_is_told_once_within_a_call_and_again_in_the_next(caplog):
+    caplog.set_level(logging.INFO)
+    verb = tells_once(warn)
+    verb("a", "b", "a")
+    verb("a")
+    warn("c", "c")
+    told = [(each.name, each.levelname, each.message) for each in caplog.records]
+    assert [text for name, level, text in told if (name, level) == (LOGGER.name, "WARNING")] == list("abacc")
+    assert [text for name, level, text in told if (name, level) == (LOGGER.name, "INFO")] == list("abaacc")
+    assert [text for name, _, text in told if name == "elsewhere"] == list("abaacc")
+    assert LOGGER.filters.count(_ONCE) == 1
+
+
+class Stale(nn.Module):
+    """Has an attribute that holds a number of channels, and that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 16), nn.GroupNorm(4, 16), nn.Linear(16, 3)
+        self.width = 16
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)).relu())
+
+
+def test_shrink_gives_no_warning_twice(caplog):
+    torch.manual_seed(0)
+    caplog.set_level(logging.WARNING)
+    nni_topo.shrink(Stale().eval(), [torch.randn(64, 8)], {"flops": 0.5}, distill={"steps": 2})
+    told = [record.getMessage() for record in caplog.records]
+    assert told, "the attribute width is stale, in every dense network that was made"
+    assert len(told) == len(set(told))
+    assert sum("attributes that hold" in each for each in told) == 1
