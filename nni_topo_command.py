@@ -1,16 +1,19 @@
-"""The ``nni-topo`` command: it prints its verbs at once, and loads PyTorch and NNI only to run one."""
+"""The ``nni-topo`` command: it prints its verbs, and finds wrong flags, before it loads PyTorch and NNI to run one."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import importlib.util
 import inspect
+import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ VERBS = {
     "completion": 'Print a script that completes verbs and flags: eval "$(nni-topo completion bash)".',
 }
 HELP = ("-h", "--help")
+PAGES = {"analyze": "docs/choosing.md", "experiment": "docs/experiments.md", "prune": "docs/config_list.md"}
+PAGES |= {"shrink": "docs/recovery.md", "doctor": "docs/compatibility.md"}
+"""By verb, the page of the documentation that an error of it names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     chosen("nni-topo", VERBS, words, f"nni_topo {version()}")
     explain(words)
+    if wrong := first_mistake(words):
+        print(wrong, file=sys.stderr)
+        return 2
     if arguments is None and "" not in sys.path:
         sys.path.append("")  # a model that is named as module:function may lie in the working folder
     from nni_topo import cli
@@ -81,6 +90,140 @@ def explain(words: Sequence[str]) -> None:
     if source is not None:
         _parser(f"nni-topo {' '.join(named)}", source).print_help()
         sys.exit(0)
+
+
+def first_mistake(words: Sequence[str]) -> str:
+    """Return what is wrong with the flags of a verb, as far as its source tells; empty if nothing is.
+
+    Looked at are names of flags, numbers and their ranges, which the comments after the fields give, choices, names of
+    models, data, pruners and recovery methods, and whether the output folder can be written to. Everything else is
+    looked at when the verb is loaded.
+    """
+    named = words[: 2 if words[0] in ("analyze", "experiment") else 1]
+    source = _verb(named)
+    if source is None or len(named) > len(words):
+        return ""
+    fields = _fields(source)
+    place = f"nni-topo {' '.join(named)}"
+    given = _flags(words[len(named) :], source)
+    reasons = []
+    for name, values in given:
+        flag = f"--{name.replace('_', '-')}"
+        if name not in fields:
+            known = [f"--{each.replace('_', '-')}" for each in fields]
+            reasons.append(f"a flag must be a known one, got {flag}{_nearest(flag, known)}")
+        elif wrong := _mistake(name, values, fields[name]):
+            reasons.append(f"{wrong} ({flag})")
+    for name, field in fields.items():
+        if field.default is None and "Positional" not in field.kind and name not in dict(given):
+            flag = f"--{name.replace('_', '-')}"
+            reasons.append(f"{place} must get {flag} {name.upper()}, {field.comment}, got none")
+    return f"{place}: {reasons[0]}; see {PAGES.get(named[0], 'docs/start.md')}" if reasons else ""
+
+
+def _flags(words: Sequence[str], source: _Class) -> list[tuple[str, list[str]]]:
+    """Return the flags among words with their values; where --plan names a file of flags, those of the file first."""
+    found: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            flag, has_value, value = word[2:].partition("=")
+            found.append((flag.replace("-", "_"), [value] if has_value else []))
+        elif found:
+            found[-1][1].append(word)
+    plans = [values[0] for name, values in found if name == "plan" and values]
+    is_of_flags = any("whose keys are these flags" in each.comment for each in _fields(source).values())
+    return [*(_flags_of_file(Path(plans[-1])) if plans and is_of_flags else []), *found]
+
+
+def _flags_of_file(path: Path) -> list[tuple[str, list[str]]]:
+    """Return the flags that a YAML file gives; none of a file that can't be read, which is looked at later."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    found = []
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if value is None or isinstance(value, (bool, dict)):
+            found.append((str(key).replace("-", "_"), []))
+        else:
+            values = value if isinstance(value, list) else [value]
+            found.append((str(key).replace("-", "_"), [str(each) for each in values]))
+    return found
+
+
+def _mistake(name: str, values: Sequence[str], field: _Field) -> str:
+    """Say what is wrong with the values of a flag; nothing if the source doesn't tell."""
+    kind = re.sub(r"^tyro\.conf\.\w+\[(.*)\]$", r"\1", field.kind).removesuffix(" | None")
+    is_number = re.fullmatch(r"(int|float)|tuple\[(int|float), \.\.\.\]", kind)
+    for value in values:
+        if is_number and value != "None":
+            wanted = "a number" if "float" in kind else "an integer"
+            try:
+                number = float(value) if "float" in kind else int(value)
+            except ValueError:
+                return f"{name} must be {wanted}, got {value!r}"
+            if rule := _broken_rule(number, field.comment):
+                return f"{name} must be {rule}, got {value}"
+        if name in _TABLES and kind == "str":
+            known = _names(name)
+            if value not in known and not re.search(r"[:/\\.]", value) and not Path(value).exists():
+                return f"{name} must be a known name, got {value!r}{_nearest(value, known)}"
+        if name == "out" and kind == "Path" and (where := _unwritable(Path(value))):
+            return f"an output folder must be a folder that can be written to, got one that can't: {where}"
+    return ""
+
+
+def _broken_rule(value: float, comment: str) -> str:
+    """Return the rule in a field's comment that a number breaks, such as "in (0, 1]" or "at least 1"; else nothing."""
+    if re.search(rf"(^|; ){value:g}: ", comment):  # a number that means something else, such as -1
+        return ""
+    if found := re.search(r"in ([\[(])(-?[\d.]+), (-?[\d.]+)([\])])", comment):
+        low, high = float(found[2]), float(found[3])
+        is_above = value >= low if found[1] == "[" else value > low
+        is_below = value <= high if found[4] == "]" else value < high
+        return "" if is_above and is_below else found[0]
+    if found := re.search(r"(at least|above) (-?\d+)", comment):
+        is_kept = value >= float(found[2]) if found[1] == "at least" else value > float(found[2])
+        return "" if is_kept else found[0]
+    return ""
+
+
+# By flag, the files with its table of names, the class of the records, and the entry points that add some.
+_TABLES = {
+    "model": (("zoo/models.py",), "ModelInfo", ""),
+    "data": (("zoo/data.py",), "DataInfo", ""),
+    "pruner": (("pruners/registry.py",), "PrunerInfo", "nni_topo.pruners"),
+    "method": (("recovery/registry.py", "studies/recovery_rules.py"), "RecoveryInfo", "nni_topo.recoveries"),
+}
+
+
+def _names(flag: str) -> list[str]:
+    """Return the names that a flag takes, from the records in the source and from installed packages."""
+    files, record, group = _TABLES[flag]
+    names = [point.name for point in entry_points(group=group)] if group else []
+    for file in files:
+        for node in ast.walk(_tree(_package() / file)):
+            is_record = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == record
+            if is_record and node.args and isinstance(node.args[0], ast.Constant):
+                names.append(str(node.args[0].value))
+    return names
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the names that are nearest to an unknown one."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else f"; known: {', '.join(names)}"
+
+
+def _unwritable(path: Path) -> str:
+    """Return what keeps a folder from being made and written to; nothing if nothing does."""
+    place = path.expanduser().absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    return "" if place.is_dir() and os.access(place, os.W_OK) else str(place)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Build the error for a name of some ``kind`` that isn't in a table, with the nearest names that are."""
     names = sorted(set(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = near or [each for each in names if len(name) > 2 and name in each][:3]
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names)}"
     return ConfigError(f"{kind} must be a known name, got {name!r}; {hint}")
 

@@ -221,6 +221,37 @@ def test_bad_requests_end_with_2_and_a_message(words, message, tmp_path, capsys)
     assert (Path(__file__).parent.parent / re.fullmatch(r".*; see (docs/\w+\.md)", said)[1]).exists()
 
 
+PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}\n{}\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "message"),
+    [
+        ("shrink", ["--pruner", "level"], "pruner must be one that removes whole channels, got 'level'"),
+        ("shrink", ["--method", "nowhere:Class"], "nowhere:Class"),
+        ("shrink", ["--flops", "0.5", "--params", "0.5"], "a budget must be a share of one of"),
+        ("shrink", ["--allocation", "best"], "allocation must be a known name, got 'best'"),
+        ("shrink", ["--allocation", "auto", "--pruner", "l1"], "must deal out budgets in several ways"),
+        ("shrink", ["--caps", "conv", "0.5"], "layer of the model must be a known name, got 'conv'; did you mean"),
+        ("shrink", ["--caps", "features.conv1", "1.5"], "caps must be in [0, 1], got 1.5 (features.conv1)"),
+        ("shrink", ["--shares", "0.5", "--pruner", "subcluster"], "--shares and --tolerance need a pruner that can be"),
+        ("shrink", ["--device", "nowhere"], "device must be cpu, cuda or auto"),
+        ("prune", PRUNE.format("l1", "knobs: {sed: 1}"), "knob of pruner 'l1' must be a known name, got 'sed'"),
+        ("prune", PRUNE.format("topological", "knobs: {solver: best}"), "solver must be a known name, got 'best'"),
+        ("prune", PRUNE.format("l1", "retrain: {epoch: 1}"), "key of a recipe must be a known name, got 'epoch'"),
+    ],
+)
+def test_nothing_is_trained_for_a_request_that_can_not_be_used(verb, given, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nni_topo.zoo.train", lambda *_, **__: pytest.fail("trained"))
+    if isinstance(given, str):
+        (tmp_path / "prune.yaml").write_text(given)
+        given = ["--config", str(tmp_path / "prune.yaml")]
+    words = [verb, "--model", "small_cnn", "--limit", "60", "--out", str(tmp_path / "out"), *given]
+    assert main(words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bad_pattern_in_a_file_ends_with_2_and_a_message(tmp_path, capsys):
     plan = tmp_path / "prune.yaml"
     plan.write_text("pruner: l1\nconfig_list:\n  - {op_names_re: ['('], sparse_ratio: 0.5}\n")

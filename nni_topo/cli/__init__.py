@@ -16,11 +16,9 @@ import nni_topo
 from nni_topo.cli import completion, doctor, experiment, profile, verbs
 from nni_topo.errors import NniTopoError
 from nni_topo.studies.study import Study, Verb, flags_of
-from nni_topo_command import chosen, explain
+from nni_topo_command import PAGES, chosen, explain
 
 _INTERRUPTED = 130
-PAGES = {"analyze": "docs/choosing.md", "experiment": "docs/experiments.md", "prune": "docs/config_list.md"}
-PAGES |= {"shrink": "docs/recovery.md", "doctor": "docs/compatibility.md"}
 Choices = dict[str, "type[Verb] | Callable[[], Choices]"]
 
 

@@ -13,16 +13,17 @@ from rich.console import Console
 
 import nni_topo
 from nni_topo.disk import check_output_file, output_folder, read_json, write_figure, write_json
-from nni_topo.errors import ConfigError, one_of
+from nni_topo.errors import ConfigError, check_knobs, number, one_of
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
-from nni_topo.runs.frontier import frontier
+from nni_topo.runs.frontier import checked_shares, frontier
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.prune import check_empty, prune_checkpoint
 from nni_topo.runs.run import Start, distillation_knobs, latencies
-from nni_topo.runs.shrink import shrink
+from nni_topo.runs.shrink import KNOBS, budget_settings, shrink, without_share
+from nni_topo.runs.steps import check_choices, check_has_size, check_layers
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.compare import compare
@@ -79,9 +80,9 @@ class Compare(DataVerb):
     pruners: Names = ("topological", "l1", "l2", "fpgm", "random")  # registered names
     ratio: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # sparse_ratio of every layer, in [0, 1); may be repeated
     flops: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the MACs to keep, in (0, 1]; may be repeated
-    params: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the parameters to keep
-    latency: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of a batch's time to keep
-    memory: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of parameters' and activations' bytes to keep
+    params: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the parameters to keep, in (0, 1]
+    latency: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of a batch's time to keep, in (0, 1]
+    memory: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of parameters' and activations' bytes, in (0, 1]
     seeds: int = 1  # number of seeds, at least 1
     train_epochs: int | None = None  # epochs of training; None: those of the model's recipe
     retrain_epochs: int = 1  # epochs of fine-tuning after pruning, at least 0
@@ -184,12 +185,12 @@ class Shrink(TrainedVerb):
     pruner: str = "reconstruction"  # registered name
     method: str = "reconstruct"  # how weights are reconstructed: a listed recovery method, or package.module:Class
     flops: float | None = None  # share of the MACs to keep, in (0, 1]; 0.25 if no budget and no tolerance is given
-    params: float | None = None  # share of the parameters to keep
-    latency: float | None = None  # share of a batch's time to keep
-    memory: float | None = None  # share of the bytes of parameters and activations to keep
+    params: float | None = None  # share of the parameters to keep, in (0, 1]
+    latency: float | None = None  # share of a batch's time to keep, in (0, 1]
+    memory: float | None = None  # share of the bytes of parameters and activations to keep, in (0, 1]
     tolerance: float | None = None  # share of answers that may change, in (0, 1): as small as that allows
     budget: str | None = None  # with --tolerance or --shares, the cost that counts: flops, params, latency or memory
-    shares: tuple[float, ...] = ()  # networks of several sizes: shares of the cost that --budget names, descending
+    shares: tuple[float, ...] = ()  # networks of several sizes: shares in (0, 1) of the cost of --budget, descending
     measure: str = "outputs"  # what --tolerance is about: outputs (changed answers; else distance) or distance
     plan: Path | None = None  # YAML file whose keys are these flags; flags of the command line override it
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
@@ -205,10 +206,10 @@ class Shrink(TrainedVerb):
 
         check_empty(self.out)
         budget = self._budget()
-        one_of(("outputs", "distance")).check("measure", self.measure, "nni-topo shrink")
+        self._check(budget)
+        start = self.start(accept=self._accept)
         if self.shares:
-            return self._several(console)
-        start = self.start()
+            return self._several(start, console)
         dense = shrink(
             start.net,
             start.images(self.images),
@@ -245,6 +246,28 @@ class Shrink(TrainedVerb):
         self.put_out(console, found["stages"], [repr(report), files])
         return 0
 
+    def _check(self, budget: str | dict[str, Any] | None) -> None:
+        """Check all flags before anything is loaded or trained."""
+        place = "nni-topo shrink"
+        one_of(("outputs", "distance")).check("measure", self.measure, place)
+        DistillationChoice(self.images, seconds=self.seconds)
+        for flag, shares in (("caps", self.caps), ("floors", self.floors)):
+            for name, share in shares.items():
+                number(0, 1, "both" if flag == "caps" else "left").check(flag, share, name)
+        if self.shares:
+            checked_shares(self.shares)
+            cost: Any = without_share(budget or "flops", place)
+        else:
+            check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
+            cost = budget_settings(budget, self.tolerance)[1]
+        check_choices(cost, self.pruner, None, None, self.method, True, None, None, place)
+        if self.shares or self.tolerance is not None:
+            check_has_size(self.pruner, "--shares and --tolerance need")
+
+    def _accept(self, untrained: Start) -> None:
+        """Check the names of layers before the network is trained."""
+        check_layers(untrained.net, [*self.caps, *self.floors] or None, "nni-topo shrink")
+
     def _steps(self, start: Start) -> dict[str, Any]:
         """Return what both `shrink` and `frontier` are told of the steps."""
         return {
@@ -258,9 +281,8 @@ class Shrink(TrainedVerb):
             "progress": False if self.json else None,
         }
 
-    def _several(self, console: Console) -> int:
+    def _several(self, start: Start, console: Console) -> int:
         """Write networks of several sizes, their table and picture."""
-        start = self.start()
         found = frontier(
             start.net,
             start.images(self.images),

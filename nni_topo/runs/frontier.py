@@ -307,7 +307,7 @@ def frontier(
     torch.Size([2, 4])
     """
     calibration = batches_of(images, model, "images")
-    wanted = _checked_shares(shares)
+    wanted = checked_shares(shares)
     template = without_share(budget, "frontier")
     if template is None:
         raise ConfigError(
@@ -413,7 +413,7 @@ def is_learned(report: ShrinkReport) -> bool:
     return report.stages[-1].network == "distilled"  # a function of the caller's, whose network is kept in any case
 
 
-def _checked_shares(shares: Any) -> list[float]:
+def checked_shares(shares: Any) -> list[float]:
     """Return the shares, or raise ConfigError."""
     rule = "shares must be descending numbers in (0, 1), at least one"
     if isinstance(shares, (str, bytes, Mapping)) or not isinstance(shares, Iterable):

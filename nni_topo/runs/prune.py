@@ -10,15 +10,30 @@ from torch import Tensor, nn
 from nni_topo.disk import check_free_disk, output_folder, write_json, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.io import checkpoint as files
+from nni_topo.network.runtime import tells_once
 from nni_topo.network.speedup import Network, check_masks, dependency_groups, resolve_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
-from nni_topo.pruners.registry import needs_rule, pruner_info
+from nni_topo.pruners.registry import check_knob_names, needs_rule, pruner_info
 from nni_topo.runs.choices import DataChoice, ModelChoice, PruneConfig, PrunerChoice, changed_recipe
 from nni_topo.runs.provenance import Record, provenance
-from nni_topo.runs.run import budget_facts, costs, distilled, latencies, made_dense, on_cpu, prune, retrain, trained
+from nni_topo.runs.run import (
+    Start,
+    budget_facts,
+    costs,
+    created,
+    distilled,
+    latencies,
+    made_dense,
+    on_cpu,
+    prune,
+    retrain,
+    trained,
+)
+from nni_topo.zoo import Recipe
 
 
+@tells_once  # the request is looked at before and after the training
 def prune_checkpoint(
     model: ModelChoice,
     checkpoint: str | Path | None,
@@ -34,15 +49,22 @@ def prune_checkpoint(
     out = Path(out)
     check_empty(out)
 
+    choice = PrunerChoice(config.pruner, knobs=config.knobs, calibration=config.calibration)
+
     # a request that can't be used ends before the training, not after it
-    def accept(untrained: nn.Module) -> None:
-        check_request(untrained, config.config_list, needs_rule=needs_rule(config.pruner, config.knobs))
+    def accept(untrained: Start) -> None:
+        check_knob_names(config.pruner, config.knobs)
+        check_request(untrained.net, config.config_list, needs_rule=needs_rule(config.pruner, config.knobs))
+        recipe_of(untrained)
+        created(untrained, choice, config.config_list)
+
+    def recipe_of(start: Start) -> Recipe:
+        return changed_recipe(start.recipe.for_retraining(int(config.retrain.get("epochs", 1))), config.retrain)
 
     start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device, progress=progress, accept=accept)
     config_list = config.config_list
     if config.dependency_groups and pruner_info(config.pruner).structured:
         config_list = dependency_groups(start.net, start.example, config_list)
-    choice = PrunerChoice(config.pruner, knobs=config.knobs, calibration=config.calibration)
     found = prune(start, choice, config_list)
     masks = _rounded(start.net, start.example, on_cpu(found.masks), config.round_to)
     dense, _ = made_dense(start, masks)
@@ -66,8 +88,7 @@ def prune_checkpoint(
         dense = distilled(start, dense, config.distill, progress=progress).model
         record |= start.figures(dense, "distilled")
     if config.retrain:
-        recipe = start.recipe.for_retraining(int(config.retrain.get("epochs", 1)))
-        retrain(dense, start.data, changed_recipe(recipe, config.retrain), seed=seed, progress=progress)
+        retrain(dense, start.data, recipe_of(start), seed=seed, progress=progress)
         record |= start.figures(dense, "retrained")
     record |= latencies(start, dense) | provenance()
     if found.budget is not None and found.budget.kind == "latency" and config.round_to is None:

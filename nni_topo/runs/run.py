@@ -127,20 +127,21 @@ def trained(
     seed: int = 0,
     device: str = "cpu",
     progress: bool | None = None,
-    accept: Callable[[nn.Module], None] | None = None,
+    accept: Callable[[Start], None] | None = None,
 ) -> Start:
     """Return a trained network: that of a checkpoint, its own or given, or of a folder of them; else it is trained.
 
     A network trained by a ``recipe`` (None: the model's own) is kept in the ``folder``. ``accept`` gets the untrained
-    network: what it refuses isn't trained first. ConfigError or DataError if a name, the device, the checkpoint or the
-    data can't be used.
+    network with its data: what it refuses isn't trained first. ConfigError or DataError if a name, the device, the
+    checkpoint or the data can't be used.
     """
     place = resolve_device(device)
     bundle = load_model_data(model, data)
     recipe = zoo.default_recipe(model.name, data.name) if recipe is None else recipe
     net = build_model(model, bundle, seed)
     if accept is not None:
-        accept(net)
+        accept(Start(net.to(place).eval(), bundle, recipe, seed))
+        net.train()
     key = training_key(model, data, recipe, seed)
     path = folder / f"{key}.pt" if folder is not None and checkpoint is None else None
     known: dict[str, Any] = {}
@@ -196,15 +197,20 @@ class Pruned(NamedTuple):
     budget: BudgetOutcome | None = None  # what came of its own budget; None where it has none
 
 
-def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> Pruned:
-    """Prune a copy of the network; the choice's knobs come before :func:`pruner_knobs`."""
+def created(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> Any:
+    """Return a pruner of a copy of the network, which has looked at its knobs and its request."""
     victim = copy.deepcopy(start.net)
     knobs = {**pruner_knobs(pruner.name, victim, start, pruner.calibration), **pruner.knobs}
+    return create_pruner(pruner.name, victim, config_list, **knobs)
+
+
+def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]]) -> Pruned:
+    """Prune a copy of the network; the choice's knobs come before :func:`pruner_knobs`."""
     began = time.perf_counter()
-    created = create_pruner(pruner.name, victim, config_list, **knobs)
-    _, masks = created.compress()
+    own = created(start, pruner, config_list)
+    _, masks = own.compress()
     seconds = time.perf_counter() - began
-    planner = getattr(created, "planner", None)  # NNI's pruners have none
+    planner = getattr(own, "planner", None)  # NNI's pruners have none
     return Pruned(masks, seconds, planner.outcome if isinstance(planner, BudgetPlanner) else None)
 
 

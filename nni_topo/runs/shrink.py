@@ -335,7 +335,7 @@ def shrink(
     torch.Size([2, 4])
     """
     calibration = batches_of(images, model, "images")
-    asked, kind_and_allocation = _settings(budget, tolerance)
+    asked, kind_and_allocation = budget_settings(budget, tolerance)
     layers = None if layers is None else list(layers)
     check_steps(
         model, kind_and_allocation, pruner, knobs, layers, compensate, distill, outputs, evaluate, place="shrink"
@@ -452,7 +452,9 @@ def tell_report(network: nn.Module, report: ShrinkReport) -> None:
         )
 
 
-def _settings(budget: Budget | Mapping[str, Any] | str | None, tolerance: float | None) -> tuple[float | None, Budget]:
+def budget_settings(
+    budget: Budget | Mapping[str, Any] | str | None, tolerance: float | None
+) -> tuple[float | None, Budget]:
     """Return the share that is asked for, if any, and the budget; without a share it says only which cost counts."""
     if tolerance is None:
         if budget is None or isinstance(budget, str):

@@ -578,6 +578,43 @@ def check_steps(
 ) -> None:
     """Check what can be checked before anything runs."""
     check_model(model)
+    check_layers(model, layers, place)
+    check_choices(budget, pruner, knobs, layers, compensate, distill, outputs, evaluate, place)
+
+
+def check_layers(model: nn.Module, layers: Iterable[str | Mapping[str, Any]] | None, place: str) -> None:
+    """Raise ConfigError for layers that a model doesn't have, with the nearest names that it has."""
+    if layers is None:
+        return
+    known = [name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))]
+    modules = {name for name, _ in model.named_modules()}
+    named: list[Any] = []
+    for each in layers:
+        own = each.get("op_names", ()) if isinstance(each, Mapping) else [each]
+        named += own if isinstance(own, (list, tuple)) else [own]
+    if not named and not any(isinstance(each, Mapping) for each in layers):
+        raise ConfigError(
+            f"layers must name at least one layer, got none; None stands for all that can lose channels ({place})"
+        )
+    for name in named:
+        if not isinstance(name, str):
+            raise ConfigError(f"layers must be names or entries of a config_list, got {shown(name)} (layers, {place})")
+        if name not in modules:
+            raise unknown_name("layer of the model", name, known)
+
+
+def check_choices(
+    budget: Budget,
+    pruner: Any,
+    knobs: Mapping[str, Any] | None,
+    layers: list[str | Mapping[str, Any]] | None,
+    compensate: Any,
+    distill: Any,
+    outputs: Any,
+    evaluate: Any,
+    place: str,
+) -> None:
+    """Check what can be checked before there is a trained network."""
     (instance(Mapping) | NONE).check("knobs", knobs, place)
     (FUNCTION | NONE).check("evaluate", evaluate, place)
     (FUNCTION | NONE).check("outputs", outputs, place)
