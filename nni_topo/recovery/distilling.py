@@ -63,6 +63,7 @@ from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
     Augment,
     Batches,
+    ComparedOutputs,
     Lesson,
     Objective,
     Outputs,
@@ -206,6 +207,8 @@ class Distillation:
         Number of held-out images.
     is_out_of_time : bool
         Whether ``seconds`` ended the steps.
+    outputs : ComparedOutputs or None
+        By name, the outputs of the model that were compared and those that weren't.
     """
 
     model: nn.Module
@@ -226,9 +229,11 @@ class Distillation:
     curve: tuple[Look, ...] = ()
     held_out: int = 0
     is_out_of_time: bool = False
+    outputs: ComparedOutputs | None = None
 
     def __repr__(self) -> str:
-        return repr(self.verdict)
+        told = f"\n{self.outputs}" if self.outputs is not None and self.outputs.left_out else ""
+        return f"{self.verdict!r}{told}"
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the curve as a table: a row for each look, with the step, the learning rate and the held-out loss."""
@@ -307,6 +312,8 @@ def distillation(
     pool = joined([call for each in given for call in calls(dense, each)])
     student = _student(dense, pool)
     lesson = Lesson(original, student, pool, objective, temperature, outputs=outputs, blocks=blocks)
+    if lesson.named.left_out:
+        _logger.warning("%s", lesson.named)
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
     if given[0].groups is None:
         is_held = torch.arange(len(order)) % HELD_OUT == 0
@@ -440,6 +447,7 @@ def distillation(
         curve=curve,
         held_out=len(held),
         is_out_of_time=is_out_of_time,
+        outputs=lesson.named,
     )
     if not is_kept and done.verdict.has_anything_to_learn:
         _logger.warning("%s", done.verdict)

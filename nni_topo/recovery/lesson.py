@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError, check_memory
+from nni_topo.errors import ConfigError, DataError, check_memory, listed
 from nni_topo.network.layers import lay_out
 from nni_topo.network.runtime import (
     Call,
@@ -87,6 +88,7 @@ class Lesson:
     ) -> None:
         self._unpruned, self._pool, self._temperature = unpruned, pool, temperature
         self._outputs = outputs
+        self.named = ComparedOutputs((), ())  # the outputs that are met, and the others
         self._place = _place_of(student)
         began = time.perf_counter()
         self._wanted, likely = self._answers(pool)
@@ -228,7 +230,9 @@ class Lesson:
         with evaluation_mode(self._unpruned), torch.no_grad():
             for part in _together(torch.arange(len(tensors_of(call)[0]))):
                 args, kwargs = on_device(taken(call, part), place)
-                outputs, kind = read_outputs(self._unpruned(*args, **kwargs), (args, kwargs), len(part), self._outputs)
+                answer = self._unpruned(*args, **kwargs)
+                self.named = compared_outputs(answer, len(part), self._outputs)
+                outputs, kind = read_outputs(answer, (args, kwargs), len(part), self._outputs)
                 found.append(on_device(outputs, self._place[0]))
         return [torch.cat(each).to(self._place[1]) for each in zip(*found, strict=True)], kind
 
@@ -334,6 +338,50 @@ def outputs_of(found: Any, count: int, what: str = "a model's output") -> tuple[
             f"{what} must hold a floating tensor with an entry per image, got {_kind(found)} for {count} images"
         )
     return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
+
+
+class ComparedOutputs(NamedTuple):
+    """Which tensors of a model's output are compared with the unpruned network's, by name; ``str`` is a sentence."""
+
+    compared: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        verb = "is" if len(self.compared) == 1 else "are"
+        return (
+            f"of the model's outputs {listed(self.compared)} {verb} compared, {listed(self.left_out)} not: outputs= "
+            "says what counts, e.g. outputs=lambda output, inputs: tuple(output.values())"
+        )
+
+
+def compared_outputs(found: Any, count: int, outputs: Outputs | None) -> ComparedOutputs:
+    """Return which tensors of a model's output are compared; none are named where `outputs` says what counts."""
+    if outputs is not None:
+        return ComparedOutputs((), ())
+    chosen = {id(each) for each in outputs_of(found, count)[0]}
+    compared, left_out = [], []
+    for name, tensor in _named_tensors(found, ""):
+        (compared if id(tensor) in chosen else left_out).append(name)
+    return ComparedOutputs(tuple(compared), tuple(left_out))
+
+
+def _named_tensors(found: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a model's output with the keys, fields and places that lead to them."""
+    if isinstance(found, Tensor):
+        yield name or "output", found
+        return
+    entries: Iterable[tuple[Any, Any]] = ()
+    if isinstance(found, Mapping):
+        entries = found.items()
+    elif hasattr(found, "_fields"):  # a named tuple
+        entries = zip(found._fields, found, strict=True)
+    elif isinstance(found, (tuple, list)):
+        entries = enumerate(found)
+    elif is_dataclass(found) and not isinstance(found, type):
+        entries = [(each.name, getattr(found, each.name, None)) for each in fields(found)]
+    for key, value in entries:
+        own = f"{name or 'output'}[{key}]" if isinstance(key, int) else f"{name}.{key}" if name else str(key)
+        yield from _named_tensors(value, own)
 
 
 def _unpadded(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:

@@ -22,7 +22,7 @@ from nni_topo.network.runtime import (
     real_positions_of,
     tensors_of,
 )
-from nni_topo.recovery.lesson import Outputs, read_outputs
+from nni_topo.recovery.lesson import ComparedOutputs, Outputs, compared_outputs, read_outputs
 
 _Z = 1.959964  # 95 % of a normal distribution
 _TAIL = 0.975
@@ -61,6 +61,7 @@ class _Answer:
     are_logits: bool
     real: Tensor | None  # which positions aren't padding, bool (samples, places)
     samples: int
+    named: ComparedOutputs  # the outputs that are compared, and the others
 
 
 class Answers:
@@ -74,7 +75,7 @@ class Answers:
         self._wanted = [BatchStore() for _ in parts]
         for part, store in zip(parts, self._wanted, strict=True):
             for answer in _answers(model, part, outputs):
-                store.append((answer.outputs, answer.are_logits, answer.real, answer.samples))
+                store.append((answer.outputs, answer.are_logits, answer.real, answer.samples, answer.named))
         self._scales = _scales([_Answer(*each) for store in self._wanted for each in store])
 
     def likenesses(self, net: nn.Module) -> list[Likeness]:
@@ -103,6 +104,11 @@ class Answers:
     def are_classes(self) -> bool:
         """Whether the unpruned network's outputs are scores of classes, the largest of which is its answer."""
         return _Answer(*self._wanted[0][0]).are_logits
+
+    @property
+    def named(self) -> ComparedOutputs:
+        """Which of the model's outputs are compared, and which aren't."""
+        return _Answer(*self._wanted[0][0]).named
 
     def _distances(self, mine: _Answer, theirs: _Answer) -> list[float]:
         """Return the squared distance of each sample's outputs, as a share of the variance, averaged over outputs."""
@@ -136,17 +142,20 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None) -> It
             real = real_positions_of(net, call)
             try:
                 read, kind = read_outputs(found, call, count, outputs)
+                named = compared_outputs(found, count, outputs)
             except ConfigError:
                 # Such as lists of boxes: without an entry per image, a batch is one sample.
                 read = [each.flatten()[None] for each in tensors_of(found) if each.is_floating_point()]
                 if not read:
                     raise
                 kind, real, count = "squares", None, 1
+                named = ComparedOutputs((), ())
             yield _Answer(
                 outputs=[each.detach().cpu() for each in read],
                 are_logits=kind == "kl",
                 real=None if real is None else real.cpu(),
                 samples=count,
+                named=named,
             )
 
 

@@ -383,6 +383,7 @@ def frontier(
             whole=steps.prunable.unpruned,
             distillation=verdict,
             depth=recovered.depth,
+            outputs=measured.answers.named,
         )
         tell_report(final, report)
         networks[share] = final

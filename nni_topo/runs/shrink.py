@@ -34,7 +34,7 @@ from nni_topo.network.speedup import (
 from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, BudgetOutcome
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import Verdict
-from nni_topo.recovery.lesson import Outputs
+from nni_topo.recovery.lesson import ComparedOutputs, Outputs
 from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.allocating import Tried
 from nni_topo.runs.depth import DepthOutcome, DepthSteps
@@ -101,6 +101,9 @@ class ShrinkReport(ModelReport):
     depth : DepthOutcome or None
         With ``depth=True``: the blocks that were removed, what makes up for them, and the networks that were tried.
         Names are those in the unpruned network, while ``layers`` has those in the smaller one.
+    outputs : ComparedOutputs or None
+        By name, the outputs of the model that distances, agreements and distillation compare (``outputs.compared``) and
+        those that they don't (``outputs.left_out``); none are named where ``outputs=`` said what counts.
     """
 
     stages: tuple[Stage, ...]
@@ -115,6 +118,7 @@ class ShrinkReport(ModelReport):
     distillation: Verdict | None = None
     tolerance: ToleranceOutcome | None = None
     depth: DepthOutcome | None = None
+    outputs: ComparedOutputs | None = None
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -151,6 +155,8 @@ class ShrinkReport(ModelReport):
                 f"{measured} measured on {self.held_out} held-out images, with 95 % intervals; the {self.images} "
                 f"{others}images are the calibration data"
             )
+        if self.outputs is not None and self.outputs.left_out:
+            lines.append(str(self.outputs))
         if self.tolerance is not None:
             lines.append(str(self.tolerance))
             lines.append(self.tolerance.to_frame().to_string(index=False, float_format=lambda value: f"{value:.4g}"))
@@ -428,6 +434,7 @@ def shrink(
         distillation=verdict,
         tolerance=found,
         depth=None if recovered is None else recovered.depth,
+        outputs=measured.answers.named,
     )
     tell_report(final, report)
     return final

@@ -449,6 +449,8 @@ class Measurements:
             if part is not None and part is not parts[-1]:
                 parts.append(part)
         self.answers = Answers(model, *parts, outputs=outputs)
+        if self.answers.named.left_out:
+            _logger.warning("%s", self.answers.named)
         self._data, self._evaluate = data, evaluate
         self.stages: list[Stage] = []
         self._began = time.perf_counter()
@@ -597,8 +599,6 @@ def check_layers(model: nn.Module, layers: Iterable[str | Mapping[str, Any]] | N
             f"layers must name at least one layer, got none; None stands for all that can lose channels ({place})"
         )
     for name in named:
-        if not isinstance(name, str):
-            raise ConfigError(f"layers must be names or entries of a config_list, got {shown(name)} (layers, {place})")
         if name not in modules:
             raise unknown_name("layer of the model", name, known)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
+
 import pytest
 import torch
 from distill_nets import Narrow, batches, inputs, pair
@@ -187,3 +190,58 @@ def test_bad_knobs_are_refused(knobs, message):
 
 def test_narrow_net_has_no_blocks():
     assert shared_blocks(Narrow(4), Narrow(4), ((inputs(1),), {}), (torch.device("cpu"), torch.float32)) == []
+
+
+class Several(nn.Module):
+    """Returns scores of classes and other outputs, in a container of some kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.body = kind, nn.Linear(6, 12)
+        self.head, self.boxes = nn.Linear(12, 3), nn.Linear(12, 4)
+
+    def forward(self, x):
+        hidden = self.body(x).relu()
+        logits = self.head(hidden)
+        if self.kind == "tensor":
+            return logits
+        boxes = self.boxes(hidden)
+        if self.kind == "mapping":
+            return {"logits": logits, "boxes": boxes, "more": (2.0 * boxes, None)}
+        if self.kind == "data class":
+            return Named(logits, boxes)
+        return logits, boxes, torch.arange(3)
+
+
+@dataclass
+class Named:
+    logits: torch.Tensor
+    boxes: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("kind", "compared", "left_out"),
+    [
+        ("mapping", ("logits",), ("boxes", "more[0]")),
+        ("data class", ("logits",), ("boxes",)),
+        ("tuple", ("output[0]", "output[1]"), ("output[2]",)),
+        ("tensor", ("output",), ()),
+    ],
+)
+def test_the_log_and_the_reports_name_the_outputs_that_are_compared_and_the_others(kind, compared, left_out, caplog):
+    torch.manual_seed(0)
+    model, images = Several(kind).eval(), [torch.randn(32, 6)]
+    with caplog.at_level(logging.WARNING):
+        small = nni_topo.shrink(model, images, {"params": 0.6}, distill={"steps": 2, "objective": "squares"})
+    report = small.report
+    assert report.outputs == (compared, left_out)
+    words = f"of the model's outputs {', '.join(compared)} {'is' if len(compared) == 1 else 'are'} compared"
+    assert (words in repr(report)) is bool(left_out)
+    told = [each.getMessage() for each in caplog.records if "of the model's outputs" in each.getMessage()]
+    assert told == [f"{report.outputs}"] * bool(left_out)
+    assert all(name in str(report.outputs) for name in left_out)
+    done = nni_topo.distillation(small, model, images, steps=2, objective="squares")
+    assert done.outputs == (compared, left_out)
+    assert (str(done.outputs) in repr(done)) is bool(left_out)
+    all_of_them = nni_topo.shrink(model, images, {"params": 0.6}, distill=False, outputs=lambda output, _: output)
+    assert all_of_them.report.outputs == ((), ())

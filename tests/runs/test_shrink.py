@@ -431,7 +431,6 @@ def test_a_model_without_a_layer_to_prune_is_refused_with_the_reason(net, reason
         ([], r"layers must name at least one layer, got none; None stands for all that can lose channels \(shrink\)"),
         (["hiden"], r"layer of the model must be a known name, got 'hiden'; did you mean hidden"),
         ([{"op_names": ["hidden", "inn"]}], r"layer of the model must be a known name, got 'inn'; did you mean inner"),
-        ([3], r"layers must be names or entries of a config_list, got 3 \(layers, shrink\)"),
     ],
 )
 def test_layers_that_the_model_does_not_have_are_told_before_anything_runs(layers, message):
