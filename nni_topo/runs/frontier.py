@@ -45,6 +45,7 @@ from nni_topo.runs.steps import (
     check_can_be_distilled,
     check_has_size,
     check_steps,
+    plain_weights,
 )
 
 if TYPE_CHECKING:
@@ -318,6 +319,7 @@ def frontier(
     layers = None if layers is None else list(layers)
     check_steps(model, template, pruner, knobs, layers, compensate, distill, outputs, evaluate, place="frontier")
     check_has_size(pruner, "shares need")
+    model, told_of_weights = plain_weights(model)
     data = ImageParts.of(calibration, model)
     check_can_be_distilled(model, data.all, distill)
     measured = Measurements(model, data, evaluate, outputs)
@@ -379,7 +381,7 @@ def frontier(
             budget=outcome,
             images=data.learned.samples,
             held_out=0 if data.held_out is None else data.held_out.samples,
-            warnings=(() if recovered.report is None else recovered.report.warnings) + steps.warnings,
+            warnings=told_of_weights + (() if recovered.report is None else recovered.report.warnings) + steps.warnings,
             whole=steps.prunable.unpruned,
             distillation=verdict,
             depth=recovered.depth,

@@ -49,6 +49,7 @@ from nni_topo.runs.steps import (
     check_has_size,
     check_can_be_distilled,
     check_steps,
+    plain_weights,
 )
 from nni_topo.runs.tolerance import (
     MEASURES,
@@ -346,6 +347,7 @@ def shrink(
     check_steps(
         model, kind_and_allocation, pruner, knobs, layers, compensate, distill, outputs, evaluate, place="shrink"
     )
+    model, told_of_weights = plain_weights(model)
     structure_call(model, calibration)  # an error that says what to change
     parts: tuple[Calibration | None, ...] | None = None
     if depth:
@@ -425,7 +427,8 @@ def shrink(
         budget=outcome,
         images=data.learned.samples,
         held_out=0 if data.held_out is None else data.held_out.samples,
-        warnings=measured.warnings()
+        warnings=told_of_weights
+        + measured.warnings()
         + (compensation_report.warnings if compensation_report is not None else ())
         + steps.warnings
         + _nearly_gone(layer_report)

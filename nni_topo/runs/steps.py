@@ -26,10 +26,12 @@ from nni_topo.errors import (
     GradientError,
     check_knobs,
     instance,
+    listed,
     shown,
     unknown_name,
 )
 from nni_topo.network.cost import LatencyTable, NetworkCost, time_shares
+from nni_topo.network.layers import computed_weights, with_plain_weights
 from nni_topo.network.runtime import (
     HELD_OUT,
     Calibration,
@@ -582,6 +584,20 @@ def check_steps(
     check_model(model)
     check_layers(model, layers, place)
     check_choices(budget, pruner, knobs, layers, compensate, distill, outputs, evaluate, place)
+
+
+def plain_weights(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return a model whose weights are parameters, with a warning where it is another one than was given."""
+    names = computed_weights(model)
+    if not names:
+        return model, ()
+    text = (
+        "the weights of these layers are computed, by weight norm, another parametrization or a pruning mask: "
+        f"{listed(names)}. In the network that is returned they are plain ones; a file of it is read by "
+        "nni_topo.load(path, nni_topo.as_torch_layers(model))"
+    )
+    _logger.warning("%s", text)
+    return with_plain_weights(model), (text,)
 
 
 def check_layers(model: nn.Module, layers: Iterable[str | Mapping[str, Any]] | None, place: str) -> None:

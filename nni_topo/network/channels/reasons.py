@@ -326,8 +326,8 @@ def computed_weight(*, can_convert: bool) -> Reason:
     """Return the reason for a layer whose weight isn't a parameter."""
     text = "its weight is computed from other parameters"
     if can_convert:
-        text += ", by weight norm or another parametrization: nni_topo.as_torch_layers(model) makes it a plain layer, "
-        text += "prune the model that it returns"
+        text += ", by weight norm, another parametrization or a pruning mask: "
+        text += "model = nni_topo.as_torch_layers(model) makes plain layers that compute the same"
     return Reason("computed_weight", text=text)
 
 

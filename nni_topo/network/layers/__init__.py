@@ -54,6 +54,7 @@ from nni_topo.network.layers.kinds import (
     channel_dimension,
     channels_swapped,
     check_names,
+    computed_weights,
     entering_channels,
     feature_dimension,
     has_bias,
@@ -78,6 +79,7 @@ from nni_topo.network.layers.kinds import (
     weight_name,
     weight_of,
     weights_left,
+    with_plain_weights,
     zeros_held,
 )
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out, safely_laid_out
@@ -112,6 +114,7 @@ __all__ = [
     "channels_swapped",
     "check_covers_kernel",
     "check_names",
+    "computed_weights",
     "cut",
     "cut_channelwise",
     "entering_channels",
@@ -171,5 +174,6 @@ __all__ = [
     "whole_numbers",
     "with_heads",
     "with_numbers",
+    "with_plain_weights",
     "zeros_held",
 ]

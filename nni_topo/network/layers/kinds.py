@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.prune import remove as remove_pruning
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -97,8 +99,8 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
         A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them, ``torch.nn.RMSNorm`` for
         RMS norms of a library's own, as LLaMA has them, or one derived from it, as Gemma's multiply by one more than
         their weights, and ``torch.nn.LayerNorm`` for layer norms without biases, as Cohere's are; which are found by
-        trying them. Weights that weight norm, spectral norm or another
-        parametrization computes are plain ones with the values that they have in evaluation mode. A ``Conv1D`` is a
+        trying them. Weights that weight norm, spectral norm, another parametrization or the masks of
+        ``torch.nn.utils.prune`` compute are plain ones with the values that they have in evaluation mode. A ``Conv1D`` is a
         linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this package, would
         take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all channels.
 
@@ -107,10 +109,7 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     >>> as_torch_layers(torch.nn.ReLU())
     ReLU()
     """
-    copied: torch.nn.Module = detached_copy(model)
-    with evaluation_mode(copied):
-        for module in copied.modules():
-            _make_weights_plain(module)
+    copied = with_plain_weights(model)
     for name, module in list(copied.named_modules(remove_duplicate=False)):
         made: Any = None
         if name and is_transposed_linear(module):
@@ -124,6 +123,33 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     return copied
 
 
+def with_plain_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model whose weights are parameters, with the values that they have in evaluation mode."""
+    copied: torch.nn.Module = detached_copy(model)
+    with evaluation_mode(copied):
+        for module in copied.modules():
+            _make_weights_plain(module)
+    return copied
+
+
+def computed_weights(model: torch.nn.Module) -> list[str]:
+    """Name the layers whose weights :func:`with_plain_weights` makes parameters."""
+    names = []
+    for name, module in model.named_modules():
+        has_hook = any(isinstance(hook, tuple(_REMOVERS)) for hook in module._forward_pre_hooks.values())
+        if is_parametrized(module) or has_hook:
+            names.append(name)
+    return names
+
+
+# How what computes a weight before each call is taken off, such that the weight that it computed stays.
+_REMOVERS: dict[type[Any], tuple[str, Callable[[Any, str], Any]]] = {
+    WeightNorm: ("name", remove_weight_norm),
+    SpectralNorm: ("name", remove_spectral_norm),
+    BasePruningMethod: ("_tensor_name", remove_pruning),
+}
+
+
 def _make_weights_plain(module: Any) -> None:
     """Replace what a layer computes its weights from by the computed weights."""
     if is_parametrized(module):
@@ -134,10 +160,10 @@ def _make_weights_plain(module: Any) -> None:
         module.__class__ = type(module).__bases__[0]
         for name, value in computed.items():
             module.register_parameter(name, torch.nn.Parameter(value, trained[name]))
-    removers = {WeightNorm: remove_weight_norm, SpectralNorm: remove_spectral_norm}
     for hook in list(module._forward_pre_hooks.values()):
-        if remove := removers.get(type(hook)):
-            remove(module, hook.name)
+        for kind, (attribute, remove) in _REMOVERS.items():
+            if isinstance(hook, kind):
+                remove(module, getattr(hook, attribute))
 
 
 def is_scripted(module: Any) -> bool:
