@@ -8,10 +8,14 @@ so that a dense network's attribute can be changed, see `attribute_channels`.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import operator
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -134,6 +138,8 @@ def attributes_traced(model: nn.Module) -> Iterator[set[Place]]:
         for module, name, key, value in before:
             traced = {}
             for path, number in (numbers_in(value) or {}).items():
+                if number > 1 and key in _computed_with(type(module)):
+                    unclear.add((name, key, path))
                 if number > 1:
                     traced[path] = TracedInt.of_attribute(number, (name, key, path), 1, unclear)
             vars(module)[key] = with_numbers(value, traced)
@@ -141,6 +147,41 @@ def attributes_traced(model: nn.Module) -> Iterator[set[Place]]:
     finally:
         for module, _, key, value in before:
             vars(module)[key] = value
+
+
+@cache
+def _computed_with(kind: type[nn.Module]) -> frozenset[str]:
+    """Name the attributes with which a class's forward computes in a way that no integer notices, as by its source.
+
+    Python doesn't ask an integer on the right of a float, as in ``2.5 * self.width``, nor one that ``math.log`` or
+    NumPy takes. On the right of anything else it is asked, and notes a use of the same kind.
+    """
+    found, waiting, seen = set[str](), ["forward"], set[str]()
+    while waiting:
+        name = waiting.pop()
+        function = getattr(kind, name, None)
+        if name in seen or not inspect.isfunction(function):
+            continue
+        seen.add(name)
+        function = inspect.unwrap(function)
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, SyntaxError):  # code that isn't in a file
+            continue
+        own = f"{next(iter(inspect.signature(function).parameters), 'self')}."
+        for node in ast.walk(tree):
+            operands: list[ast.expr] = []
+            if isinstance(node, ast.BinOp):
+                operands = [node.right]
+            elif isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called.startswith(own):
+                    waiting.append(called.removeprefix(own))
+                if called.partition(".")[0] in ("math", "np", "numpy", "float"):
+                    operands = node.args
+            named = [ast.unparse(each) for each in operands]
+            found.update(each.removeprefix(own) for each in named if each.startswith(own))
+    return frozenset(found)
 
 
 def forget_places(graph: Graph, places: set[Place]) -> None:

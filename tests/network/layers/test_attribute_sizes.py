@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -83,6 +85,38 @@ def test_what_is_more_than_a_count_of_channels_stays_and_so_do_the_channels_that
     assert groups.skipped["one"] == told
     assert dense.width == 4
     assert 5 <= dense.one.out_channels < 8
+
+
+class ByFloat(Split):
+    """Multiplies by what a float computes of an integer on its right, which isn't asked for that."""
+
+    def forward(self, x):
+        return super().forward(x) * (2.5 * self.width)
+
+
+class ByLogarithm(Split):
+    """Does so in a method of its own, with a function that reads an integer's digits."""
+
+    def scale(this):  # noqa: N805
+        return math.log(this.width)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale()
+
+
+class ByNumPy(Split):
+    """Does so with NumPy."""
+
+    def forward(self, x):
+        return super().forward(x) * float(np.sqrt(self.width))
+
+
+@pytest.mark.parametrize("kind", [ByFloat, ByLogarithm, ByNumPy])
+def test_a_number_that_is_computed_with_unnoticed_stays_and_so_do_the_channels_that_it_counts(kind):
+    dense, groups = dense_of(kind(not_at_all))
+    assert "5 of 8 channels are kept: the forward picks or counts channels by fixed numbers" in groups.skipped["one"]
+    assert dense.width == 4
+    assert "counts channels by fixed numbers" in str(nni_topo.explain(kind(not_at_all), torch.randn(2, 3, 4, 4), "one"))
 
 
 def test_each_piece_of_a_split_loses_as_many():
