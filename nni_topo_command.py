@@ -143,7 +143,7 @@ def _flags_of_file(path: Path) -> list[tuple[str, list[str]]]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
-    found = []
+    found: list[tuple[str, list[str]]] = []
     for key, value in content.items() if isinstance(content, dict) else ():
         if value is None or isinstance(value, (bool, dict)):
             found.append((str(key).replace("-", "_"), []))
@@ -205,9 +205,9 @@ def _names(flag: str) -> list[str]:
     names = [point.name for point in entry_points(group=group)] if group else []
     for file in files:
         for node in ast.walk(_tree(_package() / file)):
-            is_record = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == record
-            if is_record and node.args and isinstance(node.args[0], ast.Constant):
-                names.append(str(node.args[0].value))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == record and node.args:
+                first = node.args[0]
+                names += [str(first.value)] if isinstance(first, ast.Constant) else []
     return names
 
 

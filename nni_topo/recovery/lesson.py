@@ -359,7 +359,8 @@ def compared_outputs(found: Any, count: int, outputs: Outputs | None) -> Compare
     if outputs is not None:
         return ComparedOutputs((), ())
     chosen = {id(each) for each in outputs_of(found, count)[0]}
-    compared, left_out = [], []
+    compared: list[str] = []
+    left_out: list[str] = []
     for name, tensor in _named_tensors(found, ""):
         (compared if id(tensor) in chosen else left_out).append(name)
     return ComparedOutputs(tuple(compared), tuple(left_out))

@@ -150,7 +150,7 @@ def attributes_traced(model: nn.Module) -> Iterator[set[Place]]:
 
 
 @cache
-def _computed_with(kind: type[nn.Module]) -> frozenset[str]:
+def _computed_with(kind: Any) -> frozenset[str]:
     """Name the attributes with which a class's forward computes in a way that no integer notices, as by its source.
 
     Python doesn't ask an integer on the right of a float, as in ``2.5 * self.width``, nor one that ``math.log`` or

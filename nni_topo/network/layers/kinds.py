@@ -101,8 +101,8 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
         their weights, and ``torch.nn.LayerNorm`` for layer norms without biases, as Cohere's are; which are found by
         trying them. Weights that weight norm, spectral norm, another parametrization or the masks of
         ``torch.nn.utils.prune`` compute are plain ones with the values that they have in evaluation mode. A ``Conv1D``
-        is a linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this package, would
-        take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all channels.
+        is a linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this package,
+        would take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all channels.
 
     Examples
     --------
