@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -136,9 +136,9 @@ def attributes_traced(model: nn.Module) -> Iterator[set[Place]]:
     before, unclear = list(whole_numbers(model)), set[Place]()
     try:
         for module, name, key, value in before:
-            traced = {}
+            traced, kind = {}, cast("Any", type(module))
             for path, number in (numbers_in(value) or {}).items():
-                if number > 1 and key in _computed_with(type(module)):
+                if number > 1 and key in _computed_with(kind):
                     unclear.add((name, key, path))
                 if number > 1:
                     traced[path] = TracedInt.of_attribute(number, (name, key, path), 1, unclear)
