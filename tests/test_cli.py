@@ -234,7 +234,7 @@ PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}
         ("shrink", ["--allocation", "auto", "--pruner", "l1"], "must deal out budgets in several ways"),
         ("shrink", ["--caps", "conv", "0.5"], "layer of the model must be a known name, got 'conv'; did you mean"),
         ("shrink", ["--caps", "features.conv1", "1.5"], "caps must be in [0, 1], got 1.5 (features.conv1)"),
-        ("shrink", ["--shares", "0.5", "--pruner", "subcluster"], "--shares and --tolerance need a pruner that can be"),
+        ("shrink", ["--shares", "0.5", "--pruner", "subcluster"], "--shares, --tolerance and --depth need a pruner"),
         ("shrink", ["--device", "nowhere"], "device must be cpu, cuda or auto"),
         ("prune", PRUNE.format("l1", "knobs: {sed: 1}"), "knob of pruner 'l1' must be a known name, got 'sed'"),
         ("prune", PRUNE.format("topological", "knobs: {solver: best}"), "solver must be a known name, got 'best'"),

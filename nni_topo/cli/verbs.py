@@ -261,8 +261,8 @@ class Shrink(TrainedVerb):
             check_knobs(place, {"tolerance": self.tolerance}, KNOBS)
             cost = budget_settings(budget, self.tolerance)[1]
         check_choices(cost, self.pruner, None, None, self.method, True, None, None, place)
-        if self.shares or self.tolerance is not None:
-            check_has_size(self.pruner, "--shares and --tolerance need")
+        if self.shares or self.tolerance is not None or self.depth:
+            check_has_size(self.pruner, "--shares, --tolerance and --depth need")
 
     def _accept(self, untrained: Start) -> None:
         """Check the names of layers before the network is trained."""

@@ -46,8 +46,8 @@ from nni_topo.runs.steps import (
     RecoveredNetwork,
     ShrinkSteps,
     Stage,
-    check_has_size,
     check_can_be_distilled,
+    check_has_size,
     check_steps,
     plain_weights,
 )
