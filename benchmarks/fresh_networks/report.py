@@ -206,6 +206,9 @@ def _differences(groups: dict[tuple[str, str], Rows]) -> list[str]:
             line = [target.removesuffix(" of the MACs left"), criterion]
             for step in STEPS:
                 each = compared(rows, criterion, step)
+                if step == "accuracy_recalibrated" and not _has_batch_norms(rows):
+                    line.append("no batch norms")
+                    continue
                 if each is None:
                     line.append("not run")
                     continue
@@ -225,6 +228,12 @@ def _differences(groups: dict[tuple[str, str], Rows]) -> list[str]:
         by_chance = f"By chance alone about {round(0.05 * cells)} would lie outside."
         blocks.append(f"Of the {cells} exploratory differences, {outside}. {by_chance}")
     return blocks
+
+
+def _has_batch_norms(rows: Rows) -> bool:
+    """Tell whether recalibrating batch norms changed any accuracy."""
+    records = [record for runs in rows.values() for record in runs.values() if "accuracy_recalibrated" in record]
+    return any(record["accuracy_recalibrated"] != record["accuracy_oneshot"] for record in records)
 
 
 if __name__ == "__main__":
