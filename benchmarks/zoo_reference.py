@@ -130,6 +130,7 @@ def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -
         ) -> Tensor:
             seen.add(name)
             kept = torch.from_numpy(~channels).to(output)
+            last = last and output.shape[-1] == len(channels)  # not where a text's layer norm has the channels first
             return output * (kept if last else kept.view(-1, *[1] * (output.dim() - 2)))
 
         handles.append(module.register_forward_hook(hook))

@@ -22,6 +22,8 @@ HEARS = {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "n
 STAGES = {"hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1], "image_size": 32}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 
+RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
+
 NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", READS),
     "roberta": ("RobertaForSequenceClassification", READS),
@@ -88,12 +90,57 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
         "strides": [4, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2], "decoder_hidden_size": 32}),
     "convnext": ("ConvNextForImageClassification", STAGES),
     "poolformer": ("PoolFormerForImageClassification", {key: STAGES[key] for key in ("hidden_sizes", "depths")}),
-    "resnet": ("ResNetForImageClassification", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}),
+    "resnet": ("ResNetForImageClassification", RESNET),
     "wav2vec2": ("Wav2Vec2ForSequenceClassification", {**WIDTH, **HEARS, "vocab_size": 32}),
     "whisper": ("WhisperForAudioClassification", {"d_model": 32, "num_mel_bins": 16, "max_source_positions": 20,
                                                   "vocab_size": 100, "pad_token_id": 0, **BOTH}),
     "ast": ("ASTForAudioClassification", {**WIDTH, "patch_size": 8, "frequency_stride": 8, "time_stride": 8,
                                           "max_length": 32, "num_mel_bins": 16}),
+    "rwkv": ("RwkvForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 16}),
+    "detr": ("DetrForObjectDetection", {
+        "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "d_model": 32,
+        "num_queries": 6, **BOTH, "backbone_config": {"model_type": "resnet", **RESNET, "out_features": ["stage2"]}}),
+    "rt_detr": ("RTDetrForObjectDetection", {
+        "use_timm_backbone": False, "d_model": 32, "num_queries": 6, "encoder_hidden_dim": 32, "encoder_ffn_dim": 64,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "decoder_layers": 1,
+        "encoder_in_channels": [16, 32, 32], "feat_strides": [8, 16, 32], "decoder_in_channels": [32, 32, 32],
+        "num_denoising": 0, "anchor_image_size": None, "backbone_config": {
+            "model_type": "rt_detr_resnet", "embedding_size": 16, "hidden_sizes": [16, 16, 32, 32],
+            "depths": [1, 1, 1, 1], "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}}),
+    "sam_vision": ("SamVisionModel", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                                      "image_size": 64, "patch_size": 8, "output_channels": 16, "window_size": 4,
+                                      "global_attn_indexes": [1], "mlp_dim": 64}),
+    "olmo": ("OlmoForCausalLM", {**SHARES, "pad_token_id": 0, "eos_token_id": 2}),
+    "olmo2": ("Olmo2ForCausalLM", {**SHARES, "pad_token_id": 0, "eos_token_id": 2}),
+    "nemotron": ("NemotronForCausalLM", {**SHARES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+    "mpt": ("MptForCausalLM", {"vocab_size": 100, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", {**WRITES, "pad_token_id": 0, "eos_token_id": 2}),
+    "xglm_logits": ("XGLMForCausalLM", {"vocab_size": 100, "d_model": 32, "num_layers": 2, "attention_heads": 4,
+                                        "ffn_dim": 64, "max_position_embeddings": 64}),
+    "m2m100_logits": ("M2M100ForConditionalGeneration", {"vocab_size": 100, "d_model": 32,
+                                                         "max_position_embeddings": 64, **BOTH}),
+    "pegasus_logits": ("PegasusForConditionalGeneration", {"vocab_size": 100, "d_model": 32,
+                                                           "max_position_embeddings": 64, **BOTH}),
+    "convbert": ("ConvBertForSequenceClassification", {**READS, "embedding_size": 32, "conv_kernel_size": 3}),
+    "squeezebert": ("SqueezeBertForSequenceClassification", {**READS, "embedding_size": 32}),
+    "nystromformer": ("NystromformerForSequenceClassification", {**READS, "num_landmarks": 4, "segment_means_seq_len": 12,
+                                                                 "conv_kernel_size": 3}),
+    "funnel": ("FunnelForSequenceClassification", {"vocab_size": 100, "d_model": 32, "n_head": 4, "d_head": 8,
+                                                   "d_inner": 64, "block_sizes": [1, 1]}),
+    "dpt": ("DPTForSemanticSegmentation", {**SEES, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3],
+                                           "neck_hidden_sizes": [8, 16, 32, 32], "fusion_hidden_size": 16,
+                                           "use_auxiliary_head": False}),
+    "pvt": ("PvtForImageClassification", {"image_size": 32, "num_encoder_blocks": 2, "depths": [1, 1],
+                                          "sequence_reduction_ratios": [2, 1], "hidden_sizes": [16, 32],
+                                          "patch_sizes": [4, 2], "strides": [4, 2], "num_attention_heads": [1, 2],
+                                          "mlp_ratios": [2, 2]}),
+    "levit": ("LevitForImageClassification", {
+        "image_size": 64, "hidden_sizes": [16, 32, 48], "num_attention_heads": [2, 4, 6], "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8], "patch_size": 4,
+        "down_ops": [["Subsample", 8, 2, 2, 2, 2], ["Subsample", 8, 4, 2, 2, 2]]}),
+    "focalnet": ("FocalNetForImageClassification", {"image_size": 32, "patch_size": 2, "embed_dim": 16,
+                                                    "depths": [1, 1], "focal_levels": [2, 2],
+                                                    "focal_windows": [3, 3], "hidden_sizes": [16, 32]}),
 }  # fmt: skip
 
 
@@ -125,5 +172,6 @@ def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         ids = torch.randint(5, 90, (2, 12), generator=drawing)
         ids[:, -1] = 2  # where a text ends
         return model, {entering: ids}
-    shape = {"wav2vec2": (2, 800), "whisper": (2, 16, 40), "ast": (2, 32, 16)}.get(name, (2, 3, 32, 32))
+    shape = {"wav2vec2": (2, 800), "whisper": (2, 16, 40), "ast": (2, 32, 16), "sam_vision": (2, 3, 64, 64),
+             "levit": (2, 3, 64, 64), "detr": (2, 3, 64, 64), "rt_detr": (2, 3, 64, 64)}.get(name, (2, 3, 32, 32))
     return model, {entering: torch.randn(*shape, generator=drawing)}

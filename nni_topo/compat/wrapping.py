@@ -32,6 +32,10 @@ calling: list[tuple[Callable[[torch.nn.Module], bool], Callable[..., None]]] = [
 or, where the second argument is false, do as its class does again."""
 
 
+target_settings: list[Callable[[Any], dict[str, Any] | None]] = []
+"""Functions that get a module and return NNI's settings of its parameters, by name; None for those of its class."""
+
+
 def keep_shared_parameters() -> bool:
     """Let layers that share a parameter share it while they are wrapped and after.
 
@@ -189,6 +193,33 @@ def _replaced(place: Any, function: Callable[..., Any], patched: Callable[..., A
         return False
     setattr(patched, mark, True)
     setattr(place, function.__name__, functools.wraps(function)(patched))
+    return True
+
+
+def ask_for_targets() -> bool:
+    """Let `target_settings` say which parameters of a module are pruned.
+
+    Place: ``nni/compression/base/setting.py``, ``PruningSetting.get``. Cause: settings go by the name of a class, on
+    every version. Recurrent layers of one class have more parameters the more levels they have, and NNI answers to a
+    parameter that a module lacks with a bare AssertionError. Returns True, but for a second call: NNI has no such rule.
+    """
+    get = PruningSetting.get
+    if hasattr(get, _MARK):
+        return False
+
+    def get_of_module(
+        cls: type[PruningSetting], module_cls_or_name: Any, config: dict[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        for settings_of in target_settings:
+            own = settings_of(module_cls_or_name)
+            if own is not None:
+                # The function of a class of its own, whose registry holds nothing else.
+                alone = type(cls.__name__, (cls,), {"registry": {type(module_cls_or_name).__name__: own}})
+                return dict(get.__func__(alone, module_cls_or_name, config))  # type: ignore[attr-defined]
+        return dict(get(module_cls_or_name, config))
+
+    setattr(get_of_module, _MARK, True)
+    PruningSetting.get = classmethod(get_of_module)
     return True
 
 

@@ -249,7 +249,7 @@ def _check_schema(config: dict[str, Any], place: str) -> None:
 
 def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -> list[str]:
     """Return the names of a module's targets in an entry; ConfigError where there is none of a name."""
-    known = {**PruningSetting.registry[type(module).__name__], **config.get("target_settings", {})}
+    known = {**PruningSetting.get(module, {}), **config.get("target_settings", {})}
     found = list(config.get("target_names") or known)
     for target in found:
         is_own = not target.startswith((INPUT_PREFIX, OUTPUT_PREFIX))
@@ -319,8 +319,7 @@ def _check_module(name: str, module: nn.Module) -> None:
         )
     if isinstance(module, nn.RNNBase) and not is_recurrent(module):
         raise ConfigError(
-            "units must be those of a recurrent layer of one level and one direction, with biases, got "
-            f"{module} ({name})"
+            f"units must be those of PyTorch's LSTM, GRU or RNN, without a projection, got {module} ({name})"
         )
     for target, tensor in module.named_parameters(recurse=False):
         if tensor.numel() == 0:

@@ -16,9 +16,9 @@ from nni.compression.base.target_space import PruningTargetSpace
 from nni.compression.utils.scaling import Scaling
 from torch import Tensor
 
-from nni_topo.compat.wrapping import calling, scaling
+from nni_topo.compat.wrapping import calling, scaling, target_settings
 from nni_topo.network.attention import IntArray, find_heads, is_fused_attention, set_unfused
-from nni_topo.network.layers import row_names, weight_name
+from nni_topo.network.layers import is_recurrent, row_names, weight_name
 from nni_topo.pruners.transposed import OutputScaling, scale_by_outputs
 from nni_topo.pruners.units import TargetSpaces, holds_columns
 
@@ -72,7 +72,10 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
     for attention in find_heads(model).values():
         layer, rows = next(iter(attention.channels.items()))
         by_head, module = attention.granularity(layer), model.get_submodule(layer)
-        for target in (weight_name(module), *(row_names(module)[:1] if attention.recurrent else ())):
+        weights = [weight_name(module)]
+        if attention.recurrent:
+            weights += [name for name in row_names(module) if name.startswith("weight")]
+        for target in weights:
             space = target_spaces.get(layer, {}).get(target)
             # Single rows of nn.MultiheadAttention or a recurrent layer can't be pruned alone.
             known = (by_head, "out_channel") if layer == attention.name else (by_head,)
@@ -94,6 +97,14 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
                 space._scaler = ColumnScaling([1, *[-1] * (space.target.dim() - 1)])
 
 
+def _gates_of(module: Any) -> dict[str, Any] | None:
+    """Return NNI's settings of a recurrent layer's parameters: it has more of them the more levels it has."""
+    if not is_recurrent(module):
+        return None
+    names = (weight_name(module), *row_names(module))
+    return {name: _WEIGHT if name.startswith("weight") else _GATE for name in names}
+
+
 def show_heads_to_nni() -> None:
     """Let config_lists name ``MultiheadAttention``, what mixes its heads and recurrent layers; pruners choose heads."""
     PruningSetting.register("MultiheadAttention", {"in_proj_weight": _WEIGHT, "in_proj_bias": _BIAS})
@@ -103,5 +114,6 @@ def show_heads_to_nni() -> None:
         gates = {"weight_ih_l0": _WEIGHT, "weight_hh_l0": _WEIGHT, "bias_ih_l0": _GATE, "bias_hh_l0": _GATE}
         PruningSetting.register(kind, gates)
     if scale_by_heads not in scaling:
+        target_settings.append(_gates_of)
         scaling.extend((scale_by_outputs, scale_by_heads))
         calling.append((is_fused_attention, set_unfused))

@@ -244,7 +244,12 @@ class Propagation(torch.fx.Interpreter):
         units = self._head_ids(self.attention[name])
         for state in ids[1:]:
             self._given.tie(self._given.per_channel(state, state.dim() - 1), units)
-        return tree_map_only(torch.Tensor, lambda leaf: torch.from_numpy(units).expand(leaf.shape), found)
+
+        def held(leaf: torch.Tensor) -> torch.Tensor:
+            # A level's output holds its units once for each direction; a state holds them once.
+            return torch.from_numpy(np.tile(units, leaf.shape[-1] // len(units))).expand(leaf.shape)
+
+        return tree_map_only(torch.Tensor, held, found)
 
     def _head_ids(self, attention: Attention) -> np.ndarray:
         """Give ids to the layers that make the heads, and tie those of a head; return the ids of the heads' output."""

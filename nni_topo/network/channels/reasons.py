@@ -138,7 +138,7 @@ _ADVICE: dict[Kind, str] = {
     ),
     "no_batch": "give the convolution's input a batch dimension",
     "uncut_module": "say how the module is cut with nni_topo.register_module",
-    "recurrent_state": "use recurrent layers of one level and one direction, with biases: their units can be pruned",
+    "recurrent_state": "use PyTorch's LSTM, GRU or RNN without a projection: their units can be pruned",
     "convolves_channels": "prune the layer whose channels the convolution slides along",
     "needs_all_channels": "prune the heads of the attention instead",
     "training_output": "delete the layer from the model if it isn't trained any more",

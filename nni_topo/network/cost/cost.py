@@ -89,7 +89,7 @@ class NetworkCost:
             if name in sizes:  # embeddings compute nothing
                 calls = _by_sample(modules[name], sizes[name], samples)
                 self._layers[name] = _layer_cost(network, name, modules[name], calls)
-        # Of recurrent layers that keep all units: those of several levels or directions, and cells.
+        # Of recurrent layers that keep all units: those with a projection, and cells.
         self._unpruned_macs = 0
         for name, calls in sizes.items():
             if name not in self._layers and isinstance(modules[name], RECURRENT):
@@ -155,8 +155,14 @@ class NetworkCost:
 def _layer_cost(network: Network, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
     flow = network.flow
     entering = [flow.entering_group_ids(name)]
-    if is_recurrent(module):  # every unit reads all units too
-        entering.append(flow.group_ids(flow.unit_channel_ids(name)))
+    biases = int(has_bias(module))
+    if is_recurrent(module):
+        # In each direction, units read what enters and one another; those of further levels read all of the level below.
+        units = flow.group_ids(flow.unit_channel_ids(name))
+        directions = 2 if module.bidirectional else 1
+        further = (module.num_layers - 1) * directions
+        entering = directions * [*entering, units] + further * (directions + 1) * [units]
+        biases *= 2 * directions * module.num_layers
     return _LayerCost(
         entering=np.concatenate(entering),
         leaving=flow.group_ids_of(name),
@@ -167,7 +173,7 @@ def _layer_cost(network: Network, name: str, module: Any, calls: list[tuple[Size
         entering_positions=max(_positions(module, entering) for entering, _ in calls),
         leaving_positions=max(_positions(module, leaving) for _, leaving in calls),
         together=max(leaving[-2] if len(leaving) > 3 else _positions(module, leaving) for _, leaving in calls),
-        bias=has_bias(module) * len(entering),
+        bias=biases,
     )
 
 

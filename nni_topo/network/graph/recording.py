@@ -64,7 +64,7 @@ def record(model: nn.Module, named: dict[str, Any], results: LayerResults | None
     held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in held if config is not None}.values()
     for config in configs:
-        if getattr(config, "use_cache", None):  # as models of Transformers have it
+        if getattr(config, "use_cache", None) and not any(getattr(m, "_is_stateful", False) for m in model.modules()):
             config.use_cache = False
     told = {id(config): getattr(config, "_attn_implementation", None) for config in configs}
     others = [config for config in configs if told[id(config)] not in (None, "eager")]

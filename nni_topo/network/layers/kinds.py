@@ -172,9 +172,8 @@ def is_scripted(module: Any) -> bool:
 
 
 def is_recurrent(module: Any) -> bool:
-    """Tell whether a module is a recurrent layer whose units can be pruned: one layer, one direction, with biases."""
-    plain = type(module) in (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN)
-    return plain and module.num_layers == 1 and not module.bidirectional and module.bias and not module.proj_size
+    """Tell whether a module is a recurrent layer whose units can be pruned: PyTorch's, without a projection."""
+    return type(module) in (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN) and not module.proj_size
 
 
 def recurrent_products(module: torch.nn.Module) -> int:
@@ -271,12 +270,16 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
 def row_names(module: torch.nn.Module) -> tuple[str, ...]:
     """Name the other parameters that have a row for each of a layer's output channels: the bias."""
     if isinstance(module, torch.nn.RNNBase):
-        return "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
+        # Of all levels and both directions; weights first.
+        names = [name for name in module._flat_weights_names if name != "weight_ih_l0"]
+        return tuple(sorted(names, key=lambda name: name.startswith("bias")))
     return ("in_proj_bias" if isinstance(module, torch.nn.MultiheadAttention) else "bias",)
 
 
 def has_bias(module: torch.nn.Module) -> bool:
     """Tell whether a layer adds a bias to its channels."""
+    if isinstance(module, torch.nn.RNNBase):
+        return module.bias
     return getattr(module, row_names(module)[-1], None) is not None
 
 

@@ -13,6 +13,7 @@ outputs have the precision of the inputs, under autocast too.
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import partial
 from typing import Any, cast
 
@@ -181,15 +182,16 @@ def channel_dim(norm: nn.Module) -> int | None:
     if type(norm) is nn.LayerNorm:
         return -1
     weight = next(norm.parameters(), torch.zeros(0))
-    x = torch.linspace(-1, 2, 6 * norm.normalized_shape[0]).view(1, 2, 3, -1).to(weight)
-    plain = functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    for dim in (1, -1):
-        try:
-            given = norm.forward(x.movedim(-1, dim))  # a tracer would take `norm(...)` for a call of the model's
-        except RuntimeError:
-            continue
-        if torch.allclose(given, plain.movedim(-1, dim), atol=1e-5):
-            return dim
+    images = torch.linspace(-1, 2, 6 * norm.normalized_shape[0]).view(1, 2, 3, -1).to(weight)
+    for x in (images, images.flatten(1, 2)):  # norms with the channels first may take texts, of three dimensions, alone
+        plain = functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        for dim in (1, -1):
+            try:
+                given = norm.forward(x.movedim(-1, dim))  # a tracer would take `norm(...)` for a call of the model's
+            except RuntimeError:
+                continue
+            if given.shape == x.movedim(-1, dim).shape and torch.allclose(given, plain.movedim(-1, dim), atol=1e-5):
+                return dim
     return None
 
 
@@ -201,7 +203,8 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
     own, weight = dict(norm.named_parameters()), getattr(norm, "weight", None)
     eps = next((each for key in _EPS if isinstance(each := getattr(norm, key, None), float)), None)
     is_other = not type(norm).__module__.startswith(("torch.", "nni_topo."))
-    if not is_other or list(own) != ["weight"] or weight is None or weight.dim() != 1 or eps is None:
+    takes_more = len(inspect.signature(norm.forward).parameters) > 1  # a gate, say
+    if not is_other or takes_more or list(own) != ["weight"] or weight is None or weight.dim() != 1 or eps is None:
         return None
     rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
     near = 64 * torch.finfo(weight.dtype).eps

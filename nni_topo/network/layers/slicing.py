@@ -63,11 +63,16 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
 
 
 def _cut_units(module: Any, rows: torch.Tensor) -> None:
-    """Keep some units of a recurrent layer, given the rows of their gates."""
+    """Keep some units of a recurrent layer, given the rows of their gates: the same in all levels and directions."""
     units = rows[rows < module.hidden_size]
-    keep(module, "weight_hh_l0", module.weight_hh_l0[:, units])
+    from_below = torch.cat([units, units + module.hidden_size]) if module.bidirectional else units
     for name in (weight_name(module), *row_names(module)):
-        keep(module, name, getattr(module, name)[rows])
+        parameter = getattr(module, name)[rows]
+        if name.startswith("weight_hh"):
+            parameter = parameter[:, units]
+        elif name.startswith("weight_ih") and not name.startswith("weight_ih_l0"):
+            parameter = parameter[:, from_below]
+        keep(module, name, parameter)
     module.hidden_size = len(units)
 
 

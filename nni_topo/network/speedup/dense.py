@@ -139,9 +139,9 @@ def to_dense(
     Where the masks of coupled layers differ, every channel that one of them keeps is kept, with the weights of
     ``model``: the masked model of the comparison is that of ``masked_model(..., reconcile=True)``. A layer without a
     mask keeps all channels. So do modules that can't be cut, layers before them or before attention that couldn't be
-    traced, and recurrent layers of several levels or directions. Attention loses whole heads; other recurrent layers
-    lose units with all of their gates. A head or unit is kept if a mask keeps one of its rows. One warning names a few
-    of the layers that keep channels, and why; the report has all.
+    traced, and recurrent layers with a projection. Attention loses whole heads; other recurrent layers lose units with
+    all of their gates, the same in all levels and directions. A head or unit is kept if a mask keeps one of its rows.
+    One warning names a few of the layers that keep channels, and why; the report has all.
 
     Masked weights within kept channels are zeros in the dense model.
 

@@ -172,7 +172,7 @@ def dependency_groups(
     names it; otherwise it loses columns, in the group of the heads. ``"granularity": "head"``,
     which NNI doesn't know, asks for the heads of these layers alone, also of a module that holds them. An entry with a
     list for granularity keeps it.
-    Units of a recurrent layer of one level and one direction, with biases, are pruned as heads are.
+    Units of a recurrent layer without a projection are pruned as heads are, the same in all levels and directions.
 
     Examples
     --------
