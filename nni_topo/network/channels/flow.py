@@ -358,7 +358,7 @@ class ChannelFlow(Propagation):
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))
         self.in_training = self._set_apart()
-        attribute_sizes = attribute_channels(graph_module.graph, self.ids)
+        attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
         self._keep_fixed_places(attribute_sizes.keys())
         self._before, self._group_ids, self._reasons = self._given.settled()
         # Channels at the model's output, which have to stay. FIXED ones stay anyway.

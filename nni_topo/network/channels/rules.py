@@ -1070,6 +1070,8 @@ def _product(op: Operation) -> Any:
     one, other = op.ids
     if min(one.dim(), other.dim()) < 2:
         return op.all_kept()
+    if any(varies(each, d) for each in op.ids for d in range(each.dim() - 2)):
+        return _product_by_head(op, one, other)
     # The dimensions of each factor that hold channels, counted from the end.
     rows, columns = ([d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in op.ids)
     if rows in ([], [-1]) and columns in ([], [-2]):
@@ -1081,6 +1083,52 @@ def _product(op: Operation) -> Any:
     if (rows, columns) == ([], [-1]):
         return other[..., :1, :].expand(op.shape)
     return op.all_kept()
+
+
+def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:
+    """Follow a product of matrices of which there is one for each head: the channels of a head are removed together.
+
+    Only whole heads: with fewer channels in each, attention would divide by another number.
+    """
+    heads_at = {d - each.dim() for each in (one, other) for d in range(each.dim() - 2) if varies(each, d)}
+    at = heads_at.pop()
+    # A factor without channels there is the same for all heads, or belongs to heads that all stay.
+    by_head = [each for each in (one, other) if varies(each, at)] if min(one.dim(), other.dim()) >= -at else []
+    others = [each for each in (one, other) if each.dim() >= -at and not varies(each, at)]
+    if heads_at or not by_head or any(each.shape[at] > 1 for each in others):
+        return op.all_kept()
+    firsts = []
+    for each in by_head:
+        channels = compressed(each).movedim(at, 0).flatten(1)
+        op.couple(channels[:, :1], channels)
+        firsts.append(channels[:, 0])
+    for first in firsts[1:]:
+        op.couple(firsts[0], first)
+    if varies(one, -2) and varies(other, -1):
+        return op.all_kept()
+    if varies(other, -1):
+        return other[..., :1, :].expand(op.shape or ())
+    if varies(one, -2):
+        return one[..., :1].expand(op.shape or ())
+    return firsts[0].view(-1, *[1] * (-at - 1)).expand(op.shape or ())
+
+
+@rule("scaled_dot_product_attention")
+def _attention(op: Operation) -> Any:
+    """Follow attention of PyTorch's: heads are removed as a whole, with their queries, keys and values."""
+    query, key, value = (op.argument(at, name) for at, name in enumerate(("query", "key", "value")))
+    mask = op.argument(3, "attn_mask")
+    if op.argument(7, "enable_gqa", default=False) or isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
+        return op.all_kept()
+    heads = []
+    for each in (query, key, value):
+        if [d - each.dim() for d in range(each.dim() - 1) if varies(each, d)] != [-3]:
+            return op.all_kept()
+        heads.append(compressed(each).movedim(-3, 0).flatten(1))
+    for channels in heads:
+        op.couple(channels[:, :1], channels)
+        op.couple(heads[0][:, 0], channels[:, 0])
+    return value[..., :1, :].expand(op.shape or ())
 
 
 @rule("einsum")

@@ -85,12 +85,10 @@ def _arithmetic(function: Callable[..., int], *operands: Any) -> Any:
         if is_known and int(second) > 0 and value * int(second) == int(first):
             _note_other_uses((second,))
             return TracedInt.of_attribute(value, first.place, first.parts * int(second), first.unclear)
-    _note_other_uses(operands)
-    if any(isinstance(each, TracedInt) and each.source is not None for each in operands):
-        made = TracedInt(value)
-        made.source = function, operands
-        return made
-    return value
+    # The graph computes it again, from the sizes of tensors and what attributes hold then.
+    made = TracedInt(value)
+    made.source = function, operands
+    return made
 
 
 def _note_other_uses(operands: Any) -> None:
@@ -115,7 +113,8 @@ def _noted_operation(name: str) -> Callable[..., Any]:
     return operate
 
 
-for _function in (operator.mul, operator.add, operator.sub, operator.floordiv):
+_ON_NUMBERS = (operator.mul, operator.add, operator.sub, operator.floordiv)
+for _function in _ON_NUMBERS:
     _name = _function.__name__
     setattr(TracedInt, f"__{_name}__", _traced_operation(_function, is_reflected=False))
     setattr(TracedInt, f"__r{_name}__", _traced_operation(_function, is_reflected=True))
@@ -208,10 +207,13 @@ def _attribute_sizes(node: Node) -> list[TracedInt]:
     return found
 
 
-def attribute_channels(graph: Graph, ids: dict[str, Any]) -> dict[Place, list[tuple[int, np.ndarray]]]:
+def attribute_channels(
+    graph: Graph, ids: dict[str, Any], groups: np.ndarray
+) -> dict[Place, list[tuple[int, np.ndarray]]]:
     """Return which channels attributes count, given the channel ids by node: by place, the parts of it and their ids.
 
-    A place of which any use isn't understood is left out.
+    ``groups``: by id, that of the channels that are removed together. A place of which any use isn't understood is left
+    out.
     """
     found: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
     unclear = set[Place | None]()
@@ -219,12 +221,14 @@ def attribute_channels(graph: Graph, ids: dict[str, Any]) -> dict[Place, list[tu
         sizes = _attribute_sizes(node)
         if not sizes:
             continue
-        uses = _uses(node, ids)
+        if node.target in _ON_NUMBERS:
+            continue  # what is computed of sizes is checked where it is used, by running that with other sizes
+        uses = _uses(node, ids, groups)
         understood = {id(size) for size, channels in uses}
         if any(channels is None for _, channels in uses) or any(id(size) not in understood for size in sizes):
             unclear.update(size.place for size in sizes)
         for size, channels in uses:
-            if channels is not None and size.place is not None:
+            if channels is not None and len(channels) and size.place is not None:
                 found[size.place].append((size.parts, channels))
     even = {}
     for place, uses_of_place in found.items():
@@ -234,12 +238,12 @@ def attribute_channels(graph: Graph, ids: dict[str, Any]) -> dict[Place, list[tu
     return even
 
 
-def _uses(node: Node, ids: dict[str, Any]) -> list[tuple[TracedInt, np.ndarray | None]]:
+def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> list[tuple[TracedInt, np.ndarray | None]]:
     """List the numbers in a node's arguments with the channels that each counts, None where it can't be told."""
     name, args = plain_name(node), node.args
     if name in ("view", "reshape"):
         sizes: Any = args[1] if len(args) > 1 and isinstance(args[1], (tuple, list)) else args[1:]
-        return [(size, _ids_in(ids[node.name], d, size)) for d, size in enumerate(sizes) if _is_traced(size)]
+        return [(size, _counted(ids[node.name], d, size, groups)) for d, size in enumerate(sizes) if _is_traced(size)]
     entering = ids.get(args[0].name) if args and isinstance(args[0], Node) else None
     if name in ("split", "split_with_sizes") and len(args) > 1:
         sizes = args[1]
@@ -264,6 +268,22 @@ def _uses(node: Node, ids: dict[str, Any]) -> list[tuple[TracedInt, np.ndarray |
 
 def _is_traced(size: Any) -> bool:
     return isinstance(size, TracedInt)
+
+
+def _counted(ids: Any, dim: int, size: int, groups: np.ndarray) -> np.ndarray | None:
+    """Return the ids of the channels, or heads, that the size of a dimension counts; None if it can't be told.
+
+    None are counted where the size stays the same: those of a head, which are removed together.
+    """
+    if not isinstance(ids, Tensor) or ids.dim() <= dim:
+        return None
+    only = _ids_in(ids, dim, size)
+    if only is not None or ids.shape[dim] != size or ids.numel() == size:
+        return only
+    rows = groups[ids.movedim(dim, 0).flatten(1).numpy()]
+    if (rows == rows[:, :1]).all():
+        return ids.movedim(dim, 0).flatten(1)[:, 0].numpy()
+    return np.zeros(0, dtype=np.int64) if (rows == rows[:1]).all() else None
 
 
 def _ids_in(ids: Any, dim: Any, size: int | None = None) -> np.ndarray | None:
