@@ -248,7 +248,7 @@ def shrink(
     layers : iterable of str or mapping, optional
         Names of the layers to prune, or entries of a config_list without ratios. Their ``max_sparse_ratio`` and
         ``min_sparse_ratio`` are the largest and smallest share of channels that a layer loses. By default all
-        convolutions and linear layers except those that give the output.
+        convolutions, linear and recurrent layers except those that give the output.
     compensate : str, RecoveryMethod, callable or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`, by name or as an object with settings of its own such as
         ``nni_topo.recovery.Reconstruct(refine=0)``; or a function of (model, masks, images) that returns a model of

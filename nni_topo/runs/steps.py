@@ -417,7 +417,7 @@ def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[s
         # What can be changed comes first: a layer that gives the output keeps its channels in any case.
         layers_of = sorted(by_reason(unpruned).items(), key=lambda each: each[0] == OUTPUT)
         told = [f"{', '.join(same)}: {why}" for why, same in layers_of]
-        reasons = "; ".join(told) or "no convolution or linear layer"
+        reasons = "; ".join(told) or "no convolution, linear or recurrent layer"
         raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {reasons} (shrink)")
     return Prunable([{"op_names": names}], unpruned, is_default=True)
 

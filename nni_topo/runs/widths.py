@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels import reasons
 from nni_topo.network.cost import LatencyTable, NetworkCost
-from nni_topo.network.layers import RECURRENT, is_recurrent
+from nni_topo.network.layers import RECURRENT
 from nni_topo.network.speedup import (
     DenseReport,
     DependencyGroups,
@@ -126,13 +126,17 @@ def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, f
 
 def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
     """Return the convolutions and linear layers that can lose channels, in network order; no output layers."""
-    return sorted_layers(model, example_inputs)[0]
+    names = sorted_layers(model, example_inputs)[0]
+    return [name for name in names if not isinstance(model.get_submodule(name), RECURRENT)]
 
 
 def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], dict[str, str]]:
-    """Return the layers of :func:`inner_layers`, and for all others the reason why they can't lose channels."""
+    """Return the layers that can lose channels, or units, in network order, and why all others can't.
+
+    They are convolutions, linear and recurrent layers.
+    """
     flow = Network.on(model, example_inputs).flow
-    prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+    prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, *RECURRENT)
     names = [name for name in flow.layers if isinstance(model.get_submodule(name), prunable)]
     whole = unprunable_layers(model, example_inputs, names)
     for name in names:
@@ -141,8 +145,6 @@ def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], 
     for name, module in model.named_modules():
         if isinstance(module, prunable) and name not in flow.layers:
             whole[name] = (why_not_followed(model, name),)
-        if isinstance(module, RECURRENT):
-            whole[name] = (reasons.recurrent_not_named() if is_recurrent(module) else reasons.recurrent_state(),)
     return [name for name in names if name not in whole], reasons.as_text(whole)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
@@ -24,7 +25,8 @@ class Net(nn.Module):
     def __init__(self, kind, **knobs):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.body, self.head = nn.Linear(4, 6), kind(6, 10, **knobs), nn.Linear(10, 3)
+        self.embed, self.body = nn.Linear(4, 6), kind(6, 10, **knobs)
+        self.head = nn.Linear(20 if knobs.get("bidirectional") else 10, 3)
 
     def forward(self, rows):
         return self.head(self.body(torch.relu(self.embed(rows)))[0])
@@ -39,11 +41,22 @@ def without(module, units):
     return copied
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
+SHAPES = [
+    {}, {"num_layers": 3}, {"bidirectional": True}, {"num_layers": 2, "bidirectional": True},
+    {"num_layers": 2, "bias": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pruner", "knobs"),
+    [
+        *((each, {"batch_first": True}) for each in (L1NormPruner, nni_topo.RandomPruner, nni_topo.TopologicalPruner)),
+        *((L1NormPruner, shape) for shape in SHAPES),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("pruner", [L1NormPruner, nni_topo.RandomPruner, nni_topo.TopologicalPruner])
-def test_units_go_with_all_of_their_gates(kind, batch_first, pruner):
-    model, rows = Net(kind, batch_first=batch_first).eval(), torch.randn(5, 7, 4)
+def test_units_go_with_all_of_their_gates(kind, pruner, knobs):
+    model, rows = Net(kind, **knobs).eval(), torch.randn(5, 7, 4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     groups = nni_topo.dependency_groups(model, rows, ASKED)
     assert [entry["op_names"] for entry in groups] == [["embed"], ["body"]]
@@ -52,15 +65,20 @@ def test_units_go_with_all_of_their_gates(kind, batch_first, pruner):
     wrapped = model(rows)
     found.unwrap_model()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    gone = masks["body"]["bias_hh_l0"].view(-1, 10)[0] == 0
+    gone = masks["body"]["weight_hh_l0"].amax(1).view(-1, 10)[0] == 0
+    assert masks["body"].keys() == dict(model.body.named_parameters()).keys()
     assert int(gone.sum()) == 5
     for target, mask in masks["body"].items():
         gates = mask.expand_as(getattr(model.body, target)).unflatten(0, (-1, 10))
         assert bool((gates[:, gone] == 0).all())
         assert bool((gates[:, ~gone] == 1).all()), target
     dense = nni_topo.to_dense(model, rows, masks)
-    assert [dense.body.input_size, dense.body.hidden_size, dense.head.in_features] == [3, 5, 5]
-    assert dense.body.weight_hh_l0.shape == (len(dense.body.weight_ih_l0), 5)
+    assert [dense.body.input_size, dense.body.hidden_size] == [3, 5]
+    assert dense.head.in_features == (10 if knobs.get("bidirectional") else 5)
+    made = kind(3, 5, **knobs)
+    assert {name: each.shape for name, each in dense.body.named_parameters()} == {
+        name: each.shape for name, each in made.named_parameters()
+    }
     # The wrapped model has no norm whose shift would survive, so it computes the same.
     assert torch.allclose(dense(rows), wrapped, atol=1e-6)
     with torch.no_grad():
@@ -141,10 +159,26 @@ def test_a_masked_layer_trains_and_its_units_stay_silent(kind):
     assert torch.allclose(nni_topo.to_dense(model, rows, masks)(rows), trained, atol=1e-6)
 
 
-def test_a_recurrent_layer_of_several_levels_cant_be_named():
-    model = Net(nn.LSTM, num_layers=2)
-    with pytest.raises(ConfigError, match=r"one level and one direction.*\(body\)"):
+def test_a_recurrent_layer_with_a_projection_cant_be_named():
+    model = Net(nn.LSTM, proj_size=5)
+    with pytest.raises(ConfigError, match=r"without a projection.*\(body\)"):
         nni_topo.RandomPruner(model, [{"op_names": ["body"], "sparse_ratio": 0.5}])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_costs_of_levels_and_directions_are_those_of_the_dense_layer(kind, shape):
+    model, rows = Net(kind, batch_first=True, **shape).eval(), torch.randn(2, 7, 4)
+    units = np.arange(10) < 4
+    masks = {"body": {name: torch.from_numpy(np.resize(units, len(each))).float().view(-1, *[1] * (each.dim() - 1))
+                      for name, each in model.body.named_parameters()}}  # fmt: skip
+    dense = nni_topo.to_dense(model, rows, masks)
+    found = NetworkCost(model, rows)({"body": units})
+    assert dense.body.hidden_size == 4
+    assert found.params == sum(parameter.numel() for parameter in dense.parameters())
+    # One product for each weight of the dense layer, at each of 7 rows; 4 x 6 and the head's as well.
+    products = sum(each.numel() for name, each in dense.body.named_parameters() if name.startswith("weight"))
+    assert found.macs == 7 * (24 + products + 3 * dense.head.in_features)
 
 
 class Started(nn.Module):

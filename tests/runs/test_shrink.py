@@ -95,12 +95,12 @@ def test_a_network_is_made_smaller_again_and_the_reports_are_those_of_the_last_s
 
 
 class Tagger(nn.Module):
-    """A recurrent layer of two directions, which keeps all units, and a layer that can be pruned."""
+    """A recurrent layer, which keeps all units if it has a projection, and a layer that can be pruned."""
 
-    def __init__(self, **knobs):
+    def __init__(self, width=24, **knobs):
         super().__init__()
         self.states = nn.LSTM(8, 24, batch_first=True, **knobs)
-        self.hidden, self.out = nn.Linear(48 if knobs else 24, 32), nn.Linear(32, 4)
+        self.hidden, self.out = nn.Linear(width, 32), nn.Linear(32, 4)
 
     def forward(self, x):
         return self.out(torch.relu(self.hidden(self.states(x)[0])))
@@ -108,18 +108,26 @@ class Tagger(nn.Module):
 
 def test_layers_that_are_nearly_gone_are_told_and_what_keeps_the_cost():
     torch.manual_seed(0)
-    small = nni_topo.shrink(Tagger(bidirectional=True), [torch.randn(64, 6, 8)], {"flops": 0.5}, distill=False)
+    model = Tagger(20, proj_size=20)
+    small = nni_topo.shrink(model, [torch.randn(64, 6, 8)], {"flops": 0.5}, distill=False)
     assert small.hidden.out_features == 1
     (told,) = [text for text in small.report.warnings if "one channel is left" in text]
     assert "hidden (of 32)" in told
     assert "states keeps all channels: a recurrent layer keeps the size of its state" in repr(small.report)
-    enough = nni_topo.shrink(Tagger(bidirectional=True), [torch.randn(64, 6, 8)], {"flops": 0.9}, distill=False)
+    enough = nni_topo.shrink(model, [torch.randn(64, 6, 8)], {"flops": 0.9}, distill=False)
     assert not [text for text in enough.report.warnings if "one channel is left" in text]
 
 
-def test_a_recurrent_layer_that_could_be_named_is_told():
-    small = nni_topo.shrink(Tagger(), [torch.randn(64, 6, 8)], {"flops": 0.9}, distill=False)
-    assert small.report.whole["states"] == "a recurrent layer loses units only where layers= or op_names name it"
+@pytest.mark.parametrize(
+    ("width", "knobs"), [(24, {}), (48, {"bidirectional": True}), (48, {"bidirectional": True, "num_layers": 2})]
+)
+def test_recurrent_layers_lose_units_for_a_budget_without_being_named(width, knobs):
+    torch.manual_seed(0)
+    model, rows = Tagger(width, **knobs), torch.randn(64, 6, 8)
+    small = nni_topo.shrink(model, [rows], {"flops": 0.5}, distill={"steps": 5})
+    assert small.states.hidden_size < 24
+    assert small.report.whole.keys() == {"out"}
+    assert 0.45 < nni_topo.zoo.count_macs(small, rows) / nni_topo.zoo.count_macs(model, rows) < 0.55
 
 
 def test_distilled_weights_that_are_discarded_are_marked_in_the_table():
@@ -417,7 +425,7 @@ def test_heads_go_where_time_counts_or_multiples_are_asked_for(knobs, monkeypatc
     ("net", "reason"),
     [
         (nn.Sequential(nn.Linear(4, 2)), "got none: 0: it gives the model's output (shrink)"),
-        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)), "got none: no convolution or linear layer (shrink)"),
+        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)), "got none: no convolution, linear or recurrent layer (shrink)"),
     ],
 )
 def test_a_model_without_a_layer_to_prune_is_refused_with_the_reason(net, reason):

@@ -238,7 +238,6 @@ transposed_weight = _plain(
 not_followed = _plain("not_followed", "the layer isn't called by itself, or its channels couldn't be followed")
 norm_follows = _plain("norm_follows", "a norm keeps the channels of the layer before it, whose mask decides")
 not_asked = _plain("not_asked", "not asked for")
-recurrent_not_named = _plain("not_asked", "a recurrent layer loses units only where layers= or op_names name it")
 never_settled = _plain("dry_run_failed", "channels depend on one another in a way that no rule describes")
 
 

@@ -148,7 +148,7 @@ class Branches(nn.Module):
         super().__init__()
         self.counted, self.coupled, self.mixed = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 8)
         self.head = nn.Linear(8, 2)
-        self.state = nn.LSTM(8, 6, bidirectional=True)
+        self.state = nn.LSTM(8, 6, proj_size=3)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         counted = self.counted(features)
