@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
-from nni_topo.network.graph.nodes import LINE, RECORDED, forward_line, on_modules
+from nni_topo.network.graph.nodes import COMPARED, LINE, RECORDED, forward_line, on_modules
 from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forget_places
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
 from nni_topo.network.runtime import difference, let_go, out_of_memory, tensors_of
@@ -112,6 +112,11 @@ def _recorded_twice(
         if second is not None:
             _follow_samples(first, second, samples)
         forget_places(first.graph, unclear)
+    for place, tensor, dim in unclear.compared:
+        compared = first.node_of(tensor)
+        if compared is not None and place not in unclear:
+            compared.meta.setdefault(COMPARED, []).append((place, dim))
+    unclear.compared.clear()  # numbers in the graph hold the list, and it the tensors
     for node in reversed(first.graph.nodes):
         if not node.users and node not in first.read and node.op not in ("placeholder", "output"):
             first.graph.erase_node(node)  # nothing comes of it
@@ -211,6 +216,7 @@ class _Recorder(TorchFunctionMode):
             raise SpeedupError("what picks among lists by value (a detector, of its boxes) is followed part by part")
         found = tuple(self._node(each) for each in tensors_of(self.outputs))
         self.graph.output(found[0] if isinstance(self.outputs, Tensor) else found)
+        self._givers = dict(self._nodes)
         self._nodes.clear()
         self._alive.clear()
 
@@ -366,6 +372,10 @@ class _Recorder(TorchFunctionMode):
         for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
             if tensors_of(each):
                 self._enter(each, self.graph.call_function(operator.getitem, (node, key)))
+
+    def node_of(self, tensor: Tensor) -> Node | None:
+        """Return the node that gave a tensor, which still exists, in the run; None if none did."""
+        return self._givers.get(id(tensor))
 
     def _node(self, tensor: Tensor) -> Node:
         if id(tensor) not in self._nodes:

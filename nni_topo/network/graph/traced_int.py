@@ -23,8 +23,19 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from nni_topo.network.graph.nodes import plain_name
+from nni_topo.network.graph.nodes import COMPARED, plain_name
 from nni_topo.network.layers import Place, numbers_in, whole_numbers, with_numbers
+
+
+class UnclearPlaces(set[Place]):
+    """Places of which something is made that no graph shows.
+
+    ``compared``: place, tensor and dimension where a forward found a place's number equal to the size of a tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compared: list[tuple[Place, Tensor, int]] = []
 
 
 class TracedInt(int):
@@ -33,7 +44,7 @@ class TracedInt(int):
     # Of a number that an attribute holds, or an equal part of one:
     place: Place | None = None
     parts: int = 1
-    unclear: set[Place]  # places of which something is made that the graph doesn't show
+    unclear: UnclearPlaces  # places of which something is made that the graph doesn't show
     # Of sizes of tensors: a tensor and a dimension, or a function and the integers that it takes.
     source: tuple[Any, ...] | None = None
 
@@ -45,7 +56,7 @@ class TracedInt(int):
         return made
 
     @classmethod
-    def of_attribute(cls, value: int, place: Place, parts: int, unclear: set[Place]) -> TracedInt:
+    def of_attribute(cls, value: int, place: Place, parts: int, unclear: UnclearPlaces) -> TracedInt:
         """Return one of so many equal parts of a number that an attribute holds."""
         made = cls(value)
         made.place, made.parts, made.unclear = place, parts, unclear
@@ -85,16 +96,31 @@ def _arithmetic(function: Callable[..., int], *operands: Any) -> Any:
         if is_known and int(second) > 0 and value * int(second) == int(first):
             _note_other_uses((second,))
             return TracedInt.of_attribute(value, first.place, first.parts * int(second), first.unclear)
-    # The graph computes it again, from the sizes of tensors and what attributes hold then.
-    made = TracedInt(value)
-    made.source = function, operands
-    return made
+    if any(isinstance(each, TracedInt) and each.source is not None for each in operands):
+        # The graph computes it again, from the sizes of tensors and what attributes hold then.
+        made = TracedInt(value)
+        made.source = function, operands
+        return made
+    _note_other_uses(operands)
+    return value
 
 
 def _note_other_uses(operands: Any) -> None:
     for each in operands:
         if isinstance(each, TracedInt):
             each.note_other_use()
+
+
+def _note_equal(one: TracedInt, other: Any) -> bool:
+    """Note that an attribute holds the size of a tensor, as a forward checks; return whether the two numbers are that."""
+    for held, size in ((one, other), (other, one)):
+        if not isinstance(held, TracedInt) or not isinstance(size, TracedInt):
+            return False
+        tensor = None if size.source is None else size.source[0]
+        if held.place is not None and held.parts == 1 and isinstance(tensor, Tensor):
+            held.unclear.compared.append((held.place, tensor, size.source[1]))
+            return True
+    return False
 
 
 def _traced_operation(function: Callable[..., int], *, is_reflected: bool) -> Callable[..., Any]:
@@ -107,8 +133,10 @@ def _noted_operation(name: str) -> Callable[..., Any]:
     plain = getattr(int, name)
 
     def operate(self: TracedInt, *operands: Any) -> Any:
-        _note_other_uses((self, *operands))
-        return plain(self, *operands)
+        value = plain(self, *operands)
+        if value is not (name == "__eq__") or name not in ("__eq__", "__ne__") or not _note_equal(self, operands[0]):
+            _note_other_uses((self, *operands))
+        return value
 
     return operate
 
@@ -127,12 +155,12 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg"):
 
 
 @contextmanager
-def attributes_traced(model: nn.Module) -> Iterator[set[Place]]:
+def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
     """Let the integers that attributes of a model's own modules hold say where they come from, within the block.
 
-    Yields the set of places of which something is made that no graph shows; it is filled while the model runs.
+    Yields the places of which something is made that no graph shows; they are filled in while the model runs.
     """
-    before, unclear = list(whole_numbers(model)), set[Place]()
+    before, unclear = list(whole_numbers(model)), UnclearPlaces()
     try:
         for module, name, key, value in before:
             traced, kind = {}, cast("Any", type(module))
@@ -218,6 +246,10 @@ def attribute_channels(
     found: dict[Place, list[tuple[int, np.ndarray]]] = defaultdict(list)
     unclear = set[Place | None]()
     for node in graph.nodes:
+        for place, dim in node.meta.get(COMPARED, ()):
+            row = _ids_in(ids.get(node.name), dim)
+            if row is not None and len(row) > 1:
+                found[place].append((1, row))
         sizes = _attribute_sizes(node)
         if not sizes:
             continue
