@@ -49,6 +49,7 @@ from nni_topo.network.graph import (
     IN_TRAINING,
     RANDOM,
     TRAINED_OUTPUT,
+    UNUSED,
     TracedInt,
     attribute_channels,
     described,
@@ -139,6 +140,9 @@ class Propagation(torch.fx.Interpreter):
             entering = self.fetch_args_kwargs_from_env(n)
             for ids in map(compressed, tensors_of((entering, found))):
                 self._given.pin(np.unique(ids), reasons.random_shape(n))
+        if UNUSED in n.meta and n.op == "call_module":
+            for ids in map(compressed, tensors_of(found)):
+                self._given.pin(np.unique(ids), reasons.not_followed())
         self.ids[n.name] = tree_map(compressed, found)
         return found
 

@@ -420,7 +420,14 @@ def _varying(ids: Tensor) -> list[int]:
 
 
 def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
-    """Constrain channels that a view splits into rows: a fixed number of rows, or rows of a fixed length."""
+    """Constrain channels that a view splits into rows: a fixed number of rows, or rows of a fixed length.
+
+    Channels that are viewed by the number of another tensor's channels are coupled with these, to be as many.
+    """
+    for d, size in enumerate(sizes):
+        counted = _counted(size, op.channels)
+        if counted is not None and _varying(moved) == [d] and moved.shape[d] == len(counted):
+            op.channels.tie(counted.numpy(), op.channels.per_channel(moved, d))
     if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
         return moved
     places = _varying(moved)
@@ -837,12 +844,20 @@ def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
     if not has_property(node, "one_value") or len(sizes) < len(shape):
         return staying(shape)
     for d, size in enumerate(sizes):
-        if isinstance(size, Node) and plain_name(size) == "size" and len(size.args) == 2:
-            tensor, at = size.args
-            ids = channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
-            if isinstance(ids, Tensor) and isinstance(at, int) and ids.numel() == ids.shape[at] > 1:
-                return ids.view([-1 if each == d else 1 for each in range(len(shape))]).expand(shape)
+        counted = _counted(size, channels)
+        if counted is not None:
+            return counted.view([-1 if each == d else 1 for each in range(len(shape))]).expand(shape)
     return staying(shape)
+
+
+def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
+    """Return the ids of the channels that a size in a graph counts, ``(channels,)``; None if it counts none."""
+    if not isinstance(size, Node) or plain_name(size) != "size" or len(size.args) != 2:
+        return None
+    tensor, at = size.args
+    ids = channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
+    is_channels = isinstance(ids, Tensor) and isinstance(at, int) and ids.numel() == ids.shape[at] > 1
+    return ids.flatten() if isinstance(ids, Tensor) and is_channels else None
 
 
 # Operators that work along dimensions.

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
-from nni_topo.network.graph.nodes import COMPARED, LINE, RECORDED, forward_line, on_modules
+from nni_topo.network.graph.nodes import COMPARED, LINE, RECORDED, UNUSED, forward_line, on_modules, plain_name
 from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forget_places
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
 from nni_topo.network.runtime import difference, let_go, out_of_memory, tensors_of
@@ -118,8 +118,15 @@ def _recorded_twice(
             compared.meta.setdefault(COMPARED, []).append((place, dim))
     unclear.compared.clear()  # numbers in the graph hold the list, and it the tensors
     for node in reversed(first.graph.nodes):
-        if not node.users and node not in first.read and node.op not in ("placeholder", "output"):
-            first.graph.erase_node(node)  # nothing comes of it
+        if node.users or node in first.read or node.op in ("placeholder", "output"):
+            continue
+        # Nothing comes of it. But a module runs all the same, and so does what is made of its output.
+        if node.op == "call_module":
+            continue
+        if plain_name(node) not in ("getitem", "size"):
+            for parent in node.all_input_nodes:
+                parent.meta[UNUSED] = True
+        first.graph.erase_node(node)
     _name_attributes(first, attributes, _tensor_attributes(model))
     used = {str(node.target) for node in first.graph.nodes if node.op == "get_attr"}
     for name, tensor in first.constants.items():
