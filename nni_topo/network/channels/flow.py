@@ -365,6 +365,7 @@ class ChannelFlow(Propagation):
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
         self._keep_fixed_places(attribute_sizes.keys())
         self._before, self._group_ids, self._reasons = self._given.settled()
+        self.blocks[:] = [blocks for blocks in self.blocks if not self._goes_as_a_whole(blocks)]
         # Channels at the model's output, which have to stay. FIXED ones stay anyway.
         arriving = np.zeros(0, dtype=np.int64)
         for ids in tensors_of(outputs):
@@ -383,6 +384,11 @@ class ChannelFlow(Propagation):
             if len(counted) > 1:
                 where = f"{module}.{attribute}" if module else attribute
                 self.blocks.append(Blocks([counted], may_vanish=False, place=f"the attribute {where}"))
+
+    def _goes_as_a_whole(self, blocks: Blocks) -> bool:
+        """Tell whether each block is a head, all of whose channels are tied, and an attribute counts the heads."""
+        rows = [self._before[row] for side in blocks.sides for row in side]
+        return blocks.counted and all(len(row) > 1 and bool((row == row[0]).all()) for row in rows)
 
     def _set_apart(self) -> dict[str, Layer]:
         """Take out of the layers those that run in training alone, and keep their channels and their outputs.

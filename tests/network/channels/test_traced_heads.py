@@ -1,0 +1,133 @@
+"""Attention that only its products show: whole heads are removed, and attributes that count heads or channels follow."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import nni_topo
+
+WIDTH, HEADS, SIZE = 16, 4, 3
+ASKED = [{"op_types": ["Linear", "Conv2d"], "sparse_ratio": 0.5}]
+
+
+class Attending(nn.Module):
+    """Attention whose layers have names of their own; ``kind`` says how it multiplies and counts."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.count = kind, HEADS
+        self.enter, self.leave = nn.Linear(5, WIDTH), nn.Linear(HEADS * SIZE, 2)
+        self.ask, self.match, self.give = (nn.Linear(WIDTH, HEADS * SIZE) for _ in range(3))
+
+    def heads(self, x: Tensor) -> Tensor:
+        if self.kind == "by length":
+            return x.view(*x.shape[:2], -1, SIZE).transpose(1, 2)
+        if self.kind == "by quotient":
+            return x.view(*x.shape[:2], self.count, x.shape[-1] // self.count).transpose(1, 2)
+        return x.view(*x.shape[:2], self.count, SIZE).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        q, k, v = self.heads(self.ask(x)), self.heads(self.match(x)), self.heads(self.give(x))
+        if self.kind == "fused":
+            found = functional.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = q @ k.transpose(-1, -2) / math.sqrt(SIZE)
+            if self.kind == "constant by head":
+                scores = scores + torch.arange(HEADS).view(-1, 1, 1)
+            found = scores.softmax(-1) @ v
+        return self.leave(found.transpose(1, 2).flatten(2))
+
+
+def silenced(model: nn.Module, masks: dict[str, dict[str, Tensor]]) -> nn.Module:
+    """Return a copy with the masked rows at zero."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, targets in masks.items():
+            for target, mask in targets.items():
+                copied.get_submodule(name).get_parameter(target).mul_(mask)
+    return copied
+
+
+@pytest.mark.parametrize("kind", ["by count", "by length", "by quotient", "fused"])
+def test_heads_go_as_a_whole_with_queries_keys_and_values(kind: str) -> None:
+    model, x = Attending(kind).eval(), torch.randn(2, 6, 5)
+    groups = nni_topo.dependency_groups(model, x, ASKED)
+    by_name = {entry["op_names"][0]: entry for entry in groups}
+    assert by_name.keys() == {"enter", "ask", "match", "give"}
+    assert len({by_name[name]["dependency_group_id"] for name in ("ask", "match", "give")}) == 1
+    assert by_name["ask"]["granularity"] == [SIZE, -1]
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    kept = masks["ask"]["bias"].view(HEADS, SIZE)
+    assert kept.sum(1).sort().values.tolist() == [0, 0, SIZE, SIZE]
+    dense = nni_topo.to_dense(model, x, masks)
+    assert (dense.ask.out_features, dense.leave.in_features, dense.enter.out_features) == (2 * SIZE, 2 * SIZE, 8)
+    assert dense.count == (HEADS if kind == "by length" else 2)
+    torch.testing.assert_close(dense(x), silenced(model, masks)(x))
+
+
+def test_heads_that_a_constant_tells_apart_stay() -> None:
+    groups = nni_topo.dependency_groups(Attending("constant by head").eval(), torch.randn(2, 6, 5), ASKED)
+    assert groups.skipped.keys() == {"ask", "match", "give", "leave"}
+    assert "an operation joins them to the network's input, a constant or a parameter (add)" in groups.skipped["ask"]
+
+
+class Checked(nn.Module):
+    """Checks how many channels it gets, as patch embeddings and samplers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.channels = 8
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x).relu()
+        if x.shape[1] != self.channels:
+            raise ValueError("channels")
+        assert x.shape[1] == self.channels
+        return self.two(x)
+
+
+def test_a_number_that_a_forward_checks_gets_smaller() -> None:
+    model, images = Checked().eval(), torch.rand(2, 3, 6, 6)
+    groups = nni_topo.dependency_groups(model, images, ASKED)
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = nni_topo.to_dense(model, images, masks)
+    assert (dense.channels, dense.one.out_channels, model.channels) == (4, 4, 8)
+    torch.testing.assert_close(dense(images), silenced(model, masks)(images))
+
+
+class Reduced(nn.Module):
+    """Views what a convolution makes by the number of channels that enter it; gives what nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.reduce = nn.Linear(5, 8), nn.Conv2d(8, 8, 2, stride=2)
+        self.norm, self.leave = nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        samples, _, channels = x.shape
+        self.norm(x)
+        small = self.reduce(x.transpose(1, 2).reshape(samples, channels, 4, 4))
+        return self.leave(small.reshape(samples, channels, -1).transpose(1, 2))
+
+
+def test_channels_viewed_by_another_number_are_coupled_and_what_nothing_reads_is_cut_too() -> None:
+    model, x = Reduced().eval(), torch.randn(2, 16, 5)
+    groups = nni_topo.dependency_groups(model, x, ASKED)
+    assert [entry["op_names"] for entry in groups] == [["enter"], ["reduce"]]
+    assert len({entry["dependency_group_id"] for entry in groups}) == 1
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = nni_topo.to_dense(model, x, masks)
+    assert (dense.enter.out_features, dense.reduce.out_channels, dense.norm.normalized_shape) == (4, 4, (4,))
+    torch.testing.assert_close(dense(x), silenced(model, masks)(x))
