@@ -422,12 +422,16 @@ def _varying(ids: Tensor) -> list[int]:
 def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     """Constrain channels that a view splits into rows: a fixed number of rows, or rows of a fixed length.
 
-    Channels that are viewed by the number of another tensor's channels are coupled with these, to be as many.
+    Channels that are viewed by the number of another tensor's channels are coupled with these, to be as many. The same
+    channels in another order, as after a shuffle, are as many anyway.
     """
     for d, size in enumerate(sizes):
         counted = _counted(size, op.channels)
-        if counted is not None and _varying(moved) == [d] and moved.shape[d] == len(counted):
-            op.channels.tie(counted.numpy(), op.channels.per_channel(moved, d))
+        if counted is None or _varying(moved) != [d] or moved.shape[d] != len(counted):
+            continue
+        viewed = op.channels.per_channel(moved, d)
+        if not np.isin(viewed, counted.numpy()).any():
+            op.channels.tie(counted.numpy(), viewed)
     if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
         return moved
     places = _varying(moved)
