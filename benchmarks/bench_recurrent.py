@@ -101,7 +101,6 @@ def main() -> None:
                         continue
                     before, after = (accuracy(each, images[test], labels[test]) for each in (net, small))
                     lost[with_units].append(before - after)
-                    print(f"{kind} {share} {with_units} {kept:.3f} {before:.1f} {after:.1f} {small.body}", flush=True)
             gained = [one - other for one, other in zip(lost[False], lost[True], strict=False)]
             cells = [told(lost[False]), told(lost[True]), told(gained, sign="+")]
             print(f"| {kind} | {share:.2f} | {' | '.join(cells)} |", flush=True)

@@ -100,13 +100,6 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "detr": ("DetrForObjectDetection", {
         "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "d_model": 32,
         "num_queries": 6, **BOTH, "backbone_config": {"model_type": "resnet", **RESNET, "out_features": ["stage2"]}}),
-    "rt_detr": ("RTDetrForObjectDetection", {
-        "use_timm_backbone": False, "d_model": 32, "num_queries": 6, "encoder_hidden_dim": 32, "encoder_ffn_dim": 64,
-        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "decoder_layers": 1,
-        "encoder_in_channels": [16, 32, 32], "feat_strides": [8, 16, 32], "decoder_in_channels": [32, 32, 32],
-        "num_denoising": 0, "anchor_image_size": None, "backbone_config": {
-            "model_type": "rt_detr_resnet", "embedding_size": 16, "hidden_sizes": [16, 16, 32, 32],
-            "depths": [1, 1, 1, 1], "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}}),
     "sam_vision": ("SamVisionModel", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
                                       "image_size": 64, "patch_size": 8, "output_channels": 16, "window_size": 4,
                                       "global_attn_indexes": [1], "mlp_dim": 64}),
@@ -123,7 +116,8 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
                                                            "max_position_embeddings": 64, **BOTH}),
     "convbert": ("ConvBertForSequenceClassification", {**READS, "embedding_size": 32, "conv_kernel_size": 3}),
     "squeezebert": ("SqueezeBertForSequenceClassification", {**READS, "embedding_size": 32}),
-    "nystromformer": ("NystromformerForSequenceClassification", {**READS, "num_landmarks": 4, "segment_means_seq_len": 12,
+    "nystromformer": ("NystromformerForSequenceClassification", {**READS, "num_landmarks": 4,
+                                                  "segment_means_seq_len": 12,
                                                                  "conv_kernel_size": 3}),
     "funnel": ("FunnelForSequenceClassification", {"vocab_size": 100, "d_model": 32, "n_head": 4, "d_head": 8,
                                                    "d_inner": 64, "block_sizes": [1, 1]}),
@@ -134,10 +128,6 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
                                           "sequence_reduction_ratios": [2, 1], "hidden_sizes": [16, 32],
                                           "patch_sizes": [4, 2], "strides": [4, 2], "num_attention_heads": [1, 2],
                                           "mlp_ratios": [2, 2]}),
-    "levit": ("LevitForImageClassification", {
-        "image_size": 64, "hidden_sizes": [16, 32, 48], "num_attention_heads": [2, 4, 6], "depths": [1, 1, 1],
-        "key_dim": [8, 8, 8], "patch_size": 4,
-        "down_ops": [["Subsample", 8, 2, 2, 2, 2], ["Subsample", 8, 4, 2, 2, 2]]}),
     "focalnet": ("FocalNetForImageClassification", {"image_size": 32, "patch_size": 2, "embed_dim": 16,
                                                     "depths": [1, 1], "focal_levels": [2, 2],
                                                     "focal_windows": [3, 3], "hidden_sizes": [16, 32]}),
@@ -172,6 +162,11 @@ def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         ids = torch.randint(5, 90, (2, 12), generator=drawing)
         ids[:, -1] = 2  # where a text ends
         return model, {entering: ids}
-    shape = {"wav2vec2": (2, 800), "whisper": (2, 16, 40), "ast": (2, 32, 16), "sam_vision": (2, 3, 64, 64),
-             "levit": (2, 3, 64, 64), "detr": (2, 3, 64, 64), "rt_detr": (2, 3, 64, 64)}.get(name, (2, 3, 32, 32))
+    shape = {
+        "wav2vec2": (2, 800),
+        "whisper": (2, 16, 40),
+        "ast": (2, 32, 16),
+        "sam_vision": (2, 3, 64, 64),
+        "detr": (2, 3, 64, 64),
+    }.get(name, (2, 3, 32, 32))
     return model, {entering: torch.randn(*shape, generator=drawing)}

@@ -425,7 +425,10 @@ def test_heads_go_where_time_counts_or_multiples_are_asked_for(knobs, monkeypatc
     ("net", "reason"),
     [
         (nn.Sequential(nn.Linear(4, 2)), "got none: 0: it gives the model's output (shrink)"),
-        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)), "got none: no convolution, linear or recurrent layer (shrink)"),
+        (
+            nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)),
+            "got none: no convolution, linear or recurrent layer (shrink)",
+        ),
     ],
 )
 def test_a_model_without_a_layer_to_prune_is_refused_with_the_reason(net, reason):

@@ -1139,7 +1139,9 @@ def _attention(op: Operation) -> Any:
     """Follow attention of PyTorch's: heads are removed as a whole, with their queries, keys and values."""
     query, key, value = (op.argument(at, name) for at, name in enumerate(("query", "key", "value")))
     mask = op.argument(3, "attn_mask")
-    if op.argument(7, "enable_gqa", default=False) or isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
+    if op.argument(7, "enable_gqa", default=False) or (
+        isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1
+    ):
         return op.all_kept()
     heads = []
     for each in (query, key, value):

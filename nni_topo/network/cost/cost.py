@@ -157,7 +157,7 @@ def _layer_cost(network: Network, name: str, module: Any, calls: list[tuple[Size
     entering = [flow.entering_group_ids(name)]
     biases = int(has_bias(module))
     if is_recurrent(module):
-        # In each direction, units read what enters and one another; those of further levels read all of the level below.
+        # In each direction, units read what enters and one another; those of further levels all of the level below.
         units = flow.group_ids(flow.unit_channel_ids(name))
         directions = 2 if module.bidirectional else 1
         further = (module.num_layers - 1) * directions

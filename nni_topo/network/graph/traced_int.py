@@ -112,7 +112,7 @@ def _note_other_uses(operands: Any) -> None:
 
 
 def _note_equal(one: TracedInt, other: Any) -> bool:
-    """Note that an attribute holds the size of a tensor, as a forward checks; return whether the two numbers are that."""
+    """Note that an attribute holds the size of a tensor, as a forward checks; return whether the two are that."""
     for held, size in ((one, other), (other, one)):
         if not isinstance(held, TracedInt) or not isinstance(size, TracedInt):
             return False

@@ -1,4 +1,4 @@
-"""Attention that only its products show: whole heads are removed, and attributes that count heads or channels follow."""
+"""Attention that only its products show: whole heads are removed, and attributes that count them follow."""
 
 from __future__ import annotations
 

@@ -1,0 +1,35 @@
+"""Models of Transformers that keep a state, and norms that are more than norms."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import nni_topo
+
+transformers = pytest.importorskip("transformers")
+
+ASKED = [{"op_types": ["Linear", "Embedding", "Conv1d"], "sparse_ratio": 0.5}]
+SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}
+MAMBA2 = {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("Rwkv", {"context_length": 16}), ("Mamba", {"state_size": 4}), ("Mamba2", MAMBA2)]
+)
+def test_a_model_with_a_state_is_pruned_and_generates(name: str, sizes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **sizes)
+    model = nni_topo.as_torch_layers(getattr(transformers, f"{name}ForCausalLM")(config).eval())
+    assert model.config.use_cache
+    inputs = {"input_ids": torch.randint(5, 45, (2, 8))}
+    groups = nni_topo.dependency_groups(model, inputs, ASKED)
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense: Any = nni_topo.to_dense(model, inputs, masks)
+    assert sum(each.numel() for each in dense.parameters()) < 0.85 * sum(each.numel() for each in model.parameters())
+    assert dense.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False).shape == (2, 11)
+    if name == "Rwkv":
+        assert "writes into part of a tensor" in groups.skipped["rwkv.embeddings"]
