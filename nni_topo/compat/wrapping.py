@@ -215,7 +215,7 @@ def ask_for_targets() -> bool:
             if own is not None:
                 # The function of a class of its own, whose registry holds nothing else.
                 alone = type(cls.__name__, (cls,), {"registry": {type(module_cls_or_name).__name__: own}})
-                return dict(get.__func__(alone, module_cls_or_name, config))  # type: ignore[attr-defined]
+                return dict(get.__func__(alone, module_cls_or_name, config))
         return dict(get(module_cls_or_name, config))
 
     setattr(get_of_module, _MARK, True)
