@@ -116,10 +116,11 @@ def _note_equal(one: TracedInt, other: Any) -> bool:
     for held, size in ((one, other), (other, one)):
         if not isinstance(held, TracedInt) or not isinstance(size, TracedInt):
             return False
-        tensor = None if size.source is None else size.source[0]
-        if held.place is not None and held.parts == 1 and isinstance(tensor, Tensor):
-            held.unclear.compared.append((held.place, tensor, size.source[1]))
-            return True
+        if held.place is None or held.parts > 1 or size.source is None or not isinstance(size.source[0], Tensor):
+            continue
+        tensor, dim = size.source
+        held.unclear.compared.append((held.place, tensor, dim))
+        return True
     return False
 
 
