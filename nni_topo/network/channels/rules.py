@@ -440,9 +440,9 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     count_is_fixed, length_is_fixed = (isinstance(sizes[d], int) and sizes[d] != -1 for d in places)
     rows = moved.movedim(places, (0, 1)).flatten(2)[:, :, 0].numpy()
     if count_is_fixed and not length_is_fixed:
-        counted = isinstance(sizes[places[0]], TracedInt)
+        is_counted = isinstance(sizes[places[0]], TracedInt)
         where = described(op.node)
-        op.channels.blocks.append(Blocks([list(rows)], may_vanish=False, moves=True, place=where, counted=counted))
+        op.channels.blocks.append(Blocks([list(rows)], may_vanish=False, moves=True, place=where, counted=is_counted))
         op.channels.reorders = True
     elif length_is_fixed and not count_is_fixed:
         op.channels.tie(rows[:, :1], rows)
