@@ -5,14 +5,13 @@
 trains networks that read scikit-learn's digits row by row (8 steps of 8 numbers): two linear layers, an LSTM or a GRU,
 and two more linear layers. `shrink` makes each as small as a share of its MACs, once from the linear layers alone and
 once from the recurrent layer too. Calibration data are the training images, without labels; the accuracy is that of 450
-images that nothing else has used. Prints a table in Markdown: points lost of the unpruned network, mean and standard
-deviation over the seeds, and their difference by seed.
+images that nothing else has used. Prints a table in Markdown: points lost of the unpruned network, mean and 95 %
+interval over the seeds, and their difference by seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.studies.tables import interval
 
 KINDS: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
     "LSTM": (nn.LSTM, {}),
@@ -102,16 +102,13 @@ def main() -> None:
                     before, after = (accuracy(each, images[test], labels[test]) for each in (net, small))
                     lost[with_units].append(before - after)
             gained = [one - other for one, other in zip(lost[False], lost[True], strict=False)]
-            cells = [told(lost[False]), told(lost[True]), told(gained, sign="+")]
+            cells = [told(lost[False]), told(lost[True]), told(gained, sign=True)]
             print(f"| {kind} | {share:.2f} | {' | '.join(cells)} |", flush=True)
 
 
-def told(values: list[float], sign: str = "") -> str:
-    """Write a mean and a standard deviation; what a budget didn't allow is named."""
-    if not values:
-        return "can't be met"
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.1f} ± {spread:.1f}"
+def told(values: list[float], *, sign: bool = False) -> str:
+    """Write a mean and its 95 % interval; what a budget didn't allow is named."""
+    return interval(values).show(sign=sign) if values else "can't be met"
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ def distillation(
         for model in (original, dense):
             first_call(model, each)
     counts = [each.samples for each in given]
-    pool = joined([call for each in given for call in calls(dense, each)])
+    pool = joined([call for each in given for call in calls(original, each)])
     student = _student(dense, pool)
     lesson = Lesson(original, student, pool, objective, temperature, outputs=outputs, blocks=blocks)
     if lesson.named.left_out:

@@ -309,7 +309,7 @@ def judged(
     unpruned: nn.Module, nets: Sequence[nn.Module], images: Iterable[Any], outputs: Outputs | None = None
 ) -> list[Judgement]:
     """Compare several networks with the unpruned one, as :meth:`Lesson.judge` does, on all of some images."""
-    pool = joined(list(calls(nets[0], images)))
+    pool = joined(list(calls(unpruned, images)))
     students = [student_copy(net, pool) for net in nets]
     lesson = Lesson(unpruned, students[0], pool, "auto", _TEMPERATURE, outputs=outputs)
     return [lesson.judge(net, torch.arange(len(tensors_of(pool)[0]))) for net in students]

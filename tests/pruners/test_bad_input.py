@@ -70,7 +70,7 @@ def refused(name, model, config_list, words, **knobs):
         ({"granularity": "per_channel"}, "granularity of parameters must be another one, got 'per_channel'"),
         (
             {"granularity": "out"},
-            "granularity must be a known name, got 'out'; known: default, in_channel",
+            "granularity must be a known name, got 'out'; did you mean out_channel?",
         ),
         ({"granularity": [[1], "middle"]}, "granularity must be"),
         ({"granularity": [[1], "front", 1, 1]}, "granularity must be"),

@@ -154,7 +154,7 @@ def test_images_that_could_never_confirm_a_tolerance_are_refused_before_anything
     )
     with pytest.raises(ConfigError, match=message):
         shrunk(model, [rows(128)])
-    assert len(calls) == 1  # to see that its outputs are scores
+    assert len(calls) == 2  # to see that the inputs fit, and that the outputs are scores
     handle.remove()
     assert shrunk(images=[rows(797)]).report.tolerance.held_out == 299
     with pytest.raises(ConfigError, match="got 298 of 796 images"):

@@ -120,10 +120,11 @@ def _recorded_twice(
     for node in reversed(first.graph.nodes):
         if node.users or node in first.read or node.op in ("placeholder", "output"):
             continue
-        # Nothing comes of it. But a module runs all the same, and so does what is made of its output.
+        # Nothing comes of it. But a module runs all the same, and so does what is made of its output. An operation that
+        # takes a tensor and nothing else, such as zeros_like, runs whatever the tensor's width is.
         if node.op == "call_module":
             continue
-        if plain_name(node) not in ("getitem", "size"):
+        if plain_name(node) not in ("getitem", "size") and len(node.args) > 1:
             for parent in node.all_input_nodes:
                 parent.meta[UNUSED] = True
         first.graph.erase_node(node)

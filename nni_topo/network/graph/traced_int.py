@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -164,9 +164,9 @@ def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
     before, unclear = list(whole_numbers(model)), UnclearPlaces()
     try:
         for module, name, key, value in before:
-            traced, kind = {}, cast("Any", type(module))
+            traced = {}
             for path, number in (numbers_in(value) or {}).items():
-                if number > 1 and key in _computed_with(kind):
+                if number > 1 and _is_float_operand(module, key):
                     unclear.add((name, key, path))
                 if number > 1:
                     traced[path] = TracedInt.of_attribute(number, (name, key, path), 1, unclear)
@@ -177,14 +177,23 @@ def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
             vars(module)[key] = value
 
 
+def _is_float_operand(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward computes with an attribute as with a float, by the source of its class."""
+    kind: Any = type(module)
+    with_floats, beside = _computed_with(kind)
+    others = [other for own, other in beside if own == name]
+    return name in with_floats or any(isinstance(vars(module).get(other), float) for other in others)
+
+
 @cache
-def _computed_with(kind: Any) -> frozenset[str]:
+def _computed_with(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[tuple[str, str]]]:
     """Name the attributes with which a class's forward computes in a way that no integer notices, as by its source.
 
     Python doesn't ask an integer on the right of a float, as in ``2.5 * self.width``, nor one that ``math.log`` or
-    NumPy takes. On the right of anything else it is asked, and notes a use of the same kind.
+    NumPy takes. On the right of an integer it is asked. Returned are those attributes, and pairs of an attribute and
+    another one on its left, which may hold a float.
     """
-    found, waiting, seen = set[str](), ["forward"], set[str]()
+    found, beside, waiting, seen = set[str](), set[tuple[str, str]](), ["forward"], set[str]()
     while waiting:
         name = waiting.pop()
         function = getattr(kind, name, None)
@@ -198,18 +207,35 @@ def _computed_with(kind: Any) -> frozenset[str]:
             continue
         own = f"{next(iter(inspect.signature(function).parameters), 'self')}."
         for node in ast.walk(tree):
-            operands: list[ast.expr] = []
-            if isinstance(node, ast.BinOp):
-                operands = [node.right]
-            elif isinstance(node, ast.Call):
+            if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 if called.startswith(own):
                     waiting.append(called.removeprefix(own))
-                if called.partition(".")[0] in ("math", "np", "numpy", "float"):
-                    operands = node.args
-            named = [ast.unparse(each) for each in operands]
-            found.update(each.removeprefix(own) for each in named if each.startswith(own))
-    return frozenset(found)
+                if _gives_floats(called):
+                    named = [ast.unparse(each) for each in node.args]
+                    found.update(each.removeprefix(own) for each in named if each.startswith(own))
+            elif isinstance(node, ast.BinOp) and ast.unparse(node.right).startswith(own):
+                attribute = ast.unparse(node.right).removeprefix(own)
+                on_left = list(ast.walk(node.left))
+                if any(map(_is_float, on_left)):
+                    found.add(attribute)
+                for each in on_left:
+                    if isinstance(each, ast.Attribute) and ast.unparse(each).startswith(own):
+                        beside.add((attribute, ast.unparse(each).removeprefix(own)))
+    return frozenset(found), frozenset(beside)
+
+
+def _is_float(node: ast.AST) -> bool:
+    """Whether a part of an expression is a float wherever it runs."""
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.Div)
+    if isinstance(node, ast.Call):
+        return _gives_floats(ast.unparse(node.func))
+    return isinstance(node, ast.Constant) and isinstance(node.value, float)
+
+
+def _gives_floats(called: str) -> bool:
+    return called.partition(".")[0] in ("math", "np", "numpy", "float")
 
 
 def forget_places(graph: Graph, places: set[Place]) -> None:

@@ -167,7 +167,6 @@ def test_what_cannot_be_exported_is_said_before_a_file_is_written(tmp_path):
     for error, message, given in (
         (ExportError, "at any batch size", {"model": FixedBatch()}),
         (ConfigError, "did you mean onnx", {"format": "onxn"}),
-        (ConfigError, "the format of an INT8 file must be 'onnx'", {"format": "torch.export", "int8": [IMAGES]}),
         (ConfigError, "must be an iterable of batches", {"int8": IMAGES}),
     ):
         with pytest.raises(error, match=message):

@@ -103,9 +103,8 @@ def test_another_size_of_batch_is_traced_by_itself(traces):
         lambda model: setattr(model, "together", False),
         lambda model: model.settings.update(scale=0.0),
         lambda model: model.on.fill_(False),
-        lambda model: setattr(model, "mix", lambda one, other: one),
     ],
-    ids=["attribute", "settings", "buffer", "function"],
+    ids=["attribute", "settings", "buffer"],
 )
 def test_a_model_that_goes_another_way_is_traced_anew(change):
     model = Switched()
@@ -113,6 +112,17 @@ def test_a_model_that_goes_another_way_is_traced_anew(change):
     assert len(dependency_groups(model, IMAGES, [{"op_names": ["one", "other"], "sparse_ratio": 0.5}])) == 2
     change(model)
     assert set(Network.on(model, IMAGES).flow.layers) == {"one"}
+
+
+def test_a_model_whose_function_is_another_is_traced_anew():
+    model = Switched()
+    config = [{"op_names": ["one", "other"], "sparse_ratio": 0.5}]
+    before = dependency_groups(model, IMAGES, config)
+    assert len({entry["dependency_group_id"] for entry in before}) == 1
+    model.mix = lambda one, other: one  # the other one still runs, and nothing reads it
+    after = dependency_groups(model, IMAGES, config)
+    assert len(after) == 2
+    assert all("dependency_group_id" not in entry for entry in after)
 
 
 def test_a_part_with_another_forward_is_traced_anew():
