@@ -1,7 +1,14 @@
-"""The tables and pictures of `bench_subcluster`."""
+"""The tables and pictures of `bench_subcluster`.
+
+    python benchmarks/subcluster_report.py
+
+writes the tables of ``records/subcluster_parts.jsonl`` into ``results/clustering.md``, each between the two comments
+that name this file and its part.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +17,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from subcluster_rules import tables
 
-from nni_topo.studies.tables import markdown_table
+from nni_topo.studies.tables import markdown_table, with_tables
 
+SOURCE = "benchmarks/subcluster_report.py"  # as the comments around a page's tables say
 TEXT_REMOVED = {"lenet300": 76.8, "lenet5": 70.4, "lenet5_like": 90.1, "cnn12": 68.1, "vgg16_modified": 79.7}
 """Percentage of parameters that the text's tables 5.2 to 5.7 say are removed."""
 TEXT_EPOCHS = {"0.1": "2", "0.5": "11", "0.8": "> 25"}
@@ -26,7 +34,7 @@ def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) ->
         if part == "rules":
             print("\n".join(tables([record for record in records if record["part"] == part])))
         elif part in PART_TABLES:
-            print(part_table(str(part), cells, most))
+            print(part_table(str(part), cells))
         else:
             print("\n".join(_rows(cells, most)))
     networks = frame[(frame["part"] == "networks") & (frame["seed"] == 0)]
@@ -38,12 +46,19 @@ def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) ->
             _picture(cells).savefig(out / f"{part}.png", dpi=130)
 
 
-def part_table(part: str, cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+def with_part_tables(page: str, records: list[dict[str, Any]]) -> str:
+    """Return a page with the table of each part of some records."""
+    for part, cells in pd.DataFrame(records).groupby("part", sort=False):
+        page = with_tables(page, f"{SOURCE}, {part}", part_table(str(part), cells))
+    return page
+
+
+def part_table(part: str, cells: pd.DataFrame) -> str:
     """Return the table of a part as the page on clustering holds it."""
-    return PART_TABLES[part](cells, most)
+    return PART_TABLES[part](cells)
 
 
-def _choice(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+def _choice(cells: pd.DataFrame) -> str:
     """Return a line for each network and statistic."""
     lines = []
     for record in cells.to_dict("records"):
@@ -55,7 +70,7 @@ def _choice(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
     return markdown_table([*head, "most splits in a row", "the text: removed %"], lines, text_columns=3)
 
 
-def _statistics(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+def _statistics(cells: pd.DataFrame) -> str:
     """Return a line for each network and p, with three columns for each statistic."""
     cells = cells.assign(statistic=cells["label"].str.split().str[0], p=cells["label"].str.split().str[1])
     names = list(dict.fromkeys(cells["statistic"]))
@@ -73,7 +88,7 @@ def _statistics(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
     return markdown_table(head, lines, text_columns=2)
 
 
-def _energies(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+def _energies(cells: pd.DataFrame) -> str:
     """Return a line for each network and p, with fine-tuning."""
     lines = []
     for record in cells.to_dict("records"):
@@ -88,7 +103,7 @@ def _energies(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
     return markdown_table([*head, "updated, fine-tuned % (epochs)", "the text: epochs"], lines, text_columns=2)
 
 
-def _baselines(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+def _baselines(cells: pd.DataFrame) -> str:
     """Return a table for each network: means over its runs, epochs of each."""
     blocks = []
     for net, group in cells.groupby("net", sort=False):
@@ -110,7 +125,7 @@ def _baselines(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
     return "\n\n".join(blocks)
 
 
-def _by_ratio(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
+def _by_ratio(cells: pd.DataFrame) -> str:
     """Return a line for each network and label, with two columns for each ratio; means over runs."""
     ratios = list(dict.fromkeys(cells["ratio"]))
     lines = []
@@ -126,7 +141,7 @@ def _by_ratio(cells: pd.DataFrame, most: Mapping[str, int]) -> str:
     return markdown_table(head, lines, text_columns=2)
 
 
-PART_TABLES: dict[str, Callable[[pd.DataFrame, Mapping[str, int]], str]] = {
+PART_TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
     "choice": _choice,
     "statistics": _statistics,
     "energy": _energies,
@@ -200,3 +215,15 @@ def _picture(cells: pd.DataFrame) -> Figure:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="xx-small")
     return figure
+
+
+def main() -> None:
+    """Write the tables into the page."""
+    folder = Path(__file__).parent
+    records = [json.loads(line) for line in (folder / "records" / "subcluster_parts.jsonl").read_text().splitlines()]
+    page = folder / "results" / "clustering.md"
+    page.write_text(with_part_tables(page.read_text(encoding="utf-8"), records), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -56,6 +56,16 @@ def test_the_table_of_the_default_holds_what_its_records_say():
         assert rows[net][12] == ", ".join(str(run["depth"]) for run in runs)
 
 
+def test_the_tables_of_parts_are_those_of_their_records(rules):
+    report = importlib.import_module("subcluster_report")
+    page = (_PROJECT / "benchmarks" / "results" / "clustering.md").read_text(encoding="utf-8")
+    lines = _RECORDS.with_name("subcluster_parts.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {record["part"] for record in records} == {"choice", "statistics", "energy", "baselines"}
+    assert report.with_part_tables(page, records) == page
+    del sys.modules["subcluster_report"]
+
+
 def cells_of(line):
     return line.split("|") if line.startswith("|") else ["", ""]
 
