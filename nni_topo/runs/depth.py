@@ -29,7 +29,9 @@ from nni_topo.network.runtime import (
     Calibration,
     Call,
     detached_copy,
+    evaluation_mode,
     leaves_models_alone,
+    left_alone,
     out_of_memory,
     structure_call,
     tensors_of,
@@ -117,7 +119,7 @@ class DepthOutcome:
         if not math.isnan(self.overhead):
             lines.append(f"{self.overhead:.4g} of the time stays with as few channels as possible")
         lines += map(str, self.tried)
-        lines += [f"the block {name} stays: {reason}" for name, reason in self.kept.items()]
+        lines += [f"{name} stays: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)
 
 
@@ -230,7 +232,11 @@ def removable_blocks(
         trial = detached_copy(model, light=True)
         _remove(trial, candidate, candidate.name)
         try:
-            return [tensor.shape for tensor in _tensors(run_watched(trial, call))] == shapes
+            plainly = run_watched(trial, call)
+            # PyTorch's fast paths read attributes of attention that nothing else reads.
+            with left_alone(trial), evaluation_mode(trial), torch.no_grad():
+                as_users_run_it = trial(*call[0], **call[1])
+            return all([tensor.shape for tensor in _tensors(each)] == shapes for each in (plainly, as_users_run_it))
         except Exception as error:  # a forward may do anything with what its blocks give
             if out_of_memory(error):
                 raise
@@ -596,7 +602,7 @@ class DepthSteps(ShrinkSteps):
         planned, left = recovered.pruned.planned, self.share_left(budget, recovered)
         why = "no network that was tried meets it"
         if left < budget.share:
-            why = "of the networks that were tried this one loses least"
+            why = "of the networks that were tried and meet the budget this one loses least"
         elif planned is not None and planned.why:
             why = planned.why
         return tell_if_missed(budget, left, why)

@@ -333,3 +333,23 @@ def test_a_tolerance_and_a_frontier_take_depth():
     family = nni_topo.frontier(model, list(images()), (0.67, 0.5), depth=True, distill=False)
     assert all(point.left <= point.share + 0.01 for point in family.points[1:])
     assert family[0.67].report.depth.tried[0].removed == 0
+
+
+@pytest.mark.parametrize("is_contained", [False, True])
+def test_parts_whose_attributes_a_fast_path_reads_stay(is_contained):
+    torch.manual_seed(0)
+
+    def layer():
+        return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+
+    if is_contained:
+        body = nn.TransformerEncoder(layer(), 3, enable_nested_tensor=False)
+    else:
+        body = nn.Sequential(*(layer() for _ in range(3)))
+    model = nn.Sequential(body, nn.Flatten(), nn.Linear(40, 4)).eval()
+    rows = torch.randn(64, 5, 8)
+    knobs = {"distill": False, "depth": True, "progress": False}
+    small = nni_topo.shrink(model, rows.split(32), {"flops": 0.5}, **knobs)
+    assert {name.rpartition(".")[2] for name in small.report.depth.kept} == {"self_attn", "linear2"}
+    with torch.no_grad():
+        assert small(rows).shape == (64, 4)
