@@ -348,3 +348,18 @@ def test_every_kind_of_reason_that_keeps_a_layer_has_advice_or_is_one_of_the_mas
     kinds = set(get_args(reasons.Kind))
     advised = {kind for kind in kinds if reasons.advice((reasons.Reason(kind),))}
     assert kinds - advised == of_masks | {"coupled_with_itself"}
+
+
+class _LastStep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.reader(x)[0][:, -1])
+
+
+def test_units_of_a_recurrent_layer_are_no_channels_one_by_one():
+    said = repr(explain(_LastStep(), torch.rand(2, 3, 4), "reader")).splitlines()
+    assert said[0] == "reader: its 24 channels can be pruned but for those of one head or unit"
+    assert said[1] == "channels are pruned by whole heads or units of reader"
