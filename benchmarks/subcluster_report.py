@@ -34,7 +34,7 @@ def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) ->
         if part == "rules":
             print("\n".join(tables([record for record in records if record["part"] == part])))
         elif part in PART_TABLES:
-            print(part_table(str(part), cells))
+            print(PART_TABLES[str(part)](cells))
         else:
             print("\n".join(_rows(cells, most)))
     networks = frame[(frame["part"] == "networks") & (frame["seed"] == 0)]
@@ -49,13 +49,8 @@ def report(records: list[dict[str, Any]], out: Path, most: Mapping[str, int]) ->
 def with_part_tables(page: str, records: list[dict[str, Any]]) -> str:
     """Return a page with the table of each part of some records."""
     for part, cells in pd.DataFrame(records).groupby("part", sort=False):
-        page = with_tables(page, f"{SOURCE}, {part}", part_table(str(part), cells))
+        page = with_tables(page, f"{SOURCE}, {part}", PART_TABLES[str(part)](cells))
     return page
-
-
-def part_table(part: str, cells: pd.DataFrame) -> str:
-    """Return the table of a part as the page on clustering holds it."""
-    return PART_TABLES[part](cells)
 
 
 def _choice(cells: pd.DataFrame) -> str:

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from bench_modules import BENCHMARKS, imported
 from scipy import stats
 
 from nni_topo.studies.plan import load_plan
 from nni_topo.studies.tables import with_tables
 
-PROJECT = Path(__file__).parents[1]
-FOLDER = PROJECT / "benchmarks" / "fresh_networks"
-PAGE = PROJECT / "benchmarks" / "results" / "fresh_networks.md"
+FOLDER = BENCHMARKS / "fresh_networks"
+PAGE = BENCHMARKS / "results" / "fresh_networks.md"
 
 
 @pytest.fixture(scope="module")
 def report():
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("report")
-    sys.path.remove(str(FOLDER))
-    del sys.modules["report"]
+    with imported(FOLDER, "report") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def split():
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("split")
-    sys.path.remove(str(FOLDER))
-    del sys.modules["split"]
+    with imported(FOLDER, "split") as module:
+        yield module
 
 
 def record(network, pruner, seed, tested, validated, target="10 % of the MACs left"):

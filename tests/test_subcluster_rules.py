@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_modules import BENCHMARKS, imported
 from torch import nn
 
 from nni_topo import zoo
@@ -22,10 +21,8 @@ _RECORDS = _PROJECT / "benchmarks" / "records" / "subcluster_rules.jsonl"
 
 @pytest.fixture(scope="module")
 def rules():
-    sys.path.insert(0, folder := str(_PROJECT / "benchmarks"))
-    yield importlib.import_module("subcluster_rules")
-    sys.path.remove(folder)
-    del sys.modules["subcluster_rules"]
+    with imported(BENCHMARKS, "subcluster_rules") as module:
+        yield module
 
 
 def test_the_page_holds_the_table_of_the_records(rules):
@@ -56,14 +53,13 @@ def test_the_table_of_the_default_holds_what_its_records_say():
         assert rows[net][12] == ", ".join(str(run["depth"]) for run in runs)
 
 
-def test_the_tables_of_parts_are_those_of_their_records(rules):
-    report = importlib.import_module("subcluster_report")
+def test_the_tables_of_parts_are_those_of_their_records():
     page = (_PROJECT / "benchmarks" / "results" / "clustering.md").read_text(encoding="utf-8")
     lines = _RECORDS.with_name("subcluster_parts.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert {record["part"] for record in records} == {"choice", "statistics", "energy", "baselines"}
-    assert report.with_part_tables(page, records) == page
-    del sys.modules["subcluster_report"]
+    with imported(BENCHMARKS, "subcluster_report") as report:
+        assert report.with_part_tables(page, records) == page
 
 
 def cells_of(line):

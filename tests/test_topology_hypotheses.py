@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from bench_modules import BENCHMARKS, imported
 from scipy import stats
 
 from nni_topo.studies.records import read_records
 from nni_topo.studies.tables import with_tables
 
-PROJECT = Path(__file__).parents[1]
-RECORDS = PROJECT / "benchmarks" / "records" / "topology" / "which_filters.jsonl"
+RECORDS = BENCHMARKS / "records" / "topology" / "which_filters.jsonl"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, folder := str(PROJECT / "benchmarks" / "topology"))
-    yield importlib.import_module("which_filters")
-    sys.path.remove(folder)
-    del sys.modules["which_filters"]
+    with imported(BENCHMARKS / "topology", "which_filters") as module:
+        yield module
 
 
 def test_the_page_holds_the_tables_of_the_records(bench):
-    page = (PROJECT / "benchmarks" / "results" / "topology.md").read_text(encoding="utf-8")
+    page = (BENCHMARKS / "results" / "topology.md").read_text(encoding="utf-8")
     assert with_tables(page, bench.SOURCE, bench.tables(read_records(RECORDS))) == page
 
 

@@ -24,6 +24,7 @@ from nni_topo.network.runtime import (
     MODEL,
     ROUND_TO,
     batches_of,
+    check_model,
     first_call,
     leaves_models_alone,
     tells_once,
@@ -43,8 +44,9 @@ from nni_topo.runs.steps import (
     ShrinkSteps,
     Stage,
     check_can_be_distilled,
+    check_choices,
     check_has_size,
-    check_steps,
+    check_layers,
     plain_weights,
 )
 
@@ -317,7 +319,9 @@ def frontier(
         )
     kind = template.kind
     layers = None if layers is None else list(layers)
-    check_steps(model, template, pruner, knobs, layers, compensate, distill, outputs, evaluate, place="frontier")
+    check_model(model)
+    check_layers(model, layers, "frontier")
+    check_choices(template, pruner, knobs, layers, compensate, distill, outputs, evaluate, "frontier")
     check_has_size(pruner, "shares need")
     model, told_of_weights = plain_weights(model)
     data = ImageParts.of(calibration, model)

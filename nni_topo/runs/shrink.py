@@ -18,6 +18,7 @@ from nni_topo.network.runtime import (
     ROUND_TO,
     Calibration,
     batches_of,
+    check_model,
     leaves_models_alone,
     structure_call,
     tells_once,
@@ -47,8 +48,9 @@ from nni_topo.runs.steps import (
     ShrinkSteps,
     Stage,
     check_can_be_distilled,
+    check_choices,
     check_has_size,
-    check_steps,
+    check_layers,
     plain_weights,
 )
 from nni_topo.runs.tolerance import (
@@ -189,7 +191,7 @@ KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEAS
 """Rules of the knobs that say how far the network's answers may differ."""
 
 
-# Arguments that are names, knobs or functions are checked by `check_steps`.
+# Arguments that are names, knobs or functions are checked by `check_choices`.
 @checked(model=MODEL, images=BATCHES, budget=ANYTHING, pruner=ANYTHING, distill=ANYTHING, round_to=ROUND_TO, **KNOBS)
 @leaves_models_alone
 @tells_once
@@ -344,9 +346,9 @@ def shrink(
     calibration = batches_of(images, model, "images")
     asked, kind_and_allocation = budget_settings(budget, tolerance)
     layers = None if layers is None else list(layers)
-    check_steps(
-        model, kind_and_allocation, pruner, knobs, layers, compensate, distill, outputs, evaluate, place="shrink"
-    )
+    check_model(model)
+    check_layers(model, layers, "shrink")
+    check_choices(kind_and_allocation, pruner, knobs, layers, compensate, distill, outputs, evaluate, "shrink")
     model, told_of_weights = plain_weights(model)
     structure_call(model, calibration)  # an error that says what to change
     parts: tuple[Calibration | None, ...] | None = None

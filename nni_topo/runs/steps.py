@@ -36,7 +36,6 @@ from nni_topo.network.runtime import (
     HELD_OUT,
     Calibration,
     calls,
-    check_model,
     detached_copy,
     device_of,
     evaluation_mode,
@@ -566,24 +565,6 @@ def _checked_network(made: Any, name: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise ConfigError(f"{name} must return a torch.nn.Module, got {type(made).__name__} (shrink)")
     return made
-
-
-def check_steps(
-    model: nn.Module,
-    budget: Budget,
-    pruner: Any,
-    knobs: Mapping[str, Any] | None,
-    layers: list[str | Mapping[str, Any]] | None,
-    compensate: Any,
-    distill: Any,
-    outputs: Any,
-    evaluate: Any,
-    place: str,
-) -> None:
-    """Check what can be checked before anything runs."""
-    check_model(model)
-    check_layers(model, layers, place)
-    check_choices(budget, pruner, knobs, layers, compensate, distill, outputs, evaluate, place)
 
 
 def plain_weights(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:

@@ -7,11 +7,11 @@ import logging
 
 import pytest
 import torch
+from block_nets import small_resnet
 from torch import nn
 
 from nni_topo import remove_blocks
 from nni_topo.errors import ConfigError
-from nni_topo.zoo.resnet import SmallImageResNet
 from nni_topo.zoo.transformers import bert_small, vit_small
 
 
@@ -71,19 +71,8 @@ def test_a_norm_after_the_sum_becomes_that_of_the_removed_block():
     assert lost(model, small) < 0.8 * lost(model, plain)
 
 
-def resnet():
-    torch.manual_seed(0)
-    model = SmallImageResNet(3, 3, 1, 1.0, channels=(6, 8)).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_var.uniform_(0.5, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-    return model
-
-
 def test_a_residual_block_that_adds_nothing_leaves_no_trace():
-    model = resnet()
+    model = small_resnet(3, 3)
     nn.init.zeros_(model.stage1[1].norm2.weight)
     nn.init.zeros_(model.stage1[1].norm2.bias)
     small = remove_blocks(model, ["stage1.1"], [images()])
@@ -92,7 +81,7 @@ def test_a_residual_block_that_adds_nothing_leaves_no_trace():
 
 
 def test_the_convolution_before_the_gap_makes_up_for_a_residual_block():
-    model = resnet()
+    model = small_resnet(3, 3)
     plain = copy.deepcopy(model)
     del plain.stage2[1]
     small = remove_blocks(model, ["stage2.1"], images(200).split(50))

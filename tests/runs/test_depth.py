@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from block_nets import small_resnet
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -16,7 +17,6 @@ from nni_topo.network.cost import LatencyTable, LayerLatency
 from nni_topo.network.runtime import Calibration
 from nni_topo.runs.depth import DepthPath, cost_saved, removable_blocks
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
-from nni_topo.zoo.resnet import SmallImageResNet
 from nni_topo.zoo.transformers import bert_small, vit_small
 
 SILENT = ("stage1.1", "stage2.2")
@@ -28,13 +28,7 @@ def images(count=96, seed=0):
 
 def resnet(silent=()):
     """A small ResNet whose silent blocks add nothing, so that the network is the same without them."""
-    torch.manual_seed(0)
-    model = SmallImageResNet(3, 4, 1, 1.0, channels=(6, 8)).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_var.uniform_(0.5, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
+    model = small_resnet(3, 4)
     with torch.no_grad():
         model.fc.weight *= 40.0  # so that the answers differ from image to image
     for name in silent:

@@ -51,9 +51,7 @@ class Blocks:
     moves: bool = False  # it only decides where channels go, as after a chunk: see `shuffles`
     is_uneven: bool = False  # of shuffled layers, whose pieces can't be of one size each
     place: str = ""  # what needs them so: an operation, a module or an attribute
-    counted: bool = (
-        False  # an attribute holds the number of blocks, which may become smaller where each goes as a whole
-    )
+    counted: bool = False  # an attribute holds how many blocks there are: fewer, where each goes as a whole
 
 
 class ChannelIds:

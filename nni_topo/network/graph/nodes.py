@@ -16,9 +16,7 @@ RANDOM = "nni_topo_random"  # in a node's meta: whether it draws random numbers
 IN_TRAINING = "nni_topo_in_training"  # in a node's meta: whether only training mode reaches it
 TRAINED_OUTPUT = "nni_topo_trained_output"  # in a node's meta: whether its value is an output in training mode
 UNUSED = "nni_topo_unused"  # in a node's meta: whether something is made of its value of which nothing comes
-COMPARED = (
-    "nni_topo_compared"  # in a node's meta: attributes that the forward finds equal to its sizes, with dimensions
-)
+COMPARED = "nni_topo_compared"  # in a node's meta: attributes that the forward finds equal to sizes of its value
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
 
