@@ -21,16 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from registered import CONFIRMATION, EXPLORATION, best_of, difference_row
 from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import interval, markdown_table, show_accuracies, with_tables
+from nni_topo.studies.tables import markdown_table, show_accuracies, with_tables
 
 SOURCE = "benchmarks/topology/which_filters.py"  # as the comments around a page's tables say
-EXPLORATION, CONFIRMATION = range(300, 305), range(310, 325)
 SHARES = (0.5, 0.25)  # of every layer's filters that stay
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # over the median distance
 IMAGES = 512  # unlabelled, for every criterion and the recalibration
@@ -250,15 +249,14 @@ def outcome(records: list[Record]) -> list[str]:
     ours = f"{MAGNITUDE}, {chosen_scale(records, MAGNITUDE):g}"
     lines = []
     for share in SHARES:
-        best = max(BASELINES, key=lambda row: float(np.mean(list(explored[share, row].values()))))
+        best = best_of(BASELINES, {row: explored[share, row] for row in BASELINES})
         for baseline in sorted(BASELINES, key=lambda row: row != best):
-            seeds = sorted(fresh[share, ours].keys() & fresh[share, baseline].keys())
-            gains = [fresh[share, ours][seed] - fresh[share, baseline][seed] for seed in seeds]
-            p = float(stats.ttest_1samp(gains, 0.0).pvalue)
             label = f"{baseline} (best baseline)" if baseline == best else baseline
-            lines.append([f"{100 * share:g} %", label, interval(gains).show(100, sign=True), f"{p:.2g}"])
+            row = difference_row(fresh[share, ours], fresh[share, baseline])
+            lines.append([f"{100 * share:g} %", label, *row])
     head = ["kept", f"{ours} against", "difference, points", "p"]
-    return [f"**Differences on {len(seeds)} fresh networks**", markdown_table(head, lines, text_columns=2)]
+    networks = len(fresh[SHARES[0], ours])
+    return [f"**Differences on {networks} fresh networks**", markdown_table(head, lines, text_columns=2)]
 
 
 if __name__ == "__main__":
