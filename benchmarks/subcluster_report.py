@@ -2,8 +2,8 @@
 
     python benchmarks/subcluster_report.py
 
-writes the tables of ``records/subcluster_parts.jsonl`` into ``results/clustering.md``, each between the two comments
-that name this file and its part.
+writes the tables of ``records/subcluster_networks.jsonl`` and ``records/subcluster_parts.jsonl`` into
+``results/clustering.md``, each between the two comments that name this file and the table.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from subcluster_rules import SOURCE as TEXT_NODES
 from subcluster_rules import tables
 
-from nni_topo.studies.tables import markdown_table, with_tables
+from nni_topo.studies.tables import interval, markdown_table, with_tables
 
 SOURCE = "benchmarks/subcluster_report.py"  # as the comments around a page's tables say
+RECORDS = ("subcluster_networks.jsonl", "subcluster_parts.jsonl")
 TEXT_REMOVED = {"lenet300": 76.8, "lenet5": 70.4, "lenet5_like": 90.1, "cnn12": 68.1, "vgg16_modified": 79.7}
 """Percentage of parameters that the text's tables 5.2 to 5.7 say are removed."""
 TEXT_EPOCHS = {"0.1": "2", "0.5": "11", "0.8": "> 25"}
@@ -50,7 +52,33 @@ def with_part_tables(page: str, records: list[dict[str, Any]]) -> str:
     """Return a page with the table of each part of some records."""
     for part, cells in pd.DataFrame(records).groupby("part", sort=False):
         page = with_tables(page, f"{SOURCE}, {part}", PART_TABLES[str(part)](cells))
+        if part == "algorithms":
+            page = with_tables(page, f"{SOURCE}, graphs", _graphs(cells))
     return page
+
+
+def _networks(cells: pd.DataFrame) -> str:
+    """Return a line for each network: nodes and removed parameters by run, accuracies as means with intervals."""
+    steps = ("before", "pruned", "updated", "rebuilt", "retrained", "retrained_updated")
+    lines = []
+    for net, rows in cells.groupby("net", sort=False):
+        runs = rows.to_dict("records")
+        removed = ", ".join(f"{100 * (1 - run['params'] / run['params_before']):.1f}" for run in runs)
+        text_nodes = "-".join(map(str, TEXT_NODES[str(net)][1]))
+        line = [str(net), ", ".join(map(_nodes, runs)), text_nodes, removed, f"{TEXT_REMOVED[str(net)]}"]
+        line += [interval([100 * run[step] for run in runs]).show() for step in steps]
+        lines.append([*line, ", ".join(str(run["depth"]) for run in runs)])
+    head = [
+        "net",
+        "nodes, by run",
+        "the text",
+        "parameters removed %, by run",
+        "the text",
+        "unpruned %",
+        "no recovery %",
+    ]
+    head += ["updated %", "weight reconstruction %", "fine-tuned %", "updated, fine-tuned %", "most splits in a row"]
+    return markdown_table(head, lines, text_columns=5)
 
 
 def _choice(cells: pd.DataFrame) -> str:
@@ -136,7 +164,28 @@ def _by_ratio(cells: pd.DataFrame) -> str:
     return markdown_table(head, lines, text_columns=2)
 
 
+def _graphs(cells: pd.DataFrame) -> str:
+    """Return a line for each graph of spectral clustering, and k-means: accuracies on validation images, no recovery.
+
+    Three columns and their mean for each network; means over runs.
+    """
+    graphs = [label for label in dict.fromkeys(cells["label"]) if label.startswith("spectral")]
+    lines = []
+    for label in [*graphs, "kmeans"]:
+        line = [label.removeprefix("spectral, ")]
+        for _, rows in cells[cells["label"] == label].groupby("net", sort=False):
+            means = 100 * rows.groupby("ratio", sort=False)["validation"].mean()
+            line += [*(f"{mean:.1f}" for mean in means), f"{means.mean():.1f}"]
+        lines.append(line)
+    head = ["graph"]
+    for net, rows in cells.groupby("net", sort=False):
+        ratios = list(dict.fromkeys(rows["ratio"]))
+        head += [f"{net}: {ratios[0]}", *map(str, ratios[1:]), "mean"]
+    return markdown_table(head, lines)
+
+
 PART_TABLES: dict[str, Callable[[pd.DataFrame], str]] = {
+    "networks": _networks,
     "choice": _choice,
     "statistics": _statistics,
     "energy": _energies,
@@ -215,9 +264,12 @@ def _picture(cells: pd.DataFrame) -> Figure:
 def main() -> None:
     """Write the tables into the page."""
     folder = Path(__file__).parent
-    records = [json.loads(line) for line in (folder / "records" / "subcluster_parts.jsonl").read_text().splitlines()]
     page = folder / "results" / "clustering.md"
-    page.write_text(with_part_tables(page.read_text(encoding="utf-8"), records), encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    for name in RECORDS:
+        lines = (folder / "records" / name).read_text(encoding="utf-8").splitlines()
+        text = with_part_tables(text, [json.loads(line) for line in lines])
+    page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def test_the_table_of_the_default_holds_what_its_records_say():
     rows = {cells[1].strip(): [each.strip() for each in cells] for cells in map(cells_of, section.splitlines())}
     lines = _RECORDS.with_name("subcluster_networks.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert len(records) == 12
+    assert len(records) == 15
+    with imported(BENCHMARKS, "subcluster_report") as report:
+        assert report.with_part_tables(page, records) == page
     for net in dict.fromkeys(record["net"] for record in records):
         runs = [record for record in records if record["net"] == net]
         nodes = ["-".join(str(n) for layer, n in run["widths"].items() if layer in run["initial"]) for run in runs]
@@ -57,7 +59,14 @@ def test_the_tables_of_parts_are_those_of_their_records():
     page = (_PROJECT / "benchmarks" / "results" / "clustering.md").read_text(encoding="utf-8")
     lines = _RECORDS.with_name("subcluster_parts.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert {record["part"] for record in records} == {"choice", "statistics", "energy", "baselines"}
+    assert {record["part"] for record in records} == {
+        "choice",
+        "statistics",
+        "energy",
+        "baselines",
+        "algorithms",
+        "survivors",
+    }
     with imported(BENCHMARKS, "subcluster_report") as report:
         assert report.with_part_tables(page, records) == page
 

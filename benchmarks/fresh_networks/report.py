@@ -4,7 +4,7 @@
     python benchmarks/fresh_networks/report.py
     python benchmarks/fresh_networks/report.py --into benchmarks/results/fresh_networks.md
 
-``--keep`` copies what the tables need of a comparison's ``results.jsonl`` into the records. Without it the tables are
+``--keep`` adds what the tables need of a comparison's ``results.jsonl`` to the records. Without it the tables are
 printed as Markdown, or replace what a page holds between the two comments that name this file.
 """
 
@@ -78,18 +78,28 @@ def main() -> None:
 
 
 def keep(out: Path) -> None:
-    """Write the records of a comparison without what the tables don't need; ValueError if no plan has its name."""
+    """Add the records of a comparison, without what the tables don't need, to those of the same plan.
+
+    A cell that was kept before is replaced, so that the seeds of a plan may be run on several machines. ValueError if
+    no plan has the folder's name.
+    """
     if out.name not in NETWORKS:
         raise ValueError(f"the folder must be named as a plan, {', '.join(NETWORKS)}, got {out}")
-    lines = []
+    path = RECORDS / f"{out.name}.jsonl"
+    cells = {_cell(record): record for record in (read_records(path) if path.exists() else [])}
     for record in read_records(out / "results.jsonl"):
         slim = {"model": NETWORKS[out.name], "data": DATA, "torch": record["versions"]["torch"]}
         names = _KEPT.union(STEPS, (step.replace("accuracy", "validation") for step in STEPS), _MEASURED)
         slim |= {name: record[name] for name in names & record.keys()}
-        lines.append(json.dumps(slim, sort_keys=True))
-    path = output_file(RECORDS / f"{out.name}.jsonl")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        cells[_cell(slim)] = slim
+    lines = [json.dumps(cell, sort_keys=True) for cell in cells.values()]
+    output_file(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines)} records: {path}")
+
+
+def _cell(record: Record) -> tuple[str, str, int]:
+    """Return which row, target and network a record is of."""
+    return record["pruner"], record["target"], record["seed"]
 
 
 def read() -> list[Record]:
