@@ -10,8 +10,10 @@ from scipy import stats
 
 from nni_topo.studies.records import read_records
 from nni_topo.studies.tables import with_tables
+from nni_topo.topology import distinct_points
 
-RECORDS = BENCHMARKS / "records" / "topology" / "which_filters.jsonl"
+FOLDER = BENCHMARKS / "records" / "topology"
+RECORDS = FOLDER / "which_filters.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +22,23 @@ def bench():
         yield module
 
 
-def test_the_page_holds_the_tables_of_the_records(bench):
+@pytest.fixture(scope="module")
+def images():
+    with imported(BENCHMARKS / "topology", "which_images") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def filters():
+    with imported(BENCHMARKS / "topology", "how_many_filters") as module:
+        yield module
+
+
+@pytest.mark.parametrize("name", ["which_filters", "how_many_filters"])
+def test_the_page_holds_the_tables_of_the_records(name):
     page = (BENCHMARKS / "results" / "topology.md").read_text(encoding="utf-8")
-    assert with_tables(page, bench.SOURCE, bench.tables(read_records(RECORDS))) == page
+    with imported(BENCHMARKS / "topology", name) as module:
+        assert with_tables(page, module.SOURCE, module.tables(read_records(FOLDER / f"{name}.jsonl"))) == page
 
 
 def test_the_difference_is_paired_by_network(bench):
@@ -56,3 +72,51 @@ def test_a_channel_that_contributes_nothing_goes_first(bench, scale):
     kept = bench.most_magnitude(vectors @ vectors.T, 3, scale)
     assert kept.tolist() == [0, 2, 3]
     assert set(bench.most_magnitude(vectors @ vectors.T, 2, scale).tolist()) in ({0, 2}, {2, 3})
+
+
+def test_the_estimate_of_the_benchmark_is_the_package_s(filters):
+    for seed in range(5):
+        points, kinds, noise = filters.planted(
+            np.random.default_rng(seed).normal(size=(16, 40)), np.random.default_rng(seed)
+        )
+        assert len(points) == 32
+        assert 4 <= kinds <= 16
+        assert 0.05 <= noise <= 0.7
+        assert filters.by_largest_ratio(points) == distinct_points(points) == kinds
+
+
+def test_the_mean_error_is_over_the_layers(filters):
+    records = read_records(FOLDER / "how_many_filters.jsonl")
+    errors = [abs(r["estimates"][filters.RATIO] / r["kinds"] - 1) for r in records if r["key"][0] >= 310]
+    assert len(errors) == 60
+    assert f"| {filters.RATIO} |" in filters.tables(records)
+    assert f"{100 * np.mean(errors):.1f} ±" in filters.tables(records).split(f"| {filters.RATIO} |")[1].splitlines()[0]
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    generator = np.random.default_rng(0)
+    return np.concatenate([generator.normal(size=(40, 3)), [[30.0, 0.0, 0.0]]])
+
+
+def test_every_method_chooses_as_many_different_images_as_asked_for(images, cloud):
+    for name, method in images.METHODS.items():
+        chosen = method(cloud, 8, 0)
+        assert len(set(chosen.tolist())) == 8, name
+        assert 0 <= chosen.min() <= chosen.max() < len(cloud), name
+
+
+def test_the_outlier_is_covered_unless_isolated_images_are_dropped(images, cloud):
+    assert 40 in images.covering_images(cloud, 2, 0)
+    assert 40 not in images.dense_covering_images(cloud, 8, 0)
+
+
+def test_herding_keeps_the_mean_near_that_of_all(images, cloud):
+    chosen = images.herding_images(cloud, 10, 0)
+    drawn = images.random_images(cloud, 10, 0)
+    mean = cloud.mean(0)
+    assert np.linalg.norm(cloud[chosen].mean(0) - mean) < np.linalg.norm(cloud[drawn].mean(0) - mean)
+
+
+def test_leverage_prefers_images_far_from_the_mean(images, cloud):
+    assert all(40 in images.leverage_images(cloud, 8, seed) for seed in range(5))

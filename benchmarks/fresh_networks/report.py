@@ -86,7 +86,7 @@ def keep(out: Path) -> None:
     if out.name not in NETWORKS:
         raise ValueError(f"the folder must be named as a plan, {', '.join(NETWORKS)}, got {out}")
     path = RECORDS / f"{out.name}.jsonl"
-    cells = {_cell(record): record for record in (read_records(path) if path.exists() else [])}
+    cells = {_cell(record): record for record in read_records(path)}
     for record in read_records(out / "results.jsonl"):
         slim = {"model": NETWORKS[out.name], "data": DATA, "torch": record["versions"]["torch"]}
         names = _KEPT.union(STEPS, (step.replace("accuracy", "validation") for step in STEPS), _MEASURED)

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from registered import CONFIRMATION, EXPLORATION, difference_row
+from scipy.cluster.hierarchy import fcluster, linkage
+from sklearn.metrics import silhouette_score
 from sklearn.mixture import GaussianMixture
 from torch import nn
 from which_filters import trained
@@ -118,6 +120,13 @@ def by_bic(points: Points) -> int:
     return int(np.argmin(scores)) + 1
 
 
+def by_silhouette(points: Points) -> int:
+    """Return the number of Ward's clusters with the highest mean silhouette, among 2, 3, ... all but one."""
+    tree = linkage(points, "ward")
+    scores = [silhouette_score(points, fcluster(tree, count, "maxclust")) for count in range(2, len(points))]
+    return int(np.argmax(scores)) + 2
+
+
 def by_energy(points: Points) -> int:
     """Return how many principal components, not centred, hold 99 % of the energy."""
     energies = np.square(np.linalg.svd(points, compute_uv=False))
@@ -129,6 +138,7 @@ def half(points: Points) -> int:
     return len(points) // 2
 
 
+SILHOUETTE = "silhouette of Ward's clusters"
 RATIO, DIFFERENCE = "largest ratio of H0 death times", "largest difference of H0 death times"
 METHODS: dict[str, Callable[[Points], int]] = {
     RATIO: by_largest_ratio,
@@ -136,6 +146,7 @@ METHODS: dict[str, Callable[[Points], int]] = {
     "mixtures by BIC": by_bic,
     "principal components, 99 %": by_energy,
     "half of the layer": half,
+    SILHOUETTE: by_silhouette,  # added after the first run
 }
 GAPS = (RATIO, DIFFERENCE)
 BASELINES = ("mixtures by BIC", "principal components, 99 %", "half of the layer")
@@ -151,7 +162,7 @@ def tables(records: list[Record]) -> str:
     if fresh:
         best, ours = (lowest(names, explored) for names in (BASELINES, GAPS))
         lines = []
-        for baseline in sorted(BASELINES, key=lambda name: name != best):
+        for baseline in (*sorted(BASELINES, key=lambda name: name != best), SILHOUETTE):
             label = f"{baseline} (best baseline)" if baseline == best else baseline
             lines.append([label, *difference_row(fresh[ours], fresh[baseline])])
         title = f"**Differences on {len(fresh[ours])} fresh layers**"

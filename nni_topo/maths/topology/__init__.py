@@ -24,7 +24,7 @@ from nni_topo.maths.topology.matching import h0_bottleneck, h0_wasserstein
 from nni_topo.maths.topology.metric_magnitude import magnitude_subset, metric_magnitude
 from nni_topo.maths.topology.relevance import relevance_distances
 from nni_topo.maths.topology.rtd_lite import rtd_lite, rtd_lite_bars, rtd_lite_loss
-from nni_topo.maths.topology.spanning import h0_deaths
+from nni_topo.maths.topology.spanning import distinct_points, h0_deaths
 
 __all__ = [
     "CRITERIA",
@@ -34,6 +34,7 @@ __all__ = [
     "bottleneck_distance",
     "channel_tree",
     "convolution_graph",
+    "distinct_points",
     "farthest_point_order",
     "farthest_points",
     "h0_bottleneck",

@@ -7,7 +7,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from topology_clouds import make_cloud, make_subsets
 
 from nni_topo.errors import DataError
-from nni_topo.topology import h0_deaths, maximum_spanning_tree, pairwise_distances
+from nni_topo.topology import distinct_points, h0_deaths, maximum_spanning_tree, pairwise_distances
 
 
 def reference_deaths(distances: np.ndarray) -> np.ndarray:
@@ -128,3 +128,43 @@ def test_maximum_spanning_tree_refuses_nan_and_other_shapes():
         maximum_spanning_tree([[np.nan]])
     with pytest.raises(DataError, match="weight must be a matrix"):
         maximum_spanning_tree(np.ones((2, 2, 3)))
+
+
+def planted(seed, kinds, copies, noise):
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(kinds, 30))
+    points = np.concatenate([centres, np.repeat(centres, copies, axis=0)])
+    points[kinds:] += noise * generator.normal(size=(kinds * copies, 30))
+    return points[generator.permutation(len(points))]
+
+
+@pytest.mark.parametrize("kinds", [2, 5, 17])
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e6])
+def test_planted_copies_are_told_from_different_points(kinds, copies, scale):
+    assert distinct_points(scale * planted(kinds, kinds, copies, 0.05)) == kinds
+
+
+def test_equal_points_are_copies_without_noise():
+    assert distinct_points(planted(0, 6, 2, 0.0)) == 6
+    assert distinct_points(np.ones((4, 3))) == 1
+    assert distinct_points([[1.0, 2.0]]) == 1
+    assert distinct_points([[1.0], [1.0]]) == 1
+    assert distinct_points([[1.0], [1.5]]) == 2
+
+
+def test_of_equally_large_gaps_the_one_with_the_fewest_components_counts():
+    # deaths 100, 10 and 1: both ratios are 10
+    assert distinct_points([[0.0], [1.0], [11.0], [111.0]]) == 2
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_the_order_of_the_points_does_not_matter(seed):
+    points = planted(seed, 4, 2, 0.3)
+    assert distinct_points(points) == distinct_points(points[np.random.default_rng(seed).permutation(len(points))])
+
+
+def test_points_that_are_not_finite_are_refused():
+    with pytest.raises(DataError, match="points must be finite"):
+        distinct_points([[0.0], [np.nan]])
