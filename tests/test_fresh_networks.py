@@ -8,6 +8,7 @@ from bench_modules import BENCHMARKS, imported
 from scipy import stats
 
 from nni_topo.studies.plan import load_plan
+from nni_topo.studies.records import append_record
 from nni_topo.studies.tables import with_tables
 
 FOLDER = BENCHMARKS / "fresh_networks"
@@ -82,11 +83,28 @@ def test_cells_that_were_not_run_count_and_outcomes_follow_the_corrected_p(repor
     assert sum("not run" in line for line in lines) == 8
     assert "| ResNet-20 | reconstruction | l1 | win | 5 | 75.2 | 70.0 | +5.2 ± 0.2 |" in primary
     assert "| ResNet-20 | topological, functional | l1 | loss | 5 | 65.2 | 70.0 | -4.8 ± 0.2 |" in primary
-    # before all networks have run there is no outcome, and one network alone has no interval
-    some = report.tables([each for each in records if each["seed"] < 4]).split("### Differences")[0]
-    assert "| ResNet-20 | reconstruction | l1 | open: 4 of 5 networks | 4 |" in some
-    assert "win" not in some
-    assert report.tables([each for each in records if each["seed"] == 0]).count("not run") >= 10
+    # before all networks have run the page says neither an outcome nor a figure
+    some = report.tables([each for each in records if each["seed"] < 4])
+    assert "| ResNet-20 | reconstruction |  | open: 4 of 5 networks |  |  |  |  |  |  |" in some
+    assert "###" not in some.removeprefix("### Primary cells")
+    assert report.tables([]).count("not run") == 10
+
+
+def test_seeds_of_a_plan_may_be_run_on_several_machines(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RECORDS", tmp_path / "records")
+    out = tmp_path / "resnet20"
+    out.mkdir()
+    (tmp_path / "records").mkdir()
+    for seeds in ((100, 101), (101, 102)):
+        for seed in seeds:
+            cell = {**record("resnet20", "l1", seed, 0.7 + 0.01 * seeds[0], 0.7), "versions": {"torch": "2"}}
+            append_record(out / "results.jsonl", cell)
+        report.keep(out)
+        (out / "results.jsonl").unlink()
+    kept = {each["seed"]: each["accuracy_compensated"] for each in report.read()}
+    assert kept == pytest.approx({100: 1.7, 101: 1.71, 102: 1.71})
+    with pytest.raises(ValueError, match="must be named as a plan"):
+        report.keep(tmp_path / "another")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
