@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import reduce
 from numbers import Integral, Real
@@ -46,6 +47,31 @@ class LayerError(ConfigError):
     def __init__(self, message: str, layers: Iterable[str] = ()) -> None:
         super().__init__(message)
         self.layers = tuple(layers)
+
+
+_LEAVES_OUT: ContextVar[str] = ContextVar("leaves_out", default="exclude {} from the config_list (exclude_op_names)")
+
+
+def leaving_out(layers: str = "the layer") -> str:
+    """Return the advice to leave layers out, with the knob that does so in the call that runs."""
+    return _LEAVES_OUT.get().format(layers)
+
+
+def leaves_out_by(advice: str) -> Callable[[Callable[_Given, _Returned]], Callable[_Given, _Returned]]:
+    """Decorate a verb without a config_list; in ``advice``, which names the verb's knob, ``{}`` stands for layers."""
+
+    def decorate(function: Callable[_Given, _Returned]) -> Callable[_Given, _Returned]:
+        @functools.wraps(function)
+        def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
+            token = _LEAVES_OUT.set(advice)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _LEAVES_OUT.reset(token)
+
+        return run
+
+    return decorate
 
 
 class GradientError(ConfigError):

@@ -153,6 +153,11 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
     module, blocks = space._wrapper.module, math.prod(block_shape(space))
     channels = output_channels(module) or 0
     place = f"{space._wrapper.name}.{space._target_name}"
+    if not channels:
+        raise ConfigError(
+            "a pruned layer must have channels of its own, as a convolution or a linear layer has, got a "
+            f"{type(module).__name__} ({place})"
+        )
     if weight_of(module).shape != space.target.shape:
         raise ConfigError(
             f"{what} need the weight of a layer, got another target with a rule of its own ({place}); without one it "
@@ -160,7 +165,7 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
         )
     if space.granularity == "out_channel" and blocks == channels and channel_dimension(module) == 0:
         return np.arange(channels)[:, None]
-    whole = channels > 0 and channels % blocks == 0
+    whole = channels % blocks == 0
     if whole and space._scaler is not None:
         owners = spread(module, torch.arange(channels), torch.int32)
         rows = space._scaler.shrink(owners, lambda block: block, keepdim=True).reshape(blocks, -1).sort(1)[0]

@@ -14,7 +14,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.disk import output_folder, path_of, write_figure, write_json
-from nni_topo.errors import ANYTHING, ConfigError, checked, is_finite, shown
+from nni_topo.errors import ANYTHING, ConfigError, checked, is_finite, leaves_out_by, shown
 from nni_topo.maths.knee import knee
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost import measure_latency, time_shares
@@ -36,6 +36,7 @@ from nni_topo.recovery.lesson import Outputs, judged
 from nni_topo.runs.depth import DepthSteps
 from nni_topo.runs.shrink import ShrinkReport, tell_report, without_share
 from nni_topo.runs.steps import (
+    LEAVE_OUT,
     Compensate,
     Distill,
     ImageParts,
@@ -223,6 +224,7 @@ class Frontier(Mapping[float, nn.Module]):
 )
 @leaves_models_alone
 @tells_once
+@leaves_out_by(LEAVE_OUT)
 def frontier(
     model: nn.Module,
     images: Iterable[Any] | Evaluator,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ANYTHING, NONE, ConfigError, as_settings, checked, listed, number, one_of
+from nni_topo.errors import ANYTHING, NONE, ConfigError, as_settings, checked, leaves_out_by, listed, number, one_of
 from nni_topo.network.runtime import (
     BATCHES,
     MODEL,
@@ -40,6 +40,7 @@ from nni_topo.recovery.report import CompensationReport
 from nni_topo.runs.allocating import Tried
 from nni_topo.runs.depth import DepthOutcome, DepthSteps
 from nni_topo.runs.steps import (
+    LEAVE_OUT,
     Compensate,
     Distill,
     ImageParts,
@@ -195,6 +196,7 @@ KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEAS
 @checked(model=MODEL, images=BATCHES, budget=ANYTHING, pruner=ANYTHING, distill=ANYTHING, round_to=ROUND_TO, **KNOBS)
 @leaves_models_alone
 @tells_once
+@leaves_out_by(LEAVE_OUT)
 def shrink(
     model: nn.Module,
     images: Iterable[Any] | Evaluator,

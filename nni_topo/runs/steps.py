@@ -31,11 +31,12 @@ from nni_topo.errors import (
     unknown_name,
 )
 from nni_topo.network.cost import LatencyTable, NetworkCost, time_shares
-from nni_topo.network.layers import computed_weights, with_plain_weights
+from nni_topo.network.layers import computed_weights, has_channels, with_plain_weights
 from nni_topo.network.runtime import (
     HELD_OUT,
     Calibration,
     calls,
+    check_entry,
     detached_copy,
     device_of,
     evaluation_mode,
@@ -65,7 +66,7 @@ from nni_topo.pruners.budget import (
     no_nearer,
     tell_if_missed,
 )
-from nni_topo.pruners.checks import check_no_ratios
+from nni_topo.pruners.checks import check_no_ratios, matched_modules
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
@@ -81,6 +82,9 @@ from nni_topo.runs.widths import layer_ratios, pruning_config, sorted_layers
 
 if TYPE_CHECKING:
     from nni_topo.runs.depth import DepthOutcome
+
+LEAVE_OUT = "leave {} out of the layers to prune (layers)"
+"""How a layer is left out of what :func:`nni_topo.shrink` prunes."""
 
 Compensate = Callable[[nn.Module, MasksLike, Iterable[Any]], nn.Module]
 Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
@@ -408,6 +412,7 @@ class ShrinkSteps:
 def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]] | None) -> Prunable:
     """Return config_list entries for the named layers; by default for all layers that can lose channels."""
     if layers is not None:
+        _check_have_channels(model, example, layers)
         entries = [dict(each) for each in layers if isinstance(each, Mapping)]
         names = [each for each in layers if isinstance(each, str)]
         return Prunable([{"op_names": names}, *entries] if names else entries, {}, is_default=False)
@@ -419,6 +424,35 @@ def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[s
         reasons = "; ".join(told) or "no convolution, linear or recurrent layer"
         raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {reasons} (shrink)")
     return Prunable([{"op_names": names}], unpruned, is_default=True)
+
+
+def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]]) -> None:
+    """Raise ConfigError for layers that have no channels of their own, and where the caller names the output layer."""
+    selected: dict[str, nn.Module] = {}
+    named: set[str] = set()
+    for index, each in enumerate(layers):
+        entry: dict[str, Any] = {"op_names": [each]} if isinstance(each, str) else dict(each)
+        check_entry(entry, f"layers[{index}]")
+        if entry.get("granularity") == "head":  # of modules that hold layers, too; dependency_groups looks at them
+            continue
+        selected |= matched_modules(model, [entry])
+        named.update(entry.get("op_names") or ())
+    without = [
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in selected.items()
+        if not has_channels(module)
+    ]
+    if not (named or without):
+        return
+    prunable, unpruned = sorted_layers(model, example)
+    giving_output = [name for name in selected if name in named and unpruned.get(name) == OUTPUT]
+    refused = [f"{listed(without)} without channels of its own"] if without else []
+    refused += [f"{listed(giving_output)}, which gives the model's output"] if giving_output else []
+    if refused:
+        raise ConfigError(
+            f"layers must be layers whose channels can be removed, got {' and '.join(refused)}; layers of this model "
+            f"that can be named: {listed(prunable, 8) or 'none'} (layers)"
+        )
 
 
 def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any) -> None:
@@ -585,7 +619,7 @@ def check_layers(model: nn.Module, layers: Iterable[str | Mapping[str, Any]] | N
     """Raise ConfigError for layers that a model doesn't have, with the nearest names that it has."""
     if layers is None:
         return
-    known = [name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))]
+    known = [name for name, module in model.named_modules() if name and has_channels(module)]
     modules = {name for name, _ in model.named_modules()}
     named: list[Any] = []
     for each in layers:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -449,3 +450,43 @@ def test_layers_that_the_model_does_not_have_are_told_before_anything_runs(layer
         nni_topo.shrink(
             toy_model(), [toy_images(16)], {"flops": 0.5}, layers=layers, pruner=lambda *_: pytest.fail("ran")
         )
+
+
+def normed_model():
+    torch.manual_seed(0)
+    layers = {"conv": nn.Conv2d(1, 4, 3), "norm": nn.BatchNorm2d(4), "flat": nn.Flatten(), "head": nn.Linear(144, 3)}
+    return nn.Sequential(OrderedDict(layers)).eval()
+
+
+@pytest.mark.parametrize("pruner", ["reconstruction", "l1"])
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        (["norm"], "got norm (BatchNorm2d) without channels of its own;"),
+        ([{"op_types": ["BatchNorm2d"]}], "got norm (BatchNorm2d) without channels of its own;"),
+        (["conv", "flat"], "got flat (Flatten) without channels of its own;"),
+        (["head"], "got head, which gives the model's output;"),
+        (["norm", "head"], "got norm (BatchNorm2d) without channels of its own and head, which gives the"),
+    ],
+)
+def test_named_layers_that_have_no_channels_to_remove_are_refused_with_those_that_have(layers, reason, pruner):
+    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
+        nni_topo.shrink(normed_model(), [torch.randn(32, 1, 8, 8)], {"flops": 0.5}, layers=layers, pruner=pruner)
+    assert str(caught.value).endswith("layers of this model that can be named: conv (layers)")
+
+
+def test_an_entry_that_selects_the_output_layer_by_its_type_leaves_it_out():
+    small = shrunk({"flops": 0.9}, layers=[{"op_types": ["Conv2d", "Linear"]}])
+    assert small.head.out_features == toy_model().head.out_features
+
+
+def test_an_error_within_shrink_names_its_own_knob_for_leaving_a_layer_out():
+    def prune_output(model, config_list, images):
+        return {"head": {"weight": torch.eye(len(model.head.weight))[0, :, None].expand_as(model.head.weight)}}
+
+    with pytest.raises(SpeedupError) as caught:
+        shrunk(pruner=prune_output)
+    assert "leave the layer that gives it out of the layers to prune (layers)" in str(caught.value)
+    assert "exclude_op_names" not in str(caught.value)
+    with pytest.raises(SpeedupError, match="exclude the layer that gives it from the config_list"):
+        nni_topo.to_dense(toy_model(), toy_images(2), prune_output(toy_model(), [], None))

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch.fx import Node
 
-from nni_topo.errors import listed
+from nni_topo.errors import leaving_out, listed
 from nni_topo.network.graph import described, line_of, place
 
 Kind = Literal[
@@ -380,7 +380,7 @@ def unequal(layers: Iterable[str], place: str | None, statistics: str = "") -> s
     place if it computes statistics over all channels.
     """
     before = ", ".join(layers) or "the layers before it"
-    leave_out = f"exclude {before} from the config_list (exclude_op_names)"
+    leave_out = leaving_out(before)
     if statistics:
         return f"{statistics} takes its statistics over removed channels too: {leave_out}; {_UNCHECKED}"
     if place is None:

@@ -250,6 +250,13 @@ def output_channels(module: torch.nn.Module) -> int | None:
     return int(module.embedding_dim) if isinstance(module, torch.nn.Embedding) else None
 
 
+def has_channels(module: torch.nn.Module) -> bool:
+    """Tell whether a module makes channels of its own; one that can't lose them yet, such as a ``Conv1D``, too."""
+    if isinstance(module, (torch.nn.MultiheadAttention, *RECURRENT)) or is_transposed_linear(module):
+        return True
+    return output_channels(module) is not None
+
+
 def entering_channels(module: Any) -> int:
     """Count the input channels of a linear layer, or of what makes the queries, keys and values of attention."""
     return int(module.embed_dim if isinstance(module, torch.nn.MultiheadAttention) else module.in_features)

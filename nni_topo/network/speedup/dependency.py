@@ -32,7 +32,7 @@ from nni_topo.network.channels import (
     shares,
 )
 from nni_topo.network.graph import is_in_parts
-from nni_topo.network.layers import RECURRENT, check_names, is_transposed_linear, output_channels, weight_is_computed
+from nni_topo.network.layers import RECURRENT, check_names, has_channels, is_transposed_linear, weight_is_computed
 from nni_topo.network.runtime import SHAPES, STRUCTURE, UNGROUPED, leaves_models_alone
 from nni_topo.network.speedup.dry_run import unprunable
 from nni_topo.network.speedup.network import Network
@@ -403,7 +403,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
         if name not in flow.layers:
             # Norms may be selected for masks of their own.
             module = network.model.get_submodule(name)
-            if output_channels(module) is not None or isinstance(module, RECURRENT) or is_transposed_linear(module):
+            if has_channels(module):
                 if name in flow.channel_wise:
                     skipped[name] = (reasons.convolves_channels(),)
                 elif name in flow.in_training:

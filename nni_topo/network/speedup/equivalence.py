@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import FLAG, SpeedupError, checked
+from nni_topo.errors import FLAG, SpeedupError, checked, leaving_out
 from nni_topo.network.layers import WEIGHTED, channel_dim, fold, is_depthwise, is_normalizing, per_channel_names
 from nni_topo.network.runtime import (
     INPUTS,
@@ -363,8 +363,8 @@ def _compare(
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
     if shapes[0] != shapes[1]:
         raise SpeedupError(
-            "the shape of the model's output must not change: exclude the layer that gives it from the "
-            f"config_list (exclude_op_names), got {shapes[1]} instead of {shapes[0]} ({where})"
+            f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
+            f"got {shapes[1]} instead of {shapes[0]} ({where})"
         )
     worst = _worst(expected, actual)
     if not worst <= rtol:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from nni_topo.errors import ConfigError, SpeedupError, listed, unknown_name
+from nni_topo.errors import ConfigError, SpeedupError, leaving_out, listed, unknown_name
 from nni_topo.maths.ties import descending
 from nni_topo.network.attention import by_table, find_frequencies, pairs_of
 from nni_topo.network.channels import FIXED, Blocks, ChannelFlow, Reason, Reasons, reasons, stays_in_place
@@ -214,8 +214,8 @@ def _check_output(flow: ChannelFlow, given: dict[str, np.ndarray], kept: np.ndar
     for name in given:
         if np.isin(flow.group_ids_of(name), pruned).any():
             raise SpeedupError(
-                "the shape of the model's output must not change: exclude the layer that gives it from the "
-                f"config_list (exclude_op_names), got a mask that prunes channels of it ({name})"
+                f"the shape of the model's output must not change: {leaving_out('the layer that gives it')}, "
+                f"got a mask that prunes channels of it ({name})"
             )
 
 

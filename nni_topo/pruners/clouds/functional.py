@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nni_topo.errors import LayerError, checked
+from nni_topo.errors import LayerError, checked, leaving_out, listed
 from nni_topo.network.attention import mixing_called
 from nni_topo.network.channels import FIXED, ChannelFlow
 from nni_topo.network.layers import WEIGHTED, by_channel, is_depthwise, weight_of, weight_used
@@ -131,7 +131,7 @@ def readers_of(
 ) -> list[ChannelReader]:
     """Return the layers that read a unit, strengths being norms of this order; ConfigError if none reads it."""
     lead, target = unit.members[0]
-    outputs = output_blocks(context.target_spaces[lead][target], "clouds of what is read")
+    outputs = output_blocks(context.target_spaces[lead][target], "channels that are scored by the next layer")
     together = np.sort(flow.units(lead)) if lead in flow.layers else None
     if together is not None and outputs.shape[1] > together.shape[1]:
         raise LayerError(
@@ -164,6 +164,13 @@ def check_read(
         if name in set(flow.layers) - set(flow.output_projections())
         and not any(isinstance(module, kinds) for module, _ in _reading(name, flow, by_name))
     ]
+    giving_output = [name for name in unread if flow.reaches_output(name)]
+    if giving_output:
+        raise LayerError(
+            "channels of the layer that gives the model's output can't be removed, got "
+            f"{listed(giving_output)}: {leaving_out('it')} ({listed(giving_output)})",
+            giving_output,
+        )
     if unread:
         raise unread_error(unread)
 
@@ -171,9 +178,9 @@ def check_read(
 def unread_error(names: list[str]) -> LayerError:
     """Build the error for layers that nothing reads, with the ways on."""
     return LayerError(
-        "a cloud of what is read, and ReconstructionPruner, need a next layer that reads all channels of a layer "
-        "alike, got none: exclude such layers from the config_list (exclude_op_names), or let TopologicalPruner look "
-        f"at the layer itself, cloud='activation' or 'weight' ({', '.join(names)})",
+        "a pruned layer must have a next layer that reads all of its channels alike, for that scores them, got none: "
+        f"{leaving_out('the pruned layer')}, or let TopologicalPruner look at that layer itself, cloud='activation' "
+        f"or 'weight' ({', '.join(names)})",
         names,
     )
 

@@ -8,11 +8,10 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-from nni_topo.errors import DataError, check_memory
+from nni_topo.errors import DataError, check_memory, leaving_out
 
 _TURN = 2**24
 _MATRICES = 6  # of the rows' inner products that lie beside each other at most, until they are points
-_CURE = "leave the layer out (exclude_op_names), or choose by its weights (cloud='weight') or by their norms"
 # Share of the largest variance below which a pivot is rounding; distances, its root, err by less than 1e-6.
 _ROUNDING = 1e-13
 _WIDE = 4096  # points from which on eigenvectors, 27 times as much work as pivoted Cholesky, take minutes
@@ -31,7 +30,9 @@ class ChannelMoments:
         """Add a batch of rows, ``(n, samples)`` or ``(n, places, samples)``, times a scale ``(n, places)``."""
         rows = rows[:, None] if rows.dim() == 2 else rows
         if not self.samples:
-            check_memory(8 * _MATRICES * len(rows) ** 2, f"inner products of {len(rows)} channels", _CURE, self.name)
+            what = f"inner products of {len(rows)} channels"
+            cure = f"{leaving_out()}, or choose by its weights (cloud='weight') or by their norms"
+            check_memory(8 * _MATRICES * len(rows) ** 2, what, cure, self.name)
         self.samples += rows.shape[2]
         # 128 MiB of float64 a turn, whatever the batch.
         for few in rows.split(max(1, _TURN // max(1, rows.shape[0] * rows.shape[1])), dim=2):

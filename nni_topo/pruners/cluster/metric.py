@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, leaving_out
 from nni_topo.maths.clustering import partition
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
 from nni_topo.maths.ties import FLOOR, RELATIVE, descending, leveled
@@ -125,7 +125,7 @@ class ClusterMetric(SurvivorMetric):
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit."""
-        cure = "leave the layer out (exclude_op_names), or take algorithm='kmeans'"
+        cure = f"{leaving_out()}, or take algorithm='kmeans'"
         context.check_memory(_MATRICES.get(self.algorithm, 2.0), cure)
         rows = context.rows(lambda unit: merging_losses(clouds[unit.name]))
         return {u.name: self._clusters(u, clouds[u.name], rows[u.name], context.planner) for u in context.units}

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nni_topo.errors import DataError, check_memory
+from nni_topo.errors import DataError, check_memory, leaving_out
 from nni_topo.maths.least_squares.exchange import exchange
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
 from nni_topo.network.attention import mixing_called
@@ -53,7 +53,6 @@ IntArray = NDArray[np.int64]
 _LINEAR = WEIGHTED
 _COPIES = 3  # of products, or of samples, at most
 _MANY = 2048  # columns: fewer take next to nothing
-_CURE = "fewer samples than columns (calibration) take less, or leave the layer out (exclude_op_names)"
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,14 @@ class ReconstructionProblems:
         model, shapes = network.model, network.sizes
         images = self.calibration.samples
         names = {id(module): name for name, module in model.named_modules()}
+        cure = f"fewer samples than columns (calibration) take less, or {leaving_out()}"
         for name, reader in wide:
             columns, outputs = column_count(reader), output_channels(reader.module) or 0
             # Few samples are kept as they are, and not multiplied with each other.
             samples = images * position_count(reader.module, shapes[names[id(reader.module)]][0][1])
             rows = min(samples, columns)
             what = f"least squares of {columns} columns from {samples} samples"
-            check_memory(8 * _COPIES * columns * (rows + min(outputs, rows)), what, _CURE, name)
+            check_memory(8 * _COPIES * columns * (rows + min(outputs, rows)), what, cure, name)
 
     def measure(
         self, readers: dict[str, list[ChannelReader]], original: nn.Module, network: nn.Module

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from nni_topo.errors import leaving_out
 from nni_topo.maths.clustering.partition import IntArray
 from nni_topo.maths.clustering.subclustering import Growth, SplitTree, grow, initial_clusters
 from nni_topo.pruners.cluster.metric import Clusters, FeatureCloud, SurvivorMetric, merging_losses
@@ -28,7 +29,7 @@ class SubclusterMetric(SurvivorMetric):
 
     def cluster(self, clouds: dict[str, list[FeatureCloud]], context: PruningContext) -> dict[str, Clusters]:
         """Return the clusters of every unit."""
-        context.check_memory(3.0, "leave the layer out (exclude_op_names), or take ClusterPruner")
+        context.check_memory(3.0, f"{leaving_out()}, or take ClusterPruner")
         self.trees = {}
         found = {unit.name: self._clusters(unit, clouds[unit.name], context, _cap(unit)) for unit in context.units}
         for name, rows in self._shared_caps(clouds, found, context).items():

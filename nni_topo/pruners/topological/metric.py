@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from nni_topo.errors import FLAG, check_knobs, one_of
+from nni_topo.errors import FLAG, check_knobs, leaving_out, one_of
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, Generation, SubsetGeneticAlgorithm
 from nni_topo.network.runtime import bar
@@ -19,7 +19,6 @@ from nni_topo.pruners.units import KeptBlocks
 _logger = logging.getLogger(__name__)
 
 _COPIES = 3  # of a cloud, while its distances are computed
-_CURE = "leave the layer out (exclude_op_names), or choose by norms; solver='greedy' takes less than a search"
 CRITERIA = ("hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein")
 """Distances between a kept and a whole cloud; ``"bottleneck_sum"`` adds those of several degrees."""
 
@@ -91,7 +90,8 @@ class TopologicalMetric(SelectionMetric):
         # Distances and what checks them; a search sorts neighbours, or edges.
         by_search = 4.0 if max(self.settings.homology_dimensions) else 2.0
         width = max((points.shape[1] for targets in data.values() for points in targets.values()), default=0)
-        context.check_memory(1.5 if self.settings.search is None else by_search, _CURE, _COPIES * width)
+        cure = f"{leaving_out()}, or choose by norms; solver='greedy' takes less than a search"
+        context.check_memory(1.5 if self.settings.search is None else by_search, cure, _COPIES * width)
         return super().calculate(data, context)
 
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
