@@ -31,9 +31,6 @@ VERBS = {
     "completion": 'Print a script that completes verbs and flags: eval "$(nni-topo completion bash)".',
 }
 HELP = ("-h", "--help")
-PAGES = {"analyze": "docs/choosing.md", "experiment": "docs/experiments.md", "prune": "docs/config_list.md"}
-PAGES |= {"shrink": "docs/recovery.md", "doctor": "docs/compatibility.md"}
-"""By verb, the page of the documentation that an error of it names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,19 +103,23 @@ def first_mistake(words: Sequence[str]) -> str:
     fields = _fields(source)
     place = f"nni-topo {' '.join(named)}"
     given = _flags(words[len(named) :], source)
+    # A word after a flag without a value may be one of these.
+    has_positional = any("Positional" in field.kind for field in fields.values())
     reasons = []
     for name, values in given:
         flag = f"--{name.replace('_', '-')}"
         if name not in fields:
             known = [f"--{each.replace('_', '-')}" for each in fields]
             reasons.append(f"a flag must be a known one, got {flag}{_nearest(flag, known)}")
+        elif fields[name].kind == "bool" and values and not has_positional:
+            reasons.append(f"a flag without a value must stand alone, got {values[0]!r} after it ({flag})")
         elif wrong := _mistake(name, values, fields[name]):
             reasons.append(f"{wrong} ({flag})")
     for name, field in fields.items():
         if field.default is None and "Positional" not in field.kind and name not in dict(given):
             flag = f"--{name.replace('_', '-')}"
             reasons.append(f"{place} must get {flag} {name.upper()}, {field.comment}, got none")
-    return f"{place}: {reasons[0]}; see {PAGES.get(named[0], 'docs/start.md')}" if reasons else ""
+    return f"{place}: {reasons[0]}; {place} --help lists all flags" if reasons else ""
 
 
 def _flags(words: Sequence[str], source: _Class) -> list[tuple[str, list[str]]]:

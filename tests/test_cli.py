@@ -450,16 +450,12 @@ def test_a_profile_uses_one_thread_if_nothing_else_is_said(capsys):
     assert "threads on the CPU, at least 1 (default: 1)" in said
 
 
-def test_an_error_names_the_page_of_its_verb_or_the_first_steps(capsys):
+def test_an_error_names_a_page_only_if_it_has_one_itself(capsys):
     from nni_topo.cli import _failed
 
-    pages = {
-        "analyze topology": "docs/choosing.md", "experiment run": "docs/experiments.md", "prune": "docs/config_list.md",
-        "shrink": "docs/recovery.md", "doctor": "docs/compatibility.md", "list": "docs/start.md",
-    }  # fmt: skip
-    for verb, page in pages.items():
+    for verb in ("analyze topology", "experiment run", "prune", "shrink", "doctor", "list"):
         assert _failed(f"nni-topo {verb}", "it is wrong") == 2
-        assert capsys.readouterr().err == f"nni-topo {verb}: it is wrong; see {page}\n"
+        assert capsys.readouterr().err == f"nni-topo {verb}: it is wrong\n"
     assert _failed("nni-topo prune", "it is wrong", "docs/export.md") == 2
     assert capsys.readouterr().err == "nni-topo prune: it is wrong; see docs/export.md\n"
     assert _failed("nni-topo prune", "see docs/faq.md") == 2

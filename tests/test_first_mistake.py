@@ -32,6 +32,8 @@ VERBS += [["experiment", part] for part in ("run", "status", "best", "export")]
         ([*SHRINK, "--pruner", "l11"], "pruner must be a known name, got 'l11'; did you mean l1? (--pruner)"),
         ([*SHRINK, "--method", "solve"], "method must be a known name, got 'solve'"),
         ([*SHRINK, "--data", "digit"], "data must be a known name, got 'digit'; did you mean digits? (--data)"),
+        ([*SHRINK, "--depth", "yes"], "a flag without a value must stand alone, got 'yes' after it (--depth)"),
+        ([*SHRINK, "--json=1"], "a flag without a value must stand alone, got '1' after it (--json)"),
         ([*SHRINK, "--prune", "l1"], "a flag must be a known one, got --prune; did you mean --pruner"),
         (["shrink", "--out", "new"], "nni-topo shrink must get --model MODEL, a listed name, torchvision/NAME"),
         (["compare", "--model", "small_cnn", "--out", "new", "--n-jobs", "0"], "n_jobs must be at least 1, got 0"),
@@ -45,7 +47,12 @@ def test_the_first_mistake_is_named(words, mistake, tmp_path, monkeypatch):
     assert mistake in found
     place = " ".join(words[: 2 if words[0] in ("analyze", "experiment") else 1])
     assert found.startswith(f"nni-topo {place}: ")
-    assert "; see docs/" in found
+    assert found.endswith(f"; nni-topo {place} --help lists all flags")
+
+
+def test_a_word_after_a_flag_without_a_value_may_be_one_of_the_verbs_own():
+    assert first_mistake(["report", "--json", "runs/digits"]) == ""
+    assert first_mistake([*SHRINK, "--depth", "--json", "--flops", "0.5"]) == ""
 
 
 def test_flags_of_a_file_are_looked_at_too_and_those_of_the_command_line_may_complete_them(tmp_path):

@@ -16,7 +16,7 @@ import nni_topo
 from nni_topo.cli import completion, doctor, experiment, profile, verbs
 from nni_topo.errors import NniTopoError
 from nni_topo.studies.study import Study, Verb, flags_of
-from nni_topo_command import PAGES, chosen, explain
+from nni_topo_command import chosen, explain
 
 _INTERRUPTED = 130
 Choices = dict[str, "type[Verb] | Callable[[], Choices]"]
@@ -83,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(name: str, reason: str, page: str = "") -> int:
-    if "docs/" not in reason:
-        reason = f"{reason}; see {page or PAGES.get(name.split()[1], 'docs/start.md')}"
+    if page and "docs/" not in reason:
+        reason = f"{reason}; see {page}"
     Console(stderr=True).print(f"{name}: {reason}", style="red", markup=False, highlight=False)
     return 2
 

@@ -174,7 +174,7 @@ def data_info(name: str) -> DataInfo:
     ConfigError
         If the name is unknown.
     DataError
-        If it is the path of a folder that doesn't exist.
+        If it is a path of nothing that exists, or of a file that is no ``.npz``.
     """
     if name in _DATA:
         return _DATA[name]
@@ -183,8 +183,10 @@ def data_info(name: str) -> DataInfo:
         return DataInfo(name, ".npz file", partial(read_npz, path))
     if path.is_dir():
         return DataInfo(name, "folder of images", partial(_list_image_folder, path))
-    if len(path.parts) > 1:
-        raise DataError(f"an image folder must exist, got none ({path})")
+    if path.exists():
+        raise DataError(f"data must be an .npz file or a folder of images, got a file that is neither ({name})")
+    if {"/", "\\"} & set(name) or path.suffix:
+        raise DataError(f"data must be a listed name, or an .npz file or a folder that exists, got none ({name})")
     raise unknown_name("data", name, [*_DATA, "FOLDER", "FILE.npz"])
 
 

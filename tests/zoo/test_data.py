@@ -177,5 +177,11 @@ def test_every_data_set_has_a_record(name: str) -> None:
 def test_paths_have_records_that_need_no_folder(npz_file, tmp_path) -> None:
     for path in (npz_file(), tmp_path):
         assert (data_info(str(path)).name, data_info(str(path)).needs_folder) == (str(path), False)
-    with pytest.raises(DataError, match=r"an image folder must exist, got none .*absent"):
-        data_info(str(tmp_path / "absent"))
+    for name in (str(tmp_path / "absent"), "./nofile.pt", "nofile.pt"):
+        with pytest.raises(DataError, match=r"an .npz file or a folder that exists, got none .*(absent|nofile.pt)\)"):
+            data_info(name)
+    (tmp_path / "images.pt").touch()
+    with pytest.raises(DataError, match=r"an .npz file or a folder of images, got a file that is neither \("):
+        data_info(str(tmp_path / "images.pt"))
+    with pytest.raises(ConfigError, match="data must be a known name, got 'digit'"):
+        data_info("digit")

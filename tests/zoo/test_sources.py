@@ -234,7 +234,7 @@ def test_bad_image_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "train" / "b").mkdir()
     with pytest.raises(DataError, match=r"at least one image, got: .* b\. .*\(.*train\)"):
         load_data(str(tmp_path))
-    with pytest.raises(DataError, match=r"an image folder must exist, got none \(.*absent\)"):
+    with pytest.raises(DataError, match=r"an .npz file or a folder that exists, got none \(.*absent\)"):
         load_data(str(tmp_path / "absent"))
 
 

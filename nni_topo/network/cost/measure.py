@@ -30,7 +30,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     evaluation_mode,
     fast_paths_off,
-    fitting,
+    fitting_call,
     leaves_models_alone,
     taken,
     tensors_of,
@@ -114,7 +114,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
         fast_paths_off(),
         sdpa_kernel(SDPBackend.MATH),
         torch.no_grad(),
-        fitting(0, "example_inputs"),
+        fitting_call(model, call, "example_inputs"),
         counter,
     ):
         model(*args, **kwargs)
@@ -292,7 +292,7 @@ def _rounds(
         thread_count(threads),
         torch.inference_mode(),
         memory_kept(first),
-        fitting(0, "example_inputs"),
+        fitting_call(next(iter(models.values())), (args, kwargs), "example_inputs"),
     ):
         while not enough(rounds):
             generator.shuffle(order)

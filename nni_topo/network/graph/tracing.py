@@ -41,6 +41,7 @@ from nni_topo.network.runtime import (
     drawn_since,
     evaluation_mode,
     fast_paths_off,
+    form_that_fits,
     left_alone,
     let_go,
     out_of_memory,
@@ -109,10 +110,15 @@ def _check_runs(model: torch.nn.Module, call: Call) -> None:
     except Exception as error:  # a model fails in as many ways as it is written
         if out_of_memory(error):
             raise
+        cure = cure_of_argument(error)
+        if not cure and (fits := form_that_fits(copied, call)):
+            raise ConfigError(
+                f"example_inputs must fit the model, {type(model).__name__}, got {fits} (example_inputs)"
+            ) from error
         given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in tensors_of(call))
         raise ConfigError(
             f"example_inputs must fit the model: {type(model).__name__} can't be run on {given} in evaluation mode, "
-            f"got {type(error).__name__}: {str(error).partition(chr(10))[0]}{cure_of_argument(error)} (example_inputs)"
+            f"got {type(error).__name__}: {str(error).partition(chr(10))[0]}{cure} (example_inputs)"
         ) from error
 
 

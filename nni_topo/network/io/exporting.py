@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
-from nni_topo.errors import ConfigError, ExportError, unknown_name
+from nni_topo.errors import ConfigError, DataError, ExportError, unknown_name
 from nni_topo.network.runtime import (
     SAME_PROGRAM,
     Calibration,
@@ -146,8 +146,13 @@ def export(
     check_output_file(path, makes_folder=True)
     check_model(model)
     net = detached_copy(model).cpu().eval()
-    call = _resized(call_arguments(inputs, net), _BATCH)
-    check_fits(net, call, "inputs")
+    given = call_arguments(inputs, net)
+    call = _resized(given, _BATCH)
+    try:
+        check_fits(net, call, "inputs")
+    except DataError:
+        check_fits(net, given, "inputs")  # an error that says what to change about the inputs as they were given
+        raise
     if images is not None:
         first_call(net, images)
     program = _program(net, call)

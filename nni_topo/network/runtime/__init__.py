@@ -21,7 +21,15 @@ from nni_topo.network.runtime.arguments import (
 from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, calibration_of
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
 from nni_topo.network.runtime.copying import RandomWeights, detached_copy, device_of, put_parameters, unwrapped_copy
-from nni_topo.network.runtime.fits import check_fits, first_call, run, structure_call, structure_of
+from nni_topo.network.runtime.fits import (
+    check_fits,
+    first_call,
+    fitting_call,
+    form_that_fits,
+    run,
+    structure_call,
+    structure_of,
+)
 from nni_topo.network.runtime.hooks import (
     Leaving,
     batches_of,
@@ -132,6 +140,8 @@ __all__ = [
     "fast_paths_off",
     "first_call",
     "fitting",
+    "fitting_call",
+    "form_that_fits",
     "in_smaller_batches",
     "inputs_of",
     "inputs_seen",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ _UNBATCHED: tuple[tuple[type[nn.Module], int], ...] = (
     (nn.ConvTranspose1d, 2),
     (nn.ConvTranspose2d, 3),
     (nn.ConvTranspose3d, 4),
+    (nn.Linear, 1),
     (nn.RNNBase, 2),
     (nn.MultiheadAttention, 2),
 )
@@ -94,14 +95,25 @@ def check_fits(model: nn.Module, call: Call, name: str = "calibration", batch: A
         with fitting(0, name):
             unbatched = _run(model, call)
     except DataError:
-        if found := _form_that_fits(model, call, batch):
-            raise DataError(f"{name} must fit the model, {found} (batch 0)") from None
+        if found := form_that_fits(model, call, batch):
+            raise DataError(f"{name} must fit the model, got {found} (batch 0)") from None
         raise
     if unbatched:
         raise DataError(
             f"{name} must have samples along the first dimension, got {_told(call)}, which {unbatched} takes for a "
             f"single sample: pass {_BATCHED} (batch 0)"
         )
+
+
+@contextmanager
+def fitting_call(model: nn.Module, call: Call, name: str) -> Iterator[None]:
+    """Turn an error of a model within the block into a DataError, as :func:`check_fits` words it for the whole call."""
+    try:
+        with fitting(0, name):
+            yield
+    except DataError:
+        check_fits(model, call, name)
+        raise
 
 
 def _run(model: nn.Module, call: Call) -> str:
@@ -163,19 +175,19 @@ _FORMS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
 )
 
 
-def _form_that_fits(model: nn.Module, call: Call, batch: Any) -> str:
-    """Say in which other form of the same inputs a model runs on them; empty if in none of the known ones."""
+def form_that_fits(model: nn.Module, call: Call, batch: Any = None) -> str:
+    """Say what a call is and in which other form of the same inputs a model runs on them; empty if none is known."""
     if isinstance(batch, (tuple, list)) and len(batch) > 1 and tensors_of(batch[1]):
         other = copied_for(model, arguments_of(batch[1], model))
         if isinstance(batch[0], Tensor) and _runs(model, other):
             return (
-                f"got {_told(call)} as the first entry of a batch, which is the input; it runs on the second: pass "
+                f"{_told(call)} as the first entry of a batch, which is the input; it runs on the second: pass "
                 "[(images, labels) for labels, images in batches]"
             )
     if len(call[0]) == 1 and isinstance(call[0][0], Mapping):
         for key, entry in call[0][0].items():
             if isinstance(entry, Tensor) and _runs(model, ((entry,), {})):
-                return f"got a mapping; it runs on the entry {key!r}: pass [batch[{key!r}] for batch in batches]"
+                return f"a mapping; it runs on the entry {key!r}: pass [batch[{key!r}] for batch in batches]"
     for count in range(1, len(_FORMS) + 1):
         for forms in itertools.combinations(_FORMS, count):
             changed: Call = call
@@ -183,7 +195,7 @@ def _form_that_fits(model: nn.Module, call: Call, batch: Any) -> str:
                 changed = tree_map_only(Tensor, change, changed)
             changed = copied_for(model, changed)
             if _runs(model, changed):
-                return f"got {_told(call)}; it runs on them {'; '.join(words for words, _ in forms)}"
+                return f"{_told(call)}; it runs on them {'; '.join(words for words, _ in forms)}"
     return ""
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nni_topo
+from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime import Calibration, check_fits, first_call, structure_call
 
@@ -144,3 +145,32 @@ def test_pictures_say_how_they_become_tensors():
     for batches in ([picture], [[picture, picture]]):
         with pytest.raises(ConfigError, match=r"got Image: pictures become tensors as in training.*to_tensor"):
             nni_topo.shrink(classifier(), batches, {"flops": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("entry", "place"),
+    [
+        (lambda net, x: nni_topo.export(net, "small.pt2", x), "inputs"),
+        (lambda net, x: nni_topo.shrink(net, [x] * 16, {"flops": 0.5}), "images"),
+        (lambda net, x: nni_topo.explain(net, x, "0"), "example_inputs"),
+        (zoo.count_macs, "example_inputs"),
+        (zoo.latency_ms, "example_inputs"),
+    ],
+)
+def test_a_missing_batch_dimension_is_named_by_every_entry_point(entry, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2)).eval()
+    with pytest.raises((ConfigError, DataError)) as caught:
+        entry(net, torch.randn(3, 8, 8))
+    assert str(caught.value).startswith(f"{place} must ")
+    assert "image.unsqueeze(0) of one" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_vector_without_a_batch_dimension_is_a_single_sample_of_a_linear_layer(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    message = r"got float32 of shape \(4,\), which Linear '0' takes for a single sample: pass image.unsqueeze\(0\)"
+    with pytest.raises(DataError, match=rf"inputs must .*{message}"):
+        nni_topo.export(net, tmp_path / "small.pt2", torch.randn(4))
+    with pytest.raises(DataError, match=rf"images must .*{message}"):
+        nni_topo.shrink(net, [torch.randn(4)] * 16, {"flops": 0.5})
