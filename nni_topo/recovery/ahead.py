@@ -155,7 +155,9 @@ class _Data:
     """The batches of a stretch: kept where they fit into memory, or the networks run again for each pass."""
 
     def __init__(self, replay: Replay, segment: Segment, read: list[Node], later: set[Node], cache_bytes: int) -> None:
-        self._replay, self._segment, self._read, self._later = replay, segment, read, later
+        self._replay, self._segment, self._read = replay, segment, read
+        # The next pass over this stretch reads the same places again.
+        self._later = {*later, *read, segment.place}
         self._cache_bytes = cache_bytes
         self._kept: list[_Batch] | None = None
 

@@ -81,8 +81,10 @@ class DepthTried:
     is_chosen: bool
 
     def __str__(self) -> str:
-        blocks = "1 block" if self.removed == 1 else f"{self.removed} blocks"
-        text = f"{blocks} removed: {self.left:.4g} of the cost left, {self.kept:.4g} after channels"
+        text = f"channels alone: {100 * self.kept:.4g} % of the cost left"
+        if self.removed:
+            blocks = "1 block" if self.removed == 1 else f"{self.removed} blocks"
+            text = f"{blocks} removed: {100 * self.left:.4g} % of the cost left, {100 * self.kept:.4g} % after channels"
         return f"{text}, held-out loss {self.loss:.4g}" + " (chosen)" * self.is_chosen
 
 
@@ -117,7 +119,7 @@ class DepthOutcome:
     def __str__(self) -> str:
         lines = [str(each) for each in self.removed] or ["no block is removed"]
         if not math.isnan(self.overhead):
-            lines.append(f"{self.overhead:.4g} of the time stays with as few channels as possible")
+            lines.append(f"{100 * self.overhead:.4g} % of the time stays with as few channels as possible")
         lines += map(str, self.tried)
         lines += [f"{name} stays: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)

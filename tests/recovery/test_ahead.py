@@ -141,3 +141,15 @@ def test_what_has_no_derivatives_stays_as_the_closed_form_leaves_it(caplog):
     closed = compensate(model, {"inner": {"weight": mask}}, batches)
     assert torch.equal(found.between.weight, closed.between.weight)
     assert "an operation has no forward derivative" in caplog.text
+
+
+@pytest.mark.parametrize("cache_bytes", [300, 500, 1000, 2000])
+def test_a_small_memory_that_holds_some_batches_gives_what_a_large_one_does(cache_bytes):
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)]
+    net, batches = nn.Sequential(*layers).eval(), list(torch.randn(16, 4).split(8))
+    masks = {"2": {"weight": (torch.arange(8) < 4).float()[:, None].expand(8, 8)}}
+    small, large = (
+        compensate(net, masks, batches, method=Ahead(layers=1), cache_bytes=each) for each in (cache_bytes, 2**30)
+    )
+    torch.testing.assert_close(small.state_dict(), large.state_dict())

@@ -15,7 +15,7 @@ import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost import LatencyTable, LayerLatency
 from nni_topo.network.runtime import Calibration
-from nni_topo.runs.depth import DepthPath, cost_saved, removable_blocks
+from nni_topo.runs.depth import DepthPath, DepthTried, cost_saved, removable_blocks
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
 from nni_topo.zoo.transformers import bert_small, vit_small
 
@@ -97,7 +97,7 @@ def test_blocks_that_add_nothing_go_and_the_network_stays_the_same(tmp_path):
     assert small.report.budget.is_met
     shown = repr(small.report)
     assert "the block stage1.1 is removed: the weights of stage1.0.conv2 make up for it" in shown
-    assert "2 blocks removed: 0.7333 of the cost left" in shown
+    assert "2 blocks removed: 73.33 % of the cost left" in shown
     assert "of the time stays with as few channels as possible" in shown
     assert any("stage2.2" in note for note in small.report.layers.notes)
     assert list(depth.to_frame()["removed"]) == [each.removed for each in depth.tried]
@@ -347,3 +347,9 @@ def test_parts_whose_attributes_a_fast_path_reads_stay(is_contained):
     assert {name.rpartition(".")[2] for name in small.report.depth.kept} == {"self_attn", "linear2"}
     with torch.no_grad():
         assert small(rows).shape == (64, 4)
+
+
+def test_a_network_with_all_blocks_says_nothing_of_blocks_and_costs_are_per_cent():
+    alone, shorter = DepthTried(0, 1.0, 0.25, 0.5, True, True), DepthTried(1, 0.6, 0.25, 0.5, True, False)
+    assert str(alone) == "channels alone: 25 % of the cost left, held-out loss 0.5 (chosen)"
+    assert str(shorter) == "1 block removed: 60 % of the cost left, 25 % after channels, held-out loss 0.5"

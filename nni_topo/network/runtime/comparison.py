@@ -43,7 +43,7 @@ def difference(expected: torch.Tensor, actual: torch.Tensor, *, if_finite: bool 
     if expected.dtype == actual.dtype and expected.dtype in (torch.float32, torch.float64):
         bounds = [float(end) for each in (expected - actual, expected) for end in each.aminmax()]
         if all(map(math.isfinite, bounds)):
-            gap, scale = max(-bounds[0], bounds[1]), max(-bounds[2], bounds[3])
+            gap, scale = (max(map(abs, ends)) for ends in (bounds[:2], bounds[2:]))  # zero is never negative
             return gap / scale if scale else gap
     if if_finite and not bool(expected.isfinite().all()):
         return 0.0

@@ -71,3 +71,8 @@ def test_equals_are_told_from_others_by_bounds_that_docs_name() -> None:
     # Sixty-four units in the last place of 1: of 52, 23, 10 and 7 bits.
     bits = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
     assert {dtype: 64 * 2.0**-count for dtype, count in bits.items()} == SAME_LAYER
+
+
+@pytest.mark.parametrize("expected", [[0.0, 0.0], [1.0, -2.0], [-0.0, 0.0]])
+def test_no_difference_is_zero_and_not_minus_zero(expected):
+    assert math.copysign(1.0, difference(torch.tensor(expected), torch.tensor(expected))) == 1.0
