@@ -218,7 +218,9 @@ def test_bad_requests_end_with_2_and_a_message(words, message, tmp_path, capsys)
     assert main([*words, *in_process, "--out", str(tmp_path / "out")]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert message in said
-    assert (Path(__file__).parent.parent / re.fullmatch(r".*; see (docs/\w+\.md)", said)[1]).exists()
+    # A page is named only by an error that the page is about; it exists.
+    page = re.fullmatch(r".*; see (docs/\w+\.md)", said)
+    assert page is None or (Path(__file__).parent.parent / page[1]).exists()
 
 
 PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}\n{}\n"
