@@ -80,19 +80,31 @@ def _places_of(values: np.ndarray, sought: np.ndarray) -> np.ndarray:
     return np.concatenate([part + rank * size for rank, part in enumerate(parts)])
 
 
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """List parameters and buffers by all of their names."""
+    parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    return [*parameters, *buffers]
+
+
 def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Find the channels that are gone, of layers and norms: bool, by name; and zero what is gone of all else."""
     layers, norms = {}, {}
     holders = [name for name, module in model.named_modules() if isinstance(module, (*PRUNED, *NORMS))]
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+    others = dict(_tensors(dense))
+    for name, tensor in _tensors(model):
         owner, _, key = name.rpartition(".")
-        if owner not in holders and parameter.shape != (other := dense.get_parameter(name)).shape:
-            (d,) = (d for d, size in enumerate(parameter.shape) if size != other.shape[d])
-            rows = (each.detach().transpose(0, d).reshape(each.shape[d], -1).numpy() for each in (parameter, other))
-            kept = torch.zeros(parameter.shape[d]).index_fill_(0, torch.from_numpy(rows_left(*rows)), 1)
-            # What is tied to it may keep more.
-            left = parameter.detach() * kept.view([-1 if each == d else 1 for each in range(parameter.dim())])
-            setattr(model.get_submodule(owner), key, nn.Parameter(left))
+        if owner not in holders and tensor.shape != (other := others[name]).shape:
+            (d,) = (d for d, size in enumerate(tensor.shape) if size != other.shape[d])
+            rows, rows_of_other = (
+                each.detach().transpose(0, d).reshape(each.shape[d], -1).numpy() for each in (tensor, other)
+            )
+            # A frozen norm as it was made: its buffers tell no channels apart, and leave zeros as they are.
+            if isinstance(tensor, nn.Parameter) or len(np.unique(rows, axis=0)) == len(rows):
+                kept = torch.zeros(tensor.shape[d]).index_fill_(0, torch.from_numpy(rows_left(rows, rows_of_other)), 1)
+                # What is tied to it may keep more.
+                left = tensor.detach() * kept.view([-1 if each == d else 1 for each in range(tensor.dim())])
+                is_parameter = isinstance(tensor, nn.Parameter)
+                setattr(model.get_submodule(owner), key, nn.Parameter(left) if is_parameter else left)
     for name, module in model.named_modules():
         other = dense.get_submodule(name)
         if isinstance(module, PRUNED) and width(other) < width(module):

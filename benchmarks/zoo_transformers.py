@@ -100,6 +100,16 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "detr": ("DetrForObjectDetection", {
         "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "d_model": 32,
         "num_queries": 6, **BOTH, "backbone_config": {"model_type": "resnet", **RESNET, "out_features": ["stage2"]}}),
+    "rt_detr": ("RTDetrForObjectDetection", {
+        "use_pretrained_backbone": False, "d_model": 32, "encoder_hidden_dim": 32, "encoder_ffn_dim": 48,
+        "encoder_attention_heads": 4, "encoder_in_channels": [16, 16, 32], "decoder_in_channels": [32] * 3,
+        "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "decoder_layers": 1, "num_queries": 6,
+        "backbone_config": {"model_type": "rt_detr_resnet", "layer_type": "basic", "embedding_size": 8,
+                            "hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4,
+                            "out_features": ["stage2", "stage3", "stage4"]}}),
+    "levit": ("LevitForImageClassification", {
+        "image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8], "down_ops": [["Subsample", 8, 2, 2, 2, 2], ["Subsample", 8, 3, 2, 2, 2]]}),
     "sam_vision": ("SamVisionModel", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
                                       "image_size": 64, "patch_size": 8, "output_channels": 16, "window_size": 4,
                                       "global_attn_indexes": [1], "mlp_dim": 64}),
@@ -168,5 +178,7 @@ def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         "ast": (2, 32, 16),
         "sam_vision": (2, 3, 64, 64),
         "detr": (2, 3, 64, 64),
+        "rt_detr": (2, 3, 64, 64),
+        "levit": (2, 3, 64, 64),
     }.get(name, (2, 3, 32, 32))
     return model, {entering: torch.randn(*shape, generator=drawing)}

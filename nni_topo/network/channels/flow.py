@@ -53,6 +53,7 @@ from nni_topo.network.graph import (
     TracedInt,
     attribute_channels,
     described,
+    is_held,
     is_of_forward,
     makes_mask,
     place,
@@ -153,7 +154,7 @@ class Propagation(torch.fx.Interpreter):
             value = super().run_node(n)
             if is_of_forward(n) and value.dtype in (torch.bool, torch.int64, torch.int32):
                 self.picks[n.name] = value.cpu()
-            is_free = can_follow(value) and not self._is_cut_with_a_module(str(n.target))
+            is_free = is_held(n) and can_follow(value) and not self._is_cut_with_a_module(str(n.target))
             return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
@@ -163,7 +164,7 @@ class Propagation(torch.fx.Interpreter):
         return self._function(n, ids, shape)
 
     def _is_cut_with_a_module(self, name: str) -> bool:
-        """Tell whether a parameter is lost along with channels of the module that holds it, which the graph calls."""
+        """Tell whether a tensor is cut along with channels of the module that holds it, which the graph calls."""
         owner, _, own = name.rpartition(".")
         if owner not in self._called:
             return False
@@ -171,7 +172,7 @@ class Propagation(torch.fx.Interpreter):
         return not is_head(module) or own in (weight_name(module), *row_names(module))
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Give ids to the one dimension of a parameter that isn't of length 1, or the last such: channels are there."""
+        """Give ids to the one dimension of a tensor that isn't of length 1, or the last such: channels are there."""
         if name not in self.free_parameters:
             dim = max(d for d in range(value.dim()) if value.shape[d] > 1)
             count = value.shape[dim]

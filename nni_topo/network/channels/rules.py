@@ -692,8 +692,18 @@ def _held_by_index_select(given: FixedPlaces) -> list[slice]:
 
 
 @rule("index_select", moves=True, by_index=True, held=_held_by_index_select)
-@rule("take", by_index=True)
 def _index_selected(op: Operation) -> Any:
+    if _index_is_known(op):
+        return _picked(op)
+    states, dim = op.ids[0], op.argument(1, "dim")
+    if op.shape and isinstance(dim, int) and not varies(states, dim):
+        # Ids don't differ between rows, so any stands for those that the index picks.
+        return states.narrow(dim, 0, 1).expand(op.shape)
+    return op.all_kept()
+
+
+@rule("take", by_index=True)
+def _taken(op: Operation) -> Any:
     return _picked(op) if _index_is_known(op) else op.by_place(known=False)
 
 

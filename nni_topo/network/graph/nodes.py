@@ -17,6 +17,7 @@ IN_TRAINING = "nni_topo_in_training"  # in a node's meta: whether only training 
 TRAINED_OUTPUT = "nni_topo_trained_output"  # in a node's meta: whether its value is an output in training mode
 UNUSED = "nni_topo_unused"  # in a node's meta: whether something is made of its value of which nothing comes
 COMPARED = "nni_topo_compared"  # in a node's meta: attributes that the forward finds equal to sizes of its value
+PLAIN = "nni_topo_plain"  # in a node's meta: whether it is a tensor that is an attribute, neither parameter nor buffer
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
 
@@ -50,6 +51,11 @@ def line_of(node: torch.fx.Node) -> str:
 def is_of_forward(node: torch.fx.Node) -> bool:
     """Tell whether a node is a constant that the forward makes at each call: nobody gives it other values."""
     return node.op == "get_attr" and str(node.target).startswith(("_tensor_constant", RECORDED))
+
+
+def is_held(node: torch.fx.Node) -> bool:
+    """Tell whether a node is a parameter or buffer of the model, which is saved with it."""
+    return node.op == "get_attr" and not is_of_forward(node) and PLAIN not in node.meta
 
 
 def place(node: torch.fx.Node) -> str:

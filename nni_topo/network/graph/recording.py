@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
-from nni_topo.network.graph.nodes import COMPARED, LINE, RECORDED, UNUSED, forward_line, on_modules, plain_name
+from nni_topo.network.graph.nodes import COMPARED, LINE, PLAIN, RECORDED, UNUSED, forward_line, on_modules, plain_name
 from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forget_places
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
 from nni_topo.network.runtime import difference, let_go, out_of_memory, tensors_of
@@ -177,6 +177,7 @@ def _name_attributes(recorder: _Recorder, before: dict[str, Tensor], after: dict
         if held is not None and id(held) in names and recorder.constants[str(node.target)].shape == held.shape:
             del recorder.constants[str(node.target)]
             node.target = names[id(held)]
+            node.meta[PLAIN] = True
 
 
 class _ModuleKinds:

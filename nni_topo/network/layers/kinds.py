@@ -365,8 +365,8 @@ def by_channel(module: nn.Module, values: Tensor) -> Tensor:
 
 
 def can_follow(value: Any) -> bool:
-    """Tell whether a value that the model uses by itself is a parameter that can lose channels."""
-    return isinstance(value, torch.nn.Parameter) and value.is_floating_point() and value.numel() > 1
+    """Tell whether a parameter or buffer that the model uses by itself can lose channels."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1
 
 
 def norm_scale(norm: nn.Module) -> Tensor | None:

@@ -216,6 +216,11 @@ def _draw(
         is_kept[flow.group_ids_of(name)] = chosen_of(
             share.segments, share.counts, drawing.permutation(len(share.segments))
         )
+    # A parameter or buffer that no layer's channels are tied to is never cut.
+    made = np.zeros(flow.size, dtype=np.bool_)
+    for name in flow.layers:
+        made[flow.group_ids_of(name)] = True
+    is_kept |= ~made
     is_kept[[FIXED, *flow.at_output, *held]] = True
     for name in flow.layers:
         group_ids = flow.group_ids_of(name)

@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import FLAG, SpeedupError, checked, leaving_out
-from nni_topo.network.layers import WEIGHTED, channel_dim, fold, is_depthwise, is_normalizing, per_channel_names
+from nni_topo.network.layers import WEIGHTED, channel_dim, fold, is_depthwise, is_normalizing, keep, per_channel_names
 from nni_topo.network.runtime import (
     INPUTS,
     MASKS,
@@ -81,7 +81,8 @@ def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.n
 def _apply(model: torch.nn.Module, masks: FullMasks) -> None:
     for name, targets in masks.items():
         for target, mask in targets.items():
-            model.get_submodule(name).get_parameter(target).mul_(mask)
+            module = model.get_submodule(name)
+            keep(module, target, getattr(module, target) * mask)
 
 
 def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
@@ -132,6 +133,11 @@ def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generat
         return values if mask is None else values * mask.to(values)
 
     put_parameters(probe, weights)
+    for owner, targets in masks.items():
+        module = probe.get_submodule(owner)
+        for target, mask in targets.items():
+            if target in module._buffers:
+                keep(module, target, getattr(module, target) * mask)
     floating: torch.nn.Module = probe.float()
     return floating
 

@@ -363,12 +363,12 @@ def _new_masks(
 
 
 def mask_free_parameters(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
-    """Mask free parameters where the channels that they are tied to are pruned."""
+    """Mask free parameters and buffers where the channels that they are tied to are pruned."""
     for name, free in flow.free_parameters.items():
         stays = torch.from_numpy(kept[flow.group_ids(flow.free_parameter_ids(name))])
         if not bool(stays.all()):
             module, _, target = name.rpartition(".")
-            parameter = model.get_parameter(name)
+            parameter: torch.Tensor = getattr(model.get_submodule(module), target)
             view = [1] * parameter.dim()
             view[free.dim] = -1
             masks.setdefault(module, {})[target] = stays.to(parameter).view(view).expand_as(parameter).clone()

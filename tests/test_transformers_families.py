@@ -1,0 +1,104 @@
+"""Tiny models of Transformers whose widths meet buffers: pruned, saved, loaded and trained."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import nni_topo
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SIDES = {f"{side}_{key}": size for side in ("encoder", "decoder") for key, size in
+         (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+BOTH = {"vocab_size": 50, "d_model": 32, "max_position_embeddings": 32, **SIDES}
+DETR = {
+    "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "num_queries": 6, "d_model": 32,
+    **SIDES,
+    "backbone_config": {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1],
+                        "out_features": ["stage2"]},
+}  # fmt: skip
+# By class: sizes, the share of the parameters that is left at most, and a layer of which half of the channels go.
+FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
+    # Sinusoidal positions are a buffer.
+    "XGLMForCausalLM": ({"vocab_size": 50, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
+                         "max_position_embeddings": 32}, 0.35, "model.embed_tokens"),
+    "M2M100ForConditionalGeneration": (BOTH, 0.45, "model.encoder.layers.1.fc2"),
+    # Biases of the logits are a buffer.
+    "PegasusForConditionalGeneration": (BOTH, 0.6, "model.encoder.layers.1.fc2"),
+    # Norms of the backbone are buffers.
+    "DetrForObjectDetection": (DETR, 0.8, "model.backbone.conv_encoder.model.encoder.stages.1.layers.0.layer.0.convolution"),
+}  # fmt: skip
+
+
+class Outputs(torch.nn.Module):
+    """A model of which the logits are the output, and the boxes where there are any."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.reads = model.main_input_name
+
+    def forward(self, entering: torch.Tensor, start: torch.Tensor | None = None) -> Any:
+        others = {} if start is None else {"decoder_input_ids": start}
+        found = self.model(**{self.reads: entering}, **others)
+        return (found.logits, found.pred_boxes) if hasattr(found, "pred_boxes") else found.logits
+
+
+def _made(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    sizes = FAMILIES[name][0]
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    model = nni_topo.as_torch_layers(Outputs(kind(kind.config_class(**sizes)).eval()))
+    with torch.no_grad():
+        for each in model.parameters():
+            each += 0.1 * torch.randn_like(each)
+        for key, each in model.named_buffers():
+            if "normalization" in key:  # a frozen norm that does something
+                each += 0.3 * torch.rand_like(each)
+    if kind.main_input_name == "pixel_values":
+        return model, (torch.randn(3, 3, 64, 64),)
+    ids = torch.randint(5, 50, (3, 12))
+    return model, (ids, ids[:, :7]) if "Conditional" in name else (ids,)
+
+
+def _run(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    found = model(*inputs)
+    return torch.cat([each.flatten() for each in (found if isinstance(found, tuple) else (found,))])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pruned_family_computes_what_the_masked_one_does_and_goes_on(name: str, tmp_path: Any) -> None:
+    _, most, halved = FAMILIES[name]
+    model, inputs = _made(name)
+    asked = [{"op_types": ["Linear", "Embedding", "Conv2d"], "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(model, inputs, asked)
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense, reference = nni_topo.to_dense(model, inputs, masks), nni_topo.masked_model(model, inputs, masks)
+    left, before = (sum(each.numel() for each in net.parameters()) for net in (dense, model))
+    assert left < most * before
+    wide, narrow = (net.get_submodule(f"model.{halved}").weight for net in (model, dense))
+    assert any(2 * small == size for small, size in zip(narrow.shape, wide.shape, strict=True))
+    with torch.no_grad():
+        expected, actual = _run(reference, inputs), _run(dense, inputs)
+    assert float((expected - actual).abs().max() / expected.abs().max()) < 1e-5
+    nni_topo.save(dense, tmp_path / "dense.safetensors")
+    loaded = nni_topo.load(tmp_path / "dense.safetensors", model)
+    with torch.no_grad():
+        assert torch.equal(_run(loaded, inputs), actual)
+    optimizer = torch.optim.SGD(dense.parameters(), 1e-3)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = _run(dense, inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[1] < losses[0]
