@@ -25,6 +25,7 @@ DETR = {
     "backbone_config": {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1],
                         "out_features": ["stage2"]},
 }  # fmt: skip
+STAGES = "model.backbone.conv_encoder.model.encoder.stages"
 # By class: sizes, the share of the parameters that is left at most, and a layer of which half of the channels go.
 FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
     # Sinusoidal positions are a buffer.
@@ -34,7 +35,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
     # Biases of the logits are a buffer.
     "PegasusForConditionalGeneration": (BOTH, 0.6, "model.encoder.layers.1.fc2"),
     # Norms of the backbone are buffers.
-    "DetrForObjectDetection": (DETR, 0.8, "model.backbone.conv_encoder.model.encoder.stages.1.layers.0.layer.0.convolution"),
+    "DetrForObjectDetection": (DETR, 0.8, f"{STAGES}.1.layers.0.layer.0.convolution"),
 }  # fmt: skip
 
 

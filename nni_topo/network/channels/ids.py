@@ -35,7 +35,7 @@ class Layer:
 
 @dataclasses.dataclass
 class FreeParameter:
-    """A parameter or buffer that the model uses by itself (a layer scale, a table of positions); an id for each place."""
+    """A parameter or buffer that the model uses by itself (a layer scale, positions); an id for each place."""
 
     first: int
     channels: int
