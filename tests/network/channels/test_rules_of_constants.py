@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -123,3 +124,63 @@ def test_the_channels_of_merged_patches_stand_four_times_behind_one_another(size
     dense = nni_topo.to_dense(model, images, masks)
     assert (dense.first.out_channels, dense.merge.reduction.in_features) == (5, 20)
     torch.testing.assert_close(dense(images), nni_topo.masked_model(model, images, masks)(images))
+
+
+class Multiplied(nn.Module):
+    """Two layers, and between them a product with a matrix that is a parameter or a buffer."""
+
+    def __init__(self, side: str, kind: str) -> None:
+        super().__init__()
+        self.first, self.last, self.side = nn.Linear(3, 8), nn.Linear(8, 4), side
+        matrix = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+        if kind == "parameter":
+            self.matrix = nn.Parameter(matrix)
+        else:
+            self.register_buffer("matrix", matrix, persistent=kind == "buffer")
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, 6, 3)
+        channels = self.first(x)
+        if self.side == "left":
+            mixed = self.matrix @ channels
+        else:
+            mixed = (channels.transpose(1, 2) @ self.matrix.T).transpose(1, 2)
+        return self.last(torch.relu(mixed))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "buffer that isn't saved"])
+def test_channels_pass_a_matrix_that_mixes_positions(side: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = Multiplied(side, kind).eval(), torch.randn(2, 6, 3)
+    config_list = [{"op_names": ["first"], "sparse_ratio": 0.5}]
+    _, masks = nni_topo.create_pruner("l1", copy.deepcopy(model), config_list).compress()
+    dense = nni_topo.to_dense(model, inputs, masks)
+    assert dense.first.out_features == dense.last.in_features == 4
+    assert dense.matrix.shape == (5, 6)
+    torch.testing.assert_close(dense(inputs), nni_topo.masked_model(model, inputs, masks)(inputs))
+
+
+class Centred(nn.Module):
+    """Two layers, and between them a buffer with a value for each channel."""
+
+    def __init__(self, is_saved: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        means = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("means", means, persistent=is_saved)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x) - self.means))
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_buffer_with_a_value_for_each_channel_is_cut_with_them(is_saved: bool) -> None:
+    torch.manual_seed(0)
+    model = Centred(is_saved).eval()
+    config_list = [{"op_names": ["first"], "sparse_ratio": 0.5}]
+    _, masks = nni_topo.create_pruner("l1", copy.deepcopy(model), config_list).compress()
+    dense = nni_topo.to_dense(model, IMAGES, masks)
+    assert dense.first.out_channels == dense.last.in_channels == 4
+    assert dense.means.shape == (4, 1, 1)
+    assert ("means" in dense.state_dict()) == is_saved
+    torch.testing.assert_close(dense(IMAGES), nni_topo.masked_model(model, IMAGES, masks)(IMAGES))
