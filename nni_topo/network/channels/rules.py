@@ -1109,9 +1109,9 @@ def _product(op: Operation) -> Any:
         op.couple(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
         return staying(op.shape)
     # Channels in the rows of the first factor, or the columns of the second, are rows or columns of the product.
-    simple = ([-2], []), ([], [-1])
+    is_simple = (rows, columns) in (([-2], []), ([], [-1]))
     is_own = [isinstance(node, Node) and node.op == "get_attr" for node in op.node.args[:2]]
-    if (rows, columns) not in simple and is_own.count(True) == 1:
+    if not is_simple and is_own.count(True) == 1:
         # A tensor of the model's own stays as it is, so that the channels of the other factor can be removed.
         op.keep(one if is_own[0] else other)
         rows, columns = ([], columns) if is_own[0] else (rows, [])
