@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def _rows() -> Iterator[PrunerChoice]:
-    """The baselines, then ours: the thesis' choice, covers of every cloud, searches, reconstruction."""
+    """The baselines, then ours: our reconstruction of a thesis, covers of every cloud, searches, reconstruction."""
     for name in BASELINES:
         yield PrunerChoice(name)
     for label, knobs in THESIS.items():
@@ -177,7 +177,8 @@ def _with_labels(cell: Cell, data: zoo.DataBundle) -> Cell:
 def _print(records: list[Record]) -> None:
     """Print a Markdown table a target: means over the seeds, 95 % intervals, paired differences to the best baseline.
 
-    Then what each search is worth over the greedy cover of its cloud, and the thesis' choice over random, in points.
+    Then what each search is worth over the greedy cover of its cloud, and our reconstruction of a thesis over random
+    selection, in points.
     """
     for (model, data, target), rows in grouped(records).items():
         seeds = max(len(runs) for runs in rows.values())

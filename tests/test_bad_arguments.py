@@ -298,6 +298,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.topology.channel_tree": lambda: {"weight": np.ones((2, 2, 3, 3))},
     "nni_topo.topology.convolution_graph": lambda: {"weight_shape": (2, 2, 3, 3), "padded_size": (4, 4)},
     "nni_topo.topology.farthest_point_order": lambda: {"distances": DISTANCES},
+    "nni_topo.topology.distinct_points": lambda: {"points": DISTANCES},
     "nni_topo.topology.farthest_points": lambda: {"points": DISTANCES, "count": 2},
     "nni_topo.topology.h0_bottleneck": lambda: {"deaths_a": [1.0], "deaths_b": [2.0]},
     "nni_topo.topology.h0_deaths": lambda: {"distances": DISTANCES},

@@ -51,8 +51,8 @@ def test_the_table_of_the_default_holds_what_its_records_say():
         accuracies = [interval([100 * run[step] for run in runs]).show() for step in steps]
         assert rows[net][2] == ", ".join(nodes)
         assert rows[net][4] == ", ".join(removed)
-        assert rows[net][6:12] == accuracies
-        assert rows[net][12] == ", ".join(str(run["depth"]) for run in runs)
+        assert rows[net][7:13] == accuracies
+        assert rows[net][13] == ", ".join(str(run["depth"]) for run in runs)
 
 
 def test_the_tables_of_parts_are_those_of_their_records():
@@ -103,6 +103,8 @@ def test_what_the_page_on_the_sources_says_the_nodes_leave(rules):
         if net == "lenet5":
             layers.remove("classifier.fc1")
         found[net] = f"{100 * rules.removed_by_source(net, model, layers):.1f} %"
+    with imported(BENCHMARKS, "subcluster_report") as report:
+        assert {net: f"{share} %" for net, share in report.TEXT_NODES_REMOVE.items()} == found
     assert found["lenet300"] in page
     assert found["lenet5"] in page
     for net, name in (("lenet5_like", "LeNet-5-like"), ("cnn12", "12-layer CNN"), ("vgg16_modified", "VGG-16 to the")):
