@@ -88,7 +88,10 @@ def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
     with called(model, record):
         work()
     if not seen:
-        raise DataError("an evaluator that serves as calibration data must call the model, got no call (evaluator)")
+        raise DataError(
+            "an evaluator that serves as calibration data must call the model, got no call (evaluator): give it an "
+            "evaluating function, or pass batches (calibration)"
+        )
     return seen
 
 
