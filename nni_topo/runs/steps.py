@@ -33,6 +33,7 @@ from nni_topo.errors import (
 from nni_topo.network.cost import LatencyTable, NetworkCost, time_shares
 from nni_topo.network.layers import computed_weights, has_channels, with_plain_weights
 from nni_topo.network.runtime import (
+    BY_HEAD,
     HELD_OUT,
     Calibration,
     calls,
@@ -432,7 +433,7 @@ def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapp
     named: set[str] = set()
     for index, each in enumerate(layers):
         entry: dict[str, Any] = {"op_names": [each]} if isinstance(each, str) else dict(each)
-        check_entry(entry, f"layers[{index}]")
+        check_entry(entry, f"layers[{index}]", BY_HEAD)
         if entry.get("granularity") == "head":  # of modules that hold layers, too; dependency_groups looks at them
             continue
         selected |= matched_modules(model, [entry])

@@ -475,6 +475,19 @@ def test_named_layers_that_have_no_channels_to_remove_are_refused_with_those_tha
     assert str(caught.value).endswith("layers of this model that can be named: conv (layers)")
 
 
+@pytest.mark.parametrize("entry", [{"op_types": ["MultiheadAttention"]}, {"op_names": ["layers.0.self_attn"]}])
+def test_heads_are_pruned_by_an_entry_of_their_own(entry):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    states = [torch.randn(8, 5, 16) for _ in range(4)]
+    layers = [{**entry, "granularity": "head"}]
+    small = nni_topo.shrink(model, states, {"params": 0.9}, layers=layers, pruner="l1", distill=False)
+    assert sum(each.numel() for each in small.parameters()) < sum(each.numel() for each in model.parameters())
+    with pytest.raises(ConfigError, match=r"granularity must be a known name, got 'heads'"):
+        nni_topo.shrink(model, states, {"params": 0.9}, layers=[{**entry, "granularity": "heads"}])
+
+
 def test_an_entry_that_selects_the_output_layer_by_its_type_leaves_it_out():
     small = shrunk({"flops": 0.9}, layers=[{"op_types": ["Conv2d", "Linear"]}])
     assert small.head.out_features == toy_model().head.out_features

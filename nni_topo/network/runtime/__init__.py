@@ -2,6 +2,7 @@
 
 from nni_topo.network.runtime.arguments import (
     BATCHES,
+    BY_HEAD,
     COMPUTING,
     CONFIG_LIST,
     DEVICE,
@@ -88,6 +89,7 @@ from nni_topo.network.runtime.untouched import (
 
 __all__ = [
     "BATCHES",
+    "BY_HEAD",
     "COMPUTING",
     "CONFIG_LIST",
     "DEVICE",

@@ -172,8 +172,8 @@ _ENTRY = _SETTING | {
 }
 ROUND_TO = whole(1) | one_of(("auto",)) | NONE
 CONFIG_LIST = Rule("a list of dicts", lambda value: isinstance(value, (list, tuple)), look=_look_at_entries)
-_BY_HEAD = {"granularity": one_of(("head",)) | _SETTING["granularity"]}
-UNGROUPED = Rule(CONFIG_LIST.words, CONFIG_LIST.holds, look=partial(_look_at_entries, rules=_BY_HEAD))
+BY_HEAD = {"granularity": one_of(("head",)) | _SETTING["granularity"]}
+UNGROUPED = Rule(CONFIG_LIST.words, CONFIG_LIST.holds, look=partial(_look_at_entries, rules=BY_HEAD))
 """Of a config_list for `dependency_groups`, which may ask for heads."""
 
 
