@@ -14,15 +14,13 @@ writes the tables of the records into a page, between the two comments that name
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from registered import CONFIRMATION, EXPLORATION, difference_row
+from registered import CONFIRMATION, EXPLORATION, benchmark, difference_row
 from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import silhouette_score
 from sklearn.mixture import GaussianMixture
@@ -32,7 +30,7 @@ from which_filters import trained
 import nni_topo
 from nni_topo import zoo
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import interval, markdown_table, with_tables
+from nni_topo.studies.tables import interval, markdown_table
 
 SOURCE = "benchmarks/topology/how_many_filters.py"  # as the comments around a page's tables say
 NOISE = (0.05, 0.7)  # of a copy, over the norm of its filter; log-uniform
@@ -46,21 +44,14 @@ Points = NDArray[np.float64]
 
 def main() -> None:
     """Parse the command line; run what is missing and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="the .npz file")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--into", type=Path, metavar="PAGE", help="page whose tables are replaced; nothing is run")
-    options = parser.parse_args()
-    path = options.out / "how_many_filters.jsonl"
-    if options.into is not None:
-        page = options.into.read_text(encoding="utf-8")
-        options.into.write_text(with_tables(page, SOURCE, tables(read_records(path))), encoding="utf-8")
-    else:
-        torch.set_num_threads(1)
-        data = zoo.load_data(str(options.images), limit=5_000)
-        for seed in (*EXPLORATION, *CONFIRMATION):
-            run(seed, data, options.out, path)
-        print(tables(read_records(path)))
+    benchmark(__doc__, SOURCE, tables, measure)
+
+
+def measure(images: Path, out: Path, path: Path) -> None:
+    """Estimate the numbers of filters that aren't there yet."""
+    data = zoo.load_data(str(images), limit=5_000)
+    for seed in (*EXPLORATION, *CONFIRMATION):
+        run(seed, data, out, path)
 
 
 def run(seed: int, data: zoo.DataBundle, out: Path, path: Path) -> None:

@@ -13,7 +13,6 @@ writes the tables of the records into a page, between the two comments that name
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from registered import CONFIRMATION, EXPLORATION, best_of, difference_row
+from registered import CONFIRMATION, EXPLORATION, benchmark, best_of, difference_row
 from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import markdown_table, show_accuracies, with_tables
+from nni_topo.studies.tables import markdown_table, show_accuracies
 
 SOURCE = "benchmarks/topology/which_filters.py"  # as the comments around a page's tables say
 SHARES = (0.5, 0.25)  # of every layer's filters that stay
@@ -36,31 +35,23 @@ IMAGES = 512  # unlabelled, for every criterion and the recalibration
 WIDTHS = (24, 24, 48, 48)
 BASELINES = ("random", "l1", "fpgm", "functional Hausdorff", "least squares")
 MAGNITUDE, ACTIVATIONS, LARGEST = "magnitude, contributions", "magnitude, activations", "largest contribution"
-LEAST = 0.02  # the difference that a win needs
 
 Record = dict[str, Any]
 
 
 def main() -> None:
     """Parse the command line; run what is missing and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="the .npz file")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--into", type=Path, metavar="PAGE", help="page whose tables are replaced; nothing is run")
-    options = parser.parse_args()
-    path = options.out / "which_filters.jsonl"
-    if options.into is not None:
-        page = options.into.read_text(encoding="utf-8")
-        options.into.write_text(with_tables(page, SOURCE, tables(read_records(path))), encoding="utf-8")
-    else:
-        torch.set_num_threads(1)
-        data = zoo.load_data(str(options.images), limit=5_000)
-        for seed in EXPLORATION:
-            run(seed, data, options.out, path, SCALES)
-        scales = {name: chosen_scale(read_records(path), name) for name in (MAGNITUDE, ACTIVATIONS)}
-        for seed in CONFIRMATION:
-            run(seed, data, options.out, path, scales)
-        print(tables(read_records(path)))
+    benchmark(__doc__, SOURCE, tables, measure)
+
+
+def measure(images: Path, out: Path, path: Path) -> None:
+    """Measure the exploration, choose the scales from it, and measure the confirmation."""
+    data = zoo.load_data(str(images), limit=5_000)
+    for seed in EXPLORATION:
+        run(seed, data, out, path, SCALES)
+    scales = {name: chosen_scale(read_records(path), name) for name in (MAGNITUDE, ACTIVATIONS)}
+    for seed in CONFIRMATION:
+        run(seed, data, out, path, scales)
 
 
 def four_convolutions(num_classes: int, in_channels: int) -> nn.Module:

@@ -15,7 +15,6 @@ writes the tables of the records into a page, between the two comments that name
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from registered import CONFIRMATION, EXPLORATION, best_of, difference_row
+from registered import CONFIRMATION, EXPLORATION, benchmark, best_of, difference_row
 from torch import Tensor, nn
 
 import nni_topo
@@ -32,14 +31,13 @@ from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.runs.run import Start, prune_to_ratios, trained
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import markdown_table, show_accuracies, with_tables
+from nni_topo.studies.tables import markdown_table, show_accuracies
 
 SOURCE = "benchmarks/topology/which_images.py"  # as the comments around a page's tables say
 POOL = 5_000
 COUNTS = (16, 32, 64, 128)
 PRIMARY = 32
 RATIO = 0.75  # of every layer, removed by L1
-LEAST = 0.03  # the difference that a win needs
 DRAWS = 3  # of a method that draws images at random
 ISOLATED = 0.2  # share of the images that are dropped before the others are covered
 NETWORKS = {
@@ -54,21 +52,14 @@ Indices = NDArray[np.intp]
 
 def main() -> None:
     """Parse the command line; run what is missing and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="the .npz file")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--into", type=Path, metavar="PAGE", help="page whose tables are replaced; nothing is run")
-    options = parser.parse_args()
-    path = options.out / "which_images.jsonl"
-    if options.into is not None:
-        page = options.into.read_text(encoding="utf-8")
-        options.into.write_text(with_tables(page, SOURCE, tables(read_records(path))), encoding="utf-8")
-    else:
-        torch.set_num_threads(1)
-        for seed in (*EXPLORATION, *CONFIRMATION):
-            for kind in NETWORKS:
-                run(kind, seed, options.images, options.out, path)
-        print(tables(read_records(path)))
+    benchmark(__doc__, SOURCE, tables, measure)
+
+
+def measure(images: Path, out: Path, path: Path) -> None:
+    """Measure every method on the networks that aren't there yet."""
+    for seed in (*EXPLORATION, *CONFIRMATION):
+        for kind in NETWORKS:
+            run(kind, seed, images, out, path)
 
 
 def run(kind: str, seed: int, images: Path, out: Path, path: Path) -> None:
