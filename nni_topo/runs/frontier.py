@@ -427,7 +427,10 @@ def checked_shares(shares: Any) -> list[float]:
     rule = "shares must be descending numbers in (0, 1), at least one"
     if isinstance(shares, (str, bytes, Mapping)) or not isinstance(shares, Iterable):
         raise ConfigError(f"{rule}, got {shown(shares)} (frontier)")
-    given = list(shares)
+    try:
+        given = list(shares)
+    except (TypeError, NotImplementedError):  # a tensor of one number, a scripted model: they only look iterable
+        raise ConfigError(f"{rule}, got {shown(shares)} (frontier)") from None
     for place, share in enumerate(given):
         if not is_finite(share) or not 0.0 < share < 1.0:
             raise ConfigError(f"{rule}, got {shown(share)} (shares[{place}])")

@@ -203,8 +203,9 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
     own, weight = dict(norm.named_parameters()), getattr(norm, "weight", None)
     eps = next((each for key in _EPS if isinstance(each := getattr(norm, key, None), float)), None)
     is_other = not type(norm).__module__.startswith(("torch.", "nni_topo."))
-    takes_more = len(inspect.signature(norm.forward).parameters) > 1  # a gate, say
-    if not is_other or takes_more or list(own) != ["weight"] or weight is None or weight.dim() != 1 or eps is None:
+    if not is_other or list(own) != ["weight"] or weight is None or weight.dim() != 1 or eps is None:
+        return None
+    if len(inspect.signature(norm.forward).parameters) > 1:  # a gate, say
         return None
     rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
     near = 64 * torch.finfo(weight.dtype).eps
