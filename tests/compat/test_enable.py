@@ -36,6 +36,7 @@ ALWAYS_BROKEN = {
     "unwrap_models_once",
     "call_layers_of_attention",
     "ask_for_blocks",
+    "ask_for_targets",
     "undo_failed_constructors",
     "keep_given_masks",
     "keep_graph_for_all_outputs",
