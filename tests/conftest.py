@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
     from nni_topo.zoo import DataBundle
 # Before any test runs a backward pass. Nothing else shows of the device until a test asks for it.
 far_device.reserve()
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A background job of a script ignores Ctrl-C, and so would every program that a test starts and then interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # how long an example takes depends on what else the machine does
 settings.register_profile("unhurried", deadline=None)
