@@ -74,7 +74,7 @@ def pairwise_distances(points: ArrayLike) -> FloatArray:
     The squares come from a Gram matrix of the centred cloud, one matrix product. Where two points are so
     near each other that the subtraction cancels, the entry is computed again from the differences of the
     given coordinates. An entry d is within 1e-9 d of the exact distance, as long as d is above 1e-150
-    times the largest coordinate.
+    times the largest coordinate. Of points with one coordinate it is the rounded difference.
 
     Time is O(n^2 features); memory the result, a copy of the points and a few MB.
 
@@ -92,6 +92,11 @@ def pairwise_distances(points: ArrayLike) -> FloatArray:
     # A power of two rescales without rounding, and keeps the squares from overflowing.
     exponent = min(-int(np.frexp(largest)[1]), _LARGEST_EXPONENT)
     cloud = cloud * np.ldexp(1.0, exponent)
+    if cloud.shape[1] == 1:
+        # Rounded differences keep the order of the points on their line, see `line_order`; a Gram matrix doesn't.
+        lengths: FloatArray = cloud - cloud.T
+        np.abs(lengths, out=lengths)
+        return np.ldexp(lengths, -exponent, out=lengths)
     centred = cloud - cloud.mean(axis=0)
     norms = np.einsum("ij,ij->i", centred, centred)
     distances: FloatArray = centred @ centred.T

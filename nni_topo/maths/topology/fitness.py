@@ -25,7 +25,7 @@ from nni_topo.maths.topology.diagrams import diagrams_of, ripser_bars
 from nni_topo.maths.topology.kernels import use_compiled
 from nni_topo.maths.topology.loops import sort_edges
 from nni_topo.maths.topology.matching import closed_bottleneck, closed_wasserstein
-from nni_topo.maths.topology.spanning import subset_deaths
+from nni_topo.maths.topology.spanning import line_order, subset_deaths
 
 CRITERIA = ("bottleneck", "wasserstein", "hausdorff", "cover")
 COMBINATIONS = ("max", "sum")
@@ -120,6 +120,8 @@ class SubsetFitness:
             # The kernel for loops starts from sorted edges; without it degree 1 is Ripser's.
             loops = self.compiled and self.engine == "exact" and 1 in self.homology_dimensions
             self._edges = sort_edges(self._distances) if loops else None
+            # Points on a line, such as single weights, need no trees.
+            self._order = line_order(self._distances)
             whole = diagrams_of(self._distances, self.homology_dimensions, self.engine, edges=self._edges)
             self._whole = dict(zip(self.homology_dimensions, whole, strict=True))
 
@@ -181,7 +183,7 @@ class SubsetFitness:
         sizes, losses = subsets.sum(axis=1), np.empty(len(subsets))
         for size in np.unique(sizes):
             same = sizes == size
-            deaths = subset_deaths(self._distances, subsets[same], self.compiled)
+            deaths = subset_deaths(self._distances, subsets[same], self.compiled, self._order)
             if self.criterion == "bottleneck":
                 losses[same] = closed_bottleneck(deaths, whole)
             else:

@@ -80,6 +80,22 @@ def test_subsets_are_scored_once():
     np.testing.assert_allclose(again, SubsetFitness(distances, "wasserstein")(np.vstack([subsets[::-1], more])))
 
 
+@pytest.mark.parametrize("criterion", ["bottleneck", "wasserstein"])
+def test_on_a_line_only_distances_of_neighbours_are_read(criterion, compiled):
+    """k - 1 of the k (k - 1) / 2 distances of a subset: a tree, which reads all, takes minutes of a layer's weights."""
+    points = np.random.default_rng(0).normal(size=(60, 1))
+    fitness = SubsetFitness(pairwise_distances(points), criterion, compiled=compiled)
+    subset = make_subsets(0, 1, 60, 30)
+    expected = SubsetFitness(pairwise_distances(points), criterion, compiled=compiled)(subset)
+    kept = np.flatnonzero(subset[0])
+    kept = kept[points[kept, 0].argsort()]
+    neighbours = np.zeros((60, 60), dtype=bool)
+    neighbours[kept[:-1], kept[1:]] = neighbours[kept[1:], kept[:-1]] = True
+    assert neighbours.sum() == 2 * 29
+    fitness._distances = np.where(neighbours, fitness._distances, np.nan)
+    np.testing.assert_array_equal(fitness(subset), expected)
+
+
 def test_the_base_point_counts_as_kept():
     distances = pairwise_distances(with_origin(np.random.default_rng(0).normal(size=(9, 3))))
     subsets = make_subsets(0, 5, 10, 4)
