@@ -6,8 +6,10 @@ against it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +24,123 @@ from nni_topo.pruners.testing import toy_images, toy_knobs
 PAGE = Path(__file__).parents[1] / "docs" / "config_list.md"
 BEGIN, END = "<!-- pruners and keys: begin -->", "<!-- pruners and keys: end -->"
 OWN = [info.name for info in PRUNERS.table.values() if info.origin == "nni_topo"]
-FILTERS = {"op_names": ["first", "second"], "sparse_ratio": 0.5}
+CALIBRATED = "topological, calibration"
+COLUMNS = [OWN[0], CALIBRATED, *OWN[1:]]
+SEEDS = (0, 1)
+BOTH = {"op_names": ["first", "second"]}
+HALF = {**BOTH, "sparse_ratio": 0.5}
+QUARTER = {**BOTH, "sparse_ratio": 0.25}
 BLOCK_OF_TWO = {"granularity": [2, -1, -1, -1]}
-# The key as the page names it, the config_list, and what is compared with NNI's pruner: the number of kept elements
-# of every target, their total (where layers are ranked together), or nothing where scores have another unit.
-CASES: dict[str, tuple[list[dict[str, Any]], str]] = {
-    "`sparse_ratio`": ([FILTERS], "targets"),
-    "`sparse_threshold`": ([{"op_names": ["first", "second"], "sparse_threshold": 0.4}], "nothing"),
-    "`min_sparse_ratio` above the ratio": ([{**FILTERS, "sparse_ratio": 0.25, "min_sparse_ratio": 0.5}], "targets"),
-    "`max_sparse_ratio` below the ratio": ([{**FILTERS, "max_sparse_ratio": 0.25}], "targets"),
-    "`global_group_id`": ([{**FILTERS, "global_group_id": "all"}], "total"),
-    "`dependency_group_id`": ([{**FILTERS, "dependency_group_id": "pair"}], "targets"),
+WEIGHT = ["weight"]
+Entries = list[dict[str, Any]]
+
+
+def one_limited(ratio: float, key: str, limit: float) -> Entries:
+    """Return a global group of two layers, the first of which has a limit."""
+    group = {"sparse_ratio": ratio, "global_group_id": "all"}
+    return [{"op_names": ["first"], **group, key: limit}, {"op_names": ["second"], **group}]
+
+
+# The key as the page names it, config_lists that use it, and what is compared with NNI's pruner: the number of kept
+# elements of every target, their total (where layers are ranked together), which layers get masks, or nothing where
+# scores have another unit.
+CASES: dict[str, tuple[list[Entries], str]] = {
+    "`op_names`": ([[HALF]], "layers"),
+    "`op_types`": ([[{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]], "layers"),
+    "`op_types` beside `op_names`": (
+        [[{"op_types": ["Conv2d"], "op_names": ["first", "third"], "sparse_ratio": 0.5}]],
+        "layers",
+    ),
+    "`op_names_re`": ([[{"op_names_re": ["fi.*", "sec"], "sparse_ratio": 0.5}]], "layers"),
+    "`exclude_op_names`": (
+        [[{"op_types": ["Conv2d"], "exclude_op_names": ["second"], "sparse_ratio": 0.5}]],
+        "layers",
+    ),
+    "`exclude_op_types`": (
+        [[{"op_names": ["first", "third"], "exclude_op_types": ["Linear"], "sparse_ratio": 0.5}]],
+        "layers",
+    ),
+    "`exclude_op_names_re`": (
+        [[{"op_types": ["Conv2d"], "exclude_op_names_re": ["sec.*"], "sparse_ratio": 0.5}]],
+        "layers",
+    ),
+    "`sparse_ratio`": ([[{**BOTH, "sparse_ratio": ratio}] for ratio in (0.25, 0.4, 0.5, 0.75)], "targets"),
+    "`sparse_threshold`": ([[{**BOTH, "sparse_threshold": 0.4}]], "nothing"),
+    "`sparse_ratio` beside `sparse_threshold`": ([[{**HALF, "sparse_threshold": 0.4}]], "targets"),
+    "`min_sparse_ratio` above the ratio": (
+        [[{**QUARTER, "min_sparse_ratio": limit}] for limit in (0.5, 0.75)],
+        "targets",
+    ),
+    "`min_sparse_ratio` beside `sparse_threshold`": (
+        [[{**BOTH, "sparse_threshold": 1e-9, "min_sparse_ratio": limit}] for limit in (0.5, 0.75)],
+        "targets",
+    ),
+    "`min_sparse_ratio` of all in a `global_group_id`": (
+        [[{**QUARTER, "min_sparse_ratio": 0.5, "global_group_id": "all"}]],
+        "targets",
+    ),
+    "`min_sparse_ratio` of one in a `global_group_id`": ([one_limited(0.25, "min_sparse_ratio", 0.75)], "targets"),
+    "`min_sparse_ratio` in a `dependency_group_id`": (
+        [[{**QUARTER, "min_sparse_ratio": 0.5, "dependency_group_id": "pair"}]],
+        "targets",
+    ),
+    "`max_sparse_ratio` below the ratio": ([[{**HALF, "max_sparse_ratio": limit}] for limit in (0.25, 0.4)], "targets"),
+    "`max_sparse_ratio` beside `sparse_threshold`": (
+        [[{**BOTH, "sparse_threshold": 0.999, "min_sparse_ratio": 0.25, "max_sparse_ratio": 0.25}]],
+        "targets",
+    ),
+    "`max_sparse_ratio` of all in a `global_group_id`": (
+        [[{**HALF, "max_sparse_ratio": 0.25, "global_group_id": "all"}]],
+        "targets",
+    ),
+    "`max_sparse_ratio` of one in a `global_group_id`": ([one_limited(0.5, "max_sparse_ratio", 0.25)], "targets"),
+    "`max_sparse_ratio` in a `dependency_group_id`": (
+        [[{**HALF, "max_sparse_ratio": 0.25, "dependency_group_id": "pair"}]],
+        "targets",
+    ),
+    "`global_group_id`": ([[{**HALF, "global_group_id": "all"}]], "total"),
+    "`dependency_group_id`": ([[{**HALF, "dependency_group_id": "pair"}]], "targets"),
     "`internal_metric_block`": (
-        [{**FILTERS, "sparse_ratio": 0.25, "dependency_group_id": "pair", "internal_metric_block": 4}],
+        [[{**QUARTER, "dependency_group_id": "pair", "internal_metric_block": 4}]],
         "targets",
     ),
-    '`granularity` `"out_channel"`': ([{**FILTERS, "granularity": "out_channel"}], "targets"),
+    '`granularity` `"out_channel"`': ([[{**HALF, "granularity": "out_channel"}]], "targets"),
     "blocks of output channels, `[2, -1, -1, -1]`": (
-        [{"op_names": ["first", "second"], "sparse_ratio": 0.5, "target_settings": {"weight": BLOCK_OF_TWO}}],
+        [[{**HALF, "target_settings": {"weight": BLOCK_OF_TWO}}]],
         "targets",
     ),
-    '`granularity` `"in_channel"`': ([{**FILTERS, "granularity": "in_channel", "target_names": ["weight"]}], "targets"),
+    '`granularity` `"in_channel"`': ([[{**HALF, "granularity": "in_channel", "target_names": WEIGHT}]], "targets"),
     "single kernels, `[1, 1, -1, -1]`": (
-        [{**FILTERS, "granularity": [1, 1, -1, -1], "target_names": ["weight"]}],
+        [[{**HALF, "granularity": [1, 1, -1, -1], "target_names": WEIGHT}]],
         "targets",
     ),
     "single weights, `[1, 1]`": (
-        [{"op_names": ["third"], "sparse_ratio": 0.5, "granularity": [1, 1], "target_names": ["weight"]}],
+        [[{"op_names": ["third"], "sparse_ratio": 0.5, "granularity": [1, 1], "target_names": WEIGHT}]],
         "targets",
     ),
-    '`granularity` `"per_channel"`': ([{**FILTERS, "granularity": "per_channel"}], "targets"),
-    '`target_names` `["weight"]`': ([{**FILTERS, "target_names": ["weight"]}], "targets"),
+    '`granularity` `"per_channel"`': ([[{**HALF, "granularity": "per_channel"}]], "targets"),
+    '`target_names` `["weight"]`': ([[{**HALF, "target_names": WEIGHT}]], "targets"),
+    '`target_names` `["bias"]`': ([[{**HALF, "target_names": ["bias"]}]], "targets"),
+    '`target_names` with `"_input_0"`': ([[{**HALF, "target_names": ["weight", "_input_0"]}]], "targets"),
     "a bias with a ratio of its own": (
-        [{"op_names": ["first"], "target_settings": {"weight": {"sparse_ratio": 0.5}, "bias": {"sparse_ratio": 0.25}}}],
+        [
+            [
+                {
+                    "op_names": ["first"],
+                    "target_settings": {"weight": {"sparse_ratio": 0.5}, "bias": {"sparse_ratio": 0.25}},
+                }
+            ]
+        ],
         "targets",
     ),
     "a bias with a threshold of its own": (
         [
-            {
-                "op_names": ["first"],
-                "target_settings": {"weight": {"sparse_ratio": 0.5}, "bias": {"sparse_threshold": 0.1}},
-            }
+            [
+                {
+                    "op_names": ["first"],
+                    "target_settings": {"weight": {"sparse_ratio": 0.5}, "bias": {"sparse_threshold": 0.1}},
+                }
+            ]
         ],
         "nothing",
     ),
@@ -85,39 +163,49 @@ class Plain(nn.Module):
         return self.head(torch.relu(self.third(features.mean((2, 3)))))
 
 
-def plain() -> Plain:
+def plain(seed: int = 0) -> Plain:
     """Return the network, with the same weights every time."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return Plain()
 
 
-def knobs_of(name: str) -> dict[str, Any]:
+def knobs_of(column: str, seed: int = 0) -> dict[str, Any]:
     """Return what a pruner needs on this network, and settings with which its searches end at once."""
-    info = PRUNERS.info(name)
+    if column == CALIBRATED:
+        return {"calibration": [toy_images()]}
+    info = PRUNERS.info(column)
     knobs = toy_knobs(info.knobs(), info.needs)
-    if name == "perera2022":
+    if column == "subcluster":
+        # The toy's settings leave all to the ratio; the defaults let the clusters decide.
+        knobs = {"calibration": knobs["calibration"]}
+    if column == "perera2022":
         knobs["search"] = {"population_size": 4, "generations": 2}
-    if name == "genetic_weight":
-        knobs |= {"evaluate": accuracy, "search": {"population_size": 4, "generations": 2}}
+    if column == "genetic_weight":
+        knobs |= {"evaluate": likeness(seed), "search": {"population_size": 4, "generations": 2}}
     return knobs
 
 
-def accuracy(model: nn.Module) -> float:
-    """Return a figure that is higher the more alike a pruned and an unpruned network answer."""
+def likeness(seed: int) -> Callable[[nn.Module], float]:
+    """Return a function that is higher the more alike a pruned and an unpruned network answer."""
     images = toy_images()
-    with torch.no_grad():
-        return -float((model(images) - plain()(images)).square().mean())
+
+    def evaluate(model: nn.Module) -> float:
+        with torch.no_grad():
+            return -float((model(images) - plain(seed)(images)).square().mean())
+
+    return evaluate
 
 
-def kept(name: str, config_list: list[dict[str, Any]]) -> dict[str, int]:
-    """Prune by name; return how many elements of every target are kept.
+def kept(column: str, config_list: Entries, seed: int = 0) -> dict[str, int]:
+    """Prune as a column says; return how many elements of every target are kept.
 
     NNI's own pruners are made without this package's checks, so that they say what NNI does.
     """
-    info, model = PRUNERS.info(name), plain()
+    name = column.split(",")[0]
+    info, model = PRUNERS.info(name), plain(seed)
     if info.origin == "nni_topo":
-        pruner = nni_topo.create_pruner(name, model, config_list, **knobs_of(name))
+        pruner = nni_topo.create_pruner(name, model, config_list, **knobs_of(column, seed))
     else:
         pruner = info.load()(model, config_list)
     _, masks = pruner.compress()
@@ -129,38 +217,66 @@ def kept(name: str, config_list: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def outcome(name: str, case: str) -> tuple[str, str]:
-    """Return what a pruner makes of a key, ``"yes"``, ``"own"`` or ``"no"``, and the rule that an error names."""
-    config_list, compared = CASES[case]
+@functools.cache
+def expected(reference: str, case: str, index: int, seed: int) -> dict[str, int] | None:
+    """Return what NNI's pruner keeps; None where it doesn't take the key."""
     try:
-        found = kept(name, config_list)
-    except NniTopoError as error:
-        return "no", str(error).split(", got ")[0]
-    reference = "l1" if PRUNERS.info(name).structured else "level"
-    try:
-        expected = kept(reference, config_list)
-    except Exception:  # whatever NNI raises, it doesn't take the key
-        return "own", ""
-    if compared == "targets" and found == expected:
-        return "yes", ""
-    if compared == "total" and sum(found.values()) == sum(expected.values()):
-        return "yes", ""
-    return "own", ""
+        return kept(reference, CASES[case][0][index], seed)
+    except Exception:  # whatever NNI raises
+        return None
+
+
+def layers(counts: dict[str, int]) -> set[str]:
+    """Return the layers of some targets."""
+    return {target.split(".")[0] for target in counts}
+
+
+def outcome(column: str, case: str) -> tuple[str, str]:
+    """Return what a pruner makes of a key, ``"yes"``, ``"own"`` or ``"no"``, and the message of an error.
+
+    It is ``"yes"`` if all config_lists of the key on all networks end as with NNI's pruner.
+    """
+    config_lists, compared = CASES[case]
+    reference = "l1" if PRUNERS.info(column.split(",")[0]).structured else "level"
+    agrees = compared != "nothing"
+    for seed in SEEDS:
+        for index, config_list in enumerate(config_lists):
+            try:
+                found = kept(column, config_list, seed)
+            except NniTopoError as error:
+                return "no", str(error)
+            wanted = expected(reference, case, index, seed)
+            if wanted is None:
+                agrees = False
+            elif compared == "total":
+                agrees = agrees and sum(found.values()) == sum(wanted.values())
+            elif compared == "layers":
+                agrees = agrees and layers(found) == layers(wanted)
+            else:
+                agrees = agrees and found == wanted
+    return ("yes" if agrees else "own"), ""
 
 
 def table() -> str:
     """Run every cell, and return the table and the errors below it."""
-    errors: dict[str, int] = {}
-    lines = ["| key | " + " | ".join(f"`{name}`" for name in OWN) + " |", "|---" * (len(OWN) + 1) + "|"]
+    # By rule: what an error says it got differs from key to key.
+    numbers: dict[str, int] = {}
+    messages: list[str] = []
+    lines = ["| key | " + " | ".join(f"`{name}`" for name in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines[0] = lines[0].replace(f"`{CALIBRATED}`", "`topological` with `calibration`")
     for case in CASES:
         cells = []
-        for name in OWN:
-            said, error = outcome(name, case)
+        for column in COLUMNS:
+            said, message = outcome(column, case)
             if said == "no":
-                said = f"no ({errors.setdefault(error, len(errors) + 1)})"
+                rule = message.split(", got ")[0]
+                if rule not in numbers:
+                    messages.append(message)
+                    numbers[rule] = len(messages)
+                said = f"no ({numbers[rule]})"
             cells.append(said)
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"{number}. {error}" for error, number in errors.items())])
+    return "\n".join([*lines, "", *(f"{number}. {message}" for number, message in enumerate(messages, 1))])
 
 
 def written() -> str:

@@ -192,11 +192,13 @@ def check_request(
     check_names(model, config_list)
     matched: dict[str, nn.Module] = {}
     first: dict[tuple[str, str], str] = {}
+    followed: dict[tuple[str, str], tuple[str, str]] = {}
     modern = modern_config(model, config_list)
     for index, config in enumerate(modern):
         place = f"config_list[{index}]"
         _check_schema(config, place)
-        modules, _, _ = select_modules_by_config(model, config)
+        # In network order, so that an error names the same layer each time: NNI's order depends on the hash seed.
+        modules = matched_modules(model, [config])
         if not modules:
             _logger.warning("%s matches no module: %s", place, config)
         for name, module in modules.items():
@@ -207,9 +209,19 @@ def check_request(
                         f"a target must have one config_list entry, got {first[name, target]} and {place} "
                         f"({name}.{target})"
                     )
+                source = _followed(name, module, target, config)
+                if source is not None:
+                    followed[name, target] = source
         matched.update(modules)
     if needs_rule:
         _check_rules(modern)
+    for (name, target), source in followed.items():
+        # Wrappers that are taken over may hold what a target follows.
+        if source not in first and existed_wrappers is None:
+            raise ConfigError(
+                f"a target that follows another one must be configured with it or have a rule of its own, got "
+                f"{target} without {'.'.join(source)} ({name}.{target})"
+            )
     if config_list and not matched:
         types = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
         raise ConfigError(
@@ -265,6 +277,18 @@ def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -
             kind = "parameters" if is_own else "inputs and outputs"
             raise ConfigError(f"granularity of {kind} must be another one, got {granularity!r} ({name}.{target})")
     return found
+
+
+def _followed(name: str, module: nn.Module, target: str, config: dict[str, Any]) -> tuple[str, str] | None:
+    """Return the module and target name of what a target follows, as a bias its weight; None where it has a rule."""
+    own = config.get("target_settings", {}).get(target, {})
+    setting = {**PruningSetting.get(module, {}).get(target, {}), **own}
+    if getattr(module, target, None) is None or any(key in own for key in (*_RULES, "dependency_group_id")):
+        return None
+    align = setting.get("align")
+    if not align or "target_name" not in align:
+        return None
+    return align.get("module_name") or name, align["target_name"]
 
 
 def check_no_ratios(config_list: Sequence[Mapping[str, Any]], place: str = "config_list") -> None:

@@ -55,6 +55,10 @@ def refused(name, model, config_list, words, **knobs):
         ({"op_names": ("stem",)}, "op_names must be a list"),
         ({"op_types": [{}]}, "op_types must be a list, each value a str"),
         ({"exclude_op_names": None}, "exclude_op_names must be a list"),
+        (
+            {"target_names": ["bias"]},
+            r"with it or have a rule of its own, got bias without stem.weight \(stem.bias\)",
+        ),
         ({"target_names": ["weigth"]}, "target of stem .*did you mean weight"),
         (
             {"target_settings": {"stride": {"apply_method": "mul"}}},

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from config_keys import CASES, OWN, kept, plain, table, written
+from config_keys import CASES, OWN, kept, outcome, plain, table, written
 
 import nni_topo
 from nni_topo.pruners.selection import Cloud
@@ -21,9 +21,9 @@ def test_the_page_says_what_every_pruner_makes_of_every_key() -> None:
 
 def test_the_table_can_tell_pruners_apart() -> None:
     """NNI's own pruner differs from key to key, or an equal count would say nothing."""
-    counts = {case: kept("l1", CASES[case][0]) for case in ("`sparse_ratio`", "a bias with a ratio of its own")}
+    counts = {case: kept("l1", CASES[case][0][0]) for case in ("`sparse_ratio`", "a bias with a ratio of its own")}
     assert counts["a bias with a ratio of its own"] == {"first.weight": 8 * 27, "first.bias": 12}
-    assert counts["`sparse_ratio`"]["first.bias"] == 8
+    assert counts["`sparse_ratio`"]["first.bias"] == 12
     assert len(OWN) == 10
 
 
@@ -51,3 +51,16 @@ def test_single_weights_are_chosen_without_loops(criterion: str) -> None:
     in_plane = _chosen(flat, 6, [0], SelectionSettings(criterion, (0, 1), search))[0]
     assert (chosen[0] == chosen[1]).all()
     assert (chosen[0] == in_plane).all()
+
+
+def test_a_ratio_that_is_a_limit_is_no_yes() -> None:
+    """At one ratio the clusters of the one network happen to need as many neurons as L1 keeps."""
+    assert outcome("subcluster", "`sparse_ratio`") == ("own", "")
+    assert outcome("cluster", "`sparse_ratio`") == ("yes", "")
+
+
+def test_an_error_names_the_first_layer_of_the_network() -> None:
+    """NNI's order of layers changes with the hash seed."""
+    for column in ("genetic_weight", "matrix"):
+        said, message = outcome(column, '`granularity` `"per_channel"`')
+        assert (said, message[-14:]) == ("no", "(first.weight)")

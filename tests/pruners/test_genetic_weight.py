@@ -128,7 +128,7 @@ BATCH = [(torch.zeros(2, 20), torch.tensor([0, 1]))]
     ("config", "knobs", "message"),
     [
         ({"op_names": ["0", "5"]}, {}, "a layer must be a known name, got '5'"),
-        ({"op_names": ["0"], "target_names": ["bias"]}, {}, "got the bias of a Linear"),
+        ({"op_names": ["0"], "target_names": ["bias"]}, {}, r"got bias without 0.weight \(0.bias\)"),
         ({"op_names": ["0"], "dependency_group_id": "a"}, {}, "dependency_group_id must be left out"),
         ({"op_names": ["0"], "sparse_threshold": 0.5}, {}, "sparse_threshold must be left out"),
         ({"op_names": ["0"], "granularity": "out_channel"}, {}, "granularity must be left out"),

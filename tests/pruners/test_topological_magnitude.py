@@ -316,7 +316,7 @@ def test_a_minimum_of_one_layer_is_no_minimum_of_its_group():
     [
         (
             {"target_names": ["bias"], "sparse_ratio": 0.5},
-            r"weight of at least one layer a ratio or a threshold, got none \(0\)",
+            r"or have a rule of its own, got bias without 0.weight \(0.bias\)",
         ),
         ({}, r"a sparse_ratio or a sparse_threshold, got neither \(config_list\[0\]\)"),
     ],

@@ -28,7 +28,7 @@ from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
 from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation
 from nni_topo.pruners.topological_magnitude.trees import MagnitudeCollector
-from nni_topo.pruners.units import is_active
+from nni_topo.pruners.units import in_network_order, is_active
 
 if TYPE_CHECKING:
     import pandas
@@ -187,7 +187,7 @@ class GeneticWeightPruner(StructuredPruner):
 
     def wrap_model(self) -> None:
         """Check the targets and make them active, then wrap the model."""
-        for name, spaces in self._target_spaces.items():
+        for name, spaces in in_network_order(self.bound_model, self._target_spaces).items():
             for target, space in spaces.items():
                 if space.align is None or is_active(space) or "weight" not in spaces:
                     _check_target(name, target, space)
