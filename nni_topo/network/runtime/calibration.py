@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import weakref
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError, free_memory, whole
+from nni_topo.errors import NONE, ConfigError, DataError, free_memory, whole
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, taken, tensors_of
 from nni_topo.network.runtime.progress import bar
 
@@ -23,7 +24,7 @@ HELD_OUT = 8
 """Of so many samples one is held out."""
 
 _MEMORY = 2 * 2**30
-_MOST_BATCHES = 10_000  # read from an iterable without a length, which may have no end
+_MOST_BATCHES = 1_000  # read without `max_batches` from what may have no end
 _FREE_SHARE = 0.5  # of the free memory, and of the free disk space, that batches may take
 
 
@@ -49,6 +50,10 @@ class Calibration(Sequence[Any]):
     memory_bytes : int, default=2 * 2**30
         Memory for batches, in bytes, at least 0, of which at most half of the free memory is used. Further batches are
         written to files in the folder for temporary files. The batches of a list or tuple aren't copied.
+    max_batches : int, optional
+        The first so many batches are read, at least 1, and no other one is asked for. By default all are read, but an
+        iterable without a length, such as a generator or a loader of a stream, may have no end: after 1,000 batches it
+        is an error.
     name : str, default="calibration"
         The name of the batches in messages.
     groups : sequence of int or str, optional
@@ -59,12 +64,12 @@ class Calibration(Sequence[Any]):
     Raises
     ------
     ConfigError
-        If ``batches`` isn't an iterable of batches, ``memory_bytes`` isn't an integer of at least 0, or ``groups``
-        isn't a sequence of integers or strings.
+        If ``batches`` isn't an iterable of batches, ``memory_bytes`` isn't an integer of at least 0, ``max_batches``
+        isn't one of at least 1, or ``groups`` isn't a sequence of integers or strings.
     DataError
         When the batches are first used: if there is none, if a batch holds no inputs, if inputs are NaN or infinite, if
-        the batches don't fit into the memory and half of the free disk space together, or if an iterable without a
-        length yields more than 10,000, or if there aren't as many ``groups`` as samples.
+        the batches don't fit into the memory and half of the free disk space together, if an iterable without a length
+        yields more than 1,000 and ``max_batches`` isn't given, or if there aren't as many ``groups`` as samples.
 
     Notes
     -----
@@ -87,10 +92,12 @@ class Calibration(Sequence[Any]):
         batches: Iterable[Any],
         *,
         memory_bytes: int = _MEMORY,
+        max_batches: int | None = None,
         name: str = "calibration",
         groups: Sequence[int | str] | Tensor | None = None,
     ) -> None:
         whole(0, 2**63 - 1).check("memory_bytes", memory_bytes, "Calibration")
+        (whole(1) | NONE).check("max_batches", max_batches, "Calibration")
         if isinstance(batches, (Tensor, np.ndarray)):
             kind = "tensor" if isinstance(batches, Tensor) else "array"
             got = f"one {kind} of shape {tuple(batches.shape)}; pass [{kind}] if it is one batch"
@@ -99,7 +106,7 @@ class Calibration(Sequence[Any]):
             got = f"{type(batches).__name__}{_cure_without_batches(batches)}"
             raise ConfigError(f"{name} must be an iterable of batches, got {got} ({name})")
         self.name = name
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._max_batches = memory_bytes, max_batches
         # By sample, the rank of its group in the order in which the groups appear.
         self._groups = None if groups is None else _ranks(groups)
         self._source: Iterable[Any] | None = batches
@@ -271,32 +278,43 @@ class Calibration(Sequence[Any]):
     def _read(self, source: Iterable[Any]) -> None:
         """Read, check and keep all batches."""
         in_memory = isinstance(source, (list, tuple))  # the caller holds these batches anyway
+        drops_last = getattr(source, "drop_last", False)  # a DataLoader's
         length = _length(source)
+        most = self._max_batches
+        what, total, limit = self.name, length, most
+        if most is None:
+            # Of a length that is too small, as a loader of a stream may have, more comes than it says.
+            limit = max(length or 0, _MOST_BATCHES)
+            if length is None:
+                what = f"{self.name} (no length: at most {limit} batches without max_batches)"
+        else:
+            source = itertools.islice(source, most)
+            total = most if length is None else min(length, most)
         store = BatchStore(self._memory_bytes)
         batches: list[Any] = []
         sizes: list[int] = []
-        for index, batch in enumerate(bar(self.name, None, source, total=length)):
+        for index, batch in enumerate(bar(what, None, source, total=total)):
+            if index == limit:
+                got = f"{index} batches so far ({store.nbytes / 2**30:.2f} GiB) and more"
+                raise DataError(f"{self.name} must have an end, a length or a limit, got {got}: {_CURE} ({self.name})")
             batch = _plain(batch)
             check_inputs(batch, index, self.name)
             sizes.append(_samples_in(inputs_of(batch, index, self.name)))
             if in_memory:
                 batches.append(batch)
                 continue
-            if length is None and index >= _MOST_BATCHES:
-                got = f"{index} batches so far ({store.nbytes / 2**30:.2f} GiB) and more"
-                raise DataError(f"{self.name} must have an end, or a length, got {got}: {_CURE} ({self.name})")
             # A copy: a generator may fill the same tensor again for its next batch.
             copied: Any = tree_map_only(Tensor, lambda each: each.detach().clone(), batch)
             # All batches that are still to come are taken to be as large as this one.
-            coming = 1 if length is None else max(1, length - index)
+            coming = 1 if length is None or total is None else max(1, total - index)
             if not store.has_room(nbytes_of(copied) * coming):
-                count = f"{index + 1} of {'?' if length is None else length} batches"
+                count = f"{index + 1} of {'?' if total is None else total} batches"
                 got = f"{count}, {nbytes_of(copied) / 2**20:.1f} MiB each"
                 raise DataError(f"{self.name} must fit into {store.limit}, got {got}: {_CURE} ({self.name})")
             store.append(copied)
         if not sizes:
             why = "was a generator used twice?"
-            if getattr(source, "drop_last", False):  # a DataLoader's
+            if drops_last:
                 why = "with drop_last=True, a DataLoader leaves out a batch that isn't full"
             raise DataError(f"{self.name} must hold at least one batch, got none ({why})")
         self._kept = batches if in_memory else store
@@ -318,7 +336,7 @@ def calibration_of(batches: Iterable[Any] | None) -> Calibration | None:
     return None if batches is None else Calibration.of(batches)
 
 
-_CURE = "take fewer batches, e.g. list(itertools.islice(batches, 16))"
+_CURE = "say how many batches are read, e.g. nni_topo.Calibration(batches, max_batches=16)"
 
 
 def _cure_without_batches(value: Any) -> str:

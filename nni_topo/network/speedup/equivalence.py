@@ -34,7 +34,6 @@ from nni_topo.network.runtime import (
     Call,
     RandomWeights,
     Variation,
-    call_arguments,
     cast_floats,
     check_model,
     detached_copy,
@@ -433,7 +432,7 @@ def masked_model(
     SpeedupError
         If the model is still wrapped or a layer would be empty; with ``reconcile``, if it can't be traced.
     DataError
-        If the model holds NaN or infinite values.
+        If the model holds NaN or infinite values, or the inputs have no batch dimension.
 
     Notes
     -----
@@ -444,10 +443,10 @@ def masked_model(
     A group or layer norm takes its statistics over removed channels too, as zeros.
     """
     check_model(model)
-    call = call_arguments(example_inputs, model)
-    full = check_masks(model, masks)
+    network = Network.on(model, example_inputs)
+    call, full = network.call, check_masks(model, masks)
     try:
-        flow = Network(model, call).flow
+        flow = network.flow
     except SpeedupError:
         if reconcile:
             raise

@@ -8,11 +8,10 @@ from collections import UserDict
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime import calibration
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.inputs import batch_size, calls
 
@@ -264,22 +263,83 @@ def endless():
         yield torch.zeros(4, 6)
 
 
-def test_what_never_ends_or_does_not_fit_is_an_error(model, batches, monkeypatch):
-    ended = "must have an end, or a length, got {} batches.*itertools.islice"
+class Stream(IterableDataset):
+    """A data set that never ends."""
+
+    def __iter__(self):
+        return endless()
+
+
+class TooShort(Stream):
+    """The same with a length that isn't true, as that of a stream may be."""
+
+    def __len__(self):
+        return 5
+
+
+STREAMS = {
+    "generator": endless,
+    "loader": lambda: DataLoader(Stream(), batch_size=None),
+    "wrong length": lambda: TooShort(),
+}
+
+
+@pytest.mark.parametrize("row", STREAMS)
+def test_what_never_ends_is_an_error_that_names_the_knob(row, model, batches):
+    ended = "must have an end, a length or a limit, got 1000 batches so far .* and more: .*max_batches=16"
     masks = {"hidden": {"weight": torch.ones(12, 6)}}
-    with pytest.raises(DataError, match=ended.format(10000)):
-        nni_topo.compensate(model, masks, endless())
-    monkeypatch.setattr(calibration, "_MOST_BATCHES", 100)  # a hundredth of the batches for each function
     for work in (
         lambda given: nni_topo.compensate(model, masks, given),
         lambda given: nni_topo.shrink(model, given, {"flops": 0.5}),
         lambda given: nni_topo.recalibrate_batch_norm(model, given),
         lambda given: kept("reconstruction", model, given),
     ):
-        with pytest.raises(DataError, match=ended.format(100)):
-            work(endless())
+        with pytest.raises(DataError, match=ended):
+            work(STREAMS[row]())
+
+
+@pytest.mark.parametrize("row", STREAMS)
+def test_max_batches_takes_the_first_ones_of_a_stream_and_asks_for_no_other(row):
+    assert len(Calibration(STREAMS[row](), max_batches=3)) == 3
+
+
+def test_max_batches_takes_the_first_ones(batches):
+    asked = []
+
+    def counted():
+        for index, batch in enumerate(batches):
+            asked.append(index)
+            yield batch
+
+    for given in (batches, counted(), DataLoader(torch.stack(batches), batch_size=None)):
+        calibration = Calibration(given, max_batches=2)
+        assert calibration.sizes == (40, 40)
+        for kept_batch, batch in zip(calibration, batches[:2], strict=True):
+            assert torch.equal(kept_batch, batch)
+    assert asked == [0, 1]
+    assert Calibration(batches, max_batches=4).samples == 120
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ConfigError, match=r"max_batches must be .*at least 1.* \(Calibration\)"):
+            Calibration(batches, max_batches=wrong)
+
+
+def test_as_many_batches_as_a_length_promises_are_read():
+    """An iterable with a length has an end, however many batches it has."""
+    loader = DataLoader(torch.zeros(1100, 1, 6), batch_size=None)
+    assert len(Calibration(loader)) == 1100
+
+
+def test_a_slow_stream_says_how_many_batches_are_read(monkeypatch, capsys):
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    with pytest.raises(DataError, match="must have an end"):
+        len(Calibration(endless()))
+    assert "calibration (no length: at most 1000 batches without max_batches): " in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_an_error(batches):
     with pytest.raises(DataError, match=r"must fit into .* GiB of memory and .* of disk, got 1 of 10{15} batches"):
         len(Calibration(Promising(batches)))
+    assert len(Calibration(Promising(batches), max_batches=2)) == 2
 
 
 @pytest.mark.parametrize(
