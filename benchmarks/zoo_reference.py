@@ -146,8 +146,6 @@ def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -
             return output * (kept if last else kept.view(-1, *[1] * (output.dim() - 2)))
 
         handles.append(module.register_forward_hook(hook))
-    weightless = [module for module in model.modules() if isinstance(module, NORMS) and module.weight is None]
-    handles += [module.register_forward_hook(_zeros_stay) for module in weightless]
     with torch.no_grad():
         outputs = run(model, inputs)
         # Attention may compute with the weights of its linear layers by itself.
@@ -159,14 +157,6 @@ def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -
     for handle in handles:
         handle.remove()
     return outputs
-
-
-def _zeros_stay(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Zero what a norm without weights makes of channels of zeros: nothing in it tells which are gone."""
-    (entering,) = args
-    at = entering.dim() - 1 if isinstance(module, nn.LayerNorm) else 1
-    others = [d for d in range(entering.dim()) if d != at]
-    return output * (entering != 0).any(others, keepdim=True)  # type: ignore[call-overload]
 
 
 def run(model: nn.Module, inputs: Any) -> Any:

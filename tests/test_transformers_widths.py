@@ -33,8 +33,6 @@ from nni_topo.network.attention.heads import find_attention
         ("Qwen2ForCausalLM", True),
         ("Gemma2ForCausalLM", True),
         ("CohereForCausalLM", True),
-        ("OlmoForCausalLM", False),
-        ("NemotronForCausalLM", False),
         pytest.param("LlamaForCausalLM", True, marks=pytest.mark.slow),
         pytest.param("Qwen2ForCausalLM", False, marks=pytest.mark.slow),
         pytest.param("MistralForCausalLM", False, marks=pytest.mark.slow),
@@ -83,10 +81,10 @@ def test_norms_that_compute_something_else_are_left_as_they_are():
             return super().forward(x - x.mean(-1, keepdim=True))
 
     made = (Shifted(0.0, 1e-6), Shifted(1.0, 1e-6), Shifted(0.5, 1e-6), Shifted(0.0, 1e-5))
-    made += (Centred(0.0, 1e-6), Centred(1.0, 1e-6), Centred(0.5, 1e-6), Centred(0.0, 1e-5))
+    made += (Centred(0.0, 1e-6), Centred(1.0, 1e-6), Centred(0.0, 1e-5))
     model, x = torch.nn.Sequential(*made), torch.randn(5, 8)
     found = as_torch_layers(model)
-    kinds = ["RMSNorm", "ShiftedRMSNorm", "Shifted", "Shifted", "LayerNorm", "ShiftedLayerNorm", "Centred", "Centred"]
+    kinds = ["RMSNorm", "ShiftedRMSNorm", "Shifted", "Shifted", "LayerNorm", "Centred", "Centred"]
     assert [type(each).__name__ for each in found] == kinds
     for one, other in zip(found, model, strict=True):
         torch.testing.assert_close(one(x), other(x))

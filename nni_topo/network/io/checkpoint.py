@@ -44,6 +44,7 @@ from nni_topo.network.attention import Attention, find_attention, resize, set_si
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers import (
     Place,
+    ShiftedRMSNorm,
     can_follow,
     fold,
     keep_original_width,
@@ -634,13 +635,10 @@ def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:
 def _structure(model: torch.nn.Module) -> dict[str, Any]:
     """Return what a config has to reproduce: the heads, the modules' sizes and the tensors' shapes, by name."""
     heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
-    sizes = {}
-    for name, module in model.named_modules():
-        # Norms in the place of Transformers' own compute the same, and weights have the width already. Only a norm
-        # that counts pruned channels is none that a config makes.
-        is_plain = isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)) and not hasattr(module, "counted")
-        if size_names(module) and not is_plain:
-            sizes[name] = describe(module)
+    # PyTorch's norms in the place of Transformers' own compute the same; their weights have the width already.
+    plain = (torch.nn.RMSNorm, ShiftedRMSNorm, torch.nn.LayerNorm)
+    described = [each for each in model.named_modules() if size_names(each[1]) and type(each[1]) not in plain]
+    sizes = {name: describe(module) for name, module in described}
     return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
 
 

@@ -84,22 +84,8 @@ from nni_topo.network.layers.kinds import (
     zeros_held,
 )
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out, safely_laid_out
-from nni_topo.network.layers.original_width import (
-    ShiftedLayerNorm,
-    ShiftedRMSNorm,
-    channel_dim,
-    factor_zero,
-    keep_original_width,
-    response_norm,
-)
-from nni_topo.network.layers.slicing import (
-    ChannelwiseConv1d,
-    cut,
-    cut_channelwise,
-    give_weight,
-    keep,
-    make_channelwise,
-)
+from nni_topo.network.layers.original_width import ShiftedRMSNorm, channel_dim, keep_original_width, response_norm
+from nni_topo.network.layers.slicing import ChannelwiseConv1d, cut, cut_channelwise, keep, make_channelwise
 
 __all__ = [
     "CONVOLUTIONS",
@@ -115,7 +101,6 @@ __all__ = [
     "InnerCall",
     "LayerSizes",
     "Place",
-    "ShiftedLayerNorm",
     "ShiftedRMSNorm",
     "Size",
     "Within",
@@ -134,11 +119,9 @@ __all__ = [
     "cut",
     "cut_channelwise",
     "entering_channels",
-    "factor_zero",
     "feature_dimension",
     "fold",
     "forward_of",
-    "give_weight",
     "graph_of_convolution",
     "has_bias",
     "has_channels",

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 _EPS = ("variance_epsilon", "eps", "epsilon")
 
@@ -45,13 +44,12 @@ class OriginalWidthLayerNorm(nn.LayerNorm):
 
     counted: int
     dim: int  # -1, or 1 in networks that hold channels first
-    shift: float = 0.0
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalize along the channels: ``(..., channels)``, or ``(batch, channels, ...)`` if ``dim`` is 1."""
         x = images.movedim(self.dim, -1)
         x = _normalized(x, x.shape[-1] / self.counted, self.eps)
-        x = x if self.weight is None else x * (_precise(self.weight) + self.shift)
+        x = x if self.weight is None else x * self.weight
         x = x if self.bias is None else x + self.bias
         return x.movedim(-1, self.dim).to(images.dtype)
 
@@ -88,18 +86,6 @@ class ShiftedRMSNorm(nn.RMSNorm):
         kind = torch.promote_types(x.dtype, torch.float32)
         factors = self.weight.to(kind) + self.shift
         return functional.rms_norm(x.to(kind), self.normalized_shape, factors, self.eps).to(x.dtype)
-
-
-class ShiftedLayerNorm(nn.LayerNorm):
-    """A layer norm whose factors are its weights plus ``shift``, which is 1 in Nemotron."""
-
-    shift: float
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize along the channels, in single precision at least: ``(..., channels)``."""
-        kind = torch.promote_types(x.dtype, torch.float32)
-        factors, bias = self.weight.to(kind) + self.shift, None if self.bias is None else self.bias.to(kind)
-        return functional.layer_norm(x.to(kind), self.normalized_shape, factors, bias, self.eps).to(x.dtype)
 
 
 class OriginalWidthGroupNorm(nn.GroupNorm):
@@ -193,7 +179,7 @@ def channel_dim(norm: nn.Module) -> int | None:
         return norm.dim
     if len(norm.normalized_shape) != 1:
         return None
-    if type(norm) in (nn.LayerNorm, ShiftedLayerNorm):
+    if type(norm) is nn.LayerNorm:
         return -1
     weight = next(norm.parameters(), torch.zeros(0))
     images = torch.linspace(-1, 2, 6 * norm.normalized_shape[0]).view(1, 2, 3, -1).to(weight)
@@ -209,95 +195,35 @@ def channel_dim(norm: nn.Module) -> int | None:
     return None
 
 
-class _EpsilonsNoted(TorchFunctionMode):
-    """Note the epsilons that PyTorch's layer and RMS norms are called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Any] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call a function, and note its epsilon."""
-        if func in (functional.layer_norm, functional.rms_norm):
-            given = inspect.signature(func).bind(*args, **(kwargs or {}))
-            given.apply_defaults()
-            self.found.append(given.arguments["eps"])
-        return func(*args, **(kwargs or {}))
-
-
-def _width(norm: nn.Module) -> int | None:
-    """Return how many channels a custom norm takes, by its weight, else by its ``normalized_shape``; None if unknown.
-
-    None too for a module with parameters that no norm of PyTorch's has.
-    """
-    own, shape = dict(norm.named_parameters()), getattr(norm, "normalized_shape", None)
-    if "weight" in own:
-        weight = own.pop("weight")
-        bias = own.pop("bias", weight)
-        shape = weight.shape if bias.shape == weight.shape else None
-    if own:
-        return None
-    if isinstance(shape, (tuple, list)) and len(shape) == 1:
-        shape = shape[0]
-    return shape if isinstance(shape, int) and shape > 0 else None
-
-
-def _norms_of_torch(norm: nn.Module, width: int, eps: float) -> Iterator[nn.Module]:
-    """Yield the norms of PyTorch's, and those derived from them here, with the parameters of a custom norm."""
-    own: dict[str, Any] = dict(norm.named_parameters())
-    for kind in (nn.RMSNorm, ShiftedRMSNorm, nn.LayerNorm, ShiftedLayerNorm):
-        is_shifted = kind in (ShiftedRMSNorm, ShiftedLayerNorm)
-        if (is_shifted and not own) or (issubclass(kind, nn.RMSNorm) and "bias" in own):
-            continue
-        made: Any = kind(width, eps=eps, elementwise_affine="weight" in own, device="meta")
-        made.weight = own.get("weight")
-        if issubclass(kind, nn.LayerNorm):
-            made.bias = own.get("bias")
-        if is_shifted:
-            made.shift = 1.0
-        yield made
-
-
 def plain_norm(norm: nn.Module) -> nn.Module | None:
-    """Return PyTorch's norm that computes what a custom RMS or layer norm does, with its parameters; None if none does.
+    """Return PyTorch's RMS or layer norm that computes what a custom module does, with its weight; None if none does.
 
-    Both are run and compared, on inputs of which some are as small as the epsilon added to their squares. The epsilon
-    is an attribute of the module, or what its forward hands to a norm of PyTorch's. A class derived from
-    ``nn.LayerNorm`` that can be cut as it is needs no other.
+    Both are run and compared, on inputs of which some are as small as the epsilon added to their squares.
     """
-    is_other, width = not type(norm).__module__.startswith(("torch.", "nni_topo.")), _width(norm)
-    if not is_other or width is None or len(inspect.signature(norm.forward).parameters) > 1:  # a gate, say
-        return None
-    if isinstance(norm, nn.LayerNorm) and channel_dim(norm) is not None:
-        return None
-    like = next(norm.parameters(), torch.zeros(0))
-    near, rows = 64 * torch.finfo(like.dtype).eps, torch.linspace(-1, 2, 3 * width).view(3, -1)
+    own, weight = dict(norm.named_parameters()), getattr(norm, "weight", None)
     eps = next((each for key in _EPS if isinstance(each := getattr(norm, key, None), float)), None)
+    is_other = not type(norm).__module__.startswith(("torch.", "nni_topo."))
+    if not is_other or list(own) != ["weight"] or weight is None or weight.dim() != 1 or eps is None:
+        return None
+    if len(inspect.signature(norm.forward).parameters) > 1:  # a gate, say
+        return None
+    rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
+    near = 64 * torch.finfo(weight.dtype).eps
+    kinds = (nn.RMSNorm, ShiftedRMSNorm, partial(nn.LayerNorm, bias=False))
     with torch.no_grad():
         try:
-            if eps is None:
-                with _EpsilonsNoted() as noted:
-                    norm.forward(rows.to(like))
-                eps = noted.found[0] if noted.found else None
-            if not isinstance(eps, float):
-                return None
-            rows = (rows * torch.tensor([[1.0], [eps**0.5], [10.0]])).to(like)
-            given = norm.forward(rows)
-        except Exception:  # a forward fails in as many ways as it is written
+            given = norm.forward(rows.to(weight))
+        except (RuntimeError, TypeError, ValueError):
             return None
-        for made in _norms_of_torch(norm, width, eps):
-            wanted = made.forward(rows)
+        for kind in kinds:
+            made: Any = kind(len(weight), eps=eps, device="meta")
+            made.weight = weight
+            if isinstance(made, ShiftedRMSNorm):
+                made.shift = 1.0
+            wanted = made.forward(rows.to(weight))
             if isinstance(given, Tensor) and torch.allclose(given, wanted, rtol=near, atol=near):
-                return made
+                return cast("nn.Module", made)
     return None
-
-
-def factor_zero(norm: nn.Module) -> float:
-    """Return the weight with which a norm multiplies a channel by zero: not 0 where it adds a shift to its weights."""
-    kinds = (ShiftedLayerNorm, ShiftedRMSNorm, OriginalWidthLayerNorm, OriginalWidthRMSNorm)
-    return -norm.shift if isinstance(norm, kinds) else 0.0
 
 
 def keep_original_width(norm: nn.Module, channels: int) -> None:

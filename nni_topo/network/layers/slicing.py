@@ -109,23 +109,6 @@ def _cut_vectors(module: torch.nn.Module, kept: torch.Tensor) -> None:
     """Cut the parameters and buffers that have one entry a channel."""
     for name in ("weight", "bias", "running_mean", "running_var"):
         keep(module, name, _rows(getattr(module, name, None), kept))
-    if _has_given_weight(module) and bool(module.get_buffer("weight").eq(1).all()):
-        del module.weight
-        module.register_parameter("weight", None)
-
-
-def give_weight(norm: torch.nn.Module, ones: torch.Tensor) -> None:
-    """Give a norm without weights a buffer of ones in their place, (channels,), in which channels can be masked.
-
-    Where the norm is cut to channels that aren't masked, the buffer is taken off again.
-    """
-    if "weight" in norm._parameters and norm._parameters["weight"] is None:
-        del norm.weight
-        norm.register_buffer("weight", ones, persistent=False)
-
-
-def _has_given_weight(norm: Any) -> bool:
-    return "weight" in norm._buffers and "weight" in norm._non_persistent_buffers_set
 
 
 def _cut_response_norm(module: torch.nn.Module, kept: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import PrunedMultiheadAttention, attend
 from nni_topo.network.channels import FIXED, ChannelFlow, Reason, Shares, chosen_of, has_property, reasons, shares
 from nni_topo.network.graph import RANDOM, arguments, resized
-from nni_topo.network.layers import is_normalizing, is_recurrent
+from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.runtime import (
     SAME_CHANNELS,
     Call,
@@ -530,7 +530,8 @@ class _DryRun:
         if name in (self.flow.layers if node.op == "call_module" else self.flow.free_parameters):
             return value.masked_fill(pruned, 0)
         module = self.full.get_submodule(name) if node.op == "call_module" else None
-        if module is not None and is_normalizing(module):
+        # A norm without parameters has none that could be masked.
+        if module is not None and is_normalizing(module) and per_channel_names(module):
             return value.masked_fill(pruned & (entering == 0), 0)
         return value
 

@@ -16,17 +16,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import FLAG, SpeedupError, checked, leaving_out
-from nni_topo.network.layers import (
-    WEIGHTED,
-    channel_dim,
-    factor_zero,
-    fold,
-    give_weight,
-    is_depthwise,
-    is_normalizing,
-    keep,
-    per_channel_names,
-)
+from nni_topo.network.layers import WEIGHTED, channel_dim, fold, is_depthwise, is_normalizing, keep, per_channel_names
 from nni_topo.network.runtime import (
     INPUTS,
     MASKS,
@@ -79,11 +69,10 @@ def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.n
     dead = _dead_inputs(own, call, masks)
     # Only now, when the masked weights of the probe, which are as many, are freed.
     reference: torch.nn.Module = detached_copy(own)
-    like = next((each for each in reference.parameters() if each.is_floating_point()), torch.zeros(0))
     with torch.no_grad():
         _apply(reference, masks)
         for name, channels in dead.items():
-            _silence(reference.get_submodule(name), channels, like)
+            _silence(reference.get_submodule(name), channels)
     tie_again(reference, ties)
     return reference
 
@@ -95,20 +84,14 @@ def _apply(model: torch.nn.Module, masks: FullMasks) -> None:
             keep(module, target, getattr(module, target) * mask)
 
 
-def _silence(module: torch.nn.Module, channels: torch.Tensor, like: torch.Tensor) -> None:
-    """Zero what a per-channel module makes of dead channels. ``like``: a tensor of the model's type and device."""
-    if is_depthwise(module):
-        names = ["bias"]
-    else:
-        give_weight(module, like.new_ones(len(channels)))
-        names = per_channel_names(module)
-    for target in names:
+def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
+    """Zero what a per-channel module makes of dead channels."""
+    for target in ["bias"] if is_depthwise(module) else per_channel_names(module):
         parameter = getattr(module, target, None)
         if isinstance(parameter, torch.Tensor):
             parameter = parameter.view(-1)
             repeats = parameter.shape[0] // len(channels)
-            zero = factor_zero(module) if target == "weight" else 0.0
-            parameter[channels.to(parameter.device).repeat_interleave(repeats)] = zero
+            parameter[channels.to(parameter.device).repeat_interleave(repeats)] = 0
 
 
 def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[str, torch.Tensor]:

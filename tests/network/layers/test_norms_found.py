@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,15 +12,12 @@ from nni_topo.network.layers.original_width import (
     OriginalWidthLayerNorm,
     OriginalWidthResponseNorm,
     OriginalWidthRMSNorm,
-    ShiftedLayerNorm,
     ShiftedRMSNorm,
     channel_dim,
-    factor_zero,
     keep_original_width,
     plain_norm,
     response_norm,
 )
-from nni_topo.network.layers.slicing import cut
 
 KEPT = [0, 2, 5]
 
@@ -141,8 +136,7 @@ class Other(nn.RMSNorm):
 def test_the_dimension_of_a_norms_channels_is_found_by_class_or_by_trying() -> None:
     dims = {
         -1: [nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False), nn.RMSNorm(4), ShiftedRMSNorm(4),
-             ShiftedLayerNorm(4), ChannelsLast(4), ChannelsLast(4, elementwise_affine=False), Response(4),
-             ChannelsLast(3)],
+             ChannelsLast(4), ChannelsLast(4, elementwise_affine=False), Response(4), ChannelsLast(3)],
         1: [ChannelsFirst(4), ChannelsFirst(4).double(), Response(4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4),
             nn.PReLU(4)],
         None: [nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4)), Other(4), Twice(4), Refusing(4), ChannelsLast((2, 4))],
@@ -157,91 +151,6 @@ def test_the_dimension_of_a_norms_channels_is_found_by_class_or_by_trying() -> N
     root = nn.RMSNorm(4)
     keep_original_width(root, 4)
     assert channel_dim(root) == -1
-
-
-class Functional(nn.Module):
-    """A norm that hands all that it has to PyTorch's, as OLMo's, which has no weights."""
-
-    def __init__(self, shape: object, eps: float = 1e-3, name: str = "layer_norm", shift: float = 0.0, **own: bool):
-        super().__init__()
-        self.normalized_shape, self.used, self.name, self.shift = shape, eps, name, shift
-        for key, has in own.items():
-            setattr(self, key, nn.Parameter(torch.linspace(0.5, 1.5, 5)) if has else None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = self.normalized_shape if isinstance(self.normalized_shape, tuple) else (self.normalized_shape,)
-        own = [getattr(self, key, None) for key in ("weight", "bias")]
-        own[0] = None if own[0] is None else own[0] + self.shift
-        if self.name == "rms_norm":
-            return functional.rms_norm(x, shape, own[0], self.used)
-        return functional.layer_norm(x, shape, *own, eps=self.used)
-
-
-def test_norms_without_weights_and_with_biases_are_found_by_what_they_hand_to_pytorchs() -> None:
-    for shape in (5, (5,)):
-        found = plain_norm(Functional(shape))
-        assert (type(found), found.normalized_shape, found.eps) == (nn.LayerNorm, (5,), 1e-3)
-        assert (found.weight, found.bias) == (None, None)
-    root = plain_norm(Functional(5, name="rms_norm"))
-    assert (type(root), root.eps, root.weight) == (nn.RMSNorm, 1e-3, None)
-    both = plain_norm(norm := Functional(5, weight=True, bias=True))
-    assert type(both) is nn.LayerNorm
-    assert (both.weight is norm.weight, both.bias is norm.bias) == (True, True)
-    for bias in (True, False):
-        shifted = plain_norm(norm := Functional(5, shift=1.0, weight=True, bias=bias))
-        assert (type(shifted), shifted.shift, shifted.eps) == (ShiftedLayerNorm, 1.0, 1e-3)
-        assert (shifted.weight is norm.weight, shifted.bias is norm.bias) == (True, True)
-    for shape in (0, "5", None, (2, 5)):
-        assert plain_norm(Functional(shape)) is None
-    assert plain_norm(Functional(5, bias=True)) is None
-    assert plain_norm(Functional(5, shift=0.5, weight=True)) is None
-    assert plain_norm(Functional(5, eps=None, name="rms_norm")) is None
-    assert plain_norm(ChannelsLast(5)) is None  # it can be cut as it is
-
-
-class Selective(nn.Module):
-    """It has one number for each channel, and takes images alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(5))
-
-    def forward(self, images: Tensor) -> Tensor:
-        if images.dim() != 4:
-            raise AssertionError("images, please")
-        return images * self.weight.view(-1, 1, 1)
-
-
-def test_a_module_that_fails_on_what_it_is_tried_with_is_no_norm() -> None:
-    assert plain_norm(Selective()) is None
-
-
-@torch.no_grad()
-def test_a_shifted_layer_norm_keeps_its_shift_where_channels_are_pruned() -> None:
-    norm, x = ShiftedLayerNorm(4, eps=1e-3), torch.tensor([[1.0, 0.0, 3.0, 0.0], [1e-3, 0.0, 5e-3, 0.0]])
-    norm.shift = 1.0
-    norm.weight.copy_(torch.tensor([0.0, 1.0, -0.5, 0.5]))
-    norm.bias.copy_(torch.tensor([0.25, 1.0, 2.0, 3.0]))
-    centred = x - x.mean(-1, keepdim=True)
-    plain = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt()
-    wanted = plain * torch.tensor([1.0, 2.0, 0.5, 1.5]) + norm.bias
-    torch.testing.assert_close(norm(x), wanted)
-    half = copy.deepcopy(norm).half()(x.half())
-    assert half.dtype == torch.float16
-    torch.testing.assert_close(half, wanted.half(), rtol=2e-3, atol=2e-3)
-    cut("norm", norm, kept := torch.tensor([0, 2]), kept)
-    assert type(norm) is OriginalWidthLayerNorm
-    torch.testing.assert_close(norm(x[:, kept]), wanted[:, kept])
-
-
-def test_the_weight_of_a_zero_factor_undoes_the_shift() -> None:
-    for kind, shift in ((ShiftedLayerNorm, 1.0), (ShiftedRMSNorm, 0.5)):
-        norm = kind(4)
-        norm.shift = shift
-        assert factor_zero(norm) == -shift
-        keep_original_width(norm, 4)
-        assert factor_zero(norm) == -shift
-    assert [factor_zero(norm) for norm in (nn.LayerNorm(4), nn.BatchNorm2d(4), Response(4))] == [0.0] * 3
 
 
 class Root(nn.Module):

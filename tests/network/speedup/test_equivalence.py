@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -221,66 +220,6 @@ def test_a_norm_over_a_concatenation_loses_the_channels_of_both():
     assert rows["norm.weight"] == rows["norm.bias"] == [3, 4, 9]
     assert rows["depthwise.bias"] == [3, 4, 9]
     assert "depthwise.weight" not in rows
-
-
-class Weightless(nn.Module):
-    """A norm without weights between two layers, at which texts or images arrive."""
-
-    def __init__(self, norm, *, last=True):
-        super().__init__()
-        torch.manual_seed(0)
-        kind = nn.Linear if last else partial(nn.Conv2d, kernel_size=1)
-        self.first, self.norm, self.then = kind(3, 8), norm, kind(8, 5)
-        self.shape = (2, 4, 3) if last else (2, 3, 4, 4)
-
-    def forward(self, x):
-        return self.then(self.norm(self.first(x)))
-
-
-WEIGHTLESS = {
-    "layer norm": (lambda: nn.LayerNorm(8, elementwise_affine=False), True),
-    "RMS norm": (lambda: nn.RMSNorm(8, elementwise_affine=False), True),
-    "group norm": (lambda: nn.GroupNorm(2, 8, affine=False), False),
-    "one group": (lambda: nn.GroupNorm(1, 8, affine=False), False),
-    "batch norm": (lambda: nn.BatchNorm2d(8, affine=False), False),
-    "instance norm": (lambda: nn.InstanceNorm2d(8), False),
-}
-
-
-@pytest.mark.parametrize("kind", WEIGHTLESS)
-def test_channels_of_a_norm_without_weights_are_zero_where_zeros_arrive_and_are_cut(kind):
-    make, last = WEIGHTLESS[kind]
-    model = Weightless(make(), last=last).eval()
-    if kind == "batch norm":
-        model.norm.running_mean.uniform_(1.0, 2.0)
-    x = torch.randn(model.shape, generator=torch.Generator().manual_seed(1))
-    groups = dependency_groups(model, x, [{"op_names": ["first"], "sparse_ratio": 0.5}])
-    assert groups.skipped == {}
-    masks = {"first": filter_mask(model.first, gone := [1, 2, 5, 7])}
-    reference, dense = masked_model(model, x, masks), to_dense(model, x, masks)
-    at = -1 if last else 1
-    normed = reference.norm(reference.first(x))
-    assert not normed.index_select(at, torch.tensor(gone)).any()
-    with torch.no_grad():
-        first = model.first(x).index_fill(at, torch.tensor(gone), 0.0)
-        wanted = model.norm(first).index_fill(at, torch.tensor(gone), 0.0)
-    torch.testing.assert_close(normed, wanted)
-    torch.testing.assert_close(dense(x), model.then(wanted), rtol=1e-5, atol=1e-6)
-    assert reference.state_dict().keys() == dense.state_dict().keys() == model.state_dict().keys()
-    assert (dense.norm.weight, len(dense.first.weight)) == (None, 4)
-    assert [name for name, _ in dense.named_buffers()] == [name for name, _ in model.named_buffers()]
-    torch.testing.assert_close(masked_model(model.double(), x.double(), masks)(x.double()), dense.double()(x.double()))
-
-
-def test_a_norm_without_weights_goes_on_masking_channels_that_are_kept_without_theirs():
-    model, x = Weightless(nn.LayerNorm(8, elementwise_affine=False)), torch.randn(2, 4, 3)
-    masks = {"first": filter_mask(model.first, [1, 2, 5, 7])}
-    small = masked_model(model, x, masks)
-    again = {"first": filter_mask(model.first, [1])}
-    dense = to_dense(small, x, again)
-    assert dense.first.out_features == 7
-    torch.testing.assert_close(dense(x), small(x))
-    assert not dense.norm(dense.first(x))[..., [1, 4, 6]].any()
 
 
 def test_channels_that_come_alive_in_an_addition_stay():
