@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 from torch.utils._pytree import tree_map, tree_map_only
 
+from nni_topo.errors import ConfigError
 from nni_topo.network.attention import Attention, attend, find_heads, is_mixed, states_read
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
@@ -193,6 +194,12 @@ class Propagation(torch.fx.Interpreter):
             kind = "compiled by torch.jit" if is_scripted(module) else type(module).__name__
             return self._all_kept(node, ids, reasons.uncut_module(node, kind))
         if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and ids[0].dim() != module.weight.dim():
+            inputs = [tensor_shape(each) for each in self.traced.graph.nodes if each.op == "placeholder"]
+            if any(each is not None and len(each) == ids[0].dim() for each in inputs[:1]):
+                raise ConfigError(
+                    "example_inputs must hold a batch, the samples in the first dimension, "
+                    f"got a tensor of shape {tuple(ids[0].shape)}, which enters {name} (example_inputs)"
+                )
             return self._all_kept(node, ids, reasons.no_batch(node))
         if name in self.channel_wise or (name not in self.layers and _is_channel_wise(module, ids[0], shape or ())):
             return self._channel_wise(node, name, module, ids[0], shape or ())
