@@ -23,7 +23,6 @@ from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibrati
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
 from nni_topo.network.runtime.copying import RandomWeights, detached_copy, device_of, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.fits import (
-    check_batched,
     check_fits,
     first_call,
     fitting_call,
@@ -126,7 +125,6 @@ __all__ = [
     "called",
     "calls",
     "cast_floats",
-    "check_batched",
     "check_entry",
     "check_fits",
     "check_model",

@@ -26,7 +26,7 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.progress import bar
-from nni_topo.network.runtime.untouched import evaluation_mode, left_alone, random_state_kept
+from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
 
 # How many dimensions an input has that such a layer takes for a single sample.
 _UNBATCHED: tuple[tuple[type[nn.Module], int], ...] = (
@@ -99,41 +99,15 @@ def check_fits(model: nn.Module, call: Call, name: str = "calibration", batch: A
             raise DataError(f"{name} must fit the model, got {found} (batch 0)") from None
         raise
     if unbatched:
-        raise _without_batch(call, unbatched, name, "batch 0")
-
-
-def check_batched(model: nn.Module, call: Call, name: str) -> None:
-    """Raise DataError if a layer takes the input of a model for a single sample, as :func:`check_fits` does.
-
-    The model runs only where it has a layer that may take it so; an error of its own isn't this check's to tell.
-    """
-    first = tensors_of(call)[0]
-    kinds = tuple(kind for kind, dimensions in _UNBATCHED if dimensions == first.dim())
-    if not first.is_floating_point() or not any(isinstance(module, kinds) for module in model.modules()):
-        return
-    try:
-        with random_state_kept():
-            unbatched = _run(model, call)
-    except Exception as error:  # a user's model may raise anything
-        if out_of_memory(error):
-            raise
-        return
-    if unbatched:
-        raise _without_batch(call, unbatched, name, name)
-
-
-def _without_batch(call: Call, layer: str, name: str, place: str) -> DataError:
-    """Build the error for a call that ``layer`` takes for a single sample."""
-    return DataError(
-        f"{name} must have samples along the first dimension, got {_told(call)}, which {layer} takes for a single "
-        f"sample: pass {_BATCHED} ({place})"
-    )
+        raise DataError(
+            f"{name} must have samples along the first dimension, got {_told(call)}, which {unbatched} takes for a "
+            f"single sample: pass {_BATCHED} (batch 0)"
+        )
 
 
 @contextmanager
 def fitting_call(model: nn.Module, call: Call, name: str) -> Iterator[None]:
     """Turn an error of a model within the block into a DataError, as :func:`check_fits` words it for the whole call."""
-    check_batched(model, call, name)
     try:
         with fitting(0, name):
             yield

@@ -32,6 +32,7 @@ from nni_topo.network.runtime import (
     MODEL,
     ROUND_TO,
     Call,
+    call_arguments,
     check_model,
     detached_copy,
     fast_paths_off,
@@ -120,7 +121,7 @@ def to_dense(
     ConfigError
         If masks, inputs, ``round_to`` or ``constants`` can't be used.
     DataError
-        If the model holds NaN or infinite values, or the inputs have no batch dimension.
+        If the model holds NaN or infinite values.
     SpeedupError
         If the model is still wrapped, a layer would be emptied, the output's shape would change, or
         the dense model doesn't compute what the masked one does.
@@ -167,11 +168,11 @@ def to_dense(
     check_model(model)
     if constants not in ("zero", "keep"):
         raise ConfigError(f'constants must be "zero" or "keep", got {constants!r}')
-    network = Network.on(model, example_inputs)
+    call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     with random_state_kept(), torch.inference_mode(False):
         torch.manual_seed(0)
-        task = _prepare(network, full, round_to)
+        task = _prepare(Network(model, call), full, round_to)
         masked = _masked_with_constants(task) if constants == "keep" else _masked_without_constants(task)
         dense = _cut(task, masked, tuple(customized_replacers))
         counted = count_anew(task.original, dense, task.network.call)

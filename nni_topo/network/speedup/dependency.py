@@ -143,8 +143,6 @@ def dependency_groups(
     ConfigError
         If an entry names a layer that isn't there or selects none at all, or the inputs don't fit the model; with
         ``strict``, if a layer that an entry selects would be left out because it can't lose channels.
-    DataError
-        If the inputs have no batch dimension.
     SpeedupError
         If the model can't be traced, and an entry names a layer in ``op_names`` or ``strict`` is given.
     RuntimeError

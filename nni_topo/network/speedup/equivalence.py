@@ -24,6 +24,7 @@ from nni_topo.network.runtime import (
     Call,
     RandomWeights,
     Variation,
+    call_arguments,
     cast_floats,
     check_model,
     detached_copy,
@@ -415,7 +416,7 @@ def masked_model(
     SpeedupError
         If the model is still wrapped or a layer would be empty; with ``reconcile``, if it can't be traced.
     DataError
-        If the model holds NaN or infinite values, or the inputs have no batch dimension.
+        If the model holds NaN or infinite values.
 
     Notes
     -----
@@ -426,10 +427,10 @@ def masked_model(
     A group or layer norm takes its statistics over removed channels too, as zeros.
     """
     check_model(model)
-    network = Network.on(model, example_inputs)
-    call, full = network.call, check_masks(model, masks)
+    call = call_arguments(example_inputs, model)
+    full = check_masks(model, masks)
     try:
-        flow = network.flow
+        flow = Network(model, call).flow
     except SpeedupError:
         if reconcile:
             raise

@@ -126,8 +126,6 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     ------
     ConfigError
         If the model has no such layer, the module makes no channels, or the inputs don't fit the model.
-    DataError
-        If the inputs have no batch dimension.
     RuntimeError
         PyTorch's own, if there isn't the memory to run the model.
 

@@ -31,7 +31,6 @@ from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, LayerSizes, Size, 
 from nni_topo.network.runtime import (
     Call,
     call_arguments,
-    check_batched,
     fast_paths_off,
     out_of_memory,
     put_parameters,
@@ -73,10 +72,8 @@ class Network:
 
     @classmethod
     def on(cls, model: nn.Module, example_inputs: Any) -> Network:
-        """Take a model with example inputs, whatever container they come in; DataError if they have no batch."""
-        call = call_arguments(example_inputs, model)
-        check_batched(model, call, "example_inputs")
-        return cls(model, call)
+        """Take a model with example inputs, whatever container they come in."""
+        return cls(model, call_arguments(example_inputs, model))
 
     @property
     def flow(self) -> ChannelFlow:

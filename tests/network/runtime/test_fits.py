@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.cost import measure_latency
 from nni_topo.network.runtime import Calibration, check_fits, first_call, structure_call
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -168,64 +167,10 @@ def test_a_missing_batch_dimension_is_named_by_every_entry_point(entry, place, t
     assert not list(tmp_path.iterdir())
 
 
-MASKS = {"0": {"weight": torch.ones(8, 4), "bias": torch.ones(8)}}
-CONFIG = [{"op_names": ["0"], "sparse_ratio": 0.5}]
-ENTRIES = {
-    "export": (lambda net, x: nni_topo.export(net, "small.pt2", x), "inputs"),
-    "shrink": (lambda net, x: nni_topo.shrink(net, [x] * 16, {"flops": 0.5}), "images"),
-    "compensate": (lambda net, x: nni_topo.compensate(net, MASKS, [x] * 16), "calibration"),
-    "dependency_groups": (lambda net, x: nni_topo.dependency_groups(net, x, CONFIG), "example_inputs"),
-    "explain": (lambda net, x: nni_topo.explain(net, x, "0"), "example_inputs"),
-    "to_dense": (lambda net, x: nni_topo.to_dense(net, x, MASKS), "example_inputs"),
-    "masked_model": (lambda net, x: nni_topo.masked_model(net, x, MASKS), "example_inputs"),
-    "count_macs": (zoo.count_macs, "example_inputs"),
-    "latency_ms": (zoo.latency_ms, "example_inputs"),
-    "measure_latency": (measure_latency, "example_inputs"),
-    "MatrixPruner": (
-        lambda net, x: nni_topo.MatrixPruner(net, CONFIG, example_inputs=x).compress(),
-        "example_inputs",
-    ),
-}
-
-
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize(
-    ("net", "vector"),
-    [
-        (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4)),
-        (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)), torch.randn(4)),
-    ],
-    ids=["linear", "norm"],
-)
-def test_a_vector_without_a_batch_dimension_is_a_single_sample_of_a_linear_layer(
-    entry, net, vector, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    work, place = ENTRIES[entry]
-    with pytest.raises(DataError) as caught:
-        work(net, vector)
-    assert str(caught.value).startswith(f"{place} must have samples along the first dimension, got float32 of shape ")
-    assert "(4,), which Linear '0' takes for a single sample: pass image.unsqueeze(0) of one" in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-class OfAVector(nn.Module):
-    """Makes a batch of what it gets, for its layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
-
-    def forward(self, vector):
-        return self.last(self.layer(vector[None]))
-
-
-def test_a_vector_that_a_forward_gives_a_batch_dimension_is_no_single_sample():
-    groups = nni_topo.dependency_groups(OfAVector(), torch.randn(4), [{"op_names": ["layer"], "sparse_ratio": 0.5}])
-    assert [entry["op_names"] for entry in groups] == [["layer"]]
-
-
-def test_the_check_of_the_batch_dimension_draws_no_numbers_and_looks_at_no_values():
-    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).to("meta")
-    with pytest.raises(DataError, match="takes for a single sample"):
-        nni_topo.explain(net, torch.zeros(4, device="meta"), "0")
+def test_a_vector_without_a_batch_dimension_is_a_single_sample_of_a_linear_layer(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    message = r"got float32 of shape \(4,\), which Linear '0' takes for a single sample: pass image.unsqueeze\(0\)"
+    with pytest.raises(DataError, match=rf"inputs must .*{message}"):
+        nni_topo.export(net, tmp_path / "small.pt2", torch.randn(4))
+    with pytest.raises(DataError, match=rf"images must .*{message}"):
+        nni_topo.shrink(net, [torch.randn(4)] * 16, {"flops": 0.5})
