@@ -117,13 +117,14 @@ class SubsetFitness:
         if self._covers:
             self._neighbours = neighbour_ranks(self._distances)
         else:
+            # Points on a line, such as single weights, need no trees, and enclose no loops.
+            self._order = line_order(self._distances) if self.engine == "exact" else None
+            drawn = [degree for degree in self.homology_dimensions if degree == 0 or self._order is None]
             # The kernel for loops starts from sorted edges; without it degree 1 is Ripser's.
-            loops = self.compiled and self.engine == "exact" and 1 in self.homology_dimensions
+            loops = self.compiled and self.engine == "exact" and 1 in drawn
             self._edges = sort_edges(self._distances) if loops else None
-            # Points on a line, such as single weights, need no trees.
-            self._order = line_order(self._distances)
-            whole = diagrams_of(self._distances, self.homology_dimensions, self.engine, edges=self._edges)
-            self._whole = dict(zip(self.homology_dimensions, whole, strict=True))
+            found = dict(zip(drawn, diagrams_of(self._distances, drawn, self.engine, edges=self._edges), strict=True))
+            self._whole = {degree: found.get(degree, np.empty((0, 2))) for degree in self.homology_dimensions}
 
     @property
     def evaluations(self) -> int:
@@ -194,6 +195,8 @@ class SubsetFitness:
         """Score degrees one subset after the other, by the diagrams of the distance submatrix."""
         if not degrees:
             return []
+        if self._order is not None:
+            return [np.zeros(len(subsets)) for _ in degrees]
         losses = np.empty((len(degrees), len(subsets)))
         chosen = (np.flatnonzero(subset) for subset in subsets)
         found: Iterable[list[FloatArray]]

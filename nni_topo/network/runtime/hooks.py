@@ -90,7 +90,7 @@ def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
     if not seen:
         raise DataError(
             "an evaluator that serves as calibration data must call the model, got no call (evaluator): give it an "
-            "evaluating function, or pass batches (calibration)"
+            "evaluating function, or pass batches (calibration); its dummy_input isn't taken for data"
         )
     return seen
 

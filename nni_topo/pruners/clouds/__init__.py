@@ -106,7 +106,8 @@ def make_collector(
     if kind in TRACED:
         if example_inputs is None:
             raise ConfigError(
-                f"cloud {kind!r} needs example_inputs or an evaluator that evaluates, got neither (example_inputs)"
+                f"cloud {kind!r} needs example_inputs or an evaluator that has a dummy_input or evaluates, got neither "
+                "(example_inputs)"
             )
         return TRACED[kind](example_inputs, preprocess=preprocess)
     if calibration is None and kind == "functional":

@@ -18,8 +18,8 @@ def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> 
     """Return by name the spatial sizes that enter convolutions; ConfigError if unknown or, padded, below the kernel."""
     if example_inputs is None:
         raise ConfigError(
-            "a layer's input size must be known, from example_inputs or an evaluator that evaluates, got neither "
-            f"({names[0]})"
+            "a layer's input size must be known, from example_inputs or an evaluator that has a dummy_input or "
+            f"evaluates, got neither ({names[0]})"
         )
     planes = Network.on(model, example_inputs).planes
     for name in names:

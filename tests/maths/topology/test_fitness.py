@@ -5,6 +5,7 @@ import pytest
 from topology_clouds import make_cloud, make_subsets
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.topology import fitness as scoring
 from nni_topo.topology import CRITERIA, SubsetFitness, h0_deaths, pairwise_distances, with_origin
 
 
@@ -94,6 +95,22 @@ def test_on_a_line_only_distances_of_neighbours_are_read(criterion, compiled):
     assert neighbours.sum() == 2 * 29
     fitness._distances = np.where(neighbours, fitness._distances, np.nan)
     np.testing.assert_array_equal(fitness(subset), expected)
+
+
+def test_points_on_a_line_enclose_no_loops_and_none_are_looked_for(compiled, monkeypatch):
+    def look(*_, **__):
+        raise AssertionError("loops were looked for")
+
+    monkeypatch.setattr(scoring, "sort_edges", look)
+    monkeypatch.setattr(scoring, "ripser_bars", look)
+    line = np.array([0.0, 3.0, 1.0, 7.0, 4.5])
+    distances = abs(np.subtract.outer(line, line))
+    subsets = [[True, True, False, True, False], [False, True, True, True, True]]
+    both = SubsetFitness(distances, "bottleneck", homology_dimensions=(0, 1), combine="sum", compiled=compiled)
+    alone = SubsetFitness(distances, "bottleneck", compiled=compiled)
+    assert both(subsets).tolist() == alone(subsets).tolist()
+    loops = SubsetFitness(distances, "wasserstein", homology_dimensions=(1,), compiled=compiled)
+    assert loops(subsets).tolist() == [0.0, 0.0]
 
 
 def test_the_base_point_counts_as_kept():
