@@ -189,6 +189,23 @@ def test_perera2022_compares_diagrams_of_the_weights_without_the_origin(combine)
     assert float(fitness(kept(masks, "0")[None])[0]) == pytest.approx(pruner.trace["0.weight"][-1].best, abs=1e-12)
 
 
+def test_a_long_search_is_announced_before_it_begins(caplog, monkeypatch):
+    config = [{"op_names": ["0"], "sparse_ratio": 0.5, "granularity": [1, 1, -1, -1]}]
+    search = {"population_size": 6, "generations": 3}
+    message = "the genetic search among 12 blocks takes up to 1 min: 3 generations of 6 subsets"
+
+    def told():
+        caplog.clear()
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+        _, masks = TopologicalPruner.perera2022(model, config, search=search).compress()
+        assert masks["0"]["weight"].flatten(2)[:, :, 0].sum() == 6
+        return [record.getMessage() for record in caplog.records if "genetic search" in record.getMessage()]
+
+    assert told() == []
+    monkeypatch.setattr("nni_topo.pruners.topological.metric._LONG", 0.0)  # every search counts as long
+    assert [each[: len(message)] for each in told()] == [message]
+
+
 def test_perera2022_searches_by_default_and_a_flat_fitness_is_told(caplog):
     """By the larger distance, which is H0's, all subsets are equal; the sum tells them apart."""
     points = np.random.default_rng(3).normal(size=(24, 27)).astype(np.float32)

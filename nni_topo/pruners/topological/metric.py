@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from nni_topo.errors import FLAG, check_knobs, leaving_out, one_of
 from nni_topo.maths import topology
-from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, Generation, SubsetGeneticAlgorithm
+from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, Generation, SubsetGeneticAlgorithm
 from nni_topo.network.runtime import bar
 from nni_topo.pruners.hooks import Data, KeptSet, PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, SelectionMetric
@@ -19,6 +21,7 @@ from nni_topo.pruners.units import KeptBlocks
 _logger = logging.getLogger(__name__)
 
 _COPIES = 3  # of a cloud, while its distances are computed
+_LONG = 60.0  # seconds: a search that takes longer is announced
 CRITERIA = ("hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein")
 """Distances between a kept and a whole cloud; ``"bottleneck_sum"`` adds those of several degrees."""
 
@@ -103,7 +106,13 @@ class TopologicalMetric(SelectionMetric):
         tasks = [(index, unit, part) for index, unit in enumerate(context.units) for part in range(unit.parts)]
         # A cloud is handed on, not held: its distances go with it.
         work = (
-            delayed(_chosen)(clouds[unit.name].pop(0), rows[unit.name], [self.seed, index, part], self.settings)
+            delayed(_chosen)(
+                clouds[unit.name].pop(0),
+                rows[unit.name],
+                [self.seed, index, part],
+                self.settings,
+                unit.part_name(part),
+            )
             for index, unit, part in tasks
         )
         # One by one, for the bar, where the backend can: Ray's can't.
@@ -132,7 +141,7 @@ class TopologicalMetric(SelectionMetric):
 
 
 def _chosen(
-    cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings
+    cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings, name: str
 ) -> tuple[BoolArray, list[Generation], bool]:
     """Return the kept blocks of a cloud, boolean ``(size,)``, the search's progress, and whether it found no order."""
     cover, search = cloud.cover(keep), settings.search
@@ -147,16 +156,44 @@ def _chosen(
         engine=search.engine,
         combine="sum" if summed else "max",
     )
+
+    def score(population: BoolArray) -> FloatArray:
+        return fitness(cloud.with_base(population))
+
+    _announce(score, cloud.size, keep, search, name)
     run = SubsetGeneticAlgorithm(
         cloud.size,
         keep,
-        lambda population: fitness(cloud.with_base(population)),
+        score,
         search,
         seed=seed,
         initial=cover[None] if search.greedy_start else None,
     )
     run.run()
     return run.best_individual()[1], run.trace, run.is_flat
+
+
+def _announce(
+    fitness: Callable[[BoolArray], FloatArray], size: int, keep: int, search: GeneticSearch, name: str
+) -> None:
+    """Warn before the search if it takes long, by the time that one subset takes."""
+    first, second = np.zeros((2, 1, size), dtype=np.bool_)
+    first[:, :keep] = True
+    second[:, -keep:] = True
+    fitness(first)  # compiles what is compiled
+    started = time.perf_counter()
+    fitness(second)
+    seconds = (time.perf_counter() - started) * search.population_size * search.generations
+    if seconds > _LONG:
+        _logger.warning(
+            "the genetic search among %d blocks takes up to %d min: %d generations of %d subsets; fewer of them, "
+            "blocks that are whole channels, or a criterion without degree 1 take less time (%s)",
+            size,
+            np.ceil(seconds / 60),
+            search.generations,
+            search.population_size,
+            name,
+        )
 
 
 def _degrees(cloud: Cloud, settings: SelectionSettings) -> tuple[int, ...]:
