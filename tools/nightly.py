@@ -78,6 +78,7 @@ def checks() -> list[Check]:
         Check("PyTorch 2.12, Python 3.12", "make test-with PYTHON=python3.12 WITH='torch==2.12.*'", ("python3.12",)),
         Check("PyTorch 2.13, Python 3.13", "make test-with PYTHON=python3.13 WITH='torch==2.13.*'", ("python3.13",)),
         Check("Transformers 5", "make test-with AFTER='transformers>=5,<6'"),
+        Check("LiteRT", "make test-with AFTER='litert-torch' TESTS='-m slow tests/test_runtimes.py'"),
         Check("random order", in_random_order),
         Check(
             "random order, busy machine",
