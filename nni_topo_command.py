@@ -213,9 +213,10 @@ def _names(flag: str) -> list[str]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the names that are nearest to an unknown one."""
+    """Return a hint at the names that are nearest to an unknown one, as `nni_topo.errors.unknown_name` does."""
     names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    folded = {each.casefold(): each for each in names}
+    near = [folded[each] for each in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)]
     return f"; did you mean {', '.join(near)}?" if near else f"; known: {', '.join(names)}"
 
 

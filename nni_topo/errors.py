@@ -100,13 +100,26 @@ class CompatibilityError(NniTopoError, RuntimeError):
     page = "docs/compatibility.md"
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Build the error for a name of some ``kind`` that isn't in a table, with the nearest names that are."""
+_MOST_NAMES = 30  # of a table that a message lists; more make it unreadable
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], place: str) -> ConfigError:
+    """Build the error for a name of some ``kind`` that isn't in a table, with the nearest names that are.
+
+    ``place``: the function, file or setting that was given the name.
+    """
     names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    near = near or [each for each in names if len(name) > 2 and name in each][:3]
-    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names)}"
-    return ConfigError(f"{kind} must be a known name, got {name!r}; {hint}")
+    # Capitals are a frequent mistake ("L1"), and names that differ in them alone are near.
+    folded = {each.casefold(): each for each in names}
+    wanted = name.casefold()
+    near = [folded[each] for each in difflib.get_close_matches(wanted, folded, n=3, cutoff=0.5)]
+    if not near and len(name) > 2:
+        near = [folded[each] for each in folded if wanted in each][:3]
+    if near:
+        hint = f"did you mean {', '.join(near)}?"
+    else:
+        hint = f"known: {listed(names, _MOST_NAMES)}" if names else "there are none"
+    return ConfigError(f"{kind} must be a known name, got {name!r}; {hint} ({place})")
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,7 @@ class Rule:
                 self.look(name, value, place)
             return
         if self.names and isinstance(value, str):
-            raise unknown_name(name, value, self.names)
+            raise unknown_name(name, value, self.names, place)
         found = shown(value) if self.tell is None else self.tell(value)
         raise self.error(f"{name} must be {self.words}, got {found} ({place})")
 
@@ -446,7 +459,7 @@ def as_settings(kind: type[Settings], value: Settings | Mapping[str, Any] | None
     known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
     for key in given:
         if key not in known:
-            raise unknown_name(f"key of {name}", str(key), known)
+            raise unknown_name(f"key of {name}", str(key), known, name)
     return kind(**given)
 
 

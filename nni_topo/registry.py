@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Any, ClassVar, Generic, TypeVar
 
-from nni_topo.errors import ConfigError, check_fields, unknown_name
+from nni_topo.errors import ConfigError, check_fields, shown, unknown_name
 
 Made = TypeVar("Made")  # what the class of a record makes
 _logger = logging.getLogger(__name__)
@@ -82,17 +82,20 @@ class Registry(Generic[Info]):
         """Return the names that match a shell pattern, sorted."""
         return sorted(name for name in self.table if fnmatchcase(name, pattern))
 
-    def info(self, name: str, argument: str = "") -> Info:
-        """Return the record of a name, or of ``package.module:Class``; ConfigError, which may name the argument."""
+    def info(self, name: str, place: str, argument: str = "") -> Info:
+        """Return the record of a name, or of ``package.module:Class``; ConfigError, which may name the argument.
+
+        ``place``: the function or the file that was given the name.
+        """
         kind = self._record.kind
         if not isinstance(name, str):
-            raise ConfigError(f"a {kind}'s name must be text, got {name!r} ({argument or kind})")
+            raise ConfigError((argument or f"a {kind}'s name") + f" must be text, got {shown(name)} ({place})")
         if ":" in name:
             found = self._record(name, name, "a third party's")
             found.load()  # which looks at it
             return found
         if name not in self.table:
-            raise unknown_name(argument or kind, name, self.table)
+            raise unknown_name(argument or kind, name, self.table, place)
         return self.table[name]
 
     def register_entry_points(self) -> None:

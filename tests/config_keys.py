@@ -174,7 +174,7 @@ def knobs_of(column: str, seed: int = 0) -> dict[str, Any]:
     """Return what a pruner needs on this network, and settings with which its searches end at once."""
     if column == CALIBRATED:
         return {"calibration": [toy_images()]}
-    info = PRUNERS.info(column)
+    info = PRUNERS.info(column, "keys")
     knobs = toy_knobs(info.knobs(), info.needs)
     if column == "subcluster":
         # The toy's settings leave all to the ratio; the defaults let the clusters decide.

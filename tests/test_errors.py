@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from nni_topo.errors import ConfigError, check_between, check_integer
+import nni_topo
+from nni_topo import zoo
+from nni_topo.errors import ConfigError, check_between, check_integer, unknown_name
+from nni_topo.runs.choices import CompensationChoice, Target, load_prune_config
+from nni_topo.runs.experiment.settings import TrialSettings
+from nni_topo.studies.plan import load_plan
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(2)])
@@ -34,3 +42,95 @@ def test_the_upper_bound_may_be_allowed():
     check_between("share", 1, 0, 1, "here", closed=True)
     with pytest.raises(ConfigError, match=r"share must be in \(0, 1\], got 0 \(here\)"):
         check_between("share", 0, 0, 1, "here", closed=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("l11", ["l1", "l2", "random"], "did you mean l1?"),
+        ("FLOPS", ["flops", "params"], "did you mean flops?"),  # capitals are no other name
+        ("Conv1", ["features.CONV1", "features.pool"], "did you mean features.CONV1?"),
+        ("zzz", ["b", "a"], "known: a, b"),
+        ("zzz", [], "there are none"),
+        ("zzz", [f"{number:02}" for number in range(40)], ", 28, 29 and 10 more"),
+    ],
+)
+def test_an_unknown_name_is_told_with_its_place_and_what_is_near(name, known, hint):
+    words = str(unknown_name("pruner", name, known, "shrink"))
+    assert words.startswith(f"pruner must be a known name, got {name!r}; ")
+    assert words.endswith(f"{hint} (shrink)")
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+ROWS = torch.linspace(-1.0, 1.0, 64).reshape(16, 4)
+HALF = [{"op_types": ["Linear"], "exclude_op_names": ["4"], "sparse_ratio": 0.5}]
+
+
+def plan(tmp_path, text):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    return path
+
+
+# What is mistyped, and the place that the error must name.
+MISTYPED = {
+    "pruner of shrink": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5}, pruner="L11"), "shrink"),
+    "knob of shrink": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5}, knobs={"refin": 1}), "shrink"),
+    "layer of shrink": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5}, layers=["00"]), "shrink"),
+    "method of shrink": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5}, compensate="pears"), "shrink"),
+    "knob of distill": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5}, distill={"step": 1}), "shrink"),
+    "cost": (lambda _: nni_topo.shrink(small(), [ROWS], {"flop": 0.5}), "budget"),
+    "allocation": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5, "allocation": "eror"}), "budget"),
+    "pruner of frontier": (lambda _: nni_topo.frontier(small(), [ROWS], shares=(0.5,), pruner="l11"), "frontier"),
+    "objective": (lambda _: nni_topo.distill(small(), small(), [ROWS], objective="kll"), "distillation"),
+    "method": (lambda _: nni_topo.compensate(small(), {}, [ROWS], method="pears"), "compensate"),
+    "pruner of create_pruner": (lambda _: nni_topo.create_pruner("l11", small(), HALF), "create_pruner"),
+    "knob of create_pruner": (lambda _: nni_topo.create_pruner("l1", small(), HALF, mod="a"), "create_pruner"),
+    "pruner_info": (lambda _: nni_topo.pruner_info("l11"), "pruner_info"),
+    "recovery_info": (lambda _: nni_topo.recovery_info("pears"), "recovery_info"),
+    "layer of explain": (lambda _: nni_topo.explain(small(), ROWS, "00"), "explain"),
+    "layer of a config_list": (
+        lambda _: nni_topo.dependency_groups(small(), ROWS, [*HALF, {"op_names": ["00"], "sparse_ratio": 0.5}]),
+        "config_list[1]",
+    ),
+    "target": (
+        lambda _: nni_topo.MatrixPruner(small(), [{**HALF[0], "target_names": ["weigth"]}]),
+        "config_list[0]",
+    ),
+    "module of a mask": (lambda _: nni_topo.to_dense(small(), ROWS, {"00": {"weight": torch.ones(4, 4)}}), "masks"),
+    "block": (lambda _: nni_topo.remove_blocks(small(), ["00"], [ROWS]), "names"),
+    "attention": (lambda _: nni_topo.narrow_heads(small(), [ROWS], {"00": 0.5}), "sparse_ratio"),
+    "format": (lambda _: nni_topo.export(small(), "never.pt2", ROWS, format="onxn"), "export"),
+    "mode": (lambda _: nni_topo.speedup.profile({"one": small()}, ROWS, modes=("eagr",)), "profile"),
+    "model": (lambda _: zoo.create_model("resnet2", num_classes=2, in_channels=1, image_size=8), "zoo.create_model"),
+    "model_info": (lambda _: zoo.model_info("torchvision/resnet19"), "zoo.model_info"),
+    "data": (lambda _: zoo.load_data("digit"), "zoo.load_data"),
+    "data_info": (lambda _: zoo.data_info("digit"), "zoo.data_info"),
+    "engine": (lambda _: nni_topo.topology.rips_diagram(ROWS.numpy(), engine="exat"), "rips_diagram"),
+    "sweep": (lambda _: nni_topo.signals.chirp((4,), sweep="nyqist"), "chirp"),
+    "layer of sensitivity": (
+        lambda _: nni_topo.analysis.sensitivity(small(), ROWS, lambda model: 0.5, layers=["00"]),
+        "layers",
+    ),
+    "kind of target": (lambda _: Target("flop", 0.5), "target"),
+    "method of a plan": (lambda _: CompensationChoice(method="pears"), "compensate"),
+    "knob of a trial": (lambda _: TrialSettings(pruner="l1", knobs={"mod": "a"}), "trial"),
+    "key of a plan": (
+        lambda folder: load_plan(plan(folder, "models: [small_cnn]\ndata: [digits]\npruner: [l1]\n")),
+        "plan.yaml",
+    ),
+    "pruner of a configuration": (
+        lambda folder: load_prune_config(plan(folder, "pruner: l11\nconfig_list: [{sparse_ratio: 0.5}]\n")),
+        "plan.yaml",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MISTYPED)
+def test_a_mistyped_name_is_told_with_its_place(what, tmp_path):
+    call, place = MISTYPED[what]
+    with pytest.raises(ConfigError, match=rf"must be a known name, got '.*'; .* \({re.escape(place)}\)$"):
+        call(tmp_path)

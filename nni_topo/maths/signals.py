@@ -108,7 +108,7 @@ def chirp(
     """
     sizes = _checked_shape(shape)
     start, end = sweep_range(sizes, sweep)
-    position = _checked(_POSITIONS, "direction", direction)(sizes)
+    position = _checked(_POSITIONS, "direction", direction, "chirp")(sizes)
     length = max(float(position.max()), 1.0)
     phase = start * position + (end - start) * position**2 / (2.0 * length)
     signal: FloatArray = np.cos(2.0 * np.pi * phase)
@@ -147,9 +147,9 @@ class Chirp:
     channels: Literal["together", "separate"] = "together"
 
     def __post_init__(self) -> None:
-        _checked({**_POSITIONS, "mean": _from_centre}, "direction", self.direction)
-        _checked(_ENDS, "sweep", self.sweep)
-        _checked(dict.fromkeys(("together", "separate"), 0), "channels", self.channels)
+        _checked({**_POSITIONS, "mean": _from_centre}, "direction", self.direction, "Chirp")
+        _checked(_ENDS, "sweep", self.sweep, "Chirp")
+        _checked(dict.fromkeys(("together", "separate"), 0), "channels", self.channels, "Chirp")
 
     def planes(self, shape: Sequence[int]) -> FloatArray:
         """Return the chirps for an input of a shape, ``(planes, *shape)``."""
@@ -194,7 +194,7 @@ def sweep_range(shape: Sequence[int], sweep: Sweep = "nyquist") -> tuple[float, 
     >>> sweep_range((3, 4))
     (0.2, 0.5)
     """
-    end = _checked(_ENDS, "sweep", sweep)
+    end = _checked(_ENDS, "sweep", sweep, "sweep_range")
     return min(1.0 / math.hypot(*_checked_shape(shape)), end), end
 
 
@@ -259,7 +259,7 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
-def _checked(table: dict[str, _Value], knob: str, name: str) -> _Value:
+def _checked(table: dict[str, _Value], knob: str, name: str, place: str) -> _Value:
     if not isinstance(name, str) or name not in table:
-        raise unknown_name(knob, str(name), table)
+        raise unknown_name(knob, str(name), table, place)
     return table[name]

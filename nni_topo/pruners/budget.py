@@ -381,7 +381,7 @@ def planned(
             "its pruner takes (budget)"
         )
     if budget.allocation not in allocations:
-        raise unknown_name("allocation of this pruner", budget.allocation, allocations)
+        raise unknown_name("allocation of this pruner", budget.allocation, allocations, "budget")
     inputs = example_inputs_of(example_inputs, model, calibration=calibration, evaluator=evaluator)
     if inputs is None:
         raise ConfigError(

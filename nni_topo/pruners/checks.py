@@ -267,7 +267,7 @@ def _targets(name: str, module: nn.Module, config: dict[str, Any], place: str) -
         is_own = not target.startswith((INPUT_PREFIX, OUTPUT_PREFIX))
         usual = target if is_own or target in known else re.sub(r"[^_]*$", "", target)
         if usual not in known:
-            raise unknown_name(f"target of {name} ({place})", target, known)
+            raise unknown_name(f"target of {name}", target, known, place)
         value = getattr(module, target, None) if is_own else None
         if not isinstance(value, (Tensor, type(None))) or (is_own and not hasattr(module, target)):
             got = f"a {type(value).__name__}" if hasattr(module, target) else "none of that name"

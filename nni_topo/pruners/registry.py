@@ -103,16 +103,16 @@ def pruner_info(name: str) -> PrunerInfo:
     ConfigError
         If the name is no text, isn't registered (with the nearest names that are), or isn't that of a class of pruners.
     """
-    return PRUNERS.info(name)
+    return PRUNERS.info(name, "pruner_info")
 
 
-def check_knob_names(name: str, knobs: Iterable[str]) -> None:
+def check_knob_names(name: str, knobs: Iterable[str], place: str) -> None:
     """Raise ConfigError, with the nearest names there are, if a pruner or one of the names of its knobs is unknown."""
-    allowed = pruner_info(name).knobs()
+    allowed = PRUNERS.info(name, place).knobs()
     (instance(Mapping) | rule_of(Iterable[str])).check("knobs", knobs, f"pruner {name!r}")
     for knob in map(str, knobs):
         if knob not in allowed:
-            raise unknown_name(f"knob of pruner {name!r}", knob, allowed)
+            raise unknown_name(f"knob of pruner {name!r}", knob, allowed, place)
 
 
 def needs_rule(name: str, knobs: Mapping[str, Any]) -> bool:
@@ -153,7 +153,7 @@ def create_pruner(
     ConfigError
         If the name or a knob is unknown, a needed knob is missing, or the request is bad.
     """
-    check_knob_names(name, knobs)
+    check_knob_names(name, knobs, "create_pruner")
     info = pruner_info(name)
     given = {**knobs, "evaluator": evaluator}
     missing = [need for need in info.needs if all(given.get(knob) is None for knob in need.split(" or "))]

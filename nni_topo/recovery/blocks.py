@@ -141,7 +141,7 @@ def _gaps(model: nn.Module, names: Sequence[str]) -> list[tuple[str, int, int]]:
     places: dict[str, set[int]] = {}
     for name in names:
         if name not in modules:
-            raise unknown_name("a block", name, modules)
+            raise unknown_name("a block", name, modules, "names")
         parent, _, key = name.rpartition(".")
         if not isinstance(modules[parent], (nn.ModuleList, nn.Sequential)):
             kind = type(modules[parent]).__name__

@@ -294,7 +294,7 @@ def distillation(
     """Distil a model and report what was done; parameters and errors are those of :func:`distill`."""
     clock = Clock(seconds)
     if objective not in OBJECTIVES:
-        raise unknown_name("objective", str(objective), OBJECTIVES)
+        raise unknown_name("objective", str(objective), OBJECTIVES, "distill")
     numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
     others = {"warmup": warmup, "blocks": blocks, "outputs": outputs, "blend": blend, "state_seconds": state_seconds}
     check_knobs("distill", numbers | others, KNOBS)

@@ -320,7 +320,7 @@ def _survivors(networks: Networks, pairs: Pairs) -> dict[int, int]:
     survivors = {}
     for name, chosen in pairs.items():
         if name not in networks.flow.layers:
-            raise unknown_name("a layer of pairs", name, networks.flow.layers)
+            raise unknown_name("a layer of pairs", name, networks.flow.layers, "pairs")
         group_ids = networks.flow.group_ids_of(name).tolist()
         asked = kept_channels(networks.unpruned.get_submodule(name), networks.asked.get(name, {}))
         for lost, kept in chosen.items():

@@ -132,7 +132,7 @@ def narrow_heads(
     modules = dict(model.named_modules())
     for name in asked:
         if name not in modules:
-            raise unknown_name("an attention module", name, modules)
+            raise unknown_name("an attention module", name, modules, "sparse_ratio")
         if name not in known:
             raise ConfigError(f"a module must be attention whose heads are known, got {name!r} (sparse_ratio)")
     readers: dict[str, list[str]] = {}

@@ -127,12 +127,12 @@ def recovery_info(name: str) -> RecoveryInfo:
     ConfigError
         If the name is no text, isn't registered (with the nearest names that are), or isn't that of a class of methods.
     """
-    return RECOVERIES.info(name)
+    return RECOVERIES.info(name, "recovery_info")
 
 
 def recovery_method(method: str | RecoveryMethod) -> RecoveryMethod:
     """Return a method by its name, with its default settings, or as it is given."""
-    return method if isinstance(method, RecoveryMethod) else recovery_info(method).make()
+    return method if isinstance(method, RecoveryMethod) else RECOVERIES.info(method, "compensate", "method").make()
 
 
 _OWN = "nni_topo.recovery"

@@ -24,9 +24,9 @@ from nni_topo.errors import (
 )
 from nni_topo.network.runtime import CONFIG_LIST
 from nni_topo.pruners.budget import BUDGETS
-from nni_topo.pruners.registry import pruner_info
-from nni_topo.recovery import recovery_info
+from nni_topo.pruners.registry import PRUNERS
 from nni_topo.recovery.distilling import KNOBS
+from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.zoo import Augmentation, Recipe
 
 TARGETS = ("ratio", *BUDGETS)
@@ -75,7 +75,7 @@ class CompensationChoice:
 
     def __post_init__(self) -> None:
         check_fields(self, "compensate", images=whole(1), refine=whole(0))
-        recovery_info(self.method)
+        RECOVERIES.info(self.method, "compensate", "method")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.kind not in TARGETS:
-            raise unknown_name("a target", str(self.kind), TARGETS)
+            raise unknown_name("a target", str(self.kind), TARGETS, "target")
         NUMBER.check(f"a {self.kind} target", self.value, "target")
         interval, edge = ("[0, 1)", 0.0) if self.kind == "ratio" else ("(0, 1]", 1.0)
         if not (0.0 < self.value < 1.0 or self.value == edge):
@@ -201,7 +201,7 @@ def load_prune_config(path: str | Path) -> PruneConfig:
         if key not in content:
             found = ", ".join(map(str, content)) or "nothing"
             raise ConfigError(f"a configuration must name {key}, got {found} ({path})")
-    pruner_info(content["pruner"])
+    PRUNERS.info(content["pruner"], Path(path).name)
     return as_settings(PruneConfig, content, Path(path).name)
 
 

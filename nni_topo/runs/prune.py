@@ -53,7 +53,7 @@ def prune_checkpoint(
 
     # a request that can't be used ends before the training, not after it
     def accept(untrained: Start) -> None:
-        check_knob_names(config.pruner, config.knobs)
+        check_knob_names(config.pruner, config.knobs, "configuration")
         check_request(untrained.net, config.config_list, needs_rule=needs_rule(config.pruner, config.knobs))
         recipe_of(untrained)
         created(untrained, choice, config.config_list)

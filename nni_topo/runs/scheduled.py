@@ -42,7 +42,7 @@ def prune_on_schedule(
     pruner refuses the request.
     """
     if schedule not in ("one-shot", *_SCHEDULERS):
-        raise unknown_name("schedule", schedule, ("one-shot", *_SCHEDULERS))
+        raise unknown_name("schedule", schedule, ("one-shot", *_SCHEDULERS), "schedule")
     if rounds < 1 or not 0 <= finishing < max(recipe.epochs, 1):
         raise ConfigError(
             f"rounds must be at least 1 and finishing in [0, {recipe.epochs - 1}], got {rounds} and {finishing} "

@@ -632,7 +632,7 @@ def check_layers(model: nn.Module, layers: Iterable[str | Mapping[str, Any]] | N
         )
     for name in named:
         if name not in modules:
-            raise unknown_name("layer of the model", name, known)
+            raise unknown_name("layer of the model", name, known, place)
 
 
 def check_choices(
@@ -653,7 +653,7 @@ def check_choices(
     if isinstance(pruner, type):
         raise ConfigError(f"pruner must be a pruner's name, or a function, got the class {pruner.__name__} ({place})")
     if not callable(pruner):
-        check_knob_names(pruner, knobs or {})
+        check_knob_names(pruner, knobs or {}, place)
         if not pruner_info(pruner).structured:
             raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} ({place})")
         check_no_ratios([each if isinstance(each, Mapping) else {} for each in layers or ()], "layers")
@@ -666,12 +666,12 @@ def check_choices(
         )
     is_given = compensate is None or isinstance(compensate, RecoveryMethod) or callable(compensate)
     if not is_given:
-        RECOVERIES.info(compensate, "compensate")
+        RECOVERIES.info(compensate, place, "compensate")
     if not (isinstance(distill, (bool, Mapping)) or callable(distill)):
         raise ConfigError(f"distill must be True, False, knobs or a function, got {distill!r} ({place})")
     if isinstance(distill, Mapping):
         allowed = tuple(inspect.signature(distillation).parameters)[3:]
         for knob in distill:
             if knob not in allowed:
-                raise unknown_name("knob of distill", str(knob), allowed)
+                raise unknown_name("knob of distill", str(knob), allowed, place)
         check_knobs("distill", distill, DISTILLATION_KNOBS)

@@ -37,7 +37,7 @@ def is_baseline(name: str) -> bool:
     if not name.startswith(PREFIX):
         return False
     if name not in _IMPORTANCES:
-        raise unknown_name("pruner", name, _IMPORTANCES)
+        raise unknown_name("pruner", name, _IMPORTANCES, "pruners")
     _package()
     return True
 

@@ -117,7 +117,7 @@ def _check_choices(cells: list[Cell]) -> None:
     """Check pruners, knobs, devices and data before the first cell runs."""
     for pruner in {cell.pruner.name: cell.pruner for cell in cells}.values():
         if pruner.name != SCRATCH and not is_baseline(pruner.name):
-            check_knob_names(pruner.name, pruner.knobs)
+            check_knob_names(pruner.name, pruner.knobs, "pruners")
     for cell in {(cell.model.name, cell.data): cell for cell in cells}.values():
         resolve_device(cell.device)
         data = load_model_data(cell.model, cell.data)

@@ -71,7 +71,7 @@ def build_timm(name: str, num_classes: int, in_channels: int, image_size: int) -
         raise ConfigError(f"timm must be installed: pip install timm, got none ({name})") from error
     short = name.removeprefix(TIMM)
     if short not in timm.list_models():
-        raise unknown_name("model", name, [TIMM + each for each in timm.list_models()])
+        raise unknown_name("model", name, [TIMM + each for each in timm.list_models()], "zoo.create_model")
     model: nn.Module
     try:
         model = timm.create_model(short, num_classes=num_classes, in_chans=in_channels, img_size=image_size)

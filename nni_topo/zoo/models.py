@@ -168,11 +168,16 @@ def model_info(name: str) -> ModelInfo:
     ConfigError
         If the name is none of these, or there is no such factory.
     """
+    return _model_info(name, "zoo.model_info")
+
+
+def _model_info(name: str, place: str) -> ModelInfo:
+    """Return the record of a model; ``place``: the function that was given the name."""
     if name in _MODELS:
         return _MODELS[name]
     if name.startswith(TORCHVISION):
         if name not in torchvision_names():
-            raise unknown_name("model", name, torchvision_names())
+            raise unknown_name("model", name, torchvision_names(), place)
         return ModelInfo(name, "torchvision classification model, untrained", partial(build_torchvision, name), 224)
     if name.startswith(TIMM):
         return ModelInfo(name, "timm classification model, untrained", partial(build_timm, name), 224)
@@ -183,7 +188,8 @@ def model_info(name: str) -> ModelInfo:
         )
     if ":" in name:
         return ModelInfo(name, "model factory", import_factory(name), 32)
-    raise unknown_name("model", name, [*_MODELS, "torchvision/NAME", "timm/NAME", "package.module:factory"])
+    known = [*_MODELS, "torchvision/NAME", "timm/NAME", "package.module:factory"]
+    raise unknown_name("model", name, known, place)
 
 
 @checked()
@@ -231,7 +237,7 @@ def create_model(
     >>> sum(parameter.numel() for parameter in model.parameters())
     266610
     """
-    info = model_info(name)
+    info = _model_info(name, "zoo.create_model")
     for knob, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
             raise ConfigError(f"{knob} must be at least 1, got {value} ({name})")

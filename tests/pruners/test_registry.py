@@ -102,7 +102,7 @@ def test_a_third_party_joins_the_table(monkeypatch):
     monkeypatch.setattr(PRUNERS, "table", dict(PRUNERS.table))
     nni_topo.register_pruner(info)
     assert "mine" in nni_topo.list_pruners()
-    check_knob_names("mine", ["seed"])
+    check_knob_names("mine", ["seed"], "here")
     with pytest.raises(ConfigError, match="must be free, got 'mine'"):
         nni_topo.register_pruner(PrunerInfo("mine", "other:Pruner", ""))
 

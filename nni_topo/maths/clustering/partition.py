@@ -115,9 +115,9 @@ def partition(
     for name, value, least in (("n_init", n_init, 1), ("min_samples", min_samples, 1), ("seed", seed, 0)):
         check_integer(name, value, least, "partition")
     if algorithm not in ALGORITHMS:
-        raise unknown_name("algorithm", algorithm, ALGORITHMS)
+        raise unknown_name("algorithm", algorithm, ALGORITHMS, "partition")
     if graph not in GRAPHS:
-        raise unknown_name("graph", graph, GRAPHS)
+        raise unknown_name("graph", graph, GRAPHS, "partition")
     check_used(algorithm, "partition", n_init=n_init, min_samples=min_samples, graph=graph)
     if count == len(points):
         return np.arange(count, dtype=np.intp)

@@ -149,8 +149,8 @@ def as_dimension(dimension: int) -> int:
     return int(dimension)
 
 
-def as_engine(engine: str) -> str:
+def as_engine(engine: str, place: str) -> str:
     """Return the name of an engine that exists."""
     if engine not in ENGINES:
-        raise unknown_name("engine", engine, ENGINES)
+        raise unknown_name("engine", engine, ENGINES, place)
     return engine

@@ -64,7 +64,7 @@ def bottleneck_distance(a: ArrayLike, b: ArrayLike, *, engine: str = "exact", co
     >>> bottleneck_distance([[0.0, 3.0], [0.0, 1.0]], [[0.0, 3.5]])
     0.5
     """
-    reference = as_engine(engine) == "gudhi"
+    reference = as_engine(engine, "bottleneck_distance") == "gudhi"
     first, second, births = _split(a, b)
     if births is None:
         return float("inf")
@@ -119,7 +119,7 @@ def wasserstein_distance(
     >>> wasserstein_distance([[0.0, 4.0], [0.0, 1.0]], [[0.0, 1.0]], order=1)
     2.0
     """
-    power, reference = as_order(order), as_engine(engine) == "gudhi"
+    power, reference = as_order(order), as_engine(engine, "wasserstein_distance") == "gudhi"
     first, second, births = _split(a, b)
     if births is None:
         return float("inf")

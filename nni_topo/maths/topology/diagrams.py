@@ -89,7 +89,7 @@ def rips_diagram(
     else:
         raise DataError("rips_diagram needs either points or distances, got both or neither")
     edges = sort_edges(matrix) if use_compiled(compiled) and len(matrix) <= LARGEST else None
-    bars = diagrams_of(matrix, (degree,), as_engine(engine), edges=edges)[0]
+    bars = diagrams_of(matrix, (degree,), as_engine(engine, "rips_diagram"), edges=edges)[0]
     return bars if keep_infinite else bars[np.isfinite(bars[:, 1])]
 
 

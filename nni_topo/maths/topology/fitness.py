@@ -102,11 +102,11 @@ class SubsetFitness:
         compiled: bool | None = None,
     ) -> None:
         if criterion not in CRITERIA:
-            raise unknown_name("criterion", criterion, CRITERIA)
+            raise unknown_name("criterion", criterion, CRITERIA, "SubsetFitness")
         if combine not in COMBINATIONS:
-            raise unknown_name("combine", str(combine), COMBINATIONS)
+            raise unknown_name("combine", str(combine), COMBINATIONS, "SubsetFitness")
         self._largest = criterion == "bottleneck" and combine == "max"
-        self.criterion, self.engine = criterion, as_engine(engine)
+        self.criterion, self.engine = criterion, as_engine(engine, "SubsetFitness")
         self.homology_dimensions = tuple(as_dimension(degree) for degree in homology_dimensions)
         if not self.homology_dimensions:
             raise DataError("homology_dimensions must name at least one degree, got none")

@@ -430,7 +430,7 @@ def profile(
     """
     unknown = next((mode for mode in modes if mode not in MODES), None)
     if unknown is not None:
-        raise unknown_name("mode", unknown, MODES)
+        raise unknown_name("mode", unknown, MODES, "profile")
     if not models:
         raise ConfigError("models must hold at least one network, got none (profile)")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)

@@ -129,7 +129,7 @@ def export(
     """
     path = path_of(path)
     if format is not None and format not in get_args(Format):
-        raise unknown_name("format", str(format), get_args(Format))
+        raise unknown_name("format", str(format), get_args(Format), "export")
     named = FORMATS.get(path.suffix.lower())
     if format is None and named is None:
         known = " or ".join(FORMATS)

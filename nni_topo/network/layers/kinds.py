@@ -344,14 +344,17 @@ def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | Non
     return kept.view(view).expand_as(weight).clone()
 
 
-def check_names(model: torch.nn.Module, config_list: Iterable[Any]) -> None:
-    """Raise a ConfigError if an ``op_names`` of a config_list holds a name that is no module's."""
+def check_names(model: torch.nn.Module, config_list: Iterable[Any], place: str = "") -> None:
+    """Raise a ConfigError if an ``op_names`` of a config_list holds a name that is no module's.
+
+    ``place``: the argument that the names come from, where that isn't the config_list.
+    """
     # NNI passes over such a name, or raises a KeyError.
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    for config in config_list:
+    for index, config in enumerate(config_list):
         for name in (config.get("op_names") or ()) if isinstance(config, dict) else ():
             if name not in known:
-                raise unknown_name("a layer", str(name), known)
+                raise unknown_name("a layer", str(name), known, place or f"config_list[{index}]")
 
 
 def by_channel(module: nn.Module, values: Tensor) -> Tensor:

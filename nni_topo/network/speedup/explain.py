@@ -147,7 +147,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = [name for name, module in modules.items() if _channels(module) is not None]
     if layer not in modules:
-        raise unknown_name("layer", layer, layers)
+        raise unknown_name("layer", layer, layers, "explain")
     module = modules[layer]
     channels = _channels(module)
     if channels is None:

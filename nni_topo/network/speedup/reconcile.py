@@ -38,7 +38,7 @@ def check_masks(model: torch.nn.Module, masks: MasksLike) -> FullMasks:
     full: FullMasks = {}
     for name, targets in masks.items():
         if name not in modules:
-            raise unknown_name("the module of a mask", name, modules)
+            raise unknown_name("the module of a mask", name, modules, "masks")
         checked = dict[str, torch.Tensor]()
         for target, mask in targets.items():
             if mask is not None:

@@ -128,7 +128,7 @@ class _Trial:
         settings, names = self.settings, inner_layers(self.start.net, self.start.example)
         for pattern in settings.ratios:
             if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
-                raise unknown_name("the layer of a ratio", pattern, names)
+                raise unknown_name("the layer of a ratio", pattern, names, "ratios")
         if settings.flops is not None and not settings.ratios:
             return layer_ratios(self.start.net, self.start.example, self.cell.target)
         proposed = {name: settings.layer_ratio(name) for name in names}

@@ -83,7 +83,7 @@ class TrialSettings:
             raise ConfigError("images that double need retrain_images to begin with, got none (double_images_after)")
         if self.flops is not None:
             Target("flops", self.flops)
-        check_knob_names(self.pruner, self.knobs)
+        check_knob_names(self.pruner, self.knobs, "trial")
 
     def layer_ratio(self, layer: str) -> float:
         """Return a layer's proposed ratio: its own, that of the first pattern it matches, or ``ratio``."""
@@ -157,7 +157,7 @@ def with_parameters(settings: TrialSettings, parameters: Mapping[str, Any]) -> T
         elif name == BUDGET_KEY:
             changes["retrain_images"] = _budget_images(settings, value)
         else:
-            raise unknown_name("a trial's parameter", str(name), [*known, f"{_RATIO}LAYER", f"{_KNOB}NAME"])
+            raise unknown_name("a trial's parameter", str(name), [*known, f"{_RATIO}LAYER", f"{_KNOB}NAME"], "trial")
     return replace(settings, **changes, ratios=ratios, knobs=knobs)
 
 

@@ -194,7 +194,7 @@ def critical_compression_ratio(
     {'0': 88.78822, '2': 9.17431}
     """
     if convention not in _CONVENTIONS:
-        raise unknown_name("convention", convention, _CONVENTIONS)
+        raise unknown_name("convention", convention, _CONVENTIONS, "critical_compression_ratio")
     layers, skipped = weight_layers(model)
     sizes = Network.on(model, example_inputs).planes
     counts: dict[str, LayerCount] = {}

@@ -102,7 +102,7 @@ def connectivity(model: nn.Module, example_inputs: Any, masks: Mapping[str, Mapp
     modules = dict(model.named_modules())
     for name in masks:
         if name not in modules:
-            raise unknown_name("a layer of masks", name, modules)
+            raise unknown_name("a layer of masks", name, modules, "connectivity")
     flow = _flow_model(model, masks)
     args, kwargs = call_arguments(example_inputs, model)
     reached: dict[str, float] = {}

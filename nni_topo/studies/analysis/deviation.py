@@ -24,7 +24,7 @@ from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, c
 from nni_topo.network.runtime import INPUTS, MODEL
 from nni_topo.network.speedup import dependency_groups, masked_model
 from nni_topo.pruners.hooks import Masks
-from nni_topo.pruners.registry import pruner_info
+from nni_topo.pruners.registry import PRUNERS, pruner_info
 from nni_topo.runs.choices import PrunerChoice, Target
 from nni_topo.runs.run import Start, prune
 from nni_topo.runs.widths import inner_layers
@@ -99,7 +99,7 @@ def net_deviation(
        Technology, 2019, equations 3.12 and 3.13.
     """
     if form not in _FORMS:
-        raise unknown_name("form", str(form), _FORMS)
+        raise unknown_name("form", str(form), _FORMS, "net_deviation")
     return deviation_of(error_bound(original, pruned, inputs, iterations=iterations), form)
 
 
@@ -180,7 +180,7 @@ class PrunersStudy(TrainedStudy[Found]):
             raise ConfigError(f"a study needs at least one pruner and one ratio, got none ({self.place})")
         for name in self.pruners:
             if name != CONNECTIONS:
-                pruner_info(name)
+                PRUNERS.info(name, "pruners")
         for ratio in self.ratios:
             Target("ratio", ratio)
         for knob in ("seeds", "calibration"):

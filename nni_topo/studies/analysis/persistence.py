@@ -316,8 +316,8 @@ def _check(p: float, conv_graph: str, scale: str, example_inputs: Any) -> None:
     if not 1.0 <= p < math.inf:
         raise ConfigError(f"p must be in [1, inf), got {p} (neural_persistence)")
     if conv_graph not in ("channel", "toeplitz"):
-        raise unknown_name("conv_graph", conv_graph, ("channel", "toeplitz"))
+        raise unknown_name("conv_graph", conv_graph, ("channel", "toeplitz"), "neural_persistence")
     if scale not in ("layer", "model"):
-        raise unknown_name("scale", scale, ("layer", "model"))
+        raise unknown_name("scale", scale, ("layer", "model"), "neural_persistence")
     if conv_graph == "toeplitz" and example_inputs is None:
         raise ConfigError("conv_graph 'toeplitz' needs example_inputs, got None (neural_persistence)")

@@ -22,7 +22,7 @@ from nni_topo.errors import ConfigError, DataError, check_jobs, check_result, ch
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
 from nni_topo.network.speedup import Network, dependency_groups, masked_model
-from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
+from nni_topo.pruners.registry import PRUNERS, check_knob_names, create_pruner, pruner_info
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.studies.pictures import figure_of, finish, single
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy
@@ -258,17 +258,17 @@ class _Trial:
 
     def __init__(self, model: nn.Module, example_inputs: Any, evaluate: Evaluate, pruner: str, knobs: Knobs) -> None:
         self.model, self.example_inputs, self.evaluate, self.pruner = model, example_inputs, evaluate, pruner
-        self.info = pruner_info(pruner)
+        self.info = PRUNERS.info(pruner, "sensitivity")
         self._knobs = knobs
         self.knobs: dict[str, Any] = {}
         if isinstance(knobs, Mapping):
-            check_knob_names(pruner, knobs)
+            check_knob_names(pruner, knobs, "sensitivity")
             self.knobs = dict(knobs)
 
     def groups(self, layers: Sequence[str] | None) -> list[tuple[str, ...]]:
         """Return the layers, coupled ones in one tuple."""
         entry: dict[str, Any] = {"op_names": self._all_layers() if layers is None else list(layers)}
-        check_names(self.model, [entry])
+        check_names(self.model, [entry], "layers")
         if not self.info.structured:
             return [(name,) for name in entry["op_names"]]
         groups: dict[str, list[str]] = {}

@@ -105,7 +105,7 @@ def study_replacement(
     """
     for kind in kinds:
         if kind not in KINDS:
-            raise unknown_name("kind of replacement", kind, KINDS)
+            raise unknown_name("kind of replacement", kind, KINDS, "study_replacement")
     entry = {"op_names": [layer], "sparse_threshold": threshold}
     pruner = EnergyFilterPruner(detached_copy(model), [entry], example_inputs=example_inputs, **knobs)
     _, masks = pruner.compress()

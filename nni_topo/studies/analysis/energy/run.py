@@ -76,7 +76,7 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
         """Study a trained model; findings are written before each part, as a part can take minutes."""
         for part in self.parts:
             if part not in PARTS:
-                raise unknown_name("part of an energy study", part, PARTS)
+                raise unknown_name("part of an energy study", part, PARTS, "parts")
         start = self.start(self.images)
         net, example, knobs = start.net, start.example, self._knobs()
         if "dropout" in self.parts:

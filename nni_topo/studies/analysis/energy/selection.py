@@ -114,7 +114,7 @@ def study_selection(
     """
     for method in methods:
         if method not in METHODS:
-            raise unknown_name("method", method, METHODS)
+            raise unknown_name("method", method, METHODS, "study_selection")
     with evaluation_mode(model):
         labelled: Any = Calibration.of(batches, "batches")
         search = _Search(model, layer, example_inputs, labelled, seed, knobs)

@@ -145,7 +145,7 @@ def retraining_bound(
         if not is_finite(value) or value <= 0.0:
             raise ConfigError(f"{name} must be positive and finite, got {value!r} (retraining_bound)")
     if kind not in ("node", "connection"):
-        raise unknown_name("kind", str(kind), ("node", "connection"))
+        raise unknown_name("kind", str(kind), ("node", "connection"), "retraining_bound")
     data = [_pair(number, batch) for number, batch in enumerate(Calibration.of(batches, "batches"))]
     for model in (initial, trained, sparse):
         check_model(model)

@@ -130,7 +130,7 @@ class AnalyzeRounds(DataVerb, Study[RoundsStudy]):
         for seed, method in itertools.product(range(self.seed, self.seed + self.seeds), self.methods):
             name = method.removesuffix(" capped")
             if name not in METHODS or method == "T-IMP capped":
-                raise unknown_name("a method", method, (*METHODS, "IMP capped"))
+                raise unknown_name("a method", method, (*METHODS, "IMP capped"), "methods")
             cell = Cell(
                 self.model_choice,
                 self.data_choice(self.images),
