@@ -30,6 +30,7 @@ from nni_topo.errors import (
     shown,
     unknown_name,
 )
+from nni_topo.network.channels import reasons
 from nni_topo.network.cost import LatencyTable, NetworkCost, time_shares
 from nni_topo.network.layers import computed_weights, has_channels, with_plain_weights
 from nni_topo.network.runtime import (
@@ -54,6 +55,7 @@ from nni_topo.network.speedup import (
     dense_report_of,
     dependency_groups,
     to_dense,
+    unprunable_layers,
     widths_multiple,
 )
 from nni_topo.pruners.base import StructuredPruner
@@ -422,19 +424,24 @@ def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[s
         # What can be changed comes first: a layer that gives the output keeps its channels in any case.
         layers_of = sorted(by_reason(unpruned).items(), key=lambda each: each[0] == OUTPUT)
         told = [f"{', '.join(same)}: {why}" for why, same in layers_of]
-        reasons = "; ".join(told) or "no convolution, linear or recurrent layer"
-        raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {reasons} (shrink)")
+        found = "; ".join(told) or "no convolution, linear or recurrent layer"
+        raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
     return Prunable([{"op_names": names}], unpruned, is_default=True)
 
 
 def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]]) -> None:
-    """Raise ConfigError for layers that have no channels of their own, and where the caller names the output layer."""
+    """Raise ConfigError for layers without channels of their own, and for named ones that have to keep all channels.
+
+    Layers that a type selects may keep them, unless none is left.
+    """
     selected: dict[str, nn.Module] = {}
     named: set[str] = set()
+    by_head = False
     for index, each in enumerate(layers):
         entry: dict[str, Any] = {"op_names": [each]} if isinstance(each, str) else dict(each)
         check_entry(entry, f"layers[{index}]", BY_HEAD)
         if entry.get("granularity") == "head":  # of modules that hold layers, too; dependency_groups looks at them
+            by_head = True
             continue
         selected |= matched_modules(model, [entry])
         named.update(entry.get("op_names") or ())
@@ -443,12 +450,21 @@ def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapp
         for name, module in selected.items()
         if not has_channels(module)
     ]
-    if not (named or without):
-        return
     prunable, unpruned = sorted_layers(model, example)
-    giving_output = [name for name in selected if name in named and unpruned.get(name) == OUTPUT]
+    with_channels = [name for name, module in selected.items() if has_channels(module)]
+    others = [name for name in with_channels if name not in unpruned and name not in prunable]
+    unpruned |= reasons.as_text(unprunable_layers(model, example, others))
+    keeping = [name for name in with_channels if name in unpruned]
+    if len(keeping) < len(with_channels) or by_head:
+        keeping = [name for name in keeping if name in named]
     refused = [f"{listed(without)} without channels of its own"] if without else []
-    refused += [f"{listed(giving_output)}, which gives the model's output"] if giving_output else []
+    for why, names in by_reason({name: unpruned[name] for name in keeping}).items():
+        if why == OUTPUT:
+            gives = "gives" if len(names) == 1 else "give"
+            refused.append(f"{listed(names)}, which {gives} the model's output")
+        else:
+            keeps = "keeps all channels" if len(names) == 1 else "keep all channels"
+            refused.append(f"{listed(names)}, which {keeps}: {why}")
     if refused:
         raise ConfigError(
             f"layers must be layers whose channels can be removed, got {' and '.join(refused)}; layers of this model "

@@ -138,13 +138,13 @@ def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], 
     flow = Network.on(model, example_inputs).flow
     prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, *RECURRENT)
     names = [name for name in flow.layers if isinstance(model.get_submodule(name), prunable)]
-    whole = unprunable_layers(model, example_inputs, names)
+    others = [name for name, module in model.named_modules() if isinstance(module, prunable) and name not in names]
+    whole = unprunable_layers(model, example_inputs, [*names, *others])
     for name in names:
         if flow.reaches_output(name):
             whole.setdefault(name, (reasons.model_output(),))
-    for name, module in model.named_modules():
-        if isinstance(module, prunable) and name not in flow.layers:
-            whole[name] = (why_not_followed(model, name),)
+    for name in others:
+        whole.setdefault(name, (why_not_followed(model, name),))
     return [name for name in names if name not in whole], reasons.as_text(whole)
 
 

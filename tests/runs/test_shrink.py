@@ -475,6 +475,49 @@ def test_named_layers_that_have_no_channels_to_remove_are_refused_with_those_tha
     assert str(caught.value).endswith("layers of this model that can be named: conv (layers)")
 
 
+class WithStubbornLayers(nn.Module):
+    """One convolution loses channels; the others are mixed by a softmax, meet a fixed size, or aren't used."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.mixed, self.sized = (nn.Conv2d(inside, 8, 3, padding=1) for inside in (3, 8, 8))
+        self.idle, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.mixed(torch.relu(self.free(x))).softmax(1)
+        return self.head(self.sized(x).reshape(len(x), 8, -1).mean(2))
+
+
+@pytest.mark.parametrize("pruner", ["reconstruction", "l1"])
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        (["mixed"], "got mixed, which keeps all channels: the result of an operation depends on removed channels"),
+        (["free", "sized"], "got sized, which keeps all channels: the sizes of an operation don't fit fewer channels"),
+        (["idle"], "got idle, which keeps all channels: the forward doesn't use the layer;"),
+        ([{"op_names": ["idle"], "max_sparse_ratio": 0.5}], "got idle, which keeps all channels: the forward"),
+        ([{"op_types": ["Linear"]}], "got head, which gives the model's output;"),
+        (["idle", "head"], "doesn't use the layer and head, which gives the model's output;"),
+    ],
+)
+def test_named_layers_that_keep_all_channels_are_refused_with_the_reason(layers, reason, pruner):
+    model = WithStubbornLayers().eval()
+    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
+        nni_topo.shrink(model, [torch.randn(32, 3, 8, 8)], {"flops": 0.5}, layers=layers, pruner=pruner)
+    assert str(caught.value).startswith("layers must be layers whose channels can be removed, got ")
+    assert str(caught.value).endswith("; layers of this model that can be named: free (layers)")
+    assert "exclude_op_names" not in str(caught.value)
+
+
+def test_a_type_may_select_layers_that_keep_all_channels_beside_others():
+    model = WithStubbornLayers().eval()
+    small = nni_topo.shrink(
+        model, [torch.randn(32, 3, 8, 8)], {"flops": 0.7}, layers=[{"op_types": ["Conv2d"]}], distill=False
+    )
+    assert small.free.out_channels < 8
+    assert (small.mixed.out_channels, small.sized.out_channels, small.idle.out_channels) == (8, 8, 8)
+
+
 @pytest.mark.parametrize("entry", [{"op_types": ["MultiheadAttention"]}, {"op_names": ["layers.0.self_attn"]}])
 def test_heads_are_pruned_by_an_entry_of_their_own(entry):
     torch.manual_seed(0)

@@ -41,6 +41,7 @@ Kind = Literal[
     "norm_follows",
     "not_asked",
     "not_followed",
+    "not_run",
     "overwritten",
     "random_shape",
     "recurrent_state",
@@ -108,8 +109,9 @@ def in_part(kept: int, channels: int, reasons: Reasons) -> str:
 
 
 # What a user can do about a reason, by its kind. The kinds that masks, not the model, bring about have no entry.
+# {leave_out} stands for how the caller leaves the layer out of what is pruned.
 _ADVICE: dict[Kind, str] = {
-    "model_output": "exclude the layer (exclude_op_names): the caller of the model needs this number of channels",
+    "model_output": "{leave_out}: the caller of the model needs this number of channels",
     "untraced_output": "write the code after the layer as a module that takes tensors and returns tensors",
     "untraced_model": "change what the message names, or prune the parts of the model one by one",
     "no_rule": (
@@ -118,7 +120,7 @@ _ADVICE: dict[Kind, str] = {
     ),
     "call_not_covered": (
         "write this step with operations that move channels as a whole (torch.cat, view) or treat every channel by "
-        "itself, or exclude the layer (exclude_op_names)"
+        "itself, or {leave_out}"
     ),
     "rule_keeps": "register the operation as 'follow' or 'couple' instead, if it treats every channel by itself",
     "rule_misfits": "register the operation with a dim that fits, or with a function as its rule",
@@ -131,10 +133,10 @@ _ADVICE: dict[Kind, str] = {
     "overwritten": "make a new tensor (torch.cat, torch.where) instead of writing into a part of one",
     "fixed_channels": "read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
-    "result_depends": "use an operation that treats every channel by itself, or exclude the layer (exclude_op_names)",
+    "result_depends": "use an operation that treats every channel by itself, or {leave_out}",
     "nonzero_values": (
         "use operations that leave channels of zeros at zero (ReLU, GELU, SiLU) between the layer and the one that "
-        "reads it, or exclude the layer (exclude_op_names)"
+        "reads it, or {leave_out}"
     ),
     "no_batch": "give the convolution's input a batch dimension",
     "uncut_module": "say how the module is cut with nni_topo.register_module",
@@ -155,12 +157,14 @@ _ADVICE: dict[Kind, str] = {
         "write the module as one that calls its layers; heads of nn.MultiheadAttention can be pruned as it is"
     ),
     "not_followed": "call the layer itself (self.layer(x)) rather than a function on its weight",
+    "not_run": "delete the layer from the model if nothing uses it",
 }
 
 
 def advice(reasons: Reasons) -> tuple[str, ...]:
     """List what a user can do about reasons, each advice once."""
-    return tuple(dict.fromkeys(_ADVICE[reason.kind] for reason in reasons if reason.kind in _ADVICE))
+    texts = dict.fromkeys(_ADVICE[reason.kind] for reason in reasons if reason.kind in _ADVICE)
+    return tuple(text.replace("{leave_out}", leaving_out()) for text in texts)
 
 
 # The three forms that most reasons have. Each makes a function from a kind and a sentence.
@@ -237,6 +241,7 @@ transposed_weight = _plain(
 )
 not_followed = _plain("not_followed", "the layer isn't called by itself, or its channels couldn't be followed")
 norm_follows = _plain("norm_follows", "a norm keeps the channels of the layer before it, whose mask decides")
+not_run = _plain("not_run", "the forward doesn't use the layer")
 not_asked = _plain("not_asked", "not asked for")
 never_settled = _plain("dry_run_failed", "channels depend on one another in a way that no rule describes")
 

@@ -32,7 +32,13 @@ from nni_topo.network.channels import (
     shares,
 )
 from nni_topo.network.graph import is_in_parts
-from nni_topo.network.layers import RECURRENT, check_names, has_channels, is_transposed_linear, weight_is_computed
+from nni_topo.network.layers import (
+    RECURRENT,
+    check_names,
+    has_channels,
+    is_transposed_linear,
+    weight_is_computed,
+)
 from nni_topo.network.runtime import SHAPES, STRUCTURE, UNGROUPED, leaves_models_alone
 from nni_topo.network.speedup.dry_run import unprunable
 from nni_topo.network.speedup.network import Network
@@ -408,6 +414,8 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
                     skipped[name] = (reasons.convolves_channels(),)
                 elif name in flow.in_training:
                     skipped[name] = (reasons.training_only(name),)
+                elif not _is_used(flow, network.model, name):
+                    skipped[name] = (reasons.not_run(),)
                 else:
                     skipped[name] = (why_not_followed(network.model, name),)
             continue
@@ -424,6 +432,20 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
                 heads.append(name)
     skipped |= dict.fromkeys(heads, (reasons.model_output(),))
     return {name: skipped[name] for name in asked if name in skipped}
+
+
+def _is_used(flow: ChannelFlow, model: torch.nn.Module, name: str) -> bool:
+    """Say whether the forward calls a layer, calls a module around it that isn't traced, or reads its weights."""
+    layer = model.get_submodule(name)
+    # One module may have several names.
+    names = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
+    for node in flow.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            target = str(node.target)
+            for own in names:
+                if target == own or target.startswith(f"{own}.") or own.startswith(f"{target}."):
+                    return True
+    return False
 
 
 def layer_groups(flow: ChannelFlow) -> list[list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, checked, unknown_name
+from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, checked, leaves_out_by, unknown_name
 from nni_topo.network.channels import FIXED, ChannelFlow, Reasons, blocks_of, partial_couplings, reasons
 from nni_topo.network.graph import described, line_of
 from nni_topo.network.layers import RECURRENT, feature_dimension, is_transposed_linear, output_channels
@@ -18,6 +18,8 @@ from nni_topo.network.speedup.dependency import unprunable_layers
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import KeptIndices
 
+# Who asks for an explanation may use either.
+_LEAVE_OUT = "leave {} out of what is pruned (layers of shrink, exclude_op_names of a config_list)"
 _LISTED = 4  # names that a message lists before it counts the others
 _MIXING = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.LocalResponseNorm)
 
@@ -66,6 +68,7 @@ class Explanation:
     reasons: Reasons = ()
 
     @property
+    @leaves_out_by(_LEAVE_OUT)
     def advice(self) -> tuple[str, ...]:
         """What can be changed so that more of the channels can be pruned."""
         return reasons.advice(self.reasons)
@@ -139,10 +142,10 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     >>> model = Sequential(Conv2d(1, 8, 3), Softmax(dim=1), Conv2d(8, 4, 3), Conv2d(4, 2, 1))
     >>> print(explain(model, torch.ones(1, 1, 8, 8), "2"))
     2: all but one of 4 channels can be pruned
-    >>> print(explain(model, torch.ones(1, 1, 8, 8), "0"))
+    >>> print(explain(model, torch.ones(1, 1, 8, 8), "0"))  # doctest: +ELLIPSIS
     0: all 8 channels are kept
     kept: the result of an operation depends on removed channels (1: Softmax)
-    what to change: use an operation that treats every channel by itself, or exclude the layer (exclude_op_names)
+    what to change: use an operation that treats every channel by itself, or leave the layer out ...
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = [name for name, module in modules.items() if _channels(module) is not None]

@@ -12,7 +12,7 @@ from speedup_nets import filter_mask
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.errors import ConfigError, SpeedupError, leaves_out_by
 from nni_topo.network.channels import reasons
 from nni_topo.speedup import dependency_groups, explain, to_dense
 
@@ -332,6 +332,42 @@ def test_the_advice_for_an_operation_with_a_rule_is_to_change_the_model():
     assert "write this step with" in str(found)
     padded = Net(Function(lambda images: functional.pad(images, (0, 0, 0, 0, 1, 1), value=1.0)[:, 1:9])).eval()
     assert any("torch.cat" in way for way in explain(padded, images(), "first").advice)
+
+
+def test_the_advice_to_leave_a_layer_out_names_what_the_caller_uses():
+    found = explain(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softmax(1), nn.Conv2d(8, 2, 1)), images(), "2")
+    (way,) = found.advice
+    assert way.startswith(
+        "leave the layer out of what is pruned (layers of shrink, exclude_op_names of a config_list): "
+    )
+    assert reasons.advice(found.reasons)[0].startswith("exclude the layer from the config_list (exclude_op_names): ")
+    within_a_verb = leaves_out_by("leave {} out of the layers to prune (layers)")(reasons.advice)
+    assert within_a_verb(found.reasons)[0].startswith("leave the layer out of the layers to prune (layers): ")
+
+
+def test_no_advice_holds_a_knob_that_only_some_callers_have():
+    every = tuple(reasons.Reason(kind) for kind in get_args(reasons.Kind))
+    within_a_verb = leaves_out_by("leave {} out")(reasons.advice)
+    assert not [way for way in within_a_verb(every) if "exclude_op_names" in way or "{" in way]
+
+
+class _WithSpareLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.spare, self.read, self.twice = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second_name = self.twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        reader = self.second_name.weight + self.read.weight
+        return self.head(self.first(x).relu()) + reader.sum()
+
+
+@pytest.mark.parametrize(("layer", "kind"), [("spare", "not_run"), ("read", "not_followed"), ("twice", "not_followed")])
+def test_a_layer_that_the_forward_does_not_use_is_told_from_one_that_is_not_followed(layer, kind):
+    torch.manual_seed(0)
+    found = explain(_WithSpareLayers().eval(), torch.ones(2, 4), layer)
+    assert (found.kept, [each.kind for each in found.reasons]) == (found.channels, [kind])
 
 
 def test_every_kind_of_reason_that_keeps_a_layer_has_advice_or_is_one_of_the_masks():
