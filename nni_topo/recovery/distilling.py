@@ -67,6 +67,7 @@ from nni_topo.recovery.lesson import (
     Lesson,
     Objective,
     Outputs,
+    check_augment,
     is_better,
     is_blendable,
     joined,
@@ -98,8 +99,9 @@ KNOBS = {
     "outputs": FUNCTION | NONE,
     "blend": FLAG,
     "state_seconds": number(0.0),
+    "augment": FUNCTION | NONE,
 }
-"""Rules of the numbers that :func:`distill` takes; None stands for its own choice."""
+"""Rules of the knobs that :func:`distill` takes; None stands for its own choice."""
 _logger = logging.getLogger(__name__)
 
 
@@ -297,6 +299,7 @@ def distillation(
         raise unknown_name("objective", str(objective), OBJECTIVES, "distill")
     numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
     others = {"warmup": warmup, "blocks": blocks, "outputs": outputs, "blend": blend, "state_seconds": state_seconds}
+    others["augment"] = augment
     check_knobs("distill", numbers | others, KNOBS)
     SEED.check("seed", seed, "distill")
     if state is not None:
@@ -329,6 +332,8 @@ def distillation(
     is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
     is_blended = blend and is_blendable(pool)
     _check_gradients(lesson, student, learned[:2], seed)
+    if augment is not None:
+        check_augment(original, pool, augment, seed)
 
     judging = time.perf_counter()
     before = lesson.judge(student, held)

@@ -28,6 +28,7 @@ from nni_topo.network.runtime import (
     device_of,
     evaluation_mode,
     on_device,
+    out_of_memory,
     random_state_kept,
     real_positions_of,
     taken,
@@ -464,28 +465,75 @@ def _together(index: Tensor) -> tuple[Tensor, ...]:
     return found
 
 
+def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) -> None:
+    """Raise ConfigError, before anything is learned, unless a network runs on what ``augment`` makes of two images."""
+    few = taken(call, torch.arange(min(2, len(tensors_of(call)[0]))))
+    view = _augmented(few, augment, seed)
+    args, kwargs = on_device(view, device_of(unpruned))
+    try:
+        with evaluation_mode(unpruned), torch.no_grad():
+            unpruned(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"augment must return inputs that fit the model, got {_shapes(view)} for {_shapes(few)}: "
+            f"{type(error).__name__}: {reason} (augment)"
+        ) from error
+
+
 def _augmented(call: Call, augment: Augment, seed: int) -> Call:
     """Return another view of a call's inputs; the global generators are left as they were."""
-    count = len(tensors_of(call)[0])
-    views = []
     with random_state_kept():
         torch.manual_seed(seed)
-        for part in _together(torch.arange(count)):
-            args, kwargs = taken(call, part)
-            seen = augment(kwargs or (args[0] if len(args) == 1 else args))
-            if not tensors_of(seen):
-                raise ConfigError(f"augment must return tensors, in what it gets them in, got {type(seen).__name__}")
-            # A model may take a mapping as its argument; what the function gives is used as what it got was.
-            is_argument = not kwargs and isinstance(seen, Mapping)
-            views.append(arguments_of((seen,) if is_argument else seen))
-    view = joined(views)
-    tensors = tensors_of(view)
-    if len(tensors[0]) != count:
-        raise ConfigError(f"augment must return as many images as it gets, {count}, got {len(tensors[0])}")
-    wrong = _not_finite(tensors)
-    if wrong > _not_finite(tensors_of(call)):  # inputs may hold some, such as masks that are added
-        raise ConfigError(f"augment must return finite values, got {wrong} that aren't, for {count} images")
+        views = [_view(taken(call, part), augment) for part in _together(torch.arange(len(tensors_of(call)[0])))]
+    shapes = {str([tuple(each.shape[1:]) for each in tensors_of(view)]) for view in views}
+    if len(shapes) > 1:
+        raise ConfigError(f"augment must return inputs of one shape, got {' and '.join(sorted(shapes))} (augment)")
+    return joined(views)
+
+
+def _view(part: Call, augment: Augment) -> Call:
+    """Return what ``augment`` makes of some images; ConfigError unless that can take their place."""
+    args, kwargs = part
+    given = kwargs or (args[0] if len(args) == 1 else args)
+    before = tensors_of(part)
+    unfinished = _not_finite(before)  # inputs may hold some, such as masks that are added
+    seen = augment(given)
+    if not tensors_of(seen):
+        raise ConfigError(
+            f"augment must return tensors, in what it gets them in, got {type(seen).__name__} for {_kind(given)} "
+            "(augment)"
+        )
+    # A model may take a mapping as its argument; what the function gives is used as what it got was.
+    is_argument = not kwargs and isinstance(given, Mapping) and isinstance(seen, Mapping)
+    view = arguments_of((seen,) if is_argument else seen)
+    after = tensors_of(view)
+    if len(after) != len(before) or len(view[0]) != len(args) or view[1].keys() != kwargs.keys():
+        raise ConfigError(
+            f"augment must return tensors in what it gets them in, got {_kind(seen)} for {_kind(given)} (augment)"
+        )
+    for old, new in zip(before, after, strict=True):
+        if new.is_meta or new.layout != torch.strided:
+            kind = "meta" if new.is_meta else str(new.layout).removeprefix("torch.")
+            raise ConfigError(f"augment must return dense tensors with values, got a {kind} tensor (augment)")
+        if new.dtype != old.dtype:
+            raise ConfigError(f"augment must return the type that it gets, {old.dtype}, got {new.dtype} (augment)")
+    count = len(before[0])
+    for old, new in zip(before, after, strict=True):
+        if old.dim() and len(old) == count and (not new.dim() or len(new) != count):
+            got = len(new) if new.dim() else "a single number"
+            raise ConfigError(f"augment must return as many images as it gets, {count}, got {got} (augment)")
+    wrong = _not_finite(after)
+    if wrong > unfinished:
+        raise ConfigError(f"augment must return finite values, got {wrong} that aren't, for {count} images (augment)")
     return view
+
+
+def _shapes(call: Call) -> str:
+    """Return the shapes of a call's tensors."""
+    return ", ".join(str(tuple(each.shape)) for each in tensors_of(call))
 
 
 def _not_finite(tensors: list[Tensor]) -> int:
@@ -496,4 +544,4 @@ def _not_finite(tensors: list[Tensor]) -> int:
 def _kind(found: Any) -> str:
     """Return a value's type, and the shapes of its tensors, for an error."""
     shapes = [f"{str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}" for each in tensors_of(found)]
-    return f"{type(found).__name__} ({', '.join(shapes)})" if shapes else type(found).__name__
+    return f"{type(found).__name__} ({listed(shapes)})" if shapes else type(found).__name__

@@ -74,7 +74,7 @@ from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_in
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.distilling import Verdict
-from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs, check_one_shape
+from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs, check_augment, check_one_shape
 from nni_topo.recovery.likeness import Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.registry import RECOVERIES
@@ -482,6 +482,9 @@ def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any) 
             "distillation out: shrink(..., distill=False) (images)"
         )
     check_one_shape(calls(model, images))
+    augment = distill.get("augment") if isinstance(distill, Mapping) else None
+    if augment is not None:
+        check_augment(model, next(calls(model, images)), augment, 0)
 
 
 class Measurements:

@@ -407,6 +407,61 @@ def test_a_network_without_parameters_is_refused():
         distill(torch.nn.Flatten(), torch.nn.Flatten(), [torch.rand(16, 3)])
 
 
+BAD_VIEWS = [
+    (lambda part: part[:1], r"augment must return as many images as it gets, 2, got 1 \(augment\)"),
+    (
+        lambda part: part[0, 0],
+        r"augment must return as many images as it gets, 2, got a single number \(augment\)",
+    ),
+    (lambda _: None, r"augment must return tensors, .* got NoneType for Tensor \(float32 .*\) \(augment\)"),
+    (lambda part: part.numpy(), r"augment must return tensors, .* got ndarray for Tensor \(float32 .*\) \(augment\)"),
+    (lambda part: part / 0.0, r"augment must return finite values, got .* for 2 images \(augment\)"),
+    (lambda part: part.double(), r"the type that it gets, torch.float32, got torch.float64 \(augment\)"),
+    (lambda part: part.to(torch.uint8), r"the type that it gets, torch.float32, got torch.uint8 \(augment\)"),
+    (
+        lambda part: part[:, :1],
+        r"augment must return inputs that fit the model, got .* for .*RuntimeError: .*\(augment\)",
+    ),
+    (
+        lambda part: (part, part),
+        r"in what it gets them in, got tuple \(float32 .*\) for Tensor \(float32 .*\) \(augment\)",
+    ),
+    (
+        lambda part: {"x": part},
+        r"in what it gets them in, got dict \(float32 .*\) for Tensor \(float32 .*\) \(augment\)",
+    ),
+    (lambda part: part.to_sparse(), r"dense tensors with values, got a sparse_coo tensor \(augment\)"),
+    (lambda part: part.to("meta"), r"dense tensors with values, got a meta tensor \(augment\)"),
+]
+
+
+@pytest.mark.parametrize(("work", "message"), BAD_VIEWS)
+def test_what_augment_returns_is_looked_at_before_anything_is_learned(work, message):
+    dense, original = pair()
+    calls = []
+
+    def augment(part):
+        calls.append(len(part))
+        return work(part)
+
+    with pytest.raises(ConfigError, match=message):
+        distill(dense, original, batches(600), augment=augment)
+    assert calls == [2]
+
+
+def test_views_of_another_size_are_taken_where_the_network_runs_on_them_and_all_have_it():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    images = [torch.rand(600, 1, 8, 8, generator=torch.Generator().manual_seed(0))]
+    assert distill(net, net, images, augment=lambda part: part[..., :6, :6], steps=10)[0].out_channels == 4
+    changed = copy.deepcopy(net)
+    torch.nn.init.normal_(changed[4].weight)
+    sides = iter([6, *[6, 7] * 8])
+    with pytest.raises(
+        ConfigError, match=r"augment must return inputs of one shape, got \[\(1, 6, 6\)\] and .*\(augment\)"
+    ):
+        distill(changed, net, images, augment=lambda part: part[..., : next(sides), :][..., :6], lr=1e-3, steps=100)
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
@@ -420,9 +475,8 @@ def test_a_network_without_parameters_is_refused():
         ({"state_seconds": -1.0}, "state_seconds must be at least 0 and finite, got -1.0"),
         ({"seed": -1}, "seed must be an integer of at least 0 .*, got -1"),
         ({"blend": 1}, "blend must be True or False, got 1"),
-        ({"augment": lambda part: part[:3]}, "augment must return as many images as it gets"),
-        ({"augment": lambda _: None}, "augment must return tensors, in what it gets them in, got NoneType"),
-        ({"augment": lambda part: part / 0.0}, "augment must return finite values, got"),
+        ({"augment": 5}, r"augment must be a function or None, got 5 \(distillation\)"),
+        *(({"augment": work}, message) for work, message in BAD_VIEWS),
     ],
 )
 def test_bad_knobs_are_refused(knobs, message):

@@ -518,6 +518,22 @@ def test_a_type_may_select_layers_that_keep_all_channels_beside_others():
     assert (small.mixed.out_channels, small.sized.out_channels, small.idle.out_channels) == (8, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        (lambda images: images.double(), r"the type that it gets, torch.float32, got torch.float64 \(augment\)"),
+        (
+            lambda images: torch.cat([images, images], 1),
+            r"augment must return inputs that fit the model, got .*\(augment\)",
+        ),
+        ("flip", r"augment must be a function or None, got 'flip' \(distill\)"),
+    ],
+)
+def test_an_augment_function_is_tried_before_anything_is_pruned(augment, message):
+    with pytest.raises(ConfigError, match=message):
+        shrunk(distill={"augment": augment}, pruner=lambda *_: pytest.fail("ran"))
+
+
 @pytest.mark.parametrize("entry", [{"op_types": ["MultiheadAttention"]}, {"op_names": ["layers.0.self_attn"]}])
 def test_heads_are_pruned_by_an_entry_of_their_own(entry):
     torch.manual_seed(0)
