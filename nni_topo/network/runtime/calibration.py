@@ -279,7 +279,7 @@ class Calibration(Sequence[Any]):
         """Read, check and keep all batches."""
         in_memory = isinstance(source, (list, tuple))  # the caller holds these batches anyway
         drops_last = getattr(source, "drop_last", False)  # a DataLoader's
-        length = _length(source)
+        length = _length(source, self.name)
         most = self._max_batches
         what, total, limit = self.name, length, most
         if most is None:
@@ -293,10 +293,14 @@ class Calibration(Sequence[Any]):
         store = BatchStore(self._memory_bytes)
         batches: list[Any] = []
         sizes: list[int] = []
-        for index, batch in enumerate(bar(what, None, source, total=total)):
+        for index, batch in enumerate(bar(what, None, iter(source), total=total)):
             if index == limit:
                 got = f"{index} batches so far ({store.nbytes / 2**30:.2f} GiB) and more"
-                raise DataError(f"{self.name} must have an end, a length or a limit, got {got}: {_CURE} ({self.name})")
+                if length is None:
+                    rule = "must have an end, a length or a limit"
+                else:
+                    rule = f"must end near its length, which is {length}"
+                raise DataError(f"{self.name} {rule}, got {got}: {_CURE} ({self.name})")
             batch = _plain(batch)
             check_inputs(batch, index, self.name)
             sizes.append(_samples_in(inputs_of(batch, index, self.name)))
@@ -348,12 +352,17 @@ def _cure_without_batches(value: Any) -> str:
     return ""
 
 
-def _length(source: Iterable[Any]) -> int | None:
+def _length(source: Iterable[Any], name: str) -> int | None:
     """Return the number of batches of an iterable; None if it has no length."""
     try:
         return len(source)  # type: ignore[arg-type]
-    except TypeError:  # a DataLoader has a __len__ that raises this if its data set is a stream
+    except (TypeError, NotImplementedError):  # a DataLoader raises TypeError if its data set is a stream
         return None
+    except Exception as error:  # a loader of the user's may raise anything
+        raise DataError(
+            f"the length of {name} must be a number of batches, or raise TypeError where it isn't known, got "
+            f"{type(error).__name__}: {error} ({type(source).__name__}.__len__ of {name})"
+        ) from error
 
 
 def _plain(batch: Any) -> Any:

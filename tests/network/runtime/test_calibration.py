@@ -286,7 +286,8 @@ STREAMS = {
 
 @pytest.mark.parametrize("row", STREAMS)
 def test_what_never_ends_is_an_error_that_names_the_knob(row, model, batches):
-    ended = "must have an end, a length or a limit, got 1000 batches so far .* and more: .*max_batches=16"
+    rule = "end near its length, which is 5" if row == "wrong length" else "have an end, a length or a limit"
+    ended = rf"(calibration|images) must {rule}, got 1000 batches so far .* and more: .*max_batches=16\) \(\w+\)$"
     masks = {"hidden": {"weight": torch.ones(12, 6)}}
     for work in (
         lambda given: nni_topo.compensate(model, masks, given),
@@ -296,6 +297,38 @@ def test_what_never_ends_is_an_error_that_names_the_knob(row, model, batches):
     ):
         with pytest.raises(DataError, match=ended):
             work(STREAMS[row]())
+
+
+class Measured:
+    """Two batches, and a length that can't be told as it should."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __iter__(self):
+        return iter([torch.zeros(4, 6), torch.ones(4, 6)])
+
+    def __len__(self):
+        if isinstance(self.error, Exception):
+            raise self.error
+        return self.error
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("not opened yet"), AttributeError("size"), RuntimeError("closed"), -1, 10**30]
+)
+@pytest.mark.parametrize("limit", [None, 1])
+def test_a_length_that_can_not_be_told_is_an_error_that_says_so(error, limit, model):
+    rule = "the length of batches must be a number of batches, or raise TypeError where it isn't known, got "
+    with pytest.raises(DataError, match=rf"^{rule}(\w+)Error: .* \(Measured.__len__ of batches\)$"):
+        len(Calibration(Measured(error), max_batches=limit, name="batches"))
+    with pytest.raises(DataError, match="the length of images must be a number of batches"):
+        nni_topo.shrink(model, Measured(error), {"flops": 0.5})
+
+
+@pytest.mark.parametrize("error", [TypeError("a stream"), NotImplementedError()])
+def test_a_length_that_is_not_known_is_none(error):
+    assert Calibration(Measured(error)).sizes == (4, 4)
 
 
 @pytest.mark.parametrize("row", STREAMS)
