@@ -208,6 +208,8 @@ class Propagation(torch.fx.Interpreter):
         known = module_rule(module)
         if known is not None and known.moves:
             return known.apply(self._operation(node))
+        if isinstance(module, torch.nn.PReLU) and module.num_parameters == 1:
+            return self._operation(node).passed(ids)  # one slope serves all channels, and any number of them
         if isinstance(module, torch.nn.GroupNorm) and module.num_groups < module.num_channels:
             # A norm's groups are of one size, and have to be after pruning too.
             side = np.split(self._given.per_channel(ids[0], 1), module.num_groups)
@@ -217,7 +219,15 @@ class Propagation(torch.fx.Interpreter):
             dim = rule.dim if rule else channel_dim(module)
             if dim is None:
                 return self._all_kept(node, ids, reasons.uncut_module(node, type(module).__name__))
-            self._tie_calls(name, self._given.per_channel(ids[0], dim % ids[0].dim()))
+            entering = self._given.per_channel(ids[0], dim % ids[0].dim())
+            before = self._entering.get(name, entering)
+            if len(before) == len(entering):
+                self._tie_calls(name, entering)
+            elif not isinstance(module, torch.nn.modules.instancenorm._InstanceNorm):
+                # An instance norm treats every channel by itself, however many come; one width of others can't serve.
+                reason = reasons.several_widths(node)
+                self._given.pin(np.unique(before), reason)
+                return self._all_kept(node, ids, reason)
         elif known is not None:
             return known.apply(self._operation(node))
         if isinstance(module, tuple(RULES)) or not (any(True for _ in module.parameters()) or is_normalizing(module)):

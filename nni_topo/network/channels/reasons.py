@@ -49,6 +49,7 @@ Kind = Literal[
     "rounding",
     "rule_keeps",
     "rule_misfits",
+    "several_widths",
     "shared",
     "training_output",
     "training_reader",
@@ -157,6 +158,7 @@ _ADVICE: dict[Kind, str] = {
         "write the module as one that calls its layers; heads of nn.MultiheadAttention can be pruned as it is"
     ),
     "not_followed": "call the layer itself (self.layer(x)) rather than a function on its weight",
+    "several_widths": "call a module of its own in each place",
     "not_run": "delete the layer from the model if nothing uses it",
 }
 
@@ -272,6 +274,11 @@ def no_batch(node: Node) -> Reason:
 def uncut_module(node: Node, kind: str) -> Reason:
     """Return the reason for channels that enter a module of class ``kind``, which the package can't cut."""
     return _of_module("uncut_module", node, f"they enter {node.target} ({kind}), which can't be cut")
+
+
+def several_widths(node: Node) -> Reason:
+    """Return the reason for channels of a module that is called on different numbers of them."""
+    return _of_module("several_widths", node, f"{node.target} is called on different numbers of channels")
 
 
 def cutting_failed(layer: str, error: Exception) -> Reason:

@@ -48,7 +48,8 @@ def cut(name: str, module: Any, ins: torch.Tensor, outs: torch.Tensor) -> None:
         RULES[type(module)].cut(module, outs)
     elif isinstance(module, _BATCH_NORMS):
         _cut_vectors(module, outs)
-        module.num_features = len(outs)
+        # An instance norm without parameters may be called on more channels than it names.
+        module.num_features = min(module.num_features, len(outs))
     elif isinstance(module, torch.nn.GroupNorm):
         _cut_group_norm(name, module, outs)
     elif isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):

@@ -167,9 +167,11 @@ class _Watch:
 
     def settle(self) -> bool:
         """Combine the calls of a round; True if another round is needed."""
-        if not self._calls:
+        found, self._calls = self._calls, []
+        # Only a norm without parameters takes several widths, and it has no bias to silence.
+        if len({len(each) for each in found}) != 1:
             return False
-        calls, self._calls = torch.stack(self._calls), []
+        calls = torch.stack(found)
         self.dead = calls.all(0)
         # A channel that is zero in one call and not in another can't be silenced in the parameters, so from the next
         # round on its bias counts as positive.

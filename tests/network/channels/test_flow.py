@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -159,3 +160,58 @@ class Joined(nn.Module):
 def test_a_norm_behind_a_concatenation_is_no_single_layers():
     model = Joined().eval()
     assert norms_after(model, Network.on(model, torch.ones(2, 1, 4, 4)).flow) == {"behind": "own"}
+
+
+class SharedBetween(nn.Module):
+    """One module after two convolutions, of equal widths or not."""
+
+    def __init__(self, between: nn.Module, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.between = nn.Conv2d(3, 8, 3), between
+        self.body, self.tail = nn.Conv2d(8, width, 3), nn.Conv2d(width, 4, 1)
+
+    def forward(self, images):
+        inner = torch.relu(self.between(self.stem(images)))
+        return self.tail(torch.relu(self.between(self.body(inner))))
+
+
+UNSHARED = [{"op_types": ["Conv2d"], "exclude_op_names": ["tail"], "sparse_ratio": 0.5}]
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_one_slope_for_all_channels_couples_no_layers(tmp_path, width):
+    def make():
+        return SharedBetween(nn.PReLU(init=0.1), width)
+
+    groups = dependency_groups(make(), IMAGES, UNSHARED)
+    assert [entry.get("dependency_group_id") for entry in groups] == [None, None]
+    masks = {"stem": filter_mask(make().stem, [0, 5]), "body": filter_mask(make().body, [1, 2, 6])}
+    dense = check(make, IMAGES, masks, tmp_path)
+    assert (dense.stem.out_channels, dense.body.out_channels) == (6, width - 3)
+
+
+@pytest.mark.parametrize("features", [1, 8])
+def test_an_instance_norm_without_parameters_serves_any_width(tmp_path, features):
+    def make():
+        return SharedBetween(nn.InstanceNorm2d(features), 12)
+
+    masks = {"stem": filter_mask(make().stem, [0, 5]), "body": filter_mask(make().body, [1, 2, 6])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of a number of features that isn't the input's
+        dense = check(make, IMAGES, masks, tmp_path)
+    assert (dense.stem.out_channels, dense.body.out_channels) == (6, 9)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(1, 8, affine=False), nn.BatchNorm2d(8, affine=False, track_running_stats=False)]
+)
+def test_a_module_that_is_called_on_other_numbers_of_channels_keeps_them_all(norm):
+    model = SharedBetween(norm, 12).eval()
+    groups = dependency_groups(model, IMAGES, UNSHARED)
+    reason = "between is called on different numbers of channels"
+    assert (list(groups), groups.skipped) == ([], {"stem": reason, "body": reason})
+    masks = {"stem": filter_mask(model.stem, [0, 5]), "body": filter_mask(model.body, [1, 2])}
+    dense = to_dense(model, IMAGES, masks)
+    assert (dense.stem.out_channels, dense.body.out_channels) == (8, 12)
+    assert {row.name: row.reason for row in dense.report.kept} == {"stem": reason, "body": reason}
