@@ -203,7 +203,7 @@ def kept(column: str, config_list: Entries, seed: int = 0) -> dict[str, int]:
     NNI's own pruners are made without this package's checks, so that they say what NNI does.
     """
     name = column.split(",")[0]
-    info, model = PRUNERS.info(name), plain(seed)
+    info, model = PRUNERS.info(name, "keys"), plain(seed)
     if info.origin == "nni_topo":
         pruner = nni_topo.create_pruner(name, model, config_list, **knobs_of(column, seed))
     else:
@@ -237,7 +237,7 @@ def outcome(column: str, case: str) -> tuple[str, str]:
     It is ``"yes"`` if all config_lists of the key on all networks end as with NNI's pruner.
     """
     config_lists, compared = CASES[case]
-    reference = "l1" if PRUNERS.info(column.split(",")[0]).structured else "level"
+    reference = "l1" if PRUNERS.info(column.split(",")[0], "keys").structured else "level"
     agrees = compared != "nothing"
     for seed in SEEDS:
         for index, config_list in enumerate(config_lists):

@@ -98,7 +98,7 @@ def test_a_stopped_search_goes_on(tmp_path):
 def test_the_file_of_the_example_is_one():
     path = Path(__file__).parents[2] / "configs" / "search_genetic_weight.yaml"
     config = load_prune_config(path)
-    check_knob_names(config.pruner, config.knobs)
+    check_knob_names(config.pruner, config.knobs, "configuration")
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
     batches = [(torch.randn(8, 1, 8, 8), torch.arange(8))]
     knobs = {"search": {**config.knobs["search"], "generations": 1}}
@@ -169,12 +169,52 @@ def test_a_layer_of_another_kind_is_refused():
         GeneticWeightPruner(model, [{"op_names": ["norm"]}], validation=BATCH)
 
 
-@pytest.mark.parametrize(("beta", "is_flat"), [(0.0, True), (1.0, False)])
-def test_a_search_without_any_order_is_told(caplog, beta, is_flat):
-    """An accuracy that never changes leaves the share of removed weights; at beta 0 that doesn't count either."""
+@pytest.mark.parametrize(
+    ("knobs", "told"),
+    [
+        ({"beta": 0.0}, "so the search chooses weights at random: evaluate must measure the model that it gets"),
+        ({"beta": 1.0}, "so the search looks at the share of removed weights alone: evaluate must measure the model"),
+    ],
+)
+def test_an_accuracy_that_never_changes_is_told_after_the_first_generation(caplog, knobs, told):
+    """It leaves the share of removed weights; at beta 0 that doesn't count either."""
+    told_by = []
+
+    def note(search):
+        told_by.append(len(caplog.records))
+
     pruner = GeneticWeightPruner(
-        task()[0], [{"op_names": ["0"]}], evaluate=lambda model: 0.5, search={**SMALL, "beta": beta}
+        task()[0],
+        [{"op_names": ["0"]}],
+        evaluate=lambda model: 0.5,
+        search={**SMALL, **knobs},
+        on_generation=note,
     )
     pruner.compress()
-    assert pruner.evolution.is_flat == is_flat
-    assert ("weights are chosen at random" in caplog.text) == is_flat
+    assert pruner.evolution.is_flat == (knobs["beta"] == 0.0)
+    (text,) = [each.getMessage() for each in caplog.records if "first generation" in each.getMessage()]
+    assert told in text
+    assert "individuals of the first generation is 0.5" in text
+    assert text.endswith(" (evaluate)")
+    assert told_by[0] == told_by[-1] == len(caplog.records)
+
+
+def test_an_accuracy_that_changes_is_told_only_where_it_does_not_count(caplog):
+    for alpha, beta in ((100.0, 1.0), (100.0, 0.0), (0.0, 0.0)):
+        caplog.clear()
+        model, _, (images, _) = task()
+        GeneticWeightPruner(
+            model,
+            [{"op_names": ["0"]}],
+            evaluate=lambda net, given=images: float(net(given).detach().sigmoid().mean()),
+            search={**SMALL, "alpha": alpha, "beta": beta},
+        ).compress()
+        told = [each.getMessage() for each in caplog.records if "first generation" in each.getMessage()]
+        assert len(told) == (alpha == beta)
+    assert "equally fit, so the search chooses weights at random: alpha above 0 prefers accurate networks" in told[0]
+
+
+def test_individuals_without_damage_are_one_network_and_not_told(caplog):
+    settings = {**SMALL, "damage_rate": 0.0, "beta": 1.0}
+    GeneticWeightPruner(task()[0], [{"op_names": ["0"]}], evaluate=lambda model: 0.5, search=settings).compress()
+    assert "first generation" not in caplog.text

@@ -43,6 +43,7 @@ class GeneticMetric(MetricCalculator):
     n_jobs: int
     progress: bool | None
     evolution: WeightGeneticAlgorithm | None = field(default=None, init=False)
+    _is_told: bool = field(default=False, init=False)  # whether the search was said to have no direction
     start_weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, dtype=np.float32), init=False)
 
     def calculate(self, data: Data, context: PruningContext) -> KeptSet:
@@ -64,7 +65,7 @@ class GeneticMetric(MetricCalculator):
         )
         if self.state is not None and Path(self.state).exists():
             load_state(search, self.state)
-        self.evolution = search
+        self.evolution, self._is_told = search, False
         done = search.generation + 1
         with bar("searching weights", self.progress, total=self.settings.generations + 1, done=done) as shown:
 
@@ -73,7 +74,7 @@ class GeneticMetric(MetricCalculator):
                 return self._after(current)
 
             search.run(after)
-        if search.is_flat:
+        if search.is_flat and not self._is_told:
             _logger.warning(
                 "all individuals of all %d generations are equally fit, so weights are chosen at random; beta above 0 "
                 "prefers smaller networks (search)",
@@ -84,11 +85,38 @@ class GeneticMetric(MetricCalculator):
         return context.keep({unit.name: own for unit, own in zip(context.units, kept, strict=True)})
 
     def _after(self, search: WeightGeneticAlgorithm) -> bool:
+        if search.generation == 0:
+            self._tell_if_flat(search)
         if self.state is not None:
             save_state(search, self.state)
         if self.on_generation is None:
             return False
         return check_answer("on_generation", self.on_generation(search), "genetic_weight")
+
+    def _tell_if_flat(self, search: WeightGeneticAlgorithm) -> None:
+        """Warn, after the first generation, where nothing that the search is to find shows in its individuals."""
+        rows = [row for row in search.history if row.generation == 0]
+        accuracies, fitness = {row.accuracy for row in rows}, {row.fitness for row in rows}
+        is_one = all(row.compression == 0.0 for row in rows)  # with a damage_rate of 0 there is nothing to compare yet
+        if is_one or (len(accuracies) > 1 and len(fitness) > 1):
+            return
+        self._is_told = True
+        source = (
+            "evaluate" if self.evaluate is not None else "validation" if self.validation is not None else "evaluator"
+        )
+        if len(fitness) == 1:
+            what = "the search chooses weights at random"
+        else:
+            what = "the search looks at the share of removed weights alone"
+        if len(accuracies) == 1:
+            found = f"the accuracy of all {len(rows)} individuals of the first generation is {rows[0].accuracy:g}"
+            cure = f"{source} must measure the model that it gets, on enough images, or a larger damage_rate is needed"
+        else:
+            found = f"all {len(rows)} individuals of the first generation are equally fit"
+            cure = "alpha above 0 prefers accurate networks"
+        if len(fitness) == 1:
+            cure += "; beta above 0 prefers smaller networks"
+        _logger.warning("%s, so %s: %s (%s)", found, what, cure, source if len(accuracies) == 1 else "search")
 
     def _accuracies(self, context: PruningContext, names: list[str], weights: list[Tensor]) -> Accuracies:
         if self.validation is not None:

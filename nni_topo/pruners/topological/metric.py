@@ -120,33 +120,45 @@ class TopologicalMetric(SelectionMetric):
         results = Parallel(n_jobs=self.n_jobs, return_as="generator" if one_by_one else "list")(work)
         found: dict[str, list[BoolArray]] = {}
         flat: list[str] = []
+        starting_flat: list[str] = []
         with bar("choosing filters", self.progress, total=len(tasks)) as shown:
-            for (_, unit, part), (kept, trace, is_flat) in zip(tasks, results, strict=True):
+            for (_, unit, part), (kept, trace, is_flat, starts_flat) in zip(tasks, results, strict=True):
                 found.setdefault(unit.name, []).append(kept)
                 if trace:
                     self.trace[unit.part_name(part)] = trace
                 if is_flat:
                     flat.append(unit.part_name(part))
+                elif starts_flat:
+                    starting_flat.append(unit.part_name(part))
                 shown.update()
-        if flat:
-            others = [name for name in ("bottleneck_sum", "hausdorff") if name != self.settings.criterion]
-            _logger.warning(
-                "the criterion %r tells no individual of any generation from another, so these channels are chosen at "
-                "random; %s or another degree in homology_dimensions may tell them apart (%s)",
-                self.settings.criterion,
-                ", ".join(map(repr, others)),
-                ", ".join(flat),
-            )
+        others = [name for name in ("bottleneck_sum", "hausdorff") if name != self.settings.criterion]
+        for names, which, so in (
+            (flat, "any generation", "these channels are chosen at random"),
+            (starting_flat, "the first generation", "the search for these channels begins at random"),
+        ):
+            if names:
+                _logger.warning(
+                    "the criterion %r tells no individual of %s from another, so %s; %s or another degree in "
+                    "homology_dimensions may tell them apart (%s)",
+                    self.settings.criterion,
+                    which,
+                    so,
+                    ", ".join(map(repr, others)),
+                    ", ".join(names),
+                )
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _chosen(
     cloud: Cloud, keep: int, seed: list[int], settings: SelectionSettings, name: str
-) -> tuple[BoolArray, list[Generation], bool]:
-    """Return the kept blocks of a cloud, boolean ``(size,)``, the search's progress, and whether it found no order."""
+) -> tuple[BoolArray, list[Generation], bool, bool]:
+    """Return the kept blocks of a cloud, boolean ``(size,)``, and the search's progress.
+
+    Then whether all individuals of each generation were equally fit, and whether those of the first one were.
+    """
     cover, search = cloud.cover(keep), settings.search
     if search is None or keep == cloud.size:
-        return cover, [], False
+        return cover, [], False, False
     criterion, _, summed = settings.criterion.partition("_")
     fitness = topology.SubsetFitness(
         cloud.distances,
@@ -170,7 +182,7 @@ def _chosen(
         initial=cover[None] if search.greedy_start else None,
     )
     run.run()
-    return run.best_individual()[1], run.trace, run.is_flat
+    return run.best_individual()[1], run.trace, run.is_flat, run.starts_flat
 
 
 def _announce(

@@ -141,3 +141,20 @@ def test_bad_knobs_are_refused(knobs, words):
 def test_a_subset_of_nothing_or_everything_is_no_search(keep):
     with pytest.raises(ConfigError, match=f"got {keep}"):
         SubsetGeneticAlgorithm(5, keep, distance_to(np.ones(5, bool)), EvolutionSettings(), seed=0)
+
+
+def test_a_first_generation_of_equals_is_told_from_a_run_of_equals():
+    wanted = np.arange(12) < 6
+
+    def one_in_many(population):
+        return 1.0 - (population == wanted).all(1)
+
+    flat = SubsetGeneticAlgorithm(12, 6, lambda population: np.ones(len(population)), EvolutionSettings(), seed=0)
+    flat.run()
+    assert (flat.starts_flat, flat.is_flat) == (True, True)
+    found = SubsetGeneticAlgorithm(12, 6, one_in_many, EvolutionSettings(generations=200), seed=0)
+    found.run()
+    assert (found.starts_flat, found.is_flat) == (True, False)
+    sloped = SubsetGeneticAlgorithm(12, 6, distance_to(wanted), EvolutionSettings(), seed=0)
+    sloped.run()
+    assert (sloped.starts_flat, sloped.is_flat) == (False, False)
