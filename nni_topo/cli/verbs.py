@@ -90,6 +90,7 @@ class Compare(DataVerb):
     compensate: int = 0  # unlabelled images for weight reconstruction of every pruned network; 0: no reconstruction
     method: str = "reconstruct"  # a listed recovery method, or package.module:Class
     distill: int = 0  # unlabelled images for distillation after it; 0: no distillation
+    test_limit: int | None = None  # test images used, the set's first ones, at least 1; None: all, whatever --limit is
     in_process: bool = False  # run all cells in this process, one by one
     n_jobs: int | None = None  # cells to run at a time, at least 1; -1: one per core; None: as in the plan, or 1
 
@@ -109,7 +110,7 @@ class Compare(DataVerb):
         targets = [Target(kind, value) for kind in kinds for value in getattr(self, kind)]
         return ComparisonPlan(
             models=(self.model_choice,),
-            data=(self.data_choice(),),
+            data=(self.data_choice(self.test_limit),),
             pruners=tuple(map(self._choice, self.pruners)),
             targets=tuple(targets or [Target("ratio", 0.5)]),
             seeds=self.seeds,
@@ -198,6 +199,7 @@ class Shrink(TrainedVerb):
     caps: dict[str, float] = field(default_factory=dict)  # largest share a layer may lose, e.g. features.conv1 0.5
     floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, e.g. features.conv1 0.1
     images: int = 1024  # unlabelled training images, at least 2
+    test_limit: int | None = None  # test images used, the set's first ones, at least 1; None: all, whatever --limit is
     seconds: float | None = None  # time for distillation, above 0; None: until the held-out loss makes no progress
 
     def run(self, console: Console) -> int:
@@ -207,7 +209,7 @@ class Shrink(TrainedVerb):
         check_empty(self.out)
         budget = self._budget()
         self._check(budget)
-        start = self.start(accept=self._accept)
+        start = self.start(self.test_limit, accept=self._accept)
         if self.shares:
             return self._several(start, console)
         dense = shrink(
@@ -326,6 +328,7 @@ class Prune(TrainedVerb):
     """Prune one trained model by a YAML file."""
 
     config: Path  # YAML file: pruner, knobs, config_list; see configs/
+    test_limit: int | None = None  # test images used, the set's first ones, at least 1; None: all, whatever --limit is
 
     def run(self, console: Console) -> int:
         """Prune, write the dense model, and print costs and accuracies before and after."""
@@ -333,7 +336,7 @@ class Prune(TrainedVerb):
             self.model_choice,
             self.checkpoint,
             load_prune_config(self.config),
-            self.data_choice(),
+            self.data_choice(self.test_limit),
             self.out,
             seed=self.seed,
             device=self.device,

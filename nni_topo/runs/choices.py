@@ -55,7 +55,7 @@ class DataChoice:
 
     name: str = "digits"
     data_dir: str | None = None  # folder with its files; None: embedded
-    limit: int | None = None  # training images used; None: all
+    limit: int | None = None  # training images used, and of a folder validation images; None: all
     test_limit: int | None = None  # test images used, the set's first ones; None: all
     download: bool = False
     image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are

@@ -78,7 +78,7 @@ class DataVerb(ModelVerb):
 
     data: str = "digits"  # a listed name, an .npz file or a folder
     data_dir: Path | None = None  # folder with the data set's files
-    limit: int | None = None  # training images used, at least 1; None: all
+    limit: int | None = None  # training images used, and of a folder validation images, at least 1; None: all
     image_size: int | None = None  # pixels a side that a folder's images are scaled to; None: as they are
     workers: int | None = None  # processes that read a folder's images, at least 0; None: one per core, at most 8
     download: bool = False  # let torchvision download CIFAR

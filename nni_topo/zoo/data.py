@@ -223,7 +223,7 @@ def load_data(
     limit : int or None, default=None
         Number of training images to keep, at least 1, drawn evenly from the classes after the validation
         split. None keeps all. Of an image folder the validation set is limited likewise, and files that aren't drawn
-        aren't read.
+        aren't read. The test set stays whole; ``data.test[:n]`` are its first n images.
     validation : float, default=0.1
         Fraction of every class of the training images that becomes the validation set, in [0, 1); of text at most
         1,000 rows.

@@ -82,6 +82,7 @@ def list_image_folder(
 
 
 def _listed(folder: Path) -> _Listed:
+    _check_sorted(folder)
     try:
         # hidden folders aren't classes
         names = [name for name in find_classes(folder)[0] if not name.startswith(".")]
@@ -98,6 +99,23 @@ def _listed(folder: Path) -> _Listed:
         raise DataError(f"an image folder must hold one folder per class, got none ({folder})")
     labels = np.repeat(np.arange(len(names)), [len(each) for each in files])
     return _Listed(np.concatenate(files), labels, tuple(names))
+
+
+def _check_sorted(folder: Path) -> None:
+    """Raise DataError for a folder of images that aren't sorted into folders of their classes, as ILSVRC's ``val``."""
+    found = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith("."):
+                return
+            found += entry.name.lower().endswith(_SUFFIXES)
+    if found:
+        cure = "move each into a folder with the name of its class"
+        if folder.name in ("val", "test"):
+            cure += ", the same as in train; docs/sources.md has a command that sorts ILSVRC's val"
+        raise DataError(
+            f"an image folder must hold one folder per class, got {found} images without one: {cure} ({folder})"
+        )
 
 
 def _first_of_classes(listed: _Listed) -> list[int]:

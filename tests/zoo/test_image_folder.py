@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +189,52 @@ def test_labelled_images_for_pruners_are_bounded_and_tests_stay_in_files(folder:
     assert sorted(data.test.labels[:4].tolist()) == [0, 1, 2, 3]
     batches = Start(nn.Conv2d(3, 3, 1), data, zoo.Recipe(1)).validation()
     assert sum(len(labels) for _, labels in batches) == len(data.validation)
+
+
+def flattened(root: Path, folder: Path, name: str) -> dict[str, str]:
+    """Copy a data set, one of whose folders holds its images directly; return their classes by file."""
+    shutil.copytree(folder, root)
+    classes = {}
+    for path in sorted((root / name).glob("*/*")):
+        classes[path.stem] = path.parent.name
+        path.rename(root / name / path.name)
+    for place in (root / name).iterdir():
+        if place.is_dir():
+            place.rmdir()
+    return classes
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "cure"), [("val", 20, "docs/sources.md has a command"), ("train", 80, "of its class")]
+)
+def test_images_that_are_not_sorted_by_class_are_told_with_what_to_do(folder, tmp_path, name, count, cure) -> None:
+    flattened(tmp_path / "images", folder, name)
+    place = re.escape(str(tmp_path / "images" / name))
+    rule = (
+        rf"an image folder must hold one folder per class, got {count} images without one: move .*{cure}.* \({place}\)"
+    )
+    with pytest.raises(DataError, match=rule):
+        load_data(str(tmp_path / "images"), image_size=16)
+
+
+def test_the_command_of_the_documentation_sorts_the_validation_images_of_ilsvrc(folder, tmp_path) -> None:
+    classes = flattened(tmp_path / "images", folder, "val")
+    page = (Path(__file__).parents[2] / "docs" / "sources.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^awk .*LOC_val_solution.csv$", page, re.MULTILINE)
+    rows = [f"{name},{label} 85 1 499 272 {label} 1 2 3 4" for name, label in classes.items()]
+    (tmp_path / "images" / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows, ""]))
+    subprocess.run(command, shell=True, cwd=tmp_path / "images", check=True)
+    found, expected = (load_data(str(place), image_size=16) for place in (tmp_path / "images", folder))
+    assert found.test.labels.tolist() == expected.test.labels.tolist()
+    assert len(found.test) == 20
+
+
+def test_the_limit_leaves_the_test_set_whole_which_has_one_of_its_own(folder: Path) -> None:
+    model = ModelChoice("torchvision/resnet18")
+    data = load_model_data(model, DataChoice(str(folder), limit=3, image_size=8))
+    assert (len(data.train), len(data.validation), len(data.test)) == (3, 3, 20)
+    data = load_model_data(model, DataChoice(str(folder), limit=3, test_limit=6, image_size=8))
+    assert (len(data.train), len(data.validation), len(data.test)) == (3, 3, 6)
 
 
 _LARGEST = """
