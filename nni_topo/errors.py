@@ -207,7 +207,12 @@ def instance(*kinds: type[Any]) -> Rule:
 
 def settings(kind: type[Any]) -> Rule:
     """Return the rule of what :func:`as_settings` takes for a class of settings; that has a table of its own."""
-    return Rule(f"a {kind.__name__} or a mapping of its fields", lambda value: isinstance(value, (kind, Mapping)))
+    names = listed((item.name for item in fields(kind)), 6)
+    return Rule(
+        f"a {kind.__name__} or a mapping of its fields",
+        lambda value: isinstance(value, (kind, Mapping)),
+        tell=lambda value: f"{shown(value)}; the fields of a {kind.__name__} are {names}",
+    )
 
 
 def all_of(rule: Rule, kind: type[Any], least: int = 0) -> Rule:

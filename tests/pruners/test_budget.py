@@ -297,7 +297,11 @@ def test_calibration_serves_as_example_inputs():
         ({"budget": {"flops": "half"}}, {}, r"flops must be in \(0, 1\], got 'half'"),
         ({"budget": {"flops": 0.5, "params": 0.5}}, {}, r"a share of one of .*, got \['flops', 'params'\]"),
         ({"budget": {}}, {}, "a share of one of flops, params, latency, memory, got none"),
-        ({"budget": 0.5}, {}, "budget must be a Budget or a mapping of its fields or None, got 0.5"),
+        (
+            {"budget": 0.5},
+            {},
+            r"of its fields or None, got 0.5; the fields of a Budget are flops, params, .* \(budget\)",
+        ),
         ({"budget": {"flops": 0.5, "allocation": "unifrom"}}, {}, "did you mean uniform"),
         ({"budget": {"flops": 0.5}}, {"sparse_ratio": 0.5}, r"replaces sparse_ratio, got both \(config_list\[0\]\)"),
         ({"budget": {"flops": 0.5}, "example_inputs": None}, {}, "a budget needs example_inputs, .* got none of them"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,8 @@ from nni_topo.network.runtime import (
     evaluation_mode,
     leaves_models_alone,
 )
+
+_logger = logging.getLogger(__name__)
 
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
@@ -345,16 +348,23 @@ def spread(module: torch.nn.Module, kept: torch.Tensor, dtype: torch.dtype | Non
 
 
 def check_names(model: torch.nn.Module, config_list: Iterable[Any], place: str = "") -> None:
-    """Raise a ConfigError if an ``op_names`` of a config_list holds a name that is no module's.
+    """Raise a ConfigError for a name in a config_list's ``op_names`` that is no module's; warn of an excluded one.
 
     ``place``: the argument that the names come from, where that isn't the config_list.
     """
     # NNI passes over such a name, or raises a KeyError.
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for index, config in enumerate(config_list):
-        for name in (config.get("op_names") or ()) if isinstance(config, dict) else ():
+        if not isinstance(config, dict):
+            continue
+        where = place or f"config_list[{index}]"
+        for name in config.get("op_names") or ():
             if name not in known:
-                raise unknown_name("a layer", str(name), known, place or f"config_list[{index}]")
+                raise unknown_name("a layer", str(name), known, where)
+        for name in config.get("exclude_op_names") or ():
+            # A config_list for several models may exclude a layer that only some of them have.
+            if name not in known:
+                _logger.warning("nothing is excluded: %s", unknown_name("an excluded layer", str(name), known, where))
 
 
 def by_channel(module: nn.Module, values: Tensor) -> Tensor:

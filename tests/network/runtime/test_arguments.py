@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -115,7 +116,8 @@ RULES: dict[str, tuple[list[Any], list[tuple[Any, type[NniTopoError], str]]]] = 
         [PLAIN],
         [
             (None, ConfigError, "got a NoneType"),
-            (nn.Linear, ConfigError, "got the class Linear"),
+            (nn.Linear, ConfigError, r"got the class Linear, of which no model has been made: Linear\(...\)"),
+            (nn.Linear(2, 2).state_dict(), ConfigError, "got an OrderedDict, which a model takes by model.load_state"),
             (SCRIPTED, ConfigError, "isn't scripted, compiled or spread over devices"),
             (SPREAD, ConfigError, "got a DataParallel"),
             (ON_META, DataError, r"one on the meta device, which has no values \(weight, here\)"),
@@ -126,7 +128,7 @@ RULES: dict[str, tuple[list[Any], list[tuple[Any, type[NniTopoError], str]]]] = 
     "STRUCTURE": (
         [PLAIN, ON_META],
         [
-            (3, ConfigError, "got a int"),
+            (3, ConfigError, "got an int"),
             (nn.Linear, ConfigError, "got the class Linear"),
             (SCRIPTED, ConfigError, "scripted"),
             (LAZY_MODEL, DataError, "a lazy one"),
@@ -171,6 +173,11 @@ RULES: dict[str, tuple[list[Any], list[tuple[Any, type[NniTopoError], str]]]] = 
         [META, torch.zeros(2)],
         [
             (3, ConfigError, "a tuple of arguments"),
+            (
+                np.zeros((2, 3)),
+                ConfigError,
+                r"got an array of shape \(2, 3\), of which torch.from_numpy makes a tensor",
+            ),
             (SPARSE, DataError, "layout"),
             (torch.zeros(0), DataError, "sample"),
         ],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 import pathlib
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -334,3 +335,14 @@ def test_where_every_layer_must_lose_channels_another_one_is_an_error(knobs):
             dependency_groups(model, images, BY_TYPE, strict=True)
     else:
         assert dependency_groups(model, images, BY_TYPE, strict=True).skipped.keys() == {"last", "one"}
+
+
+def test_an_excluded_name_that_is_no_layers_is_told_with_the_nearest(caplog):
+    model = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 4, 3), body=nn.Conv2d(4, 4, 3), tail=nn.Conv2d(4, 2, 3)))
+    config = {"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_names": ["Stem", "tail"]}
+    groups = dependency_groups(model, torch.rand(2, 3, 9, 9), [config])
+    assert [entry["op_names"] for entry in groups] == [["stem"], ["body"]]
+    told = [each.getMessage() for each in caplog.records if "excluded" in each.getMessage()]
+    assert told == [
+        "nothing is excluded: an excluded layer must be a known name, got 'Stem'; did you mean stem? (config_list[0])"
+    ]
