@@ -34,7 +34,7 @@ from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import Outputs, judged
 from nni_topo.runs.depth import DepthSteps
-from nni_topo.runs.shrink import ShrinkReport, tell_report, without_share
+from nni_topo.runs.shrink import ShrinkReport, names_of_steps, tell_report, without_share
 from nni_topo.runs.steps import (
     LEAVE_OUT,
     Compensate,
@@ -392,6 +392,7 @@ def frontier(
             distillation=verdict,
             depth=recovered.depth,
             outputs=measured.answers.named,
+            **names_of_steps(steps, own, tried),
         )
         tell_report(final, report)
         networks[share] = final
@@ -475,10 +476,11 @@ def _made_from_larger(
     except ConfigError as error:  # nothing more can go
         _logger.info("the network of share %g isn't made from a larger one: %s", share, error)
         return None
-    # Its report counts the larger network's channels as those before: a reader wants the unpruned network's.
+    # Its report counts the larger network's sizes as those before: a reader wants the unpruned network's.
     before = {row.name: row.before for row in recovered.layers.rows}
     rows = tuple(replace(row, before=before.get(row.name, row.before)) for row in other.layers.rows)
-    return replace(other, layers=replace(other.layers, rows=rows))
+    layers = replace(other.layers, rows=rows, params_before=recovered.layers.params_before)
+    return replace(other, layers=layers)
 
 
 def _is_no_worse(

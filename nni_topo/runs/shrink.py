@@ -17,9 +17,12 @@ from nni_topo.network.runtime import (
     MODEL,
     ROUND_TO,
     Calibration,
+    as_code,
+    as_sentence,
     batches_of,
     check_model,
     leaves_models_alone,
+    markdown_table,
     structure_call,
     tells_once,
 )
@@ -30,6 +33,7 @@ from nni_topo.network.speedup import (
     ModelReport,
     dense_report_of,
     give_report,
+    sizes_in_markdown,
     to_dense,
 )
 from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, BudgetOutcome
@@ -52,6 +56,7 @@ from nni_topo.runs.steps import (
     check_choices,
     check_has_size,
     check_layers,
+    chooses_how_many,
     plain_weights,
 )
 from nni_topo.runs.tolerance import (
@@ -108,6 +113,15 @@ class ShrinkReport(ModelReport):
     outputs : ComparedOutputs or None
         By name, the outputs of the model that distances, agreements and distillation compare (``outputs.compared``) and
         those that they don't (``outputs.left_out``); none are named where ``outputs=`` said what counts.
+    pruner : str
+        Name of the pruner, or of the function that selected the channels.
+    allocation : str
+        How the budget was distributed, ``"uniform"``, ``"topological"`` or ``"error"``; empty where the pruner chose
+        how many channels it keeps.
+    equal_blocks : bool
+        Whether all blocks were to keep the same widths.
+    recovery : str
+        Name of the recovery method, or of its class or function; empty where no weights were reconstructed.
     """
 
     stages: tuple[Stage, ...]
@@ -123,6 +137,10 @@ class ShrinkReport(ModelReport):
     tolerance: ToleranceOutcome | None = None
     depth: DepthOutcome | None = None
     outputs: ComparedOutputs | None = None
+    pruner: str = ""
+    allocation: str = ""
+    equal_blocks: bool = False
+    recovery: str = ""
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -130,15 +148,86 @@ class ShrinkReport(ModelReport):
 
         return pandas.DataFrame([asdict(stage) for stage in self.stages])
 
-    def _name_of(self, stage: Stage) -> str:
-        """Return how the table names a network: weights that distillation found may have been discarded."""
-        is_discarded = self.distillation is not None and not self.distillation.is_kept
-        return f"{stage.network} (discarded)" if is_discarded and stage.network == "distilled" else stage.network
+    def to_markdown(self) -> str:
+        """Return the report as Markdown, for the card of a network that is published.
 
-    def __repr__(self) -> str:
-        import pandas
+        It has the sizes before and after, the steps, what the report's table says of distances and agreements, the
+        layers that lost channels, and the warnings.
 
-        rows = [
+        Returns
+        -------
+        str
+            Sections with headings of the second level.
+        """
+        first, last = self.stages[0], self.stages[-1]
+        sizes = {"parameters": (first.params, last.params), "MACs of one sample": (first.macs, last.macs)}
+        parts = ["## Size", sizes_in_markdown(sizes)]
+        if self.budget is not None:
+            parts.append(as_sentence(str(self.budget)))
+        if self.tolerance is not None:
+            parts.append(as_sentence(str(self.tolerance)))
+        parts += ["## How it was pruned", "\n".join(f"- {each}" for each in self._steps())]
+        parts += ["## How much changes", *self._changes()]
+        parts += self.layers.widths_in_markdown()
+        if self.warnings:
+            parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
+        return "\n\n".join(parts)
+
+    def _steps(self) -> list[str]:
+        """Return what is known of the steps, for Markdown."""
+        steps = []
+        if self.pruner:
+            steps.append(f"pruner: {as_code(self.pruner)}")
+        if self.allocation:
+            alike = ", the same widths in all blocks" if self.equal_blocks else ""
+            steps.append(f"allocation of the budget: {as_code(self.allocation)}{alike}")
+        if self.depth is not None:
+            # The notes on the layers name them.
+            steps.append(f"blocks removed: {len(self.depth.removed)}")
+        steps.append(f"weight reconstruction: {as_code(self.recovery) if self.recovery else 'none'}")
+        if self.distillation is not None:
+            weights = "kept" if self.distillation.is_kept else "discarded"
+            steps.append(f"distillation: {self.distillation.steps} steps, whose weights are {weights}")
+        else:
+            is_distilled = self.stages[-1].network == "distilled"
+            steps.append(f"distillation: {'by a function of the caller' if is_distilled else 'none'}")
+        steps.append(f"calibration data: {self.images} samples, without labels")
+        return steps
+
+    def _changes(self) -> list[str]:
+        """Return the table of distances and agreements with its sentences, for Markdown."""
+        rows = self._rows()
+        columns = [
+            name for name in ("network", "distance", "agreement", "accuracy") if any(_shown(row[name]) for row in rows)
+        ]
+        table = markdown_table(columns, [[_shown(row[name]) for name in columns] for row in rows])
+        told = [as_sentence(self._measured_on("agreement" in columns))]
+        told.append("Distance: mean squared distance of the outputs from the unpruned network's, over their variance.")
+        if "agreement" in columns:
+            told.append("Agreement: share of the largest outputs that are the same.")
+        if "accuracy" in columns:
+            told.append("Accuracy: what the evaluation function of the call returned.")
+        if self.outputs is not None and self.outputs.left_out:
+            told.append(f"Outputs that are compared: {', '.join(map(as_code, self.outputs.compared))}.")
+        return [table, " ".join(told)]
+
+    def _measured_on(self, has_agreement: bool) -> str:
+        """Return a sentence that says what the figures are measured on."""
+        measured = "distance and agreement are" if has_agreement else "distance is"
+        if not self.held_out:
+            return (
+                f"{measured} measured on the {self.images} calibration images, on which networks look better than "
+                "they are"
+            )
+        others = "" if self.tolerance is not None and self.tolerance.measure != "evaluate" else "other "
+        return (
+            f"{measured} measured on {self.held_out} held-out images, with 95 % intervals; the {self.images} "
+            f"{others}images are the calibration data"
+        )
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the table's rows, with numbers and intervals as text."""
+        return [
             {
                 "network": self._name_of(stage),
                 "macs": stage.macs,
@@ -150,15 +239,19 @@ class ShrinkReport(ModelReport):
             }
             for stage in self.stages
         ]
-        frame = pandas.DataFrame(rows).dropna(axis="columns", how="all")
+
+    def _name_of(self, stage: Stage) -> str:
+        """Return how the table names a network: weights that distillation found may have been discarded."""
+        is_discarded = self.distillation is not None and not self.distillation.is_kept
+        return f"{stage.network} (discarded)" if is_discarded and stage.network == "distilled" else stage.network
+
+    def __repr__(self) -> str:
+        import pandas
+
+        frame = pandas.DataFrame(self._rows()).dropna(axis="columns", how="all")
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
-            others = "" if self.tolerance is not None and self.tolerance.measure != "evaluate" else "other "
-            measured = "distance and agreement are" if "agreement" in frame else "distance is"
-            lines.append(
-                f"{measured} measured on {self.held_out} held-out images, with 95 % intervals; the {self.images} "
-                f"{others}images are the calibration data"
-            )
+            lines.append(self._measured_on("agreement" in frame))
         if self.outputs is not None and self.outputs.left_out:
             lines.append(str(self.outputs))
         if self.tolerance is not None:
@@ -179,6 +272,33 @@ class ShrinkReport(ModelReport):
         ]
         lines += [f"{name} keeps all channels: {why}" for name, why in self.whole.items() if why != OUTPUT]
         return "\n".join(lines)
+
+
+def _shown(figure: str | float | None) -> str:
+    """Return a cell of a table as text; empty for None and NaN."""
+    if isinstance(figure, float):
+        return "" if math.isnan(figure) else f"{figure:.4g}"
+    return "" if figure is None else figure
+
+
+def names_of_steps(
+    steps: ShrinkSteps, budget: Budget, tried: tuple[Tried, ...]
+) -> dict[Literal["pruner", "allocation", "equal_blocks", "recovery"], Any]:
+    """Return what a report says of the pruner, the allocation and the recovery method, by its fields."""
+    allocation = "" if chooses_how_many(steps.pruner) else str(budget.allocation)
+    if allocation == AUTO:
+        allocation = next((each.allocation for each in tried if each.is_chosen), "")
+    return {
+        "pruner": _name_of(steps.pruner),
+        "allocation": allocation,
+        "equal_blocks": budget.equal_blocks,
+        "recovery": "" if steps.compensate is None else _name_of(steps.compensate),
+    }
+
+
+def _name_of(choice: Any) -> str:
+    """Return the name of a choice that is given by name, as a function, or as an object with settings."""
+    return choice if isinstance(choice, str) else str(getattr(choice, "__name__", type(choice).__name__))
 
 
 def _with_interval(value: float, low: float, high: float) -> str | None:
@@ -442,6 +562,7 @@ def shrink(
         tolerance=found,
         depth=None if recovered is None else recovered.depth,
         outputs=measured.answers.named,
+        **names_of_steps(steps, kind_and_allocation, tried),
     )
     tell_report(final, report)
     return final

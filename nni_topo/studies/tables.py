@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy import special, stats
 
+from nni_topo.network.runtime import markdown_table
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.baselines import PREFIX
@@ -217,12 +218,6 @@ def as_table(
 ) -> NumberTable:
     """Return a table for the terminal: first ``text_columns`` columns of text, then numbers; ``totals`` set apart."""
     return NumberTable(title, list(head), [list(row) for row in rows], [list(row) for row in totals], text_columns)
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
-    """Return a table in Markdown: the first ``text_columns`` columns hold text, the others numbers."""
-    rule = "|" + "---|" * text_columns + "---:|" * (len(head) - text_columns)
-    return "\n".join((f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)))
 
 
 def with_tables(page: str, source: str, tables: str) -> str:

@@ -39,8 +39,9 @@ from nni_topo.disk import (
     whole_file,
     write_tensors,
 )
-from nni_topo.errors import ConfigError, DataError, listed
+from nni_topo.errors import FLAG, ConfigError, DataError, check_knobs, listed
 from nni_topo.network.attention import Attention, find_attention, resize, set_size
+from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers import (
     Place,
@@ -56,6 +57,7 @@ from nni_topo.network.layers import (
     weight_of,
 )
 from nni_topo.network.runtime import check_unwrapped, detached_copy, leaves_models_alone, tensors_of
+from nni_topo.network.speedup import report_of
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
@@ -523,7 +525,7 @@ def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:
 
 
 @leaves_models_alone
-def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = True) -> None:
     """Save a pruned model of Transformers as a folder that its ``from_pretrained`` loads without this package.
 
     Parameters
@@ -532,13 +534,17 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
         A model made by `nni_topo.to_dense`. It isn't changed.
     folder : str or path-like
         The folder for ``config.json`` and ``model.safetensors``; made where there is none.
+    card : bool, default=True
+        Whether to write a model card for the Hugging Face hub, ``README.md``, from the model's report: what was pruned
+        by what, the sizes before and after, and how much its answers change. An existing file is replaced only if it is
+        such a card and nobody has changed it. A model without a report, as :func:`nni_topo.load` returns it, gets none.
 
     Raises
     ------
     ConfigError
         If the model isn't one of Transformers, or its config can't say how wide its layers are: it has one number for
         all blocks, so all must be equally wide, but for heads, which Transformers 4 can prune block by block in BERT
-        and its like (``config.pruned_heads``). `save` and `load` take every model.
+        and its like (``config.pruned_heads``). `save` and `load` take every model. If ``card`` isn't a bool.
     SpeedupError
         If the model is still wrapped by NNI.
 
@@ -547,6 +553,7 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     save : One file for every model, for `load`.
     """
     place = path_of(folder, "folder")
+    check_knobs("save_pretrained", {"card": card}, {"card": FLAG})
     check_free_disk(place, 0)
     check_unwrapped(dense)
     config, name = getattr(dense, "config", None), type(dense).__name__
@@ -589,6 +596,9 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str]) -> None:
     place = output_folder(place)
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
         dense.save_pretrained(beside)
+        report = report_of(dense)
+        if card and report is not None and may_write_card(place / CARD):
+            (Path(beside) / CARD).write_text(model_card(dense, report), encoding="utf-8")
         for file in sorted(Path(beside).iterdir()):
             with whole_file(place / file.name) as part:
                 file.replace(part)

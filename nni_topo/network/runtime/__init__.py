@@ -74,6 +74,7 @@ from nni_topo.network.runtime.inputs import (
     variations_of,
     varied,
 )
+from nni_topo.network.runtime.markdown import as_code, as_sentence, markdown_table
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.telling import tells_once
 from nni_topo.network.runtime.untouched import (
@@ -115,6 +116,8 @@ __all__ = [
     "Variation",
     "agree",
     "arguments_of",
+    "as_code",
+    "as_sentence",
     "at_once",
     "bar",
     "batch_size",
@@ -150,6 +153,7 @@ __all__ = [
     "leaves_models_alone",
     "left_alone",
     "let_go",
+    "markdown_table",
     "on_device",
     "out_of_memory",
     "padding_known",

@@ -6,6 +6,8 @@ from nni_topo.network.speedup.dense import (
     ModelReport,
     dense_report_of,
     give_report,
+    report_of,
+    sizes_in_markdown,
     to_dense,
 )
 from nni_topo.network.speedup.dependency import (
@@ -39,8 +41,10 @@ __all__ = [
     "explain",
     "give_report",
     "masked_model",
+    "report_of",
     "resolve_masks",
     "share_answers",
+    "sizes_in_markdown",
     "to_dense",
     "union",
     "unprunable_layers",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -32,12 +33,15 @@ from nni_topo.network.runtime import (
     MODEL,
     ROUND_TO,
     Call,
+    as_code,
+    as_sentence,
     call_arguments,
     check_model,
     detached_copy,
     fast_paths_off,
     leaves_models_alone,
     left_alone,
+    markdown_table,
     random_state_kept,
 )
 from nni_topo.network.speedup.constant_channels import (
@@ -350,8 +354,12 @@ def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, 
     give_report(dense, report)
 
 
-class ModelReport:
+class ModelReport(ABC):
     """What the package writes down of a model that it returns, in the model's attribute ``report``."""
+
+    @abstractmethod
+    def to_markdown(self) -> str:
+        """Return the report as Markdown, for the model's card."""
 
 
 def give_report(model: torch.nn.Module, report: ModelReport) -> bool:
@@ -369,6 +377,12 @@ _REPORTS: WeakKeyDictionary[torch.nn.Module, DenseReport] = WeakKeyDictionary()
 def dense_report_of(dense: torch.nn.Module) -> DenseReport:
     """Return the report of a model that :func:`to_dense` returned."""
     return _REPORTS[dense]
+
+
+def report_of(model: torch.nn.Module) -> ModelReport | None:
+    """Return the latest report that the package gave a model; None for a model that it didn't return."""
+    report = getattr(model, "report", None)
+    return report if isinstance(report, ModelReport) else _REPORTS.get(model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +430,8 @@ class DenseReport(ModelReport):
         may count something else.
     notes : tuple of str, default=()
         What else to know of it: where it would train another way than the masked model, or lacks a part of that.
+    params_before, params : int or None, default=None
+        Parameters of the model that was pruned, and of the dense model; None: not counted.
 
     Examples
     --------
@@ -429,6 +445,8 @@ class DenseReport(ModelReport):
     checked: str = ""
     stale: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    params_before: int | None = None
+    params: int | None = None
 
     @property
     def kept(self) -> tuple[LayerChannels, ...]:
@@ -446,6 +464,89 @@ class DenseReport(ModelReport):
         lines += [f"compared on {self.checked}"] if self.checked else []
         lines += self.notes
         return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown: parameters, if they were counted, and the layers that lost channels.
+
+        Blocks whose layers have the same widths share a row. Where more than 24 rows are left, all blocks share one,
+        with the smallest and the largest width of each layer.
+
+        Returns
+        -------
+        str
+            Sections with headings of the second level.
+        """
+        parts = []
+        if self.params_before is not None and self.params is not None:
+            parts += ["## Size", sizes_in_markdown({"parameters": (self.params_before, self.params)})]
+        parts += self.widths_in_markdown()
+        if self.checked:
+            parts.append(f"On {self.checked} it computes what the unpruned network computes with masks.")
+        return "\n\n".join(parts)
+
+    def widths_in_markdown(self) -> list[str]:
+        """Return the section on widths, in paragraphs, with the notes."""
+        pruned = [row for row in self.rows if row.after < row.before]
+        others = len(self.rows) - len(pruned)
+        parts = ["## Widths"]
+        if pruned:
+            parts.append(_widths_table(pruned))
+            parts.append(f"Channels of each layer. {others} other layers keep all their channels.")
+        else:
+            parts.append("No layer lost channels.")
+        if self.notes:
+            parts.append("\n".join(f"- {as_sentence(note)}" for note in self.notes))
+        return parts
+
+
+_MOST_ROWS = 24  # of a table of widths, before all blocks share a row
+
+
+def sizes_in_markdown(sizes: Mapping[str, tuple[int, int]]) -> str:
+    """Return a Markdown table of what a network costs, by name: before, after, and the share that is left."""
+    rows = []
+    for name, (before, after) in sizes.items():
+        rows.append([name, f"{before:,}", f"{after:,}", f"{100 * after / before:.1f} %" if before else ""])
+    return markdown_table(["", "before", "after", "kept"], rows)
+
+
+def _widths_table(rows: Iterable[LayerChannels]) -> str:
+    """Return a Markdown table of layers' channels, in which layers of the same kind in several blocks share a row."""
+    by_width: dict[Any, list[tuple[LayerChannels, int | None]]] = {}
+    by_kind: dict[Any, list[tuple[LayerChannels, int | None]]] = {}
+    for row in rows:
+        kind, block = _kind_and_block(row.name)
+        by_width.setdefault((kind, row.before, row.after), []).append((row, block))
+        by_kind.setdefault((kind, row.before), []).append((row, block))
+    lines = []
+    for (kind, before, *_), group in (by_width if len(by_width) <= _MOST_ROWS else by_kind).items():
+        name, blocks = group[0][0].name, ""
+        if len(group) > 1:
+            name, blocks = kind, _ranges([block for _, block in group if block is not None])
+        widths = sorted({row.after for row, _ in group})
+        after = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+        lines.append([as_code(name), blocks, f"{before}", after])
+    return markdown_table(["layer", "blocks", "before", "after"], lines, text_columns=2)
+
+
+def _kind_and_block(name: str) -> tuple[str, int | None]:
+    """Split a layer's name at the number of its block, ``"layers.3.fc"`` into ``"layers.*.fc"`` and 3."""
+    parts = name.split(".")
+    for at, part in enumerate(parts[:-1]):
+        if part.isdecimal():
+            return ".".join([*parts[:at], "*", *parts[at + 1 :]]), int(part)
+    return name, None
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write ascending numbers as ranges, e.g. ``"0-4, 6"``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def dense_report(
@@ -467,7 +568,8 @@ def dense_report(
         if after > asked:
             found = why.get(name, ()) or (why_not_followed(model, name) if is_layer else reasons.norm_follows(),)
         rows.append(LayerChannels(name, before, asked, after, reasons.told(found)))
-    return DenseReport(tuple(rows), stale=stale)
+    params_before, params = (sum(each.numel() for each in net.parameters()) for net in (model, dense))
+    return DenseReport(tuple(rows), stale=stale, params_before=params_before, params=params)
 
 
 def _channels(module: torch.nn.Module) -> int | None:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from rich.console import RenderableType
 
+from nni_topo.network.runtime import markdown_table
 from nni_topo.runs.provenance import Record
-from nni_topo.studies.tables import as_table, markdown_table
+from nni_topo.studies.tables import as_table
 
 
 class _Table(NamedTuple):

@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nni_topo.network.runtime import markdown_table
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.pictures import finish
-from nni_topo.studies.tables import markdown_table, show_range
+from nni_topo.studies.tables import show_range
 
 _WAYS = {"direct": "-", "direct, retrained": "--", "iterative": ":"}
 WORDS = {"direct": "direct", "direct, retrained": "direct, fine-tuned", "iterative": "iterative"}

@@ -1,0 +1,365 @@
+"""The card of a pruned model of Transformers: the report's figures in the README.md of its folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import pickle
+import re
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers_nets import SIZES, inputs_of, logits, transformers
+
+import nni_topo
+from nni_topo.network.speedup import DenseReport, LayerChannels
+from nni_topo.runs.depth import DepthOutcome, RemovedBlock
+from nni_topo.runs.tolerance import ToleranceOutcome
+from nni_topo.testing import require_unchanged, snapshot
+
+# Neurons alone: how many heads may be left depends on the version of Transformers.
+NEURONS = {
+    "Bert": {"op_names_re": [r".*\.intermediate\.dense"]},
+    "Llama": {"op_names_re": [r".*\.(gate_proj|up_proj)"]},
+}
+
+
+def made(name: str, **sizes: Any) -> Any:
+    torch.manual_seed(0)
+    kind = "SequenceClassification" if name == "Bert" else "CausalLM"
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, "num_hidden_layers": 3, **sizes})
+    model = getattr(transformers, f"{name}For{kind}")(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.2)
+    return model
+
+
+@cache
+def shrunk(name: str) -> Any:
+    """A network that `shrink` made; nothing may change it."""
+    drawing = torch.Generator().manual_seed(3)
+    texts = [{"input_ids": torch.randint(5, 31, (16, 6), generator=drawing)} for _ in range(4)]
+    budget = {"params": 0.9, "equal_blocks": True}
+    return nni_topo.shrink(made(name), texts, budget, pruner="l1", layers=[NEURONS[name]], distill={"steps": 3})
+
+
+def neurons_removed(**sizes: Any) -> Any:
+    """A BERT that lost half of its neurons, by `to_dense` alone."""
+    model = made("Bert", **sizes)
+    inputs = inputs_of(model)
+    asked = [{**NEURONS["Bert"], "sparse_ratio": 0.5}]
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), asked).compress()[1]
+    return nni_topo.to_dense(model, inputs, masks)
+
+
+def card_of(folder: Path) -> Any:
+    hub = pytest.importorskip("huggingface_hub")
+    return hub.ModelCard.load(folder / "README.md")
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of all tables in a Markdown text, but for the rules under heads."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
+def test_the_card_has_the_figures_of_the_report(name: str, tmp_path: Path) -> None:
+    small = shrunk(name)
+    before = snapshot(small)
+    nni_topo.save_pretrained(small, tmp_path)
+    require_unchanged(before, small)
+    card, report = card_of(tmp_path), small.report
+    assert card.data.to_dict() == {"library_name": "transformers", "tags": ["nni_topo", "pruned"]}
+    text = card.content
+    assert report.to_markdown() in text
+    assert f"# {type(small).__name__}, pruned" in text
+    for package in ("nni_topo", "torch", "transformers"):
+        assert f"{package} {version(package)}" in text
+    assert f"from transformers import {type(small).__name__}" in text
+
+
+def test_the_report_as_markdown_says_what_was_done_and_what_it_cost() -> None:
+    small = shrunk("Llama")
+    report, text = small.report, small.report.to_markdown()
+    first, last = report.stages[0], report.stages[-1]
+    rows = table_rows(text)
+    assert ["parameters", f"{first.params:,}", f"{last.params:,}", f"{100 * last.params / first.params:.1f} %"] in rows
+    assert ["MACs of one sample", f"{first.macs:,}", f"{last.macs:,}", f"{100 * last.macs / first.macs:.1f} %"] in rows
+    assert last.params == sum(each.numel() for each in small.parameters())
+    # What changes, in the words of the printed report.
+    printed = repr(report).splitlines()
+    for stage in report.stages:
+        (row,) = [row for row in rows if row[0].startswith(stage.network)]
+        (line,) = [line for line in printed if line.split()[0] == stage.network]
+        assert all(cell in line for cell in row), (row, line)
+    assert [len(row) for row in rows if row[0] == "network"] == [3]  # network, distance, agreement
+    (measured,) = [line for line in printed if "held-out images, with 95 % intervals" in line]
+    assert measured[1:] in text
+    assert str(report.budget)[1:] in text
+    weights = "kept" if report.distillation.is_kept else "discarded"
+    assert f"distillation: {report.distillation.steps} steps, whose weights are {weights}" in text
+    assert "`l1`" in text
+    assert "`uniform`, the same widths in all blocks" in text
+    assert "`reconstruct`" in text
+    assert f"{report.images} samples" in text
+    assert (report.pruner, report.allocation, report.equal_blocks, report.recovery) == (
+        "l1",
+        "uniform",
+        True,
+        "reconstruct",
+    )
+
+
+def test_widths_are_told_by_kind_and_blocks() -> None:
+    rows = {row.name: row for row in shrunk("Llama").report.layers.rows}
+    up = rows["model.layers.1.mlp.up_proj"]
+    assert up.after < up.before
+    table = table_rows(shrunk("Llama").report.to_markdown())
+    assert ["`model.layers.*.mlp.up_proj`", "0-2", str(up.before), str(up.after)] in table
+    assert not [row for row in table if "down_proj" in row[0]]  # keeps all its channels
+    kept = sum(row.after == row.before for row in rows.values())
+    assert f"{kept} other layers keep all their channels" in shrunk("Llama").report.to_markdown()
+
+
+def rows_of(**widths: int) -> tuple[LayerChannels, ...]:
+    return tuple(
+        LayerChannels(f"blocks.{block}.{name}", 64, after, after) for name, after in widths.items() for block in (0, 1)
+    )
+
+
+def test_few_layers_of_different_widths_are_told_one_by_one_and_many_by_kind() -> None:
+    first = LayerChannels("stem", 16, 8, 8)
+    few = DenseReport((first, *(LayerChannels(f"blocks.{at}.fc", 64, 40 - at, 40 - at) for at in (0, 1, 2))))
+    assert table_rows(few.to_markdown())[-4:] == [
+        ["`stem`", "", "16", "8"],
+        ["`blocks.0.fc`", "", "64", "40"],
+        ["`blocks.1.fc`", "", "64", "39"],
+        ["`blocks.2.fc`", "", "64", "38"],
+    ]
+    many = DenseReport(
+        (first, *(LayerChannels(f"blocks.{at}.fc", 64, 60 - at, 60 - at) for at in range(40) if at != 5))
+    )
+    assert table_rows(many.to_markdown())[-2:] == [
+        ["`stem`", "", "16", "8"],
+        ["`blocks.*.fc`", "0-4, 6-39", "64", "21 to 60"],
+    ]
+    same = DenseReport(rows_of(fc=32, proj=16))
+    assert table_rows(same.to_markdown())[-2:] == [
+        ["`blocks.*.fc`", "0-1", "64", "32"],
+        ["`blocks.*.proj`", "0-1", "64", "16"],
+    ]
+    assert "No layer lost channels" in DenseReport((LayerChannels("stem", 16, 16, 16),)).to_markdown()
+
+
+def test_a_bar_in_a_name_stays_in_its_cell() -> None:
+    assert r"`a\|b`" in DenseReport((LayerChannels("a|b", 4, 2, 2),)).to_markdown()
+
+
+def test_a_network_of_to_dense_alone_has_a_card_of_what_is_known(tmp_path: Path) -> None:
+    dense = neurons_removed()
+    nni_topo.save_pretrained(dense, tmp_path)
+    text = card_of(tmp_path).content
+    unpruned = sum(each.numel() for each in made("Bert").parameters())
+    left = sum(each.numel() for each in dense.parameters())
+    assert ["parameters", f"{unpruned:,}", f"{left:,}", f"{100 * left / unpruned:.1f} %"] in table_rows(text)
+    assert ["`bert.encoder.layer.*.intermediate.dense`", "0-2", "24", "12"] in table_rows(text)
+    assert dense.report.checked in text
+    for unknown in ("MACs", "budget", "pruner:", "nan", "None", "agreement"):
+        assert unknown not in text
+    again = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    inputs = inputs_of(dense)
+    assert torch.equal(logits(again, inputs), logits(dense, inputs))
+
+
+def test_steps_that_were_not_run_are_not_told() -> None:
+    model = made("Llama")
+    texts = [{"input_ids": torch.randint(5, 31, (4, 6), generator=torch.Generator().manual_seed(3))}]
+    knobs: dict[str, Any] = {"layers": [NEURONS["Llama"]], "compensate": None, "distill": False}
+
+    def first_half(model, config_list, images):
+        entries = [{**entry, "sparse_ratio": 0.5} for entry in config_list]
+        return nni_topo.create_pruner("l1", model, entries).compress()[1]
+
+    small: Any = nni_topo.shrink(model, texts, {"params": 0.8}, pruner=first_half, **knobs)
+    text = small.report.to_markdown()
+    assert "pruner: `first_half`" in text
+    assert "weight reconstruction: none" in text
+    assert "distillation: none" in text
+    assert "allocation" not in text
+    assert (small.report.allocation, small.report.held_out) == ("", 0)
+    assert "measured on the 4 calibration images" in text
+    assert "held-out" not in text
+
+
+def test_blocks_a_tolerance_and_warnings_are_told() -> None:
+    block = RemovedBlock("model.layers.2", "block", "model.layers.1.mlp.down_proj")
+    report = shrunk("Llama").report
+    layers = dataclasses.replace(report.layers, notes=(str(block),))  # as with depth=True
+    found = ToleranceOutcome(
+        tolerance=0.05,
+        measure="answers",
+        kind="params",
+        is_met=True,
+        difference=0.01,
+        limit=0.04,
+        left=0.9,
+        held_out=300,
+        judges=200,
+        needed=0,
+        candidates=(),
+        confirmations=(),
+    )
+    more = {"depth": DepthOutcome((block,), (), {}), "tolerance": found, "warnings": ("few images", "and more")}
+    text = dataclasses.replace(report, layers=layers, **more).to_markdown()
+    assert "blocks removed: 1" in text
+    assert f"- T{str(block)[1:]}." in text
+    assert f"T{str(found)[1:]}." in text
+    assert text.endswith("## Warnings\n\n- Few images.\n- And more.")
+    assert f"the {report.images} images are the calibration data" in text  # others chose the network
+
+
+def test_an_evaluation_functions_figures_are_in_the_table() -> None:
+    report = shrunk("Llama").report
+    stages = tuple(dataclasses.replace(stage, accuracy=0.5 + 0.125 * at) for at, stage in enumerate(report.stages))
+    rows = table_rows(dataclasses.replace(report, stages=stages).to_markdown())
+    assert [row[-1] for row in rows if len(row) == 4 and row[0] in ("network", "unpruned", "pruned")] == [
+        "accuracy",
+        "0.5",
+        "0.625",
+    ]
+
+
+def test_a_base_model_is_named_if_the_config_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = neurons_removed()
+    monkeypatch.chdir(tmp_path)
+    # A folder in the form of the hub's cache: names of the hub are looked up there without a network.
+    kept = tmp_path / "cache" / "models--some--tiny-bert"
+    made("Bert").save_pretrained(kept / "snapshots" / ("0" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0" * 40)
+    load = transformers.BertForSequenceClassification.from_pretrained
+    dense.config._name_or_path = load(
+        "some/tiny-bert", cache_dir=tmp_path / "cache", local_files_only=True
+    ).config._name_or_path
+    nni_topo.save_pretrained(dense, "named")
+    assert card_of(Path("named")).data.base_model == "some/tiny-bert"
+    assert "https://huggingface.co/some/tiny-bert" in Path("named/README.md").read_text()
+    # Places on this machine are no names of the hub, and nobody's business.
+    made("Bert").save_pretrained("runs/bert")
+    for place in (str(tmp_path / "runs" / "bert"), "runs/bert", "./runs/bert", "a/b/c", ""):
+        dense.config._name_or_path = place
+        nni_topo.save_pretrained(dense, "local")
+        assert card_of(Path("local")).data.base_model is None
+        assert not place or place not in Path("local/README.md").read_text()
+
+
+def test_a_card_of_ours_is_replaced_and_a_users_text_never_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    card = tmp_path / "README.md"
+    nni_topo.save_pretrained(shrunk("Bert"), tmp_path)
+    first = card.read_bytes()
+    nni_topo.save_pretrained(shrunk("Bert"), tmp_path)
+    assert card.read_bytes() == first
+    dense = neurons_removed()
+    nni_topo.save_pretrained(dense, tmp_path)
+    other = card.read_bytes()
+    assert other != first
+    # One changed word makes it the user's, as does metadata of the user's, line ends of Windows don't.
+    ours = other.decode()
+    users = [
+        ours.replace("pruned", "Pruned", 1),
+        ours.replace("---\n", "---\nlicense: mit\n", 1),
+        ours + "More.\n",
+        "mine\n",
+        "",
+    ]
+    for text in [each.encode() for each in users] + [b"\xff\xfe no text"]:
+        card.write_bytes(text)
+        with caplog.at_level(logging.INFO, "nni_topo"):
+            nni_topo.save_pretrained(shrunk("Bert"), tmp_path)
+        assert card.read_bytes() == text
+        assert str(card) in caplog.messages[-1]
+        caplog.clear()
+    card.write_bytes(ours.replace("\n", "\r\n").encode())
+    nni_topo.save_pretrained(dense, tmp_path)
+    assert card.read_text() == ours
+    card.unlink()
+    card.mkdir()
+    nni_topo.save_pretrained(dense, tmp_path)
+    assert card.is_dir()
+
+
+def test_no_card_is_written_where_none_is_wanted_or_nothing_is_known(tmp_path: Path) -> None:
+    dense = neurons_removed()
+    nni_topo.save_pretrained(dense, tmp_path / "unwanted", card=False)
+    assert sorted(path.name for path in (tmp_path / "unwanted").iterdir()) == ["config.json", "model.safetensors"]
+    nni_topo.save_pretrained(made("Bert"), tmp_path / "unpruned")
+    assert not (tmp_path / "unpruned" / "README.md").exists()
+    with pytest.raises(nni_topo.errors.ConfigError, match=r"got 'no' \(save_pretrained\)"):
+        nni_topo.save_pretrained(dense, tmp_path / "wrong", card="no")  # type: ignore[arg-type]
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_the_report_survives_pickle_and_copies() -> None:
+    small = shrunk("Llama")
+    text = small.report.to_markdown()
+    assert pickle.loads(pickle.dumps(small.report)).to_markdown() == text
+    assert copy.deepcopy(small).report.to_markdown() == text
+    # Reports of older versions lack the names.
+    older = dataclasses.replace(small.report, pruner="", allocation="", recovery="", equal_blocks=False)
+    assert not re.search(r"pruner:|allocation:|``", older.to_markdown())
+
+
+@pytest.mark.slow
+def test_a_frontiers_networks_have_cards_too(tmp_path: Path) -> None:
+    texts = [{"input_ids": torch.randint(5, 31, (16, 6), generator=torch.Generator().manual_seed(3))}]
+    knobs: dict[str, Any] = {"layers": [NEURONS["Llama"]], "pruner": "l1", "distill": False}
+    found = nni_topo.frontier(made("Llama"), texts, (0.9,), budget={"params": None, "equal_blocks": True}, **knobs)
+    nni_topo.save_pretrained(found[0.9], tmp_path)
+    text = card_of(tmp_path).content
+    report: Any = found[0.9].report
+    assert report.to_markdown() in text
+    assert (report.pruner, report.allocation, report.equal_blocks) == ("l1", "uniform", True)
+
+
+def test_heads_of_single_blocks_name_the_version_that_loads_them(tmp_path: Path) -> None:
+    if int(transformers.__version__.split(".")[0]) > 4:
+        pytest.skip("Transformers 5 prunes no heads")
+    model = made("Bert")
+    inputs = inputs_of(model)
+    asked = [{"op_names_re": [r".*\.attention\.self"], "granularity": "head", "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(model, inputs, asked)
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    nni_topo.save_pretrained(nni_topo.to_dense(model, inputs, masks), tmp_path)
+    assert "Transformers 4" in card_of(tmp_path).content
+    nni_topo.save_pretrained(neurons_removed(), tmp_path)
+    assert "Transformers 4" not in card_of(tmp_path).content
+
+
+class Own(transformers.BertForSequenceClassification):
+    """A class that Transformers doesn't have."""
+
+
+def test_a_class_of_the_users_is_not_imported_from_transformers(tmp_path: Path) -> None:
+    dense = neurons_removed()
+    dense.__class__ = Own
+    nni_topo.save_pretrained(dense, tmp_path)
+    text = card_of(tmp_path).content
+    assert "from transformers import" not in text
+    assert 'Own.from_pretrained("' in text
+
+
+def test_adapters_of_peft_keep_their_own_card_and_merged_ones_get_ours(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    dense = neurons_removed()
+    adapted = peft.get_peft_model(dense, peft.LoraConfig(r=2, target_modules=["dense"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert "nni_topo" not in (tmp_path / "adapter" / "README.md").read_text()
+    nni_topo.save_pretrained(adapted.merge_and_unload(), tmp_path / "merged")
+    assert dense.report.to_markdown() in card_of(tmp_path / "merged").content
