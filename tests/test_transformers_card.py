@@ -359,6 +359,9 @@ def test_adapters_of_peft_keep_their_own_card_and_merged_ones_get_ours(tmp_path:
     peft = pytest.importorskip("peft")
     dense = neurons_removed()
     adapted = peft.get_peft_model(dense, peft.LoraConfig(r=2, target_modules=["dense"]))
+    with pytest.raises(nni_topo.errors.ConfigError, match=r"adapters merged, got PeftModel; nni_topo.save takes"):
+        nni_topo.save_pretrained(adapted, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
     adapted.save_pretrained(tmp_path / "adapter")
     assert "nni_topo" not in (tmp_path / "adapter" / "README.md").read_text()
     nni_topo.save_pretrained(adapted.merge_and_unload(), tmp_path / "merged")

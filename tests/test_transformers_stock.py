@@ -13,6 +13,7 @@ import torch
 from transformers_nets import SIZES, inputs_of, logits, transformers
 
 import nni_topo
+from nni_topo.errors import ConfigError
 
 GROUPED = {**SIZES, "num_hidden_layers": 3, "num_key_value_heads": 2}
 # Configs with a size of heads, and those whose constructor divides the width by the number of heads.
@@ -77,6 +78,25 @@ def test_the_same_ratio_in_all_blocks_leaves_a_folder_for_transformers_alone(nam
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (2, 1, 12)
     assert (config.head_dim, config.hidden_size) == (4, 16)
     check_stock(dense, tmp_path)
+
+
+def test_a_number_of_heads_that_transformers_refuses_is_an_error_that_says_so(tmp_path: Path) -> None:
+    # 4 heads of 4 channels for a width of 16; Transformers 5 wants widths that the number of heads divides.
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, head_dim=4)).eval()
+    inputs = inputs_of(model)
+    asked = [{"op_names_re": [r".*\.self_attn"], "granularity": "head", "sparse_ratio": 0.25}]
+    groups = nni_topo.dependency_groups(model, inputs, asked)
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense: Any = nni_topo.to_dense(model, inputs, masks)
+    assert dense.config.num_attention_heads == 3
+    if int(transformers.__version__.split(".")[0]) < 5:
+        check_stock(dense, tmp_path)
+        return
+    with pytest.raises(ConfigError, match=r"by its config, which Transformers 5\S+ refuses: .*16.*3.*nni_topo\.load"):
+        nni_topo.save_pretrained(dense, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    nni_topo.save(dense, tmp_path / "dense.safetensors")
+    assert torch.equal(logits(nni_topo.load(tmp_path / "dense.safetensors", model), inputs), logits(dense, inputs))
 
 
 @pytest.mark.slow

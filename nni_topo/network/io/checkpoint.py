@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -542,9 +543,10 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
     Raises
     ------
     ConfigError
-        If the model isn't one of Transformers, or its config can't say how wide its layers are: it has one number for
-        all blocks, so all must be equally wide, but for heads, which Transformers 4 can prune block by block in BERT
-        and its like (``config.pruned_heads``). `save` and `load` take every model. If ``card`` isn't a bool.
+        If the model isn't one of Transformers, its adapters merged, or its config can't say how wide its layers are: it
+        has one number for all blocks, so all must be equally wide, but for heads, which Transformers 4 can prune block
+        by block in BERT and its like (``config.pruned_heads``), and Transformers 5 takes only some numbers of heads.
+        `save` and `load` take every model. If ``card`` isn't a bool.
     SpeedupError
         If the model is still wrapped by NNI.
 
@@ -556,15 +558,20 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
     check_knobs("save_pretrained", {"card": card}, {"card": FLAG})
     check_free_disk(place, 0)
     check_unwrapped(dense)
-    config, name = getattr(dense, "config", None), type(dense).__name__
-    if config is None or not callable(getattr(dense, "save_pretrained", None)):
-        raise ConfigError(f"a model must be one of Transformers, got {name}; nni_topo.save takes any (save_pretrained)")
+    name = type(dense).__name__
+    # Whoever has such a model has imported Transformers. What PEFT and diffusers make has a config, too.
+    base: Any = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
+    if not isinstance(dense, base):
+        raise ConfigError(
+            f"a model must be one of Transformers, with adapters merged, got {name}; nni_topo.save takes any "
+            "(save_pretrained)"
+        )
     if parts := removed_parts(dense):
         raise ConfigError(
             "from_pretrained must be able to build the model by its config, which has all parts in each block, got a "
             f"model without some; nni_topo.save and nni_topo.load take it ({min(parts)}, {name})"
         )
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(dense.config)
     known = dict(getattr(config, "pruned_heads", None) or {})
     config.pruned_heads = {}
     with torch.device("meta"):
@@ -593,6 +600,15 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
         )
     if heads != known:
         dense.config.pruned_heads = heads  # put back at the end, as all of the model
+    try:
+        # Transformers 5 also does so when it writes and reads a config.
+        getattr(dense.config, "validate", lambda: None)()
+    except Exception as error:
+        raise ConfigError(
+            f"from_pretrained must be able to build the model by its config, which Transformers "
+            f"{version('transformers')} refuses: {' '.join(str(error).split())}; nni_topo.save and nni_topo.load take "
+            f"it ({name})"
+        ) from error
     place = output_folder(place)
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
         dense.save_pretrained(beside)
