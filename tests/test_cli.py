@@ -234,6 +234,11 @@ PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}
         ("shrink", ["--flops", "0.5", "--params", "0.5"], "a budget must be a share of one of"),
         ("shrink", ["--allocation", "best"], "allocation must be a known name, got 'best'"),
         ("shrink", ["--allocation", "auto", "--pruner", "l1"], "must deal out budgets in several ways"),
+        (
+            "shrink",
+            ["--allocation", "error", "--equal-blocks"],
+            "equal blocks need the allocation 'uniform', got 'error'",
+        ),
         ("shrink", ["--caps", "conv", "0.5"], "layer of the model must be a known name, got 'conv'; did you mean"),
         ("shrink", ["--caps", "features.conv1", "1.5"], "caps must be in [0, 1], got 1.5 (features.conv1)"),
         ("shrink", ["--shares", "0.5", "--pruner", "subcluster"], "--shares, --tolerance and --depth need a pruner"),
@@ -381,6 +386,34 @@ def test_shrink_removes_blocks_by_a_flag_or_a_file(tmp_path, capsys):
     assert min(names) in page
     loaded = nni_topo.load(tmp_path / "flag" / "dense.pt", net)
     assert zoo.count_macs(loaded, torch.zeros(1, 1, 28, 28)) < 0.65 * zoo.count_macs(net, torch.zeros(1, 1, 28, 28))
+
+
+@pytest.mark.slow
+def test_shrink_keeps_blocks_equally_wide_by_a_flag_or_a_file(tmp_path):
+    checkpoint = tmp_path / "vit.pt"
+    net = zoo.create_model("vit_small", num_classes=10, in_channels=1, image_size=28, seed=0)
+    torch.save(net.state_dict(), checkpoint)
+    plan = tmp_path / "shrink.yaml"
+    plan.write_text(
+        f"model: vit_small\nlimit: 200\nimages: 64\ncheckpoint: {checkpoint}\nseconds: 0.2\nparams: 0.7\npruner: l1\n"
+        "equal_blocks: true\n"
+    )
+    words = ["--model", "vit_small", "--limit", "200", "--images", "64", "--checkpoint", str(checkpoint)]
+    words += ["--seconds", "0.2", "--params", "0.7", "--pruner", "l1"]
+    ways = {"free": words, "flag": [*words, "--equal-blocks"], "file": ["--plan", str(plan)]}
+    found = {}
+    for way, given in ways.items():
+        assert main(["shrink", *given, "--out", str(tmp_path / way)]) == 0
+        document = json.loads((tmp_path / way / "shrink.json").read_text())
+        assert document["budget"] == {"params": 0.7} | ({} if way == "free" else {"equal_blocks": True})
+        widths = {row["name"]: row["after"] for row in document["widths"]}
+        found[way] = [
+            tuple(widths[f"blocks.{block}.{layer}"] for layer in ("attention.q_proj", "mlp.fc1"))
+            for block in range(len(net.blocks))
+        ]
+    assert len(set(found["free"])) > 1
+    assert len(set(found["flag"])) == 1
+    assert found["file"] == found["flag"]
 
 
 def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):

@@ -195,6 +195,7 @@ class Shrink(TrainedVerb):
     measure: str = "outputs"  # what --tolerance is about: outputs (changed answers; else distance) or distance
     plan: Path | None = None  # YAML file whose keys are these flags; flags of the command line override it
     allocation: str | None = None  # how layers share the budget: uniform, topological, error or auto; None: uniform
+    equal_blocks: bool = False  # keep the same widths in all blocks, so that a config of Transformers describes them
     depth: bool = False  # let blocks compete with channels for the budget
     caps: dict[str, float] = field(default_factory=dict)  # largest share a layer may lose, e.g. features.conv1 0.5
     floors: dict[str, float] = field(default_factory=dict)  # smallest share a layer must lose, e.g. features.conv1 0.1
@@ -309,11 +310,12 @@ class Shrink(TrainedVerb):
         if self.shares and (shares or self.tolerance is not None):
             other = f"--{next(iter(shares))}" if shares else "--tolerance"
             raise ConfigError(f"--shares says how much is kept, got {other} beside it (nni-topo shrink)")
-        allocation = {} if self.allocation is None else {"allocation": self.allocation}
+        how: dict[str, Any] = {} if self.allocation is None else {"allocation": self.allocation}
+        how |= {"equal_blocks": True} if self.equal_blocks else {}
         if not shares and (self.tolerance is not None or self.shares):
             # What is kept follows from the tolerance, or the shares.
-            return self.budget if self.allocation is None else {self.budget or "flops": None, **allocation}
-        return {**(shares or {"flops": 0.25}), **allocation}
+            return {self.budget or "flops": None, **how} if how else self.budget
+        return {**(shares or {"flops": 0.25}), **how}
 
     def _entries(self, layers: list[str]) -> list[dict[str, Any]]:
         bounds = {"max_sparse_ratio": self.caps, "min_sparse_ratio": self.floors}
