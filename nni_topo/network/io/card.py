@@ -35,7 +35,7 @@ def model_card(model: Any, report: ModelReport) -> str:
         f"# {name}, pruned",
         "",
         f"This network was made{origin} by structured pruning with nni_topo. The figures are those of the network as "
-        "it was pruned; training after that isn't in them.",
+        "it was pruned; what was changed or trained after that isn't in them.",
         "",
         report.to_markdown(),
         "",
