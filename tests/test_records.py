@@ -133,3 +133,16 @@ def test_the_table_of_blocks_and_channels_is_that_of_its_records(monkeypatch):
     section = text.split("## Blocks or channels")[1].split("\n## ")[0]
     rows = bench.table([json.loads(line) for line in lines]).splitlines()
     assert rows == [line for line in section.splitlines() if line.startswith("|")]
+
+
+def test_the_table_of_equal_blocks_is_that_of_its_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    bench = importlib.import_module("bench_equal_blocks")
+    lines = (PROJECT / "benchmarks" / "records" / "equal_blocks.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    text = (PROJECT / "benchmarks" / "results" / "transformers.md").read_text(encoding="utf-8")
+    section = text.split("## Equal blocks")[1].split("\n## ")[0]
+    assert bench.table(records).splitlines() == [line for line in section.splitlines() if line.startswith("|")]
+    for record in records:
+        is_equal = len(set(record["heads"])) == len(set(record["neurons"])) == 1
+        assert is_equal or record["key"][2] != "equal", record["key"]
