@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nni_topo.network.speedup import ModelReport
+from nni_topo.network.runtime import ModelReport
 
 CARD = "README.md"
 _TAGS = ["nni_topo", "pruned"]

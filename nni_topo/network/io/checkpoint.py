@@ -57,8 +57,7 @@ from nni_topo.network.layers import (
     sizes_of,
     weight_of,
 )
-from nni_topo.network.runtime import check_unwrapped, detached_copy, leaves_models_alone, tensors_of
-from nni_topo.network.speedup import report_of
+from nni_topo.network.runtime import check_unwrapped, detached_copy, leaves_models_alone, report_of, tensors_of
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"

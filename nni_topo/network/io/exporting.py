@@ -34,6 +34,7 @@ from nni_topo.network.runtime import (
     difference,
     first_call,
     leaves_models_alone,
+    report_of,
     tensors_of,
 )
 
@@ -42,6 +43,8 @@ FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 """By ending of a path, the format of the file."""
 _BATCH = 2  # samples with which a network is exported
 _OTHER_BATCH = 3  # samples with which its file is run besides
+_FAST = 8  # onnxruntime's fast convolutions have a multiple of so many channels
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,12 @@ def export(
 
     Notes
     -----
-    ONNX needs ``pip install 'nni_topo[export]'``. INT8 is onnxruntime's static quantisation: signed weights with a
-    scale per channel, unsigned activations. Weights use 7 of the 8 bits, because processors without VNNI add two
-    products in 16 bits: products of 8-bit numbers overflow there, and the file would compute something else.
+    ONNX needs ``pip install 'nni_topo[export]'``. onnxruntime has fast kernels for convolutions whose channels are
+    multiples of 8: prune with ``round_to=8``; a warning says where a pruned network has others.
+
+    INT8 is onnxruntime's static quantisation: signed weights with a scale per channel, unsigned activations. Weights
+    use 7 of the 8 bits, because processors without VNNI add two products in 16 bits: products of 8-bit numbers overflow
+    there, and the file would compute something else.
 
     Examples
     --------
@@ -177,7 +183,24 @@ def export(
                 learned, held_out = images.split()
                 _quantize(part, session, list(calls(net, learned)))
                 distance = _distance(net, _session(part), calls(net, held_out or learned))
+            elif report_of(model) is not None:
+                _warn_of_slow_convolutions(net)
     return Exported(path, path.stat().st_size, error, distance)
+
+
+def _warn_of_slow_convolutions(net: nn.Module) -> None:
+    """Warn of the convolutions of a pruned network for which onnxruntime has no fast kernels."""
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    slow = [module for module in convolutions if module.out_channels % _FAST]
+    if slow:
+        _logger.warning(
+            "onnxruntime is slow where the channels of a convolution aren't a multiple of %d, as in %d of %d here; "
+            "prune with round_to=%d (see docs/runtimes.md)",
+            _FAST,
+            len(slow),
+            len(convolutions),
+            _FAST,
+        )
 
 
 def _import(name: str) -> Any:

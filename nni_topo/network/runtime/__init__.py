@@ -74,8 +74,15 @@ from nni_topo.network.runtime.inputs import (
     variations_of,
     varied,
 )
-from nni_topo.network.runtime.markdown import as_code, as_sentence, markdown_table
 from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.reports import (
+    ModelReport,
+    as_code,
+    as_sentence,
+    give_report,
+    markdown_table,
+    report_of,
+)
 from nni_topo.network.runtime.telling import tells_once
 from nni_topo.network.runtime.untouched import (
     drawn_since,
@@ -112,6 +119,7 @@ __all__ = [
     "Calibration",
     "Call",
     "Leaving",
+    "ModelReport",
     "RandomWeights",
     "Variation",
     "agree",
@@ -147,6 +155,7 @@ __all__ = [
     "fitting",
     "fitting_call",
     "form_that_fits",
+    "give_report",
     "in_smaller_batches",
     "inputs_of",
     "inputs_seen",
@@ -165,6 +174,7 @@ __all__ = [
     "random_states",
     "real_positions",
     "real_positions_of",
+    "report_of",
     "run",
     "run_small",
     "shrunk",

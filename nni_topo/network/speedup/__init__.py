@@ -3,10 +3,7 @@
 from nni_topo.network.speedup.dense import (
     DenseReport,
     LayerChannels,
-    ModelReport,
     dense_report_of,
-    give_report,
-    report_of,
     sizes_in_markdown,
     to_dense,
 )
@@ -31,7 +28,6 @@ __all__ = [
     "FullMasks",
     "LayerChannels",
     "MasksLike",
-    "ModelReport",
     "Network",
     "apply_masks",
     "by_reason",
@@ -39,9 +35,7 @@ __all__ = [
     "dense_report_of",
     "dependency_groups",
     "explain",
-    "give_report",
     "masked_model",
-    "report_of",
     "resolve_masks",
     "share_answers",
     "sizes_in_markdown",

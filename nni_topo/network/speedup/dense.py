@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -33,12 +32,14 @@ from nni_topo.network.runtime import (
     MODEL,
     ROUND_TO,
     Call,
+    ModelReport,
     as_code,
     as_sentence,
     call_arguments,
     check_model,
     detached_copy,
     fast_paths_off,
+    give_report,
     leaves_models_alone,
     left_alone,
     markdown_table,
@@ -354,35 +355,13 @@ def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, 
     give_report(dense, report)
 
 
-class ModelReport(ABC):
-    """What the package writes down of a model that it returns, in the model's attribute ``report``."""
-
-    @abstractmethod
-    def to_markdown(self) -> str:
-        """Return the report as Markdown, for the model's card."""
-
-
-def give_report(model: torch.nn.Module, report: ModelReport) -> bool:
-    """Let a model have a report, in place of an earlier one; False where ``report`` is an attribute of the model's."""
-    if not isinstance(getattr(model, "report", report), ModelReport):
-        return False
-    model.report = report  # type: ignore[assignment]
-    return True
-
-
-# Also of models that have an attribute `report` of their own.
+# Also of models that have got another report since, or have an attribute `report` of their own.
 _REPORTS: WeakKeyDictionary[torch.nn.Module, DenseReport] = WeakKeyDictionary()
 
 
 def dense_report_of(dense: torch.nn.Module) -> DenseReport:
     """Return the report of a model that :func:`to_dense` returned."""
     return _REPORTS[dense]
-
-
-def report_of(model: torch.nn.Module) -> ModelReport | None:
-    """Return the latest report that the package gave a model; None for a model that it didn't return."""
-    report = getattr(model, "report", None)
-    return report if isinstance(report, ModelReport) else _REPORTS.get(model)
 
 
 @dataclasses.dataclass(frozen=True)

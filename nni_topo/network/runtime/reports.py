@@ -1,0 +1,52 @@
+"""What the package writes down of the models that it returns, and the Markdown in which cards show it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+
+class ModelReport(ABC):
+    """What the package writes down of a model that it returns, in the model's attribute ``report``."""
+
+    @abstractmethod
+    def to_markdown(self) -> str:
+        """Return the report as Markdown, for the model's card."""
+
+
+# Also of models that have an attribute `report` of their own.
+_LATEST: WeakKeyDictionary[nn.Module, ModelReport] = WeakKeyDictionary()
+
+
+def give_report(model: nn.Module, report: ModelReport) -> bool:
+    """Let a model have a report, in place of an earlier one; False where ``report`` is an attribute of the model's."""
+    _LATEST[model] = report
+    if not isinstance(getattr(model, "report", report), ModelReport):
+        return False
+    model.report = report  # type: ignore[assignment]
+    return True
+
+
+def report_of(model: nn.Module) -> ModelReport | None:
+    """Return the latest report that the package gave a model; None for a model that it didn't return."""
+    report = getattr(model, "report", None)
+    return report if isinstance(report, ModelReport) else _LATEST.get(model)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
+    """Return a table in Markdown: the first ``text_columns`` columns hold text, the others numbers."""
+    rule = "|" + "---|" * text_columns + "---:|" * (len(head) - text_columns)
+    return "\n".join((f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)))
+
+
+def as_code(name: str) -> str:
+    """Return a name as code, which may stand in a table: a bar doesn't end its cell."""
+    return f"`{name}`".replace("|", r"\|")
+
+
+def as_sentence(text: str) -> str:
+    """Return a text with a capital letter and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
