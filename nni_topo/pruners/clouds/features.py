@@ -130,7 +130,8 @@ class FeatureCollector(DataCollector):
             If the model can't be traced.
         """
         batches = self._batches(context)
-        self._network = _traced(context, first_call(context.model, batches))
+        layers = [module for unit in context.units for module, _ in unit.members]
+        self._network = tapped_network(context.model, first_call(context.model, batches), layers)
         rows = {name: _Rows(name) for name in self._network.taps}
         runner = _Recorder(self._network, rows, self.pool)
         samples = 0
@@ -216,11 +217,20 @@ def _pooled(maps: Tensor, pool: Pool) -> Tensor:
     return pooled
 
 
-def _traced(context: PruningContext, call: Call) -> TracedNetwork:
-    recording = trace(detached_copy(context.model).eval(), call)
+def tapped_network(model: nn.Module, call: Call, layers: Iterable[str]) -> TracedNetwork:
+    """Trace a copy of a network, with a tap for each of some layers.
+
+    Raises
+    ------
+    ConfigError
+        If the model itself calls one of the layers nowhere, as where attention does it.
+    SpeedupError
+        If the model can't be traced.
+    """
+    recording = trace(detached_copy(model).eval(), call)
     graph = recording.graph_module
     flow = ChannelFlow(graph, recording.args)
-    names = {module_name for unit in context.units for module_name, _ in unit.members}
+    names = set(layers)
     found: dict[str, list[tuple[Node, tuple[str, ...]]]] = {}
     for node in graph.graph.nodes:
         if node.op == "call_module" and node.target in names:
