@@ -1,6 +1,7 @@
 """Tables of a comparison's records, and functions for all other tables.
 
-Baselines are the pruners of other packages, and random selection.
+Baselines are NNI's own pruners, Torch-Pruning's, and random selection. Pruners of the package, and those of users and
+third parties, are compared with them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from scipy import special, stats
 
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.runs.provenance import Record
-from nni_topo.studies.plan import SCRATCH
+from nni_topo.studies.baselines import PREFIX
 
 Group = tuple[str, str, str]
 _BORDER = 3  # characters between two columns of a table
@@ -108,7 +109,7 @@ def paired_difference(ours: dict[int, Record], theirs: dict[int, Record], column
 
 
 def best_baseline(rows: dict[str, dict[int, Record]], column: str) -> str | None:
-    """Return the best of the pruners of other packages and random selection in a column, None if it has none.
+    """Return the row of the best baseline in a column, None if there is none.
 
     It is the one with the highest mean accuracy on the validation images; of text, and of records that don't hold that
     accuracy, the one with the highest mean of the column itself, which is measured on the test images.
@@ -116,7 +117,7 @@ def best_baseline(rows: dict[str, dict[int, Record]], column: str) -> str | None
     compared = {}
     for row, runs in rows.items():
         records = [record for record in runs.values() if column in record]
-        if records and not _is_own(runs):
+        if records and _is_baseline(runs):
             compared[row] = records
     validation = column.replace("accuracy_", "validation_")
     is_validated = all(validation in record for records in compared.values() for record in records)
@@ -125,10 +126,11 @@ def best_baseline(rows: dict[str, dict[int, Record]], column: str) -> str | None
     return max(means, key=means.__getitem__, default=None)
 
 
-def _is_own(runs: dict[int, Record]) -> bool:
-    """Return whether a row is no baseline: a pruner of this package but random selection, or a new network."""
-    own = {name for name in list_pruners() if pruner_info(name).origin == "nni_topo"} - {"random"} | {SCRATCH}
-    return next(iter(runs.values()))["pruner_name"] in own
+def _is_baseline(runs: dict[int, Record]) -> bool:
+    """Return whether a row is a baseline: NNI's own pruners, Torch-Pruning's, and random selection."""
+    name = next(iter(runs.values()))["pruner_name"]
+    is_nnis = name in list_pruners() and pruner_info(name).origin == "nni"
+    return name == "random" or name.startswith(PREFIX) or is_nnis
 
 
 @dataclass
@@ -419,7 +421,7 @@ def _fastest_baseline(rows: dict[str, dict[int, Record]], shares: Sequence[float
     """Return the baseline with the fewest mean epochs to the last share; of equal ones, to the share before it."""
     means = {}
     for row, runs in rows.items():
-        if not _is_own(runs):
+        if _is_baseline(runs):
             by_share = [_with_epochs(runs, share) for share in reversed(shares)]
             means[row] = [float(np.mean([found["epochs"] for found in each.values()])) for each in by_share]
     return min(means, key=means.__getitem__, default=None)

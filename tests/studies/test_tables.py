@@ -69,6 +69,18 @@ def test_baselines_are_the_pruners_of_others():
     assert best_baseline(rows, "accuracy_retrained") == "l1"
 
 
+@pytest.mark.parametrize("name", ["my_package.pruners:NormPruner", "a_name_that_its_package_registers"])
+def test_a_pruner_of_your_own_is_compared_with_the_baselines_and_is_none(name):
+    mine = [record("mine", seed, 0.98, name) for seed in range(3)]
+    (rows,) = grouped([*RECORDS, *mine, record("torch-pruning", 0, 0.99)]).values()
+    assert best_baseline(rows, "accuracy_retrained") == "torch-pruning"
+    (rows,) = grouped([*RECORDS, *mine]).values()
+    assert best_baseline(rows, "accuracy_retrained") == "l1"
+    columns, lines = cells_of(rows)
+    (line,) = (line for line in lines if line[0] == "mine")
+    assert " ± " in line[columns.index("vs best baseline")]
+
+
 def test_random_choice_is_a_baseline_and_a_new_network_is_none():
     (rows,) = grouped([*RECORDS, record("by chance", 0, 0.98, "random"), record("scratch", 0, 0.99)]).values()
     assert best_baseline(rows, "accuracy_retrained") == "by chance"
