@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from bench_modules import BENCHMARKS, imported
 from scipy import stats
 
+from nni_topo.pruners.registry import pruner_info
 from nni_topo.studies.plan import load_plan
 from nni_topo.studies.records import append_record
 from nni_topo.studies.tables import with_tables
@@ -90,6 +93,48 @@ def test_cells_that_were_not_run_count_and_outcomes_follow_the_corrected_p(repor
     assert report.tables([]).count("not run") == 10
 
 
+def counted(page):
+    (count,) = re.findall(r"Of the (\d+) exploratory differences", page)
+    return int(count)
+
+
+def test_published_methods_are_exploratory_rows_and_no_baselines(report):
+    path = "published_pruners.topology_hole:TopologyHolePruner"
+    records, published = [], []
+    for seed in range(5):
+        for target in ("10 % of the MACs left", "3 % of the MACs left"):
+            rows = ("l1", *report.CRITERIA)
+            records += [record("ResNet-20", row, seed, 0.7 + 0.001 * seed, 0.7, target) for row in rows]
+            # better than every baseline on test and validation images
+            best = record("ResNet-20", "TopologyHole", seed, 0.8, 0.9, target) | {"pruner_name": path}
+            published.append(best)
+    before, after = report.tables(records), report.tables([*records, *published])
+    assert after.split("### Diff")[0] == before.split("### Diff")[0]
+    assert "| 10 % | TopologyHole | not run | no batch norms | +9.8 ± 0.2 (l1) | not run | not run |" in after
+    # two primary cells aren't counted, of the new row both are
+    assert (counted(before), counted(after)) == (2, 4)
+
+
+def test_what_was_not_distilled_is_compared_with_baselines_that_were_not_either_once_fine_tuned(report):
+    def fine_tuned(row, seed, value, *, distilled):
+        steps = {"accuracy_retrained": value, "validation_retrained": value}
+        if distilled:
+            steps |= {"accuracy_distilled": value, "validation_distilled": value}
+        return record("ResNet-20", row, seed, 0.5, 0.5) | steps
+
+    records = []
+    for seed in range(5):
+        records.append(fine_tuned("l1", seed, 0.9, distilled=True))
+        records.append(fine_tuned("l2", seed, 0.8, distilled=False))
+        records += [fine_tuned(row, seed, 0.85 + 0.001 * seed, distilled=True) for row in report.CRITERIA]
+        records.append(fine_tuned("OBCE", seed, 0.81 + 0.001 * seed, distilled=False))
+    lines = report.tables(records).splitlines()
+    (criterion,) = (line for line in lines if line.startswith("| 10 % | reconstruction | not run"))
+    (published,) = (line for line in lines if line.startswith("| 10 % | OBCE"))
+    assert criterion.endswith("| -4.8 ± 0.2 (l1) |")
+    assert published.endswith("| not run | +1.2 ± 0.2 (l2) |")
+
+
 def test_seeds_of_a_plan_may_be_run_on_several_machines(report, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RECORDS", tmp_path / "records")
     out = tmp_path / "resnet20"
@@ -114,8 +159,19 @@ def test_plans_follow_the_protocol(report, path):
     assert (plan.seeds, plan.first_seed) == (5, 100)
     assert [target.value for target in plan.targets] == [0.5, 0.25, 0.1, 0.03]
     assert {*report.CRITERIA} < {pruner.row for pruner in plan.pruners}
-    images = {pruner.calibration for pruner in plan.pruners if pruner.row in report.CRITERIA}
+    rows = (*report.CRITERIA, *report.PUBLISHED)
+    images = {pruner.calibration for pruner in plan.pruners if pruner.row in rows}
     assert images == {plan.compensate.images} == {plan.distill.images}
+
+
+def test_pruners_that_plans_name_by_their_path_are_the_published_ones(report):
+    named = {}
+    for path in FOLDER.glob("*.yaml"):
+        named |= {pruner.row: pruner.name for pruner in load_plan(path).pruners if ":" in pruner.name}
+    assert set(named) == set(report.PUBLISHED)
+    for name in named.values():
+        with imported(BENCHMARKS, name.partition(":")[0]):
+            assert pruner_info(name).knobs()[0] == "calibration"
 
 
 def test_every_network_has_a_plan(report):
