@@ -76,14 +76,17 @@ def comparison_figures(records: Sequence[Record]) -> dict[str, Figure]:
 def plot_accuracy(records: Sequence[Record]) -> list[Axes]:
     """Draw accuracy against MACs of at least one record: a panel per model, data set and step of recovery.
 
-    Bars are 95 % intervals, the dotted line is the unpruned network; each panel has its own scale.
+    Bars are 95 % intervals, the dotted line is the unpruned network; each panel has its own scale. All panels share one
+    legend.
     """
     found: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         found[f"{record['model']} on {record['data']}"].append(record)
     steps = [step for step in _STEPS if any(f"accuracy_{step}" in record for record in records)]
     named = [(f"{name}, {_STEPS[step]}", (runs, f"accuracy_{step}")) for name, runs in found.items() for step in steps]
-    return panels(named, _draw_accuracy, size=(4.2, 4.2), columns=len(steps)).axes
+    figure = panels(named, _draw_accuracy, size=(4.2, 4.2), columns=len(steps))
+    _share_legend(figure)
+    return figure.axes
 
 
 def plot_convergence(records: Sequence[Record]) -> list[Axes]:
@@ -97,12 +100,17 @@ def plot_convergence(records: Sequence[Record]) -> list[Axes]:
         return []
     named = ((f"{model} on {data},\n{target}", rows) for (model, data, target), rows in groups.items())
     figure = panels(named, _draw_convergence, size=(5.5, 4.2))
+    _share_legend(figure)
+    return figure.axes
+
+
+def _share_legend(figure: Figure) -> None:
+    """Give all panels of a figure one legend, beside them."""
     handles: dict[str, Artist] = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="x-small")
-    return figure.axes
 
 
 def plot_distillation(verdict: Verdict) -> Figure:
@@ -132,7 +140,7 @@ def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
         heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
         marker, color = _MARKERS[index % len(_MARKERS)], f"C{index % 10}"
         axis.errorbar(macs, heights, yerr=halves, marker=marker, color=color, linestyle="", label=name)
-    finish(axis, "MACs (millions)", "test accuracy %", xlim=(0, 1.08 * axis.dataLim.x1))
+    finish(axis, "MACs (millions)", "test accuracy %", legend=False, xlim=(0, 1.08 * axis.dataLim.x1))
 
 
 def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:

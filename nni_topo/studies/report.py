@@ -20,7 +20,7 @@ from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.records import compared_records
-from nni_topo.studies.tables import cells_of, convergence_of, grouped, has_convergence, title_of, widths_of
+from nni_topo.studies.tables import cells_of, convergence_of, grouped, has_convergence, in_short, title_of, widths_of
 
 _SOURCES = ("versions", "hardware", "revision")
 _LONG = 40  # rows of a table from which on it is folded
@@ -105,13 +105,16 @@ def _parts(folder: Path) -> Iterator[Part]:
 
 
 def _of_comparison(records: list[Record]) -> Iterator[Part]:
+    # First the answer, then its picture, then the tables with all columns.
     groups = grouped(records)
     for group, rows in groups.items():
-        yield Part(title_of(group, rows), *cells_of(rows))
-        if has_convergence(rows):
-            yield Part(f"convergence: {title_of(group, rows)}", *convergence_of(rows))
+        yield Part(title_of(group, rows), *in_short(rows), text_columns=2)
     for name, figure in comparison_figures(records).items():
         yield Part(name, picture=as_svg(figure, name))
+    for group, rows in groups.items():
+        yield Part(f"all figures: {title_of(group, rows)}", *cells_of(rows))
+        if has_convergence(rows):
+            yield Part(f"convergence: {title_of(group, rows)}", *convergence_of(rows))
     for group, rows in groups.items():
         if all("widths" in record for runs in rows.values() for record in runs.values()):
             yield Part(f"widths: {title_of(group, rows)}", *widths_of(rows), folded=True)

@@ -24,6 +24,7 @@ from nni_topo.network.runtime import markdown_table
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.baselines import PREFIX
+from nni_topo.studies.plan import SCRATCH
 
 Group = tuple[str, str, str]
 _BORDER = 3  # characters between two columns of a table
@@ -115,16 +116,50 @@ def best_baseline(rows: dict[str, dict[int, Record]], column: str) -> str | None
     It is the one with the highest mean accuracy on the validation images; of text, and of records that don't hold that
     accuracy, the one with the highest mean of the column itself, which is measured on the test images.
     """
+    return _best_of({row: runs for row, runs in rows.items() if _is_baseline(runs)}, column)
+
+
+def _best_of(rows: dict[str, dict[int, Record]], column: str) -> str | None:
+    """Return the row with the highest mean of an accuracy on validation images; on test ones if records lack those."""
     compared = {}
     for row, runs in rows.items():
         records = [record for record in runs.values() if column in record]
-        if records and _is_baseline(runs):
+        if records:
             compared[row] = records
     validation = column.replace("accuracy_", "validation_")
     is_validated = all(validation in record for records in compared.values() for record in records)
     chosen_by = validation if is_validated else column
     means = {row: float(np.mean([record[chosen_by] for record in records])) for row, records in compared.items()}
     return max(means, key=means.__getitem__, default=None)
+
+
+_LAST_STEPS = {
+    "accuracy_distilled": "distilled",
+    "accuracy_compensated": "weight reconstruction",
+    "accuracy_oneshot": "no recovery",
+}
+
+
+def in_short(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the lines of a short table: how much smaller networks are, and what the best method loses.
+
+    A line is of the last step without labels, one of fine-tuning where networks were fine-tuned. The method of a line
+    is the one with the highest mean accuracy on the validation images.
+    """
+    pruned = {row: runs for row, runs in rows.items() if next(iter(runs.values()))["pruner_name"] != SCRATCH}
+    lines = []
+    for steps in (_LAST_STEPS, {"accuracy_retrained": "fine-tuned"}):
+        for column, step in steps.items():
+            best = _best_of(pruned, column)
+            if best is None:
+                continue
+            runs = [run for run in pruned[best].values() if column in run]
+            macs = float(np.mean([run["flops_before"] / run["flops"] for run in runs]))
+            params = float(np.mean([run["params_before"] / run["params"] for run in runs]))
+            lost = interval([run["accuracy_before"] - run[column] for run in runs]).show(100)
+            lines.append([step, best, lost, f"{macs:.1f}", f"{params:.1f}"])
+            break
+    return ["after", "best method on validation images", "points lost", "times fewer MACs", "parameters"], lines
 
 
 def _is_baseline(runs: dict[int, Record]) -> bool:

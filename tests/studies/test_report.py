@@ -68,8 +68,18 @@ def test_a_comparison_has_its_tables_pictures_and_widths(tmp_path):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     (tmp_path / "plan.json").write_text(json.dumps({"seeds": 2, "retrain": {"epochs": 1}}))
     page = page_of(write_report(tmp_path).parent)
+    # the answer comes first: a quarter of the MACs and parameters is left, and 49 points are lost
+    assert page.rows[0] == [
+        "after",
+        "best method on validation images",
+        "points lost",
+        "times fewer MACs",
+        "parameters",
+    ]
+    assert page.rows[1] == ["no recovery", "l1", "49.0 ± 0.0", "4.0", "4.0"]
     head, rows = cells_of(next(iter(grouped(RECORDS).values())))
-    assert page.rows[: len(rows) + 1] == [list(head), *rows]
+    start = page.rows.index(list(head))
+    assert page.rows[start : start + len(rows) + 1] == [list(head), *rows]
     assert "b" not in page.tags
     assert page.tags.count("svg") == 1
     assert ["conv1", "8", "4", "4", ""] in page.rows

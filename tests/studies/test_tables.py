@@ -14,6 +14,7 @@ from nni_topo.studies.tables import (
     cells_of,
     epochs_until_back,
     grouped,
+    in_short,
     interval,
     markdown_report,
     paired_difference,
@@ -311,3 +312,21 @@ def test_no_number_and_no_head_is_cut_in_a_narrow_terminal(width):
         shown = [row[1:-1].split("│") for row in text.splitlines() if row.startswith(f"│ {line[0]} ")]
         assert [cell.strip() for part in shown for cell in part[1:]] == line[1:]
     assert len(shown) == 1 or width < 160
+
+
+def test_in_short_a_table_names_the_best_method_on_validation_images_after_the_last_steps():
+    def record(seed, row, validation, lost):
+        sizes = {"flops_before": 8e6, "flops": 2e6, "params_before": 9e3, "params": 3e3, "accuracy_before": 0.9}
+        steps = {"accuracy_oneshot": 0.1, "validation_oneshot": 0.1}
+        steps |= {"accuracy_compensated": 0.9 - lost, "validation_compensated": validation}
+        return {"pruner": row, "pruner_name": row, "seed": seed, **sizes, **steps}
+
+    rows = {
+        "l1": {seed: record(seed, "l1", 0.85, 0.05) for seed in range(3)},
+        "fpgm": {seed: record(seed, "fpgm", 0.80, 0.01) for seed in range(3)},  # better on test images alone
+        "scratch": {seed: record(seed, "scratch", 0.95, 0.0) for seed in range(3)},  # not pruned
+    }
+    assert in_short(rows)[1] == [["weight reconstruction", "l1", "5.0 ± 0.0", "4.0", "3.0"]]
+    for run in rows["fpgm"].values():
+        run |= {"accuracy_retrained": 0.88, "validation_retrained": 0.9}
+    assert in_short(rows)[1][1] == ["fine-tuned", "fpgm", "2.0 ± 0.0", "4.0", "3.0"]
