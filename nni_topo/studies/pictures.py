@@ -141,6 +141,7 @@ def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
         marker, color = _MARKERS[index % len(_MARKERS)], f"C{index % 10}"
         axis.errorbar(macs, heights, yerr=halves, marker=marker, color=color, linestyle="", label=name)
     finish(axis, "MACs (millions)", "test accuracy %", legend=False, xlim=(0, 1.08 * axis.dataLim.x1))
+    axis.locator_params(axis="x", nbins=4)
 
 
 def _draw_convergence(axis: Axes, rows: dict[str, dict[int, Record]]) -> None:
