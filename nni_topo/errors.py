@@ -108,11 +108,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str], place: str) -> Conf
 
     ``place``: the function, file or setting that was given the name.
     """
-    names = sorted(set(known))
+    names = sorted({each for each in known if each})
     # Capitals are a frequent mistake ("L1"), and names that differ in them alone are near.
     folded = {each.casefold(): each for each in names}
     wanted = name.casefold()
-    near = [folded[each] for each in difflib.get_close_matches(wanted, folded, n=3, cutoff=0.5)]
+    near = [folded[wanted]] if wanted in folded else []
+    near = near or [folded[each] for each in difflib.get_close_matches(wanted, folded, n=3, cutoff=0.5)]
     if not near and len(name) > 2:
         near = [folded[each] for each in folded if wanted in each][:3]
     if near:

@@ -245,15 +245,16 @@ def test_a_base_model_is_named_if_the_config_tells_it(tmp_path: Path, monkeypatc
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("0" * 40)
     load = transformers.BertForSequenceClassification.from_pretrained
-    dense.config._name_or_path = load(
-        "some/tiny-bert", cache_dir=tmp_path / "cache", local_files_only=True
-    ).config._name_or_path
+    loaded = load("some/tiny-bert", cache_dir=tmp_path / "cache", local_files_only=True).config
+    dense.config._name_or_path, dense.config._commit_hash = loaded._name_or_path, loaded._commit_hash
     nni_topo.save_pretrained(dense, "named")
     assert card_of(Path("named")).data.base_model == "some/tiny-bert"
     assert "https://huggingface.co/some/tiny-bert" in Path("named/README.md").read_text()
     # Places on this machine are no names of the hub, and nobody's business.
     made("Bert").save_pretrained("runs/bert")
-    for place in (str(tmp_path / "runs" / "bert"), "runs/bert", "./runs/bert", "a/b/c", ""):
+    dense.config._commit_hash = load("runs/bert").config._commit_hash
+    # One of them is gone, or the program has another working folder now.
+    for place in (str(tmp_path / "runs" / "bert"), "runs/bert", "./runs/bert", "runs/gone", "a/b/c", ""):
         dense.config._name_or_path = place
         nni_topo.save_pretrained(dense, "local")
         assert card_of(Path("local")).data.base_model is None
@@ -366,3 +367,22 @@ def test_adapters_of_peft_keep_their_own_card_and_merged_ones_get_ours(tmp_path:
     assert "nni_topo" not in (tmp_path / "adapter" / "README.md").read_text()
     nni_topo.save_pretrained(adapted.merge_and_unload(), tmp_path / "merged")
     assert dense.report.to_markdown() in card_of(tmp_path / "merged").content
+
+
+def test_a_model_that_was_changed_since_gets_no_card(tmp_path: Path) -> None:
+    dense = neurons_removed()
+    with torch.no_grad():
+        dense.bert.encoder.layer[0].intermediate.dense.weight += 0.1  # its size is the report's
+    nni_topo.save_pretrained(dense, tmp_path / "trained")
+    assert (tmp_path / "trained" / "README.md").exists()
+    shorter = nni_topo.remove_blocks(dense, ["bert.encoder.layer.0"], [inputs_of(dense)])
+    nni_topo.save_pretrained(shorter, tmp_path / "shorter")
+    assert (tmp_path / "shorter" / "config.json").exists()
+    assert not (tmp_path / "shorter" / "README.md").exists()
+
+
+def test_a_config_with_an_attribute_of_that_name_is_no_check(tmp_path: Path) -> None:
+    dense = neurons_removed()
+    dense.config.validate = True
+    nni_topo.save_pretrained(dense, tmp_path)
+    assert (tmp_path / "config.json").exists()

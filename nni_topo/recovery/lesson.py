@@ -473,7 +473,7 @@ def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) 
     try:
         with evaluation_mode(unpruned), torch.no_grad():
             unpruned(*args, **kwargs)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         if out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
@@ -509,7 +509,7 @@ def _view(part: Call, augment: Augment) -> Call:
     # A model may take a mapping as its argument; what the function gives is used as what it got was.
     is_argument = not kwargs and isinstance(given, Mapping) and isinstance(seen, Mapping)
     view = arguments_of((seen,) if is_argument else seen)
-    after = tensors_of(view)
+    after = tensors_of(_in_order_of(part, view))
     if len(after) != len(before) or len(view[0]) != len(args) or view[1].keys() != kwargs.keys():
         raise ConfigError(
             f"augment must return tensors in what it gets them in, got {_kind(seen)} for {_kind(given)} (augment)"
@@ -518,7 +518,8 @@ def _view(part: Call, augment: Augment) -> Call:
         if new.is_meta or new.layout != torch.strided:
             kind = "meta" if new.is_meta else str(new.layout).removeprefix("torch.")
             raise ConfigError(f"augment must return dense tensors with values, got a {kind} tensor (augment)")
-        if new.dtype != old.dtype:
+        # Indices and masks may be of any type that the model takes.
+        if old.is_floating_point() and new.dtype != old.dtype:
             raise ConfigError(f"augment must return the type that it gets, {old.dtype}, got {new.dtype} (augment)")
     count = len(before[0])
     for old, new in zip(before, after, strict=True):
@@ -529,6 +530,15 @@ def _view(part: Call, augment: Augment) -> Call:
     if wrong > unfinished:
         raise ConfigError(f"augment must return finite values, got {wrong} that aren't, for {count} images (augment)")
     return view
+
+
+def _in_order_of(pattern: Any, value: Any) -> Any:
+    """Return a nested value with its mappings in the order of another's, for a function may build them in any order."""
+    if isinstance(pattern, Mapping) and isinstance(value, Mapping) and pattern.keys() == value.keys():
+        return {key: _in_order_of(each, value[key]) for key, each in pattern.items()}
+    if isinstance(pattern, (tuple, list)) and isinstance(value, (tuple, list)) and len(pattern) == len(value):
+        return [_in_order_of(one, other) for one, other in zip(pattern, value, strict=True)]
+    return value
 
 
 def _shapes(call: Call) -> str:

@@ -148,6 +148,16 @@ class ShrinkReport(ModelReport):
 
         return pandas.DataFrame([asdict(stage) for stage in self.stages])
 
+    @property
+    def pruned_layers(self) -> tuple[str, ...]:
+        """Names of the layers that lost channels."""
+        return self.layers.pruned_layers
+
+    @property
+    def parameters_left(self) -> int:
+        """Parameters of the network that was returned."""
+        return self.stages[-1].params
+
     def to_markdown(self) -> str:
         """Return the report as Markdown, for the card of a network that is published.
 

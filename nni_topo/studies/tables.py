@@ -165,7 +165,7 @@ def in_short(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[s
 def _is_baseline(runs: dict[int, Record]) -> bool:
     """Return whether a row is a baseline: NNI's own pruners, Torch-Pruning's, and random selection."""
     name = next(iter(runs.values()))["pruner_name"]
-    is_nnis = name in list_pruners() and pruner_info(name).origin == "nni"
+    is_nnis = name.startswith("nni.compression.") or (name in list_pruners() and pruner_info(name).origin == "nni")
     return name == "random" or name.startswith(PREFIX) or is_nnis
 
 

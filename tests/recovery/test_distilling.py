@@ -449,6 +449,35 @@ def test_what_augment_returns_is_looked_at_before_anything_is_learned(work, mess
     assert calls == [2]
 
 
+class Masked(nn.Module):
+    """A network that takes a mapping with images, a mask and indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x, keep, places):
+        return self.inner(x.gather(1, places.long()) * keep)
+
+
+def test_augment_may_build_its_mapping_in_any_order_and_give_masks_and_indices_another_type():
+    torch.manual_seed(0)
+    dense, original = Masked().eval(), Masked().eval()
+    batch = {
+        "x": torch.rand(64, 6),
+        "keep": torch.rand(64, 6) > 0.2,
+        "places": torch.arange(6).repeat(64, 1),
+    }
+
+    def augment(part):
+        changed = {"places": part["places"].flip(1).int(), "keep": part["keep"].to(torch.uint8)}
+        return {**changed, "x": part["x"] + 0.01}
+
+    assert isinstance(distill(dense, original, [batch], augment=augment, steps=5), Masked)
+    with pytest.raises(ConfigError, match=r"the type that it gets, torch.float32, got torch.float64 \(augment\)"):
+        distill(dense, original, [batch], augment=lambda part: {"keep": part["keep"], **part, "x": part["x"].double()})
+
+
 def test_views_of_another_size_are_taken_where_the_network_runs_on_them_and_all_have_it():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
     images = [torch.rand(600, 1, 8, 8, generator=torch.Generator().manual_seed(0))]

@@ -80,11 +80,13 @@ def _digest(text: str) -> str:
 
 
 def _base_model(config: Any) -> str | None:
-    """Return the name on the hub that a model was loaded by; None if it is unknown, or a place on this machine."""
+    """Return the name on the hub that a model was loaded by; None if it wasn't loaded from there."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     name = getattr(config, "_name_or_path", None)
-    if not isinstance(name, str) or not name or os.path.exists(name):
+    # Transformers notes the commit of what it has loaded from the hub, and none for a folder of such a name.
+    is_from_hub = getattr(config, "_commit_hash", None) is not None
+    if not is_from_hub or not isinstance(name, str) or os.path.exists(name):
         return None
     try:
         validate_repo_id(name)

@@ -537,7 +537,8 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
     card : bool, default=True
         Whether to write a model card for the Hugging Face hub, ``README.md``, from the model's report: what was pruned
         by what, the sizes before and after, and how much its answers change. An existing file is replaced only if it is
-        such a card and nobody has changed it. A model without a report, as :func:`nni_topo.load` returns it, gets none.
+        such a card and nobody has changed it. A model without a report, as :func:`nni_topo.load` returns it, gets none,
+        nor does one whose size has changed since.
 
     Raises
     ------
@@ -601,7 +602,9 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
         dense.config.pruned_heads = heads  # put back at the end, as all of the model
     try:
         # Transformers 5 also does so when it writes and reads a config.
-        getattr(dense.config, "validate", lambda: None)()
+        validate = getattr(dense.config, "validate", None)
+        if callable(validate):
+            validate()
     except Exception as error:
         raise ConfigError(
             f"from_pretrained must be able to build the model by its config, which Transformers "
@@ -612,7 +615,9 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
     with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
         dense.save_pretrained(beside)
         report = report_of(dense)
-        if card and report is not None and may_write_card(place / CARD):
+        # One that was changed since, such as by `remove_blocks`, isn't what its report says.
+        is_told = report is not None and report.parameters_left in (None, _parameters(dense))
+        if card and report is not None and is_told and may_write_card(place / CARD):
             (Path(beside) / CARD).write_text(model_card(dense, report), encoding="utf-8")
         for file in sorted(Path(beside).iterdir()):
             with whole_file(place / file.name) as part:
@@ -629,6 +634,10 @@ def _leave_out(plain: torch.nn.Module, dense: torch.nn.Module) -> None:
         for key in [key for key, child in module._modules.items() if child is not None]:
             if name in own and hasattr(own[name], key) and getattr(own[name], key) is None:
                 setattr(module, key, None)
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(each.numel() for each in model.parameters())
 
 
 def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:

@@ -117,8 +117,8 @@ def export(
 
     Notes
     -----
-    ONNX needs ``pip install 'nni_topo[export]'``. onnxruntime has fast kernels for convolutions whose channels are
-    multiples of 8: prune with ``round_to=8``; a warning says where a pruned network has others.
+    ONNX needs ``pip install 'nni_topo[export]'``. onnxruntime can be slow where the channels of a convolution
+    aren't a multiple of 8: prune with ``round_to=8``; a warning says where a pruned network has others.
 
     INT8 is onnxruntime's static quantisation: signed weights with a scale per channel, unsigned activations. Weights
     use 7 of the 8 bits, because processors without VNNI add two products in 16 bits: products of 8-bit numbers overflow
@@ -183,19 +183,21 @@ def export(
                 learned, held_out = images.split()
                 _quantize(part, session, list(calls(net, learned)))
                 distance = _distance(net, _session(part), calls(net, held_out or learned))
-            elif report_of(model) is not None:
-                _warn_of_slow_convolutions(net)
+            elif (report := report_of(model)) is not None:
+                _warn_of_slow_convolutions(net, report.pruned_layers)
     return Exported(path, path.stat().st_size, error, distance)
 
 
-def _warn_of_slow_convolutions(net: nn.Module) -> None:
-    """Warn of the convolutions of a pruned network for which onnxruntime has no fast kernels."""
-    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+def _warn_of_slow_convolutions(net: nn.Module, pruned: tuple[str, ...]) -> None:
+    """Warn of the pruned convolutions for which onnxruntime has no fast kernels."""
+    modules = dict(net.named_modules())
+    found = [modules.get(name) for name in pruned]
+    convolutions = [module for module in found if isinstance(module, nn.Conv2d)]
     slow = [module for module in convolutions if module.out_channels % _FAST]
     if slow:
         _logger.warning(
-            "onnxruntime is slow where the channels of a convolution aren't a multiple of %d, as in %d of %d here; "
-            "prune with round_to=%d (see docs/runtimes.md)",
+            "onnxruntime can be slow where the channels of a convolution aren't a multiple of %d, as in %d of the %d "
+            "that were pruned; round_to=%d avoids that (see docs/runtimes.md)",
             _FAST,
             len(slow),
             len(convolutions),

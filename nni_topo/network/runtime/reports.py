@@ -16,6 +16,16 @@ class ModelReport(ABC):
     def to_markdown(self) -> str:
         """Return the report as Markdown, for the model's card."""
 
+    @property
+    @abstractmethod
+    def pruned_layers(self) -> tuple[str, ...]:
+        """Names of the layers that lost channels."""
+
+    @property
+    @abstractmethod
+    def parameters_left(self) -> int | None:
+        """Parameters of the model that the report is of; None if they weren't counted."""
+
 
 # Also of models that have an attribute `report` of their own.
 _LATEST: WeakKeyDictionary[nn.Module, ModelReport] = WeakKeyDictionary()

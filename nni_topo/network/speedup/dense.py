@@ -428,6 +428,16 @@ class DenseReport(ModelReport):
     params: int | None = None
 
     @property
+    def pruned_layers(self) -> tuple[str, ...]:
+        """Names of the layers that lost channels."""
+        return tuple(row.name for row in self.rows if row.after < row.before)
+
+    @property
+    def parameters_left(self) -> int | None:
+        """Parameters of the dense model; None if they weren't counted."""
+        return self.params
+
+    @property
     def kept(self) -> tuple[LayerChannels, ...]:
         """The layers that keep channels although they are masked."""
         return tuple(row for row in self.rows if row.kept)
@@ -470,12 +480,21 @@ class DenseReport(ModelReport):
         parts = ["## Widths"]
         if pruned:
             parts.append(_widths_table(pruned))
-            parts.append(f"Channels of each layer. {others} other layers keep all their channels.")
+            parts.append("Channels of each layer." + _told_of_others(others))
         else:
             parts.append("No layer lost channels.")
         if self.notes:
             parts.append("\n".join(f"- {as_sentence(note)}" for note in self.notes))
         return parts
+
+
+def _told_of_others(count: int) -> str:
+    """Return a sentence on the layers that a table leaves out; empty if there are none."""
+    if count == 0:
+        return ""
+    if count == 1:
+        return " One other layer keeps all its channels."
+    return f" {count} other layers keep all their channels."
 
 
 _MOST_ROWS = 24  # of a table of widths, before all blocks share a row
