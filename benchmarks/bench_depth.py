@@ -69,7 +69,7 @@ def main() -> None:
                 keys += [(name, seed, share, way, steps) for share in options.shares for way in WAYS]
             if all(key in done for key in keys):
                 continue
-            net = _trained(name, seed, data, options.out)
+            net = trained_net(name, seed, data, options.out)
             images = Calibration(list(data.train[:CALIBRATED][0].split(BATCH)))
             unused = [torch.cat([data.validation[:][part], data.test[:][part]])[:TESTED] for part in (0, 1)]
             tested = TensorDataset(*unused)
@@ -80,7 +80,8 @@ def main() -> None:
     print(table(read_records(path)))
 
 
-def _trained(name: str, seed: int, data: zoo.DataBundle, out: Path) -> nn.Module:
+def trained_net(name: str, seed: int, data: zoo.DataBundle, out: Path) -> nn.Module:
+    """Return a network of the zoo, trained by its recipe, or read from the folder if it was trained before."""
     sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels, "image_size": data.image_size}
     net, path = zoo.create_model(name, **sizes, seed=seed), out / f"{name}-{seed}.pt"
     if path.exists():

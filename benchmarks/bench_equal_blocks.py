@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_depth import trained_net
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -61,24 +62,12 @@ def main() -> None:
         keys = [(seed, share, way) for share in options.shares for way in WAYS]
         if all(key in done for key in keys):
             continue
-        net = _trained(seed, data, options.out)
+        net = trained_net(NET, seed, data, options.out)
         for key in keys:
             if key not in done:
                 append_record(path, {"key": key, **_made(net, images, tested, *key)})
                 print(key, flush=True)
     print(table(read_records(path)))
-
-
-def _trained(seed: int, data: zoo.DataBundle, out: Path) -> nn.Module:
-    sizes = {"num_classes": data.num_classes, "in_channels": data.in_channels, "image_size": data.image_size}
-    net, path = zoo.create_model(NET, **sizes, seed=seed), out / f"{NET}-{seed}.pt"
-    if path.exists():
-        zoo.load_checkpoint(path, net)
-    else:
-        recipe = zoo.default_recipe(NET, data.name)
-        zoo.train(net, data, recipe, seed=seed, device=torch.device("cpu"), progress=False)
-        zoo.save_checkpoint(path, net, {})
-    return net.eval()
 
 
 def _made(

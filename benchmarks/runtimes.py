@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import nni_topo
+from nni_topo.network.io.exporting import quietly
 
 Run = Callable[[], NDArray[np.float32]]
 
@@ -31,19 +29,6 @@ class Runtime:
     package: str
     write: Callable[[nn.Module, Tensor, Path], None]
     load: Callable[[Path, Tensor], Run]
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Hide what converters say about themselves."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def write_pytorch(net: nn.Module, images: Tensor, folder: Path) -> None:

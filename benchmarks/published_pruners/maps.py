@@ -80,8 +80,8 @@ class MapCollector(DataCollector):
     """Collects one score per block, from what its channels put out.
 
     A layer's maps are taken after the batch norms and the activation that follow it directly; those of a layer within
-    attention as it puts them out. A block of several
-    channels, such as those of an attention head, gets the mean of their scores.
+    attention as it puts them out. A block of several channels, such as those of an attention head, gets the mean of
+    their scores.
 
     Parameters
     ----------

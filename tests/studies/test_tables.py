@@ -326,6 +326,7 @@ def test_in_short_a_table_names_the_best_method_on_validation_images_after_the_l
         "fpgm": {seed: record(seed, "fpgm", 0.80, 0.01) for seed in range(3)},  # better on test images alone
         "scratch": {seed: record(seed, "scratch", 0.95, 0.0) for seed in range(3)},  # not pruned
     }
+    assert in_short(rows)[0][1] == "best method on validation images"
     assert in_short(rows)[1] == [["weight reconstruction", "l1", "5.0 ± 0.0", "4.0", "3.0"]]
     for run in rows["fpgm"].values():
         run |= {"accuracy_retrained": 0.88, "validation_retrained": 0.9}

@@ -167,7 +167,7 @@ def export(
     with whole_file(path) as part:
         distance = math.nan
         if format == "torch.export":
-            with _quietly(), _export_errors("that torch.export can save (ONNX may)", net):
+            with quietly(), _export_errors("that torch.export can save (ONNX may)", net):
                 # Streams, because torch.export refuses a path that doesn't end in .pt2.
                 with part.open("wb") as written:
                     torch.export.save(program, written)
@@ -175,7 +175,7 @@ def export(
                     loaded = torch.export.load(read).module()
             error = _check(net, call, lambda one: tensors_of(loaded(*one[0], **one[1])))
         else:
-            with _quietly(), _export_errors("that PyTorch can write as ONNX", net):
+            with quietly(), _export_errors("that PyTorch can write as ONNX", net):
                 torch.onnx.export(program, f=str(part), dynamo=True, external_data=False, verbose=False)
             session = _session(part)
             error = _check(net, call, lambda one: _run(session, one))
@@ -216,7 +216,7 @@ def _import(name: str) -> Any:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Hide warnings and log messages of the exporters, which aren't about the user's network."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -334,7 +334,7 @@ def _quantize(path: Path, session: Any, batches: list[Call]) -> None:
             return None if call is None else _feed(session, call)
 
     kinds = quantization.QuantType
-    with tempfile.TemporaryDirectory() as folder, _quietly():
+    with tempfile.TemporaryDirectory() as folder, quietly():
         source = Path(folder) / "prepared.onnx"
         preparation.quant_pre_process(str(path), str(source))
         quantization.quantize_static(
