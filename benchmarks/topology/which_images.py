@@ -56,16 +56,18 @@ def main() -> None:
 
 
 def measure(images: Path, out: Path, path: Path) -> None:
-    """Measure every method on the networks that aren't there yet."""
-    for seed in (*EXPLORATION, *CONFIRMATION):
-        for kind in NETWORKS:
-            run(kind, seed, images, out, path)
+    """Measure every method on the networks that aren't there yet; first the number of images that decides."""
+    others = [count for count in COUNTS if count != PRIMARY]
+    for counts in ([PRIMARY], others):
+        for seed in (*EXPLORATION, *CONFIRMATION):
+            for kind in NETWORKS:
+                run(kind, seed, counts, images, out, path)
 
 
-def run(kind: str, seed: int, images: Path, out: Path, path: Path) -> None:
+def run(kind: str, seed: int, counts: list[int], images: Path, out: Path, path: Path) -> None:
     """Measure every method on the network of a kind and a seed, and keep what isn't there yet."""
     known = {tuple(record["key"]) for record in read_records(path)}
-    missing = [(count, method) for count in COUNTS for method in METHODS if (kind, seed, count, method) not in known]
+    missing = [(count, method) for count in counts for method in METHODS if (kind, seed, count, method) not in known]
     if not missing:
         return
     model, recipe = NETWORKS[kind]
