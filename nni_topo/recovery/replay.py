@@ -65,8 +65,8 @@ class Replay:
         self._runners = Interpreter(unpruned), Interpreter(pruned)
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
         self._last_use = {node: max((self.order[user] for user in node.users), default=-1) for node in self.nodes}
-        self.touched_nodes = touched_nodes(unpruned, pruned)
         self._calibration = calibration
+        self.touched_nodes = touched_nodes(unpruned, pruned, self._entering_differently())
         # Values that are kept would be changed by an operation in place, by each pass anew.
         self._cache_bytes = 0 if _works_in_place(unpruned) else cache_bytes
         self._reached: dict[int, _Reached] = {}  # by batch
@@ -117,8 +117,20 @@ class Replay:
                 yield replace(known[index], unpruned=dict(known[index].unpruned), pruned=dict(known[index].pruned))
             else:
                 values = self._given(call)
-                yield _Reached(0, 0, dict(values), dict(values))
+                yield _Reached(0, 0, self._given(self._unpruned_call(call)), dict(values))
         self._batches = batches
+
+    def _unpruned_call(self, call: Call) -> Call:
+        """Return a call of the unpruned network, which may get other inputs than the pruned one."""
+        args, kwargs = call
+        return args, kwargs | {name: kwargs[other] for name, other in self._calibration.instead.items()}
+
+    def _entering_differently(self) -> list[Node]:
+        """Return the placeholders at which the networks get different inputs."""
+        instead = self._calibration.instead
+        if instead and is_in_parts(self._runners[0].graph):  # what enters a part may depend on any input
+            return self._placeholders
+        return [node for node in self._placeholders if str(node.target) in instead]
 
     def _given(self, call: Call) -> Values:
         """Return what enters both graphs; of a network in parts, what the model's code passes to the parts."""
@@ -177,12 +189,15 @@ def without_side_effects(graph_module: GraphModule) -> GraphModule:
     return copied
 
 
-def touched_nodes(unpruned: GraphModule, pruned: GraphModule) -> set[Node]:
-    """Return the nodes of the unpruned graph that depend on parameters in which the graph modules differ."""
+def touched_nodes(unpruned: GraphModule, pruned: GraphModule, entering: Collection[Node] = ()) -> set[Node]:
+    """Return the nodes of the unpruned graph whose values differ in the pruned one, for other parameters or inputs.
+
+    ``entering``: the placeholders with other inputs.
+    """
     mine, theirs = unpruned.state_dict(), pruned.state_dict()
     # A norm that was narrowed has its tensors under other names, so that it counts as changed.
     changed = {name for name, value in mine.items() if name not in theirs or not torch.equal(value, theirs[name])}
-    touched: set[Node] = set()
+    touched: set[Node] = set(entering)
     for node in unpruned.graph.nodes:
         target = str(node.target)
         own = node.op in ("call_module", "get_attr") and any(

@@ -112,6 +112,9 @@ class Calibration(Sequence[Any]):
         self._source: Iterable[Any] | None = batches
         self._kept: Sequence[Any] = ()
         self._sizes: tuple[int, ...] = ()
+        # By argument of the model, the one that the unpruned network gets in its place: so has a block after pruned
+        # ones other inputs than the same block of the unpruned network.
+        self.instead: Mapping[str, str] = {}
 
     @classmethod
     def of(cls, batches: Iterable[Any], name: str = "calibration") -> Calibration:
@@ -242,16 +245,19 @@ class Calibration(Sequence[Any]):
         place = samples.argsort().argsort()
         size = max(self.sizes)
         groups = None if subset._groups is None else subset._groups[place]
-        return Calibration(
+        chosen = Calibration(
             [(taken(batches, part),) for part in place.split(size)],
             memory_bytes=self._memory_bytes,
             name=self.name,
             groups=groups,
         )
+        chosen.instead = self.instead
+        return chosen
 
     def _subset(self, rows: _Rows) -> Calibration:
         """Return some of the samples as calibration data, without copying them."""
         subset = Calibration((), name=self.name)
+        subset.instead = self.instead
         if self._groups is not None:
             starts = [sum(self._sizes[:index]) for index in range(len(self._sizes))]
             chosen_groups = []

@@ -1,0 +1,195 @@
+"""A block as a network of its own: its inputs are the states that enter it, and what it gets beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.runtime import Call, batch_size, bind_arguments, real_positions, taken
+from nni_topo.runs.streaming.skeleton import Skeleton, states_of
+
+STATES, UNPRUNED, PADDING_MASK = "hidden_states", "unpruned_states", "attention_mask"
+"""Inputs of a block's network: states after the pruned blocks, and after the unpruned ones; which places count."""
+_EXTRA = "extra{}"
+
+
+class BlockNet(nn.Module):
+    """A block that gets what changes from batch to batch as inputs, and holds what doesn't.
+
+    Parameters
+    ----------
+    block : torch.nn.Module
+        The block.
+    config : object
+        The model's config, in which the pruned widths are noted.
+    frame : Frame
+        What the block gets beside the states.
+    reads_unpruned : bool, default=False
+        Whether the states are those after unpruned blocks.
+    """
+
+    def __init__(self, block: nn.Module, config: Any, frame: Frame, *, reads_unpruned: bool = False) -> None:
+        super().__init__()
+        self.block = block
+        self.config = config
+        self.frame = frame
+        self.reads_unpruned = reads_unpruned
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        unpruned_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **extras: Any,
+    ) -> Tensor:
+        """Return the states that leave the block, (samples, places, width)."""
+        states = unpruned_states if self.reads_unpruned else hidden_states
+        args, kwargs = self.frame.arguments(states, extras)
+        return states_of(self.block(*args, **kwargs))
+
+
+class Frame:
+    """How a block is called: which arguments are the same for all batches, and which come with each batch."""
+
+    def __init__(self, spec: TreeSpec, constants: dict[int, Any], extras: list[int]) -> None:
+        self._spec, self._constants, self._extras = spec, constants, extras
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frame:
+        return self  # it never changes
+
+    def arguments(self, states: Any, extras: dict[str, Any]) -> Call:
+        """Return positional and keyword arguments of the block."""
+        leaves: list[Any] = [None] * self._spec.num_leaves
+        for place, value in self._constants.items():
+            leaves[place] = value
+        for number, place in enumerate(self._extras):
+            leaves[place] = extras[_EXTRA.format(number)]
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        named = {name: states if value is _STATES else value for name, value in kwargs.items()}
+        return tuple(states if value is _STATES else value for value in args), named
+
+
+class _States:
+    """Stands in the place of the states."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _States:
+        return self
+
+
+_STATES = _States()
+
+
+@dataclass(frozen=True)
+class Entered:
+    """What enters a block in all batches, apart from the states."""
+
+    frame: Frame
+    batches: list[dict[str, Any]]  # inputs of `BlockNet` without the states
+
+
+def entering(skeleton: Skeleton, calls: Sequence[Call], index: int) -> Entered:
+    """Return what the model gives a block beside the states.
+
+    What has an entry for each sample comes with each batch; anything else must be the same for all batches.
+    """
+    found = _leaves(skeleton, calls, index)
+    if found is None:
+        # The kernels of PyTorch need no mask for a batch without padding. Written out, attention always has one.
+        skeleton.write_attention_out()
+        found = _leaves(skeleton, calls, index)
+    place_of_block = skeleton.name_of(index)
+    if found is None:
+        raise ConfigError(f"a block must get the same arguments in all batches, got others ({place_of_block})")
+    spec, rows, by_sample, places = found
+    constants: dict[int, Any] = {}
+    extras: list[int] = []
+    for place, value in enumerate(rows[0]):
+        column = [row[place] for row in rows]
+        if place in by_sample:
+            extras.append(place)
+        elif all(_is_same(value, other) for other in column):
+            constants[place] = value
+        elif all(isinstance(other, Tensor) and other.dim() > 0 and len(other) == 1 for other in column):
+            # It is broadcast over the samples.
+            for row, call in zip(rows, calls, strict=True):
+                row[place] = row[place].expand(batch_size(call), *row[place].shape[1:])
+            extras.append(place)
+        else:
+            raise ConfigError(
+                "what a block gets beside the states must be the same for all batches or have an entry for each "
+                f"sample, got something else ({place_of_block})"
+            )
+    batches: list[dict[str, Any]] = []
+    for row, call in zip(rows, calls, strict=True):
+        batch: dict[str, Any] = {_EXTRA.format(number): row[place] for number, place in enumerate(extras)}
+        mask = real_positions(bind_arguments(skeleton.model, call))
+        if mask is not None and mask.shape[1] == places:
+            batch[PADDING_MASK] = mask.long()
+        batches.append(batch)
+    return Entered(Frame(spec, constants, extras), batches)
+
+
+def _leaves(
+    skeleton: Skeleton, calls: Sequence[Call], index: int
+) -> tuple[TreeSpec, list[list[Any]], set[int], int] | None:
+    """Return a block's arguments, flattened, batch by batch, which of them have samples, and the number of places.
+
+    None if an argument is a tensor in some batches and None in others.
+    """
+    spec: TreeSpec | None = None
+    rows: list[list[Any]] = []
+    length: torch.Size | None = None
+    for number, call in enumerate(calls):
+        leaves, own, shape = _flat(skeleton, call, index)
+        if length is not None and shape != length:
+            raise DataError(
+                f"samples of all batches must have one length, got {shape[0]} and {length[0]} places: pad or cut them "
+                f"(batch {number})"
+            )
+        length = shape
+        if spec is not None and (own != spec or any(_differ(*pair) for pair in zip(leaves, rows[0], strict=True))):
+            return None
+        spec = own
+        rows.append(leaves)
+    assert spec is not None  # calibration data have a batch
+    assert length is not None
+    by_sample: set[int] = set()
+    largest = max(range(len(calls)), key=lambda number: batch_size(calls[number]))
+    size = batch_size(calls[largest])
+    if size > 1:
+        # What becomes shorter with fewer samples has an entry for each.
+        fewer, _, _ = _flat(skeleton, taken(calls[largest], torch.arange(size - 1)), index)
+        for place, (value, other) in enumerate(zip(rows[largest], fewer, strict=True)):
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == size:
+                is_shorter = isinstance(other, Tensor) and len(other) == size - 1
+                if is_shorter or not isinstance(other, Tensor):
+                    by_sample.add(place)
+    return spec, rows, by_sample, length[0]
+
+
+def _flat(skeleton: Skeleton, call: Call, index: int) -> tuple[list[Any], TreeSpec, torch.Size]:
+    """Return a block's arguments in a call, flattened, and the shape of the states without the samples."""
+    args, kwargs = skeleton.entering(call, index)
+    states = args[0] if args else kwargs[STATES]
+    given = ((_STATES, *args[1:]), kwargs) if args else (args, {**kwargs, STATES: _STATES})
+    leaves, spec = tree_flatten(given)
+    return leaves, spec, states.shape[1:]
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Say whether one of two arguments is a tensor and the other isn't."""
+    return isinstance(one, Tensor) != isinstance(other, Tensor)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if _differ(one, other):
+        return False
+    return one is other or bool(one == other)

@@ -1,0 +1,154 @@
+"""What is reported of a model that was pruned block by block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from nni_topo.network.runtime import ModelReport, as_code, as_sentence, markdown_table
+from nni_topo.network.speedup import sizes_in_markdown
+from nni_topo.pruners.budget import BudgetOutcome
+from nni_topo.recovery.likeness import Likeness
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """What was done to one block.
+
+    Attributes
+    ----------
+    block : str
+        Name of the block.
+    params_before, params : int
+        Number of its parameters.
+    distance : float
+        Mean squared distance of the states after the pruned blocks up to this one from those after the unpruned
+        blocks, over the variance of these, on held-out samples.
+    calibration_distance : float
+        The same on the calibration data.
+    is_distilled : bool
+        Whether the weights that distillation found were kept.
+    seconds : float
+        Wall time of the block.
+    """
+
+    block: str
+    params_before: int
+    params: int
+    distance: float
+    calibration_distance: float
+    is_distilled: bool
+    seconds: float
+
+
+@dataclass(frozen=True, repr=False)
+class StreamingReport(ModelReport):
+    """How a model was pruned block by block; its ``repr`` is a table with notes.
+
+    Attributes
+    ----------
+    blocks : tuple of BlockRow
+        The blocks in their order.
+    params_before, params : int
+        Parameters of the unpruned and of the pruned model.
+    widths : dict of str to tuple of int
+        By layer of a block, the output channels before and after; all blocks have the same.
+    budget : BudgetOutcome
+        Whether the budget was met, and why not.
+    distance : Estimate
+        Mean squared distance of the model's outputs from the unpruned model's, over the variance of these, with its
+        95 % interval, on held-out samples.
+    agreement : Estimate
+        Share of the largest outputs that are the same there; NaN where outputs aren't scores of classes or tokens.
+    samples : int
+        Number of calibration samples.
+    held_out : int
+        Number of held-out samples, on which no weight was solved.
+    pruner : str
+        Name of the pruner.
+    recovery : str
+        Name of the recovery method; empty where no weights were reconstructed.
+    warnings : tuple of str
+        What makes the figures doubtful.
+    """
+
+    blocks: tuple[BlockRow, ...]
+    params_before: int
+    params: int
+    widths: dict[str, tuple[int, int]]
+    budget: BudgetOutcome
+    likeness: Likeness
+    samples: int
+    held_out: int
+    pruner: str
+    recovery: str
+    warnings: tuple[str, ...] = ()
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the blocks as a table, one row each."""
+        import pandas
+
+        return pandas.DataFrame([asdict(row) for row in self.blocks])
+
+    @property
+    def pruned_layers(self) -> tuple[str, ...]:
+        """Names of the layers that lost channels, in all blocks."""
+        names = [name for name, (before, after) in self.widths.items() if after < before]
+        return tuple(f"{row.block}.{name}" for row in self.blocks for name in names)
+
+    @property
+    def parameters_left(self) -> int:
+        """Parameters of the pruned model."""
+        return self.params
+
+    def _outputs(self) -> str:
+        """Say how much the model's outputs change."""
+        distance, agreement = self.likeness.distance, self.likeness.agreement
+        told = f"distance of the outputs {distance.value:.4g} ({distance.low:.3g}-{distance.high:.3g})"
+        if not math.isnan(agreement.value):
+            told += f", agreement {agreement.value:.4g} ({agreement.low:.3g}-{agreement.high:.3g})"
+        kind = "held-out" if self.held_out else "calibration"
+        return f"{told}, on {self.held_out or self.samples} {kind} samples, with 95 % intervals"
+
+    def __repr__(self) -> str:
+        lines = [self.to_frame().to_string(index=False, float_format=lambda value: f"{value:.4g}")]
+        lines.append(self._outputs())
+        lines.append(f"parameters: {self.params_before:,} before, {self.params:,} after")
+        lines.append(str(self.budget))
+        lines += [f"warning: {each}" for each in self.warnings]
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown, for the model's card."""
+        steps = [
+            f"pruner: {as_code(self.pruner)}, block by block, the same widths in all blocks",
+            f"weight reconstruction: {as_code(self.recovery) if self.recovery else 'none'}",
+            f"blocks that were distilled: {sum(row.is_distilled for row in self.blocks)} of {len(self.blocks)}",
+            f"calibration data: {self.samples} samples, without labels",
+        ]
+        rows = [[as_code(name), str(before), str(after)] for name, (before, after) in self.widths.items()]
+        parts = [
+            "## Size",
+            sizes_in_markdown({"parameters": (self.params_before, self.params)}),
+            as_sentence(str(self.budget)),
+            "## How it was pruned",
+            "\n".join(f"- {each}" for each in steps),
+            "## How much changes",
+            as_sentence(self._outputs()),
+            "Distance: mean squared distance of the outputs from the unpruned model's, over their variance. Agreement: "
+            "share of the largest outputs that are the same.",
+            "## Widths of each block",
+            markdown_table(["layer", "before", "after"], rows),
+        ]
+        if self.warnings:
+            parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
+        return "\n\n".join(parts)
+
+
+def as_row(content: dict[str, Any]) -> BlockRow:
+    """Return a row from what a journal holds of it."""
+    return BlockRow(**content)

@@ -1,0 +1,658 @@
+"""A folder of Transformers pruned block by block: one block, and the states between blocks, are in memory at a time."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.disk import check_free_disk, disk_errors, only_process, path_of, read_json, write_json, write_text
+from nni_topo.errors import (
+    ANYTHING,
+    FLAG,
+    NONE,
+    SEED,
+    ConfigError,
+    DataError,
+    as_settings,
+    check_memory,
+    checked,
+    instance,
+)
+from nni_topo.network.attention import find_attention
+from nni_topo.network.cost import NetworkCost
+from nni_topo.network.io.card import CARD, may_write_card, model_card
+from nni_topo.network.runtime import (
+    HELD_OUT,
+    ROUND_TO,
+    Calibration,
+    Call,
+    bar,
+    bind_arguments,
+    calls,
+    evaluation_mode,
+    real_positions_of,
+    tells_once,
+)
+from nni_topo.network.speedup import DenseReport
+from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
+from nni_topo.recovery import RecoveryMethod, distillation
+from nni_topo.recovery.likeness import Answers, Likeness
+from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size
+from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering
+from nni_topo.runs.streaming.journal import FOLDER, Journal
+from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_row
+from nni_topo.runs.streaming.shards import CONFIG, INDEX, SINGLE, Shards, write_index
+from nni_topo.runs.streaming.skeleton import Skeleton, output_length, states_of
+
+_COSTS = ("flops", "params")
+_COPIES = 9  # of a block in single precision, at most, while it is pruned and learns
+_CACHE = 2**28  # bytes for intermediate values of a block
+_WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
+_logger = logging.getLogger(__name__)
+
+
+@checked(
+    budget=ANYTHING,
+    pruner=instance(str),
+    knobs=instance(Mapping) | NONE,
+    compensate=instance(str, RecoveryMethod) | NONE,
+    distill=instance(bool, Mapping),
+    round_to=ROUND_TO,
+    card=FLAG,
+    seed=SEED,
+)
+@tells_once
+def shrink_pretrained(
+    source: str | PathLike[str],
+    batches: Iterable[Any],
+    folder: str | PathLike[str],
+    budget: Budget | Mapping[str, Any],
+    *,
+    pruner: str = "reconstruction",
+    knobs: Mapping[str, Any] | None = None,
+    compensate: str | RecoveryMethod | None = "reconstruct",
+    distill: Mapping[str, Any] | bool = True,
+    round_to: int | None = None,
+    card: bool = True,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> StreamingReport:
+    """Prune a model of Transformers that needn't fit into memory, block by block, from a folder into another one.
+
+    Parameters
+    ----------
+    source : str or path-like
+        A folder as ``save_pretrained`` of Transformers writes it: ``config.json`` and safetensors files. It isn't
+        changed.
+    batches : iterable
+        Batches of the model's inputs, without labels, as for :func:`nni_topo.shrink`: for a language model dicts of
+        ``input_ids`` and ``attention_mask``. All samples have one length; padding doesn't count where the
+        ``attention_mask`` says so. Every eighth sample is held out.
+    folder : str or path-like
+        The folder for the pruned model, new or empty. ``from_pretrained`` of Transformers loads it without this
+        package. If the run is stopped, the same call goes on after the last finished block.
+    budget : Budget or mapping
+        The share of the whole model's ``flops`` or ``params`` to keep, e.g. ``{"params": 0.5}``. Embeddings and head
+        stay as they are, so the blocks lose more. All blocks keep the same widths.
+    pruner : str, default="reconstruction"
+        Name of a structured pruner that accepts a budget.
+    knobs : mapping, optional
+        The pruner's own arguments.
+    compensate : str, RecoveryMethod or None, default="reconstruct"
+        Method of :func:`nni_topo.compensate`; None: the weights are not reconstructed.
+    distill : mapping or bool, default=True
+        Whether each pruned block learns, after reconstruction, what the unpruned block puts out; or knobs of
+        :func:`nni_topo.distill`, e.g. ``{"steps": 200}``. The learned weights are kept only if the loss on the held-out
+        samples falls.
+    round_to : int, optional
+        Pruned layers keep a multiple of this number of channels.
+    card : bool, default=True
+        Whether to write a model card, ``README.md``, as :func:`nni_topo.save_pretrained` does.
+    seed : int, default=0
+        Seed of all steps.
+    progress : bool or None, default=None
+        Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
+        five seconds.
+
+    Returns
+    -------
+    StreamingReport
+        What was done to each block, and how much the outputs of the whole model change, on the held-out samples.
+
+    Raises
+    ------
+    ConfigError
+        If the folders or a knob can't be used, the budget is smaller than what the embeddings and the head take, the
+        model isn't one of Transformers with one list of blocks, or its config can't describe the pruned widths.
+    DataError
+        If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
+        differ in length, or the disk or the memory isn't enough. Blocks that are finished stay on the disk.
+
+    See Also
+    --------
+    nni_topo.shrink : A model in memory, with all its choices.
+    nni_topo.save_pretrained : Writes a model that was pruned in memory.
+
+    Notes
+    -----
+    Blocks are the entries of the largest ``nn.ModuleList``. Each is loaded by itself, in single precision at least. It
+    gets the states that the pruned blocks before it put out, and is to reproduce what the unpruned block makes of the
+    states of the unpruned model, so that it makes up for errors of the blocks before it. The weights are written in the
+    precision of ``source``.
+
+    Memory: the embeddings and the head, about nine times one block in single precision while it is pruned and
+    distilled (five without distillation), 32 bytes for each pair of input channels of its widest layer, and the states
+    of all samples, three times. States lie in files of ``folder``, in the precision of the model.
+
+    Other files of ``source``, such as those of the tokenizer, are copied.
+    """
+    began = time.perf_counter()
+    place, target = path_of(source, "source"), path_of(folder, "folder")
+    settings = as_settings(Budget, budget, "budget")
+    _check_budget(settings, pruner)
+    check_choices(settings, pruner, knobs, None, compensate, distill, None, None, "shrink_pretrained")
+    if target.expanduser().resolve() == place.expanduser().resolve():
+        raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
+    shards = Shards(place)
+    check_free_disk(target, shards.nbytes)
+    skeleton = Skeleton(shards)
+    calibration = Calibration.of(batches, "batches")
+    given = list(calls(skeleton.model, calibration))
+    identity = {
+        "source": [str(place.expanduser().resolve()), shards.identity()],
+        "budget": [settings.kind, settings.share],
+        "batches": _digest(given),
+        "pruner": [pruner, _as_text(knobs or {})],
+        "compensate": repr(compensate),
+        "distill": _as_text(distill) if isinstance(distill, Mapping) else distill,
+        "round_to": round_to,
+        "seed": seed,
+    }
+    with only_process(target, wait=False):
+        journal = Journal(target, identity)
+        run = _Run(
+            skeleton,
+            calibration,
+            given,
+            journal,
+            settings,
+            pruner=pruner,
+            knobs=dict(knobs or {}),
+            compensate=compensate,
+            distill=distill,
+            round_to=round_to,
+            seed=seed,
+        )
+        if journal.done == 0:
+            run.begin()
+        for index in bar("shrink_pretrained", progress, range(journal.done, len(skeleton)), done=journal.done):
+            run.prune(index)
+        report = run.report()
+        run.finish(report, place, card=card)
+    (target / ".lock").unlink(missing_ok=True)
+    _logger.info("%d blocks were pruned in %.0f s", len(skeleton), time.perf_counter() - began)
+    return report
+
+
+def _check_budget(budget: Budget, pruner: str) -> None:
+    """Raise ConfigError for a budget that can't be counted block by block."""
+    if budget.kind not in _COSTS:
+        raise ConfigError(
+            f"a model that is pruned block by block needs a budget of {' or '.join(_COSTS)}, got {budget.kind} (budget)"
+        )
+    if budget.allocation != "uniform":
+        raise ConfigError(
+            f"all blocks keep the same widths, by the allocation 'uniform', got {budget.allocation!r} (budget)"
+        )
+    check_has_size(pruner, "shrink_pretrained needs")
+
+
+def _digest(given: Sequence[Call]) -> str:
+    """Return a digest of all inputs."""
+    digest = hashlib.sha256()
+    for args, kwargs in given:
+        for value in (*args, *(kwargs[name] for name in sorted(kwargs))):
+            if isinstance(value, Tensor):
+                plain = value.detach().cpu().contiguous()
+                digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+                digest.update(plain.flatten().view(torch.uint8).numpy().data)
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def _as_text(knobs: Mapping[str, Any]) -> dict[str, str]:
+    return {name: repr(value) for name, value in sorted(knobs.items())}
+
+
+@dataclass
+class _BlockWork:
+    """One block while it is pruned."""
+
+    name: str
+    unpruned: BlockNet  # reads the states after unpruned blocks
+    entered: BlockNet  # the same block, which reads those after pruned blocks
+    batches: list[dict[str, Any]]
+    calibration: Calibration
+
+
+class _Run:
+    """The steps of a run, whose state is in a journal."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        calibration: Calibration,
+        given: list[Call],
+        journal: Journal,
+        budget: Budget,
+        *,
+        pruner: str,
+        knobs: dict[str, Any],
+        compensate: str | RecoveryMethod | None,
+        distill: Mapping[str, Any] | bool,
+        round_to: int | None,
+        seed: int,
+    ) -> None:
+        self._skeleton, self._calls, self._journal = skeleton, given, journal
+        self._samples = calibration
+        self._budget = budget
+        self._pruner, self._knobs = pruner, knobs
+        self._compensate, self._distill = compensate, distill
+        self._round_to, self._seed = round_to, seed
+        self._is_held_out = calibration.split()[1] is not None
+        self._config_path = journal.folder / CONFIG
+
+    def begin(self) -> None:
+        """Write the states that enter the first block, and everything outside of the blocks."""
+        skeleton, journal = self._skeleton, self._journal
+        self._check_memory()
+        journal.begin_states()
+        for number, call in enumerate(self._calls):
+            args, kwargs = skeleton.entering(call, 0)
+            states = args[0] if args else kwargs[STATES]
+            journal.add_states(number, {STATES: states, UNPRUNED: states.clone()})
+        journal.end_states(0)
+        inside = {key for index in range(len(skeleton)) for key in skeleton.keys_of(index).values()}
+        prefix = f"{skeleton.blocks_name}."
+        # Buffers of older versions of Transformers that lie in blocks aren't needed.
+        in_blocks = tuple(f"{start}{prefix}" for start in ("", f"{skeleton.prefix}."))
+        rest = [name for name in skeleton.shards.names if name not in inside and not name.startswith(in_blocks)]
+        journal.write_weights(self._file(0), skeleton.shards.read(rest))
+        journal.note(0)
+
+    def _file(self, number: int) -> str:
+        """Return the name of a file of weights: 0 is what lies outside of the blocks, then one for each block."""
+        return f"model-{number + 1:05d}-of-{len(self._skeleton) + 1:05d}.safetensors"
+
+    def _check_memory(self) -> None:
+        """Raise DataError unless a block can be pruned in the memory that is free."""
+        skeleton = self._skeleton
+        largest = max(_parameters(block) for block in skeleton.blocks)
+        widest = 0
+        for block in skeleton.blocks:
+            for module in block.modules():
+                weight = getattr(module, "weight", None)
+                if isinstance(weight, Tensor) and weight.dim() > 1:
+                    widest = max(widest, weight.shape[0], weight[0].numel())
+        args, kwargs = skeleton.entering(self._calls[0], 0)
+        states = args[0] if args else kwargs[STATES]
+        nbytes = 3 * 4 * states[0].numel() * self._samples.samples
+        needed = 4 * _COPIES * largest + 32 * widest**2 + nbytes + _CACHE
+        check_memory(needed, "a block with its statistics and states", "pass fewer or shorter samples", "batches")
+
+    def _work(self, index: int) -> _BlockWork:
+        """Load a block, and what enters it in all batches."""
+        skeleton = self._skeleton
+        entered = entering(skeleton, self._calls, index)
+        states = self._journal.states(len(self._calls))
+        batches = [{**own, **other} for own, other in zip(states, entered.batches, strict=True)]
+        block, config = skeleton.block(index), copy.deepcopy(skeleton.config)
+        unpruned = BlockNet(block, config, entered.frame, reads_unpruned=True).eval()
+        own = BlockNet(block, config, entered.frame).eval()
+        calibration = Calibration(batches, name="batches", groups=self._samples.groups)
+        if index:
+            calibration.instead = {STATES: UNPRUNED}
+        return _BlockWork(skeleton.name_of(index), unpruned, own, batches, calibration)
+
+    def prune(self, index: int) -> None:
+        """Prune one block, write its weights and the states after it."""
+        began = time.perf_counter()
+        work = self._work(index)
+        if not self._skeleton.output_length:
+            self._note_outputs(work)
+        self._check_finite(work)
+        images = ImageParts.of(work.calibration, work.entered)
+        budget = replace(self._budget, **{self._budget.kind: self._block_share(work, images.example)})
+        steps = ShrinkSteps.prepare(
+            work.entered,
+            images,
+            budget.kind,
+            pruner=self._pruner,
+            knobs=self._knobs,
+            layers=None,
+            compensate=self._compensate,
+            distill=self._distill,
+            narrow_heads=False,
+            outputs=None,
+            round_to=self._round_to,
+            seed=self._seed,
+            progress=False,
+        )
+        recovered = steps.reconstruct(steps.prune(replace(budget, equal_blocks=True)))
+        dense: Any = recovered.dense
+        is_distilled = False
+        if self._distill is not False:
+            knobs = dict(self._distill) if isinstance(self._distill, Mapping) else {}
+            offered = {"objective": "squares", "held_out": images.judges, "seed": self._seed, "progress": False}
+            done = distillation(dense, work.unpruned, images.learned, **offered | knobs)
+            dense, is_distilled = done.model, done.is_kept
+        self._write(index, dense, recovered.layers)
+        distances = self._advance(index, work, dense)
+        row = BlockRow(
+            block=work.name,
+            params_before=_parameters(work.entered),
+            params=_parameters(dense),
+            distance=distances[-1],
+            calibration_distance=distances[0],
+            is_distilled=is_distilled,
+            seconds=time.perf_counter() - began,
+        )
+        self._journal.note(index + 1, asdict(row))
+        del work, steps, recovered, dense, images
+        gc.collect()  # graphs of traced blocks refer to themselves
+
+    def _note_outputs(self, work: _BlockWork) -> None:
+        """Note whether blocks return a tensor or a tuple."""
+        found: list[Any] = []
+        handle = work.unpruned.block.register_forward_hook(lambda module, args, output: found.append(output))
+        (call, *_) = calls(work.unpruned, Calibration(work.batches[:1]))
+        with torch.no_grad():
+            work.unpruned(*call[0], **call[1])
+        handle.remove()
+        self._skeleton.output_length = output_length(found[0])
+
+    def _check_finite(self, work: _BlockWork) -> None:
+        """Raise DataError for a block whose outputs aren't finite, before it is pruned."""
+        with torch.no_grad():
+            for number, call in enumerate(calls(work.unpruned, work.calibration)):
+                output = work.unpruned(*call[0], **call[1])
+                if not bool(torch.isfinite(output).all()):
+                    raise DataError(
+                        f"what a block of the unpruned model puts out must be finite, got NaN or infinity ({work.name},"
+                        f" batch {number})"
+                    )
+
+    def _block_share(self, work: _BlockWork, example: Any) -> float:
+        """Return the share of each block's cost that is kept, so that the whole model keeps its share."""
+        total, rest = self._costs(work, example)
+        share = (self._budget.share * total - rest) / (total - rest)
+        if share <= 0.0:
+            raise ConfigError(
+                f"a budget must leave something for the blocks, got {self._budget.share:g} of the {self._budget.kind} "
+                f"where {rest / total:.3g} lie outside of the blocks (budget)"
+            )
+        return min(share, 1.0)
+
+    def _costs(self, work: _BlockWork, example: Any) -> tuple[float, float]:
+        """Return the cost of the whole model, and of what lies outside of the blocks."""
+        skeleton = self._skeleton
+        sizes = [_parameters(block) for block in skeleton.blocks]
+        if self._budget.kind == "params":
+            total = _parameters(skeleton.model)
+            return float(total), float(total - sum(sizes))
+        from torch.utils.flop_counter import FlopCounterMode
+
+        call = self._calls[0]
+        args, kwargs = skeleton.entering(call, 0)
+        states = args[0] if args else kwargs[STATES]
+        counter = FlopCounterMode(display=False)
+        with counter:
+            skeleton.outputs(call, states)
+        rest = counter.get_total_flops() / 2 / len(states)
+        block = float(NetworkCost(work.entered, example)({}).macs)
+        return rest + block * len(sizes), rest
+
+    def _write(self, index: int, dense: Any, layers: DenseReport) -> None:
+        """Write the weights of a pruned block, and with the first one the config that describes it."""
+        keys = self._skeleton.keys_of(index)
+        tensors = dense.block.state_dict()
+        if not self._config_path.exists() or index == 0:
+            config = self._described(dense)
+            widths = {row.name.removeprefix("block."): [row.before, row.after] for row in layers.rows}
+            content = config.to_dict() | {"architectures": [type(self._skeleton.model).__name__]}
+            config.architectures = content["architectures"]
+            with disk_errors(self._config_path):
+                config.save_pretrained(self._journal.folder)
+            write_json(self._journal.folder / FOLDER / "widths.json", widths)
+        shapes = {name: tuple(value.shape) for name, value in self._built().state_dict().items()}
+        for name, tensor in tensors.items():
+            expected = shapes.get(f"{self._skeleton.name_of(index)}.{name}")
+            if expected != tuple(tensor.shape):
+                raise ConfigError(
+                    f"all blocks must keep the same widths, as the config has one number for all, got "
+                    f"{tuple(tensor.shape)} where it makes {expected} ({self._skeleton.name_of(index)}.{name})"
+                )
+        types = {name: tensor.dtype for name, tensor in self._skeleton.blocks[index].state_dict().items()}
+        values = {keys[name]: tensor.to(types[name]) for name, tensor in tensors.items()}
+        self._journal.write_weights(self._file(index + 1), values)
+
+    def _built(self, config: Any = None) -> Any:
+        """Build the model without weights by the pruned config."""
+        from accelerate import init_empty_weights
+
+        kind = type(self._skeleton.model)
+        if config is None:
+            config = kind.config_class.from_pretrained(self._journal.folder)
+        with init_empty_weights():
+            return kind._from_config(copy.deepcopy(config))
+
+    def _described(self, dense: Any) -> Any:
+        """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
+        config = copy.deepcopy(dense.config)
+        heads = copy.deepcopy(config)
+        before = find_attention(self._skeleton.blocks[0])
+        removed = {each.heads - find_attention(dense.block)[name].heads for name, each in before.items()}
+        if len(removed) == 1:
+            count = removed.pop()
+            heads.pruned_heads = {index: list(range(count)) for index in range(len(self._skeleton))}
+        wanted = {name: tuple(value.shape) for name, value in dense.block.state_dict().items()}
+        first = f"{self._skeleton.blocks_name}.0."
+        different = ""
+        for candidate in (config, heads):
+            try:
+                validate = getattr(candidate, "validate", None)  # of Transformers 5
+                if callable(validate):
+                    validate()
+                built = self._built(candidate).state_dict()
+            except Exception as error:  # a constructor may refuse such numbers in its own words
+                different = different or " ".join(str(error).split())
+                continue
+            shapes = {name.removeprefix(first): tuple(value.shape) for name, value in built.items() if first in name}
+            wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape]
+            if not wrong:
+                return candidate
+            different = f"{wrong[0]} of {wanted[wrong[0]]} where the config makes {shapes.get(wrong[0])}"
+        raise ConfigError(
+            f"from_pretrained must be able to build the model by its config, got {different}; nni_topo.shrink and "
+            f"nni_topo.save take it in memory ({type(self._skeleton.model).__name__})"
+        )
+
+    def _advance(self, index: int, work: _BlockWork, dense: nn.Module) -> tuple[float, float]:
+        """Write the states after a block; return their distances on the calibration data and on the held-out samples."""
+        journal = self._journal
+        held_out = self._samples.held_out(HELD_OUT) if self._is_held_out else None
+        sums = [_Distance(), _Distance()]
+        first = 0
+        journal.begin_states()
+        for number, batch in enumerate(work.batches):
+            (call,) = calls(work.entered, Calibration([batch]))
+            with evaluation_mode(dense), torch.no_grad():
+                wanted = work.unpruned(*call[0], **call[1])
+                reached = states_of(dense(*call[0], **call[1]))
+            real = real_positions_of(work.entered, call)
+            own = torch.zeros(len(wanted), dtype=torch.bool)
+            if held_out is not None:
+                own = held_out[first : first + len(wanted)]
+            first += len(wanted)
+            for part, chosen in zip(sums, (~own, own), strict=True):
+                part.add(wanted[chosen], reached[chosen], None if real is None else real[chosen])
+            kind = batch[STATES].dtype
+            states = {STATES: reached.to(kind), UNPRUNED: wanted.to(kind)}
+            for name, value in states.items():
+                if not bool(torch.isfinite(value).all()):
+                    whose = "pruned" if name == STATES else "unpruned"
+                    raise DataError(
+                        f"states must be finite in the model's precision, {kind}, got NaN or infinity after the "
+                        f"{whose} block ({work.name}, batch {number})"
+                    )
+            journal.add_states(number, states)
+        journal.end_states(index + 1)
+        learned = sums[0].share
+        return learned, (sums[1].share if self._is_held_out else learned)
+
+    def report(self) -> StreamingReport:
+        """Measure how much the model's outputs change, and return the report."""
+        skeleton, journal = self._skeleton, self._journal
+        states = journal.states(len(self._calls))
+        batches = []
+        for own, call in zip(states, self._calls, strict=True):
+            named = {name: value for name, value in bind_arguments(skeleton.model, call).items() if value is not None}
+            batches.append({**named, **own})
+        data = Calibration(batches, name="batches", groups=self._samples.groups)
+        learned, held_out = data.split()
+        judged = learned if held_out is None else held_out
+        answers = Answers(_Tail(skeleton, UNPRUNED), judged)
+        (likeness,) = answers.likenesses(_Tail(skeleton, STATES))
+        rows = tuple(map(as_row, journal.rows))
+        before = _parameters(skeleton.model)
+        after = before - sum(row.params_before - row.params for row in rows)
+        widths = {name: (old, new) for name, (old, new) in read_json(journal.folder / FOLDER / "widths.json").items()}
+        return StreamingReport(
+            blocks=rows,
+            params_before=before,
+            params=after,
+            widths=widths,
+            budget=self._outcome(before, after),
+            likeness=likeness,
+            samples=learned.samples,
+            held_out=0 if held_out is None else held_out.samples,
+            pruner=self._pruner,
+            recovery="" if self._compensate is None else _name_of(self._compensate),
+            warnings=_warnings(rows, held_out),
+        )
+
+    def _outcome(self, before: int, after: int) -> BudgetOutcome:
+        """Return whether the budget is met."""
+        left = after / before
+        if self._budget.kind == "flops":
+            left = self._flops_left()
+        return budget_outcome(self._budget.kind, self._budget.share, left, "blocks are equally wide")
+
+    def _flops_left(self) -> float:
+        """Return the share of the multiply-accumulates that is kept, as PyTorch counts them without weights."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        counts = []
+        for model in (self._built(), self._built(self._skeleton.config)):
+            args, kwargs = self._calls[0]
+            on_meta = {name: value.to("meta") for name, value in kwargs.items() if isinstance(value, Tensor)}
+            counter = FlopCounterMode(display=False)
+            with counter, torch.no_grad():
+                model.to("meta").eval()(*(each.to("meta") for each in args), **on_meta)
+            counts.append(counter.get_total_flops())
+        return counts[0] / counts[1]
+
+    def finish(self, report: StreamingReport, source: Path, *, card: bool) -> None:
+        """Write what makes the folder complete, and delete the states."""
+        journal, folder = self._journal, self._journal.folder
+        names = {file: content["names"] for file, content in journal.files.items()}
+        write_index(folder, names, sum(content["nbytes"] for content in journal.files.values()))
+        for path in sorted(source.iterdir()):
+            is_weights = path.name.endswith(_WEIGHTS) or path.name in (SINGLE, INDEX, CONFIG, CARD)
+            if path.is_file() and not is_weights and not path.name.startswith("."):
+                with disk_errors(folder):
+                    shutil.copyfile(path, folder / path.name)
+        if card and may_write_card(folder / CARD):
+            model = self._skeleton.model
+            own = model.config
+            model.config = type(model).config_class.from_pretrained(folder)
+            try:
+                write_text(folder / CARD, model_card(model, report))
+            finally:
+                model.config = own
+        journal.finish()
+
+
+class _Tail(nn.Module):
+    """What a model makes of the states after its last block."""
+
+    def __init__(self, skeleton: Skeleton, reads: str) -> None:
+        super().__init__()
+        self.model = skeleton.model
+        self._output: Callable[[Call, Tensor], Any] = skeleton.outputs
+        self._reads = reads
+
+    def forward(self, hidden_states: Tensor, unpruned_states: Tensor, **inputs: Any) -> Any:
+        """Return the model's output."""
+        states = hidden_states if self._reads == STATES else unpruned_states
+        return self._output(((), inputs), states)
+
+
+class _Distance:
+    """Sums of the squared distance between states, and of the variance of the wanted ones."""
+
+    def __init__(self) -> None:
+        self._squares, self._total, self._sum, self._count = 0.0, 0.0, 0.0, 0
+
+    def add(self, wanted: Tensor, reached: Tensor, real: Tensor | None) -> None:
+        """Add the states of some samples, (samples, places, width), of the places that aren't padding."""
+        if real is not None and real.shape == wanted.shape[:2]:
+            wanted, reached = wanted[real], reached[real]
+        wanted, reached = wanted.double(), reached.double()
+        self._squares += float((wanted - reached).square().sum())
+        self._total += float(wanted.square().sum())
+        self._sum += float(wanted.sum())
+        self._count += wanted.numel()
+
+    @property
+    def share(self) -> float:
+        """The squared distance over the variance; NaN without samples."""
+        if not self._count:
+            return math.nan
+        variance = self._total - self._sum**2 / self._count
+        return self._squares / variance if variance > 0.0 else math.nan
+
+
+def _warnings(rows: Sequence[BlockRow], held_out: Calibration | None) -> tuple[str, ...]:
+    """Return what makes the figures doubtful."""
+    if held_out is None:
+        return (f"no sample could be held out: the figures are those of the calibration data; pass {HELD_OUT} or more",)
+    last = rows[-1]
+    if last.distance > 2.0 * last.calibration_distance:
+        return (
+            f"the samples are too few for this model (distance after the last block {last.distance:.3g} on held-out "
+            f"samples, {last.calibration_distance:.3g} on calibration data): pass more, or keep a larger share",
+        )
+    return ()
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters())
+
+
+def _name_of(choice: str | RecoveryMethod) -> str:
+    return choice if isinstance(choice, str) else type(choice).__name__

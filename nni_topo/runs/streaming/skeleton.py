@@ -1,0 +1,275 @@
+"""A model of Transformers whose blocks have no weights, and which says what enters each of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nni_topo.disk import reading
+from nni_topo.errors import ConfigError, DataError, listed
+from nni_topo.network.runtime import Call, evaluation_mode, tensors_of
+from nni_topo.runs.streaming.shards import CONFIG, Shards, check_float, key_of
+
+_PACKAGES = ("transformers", "accelerate")
+
+
+class _Reached(Exception):  # noqa: N818 - it is no error
+    """A block was reached; the model's forward ends here."""
+
+
+@dataclass
+class _Visit:
+    """One pass of the model through its blocks, which compute nothing."""
+
+    stop: int | None  # the block at which the pass ends
+    injected: Tensor | None  # what leaves the last block
+    entering: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    passed: Tensor | None = None  # what left the block before
+
+
+class Skeleton:
+    """A model without the weights of its blocks: embeddings, norms and head are loaded, a block when it is asked for.
+
+    The blocks are the ``nn.ModuleList`` of modules of one class that holds most parameters. They must be called one
+    after the other, each with what the one before returned.
+
+    Parameters
+    ----------
+    shards : Shards
+        The weights.
+
+    Raises
+    ------
+    ConfigError
+        If the folder is of a model that isn't one of Transformers, or has no such list.
+    DataError
+        If weights are missing, have other shapes than the config says, or aren't finite.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        missing = [name for name in _PACKAGES if find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"a folder of Transformers needs the packages {' and '.join(_PACKAGES)}, got none of "
+                f"{listed(missing)} (shrink_pretrained)"
+            )
+        self.model: Any = _without_weights(shards.folder)
+        self.prefix = str(getattr(self.model, "base_model_prefix", ""))
+        self.blocks_name, blocks = _blocks_of(self.model, shards.folder)
+        self.blocks: list[Any] = list(blocks)
+        self.output_length = 0  # of the tuple that a block returns; 0: it returns a tensor
+        self._visit: _Visit | None = None
+        for index, block in enumerate(self.blocks):
+            block.forward = self._recorder(index)
+        self._load_rest()
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.model.config
+
+    def write_attention_out(self) -> None:
+        """Let attention be computed step by step, not by a kernel of PyTorch."""
+        self.config._attn_implementation = "eager"
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def name_of(self, index: int) -> str:
+        """Return the name of a block."""
+        return f"{self.blocks_name}.{index}"
+
+    def keys_of(self, index: int) -> dict[str, str]:
+        """Return the names of a block's tensors in the files, by their names in the block."""
+        inside = self.blocks[index].state_dict()
+        return self._keys({f"{self.name_of(index)}.{name}": name for name in inside})
+
+    def _keys(self, wanted: Mapping[str, str]) -> dict[str, str]:
+        """Return names in the files by the values of a mapping from names in the model; DataError if any is missing."""
+        found: dict[str, str] = {}
+        missing = []
+        for name, label in wanted.items():
+            key = key_of(name, self.shards, self.prefix)
+            if key is None:
+                missing.append(name)
+            else:
+                found[label] = key
+        if missing:
+            raise DataError(
+                f"the files must hold every tensor of {type(self.model).__name__}, got none of {listed(missing)} "
+                f"({self.shards.folder})"
+            )
+        return found
+
+    def block(self, index: int) -> Any:
+        """Return a copy of a block with its weights, in single precision at least, in evaluation mode."""
+        built = copy.deepcopy(self.blocks[index])
+        vars(built).pop("forward", None)
+        keys = self.keys_of(index)
+        self._fill(built, keys, self.name_of(index), at_least_single=True)
+        return built.eval().requires_grad_(True)
+
+    def _load_rest(self) -> None:
+        """Load everything outside of the blocks; of tied tensors one has to be there."""
+        inside = f"{self.blocks_name}."
+        own: dict[str, str] = {}
+        tied: dict[int, list[str]] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if not name.startswith(inside):
+                tied.setdefault(id(tensor), []).append(name)
+        for names in tied.values():
+            known = [name for name in names if key_of(name, self.shards, self.prefix) is not None]
+            first = (known or names)[0]
+            own[first] = first
+        self._fill(self.model, self._keys(own), "")
+        self.model.tie_weights()
+        self.model.eval().requires_grad_(False)
+
+    def _fill(self, module: nn.Module, keys: Mapping[str, str], name: str, *, at_least_single: bool = False) -> None:
+        """Give a module the tensors of the files, by their names in it."""
+        tensors = self.shards.read(keys.values())
+        check_float({key: value for key, value in tensors.items() if value.dim() > 0}, self.shards.folder)
+        before = module.state_dict()
+        values: dict[str, Tensor] = {}
+        for inner, key in keys.items():
+            value = tensors[key]
+            if value.shape != before[inner].shape:
+                raise DataError(
+                    f"weights must have the shapes that {CONFIG} says, got {tuple(value.shape)} for "
+                    f"{tuple(before[inner].shape)} ({key}, {self.shards.folder})"
+                )
+            half = at_least_single and value.is_floating_point() and value.element_size() < 4
+            # A copy: what is mapped from the file would change with it.
+            values[inner] = value.float() if half else value.clone()
+        module.load_state_dict(values, strict=False, assign=True)
+
+    def _recorder(self, index: int) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            visit = self._visit
+            assert visit is not None  # the model runs in `_pass` alone
+            states = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(states, Tensor):
+                raise ConfigError(
+                    f"blocks must get the states as their first argument, got {type(states).__name__} "
+                    f"({self.name_of(index)})"
+                )
+            if visit.passed is not None and states is not visit.passed:
+                raise ConfigError(
+                    "blocks must be called one after the other, each with what the one before returned, got "
+                    f"something else ({self.name_of(index)})"
+                )
+            if index == visit.stop:
+                visit.entering = args, kwargs
+                raise _Reached
+            is_last = index == len(self.blocks) - 1
+            passed = visit.injected if is_last and visit.injected is not None else states
+            visit.passed = passed
+            return (passed, *[None] * (self.output_length - 1)) if self.output_length else passed
+
+        return forward
+
+    @contextmanager
+    def _pass(self, visit: _Visit) -> Iterator[None]:
+        """Let the blocks take part in one pass."""
+        self._visit = visit
+        caching = getattr(self.config, "use_cache", None)
+        if caching is not None:
+            self.config.use_cache = False
+        try:
+            with evaluation_mode(self.model), torch.no_grad():
+                yield
+        finally:
+            self._visit = None
+            if caching is not None:
+                self.config.use_cache = caching
+
+    def entering(self, call: Call, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a block in a call of the model; the states are right for the first block alone."""
+        visit = _Visit(stop=index, injected=None)
+        with self._pass(visit):
+            try:
+                self.model(*call[0], **call[1])
+            except _Reached:
+                pass
+        if visit.entering is None:
+            raise ConfigError(f"the model must call all its blocks, got none of this one ({self.name_of(index)})")
+        return visit.entering
+
+    def outputs(self, call: Call, states: Tensor) -> Any:
+        """Return the model's output where these states leave the last block."""
+        with self._pass(_Visit(stop=None, injected=states)):
+            return self.model(*call[0], **call[1])
+
+
+def _without_weights(folder: Path) -> Any:
+    """Build the model that a folder's config describes; parameters are on the meta device, other buffers aren't."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    path = folder / CONFIG
+    with reading(path, "a model's config", "of JSON"):
+        names = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+    kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if kind is None or not hasattr(kind, "_from_config"):
+        raise ConfigError(
+            f"a config must name a class of Transformers (architectures), got {names!r}; nni_topo.shrink takes any "
+            f"model in memory ({path})"
+        )
+    try:
+        config = kind.config_class.from_pretrained(folder)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ConfigError(f"weights must be floating-point, got a quantised model ({path})")
+        with init_empty_weights(include_buffers=False):
+            model = kind._from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        told = " ".join(str(error).split())
+        raise ConfigError(f"a config must be one that Transformers builds {names[0]} by, got: {told} ({path})") from error
+    model.tie_weights()
+    return model
+
+
+def _blocks_of(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
+    """Return the list of blocks that holds most parameters."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            "a model must have one list of blocks, got an encoder and a decoder; nni_topo.shrink takes it in memory "
+            f"({type(model).__name__}, {folder})"
+        )
+    found: dict[str, tuple[int, nn.ModuleList]] = {}
+    for name, module in model.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) > 1
+        if is_list and len({type(each) for each in module}) == 1:
+            found[name] = sum(each.numel() for each in module.parameters()), module
+    if not found:
+        raise ConfigError(
+            "a model must have a list of at least two blocks of one class (nn.ModuleList), got none; nni_topo.shrink "
+            f"takes it in memory ({type(model).__name__}, {folder})"
+        )
+    name = max(found, key=lambda each: found[each][0])
+    return name, found[name][1]
+
+
+def output_length(output: Any) -> int:
+    """Return how many values a block returns in a tuple; 0 if it returns a tensor."""
+    if isinstance(output, tuple):
+        return len(output)
+    if not isinstance(output, Tensor):
+        raise ConfigError(f"a block must return a tensor, or a tuple that begins with one, got {type(output).__name__}")
+    return 0
+
+
+def states_of(output: Any) -> Tensor:
+    """Return the states that a block puts out."""
+    return tensors_of(output)[0]
