@@ -351,14 +351,20 @@ def tell_config(model: Any, original: nn.Module) -> None:
             if isinstance(count := vars(config).get(key), int):
                 setattr(config, key, round(count * share))
         setattr(config, size, channels)
-    for key in ("intermediate_size", "d_ff"):
+    for key in ("intermediate_size", "d_ff", "ffn_dim", "n_inner"):
         wide = getattr(config, key, None)
+        if key == "n_inner" and hasattr(config, key) and wide is None:
+            wide = 4 * config.hidden_size  # as GPT-2 and its like read it
         if not isinstance(wide, int):
             continue
-        widths = set()  # what became of the layers of that width
-        for name, module in original.named_modules():
-            if getattr(module, "out_features", None) == wide:
-                widths.add(model.get_submodule(name).out_features)
+        widths: set[int] = set()  # what became of the layers of that width
+        # Where one layer makes gates and values, only the layer that reads them has that width.
+        for size_of in ("out_features", "in_features"):
+            if widths:
+                break
+            for name, module in original.named_modules():
+                if getattr(module, size_of, None) == wide:
+                    widths.add(getattr(model.get_submodule(name), size_of))
         if len(widths) == 1:
             setattr(config, key, widths.pop())
 

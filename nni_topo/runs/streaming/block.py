@@ -98,11 +98,10 @@ def entering(skeleton: Skeleton, calls: Sequence[Call], index: int) -> Entered:
 
     What has an entry for each sample comes with each batch; anything else must be the same for all batches.
     """
-    found = _leaves(skeleton, calls, index)
+    found = _leaves(skeleton, calls, index, adds_padding=False)
     if found is None:
-        # The kernels of PyTorch need no mask for a batch without padding. Written out, attention always has one.
-        skeleton.write_attention_out()
-        found = _leaves(skeleton, calls, index)
+        # A batch without padding may get no mask. With one more sample that has padding, every batch gets one.
+        found = _leaves(skeleton, calls, index, adds_padding=True)
     place_of_block = skeleton.name_of(index)
     if found is None:
         raise ConfigError(f"a block must get the same arguments in all batches, got others ({place_of_block})")
@@ -136,12 +135,15 @@ def entering(skeleton: Skeleton, calls: Sequence[Call], index: int) -> Entered:
 
 
 def _leaves(
-    skeleton: Skeleton, calls: Sequence[Call], index: int
+    skeleton: Skeleton, calls: Sequence[Call], index: int, *, adds_padding: bool
 ) -> tuple[TreeSpec, list[list[Any]], set[int], int] | None:
     """Return a block's arguments, flattened, batch by batch, which of them have samples, and the number of places.
 
-    None if an argument is a tensor in some batches and None in others.
+    None if an argument is a tensor in some batches and None in others. ``adds_padding``: the model is called with one
+    more sample, which has padding, and what it brings is dropped.
     """
+    if adds_padding:
+        calls = [_with_padding(call) for call in calls]
     spec: TreeSpec | None = None
     rows: list[list[Any]] = []
     length: torch.Size | None = None
@@ -170,7 +172,27 @@ def _leaves(
                 is_shorter = isinstance(other, Tensor) and len(other) == size - 1
                 if is_shorter or not isinstance(other, Tensor):
                     by_sample.add(place)
+    if adds_padding:
+        for row in rows:
+            for place in by_sample:
+                row[place] = row[place][:-1]
     return spec, rows, by_sample, length[0]
+
+
+def _with_padding(call: Call) -> Call:
+    """Return a call with its first sample once more, whose last place is padding; without a mask the call as it is."""
+    args, kwargs = call
+    mask = kwargs.get(PADDING_MASK)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return call
+    count = batch_size(call)
+    longer = {}
+    for name, value in kwargs.items():
+        has_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+        longer[name] = torch.cat([value, value[:1]]) if has_samples else value
+    longer[PADDING_MASK] = longer[PADDING_MASK].clone()
+    longer[PADDING_MASK][-1, -1] = 0
+    return args, longer
 
 
 def _flat(skeleton: Skeleton, call: Call, index: int) -> tuple[list[Any], TreeSpec, torch.Size]:

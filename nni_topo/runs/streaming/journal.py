@@ -50,8 +50,9 @@ class Journal:
             return
         known = found.get("settings") if isinstance(found, dict) else None
         if known != self._settings:
-            of_both = known.keys() & self._settings.keys() if isinstance(known, dict) else set()
-            different = sorted(key for key in of_both if known[key] != self._settings[key])
+            different = []
+            if isinstance(known, dict):
+                different = sorted(key for key in known if known[key] != self._settings.get(key))
             raise ConfigError(
                 "a run that was stopped must go on with the same settings, got others: "
                 f"{', '.join(different) or 'all'}; delete the folder to begin anew ({folder})"
@@ -114,9 +115,9 @@ class Journal:
         found = []
         for number in range(batches):
             path = self._place / f"states-{self.done}" / f"{number}.safetensors"
-            with reading(path, "a file of states", cure=f"delete {self.folder} to begin anew"):
-                with safe_open(str(path), "pt") as opened:
-                    found.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+            cure = f"delete {self.folder} to begin anew"
+            with reading(path, "a file of states", cure=cure), safe_open(str(path), "pt") as opened:
+                found.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
         return found
 
     def finish(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from nni_topo.network.runtime import ModelReport, as_code, as_sentence, markdown_table
@@ -151,4 +151,4 @@ class StreamingReport(ModelReport):
 
 def as_row(content: dict[str, Any]) -> BlockRow:
     """Return a row from what a journal holds of it."""
-    return BlockRow(**content)
+    return BlockRow(**{field.name: content[field.name] for field in fields(BlockRow)})

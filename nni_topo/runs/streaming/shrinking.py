@@ -10,10 +10,10 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,8 @@ from nni_topo.network.runtime import (
 from nni_topo.network.speedup import DenseReport
 from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
-from nni_topo.recovery.likeness import Answers, Likeness
-from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size
+from nni_topo.recovery.likeness import Answers
+from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size, check_layers
 from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering
 from nni_topo.runs.streaming.journal import FOLDER, Journal
 from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_row
@@ -83,6 +83,7 @@ def shrink_pretrained(
     *,
     pruner: str = "reconstruction",
     knobs: Mapping[str, Any] | None = None,
+    layers: Iterable[str] | None = None,
     compensate: str | RecoveryMethod | None = "reconstruct",
     distill: Mapping[str, Any] | bool = True,
     round_to: int | None = None,
@@ -111,6 +112,9 @@ def shrink_pretrained(
         Name of a structured pruner that accepts a budget.
     knobs : mapping, optional
         The pruner's own arguments.
+    layers : iterable of str, optional
+        Names of the layers to prune within a block, such as ``["mlp.gate_proj", "mlp.up_proj"]``. By default all that
+        can lose channels.
     compensate : str, RecoveryMethod or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`; None: the weights are not reconstructed.
     distill : mapping or bool, default=True
@@ -166,6 +170,7 @@ def shrink_pretrained(
     check_choices(settings, pruner, knobs, None, compensate, distill, None, None, "shrink_pretrained")
     if target.expanduser().resolve() == place.expanduser().resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
+    named = _checked_layers(layers)
     shards = Shards(place)
     check_free_disk(target, shards.nbytes)
     skeleton = Skeleton(shards)
@@ -176,6 +181,7 @@ def shrink_pretrained(
         "budget": [settings.kind, settings.share],
         "batches": _digest(given),
         "pruner": [pruner, _as_text(knobs or {})],
+        "layers": named,
         "compensate": repr(compensate),
         "distill": _as_text(distill) if isinstance(distill, Mapping) else distill,
         "round_to": round_to,
@@ -191,6 +197,7 @@ def shrink_pretrained(
             settings,
             pruner=pruner,
             knobs=dict(knobs or {}),
+            layers=named,
             compensate=compensate,
             distill=distill,
             round_to=round_to,
@@ -218,6 +225,16 @@ def _check_budget(budget: Budget, pruner: str) -> None:
             f"all blocks keep the same widths, by the allocation 'uniform', got {budget.allocation!r} (budget)"
         )
     check_has_size(pruner, "shrink_pretrained needs")
+
+
+def _checked_layers(layers: Iterable[str] | None) -> list[str] | None:
+    """Return the names of layers as a list."""
+    if layers is None:
+        return None
+    named = [layers] if isinstance(layers, str) else list(layers)
+    if not named or not all(isinstance(each, str) for each in named):
+        raise ConfigError(f"layers must name layers within a block, got {named!r} (layers, shrink_pretrained)")
+    return named
 
 
 def _digest(given: Sequence[Call]) -> str:
@@ -262,6 +279,7 @@ class _Run:
         *,
         pruner: str,
         knobs: dict[str, Any],
+        layers: list[str] | None,
         compensate: str | RecoveryMethod | None,
         distill: Mapping[str, Any] | bool,
         round_to: int | None,
@@ -271,6 +289,9 @@ class _Run:
         self._samples = calibration
         self._budget = budget
         self._pruner, self._knobs = pruner, knobs
+        self._layers: list[str | Mapping[str, Any]] | None = None
+        if layers is not None:
+            self._layers = [f"block.{name}" for name in layers]
         self._compensate, self._distill = compensate, distill
         self._round_to, self._seed = round_to, seed
         self._is_held_out = calibration.split()[1] is not None
@@ -335,15 +356,17 @@ class _Run:
         if not self._skeleton.output_length:
             self._note_outputs(work)
         self._check_finite(work)
+        check_layers(work.entered, self._layers, "shrink_pretrained")
         images = ImageParts.of(work.calibration, work.entered)
-        budget = replace(self._budget, **{self._budget.kind: self._block_share(work, images.example)})
+        share: Any = {self._budget.kind: self._block_share(work, images.example)}
+        budget = Budget(**share, equal_blocks=True)
         steps = ShrinkSteps.prepare(
             work.entered,
             images,
             budget.kind,
             pruner=self._pruner,
             knobs=self._knobs,
-            layers=None,
+            layers=self._layers,
             compensate=self._compensate,
             distill=self._distill,
             narrow_heads=False,
@@ -352,7 +375,7 @@ class _Run:
             seed=self._seed,
             progress=False,
         )
-        recovered = steps.reconstruct(steps.prune(replace(budget, equal_blocks=True)))
+        recovered = steps.reconstruct(steps.prune(budget))
         dense: Any = recovered.dense
         is_distilled = False
         if self._distill is not False:
@@ -360,7 +383,7 @@ class _Run:
             offered = {"objective": "squares", "held_out": images.judges, "seed": self._seed, "progress": False}
             done = distillation(dense, work.unpruned, images.learned, **offered | knobs)
             dense, is_distilled = done.model, done.is_kept
-        self._write(index, dense, recovered.layers)
+        self._write(index, work.entered, dense, recovered.layers)
         distances = self._advance(index, work, dense)
         row = BlockRow(
             block=work.name,
@@ -371,7 +394,11 @@ class _Run:
             is_distilled=is_distilled,
             seconds=time.perf_counter() - began,
         )
-        self._journal.note(index + 1, asdict(row))
+        costs = {
+            "cost_before": self._cost_of(work.entered, images.example),
+            "cost": self._cost_of(dense, images.example),
+        }
+        self._journal.note(index + 1, asdict(row) | costs)
         del work, steps, recovered, dense, images
         gc.collect()  # graphs of traced blocks refer to themselves
 
@@ -410,28 +437,45 @@ class _Run:
     def _costs(self, work: _BlockWork, example: Any) -> tuple[float, float]:
         """Return the cost of the whole model, and of what lies outside of the blocks."""
         skeleton = self._skeleton
-        sizes = [_parameters(block) for block in skeleton.blocks]
+        inside = sum(_parameters(block) for block in skeleton.blocks)
         if self._budget.kind == "params":
             total = _parameters(skeleton.model)
-            return float(total), float(total - sum(sizes))
+            return float(total), float(total - inside)
+        own = self._cost_of(work.entered, example)
+        if own == 0:
+            raise ConfigError(
+                "blocks must have linear layers or convolutions whose cost can be counted, got none "
+                f"({type(work.entered.block).__name__})"
+            )
+        # Blocks of other sizes cost as much more as they have more parameters.
+        blocks = own * inside / _parameters(work.entered)
+        rest = self._macs_of_rest()
+        return rest + blocks, rest
+
+    def _cost_of(self, net: nn.Module, example: Any) -> int:
+        """Return the multiply-accumulates of one sample, or the parameters."""
+        if self._budget.kind == "params":
+            return _parameters(net)
+        return NetworkCost(net, example)({}).macs
+
+    def _macs_of_rest(self) -> float:
+        """Return the multiply-accumulates of one sample outside of the blocks, as PyTorch counts them."""
         from torch.utils.flop_counter import FlopCounterMode
 
         call = self._calls[0]
-        args, kwargs = skeleton.entering(call, 0)
+        args, kwargs = self._skeleton.entering(call, 0)
         states = args[0] if args else kwargs[STATES]
         counter = FlopCounterMode(display=False)
         with counter:
-            skeleton.outputs(call, states)
-        rest = counter.get_total_flops() / 2 / len(states)
-        block = float(NetworkCost(work.entered, example)({}).macs)
-        return rest + block * len(sizes), rest
+            self._skeleton.outputs(call, states)
+        return counter.get_total_flops() / 2 / len(states)
 
-    def _write(self, index: int, dense: Any, layers: DenseReport) -> None:
+    def _write(self, index: int, unpruned: BlockNet, dense: Any, layers: DenseReport) -> None:
         """Write the weights of a pruned block, and with the first one the config that describes it."""
         keys = self._skeleton.keys_of(index)
-        tensors = dense.block.state_dict()
-        if not self._config_path.exists() or index == 0:
-            config = self._described(dense)
+        tensors = self._skeleton.stored(dense.block, index)
+        if index == 0:
+            config = self._described(unpruned, dense)
             widths = {row.name.removeprefix("block."): [row.before, row.after] for row in layers.rows}
             content = config.to_dict() | {"architectures": [type(self._skeleton.model).__name__]}
             config.architectures = content["architectures"]
@@ -460,16 +504,16 @@ class _Run:
         with init_empty_weights():
             return kind._from_config(copy.deepcopy(config))
 
-    def _described(self, dense: Any) -> Any:
+    def _described(self, unpruned: BlockNet, dense: Any) -> Any:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
         config = copy.deepcopy(dense.config)
         heads = copy.deepcopy(config)
-        before = find_attention(self._skeleton.blocks[0])
-        removed = {each.heads - find_attention(dense.block)[name].heads for name, each in before.items()}
+        before, after = find_attention(unpruned.block), find_attention(dense.block)
+        removed = {each.heads - after[name].heads for name, each in before.items()}
         if len(removed) == 1:
             count = removed.pop()
             heads.pruned_heads = {index: list(range(count)) for index in range(len(self._skeleton))}
-        wanted = {name: tuple(value.shape) for name, value in dense.block.state_dict().items()}
+        wanted = {name: tuple(value.shape) for name, value in self._skeleton.stored(dense.block, 0).items()}
         first = f"{self._skeleton.blocks_name}.0."
         different = ""
         for candidate in (config, heads):
@@ -487,12 +531,12 @@ class _Run:
                 return candidate
             different = f"{wrong[0]} of {wanted[wrong[0]]} where the config makes {shapes.get(wrong[0])}"
         raise ConfigError(
-            f"from_pretrained must be able to build the model by its config, got {different}; nni_topo.shrink and "
-            f"nni_topo.save take it in memory ({type(self._skeleton.model).__name__})"
+            f"from_pretrained must be able to build the model by its config, got {different}; prune other layers "
+            f"only (layers), or use nni_topo.shrink and nni_topo.save in memory ({type(self._skeleton.model).__name__})"
         )
 
     def _advance(self, index: int, work: _BlockWork, dense: nn.Module) -> tuple[float, float]:
-        """Write the states after a block; return their distances on the calibration data and on the held-out samples."""
+        """Write the states after a block; return their distances on the calibration data and on held-out samples."""
         journal = self._journal
         held_out = self._samples.held_out(HELD_OUT) if self._is_held_out else None
         sums = [_Distance(), _Distance()]
@@ -537,7 +581,7 @@ class _Run:
         judged = learned if held_out is None else held_out
         answers = Answers(_Tail(skeleton, UNPRUNED), judged)
         (likeness,) = answers.likenesses(_Tail(skeleton, STATES))
-        rows = tuple(map(as_row, journal.rows))
+        rows = tuple(as_row(row) for row in journal.rows)
         before = _parameters(skeleton.model)
         after = before - sum(row.params_before - row.params for row in rows)
         widths = {name: (old, new) for name, (old, new) in read_json(journal.folder / FOLDER / "widths.json").items()}
@@ -546,7 +590,7 @@ class _Run:
             params_before=before,
             params=after,
             widths=widths,
-            budget=self._outcome(before, after),
+            budget=self._outcome(),
             likeness=likeness,
             samples=learned.samples,
             held_out=0 if held_out is None else held_out.samples,
@@ -555,26 +599,16 @@ class _Run:
             warnings=_warnings(rows, held_out),
         )
 
-    def _outcome(self, before: int, after: int) -> BudgetOutcome:
+    def _outcome(self) -> BudgetOutcome:
         """Return whether the budget is met."""
-        left = after / before
-        if self._budget.kind == "flops":
-            left = self._flops_left()
+        rows = self._journal.rows
+        before, after = sum(row["cost_before"] for row in rows), sum(row["cost"] for row in rows)
+        if self._budget.kind == "params":
+            rest = float(_parameters(self._skeleton.model) - before)
+        else:
+            rest = self._macs_of_rest()
+        left = (rest + after) / (rest + before)
         return budget_outcome(self._budget.kind, self._budget.share, left, "blocks are equally wide")
-
-    def _flops_left(self) -> float:
-        """Return the share of the multiply-accumulates that is kept, as PyTorch counts them without weights."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        counts = []
-        for model in (self._built(), self._built(self._skeleton.config)):
-            args, kwargs = self._calls[0]
-            on_meta = {name: value.to("meta") for name, value in kwargs.items() if isinstance(value, Tensor)}
-            counter = FlopCounterMode(display=False)
-            with counter, torch.no_grad():
-                model.to("meta").eval()(*(each.to("meta") for each in args), **on_meta)
-            counts.append(counter.get_total_flops())
-        return counts[0] / counts[1]
 
     def finish(self, report: StreamingReport, source: Path, *, card: bool) -> None:
         """Write what makes the folder complete, and delete the states."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nni_topo.disk import reading
 from nni_topo.errors import ConfigError, DataError, listed
+from nni_topo.network.layers import as_torch_layers, is_transposed_linear
 from nni_topo.network.runtime import Call, evaluation_mode, tensors_of
 from nni_topo.runs.streaming.shards import CONFIG, Shards, check_float, key_of
 
@@ -78,10 +79,6 @@ class Skeleton:
         """The model's config."""
         return self.model.config
 
-    def write_attention_out(self) -> None:
-        """Let attention be computed step by step, not by a kernel of PyTorch."""
-        self.config._attn_implementation = "eager"
-
     def __len__(self) -> int:
         return len(self.blocks)
 
@@ -112,12 +109,25 @@ class Skeleton:
         return found
 
     def block(self, index: int) -> Any:
-        """Return a copy of a block with its weights, in single precision at least, in evaluation mode."""
+        """Return a copy of a block with its weights, in evaluation mode."""
         built = copy.deepcopy(self.blocks[index])
         vars(built).pop("forward", None)
-        keys = self.keys_of(index)
-        self._fill(built, keys, self.name_of(index), at_least_single=True)
+        self._fill(built, self.keys_of(index))
+        if self._transposed(index):
+            built = as_torch_layers(built)
         return built.eval().requires_grad_(True)
+
+    def _transposed(self, index: int) -> list[str]:
+        """Return the names of a block's weights that its class keeps transposed, as GPT-2 does."""
+        modules = self.blocks[index].named_modules()
+        return [f"{name}.weight" for name, module in modules if is_transposed_linear(module)]
+
+    def stored(self, block: nn.Module, index: int) -> dict[str, Tensor]:
+        """Return the tensors of a block that `block` returned, pruned or not, as its class keeps them."""
+        found = dict(block.state_dict())
+        for name in self._transposed(index):
+            found[name] = found[name].T
+        return found
 
     def _load_rest(self) -> None:
         """Load everything outside of the blocks; of tied tensors one has to be there."""
@@ -131,11 +141,11 @@ class Skeleton:
             known = [name for name in names if key_of(name, self.shards, self.prefix) is not None]
             first = (known or names)[0]
             own[first] = first
-        self._fill(self.model, self._keys(own), "")
+        self._fill(self.model, self._keys(own))
         self.model.tie_weights()
         self.model.eval().requires_grad_(False)
 
-    def _fill(self, module: nn.Module, keys: Mapping[str, str], name: str, *, at_least_single: bool = False) -> None:
+    def _fill(self, module: nn.Module, keys: Mapping[str, str]) -> None:
         """Give a module the tensors of the files, by their names in it."""
         tensors = self.shards.read(keys.values())
         check_float({key: value for key, value in tensors.items() if value.dim() > 0}, self.shards.folder)
@@ -148,9 +158,7 @@ class Skeleton:
                     f"weights must have the shapes that {CONFIG} says, got {tuple(value.shape)} for "
                     f"{tuple(before[inner].shape)} ({key}, {self.shards.folder})"
                 )
-            half = at_least_single and value.is_floating_point() and value.element_size() < 4
-            # A copy: what is mapped from the file would change with it.
-            values[inner] = value.float() if half else value.clone()
+            values[inner] = value.clone()  # what is mapped from the file would change with it
         module.load_state_dict(values, strict=False, assign=True)
 
     def _recorder(self, index: int) -> Any:
@@ -196,11 +204,8 @@ class Skeleton:
     def entering(self, call: Call, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a block in a call of the model; the states are right for the first block alone."""
         visit = _Visit(stop=index, injected=None)
-        with self._pass(visit):
-            try:
-                self.model(*call[0], **call[1])
-            except _Reached:
-                pass
+        with self._pass(visit), suppress(_Reached):
+            self.model(*call[0], **call[1])
         if visit.entering is None:
             raise ConfigError(f"the model must call all its blocks, got none of this one ({self.name_of(index)})")
         return visit.entering
@@ -235,7 +240,9 @@ def _without_weights(folder: Path) -> Any:
         if isinstance(error, ConfigError):
             raise
         told = " ".join(str(error).split())
-        raise ConfigError(f"a config must be one that Transformers builds {names[0]} by, got: {told} ({path})") from error
+        raise ConfigError(
+            f"a config must be one that Transformers builds {names[0]} by, got: {told} ({path})"
+        ) from error
     model.tie_weights()
     return model
 
