@@ -85,6 +85,7 @@ speedup = network
 for _name in ("clustering", "hooks", "signals", "speedup", "testing", "topology"):
     sys.modules[f"{__name__}.{_name}"] = globals()[_name]
 
+_PIPELINE = {"frontier": "frontier", "shrink": "shrink", "shrink_pretrained": "streaming"}  # by function its module
 _LAZY = ("analysis", "studies", "zoo")  # they load matplotlib, pandas and torchvision, which pruning doesn't need
 
 
@@ -111,13 +112,13 @@ sys.meta_path.insert(0, _Analysis())
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in ("shrink", "frontier"):  # the pipeline's modules come along
-        return getattr(importlib.import_module(f"{__name__}.runs.{name}"), name)
+    if name in _PIPELINE:
+        return getattr(importlib.import_module(f"{__name__}.runs.{_PIPELINE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, "frontier", "shrink"})
+    return sorted({*globals(), *_LAZY, *_PIPELINE})
 
 
 __all__ = [
@@ -177,6 +178,7 @@ __all__ = [
     "save",
     "save_pretrained",
     "shrink",
+    "shrink_pretrained",
     "signals",
     "speedup",
     "studies",

@@ -81,6 +81,7 @@ def api() -> str:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
     homes |= {name: f"nni_topo.runs.{name}.{name}" for name in ("frontier", "shrink")}
+    homes["shrink_pretrained"] = "nni_topo.runs.streaming.shrinking.shrink_pretrained"
     names = [name for name in listed if name in homes and not (PROJECT / homes[name].replace(".", "/")).is_dir()]
     parts = ["# The public names", "", *(f"::: {homes[name]}\n" for name in names if name != "__version__")]
     return "\n".join(parts)

@@ -171,7 +171,7 @@ class _Data:
         for unpruned, pruned in self._replay.run(self._segment.first, [*self._read, place], self._later):
             values = {node.name: pruned[node] for node in self._read}
             there = _floats(unpruned[place]), _floats(pruned[place])
-            batch = _Batch(values, *there, self._replay.unpadded(unpruned))
+            batch = _Batch(values, *there, self._replay.unpadded())
             size += batch.nbytes
             kept = [*kept, batch] if kept is not None and size <= self._cache_bytes else None
             yield batch

@@ -17,13 +17,12 @@ from torch.nn import functional
 
 from nni_topo.network.graph import arguments, is_in_parts
 from nni_topo.network.runtime import (
-    PADDING,
     Calibration,
     Call,
     bind_arguments,
     calls,
     fitting,
-    real_positions,
+    real_positions_of,
     tensors_of,
 )
 
@@ -60,7 +59,6 @@ class Replay:
         self.model = model
         self.nodes: list[Node] = list(unpruned.graph.nodes)
         self._placeholders = [node for node in self.nodes if node.op == "placeholder"]
-        self._masks = [node for node in self._placeholders if str(node.target) in PADDING]
         self.order = {node: rank for rank, node in enumerate(self.nodes)}
         self._runners = Interpreter(unpruned), Interpreter(pruned)
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
@@ -71,13 +69,14 @@ class Replay:
         self._cache_bytes = 0 if _works_in_place(unpruned) else cache_bytes
         self._reached: dict[int, _Reached] = {}  # by batch
         self._batches = math.inf  # unknown before a pass was read to its end
+        self._real: dict[int, Tensor | None] = {}  # by batch, which positions aren't padding
+        self._at = 0  # the batch that `run` has yielded last
 
     def run(
         self, settled: int, watched: list[Node], later: Collection[Node] | None = None
     ) -> Iterator[tuple[Values, Values]]:
         """Yield the watched nodes' values in both networks, batch by batch; DataError if one doesn't fit the model."""
         # `settled` is the rank of the first node that may change before a later pass, `later` all that these watch.
-        watched = [*watched, *self._masks]
         stop = max(self.order[node] for node in watched) + 1
         wanted = {*watched, *(later or ())}
         for index, at in enumerate(self._starts()):
@@ -89,9 +88,9 @@ class Replay:
             self._advance(unpruned, pruned, range(front, stop), range(settled, stop), wanted, index)
             if later is not None:
                 front = max(front, stop)
-                still = {*later, *self._masks}
                 needed = {node: value for node, value in unpruned.items() if self._last_use[node] >= front}
-                saved = needed | {node: unpruned[node] for node in still & unpruned.keys()}, saved[1]
+                saved = needed | {node: unpruned[node] for node in set(later) & unpruned.keys()}, saved[1]
+            self._at = index
             yield {node: unpruned[node] for node in watched}, {node: pruned[node] for node in watched}
             self._keep(index, _Reached(front, settled, *saved, nbytes=_nbytes(*saved)))
 
@@ -101,9 +100,9 @@ class Replay:
         if others + reached.nbytes <= self._cache_bytes:
             self._reached[index] = reached
 
-    def unpadded(self, values: Values) -> Tensor | None:
-        """Tell which positions of a batch aren't padding, ``(entries, places)``; None where no mask says it."""
-        return real_positions({str(node.target): values[node] for node in self._masks})
+    def unpadded(self) -> Tensor | None:
+        """Tell which positions of the batch that `run` is at aren't padding, ``(entries, places)``; None: no mask."""
+        return self._real[self._at]
 
     def _starts(self) -> Iterator[_Reached]:
         """Yield each batch's values at the place where its pass starts."""
@@ -116,6 +115,7 @@ class Replay:
                 # Copies of the dictionaries: a pass takes out what it no longer needs.
                 yield replace(known[index], unpruned=dict(known[index].unpruned), pruned=dict(known[index].pruned))
             else:
+                self._real[index] = real_positions_of(self.model, call)
                 values = self._given(call)
                 yield _Reached(0, 0, self._given(self._unpruned_call(call)), dict(values))
         self._batches = batches

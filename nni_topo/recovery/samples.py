@@ -312,7 +312,7 @@ class Sampler:
         seen = 0
         for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
             entries, count = task.extent(unpruned)
-            real, wanted = self.replay.unpadded(unpruned), self._wanted(task, index, entries)
+            real, wanted = self.replay.unpadded(), self._wanted(task, index, entries)
             is_held_out = self._marks(index, seen, entries)
             is_padded = real is not None and real.shape == (entries, count)
             if not is_padded and self._takes_all(task, pruned):

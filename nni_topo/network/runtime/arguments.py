@@ -74,7 +74,12 @@ def _no_batches(value: Any) -> str:
 def _look_at_model(name: str, model: nn.Module, place: str, *, needs_values: bool = True) -> None:
     for parameter, tensor in model.named_parameters():
         if found := unusable(tensor, needs_values=needs_values):
-            raise DataError(f"parameters of a {name} must be tensors with values, got {found} ({parameter}, {place})")
+            cure = ""
+            if tensor.is_meta:
+                cure = "; nni_topo.shrink_pretrained prunes a folder of Transformers that doesn't fit into memory"
+            raise DataError(
+                f"parameters of a {name} must be tensors with values, got {found}{cure} ({parameter}, {place})"
+            )
 
 
 def _look_at_inputs(name: str, inputs: Any, place: str, *, needs_values: bool = True) -> None:

@@ -17,6 +17,7 @@ from nni_topo.runs.streaming.skeleton import Skeleton, states_of
 STATES, UNPRUNED, PADDING_MASK = "hidden_states", "unpruned_states", "attention_mask"
 """Inputs of a block's network: states after the pruned blocks, and after the unpruned ones; which places count."""
 _EXTRA = "extra{}"
+_MOST_EXTRAS = 6  # that `BlockNet.forward` takes
 
 
 class BlockNet(nn.Module):
@@ -46,11 +47,17 @@ class BlockNet(nn.Module):
         hidden_states: Tensor,
         unpruned_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **extras: Any,
+        extra0: Tensor | None = None,
+        extra1: Tensor | None = None,
+        extra2: Tensor | None = None,
+        extra3: Tensor | None = None,
+        extra4: Tensor | None = None,
+        extra5: Tensor | None = None,
     ) -> Tensor:
         """Return the states that leave the block, (samples, places, width)."""
+        # Parameters by name, for a graph has no others.
         states = unpruned_states if self.reads_unpruned else hidden_states
-        args, kwargs = self.frame.arguments(states, extras)
+        args, kwargs = self.frame.arguments(states, (extra0, extra1, extra2, extra3, extra4, extra5))
         return states_of(self.block(*args, **kwargs))
 
 
@@ -63,13 +70,13 @@ class Frame:
     def __deepcopy__(self, memo: dict[int, Any]) -> Frame:
         return self  # it never changes
 
-    def arguments(self, states: Any, extras: dict[str, Any]) -> Call:
+    def arguments(self, states: Any, extras: Sequence[Any]) -> Call:
         """Return positional and keyword arguments of the block."""
         leaves: list[Any] = [None] * self._spec.num_leaves
         for place, value in self._constants.items():
             leaves[place] = value
-        for number, place in enumerate(self._extras):
-            leaves[place] = extras[_EXTRA.format(number)]
+        for place, value in zip(self._extras, extras, strict=False):
+            leaves[place] = value
         args, kwargs = tree_unflatten(leaves, self._spec)
         named = {name: states if value is _STATES else value for name, value in kwargs.items()}
         return tuple(states if value is _STATES else value for value in args), named
@@ -124,6 +131,11 @@ def entering(skeleton: Skeleton, calls: Sequence[Call], index: int) -> Entered:
                 "what a block gets beside the states must be the same for all batches or have an entry for each "
                 f"sample, got something else ({place_of_block})"
             )
+    if len(extras) > _MOST_EXTRAS:
+        raise ConfigError(
+            f"a block may get at most {_MOST_EXTRAS} tensors with an entry for each sample beside the states, got "
+            f"{len(extras)} ({place_of_block})"
+        )
     batches: list[dict[str, Any]] = []
     for row, call in zip(rows, calls, strict=True):
         batch: dict[str, Any] = {_EXTRA.format(number): row[place] for number, place in enumerate(extras)}

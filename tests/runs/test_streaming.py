@@ -1,0 +1,348 @@
+"""Models of Transformers that are pruned block by block, from a folder into another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import nni_topo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.runs.streaming import shrinking
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+VOCABULARY, LENGTH = 50, 6
+FAST = {"pruner": "l1", "compensate": None, "distill": False, "progress": False}
+
+
+def llama_config(**changes):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    return transformers.LlamaConfig(**{**sizes, **heads, **changes})
+
+
+def tokens(batches=2, samples=8, *, padded=False, length=LENGTH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(batches):
+        ids = torch.randint(1, VOCABULARY, (samples, length), generator=generator)
+        mask = torch.ones_like(ids)
+        if padded and found:
+            mask[:3, -2:] = 0
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+@pytest.fixture
+def source(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(llama_config())
+    model.save_pretrained(tmp_path / "source", max_shard_size="8KB")
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    return tmp_path / "source"
+
+
+def files_of(folder):
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def weights_of(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def logits(folder, batch):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_the_folder_is_loaded_by_transformers_and_has_what_the_report_says(source, tmp_path):
+    before, target = files_of(source), tmp_path / "small"
+    report = nni_topo.shrink_pretrained(source, tokens(padded=True), target, {"params": 0.7}, **FAST)
+    assert files_of(source) == before
+    model = transformers.AutoModelForCausalLM.from_pretrained(target)
+    config = model.config
+    assert config.num_attention_heads < 4 or config.intermediate_size < 24
+    assert report.params == sum(each.numel() for each in model.parameters())
+    assert report.budget.left == pytest.approx(report.params / report.params_before)
+    assert [row.block for row in report.blocks] == ["model.layers.0", "model.layers.1"]
+    assert "model.layers.1.mlp.up_proj" in report.pruned_layers
+    assert (target / "tokenizer.json").read_text() == "{}"
+    assert "It needs Transformers alone" in (target / "README.md").read_text()
+    assert not [path.name for path in target.iterdir() if path.name.startswith(".")]
+    # The held-out samples are every eighth one; what the report says of them is what the loaded model does.
+    together = {name: torch.cat([batch[name] for batch in tokens(padded=True)])[7::8] for name in tokens()[0]}
+    real = together["attention_mask"].bool()
+    wanted, reached = (logits(folder, together).argmax(-1)[real] for folder in (source, target))
+    assert report.held_out == 2
+    assert report.likeness.agreement.value == pytest.approx(float((wanted == reached).double().mean()), abs=1e-6)
+
+
+def test_padding_changes_nothing(source, tmp_path):
+    found = []
+    for number, filler in enumerate((1, 2)):
+        batches = tokens(padded=True)
+        for batch in batches:
+            batch["input_ids"][batch["attention_mask"] == 0] = filler
+        target = tmp_path / str(number)
+        knobs = FAST | {"pruner": "reconstruction", "compensate": "reconstruct"}
+        nni_topo.shrink_pretrained(source, batches, target, {"params": 0.7}, **knobs)
+        found.append(weights_of(target))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stopped_run_goes_on_after_the_last_block(source, tmp_path, monkeypatch):
+    whole, target = tmp_path / "whole", tmp_path / "stopped"
+    knobs = FAST | {"pruner": "reconstruction", "compensate": "reconstruct"}
+    report = nni_topo.shrink_pretrained(source, tokens(), whole, {"params": 0.7}, **knobs)
+    prune, done = shrinking._Run.prune, []
+
+    def stops(run, index):
+        if index == 1 and len(done) == 1:
+            raise Stopped
+        done.append(index)
+        prune(run, index)
+
+    monkeypatch.setattr(shrinking._Run, "prune", stops)
+    with pytest.raises(Stopped):
+        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
+    with pytest.raises(ConfigError, match=r"same settings, got others: budget; delete the folder to begin anew"):
+        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.6}, **knobs)
+    with pytest.raises(ConfigError, match=r"same settings, got others: batches"):
+        nni_topo.shrink_pretrained(source, tokens(seed=1), target, {"params": 0.7}, **knobs)
+    monkeypatch.setattr(shrinking._Run, "prune", lambda run, index: (done.append(index), prune(run, index)))
+    again = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
+    assert done == [0, 1]
+    one, other = weights_of(whole), weights_of(target)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [row.distance for row in again.blocks] == [row.distance for row in report.blocks]
+    assert again.widths == report.widths
+
+
+def test_a_block_makes_up_for_the_errors_of_those_before_it(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    found = {}
+    for name, method in (("layer by layer", "reconstruct"), ("nothing", None)):
+        knobs = FAST | {"compensate": method}
+        target = tmp_path / name
+        found[name] = nni_topo.shrink_pretrained(source, tokens(16), target, {"params": 0.75}, **knobs)
+    assert found["layer by layer"].blocks[-1].distance < 0.9 * found["nothing"].blocks[-1].distance
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("no config", r"a model's config must be a file that exists, got none"),
+        ("no weights", r"a folder of weights must hold model.safetensors or model.safetensors.index.json, got neither"),
+        ("missing shard", r"a file of weights must be a file that exists, got none \(.*model-00002-of"),
+        ("damaged shard", r"a file of weights must be a whole file of safetensors, got \d+ bytes .*model-00002-of"),
+        ("missing tensor", r"the files must hold every tensor of LlamaForCausalLM, got none of model.layers.1.mlp.up_pro"),
+        ("NaN", r"weights must be finite, got NaN or infinity \(model.layers.1.mlp.up_proj.weight"),
+        ("other shape", r"weights must have the shapes that config.json says, got \(24, 16\) for \(20, 16\)"),
+    ],
+)
+def test_damaged_sources_are_told(source, tmp_path, change, words):
+    name = "model.layers.1.mlp.up_proj.weight"
+    files = sorted(source.glob("model-*"))
+    if change == "no config":
+        (source / "config.json").unlink()
+    elif change == "no weights":
+        for path in (*files, source / "model.safetensors.index.json"):
+            path.unlink()
+    elif change == "missing shard":
+        files[1].unlink()
+    elif change == "damaged shard":
+        files[1].write_bytes(files[1].read_bytes()[:100])
+    elif change == "other shape":
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 20}))
+    else:
+        tensors = weights_of(source)
+        for path in (*files, source / "model.safetensors.index.json"):
+            path.unlink()
+        if change == "NaN":
+            tensors[name][3, 4] = torch.nan
+        else:
+            del tensors[name]
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises((ConfigError, DataError), match=words):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
+
+
+def test_a_block_whose_outputs_are_not_finite_is_named(source, tmp_path):
+    tensors = weights_of(source)
+    for path in source.glob("model*"):
+        path.unlink()
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e38
+    tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e38
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    target = tmp_path / "small"
+    with pytest.raises(DataError, match=r"must be finite, got NaN or infinity \(model.layers.1, batch 0\)"):
+        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+    assert (target / "model-00002-of-00003.safetensors").exists()  # the first block isn't lost
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget": {"latency": 0.5}}, r"needs a budget of flops or params, got latency"),
+        ({"budget": {"params": 0.5, "allocation": "error"}}, r"by the allocation 'uniform', got 'error'"),
+        ({"budget": {"params": 0.2}}, r"got 0.2 of the params where 0.\d+ lie outside of the blocks \(budget\)"),
+        ({"layers": ["mlp.up_prj"]}, r"did you mean 'block.mlp.up_proj'"),
+        ({"layers": []}, r"layers must name layers within a block, got \[\]"),
+        ({"pruner": "l11"}, r"did you mean"),
+        ({"compensate": "reconstrct"}, r"did you mean"),
+        ({"distill": {"stps": 5}}, r"did you mean"),
+        ({"folder": "source"}, r"needs a folder of its own, got that of the source"),
+        ({"batches": "other lengths"}, r"must have one length, got 5 and 6 places: pad or cut them \(batch 1\)"),
+        ({"batches": "no batch"}, r"must hold at least one batch, got none"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_told(source, tmp_path, changes, words):
+    known = {"no batch": [], "other lengths": [*tokens(1), *tokens(1, length=5)]}
+    batches = known.get(changes.get("batches"), tokens())
+    folder = source if "folder" in changes else tmp_path / "small"
+    others = {name: value for name, value in changes.items() if name not in ("batches", "folder", "budget")}
+    before = files_of(source)
+    with pytest.raises((ConfigError, DataError), match=words):
+        nni_topo.shrink_pretrained(
+            source, batches, folder, changes.get("budget", {"params": 0.7}), **FAST | others
+        )
+    assert files_of(source) == before
+
+
+def test_a_folder_with_other_files_is_left_alone(source, tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"must be empty or new, or hold a run that was stopped, got notes.txt there"):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
+    assert (tmp_path / "small" / "notes.txt").read_text() == "mine"
+
+
+def test_models_of_other_kinds_are_told(tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2, "d_kv": 8}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ConfigError, match=r"one list of blocks, got an encoder and a decoder"):
+        nni_topo.shrink_pretrained(tmp_path / "t5", tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
+    transformers.LlamaForCausalLM(llama_config(num_hidden_layers=1)).save_pretrained(tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"a list of at least two blocks of one class"):
+        nni_topo.shrink_pretrained(tmp_path / "one", tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
+
+
+def test_widths_that_no_config_describes_are_told_after_the_first_block(tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2}
+    config = transformers.OPTConfig(**sizes, num_attention_heads=4, word_embed_proj_dim=16, max_position_embeddings=32)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    budget = {"params": 0.8}
+    with pytest.raises(ConfigError, match=r"by its config, got self_attn.*prune other layers only \(layers\)"):
+        nni_topo.shrink_pretrained(tmp_path / "opt", tokens(), tmp_path / "small", budget, **FAST)
+    nni_topo.shrink_pretrained(tmp_path / "opt", tokens(), tmp_path / "mlp", budget, layers=["fc1"], **FAST)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mlp").config.ffn_dim < 24
+
+
+def test_a_model_without_values_is_told_where_to_go():
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(llama_config())
+    with pytest.raises(DataError, match="nni_topo.shrink_pretrained prunes a folder of Transformers"):
+        nni_topo.shrink(model, tokens(), {"params": 0.7})
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from test_streaming import tokens
+import nni_topo
+nni_topo.shrink_pretrained(sys.argv[1], tokens(16), sys.argv[2], {"params": 0.7}, distill={"steps": 200}, progress=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(source, tmp_path):
+    target = tmp_path / "small"
+    command = [sys.executable, "-c", KILLED, str(source), str(target), os.path.dirname(__file__)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    first = target / "model-00002-of-00003.safetensors"
+    until = time.monotonic() + 300.0
+    while not first.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.exists()
+    assert not (target / "model.safetensors.index.json").exists()
+    journal = json.loads((target / ".shrink_pretrained" / "journal.json").read_text())
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    assert journal["done"] in (0, 1)
+    assert logits(target, tokens()[0]).isfinite().all()
+
+
+def families():
+    plain = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
+    shared = {**plain, "num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    return {
+        "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", shared),
+        "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**shared, "head_dim": 8}),
+        "mistral": ("MistralForCausalLM", "MistralConfig", {**shared, "sliding_window": 4}),
+        "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**shared, "head_dim": 8, "sliding_window": 4}),
+        "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**shared, "head_dim": 8, "sliding_window": 4}),
+        "phi3": ("Phi3ForCausalLM", "Phi3Config", {**shared, "pad_token_id": 0}),
+        "gpt2": (
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
+        ),
+        "bert": ("BertForMaskedLM", "BertConfig", {**plain, "num_hidden_layers": 2}),
+        "vit": (
+            "ViTForImageClassification",
+            "ViTConfig",
+            {**plain, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8},
+        ),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(families()))
+def test_families_are_loaded_by_transformers(name, tmp_path):
+    model_name, config_name, sizes = families()[name]
+    kind = getattr(transformers, model_name)
+    # Transformers 5 prunes no heads, so that a config of these classes can't describe fewer.
+    needs_four = name in ("gpt2", "bert", "vit") and int(transformers.__version__.split(".")[0]) > 4
+    layers = {"gpt2": ["mlp.c_fc"], "bert": ["intermediate.dense"], "vit": ["intermediate.dense"]}[name] if needs_four else None
+    torch.manual_seed(0)
+    config = getattr(transformers, config_name)(**{key: value for key, value in sizes.items() if name != "vit" or key != "vocab_size"})
+    model = kind(config).to(torch.bfloat16).eval()
+    model.save_pretrained(tmp_path / "source")
+    batches = [torch.randn(8, 3, 16, 16) for _ in range(3)] if name == "vit" else tokens(3, padded=True)
+    report = nni_topo.shrink_pretrained(
+        tmp_path / "source", batches, tmp_path / "small", {"flops": 0.75}, layers=layers, distill={"steps": 5}, progress=False
+    )
+    small = kind.from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
+    assert report.params == sum(each.numel() for each in small.parameters())
+    assert weights_of(tmp_path / "small")[next(iter(weights_of(tmp_path / "small")))].dtype == torch.bfloat16
+    with torch.no_grad():
+        output = small(batches[0]) if name == "vit" else small(**batches[0])
+    assert output.logits.isfinite().all()
