@@ -53,7 +53,7 @@ class Replay:
         model: nn.Module,
         unpruned: GraphModule,
         pruned: GraphModule,
-        calibration: Calibration,
+        calibration: Iterable[Any],
         cache_bytes: int,
     ) -> None:
         self.model = model
@@ -64,6 +64,8 @@ class Replay:
         self._twins = dict(zip(self.nodes, pruned.graph.nodes, strict=True))
         self._last_use = {node: max((self.order[user] for user in node.users), default=-1) for node in self.nodes}
         self._calibration = calibration
+        # By argument, the one that the unpruned network gets in its place.
+        self._instead = calibration.instead if isinstance(calibration, Calibration) else {}
         self.touched_nodes = touched_nodes(unpruned, pruned, self._entering_differently())
         # Values that are kept would be changed by an operation in place, by each pass anew.
         self._cache_bytes = 0 if _works_in_place(unpruned) else cache_bytes
@@ -123,14 +125,13 @@ class Replay:
     def _unpruned_call(self, call: Call) -> Call:
         """Return a call of the unpruned network, which may get other inputs than the pruned one."""
         args, kwargs = call
-        return args, kwargs | {name: kwargs[other] for name, other in self._calibration.instead.items()}
+        return args, kwargs | {name: kwargs[other] for name, other in self._instead.items()}
 
     def _entering_differently(self) -> list[Node]:
         """Return the placeholders at which the networks get different inputs."""
-        instead = self._calibration.instead
-        if instead and is_in_parts(self._runners[0].graph):  # what enters a part may depend on any input
+        if self._instead and is_in_parts(self._runners[0].graph):  # what enters a part may depend on any input
             return self._placeholders
-        return [node for node in self._placeholders if str(node.target) in instead]
+        return [node for node in self._placeholders if str(node.target) in self._instead]
 
     def _given(self, call: Call) -> Values:
         """Return what enters both graphs; of a network in parts, what the model's code passes to the parts."""

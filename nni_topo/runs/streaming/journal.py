@@ -37,8 +37,11 @@ class Journal:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder, self._place = folder, folder / FOLDER
-        found = read_json(self._place / _FILE, "the journal of a run")
         self._settings = dict(settings)
+        found = read_json(self._place / _FILE, "the journal of a run")
+        if isinstance(found, dict) and not found.get("done") and found.get("settings") != self._settings:
+            self._begin_anew()  # no block was finished, so that nothing is lost
+            found = None
         self._content: dict[str, Any] = {"settings": self._settings, "done": 0, "files": {}, "rows": []}
         if found is None:
             others = sorted(path.name for path in folder.iterdir() if path.name not in (FOLDER, ".lock"))
@@ -58,6 +61,13 @@ class Journal:
                 f"{', '.join(different) or 'all'}; delete the folder to begin anew ({folder})"
             )
         self._content = found
+
+    def _begin_anew(self) -> None:
+        """Delete what a run with other settings has written."""
+        with disk_errors(self.folder):
+            for path in (*self.folder.glob("model-*-of-*.safetensors"), *self.folder.glob("*config.json")):
+                path.unlink()
+            shutil.rmtree(self._place)
 
     @property
     def done(self) -> int:

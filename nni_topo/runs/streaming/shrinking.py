@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import hashlib
 import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -375,15 +378,20 @@ class _Run:
             seed=self._seed,
             progress=False,
         )
-        recovered = steps.reconstruct(steps.prune(budget))
+        pruned = steps.prune(budget)
+        give_back_memory()
+        recovered = steps.reconstruct(pruned)
         dense: Any = recovered.dense
+        layers = recovered.layers
+        del pruned, recovered, steps
+        give_back_memory()
         is_distilled = False
         if self._distill is not False:
             knobs = dict(self._distill) if isinstance(self._distill, Mapping) else {}
             offered = {"objective": "squares", "held_out": images.judges, "seed": self._seed, "progress": False}
             done = distillation(dense, work.unpruned, images.learned, **offered | knobs)
             dense, is_distilled = done.model, done.is_kept
-        self._write(index, work.entered, dense, recovered.layers)
+        self._write(index, work.entered, dense, layers)
         distances = self._advance(index, work, dense)
         row = BlockRow(
             block=work.name,
@@ -399,8 +407,8 @@ class _Run:
             "cost": self._cost_of(dense, images.example),
         }
         self._journal.note(index + 1, asdict(row) | costs)
-        del work, steps, recovered, dense, images
-        gc.collect()  # graphs of traced blocks refer to themselves
+        del work, dense, images
+        give_back_memory()
 
     def _note_outputs(self, work: _BlockWork) -> None:
         """Note whether blocks return a tensor or a tuple."""
@@ -682,6 +690,14 @@ def _warnings(rows: Sequence[BlockRow], held_out: Calibration | None) -> tuple[s
             f"samples, {last.calibration_distance:.3g} on calibration data): pass more, or keep a larger share",
         )
     return ()
+
+
+def give_back_memory() -> None:
+    """Free graphs of traced blocks, which refer to themselves, and give the heap's free pages back to the system."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # other C libraries than glibc don't keep them
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _parameters(module: nn.Module) -> int:
