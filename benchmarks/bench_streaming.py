@@ -82,12 +82,12 @@ def measured(out: Path, width: int, blocks: int, samples: int, steps: int) -> di
 
     torch.set_num_threads(1)
     source, target = out / f"llama-{width}-{blocks}", out / f"llama-{width}-{blocks}-small"
-    shutil.rmtree(target, ignore_errors=True)
-    if not (source / "config.json").exists():
-        # In a process of its own, for it holds the whole model.
-        made = "import bench_streaming, sys; bench_streaming.make(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
-        command = [sys.executable, "-c", made, str(source), str(width), str(blocks)]
-        subprocess.run(command, check=True, cwd=Path(__file__).parent)
+    for folder in (source, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    # In a process of its own, for it holds the whole model.
+    made = "import bench_streaming, sys; bench_streaming.make(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
+    command = [sys.executable, "-c", made, str(source.resolve()), str(width), str(blocks)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent)
     generator = torch.Generator().manual_seed(0)
     shape = (SAMPLES_A_BATCH, LENGTH)
     tokens = [
