@@ -49,6 +49,7 @@ pruner = nni_topo.TopologicalPruner(model, config_list)
 """,
     "export": None,
     "how_small": "batches = data.train.tensors[0][:240].split(64)",
+    "larger_than_memory": None,
     "magnitude": """
 from nni_topo.runs.evaluators import recipe_evaluator
 evaluate = lambda net: zoo.evaluate(net, data.test)
@@ -92,7 +93,7 @@ def yours(stem):
 
 
 def run(path, tmp_path, monkeypatch):
-    for needed in {"export": ["onnxruntime"], "experiments": ["distributed"]}.get(path.stem, []):
+    for needed in {"export": ["onnxruntime"], "experiments": ["distributed"], "larger_than_memory": ["accelerate"]}.get(path.stem, []):
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     # Dataclasses look their module up, and paths lead into it, as a page's are in a file of the reader's.
@@ -132,7 +133,7 @@ def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("magnitude", "recovery"))) for name in YOURS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("larger_than_memory", "magnitude", "recovery"))) for name in YOURS]
 )
 def test_snippets_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
     run(PROJECT / "docs" / f"{name}.md", tmp_path, monkeypatch)

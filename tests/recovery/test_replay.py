@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.fx import symbolic_trace
 
+import nni_topo
+from nni_topo import Calibration
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.inputs import calls
 from nni_topo.recovery.replay import Replay, touched_nodes, without_side_effects
@@ -214,3 +216,58 @@ def test_a_batch_of_a_wrong_shape_is_named(residual_net, pair, images):
     replay = Replay(residual_net, *pair, [images[0], torch.ones(2, 5, 8, 8, dtype=torch.float64)], 2**30)
     with pytest.raises(DataError, match=r"calibration must fit the model, got RuntimeError: .* \(batch 1\)"):
         values(replay, pair[0], "head", "conv3")
+
+
+class Shown(nn.Module):
+    """Reads one of its inputs; the others are there for whoever looks at the call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, states, other=None, attention_mask=None):
+        return self.second(self.first(states).relu())
+
+
+class ByParts(nn.Module):
+    """Its own code can't be followed, for a graph has no arguments of any name; its part can."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = Shown()
+
+    def forward(self, states, attention_mask=None, **others):
+        return self.part(states * others["factor"])
+
+
+def test_the_unpruned_network_may_get_other_inputs():
+    torch.manual_seed(0)
+    model, states = Shown(), torch.randn(64, 3)
+    calibration = Calibration([{"states": 2.0 * states, "other": states}])
+    assert torch.equal(nni_topo.compensate(model, {}, calibration).first.weight, model.first.weight)
+    calibration.instead = {"states": "other"}
+    for data in (calibration, calibration.split()[0]):
+        solved = nni_topo.compensate(model, {}, data)
+        assert torch.allclose(solved.first.weight, 0.5 * model.first.weight, atol=1e-5)
+        assert torch.allclose(solved(2.0 * states), model(states), atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [(Shown, ""), (ByParts, "part.")])
+def test_padding_is_left_out_whether_a_network_is_followed_as_a_whole_or_by_parts(kind, prefix):
+    torch.manual_seed(0)
+    model, states = kind(), torch.randn(16, 4, 3)
+    real = torch.ones(16, 4, dtype=torch.int64)
+    real[:, -1] = 0
+    masks = {f"{prefix}first": {"weight": torch.ones(6, 3), "bias": torch.ones(6)}}
+    for mask in masks[f"{prefix}first"].values():
+        mask[:3] = 0.0
+    found = []
+    for filler in (1.0, 50.0):
+        filled = torch.where(real.unsqueeze(2) == 0, filler, states)
+        batch = {"states": filled, "attention_mask": real}
+        if prefix:
+            batch["factor"] = torch.ones(16, 4, 1)
+        solved = nni_topo.compensate(model, masks, [batch])
+        found.append(solved.get_submodule(f"{prefix}second").weight)
+    assert not torch.equal(found[0], model.get_submodule(f"{prefix}second").weight)
+    assert torch.allclose(*found, atol=1e-6)

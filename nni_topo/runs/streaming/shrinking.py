@@ -62,6 +62,7 @@ from nni_topo.runs.streaming.skeleton import Skeleton, output_length, states_of
 
 _COSTS = ("flops", "params")
 _COPIES = 9  # of a block in single precision, at most, while it is pruned and learns
+_LARGE = 2**20  # parameters of a block that is worth freeing at once
 _CACHE = 2**28  # bytes for intermediate values of a block
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
 _logger = logging.getLogger(__name__)
@@ -379,12 +380,12 @@ class _Run:
             progress=False,
         )
         pruned = steps.prune(budget)
-        give_back_memory()
+        _give_back_memory(work.entered)
         recovered = steps.reconstruct(pruned)
         dense: Any = recovered.dense
         layers = recovered.layers
         del pruned, recovered, steps
-        give_back_memory()
+        _give_back_memory(work.entered)
         is_distilled = False
         if self._distill is not False:
             knobs = dict(self._distill) if isinstance(self._distill, Mapping) else {}
@@ -407,8 +408,8 @@ class _Run:
             "cost": self._cost_of(dense, images.example),
         }
         self._journal.note(index + 1, asdict(row) | costs)
-        del work, dense, images
-        give_back_memory()
+        del dense, images
+        _give_back_memory(work.entered)
 
     def _note_outputs(self, work: _BlockWork) -> None:
         """Note whether blocks return a tensor or a tuple."""
@@ -692,8 +693,10 @@ def _warnings(rows: Sequence[BlockRow], held_out: Calibration | None) -> tuple[s
     return ()
 
 
-def give_back_memory() -> None:
-    """Free graphs of traced blocks, which refer to themselves, and give the heap's free pages back to the system."""
+def _give_back_memory(block: nn.Module) -> None:
+    """Free graphs of a traced block, which refer to themselves, and give the heap's free pages back to the system."""
+    if _parameters(block) < _LARGE:
+        return  # it would take longer than all else
     gc.collect()
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # other C libraries than glibc don't keep them
