@@ -69,6 +69,8 @@ evaluator = recipe_evaluator(model, data, zoo.Recipe(epochs=1, batch_size=32))
 """,
     "transformers": None,
 }
+NEEDED = {"export": ["onnxruntime"], "experiments": ["distributed"], "larger_than_memory": ["accelerate"]}  # packages
+SLOW = ("larger_than_memory", "magnitude", "recovery")
 MADE = {"api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
 
 
@@ -93,7 +95,7 @@ def yours(stem):
 
 
 def run(path, tmp_path, monkeypatch):
-    for needed in {"export": ["onnxruntime"], "experiments": ["distributed"], "larger_than_memory": ["accelerate"]}.get(path.stem, []):
+    for needed in NEEDED.get(path.stem, []):
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     # Dataclasses look their module up, and paths lead into it, as a page's are in a file of the reader's.
@@ -132,9 +134,7 @@ def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the
     assert (tmp_path / "runs" / "digits" / "report.html").exists()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("larger_than_memory", "magnitude", "recovery"))) for name in YOURS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in YOURS])
 def test_snippets_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
     run(PROJECT / "docs" / f"{name}.md", tmp_path, monkeypatch)
 

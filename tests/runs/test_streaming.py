@@ -109,7 +109,7 @@ def test_padding_changes_nothing(source, tmp_path):
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-6) for name in found[0])
 
 
-class Stopped(Exception):
+class StopError(Exception):
     pass
 
 
@@ -121,12 +121,12 @@ def test_a_stopped_run_goes_on_after_the_last_block(source, tmp_path, monkeypatc
 
     def stops(run, index):
         if index == 1 and len(done) == 1:
-            raise Stopped
+            raise StopError
         done.append(index)
         prune(run, index)
 
     monkeypatch.setattr(shrinking._Run, "prune", stops)
-    with pytest.raises(Stopped):
+    with pytest.raises(StopError):
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
     with pytest.raises(ConfigError, match=r"same settings, got others: budget; delete the folder to begin anew"):
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.6}, **knobs)
@@ -268,7 +268,7 @@ def test_widths_that_no_config_describes_are_told_after_the_first_block(tmp_path
 def test_a_model_without_values_is_told_where_to_go():
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(llama_config())
-    with pytest.raises(DataError, match="nni_topo.shrink_pretrained prunes a folder of Transformers"):
+    with pytest.raises(DataError, match=r"nni_topo\.shrink_pretrained prunes a folder of Transformers"):
         nni_topo.shrink(model, tokens(), {"params": 0.7})
 
 
