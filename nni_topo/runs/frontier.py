@@ -328,8 +328,6 @@ def frontier(
     model, told_of_weights = plain_weights(model)
     data = ImageParts.of(calibration, model)
     check_can_be_distilled(model, data.all, distill)
-    measured = Measurements(model, data, evaluate, outputs)
-    measured.add("unpruned", model)
     settings: dict[str, Any] = {
         "pruner": pruner,
         "knobs": knobs,
@@ -343,6 +341,8 @@ def frontier(
         "progress": progress,
     }
     steps = ShrinkSteps.prepare(model, data, kind, **settings, is_search=True)
+    measured = Measurements(model, data, evaluate, outputs)
+    measured.add("unpruned", model)
     if depth:
         steps = DepthSteps.of(steps, template)
     timed = template

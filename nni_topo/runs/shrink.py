@@ -100,7 +100,8 @@ class ShrinkReport(ModelReport):
     warnings : tuple of str
         What makes the figures doubtful, with what to do about it.
     whole : dict of str to str
-        By layer that keeps all channels because they can't be removed, the reason. Empty if ``layers`` was given.
+        By layer that keeps all channels because they can't be removed, the reason. If ``layers`` was given, of those
+        layers alone.
     distillation : Verdict or None
         Whether the distilled weights were kept, and the figures that decided; None where :func:`nni_topo.distill`
         didn't run, or what it made wasn't confirmed.
@@ -277,8 +278,11 @@ class ShrinkReport(ModelReport):
         lines += map(repr, self.tried)
         left_alone = self.compensation.left_alone if self.compensation else {}
         lines += [f"the weights of {name} are not reconstructed: {reason}" for name, reason in left_alone.items()]
+        # Of a layer that keeps all channels, one line says why.
         lines += [
-            f"{row.name} keeps {row.kept} channels that were to be removed: {row.reason}" for row in self.layers.kept
+            f"{row.name} keeps {row.kept} channels that were to be removed: {row.reason}"
+            for row in self.layers.kept
+            if row.name not in self.whole
         ]
         lines += [f"{name} keeps all channels: {why}" for name, why in self.whole.items() if why != OUTPUT]
         return "\n".join(lines)
@@ -423,7 +427,8 @@ def shrink(
     ------
     ConfigError
         If the budget, a name or a knob is invalid, or the allocation is ``"auto"`` and the pruner has only one. If the
-        images are too few to confirm the ``tolerance`` even if no answer changes, or there are no channels to remove.
+        images are too few to confirm the ``tolerance`` even if no answer changes, or there are no channels to remove,
+        also because the ``layers`` share all of theirs with layers that aren't among them.
         If ``depth`` is True and the pruner chooses how many channels it keeps.
     DataError
         If the images can't be used, or are fewer than eight for ``"auto"`` or ``depth``.
@@ -493,8 +498,6 @@ def shrink(
         check_tolerance(tolerance, measure, calibration, parts or (), pruner)
     data = ImageParts.of(calibration, model, parts)
     check_can_be_distilled(model, data.all, distill)
-    measured = Measurements(model, data, evaluate, outputs)
-    measured.add("unpruned", model)
     steps = ShrinkSteps.prepare(
         model,
         data,
@@ -511,6 +514,8 @@ def shrink(
         progress=progress,
         is_search=tolerance is not None,
     )
+    measured = Measurements(model, data, evaluate, outputs)
+    measured.add("unpruned", model)
     if depth:
         steps = DepthSteps.of(steps, kind_and_allocation)
     found: ToleranceOutcome | None = None

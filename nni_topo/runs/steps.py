@@ -50,10 +50,12 @@ from nni_topo.network.speedup import (
     OUTPUT,
     DenseReport,
     MasksLike,
+    Network,
     by_reason,
     check_masks,
     dense_report_of,
     dependency_groups,
+    held_by_unselected,
     to_dense,
     unprunable_layers,
     widths_multiple,
@@ -150,7 +152,8 @@ class Prunable:
     """The layers to prune, as entries of a config_list without ratios."""
 
     entries: list[dict[str, Any]]
-    unpruned: dict[str, str]  # by other layer, why it can't lose channels; empty where the caller names the layers
+    # By layer that can't lose channels, why; where the caller names the layers, of those alone.
+    unpruned: dict[str, str]
     is_default: bool  # the caller named no layer
 
 
@@ -217,7 +220,7 @@ class ShrinkSteps:
         is_search: bool = False,
     ) -> ShrinkSteps:
         """Find the layers that can lose channels; ``kind`` is the cost that is made small."""
-        prunable = layers_to_prune(model, images.example, layers)
+        prunable = _without_held(model, images.example, layers_to_prune(model, images.example, layers))
         width_unit = widths_multiple(round_to, device_of(model))
         return cls(
             model=model,
@@ -427,6 +430,25 @@ def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[s
         found = "; ".join(told) or "no convolution, linear or recurrent layer"
         raise ConfigError(f"a model must have a layer whose channels can be removed, got none: {found} (shrink)")
     return Prunable([{"op_names": names}], unpruned, is_default=True)
+
+
+def _without_held(model: nn.Module, example: Any, prunable: Prunable) -> Prunable:
+    """Note which of the layers to prune keep all channels because layers that share these aren't among them.
+
+    Raises ConfigError where that holds for all of them.
+    """
+    groups = dependency_groups(model, example, prunable.entries).layers()
+    held = held_by_unselected(Network.on(model, example).flow, groups)
+    if not held:
+        return prunable
+    why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
+    if len(held) == len({name for group in groups for name in group}):
+        told = "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())
+        raise ConfigError(
+            f"layers must include those that share channels with the layers it names, got {told}: name these, too "
+            "(layers)"
+        )
+    return replace(prunable, unpruned=prunable.unpruned | why)
 
 
 def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]]) -> None:
