@@ -336,7 +336,7 @@ def outputs_of(found: Any, count: int, what: str = "a model's output") -> tuple[
     tensors = [each for each in tensors_of(found) if each.is_floating_point() and each.dim() and len(each) == count]
     if not tensors:
         raise ConfigError(
-            f"{what} must hold a floating tensor with an entry per image, got {_kind(found)} for {count} images"
+            f"{what} must hold a floating tensor with an entry per sample, got {_kind(found)} for {count} samples"
         )
     return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
 
@@ -525,10 +525,10 @@ def _view(part: Call, augment: Augment) -> Call:
     for old, new in zip(before, after, strict=True):
         if old.dim() and len(old) == count and (not new.dim() or len(new) != count):
             got = len(new) if new.dim() else "a single number"
-            raise ConfigError(f"augment must return as many images as it gets, {count}, got {got} (augment)")
+            raise ConfigError(f"augment must return as many samples as it gets, {count}, got {got} (augment)")
     wrong = _not_finite(after)
     if wrong > unfinished:
-        raise ConfigError(f"augment must return finite values, got {wrong} that aren't, for {count} images (augment)")
+        raise ConfigError(f"augment must return finite values, got {wrong} that aren't, for {count} samples (augment)")
     return view
 
 

@@ -149,7 +149,7 @@ class Frontier(Mapping[float, nn.Module]):
         bounds = [[percent * each for each in self._bounds(point)] for point in points]
         low = [max(value - bound[0], 0.0) for value, bound in zip(values, bounds, strict=True)]
         high = [max(bound[1] - value, 0.0) for value, bound in zip(values, bounds, strict=True)]
-        axis.errorbar(left, values, yerr=[low, high], fmt="o-", capsize=3, label=f"{self.held_out} held-out images")
+        axis.errorbar(left, values, yerr=[low, high], fmt="o-", capsize=3, label=f"{self.held_out} held-out samples")
         for place, value, point in zip(left, values, points, strict=True):
             if point.is_knee:
                 axis.plot([place], [value], "D", color="C3", markersize=8, zorder=3, label="knee")
@@ -201,10 +201,10 @@ class Frontier(Mapping[float, nn.Module]):
         frame = self.to_frame()[[*names, "seconds"]].dropna(axis="columns", how="all")
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
-            lines.append(f"measured on {self.held_out} held-out images; the {self.images} others are calibration data")
+            lines.append(f"measured on {self.held_out} held-out samples; the {self.images} others are calibration data")
         else:
             lines.append(
-                f"measured on the {self.images} calibration images, on which networks look better than they are"
+                f"measured on the {self.images} calibration samples, on which networks look better than they are"
             )
         if self.knee is None:
             lines.append("the curve has no knee")

@@ -227,13 +227,13 @@ class ShrinkReport(ModelReport):
         measured = "distance and agreement are" if has_agreement else "distance is"
         if not self.held_out:
             return (
-                f"{measured} measured on the {self.images} calibration images, on which networks look better than "
+                f"{measured} measured on the {self.images} calibration samples, on which networks look better than "
                 "they are"
             )
         others = "" if self.tolerance is not None and self.tolerance.measure != "evaluate" else "other "
         return (
-            f"{measured} measured on {self.held_out} held-out images, with 95 % intervals; the {self.images} "
-            f"{others}images are the calibration data"
+            f"{measured} measured on {self.held_out} held-out samples, with 95 % intervals; the {self.images} "
+            f"{others}samples are the calibration data"
         )
 
     def _rows(self) -> list[dict[str, Any]]:

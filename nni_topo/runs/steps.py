@@ -500,7 +500,7 @@ def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any) 
         return
     if images.samples < 2:
         raise DataError(
-            f"distillation must have at least two images, one to judge by, got {images.samples}: pass more, or leave "
+            f"distillation must have at least two samples, one to judge by, got {images.samples}: pass more, or leave "
             "distillation out: shrink(..., distill=False) (images)"
         )
     check_one_shape(calls(model, images))
@@ -575,7 +575,7 @@ class Measurements:
             return ()
         text = (
             f"the distilled network is kept, but its distance from the unpruned network is {after.distance:.3g}, "
-            f"{before.distance:.3g} before distillation; these images didn't decide whether to keep it. "
+            f"{before.distance:.3g} before distillation; these samples didn't decide whether to keep it. "
             "shrink(..., distill=False) returns the network before distillation"
         )
         _logger.warning("%s", text)
@@ -585,9 +585,9 @@ class Measurements:
         """Return a warning where images were too few, to hold any out or for the network."""
         if self._data.held_out is None:
             text = (
-                f"none of {self._data.learned.samples} images could be held out, so distance and agreement are "
-                "those of the calibration images, on which a network looks better than it is: pass at least "
-                f"{HELD_OUT} images, better some hundred"
+                f"none of {self._data.learned.samples} samples could be held out, so distance and agreement are "
+                "those of the calibration data, on which a network looks better than it is: pass at least "
+                f"{HELD_OUT}, better some hundred"
             )
             _logger.warning("%s", text)
             return (text,)
@@ -601,13 +601,13 @@ class Measurements:
         if last.distance < SMALL or not (is_far or agrees_less):
             return ()
         found = (
-            f"distance {last.distance:.3g} on held-out images, {last.calibration_distance:.3g} on calibration images"
+            f"distance {last.distance:.3g} on held-out samples, {last.calibration_distance:.3g} on the calibration data"
         )
         if not math.isnan(last.agreement):
             found += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
         text = (
-            f"{self._data.learned.samples} images are too few for this network ({found}): pass more images, as "
-            "different from each other as the images it will be used on, or keep a larger share of the cost"
+            f"{self._data.learned.samples} samples are too few for this network ({found}): pass more, as "
+            "different from each other as the inputs it will be used on, or keep a larger share of the cost"
         )
         _logger.warning("%s", text)
         return (text,)

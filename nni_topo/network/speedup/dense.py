@@ -482,7 +482,8 @@ class DenseReport(ModelReport):
             parts.append(_widths_table(pruned))
             parts.append("Channels of each layer." + _told_of_others(others))
         else:
-            parts.append("No layer lost channels.")
+            # A network may have lost blocks all the same, which the notes tell.
+            parts.append("All its layers have all their channels.")
         if self.notes:
             parts.append("\n".join(f"- {as_sentence(note)}" for note in self.notes))
         return parts
