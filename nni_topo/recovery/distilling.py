@@ -52,6 +52,7 @@ from nni_topo.network.runtime import (
     check_model,
     detached_copy,
     first_call,
+    hand_on_report,
     in_smaller_batches,
     leaves_models_alone,
     out_of_memory,
@@ -432,6 +433,7 @@ def distillation(
     result = detached_copy(dense)
     if is_kept:
         _take_values(result, student)
+        hand_on_report(dense, result, "distilled (nni_topo.distill)")
     done = Distillation(
         model=result,
         objective=lesson.kind,

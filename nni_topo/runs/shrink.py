@@ -27,6 +27,7 @@ from nni_topo.network.runtime import (
     markdown_table,
     structure_call,
     tells_once,
+    told_of_changes,
 )
 from nni_topo.network.speedup import (
     OUTPUT,
@@ -123,6 +124,9 @@ class ShrinkReport(ModelReport):
         Whether all blocks were to keep the same widths.
     recovery : str
         Name of the recovery method, or of its class or function; empty where no weights were reconstructed.
+    changed_since : tuple of str
+        What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``: the
+        figures are those before.
     """
 
     stages: tuple[Stage, ...]
@@ -142,6 +146,7 @@ class ShrinkReport(ModelReport):
     allocation: str = ""
     equal_blocks: bool = False
     recovery: str = ""
+    changed_since: tuple[str, ...] = ()
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -180,6 +185,8 @@ class ShrinkReport(ModelReport):
         parts += ["## How it was pruned", "\n".join(f"- {each}" for each in self._steps())]
         parts += ["## How much changes", *self._changes()]
         parts += self.layers.widths_in_markdown()
+        if self.changed_since:
+            parts.append(as_sentence(told_of_changes(self.changed_since)))
         if self.warnings:
             parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
         return "\n\n".join(parts)
@@ -285,6 +292,7 @@ class ShrinkReport(ModelReport):
             if row.name not in self.whole
         ]
         lines += [f"{name} keeps all channels: {why}" for name, why in self.whole.items() if why != OUTPUT]
+        lines += [told_of_changes(self.changed_since)] if self.changed_since else []
         return "\n".join(lines)
 
 

@@ -79,9 +79,12 @@ from nni_topo.network.runtime.reports import (
     ModelReport,
     as_code,
     as_sentence,
+    drop_report,
     give_report,
+    hand_on_report,
     markdown_table,
     report_of,
+    told_of_changes,
 )
 from nni_topo.network.runtime.telling import tells_once
 from nni_topo.network.runtime.untouched import (
@@ -155,7 +158,9 @@ __all__ = [
     "fitting",
     "fitting_call",
     "form_that_fits",
+    "drop_report",
     "give_report",
+    "hand_on_report",
     "in_smaller_batches",
     "inputs_of",
     "inputs_seen",
@@ -175,6 +180,7 @@ __all__ = [
     "real_positions",
     "real_positions_of",
     "report_of",
+    "told_of_changes",
     "run",
     "run_small",
     "shrunk",
