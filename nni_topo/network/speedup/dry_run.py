@@ -530,10 +530,18 @@ class _DryRun:
         if name in (self.flow.layers if node.op == "call_module" else self.flow.free_parameters):
             return value.masked_fill(pruned, 0)
         module = self.full.get_submodule(name) if node.op == "call_module" else None
-        # A norm without parameters has none that could be masked.
-        if module is not None and is_normalizing(module) and per_channel_names(module):
-            return value.masked_fill(pruned & (entering == 0), 0)
-        return value
+        if module is None or not is_normalizing(module):
+            return value
+        dead = pruned & (entering == 0)
+        if per_channel_names(module):
+            return value.masked_fill(dead, 0)
+        # A norm without parameters has none that could be masked. Where it subtracts the mean of several channels, a
+        # pruned channel becomes minus that mean. With random numbers all means may have one sign, of which an
+        # activation makes zeros; a trained network's may have any.
+        if not isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            return value
+        drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value.device)
+        return torch.where(dead & (drawn < 0.5), -value, value)
 
     def _stays(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(self.is_kept[self.flow.group_ids(ids.numpy())]))
