@@ -149,8 +149,8 @@ def test_images_that_could_never_confirm_a_tolerance_are_refused_before_anything
     calls = []
     handle = model.hidden.register_forward_hook(lambda *args: calls.append(1))
     message = (
-        "299 held-out samples without a change are needed for a tolerance of 0.01, got 48 of 128 samples: pass at least "
-        r"797 samples, or a tolerance of at least 0.0606 \(tolerance\)"
+        "299 held-out samples without a change are needed for a tolerance of 0.01, got 48 of 128 samples: pass at "
+        r"least 797 samples, or a tolerance of at least 0.0606 \(tolerance\)"
     )
     with pytest.raises(ConfigError, match=message):
         shrunk(model, [rows(128)])
