@@ -369,6 +369,11 @@ def test_what_a_function_of_the_callers_makes_worse_is_kept_and_told():
             ConfigError,
             r"a budget replaces sparse_ratio, got both \(layers\[1\]\)",
         ),
+        (
+            {"layers": ["stem", {"op_names": ["hidden"], "sparsity": 0.5}]},
+            ConfigError,
+            r"a budget replaces sparsity, got both \(layers\[1\]\)",
+        ),
     ],
 )
 def test_what_can_not_be_used_is_refused(knobs, error, message):
