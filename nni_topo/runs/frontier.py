@@ -250,17 +250,15 @@ def frontier(
 
     Parameters
     ----------
-    model : torch.nn.Module
-        The trained network, not wrapped by a pruner. It isn't changed.
-    images : iterable or nni.compression.utils.Evaluator
-        Batches of inputs, or of ``(inputs, ...)``, as for :func:`nni_topo.shrink`.
+    model, images
+        As for :func:`nni_topo.shrink`.
     shares : sequence of float, default=(0.75, 0.5, 0.25, 0.1)
         Shares of the cost to keep, in (0, 1) and descending.
     budget : str or mapping, default="flops"
-        The cost that the shares are of, ``"flops"``, ``"params"``, ``"latency"`` or ``"memory"``; with other settings
-        of :class:`nni_topo.Budget` ``{"flops": None, "allocation": "error"}``.
+        The cost that the shares are of, by name or with other settings, as for :func:`nni_topo.shrink` with a
+        ``tolerance``.
     pruner : str, default="reconstruction"
-        Name of a structured pruner that accepts a budget, or of one of NNI's.
+        As for :func:`nni_topo.shrink`, by name: a structured pruner that accepts a budget, or one of NNI's.
     knobs, layers, compensate, narrow_heads, outputs, evaluate, round_to, seed, progress
         As for :func:`nni_topo.shrink`.
     depth : bool, default=False
