@@ -519,7 +519,7 @@ def test_models_that_do_not_fit_each_other_are_refused():
     for dense in (nn.Linear(6, 5), Narrow(4, "tuple"), Narrow(4, "tokens")):
         with pytest.raises(ConfigError, match=r"must give outputs of the same shapes, got .* \(dense\)"):
             distill(dense, original, batches())
-    with pytest.raises(ConfigError, match="must hold a floating tensor with an entry per image, got Tensor"):
+    with pytest.raises(ConfigError, match="must hold a floating tensor with an entry per sample, got Tensor"):
         distill(nn.Sequential(nn.Linear(6, 4), Sign()), nn.Sequential(nn.Linear(6, 4), Sign()), batches())
     wrapped = toy_model()
     nni_topo.create_pruner("l1", wrapped, [{"op_names": ["inner"], "sparse_ratio": 0.5}])

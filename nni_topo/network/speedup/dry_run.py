@@ -81,7 +81,8 @@ def _find_unprunable(network: Network) -> dict[int, Reason]:
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
         torch.manual_seed(0)
-        full = assembled(_with_random_weights(network.model))
+        # Constants of a model in double precision, too: all that runs here is single.
+        full = assembled(_with_random_weights(network.model)).float()
         entering: Call = (arguments(full.graph, network.model, network.call), {})
         args = cast_floats(random_like(entering, torch.Generator().manual_seed(0)), torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
