@@ -89,7 +89,9 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Find the channels that are gone, of layers and norms: bool, by name; and zero what is gone of all else."""
     layers, norms = {}, {}
-    holders = [name for name, module in model.named_modules() if isinstance(module, (*PRUNED, *NORMS))]
+    # By all names: RT-DETR holds the layers that make boxes in two places.
+    named = model.named_modules(remove_duplicate=False)
+    holders = [name for name, module in named if isinstance(module, (*PRUNED, *NORMS))]
     others = dict(_tensors(dense))
     for name, tensor in _tensors(model):
         owner, _, key = name.rpartition(".")

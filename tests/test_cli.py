@@ -433,7 +433,7 @@ def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tolerance", "0.01", "--images", "128"], "299 held-out images without a change are needed"),
+        (["--tolerance", "0.01", "--images", "128"], "299 held-out samples without a change are needed"),
         (["--tolerance", "2"], "tolerance must be in (0, 1) or None, got 2.0"),
         (["--budget", "params"], "--budget names the cost for --tolerance or --shares without a share of its own, got"),
         (["--tolerance", "0.1", "--budget", "flops", "--params", "0.5"], "without a share of its own, got --params"),

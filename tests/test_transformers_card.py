@@ -79,6 +79,7 @@ def test_the_card_has_the_figures_of_the_report(name: str, tmp_path: Path) -> No
     assert card.data.to_dict() == {"library_name": "transformers", "tags": ["nni_topo", "pruned"]}
     text = card.content
     assert report.to_markdown() in text
+    assert "image" not in text + repr(report)  # the calibration data are texts
     assert f"# {type(small).__name__}, pruned" in text
     for package in ("nni_topo", "torch", "transformers"):
         assert f"{package} {version(package)}" in text
@@ -100,7 +101,7 @@ def test_the_report_as_markdown_says_what_was_done_and_what_it_cost() -> None:
         (line,) = [line for line in printed if line.split()[0] == stage.network]
         assert all(cell in line for cell in row), (row, line)
     assert [len(row) for row in rows if row[0] == "network"] == [3]  # network, distance, agreement
-    (measured,) = [line for line in printed if "held-out images, with 95 % intervals" in line]
+    (measured,) = [line for line in printed if "held-out samples, with 95 % intervals" in line]
     assert measured[1:] in text
     assert str(report.budget)[1:] in text
     weights = "kept" if report.distillation.is_kept else "discarded"
@@ -155,7 +156,7 @@ def test_few_layers_of_different_widths_are_told_one_by_one_and_many_by_kind() -
         ["`blocks.*.fc`", "0-1", "64", "32"],
         ["`blocks.*.proj`", "0-1", "64", "16"],
     ]
-    assert "No layer lost channels" in DenseReport((LayerChannels("stem", 16, 16, 16),)).to_markdown()
+    assert "All its layers have all their channels." in DenseReport((LayerChannels("stem", 16, 16, 16),)).to_markdown()
 
 
 def test_a_bar_in_a_name_stays_in_its_cell() -> None:
@@ -194,7 +195,7 @@ def test_steps_that_were_not_run_are_not_told() -> None:
     assert "distillation: none" in text
     assert "allocation" not in text
     assert (small.report.allocation, small.report.held_out) == ("", 0)
-    assert "measured on the 4 calibration images" in text
+    assert "measured on the 4 calibration samples" in text
     assert "held-out" not in text
 
 
@@ -222,7 +223,7 @@ def test_blocks_a_tolerance_and_warnings_are_told() -> None:
     assert f"- T{str(block)[1:]}." in text
     assert f"T{str(found)[1:]}." in text
     assert text.endswith("## Warnings\n\n- Few images.\n- And more.")
-    assert f"the {report.images} images are the calibration data" in text  # others chose the network
+    assert f"the {report.images} samples are the calibration data" in text  # others chose the network
 
 
 def test_an_evaluation_functions_figures_are_in_the_table() -> None:

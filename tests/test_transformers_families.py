@@ -25,6 +25,14 @@ DETR = {
     "backbone_config": {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1],
                         "out_features": ["stage2"]},
 }  # fmt: skip
+RT_DETR = {
+    "use_pretrained_backbone": False, "d_model": 32, "encoder_hidden_dim": 32, "encoder_ffn_dim": 48,
+    "encoder_attention_heads": 4, "encoder_in_channels": [16, 16, 32], "decoder_in_channels": [32] * 3,
+    "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "decoder_layers": 1, "num_queries": 6,
+    "backbone_config": {"model_type": "rt_detr_resnet", "layer_type": "basic", "embedding_size": 8,
+                        "hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4,
+                        "out_features": ["stage2", "stage3", "stage4"]},
+}  # fmt: skip
 STAGES = "model.backbone.conv_encoder.model.encoder.stages"
 # By class: sizes, the share of the parameters that is left at most, and a layer of which half of the channels go.
 FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
@@ -36,6 +44,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
     "PegasusForConditionalGeneration": (BOTH, 0.6, "model.encoder.layers.1.fc2"),
     # Norms of the backbone are buffers.
     "DetrForObjectDetection": (DETR, 0.8, f"{STAGES}.1.layers.0.layer.0.convolution"),
+    # And which queries there are is up to the scores.
+    "RTDetrForObjectDetection": (RT_DETR, 0.45, "model.backbone.model.encoder.stages.1.layers.0.layer.0.convolution"),
 }  # fmt: skip
 
 
@@ -57,7 +67,8 @@ def _made(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     sizes = FAMILIES[name][0]
     torch.manual_seed(0)
     kind = getattr(transformers, name)
-    model = nni_topo.as_torch_layers(Outputs(kind(kind.config_class(**sizes)).eval()))
+    config = kind.config_class(**copy.deepcopy(sizes))  # that of RT-DETR takes keys out of its settings
+    model = nni_topo.as_torch_layers(Outputs(kind(config).eval()))
     with torch.no_grad():
         for each in model.parameters():
             each += 0.1 * torch.randn_like(each)

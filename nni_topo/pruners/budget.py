@@ -23,13 +23,15 @@ from nni_topo.errors import (
     as_settings,
     check_knobs,
     instance,
+    listed,
     number,
     one_of,
     unknown_name,
 )
+from nni_topo.network.channels import reasons
 from nni_topo.network.cost import Kept, LatencyTable, NetworkCost, measure_latency, time_shares
 from nni_topo.network.runtime import example_inputs_of, unwrapped_copy
-from nni_topo.network.speedup import to_dense
+from nni_topo.network.speedup import Network, held_by_unselected, to_dense
 from nni_topo.pruners.agreement import Agreement
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_tolerance, solve_uniform
@@ -235,11 +237,27 @@ class BudgetPlanner(Planner):
             removed = solve(share)
             self.left = cost(removed)
         tell = tell_if_missed if self._warns else outcome_of
-        self.outcome = tell(self.budget, self.left, self._why_missed(removed, bounds))
+        self.outcome = tell(self.budget, self.left, self._why_missed(units, removed, model, cost))
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
 
-    def _why_missed(self, removed: Sequence[int], bounds: Sequence[tuple[int, int]]) -> str:
+    def _why_missed(
+        self,
+        units: Sequence[PruningUnit],
+        removed: Sequence[int],
+        model: nn.Module,
+        cost: Callable[[Sequence[int]], float],
+    ) -> str:
         """Return the reason why the cost isn't nearer to the budget."""
+        bounds = [unit.removable_rows for unit in units]
+        if self.left > self.budget.share and not self._is_near(cost([most for _, most in bounds])):
+            flow = Network.on(model, self.example_inputs).flow
+            held = held_by_unselected(flow, [unit.layers for unit in units])
+            if held:
+                partners = dict.fromkeys(name for names in held.values() for name in names)
+                why = f"{listed(held)} can lose no channel: {reasons.unselected(partners)}"
+                if len(held) < sum(len(unit.layers) for unit in units):
+                    why += "; the others are at their max_sparse_ratio, or have one channel left"
+                return why
         if self.round_to:
             return f"layers keep multiples of {self.round_to}"
         is_over = self.left > self.budget.share
@@ -249,6 +267,10 @@ class BudgetPlanner(Planner):
         if self.budget.kind == "latency" and self.budget.latency_table is None:
             return "no widths that were timed came nearer"
         return "blocks are equally wide" if self.budget.equal_blocks else no_nearer(self.budget, self.allocations)
+
+    def _is_near(self, left: float) -> bool:
+        """Say whether a share of the cost is near to the budget, or below it."""
+        return left < self.budget.share or _is_near(self.budget.kind, self.budget.share, left)
 
     def _network_cost(self, units: Sequence[PruningUnit], model: nn.Module) -> Callable[[Kept], float]:
         """Return a function that gives the network's cost, in the budget's unit, for a choice of kept channels."""

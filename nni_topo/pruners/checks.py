@@ -40,7 +40,16 @@ from nni_topo.errors import (
     whole,
 )
 from nni_topo.network.layers import CONVOLUTIONS, check_names, is_recurrent
-from nni_topo.network.runtime import BATCHES, CONFIG_LIST, INPUTS, MODEL, check_entry, in_smaller_batches, left_alone
+from nni_topo.network.runtime import (
+    BATCHES,
+    CONFIG_LIST,
+    INPUTS,
+    LEGACY_KEYS,
+    MODEL,
+    check_entry,
+    in_smaller_batches,
+    left_alone,
+)
 from nni_topo.network.speedup import DependencyGroups, by_reason
 
 _Given = ParamSpec("_Given")
@@ -86,16 +95,6 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
 
     return decorate
 
-
-LEGACY_KEYS = {
-    "sparsity": "sparse_ratio",
-    "sparsity_per_layer": "sparse_ratio",
-    "total_sparsity": "sparse_ratio with global_group_id",
-    "max_sparsity_per_layer": "max_sparse_ratio",
-    "op_partial_names": "op_names_re",
-    "exclude": "exclude_op_names",
-}
-"""Each key of NNI 2 and what NNI 3 calls it."""
 
 _RATIOS = ("sparsity", "sparsity_per_layer", "total_sparsity")
 
@@ -294,7 +293,7 @@ def _followed(name: str, module: nn.Module, target: str, config: dict[str, Any])
 def check_no_ratios(config_list: Sequence[Mapping[str, Any]], place: str = "config_list") -> None:
     """Raise a ConfigError where an entry says how much to prune, which a budget does."""
     check_keys_left_out(
-        config_list, ("sparse_ratio", "sparse_threshold", "global_group_id"), "a budget replaces", place
+        config_list, ("sparse_ratio", "sparse_threshold", "global_group_id", *_RATIOS), "a budget replaces", place
     )
 
 

@@ -19,6 +19,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     evaluation_mode,
     fitting,
+    hand_on_report,
     in_smaller_batches,
     leaves_models_alone,
     left_alone,
@@ -84,4 +85,5 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
             if not bool(torch.isfinite(value).all()):
                 raise DataError(f"activations must be finite, got NaN or infinity ({names[norm]})")
             getattr(norm, name).copy_(value)
+    hand_on_report(model, copied, "batch norms recalibrated (nni_topo.recalibrate_batch_norm)")
     return copied

@@ -25,7 +25,7 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, DataError, checked, unknown_name
+from nni_topo.errors import ConfigError, DataError, checked, listed, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations, Solution, fit
 from nni_topo.network.io import take_out, tell_depth
 from nni_topo.network.layers import CONVOLUTIONS, NORMS
@@ -42,6 +42,7 @@ from nni_topo.network.runtime import (
     fast_paths_off,
     first_call,
     fitting,
+    hand_on_report,
     leaves_models_alone,
     left_alone,
     real_positions_of,
@@ -130,6 +131,7 @@ def remove_blocks(
     for name, count in counts.items():
         numbers_kept[name] = (count, [number for number in range(count) if (name, number) not in removed])
     tell_depth(result, numbers_kept)
+    hand_on_report(model, result, f"blocks removed (nni_topo.remove_blocks): {listed(names, 8)}")
     return result
 
 

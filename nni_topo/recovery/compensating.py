@@ -25,6 +25,7 @@ from nni_topo.network.runtime import (
     batches_of,
     calls,
     check_model,
+    hand_on_report,
     in_smaller_batches,
     leaves_models_alone,
     structure_call,
@@ -113,6 +114,7 @@ def compensation(
         copy_norm_statistics(networks, call, calibration)
     report = CompensationReport(layers, plan.left_alone, sum(sizes), time.perf_counter() - began)
     _warn(report)
+    hand_on_report(model, networks.result, "weights reconstructed (nni_topo.compensate)")
     return Compensation(networks.result, report)
 
 

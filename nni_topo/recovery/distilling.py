@@ -52,6 +52,7 @@ from nni_topo.network.runtime import (
     check_model,
     detached_copy,
     first_call,
+    hand_on_report,
     in_smaller_batches,
     leaves_models_alone,
     out_of_memory,
@@ -125,11 +126,11 @@ class Verdict:
     most_steps: int = 0  # of a course of full length
     rates: tuple[RateTrial, ...] = ()  # the range test, the highest rate first; empty if a rate was given
     curve: tuple[Look, ...] = ()  # the held-out loss along the steps
-    held_out: int = 0  # images that decided
+    held_out: int = 0  # samples that decided
     is_out_of_time: bool = False  # whether `seconds` ended it
 
     def __repr__(self) -> str:
-        text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out images the loss "
+        text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out samples the loss "
         text += f"({self.objective}) is {self.loss_after:.3g}, {self.loss_before:.3g} without it; the distance "
         text += f"{self.distance_after:.3g}, {self.distance_before:.3g} without it"
         if not math.isnan(self.agreement_before):
@@ -168,7 +169,7 @@ class Verdict:
             too_high = [f"{each.lr:g}" for each in self.rates if each.lr > self.lr]
             text += f"; too high: {', '.join(too_high)}" if too_high else ""
         if 0 < self.held_out < _FEW and self.has_anything_to_learn:
-            text += f". {self.held_out} held-out images are few to decide by: give more images, or held_out="
+            text += f". {self.held_out} held-out samples are few to decide by: give more of them, or held_out="
         return text
 
 
@@ -326,7 +327,7 @@ def distillation(
         drawn = torch.randperm(counts[1], generator=torch.Generator().manual_seed(seed))
         held, learned = counts[0] + drawn, order
     if not len(learned):
-        raise DataError(f"distillation must have at least two images, one to judge by, got {len(order)} (images)")
+        raise DataError(f"distillation must have at least two samples, one to judge by, got {len(order)} (images)")
     most_steps = steps or course_length(len(learned), batch_size)
     is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
     is_blended = blend and is_blendable(pool)
@@ -414,7 +415,7 @@ def distillation(
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
         if course.is_given_up:
             _logger.info(
-                "learning rate %g is given up after %d of %d steps: the loss on held-out images has grown",
+                "learning rate %g is given up after %d of %d steps: the loss on held-out samples has grown",
                 rate,
                 taken,
                 most_steps,
@@ -432,6 +433,7 @@ def distillation(
     result = detached_copy(dense)
     if is_kept:
         _take_values(result, student)
+        hand_on_report(dense, result, "distilled (nni_topo.distill)")
     done = Distillation(
         model=result,
         objective=lesson.kind,

@@ -21,6 +21,7 @@ from nni_topo.network.runtime import (
     Call,
     arguments_of,
     at_once,
+    batch_size,
     bind_arguments,
     calls,
     cast_floats,
@@ -229,7 +230,7 @@ class Lesson:
         """Return all floating outputs of the unpruned network, and the objective that suits them."""
         place, found, kind = device_of(self._unpruned), [], ""
         with evaluation_mode(self._unpruned), torch.no_grad():
-            for part in _together(torch.arange(len(tensors_of(call)[0]))):
+            for part in _together(torch.arange(batch_size(call))):
                 args, kwargs = on_device(taken(call, part), place)
                 answer = self._unpruned(*args, **kwargs)
                 self.named = compared_outputs(answer, len(part), self._outputs)
@@ -239,7 +240,7 @@ class Lesson:
 
     def _run(self, student: nn.Module, call: Call) -> list[Tensor]:
         args, kwargs = cast_floats(call, self._place[1])
-        return read_outputs(student(*args, **kwargs), (args, kwargs), len(tensors_of(call)[0]), self._outputs)[0]
+        return read_outputs(student(*args, **kwargs), (args, kwargs), batch_size(call), self._outputs)[0]
 
 
 def _cosine_loss(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -295,7 +296,7 @@ def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
     student: nn.Module = detached_copy(dense).eval()
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
         student = student.float()
-    few = taken(pool, torch.arange(min(2, len(tensors_of(pool)[0]))))
+    few = taken(pool, torch.arange(min(2, batch_size(pool))))
     args, kwargs = on_device(cast_floats(few, _place_of(student)[1]), device_of(student))
     return lay_out(student, args, kwargs)
 
@@ -313,7 +314,7 @@ def judged(
     pool = joined(list(calls(unpruned, images)))
     students = [student_copy(net, pool) for net in nets]
     lesson = Lesson(unpruned, students[0], pool, "auto", _TEMPERATURE, outputs=outputs)
-    return [lesson.judge(net, torch.arange(len(tensors_of(pool)[0]))) for net in students]
+    return [lesson.judge(net, torch.arange(batch_size(pool))) for net in students]
 
 
 def read_outputs(found: Any, call: Call, count: int, outputs: Outputs | None) -> tuple[list[Tensor], str]:
@@ -336,7 +337,7 @@ def outputs_of(found: Any, count: int, what: str = "a model's output") -> tuple[
     tensors = [each for each in tensors_of(found) if each.is_floating_point() and each.dim() and len(each) == count]
     if not tensors:
         raise ConfigError(
-            f"{what} must hold a floating tensor with an entry per image, got {_kind(found)} for {count} images"
+            f"{what} must hold a floating tensor with an entry per sample, got {_kind(found)} for {count} samples"
         )
     return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
 
@@ -467,7 +468,7 @@ def _together(index: Tensor) -> tuple[Tensor, ...]:
 
 def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) -> None:
     """Raise ConfigError, before anything is learned, unless a network runs on what ``augment`` makes of two images."""
-    few = taken(call, torch.arange(min(2, len(tensors_of(call)[0]))))
+    few = taken(call, torch.arange(min(2, batch_size(call))))
     view = _augmented(few, augment, seed)
     args, kwargs = on_device(view, device_of(unpruned))
     try:
@@ -487,7 +488,7 @@ def _augmented(call: Call, augment: Augment, seed: int) -> Call:
     """Return another view of a call's inputs; the global generators are left as they were."""
     with random_state_kept():
         torch.manual_seed(seed)
-        views = [_view(taken(call, part), augment) for part in _together(torch.arange(len(tensors_of(call)[0])))]
+        views = [_view(taken(call, part), augment) for part in _together(torch.arange(batch_size(call)))]
     shapes = {str([tuple(each.shape[1:]) for each in tensors_of(view)]) for view in views}
     if len(shapes) > 1:
         raise ConfigError(f"augment must return inputs of one shape, got {' and '.join(sorted(shapes))} (augment)")
@@ -525,10 +526,10 @@ def _view(part: Call, augment: Augment) -> Call:
     for old, new in zip(before, after, strict=True):
         if old.dim() and len(old) == count and (not new.dim() or len(new) != count):
             got = len(new) if new.dim() else "a single number"
-            raise ConfigError(f"augment must return as many images as it gets, {count}, got {got} (augment)")
+            raise ConfigError(f"augment must return as many samples as it gets, {count}, got {got} (augment)")
     wrong = _not_finite(after)
     if wrong > unfinished:
-        raise ConfigError(f"augment must return finite values, got {wrong} that aren't, for {count} images (augment)")
+        raise ConfigError(f"augment must return finite values, got {wrong} that aren't, for {count} samples (augment)")
     return view
 
 

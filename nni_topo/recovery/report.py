@@ -86,7 +86,7 @@ class CompensationReport:
         table = self.to_frame()[columns].fillna({"place": ""})
         shown = table.to_string(index=False, max_colwidth=60, na_rep="", float_format=lambda value: f"{value:.4g}")
         lines = [shown] if len(table) else []
-        lines.append(f"{self.images} calibration images, {self.seconds:.3g} s")
+        lines.append(f"{self.images} calibration inputs, {self.seconds:.3g} s")
         return "\n".join([*lines, *(f"warning: {each}" for each in self.warnings)])
 
     @property
@@ -102,7 +102,7 @@ class CompensationReport:
             most = max(math.ceil(self.images * layer.unknowns / max(layer.samples, 1)) for layer in few.values())
             found.append(
                 f"calibration should have more samples than a layer has unknowns, got fewer for the layers {named}: "
-                f"pass more images, here at least {most} instead of {self.images}"
+                f"pass more inputs, here at least {most} instead of {self.images}"
             )
         lost = {layer.layer: layer for layer in self.layers if layer.is_lost}
         if lost:

@@ -48,7 +48,7 @@ def check_held_out(
 ) -> Calibration:
     """Return the images that judge, or raise DataError where there are none; ``what`` needs them."""
     if held_out is None:
-        raise DataError(f"{what} needs at least {HELD_OUT} images, of which one judges, got {images.samples} (images)")
+        raise DataError(f"{what} needs at least {HELD_OUT} samples, of which one judges, got {images.samples} (images)")
     return held_out
 
 

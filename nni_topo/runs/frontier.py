@@ -149,7 +149,7 @@ class Frontier(Mapping[float, nn.Module]):
         bounds = [[percent * each for each in self._bounds(point)] for point in points]
         low = [max(value - bound[0], 0.0) for value, bound in zip(values, bounds, strict=True)]
         high = [max(bound[1] - value, 0.0) for value, bound in zip(values, bounds, strict=True)]
-        axis.errorbar(left, values, yerr=[low, high], fmt="o-", capsize=3, label=f"{self.held_out} held-out images")
+        axis.errorbar(left, values, yerr=[low, high], fmt="o-", capsize=3, label=f"{self.held_out} held-out samples")
         for place, value, point in zip(left, values, points, strict=True):
             if point.is_knee:
                 axis.plot([place], [value], "D", color="C3", markersize=8, zorder=3, label="knee")
@@ -201,10 +201,10 @@ class Frontier(Mapping[float, nn.Module]):
         frame = self.to_frame()[[*names, "seconds"]].dropna(axis="columns", how="all")
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
-            lines.append(f"measured on {self.held_out} held-out images; the {self.images} others are calibration data")
+            lines.append(f"measured on {self.held_out} held-out samples; the {self.images} others are calibration data")
         else:
             lines.append(
-                f"measured on the {self.images} calibration images, on which networks look better than they are"
+                f"measured on the {self.images} calibration samples, on which networks look better than they are"
             )
         if self.knee is None:
             lines.append("the curve has no knee")
@@ -250,17 +250,15 @@ def frontier(
 
     Parameters
     ----------
-    model : torch.nn.Module
-        The trained network, not wrapped by a pruner. It isn't changed.
-    images : iterable or nni.compression.utils.Evaluator
-        Batches of inputs, or of ``(inputs, ...)``, as for :func:`nni_topo.shrink`.
+    model, images
+        As for :func:`nni_topo.shrink`.
     shares : sequence of float, default=(0.75, 0.5, 0.25, 0.1)
         Shares of the cost to keep, in (0, 1) and descending.
     budget : str or mapping, default="flops"
-        The cost that the shares are of, ``"flops"``, ``"params"``, ``"latency"`` or ``"memory"``; with other settings
-        of :class:`nni_topo.Budget` ``{"flops": None, "allocation": "error"}``.
+        The cost that the shares are of, by name or with other settings, as for :func:`nni_topo.shrink` with a
+        ``tolerance``.
     pruner : str, default="reconstruction"
-        Name of a structured pruner that accepts a budget, or of one of NNI's.
+        As for :func:`nni_topo.shrink`, by name: a structured pruner that accepts a budget, or one of NNI's.
     knobs, layers, compensate, narrow_heads, outputs, evaluate, round_to, seed, progress
         As for :func:`nni_topo.shrink`.
     depth : bool, default=False
@@ -328,8 +326,6 @@ def frontier(
     model, told_of_weights = plain_weights(model)
     data = ImageParts.of(calibration, model)
     check_can_be_distilled(model, data.all, distill)
-    measured = Measurements(model, data, evaluate, outputs)
-    measured.add("unpruned", model)
     settings: dict[str, Any] = {
         "pruner": pruner,
         "knobs": knobs,
@@ -343,6 +339,8 @@ def frontier(
         "progress": progress,
     }
     steps = ShrinkSteps.prepare(model, data, kind, **settings, is_search=True)
+    measured = Measurements(model, data, evaluate, outputs)
+    measured.add("unpruned", model)
     if depth:
         steps = DepthSteps.of(steps, template)
     timed = template

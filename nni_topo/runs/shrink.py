@@ -27,6 +27,7 @@ from nni_topo.network.runtime import (
     markdown_table,
     structure_call,
     tells_once,
+    told_of_changes,
 )
 from nni_topo.network.speedup import (
     OUTPUT,
@@ -100,7 +101,8 @@ class ShrinkReport(ModelReport):
     warnings : tuple of str
         What makes the figures doubtful, with what to do about it.
     whole : dict of str to str
-        By layer that keeps all channels because they can't be removed, the reason. Empty if ``layers`` was given.
+        By layer that keeps all channels because they can't be removed, the reason. If ``layers`` was given, of those
+        layers alone.
     distillation : Verdict or None
         Whether the distilled weights were kept, and the figures that decided; None where :func:`nni_topo.distill`
         didn't run, or what it made wasn't confirmed.
@@ -122,6 +124,9 @@ class ShrinkReport(ModelReport):
         Whether all blocks were to keep the same widths.
     recovery : str
         Name of the recovery method, or of its class or function; empty where no weights were reconstructed.
+    changed_since : tuple of str
+        What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``: the
+        figures are those before.
     """
 
     stages: tuple[Stage, ...]
@@ -141,6 +146,7 @@ class ShrinkReport(ModelReport):
     allocation: str = ""
     equal_blocks: bool = False
     recovery: str = ""
+    changed_since: tuple[str, ...] = ()
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -179,6 +185,8 @@ class ShrinkReport(ModelReport):
         parts += ["## How it was pruned", "\n".join(f"- {each}" for each in self._steps())]
         parts += ["## How much changes", *self._changes()]
         parts += self.layers.widths_in_markdown()
+        if self.changed_since:
+            parts.append(as_sentence(told_of_changes(self.changed_since)))
         if self.warnings:
             parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
         return "\n\n".join(parts)
@@ -226,13 +234,13 @@ class ShrinkReport(ModelReport):
         measured = "distance and agreement are" if has_agreement else "distance is"
         if not self.held_out:
             return (
-                f"{measured} measured on the {self.images} calibration images, on which networks look better than "
+                f"{measured} measured on the {self.images} calibration samples, on which networks look better than "
                 "they are"
             )
         others = "" if self.tolerance is not None and self.tolerance.measure != "evaluate" else "other "
         return (
-            f"{measured} measured on {self.held_out} held-out images, with 95 % intervals; the {self.images} "
-            f"{others}images are the calibration data"
+            f"{measured} measured on {self.held_out} held-out samples, with 95 % intervals; the {self.images} "
+            f"{others}samples are the calibration data"
         )
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -277,10 +285,14 @@ class ShrinkReport(ModelReport):
         lines += map(repr, self.tried)
         left_alone = self.compensation.left_alone if self.compensation else {}
         lines += [f"the weights of {name} are not reconstructed: {reason}" for name, reason in left_alone.items()]
+        # Of a layer that keeps all channels, one line says why.
         lines += [
-            f"{row.name} keeps {row.kept} channels that were to be removed: {row.reason}" for row in self.layers.kept
+            f"{row.name} keeps {row.kept} channels that were to be removed: {row.reason}"
+            for row in self.layers.kept
+            if row.name not in self.whole
         ]
         lines += [f"{name} keeps all channels: {why}" for name, why in self.whole.items() if why != OUTPUT]
+        lines += [told_of_changes(self.changed_since)] if self.changed_since else []
         return "\n".join(lines)
 
 
@@ -423,7 +435,8 @@ def shrink(
     ------
     ConfigError
         If the budget, a name or a knob is invalid, or the allocation is ``"auto"`` and the pruner has only one. If the
-        images are too few to confirm the ``tolerance`` even if no answer changes, or there are no channels to remove.
+        images are too few to confirm the ``tolerance`` even if no answer changes, or there are no channels to remove,
+        also because the ``layers`` share all of theirs with layers that aren't among them.
         If ``depth`` is True and the pruner chooses how many channels it keeps.
     DataError
         If the images can't be used, or are fewer than eight for ``"auto"`` or ``depth``.
@@ -493,8 +506,6 @@ def shrink(
         check_tolerance(tolerance, measure, calibration, parts or (), pruner)
     data = ImageParts.of(calibration, model, parts)
     check_can_be_distilled(model, data.all, distill)
-    measured = Measurements(model, data, evaluate, outputs)
-    measured.add("unpruned", model)
     steps = ShrinkSteps.prepare(
         model,
         data,
@@ -511,6 +522,8 @@ def shrink(
         progress=progress,
         is_search=tolerance is not None,
     )
+    measured = Measurements(model, data, evaluate, outputs)
+    measured.add("unpruned", model)
     if depth:
         steps = DepthSteps.of(steps, kind_and_allocation)
     found: ToleranceOutcome | None = None

@@ -50,10 +50,12 @@ from nni_topo.network.speedup import (
     OUTPUT,
     DenseReport,
     MasksLike,
+    Network,
     by_reason,
     check_masks,
     dense_report_of,
     dependency_groups,
+    held_by_unselected,
     to_dense,
     unprunable_layers,
     widths_multiple,
@@ -150,7 +152,8 @@ class Prunable:
     """The layers to prune, as entries of a config_list without ratios."""
 
     entries: list[dict[str, Any]]
-    unpruned: dict[str, str]  # by other layer, why it can't lose channels; empty where the caller names the layers
+    # By layer that can't lose channels, why; where the caller names the layers, of those alone.
+    unpruned: dict[str, str]
     is_default: bool  # the caller named no layer
 
 
@@ -217,7 +220,7 @@ class ShrinkSteps:
         is_search: bool = False,
     ) -> ShrinkSteps:
         """Find the layers that can lose channels; ``kind`` is the cost that is made small."""
-        prunable = layers_to_prune(model, images.example, layers)
+        prunable = _without_held(model, images.example, layers_to_prune(model, images.example, layers))
         width_unit = widths_multiple(round_to, device_of(model))
         return cls(
             model=model,
@@ -429,6 +432,25 @@ def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[s
     return Prunable([{"op_names": names}], unpruned, is_default=True)
 
 
+def _without_held(model: nn.Module, example: Any, prunable: Prunable) -> Prunable:
+    """Note which of the layers to prune keep all channels because layers that share these aren't among them.
+
+    Raises ConfigError where that holds for all of them.
+    """
+    groups = dependency_groups(model, example, prunable.entries).layers()
+    held = held_by_unselected(Network.on(model, example).flow, groups)
+    if not held:
+        return prunable
+    why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
+    if len(held) == len({name for group in groups for name in group}):
+        told = "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())
+        raise ConfigError(
+            f"layers must include those that share channels with the layers it names, got {told}: name these, too "
+            "(layers)"
+        )
+    return replace(prunable, unpruned=prunable.unpruned | why)
+
+
 def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]]) -> None:
     """Raise ConfigError for layers without channels of their own, and for named ones that have to keep all channels.
 
@@ -478,7 +500,7 @@ def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any) 
         return
     if images.samples < 2:
         raise DataError(
-            f"distillation must have at least two images, one to judge by, got {images.samples}: pass more, or leave "
+            f"distillation must have at least two samples, one to judge by, got {images.samples}: pass more, or leave "
             "distillation out: shrink(..., distill=False) (images)"
         )
     check_one_shape(calls(model, images))
@@ -553,7 +575,7 @@ class Measurements:
             return ()
         text = (
             f"the distilled network is kept, but its distance from the unpruned network is {after.distance:.3g}, "
-            f"{before.distance:.3g} before distillation; these images didn't decide whether to keep it. "
+            f"{before.distance:.3g} before distillation; these samples didn't decide whether to keep it. "
             "shrink(..., distill=False) returns the network before distillation"
         )
         _logger.warning("%s", text)
@@ -563,9 +585,9 @@ class Measurements:
         """Return a warning where images were too few, to hold any out or for the network."""
         if self._data.held_out is None:
             text = (
-                f"none of {self._data.learned.samples} images could be held out, so distance and agreement are "
-                "those of the calibration images, on which a network looks better than it is: pass at least "
-                f"{HELD_OUT} images, better some hundred"
+                f"none of {self._data.learned.samples} samples could be held out, so distance and agreement are "
+                "those of the calibration data, on which a network looks better than it is: pass at least "
+                f"{HELD_OUT}, better some hundred"
             )
             _logger.warning("%s", text)
             return (text,)
@@ -579,13 +601,13 @@ class Measurements:
         if last.distance < SMALL or not (is_far or agrees_less):
             return ()
         found = (
-            f"distance {last.distance:.3g} on held-out images, {last.calibration_distance:.3g} on calibration images"
+            f"distance {last.distance:.3g} on held-out samples, {last.calibration_distance:.3g} on the calibration data"
         )
         if not math.isnan(last.agreement):
             found += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
         text = (
-            f"{self._data.learned.samples} images are too few for this network ({found}): pass more images, as "
-            "different from each other as the images it will be used on, or keep a larger share of the cost"
+            f"{self._data.learned.samples} samples are too few for this network ({found}): pass more, as "
+            "different from each other as the inputs it will be used on, or keep a larger share of the cost"
         )
         _logger.warning("%s", text)
         return (text,)

@@ -139,12 +139,12 @@ class ToleranceOutcome:
             return f"no smaller network was found within the tolerance of {self.tolerance:g}: {tried}"
         found = f"{_WORDS[self.measure]} {self.difference:.3g}"
         if self.measure != "evaluate":
-            found += f", at most {self.limit:.3g} with 95 % confidence, on {self.held_out} held-out images"
+            found += f", at most {self.limit:.3g} with 95 % confidence, on {self.held_out} held-out samples"
             found += " that the search didn't use"
         text = f"the tolerance of {self.tolerance:g} is met: {found}; {self.left:.4g} of the {self.kind} are kept"
         text += f" ({tried})"
         if self.needed:
-            text += f". {self.needed} held-out images without a change are needed for this tolerance"
+            text += f". {self.needed} held-out samples without a change are needed for this tolerance"
         return text
 
 
@@ -258,7 +258,7 @@ def check_tolerance(
     check_has_size(pruner, "a tolerance needs")
     if measure == "evaluate":
         return
-    unit = "images" if images.groups is None else "groups of images"
+    unit = "samples" if images.groups is None else "groups of samples"
     counts = [0 if part is None else _units(part) for part in parts]
     total = _units(images)
     if measure == "distance":
@@ -436,13 +436,13 @@ def _warnings(outcome: ToleranceOutcome) -> list[str]:
         text = (
             f"the candidate with {look.left:.4g} of the {outcome.kind} wasn't confirmed: {_WORDS[outcome.measure]} "
             f"{look.difference:.3g}, at most {look.limit:.3g} with 95 % confidence, on {outcome.held_out} held-out "
-            "images"
+            "samples"
         )
         if outcome.is_met:
             text += ". The next larger candidate is returned"
-        found.append(f"{text}. More images let smaller networks be confirmed")
+        found.append(f"{text}. More samples let smaller networks be confirmed")
     if not outcome.is_met:
-        found.append(f"{outcome}; a copy of the unpruned network is returned. Pass more images, or a larger tolerance")
+        found.append(f"{outcome}; a copy of the unpruned network is returned. Pass more samples, or a larger tolerance")
     return found
 
 

@@ -6,6 +6,7 @@ from nni.compression.pruning import AGPPruner, LinearPruner
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.speedup import dependency_groups
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.registry import create_pruner
@@ -24,7 +25,16 @@ from nni_topo.testing import toy_evaluator, toy_images, toy_model
             [{"op_types": ["Linear"], "target_settings": {"weight": {"sparse_ratio": -0.5}}}],
             r"got -0\.5 \(config_list\[0\]\.target_settings\.weight\)",
         ),
-        ([{"op_types": ["Linear"], "sparse_ratoi": 0.5}], "Wrong key 'sparse_ratoi'"),
+        (
+            [{"op_types": ["Linear"], "sparse_ratio": 0.5}, {"op_types": ["Conv2d"], "sparsty": 0.5}],
+            r"key of a config_list entry .*, got 'sparsty'; did you mean sparse_ratio, .*\(config_list\[1\]\)",
+        ),
+        ([{"op_type": ["Linear"], "sparse_ratio": 0.5}], r"got 'op_type'; did you mean op_types, "),
+        ([{"op_types": ["Linear"], 3: 0.5}], r"got '3'; known: "),
+        (
+            [{"op_types": ["Linear"], "target_settings": {"weight": {"Sparse_Ratio": 0.5}}}],
+            r"got 'Sparse_Ratio'; did you mean sparse_ratio\? \(config_list\[0\]\.target_settings\.weight\)",
+        ),
         ([{"op_types": ["Linear"], "sparse_ratio": 0}], r"schema.*sparse_ratio.*float"),
         ([{"op_types": ["Linear"], "sparse_ratio": 0.5, "sparse_threshold": 1.0}], "schema"),
         (["Linear"], r"must be a dict, got str \(config_list\[0\]\)"),
@@ -51,6 +61,19 @@ from nni_topo.testing import toy_evaluator, toy_images, toy_model
 def test_bad_config_lists_are_refused_by_name(convnet, config, words):
     with pytest.raises(ConfigError, match=words):
         check_request(convnet, config)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, config: create_pruner("l1", model, config),
+        lambda model, config: RandomPruner(model, config),
+        lambda model, config: dependency_groups(model, toy_images(2), config),
+    ],
+)
+def test_a_misspelt_key_is_named_wherever_a_config_list_is_handed_in(use):
+    with pytest.raises(ConfigError, match=r"got 'sparsty'; did you mean sparse_ratio, .*\(config_list\[0\]\)"):
+        use(toy_model(), [{"op_types": ["Conv2d"], "sparsty": 0.5}])
 
 
 GROUP = {"dependency_group_id": "a"}

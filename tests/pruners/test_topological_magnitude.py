@@ -185,6 +185,19 @@ def test_nnis_schedulers_drive_it(scheduler):
     assert connectivity(model, toy_images(1), masks).channels == 1.0
 
 
+def test_biases_follow_their_rows_as_with_nni_and_none_is_lost_for_the_tree_reaches_all():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10))
+    config_list = [{"op_names": ["0", "2"], "sparse_ratio": 0.95}]
+    kept = {}
+    for kind in (LevelPruner, TopologicalMagnitudePruner):
+        masks = kind(copy.deepcopy(model), config_list).compress()[1]
+        for name in ("0", "2"):
+            assert torch.equal(masks[name]["bias"], masks[name]["weight"].amax(1))
+        kept[kind] = int(masks["0"]["bias"].sum())
+    assert kept[LevelPruner] < kept[TopologicalMagnitudePruner] == 100
+
+
 def test_rounds_take_equal_shares_and_never_bring_a_weight_back():
     model = toy_model()
     found: list[dict[str, torch.Tensor]] = []

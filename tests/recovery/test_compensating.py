@@ -196,7 +196,7 @@ def test_too_few_samples_warn_and_still_help(caplog):
     with caplog.at_level(logging.WARNING):
         found = compensation(model, masks, [images], method=Reconstruct(refine=0))
     assert "more samples than a layer has unknowns, got fewer for the layers 'head' (6 of 12)" in caplog.text
-    assert "pass more images, here at least 12 instead of 6" in caplog.text
+    assert "pass more inputs, here at least 12 instead of 6" in caplog.text
     # What is advised helps.
     assert compensation(model, masks, [toy_images(12)], method=Reconstruct(refine=0)).report.warnings == ()
     notes = found.report.to_frame()["note"].tolist()
@@ -397,4 +397,4 @@ def test_few_images_are_told_only_where_the_outputs_suffer(features, is_told):
     (layer,) = report.layers
     assert layer.is_underdetermined
     assert layer.is_far is is_told
-    assert any("pass more images" in each for each in report.warnings) is is_told
+    assert any("pass more inputs" in each for each in report.warnings) is is_told

@@ -166,7 +166,7 @@ def test_what_got_worse_is_left_out(caplog):
     assert not found.is_kept
     assert not found.loss_after < found.loss_before
     torch.testing.assert_close(found.model.state_dict(), near.state_dict(), rtol=0, atol=0)
-    assert "distillation is discarded: on held-out images the loss (kl) is" in caplog.text
+    assert "distillation is discarded: on held-out samples the loss (kl) is" in caplog.text
     assert str(found.verdict) in caplog.text
 
 
@@ -203,7 +203,7 @@ def test_a_rate_that_is_asked_for_is_given_up_where_held_out_loss_grows(caplog):
     dense, original, images = fragile()
     with caplog.at_level("INFO", "nni_topo.recovery.distilling"):
         high = distillation(dense, original, images, steps=600, lr=0.05, blend=False)
-    assert "learning rate 0.05 is given up after 72 of 600 steps: the loss on held-out images has grown" in caplog.text
+    assert "learning rate 0.05 is given up after 72 of 600 steps: the loss on held-out samples has grown" in caplog.text
     assert (high.is_kept, high.steps, high.rates) == (False, 72, ())
     # one that lowers the loss all the time has all of its steps
     low = distillation(*pair(), batches(), steps=100, lr=1e-3, blend=False)
@@ -239,7 +239,7 @@ def test_norms_keep_their_statistics_where_those_of_batches_break_the_network():
 
 def test_few_held_out_images_are_named():
     dense, original = pair()
-    assert "8 held-out images are few to decide by" in str(distillation(dense, original, batches(64), steps=5).verdict)
+    assert "8 held-out samples are few to decide by" in str(distillation(dense, original, batches(64), steps=5).verdict)
     assert "few to decide by" not in str(distillation(dense, original, batches(224), steps=5).verdict)
 
 
@@ -408,14 +408,14 @@ def test_a_network_without_parameters_is_refused():
 
 
 BAD_VIEWS = [
-    (lambda part: part[:1], r"augment must return as many images as it gets, 2, got 1 \(augment\)"),
+    (lambda part: part[:1], r"augment must return as many samples as it gets, 2, got 1 \(augment\)"),
     (
         lambda part: part[0, 0],
-        r"augment must return as many images as it gets, 2, got a single number \(augment\)",
+        r"augment must return as many samples as it gets, 2, got a single number \(augment\)",
     ),
     (lambda _: None, r"augment must return tensors, .* got NoneType for Tensor \(float32 .*\) \(augment\)"),
     (lambda part: part.numpy(), r"augment must return tensors, .* got ndarray for Tensor \(float32 .*\) \(augment\)"),
-    (lambda part: part / 0.0, r"augment must return finite values, got .* for 2 images \(augment\)"),
+    (lambda part: part / 0.0, r"augment must return finite values, got .* for 2 samples \(augment\)"),
     (lambda part: part.double(), r"the type that it gets, torch.float32, got torch.float64 \(augment\)"),
     (lambda part: part.to(torch.uint8), r"the type that it gets, torch.float32, got torch.uint8 \(augment\)"),
     (
@@ -519,7 +519,7 @@ def test_models_that_do_not_fit_each_other_are_refused():
     for dense in (nn.Linear(6, 5), Narrow(4, "tuple"), Narrow(4, "tokens")):
         with pytest.raises(ConfigError, match=r"must give outputs of the same shapes, got .* \(dense\)"):
             distill(dense, original, batches())
-    with pytest.raises(ConfigError, match="must hold a floating tensor with an entry per image, got Tensor"):
+    with pytest.raises(ConfigError, match="must hold a floating tensor with an entry per sample, got Tensor"):
         distill(nn.Sequential(nn.Linear(6, 4), Sign()), nn.Sequential(nn.Linear(6, 4), Sign()), batches())
     wrapped = toy_model()
     nni_topo.create_pruner("l1", wrapped, [{"op_names": ["inner"], "sparse_ratio": 0.5}])

@@ -178,7 +178,7 @@ def test_ten_passes_over_many_images(images, steps):
     ("images", "error", "message"),
     [
         ([], DataError, "at least one batch, got none"),
-        ([inputs(1)], DataError, "at least two images, one to judge by, got 1"),
+        ([inputs(1)], DataError, "at least two samples, one to judge by, got 1"),
         ([inputs(0)], DataError, "must hold inputs, got an empty one"),
         ([inputs(8) * math.nan], DataError, "must be finite, got NaN"),
         ([torch.ones(4, 5)], DataError, "must fit the model"),

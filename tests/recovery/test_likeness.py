@@ -183,11 +183,11 @@ def test_the_report_has_held_out_figures_and_says_where_they_are_far_from_those_
     assert (report.images, report.held_out) == (63, 9)
     assert last.distance > 2.0 * last.calibration_distance
     text = " ".join(report.warnings)
-    assert "63 images are too few for this network" in text
-    assert "pass more images" in text
+    assert "63 samples are too few for this network" in text
+    assert "pass more, as different" in text
     assert "should have more samples than a layer has unknowns" in text
-    assert "warning: 63 images are too few" in repr(report)
-    assert "measured on 9 held-out images, with 95 % intervals; the 63 other images are the calibration data" in repr(
+    assert "warning: 63 samples are too few" in repr(report)
+    assert "measured on 9 held-out samples, with 95 % intervals; the 63 other samples are the calibration data" in repr(
         report
     )
     many = nni_topo.shrink(model, [torch.randn(6000, 64)], {"flops": 0.3}, distill=False).report
@@ -198,7 +198,7 @@ def test_the_report_has_held_out_figures_and_says_where_they_are_far_from_those_
 def test_images_that_are_too_few_to_hold_any_out_are_told():
     report = nni_topo.shrink(toy_model().eval(), [toy_images(7)], {"flops": 0.5}, distill=False).report
     assert (report.images, report.held_out) == (7, 0)
-    assert "none of 7 images could be held out" in report.warnings[0]
+    assert "none of 7 samples could be held out" in report.warnings[0]
     last = report.stages[-1]
     assert last.distance == last.calibration_distance
 

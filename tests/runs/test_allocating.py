@@ -118,7 +118,7 @@ def test_what_has_nothing_to_choose_from_is_refused_before_anything_runs(pruner)
 
 
 def test_too_few_images_are_refused():
-    with pytest.raises(DataError, match="allocation='auto' needs at least 8 images, of which one judges, got 5"):
+    with pytest.raises(DataError, match="allocation='auto' needs at least 8 samples, of which one judges, got 5"):
         shrunk(AUTO, [toy_images(5)])
 
 

@@ -66,7 +66,7 @@ def test_the_table_has_a_row_for_each_network_and_the_unpruned_one(monkeypatch):
     assert found.points[1].left == zoo.count_params(found[0.7]) / zoo.count_params(toy_model())
     shown = repr(found)
     assert [line.split()[0] for line in shown.splitlines()[1:5]] == ["1", "0.7", "0.45", "0.25"]
-    assert "measured on 16 held-out images; the 112 others are calibration data" in shown
+    assert "measured on 16 held-out samples; the 112 others are calibration data" in shown
 
 
 def test_it_is_saved_with_its_picture_and_can_be_loaded(tmp_path):

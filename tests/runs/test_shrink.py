@@ -369,6 +369,11 @@ def test_what_a_function_of_the_callers_makes_worse_is_kept_and_told():
             ConfigError,
             r"a budget replaces sparse_ratio, got both \(layers\[1\]\)",
         ),
+        (
+            {"layers": ["stem", {"op_names": ["hidden"], "sparsity": 0.5}]},
+            ConfigError,
+            r"a budget replaces sparsity, got both \(layers\[1\]\)",
+        ),
     ],
 )
 def test_what_can_not_be_used_is_refused(knobs, error, message):
@@ -516,6 +521,29 @@ def test_a_type_may_select_layers_that_keep_all_channels_beside_others():
     )
     assert small.free.out_channels < 8
     assert (small.mixed.out_channels, small.sized.out_channels, small.idle.out_channels) == (8, 8, 8)
+
+
+def test_named_layers_that_share_all_channels_with_others_are_refused_before_any_work():
+    with pytest.raises(ConfigError, match=r"got stem: shared with inner, which aren't .* name these, too \(layers\)"):
+        shrunk({"flops": 0.9}, layers=["stem"], evaluate=lambda net: pytest.fail("ran"))
+    with pytest.raises(ConfigError, match=r"got inner: shared with stem"):
+        nni_topo.frontier(toy_model().eval(), [toy_images(64)], [0.5], layers=[{"op_names": ["inner"]}])
+
+
+@pytest.mark.parametrize("knobs", [{}, {"round_to": 2}, {"pruner": "l1"}])
+def test_the_report_names_layers_that_would_have_to_be_named_too(knobs):
+    shared = "shared with inner, which aren't among the layers to prune"
+    report = shrunk({"params": 0.5}, layers=["stem", "hidden"], **knobs).report
+    assert report.whole == {"stem": shared}
+    assert f"stem keeps all channels: {shared}" in repr(report)
+    assert "stem keeps 7 channels" not in repr(report)
+    assert not report.budget.is_met
+    if "pruner" not in knobs:  # NNI's pruners accept no budget
+        others = "the others are at their max_sparse_ratio, or have one channel left"
+        assert report.budget.why == f"stem can lose no channel: {shared}; {others}"
+    met = shrunk({"params": 0.9}, layers=["stem", "hidden"], **knobs).report
+    assert met.budget.is_near
+    assert met.budget.why == ""
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_the_smallest_network_within_the_tolerance_is_found_and_confirmed():
     assert [stage.network for stage in small.report.stages] == ["unpruned", "pruned", "reconstructed"]
     shown = repr(small.report)
     assert "the tolerance of 0.01 is met: share of changed answers 0, at most 0.00994 with 95 % confidence" in shown
-    assert "299 held-out images without a change are needed" in shown
+    assert "299 held-out samples without a change are needed" in shown
     frame = found.to_frame()
     assert len(frame) == len(found.candidates)
     assert list(frame["left"]) == [each.left for each in found.candidates]
@@ -149,20 +149,20 @@ def test_images_that_could_never_confirm_a_tolerance_are_refused_before_anything
     calls = []
     handle = model.hidden.register_forward_hook(lambda *args: calls.append(1))
     message = (
-        "299 held-out images without a change are needed for a tolerance of 0.01, got 48 of 128 images: pass at least "
-        r"797 images, or a tolerance of at least 0.0606 \(tolerance\)"
+        "299 held-out samples without a change are needed for a tolerance of 0.01, got 48 of 128 samples: pass at "
+        r"least 797 samples, or a tolerance of at least 0.0606 \(tolerance\)"
     )
     with pytest.raises(ConfigError, match=message):
         shrunk(model, [rows(128)])
     assert len(calls) == 2  # to see that the inputs fit, and that the outputs are scores
     handle.remove()
     assert shrunk(images=[rows(797)]).report.tolerance.held_out == 299
-    with pytest.raises(ConfigError, match="got 298 of 796 images"):
+    with pytest.raises(ConfigError, match="got 298 of 796 samples"):
         shrunk(images=[rows(796)])
     assert shrunk(images=[rows(128)], tolerance=0.0606).report.tolerance.held_out == 48
     with pytest.raises(ConfigError, match="got 30 of 80 groups of images: pass at least 797 groups of images"):
         shrunk(images=Calibration([rows()], groups=torch.arange(800) // 10))
-    with pytest.raises(ConfigError, match="needs at least 30 images, got 29"):
+    with pytest.raises(ConfigError, match="needs at least 30 samples, got 29"):
         shrunk(images=[rows(29)], measure="distance")
 
 

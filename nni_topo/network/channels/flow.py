@@ -71,6 +71,7 @@ from nni_topo.network.layers import (
     can_follow,
     channel_dim,
     entering_channels,
+    has_no_width,
     is_depthwise,
     is_head,
     is_normalizing,
@@ -221,10 +222,12 @@ class Propagation(torch.fx.Interpreter):
                 return self._all_kept(node, ids, reasons.uncut_module(node, type(module).__name__))
             entering = self._given.per_channel(ids[0], dim % ids[0].dim())
             before = self._entering.get(name, entering)
-            if len(before) == len(entering):
+            if has_no_width(module):
+                # Its calls needn't lose the same channels; of the first it gets the number that it shows.
+                self._entering.setdefault(name, entering)
+            elif len(before) == len(entering):
                 self._tie_calls(name, entering)
-            elif not isinstance(module, torch.nn.modules.instancenorm._InstanceNorm):
-                # An instance norm treats every channel by itself, however many come; one width of others can't serve.
+            else:
                 reason = reasons.several_widths(node)
                 self._given.pin(np.unique(before), reason)
                 return self._all_kept(node, ids, reason)

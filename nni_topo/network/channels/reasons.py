@@ -56,6 +56,7 @@ Kind = Literal[
     "training_only",
     "transposed_weight",
     "uncut_module",
+    "unselected",
     "untraced_model",
     "untraced_output",
 ]
@@ -158,6 +159,7 @@ _ADVICE: dict[Kind, str] = {
         "write the module as one that calls its layers; heads of nn.MultiheadAttention can be pruned as it is"
     ),
     "not_followed": "call the layer itself (self.layer(x)) rather than a function on its weight",
+    "unselected": "prune the layers that share the channels, too",
     "several_widths": "call a module of its own in each place",
     "not_run": "delete the layer from the model if nothing uses it",
 }
@@ -356,6 +358,11 @@ def shared(names: Iterable[str], unmasked: Sequence[str]) -> Reason:
     if unmasked:
         text += f"; of these without a mask: {listed(unmasked)}"
     return Reason("shared", text=text)
+
+
+def unselected(names: Iterable[str]) -> Reason:
+    """Return the reason for channels that layers share which aren't among the layers to prune."""
+    return Reason("unselected", text=f"shared with {listed(names, 8)}, which aren't among the layers to prune")
 
 
 def blocks_equal(places: Iterable[str]) -> Reason:

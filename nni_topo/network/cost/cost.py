@@ -24,7 +24,9 @@ from nni_topo.network.layers import (
     weight_name,
     weight_of,
 )
-from nni_topo.network.runtime import tensors_of
+from nni_topo.network.runtime import (
+    batch_size,
+)
 from nni_topo.network.speedup import Network
 
 IntArray = NDArray[np.int64]
@@ -81,7 +83,7 @@ class NetworkCost:
     # one of a layer without an entry stays.
     def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
         network = Network.on(model, example_inputs)
-        samples = len(tensors_of(network.call)[0])
+        samples = batch_size(network.call)
         self._flow, sizes = network.flow, network.sizes
         self._modules = modules = dict(model.named_modules())
         self._layers = dict[str, _LayerCost]()

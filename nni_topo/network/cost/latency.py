@@ -36,8 +36,8 @@ from nni_topo.network.runtime import (
     Call,
     batch_size,
     evaluation_mode,
+    first_of_samples,
     leaves_models_alone,
-    tensors_of,
     unwrapped_copy,
     watched,
 )
@@ -224,7 +224,7 @@ def measure_latency(
     modules = {name: module for name, module in called.items() if isinstance(module, WEIGHTED)}
     timed: dict[Any, FloatArray] = {}
     layers: dict[str, LayerLatency] = {}
-    with thread_count(threads), torch.no_grad(), evaluation_mode(model), memory_kept(tensors_of(network.call)[0]):
+    with thread_count(threads), torch.no_grad(), evaluation_mode(model), memory_kept(first_of_samples(network.call)):
         rest = _between(model, modules.values(), network.call, repeats)
         for name, module in modules.items():
             calls = network.sizes[name]
@@ -254,7 +254,7 @@ def _between(model: nn.Module, modules: Iterable[nn.Module], call: Call, repeats
         nonlocal inside
         inside += now(output) - entered
 
-    first = tensors_of(call)[0]
+    first = first_of_samples(call)
     rests = []
     layers = list(modules)
     with watched([(layer, enter) for layer in layers], [(layer, leave) for layer in layers]):

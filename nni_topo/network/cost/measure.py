@@ -30,6 +30,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     evaluation_mode,
     fast_paths_off,
+    first_of_samples,
     fitting_call,
     leaves_models_alone,
     taken,
@@ -284,7 +285,7 @@ def _rounds(
 ) -> list[tuple[float, ...]]:
     """Return the seconds of each model, round by round, each round in a random order, until there are enough."""
     args, kwargs = arguments_of(example_inputs, next(iter(models.values())))
-    first = tensors_of((args, kwargs))[0]
+    first = first_of_samples((args, kwargs))
     order, generator = list(models), random.Random(seed)
     rounds: list[tuple[float, ...]] = []
     with (

@@ -34,7 +34,14 @@ from nni_topo.network.attention import is_attention
 from nni_topo.network.graph.nodes import COMPARED, LINE, PLAIN, RECORDED, UNUSED, forward_line, on_modules, plain_name
 from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forget_places
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
-from nni_topo.network.runtime import difference, let_go, out_of_memory, tensors_of
+from nni_topo.network.runtime import (
+    batch_size,
+    difference,
+    first_of_samples,
+    let_go,
+    out_of_memory,
+    tensors_of,
+)
 
 _logger = logging.getLogger(__name__)
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
@@ -102,7 +109,7 @@ def _recorded(model: nn.Module, named: dict[str, Any], results: LayerResults) ->
 def _recorded_twice(
     model: nn.Module, named: dict[str, Any], attributes: dict[str, Tensor], results: LayerResults
 ) -> Recorded:
-    samples = len(tensors_of(named)[0])
+    samples = batch_size(named)
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
     kinds = _ModuleKinds(model)
     with attributes_traced(model) as unclear:
@@ -217,7 +224,7 @@ class _Recorder(TorchFunctionMode):
         for name, value in named.items():
             if tensors_of(value):
                 self._enter(value, self.graph.placeholder(name))
-        self.entry = self._nodes[id(tensors_of(named)[0])]  # whose size is the number of samples
+        self.entry = self._nodes[id(first_of_samples(named))]  # whose size is the number of samples
         with self._calls_seen(model), self:
             self.outputs = model(**named)
         self._check_choice(model)

@@ -34,6 +34,7 @@ from nni_topo.network.layers import (
 )
 from nni_topo.network.runtime import (
     Call,
+    batch_size,
     bind_arguments,
     called,
     cure_of_argument,
@@ -143,8 +144,7 @@ def _trace_whole(model: torch.nn.Module, call: Call) -> Recording:
 
 def _first_samples(named: dict[str, Any]) -> dict[str, Any] | None:
     """Take the first samples of arguments that have more: what a recorder keeps alive grows with their number."""
-    first = tensors_of(named)[0]
-    samples = len(first) if first.dim() else 1
+    samples = batch_size(named)
     if samples <= 2 * _FEW:
         return None
     few: dict[str, Any] = tree_map_only(

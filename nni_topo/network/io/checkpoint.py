@@ -57,7 +57,14 @@ from nni_topo.network.layers import (
     sizes_of,
     weight_of,
 )
-from nni_topo.network.runtime import check_unwrapped, detached_copy, leaves_models_alone, report_of, tensors_of
+from nni_topo.network.runtime import (
+    check_unwrapped,
+    detached_copy,
+    drop_report,
+    leaves_models_alone,
+    report_of,
+    tensors_of,
+)
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
@@ -203,6 +210,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     document = _read(path)
     built = detached_copy(model) if isinstance(model, torch.nn.Module) else model()
     check_unwrapped(built)
+    drop_report(built)  # it is that of another network than the file's
     _take_out(document["blocks"], built, os.fspath(path))
     _take_out_parts(document["parts"], built, os.fspath(path))
     for name, module in built.named_modules():

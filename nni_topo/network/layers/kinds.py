@@ -213,6 +213,13 @@ def per_channel_names(norm: torch.nn.Module) -> list[str]:
     return [name for name in names if isinstance(getattr(norm, name, None), torch.Tensor)]
 
 
+def has_no_width(norm: torch.nn.Module) -> bool:
+    """Tell whether a norm treats every channel by itself, however many come: it holds no number for any of them."""
+    held = ("weight", "bias", "running_mean", "running_var")
+    is_by_channel = isinstance(norm, torch.nn.modules.batchnorm._NormBase)  # instance norms too
+    return is_by_channel and not any(isinstance(getattr(norm, name), torch.Tensor) for name in held)
+
+
 def is_plain_norm(module: torch.nn.Module) -> bool:
     """Tell whether a module is a batch norm and nothing else; a custom one may hold an activation too."""
     return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.")

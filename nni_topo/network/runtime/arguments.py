@@ -25,6 +25,7 @@ from nni_topo.errors import (
     number,
     one_of,
     shown,
+    unknown_name,
     whole,
 )
 from nni_topo.network.runtime.copying import is_plain
@@ -134,9 +135,19 @@ def check_entry(entry: Any, place: str, rules: Mapping[str, Rule] = {}) -> None:
     """Raise a ConfigError for a value of a config_list's entry that can't be; ``rules`` are those of further keys."""
     if not isinstance(entry, dict):
         raise ConfigError(f"a config_list entry must be a dict, got {type(entry).__name__} ({place})")
+    _check_keys(entry, [*_ENTRY, *rules], place)
     check_knobs(place, entry, {**_ENTRY, **rules})
     for target, setting in entry.get("target_settings", {}).items():
-        check_knobs(f"{place}.target_settings.{target}", setting, {**_SETTING, **rules})
+        own = f"{place}.target_settings.{target}"
+        _check_keys(setting, [*_SETTING, *rules], own)
+        check_knobs(own, setting, {**_SETTING, **rules})
+
+
+def _check_keys(setting: Mapping[Any, Any], known: Sequence[str], place: str) -> None:
+    """Raise a ConfigError, with the nearest key there is, for one that NNI doesn't know: its own error names none."""
+    for key in setting:
+        if key not in known and key not in LEGACY_KEYS:
+            raise unknown_name("key of a config_list entry", str(key), known, place)
 
 
 def _look_at_entries(name: str, config_list: Sequence[Any], place: str, *, rules: Mapping[str, Rule] = {}) -> None:
@@ -196,6 +207,15 @@ _ENTRY = _SETTING | {
     "target_names": _NAMES,
     "target_settings": all_of(instance(dict), dict),
 }
+LEGACY_KEYS = {
+    "sparsity": "sparse_ratio",
+    "sparsity_per_layer": "sparse_ratio",
+    "total_sparsity": "sparse_ratio with global_group_id",
+    "max_sparsity_per_layer": "max_sparse_ratio",
+    "op_partial_names": "op_names_re",
+    "exclude": "exclude_op_names",
+}
+"""Each key of NNI 2 and what NNI 3 calls it."""
 ROUND_TO = whole(1) | one_of(("auto",)) | NONE
 CONFIG_LIST = Rule("a list of dicts", lambda value: isinstance(value, (list, tuple)), look=_look_at_entries)
 BY_HEAD = {"granularity": one_of(("head",)) | _SETTING["granularity"]}

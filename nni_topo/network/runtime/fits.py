@@ -19,6 +19,7 @@ from nni_topo.network.runtime.inputs import (
     batch_size,
     calls,
     copied_for,
+    first_of_samples,
     fitting,
     name_of,
     out_of_memory,
@@ -119,7 +120,7 @@ def fitting_call(model: nn.Module, call: Call, name: str) -> Iterator[None]:
 def _run(model: nn.Module, call: Call) -> str:
     """Run a model on a call; return the layer that takes the model's input for a single sample, empty if none does."""
     found: list[str] = []
-    shape = tensors_of(call)[0].shape
+    shape = first_of_samples(call).shape
 
     def look(name: str, dimensions: int) -> Callable[[Tensor], None]:
         def see(entering: Tensor) -> None:

@@ -57,7 +57,7 @@ def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> C
             "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments "
             f"with a tensor in it, got {type(example_inputs).__name__}"
         )
-    first = tensors_of(call)[0]
+    first = first_of_samples(call)
     if first.dim() and not len(first):
         raise ConfigError(
             f"example_inputs must hold at least one sample, got a tensor of shape {tuple(first.shape)} (example_inputs)"
@@ -482,9 +482,16 @@ def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
         raise DataError(f"{knob} must fit the model, got {type(error).__name__}: {reason} (batch {batch})") from error
 
 
+def first_of_samples(call: Any) -> Tensor:
+    """Return the tensor that says how many samples a call has: the first that has dimensions; else the first of all.
+
+    A call may hold single numbers beside its samples, such as ``return_loss`` of Transformers. This is the only rule.
+    """
+    tensors = tensors_of(call)
+    return next((each for each in tensors if each.dim()), tensors[0])
+
+
 def batch_size(call: Any) -> int:
-    """Return the number of samples in a call: the length of its first tensor that has dimensions; 1 if none has."""
-    for tensor in tensors_of(call):
-        if tensor.dim():
-            return len(tensor)
-    return 1
+    """Return the number of samples in a call; 1 if none of its tensors has dimensions."""
+    first = first_of_samples(call) if tensors_of(call) else None
+    return 1 if first is None or not first.dim() else len(first)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -11,6 +13,9 @@ from torch import nn
 
 class ModelReport(ABC):
     """What the package writes down of a model that it returns, in the model's attribute ``report``."""
+
+    changed_since: tuple[str, ...]
+    """What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``."""
 
     @abstractmethod
     def to_markdown(self) -> str:
@@ -44,6 +49,27 @@ def report_of(model: nn.Module) -> ModelReport | None:
     """Return the latest report that the package gave a model; None for a model that it didn't return."""
     report = getattr(model, "report", None)
     return report if isinstance(report, ModelReport) else _LATEST.get(model)
+
+
+def hand_on_report(model: nn.Module, changed: nn.Module, how: str) -> None:
+    """Let a changed copy of a model have the model's report, if it has one, with a note of ``how`` it was changed.
+
+    The figures of the report are those before: without the note a reader would take them for the copy's.
+    """
+    report: Any = report_of(model)
+    if report is not None:
+        give_report(changed, dataclasses.replace(report, changed_since=(*report.changed_since, how)))
+
+
+def drop_report(model: nn.Module) -> None:
+    """Take away the report that a copy of a model has, but that is of another model."""
+    if isinstance(getattr(model, "report", None), ModelReport):
+        del model.report
+
+
+def told_of_changes(changed_since: Sequence[str]) -> str:
+    """Return a sentence on what was changed since a report was written; empty if nothing was."""
+    return f"changed since, and not in these figures: {', '.join(changed_since)}" if changed_since else ""
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:

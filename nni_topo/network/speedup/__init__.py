@@ -12,6 +12,7 @@ from nni_topo.network.speedup.dependency import (
     DependencyGroups,
     by_reason,
     dependency_groups,
+    held_by_unselected,
     unprunable_layers,
     why_not_followed,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "dense_report_of",
     "dependency_groups",
     "explain",
+    "held_by_unselected",
     "masked_model",
     "resolve_masks",
     "share_answers",

@@ -44,6 +44,7 @@ from nni_topo.network.runtime import (
     left_alone,
     markdown_table,
     random_state_kept,
+    told_of_changes,
 )
 from nni_topo.network.speedup.constant_channels import (
     ConstantContribution,
@@ -411,6 +412,8 @@ class DenseReport(ModelReport):
         What else to know of it: where it would train another way than the masked model, or lacks a part of that.
     params_before, params : int or None, default=None
         Parameters of the model that was pruned, and of the dense model; None: not counted.
+    changed_since : tuple of str, default=()
+        What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``.
 
     Examples
     --------
@@ -426,6 +429,7 @@ class DenseReport(ModelReport):
     notes: tuple[str, ...] = ()
     params_before: int | None = None
     params: int | None = None
+    changed_since: tuple[str, ...] = ()
 
     @property
     def pruned_layers(self) -> tuple[str, ...]:
@@ -452,6 +456,7 @@ class DenseReport(ModelReport):
             lines.append("as before: " + ", ".join(f"{name} {number}" for name, number in self.stale.items()))
         lines += [f"compared on {self.checked}"] if self.checked else []
         lines += self.notes
+        lines += [told_of_changes(self.changed_since)] if self.changed_since else []
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
@@ -471,6 +476,8 @@ class DenseReport(ModelReport):
         parts += self.widths_in_markdown()
         if self.checked:
             parts.append(f"On {self.checked} it computes what the unpruned network computes with masks.")
+        if self.changed_since:
+            parts.append(as_sentence(told_of_changes(self.changed_since)))
         return "\n\n".join(parts)
 
     def widths_in_markdown(self) -> list[str]:
@@ -482,7 +489,8 @@ class DenseReport(ModelReport):
             parts.append(_widths_table(pruned))
             parts.append("Channels of each layer." + _told_of_others(others))
         else:
-            parts.append("No layer lost channels.")
+            # A network may have lost blocks all the same, which the notes tell.
+            parts.append("All its layers have all their channels.")
         if self.notes:
             parts.append("\n".join(f"- {as_sentence(note)}" for note in self.notes))
         return parts

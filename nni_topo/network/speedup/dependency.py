@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -105,6 +105,13 @@ class DependencyGroups(list[dict[str, Any]]):
     def unnamed(self) -> DependencyGroups:
         """Return the groups as if ``op_types`` had selected all: layers that a pruner can't prune keep all channels."""
         return DependencyGroups(self, self.skipped, (), self.ties, self.shares, self.reasons)
+
+    def layers(self) -> list[list[str]]:
+        """Return the layers of the entries, those of one group together."""
+        found: dict[Any, list[str]] = {}
+        for index, entry in enumerate(self):
+            found.setdefault(entry.get("dependency_group_id", index), []).extend(entry["op_names"])
+        return list(found.values())
 
     def without(self, layers: Iterable[str]) -> DependencyGroups:
         """Leave out the entries of some layers, and of those in a group with them."""
@@ -451,6 +458,31 @@ def _is_used(flow: ChannelFlow, model: torch.nn.Module, name: str) -> bool:
 def layer_groups(flow: ChannelFlow) -> list[list[str]]:
     """Group layers that share any channel, in network order; a layer without shared channels is a group of its own."""
     return coupled_names({name: set(flow.group_ids_of(name).tolist()) - {FIXED} for name in flow.layers})
+
+
+def held_by_unselected(flow: ChannelFlow, groups: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
+    """Return by selected layer of which no channel can be removed the layers that would have to be selected with it.
+
+    ``groups`` are the selected layers, those that lose the same channels or heads together. An output projection that
+    loses the columns of heads shares its rows with layers that needn't be selected, so a group is held as a whole or
+    not at all.
+    """
+    selected = {name for group in groups for name in group}
+    owners = dict[int, list[str]]()  # by shared channel, the layers that aren't selected
+    for name, layer in flow.layers.items():
+        if name not in selected and not layer.depthwise:  # a depth-wise convolution follows the layer before it
+            for group_id in set(flow.group_ids_of(name).tolist()) - {FIXED}:
+                owners.setdefault(group_id, []).append(name)
+    held = dict[str, tuple[str, ...]]()
+    for group in groups:
+        partners = dict[str, dict[str, None]]()
+        for name in group:
+            group_ids = set(flow.group_ids_of(name).tolist()) - {FIXED} if name in flow.layers else set[int]()
+            if group_ids and group_ids <= owners.keys():
+                partners[name] = {other: None for group_id in sorted(group_ids) for other in owners[group_id]}
+        if partners.keys() == set(group):
+            held |= {name: tuple(others) for name, others in partners.items()}
+    return held
 
 
 def _network_order(model: torch.nn.Module, flow: ChannelFlow) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -53,7 +53,7 @@ from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
 
-_SINGLE = {torch.float64: torch.float32}
+_SINGLE = (torch.float64, torch.float32)
 _SIDES = (33, 64)  # pixels of images in one batch; strides halve 33 to 17, 9, 5, 3 and 2
 _LARGEST = 2.0**20  # from here on a layer's output is scaled; inputs in the largest scale stay far below
 _ROUNDS = 24  # each finds about half of the unprunable channels that weren't found yet
@@ -81,7 +81,7 @@ def _find_unprunable(network: Network) -> dict[int, Reason]:
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
         torch.manual_seed(0)
-        full = assembled(_with_random_weights(network.model))
+        full = _with_type(assembled(_with_random_weights(network.model)), torch.float64, torch.float32)
         entering: Call = (arguments(full.graph, network.model, network.call), {})
         args = cast_floats(random_like(entering, torch.Generator().manual_seed(0)), torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
@@ -199,6 +199,19 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
     return drawn.float()
 
 
+def _with_type(network: GraphModule, old: torch.dtype, new: torch.dtype) -> GraphModule:
+    """Let a network compute in another precision, in place: its tensors, and types that are arguments in its graph."""
+
+    def changed(value: Any) -> Any:
+        return new if value is old else value
+
+    for node in network.graph.nodes:
+        node.args = map_aggregate(node.args, changed)
+        node.kwargs = map_aggregate(node.kwargs, changed)
+    network.recompile()
+    return network.to(new)
+
+
 def _draw(
     flow: ChannelFlow, held: dict[int, Reason], drawing: np.random.Generator, halves: Shares, *, in_parts: bool
 ) -> np.ndarray:
@@ -248,7 +261,7 @@ def _changed(change: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
 def _is_zero(value: Tensor, pruned: Tensor) -> bool:
     """Tell whether the pruned entries of a tensor are zero, where that is quick to say: of one dimension."""
     dims = [d for d in range(pruned.dim()) if pruned.shape[d] > 1]
-    if len(dims) != 1 or pruned.shape[dims[0]] != value.shape[dims[0]] or value.dtype not in (*_SINGLE, torch.float32):
+    if len(dims) != 1 or pruned.shape[dims[0]] != value.shape[dims[0]] or value.dtype not in _SINGLE:
         return False
     low, high = value.index_select(dims[0], pruned.flatten().nonzero().flatten().to(value.device)).aminmax()
     return float(low) == 0 == float(high)
@@ -274,7 +287,8 @@ class _DryRun:
 
     def doubled(self) -> _DryRun:
         """Return the same dry run in double precision."""
-        return _DryRun(self.flow, self.is_kept, copy.deepcopy(self.full).double(), is_double=True)
+        full = _with_type(copy.deepcopy(self.full), torch.float32, torch.float64)
+        return _DryRun(self.flow, self.is_kept, full, is_double=True)
 
     def run(self, args: tuple[Any, ...], *, blocks: int = 1, is_varied: bool = False) -> dict[int, Reason]:
         """Return the unprunable channels, by group id, and why.
@@ -476,9 +490,6 @@ class _DryRun:
         entering = values or {parent: self._values[parent][which] for parent in node.all_input_nodes}
         given: Any = map_arg((node.args, node.kwargs), entering.__getitem__)
         args, kwargs = resized(given, self._sizes) if which else given
-        # Of a model in double precision; here all is single.
-        if not self._is_double and torch.float64 in (*node.args, *node.kwargs.values()):
-            args, kwargs = tree_map_only(torch.dtype, lambda each: _SINGLE.get(each, each), (args, kwargs))
         if needless is not None:
             first, *others = args
             args = (first.masked_fill(needless.to(first.device), 0), *others)
@@ -530,10 +541,18 @@ class _DryRun:
         if name in (self.flow.layers if node.op == "call_module" else self.flow.free_parameters):
             return value.masked_fill(pruned, 0)
         module = self.full.get_submodule(name) if node.op == "call_module" else None
-        # A norm without parameters has none that could be masked.
-        if module is not None and is_normalizing(module) and per_channel_names(module):
-            return value.masked_fill(pruned & (entering == 0), 0)
-        return value
+        if module is None or not is_normalizing(module):
+            return value
+        dead = pruned & (entering == 0)
+        if per_channel_names(module):
+            return value.masked_fill(dead, 0)
+        # A norm without parameters has none that could be masked. Where it subtracts the mean of several channels, a
+        # pruned channel becomes minus that mean. With random numbers all means may have one sign, of which an
+        # activation makes zeros; a trained network's may have any.
+        if not isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            return value
+        drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value.device)
+        return torch.where(dead & (drawn < 0.5), -value, value)
 
     def _stays(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(self.is_kept[self.flow.group_ids(ids.numpy())]))

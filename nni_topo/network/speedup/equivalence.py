@@ -30,6 +30,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     difference,
     fast_paths_off,
+    hand_on_report,
     leaves_models_alone,
     out_of_memory,
     put_parameters,
@@ -75,6 +76,7 @@ def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.n
         for name, channels in dead.items():
             _silence(reference.get_submodule(name), channels)
     tie_again(reference, ties)
+    hand_on_report(model, reference, "masked (nni_topo.masked_model)")
     return reference
 
 

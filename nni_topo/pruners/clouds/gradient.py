@@ -15,6 +15,7 @@ from nni_topo.errors import ConfigError, DataError, checked, whole
 from nni_topo.network.layers import feature_dimension
 from nni_topo.network.runtime import (
     arguments_of,
+    batch_size,
     calibration_of,
     called,
     copied,
@@ -24,7 +25,6 @@ from nni_topo.network.runtime import (
     parts,
     structure_call,
     structure_of,
-    tensors_of,
     watched,
 )
 from nni_topo.network.speedup import Network
@@ -199,7 +199,7 @@ class _Gates:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.flush()
         self.opened = []
-        self._samples = len(tensors_of((args, kwargs))[0])
+        self._samples = batch_size((args, kwargs))
         if self._watching:
             return
         flow = Network(self._original, structure_of(self._original, (args, kwargs))).flow

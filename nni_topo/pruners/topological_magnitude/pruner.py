@@ -85,6 +85,10 @@ class TopologicalMagnitudePruner(StructuredPruner):
     that has ``rounds``, ``rewind`` or ``on_round``. A weight that was masked once stays so while there are others.
     Ties: the first in row-major order is kept.
 
+    A bias stays where a weight of its row does, as with NNI's ``LevelPruner``. The tree reaches every row, so that all
+    biases stay; by magnitude alone, from ratios of about 0.9 on, some rows of small layers lose all their weights, and
+    their biases with them.
+
     Examples
     --------
     >>> layer = nn.Sequential(nn.Linear(10, 10))

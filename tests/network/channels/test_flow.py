@@ -191,23 +191,86 @@ def test_one_slope_for_all_channels_couples_no_layers(tmp_path, width):
     assert (dense.stem.out_channels, dense.body.out_channels) == (6, width - 3)
 
 
-@pytest.mark.parametrize("features", [1, 8])
-def test_an_instance_norm_without_parameters_serves_any_width(tmp_path, features):
-    def make():
-        return SharedBetween(nn.InstanceNorm2d(features), 12)
+NORMS_WITHOUT_NUMBERS = [
+    lambda: nn.InstanceNorm2d(8),
+    lambda: nn.InstanceNorm2d(1),
+    lambda: nn.BatchNorm2d(8, affine=False, track_running_stats=False),
+]
 
+
+@pytest.mark.parametrize("width", [8, 12])
+@pytest.mark.parametrize("norm", NORMS_WITHOUT_NUMBERS)
+def test_a_norm_that_holds_no_number_couples_no_layers_and_serves_any_width(tmp_path, norm, width):
+    def make():
+        return SharedBetween(norm(), width)
+
+    groups = dependency_groups(make(), IMAGES, UNSHARED)
+    assert [entry.get("dependency_group_id") for entry in groups] == [None, None]
     masks = {"stem": filter_mask(make().stem, [0, 5]), "body": filter_mask(make().body, [1, 2, 6])}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PyTorch's, of a number of features that isn't the input's
         dense = check(make, IMAGES, masks, tmp_path)
-    assert (dense.stem.out_channels, dense.body.out_channels) == (6, 9)
+    assert (dense.stem.out_channels, dense.body.out_channels) == (6, width - 3)
 
 
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8, affine=True), nn.BatchNorm2d(8, affine=False)])
+def test_a_norm_that_holds_numbers_couples_the_layers_that_share_it(norm):
+    groups = dependency_groups(SharedBetween(norm, 8).eval(), IMAGES, UNSHARED)
+    assert [entry.get("dependency_group_id") for entry in groups] == ["group_0", "group_0"]
+
+
+class Centred(nn.Module):
+    """Two layers, each followed by a norm without parameters and an activation that is zero on one side."""
+
+    def __init__(self, norm: nn.Module, sign: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.body, self.tail = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.norm, self.sign = norm, sign
+
+    def forward(self, rows):
+        inner = torch.relu(self.sign * self.norm(self.stem(rows)))
+        return self.tail(torch.relu(self.sign * self.norm(self.body(inner))))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(
-    "norm", [nn.GroupNorm(1, 8, affine=False), nn.BatchNorm2d(8, affine=False, track_running_stats=False)]
+    "norm", [nn.GroupNorm(1, 8, affine=False), nn.GroupNorm(2, 8, affine=False), nn.LayerNorm(8, bias=False)]
 )
-def test_a_module_that_is_called_on_other_numbers_of_channels_keeps_them_all(norm):
-    model = SharedBetween(norm, 12).eval()
+def test_layers_before_a_mean_that_reaches_removed_channels_keep_them_all(norm, sign):
+    if isinstance(norm, nn.LayerNorm):
+        norm.weight = None
+    model, rows = Centred(norm, sign).eval(), torch.randn(64, 5)
+    groups = dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert list(groups) == []
+    for name in ("stem", "body"):
+        assert groups.skipped[name].startswith("removed channels arrive as values that aren't zero (made by norm: ")
+
+
+def test_factors_of_the_models_own_after_such_a_norm_let_its_channels_go():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.norm, self.tail = (
+                nn.Linear(5, 8),
+                nn.LayerNorm(8, elementwise_affine=False),
+                nn.Linear(8, 4),
+            )
+            self.scale, self.shift = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+
+        def forward(self, rows):
+            return self.tail(torch.relu(self.norm(self.stem(rows)) * self.scale + self.shift))
+
+    model, rows = Scaled().eval(), torch.randn(64, 5)
+    groups = dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["stem"]]
+    dense = to_dense(model, rows, {"stem": filter_mask(model.stem, [0, 3])})
+    assert dense.stem.out_features == len(dense.scale) == 6
+
+
+def test_a_module_that_is_called_on_other_numbers_of_channels_keeps_them_all():
+    model = SharedBetween(nn.GroupNorm(1, 8, affine=False), 12).eval()
     groups = dependency_groups(model, IMAGES, UNSHARED)
     reason = "between is called on different numbers of channels"
     assert (list(groups), groups.skipped) == ([], {"stem": reason, "body": reason})

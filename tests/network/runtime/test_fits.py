@@ -130,7 +130,7 @@ def test_arrays_are_tensors(array):
         (DataLoader(TensorDataset(IMAGES), 64, drop_last=True), "drop_last=True, a DataLoader leaves out a batch that"),
         ([IMAGES.tolist()], r"got list of numbers: torch.tensor makes a batch of them \(images, batch 0\)"),
         ([{"input_ids": [[1, 2]]}], r"tokenizers give tensors with return_tensors='pt'"),
-        ([IMAGES[:1]], "distillation must have at least two images, one to judge by, got 1: pass more, or leave"),
+        ([IMAGES[:1]], "distillation must have at least two samples, one to judge by, got 1: pass more, or leave"),
     ],
     ids=["array", "mapping", "data set", "drop_last", "lists", "tokens", "one image"],
 )

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
+from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.cost import measure_latency
 from nni_topo.network.runtime import structure_of
 from nni_topo.network.runtime.inputs import (
     VARIATIONS,
@@ -170,7 +172,8 @@ def test_inputs_become_arguments():
             arguments_of(nothing)
     with pytest.raises(ConfigError, match=r"at least one sample, got a tensor of shape \(0, 3\) \(example_inputs\)"):
         arguments_of(torch.zeros(0, 3))
-    assert arguments_of((torch.zeros(()), torch.zeros(0)))[1] == {}
+    with pytest.raises(ConfigError, match=r"at least one sample, got a tensor of shape \(0,\)"):
+        arguments_of((torch.zeros(()), torch.zeros(0)))
 
 
 def test_a_mapping_is_an_argument_where_it_can_be_nothing_else():
@@ -398,3 +401,34 @@ def test_a_network_that_returns_a_data_class_is_made_smaller():
     (answer,) = small(images)
     torch.testing.assert_close(answer.others["double"], 2.0 * answer.scores)
     assert small.report.stages[-1].distance < small.report.stages[1].distance
+
+
+class Flagged(nn.Module):
+    """A network with an argument that is a single number, before its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, return_loss=None, rows=None):
+        return self.last(self.first(rows).relu())
+
+
+def test_a_single_number_before_the_samples_is_no_number_of_samples(tmp_path):
+    model = Flagged().eval()
+    batches = [{"return_loss": torch.tensor(True), "rows": torch.randn(32, 6)} for _ in range(3)]
+    assert batch_size(batches[0]) == 32
+    assert zoo.count_macs(model, batches[0]) == 6 * 8 + 8 * 3
+    small = nni_topo.shrink(model, batches, {"flops": 0.5}, distill={"steps": 3})
+    assert small.first.out_features == 4
+    assert (small.report.images, small.report.held_out) == (84, 12)
+    groups = nni_topo.dependency_groups(model, batches[0], [{"op_names": ["first"], "sparse_ratio": 0.5}])
+    for knobs in ({"pruner": "topological", "cloud": "activation"}, {"pruner": "reconstruction"}):
+        pruner = nni_topo.create_pruner(knobs.pop("pruner"), Flagged(), groups, calibration=batches, **knobs)
+        assert int(pruner.compress()[1]["first"]["weight"].amax(1).sum()) == 4
+    masks = {"first": {"weight": torch.ones(8, 6).tril(4)}}
+    assert nni_topo.compensation(model, masks, batches, method="ahead").report.images == 96
+    table = measure_latency(model, batches[0], repeats=1, shares=(0.5, 1.0))
+    assert table.batch_size == 32
+    assert nni_topo.export(small, tmp_path / "small.pt2", batches[0]).error < 1e-5
