@@ -59,11 +59,10 @@ class StreamingReport(ModelReport):
         By layer of a block, the output channels before and after; all blocks have the same.
     budget : BudgetOutcome
         Whether the budget was met, and why not.
-    distance : Estimate
-        Mean squared distance of the model's outputs from the unpruned model's, over the variance of these, with its
-        95 % interval, on held-out samples.
-    agreement : Estimate
-        Share of the largest outputs that are the same there; NaN where outputs aren't scores of classes or tokens.
+    likeness : Likeness
+        On held-out samples, with 95 % intervals: ``distance``, the mean squared distance of the model's outputs from
+        the unpruned model's, over the variance of these, and ``agreement``, the share of the largest outputs that are
+        the same; NaN where outputs aren't scores of classes or tokens.
     samples : int
         Number of calibration samples.
     held_out : int
@@ -74,6 +73,8 @@ class StreamingReport(ModelReport):
         Name of the recovery method; empty where no weights were reconstructed.
     warnings : tuple of str
         What makes the figures doubtful.
+    changed_since : tuple of str, default=()
+        What functions of the package have changed since, in order.
     """
 
     blocks: tuple[BlockRow, ...]
@@ -87,6 +88,7 @@ class StreamingReport(ModelReport):
     pruner: str
     recovery: str
     warnings: tuple[str, ...] = ()
+    changed_since: tuple[str, ...] = ()
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the blocks as a table, one row each."""
