@@ -200,8 +200,12 @@ def accuracies(records: list[Record], kind: str, seeds: range, title: str) -> li
     unpruned = {record["key"][1]: record["unpruned"] for record in mine}
     rows = []
     for method in METHODS:
-        found = [figures(mine, kind, seeds, count)[method] for count in COUNTS]
-        rows.append([method, *(show_accuracies(list(by_seed.values())) for by_seed in found)])
+        cells = []
+        for count in COUNTS:
+            by_seed = figures(mine, kind, seeds, count)[method]
+            is_whole = by_seed.keys() == set(seeds)
+            cells.append(show_accuracies(list(by_seed.values())) if is_whole else "not run")
+        rows.append([method, *cells])
     head = ["method", *(f"{count} images, %" for count in COUNTS)]
     caption = f"**{title}: {kind}, {len(unpruned)} networks, unpruned {show_accuracies(list(unpruned.values()))} %**"
     return [caption, markdown_table(head, rows)]
