@@ -5,7 +5,7 @@
 Trains encoders of patches, removes half of every convolution's filters by L1, reconstructs the weights
 (``compensate``), distils with each loss for the same CPU time, and writes a line per encoder, loss, learning rate and
 weight to ``which_loss.jsonl``. The same command goes on where it was stopped. ``images.npz`` is made by
-``benchmarks/fresh_networks/split.py``. Run it alone on its core: what else runs there changes what the time is worth.
+``benchmarks/fresh_networks/split.py``.
 
     python benchmarks/topology/which_loss.py --out benchmarks/records/topology --into benchmarks/results/topology.md
 
