@@ -229,7 +229,7 @@ STREAM: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 OURS, BASELINES = (RTD, RTD_AVERAGED), (COSINE, CKA, RESIDUAL, WITHOUT)
 METHODS = (*OURS, *BASELINES)
-CEILING = "the loss itself on validation images"  # how far ranks by the loss on test images are reproducible at all
+CEILING = "the loss itself on validation images"  # how reproducible the ranks are
 
 
 def correlations(records: list[Record], kind: str, seeds: range, measure: str = "test") -> dict[str, dict[int, float]]:
