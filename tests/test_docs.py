@@ -250,6 +250,17 @@ def test_every_page_stands_on_a_shelf():
     assert sorted(pages) == sorted({path.name for path in PROJECT.glob("docs/*.md")} | MADE)
 
 
+def test_links_of_the_site_lead_to_its_pages():
+    pages = tool("pages")
+    sources = {path.name: f"docs/{path.name}" for path in PROJECT.glob("docs/*.md")} | pages.ELSEWHERE
+    there = {*sources, *MADE, *(path.name for path in PROJECT.glob("docs/*.ipynb"))}
+    for page, source in sources.items():
+        text = pages.relinked((PROJECT / source).read_text(encoding="utf-8"), source)
+        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+\.(?:md|ipynb))", text):
+            place = os.path.normpath(Path(page).parent / target)
+            assert place in there, f"{target} ({page})"
+
+
 def test_the_pages_made_of_the_code_name_every_public_name_and_every_key_of_a_plan():
     pages = tool("pages")
     named = set(re.findall(r"^::: .*\.(\w+)$", pages.api(), re.MULTILINE))

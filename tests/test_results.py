@@ -17,7 +17,13 @@ PROJECT = Path(__file__).parents[1]
 BENCHMARKS = PROJECT / "benchmarks"
 FRONT = BENCHMARKS / "RESULTS.md"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.md"))
-QUOTING = [PROJECT / "README.md", PROJECT / "docs" / "choosing.md", PROJECT / "docs" / "index.md", FRONT]
+QUOTING = [
+    PROJECT / "README.md",
+    PROJECT / "docs" / "choosing.md",
+    PROJECT / "docs" / "index.md",
+    PROJECT / "docs" / "topology_in_pruning.md",
+    FRONT,
+]
 # the rows of sources.md have a test of their own, tests/test_sources.py
 OTHERS = sorted({*PROJECT.glob("docs/*.md")} - {*QUOTING, PROJECT / "docs" / "sources.md"})
 NUMBER = r"(?<![\w.+-])[-+]?\d[\d,]*(?:\.\d+)?"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from bench_modules import BENCHMARKS, imported
+from markdown_sections import sections
 from scipy import stats
 
 from nni_topo.studies.records import read_records
@@ -34,11 +35,36 @@ def filters():
         yield module
 
 
-@pytest.mark.parametrize("name", ["which_filters", "how_many_filters"])
+HYPOTHESES = {
+    "T1": "which_images",
+    "T2": "how_many_filters",
+    "T3": "which_blocks",
+    "T4": "which_ratio",
+    "T5": "which_loss",
+    "T6": "which_filters",
+}
+RUN = sorted(name for name in HYPOTHESES.values() if (FOLDER / f"{name}.jsonl").exists())
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_the_page_holds_the_tables_of_the_records(name):
     page = (BENCHMARKS / "results" / "topology.md").read_text(encoding="utf-8")
     with imported(BENCHMARKS / "topology", name) as module:
         assert with_tables(page, module.SOURCE, module.tables(read_records(FOLDER / f"{name}.jsonl"))) == page
+
+
+@pytest.mark.parametrize("title", HYPOTHESES)
+def test_the_pages_say_what_has_not_been_run(title):
+    is_run = HYPOTHESES[title] in RUN
+    results = sections(BENCHMARKS / "results" / "topology.md")
+    (section,) = (text for text in results.values() if text.startswith("## ") and f"\n{title}: " in text)
+    assert f"benchmarks/topology/{HYPOTHESES[title]}.py" in section
+    assert ("has not been run yet" in section) != is_run
+    page = (BENCHMARKS.parent / "docs" / "topology_in_pruning.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| {title} |"))
+    assert ("has not been run yet" in row) != is_run
+    outcomes = (BENCHMARKS / "topology" / "HYPOTHESES.md").read_text(encoding="utf-8").split("## Outcomes")[1]
+    assert (f"**{title}**" in outcomes) == is_run
 
 
 def test_the_difference_is_paired_by_network(bench):

@@ -58,8 +58,9 @@ def relinked(text: str, source: str) -> str:
         inside = place.is_relative_to(PROJECT) and place.relative_to(PROJECT).as_posix()
         if inside in pages:
             return f"{words}({top}{pages[inside]}{anchor})"
-        for folder in ("docs", "benchmarks"):
-            if inside and inside.startswith(f"{folder}/") and place.suffix in (".md", ".png", ".ipynb"):
+        # of the benchmarks' pages only those above are part of the site
+        for folder, suffixes in (("docs", (".md", ".png", ".ipynb")), ("benchmarks", (".png",))):
+            if inside and inside.startswith(f"{folder}/") and place.suffix in suffixes:
                 return f"{words}({top}{inside.removeprefix(f'{folder}/')}{anchor})"
         return re.sub(r"^!?\[(.*)\]$", r"\1", words)
 

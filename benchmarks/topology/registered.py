@@ -51,8 +51,13 @@ def best_of(names: tuple[str, ...], explored: Figures) -> str:
     return max(names, key=lambda name: float(np.mean(list(explored[name].values()))))
 
 
-def difference_row(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[str]:
-    """Return the mean paired difference in points with its 95 % interval, and the p-value of the t-test, as text."""
+def difference_row(
+    ours: Mapping[int, float], theirs: Mapping[int, float], scale: float = 100.0, digits: int = 1
+) -> list[str]:
+    """Return the mean paired difference with its 95 % interval, and the p-value of the t-test, as text.
+
+    The difference is multiplied by ``scale``: it is in points by default.
+    """
     gains = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     p = float(stats.ttest_1samp(gains, 0.0).pvalue)
-    return [interval(gains).show(100, sign=True), f"{p:.2g}"]
+    return [interval(gains).show(scale, digits, sign=True), f"{p:.2g}"]

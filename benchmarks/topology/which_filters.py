@@ -54,14 +54,14 @@ def measure(images: Path, out: Path, path: Path) -> None:
         run(seed, data, out, path, scales)
 
 
-def four_convolutions(num_classes: int, in_channels: int) -> nn.Module:
+def four_convolutions(num_classes: int, in_channels: int, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
     """Build four 3x3 convolutions with batch norms and ReLUs, pooled twice, averaged, and a linear layer."""
     layers: list[nn.Module] = []
-    for index, (before, after) in enumerate(pairwise((in_channels, *WIDTHS))):
+    for index, (before, after) in enumerate(pairwise((in_channels, *widths))):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         if index in (1, 3):
             layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], num_classes))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
 
 def trained(seed: int, data: zoo.DataBundle, out: Path) -> nn.Module:
