@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_after_the_last_block(source, tmp_path, monkeypatc
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
     with pytest.raises(ConfigError, match=r"same settings, got others: budget; delete the folder to begin anew"):
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.6}, **knobs)
-    with pytest.raises(ConfigError, match=r"same settings, got others: batches"):
+    with pytest.raises(ConfigError, match=r"others: batches \(a loader that shuffles .*\); delete"):
         nni_topo.shrink_pretrained(source, tokens(seed=1), target, {"params": 0.7}, **knobs)
     monkeypatch.setattr(shrinking._Run, "prune", lambda run, index: (done.append(index), prune(run, index)))
     again = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
@@ -217,18 +217,21 @@ def test_a_block_whose_outputs_are_not_finite_is_named(source, tmp_path):
         ({"budget": {"latency": 0.5}}, r"needs a budget of flops or params, got latency"),
         ({"budget": {"params": 0.5, "allocation": "error"}}, r"by the allocation 'uniform', got 'error'"),
         ({"budget": {"params": 0.2}}, r"got 0.2 of the params where 0.\d+ lie outside of the blocks \(budget\)"),
-        ({"layers": ["mlp.up_prj"]}, r"did you mean block.mlp.up_proj"),
+        ({"layers": ["mlp.up_prj"]}, r"got 'mlp.up_prj'; did you mean mlp.up_proj"),
         ({"layers": []}, r"layers must name layers within a block, got \[\]"),
         ({"pruner": "l11"}, r"did you mean"),
         ({"compensate": "reconstrct"}, r"did you mean"),
         ({"distill": {"stps": 5}}, r"did you mean"),
         ({"folder": "source"}, r"needs a folder of its own, got that of the source"),
         ({"batches": "other lengths"}, r"must have one length, got 5 and 6 places: pad or cut them \(batch 1\)"),
+        ({"batches": "other vocabulary"}, r"batches must fit the model.*index out of range.*batch 1"),
         ({"batches": "no batch"}, r"must hold at least one batch, got none"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_told(source, tmp_path, changes, words):
     known = {"no batch": [], "other lengths": [*tokens(1), *tokens(1, length=5)]}
+    known["other vocabulary"] = tokens()
+    known["other vocabulary"][1]["input_ids"][0, 0] = VOCABULARY
     batches = known.get(changes.get("batches"), tokens())
     folder = source if "folder" in changes else tmp_path / "small"
     others = {name: value for name, value in changes.items() if name not in ("batches", "folder", "budget")}
@@ -540,3 +543,26 @@ def test_other_names_of_the_width_of_an_mlp(tmp_path):
     knobs = {"layers": ["mlp.dense_h_to_4h"], **FAST}
     nni_topo.shrink_pretrained(tmp_path / "falcon", tokens(), tmp_path / "two", {"params": 0.85}, **knobs)
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two").config.ffn_hidden_size < 32
+
+
+def test_a_method_of_the_users_own_is_known_again(source, tmp_path, monkeypatch):
+    class Nothing(nni_topo.RecoveryMethod):
+        def __init__(self, strength):
+            self.strength = strength
+
+        def tasks(self, plan, networks):
+            return []
+
+    target, prune = tmp_path / "small", shrinking._Run.prune
+
+    def stops(run, index):
+        if index == 1:
+            raise StopError
+        prune(run, index)
+
+    monkeypatch.setattr(shrinking._Run, "prune", stops)
+    for strength, error in ((1, StopError), (1, StopError), (2, ConfigError)):
+        # An object of its own, as in another process.
+        knobs = FAST | {"compensate": Nothing(strength)}
+        with pytest.raises(error):
+            nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)

@@ -58,9 +58,10 @@ class Journal:
             different = []
             if isinstance(known, dict):
                 different = sorted(key for key in known if known[key] != self._settings.get(key))
+            hint = " (a loader that shuffles gives other batches each time)" if "batches" in different else ""
             raise ConfigError(
                 "a run that was stopped must go on with the same settings, got others: "
-                f"{', '.join(different) or 'all'}; delete the folder to begin anew ({folder})"
+                f"{', '.join(different) or 'all'}{hint}; delete the folder to begin anew ({folder})"
             )
         self._content = found
         for path in folder.glob("*.part"):  # a file that was written when the run was killed

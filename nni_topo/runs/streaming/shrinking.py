@@ -8,6 +8,7 @@ import gc
 import hashlib
 import logging
 import math
+import re
 import shutil
 import sys
 import time
@@ -46,6 +47,7 @@ from nni_topo.network.runtime import (
     bind_arguments,
     calls,
     evaluation_mode,
+    fitting,
     real_positions_of,
     tells_once,
 )
@@ -187,7 +189,7 @@ def shrink_pretrained(
         "batches": _digest(given),
         "pruner": [pruner, _as_text(knobs or {})],
         "layers": named,
-        "compensate": repr(compensate),
+        "compensate": [_told(compensate), _as_text(vars(compensate) if isinstance(compensate, RecoveryMethod) else {})],
         "distill": _as_text(distill) if isinstance(distill, Mapping) else distill,
         "round_to": round_to,
         "seed": seed,
@@ -268,12 +270,17 @@ def _digest(given: Sequence[Call]) -> str:
                 digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
                 digest.update(plain.flatten().view(torch.uint8).numpy().data)
             else:
-                digest.update(repr(value).encode())
+                digest.update(_told(value).encode())
     return digest.hexdigest()
 
 
 def _as_text(knobs: Mapping[str, Any]) -> dict[str, str]:
-    return {name: repr(value) for name, value in sorted(knobs.items())}
+    return {name: _told(value) for name, value in sorted(knobs.items())}
+
+
+def _told(value: Any) -> str:
+    """Return the ``repr`` of a value without addresses, which are others in each process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 @dataclass
@@ -310,6 +317,7 @@ class _Run:
         self._samples = calibration
         self._budget = budget
         self._pruner, self._knobs = pruner, knobs
+        self._named = layers
         self._layers: list[str | Mapping[str, Any]] | None = None
         if layers is not None:
             self._layers = [f"block.{name}" for name in layers]
@@ -324,10 +332,12 @@ class _Run:
     def begin(self) -> None:
         """Write the states that enter the first block, and everything outside of the blocks."""
         skeleton, journal = self._skeleton, self._journal
-        self._check_memory()
+        with fitting(0, "batches"):
+            self._check_memory()
         journal.begin_states()
         for number, call in enumerate(self._calls):
-            args, kwargs = skeleton.entering(call, 0)
+            with fitting(number, "batches"):
+                args, kwargs = skeleton.entering(call, 0)
             states = args[0] if args else kwargs[STATES]
             if number == 0:
                 self._check_repeats(call, states)
@@ -391,7 +401,7 @@ class _Run:
         if index == 0:
             self._note_outputs(work)
         self._check_finite(work)
-        check_layers(work.entered, self._layers, "shrink_pretrained")
+        check_layers(work.entered.block, self._named, "shrink_pretrained")
         images = ImageParts.of(work.calibration, work.entered)
         share: Any = {self._budget.kind: self._block_share(work, images.example)}
         budget = Budget(**share, equal_blocks=True)
