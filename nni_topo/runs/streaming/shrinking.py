@@ -524,8 +524,8 @@ class _Run:
         keys = self._skeleton.keys_of(index)
         tensors = self._skeleton.stored(dense.block, index)
         if index == 0:
-            config = self._described(unpruned, dense)
             widths = {row.name.removeprefix("block."): [row.before, row.after] for row in layers.rows}
+            config = self._described(unpruned, dense, [name for name, (old, new) in widths.items() if new < old])
             config.architectures = [type(self._skeleton.model).__name__]
             with disk_errors(self._config_path):
                 config.save_pretrained(self._journal.folder)
@@ -552,7 +552,7 @@ class _Run:
         with init_empty_weights():
             return kind._from_config(copy.deepcopy(config))
 
-    def _described(self, unpruned: BlockNet, dense: Any) -> Any:
+    def _described(self, unpruned: BlockNet, dense: Any, pruned: Sequence[str]) -> Any:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
         config = copy.deepcopy(dense.config)
         heads = copy.deepcopy(config)
@@ -564,6 +564,7 @@ class _Run:
         wanted = {name: tuple(value.shape) for name, value in self._skeleton.stored(dense.block, 0).items()}
         first = f"{self._skeleton.blocks_name}.0."
         different = ""
+        described: list[str] = []  # pruned layers that a config can describe
         for candidate in (config, heads):
             try:
                 validate = getattr(candidate, "validate", None)  # of Transformers 5
@@ -578,9 +579,13 @@ class _Run:
             if not wrong:
                 return candidate
             different = f"{wrong[0]} of {wanted[wrong[0]]} where the config makes {shapes.get(wrong[0])}"
+            for name in pruned:
+                if name not in described and not any(each.startswith(f"{name}.") for each in wrong):
+                    described.append(name)
+        cure = f"prune only {' and '.join(described)}" if described else "prune other layers only"
         raise ConfigError(
-            f"from_pretrained must be able to build the model by its config, got {different}; prune other layers "
-            f"only (layers), or use nni_topo.shrink and nni_topo.save in memory ({type(self._skeleton.model).__name__})"
+            f"from_pretrained must be able to build the model by its config, got {different}; {cure} (layers), or use "
+            f"nni_topo.shrink and nni_topo.save in memory ({type(self._skeleton.model).__name__})"
         )
 
     def _advance(self, index: int, work: _BlockWork, dense: nn.Module) -> tuple[float, float]:
