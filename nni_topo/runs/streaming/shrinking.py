@@ -582,7 +582,7 @@ class _Run:
             for name in pruned:
                 if name not in described and not any(each.startswith(f"{name}.") for each in wrong):
                     described.append(name)
-        cure = f"prune only {' and '.join(described)}" if described else "prune other layers only"
+        cure = f"prune only {', '.join(described)}" if described else "prune other layers only"
         raise ConfigError(
             f"from_pretrained must be able to build the model by its config, got {different}; {cure} (layers), or use "
             f"nni_topo.shrink and nni_topo.save in memory ({type(self._skeleton.model).__name__})"
