@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.streaming import shrinking
+from nni_topo.runs.streaming.journal import Journal
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -130,7 +132,7 @@ def test_a_stopped_run_goes_on_after_the_last_block(source, tmp_path, monkeypatc
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
     with pytest.raises(ConfigError, match=r"same settings, got others: budget; delete the folder to begin anew"):
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.6}, **knobs)
-    with pytest.raises(ConfigError, match=r"same settings, got others: batches"):
+    with pytest.raises(ConfigError, match=r"others: batches \(a loader that shuffles .*\); delete"):
         nni_topo.shrink_pretrained(source, tokens(seed=1), target, {"params": 0.7}, **knobs)
     monkeypatch.setattr(shrinking._Run, "prune", lambda run, index: (done.append(index), prune(run, index)))
     again = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
@@ -215,18 +217,21 @@ def test_a_block_whose_outputs_are_not_finite_is_named(source, tmp_path):
         ({"budget": {"latency": 0.5}}, r"needs a budget of flops or params, got latency"),
         ({"budget": {"params": 0.5, "allocation": "error"}}, r"by the allocation 'uniform', got 'error'"),
         ({"budget": {"params": 0.2}}, r"got 0.2 of the params where 0.\d+ lie outside of the blocks \(budget\)"),
-        ({"layers": ["mlp.up_prj"]}, r"did you mean block.mlp.up_proj"),
+        ({"layers": ["mlp.up_prj"]}, r"got 'mlp.up_prj'; did you mean mlp.up_proj"),
         ({"layers": []}, r"layers must name layers within a block, got \[\]"),
         ({"pruner": "l11"}, r"did you mean"),
         ({"compensate": "reconstrct"}, r"did you mean"),
         ({"distill": {"stps": 5}}, r"did you mean"),
         ({"folder": "source"}, r"needs a folder of its own, got that of the source"),
         ({"batches": "other lengths"}, r"must have one length, got 5 and 6 places: pad or cut them \(batch 1\)"),
+        ({"batches": "other vocabulary"}, r"batches must fit the model.*index out of range.*batch 1"),
         ({"batches": "no batch"}, r"must hold at least one batch, got none"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_told(source, tmp_path, changes, words):
     known = {"no batch": [], "other lengths": [*tokens(1), *tokens(1, length=5)]}
+    known["other vocabulary"] = tokens()
+    known["other vocabulary"][1]["input_ids"][0, 0] = VOCABULARY
     batches = known.get(changes.get("batches"), tokens())
     folder = source if "folder" in changes else tmp_path / "small"
     others = {name: value for name, value in changes.items() if name not in ("batches", "folder", "budget")}
@@ -259,7 +264,7 @@ def test_widths_that_no_config_describes_are_told_after_the_first_block(tmp_path
     config = transformers.OPTConfig(**sizes, num_attention_heads=4, word_embed_proj_dim=16, max_position_embeddings=32)
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
     budget = {"params": 0.8}
-    with pytest.raises(ConfigError, match=r"by its config, got self_attn.*prune other layers only \(layers\)"):
+    with pytest.raises(ConfigError, match=r"by its config, got self_attn.*prune only fc1 \(layers\)"):
         nni_topo.shrink_pretrained(tmp_path / "opt", tokens(), tmp_path / "small", budget, **FAST)
     nni_topo.shrink_pretrained(tmp_path / "opt", tokens(), tmp_path / "mlp", budget, layers=["fc1"], **FAST)
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mlp").config.ffn_dim < 24
@@ -367,3 +372,197 @@ def test_a_run_that_failed_in_its_first_block_may_begin_anew_with_other_settings
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.2}, **FAST)
     report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
     assert len(report.blocks) == 2
+
+
+def saved(kind, config, folder):
+    torch.manual_seed(0)
+    kind(config).eval().save_pretrained(folder)
+    return folder
+
+
+def bert_config(**changes):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    return transformers.BertConfig(**{**sizes, "num_attention_heads": 4, "max_position_embeddings": 32, **changes})
+
+
+def test_blocks_that_return_tuples_go_on_too(tmp_path, monkeypatch):
+    source = saved(transformers.BertForMaskedLM, bert_config(), tmp_path / "source")
+    target, knobs, prune = tmp_path / "stopped", FAST | {"layers": ["intermediate.dense"]}, shrinking._Run.prune
+    whole = nni_topo.shrink_pretrained(source, tokens(), tmp_path / "whole", {"params": 0.85}, **knobs)
+
+    def stops(run, index):
+        if index == 1:
+            raise StopError
+        prune(run, index)
+
+    for step in (stops, prune):
+        monkeypatch.setattr(shrinking._Run, "prune", step)
+        monkeypatch.setattr(shrinking._Run, "finish", lambda *args, **kwargs: (_ for _ in ()).throw(StopError()))
+        with pytest.raises(StopError):
+            nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.85}, **knobs)
+    monkeypatch.undo()
+    report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.85}, **knobs)
+    assert files_of(target) == files_of(tmp_path / "whole")
+    assert report.likeness == whole.likeness
+
+
+def test_a_run_that_is_killed_before_its_first_block_begins_again(source, tmp_path, monkeypatch):
+    target = tmp_path / "small"
+
+    def stops(journal, file, tensors):
+        (target / file).touch()
+        (target / f"{file}.7.part").touch()
+        raise StopError
+
+    monkeypatch.setattr(shrinking.Journal, "write_weights", stops)
+    with pytest.raises(StopError):
+        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+    monkeypatch.undo()
+    nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+    assert logits(target, tokens()[0]).isfinite().all()
+    assert not list(target.glob("*.part"))
+
+
+def test_a_folder_that_is_complete_is_told(source, tmp_path):
+    target = tmp_path / "small"
+    nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+    # A run may be killed while it deletes its states, after the journal.
+    (target / ".shrink_pretrained" / "states-2").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="a run that was stopped, got a whole model there"):
+        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+
+
+def test_the_journal_goes_before_the_states(tmp_path, monkeypatch):
+    journal = Journal(tmp_path, {})
+    journal.begin_states()
+    journal.end_states(0)
+    monkeypatch.setattr("nni_topo.runs.streaming.journal.shutil.rmtree", lambda *args, **kwargs: None)
+    journal.finish()
+    assert [path.name for path in (tmp_path / ".shrink_pretrained").iterdir()] == ["states-0"]
+
+
+def test_padding_does_not_count_in_the_report(source, tmp_path):
+    batches = tokens()
+    for batch in batches:
+        batch["attention_mask"][:, -3:] = 0
+    report = nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.7}, **FAST)
+    kind = transformers.LlamaForCausalLM
+    held_out = nni_topo.Calibration(batches).split()[1]
+    answers = Answers(kind.from_pretrained(source).eval(), held_out)
+    (likeness,) = answers.likenesses(kind.from_pretrained(tmp_path / "small").eval())
+    assert report.likeness.distance.value == pytest.approx(likeness.distance.value, rel=1e-4)
+    assert report.likeness.agreement.value == pytest.approx(likeness.agreement.value, abs=1e-6)
+
+
+def test_weights_keep_the_precision_of_the_files(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = "bfloat16"
+    (source / "config.json").write_text(json.dumps(config))
+    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
+    assert {value.dtype for value in weights_of(tmp_path / "small").values()} == {torch.float32}
+
+
+def test_older_names_and_a_base_model_are_read(tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    kind = transformers.GPT2LMHeadModel
+    folder = saved(kind, transformers.GPT2Config(**sizes), tmp_path / "gpt2")
+    rename(folder, lambda name: name.removeprefix("transformer."))
+    nni_topo.shrink_pretrained(folder, tokens(), tmp_path / "one", {"params": 0.85}, layers=["mlp.c_fc"], **FAST)
+    assert not kind.from_pretrained(tmp_path / "one", output_loading_info=True)[1]["missing_keys"]
+    kind = transformers.BertForMaskedLM
+    folder = saved(kind, bert_config(), tmp_path / "bert")
+    rename(folder, lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("Norm.bias", "Norm.beta"))
+    layers = ["intermediate.dense"]
+    nni_topo.shrink_pretrained(folder, tokens(), tmp_path / "other", {"params": 0.85}, layers=layers, **FAST)
+    found = kind.from_pretrained(tmp_path / "other", output_loading_info=True)[1]
+    assert not found["missing_keys"]
+
+
+def rename(folder, new):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({new(name): value for name, value in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_weights_of_pickle_are_told(source, tmp_path):
+    for path in source.glob("model*"):
+        path.unlink()
+    torch.save({}, source / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"got pytorch_model.bin; from_pretrained and then save_pretrained"):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
+
+
+def test_a_home_is_expanded(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    nni_topo.shrink_pretrained("~/source", tokens(), "~/small/", {"params": 0.7}, **FAST)
+    assert (tmp_path / "small" / "config.json").exists()
+
+
+def test_batches_with_other_inputs_are_told(source, tmp_path):
+    batches = tokens()
+    del batches[0]["attention_mask"]
+    with pytest.raises(DataError, match=r"same inputs, got attention_mask in one of two alone.*batches 1 and 0"):
+        nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.7}, **FAST)
+
+
+def test_models_whose_first_states_are_random_are_told(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
+    decoder = {f"decoder_{name}": 8 if name == "hidden_size" else 2 for name in sizes}
+    config = transformers.ViTMAEConfig(**sizes, **decoder, image_size=16, patch_size=4)
+    source = saved(transformers.ViTMAEForPreTraining, config, tmp_path / "source")
+    images = [torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))]
+    with pytest.raises(ConfigError, match=r"must bring the same states into the first block.*noise"):
+        nni_topo.shrink_pretrained(source, images, tmp_path / "small", {"params": 0.8}, **FAST)
+
+
+def test_lists_of_unequal_blocks_are_told(tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2, "d_kv": 8}
+    saved(transformers.T5EncoderModel, transformers.T5Config(**sizes), tmp_path / "t5")
+    with pytest.raises(ConfigError, match=r"the same tensors.*relative_attention_bias.*encoder.block.0 and encoder"):
+        nni_topo.shrink_pretrained(tmp_path / "t5", tokens(), tmp_path / "small", {"params": 0.8}, **FAST)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    shape = {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
+    config = transformers.JambaConfig(**sizes, **shape, num_key_value_heads=2, use_mamba_kernels=False, mamba_dt_rank=4)
+    saved(transformers.JambaForCausalLM, config, tmp_path / "jamba")
+    with pytest.raises(ConfigError, match=r"of one class.*got JambaAttentionDecoderLayer and JambaMamba"):
+        nni_topo.shrink_pretrained(tmp_path / "jamba", tokens(), tmp_path / "small", {"params": 0.8}, **FAST)
+
+
+def test_other_names_of_the_width_of_an_mlp(tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "dim": 16, "hidden_dim": 24, "n_heads": 4, "n_layers": 2}
+    config = transformers.DistilBertConfig(**sizes, max_position_embeddings=32)
+    saved(transformers.DistilBertForMaskedLM, config, tmp_path / "distil")
+    knobs = {"layers": ["ffn.lin1"], **FAST}
+    nni_topo.shrink_pretrained(tmp_path / "distil", tokens(), tmp_path / "one", {"params": 0.85}, **knobs)
+    assert transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "one").config.hidden_dim < 24
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.FalconConfig(**sizes, ffn_hidden_size=32, alibi=True, multi_query=False)
+    saved(transformers.FalconForCausalLM, config, tmp_path / "falcon")
+    knobs = {"layers": ["mlp.dense_h_to_4h"], **FAST}
+    nni_topo.shrink_pretrained(tmp_path / "falcon", tokens(), tmp_path / "two", {"params": 0.85}, **knobs)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two").config.ffn_hidden_size < 32
+
+
+def test_a_method_of_the_users_own_is_known_again(source, tmp_path, monkeypatch):
+    class Nothing(nni_topo.RecoveryMethod):
+        def __init__(self, strength):
+            self.strength = strength
+
+        def tasks(self, plan, networks):
+            return []
+
+    target, prune = tmp_path / "small", shrinking._Run.prune
+
+    def stops(run, index):
+        if index == 1:
+            raise StopError
+        prune(run, index)
+
+    monkeypatch.setattr(shrinking._Run, "prune", stops)
+    for strength, error in ((1, StopError), (1, StopError), (2, ConfigError)):
+        # An object of its own, as in another process.
+        knobs = FAST | {"compensate": Nothing(strength)}
+        with pytest.raises(error):
+            nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)

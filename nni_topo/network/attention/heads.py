@@ -336,7 +336,12 @@ def tell_config(model: Any, original: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     found, before = find_attention(model), find_attention(original)
     kept_shares = {each.heads / before[name].heads for name, each in found.items()}
-    size = next((key for key in ("head_dim", "d_kv") if isinstance(getattr(config, key, None), int)), None)
+    size = None
+    for key in ("head_dim", "d_kv"):
+        # Falcon and BLOOM compute the size of a head from other numbers; it can't be set.
+        if isinstance(getattr(config, key, None), int) and not isinstance(getattr(type(config), key, None), property):
+            size = key
+            break
     sizes = {each.head_size for each in before.values()}
     is_config = callable(getattr(config, "to_dict", None))  # of Transformers, no dict of the user's
     if size is None and is_config and kept_shares != {1.0} and len(sizes) == 1:
@@ -351,7 +356,7 @@ def tell_config(model: Any, original: nn.Module) -> None:
             if isinstance(count := vars(config).get(key), int):
                 setattr(config, key, round(count * share))
         setattr(config, size, channels)
-    for key in ("intermediate_size", "d_ff", "ffn_dim", "n_inner"):
+    for key in ("intermediate_size", "d_ff", "ffn_dim", "ffn_hidden_size", "hidden_dim", "n_inner"):
         wide = getattr(config, key, None)
         if key == "n_inner" and hasattr(config, key) and wide is None:
             wide = 4 * config.hidden_size  # as GPT-2 and its like read it

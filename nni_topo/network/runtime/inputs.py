@@ -160,14 +160,19 @@ def _moved(tensor: Tensor, device: torch.device, *, copy: bool = False) -> Tenso
 def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
     """Return a call's arguments by name, in the order of ``model.forward``, without defaults.
 
-    ConfigError if they don't fit.
+    What a ``**kwargs`` of the model takes is there under its own names. ConfigError if they don't fit.
     """
     try:
-        bound = inspect.signature(model.forward).bind(*call[0], **call[1])
+        signature = inspect.signature(model.forward)
+        bound = signature.bind(*call[0], **call[1])
     except TypeError as error:
         cure = cure_of_mapping(call, model)
         raise ConfigError(f"example_inputs must fit {type(model).__name__}.forward: {error}{cure}") from error
-    return dict(bound.arguments)
+    named = dict(bound.arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named
 
 
 def real_positions_of(model: torch.nn.Module, call: Call) -> Tensor | None:

@@ -129,7 +129,7 @@ def entering(skeleton: Skeleton, calls: Sequence[Call], index: int) -> Entered:
         else:
             raise ConfigError(
                 "what a block gets beside the states must be the same for all batches or have an entry for each "
-                f"sample, got something else ({place_of_block})"
+                f"sample, got something else; nni_topo.shrink takes such a model in memory ({place_of_block})"
             )
     if len(extras) > _MOST_EXTRAS:
         raise ConfigError(

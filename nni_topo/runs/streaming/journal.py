@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nni_topo.disk import disk_errors, read_json, reading, write_json
 from nni_topo.errors import ConfigError
-from nni_topo.runs.streaming.shards import write_shard
+from nni_topo.runs.streaming.shards import INDEX, write_shard
 
 FOLDER = ".shrink_pretrained"
 _FILE = "journal.json"
@@ -46,27 +46,33 @@ class Journal:
         if found is None:
             others = sorted(path.name for path in folder.iterdir() if path.name not in (FOLDER, ".lock"))
             if others:
+                got = "a whole model" if INDEX in others else others[0]
                 raise ConfigError(
                     f"the folder for the pruned model must be empty or new, or hold a run that was stopped, got "
-                    f"{others[0]} there ({folder})"
+                    f"{got} there ({folder})"
                 )
+            self.note(0)  # before any other file, so that a run which is killed early may begin again
             return
         known = found.get("settings") if isinstance(found, dict) else None
         if known != self._settings:
             different = []
             if isinstance(known, dict):
                 different = sorted(key for key in known if known[key] != self._settings.get(key))
+            hint = " (a loader that shuffles gives other batches each time)" if "batches" in different else ""
             raise ConfigError(
                 "a run that was stopped must go on with the same settings, got others: "
-                f"{', '.join(different) or 'all'}; delete the folder to begin anew ({folder})"
+                f"{', '.join(different) or 'all'}{hint}; delete the folder to begin anew ({folder})"
             )
         self._content = found
+        for path in folder.glob("*.part"):  # a file that was written when the run was killed
+            path.unlink(missing_ok=True)
 
     def _begin_anew(self) -> None:
         """Delete what a run with other settings has written."""
         with disk_errors(self.folder):
-            for path in (*self.folder.glob("model-*-of-*.safetensors"), *self.folder.glob("*config.json")):
-                path.unlink()
+            for pattern in ("model-*-of-*.safetensors", "*config.json", "*.part"):
+                for path in self.folder.glob(pattern):
+                    path.unlink()
             shutil.rmtree(self._place)
 
     @property
@@ -132,4 +138,6 @@ class Journal:
 
     def finish(self) -> None:
         """Delete the journal and the states: the folder is complete."""
+        # The journal first: one without states would say that the run must go on, which it can't.
+        (self._place / _FILE).unlink(missing_ok=True)
         shutil.rmtree(self._place, ignore_errors=True)

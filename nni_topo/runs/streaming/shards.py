@@ -40,9 +40,10 @@ class Shards:
         self.folder = folder
         index = read_json(folder / INDEX, "an index of weights")
         if index is None and not (folder / SINGLE).is_file():
+            others = sorted(path.name for path in folder.glob("*.bin"))
             raise DataError(
-                f"a folder of weights must hold {SINGLE} or {INDEX}, got neither; save_pretrained of Transformers "
-                f"writes them ({folder})"
+                f"a folder of weights must hold {SINGLE} or {INDEX}, got {others[0] if others else 'neither'}; "
+                f"from_pretrained and then save_pretrained of Transformers write them ({folder})"
             )
         self._files: dict[str, str] = {}  # by tensor
         if index is None:
@@ -128,9 +129,12 @@ def write_index(folder: Path, files: Mapping[str, Iterable[str]], nbytes: int) -
 
 def key_of(name: str, shards: Shards, prefix: str) -> str | None:
     """Return the name that a model's tensor has in the files: with or without the prefix of the base model."""
-    for key in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if key in shards:
-            return key
+    # BERT's first files call the weights and biases of norms gamma and beta; Transformers reads them as well.
+    older = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    for each in (name, older):
+        for key in (each, f"{prefix}.{each}", each.removeprefix(f"{prefix}.")):
+            if key in shards:
+                return key
     return None
 
 

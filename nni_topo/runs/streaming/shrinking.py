@@ -8,6 +8,7 @@ import gc
 import hashlib
 import logging
 import math
+import re
 import shutil
 import sys
 import time
@@ -46,6 +47,7 @@ from nni_topo.network.runtime import (
     bind_arguments,
     calls,
     evaluation_mode,
+    fitting,
     real_positions_of,
     tells_once,
 )
@@ -168,11 +170,11 @@ def shrink_pretrained(
     Other files of ``source``, such as those of the tokenizer, are copied.
     """
     began = time.perf_counter()
-    place, target = path_of(source, "source"), path_of(folder, "folder")
+    place, target = path_of(source, "source").expanduser(), path_of(folder, "folder").expanduser()
     settings = as_settings(Budget, budget, "budget")
     _check_budget(settings, pruner)
     check_choices(settings, pruner, knobs, None, compensate, distill, None, None, "shrink_pretrained")
-    if target.expanduser().resolve() == place.expanduser().resolve():
+    if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     named = _checked_layers(layers)
     shards = Shards(place)
@@ -180,13 +182,14 @@ def shrink_pretrained(
     skeleton = Skeleton(shards)
     calibration = Calibration.of(batches, "batches")
     given = list(calls(skeleton.model, calibration))
+    _check_alike(given)
     identity = {
-        "source": [str(place.expanduser().resolve()), shards.identity()],
+        "source": [str(place.resolve()), shards.identity()],
         "budget": [settings.kind, settings.share],
         "batches": _digest(given),
         "pruner": [pruner, _as_text(knobs or {})],
         "layers": named,
-        "compensate": repr(compensate),
+        "compensate": [_told(compensate), _as_text(vars(compensate) if isinstance(compensate, RecoveryMethod) else {})],
         "distill": _as_text(distill) if isinstance(distill, Mapping) else distill,
         "round_to": round_to,
         "seed": seed,
@@ -241,6 +244,22 @@ def _checked_layers(layers: Iterable[str] | None) -> list[str] | None:
     return named
 
 
+def _check_alike(given: Sequence[Call]) -> None:
+    """Raise DataError unless all batches have the same inputs."""
+    for number, (args, kwargs) in enumerate(given):
+        if len(args) != len(given[0][0]):
+            raise DataError(
+                f"all batches must have the same inputs, got {len(args)} and {len(given[0][0])} without a name "
+                f"(batches {number} and 0)"
+            )
+        different = sorted(kwargs.keys() ^ given[0][1].keys())
+        if different:
+            raise DataError(
+                f"all batches must have the same inputs, got {different[0]} in one of two alone; give it in all or in "
+                f"none: an attention_mask of ones says that nothing is padding (batches {number} and 0)"
+            )
+
+
 def _digest(given: Sequence[Call]) -> str:
     """Return a digest of all inputs."""
     digest = hashlib.sha256()
@@ -251,12 +270,17 @@ def _digest(given: Sequence[Call]) -> str:
                 digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
                 digest.update(plain.flatten().view(torch.uint8).numpy().data)
             else:
-                digest.update(repr(value).encode())
+                digest.update(_told(value).encode())
     return digest.hexdigest()
 
 
 def _as_text(knobs: Mapping[str, Any]) -> dict[str, str]:
-    return {name: repr(value) for name, value in sorted(knobs.items())}
+    return {name: _told(value) for name, value in sorted(knobs.items())}
+
+
+def _told(value: Any) -> str:
+    """Return the ``repr`` of a value without addresses, which are others in each process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 @dataclass
@@ -293,6 +317,7 @@ class _Run:
         self._samples = calibration
         self._budget = budget
         self._pruner, self._knobs = pruner, knobs
+        self._named = layers
         self._layers: list[str | Mapping[str, Any]] | None = None
         if layers is not None:
             self._layers = [f"block.{name}" for name in layers]
@@ -300,15 +325,22 @@ class _Run:
         self._round_to, self._seed = round_to, seed
         self._is_held_out = calibration.split()[1] is not None
         self._config_path = journal.folder / CONFIG
+        if journal.rows:
+            # A run that goes on doesn't run the first block, which shows it.
+            skeleton.output_length = int(journal.rows[0]["output_length"])
 
     def begin(self) -> None:
         """Write the states that enter the first block, and everything outside of the blocks."""
         skeleton, journal = self._skeleton, self._journal
-        self._check_memory()
+        with fitting(0, "batches"):
+            self._check_memory()
         journal.begin_states()
         for number, call in enumerate(self._calls):
-            args, kwargs = skeleton.entering(call, 0)
+            with fitting(number, "batches"):
+                args, kwargs = skeleton.entering(call, 0)
             states = args[0] if args else kwargs[STATES]
+            if number == 0:
+                self._check_repeats(call, states)
             journal.add_states(number, {STATES: states, UNPRUNED: states.clone()})
         journal.end_states(0)
         inside = {key for index in range(len(skeleton)) for key in skeleton.keys_of(index).values()}
@@ -319,6 +351,17 @@ class _Run:
         journal.write_weights(self._file(0), skeleton.shards.read(rest))
         journal.note(0)
 
+    def _check_repeats(self, call: Call, states: Tensor) -> None:
+        """Raise ConfigError if the same inputs bring other states the second time, as random masks do."""
+        args, kwargs = self._skeleton.entering(call, 0)
+        again = args[0] if args else kwargs[STATES]
+        if not torch.equal(states, again):
+            raise ConfigError(
+                "the same inputs must bring the same states into the first block, got others in the second pass, as "
+                "from random numbers that the model draws; give it what it draws as an input, such as the noise of a "
+                f"masked autoencoder (batches, {type(self._skeleton.model).__name__})"
+            )
+
     def _file(self, number: int) -> str:
         """Return the name of a file of weights: 0 is what lies outside of the blocks, then one for each block."""
         return f"model-{number + 1:05d}-of-{len(self._skeleton) + 1:05d}.safetensors"
@@ -326,17 +369,15 @@ class _Run:
     def _check_memory(self) -> None:
         """Raise DataError unless a block can be pruned in the memory that is free."""
         skeleton = self._skeleton
-        largest = max(_parameters(block) for block in skeleton.blocks)
         widest = 0
-        for block in skeleton.blocks:
-            for module in block.modules():
-                weight = getattr(module, "weight", None)
-                if isinstance(weight, Tensor) and weight.dim() > 1:
-                    widest = max(widest, weight.shape[0], weight[0].numel())
+        for module in skeleton.blocks[0].modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() > 1:
+                widest = max(widest, weight.shape[0], weight[0].numel())
         args, kwargs = skeleton.entering(self._calls[0], 0)
         states = args[0] if args else kwargs[STATES]
         nbytes = 3 * 4 * states[0].numel() * self._samples.samples
-        needed = 4 * _COPIES * largest + 32 * widest**2 + nbytes + _CACHE
+        needed = 4 * _COPIES * _parameters(skeleton.blocks[0]) + 32 * widest**2 + nbytes + _CACHE
         check_memory(needed, "a block with its statistics and states", "pass fewer or shorter samples", "batches")
 
     def _work(self, index: int) -> _BlockWork:
@@ -357,10 +398,10 @@ class _Run:
         """Prune one block, write its weights and the states after it."""
         began = time.perf_counter()
         work = self._work(index)
-        if not self._skeleton.output_length:
+        if index == 0:
             self._note_outputs(work)
         self._check_finite(work)
-        check_layers(work.entered, self._layers, "shrink_pretrained")
+        check_layers(work.entered.block, self._named, "shrink_pretrained")
         images = ImageParts.of(work.calibration, work.entered)
         share: Any = {self._budget.kind: self._block_share(work, images.example)}
         budget = Budget(**share, equal_blocks=True)
@@ -407,7 +448,8 @@ class _Run:
             "cost_before": self._cost_of(work.entered, images.example),
             "cost": self._cost_of(dense, images.example),
         }
-        self._journal.note(index + 1, asdict(row) | costs)
+        shape = {"output_length": self._skeleton.output_length}
+        self._journal.note(index + 1, asdict(row) | costs | shape)
         del dense, images
         _give_back_memory(work.entered)
 
@@ -456,10 +498,8 @@ class _Run:
                 "blocks must have linear layers or convolutions whose cost can be counted, got none "
                 f"({type(work.entered.block).__name__})"
             )
-        # Blocks of other sizes cost as much more as they have more parameters.
-        blocks = own * inside / _parameters(work.entered)
         rest = self._macs_of_rest()
-        return rest + blocks, rest
+        return rest + own * len(skeleton), rest
 
     def _cost_of(self, net: nn.Module, example: Any) -> int:
         """Return the multiply-accumulates of one sample, or the parameters."""
@@ -484,10 +524,9 @@ class _Run:
         keys = self._skeleton.keys_of(index)
         tensors = self._skeleton.stored(dense.block, index)
         if index == 0:
-            config = self._described(unpruned, dense)
             widths = {row.name.removeprefix("block."): [row.before, row.after] for row in layers.rows}
-            content = config.to_dict() | {"architectures": [type(self._skeleton.model).__name__]}
-            config.architectures = content["architectures"]
+            config = self._described(unpruned, dense, [name for name, (old, new) in widths.items() if new < old])
+            config.architectures = [type(self._skeleton.model).__name__]
             with disk_errors(self._config_path):
                 config.save_pretrained(self._journal.folder)
             write_json(self._journal.folder / FOLDER / "widths.json", widths)
@@ -499,7 +538,7 @@ class _Run:
                     f"all blocks must keep the same widths, as the config has one number for all, got "
                     f"{tuple(tensor.shape)} where it makes {expected} ({self._skeleton.name_of(index)}.{name})"
                 )
-        types = {name: tensor.dtype for name, tensor in self._skeleton.blocks[index].state_dict().items()}
+        types = {name: tensor.dtype for name, tensor in unpruned.block.state_dict().items()}  # those of the files
         values = {keys[name]: tensor.to(types[name]) for name, tensor in tensors.items()}
         self._journal.write_weights(self._file(index + 1), values)
 
@@ -513,7 +552,7 @@ class _Run:
         with init_empty_weights():
             return kind._from_config(copy.deepcopy(config))
 
-    def _described(self, unpruned: BlockNet, dense: Any) -> Any:
+    def _described(self, unpruned: BlockNet, dense: Any, pruned: Sequence[str]) -> Any:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
         config = copy.deepcopy(dense.config)
         heads = copy.deepcopy(config)
@@ -525,6 +564,7 @@ class _Run:
         wanted = {name: tuple(value.shape) for name, value in self._skeleton.stored(dense.block, 0).items()}
         first = f"{self._skeleton.blocks_name}.0."
         different = ""
+        described: list[str] = []  # pruned layers that a config can describe
         for candidate in (config, heads):
             try:
                 validate = getattr(candidate, "validate", None)  # of Transformers 5
@@ -539,9 +579,13 @@ class _Run:
             if not wrong:
                 return candidate
             different = f"{wrong[0]} of {wanted[wrong[0]]} where the config makes {shapes.get(wrong[0])}"
+            for name in pruned:
+                if name not in described and not any(each.startswith(f"{name}.") for each in wrong):
+                    described.append(name)
+        cure = f"prune only {', '.join(described)}" if described else "prune other layers only"
         raise ConfigError(
-            f"from_pretrained must be able to build the model by its config, got {different}; prune other layers "
-            f"only (layers), or use nni_topo.shrink and nni_topo.save in memory ({type(self._skeleton.model).__name__})"
+            f"from_pretrained must be able to build the model by its config, got {different}; {cure} (layers), or use "
+            f"nni_topo.shrink and nni_topo.save in memory ({type(self._skeleton.model).__name__})"
         )
 
     def _advance(self, index: int, work: _BlockWork, dense: nn.Module) -> tuple[float, float]:

@@ -40,8 +40,8 @@ class _Visit:
 class Skeleton:
     """A model without the weights of its blocks: embeddings, norms and head are loaded, a block when it is asked for.
 
-    The blocks are the ``nn.ModuleList`` of modules of one class that holds most parameters. They must be called one
-    after the other, each with what the one before returned.
+    The blocks are the ``nn.ModuleList`` that holds most parameters; all are of one class and have the same shapes. They
+    must be called one after the other, each with what the one before returned.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class Skeleton:
     Raises
     ------
     ConfigError
-        If the folder is of a model that isn't one of Transformers, or has no such list.
+        If the folder is of a model that isn't one of Transformers, or has no such list of blocks.
     DataError
         If weights are missing, have other shapes than the config says, or aren't finite.
     """
@@ -256,16 +256,28 @@ def _blocks_of(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
         )
     found: dict[str, tuple[int, nn.ModuleList]] = {}
     for name, module in model.named_modules():
-        is_list = isinstance(module, nn.ModuleList) and len(module) > 1
-        if is_list and len({type(each) for each in module}) == 1:
+        if isinstance(module, nn.ModuleList) and len(module) > 1:
             found[name] = sum(each.numel() for each in module.parameters()), module
+    rule, place = "a model must have a list of at least two blocks of one class (nn.ModuleList)", type(model).__name__
     if not found:
-        raise ConfigError(
-            "a model must have a list of at least two blocks of one class (nn.ModuleList), got none; nni_topo.shrink "
-            f"takes it in memory ({type(model).__name__}, {folder})"
-        )
+        raise ConfigError(f"{rule}, got none; nni_topo.shrink takes it in memory ({place}, {folder})")
     name = max(found, key=lambda each: found[each][0])
-    return name, found[name][1]
+    blocks = found[name][1]
+    classes = sorted({type(each).__name__ for each in blocks})
+    if len(classes) > 1:
+        got = f"{classes[0]} and {classes[1]} in {name}"
+        raise ConfigError(f"{rule}, got {got}; nni_topo.shrink takes it in memory ({place}, {folder})")
+    first, *others = [{key: tuple(value.shape) for key, value in each.state_dict().items()} for each in blocks]
+    for index, shapes in enumerate(others, 1):
+        different = sorted(key for key in first.keys() | shapes.keys() if first.get(key) != shapes.get(key))
+        if different:
+            key = different[0]
+            raise ConfigError(
+                "all blocks must have the same tensors, as they keep the same widths, got "
+                f"{first.get(key, 'none')} and {shapes.get(key, 'none')} for {key}; nni_topo.shrink takes it in memory "
+                f"({name}.0 and {name}.{index}, {folder})"
+            )
+    return name, blocks
 
 
 def output_length(output: Any) -> int:

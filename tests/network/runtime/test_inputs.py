@@ -141,6 +141,11 @@ class AnyArguments(nn.Module):
         return images
 
 
+class Anything(nn.Module):
+    def forward(self, images, **others):
+        return images
+
+
 class ByName(nn.Module):
     def forward(self, *, images):
         return images
@@ -207,6 +212,8 @@ def test_errors_say_how_a_mapping_is_meant():
 def test_arguments_are_bound_in_the_order_of_the_forward():
     assert list(bind_arguments(TwoArguments(), ((), {"vectors": X, "images": X}))) == ["images", "vectors"]
     assert list(bind_arguments(OneArgument(), ((X,), {}))) == ["batch"]
+    assert bind_arguments(Anything(), ((), {"images": X, "mask": X})) == {"images": X, "mask": X}
+    assert bind_arguments(Anything(), ((), {"images": X})) == {"images": X}
     with pytest.raises(ConfigError, match=r"must fit TwoArguments.forward: missing .*'vectors'$"):
         bind_arguments(TwoArguments(), ((X,), {}))
     with pytest.raises(ConfigError, match=r"pass \{'images': mapping\}$"):
