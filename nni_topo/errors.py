@@ -108,6 +108,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str], place: str) -> Conf
 
     ``place``: the function, file or setting that was given the name.
     """
+    return ConfigError(f"{kind} must be a known name, got {name!r}; {hint_of(name, known)} ({place})")
+
+
+def hint_of(name: str, known: Iterable[str]) -> str:
+    """Name the nearest names there are to an unknown one, or else all."""
     names = sorted({each for each in known if each})
     # Capitals are a frequent mistake ("L1"), and names that differ in them alone are near.
     folded = {each.casefold(): each for each in names}
@@ -117,10 +122,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str], place: str) -> Conf
     if not near and len(name) > 2:
         near = [folded[each] for each in folded if wanted in each][:3]
     if near:
-        hint = f"did you mean {', '.join(near)}?"
-    else:
-        hint = f"known: {listed(names, _MOST_NAMES)}" if names else "there are none"
-    return ConfigError(f"{kind} must be a known name, got {name!r}; {hint} ({place})")
+        return f"did you mean {', '.join(near)}?"
+    return f"known: {listed(names, _MOST_NAMES)}" if names else "there are none"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ sizes: the same functions, on what was prepared and measured once.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -49,6 +50,7 @@ from nni_topo.network.runtime import (
 from nni_topo.network.speedup import (
     OUTPUT,
     DenseReport,
+    DependencyGroups,
     MasksLike,
     Network,
     by_reason,
@@ -155,6 +157,7 @@ class Prunable:
     # By layer that can't lose channels, why; where the caller names the layers, of those alone.
     unpruned: dict[str, str]
     is_default: bool  # the caller named no layer
+    groups: DependencyGroups | None = None  # of the entries, where they are known already
 
 
 @dataclass(frozen=True)
@@ -374,7 +377,8 @@ class ShrinkSteps:
         if known is not None:
             return self._ask(known, budget)
         victim, entries, pruner = detached_copy(self.model), self.prunable.entries, self.pruner
-        groups = dependency_groups(victim, self.images.example, entries)
+        # A copy: a function of the caller's may change what it is given.
+        groups = copy.deepcopy(self.prunable.groups) or dependency_groups(victim, self.images.example, entries)
         config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups
         if callable(pruner):
             chosen = pruner(victim, config_list, self.images.learned)
@@ -437,12 +441,13 @@ def _without_held(model: nn.Module, example: Any, prunable: Prunable) -> Prunabl
 
     Raises ConfigError where that holds for all of them.
     """
-    groups = dependency_groups(model, example, prunable.entries).layers()
-    held = held_by_unselected(Network.on(model, example).flow, groups)
+    groups = dependency_groups(model, example, prunable.entries)
+    prunable = replace(prunable, groups=groups)
+    held = held_by_unselected(Network.on(model, example).flow, groups.layers())
     if not held:
         return prunable
     why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
-    if len(held) == len({name for group in groups for name in group}):
+    if len(held) == len({name for group in groups.layers() for name in group}):
         told = "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())
         raise ConfigError(
             f"layers must include those that share channels with the layers it names, got {told}: name these, too "

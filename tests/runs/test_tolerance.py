@@ -160,7 +160,7 @@ def test_images_that_could_never_confirm_a_tolerance_are_refused_before_anything
     with pytest.raises(ConfigError, match="got 298 of 796 samples"):
         shrunk(images=[rows(796)])
     assert shrunk(images=[rows(128)], tolerance=0.0606).report.tolerance.held_out == 48
-    with pytest.raises(ConfigError, match="got 30 of 80 groups of images: pass at least 797 groups of images"):
+    with pytest.raises(ConfigError, match="got 30 of 80 groups of samples: pass at least 797 groups of samples"):
         shrunk(images=Calibration([rows()], groups=torch.arange(800) // 10))
     with pytest.raises(ConfigError, match="needs at least 30 samples, got 29"):
         shrunk(images=[rows(29)], measure="distance")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError, NniTopoError
+from nni_topo.errors import ConfigError, DataError, NniTopoError, hint_of
 from nni_topo.network.runtime.copying import device_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -456,7 +456,8 @@ def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> C
         several = isinstance(batch, (tuple, list)) and len(batch) > 1
         cure = f"; {_SEVERAL}" if several else ""
         if unknown := [str(key) for key in kwargs if key not in known]:
-            cure = f"; it has no argument called {', '.join(unknown)}"
+            told = [f"{each} ({hint_of(each, signature.parameters)})" for each in unknown]
+            cure = f"; it has no argument called {', '.join(told)}"
         cure += cure_of_mapping(call, model)
         raise DataError(f"{name} must fit the model, got TypeError: {error}{cure} (batch {index})") from error
     return args, known

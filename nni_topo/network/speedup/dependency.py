@@ -16,7 +16,7 @@ from nni.compression.base.setting import PruningSetting
 from torch.nn.utils.parametrize import is_parametrized
 
 from nni_topo.compat.wrapping import derived_types
-from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked, listed
+from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked, hint_of, listed
 from nni_topo.network.attention import Attention, is_attention
 from nni_topo.network.channels import (
     FIXED,
@@ -263,7 +263,7 @@ class _Choice:
 def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selection:
     """Return what the entries of a config_list select, as NNI reads them, derived classes included."""
     entries, named, by_head = list[tuple[frozenset[str], dict[str, Any]]](), set[str](), set[str]()
-    for config in trans_legacy_config_list(copy.deepcopy(config_list)):
+    for index, config in enumerate(trans_legacy_config_list(copy.deepcopy(config_list))):
         named.update(config.get("op_names") or ())
         if config.get("op_types"):
             types = {*config["op_types"], *derived_types(model, config["op_types"])}
@@ -273,7 +273,11 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
             del config["granularity"]
         modules, settings, _ = select_modules_by_config(model, config)
         if not modules:
-            raise ConfigError(f"every entry of a config_list must select a layer, got none for {config}")
+            told = f"every entry of a config_list must select a layer, got none for {config}"
+            kinds = {type(module).__name__ for module in model.modules() if not list(module.children())}
+            unknown = [kind for kind in config.get("op_types") or () if kind not in kinds]
+            hints = [f"; of op_types {kind!r}: {hint_of(kind, kinds)}" for kind in unknown]
+            raise ConfigError(f"{told}{''.join(hints)} (config_list[{index}])")
         derived_types(torch.nn.ModuleList(modules.values()), PruningSetting.registry)  # of named layers, too
         entries.append((frozenset(modules), settings))
         by_head.update(modules if asks_for_heads else ())

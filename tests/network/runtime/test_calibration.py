@@ -519,7 +519,8 @@ def test_lengths_that_differ_are_told_before_anything_is_solved():
 
 
 def test_an_argument_that_the_model_lacks_is_named():
-    with pytest.raises(DataError, match=r"missing a required argument: 'vectors'; it has no argument called vec "):
+    told = r"missing a required argument: 'vectors'; it has no argument called vec \(did you mean vectors\?\) "
+    with pytest.raises(DataError, match=told):
         nni_topo.recalibrate_batch_norm(Two(), [{"images": torch.zeros(4, 6), "vec": torch.zeros(4, 4)}])
 
 

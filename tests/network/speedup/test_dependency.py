@@ -228,8 +228,11 @@ def test_neither_the_model_nor_the_config_list_is_changed():
 
 
 def test_an_entry_that_selects_nothing_is_refused_and_an_empty_list_is_not():
-    with pytest.raises(ConfigError, match="must select a layer"):
-        dependency_groups(chain(), IMAGES, [{"op_types": ["Conv7d"], "sparse_ratio": 0.5}])
+    fits = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
+    with pytest.raises(ConfigError, match=r"must select a layer.*'conv2d': did you mean Conv2d\? \(config_list\[1\]\)"):
+        dependency_groups(chain(), IMAGES, [fits, {"op_types": ["conv2d"], "sparse_ratio": 0.5}])
+    with pytest.raises(ConfigError, match=r"of op_types 'LSTM': known: .*\(config_list\[0\]\)"):
+        dependency_groups(chain(), IMAGES, [{"op_types": ["LSTM"], "sparse_ratio": 0.5}])
     assert dependency_groups(chain(), IMAGES, []) == []
 
 
