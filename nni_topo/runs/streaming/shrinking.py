@@ -63,7 +63,9 @@ from nni_topo.runs.streaming.shards import CONFIG, INDEX, SINGLE, Shards, write_
 from nni_topo.runs.streaming.skeleton import Skeleton, output_length, states_of
 
 _COSTS = ("flops", "params")
-_COPIES = 9  # of a block in single precision, at most, while it is pruned and learns
+_COPIES = 16  # of a block while it is pruned, comparisons in double precision included, as measured
+_LEARNING = 20  # values as large as the states that a block keeps for its gradients
+_LEARNED_AT_ONCE = 64  # samples of a step of distillation
 _LARGE = 2**20  # parameters of a block that is worth freeing at once
 _CACHE = 2**28  # bytes for intermediate values of a block
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
@@ -163,9 +165,9 @@ def shrink_pretrained(
     states of the unpruned model, so that it makes up for errors of the blocks before it. The weights are written in the
     precision of ``source``.
 
-    Memory: the embeddings and the head, about nine times one block in single precision while it is pruned and
-    distilled (five without distillation), 32 bytes for each pair of input channels of its widest layer, and the states
-    of all samples, three times. States lie in files of ``folder``, in the precision of the model.
+    Memory: the embeddings and the head, about sixteen times one block, 8 bytes for each pair of input channels of its
+    widest layer, the states of all samples three times in single precision, and with distillation what 64 samples need
+    for gradients. States lie in files of ``folder``, in the precision of the model.
 
     Other files of ``source``, such as those of the tokenizer, are copied.
     """
@@ -377,7 +379,10 @@ class _Run:
         args, kwargs = skeleton.entering(self._calls[0], 0)
         states = args[0] if args else kwargs[STATES]
         nbytes = 3 * 4 * states[0].numel() * self._samples.samples
-        needed = 4 * _COPIES * _parameters(skeleton.blocks[0]) + 32 * widest**2 + nbytes + _CACHE
+        first = skeleton.blocks[0]
+        needed = _COPIES * sum(each.nbytes for each in first.parameters()) + 8 * widest**2 + nbytes + _CACHE
+        if self._distill is not False:
+            needed += 4 * _LEARNING * states[0].numel() * min(self._samples.samples, _LEARNED_AT_ONCE)
         check_memory(needed, "a block with its statistics and states", "pass fewer or shorter samples", "batches")
 
     def _work(self, index: int) -> _BlockWork:
