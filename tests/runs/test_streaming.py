@@ -566,3 +566,47 @@ def test_a_method_of_the_users_own_is_known_again(source, tmp_path, monkeypatch)
         knobs = FAST | {"compensate": Nothing(strength)}
         with pytest.raises(error):
             nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
+
+
+KILLED_ANYWHERE = """
+import os, shutil, signal, sys
+sys.path.insert(0, sys.argv[3])
+from test_streaming import FAST, files_of, tokens
+from pathlib import Path
+import nni_topo
+
+source, place = Path(sys.argv[1]), Path(sys.argv[2])
+seen, last, counts = [0], [10**9], [False]
+
+def kill(event, args):
+    if counts[0] and event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and str(place) in str(args[0]):
+        seen[0] += 1
+        if seen[0] == last[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def run(name):
+    nni_topo.shrink_pretrained(source, tokens(), place / name, {"params": 0.7}, **FAST)
+    return files_of(place / name)
+
+sys.addaudithook(kill)
+counts[0] = True
+whole, counts[0] = run("whole"), False
+events = seen[0]
+for number in range(5, events, max(events // 6, 1)):
+    if os.fork() == 0:
+        seen[0], last[0], counts[0] = 0, number, True
+        run("killed")
+        os._exit(0)
+    _, status = os.wait()
+    assert os.WIFSIGNALED(status), number
+    assert run("killed") == whole, number
+    shutil.rmtree(place / "killed")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_run_that_is_killed_anywhere_comes_to_the_same(source, tmp_path):
+    command = [sys.executable, "-c", KILLED_ANYWHERE, str(source), str(tmp_path), os.path.dirname(__file__)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
