@@ -108,7 +108,8 @@ def compensation(
         sampler.replay = new_replay()  # what the old one has kept goes
         return sampler.replay
 
-    layers += chosen.after(tasks, networks, Tools(sum(sizes), seed, cache_bytes, progress, begin_again))
+    marks = sampler.held_out
+    layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, cache_bytes, progress, begin_again))
     if recalibrate or chosen.recalibrates:
         copy_norm_statistics(networks, call, calibration)
     report = CompensationReport(layers, plan.left_alone, sum(sizes), time.perf_counter() - began)
