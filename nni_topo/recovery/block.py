@@ -42,7 +42,7 @@ from nni_topo.sharing import find_ties
 _LOOKED_AT = 64  # held-out samples at most that are looked at while a block learns; all of them judge it
 _REPORTED = 256  # samples to learn from, at most, over which the report has the error
 _AT_ONCE = 256  # samples that run together where nothing is learned
-_TOGETHER = 2  # neighbouring stretches that learn at once: of a transformer, attention and the MLP after it
+_TOGETHER = 4  # neighbouring stretches that learn at once: of a transformer, two blocks of attention and an MLP each
 _WARMUP = 0.1  # share of the steps, as `distill` has it by default
 _CLOSE = 1e-3  # by which the dense block may differ from the masked one, as a share of the largest value
 _LEAST_VARIANCE = 1e-12
@@ -56,7 +56,7 @@ class Block(Reconstruct):
 
     # Gradient steps for each block at most, at least 1. They end earlier where the held-out error makes no more
     # progress.
-    steps: int = 100
+    steps: int = 200
     # Learning rate of AdamW at its highest, above 0. None: a range test finds it, for each block anew.
     lr: float | None = None
     # So many layers that are touched by pruning, at least 0, lie between a block and the place where the unpruned
