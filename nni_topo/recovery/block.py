@@ -302,6 +302,10 @@ class _Learning:
         stretch = Stretch(self._source, self._segment)
         for name, parameter in stretch.body.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(name in self._names)
+            if name in self._names and self._source is self._networks.pruned:
+                # Biases of removed channels, such as those that a depth-wise convolution adds, are zero here alone.
+                kept = (parameter != 0) | (self._networks.result.get_parameter(name) == 0)
+                parameter.register_hook(lambda gradient, kept=kept: gradient * kept)
         return stretch
 
     def batches(self) -> Iterator[tuple[Any, Any]]:

@@ -138,13 +138,14 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         it reproduces its unpruned output, or the sum it goes into. ``"ahead"`` (:class:`~nni_topo.recovery.Ahead`):
         after that, solve the layers of each block for the unpruned values several layers ahead by Gauss-Newton steps
         [7]_, which takes ten times as long or more. ``"block"`` (:class:`~nni_topo.recovery.Block`): after that, let
-        all weights of each block learn what the unpruned block puts out, by gradients [8]_. ``"channel"``
+        all weights of two neighbouring blocks learn what the unpruned ones put out, by gradients [8]_. ``"channel"``
         (:class:`~nni_topo.recovery.Channel`): predict the removed channels from the kept ones [4]_. ``"pair"``
-        (:class:`~nni_topo.recovery.Pair`): one kept channel and a constant stand in for each. ``"recalibrate"``: statistics of batch norms and nothing else. Rules of other
-        papers, for comparison: ``"sequential"`` (the layer's own output [1]_), ``"layer"`` (the same, from the
-        unpruned inputs [2]_), ``"scalar"`` (one factor for each kept channel), ``"head"`` (the same, with one factor
-        for all channels of a head [3]_), ``"mean"`` (its mean stands in for a removed channel [5]_), ``"merge"`` (the
-        channel with the most similar weights does [6]_; images serve for the report alone).
+        (:class:`~nni_topo.recovery.Pair`): one kept channel and a constant stand in for each. ``"recalibrate"``:
+        statistics of batch norms and nothing else. Rules of other papers, for comparison: ``"sequential"`` (the
+        layer's own output [1]_), ``"layer"`` (the same, from the unpruned inputs [2]_), ``"scalar"`` (one factor for
+        each kept channel), ``"head"`` (the same, with one factor for all channels of a head [3]_), ``"mean"`` (its mean
+        stands in for a removed channel [5]_), ``"merge"`` (the channel with the most similar weights does [6]_; images
+        serve for the report alone).
     ridge : float or "auto", default="auto"
         Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
         a tenth of the mean variance.
