@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def _smaller(rows: TensorDataset, is_text: bool) -> TensorDataset:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return in Markdown what is lost, by network and way, with paired differences and seconds."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     by_key = {tuple(record["key"]): record for record in records}
     for net in NETS:
         for choice in dict.fromkeys(key[3] for key in by_key):
@@ -183,15 +184,20 @@ def table(records: list[dict[str, Any]]) -> str:
                 row = _row(by_key, net, choice, way)
                 if row is not None:
                     rows.append(row)
-    kept = [f"{title}, {left}" for left in LEFT for title in ("lost", "less than distilled", "CPU s")]
+    kept = [f"{left}: {title}" for left in _shown(by_key) for title in ("lost", "less than distilled", "CPU s")]
     return markdown_table(("network", "criterion", "recovery", *kept), rows, text_columns=3)
+
+
+def _shown(by_key: Iterable[tuple[Any, ...]]) -> list[str]:
+    """Return the shares kept that records have."""
+    return [left for left in LEFT if any(key[2] == left for key in by_key)]
 
 
 def _row(by_key: dict[tuple[Any, ...], dict[str, Any]], net: str, choice: str, way: str) -> tuple[str, ...] | None:
     is_text = net == "gpt_small"
     scale, digits = (-1, 3) if is_text else (100, 1)
     cells: list[str] = []
-    for left in LEFT:
+    for left in _shown(by_key):
         seeds = [key[1] for key in by_key if key[0] == net and key[2:] == (left, choice, way)]
         found = [by_key[net, seed, left, choice, way] for seed in seeds]
         if not found:

@@ -101,7 +101,7 @@ class Block(Reconstruct):
             block = _Learning(self, networks, dense, segment, names, values, tools.seed)
             try:
                 report = block.run(rates)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 if out_of_memory(error):
                     raise
                 first_line = str(error).splitlines()[0]
@@ -122,18 +122,21 @@ def _learners(networks: Networks, touched: Collection[Node]) -> dict[Node, list[
     used = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     found: dict[Node, list[str]] = {}
     for node in graph.nodes:
-        # Attention is read as a module, and its layers run within it, but for the last one.
-        inside = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
-        if node not in touched or not (node.op == "call_module" or inside):
+        if node not in touched:
             continue
+        # Attention is a value that a function gets: its layers run within it, but for the last one.
+        targets = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
+        if node.op == "call_module":
+            targets.append(str(node.target))
         names: list[str] = []
-        for target in inside or [str(node.target)]:
+        for target in targets:
             owner = _module(networks.pruned, target)
             if owner is None or used.count(target) > 1:
                 continue
             for own, module in owner.named_modules():
                 name = f"{target}.{own}".rstrip(".")
-                if not isinstance(module, (*WEIGHTED, *PER_CHANNEL)) or (inside and name in called):
+                is_elsewhere = name in called and name != str(node.target)
+                if not isinstance(module, (*WEIGHTED, *PER_CHANNEL)) or is_elsewhere:
                     continue
                 for key, parameter in module.named_parameters(recurse=False):
                     full = f"{name}.{key}"
@@ -146,13 +149,15 @@ def _learners(networks: Networks, touched: Collection[Node]) -> dict[Node, list[
 
 
 def _has_matrix(network: GraphModule, names: Sequence[str]) -> bool:
+    """Say whether parameters of a layer are among these, and not those of a norm alone."""
     return any(network.get_parameter(name).dim() > 1 for name in names)
 
 
 def _module(network: GraphModule, target: str) -> nn.Module | None:
+    """Return a module of a network; None if the name is that of a tensor."""
     try:
         return network.get_submodule(target)
-    except AttributeError:  # a tensor
+    except AttributeError:
         return None
 
 
@@ -162,21 +167,18 @@ class _Part:
 
     entering: list[Any]  # in the pruned network
     wanted: list[Tensor]  # of the unpruned network, at the place
-    reached: list[Tensor]  # what the pruned one has there at first
     real: Tensor | None  # which positions aren't padding: bool, (samples, positions)
     rows: Tensor | None = None  # which samples count: bool, (samples,); None: all
 
     @property
     def tree(self) -> tuple[Any, ...]:
-        """All tensors but the rows, for the store."""
-        return self.entering, self.wanted, self.reached, self.real
+        """All but the rows, for the store."""
+        return self.entering, self.wanted, self.real
 
     def taken(self, index: Tensor) -> _Part:
         """Return some of the samples."""
-        entered, wanted, reached = (
-            [each[index.to(each.device)] for each in values] for values in (self.entering, self.wanted, self.reached)
-        )
-        return _Part(entered, wanted, reached, None if self.real is None else self.real[index.to(self.real.device)])
+        entered, wanted = ([each[index.to(each.device)] for each in values] for values in (self.entering, self.wanted))
+        return _Part(entered, wanted, None if self.real is None else self.real[index.to(self.real.device)])
 
 
 def _joined(parts: Sequence[_Part]) -> _Part:
@@ -185,9 +187,8 @@ def _joined(parts: Sequence[_Part]) -> _Part:
         return parts[0]
     entered = [torch.cat(each) for each in zip(*(part.entering for part in parts), strict=True)]
     wanted = [torch.cat(each) for each in zip(*(part.wanted for part in parts), strict=True)]
-    reached = [torch.cat(each) for each in zip(*(part.reached for part in parts), strict=True)]
     real = [part.real for part in parts if part.real is not None]
-    return _Part(entered, wanted, reached, torch.cat(real) if real else None)
+    return _Part(entered, wanted, torch.cat(real) if real else None)
 
 
 class _Values:
@@ -199,14 +200,15 @@ class _Values:
     def __init__(self, replay: Replay, segment: Segment, read: list[Node], later: set[Node], tools: Tools) -> None:
         self.held_out, place = tools.held_out, segment.place
         self._sizes = list[int]()
+        extremes = list[list[Tensor]]()
         self._store: Any = BatchStore(tools.cache_bytes)
         shapes = list[Any]()
-        # The place again: what the pruned network has there changes when the block has learned.
         for index, (unpruned, pruned) in enumerate(replay.run(segment.first, [*read, place], later)):
             size = tools.sizes[index]
             given = [_in_single(pruned[node]) for node in read]
             wanted, reached = ([_in_single(each) for each in floats(net[place])] for net in (unpruned, pruned))
-            part = _Part(given, wanted, reached, replay.unpadded(unpruned))
+            part = _Part(given, wanted, replay.unpadded(unpruned))
+            extremes.append([torch.stack([each.amin(0), each.amax(0)]) for each in reached])
             if not self._store.has_room(nbytes_of(part.tree)):
                 raise DataError(
                     f"the values of a block must fit into {self._store.limit}, got {tools.images} samples with "
@@ -215,11 +217,13 @@ class _Values:
             self._store.append(part.tree)
             self._sizes.append(size)
             shapes.append([_entries(each, size) for each in (*given, *wanted)])
+        self.lives = alive(extremes)  # which values differ between samples in the pruned network
         self._are_mixed = None not in shapes[0] and all(each == shapes[0] for each in shapes)
         if self._are_mixed and self._store.nbytes <= tools.cache_bytes:
             self._store, self._sizes = [_joined(list(self)).tree], [sum(self._sizes)]
 
     def __iter__(self) -> Iterator[_Part]:
+        """Yield all samples, batch by batch."""
         for each in self._store:
             yield _Part(*each)
 
@@ -249,6 +253,7 @@ def _entries(value: Any, samples: int) -> Any:
 
 
 def _in_single(value: Any) -> Any:
+    """Return a value in single precision if it is a tensor of half precision."""
     is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if is_half else value
 
@@ -270,12 +275,11 @@ class _Learning:
         self._values, self._seed = values, seed
         index = torch.arange(len(values.held_out))
         self._held, self._learned = index[values.held_out], index[~values.held_out]
-        self._lives = alive(part.reached for part in values)
         found = [[moments(each) for each in self._counted(part.wanted, part)] for part in values]
         sums = [torch.stack(each).sum(0) for each in zip(*found, strict=True)]
         self._scales = [float(square - total.square() / count) / float(count) for count, total, square in sums]
         self._scales = [max(each, _LEAST_VARIANCE) for each in self._scales]
-        self.samples = int(sums[0][0])
+        self.samples = int(sums[0][0]) if sums else 0
         self._source, self._places = networks.pruned, dict[str, Any]()
         if dense is not None:
             self._go_dense(dense)
@@ -341,6 +345,8 @@ class _Learning:
     def run(self, rates: Sequence[float]) -> LayerReport:
         """Take the steps, and put what is learned into the networks if the held-out error has fallen."""
         began = time.perf_counter()
+        if not self._scales:
+            raise RuntimeError(f"{self._segment.place.name} has no floating values")
         student, looked_at, reported = self.student(), self._held[:_LOOKED_AT], self._learned[:_REPORTED]
         before, held_before = self.judge(student, reported), self.judge(student, self._held)
         if not math.isfinite(before + held_before):
@@ -405,14 +411,12 @@ class _Learning:
         learned = dict(student.body.named_parameters())
         with torch.no_grad():
             for name in self._names:
-                change = learned[name] - start[name]
                 owner, _, key = name.rpartition(".")
+                change = learned[name] - start[name]
                 if self._source is not self._networks.pruned:
-                    own = self._source.get_parameter(name)
-                    own.copy_(own + change)
-                    change = _by_output(change, key, self._source.get_submodule(owner))
-                else:
-                    change = _by_output(change, key, self._networks.pruned.get_submodule(owner))
+                    cut = self._source.get_parameter(name)
+                    cut.copy_(cut + change)
+                change = _by_output(change, key, self._source.get_submodule(owner))
                 for net in (self._networks.pruned, self._networks.result):
                     module, parameter = net.get_submodule(owner), net.get_parameter(name)
                     rows = _by_output(parameter.detach(), key, module).clone()
@@ -421,13 +425,14 @@ class _Learning:
                     parameter.copy_(of_output(rows, module) if _is_matrix(key, module) else rows)
 
     def _lacking(self, student: nn.Module, part: _Part, wanted: list[Tensor]) -> list[Tensor]:
+        """Return by how much a student misses what is wanted, where it counts."""
         found = floats(student(*part.entering))
         return self._counted([mine - meant for mine, meant in zip(found, wanted, strict=True)], part)
 
     def _counted(self, values: list[Tensor], part: _Part) -> list[Tensor]:
         """Return what counts of some values: 0 where nothing is alive, without padding and samples held out."""
         found = []
-        for value, lives in zip(values, self._lives, strict=True):
+        for value, lives in zip(values, self._values.lives, strict=True):
             value = value if lives is None else value * lives
             rows = None if part.rows is None else part.rows.to(value.device)
             if part.real is not None and value.shape[:2] == part.real.shape:
@@ -440,10 +445,12 @@ class _Learning:
 
 
 def _is_matrix(key: str, module: nn.Module) -> bool:
+    """Say whether a parameter is the weight of a layer, which lies by output in another order."""
     return key == "weight" and isinstance(module, WEIGHTED)
 
 
 def _by_output(value: Tensor, key: str, module: nn.Module) -> Tensor:
+    """Return a parameter, or a change of it, with the outputs first."""
     return by_output(value, module) if _is_matrix(key, module) else value
 
 
