@@ -146,3 +146,13 @@ def test_the_table_of_equal_blocks_is_that_of_its_records(monkeypatch):
     for record in records:
         is_equal = len(set(record["heads"])) == len(set(record["neurons"])) == 1
         assert is_equal or record["key"][2] != "equal", record["key"]
+
+
+def test_the_table_of_blocks_that_learn_is_that_of_its_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    bench = importlib.import_module("bench_block")
+    lines = (PROJECT / "benchmarks" / "records" / "block.jsonl").read_text().splitlines()
+    text = (PROJECT / "benchmarks" / "results" / "transformers.md").read_text(encoding="utf-8")
+    section = text.split("## Blocks that learn")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert bench.table([json.loads(line) for line in lines]).splitlines() == rows
