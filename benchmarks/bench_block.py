@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=4_000, help="rows to train on")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # the first optimizer of a process loads modules for two seconds
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "block.jsonl"
     for left in options.left:
