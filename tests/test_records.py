@@ -156,3 +156,13 @@ def test_the_table_of_pruning_block_by_block_is_that_of_its_records(monkeypatch)
     section = text.split("## Memory and time, block by block")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     assert bench.table([json.loads(line) for line in lines]).splitlines() == rows
+
+
+def test_the_table_of_blocks_that_learn_is_that_of_its_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    bench = importlib.import_module("bench_block")
+    lines = (PROJECT / "benchmarks" / "records" / "block.jsonl").read_text().splitlines()
+    text = (PROJECT / "benchmarks" / "results" / "transformers.md").read_text(encoding="utf-8")
+    section = text.split("## Blocks that learn")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert bench.table([json.loads(line) for line in lines]).splitlines() == rows

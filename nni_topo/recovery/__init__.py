@@ -3,6 +3,7 @@
 from nni_topo.maths.least_squares.greedy import greedy_least_squares
 from nni_topo.recovery.ahead import Ahead
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
+from nni_topo.recovery.block import Block
 from nni_topo.recovery.blocks import remove_blocks
 from nni_topo.recovery.choosing import choose_images
 from nni_topo.recovery.compensating import Compensation, compensate, compensation
@@ -23,6 +24,7 @@ from nni_topo.recovery.synthetic import synthetic_images
 
 __all__ = [
     "Ahead",
+    "Block",
     "Channel",
     "Compensation",
     "CompensationReport",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,12 @@ from nni_topo.errors import DataError, check_fields, whole
 from nni_topo.maths.least_squares.gauss_newton import Vector, gauss_newton
 from nni_topo.network.runtime import bar, tensors_of
 from nni_topo.recovery.networks import Networks
-from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask
 from nni_topo.recovery.registry import Tools
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import LayerReport
 from nni_topo.recovery.samples import Task
-from nni_topo.recovery.windows import Segment, Window, entering, segments
+from nni_topo.recovery.windows import Segment, Window, alive, entering, floats, moments, segments
 
 _STEPS, _ITERATIONS, _DAMPING = 4, 6, 1e-2
 _IMAGES_A_PRODUCT = 128
@@ -98,15 +97,14 @@ def look_ahead(
     progress: bool | None,
 ) -> tuple[LayerReport, ...]:
     """Solve the layers of `tasks`, which are done, block by block for places so many layers after them."""
-    by_name = {task.layer.name: task for task in tasks if isinstance(task, ReconstructTask)}
-    layers: list[Solvable] = [task.layer for task in by_name.values()]
-    found = segments(replay.nodes, replay.touched_nodes, layers, ahead)
+    by_node = {task.layer.node: task for task in tasks if isinstance(task, ReconstructTask)}
+    found = segments(replay.nodes, replay.touched_nodes, by_node, ahead)
     entered = [entering(segment, replay.nodes) for segment in found]
     reports = []
     for index, segment in enumerate(bar("look ahead", progress, found)):
         later = {node for nodes in entered[index + 1 :] for node in nodes}
         later |= {other.place for other in found[index + 1 :]}
-        window = Window(segment, networks.pruned, by_name)
+        window = Window(segment, networks.pruned, by_node)
         data = _Data(replay, segment, entered[index], later, cache_bytes)
         try:
             unknowns, report = _solved(segment, window, data, images, seed)
@@ -148,7 +146,7 @@ def _solved(segment: Segment, window: Window, data: _Data, images: int, seed: in
 
 
 def _names(segment: Segment) -> str:
-    return ", ".join(layer.name for layer in segment.layers)
+    return ", ".join(str(layer.target) for layer in segment.layers)
 
 
 class _Data:
@@ -170,7 +168,7 @@ class _Data:
         place = self._segment.place
         for unpruned, pruned in self._replay.run(self._segment.first, [*self._read, place], self._later):
             values = {node.name: pruned[node] for node in self._read}
-            there = _floats(unpruned[place]), _floats(pruned[place])
+            there = floats(unpruned[place]), floats(pruned[place])
             batch = _Batch(values, *there, self._replay.unpadded())
             size += batch.nbytes
             kept = [*kept, batch] if kept is not None and size <= self._cache_bytes else None
@@ -187,14 +185,14 @@ class _Problem:
     def __init__(self, window: Window, data: _Data, images: int) -> None:
         self._window, self._data = window, data
         self._turn, self._few = 0, list[tuple[_Batch, Vector, list[Tensor]]]()
-        self._lives = _lives(data)
-        moments = [[_moments(each) for each in self._unpadded(batch.wanted, batch)] for batch in data]
-        sums = [torch.stack(each).sum(0) for each in zip(*moments, strict=True)]
+        self._lives = alive(batch.reached for batch in data)
+        found = [[moments(each) for each in self._unpadded(batch.wanted, batch)] for batch in data]
+        sums = [torch.stack(each).sum(0) for each in zip(*found, strict=True)]
         # Of what is alive alone: the rest is an error that no weight changes.
         spreads = [float(square - total.square() / number) for number, total, square in sums]
         self._weights = [1.0 / (len(sums) * max(spread, _LEAST_VARIANCE)) for spread in spreads]
         self.samples = int(sums[0][0])
-        self._stride = min(len(moments), max(1, images // _IMAGES_A_PRODUCT))
+        self._stride = min(len(found), max(1, images // _IMAGES_A_PRODUCT))
 
     def error(self, at: Vector) -> float:
         """Return the error over all images."""
@@ -223,7 +221,7 @@ class _Problem:
             # Forward for J v, without a graph of its own, and backward for J^T (J v) through the one that is there.
             with torch.no_grad(), forward_ad.dual_level():
                 duals = [forward_ad.make_dual(*pair) for pair in zip(at, vector, strict=True)]
-                reached = [forward_ad.unpack_dual(each) for each in _floats(self._window(batch.entering, duals))]
+                reached = [forward_ad.unpack_dual(each) for each in floats(self._window(batch.entering, duals))]
             # Of what is wanted and what counts nothing moves.
             moves = [torch.zeros_like(plain) if move is None else move for plain, move in reached]
             seen = [
@@ -238,7 +236,7 @@ class _Problem:
         return [self._stride * each for each in found]
 
     def _lacking(self, batch: _Batch, at: Sequence[Tensor]) -> list[Tensor]:
-        found = _floats(self._window(batch.entering, at))
+        found = floats(self._window(batch.entering, at))
         return self._unpadded([mine - meant for mine, meant in zip(found, batch.wanted, strict=True)], batch)
 
     def _unpadded(self, values: list[Tensor], batch: _Batch) -> list[Tensor]:
@@ -251,28 +249,6 @@ class _Problem:
     def _squares(self, lacking: list[Tensor]) -> Tensor:
         parts = [weight * each.square().sum() for weight, each in zip(self._weights, lacking, strict=True)]
         return torch.stack(parts).sum()
-
-
-def _floats(value: Any) -> list[Tensor]:
-    return [each for each in tensors_of(value) if each.is_floating_point()]
-
-
-def _lives(data: Iterable[_Batch]) -> list[Tensor | None]:
-    """Tell which values at a place differ between images in the pruned network; None where batches differ in shape."""
-    found: list[tuple[Tensor, Tensor] | None] = []
-    for index, batch in enumerate(data):
-        bounds = [(each.amin(0), each.amax(0)) for each in batch.reached]
-        found = [
-            None if known is None or known[0].shape != low.shape else (known[0].minimum(low), known[1].maximum(high))
-            for known, (low, high) in zip(found if index else bounds, bounds, strict=True)
-        ]
-    return [None if each is None else each[1] > each[0] for each in found]
-
-
-def _moments(values: Tensor) -> Tensor:
-    """Return the number of values, their sum and that of their squares."""
-    wide = values.double()
-    return torch.stack([wide.new_tensor(wide.numel()), wide.sum(), wide.square().sum()]).cpu()
 
 
 def _summed(found: Vector, more: Sequence[Tensor | None]) -> Vector:

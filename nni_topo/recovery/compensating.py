@@ -109,7 +109,8 @@ def compensation(
         sampler.replay = new_replay()  # what the old one has kept goes
         return sampler.replay
 
-    layers += chosen.after(tasks, networks, Tools(sum(sizes), seed, cache_bytes, progress, begin_again))
+    marks = sampler.held_out
+    layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, cache_bytes, progress, begin_again))
     if recalibrate or chosen.recalibrates:
         copy_norm_statistics(networks, call, calibration)
     report = CompensationReport(layers, plan.left_alone, sum(sizes), time.perf_counter() - began)
@@ -138,13 +139,15 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         ``"reconstruct"`` (:class:`~nni_topo.recovery.Reconstruct`): solve each layer after removed channels again, so
         it reproduces its unpruned output, or the sum it goes into. ``"ahead"`` (:class:`~nni_topo.recovery.Ahead`):
         after that, solve the layers of each block for the unpruned values several layers ahead by Gauss-Newton steps
-        [7]_, which takes ten times as long or more. ``"channel"`` (:class:`~nni_topo.recovery.Channel`): predict the
-        removed channels from the kept ones [4]_. ``"pair"`` (:class:`~nni_topo.recovery.Pair`): one kept channel and a
-        constant stand in for each. ``"recalibrate"``: statistics of batch norms and nothing else. Rules of other
-        papers, for comparison: ``"sequential"`` (the layer's own output [1]_), ``"layer"`` (the same, from the
-        unpruned inputs [2]_), ``"scalar"`` (one factor for each kept channel), ``"head"`` (the same, with one factor
-        for all channels of a head [3]_), ``"mean"`` (its mean stands in for a removed channel [5]_), ``"merge"`` (the
-        channel with the most similar weights does [6]_; images serve for the report alone).
+        [7]_, which takes ten times as long or more. ``"block"`` (:class:`~nni_topo.recovery.Block`): after that, let
+        all weights of two neighbouring blocks learn what the unpruned ones put out, by gradients [8]_. ``"channel"``
+        (:class:`~nni_topo.recovery.Channel`): predict the removed channels from the kept ones [4]_. ``"pair"``
+        (:class:`~nni_topo.recovery.Pair`): one kept channel and a constant stand in for each. ``"recalibrate"``:
+        statistics of batch norms and nothing else. Rules of other papers, for comparison: ``"sequential"`` (the
+        layer's own output [1]_), ``"layer"`` (the same, from the unpruned inputs [2]_), ``"scalar"`` (one factor for
+        each kept channel), ``"head"`` (the same, with one factor for all channels of a head [3]_), ``"mean"`` (its mean
+        stands in for a removed channel [5]_), ``"merge"`` (the channel with the most similar weights does [6]_; images
+        serve for the report alone).
     ridge : float or "auto", default="auto"
         Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
         a tenth of the mean variance.
@@ -152,7 +155,7 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     recalibrate : bool, default=False
         Also measure the statistics of batch norms anew, at the end.
     seed : int, default=0
-        For the positions that large feature maps are sampled at.
+        For the positions that large feature maps are sampled at, and the order of samples that blocks learn from.
     cache_bytes : int, default=2**30
         Memory for intermediate values of both networks, and as much again for one layer's samples. With less, more
         is computed again.
@@ -198,6 +201,14 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     in memory, in whole batches: smaller batches take less. Blocks with operations that have no forward derivatives,
     such as an LSTM, stay as ``"reconstruct"`` leaves them, with a warning.
 
+    ``"block"`` takes the inputs of a block from the pruned blocks before it, which have learned already. Weights,
+    biases and the factors and constants of norms move, where they aren't removed, shared or used more than once;
+    statistics of batch norms stay, and dropout is off. A range test finds the rate of AdamW. Every fifth sample, or
+    every fifth group of samples, is held out: a block keeps its state with the smallest error on some of these, and
+    what it learned only if their error falls below that of the closed form, else the report says that it was
+    discarded. Half precision learns in single precision. Values of a block that exceed ``cache_bytes`` lie in
+    temporary files. Blocks of which no gradients can be taken stay as ``"reconstruct"`` leaves them, with a warning.
+
     Cost: the sums of products take ``inputs * kernel elements`` squared float64 numbers a layer, twice, whatever
     the number of images, and solving twice as much again; a 3x3 convolution of 2,048 channels 11 GB. What
     ``cache_bytes`` allow comes on top.
@@ -214,6 +225,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     .. [6] Kim et al., "Neuron merging: compensating for pruned neurons", https://arxiv.org/abs/2010.13160
     .. [7] Lucas and Mazumder, "Preserving deep representations in one-shot pruning: a Hessian-free second-order
        optimization framework", https://arxiv.org/abs/2411.18376
+    .. [8] Wagner et al., "A free lunch in LLM compression: revisiting retraining after pruning",
+       https://arxiv.org/abs/2510.14444
 
     Examples
     --------

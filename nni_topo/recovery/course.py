@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
@@ -20,7 +20,6 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.layers import by_output, inputs_laid_out, zeros_held
 from nni_topo.network.runtime import bar
 from nni_topo.recovery.batchnorm import batch_norms
-from nni_topo.recovery.lesson import Batches, Lesson
 
 _FORMAT = "nni-topo distillation 3"
 _MOMENTUM = 0.1  # of batch norms that have none of their own
@@ -38,6 +37,17 @@ course to less than half of it. Above these lines the network is broken.
 """
 
 _LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course may be given up
+
+
+class Teacher(Protocol):
+    """Says how far a network is from what it learns."""
+
+    def objective(self, student: nn.Module, call: Any, wanted: list[Tensor]) -> Tensor:
+        """Return the mean loss on a batch, of which `wanted` is to be met."""
+
+
+Batches = Iterator[tuple[Any, list[Tensor]]]
+"""What a network is called on, and what it is to meet, step by step."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class Course:
 
     def run(
         self,
-        lesson: Lesson,
+        lesson: Teacher,
         batches: Batches,
         total: int,
         progress: bool | None = None,

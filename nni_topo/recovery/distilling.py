@@ -59,11 +59,10 @@ from nni_topo.network.runtime import (
     tensors_of,
 )
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
-from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, RateTrial, learning
+from nni_topo.recovery.course import Batches, Clock, Course, Look, RateSchedule, RateTrial, learning
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
     Augment,
-    Batches,
     ComparedOutputs,
     Lesson,
     Objective,

@@ -36,12 +36,12 @@ from nni_topo.network.runtime import (
     tensors_of,
     watched,
 )
+from nni_topo.recovery.course import Batches
 
 Objective = Literal["auto", "kl", "squares", "cosine"]
 Augment = Callable[[Any], Any]
 Outputs = Callable[[Any, Any], Any]
 """Gets what a model returned and the inputs, as a batch holds them; returns what counts of it."""
-Batches = Iterator[tuple[Call, list[Tensor]]]
 
 _VIEWS = 8
 _BLENDED = 0.5  # share of the images in a view

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nni_topo.errors import SpeedupError
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.layers import fold
 from nni_topo.network.runtime import Call, detached_copy
@@ -20,6 +21,7 @@ from nni_topo.network.speedup import (
     Network,
     apply_masks,
     check_masks,
+    cut_alone,
     resolve_masks,
     share_answers,
 )
@@ -41,6 +43,7 @@ class Networks:
     masks: FullMasks  # agree where layers share channels
     asked: FullMasks  # as they were given
     folded: set[str]  # layers that compute their weight: plain ones in the graphs, and where solved in the result
+    call: Call  # by which the model was traced
 
 
 def build_networks(model: nn.Module, call: Call, masks: MasksLike) -> Networks:
@@ -56,7 +59,18 @@ def build_networks(model: nn.Module, call: Call, masks: MasksLike) -> Networks:
     share_answers(model, result)
     pruned = detached_copy(unpruned)
     _take_values(pruned, apply_masks(base, call, full))
-    return Networks(unpruned, pruned, result, network.flow, full, checked, folded)
+    return Networks(unpruned, pruned, result, network.flow, full, checked, folded, call)
+
+
+def dense_graph(networks: Networks) -> GraphModule | None:
+    """Return the graph of the dense network of a result, with the nodes of the others; None where there is none."""
+    try:
+        dense = cut_alone(networks.result, networks.call, networks.masks)
+        found = without_side_effects(Network(dense.eval(), networks.call).graph(dense)[0])
+    except SpeedupError:
+        return None
+    same = [node.name for node in found.graph.nodes] == [node.name for node in networks.unpruned.graph.nodes]
+    return found if same else None
 
 
 def plan_of(networks: Networks, touched: set[Node]) -> Plan:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from nni_topo.network.runtime import bar
-from nni_topo.recovery.course import Clock, Course, RateSchedule, RateTrial
-from nni_topo.recovery.lesson import Batches, Lesson
+from nni_topo.recovery.course import Batches, Clock, Course, RateSchedule, RateTrial, Teacher
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 """Learning rates of AdamW that are tried, the highest first."""
@@ -30,7 +29,7 @@ _SHARE_OF_TIME = 0.03  # of what is left, for each rate
 
 
 def try_rates(
-    lesson: Lesson,
+    lesson: Teacher,
     student: Callable[[], nn.Module],
     batches: Callable[[], Batches],
     judge: Callable[[nn.Module], float],
@@ -47,7 +46,7 @@ def try_rates(
 
     Parameters
     ----------
-    lesson : Lesson
+    lesson : Teacher
         What is learned.
     student : callable
         Returns a copy of the network that learns.

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from nni_topo.errors import ConfigError, checked
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Plan
@@ -29,6 +31,8 @@ class Tools:
     """What a method that does more than its tasks works with."""
 
     images: int  # of the calibration data
+    sizes: tuple[int, ...]  # of its batches, in images
+    held_out: Tensor  # which of the images are held out: bool, (images,)
     seed: int
     cache_bytes: int  # memory for intermediate values
     progress: bool | None  # whether bars are shown
@@ -139,6 +143,7 @@ _OWN = "nni_topo.recovery"
 RECOVERIES.register(
     RecoveryInfo("reconstruct", f"{_OWN}.reconstruct:Reconstruct", "solves each layer after removed channels again"),
     RecoveryInfo("ahead", f"{_OWN}.ahead:Ahead", "then solves each block for values some layers ahead"),
+    RecoveryInfo("block", f"{_OWN}.block:Block", "then lets each block learn the unpruned block's outputs"),
     RecoveryInfo("channel", f"{_OWN}.mixing:Channel", "predicts each removed channel from all kept ones"),
     RecoveryInfo("pair", f"{_OWN}.mixing:Pair", "predicts each removed channel from one kept one and a constant"),
     RecoveryInfo("recalibrate", f"{_OWN}.registry:Recalibrate", "measures statistics of batch norms and nothing else"),

@@ -33,16 +33,18 @@ class LayerReport:
 
     layer: str
     # The node of the graph at which errors are measured. It is the layer's output or the sum that the output goes into;
-    # for channel mixing the layer's input; for method "ahead" the values after some later layers. "relu(...)" means
-    # that only what a ReLU lets through counts; errors are upper bounds there.
+    # for channel mixing the layer's input; for method "ahead" the values after some later layers, for "block" those at
+    # the block's end. "relu(...)" means that only what a ReLU lets through counts; errors are upper bounds there.
     place: str
-    unknowns: int  # numbers fitted for each output, the constant not counted; for "ahead" all weights and constants
-    samples: int  # that were solved for: images times positions, for "ahead" also times channels
+    unknowns: int  # numbers fitted for each output, the constant not counted; for "ahead" and "block" all of a block
+    samples: int  # that were solved for: images times positions, for "ahead" and "block" also times channels
     ridge: float  # penalty over each input's variance, for "ahead" the damping; infinite if no change was best
     error_before: float  # over the calibration samples
     error_after: float
     error_held_out: float  # over samples that the solution wasn't fitted to; NaN if there were too few
     seconds: float  # wall time
+    lr: float = math.nan  # for "block" the learning rate at its highest; NaN if all that were tried break it
+    is_kept: bool = True  # for "block" whether it has the learned weights: the held-out error has fallen
 
     @property
     def is_lost(self) -> bool:
@@ -133,6 +135,8 @@ class CompensationReport:
 
 def _note(layer: LayerReport) -> str:
     notes = []
+    if not layer.is_kept:
+        notes.append("learned weights discarded")
     if layer.is_lost:
         notes.append("output almost lost")
     if layer.is_underdetermined:

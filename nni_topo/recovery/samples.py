@@ -269,6 +269,13 @@ class Sampler:
         self._known: tuple[NormalEquations, NormalEquations] | None = None
         self._chunks: list[_Chunk] | None = None
 
+    @property
+    def held_out(self) -> Tensor:
+        """Which samples are held out, bool (samples,)."""
+        if self._held_out is not None:
+            return self._held_out
+        return (torch.arange(sum(self.sizes)) + 1) % HELD_OUT_ENTRIES == 0
+
     def check_memory(self, tasks: Sequence[Task]) -> None:
         """Raise DataError for a task whose sums and factors don't fit into memory."""
         for task in tasks:

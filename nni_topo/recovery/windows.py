@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.node import map_aggregate, map_arg
 
 from nni_topo.network.layers import by_output, is_plain_norm, of_output, safely_laid_out, through_norms
-from nni_topo.recovery.plan import Solvable
+from nni_topo.network.runtime import detached_copy, tensors_of
 from nni_topo.recovery.reconstruct import ReconstructTask, add_constant
 from nni_topo.recovery.replay import Values
 
 _LEAST_LAYERS = 2  # in a block
-_TOGETHER = 2  # blocks that are solved at once
+TOGETHER = 2
+"""Blocks that `Ahead` solves at once."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +28,31 @@ class Segment:
     """Some layers, and a place after them; nodes before `first` don't belong to it."""
 
     first: int  # rank of the first node that is run
+    last: int  # rank of the last node of the blocks whose layers these are, at most that of the place
     place: Node
-    layers: tuple[Solvable, ...]
+    layers: tuple[Node, ...]  # where the graph calls them
 
 
-def segments(nodes: Sequence[Node], touched: Collection[Node], layers: Iterable[Solvable], ahead: int) -> list[Segment]:
-    """Return two neighbouring blocks after the other, each with a place `ahead` layers after it.
+def segments(
+    nodes: Sequence[Node], touched: Collection[Node], layers: Iterable[Node], ahead: int, together: int = TOGETHER
+) -> list[Segment]:
+    """Return so many neighbouring blocks, from each block on, with a place `ahead` layers after them.
 
     Everything flows through the ends of blocks alone, and they hold two layers at least, but for the last one.
     ``touched``: nodes that depend on what is pruned. The place is the end of the first block with so many layers
     between the two, or what the network puts out.
     """
     ranks = {node: rank for rank, node in enumerate(nodes)}
-    ordered = sorted(layers, key=lambda layer: ranks[layer.node])
-    at = [ranks[layer.node] for layer in ordered]
+    ordered = sorted(layers, key=ranks.__getitem__)
+    at = [ranks[layer] for layer in ordered]
     last = len(nodes) - 1  # the output
     borders = [*_borders(_ends(nodes, touched, ranks), at), last]
     found = []
     for index, begin in enumerate(borders[:-1]):
-        end = borders[min(index + _TOGETHER, len(borders) - 1)]
+        end = borders[min(index + together, len(borders) - 1)]
         mine = tuple(layer for layer, rank in zip(ordered, at, strict=True) if begin < rank <= end)
-        far = (border for border in borders if sum(end < rank <= border for rank in at) >= ahead)
-        found.append(Segment(begin + 1, nodes[next(far, last)], mine))
+        far = (each for each in borders if each >= end and sum(end < rank <= each for rank in at) >= ahead)
+        found.append(Segment(begin + 1, end, nodes[next(far, last)], mine))
     return found
 
 
@@ -81,13 +86,75 @@ def entering(segment: Segment, nodes: Sequence[Node]) -> list[Node]:
     return [node for node in nodes if node in read and node.op != "get_attr"]
 
 
+def floats(value: Any) -> list[Tensor]:
+    """List the floating tensors of what a network has at a place."""
+    return [each for each in tensors_of(value) if each.is_floating_point()]
+
+
+def alive(reached: Iterable[list[Tensor]]) -> list[Tensor | None]:
+    """Tell which values at a place differ between images in the pruned network; None where batches differ in shape."""
+    found: list[tuple[Tensor, Tensor] | None] = []
+    for index, batch in enumerate(reached):
+        bounds = [(each.amin(0), each.amax(0)) for each in batch]
+        found = [
+            None if known is None or known[0].shape != low.shape else (known[0].minimum(low), known[1].maximum(high))
+            for known, (low, high) in zip(found if index else bounds, bounds, strict=True)
+        ]
+    return [None if each is None else each[1] > each[0] for each in found]
+
+
+def moments(values: Tensor) -> Tensor:
+    """Return the number of values, their sum and that of their squares."""
+    wide = values.double()
+    return torch.stack([wide.new_tensor(wide.numel()), wide.sum(), wide.square().sum()]).cpu()
+
+
+class Stretch(nn.Module):
+    """A copy of a stretch of a network, in single precision at least: from what enters it to the value at its place."""
+
+    def __init__(self, network: GraphModule, segment: Segment) -> None:
+        super().__init__()
+        # Of the network's own graph, whose nodes have the names of the unpruned one's.
+        nodes: list[Node] = list(network.graph.nodes)
+        end = next(rank for rank, node in enumerate(nodes) if node.name == segment.place.name)
+        program = nodes[segment.first : end + 1]
+        read = {parent for node in program for parent in node.all_input_nodes} - set(program)
+        graph, copies = Graph(), dict[Node, Node]()
+        for node in nodes:
+            if node in read:
+                copies[node] = graph.node_copy(node) if node.op == "get_attr" else graph.placeholder(node.name)
+        for node in program:
+            if node.op == "output":
+                copies[node] = graph.output(map_arg(node.args[0], copies.__getitem__))
+                continue
+            copied = copies[node] = graph.node_copy(node, copies.__getitem__)
+            copied.args = tuple(map_aggregate(each, _in_single) for each in copied.args)
+            copied.kwargs = {key: map_aggregate(each, _in_single) for key, each in copied.kwargs.items()}
+        if program[-1].op != "output":
+            graph.output(copies[program[-1]])
+        self.body: GraphModule = detached_copy(GraphModule(network, graph)).eval()
+        if any(each.dtype in _HALF for each in self.body.parameters()):
+            self.body.float()
+
+    def forward(self, *entering: Any) -> Any:
+        """Return the value at the place, from those that `entering` lists the nodes of."""
+        return Interpreter(self.body).run(*entering)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _in_single(value: Any) -> Any:
+    return torch.float32 if value in _HALF else value
+
+
 class Window:
     """What a network puts out at the end of a stretch, as a function of changes of weights and constants."""
 
     # Unknowns are two tensors a layer: of the weights between kept channels, (groups, rows, columns, kernel), and of
     # the constants of its outputs, (groups, rows), which stay 0 where nobody can take them.
 
-    def __init__(self, segment: Segment, network: GraphModule, tasks: dict[str, ReconstructTask]) -> None:
+    def __init__(self, segment: Segment, network: GraphModule, tasks: dict[Node, ReconstructTask]) -> None:
         # Of the network's own graph, whose nodes have the names of the unpruned one's.
         nodes: list[Node] = list(network.graph.nodes)
         end = next(rank for rank, node in enumerate(nodes) if node.name == segment.place.name)
@@ -96,10 +163,11 @@ class Window:
         self._program = [node for node in nodes if node in read and node.op == "get_attr"] + program
         self._runner = Interpreter(network)
         self._network = network
-        self._layers = {layer.name: layer for layer in segment.layers}
+        by_name = {tasks[node].layer.name: tasks[node] for node in segment.layers}
+        self._layers = {name: task.layer for name, task in by_name.items()}
         norms = {str(node.target) for node in program if node.op == "call_module"}
         self._norms = {name: _affine(network.get_submodule(name)) for name in norms if _is_affine(network, name)}
-        self._blocks = {name: tasks[name].block(self._weight(name)) for name in self._layers}
+        self._blocks = {name: task.block(self._weight(name)) for name, task in by_name.items()}
 
     def start(self) -> list[Tensor]:
         """Return unknowns that change nothing."""

@@ -12,7 +12,6 @@ from torch.fx import symbolic_trace
 from nni_topo.errors import ConfigError
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import Ahead, compensate, compensation
-from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.windows import segments
 
 
@@ -102,17 +101,18 @@ def test_bad_numbers_of_layers_are_told(layers):
 def test_blocks_begin_where_everything_flows_through_one_value_and_places_lie_ahead(residual_net, images):
     graph = symbolic_trace(residual_net).graph
     nodes = list(graph.nodes)
-    layers = [
-        Solvable(node.name, node, torch.zeros(1, 1), torch.zeros(1, 1), None)
-        for node in nodes
-        if node.name in ("conv1", "conv2", "conv3", "conv4", "shortcut", "head")
-    ]
-    touched = set(nodes[nodes.index(layers[0].node) :])
+    names = ("conv1", "conv2", "conv3", "conv4", "shortcut", "head")
+    layers = [node for node in nodes if node.name in names]
+    touched = set(nodes[nodes.index(layers[0]) :])
 
     cut = segments(nodes, touched, layers, 1)
     blocks = [([layer.name for layer in each.layers], each.place.name) for each in cut]
     first, second = ["conv1", "conv2"], ["conv3", "conv4", "shortcut"]
     assert blocks == [([*first, *second], "output"), ([*second, "head"], "output"), (["head"], "output")]
+    alone = [
+        ([layer.name for layer in each.layers], each.place.name) for each in segments(nodes, touched, layers, 0, 1)
+    ]
+    assert alone == [(first, "relu_"), (second, "mean"), (["head"], "output")]
     # conv3's output isn't all that is read: the shortcut reads what entered it.
     assert nodes[cut[1].first - 1].name == "relu_"
 

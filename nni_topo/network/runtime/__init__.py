@@ -20,7 +20,7 @@ from nni_topo.network.runtime.arguments import (
     check_model,
     check_unwrapped,
 )
-from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, calibration_of
+from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, calibration_of, nbytes_of
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
 from nni_topo.network.runtime.copying import RandomWeights, detached_copy, device_of, put_parameters, unwrapped_copy
 from nni_topo.network.runtime.fits import (
@@ -172,6 +172,7 @@ __all__ = [
     "left_alone",
     "let_go",
     "markdown_table",
+    "nbytes_of",
     "on_device",
     "out_of_memory",
     "padding_known",

@@ -3,6 +3,7 @@
 from nni_topo.network.speedup.dense import (
     DenseReport,
     LayerChannels,
+    cut_alone,
     dense_report_of,
     sizes_in_markdown,
     to_dense,
@@ -33,6 +34,7 @@ __all__ = [
     "apply_masks",
     "by_reason",
     "check_masks",
+    "cut_alone",
     "dense_report_of",
     "dependency_groups",
     "explain",

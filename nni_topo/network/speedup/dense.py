@@ -187,6 +187,14 @@ def to_dense(
     return dense
 
 
+def cut_alone(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
+    """Return the dense model of `to_dense` without comparing it, a report or a warning; its errors."""
+    with random_state_kept(), torch.inference_mode(False):
+        torch.manual_seed(0)
+        task = _prepare(Network(model, call), masks, None)
+        return _cut(task, _masked_without_constants(task), ())
+
+
 @dataclasses.dataclass(frozen=True)
 class _Task:
     """What is to be made dense."""

@@ -1,0 +1,484 @@
+"""Block after block: the parameters of each pruned block learn what the unpruned block puts out.
+
+A closed form solves one layer, and looks no further than the next sum. Between the layers of a block lie attention,
+norms and activations. Here all weights of a block move together, by gradients of that block alone, until it puts out
+what the unpruned one does [1]_. What enters it comes through the pruned blocks before, which are done, so that it also
+makes up for their errors. The steps are those of `distill`: a range test finds the rate, held-out samples end them.
+
+References
+----------
+.. [1] M. Wagner et al., "A free lunch in LLM compression: revisiting retraining after pruning",
+   https://arxiv.org/abs/2510.14444
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from nni_topo.errors import NONE, DataError, check_fields, number, whole
+from nni_topo.network.layers import PER_CHANNEL, WEIGHTED, by_output, of_output
+from nni_topo.network.runtime import BatchStore, at_once, bar, nbytes_of, out_of_memory
+from nni_topo.recovery.course import Course, RateSchedule, RateTrial
+from nni_topo.recovery.networks import Networks, dense_graph
+from nni_topo.recovery.rates import RATES, try_rates
+from nni_topo.recovery.reconstruct import Reconstruct
+from nni_topo.recovery.registry import Tools
+from nni_topo.recovery.replay import Replay
+from nni_topo.recovery.report import LayerReport
+from nni_topo.recovery.samples import HELD_OUT_ENTRIES, Task
+from nni_topo.recovery.windows import Segment, Stretch, alive, entering, floats, moments, segments
+from nni_topo.sharing import find_ties
+
+_LOOKED_AT = 64  # held-out samples at most that are looked at while a block learns; all of them judge it
+_REPORTED = 256  # samples to learn from, at most, over which the report has the error
+_AT_ONCE = 256  # samples that run together where nothing is learned
+_TOGETHER = 4  # neighbouring stretches that learn at once: of a transformer, two blocks of attention and an MLP each
+_WARMUP = 0.1  # share of the steps, as `distill` has it by default
+_CLOSE = 1e-3  # by which the dense block may differ from the masked one, as a share of the largest value
+_LEAST_VARIANCE = 1e-12
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Block(Reconstruct):
+    """After :class:`Reconstruct`, let all parameters of each block learn the unpruned block's outputs by gradients."""
+
+    # Gradient steps for each block at most, at least 1. They end earlier where the held-out error makes no more
+    # progress.
+    steps: int = 200
+    # Learning rate of AdamW at its highest, above 0. None: a range test finds it, for each block anew.
+    lr: float | None = None
+    # So many layers that are touched by pruning, at least 0, lie between a block and the place where the unpruned
+    # network's values are the target; the network's output where there are fewer. 0: the block's own end.
+    layers: int = 0
+    # Samples a step, at least 1.
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        counts = {"refine": whole(0), "steps": whole(1), "layers": whole(0), "batch_size": whole(1)}
+        check_fields(self, "block", lr=number(0.0, closed="neither") | NONE, **counts)
+
+    def after(self, tasks: Sequence[Task], networks: Networks, tools: Tools) -> tuple[LayerReport, ...]:
+        """Let the blocks learn, one after the other."""
+        del tasks
+        replay = tools.new_replay()
+        learners = _learners(networks, replay.touched_nodes)
+        layers = [node for node, names in learners.items() if _has_matrix(networks.pruned, names)]
+        found = segments(replay.nodes, replay.touched_nodes, layers, self.layers, _TOGETHER)[::_TOGETHER]
+        if not found:
+            return ()
+        if not bool(tools.held_out.any()):
+            _logger.warning(
+                "blocks stay as the closed form leaves them: of %d samples none is held out, which takes at least %d",
+                tools.images,
+                HELD_OUT_ENTRIES,
+            )
+            return ()
+        entered = [entering(segment, replay.nodes) for segment in found]
+        # Without the removed channels steps take less time.
+        dense = dense_graph(networks)
+        reports = list[LayerReport]()
+        rates: Sequence[float] = RATES
+        for index, segment in enumerate(bar("learn blocks", tools.progress, found)):
+            later = {node for nodes in entered[index + 1 :] for node in nodes}
+            later |= {other.place for other in found[index + 1 :]}
+            names: list[str] = []
+            for node, own in learners.items():
+                if segment.first <= replay.order[node] <= segment.last:
+                    names += own
+            values = _Values(replay, segment, entered[index], later, tools)
+            block = _Learning(self, networks, dense, segment, names, values, tools.seed)
+            try:
+                report = block.run(rates)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                first_line = str(error).splitlines()[0]
+                _logger.warning("%s can't learn and stay as the closed form leaves them: %s", block.layers, first_line)
+                continue
+            reports.append(report)
+            # What breaks one block breaks the next, too, most of the time.
+            rates = tuple(each for each in RATES if each <= report.lr) or rates
+        return tuple(reports)
+
+
+def _learners(networks: Networks, touched: Collection[Node]) -> dict[Node, list[str]]:
+    """Return which parameters may move, by the node that uses them: of layers and norms that are used once."""
+    graph = networks.unpruned.graph
+    result = dict(networks.result.named_parameters())
+    tied = {name for names in find_ties(networks.result) for name in names}
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    used = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+    found: dict[Node, list[str]] = {}
+    for node in graph.nodes:
+        if node not in touched:
+            continue
+        # Attention is a value that a function gets: its layers run within it, but for the last one.
+        targets = [str(each.target) for each in node.all_input_nodes if each.op == "get_attr"]
+        if node.op == "call_module":
+            targets.append(str(node.target))
+        names: list[str] = []
+        for target in targets:
+            owner = _module(networks.pruned, target)
+            if owner is None or used.count(target) > 1:
+                continue
+            for own, module in owner.named_modules():
+                name = f"{target}.{own}".rstrip(".")
+                is_elsewhere = name in called and name != str(node.target)
+                if not isinstance(module, (*WEIGHTED, *PER_CHANNEL)) or is_elsewhere:
+                    continue
+                for key, parameter in module.named_parameters(recurse=False):
+                    full = f"{name}.{key}"
+                    # In the result, a weight that is computed has other names.
+                    if full in result and result[full].shape == parameter.shape and full not in tied:
+                        names.append(full)
+        if names:
+            found[node] = names
+    return found
+
+
+def _has_matrix(network: GraphModule, names: Sequence[str]) -> bool:
+    """Say whether parameters of a layer are among these, and not those of a norm alone."""
+    return any(network.get_parameter(name).dim() > 1 for name in names)
+
+
+def _module(network: GraphModule, target: str) -> nn.Module | None:
+    """Return a module of a network; None if the name is that of a tensor."""
+    try:
+        return network.get_submodule(target)
+    except AttributeError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some samples of a block."""
+
+    entering: list[Any]  # in the pruned network
+    wanted: list[Tensor]  # of the unpruned network, at the place
+    real: Tensor | None  # which positions aren't padding: bool, (samples, positions)
+    rows: Tensor | None = None  # which samples count: bool, (samples,); None: all
+
+    @property
+    def tree(self) -> tuple[Any, ...]:
+        """All but the rows, for the store."""
+        return self.entering, self.wanted, self.real
+
+    def taken(self, index: Tensor) -> _Part:
+        """Return some of the samples."""
+        entered, wanted = ([each[index.to(each.device)] for each in values] for values in (self.entering, self.wanted))
+        return _Part(entered, wanted, None if self.real is None else self.real[index.to(self.real.device)])
+
+
+def _joined(parts: Sequence[_Part]) -> _Part:
+    """Put samples of several batches together."""
+    if len(parts) == 1:
+        return parts[0]
+    entered = [torch.cat(each) for each in zip(*(part.entering for part in parts), strict=True)]
+    wanted = [torch.cat(each) for each in zip(*(part.wanted for part in parts), strict=True)]
+    real = [part.real for part in parts if part.real is not None]
+    return _Part(entered, wanted, torch.cat(real) if real else None)
+
+
+class _Values:
+    """What enters a block and what is wanted at its place, for all samples: in memory as far as allowed, then in files.
+
+    Samples are mixed across batches where all tensors have an entry for each; else batches stay as they are.
+    """
+
+    def __init__(self, replay: Replay, segment: Segment, read: list[Node], later: set[Node], tools: Tools) -> None:
+        self.held_out, place = tools.held_out, segment.place
+        self._sizes = list[int]()
+        extremes = list[list[Tensor]]()
+        self._store: Any = BatchStore(tools.cache_bytes)
+        shapes = list[Any]()
+        for index, (unpruned, pruned) in enumerate(replay.run(segment.first, [*read, place], later)):
+            size = tools.sizes[index]
+            given = [_in_single(pruned[node]) for node in read]
+            wanted, reached = ([_in_single(each) for each in floats(net[place])] for net in (unpruned, pruned))
+            part = _Part(given, wanted, replay.unpadded())
+            extremes.append([torch.stack([each.amin(0), each.amax(0)]) for each in reached])
+            if not self._store.has_room(nbytes_of(part.tree)):
+                raise DataError(
+                    f"the values of a block must fit into {self._store.limit}, got {tools.images} samples with "
+                    f"{nbytes_of(part.tree) / size / 2**20:.1f} MiB each: fewer samples take less ({place.name})"
+                )
+            self._store.append(part.tree)
+            self._sizes.append(size)
+            shapes.append([_entries(each, size) for each in (*given, *wanted)])
+        self.lives = alive(extremes)  # which values differ between samples in the pruned network
+        self._are_mixed = None not in shapes[0] and all(each == shapes[0] for each in shapes)
+        if self._are_mixed and self._store.nbytes <= tools.cache_bytes:
+            self._store, self._sizes = [_joined(list(self)).tree], [sum(self._sizes)]
+
+    def __iter__(self) -> Iterator[_Part]:
+        """Yield all samples, batch by batch."""
+        for each in self._store:
+            yield _Part(*each)
+
+    def parts(self, index: Tensor, size: int) -> Iterator[_Part]:
+        """Yield samples by their indices, so many at a time or, where samples aren't mixed, batch by batch."""
+        starts = torch.tensor([0, *self._sizes]).cumsum(0)
+        if self._are_mixed:
+            for chosen in index.tensor_split(-(-len(index) // at_once(size))):
+                found = []
+                for batch, (first, end) in enumerate(itertools.pairwise(starts.tolist())):
+                    own = chosen[(chosen >= first) & (chosen < end)] - first
+                    if len(own):
+                        found.append(_Part(*self._store[batch]).taken(own))
+                yield _joined(found)
+            return
+        batches = torch.bucketize(index, starts[1:], right=True).tolist()
+        for batch in dict.fromkeys(batches):
+            rows = torch.zeros(self._sizes[batch], dtype=torch.bool)
+            own = index[(index >= starts[batch]) & (index < starts[batch + 1])] - starts[batch]
+            rows[own] = True
+            yield replace(_Part(*self._store[batch]), rows=rows)
+
+
+def _entries(value: Any, samples: int) -> Any:
+    """Return the shape of a value's entries; None unless it has one for each sample."""
+    return value.shape[1:] if isinstance(value, Tensor) and value.dim() and len(value) == samples else None
+
+
+def _in_single(value: Any) -> Any:
+    """Return a value in single precision if it is a tensor of half precision."""
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if is_half else value
+
+
+class _Learning:
+    """The gradient steps of one block; what `Course` and the range test take for a lesson."""
+
+    def __init__(
+        self,
+        knobs: Block,
+        networks: Networks,
+        dense: GraphModule | None,
+        segment: Segment,
+        names: list[str],
+        values: _Values,
+        seed: int,
+    ) -> None:
+        self._knobs, self._networks, self._segment, self._names = knobs, networks, segment, names
+        self._values, self._seed = values, seed
+        index = torch.arange(len(values.held_out))
+        self._held, self._learned = index[values.held_out], index[~values.held_out]
+        found = [[moments(each) for each in self._counted(part.wanted, part)] for part in values]
+        sums = [torch.stack(each).sum(0) for each in zip(*found, strict=True)]
+        self._scales = [float(square - total.square() / count) / float(count) for count, total, square in sums]
+        self._scales = [max(each, _LEAST_VARIANCE) for each in self._scales]
+        self.samples = int(sums[0][0]) if sums else 0
+        self._source, self._places = networks.pruned, dict[str, Any]()
+        if dense is not None:
+            self._go_dense(dense)
+
+    def _go_dense(self, dense: GraphModule) -> None:
+        """Let the dense block learn, which takes less time, if it computes what the masked one does."""
+        places = _places(self._networks.pruned, dense, self._names)
+        part = next(self._values.parts(self._learned[:4], 4))
+        if places is None:
+            return
+        try:
+            with torch.no_grad():
+                masked = floats(Stretch(self._networks.pruned, self._segment)(*part.entering))
+                found = floats(Stretch(dense, self._segment)(*part.entering))
+        except RuntimeError:  # what enters is wider, where channels that enter are removed
+            return
+        for one, other in zip(masked, found, strict=True):
+            if one.shape != other.shape or float((one - other).abs().max()) > _CLOSE * float(one.abs().max()):
+                return
+        self._source, self._places = dense, places
+
+    def student(self) -> Stretch:
+        """Return a copy of the block in which what may move requires gradients."""
+        stretch = Stretch(self._source, self._segment)
+        for name, parameter in stretch.body.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in self._names)
+            if name in self._names and self._source is self._networks.pruned:
+                # Biases of removed channels, such as those that a depth-wise convolution adds, are zero here alone.
+                kept = (parameter != 0) | (self._networks.result.get_parameter(name) == 0)
+                parameter.register_hook(lambda gradient, kept=kept: gradient * kept)
+        return stretch
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """Yield batches to learn from, pass after pass."""
+        generator = torch.Generator().manual_seed(self._seed)
+        while True:
+            order = self._learned[torch.randperm(len(self._learned), generator=generator)]
+            for part in self._values.parts(order, self._knobs.batch_size):
+                if part.rows is None or bool(part.rows.any()):
+                    yield part, part.wanted
+
+    def objective(self, student: nn.Module, call: Any, wanted: list[Tensor]) -> Tensor:
+        """Return the mean squared distance at the place over its variance."""
+        off = self._lacking(student, call, wanted)
+        return torch.stack([each.square().mean() / scale for each, scale in zip(off, self._scales, strict=True)]).mean()
+
+    def judge(self, student: nn.Module, index: Tensor) -> float:
+        """Return the same over some samples."""
+        squares, counts = [0.0] * len(self._scales), [0] * len(self._scales)
+        with torch.no_grad():
+            for part in self._values.parts(index, _AT_ONCE):
+                for which, each in enumerate(self._lacking(student, part, part.wanted)):
+                    squares[which] += float(each.double().square().sum())
+                    counts[which] += each.numel()
+        shares = [one / max(count, 1) / scale for one, count, scale in zip(squares, counts, self._scales, strict=True)]
+        return sum(shares) / len(shares)
+
+    @property
+    def layers(self) -> str:
+        """Names of the layers that learn."""
+        return ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self._names))
+
+    def run(self, rates: Sequence[float]) -> LayerReport:
+        """Take the steps, and put what is learned into the networks if the held-out error has fallen."""
+        began = time.perf_counter()
+        if not self._scales:
+            raise RuntimeError(f"{self._segment.place.name} has no floating values")
+        student, looked_at, reported = self.student(), self._held[:_LOOKED_AT], self._learned[:_REPORTED]
+        before, held_before = self.judge(student, reported), self.judge(student, self._held)
+        if not math.isfinite(before + held_before):
+            raise DataError(f"activations must be finite, got NaN or infinity ({self.layers})")
+        first = self.judge(student, looked_at)
+        start = {name: student.body.get_parameter(name).detach().clone() for name in self._names}
+        rate, steps = self._knobs.lr, self._knobs.steps
+        tried: tuple[RateTrial, ...] = ()
+        if rate is None:
+            tried = try_rates(
+                self,
+                self.student,
+                self.batches,
+                lambda net: self.judge(net, looked_at),
+                first,
+                1.0,  # of a constant: errors are shares of the variance
+                steps,
+                is_normed=False,
+                rates=rates,
+                progress=False,
+            )
+            rate = next((each.lr for each in tried if each.is_taken), math.nan)
+        after, held, is_kept = before, held_before, False
+        if not math.isnan(rate):
+            self._learn(student, rate, first, looked_at)
+            after, held = self.judge(student, reported), self.judge(student, self._held)
+            is_kept = held < held_before
+        if is_kept:
+            self._put(student, start)
+        return LayerReport(
+            layer=self.layers,
+            place=self._segment.place.name,
+            unknowns=sum(value.numel() for value in start.values()),
+            samples=self.samples,
+            ridge=0.0 if is_kept else math.inf,
+            error_before=before,
+            error_after=after if is_kept else before,
+            error_held_out=held if is_kept else held_before,
+            seconds=time.perf_counter() - began,
+            lr=rate,
+            is_kept=is_kept,
+        )
+
+    def _learn(self, student: nn.Module, rate: float, first: float, looked_at: Tensor) -> None:
+        """Let a student learn, and leave it in the state with the smallest loss on the samples that are looked at."""
+        least, best = first, dict[str, Tensor]()
+
+        def look(net: nn.Module) -> float:
+            nonlocal least, best
+            loss = self.judge(net, looked_at)
+            if loss < least:
+                least, best = loss, {name: value.detach().clone() for name, value in net.state_dict().items()}
+            return loss
+
+        course = Course(student, is_normed=False, rate=rate, schedule=RateSchedule(_WARMUP))
+        course.run(self, self.batches(), self._knobs.steps, False, first=first, look=look)
+        if best:
+            student.load_state_dict(best)
+
+    def _put(self, student: Stretch, start: dict[str, Tensor]) -> None:
+        """Add what was learned to the weights of all networks."""
+        learned = dict(student.body.named_parameters())
+        with torch.no_grad():
+            for name in self._names:
+                owner, _, key = name.rpartition(".")
+                change = learned[name] - start[name]
+                if self._source is not self._networks.pruned:
+                    cut = self._source.get_parameter(name)
+                    cut.copy_(cut + change)
+                change = _by_output(change, key, self._source.get_submodule(owner))
+                for net in (self._networks.pruned, self._networks.result):
+                    module, parameter = net.get_submodule(owner), net.get_parameter(name)
+                    rows = _by_output(parameter.detach(), key, module).clone()
+                    place = self._places.get(name, ...)
+                    rows[place] = (rows[place] + change).to(rows.dtype)
+                    parameter.copy_(of_output(rows, module) if _is_matrix(key, module) else rows)
+
+    def _lacking(self, student: nn.Module, part: _Part, wanted: list[Tensor]) -> list[Tensor]:
+        """Return by how much a student misses what is wanted, where it counts."""
+        found = floats(student(*part.entering))
+        return self._counted([mine - meant for mine, meant in zip(found, wanted, strict=True)], part)
+
+    def _counted(self, values: list[Tensor], part: _Part) -> list[Tensor]:
+        """Return what counts of some values: 0 where nothing is alive, without padding and samples held out."""
+        found = []
+        for value, lives in zip(values, self._values.lives, strict=True):
+            value = value if lives is None else value * lives
+            rows = None if part.rows is None else part.rows.to(value.device)
+            if part.real is not None and value.shape[:2] == part.real.shape:
+                real = part.real.to(value.device)
+                value = value[real if rows is None else real & rows[:, None]]
+            elif rows is not None and value.dim() and len(value) % len(rows) == 0:
+                value = value[rows.repeat_interleave(len(value) // len(rows))]
+            found.append(value)
+        return found
+
+
+def _is_matrix(key: str, module: nn.Module) -> bool:
+    """Say whether a parameter is the weight of a layer, which lies by output in another order."""
+    return key == "weight" and isinstance(module, WEIGHTED)
+
+
+def _by_output(value: Tensor, key: str, module: nn.Module) -> Tensor:
+    """Return a parameter, or a change of it, with the outputs first."""
+    return by_output(value, module) if _is_matrix(key, module) else value
+
+
+def _places(pruned: GraphModule, dense: GraphModule, names: Sequence[str]) -> dict[str, Any] | None:
+    """Return where each parameter of the dense network lies in the full one, by output; None where it isn't known."""
+    places: dict[str, Any] = {}
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        full: Any = pruned.get_submodule(owner)
+        small: Any = dense.get_submodule(owner)
+        rows: Any = None
+        if isinstance(full, WEIGHTED):
+            weight, cut = by_output(full.weight.detach(), full), by_output(small.weight.detach(), small)
+            used = weight != 0
+            rows = used.flatten(1).any(1).nonzero().flatten() if len(cut) < len(weight) else torch.arange(len(weight))
+            columns = used.transpose(0, 1).flatten(1).any(1).nonzero().flatten()
+            columns = columns if cut.shape[1] < weight.shape[1] else torch.arange(weight.shape[1])
+            place = rows[:, None].to(weight.device), columns[None].to(weight.device)
+            if weight[place].shape != cut.shape or not torch.equal(weight[place], cut):
+                return None
+            places[f"{owner}.weight"] = place
+        for key, value in full.named_parameters(recurse=False):
+            if f"{owner}.{key}" in places:
+                continue
+            cut = small.get_parameter(key)
+            own = rows
+            if own is None:
+                own = torch.arange(len(value)) if len(cut) == len(value) else value.nonzero().flatten()
+            if len(own) != len(cut):
+                return None
+            places[f"{owner}.{key}"] = (own.to(value.device),)
+    return places

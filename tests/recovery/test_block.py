@@ -1,0 +1,302 @@
+"""Blocks that learn by gradients: what falls, what stays as it was, and what is told where a block can't learn."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.speedup.equivalence import masked_model
+from nni_topo.recovery import Block, compensate, compensation
+from nni_topo.recovery.course import Course
+
+
+def error(found, model, masks, images):
+    """Return the squared error of a masked model's outputs on some images, over their variance."""
+    with torch.no_grad():
+        wanted = model(images)
+        return float((masked_model(found, images[:2], masks)(images) - wanted).square().mean() / wanted.var())
+
+
+def learned(found):
+    """Return the reports of blocks that took steps."""
+    return [layer for layer in found.report.layers if not math.isnan(layer.lr)]
+
+
+class Gated(nn.Module):
+    """Two blocks of a tanh layer that is added, whose halves aren't multiples of each other, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.first, self.second = nn.LayerNorm(6), nn.Linear(6, 16), nn.Linear(16, 6)
+        self.norm2, self.third, self.fourth = nn.LayerNorm(6), nn.Linear(6, 16), nn.Linear(16, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, values):
+        values = values + self.second(torch.tanh(2 * self.first(self.norm1(values))))
+        values = values + self.fourth(torch.tanh(2 * self.third(self.norm2(values))))
+        return self.head(values)
+
+
+@pytest.fixture
+def gated():
+    torch.manual_seed(0)
+    return Gated().eval()
+
+
+@pytest.fixture
+def values():
+    """256 samples of six numbers in batches of 64."""
+    return list(torch.randn(256, 6, generator=torch.Generator().manual_seed(1)).split(64))
+
+
+MASK = (torch.arange(16) < 8).float()[:, None].expand(16, 6)
+MASKS = {"first": {"weight": MASK}, "third": {"weight": MASK}}
+
+
+def test_the_error_on_other_samples_falls_below_that_of_the_closed_form(gated, values):
+    others = torch.randn(512, 6, generator=torch.Generator().manual_seed(2))
+    closed = compensate(gated, MASKS, values)
+    found = compensation(gated, MASKS, values, method="block")
+    assert error(found.model, gated, MASKS, others) < 0.85 * error(closed, gated, MASKS, others)
+    steps = learned(found)
+    assert [step.layer for step in steps] == ["first, second, norm2, third, fourth, head"]
+    assert steps[0].is_kept
+    assert steps[0].error_after < 0.7 * steps[0].error_before
+
+
+def test_removed_channels_stay_and_dense_equals_masked(gated, values):
+    before = copy.deepcopy(gated.state_dict())
+    found = compensate(gated, MASKS, values, method="block")
+    torch.testing.assert_close(gated.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(found.first.weight[8:], gated.first.weight[8:])
+    assert torch.equal(found.first.bias[8:], gated.first.bias[8:])
+    assert not found.second.weight[:, 8:].any()
+    assert not torch.equal(found.first.weight[:8], gated.first.weight[:8])
+    # LayerNorms whose channels all stay learn, too; what precedes everything that is pruned doesn't.
+    assert not torch.equal(found.norm2.weight, gated.norm2.weight)
+    assert torch.equal(found.norm1.weight, gated.norm1.weight)
+    dense = nni_topo.to_dense(found, values[0], MASKS)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(values[0]), masked_model(found, values[0], MASKS)(values[0]))
+
+
+def test_nothing_changes_where_nothing_is_pruned(gated, values):
+    masks = {"first": {"weight": torch.ones(16, 6)}}
+    found = compensation(gated, masks, values, method="block")
+    torch.testing.assert_close(found.model.state_dict(), gated.state_dict(), rtol=0, atol=0)
+    assert not found.report.layers
+
+
+def test_the_seed_repeats_and_the_generator_modes_and_flags_stay(gated, values):
+    gated.train()
+    gated.third.eval()
+    gated.norm1.weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    found = [compensate(gated, MASKS, values, method="block", seed=seed, cache_bytes=size)
+             for seed, size in ((0, 2**30), (0, 2**30), (1, 2**30), (0, 0))]  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (found[0].training, found[0].third.training) == (True, False)
+    assert [p.requires_grad for p in found[0].parameters()] == [p.requires_grad for p in gated.parameters()]
+    states = [each.state_dict() for each in found]
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+    # Other memory, other sums, but the same samples at each step.
+    torch.testing.assert_close(states[3], states[0], rtol=1e-3, atol=1e-4)
+    assert not torch.equal(states[2]["first.weight"], states[0]["first.weight"])
+
+
+def test_a_loader_that_shuffles_is_read_once(gated, values):
+    data = torch.utils.data.TensorDataset(torch.cat(values))
+    loader = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
+    order = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(0))
+    found = compensate(gated, MASKS, loader, method="block")
+    expected = compensate(gated, MASKS, list(order), method="block")
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+class Padded(nn.Module):
+    """A pruned layer on each position of a text, beside a mask of its padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, states, attention_mask):
+        return states + self.second(torch.tanh(2 * self.first(states)))
+
+
+def test_padding_counts_neither_in_steps_nor_in_errors(values):
+    torch.manual_seed(0)
+    model = Padded().eval()
+    states = torch.cat(values).reshape(64, 4, 6)
+    mask = (torch.arange(4) < 3).long().expand(64, 4)
+    batches = [
+        [{"states": each, "attention_mask": mask[:16]} for each in padded.split(16)]
+        for padded in (states, states.clone().index_fill_(1, torch.tensor([3]), 9.0))
+    ]
+    first, second = (compensation(model, {"first": {"weight": MASK}}, each, method="block") for each in batches)
+    assert learned(first)
+    torch.testing.assert_close(second.model.state_dict(), first.model.state_dict(), rtol=1e-3, atol=1e-4)
+    assert learned(second)[0].samples == 64 * 3 * 6
+
+
+def test_batches_of_several_lengths_stay_as_they_are(values):
+    torch.manual_seed(0)
+    model = Padded().eval()
+    states = torch.cat(values).reshape(64, 4, 6)
+    lengths = [states[:32], states[32:, :3]]
+    batches = [{"states": each, "attention_mask": torch.ones(each.shape[:2]).long()} for each in lengths]
+    masks = {"first": {"weight": MASK}}
+    (step,) = learned(compensation(model, masks, batches, method=Block(lr=6e-3)))
+    assert step.is_kept
+    assert step.error_after < 0.9 * step.error_before
+
+
+def test_groups_are_held_out_as_a_whole(gated, values, monkeypatch):
+    """Five copies of each sample: of a group, either all or none are learned from."""
+    seen = []
+
+    def run(self, lesson, batches, total, *args, **knobs):
+        seen.append(torch.cat([part.entering[0] for part, _ in (next(batches) for _ in range(12))]))
+
+    monkeypatch.setattr(Course, "run", run)
+    rows = torch.cat(values)[:40]
+    repeated = rows.repeat_interleave(5, 0)
+    groups = nni_topo.Calibration(list(repeated.split(50)), groups=torch.arange(40).repeat_interleave(5).tolist())
+    compensate(gated, MASKS, groups, method=Block(lr=1e-3))
+    held = torch.arange(40) % 5 == 4
+    is_seen = torch.tensor([bool((seen[0] - each).abs().sum(1).min() < 1e-6) for each in rows])
+    assert torch.equal(is_seen, ~held)
+
+
+class Untraced(nn.Module):
+    """A block whose values are computed without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 16), nn.Linear(16, 6), nn.Linear(6, 3)
+
+    def forward(self, values):
+        return self.head(torch.relu(self.second(torch.relu(self.first(values))))).detach()
+
+
+def test_what_has_no_gradients_stays_as_the_closed_form_leaves_it(values, caplog):
+    torch.manual_seed(0)
+    model, masks = Untraced().eval(), {"first": {"weight": MASK}}
+    found = compensate(model, masks, values, method=Block(layers=9))
+    closed = compensate(model, masks, values)
+    assert torch.equal(found.first.weight, closed.first.weight)
+    assert torch.equal(found.second.weight, closed.second.weight)
+    assert "first, second, head can't learn and stay as the closed form leaves them" in caplog.text
+
+
+class Twice(nn.Module):
+    """Layers that are called twice, which neither a closed form nor gradients may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, values):
+        return self.second(torch.tanh(self.first(values))) + self.second(torch.tanh(self.first(2 * values)))
+
+
+def test_a_block_in_which_nothing_may_move_stays(values):
+    torch.manual_seed(0)
+    model = Twice().eval()
+    found = compensation(model, {"first": {"weight": MASK}}, values, method="block")
+    torch.testing.assert_close(found.model.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert not found.report.layers
+
+
+def test_weights_that_are_learned_but_worse_are_discarded_and_the_report_says_so(gated, values, monkeypatch):
+    def run(self, *args, **knobs):
+        with torch.no_grad():
+            for parameter in self.student.parameters():
+                parameter.add_(1.0 * parameter.requires_grad)
+
+    monkeypatch.setattr(Course, "run", run)
+    found = compensation(gated, MASKS, values, method=Block(lr=1e-3))
+    closed = compensate(gated, MASKS, values)
+    torch.testing.assert_close(found.model.state_dict(), closed.state_dict(), rtol=0, atol=0)
+    steps = learned(found)
+    assert steps
+    assert not any(step.is_kept for step in steps)
+    assert all(step.error_after == step.error_before for step in steps)
+    assert "learned weights discarded" in repr(found.report)
+
+
+class Logs(Gated):
+    """Outputs that are NaN after the last layer, where no closed form looks."""
+
+    def forward(self, values):
+        return super().forward(values).log()
+
+
+def test_activations_that_are_not_finite_name_the_block(values):
+    torch.manual_seed(0)
+    model = Logs().eval()
+    compensate(model, MASKS, values)
+    with pytest.raises(DataError, match=r"activations must be finite, got NaN or infinity \(first, .*, head\)"):
+        compensate(model, MASKS, values, method=Block(steps=1, lr=1e-3))
+
+
+def test_few_samples_leave_none_to_hold_out(gated, values, caplog):
+    found = compensate(gated, MASKS, [values[0][:4]], method="block")
+    assert torch.equal(found.first.weight, gated.first.weight)
+    assert "of 4 samples none is held out, which takes at least 5" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"steps": 0}, r"steps must be an integer of at least 1, got 0 \(block\)"),
+        ({"layers": -1}, r"layers must be an integer of at least 0, got -1 \(block\)"),
+        ({"batch_size": 1.5}, r"batch_size must be an integer of at least 1, got 1.5 \(block\)"),
+        ({"lr": 0.0}, r"lr must be .*above 0.*, got 0.0 \(block\)"),
+        ({"lr": "fast"}, r"lr must be .*, got 'fast' \(block\)"),
+        ({"refine": -1}, r"refine must be an integer of at least 0, got -1 \(block\)"),
+    ],
+)
+def test_bad_settings_are_told(knobs, message):
+    with pytest.raises(ConfigError, match=message):
+        Block(**knobs)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_other_precisions_learn(gated, values, kind):
+    model, batches = gated.to(kind), [each.to(kind) for each in values]
+    found = compensation(model, MASKS, batches, method="block")
+    assert found.model.first.weight.dtype == kind
+    assert learned(found)[0].is_kept
+    assert learned(found)[0].error_after < 0.9 * learned(found)[0].error_before
+
+
+def test_heads_of_attention_learn_with_their_queries_keys_and_values():
+    torch.manual_seed(0)
+    model = nni_topo.zoo.create_model("vit_small", num_classes=4, in_channels=1, image_size=8, seed=0).eval()
+    images = torch.randn(96, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    config = [{"op_names_re": [r".*\.attention"], "granularity": "head", "sparse_ratio": 0.84}]
+    victim = copy.deepcopy(model)
+    groups = list(nni_topo.dependency_groups(victim, images[:2], config))
+    masks = nni_topo.create_pruner("l1", victim, groups).compress()[1]
+    found = compensation(model, masks, list(images.split(48)), method=Block(steps=30, lr=1e-3, batch_size=48))
+    assert "blocks.0.attention.q_proj" in learned(found)[0].layer
+    old, new = (net.blocks[0].attention.q_proj.weight for net in (model, found.model))
+    kept = masks["blocks.0.attention.q_proj"]["weight"][:, 0].bool()
+    assert torch.equal(new[~kept], old[~kept])
+    assert not torch.equal(new[kept], old[kept])
+    nni_topo.to_dense(found.model, images[:2], masks)
+
+
+def test_what_the_dense_network_learns_is_what_the_masked_one_would(gated, values, monkeypatch):
+    quick = Block(steps=20, lr=2e-3)
+    dense = compensate(gated, MASKS, values, method=quick)
+    monkeypatch.setattr("nni_topo.recovery.block.dense_graph", lambda _: None)
+    masked = compensate(gated, MASKS, values, method=quick)
+    torch.testing.assert_close(dense.state_dict(), masked.state_dict(), rtol=1e-3, atol=1e-4)
