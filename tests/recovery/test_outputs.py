@@ -174,11 +174,11 @@ def test_the_loss_of_blocks_is_a_share_of_their_variance_over_real_positions():
         ({"objective": "cosine", "outputs": lambda output, _: output[:, None]}, "must have one vector for each sample"),
         (
             {"outputs": lambda output, _: output.sum()},
-            r"what outputs= returns must hold a floating tensor with an entry per image, got Tensor \(float32 \(\)\)",
+            r"what outputs= returns must hold a floating tensor with an entry per sample, got Tensor \(float32 \(\)\)",
         ),
         (
             {"outputs": lambda output, _: None},
-            "what outputs= returns must hold a floating tensor with an entry per image, got NoneType",
+            "what outputs= returns must hold a floating tensor with an entry per sample, got NoneType",
         ),
     ],
 )
