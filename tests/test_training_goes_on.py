@@ -44,12 +44,13 @@ def test_every_norm_and_attention_of_the_package_is_in_the_network(made: Any) ->
 
 @pytest.mark.parametrize(("kind", "rate"), [(torch.optim.SGD, 0.1), (torch.optim.AdamW, 0.01)])
 def test_an_optimizer_made_after_pruning_trains_every_parameter(dense: Any, kind: Any, rate: float) -> None:
-    before = [parameter.detach().clone() for parameter in dense.parameters()]
+    before = {name: parameter.detach().clone() for name, parameter in dense.named_parameters()}
     optimizer = kind(dense.train().parameters(), rate)
     losses = [step(dense, optimizer, IMAGES, LABELS) for _ in range(8)]
     assert losses[-1] < losses[0] - 0.03
-    for old, parameter in zip(before, dense.parameters(), strict=True):
-        assert not torch.equal(old, parameter)
+    for name, parameter in dense.named_parameters():
+        # The batch norm after it takes the mean away: the gradient of that bias is rounding alone.
+        assert name == "stem.0.bias" or not torch.equal(before[name], parameter)
         moments = [value for value in optimizer.state[parameter].values() if value.dim()]
         assert all(value.shape == parameter.shape for value in moments)
 

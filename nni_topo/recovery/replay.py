@@ -119,7 +119,9 @@ class Replay:
             else:
                 self._real[index] = real_positions_of(self.model, call)
                 values = self._given(call)
-                yield _Reached(0, 0, self._given(self._unpruned_call(call)), dict(values))
+                # The model's code runs once for both where it can: it may change its inputs in place.
+                other = self._given(self._unpruned_call(call)) if self._instead else dict(values)
+                yield _Reached(0, 0, other, values)
         self._batches = batches
 
     def _unpruned_call(self, call: Call) -> Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import logging
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError, NniTopoError, hint_of
+from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.runtime.copying import device_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -456,13 +457,17 @@ def _bound(model: nn.Module, call: Call, batch: Any, index: int, name: str) -> C
         several = isinstance(batch, (tuple, list)) and len(batch) > 1
         cure = f"; {_SEVERAL}" if several else ""
         if unknown := [str(key) for key in kwargs if key not in known]:
-            told = [f"{each} ({hint_of(each, signature.parameters)})" for each in unknown]
+            told = []
+            for each in unknown:
+                near = difflib.get_close_matches(each, signature.parameters, n=1, cutoff=_NEAR_NAME)
+                told.append(f"{each} (did you mean {near[0]}?)" if near else each)
             cure = f"; it has no argument called {', '.join(told)}"
         cure += cure_of_mapping(call, model)
         raise DataError(f"{name} must fit the model, got TypeError: {error}{cure} (batch {index})") from error
     return args, known
 
 
+_NEAR_NAME = 0.6  # how alike names are of which one may be meant for the other: labels and images aren't
 _SEVERAL = (
     "of a batch that is a tuple or list, the first entry is the input and the others are targets: pass several inputs "
     "as ((images, vectors),) or as {'images': images, 'vectors': vectors}"
