@@ -148,21 +148,17 @@ def test_the_table_of_equal_blocks_is_that_of_its_records(monkeypatch):
         assert is_equal or record["key"][2] != "equal", record["key"]
 
 
-def test_the_table_of_pruning_block_by_block_is_that_of_its_records(monkeypatch):
+@pytest.mark.parametrize(
+    ("bench", "records", "heading"),
+    [
+        ("bench_streaming", "streaming.jsonl", "## Memory and time, block by block"),
+        ("bench_block", "block.jsonl", "## Blocks that learn"),
+    ],
+)
+def test_tables_of_transformers_are_those_of_their_records(bench, records, heading, monkeypatch):
     monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
-    bench = importlib.import_module("bench_streaming")
-    lines = (PROJECT / "benchmarks" / "records" / "streaming.jsonl").read_text().splitlines()
+    lines = (PROJECT / "benchmarks" / "records" / records).read_text().splitlines()
     text = (PROJECT / "benchmarks" / "results" / "transformers.md").read_text(encoding="utf-8")
-    section = text.split("## Memory and time, block by block")[1].split("\n## ")[0]
+    section = text.split(heading)[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert bench.table([json.loads(line) for line in lines]).splitlines() == rows
-
-
-def test_the_table_of_blocks_that_learn_is_that_of_its_records(monkeypatch):
-    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
-    bench = importlib.import_module("bench_block")
-    lines = (PROJECT / "benchmarks" / "records" / "block.jsonl").read_text().splitlines()
-    text = (PROJECT / "benchmarks" / "results" / "transformers.md").read_text(encoding="utf-8")
-    section = text.split("## Blocks that learn")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert bench.table([json.loads(line) for line in lines]).splitlines() == rows
+    assert importlib.import_module(bench).table([json.loads(line) for line in lines]).splitlines() == rows

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 import nni_topo
-from nni_topo.zoo.transformers import Block
+from nni_topo.zoo.transformers import TransformerBlock
 
 FOLDER = BENCHMARKS / "topology"
 
@@ -241,7 +241,7 @@ def test_the_blocks_are_those_that_keep_the_shape(blocks, vit):
     assert len(names) == blocks.BLOCKS[blocks.RESNET]
     assert {f"stage{stage}.0" for stage in (2, 3)}.isdisjoint(names)
     assert "stage1.0" in names
-    assert all(isinstance(vit.get_submodule(name), Block) for name in blocks.block_names(vit))
+    assert all(isinstance(vit.get_submodule(name), TransformerBlock) for name in blocks.block_names(vit))
 
 
 def test_a_block_that_adds_nothing_can_go(blocks, vit):

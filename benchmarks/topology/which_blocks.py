@@ -31,7 +31,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval, markdown_table
-from nni_topo.zoo.transformers import Block, FeedForward, SelfAttention
+from nni_topo.zoo.transformers import FeedForward, SelfAttention, TransformerBlock
 
 SOURCE = "benchmarks/topology/which_blocks.py"  # as the comments around a page's tables say
 WATCHED = 256  # unlabelled training images: what enters and leaves blocks, and what remove_blocks solves with
@@ -53,7 +53,7 @@ class DeepViT(nn.Module):
         for _ in range(DEPTH):
             attention = SelfAttention(WIDTH, HEADS, bias=True, causal=False)
             norms = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-            blocks.append(Block(attention, FeedForward(WIDTH, HIDDEN), norms, first=True))
+            blocks.append(TransformerBlock(attention, FeedForward(WIDTH, HIDDEN), norms, first=True))
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, num_classes)
@@ -143,7 +143,7 @@ def block_names(model: nn.Module) -> list[str]:
 
 
 def _keeps_shape(block: nn.Module) -> bool:
-    return isinstance(block, Block) or getattr(block, "shortcut", block) is None
+    return isinstance(block, TransformerBlock) or getattr(block, "shortcut", block) is None
 
 
 def stream_scores(model: nn.Module, names: list[str], images: Tensor) -> dict[str, dict[str, float]]:

@@ -77,7 +77,7 @@ class GatedMlp(nn.Module):
         return mapped
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and an MLP, each added to its input; norms before them, or after the sums."""
 
     def __init__(
@@ -106,7 +106,7 @@ class PatchTransformer(nn.Module):
         self.start = nn.Identity() if norm_first else nn.LayerNorm(width)
         self.blocks = nn.Sequential(
             *(
-                Block(
+                TransformerBlock(
                     SelfAttention(width, heads, bias=True, causal=False),
                     FeedForward(width, hidden),
                     (nn.LayerNorm(width), nn.LayerNorm(width)),
@@ -134,7 +134,7 @@ class Gpt(nn.Module):
         self.embedding = nn.Embedding(num_classes, width)
         self.blocks = nn.Sequential(
             *(
-                Block(
+                TransformerBlock(
                     SelfAttention(width, heads, kv_heads, bias=False, causal=True),
                     GatedMlp(width, hidden),
                     (nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)),

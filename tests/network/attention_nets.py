@@ -7,7 +7,7 @@ from torch import nn
 
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.layers.kinds import weight_name, weight_of
-from nni_topo.zoo.transformers import Block, FeedForward, GatedMlp, SelfAttention
+from nni_topo.zoo.transformers import FeedForward, GatedMlp, SelfAttention, TransformerBlock
 
 WIDTH, HEADS, SIZE = 12, 4, 3
 
@@ -34,7 +34,9 @@ class Stream(nn.Module):
 
 def _block(attention, mlp, norm):
     return nn.Sequential(
-        nn.Linear(5, WIDTH), Block(attention, mlp, (norm(WIDTH), norm(WIDTH)), first=True), nn.Linear(WIDTH, 2)
+        nn.Linear(5, WIDTH),
+        TransformerBlock(attention, mlp, (norm(WIDTH), norm(WIDTH)), first=True),
+        nn.Linear(WIDTH, 2),
     )
 
 

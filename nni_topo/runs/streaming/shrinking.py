@@ -160,10 +160,10 @@ def shrink_pretrained(
 
     Notes
     -----
-    Blocks are the entries of the largest ``nn.ModuleList``. Each is loaded by itself, in single precision at least. It
-    gets the states that the pruned blocks before it put out, and is to reproduce what the unpruned block makes of the
-    states of the unpruned model, so that it makes up for errors of the blocks before it. The weights are written in the
-    precision of ``source``.
+    Blocks are the entries of the largest ``nn.ModuleList``. Each is loaded by itself and written in the precision of
+    ``source``; distillation learns in single precision. It gets the states that the pruned blocks before it put out,
+    and is to reproduce what the unpruned block makes of the states of the unpruned model, so that it makes up for
+    errors of the blocks before it.
 
     Memory: the embeddings and the head, about sixteen times one block, 8 bytes for each pair of input channels of its
     widest layer, the states of all samples three times in single precision, and with distillation what 64 samples need

@@ -13,7 +13,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense, zoo
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.attention.unfused.multihead import multihead
-from nni_topo.zoo.transformers import Block, FeedForward, SelfAttention
+from nni_topo.zoo.transformers import FeedForward, SelfAttention, TransformerBlock
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -149,7 +149,7 @@ def test_attention_that_gives_its_heads_the_width_of_what_enters_stays_and_what_
             return self.o_proj(mixed.transpose(1, 2).reshape(states.shape))
 
     torch.manual_seed(0)
-    block = Block(
+    block = TransformerBlock(
         Wide(WIDTH, HEADS, bias=True, causal=False),
         FeedForward(WIDTH, 8),
         (nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)),
