@@ -41,6 +41,8 @@ def benchmark(
         page = options.into.read_text(encoding="utf-8")
         options.into.write_text(with_tables(page, source, tables(read_records(path))), encoding="utf-8")
         return
+    if options.images is None:
+        parser.error("--images is needed to run the benchmark, --into to write a page from its records")
     torch.set_num_threads(1)
     measure(options.images, options.out, path)
     print(tables(read_records(path)))
