@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import nni_topo
+from nni_topo.disk import MIN_FREE_BYTES
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.streaming import shrinking
 from nni_topo.runs.streaming.journal import Journal
+from nni_topo.runs.streaming.shards import Shards
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -142,6 +146,33 @@ def test_a_stopped_run_goes_on_after_the_last_block(source, tmp_path, monkeypatc
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert [row.distance for row in again.blocks] == [row.distance for row in report.blocks]
     assert again.widths == report.widths
+
+
+def test_the_disk_needs_room_for_the_states_and_for_what_is_still_to_be_written(tmp_path, monkeypatch):
+    config = llama_config(vocab_size=2**17)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    size, target = Shards(tmp_path / "source").nbytes, tmp_path / "small"
+    states = 2 * 2 * 4 * 16 * LENGTH * config.hidden_size
+    knobs = FAST | {"layers": ["mlp.gate_proj", "mlp.up_proj"]}
+    prune = shrinking._Run.prune
+
+    def shrink_with(nbytes):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=nbytes))
+        return nni_topo.shrink_pretrained(tmp_path / "source", tokens(), target, {"params": 0.9999}, **knobs)
+
+    def stops(run, index):
+        if index == 1:
+            raise StopError
+        prune(run, index)
+
+    for nbytes in (size - 1, size + states - 1):
+        with pytest.raises(DataError, match=r"an output folder needs \d+ MiB of free disk"):
+            shrink_with(nbytes)
+    monkeypatch.setattr(shrinking._Run, "prune", stops)
+    with pytest.raises(StopError):
+        shrink_with(size + states)
+    monkeypatch.setattr(shrinking._Run, "prune", prune)
+    assert len(shrink_with(MIN_FREE_BYTES).blocks) == 2
 
 
 def test_a_block_makes_up_for_the_errors_of_those_before_it(source, tmp_path, monkeypatch):

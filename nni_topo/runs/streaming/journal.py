@@ -15,6 +15,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.runs.streaming.shards import INDEX, write_shard
 
 FOLDER = ".shrink_pretrained"
+WRITTEN = "model-*-of-*.safetensors"  # files of weights
 _FILE = "journal.json"
 _PART = "part"
 
@@ -70,7 +71,7 @@ class Journal:
     def _begin_anew(self) -> None:
         """Delete what a run with other settings has written."""
         with disk_errors(self.folder):
-            for pattern in ("model-*-of-*.safetensors", "*config.json", "*.part"):
+            for pattern in (WRITTEN, "*config.json", "*.part"):
                 for path in self.folder.glob(pattern):
                     path.unlink()
             shutil.rmtree(self._place)

@@ -22,7 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.disk import check_free_disk, disk_errors, only_process, path_of, read_json, write_json, write_text
+from nni_topo.disk import (
+    MIN_FREE_BYTES,
+    check_free_disk,
+    disk_errors,
+    only_process,
+    path_of,
+    read_json,
+    write_json,
+    write_text,
+)
 from nni_topo.errors import (
     ANYTHING,
     FLAG,
@@ -57,7 +66,7 @@ from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size, check_layers
 from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering
-from nni_topo.runs.streaming.journal import FOLDER, Journal
+from nni_topo.runs.streaming.journal import FOLDER, WRITTEN, Journal
 from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_row
 from nni_topo.runs.streaming.shards import CONFIG, INDEX, SINGLE, Shards, write_index
 from nni_topo.runs.streaming.skeleton import Skeleton, output_length, states_of
@@ -180,7 +189,9 @@ def shrink_pretrained(
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     named = _checked_layers(layers)
     shards = Shards(place)
-    check_free_disk(target, shards.nbytes)
+    # What a stopped run has written needn't be written again.
+    written = sum(path.stat().st_size for path in target.glob(WRITTEN))
+    check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
     skeleton = Skeleton(shards)
     calibration = Calibration.of(batches, "batches")
     given = list(calls(skeleton.model, calibration))
@@ -335,7 +346,7 @@ class _Run:
         """Write the states that enter the first block, and everything outside of the blocks."""
         skeleton, journal = self._skeleton, self._journal
         with fitting(0, "batches"):
-            self._check_memory()
+            self._check_room()
         journal.begin_states()
         for number, call in enumerate(self._calls):
             with fitting(number, "batches"):
@@ -368,8 +379,8 @@ class _Run:
         """Return the name of a file of weights: 0 is what lies outside of the blocks, then one for each block."""
         return f"model-{number + 1:05d}-of-{len(self._skeleton) + 1:05d}.safetensors"
 
-    def _check_memory(self) -> None:
-        """Raise DataError unless a block can be pruned in the memory that is free."""
+    def _check_room(self) -> None:
+        """Raise DataError unless a block can be pruned in the free memory, and the model and its states be written."""
         skeleton = self._skeleton
         widest = 0
         for module in skeleton.blocks[0].modules():
@@ -384,6 +395,9 @@ class _Run:
         if self._distill is not False:
             needed += 4 * _LEARNING * states[0].numel() * min(self._samples.samples, _LEARNED_AT_ONCE)
         check_memory(needed, "a block with its statistics and states", "pass fewer or shorter samples", "batches")
+        # Of two networks, before and after the block.
+        files = 2 * 2 * states[0].nbytes * self._samples.samples
+        check_free_disk(self._journal.folder, skeleton.shards.nbytes + files)
 
     def _work(self, index: int) -> _BlockWork:
         """Load a block, and what enters it in all batches."""
