@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -43,10 +45,9 @@ HYPOTHESES = {
     "T5": "which_loss",
     "T6": "which_filters",
 }
-RUN = sorted(name for name in HYPOTHESES.values() if (FOLDER / f"{name}.jsonl").exists())
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", HYPOTHESES.values())
 def test_the_page_holds_the_tables_of_the_records(name):
     page = (BENCHMARKS / "results" / "topology.md").read_text(encoding="utf-8")
     with imported(BENCHMARKS / "topology", name) as module:
@@ -54,17 +55,26 @@ def test_the_page_holds_the_tables_of_the_records(name):
 
 
 @pytest.mark.parametrize("title", HYPOTHESES)
-def test_the_pages_say_what_has_not_been_run(title):
-    is_run = HYPOTHESES[title] in RUN
+def test_each_hypothesis_has_its_outcome_on_three_pages(title):
     results = sections(BENCHMARKS / "results" / "topology.md")
     (section,) = (text for text in results.values() if text.startswith("## ") and f"\n{title}: " in text)
     assert f"benchmarks/topology/{HYPOTHESES[title]}.py" in section
-    assert ("has not been run yet" in section) != is_run
     page = (BENCHMARKS.parent / "docs" / "topology_in_pruning.md").read_text(encoding="utf-8")
     (row,) = (line for line in page.splitlines() if line.startswith(f"| {title} |"))
-    assert ("has not been run yet" in row) != is_run
     outcomes = (BENCHMARKS / "topology" / "HYPOTHESES.md").read_text(encoding="utf-8").split("## Outcomes")[1]
-    assert (f"**{title}**" in outcomes) == is_run
+    (outcome,) = (line for line in outcomes.splitlines() if line.startswith(f"- **{title}**: "))
+    for text in (row, outcome):
+        assert "results/topology.md#" in text
+        assert "win" in text.lower()
+    assert "not run" not in section
+
+
+def test_a_benchmark_says_that_it_needs_images(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["which_images.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        images.main()
+    assert "--images is needed to run the benchmark" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_difference_is_paired_by_network(bench):
