@@ -66,6 +66,17 @@ def files_of(folder):
     return found
 
 
+def stopping(prune):
+    """Return the step of a run that prunes the first block, then stops."""
+
+    def step(run, index):
+        if index == 1:
+            raise StopError
+        prune(run, index)
+
+    return step
+
+
 def weights_of(folder):
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -160,17 +171,14 @@ def test_the_disk_needs_room_for_the_states_and_for_what_is_still_to_be_written(
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=nbytes))
         return nni_topo.shrink_pretrained(tmp_path / "source", tokens(), target, {"params": 0.9999}, **knobs)
 
-    def stops(run, index):
-        if index == 1:
-            raise StopError
-        prune(run, index)
-
     for nbytes in (size - 1, size + states - 1):
         with pytest.raises(DataError, match=r"an output folder needs \d+ MiB of free disk"):
             shrink_with(nbytes)
-    monkeypatch.setattr(shrinking._Run, "prune", stops)
+    monkeypatch.setattr(shrinking._Run, "prune", stopping(prune))
     with pytest.raises(StopError):
         shrink_with(size + states)
+    kept = [path.stat().st_size for path in target.rglob("states-1/*.safetensors")]
+    assert states / 2 <= sum(kept) < states / 2 + 2**10  # those before the block are deleted by then
     monkeypatch.setattr(shrinking._Run, "prune", prune)
     assert len(shrink_with(MIN_FREE_BYTES).blocks) == 2
 
@@ -427,15 +435,10 @@ def test_blocks_that_return_tuples_go_on_too(tmp_path, monkeypatch):
     target, knobs, prune = tmp_path / "stopped", FAST | {"layers": ["intermediate.dense"]}, shrinking._Run.prune
     whole = nni_topo.shrink_pretrained(source, tokens(), tmp_path / "whole", {"params": 0.85}, **knobs)
 
-    def stops(run, index):
-        if index == 1:
-            raise StopError
-        prune(run, index)
-
     def fails(*args, **kwargs):
         raise StopError
 
-    for step in (stops, prune):
+    for step in (stopping(prune), prune):
         monkeypatch.setattr(shrinking._Run, "prune", step)
         monkeypatch.setattr(shrinking._Run, "finish", fails)
         with pytest.raises(StopError):
@@ -595,12 +598,7 @@ def test_a_method_of_the_users_own_is_known_again(source, tmp_path, monkeypatch)
 
     target, prune = tmp_path / "small", shrinking._Run.prune
 
-    def stops(run, index):
-        if index == 1:
-            raise StopError
-        prune(run, index)
-
-    monkeypatch.setattr(shrinking._Run, "prune", stops)
+    monkeypatch.setattr(shrinking._Run, "prune", stopping(prune))
     for strength, error in ((1, StopError), (1, StopError), (2, ConfigError)):
         # An object of its own, as in another process.
         knobs = FAST | {"compensate": Nothing(strength)}

@@ -170,9 +170,9 @@ def shrink_pretrained(
     Notes
     -----
     Blocks are the entries of the largest ``nn.ModuleList``. Each is loaded by itself and written in the precision of
-    ``source``; distillation learns in single precision. It gets the states that the pruned blocks before it put out,
-    and is to reproduce what the unpruned block makes of the states of the unpruned model, so that it makes up for
-    errors of the blocks before it.
+    ``source``; distillation learns in single precision. A pruned block gets the states that the pruned blocks before it
+    put out, and is to reproduce what the unpruned block makes of the states of the unpruned model, so that it makes up
+    for errors of the blocks before it.
 
     Memory: the embeddings and the head, about sixteen times one block, 8 bytes for each pair of input channels of its
     widest layer, the states of all samples three times in single precision, and with distillation what 64 samples need
@@ -395,7 +395,7 @@ class _Run:
         if self._distill is not False:
             needed += 4 * _LEARNING * states[0].numel() * min(self._samples.samples, _LEARNED_AT_ONCE)
         check_memory(needed, "a block with its statistics and states", "pass fewer or shorter samples", "batches")
-        # Of two networks, before and after the block.
+        # States of the unpruned and the pruned network, before and after a block.
         files = 2 * 2 * states[0].nbytes * self._samples.samples
         check_free_disk(self._journal.folder, skeleton.shards.nbytes + files)
 
