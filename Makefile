@@ -132,7 +132,7 @@ cuda:
 	  { test '$(PY)' = '$(BIN)/python' && $(MAKE) $(READY); } || \
 	  { echo "make cuda PY=PYTHON: PYTHON must have nni_topo's packages and pytest, got '$(PY)'"; exit 2; }
 	PYTHONPATH=. $(PY) -m pytest -m cuda $(CUDA_TESTS)
-	PYTHONPATH=. $(PY) benchmarks/bench_cuda.py --out cuda.json
+	PYTHONPATH=.:benchmarks $(PY) benchmarks/bench_cuda.py --out cuda.json
 
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

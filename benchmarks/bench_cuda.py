@@ -1,50 +1,61 @@
-"""What pruning gains on a GPU, and what choosing and compensating cost there and on the CPU.
+"""What pruning gains on a GPU, and what selecting, reconstructing and distilling cost there and on the CPU.
 
-Nets are untrained and images are random: neither times nor agreement need more, and nothing is downloaded. Tables:
+Networks are untrained and images are random: neither times nor agreement need more, and nothing is downloaded. Tables:
 
-- milliseconds of a forward pass before and after half of every layer is gone, in turns, by batch size, number format
-  and memory layout, run as it is and, last, compiled;
-- seconds to choose filters by several pruners with the net on the CPU and on the device, and the share of mask entries
-  that agree;
-- seconds to compensate here and there, and how far the outputs of the two are apart.
+- half the MACs of ResNet-50 and ViT-B/16 (224x224) removed by NNI's L1 and FPGM, by Torch-Pruning and by
+  ReconstructionPruner: the share of MACs and parameters that is left, and the seconds of each step;
+- milliseconds of a forward pass of all these networks and of the unpruned one, measured in turns, by number format,
+  memory layout and batch size, and compiled;
+- selecting, reconstructing and distilling as multiples of a pass over the data, as ``bench_seconds.py`` has them;
+- seconds of selecting filters by several pruners with the network on the CPU and on the device, and the share of mask
+  entries that agree;
+- seconds of reconstructing weights on the CPU and on the device, and how far apart the outputs are.
 
-The search over subsets of a cloud has no GPU form: its kernels run on the CPU wherever the net lies. What runs on the
-device are passes through the net, covariances, and the populations of ``genetic_weight``.
+The search over subsets of a cloud has no GPU form: it runs on the CPU wherever the network lies. What runs on the
+device are passes through the network, covariances, and the populations of ``genetic_weight``.
 
     make cuda
-    python benchmarks/bench_cuda.py --out cuda.json
-    python benchmarks/bench_cuda.py --device cpu --quick
+    PYTHONPATH=benchmarks python benchmarks/bench_cuda.py --out cuda.json
+    PYTHONPATH=benchmarks python benchmarks/bench_cuda.py --device cpu --quick
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_seconds
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.network.runtime import markdown_table
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.widths import inner_layers
+from nni_topo.studies.baselines import PREFIX, cut
 
 Row = dict[str, Any]
+SHARE = 0.5
 FORMATS: dict[str, tuple[torch.dtype, torch.memory_format]] = {
     "float32": (torch.float32, torch.contiguous_format),
-    "float32, channels last": (torch.float32, torch.channels_last),
-    "bfloat16": (torch.bfloat16, torch.contiguous_format),
-    "bfloat16, channels last": (torch.bfloat16, torch.channels_last),
+    "float16": (torch.float16, torch.contiguous_format),
+    "float16, channels last": (torch.float16, torch.channels_last),
 }
-CHOSEN: dict[str, tuple[str, dict[str, Any]]] = {
+UNPRUNED, OURS = "unpruned", "reconstruction"
+ROUNDED = f"{OURS}, round_to"
+UNIFORM = ("l1", "fpgm", PREFIX)
+SELECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "l1": ("l1", {}),
     "fpgm": ("fpgm", {}),
     "cluster": ("cluster", {"calibration": True}),
@@ -61,13 +72,17 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.quick, self.device = options.quick, resolve_device(options.device)
         self.ends = time.perf_counter() + options.limit
-        self.models = ("small_cnn",) if self.quick else ("vgg16", "resnet56")
-        self.batches = (2,) if self.quick else (1, 16, 256, 1024)
-        self.images = 16 if self.quick else 512
+        self.large = ("small_cnn",) if self.quick else ("resnet50", "vit_b_16")
+        self.side = 32 if self.quick else 224
+        self.large_images, self.split = (8, 4) if self.quick else (256, 32)
+        self.batches = (2,) if self.quick else (1, 64)
+        self.small = ("small_cnn",) if self.quick else ("vgg16", "resnet56")
+        self.small_images = 16 if self.quick else 512
         self.runs = 2 if self.quick else 30
-        # Compiling a net takes longer than all of its eager rows.
-        self.compiled = () if self.quick else (("float32", 256), ("bfloat16, channels last", 256))
+        self.passes = () if self.quick else ("pitch", "resnet50", "minilm")
         self.left_out: list[str] = []
+        self._pruned: dict[str, dict[str, nn.Module]] = {}
+        self._ratios: dict[tuple[str, str], float] = {}
 
     def row(self, name: str, measure: Callable[[], Row]) -> list[Row]:
         """Measure a row; none once the time is up, and an error instead of figures where there are none."""
@@ -81,103 +96,217 @@ class Bench:
             found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
         return [{"row": name, **found}]
 
+    def of(self, name: str) -> dict[str, nn.Module]:
+        """Return the dense networks so far of a network, by the way that pruned them; the unpruned one is the first."""
+        if name not in self._pruned:
+            torch.manual_seed(0)
+            is_small = name in zoo.list_models()
+            model = small_net(name) if is_small else getattr(torchvision.models, name)(weights=None)
+            bench_seconds.settle_norms(model, self.images)
+            self._pruned[name] = {UNPRUNED: model.to(self.device)}
+        return self._pruned[name]
 
-def net(name: str) -> nn.Module:
+    @functools.cached_property
+    def images(self) -> list[Tensor]:
+        """Return the calibration images of the large networks, on the CPU, as a DataLoader gives them."""
+        generator = torch.Generator().manual_seed(0)
+        return list(torch.randn(self.large_images, 3, self.side, self.side, generator=generator).split(self.split))
+
+    def ratio(self, name: str, way: str) -> float:
+        """Return the ``sparse_ratio`` at which SHARE of the MACs is left, the same for L1 and FPGM."""
+        key = name, way if way == PREFIX else "l1"
+        if key not in self._ratios:
+            model, example = self.of(name)[UNPRUNED], self.images[0][:1].to(self.device)
+            macs, low, high = zoo.count_macs(model, example), 0.0, 1.0
+            for _ in range(6):
+                middle = (low + high) / 2
+                left = zoo.count_macs(uniformly_pruned(key[1], model, example, middle), example)
+                low, high = (middle, high) if left > SHARE * macs else (low, middle)
+            self._ratios[key] = low
+        return self._ratios[key]
+
+
+def pruned_rows(bench: Bench) -> list[Row]:
+    return [
+        row
+        for name in bench.large
+        for way in (*UNIFORM, OURS)
+        for row in bench.row(f"{name}, {way}", lambda n=name, w=way: pruned(bench, n, w))
+    ]
+
+
+def pruned(bench: Bench, name: str, way: str) -> Row:
+    """Prune a large network on the device; keep the dense network for the table of times."""
+    nets = bench.of(name)
+    model, example = nets[UNPRUNED], bench.images[0][:1].to(bench.device)
+    found: Row = {}
+
+    def step(label: str, work: Callable[[], Any]) -> Any:
+        found[f"{label}_seconds"], result = bench_seconds.timed(bench.device, work)
+        return result
+
+    if way == OURS:
+        config = nni_topo.dependency_groups(model, example, [{"op_names": inner_layers(model, example)}])
+        budget = nni_topo.Budget(flops=SHARE)
+
+        def select() -> Any:
+            pruner = nni_topo.create_pruner(way, model, config, budget=budget, calibration=bench.images)
+            _, masks = pruner.compress()
+            pruner.unwrap_model()
+            return masks
+
+        masks = step("select", select)
+        solved = step("reconstruct", lambda: nni_topo.compensate(model, masks, bench.images))
+        nets[way] = step("dense", lambda: nni_topo.to_dense(solved, example, masks))
+        nets[ROUNDED] = nni_topo.to_dense(solved, example, masks, round_to="auto")
+    elif way == PREFIX:
+        # it removes the channels itself
+        ratio = bench.ratio(name, way)
+        nets[way] = step("select", lambda: uniformly_pruned(way, model, example, ratio))
+    else:
+        ratio = bench.ratio(name, way)
+        masks = step("select", lambda: uniform_masks(way, model, example, ratio))
+        nets[way] = step("dense", lambda: nni_topo.to_dense(model, example, masks))
+    with torch.no_grad():
+        nets[way](example)
+    sizes = {
+        "macs": zoo.count_macs(nets[way], example) / zoo.count_macs(model, example),
+        "params": zoo.count_params(nets[way]) / zoo.count_params(model),
+    }
+    return {**sizes, **found}
+
+
+def uniformly_pruned(way: str, model: nn.Module, example: Tensor, ratio: float) -> nn.Module:
+    """Return the dense network without the same share of every layer."""
+    if way != PREFIX:
+        return nni_topo.to_dense(model, example, uniform_masks(way, model, example, ratio))
+    layers = inner_layers(model, example)
+    if any(isinstance(model.get_submodule(layer), nn.MultiheadAttention) for layer in layers):
+        # torchvision's ViT doesn't run with another width than its own, which Torch-Pruning would change
+        layers = [layer for layer in layers if layer.endswith("mlp.0")]
+    return cut(way, model, example, dict.fromkeys(layers, ratio))[0]
+
+
+def uniform_masks(name: str, model: nn.Module, example: Tensor, ratio: float) -> Any:
+    config = [{"op_names": inner_layers(model, example), "sparse_ratio": ratio}]
+    pruner = nni_topo.create_pruner(name, model, nni_topo.dependency_groups(model, example, config))
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return masks
+
+
+def eager_rows(bench: Bench) -> list[Row]:
+    kinds = itertools.product(FORMATS, bench.batches)
+    return latency_rows(bench, kinds, lambda nets: nets, "")
+
+
+def compiled_rows(bench: Bench) -> list[Row]:
+    # Compiling a network takes longer than all of its eager rows, so not all of them are compiled.
+    kinds = [] if bench.quick else [("float16, channels last", batch) for batch in reversed(bench.batches)]
+    return latency_rows(bench, kinds, _compiled, ", compiled")
+
+
+def _compiled(nets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    torch.compiler.reset()
+    # With CUDA graphs, so that the time of a small batch isn't that of launching kernels.
+    chosen = {name: nets[name] for name in (UNPRUNED, "l1", ROUNDED) if name in nets}
+    return {name: torch.compile(model, dynamic=False, mode="reduce-overhead") for name, model in chosen.items()}
+
+
+def latency_rows(
+    bench: Bench,
+    kinds: Iterable[tuple[str, int]],
+    ready: Callable[[dict[str, nn.Module]], dict[str, nn.Module]],
+    label: str,
+) -> list[Row]:
+    rows = []
+    for (kind, batch), name in itertools.product(kinds, bench.large):
+        if "channels last" in kind and name.startswith("vit") and not label:
+            continue  # it has one convolution
+        title = f"{name}, {kind}, batch {batch}{label}"
+        rows += bench.row(title, lambda n=name, k=kind, b=batch: latency_row(bench, n, k, b, ready))
+    return rows
+
+
+def latency_row(bench: Bench, name: str, kind: str, batch: int, ready: Callable[..., dict[str, nn.Module]]) -> Row:
+    dtype, layout = FORMATS[kind]
+    place: dict[str, Any] = {"device": bench.device, "dtype": dtype, "memory_format": layout}
+    nets = ready({way: copy.deepcopy(net).to(**place) for way, net in bench.of(name).items()})
+    inputs = bench.images[0][:1].expand(batch, -1, -1, -1).to(**place)
+    found = zoo.latencies(nets, inputs, runs=bench.runs, threads=torch.get_num_threads())
+    return {f"{way} ms": ms for way, ms in found.items()}
+
+
+def pass_rows(bench: Bench) -> list[Row]:
+    return [
+        row
+        for name in bench.passes
+        for row in bench.row(name, lambda n=name: dict(bench_seconds.measure(n, bench.device)))
+    ]
+
+
+def selection_rows(bench: Bench) -> list[Row]:
+    rows = []
+    for label, (name, knobs) in SELECTED.items():
+        models = (SINGLE_WEIGHTS,) if name == "genetic_weight" else bench.small
+        for model in models:
+            rows += bench.row(f"{label}, {model}", lambda n=name, k=knobs, m=model: selected(bench, n, k, m))
+    return rows
+
+
+def small_net(name: str) -> nn.Module:
     return zoo.create_model(name, num_classes=10, in_channels=3, image_size=32, seed=0).eval()
 
 
-def images(count: int) -> Tensor:
+def small_images(count: int) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
 
 
-def halved(model: nn.Module) -> nn.Module:
-    """Return a net with half of every inner layer, by L1 norm, made dense."""
-    victim, example = copy.deepcopy(model), images(2)
-    _, masks = create("l1", victim, example, {}).compress()
-    return nni_topo.to_dense(copy.deepcopy(model), example, masks)
-
-
-def create(name: str, victim: nn.Module, example: Tensor, knobs: dict[str, Any]) -> Any:
-    config: list[dict[str, Any]] = [{"op_names": inner_layers(victim, example), "sparse_ratio": 0.5}]
+def create(name: str, victim: nn.Module, knobs: dict[str, Any]) -> Any:
+    example = small_images(2)
+    config: list[dict[str, Any]] = [{"op_names": inner_layers(victim, example), "sparse_ratio": SHARE}]
     if nni_topo.pruner_info(name).structured:
         config = nni_topo.dependency_groups(victim, example, config)
     return nni_topo.create_pruner(name, victim, config, **knobs)
 
 
-def eager_rows(bench: Bench) -> list[Row]:
-    return latency_rows(bench, itertools.product(FORMATS, bench.batches), compiled=False)
-
-
-def compiled_rows(bench: Bench) -> list[Row]:
-    return latency_rows(bench, bench.compiled, compiled=True)
-
-
-def latency_rows(bench: Bench, kinds: Iterable[tuple[str, int]], *, compiled: bool) -> list[Row]:
-    rows, kinds = [], list(kinds)
-    for name in bench.models if kinds else ():
-        pair = {"before": net(name), "after": halved(net(name))}
-        for kind, batch in kinds:
-            label = f"{name}, {kind}, batch {batch}{', compiled' if compiled else ''}"
-            rows += bench.row(label, lambda p=pair, k=kind, b=batch: latencies(bench, p, k, b, compiled))
-    return rows
-
-
-def latencies(bench: Bench, pair: dict[str, nn.Module], kind: str, batch: int, compiled: bool) -> Row:
-    dtype, layout = FORMATS[kind]
-    place = {"device": bench.device, "dtype": dtype, "memory_format": layout}
-    nets = {name: copy.deepcopy(model).to(**place) for name, model in pair.items()}
-    if compiled:
-        torch.compiler.reset()
-        nets = {name: torch.compile(model, dynamic=False) for name, model in nets.items()}
-    found = zoo.latencies(nets, images(batch).to(**place), runs=bench.runs, threads=torch.get_num_threads())
-    return {**{f"{name}_ms": ms for name, ms in found.items()}, "times_faster": found["before"] / found["after"]}
-
-
-def choice_rows(bench: Bench) -> list[Row]:
-    rows = []
-    for label, (name, knobs) in CHOSEN.items():
-        models = (SINGLE_WEIGHTS,) if name == "genetic_weight" else bench.models
-        for model in models:
-            rows += bench.row(f"{label}, {model}", lambda n=name, k=knobs, m=model: chosen(bench, n, k, m))
-    return rows
-
-
-def chosen(bench: Bench, name: str, knobs: dict[str, Any], model: str) -> Row:
-    """Choose on the CPU and on the device; the share of equal mask entries."""
-    batches = list(images(bench.images).split(64))
+def selected(bench: Bench, name: str, knobs: dict[str, Any], model: str) -> Row:
+    """Select on the CPU and on the device; the share of equal mask entries."""
+    batches = list(small_images(bench.small_images).split(64))
     data = {"calibration": batches, "validation": [(batch, torch.arange(len(batch)) % 10) for batch in batches]}
     given = {knob: data.get(knob, value) for knob, value in knobs.items()}
     if bench.quick and "search" in given:
         given["search"] = {"population_size": 4, "generations": 1}
     seconds, masks = {}, {}
     for place in places(bench):
-        pruner = create(name, net(model).to(place), images(2), given)
-        seconds[place.type], (_, found) = timed(place, pruner.compress)
+        pruner = create(name, small_net(model).to(place), given)
+        seconds[place.type], (_, found) = bench_seconds.timed(place, pruner.compress)
         masks[place.type] = torch.cat([m.cpu().flatten() for t in found.values() for m in t.values() if m is not None])
-    return {**figures(bench, seconds), "masks_agree": agreement(list(masks.values()))}
+    return {**ratio_of(bench, seconds), "masks_agree": agreement(list(masks.values()))}
 
 
-def compensation_rows(bench: Bench) -> list[Row]:
+def reconstruction_rows(bench: Bench) -> list[Row]:
     methods = ("reconstruct",) if bench.quick else ("reconstruct", "channel", "pair")
     return [
         row
-        for name, method in itertools.product(bench.models, methods)
-        for row in bench.row(f"{method}, {name}", lambda n=name, m=method: compensated(bench, n, m))
+        for name, method in itertools.product(bench.small, methods)
+        for row in bench.row(f"{method}, {name}", lambda n=name, m=method: reconstructed(bench, n, m))
     ]
 
 
-def compensated(bench: Bench, name: str, method: Any) -> Row:
-    """Compensate on the CPU and on the device; the outputs' largest difference, relative to the largest output."""
-    victim = net(name)
-    _, masks = create("l1", victim, images(2), {}).compress()
-    batches, seconds, outputs = list(images(bench.images).split(64)), {}, []
+def reconstructed(bench: Bench, name: str, method: Any) -> Row:
+    """Reconstruct on the CPU and on the device; the outputs' largest difference, relative to the largest output."""
+    _, masks = create("l1", small_net(name), {}).compress()
+    batches, seconds, outputs = list(small_images(bench.small_images).split(64)), {}, []
     for place in places(bench):
-        model = net(name).to(place)
-        seconds[place.type], done = timed(place, lambda m=model: nni_topo.compensate(m, masks, batches, method=method))
+        model = small_net(name).to(place)
+        seconds[place.type], done = bench_seconds.timed(
+            place, lambda m=model: nni_topo.compensate(m, masks, batches, method=method)
+        )
         with torch.no_grad():
-            outputs.append(done(images(32).to(place)).cpu())
+            outputs.append(done(small_images(32).to(place)).cpu())
     apart = float((outputs[0] - outputs[-1]).abs().max() / outputs[0].abs().max())
-    return {**figures(bench, seconds), "outputs_apart": apart}
+    return {**ratio_of(bench, seconds), "outputs_apart": apart}
 
 
 def places(bench: Bench) -> list[torch.device]:
@@ -185,15 +314,7 @@ def places(bench: Bench) -> list[torch.device]:
     return list(dict.fromkeys([torch.device("cpu"), bench.device]))
 
 
-def timed(place: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = work()
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
-    return time.perf_counter() - began, result
-
-
-def figures(bench: Bench, seconds: dict[str, float]) -> Row:
+def ratio_of(bench: Bench, seconds: dict[str, float]) -> Row:
     ratio = {"cpu_over_device": seconds["cpu"] / seconds[bench.device.type]}
     return {**{f"{place}_seconds": value for place, value in seconds.items()}, **ratio}
 
@@ -210,21 +331,31 @@ def machine(bench: Bench) -> Row:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
-    return {**facts, "threads": torch.get_num_threads(), "tf32": torch.backends.cudnn.allow_tf32}
+    return {**facts, "threads": torch.get_num_threads(), "tf32": torch.backends.cuda.matmul.allow_tf32}
 
 
-def markdown(title: str, rows: list[Row]) -> str:
-    """Return rows as a table, with a column for every figure that any row has."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [f"**{title}**", "", f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(_cell(row.get(c, '')) for c in columns)} |" for row in rows), ""])
+def tables(document: Row) -> Iterator[str]:
+    """Yield the tables of a document, each with its title and a column for every figure that any row has."""
+    for title in PARTS:
+        rows = document.get(title)
+        if rows:
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            cells = ([_cell(row.get(column, "")) for column in columns] for row in rows)
+            yield f"**{title}**\n\n{markdown_table([column.replace('_', ' ') for column in columns], cells)}"
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-PARTS = {"latency": eager_rows, "choice": choice_rows, "compensation": compensation_rows, "compiled": compiled_rows}
+PARTS = {
+    "pruned to half the MACs": pruned_rows,
+    "latency": eager_rows,
+    "passes": pass_rows,
+    "compiled": compiled_rows,
+    "selection": selection_rows,
+    "reconstruction": reconstruction_rows,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -233,6 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=330.0, help="seconds after which no further row is begun")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on the CPU")
     parser.add_argument("--quick", action="store_true", help="a tiny net and few images, to see that it runs")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     threads = torch.get_num_threads()
@@ -241,17 +373,17 @@ def main(arguments: list[str] | None = None) -> None:
         bench = Bench(options)
         document: Row = {"machine": machine(bench)}
         print(", ".join(f"{name} {value}" for name, value in document["machine"].items()), end="\n\n")
-        for title, part in PARTS.items():
-            document[title] = part(bench)
-            if document[title]:
-                print(markdown(title, document[title]), flush=True)
+        for title in options.parts:
+            document[title] = PARTS[title](bench)
+            document["left_out"] = bench.left_out
+            print("\n".join(tables({title: document[title]})), flush=True)
+            if options.out:
+                # after each part, so that a run that is stopped keeps what it has measured
+                options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     finally:
         torch.set_num_threads(threads)
-    document["left_out"] = bench.left_out
     if bench.left_out:
         print(f"not run within {options.limit:g} s: {'; '.join(bench.left_out)}")
-    if options.out:
-        options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

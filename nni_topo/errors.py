@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 Settings = TypeVar("Settings")
 _Given = ParamSpec("_Given")
@@ -334,8 +334,10 @@ def rule_of(hint: Any, scope: Mapping[str, Any] | None = None) -> Rule:
         return rule_of(inner[0], scope)
     if hint is ArrayLike:
         return ARRAY
-    if hint is np.ndarray or origin is np.ndarray:
+    if np.ndarray in (hint, origin) or NDArray in (hint, origin):
         return _ROWS
+    if hasattr(hint, "__value__") and not inner:  # of `type X = ...`, from Python 3.12
+        return rule_of(hint.__value__, scope)
     if hint in _PLAIN:
         return _PLAIN[hint]
     if origin is Literal:
@@ -344,7 +346,9 @@ def rule_of(hint: Any, scope: Mapping[str, Any] | None = None) -> Rule:
         found = [one_of(named)] if named else []
         return reduce(or_, [*found, *(_equal(value) for value in others)])
     if origin in (typing.Union, types.UnionType):
-        if set(typing.get_args(ArrayLike)) <= set(inner):  # a union of them, which a wider one swallows
+        # before NumPy 2.5 ArrayLike is a union, which a wider one swallows; since then a name, which stays whole
+        swallowed = set(typing.get_args(ArrayLike))
+        if swallowed and swallowed <= set(inner):
             return ARRAY | NONE if type(None) in inner else ARRAY
         return reduce(or_, (rule_of(each, scope) for each in inner))
     if origin is Callable:

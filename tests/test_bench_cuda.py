@@ -14,8 +14,10 @@ from nni_topo.errors import ConfigError
 _FILE = Path(__file__).parents[1] / "benchmarks" / "bench_cuda.py"
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    # one benchmark imports another, which lies beside it
+    monkeypatch.syspath_prepend(_FILE.parent)
     spec = importlib.util.spec_from_file_location("bench_cuda", _FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -29,25 +31,31 @@ def run(bench: ModuleType, out: Path, *options: str) -> dict:
 
 def test_every_row_is_measured(bench, device, tmp_path, capsys):
     found = run(bench, tmp_path, "--device", str(device))
-    assert (found["left_out"], found["compiled"]) == ([], [])
-    counts = {part: len(found[part]) for part in ("latency", "choice", "compensation")}
-    assert counts == {"latency": len(bench.FORMATS), "choice": len(bench.CHOSEN), "compensation": 1}
-    rows = [row for part in counts for row in found[part]]
+    assert (found["left_out"], found["passes"], found["compiled"]) == ([], [], [])
+    parts = ("pruned to half the MACs", "latency", "selection", "reconstruction")
+    counts = {part: len(found[part]) for part in parts}
+    ways = (*bench.UNIFORM, bench.OURS)
+    assert counts == dict(zip(parts, (len(ways), len(bench.FORMATS), len(bench.SELECTED), 1), strict=True))
+    rows = [row for part in parts for row in found[part]]
     assert [row["error"] for row in rows if "error" in row] == []
-    for row in (*found["choice"], *found["compensation"]):
+    for row in (*found["selection"], *found["reconstruction"]):
         assert row["cpu_over_device"] == row["cpu_seconds"] / row[f"{device.type}_seconds"]
-    assert all(row["times_faster"] == row["before_ms"] / row["after_ms"] for row in found["latency"])
-    assert all(row["masks_agree"] > 0.9 for row in found["choice"])
-    assert all(row["outputs_apart"] < 1e-2 for row in found["compensation"])
+    for row in found["pruned to half the MACs"]:
+        # its layers have few channels
+        assert row["macs"] == pytest.approx(0.5, abs=0.1)
+    for row in found["latency"]:
+        assert row.keys() == {"row", *(f"{way} ms" for way in (bench.UNPRUNED, *ways, bench.ROUNDED))}
+    assert all(row["masks_agree"] > 0.9 for row in found["selection"])
+    assert all(row["outputs_apart"] < 1e-2 for row in found["reconstruction"])
     printed = capsys.readouterr().out
     assert all(row["row"] in printed for row in rows)
 
 
 def test_rows_past_the_limit_are_named_and_not_run(bench, tmp_path, capsys):
     found = run(bench, tmp_path, "--device", "cpu", "--limit", "0")
-    assert [found[part] for part in bench.PARTS] == [[], [], [], []]
-    assert len(found["left_out"]) == len(bench.CHOSEN) + 1 + len(bench.FORMATS)
-    assert "not run within 0 s: small_cnn, float32, batch 2" in capsys.readouterr().out
+    assert [found[part] for part in bench.PARTS] == [[]] * len(bench.PARTS)
+    assert len(found["left_out"]) == len(bench.UNIFORM) + 1 + len(bench.FORMATS) + len(bench.SELECTED) + 1
+    assert "not run within 0 s: small_cnn, l1" in capsys.readouterr().out
 
 
 def test_a_row_that_fails_is_no_figure(bench):
@@ -56,7 +64,7 @@ def test_a_row_that_fails_is_no_figure(bench):
 
     rows = bench.Bench(SimpleNamespace(quick=True, device="cpu", limit=60.0)).row("compiled", fail)
     assert rows == [{"row": "compiled", "error": "RuntimeError: no compiler"}]
-    assert "| compiled | RuntimeError: no compiler |" in bench.markdown("t", rows)
+    assert "| compiled | RuntimeError: no compiler |" in "".join(bench.tables({"compiled": rows}))
 
 
 def test_a_device_that_is_not_there_is_named(bench):

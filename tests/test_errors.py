@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import math
 import re
+import typing
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from typing_extensions import TypeAliasType
 
 import nni_topo
-from nni_topo import zoo
-from nni_topo.errors import ConfigError, check_between, check_integer, unknown_name
+from nni_topo import errors, zoo
+from nni_topo.errors import ConfigError, check_between, check_integer, rule_of, unknown_name
 from nni_topo.runs.choices import CompensationChoice, Target, load_prune_config
 from nni_topo.runs.experiment.settings import TrialSettings
 from nni_topo.studies.plan import load_plan
@@ -134,3 +136,27 @@ def test_a_mistyped_name_is_told_with_its_place(what, tmp_path):
     call, place = MISTYPED[what]
     with pytest.raises(ConfigError, match=rf"must be a known name, got '.*'; .* \({re.escape(place)}\)$"):
         call(tmp_path)
+
+
+HINTS = ["ArrayLike", "ArrayLike | None", "ArrayLike | int", "np.ndarray | None", "dict[str, int] | None", "int | str"]
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_array_like_may_be_a_union_or_the_name_of_one(hint, monkeypatch):
+    # NumPy 2.5 made a union into `type ArrayLike = ...`
+    def words(array_like: object) -> str:
+        monkeypatch.setattr(errors, "ArrayLike", array_like)
+        return rule_of(hint, {"ArrayLike": array_like, "np": np}).words
+
+    kinds = int | str | np.ndarray
+    as_name = words(TypeAliasType("ArrayLike", kinds))
+    assert ("array of real numbers" in as_name) == ("ArrayLike" in hint or "ndarray" in hint)
+    if hint != "ArrayLike | int":  # int is lost in the union
+        assert words(kinds) == as_name
+
+
+def test_a_name_of_a_type_is_what_it_names():
+    text = TypeAliasType("text", "str | None", type_params=())
+    named = TypeAliasType("named", typing.Union[str, None])  # noqa: UP007
+    assert rule_of("named", {"named": named}).words == rule_of("str | None").words
+    assert rule_of(text).words == rule_of("str | None").words
