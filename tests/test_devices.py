@@ -6,6 +6,7 @@ Each case works on a device and returns what can be compared. Choices have to be
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.network.layers import keep_original_width
 from nni_topo.pruners.registry import create_pruner, list_pruners
 from nni_topo.recovery import distillation
 from nni_topo.recovery.registry import list_recoveries
@@ -207,6 +209,35 @@ def test_norms_and_groups_made_dense(device):
     agree(run, device)
 
 
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.LayerNorm(6, eps=1e-3), (4, 5, 6)),
+        (nn.LayerNorm(6, bias=False), (4, 6)),
+        (nn.LayerNorm(6, elementwise_affine=False), (2, 3, 5, 6)),
+        (nn.RMSNorm(6, eps=1e-3), (4, 5, 6)),
+        (nn.RMSNorm(6, elementwise_affine=False), (4, 6)),
+        (nn.GroupNorm(2, 6, eps=1e-3), (3, 6, 4, 5)),
+        (nn.GroupNorm(3, 6, affine=False), (3, 6)),
+    ],
+)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_norms_of_the_original_width(device, norm, shape, kind):
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 2
+
+    def run(place: torch.device) -> Any:
+        made = copy.deepcopy(norm)
+        for index, parameter in enumerate(made.parameters()):
+            nn.init.constant_(parameter, 0.5 + index)
+        keep_original_width(made, 4 if isinstance(norm, nn.GroupNorm) else 9)
+        return made.to(place, kind)(inputs.to(place, kind)).float()
+
+    if kind == torch.float32:
+        agree(run, device)
+    else:  # one rounding more or less
+        torch.testing.assert_close(run(device).cpu(), run(CPU), rtol=2**-7, atol=2**-7)
+
+
 def test_saved_and_loaded(device, tmp_path):
     model, masks = grouped(device)
     dense = nni_topo.to_dense(model, IMAGES[:2].to(device), masks)
@@ -280,6 +311,7 @@ TIMES = ("seconds", "latency", "peak_memory", "_ms", "time", "date", "key")
 )
 def test_compares_cell(device, choice, tmp_path):
     recipe = zoo.Recipe(epochs=1, batch_size=64)
+    accuracies: dict[str, dict[str, Any]] = {}
 
     def run(place: torch.device) -> Any:
         cell = Cell(
@@ -296,9 +328,18 @@ def test_compares_cell(device, choice, tmp_path):
         )
         (tmp_path / place.type).mkdir()
         record = run_cell(cell, tmp_path / place.type)
-        return {name: value for name, value in record.items() if not any(word in name for word in TIMES)}
+        accuracies[place.type] = {name: record[name] for name in record if "accuracy" in name}
+        return {
+            name: value
+            for name, value in record.items()
+            if name not in accuracies[place.type] and not any(word in name for word in TIMES)
+        }
 
     agree(run, device)
+    found, expected = accuracies[device.type], accuracies["cpu"]
+    assert expected
+    # Two of some seventy images: a network whose outputs are all alike decides some of them by rounding.
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
 
 
 def test_schedules_of_the_runner(device):

@@ -84,9 +84,11 @@ def followed(model: nn.Module, averaged: Any, update: Any, decay: float) -> None
         update(model)
         for old, parameter in zip(expected, model.parameters(), strict=True):
             old.lerp_(parameter.detach(), 1 - decay)
-    for wanted, parameter, last in zip(expected, averaged.parameters(), model.parameters(), strict=True):
+    for wanted, parameter in zip(expected, averaged.parameters(), strict=True):
         torch.testing.assert_close(parameter, wanted)
-        assert not torch.equal(parameter, last)
+    # Only of matrices: what a bias before a norm learns is rounding.
+    for parameter, last in zip(averaged.parameters(), model.parameters(), strict=True):
+        assert parameter.dim() < 2 or not torch.equal(parameter, last)
     assert averaged.eval()(IMAGES).shape == (16, 4)
 
 

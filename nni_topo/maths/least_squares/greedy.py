@@ -19,20 +19,24 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.linalg.blas import dgemm
 from threadpoolctl import ThreadpoolController
 
 from nni_topo.errors import ConfigError, DataError, checked
+from nni_topo.maths.least_squares.on_device import DeviceReader, ProductsOnDevice, SamplesOnDevice
 from nni_topo.maths.ties import first_largest
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+CPU = torch.device("cpu")
 LEAST_PIVOT = 1e-10
 """Of a channel's own products, on their diagonal: what keeps columns that the chosen ones span from having none."""
 
 _NOTHING = 1e-5  # of what the chosen ones took: where no channel takes more, the others follow by what they would take
+_MANY = 2**16  # numbers of a layer: fewer are worked through by the CPU sooner than a GPU has launched its operations
 _CACHED = 2**20  # bytes of targets that are worked on at a time
 
 
@@ -107,12 +111,38 @@ def forward_selection(
     channels = channels_read(layers, keep)
     if parts < 1 or channels % parts or keep % parts:
         raise ConfigError(f"parts must divide {channels} channels and {keep} kept ones, got {parts} (parts)")
+    device = _device(layers)
     with on_one_thread():
+        if device.type != "cpu":
+            return _chosen([_on_device(one, keep, device) for one in layers], channels, keep, parts)
         readers = [_InProducts(one, keep) if isinstance(one, Products) else _InSamples(one) for one in layers]
         return _chosen(readers, channels, keep, parts)
 
 
-def _chosen(readers: Sequence[_Reader], channels: int, keep: int, parts: int) -> tuple[IntArray, FloatArray]:
+def _device(layers: Sequence[Products | SampleMatrix]) -> torch.device:
+    """Return where channels are chosen: on the network's device if the numbers are many, else on the CPU."""
+    for layer in layers:
+        rows, outputs = (layer.gram, layer.cross) if isinstance(layer, Products) else (layer.columns, layer.targets)
+        if layer.device.type != "cpu" and max(rows.size, len(rows) * outputs.shape[1]) >= _MANY:
+            return layer.device
+    return CPU
+
+
+def _on_device(layer: Products | SampleMatrix, keep: int, device: torch.device) -> DeviceReader:
+    """Return a layer whose columns lie on a device."""
+
+    def tensor(values: FloatArray) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    if isinstance(layer, Products):
+        return ProductsOnDevice(tensor(layer.gram), tensor(layer.cross), layer.block, keep, LEAST_PIVOT)
+    given = tensor(layer.columns), tensor(layer.targets), tensor(layer.ridge)
+    return SamplesOnDevice(*given, layer.block, LEAST_PIVOT)
+
+
+def _chosen(
+    readers: Sequence[_Reader] | Sequence[DeviceReader], channels: int, keep: int, parts: int
+) -> tuple[IntArray, FloatArray]:
     part = np.arange(channels) // (channels // parts)
     room = np.full(parts, keep // parts)
     left = np.ones(channels, dtype=bool)
@@ -120,10 +150,11 @@ def _chosen(readers: Sequence[_Reader], channels: int, keep: int, parts: int) ->
     gains, is_met = np.empty(0), False
     for step in range(keep):
         if not is_met:
-            gains = np.sum([reader.gains() for reader in readers], axis=0)
-        found = np.where(left & (room[part] > 0), gains, -np.inf)
+            found = sum(reader.gains() for reader in readers)
+            gains = found.cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+        open_gains = np.where(left & (room[part] > 0), gains, -np.inf)
         # What is small beside the first gain is rounding: among such channels the lowest wins.
-        order[step] = first_largest(found, taken[0] if step else 0.0)
+        order[step] = first_largest(open_gains, taken[0] if step else 0.0)
         taken[step] = gains[order[step]]
         left[order[step]] = False
         room[part[order[step]]] -= 1
@@ -152,6 +183,7 @@ class Products:
     gram: FloatArray
     cross: FloatArray
     block: int
+    device: torch.device = CPU  # the network's
 
 
 @dataclass(frozen=True)
@@ -162,6 +194,7 @@ class SampleMatrix:
     targets: FloatArray
     ridge: FloatArray
     block: int
+    device: torch.device = CPU
 
     @property
     def gram(self) -> FloatArray:

@@ -95,13 +95,16 @@ class Reading:
             outputs = rows @ weights if self.module is self.twin else outputs
             targets = outputs * _inverse_root(outputs.square().sum())
             columns = np.ascontiguousarray(rows.T.cpu().numpy())
-            return SampleMatrix(columns, targets.cpu().numpy(), _RIDGE * np.square(columns).sum(1), self.columns)
+            return SampleMatrix(
+                columns, targets.cpu().numpy(), _RIDGE * np.square(columns).sum(1), self.columns, rows.device
+            )
         own, across, variances = (values[0] for values in sums.covariances())
         if self.module is self.twin:
             across = own @ weights
             variances = (weights * across).sum(0)
         own.diagonal().mul_(1.0 + _RIDGE)
-        return Products(own.cpu().numpy(), (across * _inverse_root(variances.sum())).cpu().numpy(), self.columns)
+        targets = (across * _inverse_root(variances.sum())).cpu().numpy()
+        return Products(own.cpu().numpy(), targets, self.columns, own.device)
 
     def _read_weights(self) -> Tensor:
         """Weights by which the layer reads the unit's columns, ``(channels * columns, outputs)``, float64."""

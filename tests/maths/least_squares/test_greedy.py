@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.least_squares import greedy
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
 from nni_topo.recovery import greedy_least_squares
 
@@ -103,6 +106,36 @@ def test_few_samples_choose_as_their_products_do(seed, block, outputs, samples):
     np.testing.assert_allclose(taken, taken_by_products, rtol=1e-6, atol=1e-9 * taken[0])
     telling = taken > 1e-6 * taken[0]
     np.testing.assert_array_equal(order[telling], by_products[telling])
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 40])
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("kind", [Products, SampleMatrix])
+def test_a_device_chooses_as_the_cpu_does(device, kind, parts, block, outputs, monkeypatch):
+    monkeypatch.setattr(greedy, "_MANY", 1)
+    layers = []
+    for seed in (1, 2):
+        inputs, targets = draw(seed, 8 if kind is SampleMatrix else 60, 12, block, outputs)
+        if kind is SampleMatrix:
+            layers.append(SampleMatrix(inputs.T.copy(), targets, 1e-4 * np.square(inputs).sum(0), block))
+        else:
+            # the last channel repeats the first
+            inputs[:, -block:] = inputs[:, :block]
+            layers.append(Products(inputs.T @ inputs, inputs.T @ targets, block))
+    order, taken = forward_selection(layers, 9, parts)
+    found, found_taken = forward_selection([dataclasses.replace(one, device=device) for one in layers], 9, parts)
+    np.testing.assert_allclose(found_taken, taken, rtol=1e-7, atol=1e-9 * taken[0])
+    telling = taken > 1e-6 * taken[0]
+    np.testing.assert_array_equal(found[telling], order[telling])
+
+
+def test_few_numbers_stay_on_the_cpu(device, monkeypatch):
+    inputs, targets = draw(3, 60, 12, 1, 3)
+    layer = Products(inputs.T @ inputs, inputs.T @ targets, 1, device)
+    assert greedy._device([layer]).type == "cpu"
+    monkeypatch.setattr(greedy, "_MANY", layer.gram.size)
+    assert greedy._device([layer]) == device
 
 
 def test_what_is_chosen_from_is_left_as_it_was():
