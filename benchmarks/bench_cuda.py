@@ -2,10 +2,11 @@
 
 Networks are untrained and images are random: neither times nor agreement need more, and nothing is downloaded. Tables:
 
-- half the MACs of ResNet-50 and ViT-B/16 (224x224) removed by NNI's L1 and FPGM, by Torch-Pruning and by
-  ReconstructionPruner: the share of MACs and parameters that is left, and the seconds of each step;
+- half the MACs of ResNet-50 and ViT-B/16 (224x224) removed by NNI's L1 and FPGM, by Torch-Pruning and by `shrink`
+  without distillation: the share of MACs and parameters that is left, and the seconds;
 - milliseconds of a forward pass of all these networks and of the unpruned one, measured in turns, by number format,
   memory layout and batch size, and compiled;
+- a LLaMA with random weights that ``shrink_pretrained`` prunes block by block: seconds and memory of the GPU;
 - selecting, reconstructing and distilling as multiples of a pass over the data, as ``bench_seconds.py`` has them;
 - seconds of selecting filters by several pruners with the network on the CPU and on the device, and the share of mask
   entries that agree;
@@ -28,12 +29,14 @@ import itertools
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import bench_seconds
+import bench_streaming
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -52,8 +55,13 @@ FORMATS: dict[str, tuple[torch.dtype, torch.memory_format]] = {
     "float16": (torch.float16, torch.contiguous_format),
     "float16, channels last": (torch.float16, torch.channels_last),
 }
-UNPRUNED, OURS = "unpruned", "reconstruction"
-ROUNDED = f"{OURS}, round_to"
+UNPRUNED = "unpruned"
+OURS: dict[str, tuple[dict[str, float], int | None]] = {
+    "shrink": ({"flops": SHARE}, None),
+    "shrink, any width": ({"flops": SHARE}, 1),
+    "shrink, multiples of 32": ({"flops": SHARE}, 32),
+    "shrink, half the time": ({"latency": SHARE}, None),
+}
 UNIFORM = ("l1", "fpgm", PREFIX)
 SELECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "l1": ("l1", {}),
@@ -79,7 +87,8 @@ class Bench:
         self.small = ("small_cnn",) if self.quick else ("vgg16", "resnet56")
         self.small_images = 16 if self.quick else 512
         self.runs = 2 if self.quick else 30
-        self.passes = () if self.quick else ("pitch", "resnet50", "minilm")
+        self.passes = () if self.quick else ("pitch", "minilm", "resnet50")
+        self.streamed = () if self.quick else ((2048, 4, 64, 0), (4096, 2, 64, 0))
         self.left_out: list[str] = []
         self._pruned: dict[str, dict[str, nn.Module]] = {}
         self._ratios: dict[tuple[str, str], float] = {}
@@ -130,7 +139,7 @@ def pruned_rows(bench: Bench) -> list[Row]:
     return [
         row
         for name in bench.large
-        for way in (*UNIFORM, OURS)
+        for way in (*UNIFORM, *OURS)
         for row in bench.row(f"{name}, {way}", lambda n=name, w=way: pruned(bench, n, w))
     ]
 
@@ -145,20 +154,10 @@ def pruned(bench: Bench, name: str, way: str) -> Row:
         found[f"{label}_seconds"], result = bench_seconds.timed(bench.device, work)
         return result
 
-    if way == OURS:
-        config = nni_topo.dependency_groups(model, example, [{"op_names": inner_layers(model, example)}])
-        budget = nni_topo.Budget(flops=SHARE)
-
-        def select() -> Any:
-            pruner = nni_topo.create_pruner(way, model, config, budget=budget, calibration=bench.images)
-            _, masks = pruner.compress()
-            pruner.unwrap_model()
-            return masks
-
-        masks = step("select", select)
-        solved = step("reconstruct", lambda: nni_topo.compensate(model, masks, bench.images))
-        nets[way] = step("dense", lambda: nni_topo.to_dense(solved, example, masks))
-        nets[ROUNDED] = nni_topo.to_dense(solved, example, masks, round_to="auto")
+    if way in OURS:
+        budget, round_to = OURS[way]
+        shrink = functools.partial(nni_topo.shrink, model, bench.images, budget, distill=False, round_to=round_to)
+        nets[way] = step("whole", lambda: shrink(progress=False))
     elif way == PREFIX:
         # it removes the channels itself
         ratio = bench.ratio(name, way)
@@ -209,7 +208,7 @@ def compiled_rows(bench: Bench) -> list[Row]:
 def _compiled(nets: dict[str, nn.Module]) -> dict[str, nn.Module]:
     torch.compiler.reset()
     # With CUDA graphs, so that the time of a small batch isn't that of launching kernels.
-    chosen = {name: nets[name] for name in (UNPRUNED, "l1", ROUNDED) if name in nets}
+    chosen = {name: nets[name] for name in (UNPRUNED, "shrink") if name in nets}
     return {name: torch.compile(model, dynamic=False, mode="reduce-overhead") for name, model in chosen.items()}
 
 
@@ -243,6 +242,25 @@ def pass_rows(bench: Bench) -> list[Row]:
         for name in bench.passes
         for row in bench.row(name, lambda n=name: dict(bench_seconds.measure(n, bench.device)))
     ]
+
+
+def streaming_rows(bench: Bench) -> list[Row]:
+    return [
+        row for case in bench.streamed for row in bench.row(_title_of(case), functools.partial(_streamed, bench, case))
+    ]
+
+
+def _streamed(bench: Bench, case: tuple[int, int, int, int]) -> Row:
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        found = bench_streaming.measured(Path(folder), *case, device=str(bench.device))
+    wanted = ("params", "block_params", "seconds_a_block", "gpu_mib", "peak_mib", "distance")
+    return {name: found[name] for name in wanted}
+
+
+def _title_of(case: tuple[int, int, int, int]) -> str:
+    width, blocks, samples, steps = case
+    return f"width {width}, {blocks} blocks, {samples} samples, {steps} steps of distillation"
 
 
 def selection_rows(bench: Bench) -> list[Row]:
@@ -351,8 +369,9 @@ def _cell(value: Any) -> str:
 PARTS = {
     "pruned to half the MACs": pruned_rows,
     "latency": eager_rows,
-    "passes": pass_rows,
     "compiled": compiled_rows,
+    "passes": pass_rows,
+    "block by block": streaming_rows,
     "selection": selection_rows,
     "reconstruction": reconstruction_rows,
 }

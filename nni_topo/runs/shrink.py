@@ -419,7 +419,9 @@ def shrink(
         ``tolerance`` it decides (larger is better), unless ``measure`` says otherwise. It then needs data of its own,
         which no longer tell how good the network is: they chose it.
     round_to : int or "auto", optional
-        Pruned layers keep a multiple of this number of channels; ``"auto"`` chooses it for the model's device.
+        Pruned layers keep a multiple of this number of channels; ``"auto"`` chooses it for the model's device, 1: any
+        number. None: any number on a CPU, as ``"auto"`` on a GPU, which may take several times as long over other
+        numbers.
     seed : int, default=0
         Seed of all steps.
     progress : bool or None, default=None
