@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from nni_topo.disk import path_of, read_json, reading, write_json
 from nni_topo.errors import ConfigError, DataError, checked
+from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.measure import memory_kept, now, thread_count
 from nni_topo.network.layers import (
     CONVOLUTIONS,
+    RECURRENT,
     TRANSPOSED,
     WEIGHTED,
+    Size,
     cut,
     has_own_forward,
     head,
@@ -38,6 +41,7 @@ from nni_topo.network.runtime import (
     evaluation_mode,
     first_of_samples,
     leaves_models_alone,
+    tensors_of,
     unwrapped_copy,
     watched,
 )
@@ -45,6 +49,7 @@ from nni_topo.network.speedup import Network
 
 FloatArray = NDArray[np.float64]
 _SHARES = (0.25, 0.5, 0.75, 1.0)
+_WHOLE = (nn.MultiheadAttention, *RECURRENT)  # timed at full width alone
 
 
 @dataclass(frozen=True)
@@ -213,6 +218,9 @@ def measure_latency(
     inputs of the layer. Equal layers are timed once. A layer that is called several times counts each call. A wider
     layer never gets a smaller time than a narrower one: the table holds the running maximum. The time between the
     layers is that of a pass of the model minus the time inside its layers.
+
+    ``nn.MultiheadAttention`` and recurrent layers are timed at full width alone, and are taken to need time in
+    proportion to the channels that enter and leave them.
     """
     if repeats < 1 or threads < 1 or not len(shares) or not all(0.0 < share <= 1.0 for share in shares):
         raise ConfigError(
@@ -222,10 +230,13 @@ def measure_latency(
     network = Network.on(model, example_inputs)
     called = {name: model.get_submodule(name) for name in network.sizes}
     modules = {name: module for name, module in called.items() if isinstance(module, WEIGHTED)}
+    wholes = {name: module for name, module in called.items() if isinstance(module, _WHOLE)}
     timed: dict[Any, FloatArray] = {}
     layers: dict[str, LayerLatency] = {}
     with thread_count(threads), torch.no_grad(), evaluation_mode(model), memory_kept(first_of_samples(network.call)):
-        rest = _between(model, modules.values(), network.call, repeats)
+        inner = {id(each) for whole in wholes.values() for each in whole.modules()}
+        outer = {name: module for name, module in modules.items() if id(module) not in inner}
+        rest, inside = _pass_times(model, {**outer, **wholes}, network.call, repeats)
         for name, module in modules.items():
             calls = network.sizes[name]
             entering, leaving = _grid(module, shares)
@@ -237,32 +248,60 @@ def measure_latency(
                 if key not in timed:
                     timed[key] = _timed_grid(module, inputs, entering, leaving, repeats)
                 seconds += timed[key]
-            elements = float(sum(np.prod(outputs) for _, outputs in calls))
-            layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), elements)
+            layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), _elements(calls))
+    widths = NetworkCost(model, example_inputs).widths({}) if wholes else {}
+    for name, whole in wholes.items():
+        held = {id(each) for each in whole.modules()}
+        inner_seconds = sum(layers[each].seconds[-1][-1] for each, module in modules.items() if id(module) in held)
+        if name in widths:
+            seconds_alone = max(0.0, inside[name] - inner_seconds)
+            layers[name] = _proportional(seconds_alone, *widths[name], _elements(network.sizes[name]))
     return LatencyTable(layers, rest, batch_size=batch_size(network.call), threads=threads)
 
 
-def _between(model: nn.Module, modules: Iterable[nn.Module], call: Call, repeats: int) -> float:
-    """Return the median seconds that a pass spends outside of the layers. No layer may call another."""
-    entered = inside = 0.0
+def _elements(calls: Sequence[tuple[Size, Size]]) -> float:
+    """Count the values that a layer puts out."""
+    return float(sum(np.prod(outputs) for _, outputs in calls))
 
-    def enter(entering: Tensor) -> None:
+
+def _proportional(seconds: float, entering: int, leaving: int, elements: float) -> LayerLatency:
+    """Return times that are proportional to the input and to the output channels, from those at full width."""
+    reads, makes = ((1, count) if count > 1 else (1,) for count in (entering, leaving))
+    grid = tuple(tuple(seconds * read * made / (entering * leaving) for made in makes) for read in reads)
+    return LayerLatency(reads, makes, grid, elements)
+
+
+def _pass_times(
+    model: nn.Module, layers: Mapping[str, nn.Module], call: Call, repeats: int
+) -> tuple[float, dict[str, float]]:
+    """Return the median seconds that a pass spends outside of layers, and within each. No layer may call another."""
+    entered = 0.0
+    inside = dict.fromkeys(layers, 0.0)
+
+    def enter(entering: Any) -> None:
         nonlocal entered
-        entered = now(entering)
+        entered = now(tensors_of(entering)[0])
 
-    def leave(_: Tensor, output: Tensor) -> None:
-        nonlocal inside
-        inside += now(output) - entered
+    def leaving(name: str) -> Callable[[Any, Any], None]:
+        def leave(_: Any, output: Any) -> None:
+            # of attention and recurrent layers a tuple
+            inside[name] += now(tensors_of(output)[0]) - entered
+
+        return leave
 
     first = first_of_samples(call)
-    rests = []
-    layers = list(modules)
-    with watched([(layer, enter) for layer in layers], [(layer, leave) for layer in layers]):
+    rests, within = list[float](), list[dict[str, float]]()
+    starts = [(layer, enter) for layer in layers.values()]
+    ends = [(layer, leaving(name)) for name, layer in layers.items()]
+    with watched(starts, ends):
         for _ in range(repeats + 1):  # the first warms up
-            inside, start = 0.0, now(first)
+            inside.update(dict.fromkeys(layers, 0.0))
+            start = now(first)
             model(*call[0], **call[1])
-            rests.append(now(first) - start - inside)
-    return max(0.0, statistics.median(rests[1:]))
+            rests.append(now(first) - start - sum(inside.values()))
+            within.append(dict(inside))
+    medians = {name: statistics.median(each[name] for each in within[1:]) for name in layers}
+    return max(0.0, statistics.median(rests[1:])), medians
 
 
 def _timed_grid(

@@ -9,11 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nni_topo._version import __version__
 from nni_topo.network.runtime import ModelReport
 
 CARD = "README.md"
 _TAGS = ["nni_topo", "pruned"]
-_PACKAGES = ("nni_topo", "torch", "transformers")
+_PACKAGES = ("torch", "transformers")
 # The last line of a card holds a digest of the others, so that a text that someone has changed is known as such.
 _MARK = "<!-- written by nni_topo.save_pretrained, which replaces this file until someone changes it: {} -->\n"
 _logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ def model_card(model: Any, report: ModelReport) -> str:
         lines.append("It needs Transformers 4, which reads from its config how many heads each block has.")
     else:
         lines.append("It needs Transformers alone, not nni_topo.")
-    versions = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
+    # nni_topo itself may run from a checkout that isn't installed.
+    known = {"nni_topo": __version__, **{package: version(package) for package in _PACKAGES}}
+    versions = ", ".join(f"{package} {number}" for package, number in known.items())
     lines += ["", f"Saved with {versions}.", "", ""]
     text = "\n".join(lines)
     return text + _MARK.format(_digest(text))

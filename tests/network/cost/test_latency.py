@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.cost import NetworkCost
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
 from nni_topo.testing import toy_images, toy_model
@@ -208,3 +209,47 @@ def test_a_wrapped_model_is_timed_like_any():
 def test_bad_knobs_are_refused(knobs):
     with pytest.raises(ConfigError, match="at least 1"):
         measure_latency(toy_model(), toy_images(2), **knobs)
+
+
+class Mixed(nn.Module):
+    """Attention, a recurrent layer and linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry = nn.Linear(8, 16)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.mlp = nn.Linear(16, 24)
+        self.recurrent = nn.LSTM(24, 20, batch_first=True)
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, x):
+        x = self.entry(x)
+        x = torch.relu(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.head(self.recurrent(torch.relu(self.mlp(x)))[0][:, -1])
+
+
+def test_attention_and_recurrent_layers_are_in_the_table():
+    torch.manual_seed(0)
+    model, inputs = Mixed().eval(), torch.randn(4, 5, 8)
+    table = measure_latency(model, inputs, repeats=2)
+    assert table.layers.keys() >= {"entry", "attention", "mlp", "recurrent", "head"}
+    widths = NetworkCost(model, inputs).widths({})
+    for name in ("attention", "recurrent"):
+        entering, leaving = widths[name]
+        layer = table.layers[name]
+        assert (layer.entering[-1], layer.leaving[-1]) == (entering, leaving)
+        assert layer.at(entering // 2, leaving // 2) == pytest.approx(layer.at(entering, leaving) / 4)
+        assert layer.at(entering, leaving) > 0.0
+    assert table(widths) > sum(table.layers[name].at(*widths[name]) for name in ("attention", "recurrent"))
+
+
+@pytest.mark.parametrize("layer", ["attention", "recurrent", "mlp"])
+def test_a_budget_of_time_holds_for_attention_and_recurrent_layers(layer):
+    torch.manual_seed(0)
+    model, inputs = Mixed().eval(), torch.randn(4, 5, 8)
+    table = measure_latency(model, inputs, repeats=2)
+    budget = {"latency": 0.9, "latency_table": table}
+    pruner = RandomPruner(model, [{"op_names": [layer]}], seed=0, budget=budget, example_inputs=inputs)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert {name for name, each in masks.items() if any((mask == 0).any() for mask in each.values())} == {layer}
