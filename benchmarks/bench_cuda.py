@@ -7,6 +7,8 @@ Networks are untrained and images are random: neither times nor agreement need m
 - milliseconds of a forward pass of all these networks and of the unpruned one, measured in turns, by number format,
   memory layout and batch size, and compiled;
 - a LLaMA with random weights that ``shrink_pretrained`` prunes block by block: seconds and memory of the GPU;
+- milliseconds of both networks without a third of every layer, by the number of which widths are multiples, and of
+  single layers by their width;
 - selecting, reconstructing and distilling as multiples of a pass over the data, as ``bench_seconds.py`` has them;
 - seconds of selecting filters by several pruners with the network on the CPU and on the device, and the share of mask
   entries that agree;
@@ -18,6 +20,7 @@ device are passes through the network, covariances, and the populations of ``gen
     make cuda
     PYTHONPATH=benchmarks python benchmarks/bench_cuda.py --out cuda.json
     PYTHONPATH=benchmarks python benchmarks/bench_cuda.py --device cpu --quick
+    PYTHONPATH=benchmarks python benchmarks/bench_cuda.py --into benchmarks/records/cuda.json benchmarks/results/gpu.md
 """
 
 from __future__ import annotations
@@ -44,11 +47,14 @@ from torch import Tensor, nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.network.runtime import markdown_table
+from nni_topo.runs.provenance import provenance
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.baselines import PREFIX, cut
+from nni_topo.studies.tables import with_tables
 
 Row = dict[str, Any]
+SOURCE = "benchmarks/bench_cuda.py"
 SHARE = 0.5
 FORMATS: dict[str, tuple[torch.dtype, torch.memory_format]] = {
     "float32": (torch.float32, torch.contiguous_format),
@@ -71,6 +77,31 @@ SELECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "reconstruction": ("reconstruction", {"calibration": True}),
     "genetic_weight": ("genetic_weight", {"validation": True, "search": {"population_size": 20, "generations": 3}}),
 }
+MULTIPLES = (None, 8, 16, 32, 64)
+CALLS = 15  # of a layer, between two looks at the clock
+# A layer by its width, the shape of its input by images and width, and widths, the full one last.
+LAYERS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int, int], tuple[int, ...]], tuple[int, ...]]] = {
+    "Linear(768, width)": (
+        lambda width: nn.Linear(768, width),
+        lambda images, width: (197 * images, 768),
+        (504, 510, 511, 512, 514, 516, 520, 768),
+    ),
+    "Linear(width, 3072)": (
+        lambda width: nn.Linear(width, 3072),
+        lambda images, width: (197 * images, width),
+        (504, 510, 511, 512, 514, 516, 520, 768),
+    ),
+    "Conv2d(width, width, 1)": (
+        lambda width: nn.Conv2d(width, width, 1, bias=False),
+        lambda images, width: (images, width, 28, 28),
+        (248, 252, 256, 341, 352, 508, 512),
+    ),
+    "Conv2d(width, width, 3)": (
+        lambda width: nn.Conv2d(width, width, 3, padding=1, bias=False),
+        lambda images, width: (images, width, 28, 28),
+        (128, 136, 144, 160, 172, 176, 192, 248, 252, 256),
+    ),
+}
 SINGLE_WEIGHTS = "lenet300"  # for the pruner whose genes are the single weights
 
 
@@ -84,12 +115,14 @@ class Bench:
         self.side = 32 if self.quick else 224
         self.large_images, self.split = (8, 4) if self.quick else (256, 32)
         self.batches = (2,) if self.quick else (1, 64)
+        self.formats = ("float32",) if self.quick else tuple(FORMATS)
         self.small = ("small_cnn",) if self.quick else ("vgg16", "resnet56")
         self.small_images = 16 if self.quick else 512
         self.runs = 2 if self.quick else 30
         self.passes = () if self.quick else ("pitch", "minilm", "resnet50")
         self.streamed = () if self.quick else ((2048, 4, 64, 0), (4096, 2, 64, 0))
         self.left_out: list[str] = []
+        self.rounded: dict[str, dict[str, nn.Module]] = {}
         self._pruned: dict[str, dict[str, nn.Module]] = {}
         self._ratios: dict[tuple[str, str], float] = {}
 
@@ -195,7 +228,7 @@ def uniform_masks(name: str, model: nn.Module, example: Tensor, ratio: float) ->
 
 
 def eager_rows(bench: Bench) -> list[Row]:
-    kinds = itertools.product(FORMATS, bench.batches)
+    kinds = itertools.product(bench.formats, bench.batches)
     return latency_rows(bench, kinds, lambda nets: nets, "")
 
 
@@ -228,12 +261,75 @@ def latency_rows(
 
 
 def latency_row(bench: Bench, name: str, kind: str, batch: int, ready: Callable[..., dict[str, nn.Module]]) -> Row:
+    return {f"{way} ms": ms for way, ms in timed_in_turns(bench, bench.of(name), kind, batch, ready).items()}
+
+
+def timed_in_turns(
+    bench: Bench,
+    nets: dict[str, nn.Module],
+    kind: str,
+    batch: int,
+    ready: Callable[[dict[str, nn.Module]], dict[str, nn.Module]] = lambda nets: nets,
+) -> dict[str, float]:
     dtype, layout = FORMATS[kind]
     place: dict[str, Any] = {"device": bench.device, "dtype": dtype, "memory_format": layout}
-    nets = ready({way: copy.deepcopy(net).to(**place) for way, net in bench.of(name).items()})
+    made = ready({way: copy.deepcopy(net).to(**place) for way, net in nets.items()})
     inputs = bench.images[0][:1].expand(batch, -1, -1, -1).to(**place)
-    found = zoo.latencies(nets, inputs, runs=bench.runs, threads=torch.get_num_threads())
-    return {f"{way} ms": ms for way, ms in found.items()}
+    return zoo.latencies(made, inputs, runs=bench.runs, threads=torch.get_num_threads())
+
+
+def multiple_rows(bench: Bench) -> list[Row]:
+    """Time networks that lose a third of every layer by L1 and keep multiples of some number of channels."""
+    rows = []
+    for name, (kind, batch) in itertools.product(bench.large, itertools.product(bench.formats, bench.batches)):
+        rows += bench.row(f"{name}, {kind}, batch {batch}", functools.partial(_multiples, bench, name, kind, batch))
+    return rows
+
+
+def _multiples(bench: Bench, name: str, kind: str, batch: int) -> Row:
+    if name not in bench.rounded:
+        model, example = bench.of(name)[UNPRUNED], bench.images[0][:1].to(bench.device)
+        masks = uniform_masks("l1", model, example, 0.33)
+        nets = {str(unit): nni_topo.to_dense(model, example, masks, round_to=unit) for unit in MULTIPLES}
+        bench.rounded[name] = {UNPRUNED: model, **nets}
+    nets = bench.rounded[name]
+    example, whole = bench.images[0][:1].to(bench.device), zoo.count_macs
+    macs = {way: whole(net, example) / whole(nets[UNPRUNED], example) for way, net in nets.items()}
+    found = timed_in_turns(bench, nets, kind, batch)
+    return {f"{way} ms": ms for way, ms in found.items()} | {f"{way} macs": share for way, share in macs.items()}
+
+
+def width_rows(bench: Bench) -> list[Row]:
+    """Time single layers over numbers of channels."""
+    return [
+        row
+        for layer, kind in itertools.product(LAYERS, bench.formats)
+        for row in bench.row(f"{layer}, {kind}", functools.partial(_widths, bench, layer, kind))
+    ]
+
+
+def _widths(bench: Bench, layer: str, kind: str) -> Row:
+    make, shape, widths = LAYERS[layer]
+    dtype, layout = FORMATS[kind]
+    found = {}
+    for width in widths[-1:] if bench.quick else widths:
+        module = make(width).to(bench.device, dtype)
+        inputs = torch.randn(shape(bench.batches[-1], width), device=bench.device, dtype=dtype)
+        if inputs.dim() == 4:
+            module, inputs = module.to(memory_format=layout), inputs.contiguous(memory_format=layout)
+        with torch.no_grad():
+            calls = 1 if bench.quick else CALLS
+            run = functools.partial(_repeated, module, inputs, calls)
+            run()
+            # the least of three: what else the machine does only adds to a time
+            seconds = min(bench_seconds.timed(bench.device, run)[0] for _ in range(3))
+        found[f"{width} ms"] = 1000.0 * seconds / calls
+    return found
+
+
+def _repeated(module: nn.Module, inputs: Tensor, calls: int) -> None:
+    for _ in range(calls):
+        module(inputs)
 
 
 def pass_rows(bench: Bench) -> list[Row]:
@@ -370,6 +466,8 @@ PARTS = {
     "pruned to half the MACs": pruned_rows,
     "latency": eager_rows,
     "compiled": compiled_rows,
+    "multiples of channels": multiple_rows,
+    "widths of a layer": width_rows,
     "passes": pass_rows,
     "block by block": streaming_rows,
     "selection": selection_rows,
@@ -385,12 +483,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny net and few images, to see that it runs")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--into", nargs=2, type=Path, metavar=("RECORDS", "PAGE"), help="page whose tables are replaced"
+    )
     options = parser.parse_args(arguments)
+    if options.into is not None:
+        records, page = options.into
+        made = "\n".join(
+            f"{document['machine']['device']}, commit {document['revision']}:\n\n" + "\n".join(tables(document))
+            for document in json.loads(records.read_text(encoding="utf-8"))
+        )
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), SOURCE, made), encoding="utf-8")
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
         bench = Bench(options)
-        document: Row = {"machine": machine(bench)}
+        document: Row = {"machine": machine(bench), "revision": provenance()["revision"]}
         print(", ".join(f"{name} {value}" for name, value in document["machine"].items()), end="\n\n")
         for title in options.parts:
             document[title] = PARTS[title](bench)

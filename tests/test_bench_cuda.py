@@ -29,13 +29,18 @@ def run(bench: ModuleType, out: Path, *options: str) -> dict:
     return json.loads((out / "cuda.json").read_text())
 
 
+def _counts(bench: ModuleType) -> tuple[int, ...]:
+    return len(bench.UNIFORM) + len(bench.OURS), 1, 1, len(bench.LAYERS), len(bench.SELECTED), 1
+
+
 def test_every_row_is_measured(bench, device, tmp_path, capsys):
     found = run(bench, tmp_path, "--device", str(device))
     assert (found["left_out"], found["passes"], found["block by block"], found["compiled"]) == ([], [], [], [])
-    parts = ("pruned to half the MACs", "latency", "selection", "reconstruction")
+    parts = ("pruned to half the MACs", "latency", "multiples of channels", "widths of a layer", "selection")
+    parts += ("reconstruction",)
     counts = {part: len(found[part]) for part in parts}
     ways = (*bench.UNIFORM, *bench.OURS)
-    assert counts == dict(zip(parts, (len(ways), len(bench.FORMATS), len(bench.SELECTED), 1), strict=True))
+    assert counts == dict(zip(parts, _counts(bench), strict=True))
     rows = [row for part in parts for row in found[part]]
     assert [row["error"] for row in rows if "error" in row] == []
     for row in (*found["selection"], *found["reconstruction"]):
@@ -54,7 +59,7 @@ def test_every_row_is_measured(bench, device, tmp_path, capsys):
 def test_rows_past_the_limit_are_named_and_not_run(bench, tmp_path, capsys):
     found = run(bench, tmp_path, "--device", "cpu", "--limit", "0")
     assert [found[part] for part in bench.PARTS] == [[]] * len(bench.PARTS)
-    assert len(found["left_out"]) == len(bench.UNIFORM) + len(bench.OURS) + len(bench.FORMATS) + len(bench.SELECTED) + 1
+    assert len(found["left_out"]) == sum(_counts(bench))
     assert "not run within 0 s: small_cnn, l1" in capsys.readouterr().out
 
 
