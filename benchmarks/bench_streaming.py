@@ -70,8 +70,8 @@ def main() -> None:
     print(table(read_records(path)))
 
 
-def measured(out: Path, width: int, blocks: int, samples: int, steps: int, device: str = "cpu") -> dict[str, Any]:
-    """Make a model, prune it, and return what it took, on a GPU also of its memory."""
+def measured(out: Path, width: int, blocks: int, samples: int, steps: int) -> dict[str, Any]:
+    """Make a model, prune it, and return what it took."""
     # What is imported here doesn't count.
     import accelerate  # noqa: F401
     import torch
@@ -80,8 +80,7 @@ def measured(out: Path, width: int, blocks: int, samples: int, steps: int, devic
     import nni_topo
     import nni_topo.runs.streaming
 
-    if device == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     source, target = out / f"llama-{width}-{blocks}", out / f"llama-{width}-{blocks}-small"
     for folder in (source, target):
         shutil.rmtree(folder, ignore_errors=True)
@@ -96,12 +95,10 @@ def measured(out: Path, width: int, blocks: int, samples: int, steps: int, devic
     ]
     batches = [{"input_ids": each} for each in tokens]
     peak = Peak()
-    began, clock = time.process_time(), time.perf_counter()
+    began = time.process_time()
     distill: Any = {"steps": steps} if steps else False
-    report = nni_topo.shrink_pretrained(
-        source, batches, target, {"params": SHARE}, distill=distill, device=device, progress=True
-    )
-    seconds, clock = time.process_time() - began, time.perf_counter() - clock
+    report = nni_topo.shrink_pretrained(source, batches, target, {"params": SHARE}, distill=distill, progress=True)
+    seconds = time.process_time() - began
     found = {
         "params": report.params_before,
         "block_params": report.blocks[0].params_before,
@@ -111,8 +108,6 @@ def measured(out: Path, width: int, blocks: int, samples: int, steps: int, devic
         "distance": report.blocks[-1].distance,
         "left": report.budget.left,
     }
-    if device != "cpu":
-        found |= {"seconds_a_block": round(clock / blocks, 2), "gpu_mib": torch.cuda.max_memory_allocated() >> 20}
     shutil.rmtree(target)
     shutil.rmtree(source)
     return found

@@ -112,55 +112,6 @@ def test_the_folder_is_loaded_by_transformers_and_has_what_the_report_says(sourc
     assert report.likeness.agreement.value == pytest.approx(float((wanted == reached).double().mean()), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("knobs", "precision"),
-    [({}, torch.float32), ({"distill": {"steps": 2}}, torch.float32), ({"pruner": "l1"}, torch.bfloat16)],
-)
-def test_blocks_are_computed_on_a_device(source, device, knobs, precision, tmp_path, monkeypatch):
-    model = transformers.AutoModelForCausalLM.from_pretrained(source).to(precision)
-    model.save_pretrained(tmp_path / "given")
-    seen = set()
-    take = Answers.likenesses
-
-    def likenesses(self, net):
-        seen.update(each.device for each in (*net.parameters(), *net.buffers()) if not each.is_meta)
-        return take(self, net)
-
-    monkeypatch.setattr(Answers, "likenesses", likenesses)
-    reports, batches = {}, tokens(4, padded=True)
-    for place in ("cpu", str(device)):
-        given = {"distill": False, **knobs, "device": place, "progress": False}
-        reports[place] = nni_topo.shrink_pretrained(
-            tmp_path / "given", batches, tmp_path / place, {"params": 0.7}, **given
-        )
-    assert {each.type for each in seen} == {"cpu", device.type}
-    expected, found = weights_of(tmp_path / "cpu"), weights_of(tmp_path / str(device))
-    assert expected.keys() == found.keys()
-    if "distill" not in knobs:  # whose steps let weights drift apart
-        near = {"rtol": 1e-3, "atol": 1e-4} if precision == torch.float32 else {"rtol": 0.05, "atol": 0.03}
-        torch.testing.assert_close(found, expected, **near)
-    assert reports[str(device)].widths == reports["cpu"].widths
-    distances = [[row.distance for row in report.blocks] for report in reports.values()]
-    assert distances[1] == pytest.approx(distances[0], rel=0.05)
-
-
-def test_a_run_goes_on_on_another_device(source, device, tmp_path, monkeypatch):
-    prune = shrinking._Run.prune
-    monkeypatch.setattr(shrinking._Run, "prune", stopping(prune))
-    with pytest.raises(StopError):
-        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, device=str(device), **FAST)
-    monkeypatch.setattr(shrinking._Run, "prune", prune)
-    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
-    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "whole", {"params": 0.7}, **FAST)
-    torch.testing.assert_close(weights_of(tmp_path / "small"), weights_of(tmp_path / "whole"))
-
-
-def test_a_device_that_is_not_there_is_told_before_anything_is_written(source, tmp_path):
-    with pytest.raises(ConfigError, match=r"device must be cpu, cuda or auto, .* got 'tpu'"):
-        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, device="tpu", **FAST)
-    assert not (tmp_path / "small").exists()
-
-
 def test_padding_changes_nothing(source, tmp_path):
     found = []
     for number, filler in enumerate((1, 2)):

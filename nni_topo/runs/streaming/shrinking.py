@@ -64,7 +64,6 @@ from nni_topo.network.speedup import DenseReport
 from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.likeness import Answers
-from nni_topo.runs.run import resolve_device
 from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size, check_layers
 from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering
 from nni_topo.runs.streaming.journal import FOLDER, WRITTEN, Journal
@@ -91,7 +90,6 @@ _logger = logging.getLogger(__name__)
     round_to=ROUND_TO,
     card=FLAG,
     seed=SEED,
-    device=instance(str, torch.device),
 )
 @tells_once
 def shrink_pretrained(
@@ -108,7 +106,6 @@ def shrink_pretrained(
     round_to: int | None = None,
     card: bool = True,
     seed: int = 0,
-    device: str | torch.device = "cpu",
     progress: bool | None = None,
 ) -> StreamingReport:
     """Prune a model of Transformers that needn't fit into memory, block by block, from a folder into another one.
@@ -147,9 +144,6 @@ def shrink_pretrained(
         Whether to write a model card, ``README.md``, as :func:`nni_topo.save_pretrained` does.
     seed : int, default=0
         Seed of all steps.
-    device : str or torch.device, default="cpu"
-        Where the model computes, e.g. ``"cuda"``; ``"auto"``: on a GPU if there is one. Embeddings, head and the block
-        in hand lie there. A run that was stopped may go on on another device.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -184,8 +178,6 @@ def shrink_pretrained(
     widest layer, the states of all samples three times in single precision, and with distillation what 64 samples need
     for gradients. States lie in files of ``folder``, in the precision of the model.
 
-    On a GPU all of that lies in the memory of the GPU, apart from the states of the samples.
-
     Other files of ``source``, such as those of the tokenizer, are copied.
     """
     began = time.perf_counter()
@@ -200,7 +192,7 @@ def shrink_pretrained(
     # What a stopped run has written needn't be written again.
     written = sum(path.stat().st_size for path in target.glob(WRITTEN))
     check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
-    skeleton = Skeleton(shards, resolve_device(str(device)))
+    skeleton = Skeleton(shards)
     calibration = Calibration.of(batches, "batches")
     given = list(calls(skeleton.model, calibration))
     _check_alike(given)
@@ -443,7 +435,7 @@ class _Run:
             distill=self._distill,
             narrow_heads=False,
             outputs=None,
-            round_to=self._round_to or 1,  # the widths are those of any device
+            round_to=self._round_to,
             seed=self._seed,
             progress=False,
         )

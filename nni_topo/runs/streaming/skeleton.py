@@ -20,7 +20,6 @@ from nni_topo.network.layers import as_torch_layers, is_transposed_linear
 from nni_topo.network.runtime import Call, evaluation_mode, tensors_of
 from nni_topo.runs.streaming.shards import CONFIG, Shards, check_float, key_of
 
-_CPU = torch.device("cpu")
 _PACKAGES = ("transformers", "accelerate")
 
 
@@ -48,8 +47,6 @@ class Skeleton:
     ----------
     shards : Shards
         The weights.
-    device : torch.device, default=cpu
-        Where weights and buffers lie.
 
     Raises
     ------
@@ -59,9 +56,8 @@ class Skeleton:
         If weights are missing, have other shapes than the config says, or aren't finite.
     """
 
-    def __init__(self, shards: Shards, device: torch.device = _CPU) -> None:
+    def __init__(self, shards: Shards) -> None:
         self.shards = shards
-        self.device = device
         missing = [name for name in _PACKAGES if find_spec(name) is None]
         if missing:
             raise ConfigError(
@@ -148,11 +144,6 @@ class Skeleton:
         self._fill(self.model, self._keys(own))
         self.model.tie_weights()
         self.model.eval().requires_grad_(False)
-        # Buffers that no file has, such as the frequencies of rotary positions, also those of the blocks.
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.is_meta:
-                    module._buffers[name] = buffer.to(self.device)
 
     def _fill(self, module: nn.Module, keys: Mapping[str, str]) -> None:
         """Give a module the tensors of the files, by their names in it."""
@@ -167,8 +158,7 @@ class Skeleton:
                     f"weights must have the shapes that {CONFIG} says, got {tuple(value.shape)} for "
                     f"{tuple(before[inner].shape)} ({key}, {self.shards.folder})"
                 )
-            # a copy: what is mapped from the file would change with it
-            values[inner] = value.to(self.device, copy=True)
+            values[inner] = value.clone()  # what is mapped from the file would change with it
         module.load_state_dict(values, strict=False, assign=True)
 
     def _recorder(self, index: int) -> Any:
