@@ -57,6 +57,7 @@ from nni_topo.network.runtime import (
     calls,
     evaluation_mode,
     fitting,
+    on_device,
     real_positions_of,
     tells_once,
 )
@@ -64,6 +65,7 @@ from nni_topo.network.speedup import DenseReport
 from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.likeness import Answers
+from nni_topo.runs.run import resolve_device
 from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size, check_layers
 from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering
 from nni_topo.runs.streaming.journal import FOLDER, WRITTEN, Journal
@@ -90,6 +92,7 @@ _logger = logging.getLogger(__name__)
     round_to=ROUND_TO,
     card=FLAG,
     seed=SEED,
+    device=instance(str, torch.device) | NONE,
 )
 @tells_once
 def shrink_pretrained(
@@ -106,6 +109,7 @@ def shrink_pretrained(
     round_to: int | None = None,
     card: bool = True,
     seed: int = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> StreamingReport:
     """Prune a model of Transformers that needn't fit into memory, block by block, from a folder into another one.
@@ -144,6 +148,10 @@ def shrink_pretrained(
         Whether to write a model card, ``README.md``, as :func:`nni_topo.save_pretrained` does.
     seed : int, default=0
         Seed of all steps.
+    device : str, torch.device or None, default=None
+        Where everything is computed: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or another device of PyTorch; ``"auto"``: CUDA
+        if there, else the CPU. None: the CPU, as ``from_pretrained`` of Transformers loads a model. Inputs may lie on
+        any device. A run that was stopped can be continued on another one.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -156,8 +164,9 @@ def shrink_pretrained(
     Raises
     ------
     ConfigError
-        If the folders or a knob can't be used, the budget is smaller than what the embeddings and the head take, the
-        model isn't one of Transformers with one list of blocks, or its config can't describe the pruned widths.
+        If the folders, the device or a knob can't be used, the budget is smaller than what the embeddings and the head
+        take, the model isn't one of Transformers with one list of blocks, or its config can't describe the pruned
+        widths.
     DataError
         If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
         differ in length, or the disk or the memory isn't enough. Blocks that are finished stay on the disk.
@@ -176,7 +185,9 @@ def shrink_pretrained(
 
     Memory: the embeddings and the head, about sixteen times one block, 8 bytes for each pair of input channels of its
     widest layer, the states of all samples three times in single precision, and with distillation what 64 samples need
-    for gradients. States lie in files of ``folder``, in the precision of the model.
+    for gradients. States lie in files of ``folder``, in the precision of the model. With another ``device`` than the
+    CPU all of this is the device's memory. The machine's memory then holds the states and attention masks of all
+    samples, and one block while it is read or written.
 
     Other files of ``source``, such as those of the tokenizer, are copied.
     """
@@ -188,13 +199,14 @@ def shrink_pretrained(
     if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     named = _checked_layers(layers)
+    where = torch.device("cpu") if device is None else resolve_device(device)
     shards = Shards(place)
     # What a stopped run has written needn't be written again.
     written = sum(path.stat().st_size for path in target.glob(WRITTEN))
     check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
-    skeleton = Skeleton(shards)
+    skeleton = Skeleton(shards, where)
     calibration = Calibration.of(batches, "batches")
-    given = list(calls(skeleton.model, calibration))
+    given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
     _check_alike(given)
     identity = {
         "source": [str(place.resolve()), shards.identity()],
@@ -390,11 +402,17 @@ class _Run:
         args, kwargs = skeleton.entering(self._calls[0], 0)
         states = args[0] if args else kwargs[STATES]
         nbytes = 3 * 4 * states[0].numel() * self._samples.samples
-        first = skeleton.blocks[0]
-        needed = _COPIES * sum(each.nbytes for each in first.parameters()) + 8 * widest**2 + nbytes + _CACHE
+        block = sum(each.nbytes for each in skeleton.blocks[0].parameters())
+        needed = _COPIES * block + 8 * widest**2 + nbytes + _CACHE
         if self._distill is not False:
             needed += 4 * _LEARNING * states[0].numel() * min(self._samples.samples, _LEARNED_AT_ONCE)
-        check_memory(needed, "a block with its statistics and states", "pass fewer or shorter samples", "batches")
+        what, cure = "a block with its statistics and states", "pass fewer or shorter samples"
+        if skeleton.device.type == "cuda":
+            free = torch.cuda.mem_get_info(skeleton.device)[0]
+            check_memory(needed, f"{what} (on {skeleton.device})", cure, "batches", free=free)
+        if skeleton.device.type != "cpu":
+            needed = 2 * block + nbytes + _CACHE
+        check_memory(needed, what, cure, "batches")
         # States of the unpruned and the pruned network, before and after a block.
         files = 2 * 2 * states[0].nbytes * self._samples.samples
         check_free_disk(self._journal.folder, skeleton.shards.nbytes + files)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nni_topo.disk import reading
 from nni_topo.errors import ConfigError, DataError, listed
 from nni_topo.network.layers import as_torch_layers, is_transposed_linear
-from nni_topo.network.runtime import Call, evaluation_mode, tensors_of
+from nni_topo.network.runtime import Call, evaluation_mode, on_device, tensors_of
 from nni_topo.runs.streaming.shards import CONFIG, Shards, check_float, key_of
 
 _PACKAGES = ("transformers", "accelerate")
@@ -47,6 +47,8 @@ class Skeleton:
     ----------
     shards : Shards
         The weights.
+    device : torch.device
+        Where the loaded weights lie, and the model and its blocks compute.
 
     Raises
     ------
@@ -56,8 +58,8 @@ class Skeleton:
         If weights are missing, have other shapes than the config says, or aren't finite.
     """
 
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
+    def __init__(self, shards: Shards, device: torch.device) -> None:
+        self.shards, self.device = shards, device
         missing = [name for name in _PACKAGES if find_spec(name) is None]
         if missing:
             raise ConfigError(
@@ -72,6 +74,10 @@ class Skeleton:
         self._visit: _Visit | None = None
         for index, block in enumerate(self.blocks):
             block.forward = self._recorder(index)
+        for module in self.model.modules():
+            # The weights of the blocks, which have no values, can't be moved with them.
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[name] = buffer.to(device)
         self._load_rest()
 
     @property
@@ -158,7 +164,7 @@ class Skeleton:
                     f"weights must have the shapes that {CONFIG} says, got {tuple(value.shape)} for "
                     f"{tuple(before[inner].shape)} ({key}, {self.shards.folder})"
                 )
-            values[inner] = value.clone()  # what is mapped from the file would change with it
+            values[inner] = value.to(self.device, copy=True)  # what is mapped from the file would change with it
         module.load_state_dict(values, strict=False, assign=True)
 
     def _recorder(self, index: int) -> Any:
@@ -203,6 +209,7 @@ class Skeleton:
 
     def entering(self, call: Call, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a block in a call of the model; the states are right for the first block alone."""
+        call = on_device(call, self.device)
         visit = _Visit(stop=index, injected=None)
         with self._pass(visit), suppress(_Reached):
             self.model(*call[0], **call[1])
@@ -212,6 +219,7 @@ class Skeleton:
 
     def outputs(self, call: Call, states: Tensor) -> Any:
         """Return the model's output where these states leave the last block."""
+        call, states = on_device((call, states), self.device)
         with self._pass(_Visit(stop=None, injected=states)):
             return self.model(*call[0], **call[1])
 
