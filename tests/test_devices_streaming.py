@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -160,3 +163,17 @@ def test_a_device_that_is_not_there_is_told(source, tmp_path, device, words):
     with pytest.raises(ConfigError, match=words):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **SELECTED, device=device)
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_a_device(device, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    bench = importlib.import_module("bench_streaming")
+    found = bench.measured(tmp_path, 512, 2, 8, 0, device=str(device))
+    assert found["seconds_a_block"] > 0.0
+    assert ("device_peak_mib" in found) == (device.type == "cuda")
+    if device.type == "cuda":
+        assert found["device_peak_mib"] > found["block_params"] * 2 / 2**20
+    key = [512, 2, 8, 0, str(device)]
+    assert len(bench.device_table([{"key": key, **found}]).splitlines()) == 3
+    assert len(bench.table([{"key": key, **found}]).splitlines()) == 2
