@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.streaming import shrinking
 from nni_topo.runs.streaming.journal import Journal
-from nni_topo.runs.streaming.shards import Shards
+from nni_topo.runs.streaming.shards import Shards, write_index
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -59,10 +60,14 @@ def source(tmp_path):
 
 
 def files_of(folder):
+    """By file a digest of its content, without the seconds that a report holds."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            found[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+            content = path.read_bytes()
+            if path.name == "shrink_pretrained.json":
+                content = re.sub(rb'"seconds": [^,\n]+', b"", content)
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
     return found
 
 
@@ -471,8 +476,54 @@ def test_a_folder_that_is_complete_is_told(source, tmp_path):
     nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
     # A run may be killed while it deletes its states, after the journal.
     (target / ".shrink_pretrained" / "states-2").mkdir(parents=True)
+    (target / "shrink_pretrained.json").unlink()
     with pytest.raises(ConfigError, match="a run that was stopped, got a whole model there"):
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+
+
+def test_a_finished_folder_returns_its_report(source, tmp_path, monkeypatch):
+    target, knobs = tmp_path / "small", FAST | {"compensate": "reconstruct"}
+    report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
+    before = files_of(target)
+    assert str(tmp_path) not in (target / "shrink_pretrained.json").read_text()
+    # A run may be killed while it deletes its journal, after the report was written.
+    (target / ".shrink_pretrained" / "states-2").mkdir(parents=True)
+    (target / ".shrink_pretrained" / "journal.json").write_text("{}")
+    # Nothing is written, so that a full disk is enough.
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+        again = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs, card=False)
+    assert again == report
+    assert repr(again) == repr(report)
+    assert files_of(target) == before
+    for changes, words in (
+        ({"budget": {"params": 0.6}}, "budget"),
+        ({"seed": 1}, "seed"),
+        ({"batches": tokens(seed=1), "pruner": "reconstruction"}, r"batches, pruner \(a loader that shuffles .*\)"),
+    ):
+        given = {"batches": tokens(), "budget": {"params": 0.7}} | knobs | changes
+        with pytest.raises(ConfigError, match=rf"must be asked for with the same settings, got others: {words}; del"):
+            nni_topo.shrink_pretrained(source, folder=target, **given)
+    assert files_of(target) == before
+
+
+@pytest.mark.parametrize("change", ["lost", "longer"])
+def test_a_finished_folder_whose_weights_were_changed_is_told(source, tmp_path, change):
+    target = tmp_path / "small"
+    nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+    path = target / "model-00002-of-00003.safetensors"
+    path.unlink() if change == "lost" else path.write_bytes(path.read_bytes() + b"more")
+    got = "none" if change == "lost" else r"\d+ bytes where it wrote \d+"
+    with pytest.raises(DataError, match=rf"the files that its run wrote, got {got} \(.*model-00002-of"):
+        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+
+
+def test_a_pruned_folder_is_pruned_again(source, tmp_path):
+    first = nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.8}, **FAST)
+    second = nni_topo.shrink_pretrained(tmp_path / "small", tokens(), tmp_path / "less", {"params": 0.8}, **FAST)
+    assert second.params_before == first.params
+    again = nni_topo.shrink_pretrained(tmp_path / "small", tokens(), tmp_path / "less", {"params": 0.8}, **FAST)
+    assert again == second
 
 
 def test_the_journal_goes_before_the_states(tmp_path, monkeypatch):
@@ -480,7 +531,9 @@ def test_the_journal_goes_before_the_states(tmp_path, monkeypatch):
     journal.begin_states()
     journal.end_states(0)
     monkeypatch.setattr("nni_topo.runs.streaming.journal.shutil.rmtree", lambda *args, **kwargs: None)
-    journal.finish()
+    journal.write_weights("model-00001-of-00001.safetensors", {"weight": torch.ones(2)})
+    write_index(tmp_path, {"model-00001-of-00001.safetensors": ["weight"]}, 8)
+    journal.finish({})
     assert [path.name for path in (tmp_path / ".shrink_pretrained").iterdir()] == ["states-0"]
 
 

@@ -29,6 +29,7 @@ from nni_topo.disk import (
     only_process,
     path_of,
     read_json,
+    reading,
     write_json,
     write_text,
 )
@@ -68,8 +69,8 @@ from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size, check_layers
 from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering
-from nni_topo.runs.streaming.journal import FOLDER, WRITTEN, Journal
-from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_row
+from nni_topo.runs.streaming.journal import FOLDER, REPORT, WRITTEN, Journal, finished_report
+from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_report, as_row
 from nni_topo.runs.streaming.shards import CONFIG, INDEX, SINGLE, Shards, write_index
 from nni_topo.runs.streaming.skeleton import Skeleton, output_length, states_of
 
@@ -125,7 +126,9 @@ def shrink_pretrained(
         ``attention_mask`` says so. Every eighth sample is held out.
     folder : str or path-like
         The folder for the pruned model, new or empty. ``from_pretrained`` of Transformers loads it without this
-        package. If the run is stopped, the same call goes on after the last finished block.
+        package. If the run is stopped, the same call goes on after the last finished block; where it is finished, the
+        same call returns its report, which the folder holds as ``shrink_pretrained.json``. Other arguments than
+        ``device``, ``card`` and ``progress`` must be the same.
     budget : Budget or mapping
         The share of the whole model's ``flops`` or ``params`` to keep, e.g. ``{"params": 0.5}``. Embeddings and head
         stay as they are, so the blocks lose more. All blocks keep the same widths.
@@ -164,9 +167,9 @@ def shrink_pretrained(
     Raises
     ------
     ConfigError
-        If the folders, the device or a knob can't be used, the budget is smaller than what the embeddings and the head
-        take, the model isn't one of Transformers with one list of blocks, or its config can't describe the pruned
-        widths.
+        If the folders, the device or a knob can't be used, ``folder`` holds a run with other arguments or other files,
+        the budget is smaller than what the embeddings and the head take, the model isn't one of Transformers with one
+        list of blocks, or its config can't describe the pruned widths.
     DataError
         If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
         differ in length, or the disk or the memory isn't enough. Blocks that are finished stay on the disk.
@@ -201,9 +204,11 @@ def shrink_pretrained(
     named = _checked_layers(layers)
     where = torch.device("cpu") if device is None else resolve_device(device)
     shards = Shards(place)
-    # What a stopped run has written needn't be written again.
-    written = sum(path.stat().st_size for path in target.glob(WRITTEN))
-    check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
+    is_finished = (target / REPORT).is_file()
+    if not is_finished:
+        # What a stopped run has written needn't be written again.
+        written = sum(path.stat().st_size for path in target.glob(WRITTEN))
+        check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
     skeleton = Skeleton(shards, where)
     calibration = Calibration.of(batches, "batches")
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
@@ -219,6 +224,10 @@ def shrink_pretrained(
         "round_to": round_to,
         "seed": seed,
     }
+    if is_finished:
+        content = finished_report(target, identity)
+        with reading(target / REPORT, "the report of a run"):
+            return as_report(content)
     with only_process(target, wait=False):
         journal = Journal(target, identity)
         run = _Run(
@@ -706,8 +715,8 @@ class _Run:
         names = {file: content["names"] for file, content in journal.files.items()}
         write_index(folder, names, sum(content["nbytes"] for content in journal.files.values()))
         for path in sorted(source.iterdir()):
-            is_weights = path.name.endswith(_WEIGHTS) or path.name in (SINGLE, INDEX, CONFIG, CARD)
-            if path.is_file() and not is_weights and not path.name.startswith("."):
+            is_own = path.name.endswith(_WEIGHTS) or path.name in (SINGLE, INDEX, CONFIG, CARD, REPORT)
+            if path.is_file() and not is_own and not path.name.startswith("."):
                 with disk_errors(folder):
                     shutil.copyfile(path, folder / path.name)
         if card and may_write_card(folder / CARD):
@@ -718,7 +727,7 @@ class _Run:
                 write_text(folder / CARD, model_card(model, report))
             finally:
                 model.config = own
-        journal.finish()
+        journal.finish(asdict(report))
 
 
 class _Tail(nn.Module):
