@@ -320,6 +320,46 @@ def test_widths_that_no_config_describes_are_told_after_the_first_block(tmp_path
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mlp").config.ffn_dim < 24
 
 
+class ScaledByHeads(transformers.LlamaForCausalLM):
+    """Attention that is scaled by the width for each head, which its shapes don't show."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.model.layers:
+            block.self_attn.scaling = self.scale(config)
+
+    def scale(self, config):
+        return (config.num_attention_heads / config.hidden_size) ** 0.5
+
+
+class LimitedByHeads(ScaledByHeads):
+    """Attention that fails with fewer than four heads."""
+
+    def scale(self, config):
+        return 0.5 if config.num_attention_heads >= 4 else "unknown"
+
+
+@pytest.mark.parametrize(
+    ("kind", "got"),
+    [
+        (ScaledByHeads, r"outputs that differ by 0\.\d+ times what the block adds to the states"),
+        (LimitedByHeads, r"TypeError: .*"),
+    ],
+)
+def test_a_block_that_its_config_builds_otherwise_is_told(tmp_path, monkeypatch, kind, got):
+    # Transformers replaces its own module when a model is first imported.
+    monkeypatch.setattr(sys.modules["transformers"], kind.__name__, kind, raising=False)
+    source = saved(kind, llama_config(initializer_range=0.5), tmp_path / "source")
+    # With all heads nothing differs.
+    layers = ["mlp.gate_proj", "mlp.up_proj"]
+    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "mlp", {"params": 0.8}, layers=layers, **FAST)
+    with pytest.raises(
+        ConfigError, match=rf"must put out what the pruned block does, got {got}; prune .*layers.0, {kind.__name__}"
+    ):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
+    assert not list((tmp_path / "small").glob("model-00002*"))
+
+
 def test_a_model_without_values_is_told_where_to_go():
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(llama_config())

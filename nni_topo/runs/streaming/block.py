@@ -213,9 +213,14 @@ def _flat(skeleton: Skeleton, call: Call, index: int) -> tuple[list[Any], TreeSp
     """Return a block's arguments in a call, flattened, and the shape of the states without the samples."""
     args, kwargs = skeleton.entering(call, index)
     states = args[0] if args else kwargs[STATES]
-    given = ((_STATES, *args[1:]), kwargs) if args else (args, {**kwargs, STATES: _STATES})
-    leaves, spec = tree_flatten(given)
+    leaves, spec = tree_flatten(with_states((args, kwargs), _STATES))
     return leaves, spec, states.shape[1:]
+
+
+def with_states(call: Call, states: Any) -> Call:
+    """Return a call of a block with other states."""
+    args, kwargs = call
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, STATES: states})
 
 
 def _differ(one: Any, other: Any) -> bool:

@@ -56,10 +56,14 @@ from nni_topo.network.runtime import (
     bar,
     bind_arguments,
     calls,
+    cast_floats,
+    detached_copy,
     evaluation_mode,
     fitting,
     on_device,
+    out_of_memory,
     real_positions_of,
+    taken,
     tells_once,
 )
 from nni_topo.network.speedup import DenseReport
@@ -68,11 +72,11 @@ from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size, check_layers
-from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering
+from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering, with_states
 from nni_topo.runs.streaming.journal import FOLDER, REPORT, WRITTEN, Journal, finished_report
 from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_report, as_row
 from nni_topo.runs.streaming.shards import CONFIG, INDEX, SINGLE, Shards, write_index
-from nni_topo.runs.streaming.skeleton import Skeleton, output_length, states_of
+from nni_topo.runs.streaming.skeleton import Skeleton, empty_model, output_length, states_of
 
 _COSTS = ("flops", "params")
 _COPIES = 16  # of a block while it is pruned, comparisons in double precision included, as measured
@@ -80,6 +84,10 @@ _LEARNING = 20  # values as large as the states that a block keeps for its gradi
 _LEARNED_AT_ONCE = 64  # samples of a step of distillation
 _LARGE = 2**20  # parameters of a block that is worth freeing at once
 _CACHE = 2**28  # bytes for intermediate values of a block
+_COMPARED = 2  # samples on which the written block is compared with the pruned one
+# How far their outputs may be apart: a share of what the block adds, as a GPU may multiply in less than single
+# precision, and a share of what it puts out, for rounding.
+_ALIKE, _ROUNDED = 1e-2, 1e-5
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
 _logger = logging.getLogger(__name__)
 
@@ -169,7 +177,8 @@ def shrink_pretrained(
     ConfigError
         If the folders, the device or a knob can't be used, ``folder`` holds a run with other arguments or other files,
         the budget is smaller than what the embeddings and the head take, the model isn't one of Transformers with one
-        list of blocks, or its config can't describe the pruned widths.
+        list of blocks, or its config can't describe the pruned blocks: ``from_pretrained`` would build others, of other
+        shapes or, as on a batch of each block, with other outputs.
     DataError
         If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
         differ in length, or the disk or the memory isn't enough. Blocks that are finished stay on the disk.
@@ -359,6 +368,7 @@ class _Run:
         self._round_to, self._seed = round_to, seed
         self._is_held_out = calibration.split()[1] is not None
         self._config_path = journal.folder / CONFIG
+        self._described_skeleton: Skeleton | None = None  # of the model that the written config builds
         if journal.rows:
             # A run that goes on doesn't run the first block, which shows it.
             skeleton.output_length = int(journal.rows[0]["output_length"])
@@ -576,27 +586,56 @@ class _Run:
             with disk_errors(self._config_path):
                 config.save_pretrained(self._journal.folder)
             write_json(self._journal.folder / FOLDER / "widths.json", widths)
-        shapes = {name: tuple(value.shape) for name, value in self._built().state_dict().items()}
+        if self._described_skeleton is None:
+            config = type(self._skeleton.model).config_class.from_pretrained(self._journal.folder)
+            self._described_skeleton = self._skeleton.described(config)
+        shapes = {
+            name: tuple(value.shape) for name, value in self._described_skeleton.blocks[index].state_dict().items()
+        }
         for name, tensor in tensors.items():
-            expected = shapes.get(f"{self._skeleton.name_of(index)}.{name}")
+            expected = shapes.get(name)
             if expected != tuple(tensor.shape):
                 raise ConfigError(
                     f"all blocks must keep the same widths, as the config has one number for all, got "
                     f"{tuple(tensor.shape)} where it makes {expected} ({self._skeleton.name_of(index)}.{name})"
                 )
+        self._check_computes(index, self._described_skeleton, dense, tensors)
         types = {name: tensor.dtype for name, tensor in unpruned.block.state_dict().items()}  # those of the files
         values = {keys[name]: tensor.to(types[name]) for name, tensor in tensors.items()}
         self._journal.write_weights(self._file(index + 1), values)
 
-    def _built(self, config: Any = None) -> Any:
-        """Build the model without weights by the pruned config."""
-        from accelerate import init_empty_weights
+    def _check_computes(self, index: int, described: Skeleton, dense: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ConfigError unless the block that the written config builds puts out what the pruned block does.
 
-        kind = type(self._skeleton.model)
-        if config is None:
-            config = kind.config_class.from_pretrained(self._journal.folder)
-        with init_empty_weights():
-            return kind._from_config(copy.deepcopy(config))
+        What a class computes from its config, such as a scale from the number of heads, shows in no shape.
+        """
+        states = self._journal.states(1)[0]
+        few = torch.arange(min(_COMPARED, len(states[STATES])))
+        call, entered = taken(self._calls[0], few), states[STATES][few].to(self._skeleton.device)
+        wide = torch.promote_types(entered.dtype, torch.float32)
+        entered = entered.to(wide)
+        place = f"{self._skeleton.name_of(index)}, {type(self._skeleton.model).__name__}"
+        rule = "the block that from_pretrained builds by the config must put out what the pruned block does"
+        cure = "prune other layers only (layers), or use nni_topo.shrink and nni_topo.save in memory"
+        outputs = []
+        try:
+            for skeleton, block in (
+                (self._skeleton, detached_copy(dense.block)),
+                (described, described.filled(index, tensors)),
+            ):
+                args, kwargs = cast_floats(with_states(skeleton.entering(call, index), entered), wide)
+                with evaluation_mode(block), torch.no_grad():
+                    outputs.append(states_of(block.to(wide)(*args, **kwargs)).double())
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if out_of_memory(error) or not outputs:
+                raise
+            told = " ".join(str(error).split())
+            raise ConfigError(f"{rule}, got {type(error).__name__}: {told}; {cure} ({place})") from error
+        wanted, found = outputs
+        apart, added = float((wanted - found).norm()), float((wanted - entered).norm())
+        if not apart <= _ALIKE * added + _ROUNDED * float(wanted.norm()):
+            share = f"{apart / added:.2g} times what the block adds to the states" if added else f"{apart:.2g}"
+            raise ConfigError(f"{rule}, got outputs that differ by {share}; {cure} ({place})")
 
     def _described(self, unpruned: BlockNet, dense: Any, pruned: Sequence[str]) -> Any:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
@@ -616,7 +655,7 @@ class _Run:
                 validate = getattr(candidate, "validate", None)  # of Transformers 5
                 if callable(validate):
                     validate()
-                built = self._built(candidate).state_dict()
+                built = empty_model(type(self._skeleton.model), candidate).state_dict()
             except Exception as error:  # a constructor may refuse such numbers in its own words
                 different = different or " ".join(str(error).split())
                 continue

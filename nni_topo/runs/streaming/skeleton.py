@@ -66,19 +66,39 @@ class Skeleton:
                 f"a folder of Transformers needs the packages {' and '.join(_PACKAGES)}, got none of "
                 f"{listed(missing)} (shrink_pretrained)"
             )
-        self.model: Any = _without_weights(shards.folder)
-        self.prefix = str(getattr(self.model, "base_model_prefix", ""))
-        self.blocks_name, blocks = _blocks_of(self.model, shards.folder)
-        self.blocks: list[Any] = list(blocks)
+        model = _without_weights(shards.folder)
+        self.prefix = str(getattr(model, "base_model_prefix", ""))
+        self.blocks_name = _blocks_of(model, shards.folder)
         self.output_length = 0  # of the tuple that a block returns; 0: it returns a tensor
         self._visit: _Visit | None = None
+        self._take(model)
+        self._load_rest()
+
+    def _take(self, model: Any) -> None:
+        """Let the blocks of a model without weights record what enters them, and move its buffers to the device."""
+        self.model = model
+        self.blocks: list[Any] = list(model.get_submodule(self.blocks_name))
         for index, block in enumerate(self.blocks):
             block.forward = self._recorder(index)
-        for module in self.model.modules():
+        for module in model.modules():
             # The weights of the blocks, which have no values, can't be moved with them.
             for name, buffer in list(module.named_buffers(recurse=False)):
-                module._buffers[name] = buffer.to(device)
-        self._load_rest()
+                module._buffers[name] = buffer.to(self.device)
+
+    def described(self, config: Any) -> Skeleton:
+        """Return a skeleton of the model that another config builds; it shares the tensors outside of the blocks."""
+        other = copy.copy(self)
+        other._take(empty_model(type(self.model), config))
+        inside = f"{self.blocks_name}."
+        rest = {
+            name: tensor
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if not name.startswith(inside)
+        }
+        other.model.load_state_dict(rest, strict=False, assign=True)
+        other.model.tie_weights()
+        other.model.eval().requires_grad_(False)
+        return other
 
     @property
     def config(self) -> Any:
@@ -122,6 +142,13 @@ class Skeleton:
         if self._transposed(index):
             built = as_torch_layers(built)
         return built.eval().requires_grad_(True)
+
+    def filled(self, index: int, tensors: Mapping[str, Tensor]) -> Any:
+        """Return a copy of a block with tensors as its class keeps them, in evaluation mode."""
+        built = copy.deepcopy(self.blocks[index])
+        vars(built).pop("forward", None)
+        built.load_state_dict(tensors, assign=True)
+        return built.eval()
 
     def _transposed(self, index: int) -> list[str]:
         """Return the names of a block's weights that its class keeps transposed, as GPT-2 does."""
@@ -224,10 +251,17 @@ class Skeleton:
             return self.model(*call[0], **call[1])
 
 
-def _without_weights(folder: Path) -> Any:
-    """Build the model that a folder's config describes; parameters are on the meta device, other buffers aren't."""
-    import transformers
+def empty_model(kind: Any, config: Any) -> Any:
+    """Build a model by a config; parameters are on the meta device, buffers aren't."""
     from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return kind._from_config(copy.deepcopy(config))
+
+
+def _without_weights(folder: Path) -> Any:
+    """Build the model that a folder's config describes, without weights."""
+    import transformers
 
     path = folder / CONFIG
     with reading(path, "a model's config", "of JSON"):
@@ -242,8 +276,7 @@ def _without_weights(folder: Path) -> Any:
         config = kind.config_class.from_pretrained(folder)
         if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(f"weights must be floating-point, got a quantised model ({path})")
-        with init_empty_weights(include_buffers=False):
-            model = kind._from_config(config)
+        model = empty_model(kind, config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -255,8 +288,8 @@ def _without_weights(folder: Path) -> Any:
     return model
 
 
-def _blocks_of(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
-    """Return the list of blocks that holds most parameters."""
+def _blocks_of(model: Any, folder: Path) -> str:
+    """Return the name of the list of blocks that holds most parameters."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError(
             "a model must have one list of blocks, got an encoder and a decoder; nni_topo.shrink takes it in memory "
@@ -285,7 +318,7 @@ def _blocks_of(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
                 f"{first.get(key, 'none')} and {shapes.get(key, 'none')} for {key}; nni_topo.shrink takes it in memory "
                 f"({name}.0 and {name}.{index}, {folder})"
             )
-    return name, blocks
+    return name
 
 
 def output_length(output: Any) -> int:
