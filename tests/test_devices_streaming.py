@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import nni_topo
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.streaming import shrinking
 
 transformers = pytest.importorskip("transformers")
@@ -96,13 +96,21 @@ def test_the_same_channels_are_kept(device, name, tmp_path):
     assert reports[1].likeness.distance.value == pytest.approx(reports[0].likeness.distance.value, rel=1e-3)
 
 
-@pytest.mark.parametrize("steps", [0, 20])
+@pytest.mark.parametrize("steps", [0, 40])
 def test_solved_and_learned_weights_are_near(device, steps, source, tmp_path):
+    reports = []
     for place in ("cpu", device):
-        knobs = SOLVED | {"distill": {"steps": steps, "lr": 1e-3} if steps else False, "device": place}
+        knobs = SOLVED | {"distill": {"steps": steps, "lr": 3e-3} if steps else False, "device": place}
         target = tmp_path / str(place).replace(":", "")
-        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
-    check_close(tmp_path / "cpu", tmp_path / str(device).replace(":", ""), share=1e-2 if steps else 1e-3)
+        reports.append(nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs))
+    rows = [report.blocks for report in reports]
+    assert [row.is_distilled for row in rows[1]] == [row.is_distilled for row in rows[0]]
+    assert any(row.is_distilled for row in rows[0]) == bool(steps)
+    assert [row.distance for row in rows[1]] == pytest.approx(
+        [row.distance for row in rows[0]], rel=0.05 if steps else 1e-3
+    )
+    if device.type == "far" or not steps:  # AdamW makes steps of one size from gradients that are mere rounding
+        check_close(tmp_path / "cpu", tmp_path / str(device).replace(":", ""), share=1e-2 if steps else 1e-3)
 
 
 def test_blocks_lie_on_the_device_and_states_do_not(device, source, tmp_path, monkeypatch):
@@ -163,6 +171,15 @@ def test_a_device_that_is_not_there_is_told(source, tmp_path, device, words):
     with pytest.raises(ConfigError, match=words):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **SELECTED, device=device)
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_does_not_fit_into_the_memory_of_the_device_is_told(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**30))
+    words = r"statistics and states \(on cuda\) must fit into memory, got 0.25 GiB for 0.00 GiB that are free"
+    with pytest.raises(DataError, match=words):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **SELECTED, device="cuda")
 
 
 @pytest.mark.slow
