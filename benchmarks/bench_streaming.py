@@ -7,6 +7,11 @@ process of its own on one thread, and writes a line per model to ``streaming.jso
 above what the imports take, CPU seconds for each block, and how far the states are from the unpruned ones after the
 last block. The weights are random: what is measured is memory and time. The same command goes on where it was stopped.
 
+    python benchmarks/bench_streaming.py --out runs/streaming --device cuda --widths 2048 --blocks 4 --samples 256
+
+runs models of one's own choice, on a GPU: one for each width, number of blocks, number of samples and number of steps.
+Its lines also have the GPU's name, the peak of its memory and wall seconds for each block, and a table of their own.
+
     python benchmarks/bench_streaming.py --out benchmarks/records --into benchmarks/results/transformers.md
 
 writes the table of the records into a page, between the two comments that name this file.
@@ -15,12 +20,15 @@ writes the table of the records into a page, between the two comments that name 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +50,46 @@ CASES = (
 )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, run what is missing, print the table or write it into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--into", type=Path, metavar="PAGE", help="page whose table is replaced; nothing is run")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--widths", type=int, nargs="+", help="multiples of 512; default: the models of the table")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[3], help="with --widths; default: 3")
+    parser.add_argument("--samples", type=int, nargs="+", default=[16], help="with --widths; default: 16")
+    parser.add_argument("--steps", type=int, nargs="+", default=[0], help="of distillation, with --widths; default: 0")
     parser.add_argument("--case", type=int, nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     path = options.out / "streaming.jsonl"
     if options.case is not None:
-        print(json.dumps(measured(options.out, *options.case)))
+        print(json.dumps(measured(options.out, *options.case, device=options.device)))
         return
     if options.into is not None:
         page = options.into.read_text(encoding="utf-8")
         options.into.write_text(with_tables(page, SOURCE, table(read_records(path))), encoding="utf-8")
         return
     options.out.mkdir(parents=True, exist_ok=True)
+    cases: Iterable[tuple[int, ...]] = CASES
+    if options.widths is not None:
+        cases = itertools.product(options.widths, options.blocks, options.samples, options.steps)
     done = {tuple(record["key"]) for record in read_records(path)}
-    for case in CASES:
-        if case in done:
+    for case in cases:
+        key = case if options.device == "cpu" else (*case, options.device)
+        if key in done:
             continue
         command = [sys.executable, __file__, "--out", str(options.out), "--case", *map(str, case)]
+        command += ["--device", options.device]
         found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         record = json.loads(found.stdout.splitlines()[-1])
-        append_record(path, {"key": list(case), **record})
-        print(case, record, flush=True)
-    print(table(read_records(path)))
+        append_record(path, {"key": list(key), **record})
+        print(key, record, flush=True)
+    for text in (table(read_records(path)), device_table(read_records(path))):
+        print(text)
 
 
-def measured(out: Path, width: int, blocks: int, samples: int, steps: int) -> dict[str, Any]:
+def measured(out: Path, width: int, blocks: int, samples: int, steps: int, *, device: str = "cpu") -> dict[str, Any]:
     """Make a model, prune it, and return what it took."""
     # What is imported here doesn't count.
     import accelerate  # noqa: F401
@@ -80,13 +99,18 @@ def measured(out: Path, width: int, blocks: int, samples: int, steps: int) -> di
     import nni_topo
     import nni_topo.runs.streaming
 
-    torch.set_num_threads(1)
+    where = torch.device(device)
+    if where.type == "cpu":
+        torch.set_num_threads(1)
+    else:
+        torch.zeros((), device=where)  # the memory of the machine that a device takes doesn't count either
     source, target = out / f"llama-{width}-{blocks}", out / f"llama-{width}-{blocks}-small"
     for folder in (source, target):
         shutil.rmtree(folder, ignore_errors=True)
     # In a process of its own, for it holds the whole model.
-    made = "import bench_streaming, sys; bench_streaming.make(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
-    command = [sys.executable, "-c", made, str(source.resolve()), str(width), str(blocks)]
+    made = "import bench_streaming, sys; bench_streaming.make(sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4])"
+    drawn_on = device if where.type == "cuda" else "cpu"
+    command = [sys.executable, "-c", made, str(source.resolve()), str(width), str(blocks), drawn_on]
     subprocess.run(command, check=True, cwd=Path(__file__).parent)
     generator = torch.Generator().manual_seed(0)
     shape = (SAMPLES_A_BATCH, LENGTH)
@@ -97,7 +121,8 @@ def measured(out: Path, width: int, blocks: int, samples: int, steps: int) -> di
     peak = Peak()
     began = time.process_time()
     distill: Any = {"steps": steps} if steps else False
-    report = nni_topo.shrink_pretrained(source, batches, target, {"params": SHARE}, distill=distill, progress=True)
+    knobs: Any = {"distill": distill, "device": where, "progress": True}
+    report = nni_topo.shrink_pretrained(source, batches, target, {"params": SHARE}, **knobs)
     seconds = time.process_time() - began
     found = {
         "params": report.params_before,
@@ -105,16 +130,20 @@ def measured(out: Path, width: int, blocks: int, samples: int, steps: int) -> di
         "outside_params": report.params_before - sum(row.params_before for row in report.blocks),
         "peak_mib": round(peak.stop()),
         "cpu_seconds_a_block": round(seconds / blocks, 1),
+        "seconds_a_block": round(statistics.median(row.seconds for row in report.blocks), 2),
         "distance": report.blocks[-1].distance,
         "left": report.budget.left,
     }
+    if where.type == "cuda":
+        found["device_name"] = torch.cuda.get_device_name(where)
+        found["device_peak_mib"] = round(torch.cuda.max_memory_allocated(where) / 2**20)
     shutil.rmtree(target)
     shutil.rmtree(source)
     return found
 
 
-def make(folder: str, width: int, blocks: int) -> None:
-    """Write a model with random weights."""
+def make(folder: str, width: int, blocks: int, device: str = "cpu") -> None:
+    """Write a model with random weights, drawn on a device."""
     import torch
     import transformers
 
@@ -129,7 +158,9 @@ def make(folder: str, width: int, blocks: int) -> None:
         dtype="bfloat16",
     )
     torch.set_default_dtype(torch.bfloat16)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="500MB")
 
 
 class Peak:
@@ -161,9 +192,11 @@ class Peak:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return Markdown: what each model took."""
+    """Return Markdown: what each model took on the CPU."""
     rows = []
     for record in records:
+        if len(record["key"]) > 4:
+            continue
         width, blocks, samples, steps = record["key"]
         two_bytes = 2.0 / 2**20
         rows.append(
@@ -183,6 +216,34 @@ def table(records: list[dict[str, Any]]) -> str:
     head = ["parameters", "width", "blocks", "tokens", "steps of distillation", "weights, MiB"]
     head += ["embeddings and head, MiB", "a block, MiB", "peak, MiB", "CPU s a block"]
     return markdown_table(head, rows, text_columns=0)
+
+
+def device_table(records: list[dict[str, Any]]) -> str:
+    """Return Markdown: what each model took on another device; empty where none was run."""
+    rows = []
+    for record in records:
+        if len(record["key"]) == 4:
+            continue
+        width, blocks, samples, steps, device = record["key"]
+        two_bytes = 2.0 / 2**20
+        rows.append(
+            [
+                record.get("device_name", device),
+                f"{record['params'] / 1e6:,.0f} M",
+                str(width),
+                str(blocks),
+                f"{samples * LENGTH:,}",
+                str(steps),
+                f"{record['params'] * two_bytes:,.0f}",
+                f"{record['block_params'] * two_bytes:,.0f}",
+                f"{record['device_peak_mib']:,}" if "device_peak_mib" in record else "",
+                f"{record['peak_mib']:,}",
+                f"{record['seconds_a_block']:.1f}",
+            ]
+        )
+    head = ["device", "parameters", "width", "blocks", "tokens", "steps of distillation", "weights, MiB"]
+    head += ["a block, MiB", "peak of the device, MiB", "peak of the machine, MiB", "s a block"]
+    return markdown_table(head, rows, text_columns=1) if rows else ""
 
 
 if __name__ == "__main__":

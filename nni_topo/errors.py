@@ -512,8 +512,14 @@ def free_memory() -> int:
     return max(0, min(free))
 
 
-def check_memory(needed: float, what: str, cure: str, place: str) -> None:
-    """Raise DataError, with the knob that makes it less, where so many bytes aren't free for what comes next."""
-    if needed > _SMALL and needed > (free := free_memory()):
+def check_memory(needed: float, what: str, cure: str, place: str, free: int | None = None) -> None:
+    """Raise DataError, with the knob that makes it less, where so many bytes aren't free for what comes next.
+
+    ``free``: the free bytes of a device; None: those of the machine.
+    """
+    if needed <= _SMALL:
+        return
+    free = free_memory() if free is None else free
+    if needed > free:
         got = f"{needed / 2**30:.2f} GiB for {free / 2**30:.2f} GiB that are free"
         raise DataError(f"{what} must fit into memory, got {got}: {cure} ({place})")

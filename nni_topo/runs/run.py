@@ -363,8 +363,9 @@ def build_model(model: ModelChoice, data: zoo.DataBundle, seed: int) -> nn.Modul
     )
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str | torch.device) -> torch.device:
     """Return a device that PyTorch can compute on here, else ConfigError; ``auto``: CUDA if there, else the CPU."""
+    name = str(name)
     there = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if there else "cpu")

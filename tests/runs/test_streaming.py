@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.streaming import shrinking
 from nni_topo.runs.streaming.journal import Journal
-from nni_topo.runs.streaming.shards import Shards
+from nni_topo.runs.streaming.shards import Shards, write_index
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -59,10 +60,14 @@ def source(tmp_path):
 
 
 def files_of(folder):
+    """By file a digest of its content, without the seconds that a report holds."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            found[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+            content = path.read_bytes()
+            if path.name == "shrink_pretrained.json":
+                content = re.sub(rb'"seconds": [^,\n]+', b"", content)
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
     return found
 
 
@@ -315,6 +320,46 @@ def test_widths_that_no_config_describes_are_told_after_the_first_block(tmp_path
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mlp").config.ffn_dim < 24
 
 
+class ScaledByHeads(transformers.LlamaForCausalLM):
+    """Attention that is scaled by the width for each head, which its shapes don't show."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.model.layers:
+            block.self_attn.scaling = self.scale(config)
+
+    def scale(self, config):
+        return (config.num_attention_heads / config.hidden_size) ** 0.5
+
+
+class LimitedByHeads(ScaledByHeads):
+    """Attention that fails with fewer than four heads."""
+
+    def scale(self, config):
+        return 0.5 if config.num_attention_heads >= 4 else "unknown"
+
+
+@pytest.mark.parametrize(
+    ("kind", "got"),
+    [
+        (ScaledByHeads, r"outputs that differ by 0\.\d+ times what the block adds to the states"),
+        (LimitedByHeads, r"TypeError: .*"),
+    ],
+)
+def test_a_block_that_its_config_builds_otherwise_is_told(tmp_path, monkeypatch, kind, got):
+    # Transformers replaces its own module when a model is first imported.
+    monkeypatch.setattr(sys.modules["transformers"], kind.__name__, kind, raising=False)
+    source = saved(kind, llama_config(initializer_range=0.5), tmp_path / "source")
+    # With all heads nothing differs.
+    layers = ["mlp.gate_proj", "mlp.up_proj"]
+    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "mlp", {"params": 0.8}, layers=layers, **FAST)
+    with pytest.raises(
+        ConfigError, match=rf"must put out what the pruned block does, got {got}; prune .*layers.0, {kind.__name__}"
+    ):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
+    assert not list((tmp_path / "small").glob("model-00002*"))
+
+
 def test_a_model_without_values_is_told_where_to_go():
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(llama_config())
@@ -471,8 +516,54 @@ def test_a_folder_that_is_complete_is_told(source, tmp_path):
     nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
     # A run may be killed while it deletes its states, after the journal.
     (target / ".shrink_pretrained" / "states-2").mkdir(parents=True)
+    (target / "shrink_pretrained.json").unlink()
     with pytest.raises(ConfigError, match="a run that was stopped, got a whole model there"):
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+
+
+def test_a_finished_folder_returns_its_report(source, tmp_path, monkeypatch):
+    target, knobs = tmp_path / "small", FAST | {"compensate": "reconstruct"}
+    report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs)
+    before = files_of(target)
+    assert str(tmp_path) not in (target / "shrink_pretrained.json").read_text()
+    # A run may be killed while it deletes its journal, after the report was written.
+    (target / ".shrink_pretrained" / "states-2").mkdir(parents=True)
+    (target / ".shrink_pretrained" / "journal.json").write_text("{}")
+    # Nothing is written, so that a full disk is enough.
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+        again = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs, card=False)
+    assert again == report
+    assert repr(again) == repr(report)
+    assert files_of(target) == before
+    for changes, words in (
+        ({"budget": {"params": 0.6}}, "budget"),
+        ({"seed": 1}, "seed"),
+        ({"batches": tokens(seed=1), "pruner": "reconstruction"}, r"batches, pruner \(a loader that shuffles .*\)"),
+    ):
+        given = {"batches": tokens(), "budget": {"params": 0.7}} | knobs | changes
+        with pytest.raises(ConfigError, match=rf"must be asked for with the same settings, got others: {words}; del"):
+            nni_topo.shrink_pretrained(source, folder=target, **given)
+    assert files_of(target) == before
+
+
+@pytest.mark.parametrize("change", ["lost", "longer"])
+def test_a_finished_folder_whose_weights_were_changed_is_told(source, tmp_path, change):
+    target = tmp_path / "small"
+    nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+    path = target / "model-00002-of-00003.safetensors"
+    path.unlink() if change == "lost" else path.write_bytes(path.read_bytes() + b"more")
+    got = "none" if change == "lost" else r"\d+ bytes where it wrote \d+"
+    with pytest.raises(DataError, match=rf"the files that its run wrote, got {got} \(.*model-00002-of"):
+        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+
+
+def test_a_pruned_folder_is_pruned_again(source, tmp_path):
+    first = nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.8}, **FAST)
+    second = nni_topo.shrink_pretrained(tmp_path / "small", tokens(), tmp_path / "less", {"params": 0.8}, **FAST)
+    assert second.params_before == first.params
+    again = nni_topo.shrink_pretrained(tmp_path / "small", tokens(), tmp_path / "less", {"params": 0.8}, **FAST)
+    assert again == second
 
 
 def test_the_journal_goes_before_the_states(tmp_path, monkeypatch):
@@ -480,7 +571,9 @@ def test_the_journal_goes_before_the_states(tmp_path, monkeypatch):
     journal.begin_states()
     journal.end_states(0)
     monkeypatch.setattr("nni_topo.runs.streaming.journal.shutil.rmtree", lambda *args, **kwargs: None)
-    journal.finish()
+    journal.write_weights("model-00001-of-00001.safetensors", {"weight": torch.ones(2)})
+    write_index(tmp_path, {"model-00001-of-00001.safetensors": ["weight"]}, 8)
+    journal.finish({})
     assert [path.name for path in (tmp_path / ".shrink_pretrained").iterdir()] == ["states-0"]
 
 

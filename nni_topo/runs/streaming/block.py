@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime import Call, batch_size, bind_arguments, real_positions, taken
+from nni_topo.network.runtime import Call, batch_size, bind_arguments, on_device, real_positions, taken
 from nni_topo.runs.streaming.skeleton import Skeleton, states_of
 
 STATES, UNPRUNED, PADDING_MASK = "hidden_states", "unpruned_states", "attention_mask"
@@ -97,7 +97,7 @@ class Entered:
     """What enters a block in all batches, apart from the states."""
 
     frame: Frame
-    batches: list[dict[str, Any]]  # inputs of `BlockNet` without the states
+    batches: list[dict[str, Any]]  # inputs of `BlockNet` without the states, on the CPU
 
 
 def entering(skeleton: Skeleton, calls: Sequence[Call], index: int) -> Entered:
@@ -124,7 +124,7 @@ def entering(skeleton: Skeleton, calls: Sequence[Call], index: int) -> Entered:
         elif all(isinstance(other, Tensor) and other.dim() > 0 and len(other) == 1 for other in column):
             # It is broadcast over the samples.
             for row, call in zip(rows, calls, strict=True):
-                row[place] = row[place].expand(batch_size(call), *row[place].shape[1:])
+                row[place] = row[place].cpu().expand(batch_size(call), *row[place].shape[1:])
             extras.append(place)
         else:
             raise ConfigError(
@@ -138,7 +138,7 @@ def entering(skeleton: Skeleton, calls: Sequence[Call], index: int) -> Entered:
         )
     batches: list[dict[str, Any]] = []
     for row, call in zip(rows, calls, strict=True):
-        batch: dict[str, Any] = {_EXTRA.format(number): row[place] for number, place in enumerate(extras)}
+        batch: dict[str, Any] = {_EXTRA.format(number): row[place].cpu() for number, place in enumerate(extras)}
         mask = real_positions(bind_arguments(skeleton.model, call))
         if mask is not None and mask.shape[1] == places:
             batch[PADDING_MASK] = mask.long()
@@ -152,7 +152,8 @@ def _leaves(
     """Return a block's arguments, flattened, batch by batch, which of them have samples, and the number of places.
 
     None if an argument is a tensor in some batches and None in others. ``adds_padding``: the model is called with one
-    more sample, which has padding, and what it brings is dropped.
+    more sample, which has padding, and what it brings is dropped. The arguments of the first batch lie on the model's
+    device, those of the others on the CPU.
     """
     if adds_padding:
         calls = [_with_padding(call) for call in calls]
@@ -170,7 +171,8 @@ def _leaves(
         if spec is not None and (own != spec or any(_differ(*pair) for pair in zip(leaves, rows[0], strict=True))):
             return None
         spec = own
-        rows.append(leaves)
+        # A mask of each batch may take more than a block: no more than one batch's are on the device.
+        rows.append(on_device(leaves, torch.device("cpu")) if rows else leaves)
     assert spec is not None  # calibration data have a batch
     assert length is not None
     by_sample: set[int] = set()
@@ -211,9 +213,14 @@ def _flat(skeleton: Skeleton, call: Call, index: int) -> tuple[list[Any], TreeSp
     """Return a block's arguments in a call, flattened, and the shape of the states without the samples."""
     args, kwargs = skeleton.entering(call, index)
     states = args[0] if args else kwargs[STATES]
-    given = ((_STATES, *args[1:]), kwargs) if args else (args, {**kwargs, STATES: _STATES})
-    leaves, spec = tree_flatten(given)
+    leaves, spec = tree_flatten(with_states((args, kwargs), _STATES))
     return leaves, spec, states.shape[1:]
+
+
+def with_states(call: Call, states: Any) -> Call:
+    """Return a call of a block with other states."""
+    args, kwargs = call
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, STATES: states})
 
 
 def _differ(one: Any, other: Any) -> bool:
@@ -223,7 +230,7 @@ def _differ(one: Any, other: Any) -> bool:
 
 def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
     if _differ(one, other):
         return False
     return one is other or bool(one == other)

@@ -1,7 +1,9 @@
-"""What a run that was killed has done: finished blocks and their states, in a folder beside the weights."""
+"""What a run has done: finished blocks and their states, in a folder beside the weights, and at the end its report."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +13,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nni_topo.disk import disk_errors, read_json, reading, write_json
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.streaming.shards import INDEX, write_shard
 
 FOLDER = ".shrink_pretrained"
+REPORT = "shrink_pretrained.json"
+"""The report of a finished run, with digests of its settings and the sizes of the files that it wrote."""
 WRITTEN = "model-*-of-*.safetensors"  # files of weights
 _FILE = "journal.json"
 _PART = "part"
@@ -38,7 +42,7 @@ class Journal:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder, self._place = folder, folder / FOLDER
-        self._settings = dict(settings)
+        self._settings = _digests(settings)
         found = read_json(self._place / _FILE, "the journal of a run")
         if isinstance(found, dict) and not found.get("done") and found.get("settings") != self._settings:
             self._begin_anew()  # no block was finished, so that nothing is lost
@@ -54,16 +58,7 @@ class Journal:
                 )
             self.note(0)  # before any other file, so that a run which is killed early may begin again
             return
-        known = found.get("settings") if isinstance(found, dict) else None
-        if known != self._settings:
-            different = []
-            if isinstance(known, dict):
-                different = sorted(key for key in known if known[key] != self._settings.get(key))
-            hint = " (a loader that shuffles gives other batches each time)" if "batches" in different else ""
-            raise ConfigError(
-                "a run that was stopped must go on with the same settings, got others: "
-                f"{', '.join(different) or 'all'}{hint}; delete the folder to begin anew ({folder})"
-            )
+        _check_settings(found, self._settings, "a run that was stopped must go on with", folder)
         self._content = found
         for path in folder.glob("*.part"):  # a file that was written when the run was killed
             path.unlink(missing_ok=True)
@@ -137,8 +132,56 @@ class Journal:
                 found.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
         return found
 
-    def finish(self) -> None:
-        """Delete the journal and the states: the folder is complete."""
-        # The journal first: one without states would say that the run must go on, which it can't.
-        (self._place / _FILE).unlink(missing_ok=True)
-        shutil.rmtree(self._place, ignore_errors=True)
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Write the report, and delete the journal and the states: the folder is complete."""
+        files = {file: (self.folder / file).stat().st_size for file in (*self.files, INDEX)}
+        write_json(self.folder / REPORT, {"settings": self._settings, "files": files, "report": report})
+        _delete(self.folder)
+
+
+def finished_report(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the report of a finished run holds, and delete what is left of the run if it was killed at its end.
+
+    ConfigError for a run with other settings, DataError where a file of the model is missing or has another size.
+    """
+    found = read_json(folder / REPORT, "the report of a run")
+    _check_settings(found, _digests(settings), "a finished model must be asked for with", folder)
+    for file, nbytes in found["files"].items():
+        path = folder / file
+        size = path.stat().st_size if path.is_file() else None
+        if size != nbytes:
+            got = "none" if size is None else f"{size} bytes where it wrote {nbytes}"
+            raise DataError(f"a finished model must have the files that its run wrote, got {got} ({path})")
+    _delete(folder)
+    report: dict[str, Any] = found["report"]
+    return report
+
+
+def _delete(folder: Path) -> None:
+    """Delete the journal and the states."""
+    # The journal first: one without states would say that the run must go on, which it can't.
+    (folder / FOLDER / _FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+
+
+def _digests(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return a digest of each setting: they name folders of this machine, and a report goes where its model goes."""
+    found = {}
+    for name, value in settings.items():
+        found[name] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return found
+
+
+def _check_settings(found: Any, settings: Mapping[str, str], rule: str, folder: Path) -> None:
+    """Raise ConfigError for the journal or the report of a run with other settings."""
+    known = found.get("settings") if isinstance(found, dict) else None
+    if known == settings:
+        return
+    different = []
+    if isinstance(known, dict):
+        different = sorted(key for key in known if known[key] != settings.get(key))
+    hint = " (a loader that shuffles gives other batches each time)" if "batches" in different else ""
+    raise ConfigError(
+        f"{rule} the same settings, got others: {', '.join(different) or 'all'}{hint}; delete the folder to begin anew "
+        f"({folder})"
+    )

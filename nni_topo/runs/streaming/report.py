@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nni_topo.network.runtime import ModelReport, as_code, as_sentence, markdown_table
 from nni_topo.network.speedup import sizes_in_markdown
 from nni_topo.pruners.budget import BudgetOutcome
-from nni_topo.recovery.likeness import Likeness
+from nni_topo.recovery.likeness import Estimate, Likeness
 
 if TYPE_CHECKING:
     import pandas
@@ -149,6 +149,21 @@ class StreamingReport(ModelReport):
         if self.warnings:
             parts += ["## Warnings", "\n".join(f"- {as_sentence(each)}" for each in self.warnings)]
         return "\n\n".join(parts)
+
+
+def as_report(content: dict[str, Any]) -> StreamingReport:
+    """Return a report from what a file holds of it."""
+    return StreamingReport(
+        **content
+        | {
+            "blocks": tuple(as_row(row) for row in content["blocks"]),
+            "widths": {name: (before, after) for name, (before, after) in content["widths"].items()},
+            "budget": BudgetOutcome(**content["budget"]),
+            "likeness": Likeness(**{name: Estimate(**each) for name, each in content["likeness"].items()}),
+            "warnings": tuple(content["warnings"]),
+            "changed_since": tuple(content["changed_since"]),
+        }
+    )
 
 
 def as_row(content: dict[str, Any]) -> BlockRow:

@@ -29,6 +29,7 @@ from nni_topo.disk import (
     only_process,
     path_of,
     read_json,
+    reading,
     write_json,
     write_text,
 )
@@ -55,21 +56,27 @@ from nni_topo.network.runtime import (
     bar,
     bind_arguments,
     calls,
+    cast_floats,
+    detached_copy,
     evaluation_mode,
     fitting,
+    on_device,
+    out_of_memory,
     real_positions_of,
+    taken,
     tells_once,
 )
 from nni_topo.network.speedup import DenseReport
 from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.likeness import Answers
+from nni_topo.runs.run import resolve_device
 from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size, check_layers
-from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering
-from nni_topo.runs.streaming.journal import FOLDER, WRITTEN, Journal
-from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_row
+from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering, with_states
+from nni_topo.runs.streaming.journal import FOLDER, REPORT, WRITTEN, Journal, finished_report
+from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_report, as_row
 from nni_topo.runs.streaming.shards import CONFIG, INDEX, SINGLE, Shards, write_index
-from nni_topo.runs.streaming.skeleton import Skeleton, output_length, states_of
+from nni_topo.runs.streaming.skeleton import Skeleton, empty_model, output_length, states_of
 
 _COSTS = ("flops", "params")
 _COPIES = 16  # of a block while it is pruned, comparisons in double precision included, as measured
@@ -77,6 +84,10 @@ _LEARNING = 20  # values as large as the states that a block keeps for its gradi
 _LEARNED_AT_ONCE = 64  # samples of a step of distillation
 _LARGE = 2**20  # parameters of a block that is worth freeing at once
 _CACHE = 2**28  # bytes for intermediate values of a block
+_COMPARED = 2  # samples on which the written block is compared with the pruned one
+# How far their outputs may be apart: a share of what the block adds, as a GPU may multiply in less than single
+# precision, and a share of what it puts out, for rounding.
+_ALIKE, _ROUNDED = 1e-2, 1e-5
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", ".pt", ".pth")
 _logger = logging.getLogger(__name__)
 
@@ -90,6 +101,7 @@ _logger = logging.getLogger(__name__)
     round_to=ROUND_TO,
     card=FLAG,
     seed=SEED,
+    device=instance(str, torch.device) | NONE,
 )
 @tells_once
 def shrink_pretrained(
@@ -106,6 +118,7 @@ def shrink_pretrained(
     round_to: int | None = None,
     card: bool = True,
     seed: int = 0,
+    device: str | torch.device | None = None,
     progress: bool | None = None,
 ) -> StreamingReport:
     """Prune a model of Transformers that needn't fit into memory, block by block, from a folder into another one.
@@ -121,7 +134,9 @@ def shrink_pretrained(
         ``attention_mask`` says so. Every eighth sample is held out.
     folder : str or path-like
         The folder for the pruned model, new or empty. ``from_pretrained`` of Transformers loads it without this
-        package. If the run is stopped, the same call goes on after the last finished block.
+        package. If the run is stopped, the same call goes on after the last finished block; where it is finished, the
+        same call returns its report, which the folder holds as ``shrink_pretrained.json``. Other arguments than
+        ``device``, ``card`` and ``progress`` must be the same.
     budget : Budget or mapping
         The share of the whole model's ``flops`` or ``params`` to keep, e.g. ``{"params": 0.5}``. Embeddings and head
         stay as they are, so the blocks lose more. All blocks keep the same widths.
@@ -144,6 +159,10 @@ def shrink_pretrained(
         Whether to write a model card, ``README.md``, as :func:`nni_topo.save_pretrained` does.
     seed : int, default=0
         Seed of all steps.
+    device : str, torch.device or None, default=None
+        Where everything is computed: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or another device of PyTorch; ``"auto"``: CUDA
+        if there, else the CPU. None: the CPU, as ``from_pretrained`` of Transformers loads a model. Inputs may lie on
+        any device. A run that was stopped can be continued on another one.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -156,8 +175,10 @@ def shrink_pretrained(
     Raises
     ------
     ConfigError
-        If the folders or a knob can't be used, the budget is smaller than what the embeddings and the head take, the
-        model isn't one of Transformers with one list of blocks, or its config can't describe the pruned widths.
+        If the folders, the device or a knob can't be used, ``folder`` holds a run with other arguments or other files,
+        the budget is smaller than what the embeddings and the head take, the model isn't one of Transformers with one
+        list of blocks, or its config can't describe the pruned blocks: ``from_pretrained`` would build others, of other
+        shapes or, as on a batch of each block, with other outputs.
     DataError
         If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
         differ in length, or the disk or the memory isn't enough. Blocks that are finished stay on the disk.
@@ -176,7 +197,9 @@ def shrink_pretrained(
 
     Memory: the embeddings and the head, about sixteen times one block, 8 bytes for each pair of input channels of its
     widest layer, the states of all samples three times in single precision, and with distillation what 64 samples need
-    for gradients. States lie in files of ``folder``, in the precision of the model.
+    for gradients. States lie in files of ``folder``, in the precision of the model. With another ``device`` than the
+    CPU all of this is the device's memory. The machine's memory then holds the states and attention masks of all
+    samples, and one block while it is read or written.
 
     Other files of ``source``, such as those of the tokenizer, are copied.
     """
@@ -188,13 +211,16 @@ def shrink_pretrained(
     if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     named = _checked_layers(layers)
+    where = torch.device("cpu") if device is None else resolve_device(device)
     shards = Shards(place)
-    # What a stopped run has written needn't be written again.
-    written = sum(path.stat().st_size for path in target.glob(WRITTEN))
-    check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
-    skeleton = Skeleton(shards)
+    is_finished = (target / REPORT).is_file()
+    if not is_finished:
+        # What a stopped run has written needn't be written again.
+        written = sum(path.stat().st_size for path in target.glob(WRITTEN))
+        check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
+    skeleton = Skeleton(shards, where)
     calibration = Calibration.of(batches, "batches")
-    given = list(calls(skeleton.model, calibration))
+    given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
     _check_alike(given)
     identity = {
         "source": [str(place.resolve()), shards.identity()],
@@ -207,6 +233,10 @@ def shrink_pretrained(
         "round_to": round_to,
         "seed": seed,
     }
+    if is_finished:
+        content = finished_report(target, identity)
+        with reading(target / REPORT, "the report of a run"):
+            return as_report(content)
     with only_process(target, wait=False):
         journal = Journal(target, identity)
         run = _Run(
@@ -338,6 +368,7 @@ class _Run:
         self._round_to, self._seed = round_to, seed
         self._is_held_out = calibration.split()[1] is not None
         self._config_path = journal.folder / CONFIG
+        self._described_skeleton: Skeleton | None = None  # of the model that the written config builds
         if journal.rows:
             # A run that goes on doesn't run the first block, which shows it.
             skeleton.output_length = int(journal.rows[0]["output_length"])
@@ -390,11 +421,17 @@ class _Run:
         args, kwargs = skeleton.entering(self._calls[0], 0)
         states = args[0] if args else kwargs[STATES]
         nbytes = 3 * 4 * states[0].numel() * self._samples.samples
-        first = skeleton.blocks[0]
-        needed = _COPIES * sum(each.nbytes for each in first.parameters()) + 8 * widest**2 + nbytes + _CACHE
+        block = sum(each.nbytes for each in skeleton.blocks[0].parameters())
+        needed = _COPIES * block + 8 * widest**2 + nbytes + _CACHE
         if self._distill is not False:
             needed += 4 * _LEARNING * states[0].numel() * min(self._samples.samples, _LEARNED_AT_ONCE)
-        check_memory(needed, "a block with its statistics and states", "pass fewer or shorter samples", "batches")
+        what, cure = "a block with its statistics and states", "pass fewer or shorter samples"
+        if skeleton.device.type == "cuda":
+            free = torch.cuda.mem_get_info(skeleton.device)[0]
+            check_memory(needed, f"{what} (on {skeleton.device})", cure, "batches", free=free)
+        if skeleton.device.type != "cpu":
+            needed = 2 * block + nbytes + _CACHE
+        check_memory(needed, what, cure, "batches")
         # States of the unpruned and the pruned network, before and after a block.
         files = 2 * 2 * states[0].nbytes * self._samples.samples
         check_free_disk(self._journal.folder, skeleton.shards.nbytes + files)
@@ -549,27 +586,56 @@ class _Run:
             with disk_errors(self._config_path):
                 config.save_pretrained(self._journal.folder)
             write_json(self._journal.folder / FOLDER / "widths.json", widths)
-        shapes = {name: tuple(value.shape) for name, value in self._built().state_dict().items()}
+        if self._described_skeleton is None:
+            config = type(self._skeleton.model).config_class.from_pretrained(self._journal.folder)
+            self._described_skeleton = self._skeleton.described(config)
+        shapes = {
+            name: tuple(value.shape) for name, value in self._described_skeleton.blocks[index].state_dict().items()
+        }
         for name, tensor in tensors.items():
-            expected = shapes.get(f"{self._skeleton.name_of(index)}.{name}")
+            expected = shapes.get(name)
             if expected != tuple(tensor.shape):
                 raise ConfigError(
                     f"all blocks must keep the same widths, as the config has one number for all, got "
                     f"{tuple(tensor.shape)} where it makes {expected} ({self._skeleton.name_of(index)}.{name})"
                 )
+        self._check_computes(index, self._described_skeleton, dense, tensors)
         types = {name: tensor.dtype for name, tensor in unpruned.block.state_dict().items()}  # those of the files
         values = {keys[name]: tensor.to(types[name]) for name, tensor in tensors.items()}
         self._journal.write_weights(self._file(index + 1), values)
 
-    def _built(self, config: Any = None) -> Any:
-        """Build the model without weights by the pruned config."""
-        from accelerate import init_empty_weights
+    def _check_computes(self, index: int, described: Skeleton, dense: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ConfigError unless the block that the written config builds puts out what the pruned block does.
 
-        kind = type(self._skeleton.model)
-        if config is None:
-            config = kind.config_class.from_pretrained(self._journal.folder)
-        with init_empty_weights():
-            return kind._from_config(copy.deepcopy(config))
+        What a class computes from its config, such as a scale from the number of heads, shows in no shape.
+        """
+        states = self._journal.states(1)[0]
+        few = torch.arange(min(_COMPARED, len(states[STATES])))
+        call, entered = taken(self._calls[0], few), states[STATES][few].to(self._skeleton.device)
+        wide = torch.promote_types(entered.dtype, torch.float32)
+        entered = entered.to(wide)
+        place = f"{self._skeleton.name_of(index)}, {type(self._skeleton.model).__name__}"
+        rule = "the block that from_pretrained builds by the config must put out what the pruned block does"
+        cure = "prune other layers only (layers), or use nni_topo.shrink and nni_topo.save in memory"
+        outputs = []
+        try:
+            for skeleton, block in (
+                (self._skeleton, detached_copy(dense.block)),
+                (described, described.filled(index, tensors)),
+            ):
+                args, kwargs = cast_floats(with_states(skeleton.entering(call, index), entered), wide)
+                with evaluation_mode(block), torch.no_grad():
+                    outputs.append(states_of(block.to(wide)(*args, **kwargs)).double())
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if out_of_memory(error) or not outputs:
+                raise
+            told = " ".join(str(error).split())
+            raise ConfigError(f"{rule}, got {type(error).__name__}: {told}; {cure} ({place})") from error
+        wanted, found = outputs
+        apart, added = float((wanted - found).norm()), float((wanted - entered).norm())
+        if not apart <= _ALIKE * added + _ROUNDED * float(wanted.norm()):
+            share = f"{apart / added:.2g} times what the block adds to the states" if added else f"{apart:.2g}"
+            raise ConfigError(f"{rule}, got outputs that differ by {share}; {cure} ({place})")
 
     def _described(self, unpruned: BlockNet, dense: Any, pruned: Sequence[str]) -> Any:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
@@ -589,7 +655,7 @@ class _Run:
                 validate = getattr(candidate, "validate", None)  # of Transformers 5
                 if callable(validate):
                     validate()
-                built = self._built(candidate).state_dict()
+                built = empty_model(type(self._skeleton.model), candidate).state_dict()
             except Exception as error:  # a constructor may refuse such numbers in its own words
                 different = different or " ".join(str(error).split())
                 continue
@@ -688,8 +754,8 @@ class _Run:
         names = {file: content["names"] for file, content in journal.files.items()}
         write_index(folder, names, sum(content["nbytes"] for content in journal.files.values()))
         for path in sorted(source.iterdir()):
-            is_weights = path.name.endswith(_WEIGHTS) or path.name in (SINGLE, INDEX, CONFIG, CARD)
-            if path.is_file() and not is_weights and not path.name.startswith("."):
+            is_own = path.name.endswith(_WEIGHTS) or path.name in (SINGLE, INDEX, CONFIG, CARD, REPORT)
+            if path.is_file() and not is_own and not path.name.startswith("."):
                 with disk_errors(folder):
                     shutil.copyfile(path, folder / path.name)
         if card and may_write_card(folder / CARD):
@@ -700,7 +766,7 @@ class _Run:
                 write_text(folder / CARD, model_card(model, report))
             finally:
                 model.config = own
-        journal.finish()
+        journal.finish(asdict(report))
 
 
 class _Tail(nn.Module):

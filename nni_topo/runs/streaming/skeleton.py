@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nni_topo.disk import reading
 from nni_topo.errors import ConfigError, DataError, listed
 from nni_topo.network.layers import as_torch_layers, is_transposed_linear
-from nni_topo.network.runtime import Call, evaluation_mode, tensors_of
+from nni_topo.network.runtime import Call, evaluation_mode, on_device, tensors_of
 from nni_topo.runs.streaming.shards import CONFIG, Shards, check_float, key_of
 
 _PACKAGES = ("transformers", "accelerate")
@@ -47,6 +47,8 @@ class Skeleton:
     ----------
     shards : Shards
         The weights.
+    device : torch.device
+        Where the loaded weights lie, and the model and its blocks compute.
 
     Raises
     ------
@@ -56,23 +58,47 @@ class Skeleton:
         If weights are missing, have other shapes than the config says, or aren't finite.
     """
 
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
+    def __init__(self, shards: Shards, device: torch.device) -> None:
+        self.shards, self.device = shards, device
         missing = [name for name in _PACKAGES if find_spec(name) is None]
         if missing:
             raise ConfigError(
                 f"a folder of Transformers needs the packages {' and '.join(_PACKAGES)}, got none of "
                 f"{listed(missing)} (shrink_pretrained)"
             )
-        self.model: Any = _without_weights(shards.folder)
-        self.prefix = str(getattr(self.model, "base_model_prefix", ""))
-        self.blocks_name, blocks = _blocks_of(self.model, shards.folder)
-        self.blocks: list[Any] = list(blocks)
+        model = _without_weights(shards.folder)
+        self.prefix = str(getattr(model, "base_model_prefix", ""))
+        self.blocks_name = _blocks_of(model, shards.folder)
         self.output_length = 0  # of the tuple that a block returns; 0: it returns a tensor
         self._visit: _Visit | None = None
+        self._take(model)
+        self._load_rest()
+
+    def _take(self, model: Any) -> None:
+        """Let the blocks of a model without weights record what enters them, and move its buffers to the device."""
+        self.model = model
+        self.blocks: list[Any] = list(model.get_submodule(self.blocks_name))
         for index, block in enumerate(self.blocks):
             block.forward = self._recorder(index)
-        self._load_rest()
+        for module in model.modules():
+            # The weights of the blocks, which have no values, can't be moved with them.
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[name] = buffer.to(self.device)
+
+    def described(self, config: Any) -> Skeleton:
+        """Return a skeleton of the model that another config builds; it shares the tensors outside of the blocks."""
+        other = copy.copy(self)
+        other._take(empty_model(type(self.model), config))
+        inside = f"{self.blocks_name}."
+        rest = {
+            name: tensor
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if not name.startswith(inside)
+        }
+        other.model.load_state_dict(rest, strict=False, assign=True)
+        other.model.tie_weights()
+        other.model.eval().requires_grad_(False)
+        return other
 
     @property
     def config(self) -> Any:
@@ -117,6 +143,13 @@ class Skeleton:
             built = as_torch_layers(built)
         return built.eval().requires_grad_(True)
 
+    def filled(self, index: int, tensors: Mapping[str, Tensor]) -> Any:
+        """Return a copy of a block with tensors as its class keeps them, in evaluation mode."""
+        built = copy.deepcopy(self.blocks[index])
+        vars(built).pop("forward", None)
+        built.load_state_dict(tensors, assign=True)
+        return built.eval()
+
     def _transposed(self, index: int) -> list[str]:
         """Return the names of a block's weights that its class keeps transposed, as GPT-2 does."""
         modules = self.blocks[index].named_modules()
@@ -158,7 +191,7 @@ class Skeleton:
                     f"weights must have the shapes that {CONFIG} says, got {tuple(value.shape)} for "
                     f"{tuple(before[inner].shape)} ({key}, {self.shards.folder})"
                 )
-            values[inner] = value.clone()  # what is mapped from the file would change with it
+            values[inner] = value.to(self.device, copy=True)  # what is mapped from the file would change with it
         module.load_state_dict(values, strict=False, assign=True)
 
     def _recorder(self, index: int) -> Any:
@@ -203,6 +236,7 @@ class Skeleton:
 
     def entering(self, call: Call, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of a block in a call of the model; the states are right for the first block alone."""
+        call = on_device(call, self.device)
         visit = _Visit(stop=index, injected=None)
         with self._pass(visit), suppress(_Reached):
             self.model(*call[0], **call[1])
@@ -212,14 +246,22 @@ class Skeleton:
 
     def outputs(self, call: Call, states: Tensor) -> Any:
         """Return the model's output where these states leave the last block."""
+        call, states = on_device((call, states), self.device)
         with self._pass(_Visit(stop=None, injected=states)):
             return self.model(*call[0], **call[1])
 
 
-def _without_weights(folder: Path) -> Any:
-    """Build the model that a folder's config describes; parameters are on the meta device, other buffers aren't."""
-    import transformers
+def empty_model(kind: Any, config: Any) -> Any:
+    """Build a model by a config; parameters are on the meta device, buffers aren't."""
     from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return kind._from_config(copy.deepcopy(config))
+
+
+def _without_weights(folder: Path) -> Any:
+    """Build the model that a folder's config describes, without weights."""
+    import transformers
 
     path = folder / CONFIG
     with reading(path, "a model's config", "of JSON"):
@@ -234,8 +276,7 @@ def _without_weights(folder: Path) -> Any:
         config = kind.config_class.from_pretrained(folder)
         if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(f"weights must be floating-point, got a quantised model ({path})")
-        with init_empty_weights(include_buffers=False):
-            model = kind._from_config(config)
+        model = empty_model(kind, config)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -247,8 +288,8 @@ def _without_weights(folder: Path) -> Any:
     return model
 
 
-def _blocks_of(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
-    """Return the list of blocks that holds most parameters."""
+def _blocks_of(model: Any, folder: Path) -> str:
+    """Return the name of the list of blocks that holds most parameters."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError(
             "a model must have one list of blocks, got an encoder and a decoder; nni_topo.shrink takes it in memory "
@@ -277,7 +318,7 @@ def _blocks_of(model: Any, folder: Path) -> tuple[str, nn.ModuleList]:
                 f"{first.get(key, 'none')} and {shapes.get(key, 'none')} for {key}; nni_topo.shrink takes it in memory "
                 f"({name}.0 and {name}.{index}, {folder})"
             )
-    return name, blocks
+    return name
 
 
 def output_length(output: Any) -> int:

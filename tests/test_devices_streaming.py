@@ -1,0 +1,196 @@
+"""A folder of Transformers that is pruned block by block on another device is what it is on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import nni_topo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.runs.streaming import shrinking
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+VOCABULARY = 50
+SELECTED = {"pruner": "l1", "compensate": None, "distill": False, "progress": False}
+SOLVED = SELECTED | {"pruner": "reconstruction", "compensate": "reconstruct"}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+MODELS = {
+    # Angles of positions come from the model, and a mask for each batch.
+    "LlamaForCausalLM": ("LlamaConfig", {"num_key_value_heads": 2}, None),
+    # Two masks and two kinds of angles, and embeddings that are scaled by a buffer.
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", {"num_key_value_heads": 2, "head_dim": 4, "sliding_window": 4}, None),
+    # Weights that its class keeps transposed.
+    "GPT2LMHeadModel": ("GPT2Config", {}, ["mlp.c_fc"]),
+    # Positions are part of the embeddings, and masks attend to both sides.
+    "BertForMaskedLM": ("BertConfig", {}, ["intermediate.dense"]),
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    return written("LlamaForCausalLM", tmp_path / "source")
+
+
+def written(name, folder):
+    kind, changes, _ = MODELS[name]
+    config = getattr(transformers, kind)(**SIZES, num_attention_heads=4, max_position_embeddings=32, **changes)
+    torch.manual_seed(0)
+    getattr(transformers, name)(config).save_pretrained(folder)
+    return folder
+
+
+def tokens(device="cpu"):
+    """Three batches, of which the last two have padding."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(3):
+        ids = torch.randint(1, VOCABULARY, (8, 6), generator=generator)
+        mask = torch.ones_like(ids)
+        if found:
+            mask[:3, -2:] = 0
+        found.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
+    return found
+
+
+def contents(folder):
+    """The config and the weights of a folder."""
+    weights = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(path)
+    return (folder / "config.json").read_text(), weights
+
+
+def check_close(folder, other, *, share=1e-3):
+    """Check that two folders have one config, and weights that differ by a share of the largest one at most."""
+    (config, weights), (other_config, other_weights) = contents(folder), contents(other)
+    assert config == other_config
+    assert weights.keys() == other_weights.keys()
+    for name, value in weights.items():
+        assert value.dtype == other_weights[name].dtype
+        torch.testing.assert_close(value, other_weights[name], rtol=0.0, atol=share * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_channels_are_kept(device, name, tmp_path):
+    source, layers = written(name, tmp_path / "source"), MODELS[name][2]
+    reports = []
+    for place in ("cpu", device):
+        knobs = SELECTED | {"layers": layers, "device": place}
+        target = tmp_path / str(place).replace(":", "")
+        reports.append(nni_topo.shrink_pretrained(source, tokens(), target, {"flops": 0.75}, **knobs))
+        (target / "README.md").unlink()
+    one, other = (contents(tmp_path / name) for name in ("cpu", str(device).replace(":", "")))
+    assert one[0] == other[0]
+    assert one[1].keys() == other[1].keys()
+    assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+    assert reports[0].widths == reports[1].widths
+    assert reports[0].budget == reports[1].budget
+    distances = [[row.distance for row in report.blocks] for report in reports]
+    assert distances[1] == pytest.approx(distances[0], rel=1e-3)
+    assert reports[1].likeness.distance.value == pytest.approx(reports[0].likeness.distance.value, rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [0, 40])
+def test_solved_and_learned_weights_are_near(device, steps, source, tmp_path):
+    reports = []
+    for place in ("cpu", device):
+        knobs = SOLVED | {"distill": {"steps": steps, "lr": 3e-3} if steps else False, "device": place}
+        target = tmp_path / str(place).replace(":", "")
+        reports.append(nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **knobs))
+    rows = [report.blocks for report in reports]
+    assert [row.is_distilled for row in rows[1]] == [row.is_distilled for row in rows[0]]
+    assert any(row.is_distilled for row in rows[0]) == bool(steps)
+    assert [row.distance for row in rows[1]] == pytest.approx(
+        [row.distance for row in rows[0]], rel=0.05 if steps else 1e-3
+    )
+    if device.type == "far" or not steps:  # AdamW makes steps of one size from gradients that are mere rounding
+        check_close(tmp_path / "cpu", tmp_path / str(device).replace(":", ""), share=1e-2 if steps else 1e-3)
+
+
+def test_blocks_lie_on_the_device_and_states_do_not(device, source, tmp_path, monkeypatch):
+    found, prepared = [], shrinking._Run._work
+
+    def seen(run, index):
+        found.append(prepared(run, index))
+        return found[-1]
+
+    monkeypatch.setattr(shrinking._Run, "_work", seen)
+    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **SELECTED, device=device)
+    assert len(found) == 2
+    for work in found:
+        assert {each.device for each in work.entered.parameters()} == {device}
+        assert {each.device.type for batch in work.batches for each in batch.values()} == {"cpu"}
+
+
+def test_a_stopped_run_goes_on_on_another_device(device, source, tmp_path, monkeypatch):
+    class StopError(Exception):
+        pass
+
+    prune = shrinking._Run.prune
+
+    def stops(run, index):
+        if index == 1:
+            raise StopError
+        prune(run, index)
+
+    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "whole", {"params": 0.7}, **SOLVED)
+    for first, then in (("cpu", device), (device, "cpu")):
+        target = tmp_path / f"from {first}".replace(":", "")
+        with monkeypatch.context() as patch:
+            patch.setattr(shrinking._Run, "prune", stops)
+            with pytest.raises(StopError):
+                nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **SOLVED, device=first)
+        report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **SOLVED, device=then)
+        assert len(report.blocks) == 2
+        check_close(tmp_path / "whole", target)
+
+
+def test_inputs_may_lie_elsewhere(device, source, tmp_path):
+    for place in ("cpu", device):
+        target = tmp_path / str(place).replace(":", "")
+        nni_topo.shrink_pretrained(source, tokens(place), target, {"params": 0.7}, **SOLVED)
+    check_close(tmp_path / "cpu", tmp_path / str(device).replace(":", ""), share=0.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("tpu", r"device must be cpu, cuda or auto, .* got 'tpu'"),
+        ("meta", r"device must be cpu, cuda or auto, .* got 'meta'"),
+        (torch.device("cuda:99"), r"device must be cpu, cuda or auto, .* got 'cuda:99'"),
+        (0, r"device must be a str or a device or None, got 0"),
+    ],
+)
+def test_a_device_that_is_not_there_is_told(source, tmp_path, device, words):
+    with pytest.raises(ConfigError, match=words):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **SELECTED, device=device)
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_does_not_fit_into_the_memory_of_the_device_is_told(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**30))
+    words = r"statistics and states \(on cuda\) must fit into memory, got 0.25 GiB for 0.00 GiB that are free"
+    with pytest.raises(DataError, match=words):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **SELECTED, device="cuda")
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_a_device(device, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    bench = importlib.import_module("bench_streaming")
+    found = bench.measured(tmp_path, 512, 2, 8, 0, device=str(device))
+    assert found["seconds_a_block"] > 0.0
+    assert ("device_peak_mib" in found) == (device.type == "cuda")
+    if device.type == "cuda":
+        assert found["device_peak_mib"] > found["block_params"] * 2 / 2**20
+    key = [512, 2, 8, 0, str(device)]
+    assert len(bench.device_table([{"key": key, **found}]).splitlines()) == 3
+    assert len(bench.table([{"key": key, **found}]).splitlines()) == 2
