@@ -290,7 +290,7 @@ def _multiples(bench: Bench, name: str, kind: str, batch: int) -> Row:
     if name not in bench.rounded:
         model, example = bench.of(name)[UNPRUNED], bench.images[0][:1].to(bench.device)
         masks = uniform_masks("l1", model, example, 0.33)
-        nets = {str(unit): nni_topo.to_dense(model, example, masks, round_to=unit) for unit in MULTIPLES}
+        nets = {str(unit or "any"): nni_topo.to_dense(model, example, masks, round_to=unit) for unit in MULTIPLES}
         bench.rounded[name] = {UNPRUNED: model, **nets}
     nets = bench.rounded[name]
     example, whole = bench.images[0][:1].to(bench.device), zoo.count_macs
@@ -347,11 +347,10 @@ def streaming_rows(bench: Bench) -> list[Row]:
 
 
 def _streamed(bench: Bench, case: tuple[int, int, int, int]) -> Row:
-    torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         found = bench_streaming.measured(Path(folder), *case, device=str(bench.device))
-    wanted = ("params", "block_params", "seconds_a_block", "gpu_mib", "peak_mib", "distance")
-    return {name: found[name] for name in wanted}
+    wanted = ("params", "block_params", "seconds_a_block", "device_peak_mib", "peak_mib", "distance")
+    return {name: found[name] for name in wanted if name in found}
 
 
 def _title_of(case: tuple[int, int, int, int]) -> str:
@@ -449,13 +448,25 @@ def machine(bench: Bench) -> Row:
 
 
 def tables(document: Row) -> Iterator[str]:
-    """Yield the tables of a document, each with its title and a column for every figure that any row has."""
+    """Yield the tables of a document, each part's with its title, with a column for every figure of their rows."""
     for title in PARTS:
-        rows = document.get(title)
-        if rows:
+        for number, rows in enumerate(_alike(document.get(title, []))):
             columns = list(dict.fromkeys(column for row in rows for column in row))
             cells = ([_cell(row.get(column, "")) for column in columns] for row in rows)
-            yield f"**{title}**\n\n{markdown_table([column.replace('_', ' ') for column in columns], cells)}"
+            head = f"**{title}**\n\n" if number == 0 else ""
+            yield head + markdown_table([column.replace("_", " ") for column in columns], cells)
+
+
+def _alike(rows: list[Row]) -> Iterator[list[Row]]:
+    """Yield runs of rows that share at least half of their columns."""
+    run: list[Row] = []
+    for row in rows:
+        if run and 2 * len(row.keys() & run[-1].keys()) < len(row):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
 
 
 def _cell(value: Any) -> str:
@@ -489,8 +500,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.into is not None:
         records, page = options.into
-        made = "\n".join(
-            f"{document['machine']['device']}, commit {document['revision']}:\n\n" + "\n".join(tables(document))
+        made = "\n\n".join(
+            f"### {document['machine']['device']}, commit {document['revision']}\n\n" + "\n\n".join(tables(document))
             for document in json.loads(records.read_text(encoding="utf-8"))
         )
         page.write_text(with_tables(page.read_text(encoding="utf-8"), SOURCE, made), encoding="utf-8")
@@ -504,7 +515,7 @@ def main(arguments: list[str] | None = None) -> None:
         for title in options.parts:
             document[title] = PARTS[title](bench)
             document["left_out"] = bench.left_out
-            print("\n".join(tables({title: document[title]})), flush=True)
+            print("\n\n".join(tables({title: document[title]})), end="\n\n", flush=True)
             if options.out:
                 # after each part, so that a run that is stopped keeps what it has measured
                 options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -75,3 +75,13 @@ def test_a_row_that_fails_is_no_figure(bench):
 def test_a_device_that_is_not_there_is_named(bench):
     with pytest.raises(ConfigError, match="got 'tpu'"):
         bench.main(["--device", "tpu", "--quick"])
+
+
+def test_the_page_has_the_tables_of_the_records(bench, tmp_path):
+    benchmarks = _FILE.parent
+    page = benchmarks / "results" / "gpu.md"
+    copy = tmp_path / page.name
+    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    bench.main(["--into", str(benchmarks / "records" / "cuda.json"), str(copy)])
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+    assert "| vit_b_16, float32, batch 64 | 55.2 | 33.7 | 33.7 | 31.7 | 32.6 |" in copy.read_text(encoding="utf-8")

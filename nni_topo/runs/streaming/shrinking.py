@@ -472,7 +472,7 @@ class _Run:
             distill=self._distill,
             narrow_heads=False,
             outputs=None,
-            round_to=self._round_to,
+            round_to=self._round_to or 1,  # the widths are those of any device
             seed=self._seed,
             progress=False,
         )
