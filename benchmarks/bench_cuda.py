@@ -118,6 +118,8 @@ class Bench:
         self.formats = ("float32",) if self.quick else tuple(FORMATS)
         self.small = ("small_cnn",) if self.quick else ("vgg16", "resnet56")
         self.small_images = 16 if self.quick else 512
+        # A budget of time is measured for seconds.
+        self.ways = (*UNIFORM, "shrink") if self.quick else (*UNIFORM, *OURS)
         self.runs = 2 if self.quick else 30
         self.passes = () if self.quick else ("pitch", "minilm", "resnet50")
         self.streamed = () if self.quick else ((2048, 4, 64, 0), (4096, 2, 64, 0))
@@ -172,7 +174,7 @@ def pruned_rows(bench: Bench) -> list[Row]:
     return [
         row
         for name in bench.large
-        for way in (*UNIFORM, *OURS)
+        for way in bench.ways
         for row in bench.row(f"{name}, {way}", lambda n=name, w=way: pruned(bench, n, w))
     ]
 

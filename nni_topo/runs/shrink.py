@@ -407,7 +407,8 @@ def shrink(
         is kept in any case.
     narrow_heads : bool, default=True
         Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
-        :func:`nni_topo.narrow_heads` can. Not done for a latency budget, nor with ``round_to`` or ``equal_blocks``.
+        :func:`nni_topo.narrow_heads` can. Not done for a latency budget, nor with ``round_to`` or ``equal_blocks``,
+        nor on a GPU unless ``round_to`` is 1.
     depth : bool, default=False
         Whether blocks compete with channels for the budget: residual blocks, blocks of transformers, and attention or
         the MLP in these; see the notes. That takes two to three times as long.
