@@ -128,8 +128,10 @@ RECOVERED = {
     "batch norms": "batch norms recalibrated",
     "channel": '`compensate(method="channel")` (GRAIL)',
     "compensate": "`compensate`",
+    "block": '`compensate(method="block")`',
     "distill": "`distill`",
     "compensate, distill": "`compensate`, then `distill`",
+    "block, distill": '`compensate(method="block")`, then `distill`',
 }
 
 

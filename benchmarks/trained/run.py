@@ -39,8 +39,19 @@ from nni_topo.studies.records import append_record, read_records
 CRITERIA = ("random", "l1", "l2", "fpgm", "torch-pruning", "reconstruction")
 OURS = "reconstruction"
 UNPRUNED = "unpruned"
-RECOVERIES = ("none", "batch norms", "channel", "compensate", "distill", "compensate, distill")
-LONG = ("channel", "distill", "compensate, distill")
+SOLVED = {"channel": "channel", "compensate": "reconstruct", "block": "block"}
+"""Recoveries by the method of `compensate` that they are; distillation may follow."""
+RECOVERIES = (
+    "none",
+    "batch norms",
+    "channel",
+    "compensate",
+    "block",
+    "distill",
+    "compensate, distill",
+    "block, distill",
+)
+LONG = ("channel", "block", "distill", "compensate, distill", "block, distill")
 """Recoveries that only the rows of LONG_ROWS have: they take minutes."""
 LONG_ROWS = ("l1", OURS)
 Masks = Any
@@ -326,10 +337,11 @@ class Row:
     def recovered(self, name: str, limits: dict[str, Any], state: Path) -> tuple[nn.Module, float, Mapping[str, Any]]:
         """Return the dense network after a recovery, its seconds, and notes for the record."""
         subject = self.subject
-        if name in ("channel", "compensate"):
-            return *self.solved("reconstruct" if name == "compensate" else name), {}
-        if name == "compensate, distill":
-            dense, spent = self.solved("reconstruct")
+        first, _, then = name.partition(", ")
+        if first in SOLVED:
+            dense, spent = self.solved(SOLVED[first])
+            if not then:
+                return dense, spent, {}
         else:
             dense, spent = nni_topo.to_dense(self.net, subject.example, self.masks), 0.0
         if name == "none":
