@@ -39,6 +39,8 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     functional.conv_transpose3d: (nn.ConvTranspose3d, _SPREAD),
     functional.linear: (nn.Linear, ("input", "weight", "bias")),
 }
+# The same as a linear layer where the last factor is a weight's transpose: `x @ self.weight.T`.
+_PRODUCTS = (torch.matmul, torch.mm, torch.addmm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _KINDS = tuple(kind for kind, _ in _FUNCTIONS.values())
 
 
@@ -81,11 +83,17 @@ class InnerCall:
 
     @property
     def output_size(self) -> tuple[int, ...]:
-        """Pixels of what leaves a convolution."""
+        """Pixels of what leaves a convolution; () of a linear layer."""
         more = _several(self.given.get("output_padding", 0), len(self.kernel))
         found = []
         for length, kernel, stride, dilation, (before, after), extra in zip(
-            self.entering.shape[2:], self.kernel, self.stride, self.dilation, self.padding, more, strict=True
+            self.entering.shape[2 : 2 + len(self.kernel)],
+            self.kernel,
+            self.stride,
+            self.dilation,
+            self.padding,
+            more,
+            strict=True,
         ):
             reach = (kernel - 1) * dilation
             if _FUNCTIONS[self.function][1] is _SPREAD:
@@ -133,7 +141,19 @@ class Within(TorchFunctionMode):
         """Hand a call over, or compute it."""
         if func in _FUNCTIONS:
             return self._meet(_call(func, args, kwargs or {}))
+        if func in _PRODUCTS and (weight := _transposed(args[-1])) is not None:
+            bias = args[0] if len(args) > 2 else None
+            return self._meet(_call(functional.linear, (args[-2], weight, bias), {}))
         return func(*args, **(kwargs or {}))
+
+
+def _transposed(factor: Any) -> Tensor | None:
+    """Return the matrix of which a product's last factor is the transpose, else None."""
+    weight = getattr(factor, "_base", None)  # a parameter, or what NNI's wrapper has in its place
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or factor.dim() != 2:
+        return None
+    is_whole = factor.shape == weight.shape[::-1] and factor.data_ptr() == weight.data_ptr()
+    return weight if is_whole and factor.stride() == weight.stride()[::-1] else None
 
 
 def is_inner(func: Any) -> bool:

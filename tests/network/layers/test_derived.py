@@ -170,3 +170,48 @@ def test_latency_is_of_layers_that_compute_the_same():
         model = make(name)
         table = measure_latency(model, images(), shares=(0.5,), repeats=1)
         assert table.layers.keys() >= {"stem", "blocks.0.depthwise", "fc", "head"}
+
+
+class Turned(nn.Linear):
+    """It multiplies with its weight's transpose, as Falcon's layers do."""
+
+    def forward(self, x):
+        products = x @ self.weight.T
+        return products if self.bias is None else products + self.bias
+
+
+class TurnedToo(nn.Linear):
+    """The same by another name."""
+
+    def forward(self, x):
+        return torch.matmul(x, self.weight.t())
+
+
+@pytest.mark.parametrize(("kind", "bias"), [(Turned, True), (Turned, False), (TurnedToo, False)])
+@pytest.mark.parametrize("shape", [(16, 12), (16, 5, 12)])
+def test_linear_layers_may_multiply_with_their_weights_transpose(kind, bias, shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(12, 24, bias=bias), nn.GELU(), kind(24, 20, bias=False), nn.GELU(), nn.Linear(20, 6))
+    plain = nn.Sequential(nn.Linear(12, 24, bias=bias), nn.GELU(), nn.Linear(24, 20, bias=False), nn.GELU(), model[4])
+    plain.load_state_dict(model.state_dict())
+    images = [torch.randn(shape) for _ in range(6)]
+    call = call_of(model[0], images[0])
+    assert call.weight is model[0].weight
+    torch.testing.assert_close(call.run() + (model[0].bias if bias else 0.0), model[0](images[0]))
+    small, same = (
+        nni_topo.shrink(net.eval(), images, {"flops": 0.6}, distill=False, progress=False) for net in (model, plain)
+    )
+    assert [layer.weight.shape for layer in small[::2]] == [layer.weight.shape for layer in same[::2]]
+    assert small.report.budget.left < 0.65
+    lost = [((net(images[0]) - model(images[0])) ** 2).mean() / model(images[0]).var() for net in (small, same)]
+    assert lost[0] < 3 * lost[1]
+
+
+@pytest.mark.parametrize("shape", [(16, 12), (4, 5, 12)])
+def test_a_linear_layer_of_its_own_class_may_get_places(shape):
+    class Rectified(nn.Linear):
+        def forward(self, x):
+            return torch.relu(super().forward(x))
+
+    torch.manual_seed(0)
+    assert call_of(Rectified(12, 3), torch.randn(shape)).output_size == ()
