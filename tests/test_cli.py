@@ -172,6 +172,27 @@ def test_shrink_keeps_a_quarter_of_the_work_if_no_budget_is_given(tmp_path, untr
     assert json.loads((tmp_path / "small" / "shrink.json").read_text())["budget"] == {"flops": 0.25}
 
 
+def test_shrink_prunes_recurrent_layers(tmp_path, monkeypatch):
+    (tmp_path / "rows.py").write_text(
+        "from torch import nn\n\n"
+        "class Rows(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)\n\n"
+        "    def forward(self, images):\n"
+        "        return self.head(self.lstm(images.flatten(1, 2))[0][:, -1])\n\n"
+        "def net(**sizes):\n"
+        "    return Rows()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(importlib.import_module("rows").net().state_dict(), tmp_path / "rows.pth")
+    words = ["shrink", "--model", "rows:net", "--checkpoint", str(tmp_path / "rows.pth"), "--limit", "64"]
+    words += ["--images", "32", "--flops", "0.5", "--seconds", "0.1", "--out", str(tmp_path / "small")]
+    assert main(words) == 0
+    stages = json.loads((tmp_path / "small" / "shrink.json").read_text())["stages"]
+    assert stages[1]["macs"] < 0.6 * stages[0]["macs"]
+
+
 def test_shrink_has_no_use_for_no_time(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "64", "--checkpoint", str(untrained), "--seconds", "0"]
     assert main([*words, "--out", str(tmp_path / "small")]) == 2

@@ -24,7 +24,7 @@ from nni_topo.runs.prune import check_empty, prune_checkpoint
 from nni_topo.runs.run import Start, distillation_knobs, latencies
 from nni_topo.runs.shrink import KNOBS, budget_settings, shrink, without_share
 from nni_topo.runs.steps import check_choices, check_has_size, check_layers
-from nni_topo.runs.widths import inner_layers
+from nni_topo.runs.widths import sorted_layers
 from nni_topo.studies.baselines import is_baseline
 from nni_topo.studies.compare import compare
 from nni_topo.studies.demo import DEMO
@@ -276,7 +276,7 @@ class Shrink(TrainedVerb):
         return {
             "pruner": self.pruner,
             "compensate": self.method,
-            "layers": self._entries(inner_layers(start.net, start.example)),
+            "layers": self._entries(start),
             "distill": distillation_knobs(start, DistillationChoice(self.images, seconds=self.seconds)),
             "depth": self.depth,
             "evaluate": start.tested,
@@ -317,7 +317,11 @@ class Shrink(TrainedVerb):
             return {self.budget or "flops": None, **how} if how else self.budget
         return {**(shares or {"flops": 0.25}), **how}
 
-    def _entries(self, layers: list[str]) -> list[dict[str, Any]]:
+    def _entries(self, start: Start) -> list[dict[str, Any]] | None:
+        """Return the layers with their bounds; None: all that can lose channels, without bounds."""
+        if not self.caps and not self.floors:
+            return None
+        layers = sorted_layers(start.net, start.example)[0]
         bounds = {"max_sparse_ratio": self.caps, "min_sparse_ratio": self.floors}
         return [
             {"op_names": [name], **{key: shares[name] for key, shares in bounds.items() if name in shares}}

@@ -258,10 +258,16 @@ class BudgetPlanner(Planner):
                 if len(held) < sum(len(unit.layers) for unit in units):
                     why += "; the others are at their max_sparse_ratio, or have one channel left"
                 return why
+        is_over = self.left > self.budget.share
+        is_least = all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True))
+        if self.budget.kind == "latency" and self.budget.latency_table is None and is_over and not is_least:
+            return (
+                "no widths that were timed take less, or hardly less: larger batches may, and shrink(..., depth=True) "
+                "removes whole blocks"
+            )
         if self.round_to:
             return f"layers keep multiples of {self.round_to}"
-        is_over = self.left > self.budget.share
-        if all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True)):
+        if is_least:
             key = "max_sparse_ratio" if is_over else "min_sparse_ratio"
             return f"all layers are at their {key}, or have one channel left; layers that aren't listed stay unpruned"
         if self.budget.kind == "latency" and self.budget.latency_table is None:

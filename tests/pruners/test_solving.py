@@ -174,6 +174,29 @@ def test_a_time_out_of_reach_is_come_near_to():
     assert (removed, left) == ([1], 0.75)
 
 
+@pytest.mark.parametrize(
+    ("taken", "kept"),
+    [
+        (lambda said: max(0.7, said), 650),  # the time of launching operations
+        (lambda said: 1.3 if said < 1.0 else 1.0, 1000),  # every pruned network is slower
+        (lambda said: 0.65 + 0.3 * said, 100),  # narrower ones are faster, the narrowest hardly so
+    ],
+)
+def test_a_network_is_not_ruined_for_a_time_out_of_reach(taken, kept):
+    def said(removed):
+        return 1.0 - removed[0] / 1000
+
+    removed, left, aim = solve_timed(
+        lambda each: [min(999, round(1000 * (1.0 - each)))],
+        said,
+        lambda tried: [taken(said(removed)) for removed in tried],
+        0.5,
+    )
+    assert 1000 - removed[0] == kept
+    assert left == taken(kept / 1000) <= 1.05 * min(taken(1.0), taken(0.001))
+    assert aim == pytest.approx(kept / 1000)
+
+
 @pytest.mark.parametrize("images", [(torch.ones(2, 3, 8, 8),), torch.ones(2, 3, 8, 8)])
 def test_the_network_that_is_timed_has_the_widths_asked_for(images):
     seen = []

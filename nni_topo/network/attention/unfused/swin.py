@@ -33,7 +33,8 @@ def windowed(self: Any, x: Tensor, mix: Any = None) -> Tensor:
     scores = scores + self.get_relative_position_bias(*([windows] if len(sizes) == 3 else []))
     if any(shifts):
         areas = _parted(_areas(padded.shape[1:-1], windows, shifts, x.device), windows)[0, ..., 0]
-        scores = scores + _APART * (areas[:, None, :, None] != areas[:, None, None, :])
+        apart = areas[:, None, :, None] != areas[:, None, None, :]
+        scores = scores + _APART * apart.to(scores.dtype)
     shares = functional.dropout(scores.softmax(-1), self.attention_dropout, self.training)
     mixed = (mix or self.proj)((shares @ heads[2]).transpose(2, 3).flatten(3))
     mixed = functional.dropout(mixed, self.dropout, self.training)
