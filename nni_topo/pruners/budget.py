@@ -95,8 +95,9 @@ class Budget:
     -----
     The config_list only says which layers are pruned. Its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, and the
     other layers lose more or less instead. Widths are integers, so the nearest possible cost is taken. A budget is met
-    by a network that costs at most 1 % of the unpruned one more, for a time 5 % of the budget. A warning gives the
-    reason where it is missed, and where the network costs less than asked by more than that. NNI's schedulers don't
+    by a network that costs at most 1 % of the unpruned one more, for a time 5 % of the budget. If no network takes so
+    little time, the widest that is about as fast as any is kept, possibly the unpruned one. A warning gives the reason
+    where a budget is missed, and where the network costs less than asked by more than that. NNI's schedulers don't
     schedule a budget.
 
     Examples

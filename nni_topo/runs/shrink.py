@@ -374,7 +374,8 @@ def shrink(
         may be the name of the cost that is made as small as possible, ``"flops"``, ``"params"``, ``"latency"`` or
         ``"memory"``, with other settings ``{"flops": None, "allocation": "error"}``; None: ``"flops"``. A share beside
         a ``tolerance`` is the least that is kept: whichever of the two keeps more decides, so that the tolerance always
-        holds, and a warning says where the budget is missed. With
+        holds, and a warning says where the budget is missed. Time is that of a batch as large as the first one of
+        ``images``: pass batches as large as those that the network will get, for single ones may gain nothing. With
         ``"allocation": "auto"`` the budget is distributed in every way that the pruner offers, the weights of each
         network are reconstructed, and the network with the smallest loss on the held-out images is kept; the loss is
         that of :func:`nni_topo.distill`. That takes two or three times as long; the report has the figures of all.
