@@ -272,6 +272,7 @@ def test_a_block_whose_outputs_are_not_finite_is_named(source, tmp_path):
         ({"pruner": "l11"}, r"did you mean"),
         ({"compensate": "reconstrct"}, r"did you mean"),
         ({"distill": {"stps": 5}}, r"did you mean"),
+        ({"round_to": "auto"}, r"round_to must be an integer of at least 1 or None, got 'auto'"),
         ({"folder": "source"}, r"needs a folder of its own, got that of the source"),
         ({"batches": "other lengths"}, r"must have one length, got 5 and 6 places: pad or cut them \(batch 1\)"),
         ({"batches": "other vocabulary"}, r"batches must fit the model.*index out of range.*batch 1"),

@@ -44,13 +44,13 @@ from nni_topo.errors import (
     check_memory,
     checked,
     instance,
+    whole,
 )
 from nni_topo.network.attention import find_attention
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.runtime import (
     HELD_OUT,
-    ROUND_TO,
     Calibration,
     Call,
     bar,
@@ -98,7 +98,7 @@ _logger = logging.getLogger(__name__)
     knobs=instance(Mapping) | NONE,
     compensate=instance(str, RecoveryMethod) | NONE,
     distill=instance(bool, Mapping),
-    round_to=ROUND_TO,
+    round_to=whole(1) | NONE,  # not "auto": widths are those of any device
     card=FLAG,
     seed=SEED,
     device=instance(str, torch.device) | NONE,
