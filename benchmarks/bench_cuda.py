@@ -503,7 +503,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.into is not None:
         records, page = options.into
         made = "\n\n".join(
-            f"### {document['machine']['device']}, commit {document['revision']}\n\n" + "\n\n".join(tables(document))
+            f"### {document['machine']['device']}, commit {document['revision']}\n\n"
+            + "\n\n".join([*([document["note"]] if "note" in document else []), *tables(document)])
             for document in json.loads(records.read_text(encoding="utf-8"))
         )
         page.write_text(with_tables(page.read_text(encoding="utf-8"), SOURCE, made), encoding="utf-8")

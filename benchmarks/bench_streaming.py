@@ -197,25 +197,32 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         if len(record["key"]) > 4:
             continue
-        width, blocks, samples, steps = record["key"]
-        two_bytes = 2.0 / 2**20
         rows.append(
             [
-                f"{record['params'] / 1e6:,.0f} M",
-                str(width),
-                str(blocks),
-                f"{samples * LENGTH:,}",
-                str(steps),
-                f"{record['params'] * two_bytes:,.0f}",
-                f"{record['outside_params'] * two_bytes:,.0f}",
-                f"{record['block_params'] * two_bytes:,.0f}",
+                *_model_cells(record),
+                _weights_mib(record["outside_params"]),
+                _weights_mib(record["block_params"]),
                 f"{record['peak_mib']:,}",
                 f"{record['cpu_seconds_a_block']:.1f}",
             ]
         )
-    head = ["parameters", "width", "blocks", "tokens", "steps of distillation", "weights, MiB"]
-    head += ["embeddings and head, MiB", "a block, MiB", "peak, MiB", "CPU s a block"]
+    head = [*_MODEL, "embeddings and head, MiB", "a block, MiB", "peak, MiB", "CPU s a block"]
     return markdown_table(head, rows, text_columns=0)
+
+
+_MODEL = ("parameters", "width", "blocks", "tokens", "steps of distillation", "weights, MiB")
+
+
+def _model_cells(record: dict[str, Any]) -> list[str]:
+    """Return what a row says of its model and data, in the columns `_MODEL`."""
+    width, blocks, samples, steps = record["key"][:4]
+    size = f"{record['params'] / 1e6:,.0f} M"
+    return [size, str(width), str(blocks), f"{samples * LENGTH:,}", str(steps), _weights_mib(record["params"])]
+
+
+def _weights_mib(params: int) -> str:
+    """Return the MiB of so many parameters of two bytes."""
+    return f"{params * 2.0 / 2**20:,.0f}"
 
 
 def device_table(records: list[dict[str, Any]]) -> str:
@@ -224,25 +231,17 @@ def device_table(records: list[dict[str, Any]]) -> str:
     for record in records:
         if len(record["key"]) == 4:
             continue
-        width, blocks, samples, steps, device = record["key"]
-        two_bytes = 2.0 / 2**20
         rows.append(
             [
-                record.get("device_name", device),
-                f"{record['params'] / 1e6:,.0f} M",
-                str(width),
-                str(blocks),
-                f"{samples * LENGTH:,}",
-                str(steps),
-                f"{record['params'] * two_bytes:,.0f}",
-                f"{record['block_params'] * two_bytes:,.0f}",
+                record.get("device_name", record["key"][4]),
+                *_model_cells(record),
+                _weights_mib(record["block_params"]),
                 f"{record['device_peak_mib']:,}" if "device_peak_mib" in record else "",
                 f"{record['peak_mib']:,}",
                 f"{record['seconds_a_block']:.1f}",
             ]
         )
-    head = ["device", "parameters", "width", "blocks", "tokens", "steps of distillation", "weights, MiB"]
-    head += ["a block, MiB", "peak of the device, MiB", "peak of the machine, MiB", "s a block"]
+    head = ["device", *_MODEL, "a block, MiB", "peak of the device, MiB", "peak of the machine, MiB", "s a block"]
     return markdown_table(head, rows, text_columns=1) if rows else ""
 
 

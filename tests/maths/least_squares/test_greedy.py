@@ -124,7 +124,9 @@ def test_a_device_chooses_as_the_cpu_does(device, kind, parts, block, outputs, m
             inputs[:, -block:] = inputs[:, :block]
             layers.append(Products(inputs.T @ inputs, inputs.T @ targets, block))
     order, taken = forward_selection(layers, 9, parts)
-    found, found_taken = forward_selection([dataclasses.replace(one, device=device) for one in layers], 9, parts)
+    elsewhere = [dataclasses.replace(one, device=device) for one in layers]
+    assert greedy._device(elsewhere) == device
+    found, found_taken = forward_selection(elsewhere, 9, parts)
     np.testing.assert_allclose(found_taken, taken, rtol=1e-7, atol=1e-9 * taken[0])
     telling = taken > 1e-6 * taken[0]
     np.testing.assert_array_equal(found[telling], order[telling])
