@@ -269,6 +269,7 @@ def torch_pruned(net: nn.Module, example: Tensor, ratio: float) -> nn.Module:
         pruning_ratio=ratio,
         num_heads=heads,
         prune_num_heads=bool(heads),
+        prune_head_dims=not heads,
         head_pruning_ratio=ratio,
         ignored_layers=[last],
     ).step()
