@@ -52,7 +52,7 @@ BARE = """
 import contextlib, io, json, sys, traceback
 import re
 sys.modules.update(dict.fromkeys(("numba", "pytorch_lightning", "transformers")))
-for line in sys.stdin:
+for line in iter(sys.stdin.readline, "end\\n"):
     said, error = io.StringIO(), None
     with contextlib.redirect_stdout(said):
         try:
@@ -120,7 +120,8 @@ def bare_python() -> Iterator[Callable[[str], str]]:
             return said
 
         yield run
-        python.stdin.close()
+        # a process that a test forgot may hold the pipe open, so that its end isn't seen
+        print("end", file=python.stdin, flush=True)
 
 
 @pytest.fixture

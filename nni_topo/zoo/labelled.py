@@ -200,15 +200,19 @@ def _batches_of_files(
         generator=torch.Generator(),
     )
     answers = iter(loader)
-    for rows in chosen:
-        read = []
-        for _ in range(math.ceil(len(rows) / _FILES_AT_ONCE)):
-            pixels = next(answers)
-            if isinstance(pixels, DataError):
-                raise pixels
-            read.append(dataset.normalised(pixels.to(device)))
-        if read:
-            yield torch.cat(read), dataset.labels[rows].to(device)
+    try:
+        for rows in chosen:
+            read = []
+            for _ in range(math.ceil(len(rows) / _FILES_AT_ONCE)):
+                pixels = next(answers)
+                if isinstance(pixels, DataError):
+                    raise pixels
+                read.append(dataset.normalised(pixels.to(device)))
+            if read:
+                yield torch.cat(read), dataset.labels[rows].to(device)
+    finally:
+        # An error's traceback holds these variables; the processes end with the iterator.
+        del answers
 
 
 def _processes(count: int) -> int:

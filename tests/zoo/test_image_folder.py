@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -124,6 +125,8 @@ def test_errors_of_reading_processes_are_those_of_this_one(tmp_path: Path, worke
     assert data.mean == pytest.approx((0.449,), abs=1e-9)
     with pytest.raises(DataError, match=r"^images must all be grey where the first of every class is, got .*RGB"):
         data.test[:]
+    # no process waits for the error's traceback to go
+    assert not multiprocessing.active_children()
 
 
 def test_small_images_are_padded_with_black(tmp_path: Path) -> None:

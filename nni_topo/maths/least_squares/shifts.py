@@ -9,6 +9,14 @@ for ``P`` positions. So only pairs with ``i`` or ``j`` at the first element are 
 follow from these and from the patches at both ends. With several dimensions this holds in each of them, "both ends"
 being the first and the last positions along it. With stride ``s`` and dilation ``d`` patches are the same again after
 ``lcm(s, d)`` pixels: the step is ``lcm / d`` kernel elements and ``lcm / s`` positions.
+
+With stride 1 the sums over all positions are correlations of the channels, at as many shifts as the kernel has
+elements. For large kernels all shifts together are computed by Fourier transforms, frequency by frequency [1]_.
+
+References
+----------
+.. [1] W. Press, S. Teukolsky, W. Vetterling and B. Flannery, "Numerical recipes", 3rd ed., section 13.2, Cambridge
+   University Press, 2007
 """
 
 from __future__ import annotations
@@ -16,10 +24,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.fft import next_fast_len
 from torch import Tensor
 
 _TOGETHER = 1024  # rows at the ends that are multiplied at once: each product goes through all pairs of columns
@@ -84,13 +94,83 @@ class Geometry:
 
     def multiplications(self, channels: int) -> float:
         """Return how many multiplications the products of all pairs take for one entry of the batch."""
-        pairs = sum(map(len, self.full_pairs().values()))
-        total = float(pairs * self.positions * channels**2)
+        total = min(self._by_pairs(channels), self._by_frequencies(channels))
         for dim in range(len(self.kernel)):
             found = self.ends(dim)
             if found is not None:
                 total += 2.0 * (channels * found[0].elements) ** 2 * found[0].positions
         return total
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """Pixels that the windows cover, by dimension."""
+        return tuple(
+            (size - 1) * stride + (kernel - 1) * dilation + 1
+            for size, stride, kernel, dilation in zip(self.size, self.stride, self.kernel, self.dilation, strict=True)
+        )
+
+    @property
+    def shifted(self) -> tuple[int, ...]:
+        """The dimensions along which the kernel has more than one element."""
+        return tuple(dim for dim, kernel in enumerate(self.kernel) if kernel > 1)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of Fourier transforms along the shifted dimensions, such that no shift wraps around."""
+        return tuple(next_fast_len(self.extents[dim], real=True) for dim in self.shifted)
+
+    @property
+    def frequencies(self) -> int:
+        """Frequencies of real numbers' transforms; the others are conjugates of these."""
+        return math.prod(self.lengths[:-1]) * (self.lengths[-1] // 2 + 1)
+
+    @property
+    def has_spectra(self) -> bool:
+        """Whether sums over positions are correlations: with stride 1 along all shifted dimensions."""
+        return bool(self.shifted) and all(self.stride[dim] == 1 for dim in self.shifted)
+
+    @property
+    def shifts(self) -> tuple[slice, ...]:
+        """By shifted dimension, the pixels from a window's first one to the others of its kernel elements."""
+        return tuple(
+            slice(0, (self.kernel[dim] - 1) * self.dilation[dim] + 1, self.dilation[dim]) for dim in self.shifted
+        )
+
+    def takes_frequencies(self, channels: int) -> bool:
+        """Say whether sums over all positions are computed by Fourier transforms: where that takes less work."""
+        return self._by_frequencies(channels) < self._by_pairs(channels)
+
+    def takes_frequencies_once(self) -> bool:
+        """Say whether products of patches with something else are computed so."""
+        return self.has_spectra and 2.0 * self._in_complex() < self.elements * self.positions
+
+    def multiplications_once(self, channels: int, outputs: int) -> float:
+        """Return how many multiplications products with outputs take for one entry of the batch."""
+        each = self._in_complex() if self.takes_frequencies_once() else float(self.elements * self.positions)
+        return each * channels * outputs
+
+    def _by_pairs(self, channels: int) -> float:
+        """Return how many multiplications the sums over all positions take, pair by pair."""
+        return float(sum(map(len, self.full_pairs().values())) * self.positions * channels**2)
+
+    def _by_frequencies(self, channels: int) -> float:
+        """Return how many they take by Fourier transforms; infinite where these don't apply or take more memory."""
+        # By shifted dimension but the first, shifts go in either direction.
+        spectra = 2 ** (len(self.shifted) - 1) if self.has_spectra else 0
+        if not spectra or 2 * spectra * self.frequencies > self.elements**2:
+            return math.inf  # complex numbers, more of them than the products have entries
+        length = math.prod(self.lengths)
+        transforms = 2.0 ** len(self.shifted) * channels * length * max(math.log2(length), 1.0)
+        return spectra * self._in_complex() * channels**2 + self._others * transforms
+
+    def _in_complex(self) -> float:
+        """Return the multiplications, four for complex numbers, of one pair of channels at all frequencies."""
+        return 4.0 * self.frequencies * self._others
+
+    @property
+    def _others(self) -> float:
+        """Positions along the dimensions without shifts."""
+        return self.positions / math.prod(self.size[dim] for dim in self.shifted)
 
 
 @dataclass(frozen=True)
@@ -152,16 +232,55 @@ class Patches:
 
     def cross(self, values: Tensor) -> Tensor:
         """Return the products with values ``(groups, rows, outputs)``: ``(groups, columns, outputs)``."""
-        products = [self._under(element) @ values for element in range(self.geometry.elements)]
-        return torch.stack(products, dim=2).flatten(1, 2)
+        geometry = self.geometry
+        if values.shape[2] and geometry.takes_frequencies_once():
+            by_place = _shifted_first(values.mT.unflatten(2, (*geometry.size, self.entries)), geometry)
+            spectrum = _spectrum(by_place, geometry.lengths).conj() @ self.spectrum.mT
+            correlations = _from_spectrum(spectrum, geometry.lengths)
+            index = (slice(None), *geometry.shifts)
+            by_element: Tensor = correlations[index].flatten(1, len(geometry.shifted))
+            return by_element.permute(0, 3, 1, 2).flatten(1, 2)
+        products = torch.stack([self._under(element) @ values for element in range(geometry.elements)], dim=2)
+        return products.flatten(1, 2)
 
     def times(self, weights: Tensor) -> Tensor:
         """Return the rows times weights ``(groups, columns, outputs)``: ``(groups, rows, outputs)``."""
-        by_element = weights.unflatten(1, (-1, self.geometry.elements))
-        found = self.padded.new_zeros(len(weights), self.rows, weights.shape[2])
-        for element in range(self.geometry.elements):
+        geometry, outputs = self.geometry, weights.shape[2]
+        by_element = weights.unflatten(1, (-1, geometry.elements))
+        if outputs and geometry.takes_frequencies_once():
+            kernel = weights.new_zeros(len(weights), by_element.shape[1], *geometry.lengths, outputs)
+            sizes = [geometry.kernel[dim] for dim in geometry.shifted]
+            index = (slice(None), slice(None), *geometry.shifts)
+            kernel[index] = by_element.unflatten(2, sizes)
+            spectrum = self.spectrum.mT @ _spectrum(kernel, geometry.lengths).conj()
+            by_place = _from_spectrum(spectrum, geometry.lengths)
+            for number, dim in enumerate(geometry.shifted):
+                by_place = by_place.narrow(1 + number, 0, geometry.size[dim])
+            return _as_rows(by_place, geometry, self.entries)
+        found = self.padded.new_zeros(len(weights), self.rows, outputs)
+        for element in range(geometry.elements):
             found.baddbmm_(self._under(element).mT, by_element[:, :, element])
         return found
+
+    def ending(self, ends: Sequence[bool]) -> Tensor:
+        """Return the pixels under windows, ``(groups, channels, *pixels along shifted dimensions, entries)``.
+
+        Along dimensions that ``ends`` marks they end after as many pixels as there are positions. Positions along
+        dimensions without shifts are further entries.
+        """
+        geometry, values = self.geometry, self.padded
+        for dim, extent in enumerate(geometry.extents):
+            values = values.narrow(2 + dim, 0, extent)
+            if dim not in geometry.shifted:
+                values = values[(slice(None),) * (2 + dim) + (slice(None, None, geometry.stride[dim]),)]
+        for dim, is_short in zip(geometry.shifted, ends, strict=True):
+            values = values.narrow(2 + dim, 0, geometry.size[dim]) if is_short else values
+        return _shifted_first(values, geometry)
+
+    @functools.cached_property
+    def spectrum(self) -> Tensor:
+        """Fourier transform of the pixels under windows, ``(groups, frequencies, channels, entries)``."""
+        return _spectrum(self.ending([False] * len(self.geometry.shifted)), self.geometry.lengths)
 
     def written(self) -> Tensor:
         """Return the matrix itself, ``(groups, rows, columns)``."""
@@ -189,15 +308,123 @@ class Patches:
         return Patches(self.padded.narrow(2 + dim, pixel, self.padded.shape[2 + dim] - pixel), geometry)
 
 
+class _SumsByPairs:
+    """Sums over all positions, pair by pair of kernel elements."""
+
+    def __init__(self) -> None:
+        # By kernel element, of the products with the elements of `Geometry.full_pairs`: (groups, channels, others *
+        # channels).
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, patches: Patches) -> None:
+        """Add a batch."""
+        for element, others in patches.geometry.full_pairs().items():
+            mine = patches._under(element)
+            products = torch.cat([mine @ patches._under(other).mT for other in others], dim=2)
+            self._sums[element] = self._sums[element].add_(products) if element in self._sums else products
+
+    def each(self, geometry: Geometry) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the pairs of kernel elements and their sums, ``(groups, channels, channels)``, which are used up."""
+        for element, others in geometry.full_pairs().items():
+            products = self._sums.pop(element)
+            for other, one in zip(others, products.chunk(len(others), dim=2), strict=True):
+                yield element, other, one
+
+
+class _SumsByFrequencies:
+    """Sums over all positions, at all shifts together: products of Fourier transforms, summed by frequency.
+
+    Of two kernel elements whose products are summed over all positions one is the first along each dimension. Its
+    values are those of as many first pixels as there are positions; the other's follow by the shift. In the order of
+    `Geometry.full_pairs` the later element is never before the other along the first dimension, so that only along
+    further dimensions shifts go backward as well.
+    """
+
+    def __init__(self) -> None:
+        # By lengths of the transforms, which images of another size have others of, and by directions of the shifts:
+        # (groups, frequencies, channels, channels).
+        self._sums: dict[tuple[tuple[int, ...], tuple[bool, ...]], Tensor] = {}
+
+    def add(self, patches: Patches) -> None:
+        """Add a batch."""
+        geometry = patches.geometry
+        count, lengths = len(geometry.shifted), geometry.lengths
+        spectra = {
+            ends: _spectrum(patches.ending(ends), lengths) if any(ends) else patches.spectrum
+            for ends in itertools.product((True, False), repeat=count)
+        }
+        for forward in itertools.product((True,), *[(True, False)] * (count - 1)):
+            backward = tuple(not each for each in forward)
+            products = spectra[forward].conj() @ spectra[backward].mT
+            key = lengths, forward
+            self._sums[key] = self._sums[key].add_(products) if key in self._sums else products
+
+    def each(self, geometry: Geometry) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the pairs of kernel elements and their sums, ``(groups, channels, channels)``, which are used up."""
+        by_shift = []
+        while self._sums:
+            (lengths, forward), sums = self._sums.popitem()
+            by_shift.append((lengths, forward, _from_spectrum(sums, lengths)))
+        for element, others in geometry.full_pairs().items():
+            first = np.unravel_index(element, geometry.kernel)
+            for other in others:
+                second = np.unravel_index(other, geometry.kernel)
+                shifts = [int(second[dim] - first[dim]) * geometry.dilation[dim] for dim in geometry.shifted]
+                wanted = tuple(shift >= 0 for shift in shifts)
+                total = None
+                for lengths, forward, sums in by_shift:
+                    if forward == wanted:
+                        pixels = [shift % length for shift, length in zip(shifts, lengths, strict=True)]
+                        place: tuple[slice | int, ...] = (slice(None), *pixels)
+                        found = sums[place]
+                        total = found if total is None else total + found
+                assert total is not None  # each direction has its sums
+                yield element, other, total
+
+
+def _order(geometry: Geometry) -> list[int]:
+    """Return all dimensions, those with shifts first."""
+    return [*geometry.shifted, *(dim for dim in range(len(geometry.kernel)) if dim not in geometry.shifted)]
+
+
+def _shifted_first(values: Tensor, geometry: Geometry) -> Tensor:
+    """Take ``(groups, channels, *positions, entries)`` as ``(groups, channels, *those with shifts, all others)``."""
+    count = 2 + len(geometry.shifted)
+    return values.permute(0, 1, *(2 + dim for dim in _order(geometry)), values.dim() - 1).flatten(count)
+
+
+def _as_rows(values: Tensor, geometry: Geometry, entries: int) -> Tensor:
+    """Take ``(groups, *positions with shifts, all other positions and entries, outputs)`` as rows of all positions."""
+    order = _order(geometry)
+    others = [geometry.size[dim] for dim in order[len(geometry.shifted) :]]
+    values = values.unflatten(-2, (*others, entries))
+    back = [1 + order.index(dim) for dim in range(len(order))]
+    return values.permute(0, *back, -2, -1).flatten(1, -2)
+
+
+def _spectrum(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Transform ``(groups, channels, *pixels, entries)`` into ``(groups, frequencies, channels, entries)``."""
+    dims = tuple(range(2, 2 + len(lengths)))
+    transformed: Tensor = torch.fft.rfftn(values, s=lengths, dim=dims)
+    return transformed.flatten(2, dims[-1]).transpose(1, 2).contiguous()
+
+
+def _from_spectrum(products: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Transform ``(groups, frequencies, ...)`` back into ``(groups, *pixels, ...)``."""
+    kept = (*lengths[:-1], lengths[-1] // 2 + 1)
+    dims = tuple(range(1, 1 + len(lengths)))
+    values: Tensor = torch.fft.irfftn(products.unflatten(1, kept), s=lengths, dim=dims)
+    return values
+
+
 class PatchProducts:
     """Sums the products of patches with each other, batch by batch: ``rows.T @ rows`` of all of them."""
 
     def __init__(self) -> None:
         self._geometry: Geometry | None = None
         self._squares: Tensor | None = None  # (groups, columns)
-        # By kernel element, of the products with the elements of `Geometry.full_pairs`: (groups, channels, others *
-        # channels).
-        self._full: dict[int, Tensor] = {}
+        self._channels = 0
+        self._full: _SumsByPairs | _SumsByFrequencies = _SumsByPairs()
         # By dimension, products after its last positions less those at its first, (groups, columns, columns), whose
         # columns are ordered by kernel element and then by channel.
         self._ends: dict[int, Tensor] = {}
@@ -206,13 +433,14 @@ class PatchProducts:
 
     def add(self, patches: Patches) -> None:
         """Add a batch."""
-        geometry = self._geometry = patches.geometry
+        geometry, channels = patches.geometry, patches.padded.shape[1]
+        if self._geometry is None:
+            self._geometry, self._channels = geometry, channels
+            if geometry.takes_frequencies(channels):
+                self._full = _SumsByFrequencies()
         squares = patches.squares()
         self._squares = squares if self._squares is None else self._squares.add_(squares)
-        for element, others in geometry.full_pairs().items():
-            mine = patches._under(element)
-            products = torch.cat([mine @ patches._under(other).mT for other in others], dim=2)
-            self._full[element] = self._full[element].add_(products) if element in self._full else products
+        self._full.add(patches)
         for dim in range(len(geometry.kernel)):
             found = geometry.ends(dim)
             if found is None:
@@ -232,22 +460,25 @@ class PatchProducts:
         last, first = (torch.cat(rows, dim=2) for rows in zip(*waiting, strict=True))
         if dim not in self._ends:
             self._ends[dim] = last.new_zeros(*last.shape[:2], last.shape[1])
-        # Few rows and many columns: in place, which saves more than the half that symmetry would.
-        self._ends[dim].baddbmm_(torch.cat([last, -first], dim=2), torch.cat([last, first], dim=2).mT)
+        for values, sign in ((last, 1), (first, -1)):
+            # At the ends half of the kernel may lie on the padding.
+            met = (values != 0).any(dim=2).any(dim=0).nonzero().flatten()
+            if len(met):
+                begin, end = int(met[0]), int(met[-1]) + 1
+                values = values[:, begin:end]
+                # Few rows and many columns: in place, which saves more than the half that symmetry would.
+                self._ends[dim][:, begin:end, begin:end].baddbmm_(values, values.mT, alpha=sign)
 
     def total(self) -> Tensor:
         """Return the products of all pairs of columns, ``(groups, columns, columns)``; the sums are used up."""
         geometry, squares = self._geometry, self._squares
         assert geometry is not None  # of no batch nobody asks for products
         assert squares is not None
-        first = next(iter(self._full.values()))
-        groups, channels, elements = len(first), first.shape[1], geometry.elements
-        found = first.new_zeros(groups, elements, channels, elements, channels)
-        for element, others in geometry.full_pairs().items():
-            products = self._full.pop(element).unflatten(2, (len(others), channels))
-            for index, other in enumerate(others):
-                found[:, element, :, other] = products[:, :, index]
-                found[:, other, :, element] = products[:, :, index].mT
+        groups, channels, elements = len(squares), self._channels, geometry.elements
+        found = squares.new_zeros(groups, elements, channels, elements, channels)
+        for element, other, products in self._full.each(geometry):
+            found[:, element, :, other] = products
+            found[:, other, :, element] = products.mT
         dims = len(geometry.kernel)
         # (groups, *kernel, channels, *kernel, channels)
         by_place = found.view(groups, *geometry.kernel, channels, *geometry.kernel, channels)
@@ -303,7 +534,7 @@ def pays(geometry: Geometry, channels: int, outputs: int, entries: int, sampled:
     if geometry.elements == 1 or rows < columns:
         return False
     drawn = min(sampled, rows) * columns * (columns / 2.0 + passes * outputs)
-    shifted = entries * geometry.multiplications(channels) + rows * columns * passes * outputs
+    shifted = entries * (geometry.multiplications(channels) + passes * geometry.multiplications_once(channels, outputs))
     # Many small products take about twice as long as one large product of as many multiplications.
     return 2.0 * shifted < drawn
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
 from nni_topo.maths.least_squares.normal import NormalEquations
-from nni_topo.maths.least_squares.shifts import Geometry, Patches, PatchProducts, pays, symmetric
+from nni_topo.maths.least_squares.shifts import (
+    Geometry,
+    Patches,
+    PatchProducts,
+    _SumsByFrequencies,
+    _SumsByPairs,
+    pays,
+    symmetric,
+)
 
 
 @st.composite
@@ -66,6 +76,94 @@ def test_sums_by_shifts_are_those_of_the_patches_that_unfold_gives(geometry, gro
     marks = torch.arange(entries) % 2 == 0
     chosen = patches.chosen(marks.repeat(geometry.positions))
     assert torch.equal(chosen.written(), rows[:, marks.repeat(geometry.positions)])
+
+
+@st.composite
+def large_kernels(draw):
+    dims = draw(st.integers(1, 3))
+    kernel = draw(st.permutations([1, *draw(st.sampled_from([(9, 1), (12, 2), (5, 6)]))]))[:dims]
+    size = draw(st.lists(st.integers(1, 6), min_size=dims, max_size=dims))
+    dilation = draw(st.lists(st.integers(1, 3), min_size=dims, max_size=dims))
+    # along dimensions without shifts any stride will do
+    stride = [1 if elements > 1 else draw(st.integers(1, 3)) for elements in kernel]
+    return Geometry(tuple(kernel), tuple(stride), tuple(dilation), tuple(size))
+
+
+@settings(max_examples=60, deadline=None)
+@given(large_kernels(), st.integers(1, 3), st.integers(1, 4), st.integers(0, 1), st.integers(0, 99))
+def test_sums_of_large_kernels_are_the_same_pair_by_pair_and_by_frequencies(geometry, groups, channels, spare, seed):
+    found = {}
+    for way in (_SumsByPairs, _SumsByFrequencies):
+        if way is _SumsByFrequencies and not geometry.shifted:
+            continue
+        sums = way()
+        # images of two sizes
+        for more in (0, 2):
+            size = tuple(each + more for each in geometry.size)
+            own = replace(geometry, size=size)
+            sums.add(Patches.of(inputs_of(own, 5, groups * channels, seed + more, spare), groups, own))
+        found[way] = {(one, other): products for one, other, products in sums.each(geometry)}
+    first = found.pop(_SumsByPairs)
+    for others in found.values():
+        assert first.keys() == others.keys()
+        for pair, products in first.items():
+            torch.testing.assert_close(others[pair], products, rtol=1e-11, atol=1e-11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(large_kernels(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
+def test_patches_of_large_kernels_are_multiplied_as_if_they_were_written_down(
+    geometry, groups, channels, outputs, seed
+):
+    inputs = inputs_of(geometry, 5, groups * channels, seed, spare=1)
+    patches, rows = Patches.of(inputs, groups, geometry), written(inputs, groups, geometry)
+    values = torch.randn(groups, patches.rows, outputs, dtype=torch.float64)
+    weights = torch.randn(groups, patches.columns, outputs, dtype=torch.float64)
+    event(f"by frequencies: {geometry.takes_frequencies_once()}")
+    torch.testing.assert_close(patches.cross(values), rows.mT @ values, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(patches.times(weights), rows @ weights, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("kernel", [(1, 40), (40, 1), (7, 7), (3, 1, 30)])
+def test_products_with_outputs_are_the_same_by_frequencies(kernel, dilation):
+    others = [2 if each == 1 else 1 for each in kernel]
+    geometry = Geometry(
+        kernel, tuple(others), (dilation,) * len(kernel), tuple(20 if each > 1 else 3 for each in kernel)
+    )
+    assert geometry.takes_frequencies_once()
+    inputs = inputs_of(geometry, 3, 4, seed=2)
+    patches, rows = Patches.of(inputs, 2, geometry), written(inputs, 2, geometry)
+    values = torch.randn(2, patches.rows, 3, dtype=torch.float64)
+    weights = torch.randn(2, patches.columns, 3, dtype=torch.float64)
+    torch.testing.assert_close(patches.cross(values), rows.mT @ values, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(patches.times(weights), rows @ weights, rtol=1e-11, atol=1e-11)
+    assert patches.cross(values[..., :0]).shape == (2, patches.columns, 0)
+    assert patches.times(weights[..., :0]).shape == (2, patches.rows, 0)
+
+
+def test_frequencies_are_taken_where_they_are_less_work_and_no_more_memory():
+    assert Geometry((64,), (1,), (1,), (128,)).takes_frequencies(16)
+    assert Geometry((7, 7), (1, 1), (1, 1), (14, 14)).takes_frequencies(16)
+    assert not Geometry((3, 3), (1, 1), (1, 1), (14, 14)).takes_frequencies(16)
+    assert not Geometry((64,), (4,), (1,), (128,)).takes_frequencies(16)
+    assert not Geometry((1,), (1,), (1,), (128,)).takes_frequencies(16)
+
+
+@pytest.mark.parametrize("kernel", [(1, 40), (40, 1), (7, 7)])
+def test_products_of_large_kernels_with_padding_are_those_of_rows(kernel):
+    geometry = Geometry(kernel, (1, 1), (1, 1), tuple(12 if each > 1 else 3 for each in kernel))
+    inputs = inputs_of(geometry, 6, 4, seed=1)
+    for dim, each in enumerate(kernel):
+        # as with padding by half of the kernel
+        inputs.narrow(2 + dim, 0, each // 2).zero_()
+        inputs.narrow(2 + dim, inputs.shape[2 + dim] - each // 2, each // 2).zero_()
+    assert geometry.takes_frequencies(4)
+    products = PatchProducts()
+    for part in inputs.split(4):
+        products.add(Patches.of(part, 1, geometry))
+    rows = written(inputs, 1, geometry)
+    torch.testing.assert_close(products.total(), rows.mT @ rows, rtol=1e-11, atol=1e-10)
 
 
 def test_of_a_large_kernel_few_pairs_are_summed_over_all_positions():
