@@ -1,24 +1,38 @@
 """Seconds of selecting channels, reconstructing weights and distilling, as multiples of a pass over the data.
 
-A pass is one forward and one backward run over all calibration batches, in the same process and with one thread. Two
-versions of the package are compared by running the same file with each checkout in PYTHONPATH:
+A pass is one forward and one backward run over all calibration batches, in the same process and with one thread; on
+the CPU seconds are those of the processor. Two versions of the package are compared by running the same file with each
+checkout in PYTHONPATH:
 
-    OMP_NUM_THREADS=1 PYTHONPATH=CHECKOUT python benchmarks/bench_seconds.py --networks pitch resnet18 bert
+    OMP_NUM_THREADS=1 PYTHONPATH=CHECKOUT python benchmarks/bench_seconds.py --networks pitch resnet18 --out OUT
+
+A line per network goes to OUT's ``seconds.jsonl``, with the checkout's commit. Kept in benchmarks/records/ they make
+the table of a page:
+
+    python benchmarks/bench_seconds.py --into benchmarks/results/speed.md
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import nni_topo
+from nni_topo.runs.provenance import provenance
 from nni_topo.runs.run import resolve_device
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import markdown_table, with_tables
+
+RECORDS = Path(__file__).parent / "records" / "seconds.jsonl"
+SOURCE = "benchmarks/bench_seconds.py"  # as the comments around the page's table say
 
 
 def pitch(inputs: int) -> tuple[nn.Module, list[Tensor]]:
@@ -99,15 +113,30 @@ def first_output(found: Any) -> Tensor:
 
 
 def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the seconds until a device has done its work, and the result."""
-    began = time.perf_counter()
+    """Return the seconds that a device takes for its work, and the result; of the CPU those of this process."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    began = clock()
     result = work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began, result
+    return clock() - began, result
 
 
-def measure(name: str, device: torch.device) -> dict[str, float]:
+def torch_pruning_seconds(model: nn.Module, example: Any, device: torch.device) -> float | None:
+    """Return how long Torch-Pruning takes to remove half of all channels by group norms; None if it can't."""
+    import torch_pruning
+
+    def prune() -> None:
+        importance = torch_pruning.importance.GroupMagnitudeImportance()
+        ignored = [module for module in small.modules() if isinstance(module, nn.Linear)][-1:]
+        knobs = {"pruning_ratio": 0.5, "ignored_layers": ignored}
+        torch_pruning.pruner.BasePruner(small, example.to(device), importance, **knobs).step()
+
+    small = copy.deepcopy(model)
+    return timed(device, prune)[0] if isinstance(example, Tensor) else None
+
+
+def measure(name: str, device: torch.device) -> dict[str, float | None]:
     """Return the seconds of a pass, and what selection, reconstruction and distillation take in passes."""
     make, inputs, config_list = NETWORKS[name]
     torch.manual_seed(0)
@@ -135,6 +164,7 @@ def measure(name: str, device: torch.device) -> dict[str, float]:
     masked = nni_topo.to_dense(model, batches[0], masks)
     solved = nni_topo.to_dense(found, batches[0], masks)
     distilling, distilled = timed(device, lambda: nni_topo.distillation(solved, model, batches))
+    pruning = torch_pruning_seconds(model, batches[0][:2] if isinstance(batches[0], Tensor) else None, device)
     with torch.no_grad():
         wanted = first_output(called(model, batches[0]))
         errors = [
@@ -152,25 +182,70 @@ def measure(name: str, device: torch.device) -> dict[str, float]:
         "loss, before": distilled.loss_before,
         "loss, after": distilled.loss_after,
         "error, distilled": errors[2],
+        "Torch-Pruning, passes": None if pruning is None else pruning / seconds,
     }
 
 
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a row for each network and commit, in the order in which they were measured."""
+    head = [
+        "network",
+        "commit",
+        "a pass, CPU s",
+        "select: passes",
+        "reconstruct: passes",
+        "distil: passes (steps)",
+        "Torch-Pruning: passes",
+        "error: no recovery",
+        "reconstructed",
+        "distilled",
+    ]
+    rows = []
+    for name in NETWORKS:
+        for each in records:
+            if each["network"] == name:
+                pruning = each["Torch-Pruning, passes"]
+                rows.append(
+                    [
+                        name,
+                        each["commit"],
+                        f"{each['pass s']:.2f}",
+                        f"{each['select, passes']:.2f}",
+                        f"{each['reconstruct, passes']:.2f}",
+                        f"{each['distil, passes']:.1f} ({each['steps']})",
+                        "not run" if pruning is None else f"{pruning:.3f}",
+                        *(
+                            f"{each[f'error, {way}']:.3g}"
+                            for way in ("no recovery", "weight reconstruction", "distilled")
+                        ),
+                    ]
+                )
+    return markdown_table(head, rows)
+
+
 def main() -> None:
-    """Print a Markdown row for each network."""
+    """Measure networks, or write the table of a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--networks", nargs="+", choices=list(NETWORKS), default=["pitch", "resnet18", "bert"], help="default three"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="folder for the records")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="page whose table is replaced by that of the records")
     options = parser.parse_args()
-    names, device = options.networks, resolve_device(options.device)
+    if options.into is not None:
+        page = options.into.read_text(encoding="utf-8")
+        options.into.write_text(with_tables(page, SOURCE, table(read_records(RECORDS))), encoding="utf-8")
+        return
+    device = resolve_device(options.device)
     torch.set_num_threads(1)
-    for index, name in enumerate(names):
-        found = measure(name, device)
-        if index == 0:
-            print("| network |", " | ".join(found), "|")
-            print("|---|" + "---:|" * len(found))
-        print(f"| {name} |", " | ".join(f"{value:.3g}" for value in found.values()), "|", flush=True)
+    records = []
+    for name in options.networks:
+        records.append({"network": name, "commit": provenance()["revision"], **measure(name, device)})
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            append_record(options.out / "seconds.jsonl", records[-1])
+        print(table(records[-1:]), flush=True)
 
 
 if __name__ == "__main__":
