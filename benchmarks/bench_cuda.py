@@ -472,6 +472,8 @@ def _alike(rows: list[Row]) -> Iterator[list[Row]]:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "not run"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -112,9 +112,10 @@ def first_output(found: Any) -> Tensor:
     return found if isinstance(found, Tensor) else found[0]
 
 
-def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the seconds that a device takes for its work, and the result; of the CPU those of this process."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+def timed(
+    device: torch.device, work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, Any]:
+    """Return the seconds until a device has done its work, and the result."""
     began = clock()
     result = work()
     if device.type == "cuda":
@@ -133,11 +134,14 @@ def torch_pruning_seconds(model: nn.Module, example: Any, device: torch.device) 
         torch_pruning.pruner.BasePruner(small, example.to(device), importance, **knobs).step()
 
     small = copy.deepcopy(model)
-    return timed(device, prune)[0] if isinstance(example, Tensor) else None
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    return timed(device, prune, clock)[0] if isinstance(example, Tensor) else None
 
 
 def measure(name: str, device: torch.device) -> dict[str, float | None]:
     """Return the seconds of a pass, and what selection, reconstruction and distillation take in passes."""
+    # other programs of the machine don't count
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     make, inputs, config_list = NETWORKS[name]
     torch.manual_seed(0)
     model, batches = make(inputs)
@@ -156,14 +160,14 @@ def measure(name: str, device: torch.device) -> dict[str, float | None]:
 
     # the first call of a GPU loads its libraries
     timed(device, lambda: backwards(batches[:1]))
-    seconds, _ = timed(device, lambda: backwards(batches))
+    seconds, _ = timed(device, lambda: backwards(batches), clock)
     model.zero_grad()
     grouped = nni_topo.dependency_groups(model, batches[0], config_list)
-    selecting, masks = timed(device, select)
-    solving, found = timed(device, lambda: nni_topo.compensate(model, masks, batches))
+    selecting, masks = timed(device, select, clock)
+    solving, found = timed(device, lambda: nni_topo.compensate(model, masks, batches), clock)
     masked = nni_topo.to_dense(model, batches[0], masks)
     solved = nni_topo.to_dense(found, batches[0], masks)
-    distilling, distilled = timed(device, lambda: nni_topo.distillation(solved, model, batches))
+    distilling, distilled = timed(device, lambda: nni_topo.distillation(solved, model, batches), clock)
     pruning = torch_pruning_seconds(model, batches[0][:2] if isinstance(batches[0], Tensor) else None, device)
     with torch.no_grad():
         wanted = first_output(called(model, batches[0]))
