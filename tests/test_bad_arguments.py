@@ -568,6 +568,10 @@ HEAVY = {"distillation", "compensation", "shrink", "frontier", "dependency_group
 HEAVY |= {"analysis.sensitivity"}
 HEAVY |= {"analysis.deviation_of", "analysis.study_selection", "analysis.study_replacement", "analysis.study_energy"}
 HEAVY |= {"zoo.latency_ms", "zoo.train", "analysis.accumulate_energy", "analysis.neural_persistence"}
+HEAVY |= {"synthetic_images", "choose_images", "speedup.profile", "speedup.measure_latency", "testing.toy_evaluator"}
+HEAVY |= {"zoo.latencies", "zoo.evaluate", "zoo.evaluate_loss", "zoo.loss_and_accuracy", "clustering.grow"}
+HEAVY |= {"analysis.retraining_bound", "analysis.with_dropout", "analysis.study_topology", "analysis.net_deviation"}
+HEAVY |= {"analysis.error_bound", "analysis.plot_evolution"}
 
 
 def is_heavy(name: str) -> bool:

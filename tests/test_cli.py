@@ -121,6 +121,7 @@ compensate: {images: 32, method: "third_recovery:Last"}
 """
 
 
+@pytest.mark.slow
 def test_a_third_partys_recovery_method_is_named_by_a_flag_and_in_yaml(tmp_path, monkeypatch):
     (tmp_path / "third_recovery.py").write_text(OWN_RECOVERY)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -351,6 +352,7 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert "must be new or empty, got 4 entries" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "500", "--images", "400", "--checkpoint", str(untrained)]
     words += ["--tolerance", "0.05", "--seconds", "0.2", "--out"]

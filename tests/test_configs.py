@@ -95,7 +95,8 @@ def test_every_file_is_commented_key_by_key(path):
     assert uncommented(text) == []
 
 
-@pytest.mark.parametrize("net", ["vgg16", pytest.param("resnet56", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ["vgg16", "resnet56"])
 def test_the_cifar_plans_run_on_files_as_cifars(net, cifar10, tmp_path):
     plan = load_plan(CONFIGS / f"compare_cifar10_{net}.yaml")
     folder, few = str(cifar10(40)), CompensationChoice(images=32)

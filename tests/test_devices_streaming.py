@@ -131,6 +131,7 @@ def test_blocks_lie_on_the_device_and_states_do_not(device, source, tmp_path, mo
         assert {each.device.type for batch in work.batches for each in batch.values()} == {"cpu"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_on_another_device(device, source, tmp_path, monkeypatch):
     class StopError(Exception):
         pass
@@ -154,6 +155,7 @@ def test_a_stopped_run_goes_on_on_another_device(device, source, tmp_path, monke
         check_close(tmp_path / "whole", target)
 
 
+@pytest.mark.slow
 def test_inputs_may_lie_elsewhere(device, source, tmp_path):
     for place in ("cpu", device):
         target = tmp_path / str(place).replace(":", "")

@@ -71,7 +71,7 @@ evaluator = recipe_evaluator(model, data, zoo.Recipe(epochs=1, batch_size=32))
     "transformers": None,
 }
 NEEDED = {"export": ["onnxruntime"], "experiments": ["distributed"], "larger_than_memory": ["accelerate"]}  # packages
-SLOW = ("larger_than_memory", "magnitude", "recovery")
+SLOW = ("export", "how_small", "larger_than_memory", "magnitude", "recovery")
 MADE = {"api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
 
 

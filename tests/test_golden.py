@@ -16,7 +16,10 @@ sys.path.remove(str(_BENCHMARKS))
 REFERENCE = golden.read_records(_BENCHMARKS / "golden" / "zoo.jsonl.gz")
 
 
-@pytest.mark.parametrize("name", ["own/sliced", "own/own_attention", "torchvision/shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name",
+    ["own/sliced", "own/own_attention", pytest.param("torchvision/shufflenet_v2_x0_5", marks=pytest.mark.slow)],
+)
 def test_groups_and_dense_networks_are_those_of_the_golden_record(name):
     record = {"status": "ok", **golden.measure(name, {}, timed=False)}
     assert golden.differences(REFERENCE[name], record) == []

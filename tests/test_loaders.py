@@ -193,11 +193,17 @@ def shortened(batches):
     return weights_of(nni_topo.remove_blocks(attending(), ["blocks.1"], batches))
 
 
-LONG = ("export", "shrink, auto")
+LONG, LONGER = ("export", "shrink, auto", "shrink, tolerance"), ("shrink", "frontier")
 
 
-@pytest.mark.parametrize("kind", ["random", "one-shot"])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in WORK])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[pytest.mark.slow] * (name in LONG or (name in LONGER and kind == "one-shot")))
+        for name in WORK
+        for kind in ("random", "one-shot")
+    ],
+)
 def test_a_loader_is_read_once_and_does_what_the_same_batches_in_a_list_do(name, kind, tmp_path):
     work = WORK[name] or (lambda batches: exported(batches, tmp_path))
     if name == "export":

@@ -121,6 +121,7 @@ def test_tests_of_the_function_come_first_and_what_does_not_fit_is_counted():
     assert set(choose(unseen, [far, near, other], 9.0).tests) == {"quick", "slow", "beside", "all"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scripts")
 def test_a_child_answers_dies_or_runs_out_of_time():
     from forking import in_child

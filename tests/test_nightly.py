@@ -139,6 +139,7 @@ def test_unknown_checks_are_refused(nightly, capsys):
     assert nightly.main(["--list"]) == 0
 
 
+@pytest.mark.slow
 def test_tests_are_divided_and_noted(tmp_path, monkeypatch):
     (tmp_path / "conftest.py").write_text((PROJECT / "tests" / "shares.py").read_text())
     (tmp_path / "test_some.py").write_text(TEST)

@@ -136,6 +136,7 @@ def test_it_computes_in_half_precision(dense: Any, kind: torch.dtype) -> None:
     assert (found - wanted).abs().max() < 16 * torch.finfo(kind).eps * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once_for_training_and_once_for_evaluation(dense: Any) -> None:
     torch._dynamo.reset()
     plain, counter = copy.deepcopy(dense).train(), CompileCounterWithBackend("aot_eager")

@@ -64,6 +64,7 @@ def test_a_decoder_without_an_attention_generates_and_is_read_again(tmp_path):
         nni_topo.save_pretrained(model, tmp_path / "folder")
 
 
+@pytest.mark.slow
 def test_equal_blocks_and_fewer_of_them_load_by_their_config(tmp_path):
     model = make("BertForSequenceClassification", layers=3)
     inputs = inputs_of(model, samples=24)

@@ -49,6 +49,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
 }  # fmt: skip
 
 
+FAST = ("XGLMForCausalLM", "M2M100ForConditionalGeneration")
+
+
 class Outputs(torch.nn.Module):
     """A model of which the logits are the output, and the boxes where there are any."""
 
@@ -86,7 +89,9 @@ def _run(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tens
     return torch.cat([each.flatten() for each in (found if isinstance(found, tuple) else (found,))])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in FAMILIES]
+)
 def test_a_pruned_family_computes_what_the_masked_one_does_and_goes_on(name: str, tmp_path: Any) -> None:
     _, most, halved = FAMILIES[name]
     model, inputs = _made(name)

@@ -82,7 +82,7 @@ VIT = {"num_layers": "2", "patch_size": "16", "num_heads": "2", "hidden_dim": "1
         pytest.param("torchvision/shufflenet_v2_x0_5", {}, 0.47, marks=pytest.mark.slow),
         ("torchvision/mobilenet_v3_small", {}, 0.49),
         ("torchvision/vit", VIT, 0.49),
-        ("segmentation/lraspp_mobilenet_v3_large", {}, 0.5),
+        pytest.param("segmentation/lraspp_mobilenet_v3_large", {}, 0.5, marks=pytest.mark.slow),
         pytest.param("torchvision/squeezenet1_1", {}, 0.49, marks=pytest.mark.slow),
         pytest.param("torchvision/efficientnet_b0", {}, 0.49, marks=pytest.mark.slow),
         pytest.param("torchvision/regnet_y_400mf", {}, 0.4, marks=pytest.mark.slow),

@@ -16,6 +16,7 @@ from nni_topo.pruners.topological.metric import SelectionSettings, _chosen
 from nni_topo.pruners.topological.pruner import GeneticSearch
 
 
+@pytest.mark.slow
 def test_the_page_says_what_every_pruner_makes_of_every_key() -> None:
     assert written() == table()
 

@@ -93,6 +93,7 @@ def test_nothing_changes_where_nothing_is_pruned(gated, values):
     assert not found.report.layers
 
 
+@pytest.mark.slow
 def test_the_seed_repeats_and_the_generator_modes_and_flags_stay(gated, values):
     gated.train()
     gated.third.eval()

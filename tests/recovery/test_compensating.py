@@ -59,7 +59,7 @@ def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
     ("net", "pruner", "method"),
     [
         *(
-            (net, L1NormPruner, m)
+            pytest.param(net, L1NormPruner, m, marks=[pytest.mark.slow] * (m == "block" and net is not LeNet))
             for net in (LeNet, Concatenated, Grouped)
             for m in list_recoveries()
             if m != "recalibrate"

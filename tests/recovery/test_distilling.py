@@ -243,6 +243,7 @@ def test_few_held_out_images_are_named():
     assert "few to decide by" not in str(distillation(dense, original, batches(224), steps=5).verdict)
 
 
+@pytest.mark.slow
 def test_slow_steps_have_a_range_test_of_few():
     class Slow(Narrow):
         def forward(self, inputs):
@@ -296,6 +297,7 @@ def test_steps_end_where_the_held_out_loss_makes_no_more_progress():
     assert again.loss_after <= again.loss_before * 1.01
 
 
+@pytest.mark.slow
 def test_the_time_for_all_is_kept():
     """The range test, the answers of the unpruned network and the judging count."""
     dense, original = (nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 4)) for _ in range(2))

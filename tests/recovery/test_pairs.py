@@ -69,6 +69,7 @@ def gpt(seed=0):
     return net, torch.randint(0, 20, (24, 16))
 
 
+@pytest.mark.slow
 def test_rotary_heads_lose_pairs_with_their_frequencies(tmp_path):
     net, tokens = gpt()
     turned, masks = narrow_heads(net, tokens.split(8), 0.5)

@@ -38,7 +38,10 @@ class FirstLayers(RecoveryMethod):
 
 
 @pytest.mark.parametrize("check", RECOVERY_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("method", list_recoveries())
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("ahead", "block"))) for name in list_recoveries()],
+)
 def test_every_method_keeps_its_promises(method, check):
     check(method)
 

@@ -46,6 +46,7 @@ def test_statistics_are_those_that_batch_norms_remember(net):
         assert float((net(made[0]).argmax(1) == torch.arange(128) % 10).float().mean()) > 0.9
 
 
+@pytest.mark.slow
 def test_compensation_without_data_comes_near_to_that_with_data(net, digits):
     real = list(digits.train.tensors[0][:512].split(128))
     layers = ["features.conv1", "features.conv2", "classifier.fc1"]

@@ -61,6 +61,7 @@ def test_the_widths_that_the_images_held_out_choose_stay():
     assert shown.count("(chosen)") == 1
 
 
+@pytest.mark.slow
 def test_the_same_images_choose_the_same_and_judge_distillation():
     one, other = (shrunk(AUTO, distill={"steps": 5}, seed=2) for _ in range(2))
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
@@ -91,6 +92,7 @@ def test_without_compensation_and_with_other_pruners(knobs):
     assert small.report.stages[-1].macs == pytest.approx(0.4 * small.report.stages[0].macs, rel=0.25)
 
 
+@pytest.mark.slow
 def test_a_model_without_gradients_and_one_that_gives_no_logits():
     frozen = toy_model().eval().requires_grad_(False)
     assert len(shrunk(AUTO, model=frozen).report.tried) == 3

@@ -130,6 +130,7 @@ def test_parts_of_a_transformer_go_and_the_files_hold_the_rest(tmp_path):
     torch.testing.assert_close(again(example), small(example))
 
 
+@pytest.mark.slow
 def test_what_a_path_removes_it_removes_by_loss_for_cost():
     model, data = resnet(SILENT), Calibration(list(images()))
     found = removable_blocks(model, data)
@@ -204,6 +205,7 @@ def test_hooks_outputs_and_named_layers_keep_their_blocks():
     assert {each.name for each in small.report.depth.removed} <= {"stage1.1", "stage2.1"}
 
 
+@pytest.mark.slow
 def test_layers_that_a_caller_names_are_those_of_the_unpruned_network():
     model = resnet(SILENT)
     bounded = {"op_names": ["stage1.2.conv1"], "max_sparse_ratio": 0.5}
@@ -249,6 +251,7 @@ def test_bad_requests_are_refused():
         nni_topo.shrink(model, [data[0][:4]], {"flops": 0.5}, depth=True)
 
 
+@pytest.mark.slow
 def test_where_thin_layers_take_as_long_blocks_go_first():
     model = resnet()
     given = {"latency": 0.6, "latency_table": table_of(model, 0.8)}

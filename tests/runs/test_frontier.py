@@ -169,6 +169,7 @@ def test_a_smaller_network_starts_from_a_larger_one_where_that_is_no_worse(is_be
     assert found[0.25].report.budget.left == found.points[2].left
 
 
+@pytest.mark.slow
 def test_all_networks_share_the_steps_of_distillation():
     found = made(distill=True)
     steps = [found[share].report.distillation.most_steps for share in SHARES]

@@ -417,6 +417,7 @@ def test_heads_get_narrower_for_the_cost_of_those_that_would_go(make, pruner):
     assert errors[1] < errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knobs", [{"budget": {"latency": 0.6}}, {"budget": {"flops": 0.4}, "round_to": 8}])
 def test_heads_go_where_time_counts_or_multiples_are_asked_for(knobs, monkeypatch):
     # how near the times are known doesn't matter here

@@ -58,6 +58,7 @@ def test_records_hold_what_a_table_needs(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == records
 
 
+@pytest.mark.slow
 def test_fine_tuning_ends_where_a_share_of_the_unpruned_accuracy_is_back(tmp_path):
     asked = dataclasses.replace(plan("l1", "scratch"), retrain={"epochs": 6, "until": 0.8}, train={"epochs": 8})
     (l1, scratch), failures = compare(asked, tmp_path / "half", isolate=False)
@@ -88,6 +89,7 @@ def unwatched(data):
     return dataclasses.replace(data, validation=TensorDataset(*data.validation[:0]))
 
 
+@pytest.mark.slow
 def test_records_say_whether_the_budget_is_met(tmp_path):
     targets = (Target("flops", 0.5), Target("memory", 0.5), Target("ratio", 0.5))
     asked = dataclasses.replace(plan("l1", "level"), targets=targets, retrain={"epochs": 0})
@@ -223,6 +225,7 @@ def leaving(num_classes):
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_reported_with_its_signal_or_code(tmp_path, monkeypatch):
     (tmp_path / "dying_nets_for_tests.py").write_text(DYING)
     monkeypatch.syspath_prepend(tmp_path)
@@ -307,6 +310,7 @@ def read_lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.slow
 def test_compensation_distillation_taylor_and_a_yardstick(tmp_path):
     both = dataclasses.replace(
         plan("l1"),

@@ -162,6 +162,7 @@ def test_leaves_partition_the_nodes_and_children_their_parent(seed, initial):
             assert sorted(halves) == list(cluster.members)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bins", "factor"), [("scott", 1.25), (10, 1.5)])
 @pytest.mark.parametrize("statistic", ["dispersion", "trace"])
 def test_more_energy_keeps_fewer_nodes_in_total(statistic, bins, factor):
@@ -175,6 +176,7 @@ def test_more_energy_keeps_fewer_nodes_in_total(statistic, bins, factor):
     assert kept[0] > factor * kept[-1]
 
 
+@pytest.mark.slow
 def test_more_bins_keep_more_nodes_in_total():
     layers = [layer(nodes=60, seed=seed) for seed in range(8)]
     kept = [
@@ -188,6 +190,7 @@ def groups(labels):
     return {frozenset(np.flatnonzero(labels == label)) for label in labels}
 
 
+@pytest.mark.slow
 @given(st.integers(0, 50), st.integers(-6, 6), st.sampled_from(STATISTICS))
 def test_clusters_of_scaled_nodes_are_the_same(seed, power, statistic):
     # by powers of two, which no sum rounds: k-means computes in single precision

@@ -70,6 +70,11 @@ NETS = {
 }  # fmt: skip
 
 
+def _one_at_once(chosen, names):
+    """One network each time, the others in the slow tests."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name != chosen)) for name in names]
+
+
 def _make(name):
     build, shape = NETS[name]
     return _filled(build()), _drawn(*shape)
@@ -120,7 +125,7 @@ def test_attention_of_maxvit_computes_what_torchvision_does():
 
 
 @pytest.mark.parametrize("asked", REQUESTS)
-@pytest.mark.parametrize("name", [name for name in NETS if name != "maxvit"])
+@pytest.mark.parametrize("name", _one_at_once("swin v2", [name for name in NETS if name != "maxvit"]))
 def test_heads_and_widths_go(name, asked, tmp_path):
     model, inputs = _make(name)
     groups = dependency_groups(model, inputs, REQUESTS[asked](model))
@@ -176,6 +181,7 @@ def test_heads_of_pooled_attention_go(is_second, tmp_path):
     assert torch.equal(load(tmp_path / "small.safetensors", model)(inputs), dense(inputs))
 
 
+@pytest.mark.slow
 def test_heads_neurons_and_widths_of_maxvit_go():
     model, inputs = _make("maxvit")
     groups = dependency_groups(model, inputs, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 1 / 3}])
@@ -257,7 +263,7 @@ def test_heads_of_windows_get_narrower(caplog):
     torch.testing.assert_close(dense(inputs), masked_model(turned, inputs, masks)(inputs))
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", _one_at_once("swin", NETS))
 def test_pruned_attention_computes_in_half_precision(name):
     (make, shape), kind = NETS[name], torch.bfloat16
     torch.manual_seed(0)

@@ -222,6 +222,7 @@ def test_passes_use_the_memory_that_they_free_and_give_it_back_in_the_end() -> N
         assert resident() < before + 2**24
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system doesn't tell waits for a core")
 def test_waiting_for_a_core_is_not_the_models_time_and_waiting_for_else_is() -> None:
     """Three busy programs on the same core take three quarters of it."""

@@ -54,6 +54,7 @@ def test_onnx_answers_as_the_network_does_at_any_batch_size(dense, tmp_path):
             np.testing.assert_allclose(found, dense(IMAGES[:count]).numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pruned_network_that_onnxruntime_would_run_slowly_is_told(tmp_path, caplog):
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 3, 3)

@@ -34,6 +34,7 @@ def command(study, checkpoint, out, *more):
     return main([*words, "--checkpoint", str(checkpoint), "--out", str(out), *more])
 
 
+@pytest.mark.slow
 def test_deviation_command(checkpoint, tmp_path, capsys, drawn):
     pruners = "connections,level,cluster,subcluster"
     arguments = ("--pruners", pruners, "--ratios", "0", "0.5", "--images", "8", "--calibration", "100", "--json")

@@ -152,6 +152,7 @@ def test_tables_have_means_with_the_lowest_and_the_highest_of_the_seeds():
     assert "on average 2.5 % of it to either side, at most 4.0 %" in text
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_unpruned_network_takes_its_time_and_a_dense_small_one_less(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(

@@ -165,6 +165,7 @@ def check_pictures(drawn, records):
     assert [tick.get_text() for tick in axis.get_xticklabels()] == [name.rpartition(".")[2] for name in overlap]
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_was(tmp_path, capsys):
     words = ["analyze", "rounds", "--model", "lenet300", "--limit", "100", "--train-epochs", "1"]
     words += ["--retrain-epochs", "1", "--sparsities", "0.5", "0.9", "--images", "50", "--out", str(tmp_path)]

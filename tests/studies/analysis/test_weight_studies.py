@@ -79,6 +79,7 @@ def test_a_listed_models_size_has_three_numbers():
         AnalyzeCompression(model="mnist_fcn", input_size=(28, 28)).find(print)
 
 
+@pytest.mark.slow
 def test_persistence_of_a_checkpoint_and_along_a_training(tmp_path, capsys, drawn):
     words = ["analyze", "persistence", "--model", "small_cnn", "--limit", "100", "--normalized", "--json"]
     assert main([*words, "--out", str(tmp_path / "trained")]) == 0

@@ -74,6 +74,7 @@ def test_study_and_suggestion(words, tmp_path, capsys):
         assert pruned["widths"][str(3 * index)] == layer["filters"] - gone
 
 
+@pytest.mark.slow
 def test_layers_are_judged_on_validation_images_and_the_suggestion_on_test_images(words, tmp_path, capsys):
     raw = zoo.load_data("digits", validation=0.0)
     images = {f"x_{part}": getattr(raw, part).tensors[0].numpy() for part in ("train", "test")}
