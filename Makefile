@@ -47,7 +47,7 @@ PY ?= $(BIN)/python
 CUDA_TESTS := tests/test_devices.py tests/test_devices_studies.py tests/test_devices_streaming.py tests/test_bench_cuda.py \
   tests/pruners/test_base.py tests/maths/least_squares/test_greedy.py
 
-.PHONY: trained trained-table trained-packages fuzz faults reliability demo test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
+.PHONY: tables trained trained-table trained-packages fuzz faults reliability demo test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
@@ -91,6 +91,10 @@ test-with:
 test-nightly: $(READY) trained-packages
 	$(BIN)/python -m pip install --quiet --editable '.[nightly]'
 	BIN=$(BIN) $(BIN)/python tools/nightly.py $(NIGHTLY)
+
+# the tables of benchmarks/results/ from benchmarks/records/
+tables: $(READY)
+	$(BIN)/python benchmarks/tables.py
 
 # groups and dense networks of every network of benchmarks/zoo.txt, against what they were
 zoo: $(READY)

@@ -449,6 +449,15 @@ def machine(bench: Bench) -> Row:
     return {**facts, "threads": torch.get_num_threads(), "tf32": torch.backends.cuda.matmul.allow_tf32}
 
 
+def page_tables(documents: list[Row]) -> str:
+    """Return the tables of some runs, under a heading each."""
+    return "\n\n".join(
+        f"### {document['machine']['device']}, commit {document['revision']}\n\n"
+        + "\n\n".join([*([document["note"]] if "note" in document else []), *tables(document)])
+        for document in documents
+    )
+
+
 def tables(document: Row) -> Iterator[str]:
     """Yield the tables of a document, each part's with its title, with a column for every figure of their rows."""
     for title in PARTS:
@@ -504,11 +513,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.into is not None:
         records, page = options.into
-        made = "\n\n".join(
-            f"### {document['machine']['device']}, commit {document['revision']}\n\n"
-            + "\n\n".join([*([document["note"]] if "note" in document else []), *tables(document)])
-            for document in json.loads(records.read_text(encoding="utf-8"))
-        )
+        made = page_tables(json.loads(records.read_text(encoding="utf-8")))
         page.write_text(with_tables(page.read_text(encoding="utf-8"), SOURCE, made), encoding="utf-8")
         return
     threads = torch.get_num_threads()

@@ -153,6 +153,23 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 print(f"| {net} | {tree}: {failed} | | | | | | |")
 
 
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a row for each net: least CPU seconds of the runs of this checkout, and the memory up to a dense net."""
+    from nni_topo.studies.tables import markdown_table
+
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        if record["tree"] == "after" and "failed" not in record:
+            runs[record["net"]].append(record)
+    columns = (*STEPS, "torch-pruning", "nni fpgm", "nni speedup", "training step", "training epoch", "dense GiB")
+    rows = []
+    for net, found in runs.items():
+        least = [min((run[column] for run in found if column in run), default=None) for column in columns]
+        rows.append([net, *("no" if value is None else f"{value:.2f}" for value in least)])
+    head = ["net:images", "groups", "select", "compensate", "dense", "all four", "Torch-Pruning", "NNI's FPGM"]
+    return markdown_table([*head, "NNI's speedup", "a training step", "an epoch", "GiB"], rows)
+
+
 def parsed(net: str) -> tuple[str, float, int]:
     """Return a net's name, the factor on its width and its number of images."""
     name, width, images = re.fullmatch(r"(\w+?)(?:x([\d.]+))?:(\d+)", net).groups()  # type: ignore[union-attr]

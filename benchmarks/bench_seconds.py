@@ -138,7 +138,7 @@ def torch_pruning_seconds(model: nn.Module, example: Any, device: torch.device) 
     return timed(device, prune, clock)[0] if isinstance(example, Tensor) else None
 
 
-def measure(name: str, device: torch.device) -> dict[str, float | None]:
+def measure(name: str, device: torch.device, *, distil: bool = True) -> dict[str, float | None]:
     """Return the seconds of a pass, and what selection, reconstruction and distillation take in passes."""
     # other programs of the machine don't count
     clock = time.perf_counter if device.type == "cuda" else time.process_time

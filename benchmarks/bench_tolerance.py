@@ -99,7 +99,8 @@ def main() -> None:
                         else _within(net, images, unused, key[1], alone=True)
                     )
                     append_record(path, {"key": key, **made})
-    _print(read_records(path))
+    records = read_records(path)
+    print(table(records), table_of_families(records), sep="\n\n")
 
 
 def _trained(kind: str, seed: int) -> tuple[nn.Module, list[Tensor], Tensor]:
@@ -332,11 +333,10 @@ def _timed(work: Callable[[], _Result]) -> tuple[_Result, float]:
     return work(), time.process_time() - began
 
 
-def _print(records: list[dict[str, Any]]) -> None:
-    """Print the tables."""
-    found = {tuple(record["key"]): record for record in records}
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a row for each kind of images, tolerance and seed."""
     rows = []
-    for (kind, tolerance, seed), record in sorted(found.items()):
+    for (kind, tolerance, seed), record in sorted((tuple(record["key"]), record) for record in records):
         if kind == "frontier":
             continue
         rows.append(
@@ -353,23 +353,26 @@ def _print(records: list[dict[str, Any]]) -> None:
             ]
         )
     head = ["calibration images", "tolerance", "seed", "MACs kept", "upper limit", "changed on unused images"]
-    print(markdown_table([*head, "networks tried + distilled", "CPU s", "of one `shrink`"], rows))
-    rows = []
-    for (kind, _, seed), record in sorted(found.items()):
-        if kind == "frontier":
-            rows.append(
-                [
-                    str(seed),
-                    f"{record['seconds']:.1f}",
-                    f"{record['seconds'] / max(record['alone']):.2f}",
-                    f"{record['seconds'] / sum(record['alone']):.2f}",
-                    ", ".join(f"{each:.3g}" for each in record["distances"]),
-                    ", ".join(f"{each:.3g}" for each in record["distances_alone"]),
-                    ", ".join(f"{each:g}" for each in record["starts"]),
-                ]
-            )
+    return markdown_table([*head, "networks tried + distilled", "CPU s", "of one `shrink`"], rows)
+
+
+def table_of_families(records: list[dict[str, Any]]) -> str:
+    """Return a row for each run of `frontier`."""
+    rows = [
+        [
+            str(record["key"][2]),
+            f"{record['seconds']:.1f}",
+            f"{record['seconds'] / max(record['alone']):.2f}",
+            f"{record['seconds'] / sum(record['alone']):.2f}",
+            ", ".join(f"{each:.3g}" for each in record["distances"]),
+            ", ".join(f"{each:.3g}" for each in record["distances_alone"]),
+            ", ".join(f"{each:g}" for each in record["starts"]),
+        ]
+        for record in records
+        if record["key"][0] == "frontier"
+    ]
     head = ["seed", "CPU s", "of the costliest `shrink`", "of all four", "distances", "distances one by one", "start"]
-    print(markdown_table(head, rows))
+    return markdown_table(head, rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import re
@@ -125,40 +124,8 @@ def test_the_table_of_distillation_is_that_of_its_records():
     )
 
 
-def test_the_table_of_blocks_and_channels_is_that_of_its_records(monkeypatch):
-    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
-    bench = importlib.import_module("bench_depth")
-    lines = (PROJECT / "benchmarks" / "records" / "depth.jsonl").read_text().splitlines()
-    text = (PROJECT / "benchmarks" / "results" / "budgets.md").read_text(encoding="utf-8")
-    section = text.split("## Blocks or channels")[1].split("\n## ")[0]
-    rows = bench.table([json.loads(line) for line in lines]).splitlines()
-    assert rows == [line for line in section.splitlines() if line.startswith("|")]
-
-
-def test_the_table_of_equal_blocks_is_that_of_its_records(monkeypatch):
-    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
-    bench = importlib.import_module("bench_equal_blocks")
+def test_equal_blocks_are_equal():
     lines = (PROJECT / "benchmarks" / "records" / "equal_blocks.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    text = (PROJECT / "benchmarks" / "results" / "transformers.md").read_text(encoding="utf-8")
-    section = text.split("## Equal blocks")[1].split("\n## ")[0]
-    assert bench.table(records).splitlines() == [line for line in section.splitlines() if line.startswith("|")]
-    for record in records:
+    for record in map(json.loads, lines):
         is_equal = len(set(record["heads"])) == len(set(record["neurons"])) == 1
         assert is_equal or record["key"][2] != "equal", record["key"]
-
-
-@pytest.mark.parametrize(
-    ("bench", "records", "heading"),
-    [
-        ("bench_streaming", "streaming.jsonl", "## Memory and time, block by block"),
-        ("bench_block", "block.jsonl", "## Blocks that learn"),
-    ],
-)
-def test_tables_of_transformers_are_those_of_their_records(bench, records, heading, monkeypatch):
-    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
-    lines = (PROJECT / "benchmarks" / "records" / records).read_text().splitlines()
-    text = (PROJECT / "benchmarks" / "results" / "transformers.md").read_text(encoding="utf-8")
-    section = text.split(heading)[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert importlib.import_module(bench).table([json.loads(line) for line in lines]).splitlines() == rows

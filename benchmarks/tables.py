@@ -1,0 +1,160 @@
+"""Write the tables of benchmarks/results/ from the records.
+
+    python benchmarks/tables.py          # or: make tables
+    python benchmarks/tables.py --check  # write nothing; exit code 1 if a page isn't what its records make
+
+Each table of a page stands between two comments that name its source: the benchmark that makes it from records, or a
+file of ``records/printed/``. Those hold the cells of tables whose runs kept no records, as the benchmark printed them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import importlib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+from nni_topo.studies.records import Record, read_records
+from nni_topo.studies.tables import with_tables
+
+BENCHMARKS = Path(__file__).parent
+RESULTS, RECORDS = BENCHMARKS / "results", BENCHMARKS / "records"
+PRINTED = re.compile(r"<!-- benchmarks/records/(printed/[\w/]+\.csv): begin -->")
+_NUMBER = re.compile(r"[*+<-]*\d|$")
+HYPOTHESES = ("which_filters", "which_images", "how_many_filters", "which_blocks", "which_ratio", "which_loss")
+
+
+def main() -> int:
+    """Write the pages, or name those that differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    differ = 0
+    for path in sorted(RESULTS.glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        made = made_anew(path.stem, page)
+        if made != page:
+            differ += 1
+            print(f"{'differs' if options.check else 'written'}: {path.relative_to(BENCHMARKS.parent)}")
+            if not options.check:
+                path.write_text(made, encoding="utf-8")
+    return int(options.check and differ > 0)
+
+
+def made_anew(name: str, page: str) -> str:
+    """Return a page with all its tables made from their records."""
+    for file in PRINTED.findall(page):
+        page = with_tables(page, f"benchmarks/records/{file}", printed_table(RECORDS / file))
+    if name in _MAKERS:
+        for make in _MAKERS[name]():
+            page = make(page)
+    return page
+
+
+def printed_table(path: Path) -> str:
+    """Return a table of the cells in a file, columns of numbers on the right."""
+    with path.open(encoding="utf-8", newline="") as lines:
+        head, *rows = ([cell.replace("|", r"\|") for cell in line] for line in csv.reader(lines))
+    rule = []
+    for column in zip(*rows, strict=True):
+        numbers = sum(_NUMBER.match(cell) is not None for cell in column)
+        rule.append("---:" if 2 * numbers > len(column) else "---")
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def module_of(path: str) -> ModuleType:
+    """Return a benchmark's module; others that it imports lie beside it or in benchmarks/."""
+    file = BENCHMARKS / path
+    name = "tables_" + re.sub(r"\W", "_", path)
+    if name not in sys.modules:
+        before = list(sys.path)
+        sys.path[:0] = [str(file.parent), str(BENCHMARKS)]
+        try:
+            spec = importlib.util.spec_from_file_location(name, file)
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        finally:
+            sys.path[:] = before
+    return sys.modules[name]
+
+
+def _of_jsonl(path: str, file: str, table: str = "table", title: str = "") -> Callable[[str], str]:
+    """Return what writes a benchmark's table of all records in a file into a page, under the name of its source."""
+    module, source = module_of(path), f"benchmarks/{path}" + (f", {title}" if title else "")
+    records = functools.partial(read_records, RECORDS / file)
+    return lambda page: with_tables(page, source, getattr(module, table)(records()))
+
+
+def _clustering() -> Iterator[Callable[[str], str]]:
+    def records(*names: str) -> list[Record]:
+        return [record for name in names for record in read_records(RECORDS / f"{name}.jsonl")]
+
+    parts, bounds = module_of("subcluster_report.py"), module_of("bounds_report.py")
+    yield lambda page: parts.with_part_tables(page, records("subcluster_networks", "subcluster_parts"))
+    yield lambda page: bounds.with_bounds(page, records("bounds"))
+
+
+def _export() -> Iterator[Callable[[str], str]]:
+    module = module_of("bench_runtimes.py")
+    yield lambda page: with_tables(page, module.SOURCE, module.tables(RECORDS / "runtimes"))
+
+
+def _fresh_networks() -> Iterator[Callable[[str], str]]:
+    module = module_of("fresh_networks/report.py")
+    yield lambda page: with_tables(page, module.SOURCE, module.tables(module.read()))
+
+
+def _gpu() -> Iterator[Callable[[str], str]]:
+    module = module_of("bench_cuda.py")
+    documents = json.loads((RECORDS / "cuda.json").read_text(encoding="utf-8"))
+    yield lambda page: with_tables(page, module.SOURCE, module.page_tables(documents))
+
+
+def _topology() -> Iterator[Callable[[str], str]]:
+    for name in HYPOTHESES:
+        yield _of_jsonl(f"topology/{name}.py", f"topology/{name}.jsonl", "tables")
+
+
+def _trained() -> Iterator[Callable[[str], str]]:
+    module = module_of("trained/report.py")
+    yield lambda page: with_tables(page, module.SOURCE, module.tables(module.read(RECORDS / "trained")))
+
+
+_MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
+    "budgets": lambda: iter(
+        [
+            _of_jsonl("bench_depth.py", "depth.jsonl"),
+            _of_jsonl("bench_tolerance.py", "tolerance.jsonl", title="search"),
+            _of_jsonl("bench_tolerance.py", "tolerance.jsonl", "table_of_families", "frontier"),
+        ]
+    ),
+    "clustering": _clustering,
+    "export": _export,
+    "fresh_networks": _fresh_networks,
+    "gpu": _gpu,
+    "speed": lambda: iter(
+        [_of_jsonl("bench_pipeline.py", "steps.jsonl"), _of_jsonl("bench_seconds.py", "seconds.jsonl")]
+    ),
+    "topology": _topology,
+    "trained": _trained,
+    "transformers": lambda: iter(
+        [
+            _of_jsonl("bench_equal_blocks.py", "equal_blocks.jsonl"),
+            _of_jsonl("bench_streaming.py", "streaming.jsonl"),
+            _of_jsonl("bench_block.py", "block.jsonl"),
+        ]
+    ),
+}
+"""By page, what writes the tables that benchmarks make from records."""
+
+if __name__ == "__main__":
+    sys.exit(main())
