@@ -167,27 +167,33 @@ def measure(name: str, device: torch.device, *, distil: bool = True) -> dict[str
     solving, found = timed(device, lambda: nni_topo.compensate(model, masks, batches), clock)
     masked = nni_topo.to_dense(model, batches[0], masks)
     solved = nni_topo.to_dense(found, batches[0], masks)
-    distilling, distilled = timed(device, lambda: nni_topo.distillation(solved, model, batches), clock)
+    distilling, distilled = 0.0, None
+    if distil:
+        distilling, distilled = timed(device, lambda: nni_topo.distillation(solved, model, batches), clock)
     pruning = torch_pruning_seconds(model, batches[0][:2] if isinstance(batches[0], Tensor) else None, device)
+    nets = [masked, solved] + ([] if distilled is None else [distilled.model])
     with torch.no_grad():
         wanted = first_output(called(model, batches[0]))
         errors = [
-            float((first_output(called(net, batches[0])) - wanted).square().mean() / wanted.var())
-            for net in (masked, solved, distilled.model)
+            float((first_output(called(net, batches[0])) - wanted).square().mean() / wanted.var()) for net in nets
         ]
-    return {
+    measured: dict[str, float | None] = {
         "pass s": seconds,
         "select, passes": selecting / seconds,
         "reconstruct, passes": solving / seconds,
         "error, no recovery": errors[0],
         "error, weight reconstruction": errors[1],
-        "distil, passes": distilling / seconds,
-        "steps": distilled.steps,
-        "loss, before": distilled.loss_before,
-        "loss, after": distilled.loss_after,
-        "error, distilled": errors[2],
         "Torch-Pruning, passes": None if pruning is None else pruning / seconds,
     }
+    if distilled is not None:
+        measured |= {
+            "distil, passes": distilling / seconds,
+            "steps": distilled.steps,
+            "loss, before": distilled.loss_before,
+            "loss, after": distilled.loss_after,
+            "error, distilled": errors[2],
+        }
+    return measured
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -208,7 +214,7 @@ def table(records: list[dict[str, Any]]) -> str:
     for name in NETWORKS:
         for each in records:
             if each["network"] == name:
-                pruning = each["Torch-Pruning, passes"]
+                pruning, is_distilled = each["Torch-Pruning, passes"], "steps" in each
                 rows.append(
                     [
                         name,
@@ -216,12 +222,11 @@ def table(records: list[dict[str, Any]]) -> str:
                         f"{each['pass s']:.2f}",
                         f"{each['select, passes']:.2f}",
                         f"{each['reconstruct, passes']:.2f}",
-                        f"{each['distil, passes']:.1f} ({each['steps']})",
+                        f"{each['distil, passes']:.1f} ({each['steps']})" if is_distilled else "not run",
                         "not run" if pruning is None else f"{pruning:.3f}",
-                        *(
-                            f"{each[f'error, {way}']:.3g}"
-                            for way in ("no recovery", "weight reconstruction", "distilled")
-                        ),
+                        f"{each['error, no recovery']:.3g}",
+                        f"{each['error, weight reconstruction']:.3g}",
+                        f"{each['error, distilled']:.3g}" if is_distilled else "not run",
                     ]
                 )
     return markdown_table(head, rows)
@@ -234,6 +239,7 @@ def main() -> None:
         "--networks", nargs="+", choices=list(NETWORKS), default=["pitch", "resnet18", "bert"], help="default three"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-distillation", action="store_true", help="leave it out: it takes most of the time")
     parser.add_argument("--out", type=Path, help="folder for the records")
     parser.add_argument("--into", type=Path, metavar="PAGE", help="page whose table is replaced by that of the records")
     options = parser.parse_args()
@@ -245,7 +251,13 @@ def main() -> None:
     torch.set_num_threads(1)
     records = []
     for name in options.networks:
-        records.append({"network": name, "commit": provenance()["revision"], **measure(name, device)})
+        records.append(
+            {
+                "network": name,
+                "commit": provenance()["revision"],
+                **measure(name, device, distil=not options.no_distillation),
+            }
+        )
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
             append_record(options.out / "seconds.jsonl", records[-1])
