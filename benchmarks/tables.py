@@ -75,7 +75,7 @@ def module_of(path: str) -> ModuleType:
     name = "tables_" + re.sub(r"\W", "_", path)
     if name not in sys.modules:
         before = list(sys.path)
-        sys.path[:0] = [str(file.parent), str(BENCHMARKS)]
+        sys.path[:0] = [str(file.parent), str(BENCHMARKS), str(BENCHMARKS.parent)]
         try:
             spec = importlib.util.spec_from_file_location(name, file)
             assert spec is not None
