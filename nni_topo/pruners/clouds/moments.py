@@ -9,6 +9,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from nni_topo.errors import DataError, check_memory, leaving_out
+from nni_topo.network.runtime import Processes
 
 _TURN = 2**24
 _MATRICES = 6  # of the rows' inner products that lie beside each other at most, until they are points
@@ -40,6 +41,20 @@ class ChannelMoments:
             flat = part.flatten(1)
             self._total = self._total + part.sum(2)
             self._products = self._products + flat @ flat.T
+
+    def pool(self, processes: Processes, device: torch.device) -> None:
+        """Take in the samples of all processes."""
+        place = f"inner products of {self.name}"
+        shapes = [tuple(getattr(each, "shape", ())) for each in (self._total, self._products)]
+        known = processes.gather((self.samples, shapes), place)
+        if not any(samples for samples, _ in known):
+            return
+        # A process whose batches don't reach the layer has sums of zero.
+        shapes = next(shapes for samples, shapes in known if samples)
+        if not self.samples:
+            self._total, self._products = (torch.zeros(each, dtype=torch.float64, device=device) for each in shapes)
+        processes.add([self._total, self._products], place)
+        self.samples = sum(samples for samples, _ in known)
 
     def mean(self) -> Tensor:
         """Return the mean of each place of each row, ``(n, places)`` on the CPU."""
