@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 TIMEOUT = 60  # seconds
+_LENGTH = 400  # of sentences: with 48 of them positions are sampled
 
 
 class Convolutions(nn.Module):
@@ -79,15 +81,16 @@ def made(kind: type[nn.Module]) -> nn.Module:
     return model.eval()
 
 
-def batches(kind: type[nn.Module], sizes: tuple[int, ...]) -> list[Any]:
-    """Return batches of these sizes; of sentences the second half of each is padding in part."""
+def batches(kind: type[nn.Module], sizes: tuple[int, ...], *, mixed: bool = False) -> list[Any]:
+    """Return batches of these sizes: of images, every second batch smaller if so asked, or of padded sentences."""
     generator = torch.Generator().manual_seed(1)
     if kind is not Transformer:
-        return [torch.randn(size, 3, 12, 12, generator=generator) for size in sizes]
+        sides = (24, 20) if mixed else (24, 24)
+        return [torch.randn(size, 3, side, side, generator=generator) for size, side in zip(sizes, itertools.cycle(sides))]
     found = []
     for size in sizes:
-        tokens = torch.randn(size, 9, 16, generator=generator)
-        padding = torch.arange(9) >= torch.randint(3, 10, (size, 1), generator=generator)
+        tokens = torch.randn(size, _LENGTH, 16, generator=generator)
+        padding = torch.arange(_LENGTH) >= torch.randint(100, _LENGTH + 1, (size, 1), generator=generator)
         found.append({"tokens": tokens, "src_key_padding_mask": padding})
     return found
 

@@ -70,6 +70,20 @@ class Processes:
         for tensor in tensors:
             self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), tensor, place)
 
+    def total(self, tensor: Tensor | None, device: torch.device, place: str) -> Tensor | None:
+        """Return the sum of the tensors of all processes, of which some may have none; None if none has any."""
+        shapes = [shape for shape in self.gather(None if tensor is None else tuple(tensor.shape), place) if shape]
+        if not shapes:
+            return None
+        found = torch.zeros(shapes[0], dtype=torch.float64, device=device) if tensor is None else tensor.clone()
+        self.add([found], place)
+        return found
+
+    def first(self, value: _Made, place: str) -> _Made:
+        """Return the value of the first process, of tensors on the CPU; it is pickled on the way."""
+        found: _Made = self.gather(value if self.rank == 0 else None, place)[0]
+        return found
+
     def agree(self, tensors: Sequence[Tensor], place: str) -> None:
         """Replace tensors by those of the first process, which have the same shapes.
 

@@ -45,16 +45,10 @@ class ChannelMoments:
     def pool(self, processes: Processes, device: torch.device) -> None:
         """Take in the samples of all processes."""
         place = f"inner products of {self.name}"
-        shapes = [tuple(getattr(each, "shape", ())) for each in (self._total, self._products)]
-        known = processes.gather((self.samples, shapes), place)
-        if not any(samples for samples, _ in known):
-            return
-        # A process whose batches don't reach the layer has sums of zero.
-        shapes = next(shapes for samples, shapes in known if samples)
-        if not self.samples:
-            self._total, self._products = (torch.zeros(each, dtype=torch.float64, device=device) for each in shapes)
-        processes.add([self._total, self._products], place)
-        self.samples = sum(samples for samples, _ in known)
+        total, products = (each if self.samples else None for each in (self._total, self._products))
+        self._total = processes.total(total, device, place)
+        self._products = processes.total(products, device, place)
+        self.samples = sum(processes.gather(self.samples, place))
 
     def mean(self) -> Tensor:
         """Return the mean of each place of each row, ``(n, places)`` on the CPU."""
