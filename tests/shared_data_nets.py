@@ -69,11 +69,23 @@ class Transformer(nn.Module):
         return found
 
 
+class Wide(nn.Module):
+    """Linear layers with more inputs than there are samples, which are kept as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(40, 64), nn.Linear(64, 48), nn.Linear(48, 5)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        found: Tensor = self.head(functional.relu(self.second(functional.relu(self.first(rows)))))
+        return found
+
+
 def made(kind: type[nn.Module]) -> nn.Module:
     """Return a network with statistics of its own, in evaluation mode."""
     torch.manual_seed(0)
     model = kind()
-    if kind is not Transformer:
+    if kind in (Convolutions, Residual):
         with torch.no_grad():
             model.train()
             for _ in range(3):
@@ -84,9 +96,13 @@ def made(kind: type[nn.Module]) -> nn.Module:
 def batches(kind: type[nn.Module], sizes: tuple[int, ...], *, mixed: bool = False) -> list[Any]:
     """Return batches of these sizes: of images, every second batch smaller if so asked, or of padded sentences."""
     generator = torch.Generator().manual_seed(1)
+    if kind is Wide:
+        return [torch.randn(size, 40, generator=generator) for size in sizes]
     if kind is not Transformer:
         sides = (24, 20) if mixed else (24, 24)
-        return [torch.randn(size, 3, side, side, generator=generator) for size, side in zip(sizes, itertools.cycle(sides))]
+        return [
+            torch.randn(size, 3, side, side, generator=generator) for size, side in zip(sizes, itertools.cycle(sides))
+        ]
     found = []
     for size in sizes:
         tokens = torch.randn(size, _LENGTH, 16, generator=generator)
@@ -95,12 +111,12 @@ def batches(kind: type[nn.Module], sizes: tuple[int, ...], *, mixed: bool = Fals
     return found
 
 
-def start(work: Callable[..., None], count: int, folder: Path, *given: Any) -> list[Any]:
+def start(work: Callable[..., None], count: int, folder: Path, *given: Any, timeout: int = TIMEOUT) -> list[Any]:
     """Run a function in so many processes of a gloo group, and return their processes, which have ended."""
     context = torch.multiprocessing.get_context("spawn")
     store = f"file://{folder}/store-{work.__name__}-{count}"
     started = [
-        context.Process(target=_join, args=(work, rank, count, store, folder, given), daemon=True)
+        context.Process(target=_join, args=(work, rank, count, store, folder, given, timeout), daemon=True)
         for rank in range(count)
     ]
     for process in started:
@@ -110,11 +126,13 @@ def start(work: Callable[..., None], count: int, folder: Path, *given: Any) -> l
     return started
 
 
-def _join(work: Callable[..., None], rank: int, count: int, store: str, folder: Path, given: tuple[Any, ...]) -> None:
+def _join(
+    work: Callable[..., None], rank: int, count: int, store: str, folder: Path, given: tuple[Any, ...], timeout: int
+) -> None:
     import torch.distributed as dist
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
     work(rank, count, folder, *given)
     dist.destroy_process_group()

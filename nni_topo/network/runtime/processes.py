@@ -37,6 +37,7 @@ class _Message:
     place: str
     value: Any = None
     error: str = ""
+    is_gone: bool = False  # what the first process notes in the place of what it should have heard
 
 
 class Processes:
@@ -132,7 +133,8 @@ class Processes:
                 found: list[_Message] = self._receive(0)
             except RuntimeError as error:
                 raise ProcessError(
-                    f"all processes must reach the same place, but rank {self._name(0)} {_gone(error)} ({mine.place})"
+                    f"all processes must reach the same place, but rank {self._name(0)} is gone, or it, or a process "
+                    f"that it waits for, didn't answer within the group's timeout: {_words(error)} ({mine.place})"
                 ) from error
             return found
         found = [mine]
@@ -140,7 +142,9 @@ class Processes:
             try:
                 found.append(self._receive(rank))
             except RuntimeError as error:
-                found.append(_Message(mine.place, error=_gone(error)))
+                # After a timeout nobody else can be heard either: only the first one is named.
+                is_first = not any(each.is_gone for each in found)
+                found.append(_Message(mine.place, error=_gone(error) if is_first else "", is_gone=True))
         for rank in range(1, self.size):
             # One that is gone by now is met again: in the next exchange, or the next collective operation.
             with suppress(RuntimeError):
@@ -176,8 +180,13 @@ class Processes:
 
 def _gone(error: Exception) -> str:
     """Say of a process that it doesn't answer, and how PyTorch puts it."""
-    reason = str(error).partition("\n")[0].partition("] ")
-    return f"is gone, or didn't answer within the group's timeout: {reason[2] or reason[0]}"
+    return f"is gone, or didn't answer within the group's timeout: {_words(error)}"
+
+
+def _words(error: Exception) -> str:
+    """Return an error's first sentence, without the place in PyTorch's sources."""
+    line = str(error).partition("\n")[0]
+    return (line.partition("] ")[2] or line).partition(". ")[0]
 
 
 def processes_of(group: Any, place: str) -> Processes | None:
