@@ -97,7 +97,7 @@ class ExportError(NniTopoError, RuntimeError):
 class ProcessError(NniTopoError, RuntimeError):
     """Processes that work together and of which one has failed, is gone, or does something else."""
 
-    page = "docs/larger_than_memory.md"
+    page = "docs/recovery.md"
 
 
 class CompatibilityError(NniTopoError, RuntimeError):
