@@ -71,6 +71,15 @@ def shrunk(kind: type[nn.Module], data: Any, rank: int) -> Made:
     return Made({}, small.state_dict(), [*stages, counts, *small.report.warnings])
 
 
+def with_narrower_heads(data: Any) -> Made:
+    """Narrow heads and the MLP; rounding can turn the heads' channels further, which the outputs don't show."""
+    small = nni_topo.shrink(nets.made(nets.Transformer), data, {"params": 0.6}, distill=False)
+    assert small.body.self_attn.head_dim < 4
+    stages = [tuple(getattr(stage, name) for name in STAGE) for stage in small.report.stages]
+    with torch.no_grad():
+        return Made({}, {"output": small(**nets.batches(nets.Transformer, (4,))[0])}, stages)
+
+
 def recalibrated(kind: type[nn.Module], data: Any) -> Made:
     return Made({}, nni_topo.recalibrate_batch_norm(nets.made(kind), data).state_dict(), [])
 
@@ -101,6 +110,7 @@ def slow_cases(data: Any, rank: int = 0) -> dict[str, Made]:
         "topological widths": pruned(nets.Residual, data(images), budget={"flops": 0.5, "allocation": "topological"}),
         "widths by error": pruned(nets.Residual, data(images), budget={"params": 0.5, "allocation": "error"}),
         "shrink": shrunk(nets.Residual, data(images), rank),
+        "narrower heads": with_narrower_heads(data(nets.batches(nets.Transformer, SIZES))),
     }
     for method in ("channel", "pair", "recalibrate", "sequential", "scalar", "merge"):
         found[method] = pruned(nets.Convolutions, data(images), method)

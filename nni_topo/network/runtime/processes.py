@@ -218,8 +218,9 @@ def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     @functools.wraps(function)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
         named = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
-        shared = [found for value in named.values() if (found := getattr(value, "processes", None)) is not None]
-        if not shared or not isinstance(shared[0], Processes):
+        found = [getattr(value, "processes", None) for value in named.values()]
+        shared = [each for each in found if isinstance(each, Processes)]
+        if not shared or is_in_step():
             return function(*args, **kwargs)
         with shared[0].in_step(place, {name: told for name, value in named.items() if (told := _told(value))}):
             return function(*args, **kwargs)
