@@ -94,6 +94,12 @@ class ExportError(NniTopoError, RuntimeError):
     page = "docs/export.md"
 
 
+class ProcessError(NniTopoError, RuntimeError):
+    """Processes that work together and of which one has failed, is gone, or does something else."""
+
+    page = "docs/recovery.md"
+
+
 class CompatibilityError(NniTopoError, RuntimeError):
     """The installed NNI or PyTorch isn't one the package can work with."""
 

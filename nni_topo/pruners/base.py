@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -167,12 +167,18 @@ class StructuredPruner(Pruner):
         """
         trains = max_steps is not None or max_epochs is not None
         try:
-            with nullcontext() if trains else left_alone(self.bound_model):
+            with self._in_step, nullcontext() if trains else left_alone(self.bound_model):
                 model, masks = super().compress(max_steps, max_epochs)
         except BaseException:
             self.unwrap_model()
             raise
         return model, masks
+
+    @property
+    def _in_step(self) -> AbstractContextManager[None]:
+        """A block that an error of one process ends in all that share the pruner's calibration data."""
+        processes = getattr(getattr(self, "calibration", None), "processes", None)
+        return nullcontext() if processes is None else processes.in_step(type(self).__name__)
 
     @in_smaller_batches
     def generate_masks(self) -> Masks:
@@ -209,7 +215,7 @@ class StructuredPruner(Pruner):
             )
         planner.change(budget)
         self._keep_measurements()
-        with left_alone(self.bound_model):
+        with self._in_step, left_alone(self.bound_model):
             if self._collected is None:
                 self._collected = self._collect_data()
             found = self._generate_sparsity(self._calculate_metrics(self._collected))

@@ -14,6 +14,7 @@ from nni_topo.errors import DataError, checked
 from nni_topo.network.runtime import (
     BATCHES,
     MODEL,
+    Processes,
     batches_of,
     calls,
     detached_copy,
@@ -21,6 +22,7 @@ from nni_topo.network.runtime import (
     fitting,
     hand_on_report,
     in_smaller_batches,
+    in_step,
     leaves_models_alone,
     left_alone,
     structure_call,
@@ -32,6 +34,7 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
+@in_step
 @checked(model=MODEL, calibration=BATCHES)
 @leaves_models_alone
 @in_smaller_batches
@@ -60,11 +63,12 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
 
     Notes
     -----
-    The statistics are the average over the batches, each batch counting the same. Only batch norms run in training
+    The statistics are the average over the batches, each batch counting the same, over those of all processes that
+    share the calibration data. Only batch norms run in training
     mode meanwhile; dropout stays off.
     """
     copied: nn.Module = detached_copy(model)
-    batches = batches_of(calibration, model)
+    batches = batches_of(calibration, model, shared=True)
     structure_call(model, batches)  # an error that says what to change
     norms = batch_norms(copied)
     measured: dict[_BatchNorm, dict[str, torch.Tensor]] = {}
@@ -78,6 +82,8 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
                 copied(*args, **kwargs)
         for norm in norms:
             measured[norm] = {name: value.clone() for name, value in norm.named_buffers(recurse=False)}
+    if batches.processes is not None:
+        _pool(measured, batches.processes)
     # The statistics are all that stays of these passes.
     names = {norm: name for name, norm in copied.named_modules()}
     for norm, values in measured.items():
@@ -87,3 +93,17 @@ def recalibrate_batch_norm(model: nn.Module, calibration: Iterable[Any] | Evalua
             getattr(norm, name).copy_(value)
     hand_on_report(model, copied, "batch norms recalibrated (nni_topo.recalibrate_batch_norm)")
     return copied
+
+
+def _pool(measured: dict[_BatchNorm, dict[str, torch.Tensor]], processes: Processes) -> None:
+    """Average statistics over the batches of all processes."""
+    for values in measured.values():
+        batches = values["num_batches_tracked"]
+        counts = batches.double().reshape(1)
+        sums = [values[name].double() * counts for name in ("running_mean", "running_var")]
+        processes.add([counts, *sums], "the statistics of batch norms")
+        if not counts:  # no batch has come to this norm
+            continue
+        batches.copy_(counts[0])
+        for name, total in zip(("running_mean", "running_var"), sums, strict=True):
+            values[name].copy_(total / counts)

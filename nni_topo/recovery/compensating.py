@@ -27,6 +27,7 @@ from nni_topo.network.runtime import (
     check_model,
     hand_on_report,
     in_smaller_batches,
+    in_step,
     leaves_models_alone,
     structure_call,
 )
@@ -61,6 +62,7 @@ class Compensation:
         return repr(self.report)
 
 
+@in_step
 @checked(
     model=MODEL,
     masks=MASKS,
@@ -92,14 +94,20 @@ def compensation(
     _check_ridge(ridge)
     chosen = recovery_method(method)
     check_model(model)
-    calibration = batches_of(calibration, model)
+    calibration = batches_of(calibration, model, shared=True)
+    processes = calibration.processes
+    if processes is not None and type(chosen).after is not RecoveryMethod.after:
+        raise ConfigError(
+            "a method must solve by sums over samples where processes share the calibration data, got "
+            f"{method!r}, which learns beyond them (method)"
+        )
     sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
 
     def new_replay() -> Replay:
         return Replay(model, networks.unpruned, networks.pruned, calibration, cache_bytes)
 
-    sampler = Sampler(new_replay(), sizes, seed, cache_bytes, held_out_groups(calibration, sizes))
+    sampler = Sampler(new_replay(), sizes, seed, cache_bytes, held_out_groups(calibration, sizes), processes)
     plan = plan_of(networks, sampler.replay.touched_nodes)
     tasks = chosen.tasks(plan, networks)
     thin_out(networks.pruned, tasks)
@@ -113,7 +121,7 @@ def compensation(
     layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, cache_bytes, progress, begin_again))
     if recalibrate or chosen.recalibrates:
         copy_norm_statistics(networks, call, calibration)
-    report = CompensationReport(layers, plan.left_alone, sum(sizes), time.perf_counter() - began)
+    report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began)
     _warn(report)
     hand_on_report(model, networks.result, "weights reconstructed (nni_topo.compensate)")
     return Compensation(networks.result, report)
@@ -132,7 +140,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     calibration : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
         evaluates on. 500 to 2,000 images are enough for small nets. They are read once, see
-        :class:`nni_topo.Calibration`, whose ``groups`` say which samples aren't independent, such as crops of a photo.
+        :class:`nni_topo.Calibration`, whose ``groups`` say which samples aren't independent, such as crops of a photo,
+        and whose ``process_group`` says which processes have further batches.
     method : str or RecoveryMethod, default="reconstruct"
         A name of :func:`nni_topo.list_recoveries`, or a method with settings of its own, such as
         ``nni_topo.recovery.Reconstruct(refine=0)``.
@@ -178,6 +187,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         If there is no batch, inputs or activations are NaN or infinite, or a batch doesn't fit the model.
     SpeedupError
         If the model is still wrapped or can't be traced.
+    ProcessError
+        If one of the processes that share the calibration data fails or is gone; in the others.
 
     See Also
     --------
@@ -249,7 +260,7 @@ def compensate_up_to(
 ) -> nn.Module:
     """Return the pruned network, traced, with the layers in front of `layer` reconstructed; errors of `compensate`."""
     check_model(model)
-    calibration = batches_of(calibration, model)
+    calibration = batches_of(calibration, model, shared=True)
     sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
     replay = Replay(model, networks.unpruned, networks.pruned, calibration, 2**30)
@@ -257,7 +268,7 @@ def compensate_up_to(
     end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)
     plan.equations = [equation for equation in plan.equations if replay.order[equation.place] < end]
     tasks = Reconstruct(refine=0).tasks(plan, networks)
-    sampler = Sampler(replay, sizes, seed, 0, held_out_groups(calibration, sizes))
+    sampler = Sampler(replay, sizes, seed, 0, held_out_groups(calibration, sizes), calibration.processes)
     _run(tasks, sampler, networks, None, False)
     return networks.pruned
 
@@ -266,7 +277,7 @@ def _run(
     tasks: list[Task], sampler: Sampler, networks: Networks, ridge: float | None, progress: bool | None
 ) -> tuple[LayerReport, ...]:
     """Solve the tasks one after the other; those that refine one take its ridge."""
-    sampler.check_memory(tasks)
+    sampler.begin(tasks)
     ranks = [sampler.replay.order[task.layer.node] for task in tasks]
     layers: list[LayerReport] = []
     for index, task in enumerate(bar("compensate", progress, tasks)):
@@ -290,7 +301,7 @@ def _step(
     began = time.perf_counter()
     learned, held = sampler.collect(task, settled, later=later, is_refined=is_refined)
     samples = learned.samples + held.samples
-    found = task.fit(learned, held, ridge)
+    found = sampler.agreed(task.fit(learned, held, ridge), task)
     for net in (networks.pruned, networks.result):
         task.apply(net, found)
     if is_refined:

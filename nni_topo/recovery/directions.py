@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nni_topo.network.runtime import Processes
+
 _LEAST = 1e-7  # of the largest singular value
 
 
@@ -25,6 +27,12 @@ class Moments:
         sums, products = values.sum(2), values @ values.mT
         self.sums = sums if self.sums is None else self.sums + sums
         self.products = products if self.products is None else self.products + products
+
+    def pool(self, processes: Processes, device: torch.device, place: str) -> None:
+        """Take in the samples of all processes."""
+        self.sums = processes.total(self.sums, device, place)
+        self.products = processes.total(self.products, device, place)
+        self.samples = sum(processes.gather(self.samples, place))
 
     def second(self, *, centred: bool) -> Tensor:
         """Return the mean products, of differences from the mean if so asked."""

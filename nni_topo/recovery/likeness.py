@@ -14,6 +14,7 @@ from nni_topo.errors import ConfigError
 from nni_topo.network.runtime import (
     BatchStore,
     Calibration,
+    Processes,
     bar,
     batch_size,
     calls,
@@ -76,7 +77,9 @@ class Answers:
         for part, store in zip(parts, self._wanted, strict=True):
             for answer in _answers(model, part, outputs):
                 store.append((answer.outputs, answer.are_logits, answer.real, answer.samples, answer.named))
-        self._scales = _scales([_Answer(*each) for store in self._wanted for each in store])
+        self._processes = parts[0].processes  # those that share the parts
+        answers = [_Answer(*each) for store in self._wanted for each in store]
+        self._scales = _scales(answers, self._processes)
 
     def likenesses(self, net: nn.Module) -> list[Likeness]:
         """Compare a network on each part."""
@@ -98,7 +101,12 @@ class Answers:
             theirs = _Answer(*kept)
             distances += self._distances(mine, theirs)
             agreed += _agreements(mine, theirs)
-        return Differences(distances, agreed)
+        if self._processes is None:
+            return Differences(distances, agreed)
+        everywhere = self._processes.gather((distances, agreed), "the comparison of outputs")
+        return Differences(
+            [each for theirs, _ in everywhere for each in theirs], [each for _, theirs in everywhere for each in theirs]
+        )
 
     @property
     def are_classes(self) -> bool:
@@ -159,15 +167,24 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None) -> It
             )
 
 
-def _scales(answers: Sequence[_Answer]) -> list[float]:
-    """Return for each output how far a sample's lies from the mean over all samples, squared, on average."""
+def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[float]:
+    """Return for each output how far a sample's lies from the mean over all samples, squared, on average.
+
+    Where processes share the samples, over those of all.
+    """
     scales = []
-    samples = sum(each.samples for each in answers)
     for index in range(len(answers[0].outputs)):
         shapes = {each.outputs[index].shape[1:] for each in answers}
+        is_padded = any(each.real is not None for each in answers)
+        if processes is not None:
+            known = processes.gather((shapes, is_padded), "the shapes of outputs")
+            shapes = set().union(*(each for each, _ in known))
+            is_padded = any(each for _, each in known)
         # Where lengths differ, or some positions are padding, every position is an observation of its own.
-        is_ragged = len(shapes) > 1 or any(each.real is not None for each in answers)
-        count, total, squares = 0, torch.zeros((), dtype=torch.float64), 0.0
+        is_ragged = len(shapes) > 1 or is_padded
+        total = torch.zeros((), dtype=torch.float64)
+        # Samples, observations and the sum of their squares.
+        counts = torch.zeros(3, dtype=torch.float64)
         for each in answers:
             rows = each.outputs[index].double()
             if is_ragged and rows.dim() > 2:
@@ -175,10 +192,12 @@ def _scales(answers: Sequence[_Answer]) -> list[float]:
                 rows = rows[each.real] if is_masked else rows.flatten(0, -2)
             if len({shape[-1:] for shape in shapes}) > 1:
                 rows = rows.reshape(-1, 1)
-            count += len(rows)
             total = total + rows.sum(0)
-            squares += float(rows.square().sum())
-        scales.append(max(squares - float(total.square().sum()) / count, 0.0) / samples)
+            counts += torch.tensor([each.samples, len(rows), float(rows.square().sum())], dtype=torch.float64)
+        if processes is not None:
+            processes.add([total, counts], "the scale of outputs")
+        samples, observations, squares = counts.tolist()
+        scales.append(max(squares - float(total.square().sum()) / observations, 0.0) / samples)
     return scales
 
 

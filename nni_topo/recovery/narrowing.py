@@ -35,14 +35,18 @@ from nni_topo.network.runtime import (
     BATCHES,
     MODEL,
     SAME_CHANNELS,
+    Calibration,
+    Processes,
     agree,
     batches_of,
     bind_arguments,
     called,
     check_model,
     detached_copy,
+    device_of,
     evaluation_mode,
     first_call,
+    in_step,
     leaves_models_alone,
     left_alone,
     run,
@@ -59,6 +63,7 @@ _ROUNDING = 1e-9  # of channels: a ratio of two whole numbers means the first of
 _logger = logging.getLogger(__name__)
 
 
+@in_step
 @checked(model=MODEL, calibration=BATCHES)
 @leaves_models_alone
 def narrow_heads(
@@ -125,7 +130,7 @@ def narrow_heads(
     given = sparse_ratio if isinstance(sparse_ratio, Mapping) else {"sparse_ratio": sparse_ratio}
     check_knobs("narrow_heads", given, dict.fromkeys(given, number(0, 1, "neither")))
     check_model(model)
-    batches = batches_of(calibration, model)
+    batches = batches_of(calibration, model, shared=True)
     flow = Network(model, structure_call(model, batches)).flow
     known = {each.name: each for each in flow.heads.values() if not each.recurrent}
     asked = given if isinstance(sparse_ratio, Mapping) else dict.fromkeys(known, sparse_ratio)
@@ -148,8 +153,14 @@ def narrow_heads(
     ]
     _measure(turned, heads, batches)
     wanted = _outputs(turned, batches)
+
+    def is_same() -> bool:
+        found = agree(wanted, _outputs(turned, batches), SAME_CHANNELS)
+        processes = batches.processes
+        return found if processes is None else all(processes.gather(found, "the outputs with turned heads"))
+
     for each in heads:
-        if not each.turned(lambda: agree(wanted, _outputs(turned, batches), SAME_CHANNELS)):
+        if not each.turned(is_same, batches.processes):
             whole[each.attention.name] = "this attention uses the head size in a way that can't be adapted"
     for names in by_table(tables).values():
         users = [each for each in heads if each.attention.name in names and each.attention.name not in whole]
@@ -178,7 +189,7 @@ def narrow_instead(
 
     Where `narrow_heads` leaves the heads' size unchanged, heads are pruned; model and masks are as it returns them.
     """
-    batches = batches_of(calibration, model)
+    batches = batches_of(calibration, model, shared=True)
     flow, full = Network(model, structure_call(model, batches)).flow, check_masks(model, masks)
     is_kept = union(model, flow, full)
     ratios, rest = {}, 0.0
@@ -274,7 +285,15 @@ class _Heads:
             raise DataError(f"activations must be finite, got NaN or infinity ({self.attention.name})")
         return all(each is not None for each in seen)
 
-    def turned(self, is_same: Callable[[], bool]) -> bool:
+    def pool(self, processes: Processes, device: torch.device) -> None:
+        """Take in what all processes have seen."""
+        place = f"the heads of {self.attention.name}"
+        for moments in (self.queries, self.keys, self.context):
+            moments.pool(processes, device, place)
+        if self.logits is not None:
+            self.logits.products = processes.total(self.logits.products, device, place)
+
+    def turned(self, is_same: Callable[[], bool], processes: Processes | None = None) -> bool:
         """Put first the directions of each head with which logits and values come nearest.
 
         Where it can't be done, for the model isn't the same then, the model stays as it was. Under rotary positions
@@ -285,6 +304,8 @@ class _Heads:
         for step, stays in steps if self.logits is None else [(self._spin, False), (self._turn_values, True)]:
             with torch.no_grad():
                 step()
+                if processes is not None:
+                    processes.agree(self._parameters(), f"the turned heads of {self.attention.name}")
             are_same = is_same()
             with torch.no_grad():
                 for parameter, values in [] if are_same and stays else before:
@@ -354,7 +375,7 @@ class _Heads:
                 parameter[places] = torch.einsum("hn...,hnm->hm...", values, maps).to(parameter)
 
 
-def _measure(model: nn.Module, heads: list[_Heads], batches: Iterable[Any]) -> None:
+def _measure(model: nn.Module, heads: list[_Heads], batches: Calibration) -> None:
     """Run a model over all batches and sum up what its heads do."""
     entering, leaving = [], []
     for each in heads:
@@ -370,6 +391,8 @@ def _measure(model: nn.Module, heads: list[_Heads], batches: Iterable[Any]) -> N
                 stack.enter_context(called(module, partial(each.look_within, module)))
         run(model, batches)
     for each in heads:
+        if batches.processes is not None:
+            each.pool(batches.processes, device_of(model))
         if not each.are_seen():
             raise DataError(f"calibration must reach every attention module, got none ({each.attention.name})")
 

@@ -14,10 +14,11 @@ from torch.fx import Node
 from torch.nn import functional
 
 from nni_topo.errors import DataError, check_memory
-from nni_topo.maths.least_squares.normal import Fit, NormalEquations
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
 from nni_topo.maths.least_squares.shifts import Geometry, Patches, pays
 from nni_topo.network.graph import tensor_shape
 from nni_topo.network.layers import TRANSPOSED, InnerCall, call_of, has_own_forward
+from nni_topo.network.runtime import Processes, device_of
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values
 
@@ -111,6 +112,18 @@ def draw_unpadded(
     share = max(float(real.double().mean()), 1 / count)
     positions = draw_positions(count, entries, math.ceil(wanted / share), generator).to(real.device)
     return positions, real.gather(1, positions)
+
+
+def numbers_drawn(count: int, entries: int, wanted: int, real: Tensor | None) -> int:
+    """Return how many random numbers `draw_unpadded` takes from its generator."""
+    if real is not None and real.shape == (entries, count):
+        wanted = math.ceil(wanted / max(float(real.double().mean()), 1 / count))
+    return 0 if wanted >= count else entries * wanted
+
+
+def pass_over(generator: torch.Generator, numbers: int) -> None:
+    """Let a generator go on as if so many numbers had been drawn from it: those of other processes."""
+    torch.rand(numbers, generator=generator, dtype=torch.float64)
 
 
 def _windows(module: Any, inputs: Tensor, channels: Tensor, size: Sequence[int]) -> Tensor:
@@ -259,10 +272,20 @@ class Sampler:
     # entries. Padding isn't looked at.
 
     def __init__(
-        self, replay: Replay, sizes: Sequence[int], seed: int, cache_bytes: int, held_out: Tensor | None = None
+        self,
+        replay: Replay,
+        sizes: Sequence[int],
+        seed: int,
+        cache_bytes: int,
+        held_out: Tensor | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.replay = replay
         self.sizes = sizes
+        self._processes = processes  # those that have the other samples
+        self.images = sum(sizes)  # of all processes
+        # By task, how many entries and random numbers the processes before this one have: (entries, numbers).
+        self._before: dict[tuple[str, Node], tuple[int, int]] = {}
         self._held_out = held_out  # by sample, where samples come in groups; None: each is held out by itself
         self.seed = seed
         self._cache_bytes = cache_bytes  # for the samples that refinements go on from; without, networks run again
@@ -276,13 +299,41 @@ class Sampler:
             return self._held_out
         return (torch.arange(sum(self.sizes)) + 1) % HELD_OUT_ENTRIES == 0
 
+    def begin(self, tasks: Sequence[Task]) -> None:
+        """Check the memory that tasks take; where processes share the samples, find the place of this one's."""
+        if self._processes is not None:
+            self.images = sum(self._processes.gather(sum(self.sizes), "the number of images"))
+        self.check_memory(tasks)
+        if self._processes is None:
+            return
+        mine = self._counts(tasks)
+        everywhere = self._processes.gather(mine, "the positions to sample")
+        before = everywhere[: self._processes.rank]
+        for index, task in enumerate(tasks):
+            entries = sum(each[index][0] for each in before)
+            self._before[task.layer.name, task.place] = entries, sum(each[index][1] for each in before)
+
+    def _counts(self, tasks: Sequence[Task]) -> list[tuple[int, int]]:
+        """Return how many entries this process has for each task, and how many random numbers it draws."""
+        found = [(0, 0)] * len(tasks)
+        watched = {node for task in tasks for node in task.watched}
+        for index, (values, real) in enumerate(self.replay.shapes(watched)):
+            for place, task in enumerate(tasks):
+                entries, count = task.extent(values)
+                is_padded = real is not None and real.shape == (entries, count)
+                numbers = 0
+                if is_padded or not self._takes_all(task, values):
+                    numbers = numbers_drawn(count, entries, self._wanted(task, index, entries), real)
+                found[place] = found[place][0] + entries, found[place][1] + numbers
+        return found
+
     def check_memory(self, tasks: Sequence[Task]) -> None:
         """Raise DataError for a task whose sums and factors don't fit into memory."""
         for task in tasks:
             shape, groups = tensor_shape(task.place) or (), len(task.layer.columns)
             # Up to so many samples; fewer than unknowns are kept as they are.
             positions = position_count(self.replay.model.get_submodule(task.layer.name), shape)
-            samples = min(sum(self.sizes) * positions, task.unknowns)
+            samples = min(self.images * positions, task.unknowns)
             what = f"least squares of {task.unknowns} unknowns"
             check_memory(8 * _COPIES * groups * task.unknowns * samples, what, _CURE, task.layer.name)
 
@@ -303,10 +354,25 @@ class Sampler:
         for chunk in chunks:
             _add(learned, chunk, ~chunk.is_held_out)
             _add(held, chunk, chunk.is_held_out)
+        if self._processes is not None:
+            device = device_of(self.replay.model)
+            learned.pool(self._processes, device, f"samples to learn from at {task.layer.name}")
+            held.pool(self._processes, device, f"samples held out at {task.layer.name}")
         if not (learned.is_finite() and held.is_finite()):
             raise DataError(f"activations must be finite, got NaN or infinity ({task.layer.name})")
         self._known = learned, held
         return learned, held
+
+    def agreed(self, found: Fit, task: Task) -> Fit:
+        """Return the solution of the first process, where several have solved the same equations."""
+        if self._processes is None:
+            return found
+        weights, shift = found.solution.weights.clone(), found.solution.shift.clone()
+        figures = [found.ridge, found.before, found.after, found.held_out, found.solution.error]
+        numbers = torch.tensor(figures, dtype=torch.float64, device=weights.device)
+        self._processes.agree([weights, shift, numbers], f"the solution of {task.layer.name}")
+        ridge, before, after, held_out, error = numbers.tolist()
+        return Fit(Solution(weights, shift, error), ridge, before, after, held_out)
 
     def advance(self, task: Task, found: Fit) -> None:
         """Take a solution, which the networks now have, into the samples that are kept."""
@@ -316,7 +382,8 @@ class Sampler:
     def _sampled(self, task: Task, settled: int, later: Collection[Node] | None) -> Iterator[_Chunk]:
         """Run the networks and yield a task's samples."""
         generator = torch.Generator().manual_seed(self.seed)
-        seen = 0
+        seen, passed = self._before.get((task.layer.name, task.place), (0, 0))
+        pass_over(generator, passed)
         for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
             entries, count = task.extent(unpruned)
             real, wanted = self.replay.unpadded(), self._wanted(task, index, entries)
@@ -367,14 +434,12 @@ class Sampler:
         geometry = task.geometry(pruned)
         if geometry is None:
             return False
-        return pays(
-            geometry, task.layer.columns.shape[1], task.outputs, sum(self.sizes), _sampled_rows(task), task.passes
-        )
+        return pays(geometry, task.layer.columns.shape[1], task.outputs, self.images, _sampled_rows(task), task.passes)
 
     def _wanted(self, task: Task, index: int, entries: int) -> int:
         """Positions per entry of a batch."""
         samples = _sampled_rows(task)
-        share = self.sizes[index] / sum(self.sizes)
+        share = self.sizes[index] / self.images
         return int(samples * share / entries) + 1
 
 

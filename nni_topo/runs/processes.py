@@ -10,7 +10,6 @@ dense model. ``DistributedDataParallel`` then copies the first process's weights
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.runtime import digest
 from nni_topo.pruners.hooks import Masks
 from nni_topo.runs.run import on_cpu
 from nni_topo.zoo import DataBundle
@@ -84,13 +84,8 @@ def check_equal_masks(masks: Masks) -> None:
 
 def masks_digest(masks: Masks) -> str:
     """Return a hexadecimal SHA-256 digest of masks: names, shapes and values; masks that are None don't count."""
-    digest = hashlib.sha256()
-    for module, found in sorted(on_cpu(masks).items()):
-        for target, mask in sorted(found.items()):
-            digest.update(f"{module}.{target} {tuple(mask.shape)}".encode())
-            # one type, so that equal masks have one digest whatever the pruner made them of
-            digest.update(mask.to(torch.float32).numpy().tobytes())
-    return digest.hexdigest()
+    flat = [(f"{module}.{target}", mask) for module, found in on_cpu(masks).items() for target, mask in found.items()]
+    return digest(sorted(flat, key=lambda each: each[0]))
 
 
 def data_share(data: DataBundle, rank: int, size: int) -> DataBundle:

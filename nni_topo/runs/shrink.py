@@ -23,6 +23,7 @@ from nni_topo.network.runtime import (
     batches_of,
     check_model,
     give_report,
+    in_step,
     leaves_models_alone,
     markdown_table,
     structure_call,
@@ -54,6 +55,7 @@ from nni_topo.runs.steps import (
     ShrinkSteps,
     Stage,
     check_can_be_distilled,
+    check_can_be_shared,
     check_choices,
     check_has_size,
     check_layers,
@@ -335,6 +337,7 @@ KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEAS
 
 
 # Arguments that are names, knobs or functions are checked by `check_choices`.
+@in_step
 @checked(model=MODEL, images=BATCHES, budget=ANYTHING, pruner=ANYTHING, distill=ANYTHING, round_to=ROUND_TO, **KNOBS)
 @leaves_models_alone
 @tells_once
@@ -367,7 +370,8 @@ def shrink(
         The trained network, not wrapped by a pruner. It isn't changed.
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't used. If it is an evaluator, the batches it evaluates
-        on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment.
+        on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment. Several
+        processes can share them, with ``distill=False`` (``process_group`` of :class:`nni_topo.Calibration`).
         Every eighth image is held out from all steps, for the report. 1,000 images are enough for small networks.
     budget : Budget, mapping, str or None, default=None
         The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. With a ``tolerance`` it
@@ -446,6 +450,8 @@ def shrink(
         If the images can't be used, or are fewer than eight for ``"auto"`` or ``depth``.
     SpeedupError
         If the model can't be traced, or is still wrapped.
+    ProcessError
+        If one of the processes that share the images fails or is gone; in the others.
 
     See Also
     --------
@@ -492,12 +498,13 @@ def shrink(
     >>> small(torch.randn(2, 16)).shape
     torch.Size([2, 4])
     """
-    calibration = batches_of(images, model, "images")
+    calibration = batches_of(images, model, "images", shared=True)
     asked, kind_and_allocation = budget_settings(budget, tolerance)
     layers = None if layers is None else list(layers)
     check_model(model)
     check_layers(model, layers, "shrink")
     check_choices(kind_and_allocation, pruner, knobs, layers, compensate, distill, outputs, evaluate, "shrink")
+    check_can_be_shared(calibration, kind_and_allocation, pruner, compensate, distill, tolerance, depth)
     model, told_of_weights = plain_weights(model)
     structure_call(model, calibration)  # an error that says what to change
     parts: tuple[Calibration | None, ...] | None = None
@@ -576,8 +583,8 @@ def shrink(
         compensation=compensation_report,
         tried=tried,
         budget=outcome,
-        images=data.learned.samples,
-        held_out=0 if data.held_out is None else data.held_out.samples,
+        images=data.learned.samples_of_all,
+        held_out=0 if data.held_out is None else data.held_out.samples_of_all,
         warnings=told_of_weights
         + measured.warnings()
         + (compensation_report.warnings if compensation_report is not None else ())

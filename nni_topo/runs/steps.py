@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from torch import nn
 
 from nni_topo.errors import (
@@ -38,6 +39,7 @@ from nni_topo.network.runtime import (
     BY_HEAD,
     HELD_OUT,
     Calibration,
+    Call,
     calls,
     check_entry,
     detached_copy,
@@ -45,6 +47,7 @@ from nni_topo.network.runtime import (
     evaluation_mode,
     first_call,
     leaves_models_alone,
+    on_device,
     structure_call,
 )
 from nni_topo.network.speedup import (
@@ -69,6 +72,7 @@ from nni_topo.pruners.budget import (
     BudgetOutcome,
     BudgetPlanner,
     budget_outcome,
+    check_shared_budget,
     network_cost,
     no_nearer,
     tell_if_missed,
@@ -141,7 +145,7 @@ class ImageParts:
         cls, calibration: Calibration, model: nn.Module, parts: tuple[Calibration | None, ...] | None = None
     ) -> ImageParts:
         """Hold out every eighth image, or name three parts in the order of the fields; make example inputs."""
-        args, kwargs = structure_call(model, calibration)
+        args, kwargs = of_first(structure_call(model, calibration), model, calibration)
         if parts is None:
             learned, held_out = calibration.split()
             return cls(calibration, learned, held_out, held_out, kwargs or args)
@@ -340,7 +344,7 @@ class ShrinkSteps:
 
     def share_left(self, budget: Budget, recovered: RecoveredNetwork) -> float:
         """Return the share of the cost that a dense network of :meth:`reconstruct` keeps."""
-        args, kwargs = first_call(self.model, self.images.all)
+        args, kwargs = of_first(first_call(self.model, self.images.all), self.model, self.images.all)
         example: Any = kwargs or args
         dense = recovered.dense
         if budget.kind != "latency":
@@ -368,7 +372,7 @@ class ShrinkSteps:
         """Return the inputs by which a cost is counted: for time a whole batch."""
         if kind != "latency":
             return self.images.example
-        args, kwargs = first_call(self.model, self.images.learned)
+        args, kwargs = of_first(first_call(self.model, self.images.learned), self.model, self.images.learned)
         return kwargs or args
 
     def _choose_channels(self, budget: Budget) -> tuple[MasksLike, BudgetOutcome | None]:
@@ -420,6 +424,44 @@ class ShrinkSteps:
         masks = pruner.masks_for(budget)
         planner: Any = pruner.planner
         return masks, planner.outcome
+
+
+def of_first(call: Call, model: nn.Module, images: Calibration) -> Call:
+    """Return the call of the first of the processes that share the images: costs are counted by the same inputs."""
+    if images.processes is None:
+        return call
+    found = images.processes.first(on_device(call, torch.device("cpu")), "example inputs")
+    moved: Call = on_device(found, device_of(model))
+    return moved
+
+
+def check_can_be_shared(
+    images: Calibration,
+    budget: Budget,
+    pruner: Any,
+    compensate: Any,
+    distill: Any,
+    tolerance: float | None,
+    depth: bool,
+) -> None:
+    """Raise ConfigError for what can't be done with images that several processes share."""
+    if images.processes is None:
+        return
+    check_shared_budget(budget)
+    alone = {
+        "distill": distill is not False,
+        "tolerance": tolerance is not None,
+        "depth": depth,
+        "allocation": budget.allocation == AUTO,
+        "pruner": callable(pruner),
+        "compensate": callable(compensate) and not isinstance(compensate, RecoveryMethod),
+    }
+    found = [name for name, is_given in alone.items() if is_given]
+    if found:
+        raise ConfigError(
+            "images that processes share can be used to select channels and to reconstruct weights, with distill=False "
+            f"and methods by name, got {listed(found)} (process_group of {images.name})"
+        )
 
 
 def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]] | None) -> Prunable:
@@ -549,6 +591,8 @@ class Measurements:
         cost = NetworkCost(net, self._data.example)({})
         with evaluation_mode(net):
             accuracy = math.nan if self._evaluate is None else number_of(self._evaluate(net))
+        if (processes := self._data.all.processes) is not None:
+            accuracy = processes.first(accuracy, "what evaluate returned")
         stage = Stage(
             network=name,
             macs=cost.macs,
@@ -593,7 +637,7 @@ class Measurements:
         """Return a warning where images were too few, to hold any out or for the network."""
         if self._data.held_out is None:
             text = (
-                f"none of {self._data.learned.samples} samples could be held out, so distance and agreement are "
+                f"none of {self._data.learned.samples_of_all} samples could be held out, so distance and agreement are "
                 "those of the calibration data, on which a network looks better than it is: pass at least "
                 f"{HELD_OUT}, better some hundred"
             )
@@ -614,7 +658,7 @@ class Measurements:
         if not math.isnan(last.agreement):
             found += f"; agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}"
         text = (
-            f"{self._data.learned.samples} samples are too few for this network ({found}): pass more, as "
+            f"{self._data.learned.samples_of_all} samples are too few for this network ({found}): pass more, as "
             "different from each other as the inputs it will be used on, or keep a larger share of the cost"
         )
         _logger.warning("%s", text)

@@ -76,6 +76,7 @@ from nni_topo.network.runtime.inputs import (
     variations_of,
     varied,
 )
+from nni_topo.network.runtime.processes import Processes, digest, in_step
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.reports import (
     ModelReport,
@@ -126,6 +127,7 @@ __all__ = [
     "Call",
     "Leaving",
     "ModelReport",
+    "Processes",
     "RandomWeights",
     "Variation",
     "agree",
@@ -153,6 +155,7 @@ __all__ = [
     "detached_copy",
     "device_of",
     "difference",
+    "digest",
     "drawn_since",
     "drop_report",
     "evaluation_mode",
@@ -166,6 +169,7 @@ __all__ = [
     "give_report",
     "hand_on_report",
     "in_smaller_batches",
+    "in_step",
     "inputs_of",
     "inputs_seen",
     "leaves_models_alone",

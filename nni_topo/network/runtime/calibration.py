@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import NONE, ConfigError, DataError, free_memory, whole
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, taken, tensors_of
+from nni_topo.network.runtime.processes import processes_of
 from nni_topo.network.runtime.progress import bar
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 HELD_OUT = 8
 """Of so many samples one is held out."""
@@ -60,12 +64,17 @@ class Calibration(Sequence[Any]):
         For each sample what it was taken from, such as the photo of a crop or the speaker of a recording, in the order
         of the samples. Samples of one group aren't independent, so a group is held out as a whole. By default each
         sample is a group of its own.
+    process_group : torch.distributed.ProcessGroup, optional
+        The processes that share the calibration data, such as ``torch.distributed.group.WORLD``: these batches are
+        the share of this process, and what is made of them is made of those of all processes, in the order of the
+        ranks. By default nothing is communicated, even where ``torch.distributed`` is initialized; see the notes.
 
     Raises
     ------
     ConfigError
         If ``batches`` isn't an iterable of batches, ``memory_bytes`` isn't an integer of at least 0, ``max_batches``
-        isn't one of at least 1, or ``groups`` isn't a sequence of integers or strings.
+        isn't one of at least 1, ``groups`` isn't a sequence of integers or strings, or this process doesn't belong to
+        the ``process_group``.
     DataError
         When the batches are first used: if there is none, if a batch holds no inputs, if inputs are NaN or infinite, if
         the batches don't fit into the memory and half of the free disk space together, if an iterable without a length
@@ -74,6 +83,13 @@ class Calibration(Sequence[Any]):
     Notes
     -----
     Batches are read when they are first used, not when the object is made.
+
+    With a ``process_group``, :func:`nni_topo.compensate`, :class:`nni_topo.ReconstructionPruner`,
+    :func:`nni_topo.recalibrate_batch_norm`, :func:`nni_topo.narrow_heads` and :func:`nni_topo.shrink` with
+    ``distill=False`` have to be called in all processes alike. Each runs its own batches, sums over samples are added
+    up in float64, and all decide by these sums: the networks are the same in all processes, and those that one process
+    makes of all batches. Other functions refuse such data. If a process fails or is gone, the others raise a
+    :class:`nni_topo.errors.ProcessError` that names it.
 
     Examples
     --------
@@ -95,6 +111,7 @@ class Calibration(Sequence[Any]):
         max_batches: int | None = None,
         name: str = "calibration",
         groups: Sequence[int | str] | Tensor | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         whole(0, 2**63 - 1).check("memory_bytes", memory_bytes, "Calibration")
         (whole(1) | NONE).check("max_batches", max_batches, "Calibration")
@@ -107,8 +124,12 @@ class Calibration(Sequence[Any]):
             raise ConfigError(f"{name} must be an iterable of batches, got {got} ({name})")
         self.name = name
         self._memory_bytes, self._max_batches = memory_bytes, max_batches
-        # By sample, the rank of its group in the order in which the groups appear.
-        self._groups = None if groups is None else _ranks(groups)
+        self.processes = processes_of(process_group, name)
+        """The processes that share the data; None if this one has all."""
+        self._counts: tuple[int, ...] | None = None  # samples of each process; None before they are known
+        # By sample, the rank of its group in the order in which the groups appear; with processes of all their samples.
+        self._groups: Tensor | None
+        self._set_groups(None if groups is None else _labels_of(groups))
         self._source: Iterable[Any] | None = batches
         self._kept: Sequence[Any] = ()
         self._sizes: tuple[int, ...] = ()
@@ -116,12 +137,27 @@ class Calibration(Sequence[Any]):
         # ones other inputs than the same block of the unpruned network.
         self.instead: Mapping[str, str] = {}
 
+    def _set_groups(self, labels: list[int | str] | None) -> None:
+        """Number the groups of samples."""
+        self._labels = labels
+        self._groups = None if labels is None else _ranks(labels)
+        self._group_count = 0 if self._groups is None or not len(self._groups) else int(self._groups.max()) + 1
+
     @classmethod
-    def of(cls, batches: Iterable[Any], name: str = "calibration") -> Calibration:
-        """Return calibration data of batches; a ``Calibration`` is returned as it is."""
-        if isinstance(batches, Calibration):
-            return batches
-        return cls(batches, name=name)
+    def of(cls, batches: Iterable[Any], name: str = "calibration", *, shared: bool = False) -> Calibration:
+        """Return calibration data of batches; a ``Calibration`` is returned as it is.
+
+        ConfigError for data that several processes share, unless the caller can use these: ``shared``.
+        """
+        if not isinstance(batches, Calibration):
+            return cls(batches, name=name)
+        if batches.processes is not None and not shared:
+            raise ConfigError(
+                f"{name} must be in one process here, got batches that {batches.processes.size} processes share: "
+                "compensate, ReconstructionPruner, recalibrate_batch_norm, narrow_heads and shrink(..., distill=False) "
+                f"take such data (process_group of {batches.name})"
+            )
+        return batches
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -134,6 +170,8 @@ class Calibration(Sequence[Any]):
 
     def __repr__(self) -> str:
         state = "not read yet" if self._source is not None else f"{len(self._sizes)} batches, {self.samples} samples"
+        if self.processes is not None:
+            state += f", rank {self.processes.rank} of {self.processes.size}"
         return f"{type(self).__name__}({state})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
@@ -147,8 +185,37 @@ class Calibration(Sequence[Any]):
 
     @property
     def samples(self) -> int:
-        """The number of samples in all batches."""
+        """The number of samples in all batches, of this process alone."""
         return sum(self.sizes)
+
+    @property
+    def samples_of_all(self) -> int:
+        """The number of samples of all processes that share the data."""
+        return sum(self._known_counts)
+
+    @property
+    def _first(self) -> int:
+        """The place of this process's first sample among those of all processes."""
+        return 0 if self.processes is None else sum(self._known_counts[: self.processes.rank])
+
+    @property
+    def _known_counts(self) -> tuple[int, ...]:
+        """The number of samples of each process; exchanged once, so all processes have to ask."""
+        if self.processes is None:
+            return (self.samples,)
+        if self._counts is None:
+            found = self.processes.gather((self.samples, self._labels), f"the samples of {self.name}")
+            self._counts = tuple(count for count, _ in found)
+            with_groups = [labels is not None for _, labels in found]
+            if len(set(with_groups)) > 1:
+                raise ConfigError(f"groups must be given in all processes or in none, got {with_groups} (groups)")
+            if self._labels is not None:
+                self._check_groups()
+                # A group may have samples in several processes.
+                everywhere = _ranks([label for _, labels in found for label in labels])
+                self._groups = everywhere[self._first : self._first + self.samples]
+                self._group_count = int(everywhere.max()) + 1
+        return self._counts
 
     def split(self) -> tuple[Calibration, Calibration | None]:
         """Split off every eighth sample, or every eighth group of samples.
@@ -180,12 +247,16 @@ class Calibration(Sequence[Any]):
             The parts in their order; None for one without samples.
         """
         groups = self.groups
-        ranks = torch.arange(self.samples) if groups is None else groups
+        ranks = torch.arange(self.samples) + self._first if groups is None else groups
         return self._cut(torch.tensor(pattern)[ranks % len(pattern)], pattern, max(pattern) + 1)
 
     def _cut(self, marks: Tensor, pattern: Sequence[int], count: int) -> tuple[Calibration | None, ...]:
         """Return parts by the marks of the samples, (samples,); of batches that can't be cut, by a pattern of these."""
         can_be_cut = all(_can_be_cut(inputs_of(batch)) for batch in self)
+        if self.processes is not None and not can_be_cut:
+            raise ConfigError(
+                f"batches that processes share must be tensors of samples, got lists of samples ({self.name})"
+            )
         parts: list[_Rows] = [[] for _ in range(count)]
         first = 0  # position of the batch's first sample among all samples
         for index, size in enumerate(self.sizes):
@@ -198,25 +269,42 @@ class Calibration(Sequence[Any]):
             else:
                 parts[pattern[index % len(pattern)]].append((index, None))
             first += size
+        if self.processes is not None:
+            self._check_parts([sum(_chosen_of(self.sizes, row) for row in rows) for rows in parts])
         return tuple(self._subset(rows) if rows else None for rows in parts)
+
+    def _check_parts(self, counts: list[int]) -> None:
+        """Raise DataError, in all processes, if one has no samples of a part of which others have some."""
+        assert self.processes is not None
+        everywhere = self.processes.gather(counts, f"the parts of {self.name}")
+        for part in zip(*everywhere, strict=True):
+            if any(part) and not all(part):
+                raise DataError(
+                    f"each process must have samples to solve on and samples to judge by, got {list(part)} by process "
+                    f"of one of these: pass more samples in each ({self.name})"
+                )
 
     @property
     def groups(self) -> Tensor | None:
         """By sample the number of its group, int64 (samples,); None if each sample is a group of its own."""
-        samples = self.samples
-        if self._groups is not None and len(self._groups) != samples:
-            raise DataError(
-                f"groups must have one entry for each of {samples} samples, got {len(self._groups)} (groups)"
-            )
+        self._check_groups()
+        _ = self._known_counts  # numbers are those of all processes
         return self._groups
+
+    def _check_groups(self) -> None:
+        samples = self.samples
+        if self._labels is not None and len(self._labels) != samples:
+            raise DataError(
+                f"groups must have one entry for each of {samples} samples, got {len(self._labels)} (groups)"
+            )
 
     def held_out(self, every: int) -> Tensor:
         """Return which samples are held out: every so many, by whole groups where these are known; bool (samples,)."""
         groups = self.groups
         if groups is None:
-            return torch.arange(self.samples) % every == every - 1
+            return (torch.arange(self.samples) + self._first) % every == every - 1
         # Of fewer groups than that the last one is held out, as long as another one remains.
-        every = min(every, max(2, int(groups.max()) + 1))
+        every = min(every, max(2, self._group_count))
         return groups % every == every - 1
 
     def chosen(self, samples: Tensor) -> Calibration:
@@ -251,6 +339,7 @@ class Calibration(Sequence[Any]):
             name=self.name,
             groups=groups,
         )
+        chosen.processes = self.processes
         chosen.instead = self.instead
         return chosen
 
@@ -264,13 +353,11 @@ class Calibration(Sequence[Any]):
             for index, chosen in rows:
                 own = self._groups[starts[index] : starts[index] + self._sizes[index]]
                 chosen_groups.append(own if chosen is None else own[chosen])
-            subset._groups = _ranks(torch.cat(chosen_groups))
+            subset._set_groups(torch.cat(chosen_groups).tolist())
+        subset.processes = self.processes
         subset._source = None
         subset._kept = _Subset(self._batches, rows)
-        sizes = []
-        for index, chosen in rows:
-            sizes.append(self._sizes[index] if chosen is None else len(chosen))
-        subset._sizes = tuple(sizes)
+        subset._sizes = tuple(_chosen_of(self._sizes, row) for row in rows)
         return subset
 
     @property
@@ -331,12 +418,17 @@ class Calibration(Sequence[Any]):
         self._sizes = tuple(sizes)
 
 
-def _ranks(groups: Any) -> Tensor:
-    """Number groups in the order in which they appear."""
+def _labels_of(groups: Any) -> list[int | str]:
+    """Return what the groups of samples are called; ConfigError for what isn't a sequence of integers or strings."""
     labels = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
     is_sequence = isinstance(labels, Sequence) and not isinstance(labels, (str, bytes))
     if not is_sequence or not all(isinstance(each, (int, str)) for each in labels):
         raise ConfigError(f"groups must be a sequence of integers or strings, got {type(groups).__name__} (groups)")
+    return list(labels)
+
+
+def _ranks(labels: Iterable[int | str]) -> Tensor:
+    """Number groups in the order in which they appear."""
     known: dict[int | str, int] = {}
     return torch.tensor([known.setdefault(each, len(known)) for each in labels], dtype=torch.int64)
 
@@ -493,6 +585,12 @@ def _samples_in(inputs: Any) -> int:
 
 _Rows = list[tuple[int, Tensor | None]]
 """Indices of batches, each with the indices of the selected samples; None selects all samples."""
+
+
+def _chosen_of(sizes: Sequence[int], row: tuple[int, Tensor | None]) -> int:
+    """Return how many samples of a batch are chosen."""
+    index, chosen = row
+    return sizes[index] if chosen is None else len(chosen)
 
 
 class _Subset(Sequence[Any]):

@@ -95,15 +95,20 @@ def inputs_seen(model: nn.Module, work: Callable[[], Any]) -> list[Any]:
     return seen
 
 
-def batches_of(calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: str = "calibration") -> Calibration:
-    """Return batches as calibration data; of an evaluator, the batches that it evaluates the model on."""
+def batches_of(
+    calibration: Iterable[Any] | Evaluator, model: nn.Module, knob: str = "calibration", *, shared: bool = False
+) -> Calibration:
+    """Return batches as calibration data; of an evaluator, the batches that it evaluates the model on.
+
+    ``shared``: whether they may be shared by several processes.
+    """
     if calibration is None:
         raise ConfigError(
             f"{knob} must be an iterable of batches, got None; without data, nni_topo.synthetic_images(model, "
             f"example_inputs) makes images from the model alone ({knob})"
         )
     if not isinstance(calibration, Evaluator):
-        return Calibration.of(calibration, knob)
+        return Calibration.of(calibration, knob, shared=shared)
     if getattr(calibration, "model", None) is not None:
         raise ConfigError(f"an evaluator that serves as {knob} must not be in use, got one that has a model ({knob})")
     with _bound_copy(calibration, model) as (evaluator, evaluated):
@@ -178,9 +183,11 @@ def _detached(inputs: Any) -> Any:
     return tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), inputs)
 
 
-def pruner_batches(calibration: Iterable[Any] | Evaluator | None, model: nn.Module) -> Calibration | None:
+def pruner_batches(
+    calibration: Iterable[Any] | Evaluator | None, model: nn.Module, *, shared: bool = False
+) -> Calibration | None:
     """Return a pruner's calibration data, None if it has none; of an evaluator, what it evaluates the model on."""
-    return None if calibration is None else batches_of(calibration, model)
+    return None if calibration is None else batches_of(calibration, model, shared=shared)
 
 
 def counted_places(shape: tuple[int, ...]) -> Tensor | None:

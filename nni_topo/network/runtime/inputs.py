@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.processes import is_in_step
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
@@ -307,6 +308,7 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
     """Decorate a function that runs a model: when memory is short it starts again, with half as many samples at a time.
 
     The function asks `at_once` or `parts` how many samples it may run together. DataError if one sample is too many.
+    Beside other processes, which couldn't know of a second start, the error stays as it is.
     """
     place = work.__qualname__
 
@@ -319,7 +321,8 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
             try:
                 return work(*args, **kwargs)
             except (RuntimeError, MemoryError) as error:  # Python's own has no text
-                if not out_of_memory(error):
+                # Beside other processes a second start would be out of step with them.
+                if not out_of_memory(error) or is_in_step():
                     raise
                 reason = str(error).partition("\n")[0] or type(error).__name__
             finally:

@@ -16,7 +16,16 @@ from nni_topo.errors import LayerError, checked, leaving_out, listed
 from nni_topo.network.attention import mixing_called
 from nni_topo.network.channels import FIXED, ChannelFlow
 from nni_topo.network.layers import WEIGHTED, by_channel, is_depthwise, weight_of, weight_used
-from nni_topo.network.runtime import Calibration, Call, calls, run, structure_call, structure_of, watched
+from nni_topo.network.runtime import (
+    Calibration,
+    Call,
+    calls,
+    device_of,
+    run,
+    structure_call,
+    structure_of,
+    watched,
+)
 from nni_topo.network.speedup import Network
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
@@ -52,7 +61,7 @@ class FunctionalCollector(DataCollector):
 
     @checked()
     def __init__(self, calibration: Iterable[Any], *, center: bool = True, preprocess: Preprocess = "none") -> None:
-        self.calibration = Calibration.of(calibration)
+        self.calibration = Calibration.of(calibration, shared=True)
         self.center = center
         self.preprocess = checked_preprocess(preprocess)
 
@@ -89,6 +98,9 @@ class FunctionalCollector(DataCollector):
         looks = [(reader.module, partial(reader.record, moment)) for reader, moment in each]
         with mixing_called(context.model), watched(looks):
             run(context.model, self.calibration)
+        if self.calibration.processes is not None:
+            for _, moment in each:
+                moment.pool(self.calibration.processes, device_of(context.model))
 
         def points(unit: PruningUnit) -> Tensor:
             found = zip(readers[unit.name], moments[unit.name], strict=True)

@@ -9,6 +9,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from nni_topo.errors import DataError, check_memory, leaving_out
+from nni_topo.network.runtime import Processes
 
 _TURN = 2**24
 _MATRICES = 6  # of the rows' inner products that lie beside each other at most, until they are points
@@ -40,6 +41,14 @@ class ChannelMoments:
             flat = part.flatten(1)
             self._total = self._total + part.sum(2)
             self._products = self._products + flat @ flat.T
+
+    def pool(self, processes: Processes, device: torch.device) -> None:
+        """Take in the samples of all processes."""
+        place = f"inner products of {self.name}"
+        total, products = (each if self.samples else None for each in (self._total, self._products))
+        self._total = processes.total(total, device, place)
+        self._products = processes.total(products, device, place)
+        self.samples = sum(processes.gather(self.samples, place))
 
     def mean(self) -> Tensor:
         """Return the mean of each place of each row, ``(n, places)`` on the CPU."""

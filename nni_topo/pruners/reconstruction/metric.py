@@ -35,9 +35,15 @@ class ReconstructionMetric(SelectionMetric):
     def choose(self, context: PruningContext, clouds: Clouds, rows: dict[str, int]) -> KeptBlocks:
         """Choose unit by unit, in the order of the problems."""
         kept: KeptBlocks = {}
+        processes = self.problems.calibration.processes
+        if processes is not None:
+            # Equal sums can lead to other choices between near ties on processors of another kind.
+            rows = processes.gather(rows, "how many channels are kept")[0]
         with bar("choosing filters", self.progress, total=len(context.units)) as shown:
             for unit, problem in self.problems.each(context, kept):
                 chosen = problem.choose(rows[unit.name] * unit.parts, unit.parts, self.swaps)
+                if processes is not None:
+                    chosen = processes.gather(chosen, f"the channels of {unit.name}")[0]
                 kept[unit.name] = np.isin(np.arange(unit.blocks), chosen)
                 shown.update()
         return kept

@@ -31,12 +31,15 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.layers import WEIGHTED, output_channels
 from nni_topo.network.runtime import (
     Calibration,
+    Call,
     calls,
+    device_of,
     evaluation_mode,
     fitting,
     real_positions_of,
     structure_call,
     structure_of,
+    tensors_of,
     watched,
 )
 from nni_topo.network.speedup import Network
@@ -89,7 +92,7 @@ class ReconstructionProblems:
     """
 
     def __init__(self, calibration: Iterable[Any], *, seed: int = 0, max_bytes: int = 2**30) -> None:
-        self.calibration = Calibration.of(calibration)
+        self.calibration = Calibration.of(calibration, shared=True)
         self.seed = seed
         self.max_bytes = max_bytes
         self.keeps = False  # whether problems that fit into `max_bytes` together are measured only once
@@ -131,7 +134,7 @@ class ReconstructionProblems:
         if not wide:
             return
         model, shapes = network.model, network.sizes
-        images = self.calibration.samples
+        images = self.calibration.samples_of_all
         names = {id(module): name for name, module in model.named_modules()}
         cure = f"fewer samples than columns (calibration) take less, or {leaving_out()}"
         for name, reader in wide:
@@ -149,7 +152,7 @@ class ReconstructionProblems:
 
         ``network`` is where the kept channels come from: the same model, or one with the same modules.
         """
-        samples = self.calibration.samples
+        samples = self.calibration.samples_of_all
         names = {id(module): name for name, module in original.named_modules()}
         sums = {
             name: [
@@ -160,15 +163,42 @@ class ReconstructionProblems:
         flat = [one for found in sums.values() for one in found]
         hooks = watched([(one.twin, one.reached) for one in flat], [(one.module, one.met) for one in flat])
         with mixing_called(original, network), hooks, evaluation_mode(original, network), torch.no_grad():
+            if self.calibration.processes is not None:
+                self._pass_over(flat, original, network)
             for index, (args, kwargs) in enumerate(calls(original, self.calibration)):
-                with fitting(index, self.calibration.name):
-                    original(*args, **kwargs)
-                    if network is not original:
-                        network(*args, **kwargs)
+                self._run(original, network, (args, kwargs), index)
                 real = real_positions_of(original, (args, kwargs))
                 for one in flat:
                     one.add(real)
+        if (processes := self.calibration.processes) is not None:
+            for one in flat:
+                one.equations.pool(processes, device_of(original), f"what enters {names[id(one.module)]}")
         return {name: _problem(found, name) for name, found in sums.items()}
+
+    def _run(self, original: nn.Module, network: nn.Module, call: Call, index: int) -> None:
+        """Run both networks on a batch."""
+        args, kwargs = call
+        with fitting(index, self.calibration.name):
+            original(*args, **kwargs)
+            if network is not original:
+                network(*args, **kwargs)
+
+    def _pass_over(self, readings: list[Reading], original: nn.Module, network: nn.Module) -> None:
+        """Let readings draw the positions that they would after the batches of the processes before this one."""
+        processes = self.calibration.processes
+        assert processes is not None
+        numbers = [0] * len(readings)
+        known: dict[Any, list[int]] = {}  # of batches without padding, by their shapes
+        for index, call in enumerate(calls(original, self.calibration)):
+            real = real_positions_of(original, call)
+            key = tuple((each.shape, each.dtype) for each in tensors_of(call))
+            if real is not None or key not in known:
+                self._run(original, network, call, index)
+                known[key] = [one.numbers(real) for one in readings]
+            numbers = [total + drawn for total, drawn in zip(numbers, known[key], strict=True)]
+        everywhere = processes.gather(numbers, "the positions to sample")
+        for place, one in enumerate(readings):
+            one.pass_over(sum(each[place] for each in everywhere[: processes.rank]))
 
     def _together(
         self, units: list[PruningUnit], readers: dict[str, list[ChannelReader]]

@@ -14,14 +14,15 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import FLAG, ConfigError, whole
-from nni_topo.network.runtime import pruner_batches
+from nni_topo.network.runtime import in_step, inputs_of, on_device, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
-from nni_topo.pruners.budget import ALLOCATIONS, Budget, BudgetPlanner, planned
+from nni_topo.pruners.budget import ALLOCATIONS, Budget, BudgetPlanner, check_shared_budget, planned
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.hooks import Data
@@ -53,6 +54,8 @@ class ReconstructionPruner(StructuredPruner):
         Used by ``from_compressor``.
     calibration : iterable or None, default=None
         Batches of inputs, or of ``(inputs, targets)`` whose targets are ignored. A list or DataLoader, not a generator.
+        With a ``process_group`` (:class:`nni_topo.Calibration`) all processes have to make the pruner, and choose by
+        the batches of all.
     sequential : bool, default=False
         Look at each layer in the network as pruned so far, the layers before it reconstructed, instead of at all
         layers in the network as it is.
@@ -78,6 +81,8 @@ class ReconstructionPruner(StructuredPruner):
     ------
     ConfigError, DataError
         If a knob or the request is bad, or no layer reads one that is to be pruned, before the model is wrapped.
+    ProcessError
+        If one of the processes that share the calibration data fails or is gone; in the others.
 
     See Also
     --------
@@ -104,6 +109,7 @@ class ReconstructionPruner(StructuredPruner):
 
     allocations = ALLOCATIONS
 
+    @in_step
     @pruner_arguments(sequential=FLAG, swaps=whole(0))
     def __init__(
         self,
@@ -121,10 +127,16 @@ class ReconstructionPruner(StructuredPruner):
         seed: int = 0,
         progress: bool | None = None,
     ) -> None:
-        kept = pruner_batches(evaluator if calibration is None else calibration, model)
+        kept = pruner_batches(evaluator if calibration is None else calibration, model, shared=True)
         if kept is None:
             raise ConfigError("ReconstructionPruner needs calibration data or an evaluator, got neither (calibration)")
         self.calibration = calibration = kept
+        if (processes := calibration.processes) is not None:
+            check_shared_budget(budget)
+            if budget is not None and example_inputs is None:
+                # The cost is counted by the same inputs in all processes.
+                first = on_device(inputs_of(calibration[0]), torch.device("cpu")) if processes.rank == 0 else None
+                example_inputs = processes.gather(first, "example inputs")[0]
         self.sequential = sequential
         self.swaps = swaps
         self.budget = budget

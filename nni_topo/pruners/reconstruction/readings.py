@@ -14,7 +14,15 @@ from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.maths.least_squares.shifts import pays
 from nni_topo.network.layers import by_output, call_of, has_own_forward, weight_used
 from nni_topo.pruners.clouds.functional import ChannelReader
-from nni_topo.recovery.samples import draw_unpadded, geometry_of, input_rows, patches_of, position_count
+from nni_topo.recovery.samples import (
+    draw_unpadded,
+    geometry_of,
+    input_rows,
+    numbers_drawn,
+    pass_over,
+    patches_of,
+    position_count,
+)
 
 _LEAST_SAMPLES = 8192
 _SAMPLES_PER_COLUMN = 4
@@ -54,6 +62,25 @@ class Reading:
         """See a call of the twin."""
         self._now = entering
 
+    def numbers(self, counted: Tensor | None) -> int:
+        """Return how many random numbers `add` would draw for the batch that went through, which is let go."""
+        before, now = self._before, self._now
+        del self._before, self._now
+        places = position_count(self.module, self._shape)
+        is_padded = counted is not None and counted.shape == (len(before), places)
+        if not is_padded and self._takes_all(now):
+            return 0
+        return numbers_drawn(places, len(before), self._wanted, counted)
+
+    def pass_over(self, numbers: int) -> None:
+        """Go on as if so many random numbers had been drawn."""
+        pass_over(self._generator, numbers)
+
+    @property
+    def _wanted(self) -> int:
+        """Positions per entry of a batch."""
+        return self._sampled // self._images + 1
+
     def add(self, counted: Tensor | None) -> None:
         """Add the batch that went through; ``(entries, places)`` tells which positions count, None: all do."""
         before, now, shape = self._before, self._now, self._shape
@@ -68,8 +95,7 @@ class Reading:
             outputs = first_patches.times(weights[None])
             self.equations.add(patches, outputs, outputs)
             return
-        wanted = self._sampled // self._images + 1
-        positions, stay = draw_unpadded(places, len(before), wanted, self._generator, counted)
+        positions, stay = draw_unpadded(places, len(before), self._wanted, self._generator, counted)
         positions = positions.to(before.device)
         real = slice(None) if stay is None else stay.flatten()
         rows = first = input_rows(self.module, now, self._inputs, positions, shape)[:, real].double()

@@ -163,6 +163,7 @@ def test_ray_searches_layers_to_the_same_masks(tmp_path, monkeypatch):
     from ray.util.joblib import register_ray
 
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else workers starve beside other tests
     places = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     ray.init(
         num_cpus=2,

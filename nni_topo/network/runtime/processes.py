@@ -1,0 +1,255 @@
+"""Processes that share calibration data: they add up their sums, take the same steps, and stop together.
+
+The processes are those of a ``torch.distributed`` group, which the caller starts and hands to
+:class:`nni_topo.Calibration`. Before anything is exchanged, each process tells the first one that it has come so far,
+or why it hasn't, and the first one tells all. So an error or the death of one process ends the work of all with an
+error that names it, where a collective operation alone would leave the others waiting.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError, ProcessError
+
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
+
+_SHOWN = 12  # digits of a digest
+_PLAIN = (bool, int, float, str, type(None))
+_IN_STEP: ContextVar[bool] = ContextVar("in_step", default=False)
+
+
+@dataclass(frozen=True)
+class _Message:
+    """What a process tells the others: how far it has come, what it has, and what went wrong, if anything."""
+
+    place: str
+    value: Any = None
+    error: str = ""
+    is_gone: bool = False  # what the first process notes in the place of what it should have heard
+
+
+class Processes:
+    """The processes of a group, as one of them sees them."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, value: Any, place: str) -> list[Any]:
+        """Return what each process has, by rank; it is pickled on the way.
+
+        ``place`` says how far this process has come. ProcessError, in all, if one has failed, is gone, or is elsewhere.
+        """
+        found = self._exchange(_Message(place, value))
+        told = [f"rank {self._name(rank)} {each.error}" for rank, each in enumerate(found) if each.error]
+        if told:
+            raise ProcessError(f"all processes must reach the same place, but {'; '.join(told)} ({place})")
+        if len({each.place for each in found}) > 1:
+            shown = ", ".join(f"rank {self._name(rank)} at {each.place}" for rank, each in enumerate(found))
+            raise ProcessError(f"all processes must make the same calls, got {shown} (process_group)")
+        return [each.value for each in found]
+
+    def add(self, tensors: Sequence[Tensor], place: str) -> None:
+        """Replace tensors by their sums over all processes."""
+        shapes = self.gather([tuple(each.shape) for each in tensors], place)
+        for rank, found in enumerate(shapes):
+            if found != shapes[0]:
+                got = f"rank {self._name(0)} {shapes[0]}, rank {self._name(rank)} {found}"
+                raise ProcessError(f"all processes must add up sums of the same shapes, got {got} ({place})")
+        for tensor in tensors:
+            self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), tensor, place)
+
+    def total(self, tensor: Tensor | None, device: torch.device, place: str) -> Tensor | None:
+        """Return the sum of the tensors of all processes, of which some may have none; None if none has any."""
+        shapes = [shape for shape in self.gather(None if tensor is None else tuple(tensor.shape), place) if shape]
+        if not shapes:
+            return None
+        found = torch.zeros(shapes[0], dtype=torch.float64, device=device) if tensor is None else tensor.clone()
+        self.add([found], place)
+        return found
+
+    def first(self, value: _Made, place: str) -> _Made:
+        """Return the value of the first process, of tensors on the CPU; it is pickled on the way."""
+        found: _Made = self.gather(value if self.rank == 0 else None, place)[0]
+        return found
+
+    def agree(self, tensors: Sequence[Tensor], place: str) -> None:
+        """Replace tensors by those of the first process, which have the same shapes.
+
+        Equal sums can lead to different last digits on processors of different kinds.
+        """
+        self.gather(None, place)
+        first = dist.get_global_rank(self.group, 0)
+        for tensor in tensors:
+            self._collect(lambda buffer: dist.broadcast(buffer, src=first, group=self.group), tensor, place)
+
+    @contextmanager
+    def in_step(self, place: str, given: Any = None) -> Iterator[None]:
+        """Let an error of one process end the block in all; what is ``given`` has to be equal in all.
+
+        Blocks within blocks do nothing: the outermost one sees the error that leaves it.
+        """
+        if _IN_STEP.get():
+            yield
+            return
+        token = _IN_STEP.set(True)
+        try:
+            found = self.gather(given, place)
+            if any(each != found[0] for each in found):
+                shown = ", ".join(f"rank {self._name(rank)}: {each}" for rank, each in enumerate(found))
+                raise ConfigError(f"models, masks and knobs must be equal in all processes, got {shown} ({place})")
+            try:
+                yield
+            except ProcessError:  # all know
+                raise
+            except Exception as error:
+                with suppress(ProcessError):
+                    told = " ".join(str(error).split())
+                    self._exchange(_Message(place, error=f"stopped: {type(error).__name__}: {told}"))
+                raise
+            self.gather(None, f"the end of {place}")
+        finally:
+            _IN_STEP.reset(token)
+
+    def _exchange(self, mine: _Message) -> list[_Message]:
+        """Return what each process tells; the first one hears all and passes it on."""
+        # By pairs of processes: a collective operation doesn't say which one is gone, and those that aren't its
+        # neighbours wait until the group's timeout.
+        if self.rank > 0:
+            try:
+                self._send(mine, 0)
+                found: list[_Message] = self._receive(0)
+            except RuntimeError as error:
+                raise ProcessError(
+                    f"all processes must reach the same place, but rank {self._name(0)} is gone, or it, or a process "
+                    f"that it waits for, didn't answer within the group's timeout: {_words(error)} ({mine.place})"
+                ) from error
+            return found
+        found = [mine]
+        for rank in range(1, self.size):
+            try:
+                found.append(self._receive(rank))
+            except RuntimeError as error:
+                # After a timeout nobody else can be heard either: only the first one is named.
+                is_first = not any(each.is_gone for each in found)
+                found.append(_Message(mine.place, error=_gone(error) if is_first else "", is_gone=True))
+        for rank in range(1, self.size):
+            # One that is gone by now is met again: in the next exchange, or the next collective operation.
+            with suppress(RuntimeError):
+                self._send(found, rank)
+        return found
+
+    def _send(self, value: Any, rank: int) -> None:
+        dist.send_object_list([value], dst=dist.get_global_rank(self.group, rank), group=self.group)
+
+    def _receive(self, rank: int) -> Any:
+        held: list[Any] = [None]
+        dist.recv_object_list(held, src=dist.get_global_rank(self.group, rank), group=self.group)
+        return held[0]
+
+    def _collect(self, work: Callable[[Tensor], object], tensor: Tensor, place: str) -> None:
+        """Run a collective operation on a tensor, in place."""
+        # NCCL connects GPUs alone
+        device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else tensor.device
+        buffer = tensor.detach().to(device).contiguous()
+        try:
+            work(buffer)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"all processes must add up what they have, but one of the {self.size} {_gone(error)} ({place})"
+            ) from error
+        if buffer is not tensor:
+            tensor.copy_(buffer)
+
+    def _name(self, rank: int) -> int:
+        """Return the rank of a process among all, as its launcher counts."""
+        return dist.get_global_rank(self.group, rank)
+
+
+def _gone(error: Exception) -> str:
+    """Say of a process that it doesn't answer, and how PyTorch puts it."""
+    return f"is gone, or didn't answer within the group's timeout: {_words(error)}"
+
+
+def _words(error: Exception) -> str:
+    """Return an error's first sentence, without the place in PyTorch's sources."""
+    line = str(error).partition("\n")[0]
+    return (line.partition("] ")[2] or line).partition(". ")[0]
+
+
+def processes_of(group: Any, place: str) -> Processes | None:
+    """Return the processes of a group; None without a group, or where this process is the only one."""
+    if group is None:
+        return None
+    is_known = dist.is_available() and dist.is_initialized() and isinstance(group, dist.ProcessGroup)
+    if not is_known or dist.get_rank(group) < 0:
+        raise ConfigError(
+            "process_group must be a group of torch.distributed that this process belongs to, such as "
+            f"torch.distributed.group.WORLD, or None, got {type(group).__name__} ({place})"
+        )
+    return Processes(group) if dist.get_world_size(group) > 1 else None
+
+
+def is_in_step() -> bool:
+    """Say whether other processes take the same steps now."""
+    return _IN_STEP.get()
+
+
+def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Let an error of one process end a public function in all that share its calibration data.
+
+    Without shared calibration data among its arguments it is the function as it was. Models, masks and plain knobs
+    among the arguments have to be equal in all processes.
+    """
+    place = function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        named = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
+        found = [getattr(value, "processes", None) for value in named.values()]
+        shared = [each for each in found if isinstance(each, Processes)]
+        if not shared or is_in_step():
+            return function(*args, **kwargs)
+        with shared[0].in_step(place, {name: told for name, value in named.items() if (told := _told(value))}):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hexadecimal SHA-256 digest of named tensors: names, shapes and values in single precision."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        # one type, so that equal masks have one digest whatever they were made of
+        found.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _told(value: Any) -> str:
+    """Describe an argument that has to be equal in all processes; empty for one that needn't be, or can't be told."""
+    if isinstance(value, nn.Module):
+        named = [(name, each) for name, each in value.state_dict().items() if isinstance(each, Tensor)]
+        return f"model {digest(named)[:_SHOWN]}"
+    if isinstance(value, Mapping):
+        flat = []
+        for name, inner in value.items():
+            entries = inner.items() if isinstance(inner, Mapping) else [("", inner)]
+            flat += [(f"{name}.{key}", each) for key, each in entries]
+        tensors = [(name, each) for name, each in flat if isinstance(each, Tensor)]
+        plain = [f"{name}={each!r}" for name, each in flat if isinstance(each, _PLAIN)]
+        values = [digest(sorted(tensors, key=lambda each: each[0]))[:_SHOWN]] if tensors else []
+        return ", ".join([*sorted(plain), *values])
+    return repr(value) if isinstance(value, _PLAIN) else ""

@@ -1,0 +1,422 @@
+"""Two and three processes share calibration data: the networks and figures of one that has all, and no hang."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shared_data_nets as nets
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import nni_topo
+from nni_topo import Calibration
+from nni_topo.errors import ConfigError, NniTopoError, ProcessError
+from nni_topo.network.runtime import digest
+from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
+
+SIZES = (8, 8, 5, 8, 3, 8, 8)
+# By number of processes, which batches each has.
+SHARES = {2: (slice(0, 4), slice(4, 7)), 3: (slice(0, 2), slice(2, 4), slice(4, 7))}
+FEW = {2: (slice(0, 2), slice(2, 3)), 3: (slice(0, 1), slice(1, 2), slice(2, 3))}
+FEW_SIZES = (6, 4, 2)  # of twelve samples the fifth and the tenth are held out: none of the last batch
+FIGURES = ("layer", "place", "unknowns", "samples", "ridge", "error_before", "error_after", "error_held_out")
+STAGE = ("network", "macs", "params", "distance", "distance_low", "distance_high", "agreement", "agreement_low")
+STAGE += ("agreement_high", "calibration_distance", "calibration_agreement", "accuracy")
+
+
+@dataclass
+class Made:
+    """What one process made: masks, weights, figures."""
+
+    masks: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    figures: list[tuple[Any, ...]]
+
+
+def layers_of(kind: type[nn.Module]) -> list[dict[str, Any]]:
+    if kind is nets.Transformer:
+        return [{"op_names": ["body.linear1"], "sparse_ratio": 0.5}]
+    return [{"op_types": ["Linear"] if kind is nets.Wide else ["Conv2d"], "sparse_ratio": 0.5}]
+
+
+def pruned(kind: type[nn.Module], data: Any, method: str = "reconstruct", **knobs: Any) -> Made:
+    """Choose channels and reconstruct the weights."""
+    model = nets.made(kind)
+    config_list = layers_of(kind)
+    if "budget" in knobs:
+        config_list = [{name: value for name, value in entry.items() if name == "op_types"} for entry in config_list]
+    groups = nni_topo.dependency_groups(model, nets.batches(kind, (2,))[0], config_list)
+    masks = nni_topo.ReconstructionPruner(copy.deepcopy(model), groups, calibration=data, **knobs).compress()[1]
+    found = nni_topo.compensation(model, masks, data, method=method)
+    figures = [tuple(getattr(layer, name) for name in FIGURES) for layer in found.report.layers]
+    return Made(masks, found.model.state_dict(), [*figures, (found.report.images,)])
+
+
+def shrunk(kind: type[nn.Module], data: Any, rank: int) -> Made:
+    """Run the whole pipeline without distillation; what `evaluate` returns differs between processes."""
+    small = nni_topo.shrink(nets.made(kind), data, {"flops": 0.5}, distill=False, evaluate=lambda _: float(rank))
+    stages = [tuple(getattr(stage, name) for name in STAGE) for stage in small.report.stages]
+    counts = (small.report.images, small.report.held_out)
+    return Made({}, small.state_dict(), [*stages, counts, *small.report.warnings])
+
+
+def with_narrower_heads(data: Any) -> Made:
+    """Narrow heads and the MLP; rounding can turn the heads' channels further, which the outputs don't show."""
+    small = nni_topo.shrink(nets.made(nets.Transformer), data, {"params": 0.6}, distill=False)
+    assert small.body.self_attn.head_dim < 4
+    stages = [tuple(getattr(stage, name) for name in STAGE) for stage in small.report.stages]
+    with torch.no_grad():
+        return Made({}, {"output": small(**nets.batches(nets.Transformer, (4,))[0])}, stages)
+
+
+def recalibrated(kind: type[nn.Module], data: Any) -> Made:
+    return Made({}, nni_topo.recalibrate_batch_norm(nets.made(kind), data).state_dict(), [])
+
+
+BY_PHOTO = [index // 4 % 9 for index in range(sum(SIZES))]  # a photo's crops are with several processes
+
+
+def cases(data: Any, rank: int = 0) -> dict[str, Made]:
+    """Make everything that is compared; ``data`` returns calibration data from batches, groups and shares."""
+    images = nets.batches(nets.Convolutions, SIZES)
+    found = {
+        "CNN": pruned(nets.Convolutions, data(images), swaps=5),
+        "residual": pruned(nets.Residual, data(nets.batches(nets.Residual, SIZES))),
+        "transformer": pruned(nets.Transformer, data(nets.batches(nets.Transformer, SIZES))),
+        "images of two sizes": pruned(nets.Convolutions, data(nets.batches(nets.Convolutions, SIZES, mixed=True))),
+        "few samples": pruned(nets.Wide, data(nets.batches(nets.Wide, FEW_SIZES), shares=FEW)),
+        "groups": pruned(nets.Convolutions, data(images, groups=BY_PHOTO)),
+        "shrink": shrunk(nets.Convolutions, data(images), rank),
+        "recalibrate": recalibrated(nets.Convolutions, data(images)),
+    }
+    return found
+
+
+def slow_cases(data: Any, rank: int = 0) -> dict[str, Made]:
+    images = nets.batches(nets.Residual, SIZES)
+    found = {
+        "sequential": pruned(nets.Residual, data(images), sequential=True),
+        "topological widths": pruned(nets.Residual, data(images), budget={"flops": 0.5, "allocation": "topological"}),
+        "widths by error": pruned(nets.Residual, data(images), budget={"params": 0.5, "allocation": "error"}),
+        "shrink": shrunk(nets.Residual, data(images), rank),
+        "narrower heads": with_narrower_heads(data(nets.batches(nets.Transformer, SIZES))),
+    }
+    for method in ("channel", "pair", "recalibrate", "sequential", "scalar", "merge"):
+        found[method] = pruned(nets.Convolutions, data(images), method)
+    return found
+
+
+def share(rank: int, count: int) -> Any:
+    """Return a function that gives a process its share of batches."""
+
+    def make(batches: list[Any], groups: list[int] | None = None, shares: Any = SHARES) -> Calibration:
+        own = shares[count][rank]
+        sizes = FEW_SIZES if shares is FEW else SIZES
+        first, size = sum(sizes[: own.start]), sum(sizes[own])
+        labels = None if groups is None else groups[first : first + size]
+        return Calibration(batches[own], groups=labels, process_group=dist.group.WORLD)
+
+    return make
+
+
+def alone(batches: list[Any], groups: list[int] | None = None, shares: Any = SHARES) -> Calibration:
+    del shares
+    return Calibration(batches, groups=groups)
+
+
+def told(work: Any) -> tuple[str, str]:
+    """Return an error's type and words."""
+    try:
+        work()
+    except NniTopoError as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
+
+
+def errors(rank: int) -> dict[str, tuple[str, str]]:
+    """What goes wrong in one process, or can't be done; the group is used again after each."""
+    group = dist.group.WORLD
+    model, images = nets.made(nets.Convolutions), nets.batches(nets.Convolutions, SIZES)
+    mine = Calibration(images[SHARES[2][rank]], process_group=group)
+    masks = {"first": {"weight": torch.ones(12, 1, 1, 1).index_fill_(0, torch.arange(4), 0.0)}}
+    before = digest(model.state_dict().items())
+
+    def none() -> Calibration:
+        return Calibration(images[:3] if rank == 0 else [], process_group=group)
+
+    def prune(data: Any, **knobs: Any) -> Any:
+        return nni_topo.ReconstructionPruner(model, layers_of(nets.Convolutions), calibration=data, **knobs)
+
+    large = [image.clone() for image in images[SHARES[2][rank]]]
+    if rank == 1:
+        large[0][:] = 3e38  # sums overflow within the network
+    huge = Calibration(large, process_group=group)
+    found = {
+        "no data: compensate": told(lambda: nni_topo.compensate(model, masks, none())),
+        "no data: recalibrate": told(lambda: nni_topo.recalibrate_batch_norm(model, none())),
+        "no data: shrink": told(lambda: nni_topo.shrink(model, none(), {"flops": 0.5}, distill=False)),
+        "no data: pruner": told(lambda: prune(none()).compress()),
+        "too few to judge": told(
+            lambda: nni_topo.shrink(
+                model,
+                Calibration(images[3:4] if rank == 0 else [images[0][:3]], process_group=group),
+                {"flops": 0.5},
+                distill=False,
+            )
+        ),
+        "overflow": told(lambda: nni_topo.compensate(model, masks, huge)),
+        "knobs": told(lambda: nni_topo.compensate(model, masks, mine, seed=rank)),
+        "calls": told(
+            lambda: (
+                nni_topo.compensate(model, masks, mine) if rank == 0 else nni_topo.recalibrate_batch_norm(model, mine)
+            )
+        ),
+        "groups": told(
+            lambda: nni_topo.compensate(
+                model, masks, Calibration(images[:1], groups=[0] * 8 if rank else None, process_group=group)
+            )
+        ),
+        "block": told(lambda: nni_topo.compensate(model, masks, mine, method="block")),
+        "distill": told(lambda: nni_topo.shrink(model, mine, {"flops": 0.5})),
+        "depth": told(lambda: nni_topo.shrink(model, mine, {"flops": 0.5}, distill=False, depth=True)),
+        "time": told(lambda: nni_topo.shrink(model, mine, {"latency": 0.5}, distill=False)),
+        "time of the pruner": told(lambda: prune(mine, budget={"latency": 0.5})),
+        "frontier": told(lambda: nni_topo.frontier(model, mine)),
+        "distillation": told(lambda: nni_topo.distill(model, model, mine)),
+        "another pruner": told(
+            lambda: nni_topo.TopologicalPruner(model, layers_of(nets.Convolutions), calibration=mine)
+        ),
+        "in one process": told(lambda: nni_topo.compensate(model, masks, images[:2])),
+    }
+    found["model"] = ("", "same" if digest(model.state_dict().items()) == before else "changed")
+    found["wrapped"] = ("", "no" if type(model.first) is nn.Conv2d else "yes")
+    return found
+
+
+def make_all(rank: int, count: int, folder: Path, case: str) -> None:
+    makers = {"cases": cases, "slow": slow_cases}
+    made = makers[case](share(rank, count), rank)
+    torch.save((made, errors(rank) if count == 2 and case == "cases" else {}), folder / f"{case}-{count}-{rank}.pt")
+
+
+def run(case: str, count: int, folder: Path) -> list[Any]:
+    """Return what each process made."""
+    ended = nets.start(make_all, count, folder, case)
+    assert [process.exitcode for process in ended] == [0] * count
+    return [torch.load(folder / f"{case}-{count}-{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return run("cases", 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Made]:
+    return cases(alone)
+
+
+def check(found: list[Made], wanted: Made) -> None:
+    """Compare what processes made with one another, and with one process that has all data."""
+    for each in found:
+        assert each.masks.keys() == wanted.masks.keys()
+        for module, targets in wanted.masks.items():
+            for target, mask in targets.items():
+                assert mask is None or torch.equal(each.masks[module][target], mask)
+        assert each.weights.keys() == wanted.weights.keys()
+        for name, values in wanted.weights.items():
+            assert torch.equal(each.weights[name], found[0].weights[name])
+            torch.testing.assert_close(each.weights[name], values, rtol=1e-5, atol=1e-6)
+        assert each.figures == found[0].figures or str(each.figures) == str(found[0].figures)  # with NaN
+        assert [printed(row) for row in each.figures] == [printed(row) for row in wanted.figures]
+
+
+def printed(row: Any) -> Any:
+    """Return a row of figures as the report's table shows them."""
+    if isinstance(row, str):
+        return row
+    return [f"{each:.4g}" if isinstance(each, float) else each for each in row]
+
+
+NAMES = ["CNN", "residual", "transformer", "images of two sizes", "few samples", "groups", "shrink", "recalibrate"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_make_what_one_makes_of_all_data(two: Any, whole: Any, name: str) -> None:
+    check([made[name] for made, _ in two], whole[name])
+
+
+def test_positions_are_sampled_where_that_has_to_agree(whole: Any) -> None:
+    # 48 images of 24 by 24 pixels: a third of the positions isn't looked at
+    samples = dict(zip(FIGURES, whole["CNN"].figures[0], strict=True))
+    assert samples["layer"] == "mixing"
+    assert samples["samples"] < 48 * 24 * 24
+    # 1 + 16384 / 48 tokens of each sentence at most
+    assert whole["transformer"].figures[0][3] < 48 * 400
+    # rows are kept as they are
+    assert whole["few samples"].figures[0][3] < whole["few samples"].figures[0][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "count"), [("cases", 3), ("slow", 2)])
+def test_further_cases(case: str, count: int, tmp_path: Path) -> None:
+    found = run(case, count, tmp_path)
+    wanted = {"cases": cases, "slow": slow_cases}[case](alone)
+    assert found[0][0].keys() == wanted.keys()
+    for name, each in wanted.items():
+        check([made[name] for made, _ in found], each)
+
+
+@pytest.mark.parametrize("what", ["compensate", "recalibrate", "shrink", "pruner"])
+def test_a_process_without_data_ends_all(two: Any, what: str) -> None:
+    (_, first), (_, second) = two
+    assert second[f"no data: {what}"][0] == "DataError"
+    assert "must hold at least one batch, got none" in second[f"no data: {what}"][1]
+    kind, words = first[f"no data: {what}"]
+    assert kind == "ProcessError"
+    assert "but rank 1 stopped: DataError: calibration must hold at least one batch, got none" in words
+
+
+def test_neither_errors_nor_refusals_change_the_model(two: Any) -> None:
+    for _, found in two:
+        assert found["model"] == ("", "same")
+        assert found["wrapped"] == ("", "no")
+        # other processes are left alone where nobody asks for them
+        assert found["in one process"] == ("", "no error")
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "words"),
+    [
+        ("overflow", "DataError", "activations must be finite, got NaN or infinity (head)"),
+        ("knobs", "ConfigError", "must be equal in all processes, got rank 0: "),
+        ("groups", "ConfigError", "groups must be given in all processes or in none, got [False, True]"),
+        ("calls", "ProcessError", "make the same calls, got rank 0 at compensation, rank 1 at recalibrate_batch_norm"),
+        ("too few to judge", "DataError", "samples to solve on and samples to judge by, got [1, 0] by process"),
+        ("block", "ConfigError", "a method must solve by sums over samples"),
+        ("distill", "ConfigError", "with distill=False and methods by name, got distill"),
+        ("depth", "ConfigError", "with distill=False and methods by name, got depth"),
+        ("time", "ConfigError", "a budget of latency must have a latency_table"),
+        ("time of the pruner", "ConfigError", "a budget of latency must have a latency_table"),
+        ("frontier", "ConfigError", "images must be in one process here, got batches that 2 processes share"),
+        ("distillation", "ConfigError", "must be in one process here, got batches that 2 processes share"),
+        ("another pruner", "ConfigError", "calibration must be in one process here, got batches that 2 processes"),
+    ],
+)
+def test_an_error_of_all_is_that_of_each(two: Any, what: str, kind: str, words: str) -> None:
+    for _, found in two:
+        assert found[what][0] == kind
+        assert words in found[what][1]
+
+
+@dataclass(frozen=True)
+class Mortal(Reconstruct):
+    """Reconstruction that the victim doesn't survive: its process is killed at the second layer."""
+
+    victim: int = 0
+
+    def tasks(self, plan: Any, networks: Any) -> Any:
+        tasks = super().tasks(plan, networks)
+        at = next(index for index, task in enumerate(tasks) if task.layer.name != tasks[0].layer.name)
+        tasks[at] = MortalTask(plan.equations[1], networks.pruned, networks.result)
+        tasks[at].victim = self.victim
+        return tasks
+
+
+class MortalTask(ReconstructTask):
+    victim = 0
+
+    def fit(self, *args: Any) -> Any:
+        if dist.get_rank() == self.victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().fit(*args)
+
+
+def die(rank: int, count: int, folder: Path, victim: int) -> None:
+    model = nets.made(nets.Convolutions)
+    before = digest(model.state_dict().items())
+    masks = {"first": {"weight": torch.ones(12, 1, 1, 1).index_fill_(0, torch.arange(4), 0.0)}}
+    data = share(rank, count)(nets.batches(nets.Convolutions, SIZES))
+    began = time.monotonic()
+    kind, words = told(lambda: nni_topo.compensate(model, masks, data, method=Mortal(victim=victim)))
+    seconds = time.monotonic() - began
+    same = digest(model.state_dict().items()) == before
+    torch.save((kind, words, seconds, same, torch.initial_seed()), folder / f"dead-{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows kills in another way")
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_the_others_survive_a_process_that_is_killed(victim: int, tmp_path: Path) -> None:
+    ended = nets.start(die, 3, tmp_path, victim)
+    assert [process.exitcode for process in ended] == [-signal.SIGKILL if rank == victim else 0 for rank in range(3)]
+    for rank in {0, 1, 2} - {victim}:
+        kind, words, seconds, same, _ = torch.load(tmp_path / f"dead-{rank}.pt", weights_only=False)
+        assert kind == "ProcessError"
+        assert f"but rank {victim} is gone" in words
+        assert seconds < nets.TIMEOUT / 2
+        assert same
+
+
+def fall_silent(rank: int, count: int, folder: Path) -> None:
+    model = nets.made(nets.Convolutions)
+    data = share(rank, count)(nets.batches(nets.Convolutions, SIZES))
+    if rank == 1:
+        time.sleep(3 * SILENCE)
+        return
+    began = time.monotonic()
+    found = told(lambda: nni_topo.recalibrate_batch_norm(model, data))
+    torch.save((*found, time.monotonic() - began), folder / f"silent-{rank}.pt")
+
+
+SILENCE = 5  # seconds
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_ends_the_others_after_the_timeout_of_the_group(tmp_path: Path) -> None:
+    ended = nets.start(fall_silent, 3, tmp_path, timeout=SILENCE)
+    assert [process.exitcode for process in ended] == [0, 0, 0]
+    told_by = [torch.load(tmp_path / f"silent-{rank}.pt", weights_only=False) for rank in (0, 2)]
+    assert all(kind == "ProcessError" and seconds < 2 * SILENCE for kind, _, seconds in told_by)
+    assert "but rank 1 is gone, or didn't answer within the group's timeout" in told_by[0][1]
+    assert "rank 2" not in told_by[0][1]
+    # it may have waited for a shorter time than the first process, and so can't tell
+    assert "rank 1 is gone" in told_by[1][1] or "or a process that it waits for" in told_by[1][1]
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_group_of_one_process_shares_nothing(group_of_one: Any, whole: Any) -> None:
+    images = nets.batches(nets.Convolutions, SIZES)
+    data = Calibration(images, process_group=group_of_one)
+    assert data.processes is None
+    assert (data.samples, data.samples_of_all) == (48, 48)
+    check([pruned(nets.Convolutions, data, swaps=5)], whole["CNN"])
+
+
+@pytest.mark.parametrize("group", ["gloo", 0, dist.GroupMember.NON_GROUP_MEMBER])
+def test_what_is_no_group_is_refused(group: Any) -> None:
+    with pytest.raises(ConfigError, match=r"process_group must be a group of torch\.distributed that this process"):
+        Calibration([torch.zeros(1, 2)], process_group=group)
+
+
+def test_the_error_is_one_of_the_package() -> None:
+    assert issubclass(ProcessError, NniTopoError)
+    assert issubclass(ProcessError, RuntimeError)
+    assert math.isfinite(nets.TIMEOUT)
