@@ -252,11 +252,13 @@ def printed(row: Any) -> Any:
 NAMES = ["CNN", "residual", "transformer", "images of two sizes", "few samples", "groups", "shrink", "recalibrate"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_make_what_one_makes_of_all_data(two: Any, whole: Any, name: str) -> None:
     check([made[name] for made, _ in two], whole[name])
 
 
+@pytest.mark.slow
 def test_positions_are_sampled_where_that_has_to_agree(whole: Any) -> None:
     # 48 images of 24 by 24 pixels: a third of the positions isn't looked at
     samples = dict(zip(FIGURES, whole["CNN"].figures[0], strict=True))
@@ -278,6 +280,7 @@ def test_further_cases(case: str, count: int, tmp_path: Path) -> None:
         check([made[name] for made, _ in found], each)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["compensate", "recalibrate", "shrink", "pruner"])
 def test_a_process_without_data_ends_all(two: Any, what: str) -> None:
     (_, first), (_, second) = two
@@ -288,6 +291,7 @@ def test_a_process_without_data_ends_all(two: Any, what: str) -> None:
     assert "but rank 1 stopped: DataError: calibration must hold at least one batch, got none" in words
 
 
+@pytest.mark.slow
 def test_neither_errors_nor_refusals_change_the_model(two: Any) -> None:
     for _, found in two:
         assert found["model"] == ("", "same")
@@ -296,6 +300,7 @@ def test_neither_errors_nor_refusals_change_the_model(two: Any) -> None:
         assert found["in one process"] == ("", "no error")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "kind", "words"),
     [
