@@ -17,7 +17,6 @@ import importlib
 import inspect
 import linecache
 import textwrap
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -25,9 +24,17 @@ from torch import nn
 _OF = " of "  # between a class and its module, in the qualified name of the rewritten class
 
 
-@cache
+_CLASSES: dict[type[nn.Module], type[nn.Module] | None] = {}
+
+
 def own_width_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Return a class derived from ``kind`` whose forward takes no width from its input; None if ``kind`` takes none."""
+    if kind not in _CLASSES:
+        _CLASSES[kind] = _rewritten(kind)
+    return _CLASSES[kind]
+
+
+def _rewritten(kind: type[nn.Module]) -> type[nn.Module] | None:
     forward: Any = kind.__dict__.get("forward")
     function = inspect.unwrap(forward) if forward is not None else None
     # A function with free variables, as one that calls ``super()``, can't be compiled anew.
