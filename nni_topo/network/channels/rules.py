@@ -743,7 +743,38 @@ def _indexed(op: Operation) -> Any:
     if not tensors_of(given_shapes(op.node)):
         return op.computed()
     picked = picked_along_others(op.node, op.ids, op.shape)
+    if picked is None:
+        picked = _picked_elsewhere(op)
     return op.by_place(known=False) if picked is None else picked
+
+
+def _picked_elsewhere(op: Operation) -> Tensor | None:
+    """Return the ids after tensors of numbers that pick places in dimensions without channels; None for other indices.
+
+    A table of biases by position, (heads, offsets), is read so.
+    """
+    states, index = op.ids[0], op.node.args[1]
+    parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
+    if any(_varying(each) for each in op.ids[1:]):
+        return None
+    missing = states.dim() - sum(map(_dimensions, parts))
+    first = 0
+    for at, part in enumerate(parts):
+        shape = tensor_shape(part) if isinstance(part, Node) else None
+        if shape is not None:
+            meta: Any = part.meta["tensor_meta"]
+            if meta.dtype in (torch.bool, torch.uint8) or varies(states, first):
+                return None
+            # Ids don't differ along this dimension, so any place stands for those that are picked.
+            parts[at] = torch.zeros(shape, dtype=torch.int64)
+        elif not (part is None or part is Ellipsis or isinstance(part, (int, slice))):
+            return None
+        first += missing if part is Ellipsis else _dimensions(part)
+    try:
+        found = states[tuple(parts)]
+    except _FAILURES:
+        return None
+    return found if tuple(found.shape) == op.shape else None
 
 
 def _held_by_index_select(given: FixedPlaces) -> list[slice]:
