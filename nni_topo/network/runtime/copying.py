@@ -32,9 +32,9 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
     }
     # What a module has computed with gradients and keeps in a table of its own, as LeViT does, is no leaf either.
     for module in modules:
-        for key, value in vars(module).items():
-            if value and type(value) in (dict, list, tuple) and key not in ("_modules", "_parameters", "_buffers"):
-                leaves = value.values() if isinstance(value, dict) else value
+        for name, kept in vars(module).items():
+            if type(kept) in (dict, list, tuple) and kept and name not in ("_modules", "_parameters", "_buffers"):
+                leaves = kept.values() if isinstance(kept, dict) else kept
                 held |= {id(each): each for each in leaves if isinstance(each, Tensor)}
     strided = [each for each in held.values() if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
     lookers = Counter(each.untyped_storage().data_ptr() for each in strided)
