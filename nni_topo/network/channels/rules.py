@@ -386,7 +386,7 @@ def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
 def _padded(op: Operation) -> Any:
     """Follow padding: what is added along the channels stays, and of another dimension each place has the channels."""
     ids, ends = op.ids[0], op.argument(1, "pad")
-    mode, value = op.argument(2, "mode", default="constant"), op.argument(3, "value", default=None)
+    mode = op.argument(2, "mode", default="constant")
     if len(op.ids) != 1 or op.shape is None or not all(isinstance(each, int) for each in ends):
         return op.all_kept()
     spare = list(ends)
@@ -397,8 +397,9 @@ def _padded(op: Operation) -> Any:
             spare[at : at + 2] = [0, 0]
     if any(spare) and (mode != "constant" or min(spare) < 0):
         return op.all_kept()
-    del value  # whatever it is, the places that get it stay
-    return torch.nn.functional.pad(ids, spare, value=FIXED).expand(op.shape)
+    padded = torch.nn.functional.pad(ids, spare, value=FIXED)  # whatever the values are, their places stay
+    fits = all(size in (1, wanted) for size, wanted in zip(padded.shape, op.shape, strict=True))
+    return padded.expand(op.shape) if fits else op.all_kept()
 
 
 @rule("view_as_complex")
