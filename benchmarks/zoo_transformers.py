@@ -146,7 +146,6 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "focalnet": ("FocalNetForImageClassification", {"image_size": 32, "patch_size": 2, "embed_dim": 16,
                                                     "depths": [1, 1], "focal_levels": [2, 2],
                                                     "focal_windows": [3, 3], "hidden_sizes": [16, 32]}),
-    "table_transformer": ("TableTransformerForObjectDetection", {**FINDS, "backbone_config": STAGE}),
     "conditional_detr": ("ConditionalDetrForObjectDetection", {**FINDS, "backbone_config": STAGE}),
     "deformable_detr": ("DeformableDetrForObjectDetection", {**FINDS, "backbone_config": FOUR_STAGES}),
     "dab_detr": ("DabDetrForObjectDetection", {**FINDS, "hidden_size": 32, "backbone_config": FOUR_STAGES}),
@@ -171,8 +170,6 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilevit": ("MobileViTForImageClassification", {
         "image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 32],
         "num_attention_heads": 4}),
-    "falcon_mamba": ("FalconMambaForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2,
-                                                "state_size": 4}),
     "mamba2": ("Mamba2ForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4,
                                      "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", {
