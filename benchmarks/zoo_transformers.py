@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any
 
@@ -23,6 +24,12 @@ STAGES = {"hidden_sizes": [8, 16, 32, 32], "depths": [1, 1, 1, 1], "image_size":
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 
 RESNET = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
+
+STAGE = {"model_type": "resnet", **RESNET, "out_features": ["stage2"]}
+FOUR_STAGES = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 16, 32], "depths": [1] * 4,
+               "out_features": ["stage1", "stage2", "stage3", "stage4"]}  # fmt: skip
+FINDS = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "d_model": 32,
+         "num_queries": 6, **BOTH}  # fmt: skip
 
 NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", READS),
@@ -97,9 +104,7 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "ast": ("ASTForAudioClassification", {**WIDTH, "patch_size": 8, "frequency_stride": 8, "time_stride": 8,
                                           "max_length": 32, "num_mel_bins": 16}),
     "rwkv": ("RwkvForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "context_length": 16}),
-    "detr": ("DetrForObjectDetection", {
-        "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "d_model": 32,
-        "num_queries": 6, **BOTH, "backbone_config": {"model_type": "resnet", **RESNET, "out_features": ["stage2"]}}),
+    "detr": ("DetrForObjectDetection", {**FINDS, "backbone_config": STAGE}),
     "rt_detr": ("RTDetrForObjectDetection", {
         "use_pretrained_backbone": False, "d_model": 32, "encoder_hidden_dim": 32, "encoder_ffn_dim": 48,
         "encoder_attention_heads": 4, "encoder_in_channels": [16, 16, 32], "decoder_in_channels": [32] * 3,
@@ -141,6 +146,37 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "focalnet": ("FocalNetForImageClassification", {"image_size": 32, "patch_size": 2, "embed_dim": 16,
                                                     "depths": [1, 1], "focal_levels": [2, 2],
                                                     "focal_windows": [3, 3], "hidden_sizes": [16, 32]}),
+    "conditional_detr": ("ConditionalDetrForObjectDetection", {**FINDS, "backbone_config": STAGE}),
+    "deformable_detr": ("DeformableDetrForObjectDetection", {**FINDS, "backbone_config": FOUR_STAGES}),
+    "dab_detr": ("DabDetrForObjectDetection", {**FINDS, "hidden_size": 32, "backbone_config": FOUR_STAGES}),
+    "mask2former": ("Mask2FormerForUniversalSegmentation", {
+        "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 48,
+        "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 4, "dim_feedforward": 48, "num_queries": 5,
+        "use_pretrained_backbone": False,
+        "backbone_config": {"model_type": "swin", "image_size": 64, "embed_dim": 16, "depths": [1] * 4,
+                            "num_heads": [2, 2, 4, 4], "window_size": 4,
+                            "out_features": ["stage1", "stage2", "stage3", "stage4"]}}),
+    "owlvit_vision": ("OwlViTVisionModel", SEES),
+    "blip_vision": ("BlipVisionModel", SEES),
+    "vitdet": ("VitDetBackbone", {**SEES, "pretrain_image_size": 32, "window_size": 2, "window_block_indices": [0],
+                                  "residual_block_indices": [1], "mlp_ratio": 2,
+                                  "use_relative_position_embeddings": True, "out_features": ["stage2"]}),
+    "hiera": ("HieraForImageClassification", {
+        "embed_dim": 16, "image_size": [32, 32], "patch_size": [4, 4], "patch_stride": [4, 4], "patch_padding": [0, 0],
+        "depths": [1, 1], "num_heads": [1, 2], "query_stride": [2, 2], "masked_unit_size": [4, 4],
+        "masked_unit_attention": [True, False], "num_query_pool": 1, "mlp_ratio": 2.0}),
+    "swinv2": ("Swinv2ForImageClassification", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 1],
+                                                "num_heads": [2, 4], "window_size": 4}),
+    "mobilevit": ("MobileViTForImageClassification", {
+        "image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 16, 16, 32],
+        "num_attention_heads": 4}),
+    "mamba2": ("Mamba2ForCausalLM", {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4,
+                                     "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {
+        **READS, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 2, "num_experts_per_tok": 1,
+        "first_k_dense_replace": 2, "pad_token_id": 0}),
+    "longformer": ("LongformerForSequenceClassification", {**READS, "attention_window": 4, "pad_token_id": 0}),
 }  # fmt: skip
 
 
@@ -163,7 +199,7 @@ def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """Make a network in evaluation mode, of PyTorch's layers where it can be, and its input."""
     kind, sizes = NETS[name]
     build = getattr(importlib.import_module("transformers"), kind)
-    model: Any = build(build.config_class(**sizes)).eval()
+    model: Any = build(build.config_class(**copy.deepcopy(sizes))).eval()  # some configs take keys out of theirs
     model = nni_topo.as_torch_layers(Logits(model) if name.endswith("_logits") else model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
@@ -172,13 +208,8 @@ def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         ids = torch.randint(5, 90, (2, 12), generator=drawing)
         ids[:, -1] = 2  # where a text ends
         return model, {entering: ids}
-    shape = {
-        "wav2vec2": (2, 800),
-        "whisper": (2, 16, 40),
-        "ast": (2, 32, 16),
-        "sam_vision": (2, 3, 64, 64),
-        "detr": (2, 3, 64, 64),
-        "rt_detr": (2, 3, 64, 64),
-        "levit": (2, 3, 64, 64),
-    }.get(name, (2, 3, 32, 32))
+    shape = {"wav2vec2": (2, 800), "whisper": (2, 16, 40), "ast": (2, 32, 16)}.get(name)
+    if shape is None:
+        size = 64 if name in ("sam_vision", "levit", "mobilevit", "mask2former") or "detr" in name else 32
+        shape = (2, 3, size, size)
     return model, {entering: torch.randn(*shape, generator=drawing)}

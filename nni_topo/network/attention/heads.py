@@ -26,6 +26,7 @@ from nni_topo.network.attention.unfused.multihead import (
     set_unfused,
     unfused_class,
 )
+from nni_topo.network.attention.unfused.own_width import own_width_class
 from nni_topo.network.layers import entering_channels, is_recurrent
 
 IntArray = NDArray[np.int64]
@@ -39,7 +40,7 @@ _APART = (
     ("query_proj", "key_proj", "value_proj", ()),  # DeBERTa's
 )
 _TOGETHER = (
-    ("qkv", ("proj", "project.0")),
+    ("qkv", ("proj", "project.0", "projection")),
     ("c_attn", ("c_proj",)),
     ("to_qkv", ("merge",)),
     ("Wqkv", ("Wo",)),
@@ -51,7 +52,10 @@ _HEAD_BY_HEAD = ("query_key_value",)
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-_WIDTHS = ("all_head_size", "hidden_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim")
+_WIDTHS = (
+    "all_head_size", "hidden_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim",
+    "hidden_size_output",
+)  # fmt: skip
 # Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
 _BY_HEAD = {
     "relative_position_bias_table": 1, "relative_attention_bias.weight": 1,
@@ -413,6 +417,12 @@ def set_size(module: Any, old: int, size: int, heads: int) -> None:
 
 
 def _set_unfused(module: Any) -> None:
+    kind: type[nn.Module] = type(module)
+    rewritten = own_width_class(kind)
     if is_fused_attention(module):
         set_unfused(module)
-        vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
+    elif rewritten is not None and unfused_class(module) is None:
+        module.__class__ = rewritten
+    else:
+        return
+    vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper

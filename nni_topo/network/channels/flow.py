@@ -89,11 +89,12 @@ class Propagation(torch.fx.Interpreter):
 
     # What can't be followed isn't guessed: channels that enter an operation without a rule are pinned, that is, they
     # stay. So every id says all there is to say about a channel, and the network can be cut by ids alone.
-    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+    def __init__(self, graph_module: torch.fx.GraphModule, dims: Mapping[str, int] | None = None) -> None:
         super().__init__(graph_module)
         self.traced = graph_module
         self.extra_traceback = False  # an error of ours says what it has to
         self._given = ChannelIds()
+        self._given.dims = dims or {}
         self.layers = self._given.layers
         self.in_training = dict[str, Layer]()  # those that run in training alone, which are no layers to be pruned
         self.channel_wise = set[str]()  # channel-wise convolutions, which make no channels of their own
@@ -130,6 +131,28 @@ class Propagation(torch.fx.Interpreter):
         """List the ids of a free parameter's channels: int, shape (channels,)."""
         parameter = self.free_parameters[name]
         return np.arange(parameter.first, parameter.first + parameter.channels)
+
+    def uncoupled(self) -> dict[str, FreeParameter]:
+        """Return the free tensors, by name, whose places aren't coupled with channels that can be removed.
+
+        Those in which only one dimension may hold channels aren't among them.
+        """
+        free = self.free_parameters | self._given.one_valued
+        several = {name: each for name, each in free.items() if len(each.dims) > 1}
+        if not several:
+            return {}
+        group_ids = self._given.settled()[1]
+        made = np.zeros(len(group_ids), dtype=np.bool_)
+        for name in self.layers:
+            made[group_ids[self.channel_ids_of(name)]] = True
+        made[FIXED] = False
+        found = {}
+        for name, each in several.items():
+            coupled = np.unique(group_ids[each.first : each.first + each.channels])
+            # A single one means that all of its places are coupled with one another: channels are in another dimension.
+            if made[coupled].sum() < 2:
+                found[name] = each
+        return found
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """Compute the channel ids of a node's outputs from those of its arguments."""
@@ -173,15 +196,13 @@ class Propagation(torch.fx.Interpreter):
         return not is_head(module) or own in (weight_name(module), *row_names(module))
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Give ids to the one dimension of a tensor that isn't of length 1, or the last such: channels are there."""
+        """Give ids to the dimension of a tensor that holds channels: that of `dims`, else the last longer than 1."""
         if name not in self.free_parameters:
-            dim = max(d for d in range(value.dim()) if value.shape[d] > 1)
+            dims = [d for d in range(value.dim()) if value.shape[d] > 1]
+            dim = self._given.dims.get(name, dims[-1])
             count = value.shape[dim]
-            self.free_parameters[name] = FreeParameter(self._given.new(count), count, dim)
-        parameter = self.free_parameters[name]
-        view = [1] * value.dim()
-        view[parameter.dim] = parameter.channels
-        return torch.from_numpy(self.free_parameter_ids(name)).view(view).expand(value.shape)
+            self.free_parameters[name] = FreeParameter(self._given.new(count), count, dim, dims)
+        return self.free_parameters[name].ids(tuple(value.shape))
 
     def _module(self, node: torch.fx.Node, ids: list[torch.Tensor], shape: tuple[int, ...] | None) -> Any:
         name = str(node.target)
@@ -375,6 +396,10 @@ class ChannelFlow(Propagation):
         self.missed = missed  # a note on modules that only training mode may reach, and that aren't followed
         with torch.no_grad():
             outputs = self.run(*tree_map(fixed, args))
+            dims = self._dims_before_last(args)
+            if dims:
+                super().__init__(graph_module, dims)
+                outputs = self.run(*tree_map(fixed, args))
         self.in_training = self._set_apart()
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
         self._keep_fixed_places(attribute_sizes.keys())
@@ -398,6 +423,23 @@ class ChannelFlow(Propagation):
             if len(counted) > 1:
                 where = f"{module}.{attribute}" if module else attribute
                 self.blocks.append(Blocks([counted], may_vanish=False, place=f"the attribute {where}"))
+
+    def _dims_before_last(self, args: tuple[Any, ...]) -> dict[str, int]:
+        """Find the dimensions in which free tensors hold channels, where these aren't in the last: by name.
+
+        Biases by position have the heads first, and a matrix may have a row for each channel. Of a tensor whose
+        places aren't coupled with channels that can be removed, the dimensions before are tried, all such at once.
+        """
+        found: dict[str, int] = {}
+        left = {name: each.dims[:-1] for name, each in self.uncoupled().items()}
+        while left := {name: dims for name, dims in left.items() if dims}:
+            tried = {name: dims.pop() for name, dims in left.items()}
+            other = Propagation(self.traced, found | tried)
+            other.run(*tree_map(fixed, args))
+            for name in tried.keys() - other.uncoupled().keys():
+                found[name] = tried[name]
+                del left[name]
+        return found
 
     def _goes_as_a_whole(self, blocks: Blocks) -> bool:
         """Tell whether each block is a head, all of whose channels are tied, and an attribute counts the heads."""

@@ -7,7 +7,7 @@ entry which channel it belongs to.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,12 @@ class FreeParameter:
     first: int
     channels: int
     dim: int  # the dimension of its channels
+    dims: list[int]  # all that may hold channels
+
+    def ids(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the ids of its places: int64, of its shape."""
+        view = [-1 if d == self.dim else 1 for d in range(len(shape))]
+        return torch.arange(self.first, self.first + self.channels).view(view).expand(shape)
 
 
 @dataclasses.dataclass
@@ -67,6 +73,8 @@ class ChannelIds:
         self.layers: dict[str, Layer] = {}  # in the order they are called
         # By name. Their channels are pruned with the channels that they are tied to, and keep none.
         self.free_parameters: dict[str, FreeParameter] = {}
+        self.one_valued: dict[str, FreeParameter] = {}  # by node, tensors of one value whose width an attribute holds
+        self.dims: Mapping[str, int] = {}  # by name of either, the dimension of its channels, if not the last possible
         self.blocks: list[Blocks] = []  # one for each grouped convolution, group norm and chunk
         self.reorders = False  # whether the dense model may put channels into another order: see `DenseOrder`
         self.chunks = False  # whether channels are cut into equal pieces
@@ -83,6 +91,12 @@ class ChannelIds:
         """Give out so many ids, and return the first of them."""
         self.count += count
         return self.count - count
+
+    def filled(self, name: str, dims: list[int], shape: tuple[int, ...]) -> torch.Tensor:
+        """Give ids to the places of a tensor of one value along one of the dimensions whose size an attribute holds."""
+        dim = self.dims.get(name, dims[-1])
+        self.one_valued[name] = made = FreeParameter(self.new(shape[dim]), shape[dim], dim, dims)
+        return made.ids(shape)
 
     def pin(self, ids: np.ndarray, reason: Reason) -> None:
         """Keep channels, and all that are tied to them."""

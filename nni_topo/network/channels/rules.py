@@ -49,7 +49,7 @@ from nni_topo.network.channels.ids import (
     staying,
     varies,
 )
-from nni_topo.network.graph import TracedInt, described, plain_name, tensor_shape
+from nni_topo.network.graph import TracedInt, described, plain_name, put, tensor_shape
 from nni_topo.network.runtime import tensors_of
 
 Modules = Callable[[str], Any]
@@ -183,6 +183,10 @@ class Operation:
         for other in coupled[1:]:
             self.couple(coupled[0], other)
         found = coupled[0] if coupled else full[0]
+        for each in full:
+            # Of two that are each broadcast along the channels of the other, the output has the first one's.
+            if any(varies(each, d) and not varies(found, d) for d in varying):
+                self.keep(each)
         return found.expand(shape)
 
     def by_place(self, ids: list[Tensor] | None = None, *, known: bool, meets: bool = False) -> Any:
@@ -378,6 +382,38 @@ def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
     return torch.from_numpy(op.channels.settled()[1])[moved]
 
 
+@rule("pad", keeps_sign=True)
+def _padded(op: Operation) -> Any:
+    """Follow padding: what is added along the channels stays, and of another dimension each place has the channels."""
+    ids, ends = op.ids[0], op.argument(1, "pad")
+    mode = op.argument(2, "mode", default="constant")
+    if len(op.ids) != 1 or op.shape is None or not all(isinstance(each, int) for each in ends):
+        return op.all_kept()
+    spare = list(ends)
+    for d in range(ids.dim()):
+        at = 2 * (ids.dim() - 1 - d)
+        if at < len(spare) and not varies(ids, d):
+            ids = ids.narrow(d, 0, 1)
+            spare[at : at + 2] = [0, 0]
+    if any(spare) and (mode != "constant" or min(spare) < 0):
+        return op.all_kept()
+    padded = torch.nn.functional.pad(ids, spare, value=FIXED)  # whatever the values are, their places stay
+    fits = all(size in (1, wanted) for size, wanted in zip(padded.shape, op.shape, strict=True))
+    return padded.expand(op.shape) if fits else op.all_kept()
+
+
+@rule("view_as_complex")
+def _as_complex(op: Operation) -> Any:
+    """Couple real and imaginary parts, two in the last dimension, which become one number."""
+    op.couple(op.ids[0][..., 0], op.ids[0][..., 1])
+    return op.ids[0][..., 0]
+
+
+@rule("view_as_real")
+def _as_real(op: Operation) -> Any:
+    return op.ids[0].unsqueeze(-1).expand(op.shape or ())
+
+
 @rule("view_as", moves=True)
 def _viewed_as(op: Operation) -> Any:
     return op.moved((op.args[0].contiguous(), *op.args[1:]))
@@ -422,16 +458,12 @@ def _varying(ids: Tensor) -> list[int]:
 def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     """Constrain channels that a view splits into rows: a fixed number of rows, or rows of a fixed length.
 
-    Channels that are viewed by the number of another tensor's channels are coupled with these, to be as many. The same
-    channels in another order, as after a shuffle, are as many anyway.
+    Channels that are viewed by the number of another tensor's channels are coupled with these, to be as many.
     """
     for d, size in enumerate(sizes):
         counted = _counted(size, op.channels)
-        if counted is None or _varying(moved) != [d] or moved.shape[d] != len(counted):
-            continue
-        viewed = op.channels.per_channel(moved, d)
-        if not np.isin(viewed, counted.numpy()).any():
-            op.channels.tie(counted.numpy(), viewed)
+        if counted is not None and _varying(moved) == [d] and moved.shape[d] == len(counted):
+            _count_alike(op, counted, moved)
     if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
         return moved
     places = _varying(moved)
@@ -468,20 +500,46 @@ def _held_by_split(given: FixedPlaces) -> list[slice]:
     if given.is_fixed(sizes):
         # All pieces but the last keep their size, and their number stays the same.
         return [slice((given.size - 1) // max(int(sizes), 1) * int(sizes) + 1)]
+    if not isinstance(sizes, Sequence):
+        return []
+    metas: Any = given.node.meta.get("tensor_meta")
     held, start = [], 0
-    for each in sizes if isinstance(sizes, Sequence) else ():
-        if not isinstance(each, int):
-            return [slice(None)]
-        if given.is_fixed(each):
-            held.append(slice(start, start + each))
-        start += each
+    for each, piece in zip(sizes, metas, strict=True):
+        length = piece.shape[given.dim]
+        # A size that is computed counts the channels of another tensor: see `_split`.
+        if given.is_fixed(each) or not isinstance(each, (int, Node)):
+            held.append(slice(start, start + length))
+        start += length
     return held
 
 
 @rule("split", moves=True, keeps_sign=True, held=_held_by_split)
 @rule("split_with_sizes", moves=True, held=_held_by_split)
 def _split(op: Operation) -> Any:
-    return op.moved()
+    pieces = op.run_on_ids()
+    if pieces is None:
+        return op.all_kept()
+    sizes: Any = op.node.kwargs.get("split_size", op.node.kwargs.get("split_sizes"))
+    sizes = op.node.args[1] if sizes is None and len(op.node.args) > 1 else sizes
+    for size, piece in zip(sizes if isinstance(sizes, Sequence) else (), pieces, strict=False):
+        if not isinstance(size, Node) or len(_varying(piece)) != 1:
+            continue
+        counted = _counted(size, op.channels)
+        if counted is None or len(counted) != piece.shape[_varying(piece)[0]]:
+            op.keep(piece)  # a computed size that isn't the number of any channels
+        else:
+            _count_alike(op, counted, piece)
+    return pieces
+
+
+def _count_alike(op: Operation, counted: Tensor, other: Tensor) -> None:
+    """Couple channels in a dimension with those whose number it gets, to be as many.
+
+    The same channels in another order, as after a shuffle, are as many anyway.
+    """
+    channels = op.channels.per_channel(other, _varying(other)[0])
+    if not np.isin(channels, counted.numpy()).any():
+        op.channels.tie(counted.numpy(), channels)
 
 
 def _held_by_parts(given: FixedPlaces) -> list[slice]:
@@ -544,7 +602,9 @@ def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.nd
     if not channels.reorders:
         return [pieces]
     # After a shuffle the first channels of every layer come first: each layer has to lose equally many in each piece.
-    made: list[Layer | FreeParameter] = [*channels.layers.values(), *channels.free_parameters.values()]
+    made: list[Layer | FreeParameter] = [
+        *channels.layers.values(), *channels.free_parameters.values(), *channels.one_valued.values()
+    ]  # fmt: skip
     firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
     owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
     sides: list[list[np.ndarray]] = []
@@ -684,7 +744,38 @@ def _indexed(op: Operation) -> Any:
     if not tensors_of(given_shapes(op.node)):
         return op.computed()
     picked = picked_along_others(op.node, op.ids, op.shape)
+    if picked is None:
+        picked = _picked_elsewhere(op)
     return op.by_place(known=False) if picked is None else picked
+
+
+def _picked_elsewhere(op: Operation) -> Tensor | None:
+    """Return the ids after tensors of numbers that pick places in dimensions without channels; None for other indices.
+
+    A table of biases by position, (heads, offsets), is read so.
+    """
+    states, index = op.ids[0], op.node.args[1]
+    parts: list[Any] = list(index) if isinstance(index, tuple) else [index]
+    if any(_varying(each) for each in op.ids[1:]):
+        return None
+    missing = states.dim() - sum(map(_dimensions, parts))
+    first = 0
+    for at, part in enumerate(parts):
+        shape = tensor_shape(part) if isinstance(part, Node) else None
+        if shape is not None:
+            meta: Any = part.meta["tensor_meta"]
+            if meta.dtype in (torch.bool, torch.uint8) or varies(states, first):
+                return None
+            # Ids don't differ along this dimension, so any place stands for those that are picked.
+            parts[at] = torch.zeros(shape, dtype=torch.int64)
+        elif not (part is None or part is Ellipsis or isinstance(part, (int, slice))):
+            return None
+        first += missing if part is Ellipsis else _dimensions(part)
+    try:
+        found = states[tuple(parts)]
+    except _FAILURES:
+        return None
+    return found if tuple(found.shape) == op.shape else None
 
 
 def _held_by_index_select(given: FixedPlaces) -> list[slice]:
@@ -770,8 +861,26 @@ def _leaves_last(index: Any, dims: int) -> bool:
 
 @rule("put", "setitem", writes=True)
 def _written(op: Operation) -> Any:
-    # After this the tensor would hold channels of two tensors, which isn't followed.
-    return op.all_kept(reason=reasons.overwritten(op.node))
+    # After this the tensor holds channels of two tensors. Where each place of the channels is written to, as in a loop
+    # over a text's words, these are coupled; else they aren't followed.
+    if op.node.target is not put or len(op.ids) != 2 or not isinstance(op.args[2], Tensor):
+        return op.all_kept(reason=reasons.overwritten(op.node))
+    target, place, value = op.args
+    if not _takes_whole(place, _varying(target), target.dim()):
+        return op.all_kept(reason=reasons.overwritten(op.node))
+    op.couple(target[place], value)
+    return target
+
+
+def _takes_whole(index: Any, dims: list[int], rank: int) -> bool:
+    """Tell whether an index of numbers and slices takes all places of some dimensions of a tensor."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(not (isinstance(part, (int, slice)) or part is Ellipsis) or isinstance(part, bool) for part in parts):
+        return False
+    if Ellipsis in parts:
+        at = parts.index(Ellipsis)
+        parts[at : at + 1] = [slice(None)] * (rank - len(parts) + 1)
+    return all(d >= len(parts) or parts[d] == slice(None) for d in dims)
 
 
 # Operators on several tensors, place by place: they couple the channels of all.
@@ -852,7 +961,8 @@ def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
     """Return the ids of a tensor that is made from no traced tensor.
 
     It is a constant: its channels are kept, and so are those that are combined with it. But a tensor of one value that
-    takes its size from the channels of a traced tensor gets the ids of these, because it becomes smaller with them.
+    takes its size from the channels of a traced tensor gets the ids of these, because it becomes smaller with them. One
+    whose size an attribute holds, as a state that starts at zero, becomes smaller with the channels that it meets.
     """
     args = node.args[has_property(node, "is_like") :]
     # Sizes are single arguments, ``torch.zeros(2, 3)``, or one tuple, ``torch.full((2, 3), value)``.
@@ -863,7 +973,8 @@ def made(node: Node, shape: tuple[int, ...], channels: ChannelIds) -> Tensor:
         counted = _counted(size, channels)
         if counted is not None:
             return counted.view([-1 if each == d else 1 for each in range(len(shape))]).expand(shape)
-    return staying(shape)
+    held = [d for d, size in enumerate(sizes) if isinstance(size, TracedInt) and size.place is not None]
+    return channels.filled(node.name, held, shape) if held else staying(shape)
 
 
 def _counted(size: Any, channels: ChannelIds) -> Tensor | None:
@@ -942,12 +1053,43 @@ _along("fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_hfft2 fft_ihfft2", Dims(2, (
 _along("fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfftn fft_ihfftn", Dims(2, None))
 _along("fft_fftshift fft_ifftshift", Dims(1, None))
 # Windows slide along the last dimensions.
-_along("max_pool1d avg_pool1d adaptive_max_pool1d adaptive_avg_pool1d", Dims(None, -1), keeps_sign=True)
-_along("max_pool2d avg_pool2d adaptive_max_pool2d adaptive_avg_pool2d", Dims(None, (-2, -1)), keeps_sign=True)
-_along("max_pool3d avg_pool3d adaptive_max_pool3d adaptive_avg_pool3d", Dims(None, (-3, -2, -1)), keeps_sign=True)
+_along("adaptive_max_pool1d adaptive_avg_pool1d", Dims(None, -1), keeps_sign=True)
+_along("adaptive_max_pool2d adaptive_avg_pool2d", Dims(None, (-2, -1)), keeps_sign=True)
+_along("adaptive_max_pool3d adaptive_avg_pool3d", Dims(None, (-3, -2, -1)), keeps_sign=True)
 _along("lp_pool1d", Dims(None, -1))
 _along("lp_pool2d fractional_max_pool2d", Dims(None, (-2, -1)))
 _along("lp_pool3d fractional_max_pool3d", Dims(None, (-3, -2, -1)))
+
+
+@rule("max_pool1d", "avg_pool1d", dims=Dims(None, (-1,)), keeps_sign=True)
+@rule("max_pool2d", "avg_pool2d", dims=Dims(None, (-2, -1)), keeps_sign=True)
+@rule("max_pool3d", "avg_pool3d", dims=Dims(None, (-3, -2, -1)), keeps_sign=True)
+def _pooled(op: Operation) -> Any:
+    """Follow pooling: along a dimension with windows of one place, as where a text is pooled, channels stay."""
+    ids, moving = op.ids[0], list[int]()
+    count = int(operation_name(op.node)[-2])
+    sizes = [
+        op.argument(1, "kernel_size"),
+        op.argument(2, "stride", default=None),
+        op.argument(3, "padding", default=0),
+    ]
+    sizes[1] = sizes[1] or sizes[0]
+    by_dim = [list(each) * (count // len(each)) if isinstance(each, Sequence) else [each] * count for each in sizes]
+    for place, window in enumerate(zip(*by_dim, strict=True)):
+        if window != (1, 1, 0):
+            moving.append(ids.dim() - count + place)
+    if len(op.ids) > 1 or any(varies(ids, d) for d in moving):
+        return _works_along(op)
+    return op.carried(op.ids, _carry_elsewhere)
+
+
+def _carry_elsewhere(ids: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """Expand ids to a shape of as many dimensions, in which those that hold channels are as long; None for others."""
+    if ids.dim() != len(shape) or any(ids.shape[d] != shape[d] for d in _varying(ids)):
+        return None
+    for d in range(ids.dim()):
+        ids = ids if varies(ids, d) else ids.narrow(d, 0, 1)
+    return ids.expand(shape)
 
 
 @rule("index_add", "index_copy", dims=Dims(1, None))
@@ -1115,11 +1257,33 @@ def _product(op: Operation) -> Any:
         # A tensor of the model's own stays as it is, so that the channels of the other factor can be removed.
         op.keep(one if is_own[0] else other)
         rows, columns = ([], columns) if is_own[0] else (rows, [])
-    if (rows, columns) == ([-2], []):
+    if -2 in rows:
+        # What the rows are multiplied with is the same for all, as the keys and values that heads share: it stays. Rows
+        # that are heads of several channels are removed as a whole.
+        op.keep(other)
+        op.couple(one[..., :1], one)
         return one[..., :1].expand(op.shape)
-    if (rows, columns) == ([], [-1]):
+    if -1 in columns:
+        op.keep(one)
+        op.couple(other[..., :1, :], other)
         return other[..., :1, :].expand(op.shape)
     return op.all_kept()
+
+
+@rule("linear")
+def _own_linear(op: Operation) -> Any:
+    """Follow a product with a weight of the model's own, (outputs, inputs): its inputs go with the channels."""
+    states, weight, *bias = op.ids
+    node = op.argument(1, "weight") if op.module is None else None
+    if node is None or op.shape is None or weight.dim() != 2 or varies(weight, 0):
+        return op.all_kept()
+    if any(varies(states, d) for d in range(states.dim() - 1)):
+        return op.all_kept()
+    for each in bias:
+        op.keep(each)
+    op.channels.couple(states.flatten(0, -2)[0], weight[0])
+    op.channels.summed.add(op.node.name)
+    return staying(op.shape)
 
 
 def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:
@@ -1155,11 +1319,14 @@ def _attention(op: Operation) -> Any:
     """Follow attention of PyTorch's: heads are removed as a whole, with their queries, keys and values."""
     query, key, value = (op.argument(at, name) for at, name in enumerate(("query", "key", "value")))
     mask = op.argument(3, "attn_mask")
-    if op.argument(7, "enable_gqa", default=False) or (
-        isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1
-    ):
-        return op.all_kept()
     heads = []
+    if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
+        # A bias by head loses heads with the queries, if something can make it smaller.
+        if _varying(mask) != [mask.dim() - 3]:
+            return op.all_kept()
+        heads.append(compressed(mask).movedim(-3, 0).flatten(1))
+    if op.argument(7, "enable_gqa", default=False):
+        return op.all_kept()
     for each in (query, key, value):
         if [d - each.dim() for d in range(each.dim() - 1) if varies(each, d)] != [-3]:
             return op.all_kept()
@@ -1175,16 +1342,17 @@ def _einstein_sum(op: Operation) -> Any:
     """Follow channels by the letters of their dimensions, as of ``"bqc,bkc->bqk"``.
 
     If operands share the letter of their channels, these are coupled. Channels go to the dimension of the output that
-    has their letter; if the output doesn't have it, they are summed over.
+    has their letter; if the output doesn't have it, they are summed over. Heads are removed as a whole.
     """
     read = _letters(op)
     if read is None:
         return op.all_kept()
     operands, output = read
+    entering_ids = _by_head(op, operands, output)
     # By the letters of the dimensions that hold channels, the ids of operands, with dimensions in the order of letters.
     coupled: dict[str, list[Tensor]] = {}
     holding: list[str] = []
-    for letters, ids in zip(operands, op.ids, strict=True):
+    for letters, ids in zip(operands, entering_ids, strict=True):
         held = "".join(sorted(letter for d, letter in enumerate(letters) if varies(ids, d)))
         holding.append(held)
         if held:
@@ -1196,7 +1364,7 @@ def _einstein_sum(op: Operation) -> Any:
     found = staying(op.shape or ())
     is_placed = False
     for held, entering in coupled.items():
-        for letters, ids, own in zip(operands, op.ids, holding, strict=True):
+        for letters, ids, own in zip(operands, entering_ids, holding, strict=True):
             has_letter = any(letter in held and ids.shape[d] > 1 for d, letter in enumerate(letters))
             if has_letter and own != held:
                 return op.all_kept()  # another operand has this dimension without channels, so it can't become smaller
@@ -1217,6 +1385,31 @@ def _einstein_sum(op: Operation) -> Any:
     for entering in coupled.values():
         for other in entering[1:]:
             op.couple(entering[0], other)
+    return found
+
+
+def _by_head(op: Operation, operands: list[str], output: str) -> list[Tensor]:
+    """Return the ids of the operands of an Einstein sum with one id a head, where the sum is one of each head.
+
+    Of an operand that holds channels in two dimensions, one in the output and one summed over, those of a head are
+    coupled. An operand that holds channels only where heads are summed over, such as relative positions that all heads
+    share, keeps them.
+    """
+    found, summed = list(op.ids), set[str]()
+    for at, (letters, ids) in enumerate(zip(operands, op.ids, strict=True)):
+        held = [d for d in range(len(letters)) if varies(ids, d)]
+        inner = [d for d in held if letters[d] not in output]
+        if inner and len(inner) < len(held):
+            first = ids
+            for d in inner:
+                first = first.narrow(d, 0, 1)
+            op.couple(first, ids)
+            found[at] = first.expand(ids.shape)
+            summed.update(letters[d] for d in inner)
+    for at, (letters, ids) in enumerate(zip(operands, found, strict=True)):
+        if any(varies(ids, d) and letter in summed for d, letter in enumerate(letters)):
+            op.keep(ids)
+            found[at] = staying(tuple(ids.shape))
     return found
 
 

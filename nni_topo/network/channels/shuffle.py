@@ -186,9 +186,11 @@ def _in_order_of(entering: list[Tensor], ascending: Any) -> Any:
     """Return the ids of the first operand whose channels are those of the output, in that operand's order."""
     if not isinstance(ascending, Tensor):
         return ascending
+    held = [d for d in range(1, ascending.dim()) if varies(ascending, d)]
     for ids in entering:
         found = carry(ids, tuple(ascending.shape))
-        if found is not None and any(varies(found, d) for d in range(1, found.dim())):
+        # What has its channels in other dimensions has others: scores of attention, say, that weigh the values.
+        if found is not None and held and held == [d for d in range(1, found.dim()) if varies(found, d)]:
             return found
     return ascending
 

@@ -15,6 +15,7 @@ from nni_topo.network.graph.nodes import (
     plain_name,
     tensor_shape,
 )
+from nni_topo.network.graph.recording import put
 from nni_topo.network.graph.submodules import is_in_parts
 from nni_topo.network.graph.traced_int import TracedInt, attribute_channels, resized
 from nni_topo.network.graph.tracing import Recording, arguments, layer_sizes, trace
@@ -42,6 +43,7 @@ __all__ = [
     "on_modules",
     "place",
     "plain_name",
+    "put",
     "resized",
     "tensor_shape",
     "trace",

@@ -38,6 +38,7 @@ from nni_topo.network.runtime import (
     batch_size,
     difference,
     first_of_samples,
+    forget_evaluated,
     let_go,
     out_of_memory,
     tensors_of,
@@ -113,6 +114,7 @@ def _recorded_twice(
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
     kinds = _ModuleKinds(model)
     with attributes_traced(model) as unclear:
+        forget_evaluated(model)
         with results.taken():
             first = _Recorder(model, kinds, named)
         second = _recorder_of_twice(model, kinds, doubled, results)
@@ -154,6 +156,7 @@ def _recorder_of_twice(
     not doubled by that: what fails on them is followed part by part.
     """
     try:
+        forget_evaluated(model)
         with results.given():
             return _Recorder(model, kinds, doubled)
     except SpeedupError:

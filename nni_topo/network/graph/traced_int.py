@@ -297,12 +297,25 @@ def attribute_channels(
     return even
 
 
+_MAKING = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+
+
 def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> list[tuple[TracedInt, np.ndarray | None]]:
     """List the numbers in a node's arguments with the channels that each counts, None where it can't be told."""
     name, args = plain_name(node), node.args
     if name in ("view", "reshape"):
         sizes: Any = args[1] if len(args) > 1 and isinstance(args[1], (tuple, list)) else args[1:]
         return [(size, _counted(ids[node.name], d, size, groups)) for d, size in enumerate(sizes) if _is_traced(size)]
+    if name in _MAKING:
+        sizes = args[name.startswith("new_") :]
+        sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
+        made = ids[node.name]
+        uses = list[tuple[TracedInt, np.ndarray | None]]()
+        for d, size in enumerate(sizes):
+            if _is_traced(size):
+                row = _ids_in(made, d)
+                uses.append((size, np.zeros(0, dtype=np.int64) if row is None else row))
+        return uses
     entering = ids.get(args[0].name) if args and isinstance(args[0], Node) else None
     if name in ("split", "split_with_sizes") and len(args) > 1:
         sizes = args[1]

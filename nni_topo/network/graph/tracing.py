@@ -253,13 +253,41 @@ class _AttentionCalls:
             elif is_unfused(module):
                 reads[layer] = [*places][:1]
             else:
-                entered = self._entered.get(layer)
-                same = [at for at, value in places.items() if value is not None and value is entered]
-                reads[layer] = same[:1]
+                reads[layer] = _read_of(self._entered.get(layer), places)
                 if reads[layer] and layer != attention.context[0]:
                     reads[layer] += [name for name in attention.also if places.get(name) is not None]
         is_same = self.given.get(attention.name, (False, reads))[1] == reads
         self.given[attention.name] = isinstance(output, tuple), reads if is_same and all(reads.values()) else {}
+
+
+def _read_of(entered: Any, places: dict[Any, Any]) -> list[int | str]:
+    """List the arguments of attention of which a layer reads one, or the sum of two: positions are added within.
+
+    They may be transposed, with the samples in another dimension. Empty if it reads something else.
+    """
+    for at, value in places.items():
+        if value is not None and value is entered:
+            return [at]
+    if not isinstance(entered, Tensor):
+        return []
+    given = [(at, value) for at, value in places.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    given = [(at, value) for at, value in given if value.dim() == entered.dim() and value.shape[-1] > 1]
+    with torch._C.DisableTorchFunction():  # the recorder is at work
+        for at, value in given:
+            if any(torch.equal(each, entered) for each in _orders(value)):
+                return [at]
+        for place, (at, value) in enumerate(given):
+            for other, added in given[place + 1 :]:
+                for one, two in zip(_orders(value), _orders(added), strict=True):
+                    is_fitting = one.shape[-1] == two.shape[-1] and one.shape == entered.shape
+                    if is_fitting and two.shape[-2] in (1, one.shape[-2]) and torch.equal(one + two, entered):
+                        return [at, other]
+    return []
+
+
+def _orders(value: Tensor) -> list[Tensor]:
+    """Return a tensor of three dimensions or more as it is, and with its first two dimensions exchanged."""
+    return [value, value.transpose(0, 1)] if value.dim() > 2 else [value]
 
 
 def _other_states() -> str:

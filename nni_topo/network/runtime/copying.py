@@ -30,6 +30,12 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
         for value in (*vars(module).values(), *module._buffers.values(), *module._parameters.values())
         if isinstance(value, Tensor)
     }
+    # What a module has computed with gradients and keeps in a table of its own, as LeViT does, is no leaf either.
+    for module in modules:
+        for name, kept in vars(module).items():
+            if type(kept) in (dict, list, tuple) and kept and name not in ("_modules", "_parameters", "_buffers"):
+                leaves = kept.values() if isinstance(kept, dict) else kept
+                held |= {id(each): each for each in leaves if isinstance(each, Tensor)}
     strided = [each for each in held.values() if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
     lookers = Counter(each.untyped_storage().data_ptr() for each in strided)
     for key, value in held.items():

@@ -258,6 +258,18 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def forget_evaluated(model: nn.Module) -> None:
+    """Let modules forget what they compute once for evaluation mode, such as LeViT's biases by position.
+
+    They forget it in training mode. Afterwards every module is in its own mode again.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    model.eval()
+    for module, mode in modes:
+        module.training = mode
+
+
 class _FastPaths:
     """PyTorch's switch of the fast paths, which all threads share: the last one that needs them off restores it."""
 

@@ -39,6 +39,7 @@ from nni_topo.network.runtime import (
     check_model,
     detached_copy,
     fast_paths_off,
+    forget_evaluated,
     give_report,
     leaves_models_alone,
     left_alone,
@@ -318,6 +319,7 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     _count_anew(original, dense)
     tie_again(dense, find_ties(original))
     tell_config(dense, original)
+    forget_evaluated(dense)
     for name, module in task.network.model.named_modules():
         dense.get_submodule(name).training = module.training
     return dense

@@ -238,6 +238,10 @@ def _draw(
     for name in flow.layers:
         group_ids = flow.group_ids_of(name)
         is_kept[group_ids[0]] |= not is_kept[group_ids].any()
+        # Of few heads all may be drawn, and then nothing would be said of the layer. Blocks lose equally many already.
+        if not in_parts and is_kept[group_ids].all():
+            prunable = np.setdiff1d(group_ids, [FIXED, *flow.at_output, *held])
+            is_kept[prunable[1:2]] = False
     worth = drawing.random(len(is_kept))
     keep_read(flow, is_kept, lambda: worth)
     grow(flow, is_kept, lambda: worth, 1, set())
@@ -635,23 +639,32 @@ class _DryRun:
         return np.concatenate(found)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: Reason) -> None:
-        """Keep the channels to blame: pruned ones with values, else all that enter, else those of the heads."""
+        """Keep the channels to blame: pruned ones with values, else those of the heads, else all that enter."""
         alive = np.concatenate([*entering.values(), np.zeros(0, dtype=np.int64)])
-        to_blame = alive
-        if not len(alive):
-            for parent in entering:
-                for ids in tensors_of(self.flow.ids[parent.name]):
-                    to_blame = np.concatenate([to_blame, ids.numpy().ravel()])
-        group_ids = np.unique(self.flow.group_ids(to_blame))
-        if self.is_kept[group_ids].all() and self._is_attention(node):
-            holder: Any = node.args[0] if node.target is attend else node
-            attention = self.flow.attention[str(holder.target)]
-            group_ids = np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
+        heads = self._heads_of(node) if not len(alive) else np.zeros(0, dtype=np.int64)
+        if not self.is_kept[heads].all():
+            # The layers of attention that it reads its input with are cut to it, so the heads come first.
+            group_ids = heads
+        else:
+            to_blame = alive
+            if not len(alive):
+                for parent in entering:
+                    for ids in tensors_of(self.flow.ids[parent.name]):
+                        to_blame = np.concatenate([to_blame, ids.numpy().ravel()])
+            group_ids = np.unique(self.flow.group_ids(to_blame))
         pruned = group_ids[group_ids > FIXED].tolist() if not self.is_kept[group_ids].all() else self._removed()
         if len(alive) and reason.kind == "result_depends":
             reason = reasons.nonzero_values(node, self._source(node))
         for group_id in pruned:
             self._found.setdefault(group_id, reason)
+
+    def _heads_of(self, node: Node) -> np.ndarray:
+        """List the group ids of the channels of the heads that a node computes; none for any but attention."""
+        if not self._is_attention(node):
+            return np.zeros(0, dtype=np.int64)
+        holder: Any = node.args[0] if node.target is attend else node
+        attention = self.flow.attention[str(holder.target)]
+        return np.unique(np.concatenate([self.flow.group_ids_of(layer) for layer in attention.channels]))
 
     def _source(self, reader: Node) -> Node:
         """Find the operation that gives pruned channels the values, other than zero, with which they enter a node."""

@@ -1,6 +1,8 @@
-"""Operators of windows and Einstein sums, and those that a user registers: layers around them lose channels exactly."""
+"""Operators, and those that a user registers: layers around them lose channels exactly."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -41,6 +43,27 @@ def single_head(self, x):
 def mixed(self, x):
     scores = rows(x) @ rows(x).transpose(1, 2)
     return torch.einsum("b q k, b k c -> b c q", scores, rows(self.a(x)))
+
+
+def pairs(words):
+    return words.unflatten(-1, (-1, 2)).contiguous()
+
+
+def counted(self, x):
+    """As in focal modulation: as many values as another tensor has channels, then two gates."""
+    context = self.c(x)
+    values, gates = torch.split(self.a(x), [context.shape[1], 2], 1)
+    return context * values * gates[:, 1:]
+
+
+def written(self, x):
+    """As a recurrence that puts its outputs into a tensor made before."""
+    keys, values = rows(self.a(x)), rows(self.c(x))
+    found, state = torch.zeros_like(keys), torch.zeros_like(keys[:, 0])
+    for place in range(keys.shape[1]):
+        state = 0.5 * state + keys[:, place] * values[:, place]
+        found[:, place] = state
+    return found
 
 
 # By name: the network, and how many channels its layers have left at half.
@@ -119,6 +142,58 @@ NETS = {
         ),
         {"a": 8},
     ),
+    "einsum with a parameter's rows": (
+        lambda: Between(
+            lambda self, x: torch.einsum("bc,co->bo", self.a(x).mean((2, 3)), self.w), nn.Linear(6, 4), weight=(8, 6)
+        ),
+        {"a": 4},
+    ),
+    "product with a parameter's rows": (
+        lambda: Between(lambda self, x: rows(self.a(x)) @ self.w, nn.Linear(6, 4), weight=(8, 6)),
+        {"a": 4},
+    ),
+    "parameter with a row for each channel": (
+        lambda: Between(
+            lambda self, x: (self.a(x).flatten(2)[..., None] * self.w[:, None, :].tanh()).sum((2, 3)),
+            nn.Linear(8, 4),
+            weight=(8, 5),
+        ),
+        {"a": 4},
+    ),
+    "functional linear": (
+        lambda: Between(lambda self, x: functional.linear(rows(self.a(x)), self.w), nn.Linear(6, 4), weight=(6, 8)),
+        {"a": 4},
+    ),
+    "padded images": (
+        lambda: Between(lambda self, x: functional.pad(self.a(x), (0, 1, 2, 0)), nn.Conv2d(8, 4, 1)),
+        {"a": 4},
+    ),
+    "padded channels": (
+        lambda: Between(lambda self, x: functional.pad(self.a(x), (0, 0, 0, 0, 2, 1)), nn.Conv2d(11, 4, 1)),
+        {"a": 4},
+    ),
+    "complex pairs": (
+        lambda: Between(
+            lambda self, x: torch.view_as_real(torch.view_as_complex(pairs(rows(self.a(x))))).flatten(-2),
+            nn.Linear(8, 4),
+        ),
+        {"a": 4},
+    ),
+    "text pooled place by place": (
+        lambda: Between(
+            lambda self, x: functional.avg_pool2d(rows(self.a(x))[:, None], (2, 1), (2, 1)).squeeze(1), nn.Linear(8, 4)
+        ),
+        {"a": 4},
+    ),
+    "written word by word": (lambda: Between(written, nn.Linear(8, 4)), {"a": 4, "c": 4}),
+    "table of positions": (
+        lambda: Between(
+            lambda self, x: self.a(x).flatten(2) + self.w[:, torch.arange(36).flip(0)],
+            nn.Conv1d(8, 4, 1),
+            weight=(8, 36),
+        ),
+        {"a": 4},
+    ),
     "scores of attention": (lambda: Between(single_head, nn.Linear(3, 4)), {"a": 4, "c": 4}),
     "values of attention": (lambda: Between(mixed, nn.Conv1d(8, 4, 1)), {"a": 4}),
     "einsum that sums channels up": (
@@ -144,11 +219,116 @@ def pruned(net):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_layers_around_windows_and_einstein_sums_lose_channels_and_the_outputs_stay(name):
+def test_layers_around_operators_lose_channels_and_the_outputs_stay(name):
     make, wanted = NETS[name]
     net = make().eval()
     dense, config_list = pruned(net)
     assert {layer: dense.get_submodule(layer).out_channels for layer in wanted} == wanted, config_list.skipped
+    before = [parameter.detach().clone() for parameter in dense.parameters()]
+    dense.train()(IMAGES).square().mean().backward()
+    torch.optim.SGD(dense.parameters(), 0.1).step()
+    assert any(not torch.equal(one, other) for one, other in zip(before, dense.parameters(), strict=True))
+
+
+def test_a_split_by_another_tensors_channels_loses_these_and_keeps_the_others():
+    net = Between(counted, nn.Conv2d(8, 4, 1), first=10).eval()
+    groups = nni_topo.dependency_groups(net, IMAGES, ASKED)
+    gates = "2 of 10 channels are kept: the forward picks or counts channels by fixed numbers (split)"
+    assert groups.skipped == {"last": "it gives the model's output", "a": gates}
+    kept = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0, 1, 1])
+    masks = {
+        name: {"weight": rows.view(-1, 1, 1, 1) * torch.ones_like(getattr(net, name).weight)}
+        for name, rows in (("a", kept), ("c", kept[:8]))
+    }
+    dense, masked = (make(net, IMAGES, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    assert (dense.a.out_channels, dense.c.out_channels) == (6, 4)
+    torch.testing.assert_close(dense(IMAGES), masked(IMAGES), rtol=1e-5, atol=1e-6)
+
+
+class Scan(nn.Module):
+    """A recurrence whose state, (channels, states), starts at zeros of a width that an attribute holds."""
+
+    def __init__(self, width, states):
+        super().__init__()
+        self.width, self.states = width, states
+        self.a, self.steps, self.last = nn.Linear(6, width), nn.Linear(6, width), nn.Linear(width, 3)
+        self.decay = nn.Parameter(torch.randn(width, states, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, words):
+        entering, steps = self.a(words), functional.softplus(self.steps(words))
+        weights = words[..., : self.states]
+        state, found = torch.zeros((words.shape[0], self.width, self.states)), []
+        for place in range(words.shape[1]):
+            kept = torch.exp(-self.decay.exp() * steps[:, place, :, None])
+            state = kept * state + (steps[:, place] * entering[:, place])[..., None]
+            found.append((state @ weights[:, place, :, None]).squeeze(-1))
+        return self.last(torch.stack(found, 1))
+
+
+def test_a_state_of_zeros_gets_the_width_of_the_channels_that_it_meets():
+    torch.manual_seed(0)
+    net, words = Scan(8, 5).eval(), torch.randn(2, 4, 6)
+    groups = nni_topo.dependency_groups(net, words, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {"last": "it gives the model's output"}
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(net), groups).compress()[1]
+    dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    assert (dense.width, dense.states, tuple(dense.decay.shape)) == (4, 5, (4, 5))
+    torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
+    dense.train()(words).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in dense.parameters())
+
+
+class Biased(nn.Module):
+    """Attention with a bias by head and offset, which it looks up once for evaluation mode, as LeViT does."""
+
+    def __init__(self, heads, size, places):
+        super().__init__()
+        self.heads, self.size, self.width = heads, size, heads * size
+        self.mixed, self.out = nn.Linear(6, 3 * heads * size), nn.Linear(heads * size, 6)
+        self.biases = nn.Parameter(torch.randn(heads, places, generator=torch.Generator().manual_seed(1)))
+        offsets = (torch.arange(places)[:, None] - torch.arange(places)).abs()
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.known = {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.known = {}
+        return self
+
+    def table(self):
+        if self.training:
+            return self.biases[:, self.offsets]
+        if "table" not in self.known:
+            self.known["table"] = self.biases[:, self.offsets]
+        return self.known["table"]
+
+    def forward(self, words):
+        mixed = self.mixed(words).view(*words.shape[:2], self.heads, -1)
+        queries, keys, values = (each.transpose(1, 2) for each in mixed.split([self.size] * 3, dim=3))
+        shares = (queries @ keys.transpose(2, 3) + self.table()).softmax(-1)
+        return self.out((shares @ values).transpose(1, 2).reshape(*words.shape[:2], self.width))
+
+
+# Of as many places as a head has channels, products of matrices have the shape of the scores.
+@pytest.mark.parametrize("places", [5, 4])
+def test_a_table_that_is_looked_up_once_loses_heads(places):
+    torch.manual_seed(0)
+    net, words = nn.Sequential(Biased(4, 4, places), nn.Linear(6, 2)).eval(), torch.randn(2, places, 6)
+    net(words)  # from here on it knows its table
+    groups = nni_topo.dependency_groups(net, words, [{"op_names": ["0.mixed"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {}
+    pruner = nni_topo.create_pruner("l1", net, groups)
+    masks = pruner.compress()[1]
+    pruner.unwrap_model()
+    dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    assert (dense[0].heads, dense[0].width, tuple(dense[0].biases.shape)) == (2, 8, (2, places))
+    torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
+    before = dense[0].biases.detach().clone()
+    dense.train()(words).square().mean().backward()
+    torch.optim.SGD(dense.parameters(), 0.1).step()
+    assert not torch.equal(before, dense[0].biases)
+    torch.testing.assert_close(dense.eval()(words), dense.train()(words))  # the table of the step before is forgotten
 
 
 def test_the_layer_behind_reads_fewer_columns():
@@ -161,14 +341,12 @@ KEPT = {
     "outer product": lambda self, x: torch.einsum("bc,bd->bcd", self.a(x).mean((2, 3)), self.c(x).mean((2, 3))).flatten(
         1
     ),
-    "parameter along other channels": lambda self, x: torch.einsum("bc,co->bo", self.a(x).mean((2, 3)), self.w),
+    "diagonal": lambda self, x: torch.einsum("bcc->bc", rows(self.a(x))[:, :8]),
     "windows over channels": lambda self, x: self.a(x).mean(3).unfold(1, 2, 2).flatten(1),
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "width"), [("outer product", 64), ("parameter along other channels", 8), ("windows over channels", 48)]
-)
+@pytest.mark.parametrize(("name", "width"), [("outer product", 64), ("diagonal", 8), ("windows over channels", 48)])
 def test_channels_of_what_is_not_understood_stay_with_a_reason(name, width):
     net = Between(KEPT[name], nn.Linear(width, 4), weight=(8, 8)).eval()
     found = nni_topo.dependency_groups(net, IMAGES, ASKED)

@@ -1,0 +1,181 @@
+"""Attention that gives its heads the width of its input, and that adds positions to what it reads."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import nni_topo
+from nni_topo.network.attention.unfused.own_width import own_width_class
+
+WIDTH, HEADS, SIZE = 16, 2, 8
+ASKED = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
+DRAWING = torch.Generator().manual_seed(0)
+WORDS, PLACES = (torch.randn(3, count, WIDTH, generator=DRAWING) for count in (5, 7))
+
+
+class Attending(nn.Module):
+    """As DETR's: positions are added to queries and keys, and the context gets the input's width."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim, self.embed_dim = HEADS, SIZE, WIDTH
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out_proj = nn.Linear(WIDTH, WIDTH)
+
+    def by_head(self, states):
+        return states.view(*states.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+    def forward(self, states, positions, others=None, places=None):
+        batch, count, width = states.size()
+        queries = self.by_head(self.q_proj(states + positions))
+        keys = self.by_head(self.k_proj(states + positions if others is None else others + places))
+        values = self.by_head(self.v_proj(states if others is None else others))
+        shares = (queries @ keys.transpose(2, 3) / self.head_dim**0.5).softmax(-1)
+        return self.out_proj((shares @ values).transpose(1, 2).reshape(batch, count, width))
+
+
+class Transposed(Attending):
+    """The same with the samples in the second dimension, and the width of a head computed from that of the input."""
+
+    def by_head(self, states):
+        return states.view(*states.shape[:2], self.num_heads, -1).transpose(1, 2)
+
+    def forward(self, states, positions, others=None, places=None):
+        states, positions = states.permute(1, 0, 2), positions.permute(1, 0, 2)
+        others, places = (None if each is None else each.permute(1, 0, 2) for each in (others, places))
+        size = states.shape
+        width = states.shape[-1]
+        queries = self.q_proj(states + positions)
+        queries = queries.view(size[0], size[1], self.num_heads, width // self.num_heads).transpose(1, 2)
+        keys = self.by_head(self.k_proj(states + positions if others is None else others + places))
+        values = self.by_head(self.v_proj(states if others is None else others))
+        shares = (queries @ keys.transpose(2, 3) / self.head_dim**0.5).softmax(-1)
+        context = (shares @ values).transpose(1, 2).contiguous().view((size[0], size[1], width))
+        return self.out_proj(context).permute(1, 0, 2)
+
+
+class Blocks(nn.Module):
+    """Learned queries that attend to one another, then to an image's places."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.queries, self.positions = (nn.Parameter(torch.randn(1, 4, WIDTH)) for _ in range(2))
+        self.spots = nn.Parameter(torch.randn(1, PLACES.shape[1], WIDTH))
+        self.enter, self.leave = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.own, self.other = kind(), kind()
+        self.dims = (1, 0, 2) if kind is Transposed else (0, 1, 2)
+
+    def forward(self, places):
+        states, positions, spots = (
+            each.expand(places.shape[0], -1, -1).permute(self.dims)
+            for each in (self.queries, self.positions, self.spots)
+        )
+        states = states + self.own(states, positions)
+        states = states + self.other(states, positions, self.enter(places).permute(self.dims), spots)
+        return self.leave(states.permute(self.dims))
+
+
+@pytest.mark.parametrize("kind", [Attending, Transposed])
+def test_heads_and_the_width_of_what_enters_are_removed(kind, tmp_path):
+    torch.manual_seed(0)
+    net = Blocks(kind).eval()
+    groups = nni_topo.dependency_groups(net, PLACES, ASKED)
+    assert groups.skipped == {"leave": "it gives the model's output"}
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(net), groups).compress()[1]
+    dense, masked = (make(net, PLACES, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    for attention in (dense.own, dense.other):
+        assert (attention.num_heads, attention.head_dim, attention.embed_dim) == (1, SIZE, SIZE)
+        assert tuple(attention.q_proj.weight.shape) == (SIZE, WIDTH // 2)
+    torch.testing.assert_close(dense(PLACES), masked(PLACES), rtol=1e-5, atol=1e-6)
+    nni_topo.save(dense, tmp_path / "dense.safetensors")
+    loaded = nni_topo.load(tmp_path / "dense.safetensors", net)
+    assert torch.equal(loaded(PLACES), dense(PLACES))
+    again = pickle.loads(pickle.dumps(dense.own))
+    assert type(again) is type(dense.own) is not kind
+    before = dense.own.q_proj.weight.detach().clone()
+    dense.train()(PLACES).square().mean().backward()
+    torch.optim.SGD(dense.parameters(), 0.1).step()
+    assert not torch.equal(dense.own.q_proj.weight, before)
+    assert type(net.own) is type(net.other) is kind  # the user's model stays as it is
+
+
+@pytest.mark.parametrize("kind", [Attending, Transposed])
+def test_the_rewritten_forward_computes_the_same(kind):
+    torch.manual_seed(0)
+    attention = kind().eval()
+    rewritten = copy.deepcopy(attention)
+    rewritten.__class__ = own_width_class(kind)
+    words, places = (each.transpose(0, 1) if kind is Transposed else each for each in (WORDS, PLACES))
+    for others in ((), (places, 0.5 * places)):
+        expected = attention(words, 0.1 * words, *others)
+        assert torch.equal(rewritten(words, 0.1 * words, *others), expected)
+    assert type(rewritten).__name__ == f"Pruned{kind.__name__}"
+
+
+class WithAttribute(nn.Module):
+    def forward(self, states):
+        batch, count, _ = states.size()
+        return states.reshape(batch, count, self.width)
+
+
+class OfTwoSizes(nn.Module):
+    def forward(self, states):
+        batch, _, width = states.size()
+        return states.reshape(batch, -1, width)
+
+
+class OtherWidth(nn.Module):
+    def forward(self, states):
+        batch, count, width = states.size()
+        width = 2 * width
+        return states.reshape(batch, count // 2, width)
+
+
+class CallsSuper(Attending):
+    def forward(self, states, positions):
+        batch, count, width = states.size()
+        return super().forward(states, positions).reshape(batch, count, width)
+
+
+@pytest.mark.parametrize("kind", [WithAttribute, OfTwoSizes, OtherWidth, CallsSuper, nn.Linear])
+def test_what_takes_no_width_from_its_input_isnt_rewritten(kind):
+    assert own_width_class(kind) is None
+
+
+class Fixed(Attending):
+    """Attention whose heads can't become fewer: a number is written into its forward."""
+
+    def forward(self, states, positions):
+        queries = self.by_head(self.q_proj(states))
+        shares = (queries @ self.by_head(self.k_proj(states)).transpose(2, 3)).softmax(-1)
+        context = (shares @ self.by_head(self.v_proj(states))).transpose(1, 2)
+        return self.out_proj(context.reshape(len(states), -1, 16))
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.inner, self.leave = nn.Linear(WIDTH, WIDTH), Fixed(), nn.Linear(WIDTH, 3)
+
+    def forward(self, words):
+        states = self.enter(words)
+        return self.leave(states + self.inner(states, None))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_heads_that_a_number_fixes_are_kept_and_the_width_isnt(seed):
+    torch.manual_seed(seed)
+    net = Around().eval()
+    groups = nni_topo.dependency_groups(net, WORDS, ASKED)
+    heads = {"inner.q_proj", "inner.k_proj", "inner.v_proj"}
+    assert groups.skipped.keys() == {"leave", *heads}
+    assert all("sizes of an operation don't fit fewer channels" in groups.skipped[name] for name in heads)
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(net), groups).compress()[1]
+    dense, masked = (make(net, WORDS, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    assert (dense.enter.out_features, dense.inner.num_heads) == (WIDTH // 2, HEADS)
+    torch.testing.assert_close(dense(WORDS), masked(WORDS), rtol=1e-5, atol=1e-6)
