@@ -98,6 +98,10 @@ def _clustering() -> Iterator[Callable[[str], str]]:
     def records(*names: str) -> list[Record]:
         return [record for name in names for record in read_records(RECORDS / f"{name}.jsonl")]
 
+    rules = module_of("subcluster_rules.py")
+    yield lambda page: with_tables(
+        page, "benchmarks/subcluster_rules.py", "\n".join(rules.tables(records("subcluster_rules")))
+    )
     parts, bounds = module_of("subcluster_report.py"), module_of("bounds_report.py")
     yield lambda page: parts.with_part_tables(page, records("subcluster_networks", "subcluster_parts"))
     yield lambda page: bounds.with_bounds(page, records("bounds"))
@@ -133,6 +137,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
     "budgets": lambda: iter(
         [
             _of_jsonl("bench_depth.py", "depth.jsonl"),
+            _of_jsonl("bench_eight.py", "eight.jsonl"),
             _of_jsonl("bench_tolerance.py", "tolerance.jsonl", title="search"),
             _of_jsonl("bench_tolerance.py", "tolerance.jsonl", "table_of_families", "frontier"),
         ]

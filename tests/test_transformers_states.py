@@ -32,4 +32,4 @@ def test_a_model_with_a_state_is_pruned_and_generates(name: str, sizes: dict[str
     assert sum(each.numel() for each in dense.parameters()) < 0.85 * sum(each.numel() for each in model.parameters())
     assert dense.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False).shape == (2, 11)
     if name == "Rwkv":
-        assert "writes into part of a tensor" in groups.skipped["rwkv.embeddings"]
+        assert "(put in rwkv.blocks.0.attention)" in groups.skipped["rwkv.embeddings"]

@@ -118,6 +118,7 @@ def test_errors_of_reading_processes_are_those_of_this_one(tmp_path: Path, worke
     path = root / "train" / "n01440764" / "n01440764_3.JPEG"
     path.write_bytes(path.read_bytes()[:300])
     data = load_data(str(root), image_size=8, validation=0.0, workers=workers)
+    others = set(multiprocessing.active_children())
     with pytest.raises(DataError, match=r"^an image file must be .*n01440764_3\.JPEG\)$"):
         data.train[:]
     Image.new("L", (40, 32)).save(root / "train" / "n01440764" / "n01440764_0.JPEG")
@@ -126,7 +127,7 @@ def test_errors_of_reading_processes_are_those_of_this_one(tmp_path: Path, worke
     with pytest.raises(DataError, match=r"^images must all be grey where the first of every class is, got .*RGB"):
         data.test[:]
     # no process waits for the error's traceback to go
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_small_images_are_padded_with_black(tmp_path: Path) -> None:
