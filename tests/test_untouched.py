@@ -380,3 +380,38 @@ def test_two_threads_leave_the_fast_paths_of_attention_as_they_were():
     assert not torch.backends.mha.get_fastpath_enabled()
     second.__exit__(None, None, None)
     assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+class _PartCompiled(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(8 * 16, 3)
+        if how == "whole":
+            self.compile(backend="eager")
+        elif how == "inside":
+            self.body.compile(backend="eager")
+        elif how == "child":
+            self.body = torch.compile(self.body, backend="eager")
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("how", ["whole", "inside", "child"])
+def test_what_is_compiled_in_a_model_changes_nothing_but_runs_as_it_is_written(how):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 1, 8, 8, generator=generator).split(16)
+    plain, model = _PartCompiled("no").eval(), _PartCompiled(how).eval()
+    with torch.no_grad():
+        model(images[0])  # compiled by now
+    compiled = model._compiled_call_impl
+    expected, small = (nni_topo.shrink(net, images, {"flops": 0.5}, distill=False) for net in (plain, model))
+    assert [stage.macs for stage in small.report.stages] == [stage.macs for stage in expected.report.stages]
+    assert zoo.count_macs(model, images[0]) == expected.report.stages[0].macs
+    torch.testing.assert_close(small(images[0]), expected(images[0]))
+    assert model._compiled_call_impl is compiled
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    profiled = network.profile({"small": model}, images[0], modes=("plain", "compile"), runs=1)
+    assert [each.macs for each in profiled] == [expected.report.stages[0].macs] * 2
