@@ -415,3 +415,27 @@ def test_what_is_compiled_in_a_model_changes_nothing_but_runs_as_it_is_written(h
     assert torch._dynamo.eval_frame._stance.stance == "default"
     profiled = network.profile({"small": model}, images[0], modes=("plain", "compile"), runs=1)
     assert [each.macs for each in profiled] == [expected.report.stages[0].macs] * 2
+
+
+def _recovered(how):
+    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).split(16)
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(8 * 16, 3)).eval()
+    if how == "synthetic_images":
+        return torch.cat([*nni_topo.synthetic_images(model, images[0][:1], count=4, steps=2)])
+    small = nni_topo.shrink(model, images, {"flops": 0.5}, compensate=how, distill={"steps": 4})
+    assert small.report.distillation.steps > 0
+    assert not any(each.is_inference() for each in (*small.parameters(), *small.buffers()))
+    return small(images[0]).detach()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", ["reconstruct", "ahead", "block", "synthetic_images"])
+def test_what_takes_gradients_takes_them_under_a_callers_mode_without_any(mode, how):
+    expected = _recovered(how)
+    with mode():
+        found = _recovered(how)
+        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+    torch.testing.assert_close(found, expected)

@@ -48,16 +48,18 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     """
     put_back: list[_PutBack] = []
     seen: dict[int, Any] = {}
-    for model in models:
-        if isinstance(model, nn.Module):
-            _write_down(model, put_back, seen)
     runs_written = not as_compiled and any(isinstance(model, nn.Module) and has_compiled(model) for model in models)
-    with random_state_kept(), _compiler_off() if runs_written else nullcontext():
-        try:
-            yield
-        finally:
-            for each in put_back:
-                each()
+    # What is made in a caller's inference mode takes no gradients, for good.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        for model in models:
+            if isinstance(model, nn.Module):
+                _write_down(model, put_back, seen)
+        with random_state_kept(), _compiler_off() if runs_written else nullcontext():
+            try:
+                yield
+            finally:
+                for each in put_back:
+                    each()
 
 
 def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:
