@@ -242,6 +242,30 @@ ANYTHING = Rule("anything", lambda value: True)
 NONE = Rule("None", lambda value: value is None)
 FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 FUNCTION = Rule("a function", callable)
+
+
+def taking(*names: str) -> Rule:
+    """Return the rule of a function that can be called with so many arguments, which are called so in its message."""
+
+    def holds(value: Any) -> bool:
+        if not callable(value):
+            return False
+        try:
+            inspect.signature(value).bind(*names)
+        except TypeError:
+            return False
+        except ValueError:  # a builtin function may have no signature
+            pass
+        return True
+
+    def tell(value: Any) -> str:
+        if not callable(value):
+            return shown(value)
+        return f"{getattr(value, '__name__', type(value).__name__)}{inspect.signature(value)}"
+
+    return Rule(f"a function of ({', '.join(names)})", holds, tell=tell)
+
+
 SEED = whole(0, 2**32 - 1)  # what NumPy's and scikit-learn's generators take
 PATH = instance(str, os.PathLike)
 NUMBER = number()

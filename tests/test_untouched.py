@@ -380,3 +380,62 @@ def test_two_threads_leave_the_fast_paths_of_attention_as_they_were():
     assert not torch.backends.mha.get_fastpath_enabled()
     second.__exit__(None, None, None)
     assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+class _PartCompiled(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(8 * 16, 3)
+        if how == "whole":
+            self.compile(backend="eager")
+        elif how == "inside":
+            self.body.compile(backend="eager")
+        elif how == "child":
+            self.body = torch.compile(self.body, backend="eager")
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("how", ["whole", "inside", "child"])
+def test_what_is_compiled_in_a_model_changes_nothing_but_runs_as_it_is_written(how):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, 1, 8, 8, generator=generator).split(16)
+    plain, model = _PartCompiled("no").eval(), _PartCompiled(how).eval()
+    with torch.no_grad():
+        model(images[0])  # compiled by now
+    compiled = model._compiled_call_impl
+    expected, small = (nni_topo.shrink(net, images, {"flops": 0.5}, distill=False) for net in (plain, model))
+    assert [stage.macs for stage in small.report.stages] == [stage.macs for stage in expected.report.stages]
+    assert zoo.count_macs(model, images[0]) == expected.report.stages[0].macs
+    torch.testing.assert_close(small(images[0]), expected(images[0]))
+    assert model._compiled_call_impl is compiled
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    profiled = network.profile({"small": model}, images[0], modes=("plain", "compile"), runs=1)
+    assert [each.macs for each in profiled] == [expected.report.stages[0].macs] * 2
+
+
+def _recovered(how):
+    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).split(16)
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(8 * 16, 3)).eval()
+    if how == "synthetic_images":
+        return torch.cat([*nni_topo.synthetic_images(model, images[0][:1], count=4, steps=2)])
+    small = nni_topo.shrink(model, images, {"flops": 0.5}, compensate=how, distill={"steps": 4})
+    assert small.report.distillation.steps > 0
+    assert not any(each.is_inference() for each in (*small.parameters(), *small.buffers()))
+    return small(images[0]).detach()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", ["reconstruct", "ahead", "block", "synthetic_images"])
+def test_what_takes_gradients_takes_them_under_a_callers_mode_without_any(mode, how):
+    expected = _recovered(how)
+    with mode():
+        found = _recovered(how)
+        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
+    torch.testing.assert_close(found, expected)

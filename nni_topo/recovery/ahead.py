@@ -125,7 +125,7 @@ def _solved(segment: Segment, window: Window, data: _Data, images: int, seed: in
     began = time.perf_counter()
     problem, start = _Problem(window, data, images), window.start()
     # The other kernels of attention have no forward derivatives.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         unknowns, after, before = gauss_newton(
             problem, start, steps=_STEPS, iterations=_ITERATIONS, damping=_DAMPING, seed=seed
         )

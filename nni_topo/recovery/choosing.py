@@ -20,7 +20,7 @@ import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
-from nni_topo.errors import FUNCTION, NONE, SEED, DataError, checked, one_of, whole
+from nni_topo.errors import NONE, SEED, DataError, checked, one_of, taking, whole
 from nni_topo.maths.clustering import partition
 from nni_topo.maths.ties import FloatArray, IntArray, first_smallest
 from nni_topo.maths.topology import farthest_points
@@ -43,7 +43,12 @@ from nni_topo.recovery.lesson import Outputs, read_outputs
 
 
 @checked(
-    pool=BATCHES, model=MODEL, count=whole(1), method=one_of(("kmeans", "cover")), outputs=FUNCTION | NONE, seed=SEED
+    pool=BATCHES,
+    model=MODEL,
+    count=whole(1),
+    method=one_of(("kmeans", "cover")),
+    outputs=taking("output", "inputs") | NONE,
+    seed=SEED,
 )
 @leaves_models_alone
 def choose_images(

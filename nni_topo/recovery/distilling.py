@@ -38,6 +38,7 @@ from nni_topo.errors import (
     check_knobs,
     checked,
     number,
+    taking,
     unknown_name,
     whole,
 )
@@ -96,7 +97,7 @@ KNOBS = {
     "lr": _POSITIVE | NONE,
     "warmup": number(0.0, 1.0, "left"),
     "blocks": number(0.0),
-    "outputs": FUNCTION | NONE,
+    "outputs": taking("output", "inputs") | NONE,
     "blend": FLAG,
     "state_seconds": number(0.0),
     "augment": FUNCTION | NONE,

@@ -336,8 +336,11 @@ def outputs_of(found: Any, count: int, what: str = "a model's output") -> tuple[
         return [logits], "kl"
     tensors = [each for each in tensors_of(found) if each.is_floating_point() and each.dim() and len(each) == count]
     if not tensors:
+        second = isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,)
+        cure = "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
         raise ConfigError(
             f"{what} must hold a floating tensor with an entry per sample, got {_kind(found)} for {count} samples"
+            f"{cure if second else ''}"
         )
     return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
 

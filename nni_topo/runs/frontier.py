@@ -113,6 +113,9 @@ class Frontier(Mapping[float, nn.Module]):
         self.images, self.held_out = images, held_out
 
     def __getitem__(self, share: float) -> nn.Module:
+        if share not in self._networks:
+            known = ", ".join(map(str, self._networks))
+            raise KeyError(f"share must be one of the frontier's, got {share}; known: {known}")
         return self._networks[share]
 
     def __iter__(self) -> Iterator[float]:

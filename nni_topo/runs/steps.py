@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from nni_topo.errors import (
-    FUNCTION,
     NONE,
     ConfigError,
     DataError,
@@ -30,6 +29,7 @@ from nni_topo.errors import (
     instance,
     listed,
     shown,
+    taking,
     unknown_name,
 )
 from nni_topo.network.channels import reasons
@@ -741,11 +741,13 @@ def check_choices(
 ) -> None:
     """Check what can be checked before there is a trained network."""
     (instance(Mapping) | NONE).check("knobs", knobs, place)
-    (FUNCTION | NONE).check("evaluate", evaluate, place)
-    (FUNCTION | NONE).check("outputs", outputs, place)
+    (taking("network") | NONE).check("evaluate", evaluate, place)
+    (taking("output", "inputs") | NONE).check("outputs", outputs, place)
     if isinstance(pruner, type):
         raise ConfigError(f"pruner must be a pruner's name, or a function, got the class {pruner.__name__} ({place})")
-    if not callable(pruner):
+    if callable(pruner):
+        taking("model", "config_list", "images").check("pruner", pruner, place)
+    else:
         check_knob_names(pruner, knobs or {}, place)
         if not pruner_info(pruner).structured:
             raise ConfigError(f"pruner must be one that removes whole channels, got {pruner!r} ({place})")
@@ -760,8 +762,12 @@ def check_choices(
     is_given = compensate is None or isinstance(compensate, RecoveryMethod) or callable(compensate)
     if not is_given:
         RECOVERIES.info(compensate, place, "compensate")
+    if callable(compensate) and not isinstance(compensate, RecoveryMethod):
+        taking("model", "masks", "images").check("compensate", compensate, place)
     if not (isinstance(distill, (bool, Mapping)) or callable(distill)):
         raise ConfigError(f"distill must be True, False, knobs or a function, got {distill!r} ({place})")
+    if callable(distill):
+        taking("dense", "model", "images").check("distill", distill, place)
     if isinstance(distill, Mapping):
         allowed = tuple(inspect.signature(distillation).parameters)[3:]
         for knob in distill:

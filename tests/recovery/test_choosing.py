@@ -150,7 +150,7 @@ def test_bad_arguments_are_refused():
         cover([POINTS], Classifier(), 0)
     with pytest.raises(ConfigError, match="method must be a known name, got 'random'"):
         choose_images([POINTS], Classifier(), 2, method="random")
-    with pytest.raises(ConfigError, match="outputs must be a function or None, got 'pooled'"):
+    with pytest.raises(ConfigError, match=r"outputs must be a function of \(output, inputs\) or None, got 'pooled'"):
         cover([POINTS], Classifier(), 2, outputs="pooled")
     with pytest.raises(DataError, match="features must be as many for each image, got"):
         cover([torch.rand(3, 4), torch.rand(3, 5)], nn.Identity(), 2)

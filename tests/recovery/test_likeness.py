@@ -258,12 +258,20 @@ def test_the_report_says_which_layers_can_not_lose_channels():
         ({"evaluate": lambda net: "good"}, "evaluate must return a number, got 'good'"),
         ({"evaluate": lambda net: None}, "evaluate must return a number, got None"),
         ({"evaluate": lambda net: np.zeros(3)}, "evaluate must return a number"),
+        (
+            {"evaluate": lambda net, data: 1.0},
+            r"evaluate must be a function of \(network\) or None, got .*\(net, data\)",
+        ),
+        ({"outputs": lambda output: output}, r"outputs must be a function of \(output, inputs\) or None, got .*"),
+        ({"pruner": lambda model: {}}, r"pruner must be a function of \(model, config_list, images\), got .*\(model\)"),
+        ({"compensate": lambda model: model}, r"compensate must be a function of \(model, masks, images\), got"),
+        ({"distill": lambda dense: dense}, r"distill must be a function of \(dense, model, images\), got"),
         ({"knobs": 5}, "knobs must be a mapping or None, got 5"),
         ({"pruner": lambda model, config_list, images: None}, "masks must be"),
         ({"compensate": lambda model, masks, images: None}, "compensate must return a torch.nn.Module, got NoneType"),
         ({"distill": lambda dense, model, images: 3}, "distill must return a torch.nn.Module, got int"),
     ],
 )
-def test_what_users_functions_return_is_checked(knobs, message):
+def test_what_users_functions_take_and_return_is_checked(knobs, message):
     with pytest.raises(nni_topo.errors.ConfigError, match=message):
         nni_topo.shrink(toy_model().eval(), [toy_images(16)], {"flops": 0.5}, **{"distill": False, **knobs})

@@ -170,7 +170,8 @@ def test_the_loss_of_blocks_is_a_share_of_their_variance_over_real_positions():
         ({"blocks": -1.0}, "blocks must be at least 0 and finite, got -1.0"),
         ({"blocks": 1.0}, "blocks must be 0 where no block's output has the same shape in both models, got 1.0"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0"),
-        ({"outputs": "pooled"}, "outputs must be a function or None, got 'pooled'"),
+        ({"outputs": "pooled"}, r"outputs must be a function of \(output, inputs\) or None, got 'pooled'"),
+        ({"outputs": lambda output: output}, r"outputs must be a function of .* or None, got <lambda>\(output\)"),
         ({"objective": "cosine", "outputs": lambda output, _: output[:, None]}, "must have one vector for each sample"),
         (
             {"outputs": lambda output, _: output.sum()},
@@ -179,6 +180,10 @@ def test_the_loss_of_blocks_is_a_share_of_their_variance_over_real_positions():
         (
             {"outputs": lambda output, _: None},
             "what outputs= returns must hold a floating tensor with an entry per sample, got NoneType",
+        ),
+        (
+            {"outputs": lambda output, _: output.expand(3, *output.shape)},
+            r"got Tensor .*; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose",
         ),
     ],
 )

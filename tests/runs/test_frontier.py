@@ -35,6 +35,8 @@ def made(shares=SHARES, model=None, given=None, **knobs):
 def test_each_network_is_the_one_that_shrink_makes():
     found = made()
     assert list(found) == list(SHARES)
+    with pytest.raises(KeyError, match=r"share must be one of the frontier's, got 0.3; known: "):
+        found[0.3]
     for share, point in zip(SHARES, found.points[1:], strict=True):
         alone = nni_topo.shrink(toy_model().eval(), images(), {"flops": share}, distill=False)
         torch.testing.assert_close(found[share].state_dict(), alone.state_dict(), rtol=1e-5, atol=1e-6)

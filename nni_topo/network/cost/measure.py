@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ def latency_ms(model: nn.Module, example_inputs: Any, *, runs: int = 30, threads
 
 
 @checked(example_inputs=INPUTS)
-@leaves_models_alone
+@partial(leaves_models_alone, as_compiled=True)
 def latencies(
     models: Mapping[str, nn.Module],
     example_inputs: Any,
@@ -394,7 +395,7 @@ class ModeCost:
 
 
 @checked(example_inputs=INPUTS)
-@leaves_models_alone
+@partial(leaves_models_alone, as_compiled=True)
 def profile(
     models: Mapping[str, nn.Module],
     example_inputs: Any,

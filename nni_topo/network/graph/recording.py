@@ -46,6 +46,7 @@ from nni_topo.network.runtime import (
 
 _logger = logging.getLogger(__name__)
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
+_SIZED = {"reshape", "split", "split_with_sizes", "unflatten", "view"}  # take sizes that must fit the tensor
 # What a forward may ask a tensor for without reading its values, and get a number.
 _ABOUT_TENSORS = {
     *("__get__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_conj"),
@@ -129,10 +130,12 @@ def _recorded_twice(
     for node in reversed(first.graph.nodes):
         if node.users or node in first.read or node.op in ("placeholder", "output"):
             continue
-        # Nothing comes of it. But a module runs all the same, and so does what is made of its output. An operation that
-        # takes a tensor and nothing else, such as zeros_like, runs whatever the tensor's width is.
-        if node.op == "call_module":
+        # Nothing comes of it. But it runs all the same, in the dense model too: a module, what several tensors enter,
+        # which then must fit together, and what takes sizes, which must fit the tensor.
+        entering = [parent for parent in node.all_input_nodes if parent not in first.numbers]
+        if node.op == "call_module" or len(entering) > 1 or plain_name(node) in _SIZED:
             continue
+        # An operation that takes a tensor and nothing else, such as zeros_like, runs whatever the tensor's width is.
         if plain_name(node) not in ("getitem", "size") and len(node.args) > 1:
             for parent in node.all_input_nodes:
                 parent.meta[UNUSED] = True
@@ -215,6 +218,7 @@ class _Recorder(TorchFunctionMode):
         self.held: dict[str, Tensor] = {}  # of which constants are copies
         self.reads_values = False
         self.read = set[Node]()  # whose values decided something
+        self.numbers = set[Node]()  # sizes of tensors, and what is computed of these
         self._kinds = kinds
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._nodes: dict[int, Node] = {}
@@ -377,8 +381,11 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, TracedInt) and value.source is not None:
             first, given = value.source
             if isinstance(first, Tensor):
-                return self.graph.call_method("size", (self._node(first), given))
-            return self.graph.call_function(first, tuple(map(self._argument, given)))
+                number = self.graph.call_method("size", (self._node(first), given))
+            else:
+                number = self.graph.call_function(first, tuple(map(self._argument, given)))
+            self.numbers.add(number)
+            return number
         if not isinstance(value, _PLAIN):
             raise SpeedupError(f"arguments of what is recorded must be tensors or plain, got {type(value).__name__}")
         return value

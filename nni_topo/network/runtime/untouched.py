@@ -10,7 +10,7 @@ import random
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -35,29 +35,38 @@ _WRAPPING = frozenset({"_nni_wrapper", "forward", "_qkv_same_embed_dim"})
 
 
 @contextmanager
-def left_alone(*models: Any) -> Iterator[None]:
+def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     """Put back, whatever happens in the block, what models hold, and the states of all global generators.
 
     That is what a deep copy of a model would copy: modes, buffers, hooks, attributes and what these hold. Of parameters
     it is whether they need gradients, and these, which are away within the block; values alone where a forward is known
     to write to them, as to an embedding's with ``max_norm``. What a pruner does to wrap a model stays. A model that
     isn't a module has nothing to put back.
+
+    Parts that ``torch.compile`` has compiled run as they are written, for compiled ones call no hooks and show no
+    operations, unless ``as_compiled`` is True.
     """
     put_back: list[_PutBack] = []
     seen: dict[int, Any] = {}
-    for model in models:
-        if isinstance(model, nn.Module):
-            _write_down(model, put_back, seen)
-    with random_state_kept():
-        try:
-            yield
-        finally:
-            for each in put_back:
-                each()
+    runs_written = not as_compiled and any(isinstance(model, nn.Module) and has_compiled(model) for model in models)
+    # What is made in a caller's inference mode takes no gradients, for good.
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        for model in models:
+            if isinstance(model, nn.Module):
+                _write_down(model, put_back, seen)
+        with random_state_kept(), _compiler_off() if runs_written else nullcontext():
+            try:
+                yield
+            finally:
+                for each in put_back:
+                    each()
 
 
-def leaves_models_alone(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Let a public function leave all models among its arguments as they were, in lists and mappings too."""
+def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:
+    """Let a public function leave all models among its arguments as they were, in lists and mappings too.
+
+    ``as_compiled``: see `left_alone`.
+    """
 
     @functools.wraps(function)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
@@ -69,7 +78,7 @@ def leaves_models_alone(function: Callable[_Given, _Made]) -> Callable[_Given, _
                 models += given
             else:
                 models.append(given)
-        with left_alone(*models):
+        with left_alone(*models, as_compiled=as_compiled):
             return function(*args, **kwargs)
 
     return run
@@ -270,40 +279,59 @@ def forget_evaluated(model: nn.Module) -> None:
         module.training = mode
 
 
-class _FastPaths:
-    """PyTorch's switch of the fast paths, which all threads share: the last one that needs them off restores it."""
+def has_compiled(model: nn.Module) -> bool:
+    """Tell whether ``torch.compile`` or ``compile()`` of a module has compiled a model or a part of it."""
+    # The class is known by its name alone, for importing it takes long.
+    return any(
+        each._compiled_call_impl is not None or type(each).__name__ == "OptimizedModule" for each in model.modules()
+    )
 
-    def __init__(self) -> None:
+
+class _Switch:
+    """A switch of PyTorch's, which all threads share: the last one that needs it off restores it."""
+
+    def __init__(self, turn_off: Callable[[], _PutBack]) -> None:
+        self._turn_off = turn_off
         self._lock = threading.Lock()
         self._users = 0
-        self._before = True
+        self._restore: _PutBack = tuple
 
-    def turn_off(self) -> None:
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
         with self._lock:
             if self._users == 0:
-                self._before = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
+                self._restore = self._turn_off()
             self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._restore()
 
-    def restore(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                torch.backends.mha.set_fastpath_enabled(self._before)
+
+def _without_fast_paths() -> _PutBack:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    return functools.partial(torch.backends.mha.set_fastpath_enabled, before)
 
 
-_FAST_PATHS = _FastPaths()
+def _without_compiler() -> _PutBack:
+    stance = torch.compiler.set_stance("force_eager")
+    return functools.partial(stance.__exit__, None, None, None)
+
+
+_FAST_PATHS = _Switch(_without_fast_paths)
+_compiler_off = _Switch(_without_compiler)
 
 
 @contextmanager
 def fast_paths_off() -> Iterator[None]:
     """Let attention and transformer layers compute what they say, step by step, for a while."""
     # The fast paths turn padded batches into nested tensors, on which hooks and masks can't work.
-    _FAST_PATHS.turn_off()
-    try:
+    with _FAST_PATHS():
         yield
-    finally:
-        _FAST_PATHS.restore()
 
 
 @contextmanager

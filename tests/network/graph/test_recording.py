@@ -494,3 +494,34 @@ def test_a_recording_that_fails_keeps_no_tensor_while_the_next_one_runs():
         record(Failing(), {"images": torch.ones(2, 3)})
     assert len(alive) > 1
     assert set(alive) == {0}
+
+
+class LastSumUnread(nn.Module):
+    """Makes something at the end that nothing reads, as the last block of a WaveNet does of its residual stream."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.start, self.filter, self.residual = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 8, 2), nn.Conv1d(8, 8, 1)
+        self.skip, self.how = nn.Conv1d(8, 2, 1), how
+
+    def forward(self, x):
+        x = self.start(x)
+        y = torch.tanh(self.filter(x))
+        if self.how == "sum":
+            x = x[:, :, 1:] + self.residual(y)
+        elif self.how == "view":
+            self.kept = y.view(-1, 8 * 2)
+        return self.skip(y)
+
+
+@pytest.mark.parametrize(
+    ("how", "widths"), [("sum", {"start": 6, "filter": 6, "residual": 6}), ("view", {"start": 6, "filter": 8})]
+)
+def test_what_nothing_reads_must_fit_in_the_dense_model_too(how, widths):
+    torch.manual_seed(0)
+    model, x = LastSumUnread(how).eval(), torch.randn(3, 3, 3)
+    groups = dependency_groups(model, x, [{"op_types": ["Conv1d"], "sparse_ratio": 0.25}])
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, x, masks)
+    assert {name: dense.get_submodule(name).out_channels for name in widths} == widths
+    torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
