@@ -211,7 +211,7 @@ def _batches_of_files(
             if read:
                 yield torch.cat(read), dataset.labels[rows].to(device)
     finally:
-        # An error's traceback holds these variables; the processes end with the iterator.
+        # An error's traceback holds these variables, and the processes end with the iterator at the earliest.
         del answers
 
 
