@@ -25,7 +25,7 @@ from nni_topo import zoo
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval, markdown_table
 
-SHARE, SEEDS, RUNS, BATCHES = 1 / 8, (0, 1, 2), 50, (1, 16)
+SHARE, SEEDS, RUNS, BATCHES = 1 / 8, (0, 1, 2, 3, 4), 50, (1, 16)
 WAYS = {"channels": "channels", "both": "blocks and channels"}
 
 
@@ -89,22 +89,26 @@ def times_faster(net: nn.Module, small: nn.Module, images: Tensor, folder: Path)
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return a row for each way, with means over the networks and 95 % intervals."""
-    rows = []
+    rows, by_way = [], dict[str, dict[int, float]]()
     for way, title in WAYS.items():
         found = [record for record in records if record["key"][1] == way]
         if not found:
             continue
         columns = [[record["faster"][index] for record in found] for index in range(len(BATCHES))]
+        lost = {record["key"][0]: 100 * (record["unpruned"] - record["accuracy"]) for record in found}
         columns += [
             [100 * record["left"] for record in found],
             [100 * record["unpruned"] for record in found],
-            [100 * (record["unpruned"] - record["accuracy"]) for record in found],
+            list(lost.values()),
             [float(len(record["removed"])) for record in found],
             [record["seconds"] for record in found],
         ]
-        rows.append([title, str(len(found)), *(_shown(column) for column in columns)])
+        by_way[way] = lost
+        less = [by_way["channels"][seed] - lost[seed] for seed in lost if seed in by_way.get("channels", {})]
+        paired = "" if way == "channels" else _shown(less)
+        rows.append([title, str(len(found)), *(_shown(column) for column in columns), paired])
     head = ["what is removed", "networks", "times faster: 1 image", "16 images", "MACs kept %", "unpruned %"]
-    return markdown_table([*head, "points lost", "blocks removed", "CPU s"], rows)
+    return markdown_table([*head, "points lost", "blocks removed", "CPU s", "points less than by channels"], rows)
 
 
 def _shown(values: list[float]) -> str:

@@ -141,7 +141,7 @@ class Geometry:
         return self._by_frequencies(channels) < self._by_pairs(channels)
 
     def takes_frequencies_once(self) -> bool:
-        """Say whether products of patches with something else are computed so."""
+        """Say whether products of patches with outputs or weights are computed by Fourier transforms."""
         return self.has_spectra and 2.0 * self._in_complex() < self.elements * self.positions
 
     def multiplications_once(self, channels: int, outputs: int) -> float:

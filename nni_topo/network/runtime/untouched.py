@@ -272,11 +272,9 @@ def forget_evaluated(model: nn.Module) -> None:
 
     They forget it in training mode. Afterwards every module is in its own mode again.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    model.eval()
-    for module, mode in modes:
-        module.training = mode
+    with evaluation_mode(model):
+        model.train()
+        model.eval()
 
 
 def has_compiled(model: nn.Module) -> bool:
