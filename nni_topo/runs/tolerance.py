@@ -14,6 +14,7 @@ References
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -47,7 +48,8 @@ _LEAST = 8  # images of each part where distances are measured, for which no num
 _CANDIDATES = 6
 _SMALLEST = 1.0 / 64.0  # share of the cost below which no candidate is tried
 _STEP, _MORE_DISTILLED = 0.75, 1  # how much smaller a network is distilled next, and how many at most
-_LARGER = (1.3, 2.0)  # how much larger networks are that are confirmed before the smallest one
+_MORE = 3  # larger networks that are tried at most, to be confirmed before the smallest one
+_GAP = 1.4  # a network is tried between two of them if their shares' quotient is more
 _NEAR = 1.02  # no further candidate is tried between two shares whose quotient is less
 _WORDS = {
     "answers": "share of changed answers",
@@ -155,6 +157,7 @@ class Judged:
     difference: float
     limit: float  # upper 95 % limit; NaN: evaluate
     is_within: bool
+    is_safe: bool  # whether it would be within the tolerance even if its true difference were the upper limit
 
 
 class Judge:
@@ -187,7 +190,7 @@ class Judge:
     def _judged(self, net: nn.Module, part: int, count: int | None) -> Judged:
         if self.measure == "evaluate":
             fall = self._unpruned - self._number(net)
-            return Judged(fall, math.nan, fall <= self.tolerance)
+            return Judged(fall, math.nan, fall <= self.tolerance, fall <= self.tolerance)
         differences = self._answers.differences(net, part)
         is_broken = ~np.isfinite(differences.distances)
         if self.measure == "answers":
@@ -197,14 +200,18 @@ class Judge:
         values = _by_group(values, self._groups[part - 1])
         count = count or len(values)
         mean = float(values.mean())
-        if self.measure == "distance":
-            deviation = float(values.std(ddof=1)) if len(values) > 1 and math.isfinite(mean) else math.nan
-            limit = limit_of_mean(mean, deviation, count)
-        elif set(values.tolist()) <= {0.0, 1.0}:
-            limit = limit_of_share(mean, count)
-        else:
-            limit = limit_of_bounded(mean, count)
-        return Judged(mean, limit, limit <= self.tolerance)
+        deviation = float(values.std(ddof=1)) if len(values) > 1 and math.isfinite(mean) else math.nan
+        are_yes_or_no = set(values.tolist()) <= {0.0, 1.0}
+
+        def limit_at(mean: float, count: int) -> float:
+            """Return the upper limit of a mean of so many values."""
+            if self.measure == "distance":
+                return limit_of_mean(mean, deviation, count)
+            return limit_of_share(mean, count) if are_yes_or_no else limit_of_bounded(mean, count)
+
+        limit = limit_at(mean, count)
+        highest = limit_at(limit_at(mean, len(values)), count)
+        return Judged(mean, limit, limit <= self.tolerance, highest <= self.tolerance)
 
     @leaves_models_alone
     def _number(self, net: nn.Module) -> float:
@@ -222,6 +229,7 @@ class TriedNetwork:
     tried: tuple[Tried, ...]  # the allocations that were compared for it
     network: nn.Module  # after distillation, if it was distilled
     verdict: Verdict | None
+    is_safe: bool  # whether it is within the tolerance by such a margin that it is sure to be confirmed
 
 
 @dataclass(frozen=True)
@@ -306,7 +314,7 @@ def within_tolerance(steps: ShrinkSteps, judge: Judge, budget: Budget, asked: fl
         left = steps.share_left(own, recovered)
         candidate = Candidate(share, left, False, judged.difference, judged.limit, judged.is_within)
         candidates.append(candidate)
-        return TriedNetwork(candidate, recovered, tried, recovered.dense, None)
+        return TriedNetwork(candidate, recovered, tried, recovered.dense, None, judged.is_safe)
 
     def distilled(plain: TriedNetwork) -> TriedNetwork:
         """Distil a network, and judge it again."""
@@ -317,7 +325,7 @@ def within_tolerance(steps: ShrinkSteps, judge: Judge, budget: Budget, asked: fl
             plain.candidate.asked, plain.candidate.left, True, judged.difference, judged.limit, judged.is_within
         )
         candidates.append(candidate)
-        return replace(plain, candidate=candidate, network=network, verdict=verdict)
+        return replace(plain, candidate=candidate, network=network, verdict=verdict, is_safe=judged.is_safe)
 
     # Costs are compared by quotients: half of a network's cost counts as much as half of a small one's.
     first = made(lowest) if asked is not None and asked >= floor and lowest < 1.0 else None
@@ -332,23 +340,47 @@ def within_tolerance(steps: ShrinkSteps, judge: Judge, budget: Budget, asked: fl
                 high = middle
             else:
                 low = middle
-    passed.sort(key=lambda each: -each.candidate.left)
     if passed and judge.measure != "evaluate":
-        # The smallest may have passed by chance: networks somewhat larger, too, stand ready to be confirmed.
-        smallest = passed[-1].candidate.asked
-        for factor, nearest in zip(_LARGER, (1.0, *_LARGER), strict=False):
-            share = factor * smallest
-            is_there = any(nearest * smallest < each.candidate.asked <= share * _NEAR for each in passed)
-            if share * _NEAR < 1.0 and not is_there:
-                found = made(share)
-                passed += [found] if found.candidate.is_within else []
-        passed.sort(key=lambda each: -each.candidate.left)
+        # The smallest may have passed by chance: larger networks, too, stand ready to be confirmed.
+        _add_larger(passed, made)
+    passed.sort(key=lambda each: -each.candidate.left)
     if passed and steps.distill is not False:
         found = distilled(passed[-1])
         if found.candidate.is_within:
             passed[-1] = found
             _go_on(passed, found, lowest, made, distilled)
     return _confirmed(steps, judge, timed, asked, candidates, passed)
+
+
+def _add_larger(passed: list[TriedNetwork], made: Callable[[float], TriedNetwork]) -> None:
+    """Try larger networks than the smallest one; what is within the tolerance joins the others.
+
+    If the first look fails, no network is returned. So the largest one must be within the tolerance by a margin: each
+    is half of the way from the one before to the whole network, in quotients. Then the widest gaps are filled.
+    """
+    shares = [each.candidate.asked for each in passed]
+    largest = max(passed, key=lambda each: each.candidate.asked)
+    for _ in range(_MORE):
+        if not largest.is_safe and max(shares) ** 0.5 * _NEAR < 1.0:
+            share = max(shares) ** 0.5
+        else:
+            ordered = sorted(each.candidate.asked for each in passed)
+            gaps = sorted(((large / small, small) for small, large in itertools.pairwise(ordered)), reverse=True)
+            middles = [small * quotient**0.5 for quotient, small in gaps if quotient > _GAP]
+            middles = [middle for middle in middles if all(_are_apart(middle, each) for each in shares)]
+            if not middles:
+                return
+            share = middles[0]
+        found = made(share)
+        shares.append(share)
+        if found.candidate.is_within:
+            passed.append(found)
+        if share == max(shares):
+            largest = found
+
+
+def _are_apart(one: float, other: float) -> bool:
+    return max(one, other) / min(one, other) >= _NEAR
 
 
 def _go_on(
