@@ -49,7 +49,7 @@ ROWS, JUDGING, BATCH, STEPS = 512, 256, 64, 300
 EPOCHS = {"gpt_small": 2}  # of training; four of the others
 
 
-class _Net:
+class TrainedNet:
     """A trained network and its rows."""
 
     def __init__(self, name: str, seed: int, options: argparse.Namespace) -> None:
@@ -146,7 +146,7 @@ def _run(name: str, seed: int, left: str, options: argparse.Namespace, path: Pat
     wanted = [(name, seed, left, choice, way) for choice in options.choices for way in options.ways]
     if all(key in done for key in wanted):
         return
-    start = _Net(name, seed, options)
+    start = TrainedNet(name, seed, options)
     for choice in options.choices:
         masks = start.masks(left, choice)
         made: dict[str, tuple[nn.Module, float]] = {}

@@ -41,7 +41,7 @@ class RandomPath(DepthPath):
 
     generator = torch.Generator()
 
-    def choose(self, scores: Any) -> int:
+    def choose(self, candidates: Any, scores: Any) -> int:
         """Return the number of any block."""
         return int(torch.randint(len(scores), (1,), generator=self.generator))
 

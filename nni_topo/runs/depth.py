@@ -404,8 +404,8 @@ class DepthPath:
         self.nearest(share)
         return next((at for at, state in enumerate(self.states) if state.left <= share), len(self.states) - 1)
 
-    def choose(self, scores: Sequence[float]) -> int:
-        """Return the number of the block that goes next, by the loss of each for the cost that it saves."""
+    def choose(self, candidates: Sequence[Removal], scores: Sequence[float]) -> int:
+        """Return the number of the candidate that goes next, by the loss of each for the cost that it saves."""
         return first_smallest(scores)
 
     def _extend(self) -> bool:
@@ -428,7 +428,7 @@ class DepthPath:
         for candidate, loss in zip(candidates, losses, strict=True):
             saved = self._saved_after(state, candidate)
             self._scores[candidate] = (loss - state.loss) / saved if math.isfinite(loss) else math.inf
-        best = self.choose([self._scores[candidate] for candidate in candidates])
+        best = self.choose(candidates, [self._scores[candidate] for candidate in candidates])
         chosen, (net, names, replaced_by) = candidates[best], trials[best]
         removed = RemovedBlock(chosen.name, "part" if chosen.is_part else "block", replaced_by)
         self.states.append(

@@ -1,0 +1,179 @@
+"""Blocks, channels or both at the same time of a batch, and which rule names the blocks: what transformers lose.
+
+    python benchmarks/bench_equal_time.py --data-dir DIR --out runs/equal_time
+
+trains a ViT, a BERT and a GPT as ``bench_block.py`` does, and makes each take half and two thirds of the time of a
+batch of 64, measured on one thread: by `shrink` with fewer channels, by `shrink` with ``depth=True``, and by removing
+whole blocks alone, in the order of their held-out loss, of two scores that others have proposed, or at random. The
+layers before a gap make up for a removed block, and all networks are distilled for 200 steps, from the same 768
+unlabelled rows. Of blocks as few go as the time allows. A line per network goes to ``equal_time.jsonl``, trained nets
+to files beside it; the same command goes on where it was stopped. Of 2,000 test images accuracies are counted, of 512
+rows of text bits per byte; differences are paired by network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_block import BATCH, TrainedNet
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo.network.cost import LatencyTable, measure_latency, time_shares
+from nni_topo.network.runtime import Calibration
+from nni_topo.runs.depth import DepthPath, Removal, cost_saved, removable_blocks
+from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import interval, markdown_table
+
+NETS = {"vit_small": "ViT, small", "bert_small": "BERT, small", "gpt_small": "GPT, small"}
+SHARES, SEEDS, STEPS, NEAR = (1 / 2, 2 / 3), (0, 1, 2), 200, 1.05
+WAYS = {
+    "channels": "channels",
+    "both": "blocks and channels",
+    "loss": "blocks, by held-out loss",
+    "cosine": "blocks, by the cosine of ShortGPT",
+    "residual": "blocks, by the residual of a linear map",
+    "random": "blocks, at random",
+}
+
+
+class RivalPath(DepthPath):
+    """Removes the block with the smallest score first."""
+
+    by_block: dict[str, float] | None = None
+
+    def choose(self, candidates: Sequence[Removal], scores: Sequence[float]) -> int:
+        """Return the number of the block with the smallest score of its own; without scores by the loss."""
+        if self.by_block is None:
+            return super().choose(candidates, scores)
+        own = [self.by_block[candidate.name] for candidate in candidates]
+        return own.index(min(own))
+
+
+def main() -> None:
+    """Parse the command line, run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST's files")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the time")
+    parser.add_argument("--limit", type=int, default=4_000, help="rows to train on")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "equal_time.jsonl"
+    done = {tuple(record["key"]) for record in read_records(path)}
+    for share, seed, name in itertools.product(options.shares, options.seeds, options.nets):
+        keys = [(name, seed, share, way) for way in WAYS]
+        if all(key in done for key in keys):
+            continue
+        trained = TrainedNet(name, seed, options)
+        table_of_time = measure_latency(trained.net, trained.batches[0])
+        for key in keys:
+            if key not in done:
+                record = {"key": key, "unpruned": trained.unpruned, **made(trained, table_of_time, *key[1:])}
+                append_record(path, record)
+                print(record, flush=True)
+    print(table(read_records(path)))
+
+
+def made(trained: TrainedNet, layers: LatencyTable, seed: int, share: float, way: str) -> dict[str, Any]:
+    """Make one network; return what it loses on test rows, and its share of the unpruned network's time."""
+    net, began = trained.net, time.process_time()
+    images = Calibration([*trained.batches, *trained.judging])
+    if way in ("channels", "both"):
+        knobs: dict[str, Any] = {"depth": way == "both", "distill": {"steps": STEPS}, "progress": False}
+        small = nni_topo.shrink(net, images, {"latency": share}, **knobs)
+        report: Any = small.report
+        removed = [each.name for each in report.depth.removed] if report.depth else []
+    else:
+        small, removed = without_blocks(net, images, share, layers, scores(way, net, trained.batches, seed))
+    seconds = time.process_time() - began
+    ((taken, _),) = time_shares([small.eval()], net, images[0][:BATCH], seconds=3.0)
+    worth = trained.worth(small)
+    return {"worth": worth, "time": taken, "removed": removed, "seconds": seconds}
+
+
+def scores(way: str, net: nn.Module, batches: list[Tensor], seed: int) -> Callable[[list[str]], Any]:
+    """Return a function that scores blocks by a rule, from the unpruned network; of the loss it returns None."""
+
+    def scored(names: list[str]) -> dict[str, float] | None:
+        if way == "loss":
+            return None
+        if way == "random":
+            drawn = torch.rand(len(names), generator=torch.Generator().manual_seed(seed))
+            return dict(zip(names, drawn.tolist(), strict=True))
+        sys.path.append(str(Path(__file__).parent / "topology"))
+        from which_blocks import COSINE, RESIDUAL, stream_scores
+
+        of_blocks = stream_scores(net, names, torch.cat(batches)[:256])
+        return {name: of_blocks[name][COSINE if way == "cosine" else RESIDUAL] for name in names}
+
+    return scored
+
+
+def without_blocks(
+    net: nn.Module, images: Calibration, share: float, layers: LatencyTable, scored: Callable[[list[str]], Any]
+) -> tuple[nn.Module, list[str]]:
+    """Remove whole blocks until a batch takes at most a share of the time, and distil the network."""
+    learned, judges = images.split()
+    assert judges is not None
+    removable = removable_blocks(net, images, whole_blocks=True)
+    example = images[0][:BATCH]
+    path = RivalPath(net, learned, judges, None, removable, cost_saved(net, example, "latency", layers))
+    path.by_block = scored([candidate.name for candidate in removable.candidates])
+    path.nearest(0.0)  # as many as can go
+    for state in path.states:
+        if state.removed:
+            ((taken, _),) = time_shares([state.net], net, example, share)
+            if taken <= NEAR * share:
+                break
+    distilled = nni_topo.distill(state.net, net, learned, steps=STEPS, held_out=judges, progress=False)
+    return distilled, [each.name for each in state.removed]
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a row for each network, time and way, with means over the seeds and 95 % intervals."""
+    by_key = {tuple(record["key"]): record for record in records}
+    rows = []
+    for net, title in NETS.items():
+        # Of text fewer bits per byte are better.
+        is_text = net == "gpt_small"
+        scale, digits = (-1.0, 3) if is_text else (100.0, 1)
+        for share in SHARES:
+            lost: dict[str, dict[int, float]] = {}
+            for way, name in WAYS.items():
+                found = {key[1]: by_key[key] for key in by_key if (key[0], *key[2:]) == (net, share, way)}
+                if not found:
+                    continue
+                lost[way] = {seed: scale * (each["unpruned"] - each["worth"]) for seed, each in found.items()}
+                less = [lost["channels"][seed] - own for seed, own in lost[way].items() if seed in lost["channels"]]
+                columns = [
+                    _shown([100 * each["time"] for each in found.values()], 1),
+                    _shown(list(lost[way].values()), digits),
+                    "" if way == "channels" else _shown(less, digits),
+                    _shown([float(len(each["removed"])) for each in found.values()], 1),
+                    _shown([each["seconds"] for each in found.values()], 0),
+                ]
+                unit = "bits per byte" if is_text else "points"
+                rows.append([title, f"{100 * share:.0f} %", name, str(len(found)), *columns[:1], unit, *columns[1:]])
+    head = ["network", "time asked", "what is removed", "seeds", "time kept %", "unit", "lost", "less than channels"]
+    return markdown_table([*head, "blocks removed", "CPU s"], rows, text_columns=3)
+
+
+def _shown(values: list[float], digits: int) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return interval(values).show(1, digits)
+
+
+if __name__ == "__main__":
+    main()
