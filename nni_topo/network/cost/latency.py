@@ -220,7 +220,8 @@ def measure_latency(
     layers is that of a pass of the model minus the time inside its layers.
 
     ``nn.MultiheadAttention`` and recurrent layers are timed at full width alone, and are taken to need time in
-    proportion to the channels that enter and leave them.
+    proportion to the channels that enter and leave them. Of the time of attention its output projection, which has
+    times of its own, takes the share of its weights.
     """
     if repeats < 1 or threads < 1 or not len(shares) or not all(0.0 < share <= 1.0 for share in shares):
         raise ConfigError(
@@ -251,12 +252,18 @@ def measure_latency(
             layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), _elements(calls))
     widths = NetworkCost(model, example_inputs).widths({}) if wholes else {}
     for name, whole in wholes.items():
-        held = {id(each) for each in whole.modules()}
-        inner_seconds = sum(layers[each].seconds[-1][-1] for each, module in modules.items() if id(module) in held)
         if name in widths:
-            seconds_alone = max(0.0, inside[name] - inner_seconds)
+            # The layers in it have times of their own. What is left is told by the weights: a difference of two
+            # measured times may be zero, or less, on a busy machine.
+            held = {id(each) for each in whole.modules()}
+            of_inner = sum(_weight_count(module) for module in modules.values() if id(module) in held)
+            seconds_alone = inside[name] * (1.0 - of_inner / _weight_count(whole))
             layers[name] = _proportional(seconds_alone, *widths[name], _elements(network.sizes[name]))
     return LatencyTable(layers, rest, batch_size=batch_size(network.call), threads=threads)
+
+
+def _weight_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _elements(calls: Sequence[tuple[Size, Size]]) -> float:
