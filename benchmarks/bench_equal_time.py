@@ -130,7 +130,7 @@ def without_blocks(
     example = images[0][:BATCH]
     path = RivalPath(net, learned, judges, None, removable, cost_saved(net, example, "latency", layers))
     path.by_block = scored([candidate.name for candidate in removable.candidates])
-    path.nearest(0.0)  # as many as can go
+    path.nearest(1e-6)  # as many as can go
     for state in path.states:
         if state.removed:
             ((taken, _),) = time_shares([state.net], net, example, share)

@@ -15,7 +15,9 @@ from nni_topo.network.runtime import Call, batch_size, bind_arguments, on_device
 from nni_topo.runs.streaming.skeleton import Skeleton, states_of
 
 STATES, UNPRUNED, PADDING_MASK = "hidden_states", "unpruned_states", "attention_mask"
-"""Inputs of a block's network: states after the pruned blocks, and after the unpruned ones; which places count."""
+WANTED = "wanted_states"
+"""Inputs of a block's network: states after the pruned blocks, and after the unpruned ones; which places count; and the
+states that the block is to reach where blocks after it are removed."""
 _EXTRA = "extra{}"
 _MOST_EXTRAS = 6  # that `BlockNet.forward` takes
 
@@ -47,6 +49,7 @@ class BlockNet(nn.Module):
         hidden_states: Tensor,
         unpruned_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        wanted_states: Tensor | None = None,
         extra0: Tensor | None = None,
         extra1: Tensor | None = None,
         extra2: Tensor | None = None,
@@ -59,6 +62,21 @@ class BlockNet(nn.Module):
         states = unpruned_states if self.reads_unpruned else hidden_states
         args, kwargs = self.frame.arguments(states, (extra0, extra1, extra2, extra3, extra4, extra5))
         return states_of(self.block(*args, **kwargs))
+
+
+class WantedStates(nn.Module):
+    """Puts out the states that a block is to reach, in the place of blocks that make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states = nn.Identity()
+
+    def forward(
+        self, hidden_states: Tensor, wanted_states: Tensor, attention_mask: Tensor | None = None, **others: Tensor
+    ) -> Tensor:
+        """Return the wanted states, (samples, places, width)."""
+        states: Tensor = self.states(wanted_states)
+        return states
 
 
 class Frame:

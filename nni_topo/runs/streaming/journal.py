@@ -47,7 +47,7 @@ class Journal:
         if isinstance(found, dict) and not found.get("done") and found.get("settings") != self._settings:
             self._begin_anew()  # no block was finished, so that nothing is lost
             found = None
-        self._content: dict[str, Any] = {"settings": self._settings, "done": 0, "files": {}, "rows": []}
+        self._content: dict[str, Any] = {"settings": self._settings, "done": 0, "kept": [], "files": {}, "rows": []}
         if found is None:
             others = sorted(path.name for path in folder.iterdir() if path.name not in (FOLDER, ".lock"))
             if others:
@@ -75,6 +75,17 @@ class Journal:
     def done(self) -> int:
         """Number of blocks that are finished."""
         return int(self._content["done"])
+
+    @property
+    def kept(self) -> list[int]:
+        """Numbers of the blocks that aren't removed, in the source."""
+        found: list[int] = self._content["kept"]
+        return found
+
+    @kept.setter
+    def kept(self, numbers: Sequence[int]) -> None:
+        """Note the blocks that stay; `note` makes it count."""
+        self._content["kept"] = list(numbers)
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:

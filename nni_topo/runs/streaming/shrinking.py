@@ -12,11 +12,12 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,10 +45,13 @@ from nni_topo.errors import (
     check_memory,
     checked,
     instance,
+    unknown_name,
     whole,
 )
+from nni_topo.maths.ties import first_smallest
 from nni_topo.network.attention import find_attention
 from nni_topo.network.cost import NetworkCost
+from nni_topo.network.io import tell_depth
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.runtime import (
     HELD_OUT,
@@ -69,10 +73,11 @@ from nni_topo.network.runtime import (
 from nni_topo.network.speedup import DenseReport
 from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
+from nni_topo.recovery.blocks import gap_after, solutions
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size, check_layers
-from nni_topo.runs.streaming.block import STATES, UNPRUNED, BlockNet, entering, with_states
+from nni_topo.runs.streaming.block import STATES, UNPRUNED, WANTED, BlockNet, WantedStates, entering, with_states
 from nni_topo.runs.streaming.journal import FOLDER, REPORT, WRITTEN, Journal, finished_report
 from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_report, as_row
 from nni_topo.runs.streaming.shards import CONFIG, INDEX, SINGLE, Shards, write_index
@@ -113,6 +118,7 @@ def shrink_pretrained(
     pruner: str = "reconstruction",
     knobs: Mapping[str, Any] | None = None,
     layers: Iterable[str] | None = None,
+    remove_blocks: int | Iterable[str] = 0,
     compensate: str | RecoveryMethod | None = "reconstruct",
     distill: Mapping[str, Any] | bool = True,
     round_to: int | None = None,
@@ -147,6 +153,11 @@ def shrink_pretrained(
     layers : iterable of str, optional
         Names of the layers to prune within a block, such as ``["mlp.gate_proj", "mlp.up_proj"]``. By default all that
         can lose channels.
+    remove_blocks : int or iterable of str, default=0
+        How many whole blocks are removed, or their names, such as ``["model.layers.5"]``. Of a number those go that
+        change the states least, by the mean cosine of the states before and after a block [1]_. The block before a gap
+        makes up for it. The first block stays. Blocks that are removed count for the budget; the others lose what is
+        still needed.
     compensate : str, RecoveryMethod or None, default="reconstruct"
         Method of :func:`nni_topo.compensate`; None: the weights are not reconstructed.
     distill : mapping or bool, default=True
@@ -202,6 +213,11 @@ def shrink_pretrained(
     samples, and one block while it is read or written.
 
     Other files of ``source``, such as those of the tokenizer, are copied.
+
+    References
+    ----------
+    .. [1] X. Men et al., "ShortGPT: layers in large language models are more redundant than you expect",
+       https://arxiv.org/abs/2403.03853
     """
     began = time.perf_counter()
     place, target = path_of(source, "source").expanduser(), path_of(folder, "folder").expanduser()
@@ -211,6 +227,7 @@ def shrink_pretrained(
     if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     named = _checked_layers(layers)
+    going = _checked_blocks(remove_blocks)
     where = torch.device("cpu") if device is None else resolve_device(device)
     shards = Shards(place)
     is_finished = (target / REPORT).is_file()
@@ -219,6 +236,7 @@ def shrink_pretrained(
         written = sum(path.stat().st_size for path in target.glob(WRITTEN))
         check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
     skeleton = Skeleton(shards, where)
+    _check_blocks_of(skeleton, going)
     calibration = Calibration.of(batches, "batches")
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
     _check_alike(given)
@@ -228,6 +246,7 @@ def shrink_pretrained(
         "batches": _digest(given),
         "pruner": [pruner, _as_text(knobs or {})],
         "layers": named,
+        "remove_blocks": going,
         "compensate": [_told(compensate), _as_text(vars(compensate) if isinstance(compensate, RecoveryMethod) else {})],
         "distill": _as_text(distill) if isinstance(distill, Mapping) else distill,
         "round_to": round_to,
@@ -248,6 +267,7 @@ def shrink_pretrained(
             pruner=pruner,
             knobs=dict(knobs or {}),
             layers=named,
+            remove_blocks=going,
             compensate=compensate,
             distill=distill,
             round_to=round_to,
@@ -255,12 +275,12 @@ def shrink_pretrained(
         )
         if journal.done == 0:
             run.begin()
-        for index in bar("shrink_pretrained", progress, range(journal.done, len(skeleton)), done=journal.done):
-            run.prune(index)
+        for number in bar("shrink_pretrained", progress, range(journal.done, len(journal.kept)), done=journal.done):
+            run.prune(number)
         report = run.report()
         run.finish(report, place, card=card)
     (target / ".lock").unlink(missing_ok=True)
-    _logger.info("%d blocks were pruned in %.0f s", len(skeleton), time.perf_counter() - began)
+    _logger.info("%d blocks were pruned in %.0f s", len(report.blocks), time.perf_counter() - began)
     return report
 
 
@@ -285,6 +305,33 @@ def _checked_layers(layers: Iterable[str] | None) -> list[str] | None:
     if not named or not all(isinstance(each, str) for each in named):
         raise ConfigError(f"layers must name layers within a block, got {named!r} (layers, shrink_pretrained)")
     return named
+
+
+def _checked_blocks(remove_blocks: int | Iterable[str]) -> int | list[str]:
+    """Return the number of blocks to remove, or their names as a list."""
+    if isinstance(remove_blocks, int) and not isinstance(remove_blocks, bool) and remove_blocks >= 0:
+        return remove_blocks
+    if isinstance(remove_blocks, Iterable) and not isinstance(remove_blocks, str):
+        named = list(remove_blocks)
+        if named and all(isinstance(each, str) for each in named):
+            return sorted(set(named))
+    raise ConfigError(
+        f"remove_blocks must be a number of at least 0 or names of blocks, got {remove_blocks!r} (remove_blocks, "
+        "shrink_pretrained)"
+    )
+
+
+def _check_blocks_of(skeleton: Skeleton, going: int | Sequence[str]) -> None:
+    """Raise ConfigError for blocks that a model lacks, or can't do without."""
+    names = [skeleton.name_of(index) for index in range(len(skeleton))]
+    if not isinstance(going, int):
+        for name in going:
+            if name not in names:
+                raise unknown_name("a block", name, names, "remove_blocks")
+        if names[0] in going:
+            raise ConfigError(f"the first block must stay, got its name, {names[0]} (remove_blocks)")
+    elif going >= len(names):
+        raise ConfigError(f"the first of {len(names)} blocks must stay, got {going} to remove (remove_blocks)")
 
 
 def _check_alike(given: Sequence[Call]) -> None:
@@ -335,6 +382,8 @@ class _BlockWork:
     entered: BlockNet  # the same block, which reads those after pruned blocks
     batches: list[dict[str, Any]]
     calibration: Calibration
+    wanted: nn.Module  # puts out the states that the pruned block is to reach
+    is_before_gap: bool  # whether blocks after it are removed
 
 
 class _Run:
@@ -351,6 +400,7 @@ class _Run:
         pruner: str,
         knobs: dict[str, Any],
         layers: list[str] | None,
+        remove_blocks: int | list[str],
         compensate: str | RecoveryMethod | None,
         distill: Mapping[str, Any] | bool,
         round_to: int | None,
@@ -364,6 +414,7 @@ class _Run:
         self._layers: list[str | Mapping[str, Any]] | None = None
         if layers is not None:
             self._layers = [f"block.{name}" for name in layers]
+        self._going = remove_blocks
         self._compensate, self._distill = compensate, distill
         self._round_to, self._seed = round_to, seed
         self._is_held_out = calibration.split()[1] is not None
@@ -374,7 +425,7 @@ class _Run:
             skeleton.output_length = int(journal.rows[0]["output_length"])
 
     def begin(self) -> None:
-        """Write the states that enter the first block, and everything outside of the blocks."""
+        """Choose the blocks that stay; write the states that enter the first, and everything outside of the blocks."""
         skeleton, journal = self._skeleton, self._journal
         with fitting(0, "batches"):
             self._check_room()
@@ -387,6 +438,7 @@ class _Run:
                 self._check_repeats(call, states)
             journal.add_states(number, {STATES: states, UNPRUNED: states.clone()})
         journal.end_states(0)
+        journal.kept = self._blocks_that_stay()
         inside = {key for index in range(len(skeleton)) for key in skeleton.keys_of(index).values()}
         prefix = f"{skeleton.blocks_name}."
         # Buffers of older versions of Transformers that lie in blocks aren't needed.
@@ -394,6 +446,48 @@ class _Run:
         rest = [name for name in skeleton.shards.names if name not in inside and not name.startswith(in_blocks)]
         journal.write_weights(self._file(0), skeleton.shards.read(rest))
         journal.note(0)
+
+    def _blocks_that_stay(self) -> list[int]:
+        """Return the numbers of the blocks that aren't removed."""
+        count = len(self._skeleton)
+        if not isinstance(self._going, int):
+            return [index for index in range(count) if self._skeleton.name_of(index) not in self._going]
+        if not self._going:
+            return list(range(count))
+        scores: list[float] = []
+        states = self._journal.states(len(self._calls))
+        for index in range(count):
+            cosine, places = 0.0, 0
+            for state, call, after in self._unpruned_through(index, states):
+                before = state[UNPRUNED].to(after)
+                # Cosines in single precision: half precision has three digits.
+                found = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+                real = real_positions_of(self._skeleton.model, call)
+                if real is not None and real.shape == found.shape:
+                    found = found[real.to(found.device)]
+                cosine, places = cosine + float(found.double().sum()), places + found.numel()
+                state[UNPRUNED] = after.to(state[UNPRUNED])
+            scores.append(1.0 - cosine / places)
+        going: set[int] = set()
+        for _ in range(self._going):
+            others = [index for index in range(1, count) if index not in going]
+            going.add(others[first_smallest([scores[index] for index in others])])
+        return [index for index in range(count) if index not in going]
+
+    def _unpruned_through(
+        self, index: int, states: Sequence[dict[str, Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], Call, Tensor]]:
+        """Yield for each batch its states, its call, and what an unpruned block makes of the unpruned states."""
+        skeleton = self._skeleton
+        entered = entering(skeleton, self._calls, index)
+        net = BlockNet(skeleton.block(index), skeleton.config, entered.frame, reads_unpruned=True).eval()
+        if index == 0:
+            self._note_outputs(net, {**states[0], **entered.batches[0]})
+        for number, (state, extras, call) in enumerate(zip(states, entered.batches, self._calls, strict=True)):
+            with torch.no_grad():
+                after = net(**on_device({**state, **extras}, skeleton.device))
+            _check_finite(after, skeleton.name_of(index), number)
+            yield state, call, after
 
     def _check_repeats(self, call: Call, states: Tensor) -> None:
         """Raise ConfigError if the same inputs bring other states the second time, as random masks do."""
@@ -408,7 +502,7 @@ class _Run:
 
     def _file(self, number: int) -> str:
         """Return the name of a file of weights: 0 is what lies outside of the blocks, then one for each block."""
-        return f"model-{number + 1:05d}-of-{len(self._skeleton) + 1:05d}.safetensors"
+        return f"model-{number + 1:05d}-of-{len(self._journal.kept) + 1:05d}.safetensors"
 
     def _check_room(self) -> None:
         """Raise DataError unless a block can be pruned in the free memory, and the model and its states be written."""
@@ -436,9 +530,11 @@ class _Run:
         files = 2 * 2 * states[0].nbytes * self._samples.samples
         check_free_disk(self._journal.folder, skeleton.shards.nbytes + files)
 
-    def _work(self, index: int) -> _BlockWork:
-        """Load a block, and what enters it in all batches."""
-        skeleton = self._skeleton
+    def _work(self, number: int) -> _BlockWork:
+        """Load a block that stays, and what enters it in all batches."""
+        skeleton, kept = self._skeleton, self._journal.kept
+        index = kept[number]
+        removed = range(index + 1, kept[number + 1] if number + 1 < len(kept) else len(skeleton))
         entered = entering(skeleton, self._calls, index)
         states = self._journal.states(len(self._calls))
         batches = [{**own, **other} for own, other in zip(states, entered.batches, strict=True)]
@@ -448,15 +544,26 @@ class _Run:
         calibration = Calibration(batches, name="batches", groups=self._samples.groups)
         if index:
             calibration.instead = {STATES: UNPRUNED}
-        return _BlockWork(skeleton.name_of(index), unpruned, own, batches, calibration)
+        wanted: nn.Module = unpruned
+        if removed:
+            wanted = WantedStates()
+            after = [{STATES: batch[STATES], UNPRUNED: batch[UNPRUNED]} for batch in batches]
+            for each in (index, *removed):
+                for state, _, reached in self._unpruned_through(each, after):
+                    state[UNPRUNED] = reached.to(state[UNPRUNED])
+            for batch, state in zip(batches, after, strict=True):
+                batch[WANTED] = state[UNPRUNED]
+        return _BlockWork(skeleton.name_of(index), unpruned, own, batches, calibration, wanted, bool(removed))
 
-    def prune(self, index: int) -> None:
-        """Prune one block, write its weights and the states after it."""
+    def prune(self, number: int) -> None:
+        """Prune one block that stays, write its weights and the states after it and after the gap that follows."""
         began = time.perf_counter()
-        work = self._work(index)
-        if index == 0:
-            self._note_outputs(work)
-        self._check_finite(work)
+        work = self._work(number)
+        if number == 0:
+            self._note_outputs(work.unpruned, work.batches[0])
+        for batch, call in enumerate(calls(work.unpruned, work.calibration)):
+            with torch.no_grad():
+                _check_finite(work.unpruned(*call[0], **call[1]), work.name, batch)
         check_layers(work.entered.block, self._named, "shrink_pretrained")
         images = ImageParts.of(work.calibration, work.entered)
         share: Any = {self._budget.kind: self._block_share(work, images.example)}
@@ -482,15 +589,17 @@ class _Run:
         dense: Any = recovered.dense
         layers = recovered.layers
         del pruned, recovered, steps
+        if work.is_before_gap:
+            self._make_up(work, dense, images)
         _give_back_memory(work.entered)
         is_distilled = False
         if self._distill is not False:
             knobs = dict(self._distill) if isinstance(self._distill, Mapping) else {}
             offered = {"objective": "squares", "held_out": images.judges, "seed": self._seed, "progress": False}
-            done = distillation(dense, work.unpruned, images.learned, **offered | knobs)
+            done = distillation(dense, work.wanted, images.learned, **offered | knobs)
             dense, is_distilled = done.model, done.is_kept
-        self._write(index, work.entered, dense, layers)
-        distances = self._advance(index, work, dense)
+        self._write(number, work.entered, dense, layers)
+        distances = self._advance(number, work, dense)
         row = BlockRow(
             block=work.name,
             params_before=_parameters(work.entered),
@@ -505,35 +614,34 @@ class _Run:
             "cost": self._cost_of(dense, images.example),
         }
         shape = {"output_length": self._skeleton.output_length}
-        self._journal.note(index + 1, asdict(row) | costs | shape)
+        self._journal.note(number + 1, asdict(row) | costs | shape)
         del dense, images
         _give_back_memory(work.entered)
 
-    def _note_outputs(self, work: _BlockWork) -> None:
-        """Note whether blocks return a tensor or a tuple."""
+    def _note_outputs(self, net: BlockNet, batch: dict[str, Any]) -> None:
+        """Note whether blocks return a tensor or a tuple; the model must know it to pass by a block."""
         found: list[Any] = []
-        handle = work.unpruned.block.register_forward_hook(lambda module, args, output: found.append(output))
-        (call, *_) = calls(work.unpruned, Calibration(work.batches[:1]))
+        handle = net.block.register_forward_hook(lambda module, args, output: found.append(output))
         with torch.no_grad():
-            work.unpruned(*call[0], **call[1])
+            net(**on_device(batch, self._skeleton.device))
         handle.remove()
         self._skeleton.output_length = output_length(found[0])
 
-    def _check_finite(self, work: _BlockWork) -> None:
-        """Raise DataError for a block whose outputs aren't finite, before it is pruned."""
-        with torch.no_grad():
-            for number, call in enumerate(calls(work.unpruned, work.calibration)):
-                output = work.unpruned(*call[0], **call[1])
-                if not bool(torch.isfinite(output).all()):
-                    raise DataError(
-                        f"what a block of the unpruned model puts out must be finite, got NaN or infinity ({work.name},"
-                        f" batch {number})"
-                    )
+    def _make_up(self, work: _BlockWork, dense: Any, images: ImageParts) -> None:
+        """Let the last layer of a pruned block bring into the states what the removed blocks after it did, in place."""
+        (call, *_) = calls(work.wanted, Calibration(work.batches[:1]))
+        gap = gap_after(dense, dense.block, work.wanted, work.wanted.states, call)  # type: ignore[arg-type]
+        if gap is None:
+            _logger.warning("nothing makes up for the blocks after %s: it has no layer before a sum", work.name)
+            return
+        (found,) = solutions((work.wanted, dense), [gap], images.learned, "auto")
+        gap.fill(found)
 
     def _block_share(self, work: _BlockWork, example: Any) -> float:
         """Return the share of each block's cost that is kept, so that the whole model keeps its share."""
         total, rest = self._costs(work, example)
-        share = (self._budget.share * total - rest) / (total - rest)
+        left = len(self._journal.kept) / len(self._skeleton)
+        share = (self._budget.share * total - rest) / (total - rest) / left
         if share <= 0.0:
             raise ConfigError(
                 f"a budget must leave something for the blocks, got {self._budget.share:g} of the {self._budget.kind} "
@@ -575,11 +683,12 @@ class _Run:
             self._skeleton.outputs(call, states)
         return counter.get_total_flops() / 2 / len(states)
 
-    def _write(self, index: int, unpruned: BlockNet, dense: Any, layers: DenseReport) -> None:
+    def _write(self, number: int, unpruned: BlockNet, dense: Any, layers: DenseReport) -> None:
         """Write the weights of a pruned block, and with the first one the config that describes it."""
-        keys = self._skeleton.keys_of(index)
+        index = self._journal.kept[number]
+        keys = {name: self._new_key(key, index, number) for name, key in self._skeleton.keys_of(index).items()}
         tensors = self._skeleton.stored(dense.block, index)
-        if index == 0:
+        if number == 0:
             widths = {row.name.removeprefix("block."): [row.before, row.after] for row in layers.rows}
             config = self._described(unpruned, dense, [name for name, (old, new) in widths.items() if new < old])
             config.architectures = [type(self._skeleton.model).__name__]
@@ -590,7 +699,7 @@ class _Run:
             config = type(self._skeleton.model).config_class.from_pretrained(self._journal.folder)
             self._described_skeleton = self._skeleton.described(config)
         shapes = {
-            name: tuple(value.shape) for name, value in self._described_skeleton.blocks[index].state_dict().items()
+            name: tuple(value.shape) for name, value in self._described_skeleton.blocks[number].state_dict().items()
         }
         for name, tensor in tensors.items():
             expected = shapes.get(name)
@@ -599,16 +708,22 @@ class _Run:
                     f"all blocks must keep the same widths, as the config has one number for all, got "
                     f"{tuple(tensor.shape)} where it makes {expected} ({self._skeleton.name_of(index)}.{name})"
                 )
-        self._check_computes(index, self._described_skeleton, dense, tensors)
+        self._check_computes(number, self._described_skeleton, dense, tensors)
         types = {name: tensor.dtype for name, tensor in unpruned.block.state_dict().items()}  # those of the files
         values = {keys[name]: tensor.to(types[name]) for name, tensor in tensors.items()}
-        self._journal.write_weights(self._file(index + 1), values)
+        self._journal.write_weights(self._file(number + 1), values)
 
-    def _check_computes(self, index: int, described: Skeleton, dense: Any, tensors: Mapping[str, Tensor]) -> None:
+    def _new_key(self, key: str, index: int, number: int) -> str:
+        """Return the name of a tensor of a block which gets another number."""
+        blocks = self._skeleton.blocks_name.rpartition(".")[2]
+        return re.sub(rf"(^|\.){re.escape(blocks)}\.{index}\.", rf"\g<1>{blocks}.{number}.", key, count=1)
+
+    def _check_computes(self, number: int, described: Skeleton, dense: Any, tensors: Mapping[str, Tensor]) -> None:
         """Raise ConfigError unless the block that the written config builds puts out what the pruned block does.
 
         What a class computes from its config, such as a scale from the number of heads, shows in no shape.
         """
+        index = self._journal.kept[number]
         states = self._journal.states(1)[0]
         few = torch.arange(min(_COMPARED, len(states[STATES])))
         call, entered = taken(self._calls[0], few), states[STATES][few].to(self._skeleton.device)
@@ -619,11 +734,11 @@ class _Run:
         cure = "prune other layers only (layers), or use nni_topo.shrink and nni_topo.save in memory"
         outputs = []
         try:
-            for skeleton, block in (
-                (self._skeleton, detached_copy(dense.block)),
-                (described, described.filled(index, tensors)),
+            for skeleton, place_of_block, block in (
+                (self._skeleton, index, detached_copy(dense.block)),
+                (described, number, described.filled(number, tensors)),
             ):
-                args, kwargs = cast_floats(with_states(skeleton.entering(call, index), entered), wide)
+                args, kwargs = cast_floats(with_states(skeleton.entering(call, place_of_block), entered), wide)
                 with evaluation_mode(block), torch.no_grad():
                     outputs.append(states_of(block.to(wide)(*args, **kwargs)).double())
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -639,13 +754,20 @@ class _Run:
 
     def _described(self, unpruned: BlockNet, dense: Any, pruned: Sequence[str]) -> Any:
         """Return a config that describes blocks like the first pruned one; ConfigError where none does."""
-        config = copy.deepcopy(dense.config)
+        config, kept = copy.deepcopy(dense.config), self._journal.kept
+        blocks = self._skeleton.blocks_name
+        tell_depth(SimpleNamespace(config=config), {blocks: (len(self._skeleton), kept)})
+        if len(kept) < len(self._skeleton) and getattr(config, "num_hidden_layers", None) != len(kept):
+            raise ConfigError(
+                "a config must have the number of blocks as num_hidden_layers, where blocks are removed, got none; use "
+                f"nni_topo.shrink and nni_topo.save in memory ({type(config).__name__})"
+            )
         heads = copy.deepcopy(config)
         before, after = find_attention(unpruned.block), find_attention(dense.block)
         removed = {each.heads - after[name].heads for name, each in before.items()}
         if len(removed) == 1:
             count = removed.pop()
-            heads.pruned_heads = {index: list(range(count)) for index in range(len(self._skeleton))}
+            heads.pruned_heads = {index: list(range(count)) for index in range(len(kept))}
         wanted = {name: tuple(value.shape) for name, value in self._skeleton.stored(dense.block, 0).items()}
         first = f"{self._skeleton.blocks_name}.0."
         different = ""
@@ -673,17 +795,17 @@ class _Run:
             f"nni_topo.shrink and nni_topo.save in memory ({type(self._skeleton.model).__name__})"
         )
 
-    def _advance(self, index: int, work: _BlockWork, dense: nn.Module) -> tuple[float, float]:
+    def _advance(self, number: int, work: _BlockWork, dense: nn.Module) -> tuple[float, float]:
         """Write the states after a block; return their distances on the calibration data and on held-out samples."""
         journal = self._journal
         held_out = self._samples.held_out(HELD_OUT) if self._is_held_out else None
         sums = [_Distance(), _Distance()]
         first = 0
         journal.begin_states()
-        for number, batch in enumerate(work.batches):
+        for place, batch in enumerate(work.batches):
             (call,) = calls(work.entered, Calibration([batch]))
             with evaluation_mode(dense), torch.no_grad():
-                wanted = work.unpruned(*call[0], **call[1])
+                wanted = work.wanted(*call[0], **call[1])
                 reached = states_of(dense(*call[0], **call[1]))
             real = real_positions_of(work.entered, call)
             own = torch.zeros(len(wanted), dtype=torch.bool)
@@ -699,10 +821,10 @@ class _Run:
                     whose = "pruned" if name == STATES else "unpruned"
                     raise DataError(
                         f"states must be finite in the model's precision, {kind}, got NaN or infinity after the "
-                        f"{whose} block ({work.name}, batch {number})"
+                        f"{whose} block ({work.name}, batch {place})"
                     )
-            journal.add_states(number, states)
-        journal.end_states(index + 1)
+            journal.add_states(place, states)
+        journal.end_states(number + 1)
         learned = sums[0].share
         return learned, (sums[1].share if self._is_held_out else learned)
 
@@ -721,7 +843,8 @@ class _Run:
         (likeness,) = answers.likenesses(_Tail(skeleton, STATES))
         rows = tuple(as_row(row) for row in journal.rows)
         before = _parameters(skeleton.model)
-        after = before - sum(row.params_before - row.params for row in rows)
+        removed = [skeleton.name_of(index) for index in range(len(skeleton)) if index not in journal.kept]
+        after = before - sum(row.params_before - row.params for row in rows) - len(removed) * rows[0].params_before
         widths = {name: (old, new) for name, (old, new) in read_json(journal.folder / FOLDER / "widths.json").items()}
         return StreamingReport(
             blocks=rows,
@@ -734,13 +857,15 @@ class _Run:
             held_out=0 if held_out is None else held_out.samples,
             pruner=self._pruner,
             recovery="" if self._compensate is None else _name_of(self._compensate),
+            removed=tuple(removed),
             warnings=_warnings(rows, held_out),
         )
 
     def _outcome(self) -> BudgetOutcome:
         """Return whether the budget is met."""
         rows = self._journal.rows
-        before, after = sum(row["cost_before"] for row in rows), sum(row["cost"] for row in rows)
+        # All blocks cost the same before.
+        before, after = rows[0]["cost_before"] * len(self._skeleton), sum(row["cost"] for row in rows)
         if self._budget.kind == "params":
             rest = float(_parameters(self._skeleton.model) - before)
         else:
@@ -782,6 +907,14 @@ class _Tail(nn.Module):
         """Return the model's output."""
         states = hidden_states if self._reads == STATES else unpruned_states
         return self._output(((), inputs), states)
+
+
+def _check_finite(states: Tensor, name: str, batch: int) -> None:
+    """Raise DataError for an unpruned block whose outputs aren't finite."""
+    if not bool(torch.isfinite(states).all()):
+        raise DataError(
+            f"what a block of the unpruned model puts out must be finite, got NaN or infinity ({name}, batch {batch})"
+        )
 
 
 class _Distance:
