@@ -812,6 +812,7 @@ def test_removed_blocks_count_for_the_budget(tmp_path):
     assert sizes[2] > 1.2 * sizes[0]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_that_removes_blocks_goes_on(tmp_path, monkeypatch):
     source, batches = deep(tmp_path, num_key_value_heads=4), tokens(padded=True)
     whole = nni_topo.shrink_pretrained(
