@@ -140,6 +140,9 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
             _of_jsonl("bench_eight.py", "eight.jsonl"),
             _of_jsonl("bench_tolerance.py", "tolerance.jsonl", title="search"),
             _of_jsonl("bench_tolerance.py", "tolerance.jsonl", "table_of_families", "frontier"),
+            _of_jsonl("bench_tolerance.py", "tolerance_by_network.jsonl", "table_by_network", "five kinds"),
+            _of_jsonl("trained/tolerance.py", "tolerance_trained.jsonl"),
+            _of_jsonl("bench_equal_time.py", "equal_time.jsonl"),
         ]
     ),
     "clustering": _clustering,

@@ -5,13 +5,8 @@
 `shrink(..., tolerance=...)`, without distillation. EfficientNet-Lite0 gets 960 crops of the calibration photos: the
 tolerance bounds the share of changed classes, and photos, not crops, are counted. MiniLM gets 2,048 sentences: the
 tolerance bounds the squared distance of the pooled embeddings over their variance. What changes is then measured on
-the test photos and test sentences, which nothing else looks at. A line per run goes to ``tolerance.jsonl``; the same
-command goes on where it was stopped.
-
-    python benchmarks/trained/tolerance.py --out benchmarks/records/trained --into benchmarks/results/trained.md
-
-writes the table of the records into a page, between the two comments that name this file. Seconds are those of the
-processor, on one thread.
+the test photos and test sentences, which nothing else looks at. A line per run goes to ``tolerance_trained.jsonl``; the
+same command goes on where it was stopped. Seconds are those of the processor, on one thread.
 """
 
 from __future__ import annotations
@@ -30,11 +25,10 @@ import nni_topo
 from benchmarks.trained import measures, pretrained
 from benchmarks.trained.run import Cnn, Encoder, Subject
 from nni_topo.studies.records import append_record, read_records
-from nni_topo.studies.tables import markdown_table, with_tables
+from nni_topo.studies.tables import markdown_table
 
-SOURCE = "benchmarks/trained/tolerance.py"
 TOLERANCES = {Cnn.name: (0.2, 0.3), Encoder.name: (0.05, 0.1, 0.2)}
-SENTENCES, FILE = 2048, "tolerance.jsonl"
+SENTENCES, FILE = 2048, "tolerance_trained.jsonl"
 TITLES = {Cnn.name: "EfficientNet-Lite0", Encoder.name: "MiniLM"}
 MEASURES = {"answers": "changed classes", "distance": "squared distance"}
 
@@ -42,17 +36,12 @@ Record = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line; run what is missing and print the table, or write it into a page."""
+    """Parse the command line; run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=" or ".join(TOLERANCES))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--into", type=Path, metavar="PAGE", help="page whose table is replaced; nothing is run")
     options = parser.parse_args(arguments)
     path = options.out / FILE
-    if options.into is not None:
-        page = options.into.read_text(encoding="utf-8")
-        options.into.write_text(with_tables(page, SOURCE, table(read_records(path))), encoding="utf-8")
-        return
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.networks:

@@ -65,10 +65,14 @@ class BlockNet(nn.Module):
 
 
 class WantedStates(nn.Module):
-    """Puts out the states that a block is to reach, in the place of blocks that make them."""
+    """Puts out the states that a block is to reach, in the place of blocks that make them.
 
-    def __init__(self) -> None:
+    Its inputs are copied to ``device``, as those of a model are to the device of its parameters.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         self.states = nn.Identity()
 
     def forward(

@@ -207,10 +207,10 @@ def shrink_pretrained(
     for errors of the blocks before it.
 
     Memory: the embeddings and the head, about sixteen times one block, 8 bytes for each pair of input channels of its
-    widest layer, the states of all samples three times in single precision, and with distillation what 64 samples need
-    for gradients. States lie in files of ``folder``, in the precision of the model. With another ``device`` than the
-    CPU all of this is the device's memory. The machine's memory then holds the states and attention masks of all
-    samples, and one block while it is read or written.
+    widest layer, the states of all samples three times in single precision (four times where blocks are removed), and
+    with distillation what 64 samples need for gradients. States lie in files of ``folder``, in the precision of the
+    model. With another ``device`` than the CPU all of this is the device's memory. The machine's memory then holds the
+    states and attention masks of all samples, and one block while it is read or written.
 
     Other files of ``source``, such as those of the tokenizer, are copied.
 
@@ -382,8 +382,7 @@ class _BlockWork:
     entered: BlockNet  # the same block, which reads those after pruned blocks
     batches: list[dict[str, Any]]
     calibration: Calibration
-    wanted: nn.Module  # puts out the states that the pruned block is to reach
-    is_before_gap: bool  # whether blocks after it are removed
+    wanted: BlockNet | WantedStates  # puts out the states that the pruned block is to reach
 
 
 class _Run:
@@ -514,7 +513,8 @@ class _Run:
                 widest = max(widest, weight.shape[0], weight[0].numel())
         args, kwargs = skeleton.entering(self._calls[0], 0)
         states = args[0] if args else kwargs[STATES]
-        nbytes = 3 * 4 * states[0].numel() * self._samples.samples
+        copies = 4 if self._going else 3
+        nbytes = copies * 4 * states[0].numel() * self._samples.samples
         block = sum(each.nbytes for each in skeleton.blocks[0].parameters())
         needed = _COPIES * block + 8 * widest**2 + nbytes + _CACHE
         if self._distill is not False:
@@ -544,16 +544,16 @@ class _Run:
         calibration = Calibration(batches, name="batches", groups=self._samples.groups)
         if index:
             calibration.instead = {STATES: UNPRUNED}
-        wanted: nn.Module = unpruned
+        wanted: BlockNet | WantedStates = unpruned
         if removed:
-            wanted = WantedStates()
+            wanted = WantedStates(skeleton.device)
             after = [{STATES: batch[STATES], UNPRUNED: batch[UNPRUNED]} for batch in batches]
             for each in (index, *removed):
                 for state, _, reached in self._unpruned_through(each, after):
                     state[UNPRUNED] = reached.to(state[UNPRUNED])
             for batch, state in zip(batches, after, strict=True):
                 batch[WANTED] = state[UNPRUNED]
-        return _BlockWork(skeleton.name_of(index), unpruned, own, batches, calibration, wanted, bool(removed))
+        return _BlockWork(skeleton.name_of(index), unpruned, own, batches, calibration, wanted)
 
     def prune(self, number: int) -> None:
         """Prune one block that stays, write its weights and the states after it and after the gap that follows."""
@@ -589,8 +589,8 @@ class _Run:
         dense: Any = recovered.dense
         layers = recovered.layers
         del pruned, recovered, steps
-        if work.is_before_gap:
-            self._make_up(work, dense, images)
+        if isinstance(work.wanted, WantedStates):
+            self._make_up(work, work.wanted, dense, images)
         _give_back_memory(work.entered)
         is_distilled = False
         if self._distill is not False:
@@ -627,14 +627,14 @@ class _Run:
         handle.remove()
         self._skeleton.output_length = output_length(found[0])
 
-    def _make_up(self, work: _BlockWork, dense: Any, images: ImageParts) -> None:
+    def _make_up(self, work: _BlockWork, wanted: WantedStates, dense: Any, images: ImageParts) -> None:
         """Let the last layer of a pruned block bring into the states what the removed blocks after it did, in place."""
-        (call, *_) = calls(work.wanted, Calibration(work.batches[:1]))
-        gap = gap_after(dense, dense.block, work.wanted, work.wanted.states, call)  # type: ignore[arg-type]
+        (call, *_) = calls(wanted, Calibration(work.batches[:1]))
+        gap = gap_after(dense, dense.block, wanted, wanted.states, call)
         if gap is None:
             _logger.warning("nothing makes up for the blocks after %s: it has no layer before a sum", work.name)
             return
-        (found,) = solutions((work.wanted, dense), [gap], images.learned, "auto")
+        (found,) = solutions((wanted, dense), [gap], images.learned, "auto")
         gap.fill(found)
 
     def _block_share(self, work: _BlockWork, example: Any) -> float:
