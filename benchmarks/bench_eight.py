@@ -1,12 +1,13 @@
-"""An eighth of the time: what a ResNet-20 loses if channels alone, or blocks and channels, are removed.
+"""A share of the time: what networks lose if channels alone, or blocks and channels, are removed.
 
     python benchmarks/bench_eight.py --data-dir DIR --out runs/eight
+    python benchmarks/bench_eight.py --data-dir DIR --out runs/eight --net vit_small --share 0.6 --seeds 0 1 2
 
 trains ResNet-20 on 5,000 images of Fashion-MNIST, asks `shrink` for an eighth of the time, which it measures in PyTorch
-on one thread, with and without ``depth=True``, and exports the networks to ONNX. Calibration data are 1,024 of the
-training images without labels. Accuracy is that of the test images; times are those of onnxruntime on one thread, the
-least of 50 runs of each network in turns, for one image and for 16. A line per network goes to ``eight.jsonl``; the
-same command goes on where it was stopped.
+on one thread, with and without ``depth=True``, and exports the networks to ONNX. The second command does the same with
+a ViT and six tenths of the time. Calibration data are 1,024 of the training images without labels. Accuracy is that of
+the test images; times are those of onnxruntime on one thread, the least of 50 runs of each network in turns, for one
+image and for 16. A line per network goes to ``eight.jsonl``; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nni_topo import zoo
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval, markdown_table
 
-SHARE, SEEDS, RUNS, BATCHES = 1 / 8, (0, 1, 2, 3, 4), 50, (1, 16)
+NET, SHARE, SEEDS, RUNS, BATCHES = "resnet20", 1 / 8, (0, 1, 2, 3, 4), 50, (1, 16)
 WAYS = {"channels": "channels", "both": "blocks and channels"}
 
 
@@ -34,6 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--net", default=NET, help="of the zoo")
+    parser.add_argument("--share", type=float, default=SHARE, help="of the time")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -42,17 +45,19 @@ def main() -> None:
     done = {tuple(record["key"]) for record in read_records(path)}
     data = zoo.load_data("fashion-mnist", options.data_dir, limit=TRAINED)
     for seed in options.seeds:
-        if all((seed, way) in done for way in WAYS):
+        keys = {way: (options.net, options.share, seed, way) for way in WAYS}
+        if all(key in done for key in keys.values()):
             continue
-        net = trained_net("resnet20", seed, data, options.out)
+        net = trained_net(options.net, seed, data, options.out)
         images = list(data.train[:CALIBRATED][0].split(BATCH))
-        for way in WAYS:
-            if (seed, way) not in done:
+        for way, key in keys.items():
+            if key not in done:
                 began = time.process_time()
-                small = nni_topo.shrink(net, images, {"latency": SHARE}, depth=way == "both", progress=False)
+                budget = {"latency": options.share}
+                small = nni_topo.shrink(net, images, budget, depth=way == "both", progress=False)
                 report: Any = small.report
                 record = {
-                    "key": (seed, way),
+                    "key": key,
                     "seconds": time.process_time() - began,
                     "left": zoo.count_macs(small, images[0][:1]) / zoo.count_macs(net, images[0][:1]),
                     "unpruned": zoo.evaluate(net, data.test),
@@ -88,27 +93,31 @@ def times_faster(net: nn.Module, small: nn.Module, images: Tensor, folder: Path)
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return a row for each way, with means over the networks and 95 % intervals."""
-    rows, by_way = [], dict[str, dict[int, float]]()
-    for way, title in WAYS.items():
-        found = [record for record in records if record["key"][1] == way]
-        if not found:
-            continue
-        columns = [[record["faster"][index] for record in found] for index in range(len(BATCHES))]
-        lost = {record["key"][0]: 100 * (record["unpruned"] - record["accuracy"]) for record in found}
-        columns += [
-            [100 * record["left"] for record in found],
-            [100 * record["unpruned"] for record in found],
-            list(lost.values()),
-            [float(len(record["removed"])) for record in found],
-            [record["seconds"] for record in found],
-        ]
-        by_way[way] = lost
-        less = [by_way["channels"][seed] - lost[seed] for seed in lost if seed in by_way.get("channels", {})]
-        paired = "" if way == "channels" else _shown(less)
-        rows.append([title, str(len(found)), *(_shown(column) for column in columns), paired])
-    head = ["what is removed", "networks", "times faster: 1 image", "16 images", "MACs kept %", "unpruned %"]
-    return markdown_table([*head, "points lost", "blocks removed", "CPU s", "points less than by channels"], rows)
+    """Return a row for each network, time and way, with means over the seeds and 95 % intervals."""
+    rows = []
+    for net, share in dict.fromkeys((record["key"][0], record["key"][1]) for record in records):
+        by_way: dict[str, dict[int, float]] = {}
+        for way, title in WAYS.items():
+            found = [record for record in records if record["key"][:2] == [net, share] and record["key"][3] == way]
+            if not found:
+                continue
+            columns = [[record["faster"][index] for record in found] for index in range(len(BATCHES))]
+            lost = {record["key"][2]: 100 * (record["unpruned"] - record["accuracy"]) for record in found}
+            columns += [
+                [100 * record["left"] for record in found],
+                [100 * record["unpruned"] for record in found],
+                list(lost.values()),
+                [float(len(record["removed"])) for record in found],
+                [record["seconds"] for record in found],
+            ]
+            by_way[way] = lost
+            less = [by_way["channels"][seed] - lost[seed] for seed in lost if seed in by_way.get("channels", {})]
+            paired = "" if way == "channels" else _shown(less)
+            first = [net, f"{100 * share:g} %", title, str(len(found))]
+            rows.append([*first, *(_shown(column) for column in columns), paired])
+    head = ["network", "time asked", "what is removed", "seeds", "times faster: 1 image", "16 images", "MACs kept %"]
+    head += ["unpruned %", "points lost", "blocks removed", "CPU s", "points less than by channels"]
+    return markdown_table(head, rows, text_columns=3)
 
 
 def _shown(values: list[float]) -> str:
