@@ -80,6 +80,7 @@ def test_the_same_ratio_in_all_blocks_leaves_a_folder_for_transformers_alone(nam
     check_stock(dense, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_number_of_heads_that_transformers_refuses_is_an_error_that_says_so(tmp_path: Path) -> None:
     # 4 heads of 4 channels for a width of 16; Transformers 5 wants widths that the number of heads divides.
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, head_dim=4)).eval()
