@@ -301,6 +301,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mobileone_s0": {},
     "res2net50_14w_8s": {},
     "hardcorenas_a": {},
+    "mobilenetv2_050": {},
+    "fbnetc_100": {},
+    "spnasnet_100": {},
+    "tinynet_e": {},
+    "lcnet_035": {},
+    "resnest14d": {},
+    "skresnet18": {},
+    "darknet17": {},
+    "xception41": {},
+    "mobilevit_xxs": {},
+    "starnet_s1": {},
+    "inception_next_atto": {},
+    "ese_vovnet19b_slim": {},
 }  # fmt: skip
 
 
