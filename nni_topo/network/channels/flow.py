@@ -45,6 +45,7 @@ from nni_topo.network.channels.rules import (
     reads_shape_only,
     rule_of,
 )
+from nni_topo.network.channels.shared import couple_shared_weights
 from nni_topo.network.graph import (
     IN_TRAINING,
     RANDOM,
@@ -400,15 +401,16 @@ class ChannelFlow(Propagation):
             if dims:
                 super().__init__(graph_module, dims)
                 outputs = self.run(*tree_map(fixed, args))
+        # Channels at the model's output, which have to stay. FIXED ones stay anyway.
+        arriving = np.zeros(0, dtype=np.int64)
+        for ids in tensors_of(outputs):
+            arriving = np.concatenate([arriving, np.unique(ids.numpy())])
+        couple_shared_weights(graph_module, self._given, self._entering, arriving)
         self.in_training = self._set_apart()
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
         self._keep_fixed_places(attribute_sizes.keys())
         self._before, self._group_ids, self._reasons = self._given.settled()
         self.blocks[:] = [blocks for blocks in self.blocks if not self._goes_as_a_whole(blocks)]
-        # Channels at the model's output, which have to stay. FIXED ones stay anyway.
-        arriving = np.zeros(0, dtype=np.int64)
-        for ids in tensors_of(outputs):
-            arriving = np.concatenate([arriving, np.unique(ids.numpy())])
         group_ids = np.unique(self.group_ids(arriving))
         self.at_output = group_ids[group_ids > FIXED]
         self._attribute_sizes = {
