@@ -47,6 +47,38 @@ def test_modules_that_share_a_weight_still_do_and_a_budget_of_parameters_is_met(
     assert small.report.budget.left == zoo.count_params(small) / zoo.count_params(model)
 
 
+class Answers(nn.Module):
+    """A network of which only the answers come out, in a form that can't be compared or learned from."""
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.form = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), form
+
+    def forward(self, rows):
+        return self.form(self.layers(rows))
+
+
+@pytest.mark.parametrize(
+    ("form", "distill", "error", "message"),
+    [
+        (torch.sum, True, ConfigError, "a floating tensor with an entry per sample"),
+        (torch.detach, {"steps": 10}, GradientError, r"got outputs without any.*distill=False leaves distillation out"),
+        (lambda found: found[:, None], {"objective": "cosine"}, ConfigError, "must have one vector for each sample"),
+        (torch.relu, {"blocks": 1.0}, ConfigError, "blocks must be 0 where no block's output"),
+    ],
+)
+def test_outputs_that_nothing_learns_from_are_refused_before_anything_is_pruned(form, distill, error, message):
+    with pytest.raises(error, match=message):
+        nni_topo.shrink(
+            Answers(form).eval(),
+            torch.rand(64, 6).split(16),
+            {"flops": 0.5},
+            distill=distill,
+            pruner=lambda *_: pytest.fail("ran"),
+        )
+
+
 def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(digits_net, digits):
     before = copy.deepcopy(digits_net.state_dict())
     small = nni_topo.shrink(
