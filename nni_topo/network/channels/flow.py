@@ -179,7 +179,9 @@ class Propagation(torch.fx.Interpreter):
             value = super().run_node(n)
             if is_of_forward(n) and value.dtype in (torch.bool, torch.int64, torch.int32):
                 self.picks[n.name] = value.cpu()
-            is_free = is_held(n) and can_follow(value) and not self._is_cut_with_a_module(str(n.target))
+            if self._is_cut_with_a_module(str(n.target)):
+                return self._weight_of_a_module(str(n.target), value)
+            is_free = is_held(n) and can_follow(value)
             return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
@@ -195,6 +197,14 @@ class Propagation(torch.fx.Interpreter):
             return False
         module = self.fetch_attr(owner)
         return not is_head(module) or own in (weight_name(module), *row_names(module))
+
+    def _weight_of_a_module(self, name: str, value: Any) -> Any:
+        """Give the columns of an embedding that was called the ids of its channels, as for a head of its weight."""
+        owner, _, own = name.rpartition(".")
+        is_table = owner in self.layers and isinstance(self.fetch_attr(owner), torch.nn.Embedding)
+        if is_table and own == "weight":
+            return torch.from_numpy(self.channel_ids_of(owner)).expand(value.shape)
+        return tree_map(fixed, value)
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Give ids to the dimension of a tensor that holds channels: that of `dims`, else the last longer than 1."""

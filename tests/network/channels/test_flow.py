@@ -19,6 +19,7 @@ from tied_nets import (
     zeroed,
 )
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from nni_topo import RandomPruner
@@ -187,6 +188,44 @@ def test_embedding_and_head_cut_together_stay_tied(tmp_path):
     built = load(tmp_path / "dense.pt", make)
     assert built.o.weight is built.e.weight
     assert torch.equal(built(TOKENS), dense(TOKENS))
+
+
+class Unjoined(nn.Module):
+    """A language model whose head is a product with its embedding, joined by no residual connection."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.e, self.up, self.down = nn.Embedding(11, 8), nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+
+    def forward(self, tokens):
+        return functional.linear(torch.relu(self.down(torch.relu(self.up(self.e(tokens))))), self.e.weight)
+
+
+def test_an_embedding_that_the_forward_multiplies_with_loses_columns_with_what_it_is_multiplied_with(tmp_path):
+    model = Unjoined()
+    columns = torch.ones_like(model.e.weight)
+    columns[:, [2, 6]] = 0
+    masks = {"e": {"weight": columns}, "down": filter_mask(model.down, [2, 6]), "up": filter_mask(model.up, [0])}
+    dense = to_dense(model.eval(), TOKENS, masks)
+    assert (dense.e.embedding_dim, dense.down.out_features, dense.up.out_features) == (6, 6, 11)
+    expected = masked_model(model, TOKENS, masks)(TOKENS)
+    assert (dense(TOKENS) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    only = to_dense(model, TOKENS, {"down": masks["down"]})
+    assert (only.e.embedding_dim, only.down.out_features) == (8, 8)
+
+
+def test_a_module_that_the_forward_does_not_use_follows_the_one_that_has_the_same_weight():
+    model = LanguageModel().eval()
+    model.rotation = nn.Identity()
+    model.shared = nn.Embedding(11, 8)
+    model.shared.weight = model.e.weight
+    columns = torch.ones_like(model.e.weight)
+    columns[:, [2, 6]] = 0
+    dense = to_dense(model, TOKENS, {"e": {"weight": columns}, "down": filter_mask(model.down, [2, 6])})
+    assert dense.shared.weight is dense.e.weight
+    assert dense.shared.embedding_dim == 6
+    assert find_ties(dense) == find_ties(model)
 
 
 def test_a_module_under_two_names(tmp_path):
