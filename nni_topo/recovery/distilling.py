@@ -629,6 +629,7 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int)
     student.zero_grad(set_to_none=True)
 
 
+@leaves_models_alone
 def check_can_learn(
     model: nn.Module,
     call: Call,
