@@ -33,6 +33,12 @@ def find_ties(model: nn.Module) -> SharedNames:
     return [names for names in places.values() if len(names) > 1]
 
 
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Map all names of each shared tensor to the first of them, whether NNI has wrapped the modules or not."""
+    plain = [[name.replace("._nni_wrapper.", ".") for name in names] for names in find_ties(model)]
+    return {name: names[0] for names in plain for name in names}
+
+
 def parameter_holders(model: nn.Module) -> Counter[int]:
     """Count the modules that hold each parameter, by its ``id``."""
     tables = (module._parameters for module in model.modules())

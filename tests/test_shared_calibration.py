@@ -305,7 +305,7 @@ def test_neither_errors_nor_refusals_change_the_model(two: Any) -> None:
     ("what", "kind", "words"),
     [
         ("overflow", "DataError", "activations must be finite, got NaN or infinity (head)"),
-        ("knobs", "ConfigError", "must be equal in all processes, got rank 0: "),
+        ("knobs", "ConfigError", "must be equal in all processes, got rank 0: seed 0, rank 1: seed 1 (compensation)"),
         ("groups", "ConfigError", "groups must be given in all processes or in none, got [False, True]"),
         ("calls", "ProcessError", "make the same calls, got rank 0 at compensation, rank 1 at recalibrate_batch_norm"),
         ("too few to judge", "DataError", "samples to solve on and samples to judge by, got [1, 0] by process"),

@@ -48,6 +48,7 @@ from nni_topo.network.runtime import (
     HELD_OUT,
     MODEL,
     Call,
+    batch_size,
     batches_of,
     calls,
     check_model,
@@ -626,6 +627,25 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int)
                 f"a network that is distilled must compute gradients, got: {first_line} (dense)"
             ) from error
     student.zero_grad(set_to_none=True)
+
+
+@leaves_models_alone
+def check_can_learn(
+    model: nn.Module,
+    call: Call,
+    *,
+    objective: Objective = "auto",
+    temperature: float = 2.0,
+    outputs: Outputs | None = None,
+    blocks: float = 0.0,
+) -> None:
+    """Raise the errors of `distillation` that a model's outputs for a batch show, before there is a smaller model.
+
+    ConfigError for outputs that can't be compared, GradientError for outputs without gradients.
+    """
+    student = student_copy(model, call)
+    lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks)
+    _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))), 0)
 
 
 def _take_values(model: nn.Module, other: nn.Module) -> None:

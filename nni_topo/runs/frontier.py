@@ -328,7 +328,7 @@ def frontier(
     check_has_size(pruner, "shares need")
     model, told_of_weights = plain_weights(model)
     data = ImageParts.of(calibration, model)
-    check_can_be_distilled(model, data.all, distill)
+    check_can_be_distilled(model, data.all, distill, outputs)
     settings: dict[str, Any] = {
         "pruner": pruner,
         "knobs": knobs,

@@ -516,7 +516,7 @@ def shrink(
         parts = None if measure == "evaluate" else calibration.in_parts(PARTS)
         check_tolerance(tolerance, measure, calibration, parts or (), pruner)
     data = ImageParts.of(calibration, model, parts)
-    check_can_be_distilled(model, data.all, distill)
+    check_can_be_distilled(model, data.all, distill, outputs)
     steps = ShrinkSteps.prepare(
         model,
         data,

@@ -81,7 +81,7 @@ from nni_topo.pruners.checks import check_no_ratios, matched_modules
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
-from nni_topo.recovery.distilling import Verdict
+from nni_topo.recovery.distilling import Verdict, check_can_learn
 from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs, check_augment, check_one_shape
 from nni_topo.recovery.likeness import Answers
 from nni_topo.recovery.narrowing import narrow_instead
@@ -544,8 +544,8 @@ def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapp
         )
 
 
-def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any) -> None:
-    """Raise DataError, before anything runs, for images that :func:`nni_topo.distill` can't learn from."""
+def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any, outputs: Outputs | None) -> None:
+    """Raise, before anything is pruned, the errors of :func:`nni_topo.distill` that images and outputs show."""
     if not (distill is True or isinstance(distill, Mapping)):
         return
     if images.samples < 2:
@@ -554,9 +554,16 @@ def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any) 
             "distillation out: shrink(..., distill=False) (images)"
         )
     check_one_shape(calls(model, images))
-    augment = distill.get("augment") if isinstance(distill, Mapping) else None
-    if augment is not None:
-        check_augment(model, next(calls(model, images)), augment, 0)
+    knobs: Mapping[str, Any] = {} if distill is True else distill
+    first = next(calls(model, images))
+    if knobs.get("augment") is not None:
+        check_augment(model, first, knobs["augment"], 0)
+    names = ("objective", "temperature", "outputs", "blocks")
+    try:
+        check_can_learn(model, first, **{"outputs": outputs} | {name: knobs[name] for name in names if name in knobs})
+    except GradientError as error:
+        if distill is not True:  # whoever gives knobs wants it; without them a warning says so at the end
+            raise GradientError(f"{error}; distill=False leaves distillation out") from error
 
 
 class Measurements:

@@ -110,6 +110,34 @@ class TwoBlocks(nn.Module):
         return self.tail(self.second(torch.relu(self.first(x))))
 
 
+class Mirrored(nn.Module):
+    """An autoencoder whose transposed convolutions have the weights of its convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.outer, self.inner = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.opening, self.last = nn.ConvTranspose2d(12, 8, 3, padding=1), nn.ConvTranspose2d(8, 3, 3, padding=1)
+        self.opening.weight, self.last.weight = self.inner.weight, self.outer.weight
+
+    def forward(self, x):
+        return self.last(torch.relu(self.opening(torch.relu(self.inner(torch.relu(self.outer(x)))))))
+
+
+class Bottleneck(nn.Module):
+    """A language model whose embedding is also its head, though no residual connection joins the two."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(6)
+        self.e, self.up, self.down = nn.Embedding(11, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.o = nn.Linear(8, 11, bias=False)
+        self.o.weight = self.e.weight
+
+    def forward(self, tokens):
+        return self.o(torch.relu(self.down(torch.relu(self.up(self.e(tokens))))))
+
+
 def untied(model):
     """Give every layer tensors of its own; the independent way, module by module."""
     for module in model.modules():

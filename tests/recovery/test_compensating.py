@@ -329,6 +329,7 @@ def test_bad_knobs_are_refused(knobs, message):
     [
         ({"outer": {"weight": torch.ones(1)}}, ConfigError, "the module of a mask must be a known name"),
         ({"inner": {"weight": torch.ones(5, 5)}}, ConfigError, "must have its parameter's shape"),
+        ({"inner": {"weight": torch.ones(3)}}, ConfigError, r"or 1 in place of some of its sizes, got \(3,\) \(inner"),
         ({"inner": {"weight": torch.zeros(8, 1, 1, 1)}}, SpeedupError, "at least one channel"),
         ({"head": {"weight": torch.eye(4)[0][:, None]}}, SpeedupError, "shape of the model's output must not change"),
     ],

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from tied_nets import Bottleneck, Mirrored, TiedConvolutions
 from torch import nn
 from toy_times import LAYERS, proportional
 
@@ -18,6 +19,7 @@ from nni_topo.network.attention.heads import find_attention
 from nni_topo.pruners.budget import network_cost
 from nni_topo.recovery import Reconstruct
 from nni_topo.runs.shrink import ShrinkReport
+from nni_topo.sharing import find_ties
 from nni_topo.testing import toy_images, toy_model
 from nni_topo.zoo.transformers import bert_small, vit_small
 
@@ -30,6 +32,51 @@ def shrunk(budget=None, **knobs):
     return nni_topo.shrink(
         toy_model().eval(), list(toy_images(64).split(32)), budget or {"flops": 0.5}, **{"distill": False, **knobs}
     )
+
+
+@pytest.mark.parametrize("make", [TiedConvolutions, Mirrored, Bottleneck])
+def test_modules_that_share_a_weight_still_do_and_a_budget_of_parameters_is_met(make):
+    model, generator = make().eval(), torch.Generator().manual_seed(0)
+    is_text = make is Bottleneck
+    inputs = (
+        torch.randint(0, 11, (64, 5), generator=generator) if is_text else torch.rand(64, 3, 8, 8, generator=generator)
+    )
+    small = nni_topo.shrink(model, inputs.split(16), {"params": 0.75}, distill=False)
+    assert find_ties(small) == find_ties(model)
+    assert zoo.count_params(small) / zoo.count_params(model) == pytest.approx(0.75, abs=0.08)
+    assert small.report.budget.left == zoo.count_params(small) / zoo.count_params(model)
+
+
+class Answers(nn.Module):
+    """A network of which only the answers come out, in a form that can't be compared or learned from."""
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.form = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), form
+
+    def forward(self, rows):
+        return self.form(self.layers(rows))
+
+
+@pytest.mark.parametrize(
+    ("form", "distill", "error", "message"),
+    [
+        (torch.sum, True, ConfigError, "a floating tensor with an entry per sample"),
+        (torch.detach, {"steps": 10}, GradientError, r"got outputs without any.*distill=False leaves distillation out"),
+        (lambda found: found[:, None], {"objective": "cosine"}, ConfigError, "must have one vector for each sample"),
+        (torch.relu, {"blocks": 1.0}, ConfigError, "blocks must be 0 where no block's output"),
+    ],
+)
+def test_outputs_that_nothing_learns_from_are_refused_before_anything_is_pruned(form, distill, error, message):
+    with pytest.raises(error, match=message):
+        nni_topo.shrink(
+            Answers(form).eval(),
+            torch.rand(64, 6).split(16),
+            {"flops": 0.5},
+            distill=distill,
+            pruner=lambda *_: pytest.fail("ran"),
+        )
 
 
 def test_one_call_leaves_an_eighth_of_the_work_and_most_of_the_accuracy(digits_net, digits):
@@ -525,7 +572,7 @@ def test_a_type_may_select_layers_that_keep_all_channels_beside_others():
 
 
 def test_named_layers_that_share_all_channels_with_others_are_refused_before_any_work():
-    with pytest.raises(ConfigError, match=r"got stem: shared with inner, which aren't .* name these, too \(layers\)"):
+    with pytest.raises(ConfigError, match=r"got stem: shared with inner, which isn't .* name these, too \(layers\)"):
         shrunk({"flops": 0.9}, layers=["stem"], evaluate=lambda net: pytest.fail("ran"))
     with pytest.raises(ConfigError, match=r"got inner: shared with stem"):
         nni_topo.frontier(toy_model().eval(), [toy_images(64)], [0.5], layers=[{"op_names": ["inner"]}])
@@ -533,7 +580,7 @@ def test_named_layers_that_share_all_channels_with_others_are_refused_before_any
 
 @pytest.mark.parametrize("knobs", [{}, {"round_to": 2}, {"pruner": "l1"}])
 def test_the_report_names_layers_that_would_have_to_be_named_too(knobs):
-    shared = "shared with inner, which aren't among the layers to prune"
+    shared = "shared with inner, which isn't among the layers to prune"
     report = shrunk({"params": 0.5}, layers=["stem", "hidden"], **knobs).report
     assert report.whole == {"stem": shared}
     assert f"stem keeps all channels: {shared}" in repr(report)

@@ -45,6 +45,7 @@ from nni_topo.network.channels.rules import (
     reads_shape_only,
     rule_of,
 )
+from nni_topo.network.channels.shared import couple_shared_weights
 from nni_topo.network.graph import (
     IN_TRAINING,
     RANDOM,
@@ -178,7 +179,9 @@ class Propagation(torch.fx.Interpreter):
             value = super().run_node(n)
             if is_of_forward(n) and value.dtype in (torch.bool, torch.int64, torch.int32):
                 self.picks[n.name] = value.cpu()
-            is_free = is_held(n) and can_follow(value) and not self._is_cut_with_a_module(str(n.target))
+            if self._is_cut_with_a_module(str(n.target)):
+                return self._weight_of_a_module(str(n.target), value)
+            is_free = is_held(n) and can_follow(value)
             return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
@@ -194,6 +197,14 @@ class Propagation(torch.fx.Interpreter):
             return False
         module = self.fetch_attr(owner)
         return not is_head(module) or own in (weight_name(module), *row_names(module))
+
+    def _weight_of_a_module(self, name: str, value: Any) -> Any:
+        """Give the columns of an embedding that was called the ids of its channels, as for a head of its weight."""
+        owner, _, own = name.rpartition(".")
+        is_table = owner in self.layers and isinstance(self.fetch_attr(owner), torch.nn.Embedding)
+        if is_table and own == "weight":
+            return torch.from_numpy(self.channel_ids_of(owner)).expand(value.shape)
+        return tree_map(fixed, value)
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Give ids to the dimension of a tensor that holds channels: that of `dims`, else the last longer than 1."""
@@ -400,15 +411,16 @@ class ChannelFlow(Propagation):
             if dims:
                 super().__init__(graph_module, dims)
                 outputs = self.run(*tree_map(fixed, args))
+        # Channels at the model's output, which have to stay. FIXED ones stay anyway.
+        arriving = np.zeros(0, dtype=np.int64)
+        for ids in tensors_of(outputs):
+            arriving = np.concatenate([arriving, np.unique(ids.numpy())])
+        couple_shared_weights(graph_module, self._given, self._entering, arriving)
         self.in_training = self._set_apart()
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
         self._keep_fixed_places(attribute_sizes.keys())
         self._before, self._group_ids, self._reasons = self._given.settled()
         self.blocks[:] = [blocks for blocks in self.blocks if not self._goes_as_a_whole(blocks)]
-        # Channels at the model's output, which have to stay. FIXED ones stay anyway.
-        arriving = np.zeros(0, dtype=np.int64)
-        for ids in tensors_of(outputs):
-            arriving = np.concatenate([arriving, np.unique(ids.numpy())])
         group_ids = np.unique(self.group_ids(arriving))
         self.at_output = group_ids[group_ids > FIXED]
         self._attribute_sizes = {

@@ -51,6 +51,7 @@ Kind = Literal[
     "rule_misfits",
     "several_widths",
     "shared",
+    "shared_weight",
     "training_output",
     "training_reader",
     "training_only",
@@ -161,6 +162,7 @@ _ADVICE: dict[Kind, str] = {
     "not_followed": "call the layer itself (self.layer(x)) rather than a function on its weight",
     "unselected": "prune the layers that share the channels, too",
     "several_widths": "call a module of its own in each place",
+    "shared_weight": "give the layers weights of their own: layer.weight = nn.Parameter(layer.weight.detach().clone())",
     "not_run": "delete the layer from the model if nothing uses it",
 }
 
@@ -225,6 +227,7 @@ result_depends = _of_operation("result_depends", "the result of an operation dep
 
 training_only = _of_layer("training_only", "{layer} runs in training mode only")
 training_reader = _of_layer("training_reader", "{layer} reads them in training mode only")
+shared_weight = _of_layer("shared_weight", "its weight is also that of {layer}, where these channels stay")
 head_by_head = _of_layer("head_by_head", "it shares channels with {layer}, which loses heads")
 last_read = _of_layer("last_read", "{layer} needs at least one of the channels that it reads")
 carries_constant = _of_layer(
@@ -362,7 +365,9 @@ def shared(names: Iterable[str], unmasked: Sequence[str]) -> Reason:
 
 def unselected(names: Iterable[str]) -> Reason:
     """Return the reason for channels that layers share which aren't among the layers to prune."""
-    return Reason("unselected", text=f"shared with {listed(names, 8)}, which aren't among the layers to prune")
+    names = list(names)
+    verb = "isn't" if len(names) == 1 else "aren't"
+    return Reason("unselected", text=f"shared with {listed(names, 8)}, which {verb} among the layers to prune")
 
 
 def blocks_equal(places: Iterable[str]) -> Reason:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from nni_topo.network.runtime import (
     batch_size,
 )
 from nni_topo.network.speedup import Network
+from nni_topo.sharing import first_names
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -35,7 +36,7 @@ Kept = Mapping[str, BoolArray]
 """``{layer name: which of its output channels are kept}``, or of its heads; output projections are passed over."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """What one sample takes: multiply-accumulates, number of parameters, bytes."""
 
@@ -44,7 +45,7 @@ class Cost:
     memory: int  # of the parameters, and of the layer whose input and output are largest together
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _LayerCost:
     entering: IntArray
     leaving: IntArray
@@ -55,6 +56,8 @@ class _LayerCost:
     leaving_positions: int
     together: int  # of these, those of one window, where the layer makes queries, keys or values
     bias: int  # how many of them
+    has_weight: bool = True  # False where another layer has the same one, which counts it
+    has_bias: bool = True
 
     def products(self, pruned: BoolArray) -> int:
         """Products per output position, summed over the kept output channels."""
@@ -64,8 +67,9 @@ class _LayerCost:
         return _count_kept(self.leaving, pruned) * entering * self.kernel
 
     def weights(self, pruned: BoolArray) -> int:
-        """Number of kept parameters."""
-        return self.products(pruned) + self.bias * _count_kept(self.leaving, pruned)
+        """Number of kept parameters, without those that another layer counts."""
+        biases = self.bias * _count_kept(self.leaving, pruned) if self.has_bias else 0
+        return (self.products(pruned) if self.has_weight else 0) + biases
 
     def activations(self, pruned: BoolArray) -> int:
         """Number of values that enter and leave one call."""
@@ -87,21 +91,34 @@ class NetworkCost:
         self._flow, sizes = network.flow, network.sizes
         self._modules = modules = dict(model.named_modules())
         self._layers = dict[str, _LayerCost]()
+        shared, counted = first_names(model), set[str]()
+
+        def is_new(name: str) -> bool:
+            """Tell whether a parameter wasn't counted yet, under another name of it."""
+            first = shared.get(name, name)
+            found = first not in counted
+            counted.add(first)
+            return found
+
         for name in self._flow.layers:
             if name in sizes:  # embeddings compute nothing
                 calls = _by_sample(modules[name], sizes[name], samples)
-                self._layers[name] = _layer_cost(network, name, modules[name], calls)
+                self._layers[name] = dataclasses.replace(
+                    _layer_cost(network, name, modules[name], calls),
+                    has_weight=is_new(f"{name}.{weight_name(modules[name])}"),
+                    has_bias=is_new(f"{name}.{row_names(modules[name])[-1]}"),
+                )
         # Of recurrent layers that keep all units: those with a projection, and cells.
         self._unpruned_macs = 0
         for name, calls in sizes.items():
             if name not in self._layers and isinstance(modules[name], RECURRENT):
                 steps = sum(_positions(modules[name], leaving) for _, leaving in calls)
                 self._unpruned_macs += steps * recurrent_products(modules[name])
-        self._norms = dict[str, IntArray]()
+        self._norms = dict[str, tuple[IntArray, int]]()  # the channels that enter, and the parameters of each
         for name, module in modules.items():
             entering = self._flow.entering_group_ids(name)
             if isinstance(module, NORMS) and module.affine and len(entering):
-                self._norms[name] = entering
+                self._norms[name] = entering, is_new(f"{name}.weight") + is_new(f"{name}.bias")
         # By channel of the heads' values: each query is multiplied with each key, and each weight with each value.
         self._attention: list[tuple[IntArray, int]] = []
         for attention in network.attention.values():
@@ -115,8 +132,8 @@ class NetworkCost:
         self._rest = sum(parameter.numel() for parameter in model.parameters())
         for cost in self._layers.values():
             self._rest -= cost.weights(nothing)
-        for group_ids in self._norms.values():
-            self._rest -= 2 * len(group_ids)
+        for group_ids, parameters in self._norms.values():
+            self._rest -= parameters * len(group_ids)
         self._bytes = max((parameter.element_size() for parameter in model.parameters()), default=4)
 
     def __call__(self, kept: Kept) -> Cost:
@@ -129,8 +146,8 @@ class NetworkCost:
             activations = max(activations, cost.activations(pruned))
         for group_ids, products in self._attention:
             macs += _count_kept(group_ids, pruned) * products
-        for group_ids in self._norms.values():
-            params += 2 * _count_kept(group_ids, pruned)
+        for group_ids, parameters in self._norms.values():
+            params += parameters * _count_kept(group_ids, pruned)
         return Cost(macs, params, self._bytes * (params + activations))
 
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -108,7 +109,7 @@ class Processes:
         try:
             found = self.gather(given, place)
             if any(each != found[0] for each in found):
-                shown = ", ".join(f"rank {self._name(rank)}: {each}" for rank, each in enumerate(found))
+                shown = ", ".join(f"rank {self._name(rank)}: {told}" for rank, told in enumerate(_differing(found)))
                 raise ConfigError(f"models, masks and knobs must be equal in all processes, got {shown} ({place})")
             try:
                 yield
@@ -189,6 +190,15 @@ def _words(error: Exception) -> str:
     return (line.partition("] ")[2] or line).partition(". ")[0]
 
 
+def _differing(found: Sequence[Any]) -> list[str]:
+    """Say what each process was given, of arguments by name only those that aren't equal in all."""
+    if not all(isinstance(each, dict) for each in found):
+        return [str(each) for each in found]
+    names = dict.fromkeys(name for each in found for name in each)
+    unequal = [name for name in names if any(each.get(name) != found[0].get(name) for each in found)]
+    return [", ".join(f"{name} {each.get(name, 'not given')}" for name in unequal) for each in found]
+
+
 def processes_of(group: Any, place: str) -> Processes | None:
     """Return the processes of a group; None without a group, or where this process is the only one."""
     if group is None:
@@ -214,10 +224,13 @@ def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     among the arguments have to be equal in all processes.
     """
     place = function.__qualname__.removesuffix(".__init__")
+    parameters = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
-        named = {**{str(index): value for index, value in enumerate(args)}, **kwargs}
+        # Of functions that take any number of arguments, those that have no name of their own go by their number.
+        names = [*parameters[: len(args)], *map(str, range(len(parameters), len(args)))]
+        named = {**dict(zip(names, args, strict=True)), **kwargs}
         found = [getattr(value, "processes", None) for value in named.values()]
         shared = [each for each in found if isinstance(each, Processes)]
         if not shared or is_in_step():
@@ -242,14 +255,14 @@ def _told(value: Any) -> str:
     """Describe an argument that has to be equal in all processes; empty for one that needn't be, or can't be told."""
     if isinstance(value, nn.Module):
         named = [(name, each) for name, each in value.state_dict().items() if isinstance(each, Tensor)]
-        return f"model {digest(named)[:_SHOWN]}"
+        return f"with weights {digest(named)[:_SHOWN]}"
     if isinstance(value, Mapping):
         flat = []
         for name, inner in value.items():
             entries = inner.items() if isinstance(inner, Mapping) else [("", inner)]
-            flat += [(f"{name}.{key}", each) for key, each in entries]
+            flat += [(f"{name}.{key}" if key else name, each) for key, each in entries]
         tensors = [(name, each) for name, each in flat if isinstance(each, Tensor)]
         plain = [f"{name}={each!r}" for name, each in flat if isinstance(each, _PLAIN)]
-        values = [digest(sorted(tensors, key=lambda each: each[0]))[:_SHOWN]] if tensors else []
+        values = [f"with tensors {digest(sorted(tensors, key=lambda each: each[0]))[:_SHOWN]}"] if tensors else []
         return ", ".join([*sorted(plain), *values])
     return repr(value) if isinstance(value, _PLAIN) else ""

@@ -118,8 +118,9 @@ def to_dense(
         hold a number of channels, as the size of a split, get the new number where the forward reads them so, the
         constructors give a layer the same number, or timm and torchvision define what they count, such as
         ``feature_info``; others that hold what was a layer's number of channels stay, and are
-        named in ``report.stale`` and a warning. Layers that
-        share a weight or buffer still do where the same of it is kept. Its ``report`` is a `DenseReport` of the
+        named in ``report.stale`` and a warning. Modules that share a weight lose the same channels and share it still;
+        what they shared and can't any more, as a bias to which only one of them adds a constant, ``report.notes``
+        names. Its ``report`` is a `DenseReport` of the
         channels of every layer before and after, and why some stay although they are masked; a model with a
         ``report`` of its own keeps that.
 
@@ -313,11 +314,14 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     untie(copied, find_ties(copied))
     absorb(copied, flow, masked.is_kept, masked.contributions.constants, exactly=True)
     add_to_constant_channels(copied, flow, masked.is_kept, masked.contributions.constant_channels)
-    DenseSpeedup(copied, flow, masked.is_kept, replacers).speedup_model()
+    speedup = DenseSpeedup(copied, flow, masked.is_kept, replacers)
+    speedup.speedup_model()
+    ties = find_ties(original)
+    speedup.cut_unused(ties)
     put_sizes(copied, flow.sizes_kept(masked.is_kept))
     dense = narrowed(copied, flow, masked.resolved.masks, masked.is_kept, task.network.call)
     _count_anew(original, dense)
-    tie_again(dense, find_ties(original))
+    tie_again(dense, ties)
     tell_config(dense, original)
     forget_evaluated(dense)
     for name, module in task.network.model.named_modules():
@@ -349,6 +353,8 @@ def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, 
     trained: dict[str, Reasons] = {name: (reasons.training_only(name),) for name in flow.in_training}
     report = dense_report(model, dense, task.masks, resolved.reasons | trained, stale)
     notes = ((flow.missed,) if flow.missed else ()) + masked.notes
+    if parted := _no_longer_shared(task.original, dense):
+        notes += (f"modules that shared these have one each now, as they differ: {', '.join(parted)}",)
     report = dataclasses.replace(report, checked=checked, notes=notes)
     if report.stale:
         _logger.warning(
@@ -364,6 +370,15 @@ def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, 
     warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
     _REPORTS[dense] = report
     give_report(dense, report)
+
+
+def _no_longer_shared(original: torch.nn.Module, dense: torch.nn.Module) -> list[str]:
+    """Name the parameters that modules of a model share and those of its dense model don't."""
+    parameters, found = dict(dense.named_parameters(remove_duplicate=False)), list[str]()
+    for names in find_ties(original):
+        if len({id(parameters[name]) for name in names if name in parameters}) > 1:
+            found += names
+    return found
 
 
 # Also of models that have got another report since, or have an attribute `report` of their own.

@@ -186,6 +186,9 @@ def dependency_groups(
     which NNI doesn't know, asks for the heads of these layers alone, also of a module that holds them. An entry with a
     list for granularity keeps it.
     Units of a recurrent layer without a projection are pruned as heads are, the same in all levels and directions.
+    Layers that share a weight are coupled, as one layer that is called twice is: the smaller network has one weight for
+    them. Where one of them can't be cut along a dimension of the weight, the others keep their channels, and the reason
+    is told.
 
     Examples
     --------

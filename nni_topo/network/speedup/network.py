@@ -37,6 +37,7 @@ from nni_topo.network.runtime import (
     random_state_kept,
     unwrapped_copy,
 )
+from nni_topo.sharing import first_names
 
 T = TypeVar("T")
 Traced = tuple[Callable[..., GraphModule], ChannelFlow]
@@ -204,7 +205,7 @@ def share_answers(model: nn.Module, copied: nn.Module) -> None:
 def _structure(model: nn.Module) -> str:
     """Write down all of a model that a trace may depend on, whether NNI has wrapped it or not."""
     # Before an operator had a rule, another answer was found.
-    lines, places = [f"rules {rules_registered()}"], dict[int, int]()
+    lines, places = [f"rules {rules_registered()}", f"shared {first_names(model)}"], dict[int, int]()
     for name, module in model.named_modules(remove_duplicate=False):
         if is_scripted(module):
             shapes = [tuple(each.shape) for each in (*module.parameters(), *module.buffers())]

@@ -62,13 +62,16 @@ def _check_mask(module: torch.nn.Module, target: str, mask: torch.Tensor, place:
     values = mask.detach() if mask.is_floating_point() else mask.to(torch.float32)
     if values.numel() and bool((values * values).sub_(values).abs_().amax()):
         raise ConfigError(f"a mask must hold zeros and ones, got other values or NaN ({place})")
-    try:
-        full = mask.detach().to(dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-    except RuntimeError as error:
+    # Fewer dimensions would be aligned with the last ones: a number for each channel would mask a kernel, or inputs.
+    fits = mask.dim() == parameter.dim() and all(
+        size in (1, whole) for size, whole in zip(mask.shape, parameter.shape, strict=True)
+    )
+    if not (fits or mask.dim() == 0):
         raise ConfigError(
-            f"a mask must have its parameter's shape {tuple(parameter.shape)} or broadcast to it, "
+            f"a mask must have its parameter's shape {tuple(parameter.shape)}, or 1 in place of some of its sizes, "
             f"got {tuple(mask.shape)} ({place})"
-        ) from error
+        )
+    full = mask.detach().to(dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
     if target == weight_name(module) and not (full.numel() and bool(full.amax())):
         raise SpeedupError(f"a mask must leave at least one channel of a layer, got only zeros ({place})")
     return full

@@ -86,6 +86,23 @@ class DenseSpeedup:
         is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.all_layers
         return entering, self.flow.channel_ids_of(name) if is_layer else entering
 
+    def cut_unused(self, ties: Iterable[Iterable[str]]) -> None:
+        """Cut modules that the forward doesn't use as those of their kind that had the same tensor: by its names."""
+        names = {str(node.target) for node in self.node_infos if node.op == "call_module"} | self.flow.all_layers.keys()
+        done = set[str]()
+        for places in ties:
+            owners = list(dict.fromkeys(place.rpartition(".")[0] for place in places))
+            used = [owner for owner in owners if owner in names]
+            for owner in owners:
+                module = self.bound_model.get_submodule(owner)
+                alike = [each for each in used if type(self.bound_model.get_submodule(each)) is type(module)]
+                if owner in names or owner in done or not alike:
+                    continue
+                done.add(owner)
+                ins, outs = (each.to(device_of(module)) for each in self.kept(alike[0]))
+                with torch.no_grad():
+                    cut(owner, module, ins, outs)
+
     def kept(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """List the places of the kept channels that enter and leave a module, in the dense model's order."""
         entering, leaving = self.channel_ids(name)

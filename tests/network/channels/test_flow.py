@@ -8,8 +8,18 @@ import warnings
 import pytest
 import torch
 from speedup_nets import filter_mask, l1_masks
-from tied_nets import LanguageModel, TiedConvolutions, TiedNorms, TwoBlocks, TwoNames, zeroed
+from tied_nets import (
+    Bottleneck,
+    LanguageModel,
+    Mirrored,
+    TiedConvolutions,
+    TiedNorms,
+    TwoBlocks,
+    TwoNames,
+    zeroed,
+)
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from nni_topo import RandomPruner
@@ -39,21 +49,77 @@ def check(make, inputs, masks, tmp_path):
     return dense
 
 
-@pytest.mark.parametrize("names", [["one"], ["two"], ["one", "two"], ["stem"], ["stem", "one", "two"]])
-def test_two_convolutions_of_one_weight(tmp_path, names):
+def test_layers_of_one_weight_lose_the_same_channels_and_stay_tied(tmp_path):
     model = TiedConvolutions()
+    masks = {name: filter_mask(model.get_submodule(name), [1, 4]) for name in ("stem", "one", "two")}
+    dense = check(TiedConvolutions, IMAGES, masks, tmp_path)
+    assert dense.one.weight.shape == (4, 4, 3, 3)
+    assert dense.one.weight is dense.two.weight
+    assert dense.one.bias is dense.two.bias
+    assert dense.report.notes == ()
+
+
+@pytest.mark.parametrize("names", [["one"], ["two"], ["one", "two"], ["stem"]])
+def test_layers_of_one_weight_keep_channels_that_only_some_of_them_lose(names):
+    model = TiedConvolutions().eval()
     masks = {name: filter_mask(model.get_submodule(name), [1, 4]) for name in names}
-    dense = check(TiedConvolutions, IMAGES, masks, tmp_path)
-    assert [dense.get_submodule(name).out_channels for name in names] == [4] * len(names)
-    # the same filters and the same inputs are gone only where all three layers lose the same
-    assert (dense.one.weight is dense.two.weight) == (len(names) == 3)
+    dense = to_dense(model, IMAGES, masks)
+    assert torch.equal(dense(IMAGES), model(IMAGES))
+    assert find_ties(dense) == find_ties(model)
+    rows = {row.name: row for row in dense.report.rows}
+    assert all(
+        rows[name].asked == 4 and rows[name].after == 6 and "shared by stem" in rows[name].reason for name in names
+    )
 
 
-def test_two_convolutions_of_one_weight_that_lose_other_filters(tmp_path):
-    model = TiedConvolutions()
-    masks = {"one": filter_mask(model.one, [0, 1]), "two": filter_mask(model.two, [2])}
-    dense = check(TiedConvolutions, IMAGES, masks, tmp_path)
-    assert (dense.one.out_channels, dense.two.out_channels) == (4, 5)
+def test_layers_of_one_weight_that_lose_other_filters_lose_the_common_ones():
+    model = TiedConvolutions().eval()
+    masks = {"stem": filter_mask(model.stem, [0, 1]), "one": filter_mask(model.one, [0, 2])}
+    masks["two"] = filter_mask(model.two, [0, 5])
+    dense = to_dense(model, IMAGES, masks)
+    assert dense.one.weight.shape == (5, 5, 3, 3)
+    assert dense.one.weight is dense.two.weight
+    common = {name: filter_mask(model.get_submodule(name), [0]) for name in ("stem", "one", "two")}
+    expected = zeroed(TiedConvolutions(), common)(IMAGES)
+    assert (dense(IMAGES) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def coupled(flow, one, other):
+    """Whether two layers can only lose the same output channels."""
+    return bool((flow.group_ids_of(one) == flow.group_ids_of(other)).all())
+
+
+def test_convolutions_and_their_mirror_images_are_coupled():
+    flow = Network.on(Mirrored().eval(), IMAGES).flow
+    assert coupled(flow, "outer", "opening")
+    assert bool((flow.group_ids_of("inner") == flow.entering_group_ids("opening")).all())
+    assert bool((flow.group_ids_of("outer") == flow.entering_group_ids("last")).all())
+    assert flow.reaches_output("last")
+
+
+def test_columns_of_an_embedding_are_coupled_with_what_the_head_of_its_weight_reads():
+    flow = Network.on(Bottleneck().eval(), TOKENS).flow
+    assert coupled(flow, "e", "down")
+    assert flow.reaches_output("o")
+
+
+def test_a_weight_that_is_the_output_of_one_layer_keeps_the_channels_of_another():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)).eval()
+    model[1].weight = model[3].weight
+    flow = Network.on(model, torch.rand(2, 6)).flow
+    assert str(flow.why_pinned("1")[0]) == "its weight is also that of 3, where these channels stay"
+    assert flow.reaches_output("3")
+    assert not flow.reaches_output("1")
+
+
+def test_a_weight_that_is_tied_later_couples_from_then_on():
+    model = nn.Sequential(
+        nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 2)
+    ).eval()
+    inputs = torch.rand(2, 6)
+    assert not coupled(Network.on(model, inputs).flow, "2", "4")
+    model[4].weight = model[2].weight
+    assert coupled(Network.on(model, inputs).flow, "2", "4")
 
 
 def test_single_weights_of_one_of_two_places():
@@ -64,6 +130,7 @@ def test_single_weights_of_one_of_two_places():
     for made in (masked_model(model, IMAGES, masks), to_dense(model, IMAGES, masks)):
         assert made.two.weight.count_nonzero() == made.two.weight.numel()
         assert torch.equal(made(IMAGES), zeroed(TiedConvolutions(), masks)(IMAGES))
+    assert made.report.notes == ("modules that shared these have one each now, as they differ: one.weight, two.weight",)
 
 
 @pytest.mark.parametrize("pruner", ["l1", "random"])
@@ -89,9 +156,11 @@ def check_norms(make, masks, tmp_path):
     return dense
 
 
-def test_batch_norms_of_one_weight_behind_layers_of_which_one_is_pruned(tmp_path):
-    dense = check_norms(TiedNorms, {"one": filter_mask(TiedNorms().one, [0, 5])}, tmp_path)
-    assert (dense.norm1.num_features, dense.norm2.num_features) == (4, 6)
+def test_batch_norms_of_one_weight_keep_what_one_of_the_layers_before_them_keeps(tmp_path):
+    masks = {"one": filter_mask(TiedNorms().one, [0, 5]), "two": filter_mask(TiedNorms().two, [0, 3])}
+    dense = to_dense(TiedNorms().eval(), IMAGES, masks)
+    assert (dense.norm1.num_features, dense.norm2.num_features) == (5, 5)
+    assert find_ties(dense) == find_ties(TiedNorms())
 
 
 @pytest.mark.parametrize("head", ["tied", "functional", "free"])
@@ -119,6 +188,44 @@ def test_embedding_and_head_cut_together_stay_tied(tmp_path):
     built = load(tmp_path / "dense.pt", make)
     assert built.o.weight is built.e.weight
     assert torch.equal(built(TOKENS), dense(TOKENS))
+
+
+class Unjoined(nn.Module):
+    """A language model whose head is a product with its embedding, joined by no residual connection."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.e, self.up, self.down = nn.Embedding(11, 8), nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+
+    def forward(self, tokens):
+        return functional.linear(torch.relu(self.down(torch.relu(self.up(self.e(tokens))))), self.e.weight)
+
+
+def test_an_embedding_that_the_forward_multiplies_with_loses_columns_with_what_it_is_multiplied_with(tmp_path):
+    model = Unjoined()
+    columns = torch.ones_like(model.e.weight)
+    columns[:, [2, 6]] = 0
+    masks = {"e": {"weight": columns}, "down": filter_mask(model.down, [2, 6]), "up": filter_mask(model.up, [0])}
+    dense = to_dense(model.eval(), TOKENS, masks)
+    assert (dense.e.embedding_dim, dense.down.out_features, dense.up.out_features) == (6, 6, 11)
+    expected = masked_model(model, TOKENS, masks)(TOKENS)
+    assert (dense(TOKENS) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    only = to_dense(model, TOKENS, {"down": masks["down"]})
+    assert (only.e.embedding_dim, only.down.out_features) == (8, 8)
+
+
+def test_a_module_that_the_forward_does_not_use_follows_the_one_that_has_the_same_weight():
+    model = LanguageModel().eval()
+    model.rotation = nn.Identity()
+    model.shared = nn.Embedding(11, 8)
+    model.shared.weight = model.e.weight
+    columns = torch.ones_like(model.e.weight)
+    columns[:, [2, 6]] = 0
+    dense = to_dense(model, TOKENS, {"e": {"weight": columns}, "down": filter_mask(model.down, [2, 6])})
+    assert dense.shared.weight is dense.e.weight
+    assert dense.shared.embedding_dim == 6
+    assert find_ties(dense) == find_ties(model)
 
 
 def test_a_module_under_two_names(tmp_path):

@@ -5,8 +5,9 @@ import pytest
 import torch
 import torchvision
 from speedup_nets import l1_masks
+from tied_nets import Mirrored, TiedConvolutions, TiedNorms
 
-from nni_topo import zoo
+from nni_topo import RandomPruner, zoo
 from nni_topo.network.cost.cost import Cost, NetworkCost
 from nni_topo.network.layers.kinds import WEIGHTED, channel_dimension
 from nni_topo.runs.widths import inner_layers, pruning_config
@@ -129,3 +130,25 @@ def test_a_grouped_convolution_reads_one_groups_channels(name):
 def test_without_its_only_input_channel_a_convolution_costs_nothing():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Conv2d(1, 5, 1))
     assert NetworkCost(model, torch.randn(1, 3, 4, 4))({"0": np.array([False])}).macs == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "removed"),
+    [
+        (TiedConvolutions, {"stem": [1, 4], "one": [1, 4], "two": [1, 4]}),
+        (TiedNorms, {"one": [0, 5], "two": [0, 5]}),
+        (Mirrored, {"outer": [2], "opening": [2], "inner": [0, 7]}),
+    ],
+)
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_weight_that_several_modules_share_counts_once(make, removed, is_wrapped):
+    model, images = make().eval(), torch.rand(2, 3, 8, 8)
+    unpruned, kept = real_cost(model, images), {}
+    for name, channels in removed.items():
+        kept[name] = ~np.isin(np.arange(model.get_submodule(name).out_channels), channels)
+    dense = to_dense(model, images, NetworkCost(model, images).masks(kept))
+    if is_wrapped:
+        RandomPruner(model, [{"op_names": list(removed), "sparse_ratio": 0.5}]).compress()
+    cost = NetworkCost(model, images)
+    assert cost({}) == unpruned
+    assert cost(kept) == real_cost(dense, images)

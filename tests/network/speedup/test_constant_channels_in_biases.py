@@ -277,11 +277,14 @@ def test_shared_layers_take_over_each_its_own():
 
     torch.manual_seed(0)
     net, rows = Tied().double(), torch.rand(3, 4, dtype=torch.float64)
-    masks = {"first": filter_mask(net.first, GONE)}
+    masks = {name: filter_mask(net.get_submodule(name), GONE) for name in ("first", "other")}
     before = copy.deepcopy(net.state_dict())
     dense = to_dense(net, rows, masks)
     assert gap(dense(rows), masked_model(net, rows, masks)(rows)) < 1e-9
     assert dense.second.in_features == 4
+    assert dense.third.weight is dense.second.weight
+    told = "modules that shared these have one each now, as they differ: second.bias, third.bias"
+    assert told in dense.report.notes
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
