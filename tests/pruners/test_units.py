@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
+from nni_topo import create_pruner
 from nni_topo.errors import ConfigError
 from nni_topo.hooks import pruning_units
 from nni_topo.pruners.random import RandomPruner
@@ -101,3 +103,31 @@ def test_a_group_with_different_block_counts_is_refused():
     config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "dependency_group_id": "g"}]
     with pytest.raises(ConfigError, match="number of blocks, got 6, 8"):
         units_of(model, config)
+
+
+class Reduced(nn.Module):
+    """A convolution whose channels a linear layer's outputs are added to, as in attention with fewer keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.proj = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8)
+
+    def forward(self, x):
+        found = self.conv(x).flatten(2).transpose(1, 2)
+        return found + self.proj(found)
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "fpgm", "random"])
+def test_blocks_of_rows_of_convolutions_and_linear_layers_go_together(name):
+    torch.manual_seed(0)
+    model = Reduced()
+    common = {"sparse_ratio": 0.5, "dependency_group_id": "g"}
+    config = [
+        {"op_names": ["conv"], "granularity": [2, -1, -1, -1], **common},
+        {"op_names": ["proj"], "granularity": [2, -1], **common},
+    ]
+    masks = create_pruner(name, model, config).compress()[1]
+    kept = masks["conv"]["weight"].flatten(1).any(1)
+    assert torch.equal(kept, masks["proj"]["weight"].any(1))
+    assert kept.sum() == 4
+    assert all(len(set(pair)) == 1 for pair in kept.view(-1, 2).tolist())
