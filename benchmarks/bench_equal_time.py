@@ -1,14 +1,16 @@
 """Blocks, channels or both at the same time of a batch, and which rule names the blocks: what transformers lose.
 
     python benchmarks/bench_equal_time.py --data-dir DIR --out runs/equal_time
+    python benchmarks/bench_equal_time.py --data-dir DIR --out runs/equal_time --nets vit_small --batch 1 --share 0.6
 
-trains a ViT, a BERT and a GPT as ``bench_block.py`` does, and makes each take half of the time of a
-batch of 64, measured on one thread: by `shrink` with fewer channels, by `shrink` with ``depth=True``, and by removing
-whole blocks alone, in the order of their held-out loss, of two scores that others have proposed, or at random. The
-layers before a gap make up for a removed block, and all networks are distilled for 200 steps, from the same 768
-unlabelled rows. Of blocks as few go as the time allows. A line per network goes to ``equal_time.jsonl``, trained nets
-to files beside it; the same command goes on where it was stopped. Of 2,000 test images accuracies are counted, of 512
-rows of text bits per byte; differences are paired by network.
+trains a ViT, a BERT and a GPT as ``bench_block.py`` does, and makes each take half of the time of a batch of 64,
+measured on one thread, or with the second command the ViT six tenths of the time of a single image: by `shrink` with
+fewer channels, by `shrink` with ``depth=True``, and by removing whole blocks alone, in the order of their held-out
+loss, of two scores that others have proposed, or at random. The layers before a gap make up for a removed block, and
+all networks are distilled for 200 steps, from the same 768 unlabelled rows. Of blocks as few go as the time allows. A
+line per network goes to ``equal_time.jsonl``, trained nets to files beside it; the same command goes on where it was
+stopped. Of 2,000 test images accuracies are counted, of 512 rows of text bits per byte; differences are paired by
+network.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval, markdown_table
 
 NETS = {"vit_small": "ViT, small", "bert_small": "BERT, small", "gpt_small": "GPT, small"}
-SHARES, SEEDS, STEPS, NEAR = (1 / 2,), (0, 1, 2), 200, 1.05
+SHARE, SEEDS, STEPS, NEAR = 1 / 2, (0, 1, 2), 200, 1.05
 WAYS = {
     "channels": "channels",
     "both": "blocks and channels",
@@ -64,40 +66,49 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES), help="of the time")
+    parser.add_argument("--share", type=float, default=SHARE, help="of the time")
+    parser.add_argument("--batch", type=int, default=BATCH, help="rows whose time counts")
     parser.add_argument("--limit", type=int, default=4_000, help="rows to train on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "equal_time.jsonl"
     done = {tuple(record["key"]) for record in read_records(path)}
-    for share, seed, name in itertools.product(options.shares, options.seeds, options.nets):
-        keys = [(name, seed, share, way) for way in WAYS]
+    for seed, name in itertools.product(options.seeds, options.nets):
+        keys = [(name, seed, options.share, way, options.batch) for way in WAYS]
         if all(key in done for key in keys):
             continue
         trained = TrainedNet(name, seed, options)
-        table_of_time = measure_latency(trained.net, trained.batches[0])
+        example = trained.batches[0][: options.batch]
+        layers = measure_latency(trained.net, example)
         for key in keys:
             if key not in done:
-                record = {"key": key, "unpruned": trained.unpruned, **made(trained, table_of_time, *key[1:])}
+                made_of_it = made(trained, example, layers, *key[1:4])
+                record = {"key": key, "unpruned": trained.unpruned, **made_of_it}
                 append_record(path, record)
                 print(record, flush=True)
     print(table(read_records(path)))
 
 
-def made(trained: TrainedNet, layers: LatencyTable, seed: int, share: float, way: str) -> dict[str, Any]:
+def made(
+    trained: TrainedNet, example: Tensor, layers: LatencyTable, seed: int, share: float, way: str
+) -> dict[str, Any]:
     """Make one network; return what it loses on test rows, and its share of the unpruned network's time."""
     net, began = trained.net, time.process_time()
     images = Calibration([*trained.batches, *trained.judging])
     if way in ("channels", "both"):
+        budget: dict[str, Any] = {"latency": share}
+        if len(example) != BATCH:
+            budget["latency_table"] = layers  # `shrink` times whole batches
         knobs: dict[str, Any] = {"depth": way == "both", "distill": {"steps": STEPS}, "progress": False}
-        small = nni_topo.shrink(net, images, {"latency": share}, **knobs)
+        small = nni_topo.shrink(net, images, budget, **knobs)
         report: Any = small.report
         removed = [each.name for each in report.depth.removed] if report.depth else []
     else:
-        small, removed = without_blocks(net, images, share, layers, scores(way, net, trained.batches, seed))
+        scored = scores(way, net, trained.batches, seed)
+        small, removed = without_blocks(net, images, example, share, layers, scored)
     seconds = time.process_time() - began
-    ((taken, _),) = time_shares([small.eval()], net, images[0][:BATCH], seconds=3.0)
+    ((taken, _),) = time_shares([small.eval()], net, example, seconds=3.0)
     worth = trained.worth(small)
     return {"worth": worth, "time": taken, "removed": removed, "seconds": seconds}
 
@@ -121,13 +132,17 @@ def scores(way: str, net: nn.Module, batches: list[Tensor], seed: int) -> Callab
 
 
 def without_blocks(
-    net: nn.Module, images: Calibration, share: float, layers: LatencyTable, scored: Callable[[list[str]], Any]
+    net: nn.Module,
+    images: Calibration,
+    example: Tensor,
+    share: float,
+    layers: LatencyTable,
+    scored: Callable[[list[str]], Any],
 ) -> tuple[nn.Module, list[str]]:
     """Remove whole blocks until a batch takes at most a share of the time, and distil the network."""
     learned, judges = images.split()
     assert judges is not None
     removable = removable_blocks(net, images, whole_blocks=True)
-    example = images[0][:BATCH]
     path = RivalPath(net, learned, judges, None, removable, cost_saved(net, example, "latency", layers))
     path.by_block = scored([candidate.name for candidate in removable.candidates])
     path.nearest(1e-6)  # as many as can go
@@ -141,32 +156,38 @@ def without_blocks(
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return a row for each network, time and way, with means over the seeds and 95 % intervals."""
-    by_key = {tuple(record["key"]): record for record in records}
+    """Return a row for each network, batch, time and way, with means over the seeds and 95 % intervals."""
     rows = []
-    for net, title in NETS.items():
+    for net, share, batch in dict.fromkeys((key[0], key[2], key[4]) for key in (each["key"] for each in records)):
         # Of text fewer bits per byte are better.
         is_text = net == "gpt_small"
         scale, digits = (-1.0, 3) if is_text else (100.0, 1)
-        for share in SHARES:
-            lost: dict[str, dict[int, float]] = {}
-            for way, name in WAYS.items():
-                found = {key[1]: by_key[key] for key in by_key if (key[0], *key[2:]) == (net, share, way)}
-                if not found:
-                    continue
-                lost[way] = {seed: scale * (each["unpruned"] - each["worth"]) for seed, each in found.items()}
-                less = [lost["channels"][seed] - own for seed, own in lost[way].items() if seed in lost["channels"]]
-                columns = [
-                    _shown([100 * each["time"] for each in found.values()], 1),
+        lost: dict[str, dict[int, float]] = {}
+        for way, name in WAYS.items():
+            mine = [
+                record for record in records if record["key"][0] == net and record["key"][2:] == [share, way, batch]
+            ]
+            if not mine:
+                continue
+            lost[way] = {each["key"][1]: scale * (each["unpruned"] - each["worth"]) for each in mine}
+            less = [lost["channels"][seed] - own for seed, own in lost[way].items() if seed in lost["channels"]]
+            rows.append(
+                [
+                    NETS[net],
+                    str(batch),
+                    f"{100 * share:g} %",
+                    name,
+                    str(len(mine)),
+                    _shown([100 * each["time"] for each in mine], 1),
+                    "bits per byte" if is_text else "points",
                     _shown(list(lost[way].values()), digits),
                     "" if way == "channels" else _shown(less, digits),
-                    _shown([float(len(each["removed"])) for each in found.values()], 1),
-                    _shown([each["seconds"] for each in found.values()], 0),
+                    _shown([float(len(each["removed"])) for each in mine], 1),
+                    _shown([each["seconds"] for each in mine], 0),
                 ]
-                unit = "bits per byte" if is_text else "points"
-                rows.append([title, f"{100 * share:.0f} %", name, str(len(found)), *columns[:1], unit, *columns[1:]])
-    head = ["network", "time asked", "what is removed", "seeds", "time kept %", "unit", "lost", "less than channels"]
-    return markdown_table([*head, "blocks removed", "CPU s"], rows, text_columns=3)
+            )
+    head = ["network", "batch", "time asked", "what is removed", "seeds", "time kept %", "unit", "lost"]
+    return markdown_table([*head, "less than channels", "blocks removed", "CPU s"], rows, text_columns=4)
 
 
 def _shown(values: list[float], digits: int) -> str:
