@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import hashlib
 import logging
 import math
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -60,6 +56,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     evaluation_mode,
     fitting,
+    give_back_memory,
     on_device,
     out_of_memory,
     real_positions_of,
@@ -82,7 +79,6 @@ _COSTS = ("flops", "params")
 _COPIES = 16  # of a block while it is pruned, comparisons in double precision included, as measured
 _LEARNING = 20  # values as large as the states that a block keeps for its gradients
 _LEARNED_AT_ONCE = 64  # samples of a step of distillation
-_LARGE = 2**20  # parameters of a block that is worth freeing at once
 _CACHE = 2**28  # bytes for intermediate values of a block
 _COMPARED = 2  # samples on which the written block is compared with the pruned one
 # How far their outputs may be apart: a share of what the block adds, as a GPU may multiply in less than single
@@ -477,12 +473,12 @@ class _Run:
             progress=False,
         )
         pruned = steps.prune(budget)
-        _give_back_memory(work.entered)
+        give_back_memory(work.entered)
         recovered = steps.reconstruct(pruned)
         dense: Any = recovered.dense
         layers = recovered.layers
         del pruned, recovered, steps
-        _give_back_memory(work.entered)
+        give_back_memory(work.entered)
         is_distilled = False
         if self._distill is not False:
             knobs = dict(self._distill) if isinstance(self._distill, Mapping) else {}
@@ -507,7 +503,7 @@ class _Run:
         shape = {"output_length": self._skeleton.output_length}
         self._journal.note(index + 1, asdict(row) | costs | shape)
         del dense, images
-        _give_back_memory(work.entered)
+        give_back_memory(work.entered)
 
     def _note_outputs(self, work: _BlockWork) -> None:
         """Note whether blocks return a tensor or a tuple."""
@@ -820,16 +816,6 @@ def _warnings(rows: Sequence[BlockRow], held_out: Calibration | None) -> tuple[s
             f"samples, {last.calibration_distance:.3g} on calibration data): pass more, or keep a larger share",
         )
     return ()
-
-
-def _give_back_memory(block: nn.Module) -> None:
-    """Free graphs of a traced block, which refer to themselves, and give the heap's free pages back to the system."""
-    if _parameters(block) < _LARGE:
-        return  # it would take longer than all else
-    gc.collect()
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # other C libraries than glibc don't keep them
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _parameters(module: nn.Module) -> int:
