@@ -229,6 +229,7 @@ class ShrinkSteps:
     ) -> ShrinkSteps:
         """Find the layers that can lose channels; ``kind`` is the cost that is made small."""
         prunable = _without_held(model, images.example, layers_to_prune(model, images.example, layers))
+        give_back_memory(model)  # networks that were traced refer to themselves
         device = device_of(model)
         # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
         is_free = round_to is None and device.type != "cuda"

@@ -125,12 +125,12 @@ class Reading:
     def layer(self) -> Products | SampleMatrix:
         """Return what was summed up, targets scaled such that their total variance is 1; the sums are used up."""
         sums, self.equations = self.equations, NormalEquations()
-        weights = self._read_weights() if self.module is self.twin else self._weights_met()
         if sums.samples * _FEW <= sums.unknowns:
-            rows, outputs = (values[0] for values in sums.centred())
-            rows.div_(sums.samples**0.5)
-            outputs = rows @ weights if self.module is self.twin else outputs.div_(sums.samples**0.5)
-            del sums, weights  # as large as what is made now
+            root = sums.samples**0.5
+            rows, outputs = (values[0].div_(root) for values in sums.centred())
+            del sums  # as large as the weights that are read now
+            if self.module is self.twin:
+                outputs = rows @ self._read_weights()
             wanted = outputs * _inverse_root(outputs.square().sum())
             columns = np.ascontiguousarray(rows.T.cpu().numpy())
             return SampleMatrix(
@@ -138,6 +138,7 @@ class Reading:
             )
         own, across, variances = (values[0] for values in sums.covariances())
         if self.module is self.twin:
+            weights = self._read_weights()
             across = own @ weights
             variances = (weights * across).sum(0)
         own.diagonal().mul_(1.0 + _RIDGE)

@@ -253,6 +253,7 @@ def shrink_pretrained(
             run.begin()
         for index in bar("shrink_pretrained", progress, range(journal.done, len(skeleton)), done=journal.done):
             run.prune(index)
+            give_back_memory(skeleton.model)  # of the block, which is let go
         report = run.report()
         run.finish(report, place, card=card)
     (target / ".lock").unlink(missing_ok=True)
@@ -502,8 +503,6 @@ class _Run:
         }
         shape = {"output_length": self._skeleton.output_length}
         self._journal.note(index + 1, asdict(row) | costs | shape)
-        del dense, images
-        give_back_memory(work.entered)
 
     def _note_outputs(self, work: _BlockWork) -> None:
         """Note whether blocks return a tensor or a tuple."""
