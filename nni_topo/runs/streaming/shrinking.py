@@ -76,7 +76,7 @@ from nni_topo.runs.streaming.shards import CONFIG, INDEX, SINGLE, Shards, write_
 from nni_topo.runs.streaming.skeleton import Skeleton, empty_model, output_length, states_of
 
 _COSTS = ("flops", "params")
-_COPIES = 16  # of a block while it is pruned, comparisons in double precision included, as measured
+_COPIES = 12  # of a block while it is pruned, with what the heap holds beside them, as measured
 _LEARNING = 20  # values as large as the states that a block keeps for its gradients
 _LEARNED_AT_ONCE = 64  # samples of a step of distillation
 _CACHE = 2**28  # bytes for intermediate values of a block
@@ -191,7 +191,7 @@ def shrink_pretrained(
     put out, and is to reproduce what the unpruned block makes of the states of the unpruned model, so that it makes up
     for errors of the blocks before it.
 
-    Memory: the embeddings and the head, about sixteen times one block, 8 bytes for each pair of input channels of its
+    Memory: the embeddings and the head, about twelve times one block, 8 bytes for each pair of input channels of its
     widest layer, the states of all samples three times in single precision, and with distillation what 64 samples need
     for gradients. States lie in files of ``folder``, in the precision of the model. With another ``device`` than the
     CPU all of this is the device's memory. The machine's memory then holds the states and attention masks of all
