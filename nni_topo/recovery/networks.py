@@ -36,7 +36,7 @@ class Networks:
     """All forms of one model."""
 
     # Graphs with the same node names, in evaluation mode, on copies of the model's modules.
-    unpruned: GraphModule
+    unpruned: GraphModule  # holds the model's own parameters, which mustn't be written to
     pruned: GraphModule
     result: nn.Module  # a copy of the model, of full size, to be returned
     flow: ChannelFlow
@@ -49,16 +49,17 @@ class Networks:
 def build_networks(model: nn.Module, call: Call, masks: MasksLike) -> Networks:
     """Trace a model, complete its masks and make the networks; ConfigError or SpeedupError where that can't be."""
     checked = check_masks(model, masks)
-    base = detached_copy(model).eval()
+    base = detached_copy(model, light=True).eval()
     # A weight that a forward computes from all others can't be solved anew one by one; what it computes can.
     folded = {name for name, module in base.named_modules() if fold(module)}
-    network, result = Network(model, call), detached_copy(model)
+    network = Network(model, call)
     full = resolve_masks(base, network.flow, checked)
-    unpruned = without_side_effects(network.graph(base)[0])
+    unpruned = without_side_effects(network.graph(base)[0], light=True)
+    pruned = detached_copy(unpruned, light=True)
+    _take_values(pruned, apply_masks(base, call, full))
+    result = detached_copy(model)
     # The result has other weights, but is made dense by the same graph.
     share_answers(model, result)
-    pruned = detached_copy(unpruned)
-    _take_values(pruned, apply_masks(base, call, full))
     return Networks(unpruned, pruned, result, network.flow, full, checked, folded, call)
 
 
@@ -82,13 +83,25 @@ def plan_of(networks: Networks, touched: set[Node]) -> Plan:
 
 
 def _take_values(graph_module: GraphModule, model: nn.Module) -> None:
-    """Give a graph its model's tensors, non-persistent buffers too; constants that only the graph has stay."""
+    """Give a graph the tensors of a model that nothing else needs; buffers too.
+
+    Parameters become the graph's own, each place's another one; constants that only the graph has stay.
+    """
     untie(graph_module, find_ties(graph_module))
-    values = named_tensors(model)
-    with torch.no_grad():
-        for name, tensor in named_tensors(graph_module).items():
+    values, taken = named_tensors(model), set[int]()
+    for name, old in named_tensors(graph_module).items():
+        owner, _, target = name.rpartition(".")
+        if not isinstance(old, nn.Parameter):
             if name in values:
-                tensor.copy_(values[name])
+                with torch.no_grad():
+                    old.copy_(values[name])
+            continue
+        value = values.get(name, old)
+        # A copy where the tensor is the unpruned network's, or is in another place too.
+        is_free = value is not old and id(value) not in taken
+        taken.add(id(value))
+        new = nn.Parameter(value.detach().to(old.dtype, copy=not is_free), requires_grad=old.requires_grad)
+        setattr(graph_module.get_submodule(owner), target, new)
 
 
 def copy_norm_statistics(networks: Networks, call: Call, calibration: Iterable[Any]) -> None:

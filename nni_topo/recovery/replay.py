@@ -21,6 +21,7 @@ from nni_topo.network.runtime import (
     Call,
     bind_arguments,
     calls,
+    detached_copy,
     fitting,
     real_positions_of,
     tensors_of,
@@ -199,9 +200,12 @@ class Replay:
                 values.pop(node, None)
 
 
-def without_side_effects(graph_module: GraphModule) -> GraphModule:
-    """Return a copy of a graph module whose modules and operations don't work in place, where there is a choice."""
-    copied = copy.deepcopy(graph_module)
+def without_side_effects(graph_module: GraphModule, *, light: bool = False) -> GraphModule:
+    """Return a copy of a graph module whose modules and operations don't work in place, where there is a choice.
+
+    A ``light`` one holds the same parameters.
+    """
+    copied: GraphModule = detached_copy(graph_module, light=True) if light else copy.deepcopy(graph_module)
     for module in copied.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]

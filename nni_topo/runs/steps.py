@@ -46,6 +46,7 @@ from nni_topo.network.runtime import (
     device_of,
     evaluation_mode,
     first_call,
+    give_back_memory,
     leaves_models_alone,
     on_device,
     structure_call,
@@ -228,6 +229,7 @@ class ShrinkSteps:
     ) -> ShrinkSteps:
         """Find the layers that can lose channels; ``kind`` is the cost that is made small."""
         prunable = _without_held(model, images.example, layers_to_prune(model, images.example, layers))
+        give_back_memory(model)  # networks that were traced refer to themselves
         device = device_of(model)
         # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
         is_free = round_to is None and device.type != "cuda"
@@ -251,6 +253,7 @@ class ShrinkSteps:
     def prune(self, budget: Budget) -> PrunedNetwork:
         """Prune under a budget."""
         masks, planned = self._choose_channels(budget)
+        give_back_memory(self.model)  # the pruner's copy refers to itself
         full = self.model
         if self.narrows and not budget.equal_blocks:
             full, masks = narrow_instead(self.model, self.images.learned, masks)
@@ -266,6 +269,7 @@ class ShrinkSteps:
                 pruned.full, pruned.masks, images, method=self.compensate, seed=self.seed, progress=self.progress
             )
             full, report = done.model, done.report
+            give_back_memory(self.model)  # so do the networks of the compensation
         else:
             full = _checked_network(self.compensate(pruned.full, pruned.masks, images), "compensate")
         dense = to_dense(full, self.images.example, pruned.masks, round_to=self.round_to)

@@ -158,11 +158,14 @@ class NormalEquations:
         return all(bool(torch.isfinite(total).all()) for total in totals)
 
     def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return covariances of inputs and of these with residuals, in groups, and variances of residuals."""
+        """Return covariances of inputs and of these with residuals, in groups, and variances of residuals.
+
+        The sums of products become them: these equations can't be solved any more.
+        """
         sums = self.sums
         x, y = sums["x"] / self.samples, sums["y"] / self.samples
-        own = (sums["xx"] / self.samples).baddbmm_(x.unsqueeze(2), x.unsqueeze(1), alpha=-1)
-        across = (sums["xy"] / self.samples).baddbmm_(x.unsqueeze(2), y.unsqueeze(1), alpha=-1)
+        own = sums.pop("xx").div_(self.samples).baddbmm_(x.unsqueeze(2), x.unsqueeze(1), alpha=-1)
+        across = sums.pop("xy").div_(self.samples).baddbmm_(x.unsqueeze(2), y.unsqueeze(1), alpha=-1)
         return own, across, sums["yy"] / self.samples - y.square()
 
     def centred(self) -> tuple[Tensor, Tensor]:

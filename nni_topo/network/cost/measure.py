@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import random
@@ -10,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,6 +35,7 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
     taken,
     tensors_of,
+    trim_heap,
 )
 
 _WARMUP_ROUNDS = 5  # untimed rounds before the timed ones
@@ -337,8 +337,7 @@ def memory_kept(tensor: Tensor) -> Iterator[None]:
         yield
     finally:
         del last
-        with suppress(AttributeError):  # other C libraries have no malloc_trim
-            ctypes.CDLL(None).malloc_trim(0)
+        trim_heap()
 
 
 def _seconds_waiting() -> float:

@@ -22,7 +22,14 @@ from nni_topo.network.runtime.arguments import (
 )
 from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, calibration_of, nbytes_of
 from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
-from nni_topo.network.runtime.copying import RandomWeights, detached_copy, device_of, put_parameters, unwrapped_copy
+from nni_topo.network.runtime.copying import (
+    RandomWeights,
+    detached_copy,
+    device_of,
+    in_double,
+    put_parameters,
+    unwrapped_copy,
+)
 from nni_topo.network.runtime.fits import (
     check_fits,
     first_call,
@@ -76,6 +83,7 @@ from nni_topo.network.runtime.inputs import (
     variations_of,
     varied,
 )
+from nni_topo.network.runtime.memory import give_back_memory, trim_heap
 from nni_topo.network.runtime.processes import Processes, digest, in_step
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.reports import (
@@ -168,8 +176,10 @@ __all__ = [
     "fitting_call",
     "forget_evaluated",
     "form_that_fits",
+    "give_back_memory",
     "give_report",
     "hand_on_report",
+    "in_double",
     "in_smaller_batches",
     "in_step",
     "inputs_of",
@@ -202,6 +212,7 @@ __all__ = [
     "together",
     "told_of_changes",
     "torch_random_kept",
+    "trim_heap",
     "unwrapped_copy",
     "variations_of",
     "varied",

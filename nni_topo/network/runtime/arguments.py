@@ -72,12 +72,20 @@ def _no_batches(value: Any) -> str:
     return _kind(value)
 
 
+_HOOK = "_hf_hook"  # where accelerate keeps what loads a module's weights before its forward
+
+
 def _look_at_model(name: str, model: nn.Module, place: str, *, needs_values: bool = True) -> None:
     for parameter, tensor in model.named_parameters():
         if found := unusable(tensor, needs_values=needs_values):
             cure = ""
             if tensor.is_meta:
                 cure = "; nni_topo.shrink_pretrained prunes a folder of Transformers that doesn't fit into memory"
+                if any(hasattr(module, _HOOK) for module in model.modules()):
+                    cure += (
+                        ". Where it fits, load it without device_map, or let "
+                        "accelerate.hooks.remove_hook_from_module(model, recurse=True) load the weights"
+                    )
             raise DataError(
                 f"parameters of a {name} must be tensors with values, got {found}{cure} ({parameter}, {place})"
             )

@@ -128,6 +128,41 @@ def put_parameters(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> N
                 setattr(module, own, made[id(old)][1])
 
 
+def in_double(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that computes in double precision, a large weight at a time: each as it is read.
+
+    It holds the weights of linear layers, convolutions and embeddings as the model does: they mustn't be written to.
+    """
+    copied: nn.Module = detached_copy(model, light=True)
+    as_read: list[tuple[nn.Module, nn.Parameter]] = []
+    for module in copied.modules():
+        weight = module._parameters.get("weight")
+        is_usual = isinstance(module, _READ_BY_FORWARD) and type(module)._apply is nn.Module._apply
+        if is_usual and weight is not None and weight.is_floating_point():
+            as_read.append((module, weight))
+            del module._parameters["weight"]
+    put_parameters(copied, lambda _, old: old.clone())  # `double` works in place
+    copied.double()
+    for module, weight in as_read:
+        module._parameters["weight"] = weight
+        kind = type(module)
+        if kind not in _DOUBLING:
+            own = {"weight": property(_weight_in_double), "__module__": kind.__module__}
+            _DOUBLING[kind] = type(kind.__name__, (kind,), own)
+        module.__class__ = _DOUBLING[kind]
+    return copied
+
+
+_READ_BY_FORWARD = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+_DOUBLING: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _weight_in_double(module: nn.Module) -> Tensor:
+    own = module._parameters["weight"]
+    assert own is not None  # a layer without weight keeps its class
+    return own.double()
+
+
 def is_plain(model: Any) -> bool:
     """Say whether a model is a module whose layers are there to be seen: not scripted, compiled, or spread."""
     # By their names: to import these classes takes longer than all else that looks at a model.

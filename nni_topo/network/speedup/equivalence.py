@@ -31,6 +31,7 @@ from nni_topo.network.runtime import (
     difference,
     fast_paths_off,
     hand_on_report,
+    in_double,
     leaves_models_alone,
     out_of_memory,
     put_parameters,
@@ -327,13 +328,14 @@ def _run(
     outputs = []
     with torch.no_grad():
         for model, record in zip(pair, records, strict=True):
-            runner = detached_copy(model).eval().double() if double else detached_copy(model, light=True).eval()
+            runner = (in_double(model) if double else detached_copy(model, light=True)).eval()
             looks = [(runner.get_submodule(name), partial(_record, name, record)) for name in kept]
             # Both draw the same numbers where a forward draws any.
             # What a forward does in place to its inputs mustn't reach the other model.
             args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
             with random_state_kept(), watched(leaving=looks):
                 outputs.append(tensors_of(runner(*args, **kwargs)))
+            del runner, looks  # before the copy of the other model is made
     return outputs[0], outputs[1], _first_difference(records[0], records[1], kept, rtol)
 
 

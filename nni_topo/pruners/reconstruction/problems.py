@@ -173,7 +173,9 @@ class ReconstructionProblems:
         if (processes := self.calibration.processes) is not None:
             for one in flat:
                 one.equations.pool(processes, device_of(original), f"what enters {names[id(one.module)]}")
-        return {name: _problem(found, name) for name, found in sums.items()}
+        del flat, hooks
+        # One unit's sums after the other's are used up.
+        return {name: _problem(sums.pop(name), name) for name in list(sums)}
 
     def _run(self, original: nn.Module, network: nn.Module, call: Call, index: int) -> None:
         """Run both networks on a batch."""
@@ -227,4 +229,5 @@ def linear_readers(unit: PruningUnit, flow: ChannelFlow, context: PruningContext
 def _problem(found: list[Reading], name: str) -> ReconstructionProblem:
     if not all(one.equations.is_finite() for one in found):
         raise DataError(f"activations must be finite, got NaN or infinity ({name})")
-    return ReconstructionProblem(tuple(one.layer() for one in found))
+    found.reverse()
+    return ReconstructionProblem(tuple(found.pop().layer() for _ in range(len(found))))

@@ -39,13 +39,14 @@ class Reading:
     def __init__(self, reader: ChannelReader, twin: nn.Module, images: int, seed: int) -> None:
         self.module: Any = reader.module
         self.twin = twin
-        self.columns = column_count(reader) // len(reader.places)  # of a channel: kernel elements times positions
+        self._all_columns = column_count(reader)
+        self.columns = self._all_columns // len(reader.places)  # of a channel: kernel elements times positions
         self.equations = NormalEquations()
         weight: Any = reader.module.weight
         self._inputs = torch.from_numpy(reader.places).reshape(1, -1).to(weight.device)
-        self._weights = self._read_weights()
+        self._weights: Tensor | None = None  # where they are multiplied with
         self._images = images
-        self._sampled = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * column_count(reader))
+        self._sampled = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * self._all_columns)
         self._generator = torch.Generator().manual_seed(seed)
         self._shape: Sequence[int]
         self._before: Tensor
@@ -86,13 +87,11 @@ class Reading:
         before, now, shape = self._before, self._now, self._shape
         del self._before, self._now  # they may be large
         places = position_count(self.module, shape)
-        # Of the unpruned network itself the outputs follow from the products of the inputs.
-        weights = self._weights[:, :0] if self.module is self.twin else self._weights
         is_padded = counted is not None and counted.shape == (len(before), places)
         if not is_padded and self._takes_all(now):
             patches = patches_of(self.module, now, self._inputs)
             first_patches = patches if now is before else patches_of(self.module, before, self._inputs)
-            outputs = first_patches.times(weights[None])
+            outputs = first_patches.times(self._weights_met()[None])
             self.equations.add(patches, outputs, outputs)
             return
         positions, stay = draw_unpadded(places, len(before), self._wanted, self._generator, counted)
@@ -102,30 +101,44 @@ class Reading:
         if now is not before:
             first = input_rows(self.module, before, self._inputs, positions, shape)[:, real].double()
         # What the unit adds to the layer's output, without the other channels and the bias.
-        outputs = first @ weights
+        outputs = first @ self._weights_met()
         self.equations.add(rows, outputs, outputs)
+
+    def _weights_met(self) -> Tensor:
+        """Return the weights by which each batch is multiplied, ``(channels * columns, outputs)``."""
+        if self._weights is None:
+            if self.module is self.twin:
+                # Of the unpruned network itself the outputs follow from the products of the inputs.
+                self._weights = self._inputs.new_zeros(self._all_columns, 0, dtype=torch.float64)
+            else:
+                self._weights = self._read_weights()
+        return self._weights
 
     def _takes_all(self, entering: Tensor) -> bool:
         """Say whether the sums over all positions take less work by shifts than those over a sample of rows."""
         geometry = geometry_of(self.module, entering[:1])
         if geometry is None or geometry.elements != self.columns:
             return False
-        outputs = 0 if self.module is self.twin else self._weights.shape[1]
+        outputs = self._weights_met().shape[1]
         return pays(geometry, self._inputs.shape[1], outputs, self._images, self._sampled)
 
     def layer(self) -> Products | SampleMatrix:
-        """Return what was summed up, targets scaled such that their total variance is 1."""
-        sums, weights = self.equations, self._weights
+        """Return what was summed up, targets scaled such that their total variance is 1; the sums are used up."""
+        sums, self.equations = self.equations, NormalEquations()
         if sums.samples * _FEW <= sums.unknowns:
-            rows, outputs = (values[0] / sums.samples**0.5 for values in sums.centred())
-            outputs = rows @ weights if self.module is self.twin else outputs
-            targets = outputs * _inverse_root(outputs.square().sum())
+            root = sums.samples**0.5
+            rows, outputs = (values[0].div_(root) for values in sums.centred())
+            del sums  # as large as the weights that are read now
+            if self.module is self.twin:
+                outputs = rows @ self._read_weights()
+            wanted = outputs * _inverse_root(outputs.square().sum())
             columns = np.ascontiguousarray(rows.T.cpu().numpy())
             return SampleMatrix(
-                columns, targets.cpu().numpy(), _RIDGE * np.square(columns).sum(1), self.columns, rows.device
+                columns, wanted.cpu().numpy(), _RIDGE * np.square(columns).sum(1), self.columns, rows.device
             )
         own, across, variances = (values[0] for values in sums.covariances())
         if self.module is self.twin:
+            weights = self._read_weights()
             across = own @ weights
             variances = (weights * across).sum(0)
         own.diagonal().mul_(1.0 + _RIDGE)
@@ -134,10 +147,10 @@ class Reading:
 
     def _read_weights(self) -> Tensor:
         """Weights by which the layer reads the unit's columns, ``(channels * columns, outputs)``, float64."""
-        weight = by_output(weight_used(self.module).detach().double(), self.module)
+        weight = by_output(weight_used(self.module).detach(), self.module)
         inputs = self._inputs[0]
         kernels = weight.flatten(2) if weight.dim() > 2 else weight[..., None]
-        rows = weight.new_zeros(len(inputs), kernels.shape[2], len(weight))
+        rows = weight.new_zeros(len(inputs), kernels.shape[2], len(weight), dtype=torch.float64)
         step, width = len(weight) // getattr(self.module, "groups", 1), weight.shape[1]
         for index, channel in enumerate(inputs.tolist()):
             group = channel // width

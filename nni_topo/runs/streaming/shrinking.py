@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import hashlib
 import logging
 import math
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -64,6 +60,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     evaluation_mode,
     fitting,
+    give_back_memory,
     on_device,
     out_of_memory,
     real_positions_of,
@@ -84,10 +81,9 @@ from nni_topo.runs.streaming.shards import CONFIG, INDEX, SINGLE, Shards, write_
 from nni_topo.runs.streaming.skeleton import Skeleton, empty_model, output_length, states_of
 
 _COSTS = ("flops", "params")
-_COPIES = 16  # of a block while it is pruned, comparisons in double precision included, as measured
+_COPIES = 12  # of a block while it is pruned, with what the heap holds beside them, as measured
 _LEARNING = 20  # values as large as the states that a block keeps for its gradients
 _LEARNED_AT_ONCE = 64  # samples of a step of distillation
-_LARGE = 2**20  # parameters of a block that is worth freeing at once
 _CACHE = 2**28  # bytes for intermediate values of a block
 _COMPARED = 2  # samples on which the written block is compared with the pruned one
 # How far their outputs may be apart: a share of what the block adds, as a GPU may multiply in less than single
@@ -206,7 +202,7 @@ def shrink_pretrained(
     put out, and is to reproduce what the unpruned block makes of the states of the unpruned model, so that it makes up
     for errors of the blocks before it.
 
-    Memory: the embeddings and the head, about sixteen times one block, 8 bytes for each pair of input channels of its
+    Memory: the embeddings and the head, about twelve times one block, 8 bytes for each pair of input channels of its
     widest layer, the states of all samples three times in single precision (four times where blocks are removed), and
     with distillation what 64 samples need for gradients. States lie in files of ``folder``, in the precision of the
     model. With another ``device`` than the CPU all of this is the device's memory. The machine's memory then holds the
@@ -277,6 +273,7 @@ def shrink_pretrained(
             run.begin()
         for number in bar("shrink_pretrained", progress, range(journal.done, len(journal.kept)), done=journal.done):
             run.prune(number)
+            give_back_memory(skeleton.model)  # of the block, which is let go
         report = run.report()
         run.finish(report, place, card=card)
     (target / ".lock").unlink(missing_ok=True)
@@ -584,14 +581,14 @@ class _Run:
             progress=False,
         )
         pruned = steps.prune(budget)
-        _give_back_memory(work.entered)
+        give_back_memory(work.entered)
         recovered = steps.reconstruct(pruned)
         dense: Any = recovered.dense
         layers = recovered.layers
         del pruned, recovered, steps
         if isinstance(work.wanted, WantedStates):
             self._make_up(work, work.wanted, dense, images)
-        _give_back_memory(work.entered)
+        give_back_memory(work.entered)
         is_distilled = False
         if self._distill is not False:
             knobs = dict(self._distill) if isinstance(self._distill, Mapping) else {}
@@ -615,8 +612,6 @@ class _Run:
         }
         shape = {"output_length": self._skeleton.output_length}
         self._journal.note(number + 1, asdict(row) | costs | shape)
-        del dense, images
-        _give_back_memory(work.entered)
 
     def _note_outputs(self, net: BlockNet, batch: dict[str, Any]) -> None:
         """Note whether blocks return a tensor or a tuple; the model must know it to pass by a block."""
@@ -953,16 +948,6 @@ def _warnings(rows: Sequence[BlockRow], held_out: Calibration | None) -> tuple[s
             f"samples, {last.calibration_distance:.3g} on calibration data): pass more, or keep a larger share",
         )
     return ()
-
-
-def _give_back_memory(block: nn.Module) -> None:
-    """Free graphs of a traced block, which refer to themselves, and give the heap's free pages back to the system."""
-    if _parameters(block) < _LARGE:
-        return  # it would take longer than all else
-    gc.collect()
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # other C libraries than glibc don't keep them
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _parameters(module: nn.Module) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo import RandomPruner, dependency_groups, to_dense
-from nni_topo.network.runtime.copying import RandomWeights, detached_copy, put_parameters
+from nni_topo.network.runtime.copying import RandomWeights, detached_copy, in_double, put_parameters
 
 CONFIG = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
 
@@ -77,6 +77,41 @@ def test_a_light_copy_holds_the_weights_until_others_are_put_in_their_places():
     assert copied[2].weight is copied[0].weight is not model[0].weight
     assert not bool(copied[0].weight.any())
     assert bool(model[0].weight.all())
+
+
+class Tied(nn.Module):
+    """An embedding whose weights are the head's too, a recurrent layer and a norm, in half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.units, self.norm = nn.Embedding(7, 4), nn.LSTM(4, 4, batch_first=True), nn.LayerNorm(4)
+        self.conv, self.head = nn.Conv1d(4, 4, 1), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.table.weight
+        self.register_buffer("shift", torch.ones(4))
+        self.bfloat16()
+
+    def forward(self, numbers):
+        values = self.norm(self.units(self.table(numbers))[0] + self.shift)
+        return self.head(self.conv(values.mT).mT) @ self.table.weight
+
+
+def test_a_copy_in_double_precision_computes_as_one_and_holds_the_large_weights_as_they_are():
+    torch.manual_seed(0)
+    model, numbers = Tied().eval(), torch.randint(7, (3, 5))
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    full = detached_copy(model).double()
+    copied = in_double(model)
+    with torch.no_grad():
+        found, expected = copied(numbers), full(numbers)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert all(copied.get_submodule(n)._parameters["weight"] is model.get_submodule(n).weight for n in ("conv", "head"))
+    now = model.state_dict(keep_vars=True)
+    for name, (tensor, values) in before.items():
+        assert now[name] is tensor
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, values)
+    assert type(model.head) is nn.Linear
 
 
 def test_random_weights_differ_from_row_to_row_and_from_layer_to_layer():
