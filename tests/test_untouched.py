@@ -439,3 +439,18 @@ def test_what_takes_gradients_takes_them_under_a_callers_mode_without_any(mode, 
         assert not torch.is_grad_enabled()
         assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_callers_autocast_changes_nothing():
+    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).split(16)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3))
+    found = []
+    for is_on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            found.append(nni_topo.shrink(model, images, {"flops": 0.5}, distill={"steps": 4}))
+            assert torch.is_autocast_enabled("cpu") == is_on
+    plain, mixed = (list(each.parameters()) for each in found)
+    assert all(torch.equal(*pair) for pair in zip(plain, mixed, strict=True))
+    distances = [[stage.distance for stage in each.report.stages] for each in found]
+    assert distances[0] == distances[1]

@@ -10,7 +10,7 @@ import random
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -44,13 +44,15 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     isn't a module has nothing to put back.
 
     Parts that ``torch.compile`` has compiled run as they are written, for compiled ones call no hooks and show no
-    operations, unless ``as_compiled`` is True.
+    operations, unless ``as_compiled`` is True. A caller's ``torch.autocast`` is off likewise.
     """
     put_back: list[_PutBack] = []
     seen: dict[int, Any] = {}
     runs_written = not as_compiled and any(isinstance(model, nn.Module) and has_compiled(model) for model in models)
-    # What is made in a caller's inference mode takes no gradients, for good.
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+    # What is made in a caller's inference mode takes no gradients, for good. Sums of products that a caller's autocast
+    # rounds to three digits say little of a network.
+    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with inference, nullcontext() if as_compiled else _autocast_off():
         for model in models:
             if isinstance(model, nn.Module):
                 _write_down(model, put_back, seen)
@@ -60,6 +62,18 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
             finally:
                 for each in put_back:
                     each()
+
+
+@contextmanager
+def _autocast_off() -> Iterator[None]:
+    """Let models compute in their own precision within a caller's ``torch.autocast``; they may ask for another."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu", "cuda", *([] if accelerator is None else [accelerator.type])}
+    with ExitStack() as stack:
+        for kind in sorted(kinds):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:
