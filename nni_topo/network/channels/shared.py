@@ -21,7 +21,7 @@ from nni_topo.network.channels.ids import FIXED, ChannelIds
 from nni_topo.network.layers import PER_CHANNEL, TRANSPOSED, is_depthwise, is_recurrent, row_names
 from nni_topo.sharing import find_ties
 
-Dimensions = list[np.ndarray | None]
+_Dimensions = list[np.ndarray | None]
 """The ids of the channels along the first dimensions of a tensor; None, and nothing, where it can't be cut."""
 
 
@@ -53,7 +53,7 @@ def couple_shared_weights(
                     ids.pin(np.unique(kept), reasons.shared_weight(place.rpartition(".")[0]))
 
 
-def _pairs(one: Dimensions, other: Dimensions) -> list[tuple[np.ndarray, np.ndarray]]:
+def _pairs(one: _Dimensions, other: _Dimensions) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the ids that meet in each dimension; against a dimension that can't be cut, all channels have to stay."""
     found = []
     for first, second in zip_longest(one, other):
@@ -81,7 +81,7 @@ def _node_of(name: str, nodes: Mapping[str, Node], traced: GraphModule) -> Node:
 
 def _ids_of_places(
     traced: GraphModule, one: str, other: str, ids: ChannelIds, entering: Mapping[str, np.ndarray]
-) -> list[Dimensions]:
+) -> list[_Dimensions]:
     """Return the ids along the dimensions of a tensor at two of its places, so that they can be compared one by one."""
     modules = [traced.get_submodule(name.rpartition(".")[0]) for name in (one, other)]
     owns = [name.rpartition(".")[2] for name in (one, other)]
@@ -94,9 +94,9 @@ def _ids_of_places(
     return [_dimensions(name, module, ids, entering) for name, module in zip((one, other), modules, strict=True)]
 
 
-def _whole(owner: str, ids: ChannelIds, entering: Mapping[str, np.ndarray]) -> Dimensions:
+def _whole(owner: str, ids: ChannelIds, entering: Mapping[str, np.ndarray]) -> _Dimensions:
     """Return the ids of what leaves a layer and of what enters it; of a norm, of what enters it."""
-    found: Dimensions = []
+    found: _Dimensions = []
     if owner in ids.layers:
         found.append(_leaving(owner, ids))
     if len(entering.get(owner, ())):
@@ -109,7 +109,7 @@ def _leaving(owner: str, ids: ChannelIds) -> np.ndarray:
     return np.arange(layer.first, layer.first + layer.channels)
 
 
-def _dimensions(name: str, module: Any, ids: ChannelIds, entering: Mapping[str, np.ndarray]) -> Dimensions:
+def _dimensions(name: str, module: Any, ids: ChannelIds, entering: Mapping[str, np.ndarray]) -> _Dimensions:
     """Return the ids along the dimensions of a module's tensor, as far as the module can be cut along them."""
     owner, _, own = name.rpartition(".")
     if name in ids.free_parameters:
