@@ -11,6 +11,7 @@ import logging
 import operator
 import sys
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -239,7 +240,8 @@ class _Recorder(TorchFunctionMode):
             raise SpeedupError("what picks among lists by value (a detector, of its boxes) is followed part by part")
         found = tuple(self._node(each) for each in tensors_of(self.outputs))
         self.graph.output(found[0] if isinstance(self.outputs, Tensor) else found)
-        self._givers = dict(self._nodes)
+        # Weakly, for another tensor may get the id of one that is freed, such as one of a second run.
+        self._givers = {id(each): (weakref.ref(each), self._nodes[id(each)]) for each in self._alive}
         self._nodes.clear()
         self._alive.clear()
 
@@ -400,8 +402,9 @@ class _Recorder(TorchFunctionMode):
                 self._enter(each, self.graph.call_function(operator.getitem, (node, key)))
 
     def node_of(self, tensor: Tensor) -> Node | None:
-        """Return the node that gave a tensor, which still exists, in the run; None if none did."""
-        return self._givers.get(id(tensor))
+        """Return the node that gave a tensor in the run; None if none did."""
+        reference, node = self._givers.get(id(tensor), (None, None))
+        return node if reference is not None and reference() is tensor else None
 
     def _node(self, tensor: Tensor) -> Node:
         if id(tensor) not in self._nodes:

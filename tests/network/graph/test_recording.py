@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from nni_topo import RandomPruner, create_pruner, dependency_groups, masked_model, to_dense
 from nni_topo.errors import SpeedupError
 from nni_topo.network.channels.rules import FIXED
+from nni_topo.network.graph import recording
 from nni_topo.network.graph.recording import LayerResults, record
 from nni_topo.network.speedup.network import Network
 
@@ -525,3 +526,14 @@ def test_what_nothing_reads_must_fit_in_the_dense_model_too(how, widths):
     dense = to_dense(model, x, masks)
     assert {name: dense.get_submodule(name).out_channels for name in widths} == widths
     torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
+
+
+def test_a_tensor_with_the_id_of_a_freed_one_came_from_nowhere():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    recorder = recording._Recorder(model, recording._ModuleKinds(model), {"input": torch.randn(4, 6)})
+    others = [torch.randn(4, 6) for _ in range(200)]
+    again = [each for each in others if id(each) in recorder._givers]
+    assert again  # that of an output between the layers
+    assert all(recorder.node_of(each) is None for each in again)
+    (output,) = (node for node in recorder.graph.nodes if node.op == "output")
+    assert recorder.node_of(recorder.outputs) is output.args[0]
