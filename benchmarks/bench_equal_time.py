@@ -28,6 +28,7 @@ from bench_block import BATCH, TrainedNet
 from torch import Tensor, nn
 
 import nni_topo
+from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost import LatencyTable, measure_latency, time_shares
 from nni_topo.network.runtime import Calibration
 from nni_topo.runs.depth import DepthPath, Removal, cost_saved, removable_blocks
@@ -56,7 +57,7 @@ class RivalPath(DepthPath):
         if self.by_block is None:
             return super().choose(candidates, scores)
         own = [self.by_block[candidate.name] for candidate in candidates]
-        return own.index(min(own))
+        return first_smallest(own)
 
 
 def main() -> None:

@@ -361,9 +361,8 @@ def _add_larger(passed: list[TriedNetwork], made: Callable[[float], TriedNetwork
     shares = [each.candidate.asked for each in passed]
     largest = max(passed, key=lambda each: each.candidate.asked)
     for _ in range(_MORE):
-        if not largest.is_safe and max(shares) ** 0.5 * _NEAR < 1.0:
-            share = max(shares) ** 0.5
-        else:
+        share = max(shares) ** 0.5
+        if largest.is_safe or share * _NEAR >= 1.0:
             ordered = sorted(each.candidate.asked for each in passed)
             gaps = sorted(((large / small, small) for small, large in itertools.pairwise(ordered)), reverse=True)
             middles = [small * quotient**0.5 for quotient, small in gaps if quotient > _GAP]
