@@ -62,12 +62,14 @@ FORMATS: dict[str, tuple[torch.dtype, torch.memory_format]] = {
     "float16, channels last": (torch.float16, torch.channels_last),
 }
 UNPRUNED = "unpruned"
-OURS: dict[str, tuple[dict[str, float], int | None]] = {
-    "shrink": ({"flops": SHARE}, None),
-    "shrink, any width": ({"flops": SHARE}, 1),
-    "shrink, multiples of 32": ({"flops": SHARE}, 32),
-    "shrink, half the time": ({"latency": SHARE}, None),
+OURS: dict[str, dict[str, Any]] = {
+    "shrink": {"budget": {"flops": SHARE}},
+    "shrink, any width": {"budget": {"flops": SHARE}, "round_to": 1},
+    "shrink, multiples of 32": {"budget": {"flops": SHARE}, "round_to": 32},
+    "shrink, half the time": {"budget": {"latency": SHARE}},
+    "shrink, half the time, blocks too": {"budget": {"latency": SHARE}, "depth": True},
 }
+COMPILED = ("shrink", "shrink, multiples of 32", "shrink, half the time, blocks too")
 UNIFORM = ("l1", "fpgm", PREFIX)
 SELECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "l1": ("l1", {}),
@@ -190,9 +192,8 @@ def pruned(bench: Bench, name: str, way: str) -> Row:
         return result
 
     if way in OURS:
-        budget, round_to = OURS[way]
-        shrink = functools.partial(nni_topo.shrink, model, bench.images, budget, distill=False, round_to=round_to)
-        nets[way] = step("whole", lambda: shrink(progress=False))
+        shrink = functools.partial(nni_topo.shrink, model, bench.images, distill=False, progress=False)
+        nets[way] = step("whole", lambda: shrink(**OURS[way]))
     elif way == PREFIX:
         # it removes the channels itself
         ratio = bench.ratio(name, way)
@@ -243,7 +244,7 @@ def compiled_rows(bench: Bench) -> list[Row]:
 def _compiled(nets: dict[str, nn.Module]) -> dict[str, nn.Module]:
     torch.compiler.reset()
     # With CUDA graphs, so that the time of a small batch isn't that of launching kernels.
-    chosen = {name: nets[name] for name in (UNPRUNED, "shrink") if name in nets}
+    chosen = {name: nets[name] for name in (UNPRUNED, *COMPILED) if name in nets}
     return {name: torch.compile(model, dynamic=False, mode="reduce-overhead") for name, model in chosen.items()}
 
 

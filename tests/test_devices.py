@@ -32,7 +32,9 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.maths.least_squares import shifts
 from nni_topo.network.layers import keep_original_width
+from nni_topo.network.runtime.processes import Processes
 from nni_topo.pruners.registry import create_pruner, list_pruners
 from nni_topo.recovery import distillation
 from nni_topo.recovery.registry import list_recoveries
@@ -151,6 +153,50 @@ def test_compensation(device, knobs):
         return states(nni_topo.compensate(model, masks, BATCHES, **knobs), place)
 
     agree(run, device)
+
+
+def test_sums_of_long_kernels(device, monkeypatch):
+    transformed, spectrum = [], shifts._spectrum
+
+    def seen(values: torch.Tensor, lengths: Any) -> torch.Tensor:
+        transformed.append(values.device)
+        return spectrum(values, lengths)
+
+    monkeypatch.setattr(shifts, "_spectrum", seen)
+
+    def run(place: torch.device) -> Any:
+        torch.manual_seed(0)
+        layers = [nn.Conv1d(1, 6, 9), nn.ReLU(), nn.Conv1d(6, 6, 64, padding=32), nn.ReLU(), nn.Flatten()]
+        model = nn.Sequential(*layers, nn.Linear(6 * 93, 4)).to(place).eval()
+        masks = {"0": {"weight": torch.ones(6, 1, 9, device=place)}}
+        masks["0"]["weight"][[1, 4]] = 0.0
+        signals = torch.randn(64, 1, 100, generator=torch.Generator().manual_seed(1))
+        dense = nni_topo.compensate(model, masks, [signals])
+        return states(dense, place), dense(signals[:4].to(place))
+
+    agree(run, device)
+    assert device in transformed
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_processes_on_gpus_add_up_sums_that_lie_anywhere(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        processes = Processes(torch.distributed.group.WORLD)
+        for place in (CPU, torch.device("cuda", 0)):
+            sums = [torch.arange(6.0, dtype=torch.float64, device=place).reshape(2, 3).T, torch.ones((), device=place)]
+            processes.add(sums, "sums")
+            processes.agree(sums, "weights")
+            assert {each.device for each in sums} == {place}
+            assert sums[0].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+            found = processes.total(torch.ones(2, dtype=torch.float64, device=place), place, "total")
+            assert found is not None
+            assert (found.device, found.tolist()) == (place, [1.0, 1.0])
+        assert processes.gather({"a": torch.ones(2)}, "values")[0]["a"].tolist() == [1.0, 1.0]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("knobs", [{}, {"objective": "squares", "augment": lambda images: images + 0.1}])

@@ -28,6 +28,7 @@ from nni_topo.errors import (
     one_of,
     unknown_name,
 )
+from nni_topo.network.attention import accepted_heads
 from nni_topo.network.channels import reasons
 from nni_topo.network.cost import Kept, LatencyTable, NetworkCost, measure_latency, time_shares
 from nni_topo.network.runtime import example_inputs_of, unwrapped_copy
@@ -196,6 +197,7 @@ class BudgetPlanner(Planner):
         self.outcome: BudgetOutcome | None = None  # None until the widths are found
         self._cost: Callable[[Kept], float] | None = None
         self._warns = True  # where the budget is missed
+        self._accepted: dict[str, list[int]] = {}  # numbers of heads that a config accepts, by layer
         self._aim: float | None = None  # what the table must say so that the dense network takes the share
 
     def change(self, budget: Budget) -> None:
@@ -210,6 +212,8 @@ class BudgetPlanner(Planner):
 
     def counts(self, units: Sequence[PruningUnit], losses: Losses, model: nn.Module) -> dict[str, int]:
         """Return how many rows each unit keeps under the budget."""
+        if self.budget.equal_blocks:
+            self._accepted = accepted_heads(model)
         cost = share_left(units, self._network_cost(units, model), self.rounded)
         kept = kept_if(units, self.rounded)
         bounds, share = [unit.removable_rows for unit in units], self.budget.share
@@ -240,6 +244,15 @@ class BudgetPlanner(Planner):
         tell = tell_if_missed if self._warns else outcome_of
         self.outcome = tell(self.budget, self.left, self._why_missed(units, removed, model, cost))
         return {unit.name: unit.kept_rows(count) for unit, count in zip(units, removed, strict=True)}
+
+    def rounded(self, unit: PruningUnit, rows: int) -> int:
+        """Return the least number of rows, from ``rows`` on, that ``round_to`` and the model's config allow."""
+        accepted = [set(self._accepted[layer]) for layer in unit.layers if layer in self._accepted]
+        for count in range(rows, unit.rows):
+            rounded = super().rounded(unit, count)
+            if all(rounded in each for each in accepted):
+                return rounded
+        return unit.rows
 
     def _why_missed(
         self,

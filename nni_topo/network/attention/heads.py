@@ -401,6 +401,38 @@ def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
             setattr(module, key, of_heads // old * kept)
 
 
+def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
+    """Return the numbers of heads that configs of Transformers accept, by layer that makes queries, keys or values.
+
+    Transformers 5 checks its configs, and of most classes the number of heads has to divide the width, also where the
+    size of a head is given on its own. Layers whose config accepts every number are left out.
+    """
+    found = {}
+    for name, attention in find_attention(model).items():
+        module: Any = model.get_submodule(name)
+        config: Any = getattr(module, "config", getattr(model, "config", None))
+        # Transformers 4 checks nothing, and a config may have a setting of that name
+        if not callable(getattr(config, "validate", None)):
+            continue
+        accepted = [count for count in range(1, attention.heads + 1) if _accepts(config, attention.heads, count)]
+        if len(accepted) < attention.heads:
+            found.update(dict.fromkeys(attention.channels, accepted))
+    return found
+
+
+def _accepts(config: Any, old: int, kept: int) -> bool:
+    """Say whether a config may have so many of its heads; they are counted as sets that are pruned together."""
+    changed = copy.deepcopy(config)
+    for key in (*_COUNTS, *_SHARED_COUNTS):
+        if isinstance(getattr(changed, key, None), int):
+            setattr(changed, key, getattr(changed, key) // old * kept)
+    try:
+        changed.validate()
+    except Exception:
+        return False  # each class has errors of its own
+    return True
+
+
 def set_size(module: Any, old: int, size: int, heads: int) -> None:
     """Set how many channels of each head of a module are kept; its layers are cut already."""
     _set_unfused(module)
