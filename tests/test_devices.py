@@ -362,7 +362,7 @@ def test_compares_cell(device, choice, tmp_path):
     def run(place: torch.device) -> Any:
         cell = Cell(
             ModelChoice("small_cnn"),
-            DataChoice("digits", limit=96, test_limit=16),
+            DataChoice("digits", limit=96, test_limit=70),
             choice,
             Target("ratio", 0.5),
             seed=0,
@@ -385,7 +385,7 @@ def test_compares_cell(device, choice, tmp_path):
     agree(run, device)
     found, expected = accuracies[device.type], accuracies["cpu"]
     assert expected
-    # Two of some seventy images: a network whose outputs are all alike decides some of them by rounding.
+    # Two of seventy images: a network whose outputs are all alike decides some of them by rounding.
     torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.layers import (
     NORMS,
     RECURRENT,
@@ -104,7 +105,7 @@ class NetworkCost:
             if name in sizes:  # embeddings compute nothing
                 calls = _by_sample(modules[name], sizes[name], samples)
                 self._layers[name] = dataclasses.replace(
-                    _layer_cost(network, name, modules[name], calls),
+                    _layer_cost(self._flow, name, modules[name], calls),
                     has_weight=is_new(f"{name}.{weight_name(modules[name])}"),
                     has_bias=is_new(f"{name}.{row_names(modules[name])[-1]}"),
                 )
@@ -171,8 +172,7 @@ class NetworkCost:
         return found
 
 
-def _layer_cost(network: Network, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
-    flow = network.flow
+def _layer_cost(flow: ChannelFlow, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
     entering = [flow.entering_group_ids(name)]
     biases = int(has_bias(module))
     if is_recurrent(module):
