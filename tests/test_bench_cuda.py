@@ -85,4 +85,4 @@ def test_the_page_has_the_tables_of_the_records(bench, tmp_path):
     copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     bench.main(["--into", str(benchmarks / "records" / "cuda.json"), str(copy)])
     assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
-    assert "| vit_b_16, float32, batch 64 | 55.2 | 33.7 | 33.7 | 31.7 | 32.6 |" in copy.read_text(encoding="utf-8")
+    assert "| vit_b_16, float32, batch 64 | 54.9 | 33.4 | 33.3 | 31.5 | 32.3 |" in copy.read_text(encoding="utf-8")

@@ -122,3 +122,31 @@ def test_a_budget_leaves_blocks_equally_wide(name: str, pruner: str, tmp_path: P
     assert len(widths[1]) == 1
     assert sum(each.numel() for each in dense.parameters()) < 0.85 * sum(each.numel() for each in model.parameters())
     check_stock(dense, tmp_path)
+
+
+class Checked(transformers.LlamaConfig):
+    """Checks what Transformers 5 checks, in version 4 too."""
+
+    def validate(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.num_attention_heads} heads for a width of {self.hidden_size}")
+
+
+@pytest.mark.parametrize("round_to", [None, 2])
+def test_a_budget_keeps_a_number_of_heads_that_the_config_accepts(round_to: int | None) -> None:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 3, "num_attention_heads": 8, "hidden_size": 32, "head_dim": 4}
+    model = transformers.LlamaForCausalLM(Checked(**sizes)).eval()
+    texts = [torch.randint(5, 31, (16, 6), generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    layers = [{"op_names_re": [r".*\.self_attn"], "granularity": "head"}]
+    kept = {}
+    for share in (0.95, 0.8, 0.75):
+        budget = {"params": share, "equal_blocks": True}
+        dense: Any = nni_topo.shrink(model, texts, budget, pruner="l1", layers=layers, round_to=round_to, distill=False)
+        kept[share] = dense.config.num_attention_heads
+        assert {block.self_attn.q_proj.out_features for block in dense.model.layers} == {4 * kept[share]}
+        dense.config.validate()
+    # Of 8 heads 4, 2 and 1 are accepted beside all: with a few removed all stay.
+    assert kept[0.95] == 8
+    assert kept[0.75] < 8
+    assert set(kept.values()) <= {8, 4, 2, 1}

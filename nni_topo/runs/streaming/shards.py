@@ -127,14 +127,37 @@ def write_index(folder: Path, files: Mapping[str, Iterable[str]], nbytes: int) -
     write_json(folder / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": where})
 
 
-def key_of(name: str, shards: Shards, prefix: str) -> str | None:
+def keys_by_name(model: Any, shards: Shards) -> dict[str, str]:
+    """Return the names that tensors have in the files, by the names that Transformers gives them in a model.
+
+    Transformers 5 renames tensors where a class has changed since its files were written. Tensors that it joins or
+    splits are left out: no file holds them as the model does.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # Transformers 4 reads the names as they are
+        return {key: key for key in shards.names}
+    changes = get_model_conversion_mapping(model)
+    found: dict[str, str] = {}
+    for key in sorted(shards.names):
+        name, is_whole = key, True
+        for change in changes:
+            name, matched = change.rename_source_key(name)
+            is_whole &= matched is None or isinstance(change, WeightRenaming)
+        if is_whole:
+            found[name] = key
+    return found
+
+
+def key_of(name: str, keys: Mapping[str, str], prefix: str) -> str | None:
     """Return the name that a model's tensor has in the files: with or without the prefix of the base model."""
     # BERT's first files call the weights and biases of norms gamma and beta; Transformers reads them as well.
     older = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
     for each in (name, older):
-        for key in (each, f"{prefix}.{each}", each.removeprefix(f"{prefix}.")):
-            if key in shards:
-                return key
+        for candidate in (each, f"{prefix}.{each}", each.removeprefix(f"{prefix}.")):
+            if candidate in keys:
+                return keys[candidate]
     return None
 
 

@@ -18,7 +18,7 @@ from nni_topo.disk import reading
 from nni_topo.errors import ConfigError, DataError, listed
 from nni_topo.network.layers import as_torch_layers, is_transposed_linear
 from nni_topo.network.runtime import Call, evaluation_mode, on_device, tensors_of
-from nni_topo.runs.streaming.shards import CONFIG, Shards, check_float, key_of
+from nni_topo.runs.streaming.shards import CONFIG, Shards, check_float, key_of, keys_by_name
 
 _PACKAGES = ("transformers", "accelerate")
 
@@ -69,6 +69,7 @@ class Skeleton:
         model = _without_weights(shards.folder)
         self.prefix = str(getattr(model, "base_model_prefix", ""))
         self.blocks_name = _blocks_of(model, shards.folder)
+        self._keys_by_name = keys_by_name(model, shards)
         self.output_length = 0  # of the tuple that a block returns; 0: it returns a tensor
         self._visit: _Visit | None = None
         self._take(model)
@@ -122,7 +123,7 @@ class Skeleton:
         found: dict[str, str] = {}
         missing = []
         for name, label in wanted.items():
-            key = key_of(name, self.shards, self.prefix)
+            key = key_of(name, self._keys_by_name, self.prefix)
             if key is None:
                 missing.append(name)
             else:
@@ -171,7 +172,7 @@ class Skeleton:
             if not name.startswith(inside):
                 tied.setdefault(id(tensor), []).append(name)
         for names in tied.values():
-            known = [name for name in names if key_of(name, self.shards, self.prefix) is not None]
+            known = [name for name in names if key_of(name, self._keys_by_name, self.prefix) is not None]
             first = (known or names)[0]
             own[first] = first
         self._fill(self.model, self._keys(own))
