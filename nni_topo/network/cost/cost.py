@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.layers import (
     NORMS,
     RECURRENT,
@@ -105,7 +104,7 @@ class NetworkCost:
             if name in sizes:  # embeddings compute nothing
                 calls = _by_sample(modules[name], sizes[name], samples)
                 self._layers[name] = dataclasses.replace(
-                    _layer_cost(self._flow, name, modules[name], calls),
+                    self._layer_cost(name, calls),
                     has_weight=is_new(f"{name}.{weight_name(modules[name])}"),
                     has_bias=is_new(f"{name}.{row_names(modules[name])[-1]}"),
                 )
@@ -136,6 +135,30 @@ class NetworkCost:
         for group_ids, parameters in self._norms.values():
             self._rest -= parameters * len(group_ids)
         self._bytes = max((parameter.element_size() for parameter in model.parameters()), default=4)
+
+    def _layer_cost(self, name: str, calls: list[tuple[Size, Size]]) -> _LayerCost:
+        flow, module = self._flow, self._modules[name]
+        entering = [flow.entering_group_ids(name)]
+        biases = int(has_bias(module))
+        if is_recurrent(module):
+            # In each direction, units read what enters and one another; those of further levels all of the level below.
+            units = flow.group_ids(flow.unit_channel_ids(name))
+            directions = 2 if module.bidirectional else 1
+            further = (module.num_layers - 1) * directions
+            entering = directions * [*entering, units] + further * (directions + 1) * [units]
+            biases *= 2 * directions * module.num_layers
+        return _LayerCost(
+            entering=np.concatenate(entering),
+            leaving=flow.group_ids_of(name),
+            groups=getattr(module, "groups", 1),
+            kernel=int(np.prod(weight_of(module).shape[2:])),
+            # A transposed convolution computes at its input positions, all others at those of their output.
+            positions=sum(_positions(module, call[not isinstance(module, TRANSPOSED)]) for call in calls),
+            entering_positions=max(_positions(module, entering) for entering, _ in calls),
+            leaving_positions=max(_positions(module, leaving) for _, leaving in calls),
+            together=max(leaving[-2] if len(leaving) > 3 else _positions(module, leaving) for _, leaving in calls),
+            bias=biases,
+        )
 
     def __call__(self, kept: Kept) -> Cost:
         """Count the cost with the ``kept`` channels of layers; a layer without an entry keeps all."""
@@ -170,30 +193,6 @@ class NetworkCost:
                     if isinstance(rows := getattr(module, own, None), torch.Tensor):
                         found[name][own] = stays.to(rows).view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
         return found
-
-
-def _layer_cost(flow: ChannelFlow, name: str, module: Any, calls: list[tuple[Size, Size]]) -> _LayerCost:
-    entering = [flow.entering_group_ids(name)]
-    biases = int(has_bias(module))
-    if is_recurrent(module):
-        # In each direction, units read what enters and one another; those of further levels all of the level below.
-        units = flow.group_ids(flow.unit_channel_ids(name))
-        directions = 2 if module.bidirectional else 1
-        further = (module.num_layers - 1) * directions
-        entering = directions * [*entering, units] + further * (directions + 1) * [units]
-        biases *= 2 * directions * module.num_layers
-    return _LayerCost(
-        entering=np.concatenate(entering),
-        leaving=flow.group_ids_of(name),
-        groups=getattr(module, "groups", 1),
-        kernel=int(np.prod(weight_of(module).shape[2:])),
-        # A transposed convolution computes at its input positions, all others at those of their output.
-        positions=sum(_positions(module, call[not isinstance(module, TRANSPOSED)]) for call in calls),
-        entering_positions=max(_positions(module, entering) for entering, _ in calls),
-        leaving_positions=max(_positions(module, leaving) for _, leaving in calls),
-        together=max(leaving[-2] if len(leaving) > 3 else _positions(module, leaving) for _, leaving in calls),
-        bias=biases,
-    )
 
 
 def _by_sample(module: Any, calls: list[tuple[Size, Size]], samples: int) -> list[tuple[Size, Size]]:
