@@ -247,13 +247,19 @@ def test_a_base_model_is_named_if_the_config_tells_it(tmp_path: Path, monkeypatc
     (kept / "refs" / "main").write_text("0" * 40)
     load = transformers.BertForSequenceClassification.from_pretrained
     loaded = load("some/tiny-bert", cache_dir=tmp_path / "cache", local_files_only=True).config
-    dense.config._name_or_path, dense.config._commit_hash = loaded._name_or_path, loaded._commit_hash
+    dense.config._name_or_path = loaded._name_or_path
+    # Later versions don't note the commit.
+    if hasattr(loaded, "_commit_hash"):
+        dense.config._commit_hash = loaded._commit_hash
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     nni_topo.save_pretrained(dense, "named")
     assert card_of(Path("named")).data.base_model == "some/tiny-bert"
     assert "https://huggingface.co/some/tiny-bert" in Path("named/README.md").read_text()
     # Places on this machine are no names of the hub, and nobody's business.
     made("Bert").save_pretrained("runs/bert")
-    dense.config._commit_hash = load("runs/bert").config._commit_hash
+    if hasattr(loaded, "_commit_hash"):
+        dense.config._commit_hash = load("runs/bert").config._commit_hash
     # One of them is gone, or the program has another working folder now.
     for place in (str(tmp_path / "runs" / "bert"), "runs/bert", "./runs/bert", "runs/gone", "a/b/c", ""):
         dense.config._name_or_path = place
@@ -383,6 +389,8 @@ def test_a_model_that_was_changed_since_gets_no_card(tmp_path: Path) -> None:
 
 
 def test_a_config_with_an_attribute_of_that_name_is_no_check(tmp_path: Path) -> None:
+    if callable(getattr(transformers.BertConfig, "validate", None)):
+        pytest.skip("Transformers 5 calls its own method of that name")
     dense = neurons_removed()
     dense.config.validate = True
     nni_topo.save_pretrained(dense, tmp_path)

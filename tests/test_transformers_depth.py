@@ -27,12 +27,14 @@ def found_in(name, **knobs):
     ],
 )
 def test_blocks_and_parts_of_them_are_found(name, blocks, parts):
-    _, found = found_in(name)
+    model, found = found_in(name)
+    if name.startswith("ViT") and hasattr(model.vit, "layers"):  # since Transformers 5.17, with an MLP of its own
+        blocks, parts = "vit.layers", ("attention", "mlp")
     wanted = []
     for number in range(3):
         wanted.append(f"{blocks}.{number}")
         # The keys of the first attention say how many tokens a decoder has seen.
-        wanted += [f"{blocks}.{number}.{part}" for part in parts if number or part == "mlp"]
+        wanted += [f"{blocks}.{number}.{part}" for part in parts if number or part != "attn"]
     assert [each.name for each in found.candidates] == wanted
     assert not found.kept
     assert [each.name for each in found_in(name, whole_blocks=True)[1].candidates] == [

@@ -84,15 +84,16 @@ def _digest(text: str) -> str:
 
 def _base_model(config: Any) -> str | None:
     """Return the name on the hub that a model was loaded by; None if it wasn't loaded from there."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
 
     name = getattr(config, "_name_or_path", None)
-    # Transformers notes the commit of what it has loaded from the hub, and none for a folder of such a name.
-    is_from_hub = getattr(config, "_commit_hash", None) is not None
-    if not is_from_hub or not isinstance(name, str) or os.path.exists(name):
+    if not isinstance(name, str) or os.path.exists(name):
         return None
     try:
-        validate_repo_id(name)
+        is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError:
         return None
-    return name
+    # Up to 5.17 Transformers notes the commit of what it has loaded from the hub, and none for a folder of such a name.
+    # Later versions don't, but what was loaded from the hub lies in its cache.
+    return name if is_cached or getattr(config, "_commit_hash", None) is not None else None
