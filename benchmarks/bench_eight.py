@@ -4,8 +4,8 @@
 
 trains ResNet-20 on 5,000 images of Fashion-MNIST, asks `shrink` for an eighth of the time, which it measures in PyTorch
 on one thread, with and without ``depth=True``, and exports the networks to ONNX. ``--net`` and ``--share`` take another
-network and share. Calibration data are 1,024 of the training images without labels. Accuracy is that of the test
-images; times are those of onnxruntime on one thread, the least of 50 runs of each network in turns, for one image and
+network and share. Calibration data are 1,024 of the training images without labels, or ``--images``. Accuracy is that
+of the test images; times are those of onnxruntime on one thread, the least of 50 runs of each network in turns, for one image and
 for 16. A line per network goes to ``eight.jsonl``; the same command goes on where it was stopped.
 """
 
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--net", default=NET, help="of the zoo")
     parser.add_argument("--share", type=float, default=SHARE, help="of the time")
+    parser.add_argument("--images", type=int, default=CALIBRATED, help="for calibration, without labels")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -44,11 +46,11 @@ def main() -> None:
     done = {tuple(record["key"]) for record in read_records(path)}
     data = zoo.load_data("fashion-mnist", options.data_dir, limit=TRAINED)
     for seed in options.seeds:
-        keys = {way: (options.net, options.share, seed, way) for way in WAYS}
+        keys = {way: (options.net, options.share, options.images, seed, way) for way in options.ways}
         if all(key in done for key in keys.values()):
             continue
         net = trained_net(options.net, seed, data, options.out)
-        images = list(data.train[:CALIBRATED][0].split(BATCH))
+        images = list(data.train[: options.images][0].split(BATCH))
         for way, key in keys.items():
             if key not in done:
                 began = time.process_time()
@@ -92,16 +94,18 @@ def times_faster(net: nn.Module, small: nn.Module, images: Tensor, folder: Path)
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Return a row for each network, time and way, with means over the seeds and 95 % intervals."""
+    """Return a row for each network, time, number of images and way, with means over the seeds and 95 % intervals."""
     rows = []
-    for net, share in dict.fromkeys((record["key"][0], record["key"][1]) for record in records):
+    for net, share, images in dict.fromkeys(tuple(record["key"][:3]) for record in records):
         by_way: dict[str, dict[int, float]] = {}
         for way, title in WAYS.items():
-            found = [record for record in records if record["key"][:2] == [net, share] and record["key"][3] == way]
+            found = [
+                record for record in records if record["key"][:3] == [net, share, images] and record["key"][4] == way
+            ]
             if not found:
                 continue
             columns = [[record["faster"][index] for record in found] for index in range(len(BATCHES))]
-            lost = {record["key"][2]: 100 * (record["unpruned"] - record["accuracy"]) for record in found}
+            lost = {record["key"][3]: 100 * (record["unpruned"] - record["accuracy"]) for record in found}
             columns += [
                 [100 * record["left"] for record in found],
                 [100 * record["unpruned"] for record in found],
@@ -112,11 +116,20 @@ def table(records: list[dict[str, Any]]) -> str:
             by_way[way] = lost
             less = [by_way["channels"][seed] - lost[seed] for seed in lost if seed in by_way.get("channels", {})]
             paired = "" if way == "channels" else _shown(less)
-            first = [net, f"{100 * share:g} %", title, str(len(found))]
+            first = [net, f"{100 * share:g} %", f"{images:,}", title, str(len(found))]
             rows.append([*first, *(_shown(column) for column in columns), paired])
-    head = ["network", "time asked", "what is removed", "seeds", "times faster: 1 image", "16 images", "MACs kept %"]
+    head = [
+        "network",
+        "time asked",
+        "images",
+        "what is removed",
+        "seeds",
+        "times faster: 1 image",
+        "16 images",
+        "MACs kept %",
+    ]
     head += ["unpruned %", "points lost", "blocks removed", "CPU s", "points less than by channels"]
-    return markdown_table(head, rows, text_columns=3)
+    return markdown_table(head, rows, text_columns=4)
 
 
 def _shown(values: list[float]) -> str:

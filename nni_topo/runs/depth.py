@@ -616,7 +616,7 @@ class DepthSteps(ShrinkSteps):
         short = self._path(budget).states[count]
         if self._left(budget, count) <= budget.share:
             dense = to_dense(short.net, self.images.example, {})
-            pruned = PrunedNetwork(short.net, {}, dense, None)
+            pruned = PrunedNetwork(short.net, {}, lambda: dense, None)
             recovered = RecoveredNetwork(pruned, dense, dense_report_of(dense), None)
             tried: tuple[Tried, ...] = ()
         else:

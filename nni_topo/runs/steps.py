@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -171,8 +171,14 @@ class PrunedNetwork:
 
     full: nn.Module  # of full size, heads made narrower
     masks: MasksLike
-    dense: nn.Module
+    make_dense: Callable[[], nn.Module]
     planned: BudgetOutcome | None  # the outcome as the pruner counts it; None where it accepts no budget
+
+    # A search, and pruning block by block, look at most networks after recovery alone.
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The dense network, made when it is first asked for."""
+        return self.make_dense()
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,8 @@ class ShrinkSteps:
         full = self.model
         if self.narrows and not budget.equal_blocks:
             full, masks = narrow_instead(self.model, self.images.learned, masks)
-        return PrunedNetwork(full, masks, to_dense(full, self.images.example, masks, round_to=self.round_to), planned)
+        make_dense = partial(to_dense, full, self.images.example, masks, round_to=self.round_to)
+        return PrunedNetwork(full, masks, make_dense, planned)
 
     def reconstruct(self, pruned: PrunedNetwork) -> RecoveredNetwork:
         """Reconstruct the weights of a pruned network, if that was asked for."""
