@@ -84,7 +84,7 @@ from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.distilling import Verdict, check_can_learn
 from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs, check_augment, check_one_shape
-from nni_topo.recovery.likeness import Answers
+from nni_topo.recovery.likeness import NO_SCALE, Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.recovery.report import SMALL, CompensationReport
@@ -557,6 +557,8 @@ def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any, 
             f"distillation must have at least two samples, one to judge by, got {images.samples}: pass more, or leave "
             "distillation out: shrink(..., distill=False) (images)"
         )
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        return  # it has no layer to prune, which `layers_to_prune` says
     check_one_shape(calls(model, images))
     knobs: Mapping[str, Any] = {} if distill is True else distill
     first = next(calls(model, images))
@@ -624,6 +626,9 @@ class Measurements:
 
     def warnings(self) -> tuple[str, ...]:
         """Return what makes the figures of the last network doubtful, and what to do about it."""
+        if math.isinf(self.stages[-1].distance):
+            _logger.warning("%s", NO_SCALE)
+            return (NO_SCALE,)
         return (*self._worse(), *self._few_images())
 
     def _worse(self) -> tuple[str, ...]:

@@ -144,10 +144,25 @@ class ToleranceOutcome:
             found += f", at most {self.limit:.3g} with 95 % confidence, on {self.held_out} held-out samples"
             found += " that the search didn't use"
         text = f"the tolerance of {self.tolerance:g} is met: {found}; {self.left:.4g} of the {self.kind} are kept"
-        text += f" ({tried})"
-        if self.needed:
-            text += f". {self.needed} held-out samples without a change are needed for this tolerance"
-        return text
+        return f"{text} ({tried})"
+
+    def told_candidates(self) -> str:
+        """Return the candidates as a table of text, with a line that says what it shows."""
+        names = {
+            "asked": f"{self.kind} asked for",
+            "left": f"{self.kind} left",
+            "is_distilled": "distilled",
+            "is_within": "within the tolerance",
+        }
+        if self.measure == "evaluate":
+            heading = f"the candidates, judged by evaluate, with the shares of the {self.kind}:"
+        else:
+            heading = (
+                f"the candidates, judged on {self.judges} samples, with the shares of the {self.kind}; limit is the "
+                f"upper 95 % limit of the difference if the {self.held_out} held-out samples gave the same difference:"
+            )
+        frame = self.to_frame().rename(columns=names).dropna(axis="columns", how="all")
+        return f"{heading}\n{frame.to_string(index=False, float_format=lambda value: f'{value:.4g}')}"
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,12 @@ def test_the_smallest_network_within_the_tolerance_is_found_and_confirmed():
     assert [stage.network for stage in small.report.stages] == ["unpruned", "pruned", "reconstructed"]
     shown = repr(small.report)
     assert "the tolerance of 0.01 is met: share of changed answers 0, at most 0.00994 with 95 % confidence" in shown
-    assert "299 held-out samples without a change are needed" in shown
+    assert "measured on 300 held-out samples, with 95 % intervals; 300 other samples are the calibration data" in shown
+    assert "the rest judged the candidates" in shown
+    assert "are needed" not in shown  # the tolerance is met
+    told = shown[shown.index("the candidates, judged on 200 samples, with the shares of the flops; limit is ") :]
+    assert told.splitlines()[1].split("  ")[0].strip() == "flops asked for"
+    assert len(told.splitlines()) >= 2 + len(found.candidates)
     frame = found.to_frame()
     assert len(frame) == len(found.candidates)
     assert list(frame["left"]) == [each.left for each in found.candidates]

@@ -428,7 +428,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
                     skipped[name] = (reasons.convolves_channels(),)
                 elif name in flow.in_training:
                     skipped[name] = (reasons.training_only(name),)
-                elif not _is_used(flow, network.model, name):
+                elif name and not _is_used(flow, network.model, name):
                     skipped[name] = (reasons.not_run(),)
                 else:
                     skipped[name] = (why_not_followed(network.model, name),)
@@ -576,7 +576,7 @@ def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
     """Collect layers by the reason why they keep all channels."""
     found: dict[str, list[str]] = {}
     for name, why in skipped.items():
-        found.setdefault(why, []).append(name)
+        found.setdefault(why, []).append(name or "the model itself")
     return found
 
 
@@ -608,6 +608,8 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
 
 def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
     """Return why a layer keeps its channels although no other layer knows of them."""
+    if not name:
+        return reasons.model_output()  # the layer is the whole model
     if isinstance(model.get_submodule(name), RECURRENT):
         return reasons.recurrent_state()
     if weight_is_computed(model.get_submodule(name)):
