@@ -61,6 +61,7 @@ from nni_topo.network.speedup import (
     check_masks,
     dense_report_of,
     dependency_groups,
+    groups_of,
     held_by_unselected,
     to_dense,
     unprunable_layers,
@@ -490,19 +491,21 @@ def _without_held(model: nn.Module, example: Any, prunable: Prunable) -> Prunabl
 
     Raises ConfigError where that holds for all of them.
     """
-    groups = dependency_groups(model, example, prunable.entries)
-    prunable = replace(prunable, groups=groups)
+    groups = groups_of(model, example, prunable.entries, warns=not prunable.is_default)
     held = held_by_unselected(Network.on(model, example).flow, groups.layers())
-    if not held:
-        return prunable
     why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
-    if len(held) == len({name for group in groups.layers() for name in group}):
+    if held and len(held) == len({name for group in groups.layers() for name in group}):
         told = "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())
         raise ConfigError(
             f"layers must include those that share channels with the layers it names, got {told}: name these, too "
             "(layers)"
         )
-    return replace(prunable, unpruned=prunable.unpruned | why)
+    entries = prunable.entries
+    if prunable.is_default:
+        # Masks of theirs would only be taken back, and until then keep the layers from being reconstructed.
+        entries = [{"op_names": [name for name in entries[0]["op_names"] if name not in held]}]
+        groups = groups_of(model, example, entries)
+    return replace(prunable, entries=entries, unpruned=prunable.unpruned | why, groups=groups)
 
 
 def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]]) -> None:

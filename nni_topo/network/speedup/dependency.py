@@ -201,6 +201,19 @@ def dependency_groups(
     >>> groups.skipped
     {'2': "it gives the model's output"}
     """
+    return groups_of(model, example_inputs, config_list, strict=strict)
+
+
+@leaves_models_alone
+def groups_of(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    config_list: list[dict[str, Any]],
+    *,
+    strict: bool = False,
+    warns: bool = True,
+) -> DependencyGroups:
+    """Return what :func:`dependency_groups` does; unless it ``warns``, of a choice that isn't the user's own."""
     check_names(model, config_list)
     network = Network.on(model, example_inputs)
     given = _select(model, config_list)
@@ -219,7 +232,8 @@ def dependency_groups(
     choice = _choose(model, flow, order, selection, unpruned, projections)
     if strict:
         _check_none_left_out(choice.left_out)
-    _warn(flow, groups, choice)
+    if warns:
+        _warn(flow, groups, choice)
     entries = _write_entries(flow, order, selection, choice)
     # Output projections that lose columns keep all rows.
     ties = partial_couplings(flow, choice.by_row - _followers(flow))
