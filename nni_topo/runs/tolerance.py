@@ -371,13 +371,14 @@ def _add_larger(passed: list[TriedNetwork], made: Callable[[float], TriedNetwork
     """Try larger networks than the smallest one; what is within the tolerance joins the others.
 
     If the first look fails, no network is returned. So the largest one must be within the tolerance by a margin: each
-    is half of the way from the one before to the whole network, in quotients. Then the widest gaps are filled.
+    is half of the way from the one before to the whole network, in quotients. Then the widest gaps are filled. A single
+    network that passed gets a larger one beside it whatever its margin: it is the best of six by the judging images.
     """
     shares = [each.candidate.asked for each in passed]
     largest = max(passed, key=lambda each: each.candidate.asked)
     for _ in range(_MORE):
         share = max(shares) ** 0.5
-        if largest.is_safe or share * _NEAR >= 1.0:
+        if (largest.is_safe and len(passed) > 1) or share * _NEAR >= 1.0:
             ordered = sorted(each.candidate.asked for each in passed)
             gaps = sorted(((large / small, small) for small, large in itertools.pairwise(ordered)), reverse=True)
             middles = [small * quotient**0.5 for quotient, small in gaps if quotient > _GAP]
