@@ -13,8 +13,8 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import reduce
@@ -74,6 +74,25 @@ def leaves_out_by(advice: str) -> Callable[[Callable[_Given, _Returned]], Callab
     return decorate
 
 
+_CALLED_AS: ContextVar[tuple[str, str]] = ContextVar("called_as", default=("", ""))
+
+
+def called_as(place: str) -> str:
+    """Return the name by which the user called a function: that of a verb which passes its arguments to it."""
+    function, verb = _CALLED_AS.get()
+    return verb if place == function else place
+
+
+@contextmanager
+def calling(function: str, verb: str) -> Iterator[None]:
+    """Let errors of a function name the ``verb`` that calls it."""
+    token = _CALLED_AS.set((function, verb))
+    try:
+        yield
+    finally:
+        _CALLED_AS.reset(token)
+
+
 class GradientError(ConfigError):
     """A network that can't learn, because no gradients can be taken of its outputs."""
 
@@ -120,16 +139,23 @@ def unknown_name(kind: str, name: str, known: Iterable[str], place: str) -> Conf
 def hint_of(name: str, known: Iterable[str]) -> str:
     """Name the nearest names there are to an unknown one, or else all."""
     names = sorted({each for each in known if each})
-    # Capitals are a frequent mistake ("L1"), and names that differ in them alone are near.
-    folded = {each.casefold(): each for each in names}
-    wanted = name.casefold()
-    near = [folded[wanted]] if wanted in folded else []
-    near = near or [folded[each] for each in difflib.get_close_matches(wanted, folded, n=3, cutoff=0.5)]
-    if not near and len(name) > 2:
-        near = [folded[each] for each in folded if wanted in each][:3]
+    near = _nearest(name, names)
     if near:
         return f"did you mean {', '.join(near)}?"
     return f"known: {listed(names, _MOST_NAMES)}" if names else "there are none"
+
+
+def _nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return the names that are near to an unknown one, the nearest first."""
+    # Capitals are a frequent mistake ("L1"), and names that differ in them alone are near.
+    folded = {each.casefold(): each for each in sorted({each for each in known if each})}
+    wanted = name.casefold()
+    if wanted in folded:
+        return [folded[wanted]]
+    near = [folded[each] for each in difflib.get_close_matches(wanted, folded, n=3, cutoff=0.5)]
+    if not near and len(name) > 2:
+        near = [folded[each] for each in folded if wanted in each][:3]
+    return near
 
 
 @dataclass(frozen=True)
@@ -169,10 +195,15 @@ class Rule:
             if self.look is not None:
                 self.look(name, value, place)
             return
-        if self.names and isinstance(value, str):
+        if self.names and isinstance(value, str) and self._is_misspelt(value):
             raise unknown_name(name, value, self.names, place)
         found = shown(value) if self.tell is None else self.tell(value)
         raise self.error(f"{name} must be {self.words}, got {found} ({place})")
+
+    def _is_misspelt(self, text: str) -> bool:
+        """Say whether a text was meant as one of the names: nothing else is allowed, or one of them is near."""
+        others = set(self.words.split(" or ")) - set(map(repr, self.names)) - {"None"}
+        return not others or bool(_nearest(text, self.names))
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Rule:
@@ -328,7 +359,7 @@ def checked(**rules: Rule) -> Callable[[Callable[_Given, _Returned]], Callable[_
 
         @functools.wraps(function)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:
-            check_knobs(place, {**dict(zip(names, args, strict=False)), **kwargs}, table())
+            check_knobs(called_as(place), {**dict(zip(names, args, strict=False)), **kwargs}, table())
             return function(*args, **kwargs)
 
         return run

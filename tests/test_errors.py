@@ -87,7 +87,7 @@ MISTYPED = {
     "cost": (lambda _: nni_topo.shrink(small(), [ROWS], {"flop": 0.5}), "budget"),
     "allocation": (lambda _: nni_topo.shrink(small(), [ROWS], {"flops": 0.5, "allocation": "eror"}), "budget"),
     "pruner of frontier": (lambda _: nni_topo.frontier(small(), [ROWS], shares=(0.5,), pruner="l11"), "frontier"),
-    "objective": (lambda _: nni_topo.distill(small(), small(), [ROWS], objective="kll"), "distillation"),
+    "objective": (lambda _: nni_topo.distill(small(), small(), [ROWS], objective="kll"), "distill"),
     "method": (lambda _: nni_topo.compensate(small(), {}, [ROWS], method="pears"), "compensate"),
     "pruner of create_pruner": (lambda _: nni_topo.create_pruner("l11", small(), HALF), "create_pruner"),
     "knob of create_pruner": (lambda _: nni_topo.create_pruner("l1", small(), HALF, mod="a"), "create_pruner"),
@@ -160,3 +160,38 @@ def test_a_name_of_a_type_is_what_it_names():
     named = TypeAliasType("named", typing.Union[str, None])  # noqa: UP007
     assert rule_of("named", {"named": named}).words == rule_of("str | None").words
     assert rule_of(text).words == rule_of("str | None").words
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: nni_topo.compensate(small(), {}, [ROWS], seed="a"), ConfigError, r"got 'a' \(compensate\)$"),
+        (lambda: nni_topo.compensation(small(), {}, [ROWS], seed="a"), ConfigError, r"got 'a' \(compensation\)$"),
+        (lambda: nni_topo.compensate("net", {}, [ROWS]), ConfigError, r"got a str \(compensate\)$"),
+        (
+            lambda: nni_topo.compensate(small(), {}, [ROWS], sed=1),
+            TypeError,
+            r"^compensate\(\) got an unexpected .* 'sed'$",
+        ),
+        (lambda: nni_topo.compensate(small(), {}), TypeError, r"^compensate\(\) missing a required argument: 'calib"),
+        (lambda: nni_topo.distill(small(), small(), [ROWS], steps=-1), ConfigError, r"got -1 \(distill\)$"),
+        (
+            lambda: nni_topo.distill(small(), small(), [ROWS], step=1),
+            TypeError,
+            r"^distill\(\) got an unexpected .* 'step'$",
+        ),
+    ],
+)
+def test_an_error_names_the_function_that_was_called(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_a_text_that_is_near_to_no_name_is_told_what_else_is_allowed():
+    images = [torch.rand(16, 4)]
+    with pytest.raises(
+        ConfigError, match=r"round_to must be an integer of at least 1 or 'auto' or None, got '8' \(shr"
+    ):
+        nni_topo.shrink(small(), images, {"flops": 0.5}, round_to="8")
+    with pytest.raises(ConfigError, match=r"round_to must be a known name, got 'Auto'; did you mean auto\? \(shrink\)"):
+        nni_topo.shrink(small(), images, {"flops": 0.5}, round_to="Auto")

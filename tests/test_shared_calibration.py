@@ -289,6 +289,8 @@ def test_a_process_without_data_ends_all(two: Any, what: str) -> None:
     kind, words = first[f"no data: {what}"]
     assert kind == "ProcessError"
     assert "but rank 1 stopped: DataError: calibration must hold at least one batch, got none" in words
+    verbs = {"recalibrate": "recalibrate_batch_norm", "pruner": "ReconstructionPruner"}
+    assert words.endswith(f"{verbs.get(what, what)})")
 
 
 @pytest.mark.slow
@@ -305,9 +307,9 @@ def test_neither_errors_nor_refusals_change_the_model(two: Any) -> None:
     ("what", "kind", "words"),
     [
         ("overflow", "DataError", "activations must be finite, got NaN or infinity (head)"),
-        ("knobs", "ConfigError", "must be equal in all processes, got rank 0: seed 0, rank 1: seed 1 (compensation)"),
+        ("knobs", "ConfigError", "must be equal in all processes, got rank 0: seed 0, rank 1: seed 1 (compensate)"),
         ("groups", "ConfigError", "groups must be given in all processes or in none, got [False, True]"),
-        ("calls", "ProcessError", "make the same calls, got rank 0 at compensation, rank 1 at recalibrate_batch_norm"),
+        ("calls", "ProcessError", "make the same calls, got rank 0 at compensate, rank 1 at recalibrate_batch_norm"),
         ("too few to judge", "DataError", "samples to solve on and samples to judge by, got [1, 0] by process"),
         ("block", "ConfigError", "a method must solve by sums over samples"),
         ("distill", "ConfigError", "with distill=False and methods by name, got distill"),

@@ -223,7 +223,9 @@ def test_blocks_a_tolerance_and_warnings_are_told() -> None:
     assert f"- T{str(block)[1:]}." in text
     assert f"T{str(found)[1:]}." in text
     assert text.endswith("## Warnings\n\n- Few images.\n- And more.")
-    assert f"the {report.images} samples are the calibration data" in text  # others chose the network
+    assert (
+        f"{report.images} other samples are the calibration data, the rest judged the candidates" in text
+    )  # others chose the network
 
 
 def test_an_evaluation_functions_figures_are_in_the_table() -> None:

@@ -307,7 +307,7 @@ class BudgetPlanner(Planner):
 def no_nearer(budget: Budget, allocations: Sequence[str]) -> str:
     """Say why whole channels miss a budget, and which other allocation of the pruner's may come nearer."""
     others = [repr(name) for name in allocations if budget.allocation not in (name, AUTO)]
-    cure = f"; the allocation {' or '.join(others)} may" if others else ""
+    cure = f"; the allocation {' or '.join(others)} may come nearer" if others else ""
     return f"{_NO_NEARER[budget.allocation]}{cure}"
 
 

@@ -168,6 +168,9 @@ def solve_timed(
     does, the nearest few are timed once more, in turns: of several timings the nearest is so by luck, too, and from one
     minute to the next a machine is faster with large networks, or with small ones.
 
+    A time may jump over the share, as where channels fill vector registers: then the slowest network that takes no more
+    is returned, for the nearest one would miss the budget.
+
     If no network takes so little, the widest of a few is returned that takes about as little as any, and not the
     narrowest: it would be ruined for nothing.
     """
@@ -201,11 +204,13 @@ def solve_timed(
         power = table[0] / min(taken[0], _LEAST_GAIN) if wanted < taken[0] else None
         aim = math.exp(np.interp(wanted, taken, table) if power is None else wanted * power)
     best = look_again()
-    if found[best][0] <= share + near:
+    fast_enough = [removed for removed, (remaining, _) in found.items() if remaining <= share + near]
+    if fast_enough:
+        best = best if best in fast_enough else max(fast_enough, key=lambda removed: found[removed][0])
         return list(best), *found[best]
     # The time is that of calling operations, which widths don't change: the widest network that is about as fast.
     wider = {tuple(solve(aim)): aim for aim in _WIDER} | {best: found[best][1]}
     times = dict(zip(wider, timed(list(wider)), strict=True))
     least = min(times.values())
-    chosen = next(removed for removed in wider if times[removed] <= _AS_FAST * least)
+    chosen = next(removed for removed in wider if times[removed] <= max(share + near, _AS_FAST * least))
     return list(chosen), times[chosen], wider[chosen]

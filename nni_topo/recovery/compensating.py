@@ -13,7 +13,7 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 from torch.fx import Node
 
-from nni_topo.errors import ConfigError, checked, instance
+from nni_topo.errors import ConfigError, checked, instance, listed
 from nni_topo.network.runtime import (
     BATCHES,
     MASKS,
@@ -31,7 +31,7 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
     structure_call,
 )
-from nni_topo.network.speedup import MasksLike
+from nni_topo.network.speedup import MasksLike, by_reason
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics, plan_of
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
@@ -340,7 +340,7 @@ def held_out_groups(calibration: Calibration, sizes: Sequence[int]) -> Tensor | 
 
 def _warn(report: CompensationReport) -> None:
     if report.left_alone:
-        named = ", ".join(f"{name} ({reason})" for name, reason in report.left_alone.items())
+        named = ", ".join(f"{listed(names)} ({why})" for why, names in by_reason(report.left_alone).items())
         _logger.warning("layers that read removed channels and couldn't be reconstructed: %s", named)
     for text in report.warnings:
         _logger.warning("%s", text)

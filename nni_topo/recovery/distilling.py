@@ -643,7 +643,7 @@ def check_can_learn(
 
     ConfigError for outputs that can't be compared, GradientError for outputs without gradients.
     """
-    student = student_copy(model, call)
+    student = _student(model, call)
     lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks)
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))), 0)
 

@@ -25,8 +25,13 @@ from nni_topo.network.runtime import (
 )
 from nni_topo.recovery.lesson import ComparedOutputs, Outputs, compared_outputs, read_outputs
 
+NO_SCALE = (
+    "the unpruned network's outputs don't vary over the samples by which the networks are compared, so that distances, "
+    "which are shares of that variance, are infinite: pass samples that differ"
+)
 _Z = 1.959964  # 95 % of a normal distribution
 _TAIL = 0.975
+_ROUNDING = 1e-14  # of a sum of squares in double precision
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,9 @@ def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[flo
         if processes is not None:
             processes.add([total, counts], "the scale of outputs")
         samples, observations, squares = counts.tolist()
-        scales.append(max(squares - float(total.square().sum()) / observations, 0.0) / samples)
+        around_mean = squares - float(total.square().sum()) / observations
+        # Of outputs that never vary, rounding leaves something, and a share of that would be a number of no meaning.
+        scales.append(around_mean / samples if around_mean > _ROUNDING * squares else 0.0)
     return scales
 
 

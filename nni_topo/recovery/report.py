@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from nni_topo.errors import listed
+from nni_topo.errors import calling, listed
 
 if TYPE_CHECKING:
     import pandas
@@ -145,11 +146,21 @@ def _note(layer: LayerReport) -> str:
 
 
 def signed_like(other: Callable[P, Any]) -> Callable[[Callable[..., _Made]], Callable[P, _Made]]:
-    """Give a function the signature of another one, to which it passes its arguments."""
+    """Give a function the signature of another one, to which it passes its arguments; errors name the function."""
 
     def sign(function: Any) -> Any:
-        own = inspect.signature(function)
-        function.__signature__ = inspect.signature(other).replace(return_annotation=own.return_annotation)
-        return function
+        signature = inspect.signature(other).replace(return_annotation=inspect.signature(function).return_annotation)
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}() {error}") from None
+            with calling(other.__name__, function.__name__):
+                return function(*args, **kwargs)
+
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        return run
 
     return sign

@@ -34,6 +34,7 @@ from nni_topo.network.speedup import (
     OUTPUT,
     DenseReport,
     MasksLike,
+    by_reason,
     dense_report_of,
     sizes_in_markdown,
     to_dense,
@@ -75,6 +76,7 @@ from nni_topo.runs.tolerance import (
 if TYPE_CHECKING:
     import pandas
 
+_NAMES = 8  # of layers that a line names
 _MANY = 8  # so many channels make it worth telling that only one is left
 _logger = logging.getLogger(__name__)
 
@@ -239,11 +241,10 @@ class ShrinkReport(ModelReport):
                 f"{measured} measured on the {self.images} calibration samples, on which networks look better than "
                 "they are"
             )
-        others = "" if self.tolerance is not None and self.tolerance.measure != "evaluate" else "other "
-        return (
-            f"{measured} measured on {self.held_out} held-out samples, with 95 % intervals; the {self.images} "
-            f"{others}samples are the calibration data"
-        )
+        others = f"the {self.images} other samples are the calibration data"
+        if self.tolerance is not None and self.tolerance.measure != "evaluate":
+            others = f"{self.images} other samples are the calibration data, the rest judged the candidates"
+        return f"{measured} measured on {self.held_out} held-out samples, with 95 % intervals; {others}"
 
     def _rows(self) -> list[dict[str, Any]]:
         """Return the table's rows, with numbers and intervals as text."""
@@ -276,7 +277,7 @@ class ShrinkReport(ModelReport):
             lines.append(str(self.outputs))
         if self.tolerance is not None:
             lines.append(str(self.tolerance))
-            lines.append(self.tolerance.to_frame().to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+            lines.append(self.tolerance.told_candidates())
         if self.budget is not None:
             lines.append(str(self.budget))
         if self.depth is not None:
@@ -286,14 +287,16 @@ class ShrinkReport(ModelReport):
         lines += [f"warning: {each}" for each in self.warnings]
         lines += map(repr, self.tried)
         left_alone = self.compensation.left_alone if self.compensation else {}
-        lines += [f"the weights of {name} are not reconstructed: {reason}" for name, reason in left_alone.items()]
+        for reason, names in by_reason(left_alone).items():
+            lines.append(f"the weights of {listed(names, _NAMES)} are not reconstructed: {reason}")
         # Of a layer that keeps all channels, one line says why.
-        lines += [
-            f"{row.name} keeps {row.kept} channels that were to be removed: {row.reason}"
-            for row in self.layers.kept
-            if row.name not in self.whole
-        ]
-        lines += [f"{name} keeps all channels: {why}" for name, why in self.whole.items() if why != OUTPUT]
+        held = {f"{row.name} {row.kept}": row.reason for row in self.layers.kept if row.name not in self.whole}
+        for reason, names in by_reason(held).items():
+            lines.append(f"channels that were to be removed are kept: {listed(names, _NAMES)} ({reason})")
+        for reason, names in by_reason(self.whole).items():
+            if reason != OUTPUT:
+                keeps = "keeps" if len(names) == 1 else "keep"
+                lines.append(f"{listed(names, _NAMES)} {keeps} all channels: {reason}")
         lines += [told_of_changes(self.changed_since)] if self.changed_since else []
         return "\n".join(lines)
 

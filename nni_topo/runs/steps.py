@@ -61,6 +61,7 @@ from nni_topo.network.speedup import (
     check_masks,
     dense_report_of,
     dependency_groups,
+    groups_of,
     held_by_unselected,
     to_dense,
     unprunable_layers,
@@ -84,7 +85,7 @@ from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
 from nni_topo.recovery.distilling import Verdict, check_can_learn
 from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs, check_augment, check_one_shape
-from nni_topo.recovery.likeness import Answers
+from nni_topo.recovery.likeness import NO_SCALE, Answers
 from nni_topo.recovery.narrowing import narrow_instead
 from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.recovery.report import SMALL, CompensationReport
@@ -497,19 +498,21 @@ def _without_held(model: nn.Module, example: Any, prunable: Prunable) -> Prunabl
 
     Raises ConfigError where that holds for all of them.
     """
-    groups = dependency_groups(model, example, prunable.entries)
-    prunable = replace(prunable, groups=groups)
+    groups = groups_of(model, example, prunable.entries, warns=not prunable.is_default)
     held = held_by_unselected(Network.on(model, example).flow, groups.layers())
-    if not held:
-        return prunable
     why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
-    if len(held) == len({name for group in groups.layers() for name in group}):
+    if held and len(held) == len({name for group in groups.layers() for name in group}):
         told = "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())
         raise ConfigError(
             f"layers must include those that share channels with the layers it names, got {told}: name these, too "
             "(layers)"
         )
-    return replace(prunable, unpruned=prunable.unpruned | why)
+    entries = prunable.entries
+    if prunable.is_default:
+        # Masks of theirs would only be taken back, and until then keep the layers from being reconstructed.
+        entries = [{"op_names": [name for name in entries[0]["op_names"] if name not in held]}]
+        groups = groups_of(model, example, entries)
+    return replace(prunable, entries=entries, unpruned=prunable.unpruned | why, groups=groups)
 
 
 def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]]) -> None:
@@ -564,6 +567,8 @@ def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any, 
             f"distillation must have at least two samples, one to judge by, got {images.samples}: pass more, or leave "
             "distillation out: shrink(..., distill=False) (images)"
         )
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        return  # it has no layer to prune, which `layers_to_prune` says
     check_one_shape(calls(model, images))
     knobs: Mapping[str, Any] = {} if distill is True else distill
     first = next(calls(model, images))
@@ -631,6 +636,9 @@ class Measurements:
 
     def warnings(self) -> tuple[str, ...]:
         """Return what makes the figures of the last network doubtful, and what to do about it."""
+        if math.isinf(self.stages[-1].distance):
+            _logger.warning("%s", NO_SCALE)
+            return (NO_SCALE,)
         return (*self._worse(), *self._few_images())
 
     def _worse(self) -> tuple[str, ...]:

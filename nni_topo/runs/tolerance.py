@@ -144,10 +144,25 @@ class ToleranceOutcome:
             found += f", at most {self.limit:.3g} with 95 % confidence, on {self.held_out} held-out samples"
             found += " that the search didn't use"
         text = f"the tolerance of {self.tolerance:g} is met: {found}; {self.left:.4g} of the {self.kind} are kept"
-        text += f" ({tried})"
-        if self.needed:
-            text += f". {self.needed} held-out samples without a change are needed for this tolerance"
-        return text
+        return f"{text} ({tried})"
+
+    def told_candidates(self) -> str:
+        """Return the candidates as a table of text, with a line that says what it shows."""
+        names = {
+            "asked": f"{self.kind} asked for",
+            "left": f"{self.kind} left",
+            "is_distilled": "distilled",
+            "is_within": "within the tolerance",
+        }
+        if self.measure == "evaluate":
+            heading = f"the candidates, judged by evaluate, with the shares of the {self.kind}:"
+        else:
+            heading = (
+                f"the candidates, judged on {self.judges} samples, with the shares of the {self.kind}; limit is the "
+                f"upper 95 % limit of the difference if the {self.held_out} held-out samples gave the same difference:"
+            )
+        frame = self.to_frame().rename(columns=names).dropna(axis="columns", how="all")
+        return f"{heading}\n{frame.to_string(index=False, float_format=lambda value: f'{value:.4g}')}"
 
 
 @dataclass(frozen=True)
@@ -356,13 +371,14 @@ def _add_larger(passed: list[TriedNetwork], made: Callable[[float], TriedNetwork
     """Try larger networks than the smallest one; what is within the tolerance joins the others.
 
     If the first look fails, no network is returned. So the largest one must be within the tolerance by a margin: each
-    is half of the way from the one before to the whole network, in quotients. Then the widest gaps are filled.
+    is half of the way from the one before to the whole network, in quotients. Then the widest gaps are filled. A single
+    network that passed gets a larger one beside it whatever its margin: it is the best of six by the judging images.
     """
     shares = [each.candidate.asked for each in passed]
     largest = max(passed, key=lambda each: each.candidate.asked)
     for _ in range(_MORE):
         share = max(shares) ** 0.5
-        if largest.is_safe or share * _NEAR >= 1.0:
+        if (largest.is_safe and len(passed) > 1) or share * _NEAR >= 1.0:
             ordered = sorted(each.candidate.asked for each in passed)
             gaps = sorted(((large / small, small) for small, large in itertools.pairwise(ordered)), reverse=True)
             middles = [small * quotient**0.5 for quotient, small in gaps if quotient > _GAP]

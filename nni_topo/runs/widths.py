@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels import reasons
 from nni_topo.network.cost import LatencyTable, NetworkCost
-from nni_topo.network.layers import RECURRENT
+from nni_topo.network.layers import RECURRENT, is_transposed_linear
 from nni_topo.network.speedup import (
     DenseReport,
     DependencyGroups,
@@ -138,7 +138,11 @@ def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], 
     flow = Network.on(model, example_inputs).flow
     prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, *RECURRENT)
     names = [name for name in flow.layers if isinstance(model.get_submodule(name), prunable)]
-    others = [name for name, module in model.named_modules() if isinstance(module, prunable) and name not in names]
+    others = [
+        name
+        for name, module in model.named_modules()
+        if name not in names and (isinstance(module, prunable) or is_transposed_linear(module))
+    ]
     whole = unprunable_layers(model, example_inputs, [*names, *others])
     for name in names:
         if flow.reaches_output(name):

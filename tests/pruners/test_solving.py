@@ -197,6 +197,24 @@ def test_a_network_is_not_ruined_for_a_time_out_of_reach(taken, kept):
     assert aim == pytest.approx(kept / 1000)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.4])
+def test_a_time_that_jumps_over_the_share_ruins_no_network(share):
+    """Half of the channels fill the registers: one channel more takes 0.57 of the time, which is nearer to 0.5."""
+
+    def said(removed):
+        return 1.0 - removed[0] / 32
+
+    def taken(removed):
+        return 0.75 * said(removed) if removed[0] >= 16 else 0.55 + 0.45 * (said(removed) - 0.5)
+
+    def timed(tried):
+        return [taken(removed) for removed in tried]
+
+    removed, left, aim = solve_timed(lambda each: [min(31, round(32 * (1.0 - each)))], said, timed, share)
+    assert (removed, left) == ([16], 0.375)
+    assert aim == pytest.approx(0.5, abs=0.02)
+
+
 @pytest.mark.parametrize("images", [(torch.ones(2, 3, 8, 8),), torch.ones(2, 3, 8, 8)])
 def test_the_network_that_is_timed_has_the_widths_asked_for(images):
     seen = []

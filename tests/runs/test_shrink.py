@@ -584,7 +584,7 @@ def test_the_report_names_layers_that_would_have_to_be_named_too(knobs):
     report = shrunk({"params": 0.5}, layers=["stem", "hidden"], **knobs).report
     assert report.whole == {"stem": shared}
     assert f"stem keeps all channels: {shared}" in repr(report)
-    assert "stem keeps 7 channels" not in repr(report)
+    assert "channels that were to be removed are kept" not in repr(report)
     assert not report.budget.is_met
     if "pruner" not in knobs:  # NNI's pruners accept no budget
         others = "the others are at their max_sparse_ratio, or have one channel left"
@@ -638,3 +638,48 @@ def test_an_error_within_shrink_names_its_own_knob_for_leaving_a_layer_out():
     assert "exclude_op_names" not in str(caught.value)
     with pytest.raises(SpeedupError, match="exclude the layer that gives it from the config_list"):
         nni_topo.to_dense(toy_model(), toy_images(2), prune_output(toy_model(), [], None))
+
+
+@pytest.mark.parametrize("distill", [True, {"steps": 2}])
+def test_a_frozen_network_learns_and_stays_frozen(distill):
+    model = toy_model().eval().requires_grad_(False)
+    small = nni_topo.shrink(model, toy_images(64).split(32), {"flops": 0.5}, distill=distill)
+    assert small.report.stages[-1].network == "distilled"
+    assert small.report.distillation.steps > 0
+    assert not any(parameter.requires_grad for parameter in small.parameters())
+
+
+@pytest.mark.parametrize("knobs", [{}, {"distill": False}])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.ReLU(), "no convolution, linear or recurrent layer"),
+        (nn.Sequential(), "no convolution, linear or recurrent layer"),
+        (nn.Linear(4, 4), "the model itself: it gives the model's output"),
+    ],
+)
+def test_a_model_without_a_layer_to_prune_is_told_so(model, words, knobs):
+    with pytest.raises(ConfigError, match=rf"whose channels can be removed, got none: {words} \(shrink\)$"):
+        nni_topo.shrink(model, [torch.rand(16, 4)], {"flops": 0.5}, **knobs)
+
+
+class Calls(nn.Module):
+    """A network that runs two of its layers twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, rows):
+        for _ in range(2):
+            rows = self.second(self.first(rows).relu()).relu()
+        return self.head(rows)
+
+
+def test_a_reason_is_told_once_for_all_its_layers(caplog):
+    small = nni_topo.shrink(Calls().eval(), torch.rand(64, 6).split(32), {"flops": 0.5}, distill=False)
+    assert small.report.compensation.left_alone == dict.fromkeys(["first", "second"], "called more than once")
+    assert "the weights of second, first are not reconstructed: called more than once" in repr(small.report)
+    assert "couldn't be reconstructed: second, first (called more than once)" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.streaming import shrinking
 from nni_topo.runs.streaming.journal import Journal
 from nni_topo.runs.streaming.shards import Shards, write_index
+from nni_topo.testing import toy_images, toy_model
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -276,19 +278,23 @@ def test_a_block_whose_outputs_are_not_finite_is_named(source, tmp_path):
         ({"folder": "source"}, r"needs a folder of its own, got that of the source"),
         ({"batches": "other lengths"}, r"must have one length, got 5 and 6 places: pad or cut them \(batch 1\)"),
         ({"batches": "other vocabulary"}, r"batches must fit the model.*index out of range.*batch 1"),
+        ({"batches": "one sample", "distill": True}, r"at least two samples, one to judge by, got 1: .* \(batches\)"),
+        ({"source": "meta-llama/none"}, r"must be a folder on this machine, got none of that name; of a model on the"),
         ({"batches": "no batch"}, r"must hold at least one batch, got none"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_told(source, tmp_path, changes, words):
-    known = {"no batch": [], "other lengths": [*tokens(1), *tokens(1, length=5)]}
+    known = {"no batch": [], "one sample": tokens(1, 1), "other lengths": [*tokens(1), *tokens(1, length=5)]}
     known["other vocabulary"] = tokens()
     known["other vocabulary"][1]["input_ids"][0, 0] = VOCABULARY
     batches = known.get(changes.get("batches"), tokens())
     folder = source if "folder" in changes else tmp_path / "small"
-    others = {name: value for name, value in changes.items() if name not in ("batches", "folder", "budget")}
+    others = {name: value for name, value in changes.items() if name not in ("batches", "folder", "budget", "source")}
     before = files_of(source)
     with pytest.raises((ConfigError, DataError), match=words):
-        nni_topo.shrink_pretrained(source, batches, folder, changes.get("budget", {"params": 0.7}), **FAST | others)
+        nni_topo.shrink_pretrained(
+            changes.get("source", source), batches, folder, changes.get("budget", {"params": 0.7}), **FAST | others
+        )
     assert files_of(source) == before
 
 
@@ -773,6 +779,7 @@ def test_blocks_that_change_the_states_least_are_removed(tmp_path):
     assert report.pruned_layers == ()
     assert logits(target, batches[1]) == pytest.approx(logits(source, batches[1]), abs=0.05)
     assert "removed: model.layers.2, model.layers.4" in repr(report)
+    assert str(report.budget).endswith("less than asked, because the removed blocks save more")
     assert "removed: `model.layers.2`, `model.layers.4`" in (target / "README.md").read_text()
     assert nni_topo.shrink_pretrained(source, batches, target, {"params": 1.0}, remove_blocks=2, **FAST) == report
 
@@ -841,9 +848,9 @@ def test_a_stopped_run_that_removes_blocks_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (-1, "remove_blocks must be a number of at least 0 or names of blocks, got -1"),
+        (-1, r"must be an integer of at least 0 or a list of names of blocks, got -1 \(shrink_pretrained\)"),
         (True, "got True"),
-        ("model.layers.1", "got 'model.layers.1'"),
+        ("model.layers.1", "or a list of names of blocks, got 'model.layers.1'"),
         ([], r"got \[\]"),
         (2, "the first of 2 blocks must stay, got 2 to remove"),
         (["model.layers.0"], "the first block must stay, got its name, model.layers.0"),
@@ -891,3 +898,16 @@ def test_families_lose_blocks(name, tmp_path):
     assert report.params == sum(each.numel() for each in small.parameters())
     with torch.no_grad():
         assert bool(torch.isfinite(small(**batches[1]).logits).all())
+    told = [each for each in report.warnings if "to make up for the blocks removed after it" in each]
+    assert len(told) == (name in ("bert", "gemma3"))  # a norm follows the last layer of its blocks
+
+
+def test_samples_that_are_all_the_same_are_told(source, tmp_path):
+    batches = [{"input_ids": tokens(1)[0]["input_ids"]}] * 2
+    report = nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.7}, **FAST)
+    assert report.likeness.distance.value == math.inf
+    assert "outputs don't vary over the samples" in report.warnings[0]
+    model = toy_model().eval()
+    small = nni_topo.shrink(model, [toy_images(1).expand(16, -1, -1, -1)], {"flops": 0.5}, distill=False)
+    assert small.report.stages[-1].distance == math.inf
+    assert "outputs don't vary over the samples" in small.report.warnings[0]

@@ -73,7 +73,12 @@ def test_the_smallest_network_within_the_tolerance_is_found_and_confirmed():
     assert [stage.network for stage in small.report.stages] == ["unpruned", "pruned", "reconstructed"]
     shown = repr(small.report)
     assert "the tolerance of 0.01 is met: share of changed answers 0, at most 0.00994 with 95 % confidence" in shown
-    assert "299 held-out samples without a change are needed" in shown
+    assert "measured on 300 held-out samples, with 95 % intervals; 300 other samples are the calibration data" in shown
+    assert "the rest judged the candidates" in shown
+    assert "are needed" not in shown  # the tolerance is met
+    told = shown[shown.index("the candidates, judged on 200 samples, with the shares of the flops; limit is ") :]
+    assert told.splitlines()[1].split("  ")[0].strip() == "flops asked for"
+    assert len(told.splitlines()) >= 2 + len(found.candidates)
     frame = found.to_frame()
     assert len(frame) == len(found.candidates)
     assert list(frame["left"]) == [each.left for each in found.candidates]
@@ -92,6 +97,19 @@ def test_a_larger_network_is_confirmed_where_the_smallest_one_passed_by_chance()
     for found in results:
         if found.is_met:
             assert found.left == min(look.left for look in found.confirmations if look.is_within)
+
+
+def test_a_single_network_that_passed_gets_a_larger_one_beside_it():
+    """By the judging images it is safe; the images that confirm are harder, and no network was returned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 4)).eval()
+    images = torch.randn(1600, 16, generator=torch.Generator().manual_seed(1))
+    images[torch.isin(torch.arange(1600) % 8, torch.tensor([2, 4, 7]))] *= 1.2
+    found = shrunk(model, [images], tolerance=0.03, measure="distance").report.tolerance
+    assert sum(each.is_within for each in found.candidates[:6]) == 1
+    assert found.is_met
+    assert [look.is_within for look in found.confirmations] == [True, False]
+    assert found.left == found.candidates[6].left
 
 
 def test_differences_are_counted_on_the_images_of_each_part():
@@ -311,7 +329,7 @@ def test_distillation_is_judged_too_and_a_function_of_the_users_may_change_what_
 
 def test_statistics_and_groups_are_made_once_for_all_candidates(monkeypatch):
     counts = {"measure": 0, "groups": 0}
-    measure, groups = ReconstructionProblems.measure, steps.dependency_groups
+    measure, groups = ReconstructionProblems.measure, steps.groups_of
 
     def counted(*given, **knobs):
         counts["measure"] += 1
@@ -322,9 +340,10 @@ def test_statistics_and_groups_are_made_once_for_all_candidates(monkeypatch):
         return groups(*given, **knobs)
 
     monkeypatch.setattr(ReconstructionProblems, "measure", counted)
-    monkeypatch.setattr(steps, "dependency_groups", counted_groups)
+    monkeypatch.setattr(steps, "groups_of", counted_groups)
     assert len(shrunk().report.tolerance.candidates) >= 6
-    assert counts == {"measure": 1, "groups": 1}
+    # Groups once of all layers, and once without those that share all channels with others.
+    assert counts == {"measure": 1, "groups": 2}
 
 
 def test_a_candidate_is_the_network_that_shrink_makes_of_its_share():

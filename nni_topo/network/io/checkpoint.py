@@ -603,8 +603,8 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
             why += f" (Transformers {version('transformers')} prunes no heads of this class)"
         raise ConfigError(
             f"from_pretrained must be able to build the model by its config, which {why}, got "
-            f"{got.get(different[0])} where the config makes {wanted.get(different[0])}; nni_topo.save and "
-            f"nni_topo.load take it ({different[0]}, {name})"
+            f"{got.get(different[0])} where the config makes {wanted.get(different[0])}; leave such layers "
+            f"unpruned; nni_topo.save and nni_topo.load take it ({different[0]}, {name})"
         )
     if heads != known:
         dense.config.pruned_heads = heads  # put back at the end, as all of the model

@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError, ProcessError
+from nni_topo.errors import ConfigError, ProcessError, called_as
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
 _SHOWN = 12  # digits of a digest
 _PLAIN = (bool, int, float, str, type(None))
-_IN_STEP: ContextVar[bool] = ContextVar("in_step", default=False)
+_IN_STEP: ContextVar[str] = ContextVar("in_step", default="")  # the public function that all processes run
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Processes:
         found = self._exchange(_Message(place, value))
         told = [f"rank {self._name(rank)} {each.error}" for rank, each in enumerate(found) if each.error]
         if told:
-            raise ProcessError(f"all processes must reach the same place, but {'; '.join(told)} ({place})")
+            raise ProcessError(f"all processes must reach the same place, but {'; '.join(told)} ({_at(place)})")
         if len({each.place for each in found}) > 1:
             shown = ", ".join(f"rank {self._name(rank)} at {each.place}" for rank, each in enumerate(found))
             raise ProcessError(f"all processes must make the same calls, got {shown} (process_group)")
@@ -68,7 +68,7 @@ class Processes:
         for rank, found in enumerate(shapes):
             if found != shapes[0]:
                 got = f"rank {self._name(0)} {shapes[0]}, rank {self._name(rank)} {found}"
-                raise ProcessError(f"all processes must add up sums of the same shapes, got {got} ({place})")
+                raise ProcessError(f"all processes must add up sums of the same shapes, got {got} ({_at(place)})")
         for tensor in tensors:
             self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), tensor, place)
 
@@ -105,7 +105,7 @@ class Processes:
         if _IN_STEP.get():
             yield
             return
-        token = _IN_STEP.set(True)
+        token = _IN_STEP.set(place)
         try:
             found = self.gather(given, place)
             if any(each != found[0] for each in found):
@@ -135,7 +135,7 @@ class Processes:
             except RuntimeError as error:
                 raise ProcessError(
                     f"all processes must reach the same place, but rank {self._name(0)} is gone, or it, or a process "
-                    f"that it waits for, didn't answer within the group's timeout: {_words(error)} ({mine.place})"
+                    f"that it waits for, didn't answer within the group's timeout: {_words(error)} ({_at(mine.place)})"
                 ) from error
             return found
         found = [mine]
@@ -169,7 +169,7 @@ class Processes:
             work(buffer)
         except RuntimeError as error:
             raise ProcessError(
-                f"all processes must add up what they have, but one of the {self.size} {_gone(error)} ({place})"
+                f"all processes must add up what they have, but one of the {self.size} {_gone(error)} ({_at(place)})"
             ) from error
         if buffer is not tensor:
             tensor.copy_(buffer)
@@ -177,6 +177,12 @@ class Processes:
     def _name(self, rank: int) -> int:
         """Return the rank of a process among all, as its launcher counts."""
         return dist.get_global_rank(self.group, rank)
+
+
+def _at(place: str) -> str:
+    """Return how far this process has come, with the public function that it runs."""
+    verb = _IN_STEP.get()
+    return f"{place}, {verb}" if verb and verb not in place else place
 
 
 def _gone(error: Exception) -> str:
@@ -214,7 +220,7 @@ def processes_of(group: Any, place: str) -> Processes | None:
 
 def is_in_step() -> bool:
     """Say whether other processes take the same steps now."""
-    return _IN_STEP.get()
+    return bool(_IN_STEP.get())
 
 
 def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
@@ -235,7 +241,9 @@ def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
         shared = [each for each in found if isinstance(each, Processes)]
         if not shared or is_in_step():
             return function(*args, **kwargs)
-        with shared[0].in_step(place, {name: told for name, value in named.items() if (told := _told(value))}):
+        with shared[0].in_step(
+            called_as(place), {name: told for name, value in named.items() if (told := _told(value))}
+        ):
             return function(*args, **kwargs)
 
     return run

@@ -201,6 +201,19 @@ def dependency_groups(
     >>> groups.skipped
     {'2': "it gives the model's output"}
     """
+    return groups_of(model, example_inputs, config_list, strict=strict)
+
+
+@leaves_models_alone
+def groups_of(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    config_list: list[dict[str, Any]],
+    *,
+    strict: bool = False,
+    warns: bool = True,
+) -> DependencyGroups:
+    """Return what :func:`dependency_groups` does; unless it ``warns``, of a choice that isn't the user's own."""
     check_names(model, config_list)
     network = Network.on(model, example_inputs)
     given = _select(model, config_list)
@@ -219,7 +232,8 @@ def dependency_groups(
     choice = _choose(model, flow, order, selection, unpruned, projections)
     if strict:
         _check_none_left_out(choice.left_out)
-    _warn(flow, groups, choice)
+    if warns:
+        _warn(flow, groups, choice)
     entries = _write_entries(flow, order, selection, choice)
     # Output projections that lose columns keep all rows.
     ties = partial_couplings(flow, choice.by_row - _followers(flow))
@@ -428,7 +442,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
                     skipped[name] = (reasons.convolves_channels(),)
                 elif name in flow.in_training:
                     skipped[name] = (reasons.training_only(name),)
-                elif not _is_used(flow, network.model, name):
+                elif name and not _is_used(flow, network.model, name):
                     skipped[name] = (reasons.not_run(),)
                 else:
                     skipped[name] = (why_not_followed(network.model, name),)
@@ -576,7 +590,7 @@ def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
     """Collect layers by the reason why they keep all channels."""
     found: dict[str, list[str]] = {}
     for name, why in skipped.items():
-        found.setdefault(why, []).append(name)
+        found.setdefault(why, []).append(name or "the model itself")
     return found
 
 
@@ -608,6 +622,8 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
 
 def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
     """Return why a layer keeps its channels although no other layer knows of them."""
+    if not name:
+        return reasons.model_output()  # the layer is the whole model
     if isinstance(model.get_submodule(name), RECURRENT):
         return reasons.recurrent_state()
     if weight_is_computed(model.get_submodule(name)):

@@ -38,6 +38,11 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if not folder.is_dir():
+            raise DataError(
+                f"the source must be a folder on this machine, got none of that name; of a model on the hub, "
+                f"huggingface_hub.snapshot_download returns it ({folder})"
+            )
         index = read_json(folder / INDEX, "an index of weights")
         if index is None and not (folder / SINGLE).is_file():
             others = sorted(path.name for path in folder.glob("*.bin"))

@@ -41,6 +41,7 @@ from nni_topo.errors import (
     check_memory,
     checked,
     instance,
+    shown,
     unknown_name,
     whole,
 )
@@ -71,7 +72,7 @@ from nni_topo.network.speedup import DenseReport
 from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.blocks import gap_after, solutions
-from nni_topo.recovery.likeness import Answers
+from nni_topo.recovery.likeness import NO_SCALE, Answers, Likeness
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size, check_layers
 from nni_topo.runs.streaming.block import STATES, UNPRUNED, WANTED, BlockNet, WantedStates, entering, with_states
@@ -97,6 +98,7 @@ _logger = logging.getLogger(__name__)
     budget=ANYTHING,
     pruner=instance(str),
     knobs=instance(Mapping) | NONE,
+    remove_blocks=ANYTHING,
     compensate=instance(str, RecoveryMethod) | NONE,
     distill=instance(bool, Mapping),
     round_to=whole(1) | NONE,  # not "auto": widths are those of any device
@@ -234,6 +236,11 @@ def shrink_pretrained(
     skeleton = Skeleton(shards, where)
     _check_blocks_of(skeleton, going)
     calibration = Calibration.of(batches, "batches")
+    if distill is not False and calibration.samples < 2:
+        raise DataError(
+            f"distillation must have at least two samples, one to judge by, got {calibration.samples}: pass more, or "
+            "leave distillation out: shrink_pretrained(..., distill=False) (batches)"
+        )
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
     _check_alike(given)
     identity = {
@@ -313,8 +320,8 @@ def _checked_blocks(remove_blocks: int | Iterable[str]) -> int | list[str]:
         if named and all(isinstance(each, str) for each in named):
             return sorted(set(named))
     raise ConfigError(
-        f"remove_blocks must be a number of at least 0 or names of blocks, got {remove_blocks!r} (remove_blocks, "
-        "shrink_pretrained)"
+        "remove_blocks must be an integer of at least 0 or a list of names of blocks, got "
+        f"{shown(remove_blocks)} (shrink_pretrained)"
     )
 
 
@@ -586,8 +593,13 @@ class _Run:
         dense: Any = recovered.dense
         layers = recovered.layers
         del pruned, recovered, steps
-        if isinstance(work.wanted, WantedStates):
-            self._make_up(work, work.wanted, dense, images)
+        warnings: list[str] = []
+        if isinstance(work.wanted, WantedStates) and not self._make_up(work, work.wanted, dense, images):
+            warnings.append(
+                f"no weights of {work.name} are solved to make up for the blocks removed after it: none of its layers "
+                "is added to the states without a norm before the sum, as in Gemma 3, or after it, as in BERT"
+            )
+            _logger.warning("%s", warnings[-1])
         give_back_memory(work.entered)
         is_distilled = False
         if self._distill is not False:
@@ -610,8 +622,8 @@ class _Run:
             "cost_before": self._cost_of(work.entered, images.example),
             "cost": self._cost_of(dense, images.example),
         }
-        shape = {"output_length": self._skeleton.output_length}
-        self._journal.note(number + 1, asdict(row) | costs | shape)
+        others = {"output_length": self._skeleton.output_length, "warnings": warnings}
+        self._journal.note(number + 1, asdict(row) | costs | others)
 
     def _note_outputs(self, net: BlockNet, batch: dict[str, Any]) -> None:
         """Note whether blocks return a tensor or a tuple; the model must know it to pass by a block."""
@@ -622,15 +634,18 @@ class _Run:
         handle.remove()
         self._skeleton.output_length = output_length(found[0])
 
-    def _make_up(self, work: _BlockWork, wanted: WantedStates, dense: Any, images: ImageParts) -> None:
-        """Let the last layer of a pruned block bring into the states what the removed blocks after it did, in place."""
+    def _make_up(self, work: _BlockWork, wanted: WantedStates, dense: Any, images: ImageParts) -> bool:
+        """Let the last layer of a pruned block bring into the states what the removed blocks after it did, in place.
+
+        Returns whether there is such a layer.
+        """
         (call, *_) = calls(wanted, Calibration(work.batches[:1]))
         gap = gap_after(dense, dense.block, wanted, wanted.states, call)
         if gap is None:
-            _logger.warning("nothing makes up for the blocks after %s: it has no layer before a sum", work.name)
-            return
+            return False
         (found,) = solutions((wanted, dense), [gap], images.learned, "auto")
         gap.fill(found)
+        return True
 
     def _block_share(self, work: _BlockWork, example: Any) -> float:
         """Return the share of each block's cost that is kept, so that the whole model keeps its share."""
@@ -853,7 +868,10 @@ class _Run:
             pruner=self._pruner,
             recovery="" if self._compensate is None else _name_of(self._compensate),
             removed=tuple(removed),
-            warnings=_warnings(rows, held_out),
+            warnings=(
+                *_warnings(rows, held_out, likeness),
+                *(each for row in journal.rows for each in row.get("warnings", ())),
+            ),
         )
 
     def _outcome(self) -> BudgetOutcome:
@@ -866,7 +884,10 @@ class _Run:
         else:
             rest = self._macs_of_rest()
         left = (rest + after) / (rest + before)
-        return budget_outcome(self._budget.kind, self._budget.share, left, "blocks are equally wide")
+        # Blocks that lost nothing: those that were removed have saved enough.
+        is_narrower = any(row["cost"] < row["cost_before"] for row in rows)
+        why = "blocks are equally wide" if is_narrower else "the removed blocks save more"
+        return budget_outcome(self._budget.kind, self._budget.share, left, why)
 
     def finish(self, report: StreamingReport, source: Path, *, card: bool) -> None:
         """Write what makes the folder complete, and delete the states."""
@@ -937,8 +958,10 @@ class _Distance:
         return self._squares / variance if variance > 0.0 else math.nan
 
 
-def _warnings(rows: Sequence[BlockRow], held_out: Calibration | None) -> tuple[str, ...]:
+def _warnings(rows: Sequence[BlockRow], held_out: Calibration | None, likeness: Likeness) -> tuple[str, ...]:
     """Return what makes the figures doubtful."""
+    if math.isinf(likeness.distance.value):
+        return (NO_SCALE,)
     if held_out is None:
         return (f"no sample could be held out: the figures are those of the calibration data; pass {HELD_OUT} or more",)
     last = rows[-1]
