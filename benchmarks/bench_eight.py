@@ -5,8 +5,8 @@
 trains ResNet-20 on 5,000 images of Fashion-MNIST, asks `shrink` for an eighth of the time, which it measures in PyTorch
 on one thread, with and without ``depth=True``, and exports the networks to ONNX. ``--net`` and ``--share`` take another
 network and share. Calibration data are 1,024 of the training images without labels, or ``--images``. Accuracy is that
-of the test images; times are those of onnxruntime on one thread, the least of 50 runs of each network in turns, for one image and
-for 16. A line per network goes to ``eight.jsonl``; the same command goes on where it was stopped.
+of the test images; times are those of onnxruntime on one thread, the least of 50 runs of each network in turns, for one
+image and for 16. A line per network goes to ``eight.jsonl``; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
