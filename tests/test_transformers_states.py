@@ -33,3 +33,22 @@ def test_a_model_with_a_state_is_pruned_and_generates(name: str, sizes: dict[str
     assert dense.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False).shape == (2, 11)
     if name == "Rwkv":
         assert "(put in rwkv.blocks.0.attention)" in groups.skipped["rwkv.embeddings"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) > 4, reason="Transformers 5 joins the experts")
+def test_experts_that_get_other_tokens_are_left_as_they_are_and_told():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=4, num_local_experts=2, num_experts_per_tok=1)
+    model = transformers.MixtralForCausalLM(config).eval()
+    texts = [torch.randint(0, 50, (8, 6)) for _ in range(4)]
+    small = nni_topo.shrink(model, texts, {"params": 0.7}, pruner="l1", distill=False, progress=False)
+    report = small.report.compensation
+    others = [name for name, why in report.left_alone.items() if "a router sends it other samples" in why]
+    assert others
+    assert all(".experts." in name for name in others)
+    solved = [row.layer for row in report.layers]
+    assert solved
+    assert not set(solved) & set(others)
+    assert any("a router sends it other samples" in warning for warning in small.report.warnings)

@@ -37,7 +37,7 @@ from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
-from nni_topo.recovery.samples import HELD_OUT_ENTRIES, Sampler, Task
+from nni_topo.recovery.samples import HELD_OUT_ENTRIES, OtherSamplesError, Sampler, Task
 from nni_topo.recovery.thin import thin_out
 
 _logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def compensation(
     plan = plan_of(networks, sampler.replay.touched_nodes)
     tasks = chosen.tasks(plan, networks)
     thin_out(networks.pruned, tasks)
-    layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress)
+    layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress, plan.left_alone)
 
     def begin_again() -> Replay:
         sampler.replay = new_replay()  # what the old one has kept goes
@@ -269,22 +269,40 @@ def compensate_up_to(
     plan.equations = [equation for equation in plan.equations if replay.order[equation.place] < end]
     tasks = Reconstruct(refine=0).tasks(plan, networks)
     sampler = Sampler(replay, sizes, seed, 0, held_out_groups(calibration, sizes), calibration.processes)
-    _run(tasks, sampler, networks, None, False)
+    _run(tasks, sampler, networks, None, False, {})
     return networks.pruned
 
 
 def _run(
-    tasks: list[Task], sampler: Sampler, networks: Networks, ridge: float | None, progress: bool | None
+    tasks: list[Task],
+    sampler: Sampler,
+    networks: Networks,
+    ridge: float | None,
+    progress: bool | None,
+    left_alone: dict[str, str],
 ) -> tuple[LayerReport, ...]:
-    """Solve the tasks one after the other; those that refine one take its ridge."""
+    """Solve the tasks one after the other; those that refine one take its ridge.
+
+    Layers that get other samples in the pruned network are left out, and ``left_alone`` notes why. Processes that share
+    the calibration data raise OtherSamplesError instead.
+    """
     sampler.begin(tasks)
     ranks = [sampler.replay.order[task.layer.node] for task in tasks]
     layers: list[LayerReport] = []
+    others: set[str] = set()
     for index, task in enumerate(bar("compensate", progress, tasks)):
+        if task.layer.name in others:  # a task that would refine what wasn't solved
+            continue
         is_refined = index + 1 < len(tasks) and tasks[index + 1].refines
         chosen = layers[-1].ridge if task.refines and ridge is None and layers[-1].ridge < math.inf else ridge
         later = {node for each in tasks[index + 1 :] for node in each.watched}
-        layers.append(_step(task, min(ranks[index:]), later, sampler, networks, chosen, is_refined))
+        try:
+            layers.append(_step(task, min(ranks[index:]), later, sampler, networks, chosen, is_refined))
+        except OtherSamplesError:
+            if sampler.is_shared:
+                raise
+            others.add(task.layer.name)
+            left_alone[task.layer.name] = "in the pruned network a router sends it other samples"
     return tuple(layers)
 
 

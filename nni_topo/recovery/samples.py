@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional
 
-from nni_topo.errors import DataError, check_memory
+from nni_topo.errors import ConfigError, DataError, check_memory
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
 from nni_topo.maths.least_squares.shifts import Geometry, Patches, pays
 from nni_topo.network.graph import tensor_shape
@@ -182,6 +182,10 @@ _COPIES = 4  # of products, or of samples, at most
 _CURE = "method='recalibrate' takes none; a layer that reads fewer channels takes less"
 
 
+class OtherSamplesError(ConfigError):
+    """A layer gets other samples in the pruned network than in the unpruned one, as an expert behind a router may."""
+
+
 class Task(ABC):
     """One layer that is changed to make up for pruned channels."""
 
@@ -293,6 +297,11 @@ class Sampler:
         self._chunks: list[_Chunk] | None = None
 
     @property
+    def is_shared(self) -> bool:
+        """Whether other processes have samples, too."""
+        return self._processes is not None
+
+    @property
     def held_out(self) -> Tensor:
         """Which samples are held out, bool (samples,)."""
         if self._held_out is not None:
@@ -385,6 +394,7 @@ class Sampler:
         seen, passed = self._before.get((task.layer.name, task.place), (0, 0))
         pass_over(generator, passed)
         for index, (unpruned, pruned) in enumerate(self.replay.run(settled, task.watched, later)):
+            _check_same_entries(task, unpruned, pruned)
             entries, count = task.extent(unpruned)
             real, wanted = self.replay.unpadded(), self._wanted(task, index, entries)
             is_held_out = self._marks(index, seen, entries)
@@ -467,3 +477,14 @@ def _parts(entries: int, size: int) -> Iterator[slice]:
     step = max(1, _CHUNK // max(size, 1))
     for first in range(0, entries, step):
         yield slice(first, first + step)
+
+
+def _check_same_entries(task: Task, unpruned: Values, pruned: Values) -> None:
+    """Raise OtherSamplesError where a layer gets others in the pruned network: nothing says which belong together."""
+    before, after = (len(values[task.place]) for values in (unpruned, pruned))
+    if before != after:
+        raise OtherSamplesError(
+            "layers that are reconstructed must get the same samples in the unpruned and in the pruned network, got "
+            f"{before} and {after}: a part of the network, such as a router, decides what enters them "
+            f"({task.layer.name})"
+        )

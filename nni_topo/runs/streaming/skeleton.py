@@ -129,8 +129,14 @@ class Skeleton:
             else:
                 found[label] = key
         if missing:
+            others = [key for key in self.shards.names if key not in self._keys_by_name.values()]
+            why = (
+                f"; Transformers makes them of {listed(others)}, nni_topo.shrink takes the model in memory"
+                if others
+                else ""
+            )
             raise DataError(
-                f"the files must hold every tensor of {type(self.model).__name__}, got none of {listed(missing)} "
+                f"the files must hold every tensor of {type(self.model).__name__}, got none of {listed(missing)}{why} "
                 f"({self.shards.folder})"
             )
         return found
