@@ -33,6 +33,7 @@ from nni_topo.network.attention.heads import find_attention
         ("Qwen2ForCausalLM", True),
         ("Gemma2ForCausalLM", True),
         ("CohereForCausalLM", True),
+        ("NemotronForCausalLM", False),
         pytest.param("LlamaForCausalLM", True, marks=pytest.mark.slow),
         pytest.param("Qwen2ForCausalLM", False, marks=pytest.mark.slow),
         pytest.param("MistralForCausalLM", False, marks=pytest.mark.slow),
@@ -84,7 +85,7 @@ def test_norms_that_compute_something_else_are_left_as_they_are():
     made += (Centred(0.0, 1e-6), Centred(1.0, 1e-6), Centred(0.0, 1e-5))
     model, x = torch.nn.Sequential(*made), torch.randn(5, 8)
     found = as_torch_layers(model)
-    kinds = ["RMSNorm", "ShiftedRMSNorm", "Shifted", "Shifted", "LayerNorm", "Centred", "Centred"]
+    kinds = ["RMSNorm", "ShiftedRMSNorm", "Shifted", "Shifted", "LayerNorm", "ShiftedLayerNorm", "Centred"]
     assert [type(each).__name__ for each in found] == kinds
     for one, other in zip(found, model, strict=True):
         torch.testing.assert_close(one(x), other(x))

@@ -46,7 +46,6 @@ from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers import (
     Place,
-    ShiftedRMSNorm,
     can_follow,
     fold,
     keep_original_width,
@@ -677,9 +676,13 @@ def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:
 def _structure(model: torch.nn.Module) -> dict[str, Any]:
     """Return what a config has to reproduce: the heads, the modules' sizes and the tensors' shapes, by name."""
     heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
-    # PyTorch's norms in the place of Transformers' own compute the same; their weights have the width already.
-    plain = (torch.nn.RMSNorm, ShiftedRMSNorm, torch.nn.LayerNorm)
-    described = [each for each in model.named_modules() if size_names(each[1]) and type(each[1]) not in plain]
+    # Norms in the place of Transformers' own compute the same, if they have no statistics of another width; their
+    # weights have the width already.
+    described = []
+    for name, module in model.named_modules():
+        is_plain = isinstance(module, (torch.nn.RMSNorm, torch.nn.LayerNorm)) and not hasattr(module, "counted")
+        if size_names(module) and not is_plain:
+            described.append((name, module))
     sizes = {name: describe(module) for name, module in described}
     return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
 

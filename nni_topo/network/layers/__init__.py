@@ -85,7 +85,12 @@ from nni_topo.network.layers.kinds import (
     zeros_held,
 )
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out, safely_laid_out
-from nni_topo.network.layers.original_width import ShiftedRMSNorm, channel_dim, keep_original_width, response_norm
+from nni_topo.network.layers.original_width import (
+    channel_dim,
+    keep_original_width,
+    response_norm,
+    silent_value,
+)
 from nni_topo.network.layers.slicing import ChannelwiseConv1d, cut, cut_channelwise, keep, make_channelwise
 
 __all__ = [
@@ -102,7 +107,6 @@ __all__ = [
     "InnerCall",
     "LayerSizes",
     "Place",
-    "ShiftedRMSNorm",
     "Size",
     "Within",
     "as_torch_layers",
@@ -163,6 +167,7 @@ __all__ = [
     "response_norm",
     "row_names",
     "safely_laid_out",
+    "silent_value",
     "sizes_of",
     "sizes_shown",
     "spatial",
