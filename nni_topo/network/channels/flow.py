@@ -181,7 +181,7 @@ class Propagation(torch.fx.Interpreter):
                 self.picks[n.name] = value.cpu()
             if self._is_cut_with_a_module(str(n.target)):
                 return self._weight_of_a_module(str(n.target), value)
-            is_free = is_held(n) and can_follow(value)
+            is_free = is_held(n) and can_follow(str(n.target), value)
             return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)

@@ -787,6 +787,12 @@ def _index_selected(op: Operation) -> Any:
     if _index_is_known(op):
         return _picked(op)
     states, dim = op.ids[0], op.argument(1, "dim")
+    index = op.ids[-1]
+    if op.shape and isinstance(dim, int) and len(op.ids) == 2 and varies(index, 0):
+        # The index lists what to take of a table that doesn't depend on any channels, and is cut itself.
+        if bool((states != FIXED).any()):
+            return op.all_kept()
+        return index.view([-1 if d == dim % len(op.shape) else 1 for d in range(len(op.shape))]).expand(op.shape)
     if op.shape and isinstance(dim, int) and not varies(states, dim):
         # Ids don't differ between rows, so any stands for those that the index picks.
         return states.narrow(dim, 0, 1).expand(op.shape)

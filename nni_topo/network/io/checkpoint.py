@@ -392,7 +392,7 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     for name, tensor in tensors.items():
         small, full = tuple(document["state_dict"][name].shape), tuple(tensor.shape)
         fits = len(small) == len(full) and all(a <= b for a, b in zip(small, full, strict=True))
-        if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(tensor))):
+        if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(name, tensor))):
             raise ConfigError(f"{rule}, got shape {small} where the model has {full} ({name}, {place})")
     for name, description in stored.items():
         _check_sizes(modules[name], description["sizes"], document, name, place)

@@ -1,5 +1,6 @@
 """Layers: what kinds there are, where they hold channels, and how they lose some."""
 
+from nni_topo.network.layers.by_head import HEADS_TAKEN
 from nni_topo.network.layers.constructors import (
     Place,
     number_at,
@@ -91,11 +92,13 @@ from nni_topo.network.layers.original_width import (
     response_norm,
     silent_value,
 )
+from nni_topo.network.layers.rewriting import look_up, rewritten
 from nni_topo.network.layers.slicing import ChannelwiseConv1d, cut, cut_channelwise, keep, make_channelwise
 
 __all__ = [
     "CONVOLUTIONS",
     "HEAD",
+    "HEADS_TAKEN",
     "NORMALIZING",
     "NORMS",
     "PER_CHANNEL",
@@ -151,6 +154,7 @@ __all__ = [
     "kind_of",
     "lay_back",
     "lay_out",
+    "look_up",
     "make_channelwise",
     "norm_scale",
     "number_at",
@@ -165,6 +169,7 @@ __all__ = [
     "recurrent_products",
     "register_module",
     "response_norm",
+    "rewritten",
     "row_names",
     "safely_laid_out",
     "silent_value",
