@@ -1246,19 +1246,34 @@ def _product(op: Operation) -> Any:
     """Couple the channels over which a matrix product sums; channels of other rows or columns stay where they are."""
     if op.shape is None or len(op.ids) != 2:
         return op.by_place(known=False)
-    one, other = op.ids
+    is_own = [isinstance(node, Node) and node.op == "get_attr" for node in op.node.args[:2]]
+    return _multiplied(op, *op.ids, is_own)
+
+
+@rule("baddbmm")
+def _product_added(op: Operation) -> Any:
+    """Follow a matrix product that is added to a tensor, place by place."""
+    factors = [op.argument(1, "batch1"), op.argument(2, "batch2")]
+    if op.shape is None or len(op.ids) != 3:
+        return op.all_kept()
+    product = _multiplied(op, *factors, [False, False])
+    return op.met([op.argument(0, "input"), product], op.shape)
+
+
+def _multiplied(op: Operation, one: Tensor, other: Tensor, is_own: list[bool]) -> Any:
+    """Return the ids of a product of matrices; ``is_own``: whether each is a tensor of the model's own."""
     if min(one.dim(), other.dim()) < 2:
         return op.all_kept()
-    if any(varies(each, d) for each in op.ids for d in range(each.dim() - 2)):
+    factors = one, other
+    if any(varies(each, d) for each in factors for d in range(each.dim() - 2)):
         return _product_by_head(op, one, other)
     # The dimensions of each factor that hold channels, counted from the end.
-    rows, columns = ([d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in op.ids)
+    rows, columns = ([d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in factors)
     if rows in ([], [-1]) and columns in ([], [-2]):
         op.couple(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
         return staying(op.shape)
     # Channels in the rows of the first factor, or the columns of the second, are rows or columns of the product.
     is_simple = (rows, columns) in (([-2], []), ([], [-1]))
-    is_own = [isinstance(node, Node) and node.op == "get_attr" for node in op.node.args[:2]]
     if not is_simple and is_own.count(True) == 1:
         # A tensor of the model's own stays as it is, so that the channels of the other factor can be removed.
         op.keep(one if is_own[0] else other)
