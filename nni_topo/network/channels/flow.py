@@ -330,6 +330,9 @@ class Propagation(torch.fx.Interpreter):
             # A bias by position that another module makes, head by head: T5's first block makes it for all blocks.
             if each.dim() == 4 and each.shape[1] == heads and varies(each, 1):
                 self._given.tie(first, self._given.per_channel(each, 1))
+            elif each.dim() == 3 and each.shape[0] % heads == 0 and varies(each, 0):
+                # ALiBi's, of all heads of a sample, then of the next one's.
+                self._given.tie(first, self._given.per_channel(each.unflatten(0, (-1, heads)), 1))
             elif not any(torch.equal(each, state) for state in states_of_all):
                 needed.append(each)
         found = self._all_kept(node, needed, reasons.needs_all_channels(node, attention.name))

@@ -1247,21 +1247,22 @@ def _product(op: Operation) -> Any:
     if op.shape is None or len(op.ids) != 2:
         return op.by_place(known=False)
     is_own = [isinstance(node, Node) and node.op == "get_attr" for node in op.node.args[:2]]
-    return _multiplied(op, *op.ids, is_own)
+    one, other = op.ids
+    return _multiplied(op, one, other, op.shape, is_own)
 
 
 @rule("baddbmm")
 def _product_added(op: Operation) -> Any:
     """Follow a matrix product that is added to a tensor, place by place."""
-    factors = [op.argument(1, "batch1"), op.argument(2, "batch2")]
     if op.shape is None or len(op.ids) != 3:
         return op.all_kept()
-    product = _multiplied(op, *factors, [False, False])
+    one, other = op.argument(1, "batch1"), op.argument(2, "batch2")
+    product = _multiplied(op, one, other, op.shape, [False, False])
     return op.met([op.argument(0, "input"), product], op.shape)
 
 
-def _multiplied(op: Operation, one: Tensor, other: Tensor, is_own: list[bool]) -> Any:
-    """Return the ids of a product of matrices; ``is_own``: whether each is a tensor of the model's own."""
+def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...], is_own: list[bool]) -> Any:
+    """Return the ids of a product of two matrices; ``is_own``: whether each is a tensor of the model's own."""
     if min(one.dim(), other.dim()) < 2:
         return op.all_kept()
     factors = one, other
@@ -1271,7 +1272,7 @@ def _multiplied(op: Operation, one: Tensor, other: Tensor, is_own: list[bool]) -
     rows, columns = ([d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in factors)
     if rows in ([], [-1]) and columns in ([], [-2]):
         op.couple(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
-        return staying(op.shape)
+        return staying(shape)
     # Channels in the rows of the first factor, or the columns of the second, are rows or columns of the product.
     is_simple = (rows, columns) in (([-2], []), ([], [-1]))
     if not is_simple and is_own.count(True) == 1:
@@ -1283,11 +1284,11 @@ def _multiplied(op: Operation, one: Tensor, other: Tensor, is_own: list[bool]) -
         # that are heads of several channels are removed as a whole.
         op.keep(other)
         op.couple(one[..., :1], one)
-        return one[..., :1].expand(op.shape)
+        return one[..., :1].expand(shape)
     if -1 in columns:
         op.keep(one)
         op.couple(other[..., :1, :], other)
-        return other[..., :1, :].expand(op.shape)
+        return other[..., :1, :].expand(shape)
     return op.all_kept()
 
 

@@ -45,6 +45,7 @@ from nni_topo.network.attention import Attention, find_attention, resize, set_si
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers import (
+    HEADS_TAKEN,
     Place,
     can_follow,
     fold,
@@ -54,6 +55,7 @@ from nni_topo.network.layers import (
     put_sizes,
     response_norm,
     sizes_of,
+    takes_all_heads,
     weight_of,
 )
 from nni_topo.network.runtime import (
@@ -684,7 +686,12 @@ def _structure(model: torch.nn.Module) -> dict[str, Any]:
         if size_names(module) and not is_plain:
             described.append((name, module))
     sizes = {name: describe(module) for name, module in described}
-    return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    for name in list(shapes):
+        owner, _, key = name.rpartition(".")
+        if key == HEADS_TAKEN and takes_all_heads(model.get_submodule(owner)):
+            del shapes[name]  # the model's own class computes the same table
+    return heads | sizes | shapes
 
 
 _NOTE = "kept_blocks"

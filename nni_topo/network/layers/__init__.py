@@ -1,6 +1,6 @@
 """Layers: what kinds there are, where they hold channels, and how they lose some."""
 
-from nni_topo.network.layers.by_head import HEADS_TAKEN
+from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
 from nni_topo.network.layers.constructors import (
     Place,
     number_at,
@@ -178,6 +178,7 @@ __all__ = [
     "spatial",
     "spread",
     "stale_numbers",
+    "takes_all_heads",
     "through_norms",
     "trial_inputs",
     "weight_is_computed",

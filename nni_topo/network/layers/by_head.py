@@ -47,10 +47,9 @@ def take_heads_of_tables(module: nn.Module) -> bool:
     """
     kind, children = type(module), list(module.children())
     is_stack = any(isinstance(each, nn.ModuleList) for each in children)
-    if not is_stack or any(isinstance(each, _WEIGHTED) for each in children):
+    if not is_stack or HEADS_TAKEN in module._buffers or any(isinstance(each, _WEIGHTED) for each in children):
         return False
-    made = tables_by_head_class(kind)
-    count = next((value for key in _COUNTS if isinstance(value := vars(module).get(key), int)), 0)
+    made, count = tables_by_head_class(kind), _heads_of(module)
     if made is None or count < 2:
         return False
     device = next((each.device for each in module.parameters()), None)
@@ -59,10 +58,21 @@ def take_heads_of_tables(module: nn.Module) -> bool:
     return True
 
 
+def takes_all_heads(module: nn.Module) -> bool:
+    """Tell whether a module that takes heads of tables by a buffer takes all of them, in order."""
+    taken = getattr(module, HEADS_TAKEN)
+    return torch.equal(taken, torch.arange(_heads_of(module), device=taken.device))
+
+
+def _heads_of(module: nn.Module) -> int:
+    """Return how many heads the tables of a module have; 0 if it doesn't say."""
+    return next((value for key in _COUNTS if isinstance(value := vars(module).get(key), int)), 0)
+
+
 def tables_by_head_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Return a class derived from ``kind`` that takes heads out of the tables it makes; None if it makes none."""
     if kind not in _CLASSES:
-        _CLASSES[kind] = rewritten(kind, _take_in_calls, __name__, **{_TAKE: _take_heads})
+        _CLASSES[kind] = rewritten(kind, _take_in_calls, kind.__name__, __name__, **{_TAKE: _take_heads})
     return _CLASSES[kind]
 
 

@@ -20,12 +20,12 @@ _OF = " of "  # between a class and its module, in the qualified name of the rew
 
 
 def rewritten(
-    kind: type[nn.Module], change: Callable[[ast.FunctionDef], bool], place: str, **members: Any
+    kind: type[nn.Module], change: Callable[[ast.FunctionDef], bool], name: str, place: str, **members: Any
 ) -> type[nn.Module] | None:
     """Return a class derived from ``kind`` with a changed forward; None if nothing changes, or if that can't be done.
 
-    ``change``: changes the forward's definition in place, and tells whether it did. ``place``: the module that looks
-    the class up for pickle. ``members``: further methods of the class, which the changed forward calls.
+    ``change``: changes the forward's definition in place, and tells whether it did. ``name``: that of the class.
+    ``place``: the module that looks the class up for pickle. ``members``: further methods, which the forward calls.
     """
     forward: Any = kind.__dict__.get("forward")
     function = inspect.unwrap(forward) if forward is not None else None
@@ -46,14 +46,15 @@ def rewritten(
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     made: dict[str, Any] = {}
     exec(compile(source, file, "exec"), function.__globals__, made)
-    own: dict[str, Any] = {"__module__": place, "__qualname__": f"{kind.__qualname__}{_OF}{kind.__module__.replace('.', '/')}"}
+    own: dict[str, Any] = {
+        "__module__": place,
+        "__qualname__": f"{kind.__qualname__}{_OF}{kind.__module__.replace('.', '/')}",
+    }
     own |= {"__doc__": kind.__doc__, "forward": made["forward"], **members}
-    return type(f"Pruned{kind.__name__}", (kind,), own)
+    return type(name, (kind,), own)
 
 
-def look_up(
-    name: str, place: str, make: Callable[[type[nn.Module]], type[nn.Module] | None]
-) -> type[nn.Module]:
+def look_up(name: str, place: str, make: Callable[[type[nn.Module]], type[nn.Module] | None]) -> type[nn.Module]:
     """Look up a rewritten class by its qualified name; AttributeError if ``make`` rewrites none of that name."""
     qualified, _, module = name.partition(_OF)
     if module:

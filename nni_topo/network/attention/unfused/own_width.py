@@ -24,7 +24,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module] | None] = {}
 def own_width_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Return a class derived from ``kind`` whose forward takes no width from its input; None if ``kind`` takes none."""
     if kind not in _CLASSES:
-        _CLASSES[kind] = rewritten(kind, _take_no_width, __name__)
+        _CLASSES[kind] = rewritten(kind, _take_no_width, f"Pruned{kind.__name__}", __name__)
     return _CLASSES[kind]
 
 
