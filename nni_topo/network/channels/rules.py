@@ -55,7 +55,7 @@ from nni_topo.network.runtime import tensors_of
 Modules = Callable[[str], Any]
 """Looks up a module of a traced model by name."""
 # What operations raise if they can't be run on channel ids, or don't have an argument.
-_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 
 
 class Operation:
@@ -148,7 +148,7 @@ class Operation:
         """
         try:
             return self.run(self.args if args is None else args, self.kwargs)
-        except _FAILURES:
+        except FAILURES:
             return None
 
     def moved(self, args: tuple[Any, ...] | None = None, ids: list[Tensor] | None = None) -> Any:
@@ -469,7 +469,7 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     places = _varying(moved)
     if len(places) != 2 or len(sizes) <= places[1]:
         return moved
-    count_is_fixed, length_is_fixed = (isinstance(sizes[d], int) and sizes[d] != -1 for d in places)
+    count_is_fixed, length_is_fixed = (_is_number(sizes[d]) and sizes[d] != -1 for d in places)
     rows = moved.movedim(places, (0, 1)).flatten(2)[:, :, 0].numpy()
     if count_is_fixed and not length_is_fixed:
         is_counted = isinstance(sizes[places[0]], TracedInt)
@@ -479,6 +479,13 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     elif length_is_fixed and not count_is_fixed:
         op.channels.tie(rows[:, :1], rows)
     return moved
+
+
+def _is_number(size: Any) -> bool:
+    """Tell whether a size is a number, or a product of numbers that attributes hold."""
+    if isinstance(size, Node):
+        return size.target is operator_module.mul and all(isinstance(each, int) for each in size.args)
+    return isinstance(size, int)
 
 
 # Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
@@ -773,7 +780,7 @@ def _picked_elsewhere(op: Operation) -> Tensor | None:
         first += missing if part is Ellipsis else _dimensions(part)
     try:
         found = states[tuple(parts)]
-    except _FAILURES:
+    except FAILURES:
         return None
     return found if tuple(found.shape) == op.shape else None
 
@@ -831,7 +838,7 @@ def _picked(op: Operation) -> Any:
     args, kwargs = op.with_picks()
     try:
         return op.run(args, kwargs)
-    except _FAILURES:
+    except FAILURES:
         return op.all_kept(op.ids[:1])
 
 
@@ -869,13 +876,25 @@ def _leaves_last(index: Any, dims: int) -> bool:
 def _written(op: Operation) -> Any:
     # After this the tensor holds channels of two tensors. Where each place of the channels is written to, as in a loop
     # over a text's words, these are coupled; else they aren't followed.
-    if op.node.target is not put or len(op.ids) != 2 or not isinstance(op.args[2], Tensor):
+    if op.node.target is not put or not isinstance(op.args[2], Tensor):
         return op.all_kept(reason=reasons.overwritten(op.node))
     target, place, value = op.args
-    if not _takes_whole(place, _varying(target), target.dim()):
+    if len(op.ids) > 2 and _is_written_by_row(op, target, value):
+        op.couple(target[(0,) * (target.dim() - 1)], value[(0,) * (value.dim() - 1)])
+        return target
+    if len(op.ids) != 2 or not _takes_whole(place, _varying(target), target.dim()):
         return op.all_kept(reason=reasons.overwritten(op.node))
     op.couple(target[place], value)
     return target
+
+
+def _is_written_by_row(op: Operation, target: Tensor, value: Tensor) -> bool:
+    """Tell whether tensors say which rows of a tensor get others, with all channels in the last dimension of both."""
+    if not _leaves_last(op.node.args[1], target.dim()) or target.shape[-1] != value.shape[-1]:
+        return False
+    if any(_varying(each) for each in op.ids[1:-1]) or not value.numel():
+        return False
+    return all(set(_varying(each)) <= {each.dim() - 1} for each in (target, value))
 
 
 def _takes_whole(index: Any, dims: list[int], rank: int) -> bool:
@@ -1257,8 +1276,11 @@ def _product_added(op: Operation) -> Any:
     if op.shape is None or len(op.ids) != 3:
         return op.all_kept()
     one, other = op.argument(1, "batch1"), op.argument(2, "batch2")
-    product = _multiplied(op, one, other, op.shape, [False, False])
-    return op.met([op.argument(0, "input"), product], op.shape)
+    product, added = _multiplied(op, one, other, op.shape, [False, False]), op.argument(0, "input")
+    sizes = (1,) * (product.dim() - added.dim()) + tuple(added.shape)
+    if all(sizes[d] == 1 for d in _varying(product)) and not _varying(added):
+        return product  # the same is added to all channels
+    return op.met([added, product], op.shape)
 
 
 def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...], is_own: list[bool]) -> Any:
