@@ -249,11 +249,18 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
             return None
         kinds = (nn.LayerNorm, ShiftedLayerNorm)
     rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
+    rows = rows.to(weight)
     near = 64 * torch.finfo(weight.dtype).eps
     with torch.no_grad():
         try:
-            given = norm.forward(rows.to(weight))
+            given = norm.forward(rows)
+            # A norm over groups does the same to rows, and something else where places follow the channels.
+            places = norm.forward(rows.view(3, 1, 1, -1))
         except (RuntimeError, TypeError, ValueError):
+            return None
+        if not isinstance(given, Tensor) or not isinstance(places, Tensor) or given.shape != rows.shape:
+            return None
+        if not torch.allclose(places.flatten(0, -2), given, rtol=near, atol=near):
             return None
         for kind in kinds:
             made: Any = kind(len(weight), eps=eps, device="meta")
@@ -262,9 +269,7 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
                 made.bias = own.get("bias")
             if isinstance(made, (ShiftedRMSNorm, ShiftedLayerNorm)):
                 made.shift = 1.0
-            wanted = made.forward(rows.to(weight))
-            is_alike = isinstance(given, Tensor) and given.shape == wanted.shape
-            if is_alike and torch.allclose(given, wanted, rtol=near, atol=near):
+            if torch.allclose(given, made.forward(rows), rtol=near, atol=near):
                 return cast("nn.Module", made)
     return None
 

@@ -243,6 +243,10 @@ class OneMore(nn.LayerNorm):
         return functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
 
 
+class OneGroup(nn.GroupNorm):
+    """The norm of PoolFormer, which does to rows what a layer norm does."""
+
+
 @torch.no_grad()
 def test_a_class_derived_from_a_layer_norm_is_replaced_where_it_computes_other_factors() -> None:
     norm, x = drawn(OneMore(5)), entering(3, 2, 5)
@@ -250,7 +254,7 @@ def test_a_class_derived_from_a_layer_norm_is_replaced_where_it_computes_other_f
     assert type(found) is ShiftedLayerNorm
     assert channel_dim(found) == -1
     torch.testing.assert_close(found(x), norm(x), rtol=1e-9, atol=1e-12)
-    for other in (ChannelsLast(5), ChannelsFirst(5), Twice(5)):
+    for other in (ChannelsLast(5), ChannelsFirst(5), Twice(5), OneGroup(1, 5)):
         assert plain_norm(drawn(other)) is None
 
 
