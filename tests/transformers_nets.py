@@ -48,7 +48,6 @@ MODELS = {
     "MistralForCausalLM": ("MistralConfig", {**SIZES, "num_key_value_heads": 2, "sliding_window": None}),
     "Gemma2ForCausalLM": ("Gemma2Config", {**SIZES, "num_key_value_heads": 2, "head_dim": 4}),
     "CohereForCausalLM": ("CohereConfig", {**SIZES, **TOKENS, "num_key_value_heads": 2}),
-    "NemotronForCausalLM": ("NemotronConfig", {**SIZES, **TOKENS, "num_key_value_heads": 2}),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", {**SIZES, "rotary_pct": 0.5}),
     "PhiForCausalLM": ("PhiConfig", SIZES),
     "StableLmForCausalLM": ("StableLmConfig", {**SIZES, "num_key_value_heads": 2}),
