@@ -104,7 +104,8 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
             if isinstance(tensor, nn.Parameter) or len(np.unique(rows, axis=0)) == len(rows):
                 kept = torch.zeros(tensor.shape[d]).index_fill_(0, torch.from_numpy(rows_left(rows, rows_of_other)), 1)
                 # What is tied to it may keep more.
-                left = tensor.detach() * kept.view([-1 if each == d else 1 for each in range(tensor.dim())])
+                view = [-1 if each == d else 1 for each in range(tensor.dim())]
+                left = tensor.detach() * kept.view(view).to(tensor.dtype)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 setattr(model.get_submodule(owner), key, nn.Parameter(left) if is_parameter else left)
     for name, module in model.named_modules():

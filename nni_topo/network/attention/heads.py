@@ -145,7 +145,7 @@ def _attention(name: str, module: Any) -> Attention | None:
         if not is_known or module.bias_k is not None or module.add_zero_attn:
             return None
         return _together(name, name, module.num_heads, module.head_dim, f"{prefix}out_proj", module.embed_dim)
-    if not module._modules:
+    if not module._modules or _adds_residual(module):
         return None
     parts = {key: part for key, part in module.named_children() if next(part.parameters(), None) is not None}
     count = _first_int(module, _COUNTS) or getattr(getattr(module, "config", None), "num_attention_heads", None)
@@ -188,6 +188,15 @@ def _attention(name: str, module: Any) -> Attention | None:
             )
         return replace(found, shifted=_is_pooled(module))
     return None
+
+
+def _adds_residual(module: nn.Module) -> bool:
+    """Tell whether a module adds an argument to what its output projection gives, as BLOOM's attention does."""
+    forward = inspect.unwrap(getattr(type(module), "forward", None))  # type: ignore[arg-type]
+    if not inspect.isfunction(forward):
+        return False
+    code = forward.__code__
+    return "residual" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def _first_int(module: nn.Module, names: tuple[str, ...]) -> int:

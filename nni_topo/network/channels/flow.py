@@ -10,6 +10,7 @@ ties its output channel to its input channel.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 from torch.utils._pytree import tree_map, tree_map_only
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.network.attention import Attention, attend, find_heads, is_mixed, states_read
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
@@ -37,8 +38,10 @@ from nni_topo.network.channels.ids import (
     varies,
 )
 from nni_topo.network.channels.rules import (
+    FAILURES,
     FixedPlaces,
     Operation,
+    OperatorRule,
     has_property,
     made,
     module_rule,
@@ -82,7 +85,9 @@ from nni_topo.network.layers import (
     row_names,
     weight_name,
 )
-from nni_topo.network.runtime import tensors_of
+from nni_topo.network.runtime import out_of_memory, tensors_of
+
+_logger = logging.getLogger(__name__)
 
 
 class Propagation(torch.fx.Interpreter):
@@ -181,7 +186,7 @@ class Propagation(torch.fx.Interpreter):
                 self.picks[n.name] = value.cpu()
             if self._is_cut_with_a_module(str(n.target)):
                 return self._weight_of_a_module(str(n.target), value)
-            is_free = is_held(n) and can_follow(value)
+            is_free = is_held(n) and can_follow(str(n.target), value)
             return self._parameter(str(n.target), value) if is_free else tree_map(fixed, value)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         shape = tensor_shape(n)
@@ -330,6 +335,9 @@ class Propagation(torch.fx.Interpreter):
             # A bias by position that another module makes, head by head: T5's first block makes it for all blocks.
             if each.dim() == 4 and each.shape[1] == heads and varies(each, 1):
                 self._given.tie(first, self._given.per_channel(each, 1))
+            elif each.dim() == 3 and each.shape[0] % heads == 0 and varies(each, 0):
+                # ALiBi's, of all heads of a sample, then of the next one's.
+                self._given.tie(first, self._given.per_channel(each.unflatten(0, (-1, heads)), 1))
             elif not any(torch.equal(each, state) for state in states_of_all):
                 needed.append(each)
         found = self._all_kept(node, needed, reasons.needs_all_channels(node, attention.name))
@@ -384,10 +392,21 @@ class Propagation(torch.fx.Interpreter):
             return op.computed() if shape is None else made(n, shape, self._given)
         rule = rule_of(n)
         if rule is not None and (rule.moves or rule.writes):
-            return rule.apply(op)
+            return self._ruled(op, rule)
         if not tensors_of(given_shapes(n)):
             return op.computed()
-        return op.by_place(known=False) if rule is None else rule.apply(op)
+        return op.by_place(known=False) if rule is None else self._ruled(op, rule)
+
+    def _ruled(self, op: Operation, rule: OperatorRule) -> Any:
+        """Apply a rule; where it fails, keep all channels that enter."""
+        try:
+            return rule.apply(op)
+        except FAILURES as error:
+            if isinstance(error, NniTopoError) or out_of_memory(error):
+                raise  # of a rule that a user has registered, say
+            # A call that the rule wasn't written for, as of empty tensors, concerns what enters it, not all of a model.
+            _logger.debug("the rule fails at %s", described(op.node), exc_info=True)
+            return op.all_kept(reason=reasons.call_not_covered(op.node))
 
 
 def _is_channel_wise(module: torch.nn.Module, ids: torch.Tensor, shape: tuple[int, ...]) -> bool:

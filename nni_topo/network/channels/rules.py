@@ -55,7 +55,7 @@ from nni_topo.network.runtime import tensors_of
 Modules = Callable[[str], Any]
 """Looks up a module of a traced model by name."""
 # What operations raise if they can't be run on channel ids, or don't have an argument.
-_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 
 
 class Operation:
@@ -148,7 +148,7 @@ class Operation:
         """
         try:
             return self.run(self.args if args is None else args, self.kwargs)
-        except _FAILURES:
+        except FAILURES:
             return None
 
     def moved(self, args: tuple[Any, ...] | None = None, ids: list[Tensor] | None = None) -> Any:
@@ -469,7 +469,7 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     places = _varying(moved)
     if len(places) != 2 or len(sizes) <= places[1]:
         return moved
-    count_is_fixed, length_is_fixed = (isinstance(sizes[d], int) and sizes[d] != -1 for d in places)
+    count_is_fixed, length_is_fixed = (_is_number(sizes[d]) and sizes[d] != -1 for d in places)
     rows = moved.movedim(places, (0, 1)).flatten(2)[:, :, 0].numpy()
     if count_is_fixed and not length_is_fixed:
         is_counted = isinstance(sizes[places[0]], TracedInt)
@@ -479,6 +479,13 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     elif length_is_fixed and not count_is_fixed:
         op.channels.tie(rows[:, :1], rows)
     return moved
+
+
+def _is_number(size: Any) -> bool:
+    """Tell whether a size is a number, or a product of numbers that attributes hold."""
+    if isinstance(size, Node):
+        return size.target is operator_module.mul and all(isinstance(each, int) for each in size.args)
+    return isinstance(size, int)
 
 
 # Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
@@ -773,7 +780,7 @@ def _picked_elsewhere(op: Operation) -> Tensor | None:
         first += missing if part is Ellipsis else _dimensions(part)
     try:
         found = states[tuple(parts)]
-    except _FAILURES:
+    except FAILURES:
         return None
     return found if tuple(found.shape) == op.shape else None
 
@@ -787,6 +794,12 @@ def _index_selected(op: Operation) -> Any:
     if _index_is_known(op):
         return _picked(op)
     states, dim = op.ids[0], op.argument(1, "dim")
+    index = op.ids[-1]
+    if op.shape and isinstance(dim, int) and len(op.ids) == 2 and varies(index, 0):
+        # The index lists what to take of a table that doesn't depend on any channels, and is cut itself.
+        if bool((states != FIXED).any()):
+            return op.all_kept()
+        return index.view([-1 if d == dim % len(op.shape) else 1 for d in range(len(op.shape))]).expand(op.shape)
     if op.shape and isinstance(dim, int) and not varies(states, dim):
         # Ids don't differ between rows, so any stands for those that the index picks.
         return states.narrow(dim, 0, 1).expand(op.shape)
@@ -825,7 +838,7 @@ def _picked(op: Operation) -> Any:
     args, kwargs = op.with_picks()
     try:
         return op.run(args, kwargs)
-    except _FAILURES:
+    except FAILURES:
         return op.all_kept(op.ids[:1])
 
 
@@ -863,13 +876,25 @@ def _leaves_last(index: Any, dims: int) -> bool:
 def _written(op: Operation) -> Any:
     # After this the tensor holds channels of two tensors. Where each place of the channels is written to, as in a loop
     # over a text's words, these are coupled; else they aren't followed.
-    if op.node.target is not put or len(op.ids) != 2 or not isinstance(op.args[2], Tensor):
+    if op.node.target is not put or not isinstance(op.args[2], Tensor):
         return op.all_kept(reason=reasons.overwritten(op.node))
     target, place, value = op.args
-    if not _takes_whole(place, _varying(target), target.dim()):
+    if len(op.ids) > 2 and _is_written_by_row(op, target, value):
+        op.couple(target[(0,) * (target.dim() - 1)], value[(0,) * (value.dim() - 1)])
+        return target
+    if len(op.ids) != 2 or not _takes_whole(place, _varying(target), target.dim()):
         return op.all_kept(reason=reasons.overwritten(op.node))
     op.couple(target[place], value)
     return target
+
+
+def _is_written_by_row(op: Operation, target: Tensor, value: Tensor) -> bool:
+    """Tell whether tensors say which rows of a tensor get others, with all channels in the last dimension of both."""
+    if not _leaves_last(op.node.args[1], target.dim()) or target.shape[-1] != value.shape[-1]:
+        return False
+    if any(_varying(each) for each in op.ids[1:-1]) or not value.numel():
+        return False
+    return all(set(_varying(each)) <= {each.dim() - 1} for each in (target, value))
 
 
 def _takes_whole(index: Any, dims: list[int], rank: int) -> bool:
@@ -1240,19 +1265,38 @@ def _product(op: Operation) -> Any:
     """Couple the channels over which a matrix product sums; channels of other rows or columns stay where they are."""
     if op.shape is None or len(op.ids) != 2:
         return op.by_place(known=False)
+    is_own = [isinstance(node, Node) and node.op == "get_attr" for node in op.node.args[:2]]
     one, other = op.ids
+    return _multiplied(op, one, other, op.shape, is_own)
+
+
+@rule("baddbmm")
+def _product_added(op: Operation) -> Any:
+    """Follow a matrix product that is added to a tensor, place by place."""
+    if op.shape is None or len(op.ids) != 3:
+        return op.all_kept()
+    one, other = op.argument(1, "batch1"), op.argument(2, "batch2")
+    product, added = _multiplied(op, one, other, op.shape, [False, False]), op.argument(0, "input")
+    sizes = (1,) * (product.dim() - added.dim()) + tuple(added.shape)
+    if all(sizes[d] == 1 for d in _varying(product)) and not _varying(added):
+        return product  # the same is added to all channels
+    return op.met([added, product], op.shape)
+
+
+def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...], is_own: list[bool]) -> Any:
+    """Return the ids of a product of two matrices; ``is_own``: whether each is a tensor of the model's own."""
     if min(one.dim(), other.dim()) < 2:
         return op.all_kept()
-    if any(varies(each, d) for each in op.ids for d in range(each.dim() - 2)):
+    factors = one, other
+    if any(varies(each, d) for each in factors for d in range(each.dim() - 2)):
         return _product_by_head(op, one, other)
     # The dimensions of each factor that hold channels, counted from the end.
-    rows, columns = ([d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in op.ids)
+    rows, columns = ([d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in factors)
     if rows in ([], [-1]) and columns in ([], [-2]):
         op.couple(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
-        return staying(op.shape)
+        return staying(shape)
     # Channels in the rows of the first factor, or the columns of the second, are rows or columns of the product.
     is_simple = (rows, columns) in (([-2], []), ([], [-1]))
-    is_own = [isinstance(node, Node) and node.op == "get_attr" for node in op.node.args[:2]]
     if not is_simple and is_own.count(True) == 1:
         # A tensor of the model's own stays as it is, so that the channels of the other factor can be removed.
         op.keep(one if is_own[0] else other)
@@ -1262,11 +1306,11 @@ def _product(op: Operation) -> Any:
         # that are heads of several channels are removed as a whole.
         op.keep(other)
         op.couple(one[..., :1], one)
-        return one[..., :1].expand(op.shape)
+        return one[..., :1].expand(shape)
     if -1 in columns:
         op.keep(one)
         op.couple(other[..., :1, :], other)
-        return other[..., :1, :].expand(op.shape)
+        return other[..., :1, :].expand(shape)
     return op.all_kept()
 
 

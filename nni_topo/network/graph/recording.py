@@ -287,7 +287,7 @@ class _Recorder(TorchFunctionMode):
         """Tell whether a value is a tensor of the graph's, or a size of one, as a tensor may be made of."""
         if isinstance(value, Tensor):
             return id(value) in self._nodes or id(value) in self._own
-        return isinstance(value, TracedInt) and value.source is not None
+        return isinstance(value, TracedInt) and value.source is not None and not value.factors
 
     def _measured(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Let the sizes that a model asks a tensor for say whose they are."""

@@ -47,6 +47,7 @@ class TracedInt(int):
     unclear: UnclearPlaces  # places of which something is made that the graph doesn't show
     # Of sizes of tensors: a tensor and a dimension, or a function and the integers that it takes.
     source: tuple[Any, ...] | None = None
+    factors: tuple[TracedInt, ...] = ()  # of a product of numbers that attributes hold, which is a source too
 
     @classmethod
     def of_tensor(cls, size: int, tensor: Tensor, dim: int) -> TracedInt:
@@ -73,6 +74,8 @@ class TracedInt(int):
         """Note that something is made of an attribute's number that the graph doesn't show."""
         if self.place is not None:
             self.unclear.add(self.place)
+        for each in self.factors:
+            each.note_other_use()
 
     __hash__ = int.__hash__
 
@@ -96,6 +99,11 @@ def _arithmetic(function: Callable[..., int], *operands: Any) -> Any:
         if is_known and int(second) > 0 and value * int(second) == int(first):
             _note_other_uses((second,))
             return TracedInt.of_attribute(value, first.place, first.parts * int(second), first.unclear)
+    if function is operator.mul and all(isinstance(each, TracedInt) and each.place is not None for each in operands):
+        # Heads times the channels of each, as the width of what they put out together.
+        made = TracedInt(value)
+        made.source, made.factors = (function, operands), operands
+        return made
     if any(isinstance(each, TracedInt) and each.source is not None for each in operands):
         # The graph computes it again, from the sizes of tensors and what attributes hold then.
         made = TracedInt(value)

@@ -45,8 +45,8 @@ from nni_topo.network.attention import Attention, find_attention, resize, set_si
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers import (
+    HEADS_TAKEN,
     Place,
-    ShiftedRMSNorm,
     can_follow,
     fold,
     keep_original_width,
@@ -55,6 +55,7 @@ from nni_topo.network.layers import (
     put_sizes,
     response_norm,
     sizes_of,
+    takes_all_heads,
     weight_of,
 )
 from nni_topo.network.runtime import (
@@ -393,7 +394,7 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     for name, tensor in tensors.items():
         small, full = tuple(document["state_dict"][name].shape), tuple(tensor.shape)
         fits = len(small) == len(full) and all(a <= b for a, b in zip(small, full, strict=True))
-        if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(tensor))):
+        if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(name, tensor))):
             raise ConfigError(f"{rule}, got shape {small} where the model has {full} ({name}, {place})")
     for name, description in stored.items():
         _check_sizes(modules[name], description["sizes"], document, name, place)
@@ -677,11 +678,20 @@ def _pruned_heads(plain: Any, dense: torch.nn.Module) -> dict[int, list[int]]:
 def _structure(model: torch.nn.Module) -> dict[str, Any]:
     """Return what a config has to reproduce: the heads, the modules' sizes and the tensors' shapes, by name."""
     heads = {name: f"{each.heads} heads of {each.head_size}" for name, each in find_attention(model).items()}
-    # PyTorch's norms in the place of Transformers' own compute the same; their weights have the width already.
-    plain = (torch.nn.RMSNorm, ShiftedRMSNorm, torch.nn.LayerNorm)
-    described = [each for each in model.named_modules() if size_names(each[1]) and type(each[1]) not in plain]
+    # Norms in the place of Transformers' own compute the same, if they have no statistics of another width; their
+    # weights have the width already.
+    described = []
+    for name, module in model.named_modules():
+        is_plain = isinstance(module, (torch.nn.RMSNorm, torch.nn.LayerNorm)) and not hasattr(module, "counted")
+        if size_names(module) and not is_plain:
+            described.append((name, module))
     sizes = {name: describe(module) for name, module in described}
-    return heads | sizes | {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    for name in list(shapes):
+        owner, _, key = name.rpartition(".")
+        if key == HEADS_TAKEN and takes_all_heads(model.get_submodule(owner)):
+            del shapes[name]  # the model's own class computes the same table
+    return heads | sizes | shapes
 
 
 _NOTE = "kept_blocks"

@@ -1,5 +1,6 @@
 """Layers: what kinds there are, where they hold channels, and how they lose some."""
 
+from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
 from nni_topo.network.layers.constructors import (
     Place,
     number_at,
@@ -85,12 +86,19 @@ from nni_topo.network.layers.kinds import (
     zeros_held,
 )
 from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out, safely_laid_out
-from nni_topo.network.layers.original_width import ShiftedRMSNorm, channel_dim, keep_original_width, response_norm
+from nni_topo.network.layers.original_width import (
+    channel_dim,
+    keep_original_width,
+    response_norm,
+    silent_value,
+)
+from nni_topo.network.layers.rewriting import look_up, rewritten
 from nni_topo.network.layers.slicing import ChannelwiseConv1d, cut, cut_channelwise, keep, make_channelwise
 
 __all__ = [
     "CONVOLUTIONS",
     "HEAD",
+    "HEADS_TAKEN",
     "NORMALIZING",
     "NORMS",
     "PER_CHANNEL",
@@ -102,7 +110,6 @@ __all__ = [
     "InnerCall",
     "LayerSizes",
     "Place",
-    "ShiftedRMSNorm",
     "Size",
     "Within",
     "as_torch_layers",
@@ -147,6 +154,7 @@ __all__ = [
     "kind_of",
     "lay_back",
     "lay_out",
+    "look_up",
     "make_channelwise",
     "norm_scale",
     "number_at",
@@ -161,13 +169,16 @@ __all__ = [
     "recurrent_products",
     "register_module",
     "response_norm",
+    "rewritten",
     "row_names",
     "safely_laid_out",
+    "silent_value",
     "sizes_of",
     "sizes_shown",
     "spatial",
     "spread",
     "stale_numbers",
+    "takes_all_heads",
     "through_norms",
     "trial_inputs",
     "weight_is_computed",

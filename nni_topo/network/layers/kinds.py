@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nni_topo.errors import checked, unknown_name
+from nni_topo.network.layers.by_head import HEADS_TAKEN, take_heads_of_tables
 from nni_topo.network.layers.derived import inner_of
 from nni_topo.network.layers.original_width import channel_dim, plain_norm, response_norm
 from nni_topo.network.runtime import (
@@ -100,12 +101,14 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     -------
     torch.nn.Module
         A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them, ``torch.nn.RMSNorm`` for
-        RMS norms of a library's own, as LLaMA has them, or one derived from it, as Gemma's multiply by one more than
-        their weights, and ``torch.nn.LayerNorm`` for layer norms without biases, as Cohere's are; which are found by
-        trying them. Weights that weight norm, spectral norm, another parametrization or the masks of
-        ``torch.nn.utils.prune`` compute are plain ones with the values that they have in evaluation mode. A ``Conv1D``
-        is a linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this package,
-        would take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all channels.
+        RMS norms of a library's own, as LLaMA has them, and ``torch.nn.LayerNorm`` for layer norms of its own, as
+        Cohere's are, or a class derived from these, where one more than the weights multiplies, as in Gemma and
+        Nemotron; which are found by trying them. Weights that weight norm, spectral norm, another parametrization or
+        the masks of ``torch.nn.utils.prune`` compute are plain ones with the values that they have in evaluation mode.
+        A ``Conv1D`` is a linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this
+        package, would take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all
+        channels. A module that computes a table of biases by head, as ALiBi's of MPT, BLOOM and Falcon, is of a class
+        derived from its own, with a buffer that lists the heads to take of the table: all.
 
     Examples
     --------
@@ -123,6 +126,7 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
         made = made or (plain_norm(module) if name else None)
         if made is not None:
             copied.set_submodule(name, made.train(module.training))
+        take_heads_of_tables(module)
     return copied
 
 
@@ -384,9 +388,11 @@ def by_channel(module: nn.Module, values: Tensor) -> Tensor:
     return rows.flatten(1) if real is None else rows[:, real.to(rows.device)]
 
 
-def can_follow(value: Any) -> bool:
-    """Tell whether a parameter or buffer that the model uses by itself can lose channels."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1
+def can_follow(name: str, value: Any) -> bool:
+    """Tell whether a parameter or buffer of this name, which the model uses by itself, can lose channels."""
+    if not isinstance(value, Tensor) or value.numel() < 2:
+        return False
+    return value.is_floating_point() or name.rpartition(".")[2] == HEADS_TAKEN
 
 
 def norm_scale(norm: nn.Module) -> Tensor | None:

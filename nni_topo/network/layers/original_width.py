@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -59,11 +58,13 @@ class OriginalWidthLayerNorm(nn.LayerNorm):
 
     counted: int
     dim: int  # -1, or 1 in networks that hold channels first
+    shift: float = 0.0
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalize along the channels: ``(..., channels)``, or ``(batch, channels, ...)`` if ``dim`` is 1."""
         x = _normalized(images.movedim(self.dim, -1), self.counted, self.eps)
-        return _weighed(x, self.weight, self.bias).movedim(-1, self.dim).to(images.dtype)
+        factors = _precise(self.weight) + self.shift if self.shift else self.weight
+        return _weighed(x, factors, self.bias).movedim(-1, self.dim).to(images.dtype)
 
     def extra_repr(self) -> str:
         """Show the original width too."""
@@ -92,6 +93,18 @@ class OriginalWidthRMSNorm(nn.RMSNorm):
     def extra_repr(self) -> str:
         """Show the original width too."""
         return f"{super().extra_repr()}, counted={self.counted}"
+
+
+class ShiftedLayerNorm(nn.LayerNorm):
+    """A layer norm whose factors are its weights plus ``shift``, which is 1 in Nemotron."""
+
+    shift: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize along the channels, in single precision at least: ``(..., channels)``."""
+        kind = torch.promote_types(x.dtype, torch.float32)
+        factors, bias = self.weight.to(kind) + self.shift, None if self.bias is None else self.bias.to(kind)
+        return functional.layer_norm(x.to(kind), self.normalized_shape, factors, bias, self.eps).to(x.dtype)
 
 
 class ShiftedRMSNorm(nn.RMSNorm):
@@ -198,7 +211,7 @@ def channel_dim(norm: nn.Module) -> int | None:
         return norm.dim
     if len(norm.normalized_shape) != 1:
         return None
-    if type(norm) is nn.LayerNorm:
+    if type(norm) in (nn.LayerNorm, ShiftedLayerNorm):
         return -1
     weight = next(norm.parameters(), torch.zeros(0))
     images = torch.linspace(-1, 2, 6 * norm.normalized_shape[0]).view(1, 2, 3, -1).to(weight)
@@ -215,34 +228,57 @@ def channel_dim(norm: nn.Module) -> int | None:
 
 
 def plain_norm(norm: nn.Module) -> nn.Module | None:
-    """Return PyTorch's RMS or layer norm that computes what a custom module does, with its weight; None if none does.
+    """Return the RMS or layer norm, of PyTorch's or shifted, that computes what a custom module does; None without one.
 
-    Both are run and compared, on inputs of which some are as small as the epsilon added to their squares.
+    It has the module's weight and bias. Both are run and compared, on inputs of which some are as small as the epsilon
+    added to their squares. A class derived from ``nn.LayerNorm`` that has a bias, and whose channels `channel_dim`
+    finds, needs no other.
     """
     own, weight = dict(norm.named_parameters()), getattr(norm, "weight", None)
     eps = next((each for key in _EPS if isinstance(each := getattr(norm, key, None), float)), None)
     is_other = not type(norm).__module__.startswith(("torch.", "nni_topo."))
-    if not is_other or list(own) != ["weight"] or weight is None or weight.dim() != 1 or eps is None:
+    if not is_other or list(own) not in (["weight"], ["weight", "bias"]) or eps is None:
+        return None
+    if weight is None or weight.dim() != 1 or any(each.shape != weight.shape for each in own.values()):
         return None
     if len(inspect.signature(norm.forward).parameters) > 1:  # a gate, say
         return None
+    kinds: tuple[type[nn.Module], ...] = (nn.RMSNorm, ShiftedRMSNorm, nn.LayerNorm, ShiftedLayerNorm)
+    if "bias" in own:
+        if isinstance(norm, nn.LayerNorm) and channel_dim(norm) is not None:
+            return None
+        kinds = (nn.LayerNorm, ShiftedLayerNorm)
     rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
+    rows = rows.to(weight)
     near = 64 * torch.finfo(weight.dtype).eps
-    kinds = (nn.RMSNorm, ShiftedRMSNorm, partial(nn.LayerNorm, bias=False))
     with torch.no_grad():
         try:
-            given = norm.forward(rows.to(weight))
+            given = norm.forward(rows)
+            # A norm over groups does the same to rows, and something else where places follow the channels.
+            places = norm.forward(rows.view(3, 1, 1, -1))
         except (RuntimeError, TypeError, ValueError):
+            return None
+        if not isinstance(given, Tensor) or not isinstance(places, Tensor) or given.shape != rows.shape:
+            return None
+        if not torch.allclose(places.flatten(0, -2), given, rtol=near, atol=near):
             return None
         for kind in kinds:
             made: Any = kind(len(weight), eps=eps, device="meta")
             made.weight = weight
-            if isinstance(made, ShiftedRMSNorm):
+            if issubclass(kind, nn.LayerNorm):
+                made.bias = own.get("bias")
+            if isinstance(made, (ShiftedRMSNorm, ShiftedLayerNorm)):
                 made.shift = 1.0
-            wanted = made.forward(rows.to(weight))
-            if isinstance(given, Tensor) and torch.allclose(given, wanted, rtol=near, atol=near):
+            if torch.allclose(given, made.forward(rows), rtol=near, atol=near):
                 return cast("nn.Module", made)
     return None
+
+
+def silent_value(norm: nn.Module, name: str) -> float:
+    """Return the value that a norm's parameter of this name holds for a channel that comes out as zero."""
+    if name == "weight" and isinstance(norm, (ShiftedLayerNorm, OriginalWidthLayerNorm)):
+        return -norm.shift
+    return 0.0
 
 
 def keep_original_width(norm: nn.Module, channels: int) -> None:

@@ -16,7 +16,16 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import FLAG, SpeedupError, checked, leaving_out
-from nni_topo.network.layers import WEIGHTED, channel_dim, fold, is_depthwise, is_normalizing, keep, per_channel_names
+from nni_topo.network.layers import (
+    WEIGHTED,
+    channel_dim,
+    fold,
+    is_depthwise,
+    is_normalizing,
+    keep,
+    per_channel_names,
+    silent_value,
+)
 from nni_topo.network.runtime import (
     INPUTS,
     MASKS,
@@ -95,7 +104,7 @@ def _silence(module: torch.nn.Module, channels: torch.Tensor) -> None:
         if isinstance(parameter, torch.Tensor):
             parameter = parameter.view(-1)
             repeats = parameter.shape[0] // len(channels)
-            parameter[channels.to(parameter.device).repeat_interleave(repeats)] = 0
+            parameter[channels.to(parameter.device).repeat_interleave(repeats)] = silent_value(module, target)
 
 
 def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ class Attending(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.kind, self.count = kind, HEADS
+        self.kind, self.count, self.size = kind, HEADS, SIZE
         self.enter, self.leave = nn.Linear(5, WIDTH), nn.Linear(HEADS * SIZE, 2)
         self.ask, self.match, self.give = (nn.Linear(WIDTH, HEADS * SIZE) for _ in range(3))
 
@@ -31,11 +31,18 @@ class Attending(nn.Module):
             return x.view(*x.shape[:2], -1, SIZE).transpose(1, 2)
         if self.kind == "by quotient":
             return x.view(*x.shape[:2], self.count, x.shape[-1] // self.count).transpose(1, 2)
-        return x.view(*x.shape[:2], self.count, SIZE).transpose(1, 2)
+        x = x.view(*x.shape[:2], self.count, SIZE).transpose(1, 2)
+        # As BLOOM: the heads of all samples, one after the other.
+        return x.reshape(x.shape[0] * self.count, -1, SIZE) if self.kind == "added" else x
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter(x)
         q, k, v = self.heads(self.ask(x)), self.heads(self.match(x)), self.heads(self.give(x))
+        if self.kind == "added":
+            scores = torch.zeros(1, 1, x.shape[1]).baddbmm(q, k.transpose(1, 2), alpha=SIZE**-0.5)
+            found = scores.softmax(-1) @ v
+            found = found.view(found.shape[0] // self.count, self.count, -1, SIZE).transpose(1, 2)
+            return self.leave(found.reshape(*x.shape[:2], self.count * self.size))
         if self.kind == "fused":
             found = functional.scaled_dot_product_attention(q, k, v)
         else:
@@ -56,7 +63,7 @@ def silenced(model: nn.Module, masks: dict[str, dict[str, Tensor]]) -> nn.Module
     return copied
 
 
-@pytest.mark.parametrize("kind", ["by count", "by length", "by quotient", "fused"])
+@pytest.mark.parametrize("kind", ["by count", "by length", "by quotient", "fused", "added"])
 def test_heads_go_as_a_whole_with_queries_keys_and_values(kind: str) -> None:
     model, x = Attending(kind).eval(), torch.randn(2, 6, 5)
     groups = nni_topo.dependency_groups(model, x, ASKED)
@@ -130,4 +137,47 @@ def test_channels_viewed_by_another_number_are_coupled_and_what_nothing_reads_is
     masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
     dense = nni_topo.to_dense(model, x, masks)
     assert (dense.enter.out_features, dense.reduce.out_channels, dense.norm.normalized_shape) == (4, 4, (4,))
+    torch.testing.assert_close(dense(x), silenced(model, masks)(x))
+
+
+class Written(nn.Module):
+    """Some places get other values, as those of Longformer that attend to all; ``kind`` says which product is empty."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.enter, self.other = nn.Linear(5, 8), nn.Linear(5, 8)
+        self.inner, self.leave = nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.enter(x)
+        if self.kind == "product":
+            none = states[:0] @ states[:0].transpose(1, 2)
+            states = states + none.sum()
+        else:
+            rows = (x[..., 0] > 0).nonzero(as_tuple=True)
+            states[rows] = self.other(x)[rows]
+        return self.leave(self.inner(states).relu())
+
+
+def test_places_that_tensors_pick_may_get_the_channels_of_another_layer() -> None:
+    model, x = Written().eval(), torch.randn(3, 4, 5)
+    groups = nni_topo.dependency_groups(model, x, ASKED)
+    assert groups.skipped.keys() == {"leave"}
+    ids = {entry["op_names"][0]: entry.get("dependency_group_id") for entry in groups}
+    assert ids["enter"] == ids["other"] is not None
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense = nni_topo.to_dense(model, x, masks)
+    assert (dense.enter.out_features, dense.inner.in_features) == (4, 4)
+    torch.testing.assert_close(dense(x), silenced(model, masks)(x))
+
+
+def test_a_product_of_empty_tensors_keeps_no_layer() -> None:
+    model, x = Written("product").eval(), torch.randn(3, 4, 5)
+    groups = nni_topo.dependency_groups(model, x, [{"op_names": ["enter", "inner"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {}
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense = nni_topo.to_dense(model, x, masks)
+    assert (dense.enter.out_features, dense.inner.out_features) == (4, 3)
     torch.testing.assert_close(dense(x), silenced(model, masks)(x))

@@ -88,6 +88,20 @@ def test_a_quotient_by_a_size_belongs_to_the_size() -> None:
     assert number.unclear == set()  # the graph shows what is made of it
 
 
+def test_a_product_of_attributes_is_computed_again_and_noted_with_both() -> None:
+    heads, channels = held(4, place=("inner", "heads", ())), held(8, place=("inner", "size", ()))
+    width = heads * channels
+    assert (int(width), width.place, width.source) == (32, None, (operator.mul, (heads, channels)))
+    assert (heads.unclear, channels.unclear) == (set(), set())
+    assert width + 1 == 33  # no graph shows this
+    assert width.source[0] is operator.mul
+    for use in (lambda n: n == 3, lambda n: n / 2, lambda n: n.note_other_use()):
+        heads, channels = held(4, place=("inner", "heads", ())), held(8, place=("inner", "size", ()))
+        use(heads * channels)
+        assert heads.unclear == {("inner", "heads", ())}
+        assert channels.unclear == {("inner", "size", ())}
+
+
 @pytest.mark.parametrize("function", [operator.add, operator.sub, operator.mul, operator.floordiv])
 def test_what_is_computed_of_sizes_keeps_the_function_and_the_operands(function) -> None:
     tensor = torch.zeros(2, 12)

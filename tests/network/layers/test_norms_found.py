@@ -12,11 +12,13 @@ from nni_topo.network.layers.original_width import (
     OriginalWidthLayerNorm,
     OriginalWidthResponseNorm,
     OriginalWidthRMSNorm,
+    ShiftedLayerNorm,
     ShiftedRMSNorm,
     channel_dim,
     keep_original_width,
     plain_norm,
     response_norm,
+    silent_value,
 )
 
 KEPT = [0, 2, 5]
@@ -63,6 +65,11 @@ class Response(nn.Module):
         return self.gamma * (images * weights) + self.beta + images
 
 
+def shifted(norm: nn.Module) -> nn.Module:
+    norm.shift = 1.0
+    return norm
+
+
 # By name: the norm, the shape of what enters, the dimension of the channels, and the class that it gets.
 NORMS = {
     "layer norm": (nn.LayerNorm(6), (3, 6), -1, OriginalWidthLayerNorm),
@@ -71,6 +78,8 @@ NORMS = {
     "no parameters": (nn.LayerNorm(6, elementwise_affine=False), (3, 6), -1, OriginalWidthLayerNorm),
     "channels first": (ChannelsFirst(6), (3, 6, 2, 2), 1, OriginalWidthLayerNorm),
     "channels last": (ChannelsLast(6), (3, 2, 2, 6), -1, OriginalWidthLayerNorm),
+    "shifted": (shifted(ShiftedLayerNorm(6)), (3, 2, 6), -1, OriginalWidthLayerNorm),
+    "shifted, no bias": (shifted(ShiftedLayerNorm(6, bias=False)), (3, 6), -1, OriginalWidthLayerNorm),
     "root mean square": (nn.RMSNorm(6), (3, 6), -1, OriginalWidthRMSNorm),
     "root mean square, eps": (nn.RMSNorm(6, eps=0.1), (3, 2, 6), -1, OriginalWidthRMSNorm),
     "root mean square, no weight": (nn.RMSNorm(6, elementwise_affine=False), (3, 6), -1, OriginalWidthRMSNorm),
@@ -163,8 +172,9 @@ class Root(nn.Module):
         self.used = eps if isinstance(eps, float) else 1e-6
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "layer":
-            return functional.layer_norm(x, x.shape[-1:], self.weight, None, self.used)
+        if self.kind in ("layer", "shifted layer"):
+            factors = self.weight + (self.kind == "shifted layer")
+            return functional.layer_norm(x, x.shape[-1:], factors, getattr(self, "bias", None), self.used)
         if self.kind == "refusing":
             raise ValueError("not here")
         if self.kind == "several":
@@ -184,6 +194,14 @@ def test_plain_norms_are_found_by_trying() -> None:
     assert (type(shifted), shifted.shift) == (ShiftedRMSNorm, 1.0)
     layer = plain_norm(Root("layer"))
     assert (type(layer), layer.bias) == (nn.LayerNorm, None)
+    for kind, wanted in (("layer", nn.LayerNorm), ("shifted layer", ShiftedLayerNorm)):
+        norm = Root(kind)
+        norm.bias = nn.Parameter(torch.linspace(-1, 1, 5))
+        found = plain_norm(norm)
+        assert type(found) is wanted
+        assert found.weight is norm.weight
+        assert found.bias is norm.bias
+        assert plain_norm(Root(kind)).bias is None
     assert type(plain_norm(Root().double())) is nn.RMSNorm
     for kind in ("refusing", "several", "off", "no eps"):
         assert plain_norm(Root(kind)) is None
@@ -197,6 +215,9 @@ def test_plain_norms_are_found_by_trying() -> None:
     wide = Root()
     wide.weight = nn.Parameter(torch.ones(1, 5))
     assert plain_norm(wide) is None
+    uneven = Root("layer")
+    uneven.bias = nn.Parameter(torch.ones(1))
+    assert plain_norm(uneven) is None
     none = Root()
     none.weight, none.gain = None, nn.Parameter(torch.ones(5))
     assert plain_norm(none) is None
@@ -213,6 +234,53 @@ def test_a_shifted_norm_computes_in_single_precision_at_least() -> None:
     half = norm.half()(x.half())
     assert half.dtype == torch.float16
     torch.testing.assert_close(half, wanted.half(), rtol=1e-3, atol=1e-3)
+
+
+class OneMore(nn.LayerNorm):
+    """The norm of Nemotron."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class OneGroup(nn.GroupNorm):
+    """The norm of PoolFormer, which does to rows what a layer norm does."""
+
+
+@torch.no_grad()
+def test_a_class_derived_from_a_layer_norm_is_replaced_where_it_computes_other_factors() -> None:
+    norm, x = drawn(OneMore(5)), entering(3, 2, 5)
+    found = plain_norm(norm)
+    assert type(found) is ShiftedLayerNorm
+    assert channel_dim(found) == -1
+    torch.testing.assert_close(found(x), norm(x), rtol=1e-9, atol=1e-12)
+    for other in (ChannelsLast(5), ChannelsFirst(5), Twice(5), OneGroup(1, 5)):
+        assert plain_norm(drawn(other)) is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_channel_with_silent_values_is_zero_whatever_the_others_are(bias: bool) -> None:
+    shifted_norms = [shifted(ShiftedLayerNorm(6, bias=bias)), shifted(ShiftedLayerNorm(6, bias=bias))]
+    keep_original_width(shifted_norms[1], 9)
+    for norm in (*shifted_norms, nn.LayerNorm(6, bias=bias)):
+        images = entering(3, 6)
+        images[..., 2] = 0.0
+        assert bool(drawn(norm)(images)[..., 2].all())
+        for key, parameter in norm.named_parameters():
+            parameter[2] = silent_value(norm, key)
+        assert not norm(images)[..., 2].any()
+
+
+@torch.no_grad()
+def test_a_shifted_layer_norm_of_half_precision_adds_in_single_precision() -> None:
+    norm, x = shifted(ShiftedLayerNorm(4)), entering(2, 4)
+    norm.weight.copy_(torch.tensor([0.0, 1e-3, -1.0, 0.5]))
+    wanted = norm.double()(x)
+    for kind in (torch.float16, torch.bfloat16):
+        half = norm.to(kind)(x.to(kind))
+        assert half.dtype == kind
+        torch.testing.assert_close(half.double(), wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_response_norms_are_told_from_what_only_looks_like_one() -> None:

@@ -13,16 +13,10 @@ from the others, so in the rewritten forward -1 stands in its place, and the sam
 from __future__ import annotations
 
 import ast
-import importlib
-import inspect
-import linecache
-import textwrap
-from typing import Any
 
 from torch import nn
 
-_OF = " of "  # between a class and its module, in the qualified name of the rewritten class
-
+from nni_topo.network.layers import look_up, rewritten
 
 _CLASSES: dict[type[nn.Module], type[nn.Module] | None] = {}
 
@@ -30,48 +24,20 @@ _CLASSES: dict[type[nn.Module], type[nn.Module] | None] = {}
 def own_width_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Return a class derived from ``kind`` whose forward takes no width from its input; None if ``kind`` takes none."""
     if kind not in _CLASSES:
-        _CLASSES[kind] = _rewritten(kind)
+        _CLASSES[kind] = rewritten(kind, _take_no_width, f"Pruned{kind.__name__}", __name__)
     return _CLASSES[kind]
-
-
-def _rewritten(kind: type[nn.Module]) -> type[nn.Module] | None:
-    forward: Any = kind.__dict__.get("forward")
-    function = inspect.unwrap(forward) if forward is not None else None
-    # A function with free variables, as one that calls ``super()``, can't be compiled anew.
-    if not inspect.isfunction(function) or function.__code__.co_freevars:
-        return None
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):  # code that isn't in a file
-        return None
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef):
-        return None
-    rewriter = _Rewriter(_widths_in(definition))
-    tree = ast.fix_missing_locations(rewriter.visit(tree))
-    if not rewriter.found:
-        return None
-    source = ast.unparse(tree)
-    file = f"<nni_topo: {kind.__module__}.{kind.__qualname__}.forward>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
-    made: dict[str, Any] = {}
-    exec(compile(source, file, "exec"), function.__globals__, made)
-    # Pickle looks the class up by its module and qualified name: see `__getattr__`.
-    names = {"__module__": __name__, "__qualname__": f"{kind.__qualname__}{_OF}{kind.__module__.replace('.', '/')}"}
-    return type(f"Pruned{kind.__name__}", (kind,), {**names, "__doc__": kind.__doc__, "forward": made["forward"]})
 
 
 def __getattr__(name: str) -> type[nn.Module]:
     """Look up a rewritten class by its qualified name, as pickle does."""
-    qualified, _, place = name.partition(_OF)
-    if place:
-        kind: Any = importlib.import_module(place.replace("/", "."))
-        for part in qualified.split("."):
-            kind = getattr(kind, part)
-        found = own_width_class(kind)
-        if found is not None:
-            return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return look_up(name, __name__, own_width_class)
+
+
+def _take_no_width(definition: ast.FunctionDef) -> bool:
+    """Change a forward's definition in place; tell whether it took a width from its input."""
+    rewriter = _Rewriter(_widths_in(definition))
+    rewriter.visit(definition)
+    return rewriter.found
 
 
 def _widths_in(definition: ast.FunctionDef) -> set[str]:

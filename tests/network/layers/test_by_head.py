@@ -1,0 +1,159 @@
+"""Tables by head that a forward computes: of which modules, which heads are taken of them, and how heads go."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo.network.layers.by_head import HEADS_TAKEN, take_heads_of_tables, takes_all_heads
+
+HEADS, SIZE = 4, 4
+ASKED = [{"op_names_re": [r".*\.(asked|known|told)"], "sparse_ratio": 0.5}]
+IDS = torch.randint(0, 20, (3, 6), generator=torch.Generator().manual_seed(0))
+
+
+def slopes_of(heads: int) -> Tensor:
+    return torch.tensor([2.0 ** (-8 / heads * (head + 1)) for head in range(heads)])
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size = HEADS, SIZE
+        self.asked, self.known, self.told = (nn.Linear(16, 16) for _ in range(3))
+        self.mixed = nn.Linear(16, 16)
+
+    def by_head(self, states: Tensor) -> Tensor:
+        return states.view(*states.shape[:2], self.heads, self.size).transpose(1, 2)
+
+    def forward(self, states: Tensor, bias: Tensor) -> Tensor:
+        asked, known, told = (self.by_head(layer(states)) for layer in (self.asked, self.known, self.told))
+        shares = (asked @ known.transpose(2, 3) / self.size**0.5 + bias).softmax(-1)
+        return self.mixed((shares @ told).transpose(1, 2).flatten(2))
+
+
+class Stack(nn.Module):
+    """As MPT: a method makes the biases of a number of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.embed, self.blocks = nn.Embedding(20, 16), nn.ModuleList([Attending() for _ in range(2)])
+
+    def biases(self, heads: int, places: int) -> Tensor:
+        return slopes_of(heads).view(-1, 1, 1) * torch.arange(1 - places, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = self.embed(ids)
+        bias = self.biases(self.num_heads, ids.shape[1])
+        for block in self.blocks:
+            states = states + block(states, bias)
+        return states.mean(1)
+
+
+class BySample(Stack):
+    """As BLOOM: the biases of all samples, one after the other, made by a function of the file."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = self.embed(ids)
+        bias = biases_by_sample(ids, self.num_heads)
+        for block in self.blocks:
+            states = states + block(states, bias.unflatten(0, (len(ids), -1)))
+        return states.mean(1)
+
+
+def biases_by_sample(ids: Tensor, heads: int) -> Tensor:
+    places = torch.ones(ids.shape).cumsum(-1)[:, None, :] - ids.shape[1]
+    return (slopes_of(heads)[:, None] * places).reshape(-1, 1, ids.shape[1])
+
+
+class Other(Stack):
+    """Nothing is made of the number of heads by itself."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = self.embed(ids)
+        return states.unflatten(-1, (self.num_heads, -1)).flatten(2)
+
+
+class Uncounted(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 1
+
+
+class Making(Stack):
+    """Its own layer may make heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(16, 16)
+
+
+class Classified(nn.Module):
+    def __init__(self, stack: nn.Module) -> None:
+        super().__init__()
+        self.stack, self.head = stack, nn.Linear(16, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.stack(ids))
+
+
+def drawn(stack: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return Classified(stack()).eval()
+
+
+def test_only_stacks_that_make_tables_of_their_heads_take_them_by_a_buffer() -> None:
+    for kind in (Stack, BySample):
+        stack = kind()
+        assert take_heads_of_tables(stack)
+        assert isinstance(stack, kind)
+        assert type(stack) is not kind
+        assert type(stack).__name__ == kind.__name__
+        assert getattr(stack, HEADS_TAKEN).tolist() == [0, 1, 2, 3]
+        assert takes_all_heads(stack)
+        assert HEADS_TAKEN not in stack.state_dict()  # so that files of the model fit
+        assert not take_heads_of_tables(stack)  # it does already
+        setattr(stack, HEADS_TAKEN, torch.tensor([0, 2]))
+        assert not takes_all_heads(stack)
+    for module in (Other(), Uncounted(), Making(), Attending(), nn.Sequential(Stack())):
+        before = type(module)
+        assert not take_heads_of_tables(module)
+        assert type(module) is before
+
+
+def test_heads_are_taken_of_tables_of_heads_and_of_samples_times_heads() -> None:
+    for kind in (Stack, BySample):
+        stack, plain = kind().eval(), kind().eval()
+        take_heads_of_tables(stack)
+        table = torch.arange(24.0).view(8, 1, 3)
+        taken = stack._nni_topo_take_heads(table, HEADS)
+        assert torch.equal(taken, table)
+        setattr(stack, HEADS_TAKEN, torch.tensor([1, 3]))
+        assert torch.equal(stack._nni_topo_take_heads(table, HEADS), table[[1, 3, 5, 7]])
+        assert torch.equal(stack._nni_topo_take_heads(table[:4], HEADS), table[[1, 3]])
+        for other in (table[:3], table[:, 0, 0], "no table"):
+            assert stack._nni_topo_take_heads(other, HEADS) is other
+        assert type(plain) is kind
+
+
+def test_heads_go_with_their_biases() -> None:
+    for kind in (Stack, BySample):
+        plain = drawn(kind)
+        model = nni_topo.as_torch_layers(plain)
+        assert torch.equal(model(IDS), plain(IDS))
+        groups = nni_topo.dependency_groups(model, IDS, ASKED)
+        assert not groups.skipped
+        masks = nni_topo.RandomPruner(copy.deepcopy(model), groups, seed=0).compress()[1]
+        dense, reference = nni_topo.to_dense(model, IDS, masks), nni_topo.masked_model(model, IDS, masks)
+        assert dense.stack.blocks[0].asked.out_features == 8
+        assert dense.stack.blocks[0].heads == 2
+        kept = masks["stack.blocks.0.told"]["weight"].view(HEADS, SIZE, -1).flatten(1).any(1).nonzero().flatten()
+        assert getattr(dense.stack, HEADS_TAKEN).tolist() == kept.tolist()
+        others = IDS[:2, :5]
+        torch.testing.assert_close(dense(others), reference(others), rtol=1e-5, atol=1e-6)
+    # Without the buffer they stay, for the forward computes biases for all.
+    assert "stack.blocks.0.told" in nni_topo.dependency_groups(drawn(Stack), IDS, ASKED).skipped
