@@ -40,7 +40,8 @@ def test_a_model_with_a_state_is_pruned_and_generates(name: str, sizes: dict[str
 def test_experts_that_get_other_tokens_are_left_as_they_are_and_told():
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    config = transformers.MixtralConfig(**sizes, num_attention_heads=4, num_local_experts=2, num_experts_per_tok=1)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(**sizes, **heads, num_local_experts=2, num_experts_per_tok=1)
     model = transformers.MixtralForCausalLM(config).eval()
     texts = [torch.randint(0, 50, (8, 6)) for _ in range(4)]
     small = nni_topo.shrink(model, texts, {"params": 0.7}, pruner="l1", distill=False, progress=False)
