@@ -103,6 +103,7 @@ def _timed_for_a_moment():
     def few_passes(*args, **knobs):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(measure, "_WARMUP_ROUNDS", 1)
+            patch.setattr(measure, "_BLOCKS", 64)
             return timed(*args, **{"runs": 3, **knobs})
 
     with pytest.MonkeyPatch.context() as patch:

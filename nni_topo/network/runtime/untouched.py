@@ -292,7 +292,7 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            _put_mode(module, mode)
 
 
 def forget_evaluated(model: nn.Module) -> None:
