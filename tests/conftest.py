@@ -17,12 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import far_device
-import numpy as np
 import pytest
-import torch
-import torchvision
-from hypothesis import settings
 from shares import (  # noqa: F401
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -30,23 +25,19 @@ from shares import (  # noqa: F401
     pytest_runtest_logreport,
     pytest_sessionstart,
 )
-from torch import nn
 
+# The process that starts those of the tests imports this file too, and needs no PyTorch: what does is imported below.
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import nn
 
     from nni_topo.zoo import DataBundle
-# Before any test runs a backward pass. Nothing else shows of the device until a test asks for it.
-far_device.reserve()
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A background job of a script ignores Ctrl-C, and so would every program that a test starts and then interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# how long an example takes depends on what else the machine does
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
 
 BARE = """
 import contextlib, io, json, sys, traceback
@@ -63,11 +54,23 @@ for line in iter(sys.stdin.readline, "end\\n"):
 """
 
 
+def pytest_collection() -> None:
+    """Prepare a process that runs tests, before it imports any."""
+    import far_device
+    from hypothesis import settings
+
+    # Before any test runs a backward pass. Nothing else shows of the device until a test asks for it.
+    far_device.reserve()
+    # how long an example takes depends on what else the machine does
+    settings.register_profile("unhurried", deadline=None)
+    settings.load_profile("unhurried")
+
+
 def pytest_collection_finish() -> None:
     """Let Python's collector leave out what is there before the tests, some 800,000 objects."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(2000, 10, 50)  # else it goes through what is new far more often than through what there was
+    gc.set_threshold(20_000, 10, 50)  # else it goes through what is new far more often than through what there was
 
 
 def pytest_sessionfinish() -> None:
@@ -78,7 +81,21 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(autouse=True)
 def _one_thread():
     """One thread, unless the tests are run as on another processor; see processors.py."""
+    import torch
+
     torch.set_num_threads(int(os.environ.get("NNI_TOPO_TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_seeds_for_missing_devices():
+    import torch
+
+    # Until such a device starts, PyTorch notes each seed for it, with the stack at that time: 0.4 ms a seed.
+    with pytest.MonkeyPatch.context() as patch:
+        for devices in (torch.cuda, torch.xpu, torch.mtia):
+            if not devices.is_available():
+                patch.setattr(devices, "manual_seed_all", lambda seed: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -93,6 +110,7 @@ def _timed_for_a_moment():
     def few_passes(*args, **knobs):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(measure, "_WARMUP_ROUNDS", 1)
+            patch.setattr(measure, "_BLOCKS", 64)
             return timed(*args, **{"runs": 3, **knobs})
 
     with pytest.MonkeyPatch.context() as patch:
@@ -127,6 +145,9 @@ def bare_python() -> Iterator[Callable[[str], str]]:
 @pytest.fixture
 def convnet() -> nn.Sequential:
     """Two convolutions and a linear head on 3x8x8 inputs."""
+    import torch
+    from torch import nn
+
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -203,6 +224,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
 @pytest.fixture(params=["far", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Devices that are not the CPU: one that every machine has, and a GPU, which has to round as the CPU does."""
+    import far_device
+    import torch
+
     if request.param == "far":
         if not far_device.is_possible():
             pytest.skip(f"torch {torch.__version__} takes no device written in Python")
@@ -217,6 +241,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 @pytest.fixture
 def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
     """Write CIFAR-10's own files, two for training and one for the test, of so many images each; their sums pass."""
+    import numpy as np
+    import torchvision
 
     def written(images: int) -> Path:
         folder = tmp_path / "cifar-10-batches-py"

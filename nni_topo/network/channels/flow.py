@@ -174,7 +174,7 @@ class Propagation(torch.fx.Interpreter):
         if UNUSED in n.meta and n.op == "call_module":
             for ids in map(compressed, tensors_of(found)):
                 self._given.pin(np.unique(ids), reasons.not_followed())
-        self.ids[n.name] = tree_map(compressed, found)
+        self.ids[n.name] = compressed(found) if isinstance(found, Tensor) else tree_map(compressed, found)
         return found
 
     def _ids_of(self, n: torch.fx.Node) -> Any:

@@ -530,12 +530,18 @@ def _source(function: Callable[..., Any]) -> ast.FunctionDef | None:
 @lru_cache(maxsize=1024)
 def _assigned_elsewhere(kind: type) -> frozenset[str]:
     """Name the attributes that methods of a class, other than constructors, assign."""
+    return frozenset[str]().union(*map(_assigned_by_methods, kind.__mro__))
+
+
+@lru_cache(maxsize=1024)  # by each class of its own, for many share a base with hundreds of methods
+def _assigned_by_methods(kind: type) -> frozenset[str]:
     found = set[str]()
-    for each in kind.__mro__:
-        functions = vars(each).values() if not each.__module__.startswith(("torch.nn.", "builtins")) else ()
-        for function in functions:
-            if isinstance(function, FunctionType) and function.__name__ != "__init__":
-                code = inspect.unwrap(function).__code__
+    functions = vars(kind).values() if not kind.__module__.startswith(("torch.nn.", "builtins")) else ()
+    for function in functions:
+        if isinstance(function, FunctionType) and function.__name__ != "__init__":
+            code = inspect.unwrap(function).__code__
+            # To disassemble a function takes far longer than to look for the name of an instruction in its bytes.
+            if dis.opmap["STORE_ATTR"] in code.co_code[::2]:
                 found.update(str(one.argval) for one in dis.get_instructions(code) if one.opname == "STORE_ATTR")
     return frozenset(found)
 

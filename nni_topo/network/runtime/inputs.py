@@ -132,12 +132,12 @@ def cure_of_argument(error: Exception) -> str:
 
 def on_device(tree: Any, device: torch.device) -> Any:
     """Move the tensors of nested containers to a device, without their gradients."""
-    return tree_map_only(Tensor, lambda tensor: _moved(tensor, device), tree)
+    return map_tensors(lambda tensor: _moved(tensor, device), tree)
 
 
 def copied(tree: Any, device: torch.device) -> Any:
     """Copy the tensors of nested containers to a device, without their gradients."""
-    return tree_map_only(Tensor, lambda tensor: _moved(tensor, device, copy=True), tree)
+    return map_tensors(lambda tensor: _moved(tensor, device, copy=True), tree)
 
 
 def copied_for(model: nn.Module, call: Call) -> Call:
@@ -198,8 +198,31 @@ def real_positions(named: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})  # which hold no tensor
+
+
+def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Return nested containers with a change of their tensors: what `tree_map_only` does, sooner for plain ones."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([map_tensors(change, each) for each in tree])
+    if kind is dict:
+        return {key: map_tensors(change, each) for key, each in tree.items()}
+    return tree if kind in _PLAIN else tree_map_only(Tensor, change, tree)
+
+
 def tensors_of(tree: Any) -> list[torch.Tensor]:
     """List the tensors of nested tuples, lists, dicts and data classes in a fixed order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    kind = type(tree)
+    if kind in _PLAIN:
+        return []
+    # PyTorch's trees take several times as long for these, and most trees consist of them.
+    if kind is tuple or kind is list or kind is dict:
+        return [tensor for each in (tree.values() if kind is dict else tree) for tensor in tensors_of(each)]
     found: list[torch.Tensor] = []
     for leaf in tree_flatten(tree)[0]:
         if isinstance(leaf, torch.Tensor):
@@ -222,7 +245,7 @@ def random_like(call: Call, generator: torch.Generator, *, positive: bool = Fals
             return (torch.rand(tensor.shape, generator=generator) + 0.5).to(tensor)
         return torch.randn(tensor.shape, generator=generator).to(tensor)
 
-    drawn: Call = tree_map_only(Tensor, draw, call)
+    drawn: Call = map_tensors(draw, call)
     return drawn
 
 
@@ -235,7 +258,7 @@ def shrunk(call: Call, side: int = _SIDE) -> Call:
         # Tensors of many channels are taken for features, whose size another input may have to match.
         return images[:2, :, :side, :side] if images.shape[1] < _SIDE else images
 
-    small: Call = tree_map_only(Tensor, crop, call)
+    small: Call = map_tensors(crop, call)
     return small
 
 
@@ -246,7 +269,7 @@ def varied(call: Call, variation: Variation) -> Call:
     def vary(tensor: Tensor) -> Tensor:
         return (tensor + shift) * factor if tensor.is_floating_point() else tensor
 
-    new: Call = tree_map_only(Tensor, vary, call)
+    new: Call = map_tensors(vary, call)
     return new
 
 
@@ -289,7 +312,7 @@ def run_small(model: nn.Module, call: Call) -> Any:
 
 def cast_floats(call: Call, dtype: torch.dtype) -> Call:
     """Return a call with its floats cast to another floating type."""
-    cast: Call = tree_map_only(Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, call)
+    cast: Call = map_tensors(lambda each: each.to(dtype) if each.is_floating_point() else each, call)
     return cast
 
 
@@ -381,7 +404,7 @@ def taken(call: Any, index: Tensor) -> Any:
         has_samples = tensor.dim() > 0 and len(tensor) == count
         return tensor[index.to(tensor.device)] if has_samples else tensor
 
-    return tree_map_only(Tensor, take, call)
+    return map_tensors(take, call)
 
 
 def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
@@ -507,5 +530,4 @@ def first_of_samples(call: Any) -> Tensor:
 
 def batch_size(call: Any) -> int:
     """Return the number of samples in a call; 1 if none of its tensors has dimensions."""
-    first = first_of_samples(call) if tensors_of(call) else None
-    return 1 if first is None or not first.dim() else len(first)
+    return next((len(each) for each in tensors_of(call) if each.dim()), 1)

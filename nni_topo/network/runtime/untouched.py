@@ -28,6 +28,7 @@ _Made = TypeVar("_Made")
 _PutBack = Callable[[], object]
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
+_TABLES = frozenset({dict, OrderedDict})
 # What no forward writes to, may be large, or isn't the model's own.
 _OTHERS = (type, ModuleType, FunctionType, BuiltinFunctionType, ModuleWrapper, Optimizer, Dataset, DataLoader)
 # What NNI and `set_unfused` put into a module while they wrap it; the wrapper's targets come on top.
@@ -101,9 +102,17 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
 def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]) -> None:
     """Append to a list what puts back all that can be reached from a model; ``seen`` keeps ids from being reused."""
     waiting: list[Any] = [model]
+    # Most tables of a module are empty, those of its hooks above all: one function puts all of these back.
+    empty: list[dict[Any, Any]] = []
     while waiting:
         value = waiting.pop()
-        if type(value) in _PLAIN or id(value) in seen or isinstance(value, _OTHERS):
+        if type(value) in _PLAIN or id(value) in seen:
+            continue
+        if type(value) in _TABLES and not value:
+            seen[id(value)] = value
+            empty.append(value)
+            continue
+        if isinstance(value, _OTHERS):
             continue
         seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -113,7 +122,7 @@ def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]
         elif isinstance(value, nn.Module):
             waiting += _add_module(value, put_back, seen)
         elif isinstance(value, dict):
-            put_back.append(_table(value))
+            put_back.append(functools.partial(_put_tables, [(value, dict(value))]))
             waiting += value.values()
         elif isinstance(value, (list, deque)):
             put_back.append(functools.partial(_put_items, value, list(value)))
@@ -137,12 +146,13 @@ def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]
             waiting += (value.func, value.args, value.keywords)
         elif _is_copied_by_attributes(type(value)):
             if hasattr(value, "__dict__"):
-                put_back.append(_table(vars(value)))
+                put_back.append(functools.partial(_put_tables, [(vars(value), dict(vars(value)))]))
                 waiting += vars(value).values()
             for name in _slots(type(value)):
                 if hasattr(value, name):
                     put_back.append(functools.partial(object.__setattr__, value, name, getattr(value, name)))
                     waiting.append(getattr(value, name))
+    put_back.append(functools.partial(_put_tables, [(table, {}) for table in empty]))
 
 
 def _add_module(module: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]) -> list[Any]:
@@ -153,18 +163,16 @@ def _add_module(module: nn.Module, put_back: list[_PutBack], seen: dict[int, Any
     targets = _targets(module)
     is_written = getattr(module, "max_norm", None) is not None
     held: list[Any] = []
-    for table in (vars(module), module._parameters, module._buffers, module._modules):
+    tables = [(table, dict(table)) for table in (vars(module), module._parameters, module._buffers, module._modules)]
+    put_back.append(functools.partial(_put_tables, tables, module, targets))
+    for table, entries in tables:
         seen[id(table)] = table
-
-        def names(module: nn.Module = module) -> frozenset[str]:
-            return _WRAPPING | targets | _targets(module)
-
-        put_back.append(_table(table, names))
-        for name, value in table.items():
+        for name, value in entries.items():
             # What NNI has put in the place of a target is what the wrapped layer computes with, new at each call.
-            if name in targets or name in _WRAPPING:
+            if type(value) in _PLAIN or name in targets or name in _WRAPPING:
                 continue
-            if isinstance(value, nn.Parameter) and id(value) not in seen:
+            # Asked first whether it is a tensor: to ask for a parameter takes long, a function of Python's answers.
+            if isinstance(value, Tensor) and isinstance(value, nn.Parameter) and id(value) not in seen:
                 seen[id(value)] = value
                 _add_tensor(value, put_back, is_written=is_written)
             else:
@@ -183,32 +191,38 @@ def _targets(module: nn.Module) -> frozenset[str]:
     return frozenset(() if wrapper is None else wrapper.pruning_target_spaces)  # type: ignore[arg-type]
 
 
-def _table(table: dict[Any, Any], untouched: Callable[[], frozenset[str]] = frozenset) -> _PutBack:
-    """Return what puts a table's entries back, in their order, except for the ``untouched`` keys."""
-    before = dict(table)
+def _put_tables(
+    tables: list[tuple[dict[Any, Any], dict[Any, Any]]],
+    module: nn.Module | None = None,
+    targets: frozenset[str] = frozenset(),
+) -> None:
+    """Put back the entries of tables, in their order, from copies of these.
 
-    def put() -> None:
+    In the tables of a module what wraps it stays as it is; ``targets`` are those of its wrapper when they were copied.
+    """
+    for table, before in tables:
+        if not table and not before:
+            continue
         # A model has thousands of entries, of which hardly any changes: no loop of Python's goes over these.
         same_names = len(table) == len(before) and all(map(is_, before, table))
         if same_names and all(map(is_, before.values(), table.values())):
-            return
-        skipped, now = untouched(), dict(table)
+            continue
+        untouched = frozenset[str]() if module is None else _WRAPPING | targets | _targets(module)
+        now = dict(table)
         wanted = {}
         for key, value in before.items():
-            if key not in skipped:
+            if key not in untouched:
                 wanted[key] = value
             elif key in now:
                 wanted[key] = now[key]
         for key in now:
-            if key in skipped:
+            if key in untouched:
                 wanted.setdefault(key, now[key])
         # A subclass may do more than to hold what it is given.
         kind: Any = OrderedDict if isinstance(table, OrderedDict) else dict
         kind.clear(table)
         for key, value in wanted.items():
             kind.__setitem__(table, key, value)
-
-    return put
 
 
 def _put_items(items: list[Any] | deque[Any], before: list[Any]) -> None:
@@ -278,7 +292,7 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            _put_mode(module, mode)
 
 
 def forget_evaluated(model: nn.Module) -> None:

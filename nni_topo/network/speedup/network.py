@@ -56,6 +56,7 @@ class _Known:
 # By model, its structure when it was last looked at and what was found out about it. Nothing here holds a weight, or
 # the model itself, which would never be freed.
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[str, dict[Any, Any]]] = WeakKeyDictionary()
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 _OWN = frozenset(vars(nn.Module())) | {"_nni_wrapper", "forward"}
 
 
@@ -228,6 +229,8 @@ def _replacements(module: nn.Module) -> str:
 
 def _shown(value: Any, depth: int = 3) -> str:
     """Write a value down, tensors by shape and place, other objects by what they hold."""
+    if type(value) in _PLAIN:
+        return repr(value)
     if isinstance(value, Tensor):
         # A number in a buffer may be a switch; what has more entries is computed with, not looked at.
         number = value.tolist() if value.numel() == 1 and not value.is_meta else ""

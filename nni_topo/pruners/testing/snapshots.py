@@ -61,7 +61,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             for key, value in vars(module).items()
             if key.endswith("_hooks") and value
         },
-        "generators": (random.getstate(), str(np.random.get_state()), _bytes(torch.get_rng_state())),
+        "generators": (random.getstate(), _content(np.random.get_state()), _bytes(torch.get_rng_state())),
     }
 
 

@@ -123,6 +123,27 @@ def test_random_weights_differ_from_row_to_row_and_from_layer_to_layer():
     assert float(one.std()) == pytest.approx(0.1, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("draw", [torch.rand, torch.randn])
+def test_random_weights_are_those_that_a_generator_draws_and_it_goes_on_behind_them(draw, dtype):
+    own, expected = torch.Generator(), torch.Generator()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng([]):
+            for seed in (7, 8, 7):
+                for generator in (own, expected, torch.default_generator):
+                    generator.manual_seed(seed)
+                drawn = draw(RandomWeights._DRAWN, generator=expected)
+                for given in (own, None):
+                    numbers = RandomWeights(draw, given)
+                    assert torch.equal(numbers.like(torch.empty(1000), 1.0), drawn[102:1102])
+                after = draw(5, generator=expected)
+                assert torch.equal(draw(5, generator=own), after)
+                assert torch.equal(draw(5), after)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class Unlike(nn.Module):
     """Attributes that are more than what they hold: shared, looking at one another, or copied in a way of their own."""
 
