@@ -32,6 +32,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -454,9 +455,23 @@ def page_tables(documents: list[Row]) -> str:
     """Return the tables of some runs, under a heading each."""
     return "\n\n".join(
         f"### {document['machine']['device']}, commit {document['revision']}\n\n"
-        + "\n\n".join([*([document["note"]] if "note" in document else []), *tables(document)])
+        + "\n\n".join([*([document["note"]] if "note" in document else []), *by_way(document), *tables(document)])
         for document in documents
     )
+
+
+def by_way(document: Row) -> list[str]:
+    """Return the times of the largest batch, eager and compiled, with a row for each way to prune."""
+    rows = [row for part in ("latency", "compiled") for row in document.get(part, [])]
+    batches = [int(batch[1]) for row in rows if (batch := re.search(r"batch (\d+)", row["row"]))]
+    large = {row["row"]: row for row in rows if f"batch {max(batches)}" in row["row"]}
+    if not large:
+        return []
+    ways = dict.fromkeys(name for row in large.values() for name in row if name.endswith(" ms"))
+    cells = ([way.removesuffix(" ms"), *(_cell(row.get(way)) for row in large.values())] for way in ways)
+    titles = [title.replace(f", batch {max(batches)}", "") for title in large]
+    head = f"**milliseconds for {max(batches)} images by way**\n\n"
+    return [head + markdown_table(["way", *titles], cells)]
 
 
 def tables(document: Row) -> Iterator[str]:

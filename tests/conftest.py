@@ -87,18 +87,6 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_seeds_for_missing_devices():
-    import torch
-
-    # Until such a device starts, PyTorch notes each seed for it, with the stack at that time: 0.4 ms a seed.
-    with pytest.MonkeyPatch.context() as patch:
-        for devices in (torch.cuda, torch.xpu, torch.mtia):
-            if not devices.is_available():
-                patch.setattr(devices, "manual_seed_all", lambda seed: None)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
 def _timed_for_a_moment():
     # every record of a run says how long its networks take; network/cost/test_measure.py tests the default of 30
     from nni_topo import zoo

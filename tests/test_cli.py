@@ -266,7 +266,11 @@ PRUNE = "pruner: {}\nconfig_list:\n  - {{op_types: [Conv2d], sparse_ratio: 0.5}}
         ("shrink", ["--shares", "0.5", "--pruner", "subcluster"], "--shares, --tolerance and --depth need a pruner"),
         ("shrink", ["--device", "nowhere"], "device must be cpu, cuda or auto"),
         ("prune", PRUNE.format("l1", "knobs: {sed: 1}"), "knob of pruner 'l1' must be a known name, got 'sed'"),
-        ("prune", PRUNE.format("topological", "knobs: {solver: best}"), "solver must be a known name, got 'best'"),
+        (
+            "prune",
+            PRUNE.format("topological", "knobs: {solver: best}"),
+            "solver must be 'auto' or 'greedy' or 'genetic' or a GeneticSearch",
+        ),
         ("prune", PRUNE.format("l1", "retrain: {epoch: 1}"), "key of a recipe must be a known name, got 'epoch'"),
     ],
 )

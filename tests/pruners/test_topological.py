@@ -275,7 +275,7 @@ def test_degenerate_layers(points, make):
     ("knobs", "words"),
     [
         ({"criterion": "hausdorf"}, "did you mean hausdorff"),
-        ({"solver": "annealing"}, "solver must be a known name"),
+        ({"solver": "annealing"}, "solver must be 'auto' or 'greedy' or .*, got 'annealing'"),
         ({"solver": {"engine": "ripser"}}, "engine must be a known name"),
         ({"solver": {"generation": 5}}, "key of solver must be a known name, got 'generation'"),
         ({"solver": 7}, "solver must be .* a GeneticSearch or a mapping of its fields, got 7"),

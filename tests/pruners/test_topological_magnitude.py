@@ -264,7 +264,7 @@ def test_from_compressor_prunes_what_the_first_left():
         (LAYERS, {"conv_graph": "toeplitz"}, "needs example_inputs"),
         (LAYERS, {"rounds": 0}, "at least 1, got 0"),
         (LAYERS, {"rounds": 1.5}, "at least 1, got 1.5"),
-        (LAYERS, {"rewind": "start"}, "rewind must be a known name"),
+        (LAYERS, {"rewind": "start"}, "rewind must be 'initial' or a Mapping or None, got 'start'"),
         (LAYERS, {"rewind": {"nowhere": torch.ones(2)}}, r"got shape \(2,\), the model's is none \(nowhere\)"),
         (
             LAYERS,

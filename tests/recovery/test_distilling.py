@@ -506,7 +506,7 @@ def test_views_of_another_size_are_taken_where_the_network_runs_on_them_and_all_
         ({"state_seconds": -1.0}, "state_seconds must be at least 0 and finite, got -1.0"),
         ({"seed": -1}, "seed must be an integer of at least 0 .*, got -1"),
         ({"blend": 1}, "blend must be True or False, got 1"),
-        ({"augment": 5}, r"augment must be a function or None, got 5 \(distillation\)"),
+        ({"augment": 5}, r"augment must be a function or None, got 5 \(distill\)"),
         *(({"augment": work}, message) for work, message in BAD_VIEWS),
     ],
 )

@@ -90,7 +90,7 @@ def test_heads_may_be_asked_of_dependency_groups_alone() -> None:
     for entry in entries:
         arguments.UNGROUPED.check("config_list", [entry], "here")
         arguments.UNGROUPED.check("config_list", ({"granularity": "out_channel"}, {"granularity": [1, -1]}), "here")
-        with pytest.raises(ConfigError, match="granularity must be a known name, got 'head'"):
+        with pytest.raises(ConfigError, match=r"granularity must be 'default' or .*, got 'head'"):
             arguments.CONFIG_LIST.check("config_list", [entry], "here")
     with pytest.raises(ConfigError, match="granularity must be "):
         arguments.UNGROUPED.check("config_list", [{"granularity": "heads"}], "here")
@@ -211,7 +211,7 @@ RULES: dict[str, tuple[list[Any], list[tuple[Any, type[NniTopoError], str]]]] = 
         [1, 8, "auto", None],
         [
             (0, ConfigError, "at least 1"),
-            ("all", ConfigError, "a known name, got 'all'"),
+            ("all", ConfigError, "an integer of at least 1 or 'auto' or None, got 'all'"),
             (1.5, ConfigError, "least 1"),
         ],
     ),
