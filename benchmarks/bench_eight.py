@@ -115,7 +115,7 @@ def table(records: list[dict[str, Any]]) -> str:
             ]
             by_way[way] = lost
             less = [by_way["channels"][seed] - lost[seed] for seed in lost if seed in by_way.get("channels", {})]
-            paired = "" if way == "channels" else _shown(less)
+            paired = _shown(less) if less and way != "channels" else ""
             first = [net, f"{100 * share:g} %", f"{images:,}", title, str(len(found))]
             rows.append([*first, *(_shown(column) for column in columns), paired])
     head = [
