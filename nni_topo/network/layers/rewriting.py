@@ -41,7 +41,10 @@ def rewritten(
         return None
     if forward is function:
         definition.decorator_list = []  # they returned the function itself, and may need to know its class
-    source = ast.unparse(ast.fix_missing_locations(tree))
+    # In a class of that name, for decorators may look at the function's qualified name, as those of Transformers do.
+    inside: Any = ast.parse(f"class {kind.__name__}: pass")
+    inside.body[0].body = [definition]
+    source = ast.unparse(ast.fix_missing_locations(inside))
     file = f"<nni_topo: {kind.__module__}.{kind.__qualname__}.forward>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     made: dict[str, Any] = {}
@@ -50,7 +53,7 @@ def rewritten(
         "__module__": place,
         "__qualname__": f"{kind.__qualname__}{_OF}{kind.__module__.replace('.', '/')}",
     }
-    own |= {"__doc__": kind.__doc__, "forward": made["forward"], **members}
+    own |= {"__doc__": kind.__doc__, "forward": made[kind.__name__].__dict__["forward"], **members}
     return type(name, (kind,), own)
 
 
