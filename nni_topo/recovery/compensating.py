@@ -13,7 +13,7 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 from torch.fx import Node
 
-from nni_topo.errors import ConfigError, checked, instance, listed
+from nni_topo.errors import ConfigError, checked, instance, listed, whole
 from nni_topo.network.runtime import (
     BATCHES,
     MASKS,
@@ -68,6 +68,7 @@ class Compensation:
     masks=MASKS,
     calibration=BATCHES,
     method=instance(str, RecoveryMethod),
+    cache_bytes=whole(0, 2**63 - 1),
 )
 @leaves_models_alone
 @in_smaller_batches
@@ -166,8 +167,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     seed : int, default=0
         For the positions that large feature maps are sampled at, and the order of samples that blocks learn from.
     cache_bytes : int, default=2**30
-        Memory for intermediate values of both networks, and as much again for one layer's samples. With less, more
-        is computed again.
+        Memory for intermediate values of both networks, at least 0, and as much again for one layer's samples. With
+        less, more is computed again.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.

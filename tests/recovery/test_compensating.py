@@ -314,6 +314,8 @@ def test_bad_calibration_is_refused_and_nothing_changes(calibration, error, mess
         ({"method": "magic"}, "method must be a known name, got 'magic'"),
         ({"ridge": -1.0}, "ridge must be 'auto' or a finite number of at least 0, got -1.0"),
         ({"ridge": math.nan}, "got nan"),
+        ({"cache_bytes": -1}, "cache_bytes must be an integer of at least 0 .*, got -1"),
+        ({"cache_bytes": "1 GB"}, "cache_bytes must be an integer .*, got '1 GB'"),
         ({"ridge": True}, "got True"),
         ({"ridge": "much"}, "got 'much'"),
         ({"method": 3}, "method must be a str or a RecoveryMethod, got 3"),
