@@ -250,18 +250,21 @@ def test_a_base_model_is_named_if_the_config_tells_it(tmp_path: Path, monkeypatc
     load = transformers.BertForSequenceClassification.from_pretrained
     loaded = load("some/tiny-bert", cache_dir=tmp_path / "cache", local_files_only=True).config
     dense.config._name_or_path = loaded._name_or_path
-    # Later versions don't note the commit.
-    if hasattr(loaded, "_commit_hash"):
-        dense.config._commit_hash = loaded._commit_hash
-    else:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    # Later versions don't note the commit; then the hub's cache tells, wherever it lies.
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        dense.config._commit_hash = None
+        nni_topo.save_pretrained(dense, "cached")
+        assert card_of(Path("cached")).data.base_model == "some/tiny-bert"
+    nni_topo.save_pretrained(dense, "elsewhere")
+    assert card_of(Path("elsewhere")).data.base_model is None
+    dense.config._commit_hash = getattr(loaded, "_commit_hash", "0" * 40)
     nni_topo.save_pretrained(dense, "named")
     assert card_of(Path("named")).data.base_model == "some/tiny-bert"
     assert "https://huggingface.co/some/tiny-bert" in Path("named/README.md").read_text()
     # Places on this machine are no names of the hub, and nobody's business.
     made("Bert").save_pretrained("runs/bert")
-    if hasattr(loaded, "_commit_hash"):
-        dense.config._commit_hash = load("runs/bert").config._commit_hash
+    dense.config._commit_hash = getattr(load("runs/bert").config, "_commit_hash", None)
     # One of them is gone, or the program has another working folder now.
     for place in (str(tmp_path / "runs" / "bert"), "runs/bert", "./runs/bert", "runs/gone", "a/b/c", ""):
         dense.config._name_or_path = place

@@ -417,15 +417,19 @@ def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
     size of a head is given on its own. Layers whose config accepts every number are left out.
     """
     found = {}
+    known: dict[tuple[int, int], list[int]] = {}  # blocks share a config
     for name, attention in find_attention(model).items():
         module: Any = model.get_submodule(name)
         config: Any = getattr(module, "config", getattr(model, "config", None))
         # Transformers 4 checks nothing, and a config may have a setting of that name
         if not callable(getattr(config, "validate", None)):
             continue
-        accepted = [count for count in range(1, attention.heads + 1) if _accepts(config, attention.heads, count)]
-        if len(accepted) < attention.heads:
-            found.update(dict.fromkeys(attention.channels, accepted))
+        heads = attention.heads
+        key = (id(config), heads)
+        if key not in known:
+            known[key] = [count for count in range(1, heads + 1) if _accepts(config, heads, count)]
+        if len(known[key]) < heads:
+            found.update(dict.fromkeys(attention.channels, known[key]))
     return found
 
 
