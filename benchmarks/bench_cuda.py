@@ -67,6 +67,7 @@ OURS: dict[str, dict[str, Any]] = {
     "shrink": {"budget": {"flops": SHARE}},
     "shrink, any width": {"budget": {"flops": SHARE}, "round_to": 1},
     "shrink, multiples of 32": {"budget": {"flops": SHARE}, "round_to": 32},
+    "shrink, MLPs alone": {"budget": {"flops": SHARE}, "layers": ".mlp.0"},
     "shrink, half the time": {"budget": {"latency": SHARE}},
     "shrink, half the time, blocks too": {"budget": {"latency": SHARE}, "depth": True},
 }
@@ -122,7 +123,7 @@ class Bench:
         self.small = ("small_cnn",) if self.quick else ("vgg16", "resnet56")
         self.small_images = 16 if self.quick else 512
         # A budget of time is measured for seconds.
-        self.ways = (*UNIFORM, "shrink") if self.quick else (*UNIFORM, *OURS)
+        self.ways = options.ways or ((*UNIFORM, "shrink") if self.quick else (*UNIFORM, *OURS))
         self.runs = 2 if self.quick else 30
         self.passes = () if self.quick else ("pitch", "minilm", "resnet50")
         self.streamed = () if self.quick else ((2048, 4, 64, 0), (4096, 2, 64, 0))
@@ -178,6 +179,7 @@ def pruned_rows(bench: Bench) -> list[Row]:
         row
         for name in bench.large
         for way in bench.ways
+        if "layers" not in OURS.get(way, {}) or name.startswith("vit")
         for row in bench.row(f"{name}, {way}", lambda n=name, w=way: pruned(bench, n, w))
     ]
 
@@ -194,7 +196,10 @@ def pruned(bench: Bench, name: str, way: str) -> Row:
 
     if way in OURS:
         shrink = functools.partial(nni_topo.shrink, model, bench.images, distill=False, progress=False)
-        nets[way] = step("whole", lambda: shrink(**OURS[way]))
+        knobs = dict(OURS[way])
+        if "layers" in knobs:
+            knobs["layers"] = [layer for layer, _ in model.named_modules() if layer.endswith(knobs["layers"])]
+        nets[way] = step("whole", lambda: shrink(**knobs))
     elif way == PREFIX:
         # it removes the channels itself
         ratio = bench.ratio(name, way)
@@ -522,6 +527,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on the CPU")
     parser.add_argument("--quick", action="store_true", help="a tiny net and few images, to see that it runs")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
+    parser.add_argument("--ways", nargs="+", choices=(*UNIFORM, *OURS), metavar="WAY", help="to prune (default: all)")
     parser.add_argument("--out", type=Path)
     parser.add_argument(
         "--into", nargs=2, type=Path, metavar=("RECORDS", "PAGE"), help="page whose tables are replaced"

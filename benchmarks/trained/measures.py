@@ -50,9 +50,10 @@ def clustered(values: Tensor, groups: Tensor) -> Figure:
 
 
 def answers(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Return a classifier's logits for batches of images."""
+    """Return a classifier's logits for batches of images, on the CPU wherever it runs."""
+    device = next(model.parameters()).device
     with torch.no_grad():
-        return torch.cat([model(batch) for batch in batches])
+        return torch.cat([model(batch.to(device)).cpu() for batch in batches])
 
 
 def like_classifier(mine: Tensor, theirs: Tensor, crops: Crops) -> dict[str, Figure]:
@@ -69,9 +70,14 @@ def like_classifier(mine: Tensor, theirs: Tensor, crops: Crops) -> dict[str, Fig
 
 
 def embeddings(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Tensor:
-    """Return the embeddings of batches of sentences."""
+    """Return the embeddings of batches of sentences, on the CPU wherever the model runs."""
+    device = next(model.parameters()).device
+    found = []
     with torch.no_grad():
-        return torch.cat([embedding(model(**batch), batch["attention_mask"]) for batch in batches])
+        for batch in batches:
+            placed = {name: each.to(device) for name, each in batch.items()}
+            found.append(embedding(model(**placed), placed["attention_mask"]).cpu())
+    return torch.cat(found)
 
 
 def like_encoder(mine: Tensor, theirs: Tensor) -> dict[str, Figure]:

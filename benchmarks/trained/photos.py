@@ -158,12 +158,12 @@ class MissingPhotosError(Exception):
 
 
 def path_of(name: str) -> Path:
-    """Return a photo's file, whether it exists or not."""
+    """Return a photo's file, whether it exists or not; ``PHOTOS_SKIMAGE`` and so on name folders of one's own."""
     source, _, rest = name.partition("/")
-    place = SOURCES[source][1]
+    place = os.environ.get(f"PHOTOS_{source.upper()}", SOURCES[source][1])
     package, _, folder = place.partition(":")
     if not folder:
-        return Path(os.environ.get(f"PHOTOS_{source.upper()}", place)) / rest
+        return Path(place) / rest
     found = importlib.util.find_spec(package)
     home = Path(found.origin).parent if found is not None and found.origin else Path("not installed")
     return home / folder / rest

@@ -60,7 +60,7 @@ def minilm(folder: Path) -> nn.Module:
 
     # Without its pooling layer, which sentence embeddings don't use.
     model: nn.Module = AutoModel.from_pretrained(folder, use_safetensors=True, add_pooling_layer=False)
-    return model.eval()
+    return model.float().eval()
 
 
 def tokenizer(folder: Path) -> Any:

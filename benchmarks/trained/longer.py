@@ -1,0 +1,224 @@
+"""What distillation reaches when time isn't short: long courses on a GPU, with many crops (sentences).
+
+    python benchmarks/trained/longer.py efficientnet-lite0 --out runs/longer --device cuda
+    python benchmarks/trained/longer.py minilm --out runs/longer --device cuda --seconds 60
+
+The tables of ``run.py`` allow a quarter of an hour on one core. Here the same networks are pruned the same way, and
+learn for as long as ``--seconds`` says. Several courses run: they differ in what is done to the images, or in what the
+pruned network starts from. A course is chosen by the validation photos (sentences); the record has both their figures
+and those of the test part. Each course is a line of ``NETWORK.jsonl``; the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nni_topo
+from benchmarks.trained import measures, photos, pretrained
+from benchmarks.trained.run import Cnn, Encoder
+from nni_topo.network.cost import NetworkCost
+from nni_topo.runs.provenance import provenance
+from nni_topo.studies.records import append_record, read_records
+
+_PART = 1000  # crops that one process cuts
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a pruned network learns."""
+
+    criterion: str = "reconstruction"
+    is_reconstructed: bool = True
+    augment: Callable[[Tensor], Tensor] | None = None
+    blend: bool = False
+    blocks: float = 0.0
+    lr: float | None = None
+    batch_size: int = 256
+
+
+def pasted(images: Tensor) -> Tensor:
+    """Change the colours of images, and paste a rectangle of another one into half of them."""
+    count, device = len(images), images.device
+    gain = 1.0 + 0.4 * (torch.rand(count, 1, 1, 1) - 0.5)
+    tint = 1.0 + 0.2 * (torch.rand(count, 3, 1, 1) - 0.5)
+    shift = 0.3 * (torch.rand(count, 1, 1, 1) - 0.5)
+    found = (images * (gain * tint).to(device) + shift.to(device)).clamp(-1.0, 1.0)
+    found = torch.where((torch.rand(count, 1, 1, 1) < 0.5).to(device), found.flip(3), found)
+    others = found[torch.randperm(count).to(device)]
+    side = images.shape[-1]
+    length = (side * torch.rand(count).sqrt()).round()
+    corners = [((side - length) * torch.rand(count)).round() for _ in range(2)]
+    places = torch.arange(side)
+    rows, columns = ((places >= corner[:, None]) & (places < (corner + length)[:, None]) for corner in corners)
+    inside = rows[:, None, :, None] & columns[:, None, None, :] & (torch.rand(count, 1, 1, 1) < 0.5)
+    return torch.where(inside.to(device), others, found)
+
+
+COURSES: dict[str, dict[str, Course]] = {
+    Cnn.name: {
+        "crops": Course(),
+        "blended": Course(blend=True),
+        "pasted": Course(augment=pasted),
+        "pasted and blended": Course(augment=pasted, blend=True),
+        "pasted and blended, blocks": Course(augment=pasted, blend=True, blocks=1.0),
+        "pasted and blended, l1 alone": Course("l1", is_reconstructed=False, augment=pasted, blend=True),
+    },
+    Encoder.name: {
+        "sentences": Course(blocks=0.2),
+        "sentences, l1 alone": Course("l1", is_reconstructed=False, blocks=0.2),
+    },
+}
+
+
+def _crops_of(seed: int) -> Tensor:
+    return photos.random_crops("calibration", _PART, seed=seed, least=0.08).images
+
+
+def many_crops(count: int, path: Path) -> Tensor:
+    """Return crops of the calibration photos, kept in a file; several processes cut them."""
+    if not path.is_file():
+        with ProcessPoolExecutor() as pool:
+            parts = list(pool.map(_crops_of, range(1000, 1000 + -(-count // _PART))))
+        torch.save(torch.cat(parts)[torch.randperm(len(parts) * _PART)].half(), path)
+    return torch.load(path, weights_only=True).float()
+
+
+class Longer:
+    """A subject of ``run.py`` on a device, its pruned networks, and what they learn from."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, torch.device(options.device)
+        self.subject: Any = Cnn() if options.network == Cnn.name else Encoder(options.out)
+        subject = self.subject
+        self.original: nn.Module = subject.model.to(self.device)
+        subject.example = on_device(subject.example, self.device)
+        subject.data = nni_topo.Calibration(
+            [on_device(each, self.device) for each in subject.data], groups=subject.data.groups
+        )
+        self.outputs = None
+        if options.network == Cnn.name:
+            crops = many_crops(options.crops, options.out / f"crops-{options.crops}.pt")
+            self.learned = [each.to(self.device) for each in crops.split(256)]
+            judges = photos.random_crops("validation", 960, seed=2)
+            self.judges = judges.batches()
+            self._judged = judges
+            self._wanted = measures.answers(self.original, self.judges)
+        else:
+            self.learned = [on_device(each, self.device) for each in subject._batches("calibration")]
+            self.judges = subject._batches("validation")
+            self._wanted = measures.embeddings(self.original, self.judges)
+            self.outputs = lambda output, batch: pretrained.embedding(output, batch["attention_mask"])
+
+    def started(self, course: Course, share: float) -> nn.Module:
+        """Return the network that a course starts from, dense."""
+        net, masks = self.subject.choose(course.criterion, share)
+        if course.is_reconstructed:
+            net = nni_topo.compensate(net, masks, self.subject.data)
+        dense: nn.Module = nni_topo.to_dense(net, self.subject.example, masks)
+        return dense
+
+    def figures(self, dense: nn.Module) -> dict[str, Any]:
+        """Measure a network on the validation and on the test part."""
+        net = dense.eval()
+        if isinstance(self.subject, Cnn):
+            found = measures.like_classifier(measures.answers(net, self.judges), self._wanted, self._judged)
+        else:
+            found = measures.like_encoder(measures.embeddings(net, self.judges), self._wanted)
+        both = {"validation": found, "figures": self.subject.figures(net)}
+        return {part: {name: asdict(each) for name, each in figures.items()} for part, figures in both.items()}
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Return a tensor, or a mapping of tensors, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {name: each.to(device) for name, each in value.items()}
+
+
+def rows(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Run the courses that aren't done."""
+    keys = [
+        (options.network, share, name) for share in options.shares for name in options.only or COURSES[options.network]
+    ]
+    keys = [key for key in keys if key not in done]
+    if not keys:
+        return
+    run = Longer(options)
+    cost = NetworkCost(run.original, run.subject.example)({})
+    for key in keys:
+        course = COURSES[options.network][key[2]]
+        began = time.perf_counter()
+        dense = run.started(course, key[1])
+        ready = time.perf_counter() - began
+        before = run.figures(dense)
+        began = time.perf_counter()
+        found = nni_topo.distillation(
+            dense,
+            run.original,
+            run.learned,
+            held_out=[on_device(each, run.device) for each in run.judges],
+            outputs=run.outputs,
+            steps=options.steps,
+            seconds=options.seconds,
+            batch_size=course.batch_size,
+            lr=course.lr,
+            blocks=course.blocks,
+            augment=course.augment,
+            blend=course.blend,
+            progress=False,
+        )
+        seconds = time.perf_counter() - began
+        left = NetworkCost(found.model, run.subject.example)({})
+        yield {
+            "key": key,
+            "before": before,
+            **run.figures(found.model),
+            "seconds": {"selected and reconstructed": ready, "distilled": seconds},
+            "images": found.steps * course.batch_size,
+            "crops": sum(len(next(iter(each.values())) if isinstance(each, dict) else each) for each in run.learned),
+            "macs": left.macs / cost.macs,
+            "steps": found.steps,
+            "lr": found.lr,
+            "is_kept": found.is_kept,
+            "curve": [asdict(each) for each in found.curve],
+            "verdict": repr(found.verdict),
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run the courses that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=tuple(COURSES))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the records")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shares", nargs="+", type=float, help="shares of the cost to keep (default: the tables')")
+    parser.add_argument("--only", nargs="+", metavar="COURSE", help="courses (default: all)")
+    parser.add_argument("--crops", type=int, default=20_000, help="crops of the 40 photos (default 20,000)")
+    parser.add_argument("--steps", type=int, default=4000, help="at most (default 4,000)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of a distillation (default 120)")
+    parser.add_argument("--name", help="of the records' file (default: the network's)")
+    options = parser.parse_args(arguments)
+    options.shares = options.shares or (Cnn.shares if options.network == Cnn.name else Encoder.shares)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.name or options.network}.jsonl"
+    done = {tuple(record["key"]) for record in read_records(path)}
+    for record in rows(options, done):
+        append_record(path, record | provenance())
+        shown = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in record["figures"].items())
+        judged = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in record["validation"].items())
+        print(
+            f"{' | '.join(map(str, record['key']))}: test {shown}; validation {judged}; {record['verdict']}", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
