@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import analysis, network, recovery, zoo
 from nni_topo.errors import DataError
-from nni_topo.network.runtime.untouched import fast_paths_off, left_alone
+from nni_topo.network.runtime.untouched import as_written, left_alone
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.testing import require_unchanged, snapshot, toy_knobs
 
@@ -372,7 +372,7 @@ def test_a_model_that_keeps_the_handle_of_a_hook_is_copied_as_often_as_needed():
 
 
 def test_two_threads_leave_the_fast_paths_of_attention_as_they_were():
-    first, second = fast_paths_off(), fast_paths_off()
+    first, second = as_written(), as_written()
     before = torch.backends.mha.get_fastpath_enabled()
     first.__enter__()
     second.__enter__()

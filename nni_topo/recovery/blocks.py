@@ -34,12 +34,12 @@ from nni_topo.network.runtime import (
     MODEL,
     Calibration,
     Call,
+    as_written,
     batches_of,
     calls,
     check_model,
     detached_copy,
     evaluation_mode,
-    fast_paths_off,
     first_call,
     fitting,
     hand_on_report,
@@ -298,7 +298,7 @@ def _is_same(one: Any, other: Any) -> bool:
 def run_watched(model: nn.Module, call: Call, entering: Iterable[Any] = (), leaving: Iterable[Any] = ()) -> Any:
     """Run a model once, in evaluation mode, and show what enters and leaves its layers."""
     # Fused code would pass hooks by.
-    with left_alone(model), evaluation_mode(model), torch.no_grad(), fast_paths_off(), watched(entering, leaving):
+    with left_alone(model), evaluation_mode(model), torch.no_grad(), as_written(), watched(entering, leaving):
         return model(*call[0], **call[1])
 
 
@@ -350,7 +350,7 @@ def solutions(
     equations = [(NormalEquations(), NormalEquations()) for _ in gaps]
     samples = 0
     is_held_out = batches.held_out(_HELD_OUT)
-    with left_alone(*nets), evaluation_mode(*nets), torch.no_grad(), fast_paths_off(), watched(before, after):
+    with left_alone(*nets), evaluation_mode(*nets), torch.no_grad(), as_written(), watched(before, after):
         for index, call in enumerate(calls(nets[0], batches)):
             with fitting(index, batches.name):
                 for net in nets:

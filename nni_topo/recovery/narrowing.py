@@ -38,6 +38,7 @@ from nni_topo.network.runtime import (
     Calibration,
     Processes,
     agree,
+    as_written,
     batches_of,
     bind_arguments,
     called,
@@ -66,6 +67,7 @@ _logger = logging.getLogger(__name__)
 @in_step
 @checked(model=MODEL, calibration=BATCHES)
 @leaves_models_alone
+@as_written()
 def narrow_heads(
     model: nn.Module,
     calibration: Iterable[Any] | Evaluator,

@@ -34,6 +34,7 @@ from nni_topo.network.layers import (
 )
 from nni_topo.network.runtime import (
     Call,
+    as_written,
     batch_size,
     bind_arguments,
     called,
@@ -41,7 +42,6 @@ from nni_topo.network.runtime import (
     detached_copy,
     drawn_since,
     evaluation_mode,
-    fast_paths_off,
     form_that_fits,
     left_alone,
     let_go,
@@ -76,7 +76,7 @@ class _OtherNumbersError(SpeedupError):
     """A forward draws random numbers that no graph draws: Python's, or NumPy's."""
 
 
-@fast_paths_off()
+@as_written()
 def trace(model: torch.nn.Module, inputs: Call) -> Recording:
     """Record a model in evaluation mode, which is changed by it, on a call; part by part if need be.
 

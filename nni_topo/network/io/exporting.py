@@ -25,6 +25,7 @@ from nni_topo.network.runtime import (
     SAME_PROGRAM,
     Calibration,
     Call,
+    as_written,
     batch_size,
     call_arguments,
     calls,
@@ -297,6 +298,7 @@ def _outputs(net: nn.Module, call: Call) -> list[Tensor]:
         return tensors_of(net(*call[0], **call[1]))
 
 
+@as_written()
 def _check(net: nn.Module, call: Call, run: Any) -> float:
     """Return the largest relative difference between the outputs of a file and of the network, at two batch sizes.
 

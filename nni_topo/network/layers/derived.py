@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
-from nni_topo.network.runtime import SAME_LAYER, agree, detached_copy, evaluation_mode
+from nni_topo.network.runtime import SAME_LAYER, agree, as_written, detached_copy, evaluation_mode
 
 _CONVOLVED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _SPREAD = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -493,6 +493,7 @@ def fold(module: Any) -> bool:
 
 
 @torch.no_grad()
+@as_written()
 def _computed(module: Any) -> tuple[Inner, type[nn.Module], dict[str, Any]] | None:
     """Return what a layer computes, and the class, with its settings, that does the same with that weight."""
     if isinstance(module, PaddedAlike) or not has_own_forward(module):

@@ -99,9 +99,9 @@ from nni_topo.network.runtime.reports import (
 )
 from nni_topo.network.runtime.telling import tells_once
 from nni_topo.network.runtime.untouched import (
+    as_written,
     drawn_since,
     evaluation_mode,
-    fast_paths_off,
     forget_evaluated,
     leaves_models_alone,
     left_alone,
@@ -143,6 +143,7 @@ __all__ = [
     "arguments_of",
     "as_code",
     "as_sentence",
+    "as_written",
     "at_once",
     "bar",
     "batch_size",
@@ -169,7 +170,6 @@ __all__ = [
     "drop_report",
     "evaluation_mode",
     "example_inputs_of",
-    "fast_paths_off",
     "first_call",
     "first_of_samples",
     "fitting",

@@ -1,13 +1,12 @@
 """Models that are used and not changed: their state is noted before, and put back afterwards.
 
-So are modes, random states and the switch for fast paths.
+So are modes, random states, and the switches for fast paths and for rounding.
 """
 
 from __future__ import annotations
 
 import functools
 import random
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
+
+from nni_topo.network.runtime.precision import Switch, in_full_precision
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
@@ -313,30 +314,6 @@ def has_compiled(model: nn.Module) -> bool:
     )
 
 
-class _Switch:
-    """A switch of PyTorch's, which all threads share: the last one that needs it off restores it."""
-
-    def __init__(self, turn_off: Callable[[], _PutBack]) -> None:
-        self._turn_off = turn_off
-        self._lock = threading.Lock()
-        self._users = 0
-        self._restore: _PutBack = tuple
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if self._users == 0:
-                self._restore = self._turn_off()
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._restore()
-
-
 def _without_fast_paths() -> _PutBack:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -348,15 +325,20 @@ def _without_compiler() -> _PutBack:
     return functools.partial(stance.__exit__, None, None, None)
 
 
-_FAST_PATHS = _Switch(_without_fast_paths)
-_compiler_off = _Switch(_without_compiler)
+_fast_paths_off = Switch(_without_fast_paths)
+_compiler_off = Switch(_without_compiler)
 
 
 @contextmanager
-def fast_paths_off() -> Iterator[None]:
-    """Let attention and transformer layers compute what they say, step by step, for a while."""
-    # The fast paths turn padded batches into nested tensors, on which hooks and masks can't work.
-    with _FAST_PATHS():
+def as_written() -> Iterator[None]:
+    """Let networks compute what they say for a while: attention step by step, and products in full precision.
+
+    Networks that are compared have to differ by what they compute alone. The fast paths of attention and transformer
+    layers turn padded batches into nested tensors, on which hooks and masks can't work. A GPU rounds the factors of
+    convolutions to three digits where nobody forbids it, and those of matrices where
+    ``torch.set_float32_matmul_precision`` allows it; which digits are lost depends on the layers' widths.
+    """
+    with _fast_paths_off(), in_full_precision():
         yield
 
 

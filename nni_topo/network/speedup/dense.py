@@ -35,10 +35,10 @@ from nni_topo.network.runtime import (
     ModelReport,
     as_code,
     as_sentence,
+    as_written,
     call_arguments,
     check_model,
     detached_copy,
-    fast_paths_off,
     forget_evaluated,
     give_report,
     leaves_models_alone,
@@ -71,7 +71,7 @@ _logger = logging.getLogger(__name__)
 
 @checked(model=MODEL, example_inputs=INPUTS, masks=MASKS, round_to=ROUND_TO)
 @leaves_models_alone
-@fast_paths_off()
+@as_written()
 def to_dense(
     model: torch.nn.Module,
     example_inputs: Any,

@@ -32,11 +32,11 @@ from nni_topo.network.runtime import (
     Call,
     RandomWeights,
     Variation,
+    as_written,
     bar,
     cast_floats,
     detached_copy,
     difference,
-    fast_paths_off,
     out_of_memory,
     put_parameters,
     random_like,
@@ -75,7 +75,7 @@ def unprunable(network: Network) -> dict[int, Reason]:
     return network.remember("unprunable", lambda: _find_unprunable(network))
 
 
-@fast_paths_off()
+@as_written()
 def _find_unprunable(network: Network) -> dict[int, Reason]:
     (assembled, flow), held = network.traced(), dict[int, Reason]()
     drawing = np.random.default_rng(0)

@@ -33,12 +33,12 @@ from nni_topo.network.runtime import (
     Call,
     RandomWeights,
     Variation,
+    as_written,
     call_arguments,
     cast_floats,
     check_model,
     detached_copy,
     difference,
-    fast_paths_off,
     hand_on_report,
     in_double,
     leaves_models_alone,
@@ -72,7 +72,7 @@ _LEAST, _LARGEST = 0.01, 100.0
 _Place = tuple[str | None, str]
 
 
-@fast_paths_off()
+@as_written()
 def apply_masks(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
     """Do the work of `nni_topo.masked_model` on checked arguments."""
     own = detached_copy(model, light=True)

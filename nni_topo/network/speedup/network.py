@@ -30,8 +30,8 @@ from nni_topo.network.graph import (
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, LayerSizes, Size, is_scripted, spatial, with_heads
 from nni_topo.network.runtime import (
     Call,
+    as_written,
     call_arguments,
-    fast_paths_off,
     out_of_memory,
     put_parameters,
     random_state_kept,
@@ -112,7 +112,7 @@ class Network:
         """
         graph_module = self.traced()[0](model, in_training=in_training)
         args = arguments(graph_module.graph, model, call or self.call)
-        with torch.no_grad(), random_state_kept(), fast_paths_off():
+        with torch.no_grad(), random_state_kept(), as_written():
             ShapeProp(graph_module).propagate(*args)
         return graph_module, args
 

@@ -1,0 +1,93 @@
+"""Products of single-precision numbers in single precision, whatever the process allows for speed.
+
+A GPU rounds the factors of convolutions to three digits where nobody forbids it (TF32), and those of matrices where
+``torch.set_float32_matmul_precision`` allows it. Networks that are compared need all of their digits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+PutBack = Callable[[], object]
+
+
+class Switch:
+    """A switch of PyTorch's, which all threads share: the last one that needs it off restores it."""
+
+    def __init__(self, turn_off: Callable[[], PutBack]) -> None:
+        self._turn_off = turn_off
+        self._lock = threading.Lock()
+        self._users = 0
+        self._restore: PutBack = tuple
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Turn it off for a while."""
+        with self._lock:
+            if self._users == 0:
+                self._restore = self._turn_off()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._restore()
+
+
+def _in_full() -> PutBack:
+    """Let products of single-precision numbers be computed in single precision."""
+    # PyTorch has a switch for each operation, and older ones, which complain where they disagree with these.
+    precisions = [each.fp32_precision for each in _OPERATIONS]
+    # An operation that is set to what all are set to most likely has no setting of its own.
+    precisions = ["none" if each == _BACKENDS.fp32_precision else each for each in precisions]
+    products = _asked(torch.get_float32_matmul_precision)
+    convolutions = _asked(lambda: _BACKENDS.cudnn.allow_tf32)
+    torch.set_float32_matmul_precision("highest")
+    _BACKENDS.cudnn.allow_tf32 = False
+    for each in _OPERATIONS:
+        each.fp32_precision = "ieee"
+
+    def put_back() -> None:
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            _BACKENDS.cudnn.allow_tf32 = convolutions
+        for each, precision in zip(_OPERATIONS, precisions, strict=True):
+            each.fp32_precision = precision
+
+    return put_back
+
+
+def _asked(switch: Callable[[], T]) -> T | None:
+    """Return how one of the older switches is set; None where it disagrees with the newer ones."""
+    try:
+        return switch()
+    except RuntimeError:
+        return None
+
+
+_BACKENDS: Any = torch.backends  # PyTorch makes these attributes when it is imported, unseen by type checkers
+_OPERATIONS: tuple[Any, ...] = (
+    _BACKENDS.cuda.matmul,
+    _BACKENDS.cudnn.conv,
+    _BACKENDS.cudnn.rnn,
+    _BACKENDS.mkldnn.matmul,
+    _BACKENDS.mkldnn.conv,
+    _BACKENDS.mkldnn.rnn,
+)
+_rounding_off = Switch(_in_full)
+
+
+@contextmanager
+def in_full_precision() -> Iterator[None]:
+    """Let products of single-precision numbers be computed in single precision for a while, whatever is set."""
+    with _rounding_off():
+        yield
