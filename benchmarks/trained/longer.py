@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
-from benchmarks.trained import measures, photos, pretrained
+from benchmarks.trained import measures, photos, pretrained, sentences
 from benchmarks.trained.run import Cnn, Encoder
 from nni_topo.network.cost import NetworkCost
 from nni_topo.runs.provenance import provenance
@@ -106,13 +106,14 @@ class Longer:
         )
         self.outputs = None
         if options.network == Cnn.name:
-            crops = many_crops(options.crops, options.out / f"crops-{options.crops}.pt")
+            crops = many_crops(options.samples, options.out / f"crops-{options.samples}.pt")
             self.learned = [each.to(self.device) for each in crops.split(256)]
             judges = photos.random_crops("validation", 960, seed=2)
             self.judges = judges.batches()
             self._judged = judges
             self._wanted = measures.answers(self.original, self.judges)
         else:
+            subject._texts["calibration"] = sentences.read("calibration", options.samples, cache=options.out)
             self.learned = [on_device(each, self.device) for each in subject._batches("calibration")]
             self.judges = subject._batches("validation")
             self._wanted = measures.embeddings(self.original, self.judges)
@@ -184,7 +185,7 @@ def rows(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[di
             **run.figures(found.model),
             "seconds": {"selected and reconstructed": ready, "distilled": seconds},
             "images": found.steps * course.batch_size,
-            "crops": sum(len(next(iter(each.values())) if isinstance(each, dict) else each) for each in run.learned),
+            "samples": options.samples,
             "macs": left.macs / cost.macs,
             "steps": found.steps,
             "lr": found.lr,
@@ -202,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shares", nargs="+", type=float, help="shares of the cost to keep (default: the tables')")
     parser.add_argument("--only", nargs="+", metavar="COURSE", help="courses (default: all)")
-    parser.add_argument("--crops", type=int, default=20_000, help="crops of the 40 photos (default 20,000)")
+    parser.add_argument("--samples", type=int, default=16_000, help="crops of the 40 photos, or sentences (16,000)")
     parser.add_argument("--steps", type=int, default=4000, help="at most (default 4,000)")
     parser.add_argument("--seconds", type=float, default=120.0, help="of a distillation (default 120)")
     parser.add_argument("--name", help="of the records' file (default: the network's)")

@@ -76,13 +76,24 @@ class Clock:
     ----------
     seconds : float or None
         All of the time; None: as long as it takes.
-    reserve : float
-        Seconds at the end that aren't for steps: judging the result takes them.
+    judged_at_end : int
+        On how many samples the result will be judged, each time counted: time for steps ends as much earlier.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
-        self.seconds, self.reserve = seconds, 0.0
+        self.seconds, self.judged_at_end = seconds, 0
         self._began = time.perf_counter()
+        self._seconds_a_sample = math.inf
+
+    @contextmanager
+    def judging(self, samples: int) -> Iterator[None]:
+        """Measure how long a judgement of so many samples takes.
+
+        The fastest one counts: on the first call libraries are loaded and programs chosen, above all on a GPU.
+        """
+        began = time.perf_counter()
+        yield
+        self._seconds_a_sample = min(self._seconds_a_sample, (time.perf_counter() - began) / samples)
 
     @property
     def spent(self) -> float:
@@ -92,7 +103,10 @@ class Clock:
     @property
     def left(self) -> float:
         """Seconds that are left for steps; infinite without a limit."""
-        return math.inf if self.seconds is None else self.seconds - self.reserve - self.spent
+        if self.seconds is None:
+            return math.inf
+        reserve = self._seconds_a_sample * self.judged_at_end if self.judged_at_end else 0.0
+        return self.seconds - reserve - self.spent
 
     def go_on_from(self, spent: float) -> None:
         """Count the seconds that an interrupted run had spent."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,6 +65,7 @@ from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
     Augment,
     ComparedOutputs,
+    Judgement,
     Lesson,
     Objective,
     Outputs,
@@ -336,14 +336,16 @@ def distillation(
     if augment is not None:
         check_augment(original, pool, augment, seed)
 
-    judging = time.perf_counter()
-    before = lesson.judge(student, held)
-    judging = time.perf_counter() - judging
-    clock.reserve = judging
+    def judged(net: nn.Module, index: Tensor) -> Judgement:
+        with clock.judging(len(index)):
+            return lesson.judge(net, index)
+
+    before = judged(student, held)
+    clock.judged_at_end = len(held)
     if is_normed:  # the result is judged twice, and its batch norms measured on the images
-        clock.reserve += judging * (1.0 + len(learned) / len(held))
+        clock.judged_at_end += len(held) + len(learned)
     looked_at = held[:_LOOKED_AT]
-    first = before.loss if len(looked_at) == len(held) else lesson.judge(student, looked_at).loss
+    first = before.loss if len(looked_at) == len(held) else judged(student, looked_at).loss
 
     def courses_batches() -> Batches:
         return lesson.batches(learned, batch_size, seed, augment, is_blended, lambda needed: needed <= clock.left / 10)
@@ -352,7 +354,7 @@ def distillation(
         def loss(net: nn.Module) -> float:
             # After a few steps the running statistics are still those of before.
             few = lesson.plain(net, learned[:_BATCH_NORM_IMAGES])
-            return lesson.judge(recalibrate_batch_norm(net, few) if is_normed else net, looked_at).loss
+            return judged(recalibrate_batch_norm(net, few) if is_normed else net, looked_at).loss
 
         return try_rates(
             lesson,
@@ -410,7 +412,7 @@ def distillation(
             most_steps,
             progress,
             first=first,
-            look=lambda net: lesson.judge(net, looked_at).loss,
+            look=lambda net: judged(net, looked_at).loss,
         )
         is_out_of_time = clock.left <= 0.0
         rate, rates, taken, curve = course.rate, course.rates, course.done, tuple(course.curve)
