@@ -131,6 +131,7 @@ def _topology() -> Iterator[Callable[[str], str]]:
 def _trained() -> Iterator[Callable[[str], str]]:
     module = module_of("trained/report.py")
     yield lambda page: with_tables(page, module.SOURCE, module.tables(module.read(RECORDS / "trained")))
+    yield _of_jsonl("trained/longer.py", "trained/longer.jsonl")
 
 
 _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {

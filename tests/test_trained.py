@@ -21,9 +21,33 @@ _INSTALL = "make trained-packages installs it"
 @pytest.fixture(scope="module")
 def modules():
     sys.path.insert(0, str(_PROJECT))
-    names = ("photos", "sentences", "pretrained", "measures", "run", "report")
+    names = ("photos", "sentences", "pretrained", "measures", "run", "report", "longer")
     yield {name: importlib.import_module(f"benchmarks.trained.{name}") for name in names}
     sys.path.remove(str(_PROJECT))
+
+
+def test_pasted_images_keep_the_range_and_are_the_same_for_the_same_seed(modules):
+    pasted = modules["longer"].pasted
+    images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+    torch.manual_seed(3)
+    found = pasted(images)
+    torch.manual_seed(3)
+    assert torch.equal(pasted(images), found)
+    assert found.shape == images.shape
+    assert float(found.abs().max()) <= 1.0
+    changed = (found - images).abs().flatten(1).amax(1)
+    assert bool((changed > 0.01).all())
+    assert torch.equal(images, images.clamp(-1.0, 1.0))
+
+
+def test_the_table_of_long_courses_says_what_was_discarded(modules):
+    longer = modules["longer"]
+    records = longer.read_records(_PROJECT / "benchmarks/records/trained/longer.jsonl")
+    made = longer.table(records)
+    lines = [line for line in made.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert len(lines) == len(records)
+    assert sum("discarded" in line for line in lines) == sum(not record["is_kept"] for record in records)
+    assert sum(" -> " in line for line in lines) == sum(record["is_kept"] for record in records)
 
 
 def test_no_photo_and_no_package_is_in_two_parts(modules):

@@ -5,8 +5,12 @@
 
 The tables of ``run.py`` allow a quarter of an hour on one core. Here the same networks are pruned the same way, and
 learn for as long as ``--seconds`` says. Several courses run: they differ in what is done to the images, or in what the
-pruned network starts from. A course is chosen by the validation photos (sentences); the record has both their figures
-and those of the test part. Each course is a line of ``NETWORK.jsonl``; the same command goes on where it was stopped.
+pruned network starts from. A record has figures of the validation and of the test photos (sentences). Each course is a
+line of ``longer.jsonl``; the same command goes on where it was stopped.
+
+    python benchmarks/trained/longer.py --into benchmarks/records/trained/longer.jsonl benchmarks/results/trained.md
+
+writes the table of the records into a page, between the two comments that name this file.
 """
 
 from __future__ import annotations
@@ -24,11 +28,16 @@ from torch import Tensor, nn
 
 import nni_topo
 from benchmarks.trained import measures, photos, pretrained, sentences
+from benchmarks.trained.report import figure, title_of
 from benchmarks.trained.run import Cnn, Encoder
 from nni_topo.network.cost import NetworkCost
 from nni_topo.runs.provenance import provenance
 from nni_topo.studies.records import append_record, read_records
+from nni_topo.studies.tables import markdown_table, with_tables
 
+SOURCE = "benchmarks/trained/longer.py"  # as the comments around a page's table say
+SHOWN = {Cnn.name: ("top 1", "KL"), Encoder.name: ("cosine", "recall@10")}
+WHAT = {Cnn.name: "crops", Encoder.name: "sentences"}
 _PART = 1000  # crops that one process cuts
 
 
@@ -195,22 +204,51 @@ def rows(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[di
         }
 
 
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Return a row for each course, with the figures before and after it."""
+    parts = []
+    for network, columns in SHOWN.items():
+        own = [record for record in records if record["key"][0] == network]
+        lines = []
+        for record in own:
+            _, share, name, samples = record["key"]
+            line = [f"{100 * share:g}", name, f"{samples:,}", str(record["steps"]), f"{record['lr']:g}"]
+            line.append(f"{record['seconds']['distilled']:.0f}")
+            for part in ("validation", "figures"):
+                for column in columns:
+                    before, after = (figure(column, each[part][column]) for each in (record["before"], record))
+                    line.append(f"{before} -> {after}" if record["is_kept"] else f"{before}, discarded")
+            lines.append(line)
+        head = ["cost kept %", "course", WHAT[network], "steps of 256", "learning rate", "seconds"]
+        head += [f"{part}: {title_of(column)}" for part in ("validation", "test") for column in columns]
+        if lines:
+            parts.append(f"**{network}**\n\n{markdown_table(head, lines, text_columns=2)}")
+    return "\n\n".join(parts)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run the courses that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", choices=tuple(COURSES))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the records")
+    parser.add_argument("network", choices=tuple(COURSES), nargs="?")
+    parser.add_argument("--out", type=Path, help="folder of the records")
+    parser.add_argument("--into", nargs=2, type=Path, metavar=("RECORDS", "PAGE"), help="page whose table is replaced")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shares", nargs="+", type=float, help="shares of the cost to keep (default: the tables')")
     parser.add_argument("--only", nargs="+", metavar="COURSE", help="courses (default: all)")
     parser.add_argument("--samples", type=int, default=16_000, help="crops of the 40 photos, or sentences (16,000)")
     parser.add_argument("--steps", type=int, default=4000, help="at most (default 4,000)")
     parser.add_argument("--seconds", type=float, default=120.0, help="of a distillation (default 120)")
-    parser.add_argument("--name", help="of the records' file (default: the network's)")
     options = parser.parse_args(arguments)
+    if options.into is not None:
+        records, page = options.into
+        made = table(read_records(records))
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), SOURCE, made), encoding="utf-8")
+        return
+    if options.network is None or options.out is None:
+        parser.error("a network and --out must be given")
     options.shares = options.shares or (Cnn.shares if options.network == Cnn.name else Encoder.shares)
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.name or options.network}.jsonl"
+    path = options.out / "longer.jsonl"
     done = {tuple(record["key"]) for record in read_records(path)}
     for record in rows(options, done):
         append_record(path, record | provenance())

@@ -89,7 +89,7 @@ def _by_images(network: str, share: float, records: list[Record]) -> str:
         if network != "minilm":
             line.append(str(record["data"]["calibration"]["photos"]))
         lines.append([*line, *(figure(name, record["figures"][name]) for name in names), f"{record['seconds']:.0f}"])
-    head = [f"calibration {what}", *(["photos"] if network != "minilm" else []), *map(_head, names), "CPU s"]
+    head = [f"calibration {what}", *(["photos"] if network != "minilm" else []), *map(title_of, names), "CPU s"]
     title = f"**{TITLES[network].format(share=share)}: `{OURS}` and `compensate` by number of {what}**"
     counts = " ".join(str(record["images"]) for record in records)
     command = f"python benchmarks/trained/run.py {network} --out benchmarks/records/trained --images {counts}"
@@ -117,7 +117,7 @@ def _table(network: str, share: float, found: dict[tuple[str, str], Record]) -> 
         steps = str(record["steps"]) + ("" if record["is_kept"] else ", discarded") if "steps" in record else ""
         line += [f"{100 * record['macs']:.1f}", f"{100 * record['params']:.1f}", steps, f"{record['seconds']:.0f}"]
         lines.append(line)
-    head = ["criterion", "recovery", *map(_head, names), "MACs %", "parameters %", "steps", "CPU s"]
+    head = ["criterion", "recovery", *map(title_of, names), "MACs %", "parameters %", "steps", "CPU s"]
     return (
         f"**{TITLES[network].format(share=share)}**\n\n{markdown_table(head, lines, text_columns=2)}\n\n{_said(first)}"
     )
@@ -135,7 +135,8 @@ RECOVERED = {
 }
 
 
-def _head(name: str) -> str:
+def title_of(name: str) -> str:
+    """Return the title of a column of figures."""
     return name if name in _DIGITS else f"{name} %"
 
 
