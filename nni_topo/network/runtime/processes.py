@@ -227,7 +227,7 @@ def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """Let an error of one process end a public function in all that share its calibration data.
 
     Without shared calibration data among its arguments it is the function as it was. Models, masks and plain knobs
-    among the arguments have to be equal in all processes.
+    among the arguments have to be equal in all processes; a ``device`` is each one's own.
     """
     place = function.__qualname__.removesuffix(".__init__")
     parameters = list(inspect.signature(function).parameters)
@@ -237,6 +237,7 @@ def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
         # Of functions that take any number of arguments, those that have no name of their own go by their number.
         names = [*parameters[: len(args)], *map(str, range(len(parameters), len(args)))]
         named = {**dict(zip(names, args, strict=True)), **kwargs}
+        named.pop("device", None)
         found = [getattr(value, "processes", None) for value in named.values()]
         shared = [each for each in found if isinstance(each, Processes)]
         if not shared or is_in_step():

@@ -122,12 +122,13 @@ class Entered:
     batches: list[dict[str, Any]]  # inputs of `BlockNet` without the states, on the CPU
 
 
-def entering(skeleton: Skeleton, calls: Sequence[Call], index: int) -> Entered:
+def entering(skeleton: Skeleton, calls: Sequence[Call], index: int, *, adds_padding: bool = False) -> Entered:
     """Return what the model gives a block beside the states.
 
     What has an entry for each sample comes with each batch; anything else must be the same for all batches.
+    ``adds_padding``: as if a batch had padding, also where none has.
     """
-    found = _leaves(skeleton, calls, index, adds_padding=False)
+    found = None if adds_padding else _leaves(skeleton, calls, index, adds_padding=False)
     if found is None:
         # A batch without padding may get no mask. With one more sample that has padding, every batch gets one.
         found = _leaves(skeleton, calls, index, adds_padding=True)

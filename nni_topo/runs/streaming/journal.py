@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nni_topo.disk import disk_errors, read_json, reading, write_json
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.runtime import Processes
 from nni_topo.runs.streaming.shards import INDEX, write_shard
 
 FOLDER = ".shrink_pretrained"
@@ -27,12 +28,17 @@ _PART = "part"
 class Journal:
     """The state of a run in its output folder.
 
+    Where processes share the calibration data, the first one reads and writes what all have in common; each has the
+    states of its own samples.
+
     Parameters
     ----------
     folder : Path
         The output folder.
     settings : mapping
         What tells this run from others. A journal with other settings is an error.
+    processes : Processes, optional
+        Those that share the calibration data.
 
     Raises
     ------
@@ -40,14 +46,29 @@ class Journal:
         If the folder holds the journal of another run, or files but no journal.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], processes: Processes | None = None) -> None:
         self.folder, self._place = folder, folder / FOLDER
-        self._settings = _digests(settings)
+        self._settings, self._processes = _digests(settings), processes
+        self._own = self._place  # where the states of this process's samples lie
+        self._content: dict[str, Any] = {"settings": self._settings, "done": 0, "kept": [], "files": {}, "rows": []}
+        if self._is_first:
+            self._open()
+        if processes is not None:
+            self._content = processes.first(self._content, "the journal")
+            if processes.rank > 0:
+                self._own = self._place / f"rank-{processes.rank}"
+
+    @property
+    def _is_first(self) -> bool:
+        return self._processes is None or self._processes.rank == 0
+
+    def _open(self) -> None:
+        """Read the journal of a run that was stopped, or begin one."""
+        folder = self.folder
         found = read_json(self._place / _FILE, "the journal of a run")
         if isinstance(found, dict) and not found.get("done") and found.get("settings") != self._settings:
             self._begin_anew()  # no block was finished, so that nothing is lost
             found = None
-        self._content: dict[str, Any] = {"settings": self._settings, "done": 0, "kept": [], "files": {}, "rows": []}
         if found is None:
             others = sorted(path.name for path in folder.iterdir() if path.name not in (FOLDER, ".lock"))
             if others:
@@ -56,7 +77,7 @@ class Journal:
                     f"the folder for the pruned model must be empty or new, or hold a run that was stopped, got "
                     f"{got} there ({folder})"
                 )
-            self.note(0)  # before any other file, so that a run which is killed early may begin again
+            self._write()  # before any other file, so that a run which is killed early may begin again
             return
         _check_settings(found, self._settings, "a run that was stopped must go on with", folder)
         self._content = found
@@ -100,44 +121,54 @@ class Journal:
         return found
 
     def write_weights(self, file: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a file of weights; `note` makes it count."""
+        """Write a file of weights, in the first process; `note` makes it count."""
+        if not self._is_first:
+            return
         nbytes = write_shard(self.folder / file, tensors)
         self.files[file] = {"names": list(tensors), "nbytes": nbytes}
 
     def note(self, done: int, row: Mapping[str, Any] | None = None) -> None:
         """Write down that so many blocks are finished, and what is to be known of the last one."""
+        if self._processes is not None:  # all have their states
+            row = self._processes.first(row, f"the states after {done} blocks")
         if row is not None:
             self.rows.append(dict(row))
         self._content["done"] = done
-        with disk_errors(self._place):
-            self._place.mkdir(parents=True, exist_ok=True)
-        write_json(self._place / _FILE, self._content)
-        for path in self._place.glob("states-*"):
+        if self._is_first:
+            self._write()
+        if self._processes is not None:  # states of before are needed until the others are known to count
+            self._processes.gather(None, f"the journal of {done} blocks")
+        for path in self._own.glob("states-*"):
             if path.name != f"states-{done}":
                 shutil.rmtree(path, ignore_errors=True)
 
+    def _write(self) -> None:
+        with disk_errors(self._place):
+            self._place.mkdir(parents=True, exist_ok=True)
+        write_json(self._place / _FILE, self._content)
+
     def begin_states(self) -> None:
         """Begin to write the states after a block."""
-        shutil.rmtree(self._place / _PART, ignore_errors=True)
-        with disk_errors(self._place):
-            (self._place / _PART).mkdir(parents=True)
+        shutil.rmtree(self._own / _PART, ignore_errors=True)
+        with disk_errors(self._own):
+            (self._own / _PART).mkdir(parents=True)
 
     def add_states(self, batch: int, states: Mapping[str, Tensor]) -> None:
         """Write the states of one batch."""
-        write_shard(self._place / _PART / f"{batch}.safetensors", states)
+        write_shard(self._own / _PART / f"{batch}.safetensors", states)
 
     def end_states(self, done: int) -> None:
         """Make the states count as those after so many blocks."""
-        target = self._place / f"states-{done}"
+        target = self._own / f"states-{done}"
         with disk_errors(target):
             shutil.rmtree(target, ignore_errors=True)
-            (self._place / _PART).rename(target)
+            (self._own / _PART).rename(target)
 
     def states(self, batches: int) -> Sequence[dict[str, Tensor]]:
         """Return the states after the finished blocks, batch by batch; they are mapped from their files."""
         found = []
         for number in range(batches):
-            path = self._place / f"states-{self.done}" / f"{number}.safetensors"
+            path = self._own / f"states-{self.done}" / f"{number}.safetensors"
             cure = f"delete {self.folder} to begin anew"
             with reading(path, "a file of states", cure=cure), safe_open(str(path), "pt") as opened:
                 found.append({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
@@ -145,9 +176,13 @@ class Journal:
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Write the report, and delete the journal and the states: the folder is complete."""
-        files = {file: (self.folder / file).stat().st_size for file in (*self.files, INDEX)}
-        write_json(self.folder / REPORT, {"settings": self._settings, "files": files, "report": report})
-        _delete(self.folder)
+        if self._is_first:
+            files = {file: (self.folder / file).stat().st_size for file in (*self.files, INDEX)}
+            write_json(self.folder / REPORT, {"settings": self._settings, "files": files, "report": report})
+            _delete(self.folder)
+        if self._processes is not None:
+            self._processes.gather(None, "the report")
+            shutil.rmtree(self._own, ignore_errors=True)
 
 
 def finished_report(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

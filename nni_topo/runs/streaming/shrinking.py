@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -41,6 +42,7 @@ from nni_topo.errors import (
     check_memory,
     checked,
     instance,
+    listed,
     shown,
     unknown_name,
     whole,
@@ -54,6 +56,7 @@ from nni_topo.network.runtime import (
     HELD_OUT,
     Calibration,
     Call,
+    Processes,
     bar,
     bind_arguments,
     calls,
@@ -62,6 +65,7 @@ from nni_topo.network.runtime import (
     evaluation_mode,
     fitting,
     give_back_memory,
+    in_step,
     on_device,
     out_of_memory,
     real_positions_of,
@@ -74,7 +78,14 @@ from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.blocks import gap_after, solutions
 from nni_topo.recovery.likeness import NO_SCALE, Answers, Likeness
 from nni_topo.runs.run import resolve_device
-from nni_topo.runs.steps import ImageParts, ShrinkSteps, check_choices, check_has_size, check_layers
+from nni_topo.runs.steps import (
+    ImageParts,
+    ShrinkSteps,
+    check_can_be_shared,
+    check_choices,
+    check_has_size,
+    check_layers,
+)
 from nni_topo.runs.streaming.block import STATES, UNPRUNED, WANTED, BlockNet, WantedStates, entering, with_states
 from nni_topo.runs.streaming.journal import FOLDER, REPORT, WRITTEN, Journal, finished_report
 from nni_topo.runs.streaming.report import BlockRow, StreamingReport, as_report, as_row
@@ -94,6 +105,7 @@ _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", "
 _logger = logging.getLogger(__name__)
 
 
+@in_step
 @checked(
     budget=ANYTHING,
     pruner=instance(str),
@@ -135,7 +147,9 @@ def shrink_pretrained(
     batches : iterable
         Batches of the model's inputs, without labels, as for :func:`nni_topo.shrink`: for a language model dicts of
         ``input_ids`` and ``attention_mask``. All samples have one length; padding doesn't count where the
-        ``attention_mask`` says so. Every eighth sample is held out.
+        ``attention_mask`` says so. Every eighth sample is held out. Several processes can share them, with
+        ``distill=False`` and no removed blocks (``process_group`` of :class:`nni_topo.Calibration`): each has the
+        states of its own samples, the first one writes the weights, and all need the same ``folder``.
     folder : str or path-like
         The folder for the pruned model, new or empty. ``from_pretrained`` of Transformers loads it without this
         package. If the run is stopped, the same call goes on after the last finished block; where it is finished, the
@@ -191,6 +205,8 @@ def shrink_pretrained(
     DataError
         If files of weights are missing or damaged, weights or states are NaN or infinite (the block is named), samples
         differ in length, or the disk or the memory isn't enough. Blocks that are finished stay on the disk.
+    ProcessError
+        If one of the processes that share the batches fails or is gone; in the others.
 
     See Also
     --------
@@ -219,6 +235,9 @@ def shrink_pretrained(
     """
     began = time.perf_counter()
     place, target = path_of(source, "source").expanduser(), path_of(folder, "folder").expanduser()
+    calibration = Calibration.of(batches, "batches", shared=True)
+    processes = calibration.processes
+    is_first = processes is None or processes.rank == 0
     settings = as_settings(Budget, budget, "budget")
     _check_budget(settings, pruner)
     check_choices(settings, pruner, knobs, None, compensate, distill, None, None, "shrink_pretrained")
@@ -229,13 +248,15 @@ def shrink_pretrained(
     where = torch.device("cpu") if device is None else resolve_device(device)
     shards = Shards(place)
     is_finished = (target / REPORT).is_file()
+    if processes is not None:  # the first one's disk counts
+        is_finished = processes.first(is_finished, "the folder for the pruned model")
     if not is_finished:
         # What a stopped run has written needn't be written again.
         written = sum(path.stat().st_size for path in target.glob(WRITTEN))
         check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
     skeleton = Skeleton(shards, where)
     _check_blocks_of(skeleton, going)
-    calibration = Calibration.of(batches, "batches")
+    check_can_be_shared(calibration, settings, pruner, compensate, distill, None, depth=going not in (0, []))
     if distill is not False and calibration.samples < 2:
         raise DataError(
             f"distillation must have at least two samples, one to judge by, got {calibration.samples}: pass more, or "
@@ -243,10 +264,12 @@ def shrink_pretrained(
         )
     given = [on_device(call, torch.device("cpu")) for call in calls(skeleton.model, calibration)]
     _check_alike(given)
+    if processes is not None:
+        _check_alike_everywhere(given[0], processes)
     identity = {
         "source": [str(place.resolve()), shards.identity()],
         "budget": [settings.kind, settings.share],
-        "batches": _digest(given),
+        "batches": _digest(given) if processes is None else processes.gather(_digest(given), "the inputs"),
         "pruner": [pruner, _as_text(knobs or {})],
         "layers": named,
         "remove_blocks": going,
@@ -259,8 +282,8 @@ def shrink_pretrained(
         content = finished_report(target, identity)
         with reading(target / REPORT, "the report of a run"):
             return as_report(content)
-    with only_process(target, wait=False):
-        journal = Journal(target, identity)
+    with only_process(target, wait=False) if is_first else nullcontext():
+        journal = Journal(target, identity, processes)
         run = _Run(
             skeleton,
             calibration,
@@ -278,12 +301,14 @@ def shrink_pretrained(
         )
         if journal.done == 0:
             run.begin()
-        for number in bar("shrink_pretrained", progress, range(journal.done, len(journal.kept)), done=journal.done):
+        shows = progress if is_first else False
+        for number in bar("shrink_pretrained", shows, range(journal.done, len(journal.kept)), done=journal.done):
             run.prune(number)
             give_back_memory(skeleton.model)  # of the block, which is let go
         report = run.report()
         run.finish(report, place, card=card)
-    (target / ".lock").unlink(missing_ok=True)
+    if is_first:
+        (target / ".lock").unlink(missing_ok=True)
     _logger.info("%d blocks were pruned in %.0f s", len(report.blocks), time.perf_counter() - began)
     return report
 
@@ -354,6 +379,20 @@ def _check_alike(given: Sequence[Call]) -> None:
             )
 
 
+def _check_alike_everywhere(call: Call, processes: Processes) -> None:
+    """Raise DataError unless the batches of all processes have the same inputs."""
+    found = processes.gather((len(call[0]), sorted(call[1])), "the inputs")
+    for rank, each in enumerate(found):
+        if each != found[0]:
+            shown = [
+                f"{count} without a name and {listed(names) or 'none'} by name" for count, names in (found[0], each)
+            ]
+            raise DataError(
+                f"batches must have the same inputs in all processes, got {shown[0]} in rank 0, {shown[1]} in rank "
+                f"{rank} (batches)"
+            )
+
+
 def _digest(given: Sequence[Call]) -> str:
     """Return a digest of all inputs."""
     digest = hashlib.sha256()
@@ -411,6 +450,7 @@ class _Run:
     ) -> None:
         self._skeleton, self._calls, self._journal = skeleton, given, journal
         self._samples = calibration
+        self._is_first = calibration.processes is None or calibration.processes.rank == 0
         self._budget = budget
         self._pruner, self._knobs = pruner, knobs
         self._named = layers
@@ -447,7 +487,8 @@ class _Run:
         # Buffers of older versions of Transformers that lie in blocks aren't needed.
         in_blocks = tuple(f"{start}{prefix}" for start in ("", f"{skeleton.prefix}."))
         rest = [name for name in skeleton.shards.names if name not in inside and not name.startswith(in_blocks)]
-        journal.write_weights(self._file(0), skeleton.shards.read(rest))
+        if self._is_first:
+            journal.write_weights(self._file(0), skeleton.shards.read(rest))
         journal.note(0)
 
     def _blocks_that_stay(self) -> list[int]:
@@ -540,12 +581,18 @@ class _Run:
         index = kept[number]
         removed = range(index + 1, kept[number + 1] if number + 1 < len(kept) else len(skeleton))
         entered = entering(skeleton, self._calls, index)
+        processes = self._samples.processes
+        if processes is not None:
+            # A block gets a mask in one process and none in another where one has samples without padding alone.
+            known = processes.gather(sorted(entered.batches[0]), f"the inputs of {skeleton.name_of(index)}")
+            if any(each != known[0] for each in known):
+                entered = entering(skeleton, self._calls, index, adds_padding=True)
         states = self._journal.states(len(self._calls))
         batches = [{**own, **other} for own, other in zip(states, entered.batches, strict=True)]
         block, config = skeleton.block(index), copy.deepcopy(skeleton.config)
         unpruned = BlockNet(block, config, entered.frame, reads_unpruned=True).eval()
         own = BlockNet(block, config, entered.frame).eval()
-        calibration = Calibration(batches, name="batches", groups=self._samples.groups)
+        calibration = self._data(batches)
         if index:
             calibration.instead = {STATES: UNPRUNED}
         wanted: BlockNet | WantedStates = unpruned
@@ -558,6 +605,12 @@ class _Run:
             for batch, state in zip(batches, after, strict=True):
                 batch[WANTED] = state[UNPRUNED]
         return _BlockWork(skeleton.name_of(index), unpruned, own, batches, calibration, wanted)
+
+    def _data(self, batches: list[dict[str, Any]]) -> Calibration:
+        """Return calibration data of states, of the same samples and processes as the model's inputs."""
+        found = Calibration(batches, name="batches", groups=self._samples.groups)
+        found.processes = self._samples.processes
+        return found
 
     def prune(self, number: int) -> None:
         """Prune one block that stays, write its weights and the states after it and after the gap that follows."""
@@ -607,7 +660,8 @@ class _Run:
             offered = {"objective": "squares", "held_out": images.judges, "seed": self._seed, "progress": False}
             done = distillation(dense, work.wanted, images.learned, **offered | knobs)
             dense, is_distilled = done.model, done.is_kept
-        self._write(number, work.entered, dense, layers)
+        if self._is_first:
+            self._write(number, work.entered, dense, layers)
         distances = self._advance(number, work, dense)
         row = BlockRow(
             block=work.name,
@@ -835,6 +889,9 @@ class _Run:
                     )
             journal.add_states(place, states)
         journal.end_states(number + 1)
+        if self._samples.processes is not None:
+            for part in sums:
+                part.pool(self._samples.processes)
         learned = sums[0].share
         return learned, (sums[1].share if self._is_held_out else learned)
 
@@ -846,8 +903,7 @@ class _Run:
         for own, call in zip(states, self._calls, strict=True):
             named = {name: value for name, value in bind_arguments(skeleton.model, call).items() if value is not None}
             batches.append({**named, **own})
-        data = Calibration(batches, name="batches", groups=self._samples.groups)
-        learned, held_out = data.split()
+        learned, held_out = self._data(batches).split()
         judged = learned if held_out is None else held_out
         answers = Answers(_Tail(skeleton, UNPRUNED), judged)
         (likeness,) = answers.likenesses(_Tail(skeleton, STATES))
@@ -855,7 +911,7 @@ class _Run:
         before = _parameters(skeleton.model)
         removed = [skeleton.name_of(index) for index in range(len(skeleton)) if index not in journal.kept]
         after = before - sum(row.params_before - row.params for row in rows) - len(removed) * rows[0].params_before
-        widths = {name: (old, new) for name, (old, new) in read_json(journal.folder / FOLDER / "widths.json").items()}
+        widths = {name: (old, new) for name, (old, new) in self._widths().items()}
         return StreamingReport(
             blocks=rows,
             params_before=before,
@@ -863,8 +919,8 @@ class _Run:
             widths=widths,
             budget=self._outcome(),
             likeness=likeness,
-            samples=learned.samples,
-            held_out=0 if held_out is None else held_out.samples,
+            samples=learned.samples_of_all,
+            held_out=0 if held_out is None else held_out.samples_of_all,
             pruner=self._pruner,
             recovery="" if self._compensate is None else _name_of(self._compensate),
             removed=tuple(removed),
@@ -873,6 +929,12 @@ class _Run:
                 *(each for row in journal.rows for each in row.get("warnings", ())),
             ),
         )
+
+    def _widths(self) -> dict[str, list[int]]:
+        """Return, by layer of the pruned blocks, the number of channels before and after."""
+        processes = self._samples.processes
+        found: Any = read_json(self._journal.folder / FOLDER / "widths.json") if self._is_first else None
+        return found if processes is None else processes.first(found, "the widths")
 
     def _outcome(self) -> BudgetOutcome:
         """Return whether the budget is met."""
@@ -891,6 +953,12 @@ class _Run:
 
     def finish(self, report: StreamingReport, source: Path, *, card: bool) -> None:
         """Write what makes the folder complete, and delete the states."""
+        if self._is_first:
+            self._complete(report, source, card=card)
+        self._journal.finish(asdict(report))
+
+    def _complete(self, report: StreamingReport, source: Path, *, card: bool) -> None:
+        """Write the index of the weights, the card, and the files that are copied."""
         journal, folder = self._journal, self._journal.folder
         names = {file: content["names"] for file, content in journal.files.items()}
         write_index(folder, names, sum(content["nbytes"] for content in journal.files.values()))
@@ -907,7 +975,6 @@ class _Run:
                 write_text(folder / CARD, model_card(model, report))
             finally:
                 model.config = own
-        journal.finish(asdict(report))
 
 
 class _Tail(nn.Module):
@@ -948,6 +1015,13 @@ class _Distance:
         self._total += float(wanted.square().sum())
         self._sum += float(wanted.sum())
         self._count += wanted.numel()
+
+    def pool(self, processes: Processes) -> None:
+        """Take in the states of all processes."""
+        sums = torch.tensor([self._squares, self._total, self._sum, self._count], dtype=torch.float64, device="cpu")
+        processes.add([sums], "the states after a block")
+        self._squares, self._total, self._sum = sums[:3].tolist()
+        self._count = int(sums[3])
 
     @property
     def share(self) -> float:

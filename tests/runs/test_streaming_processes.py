@@ -1,0 +1,234 @@
+"""Processes prune a folder of Transformers block by block together, each with samples of its own."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shared_data_nets as nets
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import nni_topo
+from nni_topo import Calibration
+from nni_topo.errors import NniTopoError
+from nni_topo.runs.streaming import shrinking
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed"),
+]
+
+VOCABULARY, LENGTH, BATCHES = 50, 6, 4
+KNOBS: dict[str, Any] = {"distill": False, "progress": False}
+
+
+def make_source(folder: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained(folder / "source")
+    return folder / "source"
+
+
+def tokens(*, padded: bool = False, mask: bool = True) -> list[dict[str, torch.Tensor]]:
+    """Return batches of samples; padding is in the last batch alone."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for number in range(BATCHES):
+        ids = torch.randint(1, VOCABULARY, (8 if number else 5, LENGTH), generator=generator)
+        real = torch.ones_like(ids)
+        if padded and number == BATCHES - 1:
+            real[:3, -2:] = 0
+        found.append({"input_ids": ids, "attention_mask": real} if mask else {"input_ids": ids})
+    return found
+
+
+def share(batches: list[Any], rank: int) -> Calibration:
+    own = batches[:2] if rank == 0 else batches[2:]
+    return Calibration(own, process_group=dist.group.WORLD)
+
+
+def told(work: Any) -> tuple[str, str]:
+    """Return an error's type and words."""
+    try:
+        work()
+    except NniTopoError as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
+
+
+def figures(report: Any) -> list[Any]:
+    """Return what a report says, as its table prints it, without the seconds."""
+    rows = [(row.block, row.params, f"{row.distance:.4g}", f"{row.calibration_distance:.4g}") for row in report.blocks]
+    distance, agreement = report.likeness.distance, report.likeness.agreement
+    seen = [distance.value, distance.low, distance.high, agreement.value, agreement.low, agreement.high]
+    counts = (report.samples, report.held_out, report.params, report.budget.left, report.widths)
+    return [*rows, [f"{each:.4g}" for each in seen], counts]
+
+
+def prune_together(rank: int, count: int, folder: Path) -> None:
+    source = folder / "source"
+    budget = {"params": 0.8}
+    found: dict[str, Any] = {}
+    for name, padded in (("plain", False), ("padded", True)):
+        data = share(tokens(padded=padded), rank)
+        found[name] = figures(nni_topo.shrink_pretrained(source, data, folder / name, budget, **KNOBS))
+    found["again"] = figures(nni_topo.shrink_pretrained(source, data, folder / "padded", budget, **KNOBS))
+
+    data = share(tokens(), rank)
+    prune, pruned = shrinking._Run.prune, []
+
+    def stopping(run: Any, number: int) -> None:
+        if number == 1 and rank == 1:
+            raise MemoryError("of this process alone")
+        prune(run, number)
+
+    shrinking._Run.prune = stopping  # type: ignore[method-assign]
+    try:
+        nni_topo.shrink_pretrained(source, data, folder / "stopped", budget, **KNOBS)
+    except MemoryError as error:
+        found["stopped"] = ("MemoryError", str(error))
+    except NniTopoError as error:
+        found["stopped"] = (type(error).__name__, str(error))
+
+    def counting(run: Any, number: int) -> None:
+        pruned.append(number)
+        prune(run, number)
+
+    shrinking._Run.prune = counting  # type: ignore[method-assign]
+    found["went on"] = figures(nni_topo.shrink_pretrained(source, data, folder / "stopped", budget, **KNOBS))
+    shrinking._Run.prune = prune  # type: ignore[method-assign]
+    found["blocks after the stop"] = pruned
+    target = folder / "refused"
+    no_mask = share(tokens(mask=rank == 0), rank)
+    nan = [{name: each.clone() for name, each in batch.items()} for batch in tokens()]
+    found["refused"] = {
+        "distill": told(lambda: nni_topo.shrink_pretrained(source, data, target, budget)),
+        "blocks": told(lambda: nni_topo.shrink_pretrained(source, data, target, budget, remove_blocks=1, **KNOBS)),
+        "budget": told(lambda: nni_topo.shrink_pretrained(source, data, target, {"params": 0.8 - 0.1 * rank}, **KNOBS)),
+        "inputs": told(lambda: nni_topo.shrink_pretrained(source, no_mask, target, budget, **KNOBS)),
+        "none": told(
+            lambda: nni_topo.shrink_pretrained(
+                source, Calibration(nan if rank else [], process_group=dist.group.WORLD), target, budget, **KNOBS
+            )
+        ),
+    }
+    torch.save(found, folder / f"found-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder, threads = tmp_path_factory.mktemp("streaming"), torch.get_num_threads()
+    source = make_source(folder)
+    torch.set_num_threads(1)  # as each of the processes has, so that all round alike
+    for name, padded in (("plain", False), ("padded", True)):
+        report = nni_topo.shrink_pretrained(
+            source, tokens(padded=padded), folder / f"{name}-1", {"params": 0.8}, **KNOBS
+        )
+        torch.save(figures(report), folder / f"{name}-1.pt")
+    torch.set_num_threads(threads)
+    ended = nets.start(prune_together, 2, folder)
+    assert [process.exitcode for process in ended] == [0, 0]
+    return folder, [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "padded"])
+def test_two_processes_make_what_one_makes_of_all_samples(made: Any, name: str) -> None:
+    folder, found = made
+    wanted = torch.load(folder / f"{name}-1.pt", weights_only=False)
+    assert found[0][name] == found[1][name] == wanted
+    assert sum(wanted[-1][:2]) == sum(len(batch["input_ids"]) for batch in tokens())
+    whole, mine = weights_of(folder / f"{name}-1"), weights_of(folder / name)
+    assert whole.keys() == mine.keys()
+    for key, values in whole.items():
+        torch.testing.assert_close(mine[key], values, rtol=0.0, atol=1e-5 * float(values.abs().max()))
+    files = [sorted(path.name for path in (folder / each).iterdir()) for each in (name, f"{name}-1")]
+    assert files[0] == files[1]  # nothing is left of the states
+    assert found[0]["again"] == found[1]["again"] == found[0]["padded"]
+
+
+def test_an_error_of_one_ends_all_and_the_run_goes_on_afterwards(made: Any) -> None:
+    folder, found = made
+    assert found[1]["stopped"] == ("MemoryError", "of this process alone")
+    kind, words = found[0]["stopped"]
+    assert kind == "ProcessError"
+    assert "rank 1 stopped: MemoryError: of this process alone" in words
+    for each in found:
+        assert each["blocks after the stop"] == [1, 2]
+        assert each["went on"] == found[0]["plain"]
+    whole = weights_of(folder / "plain")
+    assert all(torch.equal(values, whole[key]) for key, values in weights_of(folder / "stopped").items())
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("distill", "with distill=False"),
+        ("blocks", "got depth"),
+        ("budget", "models, masks and knobs must be equal in all processes, got rank 0: budget params=0.8"),
+        ("inputs", "batches must have the same inputs in all processes"),
+        ("none", "must hold at least one batch"),
+    ],
+)
+def test_what_cannot_be_done_is_told(made: Any, case: str, words: str) -> None:
+    folder, found = made
+    kinds = {each["refused"][case][0] for each in found}
+    assert kinds <= {"ConfigError", "DataError", "ProcessError"}
+    assert any(words in each["refused"][case][1] for each in found), [each["refused"][case] for each in found]
+    assert not list((folder / "refused").glob("*.safetensors"))
+
+
+def die(rank: int, count: int, folder: Path) -> None:
+    del count
+    prune = shrinking._Run.prune
+
+    def dying(run: Any, number: int) -> None:
+        if number == 1 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        prune(run, number)
+
+    shrinking._Run.prune = dying  # type: ignore[method-assign]
+    found = told(
+        lambda: nni_topo.shrink_pretrained(
+            folder / "source", share(tokens(), rank), folder / "killed", {"params": 0.8}, **KNOBS
+        )
+    )
+    torch.save(found, folder / f"dead-{rank}.pt")
+
+
+def go_on(rank: int, count: int, folder: Path) -> None:
+    del count
+    report = nni_topo.shrink_pretrained(
+        folder / "source", share(tokens(), rank), folder / "killed", {"params": 0.8}, **KNOBS
+    )
+    torch.save(figures(report), folder / f"lives-{rank}.pt")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows kills in another way")
+def test_a_killed_process_is_named_and_the_run_goes_on_later(made: Any) -> None:
+    folder, found = made
+    ended = nets.start(die, 2, folder)
+    assert [process.exitcode for process in ended] == [0, -signal.SIGKILL]
+    kind, words = torch.load(folder / "dead-0.pt", weights_only=False)
+    assert kind == "ProcessError"
+    assert "rank 1 is gone" in words
+    ended = nets.start(go_on, 2, folder)
+    assert [process.exitcode for process in ended] == [0, 0]
+    for rank in range(2):
+        assert torch.load(folder / f"lives-{rank}.pt", weights_only=False) == found[rank]["plain"]
+    assert not math.isnan(found[0]["plain"][0][1])
