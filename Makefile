@@ -44,7 +44,7 @@ MUTANTS ?=
 
 # for `make cuda`: a Python that has the packages, so that nothing is installed, e.g. PY=python3; without one, VENV's
 PY ?= $(BIN)/python
-CUDA_TESTS := tests/test_devices.py tests/test_devices_studies.py tests/test_devices_streaming.py tests/test_bench_cuda.py \
+CUDA_TESTS := tests/test_devices.py tests/test_devices_studies.py tests/test_devices_streaming.py tests/test_bench_cuda.py tests/network/runtime/test_precision.py \
   tests/pruners/test_base.py tests/maths/least_squares/test_greedy.py
 
 .PHONY: tables trained trained-table trained-packages fuzz faults reliability demo test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
