@@ -178,7 +178,7 @@ class Operation:
         # The dimension of the channels isn't known, but it is one along which ids differ.
         varying = set[int]()
         for each in full:
-            varying.update(d for d in _varying(each) if d > 0)
+            varying.update(_varying(each))
         coupled = [each for each in full if all(each.shape[d] == shape[d] for d in varying)]
         for other in coupled[1:]:
             self.couple(coupled[0], other)
@@ -704,9 +704,21 @@ def reads_shape_only(node: Node) -> bool:
     """Tell whether only the shape, device or type of a picked channel is read."""
     for user in node.users:
         of_sizes = plain_name(user) == "getattr" and user.args[1] in ("shape", "device", "dtype")
-        if not (of_sizes or has_property(user, "reads_sizes")):
+        if not (of_sizes or has_property(user, "reads_sizes") or _embeds_features(user, node)):
             return False
     return True
+
+
+def _embeds_features(user: Node, node: Node) -> bool:
+    """Tell whether a node calls an embedding with floating-point features: only their sizes can matter to it.
+
+    An embedding looks up integers. Learned positions of BART are of a derived class that counts the places.
+    """
+    owner = user.graph.owning_module
+    if user.op != "call_module" or owner is None or not isinstance(owner.get_submodule(str(user.target)), nn.Embedding):
+        return False
+    dtype = getattr(node.meta.get("tensor_meta"), "dtype", None)
+    return dtype is not None and dtype.is_floating_point
 
 
 def _held_by_tensor(index: Any, picks: dict[str, Tensor]) -> list[slice]:
