@@ -1303,19 +1303,20 @@ def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...
     if any(varies(each, d) for each in factors for d in range(each.dim() - 2)):
         return _product_by_head(op, one, other)
     # The dimensions of each factor that hold channels, counted from the end.
-    rows, columns = ([d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in factors)
+    rows, columns = ([d for d in (-2, -1) if varies(each, d)] for each in factors)
     if rows in ([], [-1]) and columns in ([], [-2]):
         op.couple(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
         return staying(shape)
     # Channels in the rows of the first factor, or the columns of the second, are rows or columns of the product.
     is_simple = (rows, columns) in (([-2], []), ([], [-1]))
-    if not is_simple and is_own.count(True) == 1:
+    is_read_by_row = is_own == [True, False] and (rows, columns) == ([-2], [-2])
+    if not (is_simple or is_read_by_row) and is_own.count(True) == 1:
         # A tensor of the model's own stays as it is, so that the channels of the other factor can be removed.
         op.keep(one if is_own[0] else other)
         rows, columns = ([], columns) if is_own[0] else (rows, [])
     if -2 in rows:
-        # What the rows are multiplied with is the same for all, as the keys and values that heads share: it stays. Rows
-        # that are heads of several channels are removed as a whole.
+        # What the rows are multiplied with is the same for all, as the keys and values that heads share, or the inputs
+        # of a weight: it stays. Rows that are heads of several channels are removed as a whole.
         op.keep(other)
         op.couple(one[..., :1], one)
         return one[..., :1].expand(shape)
@@ -1328,11 +1329,16 @@ def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...
 
 @rule("linear")
 def _own_linear(op: Operation) -> Any:
-    """Follow a product with a weight of the model's own, (outputs, inputs): its inputs go with the channels."""
+    """Follow a product with a weight of the model's own, (outputs, inputs), of which rows or columns are channels."""
     states, weight, *bias = op.ids
     node = op.argument(1, "weight") if op.module is None else None
-    if node is None or op.shape is None or weight.dim() != 2 or varies(weight, 0):
+    if node is None or op.shape is None or weight.dim() != 2:
         return op.all_kept()
+    if varies(weight, 0):
+        op.keep(states)
+        for each in bias:
+            op.couple(weight[:, 0], each)
+        return weight[:, 0].expand(op.shape)
     if any(varies(states, d) for d in range(states.dim() - 1)):
         return op.all_kept()
     for each in bias:
@@ -1340,6 +1346,26 @@ def _own_linear(op: Operation) -> Any:
     op.channels.couple(states.flatten(0, -2)[0], weight[0])
     op.channels.summed.add(op.node.name)
     return staying(op.shape)
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def _own_convolution(op: Operation) -> Any:
+    """Follow a convolution of each channel by itself with a weight of the model's own, (channels, 1, ...)."""
+    states, weight, *bias = op.ids
+    groups, node = op.argument(6, "groups", default=1), op.node
+    given: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    is_computed = isinstance(given, (Node, TracedInt))  # it changes with the channels
+    if not is_computed or op.shape is None or groups != len(weight) or weight.shape[1] != 1:
+        return op.all_kept()
+    if states.dim() != weight.dim() or _varying(states) != [1] or _varying(weight) != [0]:
+        return op.all_kept()
+    row = weight.flatten(1)[:, 0]
+    if op.shape[1] != len(row) or states.shape[1] != len(row):
+        return op.all_kept()
+    op.couple(states.transpose(1, -1).flatten(0, -2)[0], row)
+    for each in bias:
+        op.couple(each, row)
+    return row.view(-1, *[1] * (len(op.shape) - 2)).expand(op.shape)
 
 
 def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:

@@ -278,6 +278,84 @@ def test_a_state_of_zeros_gets_the_width_of_the_channels_that_it_meets():
     assert all(parameter.grad is not None for parameter in dense.parameters())
 
 
+class ReadWeights(nn.Module):
+    """The forward reads the weights of its layers by itself: columns or rows of a product, and a filter by channel."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.filters = nn.Linear(6, width), nn.Conv1d(width, width, 3, groups=width)
+        self.narrow, self.steps, self.wide = nn.Linear(width, 4), nn.Linear(4, width), nn.Linear(4, width)
+        self.last = nn.Linear(width, 3)
+
+    def forward(self, words):
+        states = self.a(words).transpose(1, 2)
+        count = states.shape[1]
+        filtered = functional.conv1d(states, self.filters.weight, self.filters.bias, padding=1, groups=count)
+        found = self.narrow(filtered.transpose(1, 2))
+        steps = self.steps.weight @ found.transpose(1, 2) + self.steps.bias[:, None]
+        gates = functional.linear(found, self.wide.weight, self.wide.bias).transpose(1, 2)
+        return self.last((filtered * steps * gates).transpose(1, 2))
+
+
+def test_layers_whose_weights_the_forward_reads_lose_their_rows():
+    torch.manual_seed(0)
+    net, words = ReadWeights(8).eval(), torch.randn(2, 5, 6)
+    groups = nni_topo.dependency_groups(net, words, [{"op_names": ["a"], "sparse_ratio": 0.5}])
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(net), groups).compress()[1]
+    dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    filters = dense.filters
+    assert (filters.in_channels, filters.out_channels, filters.groups, filters.weight.shape) == (4, 4, 4, (4, 1, 3))
+    for layer in (dense.steps, dense.wide):
+        assert (layer.in_features, layer.out_features, layer.weight.shape, layer.bias.shape) == (4, 4, (4, 4), (4,))
+    assert (dense.narrow.in_features, dense.narrow.out_features, dense.last.in_features) == (4, 4, 4)
+    torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
+    dense.train()(words).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in dense.parameters())
+
+
+def test_a_filter_by_channel_with_a_fixed_number_of_groups_keeps_its_channels():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.last = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 4, 1)
+            self.w = nn.Parameter(torch.randn(8, 1, 3))
+
+        def forward(self, x):
+            return self.last(functional.conv1d(self.a(x), self.w, groups=8))
+
+    groups = nni_topo.dependency_groups(Fixed(), torch.randn(2, 3, 9), [{"op_types": ["Conv1d"], "sparse_ratio": 0.5}])
+    assert not groups
+    assert "conv1d" in groups.skipped["a"]
+
+
+def test_an_embedding_of_places_reads_only_the_sizes_of_features():
+    class Places(nn.Embedding):
+        def forward(self, features):
+            return super().forward(torch.arange(features.shape[1], device=features.device).expand(features.shape[:2]))
+
+    class Placed(nn.Module):
+        """As BART's encoder, which hands the last channel of its states to the embedding of positions."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.places, self.last = nn.Linear(6, 8), Places(5, 8), nn.Linear(8, 3)
+
+        def forward(self, words):
+            states = self.a(words)
+            return self.last(states + self.places(states[:, :, -1]))
+
+    torch.manual_seed(0)
+    net, words = Placed().eval(), torch.randn(2, 5, 6)
+    groups = nni_topo.dependency_groups(net, words, [{"op_types": ["Linear", "Embedding"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {"last": "it gives the model's output"}
+    # The last channel, which the forward picks, is removed too.
+    rows = torch.tensor([1.0, 1, 0, 1, 0, 1, 0, 0])
+    masks = {"a": {"weight": rows[:, None].expand(8, 6)}, "places": {"weight": rows.expand(5, 8)}}
+    dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    assert (dense.a.out_features, dense.places.embedding_dim, dense.last.in_features) == (4, 4, 4)
+    torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
+
+
 class Biased(nn.Module):
     """Attention with a bias by head and offset, which it looks up once for evaluation mode, as LeViT does."""
 
