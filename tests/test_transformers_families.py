@@ -73,6 +73,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
     "XLNetForSequenceClassification": ({
         "vocab_size": 50, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48,
     }, 0.9, "transformer.word_embedding"),
+    # Heads of attention and heads that convolutions make are concatenated.
+    "ConvBertForSequenceClassification": ({
+        **SIZES, "embedding_size": 32, "conv_kernel_size": 3,
+    }, 0.4, "convbert.encoder.layer.1.attention.self.conv_out_layer"),
     # Channels meet a matrix with a row for each, and states that start at zero.
     "MambaForCausalLM": ({
         "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "use_cache": False,
@@ -136,7 +140,7 @@ def _run(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tens
 def test_a_pruned_family_computes_what_the_masked_one_does_and_goes_on(name: str, tmp_path: Any) -> None:
     _, most, halved = FAMILIES[name]
     model, inputs = _made(name)
-    asked = [{"op_types": ["Linear", "Embedding", "Conv2d"], "sparse_ratio": 0.5}]
+    asked = [{"op_types": ["Linear", "Embedding", "Conv1d", "Conv2d"], "sparse_ratio": 0.5}]
     groups = nni_topo.dependency_groups(model, inputs, asked)
     # Of layers that keep some channels in any case masks may remove these, which a dense network keeps with their
     # weights: such layers are left out here, or tell by negative numbers which these are.

@@ -376,6 +376,11 @@ def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
             if not any(varies(first, d) for d in range(1, first.dim())):
                 return moved
             slices.append(first)
+    if slices and all(varies(part, dim) for part in parts):
+        # Heads of several channels, which are in both dimensions. Nothing is coupled if each is removed as a whole.
+        group_ids = torch.from_numpy(op.channels.settled()[0])
+        if not any(_varying(group_ids[each]) for each in slices):
+            return moved
     for other in slices[1:]:
         op.couple(slices[0], other)
     # Coupled channels get one id, so that after this operation ids differ along the channels only.
@@ -464,6 +469,8 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
         counted = _counted(size, op.channels)
         if counted is not None and _varying(moved) == [d] and moved.shape[d] == len(counted):
             _count_alike(op, counted, moved)
+        elif isinstance(size, Node) and _varying(moved) == [d]:
+            _count_several_times(op, size, op.channels.per_channel(moved, d))
     if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
         return moved
     places = _varying(moved)
@@ -479,6 +486,32 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     elif length_is_fixed and not count_is_fixed:
         op.channels.tie(rows[:, :1], rows)
     return moved
+
+
+def _count_several_times(op: Operation, size: Any, channels: np.ndarray) -> None:
+    """Let parts with as many heads each keep equally many, if an attribute that counts heads is taken several times.
+
+    ConvBERT's ``heads * size * 2`` is the width of the heads of attention and of those that convolutions make.
+    """
+    counts = [each for each in _factors(size) if isinstance(each, TracedInt) and each.place is not None]
+    if len(counts) != 1 or int(counts[0]) < 2:
+        return
+    group_ids = op.channels.settled()[0][channels]
+    heads = len(np.unique(group_ids))
+    times, rest = divmod(heads, int(counts[0]))
+    if times > 1 and not rest and heads < len(channels) and len(channels) % times == 0:
+        parts = np.split(channels, times)
+        op.channels.blocks.append(Blocks([parts], may_vanish=False, place=described(op.node)))
+
+
+def _factors(size: Any) -> list[Any]:
+    """List the factors of a size in a graph: numbers, and nodes of other operations; none of what is no product."""
+    if not isinstance(size, Node) or size.target is not operator_module.mul:
+        return []
+    found = []
+    for each in size.args:
+        found += _factors(each) or [each]
+    return found
 
 
 def _is_number(size: Any) -> bool:
