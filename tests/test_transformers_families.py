@@ -51,6 +51,9 @@ FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
     "FalconForCausalLM": ({"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
                            "alibi": True, "multi_query": False, "new_decoder_architecture": False}, 0.35,
                           "transformer.h.1.self_attention.query_key_value"),
+    # One layer makes queries, keys and values, head by head.
+    "GPTBigCodeForCausalLM": ({"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32,
+                               "multi_query": False}, 0.35, "transformer.h.1.attn.c_attn"),
     # Biases of the logits are a buffer.
     "PegasusForConditionalGeneration": (BOTH, 0.6, "model.encoder.layers.1.fc2"),
     # Norms of the backbone are buffers.

@@ -493,14 +493,20 @@ def _count_several_times(op: Operation, size: Any, channels: np.ndarray) -> None
 
     ConvBERT's ``heads * size * 2`` is the width of the heads of attention and of those that convolutions make.
     """
-    counts = [each for each in _factors(size) if isinstance(each, TracedInt) and each.place is not None]
-    if len(counts) != 1 or int(counts[0]) < 2:
+    counts, others = [], 1
+    for each in _factors(size):
+        if isinstance(each, TracedInt) and each.place is not None:
+            counts.append(int(each))
+        elif isinstance(each, int):
+            others *= each
+    if not counts or others < 2:
         return
     group_ids = op.channels.settled()[0][channels]
     heads = len(np.unique(group_ids))
-    times, rest = divmod(heads, int(counts[0]))
-    if times > 1 and not rest and heads < len(channels) and len(channels) % times == 0:
-        parts = np.split(channels, times)
+    # The number of heads is one that divides them all, as often as the plain factors allow.
+    possible = {heads // count for count in counts if not heads % count and not others % (heads // count)} - {1}
+    if len(possible) == 1 and heads < len(channels):
+        parts = np.split(channels, possible.pop())
         op.channels.blocks.append(Blocks([parts], may_vanish=False, place=described(op.node)))
 
 

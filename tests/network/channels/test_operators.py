@@ -328,6 +328,69 @@ def test_a_filter_by_channel_with_a_fixed_number_of_groups_keeps_its_channels():
     assert "conv1d" in groups.skipped["a"]
 
 
+class Beside(nn.Module):
+    """As ConvBERT: heads of attention, and as many that are made in another way, are concatenated."""
+
+    def __init__(self, heads, size, is_counted):
+        super().__init__()
+        self.heads, self.size, self.is_counted = heads, size, is_counted
+        self.asked, self.known, self.told, self.other = (nn.Linear(6, heads * size) for _ in range(4))
+        self.last = nn.Linear(2 * heads * size, 3)
+
+    def forward(self, words):
+        shape = (*words.shape[:2], -1, self.size)
+        of_other = (*words.shape[:2], self.heads if self.is_counted else -1, self.size)
+        asked, known, told = (each(words).view(shape).transpose(1, 2) for each in (self.asked, self.known, self.told))
+        other = self.other(words).view(of_other).transpose(1, 2)
+        context = (asked @ known.transpose(2, 3)).softmax(-1) @ told
+        context_of_other = (other @ other.transpose(2, 3)).softmax(-1) @ other
+        found = torch.cat([context.transpose(1, 2), context_of_other.transpose(1, 2)], 2)
+        return self.last(found.view(*words.shape[:2], self.heads * self.size * 2 if self.is_counted else -1))
+
+
+def without_heads(net, removed):
+    """Return masks that remove the heads whose numbers are listed, by layer."""
+    masks = {}
+    for name, heads in removed.items():
+        kept = torch.ones_like(getattr(net, name).weight)
+        kept.unflatten(0, (-1, net.size))[heads] = 0
+        masks[name] = {"weight": kept}
+    return masks
+
+
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_heads_that_are_concatenated_with_others_are_removed_by_themselves(is_counted):
+    torch.manual_seed(0)
+    net, words = Beside(4, 2, is_counted).eval(), torch.randn(2, 5, 6)
+    groups = nni_topo.dependency_groups(net, words, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {"last": "it gives the model's output"}
+    by_group = {}
+    for entry in groups:
+        by_group.setdefault(entry.get("dependency_group_id"), set()).update(entry["op_names"])
+    assert {"asked", "known", "told"} in by_group.values()
+    attention = dict.fromkeys(("asked", "known", "told"), [0, 2])
+    masks = without_heads(net, {**attention, "other": [1, 2] if is_counted else [1]})
+    dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    assert dense.last.in_features == (8 if is_counted else 10)
+    torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
+    dense.train()(words).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in dense.parameters())
+
+
+def test_an_attribute_that_counts_heads_of_two_kinds_keeps_equally_many():
+    torch.manual_seed(0)
+    net, words = Beside(4, 2, True).eval(), torch.randn(2, 5, 6)
+    attention = ("asked", "known", "told")
+    dense = nni_topo.to_dense(net, words, without_heads(net, {**dict.fromkeys(attention, [0, 2]), "other": [1]}))
+    assert (dense.heads, dense.asked.out_features, dense.other.out_features) == (3, 6, 6)
+    # One of the two heads is kept as it was.
+    possible = []
+    for removed in (0, 2):
+        masks = without_heads(net, {**dict.fromkeys(attention, [removed]), "other": [1]})
+        possible.append(nni_topo.masked_model(net, words, masks)(words))
+    assert sum(torch.allclose(dense(words), each, rtol=1e-5, atol=1e-6) for each in possible) == 1
+
+
 def test_an_embedding_of_places_reads_only_the_sizes_of_features():
     class Places(nn.Embedding):
         def forward(self, features):
