@@ -181,7 +181,7 @@ def _attention(name: str, module: Any) -> Attention | None:
         if layers[0].out_features != 3 * count * size:
             return None
         found = _together(name, prefix + names[0], count, size, projection, entering_channels(layers[0]), by_head)
-        # With a key and a value for each head GPT-BigCode's are ordered by head, with shared ones they aren't three thirds.
+        # GPT-BigCode's rows are ordered by head too, where each head has keys and values of its own.
         if names[0] in _HEAD_BY_HEAD or getattr(module, "multi_query", None) is False:
             rows = np.arange(3 * count * size).reshape(count, -1)
             found = replace(

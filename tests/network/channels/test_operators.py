@@ -368,7 +368,7 @@ def test_heads_that_are_concatenated_with_others_are_removed_by_themselves(is_co
     for entry in groups:
         by_group.setdefault(entry.get("dependency_group_id"), set()).update(entry["op_names"])
     assert {"asked", "known", "told"} in by_group.values()
-    attention = dict.fromkeys(("asked", "known", "told"), [0, 2])
+    attention = {key: [0, 2] for key in ("asked", "known", "told")}
     masks = without_heads(net, {**attention, "other": [1, 2] if is_counted else [1]})
     dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
     assert dense.last.in_features == (8 if is_counted else 10)
@@ -381,12 +381,12 @@ def test_an_attribute_that_counts_heads_of_two_kinds_keeps_equally_many():
     torch.manual_seed(0)
     net, words = Beside(4, 2, True).eval(), torch.randn(2, 5, 6)
     attention = ("asked", "known", "told")
-    dense = nni_topo.to_dense(net, words, without_heads(net, {**dict.fromkeys(attention, [0, 2]), "other": [1]}))
+    dense = nni_topo.to_dense(net, words, without_heads(net, {**{key: [0, 2] for key in attention}, "other": [1]}))
     assert (dense.heads, dense.asked.out_features, dense.other.out_features) == (3, 6, 6)
     # One of the two heads is kept as it was.
     possible = []
     for removed in (0, 2):
-        masks = without_heads(net, {**dict.fromkeys(attention, [removed]), "other": [1]})
+        masks = without_heads(net, {**{key: [removed] for key in attention}, "other": [1]})
         possible.append(nni_topo.masked_model(net, words, masks)(words))
     assert sum(torch.allclose(dense(words), each, rtol=1e-5, atol=1e-6) for each in possible) == 1
 
