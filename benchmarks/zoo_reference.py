@@ -12,6 +12,7 @@ PRUNED = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
 DETECTING = {f"{each}_predictor" for each in ("roi_heads.box", "roi_heads.mask", "roi_heads.keypoint")} | {
     "head", "rpn.head"
 }  # fmt: skip
+READ = (nn.modules.conv._ConvNd, nn.Linear)  # of which a forward may read the weights
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -151,8 +152,8 @@ def zeroed_outputs(model: nn.Module, gone: dict[str, np.ndarray], inputs: Any) -
         handles.append(module.register_forward_hook(hook))
     with torch.no_grad():
         outputs = run(model, inputs)
-        # Attention may compute with the weights of its linear layers by itself.
-        unseen = [name for name in gone.keys() - seen if isinstance(model.get_submodule(name), nn.Linear)]
+        # Attention, and Mamba, may compute with the weights of their layers by themselves.
+        unseen = [name for name in gone.keys() - seen if isinstance(model.get_submodule(name), READ)]
         for name in unseen:
             for parameter in model.get_submodule(name).parameters():
                 parameter[torch.from_numpy(gone[name])] = 0

@@ -36,8 +36,8 @@ RT_DETR = {
 }  # fmt: skip
 SEES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 64,
         "patch_size": 16}  # fmt: skip
-STAGES = "model.backbone.conv_encoder.model.encoder.stages"
-# By class: sizes, the share of the parameters that is left at most, and a layer of which half of the channels go.
+# By class: sizes, the share of the parameters that is left at most, and how the name of a layer ends that loses half of
+# its channels: what holds the backbone of DETR has another name in each version.
 FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
     # Sinusoidal positions are a buffer.
     "XGLMForCausalLM": ({"vocab_size": 50, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
@@ -51,10 +51,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
     "FalconForCausalLM": ({"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
                            "alibi": True, "multi_query": False, "new_decoder_architecture": False}, 0.35,
                           "transformer.h.1.self_attention.query_key_value"),
+    # One layer makes queries, keys and values, head by head.
+    "GPTBigCodeForCausalLM": ({"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32,
+                               "multi_query": False}, 0.35, "transformer.h.1.attn.c_attn"),
     # Biases of the logits are a buffer.
     "PegasusForConditionalGeneration": (BOTH, 0.6, "model.encoder.layers.1.fc2"),
     # Norms of the backbone are buffers.
-    "DetrForObjectDetection": (DETR, 0.55, f"{STAGES}.1.layers.0.layer.0.convolution"),
+    "DetrForObjectDetection": (DETR, 0.55, "encoder.stages.1.layers.0.layer.0.convolution"),
     # And which queries there are is up to the scores.
     "RTDetrForObjectDetection": (RT_DETR, 0.4, "model.backbone.model.encoder.stages.1.layers.0.layer.0.convolution"),
     # Attention adds positions to what it reads, or takes the width of its heads from its input.
@@ -73,6 +76,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
     "XLNetForSequenceClassification": ({
         "vocab_size": 50, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48,
     }, 0.9, "transformer.word_embedding"),
+    # Heads of attention and heads that convolutions make are concatenated.
+    "ConvBertForSequenceClassification": ({
+        **SIZES, "embedding_size": 32, "conv_kernel_size": 3,
+    }, 0.4, "convbert.encoder.layer.1.attention.self.conv_out_layer"),
     # Channels meet a matrix with a row for each, and states that start at zero.
     "MambaForCausalLM": ({
         "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "use_cache": False,
@@ -136,7 +143,7 @@ def _run(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tens
 def test_a_pruned_family_computes_what_the_masked_one_does_and_goes_on(name: str, tmp_path: Any) -> None:
     _, most, halved = FAMILIES[name]
     model, inputs = _made(name)
-    asked = [{"op_types": ["Linear", "Embedding", "Conv2d"], "sparse_ratio": 0.5}]
+    asked = [{"op_types": ["Linear", "Embedding", "Conv1d", "Conv2d"], "sparse_ratio": 0.5}]
     groups = nni_topo.dependency_groups(model, inputs, asked)
     # Of layers that keep some channels in any case masks may remove these, which a dense network keeps with their
     # weights: such layers are left out here, or tell by negative numbers which these are.
@@ -149,7 +156,8 @@ def test_a_pruned_family_computes_what_the_masked_one_does_and_goes_on(name: str
     dense, reference = nni_topo.to_dense(model, inputs, masks), nni_topo.masked_model(model, inputs, masks)
     left, before = (sum(each.numel() for each in net.parameters()) for net in (dense, model))
     assert left < most * before
-    wide, narrow = (net.get_submodule(f"model.{halved}").weight for net in (model, dense))
+    (layer,) = (key for key, _ in model.named_modules() if key.endswith(f".{halved}"))
+    wide, narrow = (net.get_submodule(layer).weight for net in (model, dense))
     assert any(2 * small == size for small, size in zip(narrow.shape, wide.shape, strict=True))
     with torch.no_grad():
         expected, actual = _run(reference, inputs), _run(dense, inputs)

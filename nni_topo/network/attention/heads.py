@@ -181,7 +181,8 @@ def _attention(name: str, module: Any) -> Attention | None:
         if layers[0].out_features != 3 * count * size:
             return None
         found = _together(name, prefix + names[0], count, size, projection, entering_channels(layers[0]), by_head)
-        if names[0] in _HEAD_BY_HEAD:
+        # GPT-BigCode's rows are ordered by head too, where each head has keys and values of its own.
+        if names[0] in _HEAD_BY_HEAD or getattr(module, "multi_query", None) is False:
             rows = np.arange(3 * count * size).reshape(count, -1)
             found = replace(
                 found, channels={prefix + names[0]: rows}, context=(prefix + names[0], rows[:, -size:].ravel())

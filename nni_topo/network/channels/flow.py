@@ -89,6 +89,8 @@ from nni_topo.network.runtime import out_of_memory, tensors_of
 
 _logger = logging.getLogger(__name__)
 
+WEIGHT = ".weight"  # how the names of layers' weights end
+
 
 class Propagation(torch.fx.Interpreter):
     """Send the ids of channels through a traced model with shapes in ``node.meta["tensor_meta"]``."""
@@ -212,9 +214,14 @@ class Propagation(torch.fx.Interpreter):
         return tree_map(fixed, value)
 
     def _parameter(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Give ids to the dimension of a tensor that holds channels: that of `dims`, else the last longer than 1."""
+        """Give ids to the dimension of a tensor that holds channels: that of `dims`, else the last longer than 1.
+
+        Of a layer's weight it is the first, for its rows are the layer's outputs: Mamba's forward reads such weights.
+        """
         if name not in self.free_parameters:
             dims = [d for d in range(value.dim()) if value.shape[d] > 1]
+            if name.endswith(WEIGHT):
+                dims.reverse()
             dim = self._given.dims.get(name, dims[-1])
             count = value.shape[dim]
             self.free_parameters[name] = FreeParameter(self._given.new(count), count, dim, dims)
@@ -456,20 +463,29 @@ class ChannelFlow(Propagation):
                 self.blocks.append(Blocks([counted], may_vanish=False, place=f"the attribute {where}"))
 
     def _dims_before_last(self, args: tuple[Any, ...]) -> dict[str, int]:
-        """Find the dimensions in which free tensors hold channels, where these aren't in the last: by name.
+        """Find the dimensions in which free tensors hold channels, where these aren't in the likeliest: by name.
 
         Biases by position have the heads first, and a matrix may have a row for each channel. Of a tensor whose
-        places aren't coupled with channels that can be removed, the dimensions before are tried, all such at once.
+        places aren't coupled with channels that can be removed, the other dimensions are tried, all such at once:
+        weights of layers after all others, for the rows of these are their outputs, unless only their columns are.
         """
         found: dict[str, int] = {}
-        left = {name: each.dims[:-1] for name, each in self.uncoupled().items()}
-        while left := {name: dims for name, dims in left.items() if dims}:
-            tried = {name: dims.pop() for name, dims in left.items()}
-            other = Propagation(self.traced, found | tried)
-            other.run(*tree_map(fixed, args))
-            for name in tried.keys() - other.uncoupled().keys():
-                found[name] = tried[name]
-                del left[name]
+        for are_weights in (False, True):
+            before: Propagation = self
+            if found:
+                before = Propagation(self.traced, found)
+                before.run(*tree_map(fixed, args))
+            left: dict[str, list[int]] = {}
+            for name, each in before.uncoupled().items():
+                if name.endswith(WEIGHT) is are_weights:
+                    left[name] = each.dims[:-1]
+            while left := {name: dims for name, dims in left.items() if dims}:
+                tried = {name: dims.pop() for name, dims in left.items()}
+                other = Propagation(self.traced, found | tried)
+                other.run(*tree_map(fixed, args))
+                for name in tried.keys() - other.uncoupled().keys():
+                    found[name] = tried[name]
+                    del left[name]
         return found
 
     def _goes_as_a_whole(self, blocks: Blocks) -> bool:

@@ -40,7 +40,7 @@ class FreeParameter:
     first: int
     channels: int
     dim: int  # the dimension of its channels
-    dims: list[int]  # all that may hold channels
+    dims: list[int]  # all that may hold channels, the likeliest last
 
     def ids(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the ids of its places: int64, of its shape."""

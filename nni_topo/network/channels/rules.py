@@ -178,7 +178,7 @@ class Operation:
         # The dimension of the channels isn't known, but it is one along which ids differ.
         varying = set[int]()
         for each in full:
-            varying.update(d for d in _varying(each) if d > 0)
+            varying.update(_varying(each))
         coupled = [each for each in full if all(each.shape[d] == shape[d] for d in varying)]
         for other in coupled[1:]:
             self.couple(coupled[0], other)
@@ -376,6 +376,11 @@ def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
             if not any(varies(first, d) for d in range(1, first.dim())):
                 return moved
             slices.append(first)
+    if slices and all(varies(part, dim) for part in parts):
+        # Heads of several channels, which are in both dimensions. Nothing is coupled if each is removed as a whole.
+        group_ids = torch.from_numpy(op.channels.settled()[0])
+        if not any(_varying(group_ids[each]) for each in slices):
+            return moved
     for other in slices[1:]:
         op.couple(slices[0], other)
     # Coupled channels get one id, so that after this operation ids differ along the channels only.
@@ -464,6 +469,8 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
         counted = _counted(size, op.channels)
         if counted is not None and _varying(moved) == [d] and moved.shape[d] == len(counted):
             _count_alike(op, counted, moved)
+        elif isinstance(size, Node) and _varying(moved) == [d]:
+            _count_several_times(op, size, op.channels.per_channel(moved, d))
     if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
         return moved
     places = _varying(moved)
@@ -479,6 +486,38 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     elif length_is_fixed and not count_is_fixed:
         op.channels.tie(rows[:, :1], rows)
     return moved
+
+
+def _count_several_times(op: Operation, size: Any, channels: np.ndarray) -> None:
+    """Let parts with as many heads each keep equally many, if an attribute that counts heads is taken several times.
+
+    ConvBERT's ``heads * size * 2`` is the width of the heads of attention and of those that convolutions make.
+    """
+    counts, others = [], 1
+    for each in _factors(size):
+        if isinstance(each, TracedInt) and each.place is not None:
+            counts.append(int(each))
+        elif isinstance(each, int):
+            others *= each
+    if not counts or others < 2:
+        return
+    group_ids = op.channels.settled()[0][channels]
+    heads = len(np.unique(group_ids))
+    # The number of heads is one that divides them all, as often as the plain factors allow.
+    possible = {heads // count for count in counts if not heads % count and not others % (heads // count)} - {1}
+    if len(possible) == 1 and heads < len(channels):
+        parts = np.split(channels, possible.pop())
+        op.channels.blocks.append(Blocks([parts], may_vanish=False, place=described(op.node)))
+
+
+def _factors(size: Any) -> list[Any]:
+    """List the factors of a size in a graph: numbers, and nodes of other operations; none of what is no product."""
+    if not isinstance(size, Node) or size.target is not operator_module.mul:
+        return []
+    found = []
+    for each in size.args:
+        found += _factors(each) or [each]
+    return found
 
 
 def _is_number(size: Any) -> bool:
@@ -704,9 +743,21 @@ def reads_shape_only(node: Node) -> bool:
     """Tell whether only the shape, device or type of a picked channel is read."""
     for user in node.users:
         of_sizes = plain_name(user) == "getattr" and user.args[1] in ("shape", "device", "dtype")
-        if not (of_sizes or has_property(user, "reads_sizes")):
+        if not (of_sizes or has_property(user, "reads_sizes") or _embeds_features(user, node)):
             return False
     return True
+
+
+def _embeds_features(user: Node, node: Node) -> bool:
+    """Tell whether a node calls an embedding with floating-point features: only their sizes can matter to it.
+
+    An embedding looks up integers. Learned positions of BART are of a derived class that counts the places.
+    """
+    owner = user.graph.owning_module
+    if user.op != "call_module" or owner is None or not isinstance(owner.get_submodule(str(user.target)), nn.Embedding):
+        return False
+    dtype = getattr(node.meta.get("tensor_meta"), "dtype", None)
+    return dtype is not None and dtype.is_floating_point
 
 
 def _held_by_tensor(index: Any, picks: dict[str, Tensor]) -> list[slice]:
@@ -1291,19 +1342,20 @@ def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...
     if any(varies(each, d) for each in factors for d in range(each.dim() - 2)):
         return _product_by_head(op, one, other)
     # The dimensions of each factor that hold channels, counted from the end.
-    rows, columns = ([d - each.dim() for d in range(1, each.dim()) if varies(each, d)] for each in factors)
+    rows, columns = ([d for d in (-2, -1) if varies(each, d)] for each in factors)
     if rows in ([], [-1]) and columns in ([], [-2]):
         op.couple(one[..., :1, :].flatten(0, -2)[0], other[..., :, :1].transpose(-1, -2).flatten(0, -2)[0])
         return staying(shape)
     # Channels in the rows of the first factor, or the columns of the second, are rows or columns of the product.
     is_simple = (rows, columns) in (([-2], []), ([], [-1]))
-    if not is_simple and is_own.count(True) == 1:
+    is_read_by_row = is_own == [True, False] and (rows, columns) == ([-2], [-2])
+    if not (is_simple or is_read_by_row) and is_own.count(True) == 1:
         # A tensor of the model's own stays as it is, so that the channels of the other factor can be removed.
         op.keep(one if is_own[0] else other)
         rows, columns = ([], columns) if is_own[0] else (rows, [])
     if -2 in rows:
-        # What the rows are multiplied with is the same for all, as the keys and values that heads share: it stays. Rows
-        # that are heads of several channels are removed as a whole.
+        # What the rows are multiplied with is the same for all, as the keys and values that heads share, or the inputs
+        # of a weight: it stays. Rows that are heads of several channels are removed as a whole.
         op.keep(other)
         op.couple(one[..., :1], one)
         return one[..., :1].expand(shape)
@@ -1316,11 +1368,16 @@ def _multiplied(op: Operation, one: Tensor, other: Tensor, shape: tuple[int, ...
 
 @rule("linear")
 def _own_linear(op: Operation) -> Any:
-    """Follow a product with a weight of the model's own, (outputs, inputs): its inputs go with the channels."""
+    """Follow a product with a weight of the model's own, (outputs, inputs), of which rows or columns are channels."""
     states, weight, *bias = op.ids
     node = op.argument(1, "weight") if op.module is None else None
-    if node is None or op.shape is None or weight.dim() != 2 or varies(weight, 0):
+    if node is None or op.shape is None or weight.dim() != 2:
         return op.all_kept()
+    if varies(weight, 0):
+        op.keep(states)
+        for each in bias:
+            op.couple(weight[:, 0], each)
+        return weight[:, 0].expand(op.shape)
     if any(varies(states, d) for d in range(states.dim() - 1)):
         return op.all_kept()
     for each in bias:
@@ -1328,6 +1385,26 @@ def _own_linear(op: Operation) -> Any:
     op.channels.couple(states.flatten(0, -2)[0], weight[0])
     op.channels.summed.add(op.node.name)
     return staying(op.shape)
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def _own_convolution(op: Operation) -> Any:
+    """Follow a convolution of each channel by itself with a weight of the model's own, (channels, 1, ...)."""
+    states, weight, *bias = op.ids
+    groups, node = op.argument(6, "groups", default=1), op.node
+    given: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    is_computed = isinstance(given, (Node, TracedInt))  # it changes with the channels
+    if not is_computed or op.shape is None or groups != len(weight) or weight.shape[1] != 1:
+        return op.all_kept()
+    if states.dim() != weight.dim() or _varying(states) != [1] or _varying(weight) != [0]:
+        return op.all_kept()
+    row = weight.flatten(1)[:, 0]
+    if op.shape[1] != len(row) or states.shape[1] != len(row):
+        return op.all_kept()
+    op.couple(states.transpose(1, -1).flatten(0, -2)[0], row)
+    for each in bias:
+        op.couple(each, row)
+    return row.view(-1, *[1] * (len(op.shape) - 2)).expand(op.shape)
 
 
 def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:

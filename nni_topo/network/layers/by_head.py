@@ -28,15 +28,17 @@ _CLASSES: dict[type[nn.Module], type[nn.Module] | None] = {}
 
 
 def _take_heads(module: Any, table: Any, heads: int) -> Any:
-    """Take heads out of a table ``(heads, ...)`` or ``(samples * heads, ...)``; anything else is returned as it is.
+    """Take heads out of a table ``(heads, ...)`` or ``(samples * heads, ..., ...)``; all else is returned as it is.
 
     ``heads``: how many there are in the table.
     """
-    if not isinstance(table, Tensor) or table.dim() < 2 or len(table) % heads:
+    if not isinstance(table, Tensor) or table.dim() < 1 or len(table) % heads:
         return table
     taken = getattr(module, HEADS_TAKEN)
     if len(table) == heads:
         return table.index_select(0, taken)
+    if table.dim() < 2:
+        return table
     return table.unflatten(0, (-1, heads)).index_select(1, taken).flatten(0, 1)
 
 

@@ -27,6 +27,7 @@ from nni_topo.network.attention import (
 from nni_topo.network.channels import ChannelFlow, DenseOrder, reasons
 from nni_topo.network.graph import tensor_shape
 from nni_topo.network.layers import (
+    CONVOLUTIONS,
     HEAD,
     cut,
     cut_channelwise,
@@ -138,14 +139,29 @@ class _Cutter(Replacer):
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)
                 keep(module, target, getattr(module, target).index_select(free.dim, kept.to(device_of(module))))
-                if isinstance(module, torch.nn.Embedding) and free.dim == 1:  # read as a parameter, as DeBERTa does
-                    module.embedding_dim = len(kept)
+                if target == "weight":
+                    _set_weight_size(module, free.dim, len(kept))
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
             layer = next(iter(found.channels))
             heads = speedup.indices(flow.unit_channel_ids(layer))
             _cut_by_head(model.get_submodule(attention), found, heads)
             resize(model.get_submodule(attention), found, len(heads), len(speedup.kept(layer)[0]))
+
+
+def _set_weight_size(module: Any, dim: int, size: int) -> None:
+    """Set what a module says of its weight's size along a dimension; the forward reads the weight by itself.
+
+    DeBERTa reads that of an embedding so, Mamba those of a linear layer and of a convolution.
+    """
+    if isinstance(module, torch.nn.Embedding) and dim == 1:
+        module.embedding_dim = size
+    elif isinstance(module, torch.nn.Linear):
+        setattr(module, ("out_features", "in_features")[dim], size)
+    elif isinstance(module, CONVOLUTIONS) and dim == 0:
+        if is_depthwise(module):
+            module.in_channels = module.groups = size
+        module.out_channels = size
 
 
 def _cut_by_head(module: torch.nn.Module, attention: Attention, heads: torch.Tensor) -> None:

@@ -278,6 +278,147 @@ def test_a_state_of_zeros_gets_the_width_of_the_channels_that_it_meets():
     assert all(parameter.grad is not None for parameter in dense.parameters())
 
 
+class ReadWeights(nn.Module):
+    """The forward reads the weights of its layers by itself: columns or rows of a product, and a filter by channel."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.filters = nn.Linear(6, width), nn.Conv1d(width, width, 3, groups=width)
+        self.narrow, self.steps, self.wide = nn.Linear(width, 4), nn.Linear(4, width), nn.Linear(4, width)
+        self.last = nn.Linear(width, 3)
+
+    def forward(self, words):
+        states = self.a(words).transpose(1, 2)
+        count = states.shape[1]
+        filtered = functional.conv1d(states, self.filters.weight, self.filters.bias, padding=1, groups=count)
+        found = self.narrow(filtered.transpose(1, 2))
+        steps = self.steps.weight @ found.transpose(1, 2) + self.steps.bias[:, None]
+        gates = functional.linear(found, self.wide.weight, self.wide.bias).transpose(1, 2)
+        return self.last((filtered * steps * gates).transpose(1, 2))
+
+
+def test_layers_whose_weights_the_forward_reads_lose_their_rows():
+    torch.manual_seed(0)
+    net, words = ReadWeights(8).eval(), torch.randn(2, 5, 6)
+    groups = nni_topo.dependency_groups(net, words, [{"op_names": ["a"], "sparse_ratio": 0.5}])
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(net), groups).compress()[1]
+    dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    filters = dense.filters
+    assert (filters.in_channels, filters.out_channels, filters.groups, filters.weight.shape) == (4, 4, 4, (4, 1, 3))
+    for layer in (dense.steps, dense.wide):
+        assert (layer.in_features, layer.out_features, layer.weight.shape, layer.bias.shape) == (4, 4, (4, 4), (4,))
+    assert (dense.narrow.in_features, dense.narrow.out_features, dense.last.in_features) == (4, 4, 4)
+    torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
+    dense.train()(words).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in dense.parameters())
+
+
+def test_a_filter_by_channel_with_a_fixed_number_of_groups_keeps_its_channels():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.last = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 4, 1)
+            self.w = nn.Parameter(torch.randn(8, 1, 3))
+
+        def forward(self, x):
+            return self.last(functional.conv1d(self.a(x), self.w, groups=8))
+
+    groups = nni_topo.dependency_groups(Fixed(), torch.randn(2, 3, 9), [{"op_types": ["Conv1d"], "sparse_ratio": 0.5}])
+    assert not groups
+    assert "conv1d" in groups.skipped["a"]
+
+
+class Beside(nn.Module):
+    """As ConvBERT: heads of attention, and as many that are made in another way, are concatenated."""
+
+    def __init__(self, heads, size, is_counted):
+        super().__init__()
+        self.heads, self.size, self.is_counted = heads, size, is_counted
+        self.asked, self.known, self.told, self.other = (nn.Linear(6, heads * size) for _ in range(4))
+        self.last = nn.Linear(2 * heads * size, 3)
+
+    def forward(self, words):
+        shape = (*words.shape[:2], -1, self.size)
+        of_other = (*words.shape[:2], self.heads if self.is_counted else -1, self.size)
+        asked, known, told = (each(words).view(shape).transpose(1, 2) for each in (self.asked, self.known, self.told))
+        other = self.other(words).view(of_other).transpose(1, 2)
+        context = (asked @ known.transpose(2, 3)).softmax(-1) @ told
+        context_of_other = (other @ other.transpose(2, 3)).softmax(-1) @ other
+        found = torch.cat([context.transpose(1, 2), context_of_other.transpose(1, 2)], 2)
+        return self.last(found.view(*words.shape[:2], self.heads * self.size * 2 if self.is_counted else -1))
+
+
+def without_heads(net, removed):
+    """Return masks that remove the heads whose numbers are listed, by layer."""
+    masks = {}
+    for name, heads in removed.items():
+        kept = torch.ones_like(getattr(net, name).weight)
+        kept.unflatten(0, (-1, net.size))[heads] = 0
+        masks[name] = {"weight": kept}
+    return masks
+
+
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_heads_that_are_concatenated_with_others_are_removed_by_themselves(is_counted):
+    torch.manual_seed(0)
+    net, words = Beside(4, 2, is_counted).eval(), torch.randn(2, 5, 6)
+    groups = nni_topo.dependency_groups(net, words, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {"last": "it gives the model's output"}
+    by_group = {}
+    for entry in groups:
+        by_group.setdefault(entry.get("dependency_group_id"), set()).update(entry["op_names"])
+    assert {"asked", "known", "told"} in by_group.values()
+    attention = {key: [0, 2] for key in ("asked", "known", "told")}
+    masks = without_heads(net, {**attention, "other": [1, 2] if is_counted else [1]})
+    dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    assert dense.last.in_features == (8 if is_counted else 10)
+    torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
+    dense.train()(words).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in dense.parameters())
+
+
+def test_an_attribute_that_counts_heads_of_two_kinds_keeps_equally_many():
+    torch.manual_seed(0)
+    net, words = Beside(4, 2, True).eval(), torch.randn(2, 5, 6)
+    attention = ("asked", "known", "told")
+    dense = nni_topo.to_dense(net, words, without_heads(net, {**{key: [0, 2] for key in attention}, "other": [1]}))
+    assert (dense.heads, dense.asked.out_features, dense.other.out_features) == (3, 6, 6)
+    # One of the two heads is kept as it was.
+    possible = []
+    for removed in (0, 2):
+        masks = without_heads(net, {**{key: [removed] for key in attention}, "other": [1]})
+        possible.append(nni_topo.masked_model(net, words, masks)(words))
+    assert sum(torch.allclose(dense(words), each, rtol=1e-5, atol=1e-6) for each in possible) == 1
+
+
+def test_an_embedding_of_places_reads_only_the_sizes_of_features():
+    class Places(nn.Embedding):
+        def forward(self, features):
+            return super().forward(torch.arange(features.shape[1], device=features.device).expand(features.shape[:2]))
+
+    class Placed(nn.Module):
+        """As BART's encoder, which hands the last channel of its states to the embedding of positions."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.places, self.last = nn.Linear(6, 8), Places(5, 8), nn.Linear(8, 3)
+
+        def forward(self, words):
+            states = self.a(words)
+            return self.last(states + self.places(states[:, :, -1]))
+
+    torch.manual_seed(0)
+    net, words = Placed().eval(), torch.randn(2, 5, 6)
+    groups = nni_topo.dependency_groups(net, words, [{"op_types": ["Linear", "Embedding"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {"last": "it gives the model's output"}
+    # The last channel, which the forward picks, is removed too.
+    rows = torch.tensor([1.0, 1, 0, 1, 0, 1, 0, 0])
+    masks = {"a": {"weight": rows[:, None].expand(8, 6)}, "places": {"weight": rows.expand(5, 8)}}
+    dense, masked = (make(net, words, masks) for make in (nni_topo.to_dense, nni_topo.masked_model))
+    assert (dense.a.out_features, dense.places.embedding_dim, dense.last.in_features) == (4, 4, 4)
+    torch.testing.assert_close(dense(words), masked(words), rtol=1e-5, atol=1e-6)
+
+
 class Biased(nn.Module):
     """Attention with a bias by head and offset, which it looks up once for evaluation mode, as LeViT does."""
 

@@ -70,6 +70,18 @@ def biases_by_sample(ids: Tensor, heads: int) -> Tensor:
     return (slopes_of(heads)[:, None] * places).reshape(-1, 1, ids.shape[1])
 
 
+class Slopes(Stack):
+    """As BLOOM of Transformers 5.24: a function makes the slopes alone, and the forward multiplies with the places."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = self.embed(ids)
+        slopes = slopes_of(self.num_heads)
+        bias = slopes[:, None, None] * torch.arange(1 - ids.shape[1], 1)
+        for block in self.blocks:
+            states = states + block(states, bias)
+        return states.mean(1)
+
+
 class Other(Stack):
     """Nothing is made of the number of heads by itself."""
 
@@ -107,7 +119,7 @@ def drawn(stack: type[nn.Module]) -> nn.Module:
 
 
 def test_only_stacks_that_make_tables_of_their_heads_take_them_by_a_buffer() -> None:
-    for kind in (Stack, BySample):
+    for kind in (Stack, BySample, Slopes):
         stack = kind()
         assert take_heads_of_tables(stack)
         assert isinstance(stack, kind)
@@ -126,7 +138,7 @@ def test_only_stacks_that_make_tables_of_their_heads_take_them_by_a_buffer() -> 
 
 
 def test_heads_are_taken_of_tables_of_heads_and_of_samples_times_heads() -> None:
-    for kind in (Stack, BySample):
+    for kind in (Stack, BySample, Slopes):
         stack, plain = kind().eval(), kind().eval()
         take_heads_of_tables(stack)
         table = torch.arange(24.0).view(8, 1, 3)
@@ -141,7 +153,7 @@ def test_heads_are_taken_of_tables_of_heads_and_of_samples_times_heads() -> None
 
 
 def test_heads_go_with_their_biases() -> None:
-    for kind in (Stack, BySample):
+    for kind in (Stack, BySample, Slopes):
         plain = drawn(kind)
         model = nni_topo.as_torch_layers(plain)
         assert torch.equal(model(IDS), plain(IDS))
