@@ -54,12 +54,14 @@ def measure(images: Path, out: Path, path: Path) -> None:
         run(seed, data, out, path, scales)
 
 
-def four_convolutions(num_classes: int, in_channels: int, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
-    """Build four 3x3 convolutions with batch norms and ReLUs, pooled twice, averaged, and a linear layer."""
+def four_convolutions(
+    num_classes: int, in_channels: int, widths: tuple[int, ...] = WIDTHS, pooled: tuple[int, ...] = (1, 3)
+) -> nn.Module:
+    """Build four 3x3 convolutions with batch norms and ReLUs, averaged, and a linear layer; some are pooled."""
     layers: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise((in_channels, *widths))):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        if index in (1, 3):
+        if index in pooled:
             layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
