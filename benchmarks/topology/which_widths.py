@@ -243,9 +243,8 @@ def tables(records: list[Record]) -> str:
                     cells += [show_accuracies(list(by_seed.values())) for by_seed in found]
                 rows.append(cells)
             unpruned = show_accuracies(list(mine.values()))
-            blocks.append(
-                f"**{title}: at most {100 * share:g} % of the MACs, {len(mine)} networks, unpruned {unpruned} %**"
-            )
+            networks = "1 network" if len(mine) == 1 else f"{len(mine)} networks"
+            blocks.append(f"**{title}: at most {100 * share:g} % of the MACs, {networks}, unpruned {unpruned} %**")
             head = ["widths by", "MACs, %", *(f"{rule}, %" for rule in RULES)]
             head += [f"{rule}, recalibrated, %" for rule in RULES]
             blocks.append(markdown_table(head, rows))

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from itertools import combinations
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from bench_modules import BENCHMARKS, imported
 from torch import nn
 
 import nni_topo
 
-_BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def module(name):
-    folders = [str(_BENCHMARKS / "topology"), str(_BENCHMARKS)]
-    sys.path[:0] = folders
-    try:
-        return importlib.import_module(name)
-    finally:
-        for folder in folders:
-            sys.path.remove(folder)
+FOLDER = BENCHMARKS / "topology"
 
 
 @pytest.fixture(scope="module")
 def exact():
-    return module("which_filters_exact")
+    with imported(FOLDER, "which_filters_exact") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def zigzag():
-    return module("which_blocks_zigzag")
+    with imported(FOLDER, "which_blocks_zigzag") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def widths():
-    return module("which_widths")
+    with imported(FOLDER, "which_widths") as module:
+        yield module
 
 
 def cloud(seed, points, scale):
