@@ -28,7 +28,15 @@ BENCHMARKS = Path(__file__).parent
 RESULTS, RECORDS = BENCHMARKS / "results", BENCHMARKS / "records"
 PRINTED = re.compile(r"<!-- benchmarks/records/(printed/[\w/]+\.csv): begin -->")
 _NUMBER = re.compile(r"[*+<-]*\d|$")
-HYPOTHESES = ("which_filters", "which_images", "how_many_filters", "which_blocks", "which_ratio", "which_loss")
+HYPOTHESES = (
+    "which_filters",
+    "which_images",
+    "how_many_filters",
+    "which_widths",
+    "which_blocks",
+    "which_ratio",
+    "which_loss",
+)
 
 
 def main() -> int:

@@ -40,6 +40,7 @@ def filters():
 HYPOTHESES = {
     "T1": "which_images",
     "T2": "how_many_filters",
+    "T2b": "which_widths",
     "T3": "which_blocks",
     "T4": "which_ratio",
     "T5": "which_loss",

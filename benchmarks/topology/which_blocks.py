@@ -232,7 +232,9 @@ METHODS = (*OURS, *BASELINES)
 CEILING = "the loss itself on validation images"  # how reproducible the ranks are
 
 
-def correlations(records: list[Record], kind: str, seeds: range, measure: str = "test") -> dict[str, dict[int, float]]:
+def correlations(
+    records: list[Record], kind: str, seeds: range, measure: str = "test", methods: tuple[str, ...] = METHODS
+) -> dict[str, dict[int, float]]:
     """Return Spearman's rank correlation of each score with the loss after a block's removal, by seed.
 
     Only networks are counted of which all blocks are there.
@@ -243,7 +245,7 @@ def correlations(records: list[Record], kind: str, seeds: range, measure: str = 
         if len(mine) < BLOCKS[kind]:
             continue
         losses = [record[measure] for record in mine]
-        ranked = {method: [record["scores"][method] for record in mine] for method in METHODS}
+        ranked = {method: [record["scores"][method] for record in mine] for method in methods}
         ranked[CEILING] = [record["validation"] for record in mine]
         for method, values in ranked.items():
             found.setdefault(method, {})[seed] = float(stats.spearmanr(values, losses).statistic)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from registered import CONFIRMATION, EXPLORATION, benchmark, best_of, difference_row
 from torch import Tensor, nn
 
@@ -54,12 +55,14 @@ def measure(images: Path, out: Path, path: Path) -> None:
         run(seed, data, out, path, scales)
 
 
-def four_convolutions(num_classes: int, in_channels: int, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
-    """Build four 3x3 convolutions with batch norms and ReLUs, pooled twice, averaged, and a linear layer."""
+def four_convolutions(
+    num_classes: int, in_channels: int, widths: tuple[int, ...] = WIDTHS, pooled: tuple[int, ...] = (1, 3)
+) -> nn.Module:
+    """Build four 3x3 convolutions with batch norms and ReLUs, averaged, and a linear layer; some are pooled."""
     layers: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise((in_channels, *widths))):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        if index in (1, 3):
+        if index in pooled:
             layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
@@ -127,7 +130,7 @@ def masks_of(
 
 
 def pruner_masks(
-    row: str, share: float, model: nn.Module, names: list[str], images: Tensor, seed: int
+    row: str, share: float, model: nn.Module, names: list[str], images: Tensor, seed: int, **more: Any
 ) -> dict[str, dict[str, Tensor]]:
     """Return the masks of a pruner of NNI or of the package."""
     name = {"functional Hausdorff": "topological", "least squares": "reconstruction"}.get(row, row)
@@ -138,37 +141,41 @@ def pruner_masks(
     for layer in names:
         filters = len(model.get_submodule(layer).weight)
         config.append({"op_names": [layer], "sparse_ratio": (filters - round(share * filters) + 0.5) / filters})
-    pruner = nni_topo.create_pruner(name, model, config, **knobs)
+    pruner = nni_topo.create_pruner(name, model, config, **knobs, **more)
     _, masks = pruner.compress()
     pruner.unwrap_model()
     return masks
 
 
-def reader_inputs(model: nn.Module, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield of each convolution its activations (images, channels), averaged over places, and its reader's weights.
+def reader_inputs(
+    model: nn.Module, images: Tensor, readers: list[nn.Module] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield of each reader its inputs (images, channels), averaged over places, and its weights.
 
-    The reader's weights have shape (channels, weights that read the channel).
+    The weights have shape (channels, weights that read the channel). Readers are all layers but the first one, unless
+    others are given.
     """
-    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    if readers is None:
+        readers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))][1:]
     found: dict[nn.Module, Tensor] = {}
 
     def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         found[module] = given[0]
 
-    handles = [layer.register_forward_pre_hook(note) for layer in layers[1:]]
+    handles = [layer.register_forward_pre_hook(note) for layer in readers]
     with torch.no_grad():
         model(images)
     for handle in handles:
         handle.remove()
-    for reader in layers[1:]:
+    for reader in readers:
         values = found[reader]
-        weight = reader.weight.detach()
+        weight = reader.get_parameter("weight").detach()
         yield values.flatten(2).mean(2) if values.dim() == 4 else values, weight.transpose(0, 1).flatten(1)
 
 
-def contributions(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
-    """Yield of each convolution the Gram matrix (channels, channels) of what its channels bring their reader."""
-    for values, weights in reader_inputs(model, images):
+def contributions(model: nn.Module, images: Tensor, readers: list[nn.Module] | None = None) -> Iterator[Tensor]:
+    """Yield of each reader the Gram matrix (channels, channels) of what its input channels bring it."""
+    for values, weights in reader_inputs(model, images, readers):
         centred = (values - values.mean(0)).double()
         yield (centred.T @ centred / len(values)) * (weights.double() @ weights.double().T)
 
@@ -181,15 +188,21 @@ def activations(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
 
 def most_magnitude(gram: Tensor, keep: int, scale: float) -> Tensor:
     """Return the channels to keep by the magnitude of their cloud and the origin; scale over the median distance."""
+    distances = cloud_distances(gram)
+    median = float(np.median(distances[np.triu_indices(len(distances), 1)]))
+    kept = nni_topo.topology.magnitude_subset(distances, keep + 1, scale / median, base=0)
+    return torch.from_numpy(kept[1:] - 1)
+
+
+def cloud_distances(gram: Tensor) -> NDArray[np.float64]:
+    """Return the distances (channels + 1, channels + 1) between the origin, which comes first, and the channels."""
     channels = len(gram)
     with_origin = torch.zeros(channels + 1, channels + 1, dtype=torch.float64)
     with_origin[1:, 1:] = gram
     norms = with_origin.diagonal()
     squares = norms[:, None] + norms[None, :] - with_origin - with_origin.T
-    distances = squares.clamp(min=0.0).sqrt().fill_diagonal_(0.0).numpy()
-    median = float(np.median(distances[np.triu_indices(channels + 1, 1)]))
-    kept = nni_topo.topology.magnitude_subset(distances, keep + 1, scale / median, base=0)
-    return torch.from_numpy(kept[1:] - 1)
+    distances: NDArray[np.float64] = squares.clamp(min=0.0).sqrt().fill_diagonal_(0.0).numpy()
+    return distances
 
 
 def chosen_scale(records: list[Record], name: str) -> float:
