@@ -415,3 +415,42 @@ def test_a_device_is_found_by_its_name(device):
 def test_what_cannot_compute_here_is_no_device(name):
     with pytest.raises(ConfigError, match=rf"device must be cpu, cuda or auto, .* got '{name}'"):
         resolve_device(name)
+
+
+class _Positions(nn.Module):
+    """Makes a tensor without saying where, as models do that rely on PyTorch's default device."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x + torch.arange(6) / 6).relu()).relu())
+
+
+@pytest.fixture
+def default(device):
+    torch.set_default_device(device)
+    yield device
+    assert torch.get_default_device() == device
+    torch.set_default_device(None)
+
+
+def test_default_device(default):
+    with torch.device(CPU):
+        torch.manual_seed(0)
+        model = _Positions().eval()
+        images = torch.randn(48, 6, generator=torch.Generator().manual_seed(1))
+        expected = nni_topo.shrink(model, images.split(16), {"params": 0.5}, distill=False).state_dict()
+    batches = images.to(default).split(16)
+    model = model.to(default)
+    found = states(nni_topo.shrink(model, batches, {"params": 0.5}, distill=False), default)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.cpu(), expected[name], rtol=1e-3, atol=1e-4)
+    states(nni_topo.distill(copy.deepcopy(model), model, batches, steps=20), default)
+
+
+def test_images_are_made_under_a_default_device(default):
+    made = nni_topo.synthetic_images(toy_model().to(default), IMAGES[:1].to(default), count=2, steps=2)
+    assert {each.device for each in made} == {default}

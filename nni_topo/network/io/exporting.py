@@ -38,6 +38,7 @@ from nni_topo.network.runtime import (
     report_of,
     tensors_of,
 )
+from nni_topo.network.runtime.precision import in_full_precision
 
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
@@ -73,6 +74,8 @@ class Exported:
     int8_distance: float = math.nan
 
 
+# PyTorch's exporters fail where convolutions are set to another precision than recurrent layers.
+@in_full_precision()
 @leaves_models_alone
 def export(
     model: nn.Module,

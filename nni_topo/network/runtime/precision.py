@@ -9,11 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-T = TypeVar("T")
 PutBack = Callable[[], object]
 
 
@@ -44,34 +43,38 @@ class Switch:
 
 def _in_full() -> PutBack:
     """Let products of single-precision numbers be computed in single precision."""
-    # PyTorch has a switch for each operation, and older ones, which complain where they disagree with these.
-    precisions = [each.fp32_precision for each in _OPERATIONS]
-    # An operation that is set to what all are set to most likely has no setting of its own.
-    precisions = ["none" if each == _BACKENDS.fp32_precision else each for each in precisions]
-    products = _asked(torch.get_float32_matmul_precision)
-    convolutions = _asked(lambda: _BACKENDS.cudnn.allow_tf32)
+    # PyTorch has a switch for each operation, one for those of each library, and one for all.
+    precisions = []
+    for each, library in zip(_OPERATIONS, _LIBRARIES, strict=True):
+        # An operation that is set to what its library's are set to most likely has no setting of its own.
+        own = each.fp32_precision
+        precisions.append("none" if own == library.fp32_precision else own)
+    for each in _OPERATIONS:
+        each.fp32_precision = "ieee"
+    # The older switches don't tell how they are set where an operation rounds and they don't, or the other way round.
+    products = torch.get_float32_matmul_precision()
+    convolutions = _allows_tf32()
     torch.set_float32_matmul_precision("highest")
     _BACKENDS.cudnn.allow_tf32 = False
     for each in _OPERATIONS:
         each.fp32_precision = "ieee"
 
     def put_back() -> None:
-        if products is not None:
-            torch.set_float32_matmul_precision(products)
-        if convolutions is not None:
-            _BACKENDS.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+        _BACKENDS.cudnn.allow_tf32 = convolutions
         for each, precision in zip(_OPERATIONS, precisions, strict=True):
             each.fp32_precision = precision
 
     return put_back
 
 
-def _asked(switch: Callable[[], T]) -> T | None:
-    """Return how one of the older switches is set; None where it disagrees with the newer ones."""
+def _allows_tf32() -> bool:
+    """Tell whether the older switch lets convolutions round, where no operation does."""
     try:
-        return switch()
-    except RuntimeError:
-        return None
+        allows: bool = _BACKENDS.cudnn.allow_tf32
+    except RuntimeError:  # which says that they disagree
+        return True
+    return allows
 
 
 _BACKENDS: Any = torch.backends  # PyTorch makes these attributes when it is imported, unseen by type checkers
@@ -83,6 +86,8 @@ _OPERATIONS: tuple[Any, ...] = (
     _BACKENDS.mkldnn.conv,
     _BACKENDS.mkldnn.rnn,
 )
+_LIBRARIES: tuple[Any, ...] = 3 * (_BACKENDS.cudnn,) + 3 * (_BACKENDS.mkldnn,)
+"""Where the setting is that an operation follows if it has none of its own; matrices on a GPU follow cuDNN's, too."""
 _rounding_off = Switch(_in_full)
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from operator import is_
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -20,6 +21,8 @@ from nni.compression.base.wrapper import ModuleWrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, Dataset
 
 from nni_topo.network.runtime.precision import Switch, in_full_precision
@@ -54,7 +57,7 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     # What is made in a caller's inference mode takes no gradients, for good. Sums of products that a caller's autocast
     # rounds to three digits say little of a network.
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-    with inference, nullcontext() if as_compiled else _autocast_off():
+    with inference, nullcontext() if as_compiled else _autocast_off(), nullcontext() if as_compiled else _on_cpu():
         for model in models:
             if isinstance(model, nn.Module):
                 _write_down(model, put_back, seen)
@@ -76,6 +79,33 @@ def _autocast_off() -> Iterator[None]:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+class _OnCpu(TorchFunctionMode):
+    """Puts what the package makes without a word of where on the CPU; what models make lies where it would."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in _device_constructors() and given.get("device") is None and _is_called_by_package():
+            given = {**given, "device": torch.device("cpu")}
+        return func(*args, **given)
+
+
+def _is_called_by_package() -> bool:
+    """Tell whether it is code of the package that calls a function of PyTorch's."""
+    frame: FrameType | None = sys._getframe(2)
+    # PyTorch's own code calls for others, as do modes, which hand on what models call.
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package != "torch" and frame.f_code.co_name != "__torch_function__":
+            return package == __name__.partition(".")[0]
+        frame = frame.f_back
+    return False
+
+
+def _on_cpu() -> AbstractContextManager[object]:
+    """Let the package's own tensors lie on the CPU, whatever the default device is."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else _OnCpu()
 
 
 def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:

@@ -85,6 +85,36 @@ def test_an_operation_goes_on_following_the_setting_of_all():
     assert {each.fp32_precision for each in OPERATIONS.values()} == {"tf32"}
 
 
+@pytest.mark.parametrize(("library", "names"), [("cudnn", ["matmul", "conv", "rnn"]), ("mkldnn", ["mkldnn conv"])])
+def test_an_operation_goes_on_following_the_setting_of_its_library(library, names):
+    switch = getattr(BACKENDS, library)
+    for name in names:
+        OPERATIONS[name].fp32_precision = "none"
+    switch.fp32_precision = "ieee"
+    try:
+        with in_full_precision():
+            pass
+        assert {OPERATIONS[name].fp32_precision for name in names} == {"ieee"}
+        switch.fp32_precision = "tf32"
+        assert {OPERATIONS[name].fp32_precision for name in names} == {"tf32"}
+    finally:
+        switch.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_the_older_switch_is_put_back_where_it_disagrees(older):
+    _allow(older)
+    _set_all("ieee")
+    for name in ("conv", "rnn"):
+        OPERATIONS[name].fp32_precision = "none" if older else "tf32"
+    assert asked(lambda: BACKENDS.cudnn.allow_tf32) == "disagrees"
+    with in_full_precision():
+        pass
+    for name in ("conv", "rnn"):
+        OPERATIONS[name].fp32_precision = "tf32" if older else "ieee"
+    assert asked(lambda: BACKENDS.cudnn.allow_tf32) is older
+
+
 class _Telling(nn.Module):
     """Notes with which precision it is called."""
 
@@ -141,3 +171,12 @@ def test_groups_on_a_gpu_are_those_on_the_cpu(name, precision):
     wanted = nni_topo.dependency_groups(model, image, config)
     found = nni_topo.dependency_groups(model.cuda(), image.cuda(), config)
     assert [entry["op_names"] for entry in found] == [entry["op_names"] for entry in wanted]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_network_is_exported_whatever_is_set(setting, tmp_path):
+    SETTINGS[setting]()
+    before = settings(), BACKENDS.mkldnn.enabled
+    exported = nni_topo.export(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), tmp_path / "net.pt2", EXAMPLE)
+    assert exported.path.exists()
+    assert (settings(), BACKENDS.mkldnn.enabled) == before
