@@ -63,9 +63,13 @@ def tables(records: Iterable[Record]) -> str:
     """Return Markdown: a table for each network and share, with what it was measured on."""
     groups: dict[tuple[str, float], dict[tuple[str, str], Record]] = {}
     few: dict[tuple[str, float], list[Record]] = {}
+    widths: dict[str, list[Record]] = {}
     for record in records:
         if "images" in record:
             few.setdefault((record["network"], record["key"][1]), []).append(record)
+            continue
+        if "allocation" in record:
+            widths.setdefault(record["network"], []).append(record)
             continue
         network, share, criterion, recovery = record["key"]
         groups.setdefault((network, share), {})[criterion, recovery] = record
@@ -75,7 +79,25 @@ def tables(records: Iterable[Record]) -> str:
         found.append(_table(*group, groups[group]))
         if group in few:
             found.append(_by_images(*group, few[group]))
+        is_last = [each for each in order if each[0] == group[0]][-1] == group
+        if is_last and group[0] in widths:
+            found.append(_by_allocation(group[0], widths[group[0]]))
     return "\n\n".join(found)
+
+
+def _by_allocation(network: str, records: list[Record]) -> str:
+    """Return the table of what `shrink` reaches with the widths of an allocation."""
+    names = [name for name in COLUMNS if name in records[0]["figures"]]
+    lines = []
+    for record in sorted(records, key=lambda record: -record["key"][1]):
+        figures = [figure(name, record["figures"][name]) for name in names]
+        sizes = [f"{100 * record[part]:.1f}" for part in ("macs", "params")]
+        lines.append([f"{record['key'][1]:.0%}", record["allocation"], *figures, *sizes, f"{record['seconds']:.0f}"])
+    head = ["MACs asked for", "allocation", *map(title_of, names), "MACs %", "parameters %", "CPU s"]
+    command = f"python benchmarks/trained/run.py {network} --out benchmarks/records/trained --allocations"
+    names_of = " ".join(dict.fromkeys(record["allocation"] for record in records))
+    title = "**EfficientNet-Lite0: `shrink` without distillation by the allocation of its budget**"
+    return f"{title}\n\n{markdown_table(head, lines, text_columns=2)}\n\n`{command} {names_of}`"
 
 
 def _by_images(network: str, share: float, records: list[Record]) -> str:
@@ -169,7 +191,7 @@ def _said(record: Record) -> str:
 
 def picture(records: Sequence[Record], path: Path) -> None:
     """Draw what each criterion and recovery keeps, against the processor's seconds, a panel for each table."""
-    records = [record for record in records if "images" not in record]
+    records = [record for record in records if "images" not in record and "allocation" not in record]
     groups = sorted({(record["key"][0], record["key"][1]) for record in records}, key=lambda at: (at[0], -at[1]))
     drawn = Figure(figsize=(4.6 * len(groups), 3.8), layout="constrained")
     for axis, (network, share) in zip(drawn.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
@@ -194,7 +216,11 @@ def picture(records: Sequence[Record], path: Path) -> None:
 
 def bars(records: Sequence[Record], path: Path) -> None:
     """Draw how near MiniLM's embeddings stay to the unpruned network's, a bar for each cell of ``BARS``."""
-    cells = {tuple(record["key"]): record["figures"] for record in records if "images" not in record}
+    cells = {
+        tuple(record["key"]): record["figures"]
+        for record in records
+        if "images" not in record and "allocation" not in record
+    }
     values = [cells[_ENCODER, 0.5, criterion, recovery]["cosine"]["value"] for criterion, recovery, _ in BARS]
     colors = ["tab:red" if criterion == OURS else "tab:gray" for criterion, _, _ in BARS]
     drawn = Figure(figsize=(7.2, 2.6), layout="constrained")

@@ -7,7 +7,8 @@
 Every row keeps the same number of channels in every layer. A cell is a network, a share of its cost, a selection
 criterion and a recovery; each is a line of ``NETWORK.jsonl``, and the same command goes on where it was stopped.
 ``--only`` and ``--recoveries`` run some rows and columns. ``--images 8 32 128 512`` measures instead what weight
-reconstruction gains from so many crops (sentences). ``report.py`` beside this file makes the tables.
+reconstruction gains from so many crops (sentences), ``--allocations uniform error auto`` what `shrink` reaches on
+EfficientNet-Lite0 where it chooses the widths of the layers. ``report.py`` beside this file makes the tables.
 
 Weights are recovered from calibration photos (sentences), distilled weights are kept or discarded by validation photos,
 and all figures are of test photos, which nothing else looks at. Seconds are those of the processor, on one thread.
@@ -16,6 +17,7 @@ and all figures are of test photos, which nothing else looks at. Seconds are tho
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -127,12 +129,12 @@ class Cnn(Subject):
 
     def choose(self, criterion: str, share: float) -> tuple[nn.Module, Masks]:
         """Prune all layers to the same widths, whatever the criterion; the share is of multiply-accumulates."""
-        ratios = layer_ratios(self.model, self.example, Target("flops", share), self._entries())
+        ratios = layer_ratios(self.model, self.example, Target("flops", share), self.entries())
         if criterion.startswith("torch-pruning"):
             return self.model, baseline_masks(criterion, self.model, self.example, ratios)[0]
         return self.model, self.masks_of(criterion, self.model, pruning_config(self.model, self.example, ratios))
 
-    def _entries(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[dict[str, Any]]:
         """Name the layers within the blocks: the widths between blocks stay as they are."""
         names = inner_layers(self.model, self.example)
         widened = {name.rpartition(".")[0] for name in names if name.endswith("_expand_conv")}
@@ -259,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=250, help="of a distillation (default 250)")
     parser.add_argument("--seconds", type=float, help="wall time of a distillation's steps (default: no limit)")
     parser.add_argument("--images", nargs="+", type=int, metavar="COUNT", help="calibration crops or sentences")
+    parser.add_argument("--allocations", nargs="+", choices=("uniform", "error", "auto"), metavar="ALLOCATION")
     parser.add_argument("--all", action="store_true", help="the long recoveries for every criterion")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -268,7 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for images in options.images or [None]:
         subject: Subject = Cnn(images) if options.network == Cnn.name else Encoder(options.out, images)
         common = {"network": subject.name, "data": subject.facts, **provenance()}
-        for record in cells(subject, options, done) if images is None else image_cells(subject, options, done):
+        work = cells if images is None else image_cells
+        for record in (allocation_cells if options.allocations else work)(subject, options, done):
             append_record(path, record | common)
             shown = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in record["figures"].items())
             print(f"{' | '.join(map(str, record['key']))}: {shown} ({record['seconds']:.0f} s)", flush=True)
@@ -325,6 +329,32 @@ def image_cells(subject: Subject, options: argparse.Namespace, done: set[tuple[A
         "selection_seconds": chosen_in,
         "seconds": chosen_in + seconds,
     }
+
+
+def allocation_cells(
+    subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ...]]
+) -> Iterator[dict[str, Any]]:
+    """Measure `shrink` without distillation, with the layers' widths by an allocation."""
+    if not isinstance(subject, Cnn):
+        raise SystemExit(f"--allocations is for {Cnn.name} alone: the other network is pruned to a share of its heads")
+    cost, layers = NetworkCost(subject.model, subject.example)({}), subject.entries()[0]["op_names"]
+    for share in options.shares or subject.shares:
+        for name in options.allocations:
+            key = (subject.name, share, OURS, f"widths, {name}")
+            if key in done:
+                continue
+            budget = {"flops": share, "allocation": name}
+            shrink = functools.partial(nni_topo.shrink, distill=False, layers=layers, progress=False)
+            dense, seconds = timed(lambda budget=budget, shrink=shrink: shrink(subject.model, subject.data, budget))  # type: ignore[misc]
+            left = NetworkCost(dense, subject.example)({})
+            yield {
+                "key": key,
+                "allocation": name,
+                "figures": {each: asdict(figure) for each, figure in subject.figures(dense).items()},
+                "seconds": seconds,
+                "macs": left.macs / cost.macs,
+                "params": left.params / cost.params,
+            }
 
 
 class Row:

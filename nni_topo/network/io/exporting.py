@@ -34,11 +34,11 @@ from nni_topo.network.runtime import (
     detached_copy,
     difference,
     first_call,
+    in_full_precision,
     leaves_models_alone,
     report_of,
     tensors_of,
 )
-from nni_topo.network.runtime.precision import in_full_precision
 
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}

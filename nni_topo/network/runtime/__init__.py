@@ -84,6 +84,7 @@ from nni_topo.network.runtime.inputs import (
     varied,
 )
 from nni_topo.network.runtime.memory import give_back_memory, trim_heap
+from nni_topo.network.runtime.precision import in_full_precision
 from nni_topo.network.runtime.processes import Processes, digest, in_step
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.reports import (
@@ -180,6 +181,7 @@ __all__ = [
     "give_report",
     "hand_on_report",
     "in_double",
+    "in_full_precision",
     "in_smaller_batches",
     "in_step",
     "inputs_of",
