@@ -128,7 +128,7 @@ class Verdict:
     rates: tuple[RateTrial, ...] = ()  # the range test, the highest rate first; empty if a rate was given
     curve: tuple[Look, ...] = ()  # the held-out loss along the steps
     held_out: int = 0  # samples that decided
-    is_out_of_time: bool = False  # whether `seconds` ended it
+    is_out_of_time: bool = False  # whether `seconds` ended it, or the range test
 
     def __repr__(self) -> str:
         text = f"distillation is {'kept' if self.is_kept else 'discarded'}: on held-out samples the loss "
@@ -164,6 +164,7 @@ class Verdict:
         elif math.isnan(self.lr):
             tried = ", ".join(f"{each.lr:g}" for each in self.rates)
             text = f"No step was taken: a few at each of the learning rates {tried} make the loss too large"
+            text += ", and seconds= allows no lower one" if self.is_out_of_time else ""
         else:
             text = f"It took {self.steps} of at most {self.most_steps} steps at a learning rate of up to {self.lr:g}"
             text += ", until the time was over" if self.is_out_of_time else ""
@@ -210,7 +211,7 @@ class Distillation:
     held_out : int
         Number of held-out images.
     is_out_of_time : bool
-        Whether ``seconds`` ended the steps.
+        Whether ``seconds`` ended the steps, or the range test before a rate could be taken.
     outputs : ComparedOutputs or None
         By name, the outputs of the model that were compared and those that weren't.
     """
@@ -371,6 +372,7 @@ def distillation(
         )
 
     rates: tuple[RateTrial, ...] = ()
+    is_out_of_time = False
     rate = math.nan if lr is None else lr
     goes_on = state is not None and path_of(state, "state").exists()
     if goes_on:
@@ -384,6 +386,7 @@ def distillation(
             is_normed = False
             rates = trials(RATES, is_normed) or rates
         rate = next((each.lr for each in rates if each.is_taken), math.nan)
+        is_out_of_time = math.isnan(rate) and bool(rates) and rates[-1].lr > min(RATES)
     elif is_normed:
         found = trials([lr], is_normed)
         is_normed = not found or found[0].is_taken
@@ -393,7 +396,7 @@ def distillation(
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     if state is not None:  # the same images in the same order: which are held out depends on it
         kind["the same images in the same order, hash"] = " ".join(fingerprint(each)[:16] for each in tensors_of(pool))
-    after, is_kept, taken, curve, is_out_of_time = before, False, 0, tuple[Look, ...](), False
+    after, is_kept, taken, curve = before, False, 0, tuple[Look, ...]()
     if not math.isnan(rate):
         course = Course(
             _student(dense, pool),

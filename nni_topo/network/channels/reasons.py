@@ -316,7 +316,8 @@ def needs_all_channels(node: Node, layer: str) -> Reason:
 
 def dry_run_failed(error: Exception) -> Reason:
     """Return the reason for all channels of a network that fails on random weights and inputs."""
-    return Reason("dry_run_failed", text=f"the dry run fails on random numbers: {type(error).__name__}")
+    told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return Reason("dry_run_failed", text=f"the dry run fails on random numbers: {told}")
 
 
 def untraced_output(*, is_noise: bool) -> Reason:

@@ -59,6 +59,7 @@ _LARGEST = 2.0**20  # from here on a layer's output is scaled; inputs in the lar
 _ROUNDS = 24  # each finds about half of the unprunable channels that weren't found yet
 
 
+_DRAWS = 5  # of random weights and inputs, as long as the network fails on them
 _ROWS = 64  # from so many rows of input on, comparing a layer's weights takes less time than using them
 # What leaves zeros as they are, so that pruned channels of both networks stay at zero.
 _SIGNS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -75,15 +76,40 @@ def unprunable(network: Network) -> dict[int, Reason]:
     return network.remember("unprunable", lambda: _find_unprunable(network))
 
 
+class _FailedRunError(Exception):
+    """A network fails on random weights and inputs."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 @as_written()
 def _find_unprunable(network: Network) -> dict[int, Reason]:
+    _, flow = network.traced()
+    held: dict[int, Reason] | None = None
+    for seed in range(_DRAWS):
+        try:
+            held = _found_with(network, seed)
+        except _FailedRunError as failed:
+            # With others it may not: where a router gives no token to an expert, the expert isn't called.
+            held = _all_held(flow, reasons.dry_run_failed(failed.error))
+            continue
+        # Where the last round still found channels, nothing is sure.
+        return _all_held(flow, reasons.never_settled()) if held is None else held
+    assert held is not None  # of the last draw that failed
+    return held
+
+
+def _found_with(network: Network, seed: int) -> dict[int, Reason] | None:
+    """Return the unprunable channels that a dry run finds on random weights and inputs; None if it finds no end."""
     (assembled, flow), held = network.traced(), dict[int, Reason]()
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         full = _with_type(assembled(_with_random_weights(network.model)), torch.float64, torch.float32)
         entering: Call = (arguments(full.graph, network.model, network.call), {})
-        args = cast_floats(random_like(entering, torch.Generator().manual_seed(0)), torch.float32)[0]
+        args = cast_floats(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
         inputs, clean = _Inputs(args), set[bool]()
         for turn in range(_ROUNDS):
@@ -95,13 +121,12 @@ def _find_unprunable(network: Network) -> dict[int, Reason]:
             except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
                 if out_of_memory(error):
                     raise
-                return _all_held(flow, reasons.dry_run_failed(error))
+                raise _FailedRunError(error) from error
             held.update(found)
             clean = set() if found else clean | {in_parts}
             if clean == {bool(flow.blocks), False}:
                 return held
-    # The last round still found channels: nothing is sure.
-    return _all_held(flow, reasons.never_settled())
+    return None
 
 
 def _all_held(flow: ChannelFlow, reason: Reason) -> dict[int, Reason]:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 import nni_topo
 from nni_topo.errors import SpeedupError
 from nni_topo.network.layers.kinds import register_module
+from nni_topo.network.speedup import dry_run as dry_runs
 from nni_topo.network.speedup.dry_run import _DryRun
 from nni_topo.network.speedup.network import Network
 
@@ -105,6 +106,41 @@ def test_a_network_that_fails_on_random_numbers_stays_whole_with_the_reason():
     )
     assert not groups
     assert "the dry run fails on random numbers: _LinAlgError" in groups.skipped["first"]
+
+
+class Routed(nn.Module):
+    """Calls those experts that a router gives a row, in a loop over them, as mixtures of Transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(6, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(4))
+
+    def forward(self, x):
+        chosen = nn.functional.one_hot(self.router(x).topk(1, 1).indices, 4).permute(2, 1, 0)
+        found = torch.zeros_like(x)
+        for expert in torch.greater(chosen.sum((1, 2)), 0).nonzero():
+            _, rows = torch.where(chosen[expert].squeeze(0))
+            found = found.index_add(0, rows, self.experts[expert](x[rows]))
+        return found
+
+
+def test_other_random_numbers_are_drawn_where_a_router_leaves_an_expert_out(monkeypatch):
+    model, reasons = Routed().eval(), []
+    for seed in range(40):
+        rows = torch.randn(6, 6, generator=torch.Generator().manual_seed(seed))
+        if len(model.router(rows).argmax(1).unique()) < 4:  # an expert that isn't called is no part of the graph
+            continue
+        with monkeypatch.context() as patched:
+            patched.setattr(dry_runs, "_DRAWS", 1)
+            alone = str(nni_topo.explain(copy.deepcopy(model), rows, "experts.0.0"))
+        if "the dry run fails on random numbers" in alone:
+            reasons.append(alone)
+            found = str(nni_topo.explain(copy.deepcopy(model), rows, "experts.0.0"))
+            assert "all but one of 8 channels can be pruned" in found
+            break
+    assert "IndexError: tuple index out of range" in reasons[0]
 
 
 class Positions(nn.Module):
