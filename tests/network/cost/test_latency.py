@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -247,8 +248,13 @@ def test_attention_and_recurrent_layers_are_in_the_table():
 def test_a_budget_of_time_holds_for_attention_and_recurrent_layers(layer):
     torch.manual_seed(0)
     model, inputs = Mixed().eval(), torch.randn(4, 5, 8)
-    table = measure_latency(model, inputs, repeats=2)
-    budget = {"latency": 0.9, "latency_table": table}
+    measured = measure_latency(model, inputs, repeats=2)
+    # Of the measured widths, with times that are stated: what a busy machine takes for layers this small says nothing.
+    layers = {
+        name: replace(each, seconds=tuple(tuple(float(i * o) for o in each.leaving) for i in each.entering))
+        for name, each in measured.layers.items()
+    }
+    budget = {"latency": 0.9, "latency_table": LatencyTable(layers)}
     pruner = RandomPruner(model, [{"op_names": [layer]}], seed=0, budget=budget, example_inputs=inputs)
     _, masks = pruner.compress()
     pruner.unwrap_model()
