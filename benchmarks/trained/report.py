@@ -94,7 +94,10 @@ def _by_allocation(network: str, records: list[Record]) -> str:
         sizes = [f"{100 * record[part]:.1f}" for part in ("macs", "params")]
         lines.append([f"{record['key'][1]:.0%}", record["allocation"], *figures, *sizes, f"{record['seconds']:.0f}"])
     head = ["MACs asked for", "allocation", *map(title_of, names), "MACs %", "parameters %", "CPU s"]
-    command = f"python benchmarks/trained/run.py {network} --out benchmarks/records/trained --allocations"
+    shares = " ".join(f"{each:g}" for each in sorted({record["key"][1] for record in records}, reverse=True))
+    command = (
+        f"python benchmarks/trained/run.py {network} --out benchmarks/records/trained --shares {shares} --allocations"
+    )
     names_of = " ".join(dict.fromkeys(record["allocation"] for record in records))
     title = "**EfficientNet-Lite0: `shrink` without distillation by the allocation of its budget**"
     return f"{title}\n\n{markdown_table(head, lines, text_columns=2)}\n\n`{command} {names_of}`"
