@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nni_topo.errors import NniTopoError
+
 TIMEOUT = 60  # seconds
 _LENGTH = 400  # of sentences: with 48 of them positions are sampled
 
@@ -109,6 +111,15 @@ def batches(kind: type[nn.Module], sizes: tuple[int, ...], *, mixed: bool = Fals
         padding = torch.arange(_LENGTH) >= torch.randint(100, _LENGTH + 1, (size, 1), generator=generator)
         found.append({"tokens": tokens, "src_key_padding_mask": padding})
     return found
+
+
+def told(work: Any) -> tuple[str, str]:
+    """Return an error's type and words."""
+    try:
+        work()
+    except NniTopoError as error:
+        return type(error).__name__, str(error)
+    return "", "no error"
 
 
 def start(work: Callable[..., None], count: int, folder: Path, *given: Any, timeout: int = TIMEOUT) -> list[Any]:

@@ -135,15 +135,6 @@ def alone(batches: list[Any], groups: list[int] | None = None, shares: Any = SHA
     return Calibration(batches, groups=groups)
 
 
-def told(work: Any) -> tuple[str, str]:
-    """Return an error's type and words."""
-    try:
-        work()
-    except NniTopoError as error:
-        return type(error).__name__, str(error)
-    return "", "no error"
-
-
 def errors(rank: int) -> dict[str, tuple[str, str]]:
     """What goes wrong in one process, or can't be done; the group is used again after each."""
     group = dist.group.WORLD
@@ -163,11 +154,11 @@ def errors(rank: int) -> dict[str, tuple[str, str]]:
         large[0][:] = 3e38  # sums overflow within the network
     huge = Calibration(large, process_group=group)
     found = {
-        "no data: compensate": told(lambda: nni_topo.compensate(model, masks, none())),
-        "no data: recalibrate": told(lambda: nni_topo.recalibrate_batch_norm(model, none())),
-        "no data: shrink": told(lambda: nni_topo.shrink(model, none(), {"flops": 0.5}, distill=False)),
-        "no data: pruner": told(lambda: prune(none()).compress()),
-        "too few to judge": told(
+        "no data: compensate": nets.told(lambda: nni_topo.compensate(model, masks, none())),
+        "no data: recalibrate": nets.told(lambda: nni_topo.recalibrate_batch_norm(model, none())),
+        "no data: shrink": nets.told(lambda: nni_topo.shrink(model, none(), {"flops": 0.5}, distill=False)),
+        "no data: pruner": nets.told(lambda: prune(none()).compress()),
+        "too few to judge": nets.told(
             lambda: nni_topo.shrink(
                 model,
                 Calibration(images[3:4] if rank == 0 else [images[0][:3]], process_group=group),
@@ -175,29 +166,29 @@ def errors(rank: int) -> dict[str, tuple[str, str]]:
                 distill=False,
             )
         ),
-        "overflow": told(lambda: nni_topo.compensate(model, masks, huge)),
-        "knobs": told(lambda: nni_topo.compensate(model, masks, mine, seed=rank)),
-        "calls": told(
+        "overflow": nets.told(lambda: nni_topo.compensate(model, masks, huge)),
+        "knobs": nets.told(lambda: nni_topo.compensate(model, masks, mine, seed=rank)),
+        "calls": nets.told(
             lambda: (
                 nni_topo.compensate(model, masks, mine) if rank == 0 else nni_topo.recalibrate_batch_norm(model, mine)
             )
         ),
-        "groups": told(
+        "groups": nets.told(
             lambda: nni_topo.compensate(
                 model, masks, Calibration(images[:1], groups=[0] * 8 if rank else None, process_group=group)
             )
         ),
-        "block": told(lambda: nni_topo.compensate(model, masks, mine, method="block")),
-        "distill": told(lambda: nni_topo.shrink(model, mine, {"flops": 0.5})),
-        "depth": told(lambda: nni_topo.shrink(model, mine, {"flops": 0.5}, distill=False, depth=True)),
-        "time": told(lambda: nni_topo.shrink(model, mine, {"latency": 0.5}, distill=False)),
-        "time of the pruner": told(lambda: prune(mine, budget={"latency": 0.5})),
-        "frontier": told(lambda: nni_topo.frontier(model, mine)),
-        "distillation": told(lambda: nni_topo.distill(model, model, mine)),
-        "another pruner": told(
+        "block": nets.told(lambda: nni_topo.compensate(model, masks, mine, method="block")),
+        "distill": nets.told(lambda: nni_topo.shrink(model, mine, {"flops": 0.5})),
+        "depth": nets.told(lambda: nni_topo.shrink(model, mine, {"flops": 0.5}, distill=False, depth=True)),
+        "time": nets.told(lambda: nni_topo.shrink(model, mine, {"latency": 0.5}, distill=False)),
+        "time of the pruner": nets.told(lambda: prune(mine, budget={"latency": 0.5})),
+        "frontier": nets.told(lambda: nni_topo.frontier(model, mine)),
+        "distillation": nets.told(lambda: nni_topo.distill(model, model, mine)),
+        "another pruner": nets.told(
             lambda: nni_topo.TopologicalPruner(model, layers_of(nets.Convolutions), calibration=mine)
         ),
-        "in one process": told(lambda: nni_topo.compensate(model, masks, images[:2])),
+        "in one process": nets.told(lambda: nni_topo.compensate(model, masks, images[:2])),
     }
     found["model"] = ("", "same" if digest(model.state_dict().items()) == before else "changed")
     found["wrapped"] = ("", "no" if type(model.first) is nn.Conv2d else "yes")
@@ -362,7 +353,7 @@ def die(rank: int, count: int, folder: Path, victim: int) -> None:
     masks = {"first": {"weight": torch.ones(12, 1, 1, 1).index_fill_(0, torch.arange(4), 0.0)}}
     data = share(rank, count)(nets.batches(nets.Convolutions, SIZES))
     began = time.monotonic()
-    kind, words = told(lambda: nni_topo.compensate(model, masks, data, method=Mortal(victim=victim)))
+    kind, words = nets.told(lambda: nni_topo.compensate(model, masks, data, method=Mortal(victim=victim)))
     seconds = time.monotonic() - began
     same = digest(model.state_dict().items()) == before
     torch.save((kind, words, seconds, same, torch.initial_seed()), folder / f"dead-{rank}.pt")
@@ -389,7 +380,7 @@ def fall_silent(rank: int, count: int, folder: Path) -> None:
         time.sleep(3 * SILENCE)
         return
     began = time.monotonic()
-    found = told(lambda: nni_topo.recalibrate_batch_norm(model, data))
+    found = nets.told(lambda: nni_topo.recalibrate_batch_norm(model, data))
     torch.save((*found, time.monotonic() - began), folder / f"silent-{rank}.pt")
 
 

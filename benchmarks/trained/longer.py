@@ -97,7 +97,8 @@ def many_crops(count: int, path: Path) -> Tensor:
     if not path.is_file():
         with ProcessPoolExecutor() as pool:
             parts = list(pool.map(_crops_of, range(1000, 1000 + -(-count // _PART))))
-        torch.save(torch.cat(parts)[torch.randperm(len(parts) * _PART)].half(), path)
+        order = torch.randperm(len(parts) * _PART, generator=torch.Generator().manual_seed(0))
+        torch.save(torch.cat(parts)[order[:count]].half(), path)
     return torch.load(path, weights_only=True).float()
 
 

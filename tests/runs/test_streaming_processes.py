@@ -56,15 +56,6 @@ def share(batches: list[Any], rank: int) -> Calibration:
     return Calibration(own, process_group=dist.group.WORLD)
 
 
-def told(work: Any) -> tuple[str, str]:
-    """Return an error's type and words."""
-    try:
-        work()
-    except NniTopoError as error:
-        return type(error).__name__, str(error)
-    return "", "no error"
-
-
 def figures(report: Any) -> list[Any]:
     """Return what a report says, as its table prints it, without the seconds."""
     rows = [(row.block, row.params, f"{row.distance:.4g}", f"{row.calibration_distance:.4g}") for row in report.blocks]
@@ -111,11 +102,13 @@ def prune_together(rank: int, count: int, folder: Path) -> None:
     no_mask = share(tokens(mask=rank == 0), rank)
     nan = [{name: each.clone() for name, each in batch.items()} for batch in tokens()]
     found["refused"] = {
-        "distill": told(lambda: nni_topo.shrink_pretrained(source, data, target, budget)),
-        "blocks": told(lambda: nni_topo.shrink_pretrained(source, data, target, budget, remove_blocks=1, **KNOBS)),
-        "budget": told(lambda: nni_topo.shrink_pretrained(source, data, target, {"params": 0.8 - 0.1 * rank}, **KNOBS)),
-        "inputs": told(lambda: nni_topo.shrink_pretrained(source, no_mask, target, budget, **KNOBS)),
-        "none": told(
+        "distill": nets.told(lambda: nni_topo.shrink_pretrained(source, data, target, budget)),
+        "blocks": nets.told(lambda: nni_topo.shrink_pretrained(source, data, target, budget, remove_blocks=1, **KNOBS)),
+        "budget": nets.told(
+            lambda: nni_topo.shrink_pretrained(source, data, target, {"params": 0.8 - 0.1 * rank}, **KNOBS)
+        ),
+        "inputs": nets.told(lambda: nni_topo.shrink_pretrained(source, no_mask, target, budget, **KNOBS)),
+        "none": nets.told(
             lambda: nni_topo.shrink_pretrained(
                 source, Calibration(nan if rank else [], process_group=dist.group.WORLD), target, budget, **KNOBS
             )
@@ -203,7 +196,7 @@ def die(rank: int, count: int, folder: Path) -> None:
         prune(run, number)
 
     shrinking._Run.prune = dying  # type: ignore[method-assign]
-    found = told(
+    found = nets.told(
         lambda: nni_topo.shrink_pretrained(
             folder / "source", share(tokens(), rank), folder / "killed", {"params": 0.8}, **KNOBS
         )
