@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from torch import nn
 
 _LARGE = 2**20  # parameters of a model that is worth freeing at once
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, as malloc.h of glibc numbers them
+_PAGES_OF_THEIR_OWN = 2**20  # bytes of a tensor from which on it gets pages of its own
+# glibc raises its threshold to the size of what is freed, up to this. A process that has freed a large tensor is there.
+_HIGHEST_THRESHOLD = 2**25
 
 
 def give_back_memory(model: nn.Module) -> None:
@@ -27,3 +34,35 @@ def trim_heap() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Let the C library give the memory of a tensor of 1 MiB or more back to the system as soon as it is freed.
+
+    By itself glibc keeps the memory of freed tensors below 32 MiB for the next ones. What is allocated in between cuts
+    it into pieces, which nobody can use for a larger tensor, so that a process grows with the number of tensors that
+    come and go. Pages of their own cost time: each is filled with zeros first.
+
+    Nothing is done where the C library isn't glibc, or where the user has set a threshold in the environment.
+    Afterwards glibc keeps the memory of tensors below 32 MiB, as it does in a process that has freed a larger one.
+    """
+    is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    if is_set or not _set_threshold(_PAGES_OF_THEIR_OWN):
+        yield
+        return
+    try:
+        yield
+    finally:
+        _set_threshold(_HIGHEST_THRESHOLD)
+
+
+def _set_threshold(nbytes: int) -> bool:
+    """Let glibc take pages of their own for what has so many bytes or more; return whether the C library can."""
+    if sys.platform != "linux":
+        return False
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # other C libraries
+        return False
+    return bool(set_option(_MMAP_THRESHOLD, nbytes)) and bool(set_option(_TRIM_THRESHOLD, 2 * nbytes))

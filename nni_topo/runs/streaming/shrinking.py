@@ -64,6 +64,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     evaluation_mode,
     fitting,
+    freed_at_once,
     give_back_memory,
     in_step,
     on_device,
@@ -282,7 +283,7 @@ def shrink_pretrained(
         content = finished_report(target, identity)
         with reading(target / REPORT, "the report of a run"):
             return as_report(content)
-    with only_process(target, wait=False) if is_first else nullcontext():
+    with only_process(target, wait=False) if is_first else nullcontext(), freed_at_once():
         journal = Journal(target, identity, processes)
         run = _Run(
             skeleton,
