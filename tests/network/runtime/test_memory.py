@@ -13,15 +13,13 @@ import torch
 from nni_topo.network.runtime import freed_at_once
 
 _MIB = 2**20
+_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
 
 class _Counts(ctypes.Structure):
     """What ``mallinfo2`` of glibc returns."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
 
 
 def _own_pages() -> int:
@@ -77,7 +75,7 @@ print(_has_own_pages(2**22))
 @_on_glibc
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, value",
+    ("name", "value"),
     [("MALLOC_MMAP_THRESHOLD_", str(2**24)), ("GLIBC_TUNABLES", f"glibc.malloc.mmap_threshold={2**24}")],
 )
 def test_a_threshold_of_the_user_stays(name: str, value: str) -> None:
