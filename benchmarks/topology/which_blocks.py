@@ -85,12 +85,16 @@ def main() -> None:
 
 def measure(images: Path, out: Path, path: Path) -> None:
     """Measure the networks that aren't there yet."""
-    # The first block of a list has no layer before it that could make up for it; a warning says so each time.
-    logging.getLogger("nni_topo.recovery.blocks").setLevel(logging.ERROR)
+    expect_first_blocks()
     data = zoo.load_data(str(images), limit=5_000)
     for seed in (*EXPLORATION, *CONFIRMATION):
         for kind in NETWORKS:
             run(kind, seed, data, out, path)
+
+
+def expect_first_blocks() -> None:
+    """Silence the warning that nothing makes up for the first block of a list, before which there is no layer."""
+    logging.getLogger("nni_topo.recovery.blocks").setLevel(logging.ERROR)
 
 
 def run(kind: str, seed: int, data: zoo.DataBundle, out: Path, path: Path) -> None:
