@@ -43,6 +43,7 @@ from nni_topo.network.runtime import (
     first_call,
     fitting,
     hand_on_report,
+    in_step,
     leaves_models_alone,
     left_alone,
     real_positions_of,
@@ -60,6 +61,7 @@ _ENDS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LayerNorm, nn.RMSNorm)  # what 
 _logger = logging.getLogger(__name__)
 
 
+@in_step
 @checked(model=MODEL, calibration=BATCHES)
 @leaves_models_alone
 def remove_blocks(
@@ -109,7 +111,7 @@ def remove_blocks(
         raise ConfigError(f"ridge must be 'auto' or a finite number of at least 0, got {ridge!r} (ridge)")
     gaps = _gaps(model, names)
     check_model(model)
-    batches = batches_of(calibration, model)
+    batches = batches_of(calibration, model, shared=True)
     _check_shapes(model, names, batches)
     result: nn.Module = detached_copy(model)
     removed: set[tuple[str, int]] = set()
@@ -371,7 +373,10 @@ def solutions(
                     if chosen is not None:
                         each.add(*chosen)
     found = []
-    for gap, parts in zip(gaps, equations, strict=True):
+    for number, (gap, parts) in enumerate(zip(gaps, equations, strict=True)):
+        if batches.processes is not None:
+            for each in parts:
+                each.pool(batches.processes, gap.writer.layer.weight.device, f"what gap {number} lacks")
         if not all(each.is_finite() for each in parts):
             raise DataError("what blocks give must be finite, got NaN or infinity (calibration)")
         used = None if ridge == "auto" else float(ridge)

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.layers import by_output, inputs_laid_out, zeros_held
-from nni_topo.network.runtime import bar
+from nni_topo.network.runtime import Processes, bar
 from nni_topo.recovery.batchnorm import batch_norms
 
 _FORMAT = "nni-topo distillation 3"
@@ -163,8 +163,10 @@ class Course:
         path: str | Path | None = None,
         every: float = 30.0,
         rates: Sequence[RateTrial] = (),
+        processes: Processes | None = None,
     ) -> None:
         self.student, self.rate, self.rates = student, rate, tuple(rates)
+        self._processes = processes  # those that share the images; None if this one has all
         self.is_normed = is_normed
         self.kind, self.path = kind or {}, None if path is None else Path(path)
         self._every = every  # seconds from one state in the file to the next
@@ -210,6 +212,7 @@ class Course:
                 self.optimizer.param_groups[0]["lr"] = self.rate * self.schedule.level(share, 1.0 / total)
                 self.optimizer.zero_grad()
                 lesson.objective(self.student, *next(rest)).backward()
+                self._add_gradients()
                 self.optimizer.step()
                 self.done += 1
                 if time.perf_counter() - kept >= self._every:
@@ -220,6 +223,16 @@ class Course:
             self.curve.append(Look(self.done, self.optimizer.param_groups[0]["lr"], look(self.student)))
         if not self.is_given_up:
             self._keep()
+
+    def _add_gradients(self) -> None:
+        """Take in the gradients of all processes: each has those of its own images."""
+        if self._processes is None:
+            return
+        learning = [each for group in self.optimizer.param_groups for each in group["params"]]
+        for parameter in learning:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._processes.add([parameter.grad for parameter in learning], "the gradients of a step")
 
     def _share(self, step: int, total: int) -> float:
         """Return the share of the steps, or of the time, that is used up."""

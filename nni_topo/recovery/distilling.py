@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from nni_topo.errors import (
     GradientError,
     check_knobs,
     checked,
+    listed,
     number,
     taking,
     unknown_name,
@@ -55,6 +56,7 @@ from nni_topo.network.runtime import (
     first_call,
     hand_on_report,
     in_smaller_batches,
+    in_step,
     leaves_models_alone,
     out_of_memory,
     tensors_of,
@@ -69,6 +71,7 @@ from nni_topo.recovery.lesson import (
     Lesson,
     Objective,
     Outputs,
+    Shares,
     check_augment,
     is_better,
     is_blendable,
@@ -271,6 +274,7 @@ def course_length(images: int, batch_size: int) -> int:
     return max(_STEPS, _PASSES * math.ceil(images / batch_size))
 
 
+@in_step
 @checked(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE, state=ANYTHING, **KNOBS)
 @leaves_models_alone
 @in_smaller_batches
@@ -309,21 +313,30 @@ def distillation(
     for model in (original, dense):
         check_model(model)
     both = {"images": images, "held_out": held_out}
-    given = [batches_of(each, original, knob) for knob, each in both.items() if each is not None]
+    given = [batches_of(each, original, knob, shared=True) for knob, each in both.items() if each is not None]
     for each in given:
         for model in (original, dense):
             first_call(model, each)
-    counts = [each.samples for each in given]
     pool = joined([call for each in given for call in calls(original, each)])
+    processes = given[0].processes
+    if any((each.processes is None) != (processes is None) for each in given):
+        raise ConfigError("images and held_out must be shared by the same processes, got one that isn't (held_out)")
+    shares = Shares(processes, [each.samples for each in given])
+    counts = shares.sources
     student = _student(dense, pool)
-    lesson = Lesson(original, student, pool, objective, temperature, outputs=outputs, blocks=blocks)
+    lesson = Lesson(original, student, pool, objective, temperature, outputs=outputs, blocks=blocks, shares=shares)
+    is_blended = blend and is_blendable(pool)
+    if processes is not None:
+        check_knobs_together({"seconds": seconds, "augment": augment, "state": state, "blocks": blocks})
+        _check_together(dense, lesson.kind, is_blended=is_blended)
     if lesson.named.left_out:
         _logger.warning("%s", lesson.named)
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
     if given[0].groups is None:
         is_held = torch.arange(len(order)) % HELD_OUT == 0
     else:
-        is_held = given[0].held_out(HELD_OUT)[order]
+        own = given[0].held_out(HELD_OUT)
+        is_held = (own if processes is None else torch.cat(processes.gather(own, "the held-out samples")))[order]
     held, learned = order[is_held], order[~is_held]
     if held_out is not None:
         drawn = torch.randperm(counts[1], generator=torch.Generator().manual_seed(seed))
@@ -332,8 +345,7 @@ def distillation(
         raise DataError(f"distillation must have at least two samples, one to judge by, got {len(order)} (images)")
     most_steps = steps or course_length(len(learned), batch_size)
     is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
-    is_blended = blend and is_blendable(pool)
-    _check_gradients(lesson, student, learned[:2], seed)
+    _check_gradients(lesson, student, _own(learned, shares)[:2], seed)
     if augment is not None:
         check_augment(original, pool, augment, seed)
 
@@ -369,6 +381,7 @@ def distillation(
             rates=rates,
             clock=clock,
             progress=progress,
+            processes=processes,
         )
 
     rates: tuple[RateTrial, ...] = ()
@@ -408,6 +421,7 @@ def distillation(
             path=state,
             every=state_seconds,
             rates=rates,
+            processes=processes,
         )
         course.run(
             lesson,
@@ -427,6 +441,8 @@ def distillation(
                 most_steps,
             )
         student = course.student
+        if processes is not None:  # on processors of other kinds the same steps end in other last digits
+            processes.agree(list(named_tensors(student).values()), "the learned weights")
         after = lesson.judge(student, held)
         if course.is_normed:
             # Views and blends differ from the images that will come. Statistics of the images as they are may be better
@@ -600,6 +616,39 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     return distillation(*args, **knobs).model
 
 
+_TOGETHER = "processes that share images can distil what each learns from its own images alone"
+_ALONE = ("seconds", "augment", "state", "blocks")
+
+
+def check_knobs_together(knobs: Mapping[str, Any]) -> None:
+    """Raise ConfigError for knobs of :func:`distill` by which processes that share images would come apart."""
+    found = [name for name in _ALONE if knobs.get(name)]
+    if found:
+        raise ConfigError(f"{_TOGETHER}, without {listed(_ALONE)}, got {listed(found)} (process_group)")
+
+
+def _check_together(model: nn.Module, kind: str, *, is_blended: bool) -> None:
+    """Raise ConfigError for a model, a loss or views of images that no process can do with its own images alone."""
+    if kind == "cosine":
+        raise ConfigError(f"{_TOGETHER}, got objective='cosine', which compares all samples of a batch (objective)")
+    if is_blended:
+        raise ConfigError(f"{_TOGETHER}, got blend=True, which mixes those of all: pass blend=False (blend)")
+    norms = batch_norms(model)
+    if norms:
+        kind = type(norms[0]).__name__
+        raise ConfigError(f"{_TOGETHER}, got batch norms, whose statistics are those of a whole batch ({kind})")
+
+
+def _own(index: Tensor, shares: Shares) -> Tensor:
+    """Return the images that this process has; DataError, in all, if one has none."""
+    found = index[shares.mine(index)]
+    if shares.processes is not None:
+        counts = shares.processes.gather(len(found), "the images to learn from")
+        if not all(counts):
+            raise DataError(f"each process must have images to learn from, got {counts} by process (images)")
+    return found
+
+
 def _student(dense: nn.Module, pool: Call) -> nn.Module:
     """Return a copy that can learn: what requires gradients, or everything where nothing does."""
     if not any(parameter.is_floating_point() for parameter in dense.parameters()):
@@ -643,13 +692,18 @@ def check_can_learn(
     temperature: float = 2.0,
     outputs: Outputs | None = None,
     blocks: float = 0.0,
+    blend: bool = True,
+    is_shared: bool = False,
 ) -> None:
     """Raise the errors of `distillation` that a model's outputs for a batch show, before there is a smaller model.
 
-    ConfigError for outputs that can't be compared, GradientError for outputs without gradients.
+    ConfigError for outputs that can't be compared, or where processes share the images (``is_shared``) and one can't
+    learn from its own alone; GradientError for outputs without gradients.
     """
     student = _student(model, call)
     lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks)
+    if is_shared:
+        _check_together(model, lesson.kind, is_blended=blend and is_blendable(call))
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))), 0)
 
 

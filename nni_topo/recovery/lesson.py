@@ -19,6 +19,7 @@ from nni_topo.errors import ConfigError, DataError, check_memory, listed
 from nni_topo.network.layers import lay_out
 from nni_topo.network.runtime import (
     Call,
+    Processes,
     arguments_of,
     at_once,
     batch_size,
@@ -74,8 +75,54 @@ def is_better(after: Judgement, before: Judgement) -> bool:
     return after.loss < before.loss and after.distance <= MOST_DISTANCE * before.distance
 
 
+class Shares:
+    """How processes share the images of a pool: each has some, and all number them alike.
+
+    Parameters
+    ----------
+    processes : Processes or None
+        None: one process has all.
+    counts : sequence of int
+        How many images this process has of each source. Images are numbered source by source, and within a source in
+        the order of the processes.
+    """
+
+    def __init__(self, processes: Processes | None, counts: Sequence[int]) -> None:
+        self.processes = processes
+        by_rank = [list(counts)] if processes is None else processes.gather(list(counts), "the images to learn from")
+        rank = 0 if processes is None else processes.rank
+        numbers, before = [], 0
+        for source, count in enumerate(counts):
+            first = before + sum(each[source] for each in by_rank[:rank])
+            numbers.append(torch.arange(first, first + count))
+            before += sum(each[source] for each in by_rank)
+        self.sources = [sum(each[source] for each in by_rank) for source in range(len(counts))]
+        """The number of images of each source, of all processes."""
+        self._place = torch.full((before,), -1)
+        self._place[torch.cat(numbers)] = torch.arange(sum(counts))
+
+    def mine(self, index: Tensor) -> Tensor:
+        """Return which of some images this process has: bool, of the shape of ``index``."""
+        return self._place[index] >= 0
+
+    def own(self, index: Tensor) -> Tensor:
+        """Return the places in this process's pool of those images among ``index`` that it has."""
+        places = self._place[index]
+        return places[places >= 0]
+
+    def add(self, values: Tensor, place: str) -> Tensor:
+        """Return the sum of the values of all processes."""
+        if self.processes is not None:
+            values = values.clone()
+            self.processes.add([values], place)
+        return values
+
+
 class Lesson:
-    """The unpruned network's outputs for some images, and how far another network is from them."""
+    """The unpruned network's outputs for some images, and how far another network is from them.
+
+    Images go by their numbers in ``pool``; where processes share the images, by those that all have in common.
+    """
 
     def __init__(
         self,
@@ -87,8 +134,10 @@ class Lesson:
         *,
         outputs: Outputs | None = None,
         blocks: float = 0.0,
+        shares: Shares | None = None,
     ) -> None:
         self._unpruned, self._pool, self._temperature = unpruned, pool, temperature
+        self._shares = Shares(None, [batch_size(pool)]) if shares is None else shares
         self._outputs = outputs
         self.named = ComparedOutputs((), ())  # the outputs that are met, and the others
         self._place = _place_of(student)
@@ -98,7 +147,7 @@ class Lesson:
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
         self.kind = likely if objective == "auto" else objective
         unpadded = _unpadded(self._wanted, real_positions_of(unpruned, pool))
-        self._scales = [float(wanted.var(0, correction=0).mean()) + _LEAST_VARIANCE for wanted in unpadded]
+        self._scales = [self._variance(wanted) + _LEAST_VARIANCE for wanted in unpadded]
         found = self._run(student, taken(pool, torch.arange(1)))
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
         if shapes != expected:
@@ -119,35 +168,47 @@ class Lesson:
 
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
         """Compare a network with the unpruned one on some of the images, in evaluation mode."""
-        loss, distance, agreed, answers = 0.0, 0.0, 0.0, 0
+        # By output: the loss and the distance, each times the number of entries, that number, and how many agree.
+        sums = torch.zeros(len(self._wanted), 4, dtype=torch.float64, device="cpu")
         with evaluation_mode(student), torch.no_grad():
-            for part in _together(index):
+            for part in _together(self._shares.own(index)):
+                if not len(part):
+                    continue
                 call, wanted = taken(self._pool, part), [each[part.to(each.device)] for each in self._wanted]
                 found, wanted = self._compared(student, call, wanted)
-                loss += len(part) * float(self._loss(found, wanted))
-                distance += len(part) * float(self._distance(found, wanted))
-                for mine, theirs in zip(found, wanted, strict=True):
-                    agreed += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
-                    answers += theirs[..., 0].numel()
-        agreement = agreed / answers if self.kind == "kl" else math.nan
+                rows = zip(self._losses(found, wanted), self._distances(found, wanted), found, wanted, strict=True)
+                for row, (loss, distance, mine, theirs) in zip(sums, rows, strict=True):
+                    count = self._entries(mine)
+                    agreed = float((mine.argmax(-1) == theirs.argmax(-1)).sum())
+                    found_here = [count * float(loss), count * float(distance), count, agreed]
+                    row += torch.tensor(found_here, dtype=torch.float64, device="cpu")
+        sums = self._shares.add(sums, "what judges distillation")
+        loss, distance, _, agreed = (sums / sums[:, 2:3]).mean(0).tolist()
         # Rounding can make a divergence of almost nothing negative.
-        return Judgement(max(loss / len(index), 0.0), agreement, distance / len(index))
+        return Judgement(max(loss, 0.0), agreed if self.kind == "kl" else math.nan, distance)
 
     def loss_of_a_constant(self, index: Tensor) -> float:
         """Return the loss of a network that gives the same answer for each of some images: their mean answer."""
-        index = index[:_AT_ONCE]
-        real = real_positions_of(self._unpruned, taken(self._pool, index))
-        wanted = _unpadded([each[index.to(each.device)] for each in self._wanted], real)
+        own = self._shares.own(index[:_AT_ONCE])
+        real = real_positions_of(self._unpruned, taken(self._pool, own))
+        wanted = _unpadded([each[own.to(each.device)] for each in self._wanted], real)
         if self.kind == "kl":
             t = self._temperature
-            means = [t * (each / t).softmax(-1).flatten(0, -2).mean(0).log() for each in wanted]
+            means = [t * self._mean((each / t).softmax(-1).flatten(0, -2)).log() for each in wanted]
         else:
-            means = [each.mean(0) for each in wanted]
-        return float(self._loss([mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)], wanted))
+            means = [self._mean(each) for each in wanted]
+        loss = self._loss([mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)], wanted)
+        return float(self._shares.add(loss, "the loss of a constant"))
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
-        """Return the mean loss on a call for which the unpruned network says `wanted`; with that of the blocks."""
+        """Return the mean loss on a call for which the unpruned network says `wanted`; with that of the blocks.
+
+        Where processes share the images, it is the part of this process: their parts add up to the mean.
+        """
         if not self._block_names:
+            if not len(wanted[0]):  # none of these images is this process's; the others wait for it
+                self._loss([], [])
+                return torch.stack([each.sum() for each in student.parameters() if each.requires_grad]).sum() * 0.0
             return self._loss(*self._compared(student, call, wanted))
         theirs: dict[str, Tensor] = {}
         mine: dict[str, Tensor] = {}
@@ -173,25 +234,54 @@ class Lesson:
         real = real_positions_of(student, call)
         return _unpadded(self._run(student, call), real), _unpadded(wanted, real)
 
-    def _distance(self, found: list[Tensor], wanted: list[Tensor]) -> Tensor:
-        """Return the mean squared distance of each output over its variance, averaged over the outputs."""
-        shares = [
+    def _distances(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+        """Return the mean squared distance of each output over its variance."""
+        return [
             (mine - theirs).square().mean() / scale
             for mine, theirs, scale in zip(found, wanted, self._scales, strict=True)
         ]
-        return torch.stack(shares).mean()
 
-    def _loss(self, found: list[Tensor], wanted: list[Tensor]) -> Tensor:
+    def _losses(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+        """Return the mean loss of each output."""
         if self.kind == "squares":
-            return self._distance(found, wanted)
+            return self._distances(found, wanted)
         if self.kind == "cosine":
-            return torch.stack([_cosine_loss(*pair) for pair in zip(found, wanted, strict=True)]).mean()
+            return [_cosine_loss(*pair) for pair in zip(found, wanted, strict=True)]
         t = self._temperature
         losses = [
             kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
             for mine, theirs in zip(found, wanted, strict=True)
         ]
-        return torch.stack([t * t * each.sum(-1).mean() for each in losses]).mean()
+        return [t * t * each.sum(-1).mean() for each in losses]
+
+    def _loss(self, found: list[Tensor], wanted: list[Tensor]) -> Tensor:
+        """Return the mean loss over the outputs; where processes share the images, this one's part of the mean."""
+        losses = self._losses(found, wanted) if found and len(found[0]) else []
+        if self._shares.processes is not None:
+            own = torch.zeros(len(self._wanted), dtype=torch.float64, device="cpu")
+            for place, each in enumerate(found):
+                own[place] = self._entries(each)
+            of_all = self._shares.add(own, "the entries of a batch")
+            losses = [each * share for each, share in zip(losses, (own / of_all).tolist(), strict=False)]
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=self._place[0])
+
+    def _entries(self, found: Tensor) -> int:
+        """Return how many losses an output's mean is over: one for each sample, or each position."""
+        return len(found) if self.kind == "cosine" else found[..., 0].numel()
+
+    def _mean(self, rows: Tensor) -> Tensor:
+        """Return the mean (...) of rows (n, ...), where processes share the images over those of all."""
+        if self._shares.processes is None:
+            return rows.mean(0)
+        total = self._shares.add(rows.double().sum(0), "a mean answer")
+        count = self._shares.add(torch.tensor(float(len(rows)), device=rows.device), "a mean answer")
+        return (total / count).to(rows)
+
+    def _variance(self, rows: Tensor) -> float:
+        """Return the mean variance of the entries of rows (n, ...), where processes share the images over all rows."""
+        if self._shares.processes is None:
+            return float(rows.var(0, correction=0).mean())
+        return float(self._mean((rows - self._mean(rows)).double().square()).mean())
 
     def batches(
         self,
@@ -208,8 +298,10 @@ class Lesson:
         for it. Else an earlier view comes again.
         """
         generator = torch.Generator().manual_seed(seed)
-        plain, answers = taken(self._pool, index), self._answered
-        answers[0] = [each[index.to(each.device)] for each in self._wanted]
+        own, is_mine = self._shares.own(index), self._shares.mine(index)
+        place = is_mine.cumsum(0) - 1  # of an image among those of this process
+        plain, answers = taken(self._pool, own), self._answered
+        answers[0] = [each[own.to(each.device)] for each in self._wanted]
         for turn in itertools.count():
             view = 0 if augment is None and not blend else turn % _VIEWS
             if view not in answers and not allows(self.seconds_of_answers * len(index) / len(self._wanted[0])):
@@ -220,11 +312,12 @@ class Lesson:
             if view not in answers:
                 answers[view] = self._answers(call)[0]
             for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // at_once(size))):
-                yield taken(call, chosen), [each[chosen.to(each.device)] for each in answers[view]]
+                mine = place[chosen[is_mine[chosen]]]
+                yield taken(call, mine), [each[mine.to(each.device)] for each in answers[view]]
 
     def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
         """Return batches of some of the images as they are, for the student."""
-        return _some(student, cast_floats(self._pool, self._place[1]), index)
+        return _some(student, cast_floats(self._pool, self._place[1]), self._shares.own(index))
 
     def _answers(self, call: Call) -> tuple[list[Tensor], str]:
         """Return all floating outputs of the unpruned network, and the objective that suits them."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from nni_topo.network.runtime import bar
+from nni_topo.network.runtime import Processes, bar
 from nni_topo.recovery.course import Batches, Clock, Course, RateSchedule, RateTrial, Teacher
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
@@ -41,6 +41,7 @@ def try_rates(
     rates: Sequence[float] = RATES,
     clock: Clock | None = None,
     progress: bool | None = None,
+    processes: Processes | None = None,
 ) -> tuple[RateTrial, ...]:
     """Try learning rates from the highest on until one can be taken.
 
@@ -66,6 +67,10 @@ def try_rates(
         What is tried, the highest first.
     clock : Clock, optional
         A limit of time: each rate takes 3 % of what is left, or three steps where these take longer.
+    progress : bool, optional
+        As for :func:`nni_topo.distill`.
+    processes : Processes, optional
+        Those that share the images.
 
     Returns
     -------
@@ -77,7 +82,8 @@ def try_rates(
     steps = max(_LEAST_STEPS, round(_SHARE * total))
 
     def tried(rate: float, steps: int) -> nn.Module:
-        course = Course(student(), is_normed=is_normed, rate=rate, schedule=RateSchedule(_RISE, falls_from=_RISE))
+        schedule = RateSchedule(_RISE, falls_from=_RISE)
+        course = Course(student(), is_normed=is_normed, rate=rate, schedule=schedule, processes=processes)
         course.run(lesson, batches(), steps, progress=False)
         next(course.student.parameters()).flatten()[:1].cpu()  # a device computes on while Python does: this waits
         return course.student

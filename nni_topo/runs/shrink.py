@@ -374,7 +374,7 @@ def shrink(
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't used. If it is an evaluator, the batches it evaluates
         on. They are read once, see :class:`nni_topo.Calibration`; a DataLoader may shuffle and augment. Several
-        processes can share them, with ``distill=False`` (``process_group`` of :class:`nni_topo.Calibration`).
+        processes can share them (``process_group`` of :class:`nni_topo.Calibration`).
         Every eighth image is held out from all steps, for the report. 1,000 images are enough for small networks.
     budget : Budget, mapping, str or None, default=None
         The share of the cost to keep, e.g. ``{"flops": 0.25}``, see :class:`nni_topo.Budget`. With a ``tolerance`` it

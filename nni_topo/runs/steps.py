@@ -83,7 +83,7 @@ from nni_topo.pruners.checks import check_no_ratios, matched_modules
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
-from nni_topo.recovery.distilling import Verdict, check_can_learn
+from nni_topo.recovery.distilling import Verdict, check_can_learn, check_knobs_together
 from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs, check_augment, check_one_shape
 from nni_topo.recovery.likeness import NO_SCALE, Answers
 from nni_topo.recovery.narrowing import narrow_instead
@@ -461,7 +461,7 @@ def check_can_be_shared(
         return
     check_shared_budget(budget)
     alone = {
-        "distill": distill is not False,
+        "distill": callable(distill),
         "tolerance": tolerance is not None,
         "depth": depth,
         "allocation": budget.allocation == AUTO,
@@ -471,9 +471,11 @@ def check_can_be_shared(
     found = [name for name, is_given in alone.items() if is_given]
     if found:
         raise ConfigError(
-            "images that processes share can be used to select channels and to reconstruct weights, with distill=False "
-            f"and methods by name, got {listed(found)} (process_group of {images.name})"
+            "images that processes share can be used to select channels, to reconstruct weights and to distil, with "
+            f"methods by name, got {listed(found)} (process_group of {images.name})"
         )
+    if isinstance(distill, Mapping):
+        check_knobs_together(distill)
 
 
 def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]] | None) -> Prunable:
@@ -574,9 +576,10 @@ def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any, 
     first = next(calls(model, images))
     if knobs.get("augment") is not None:
         check_augment(model, first, knobs["augment"], 0)
-    names = ("objective", "temperature", "outputs", "blocks")
+    names = ("objective", "temperature", "outputs", "blocks", "blend")
+    chosen = {"outputs": outputs} | {name: knobs[name] for name in names if name in knobs}
     try:
-        check_can_learn(model, first, **{"outputs": outputs} | {name: knobs[name] for name in names if name in knobs})
+        check_can_learn(model, first, is_shared=images.processes is not None, **chosen)
     except GradientError as error:
         if distill is not True:  # whoever gives knobs wants it; without them a warning says so at the end
             raise GradientError(f"{error}; distill=False leaves distillation out") from error

@@ -28,6 +28,16 @@ pytestmark = [
 
 VOCABULARY, LENGTH, BATCHES = 50, 6, 4
 KNOBS: dict[str, Any] = {"distill": False, "progress": False}
+LEARNED: dict[str, Any] = {"distill": {"steps": 30}}
+# By name, whether samples have padding, and knobs.
+CASES: dict[str, tuple[bool, dict[str, Any]]] = {
+    "plain": (False, {}),
+    "padded": (True, {}),
+    "distilled": (False, LEARNED),
+    "padded, distilled": (True, LEARNED),
+    "a block removed": (True, {"remove_blocks": 1}),
+    "a named block removed, distilled": (False, {"remove_blocks": ["model.layers.1"], **LEARNED}),
+}
 
 
 def make_source(folder: Path) -> Path:
@@ -58,7 +68,10 @@ def share(batches: list[Any], rank: int) -> Calibration:
 
 def figures(report: Any) -> list[Any]:
     """Return what a report says, as its table prints it, without the seconds."""
-    rows = [(row.block, row.params, f"{row.distance:.4g}", f"{row.calibration_distance:.4g}") for row in report.blocks]
+    rows = [
+        (row.block, row.params, f"{row.distance:.4g}", f"{row.calibration_distance:.4g}", row.is_distilled)
+        for row in report.blocks
+    ]
     distance, agreement = report.likeness.distance, report.likeness.agreement
     seen = [distance.value, distance.low, distance.high, agreement.value, agreement.low, agreement.high]
     counts = (report.samples, report.held_out, report.params, report.budget.left, report.widths)
@@ -69,9 +82,10 @@ def prune_together(rank: int, count: int, folder: Path) -> None:
     source = folder / "source"
     budget = {"params": 0.8}
     found: dict[str, Any] = {}
-    for name, padded in (("plain", False), ("padded", True)):
+    for name, (padded, knobs) in CASES.items():
         data = share(tokens(padded=padded), rank)
-        found[name] = figures(nni_topo.shrink_pretrained(source, data, folder / name, budget, **KNOBS))
+        found[name] = figures(nni_topo.shrink_pretrained(source, data, folder / name, budget, **KNOBS | knobs))
+    data = share(tokens(padded=True), rank)
     found["again"] = figures(nni_topo.shrink_pretrained(source, data, folder / "padded", budget, **KNOBS))
 
     data = share(tokens(), rank)
@@ -102,8 +116,9 @@ def prune_together(rank: int, count: int, folder: Path) -> None:
     no_mask = share(tokens(mask=rank == 0), rank)
     nan = [{name: each.clone() for name, each in batch.items()} for batch in tokens()]
     found["refused"] = {
-        "distill": nets.told(lambda: nni_topo.shrink_pretrained(source, data, target, budget)),
-        "blocks": nets.told(lambda: nni_topo.shrink_pretrained(source, data, target, budget, remove_blocks=1, **KNOBS)),
+        "distill": nets.told(
+            lambda: nni_topo.shrink_pretrained(source, data, target, budget, distill={"seconds": 5.0, "blocks": 0.1})
+        ),
         "budget": nets.told(
             lambda: nni_topo.shrink_pretrained(source, data, target, {"params": 0.8 - 0.1 * rank}, **KNOBS)
         ),
@@ -122,9 +137,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     folder, threads = tmp_path_factory.mktemp("streaming"), torch.get_num_threads()
     source = make_source(folder)
     torch.set_num_threads(1)  # as each of the processes has, so that all round alike
-    for name, padded in (("plain", False), ("padded", True)):
+    for name, (padded, knobs) in CASES.items():
         report = nni_topo.shrink_pretrained(
-            source, tokens(padded=padded), folder / f"{name}-1", {"params": 0.8}, **KNOBS
+            source, tokens(padded=padded), folder / f"{name}-1", {"params": 0.8}, **KNOBS | knobs
         )
         torch.save(figures(report), folder / f"{name}-1.pt")
     torch.set_num_threads(threads)
@@ -140,11 +155,12 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["plain", "padded"])
+@pytest.mark.parametrize("name", CASES)
 def test_two_processes_make_what_one_makes_of_all_samples(made: Any, name: str) -> None:
     folder, found = made
     wanted = torch.load(folder / f"{name}-1.pt", weights_only=False)
     assert found[0][name] == found[1][name] == wanted
+    assert any(row[-1] for row in wanted[:-2]) == ("distill" in CASES[name][1])
     assert sum(wanted[-1][:2]) == sum(len(batch["input_ids"]) for batch in tokens())
     whole, mine = weights_of(folder / f"{name}-1"), weights_of(folder / name)
     assert whole.keys() == mine.keys()
@@ -171,8 +187,7 @@ def test_an_error_of_one_ends_all_and_the_run_goes_on_afterwards(made: Any) -> N
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("distill", "with distill=False"),
-        ("blocks", "got depth"),
+        ("distill", "without seconds, augment, state, blocks, got seconds, blocks"),
         ("budget", "models, masks and knobs must be equal in all processes, got rank 0: budget params=0.8"),
         ("inputs", "batches must have the same inputs in all processes"),
         ("none", "must hold at least one batch"),

@@ -85,11 +85,12 @@ class Calibration(Sequence[Any]):
     Batches are read when they are first used, not when the object is made.
 
     With a ``process_group``, :func:`nni_topo.compensate`, :class:`nni_topo.ReconstructionPruner`,
-    :func:`nni_topo.recalibrate_batch_norm`, :func:`nni_topo.narrow_heads`, and :func:`nni_topo.shrink` and
-    :func:`nni_topo.shrink_pretrained` with ``distill=False`` have to be called in all processes alike. Each runs its
-    own batches, sums over samples are added up in float64, and all decide by these sums: the networks are the same in
-    all processes, and those that one process makes of all batches. Other functions refuse such data. If a process fails
-    or is gone, the others raise a :class:`nni_topo.errors.ProcessError` that names it.
+    :func:`nni_topo.recalibrate_batch_norm`, :func:`nni_topo.narrow_heads`, :func:`nni_topo.remove_blocks`,
+    :func:`nni_topo.distill`, :func:`nni_topo.shrink` and :func:`nni_topo.shrink_pretrained` have to be called in all
+    processes alike. Each runs its own batches, sums over samples are added up in float64, gradients in their own type,
+    and all decide by these sums: the networks are the same in all processes, and but for rounding those that one
+    process makes of all batches. Other functions refuse such data. If a process fails or is gone, the others raise a
+    :class:`nni_topo.errors.ProcessError` that names it.
 
     Examples
     --------
@@ -154,8 +155,8 @@ class Calibration(Sequence[Any]):
         if batches.processes is not None and not shared:
             raise ConfigError(
                 f"{name} must be in one process here, got batches that {batches.processes.size} processes share: "
-                "compensate, ReconstructionPruner, recalibrate_batch_norm, narrow_heads, and shrink and "
-                f"shrink_pretrained with distill=False take such data (process_group of {batches.name})"
+                "compensate, ReconstructionPruner, recalibrate_batch_norm, narrow_heads, remove_blocks, distill, "
+                f"shrink and shrink_pretrained take such data (process_group of {batches.name})"
             )
         return batches
 

@@ -172,7 +172,7 @@ class Processes:
                 f"all processes must add up what they have, but one of the {self.size} {_gone(error)} ({_at(place)})"
             ) from error
         if buffer is not tensor:
-            tensor.copy_(buffer)
+            tensor.detach().copy_(buffer)
 
     def _name(self, rank: int) -> int:
         """Return the rank of a process among all, as its launcher counts."""

@@ -148,9 +148,9 @@ def shrink_pretrained(
     batches : iterable
         Batches of the model's inputs, without labels, as for :func:`nni_topo.shrink`: for a language model dicts of
         ``input_ids`` and ``attention_mask``. All samples have one length; padding doesn't count where the
-        ``attention_mask`` says so. Every eighth sample is held out. Several processes can share them, with
-        ``distill=False`` and no removed blocks (``process_group`` of :class:`nni_topo.Calibration`): each has the
-        states of its own samples, the first one writes the weights, and all need the same ``folder``.
+        ``attention_mask`` says so. Every eighth sample is held out. Several processes can share them
+        (``process_group`` of :class:`nni_topo.Calibration`): each has the states of its own samples, the first one
+        writes the weights, and all need the same ``folder``.
     folder : str or path-like
         The folder for the pruned model, new or empty. ``from_pretrained`` of Transformers loads it without this
         package. If the run is stopped, the same call goes on after the last finished block; where it is finished, the
@@ -257,7 +257,7 @@ def shrink_pretrained(
         check_free_disk(target, max(shards.nbytes - written, MIN_FREE_BYTES))
     skeleton = Skeleton(shards, where)
     _check_blocks_of(skeleton, going)
-    check_can_be_shared(calibration, settings, pruner, compensate, distill, None, depth=going not in (0, []))
+    check_can_be_shared(calibration, settings, pruner, compensate, distill, None, depth=False)
     if distill is not False and calibration.samples < 2:
         raise DataError(
             f"distillation must have at least two samples, one to judge by, got {calibration.samples}: pass more, or "
@@ -502,7 +502,7 @@ class _Run:
         scores: list[float] = []
         states = self._journal.states(len(self._calls))
         for index in range(count):
-            cosine, places = 0.0, 0
+            cosine, places = 0.0, 0.0
             for state, call, after in self._unpruned_through(index, states):
                 before = state[UNPRUNED].to(after)
                 # Cosines in single precision: half precision has three digits.
@@ -512,6 +512,10 @@ class _Run:
                     found = found[real.to(found.device)]
                 cosine, places = cosine + float(found.double().sum()), places + found.numel()
                 state[UNPRUNED] = after.to(state[UNPRUNED])
+            if self._samples.processes is not None:
+                sums = torch.tensor([cosine, places], dtype=torch.float64, device="cpu")
+                self._samples.processes.add([sums], f"the states before and after {self._skeleton.name_of(index)}")
+                cosine, places = sums.tolist()
             scores.append(1.0 - cosine / places)
         going: set[int] = set()
         for _ in range(self._going):
