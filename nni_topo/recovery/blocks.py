@@ -81,7 +81,8 @@ def remove_blocks(
     names : sequence of str
         Names of the blocks, e.g. ``["model.layers.5", "model.layers.6"]``; at least one block of each list stays.
     calibration : iterable or nni.compression.utils.Evaluator
-        Batches of inputs, as for :func:`nni_topo.compensate`; what a mask says is padding doesn't count.
+        Batches of inputs, as for :func:`nni_topo.compensate`; what a mask says is padding doesn't count. Several
+        processes can share them (``process_group`` of :class:`nni_topo.Calibration`).
     ridge : float or "auto", default="auto"
         As for :func:`nni_topo.compensate`.
 
@@ -97,6 +98,8 @@ def remove_blocks(
         If a name is no block's, a block changes the shape of what enters it, or none would remain.
     DataError
         If there is no batch, a batch doesn't fit the model, or what it gives isn't finite.
+    ProcessError
+        If one of the processes that share the batches fails or is gone; in the others.
 
     Notes
     -----

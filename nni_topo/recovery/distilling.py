@@ -497,7 +497,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     images : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
         evaluates on. Inputs of all batches have one shape, but for the number of samples. 1,000 are enough for
-        small networks.
+        small networks. Several processes can share them (``process_group`` of :class:`nni_topo.Calibration`); then
+        ``seconds``, ``augment``, ``state`` and ``blocks`` can't be used, nor ``blend`` where it has an effect,
+        ``"cosine"`` and networks with batch norms.
     held_out : iterable or nni.compression.utils.Evaluator, optional
         Batches like those of ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
         :class:`nni_topo.Calibration` with groups, from which nothing is learned then. Those that
@@ -578,6 +580,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         a state of the model.
     SpeedupError
         If a model is still wrapped.
+    ProcessError
+        If one of the processes that share the images fails or is gone; in the others.
 
     See Also
     --------
