@@ -58,6 +58,21 @@ def test_the_table_of_long_courses_says_what_was_discarded(modules):
     assert sum(" -> " in line for line in lines) == sum(record["is_kept"] for record in records)
 
 
+def test_new_weights_are_new_in_all_layers_and_the_same_in_each_run(modules):
+    def net():
+        return nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+
+    first, second = net(), net()
+    with torch.no_grad():
+        for each in (*first.parameters(), *second.parameters()):
+            each.fill_(7.0)
+    for each in (first, second):
+        modules["run"].draw_weights(each)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert not bool((one == 7.0).any())
+
+
 def test_no_photo_and_no_package_is_in_two_parts(modules):
     for parts in (modules["photos"].PHOTOS, modules["sentences"].PACKAGES):
         names = [name for part in parts.values() for name in part]

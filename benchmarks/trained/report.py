@@ -155,6 +155,7 @@ RECOVERED = {
     "compensate": "`compensate`",
     "block": '`compensate(method="block")`',
     "distill": "`distill`",
+    "new weights, distill": "new weights, then `distill`",
     "compensate, distill": "`compensate`, then `distill`",
     "block, distill": '`compensate(method="block")`, then `distill`',
 }

@@ -43,6 +43,7 @@ OURS = "reconstruction"
 UNPRUNED = "unpruned"
 SOLVED = {"channel": "channel", "compensate": "reconstruct", "block": "block"}
 """Recoveries by the method of `compensate` that they are; distillation may follow."""
+NEW_WEIGHTS = "new weights, distill"
 RECOVERIES = (
     "none",
     "batch norms",
@@ -50,10 +51,11 @@ RECOVERIES = (
     "compensate",
     "block",
     "distill",
+    NEW_WEIGHTS,
     "compensate, distill",
     "block, distill",
 )
-LONG = ("channel", "block", "distill", "compensate, distill", "block, distill")
+LONG = ("channel", "block", "distill", NEW_WEIGHTS, "compensate, distill", "block, distill")
 """Recoveries that only the rows of LONG_ROWS have: they take minutes."""
 LONG_ROWS = ("l1", OURS)
 Masks = Any
@@ -75,7 +77,7 @@ class Subject(ABC):
 
     @abstractmethod
     def distilled(self, dense: nn.Module, limits: dict[str, Any], state: Path) -> nni_topo.recovery.Distillation:
-        """Distil a dense network; limits are the steps, of 64 images or sentences, and the seconds."""
+        """Distil a dense network; limits are steps (of 64 images or sentences), seconds, and at times the rate."""
 
     @abstractmethod
     def figures(self, net: nn.Module) -> dict[str, measures.Figure]:
@@ -150,8 +152,8 @@ class Cnn(Subject):
             self.model,
             _in_turns(learned),
             held_out=judges.batches(),
-            **limits,
-            lr=1e-4,  # on the validation photos 3e-4 and 1e-3 made the loss larger
+            # On the validation photos 3e-4 and 1e-3 made the loss larger.
+            **{"lr": 1e-4} | limits,
             warmup=0.1,
             blocks=50.0,
             blend=False,
@@ -239,8 +241,7 @@ class Encoder(Subject):
             held_out=self._batches("validation"),
             outputs=lambda output, batch: pretrained.embedding(output, batch["attention_mask"]),
             blocks=0.2,
-            **limits,
-            lr=8e-4,
+            **{"lr": 8e-4} | limits,
             warmup=0.1,
             state=state,
         )
@@ -376,6 +377,9 @@ class Row:
             dense, spent = nni_topo.to_dense(self.net, subject.example, self.masks), 0.0
         if name == "none":
             return dense, spent, {}
+        if name == NEW_WEIGHTS:
+            draw_weights(dense)
+            limits = {**limits, "lr": None}  # a range test finds it: what suits trained weights may be too low
         if name == "batch norms":
             calibrated, seconds = timed(lambda: nni_topo.recalibrate_batch_norm(dense, subject.data))
             return calibrated, seconds, {}
@@ -393,6 +397,16 @@ class Row:
 
             self._solved[method] = timed(solve)
         return self._solved[method]
+
+
+def draw_weights(net: nn.Module) -> None:
+    """Give all layers of a network new random weights in place, as they have before any training."""
+    torch.manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)  # as BERT's were drawn
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
