@@ -620,7 +620,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     return distillation(*args, **knobs).model
 
 
-_TOGETHER = "processes that share images can distil what each learns from its own images alone"
+_TOGETHER = "processes that share images must distil"
 _ALONE = ("seconds", "augment", "state", "blocks")
 
 
@@ -628,19 +628,26 @@ def check_knobs_together(knobs: Mapping[str, Any]) -> None:
     """Raise ConfigError for knobs of :func:`distill` by which processes that share images would come apart."""
     found = [name for name in _ALONE if knobs.get(name)]
     if found:
-        raise ConfigError(f"{_TOGETHER}, without {listed(_ALONE)}, got {listed(found)} (process_group)")
+        raise ConfigError(f"{_TOGETHER} without {', '.join(_ALONE)}, got {listed(found)} (process_group)")
 
 
-def _check_together(model: nn.Module, kind: str, *, is_blended: bool) -> None:
-    """Raise ConfigError for a model, a loss or views of images that no process can do with its own images alone."""
-    if kind == "cosine":
-        raise ConfigError(f"{_TOGETHER}, got objective='cosine', which compares all samples of a batch (objective)")
+def _check_together(model: nn.Module, objective: str, *, is_blended: bool) -> None:
+    """Raise ConfigError for what needs more than the images that one process has."""
+    if objective == "cosine":
+        raise ConfigError(
+            f"{_TOGETHER} by 'kl' or 'squares', got 'cosine', which compares all samples of a batch (objective)"
+        )
     if is_blended:
-        raise ConfigError(f"{_TOGETHER}, got blend=True, which mixes those of all: pass blend=False (blend)")
+        raise ConfigError(
+            f"{_TOGETHER} images as they are, got blend=True, which mixes those of all processes: pass blend=False, in "
+            "shrink distill={'blend': False} (blend)"
+        )
     norms = batch_norms(model)
     if norms:
-        kind = type(norms[0]).__name__
-        raise ConfigError(f"{_TOGETHER}, got batch norms, whose statistics are those of a whole batch ({kind})")
+        raise ConfigError(
+            f"{_TOGETHER} networks without batch norms, whose statistics are those of a whole batch, got "
+            f"{type(norms[0]).__name__}: leave distillation out, in shrink distill=False (process_group)"
+        )
 
 
 def _own(index: Tensor, shares: Shares) -> Tensor:
