@@ -44,13 +44,15 @@ def freed_at_once() -> Iterator[None]:
     it into pieces, which nobody can use for a larger tensor, so that a process grows with the number of tensors that
     come and go. Pages of their own cost time: each is filled with zeros first.
 
-    Nothing is done where the C library isn't glibc, or where the user has set a threshold in the environment.
+    What was freed before is given back first: it would be used for large tensors, too. Nothing is done where the C
+    library isn't glibc, or where the user has set a threshold in the environment.
     Afterwards glibc keeps the memory of tensors below 32 MiB, as it does in a process that has freed a larger one.
     """
     is_set = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
     if is_set or not _set_threshold(_PAGES_OF_THEIR_OWN):
         yield
         return
+    trim_heap()
     try:
         yield
     finally:

@@ -120,6 +120,7 @@ _logger = logging.getLogger(__name__)
     device=instance(str, torch.device) | NONE,
 )
 @tells_once
+@freed_at_once()
 def shrink_pretrained(
     source: str | PathLike[str],
     batches: Iterable[Any],
@@ -283,7 +284,7 @@ def shrink_pretrained(
         content = finished_report(target, identity)
         with reading(target / REPORT, "the report of a run"):
             return as_report(content)
-    with only_process(target, wait=False) if is_first else nullcontext(), freed_at_once():
+    with only_process(target, wait=False) if is_first else nullcontext():
         journal = Journal(target, identity, processes)
         run = _Run(
             skeleton,
