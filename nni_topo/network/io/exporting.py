@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
-from nni_topo.errors import ConfigError, DataError, ExportError, unknown_name
+from nni_topo.errors import ConfigError, DataError, ExportError, shown, unknown_name
 from nni_topo.network.runtime import (
     SAME_PROGRAM,
     Calibration,
@@ -84,6 +84,7 @@ def export(
     format: Format | None = None,  # noqa: A002
     *,
     int8: Iterable[Any] | None = None,
+    weight_bits: int = 7,
 ) -> Exported:
     """Export a network to a file that runs without this package, and check that the file computes the same.
 
@@ -102,6 +103,8 @@ def export(
     int8 : iterable, optional
         Calibration data: batches of unlabelled inputs. Weights and activations become 8-bit integers, whose ranges are
         those of the values on these batches. ONNX only.
+    weight_bits : {7, 8}, default=7
+        How many of the 8 bits INT8 weights use. 8 are nearer to the network; see the notes for where they are safe.
 
     Returns
     -------
@@ -111,8 +114,8 @@ def export(
     Raises
     ------
     ConfigError
-        If the format is unknown, or isn't that of the path's ending; if INT8 is asked for in another format than ONNX,
-        or a package is missing.
+        If the format is unknown, or isn't that of the path's ending; if INT8 is asked for in another format than ONNX;
+        if ``weight_bits`` is neither 7 nor 8, or given without ``int8``; or if a package is missing.
     DataError
         If the inputs or the calibration data don't fit the network.
     ExportError
@@ -125,8 +128,9 @@ def export(
     aren't a multiple of 8: prune with ``round_to=8``; a warning says where a pruned network has others.
 
     INT8 is onnxruntime's static quantisation: signed weights with a scale per channel, unsigned activations. Weights
-    use 7 of the 8 bits, because processors without VNNI add two products in 16 bits: products of 8-bit numbers overflow
-    there, and the file would compute something else.
+    use 7 of the 8 bits by default, because x86 processors without VNNI add two products in 16 bits: products of 8-bit
+    numbers overflow there, and the file would compute something else. With ``weight_bits=8`` the file is for processors
+    with VNNI (``avx512_vnni`` or ``avx_vnni`` among the flags in ``/proc/cpuinfo``) and for ARM.
 
     Examples
     --------
@@ -149,6 +153,10 @@ def export(
     format = named if format is None else format  # noqa: A001
     if int8 is not None and format != "onnx":
         raise ConfigError(f"the format of an INT8 file must be 'onnx', got {format!r} (int8)")
+    if weight_bits not in (7, 8) or isinstance(weight_bits, bool):
+        raise ConfigError(f"weights must use 7 or 8 of 8 bits, got {shown(weight_bits)} (weight_bits)")
+    if weight_bits != 7 and int8 is None:
+        raise ConfigError(f"weights must be INT8 to use {weight_bits} bits, got no calibration data for that (int8)")
     images = None if int8 is None else Calibration.of(int8, "int8")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -185,7 +193,7 @@ def export(
             error = _check(net, call, lambda one: _run(session, one))
             if images is not None:
                 learned, held_out = images.split()
-                _quantize(part, session, list(calls(net, learned)))
+                _quantize(part, session, list(calls(net, learned)), weight_bits)
                 distance = _distance(net, _session(part), calls(net, held_out or learned))
             elif (report := report_of(model)) is not None:
                 _warn_of_slow_convolutions(net, report.pruned_layers)
@@ -325,8 +333,8 @@ def _check(net: nn.Module, call: Call, run: Any) -> float:
     return largest
 
 
-def _quantize(path: Path, session: Any, batches: list[Call]) -> None:
-    """Replace an ONNX file of floats by its INT8 version."""
+def _quantize(path: Path, session: Any, batches: list[Call], weight_bits: int) -> None:
+    """Replace an ONNX file of floats by its INT8 version, whose weights use so many bits."""
     quantization = _import("onnxruntime.quantization")
     preparation = _import("onnxruntime.quantization.shape_inference")
 
@@ -347,7 +355,7 @@ def _quantize(path: Path, session: Any, batches: list[Call]) -> None:
             str(path),
             Reader(),
             per_channel=True,
-            reduce_range=True,  # 7 of 8 bits: see the notes of `export`
+            reduce_range=weight_bits == 7,  # see the notes of `export`
             activation_type=kinds.QUInt8,
             weight_type=kinds.QInt8,
         )

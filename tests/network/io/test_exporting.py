@@ -86,13 +86,15 @@ def test_a_program_of_torch_answers_the_same(dense, tmp_path):
         torch.testing.assert_close(loaded(IMAGES[:7]), dense.eval()(IMAGES[:7]))
 
 
-def test_int8_is_smaller_near_and_made_of_integers(tmp_path):
+@pytest.mark.parametrize(("bits", "most"), [(7, 64), (8, 127)])
+def test_int8_is_smaller_near_and_made_of_integers(tmp_path, bits, most):
     onnx = pytest.importorskip("onnx")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4)).eval()
     images = torch.randn(128, 32)
     whole = nni_topo.export(model, tmp_path / "float.onnx", images[:2])
-    done = nni_topo.export(model, tmp_path / "int8.onnx", images[:2], int8=iter(images.split(32)))
+    path = tmp_path / "int8.onnx"
+    done = nni_topo.export(model, path, images[:2], int8=iter(images.split(32)), weight_bits=bits)
     assert done.size < 0.4 * whole.size
     assert np.isnan(whole.int8_distance)
     held_out = images[7::8]  # no range was taken from them
@@ -101,13 +103,28 @@ def test_int8_is_smaller_near_and_made_of_integers(tmp_path):
         wanted = model(held_out).numpy()
     distance = ((found - wanted) ** 2).sum() / ((wanted - wanted.mean(0)) ** 2).sum()
     assert done.int8_distance == pytest.approx(distance, rel=0.01)
-    assert distance < 0.01
+    # Without VNNI products of 8 bits overflow in the runtime.
+    assert distance < 0.01 or bits == 8
     graph = onnx.load(done.path).graph
     known = {each.name: each for each in graph.initializer}
     weights = [known.get(node.input[0]) for node in graph.node if node.op_type == "DequantizeLinear"]
     weights = [onnx.numpy_helper.to_array(w) for w in weights if w and w.data_type == onnx.TensorProto.INT8]
     # Two products of 7 bits by 8 fit into 16, where processors without VNNI add them.
-    assert [np.abs(weight.astype(int)).max() for weight in weights] == [64] * 3
+    assert [np.abs(weight.astype(int)).max() for weight in weights] == [most] * 3
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"int8": [torch.zeros(4, 4)], "weight_bits": 4}, r"must use 7 or 8 of 8 bits, got 4 \(weight_bits\)"),
+        ({"int8": [torch.zeros(4, 4)], "weight_bits": True}, "must use 7 or 8 of 8 bits, got True"),
+        ({"weight_bits": 8}, r"must be INT8 to use 8 bits, got no calibration data for that \(int8\)"),
+    ],
+)
+def test_bits_of_weights_that_cannot_be_are_refused(tmp_path, knobs, words):
+    with pytest.raises(ConfigError, match=words):
+        nni_topo.export(nn.Linear(4, 2), tmp_path / "small.onnx", torch.zeros(2, 4), **knobs)
+    assert not list(tmp_path.iterdir())
 
 
 class TwoInputs(nn.Module):
