@@ -8,6 +8,7 @@ error that names it, where a collective operation alone would leave the others w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -27,6 +28,7 @@ _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
 _SHOWN = 12  # digits of a digest
+_MOST_SHOWN = 200  # characters of a list; of a longer one a digest is shown
 _PLAIN = (bool, int, float, str, type(None))
 _IN_STEP: ContextVar[str] = ContextVar("in_step", default="")  # the public function that all processes run
 
@@ -226,8 +228,9 @@ def is_in_step() -> bool:
 def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """Let an error of one process end a public function in all that share its calibration data.
 
-    Without shared calibration data among its arguments it is the function as it was. Models, masks and plain knobs
-    among the arguments have to be equal in all processes; a ``device`` is each one's own.
+    Without shared calibration data among its arguments it is the function as it was. Models, masks, names, entries of a
+    config_list, settings and plain knobs among the arguments have to be equal in all processes; a ``device`` is each
+    one's own.
     """
     place = function.__qualname__.removesuffix(".__init__")
     parameters = list(inspect.signature(function).parameters)
@@ -271,7 +274,20 @@ def _told(value: Any) -> str:
             entries = inner.items() if isinstance(inner, Mapping) else [("", inner)]
             flat += [(f"{name}.{key}" if key else name, each) for key, each in entries]
         tensors = [(name, each) for name, each in flat if isinstance(each, Tensor)]
-        plain = [f"{name}={each!r}" for name, each in flat if isinstance(each, _PLAIN)]
+        others = [(name, _told(each)) for name, each in flat if not isinstance(each, (Tensor, nn.Module))]
         values = [f"with tensors {digest(sorted(tensors, key=lambda each: each[0]))[:_SHOWN]}"] if tensors else []
-        return ", ".join([*sorted(plain), *values])
+        return ", ".join([*sorted(f"{name}={told}" for name, told in others if told), *values])
+    if isinstance(value, (list, tuple)):
+        # Names of blocks, or the entries of a config_list. Batches are each process's own.
+        text = ", ".join(told for each in value if not _holds_tensors(each) and (told := _told(each)))
+        if len(text) > _MOST_SHOWN:
+            text = f"{len(value)} entries {hashlib.sha256(text.encode()).hexdigest()[:_SHOWN]}"
+        return f"[{text}]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a budget, or a recovery method
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        return f"{type(value).__name__}({_told(fields)})"
     return repr(value) if isinstance(value, _PLAIN) else ""
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(each, Tensor) for each in value.values())
