@@ -29,6 +29,7 @@ _Made = TypeVar("_Made")
 
 _SHOWN = 12  # digits of a digest
 _MOST_SHOWN = 200  # characters of a list; of a longer one a digest is shown
+_BUCKET_BYTES = 2**25  # of tensors that are added up in one go
 _PLAIN = (bool, int, float, str, type(None))
 _IN_STEP: ContextVar[str] = ContextVar("in_step", default="")  # the public function that all processes run
 
@@ -71,8 +72,14 @@ class Processes:
             if found != shapes[0]:
                 got = f"rank {self._name(0)} {shapes[0]}, rank {self._name(rank)} {found}"
                 raise ProcessError(f"all processes must add up sums of the same shapes, got {got} ({_at(place)})")
-        for tensor in tensors:
-            self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), tensor, place)
+        for together in _buckets(tensors):
+            is_one = len(together) == 1  # it may be large: no copy
+            flat = together[0] if is_one else torch.cat([each.detach().reshape(-1) for each in together])
+            self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), flat, place)
+            if is_one:
+                continue
+            for tensor, summed in zip(together, flat.split([each.numel() for each in together]), strict=True):
+                tensor.detach().copy_(summed.view(tensor.shape))
 
     def total(self, tensor: Tensor | None, device: torch.device, place: str) -> Tensor | None:
         """Return the sum of the tensors of all processes, of which some may have none; None if none has any."""
@@ -179,6 +186,19 @@ class Processes:
     def _name(self, rank: int) -> int:
         """Return the rank of a process among all, as its launcher counts."""
         return dist.get_global_rank(self.group, rank)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Divide tensors into lists of neighbours of one type: what is added up in one go waits for others but once."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        size = sum(each.nbytes for each in bucket) + tensor.nbytes
+        if bucket and (size > _BUCKET_BYTES or (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def _at(place: str) -> str:
