@@ -21,6 +21,7 @@ import nni_topo
 from nni_topo import Calibration
 from nni_topo.errors import ConfigError, NniTopoError, ProcessError
 from nni_topo.network.runtime import digest
+from nni_topo.network.runtime.processes import _buckets
 from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
@@ -212,6 +213,22 @@ def errors(rank: int) -> dict[str, tuple[str, str]]:
         ),
         "overflow": nets.told(lambda: nni_topo.compensate(model, masks, huge)),
         "knobs": nets.told(lambda: nni_topo.compensate(model, masks, mine, seed=rank)),
+        "blocks": nets.told(lambda: nni_topo.remove_blocks(nets.made(nets.Convolutions), ["no", "block"][rank:], mine)),
+        "layers": nets.told(
+            lambda: nni_topo.shrink(model, mine, {"flops": 0.5}, layers=["first", "mixing"][: 1 + rank], distill=False)
+        ),
+        "long list": nets.told(
+            lambda: nni_topo.shrink(model, mine, {"flops": 0.5}, layers=[f"l{n + rank}" for n in range(99)])
+        ),
+        "entries": nets.told(
+            lambda: nni_topo.ReconstructionPruner(
+                model, [{"op_names": [("first", "mixing")[rank]], "sparse_ratio": 0.5}], calibration=mine
+            )
+        ),
+        "budgets": nets.told(
+            lambda: nni_topo.shrink(model, mine, nni_topo.Budget(flops=0.5 + rank / 10), distill=False)
+        ),
+        "methods": nets.told(lambda: nni_topo.compensate(model, masks, mine, method=Reconstruct(refine=rank))),
         "calls": nets.told(
             lambda: (
                 nni_topo.compensate(model, masks, mine) if rank == 0 else nni_topo.recalibrate_batch_norm(model, mine)
@@ -360,6 +377,16 @@ def test_neither_errors_nor_refusals_change_the_model(two: Any) -> None:
     [
         ("overflow", "DataError", "activations must be finite, got NaN or infinity (head)"),
         ("knobs", "ConfigError", "must be equal in all processes, got rank 0: seed 0, rank 1: seed 1 (compensate)"),
+        ("blocks", "ConfigError", "got rank 0: names ['no', 'block'], rank 1: names ['block'] (remove_blocks)"),
+        ("layers", "ConfigError", "got rank 0: layers ['first'], rank 1: layers ['first', 'mixing'] (shrink)"),
+        ("long list", "ConfigError", "got rank 0: layers [99 entries "),
+        (
+            "entries",
+            "ConfigError",
+            "got rank 0: config_list [op_names=['first'], sparse_ratio=0.5], rank 1: config_list",
+        ),
+        ("budgets", "ConfigError", "rank 1: budget Budget("),
+        ("methods", "ConfigError", "rank 1: method Reconstruct("),
         ("groups", "ConfigError", "groups must be given in all processes or in none, got [False, True]"),
         ("calls", "ProcessError", "make the same calls, got rank 0 at compensate, rank 1 at recalibrate_batch_norm"),
         ("too few to judge", "DataError", "samples to solve on and samples to judge by, got [1, 0] by process"),
@@ -476,6 +503,18 @@ def test_a_group_of_one_process_shares_nothing(group_of_one: Any, whole: Any) ->
     assert data.processes is None
     assert (data.samples, data.samples_of_all) == (48, 48)
     check([pruned(nets.Convolutions, data, swaps=5)], whole["CNN"])
+
+
+def test_what_is_added_up_in_one_go_is_of_one_type_and_not_too_large() -> None:
+    single, double = torch.zeros(3, 2), torch.zeros(4, dtype=torch.float64)
+    large = torch.zeros(2**22, dtype=torch.float64)  # 32 MiB, as much as goes at a time
+    given = [single, single, double, large, single, torch.zeros(())]
+    found = list(_buckets(given))
+    assert [[tuple(each.shape) for each in bucket] for bucket in found] == [
+        [(3, 2), (3, 2)], [(4,)], [(2**22,)], [(3, 2), ()],
+    ]  # fmt: skip
+    assert all(one is other for one, other in zip(given, (each for bucket in found for each in bucket), strict=True))
+    assert list(_buckets([])) == []
 
 
 @pytest.mark.parametrize("group", ["gloo", 0, dist.GroupMember.NON_GROUP_MEMBER])

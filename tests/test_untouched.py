@@ -394,12 +394,14 @@ class _PartCompiled(nn.Module):
             self.body.compile(backend="eager")
         elif how == "child":
             self.body = torch.compile(self.body, backend="eager")
+        elif how == "forward":
+            self.forward = torch.compile(self.forward, backend="eager")
 
     def forward(self, x):
         return self.head(self.body(x))
 
 
-@pytest.mark.parametrize("how", ["whole", "inside", "child"])
+@pytest.mark.parametrize("how", ["whole", "inside", "child", "forward"])
 def test_what_is_compiled_in_a_model_changes_nothing_but_runs_as_it_is_written(how):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 1, 8, 8, generator=generator).split(16)

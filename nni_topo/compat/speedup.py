@@ -57,12 +57,13 @@ def count_masks_faster() -> bool:
 
 
 def untie_layers() -> bool:
-    """Let layers that share a tensor have one each while they are cut, and modules with two names both names after.
+    """Let layers that share a tensor have one each while they are cut, and modules keep their names and modes after.
 
     Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.speedup_model``. Cause: the masks are followed
     on random values that are written into each layer in turn, so a layer had the masks of the last one that shares its
     weight, on every version: wrong channels went, without an error. And a module that is replaced was replaced under
-    the first of its names. Returns True, but for a second call: NNI has no such rule.
+    the first of its names. The layers of a model in evaluation mode ended in training mode, for their graph has a mode
+    of its own. Returns True, but for a second call: NNI has no such rule.
     """
     original = model_speedup.ModelSpeedup.speedup_model
     if hasattr(original, "_nni_topo_patch"):
@@ -72,6 +73,7 @@ def untie_layers() -> bool:
     def speedup_model(self: model_speedup.ModelSpeedup) -> torch.nn.Module:
         model: torch.nn.Module = self.bound_model
         ties, aliases = find_ties(model), find_aliases(model)
+        modes = _modes(model)
         untie(model, ties)
         untie(self.graph_module, find_ties(self.graph_module))
         try:
@@ -79,6 +81,7 @@ def untie_layers() -> bool:
         finally:
             share_modules(model, aliases)
             tie_again(model, ties)
+            _put_modes(model, modes)
         return model
 
     speedup_model._nni_topo_patch = True  # type: ignore[attr-defined]
@@ -86,8 +89,18 @@ def untie_layers() -> bool:
     return True
 
 
+def _modes(model: torch.nn.Module) -> dict[str, bool]:
+    """Return whether each module is in training mode, by all of its names."""
+    return {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _put_modes(model: torch.nn.Module, modes: dict[str, bool]) -> None:
+    for name, module in model.named_modules(remove_duplicate=False):
+        module.training = modes.get(name, module.training)
+
+
 def keep_given_masks() -> bool:
-    """Leave the masks that a speedup is given as they are.
+    """Leave the masks that a speedup is given, and the modes of its model, as they are.
 
     Place: ``nni/compression/speedup/model_speedup.py``, ``ModelSpeedup.__init__``. Cause: NNI's own slip
     on every version: it works on the caller's masks, and fills in, reconciles and overwrites them; a second speedup
@@ -100,7 +113,10 @@ def keep_given_masks() -> bool:
 
     @wraps(init)
     def init_with_copies(self: Any, *args: Any, **kwargs: Any) -> None:
+        model = args[0] if args else kwargs.get("model")
+        modes = _modes(model) if isinstance(model, torch.nn.Module) else {}
         init(self, *args, **kwargs)
+        _put_modes(self.bound_model, modes)  # tracing gives all modules the model's mode
         self.masks = {
             name: {target: _copy(mask) for target, mask in given.items()} for name, given in self.masks.items()
         }

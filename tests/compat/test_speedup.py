@@ -185,3 +185,15 @@ def test_sparsity_text_replaces_the_slow_function_only(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(model_speedup, "sparsity_stats", lists_every_entry)
     assert speedup.count_masks_faster() is True
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_layers_of_a_model_keep_their_modes(training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, 4, 3)).train(training)
+    model[1].eval()
+    pruner = L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    ModelSpeedup(model, INPUTS, masks).speedup_model()
+    assert model[0].out_channels == 4
+    assert [module.training for module in model.modules()] == [training, training, False, training, training]

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
+from operator import is_
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nni_topo.errors import ConfigError
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -22,6 +28,9 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
     """Return a deep copy of a model, also where weights are computed, as those of a masked model in training are.
 
     A ``light`` one holds the model's own parameters, any one the ``shared`` tensors; these mustn't be written to then.
+
+    A function that a module holds, such as a ``forward`` that replaces its class's, belongs to the copy: what it holds
+    of the model in its closure is the copy's. What ``torch.compile`` has compiled is as it was written.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*shared, *(model.parameters() if light else ()))}
     modules = list(model.modules())
@@ -49,7 +58,139 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
     for module in reversed(plain):
         state = {key: _copied(key, value, memo) for key, value in vars(module).items() if key != "_compiled_call_impl"}
         memo[id(module)].__setstate__(state)
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    _bind_functions(modules, memo)
+    return copied
+
+
+def _bind_functions(modules: Sequence[nn.Module], memo: dict[int, Any]) -> None:
+    """Let the functions that copies of modules hold compute with the copies.
+
+    Deepcopy hands a function on as it is, so that ``self.act = lambda x: self.scale * x``, or a ``forward`` that calls
+    the one before it, would go on computing with the original. ``memo`` has the copies by the ids of the originals.
+    """
+    own = {id(module) for module in modules}
+    for module in modules:
+        own |= {id(each) for each in (*module._parameters.values(), *module._buffers.values()) if each is not None}
+    for module in modules:
+        if id(module) not in memo:
+            continue
+        held = vars(memo[id(module)])
+        for name, value in vars(module).items():
+            if name in ("_modules", "_parameters", "_buffers") or name not in held or not _holds_function(value):
+                continue
+            if name == "forward":
+                _check_globals(value, own, type(module).__name__)
+            if not _reaches(value, own, set()):
+                continue
+            bound = _bound(held[name], memo, {})
+            if isinstance(bound, dict):  # a hook's handle holds the table itself
+                held[name].update(bound)
+            elif name == "forward" and getattr(bound, "__func__", None) is type(module).forward:
+                del held[name]  # that of its class
+            else:
+                held[name] = bound
+
+
+def _holds_function(value: Any) -> bool:
+    """Tell at once of most attributes of a module that they hold no function."""
+    return isinstance(value, (FunctionType, MethodType, functools.partial)) or (
+        isinstance(value, (list, tuple, dict)) and len(value) > 0
+    )
+
+
+def _check_globals(value: Any, own: set[int], kind: str) -> None:
+    """Raise ConfigError for a forward that reads a module of the model from a global variable, as no copy can."""
+    functions, seen = [value], set[int]()
+    while functions:
+        function = functions.pop()
+        if not isinstance(function, FunctionType) or id(function) in seen:
+            continue
+        seen.add(id(function))
+        functions += _held_by(function)
+        for name in function.__code__.co_names:
+            found = function.__globals__.get(name)
+            if id(found) in own or id(getattr(found, "__self__", None)) in own:
+                raise ConfigError(
+                    "a forward that replaces that of its class must reach the model by its arguments or its closure, "
+                    f"for a copy of the model has to compute with its own layers, got the global name {name!r} "
+                    f"(forward of a {kind})"
+                )
+
+
+def _reaches(value: Any, own: set[int], seen: set[int]) -> bool:
+    """Tell whether a value is or holds a function that holds a module or a tensor of a model, by their ids."""
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    if isinstance(value, FunctionType):
+        held = _held_by(value)
+        return any(id(each) in own or id(getattr(each, "__self__", None)) in own for each in held) or any(
+            _reaches(each, own, seen) for each in held
+        )
+    if isinstance(value, MethodType):
+        return _reaches(value.__func__, own, seen)
+    if isinstance(value, functools.partial):
+        return any(_reaches(each, own, seen) for each in (value.func, value.args, value.keywords))
+    if isinstance(value, dict):
+        return any(_reaches(each, own, seen) for each in value.values())
+    return isinstance(value, (list, tuple)) and any(_reaches(each, own, seen) for each in value)
+
+
+def _held_by(function: FunctionType) -> list[Any]:
+    """List what a function holds: in its closure, its defaults, and its attributes, such as ``__wrapped__``."""
+    found: list[Any] = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a variable that has no value yet
+            found.append(cell.cell_contents)
+    return [*found, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
+
+
+def _bound(value: Any, memo: dict[int, Any], made: dict[int, Any]) -> Any:
+    """Return a value with copies in the place of what they are copies of; nothing that it holds is changed.
+
+    ``made`` has what is new, or being made, by the ids of what it stands for.
+    """
+    if isinstance(value, (nn.Module, Tensor)):
+        return memo.get(id(value), value)
+    if id(value) in made:
+        return made[id(value)]
+    if isinstance(value, MethodType):
+        return MethodType(_bound(value.__func__, memo, made), memo.get(id(value.__self__), value.__self__))
+    if isinstance(value, functools.partial):
+        keywords = {key: _bound(each, memo, made) for key, each in value.keywords.items()}
+        function = _bound(value.func, memo, made)
+        return functools.partial(function, *(_bound(each, memo, made) for each in value.args), **keywords)
+    if type(value) in (list, tuple):
+        made[id(value)] = value  # where it holds itself
+        found = [_bound(each, memo, made) for each in value]
+        return value if all(map(is_, found, value)) else type(value)(found)
+    if type(value) in (dict, OrderedDict):
+        made[id(value)] = value
+        entries = {key: _bound(each, memo, made) for key, each in value.items()}
+        return value if all(map(is_, entries.values(), value.values())) else type(value)(entries)
+    if not isinstance(value, FunctionType):
+        return value
+    if is_compiled_function(value):
+        return _bound(value._torchdynamo_orig_callable, memo, made)  # type: ignore[attr-defined]
+    # Its cells are filled once it is known: it may hold itself.
+    cells = tuple(CellType() for _ in value.__closure__ or ())
+    function = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells or None)
+    made[id(value)] = function
+    for old, new in zip(value.__closure__ or (), cells, strict=True):
+        with suppress(ValueError):
+            new.cell_contents = _bound(old.cell_contents, memo, made)
+    functools.update_wrapper(function, value, updated=())
+    vars(function).clear()
+    vars(function).update({name: _bound(each, memo, made) for name, each in vars(value).items()})
+    function.__defaults__ = _bound(value.__defaults__, memo, made)
+    function.__kwdefaults__ = _bound(value.__kwdefaults__, memo, made)
+    return function
+
+
+def is_compiled_function(value: Any) -> bool:
+    """Tell whether a function is what ``torch.compile`` made of another one."""
+    return hasattr(value, "_torchdynamo_orig_callable") and not getattr(value, "_torchdynamo_disable", False)
 
 
 def _is_plain_tensor(value: Tensor, lookers: Counter[int]) -> bool:

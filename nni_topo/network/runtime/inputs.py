@@ -417,6 +417,14 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
             raise DataError(f"a batch must hold an input, got an empty one ({name}, batch {index})")
         batch = batch[0]
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
+    for leaf in () if isinstance(inputs, Tensor) else tree_flatten(inputs)[0]:
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            # Its tensors would stay whole where single samples are taken, as for those that are held out.
+            raise ConfigError(
+                "the inputs of a batch must be tensors, alone or in tuples, lists or mappings, got a data class, "
+                f"{type(leaf).__name__}: pass its tensors, to a module that makes a data class of them and calls the "
+                f"model ({name}, batch {index})"
+            )
     if not tensors_of(inputs):
         raise ConfigError(
             "the input of a batch must be a tensor, or a tuple or mapping with a tensor in it, got "

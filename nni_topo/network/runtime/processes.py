@@ -8,6 +8,7 @@ error that names it, where a collective operation alone would leave the others w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -27,6 +28,8 @@ _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 
 _SHOWN = 12  # digits of a digest
+_MOST_SHOWN = 200  # characters of a list; of a longer one a digest is shown
+_BUCKET_BYTES = 2**25  # of tensors that are added up in one go
 _PLAIN = (bool, int, float, str, type(None))
 _IN_STEP: ContextVar[str] = ContextVar("in_step", default="")  # the public function that all processes run
 
@@ -69,8 +72,14 @@ class Processes:
             if found != shapes[0]:
                 got = f"rank {self._name(0)} {shapes[0]}, rank {self._name(rank)} {found}"
                 raise ProcessError(f"all processes must add up sums of the same shapes, got {got} ({_at(place)})")
-        for tensor in tensors:
-            self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), tensor, place)
+        for together in _buckets(tensors):
+            is_one = len(together) == 1  # it may be large: no copy
+            flat = together[0] if is_one else torch.cat([each.detach().reshape(-1) for each in together])
+            self._collect(lambda buffer: dist.all_reduce(buffer, group=self.group), flat, place)
+            if is_one:
+                continue
+            for tensor, summed in zip(together, flat.split([each.numel() for each in together]), strict=True):
+                tensor.detach().copy_(summed.view(tensor.shape))
 
     def total(self, tensor: Tensor | None, device: torch.device, place: str) -> Tensor | None:
         """Return the sum of the tensors of all processes, of which some may have none; None if none has any."""
@@ -179,6 +188,19 @@ class Processes:
         return dist.get_global_rank(self.group, rank)
 
 
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Divide tensors into lists of neighbours of one type: what is added up in one go waits for others but once."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        size = sum(each.nbytes for each in bucket) + tensor.nbytes
+        if bucket and (size > _BUCKET_BYTES or (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
 def _at(place: str) -> str:
     """Return how far this process has come, with the public function that it runs."""
     verb = _IN_STEP.get()
@@ -226,8 +248,9 @@ def is_in_step() -> bool:
 def in_step(function: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
     """Let an error of one process end a public function in all that share its calibration data.
 
-    Without shared calibration data among its arguments it is the function as it was. Models, masks and plain knobs
-    among the arguments have to be equal in all processes; a ``device`` is each one's own.
+    Without shared calibration data among its arguments it is the function as it was. Models, masks, names, entries of a
+    config_list, settings and plain knobs among the arguments have to be equal in all processes; a ``device`` is each
+    one's own.
     """
     place = function.__qualname__.removesuffix(".__init__")
     parameters = list(inspect.signature(function).parameters)
@@ -271,7 +294,20 @@ def _told(value: Any) -> str:
             entries = inner.items() if isinstance(inner, Mapping) else [("", inner)]
             flat += [(f"{name}.{key}" if key else name, each) for key, each in entries]
         tensors = [(name, each) for name, each in flat if isinstance(each, Tensor)]
-        plain = [f"{name}={each!r}" for name, each in flat if isinstance(each, _PLAIN)]
+        others = [(name, _told(each)) for name, each in flat if not isinstance(each, (Tensor, nn.Module))]
         values = [f"with tensors {digest(sorted(tensors, key=lambda each: each[0]))[:_SHOWN]}"] if tensors else []
-        return ", ".join([*sorted(plain), *values])
+        return ", ".join([*sorted(f"{name}={told}" for name, told in others if told), *values])
+    if isinstance(value, (list, tuple)):
+        # Names of blocks, or the entries of a config_list. Batches are each process's own.
+        text = ", ".join(told for each in value if not _holds_tensors(each) and (told := _told(each)))
+        if len(text) > _MOST_SHOWN:
+            text = f"{len(value)} entries {hashlib.sha256(text.encode()).hexdigest()[:_SHOWN]}"
+        return f"[{text}]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a budget, or a recovery method
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        return f"{type(value).__name__}({_told(fields)})"
     return repr(value) if isinstance(value, _PLAIN) else ""
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(each, Tensor) for each in value.values())

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, Dataset
 
+from nni_topo.network.runtime.copying import is_compiled_function
 from nni_topo.network.runtime.precision import Switch, in_full_precision
 
 _Given = ParamSpec("_Given")
@@ -337,10 +338,13 @@ def forget_evaluated(model: nn.Module) -> None:
 
 
 def has_compiled(model: nn.Module) -> bool:
-    """Tell whether ``torch.compile`` or ``compile()`` of a module has compiled a model or a part of it."""
+    """Tell whether ``torch.compile`` or ``compile()`` of a module has compiled a model, a part of it or a forward."""
     # The class is known by its name alone, for importing it takes long.
     return any(
-        each._compiled_call_impl is not None or type(each).__name__ == "OptimizedModule" for each in model.modules()
+        each._compiled_call_impl is not None
+        or type(each).__name__ == "OptimizedModule"
+        or is_compiled_function(vars(each).get("forward"))
+        for each in model.modules()
     )
 
 

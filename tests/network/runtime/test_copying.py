@@ -1,14 +1,17 @@
 """What is done to a model isn't done to copies of all its weights, nor to the weights themselves."""
 
+import functools
 import warnings
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import nni_topo
 from nni_topo import RandomPruner, dependency_groups, to_dense
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.copying import RandomWeights, detached_copy, in_double, put_parameters
 
 CONFIG = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
@@ -217,3 +220,109 @@ def test_public_functions_copy_models_whose_weights_are_computed_with_gradients(
     nni_topo.speedup.profile({"net": model}, images[:2], runs=1)
     dense = nni_topo.shrink(model, [images], {"params": 0.7}, distill={"steps": 2})
     assert dense(images).shape == (16, 4)
+
+
+class Block(nn.Module):
+    """A residual block that computes with functions: ``how`` says who holds them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.steps = []
+        if how == "attribute":
+            self.act = lambda x: torch.relu(x) * self.scale
+        elif how == "list":
+            self.steps = [lambda x: torch.relu(x) * self.scale]
+        else:
+            self.act = functools.partial(_scaled, self)
+        if how in FORWARDS:
+            self.forward = FORWARDS[how](self, self.forward)
+        elif how == "hook":
+            self.second.register_forward_hook(lambda module, args, output: output * self.scale)
+
+    def forward(self, x):
+        act = self.steps[0] if self.steps else self.act
+        return x + self.second(act(self.first(x)))
+
+
+def _scaled(block, x):
+    return torch.relu(x) * block.scale
+
+
+def _closure(block, forward):
+    return lambda x: checkpoint(forward, x, use_reentrant=False)
+
+
+def _wrapper(block, forward):
+    @functools.wraps(forward)
+    def run(x):
+        return forward(x)
+
+    return run
+
+
+def _recursive(block, forward):
+    def run(x, depth=0):
+        return forward(x) if depth else run(x, depth + 1)
+
+    return run
+
+
+FORWARDS = {
+    "closure": _closure,
+    "wrapper": _wrapper,
+    "recursive": _recursive,
+    "decorator": lambda block, forward: torch.autocast("cpu", enabled=False)(forward),
+    "default": lambda block, forward: lambda x, own=block: type(own).forward(own, x),
+    "compiled": lambda block, forward: torch.compile(forward, backend="eager"),
+    "disabled": lambda block, forward: torch.compiler.disable(forward),
+}
+
+
+def _network(how):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), Block(how), nn.ReLU(), nn.Conv2d(4, 6, 1)).eval()
+
+
+@pytest.mark.parametrize("how", [*FORWARDS, "attribute", "list", "hook", "partial"])
+def test_functions_that_a_model_holds_belong_to_the_copy(how):
+    images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    model = _network(how)
+    held = {name: vars(model[1]).get(name) for name in ("forward", "act")}
+    cells = [cell.cell_contents for each in held.values() for cell in getattr(each, "__closure__", None) or ()]
+    with torch.no_grad():
+        expected = model(images)
+        copied = detached_copy(model)
+        torch.testing.assert_close(copied(images), expected)
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert copied(images).abs().max() == 0.0
+        torch.testing.assert_close(model(images), expected)  # the original computes with its own weights
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+        assert copied(images).abs().max() == 0.0
+    assert all(vars(model[1]).get(name) is each for name, each in held.items())
+    after = [cell.cell_contents for each in held.values() for cell in getattr(each, "__closure__", None) or ()]
+    assert all(one is other for one, other in zip(cells, after, strict=True))
+
+
+@pytest.mark.parametrize("how", ["closure", "compiled", "attribute", "hook"])
+def test_a_smaller_network_computes_without_the_one_it_was_made_of(how):
+    images = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    model = _network(how)
+    small = nni_topo.shrink(model, images.split(16), {"flops": 0.6}, distill=False)
+    assert "1.first" in small.report.pruned_layers
+    with torch.no_grad():
+        before = small(images)
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+        torch.testing.assert_close(small(images), before)
+
+
+def test_a_forward_that_reads_a_global_model_is_refused():
+    model = _network("partial")
+    names = {"block": model[1], "Block": Block}
+    exec("forward = block.forward\nblock.forward = lambda x: forward(x)", names)
+    with pytest.raises(ConfigError, match=r"got the global name 'forward' \(forward of a Block\)"):
+        nni_topo.shrink(model, [torch.randn(16, 3, 6, 6)], {"flops": 0.6}, distill=False)

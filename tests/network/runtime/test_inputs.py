@@ -439,3 +439,27 @@ def test_a_single_number_before_the_samples_is_no_number_of_samples(tmp_path):
     table = measure_latency(model, batches[0], repeats=1, shares=(0.5, 1.0))
     assert table.batch_size == 32
     assert nni_topo.export(small, tmp_path / "small.pt2", batches[0]).error < 1e-5
+
+
+@dataclass
+class Pair:
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+class TakesPair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, pair):
+        return self.head(torch.relu(self.second(torch.relu(self.first(pair.images)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("place", ["alone", "in a tuple", "by name"])
+def test_a_data_class_as_input_is_refused(place):
+    pair = Pair(torch.randn(16, 1, 6, 6), torch.zeros(16))
+    batch = {"alone": pair, "in a tuple": ((pair,),), "by name": {"pair": pair}}[place]
+    with pytest.raises(ConfigError, match=r"got a data class, Pair: pass its tensors, .* \(images, batch 0\)"):
+        nni_topo.shrink(TakesPair().eval(), [batch], {"flops": 0.5}, distill=False)
