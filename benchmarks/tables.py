@@ -35,6 +35,7 @@ HYPOTHESES = (
     "which_widths",
     "which_blocks",
     "which_ratio",
+    "which_ratio_scenes",
     "which_loss",
 )
 

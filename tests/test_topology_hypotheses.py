@@ -43,6 +43,7 @@ HYPOTHESES = {
     "T2b": "which_widths",
     "T3": "which_blocks",
     "T4": "which_ratio",
+    "T4b": "which_ratio_scenes",
     "T5": "which_loss",
     "T6": "which_filters",
 }

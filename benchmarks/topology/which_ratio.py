@@ -14,7 +14,7 @@ writes the tables of the records into a page, between the two comments that name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval, markdown_table
 
 SOURCE = "benchmarks/topology/which_ratio.py"  # as the comments around a page's tables say
-FALL = 0.05  # of the accuracy by neighbours: an encoder that lost so much is broken
+FALL = 0.05  # of the accuracy by neighbours, or what else says how good a network is: one that lost so much is broken
 COMPARED = 512  # patches whose outputs are compared
 MOST_RATIOS = 16
 
@@ -122,7 +122,7 @@ def curves(records: list[Record], seeds: range, measure: str) -> dict[int, Curve
     for seed in seeds:
         mine = sorted((record for record in records if record["key"][0] == seed), key=lambda each: each["ratio"])
         if mine:
-            if measure in SCORES:
+            if measure in mine[0]["scores"]:
                 values = [record["scores"][measure] for record in mine]
             else:
                 values = [mine[0][measure] - record[measure] for record in mine]
@@ -157,11 +157,11 @@ def threshold(found: dict[int, Curve], true: dict[int, float]) -> float:
     return levels[int(np.argmin(errors))]
 
 
-def predictions(records: list[Record], seeds: range) -> dict[str, dict[int, float]]:
+def predictions(records: list[Record], seeds: range, scores_of: Sequence[str] = SCORES) -> dict[str, dict[int, float]]:
     """Return the predicted ratio by method, then by seed; what is chosen is chosen on the networks of exploration."""
     true = true_ratios(records, EXPLORATION, "validation")
     found: dict[str, dict[int, float]] = {}
-    for score in SCORES:
+    for score in scores_of:
         mine = curves(records, seeds, score)
         level = threshold(curves(records, EXPLORATION, score), true)
         found[f"{score}, {KNEE}"] = {seed: knee_of(curve) for seed, curve in mine.items()}
@@ -171,18 +171,20 @@ def predictions(records: list[Record], seeds: range) -> dict[str, dict[int, floa
 
 
 def true_ratios(records: list[Record], seeds: range, measure: str) -> dict[int, float]:
-    """Return by seed the ratio at which an encoder breaks."""
+    """Return by seed the ratio at which a network breaks."""
     return {seed: crossing(curve, FALL) for seed, curve in curves(records, seeds, measure).items()}
 
 
-def errors(records: list[Record], seeds: range, measure: str) -> dict[str, dict[int, float]]:
+def errors(
+    records: list[Record], seeds: range, measure: str, scores_of: Sequence[str] = SCORES
+) -> dict[str, dict[int, float]]:
     """Return the distances of predicted ratios from the true ones by method, then by seed."""
     true = true_ratios(records, seeds, measure)
-    found = predictions(records, seeds)
+    found = predictions(records, seeds, scores_of)
     return {method: {seed: abs(at - true[seed]) for seed, at in by_seed.items()} for method, by_seed in found.items()}
 
 
-def lowest(methods: Sequence[str], explored: dict[str, dict[int, float]]) -> str:
+def lowest(methods: Sequence[str], explored: Mapping[str, Mapping[Any, float]]) -> str:
     """Return the method with the lowest mean error over the networks of exploration; of equal ones the first."""
     return min(methods, key=lambda method: float(np.mean(list(explored[method].values()))))
 
@@ -213,12 +215,18 @@ def outcome(fresh: dict[str, dict[int, float]], explored: dict[str, dict[int, fl
     """Return the table of differences between the rule for RTD-Lite and each other method on the fresh encoders."""
     ours, cka = (lowest([f"{score}, {rule}" for rule in RULES], explored) for score in (RTD_LITE, CKA))
     best = lowest([f"{SQUARES}, {KNEE}", cka], explored)
+    rows = difference_rows(ours, best, fresh)
+    title = f"**Differences of the error on {len(fresh[ours])} fresh encoders**"
+    return [title, markdown_table([f"{ours} against", "difference, points", "p"], rows)]
+
+
+def difference_rows(ours: str, best: str, fresh: Mapping[str, Mapping[int, float]]) -> list[list[str]]:
+    """Return rows of the difference between a method's error and that of each without RTD-Lite, the best one first."""
     rows = []
     for method in sorted((name for name in fresh if not name.startswith(RTD_LITE)), key=lambda name: name != best):
         label = f"{method} (best baseline)" if method == best else method
         rows.append([label, *difference_row(fresh[ours], fresh[method])])
-    title = f"**Differences of the error on {len(fresh[ours])} fresh encoders**"
-    return [title, markdown_table([f"{ours} against", "difference, points", "p"], rows)]
+    return rows
 
 
 if __name__ == "__main__":
