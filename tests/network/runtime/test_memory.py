@@ -8,82 +8,70 @@ import subprocess
 import sys
 
 import pytest
+
+_HAS_GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")
+pytestmark = pytest.mark.skipif(not _HAS_GLIBC, reason="needs glibc 2.33 or later")
+
+# In a process of its own: where the heap has a hole, a tensor fits into it whatever the threshold.
+_PROGRAM = """
+import contextlib
+import ctypes
+
 import torch
 
 from nni_topo.network.runtime import freed_at_once
 
-_MIB = 2**20
-_FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+MIB = 2**20
 
 
-class _Counts(ctypes.Structure):
-    """What ``mallinfo2`` of glibc returns."""
+class Counts(ctypes.Structure):  # what mallinfo2 returns
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
-    _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
 
-
-def _own_pages() -> int:
-    """Return how many allocations have pages of their own."""
+def own_pages():
     count = ctypes.CDLL(None).mallinfo2
-    count.restype = _Counts
-    return int(count().hblks)
+    count.restype = Counts
+    return count().hblks
 
 
-def _has_own_pages(nbytes: int) -> bool:
-    """Say whether a tensor of so many bytes gets pages of its own."""
-    before = _own_pages()
+def has_own_pages(nbytes):
+    before = own_pages()
     tensor = torch.empty(nbytes, dtype=torch.uint8)
-    after = _own_pages()
+    after = own_pages()
     del tensor
     return after > before
 
 
-_HAS_GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")
-_on_glibc = pytest.mark.skipif(not _HAS_GLIBC, reason="needs glibc 2.33 or later")
-
-
-@_on_glibc
-def test_large_tensors_get_pages_of_their_own_for_a_while() -> None:
-    torch.empty(32 * _MIB - 1, dtype=torch.uint8)  # freed: glibc keeps what is smaller from here on
-    with freed_at_once():
-        assert _has_own_pages(4 * _MIB)
-        assert not _has_own_pages(_MIB // 4)
-    assert not _has_own_pages(4 * _MIB)
-    assert _has_own_pages(40 * _MIB)
-
-
-@_on_glibc
-def test_thresholds_are_put_back_after_an_error() -> None:
-    with pytest.raises(KeyError), freed_at_once():
-        raise KeyError
-    assert not _has_own_pages(4 * _MIB)
-
-
-_IN_A_PROCESS = """
-import sys
-import torch
-from nni_topo.network.runtime import freed_at_once
-sys.path.insert(0, sys.argv[1])
-from test_memory import _has_own_pages
-torch.empty(2**25 - 1, dtype=torch.uint8)
+torch.empty(31 * MIB, dtype=torch.uint8)  # freed: glibc keeps what is smaller from here on
+sizes = (MIB // 4, 4 * MIB, 40 * MIB)
+print(*map(has_own_pages, sizes))
 with freed_at_once():
-    print(_has_own_pages(2**22))
-print(_has_own_pages(2**22))
+    print(*map(has_own_pages, sizes))
+print(*map(has_own_pages, sizes))
+with contextlib.suppress(KeyError), freed_at_once():
+    raise KeyError
+print(*map(has_own_pages, sizes))
 """
 
 
-@_on_glibc
+def said(**environment: str) -> list[str]:
+    """Return whether a quarter MiB, 4 and 40 MiB have pages of their own: before, within, after, after an error."""
+    run = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return run.stdout.splitlines()
+
+
+def test_large_tensors_get_pages_of_their_own_for_a_while() -> None:
+    kept = "False False True"
+    assert said() == [kept, "False True True", kept, kept]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [("MALLOC_MMAP_THRESHOLD_", str(2**24)), ("GLIBC_TUNABLES", f"glibc.malloc.mmap_threshold={2**24}")],
 )
 def test_a_threshold_of_the_user_stays(name: str, value: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", _IN_A_PROCESS, os.path.dirname(__file__)],
-        env={**os.environ, name: value},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.split() == ["False", "False"]
+    assert said(**{name: value}) == ["False False True"] * 4
