@@ -30,10 +30,12 @@ PRINTED = re.compile(r"<!-- benchmarks/records/(printed/[\w/]+\.csv): begin -->"
 _NUMBER = re.compile(r"[*+<-]*\d|$")
 HYPOTHESES = (
     "which_filters",
+    "which_filters_exact",
     "which_images",
     "how_many_filters",
     "which_widths",
     "which_blocks",
+    "which_blocks_zigzag",
     "which_ratio",
     "which_ratio_scenes",
     "which_loss",

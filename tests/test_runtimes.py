@@ -100,6 +100,30 @@ def test_the_tables_are_those_of_the_records():
     assert bench.with_tables(page, bench.SOURCE, bench.tables(project / "benchmarks" / "records" / "runtimes")) == page
 
 
+def test_the_loss_by_int8_is_paired_with_the_float_file_of_the_same_runtime():
+    bench = importlib.import_module("bench_int8")
+
+    def file(right, ms):
+        return {"size": 1000, **{each.name: {"right": right, "ms_1": ms, "ms_64": ms} for each in bench.WITH_ONNX}}
+
+    record = {"key": [bench.RESNET, 0], "macs": 0.25}
+    for name in (bench.UNPRUNED, bench.PRUNED):
+        record[name] = file([0.9], [4.0, 6.0])
+        record[bench.label_of(name, 7)] = file([0.8], [2.0, 3.0])
+    again = {**record, "key": [bench.RESNET, 1]}
+    lines = [line for line in bench.tables([record, again]).splitlines() if "pruned, INT8, 7 bits" in line]
+    assert len(lines) == 4
+    for line in lines:
+        assert [cell.strip() for cell in line.split("|")][4:-1] == [
+            "80.0 ± 0.0",
+            "+10.0 ± 0.0",
+            "2.50",
+            "2.00 ± 0.00",
+            "2.50",
+            "2.00 ± 0.00",
+        ]
+
+
 def test_time_per_mac_is_of_the_widths_with_a_divisor():
     bench = importlib.import_module("bench_runtimes")
     macs = {width: 3 * width + 18 * width**2 for width in bench.WIDTHS}

@@ -42,10 +42,12 @@ HYPOTHESES = {
     "T2": "how_many_filters",
     "T2b": "which_widths",
     "T3": "which_blocks",
+    "T3b": "which_blocks_zigzag",
     "T4": "which_ratio",
     "T4b": "which_ratio_scenes",
     "T5": "which_loss",
     "T6": "which_filters",
+    "T6b": "which_filters_exact",
 }
 
 
