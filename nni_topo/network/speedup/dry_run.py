@@ -664,7 +664,10 @@ class _DryRun:
         return np.concatenate(found)
 
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: Reason) -> None:
-        """Keep the channels to blame: pruned ones with values, else those of the heads, else all that enter."""
+        """Keep the channels to blame: pruned ones with values, else those of the heads, else all that enter.
+
+        Where no pruned channel enters, those that a layer itself makes are to blame; of another node, all pruned ones.
+        """
         alive = np.concatenate([*entering.values(), np.zeros(0, dtype=np.int64)])
         heads = self._heads_of(node) if not len(alive) else np.zeros(0, dtype=np.int64)
         if not self.is_kept[heads].all():
@@ -677,7 +680,13 @@ class _DryRun:
                     for ids in tensors_of(self.flow.ids[parent.name]):
                         to_blame = np.concatenate([to_blame, ids.numpy().ravel()])
             group_ids = np.unique(self.flow.group_ids(to_blame))
-        pruned = group_ids[group_ids > FIXED].tolist() if not self.is_kept[group_ids].all() else self._removed()
+        if not self.is_kept[group_ids].all():
+            pruned = group_ids[group_ids > FIXED].tolist()
+        elif str(node.target) in self.flow.layers:
+            # Such as a layer with parameters of its own, which aren't cut with its weight.
+            pruned = self._removed_at(str(node.target))
+        else:
+            pruned = self._removed()
         if len(alive) and reason.kind == "result_depends":
             reason = reasons.nonzero_values(node, self._source(node))
         for group_id in pruned:

@@ -323,3 +323,28 @@ def test_a_module_that_refuses_to_be_cut_keeps_the_channels_that_enter_it():
     assert [entry["op_names"] for entry in groups] == [["0.2"]]
     (reason,) = nni_topo.explain(model, images, "0.0").reasons
     assert (reason.kind, reason.layer) == ("uncut_module", "0.1")
+
+
+class LowRank(nn.Linear):
+    """A linear layer that adds a product of two parameters of its own widths, as LoRA by inheritance does."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__(width, outputs)
+        self.down, self.up = nn.Parameter(torch.randn(2, width)), nn.Parameter(torch.randn(outputs, 2))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return super().forward(rows) + rows @ self.down.T @ self.up.T
+
+
+def test_a_layer_with_parameters_that_are_not_cut_keeps_its_own_channels_alone():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 10), nn.ReLU(), LowRank(10, 12), nn.ReLU(), nn.Linear(12, 4)]
+    layers += [nn.ReLU(), nn.Linear(4, 2)]
+    model = nn.Sequential(*layers).eval()
+    small = nni_topo.shrink(model, [ROWS], {"params": 0.8}, distill=False)
+    widths = [len(each.weight) for each in small if isinstance(each, nn.Linear)]
+    assert widths[1:3] == [10, 12]  # what enters it and what it makes
+    assert widths[0] < 8
+    assert widths[3] < 4
+    kept = nni_topo.network.speedup.unprunable_layers(model, ROWS, ["0", "2", "4", "6"])
+    assert kept.keys() == {"2", "4"}
