@@ -71,7 +71,7 @@ from nni_topo.recovery.lesson import (
     Lesson,
     Objective,
     Outputs,
-    Shares,
+    SharedImages,
     check_augment,
     is_better,
     is_blendable,
@@ -321,7 +321,7 @@ def distillation(
     processes = given[0].processes
     if any((each.processes is None) != (processes is None) for each in given):
         raise ConfigError("images and held_out must be shared by the same processes, got one that isn't (held_out)")
-    shares = Shares(processes, [each.samples for each in given])
+    shares = SharedImages(processes, [each.samples for each in given])
     counts = shares.sources
     student = _student(dense, pool)
     lesson = Lesson(original, student, pool, objective, temperature, outputs=outputs, blocks=blocks, shares=shares)
@@ -650,7 +650,7 @@ def _check_together(model: nn.Module, objective: str, *, is_blended: bool) -> No
         )
 
 
-def _own(index: Tensor, shares: Shares) -> Tensor:
+def _own(index: Tensor, shares: SharedImages) -> Tensor:
     """Return the images that this process has; DataError, in all, if one has none."""
     found = index[shares.mine(index)]
     if shares.processes is not None:

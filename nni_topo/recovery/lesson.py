@@ -75,7 +75,7 @@ def is_better(after: Judgement, before: Judgement) -> bool:
     return after.loss < before.loss and after.distance <= MOST_DISTANCE * before.distance
 
 
-class Shares:
+class SharedImages:
     """How processes share the images of a pool: each has some, and all number them alike.
 
     Parameters
@@ -134,10 +134,10 @@ class Lesson:
         *,
         outputs: Outputs | None = None,
         blocks: float = 0.0,
-        shares: Shares | None = None,
+        shares: SharedImages | None = None,
     ) -> None:
         self._unpruned, self._pool, self._temperature = unpruned, pool, temperature
-        self._shares = Shares(None, [batch_size(pool)]) if shares is None else shares
+        self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
         self._outputs = outputs
         self.named = ComparedOutputs((), ())  # the outputs that are met, and the others
         self._place = _place_of(student)
