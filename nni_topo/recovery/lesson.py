@@ -53,11 +53,10 @@ _TEMPERATURE = 2.0  # where nothing is learned; distillation's default
 _UNIT = 1e-3  # by how much the length of an embedding may differ from one
 # Of the similarities between the embeddings of a batch, beside those of an embedding with the unpruned network's.
 _SIMILARITIES = 5.0
+# Of the distance of the scores, beside the divergence of their probabilities. The divergence hardly sees the scores of
+# classes that are unlikely, and not at all what is added to those of all classes: they would move, and for nothing.
+_SCORES = 0.1
 
-
-# Networks whose outputs are class scores gain accuracy by distillation although the distance of the scores grows, by up
-# to 1.6 times on the digits. It grows further where the outputs are something else, such as coordinates: the
-# divergence of probabilities doesn't see a number that is added to all of them.
 MOST_DISTANCE = 2.0
 """Learned weights are discarded if the held-out distance is more than so many times what it was before."""
 
@@ -100,6 +99,10 @@ class SharedImages:
         """The number of images of each source, of all processes."""
         self._place = torch.full((before,), -1)
         self._place[torch.cat(numbers)] = torch.arange(sum(counts))
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self._place)
 
     def mine(self, index: Tensor) -> Tensor:
         """Return which of some images this process has: bool, of the shape of ``index``."""
@@ -146,8 +149,8 @@ class Lesson:
         self.seconds_of_answers = time.perf_counter() - began  # of the unpruned network, for all images
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
         self.kind = likely if objective == "auto" else objective
-        unpadded = _unpadded(self._wanted, real_positions_of(unpruned, pool))
-        self._scales = [self._variance(wanted) + _LEAST_VARIANCE for wanted in unpadded]
+        self._scales = list[float]()
+        self.scale_by(torch.arange(len(self._shares)))
         found = self._run(student, taken(pool, torch.arange(1)))
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
         if shapes != expected:
@@ -165,6 +168,13 @@ class Lesson:
             raise ConfigError(
                 f"blocks must be 0 where no block's output has the same shape in both models, got {blocks} (blocks)"
             )
+
+    def scale_by(self, index: Tensor) -> None:
+        """Measure distances as shares of the variance of the unpruned network's outputs for some of the images."""
+        own = self._shares.own(index)
+        real = real_positions_of(self._unpruned, taken(self._pool, own))
+        wanted = _unpadded([each[own.to(each.device)] for each in self._wanted], real)
+        self._scales = [self._variance(each) + _LEAST_VARIANCE for each in wanted]
 
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
         """Compare a network with the unpruned one on some of the images, in evaluation mode."""
@@ -197,7 +207,8 @@ class Lesson:
             means = [t * self._mean((each / t).softmax(-1).flatten(0, -2)).log() for each in wanted]
         else:
             means = [self._mean(each) for each in wanted]
-        loss = self._loss([mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)], wanted)
+        found = [mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)]
+        loss = self._mean_of(self._losses(found, wanted) if len(wanted[0]) else [], found)
         return float(self._shares.add(loss, "the loss of a constant"))
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
@@ -207,9 +218,10 @@ class Lesson:
         """
         if not self._block_names:
             if not len(wanted[0]):  # none of these images is this process's; the others wait for it
-                self._loss([], [])
+                self._mean_of(self._taught([], []), [])
                 return torch.stack([each.sum() for each in student.parameters() if each.requires_grad]).sum() * 0.0
-            return self._loss(*self._compared(student, call, wanted))
+            found, wanted = self._compared(student, call, wanted)
+            return self._mean_of(self._taught(found, wanted), found)
         theirs: dict[str, Tensor] = {}
         mine: dict[str, Tensor] = {}
         args, kwargs = on_device(call, device_of(self._unpruned))
@@ -227,7 +239,7 @@ class Lesson:
             # A share of the variance over this batch, so that all blocks count alike whatever their scale.
             variance = (other - other.mean(0)).square().mean() + _LEAST_VARIANCE
             off.append((one - other).square().mean() / variance)
-        return self._loss(found, wanted) + self._blocks * torch.stack(off).mean()
+        return self._mean_of(self._taught(found, wanted), found) + self._blocks * torch.stack(off).mean()
 
     def _compared(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return what a model gives, and what is wanted, where both count."""
@@ -254,9 +266,19 @@ class Lesson:
         ]
         return [t * t * each.sum(-1).mean() for each in losses]
 
-    def _loss(self, found: list[Tensor], wanted: list[Tensor]) -> Tensor:
-        """Return the mean loss over the outputs; where processes share the images, this one's part of the mean."""
-        losses = self._losses(found, wanted) if found and len(found[0]) else []
+    def _taught(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+        """Return what steps make small: the mean loss of each output, of class scores with some of their distance."""
+        if not found or not len(found[0]):
+            return []
+        losses = self._losses(found, wanted)
+        if self.kind == "kl":
+            losses = [
+                loss + _SCORES * distance for loss, distance in zip(losses, self._distances(found, wanted), strict=True)
+            ]
+        return losses
+
+    def _mean_of(self, losses: list[Tensor], found: list[Tensor]) -> Tensor:
+        """Return the mean of losses of outputs; where processes share the images, this one's part of the mean."""
         if self._shares.processes is not None:
             own = torch.zeros(len(self._wanted), dtype=torch.float64, device="cpu")
             for place, each in enumerate(found):

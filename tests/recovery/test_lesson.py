@@ -114,24 +114,54 @@ def test_what_is_not_one_tensor_of_images_is_not_blended(kind):
     assert not torch.equal(with_.net.head.weight, dense.net.head.weight)
 
 
-def test_images_held_out_judge_and_none_is_learned_from():
+@pytest.mark.parametrize("kind", ["kl", "squares"])
+def test_nothing_is_learned_from_images_held_out(kind):
+    dense, original = pair()
+    knobs = {"objective": kind, "steps": 40, "lr": 6e-3}
+    nets = [distill(dense, original, batches(), held_out=[scale * inputs(40, seed=1)], **knobs) for scale in (1, 9)]
+    assert torch.equal(nets[0].head.weight, nets[1].head.weight)
+    assert not torch.equal(nets[0].head.weight, dense.head.weight)
+
+
+def test_images_held_out_judge():
     dense, original = pair()
     judges = inputs(40, seed=1)
     found = distillation(dense, original, batches(), held_out=[judges[:30], judges[30:]], steps=40, seed=4)
     assert found.images == 136
     assert found.loss_before == pytest.approx(divergence(dense, original, judges), rel=1e-4)
     assert found.loss_after == pytest.approx(divergence(found.model, original, judges), rel=1e-4)
-    other = distillation(dense, original, batches(), held_out=[inputs(40, seed=2)], steps=40, seed=4, lr=found.lr)
-    assert torch.equal(other.model.head.weight, found.model.head.weight)
     with pytest.raises(DataError, match="at least one batch, got none"):
         distillation(dense, original, batches(), held_out=[])
 
 
+def test_scores_that_probabilities_do_not_show_stay_where_they_are():
+    class Shifted(nn.Module):
+        """Adds to the scores of all classes what it can learn to leave out."""
+
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.added = net, nn.Linear(6, 1)
+
+        def forward(self, inputs):
+            return self.net(inputs) + self.added(inputs)
+
+    original = pair()[1]
+    dense = Shifted(copy.deepcopy(original))
+    with torch.no_grad():
+        dense.net.head.weight[0] += 0.3  # else there is nothing to learn
+    found = distillation(dense, original, batches(), steps=200)
+    assert found.is_kept
+    assert found.distance_after < 0.1 * found.distance_before
+
+
 def test_budget_of_seconds_ends_it():
     dense, original = pair()
-    found = distillation(dense, original, batches(), steps=10**9, seconds=0.3)
+    for seconds in (0.3, 3.0, 30.0):  # a busy machine may take no step in less
+        found = distillation(dense, original, batches(), steps=10**9, seconds=seconds)
+        if found.steps:
+            break
     assert 1 <= found.steps < 10**6
-    assert found.seconds < 20.0
+    assert found.is_out_of_time
     assert found.is_kept
 
 

@@ -159,7 +159,7 @@ def test_the_loss_of_blocks_is_a_share_of_their_variance_over_real_positions():
             shares.append((mine[real] - theirs[real]).square().mean() / theirs[real].var(0, correction=0).mean())
         mine, theirs = dense(states)[real], original(states)[real]
         shares.append((mine - theirs).square().mean() / theirs.var(0, correction=0).mean())
-        plain = lesson._loss([mine], [theirs])
+        plain = Lesson(original, dense, call, "squares", 2.0).objective(dense, call, wanted)
         found = lesson.objective(dense, call, wanted)
     assert float(found) == pytest.approx(float(plain + 3.0 * sum(shares) / 4), rel=1e-5)
 
