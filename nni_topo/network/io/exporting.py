@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
 import math
+import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError, shown, unknown_name
@@ -45,6 +47,7 @@ FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 """By ending of a path, the format of the file."""
 _BATCH = 2  # samples with which a network is exported
 _OTHER_BATCH = 3  # samples with which its file is run besides
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
 _FAST = 8  # onnxruntime's fast convolutions have a multiple of so many channels
 _logger = logging.getLogger(__name__)
 
@@ -173,6 +176,8 @@ def export(
         raise
     if images is not None:
         first_call(net, images)
+    if format == "onnx":
+        _return_tensors_alone(net, call)
     program = _program(net, call)
     output_folder(path.parent)
     # The file gets its name only after all checks, so that none is left behind that computes something else.
@@ -253,6 +258,24 @@ def _resized(call: Call, size: int) -> Call:
     return resized
 
 
+def _return_tensors_alone(net: nn.Module, call: Call) -> None:
+    """Let a network return None in place of what isn't a tensor, such as a width, which no output of ONNX can be.
+
+    ``net`` is changed.
+    """
+    with torch.no_grad():
+        leaves = tree_flatten(net(*call[0], **call[1]))[0]
+    if all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):
+        return
+    forward = net.forward
+
+    @functools.wraps(forward)
+    def tensors_alone(*args: Any, **kwargs: Any) -> Any:
+        return tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else None, forward(*args, **kwargs))
+
+    net.forward = tensors_alone
+
+
 def _program(net: nn.Module, call: Call) -> Any:
     """Export a network as a program that takes any batch size."""
     batch = torch.export.Dim("batch")
@@ -276,9 +299,12 @@ def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        cause: BaseException = error  # the last one says what is wrong, those before it which step of PyTorch's it was
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = _COLOURS.sub("", str(cause)).strip().partition("\n")[0]
         raise ExportError(
-            f"a network must be one {rule}, got {type(error).__name__}: {reason} ({type(net).__name__}); "
+            f"a network must be one {rule}, got {type(cause).__name__}: {reason} ({type(net).__name__}); "
             "see docs/export.md"
         ) from error
 

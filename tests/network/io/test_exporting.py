@@ -147,6 +147,36 @@ def test_keyword_arguments_and_several_outputs(tmp_path):
             np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-5)
 
 
+class WithNumbers(TwoInputs):
+    """Returns things beside tensors, as detectors and encoders do."""
+
+    def forward(self, first, flag=None, second=None):
+        found = super().forward(first, flag, second)
+        return {"rows": first.shape[0], "sum": found["sum"], "width": 3, "kind": "linear", "scale": 0.5, "no": None}
+
+
+def test_what_is_no_tensor_is_left_out_of_the_outputs(tmp_path):
+    model, inputs = WithNumbers().eval(), {"first": torch.randn(2, 4), "second": torch.randn(2, 5)}
+    done = nni_topo.export(model, tmp_path / "numbers.onnx", inputs)
+    (found,) = outputs(done.path, **{name: tensor.numpy() for name, tensor in inputs.items()})
+    result = model(**inputs)
+    np.testing.assert_allclose(found, result["sum"].detach().numpy(), atol=1e-5)
+    assert result["width"] == 3
+
+
+class Inverse(nn.Module):
+    """Computes what ONNX has no operator for."""
+
+    def forward(self, images):
+        return torch.linalg.matrix_exp(images[:, 0])
+
+
+def test_the_error_names_what_onnx_cannot_do(tmp_path):
+    with pytest.raises(ExportError, match=r"write as ONNX, got [^\x1b]*linalg_matrix_exp[^\x1b]*Inverse") as caught:
+        nni_topo.export(Inverse(), tmp_path / "inverse.onnx", torch.randn(2, 1, 4, 4))
+    assert "step 3/3" not in str(caught.value)
+
+
 def family(name):
     """A small network of a family, with random weights, and inputs."""
     if name.startswith("torchvision/"):
