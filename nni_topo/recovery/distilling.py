@@ -344,7 +344,7 @@ def distillation(
     if not len(learned):
         raise DataError(f"distillation must have at least two samples, one to judge by, got {len(order)} (images)")
     if len(learned) > 1:
-        lesson.scale_by(learned)  # what is held out has no say in what is learned
+        lesson.learn_from(learned)
     most_steps = steps or course_length(len(learned), batch_size)
     is_normed = len(learned) >= _BATCH_NORM_IMAGES and bool(batch_norms(dense))
     _check_gradients(lesson, student, _own(learned, shares)[:2], seed)
@@ -510,8 +510,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis.
         Steps make it small together with a tenth of ``"squares"``, which holds the scores of unlikely classes where
         they are; the divergence alone judges.
-        ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images to
-        learn from.
+        ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
         ``"cosine"``, for one vector a sample: one minus the cosine with the unpruned network's vector, and five times
         the squared difference of the cosines between all samples of a batch [3]_. ``"auto"``: ``"cosine"`` where
         ``outputs`` gives vectors of length one, ``"kl"`` for outputs that are called ``logits`` and for a single tensor

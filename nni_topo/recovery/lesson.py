@@ -149,8 +149,8 @@ class Lesson:
         self.seconds_of_answers = time.perf_counter() - began  # of the unpruned network, for all images
         self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
         self.kind = likely if objective == "auto" else objective
-        self._scales = list[float]()
-        self.scale_by(torch.arange(len(self._shares)))
+        self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
+        self._learned_scales = self._scales
         found = self._run(student, taken(pool, torch.arange(1)))
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
         if shapes != expected:
@@ -169,12 +169,19 @@ class Lesson:
                 f"blocks must be 0 where no block's output has the same shape in both models, got {blocks} (blocks)"
             )
 
-    def scale_by(self, index: Tensor) -> None:
-        """Measure distances as shares of the variance of the unpruned network's outputs for some of the images."""
+    def learn_from(self, index: Tensor) -> None:
+        """Let some of the images alone say in which scale the loss of a step is; others have no say in what is learned.
+
+        All have until then, as they have in what judges.
+        """
+        self._learned_scales = self._variances(index)
+
+    def _variances(self, index: Tensor) -> list[float]:
+        """Return the variance of each output of the unpruned network over some of the images."""
         own = self._shares.own(index)
         real = real_positions_of(self._unpruned, taken(self._pool, own))
         wanted = _unpadded([each[own.to(each.device)] for each in self._wanted], real)
-        self._scales = [self._variance(each) + _LEAST_VARIANCE for each in wanted]
+        return [self._variance(each) + _LEAST_VARIANCE for each in wanted]
 
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
         """Compare a network with the unpruned one on some of the images, in evaluation mode."""
@@ -186,7 +193,8 @@ class Lesson:
                     continue
                 call, wanted = taken(self._pool, part), [each[part.to(each.device)] for each in self._wanted]
                 found, wanted = self._compared(student, call, wanted)
-                rows = zip(self._losses(found, wanted), self._distances(found, wanted), found, wanted, strict=True)
+                distances = _distances(found, wanted, self._scales)
+                rows = zip(self._losses(found, wanted, distances), distances, found, wanted, strict=True)
                 for row, (loss, distance, mine, theirs) in zip(sums, rows, strict=True):
                     count = self._entries(mine)
                     agreed = float((mine.argmax(-1) == theirs.argmax(-1)).sum())
@@ -208,7 +216,8 @@ class Lesson:
         else:
             means = [self._mean(each) for each in wanted]
         found = [mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)]
-        loss = self._mean_of(self._losses(found, wanted) if len(wanted[0]) else [], found)
+        losses = self._losses(found, wanted, _distances(found, wanted, self._scales)) if len(wanted[0]) else []
+        loss = self._mean_of(losses, found)
         return float(self._shares.add(loss, "the loss of a constant"))
 
     def objective(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> Tensor:
@@ -246,17 +255,10 @@ class Lesson:
         real = real_positions_of(student, call)
         return _unpadded(self._run(student, call), real), _unpadded(wanted, real)
 
-    def _distances(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
-        """Return the mean squared distance of each output over its variance."""
-        return [
-            (mine - theirs).square().mean() / scale
-            for mine, theirs, scale in zip(found, wanted, self._scales, strict=True)
-        ]
-
-    def _losses(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
-        """Return the mean loss of each output."""
+    def _losses(self, found: list[Tensor], wanted: list[Tensor], distances: list[Tensor]) -> list[Tensor]:
+        """Return the mean loss of each output, of which the distance is known."""
         if self.kind == "squares":
-            return self._distances(found, wanted)
+            return distances
         if self.kind == "cosine":
             return [_cosine_loss(*pair) for pair in zip(found, wanted, strict=True)]
         t = self._temperature
@@ -270,11 +272,10 @@ class Lesson:
         """Return what steps make small: the mean loss of each output, of class scores with some of their distance."""
         if not found or not len(found[0]):
             return []
-        losses = self._losses(found, wanted)
+        distances = _distances(found, wanted, self._learned_scales)
+        losses = self._losses(found, wanted, distances)
         if self.kind == "kl":
-            losses = [
-                loss + _SCORES * distance for loss, distance in zip(losses, self._distances(found, wanted), strict=True)
-            ]
+            losses = [loss + _SCORES * distance for loss, distance in zip(losses, distances, strict=True)]
         return losses
 
     def _mean_of(self, losses: list[Tensor], found: list[Tensor]) -> Tensor:
@@ -356,6 +357,11 @@ class Lesson:
     def _run(self, student: nn.Module, call: Call) -> list[Tensor]:
         args, kwargs = cast_floats(call, self._place[1])
         return read_outputs(student(*args, **kwargs), (args, kwargs), batch_size(call), self._outputs)[0]
+
+
+def _distances(found: list[Tensor], wanted: list[Tensor], scales: list[float]) -> list[Tensor]:
+    """Return the mean squared distance of each output over its variance."""
+    return [(mine - theirs).square().mean() / scale for mine, theirs, scale in zip(found, wanted, scales, strict=True)]
 
 
 def _cosine_loss(mine: Tensor, theirs: Tensor) -> Tensor:

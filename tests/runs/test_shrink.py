@@ -356,17 +356,28 @@ def test_outputs_that_are_no_classes_have_no_agreement():
     assert small.report.stages[-1].distance > 0.0
 
 
-def coordinates():
+def coordinates(scale=1.0):
     """A network of three coordinates that move together: softened probabilities can't see how far."""
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
     with torch.no_grad():
         net[-1].weight += 0.6 * torch.randn(24)
+        for parameter in net[-1].parameters():
+            parameter.mul_(scale)
     return net, torch.randn(256, 8, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_outputs_that_are_no_scores_come_nearer_by_distillation_of_scores_too(scale):
+    net, images = coordinates(scale)
+    verdict = nni_topo.shrink(net, [images], {"flops": 0.7}, distill={"steps": 60, "lr": 6e-3}).report.distillation
+    assert verdict.objective == "kl"
+    assert verdict.is_kept
+    assert verdict.distance_after < 0.8 * verdict.distance_before
+
+
 def test_distilled_weights_that_take_the_outputs_away_are_discarded_and_the_report_says_why(caplog):
-    net, images = coordinates()
+    net, images = coordinates(3000.0)  # so much apart that probabilities are 0 and 1
     knobs = {"steps": 60, "lr": 6e-3}
     report = nni_topo.shrink(net, [images], {"flops": 0.7}, distill=knobs).report
     verdict, stages = report.distillation, {stage.network: stage for stage in report.stages}
