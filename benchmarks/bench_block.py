@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ TITLES = {
     "reconstruct, distilled": "weight reconstruction, distilled",
     "block, distilled": "`block`, distilled",
 }
+DISTILLED = "reconstruct, distilled"
 ROWS, JUDGING, BATCH, STEPS = 512, 256, 64, 300
 EPOCHS = {"gpt_small": 2}  # of training; four of the others
 
@@ -186,7 +188,36 @@ def table(records: list[dict[str, Any]]) -> str:
                 if row is not None:
                     rows.append(row)
     kept = [f"{left}: {title}" for left in _shown(by_key) for title in ("lost", "less than distilled", "CPU s")]
-    return markdown_table(("network", "criterion", "recovery", *kept), rows, text_columns=3)
+    by_share = markdown_table(("network", "criterion", "recovery", *kept), rows, text_columns=3)
+    head = ("network", "criterion", "networks", "`block`: share of distillation's CPU s", "less lost than distilled")
+    return f"{by_share}\n\n{markdown_table(head, _means(by_key), text_columns=2)}"
+
+
+def _means(by_key: dict[tuple[Any, ...], dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Return, of each kind of network, what `block` takes and loses beside distillation: means over the shares kept."""
+    rows: list[tuple[str, ...]] = []
+    for choice in dict.fromkeys(key[3] for key in by_key):
+        of_all: list[float] = []
+        for net in NETS:
+            scale, digits = (-1, 3) if net == "gpt_small" else (100, 1)
+            seconds, apart = list[float](), list[float]()
+            for seed in dict.fromkeys(key[1] for key in by_key if key[0] == net):
+                lefts = [left for left in LEFT if (net, seed, left, choice, "block") in by_key]
+                pairs = [
+                    (by_key[net, seed, left, choice, "block"], by_key.get((net, seed, left, choice, DISTILLED)))
+                    for left in lefts
+                ]
+                both = [(mine, other) for mine, other in pairs if other is not None]
+                if both:
+                    seconds.append(fmean(mine["seconds"] / other["seconds"] for mine, other in both))
+                    apart.append(scale * fmean(mine["worth"] - other["worth"] for mine, other in both))
+            if len(seconds) > 1:
+                of_all += seconds
+                shown = interval(apart).show(1, digits, sign=True)
+                rows.append((net, choice, str(len(seconds)), interval(seconds).show(1, 2), shown))
+        if of_all:
+            rows.append(("all", choice, str(len(of_all)), interval(of_all).show(1, 2), ""))
+    return rows
 
 
 def _shown(by_key: Iterable[tuple[Any, ...]]) -> list[str]:
@@ -205,11 +236,11 @@ def _row(by_key: dict[tuple[Any, ...], dict[str, Any]], net: str, choice: str, w
             cells += ["", "", ""]
             continue
         lost = [scale * (record["unpruned"] - record["worth"]) for record in found]
-        distilled = [by_key.get((net, seed, left, choice, "reconstruct, distilled")) for seed in seeds]
+        distilled = [by_key.get((net, seed, left, choice, DISTILLED)) for seed in seeds]
         apart = [
             scale * (record["worth"] - other["worth"]) for record, other in zip(found, distilled, strict=True) if other
         ]
-        is_itself = way == "reconstruct, distilled"
+        is_itself = way == DISTILLED
         cells.append(interval(lost).show(1, digits))
         cells.append("" if is_itself or not apart else interval(apart).show(1, digits, sign=True))
         cells.append(interval([record["seconds"] for record in found]).show(1, 0))
