@@ -262,10 +262,10 @@ BLOCKS = {RESNET: 25, VIT: DEPTH}
 
 def chosen_cloud(records: list[Record]) -> str:
     """Return the cloud of RTD-Lite with the higher mean correlation on the validation images of exploration."""
+    explored = [correlations(records, kind, EXPLORATION, "validation") for kind in NETWORKS]
 
     def mean(method: str) -> float:
-        found = [correlations(records, kind, EXPLORATION, "validation").get(method, {}) for kind in NETWORKS]
-        return float(np.mean([value for by_seed in found for value in by_seed.values()]))
+        return float(np.mean([value for by_method in explored for value in by_method.get(method, {}).values()]))
 
     return max(OURS, key=mean)
 

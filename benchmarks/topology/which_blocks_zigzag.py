@@ -165,10 +165,10 @@ def rank_of_inclusion(tree: Any) -> int:
 
 def chosen_zigzag(records: list[Record]) -> str:
     """Return the zigzag with the highest mean correlation on validation images of exploration, over the kinds run."""
+    explored = [correlations(records, kind, EXPLORATION, "validation", COMPARED) for kind in KINDS]
 
     def mean(method: str) -> float:
-        found = [correlations(records, kind, EXPLORATION, "validation", COMPARED).get(method, {}) for kind in KINDS]
-        return float(np.mean([value for by_seed in found for value in by_seed.values()]))
+        return float(np.mean([value for by_method in explored for value in by_method.get(method, {}).values()]))
 
     return max(ZIGZAG, key=mean)
 
@@ -194,6 +194,7 @@ def tables(records: list[Record]) -> str:
 def outcome(records: list[Record]) -> list[str]:
     """Return the table of differences between the chosen zigzag and the other scores on the fresh networks."""
     rows = []
+    chosen = chosen_zigzag(records)
     for kind in KINDS:
         fresh = correlations(records, kind, CONFIRMATION, "test", COMPARED)
         explored = correlations(records, kind, EXPLORATION, "validation", COMPARED)
@@ -202,10 +203,10 @@ def outcome(records: list[Record]) -> list[str]:
         best = best_of(BASELINES, explored)
         for other in (*sorted(BASELINES, key=lambda name: name != best), RTD_AVERAGED):
             label = f"{other} (best baseline)" if other == best else other
-            rows.append([kind, label, *difference_row(fresh[chosen_zigzag(records)], fresh[other], 1.0, 2)])
+            rows.append([kind, label, *difference_row(fresh[chosen], fresh[other], 1.0, 2)])
     if not rows:
         return []
-    head = ["network", f"{chosen_zigzag(records)}, against", "difference of the correlation", "p"]
+    head = ["network", f"{chosen}, against", "difference of the correlation", "p"]
     return ["**Differences on fresh networks**", markdown_table(head, rows, text_columns=2)]
 
 
