@@ -175,7 +175,7 @@ class Course:
         learned = [p for p in student.parameters() if p.requires_grad]
         # One pass over the parameters takes a third of the time where each is small; not every device has it.
         is_fused = all(p.device.type in _FUSED and p.is_floating_point() for p in learned)
-        self.optimizer = torch.optim.AdamW(learned, weight_decay=0.0, fused=is_fused)
+        self.optimizer = torch.optim.AdamW(learned, weight_decay=0.0, fused=is_fused or None)
         self.clock, self.schedule = clock or Clock(), schedule or RateSchedule()
         self.done, self.curve, self.is_given_up = 0, list[Look](), False
         self._looked = 0.0  # share of the course at the last look
