@@ -53,10 +53,6 @@ _TEMPERATURE = 2.0  # where nothing is learned; distillation's default
 _UNIT = 1e-3  # by how much the length of an embedding may differ from one
 # Of the similarities between the embeddings of a batch, beside those of an embedding with the unpruned network's.
 _SIMILARITIES = 5.0
-# Of the distance of the scores, beside the divergence of their probabilities. The divergence hardly sees the scores of
-# classes that are unlikely, and not at all what is added to those of all classes: they would move, and for nothing.
-_SCORES = 0.1
-
 MOST_DISTANCE = 2.0
 """Learned weights are discarded if the held-out distance is more than so many times what it was before."""
 
@@ -269,13 +265,17 @@ class Lesson:
         return [t * t * each.sum(-1).mean() for each in losses]
 
     def _taught(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
-        """Return what steps make small: the mean loss of each output, of class scores with some of their distance."""
+        """Return what steps make small: the mean loss of each output, of class scores together with their distance.
+
+        The divergence of probabilities hardly sees the scores of classes that are unlikely, and not at all what is
+        added to those of all classes: they would move, and for nothing.
+        """
         if not found or not len(found[0]):
             return []
         distances = _distances(found, wanted, self._learned_scales)
         losses = self._losses(found, wanted, distances)
         if self.kind == "kl":
-            losses = [loss + _SCORES * distance for loss, distance in zip(losses, distances, strict=True)]
+            losses = [loss + distance for loss, distance in zip(losses, distances, strict=True)]
         return losses
 
     def _mean_of(self, losses: list[Tensor], found: list[Tensor]) -> Tensor:
