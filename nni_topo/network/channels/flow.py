@@ -57,6 +57,7 @@ from nni_topo.network.graph import (
     TracedInt,
     attribute_channels,
     described,
+    fold_numbers,
     is_held,
     is_of_forward,
     makes_mask,
@@ -437,6 +438,7 @@ class ChannelFlow(Propagation):
             if dims:
                 super().__init__(graph_module, dims)
                 outputs = self.run(*tree_map(fixed, args))
+        self.own_widths: dict[str, int] = {}  # modules whose forward is traced, and has to be cut, as if rewritten
         # Channels at the model's output, which have to stay. FIXED ones stay anyway.
         arriving = np.zeros(0, dtype=np.int64)
         for ids in tensors_of(outputs):
@@ -444,6 +446,7 @@ class ChannelFlow(Propagation):
         couple_shared_weights(graph_module, self._given, self._entering, arriving)
         self.in_training = self._set_apart()
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
+        fold_numbers(graph_module.graph, attribute_sizes.keys())
         self._keep_fixed_places(attribute_sizes.keys())
         self._before, self._group_ids, self._reasons = self._given.settled()
         self.blocks[:] = [blocks for blocks in self.blocks if not self._goes_as_a_whole(blocks)]
@@ -550,6 +553,10 @@ class ChannelFlow(Propagation):
         """Look up group ids, int, shape (n,): tied channels have the same, those that stay ``FIXED``."""
         found: np.ndarray = self._group_ids[ids]
         return found
+
+    def foreign_widths(self) -> dict[str, int]:
+        """Return the modules that give channels the width of others that needn't be as many: by name the dimension."""
+        return self._given.foreign_widths()
 
     def sizes_kept(self, is_kept: np.ndarray) -> dict[Place, int]:
         """Return what attributes that hold numbers of channels have to hold, given which channels stay, by group id."""

@@ -62,10 +62,16 @@ def place(node: torch.fx.Node) -> str:
     """Say where a node stands: a module's name, or an operation and the module that it is written in."""
     if node.op == "call_module":
         return str(node.target)
+    owner = owner_of(node)
+    return f"{plain_name(node)} in {owner}" if owner else plain_name(node)
+
+
+def owner_of(node: torch.fx.Node) -> str:
+    """Name the module in whose forward a node stands; empty for the model itself."""
     # NNI's tracer keeps the types of modules by name, PyTorch's names with types.
     stack = (node.meta.get("nn_module_stack") or {}).items()
-    owner = [each for key, value in stack if (each := value[0] if isinstance(value, tuple) else key)]
-    return f"{plain_name(node)} in {owner[-1]}" if owner else plain_name(node)
+    owners = [each for key, value in stack if (each := value[0] if isinstance(value, tuple) else key)]
+    return str(owners[-1]) if owners else ""
 
 
 def described(node: torch.fx.Node) -> str:

@@ -119,6 +119,7 @@ def _recorded_twice(
         forget_evaluated(model)
         with results.taken():
             first = _Recorder(model, kinds, named)
+        unclear.note_unwritten()
         second = _recorder_of_twice(model, kinds, doubled, results)
         if second is not None:
             _follow_samples(first, second, samples)
@@ -127,7 +128,9 @@ def _recorded_twice(
         compared = first.node_of(tensor)
         if compared is not None and place not in unclear:
             compared.meta.setdefault(COMPARED, []).append((place, dim))
-    unclear.compared.clear()  # numbers in the graph hold the list, and it the tensors
+    # Numbers in the graph hold the lists, and these the tensors.
+    unclear.compared.clear()
+    unclear.computed.clear()
     for node in reversed(first.graph.nodes):
         if node.users or node in first.read or node.op in ("placeholder", "output"):
             continue
@@ -381,6 +384,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self._node(value)
         if isinstance(value, TracedInt) and value.source is not None:
+            value.written = True
             first, given = value.source
             if isinstance(first, Tensor):
                 number = self.graph.call_method("size", (self._node(first), given))

@@ -13,7 +13,7 @@ import inspect
 import operator
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -31,11 +31,20 @@ class UnclearPlaces(set[Place]):
     """Places of which something is made that no graph shows.
 
     ``compared``: place, tensor and dimension where a forward found a place's number equal to the size of a tensor.
+    ``computed``: numbers that were computed of those at places alone.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.compared: list[tuple[Place, Tensor, int]] = []
+        self.computed: list[TracedInt] = []
+
+    def note_unwritten(self) -> None:
+        """Note the places of computed numbers that no graph holds: what became of these isn't known."""
+        for each in self.computed:
+            if not each.written:
+                each.note_other_use()
+        self.computed.clear()
 
 
 class TracedInt(int):
@@ -47,7 +56,9 @@ class TracedInt(int):
     unclear: UnclearPlaces  # places of which something is made that the graph doesn't show
     # Of sizes of tensors: a tensor and a dimension, or a function and the integers that it takes.
     source: tuple[Any, ...] | None = None
-    factors: tuple[TracedInt, ...] = ()  # of a product of numbers that attributes hold, which is a source too
+    # Of what is computed of numbers that attributes hold, and of no sizes of tensors: these numbers.
+    factors: tuple[TracedInt, ...] = ()
+    written: bool = False  # whether a graph computes it
 
     @classmethod
     def of_tensor(cls, size: int, tensor: Tensor, dim: int) -> TracedInt:
@@ -99,10 +110,16 @@ def _arithmetic(function: Callable[..., int], *operands: Any) -> Any:
         if is_known and int(second) > 0 and value * int(second) == int(first):
             _note_other_uses((second,))
             return TracedInt.of_attribute(value, first.place, first.parts * int(second), first.unclear)
-    if function is operator.mul and all(isinstance(each, TracedInt) and each.place is not None for each in operands):
-        # Heads times the channels of each, as the width of what they put out together.
+    of_attributes, factors = True, list[TracedInt]()
+    for each in operands:
+        if isinstance(each, TracedInt):
+            factors += each.factors or (each,)
+            of_attributes &= each.place is not None or bool(each.factors)
+    if of_attributes:
+        # Heads times the channels of each, as the width of what they put out together, or three times that width.
         made = TracedInt(value)
-        made.source, made.factors = (function, operands), operands
+        made.source, made.factors = (function, operands), tuple(factors)
+        factors[0].unclear.computed.append(made)
         return made
     if any(isinstance(each, TracedInt) and each.source is not None for each in operands):
         # The graph computes it again, from the sizes of tensors and what attributes hold then.
@@ -150,8 +167,8 @@ def _noted_operation(name: str) -> Callable[..., Any]:
     return operate
 
 
-_ON_NUMBERS = (operator.mul, operator.add, operator.sub, operator.floordiv)
-for _function in _ON_NUMBERS:
+ON_NUMBERS = (operator.mul, operator.add, operator.sub, operator.floordiv)
+for _function in ON_NUMBERS:
     _name = _function.__name__
     setattr(TracedInt, f"__{_name}__", _traced_operation(_function, is_reflected=False))
     setattr(TracedInt, f"__r{_name}__", _traced_operation(_function, is_reflected=True))
@@ -246,6 +263,32 @@ def _gives_floats(called: str) -> bool:
     return called.partition(".")[0] in ("math", "np", "numpy", "float")
 
 
+def is_computed_of_attributes(size: Any) -> bool:
+    """Tell whether a node computes a number of those that attributes hold, and of no sizes of tensors."""
+    if not isinstance(size, Node) or size.target not in ON_NUMBERS:
+        return False
+    return all(isinstance(each, int) or is_computed_of_attributes(each) for each in size.args)
+
+
+def fold_numbers(graph: Graph, following: Collection[Place]) -> None:
+    """Put numbers in place of the nodes that compute these of what stays: of no place among those ``following``."""
+    for node in list(graph.nodes):
+        given: Any = node.args
+        if node.target not in ON_NUMBERS or not all(isinstance(each, int) for each in given):
+            continue
+        if any(isinstance(each, TracedInt) and each.place in following for each in given):
+            continue
+        number = node.target(*map(int, given))
+
+        def folded(leaf: Any, node: Node = node, number: int = number) -> Any:
+            return number if leaf is node else leaf
+
+        for user in list(node.users):
+            user.args = map_aggregate(user.args, folded)
+            user.kwargs = map_aggregate(user.kwargs, folded)
+        graph.erase_node(node)
+
+
 def forget_places(graph: Graph, places: set[Place]) -> None:
     """Make plain integers of those in a graph that come from some places."""
     known = set(places)  # a comparison of traced integers may add to the other one
@@ -288,7 +331,7 @@ def attribute_channels(
         sizes = _attribute_sizes(node)
         if not sizes:
             continue
-        if node.target in _ON_NUMBERS:
+        if node.target in ON_NUMBERS:
             continue  # what is computed of sizes is checked where it is used, by running that with other sizes
         uses = _uses(node, ids, groups)
         understood = {id(size) for size, channels in uses}

@@ -14,6 +14,7 @@ from torch.fx import Graph
 
 from nni_topo.network.graph.traced_int import (
     TracedInt,
+    UnclearPlaces,
     attribute_channels,
     attributes_traced,
     forget_places,
@@ -24,7 +25,7 @@ PLACE = ("inner", "width", ())
 
 
 def held(value: int = 12, parts: int = 1, place=PLACE) -> TracedInt:
-    return TracedInt.of_attribute(value, place, parts, set())
+    return TracedInt.of_attribute(value, place, parts, UnclearPlaces())
 
 
 def size(value: int = 12) -> TracedInt:
