@@ -449,6 +449,7 @@ class ChannelFlow(Propagation):
         fold_numbers(graph_module.graph, attribute_sizes.keys())
         self._keep_fixed_places(attribute_sizes.keys())
         self._before, self._group_ids, self._reasons = self._given.settled()
+        self._leaving = np.setdiff1d(self._before[arriving], FIXED)
         self.blocks[:] = [blocks for blocks in self.blocks if not self._goes_as_a_whole(blocks)]
         group_ids = np.unique(self.group_ids(arriving))
         self.at_output = group_ids[group_ids > FIXED]
@@ -634,6 +635,10 @@ class ChannelFlow(Propagation):
     def reaches_output(self, name: str) -> bool:
         """Tell whether any channel of a layer is one of the model's output, so that it has to stay."""
         return bool(np.isin(self.group_ids_of(name), self.at_output).any())
+
+    def is_output(self, name: str) -> bool:
+        """Tell whether all channels of a layer are the model's output, whatever else keeps them."""
+        return bool(np.isin(self._before[self.channel_ids_of(name)], self._leaving).all())
 
     def entering_group_ids(self, name: str) -> np.ndarray:
         """Look up the group ids of the channels that enter a layer or norm: int, shape (input channels,)."""

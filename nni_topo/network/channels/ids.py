@@ -62,12 +62,12 @@ class Blocks:
 
 @dataclasses.dataclass
 class TakenWidth:
-    """A view that gives channels the width of a tensor, or a number that is computed of it."""
+    """A view or split that gives channels the width of a tensor, or a number that is computed of it."""
 
     owner: str  # the module in whose forward it stands
     dim: int  # the dimension of the tensor that is taken: that of texts or that of images
     of: torch.Tensor  # the ids of the tensor
-    viewed: torch.Tensor  # the ids of what is viewed
+    viewed: torch.Tensor  # the ids of what gets it
 
 
 class ChannelIds:

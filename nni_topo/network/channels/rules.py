@@ -598,6 +598,9 @@ def _split(op: Operation) -> Any:
         return op.all_kept()
     sizes: Any = op.node.kwargs.get("split_size", op.node.kwargs.get("split_sizes"))
     sizes = op.node.args[1] if sizes is None and len(op.node.args) > 1 else sizes
+    if op.ids and varies(op.ids[0], op.argument(2, "dim", default=0)):
+        for size in sizes if isinstance(sizes, Sequence) else (sizes,):
+            _note_taken_width(op, size, op.ids[0])
     for size, piece in zip(sizes if isinstance(sizes, Sequence) else (), pieces, strict=False):
         if not isinstance(size, Node) or len(_varying(piece)) != 1:
             continue

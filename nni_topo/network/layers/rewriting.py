@@ -52,7 +52,7 @@ def rewritten(
     inside: Any = ast.parse(f"class {kind.__name__}: pass")
     inside.body[0].body = [definition]
     source = ast.unparse(ast.fix_missing_locations(inside))
-    file = f"<nni_topo: {kind.__module__}.{kind.__qualname__}.forward>"
+    file = f"<nni_topo: {kind.__module__}.{kind.__qualname__}.forward{variant}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     made: dict[str, Any] = {}
     exec(compile(source, file, "exec"), function.__globals__, made)

@@ -130,14 +130,20 @@ class Network:
         return self.remember("traced", self._trace, kept=lambda recorded: not recorded.reads_values)
 
     def _trace(self) -> _Known:
+        # A forward that gives what its layers put out the width of its input is traced as one that doesn't, if it can be
+        # rewritten so that it takes that width nowhere.
         found = self._traced_with({})
-        # A forward that gives what its layers put out the width of its input is traced as one that doesn't.
-        own_widths = dict[str, int]()
-        modules = dict(unwrapped_copy(self.model, light=True).named_modules())
+        own_widths, modules = dict[str, int](), dict(unwrapped_copy(self.model, light=True).named_modules())
         for name, dim in found.flow.foreign_widths().items():
-            if name in modules and take_own_width(modules[name], dim):
+            if name in modules and take_own_width(modules[name], dim, wholly=True):
                 own_widths[name] = dim
-        return self._traced_with(own_widths) if own_widths else found
+        while own_widths:
+            rewritten = self._traced_with(own_widths)
+            left = rewritten.flow.foreign_widths().keys() & own_widths.keys()
+            if not left:
+                return rewritten
+            own_widths = {name: dim for name, dim in own_widths.items() if name not in left}
+        return found
 
     def _traced_with(self, own_widths: dict[str, int]) -> _Known:
         """Trace the model with the forwards of some modules rewritten; see `take_own_width`."""

@@ -32,25 +32,27 @@ _CLASSES: dict[tuple[type[nn.Module], int], type[nn.Module] | None] = {}
 
 
 def own_width_class(kind: type[nn.Module], dim: int = LAST) -> type[nn.Module] | None:
-    """Return a class derived from ``kind`` whose forward takes no width from its input; None if ``kind`` takes none.
+    """Return a class derived from ``kind`` whose reshapes take no width from its input; None if these take none.
 
     ``dim``: the dimension of the input that holds its channels.
     """
     key = kind, dim
     if key not in _CLASSES:
-        change, variant = partial(_take_no_width, dim=dim), "" if dim == LAST else f"{_ALONG}{dim}"
-        name = f"Pruned{kind.__name__}"
-        found: Any = rewritten(kind, change, name, __name__, variant=variant)
+        rewriter, variant = _Rewriter(dim), "" if dim == LAST else f"{_ALONG}{dim}"
+        found: Any = rewritten(kind, rewriter.rewrite, f"Pruned{kind.__name__}", __name__, variant=variant)
         if found is not None:
-            found.nni_topo_own_width = dim
+            found.nni_topo_own_width, found.nni_topo_reads_width = dim, rewriter.reads_width
         _CLASSES[key] = found
     return _CLASSES[key]
 
 
-def take_own_width(module: nn.Module, dim: int = LAST) -> bool:
-    """Switch a module to the class whose forward takes no width from its input; tell whether there is one."""
-    found = own_width_class(type(module), dim)
-    if found is None:
+def take_own_width(module: nn.Module, dim: int = LAST, *, wholly: bool = False) -> bool:
+    """Switch a module to the class whose reshapes take no width from its input; tell whether there is one.
+
+    ``wholly``: only if the forward does nothing else with the width, such as dividing by its root.
+    """
+    found: Any = own_width_class(type(module), dim)
+    if found is None or (wholly and found.nni_topo_reads_width):
         return False
     module.__class__ = found
     vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
@@ -69,28 +71,22 @@ def __getattr__(name: str) -> type[nn.Module]:
     return look_up(plain, __name__, partial(own_width_class, dim=int(dim) if dim else LAST))
 
 
-def _take_no_width(definition: ast.FunctionDef, dim: int) -> bool:
-    """Change a forward's definition in place; tell whether it took a width from its input."""
-    rewriter = _Rewriter(_widths_in(definition, dim), dim)
-    rewriter.visit(definition)
-    return rewriter.found
+def _assigned(target: ast.expr, value: ast.expr, dim: int) -> list[tuple[str, ast.expr | None]]:
+    """Name the variables that get a value, each with an expression of it; None where there is none.
 
-
-def _widths_in(definition: ast.FunctionDef, dim: int) -> set[str]:
-    """Name the variables that hold nothing but the size of a tensor's dimension, by the source of a forward."""
-    widths, others = set[str](), set[str]()
-    for node in ast.walk(definition):
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                names = target.elts if isinstance(target, ast.Tuple) else [target]
-                place = dim % len(names) if -len(names) <= dim < len(names) else None
-                for at, each in enumerate(names):
-                    if isinstance(each, ast.Name):
-                        is_width = isinstance(target, ast.Tuple) and at == place and _is_shape(node.value)
-                        (widths if is_width or _is_size(node.value, dim) else others).add(each.id)
-        elif isinstance(node, (ast.AugAssign, ast.For)) and isinstance(node.target, ast.Name):
-            others.add(node.target.id)
-    return widths - others
+    Of a shape that is taken apart the size of the dimension is written as ``x.shape[dim]``.
+    """
+    if not isinstance(target, ast.Tuple):
+        return [(target.id, value)] if isinstance(target, ast.Name) else []
+    found, count = list[tuple[str, ast.expr | None]](), len(target.elts)
+    parts = value.elts if isinstance(value, ast.Tuple) and len(value.elts) == count else [None] * count
+    for at, (each, part) in enumerate(zip(target.elts, parts, strict=True)):
+        if not isinstance(each, ast.Name):
+            continue
+        if _is_shape(value) and at == (dim if dim >= 0 else count + dim):
+            part = ast.parse(f"{ast.unparse(value)}[{dim}]", mode="eval").body
+        found.append((each.id, part))
+    return found
 
 
 def _is_shape(value: ast.expr) -> bool:
@@ -111,9 +107,46 @@ def _is_size(value: ast.expr, dim: int) -> bool:
 class _Rewriter(ast.NodeTransformer):
     """Put -1 in place of the one size of a reshape that is computed from a width."""
 
-    def __init__(self, widths: set[str], dim: int) -> None:
-        self.widths, self.dim = widths, dim
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.widths = set[str]()  # variables that hold nothing but a width, or what is computed of one
         self.found = False
+        self.reads_width = False  # whether the rewritten forward still does something with a width
+
+    def rewrite(self, definition: ast.FunctionDef) -> bool:
+        """Change a forward's definition in place; tell whether a reshape took a width from its input."""
+        assigned, others = list[tuple[str, ast.expr | None]](), set[str]()
+        for node in ast.walk(definition):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    assigned += _assigned(target, node.value, self.dim)
+            elif isinstance(node, (ast.AugAssign, ast.For)) and isinstance(node.target, ast.Name):
+                others.add(node.target.id)
+        # What is computed of a width is one, too, and of that again.
+        count = -1
+        while count < len(self.widths):
+            count = len(self.widths)
+            for name, value in assigned:
+                if value is not None and self._is_of_width(value):
+                    self.widths.add(name)
+        names = [name for name, _ in assigned]
+        for name, value in assigned:
+            is_computed_again = isinstance(value, ast.BinOp) and names.count(name) > 1
+            if value is None or is_computed_again or not self._is_of_width(value):
+                others.add(name)
+        self.widths -= others
+        self.visit(definition)
+        kept = [value for name, value in assigned if name in self.widths]
+        allowed = {id(part) for value in kept if value is not None for part in ast.walk(value)}
+        read = [part for part in ast.walk(definition) if self._is_width(part) and id(part) not in allowed]
+        self.reads_width = any(not isinstance(getattr(part, "ctx", None), ast.Store) for part in read)
+        return self.found
+
+    def _is_of_width(self, value: ast.expr) -> bool:
+        """Tell whether an expression is a width, or a product or whole quotient of one and of something else."""
+        if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Mult, ast.FloorDiv)):
+            return self._is_of_width(value.left) or self._is_of_width(value.right)
+        return self._is_width(value)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Rewrite a call of ``reshape`` or ``view``."""
@@ -137,7 +170,7 @@ class _Rewriter(ast.NodeTransformer):
             self.found = True
         return node
 
-    def _is_width(self, part: ast.AST) -> bool:
+    def _is_width(self, part: ast.AST | None) -> bool:
         is_named = isinstance(part, ast.Name) and part.id in self.widths
         return is_named or (isinstance(part, ast.expr) and _is_size(part, self.dim))
 
