@@ -60,7 +60,7 @@ def rewritten(
         "__module__": place,
         "__qualname__": f"{kind.__qualname__}{_OF}{kind.__module__.replace('.', '/')}{variant}",
     }
-    own |= {"__doc__": kind.__doc__, "forward": made[kind.__name__].__dict__["forward"], **(members or {})}
+    own |= {"__doc__": kind.__doc__, "forward": made[kind.__name__].__dict__[definition.name], **(members or {})}
     return type(name, (kind,), own)
 
 

@@ -130,8 +130,8 @@ class Network:
         return self.remember("traced", self._trace, kept=lambda recorded: not recorded.reads_values)
 
     def _trace(self) -> _Known:
-        # A forward that gives what its layers put out the width of its input is traced as one that doesn't, if it can be
-        # rewritten so that it takes that width nowhere.
+        # A forward that gives what its layers put out the width of its input is traced as one that doesn't, if it can
+        # be rewritten so that it takes that width nowhere.
         found = self._traced_with({})
         own_widths, modules = dict[str, int](), dict(unwrapped_copy(self.model, light=True).named_modules())
         for name, dim in found.flow.foreign_widths().items():

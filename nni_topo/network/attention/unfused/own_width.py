@@ -49,10 +49,12 @@ def own_width_class(kind: type[nn.Module], dim: int = LAST) -> type[nn.Module] |
 def take_own_width(module: nn.Module, dim: int = LAST, *, wholly: bool = False) -> bool:
     """Switch a module to the class whose reshapes take no width from its input; tell whether there is one.
 
-    ``wholly``: only if the forward does nothing else with the width, such as dividing by its root.
+    ``wholly``: only if the forward does nothing else with the width, such as dividing by its root, and is the class's.
     """
     found: Any = own_width_class(type(module), dim)
-    if found is None or (wholly and found.nni_topo_reads_width):
+    own = vars(module).get("forward")
+    is_replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    if found is None or (wholly and (found.nni_topo_reads_width or is_replaced)):
         return False
     module.__class__ = found
     vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
