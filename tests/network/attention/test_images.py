@@ -270,7 +270,7 @@ def test_channels_of_whose_number_a_scale_is_computed_stay_and_the_reason_says_s
 
 @pytest.mark.parametrize("name", ["joint", "areas", "apart, whole shape"])
 @torch.no_grad()
-def test_what_is_saved_pickled_copied_or_exported_computes_the_same(name: str, tmp_path) -> None:
+def test_what_is_saved_pickled_or_copied_computes_the_same(name: str, tmp_path) -> None:
     model = make(NETS[name]())
     dense, _ = pruned(model)
     expected = dense(IMAGES)
@@ -282,8 +282,11 @@ def test_what_is_saved_pickled_copied_or_exported_computes_the_same(name: str, t
     for again in (pickle.loads(pickle.dumps(dense)), copy.deepcopy(dense)):
         assert torch.equal(again(IMAGES), expected)
         assert type(again.attention) is type(dense.attention)
-    single = dense.float()
-    nni_topo.export(single, tmp_path / "dense.onnx", IMAGES.float())  # compares what the file computes
+
+
+def test_what_is_exported_computes_the_same(tmp_path) -> None:
+    dense, _ = pruned(make(Joint()))
+    nni_topo.export(dense.float(), tmp_path / "dense.onnx", IMAGES.float())  # compares what the file computes
 
 
 def test_a_file_with_a_wrong_width_and_a_model_that_takes_none_are_refused(tmp_path) -> None:
@@ -364,3 +367,26 @@ def test_which_reshapes_are_rewritten_and_what_else_is_done_with_the_width(forwa
         assert torch.equal(found()(x, x.flatten(1)), kind()(x, x.flatten(1)))
         wide = torch.cat([x, x], 1)  # of another width than the input
         assert found()(x, wide.flatten(1)).numel() == wide.numel()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolov10n", "yolo11n", "yolo12n"])
+@torch.no_grad()
+def test_attention_of_detectors_loses_half_of_its_heads_and_the_stream_half_of_its_channels(name: str) -> None:
+    tasks = pytest.importorskip("ultralytics.nn.tasks")
+    torch.manual_seed(0)
+    model = tasks.DetectionModel(f"{name}.yaml", verbose=False).eval().double()
+    images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    others = {layer: why for layer, why in groups.skipped.items() if why != "it gives the model's output"}
+    assert [layer.rpartition(".model.")[2].split(".")[-2] for layer in others] == ["dfl"]  # whose weight is constant
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense, masked = (each(model, images, masks) for each in (nni_topo.to_dense, nni_topo.masked_model))
+    for given, wanted in zip(dense(3 * images)[1].values(), masked(3 * images)[1].values(), strict=True):
+        if isinstance(given, torch.Tensor):
+            torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
+    pairs = [(each, dense.get_submodule(layer)) for layer, each in model.named_modules() if layer.endswith(".attn")]
+    assert pairs
+    for before, after in pairs:
+        assert after.num_heads == before.num_heads // 2
+        assert after.proj.conv.out_channels == before.proj.conv.out_channels // 2
