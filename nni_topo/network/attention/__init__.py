@@ -26,8 +26,11 @@ from nni_topo.network.attention.unfused.multihead import (
     set_unfused,
     unfused_class,
 )
+from nni_topo.network.attention.unfused.own_width import FIRST, LAST, own_width_of, take_own_width
 
 __all__ = [
+    "FIRST",
+    "LAST",
     "Attention",
     "Given",
     "IntArray",
@@ -45,12 +48,14 @@ __all__ = [
     "keep_frequencies",
     "mixing_called",
     "open_attention",
+    "own_width_of",
     "pairs_of",
     "projected",
     "resize",
     "set_size",
     "set_unfused",
     "states_read",
+    "take_own_width",
     "tell_config",
     "unfused_class",
 ]

@@ -26,7 +26,7 @@ from nni_topo.network.attention.unfused.multihead import (
     set_unfused,
     unfused_class,
 )
-from nni_topo.network.attention.unfused.own_width import own_width_class
+from nni_topo.network.attention.unfused.own_width import take_own_width
 from nni_topo.network.layers import entering_channels, is_recurrent
 
 IntArray = NDArray[np.int64]
@@ -463,12 +463,8 @@ def set_size(module: Any, old: int, size: int, heads: int) -> None:
 
 
 def _set_unfused(module: Any) -> None:
-    kind: type[nn.Module] = type(module)
-    rewritten = own_width_class(kind)
     if is_fused_attention(module):
         set_unfused(module)
-    elif rewritten is not None and unfused_class(module) is None:
-        module.__class__ = rewritten
-    else:
-        return
-    vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
+        vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
+    elif unfused_class(module) is None:
+        take_own_width(module)

@@ -57,6 +57,7 @@ from nni_topo.network.graph import (
     TracedInt,
     attribute_channels,
     described,
+    fold_numbers,
     is_held,
     is_of_forward,
     makes_mask,
@@ -437,6 +438,7 @@ class ChannelFlow(Propagation):
             if dims:
                 super().__init__(graph_module, dims)
                 outputs = self.run(*tree_map(fixed, args))
+        self.own_widths: dict[str, int] = {}  # modules whose forward is traced, and has to be cut, as if rewritten
         # Channels at the model's output, which have to stay. FIXED ones stay anyway.
         arriving = np.zeros(0, dtype=np.int64)
         for ids in tensors_of(outputs):
@@ -444,8 +446,10 @@ class ChannelFlow(Propagation):
         couple_shared_weights(graph_module, self._given, self._entering, arriving)
         self.in_training = self._set_apart()
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
+        fold_numbers(graph_module.graph, attribute_sizes.keys())
         self._keep_fixed_places(attribute_sizes.keys())
         self._before, self._group_ids, self._reasons = self._given.settled()
+        self._leaving = np.setdiff1d(self._before[arriving], FIXED)
         self.blocks[:] = [blocks for blocks in self.blocks if not self._goes_as_a_whole(blocks)]
         group_ids = np.unique(self.group_ids(arriving))
         self.at_output = group_ids[group_ids > FIXED]
@@ -551,6 +555,10 @@ class ChannelFlow(Propagation):
         found: np.ndarray = self._group_ids[ids]
         return found
 
+    def foreign_widths(self) -> dict[str, int]:
+        """Return the modules that give channels the width of others that needn't be as many: by name the dimension."""
+        return self._given.foreign_widths()
+
     def sizes_kept(self, is_kept: np.ndarray) -> dict[Place, int]:
         """Return what attributes that hold numbers of channels have to hold, given which channels stay, by group id."""
         return {place: parts * int(is_kept[each[0]].sum()) for place, (parts, each) in self._attribute_sizes.items()}
@@ -627,6 +635,10 @@ class ChannelFlow(Propagation):
     def reaches_output(self, name: str) -> bool:
         """Tell whether any channel of a layer is one of the model's output, so that it has to stay."""
         return bool(np.isin(self.group_ids_of(name), self.at_output).any())
+
+    def is_output(self, name: str) -> bool:
+        """Tell whether all channels of a layer are the model's output, whatever else keeps them."""
+        return bool(np.isin(self._before[self.channel_ids_of(name)], self._leaving).all())
 
     def entering_group_ids(self, name: str) -> np.ndarray:
         """Look up the group ids of the channels that enter a layer or norm: int, shape (input channels,)."""

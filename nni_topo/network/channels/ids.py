@@ -60,6 +60,16 @@ class Blocks:
     counted: bool = False  # an attribute holds how many blocks there are: fewer, where each goes as a whole
 
 
+@dataclasses.dataclass
+class TakenWidth:
+    """A view or split that gives channels the width of a tensor, or a number that is computed of it."""
+
+    owner: str  # the module in whose forward it stands
+    dim: int  # the dimension of the tensor that is taken: that of texts or that of images
+    of: torch.Tensor  # the ids of the tensor
+    viewed: torch.Tensor  # the ids of what gets it
+
+
 class ChannelIds:
     """The ids of a network's channels, and what is known of them: which are tied, pinned, or lost equally often.
 
@@ -80,10 +90,12 @@ class ChannelIds:
         self.chunks = False  # whether channels are cut into equal pieces
         self.summed = set[str]()  # nodes that add up over channels: what is removed has to arrive as zeros
         self.guessed = set[str]()  # nodes without a rule that are taken to work place by place
+        self.widths: list[TakenWidth] = []
         self.by_node: dict[str, Any] = {}  # what each node puts out: int64, of length 1 where nothing differs
         self.picks: dict[str, torch.Tensor] = {}  # by node, the places that a constant of the forward's picks
         self._pairs = [np.zeros((0, 2), dtype=np.int64)]
         self._tied_at: list[torch.fx.Node] = []  # the operation of each of these arrays but the first
+        self._as_widths = set[int]()  # which of these arrays tie channels to others as their width is taken
         self._pins: list[tuple[np.ndarray, Reason]] = []
         self._columns: list[tuple[np.ndarray, Reason]] = []
 
@@ -106,12 +118,17 @@ class ChannelIds:
         """Keep the channels of each column of ids, (ids, columns), unless all of them turn out to be tied."""
         self._columns.append((columns, reason))
 
-    def tie(self, ones: np.ndarray | int, others: np.ndarray | int) -> None:
-        """Tie channels to others, one by one; those that are tied to ``FIXED`` stay."""
+    def tie(self, ones: np.ndarray | int, others: np.ndarray | int, *, as_width: bool = False) -> None:
+        """Tie channels to others, one by one; those that are tied to ``FIXED`` stay.
+
+        ``as_width``: for no other reason than that a view gives them the width of the others.
+        """
         pairs = np.stack(np.broadcast_arrays(ones, others), -1).reshape(-1, 2)
         stay = (pairs == FIXED).any(1)
         if (pairs[stay] != FIXED).any():
             self.pin(pairs[stay].max(1), self.reason)
+        if as_width:
+            self._as_widths.add(len(self._pairs))
         self._pairs.append(pairs[~stay])
         self._tied_at.append(self.node)
 
@@ -142,17 +159,34 @@ class ChannelIds:
 
         The smallest id of a group is its group id: that of the layer that came first.
         """
-        pairs = np.concatenate(self._pairs)
-        graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(self.count, self.count))
-        _, firsts, parts = np.unique(
-            connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
-        )
-        before, reasons = firsts[parts], dict[int, Reason]()
+        before, reasons = self._tied(self._pairs), dict[int, Reason]()
         apart = [(rows[:, (before[rows] != before[rows[:1]]).any(0)], reason) for rows, reason in self._columns]
         for ids, reason in self._pins + apart:
             for group_id in np.unique(before[ids]).tolist():
                 reasons.setdefault(group_id, reason)
         return before, np.where(np.isin(before, list(reasons)), FIXED, before), reasons
+
+    def _tied(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """Return the smallest id of the group of each channel: int, (count,), by arrays of tied pairs."""
+        pairs = np.concatenate(arrays)
+        graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(self.count, self.count))
+        _, firsts, parts = np.unique(
+            connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
+        )
+        found: np.ndarray = firsts[parts]
+        return found
+
+    def foreign_widths(self) -> dict[str, int]:
+        """Return the modules that give channels the width of others that needn't be as many: by name the dimension."""
+        if not self.widths:
+            return {}
+        groups = self._tied([each for at, each in enumerate(self._pairs) if at not in self._as_widths])
+        found = dict[str, int]()
+        for each in self.widths:
+            own, viewed = (np.setdiff1d(groups[ids.numpy()], FIXED) for ids in (each.of, each.viewed))
+            if len(viewed) and not np.isin(viewed, own).any():
+                found.setdefault(each.owner, each.dim)
+        return found
 
 
 def fixed(leaf: Any) -> Any:

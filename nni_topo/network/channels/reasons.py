@@ -42,6 +42,7 @@ Kind = Literal[
     "not_asked",
     "not_followed",
     "not_run",
+    "number_made",
     "overwritten",
     "random_shape",
     "recurrent_state",
@@ -135,6 +136,7 @@ _ADVICE: dict[Kind, str] = {
     "random_shape": "draw the random numbers without the dimension of the channels, or in training mode only",
     "overwritten": "make a new tensor (torch.cat, torch.where) instead of writing into a part of one",
     "fixed_channels": "read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
+    "number_made": "compute with a number that an attribute holds, such as a scale, instead of the width of a tensor",
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
     "result_depends": "use an operation that treats every channel by itself, or {leave_out}",
     "nonzero_values": (
@@ -221,6 +223,7 @@ joins_random = _of_operation("joins_random", "an operation joins them to random 
 random_shape = _of_operation("random_shape", "the forward draws random numbers for them")
 overwritten = _of_operation("overwritten", "the forward writes into part of a tensor")
 fixed_channels = _of_operation("fixed_channels", "the forward picks or counts channels by fixed numbers")
+number_made = _of_operation("number_made", "the forward computes with how many of them there are, such as a scale")
 result_depends = _of_operation("result_depends", "the result of an operation depends on removed channels")
 
 # Layers and modules that keep channels: kind and sentence.

@@ -34,6 +34,7 @@ from torch.overrides import get_testing_overrides, handle_torch_function, has_to
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, Rule, checked, shown
+from nni_topo.network.attention import FIRST, LAST
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
     FIXED,
@@ -41,6 +42,7 @@ from nni_topo.network.channels.ids import (
     ChannelIds,
     FreeParameter,
     Layer,
+    TakenWidth,
     carry,
     carry_reduced,
     compressed,
@@ -49,7 +51,16 @@ from nni_topo.network.channels.ids import (
     staying,
     varies,
 )
-from nni_topo.network.graph import TracedInt, described, plain_name, put, tensor_shape
+from nni_topo.network.graph import (
+    ON_NUMBERS,
+    TracedInt,
+    described,
+    is_computed_of_attributes,
+    owner_of,
+    plain_name,
+    put,
+    tensor_shape,
+)
 from nni_topo.network.runtime import tensors_of
 
 Modules = Callable[[str], Any]
@@ -466,9 +477,11 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     Channels that are viewed by the number of another tensor's channels are coupled with these, to be as many.
     """
     for d, size in enumerate(sizes):
+        if d in _varying(moved):
+            _note_taken_width(op, size, moved)
         counted = _counted(size, op.channels)
         if counted is not None and _varying(moved) == [d] and moved.shape[d] == len(counted):
-            _count_alike(op, counted, moved)
+            _count_alike(op, counted, moved, as_width=True)
         elif isinstance(size, Node) and _varying(moved) == [d]:
             _count_several_times(op, size, op.channels.per_channel(moved, d))
     if len(op.ids) != 1 or len(_varying(op.ids[0])) != 1:
@@ -486,6 +499,26 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     elif length_is_fixed and not count_is_fixed:
         op.channels.tie(rows[:, :1], rows)
     return moved
+
+
+def _note_taken_width(op: Operation, size: Any, moved: Tensor) -> None:
+    """Note a size that is computed of the width of a tensor: where another's channels get it, these have to fit."""
+    waiting = [size]
+    while waiting:
+        each = waiting.pop()
+        if not isinstance(each, Node):
+            continue
+        if plain_name(each) != "size" or len(each.args) != 2:
+            waiting += each.args if each.target in ON_NUMBERS else []
+            continue
+        tensor, dim = each.args
+        ids = op.channels.by_node.get(tensor.name) if isinstance(tensor, Node) else None
+        if not isinstance(ids, Tensor) or not isinstance(dim, int):
+            continue
+        last = ids.dim() - 1
+        if dim % ids.dim() in (1, last):
+            of_last = dim % ids.dim() == last
+            op.channels.widths.append(TakenWidth(owner_of(op.node), LAST if of_last else FIRST, ids, compressed(moved)))
 
 
 def _count_several_times(op: Operation, size: Any, channels: np.ndarray) -> None:
@@ -521,10 +554,8 @@ def _factors(size: Any) -> list[Any]:
 
 
 def _is_number(size: Any) -> bool:
-    """Tell whether a size is a number, or a product of numbers that attributes hold."""
-    if isinstance(size, Node):
-        return size.target is operator_module.mul and all(isinstance(each, int) for each in size.args)
-    return isinstance(size, int)
+    """Tell whether a size is a number, or is computed of numbers that attributes hold."""
+    return isinstance(size, int) or is_computed_of_attributes(size)
 
 
 # Operators that pick some places of a dimension. Channels that a fixed number counts are kept: see `FixedPlaces`.
@@ -567,6 +598,9 @@ def _split(op: Operation) -> Any:
         return op.all_kept()
     sizes: Any = op.node.kwargs.get("split_size", op.node.kwargs.get("split_sizes"))
     sizes = op.node.args[1] if sizes is None and len(op.node.args) > 1 else sizes
+    if op.ids and varies(op.ids[0], op.argument(2, "dim", default=0)):
+        for size in sizes if isinstance(sizes, Sequence) else (sizes,):
+            _note_taken_width(op, size, op.ids[0])
     for size, piece in zip(sizes if isinstance(sizes, Sequence) else (), pieces, strict=False):
         if not isinstance(size, Node) or len(_varying(piece)) != 1:
             continue
@@ -578,14 +612,15 @@ def _split(op: Operation) -> Any:
     return pieces
 
 
-def _count_alike(op: Operation, counted: Tensor, other: Tensor) -> None:
+def _count_alike(op: Operation, counted: Tensor, other: Tensor, *, as_width: bool = False) -> None:
     """Couple channels in a dimension with those whose number it gets, to be as many.
 
-    The same channels in another order, as after a shuffle, are as many anyway.
+    The same channels in another order, as after a shuffle, are as many anyway. ``as_width``: whether another forward
+    could do without the number, see `ChannelIds.widths`.
     """
     channels = op.channels.per_channel(other, _varying(other)[0])
     if not np.isin(channels, counted.numpy()).any():
-        op.channels.tie(counted.numpy(), channels)
+        op.channels.tie(counted.numpy(), channels, as_width=as_width)
 
 
 def _held_by_parts(given: FixedPlaces) -> list[slice]:

@@ -4,6 +4,7 @@ from nni_topo.network.graph.nodes import (
     IN_TRAINING,
     RANDOM,
     TRAINED_OUTPUT,
+    UNSHOWN,
     UNUSED,
     described,
     is_held,
@@ -11,20 +12,30 @@ from nni_topo.network.graph.nodes import (
     line_of,
     makes_mask,
     on_modules,
+    owner_of,
     place,
     plain_name,
     tensor_shape,
 )
 from nni_topo.network.graph.recording import put
 from nni_topo.network.graph.submodules import is_in_parts
-from nni_topo.network.graph.traced_int import TracedInt, attribute_channels, resized
+from nni_topo.network.graph.traced_int import (
+    ON_NUMBERS,
+    TracedInt,
+    attribute_channels,
+    fold_numbers,
+    is_computed_of_attributes,
+    resized,
+)
 from nni_topo.network.graph.tracing import Recording, arguments, layer_sizes, trace
 from nni_topo.network.graph.training_only import Steps, add_training, evaluated, unused_parameters
 
 __all__ = [
     "IN_TRAINING",
+    "ON_NUMBERS",
     "RANDOM",
     "TRAINED_OUTPUT",
+    "UNSHOWN",
     "UNUSED",
     "Recording",
     "Steps",
@@ -34,6 +45,8 @@ __all__ = [
     "attribute_channels",
     "described",
     "evaluated",
+    "fold_numbers",
+    "is_computed_of_attributes",
     "is_held",
     "is_in_parts",
     "is_of_forward",
@@ -41,6 +54,7 @@ __all__ = [
     "line_of",
     "makes_mask",
     "on_modules",
+    "owner_of",
     "place",
     "plain_name",
     "put",

@@ -17,6 +17,7 @@ IN_TRAINING = "nni_topo_in_training"  # in a node's meta: whether only training 
 TRAINED_OUTPUT = "nni_topo_trained_output"  # in a node's meta: whether its value is an output in training mode
 UNUSED = "nni_topo_unused"  # in a node's meta: whether something is made of its value of which nothing comes
 COMPARED = "nni_topo_compared"  # in a node's meta: attributes that the forward finds equal to sizes of its value
+UNSHOWN = "nni_topo_unshown"  # in a node's meta: whether of its number another is made that stays as it is
 PLAIN = "nni_topo_plain"  # in a node's meta: whether it is a tensor that is an attribute, neither parameter nor buffer
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
@@ -62,10 +63,16 @@ def place(node: torch.fx.Node) -> str:
     """Say where a node stands: a module's name, or an operation and the module that it is written in."""
     if node.op == "call_module":
         return str(node.target)
+    owner = owner_of(node)
+    return f"{plain_name(node)} in {owner}" if owner else plain_name(node)
+
+
+def owner_of(node: torch.fx.Node) -> str:
+    """Name the module in whose forward a node stands; empty for the model itself."""
     # NNI's tracer keeps the types of modules by name, PyTorch's names with types.
     stack = (node.meta.get("nn_module_stack") or {}).items()
-    owner = [each for key, value in stack if (each := value[0] if isinstance(value, tuple) else key)]
-    return f"{plain_name(node)} in {owner[-1]}" if owner else plain_name(node)
+    owners = [each for key, value in stack if (each := value[0] if isinstance(value, tuple) else key)]
+    return str(owners[-1]) if owners else ""
 
 
 def described(node: torch.fx.Node) -> str:

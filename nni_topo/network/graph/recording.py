@@ -32,7 +32,17 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
-from nni_topo.network.graph.nodes import COMPARED, LINE, PLAIN, RECORDED, UNUSED, forward_line, on_modules, plain_name
+from nni_topo.network.graph.nodes import (
+    COMPARED,
+    LINE,
+    PLAIN,
+    RECORDED,
+    UNSHOWN,
+    UNUSED,
+    forward_line,
+    on_modules,
+    plain_name,
+)
 from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forget_places
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
 from nni_topo.network.runtime import (
@@ -119,6 +129,7 @@ def _recorded_twice(
         forget_evaluated(model)
         with results.taken():
             first = _Recorder(model, kinds, named)
+        unclear.note_unwritten()
         second = _recorder_of_twice(model, kinds, doubled, results)
         if second is not None:
             _follow_samples(first, second, samples)
@@ -127,7 +138,9 @@ def _recorded_twice(
         compared = first.node_of(tensor)
         if compared is not None and place not in unclear:
             compared.meta.setdefault(COMPARED, []).append((place, dim))
-    unclear.compared.clear()  # numbers in the graph hold the list, and it the tensors
+    # Numbers in the graph hold the lists, and these the tensors.
+    unclear.compared.clear()
+    unclear.computed.clear()
     for node in reversed(first.graph.nodes):
         if node.users or node in first.read or node.op in ("placeholder", "output"):
             continue
@@ -220,6 +233,7 @@ class _Recorder(TorchFunctionMode):
         self.reads_values = False
         self.read = set[Node]()  # whose values decided something
         self.numbers = set[Node]()  # sizes of tensors, and what is computed of these
+        self._unshown: list[TracedInt] = []  # sizes of which numbers were made that the graph doesn't show
         self._kinds = kinds
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._nodes: dict[int, Node] = {}
@@ -238,12 +252,19 @@ class _Recorder(TorchFunctionMode):
         self._check_choice(model)
         if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):
             raise SpeedupError("what picks among lists by value (a detector, of its boxes) is followed part by part")
+        for size in {id(each): each for each in self._unshown}.values():
+            made = tensor = self._argument(size)
+            while "nn_module_stack" not in tensor.meta and tensor.all_input_nodes:
+                tensor = tensor.all_input_nodes[0]
+            made.meta |= {"nn_module_stack": tensor.meta.get("nn_module_stack"), UNSHOWN: True}
+            self.read.add(made)
         found = tuple(self._node(each) for each in tensors_of(self.outputs))
         self.graph.output(found[0] if isinstance(self.outputs, Tensor) else found)
         # Weakly, for another tensor may get the id of one that is freed, such as one of a second run.
         self._givers = {id(each): (weakref.ref(each), self._nodes[id(each)]) for each in self._alive}
         self._nodes.clear()
         self._alive.clear()
+        self._unshown.clear()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -296,8 +317,8 @@ class _Recorder(TorchFunctionMode):
         if not (of_shape or name == "size") or id(args[0]) not in self._nodes:
             return out
         if isinstance(out, int):
-            return TracedInt.of_tensor(out, args[0], args[1] if len(args) > 1 else kwargs["dim"])
-        return torch.Size([TracedInt.of_tensor(size, args[0], d) for d, size in enumerate(out)])
+            return TracedInt.of_tensor(out, args[0], args[1] if len(args) > 1 else kwargs["dim"], self._unshown)
+        return torch.Size([TracedInt.of_tensor(size, args[0], d, self._unshown) for d, size in enumerate(out)])
 
     @contextmanager
     def _calls_seen(self, model: nn.Module) -> Iterator[None]:
@@ -381,6 +402,7 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self._node(value)
         if isinstance(value, TracedInt) and value.source is not None:
+            value.written = True
             first, given = value.source
             if isinstance(first, Tensor):
                 number = self.graph.call_method("size", (self._node(first), given))

@@ -189,6 +189,8 @@ class _Joined:
         copied.args, copied.kwargs = map_aggregate(
             (copied.args, copied.kwargs), lambda leaf: leaf.within(name) if isinstance(leaf, TracedInt) else leaf
         )
+        stack = [f"{name}.{each}".strip(".") for each in ("", *(node.meta.get("nn_module_stack") or {}))]
+        copied.meta["nn_module_stack"] = {each: (each, nn.Module) for each in stack if each}
         if node.op in ("call_module", "get_attr"):
             copied.target = f"{name}.{node.target}".rstrip(".")
         return copied

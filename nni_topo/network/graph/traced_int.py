@@ -13,7 +13,7 @@ import inspect
 import operator
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -31,11 +31,20 @@ class UnclearPlaces(set[Place]):
     """Places of which something is made that no graph shows.
 
     ``compared``: place, tensor and dimension where a forward found a place's number equal to the size of a tensor.
+    ``computed``: numbers that were computed of those at places alone.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, places: Iterable[Place] = ()) -> None:
+        super().__init__(places)
         self.compared: list[tuple[Place, Tensor, int]] = []
+        self.computed: list[TracedInt] = []
+
+    def note_unwritten(self) -> None:
+        """Note the places of computed numbers that no graph holds: what became of these isn't known."""
+        for each in self.computed:
+            if not each.written:
+                each.note_other_use()
+        self.computed.clear()
 
 
 class TracedInt(int):
@@ -47,13 +56,16 @@ class TracedInt(int):
     unclear: UnclearPlaces  # places of which something is made that the graph doesn't show
     # Of sizes of tensors: a tensor and a dimension, or a function and the integers that it takes.
     source: tuple[Any, ...] | None = None
-    factors: tuple[TracedInt, ...] = ()  # of a product of numbers that attributes hold, which is a source too
+    unshown: list[TracedInt] | None = None  # sizes of which numbers were made that the graph doesn't show
+    # Of what is computed of numbers that attributes hold, and of no sizes of tensors: these numbers.
+    factors: tuple[TracedInt, ...] = ()
+    written: bool = False  # whether a graph computes it
 
     @classmethod
-    def of_tensor(cls, size: int, tensor: Tensor, dim: int) -> TracedInt:
-        """Return the size of a tensor along a dimension."""
+    def of_tensor(cls, size: int, tensor: Tensor, dim: int, unshown: list[TracedInt] | None = None) -> TracedInt:
+        """Return the size of a tensor along a dimension; ``unshown`` takes note if a number is made of it."""
         made = cls(size)
-        made.source = tensor, dim
+        made.source, made.unshown = (tensor, dim), unshown
         return made
 
     @classmethod
@@ -68,7 +80,7 @@ class TracedInt(int):
         if self.place is None:
             return self
         inner, key, path = self.place
-        return TracedInt.of_attribute(int(self), (f"{name}.{inner}".strip("."), key, path), self.parts, self.unclear)
+        return TracedInt.of_attribute(_plain(self), (f"{name}.{inner}".strip("."), key, path), self.parts, self.unclear)
 
     def note_other_use(self) -> None:
         """Note that something is made of an attribute's number that the graph doesn't show."""
@@ -77,37 +89,65 @@ class TracedInt(int):
         for each in self.factors:
             each.note_other_use()
 
+    def note_number(self) -> None:
+        """Note that of a size a number is made that the graph holds as it is, such as the root of a width."""
+        self.note_other_use()
+        if self.unshown is not None:
+            self.unshown.append(self)
+
+    def __int__(self) -> int:
+        """Return a plain integer, of which nothing is known any more."""
+        if self.unshown is not None:
+            self.unshown.append(self)
+        return _plain(self)
+
     __hash__ = int.__hash__
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Be copied without a tensor: sizes of tensors as plain integers."""
         if self.place is None:
-            return int, (int(self),)
-        return TracedInt.of_attribute, (int(self), self.place, self.parts, self.unclear)
+            return int, (_plain(self),)
+        return TracedInt.of_attribute, (_plain(self), self.place, self.parts, self.unclear)
+
+
+def _plain(number: int) -> int:
+    """Return a plain integer; `int` would take note of that."""
+    return int.__add__(number, 0)
 
 
 def _arithmetic(function: Callable[..., int], *operands: Any) -> Any:
     """Compute with integers, of which at least one is traced."""
     if not all(isinstance(each, int) for each in operands):
-        _note_other_uses(operands)
+        for each in operands:
+            if isinstance(each, TracedInt):
+                each.note_number()
         return NotImplemented
     first, second = operands
-    value = function(int(first), int(second))
+    value = function(_plain(first), _plain(second))
     if function is operator.floordiv and isinstance(first, TracedInt) and first.place is not None:
         # An equal part of an attribute's number is known still.
         is_known = type(second) is int or (isinstance(second, TracedInt) and second.source is None)
-        if is_known and int(second) > 0 and value * int(second) == int(first):
+        if is_known and _plain(second) > 0 and value * _plain(second) == _plain(first):
             _note_other_uses((second,))
-            return TracedInt.of_attribute(value, first.place, first.parts * int(second), first.unclear)
-    if function is operator.mul and all(isinstance(each, TracedInt) and each.place is not None for each in operands):
-        # Heads times the channels of each, as the width of what they put out together.
+            return TracedInt.of_attribute(value, first.place, first.parts * _plain(second), first.unclear)
+    of_attributes, factors = True, list[TracedInt]()
+    for each in operands:
+        if isinstance(each, TracedInt):
+            factors += each.factors or (each,)
+            of_attributes &= each.place is not None or bool(each.factors)
+    if of_attributes:
+        # Heads times the channels of each, as the width of what they put out together, or three times that width.
         made = TracedInt(value)
-        made.source, made.factors = (function, operands), operands
+        made.source, made.factors = (function, operands), tuple(factors)
+        factors[0].unclear.computed.append(made)
         return made
     if any(isinstance(each, TracedInt) and each.source is not None for each in operands):
         # The graph computes it again, from the sizes of tensors and what attributes hold then.
         made = TracedInt(value)
         made.source = function, operands
+        for each in operands:
+            if isinstance(each, TracedInt) and each.unshown is not None:
+                made.unshown = each.unshown
         return made
     _note_other_uses(operands)
     return value
@@ -145,13 +185,20 @@ def _noted_operation(name: str) -> Callable[..., Any]:
         value = plain(self, *operands)
         if value is not (name == "__eq__") or name not in ("__eq__", "__ne__") or not _note_equal(self, operands[0]):
             _note_other_uses((self, *operands))
+        if name.strip("_") in _TO_FLOATS:
+            for each in (self, *operands):
+                if isinstance(each, TracedInt):
+                    each.note_number()
         return value
 
     return operate
 
 
-_ON_NUMBERS = (operator.mul, operator.add, operator.sub, operator.floordiv)
-for _function in _ON_NUMBERS:
+_TO_FLOATS = ("truediv", "rtruediv", "pow", "rpow")
+
+
+ON_NUMBERS = (operator.mul, operator.add, operator.sub, operator.floordiv)
+for _function in ON_NUMBERS:
     _name = _function.__name__
     setattr(TracedInt, f"__{_name}__", _traced_operation(_function, is_reflected=False))
     setattr(TracedInt, f"__r{_name}__", _traced_operation(_function, is_reflected=True))
@@ -246,12 +293,38 @@ def _gives_floats(called: str) -> bool:
     return called.partition(".")[0] in ("math", "np", "numpy", "float")
 
 
+def is_computed_of_attributes(size: Any) -> bool:
+    """Tell whether a node computes a number of those that attributes hold, and of no sizes of tensors."""
+    if not isinstance(size, Node) or size.target not in ON_NUMBERS:
+        return False
+    return all(isinstance(each, int) or is_computed_of_attributes(each) for each in size.args)
+
+
+def fold_numbers(graph: Graph, following: Collection[Place]) -> None:
+    """Put numbers in place of the nodes that compute these of what stays: of no place among those ``following``."""
+    for node in list(graph.nodes):
+        given: Any = node.args
+        if node.target not in ON_NUMBERS or not all(isinstance(each, int) for each in given):
+            continue
+        if any(isinstance(each, TracedInt) and each.place in following for each in given):
+            continue
+        number = node.target(*map(_plain, given))
+
+        def folded(leaf: Any, node: Node = node, number: int = number) -> Any:
+            return number if leaf is node else leaf
+
+        for user in list(node.users):
+            user.args = map_aggregate(user.args, folded)
+            user.kwargs = map_aggregate(user.kwargs, folded)
+        graph.erase_node(node)
+
+
 def forget_places(graph: Graph, places: set[Place]) -> None:
     """Make plain integers of those in a graph that come from some places."""
     known = set(places)  # a comparison of traced integers may add to the other one
 
     def plain(leaf: Any) -> Any:
-        return int(leaf) if isinstance(leaf, TracedInt) and leaf.place in known else leaf
+        return _plain(leaf) if isinstance(leaf, TracedInt) and leaf.place in known else leaf
 
     for node in graph.nodes:
         if _attribute_sizes(node):
@@ -285,11 +358,14 @@ def attribute_channels(
             row = _ids_in(ids.get(node.name), dim)
             if row is not None and len(row) > 1:
                 found[place].append((1, row))
+        if node.target in ON_NUMBERS and not isinstance(ids.get(node.name), Tensor):
+            continue  # what is computed of sizes is checked where it is used, by running that with other sizes
+        if plain_name(node) not in _SIZED:
+            for parent in node.all_input_nodes:
+                unclear.update(size.place for size in _computed_of(parent))
         sizes = _attribute_sizes(node)
         if not sizes:
             continue
-        if node.target in _ON_NUMBERS:
-            continue  # what is computed of sizes is checked where it is used, by running that with other sizes
         uses = _uses(node, ids, groups)
         understood = {id(size) for size, channels in uses}
         if any(channels is None for _, channels in uses) or any(id(size) not in understood for size in sizes):
@@ -306,6 +382,20 @@ def attribute_channels(
 
 
 _MAKING = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+# What takes numbers as sizes and places of dimensions alone.
+_SIZED = (*_MAKING, "view", "reshape", "unflatten", "expand", "split", "split_with_sizes", "getitem", "narrow")
+
+
+def _computed_of(node: Node) -> list[TracedInt]:
+    """List the numbers that attributes hold of which a node computes one; none if it computes no number of these."""
+    found = list[TracedInt]()
+    if is_computed_of_attributes(node):
+        for each in node.args:
+            if isinstance(each, Node):
+                found += _computed_of(each)
+            elif isinstance(each, TracedInt):
+                found.append(each)
+    return found
 
 
 def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> list[tuple[TracedInt, np.ndarray | None]]:
@@ -329,7 +419,7 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> list[tuple[Tra
         sizes = args[1]
         row = _ids_in(entering, node.kwargs.get("dim", args[2] if len(args) > 2 else 0))
         if row is not None and _is_traced(sizes):
-            return [(sizes, part) for part in np.split(row, range(int(sizes), len(row), int(sizes)))]
+            return [(sizes, part) for part in np.split(row, range(_plain(sizes), len(row), _plain(sizes)))]
         if row is None or isinstance(sizes, (int, Node)) or any(isinstance(size, Node) for size in sizes):
             return []
         ends = np.cumsum(sizes).tolist()
@@ -391,6 +481,6 @@ def resized(given: Any, sizes: dict[Place, int]) -> Any:
     def new(leaf: Any) -> Any:
         if not isinstance(leaf, TracedInt) or leaf.place is None:
             return leaf
-        return sizes.get(leaf.place, int(leaf) * leaf.parts) // leaf.parts
+        return sizes.get(leaf.place, _plain(leaf) * leaf.parts) // leaf.parts
 
     return map_aggregate(given, new)

@@ -41,7 +41,16 @@ from nni_topo.disk import (
     write_tensors,
 )
 from nni_topo.errors import FLAG, ConfigError, DataError, check_knobs, listed
-from nni_topo.network.attention import Attention, find_attention, resize, set_size
+from nni_topo.network.attention import (
+    FIRST,
+    LAST,
+    Attention,
+    find_attention,
+    own_width_of,
+    resize,
+    set_size,
+    take_own_width,
+)
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers import (
@@ -84,9 +93,10 @@ _KINDS: dict[str, type] = {
     "blocks": dict,
     "parts": dict,
     "head_sizes": dict,
+    "own_widths": dict,
 }
 _OLDER: dict[str, Any] = {
-    key: {} for key in ("numbers", "buffers", "fingerprints", "blocks", "parts", "head_sizes")
+    key: {} for key in ("numbers", "buffers", "fingerprints", "blocks", "parts", "head_sizes", "own_widths")
 }  # of older versions
 
 # The attributes that say how large a module is, by the class that defines them.
@@ -160,6 +170,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
         "blocks": kept_blocks(dense),
         "parts": removed_parts(dense),
         "head_sizes": {name: attention.head_size for name, attention in find_attention(dense).items()},
+        "own_widths": _own_widths(dense),
     }
     if place.suffix == _SAFE:
         with whole_file(place) as part:
@@ -234,6 +245,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     for name, attention in unpruned_attention.items():
         _resize_heads(built, attention, document["head_sizes"].get(name, attention.head_size), os.fspath(path))
     put_sizes(built, _smaller(document["numbers"], built, os.fspath(path)))
+    _take_own_widths(document["own_widths"], built, os.fspath(path))
     for names in ties:
         tie_again(built, _shared(names, stored))
     _check_values(document.get("fingerprints", {}), stored, built, os.fspath(path))
@@ -520,6 +532,27 @@ def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place
     resize(module, attention, heads, weight.shape[1])
     if size < full_size:
         set_size(module, full_size, size, heads)
+
+
+def _own_widths(model: torch.nn.Module) -> dict[str, int]:
+    """Return the modules whose forward no longer takes the width of its input, by name with the dimension."""
+    found = dict[str, int]()
+    for name, module in model.named_modules():
+        dim = own_width_of(module)
+        if dim is not None:
+            found[name] = dim
+    return found
+
+
+def _take_own_widths(stored: dict[str, Any], model: torch.nn.Module, place: str) -> None:
+    """Let the forwards of some modules take no width from their input."""
+    modules = dict(model.named_modules())
+    for name, dim in stored.items():
+        if dim not in (FIRST, LAST):
+            raise DataError(f"a recipe must say {LAST} or {FIRST} of a width, got {dim!r:.80} ({name}, {place})")
+        if name not in modules or not (own_width_of(modules[name]) == dim or take_own_width(modules[name], dim)):
+            rule = "a dense model must be loaded into the model it was pruned from"
+            raise ConfigError(f"{rule}, got one without a forward that takes the width of its input ({name}, {place})")
 
 
 def _resize(module: torch.nn.Module, sizes: dict[str, Any]) -> None:

@@ -74,7 +74,7 @@ def _heads_of(module: nn.Module) -> int:
 def tables_by_head_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Return a class derived from ``kind`` that takes heads out of the tables it makes; None if it makes none."""
     if kind not in _CLASSES:
-        _CLASSES[kind] = rewritten(kind, _take_in_calls, kind.__name__, __name__, **{_TAKE: _take_heads})
+        _CLASSES[kind] = rewritten(kind, _take_in_calls, kind.__name__, __name__, members={_TAKE: _take_heads})
     return _CLASSES[kind]
 
 

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import linecache
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,12 +20,19 @@ _OF = " of "  # between a class and its module, in the qualified name of the rew
 
 
 def rewritten(
-    kind: type[nn.Module], change: Callable[[ast.FunctionDef], bool], name: str, place: str, **members: Any
+    kind: type[nn.Module],
+    change: Callable[[ast.FunctionDef], bool],
+    name: str,
+    place: str,
+    *,
+    variant: str = "",
+    members: Mapping[str, Any] | None = None,
 ) -> type[nn.Module] | None:
     """Return a class derived from ``kind`` with a changed forward; None if nothing changes, or if that can't be done.
 
     ``change``: changes the forward's definition in place, and tells whether it did. ``name``: that of the class.
-    ``place``: the module that looks the class up for pickle. ``members``: further methods, which the forward calls.
+    ``place``: the module that looks the class up for pickle. ``variant``: the end of its qualified name, where a place
+    rewrites in several ways. ``members``: further methods, which the forward calls.
     """
     forward: Any = kind.__dict__.get("forward")
     function = inspect.unwrap(forward) if forward is not None else None
@@ -45,15 +52,15 @@ def rewritten(
     inside: Any = ast.parse(f"class {kind.__name__}: pass")
     inside.body[0].body = [definition]
     source = ast.unparse(ast.fix_missing_locations(inside))
-    file = f"<nni_topo: {kind.__module__}.{kind.__qualname__}.forward>"
+    file = f"<nni_topo: {kind.__module__}.{kind.__qualname__}.forward{variant}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     made: dict[str, Any] = {}
     exec(compile(source, file, "exec"), function.__globals__, made)
     own: dict[str, Any] = {
         "__module__": place,
-        "__qualname__": f"{kind.__qualname__}{_OF}{kind.__module__.replace('.', '/')}",
+        "__qualname__": f"{kind.__qualname__}{_OF}{kind.__module__.replace('.', '/')}{variant}",
     }
-    own |= {"__doc__": kind.__doc__, "forward": made[kind.__name__].__dict__["forward"], **members}
+    own |= {"__doc__": kind.__doc__, "forward": made[kind.__name__].__dict__[definition.name], **(members or {})}
     return type(name, (kind,), own)
 
 

@@ -14,7 +14,7 @@ import torch
 from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.errors import ConfigError, checked, listed
-from nni_topo.network.attention import tell_config
+from nni_topo.network.attention import take_own_width, tell_config
 from nni_topo.network.channels import ChannelFlow, Reasons, reasons
 from nni_topo.network.graph import Steps
 from nni_topo.network.layers import (
@@ -319,6 +319,7 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     ties = find_ties(original)
     speedup.cut_unused(ties)
     put_sizes(copied, flow.sizes_kept(masked.is_kept))
+    _take_own_widths(original, copied, flow)
     dense = narrowed(copied, flow, masked.resolved.masks, masked.is_kept, task.network.call)
     _count_anew(original, dense)
     tie_again(dense, ties)
@@ -327,6 +328,15 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     for name, module in task.network.model.named_modules():
         dense.get_submodule(name).training = module.training
     return dense
+
+
+def _take_own_widths(original: torch.nn.Module, dense: torch.nn.Module, flow: ChannelFlow) -> None:
+    """Let forwards that give what their layers put out the width of their input do without it, where these were cut."""
+    for name, dim in flow.own_widths.items():
+        pair = original.get_submodule(name), dense.get_submodule(name)
+        before, after = ([each.shape for each in module.parameters()] for module in pair)
+        if before != after:
+            take_own_width(pair[1], dim)
 
 
 def _count_anew(original: torch.nn.Module, dense: torch.nn.Module) -> None:

@@ -449,11 +449,12 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
             continue
         group_ids = flow.group_ids_of(name)
         found = dict.fromkeys(held[group_id] for group_id in group_ids.tolist() if group_id in held)
-        if found or (group_ids == FIXED).all():
+        is_pinned = bool((group_ids == FIXED).all())
+        if found or (is_pinned and not flow.is_output(name)):
             skipped[name] = tuple(found) or flow.why_pinned(name)
-        elif len(set(group_ids.tolist())) == 1 < len(group_ids) and name not in flow.heads:
+        elif not is_pinned and len(set(group_ids.tolist())) == 1 < len(group_ids) and name not in flow.heads:
             skipped[name] = (reasons.coupled_with_itself(),)
-        elif flow.reaches_output(name):
+        elif is_pinned or flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
                 skipped[name] = (reasons.untraced_output(is_noise=network.draws_others),)
             else:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import PrunedMultiheadAttention, attend
 from nni_topo.network.channels import FIXED, ChannelFlow, Reason, Shares, chosen_of, has_property, reasons, shares
-from nni_topo.network.graph import RANDOM, arguments, resized
+from nni_topo.network.graph import RANDOM, UNSHOWN, arguments, resized
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.runtime import (
     SAME_CHANNELS,
@@ -377,6 +377,8 @@ class _DryRun:
             if out_of_memory(error):
                 raise
             actual, reason = None, reasons.fixed_sizes(node, error)
+        if not reason and UNSHOWN in node.meta and full != actual:
+            reason = reasons.number_made(node)  # which the forward of the dense model would compute anew
         if not reason and (reads_others or (arriving and node.name in self.flow.summed)):
             reason = reasons.result_depends(node)  # though not by much with these numbers
         if not reason and self._is_foreign(node):

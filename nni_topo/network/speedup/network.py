@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import NniTopoError, SpeedupError
-from nni_topo.network.attention import Attention, find_attention
+from nni_topo.network.attention import Attention, find_attention, take_own_width
 from nni_topo.network.channels import ChannelFlow, rules_registered
 from nni_topo.network.graph import (
     add_training,
@@ -130,13 +130,37 @@ class Network:
         return self.remember("traced", self._trace, kept=lambda recorded: not recorded.reads_values)
 
     def _trace(self) -> _Known:
-        model = unwrapped_copy(self.model, light=True).eval()
+        # A forward that gives what its layers put out the width of its input is traced as one that doesn't, if it can
+        # be rewritten so that it takes that width nowhere.
+        found = self._traced_with({})
+        own_widths, modules = dict[str, int](), dict(unwrapped_copy(self.model, light=True).named_modules())
+        for name, dim in found.flow.foreign_widths().items():
+            if name in modules and take_own_width(modules[name], dim, wholly=True):
+                own_widths[name] = dim
+        while own_widths:
+            rewritten = self._traced_with(own_widths)
+            left = rewritten.flow.foreign_widths().keys() & own_widths.keys()
+            if not left:
+                return rewritten
+            own_widths = {name: dim for name, dim in own_widths.items() if name not in left}
+        return found
+
+    def _traced_with(self, own_widths: dict[str, int]) -> _Known:
+        """Trace the model with the forwards of some modules rewritten; see `take_own_width`."""
+
+        def copied() -> nn.Module:
+            model = unwrapped_copy(self.model, light=True).eval()
+            for name, dim in own_widths.items():
+                take_own_width(model.get_submodule(name), dim)
+            return model
+
+        model = copied()
         recording = trace(model, self.call)
         graph_module, reads_values = recording.graph_module, recording.reads_values
         missed = ""
         if unused := unused_parameters(model, graph_module.graph):
             # What was traced may hold things of its tracer's.
-            model = unwrapped_copy(self.model, light=True).eval()
+            model = copied()
             graph_module, missed, also_reads = add_training(model, graph_module, unused, self.call, trace)
             reads_values |= also_reads
         try:
@@ -148,6 +172,7 @@ class Network:
                 "the channels of a model must be followed to be removed, "
                 f"got {type(error).__name__}: {error} ({type(self.model).__name__})"
             ) from error
+        flow.own_widths = own_widths
         graph = copy.deepcopy(graph_module.graph)
         held = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         # What the forward makes by itself the tracer keeps in the copy; all else is the model's, whatever it holds now.

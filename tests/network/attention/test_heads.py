@@ -146,7 +146,7 @@ def test_attention_that_gives_its_heads_the_width_of_what_enters_stays_and_what_
             heads = [layer(states).unflatten(-1, (-1, SIZE)).transpose(1, 2) for layer in (self.q_proj, self.k_proj)]
             values = self.v_proj(states).unflatten(-1, (-1, SIZE)).transpose(1, 2)
             mixed = (heads[0] @ heads[1].transpose(2, 3)).softmax(-1) @ values
-            return self.o_proj(mixed.transpose(1, 2).reshape(states.shape))
+            return self.o_proj(mixed.transpose(1, 2).reshape_as(states))
 
     torch.manual_seed(0)
     block = TransformerBlock(

@@ -14,6 +14,7 @@ from torch.fx import Graph
 
 from nni_topo.network.graph.traced_int import (
     TracedInt,
+    UnclearPlaces,
     attribute_channels,
     attributes_traced,
     forget_places,
@@ -24,7 +25,7 @@ PLACE = ("inner", "width", ())
 
 
 def held(value: int = 12, parts: int = 1, place=PLACE) -> TracedInt:
-    return TracedInt.of_attribute(value, place, parts, set())
+    return TracedInt.of_attribute(value, place, parts, UnclearPlaces())
 
 
 def size(value: int = 12) -> TracedInt:
@@ -65,12 +66,23 @@ def test_equal_parts_of_an_attributes_number_are_known() -> None:
 
 
 @pytest.mark.parametrize("divisor", [5, 24, -3])
-def test_other_quotients_are_plain_and_noted(divisor: int) -> None:
+def test_other_quotients_are_computed_again(divisor: int) -> None:
     number = held(12)
     found = number // divisor
-    assert type(found) is int
-    assert found == 12 // divisor
-    assert number.unclear == {PLACE}
+    assert (int(found), found.place, found.source) == (12 // divisor, None, (operator.floordiv, (number, divisor)))
+    assert number.unclear == set()
+
+
+def test_what_is_computed_of_attributes_is_noted_unless_a_graph_computes_it() -> None:
+    for written, noted in ((True, set()), (False, {PLACE})):
+        number = held(12)
+        found = 2 * number + 1
+        assert (int(found), found.factors) == (25, (number,))
+        product, _ = found.source[1]
+        product.written = found.written = written
+        number.unclear.note_unwritten()
+        assert number.unclear == noted
+        assert number.unclear.computed == []
 
 
 def test_a_quotient_by_another_attributes_number_is_known_and_that_number_noted() -> None:
@@ -114,7 +126,7 @@ def test_what_is_computed_of_sizes_keeps_the_function_and_the_operands(function)
     assert reflected.source[0] is function
     assert [int(each) for each in reflected.source[1]] == [50, 12]
     assert function(one, held(5)).source[0] is function
-    assert type(function(held(12), 5)) is int or function is operator.floordiv
+    assert type(function(5, 12)) is int
 
 
 @pytest.mark.parametrize(
@@ -129,6 +141,7 @@ def test_what_is_computed_of_sizes_keeps_the_function_and_the_operands(function)
 def test_a_use_that_no_graph_shows_is_noted(use) -> None:
     number = held(12)
     use(number)
+    number.unclear.note_unwritten()
     assert number.unclear == {PLACE}
     other = held(12)
     if use(7) is not None:

@@ -231,6 +231,7 @@ def test_the_file_holds_nothing_but_plain_data(tmp_path):
         "head_sizes",
         "modules",
         "numbers",
+        "own_widths",
         "package_version",
         "parts",
         "state_dict",

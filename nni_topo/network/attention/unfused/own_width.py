@@ -6,6 +6,12 @@ Many classes, most of those of Transformers 4, take the width from what enters::
     ...
     context.transpose(1, 2).reshape(batch, places, width)
 
+and attention over images does so with the channels first::
+
+    batch, channels, height, width = images.shape
+    ...
+    (values @ shares).view(batch, channels, height, width)
+
 With fewer heads, or a narrower input, that size is wrong. The size that a reshape is given for one dimension follows
 from the others, so in the rewritten forward -1 stands in its place, and the same is computed.
 """
@@ -13,47 +19,76 @@ from the others, so in the rewritten forward -1 stands in its place, and the sam
 from __future__ import annotations
 
 import ast
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from nni_topo.network.layers import look_up, rewritten
 
-_CLASSES: dict[type[nn.Module], type[nn.Module] | None] = {}
+LAST, FIRST = -1, 1  # the dimension that holds the channels, in texts and in images
+_ALONG = " along "  # between the name of a rewritten class and the dimension, if it isn't the last
+_CLASSES: dict[tuple[type[nn.Module], int], type[nn.Module] | None] = {}
 
 
-def own_width_class(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """Return a class derived from ``kind`` whose forward takes no width from its input; None if ``kind`` takes none."""
-    if kind not in _CLASSES:
-        _CLASSES[kind] = rewritten(kind, _take_no_width, f"Pruned{kind.__name__}", __name__)
-    return _CLASSES[kind]
+def own_width_class(kind: type[nn.Module], dim: int = LAST) -> type[nn.Module] | None:
+    """Return a class derived from ``kind`` whose reshapes take no width from its input; None if these take none.
+
+    ``dim``: the dimension of the input that holds its channels.
+    """
+    key = kind, dim
+    if key not in _CLASSES:
+        rewriter, variant = _Rewriter(dim), "" if dim == LAST else f"{_ALONG}{dim}"
+        found: Any = rewritten(kind, rewriter.rewrite, f"Pruned{kind.__name__}", __name__, variant=variant)
+        if found is not None:
+            found.nni_topo_own_width, found.nni_topo_reads_width = dim, rewriter.reads_width
+        _CLASSES[key] = found
+    return _CLASSES[key]
+
+
+def take_own_width(module: nn.Module, dim: int = LAST, *, wholly: bool = False) -> bool:
+    """Switch a module to the class whose reshapes take no width from its input; tell whether there is one.
+
+    ``wholly``: only if the forward does nothing else with the width, such as dividing by its root, and is the class's.
+    """
+    found: Any = own_width_class(type(module), dim)
+    own = vars(module).get("forward")
+    is_replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    if found is None or (wholly and (found.nni_topo_reads_width or is_replaced)):
+        return False
+    module.__class__ = found
+    vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
+    return True
+
+
+def own_width_of(module: nn.Module) -> int | None:
+    """Return the dimension whose size the forward of a rewritten module doesn't take; None for any other module."""
+    dim: int | None = getattr(type(module), "nni_topo_own_width", None)
+    return dim
 
 
 def __getattr__(name: str) -> type[nn.Module]:
     """Look up a rewritten class by its qualified name, as pickle does."""
-    return look_up(name, __name__, own_width_class)
+    plain, _, dim = name.partition(_ALONG)
+    return look_up(plain, __name__, partial(own_width_class, dim=int(dim) if dim else LAST))
 
 
-def _take_no_width(definition: ast.FunctionDef) -> bool:
-    """Change a forward's definition in place; tell whether it took a width from its input."""
-    rewriter = _Rewriter(_widths_in(definition))
-    rewriter.visit(definition)
-    return rewriter.found
+def _assigned(target: ast.expr, value: ast.expr, dim: int) -> list[tuple[str, ast.expr | None]]:
+    """Name the variables that get a value, each with an expression of it; None where there is none.
 
-
-def _widths_in(definition: ast.FunctionDef) -> set[str]:
-    """Name the variables that hold nothing but the size of a tensor's last dimension, by the source of a forward."""
-    widths, others = set[str](), set[str]()
-    for node in ast.walk(definition):
-        if isinstance(node, ast.Assign):
-            for target in node.targets:
-                names = target.elts if isinstance(target, ast.Tuple) else [target]
-                for at, each in enumerate(names):
-                    if isinstance(each, ast.Name):
-                        is_last = isinstance(target, ast.Tuple) and at == len(names) - 1 and _is_shape(node.value)
-                        (widths if is_last or _is_last_size(node.value) else others).add(each.id)
-        elif isinstance(node, (ast.AugAssign, ast.For)) and isinstance(node.target, ast.Name):
-            others.add(node.target.id)
-    return widths - others
+    Of a shape that is taken apart the size of the dimension is written as ``x.shape[dim]``.
+    """
+    if not isinstance(target, ast.Tuple):
+        return [(target.id, value)] if isinstance(target, ast.Name) else []
+    found, count = list[tuple[str, ast.expr | None]](), len(target.elts)
+    parts = value.elts if isinstance(value, ast.Tuple) and len(value.elts) == count else [None] * count
+    for at, (each, part) in enumerate(zip(target.elts, parts, strict=True)):
+        if not isinstance(each, ast.Name):
+            continue
+        if _is_shape(value) and at == (dim if dim >= 0 else count + dim):
+            part = ast.parse(f"{ast.unparse(value)}[{dim}]", mode="eval").body
+        found.append((each.id, part))
+    return found
 
 
 def _is_shape(value: ast.expr) -> bool:
@@ -63,35 +98,90 @@ def _is_shape(value: ast.expr) -> bool:
     return isinstance(value, ast.Attribute) and value.attr == "shape"
 
 
-def _is_last_size(value: ast.expr) -> bool:
-    """Tell whether an expression is ``x.shape[-1]`` or ``x.size(-1)``."""
+def _is_size(value: ast.expr, dim: int) -> bool:
+    """Tell whether an expression is ``x.shape[dim]`` or ``x.size(dim)``."""
     if isinstance(value, ast.Subscript):
-        return _is_shape(value.value) and ast.unparse(value.slice) == "-1"
+        return _is_shape(value.value) and ast.unparse(value.slice) == str(dim)
     is_call = isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "size"
-    return is_call and [ast.unparse(each) for each in value.args] == ["-1"]  # type: ignore[attr-defined]
+    return is_call and [ast.unparse(each) for each in value.args] == [str(dim)]  # type: ignore[attr-defined]
 
 
 class _Rewriter(ast.NodeTransformer):
     """Put -1 in place of the one size of a reshape that is computed from a width."""
 
-    def __init__(self, widths: set[str]) -> None:
-        self.widths = widths
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.widths = set[str]()  # variables that hold nothing but a width, or what is computed of one
         self.found = False
+        self.reads_width = False  # whether the rewritten forward still does something with a width
+
+    def rewrite(self, definition: ast.FunctionDef) -> bool:
+        """Change a forward's definition in place; tell whether a reshape took a width from its input."""
+        assigned, others = list[tuple[str, ast.expr | None]](), set[str]()
+        for node in ast.walk(definition):
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    assigned += _assigned(target, node.value, self.dim)
+            elif isinstance(node, (ast.AugAssign, ast.For)) and isinstance(node.target, ast.Name):
+                others.add(node.target.id)
+        # What is computed of a width is one, too, and of that again.
+        count = -1
+        while count < len(self.widths):
+            count = len(self.widths)
+            for name, value in assigned:
+                if value is not None and self._is_of_width(value):
+                    self.widths.add(name)
+        names = [name for name, _ in assigned]
+        for name, value in assigned:
+            is_computed_again = isinstance(value, ast.BinOp) and names.count(name) > 1
+            if value is None or is_computed_again or not self._is_of_width(value):
+                others.add(name)
+        self.widths -= others
+        self.visit(definition)
+        kept = [value for name, value in assigned if name in self.widths]
+        allowed = {id(part) for value in kept if value is not None for part in ast.walk(value)}
+        read = [part for part in ast.walk(definition) if self._is_width(part) and id(part) not in allowed]
+        self.reads_width = any(not isinstance(getattr(part, "ctx", None), ast.Store) for part in read)
+        return self.found
+
+    def _is_of_width(self, value: ast.expr) -> bool:
+        """Tell whether an expression is a width, or a product or whole quotient of one and of something else."""
+        if isinstance(value, ast.BinOp) and isinstance(value.op, (ast.Mult, ast.FloorDiv)):
+            return self._is_of_width(value.left) or self._is_of_width(value.right)
+        return self._is_width(value)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Rewrite a call of ``reshape`` or ``view``."""
         self.generic_visit(node)
         if not isinstance(node.func, ast.Attribute) or node.func.attr not in ("reshape", "view"):
             return node
-        is_tuple = len(node.args) == 1 and isinstance(node.args[0], ast.Tuple)
-        sizes: list[ast.expr] = node.args[0].elts if is_tuple else node.args  # type: ignore[attr-defined]
+        before = node.args[:1] if ast.unparse(node.func.value) == "torch" else []
+        given = node.args[len(before) :]
+        if len(given) == 1 and isinstance(given[0], (ast.Tuple, ast.List)):
+            given = given[0].elts
+        sizes = self._opened(given)
         of_width = []
         for at, each in enumerate(sizes):
-            if ast.unparse(each) == "-1":
+            if ast.unparse(each) == "-1" or isinstance(each, (ast.Tuple, ast.List)):
                 return node
-            if any(isinstance(part, ast.Name) and part.id in self.widths for part in ast.walk(each)):
+            if any(self._is_width(part) for part in ast.walk(each)):
                 of_width.append(at)
         if len(of_width) == 1 and len(sizes) > 1:
             sizes[of_width[0]] = ast.UnaryOp(ast.USub(), ast.Constant(1))
+            node.args = [*before, ast.Tuple(sizes, ast.Load())]
             self.found = True
         return node
+
+    def _is_width(self, part: ast.AST | None) -> bool:
+        is_named = isinstance(part, ast.Name) and part.id in self.widths
+        return is_named or (isinstance(part, ast.expr) and _is_size(part, self.dim))
+
+    def _opened(self, sizes: list[ast.expr]) -> list[ast.expr]:
+        """Write the whole shape of a tensor, where that is all that a reshape is given, with the width apart."""
+        only = sizes[0] if len(sizes) == 1 else None
+        whole = only.value if isinstance(only, ast.Starred) else only
+        if whole is None or not _is_shape(whole):
+            return list(sizes)
+        shape = ast.unparse(whole)
+        parts = f"*{shape}[:-1], {shape}[-1]" if self.dim == LAST else f"{shape}[0], {shape}[1], *{shape}[2:]"
+        return ast.parse(f"({parts})", mode="eval").body.elts  # type: ignore[attr-defined, no-any-return]

@@ -1,0 +1,392 @@
+"""Attention over images, with the channels first, that takes the width of its values from its input."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import nni_topo
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.attention import own_width_of
+from nni_topo.network.attention.unfused.own_width import own_width_class
+
+WIDTH, HEADS, SIZE, KEYS = 16, 4, 4, 2
+IMAGES = torch.rand(2, 3, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def normed(width: int, out: int, kernel: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(width, out, kernel, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out))
+
+
+class Joint(nn.Module):
+    """One convolution makes queries, keys and values, head by head; another one finds places from the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.keys, self.size, self.scale = HEADS, KEYS, SIZE, KEYS**-0.5
+        self.made = normed(WIDTH, HEADS * (2 * KEYS + SIZE))
+        self.placed, self.mixed = normed(WIDTH, WIDTH, 3, WIDTH), normed(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, channels, height, width = x.shape
+        by_head = self.made(x).view(samples, self.count, self.keys * 2 + self.size, height * width)
+        q, k, v = by_head.split([self.keys, self.keys, self.size], dim=2)
+        shares = (q.transpose(2, 3) @ k * self.scale).softmax(-1)
+        context = (v @ shares.transpose(2, 3)).view(samples, channels, height, width)
+        return self.mixed(context + self.placed(v.reshape(samples, channels, height, width)))
+
+
+class Areas(nn.Module):
+    """Attention within parts of an image, whose width is three times that of an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.areas, self.count, self.size, self.width = 2, HEADS, SIZE, HEADS * SIZE
+        self.made, self.mixed = normed(WIDTH, 3 * HEADS * SIZE), normed(HEADS * SIZE, WIDTH)
+        self.placed = normed(HEADS * SIZE, HEADS * SIZE, 3, HEADS * SIZE)
+
+    def image(self, values: Tensor, height: int, width: int) -> Tensor:
+        values = values.permute(0, 3, 1, 2).reshape(-1, height * width, self.width)
+        return values.reshape(-1, height, width, self.width).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, _, height, width = x.shape
+        made = self.made(x).flatten(2).transpose(1, 2)
+        made = made.reshape(samples * self.areas, height * width // self.areas, self.width * 3)
+        made = made.view(*made.shape[:2], self.count, 3 * self.size).permute(0, 2, 3, 1)
+        q, k, v = made.split([self.size] * 3, dim=2)
+        shares = (q.transpose(2, 3) @ k * self.size**-0.5).softmax(-1)
+        context = self.image(v @ shares.transpose(2, 3), height, width)
+        return self.mixed(context + self.placed(self.image(v, height, width)))
+
+
+class Apart(nn.Module):
+    """Three convolutions make queries, keys and values; ``kind`` says how a view is told the width of the input."""
+
+    def __init__(self, kind: str = "unpacked") -> None:
+        super().__init__()
+        self.count, self.kind = HEADS, kind
+        self.ask, self.match, self.give, self.mixed = (normed(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, channels, places = self.count, x.size(1), x.shape[2] * x.shape[3]
+        size = channels // count
+        q = self.ask(x).view(x.shape[0], count, size, places)
+        k = self.match(x).view(x.shape[0], count, size, places)
+        v = self.give(x).view(x.shape[0], count, channels // count, places)
+        context = functional.scaled_dot_product_attention(*(each.transpose(2, 3) for each in (q, k, v)))
+        context = context.transpose(2, 3)
+        if self.kind == "unpacked":
+            context = context.reshape(x.shape[0], channels, x.shape[2], x.shape[3])
+        elif self.kind == "whole":
+            context = context.reshape(x.shape)
+        elif self.kind == "starred":
+            context = context.reshape(*x.size())
+        else:
+            context = torch.reshape(context, [x.shape[0], x.shape[1], x.shape[2], x.shape[3]])
+        return self.mixed(context)
+
+
+class Flattened(Apart):
+    """Leaves the number of places to follow from the width of the input, which has to stay that of the values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, channels, *sides = x.shape
+        q, k, v = (
+            layer(x).view(samples, self.count, channels // self.count, -1)
+            for layer in (self.ask, self.match, self.give)
+        )
+        context = functional.scaled_dot_product_attention(*(each.transpose(2, 3) for each in (q, k, v)))
+        return self.mixed(context.transpose(2, 3).reshape(samples, channels, *sides))
+
+
+class Divided(Apart):
+    """Divides by the root of a head's size, which it computes of the width of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, channels, height, width = x.shape
+        size = channels // self.count
+        q, k, v = (
+            layer(x).view(samples, self.count, size, height * width) for layer in (self.ask, self.match, self.give)
+        )
+        shares = (q.transpose(2, 3) @ k * size**-0.5).softmax(-1)
+        return self.mixed((v @ shares.transpose(2, 3)).reshape(samples, channels, height, width))
+
+
+class Parted(Apart):
+    """One convolution makes queries, keys and values, which the width of the input splits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.match, self.give
+        self.ask = normed(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, channels, height, width = x.shape
+        q, k, v = (
+            each.view(samples, self.count, channels // self.count, height * width)
+            for each in self.ask(x).split(channels, 1)
+        )
+        shares = (q.transpose(2, 3) @ k).softmax(-1)
+        return self.mixed((v @ shares.transpose(2, 3)).reshape(samples, channels, height, width))
+
+
+class Single(nn.Module):
+    """One head of all channels, as in autoencoders of images: queries and keys lose channels, as values do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ask, self.match, self.give, self.mixed = (normed(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.ask(x), self.match(x), self.give(x)
+        samples, channels, height, width = q.shape
+        q, k = q.reshape(samples, channels, height * width), k.reshape(samples, channels, height * width)
+        shares = (q.transpose(1, 2) @ k / 4).softmax(2)
+        context = v.reshape(samples, channels, height * width) @ shares.transpose(1, 2)
+        return self.mixed(context.reshape(samples, channels, height, width))
+
+
+class SingleDivided(Single):
+    """Divides by the root of how many queries there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).flatten(2) for layer in (self.ask, self.match, self.give))
+        shares = (q.transpose(1, 2) @ k * int(q.shape[1]) ** -0.5).softmax(2)
+        return self.mixed((v @ shares.transpose(1, 2)).unflatten(2, x.shape[2:]))
+
+
+class Around(nn.Module):
+    """A stream of channels to which attention and a feed-forward part add something."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.enter, self.attention = normed(3, WIDTH, 3), attention
+        self.wide, self.narrow, self.leave = normed(WIDTH, 12), normed(12, WIDTH), nn.Conv2d(WIDTH, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x).relu()
+        x = x + self.attention(x)
+        x = x + self.narrow(self.wide(x).relu())
+        return self.leave(x).mean((2, 3))
+
+
+def make(attention: nn.Module) -> nn.Module:
+    """Make a network in double precision, with batch norms that aren't trivial."""
+    torch.manual_seed(0)
+    model = Around(attention).double()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def pruned(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the dense model and the masked one: random masks of half of all but of the stream, which loses less."""
+    stream = ["enter.0", "narrow.0", "attention.mixed.0"]
+    asked = [
+        {"op_types": ["Conv2d"], "exclude_op_names": stream, "sparse_ratio": 0.5},
+        {"op_names": stream, "sparse_ratio": 0.25},
+    ]
+    groups = nni_topo.dependency_groups(model, IMAGES, asked)
+    assert groups.skipped == {"leave": "it gives the model's output"}
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    return tuple(each(model, IMAGES, masks) for each in (nni_topo.to_dense, nni_topo.masked_model))
+
+
+NETS = {
+    "joint": Joint,
+    "areas": Areas,
+    "apart": Apart,
+    "apart, whole shape": lambda: Apart("whole"),
+    "apart, starred shape": lambda: Apart("starred"),
+    "apart, list": lambda: Apart("list"),
+    "single": Single,
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@torch.no_grad()
+def test_heads_and_the_stream_lose_what_each_is_asked_for_and_the_same_is_computed(name: str) -> None:
+    model = make(NETS[name]())
+    dense, masked = pruned(model)
+    torch.testing.assert_close(dense(3 * IMAGES), masked(3 * IMAGES), rtol=1e-12, atol=1e-12)
+    for layer, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and layer != "leave":
+            kept = 3 / 4 if layer in ("enter.0", "narrow.0", "attention.mixed.0") else 1 / 2
+            assert dense.get_submodule(layer).out_channels == kept * module.out_channels, layer
+    if name != "single":
+        assert dense.attention.count == HEADS // 2
+    assert type(model.attention) is type(NETS[name]())  # the user's model stays as it is
+
+
+def test_the_classes_that_were_cut_are_derived_from_the_users_and_those_that_fit_are_theirs() -> None:
+    kinds = {}
+    for name in ("joint", "areas", "apart"):
+        dense, _ = pruned(make(NETS[name]()))
+        kinds[name] = type(dense.attention)
+        assert own_width_of(dense.attention) == (None if name == "areas" else 1)
+    assert kinds["areas"] is Areas  # an attribute holds its width
+    assert issubclass(kinds["joint"], Joint)
+    assert kinds["joint"].__name__ == "PrunedJoint"
+
+
+@pytest.mark.parametrize("kind", [Flattened, Divided, Parted])
+@torch.no_grad()
+def test_where_the_width_of_the_input_is_used_otherwise_the_heads_go_with_the_stream(kind: type[nn.Module]) -> None:
+    model = make(kind())
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert groups.skipped == {"leave": "it gives the model's output"}
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense, masked = (each(model, IMAGES, masks) for each in (nni_topo.to_dense, nni_topo.masked_model))
+    torch.testing.assert_close(dense(3 * IMAGES), masked(3 * IMAGES), rtol=1e-12, atol=1e-12)
+    assert type(dense.attention) is kind
+    assert (dense.attention.count, dense.enter[0].out_channels) == (HEADS // 2, WIDTH // 2)
+
+
+@torch.no_grad()
+def test_channels_of_whose_number_a_scale_is_computed_stay_and_the_reason_says_so() -> None:
+    model = make(SingleDivided())
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    told = "the forward computes with how many of them there are, such as a scale"
+    assert groups.skipped.keys() == {"leave", "attention.ask.0", "attention.match.0"}
+    assert all(groups.skipped[f"attention.{name}.0"].startswith(told) for name in ("ask", "match"))
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense, masked = (each(model, IMAGES, masks) for each in (nni_topo.to_dense, nni_topo.masked_model))
+    torch.testing.assert_close(dense(3 * IMAGES), masked(3 * IMAGES), rtol=1e-12, atol=1e-12)
+    assert (dense.attention.ask[0].out_channels, dense.attention.give[0].out_channels) == (WIDTH, WIDTH // 2)
+
+
+@pytest.mark.parametrize("name", ["joint", "areas", "apart, whole shape"])
+@torch.no_grad()
+def test_what_is_saved_pickled_or_copied_computes_the_same(name: str, tmp_path) -> None:
+    model = make(NETS[name]())
+    dense, _ = pruned(model)
+    expected = dense(IMAGES)
+    for file in ("dense.pt", "dense.safetensors"):
+        nni_topo.save(dense, tmp_path / file)
+        loaded = nni_topo.load(tmp_path / file, model)
+        assert torch.equal(loaded(IMAGES), expected)
+        assert type(loaded.attention) is type(dense.attention)
+    for again in (pickle.loads(pickle.dumps(dense)), copy.deepcopy(dense)):
+        assert torch.equal(again(IMAGES), expected)
+        assert type(again.attention) is type(dense.attention)
+
+
+def test_what_is_exported_computes_the_same(tmp_path) -> None:
+    dense, _ = pruned(make(Joint()))
+    nni_topo.export(dense.float(), tmp_path / "dense.onnx", IMAGES.float())  # compares what the file computes
+
+
+def test_a_file_with_a_wrong_width_and_a_model_that_takes_none_are_refused(tmp_path) -> None:
+    model = make(Joint())
+    dense, _ = pruned(model)
+    nni_topo.save(dense, tmp_path / "dense.pt")
+    document = torch.load(tmp_path / "dense.pt", weights_only=True)
+    for own_widths, told in (
+        ({"attention": 2}, r"must say -1 or 1 of a width, got 2 \(attention"),
+        ({"attention": "1"}, r"must say -1 or 1 of a width, got '1'"),
+        ({"enter": 1}, r"without a forward that takes the width of its input \(enter"),
+        ({"missing": 1}, r"without a forward that takes the width of its input \(missing"),
+    ):
+        torch.save(document | {"own_widths": own_widths}, tmp_path / "other.pt")
+        with pytest.raises((DataError, ConfigError), match=told):
+            nni_topo.load(tmp_path / "other.pt", model)
+
+
+def test_a_pruned_network_trains_and_is_pruned_again(tmp_path) -> None:
+    model = make(Joint()).float()
+    images = [torch.rand(4, 3, 6, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+    small = nni_topo.shrink(model, images, {"flops": 0.7}, distill=False)
+    smaller = nni_topo.shrink(small, images, {"flops": 0.7}, distill=False)
+    for each in (small, smaller):
+        before = each.attention.made[0].weight.detach().clone()
+        each.train()(images[0]).square().mean().backward()
+        torch.optim.SGD(each.parameters(), 0.1).step()
+        assert not torch.equal(each.attention.made[0].weight, before)
+    assert sum(map(torch.numel, smaller.parameters())) < sum(map(torch.numel, small.parameters()))
+
+
+def of_whole(self, x, y):
+    return y.reshape(x.shape)
+
+
+def of_list(self, x, y):
+    samples, channels, *sides = x.shape
+    return torch.reshape(y, [samples, channels, *sides])
+
+
+def of_quotient(self, x, y):
+    size = x.size(1) // 2
+    return y.view(x.shape[0], 2, size, x.shape[2], x.shape[3])
+
+
+def scaled(self, x, y):
+    channels = x.shape[1]
+    return channels**-0.5 * y.view(x.shape[0], channels, 6, 4)
+
+
+def told_twice(self, x, y):
+    channels = x.shape[1]
+    return y.view(x.shape[0], channels, 6, 4, channels // channels)
+
+
+def left_open(self, x, y):
+    return y.view(x.shape[0], x.shape[1], -1)
+
+
+@pytest.mark.parametrize(
+    ("forward", "is_rewritten", "reads"),
+    [
+        (of_whole, True, False),
+        (of_list, True, False),
+        (of_quotient, True, False),
+        (scaled, True, True),
+        (told_twice, False, None),
+        (left_open, False, None),
+    ],
+)
+def test_which_reshapes_are_rewritten_and_what_else_is_done_with_the_width(forward, is_rewritten, reads) -> None:
+    kind = type("Viewing", (nn.Module,), {"forward": forward})
+    found = own_width_class(kind, 1)
+    assert (found is not None) == is_rewritten
+    if found is not None:
+        assert found.nni_topo_reads_width is reads
+        x = IMAGES.repeat(1, 2, 1, 1)
+        assert torch.equal(found()(x, x.flatten(1)), kind()(x, x.flatten(1)))
+        wide = torch.cat([x, x], 1)  # of another width than the input
+        assert found()(x, wide.flatten(1)).numel() == wide.numel()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolov10n", "yolo11n", "yolo12n"])
+@torch.no_grad()
+def test_attention_of_detectors_loses_half_of_its_heads_and_the_stream_half_of_its_channels(name: str) -> None:
+    tasks = pytest.importorskip("ultralytics.nn.tasks")
+    torch.manual_seed(0)
+    model = tasks.DetectionModel(f"{name}.yaml", verbose=False).eval().double()
+    images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    others = {layer: why for layer, why in groups.skipped.items() if why != "it gives the model's output"}
+    assert [layer.rpartition(".model.")[2].split(".")[-2] for layer in others] == ["dfl"]  # whose weight is constant
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense, masked = (each(model, images, masks) for each in (nni_topo.to_dense, nni_topo.masked_model))
+    for given, wanted in zip(dense(3 * images)[1].values(), masked(3 * images)[1].values(), strict=True):
+        if isinstance(given, torch.Tensor):
+            torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
+    pairs = [(each, dense.get_submodule(layer)) for layer, each in model.named_modules() if layer.endswith(".attn")]
+    assert pairs
+    for before, after in pairs:
+        assert after.num_heads == before.num_heads // 2
+        assert after.proj.conv.out_channels == before.proj.conv.out_channels // 2
