@@ -173,7 +173,7 @@ class Lesson:
         """Measure distances as shares of the variance of the unpruned network's outputs for some of the images."""
         own = self._shares.own(index)
         real = real_positions_of(self._unpruned, taken(self._pool, own))
-        wanted = _unpadded([each[own.to(each.device)] for each in self._wanted], real)
+        wanted = [finite(each) for each in _unpadded([each[own.to(each.device)] for each in self._wanted], real)]
         self._scales = [self._variance(each) + _LEAST_VARIANCE for each in wanted]
 
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
@@ -249,7 +249,7 @@ class Lesson:
     def _distances(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
         """Return the mean squared distance of each output over its variance."""
         return [
-            (mine - theirs).square().mean() / scale
+            minus(mine, theirs).square().mean() / scale
             for mine, theirs, scale in zip(found, wanted, self._scales, strict=True)
         ]
 
@@ -264,6 +264,8 @@ class Lesson:
             kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
             for mine, theirs in zip(found, wanted, strict=True)
         ]
+        # A class that is masked has no probability, and no part in the divergence.
+        losses = [each.masked_fill(theirs == -math.inf, 0.0) for each, theirs in zip(losses, wanted, strict=True)]
         return [t * t * each.sum(-1).mean() for each in losses]
 
     def _taught(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
@@ -358,6 +360,16 @@ class Lesson:
         return read_outputs(student(*args, **kwargs), (args, kwargs), batch_size(call), self._outputs)[0]
 
 
+def minus(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Return `mine` minus `theirs`: zero where both are the same infinity, as scores are that a model masks."""
+    return torch.where(mine == theirs, 0.0, mine - theirs)
+
+
+def finite(outputs: Tensor) -> Tensor:
+    """Return outputs with zero in place of what isn't finite, such as scores that a model masks."""
+    return outputs.nan_to_num(0.0, 0.0, 0.0)
+
+
 def _cosine_loss(mine: Tensor, theirs: Tensor) -> Tensor:
     """Return how far embeddings turn from the unpruned network's, and their similarities to each other from theirs."""
     one, other = normalize(mine, dim=1), normalize(theirs, dim=1)
@@ -411,6 +423,9 @@ def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
     student: nn.Module = detached_copy(dense).eval()
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
         student = student.float()
+    for module in student.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.sparse = False  # AdamW takes no sparse gradients
     few = taken(pool, torch.arange(min(2, batch_size(pool))))
     args, kwargs = on_device(cast_floats(few, _place_of(student)[1]), device_of(student))
     return lay_out(student, args, kwargs)
@@ -418,7 +433,8 @@ def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
 
 def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return the device and type of the parameters that learn."""
-    ordered = sorted(student.parameters(), key=lambda p: not p.requires_grad)
+    learned = [p for p in student.parameters() if p.is_floating_point()]  # inputs aren't complex where a weight is
+    ordered = sorted(learned or student.parameters(), key=lambda p: not p.requires_grad)
     return ordered[0].device, ordered[0].dtype
 
 
