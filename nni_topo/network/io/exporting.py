@@ -199,7 +199,8 @@ def export(
         else:
             with quietly(), _export_errors("that PyTorch can write as ONNX", net):
                 torch.onnx.export(program, f=str(part), dynamo=True, external_data=False, verbose=False)
-            session = _session(part)
+            with _export_errors("that onnxruntime can run; most of its operators take single precision only", net):
+                session = _session(part)
             error = _check(net, call, lambda one: _run(session, one))
             if images is not None:
                 learned, held_out = images.split()

@@ -196,6 +196,15 @@ def test_a_network_without_tensors_among_its_outputs_is_refused(ending, tmp_path
     assert not path.exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_precision_that_onnxruntime_lacks_is_an_error_that_says_so(dtype, tmp_path):
+    model, path = nn.Sequential(nn.Conv2d(3, 4, 3)).to(dtype).eval(), tmp_path / "precision.onnx"
+    with pytest.raises(ExportError, match=r"onnxruntime can run; .* single precision only, got .*Conv.*Sequential"):
+        nni_topo.export(model, path, torch.randn(2, 3, 8, 8, dtype=dtype))
+    assert not path.exists()
+    assert nni_topo.export(model.float(), path, torch.randn(2, 3, 8, 8)).error < 1e-4
+
+
 class Inverse(nn.Module):
     """Computes what ONNX has no operator for."""
 
