@@ -508,8 +508,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         :func:`nni_topo.compensate` had count for ``dense`` more than others would: what it never saw judges fairly.
     objective : {"auto", "kl", "squares", "cosine"}, default="auto"
         ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis.
-        Steps make it small together with ``"squares"``, which holds the scores of unlikely classes where they are; the
-        divergence alone judges.
+        Steps make it small together with ``"squares"``, which holds the scores of unlikely classes where they are. For
+        a network that always gives the same answer both count alike. The divergence alone judges.
         ``"squares"``: squared distance of all floating outputs, each as a share of its variance over the images.
         ``"cosine"``, for one vector a sample: one minus the cosine with the unpruned network's vector, and five times
         the squared difference of the cosines between all samples of a batch [3]_. ``"auto"``: ``"cosine"`` where

@@ -147,6 +147,9 @@ class Lesson:
         self.kind = likely if objective == "auto" else objective
         self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
         self._learned_scales = self._scales
+        # The distance of a network that gives a constant answer is about 1, and its divergence depends on the scale of
+        # the scores. So both count alike in every scale.
+        self._weight_of_distance = 0.0
         found = self._run(student, taken(pool, torch.arange(1)))
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
         if shapes != expected:
@@ -166,17 +169,16 @@ class Lesson:
             )
 
     def learn_from(self, index: Tensor) -> None:
-        """Let some of the images alone say in which scale the loss of a step is; others have no say in what is learned.
-
-        All have until then, as they have in what judges.
-        """
+        """Let some of the images say in which scale the loss of a step is; others have no say in what is learned."""
         self._learned_scales = self._variances(index)
+        if self.kind == "kl":
+            self._weight_of_distance = self.loss_of_a_constant(index)
 
     def _variances(self, index: Tensor) -> list[float]:
         """Return the variance of each output of the unpruned network over some of the images."""
         own = self._shares.own(index)
         real = real_positions_of(self._unpruned, taken(self._pool, own))
-        wanted = _unpadded([each[own.to(each.device)] for each in self._wanted], real)
+        wanted = [finite(each) for each in _unpadded([each[own.to(each.device)] for each in self._wanted], real)]
         return [self._variance(each) + _LEAST_VARIANCE for each in wanted]
 
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
@@ -262,6 +264,8 @@ class Lesson:
             kl_div(log_softmax(mine / t, -1), log_softmax(theirs / t, -1), reduction="none", log_target=True)
             for mine, theirs in zip(found, wanted, strict=True)
         ]
+        # A class that is masked has no probability, and no part in the divergence.
+        losses = [each.masked_fill(theirs == -math.inf, 0.0) for each, theirs in zip(losses, wanted, strict=True)]
         return [t * t * each.sum(-1).mean() for each in losses]
 
     def _taught(self, found: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
@@ -275,7 +279,7 @@ class Lesson:
         distances = _distances(found, wanted, self._learned_scales)
         losses = self._losses(found, wanted, distances)
         if self.kind == "kl":
-            losses = [loss + distance for loss, distance in zip(losses, distances, strict=True)]
+            losses = [loss + self._weight_of_distance * each for loss, each in zip(losses, distances, strict=True)]
         return losses
 
     def _mean_of(self, losses: list[Tensor], found: list[Tensor]) -> Tensor:
@@ -359,9 +363,21 @@ class Lesson:
         return read_outputs(student(*args, **kwargs), (args, kwargs), batch_size(call), self._outputs)[0]
 
 
+def minus(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Return `mine` minus `theirs`: zero where both are the same infinity, as scores are that a model masks."""
+    return torch.where(mine == theirs, 0.0, mine - theirs)
+
+
+def finite(outputs: Tensor) -> Tensor:
+    """Return outputs with zero in place of what isn't finite, such as scores that a model masks."""
+    return outputs.nan_to_num(0.0, 0.0, 0.0)
+
+
 def _distances(found: list[Tensor], wanted: list[Tensor], scales: list[float]) -> list[Tensor]:
     """Return the mean squared distance of each output over its variance."""
-    return [(mine - theirs).square().mean() / scale for mine, theirs, scale in zip(found, wanted, scales, strict=True)]
+    return [
+        minus(mine, theirs).square().mean() / scale for mine, theirs, scale in zip(found, wanted, scales, strict=True)
+    ]
 
 
 def _cosine_loss(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -417,6 +433,9 @@ def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
     student: nn.Module = detached_copy(dense).eval()
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
         student = student.float()
+    for module in student.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.sparse = False  # AdamW takes no sparse gradients
     few = taken(pool, torch.arange(min(2, batch_size(pool))))
     args, kwargs = on_device(cast_floats(few, _place_of(student)[1]), device_of(student))
     return lay_out(student, args, kwargs)
@@ -424,7 +443,8 @@ def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
 
 def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return the device and type of the parameters that learn."""
-    ordered = sorted(student.parameters(), key=lambda p: not p.requires_grad)
+    learned = [p for p in student.parameters() if p.is_floating_point()]  # inputs aren't complex where a weight is
+    ordered = sorted(learned or student.parameters(), key=lambda p: not p.requires_grad)
     return ordered[0].device, ordered[0].dtype
 
 

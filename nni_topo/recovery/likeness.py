@@ -23,7 +23,7 @@ from nni_topo.network.runtime import (
     real_positions_of,
     tensors_of,
 )
-from nni_topo.recovery.lesson import ComparedOutputs, Outputs, compared_outputs, read_outputs
+from nni_topo.recovery.lesson import ComparedOutputs, Outputs, compared_outputs, finite, minus, read_outputs
 
 NO_SCALE = (
     "the unpruned network's outputs don't vary over the samples by which the networks are compared, so that distances, "
@@ -130,12 +130,12 @@ class Answers:
             return [math.nan] * theirs.samples
         total = torch.zeros(theirs.samples, dtype=torch.float64)
         for one, other, scale in zip(mine.outputs, theirs.outputs, self._scales, strict=True):
-            squares = (one.double() - other.double()).square()
+            squares = minus(one.double(), other.double()).square()
             if theirs.real is not None and squares.dim() > 2 and squares.shape[:2] == theirs.real.shape:
                 squares = squares.flatten(2).sum(2) * theirs.real
             by_sample = squares.reshape(theirs.samples, -1).sum(1)
             # Outputs that never vary have no scale: only the same ones are near.
-            total += by_sample / scale if scale > 0.0 else torch.where(by_sample > 0.0, math.inf, 0.0)
+            total += by_sample / scale if scale > 0.0 else torch.where(by_sample == 0.0, 0.0, math.inf)
         found: list[float] = (total / max(len(mine.outputs), 1)).tolist()
         return found
 
@@ -191,7 +191,7 @@ def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[flo
         # Samples, observations and the sum of their squares.
         counts = torch.zeros(3, dtype=torch.float64)
         for each in answers:
-            rows = each.outputs[index].double()
+            rows = finite(each.outputs[index].double())
             if is_ragged and rows.dim() > 2:
                 is_masked = each.real is not None and rows.shape[:2] == each.real.shape
                 rows = rows[each.real] if is_masked else rows.flatten(0, -2)

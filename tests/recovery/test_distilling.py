@@ -557,3 +557,60 @@ def test_models_that_do_not_fit_each_other_are_refused():
 class Sign(nn.Module):
     def forward(self, inputs):
         return inputs > 0
+
+
+class ScoresMasked(nn.Module):
+    """Masks the scores of a class, for all samples or by the sample."""
+
+    def __init__(self, net, by_sample):
+        super().__init__()
+        self.net, self.by_sample = net, by_sample
+
+    def forward(self, inputs):
+        is_masked = inputs[:, 0] > 0 if self.by_sample else torch.ones_like(inputs[:, 0], dtype=torch.bool)
+        found = self.net(inputs)
+        return torch.cat([found[:, :3], found[:, 3:].masked_fill(is_masked[:, None], -math.inf)], 1)
+
+
+@pytest.mark.parametrize("by_sample", [False, True])
+@pytest.mark.parametrize("objective", ["kl", "squares"])
+def test_masked_scores_have_no_part_in_the_loss(objective, by_sample):
+    dense, original = (ScoresMasked(net, by_sample) for net in pair())
+    found = distillation(dense, original, batches(256), objective=objective, steps=100)
+    assert found.is_kept
+    assert found.loss_after < 0.8 * found.loss_before
+    assert 0.0 < found.distance_after < found.distance_before
+    for each in found.model.parameters():
+        assert bool(each.isfinite().all())
+
+
+def test_embeddings_with_sparse_gradients_learn_and_stay_as_they_are():
+    def words(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.EmbeddingBag(20, 6, sparse=True), nn.Linear(6, 4)).eval()
+
+    texts = [torch.randint(0, 20, (96, 5), generator=torch.Generator().manual_seed(0))]
+    dense, original = words(0), words(1)
+    found = distillation(dense, original, texts, steps=40, lr=6e-3)
+    assert found.is_kept
+    assert not torch.equal(found.model[0].weight, dense[0].weight)
+    assert (found.model[0].sparse, dense[0].sparse) == (True, True)
+
+
+def test_a_network_whose_first_weights_are_complex_learns():
+    class Filtered(nn.Module):
+        """Filters its inputs, as networks with Fourier transforms do."""
+
+        def __init__(self):
+            super().__init__()
+            self.filter = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, inputs):
+            return self.head(torch.fft.irfft(torch.fft.rfft(inputs) * self.filter, n=6))
+
+    torch.manual_seed(0)
+    dense, original = Filtered(), Filtered()
+    found = distillation(dense, original, batches(), steps=40, lr=6e-3)
+    assert found.is_kept
+    assert not torch.equal(found.model.filter, dense.filter)

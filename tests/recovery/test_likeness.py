@@ -275,3 +275,44 @@ def test_the_report_says_which_layers_can_not_lose_channels():
 def test_what_users_functions_take_and_return_is_checked(knobs, message):
     with pytest.raises(nni_topo.errors.ConfigError, match=message):
         nni_topo.shrink(toy_model().eval(), [toy_images(16)], {"flops": 0.5}, **{"distill": False, **knobs})
+
+
+class Masked(nn.Module):
+    """Three scores, of which one is masked."""
+
+    def __init__(self, net, by_sample=False):
+        super().__init__()
+        self.net, self.by_sample = net, by_sample
+
+    def forward(self, images):
+        scores = self.net(images)
+        masked = torch.zeros_like(scores, dtype=torch.bool)
+        masked[:, 0] = images[:, 0] > 0 if self.by_sample else True
+        return scores.masked_fill(masked, -math.inf)
+
+
+class Part(nn.Module):
+    def forward(self, scores):
+        return scores[:, 1:]
+
+
+def test_scores_that_both_networks_mask_are_at_no_distance():
+    nets, batches = (net(0), net(1)), Calibration([torch.randn(40, 5, generator=torch.Generator().manual_seed(1))])
+
+    def distance(one, other):
+        return Answers(one, batches).likenesses(other)[0].distance.value
+
+    plain = distance(*(nn.Sequential(each, Part()) for each in nets))
+    assert distance(*(Masked(each) for each in nets)) == pytest.approx(plain)
+    assert 0.0 < distance(*(Masked(each, by_sample=True) for each in nets)) < math.inf
+    assert distance(Masked(nets[0]), nets[0]) == math.inf
+
+
+def test_outputs_that_are_no_numbers_are_not_near():
+    constant, other = net(), net()
+    with torch.no_grad():
+        constant[2].weight.zero_()
+        other[2].bias += math.nan
+    batches = Calibration([torch.randn(4, 5)])
+    assert Answers(constant, batches).likenesses(other)[0].distance.value == math.inf
+    assert math.isnan(Answers(net(), batches).likenesses(other)[0].distance.value)

@@ -122,8 +122,8 @@ def export(
     DataError
         If the inputs or the calibration data don't fit the network.
     ExportError
-        If PyTorch can't export the network for every batch size, or the file's outputs differ by more than 1e-4 of the
-        largest output.
+        If the network returns no tensor, PyTorch can't export it for every batch size, or the file's outputs differ by
+        more than 1e-4 of the largest output.
 
     Notes
     -----
@@ -174,6 +174,11 @@ def export(
     except DataError:
         check_fits(net, given, "inputs")  # an error that says what to change about the inputs as they were given
         raise
+    with torch.no_grad():
+        returned = net(*call[0], **call[1])
+    if not tensors_of(returned):
+        kind = type(returned).__name__
+        raise ExportError(f"a network that is exported must return tensors, got {kind} ({type(net).__name__})")
     if images is not None:
         first_call(net, images)
     if format == "onnx":
@@ -194,7 +199,8 @@ def export(
         else:
             with quietly(), _export_errors("that PyTorch can write as ONNX", net):
                 torch.onnx.export(program, f=str(part), dynamo=True, external_data=False, verbose=False)
-            session = _session(part)
+            with _export_errors("that onnxruntime can run; most of its operators take single precision only", net):
+                session = _session(part)
             error = _check(net, call, lambda one: _run(session, one))
             if images is not None:
                 learned, held_out = images.split()
@@ -259,9 +265,10 @@ def _resized(call: Call, size: int) -> Call:
 
 
 def _return_tensors_alone(net: nn.Module, call: Call) -> None:
-    """Let a network return None in place of what isn't a tensor, such as a width, which no output of ONNX can be.
+    """Let a network return the tensors of what it returns where that holds others, which no output of ONNX can be.
 
-    ``net`` is changed.
+    Others are widths, for example. The tensors of a data class count: to PyTorch's exporter it is no tree. ``net`` is
+    changed.
     """
     with torch.no_grad():
         leaves = tree_flatten(net(*call[0], **call[1]))[0]
@@ -270,8 +277,8 @@ def _return_tensors_alone(net: nn.Module, call: Call) -> None:
     forward = net.forward
 
     @functools.wraps(forward)
-    def tensors_alone(*args: Any, **kwargs: Any) -> Any:
-        return tree_map(lambda leaf: leaf if isinstance(leaf, Tensor) else None, forward(*args, **kwargs))
+    def tensors_alone(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return tensors_of(forward(*args, **kwargs))
 
     net.forward = tensors_alone
 

@@ -39,6 +39,8 @@ def difference(expected: torch.Tensor, actual: torch.Tensor, *, if_finite: bool 
     """
     if expected.numel() == 0:
         return 0.0
+    if expected.is_complex() or actual.is_complex():
+        expected, actual = (torch.view_as_real(each.to(torch.complex128).resolve_conj()) for each in (expected, actual))
     # The usual case in two passes; where it fails, NaN and infinite values are told apart.
     if expected.dtype == actual.dtype and expected.dtype in (torch.float32, torch.float64):
         bounds = [float(end) for each in (expected - actual, expected) for end in each.aminmax()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -162,6 +163,46 @@ def test_what_is_no_tensor_is_left_out_of_the_outputs(tmp_path):
     result = model(**inputs)
     np.testing.assert_allclose(found, result["sum"].detach().numpy(), atol=1e-5)
     assert result["width"] == 3
+
+
+@dataclass
+class Answer:
+    scores: torch.Tensor
+    width: int
+
+
+class InDataClass(nn.Module):
+    def __init__(self, returns):
+        super().__init__()
+        self.layer, self.returns = nn.Linear(4, 3), returns
+
+    def forward(self, inputs):
+        return self.returns(inputs, self.layer(inputs))
+
+
+def test_the_tensors_of_data_classes_are_outputs(tmp_path):
+    model, images = InDataClass(lambda inputs, found: (inputs.sum(1), Answer(found, 3))).eval(), torch.randn(2, 4)
+    done = nni_topo.export(model, tmp_path / "answer.onnx", images)
+    total, scores = outputs(done.path, inputs=images.numpy())
+    np.testing.assert_allclose(total, images.sum(1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(scores, model(images)[1].scores.detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_network_without_tensors_among_its_outputs_is_refused(ending, tmp_path):
+    model, path = InDataClass(lambda inputs, found: 3).eval(), tmp_path / f"none.{ending}"
+    with pytest.raises(ExportError, match=r"must return tensors, got int \(InDataClass\)"):
+        nni_topo.export(model, path, torch.randn(2, 4))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_precision_that_onnxruntime_lacks_is_an_error_that_says_so(dtype, tmp_path):
+    model, path = nn.Sequential(nn.Conv2d(3, 4, 3)).to(dtype).eval(), tmp_path / "precision.onnx"
+    with pytest.raises(ExportError, match=r"onnxruntime can run; .* single precision only, got .*Conv.*Sequential"):
+        nni_topo.export(model, path, torch.randn(2, 3, 8, 8, dtype=dtype))
+    assert not path.exists()
+    assert nni_topo.export(model.float(), path, torch.randn(2, 3, 8, 8)).error < 1e-4
 
 
 class Inverse(nn.Module):

@@ -76,3 +76,11 @@ def test_equals_are_told_from_others_by_bounds_that_docs_name() -> None:
 @pytest.mark.parametrize("expected", [[0.0, 0.0], [1.0, -2.0], [-0.0, 0.0]])
 def test_no_difference_is_zero_and_not_minus_zero(expected):
     assert math.copysign(1.0, difference(torch.tensor(expected), torch.tensor(expected))) == 1.0
+
+
+def test_imaginary_parts_count() -> None:
+    expected = torch.tensor([2.0 + 1.0j, 4.0 - 1.0j])
+    assert difference(expected, expected.clone()) == 0.0
+    assert difference(expected, expected + 1.0j) == pytest.approx(0.25)
+    assert difference(expected.conj(), expected) == pytest.approx(0.5)
+    assert difference(torch.tensor([2.0, 4.0]), torch.tensor([2.0, 4.0 + 1.0j])) == pytest.approx(0.25)
