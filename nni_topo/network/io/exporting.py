@@ -45,6 +45,7 @@ from nni_topo.network.runtime import (
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 """By ending of a path, the format of the file."""
+_ROUNDINGS = 8  # of half precision, by which the outputs of a file may differ: its operations come in another order
 _BATCH = 2  # samples with which a network is exported
 _OTHER_BATCH = 3  # samples with which its file is run besides
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
@@ -123,7 +124,8 @@ def export(
         If the inputs or the calibration data don't fit the network.
     ExportError
         If the network returns no tensor, PyTorch can't export it for every batch size, or the file's outputs differ by
-        more than 1e-4 of the largest output.
+        more than 1e-4 of the largest output; of a network in half precision by more than eight of its roundings,
+        0.0078 (float16) or 0.062 (bfloat16).
 
     Notes
     -----
@@ -181,8 +183,7 @@ def export(
         raise ExportError(f"a network that is exported must return tensors, got {kind} ({type(net).__name__})")
     if images is not None:
         first_call(net, images)
-    if format == "onnx":
-        _return_tensors_alone(net, call)
+    _return_tensors_alone(net, call, format)
     program = _program(net, call)
     output_folder(path.parent)
     # The file gets its name only after all checks, so that none is left behind that computes something else.
@@ -264,15 +265,16 @@ def _resized(call: Call, size: int) -> Call:
     return resized
 
 
-def _return_tensors_alone(net: nn.Module, call: Call) -> None:
-    """Let a network return the tensors of what it returns where that holds others, which no output of ONNX can be.
+def _return_tensors_alone(net: nn.Module, call: Call, format: Format) -> None:  # noqa: A002
+    """Let a network return the tensors of what it returns where that holds something that a file can't.
 
-    Others are widths, for example. The tensors of a data class count: to PyTorch's exporter it is no tree. ``net`` is
-    changed.
+    No output of ONNX can be a number, such as a width, and none of ``torch.export`` a text. The tensors of a data class
+    count: to PyTorch's exporter it is no tree. ``net`` is changed.
     """
     with torch.no_grad():
         leaves = tree_flatten(net(*call[0], **call[1]))[0]
-    if all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves):
+    numbers = () if format == "onnx" else (bool, int, float)
+    if all(leaf is None or isinstance(leaf, (Tensor, *numbers)) for leaf in leaves):
         return
     forward = net.forward
 
@@ -358,9 +360,11 @@ def _check(net: nn.Module, call: Call, run: Any) -> float:
                 raise ExportError(f"outputs of the file must have the network's shapes, got {shapes} (export)")
             errors.append(difference(expected, actual))
     largest = max(errors)
-    if not largest <= SAME_PROGRAM:  # NaN too
+    coarsest = max((torch.finfo(each.dtype).eps for each in net.parameters() if each.is_floating_point()), default=0.0)
+    most = max(SAME_PROGRAM, _ROUNDINGS * coarsest)
+    if not largest <= most:  # NaN too
         raise ExportError(
-            f"outputs of the file must equal the network's within {SAME_PROGRAM:g} of the largest, "
+            f"outputs of the file must equal the network's within {most:.2g} of the largest, "
             f"got a difference of {largest:.3g} (export)"
         )
     return largest

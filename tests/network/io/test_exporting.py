@@ -163,6 +163,8 @@ def test_what_is_no_tensor_is_left_out_of_the_outputs(tmp_path):
     result = model(**inputs)
     np.testing.assert_allclose(found, result["sum"].detach().numpy(), atol=1e-5)
     assert result["width"] == 3
+    done = nni_topo.export(model, tmp_path / "numbers.pt2", inputs)
+    assert done.error == pytest.approx(0.0, abs=1e-6)
 
 
 @dataclass
@@ -203,6 +205,15 @@ def test_precision_that_onnxruntime_lacks_is_an_error_that_says_so(dtype, tmp_pa
         nni_topo.export(model, path, torch.randn(2, 3, 8, 8, dtype=dtype))
     assert not path.exists()
     assert nni_topo.export(model.float(), path, torch.randn(2, 3, 8, 8)).error < 1e-4
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_half_precision_may_differ_by_its_roundings(ending, tmp_path):
+    torch.manual_seed(0)
+    layers = [part for _ in range(6) for part in (nn.Linear(64, 64), nn.GELU())]
+    model = nn.Sequential(*layers).half().eval()
+    done = nni_topo.export(model, tmp_path / f"half.{ending}", torch.randn(2, 64).half())
+    assert done.error <= 8 * torch.finfo(torch.float16).eps
 
 
 class Inverse(nn.Module):
