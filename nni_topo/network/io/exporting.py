@@ -183,7 +183,7 @@ def export(
         raise ExportError(f"a network that is exported must return tensors, got {kind} ({type(net).__name__})")
     if images is not None:
         first_call(net, images)
-    _return_tensors_alone(net, call, format)
+    _return_tensors_alone(net, call, and_numbers=format != "onnx")
     program = _program(net, call)
     output_folder(path.parent)
     # The file gets its name only after all checks, so that none is left behind that computes something else.
@@ -265,7 +265,7 @@ def _resized(call: Call, size: int) -> Call:
     return resized
 
 
-def _return_tensors_alone(net: nn.Module, call: Call, format: Format) -> None:  # noqa: A002
+def _return_tensors_alone(net: nn.Module, call: Call, *, and_numbers: bool) -> None:
     """Let a network return the tensors of what it returns where that holds something that a file can't.
 
     No output of ONNX can be a number, such as a width, and none of ``torch.export`` a text. The tensors of a data class
@@ -273,7 +273,7 @@ def _return_tensors_alone(net: nn.Module, call: Call, format: Format) -> None:  
     """
     with torch.no_grad():
         leaves = tree_flatten(net(*call[0], **call[1]))[0]
-    numbers = () if format == "onnx" else (bool, int, float)
+    numbers = (bool, int, float) if and_numbers else ()
     if all(leaf is None or isinstance(leaf, (Tensor, *numbers)) for leaf in leaves):
         return
     forward = net.forward
