@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -49,6 +50,7 @@ _ROUNDINGS = 8  # of half precision, by which the outputs of a file may differ: 
 _BATCH = 2  # samples with which a network is exported
 _OTHER_BATCH = 3  # samples with which its file is run besides
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
+_MOST_OF_A_REASON = 300  # characters of PyTorch's errors that are handed on
 _FAST = 8  # onnxruntime's fast convolutions have a multiple of so many channels
 _logger = logging.getLogger(__name__)
 
@@ -184,7 +186,8 @@ def export(
     if images is not None:
         first_call(net, images)
     _return_tensors_alone(net, call, and_numbers=format != "onnx")
-    program = _program(net, call)
+    with quietly():
+        program = _program(net, call)
     output_folder(path.parent)
     # The file gets its name only after all checks, so that none is left behind that computes something else.
     with whole_file(path) as part:
@@ -311,7 +314,8 @@ def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
         cause: BaseException = error  # the last one says what is wrong, those before it which step of PyTorch's it was
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = _COLOURS.sub("", str(cause)).strip().partition("\n")[0]
+        paragraph = _COLOURS.sub("", str(cause)).strip().partition("\n\n")[0]
+        reason = shorten(paragraph, _MOST_OF_A_REASON, placeholder=" ...")
         raise ExportError(
             f"a network must be one {rule}, got {type(cause).__name__}: {reason} ({type(net).__name__}); "
             "see docs/export.md"
