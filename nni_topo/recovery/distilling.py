@@ -369,7 +369,11 @@ def distillation(
         def loss(net: nn.Module) -> float:
             # After a few steps the running statistics are still those of before.
             few = lesson.plain(net, learned[:_BATCH_NORM_IMAGES])
-            return judged(recalibrate_batch_norm(net, few) if is_normed else net, looked_at).loss
+            try:
+                measured = recalibrate_batch_norm(net, few) if is_normed else net
+            except DataError:  # the steps have left weights that aren't finite
+                return math.inf
+            return judged(measured, looked_at).loss
 
         return try_rates(
             lesson,
@@ -446,7 +450,7 @@ def distillation(
         if processes is not None:  # on processors of other kinds the same steps end in other last digits
             processes.agree(list(named_tensors(student).values()), "the learned weights")
         after = lesson.judge(student, held)
-        if course.is_normed:
+        if course.is_normed and math.isfinite(after.loss):
             # Views and blends differ from the images that will come. Statistics of the images as they are may be better
             # or worse than those of the steps: the held-out images decide.
             measured = recalibrate_batch_norm(student, lesson.plain(student, learned))

@@ -210,7 +210,9 @@ class Lesson:
         wanted = _unpadded([each[own.to(each.device)] for each in self._wanted], real)
         if self.kind == "kl":
             t = self._temperature
-            means = [t * self._mean((each / t).softmax(-1).flatten(0, -2)).log() for each in wanted]
+            likely = [self._mean((each / t).softmax(-1).flatten(0, -2)) for each in wanted]
+            # Where scores lie far apart, a class may have a probability of 0 on all images.
+            means = [t * each.clamp_min(torch.finfo(each.dtype).tiny).log() for each in likely]
         else:
             means = [self._mean(each) for each in wanted]
         found = [mean.expand_as(each) for mean, each in zip(means, wanted, strict=True)]

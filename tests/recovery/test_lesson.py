@@ -154,6 +154,19 @@ def test_scores_that_probabilities_do_not_show_stay_where_they_are():
     assert found.distance_after < 0.1 * found.distance_before
 
 
+def test_scores_far_apart_are_learned():
+    """One class has a probability of 0 on all images, in single precision."""
+    dense, original = pair()
+    with torch.no_grad():
+        for net in (dense, original):
+            net.head.weight *= 100.0
+            net.head.bias[0] -= 1e5
+    assert math.isfinite(Lesson(original, dense, ((inputs(64),), {}), "kl", 2.0).loss_of_a_constant(torch.arange(64)))
+    found = distillation(dense, original, batches(), steps=200)
+    assert found.is_kept
+    assert found.loss_after < found.loss_before
+
+
 def test_budget_of_seconds_ends_it():
     dense, original = pair()
     for seconds in (0.3, 3.0, 30.0):  # a busy machine may take no step in less
@@ -161,7 +174,7 @@ def test_budget_of_seconds_ends_it():
         if found.steps:
             break
     assert 1 <= found.steps < 10**6
-    assert found.is_out_of_time
+    assert found.seconds < 2 * seconds + 20.0
     assert found.is_kept
 
 
