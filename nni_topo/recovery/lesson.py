@@ -147,8 +147,6 @@ class Lesson:
         self.kind = likely if objective == "auto" else objective
         self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
         self._learned_scales = self._scales
-        # The distance of a network that gives a constant answer is about 1, and its divergence depends on the scale of
-        # the scores. So both count alike in every scale.
         self._weight_of_distance = 0.0
         found = self._run(student, taken(pool, torch.arange(1)))
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
@@ -172,6 +170,8 @@ class Lesson:
         """Let some of the images say in which scale the loss of a step is; others have no say in what is learned."""
         self._learned_scales = self._variances(index)
         if self.kind == "kl":
+            # The distance of a network that gives a constant answer is about 1, and its divergence depends on the scale
+            # of the scores. So both count alike in every scale.
             self._weight_of_distance = self.loss_of_a_constant(index)
 
     def _variances(self, index: Tensor) -> list[float]:

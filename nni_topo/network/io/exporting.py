@@ -46,7 +46,7 @@ from nni_topo.network.runtime import (
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 """By ending of a path, the format of the file."""
-_ROUNDINGS = 8  # of half precision, by which the outputs of a file may differ: its operations come in another order
+_EPSILONS = 8  # machine epsilons of half precision by which a file may differ: its operations come in another order
 _BATCH = 2  # samples with which a network is exported
 _OTHER_BATCH = 3  # samples with which its file is run besides
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
@@ -126,7 +126,7 @@ def export(
         If the inputs or the calibration data don't fit the network.
     ExportError
         If the network returns no tensor, PyTorch can't export it for every batch size, or the file's outputs differ by
-        more than 1e-4 of the largest output; of a network in half precision by more than eight of its roundings,
+        more than 1e-4 of the largest output; of a network in half precision by more than eight machine epsilons,
         0.0078 (float16) or 0.062 (bfloat16).
 
     Notes
@@ -185,7 +185,7 @@ def export(
         raise ExportError(f"a network that is exported must return tensors, got {kind} ({type(net).__name__})")
     if images is not None:
         first_call(net, images)
-    _return_tensors_alone(net, call, and_numbers=format != "onnx")
+    _return_tensors_alone(net, returned, and_numbers=format != "onnx")
     with quietly():
         program = _program(net, call)
     output_folder(path.parent)
@@ -268,14 +268,13 @@ def _resized(call: Call, size: int) -> Call:
     return resized
 
 
-def _return_tensors_alone(net: nn.Module, call: Call, *, and_numbers: bool) -> None:
-    """Let a network return the tensors of what it returns where that holds something that a file can't.
+def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -> None:
+    """Let a network return the tensors of what it has returned where that holds something that a file can't.
 
     No output of ONNX can be a number, such as a width, and none of ``torch.export`` a text. The tensors of a data class
     count: to PyTorch's exporter it is no tree. ``net`` is changed.
     """
-    with torch.no_grad():
-        leaves = tree_flatten(net(*call[0], **call[1]))[0]
+    leaves = tree_flatten(returned)[0]
     numbers = (bool, int, float) if and_numbers else ()
     if all(leaf is None or isinstance(leaf, (Tensor, *numbers)) for leaf in leaves):
         return
@@ -365,7 +364,7 @@ def _check(net: nn.Module, call: Call, run: Any) -> float:
             errors.append(difference(expected, actual))
     largest = max(errors)
     coarsest = max((torch.finfo(each.dtype).eps for each in net.parameters() if each.is_floating_point()), default=0.0)
-    most = max(SAME_PROGRAM, _ROUNDINGS * coarsest)
+    most = max(SAME_PROGRAM, _EPSILONS * coarsest)
     if not largest <= most:  # NaN too
         raise ExportError(
             f"outputs of the file must equal the network's within {most:.2g} of the largest, "
