@@ -1,14 +1,14 @@
 """What distillation reaches when time isn't short: long courses on a GPU, with many crops (sentences).
 
-    python benchmarks/trained/longer.py efficientnet-lite0 --out runs/longer --device cuda
-    python benchmarks/trained/longer.py minilm --out runs/longer --device cuda --seconds 60
+    python -m benchmarks.trained.longer efficientnet-lite0 --out runs/longer --device cuda
+    python -m benchmarks.trained.longer minilm --out runs/longer --device cuda --seconds 60
 
 The tables of ``run.py`` allow a quarter of an hour on one core. Here the same networks are pruned the same way, and
 learn for as long as ``--seconds`` says. Several courses run: they differ in what is done to the images, or in what the
 pruned network starts from. A record has figures of the validation and of the test photos (sentences). Each course is a
 line of ``longer.jsonl``; the same command goes on where it was stopped.
 
-    python benchmarks/trained/longer.py --into benchmarks/records/trained/longer.jsonl benchmarks/results/trained.md
+    python -m benchmarks.trained.longer --into benchmarks/records/trained/longer.jsonl benchmarks/results/trained.md
 
 writes the table of the records into a page, between the two comments that name this file.
 """
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ COURSES: dict[str, dict[str, Course]] = {
     },
     Encoder.name: {
         "sentences": Course(blocks=0.2),
+        "sentences, embeddings alone": Course(),
         "sentences, l1 alone": Course("l1", is_reconstructed=False, blocks=0.2),
     },
 }
@@ -95,7 +97,8 @@ def _crops_of(seed: int) -> Tensor:
 def many_crops(count: int, path: Path) -> Tensor:
     """Return crops of the calibration photos, kept in a file; several processes cut them."""
     if not path.is_file():
-        with ProcessPoolExecutor() as pool:
+        # Forked processes would hang: PyTorch's threads and the GPU are in use already.
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             parts = list(pool.map(_crops_of, range(1000, 1000 + -(-count // _PART))))
         order = torch.randperm(len(parts) * _PART, generator=torch.Generator().manual_seed(0))
         torch.save(torch.cat(parts)[order[:count]].half(), path)

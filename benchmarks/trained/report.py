@@ -1,8 +1,8 @@
 """Tables and a picture of what ``run.py`` recorded.
 
-    python benchmarks/trained/report.py runs/trained
-    python benchmarks/trained/report.py benchmarks/records/trained --into benchmarks/results/trained.md
-    python benchmarks/trained/report.py benchmarks/records/trained --bars docs/figures/minilm.png
+    python -m benchmarks.trained.report runs/trained
+    python -m benchmarks.trained.report benchmarks/records/trained --into benchmarks/results/trained.md
+    python -m benchmarks.trained.report benchmarks/records/trained --bars docs/figures/minilm.png
 
 The first writes ``report.md`` and ``agreement.png`` into the folder and prints the tables; ``--into`` replaces what a
 page holds between the two comments that name this file; ``--bars`` draws README's picture.
@@ -97,7 +97,7 @@ def _by_allocation(network: str, records: list[Record]) -> str:
     head = ["MACs asked for", "allocation", *map(title_of, names), "MACs %", "parameters %", "CPU s"]
     shares = " ".join(f"{each:g}" for each in sorted({record["key"][1] for record in records}, reverse=True))
     command = (
-        f"python benchmarks/trained/run.py {network} --out benchmarks/records/trained --shares {shares} --allocations"
+        f"python -m benchmarks.trained.run {network} --out benchmarks/records/trained --shares {shares} --allocations"
     )
     names_of = " ".join(dict.fromkeys(record["allocation"] for record in records))
     title = "**EfficientNet-Lite0: `shrink` without distillation by the allocation of its budget**"
@@ -118,7 +118,7 @@ def _by_images(network: str, share: float, records: list[Record]) -> str:
     head = [f"calibration {what}", *(["photos"] if network != "minilm" else []), *map(title_of, names), "CPU s"]
     title = f"**{TITLES[network].format(share=share)}: `{OURS}` and `compensate` by number of {what}**"
     counts = " ".join(str(record["images"]) for record in records)
-    command = f"python benchmarks/trained/run.py {network} --out benchmarks/records/trained --images {counts}"
+    command = f"python -m benchmarks.trained.run {network} --out benchmarks/records/trained --images {counts}"
     return f"{title}\n\n{markdown_table(head, lines, text_columns=0)}\n\n`{command}`"
 
 
@@ -190,7 +190,7 @@ def _said(record: Record) -> str:
             f"{learned['crops']:,} crops of {learned['photos']} calibration photos, {more['crops']:,} for `distill`, "
         )
         text += f"{judges['crops']:,} of {judges['photos']} validation photos."
-    command = f"python benchmarks/trained/run.py {record['network']} --out benchmarks/records/trained"
+    command = f"python -m benchmarks.trained.run {record['network']} --out benchmarks/records/trained"
     return f"{text} PyTorch {versions['torch']}, one thread of a shared {record['hardware']['processor']}. `{command}`"
 
 

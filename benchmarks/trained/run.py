@@ -1,13 +1,13 @@
 """Prune the two networks that nobody here trained, recover them without labels, and record how alike they stay.
 
-    python benchmarks/trained/run.py efficientnet-lite0 --out runs/trained
-    python benchmarks/trained/run.py minilm --out runs/trained
-    python benchmarks/trained/run.py minilm --out runs/trained --only l1 reconstruction --recoveries none
+    python -m benchmarks.trained.run efficientnet-lite0 --out runs/trained
+    python -m benchmarks.trained.run minilm --out runs/trained
+    python -m benchmarks.trained.run minilm --out runs/trained --only l1 reconstruction --recoveries none
 
 Every row keeps the same number of channels in every layer. A cell is a network, a share of its cost, a selection
 criterion and a recovery; each is a line of ``NETWORK.jsonl``, and the same command goes on where it was stopped.
 ``--only`` and ``--recoveries`` run some rows and columns. ``--images 8 32 128 512`` measures instead what weight
-reconstruction gains from so many crops (sentences), ``--allocations uniform error auto`` what `shrink` reaches on
+reconstruction gains from so many crops (sentences), ``--allocations uniform error auto blocks`` what `shrink` reaches on
 EfficientNet-Lite0 where it chooses the widths of the layers. ``report.py`` beside this file makes the tables.
 
 Weights are recovered from calibration photos (sentences), distilled weights are kept or discarded by validation photos,
@@ -55,6 +55,9 @@ RECOVERIES = (
     "compensate, distill",
     "block, distill",
 )
+UNIFORM, BLOCKS = "uniform", "blocks"
+ALLOCATIONS = (UNIFORM, "error", "auto", BLOCKS)
+"""How `shrink` spends its budget; with "blocks" it may remove blocks, and the widths are uniform."""
 LONG = ("channel", "block", "distill", NEW_WEIGHTS, "compensate, distill", "block, distill")
 """Recoveries that only the rows of LONG_ROWS have: they take minutes."""
 LONG_ROWS = ("l1", OURS)
@@ -262,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=250, help="of a distillation (default 250)")
     parser.add_argument("--seconds", type=float, help="wall time of a distillation's steps (default: no limit)")
     parser.add_argument("--images", nargs="+", type=int, metavar="COUNT", help="calibration crops or sentences")
-    parser.add_argument("--allocations", nargs="+", choices=("uniform", "error", "auto"), metavar="ALLOCATION")
+    parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, metavar="ALLOCATION")
     parser.add_argument("--all", action="store_true", help="the long recoveries for every criterion")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -335,7 +338,7 @@ def image_cells(subject: Subject, options: argparse.Namespace, done: set[tuple[A
 def allocation_cells(
     subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ...]]
 ) -> Iterator[dict[str, Any]]:
-    """Measure `shrink` without distillation, with the layers' widths by an allocation."""
+    """Measure `shrink` without distillation, with the layers' widths by an allocation, or with blocks removed, too."""
     if not isinstance(subject, Cnn):
         raise SystemExit(f"--allocations is for {Cnn.name} alone: the other network is pruned to a share of its heads")
     cost, layers = NetworkCost(subject.model, subject.example)({}), subject.entries()[0]["op_names"]
@@ -344,8 +347,10 @@ def allocation_cells(
             key = (subject.name, share, OURS, f"widths, {name}")
             if key in done:
                 continue
-            budget = {"flops": share, "allocation": name}
-            shrink = functools.partial(nni_topo.shrink, distill=False, layers=layers, progress=False)
+            budget = {"flops": share, "allocation": UNIFORM if name == BLOCKS else name}
+            shrink = functools.partial(
+                nni_topo.shrink, distill=False, layers=layers, depth=name == BLOCKS, progress=False
+            )
             dense, seconds = timed(lambda budget=budget, shrink=shrink: shrink(subject.model, subject.data, budget))  # type: ignore[misc]
             left = NetworkCost(dense, subject.example)({})
             yield {

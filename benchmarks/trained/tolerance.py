@@ -1,6 +1,6 @@
 """How small the two networks that nobody here trained get within a tolerance, and whether it holds on other data.
 
-    python benchmarks/trained/tolerance.py efficientnet-lite0 minilm --out runs/trained
+    python -m benchmarks.trained.tolerance efficientnet-lite0 minilm --out runs/trained
 
 `shrink(..., tolerance=...)`, without distillation. EfficientNet-Lite0 gets 960 crops of the calibration photos: the
 tolerance bounds the share of changed classes, and photos, not crops, are counted. MiniLM gets 2,048 sentences: the
