@@ -7,8 +7,8 @@
 Every row keeps the same number of channels in every layer. A cell is a network, a share of its cost, a selection
 criterion and a recovery; each is a line of ``NETWORK.jsonl``, and the same command goes on where it was stopped.
 ``--only`` and ``--recoveries`` run some rows and columns. ``--images 8 32 128 512`` measures instead what weight
-reconstruction gains from so many crops (sentences), ``--allocations uniform error auto blocks`` what `shrink` reaches on
-EfficientNet-Lite0 where it chooses the widths of the layers. ``report.py`` beside this file makes the tables.
+reconstruction gains from so many crops (sentences), ``--allocations uniform error auto blocks`` what `shrink` reaches
+on EfficientNet-Lite0 where it chooses the widths of the layers. ``report.py`` beside this file makes the tables.
 
 Weights are recovered from calibration photos (sentences), distilled weights are kept or discarded by validation photos,
 and all figures are of test photos, which nothing else looks at. Seconds are those of the processor, on one thread.
