@@ -55,8 +55,8 @@ RECOVERIES = (
     "compensate, distill",
     "block, distill",
 )
-UNIFORM, BLOCKS = "uniform", "blocks"
-ALLOCATIONS = (UNIFORM, "error", "auto", BLOCKS)
+UNIFORM, BLOCKS, DISTILLED_BLOCKS = "uniform", "blocks", "blocks, distill"
+ALLOCATIONS = (UNIFORM, "error", "auto", BLOCKS, DISTILLED_BLOCKS)
 """How `shrink` spends its budget; with "blocks" it may remove blocks, and the widths are uniform."""
 LONG = ("channel", "block", "distill", NEW_WEIGHTS, "compensate, distill", "block, distill")
 """Recoveries that only the rows of LONG_ROWS have: they take minutes."""
@@ -338,7 +338,7 @@ def image_cells(subject: Subject, options: argparse.Namespace, done: set[tuple[A
 def allocation_cells(
     subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ...]]
 ) -> Iterator[dict[str, Any]]:
-    """Measure `shrink` without distillation, with the layers' widths by an allocation, or with blocks removed, too."""
+    """Measure `shrink` with the layers' widths by an allocation, or with blocks removed, too; some then distil."""
     if not isinstance(subject, Cnn):
         raise SystemExit(f"--allocations is for {Cnn.name} alone: the other network is pruned to a share of its heads")
     cost, layers = NetworkCost(subject.model, subject.example)({}), subject.entries()[0]["op_names"]
@@ -347,11 +347,19 @@ def allocation_cells(
             key = (subject.name, share, OURS, f"widths, {name}")
             if key in done:
                 continue
-            budget = {"flops": share, "allocation": UNIFORM if name == BLOCKS else name}
-            shrink = functools.partial(
-                nni_topo.shrink, distill=False, layers=layers, depth=name == BLOCKS, progress=False
-            )
+            has_blocks = name in (BLOCKS, DISTILLED_BLOCKS)
+            budget = {"flops": share, "allocation": UNIFORM if has_blocks else name}
+            shrink = functools.partial(nni_topo.shrink, distill=False, layers=layers, depth=has_blocks, progress=False)
             dense, seconds = timed(lambda budget=budget, shrink=shrink: shrink(subject.model, subject.data, budget))  # type: ignore[misc]
+            notes: dict[str, Any] = {}
+            if has_blocks:
+                notes["removed"] = [each.name for each in dense.report.depth.removed]
+            if name == DISTILLED_BLOCKS:
+                state = options.out / f"{subject.name}-{share}-blocks.state"
+                limits = {"steps": options.steps, "seconds": options.seconds}
+                dense, spent, distilled = learned(subject, dense, limits, state)
+                state.unlink(missing_ok=True)
+                seconds, notes = seconds + spent, notes | distilled
             left = NetworkCost(dense, subject.example)({})
             yield {
                 "key": key,
@@ -360,6 +368,7 @@ def allocation_cells(
                 "seconds": seconds,
                 "macs": left.macs / cost.macs,
                 "params": left.params / cost.params,
+                **notes,
             }
 
 
@@ -388,9 +397,8 @@ class Row:
         if name == "batch norms":
             calibrated, seconds = timed(lambda: nni_topo.recalibrate_batch_norm(dense, subject.data))
             return calibrated, seconds, {}
-        found, seconds = timed(lambda: subject.distilled(dense, limits, state))
-        notes = {"steps": found.steps, "lr": found.lr, "is_kept": found.is_kept}
-        return found.model, spent + seconds, notes
+        found, seconds, notes = learned(subject, dense, limits, state)
+        return found, spent + seconds, notes
 
     def solved(self, method: str) -> tuple[nn.Module, float]:
         """Return the dense network after weight reconstruction, and the seconds of that."""
@@ -402,6 +410,14 @@ class Row:
 
             self._solved[method] = timed(solve)
         return self._solved[method]
+
+
+def learned(
+    subject: Subject, dense: nn.Module, limits: dict[str, Any], state: Path
+) -> tuple[nn.Module, float, dict[str, Any]]:
+    """Return the distilled network, its seconds, and notes for the record."""
+    found, seconds = timed(lambda: subject.distilled(dense, limits, state))
+    return found.model, seconds, {"steps": found.steps, "lr": found.lr, "is_kept": found.is_kept}
 
 
 def draw_weights(net: nn.Module) -> None:
