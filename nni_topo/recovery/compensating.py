@@ -13,7 +13,7 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 from torch.fx import Node
 
-from nni_topo.errors import ConfigError, checked, instance, listed, whole
+from nni_topo.errors import NONE, ConfigError, checked, instance, listed, whole
 from nni_topo.network.runtime import (
     BATCHES,
     MASKS,
@@ -41,6 +41,7 @@ from nni_topo.recovery.samples import HELD_OUT_ENTRIES, OtherSamplesError, Sampl
 from nni_topo.recovery.thin import thin_out
 
 _logger = logging.getLogger(__name__)
+_SAMPLES_KEPT = 2**30  # bytes of one layer's samples, unless `cache_bytes` says so
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,7 +69,7 @@ class Compensation:
     masks=MASKS,
     calibration=BATCHES,
     method=instance(str, RecoveryMethod),
-    cache_bytes=whole(0, 2**63 - 1),
+    cache_bytes=whole(0, 2**63 - 1) | NONE,
 )
 @leaves_models_alone
 @in_smaller_batches
@@ -81,7 +82,7 @@ def compensation(
     ridge: float | Literal["auto"] = "auto",
     recalibrate: bool = False,
     seed: int = 0,
-    cache_bytes: int = 2**30,
+    cache_bytes: int | None = None,
     progress: bool | None = None,
 ) -> Compensation:
     """Compensate a model and report what was done; parameters and errors are those of :func:`compensate`.
@@ -105,13 +106,19 @@ def compensation(
     sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
 
-    def new_replay() -> Replay:
-        return Replay(model, networks.unpruned, networks.pruned, calibration, cache_bytes)
+    kept_values = cache_bytes or 0
+    kept_samples = _SAMPLES_KEPT if cache_bytes is None else cache_bytes
 
-    sampler = Sampler(new_replay(), sizes, seed, cache_bytes, held_out_groups(calibration, sizes), processes)
+    def new_replay() -> Replay:
+        return Replay(model, networks.unpruned, networks.pruned, calibration, kept_values)
+
+    sampler = Sampler(new_replay(), sizes, seed, kept_samples, held_out_groups(calibration, sizes), processes)
     plan = plan_of(networks, sampler.replay.touched_nodes)
     tasks = chosen.tasks(plan, networks)
     thin_out(networks.pruned, tasks)
+    if cache_bytes is None:
+        kept_values = sampler.memory_beside(tasks)
+        sampler.replay = new_replay()
     layers = _run(tasks, sampler, networks, None if ridge == "auto" else float(ridge), progress, plan.left_alone)
 
     def begin_again() -> Replay:
@@ -119,7 +126,7 @@ def compensation(
         return sampler.replay
 
     marks = sampler.held_out
-    layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, cache_bytes, progress, begin_again))
+    layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, kept_samples, progress, begin_again))
     if recalibrate or chosen.recalibrates:
         copy_norm_statistics(networks, call, calibration)
     report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began)
@@ -166,9 +173,10 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         Also measure the statistics of batch norms anew, at the end.
     seed : int, default=0
         For the positions that large feature maps are sampled at, and the order of samples that blocks learn from.
-    cache_bytes : int, default=2**30
+    cache_bytes : int or None, default=None
         Memory for intermediate values of both networks, at least 0, and as much again for one layer's samples. With
-        less, more is computed again.
+        less, more is computed again. None: values take at most a quarter of the memory that is free on the network's
+        device, samples 1 GiB.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.

@@ -18,7 +18,7 @@ from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
 from nni_topo.maths.least_squares.shifts import Geometry, Patches, pays
 from nni_topo.network.graph import tensor_shape
 from nni_topo.network.layers import TRANSPOSED, InnerCall, call_of, has_own_forward
-from nni_topo.network.runtime import Processes, device_of
+from nni_topo.network.runtime import Processes, device_of, free_memory_of
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values
 
@@ -339,12 +339,23 @@ class Sampler:
     def check_memory(self, tasks: Sequence[Task]) -> None:
         """Raise DataError for a task whose sums and factors don't fit into memory."""
         for task in tasks:
-            shape, groups = tensor_shape(task.place) or (), len(task.layer.columns)
-            # Up to so many samples; fewer than unknowns are kept as they are.
-            positions = position_count(self.replay.model.get_submodule(task.layer.name), shape)
-            samples = min(self.images * positions, task.unknowns)
             what = f"least squares of {task.unknowns} unknowns"
-            check_memory(8 * _COPIES * groups * task.unknowns * samples, what, _CURE, task.layer.name)
+            check_memory(self._needed(task), what, _CURE, task.layer.name)
+
+    def memory_beside(self, tasks: Sequence[Task]) -> int:
+        """Return the bytes that networks' values may take: a quarter of what the sums of any task leave free."""
+        free = free_memory_of(device_of(self.replay.model))
+        most = max((self._needed(task) for task in tasks), default=0)
+        sharing = 1 if self._processes is None else self._processes.size
+        return max(0, free - most) // (4 * sharing)
+
+    def _needed(self, task: Task) -> int:
+        """Return the bytes of a task's sums and factors."""
+        shape, groups = tensor_shape(task.place) or (), len(task.layer.columns)
+        # Up to so many samples; fewer than unknowns are kept as they are.
+        positions = position_count(self.replay.model.get_submodule(task.layer.name), shape)
+        samples = min(self.images * positions, task.unknowns)
+        return 8 * _COPIES * groups * task.unknowns * samples
 
     def collect(
         self, task: Task, settled: int, *, later: Collection[Node] | None = None, is_refined: bool = False

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo.recovery import Reconstruct, compensate, compensation
+from nni_topo.recovery import Reconstruct, compensate, compensating, compensation, samples
 from nni_topo.speedup import masked_model, to_dense
 
 
@@ -255,6 +255,28 @@ def test_the_cache_changes_nothing(residual_net, halves, images, cache_bytes):
     found = compensate(residual_net, masks, images, cache_bytes=cache_bytes)
     for one, other in zip(expected.parameters(), found.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("free", [0, 2**20])
+def test_by_default_values_take_a_quarter_of_the_memory_that_sums_leave_free(
+    residual_net, halves, images, monkeypatch, free
+):
+    allowed = []
+
+    class Told(compensating.Replay):
+        def __init__(self, *args):
+            super().__init__(*args)
+            allowed.append(args[-1])
+
+    monkeypatch.setattr(compensating, "Replay", Told)
+    monkeypatch.setattr(samples, "free_memory_of", lambda device: free)
+    masks = halves(residual_net, "conv1", "conv3")
+    found = compensate(residual_net, masks, images)
+    # The largest sums are those of a convolution that reads eight channels with nine elements of the kernel.
+    sums = 8 * 4 * (8 * 9) ** 2
+    assert allowed == [0, max(0, free - sums) // 4]
+    expected = compensate(residual_net, masks, images, cache_bytes=2**30)
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-9, atol=1e-12)
 
 
 def test_a_generator_serves_as_calibration(residual_net, halves, images):

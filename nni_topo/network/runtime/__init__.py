@@ -83,7 +83,7 @@ from nni_topo.network.runtime.inputs import (
     variations_of,
     varied,
 )
-from nni_topo.network.runtime.memory import freed_at_once, give_back_memory, trim_heap
+from nni_topo.network.runtime.memory import free_memory_of, freed_at_once, give_back_memory, trim_heap
 from nni_topo.network.runtime.precision import in_full_precision
 from nni_topo.network.runtime.processes import Processes, digest, in_step
 from nni_topo.network.runtime.progress import bar
@@ -177,6 +177,7 @@ __all__ = [
     "fitting_call",
     "forget_evaluated",
     "form_that_fits",
+    "free_memory_of",
     "freed_at_once",
     "give_back_memory",
     "give_report",

@@ -9,7 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import torch
 from torch import nn
+
+from nni_topo.errors import free_memory
 
 _LARGE = 2**20  # parameters of a model that is worth freeing at once
 
@@ -17,6 +20,14 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, as malloc.h 
 _PAGES_OF_THEIR_OWN = 2**20  # bytes of a tensor from which on it gets pages of its own
 # glibc raises its threshold to the size of what is freed, up to this. A process that has freed a large tensor is there.
 _HIGHEST_THRESHOLD = 2**25
+
+
+def free_memory_of(device: torch.device) -> int:
+    """Return the bytes that this process can still take on a device; those of the machine where it has none of its own.
+
+    What PyTorch keeps of a GPU for its next tensors counts as taken.
+    """
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def give_back_memory(model: nn.Module) -> None:

@@ -64,6 +64,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     evaluation_mode,
     fitting,
+    free_memory_of,
     freed_at_once,
     give_back_memory,
     in_step,
@@ -572,7 +573,7 @@ class _Run:
             needed += 4 * _LEARNING * states[0].numel() * min(self._samples.samples, _LEARNED_AT_ONCE)
         what, cure = "a block with its statistics and states", "pass fewer or shorter samples"
         if skeleton.device.type == "cuda":
-            free = torch.cuda.mem_get_info(skeleton.device)[0]
+            free = free_memory_of(skeleton.device)
             check_memory(needed, f"{what} (on {skeleton.device})", cure, "batches", free=free)
         if skeleton.device.type != "cpu":
             needed = 2 * block + nbytes + _CACHE
