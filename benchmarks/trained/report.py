@@ -11,6 +11,7 @@ page holds between the two comments that name this file; ``--bars`` draws README
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ QUOTED = (
     ((_CNN, 0.5, OURS, "compensate"), "top 1", "With half of the MACs it is {} %."),
 )
 """Cell, column and wording of each figure in README.md; a test holds one against the other."""
+ALLOCATED = {
+    "uniform": '`allocation="uniform"`',
+    "error": '`allocation="error"`',
+    "auto": '`allocation="auto"`',
+    "blocks": "uniform, `depth=True`",
+    "blocks, distill": "uniform, `depth=True`, then `distill`",
+}
 BARS = (
     ("l1", "none", "L1, no recovery"),
     ("fpgm", "compensate", "FPGM (best baseline), weight reconstruction"),
@@ -87,20 +95,21 @@ def tables(records: Iterable[Record]) -> str:
 
 
 def _by_allocation(network: str, records: list[Record]) -> str:
-    """Return the table of what `shrink` reaches with the widths of an allocation."""
+    """Return the table of what `shrink` reaches with the widths of an allocation, and with blocks removed."""
     names = [name for name in COLUMNS if name in records[0]["figures"]]
     lines = []
     for record in sorted(records, key=lambda record: -record["key"][1]):
         figures = [figure(name, record["figures"][name]) for name in names]
         sizes = [f"{100 * record[part]:.1f}" for part in ("macs", "params")]
-        lines.append([f"{record['key'][1]:.0%}", record["allocation"], *figures, *sizes, f"{record['seconds']:.0f}"])
-    head = ["MACs asked for", "allocation", *map(title_of, names), "MACs %", "parameters %", "CPU s"]
+        shown = ALLOCATED[record["allocation"]]
+        lines.append([f"{record['key'][1]:.0%}", shown, *figures, *sizes, _steps(record), f"{record['seconds']:.0f}"])
+    head = ["MACs asked for", "widths", *map(title_of, names), "MACs %", "parameters %", "steps", "CPU s"]
     shares = " ".join(f"{each:g}" for each in sorted({record["key"][1] for record in records}, reverse=True))
     command = (
         f"python -m benchmarks.trained.run {network} --out benchmarks/records/trained --shares {shares} --allocations"
     )
-    names_of = " ".join(dict.fromkeys(record["allocation"] for record in records))
-    title = "**EfficientNet-Lite0: `shrink` without distillation by the allocation of its budget**"
+    names_of = " ".join(shlex.quote(name) for name in dict.fromkeys(record["allocation"] for record in records))
+    title = "**EfficientNet-Lite0: `shrink` by the allocation of its budget, and with `depth=True`**"
     return f"{title}\n\n{markdown_table(head, lines, text_columns=2)}\n\n`{command} {names_of}`"
 
 
@@ -122,6 +131,13 @@ def _by_images(network: str, share: float, records: list[Record]) -> str:
     return f"{title}\n\n{markdown_table(head, lines, text_columns=0)}\n\n`{command}`"
 
 
+def _steps(record: Record) -> str:
+    """Return how many steps a distillation took, and whether its weights were discarded."""
+    if "steps" not in record:
+        return ""
+    return str(record["steps"]) if record["is_kept"] else f"{record['steps']}, discarded"
+
+
 def _table(network: str, share: float, found: dict[tuple[str, str], Record]) -> str:
     """Return the table of one network at one share; the better end of each column of figures is bold."""
     first = next(iter(found.values()))
@@ -140,8 +156,8 @@ def _table(network: str, share: float, found: dict[tuple[str, str], Record]) -> 
         for name in names:
             shown = figure(name, record["figures"][name])
             line.append(f"**{shown}**" if best[name] == row else shown)
-        steps = str(record["steps"]) + ("" if record["is_kept"] else ", discarded") if "steps" in record else ""
-        line += [f"{100 * record['macs']:.1f}", f"{100 * record['params']:.1f}", steps, f"{record['seconds']:.0f}"]
+        line += [f"{100 * record[part]:.1f}" for part in ("macs", "params")]
+        line += [_steps(record), f"{record['seconds']:.0f}"]
         lines.append(line)
     head = ["criterion", "recovery", *map(title_of, names), "MACs %", "parameters %", "steps", "CPU s"]
     return (

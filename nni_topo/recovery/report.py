@@ -42,7 +42,9 @@ class LayerReport:
     ridge: float  # penalty over each input's variance, for "ahead" the damping; infinite if no change was best
     error_before: float  # over the calibration samples
     error_after: float
-    error_held_out: float  # over samples that the solution wasn't fitted to; NaN if there were too few
+    # Over samples that this layer's solution wasn't fitted to; NaN if there were too few. The layers before it were
+    # solved from them, too, so that the error on new samples is larger.
+    error_held_out: float
     seconds: float  # wall time
     lr: float = math.nan  # for "block" the learning rate at its highest; NaN if all that were tried break it
     is_kept: bool = True  # for "block" whether it has the learned weights: the held-out error has fallen
