@@ -52,6 +52,15 @@ def test_a_log_gets_a_line_every_half_minute_with_the_time_left(monkeypatch, lat
     assert len(lines) == 12
 
 
+def test_nothing_is_said_of_the_time_left_after_the_first_item(monkeypatch, late):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for item in bar("work", None, range(30)):
+        late[0] += 1.0 if item else 120.0
+    lines = sys.stderr.getvalue().splitlines()
+    assert lines[0] == "work: 1 of 30, 02:00 passed"
+    assert lines[-1] == "work: 30 of 30, 02:29 passed"
+
+
 def test_work_without_a_known_end_says_how_much_is_done(monkeypatch, late):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with bar("epochs", None) as shown:
