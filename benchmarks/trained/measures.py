@@ -69,6 +69,12 @@ def like_classifier(mine: Tensor, theirs: Tensor, crops: Crops) -> dict[str, Fig
     return {name: clustered(values, crops.photos) for name, values in found.items()}
 
 
+def kept_by_photo(mine: Tensor, theirs: Tensor, crops: Crops) -> list[float]:
+    """Return the share of each photo's crops whose first class is the unpruned network's, to compare networks by it."""
+    same = (mine.argmax(1) == theirs.argmax(1)).double()
+    return [float(same[crops.photos == photo].mean()) for photo in crops.photos.unique()]
+
+
 def embeddings(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Tensor:
     """Return the embeddings of batches of sentences, on the CPU wherever the model runs."""
     device = next(model.parameters()).device

@@ -18,10 +18,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.trained.run import CRITERIA, OURS, RECOVERIES
+from benchmarks.trained.run import CRITERIA, OURS, RECOVERIES, UNIFORM
 from nni_topo.disk import output_file
 from nni_topo.studies.records import read_records
-from nni_topo.studies.tables import markdown_table, with_tables
+from nni_topo.studies.tables import interval, markdown_table, with_tables
 
 SOURCE = "benchmarks/trained/report.py"  # as the comments around a page's tables say
 NETWORKS = ("efficientnet-lite0", "minilm")
@@ -44,7 +44,7 @@ QUOTED = (
 )
 """Cell, column and wording of each figure in README.md; a test holds one against the other."""
 ALLOCATED = {
-    "uniform": '`allocation="uniform"`',
+    UNIFORM: '`allocation="uniform"`',
     "error": '`allocation="error"`',
     "auto": '`allocation="auto"`',
     "blocks": "uniform, `depth=True`",
@@ -97,13 +97,21 @@ def tables(records: Iterable[Record]) -> str:
 def _by_allocation(network: str, records: list[Record]) -> str:
     """Return the table of what `shrink` reaches with the widths of an allocation, and with blocks removed."""
     names = [name for name in COLUMNS if name in records[0]["figures"]]
+    uniform = {record["key"][1]: record["by_photo"] for record in records if record["allocation"] == UNIFORM}
     lines = []
     for record in sorted(records, key=lambda record: -record["key"][1]):
         figures = [figure(name, record["figures"][name]) for name in names]
         sizes = [f"{100 * record[part]:.1f}" for part in ("macs", "params")]
+        more = ""
+        if record["allocation"] != UNIFORM:
+            pairs = zip(record["by_photo"], uniform[record["key"][1]], strict=True)
+            found = interval([100 * (one - other) for one, other in pairs])
+            more = f"{found.mean:+.1f} ± {found.half:.1f}"
+        sizes.append(more)
         shown = ALLOCATED[record["allocation"]]
         lines.append([f"{record['key'][1]:.0%}", shown, *figures, *sizes, _steps(record), f"{record['seconds']:.0f}"])
-    head = ["MACs asked for", "widths", *map(title_of, names), "MACs %", "parameters %", "steps", "CPU s"]
+    head = ["MACs asked for", "widths", *map(title_of, names), "MACs %", "parameters %"]
+    head += ["points of top 1 more than uniform", "steps", "CPU s"]
     shares = " ".join(f"{each:g}" for each in sorted({record["key"][1] for record in records}, reverse=True))
     command = (
         f"python -m benchmarks.trained.run {network} --out benchmarks/records/trained --shares {shares} --allocations"

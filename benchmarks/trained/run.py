@@ -163,6 +163,10 @@ class Cnn(Subject):
             state=state,
         )
 
+    def kept_by_photo(self, net: nn.Module) -> list[float]:
+        """Agreement of classes on the crops of each test photo."""
+        return measures.kept_by_photo(measures.answers(net, self._test.batches()), self._wanted, self._test)
+
     def figures(self, net: nn.Module) -> dict[str, measures.Figure]:
         """Agreement of classes on crops of the test photos."""
         mine = measures.answers(net, self._test.batches())
@@ -365,6 +369,7 @@ def allocation_cells(
                 "key": key,
                 "allocation": name,
                 "figures": {each: asdict(figure) for each, figure in subject.figures(dense).items()},
+                "by_photo": subject.kept_by_photo(dense),
                 "seconds": seconds,
                 "macs": left.macs / cost.macs,
                 "params": left.params / cost.params,
