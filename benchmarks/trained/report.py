@@ -97,14 +97,15 @@ def tables(records: Iterable[Record]) -> str:
 def _by_allocation(network: str, records: list[Record]) -> str:
     """Return the table of what `shrink` reaches with the widths of an allocation, and with blocks removed."""
     names = [name for name in COLUMNS if name in records[0]["figures"]]
-    uniform = {record["key"][1]: record["by_photo"] for record in records if record["allocation"] == UNIFORM}
+    photo_by_photo = {tuple(record["key"][1:]): record["by_photo"] for record in records if "by_photo" in record}
     lines = []
     for record in sorted(records, key=lambda record: -record["key"][1]):
         figures = [figure(name, record["figures"][name]) for name in names]
         sizes = [f"{100 * record[part]:.1f}" for part in ("macs", "params")]
         more = ""
-        if record["allocation"] != UNIFORM:
-            pairs = zip(record["by_photo"], uniform[record["key"][1]], strict=True)
+        uniform = photo_by_photo.get((record["key"][1], OURS, f"widths, {UNIFORM}"))
+        if record["allocation"] != UNIFORM and "by_photo" in record and uniform:
+            pairs = zip(record["by_photo"], uniform, strict=True)
             found = interval([100 * (one - other) for one, other in pairs])
             more = f"{found.mean:+.1f} ± {found.half:.1f}"
         sizes.append(more)
