@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.trained.run import CRITERIA, OURS, RECOVERIES, UNIFORM
+from benchmarks.trained.run import BLOCKS, CRITERIA, OURS, RECOVERIES, UNIFORM
 from nni_topo.disk import output_file
 from nni_topo.studies.records import read_records
 from nni_topo.studies.tables import interval, markdown_table, with_tables
@@ -36,11 +36,12 @@ QUOTED = (
     ((_ENCODER, 0.5, OURS, "compensate, distill"), "cosine", "a cosine of {} with the unpruned network's"),
     ((_ENCODER, 0.5, "l1", "distill"), "cosine", "{} by L1 and distillation"),
     ((_ENCODER, 0.5, "l1", "none"), "cosine", "{} by L1 without recovery"),
-    ((_CNN, 0.8, OURS, "compensate"), "top 1", "the class of {} % of crops of other photos"),
+    ((_CNN, 0.8, OURS, f"widths, {BLOCKS}"), "top 1", "the class of {} % of crops of other photos"),
+    ((_CNN, 0.8, OURS, f"widths, {UNIFORM}"), "top 1", "{} % if only channels go"),
     ((_CNN, 0.8, "l1", "batch norms"), "top 1", "({} % by L1 with batch norms recalibrated,"),
     ((_CNN, 0.8, "l1", "channel"), "top 1", "recalibrated, {} % by L1 and GRAIL's rule,"),
-    ((_CNN, 0.8, "l1", "compensate"), "top 1", "GRAIL's rule, {} % by L1 with our recovery:"),
-    ((_CNN, 0.5, OURS, "compensate"), "top 1", "With half of the MACs it is {} %."),
+    ((_CNN, 0.8, "l1", "compensate"), "top 1", "GRAIL's rule, {} % by L1 with our recovery)"),
+    ((_CNN, 0.5, OURS, f"widths, {BLOCKS}"), "top 1", "With half of the MACs it is {} %."),
 )
 """Cell, column and wording of each figure in README.md; a test holds one against the other."""
 ALLOCATED = {
@@ -99,7 +100,8 @@ def _by_allocation(network: str, records: list[Record]) -> str:
     names = [name for name in COLUMNS if name in records[0]["figures"]]
     photo_by_photo = {tuple(record["key"][1:]): record["by_photo"] for record in records if "by_photo" in record}
     lines = []
-    for record in sorted(records, key=lambda record: -record["key"][1]):
+    order = list(ALLOCATED)
+    for record in sorted(records, key=lambda record: (-record["key"][1], order.index(record["allocation"]))):
         figures = [figure(name, record["figures"][name]) for name in names]
         sizes = [f"{100 * record[part]:.1f}" for part in ("macs", "params")]
         more = ""
