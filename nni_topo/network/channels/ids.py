@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class Blocks:
     may_vanish: bool  # a block may lose all of its channels, on all sides at once
     moves: bool = False  # it only decides where channels go, as after a chunk: see `shuffles`
     is_uneven: bool = False  # of shuffled layers, whose pieces can't be of one size each
+    is_filled: bool = False  # a shorter block is filled up with `FIXED`: it loses as many, and keeps some of its own
     place: str = ""  # what needs them so: an operation, a module or an attribute
     counted: bool = False  # an attribute holds how many blocks there are: fewer, where each goes as a whole
 
@@ -68,6 +69,13 @@ class TakenWidth:
     dim: int  # the dimension of the tensor that is taken: that of texts or that of images
     of: torch.Tensor  # the ids of the tensor
     viewed: torch.Tensor  # the ids of what gets it
+
+
+class ForeignWidth(NamedTuple):
+    """What is known of a module that gives channels the width of others that needn't be as many."""
+
+    dim: int  # the dimension of the tensor whose width is taken
+    by_kept: bool  # whether channels get it that stay in any case, so that the others would have to
 
 
 class ChannelIds:
@@ -176,16 +184,17 @@ class ChannelIds:
         found: np.ndarray = firsts[parts]
         return found
 
-    def foreign_widths(self) -> dict[str, int]:
-        """Return the modules that give channels the width of others that needn't be as many: by name the dimension."""
+    def foreign_widths(self) -> dict[str, ForeignWidth]:
+        """Return the modules that give channels the width of others that needn't be as many, by name."""
         if not self.widths:
             return {}
         groups = self._tied([each for at, each in enumerate(self._pairs) if at not in self._as_widths])
-        found = dict[str, int]()
+        found = dict[str, ForeignWidth]()
         for each in self.widths:
             own, viewed = (np.setdiff1d(groups[ids.numpy()], FIXED) for ids in (each.of, each.viewed))
-            if len(viewed) and not np.isin(viewed, own).any():
-                found.setdefault(each.owner, each.dim)
+            if len(own) + len(viewed) and not np.isin(viewed, own).any():
+                known = found.get(each.owner, ForeignWidth(each.dim, False))
+                found[each.owner] = ForeignWidth(known.dim, known.by_kept or not len(viewed))
         return found
 
 

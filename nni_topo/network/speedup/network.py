@@ -134,12 +134,17 @@ class Network:
         # be rewritten so that it takes that width nowhere.
         found = self._traced_with({})
         own_widths, modules = dict[str, int](), dict(unwrapped_copy(self.model, light=True).named_modules())
-        for name, dim in found.flow.foreign_widths().items():
-            if name in modules and take_own_width(modules[name], dim, wholly=True):
+        foreign = found.flow.foreign_widths()
+        for name, (dim, by_kept) in foreign.items():
+            # What else it does with the width may ask for channels to be as many, which those that stay can't be.
+            if name in modules and take_own_width(modules[name], dim, wholly=not by_kept):
                 own_widths[name] = dim
         while own_widths:
             rewritten = self._traced_with(own_widths)
-            left = rewritten.flow.foreign_widths().keys() & own_widths.keys()
+            left = set[str]()
+            for name, (_, by_kept) in rewritten.flow.foreign_widths().items():
+                if name in own_widths and by_kept >= foreign[name].by_kept:
+                    left.add(name)
             if not left:
                 return rewritten
             own_widths = {name: dim for name, dim in own_widths.items() if name not in left}
