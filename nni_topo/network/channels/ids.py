@@ -106,6 +106,7 @@ class ChannelIds:
         self._as_widths = set[int]()  # which of these arrays tie channels to others as their width is taken
         self._pins: list[tuple[np.ndarray, Reason]] = []
         self._columns: list[tuple[np.ndarray, Reason]] = []
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
 
     def new(self, count: int) -> int:
         """Give out so many ids, and return the first of them."""
@@ -139,6 +140,11 @@ class ChannelIds:
             self._as_widths.add(len(self._pairs))
         self._pairs.append(pairs[~stay])
         self._tied_at.append(self.node)
+
+    def tie_whole_rows(self, ids: np.ndarray, rows: np.ndarray) -> None:
+        """Tie each id to its row of ids, (ids, columns), if all of the row turn out to be tied, as those of a head."""
+        free = (ids != FIXED) & (rows != FIXED).all(1)
+        self._rows.append((ids[free], rows[free]))
 
     def ties(self) -> list[tuple[torch.fx.Node, np.ndarray]]:
         """List the operations that tie channels, in network order, each with the pairs of ids: int, (pairs, 2)."""
@@ -177,12 +183,20 @@ class ChannelIds:
     def _tied(self, arrays: list[np.ndarray]) -> np.ndarray:
         """Return the smallest id of the group of each channel: int, (count,), by arrays of tied pairs."""
         pairs = np.concatenate(arrays)
-        graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(self.count, self.count))
-        _, firsts, parts = np.unique(
-            connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
-        )
-        found: np.ndarray = firsts[parts]
-        return found
+        while True:
+            graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(self.count, self.count))
+            _, firsts, parts = np.unique(
+                connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
+            )
+            found: np.ndarray = firsts[parts]
+            more = list[np.ndarray]()
+            for ids, rows in self._rows:
+                first = rows[:, 0]
+                is_new = (found[rows] == found[first][:, None]).all(1) & (found[ids] != found[first])
+                more.append(np.stack([ids[is_new], first[is_new]], -1))
+            if not sum(map(len, more)):
+                return found
+            pairs = np.concatenate([pairs, *more])
 
     def foreign_widths(self) -> dict[str, ForeignWidth]:
         """Return the modules that give channels the width of others that needn't be as many, by name."""

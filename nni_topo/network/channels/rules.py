@@ -195,6 +195,14 @@ class Operation:
             self.couple(coupled[0], other)
         found = coupled[0] if coupled else full[0]
         for each in full:
+            held = _varying(each)
+            if coupled and held and all(each.shape[d] == (shape[d] if d in held else 1) for d in varying):
+                # One entry for each head, say, of several channels: it goes with a head that goes as a whole.
+                rows = compressed(found).movedim(held, list(range(len(held)))).flatten(0, len(held) - 1).flatten(1)
+                if rows.shape[1] > 1:
+                    entries = compressed(each).movedim(held, list(range(len(held)))).flatten()
+                    self.channels.tie_whole_rows(entries.numpy(), rows.numpy())
+        for each in full:
             # Of two that are each broadcast along the channels of the other, the output has the first one's.
             if any(varies(each, d) and not varies(found, d) for d in varying):
                 self.keep(each)
@@ -395,6 +403,8 @@ def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
     for other in slices[1:]:
         op.couple(slices[0], other)
     # Coupled channels get one id, so that after this operation ids differ along the channels only.
+    if slices and not any(varies(part, dim) for part in parts):
+        return slices[0].expand(moved.shape)
     return torch.from_numpy(op.channels.settled()[1])[moved]
 
 
@@ -1507,13 +1517,18 @@ def _attention(op: Operation) -> Any:
         heads.append(compressed(mask).movedim(-3, 0).flatten(1))
     if op.argument(7, "enable_gqa", default=False):
         return op.all_kept()
+    weighs_channels = False
     for each in (query, key, value):
-        if [d - each.dim() for d in range(each.dim() - 1) if varies(each, d)] != [-3]:
+        held = [d - each.dim() for d in range(each.dim() - 1) if varies(each, d)]
+        if held not in ([-3], [-3, -2]):
             return op.all_kept()
+        weighs_channels |= held == [-3, -2]
         heads.append(compressed(each).movedim(-3, 0).flatten(1))
     for channels in heads:
         op.couple(channels[:, :1], channels)
         op.couple(heads[0][:, 0], channels[:, 0])
+    if weighs_channels:
+        return heads[0][:, 0].view(-1, 1, 1).expand(op.shape or ())
     return value[..., :1, :].expand(op.shape or ())
 
 
