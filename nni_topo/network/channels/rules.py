@@ -196,12 +196,12 @@ class Operation:
         found = coupled[0] if coupled else full[0]
         for each in full:
             held = _varying(each)
-            if coupled and held and all(each.shape[d] == (shape[d] if d in held else 1) for d in varying):
+            is_row = all(each.shape[d] == (shape[d] if d in held else 1) for d in varying)
+            if coupled and held and is_row and len(held) < len(varying):
                 # One entry for each head, say, of several channels: it goes with a head that goes as a whole.
-                rows = compressed(found).movedim(held, list(range(len(held)))).flatten(0, len(held) - 1).flatten(1)
-                if rows.shape[1] > 1:
-                    entries = compressed(each).movedim(held, list(range(len(held)))).flatten()
-                    self.channels.tie_whole_rows(entries.numpy(), rows.numpy())
+                entries, rows = (compressed(one).movedim(held, list(range(len(held)))) for one in (each, found))
+                rows = rows.flatten(0, len(held) - 1).flatten(1)
+                self.channels.tie_whole_rows(entries.flatten().numpy(), rows.numpy())
         for each in full:
             # Of two that are each broadcast along the channels of the other, the output has the first one's.
             if any(varies(each, d) and not varies(found, d) for d in varying):

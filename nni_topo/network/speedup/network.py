@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import NniTopoError, SpeedupError
-from nni_topo.network.attention import Attention, find_attention, take_own_width
+from nni_topo.network.attention import Attention, find_attention, has_own_forward, take_own_width
 from nni_topo.network.channels import ChannelFlow, rules_registered
 from nni_topo.network.graph import (
     add_training,
@@ -136,8 +136,10 @@ class Network:
         own_widths, modules = dict[str, int](), dict(unwrapped_copy(self.model, light=True).named_modules())
         foreign = found.flow.foreign_widths()
         for name, (dim, by_kept) in foreign.items():
-            # What else it does with the width may ask for channels to be as many, which those that stay can't be.
-            if name in modules and take_own_width(modules[name], dim, wholly=not by_kept):
+            if name not in modules or has_own_forward(modules[name]):
+                continue
+            # Where else it takes the width, channels have to be as many, which those that stay can't be in any case.
+            if take_own_width(modules[name], dim, wholly=not by_kept):
                 own_widths[name] = dim
         while own_widths:
             rewritten = self._traced_with(own_widths)
