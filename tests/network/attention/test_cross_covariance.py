@@ -164,3 +164,30 @@ def test_explain_says_what_a_single_head_needs() -> None:
     found = nni_topo.explain(model, TEXTS, "attention.both")
     assert any(reason.kind == "one_head" for reason in found.reasons)
     assert any("give the attention its scale" in line for line in found.advice)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "knobs", "share"),
+    [
+        ("xcit_nano_12_p16_224", {"img_size": 64, "depth": 2, "cls_attn_layers": 1}, 0.495),
+        ("edgenext_xx_small", {}, 0.495),
+        ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 0.47),
+    ],
+)
+@torch.no_grad()
+def test_networks_of_timm_lose_half_of_their_channels(name: str, knobs: dict[str, object], share: float) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **knobs).double().eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense = nni_topo.to_dense(model, images, masks)  # compares it with the masked network
+    pairs = [
+        (each, dense.get_submodule(layer))
+        for layer, each in model.named_modules()
+        if isinstance(each, (nn.Conv2d, nn.Linear)) and each is not model.get_classifier()
+    ]
+    before, after = (sum(len(pair[at].weight) for pair in pairs) for at in (0, 1))
+    assert 1 - after / before > share

@@ -315,8 +315,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "inception_next_atto": {},
     "ese_vovnet19b_slim": {},
     "xcit_nano_12_p16_224": {**SMALL, "depth": 2, "cls_attn_layers": 1},
-    "edgenext_xx_small": {},
-    "pvt_v2_b0": {"depths": (1, 1, 1, 1)},
 }  # fmt: skip
 
 
