@@ -1482,7 +1482,7 @@ def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:
     by_head = [each for each in (one, other) if varies(each, at)] if min(one.dim(), other.dim()) >= -at else []
     others = [each for each in (one, other) if each.dim() >= -at and not varies(each, at)]
     if heads_at or not by_head or any(each.shape[at] > 1 for each in others):
-        return op.all_kept()
+        return op.all_kept(reason=None if heads_at or not by_head else reasons.heads_stay(op.node))
     firsts = []
     for each in by_head:
         channels = compressed(each).movedim(at, 0).flatten(1)
