@@ -26,7 +26,7 @@ from nni_topo.network.attention.unfused.multihead import (
     set_unfused,
     unfused_class,
 )
-from nni_topo.network.attention.unfused.own_width import FIRST, LAST, own_width_of, take_own_width
+from nni_topo.network.attention.unfused.own_width import FIRST, LAST, has_own_forward, own_width_of, take_own_width
 
 __all__ = [
     "FIRST",
@@ -41,6 +41,7 @@ __all__ = [
     "find_attention",
     "find_frequencies",
     "find_heads",
+    "has_own_forward",
     "is_attention",
     "is_fused_attention",
     "is_mixed",

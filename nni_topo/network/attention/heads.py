@@ -166,7 +166,9 @@ def _attention(name: str, module: Any) -> Attention | None:
         for key, part in parts.items():
             if key not in known_parts:
                 others += part.parameters()
-        if any(other.numel() != size for other in others) and not _is_pooled(module):
+        # Of as many heads as channels in each, (heads, 1, 1) says that there is an entry for each head.
+        are_shared = all(other.numel() == size and (other.dim() == 1 or other.shape[0] == 1) for other in others)
+        if not are_shared and not _is_pooled(module):
             return None
         projection = None if out is None else prefix + out
         if len(layers) > 1:

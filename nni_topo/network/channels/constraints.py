@@ -67,7 +67,7 @@ def blocks_of(flow: ChannelFlow) -> dict[str, int]:
         for side in all_sides:
             block_of = np.full(flow.size, -1)
             for rank, block in enumerate(side):
-                block_of[flow.group_ids(block)] = rank
+                block_of[flow.group_ids(block[block != FIXED])] = rank
             ranks = block_of[group_ids]
             # Runs of neighbouring channels of one block.
             starts = np.flatnonzero(np.diff(ranks, prepend=-2) != 0)

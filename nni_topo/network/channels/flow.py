@@ -29,6 +29,7 @@ from nni_topo.network.channels.ids import (
     FIXED,
     Blocks,
     ChannelIds,
+    ForeignWidth,
     FreeParameter,
     Layer,
     compressed,
@@ -555,8 +556,8 @@ class ChannelFlow(Propagation):
         found: np.ndarray = self._group_ids[ids]
         return found
 
-    def foreign_widths(self) -> dict[str, int]:
-        """Return the modules that give channels the width of others that needn't be as many: by name the dimension."""
+    def foreign_widths(self) -> dict[str, ForeignWidth]:
+        """Return the modules that give channels the width of others that needn't be as many, by name."""
         return self._given.foreign_widths()
 
     def sizes_kept(self, is_kept: np.ndarray) -> dict[Place, int]:
@@ -659,6 +660,10 @@ class ChannelFlow(Propagation):
             picks = picks and not all(has_property(user, "meets") or has_property(user, "moves") for user in node.users)
             if picks and isinstance(ids, torch.Tensor) and ids.numel():
                 found.append((np.unique(self.group_ids(ids.numpy())), place(node)))
+        for blocks in self.blocks:
+            for block in blocks.sides[0] if blocks.is_filled else ():
+                own = block[block != FIXED]
+                found.append((np.unique(self.group_ids(own)), blocks.place))
         return found
 
     def units(self, name: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class Blocks:
     may_vanish: bool  # a block may lose all of its channels, on all sides at once
     moves: bool = False  # it only decides where channels go, as after a chunk: see `shuffles`
     is_uneven: bool = False  # of shuffled layers, whose pieces can't be of one size each
+    is_filled: bool = False  # a shorter block is filled up with `FIXED`: it loses as many, and keeps some of its own
     place: str = ""  # what needs them so: an operation, a module or an attribute
     counted: bool = False  # an attribute holds how many blocks there are: fewer, where each goes as a whole
 
@@ -68,6 +69,13 @@ class TakenWidth:
     dim: int  # the dimension of the tensor that is taken: that of texts or that of images
     of: torch.Tensor  # the ids of the tensor
     viewed: torch.Tensor  # the ids of what gets it
+
+
+class ForeignWidth(NamedTuple):
+    """What is known of a module that gives channels the width of others that needn't be as many."""
+
+    dim: int  # the dimension of the tensor whose width is taken
+    by_kept: bool  # whether channels get it that stay in any case, so that the others would have to
 
 
 class ChannelIds:
@@ -98,6 +106,7 @@ class ChannelIds:
         self._as_widths = set[int]()  # which of these arrays tie channels to others as their width is taken
         self._pins: list[tuple[np.ndarray, Reason]] = []
         self._columns: list[tuple[np.ndarray, Reason]] = []
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
 
     def new(self, count: int) -> int:
         """Give out so many ids, and return the first of them."""
@@ -131,6 +140,11 @@ class ChannelIds:
             self._as_widths.add(len(self._pairs))
         self._pairs.append(pairs[~stay])
         self._tied_at.append(self.node)
+
+    def tie_whole_rows(self, ids: np.ndarray, rows: np.ndarray) -> None:
+        """Tie each id to its row of ids, (ids, columns), if all of the row turn out to be tied, as those of a head."""
+        free = (ids != FIXED) & (rows != FIXED).all(1)
+        self._rows.append((ids[free], rows[free]))
 
     def ties(self) -> list[tuple[torch.fx.Node, np.ndarray]]:
         """List the operations that tie channels, in network order, each with the pairs of ids: int, (pairs, 2)."""
@@ -169,23 +183,32 @@ class ChannelIds:
     def _tied(self, arrays: list[np.ndarray]) -> np.ndarray:
         """Return the smallest id of the group of each channel: int, (count,), by arrays of tied pairs."""
         pairs = np.concatenate(arrays)
-        graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(self.count, self.count))
-        _, firsts, parts = np.unique(
-            connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
-        )
-        found: np.ndarray = firsts[parts]
-        return found
+        while True:
+            graph = coo_matrix((np.ones(len(pairs), dtype=bool), pairs.T), shape=(self.count, self.count))
+            _, firsts, parts = np.unique(
+                connected_components(graph, directed=False)[1], return_index=True, return_inverse=True
+            )
+            found: np.ndarray = firsts[parts]
+            more = list[np.ndarray]()
+            for ids, rows in self._rows:
+                first = rows[:, 0]
+                is_new = (found[rows] == found[first][:, None]).all(1) & (found[ids] != found[first])
+                more.append(np.stack([ids[is_new], first[is_new]], -1))
+            if not sum(map(len, more)):
+                return found
+            pairs = np.concatenate([pairs, *more])
 
-    def foreign_widths(self) -> dict[str, int]:
-        """Return the modules that give channels the width of others that needn't be as many: by name the dimension."""
+    def foreign_widths(self) -> dict[str, ForeignWidth]:
+        """Return the modules that give channels the width of others that needn't be as many, by name."""
         if not self.widths:
             return {}
         groups = self._tied([each for at, each in enumerate(self._pairs) if at not in self._as_widths])
-        found = dict[str, int]()
+        found = dict[str, ForeignWidth]()
         for each in self.widths:
             own, viewed = (np.setdiff1d(groups[ids.numpy()], FIXED) for ids in (each.of, each.viewed))
-            if len(viewed) and not np.isin(viewed, own).any():
-                found.setdefault(each.owner, each.dim)
+            if len(own) + len(viewed) and not np.isin(viewed, own).any():
+                known = found.get(each.owner, ForeignWidth(each.dim, False))
+                found[each.owner] = ForeignWidth(known.dim, known.by_kept or not len(viewed))
         return found
 
 

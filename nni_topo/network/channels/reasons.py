@@ -28,6 +28,7 @@ Kind = Literal[
     "fixed_sizes",
     "head_by_head",
     "head_size",
+    "heads_stay",
     "inside_module",
     "joins_constant",
     "joins_random",
@@ -43,6 +44,7 @@ Kind = Literal[
     "not_followed",
     "not_run",
     "number_made",
+    "one_head",
     "overwritten",
     "random_shape",
     "recurrent_state",
@@ -137,6 +139,8 @@ _ADVICE: dict[Kind, str] = {
     "overwritten": "make a new tensor (torch.cat, torch.where) instead of writing into a part of one",
     "fixed_channels": "read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
     "number_made": "compute with a number that an attribute holds, such as a scale, instead of the width of a tensor",
+    "heads_stay": "give each head keys and values of its own",
+    "one_head": "give the attention its scale as a number, or more heads than one",
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
     "result_depends": "use an operation that treats every channel by itself, or {leave_out}",
     "nonzero_values": (
@@ -224,6 +228,12 @@ random_shape = _of_operation("random_shape", "the forward draws random numbers f
 overwritten = _of_operation("overwritten", "the forward writes into part of a tensor")
 fixed_channels = _of_operation("fixed_channels", "the forward picks or counts channels by fixed numbers")
 number_made = _of_operation("number_made", "the forward computes with how many of them there are, such as a scale")
+heads_stay = _of_operation(
+    "heads_stay", "a product multiplies heads with those of a tensor whose heads stay, or with what all heads share"
+)
+one_head = _of_operation(
+    "one_head", "attention of one head, which can't be removed, scales by how many channels its queries and keys have"
+)
 result_depends = _of_operation("result_depends", "the result of an operation depends on removed channels")
 
 # Layers and modules that keep channels: kind and sentence.

@@ -195,6 +195,14 @@ class Operation:
             self.couple(coupled[0], other)
         found = coupled[0] if coupled else full[0]
         for each in full:
+            held = _varying(each)
+            is_row = all(each.shape[d] == (shape[d] if d in held else 1) for d in varying)
+            if coupled and held and is_row and len(held) < len(varying):
+                # One entry for each head, say, of several channels: it goes with a head that goes as a whole.
+                entries, rows = (compressed(one).movedim(held, list(range(len(held)))) for one in (each, found))
+                rows = rows.flatten(0, len(held) - 1).flatten(1)
+                self.channels.tie_whole_rows(entries.flatten().numpy(), rows.numpy())
+        for each in full:
             # Of two that are each broadcast along the channels of the other, the output has the first one's.
             if any(varies(each, d) and not varies(found, d) for d in varying):
                 self.keep(each)
@@ -395,6 +403,8 @@ def _joined(op: Operation, parts: list[Tensor], dim: int) -> Any:
     for other in slices[1:]:
         op.couple(slices[0], other)
     # Coupled channels get one id, so that after this operation ids differ along the channels only.
+    if slices and not any(varies(part, dim) for part in parts):
+        return slices[0].expand(moved.shape)
     return torch.from_numpy(op.channels.settled()[1])[moved]
 
 
@@ -477,7 +487,7 @@ def _taken_apart(op: Operation, moved: Tensor, sizes: Any) -> Tensor:
     Channels that are viewed by the number of another tensor's channels are coupled with these, to be as many.
     """
     for d, size in enumerate(sizes):
-        if d in _varying(moved):
+        if d in _varying(moved) or not _varying(moved):
             _note_taken_width(op, size, moved)
         counted = _counted(size, op.channels)
         if counted is not None and _varying(moved) == [d] and moved.shape[d] == len(counted):
@@ -516,7 +526,8 @@ def _note_taken_width(op: Operation, size: Any, moved: Tensor) -> None:
         if not isinstance(ids, Tensor) or not isinstance(dim, int):
             continue
         last = ids.dim() - 1
-        if dim % ids.dim() in (1, last):
+        # What stays may get it as well: then it has to be that of channels.
+        if dim % ids.dim() in (1, last) and (_varying(moved) or ids.shape[dim] > 1):
             of_last = dim % ids.dim() == last
             op.channels.widths.append(TakenWidth(owner_of(op.node), LAST if of_last else FIRST, ids, compressed(moved)))
 
@@ -642,14 +653,27 @@ def _split_evenly(op: Operation) -> Any:
     return op.moved()
 
 
-@rule("chunk", moves=True, keeps_sign=True, held=_held_by_parts)
+@rule("chunk", moves=True, keeps_sign=True)
 def _chunked(op: Operation) -> Any:
     pieces = op.run_on_ids()
     if pieces is None:
         return op.all_kept()
+    channels, ids, dim = op.channels, op.ids[0], op.argument(2, "dim", default=0)
+    asked = op.argument(1, "chunks")
+    short = pieces[0].shape[dim] - pieces[-1].shape[dim]
+    if (short or ids.shape[dim] % len(pieces) or asked != len(pieces)) and varies(ids, dim):
+        if asked != len(pieces) or channels.reorders or _varying(ids) != [dim % ids.dim()]:
+            op.keep(ids, reasons.fixed_channels(op.node))
+            return pieces
+        # The last piece is shorter than the others. If each loses as many as the others, chunk makes such pieces again.
+        rows = [channels.per_channel(piece, dim % ids.dim()) for piece in pieces]
+        rows[-1] = np.concatenate([rows[-1], np.full(short, FIXED)])
+        channels.chunks = True
+        where = described(op.node)
+        channels.blocks.append(Blocks([rows], may_vanish=False, moves=True, is_filled=True, place=where))
+        return pieces
     # In the dense model chunk makes equal pieces too, so all pieces have to lose equally many channels.
-    if pieces[0].dim() > 1 and len({piece.shape for piece in pieces}) == 1:
-        channels = op.channels
+    if pieces[0].dim() > 1 and not short:
         held = [d for d in range(1, pieces[0].dim()) if any(varies(piece, d) for piece in pieces)]
         rows = [channels.per_channel(piece, held[0] if len(held) == 1 else 1) for piece in pieces]
         sides, channels.chunks = _by_layer(rows, channels), True
@@ -683,11 +707,7 @@ def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.nd
     if not channels.reorders:
         return [pieces]
     # After a shuffle the first channels of every layer come first: each layer has to lose equally many in each piece.
-    made: list[Layer | FreeParameter] = [
-        *channels.layers.values(), *channels.free_parameters.values(), *channels.one_valued.values()
-    ]  # fmt: skip
-    firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
-    owners = [np.searchsorted(firsts, piece, side="right") for piece in pieces]
+    owners = [_owners(piece, channels) for piece in pieces]
     sides: list[list[np.ndarray]] = []
     for layer in np.unique(np.concatenate(owners)):
         side = []
@@ -695,6 +715,15 @@ def _by_layer(pieces: list[np.ndarray], channels: ChannelIds) -> list[list[np.nd
             side.append(piece[owner == layer])
         sides.append(side)
     return sides
+
+
+def _owners(ids: np.ndarray, channels: ChannelIds) -> np.ndarray:
+    """Say of each channel what makes it: a number for each layer, free parameter or tensor of one value."""
+    made: list[Layer | FreeParameter] = [
+        *channels.layers.values(), *channels.free_parameters.values(), *channels.one_valued.values()
+    ]  # fmt: skip
+    firsts = np.array(sorted([FIXED, *(each.first for each in made)]))
+    return np.searchsorted(firsts, ids, side="right")
 
 
 def _held_by_narrow(given: FixedPlaces) -> list[slice]:
@@ -1453,7 +1482,7 @@ def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:
     by_head = [each for each in (one, other) if varies(each, at)] if min(one.dim(), other.dim()) >= -at else []
     others = [each for each in (one, other) if each.dim() >= -at and not varies(each, at)]
     if heads_at or not by_head or any(each.shape[at] > 1 for each in others):
-        return op.all_kept()
+        return op.all_kept(reason=None if heads_at or not by_head else reasons.heads_stay(op.node))
     firsts = []
     for each in by_head:
         channels = compressed(each).movedim(at, 0).flatten(1)
@@ -1461,11 +1490,12 @@ def _product_by_head(op: Operation, one: Tensor, other: Tensor) -> Any:
         firsts.append(channels[:, 0])
     for first in firsts[1:]:
         op.couple(firsts[0], first)
-    if varies(one, -2) and varies(other, -1):
+    if len(by_head) == 1 and varies(one, -2) and varies(other, -1):
         return op.all_kept()
-    if varies(other, -1):
+    # Of channels with channels, as where a softmax weighs channels and not places, all of the product are the head's.
+    if varies(other, -1) and not varies(one, -2):
         return other[..., :1, :].expand(op.shape or ())
-    if varies(one, -2):
+    if varies(one, -2) and not varies(other, -1):
         return one[..., :1].expand(op.shape or ())
     return firsts[0].view(-1, *[1] * (-at - 1)).expand(op.shape or ())
 
@@ -1475,6 +1505,10 @@ def _attention(op: Operation) -> Any:
     """Follow attention of PyTorch's: heads are removed as a whole, with their queries, keys and values."""
     query, key, value = (op.argument(at, name) for at, name in enumerate(("query", "key", "value")))
     mask = op.argument(3, "attn_mask")
+    if not (isinstance(mask, Tensor) and _varying(mask)) and all(
+        _varying(each) in ([], [each.dim() - 1]) for each in (query, key, value)
+    ):
+        return _attention_of_one_head(op, query, key, value)
     heads = []
     if isinstance(mask, Tensor) and mask.dim() > 2 and mask.shape[-3] > 1:
         # A bias by head loses heads with the queries, if something can make it smaller.
@@ -1483,14 +1517,36 @@ def _attention(op: Operation) -> Any:
         heads.append(compressed(mask).movedim(-3, 0).flatten(1))
     if op.argument(7, "enable_gqa", default=False):
         return op.all_kept()
+    weighs_channels = False
     for each in (query, key, value):
-        if [d - each.dim() for d in range(each.dim() - 1) if varies(each, d)] != [-3]:
+        held = [d - each.dim() for d in range(each.dim() - 1) if varies(each, d)]
+        if held not in ([-3], [-3, -2]):
             return op.all_kept()
+        weighs_channels |= held == [-3, -2]
         heads.append(compressed(each).movedim(-3, 0).flatten(1))
     for channels in heads:
         op.couple(channels[:, :1], channels)
         op.couple(heads[0][:, 0], channels[:, 0])
+    if weighs_channels:
+        return heads[0][:, 0].view(-1, 1, 1).expand(op.shape or ())
     return value[..., :1, :].expand(op.shape or ())
+
+
+def _attention_of_one_head(op: Operation, query: Tensor, key: Tensor, value: Tensor) -> Any:
+    """Follow attention of all channels together: those of its values come out, those of queries and keys are summed."""
+    first_query, first_key, first_value = (each.flatten(0, -2)[0] for each in (query, key, value))
+    if op.argument(6, "scale") is not None:
+        op.couple(first_query, first_key)
+    else:
+        # With fewer channels it would scale by another number.
+        for each in (query, key):
+            op.keep(each, reasons.one_head(op.node))
+        keys, values = (each[each != FIXED].numpy() for each in (first_key, first_value))
+        if np.isin(_owners(values, op.channels), _owners(keys, op.channels)).any():
+            # What one layer makes is taken apart into keys and values of one size.
+            op.keep(value, reasons.one_head(op.node))
+            return staying(op.shape or ())
+    return first_value.expand(op.shape or ())
 
 
 @rule("einsum")

@@ -64,10 +64,12 @@ class DenseOrder(torch.fx.Interpreter):
         if not (isinstance(found, Tensor) and isinstance(ascending, Tensor)) or found.shape != ascending.shape:
             return found
         arrived, expected = compressed(found), compressed(ascending)
-        if arrived.shape != expected.shape or torch.equal(arrived.flatten().unique(), expected.flatten().unique()):
+        if torch.equal(arrived.flatten().unique(), expected.flatten().unique()):
             return found
         groups_arrived, groups_expected = self.flow.group_ids(arrived.numpy()), self.flow.group_ids(expected.numpy())
-        if np.array_equal(groups_arrived, groups_expected):
+        # After a concatenation along another dimension, as of a class token with places, each part has ids of its own.
+        fits = all(one in (1, other) for one, other in zip(expected.shape, arrived.shape, strict=True))
+        if fits and np.array_equal(groups_arrived, np.broadcast_to(groups_expected, arrived.shape)):
             return ascending
         id_of_group = dict(zip(groups_expected.ravel().tolist(), expected.flatten().tolist(), strict=True))
         if len(id_of_group) < expected.numel() or not id_of_group.keys() >= set(groups_arrived.ravel().tolist()):

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nni_topo.errors import NniTopoError, SpeedupError
-from nni_topo.network.attention import Attention, find_attention, take_own_width
+from nni_topo.network.attention import Attention, find_attention, has_own_forward, take_own_width
 from nni_topo.network.channels import ChannelFlow, rules_registered
 from nni_topo.network.graph import (
     add_training,
@@ -134,12 +134,19 @@ class Network:
         # be rewritten so that it takes that width nowhere.
         found = self._traced_with({})
         own_widths, modules = dict[str, int](), dict(unwrapped_copy(self.model, light=True).named_modules())
-        for name, dim in found.flow.foreign_widths().items():
-            if name in modules and take_own_width(modules[name], dim, wholly=True):
+        foreign = found.flow.foreign_widths()
+        for name, (dim, by_kept) in foreign.items():
+            if name not in modules or has_own_forward(modules[name]):
+                continue
+            # Where else it takes the width, channels have to be as many, which those that stay can't be in any case.
+            if take_own_width(modules[name], dim, wholly=not by_kept):
                 own_widths[name] = dim
         while own_widths:
             rewritten = self._traced_with(own_widths)
-            left = rewritten.flow.foreign_widths().keys() & own_widths.keys()
+            left = set[str]()
+            for name, (_, by_kept) in rewritten.flow.foreign_widths().items():
+                if name in own_widths and by_kept >= foreign[name].by_kept:
+                    left.add(name)
             if not left:
                 return rewritten
             own_widths = {name: dim for name, dim in own_widths.items() if name not in left}

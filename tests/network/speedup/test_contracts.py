@@ -314,6 +314,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starnet_s1": {},
     "inception_next_atto": {},
     "ese_vovnet19b_slim": {},
+    "xcit_nano_12_p16_224": {**SMALL, "depth": 2, "cls_attn_layers": 1},
 }  # fmt: skip
 
 

@@ -49,16 +49,20 @@ def own_width_class(kind: type[nn.Module], dim: int = LAST) -> type[nn.Module] |
 def take_own_width(module: nn.Module, dim: int = LAST, *, wholly: bool = False) -> bool:
     """Switch a module to the class whose reshapes take no width from its input; tell whether there is one.
 
-    ``wholly``: only if the forward does nothing else with the width, such as dividing by its root, and is the class's.
+    ``wholly``: only if the forward does nothing else with the width, such as dividing by its root.
     """
     found: Any = own_width_class(type(module), dim)
-    own = vars(module).get("forward")
-    is_replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
-    if found is None or (wholly and (found.nni_topo_reads_width or is_replaced)):
+    if found is None or (wholly and found.nni_topo_reads_width):
         return False
     module.__class__ = found
     vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
     return True
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether a module has a forward in place of its class's."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def own_width_of(module: nn.Module) -> int | None:

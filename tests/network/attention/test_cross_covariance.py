@@ -1,0 +1,214 @@
+"""Attention that weighs channels by channels of its head, class tokens, and attention of a single head."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import nni_topo
+
+WIDTH, HEADS = 24, 4
+ASKED = [{"op_types": ["Linear", "Conv1d"], "sparse_ratio": 0.5}]
+TEXTS = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Crossing(nn.Module):
+    """Cross-covariance attention: the softmax weighs the channels of a head; ``kind`` says how it counts and sums."""
+
+    def __init__(self, kind: str, width: int = WIDTH) -> None:
+        super().__init__()
+        self.kind, self.num_heads = kind, HEADS
+        self.temperature = nn.Parameter(torch.rand(HEADS, 1, 1) + 0.5)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, places, width = x.shape
+        if self.kind == "of the width":
+            made = self.qkv(x).reshape(samples, places, 3, self.num_heads, width // self.num_heads)
+        else:
+            made = self.qkv(x).reshape(samples, places, 3, self.num_heads, -1)
+        made = made.permute(2, 0, 3, 4, 1)
+        q, k, v = made.unbind(0)
+        q, k = functional.normalize(q, dim=-1) * self.temperature, functional.normalize(k, dim=-1)
+        if self.kind == "fused":
+            found = functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+        else:
+            found = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(found.permute(0, 3, 1, 2).reshape(samples, places, width))
+
+
+class Reading(nn.Module):
+    """A token reads the places, with layers that no name tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = HEADS
+        self.ask, self.match, self.give, self.mixed = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], self.count, -1).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(self.ask(x[:, :1])), self.heads(self.match(x)), self.heads(self.give(x))
+        return self.mixed(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Around(nn.Module):
+    """A stream of channels with a class token, to which attention and a feed-forward part add something."""
+
+    def __init__(self, attention: nn.Module, width: int = WIDTH, *, with_token: bool = False) -> None:
+        super().__init__()
+        self.enter, self.norm, self.attention = nn.Linear(5, width), nn.LayerNorm(width), attention
+        self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.leave = nn.Linear(width, 3)
+        self.token = nn.Parameter(torch.randn(1, 1, width)) if with_token else None
+        self.reading = Reading() if with_token else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        x = x + self.attention(self.norm(x))
+        if self.reading is not None:
+            x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), 1)
+            x = torch.cat((x[:, :1] + self.reading(x), x[:, 1:]), 1)
+        x = x + self.narrow(functional.gelu(self.wide(x)))
+        return self.leave(x[:, 0])
+
+
+def pruned(model: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, str]]:
+    """Return the dense model, the masked one, and why layers are skipped, for half of the channels of all layers."""
+    groups = nni_topo.dependency_groups(model, TEXTS, ASKED)
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense, masked = (each(model, TEXTS, masks) for each in (nni_topo.to_dense, nni_topo.masked_model))
+    with torch.no_grad():
+        torch.testing.assert_close(dense(3 * TEXTS), masked(3 * TEXTS), rtol=1e-12, atol=1e-12)
+        assert (dense(TEXTS) - model(TEXTS)).abs().max() > 1e-3
+    return dense, masked, {name: why for name, why in groups.skipped.items() if name != "leave"}
+
+
+def made(attention: nn.Module, **knobs: bool) -> nn.Module:
+    return Around(attention, attention.proj.out_features, **knobs).double().eval()
+
+
+@pytest.mark.parametrize("width", [WIDTH, HEADS**2])  # with as many heads as channels in each, too
+@pytest.mark.parametrize("kind", ["by minus one", "of the width", "fused"])
+def test_heads_that_weigh_channels_go_as_a_whole_and_the_stream_by_itself(kind: str, width: int) -> None:
+    torch.manual_seed(0)
+    model = made(Crossing(kind, width))
+    dense, _, skipped = pruned(model)
+    assert skipped == {}
+    attention = dense.attention
+    assert (attention.num_heads, attention.temperature.shape) == (HEADS // 2, (HEADS // 2, 1, 1))
+    assert (attention.qkv.in_features, attention.qkv.out_features) == (width // 2, 3 * width // 2)
+    assert (attention.proj.in_features, attention.proj.out_features) == (width // 2, width // 2)
+    assert dense.wide.out_features == width
+
+
+def test_a_class_token_keeps_its_place_beside_heads_that_a_view_counts() -> None:
+    torch.manual_seed(0)
+    model = made(Crossing("of the width"), with_token=True)
+    dense, _, skipped = pruned(model)
+    assert skipped == {}
+    assert (dense.token.shape[-1], dense.enter.out_features, dense.reading.count) == (
+        WIDTH // 2,
+        WIDTH // 2,
+        HEADS // 2,
+    )
+    assert dense.reading.give.out_features == WIDTH // 2
+
+
+class Single(nn.Module):
+    """Attention of one head over fewer places, as of images; ``kind`` says which layers make keys and values."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.num_heads, self.size = kind, 1, WIDTH
+        self.ask, self.less, self.proj = nn.Linear(WIDTH, WIDTH), nn.Conv1d(WIDTH, WIDTH, 2, 2), nn.Linear(WIDTH, WIDTH)
+        self.both = nn.Linear(WIDTH, 2 * WIDTH) if kind == "together" else None
+        self.match, self.give = (None if kind == "together" else nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, places, width = x.shape
+        q = self.ask(x).reshape(samples, places, self.num_heads, -1).transpose(1, 2)
+        fewer = self.less(x.transpose(1, 2)).reshape(samples, width, -1).transpose(1, 2)
+        if self.both is not None:
+            made = self.both(fewer).reshape(samples, -1, 2, self.num_heads, self.size)
+            k, v = made.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            k, v = (layer(fewer).unsqueeze(1) for layer in (self.match, self.give))
+        scale = 0.25 if self.kind == "scaled" else None
+        found = functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        return self.proj(found.transpose(1, 2).reshape(samples, places, width))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [("together", ["ask", "both"]), ("apart", ["ask", "match"]), ("scaled", [])],
+)
+def test_a_single_head_keeps_what_its_scale_depends_on_and_the_stream_goes(kind: str, kept: list[str]) -> None:
+    torch.manual_seed(0)
+    model = made(Single(kind))
+    dense, _, skipped = pruned(model)
+    assert sorted(skipped) == [f"attention.{name}" for name in kept]
+    assert all(why.startswith("attention of one head, which can't be removed, scales by") for why in skipped.values())
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d)) and name not in ("leave", *skipped):
+            assert len(dense.get_submodule(name).weight) == len(module.weight) // 2, name
+
+
+def test_explain_says_what_a_single_head_needs() -> None:
+    model = made(Single("together"))
+    found = nni_topo.explain(model, TEXTS, "attention.both")
+    assert any(reason.kind == "one_head" for reason in found.reasons)
+    assert any("give the attention its scale" in line for line in found.advice)
+
+
+class Shared(nn.Module):
+    """Heads of queries that share the keys and values of one head, repeated for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ask, self.both, self.proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH // 2), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.ask(x).view(*x.shape[:2], HEADS, -1).transpose(1, 2)
+        k, v = (each.unsqueeze(1).expand(-1, HEADS, -1, -1) for each in self.both(x).chunk(2, -1))
+        found = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.proj(found.transpose(1, 2).flatten(2))
+
+
+def test_heads_that_share_keys_and_values_stay_and_the_reason_says_so() -> None:
+    torch.manual_seed(0)
+    skipped = nni_topo.dependency_groups(made(Shared()), TEXTS, ASKED).skipped
+    assert "with what all heads share" in skipped["attention.ask"]
+    assert skipped["attention.both"].startswith("6 of 12 channels are kept")  # the keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "knobs", "share"),
+    [
+        ("xcit_nano_12_p16_224", {"img_size": 64, "depth": 2, "cls_attn_layers": 1}, 0.495),
+        ("edgenext_xx_small", {}, 0.495),
+        ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 0.47),
+    ],
+)
+@torch.no_grad()
+def test_networks_of_timm_lose_half_of_their_channels(name: str, knobs: dict[str, object], share: float) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **knobs).double().eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
+    masks = nni_topo.create_pruner("random", copy.deepcopy(model), groups).compress()[1]
+    dense = nni_topo.to_dense(model, images, masks)  # compares it with the masked network
+    pairs = [
+        (each, dense.get_submodule(layer))
+        for layer, each in model.named_modules()
+        if isinstance(each, (nn.Conv2d, nn.Linear)) and each is not model.get_classifier()
+    ]
+    before, after = (sum(len(pair[at].weight) for pair in pairs) for at in (0, 1))
+    assert 1 - after / before > share
