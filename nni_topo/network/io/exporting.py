@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError, shown, unknown_name
 from nni_topo.network.runtime import (
-    SAME_PROGRAM,
     Calibration,
     Call,
     as_written,
@@ -40,13 +39,13 @@ from nni_topo.network.runtime import (
     in_full_precision,
     leaves_models_alone,
     report_of,
+    same_program,
     tensors_of,
 )
 
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 """By ending of a path, the format of the file."""
-_EPSILONS = 8  # machine epsilons of half precision by which a file may differ: its operations come in another order
 _BATCH = 2  # samples with which a network is exported
 _OTHER_BATCH = 3  # samples with which its file is run besides
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
@@ -363,8 +362,7 @@ def _check(net: nn.Module, call: Call, run: Any) -> float:
                 raise ExportError(f"outputs of the file must have the network's shapes, got {shapes} (export)")
             errors.append(difference(expected, actual))
     largest = max(errors)
-    coarsest = max((torch.finfo(each.dtype).eps for each in net.parameters() if each.is_floating_point()), default=0.0)
-    most = max(SAME_PROGRAM, _EPSILONS * coarsest)
+    most = same_program(net.parameters())
     if not largest <= most:  # NaN too
         raise ExportError(
             f"outputs of the file must equal the network's within {most:.2g} of the largest, "
