@@ -217,7 +217,9 @@ def _at(kind: Kind, node: Node, sentence: str) -> Reason:
 # Operations of the forward that keep the channels which enter them: kind and sentence.
 
 no_rule = _of_operation("no_rule", "no rule says where channels go")
-call_not_covered = _of_operation("call_not_covered", "the rule of this operation doesn't cover this call")
+call_not_covered = _of_operation(
+    "call_not_covered", "this operation is called in a way in which channels can't be followed"
+)
 rule_keeps = _of_operation("rule_keeps", "the operation is registered to keep all channels")
 rule_misfits = _of_operation("rule_misfits", "the rule that the operation is registered with doesn't fit these shapes")
 joins_constant = _of_operation(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import io
 import logging
 import math
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, get_args
@@ -25,7 +26,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError, shown, unknown_name
 from nni_topo.network.runtime import (
-    SAME_PROGRAM,
     Calibration,
     Call,
     as_written,
@@ -40,13 +40,13 @@ from nni_topo.network.runtime import (
     in_full_precision,
     leaves_models_alone,
     report_of,
+    same_program,
     tensors_of,
 )
 
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 """By ending of a path, the format of the file."""
-_EPSILONS = 8  # machine epsilons of half precision by which a file may differ: its operations come in another order
 _BATCH = 2  # samples with which a network is exported
 _OTHER_BATCH = 3  # samples with which its file is run besides
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
@@ -105,7 +105,8 @@ def export(
         Example inputs, batch first: one tensor, positional or keyword arguments. The file takes any batch size.
     format : {"onnx", "torch.export"}, optional
         ONNX for onnxruntime, or a program for :func:`torch.export.load`. None: ``"onnx"`` for a path that ends in
-        ``.onnx``, ``"torch.export"`` for one in ``.pt2``.
+        ``.onnx``, ``"torch.export"`` for one in ``.pt2``. Outputs of an ONNX file have the names of the keys or fields
+        that the network returns them under (``boxes.0`` for one in a list).
     int8 : iterable, optional
         Calibration data: batches of unlabelled inputs. Weights and activations become 8-bit integers, whose ranges are
         those of the values on these batches. ONNX only.
@@ -185,6 +186,7 @@ def export(
         raise ExportError(f"a network that is exported must return tensors, got {kind} ({type(net).__name__})")
     if images is not None:
         first_call(net, images)
+    names = [name for name, _ in _named(returned)]
     _return_tensors_alone(net, returned, and_numbers=format != "onnx")
     with quietly():
         program = _program(net, call)
@@ -202,7 +204,9 @@ def export(
             error = _check(net, call, lambda one: tensors_of(loaded(*one[0], **one[1])))
         else:
             with quietly(), _export_errors("that PyTorch can write as ONNX", net):
-                torch.onnx.export(program, f=str(part), dynamo=True, external_data=False, verbose=False)
+                written_as_onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+                _name_outputs(written_as_onnx.model.graph, names)
+                written_as_onnx.save(str(part), external_data=False)
             with _export_errors("that onnxruntime can run; most of its operators take single precision only", net):
                 session = _session(part)
             error = _check(net, call, lambda one: _run(session, one))
@@ -244,11 +248,12 @@ def _import(name: str) -> Any:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Hide warnings and log messages of the exporters, which aren't about the user's network."""
+    """Hide warnings, log messages and graphs of the exporters, which aren't about the user's network."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        # PyTorch prints the graph of a network that it can't follow.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -285,6 +290,52 @@ def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -
         return tensors_of(forward(*args, **kwargs))
 
     net.forward = tensors_alone
+
+
+def _named(returned: Any, name: str = "") -> list[tuple[str, Tensor]]:
+    """List the tensors of what a network returns, as `tensors_of` does, each with its keys and places: ``boxes.0``."""
+    if isinstance(returned, Tensor):
+        return [(name, returned)]
+    if isinstance(returned, Mapping):
+        parts = dict(returned)
+    elif is_dataclass(returned) and not isinstance(returned, type):
+        parts = {each.name: getattr(returned, each.name, None) for each in fields(returned)}
+    elif isinstance(returned, tuple) and hasattr(returned, "_asdict"):
+        parts = returned._asdict()
+    elif isinstance(returned, (tuple, list)):
+        parts = dict(enumerate(returned))
+    else:
+        parts = {}
+    return [found for key, part in parts.items() for found in _named(part, f"{name}.{key}" if name else str(key))]
+
+
+def _name_outputs(graph: Any, names: list[str]) -> None:
+    """Give the outputs of an ONNX graph the names of the network's, where these aren't numbers alone.
+
+    In ONNX a name is given once: what an input or a weight is called gets an underscore as the name of an output, and
+    values in between make way.
+    """
+    if len(names) != len(graph.outputs):
+        return
+    taken = {each.name for each in graph.inputs} | set(graph.initializers)
+    for output, name in zip(graph.outputs, names, strict=True):
+        if not name or name.partition(".")[0].isdecimal():
+            name = output.name  # a tensor, or one of a tuple or list: PyTorch's name says as much
+        output.name = _free(name, taken)
+        taken.add(output.name)
+    between = [each for node in graph for each in node.outputs if not any(each is output for output in graph.outputs)]
+    meeting = [each for each in between if each.name in taken]
+    taken |= {each.name for each in between}
+    for each in meeting:
+        each.name = _free(each.name, taken)
+        taken.add(each.name)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """Return a name with as many underscores at its end as it takes to be none of others."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _program(net: nn.Module, call: Call) -> Any:
@@ -363,8 +414,7 @@ def _check(net: nn.Module, call: Call, run: Any) -> float:
                 raise ExportError(f"outputs of the file must have the network's shapes, got {shapes} (export)")
             errors.append(difference(expected, actual))
     largest = max(errors)
-    coarsest = max((torch.finfo(each.dtype).eps for each in net.parameters() if each.is_floating_point()), default=0.0)
-    most = max(SAME_PROGRAM, _EPSILONS * coarsest)
+    most = same_program(net.parameters())
     if not largest <= most:  # NaN too
         raise ExportError(
             f"outputs of the file must equal the network's within {most:.2g} of the largest, "

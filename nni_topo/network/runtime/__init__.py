@@ -21,7 +21,7 @@ from nni_topo.network.runtime.arguments import (
     check_unwrapped,
 )
 from nni_topo.network.runtime.calibration import HELD_OUT, BatchStore, Calibration, calibration_of, nbytes_of
-from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference, same_program
 from nni_topo.network.runtime.copying import (
     RandomWeights,
     detached_copy,
@@ -207,6 +207,7 @@ __all__ = [
     "report_of",
     "run",
     "run_small",
+    "same_program",
     "shrunk",
     "structure_call",
     "structure_of",

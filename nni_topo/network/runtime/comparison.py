@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -15,11 +15,19 @@ import torch
 # are held to the same: where their rounding is larger, two of them count as different, and nothing is cut.
 SAME_CHANNELS = 1e-3
 # Of two programs that compute the same network: a graph and its model, a file and the network that was written to it.
+# `same_program` is the bound for half precision, too.
 SAME_PROGRAM = 1e-4
+_EPSILONS = 8  # machine epsilons by which programs in half precision may differ: their operations come in another order
 # Of one layer, computed in two ways: sums in another order are off by a few units in the last place.
 SAME_LAYER = {
     dtype: 64 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
+
+
+def same_program(tensors: Iterable[torch.Tensor]) -> float:
+    """Return how far two programs may be apart that compute with such tensors, the coarsest of which decides."""
+    epsilons = [torch.finfo(each.dtype).eps for each in tensors if each.is_floating_point()]
+    return max([SAME_PROGRAM, *(_EPSILONS * each for each in epsilons)])
 
 
 def agree(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], tolerance: float) -> bool:

@@ -602,7 +602,9 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
     if set(choice.left_out.values()) - {(reasons.model_output(),)}:
         layers_by_reason = by_reason(reasons.as_text(choice.left_out))
         told = "; ".join(f"{listed(names)}: {why}" for why, names in layers_by_reason.items())
-        _logger.warning("layers that can't lose channels stay whole and are left out (.skipped has all): %s", told)
+        _logger.warning(
+            "layers that can't lose channels stay whole and are left out (.skipped has all, explain a cure): %s", told
+        )
     for names in groups:
         inside = [name for name in names if name in choice.by_row]
         outside = [name for name in names if name not in choice.by_row and not flow.layers[name].depthwise]

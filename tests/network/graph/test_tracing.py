@@ -36,6 +36,30 @@ class ByNumber(nn.Module):
         return self.many(x) if self.decides(x) else self.few(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_graph_in_half_precision_may_differ_by_its_rounding(dtype):
+    """PyTorch's attention computes alone as one operation, and in a graph step by step."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(48, 4, batch_first=True)
+
+        def forward(self, x):
+            return x + self.attention(x, x, x, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Block(), Block(), nn.Flatten(), nn.Linear(8 * 48, 10)).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape)
+    groups = dependency_groups(
+        net.to(dtype), torch.randn(64, 8, 48).to(dtype), [{"op_types": ["MultiheadAttention"], "sparse_ratio": 0.5}]
+    )
+    assert groups.skipped == {}
+    assert {name for entry in groups for name in entry["op_names"]} >= {"0.attention", "1.attention"}
+
+
 def test_a_network_is_recorded_on_two_samples_however_many_there_are():
     model = ByNumber(lambda x: False).eval()
     recording = trace(model, ((torch.rand(64, 3),), {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, ExportError
+from nni_topo.network.runtime import tensors_of
 from nni_topo.testing import toy_images, toy_model
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -188,6 +190,49 @@ def test_the_tensors_of_data_classes_are_outputs(tmp_path):
     total, scores = outputs(done.path, inputs=images.numpy())
     np.testing.assert_allclose(total, images.sum(1).numpy(), atol=1e-5)
     np.testing.assert_allclose(scores, model(images)[1].scores.detach().numpy(), atol=1e-5)
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@pytest.mark.parametrize(
+    ("returns", "names"),
+    [
+        (lambda x, y: {"relu": y.relu(), "linear": y + 1, "none": None}, ["relu", "linear"]),
+        # in ONNX an input and a weight have the name
+        (lambda x, y: {"inputs": y.relu(), "layer.weight": y + 1}, ["inputs_", "layer.weight_"]),
+        (
+            lambda x, y: {"boxes": [y, y + 1], "more": {"of": y, "it": 2 * x}},
+            ["boxes.0", "boxes.1", "more.of", "more.it"],
+        ),
+        (lambda x, y: {"x": x, "y": y, "again": y}, ["x", "y", "again"]),
+        (lambda x, y: Answer(y, 3), ["scores"]),
+        (lambda x, y: Pair(y, y + 1), ["left", "right"]),
+    ],
+)
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_outputs_are_named_by_what_the_network_returns_them_under(returns, names, is_int8, tmp_path):
+    model, images = InDataClass(returns).eval(), torch.randn(8, 4)
+    done = nni_topo.export(model, tmp_path / "named.onnx", images[:2], int8=[images] if is_int8 else None)
+    session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_outputs()] == names
+    found, wanted = session.run(None, fed(done.path, images)), tensors_of(model(images))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other.detach().numpy(), atol=0.5 if is_int8 else 1e-5)
+
+
+def test_outputs_without_keys_are_named_by_pytorch(tmp_path):
+    model = InDataClass(lambda x, y: (y, y + 1)).eval()
+    done = nni_topo.export(model, tmp_path / "unnamed.onnx", torch.randn(2, 4))
+    session = onnxruntime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
+    assert not any(each.name.isdecimal() for each in session.get_outputs())
+
+
+def test_the_graph_of_a_network_that_values_steer_is_not_printed(tmp_path, capfd):
+    model = InDataClass(lambda x, y: y.relu() if y.mean() > 0 else y.tanh()).eval()
+    with pytest.raises(ExportError, match="follow at any batch size, got GuardOnDataDependentSymNode"):
+        nni_topo.export(model, tmp_path / "steered.onnx", torch.randn(2, 4))
+    assert "def forward" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])

@@ -327,7 +327,7 @@ def test_the_advice_for_an_operation_with_a_rule_is_to_change_the_model():
     torch.manual_seed(0)
     windows = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), Function(lambda rows: rows.mT), nn.Fold((3, 7), (2, 4)))
     found = explain(nn.Sequential(windows, nn.Conv2d(8, 4, 1)), images(), "0.0")
-    assert str(found.reasons[0]) == "the rule of this operation doesn't cover this call (0.3: Fold)"
+    assert str(found.reasons[0]) == "this operation is called in a way in which channels can't be followed (0.3: Fold)"
     assert "register_operator" not in str(found)
     assert "write this step with" in str(found)
     assert any("torch.cat" in way for way in found.advice)
