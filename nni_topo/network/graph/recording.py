@@ -58,6 +58,7 @@ from nni_topo.network.runtime import (
 _logger = logging.getLogger(__name__)
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
 _SIZED = {"reshape", "split", "split_with_sizes", "unflatten", "view"}  # take sizes that must fit the tensor
+_LISTS = (nn.ModuleList, nn.ModuleDict)
 # What a forward may ask a tensor for without reading its values, and get a number.
 _ABOUT_TENSORS = {
     *("__get__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_conj"),
@@ -242,6 +243,7 @@ class _Recorder(TorchFunctionMode):
         self._inside = 0  # within what is one node
         self._ran = set[str]()  # modules
         self._chosen = self._picked = False  # whether a value has been an index, and how much there is was up to values
+        self._deciding = set[str]()  # modules whose forward has read a value, as an `if` does
         self._before: tuple[str, Any, Any] | None = None  # a followed layer that hasn't called its function yet
         for name, value in named.items():
             if tensors_of(value):
@@ -292,16 +294,22 @@ class _Recorder(TorchFunctionMode):
             self._chosen |= name == "__index__"
             if name not in _ABOUT_TENSORS:
                 self.reads_values = True
+                self._deciding.add(self._stack[-1] if self._stack else "")
                 self.read.update(self._nodes[id(each)] for each in leaves if id(each) in self._nodes)
         self._write(*_operation(func, args), kwargs, out)
         return self._measured(func, args, kwargs, out)
 
     def _check_choice(self, model: nn.Module) -> None:
         """Raise if a value has chosen among modules of a list, and left some out, which the graph wouldn't know of."""
-        for name, module in model.named_modules() if self._chosen else ():
+        for name, module in model.named_modules() if self._chosen or self._deciding else ():
+            if not isinstance(module, _LISTS):
+                continue
+            owner = name.rpartition(".")[0]
+            while isinstance(model.get_submodule(owner), _LISTS) and owner:
+                owner = owner.rpartition(".")[0]
             inner = [(f"{name}.{key}".lstrip("."), each) for key, each in module.named_children()]
             ran = [own in self._ran for own, each in inner if next(each.parameters(), None) is not None]
-            if isinstance(module, nn.ModuleList) and any(ran) and not all(ran):
+            if (self._chosen or owner in self._deciding) and any(ran) and not all(ran):
                 raise SpeedupError(f"of modules that are chosen by value all must run, got some that don't ({name})")
 
     def _is_followed(self, value: Any) -> bool:

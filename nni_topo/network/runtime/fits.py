@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import DataError, NniTopoError
-from nni_topo.network.runtime.hooks import padding_known, watched
+from nni_topo.network.runtime.hooks import called, padding_known, watched
 from nni_topo.network.runtime.inputs import (
     Call,
     arguments_of,
@@ -64,7 +64,7 @@ def first_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
 
 
 def structure_call(model: nn.Module, calibration: Iterable[Any]) -> Call:
-    """Return a call to trace a model with: two samples of the first batch; DataError if the model can't run on it."""
+    """Return a call to trace a model with: samples of the first batch; DataError if the model can't run on it."""
     call = next(calls(model, calibration))
     return structure_of(model, call, name_of(calibration), _first_batch(calibration))
 
@@ -74,7 +74,10 @@ def _first_batch(calibration: Iterable[Any]) -> Any:
 
 
 def structure_of(model: nn.Module, call: Call, name: str = "calibration", batch: Any = None) -> Call:
-    """Return a call's first two samples if the model runs on them, else the call; DataError if it runs on neither."""
+    """Return a call's first two samples if the model runs on them, else the call; DataError if it runs on neither.
+
+    The call is also returned if more layers run on it, as experts do to which a router gives other samples.
+    """
     # Tracing takes time and memory for each sample.
     few: Call = taken(call, torch.arange(min(2, batch_size(call))))
     try:
@@ -83,7 +86,39 @@ def structure_of(model: nn.Module, call: Call, name: str = "calibration", batch:
         # The model may need exactly this number of samples, or more than two.
         check_fits(model, call, name, batch)
         return call
+    if batch_size(call) > 2:
+        with fitting(0, name):
+            reached = modules_run(model, few)
+            reaches_more = not _with_parameters(model).keys() <= reached and modules_run(model, call) > reached
+        if reaches_more:
+            check_fits(model, call, name, batch)
+            return call
     return few
+
+
+def modules_run(model: nn.Module, call: Call) -> set[str]:
+    """Return the names of the modules with parameters of their own that run on a call in evaluation mode."""
+    ran = set[str]()
+
+    def note(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
+        return lambda args, kwargs: ran.add(name)
+
+    with ExitStack() as stack:
+        stack.enter_context(left_alone(model))
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.no_grad())
+        for name, module in _with_parameters(model).items():
+            stack.enter_context(called(module, note(name)))
+        model(*call[0], **call[1])
+    return ran
+
+
+def _with_parameters(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
 
 
 def check_fits(model: nn.Module, call: Call, name: str = "calibration", batch: Any = None) -> None:

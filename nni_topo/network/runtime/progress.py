@@ -34,7 +34,7 @@ class _Lines(tqdm):  # type: ignore[type-arg]
         words = [f"{self.desc}: {self.n:g}" + (f" of {self.total:g}" if self.total else "")]
         words.append(f"{self.format_interval(passed)} passed")
         here = self.n - self.initial  # what was done before took none of this time
-        # The first item says little of the others: it often has what is done once for all, such as a pass over the data.
+        # The first item says little of the others: it often has what is done once for all, as a pass over the data.
         if self.total and here > 1 and self.n < self.total:
             words.append(f"about {self.format_interval(passed / here * (self.total - self.n))} left")
         if self.postfix:

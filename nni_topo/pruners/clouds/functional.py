@@ -151,6 +151,12 @@ def readers_of(
             f"{outputs.shape[1]} where {together.shape[1]} must ({unit.name}); round_to keeps multiples of channels",
             [lead],
         )
+    if together is None and lead not in flow.layers:
+        raise LayerError(
+            "a layer that is scored by the next one must run on the first batch, got one that doesn't, such as an "
+            f"expert that a router gives nothing: put another batch first, or leave the layer out ({unit.name})",
+            [lead],
+        )
     if together is None or not np.array_equal(together, outputs):
         raise LayerError(
             f"coupled channels must be in one dependency group, as dependency_groups makes them ({unit.name})",

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nni_topo import RandomPruner, create_pruner, dependency_groups, masked_model, to_dense
-from nni_topo.errors import SpeedupError
+from nni_topo.errors import LayerError, SpeedupError
 from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph import recording
 from nni_topo.network.graph.recording import LayerResults, record
@@ -155,6 +155,55 @@ def test_of_modules_chosen_by_value_all_have_to_run():
     config = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
     skipped = dependency_groups(model, torch.eye(4)[:3], config).skipped
     assert {"stem", *(f"experts.{each}" for each in range(4))} <= skipped.keys()
+
+
+class Mixture(nn.Module):
+    """Gives rows to the experts of a loop in which an `if` looks at values."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(4, 3, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3))
+
+    def forward(self, x):
+        chosen, out = self.router(x).argmax(1), torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            rows = chosen == index
+            if rows.any():
+                out[rows] = out[rows] + expert(x[rows])
+        return out
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mixture, self.head = nn.Linear(4, 4), Mixture(), nn.Linear(4, 2)
+        with torch.no_grad():
+            self.stem.weight.copy_(torch.eye(4))
+            self.stem.bias.zero_()
+            self.mixture.router.weight.copy_(torch.eye(3, 4))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.mixture(x))
+
+
+def test_layers_before_an_expert_that_was_not_reached_stay():
+    # The last sample alone reaches the third expert.
+    model, every = Mixed().eval(), torch.eye(4)[[0, 0, 1, 1, 2]]
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
+    assert dependency_groups(model, every, config).skipped.keys() == {"mixture.router", "head"}
+    groups = dependency_groups(model, every[:4], config)
+    assert {"stem", "mixture.experts.0.2", "mixture.experts.2.0"} <= groups.skipped.keys()
+    pruner = create_pruner("random", model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = to_dense(model, every[:4], masks)
+    assert dense.mixture.experts[0][0].out_features == 4
+    torch.testing.assert_close(dense(every), masked_model(model, every[:4], masks)(every))
+    asked = dependency_groups(model, every, config)
+    with pytest.raises(LayerError, match=r"must run on the first batch, .* \(mixture\.experts\.2\.0\.weight\)"):
+        create_pruner("reconstruction", model, asked, calibration=[every[:4], every]).compress()
 
 
 @pytest.mark.parametrize(

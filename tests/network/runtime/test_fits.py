@@ -174,3 +174,30 @@ def test_a_vector_without_a_batch_dimension_is_a_single_sample_of_a_linear_layer
         nni_topo.export(net, tmp_path / "small.pt2", torch.randn(4))
     with pytest.raises(DataError, match=rf"images must .*{message}"):
         nni_topo.shrink(net, [torch.randn(4)] * 16, {"flops": 0.5})
+
+
+class _ByTurns(nn.Module):
+    """Runs a layer for each kind of sample that is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.unused = nn.ModuleList(nn.Linear(2, 2) for _ in range(3)), nn.Linear(2, 2)
+
+    def forward(self, x):
+        out = x.clone()
+        for index, layer in enumerate(self.layers):
+            rows = x[:, 0] == index
+            if rows.any():
+                out[rows] = layer(x[rows])
+        return out
+
+
+@pytest.mark.parametrize(("kinds", "traced"), [([0, 1, 2, 2], 4), ([0, 1, 1, 0], 2), ([0, 0, 0], 2), ([2, 1], 2)])
+def test_a_batch_is_traced_whole_where_more_layers_run_on_it_than_on_two_samples(kinds, traced):
+    model = _ByTurns().train()
+    batch = torch.tensor([[float(kind), 0.5] for kind in kinds])
+    ((found,), named) = structure_call(model, [batch])
+    assert not named
+    torch.testing.assert_close(found, batch[:traced], rtol=0, atol=0)
+    assert model.training
+    assert not model.layers[0]._forward_pre_hooks
