@@ -603,7 +603,9 @@ def _warn(flow: ChannelFlow, groups: list[list[str]], choice: _Choice) -> None:
         layers_by_reason = by_reason(reasons.as_text(choice.left_out))
         told = "; ".join(f"{listed(names)}: {why}" for why, names in layers_by_reason.items())
         _logger.warning(
-            "layers that can't lose channels stay whole and are left out (.skipped has all, explain a cure): %s", told
+            "layers that can't lose channels stay whole and are left out (.skipped has all; nni_topo.explain says what "
+            "to change): %s",
+            told,
         )
     for names in groups:
         inside = [name for name in names if name in choice.by_row]

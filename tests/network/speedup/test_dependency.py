@@ -292,7 +292,10 @@ def warnings_of(caplog, config_list, **knobs):
 
 BY_TYPE = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 BY_NAME = [{"op_names": ["one", "two", "last"], "sparse_ratio": 0.5}]
-WHOLE = "layers that can't lose channels stay whole and are left out (.skipped has all, explain a cure): "
+WHOLE = (
+    "layers that can't lose channels stay whole and are left out (.skipped has all; nni_topo.explain says what "
+    "to change): "
+)
 SOME = "some channels of these layers can't be removed: "
 DEPENDS = "the result of an operation depends on removed channels (softmax)"
 
