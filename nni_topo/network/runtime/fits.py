@@ -81,55 +81,44 @@ def structure_of(model: nn.Module, call: Call, name: str = "calibration", batch:
     # Tracing takes time and memory for each sample.
     few: Call = taken(call, torch.arange(min(2, batch_size(call))))
     try:
-        check_fits(model, few, name, batch)
+        reached = check_fits(model, few, name, batch)
     except DataError:
         # The model may need exactly this number of samples, or more than two.
         check_fits(model, call, name, batch)
         return call
-    if batch_size(call) > 2:
-        with fitting(0, name):
-            reached = modules_run(model, few)
-            reaches_more = not _with_parameters(model).keys() <= reached and modules_run(model, call) > reached
-        if reaches_more:
-            check_fits(model, call, name, batch)
-            return call
+    if batch_size(call) > 2 and _is_partly_run(model, reached) and check_fits(model, call, name, batch) > reached:
+        return call
     return few
 
 
-def modules_run(model: nn.Module, call: Call) -> set[str]:
-    """Return the names of the modules with parameters of their own that run on a call in evaluation mode."""
-    ran = set[str]()
-
-    def note(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
-        return lambda args, kwargs: ran.add(name)
-
-    with ExitStack() as stack:
-        stack.enter_context(left_alone(model))
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(torch.no_grad())
-        for name, module in _with_parameters(model).items():
-            stack.enter_context(called(module, note(name)))
-        model(*call[0], **call[1])
-    return ran
+def _is_partly_run(model: nn.Module, ran: set[str]) -> bool:
+    """Say whether some modules of a list are among those that ran, and others aren't."""
+    by_list: dict[str, set[bool]] = {}
+    for name in _listed_modules(model):
+        by_list.setdefault(name.rpartition(".")[0], set()).add(name in ran)
+    return any(len(each) > 1 for each in by_list.values())
 
 
-def _with_parameters(model: nn.Module) -> dict[str, nn.Module]:
+def _listed_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules with parameters in lists and dictionaries, of which a forward may choose some by values."""
     return {
-        name: module
+        f"{name}.{key}".lstrip("."): entry
         for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        for key, entry in module.named_children()
+        if next(entry.parameters(), None) is not None and not isinstance(entry, torch.jit.ScriptModule)
     }
 
 
-def check_fits(model: nn.Module, call: Call, name: str = "calibration", batch: Any = None) -> None:
+def check_fits(model: nn.Module, call: Call, name: str = "calibration", batch: Any = None) -> set[str]:
     """Run a model on a call in evaluation mode; DataError if that fails, or if a layer takes it for a single sample.
 
-    The error says what to change where the model runs on the same inputs in another form. ``batch`` is what the call
-    was made of.
+    Returned are the names of the modules in lists that ran. The error says what to change where the model runs on the
+    same inputs in another form. ``batch`` is what the call was made of.
     """
     try:
         with fitting(0, name):
-            unbatched = _run(model, call)
+            unbatched, ran = _run(model, call)
     except DataError:
         if found := form_that_fits(model, call, batch):
             raise DataError(f"{name} must fit the model, got {found} (batch 0)") from None
@@ -139,6 +128,7 @@ def check_fits(model: nn.Module, call: Call, name: str = "calibration", batch: A
             f"{name} must have samples along the first dimension, got {_told(call)}, which {unbatched} takes for a "
             f"single sample: pass {_BATCHED} (batch 0)"
         )
+    return ran
 
 
 @contextmanager
@@ -152,9 +142,12 @@ def fitting_call(model: nn.Module, call: Call, name: str) -> Iterator[None]:
         raise
 
 
-def _run(model: nn.Module, call: Call) -> str:
-    """Run a model on a call; return the layer that takes the model's input for a single sample, empty if none does."""
-    found: list[str] = []
+def _run(model: nn.Module, call: Call) -> tuple[str, set[str]]:
+    """Run a model on a call; return the layer that takes the input for a single sample, and which listed modules ran.
+
+    The layer is empty if none does.
+    """
+    found, ran = list[str](), set[str]()
     shape = first_of_samples(call).shape
 
     def look(name: str, dimensions: int) -> Callable[[Tensor], None]:
@@ -164,6 +157,9 @@ def _run(model: nn.Module, call: Call) -> str:
                 found.append(name)
 
         return see
+
+    def note(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
+        return lambda args, kwargs: ran.add(name)
 
     entering = []
     for name, module in model.named_modules():
@@ -175,14 +171,16 @@ def _run(model: nn.Module, call: Call) -> str:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(watched(entering=entering))
+        for name, module in _listed_modules(model).items():
+            stack.enter_context(called(module, note(name)))
         model(*call[0], **call[1])
-    return found[0] if found else ""
+    return found[0] if found else "", ran
 
 
 def _runs(model: nn.Module, call: Call) -> bool:
     """Say whether a model runs on a call whose first dimension is that of the samples."""
     try:
-        return not _run(model, call)
+        return not _run(model, call)[0]
     except NniTopoError:
         return False
     except Exception as error:  # a user's model may raise anything
