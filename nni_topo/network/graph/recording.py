@@ -46,6 +46,7 @@ from nni_topo.network.graph.nodes import (
 from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forget_places
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
 from nni_topo.network.runtime import (
+    LISTS,
     batch_size,
     difference,
     first_of_samples,
@@ -58,7 +59,6 @@ from nni_topo.network.runtime import (
 _logger = logging.getLogger(__name__)
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
 _SIZED = {"reshape", "split", "split_with_sizes", "unflatten", "view"}  # take sizes that must fit the tensor
-_LISTS = (nn.ModuleList, nn.ModuleDict)
 # What a forward may ask a tensor for without reading its values, and get a number.
 _ABOUT_TENSORS = {
     *("__get__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_complex", "is_conj"),
@@ -302,10 +302,11 @@ class _Recorder(TorchFunctionMode):
     def _check_choice(self, model: nn.Module) -> None:
         """Raise if a value has chosen among modules of a list, and left some out, which the graph wouldn't know of."""
         for name, module in model.named_modules() if self._chosen or self._deciding else ():
-            if not isinstance(module, _LISTS):
+            if not isinstance(module, LISTS):
                 continue
+            # Lists have no forward: the module around them all is the one that chooses.
             owner = name.rpartition(".")[0]
-            while isinstance(model.get_submodule(owner), _LISTS) and owner:
+            while owner and isinstance(model.get_submodule(owner), LISTS):
                 owner = owner.rpartition(".")[0]
             inner = [(f"{name}.{key}".lstrip("."), each) for key, each in module.named_children()]
             ran = [own in self._ran for own, each in inner if next(each.parameters(), None) is not None]

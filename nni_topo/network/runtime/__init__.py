@@ -31,6 +31,7 @@ from nni_topo.network.runtime.copying import (
     unwrapped_copy,
 )
 from nni_topo.network.runtime.fits import (
+    LISTS,
     check_fits,
     first_call,
     fitting_call,
@@ -120,6 +121,7 @@ __all__ = [
     "HELD_OUT",
     "INPUTS",
     "LEGACY_KEYS",
+    "LISTS",
     "MASKS",
     "MODEL",
     "NETWORK",

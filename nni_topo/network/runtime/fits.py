@@ -29,6 +29,8 @@ from nni_topo.network.runtime.inputs import (
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
 
+LISTS = (nn.ModuleList, nn.ModuleDict)
+"""Modules without a forward, of whose modules a forward may choose some by values."""
 # How many dimensions an input has that such a layer takes for a single sample.
 _UNBATCHED: tuple[tuple[type[nn.Module], int], ...] = (
     (nn.Conv1d, 2),
@@ -100,11 +102,11 @@ def _is_partly_run(model: nn.Module, ran: set[str]) -> bool:
 
 
 def _listed_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules with parameters in lists and dictionaries, of which a forward may choose some by values."""
+    """Return the modules with parameters in lists and dictionaries that take hooks, by name."""
     return {
         f"{name}.{key}".lstrip("."): entry
         for name, module in model.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if isinstance(module, LISTS)
         for key, entry in module.named_children()
         if next(entry.parameters(), None) is not None and not isinstance(entry, torch.jit.ScriptModule)
     }
