@@ -27,7 +27,17 @@ from torch.fx import GraphModule, Node
 
 from nni_topo.errors import NONE, DataError, check_fields, number, whole
 from nni_topo.network.layers import PER_CHANNEL, WEIGHTED, by_output, of_output
-from nni_topo.network.runtime import BatchStore, at_once, bar, nbytes_of, out_of_memory
+from nni_topo.network.runtime import (
+    PRECISION,
+    BatchStore,
+    Precision,
+    at_once,
+    bar,
+    computing_in,
+    device_of,
+    nbytes_of,
+    out_of_memory,
+)
 from nni_topo.recovery.course import Course, RateSchedule, RateTrial
 from nni_topo.recovery.networks import Networks, dense_graph
 from nni_topo.recovery.rates import RATES, try_rates
@@ -64,10 +74,12 @@ class Block(Reconstruct):
     layers: int = 0
     # Samples a step, at least 1.
     batch_size: int = 32
+    # "bfloat16" computes the gradients under autocast: faster on GPUs, and on processors with bfloat16 instructions.
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         counts = {"refine": whole(0), "steps": whole(1), "layers": whole(0), "batch_size": whole(1)}
-        check_fields(self, "block", lr=number(0.0, closed="neither") | NONE, **counts)
+        check_fields(self, "block", lr=number(0.0, closed="neither") | NONE, precision=PRECISION, **counts)
 
     def after(self, tasks: Sequence[Task], networks: Networks, tools: Tools) -> tuple[LayerReport, ...]:
         """Let the blocks learn, one after the other."""
@@ -323,7 +335,7 @@ class _Learning:
 
     def objective(self, student: nn.Module, call: Any, wanted: list[Tensor]) -> Tensor:
         """Return the mean squared distance at the place over its variance."""
-        off = self._lacking(student, call, wanted)
+        off = self._lacking(student, call, wanted, self._knobs.precision)
         return torch.stack([each.square().mean() / scale for each, scale in zip(off, self._scales, strict=True)]).mean()
 
     def judge(self, student: nn.Module, index: Tensor) -> float:
@@ -424,9 +436,12 @@ class _Learning:
                     rows[place] = (rows[place] + change).to(rows.dtype)
                     parameter.copy_(of_output(rows, module) if _is_matrix(key, module) else rows)
 
-    def _lacking(self, student: nn.Module, part: _Part, wanted: list[Tensor]) -> list[Tensor]:
+    def _lacking(
+        self, student: nn.Module, part: _Part, wanted: list[Tensor], precision: Precision = "float32"
+    ) -> list[Tensor]:
         """Return by how much a student misses what is wanted, where it counts."""
-        found = floats(student(*part.entering))
+        with computing_in(precision, device_of(student)):
+            found = floats(student(*part.entering))
         return self._counted([mine - meant for mine, meant in zip(found, wanted, strict=True)], part)
 
     def _counted(self, values: list[Tensor], part: _Part) -> list[Tensor]:

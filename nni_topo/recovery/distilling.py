@@ -47,12 +47,16 @@ from nni_topo.network.runtime import (
     BATCHES,
     HELD_OUT,
     MODEL,
+    PRECISION,
     Call,
+    Precision,
     batch_size,
     batches_of,
     calls,
     check_model,
+    check_precision,
     detached_copy,
+    device_of,
     first_call,
     hand_on_report,
     in_smaller_batches,
@@ -103,6 +107,7 @@ KNOBS = {
     "blocks": number(0.0),
     "outputs": taking("output", "inputs") | NONE,
     "blend": FLAG,
+    "precision": PRECISION,
     "state_seconds": number(0.0),
     "augment": FUNCTION | NONE,
 }
@@ -295,6 +300,7 @@ def distillation(
     blocks: float = 0.0,
     augment: Augment | None = None,
     blend: bool = True,
+    precision: Precision = "float32",
     state: str | Path | None = None,
     state_seconds: float = 30.0,
     seed: int = 0,
@@ -306,12 +312,13 @@ def distillation(
         raise unknown_name("objective", str(objective), OBJECTIVES, "distill")
     numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
     others = {"warmup": warmup, "blocks": blocks, "outputs": outputs, "blend": blend, "state_seconds": state_seconds}
-    check_knobs("distill", {**numbers, **others, "augment": augment}, KNOBS)
+    check_knobs("distill", {**numbers, **others, "augment": augment, "precision": precision}, KNOBS)
     SEED.check("seed", seed, "distill")
     if state is not None:
         check_output_file(path_of(state, "state"))
     for model in (original, dense):
         check_model(model)
+        check_precision(precision, device_of(model), "distill")
     both = {"images": images, "held_out": held_out}
     given = [batches_of(each, original, knob, shared=True) for knob, each in both.items() if each is not None]
     for each in given:
@@ -324,7 +331,17 @@ def distillation(
     shares = SharedImages(processes, [each.samples for each in given])
     counts = shares.sources
     student = _student(dense, pool)
-    lesson = Lesson(original, student, pool, objective, temperature, outputs=outputs, blocks=blocks, shares=shares)
+    lesson = Lesson(
+        original,
+        student,
+        pool,
+        objective,
+        temperature,
+        outputs=outputs,
+        blocks=blocks,
+        precision=precision,
+        shares=shares,
+    )
     is_blended = blend and is_blendable(pool)
     if processes is not None:
         check_knobs_together({"seconds": seconds, "augment": augment, "state": state, "blocks": blocks})
@@ -410,8 +427,16 @@ def distillation(
         found = trials([lr], is_normed)
         is_normed = not found or found[0].is_taken
 
-    knobs = {"steps": most_steps, "seconds": seconds, "batch_size": batch_size, "lr": lr, "blend": blend}
+    knobs: dict[str, Any] = {
+        "steps": most_steps,
+        "seconds": seconds,
+        "batch_size": batch_size,
+        "lr": lr,
+        "blend": blend,
+    }
     knobs |= {"warmup": warmup, "blocks": blocks}
+    if precision != "float32":  # files of earlier versions don't have it
+        knobs["precision"] = precision
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     if state is not None:  # the same images in the same order: which are held out depends on it
         kind["the same images in the same order, hash"] = " ".join(fingerprint(each)[:16] for each in tensors_of(pool))
@@ -533,7 +558,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         Learning rate of AdamW at its highest, above 0. By default a range test finds it: 6e-3, 2e-3, 6e-4, 2e-4 and
         6e-5 are tried in this order, with 3 % of the steps each, at least ten, in which the rate rises and falls to
         zero. The first one is taken after which the loss on the held-out images is at most twice what it was, and
-        has grown by at most a quarter of the loss of a network that always gives the same answer. If there is none, the
+        has grown by at most a quarter of what it differed from the loss of a network that always gives the same answer.
+        If there is none, the
         result is a copy of ``dense``.
     warmup : float, default=0.1
         Share of the steps, in [0, 1), in which the rate rises from zero to ``lr``. It falls in a line to zero in the
@@ -557,6 +583,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     blend : bool, default=True
         In all views but the first, move half of the images towards other ones, by a share drawn from [0, 1) [2]_;
         ``original`` answers for what comes out. For models that take one floating tensor; others' inputs stay.
+    precision : {"float32", "bfloat16"}, default="float32"
+        ``"bfloat16"`` computes both networks under :class:`torch.autocast` in gradient steps. Parameters, losses and
+        what judges stay in the precision of ``dense``, at least single. On processors with bfloat16 instructions steps
+        take less time, above all those of transformers; on other processors they take more.
     state : str or Path, optional
         File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
         the same result on one machine.
@@ -712,6 +742,7 @@ def check_can_learn(
     outputs: Outputs | None = None,
     blocks: float = 0.0,
     blend: bool = True,
+    precision: Precision = "float32",
     is_shared: bool = False,
 ) -> None:
     """Raise the errors of `distillation` that a model's outputs for a batch show, before there is a smaller model.
@@ -719,8 +750,9 @@ def check_can_learn(
     ConfigError for outputs that can't be compared, or where processes share the images (``is_shared``) and one can't
     learn from its own alone; GradientError for outputs without gradients.
     """
+    check_precision(precision, device_of(model), "distill")
     student = _student(model, call)
-    lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks)
+    lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks, precision=precision)
     if is_shared:
         _check_together(model, lesson.kind, is_blended=blend and is_blendable(call))
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))), 0)

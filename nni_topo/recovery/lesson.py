@@ -19,6 +19,7 @@ from nni_topo.errors import ConfigError, DataError, check_memory, listed
 from nni_topo.network.layers import lay_out
 from nni_topo.network.runtime import (
     Call,
+    Precision,
     Processes,
     arguments_of,
     at_once,
@@ -26,9 +27,11 @@ from nni_topo.network.runtime import (
     bind_arguments,
     calls,
     cast_floats,
+    computing_in,
     detached_copy,
     device_of,
     evaluation_mode,
+    map_tensors,
     on_device,
     out_of_memory,
     random_state_kept,
@@ -48,6 +51,8 @@ _VIEWS = 8
 _BLENDED = 0.5  # share of the images in a view
 _AT_ONCE = 256
 _COPIES = 3
+_READ = 16  # samples by which the outputs of a network are told apart
+_VARIED = 1024  # samples, about, over which the variances of outputs are measured
 _LEAST_VARIANCE = 1e-12
 _TEMPERATURE = 2.0  # where nothing is learned; distillation's default
 _UNIT = 1e-3  # by how much the length of an embedding may differ from one
@@ -133,23 +138,26 @@ class Lesson:
         *,
         outputs: Outputs | None = None,
         blocks: float = 0.0,
+        precision: Precision = "float32",
         shares: SharedImages | None = None,
     ) -> None:
         self._unpruned, self._pool, self._temperature = unpruned, pool, temperature
+        self._precision = precision  # of the steps; what judges is in that of the parameters
         self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
         self._outputs = outputs
-        self.named = ComparedOutputs((), ())  # the outputs that are met, and the others
         self._place = _place_of(student)
-        began = time.perf_counter()
-        self._wanted, likely = self._answers(pool)
-        self.seconds_of_answers = time.perf_counter() - began  # of the unpruned network, for all images
-        self._answered: dict[int, list[Tensor]] = {}  # by view, for all courses: they learn from the same images
+        self._answers = _Answers(self._answer, batch_size(pool))
+        self._views: dict[int, _Answers] = {}  # for all courses: they learn from the same images
+        self.named, likely = self._read(pool)
         self.kind = likely if objective == "auto" else objective
+        one = torch.arange(1)
+        wanted = self._answers(pool, one)
+        self._count = len(wanted)  # of outputs
         self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
         self._learned_scales = self._scales
         self._weight_of_distance = 0.0
-        found = self._run(student, taken(pool, torch.arange(1)))
-        shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, self._wanted))
+        found = self._run(student, taken(pool, one))
+        shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, wanted))
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
         if self.kind == "cosine" and any(len(shape) != 1 for shape in shapes):
@@ -175,22 +183,21 @@ class Lesson:
             self._weight_of_distance = self.loss_of_a_constant(index)
 
     def _variances(self, index: Tensor) -> list[float]:
-        """Return the variance of each output of the unpruned network over some of the images."""
-        own = self._shares.own(index)
+        """Return the variance of each output of the unpruned network over some of the images, a sample of many."""
+        own = self._shares.own(index[:: -(-len(index) // _VARIED)])
         real = real_positions_of(self._unpruned, taken(self._pool, own))
-        wanted = [finite(each) for each in _unpadded([each[own.to(each.device)] for each in self._wanted], real)]
+        wanted = [finite(each) for each in _unpadded(self._answers(self._pool, own), real)]
         return [self._variance(each) + _LEAST_VARIANCE for each in wanted]
 
     def judge(self, student: nn.Module, index: Tensor) -> Judgement:
         """Compare a network with the unpruned one on some of the images, in evaluation mode."""
         # By output: the loss and the distance, each times the number of entries, that number, and how many agree.
-        sums = torch.zeros(len(self._wanted), 4, dtype=torch.float64, device="cpu")
+        sums = torch.zeros(self._count, 4, dtype=torch.float64, device="cpu")
         with evaluation_mode(student), torch.no_grad():
             for part in _together(self._shares.own(index)):
                 if not len(part):
                     continue
-                call, wanted = taken(self._pool, part), [each[part.to(each.device)] for each in self._wanted]
-                found, wanted = self._compared(student, call, wanted)
+                found, wanted = self._compared(student, taken(self._pool, part), self._answers(self._pool, part))
                 distances = _distances(found, wanted, self._scales)
                 rows = zip(self._losses(found, wanted, distances), distances, found, wanted, strict=True)
                 for row, (loss, distance, mine, theirs) in zip(sums, rows, strict=True):
@@ -207,7 +214,7 @@ class Lesson:
         """Return the loss of a network that gives the same answer for each of some images: their mean answer."""
         own = self._shares.own(index[:_AT_ONCE])
         real = real_positions_of(self._unpruned, taken(self._pool, own))
-        wanted = _unpadded([each[own.to(each.device)] for each in self._wanted], real)
+        wanted = _unpadded(self._answers(self._pool, own), real)
         if self.kind == "kl":
             t = self._temperature
             likely = [self._mean((each / t).softmax(-1).flatten(0, -2)) for each in wanted]
@@ -226,22 +233,26 @@ class Lesson:
         Where processes share the images, it is the part of this process: their parts add up to the mean.
         """
         if not self._block_names:
-            if not len(wanted[0]):  # none of these images is this process's; the others wait for it
+            if wanted and not len(wanted[0]):  # none of these images is this process's; the others wait for it
                 self._mean_of(self._taught([], []), [])
                 return torch.stack([each.sum() for each in student.parameters() if each.requires_grad]).sum() * 0.0
-            found, wanted = self._compared(student, call, wanted)
+            found, wanted = self._compared(student, call, wanted, self._precision)
             return self._mean_of(self._taught(found, wanted), found)
         theirs: dict[str, Tensor] = {}
         mine: dict[str, Tensor] = {}
-        args, kwargs = on_device(call, device_of(self._unpruned))
-        with evaluation_mode(self._unpruned), torch.no_grad(), _blocks_seen(self._unpruned, self._block_names, theirs):
-            self._unpruned(*args, **kwargs)
+        teacher, device = self._unpruned, device_of(self._unpruned)
+        args, kwargs = on_device(call, device)
+        watching = _blocks_seen(teacher, self._block_names, theirs)
+        with evaluation_mode(teacher), torch.no_grad(), computing_in(self._precision, device), watching:
+            answer = teacher(*args, **kwargs)
+        wanted = self._outputs_of(answer, (args, kwargs))
         with _blocks_seen(student, self._block_names, mine):
-            found, wanted = self._compared(student, call, wanted)
+            found, wanted = self._compared(student, call, wanted, self._precision)
         real = real_positions_of(student, call)
         off = []
         for name in self._block_names:
-            states = [mine[name], theirs[name].to(mine[name])]
+            state = mine[name].to(torch.promote_types(mine[name].dtype, self._place[1]))
+            states = [state, theirs[name].to(state)]
             one, other = (
                 each.flatten(0, -2) if each.dim() > 2 and real is not None else each for each in _unpadded(states, real)
             )
@@ -250,10 +261,12 @@ class Lesson:
             off.append((one - other).square().mean() / variance)
         return self._mean_of(self._taught(found, wanted), found) + self._blocks * torch.stack(off).mean()
 
-    def _compared(self, student: nn.Module, call: Call, wanted: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _compared(
+        self, student: nn.Module, call: Call, wanted: list[Tensor], precision: Precision = "float32"
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Return what a model gives, and what is wanted, where both count."""
         real = real_positions_of(student, call)
-        return _unpadded(self._run(student, call), real), _unpadded(wanted, real)
+        return _unpadded(self._run(student, call, precision), real), _unpadded(wanted, real)
 
     def _losses(self, found: list[Tensor], wanted: list[Tensor], distances: list[Tensor]) -> list[Tensor]:
         """Return the mean loss of each output, of which the distance is known."""
@@ -287,7 +300,7 @@ class Lesson:
     def _mean_of(self, losses: list[Tensor], found: list[Tensor]) -> Tensor:
         """Return the mean of losses of outputs; where processes share the images, this one's part of the mean."""
         if self._shares.processes is not None:
-            own = torch.zeros(len(self._wanted), dtype=torch.float64, device="cpu")
+            own = torch.zeros(self._count, dtype=torch.float64, device="cpu")
             for place, each in enumerate(found):
                 own[place] = self._entries(each)
             of_all = self._shares.add(own, "the entries of a batch")
@@ -323,46 +336,105 @@ class Lesson:
     ) -> Batches:
         """Yield batches of some of the images, pass after pass, with the unpruned network's outputs for them.
 
-        A new view of the images costs a pass of the unpruned network: `allows` says whether there are so many seconds
-        for it. Else an earlier view comes again.
+        There are none where the outputs of blocks are learned: the unpruned network runs on each batch then. A new view
+        of the images costs a pass of the unpruned network: `allows` says whether there are so many seconds for it. Else
+        an earlier view comes again.
         """
         generator = torch.Generator().manual_seed(seed)
         own, is_mine = self._shares.own(index), self._shares.mine(index)
         place = is_mine.cumsum(0) - 1  # of an image among those of this process
-        plain, answers = taken(self._pool, own), self._answered
-        answers[0] = [each[own.to(each.device)] for each in self._wanted]
+        plain, views = taken(self._pool, own), self._views
         for turn in itertools.count():
             view = 0 if augment is None and not blend else turn % _VIEWS
-            if view not in answers and not allows(self.seconds_of_answers * len(index) / len(self._wanted[0])):
-                view = list(answers)[turn % len(answers)]
-            # Drawn again from the view's own seed: the unpruned network answers once, and one view is in memory.
+            if view and view not in views and not allows(self._answers.seconds_of_one * len(own)):
+                view = [0, *views][turn % (1 + len(views))]
+            # Drawn again from the view's own seed: only one view is in memory.
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
             call = _blended(call, seed + view) if blend and view else call
-            if view not in answers:
-                answers[view] = self._answers(call)[0]
+            if view and view not in views:
+                views[view] = _Answers(self._answer, len(own))
             for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // at_once(size))):
                 mine = place[chosen[is_mine[chosen]]]
-                yield taken(call, mine), [each[mine.to(each.device)] for each in answers[view]]
+                if self._block_names:
+                    wanted = list[Tensor]()
+                elif view:
+                    wanted = views[view](call, mine, self._precision)
+                else:
+                    wanted = self._answers(self._pool, own[mine], self._precision)
+                yield taken(call, mine), wanted
 
     def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
         """Return batches of some of the images as they are, for the student."""
         return _some(student, cast_floats(self._pool, self._place[1]), self._shares.own(index))
 
-    def _answers(self, call: Call) -> tuple[list[Tensor], str]:
-        """Return all floating outputs of the unpruned network, and the objective that suits them."""
-        place, found, kind = device_of(self._unpruned), [], ""
+    def _read(self, pool: Call) -> tuple[ComparedOutputs, str]:
+        """Return the outputs that are compared, by name, and the objective that suits them."""
+        device = device_of(self._unpruned)
+        count = min(_READ, batch_size(pool))
+        args, kwargs = on_device(taken(pool, torch.arange(count)), device)
         with evaluation_mode(self._unpruned), torch.no_grad():
-            for part in _together(torch.arange(batch_size(call))):
-                args, kwargs = on_device(taken(call, part), place)
-                answer = self._unpruned(*args, **kwargs)
-                self.named = compared_outputs(answer, len(part), self._outputs)
-                outputs, kind = read_outputs(answer, (args, kwargs), len(part), self._outputs)
-                found.append(on_device(outputs, self._place[0]))
-        return [torch.cat(each).to(self._place[1]) for each in zip(*found, strict=True)], kind
+            answer = self._unpruned(*args, **kwargs)
+        named = compared_outputs(answer, count, self._outputs)
+        return named, read_outputs(answer, (args, kwargs), count, self._outputs)[1]
 
-    def _run(self, student: nn.Module, call: Call) -> list[Tensor]:
-        args, kwargs = cast_floats(call, self._place[1])
-        return read_outputs(student(*args, **kwargs), (args, kwargs), batch_size(call), self._outputs)[0]
+    def _answer(self, call: Call, precision: Precision) -> list[Tensor]:
+        """Return the outputs of the unpruned network that are compared, where the student is."""
+        device = device_of(self._unpruned)
+        args, kwargs = on_device(call, device)
+        with evaluation_mode(self._unpruned), torch.no_grad(), computing_in(precision, device):
+            answer = self._unpruned(*args, **kwargs)
+        return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
+
+    def _outputs_of(self, answer: Any, call: Call) -> list[Tensor]:
+        """Return the outputs that are compared, with all digits: losses need them, and so does a user's function."""
+        own = self._place[1]
+        if any(each.dtype == torch.bfloat16 for each in tensors_of(answer)):
+            answer = map_tensors(lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
+        return read_outputs(answer, call, batch_size(call), self._outputs)[0]
+
+    def _run(self, student: nn.Module, call: Call, precision: Precision = "float32") -> list[Tensor]:
+        device, own = self._place
+        args, kwargs = cast_floats(call, own)
+        with computing_in(precision, device):
+            found = student(*args, **kwargs)
+        return self._outputs_of(found, (args, kwargs))
+
+
+class _Answers:
+    """What the unpruned network says of some images: computed where it is asked for, and kept.
+
+    Attributes
+    ----------
+    seconds_of_one : float
+        Time for one image, as measured so far.
+    """
+
+    def __init__(self, ask: Callable[[Call, Precision], list[Tensor]], count: int) -> None:
+        self._ask = ask
+        self._is_known = torch.zeros(count, dtype=torch.bool, device="cpu")
+        self._values: list[Tensor] = []
+        self._seconds, self._asked = 0.0, 0
+
+    @property
+    def seconds_of_one(self) -> float:
+        """Seconds for one image."""
+        return self._seconds / max(self._asked, 1)
+
+    def __call__(self, call: Call, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
+        """Return each output for the images of a call with these indices; what isn't known is asked in a precision."""
+        open_ones = index[~self._is_known[index]]
+        if len(open_ones):
+            began = time.perf_counter()
+            for part in _together(open_ones.unique()):
+                found = self._ask(taken(call, part), precision)
+                if not self._values:
+                    self._values = [each.new_empty(len(self._is_known), *each.shape[1:]) for each in found]
+                for kept, each in zip(self._values, found, strict=True):
+                    kept[part.to(kept.device)] = each
+            self._is_known[open_ones] = True
+            self._seconds += time.perf_counter() - began
+            self._asked += len(open_ones)
+        return [each[index.to(each.device)] for each in self._values]
 
 
 def minus(mine: Tensor, theirs: Tensor) -> Tensor:

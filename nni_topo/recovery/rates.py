@@ -15,10 +15,11 @@ RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)
 
 _MOST_LOSS, _MOST_GROWTH = 2.0, 0.25
 """A rate can be taken if after its few steps the held-out loss is at most so many times what it was before, and has
-grown by at most this share of the loss of a network that always gives the same answer.
+grown by at most this share of its difference from the loss of a network that always gives the same answer.
 
-Of few steps the loss is least at low rates, and over a whole course at high ones. So the test doesn't ask which rate is
-best so far; it asks which one doesn't break the network.
+So where the network is hardly better than such a one, a rate that leads there can't be taken. Of few steps the loss is
+least at low rates, and over a whole course at high ones. So the test doesn't ask which rate is best so far; it asks
+which one doesn't break the network.
 """
 
 _RISE = 0.3  # share of these steps in which the rate rises; it falls in the others
@@ -96,7 +97,7 @@ def try_rates(
         seconds_of_a_step = (clock.spent - began) / _LEAST_KNOWN
         least_left = _LEAST_LEFT * seconds_of_a_step
         steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / seconds_of_a_step)))
-    most = min(_MOST_LOSS * first, first + _MOST_GROWTH * max(constant, first))
+    most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(constant - first))
     found: list[RateTrial] = []
     for rate in bar("learning rate", progress, rates, total=len(rates)):
         if clock.left < least_left:

@@ -576,7 +576,7 @@ def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any, 
     first = next(calls(model, images))
     if knobs.get("augment") is not None:
         check_augment(model, first, knobs["augment"], 0)
-    names = ("objective", "temperature", "outputs", "blocks", "blend")
+    names = ("objective", "temperature", "outputs", "blocks", "blend", "precision")
     chosen = {"outputs": outputs} | {name: knobs[name] for name in names if name in knobs}
     try:
         check_can_learn(model, first, is_shared=images.processes is not None, **chosen)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 
 from nni_topo.errors import check_fields, number, whole
+from nni_topo.network.runtime import Precision
 
 LearningRateSchedule = Literal["constant", "cosine", "one-cycle"]
 Augmentation = Literal["none", "crop", "crop-flip"]
-Precision = Literal["float32", "bfloat16"]
 Optimizer = Literal["sgd", "adamw"]
 
 _WARMUP = 0.3

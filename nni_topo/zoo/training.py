@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, pad
 from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, reading, write_tensors
 from nni_topo.errors import NONE, ConfigError, DataError, checked, number
 from nni_topo.network.layers import inputs_laid_out, lay_back, lay_out
-from nni_topo.network.runtime import COMPUTING, DEVICE, TENSOR, bar, device_of
+from nni_topo.network.runtime import COMPUTING, DEVICE, TENSOR, bar, computing_in, device_of
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import by_label, check_model, evaluate
 from nni_topo.zoo.labelled import batches, held_on
@@ -250,7 +250,7 @@ class _Trainer:
         if images.dim() == 4:  # and not rows of text
             images = augmented(images, self.recipe.augmentation, self.black.to(self.device), self.generator)
             images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+        with computing_in(self.recipe.precision, self.device):
             logits = self.model(images).float()
         logits, labels = by_label(logits, labels)
         loss = cross_entropy(logits, labels)

@@ -70,6 +70,7 @@ from nni_topo.network.runtime.inputs import (
     in_smaller_batches,
     inputs_of,
     let_go,
+    map_tensors,
     on_device,
     out_of_memory,
     parts,
@@ -85,7 +86,13 @@ from nni_topo.network.runtime.inputs import (
     varied,
 )
 from nni_topo.network.runtime.memory import free_memory_of, freed_at_once, give_back_memory, trim_heap
-from nni_topo.network.runtime.precision import in_full_precision
+from nni_topo.network.runtime.precision import (
+    PRECISION,
+    Precision,
+    check_precision,
+    computing_in,
+    in_full_precision,
+)
 from nni_topo.network.runtime.processes import Processes, digest, in_step
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.reports import (
@@ -126,6 +133,7 @@ __all__ = [
     "MODEL",
     "NETWORK",
     "PADDING",
+    "PRECISION",
     "ROUND_TO",
     "SAME_CHANNELS",
     "SAME_LAYER",
@@ -139,6 +147,7 @@ __all__ = [
     "Call",
     "Leaving",
     "ModelReport",
+    "Precision",
     "Processes",
     "RandomWeights",
     "Variation",
@@ -160,7 +169,9 @@ __all__ = [
     "check_entry",
     "check_fits",
     "check_model",
+    "check_precision",
     "check_unwrapped",
+    "computing_in",
     "copied",
     "counted_places",
     "counting",
@@ -193,6 +204,7 @@ __all__ = [
     "leaves_models_alone",
     "left_alone",
     "let_go",
+    "map_tensors",
     "markdown_table",
     "nbytes_of",
     "on_device",

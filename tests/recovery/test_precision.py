@@ -1,0 +1,141 @@
+"""Gradient steps under autocast to bfloat16."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from distill_nets import batches, pair
+from torch import nn
+
+import nni_topo
+from nni_topo import zoo
+from nni_topo.errors import ConfigError
+from nni_topo.network.runtime.precision import check_precision, computing_in
+from nni_topo.recovery.block import Block
+
+
+class Attends(nn.Module):
+    """Two blocks of attention over five places."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.write = nn.Linear(8, 24), nn.Linear(8, 8)
+            self.seen = []
+
+        def forward(self, states):
+            heads = self.read(states).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            found = nn.functional.scaled_dot_product_attention(*heads)
+            self.seen.append((heads.dtype, found.dtype))
+            return states + self.write(found.transpose(1, 2).flatten(2))
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([self.Block(), self.Block()])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, states):
+        for block in self.blocks:
+            states = block(states)
+        return self.head(states.mean(1))
+
+
+def shifted(net):
+    """Return a copy with other weights, which has something to learn."""
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return other
+
+
+@pytest.mark.parametrize("blocks", [0.0, 1.0])
+def test_steps_round_and_what_judges_does_not(blocks):
+    original = Attends().eval()
+    dense = shifted(original)
+    images = list(torch.randn(256, 5, 8, generator=torch.Generator().manual_seed(2)).split(64))
+    known = {"steps": 30, "lr": 2e-3, "blocks": blocks, "blend": False, "held_out": images[:1]}
+    exact, rounded = (
+        nni_topo.distillation(dense, original, images[1:], precision=each, **known) for each in ("float32", "bfloat16")
+    )
+    assert rounded.loss_before == exact.loss_before
+    assert rounded.is_kept
+    assert rounded.loss_after == pytest.approx(exact.loss_after, rel=0.1)
+    assert not torch.equal(rounded.model.head.weight, exact.model.head.weight)
+    assert {each.dtype for each in rounded.model.parameters()} == {torch.float32}
+    assert {each.grad for each in rounded.model.parameters()} == {None}
+
+
+def test_attention_itself_stays_in_single_precision_on_a_cpu():
+    net = Attends()
+    states = torch.randn(2, 5, 8)
+    with computing_in("bfloat16", torch.device("cpu")):
+        rounded = net(states)
+    assert rounded.dtype == torch.bfloat16
+    assert set(net.blocks[0].seen) == {(torch.bfloat16, torch.bfloat16)}
+    queries, keys, values = torch.randn(3, 2, 2, 5, 4).bfloat16()
+    with computing_in("bfloat16", torch.device("cpu")):
+        found = nn.functional.scaled_dot_product_attention(queries, keys, value=values, scale=0.3)
+    single = nn.functional.scaled_dot_product_attention(queries.float(), keys.float(), values.float(), scale=0.3)
+    assert torch.equal(found, single.bfloat16())
+    with computing_in("float32", torch.device("cpu")):
+        assert net(states).dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("form", ["logits", "tuple", "dict", "named", "tokens"])
+def test_any_outputs_are_met_in_bfloat16(form):
+    dense, original = pair(form)
+    found = nni_topo.distillation(dense, original, batches(256), steps=40, precision="bfloat16")
+    assert found.is_kept
+    assert found.loss_after < found.loss_before
+
+
+def test_a_function_of_the_outputs_gets_all_digits():
+    dense, original = pair("dict")
+    kinds = set()
+
+    def read(output, inputs):
+        kinds.update((output["boxes"].dtype, inputs.dtype))
+        return output["boxes"]
+
+    nni_topo.distill(dense, original, batches(), steps=5, outputs=read, precision="bfloat16")
+    assert kinds == {torch.float32}
+
+
+def test_shrink_and_blocks_take_it(digits, digits_net):
+    images = list(digits.train[:512][0].split(64))
+    kinds = set()
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: kinds.add(output.dtype) if isinstance(module, nn.Linear) else None
+    )
+    try:
+        small = nni_topo.shrink(
+            digits_net, images, {"flops": 0.5}, distill={"steps": 20, "precision": "bfloat16"}, progress=False
+        )
+        assert kinds == {torch.float32, torch.bfloat16}
+        kinds.clear()
+        config = nni_topo.dependency_groups(digits_net, images[0][:2], [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+        _, masks = nni_topo.create_pruner("l1", copy.deepcopy(digits_net), config).compress()
+        solved = nni_topo.compensate(digits_net, masks, images, method=Block(steps=10, precision="bfloat16"))
+        assert torch.bfloat16 in kinds
+    finally:
+        hook.remove()
+    assert zoo.evaluate(small, digits.test) > 0.5
+    assert zoo.evaluate(solved, digits.test) > 0.5
+
+
+def test_other_precisions_and_devices_without_autocast_are_refused():
+    dense, original = pair()
+    with pytest.raises(
+        ConfigError, match="precision must be a known name, got 'float16'; did you mean bfloat16, float32"
+    ):
+        nni_topo.distill(dense, original, batches(), precision="float16")
+    with pytest.raises(ConfigError, match="without autocast, got 'bfloat16' on meta"):
+        check_precision("bfloat16", torch.device("meta"), "distill")
+    check_precision("float32", torch.device("meta"), "distill")
+    with pytest.raises(ConfigError, match="precision must be"):
+        nni_topo.shrink(original, batches(), {"flops": 0.5}, distill={"precision": "half"})
