@@ -186,6 +186,8 @@ RECOVERED = {
     "new weights, distill": "new weights, then `distill`",
     "compensate, distill": "`compensate`, then `distill`",
     "block, distill": '`compensate(method="block")`, then `distill`',
+    "distill in bfloat16": '`distill(precision="bfloat16")`',
+    "compensate, distill in bfloat16": '`compensate`, then `distill(precision="bfloat16")`',
 }
 
 

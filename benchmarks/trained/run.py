@@ -44,6 +44,8 @@ UNPRUNED = "unpruned"
 SOLVED = {"channel": "channel", "compensate": "reconstruct", "block": "block"}
 """Recoveries by the method of `compensate` that they are; distillation may follow."""
 NEW_WEIGHTS = "new weights, distill"
+ROUNDED = " in bfloat16"
+"""At the end of a recovery whose gradient steps are computed under autocast."""
 RECOVERIES = (
     "none",
     "batch norms",
@@ -54,11 +56,13 @@ RECOVERIES = (
     NEW_WEIGHTS,
     "compensate, distill",
     "block, distill",
+    f"distill{ROUNDED}",
+    f"compensate, distill{ROUNDED}",
 )
 UNIFORM, BLOCKS, DISTILLED_BLOCKS = "uniform", "blocks", "blocks, distill"
 ALLOCATIONS = (UNIFORM, "error", "auto", BLOCKS, DISTILLED_BLOCKS)
 """How `shrink` spends its budget; with "blocks" it may remove blocks, and the widths are uniform."""
-LONG = ("channel", "block", "distill", NEW_WEIGHTS, "compensate, distill", "block, distill")
+LONG = ("channel", "block", *(name for name in RECOVERIES if "distill" in name))
 """Recoveries that only the rows of LONG_ROWS have: they take minutes."""
 LONG_ROWS = ("l1", OURS)
 Masks = Any
@@ -387,6 +391,8 @@ class Row:
     def recovered(self, name: str, limits: dict[str, Any], state: Path) -> tuple[nn.Module, float, Mapping[str, Any]]:
         """Return the dense network after a recovery, its seconds, and notes for the record."""
         subject = self.subject
+        if name.endswith(ROUNDED):
+            name, limits = name.removesuffix(ROUNDED), {**limits, "precision": "bfloat16"}
         first, _, then = name.partition(", ")
         if first in SOLVED:
             dense, spent = self.solved(SOLVED[first])
