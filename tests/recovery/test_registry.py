@@ -58,7 +58,7 @@ def test_a_name_stands_for_its_class_with_the_defaults(name, residual_net, image
 def test_settings_belong_to_their_method():
     assert recovery_info("reconstruct").knobs() == ("refine",)
     assert recovery_info("ahead").knobs() == ("refine", "layers")
-    assert recovery_info("block").knobs() == ("refine", "steps", "lr", "layers", "batch_size")
+    assert recovery_info("block").knobs() == ("refine", "steps", "lr", "layers", "batch_size", "precision")
     assert recovery_info("pair").knobs() == ("pairs", "as_printed")
     assert recovery_info("channel").knobs() == ()
     with pytest.raises(ConfigError, match=r"refine must be an integer of at least 0, got -1 \(reconstruct\)"):

@@ -45,9 +45,10 @@ def has_own_pages(nbytes):
 
 torch.empty(31 * MIB, dtype=torch.uint8)  # freed: glibc keeps what is smaller from here on
 sizes = (MIB // 4, 4 * MIB, 40 * MIB)
+filling = [torch.empty(4 * MIB, dtype=torch.uint8) for _ in range(32)]  # the holes that imports have left
 print(*map(has_own_pages, sizes))
-with freed_at_once():
-    print(*map(has_own_pages, sizes))
+with freed_at_once():  # a larger one: what was freed above may be a hole by now
+    print(*map(has_own_pages, (MIB // 4, 5 * MIB, 40 * MIB)))
 print(*map(has_own_pages, sizes))
 with contextlib.suppress(KeyError), freed_at_once():
     raise KeyError
