@@ -122,6 +122,7 @@ def _export() -> Iterator[Callable[[str], str]]:
     module = module_of("bench_runtimes.py")
     yield lambda page: with_tables(page, module.SOURCE, module.tables(RECORDS / "runtimes"))
     yield _of_jsonl("bench_int8.py", "int8.jsonl", "tables")
+    yield _of_jsonl("bench_multiples.py", "multiples.jsonl")
 
 
 def _fresh_networks() -> Iterator[Callable[[str], str]]:
