@@ -205,9 +205,15 @@ class Course:
             Returns a network's held-out loss. Without it the course has its full length.
         """
         rest = itertools.islice(batches, self.done, None)
-        kept = time.perf_counter()
+        began = kept = time.perf_counter()
+        before = self.done
         with learning(self.student, batch_norms(self.student) if self.is_normed else []):
-            for step in bar("distill", progress, range(self.done, total), total=total, done=self.done):
+            shown = bar("distill", progress, range(self.done, total), total=total, done=self.done)
+            for step in shown:
+                if self.done > before and self.clock.seconds is not None:
+                    # So that the time left that is shown is no more than the limit leaves.
+                    seconds_of_a_step = (time.perf_counter() - began) / (self.done - before)
+                    shown.total = min(total, self.done + 1 + int(max(self.clock.left, 0.0) / seconds_of_a_step))
                 share = self._share(step, total)
                 if look is not None and int(share * _LOOKS) > int(self._looked * _LOOKS) and self.done:
                     self._look(look(self.student), share, first, total)

@@ -101,3 +101,15 @@ def test_the_fall_is_as_much_shorter_as_what_was_before_it():
     assert schedule.level(0.5, 0.01) == 0.0
     schedule.fall(0.45)  # it falls already
     assert schedule.end == pytest.approx(0.5)
+
+
+def test_the_time_left_that_is_shown_is_no_more_than_the_limit_leaves(capsys):
+    """Of a million steps, at most, a second allows some hundreds."""
+    dense, original = pair()
+    lesson = Lesson(original, dense, ((inputs(64),), {}), "kl", 2.0)
+    clock = Clock(1.0)
+    steps = Course(dense, is_normed=False, rate=1e-4, clock=clock)
+    steps.run(lesson, lesson.batches(torch.arange(64), 64, 0, None, False), 1_000_000, True)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"distill: {steps.done} of ")
+    assert int(last.split(" of ")[1].split(",")[0]) < 2 * steps.done + 10
