@@ -370,7 +370,7 @@ class Lesson:
     def _read(self, pool: Call) -> tuple[ComparedOutputs, str]:
         """Return the outputs that are compared, by name, and the objective that suits them."""
         device = device_of(self._unpruned)
-        count = min(_READ, batch_size(pool))
+        count = at_once(min(_READ, batch_size(pool)))
         args, kwargs = on_device(taken(pool, torch.arange(count)), device)
         with evaluation_mode(self._unpruned), torch.no_grad():
             answer = self._unpruned(*args, **kwargs)
