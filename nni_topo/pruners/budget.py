@@ -50,6 +50,8 @@ _RULES = {
     "latency_table": instance(LatencyTable) | PATH | NONE,
     "equal_blocks": FLAG,
 }
+_MEANT = {"macs": "flops", "mac": "flops", "parameters": "params", "time": "latency", "seconds": "latency"}
+"""Other words for the costs, and what a budget calls them."""
 _MISSED = 0.01  # of the unpruned network's cost
 _MISSED_TIME = 0.05  # of what is asked for
 _ROUNDING = 1e-12  # 0.51 - 0.5 is more than 0.01 in double precision
@@ -140,6 +142,21 @@ class Budget:
     def share(self) -> float:
         """The share to keep."""
         return float(getattr(self, self.kind))
+
+
+def as_budget(value: Any) -> Budget:
+    """Return a budget, also from a mapping of its fields; ConfigError for a bare number or another word for a cost."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ConfigError(
+            f"budget must name the cost of which a share is kept, e.g. {{'flops': 0.5}}, got {value!r} (budget)"
+        )
+    for word in value if isinstance(value, Mapping) else ():
+        meant = _MEANT.get(str(word).lower())
+        if meant is not None:
+            costs = listed(BUDGETS)
+            raise ConfigError(f"cost in a budget must be one of {costs}, got {word!r}: use {meant!r} (budget)")
+    found: Budget = as_settings(Budget, value, "budget")
+    return found
 
 
 @dataclass(frozen=True)
@@ -406,7 +423,7 @@ def check_shared_budget(budget: Budget | Mapping[str, Any] | None) -> None:
     """Refuse a budget of time that each of the processes that share calibration data would measure for itself."""
     if budget is None:
         return
-    budget = as_settings(Budget, budget, "budget")
+    budget = as_budget(budget)
     if budget.kind == "latency" and budget.latency_table is None:
         raise ConfigError(
             "a budget of latency must have a latency_table where processes share the calibration data, got none: each "
@@ -427,7 +444,7 @@ def planned(
     """Return a pruner's planner: by its budget, else the one for the config_list's ratios and thresholds."""
     if budget is None:
         return fallback
-    budget = as_settings(Budget, budget, "budget")
+    budget = as_budget(budget)
     if budget.allocation == AUTO:
         known = " or ".join(map(repr, allocations))
         raise ConfigError(

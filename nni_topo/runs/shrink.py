@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ANYTHING, NONE, ConfigError, as_settings, checked, leaves_out_by, listed, number, one_of
+from nni_topo.errors import ANYTHING, NONE, ConfigError, checked, leaves_out_by, listed, number, one_of
 from nni_topo.network.runtime import (
     BATCHES,
     MODEL,
@@ -39,7 +39,7 @@ from nni_topo.network.speedup import (
     sizes_in_markdown,
     to_dense,
 )
-from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, BudgetOutcome
+from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, BudgetOutcome, as_budget
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.lesson import ComparedOutputs, Outputs
@@ -634,13 +634,13 @@ def budget_settings(
             raise ConfigError(
                 f"shrink needs a budget with a share, e.g. {{'flops': 0.25}}, or a tolerance, got {got} (budget)"
             )
-        found = as_settings(Budget, budget, "budget")
+        found = as_budget(budget)
         return found.share, found
     named = without_share("flops" if budget is None else budget, "shrink")
     if named is not None:
         return None, named
     with_share: Any = budget
-    found = as_settings(Budget, with_share, "budget")
+    found = as_budget(with_share)
     return found.share, found
 
 
@@ -652,5 +652,5 @@ def without_share(budget: Budget | Mapping[str, Any] | str, place: str) -> Budge
     if isinstance(given, Mapping):
         costs = [name for name in BUDGETS if name in given]
         if len(costs) == 1 and given[costs[0]] is None:
-            return as_settings(Budget, {**given, costs[0]: 1.0}, "budget")
+            return as_budget({**given, costs[0]: 1.0})
     return None

@@ -296,11 +296,12 @@ def test_calibration_serves_as_example_inputs():
         ({"budget": {"flops": 0.0}}, {}, r"flops must be in \(0, 1\], got 0.0"),
         ({"budget": {"flops": "half"}}, {}, r"flops must be in \(0, 1\], got 'half'"),
         ({"budget": {"flops": 0.5, "params": 0.5}}, {}, r"a share of one of .*, got \['flops', 'params'\]"),
+        ({"budget": {"MACs": 0.5}}, {}, "one of flops, params, latency, memory, got .MACs.: use .flops."),
         ({"budget": {}}, {}, "a share of one of flops, params, latency, memory, got none"),
         (
             {"budget": 0.5},
             {},
-            r"of its fields or None, got 0.5; the fields of a Budget are flops, params, .* \(budget\)",
+            r"must name the cost of which a share is kept, e.g. \{'flops': 0.5\}, got 0.5 \(budget\)",
         ),
         ({"budget": {"flops": 0.5, "allocation": "unifrom"}}, {}, "did you mean uniform"),
         ({"budget": {"flops": 0.5}}, {"sparse_ratio": 0.5}, r"replaces sparse_ratio, got both \(config_list\[0\]\)"),

@@ -38,7 +38,6 @@ from nni_topo.errors import (
     SEED,
     ConfigError,
     DataError,
-    as_settings,
     check_memory,
     checked,
     instance,
@@ -75,7 +74,7 @@ from nni_topo.network.runtime import (
     tells_once,
 )
 from nni_topo.network.speedup import DenseReport
-from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
+from nni_topo.pruners.budget import Budget, BudgetOutcome, as_budget, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.blocks import gap_after, solutions
 from nni_topo.recovery.likeness import NO_SCALE, Answers, Likeness
@@ -241,7 +240,7 @@ def shrink_pretrained(
     calibration = Calibration.of(batches, "batches", shared=True)
     processes = calibration.processes
     is_first = processes is None or processes.rank == 0
-    settings = as_settings(Budget, budget, "budget")
+    settings = as_budget(budget)
     _check_budget(settings, pruner)
     check_choices(settings, pruner, knobs, None, compensate, distill, None, None, "shrink_pretrained")
     if target.resolve() == place.resolve():
