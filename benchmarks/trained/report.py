@@ -33,8 +33,8 @@ COLUMNS = ("top 1", "top 5", "KL", "cosine", "recall@10", "Spearman")
 _DIGITS = {"KL": (1.0, 2), "cosine": (1.0, 3), "Spearman": (1.0, 3)}  # others are percentages
 _CNN, _ENCODER = NETWORKS
 QUOTED = (
-    ((_ENCODER, 0.5, OURS, "compensate, distill"), "cosine", "a cosine of {} with the unpruned network's"),
-    ((_ENCODER, 0.5, "l1", "distill"), "cosine", "{} by L1 and distillation"),
+    ((_ENCODER, 0.5, OURS, "compensate, distill in bfloat16"), "cosine", "a cosine of {} with the unpruned network's"),
+    ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "cosine", "{} by L1 and distillation"),
     ((_ENCODER, 0.5, "l1", "none"), "cosine", "{} by L1 without recovery"),
     ((_CNN, 0.8, OURS, f"widths, {BLOCKS}"), "top 1", "the class of {} % of crops of other photos"),
     ((_CNN, 0.8, OURS, f"widths, {UNIFORM}"), "top 1", "{} % if only channels go"),
@@ -54,10 +54,10 @@ ALLOCATED = {
 BARS = (
     ("l1", "none", "L1, no recovery"),
     ("fpgm", "compensate", "FPGM (best baseline), weight reconstruction"),
-    ("l1", "distill", "L1, distillation"),
+    ("l1", "distill in bfloat16", "L1, distillation"),
     (OURS, "none", "least squares, no recovery"),
     (OURS, "compensate", "least squares, weight reconstruction"),
-    (OURS, "compensate, distill", "least squares, weight reconstruction, distillation"),
+    (OURS, "compensate, distill in bfloat16", "least squares, weight reconstruction, distillation"),
 )
 """MiniLM's cells in README's picture, from the top: criterion, recovery and label."""
 _MARKERS = dict(zip(CRITERIA, "xosD^*", strict=True))
