@@ -62,6 +62,8 @@ RECOVERIES = (
 UNIFORM, BLOCKS, DISTILLED_BLOCKS = "uniform", "blocks", "blocks, distill"
 ALLOCATIONS = (UNIFORM, "error", "auto", BLOCKS, DISTILLED_BLOCKS)
 """How `shrink` spends its budget; with "blocks" it may remove blocks, and the widths are uniform."""
+USUAL = tuple(name for name in RECOVERIES if not name.endswith(ROUNDED))
+"""Recoveries that run unless others are named."""
 LONG = ("channel", "block", *(name for name in RECOVERIES if "distill" in name))
 """Recoveries that only the rows of LONG_ROWS have: they take minutes."""
 LONG_ROWS = ("l1", OURS)
@@ -268,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("network", choices=(Cnn.name, Encoder.name))
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--only", nargs="+", choices=CRITERIA, default=CRITERIA, metavar="CRITERION")
-    parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=RECOVERIES, metavar="RECOVERY")
+    parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=USUAL, metavar="RECOVERY")
     parser.add_argument("--shares", nargs="+", type=float, metavar="SHARE", help="shares of the cost to keep")
     parser.add_argument("--steps", type=int, default=250, help="of a distillation (default 250)")
     parser.add_argument("--seconds", type=float, help="wall time of a distillation's steps (default: no limit)")
