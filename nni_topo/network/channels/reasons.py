@@ -45,6 +45,7 @@ Kind = Literal[
     "not_run",
     "number_made",
     "one_head",
+    "only_head",
     "overwritten",
     "random_shape",
     "recurrent_state",
@@ -54,6 +55,7 @@ Kind = Literal[
     "rule_misfits",
     "several_widths",
     "shared",
+    "shared_by_heads",
     "shared_weight",
     "training_output",
     "training_reader",
@@ -141,6 +143,10 @@ _ADVICE: dict[Kind, str] = {
     "number_made": "compute with a number that an attribute holds, such as a scale, instead of the width of a tensor",
     "heads_stay": "give each head keys and values of its own",
     "one_head": "give the attention its scale as a number, or more heads than one",
+    "only_head": "make the head narrower with nni_topo.narrow_heads, or give the attention more heads than one",
+    "shared_by_heads": (
+        "prune heads, which lose their queries, or make keys and values narrower for all heads with nni_topo.narrow_heads"
+    ),
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
     "result_depends": "use an operation that treats every channel by itself, or {leave_out}",
     "nonzero_values": (
@@ -245,6 +251,10 @@ training_reader = _of_layer("training_reader", "{layer} reads them in training m
 shared_weight = _of_layer("shared_weight", "its weight is also that of {layer}, where these channels stay")
 head_by_head = _of_layer("head_by_head", "it shares channels with {layer}, which loses heads")
 last_read = _of_layer("last_read", "{layer} needs at least one of the channels that it reads")
+only_head = _of_layer("only_head", "it makes the only head of {layer}, and attention needs at least one")
+shared_by_heads = _of_layer(
+    "shared_by_heads", "all heads of {layer} share these keys and values, which stay as long as one of them does"
+)
 carries_constant = _of_layer(
     "carries_constant", "kept to carry the constant contribution of the removed channels ({layer})"
 )

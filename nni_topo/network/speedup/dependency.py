@@ -365,7 +365,7 @@ def _choose(
                     break
     for name in order:
         if name in selection.by_head and name not in flow.heads and name not in projections:
-            left_out[name] = _why_headless(model, name)
+            left_out[name] = flow.why_pinned(name) if name in flow.shared else _why_headless(model, name)
     by_row = selection.layers - left_out.keys() - projections.keys()
     return _Choice(by_row, projections, left_out, _pinned(flow, by_row))
 
@@ -452,8 +452,10 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
         is_pinned = bool((group_ids == FIXED).all())
         if found or (is_pinned and not flow.is_output(name)):
             skipped[name] = tuple(found) or flow.why_pinned(name)
-        elif not is_pinned and len(set(group_ids.tolist())) == 1 < len(group_ids) and name not in flow.heads:
-            skipped[name] = (reasons.coupled_with_itself(),)
+        elif not is_pinned and len(set(group_ids.tolist())) == 1 < len(group_ids):
+            attention = flow.heads.get(name)
+            own = reasons.coupled_with_itself() if attention is None else reasons.only_head(attention.name)
+            skipped[name] = (own,)
         elif is_pinned or flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
                 skipped[name] = (reasons.untraced_output(is_noise=network.draws_others),)
