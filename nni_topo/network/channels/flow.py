@@ -524,7 +524,8 @@ class ChannelFlow(Propagation):
                 self._given.pin(self.channel_ids_of(name), reasons.training_only(name))
                 found[name] = self.layers.pop(name)
                 # These layers keep their heads, and so does all that has to have as many.
-                if {self.heads.pop(name, None), self.shared.pop(name, None)} != {None}:
+                is_of_heads = self.heads.pop(name, None) is not None
+                if self.shared.pop(name, None) is not None or is_of_heads:
                     self._given.pin(self._entering[name], reasons.training_reader(name))
         return found
 
@@ -534,7 +535,7 @@ class ChannelFlow(Propagation):
         The numbers in the forward don't change, so the channels that they count have to stay too: before ``z[:, 4]``
         there must be four channels, whichever these are; those after it may be pruned. A number that the forward takes
         from a shape, or from an attribute that holds a number of channels, one of ``following``, changes with the
-        channels and keeps none.
+        channels and keeps none. A view to a fixed number of channels keeps all of them.
         """
 
         def is_fixed(value: Any) -> bool:
@@ -552,10 +553,10 @@ class ChannelFlow(Propagation):
                 if not entering.shape[dim] == entering.numel() == size > 1:
                     continue
                 held = np.zeros(size, dtype=np.bool_)
-                for part in rule.held(FixedPlaces(node, dim, shape, is_fixed, self.picks)):
+                for part in rule.held(FixedPlaces(node, dim, shape, is_fixed, self.picks, self.ids[node.name])):
                     held[part] = True
                 if held.any():
-                    self._given.pin(entering.flatten().numpy()[held], reasons.fixed_channels(node))
+                    self._given.pin(entering.flatten().numpy()[held], rule.why_held(node))
 
     def group_ids(self, ids: np.ndarray) -> np.ndarray:
         """Look up group ids, int, shape (n,): tied channels have the same, those that stay ``FIXED``."""

@@ -358,7 +358,8 @@ def _choose(
         rows |= dict.fromkeys(flow.group_ids_of(name).tolist(), name)
     rows.pop(FIXED, None)
     for name in order:
-        if name in selection.by_type and name in flow.layers and name not in projections:
+        # What can't lose any in the first place has a reason of its own.
+        if name in selection.by_type and name in flow.layers and name not in {*projections, *left_out}:
             for group_id in flow.group_ids_of(name).tolist():
                 if group_id in rows:
                     left_out[name] = (reasons.head_by_head(rows[group_id]),)
@@ -438,7 +439,10 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
             # Norms may be selected for masks of their own.
             module = network.model.get_submodule(name)
             if has_channels(module):
-                if name in flow.channel_wise:
+                others = [other for other in flow.layers if network.model.get_submodule(other) is module]
+                if others:
+                    skipped[name] = (reasons.another_name(others[0]),)
+                elif name in flow.channel_wise:
                     skipped[name] = (reasons.convolves_channels(),)
                 elif name in flow.in_training:
                     skipped[name] = (reasons.training_only(name),)
