@@ -65,6 +65,13 @@ def measure(name: str, options: dict[str, str], *, baselines: bool = False) -> d
     record["groups_cpu_seconds"] = time.process_time() - start
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNED)}
     heads = [layer for layer, why in groups.reasons.items() if any(each.kind == "model_output" for each in why)]
+    # A stream that the model returns counts as asked for, where what adds to it loses heads.
+    by_column = set[str]()
+    for entry in groups:
+        (layer,) = entry["op_names"]
+        if isinstance(layers.get(layer), nn.Linear) and entry.get("granularity", [0])[0] == -1:
+            by_column.add(layer)
+    heads = [each for each in heads if not by_column & {*nni_topo.explain(model, inputs, each).coupled}]
     if name.startswith("detection/"):
         heads += [layer for layer in groups.skipped if layer.startswith(tuple(f"{each}." for each in DETECTING))]
     record["layers"] = len(layers)

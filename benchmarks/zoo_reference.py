@@ -87,6 +87,17 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*parameters, *buffers]
 
 
+def mixers(model: Any) -> tuple[str, ...]:
+    """Return how the names of layers end that mix heads which put out something without what makes them.
+
+    In MViT norms shift what heads without values put out; where all heads share their values, heads without queries
+    put out the mean of these.
+    """
+    config = getattr(model, "config", None)
+    is_shared = getattr(config, "multi_query", False) or getattr(config, "num_key_value_heads", None) == 1
+    return ("project.0", *((".attn.c_proj", ".self_attn.o_proj", ".self_attention.dense") if is_shared else ()))
+
+
 def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Find the channels that are gone, of layers and norms: bool, by name; and zero what is gone of all else."""
     layers, norms = {}, {}
@@ -119,8 +130,8 @@ def zeroing(model: nn.Module, dense: nn.Module) -> tuple[dict[str, np.ndarray], 
             if isinstance(module, nn.RNNBase):  # its units read one another at the next step
                 for parameter in module.parameters():
                     parameter.data.unflatten(0, (-1, len(gone)))[:, torch.from_numpy(gone)] = 0
-        if name.endswith("project.0") and width(other) == width(module) and other.in_features < module.in_features:
-            # In MViT norms shift what heads without values put out, and what mixes the heads reads no more of these.
+        if name.endswith(mixers(model)) and other.in_features < module.in_features:
+            # What mixes the heads reads no more of these.
             gone = np.ones(module.in_features, dtype=bool)
             gone[rows_left(by_output(module).T, by_output(other).T)] = False
             module.weight.data[:, torch.from_numpy(gone)] = 0

@@ -92,6 +92,22 @@ FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
         "image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "focal_levels": [2, 2],
         "focal_windows": [3, 3], "hidden_sizes": [16, 32],
     }, 0.45, "focalnet.encoder.stages.0.layers.0.modulation.projection_context"),
+    # Rotary frequencies are a buffer; norms of all queries keep the heads from being known by name.
+    "Olmo2ForCausalLM": ({
+        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+        "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 2,
+    }, 0.4, "model.layers.1.self_attn.q_proj"),
+    # The width of a head is a quotient of two attributes, and a grid says where features are read.
+    "DeformableDetrForObjectDetection": ({
+        **DETR, "num_feature_levels": 2,
+        "backbone_config": {**DETR["backbone_config"], "out_features": ["stage1", "stage2"]},
+    }, 0.55, "encoder.layers.1.self_attn.value_proj"),
+    # A single head keeps its queries, keys and values, and not what it reads.
+    "PvtV2ForImageClassification": ({
+        "image_size": 64, "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 2], "hidden_sizes": [16, 32],
+        "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2],
+        "num_hidden_layers": 2,
+    }, 0.75, "encoder.layers.0.patch_embedding.proj"),
 }  # fmt: skip
 
 

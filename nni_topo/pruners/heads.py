@@ -28,10 +28,14 @@ _GATE = {"align": {"module_name": None, "target_name": "weight_ih_l0", "dims": [
 
 
 class HeadScaling(Scaling):
-    """Blocks that are the rows of a head, which lie in several segments: ``(heads, rows)``."""
+    """Blocks that are the rows of a head, which lie in several segments: ``(heads, rows)``.
 
-    def __init__(self, rows: IntArray) -> None:
+    ``others``: how many rows of the target belong to all heads and so to no block. They get ones, as of a mask.
+    """
+
+    def __init__(self, rows: IntArray, others: int = 0) -> None:
         super().__init__([rows.shape[1], -1], kernel_padding_mode="back", kernel_padding_val=-1)
+        self.rows, self._others = rows, others
         self._order = torch.from_numpy(rows.ravel())
         self._back = torch.from_numpy(np.argsort(rows.ravel()))
 
@@ -44,8 +48,13 @@ class HeadScaling(Scaling):
 
     def expand(self, target: Tensor, expand_size: list[int], keepdim: bool = False, full_expand: bool = True) -> Tensor:
         """Give each row the value of its head."""
-        found: Tensor = super().expand(target, expand_size, keepdim, full_expand)
-        return found[self._back.to(found.device)]
+        of_heads = [self.rows.size, *expand_size[1:]]
+        by_row: Tensor = super().expand(target, of_heads, keepdim, full_expand)
+        if not self._others:
+            return by_row[self._back.to(by_row.device)]
+        found = by_row.new_ones(len(by_row) + self._others, *by_row.shape[1:])
+        found[self._order.to(by_row.device)] = by_row
+        return found
 
 
 class ColumnScaling(Scaling):
@@ -80,7 +89,8 @@ def scale_by_heads(model: Any, target_spaces: TargetSpaces) -> None:
             # Single rows of nn.MultiheadAttention or a recurrent layer can't be pruned alone.
             known = (by_head, "out_channel") if layer == attention.name else (by_head,)
             if attention.is_fused and space is not None and space.granularity in known:
-                space.granularity, space._scaler = by_head, HeadScaling(rows)
+                space.granularity = by_head
+                space._scaler = HeadScaling(rows, sum(each.size for each in attention.shared.get(layer, ())))
                 if attention.recurrent and space.dependency_group_id is None:
                     space.dependency_group_id = f"units of {layer}"
     groups: dict[Any, list[PruningTargetSpace]] = defaultdict(list)

@@ -40,7 +40,8 @@ class PruningUnit:
     name : str
         The targets, joined by ``+``, e.g. ``"layer1.conv2.weight+layer1.conv1.weight"``.
     members : tuple of (str, str)
-        Module and target name of each target, in the order of the config_list.
+        Module and target name of each target: those that lose rows, then those that lose columns, else in the order of
+        the config_list.
     blocks : int
         Number of scores a member has, at least 1.
     parts : int
@@ -165,12 +166,13 @@ def output_blocks(space: PruningTargetSpace, what: str) -> NDArray[np.int64]:
         )
     if space.granularity == "out_channel" and blocks == channels and channel_dimension(module) == 0:
         return np.arange(channels)[:, None]
-    whole = channels % blocks == 0
-    if whole and space._scaler is not None:
+    if space._scaler is not None:
         owners = spread(module, torch.arange(channels), torch.int32)
         rows = space._scaler.shrink(owners, lambda block: block, keepdim=True).reshape(blocks, -1).sort(1)[0]
-        rows = rows.unflatten(1, (channels // blocks, -1))
-        if torch.equal(rows, rows[..., :1].expand_as(rows)) and len(rows[..., 0].unique()) == channels:
+        # Some channels may be in no block, such as keys that all heads share.
+        size, rest = divmod(rows.shape[1] * channels, owners.numel())
+        rows = rows.unflatten(1, (size, -1)) if size and not rest else rows[:, None]
+        if torch.equal(rows, rows[..., :1].expand_as(rows)) and len(rows[..., 0].unique()) == blocks * rows.shape[1]:
             found: NDArray[np.int64] = rows[..., 0].long().cpu().numpy()
             return found
     raise ConfigError(
@@ -222,6 +224,8 @@ def pruning_units(
 def _unit(
     group: list[tuple[str, str, PruningTargetSpace]], ties: ChannelCoupling, shares: Mapping[str, Share]
 ) -> PruningUnit:
+    # What makes the channels comes first, also where a module holds its output projection before the other layers.
+    group = sorted(group, key=lambda member: holds_columns(member[2]))
     name = "+".join(f"{module}.{target}" for module, target, _ in group)
     spaces = [space for _, _, space in group]
     rules = {

@@ -238,7 +238,7 @@ class _Heads:
         self.attention = attention
         self._model, self._projection = model, reader  # the layer that mixes them
         self._size = attention.head_size
-        self._share = attention.parts[0][1].shape[1] // self._size  # heads that have their keys and values in common
+        self._share = attention.query_heads // len(attention.parts[1][1])  # heads that have keys and values in common
         step = 1 if table is None else 2
         count = self._size // step
         self.kept = step * max(1, count - int(count * ratio + _ROUNDING))
@@ -335,7 +335,7 @@ class _Heads:
         return [(layer, rows.reshape(-1, self._size)) for layer, rows in self.attention.parts]
 
     def _parameters(self) -> list[nn.Parameter]:
-        layers = [self._model.get_submodule(layer) for layer in (*self.attention.channels, self._projection)]
+        layers = [self._model.get_submodule(layer) for layer in (*self.attention.layers, self._projection)]
         return list(dict.fromkeys(p for each in layers for p in each.parameters(recurse=False)))
 
     def _turn_logits(self) -> None:

@@ -51,6 +51,8 @@ NETS = {
     "apart": lambda: _block(SelfAttention(WIDTH, HEADS, bias=True, causal=False), FeedForward(WIDTH, 8), nn.LayerNorm),
     # Rotary positions turn pairs of channels, so heads are of two here.
     "shared keys": lambda: _block(SelfAttention(WIDTH, 6, 3, bias=False, causal=True), GatedMlp(WIDTH, 8), nn.RMSNorm),
+    "one key": lambda: _block(SelfAttention(WIDTH, 6, 1, bias=True, causal=True), GatedMlp(WIDTH, 8), nn.RMSNorm),
+    "one key fused": lambda: Stream(FusedOneKey()),
 }  # fmt: skip
 
 
@@ -70,6 +72,8 @@ def head_masks(model, kept):
             module = model.get_submodule(layer)
             mask = torch.zeros_like(weight_of(module))
             mask[torch.from_numpy(channels[kept].ravel())] = 1
+            for rows in attention.shared.get(layer, ()):
+                mask[torch.from_numpy(rows.ravel())] = 1
             masks[layer] = {weight_name(module): mask}
     return masks
 
@@ -95,3 +99,18 @@ class Fused(nn.Module):
         q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return self.proj(mixed.reshape(*x.shape[:2], -1))
+
+
+class FusedOneKey(nn.Module):
+    """Attention of which one layer makes the queries of all heads, then one key and one value for all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = HEADS, SIZE
+        self.qkv, self.proj = nn.Linear(WIDTH, WIDTH + 2 * SIZE), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        made = self.qkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = made.split((self.num_heads, 1, 1), 1)
+        mixed = (q @ k.transpose(2, 3) * SIZE**-0.5).softmax(-1) @ v
+        return self.proj(mixed.transpose(1, 2).flatten(2))

@@ -33,6 +33,17 @@ def test_a_dependency_group_is_one_unit():
     assert second.sparse_ratio == 0.25
 
 
+def test_what_makes_the_channels_comes_before_what_reads_them_whatever_is_defined_first():
+    model = nn.ModuleDict({"reads": nn.Linear(6, 4), "makes": nn.Linear(4, 6)})
+    config = [
+        {"op_names": ["reads"], "sparse_ratio": 0.5, "dependency_group_id": "g", "granularity": [-1, 2]},
+        {"op_names": ["makes"], "sparse_ratio": 0.5, "dependency_group_id": "g", "granularity": [2, -1]},
+    ]
+    (unit,) = units_of(model, config)
+    assert (unit.name, unit.blocks) == ("makes.weight+reads.weight", 3)
+    assert unit.members == (("makes", "weight"), ("reads", "weight"))
+
+
 def test_a_module_called_group_is_no_group():
     model = nn.ModuleDict({"group": nn.Linear(4, 8), "other": nn.Linear(4, 8)})
     config = [

@@ -2,7 +2,12 @@
 
 Heads are independent up to the output projection. So the queries, keys and values of a head are pruned together, and
 heads that share keys and values (grouped-query attention) are pruned together too. Such a set is called a head here. So
-is a unit of a recurrent layer, which is pruned with its rows in all gates.
+is a unit of a recurrent layer, which is pruned with its rows in all gates. Where all heads share one key and one value
+(multi-query attention [1]_), these stay, and a head is pruned with its queries and the columns that read its output.
+
+References
+----------
+.. [1] N. Shazeer, "Fast transformer decoding: one write-head is all you need", https://arxiv.org/abs/1911.02150
 """
 
 from __future__ import annotations
@@ -51,11 +56,13 @@ _TOGETHER = (
 _HEAD_BY_HEAD = ("query_key_value",)
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
+_PER_SHARED = ("num_key_value_groups",)  # heads for each head of keys and values
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _WIDTHS = (
     "all_head_size", "hidden_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim",
     "hidden_size_output",
 )  # fmt: skip
+_SHARED_WIDTHS = ("kv_dim",)  # of the keys of all heads
 # Parameters with an entry for each head, and along which dimension; the last layer of what computes such a table.
 _BY_HEAD = {
     "relative_position_bias_table": 1, "relative_attention_bias.weight": 1,
@@ -71,22 +78,50 @@ class Attention:
     heads: int  # sets of heads that are pruned together
     size: int  # channels of a head
     channels: dict[str, IntArray]  # by layer, its output channels of each head: (heads, channels)
-    context: tuple[str, IntArray]  # a layer, and which of its channels are the heads' outputs, in order
+    context: tuple[str, IntArray]  # a layer, and which of its channels are the values that the heads mix, in order
     out: str | None  # the output projection; None where it isn't a part of the module
     width: int  # channels that enter
     by_head: dict[str, int] = field(default_factory=dict)  # parameters with an entry for each head, which dimension
     recurrent: bool = False  # heads are units, each with one output channel, that read one another
     also: tuple[str, ...] = ()  # further arguments that the layers of queries and keys read: positions
     shifted: bool = False  # norms within add an offset to the heads' outputs, also to pruned ones
+    # By layer, its output channels that all heads share: keys, then values. Each (1, channels); then `channels` has
+    # those of the queries alone.
+    shared: dict[str, list[IntArray]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that make queries, keys and values."""
+        return list(dict.fromkeys([*self.channels, *self.shared]))
 
     @property
     def is_fused(self) -> bool:
         """Whether one layer makes queries, keys and values."""
-        return len(self.channels) == 1
+        return len(self.layers) == 1
+
+    @property
+    def acts_without_rows(self) -> bool:
+        """Whether a head whose rows are masked still has an output, so that the columns that read it go, too."""
+        # Without queries a head gives the mean of the values that all heads share.
+        return self.shifted or bool(self.shared)
+
+    @property
+    def outputs(self) -> tuple[str, IntArray]:
+        """A layer, and which of its channels the heads' outputs are pruned with, in order."""
+        if not self.shared:
+            return self.context
+        ((layer, channels),) = self.channels.items()
+        return layer, channels.ravel()
 
     @property
     def parts(self) -> list[tuple[str, IntArray]]:
-        """The layers that make queries, keys and values, each with its channels of each head: (heads, channels)."""
+        """The layers that make queries, keys and values, each with its channels of each head: (heads, channels).
+
+        Of keys and values that all heads share there is one row.
+        """
+        if self.shared:
+            own = list(self.channels.items())
+            return own + [(layer, rows) for layer, found in self.shared.items() for rows in found]
         if self.is_fused:
             ((layer, channels),) = self.channels.items()
             size = (channels.shape[1] - self.size) // 2
@@ -178,6 +213,8 @@ def _attention(name: str, module: Any) -> Attention | None:
         if names[0] == "qkv_proj":
             shared = getattr(module, "num_key_value_heads", count)
             return _sharing(prefix, names[0], layers[0], (count, shared, size), projection)
+        if layers[0].out_features == (count + 2) * size:
+            return _sharing(prefix, names[0], layers[0], (count, 1, size), projection, by_head)
         if not any(key in vars(module) for key in _COUNTS) and any(key in vars(module) for key in _SIZES):
             count = layers[0].out_features // (3 * size)  # the config may be the whole model's, with another number
         if layers[0].out_features != 3 * count * size:
@@ -237,6 +274,9 @@ def _apart(
     heads = widths[2]
     if widths[1] != heads or not heads or widths[0] % heads or any(each.out_features % size for each in layers):
         return None
+    if heads == 1 < widths[0]:
+        rows = [np.arange(layer.out_features) for layer in layers]
+        return _multi_query(prefix, [prefix + name for name in names], rows, entering_channels(layers[0]), out, by_head)
     # Parameters by head don't say which of the heads that share keys an entry belongs to.
     if by_head and widths[0] != heads:
         return None
@@ -258,14 +298,43 @@ def _together(
     return Attention(name, heads, size, {layer: channels}, (layer, places[2].ravel()), out, width, by_head or {})
 
 
+def _multi_query(
+    prefix: str, layers: list[str], rows: list[IntArray], width: int, out: str | None, by_head: dict[str, int]
+) -> Attention:
+    """Describe heads that share one key and one value: the layers of queries, keys and values, and their channels."""
+    queries, keys, values = rows
+    heads = len(queries) // len(keys)
+    shared: dict[str, list[IntArray]] = {}
+    for layer, own in zip(layers[1:], (keys, values), strict=True):
+        shared.setdefault(layer, []).append(own[None])
+    return Attention(
+        prefix[:-1],
+        heads,
+        len(keys),
+        {layers[0]: queries.reshape(heads, -1)},
+        (layers[2], np.tile(values, heads)),
+        out,
+        width,
+        by_head,
+        shared=shared,
+    )
+
+
 def _sharing(
-    prefix: str, name: str, layer: nn.Linear, sizes: tuple[int, int, int], out: str | None
+    prefix: str,
+    name: str,
+    layer: nn.Linear,
+    sizes: tuple[int, int, int],
+    out: str | None,
+    by_head: dict[str, int] | None = None,
 ) -> Attention | None:
     """Describe one layer for all queries, then all keys, then all values; several heads may share keys and values."""
     heads, shared, size = sizes
     if heads % shared or layer.out_features != (heads + 2 * shared) * size:
         return None
     rows = np.split(np.arange(layer.out_features), (heads * size, (heads + shared) * size))
+    if shared == 1 < heads:
+        return _multi_query(prefix, [prefix + name] * 3, rows, entering_channels(layer), out, by_head or {})
     parts = [each.reshape(shared, -1) for each in rows]
     context = (prefix + name, parts[2].repeat(heads // shared, axis=0).ravel())
     channels = {prefix + name: np.concatenate(parts, axis=1)}
@@ -368,7 +437,8 @@ def tell_config(model: Any, original: nn.Module) -> None:
             setattr(config, size, sizes.pop())
     if len(kept_shares) == 1 and size:
         share, channels = kept_shares.pop(), getattr(config, size)
-        for key in (*_COUNTS, *_SHARED_COUNTS, "num_decoder_heads"):
+        of_keys = () if any(each.shared for each in before.values()) else _SHARED_COUNTS
+        for key in (*_COUNTS, *of_keys, "num_decoder_heads"):
             if isinstance(count := vars(config).get(key), int):
                 setattr(config, key, round(count * share))
         setattr(config, size, channels)
@@ -406,8 +476,10 @@ def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
         # It reads the number of heads in the model's config; other blocks may keep more.
         module.config = copy.copy(config)
         module.config.num_attention_heads = config.num_attention_heads // old * kept
+    # Of keys and values that all heads share there is one, and more heads for it than any count of these says.
+    counts = (*_COUNTS, *(_PER_SHARED if attention.shared else _SHARED_COUNTS))
     for key, value in vars(module).items():
-        if key in (*_COUNTS, *_SHARED_COUNTS) and isinstance(value, int):
+        if key in counts and isinstance(value, int):
             setattr(module, key, value // old * kept)
         elif key in _WIDTHS and value == of_heads:
             setattr(module, key, of_heads // old * kept)
@@ -430,16 +502,20 @@ def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
         heads = attention.heads
         key = (id(config), heads)
         if key not in known:
-            known[key] = [count for count in range(1, heads + 1) if _accepts(config, heads, count)]
+            counts = _COUNTS if attention.shared else (*_COUNTS, *_SHARED_COUNTS)
+            known[key] = [count for count in range(1, heads + 1) if _accepts(config, counts, heads, count)]
         if len(known[key]) < heads:
             found.update(dict.fromkeys(attention.channels, known[key]))
     return found
 
 
-def _accepts(config: Any, old: int, kept: int) -> bool:
-    """Say whether a config may have so many of its heads; they are counted as sets that are pruned together."""
+def _accepts(config: Any, counts: tuple[str, ...], old: int, kept: int) -> bool:
+    """Say whether a config may have so many of its heads; they are counted as sets that are pruned together.
+
+    ``counts``: the settings whose numbers get smaller with them.
+    """
     changed = copy.deepcopy(config)
-    for key in (*_COUNTS, *_SHARED_COUNTS):
+    for key in counts:
         if isinstance(getattr(changed, key, None), int):
             setattr(changed, key, getattr(changed, key) // old * kept)
     try:
@@ -458,8 +534,8 @@ def set_size(module: Any, old: int, size: int, heads: int) -> None:
     for key, value in vars(module).items():
         if key in _SIZES and value == old:
             setattr(module, key, size)
-        elif key in _WIDTHS and value == heads * old:
-            setattr(module, key, heads * size)
+        elif (key in _WIDTHS and value == heads * old) or (key in _SHARED_WIDTHS and value % old == 0):
+            setattr(module, key, value // old * size)
         elif isinstance(value, float) and math.isclose(value, old**-0.5, rel_tol=1e-6):
             setattr(module, key, size**-0.5)  # the factor of queries times keys
 

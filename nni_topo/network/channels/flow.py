@@ -110,7 +110,8 @@ class Propagation(torch.fx.Interpreter):
         self.channel_wise = set[str]()  # channel-wise convolutions, which make no channels of their own
         self.free_parameters = self._given.free_parameters
         self.attention = find_heads(graph_module)  # by module; of those that the graph calls
-        self.heads: dict[str, Attention] = {}  # the same by layer that makes queries, keys or values
+        self.heads: dict[str, Attention] = {}  # the same by layer that makes queries, keys or values, by head
+        self.shared: dict[str, Attention] = {}  # the same by layer that makes keys or values for all heads alone
         self.blocks = self._given.blocks
         self.summed, self.guessed = self._given.summed, self._given.guessed
         self.ids, self.picks = self._given.by_node, self._given.picks
@@ -317,16 +318,21 @@ class Propagation(torch.fx.Interpreter):
 
     def _head_ids(self, attention: Attention) -> np.ndarray:
         """Give ids to the layers that make the heads, and tie those of a head; return the ids of the heads' output."""
-        for name, channels in attention.channels.items():
+        for name in attention.layers:
             if name not in self.layers:
-                self.layers[name] = Layer(name, self._given.new(channels.size), channels.size, depthwise=False)
+                own = [attention.channels[name]] if name in attention.channels else []
+                count = sum(rows.size for rows in (*own, *attention.shared.get(name, ())))
+                self.layers[name] = Layer(name, self._given.new(count), count, depthwise=False)
                 if name not in self._entering:
                     self._entering[name] = np.zeros(entering_channels(self.fetch_attr(name)), dtype=np.int64)
-                self.heads[name] = attention
+                (self.heads if own else self.shared)[name] = attention
         ids_by_layer = [channels + self.layers[name].first for name, channels in attention.channels.items()]
         for ids_of_head in zip(*ids_by_layer, strict=True):
             self._given.tie(ids_of_head[0][0], np.concatenate(ids_of_head))
-        layer, order = attention.context
+        for name, shared in attention.shared.items():
+            for rows in shared:
+                self._given.pin(rows.ravel() + self.layers[name].first, reasons.shared_by_heads(attention.name))
+        layer, order = attention.outputs
         context: np.ndarray = order + self.layers[layer].first
         return context
 
@@ -511,14 +517,15 @@ class ChannelFlow(Propagation):
             if node.meta.get(TRAINED_OUTPUT):
                 for ids in tensors_of(self.ids[node.name]):
                     self._given.pin(np.unique(ids.numpy()), reasons.training_output())
-        owners = {layer: name for name, each in self.attention.items() for layer in each.channels}
+        owners = {layer: name for name, each in self.attention.items() for layer in each.layers}
         found = dict[str, Layer]()
         for name in list(self.layers):
             if modes.get(owners.get(name, name), False):
                 self._given.pin(self.channel_ids_of(name), reasons.training_only(name))
                 found[name] = self.layers.pop(name)
                 # These layers keep their heads, and so does all that has to have as many.
-                if self.heads.pop(name, None) is not None:
+                is_of_heads = self.heads.pop(name, None) is not None
+                if self.shared.pop(name, None) is not None or is_of_heads:
                     self._given.pin(self._entering[name], reasons.training_reader(name))
         return found
 
@@ -528,7 +535,7 @@ class ChannelFlow(Propagation):
         The numbers in the forward don't change, so the channels that they count have to stay too: before ``z[:, 4]``
         there must be four channels, whichever these are; those after it may be pruned. A number that the forward takes
         from a shape, or from an attribute that holds a number of channels, one of ``following``, changes with the
-        channels and keeps none.
+        channels and keeps none. A view to a fixed number of channels keeps all of them.
         """
 
         def is_fixed(value: Any) -> bool:
@@ -546,10 +553,10 @@ class ChannelFlow(Propagation):
                 if not entering.shape[dim] == entering.numel() == size > 1:
                     continue
                 held = np.zeros(size, dtype=np.bool_)
-                for part in rule.held(FixedPlaces(node, dim, shape, is_fixed, self.picks)):
+                for part in rule.held(FixedPlaces(node, dim, shape, is_fixed, self.picks, self.ids[node.name])):
                     held[part] = True
                 if held.any():
-                    self._given.pin(entering.flatten().numpy()[held], reasons.fixed_channels(node))
+                    self._given.pin(entering.flatten().numpy()[held], rule.why_held(node))
 
     def group_ids(self, ids: np.ndarray) -> np.ndarray:
         """Look up group ids, int, shape (n,): tied channels have the same, those that stay ``FIXED``."""
@@ -698,7 +705,7 @@ class ChannelFlow(Propagation):
         for attention in dict.fromkeys(each.name for each in self.heads.values()):
             if self.attention[attention].recurrent:
                 continue
-            layer, order = self.attention[attention].context
+            layer, order = self.attention[attention].outputs
             context = self.group_ids_of(layer)[order]
             found |= {
                 name: self.attention[attention]

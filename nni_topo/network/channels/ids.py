@@ -76,6 +76,7 @@ class ForeignWidth(NamedTuple):
 
     dim: int  # the dimension of the tensor whose width is taken
     by_kept: bool  # whether channels get it that stay in any case, so that the others would have to
+    times: int  # in how many views and splits
 
 
 class ChannelIds:
@@ -203,12 +204,14 @@ class ChannelIds:
         if not self.widths:
             return {}
         groups = self._tied([each for at, each in enumerate(self._pairs) if at not in self._as_widths])
+        staying = np.concatenate([[FIXED], *(groups[ids] for ids, _ in self._pins)])
         found = dict[str, ForeignWidth]()
         for each in self.widths:
             own, viewed = (np.setdiff1d(groups[ids.numpy()], FIXED) for ids in (each.of, each.viewed))
             if len(own) + len(viewed) and not np.isin(viewed, own).any():
-                known = found.get(each.owner, ForeignWidth(each.dim, False))
-                found[each.owner] = ForeignWidth(known.dim, known.by_kept or not len(viewed))
+                known = found.get(each.owner, ForeignWidth(each.dim, False, 0))
+                is_kept = bool(np.isin(viewed, staying).all())
+                found[each.owner] = ForeignWidth(known.dim, known.by_kept or is_kept, known.times + 1)
         return found
 
 

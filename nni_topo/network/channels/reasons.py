@@ -17,6 +17,7 @@ from nni_topo.errors import leaving_out, listed
 from nni_topo.network.graph import described, line_of, place
 
 Kind = Literal[
+    "another_name",
     "blocks_equal",
     "call_not_covered",
     "carries_constant",
@@ -45,7 +46,9 @@ Kind = Literal[
     "not_run",
     "number_made",
     "one_head",
+    "only_head",
     "overwritten",
+    "picked_by_value",
     "random_shape",
     "recurrent_state",
     "result_depends",
@@ -54,6 +57,7 @@ Kind = Literal[
     "rule_misfits",
     "several_widths",
     "shared",
+    "shared_by_heads",
     "shared_weight",
     "training_output",
     "training_reader",
@@ -137,10 +141,20 @@ _ADVICE: dict[Kind, str] = {
     "joins_random": "draw the random numbers without the dimension of the channels, or in training mode only",
     "random_shape": "draw the random numbers without the dimension of the channels, or in training mode only",
     "overwritten": "make a new tensor (torch.cat, torch.where) instead of writing into a part of one",
+    "picked_by_value": (
+        "{leave_out}: of a router, for one, that picks experts, each output stands for an expert, which isn't removed"
+    ),
     "fixed_channels": "read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
     "number_made": "compute with a number that an attribute holds, such as a scale, instead of the width of a tensor",
-    "heads_stay": "give each head keys and values of its own",
+    "heads_stay": (
+        "see why the heads of the other tensor stay (nni_topo.explain of its layer), or give each head its own keys "
+        "and values"
+    ),
     "one_head": "give the attention its scale as a number, or more heads than one",
+    "only_head": "make the head narrower with nni_topo.narrow_heads, or give the attention more heads than one",
+    "shared_by_heads": (
+        "prune heads, which lose their queries; nni_topo.narrow_heads makes the keys and values of all heads narrower"
+    ),
     "fixed_sizes": "read the sizes from the tensor (x.shape), or give -1 for the dimension of the channels",
     "result_depends": "use an operation that treats every channel by itself, or {leave_out}",
     "nonzero_values": (
@@ -170,6 +184,7 @@ _ADVICE: dict[Kind, str] = {
     "several_widths": "call a module of its own in each place",
     "shared_weight": "give the layers weights of their own: layer.weight = nn.Parameter(layer.weight.detach().clone())",
     "not_run": "delete the layer from the model if nothing uses it",
+    "another_name": "name the layer as the reason does",
 }
 
 
@@ -228,6 +243,7 @@ joins_constant = _of_operation(
 joins_random = _of_operation("joins_random", "an operation joins them to random numbers that the forward draws")
 random_shape = _of_operation("random_shape", "the forward draws random numbers for them")
 overwritten = _of_operation("overwritten", "the forward writes into part of a tensor")
+picked_by_value = _of_operation("picked_by_value", "the forward picks places by the values of these channels")
 fixed_channels = _of_operation("fixed_channels", "the forward picks or counts channels by fixed numbers")
 number_made = _of_operation("number_made", "the forward computes with how many of them there are, such as a scale")
 heads_stay = _of_operation(
@@ -240,11 +256,16 @@ result_depends = _of_operation("result_depends", "the result of an operation dep
 
 # Layers and modules that keep channels: kind and sentence.
 
+another_name = _of_layer("another_name", "it is {layer} under another name, and loses what that loses")
 training_only = _of_layer("training_only", "{layer} runs in training mode only")
 training_reader = _of_layer("training_reader", "{layer} reads them in training mode only")
 shared_weight = _of_layer("shared_weight", "its weight is also that of {layer}, where these channels stay")
 head_by_head = _of_layer("head_by_head", "it shares channels with {layer}, which loses heads")
 last_read = _of_layer("last_read", "{layer} needs at least one of the channels that it reads")
+only_head = _of_layer("only_head", "it makes the only head or unit of {layer}, which needs at least one")
+shared_by_heads = _of_layer(
+    "shared_by_heads", "all heads of {layer} share these keys and values, which stay as long as one of them does"
+)
 carries_constant = _of_layer(
     "carries_constant", "kept to carry the constant contribution of the removed channels ({layer})"
 )

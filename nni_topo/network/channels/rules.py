@@ -167,14 +167,19 @@ class Operation:
         moved = self.run_on_ids(args)
         return self.all_kept(ids) if moved is None else moved
 
-    def carried(self, ids: list[Tensor], carry: Callable[[Tensor, tuple[int, ...]], Tensor | None]) -> Any:
+    def carried(
+        self,
+        ids: list[Tensor],
+        carry: Callable[[Tensor, tuple[int, ...]], Tensor | None],
+        reason: reasons.Reason | None = None,
+    ) -> Any:
         """Expand the ids of one tensor to the shape of each output by ``carry``; if that is None, keep all channels."""
         found = given_shapes(self.node)
         leaves: list[Tensor] = []
         for each in tensors_of(found):
             leaf = carry(ids[0], tuple(each.shape)) if len(ids) == 1 else None
             if leaf is None:
-                return self.all_kept(ids)
+                return self.all_kept(ids, reason)
             leaves.append(leaf)
         rest = iter(leaves)
         return tree_map_only(Tensor, lambda _: next(rest), found)
@@ -199,12 +204,15 @@ class Operation:
             is_row = all(each.shape[d] == (shape[d] if d in held else 1) for d in varying)
             if coupled and held and is_row and len(held) < len(varying):
                 # One entry for each head, say, of several channels: it goes with a head that goes as a whole.
-                entries, rows = (compressed(one).movedim(held, list(range(len(held)))) for one in (each, found))
+                sizes = [shape[d] if d in held else -1 for d in range(len(shape))]
+                ordered = [compressed(one).expand(sizes) for one in (each, found)]
+                entries, rows = (one.movedim(held, list(range(len(held)))) for one in ordered)
                 rows = rows.flatten(0, len(held) - 1).flatten(1)
                 self.channels.tie_whole_rows(entries.flatten().numpy(), rows.numpy())
         for each in full:
             # Of two that are each broadcast along the channels of the other, the output has the first one's.
-            if any(varies(each, d) and not varies(found, d) for d in varying):
+            is_coupled = any(each is other for other in coupled)
+            if not is_coupled and any(varies(each, d) and not varies(found, d) for d in varying):
                 self.keep(each)
         return found.expand(shape)
 
@@ -245,7 +253,8 @@ class Operation:
             is_alike = self.shape is not None and meet_alike(self.ids, self.shape)
             return self.met(self.ids, self.shape or ()) if is_alike else self.passed()
         if not reduces:
-            return self.passed()
+            # Where it gives fewer places than it reads, as of the largest ones, it isn't the call that is at fault.
+            return self.carried(self.ids, carry, reasons.result_depends(self.node) if held and not adds else None)
         return self.carried(self.ids, lambda ids, shape: carry_reduced(ids, shape, dims))
 
 
@@ -258,6 +267,7 @@ class FixedPlaces:
     shape: tuple[int, ...]  # of the tensor
     is_fixed: Callable[[Any], bool]  # whether a number is the same in the dense model
     picks: dict[str, Tensor]  # by node, constant tensors that the forward makes
+    leaving: Any  # the channel ids of the call's output
 
     @property
     def size(self) -> int:
@@ -308,6 +318,7 @@ class OperatorRule:
     dims: Dims | None = None  # the dimensions along which it works, if it works along some
     is_registered: bool = False  # a user has registered it
     held: Callable[[FixedPlaces], list[slice]] | None = None  # returns the places that fixed numbers need kept
+    why_held: Callable[[Node], reasons.Reason] = reasons.fixed_channels
 
 
 _TABLE: dict[Any, OperatorRule] = {}  # by name, by class of a module, or by a registered function
@@ -445,14 +456,23 @@ def _viewed_as(op: Operation) -> Any:
     return op.moved((op.args[0].contiguous(), *op.args[1:]))
 
 
-@rule("view", moves=True, keeps_sign=True)
+def _held_by_view(given: FixedPlaces) -> list[slice]:
+    # Only where all channels come out in one dimension: of heads and the channels of each, either number may be fixed.
+    for d, size in enumerate(_sizes_of(given.node)):
+        ids = given.leaving if isinstance(given.leaving, Tensor) and d < given.leaving.dim() else None
+        if ids is not None and ids.shape[d] == ids.numel() == given.size and size != -1 and given.is_fixed(size):
+            return [slice(None)]
+    return []
+
+
+@rule("view", moves=True, keeps_sign=True, held=_held_by_view, why_held=reasons.fixed_sizes)
 def _viewed(op: Operation) -> Any:
     # Tensors of ids are expanded, and an expanded tensor has no view.
     moved = op.run_on_ids((op.args[0].contiguous(), *op.args[1:]))
     return op.all_kept() if moved is None else _taken_apart(op, moved, _given_sizes(op))
 
 
-@rule("reshape", moves=True, keeps_sign=True)
+@rule("reshape", moves=True, keeps_sign=True, held=_held_by_view, why_held=reasons.fixed_sizes)
 def _reshaped(op: Operation) -> Any:
     moved = op.run_on_ids()
     return op.all_kept() if moved is None else _taken_apart(op, moved, _given_sizes(op))
@@ -472,7 +492,11 @@ def _unflattened(op: Operation) -> Any:
 
 def _given_sizes(op: Operation) -> Any:
     """Return the sizes that a view is given, as in the graph: numbers, or nodes where they come from a shape."""
-    sizes: Any = op.node.args[1:] or op.node.kwargs.get("shape", op.node.kwargs.get("size", ()))
+    return _sizes_of(op.node)
+
+
+def _sizes_of(node: Node) -> Any:
+    sizes: Any = node.args[1:] or node.kwargs.get("shape", node.kwargs.get("size", ()))
     return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
@@ -1029,11 +1053,22 @@ def _takes_whole(index: Any, dims: list[int], rank: int) -> bool:
 @rule("add", "iadd", "mul", "imul", "maximum", "minimum", meets=True, keeps_sign=True)
 @rule(
     "radd", "sub", "isub", "subtract", "multiply", "div", "truediv", "itruediv", "divide", "true_divide", "floordiv",
-    "floor_divide", "pow", "fmax", "fmin", "where", "lerp", "addcmul", "addcdiv", "and", "or", "xor", "logical_and",
+    "floor_divide", "pow", "fmax", "fmin", "lerp", "addcmul", "addcdiv", "and", "or", "xor", "logical_and",
     "logical_or", "logical_xor", "eq", "ne", "lt", "le", "gt", "ge", "mod", "remainder", "fmod", meets=True,
 )  # fmt: skip
 def _meet(op: Operation) -> Any:
     return op.by_place(known=True, meets=True)
+
+
+@rule("where", meets=True)
+def _chosen(op: Operation) -> Any:
+    # With a condition alone it lists the places where that holds.
+    return op.by_place(known=True, meets=True) if op.argument(1, "input") is not None else _places_listed(op)
+
+
+@rule("nonzero", "argwhere")
+def _places_listed(op: Operation) -> Any:
+    return op.all_kept(reason=reasons.picked_by_value(op.node))
 
 
 @rule("max", meets=True, dims=Dims(1, None, largest=True, reduces=True))
@@ -1686,6 +1721,28 @@ def _folded(op: Operation) -> Any:
     of_channels = rows.view(op.shape[-3], -1)
     op.couple(of_channels[:, :1], of_channels)
     return of_channels[:, 0].view(-1, 1, 1).expand(op.shape)
+
+
+@rule("grid_sample")
+def _sampled(op: Operation) -> Any:
+    """Follow sampling at places of a grid: each channel of the images, (samples, channels, ...), is read alike.
+
+    The grid, (samples, ..., 2), stays. Where the first dimension of both holds heads, as in deformable attention, these
+    are removed as a whole, with the places at which they read.
+    """
+    images, grid = op.ids[0], op.ids[1] if len(op.ids) > 1 else None
+    if grid is None or op.shape is None or any(varies(images, d) for d in range(2, images.dim())):
+        return op.all_kept()
+    firsts = images.flatten(2)[:, :, :1]
+    if not varies(grid, 0):
+        op.keep(grid)
+        return firsts.view(*firsts.shape[:2], *[1] * (len(op.shape) - 2)).expand(op.shape)
+    if not varies(images, 0):
+        return op.all_kept()  # all heads read the same images
+    heads = firsts.flatten(1)[:, :1]
+    op.couple(heads, firsts.flatten(1))
+    op.couple(heads, grid.flatten(1))
+    return heads.view(-1, *[1] * (len(op.shape) - 1)).expand(op.shape)
 
 
 # Operators that users register.

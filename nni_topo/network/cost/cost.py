@@ -122,9 +122,9 @@ class NetworkCost:
         # By channel of the heads' values: each query is multiplied with each key, and each weight with each value.
         self._attention: list[tuple[IntArray, int]] = []
         for attention in network.attention.values():
-            layer, channels = attention.context
-            if self._layers.keys() >= {*attention.channels, layer}:
-                made = [self._layers[name] for name in attention.channels]
+            layer, channels = attention.outputs
+            if self._layers.keys() >= {*attention.layers, layer}:
+                made = [self._layers[name] for name in attention.layers]
                 queries, keys = made[0].leaving_positions, made[-1].together  # of one sample
                 self._attention.append((self._flow.group_ids_of(layer)[channels.ravel()], 2 * queries * keys))
         nothing = np.zeros(self._flow.size, dtype=np.bool_)

@@ -134,6 +134,7 @@ def _recorded_twice(
         second = _recorder_of_twice(model, kinds, doubled, results)
         if second is not None:
             _follow_samples(first, second, samples)
+        unclear.note_divided(first.graph)
         forget_places(first.graph, unclear)
     for place, tensor, dim in unclear.compared:
         compared = first.node_of(tensor)
@@ -410,8 +411,9 @@ class _Recorder(TorchFunctionMode):
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self._node(value)
-        if isinstance(value, TracedInt) and value.source is not None:
+        if isinstance(value, TracedInt):
             value.written = True
+        if isinstance(value, TracedInt) and value.source is not None:
             first, given = value.source
             if isinstance(first, Tensor):
                 number = self.graph.call_method("size", (self._node(first), given))

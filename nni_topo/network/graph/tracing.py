@@ -232,7 +232,7 @@ class _AttentionCalls:
                 part = model.get_submodule(name)
                 stack.enter_context(called(part, partial(self._note_call, attention)))
                 leaving.append((part, partial(self._note, part, attention)))
-                layers = list(attention.channels)
+                layers = attention.layers
                 entering += [(model.get_submodule(layer), partial(self._note_entering, layer)) for layer in layers]
             stack.enter_context(watched(entering, leaving))
             yield
@@ -242,14 +242,14 @@ class _AttentionCalls:
 
     def _note_call(self, attention: Attention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls[attention.name] = args, kwargs
-        for layer in attention.channels:
+        for layer in attention.layers:
             self._entered.pop(layer, None)
 
     def _note(self, module: torch.nn.Module, attention: Attention, _: Any, output: Any) -> None:
         """Note whether attention gives several values, and which of its arguments linear layers read as they are."""
         args, kwargs = self._calls[attention.name]
         places, reads = dict[Any, Any](enumerate(args)) | kwargs, dict[str, list[int | str]]()
-        for layer in attention.channels:
+        for layer in attention.layers:
             if isinstance(module, torch.nn.MultiheadAttention):
                 reads[layer] = [at if at < len(args) else name for at, name in enumerate(("query", "key", "value"))]
             elif is_unfused(module):

@@ -528,7 +528,10 @@ def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place
     if type(size) is not int or not 0 < size <= full_size:
         raise DataError(f"a head must have 1 to {full_size} channels, got {size!r:.80} ({attention.name}, {place})")
     weight = weight_of(model.get_submodule(layer))
-    heads = len(weight) // (channels.shape[1] // full_size * size)
+    # Rows by the sizes of a head: those of one head, and those that all heads share, which stay.
+    of_head = channels.shape[1] // full_size
+    of_all = sum(rows.size // full_size for rows in attention.shared.get(layer, ()))
+    heads = (len(weight) // size - of_all) // of_head
     resize(module, attention, heads, weight.shape[1])
     if size < full_size:
         set_size(module, full_size, size, heads)

@@ -358,14 +358,15 @@ def _choose(
         rows |= dict.fromkeys(flow.group_ids_of(name).tolist(), name)
     rows.pop(FIXED, None)
     for name in order:
-        if name in selection.by_type and name in flow.layers and name not in projections:
+        # What can't lose any in the first place has a reason of its own.
+        if name in selection.by_type and name in flow.layers and name not in {*projections, *left_out}:
             for group_id in flow.group_ids_of(name).tolist():
                 if group_id in rows:
                     left_out[name] = (reasons.head_by_head(rows[group_id]),)
                     break
     for name in order:
         if name in selection.by_head and name not in flow.heads and name not in projections:
-            left_out[name] = _why_headless(model, name)
+            left_out[name] = flow.why_pinned(name) if name in flow.shared else _why_headless(model, name)
     by_row = selection.layers - left_out.keys() - projections.keys()
     return _Choice(by_row, projections, left_out, _pinned(flow, by_row))
 
@@ -438,7 +439,10 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
             # Norms may be selected for masks of their own.
             module = network.model.get_submodule(name)
             if has_channels(module):
-                if name in flow.channel_wise:
+                others = [other for other in flow.layers if network.model.get_submodule(other) is module]
+                if others:
+                    skipped[name] = (reasons.another_name(others[0]),)
+                elif name in flow.channel_wise:
                     skipped[name] = (reasons.convolves_channels(),)
                 elif name in flow.in_training:
                     skipped[name] = (reasons.training_only(name),)
@@ -452,8 +456,10 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
         is_pinned = bool((group_ids == FIXED).all())
         if found or (is_pinned and not flow.is_output(name)):
             skipped[name] = tuple(found) or flow.why_pinned(name)
-        elif not is_pinned and len(set(group_ids.tolist())) == 1 < len(group_ids) and name not in flow.heads:
-            skipped[name] = (reasons.coupled_with_itself(),)
+        elif not is_pinned and len(set(group_ids.tolist())) == 1 < len(group_ids):
+            attention = flow.heads.get(name)
+            own = reasons.coupled_with_itself() if attention is None else reasons.only_head(attention.name)
+            skipped[name] = (own,)
         elif is_pinned or flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
                 skipped[name] = (reasons.untraced_output(is_noise=network.draws_others),)

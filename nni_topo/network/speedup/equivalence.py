@@ -60,7 +60,7 @@ from nni_topo.network.speedup.reconcile import (
     KeptIndices,
     MasksLike,
     check_masks,
-    mask_free_parameters,
+    mask_what_follows,
     resolve,
     union,
 )
@@ -452,4 +452,4 @@ def masked_model(
         return apply_masks(model, call, full)
     if reconcile:
         return apply_masks(model, call, resolve(model, flow, full).masks)
-    return apply_masks(model, call, mask_free_parameters(model, flow, full, union(model, flow, full)))
+    return apply_masks(model, call, mask_what_follows(model, flow, full, union(model, flow, full)))

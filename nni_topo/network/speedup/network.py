@@ -135,7 +135,7 @@ class Network:
         found = self._traced_with({})
         own_widths, modules = dict[str, int](), dict(unwrapped_copy(self.model, light=True).named_modules())
         foreign = found.flow.foreign_widths()
-        for name, (dim, by_kept) in foreign.items():
+        for name, (dim, by_kept, _) in foreign.items():
             if name not in modules or has_own_forward(modules[name]):
                 continue
             # Where else it takes the width, channels have to be as many, which those that stay can't be in any case.
@@ -144,8 +144,9 @@ class Network:
         while own_widths:
             rewritten = self._traced_with(own_widths)
             left = set[str]()
-            for name, (_, by_kept) in rewritten.flow.foreign_widths().items():
-                if name in own_widths and by_kept >= foreign[name].by_kept:
+            for name, (_, by_kept, times) in rewritten.flow.foreign_widths().items():
+                # Where it is still taken in fewer places, those of other layers, their channels are as many.
+                if name in own_widths and by_kept >= foreign[name].by_kept and times >= foreign[name].times:
                     left.add(name)
             if not left:
                 return rewritten

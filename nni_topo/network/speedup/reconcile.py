@@ -192,7 +192,7 @@ def resolve(
     new = _new_masks(model, flow, masks, given, (shared, weighty))
     # Where all heads keep equally many channels, the masked ones are cut as well.
     for name in find_narrow(model, flow, new, kept):
-        for layer in flow.attention[name].channels:
+        for layer in flow.attention[name].layers:
             told.pop(layer, None)
     return Resolved(new, kept, why, told)
 
@@ -344,8 +344,9 @@ def _new_masks(
         old = given.get(name, np.ones_like(keep))
         if not (name in given or layer.depthwise) or np.array_equal(keep, old):
             continue
-        # Masked channels of a kept head stay masked.
-        back = keep & ~(shared[flow.group_ids_of(name)] if name in flow.heads else old)
+        # Masked channels of a kept head stay masked, and so do those of keys and values that all heads share.
+        has_heads = name in flow.heads or name in flow.shared
+        back = keep & ~(shared[flow.group_ids_of(name)] if has_heads else old)
         changed, keep_all = torch.from_numpy(back), torch.from_numpy(keep)
         targets = new.setdefault(name, {})
         weight = targets.get(weight_name(module), spread(module, torch.ones(layer.channels)))
@@ -356,17 +357,21 @@ def _new_masks(
                 mask = targets.get(own, torch.ones_like(rows).detach())
                 one, other = (each.to(mask).view(-1, *[1] * (rows.dim() - 1)) for each in (changed, keep_all))
                 targets[own] = torch.maximum(mask, one) * other
+    return mask_what_follows(model, flow, new, kept)
+
+
+def mask_what_follows(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
+    """Mask what goes with pruned channels and isn't zero for masked rows: by group id, which channels are ``kept``.
+
+    These are free parameters and buffers that the channels are tied to, and the columns by which output projections
+    read heads that have an output although their rows are masked.
+    """
     for name, attention in flow.output_projections().items():
         stays = torch.from_numpy(kept[flow.entering_group_ids(name)])
-        if attention.shifted and not bool(stays.all()):
+        if attention.acts_without_rows and not bool(stays.all()):
             weight = weight_of(model.get_submodule(name)).detach()
-            targets = new.setdefault(name, {})
+            targets = masks.setdefault(name, {})
             targets["weight"] = targets.get("weight", torch.ones_like(weight)) * stays.to(weight)
-    return mask_free_parameters(model, flow, new, kept)
-
-
-def mask_free_parameters(model: torch.nn.Module, flow: ChannelFlow, masks: FullMasks, kept: np.ndarray) -> FullMasks:
-    """Mask free parameters and buffers where the channels that they are tied to are pruned."""
     for name, free in flow.free_parameters.items():
         stays = torch.from_numpy(kept[flow.group_ids(flow.free_parameter_ids(name))])
         if not bool(stays.all()):
@@ -387,7 +392,10 @@ def find_narrow(
         attention = flow.attention[name]
         layer = next(iter(attention.channels))
         heads = np.flatnonzero(is_kept[flow.group_ids(flow.unit_channel_ids(layer))])
-        queries, keys, values = (_kept_rows(flow, masks, each)[rows[heads]] for each, rows in attention.parts)
+        queries, keys, values = (
+            _kept_rows(flow, masks, each)[rows if len(rows) < attention.heads else rows[heads]]
+            for each, rows in attention.parts
+        )
         counts = {*keys.sum(1).tolist(), *values.sum(1).tolist()}
         are_equal = len(counts) == 1 and np.array_equal(queries, keys_of_queries(keys, queries))
         if are_equal and 0 < max(counts) < keys.shape[1]:
@@ -401,8 +409,9 @@ def find_narrow(
 
 
 def keys_of_queries(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Repeat the kept channels of keys for each of the query heads that share them: (heads, channels of queries)."""
-    return np.tile(keys, (1, queries.shape[1] // keys.shape[1]))
+    """Repeat the kept channels of keys for each of the query heads that share them: of the shape of the queries."""
+    times = queries.size // keys.size
+    return np.repeat(keys[:, None], times, axis=1).reshape(queries.shape)
 
 
 def _kept_rows(flow: ChannelFlow, masks: FullMasks, layer: str) -> np.ndarray:

@@ -119,7 +119,7 @@ class _Cutter(Replacer):
     def replace_modules(self, speedup: DenseSpeedup) -> None:
         flow, model = speedup.flow, speedup.bound_model
         names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"]
-        names += [*flow.heads, *flow.in_training]
+        names += [*flow.heads, *flow.shared, *flow.in_training]
         for name in dict.fromkeys(names):
             module, (ins, outs) = model.get_submodule(name), speedup.kept(name)
             entering, leaving = speedup.channel_ids(name)

@@ -136,6 +136,38 @@ def test_one_layer_with_fewer_keys_and_values() -> None:
     assert only(Named(layers, num_heads=4, num_key_value_heads=4, head_dim=2)) is None
 
 
+def test_one_key_and_one_value_that_all_heads_share() -> None:
+    attention = only(Named(linears(q_proj=12, k_proj=2, v_proj=2, o_proj=10), num_heads=6, head_dim=2))
+    assert {name: rows.tolist() for name, rows in attention.channels.items()} == {
+        "inner.q_proj": [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    }
+    assert {name: [rows.tolist() for rows in parts] for name, parts in attention.shared.items()} == {
+        "inner.k_proj": [[[0, 1]]], "inner.v_proj": [[[0, 1]]],
+    }  # fmt: skip
+    assert attention.layers == ["inner.q_proj", "inner.k_proj", "inner.v_proj"]
+    found = (attention.heads, attention.size, attention.query_heads, attention.head_size, attention.is_fused)
+    assert found == (6, 2, 6, 2, False)
+    assert (attention.context[0], attention.context[1].tolist()) == ("inner.v_proj", [0, 1] * 6)
+    assert (attention.outputs[0], attention.outputs[1].tolist()) == ("inner.q_proj", list(range(12)))
+    assert attention.granularity("inner.q_proj") == [2, -1]
+    assert attention.acts_without_rows
+
+
+@pytest.mark.parametrize(
+    ("name", "out"),
+    [("qkv", "proj"), ("c_attn", "c_proj"), ("Wqkv", "Wo"), ("query_key_value", "dense"), ("qkv_proj", "o_proj")],
+)
+def test_one_layer_with_the_queries_of_all_heads_and_one_key_and_value(name: str, out: str) -> None:
+    layers = {name: nn.Linear(10, 10), out: nn.Linear(6, 10)}
+    attention = only(Named(layers, num_heads=3, num_key_value_heads=1, head_dim=2))
+    assert attention.channels[f"inner.{name}"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert [rows.tolist() for rows in attention.shared[f"inner.{name}"]] == [[[6, 7]], [[8, 9]]]
+    assert [rows.tolist() for _, rows in attention.parts] == [[[0, 1], [2, 3], [4, 5]], [[6, 7]], [[8, 9]]]
+    assert (attention.context[1].tolist(), attention.outputs[1].tolist()) == ([8, 9] * 3, [0, 1, 2, 3, 4, 5])
+    found = (attention.name, attention.heads, attention.size, attention.width, attention.out, attention.is_fused)
+    assert found == ("inner", 3, 2, 10, f"inner.{out}", True)
+
+
 def test_the_number_of_heads_may_stand_in_a_config() -> None:
     config = SimpleNamespace(num_attention_heads=2)
     attention = only(Named({"qkv": nn.Linear(10, 12)}, config=config))
@@ -239,6 +271,18 @@ def test_a_module_is_told_how_many_heads_are_kept() -> None:
     assert counts == (3, 1, 1, 6)
     assert (module.hidden_size, module.dim, module.inner_dim, module.other, module.head_dim) == (6, 6, 24, 12, 2)
     assert module.config is config
+
+
+def test_a_key_that_all_heads_share_is_counted_as_before_and_the_heads_for_it_are_fewer() -> None:
+    module = Named(
+        linears(q_proj=12, k_proj=2, v_proj=2, o_proj=10), num_heads=6, num_key_value_heads=1, num_kv_heads=1,
+        num_key_value_groups=6, head_dim=2, hidden_size=12, kv_dim=2,
+    )  # fmt: skip
+    resize(module, find_attention(module)[""], 4, 10)
+    assert (module.num_heads, module.num_key_value_heads, module.num_kv_heads) == (4, 1, 1)
+    assert (module.num_key_value_groups, module.hidden_size, module.kv_dim) == (4, 8, 2)
+    set_size(module, 2, 1, 4)
+    assert (module.head_dim, module.hidden_size, module.kv_dim) == (1, 4, 1)
 
 
 def test_a_module_that_reads_its_config_gets_one_of_its_own() -> None:

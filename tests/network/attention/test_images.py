@@ -346,6 +346,11 @@ def left_open(self, x, y):
     return y.view(x.shape[0], x.shape[1], -1)
 
 
+def open_beside(self, x, y):
+    channels = x.shape[1]
+    return y.view(x.shape[0], channels, 6, 4) + x.reshape(x.shape[0], channels, -1).mean()
+
+
 @pytest.mark.parametrize(
     ("forward", "is_rewritten", "reads"),
     [
@@ -355,6 +360,7 @@ def left_open(self, x, y):
         (scaled, True, True),
         (told_twice, False, None),
         (left_open, False, None),
+        (open_beside, True, False),
     ],
 )
 def test_which_reshapes_are_rewritten_and_what_else_is_done_with_the_width(forward, is_rewritten, reads) -> None:

@@ -181,3 +181,40 @@ def test_a_product_of_empty_tensors_keeps_no_layer() -> None:
     dense = nni_topo.to_dense(model, x, masks)
     assert (dense.enter.out_features, dense.inner.out_features) == (4, 3)
     torch.testing.assert_close(dense(x), silenced(model, masks)(x))
+
+
+class Rotated(nn.Module):
+    """As OLMo 2: norms of all queries and keys, then positions that turn the channels of each head by a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.size = 4
+        self.enter, self.leave = nn.Linear(5, WIDTH), nn.Linear(16, 2)
+        self.ask, self.match, self.give = (nn.Linear(WIDTH, 16) for _ in range(3))
+        self.norm = nn.RMSNorm(16)
+        self.register_buffer("inv_freq", torch.tensor([1.0, 0.1]))
+
+    def turned(self, heads: Tensor) -> Tensor:
+        angles = torch.arange(heads.shape[2])[:, None] * self.inv_freq
+        angles = torch.cat([angles, angles], -1)[None, None]
+        one, other = heads[..., : heads.shape[-1] // 2], heads[..., heads.shape[-1] // 2 :]
+        return heads * angles.cos() + torch.cat((-other, one), -1) * angles.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        made = self.norm(self.ask(x)), self.norm(self.match(x)), self.give(x)
+        q, k, v = (each.view(*x.shape[:2], -1, self.size).transpose(1, 2) for each in made)
+        shares = (self.turned(q) @ self.turned(k).transpose(2, 3) / 2).softmax(-1)
+        return self.leave((shares @ v).transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_a_table_for_the_channels_of_a_head_stays_beside_heads_that_go() -> None:
+    model, words = Rotated().eval(), torch.randn(2, 7, 5)
+    groups = nni_topo.dependency_groups(model, words, ASKED)
+    assert groups.skipped.keys() == {"leave"}
+    masks = nni_topo.RandomPruner(copy.deepcopy(model), groups, seed=0).compress()[1]
+    dense = nni_topo.to_dense(model, words, masks)
+    assert (dense.ask.out_features, dense.give.out_features, tuple(dense.inv_freq.shape)) == (8, 8, (2,))
+    torch.testing.assert_close(dense(words), nni_topo.masked_model(model, words, masks)(words), rtol=1e-5, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import pickle
 
@@ -21,7 +22,7 @@ from nni_topo.network.graph.traced_int import (
     resized,
 )
 
-PLACE = ("inner", "width", ())
+PLACE, HEADS = ("inner", "width", ()), ("inner", "heads", ())
 
 
 def held(value: int = 12, parts: int = 1, place=PLACE) -> TracedInt:
@@ -85,12 +86,53 @@ def test_what_is_computed_of_attributes_is_noted_unless_a_graph_computes_it() ->
         assert number.unclear.computed == []
 
 
-def test_a_quotient_by_another_attributes_number_is_known_and_that_number_noted() -> None:
-    number, heads = held(12), held(3, place=("inner", "heads", ()))
+def test_a_quotient_by_another_attributes_number_is_known_with_that_number() -> None:
+    number, heads = held(12), held(3, place=HEADS)
     part = number // heads
-    assert (int(part), part.place, part.parts) == (4, PLACE, 3)
-    assert number.unclear == set()
-    assert heads.unclear == {("inner", "heads", ())}
+    assert (int(part), part.place, part.parts, part.per) == (4, PLACE, 3, heads)
+    assert part.places == [PLACE, HEADS]
+    assert (number.unclear, heads.unclear) == (set(), set())
+
+
+@pytest.mark.parametrize(
+    ("use", "is_shown", "noted"),
+    [
+        (None, True, False), (None, False, True),
+        (lambda number, heads: (number // heads) ** -0.5, True, False),
+        (lambda number, heads: (number // heads) ** -0.5, False, True),
+        (lambda number, heads: 1 / (number // heads), False, True),
+        (lambda number, heads: math.sqrt(number // heads), True, False),
+        (lambda number, heads: math.sqrt(number // heads), False, True),
+        (lambda number, heads: number**-0.5, True, True),  # of which the quotient stays as it is, and so do the heads
+        (lambda number, heads: heads == 5, True, True),
+    ],
+)  # fmt: skip
+def test_what_is_made_of_a_quotient_is_no_matter_if_a_graph_shows_the_quotient(use, is_shown, noted) -> None:
+    unclear = UnclearPlaces()
+    number, heads = (TracedInt.of_attribute(n, at, 1, unclear) for n, at in ((12, PLACE), (3, HEADS)))
+    graph, part = Graph(), number // heads
+    if is_shown:
+        graph.call_method("view", (graph.placeholder("x"), 2, heads, part))
+    part.written = is_shown
+    if use is not None:
+        use(number, heads)
+    unclear.note_unwritten()
+    unclear.note_divided(graph)
+    assert unclear == ({PLACE, HEADS} if noted else set())
+
+
+def test_a_quotient_of_a_quotient_has_a_place_and_the_number_of_parts_is_noted() -> None:
+    number, heads = held(24), held(3, place=HEADS)
+    part = number // heads // 2
+    assert (int(part), part.place, part.parts, part.per) == (4, PLACE, 6, None)
+    assert heads.unclear == {HEADS}
+
+
+def test_a_quotient_stays_itself_where_it_is_copied_or_held_further_out() -> None:
+    part = held(12) // held(3, place=HEADS)
+    copied, outer = copy.copy(part), part.within("net")
+    assert (int(copied), copied.places) == (4, part.places)
+    assert outer.places == [("net.inner", "width", ()), ("net.inner", "heads", ())]
 
 
 def test_a_quotient_by_a_size_belongs_to_the_size() -> None:
@@ -245,6 +287,51 @@ def test_a_split_by_name_and_a_second_use_that_isnt_understood() -> None:
     assert [ids.tolist() for _, ids in attribute_channels(graph, ids, np.arange(100))[PLACE]] == [ALL[:4], ALL[4:]]
     graph.call_method("narrow", (images, 1, 0, number))
     assert attribute_channels(graph, ids, np.arange(100)) == {}
+
+
+def test_a_number_of_which_nothing_is_known_leaves_the_others_of_its_call() -> None:
+    other = ("inner", "other", ())
+    graph, ids = graph_of("view", 1, held(8), held(3, place=other))
+    assert attribute_channels(graph, ids, np.arange(100)).keys() == {PLACE}
+
+
+def quotient_graph(width: int, heads: int, *, is_joined: bool = False) -> tuple[Graph, dict, np.ndarray]:
+    """Channels that are viewed as heads, by a quotient of two attributes, and the groups in which these are tied."""
+    unclear = UnclearPlaces()
+    whole, count = (TracedInt.of_attribute(n, at, 1, unclear) for n, at in ((width, PLACE), (heads, HEADS)))
+    graph = Graph()
+    states = graph.placeholder("states")
+    view = graph.call_method("view", (states, 1, count, whole // count))
+    channels = torch.arange(10, 10 + width)
+    ids = {"states": channels.view(1, 1, -1), view.name: channels.view(1, heads, -1)}
+    if is_joined:
+        ids[graph.call_method("view", (view, 1, whole)).name] = channels.view(1, -1)
+    groups = np.arange(100)
+    groups[10 : 10 + width] = np.repeat(groups[10 : 10 + width : width // heads], width // heads)
+    return graph, ids, groups
+
+
+def test_a_width_follows_the_number_of_heads_that_it_is_divided_by() -> None:
+    found = attribute_channels(*quotient_graph(12, 3))
+    assert {at: [(parts, ids.tolist()) for parts, ids in uses] for at, uses in found.items()} == {
+        HEADS: [(1, [10, 14, 18])], PLACE: [(4, [10, 14, 18])],
+    }  # fmt: skip
+    # The width of what the heads put out is as many.
+    found = attribute_channels(*quotient_graph(12, 3, is_joined=True))
+    assert [(parts, len(ids)) for parts, ids in found[PLACE]] == [(1, 12)]
+    assert HEADS in found
+    # That of other channels may be another number.
+    graph, ids, groups = quotient_graph(12, 3, is_joined=True)
+    ids["view_1"] = ids["view_1"] + 40
+    assert attribute_channels(graph, ids, groups) == {}
+    # And so may be what nothing is known of.
+    graph, ids, groups = quotient_graph(12, 3)
+    size_of_all = next(node for node in graph.nodes if node.op == "call_method").args[3]
+    graph.call_method("repeat", (next(iter(graph.nodes)), size_of_all))
+    assert attribute_channels(graph, ids, groups) == {}
+    part = TracedInt.of_attribute(4, PLACE, 3, UnclearPlaces(), held(3, place=HEADS))
+    assert resized((part,), {PLACE: 8, HEADS: 2}) == (4,)
+    assert resized((part,), {}) == (4,)
 
 
 def test_numbers_of_places_are_forgotten_and_replaced() -> None:

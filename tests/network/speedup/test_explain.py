@@ -398,3 +398,71 @@ def test_units_of_a_recurrent_layer_are_no_channels_one_by_one():
     said = repr(explain(_LastStep(), torch.rand(2, 3, 4), "reader")).splitlines()
     assert said[0] == "reader: its 24 channels can be pruned but for those of one head or unit"
     assert said[1] == "channels are pruned by whole heads or units of reader"
+
+
+class _Routed(nn.Module):
+    """Two experts, to which a router gives places by its values."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.enter, self.router, self.head = nn.Linear(5, 8), nn.Linear(8, 2), nn.Linear(8, 3)
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.enter(x).flatten(0, 1)
+        shares, chosen = self.router(states).softmax(-1).topk(self.most, dim=-1)
+        found = torch.zeros_like(states)
+        for number, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen[:, 0] == number)
+            found.index_add_(0, rows, expert(states[rows]) * shares[rows, :1])
+        return self.head(found.unflatten(0, x.shape[:2]))
+
+
+def test_a_router_picks_places_by_its_values():
+    torch.manual_seed(0)
+    model, words = _Routed(2).eval(), torch.randn(2, 20, 5)
+    found = explain(model, words, "router")
+    assert (found.kept, found.reasons[0].kind) == (2, "picked_by_value")
+    assert str(found.reasons[0]) == "the forward picks places by the values of these channels (where)"
+    assert any("each output stands for an expert" in line for line in found.advice)
+    skipped = dependency_groups(model, words, [{"op_types": ["Linear"], "sparse_ratio": 0.5}]).skipped
+    assert skipped.keys() == {"router", "head"}
+    (reason,) = explain(_Routed(1).eval(), words, "router").reasons
+    assert str(reason) == "the result of an operation depends on removed channels (topk)"
+
+
+def test_a_second_name_of_a_layer_is_told_as_one():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+            self.outer = self.inner[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    found = explain(Twice(), torch.rand(2, 4), "outer")
+    assert [str(reason) for reason in found.reasons] == ["it is inner.0 under another name, and loses what that loses"]
+    assert explain(Twice(), torch.rand(2, 4), "inner.0").kept == 0
+
+
+class _Returned(nn.Module):
+    """Attention that adds to a stream, which the model returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.attention = nn.Linear(5, 8), nn.MultiheadAttention(8, 4, batch_first=True)
+        self.leave = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        x = x + self.attention(x, x, x)[0]
+        return x + self.leave(x)
+
+
+def test_a_stream_that_is_the_output_is_told_as_such_also_where_heads_go():
+    asked = [{"op_types": ["Linear", "MultiheadAttention", "NonDynamicallyQuantizableLinear"], "sparse_ratio": 0.5}]
+    groups = dependency_groups(_Returned(), torch.rand(2, 3, 5), asked)
+    assert [entry["op_names"] for entry in groups] == [["attention"], ["attention.out_proj"]]
+    assert groups.skipped == dict.fromkeys(("enter", "leave"), "it gives the model's output")

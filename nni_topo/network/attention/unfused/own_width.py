@@ -117,7 +117,8 @@ class _Rewriter(ast.NodeTransformer):
         self.dim = dim
         self.widths = set[str]()  # variables that hold nothing but a width, or what is computed of one
         self.found = False
-        self.reads_width = False  # whether the rewritten forward still does something with a width
+        self.reads_width = False  # whether the rewritten forward still does something with a width, but for such sizes:
+        self._sizes = set[int]()  # the widths that are one size of a reshape whose other size follows from it
 
     def rewrite(self, definition: ast.FunctionDef) -> bool:
         """Change a forward's definition in place; tell whether a reshape took a width from its input."""
@@ -143,7 +144,7 @@ class _Rewriter(ast.NodeTransformer):
         self.widths -= others
         self.visit(definition)
         kept = [value for name, value in assigned if name in self.widths]
-        allowed = {id(part) for value in kept if value is not None for part in ast.walk(value)}
+        allowed = self._sizes | {id(part) for value in kept if value is not None for part in ast.walk(value)}
         read = [part for part in ast.walk(definition) if self._is_width(part) and id(part) not in allowed]
         self.reads_width = any(not isinstance(getattr(part, "ctx", None), ast.Store) for part in read)
         return self.found
@@ -166,7 +167,10 @@ class _Rewriter(ast.NodeTransformer):
         sizes = self._opened(given)
         of_width = []
         for at, each in enumerate(sizes):
-            if ast.unparse(each) == "-1" or isinstance(each, (ast.Tuple, ast.List)):
+            if ast.unparse(each) == "-1":
+                self._sizes.update(id(size) for size in sizes if self._is_width(size))
+                return node
+            if isinstance(each, (ast.Tuple, ast.List)):
                 return node
             if any(self._is_width(part) for part in ast.walk(each)):
                 of_width.append(at)

@@ -1,0 +1,160 @@
+"""Deformable attention: heads go as a whole, with the places at which they read and the weights of these."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import nni_topo
+
+WIDTH, HEADS, POINTS, SIDE = 12, 4, 3, 4
+TEXTS = torch.randn(2, SIDE * SIDE, 5, generator=torch.Generator().manual_seed(1))
+ASKED = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
+
+
+class Deformable(nn.Module):
+    """Each place reads some others of a feature map, head by head, which its features name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.heads, self.points = WIDTH, HEADS, POINTS
+        self.values, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.offsets, self.shares = nn.Linear(WIDTH, HEADS * POINTS * 2), nn.Linear(WIDTH, HEADS * POINTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, places, _ = x.shape
+        values = self.values(x).view(samples, places, self.heads, self.width // self.heads)
+        images = values.permute(0, 2, 3, 1).reshape(samples * values.shape[2], values.shape[3], SIDE, SIDE)
+        offsets = self.offsets(x).view(samples, places, self.heads, self.points, 2)
+        grids = (self.reference() + offsets).transpose(1, 2).flatten(0, 1)
+        shares = self.shares(x).view(samples, places, self.heads, self.points).softmax(-1)
+        shares = shares.transpose(1, 2).flatten(0, 1).unsqueeze(1)
+        seen = functional.grid_sample(images, grids, align_corners=False)  # (samples * heads, channels, places, points)
+        mixed = (seen * shares).sum(-1).view(samples, values.shape[2] * values.shape[3], places)
+        return self.out(mixed.transpose(1, 2)) * self.scale()
+
+    def reference(self) -> Tensor:
+        """The place itself, between -1 and 1."""
+        steps = torch.linspace(-1, 1, SIDE)
+        return torch.cartesian_prod(steps, steps)[:, None, None]
+
+    def scale(self) -> float:
+        """One number."""
+        return 1.0
+
+
+class ScaledByHeads(Deformable):
+    """With a number that is the same for fewer heads."""
+
+    def scale(self) -> float:
+        """One over the root of the channels of a head."""
+        return 1 / math.sqrt(self.width // self.heads)
+
+
+class ScaledByWidth(Deformable):
+    """With another number for fewer heads."""
+
+    def scale(self) -> float:
+        """One over the root of the width."""
+        return self.width**-0.5
+
+
+class Stream(nn.Module):
+    """Attention added to a stream."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.enter, self.attention, self.head = nn.Linear(5, WIDTH), attention, nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        return self.head(x + self.attention(x))
+
+
+def _made(kind: type[Deformable]) -> nn.Module:
+    torch.manual_seed(0)
+    return Stream(kind()).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Deformable, ScaledByHeads])
+def test_heads_go_with_their_places_and_the_numbers_of_both_attributes(kind, tmp_path):
+    model = _made(kind)
+    groups = nni_topo.dependency_groups(model, TEXTS, ASKED)
+    assert groups.skipped == {"head": "it gives the model's output"}
+    _, masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()
+    dense = nni_topo.to_dense(model, TEXTS, masks)
+    inner = dense.attention
+    assert (inner.heads, inner.width, inner.points) == (HEADS // 2, WIDTH // 2, POINTS)
+    widths = [inner.values.out_features, inner.offsets.out_features, inner.shares.out_features, inner.out.in_features]
+    assert widths == [WIDTH // 2, HEADS * POINTS, HEADS * POINTS // 2, WIDTH // 2]
+    assert inner.values.in_features == inner.out.out_features == WIDTH // 2  # the stream
+    assert (model.attention.heads, model.attention.width) == (HEADS, WIDTH)
+    # By hand: a head without values adds nothing, wherever it reads them.
+    kept = masks["attention.values"]["weight"].amax(1)
+    assert sorted(kept.view(HEADS, -1).sum(1).tolist()) == [0, 0, WIDTH // HEADS, WIDTH // HEADS]
+    expected = copy.deepcopy(model)
+    for name in ("enter", "attention.out", "attention.values"):
+        layer, rows = expected.get_submodule(name), masks[name]["weight"].amax(1)
+        layer.weight.mul_(rows[:, None])
+        layer.bias.mul_(rows)
+    torch.testing.assert_close(dense(TEXTS), expected(TEXTS), rtol=1e-5, atol=1e-6)
+    nni_topo.save(dense, tmp_path / "dense.pt")
+    assert torch.equal(nni_topo.load(tmp_path / "dense.pt", model)(TEXTS), dense(TEXTS))
+
+
+def test_heads_stay_where_the_width_of_all_decides_something_else():
+    model = _made(ScaledByWidth)
+    groups = nni_topo.dependency_groups(model, TEXTS, ASKED)
+    assert {"attention.values", "attention.offsets", "attention.shares"} <= groups.skipped.keys()
+    assert groups.skipped["attention.values"].startswith("the sizes of an operation don't fit fewer channels")
+    assert "enter" not in groups.skipped  # the stream goes
+
+
+def test_images_that_all_heads_read_stay_and_so_do_the_heads():
+    class Same(Deformable):
+        """All heads read the first one's values."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            samples, places, _ = x.shape
+            images = self.values(x).transpose(1, 2).unflatten(2, (SIDE, SIDE))
+            offsets = self.offsets(x).view(samples, places, self.heads, self.points, 2)
+            grids = (self.reference() + offsets).transpose(1, 2).flatten(0, 1)
+            images = images.repeat_interleave(self.heads, 0)
+            seen = functional.grid_sample(images, grids, align_corners=False).mean(-1)
+            return self.out(seen.unflatten(0, (samples, -1)).mean(1).transpose(1, 2))
+
+    groups = nni_topo.dependency_groups(_made(Same), TEXTS, ASKED)
+    assert "(grid_sample in attention)" in groups.skipped["attention.offsets"]
+
+
+class Read(nn.Module):
+    """Features of a convolution, read at the places that two channels of another one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.places, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 2, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.places(x).tanh().permute(0, 2, 3, 1)
+        return self.last(functional.grid_sample(self.features(x), grid, align_corners=False))
+
+
+@torch.no_grad()
+def test_features_that_a_grid_reads_go_channel_by_channel_and_the_grid_stays():
+    torch.manual_seed(0)
+    model, images = Read().eval(), torch.randn(2, 3, 6, 6)
+    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["features"]]
+    assert "(grid_sample)" in groups.skipped["places"]
+    _, masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()
+    dense = nni_topo.to_dense(model, images, masks)
+    assert (dense.features.out_channels, dense.last.in_channels, dense.places.out_channels) == (4, 4, 2)
+    expected = copy.deepcopy(model)
+    expected.last.weight[:, masks["features"]["weight"].flatten(1).amax(1) == 0] = 0
+    torch.testing.assert_close(dense(images), expected(images), rtol=1e-5, atol=1e-6)

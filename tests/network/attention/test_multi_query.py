@@ -1,0 +1,186 @@
+"""Heads that share one key and one value: they go with their queries and the columns that read them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from attention_nets import FusedOneKey, Stream, _states, head_masks, make, same
+
+from nni_topo import (
+    compensate,
+    create_pruner,
+    dependency_groups,
+    explain,
+    load,
+    masked_model,
+    narrow_heads,
+    save,
+    to_dense,
+)
+from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.network.attention.heads import find_attention
+from nni_topo.zoo.transformers import SelfAttention
+
+KINDS = ["one key", "one key fused"]
+EVERYTHING = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
+
+
+def _parts(name):
+    """A model, its inputs, its attention, and the layers that make queries and read the heads."""
+    model = make(name)
+    (attention,) = find_attention(model).values()
+    return model, _states(3, 7, 5), attention, next(iter(attention.channels)), attention.out
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_head_without_queries_has_no_output_in_the_dense_model_nor_in_the_masked_one(name):
+    model, inputs, attention, _, out = _parts(name)
+    masks = head_masks(model, [0, 2])
+    # By hand: what reads the other heads is zero, whatever their queries are.
+    expected = copy.deepcopy(model)
+    expected.get_submodule(out).weight.data.unflatten(1, (-1, attention.size))[:, [1, *range(3, attention.heads)]] = 0
+    same(masked_model(model, inputs, masks), expected, inputs)
+    same(masked_model(model, inputs, masks, reconcile=True), expected, inputs)
+    dense = to_dense(model, inputs, masks)
+    same(dense, expected, inputs)
+    same(dense, expected, _states(2, 4, 5))
+    (left,) = find_attention(dense).values()
+    assert (left.heads, left.size) == (2, attention.size)
+    # Masks on the columns alone say nothing of the queries, so the heads stay.
+    columns = torch.ones_like(model.get_submodule(out).weight)
+    columns.unflatten(1, (-1, attention.size))[:, 1] = 0
+    whole = to_dense(model, inputs, {out: {"weight": columns}})
+    assert [each.heads for each in find_attention(whole).values()] == [attention.heads]
+
+
+@pytest.mark.parametrize("kind", ["random", "l1", "topological", "reconstruction"])
+@pytest.mark.parametrize("name", KINDS)
+def test_pruners_choose_among_the_heads_and_leave_key_and_value(name, kind):
+    model, inputs, attention, queries, out = _parts(name)
+    asked = [{"op_names": ["1.attention" if name == "one key" else "attention"], "granularity": "head",
+              "sparse_ratio": 0.5}]  # fmt: skip
+    groups = dependency_groups(model, inputs, asked)
+    by_name = {entry["op_names"][0]: entry for entry in groups}
+    assert by_name.keys() == {queries, out}
+    assert [by_name[each]["granularity"] for each in (queries, out)] == [[attention.size, -1], [-1, attention.size]]
+    assert by_name[queries]["dependency_group_id"] == by_name[out]["dependency_group_id"]
+    knobs = {"calibration": [_states(20, 7, 5)]} if kind in ("topological", "reconstruction") else {}
+    if kind == "random":
+        knobs = {"seed": 0}
+    _, masks = create_pruner(kind, copy.deepcopy(model), groups, **knobs).compress()
+    kept = attention.heads - attention.heads // 2
+    rows = masks[queries]["weight"].amax(1)
+    assert rows[torch.from_numpy(attention.channels[queries])].sum(1).tolist().count(0) == attention.heads - kept
+    for shared in attention.shared.get(queries, ()):
+        assert rows[torch.from_numpy(shared)].all()
+    dense = to_dense(model, inputs, masks)
+    assert [each.heads for each in find_attention(dense).values()] == [kept]
+    same(dense, masked_model(model, inputs, masks), inputs)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_heads_the_stream_and_neurons_go_at_once_and_layers_of_key_and_value_read_less(name):
+    model, inputs, attention, queries, out = _parts(name)
+    groups = dependency_groups(model, inputs, EVERYTHING)
+    _, masks = create_pruner("random", copy.deepcopy(model), groups, seed=0).compress()
+    dense = to_dense(model, inputs, masks)
+    same(dense, masked_model(model, inputs, masks), inputs)
+    width = dense.get_submodule(out).out_features
+    assert width == model.get_submodule(out).out_features // 2
+    assert {dense.get_submodule(layer).in_features for layer in attention.layers} == {width}
+    kept = attention.heads - attention.heads // 2
+    assert dense.get_submodule(out).in_features == kept * attention.size
+    shared = sum(rows.size for rows in attention.shared.get(queries, ()))
+    assert dense.get_submodule(queries).out_features == kept * attention.size + shared
+
+
+def test_what_stays_has_a_reason_and_says_what_can_be_done():
+    model, inputs, _, _, _ = _parts("one key")
+    skipped = dependency_groups(model, inputs, EVERYTHING).skipped
+    told = "all heads of {} share these keys and values, which stay as long as one of them does"
+    assert skipped["1.attention.k_proj"] == skipped["1.attention.v_proj"] == told.format("1.attention")
+    assert "1.attention.q_proj" not in skipped
+    found = explain(model, inputs, "1.attention.k_proj")
+    assert (found.kept, [reason.kind for reason in found.reasons]) == (2, ["shared_by_heads"])
+    assert any("narrow_heads" in line for line in found.advice)
+    by_head = [{"op_names": ["1.attention.q_proj", "1.attention.k_proj"], "granularity": "head", "sparse_ratio": 0.5}]
+    assert dependency_groups(model, inputs, by_head).skipped == {"1.attention.k_proj": told.format("1.attention")}
+    model, inputs, _, _, _ = _parts("one key fused")
+    skipped = dependency_groups(model, inputs, EVERYTHING).skipped
+    assert skipped["attention.qkv"] == f"6 of 18 channels are kept: {told.format('attention')}"
+    found = explain(model, inputs, "attention.qkv")
+    assert (found.kept, found.channels, found.heads) == (6, 18, "attention")
+
+
+def test_an_only_head_is_left_out_with_its_reason():
+    torch.manual_seed(0)
+    model = Stream(SelfAttention(12, 1, bias=True, causal=False)).eval()
+    inputs = _states(3, 7, 5)
+    groups = dependency_groups(model, inputs, EVERYTHING)
+    layers = [f"attention.{each}_proj" for each in "qkv"]
+    assert set(layers) <= groups.skipped.keys()
+    assert groups.skipped[layers[0]] == "it makes the only head or unit of attention, which needs at least one"
+    found = explain(model, inputs, layers[0])
+    assert [reason.kind for reason in found.reasons] == ["only_head"]
+    assert any("narrow_heads" in line for line in found.advice)
+    with pytest.raises(ConfigError, match="the only head or unit"):
+        dependency_groups(model, inputs, EVERYTHING, strict=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_reads_the_heads_makes_up_for_those_that_are_removed(name):
+    model, _, _, _, _ = _parts(name)
+    inputs, masks = _states(40, 7, 5), head_masks(model, [0, 1])
+    lost = []
+    for net in (model, compensate(model, masks, [inputs])):
+        with torch.no_grad():
+            lost.append(float((to_dense(net, inputs[:3], masks)(inputs) - model(inputs)).square().sum()))
+    assert lost[1] < 0.5 * lost[0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_all_heads_get_narrower_with_their_key_and_value(name, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    torch.manual_seed(0)
+    # Heads under rotary positions lose whole pairs of channels, of which those of `make` have one.
+    model = make(name) if name == "one key fused" else Stream(SelfAttention(12, 3, 1, bias=True, causal=False)).eval()
+    inputs, (attention,) = _states(3, 7, 5), find_attention(model).values()
+    turned, masks = narrow_heads(model, [_states(20, 7, 5)], 0.4)
+    assert not caplog.records
+    same(turned, model, inputs)
+    dense = to_dense(turned, inputs, masks)
+    same(dense, masked_model(turned, inputs, masks), inputs)
+    (left,) = find_attention(dense).values()
+    assert (left.heads, left.head_size) == (attention.heads, attention.head_size - int(0.4 * attention.head_size))
+    save(dense, tmp_path / "narrow.pt")
+    same(load(tmp_path / "narrow.pt", model), dense, inputs)
+    # Some of the narrower heads go as a whole.
+    again = head_masks(dense, [0])
+    fewer = to_dense(dense, inputs, again)
+    same(fewer, masked_model(dense, inputs, again), inputs)
+    save(fewer, tmp_path / "fewer.pt")
+    same(load(tmp_path / "fewer.pt", model), fewer, inputs)
+
+
+def test_attention_that_counts_the_heads_of_a_key_by_itself_keeps_them():
+    class Repeats(FusedOneKey):
+        """Repeats the key by a number that nothing says is one of heads."""
+
+        def __init__(self):
+            super().__init__()
+            self.times = self.num_heads
+
+        def forward(self, x):
+            made = self.qkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            q, k, v = made[:, :-2], made[:, -2:-1].repeat(1, self.times, 1, 1), made[:, -1:]
+            return self.proj(((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model, inputs = Stream(Repeats()).eval(), _states(3, 7, 5)
+    skipped = dependency_groups(model, inputs, EVERYTHING).skipped
+    assert "the sizes of an operation don't fit fewer channels" in skipped["attention.qkv"]
+    with pytest.raises(SpeedupError):
+        to_dense(model, inputs, head_masks(model, [0, 2]))
