@@ -62,6 +62,7 @@ from nni_topo.network.runtime import (
     in_smaller_batches,
     in_step,
     leaves_models_alone,
+    not_under_autocast,
     out_of_memory,
     tensors_of,
 )
@@ -434,9 +435,7 @@ def distillation(
         "lr": lr,
         "blend": blend,
     }
-    knobs |= {"warmup": warmup, "blocks": blocks}
-    if precision != "float32":  # files of earlier versions don't have it
-        knobs["precision"] = precision
+    knobs |= {"warmup": warmup, "blocks": blocks, "precision": precision}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     if state is not None:  # the same images in the same order: which are held out depends on it
         kind["the same images in the same order, hash"] = " ".join(fingerprint(each)[:16] for each in tensors_of(pool))
@@ -711,24 +710,40 @@ def _student(dense: nn.Module, pool: Call) -> nn.Module:
 
 
 def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int) -> None:
-    """Raise a GradientError unless gradients can be taken of what a network gives for a few images."""
-    call, wanted = next(lesson.batches(few, len(few), seed, None, False, lambda _: True))
-    with learning(student, []):
-        loss = lesson.objective(student, call, wanted)
-        if not loss.requires_grad:
-            raise GradientError(
-                "a network that is distilled must compute gradients, got outputs without any: its forward runs under "
-                "torch.no_grad() or torch.inference_mode(), or detaches them (dense)"
-            )
+    """Raise an error unless gradients can be taken of what a network gives for a few images.
+
+    It is a GradientError, or a ConfigError where they can be taken in single precision only.
+    """
+    precision, lesson.precision = lesson.precision, "float32"
+    try:
+        call, wanted = next(lesson.batches(few, len(few), seed, None, False, lambda _: True))
+        with learning(student, []):
+            loss = lesson.objective(student, call, wanted)
+            if not loss.requires_grad:
+                raise GradientError(
+                    "a network that is distilled must compute gradients, got outputs without any: its forward runs "
+                    "under torch.no_grad() or torch.inference_mode(), or detaches them (dense)"
+                )
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                first_line = str(error).splitlines()[0]
+                raise GradientError(
+                    f"a network that is distilled must compute gradients, got: {first_line} (dense)"
+                ) from error
+    finally:
+        lesson.precision = precision
+    if precision != "float32":
         try:
-            loss.backward()
-        except RuntimeError as error:
+            lesson.answer(call, precision)
+            with learning(student, []):
+                lesson.objective(student, call, wanted).backward()
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             if out_of_memory(error):
                 raise
-            first_line = str(error).splitlines()[0]
-            raise GradientError(
-                f"a network that is distilled must compute gradients, got: {first_line} (dense)"
-            ) from error
+            raise not_under_autocast(precision, error, "distill") from error
     student.zero_grad(set_to_none=True)
 
 
