@@ -143,7 +143,9 @@ class Lesson:
         precision: Precision = "float32",
         shares: SharedImages | None = None,
     ) -> None:
-        self._unpruned, self._pool, self._temperature = unpruned, pool, temperature
+        # It answers all along: the user's own, which other threads may use meanwhile, keeps its mode.
+        self._unpruned = detached_copy(unpruned, light=True).eval()
+        self._pool, self._temperature = pool, temperature
         self.precision = precision  # of the steps; what judges is in that of the parameters
         self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
         self._outputs = outputs
@@ -159,7 +161,11 @@ class Lesson:
         self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
         self._learned_scales = self._scales
         self._weight_of_distance = 0.0
-        found = self._run(student, taken(pool, one))
+        few = cast_floats(taken(pool, torch.arange(min(_READ, batch_size(pool)))), self._place[1])
+        with evaluation_mode(student), torch.no_grad():
+            own = places_by_sample(student, few, outputs)
+            call = taken(few, one)
+            found = read_outputs(student(*call[0], **call[1]), call, 1, outputs, own)[0]
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, wanted))
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
@@ -170,7 +176,7 @@ class Lesson:
             )
         self._blocks = blocks  # weight of the blocks' outputs in what is learned
         self._block_names = (
-            shared_blocks(unpruned, student, taken(pool, torch.arange(1)), self._place) if blocks else []
+            shared_blocks(self._unpruned, student, taken(pool, torch.arange(1)), self._place) if blocks else []
         )
         if blocks and not self._block_names:
             raise ConfigError(
@@ -246,7 +252,7 @@ class Lesson:
         teacher, device = self._unpruned, device_of(self._unpruned)
         args, kwargs = on_device(call, device)
         watching = _blocks_seen(teacher, self._block_names, theirs)
-        with evaluation_mode(teacher), torch.no_grad(), computing_in(self.precision, device), watching:
+        with torch.no_grad(), computing_in(self.precision, device), watching:
             answer = teacher(*args, **kwargs)
         wanted = self._outputs_of(answer, (args, kwargs))
         with _blocks_seen(student, self._block_names, mine):
@@ -375,7 +381,7 @@ class Lesson:
         device = device_of(self._unpruned)
         count = min(_READ, batch_size(pool))
         args, kwargs = on_device(taken(pool, torch.arange(count)), device)
-        with evaluation_mode(self._unpruned), torch.no_grad():
+        with torch.no_grad():
             self._places = places_by_sample(self._unpruned, (args, kwargs), self._outputs)
             answer = self._unpruned(*args, **kwargs)
         named = compared_outputs(answer, count, self._outputs, self._places)
@@ -385,7 +391,7 @@ class Lesson:
         """Return the outputs of the unpruned network that are compared, where the student is."""
         device = device_of(self._unpruned)
         args, kwargs = on_device(call, device)
-        with evaluation_mode(self._unpruned), torch.no_grad(), computing_in(precision, device):
+        with torch.no_grad(), computing_in(precision, device):
             answer = self._unpruned(*args, **kwargs)
         return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
 

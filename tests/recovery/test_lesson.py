@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from threading import Thread
 
 import pytest
 import torch
@@ -297,3 +298,38 @@ def test_a_tensor_that_is_as_long_as_a_batch_by_chance_is_not_an_output(rows, ou
     images = list(inputs(128 + rows).split(64))
     small = nni_topo.shrink(original, images, {"flops": 0.5}, distill={"steps": 20, "lr": 2e-3}, outputs=outputs)
     assert small.report.outputs.compared == (() if outputs else ("output[0]",))
+
+
+def test_the_unpruned_network_stays_in_its_mode_while_others_learn_from_it():
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 4)).train()
+    dense, modes = copy.deepcopy(original), []
+    with torch.no_grad():
+        dense[0].weight += 0.2
+
+    def note(module, args):
+        if modes or torch.is_grad_enabled():  # since the first step
+            modes.append(all(each.training for each in original.modules()))
+
+    state = copy.deepcopy(original.state_dict())
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        distill(dense, original, batches(256), steps=10, lr=2e-3)
+    finally:
+        hook.remove()
+    assert modes
+    assert all(modes)
+
+    # Other threads' answers are those of evaluation mode, too.
+    expected = distillation(dense, original, batches(256), steps=30, lr=2e-3).loss_after
+    found = []
+    threads = [
+        Thread(target=lambda: found.append(distillation(dense, original, batches(256), steps=30, lr=2e-3).loss_after))
+        for _ in range(3)
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert found == [expected] * 3
+    assert all(torch.equal(value, state[key]) for key, value in original.state_dict().items())
