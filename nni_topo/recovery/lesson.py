@@ -147,6 +147,8 @@ class Lesson:
         self._unpruned = detached_copy(unpruned, light=True).eval()
         self._pool, self._temperature = pool, temperature
         self.precision = precision  # of the steps; what judges is in that of the parameters
+        # Autocast mixes a network in half precision with itself: norms get inputs of one type and weights of the other.
+        self._is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in self._unpruned.parameters())
         self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
         self._outputs = outputs
         self._place = _place_of(student)
@@ -252,7 +254,7 @@ class Lesson:
         teacher, device = self._unpruned, device_of(self._unpruned)
         args, kwargs = on_device(call, device)
         watching = _blocks_seen(teacher, self._block_names, theirs)
-        with torch.no_grad(), computing_in(self.precision, device), watching:
+        with torch.no_grad(), computing_in(self._answered_in(self.precision), device), watching:
             answer = teacher(*args, **kwargs)
         wanted = self._outputs_of(answer, (args, kwargs))
         with _blocks_seen(student, self._block_names, mine):
@@ -391,9 +393,13 @@ class Lesson:
         """Return the outputs of the unpruned network that are compared, where the student is."""
         device = device_of(self._unpruned)
         args, kwargs = on_device(call, device)
-        with torch.no_grad(), computing_in(precision, device):
+        with torch.no_grad(), computing_in(self._answered_in(precision), device):
             answer = self._unpruned(*args, **kwargs)
         return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
+
+    def _answered_in(self, precision: Precision) -> Precision:
+        """Return the precision of the unpruned network's answers where steps have this one."""
+        return "float32" if self._is_half else precision
 
     def _outputs_of(self, answer: Any, call: Call) -> list[Tensor]:
         """Return the outputs that are compared, with all digits: losses need them, and so does a user's function."""

@@ -147,6 +147,20 @@ def test_attention_itself_stays_in_single_precision_on_a_cpu():
     assert not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize("blocks", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_in_other_precisions_learn_in_bfloat16(dtype, blocks):
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2)]
+    original = nn.Sequential(*parts, nn.LayerNorm(8), nn.Linear(8, 4)).to(dtype).eval()
+    images = list(torch.randn(256, 8, generator=torch.Generator().manual_seed(2)).to(dtype).split(64))
+    found = nni_topo.distillation(
+        shifted(original.double()).to(dtype), original.to(dtype), images, steps=30, precision="bfloat16", blocks=blocks
+    )
+    assert found.is_kept
+    assert {each.dtype for each in found.model.parameters()} == {dtype}
+
+
 @pytest.mark.parametrize("form", ["logits", "tuple", "dict", "named", "tokens"])
 def test_any_outputs_are_met_in_bfloat16(form):
     dense, original = pair(form)
