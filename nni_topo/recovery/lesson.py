@@ -143,8 +143,7 @@ class Lesson:
         precision: Precision = "float32",
         shares: SharedImages | None = None,
     ) -> None:
-        # It answers all along: the user's own, which other threads may use meanwhile, keeps its mode.
-        self._unpruned = detached_copy(unpruned, light=True).eval()
+        self._unpruned = _answering(unpruned)
         self._pool, self._temperature = pool, temperature
         self.precision = precision  # of the steps; what judges is in that of the parameters
         # Autocast mixes a network in half precision with itself: norms get inputs of one type and weights of the other.
@@ -254,7 +253,8 @@ class Lesson:
         teacher, device = self._unpruned, device_of(self._unpruned)
         args, kwargs = on_device(call, device)
         watching = _blocks_seen(teacher, self._block_names, theirs)
-        with torch.no_grad(), computing_in(self._answered_in(self.precision), device), watching:
+        low = self._answered_in(self.precision)
+        with evaluation_mode(teacher), torch.no_grad(), computing_in(low, device), watching:
             answer = teacher(*args, **kwargs)
         wanted = self._outputs_of(answer, (args, kwargs))
         with _blocks_seen(student, self._block_names, mine):
@@ -383,7 +383,7 @@ class Lesson:
         device = device_of(self._unpruned)
         count = min(_READ, batch_size(pool))
         args, kwargs = on_device(taken(pool, torch.arange(count)), device)
-        with torch.no_grad():
+        with evaluation_mode(self._unpruned), torch.no_grad():
             self._places = places_by_sample(self._unpruned, (args, kwargs), self._outputs)
             answer = self._unpruned(*args, **kwargs)
         named = compared_outputs(answer, count, self._outputs, self._places)
@@ -393,7 +393,7 @@ class Lesson:
         """Return the outputs of the unpruned network that are compared, where the student is."""
         device = device_of(self._unpruned)
         args, kwargs = on_device(call, device)
-        with torch.no_grad(), computing_in(self._answered_in(precision), device):
+        with evaluation_mode(self._unpruned), torch.no_grad(), computing_in(self._answered_in(precision), device):
             answer = self._unpruned(*args, **kwargs)
         return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
 
@@ -529,6 +529,18 @@ def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
     few = taken(pool, torch.arange(min(2, batch_size(pool))))
     args, kwargs = on_device(cast_floats(few, _place_of(student)[1]), device_of(student))
     return lay_out(student, args, kwargs)
+
+
+def _answering(unpruned: nn.Module) -> nn.Module:
+    """Return a copy of a network that shares its weights, in evaluation mode; one that can't be copied as it is.
+
+    It answers all along. The user's own, which other threads may use meanwhile, keeps its mode.
+    """
+    try:
+        copied: nn.Module = detached_copy(unpruned, light=True)
+    except (TypeError, RuntimeError, ConfigError):  # it holds what no copy can, such as a lock
+        return unpruned
+    return copied.eval()
 
 
 def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
