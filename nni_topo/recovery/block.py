@@ -117,6 +117,8 @@ class Block(Reconstruct):
                 if out_of_memory(error):
                     raise
                 first_line = str(error).splitlines()[0]
+                if self.precision != "float32":
+                    first_line += f" (precision={self.precision!r})"
                 _logger.warning("%s can't learn and stay as the closed form leaves them: %s", block.layers, first_line)
                 continue
             reports.append(report)

@@ -22,6 +22,7 @@ from nni_topo.network.runtime import Processes, bar
 from nni_topo.recovery.batchnorm import batch_norms
 
 _FORMAT = "nni-topo distillation 4"
+_BEFORE = {"precision": "float32"}  # what a state's file doesn't say if it was written before that could be chosen
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 _FALL = 0.4  # share of a course in which the rate falls to zero, at its end
@@ -302,7 +303,7 @@ class Course:
                 raise KeyError(state["format"])
             self.student.load_state_dict(state["model"])
             for key, value in self.kind.items():
-                found = state["kind"].get(key)
+                found = state["kind"].get(key, _BEFORE.get(key))
                 if found != value:
                     raise ConfigError(f"distillation must go on with {key} {found}, got {value} ({path})")
             self.optimizer.load_state_dict(state["optimizer"])

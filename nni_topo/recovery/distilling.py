@@ -62,6 +62,7 @@ from nni_topo.network.runtime import (
     in_smaller_batches,
     in_step,
     leaves_models_alone,
+    not_under_autocast,
     out_of_memory,
     tensors_of,
 )
@@ -434,9 +435,7 @@ def distillation(
         "lr": lr,
         "blend": blend,
     }
-    knobs |= {"warmup": warmup, "blocks": blocks}
-    if precision != "float32":  # files of earlier versions don't have it
-        knobs["precision"] = precision
+    knobs |= {"warmup": warmup, "blocks": blocks, "precision": precision}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     if state is not None:  # the same images in the same order: which are held out depends on it
         kind["the same images in the same order, hash"] = " ".join(fingerprint(each)[:16] for each in tensors_of(pool))
@@ -585,8 +584,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``original`` answers for what comes out. For models that take one floating tensor; others' inputs stay.
     precision : {"float32", "bfloat16"}, default="float32"
         ``"bfloat16"`` computes both networks under :class:`torch.autocast` in gradient steps. Parameters, losses and
-        what judges stay in the precision of ``dense``, at least single. On processors with bfloat16 instructions steps
-        take less time, above all those of transformers; on other processors they take more.
+        what judges stay in the precision of ``dense``, at least single; autocast leaves double precision, and
+        ``original`` in half precision, as they are. On processors with bfloat16 instructions steps take less time,
+        above all those of transformers; on other processors they take more.
     state : str or Path, optional
         File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
         the same result on one machine.
@@ -711,24 +711,40 @@ def _student(dense: nn.Module, pool: Call) -> nn.Module:
 
 
 def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int) -> None:
-    """Raise a GradientError unless gradients can be taken of what a network gives for a few images."""
-    call, wanted = next(lesson.batches(few, len(few), seed, None, False, lambda _: True))
-    with learning(student, []):
-        loss = lesson.objective(student, call, wanted)
-        if not loss.requires_grad:
-            raise GradientError(
-                "a network that is distilled must compute gradients, got outputs without any: its forward runs under "
-                "torch.no_grad() or torch.inference_mode(), or detaches them (dense)"
-            )
+    """Raise an error unless gradients can be taken of what a network gives for a few images.
+
+    It is a GradientError, or a ConfigError where they can be taken in single precision only.
+    """
+    precision, lesson.precision = lesson.precision, "float32"
+    try:
+        call, wanted = next(lesson.batches(few, len(few), seed, None, False, lambda _: True))
+        with learning(student, []):
+            loss = lesson.objective(student, call, wanted)
+            if not loss.requires_grad:
+                raise GradientError(
+                    "a network that is distilled must compute gradients, got outputs without any: its forward runs "
+                    "under torch.no_grad() or torch.inference_mode(), or detaches them (dense)"
+                )
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                first_line = str(error).splitlines()[0]
+                raise GradientError(
+                    f"a network that is distilled must compute gradients, got: {first_line} (dense)"
+                ) from error
+    finally:
+        lesson.precision = precision
+    if precision != "float32":
         try:
-            loss.backward()
-        except RuntimeError as error:
+            lesson.answer(call, precision)
+            with learning(student, []):
+                lesson.objective(student, call, wanted).backward()
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             if out_of_memory(error):
                 raise
-            first_line = str(error).splitlines()[0]
-            raise GradientError(
-                f"a network that is distilled must compute gradients, got: {first_line} (dense)"
-            ) from error
+            raise not_under_autocast(precision, error, "distill") from error
     student.zero_grad(set_to_none=True)
 
 

@@ -46,6 +46,8 @@ Objective = Literal["auto", "kl", "squares", "cosine"]
 Augment = Callable[[Any], Any]
 Outputs = Callable[[Any, Any], Any]
 """Gets what a model returned and the inputs, as a batch holds them; returns what counts of it."""
+Places = tuple[int, ...] | None
+"""Which floating tensors of an output have an entry for each sample, in order; None: those of that length."""
 
 _VIEWS = 8
 _BLENDED = 0.5  # share of the images in a view
@@ -141,13 +143,17 @@ class Lesson:
         precision: Precision = "float32",
         shares: SharedImages | None = None,
     ) -> None:
-        self._unpruned, self._pool, self._temperature = unpruned, pool, temperature
-        self._precision = precision  # of the steps; what judges is in that of the parameters
+        self._unpruned = _answering(unpruned)
+        self._pool, self._temperature = pool, temperature
+        self.precision = precision  # of the steps; what judges is in that of the parameters
+        # Autocast mixes a network in half precision with itself: norms get inputs of one type and weights of the other.
+        self._is_half = any(each.dtype in (torch.float16, torch.bfloat16) for each in self._unpruned.parameters())
         self._shares = SharedImages(None, [batch_size(pool)]) if shares is None else shares
         self._outputs = outputs
         self._place = _place_of(student)
-        self._answers = _Answers(self._answer, batch_size(pool))
+        self._answers = _Answers(self.answer, batch_size(pool))
         self._views: dict[int, _Answers] = {}  # for all courses: they learn from the same images
+        self._places: Places = None
         self.named, likely = self._read(pool)
         self.kind = likely if objective == "auto" else objective
         one = torch.arange(1)
@@ -156,7 +162,11 @@ class Lesson:
         self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
         self._learned_scales = self._scales
         self._weight_of_distance = 0.0
-        found = self._run(student, taken(pool, one))
+        few = cast_floats(taken(pool, torch.arange(min(_READ, batch_size(pool)))), self._place[1])
+        with evaluation_mode(student), torch.no_grad():
+            own = places_by_sample(student, few, outputs)
+            call = taken(few, one)
+            found = read_outputs(student(*call[0], **call[1]), call, 1, outputs, own)[0]
         shapes, expected = ([tuple(each.shape[1:]) for each in tensors] for tensors in (found, wanted))
         if shapes != expected:
             raise ConfigError(f"both models must give outputs of the same shapes, got {shapes} and {expected} (dense)")
@@ -167,7 +177,7 @@ class Lesson:
             )
         self._blocks = blocks  # weight of the blocks' outputs in what is learned
         self._block_names = (
-            shared_blocks(unpruned, student, taken(pool, torch.arange(1)), self._place) if blocks else []
+            shared_blocks(self._unpruned, student, taken(pool, torch.arange(1)), self._place) if blocks else []
         )
         if blocks and not self._block_names:
             raise ConfigError(
@@ -236,18 +246,19 @@ class Lesson:
             if wanted and not len(wanted[0]):  # none of these images is this process's; the others wait for it
                 self._mean_of(self._taught([], []), [])
                 return torch.stack([each.sum() for each in student.parameters() if each.requires_grad]).sum() * 0.0
-            found, wanted = self._compared(student, call, wanted, self._precision)
+            found, wanted = self._compared(student, call, wanted, self.precision)
             return self._mean_of(self._taught(found, wanted), found)
         theirs: dict[str, Tensor] = {}
         mine: dict[str, Tensor] = {}
         teacher, device = self._unpruned, device_of(self._unpruned)
         args, kwargs = on_device(call, device)
         watching = _blocks_seen(teacher, self._block_names, theirs)
-        with evaluation_mode(teacher), torch.no_grad(), computing_in(self._precision, device), watching:
+        low = self._answered_in(self.precision)
+        with evaluation_mode(teacher), torch.no_grad(), computing_in(low, device), watching:
             answer = teacher(*args, **kwargs)
         wanted = self._outputs_of(answer, (args, kwargs))
         with _blocks_seen(student, self._block_names, mine):
-            found, wanted = self._compared(student, call, wanted, self._precision)
+            found, wanted = self._compared(student, call, wanted, self.precision)
         real = real_positions_of(student, call)
         off = []
         for name in self._block_names:
@@ -352,15 +363,15 @@ class Lesson:
             call = plain if augment is None or view == 0 else _augmented(plain, augment, seed + view)
             call = _blended(call, seed + view) if blend and view else call
             if view and view not in views:
-                views[view] = _Answers(self._answer, len(own))
+                views[view] = _Answers(self.answer, len(own))
             for chosen in torch.randperm(len(index), generator=generator).tensor_split(-(-len(index) // at_once(size))):
                 mine = place[chosen[is_mine[chosen]]]
                 if self._block_names:
                     wanted = list[Tensor]()
                 elif view:
-                    wanted = views[view](call, mine, self._precision)
+                    wanted = views[view](call, mine, self.precision)
                 else:
-                    wanted = self._answers(self._pool, own[mine], self._precision)
+                    wanted = self._answers(self._pool, own[mine], self.precision)
                 yield taken(call, mine), wanted
 
     def plain(self, student: nn.Module, index: Tensor) -> list[Any]:
@@ -373,24 +384,29 @@ class Lesson:
         count = at_once(min(_READ, batch_size(pool)))
         args, kwargs = on_device(taken(pool, torch.arange(count)), device)
         with evaluation_mode(self._unpruned), torch.no_grad():
+            self._places = places_by_sample(self._unpruned, (args, kwargs), self._outputs)
             answer = self._unpruned(*args, **kwargs)
-        named = compared_outputs(answer, count, self._outputs)
-        return named, read_outputs(answer, (args, kwargs), count, self._outputs)[1]
+        named = compared_outputs(answer, count, self._outputs, self._places)
+        return named, read_outputs(answer, (args, kwargs), count, self._outputs, self._places)[1]
 
-    def _answer(self, call: Call, precision: Precision) -> list[Tensor]:
+    def answer(self, call: Call, precision: Precision) -> list[Tensor]:
         """Return the outputs of the unpruned network that are compared, where the student is."""
         device = device_of(self._unpruned)
         args, kwargs = on_device(call, device)
-        with evaluation_mode(self._unpruned), torch.no_grad(), computing_in(precision, device):
+        with evaluation_mode(self._unpruned), torch.no_grad(), computing_in(self._answered_in(precision), device):
             answer = self._unpruned(*args, **kwargs)
         return [each.to(*self._place) for each in self._outputs_of(answer, (args, kwargs))]
+
+    def _answered_in(self, precision: Precision) -> Precision:
+        """Return the precision of the unpruned network's answers where steps have this one."""
+        return "float32" if self._is_half else precision
 
     def _outputs_of(self, answer: Any, call: Call) -> list[Tensor]:
         """Return the outputs that are compared, with all digits: losses need them, and so does a user's function."""
         own = self._place[1]
         if any(each.dtype == torch.bfloat16 for each in tensors_of(answer)):
             answer = map_tensors(lambda each: each.to(own) if each.dtype == torch.bfloat16 else each, answer)
-        return read_outputs(answer, call, batch_size(call), self._outputs)[0]
+        return read_outputs(answer, call, batch_size(call), self._outputs, self._places)[0]
 
     def _run(self, student: nn.Module, call: Call, precision: Precision = "float32") -> list[Tensor]:
         device, own = self._place
@@ -515,6 +531,18 @@ def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
     return lay_out(student, args, kwargs)
 
 
+def _answering(unpruned: nn.Module) -> nn.Module:
+    """Return a copy of a network that shares its weights, in evaluation mode; one that can't be copied as it is.
+
+    It answers all along. The user's own, which other threads may use meanwhile, keeps its mode.
+    """
+    try:
+        copied: nn.Module = detached_copy(unpruned, light=True)
+    except (TypeError, RuntimeError, ConfigError):  # it holds what no copy can, such as a lock
+        return unpruned
+    return copied.eval()
+
+
 def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return the device and type of the parameters that learn."""
     learned = [p for p in student.parameters() if p.is_floating_point()]  # inputs aren't complex where a weight is
@@ -532,24 +560,53 @@ def judged(
     return [lesson.judge(net, torch.arange(batch_size(pool))) for net in students]
 
 
-def read_outputs(found: Any, call: Call, count: int, outputs: Outputs | None) -> tuple[list[Tensor], str]:
+def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> Places:
+    """Return which floating tensors of a model's output have an entry for each sample, by two runs on a few samples.
+
+    One run doesn't tell them from a tensor that happens to be as long, such as anchors of shape (1, n, 4) beside the
+    answer for a single image.
+    """
+    count = min(_READ, batch_size(call))
+    if count < 2 or any(isinstance(value, (tuple, list)) for value in (*call[0], *call[1].values())):
+        return None  # lists, such as detectors take, aren't cut by sample
+    lengths = []
+    for some in (count, count - 1):
+        args, kwargs = taken(call, torch.arange(some))
+        found = model(*args, **kwargs)
+        if outputs is not None:
+            found = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
+        lengths.append([len(each) - some for each in _with_entries(found)])
+    if len(lengths[0]) != len(lengths[1]):  # such as the boxes of each image
+        return None
+    return tuple(place for place, both in enumerate(zip(*lengths, strict=True)) if not any(both))
+
+
+def read_outputs(
+    found: Any, call: Call, count: int, outputs: Outputs | None, places: Places = None
+) -> tuple[list[Tensor], str]:
     """Return what `outputs` makes of a model's output for a call, and the objective that suits it, as `outputs_of`."""
     if outputs is None:
-        return outputs_of(found, count)
+        return outputs_of(found, count, places=places)
     args, kwargs = call
     read = outputs(found, kwargs or (args[0] if len(args) == 1 else args))
-    tensors, kind = outputs_of(read, count, "what outputs= returns")
+    tensors, kind = outputs_of(read, count, "what outputs= returns", places)
     if all(each.dim() == 2 and bool((each.detach().norm(dim=1) - 1.0).abs().max() <= _UNIT) for each in tensors):
         kind = "cosine"
     return tensors, kind
 
 
-def outputs_of(found: Any, count: int, what: str = "a model's output") -> tuple[list[Tensor], str]:
+def outputs_of(
+    found: Any, count: int, what: str = "a model's output", places: Places = None
+) -> tuple[list[Tensor], str]:
     """Return the outputs to be met, of so many entries, and whether they are logits (``kl``) or not (``squares``)."""
     logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
     if isinstance(logits, Tensor):
         return [logits], "kl"
-    tensors = [each for each in tensors_of(found) if each.is_floating_point() and each.dim() and len(each) == count]
+    tensors = [
+        each
+        for place, each in enumerate(_with_entries(found))
+        if len(each) == count and (places is None or place in places)
+    ]
     if not tensors:
         second = isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,)
         cure = "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
@@ -558,6 +615,11 @@ def outputs_of(found: Any, count: int, what: str = "a model's output") -> tuple[
             f"{cure if second else ''}"
         )
     return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
+
+
+def _with_entries(found: Any) -> list[Tensor]:
+    """Return the floating tensors of a model's output that have a first dimension."""
+    return [each for each in tensors_of(found) if each.is_floating_point() and each.dim()]
 
 
 class ComparedOutputs(NamedTuple):
@@ -574,11 +636,11 @@ class ComparedOutputs(NamedTuple):
         )
 
 
-def compared_outputs(found: Any, count: int, outputs: Outputs | None) -> ComparedOutputs:
+def compared_outputs(found: Any, count: int, outputs: Outputs | None, places: Places = None) -> ComparedOutputs:
     """Return which tensors of a model's output are compared; none are named where `outputs` says what counts."""
     if outputs is not None:
         return ComparedOutputs((), ())
-    chosen = {id(each) for each in outputs_of(found, count)[0]}
+    chosen = {id(each) for each in outputs_of(found, count, places=places)[0]}
     compared: list[str] = []
     left_out: list[str] = []
     for name, tensor in _named_tensors(found, ""):

@@ -23,7 +23,16 @@ from nni_topo.network.runtime import (
     real_positions_of,
     tensors_of,
 )
-from nni_topo.recovery.lesson import ComparedOutputs, Outputs, compared_outputs, finite, minus, read_outputs
+from nni_topo.recovery.lesson import (
+    ComparedOutputs,
+    Outputs,
+    Places,
+    compared_outputs,
+    finite,
+    minus,
+    places_by_sample,
+    read_outputs,
+)
 
 NO_SCALE = (
     "the unpruned network's outputs don't vary over the samples by which the networks are compared, so that distances, "
@@ -79,8 +88,10 @@ class Answers:
     def __init__(self, model: nn.Module, *parts: Calibration, outputs: Outputs | None = None) -> None:
         self._model, self._parts, self._outputs = model, parts, outputs
         self._wanted = [BatchStore() for _ in parts]
+        with evaluation_mode(model), torch.no_grad(), fitting(0, parts[0].name):
+            self._places = places_by_sample(model, next(calls(model, parts[0])), outputs)
         for part, store in zip(parts, self._wanted, strict=True):
-            for answer in _answers(model, part, outputs):
+            for answer in _answers(model, part, outputs, self._places):
                 store.append((answer.outputs, answer.are_logits, answer.real, answer.samples, answer.named))
         self._processes = parts[0].processes  # those that share the parts
         answers = [_Answer(*each) for store in self._wanted for each in store]
@@ -101,7 +112,7 @@ class Answers:
         """Compare a network on each sample of a part."""
         distances: list[float] = []
         agreed: list[float] = []
-        answers = _answers(net, self._parts[part], self._outputs)
+        answers = _answers(net, self._parts[part], self._outputs, self._places)
         for mine, kept in zip(answers, self._wanted[part], strict=True):
             theirs = _Answer(*kept)
             distances += self._distances(mine, theirs)
@@ -145,7 +156,7 @@ def are_classes(model: nn.Module, images: Calibration, outputs: Outputs | None =
     return next(_answers(model, images, outputs)).are_logits
 
 
-def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None) -> Iterator[_Answer]:
+def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, places: Places = None) -> Iterator[_Answer]:
     """Run a network over images, in evaluation mode."""
     with evaluation_mode(net), torch.no_grad():
         for index, call in enumerate(bar("comparing", None, calls(net, images))):
@@ -154,8 +165,8 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None) -> It
                 found = net(*call[0], **call[1])
             real = real_positions_of(net, call)
             try:
-                read, kind = read_outputs(found, call, count, outputs)
-                named = compared_outputs(found, count, outputs)
+                read, kind = read_outputs(found, call, count, outputs, places)
+                named = compared_outputs(found, count, outputs, places)
             except ConfigError:
                 # Such as lists of boxes: without an entry per image, a batch is one sample.
                 read = [each.flatten()[None] for each in tensors_of(found) if each.is_floating_point()]

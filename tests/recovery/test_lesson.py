@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from threading import Lock, Thread
 
 import pytest
 import torch
 from distill_nets import batches, divergence, inputs, pair
 from torch import nn
 
+import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery import distill, distillation
 from nni_topo.recovery.lesson import Lesson, outputs_of
@@ -267,3 +269,79 @@ def test_lists_of_images_as_detectors_take_them_are_refused_with_a_way_on():
 def test_two_numbers_and_more_for_each_image_are_taken_for_logits(shape, kind):
     tensors, found = outputs_of(torch.zeros(shape), 4)
     assert (len(tensors), found) == (1, kind)
+
+
+class WithAnchors(nn.Module):
+    """Gives a tensor beside its answer that has as many rows whatever the number of samples."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 12), nn.Linear(12, 4)
+        self.anchors = nn.Parameter(torch.ones(rows, 3))
+
+    def forward(self, states):
+        return self.head(self.first(states).relu()), 2.0 * self.anchors
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+@pytest.mark.parametrize("outputs", [None, lambda output, inputs: output])
+def test_a_tensor_that_is_as_long_as_a_batch_by_chance_is_not_an_output(rows, outputs):
+    torch.manual_seed(0)
+    original = WithAnchors(rows).eval()
+    dense = copy.deepcopy(original)
+    with torch.no_grad():
+        dense.head.weight += 0.2
+    found = distillation(dense, original, batches(256), steps=20, lr=2e-3, outputs=outputs)
+    assert found.is_kept
+    assert found.outputs.compared == (() if outputs else ("output[0]",))
+    # The last batch has as many images as that tensor has rows.
+    images = list(inputs(128 + rows).split(64))
+    small = nni_topo.shrink(original, images, {"flops": 0.5}, distill={"steps": 20, "lr": 2e-3}, outputs=outputs)
+    assert small.report.outputs.compared == (() if outputs else ("output[0]",))
+
+
+def test_the_unpruned_network_stays_in_its_mode_while_others_learn_from_it():
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 4)).train()
+    dense, modes = copy.deepcopy(original), []
+    with torch.no_grad():
+        dense[0].weight += 0.2
+
+    def note(module, args):
+        if modes or torch.is_grad_enabled():  # since the first step
+            modes.append(all(each.training for each in original.modules()))
+
+    state = copy.deepcopy(original.state_dict())
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        distill(dense, original, batches(256), steps=10, lr=2e-3)
+    finally:
+        hook.remove()
+    assert modes
+    assert all(modes)
+
+    # Other threads' answers are those of evaluation mode, too.
+    expected = distillation(dense, original, batches(256), steps=30, lr=2e-3).loss_after
+    found = []
+    threads = [
+        Thread(target=lambda: found.append(distillation(dense, original, batches(256), steps=30, lr=2e-3).loss_after))
+        for _ in range(3)
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert found == [expected] * 3
+    assert all(torch.equal(value, state[key]) for key, value in original.state_dict().items())
+
+
+def test_a_network_that_cannot_be_copied_answers_itself():
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(6, 12), nn.Dropout(0.5), nn.Linear(12, 4)).train()
+    original.lock = Lock()
+    dense = nn.Sequential(nn.Linear(6, 4))
+    plain = copy.copy(original)
+    del plain.lock
+    expected = distill(dense, plain, batches(256), steps=10, lr=2e-3)
+    assert torch.equal(distill(dense, original, batches(256), steps=10, lr=2e-3)[0].weight, expected[0].weight)
+    assert all(each.training for each in original.modules())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from distill_nets import batches, pair
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.disk import read_tensors, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.precision import check_precision, computing_in
 from nni_topo.recovery.block import Block
@@ -69,6 +73,63 @@ def test_steps_round_and_what_judges_does_not(blocks):
     assert {each.grad for each in rounded.model.parameters()} == {None}
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_weights_are_cast_anew_within_a_callers_autocast(precision, is_enabled):
+    class Casts(nn.Linear):
+        def forward(self, states):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(states)
+
+    torch.manual_seed(0)
+    original = Casts(8, 4).eval()
+    dense, images = shifted(original), [torch.randn(64, 8)]
+    known = {"steps": 20, "lr": 2e-3, "precision": precision}
+    alone = nni_topo.distillation(dense, original, images, **known)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_enabled):
+        within = nni_topo.distillation(dense, original, images, **known)
+    assert within.is_kept
+    assert torch.equal(within.model.weight, alone.model.weight)
+
+
+def test_weights_that_train_are_cast_anew_within_a_callers_autocast(digits):
+    nets = []
+    for is_within in (False, True):
+        torch.manual_seed(0)
+        net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8)
+        with torch.autocast("cpu", torch.bfloat16) if is_within else nullcontext():
+            zoo.train(net, digits, zoo.Recipe(epochs=1, batch_size=256, precision="bfloat16"), seed=0)
+        nets.append(net)
+    alone, within = (list(each.parameters()) for each in nets)
+    assert all(torch.equal(*pair) for pair in zip(alone, within, strict=True))
+
+
+@pytest.mark.parametrize("needs_weights", [False, True])
+def test_attention_of_multihead_attention_stays_in_single_precision_on_a_cpu(needs_weights):
+    torch.manual_seed(0)
+    net, states = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = net(states, states, states, need_weights=needs_weights)[0]
+    with computing_in("bfloat16", torch.device("cpu")), profile(activities=[ProfilerActivity.CPU]) as seen:
+        found = net(states, states, states, need_weights=needs_weights)[0]
+    torch.testing.assert_close(found, plain, rtol=0.02, atol=0.01)
+    assert found.dtype == torch.bfloat16
+    assert any("_scaled_dot_product" in each.key for each in seen.key_averages()) != needs_weights
+    assert torch.equal(found, plain) == needs_weights  # rounded in other places
+
+
+def test_checkpoints_run_again_in_bfloat16():
+    class Checkpointed(Attends):
+        def forward(self, states):
+            for block in self.blocks:
+                states = checkpoint(block, states, use_reentrant=False)
+            return self.head(states.mean(1))
+
+    original, images = Checkpointed().eval(), [torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(2))]
+    found = nni_topo.distillation(shifted(original), original, images, steps=20, lr=2e-3, precision="bfloat16")
+    assert found.loss_after < found.loss_before
+
+
 def test_attention_itself_stays_in_single_precision_on_a_cpu():
     net = Attends()
     states = torch.randn(2, 5, 8)
@@ -84,6 +145,20 @@ def test_attention_itself_stays_in_single_precision_on_a_cpu():
     with computing_in("float32", torch.device("cpu")):
         assert net(states).dtype == torch.float32
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("blocks", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_in_other_precisions_learn_in_bfloat16(dtype, blocks):
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2)]
+    original = nn.Sequential(*parts, nn.LayerNorm(8), nn.Linear(8, 4)).to(dtype).eval()
+    images = list(torch.randn(256, 8, generator=torch.Generator().manual_seed(2)).to(dtype).split(64))
+    found = nni_topo.distillation(
+        shifted(original.double()).to(dtype), original.to(dtype), images, steps=30, precision="bfloat16", blocks=blocks
+    )
+    assert found.is_kept
+    assert {each.dtype for each in found.model.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize("form", ["logits", "tuple", "dict", "named", "tokens"])
@@ -128,6 +203,61 @@ def test_shrink_and_blocks_take_it(digits, digits_net):
     assert zoo.evaluate(solved, digits.test) > 0.5
 
 
+class Product(torch.autograd.Function):
+    """A product whose gradient can't be computed under autocast."""
+
+    @staticmethod
+    def forward(ctx, states, weight):
+        ctx.save_for_backward(states, weight)
+        return states @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        states, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.t() @ states
+
+
+class Writes(nn.Linear):
+    """Writes into a tensor in single precision."""
+
+    def forward(self, states):
+        found = torch.zeros(len(states), self.out_features)
+        found[states[:, 0] < 9.0] = super().forward(states)
+        return found
+
+
+class Multiplies(nn.Linear):
+    def forward(self, states):
+        return Product.apply(states, self.weight)
+
+
+@pytest.mark.parametrize("kind", [Writes, Multiplies])
+def test_a_model_that_does_not_learn_under_autocast_is_told(kind):
+    torch.manual_seed(0)
+    original, images = kind(8, 4).eval(), [torch.randn(64, 8)]
+    dense = shifted(original)
+    with pytest.raises(ConfigError, match="precision must be 'float32' for a model that doesn't learn under "):
+        nni_topo.distill(dense, original, images, precision="bfloat16")
+    assert nni_topo.distillation(dense, original, images, steps=10, lr=2e-3).is_kept
+
+
+def test_a_state_goes_on_in_its_own_precision(tmp_path):
+    dense, original = pair()
+    for first, second in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        state = tmp_path / first
+        nni_topo.distill(dense, original, batches(), steps=5, lr=1e-3, precision=first, state=state)
+        with pytest.raises(ConfigError, match=f"must go on with precision {first}, got {second}"):
+            nni_topo.distill(dense, original, batches(), steps=5, lr=1e-3, precision=second, state=state)
+    # Files that were written before a precision could be chosen don't have it.
+    state = tmp_path / "float32"
+    parts = read_tensors(state)
+    del parts["kind"]["precision"]
+    write_tensors(state, parts)
+    nni_topo.distill(dense, original, batches(), steps=5, lr=1e-3, state=state)
+    with pytest.raises(ConfigError, match="must go on with precision float32, got bfloat16"):
+        nni_topo.distill(dense, original, batches(), steps=5, lr=1e-3, precision="bfloat16", state=state)
+
+
 def test_other_precisions_and_devices_without_autocast_are_refused():
     dense, original = pair()
     with pytest.raises(
@@ -137,5 +267,7 @@ def test_other_precisions_and_devices_without_autocast_are_refused():
     with pytest.raises(ConfigError, match="without autocast, got 'bfloat16' on meta"):
         check_precision("bfloat16", torch.device("meta"), "distill")
     check_precision("float32", torch.device("meta"), "distill")
+    with computing_in("float32", torch.device("meta")):
+        assert not torch.is_autocast_enabled("cpu")
     with pytest.raises(ConfigError, match="precision must be"):
         nni_topo.shrink(original, batches(), {"flops": 0.5}, distill={"precision": "half"})

@@ -92,6 +92,7 @@ from nni_topo.network.runtime.precision import (
     check_precision,
     computing_in,
     in_full_precision,
+    not_under_autocast,
 )
 from nni_topo.network.runtime.processes import Processes, digest, in_step
 from nni_topo.network.runtime.progress import bar
@@ -207,6 +208,7 @@ __all__ = [
     "map_tensors",
     "markdown_table",
     "nbytes_of",
+    "not_under_autocast",
     "on_device",
     "out_of_memory",
     "padding_known",

@@ -10,10 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from nni_topo.errors import ConfigError, one_of
@@ -117,6 +119,15 @@ def check_precision(precision: Precision, device: torch.device, place: str) -> N
         )
 
 
+def not_under_autocast(precision: Precision, error: Exception, place: str) -> ConfigError:
+    """Return the error of a model that can't learn under autocast, because of another one, but can without it."""
+    first_line = str(error).partition("\n")[0]
+    return ConfigError(
+        f"precision must be 'float32' for a model that doesn't learn under torch.autocast, got {precision!r}: "
+        f"{first_line} ({place})"
+    )
+
+
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     """Let PyTorch's operations compute in a precision; parameters, and their gradients, keep their own.
@@ -124,14 +135,29 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     On a CPU attention itself stays in single precision: the gradient of the fused operation takes six times as long in
     bfloat16 where sequences have 32 places.
     """
-    is_low = precision == "bfloat16"
-    attention = _AttentionInSingle() if is_low and device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, torch.bfloat16, enabled=is_low), attention:
+    if not torch.amp.is_autocast_available(device.type):  # there is none to turn off, either
+        yield
+        return
+    keeps = not is_within_autocast()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=keeps)
+    attention = _AttentionInSingle() if precision == "bfloat16" and device.type == "cpu" else nullcontext()
+    with autocast, attention:
         yield
 
 
+def is_within_autocast() -> bool:
+    """Tell whether the caller is within ``torch.autocast``, enabled or not.
+
+    There PyTorch keeps the casts of weights until the outermost block ends: weights that learn would compute as they
+    were at the first step. So blocks within it must not keep casts.
+    """
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth > 1
+
+
 class _AttentionInSingle(TorchFunctionMode):
-    """Compute `scaled_dot_product_attention` of half precision in single precision, without autocast."""
+    """Compute attention of half precision in single precision, also that of ``nn.MultiheadAttention``."""
 
     def __torch_function__(
         self,
@@ -141,17 +167,42 @@ class _AttentionInSingle(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         del types
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        half = [each.dtype for each in tensors if each.dtype in (torch.bfloat16, torch.float16)]
-        with torch.autocast("cpu", enabled=False):
-            found = func(*map(_single, args), **{name: _single(each) for name, each in kwargs.items()})
-        return found.to(half[0]) if half else found
+        # A checkpoint runs the forward again for gradients, out of this mode's sight: it has to compute the same.
+        if func in _IN_SINGLE and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            func = _IN_SINGLE[func]
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Compute attention of half precision in single precision, without autocast."""
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    half = [each.dtype for each in tensors if each.dtype in (torch.bfloat16, torch.float16)]
+    with torch.autocast("cpu", enabled=False):
+        found = functional.scaled_dot_product_attention(
+            *map(_single, args), **{name: _single(each) for name, each in kwargs.items()}
+        )
+    return found.to(half[0]) if half else found
 
 
 def _single(value: Any) -> Any:
     """Return a tensor of half precision in single precision, and anything else as it is."""
     is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     return value.float() if is_half else value
+
+
+def _with_attention(function: Any) -> Any:
+    """Return a function of ``torch.nn.functional`` with our attention in place of the one that it calls by name.
+
+    While a mode handles a function of Python's, it doesn't see what that calls.
+    """
+    names = {**vars(functional), "scaled_dot_product_attention": _attention}
+    copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+_IN_SINGLE: dict[Any, Any] = {
+    functional.scaled_dot_product_attention: _attention,
+    functional.multi_head_attention_forward: _with_attention(functional.multi_head_attention_forward),
+}
+"""What is called in place of functions that compute attention."""

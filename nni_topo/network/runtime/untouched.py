@@ -26,7 +26,7 @@ from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, Dataset
 
 from nni_topo.network.runtime.copying import is_compiled_function
-from nni_topo.network.runtime.precision import Switch, in_full_precision
+from nni_topo.network.runtime.precision import Switch, in_full_precision, is_within_autocast
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
@@ -73,12 +73,14 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
 @contextmanager
 def _autocast_off() -> Iterator[None]:
     """Let models compute in their own precision within a caller's ``torch.autocast``; they may ask for another."""
+    is_within = is_within_autocast()
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", "cuda", *([] if accelerator is None else [accelerator.type])}
     with ExitStack() as stack:
         for kind in sorted(kinds):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+            # That of one device says for all of them that casts aren't kept.
+            if (kind == "cpu" and is_within) or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         yield
 
 
