@@ -162,7 +162,7 @@ class Lesson:
         self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
         self._learned_scales = self._scales
         self._weight_of_distance = 0.0
-        few = cast_floats(taken(pool, torch.arange(min(_READ, batch_size(pool)))), self._place[1])
+        few = cast_floats(taken(pool, torch.arange(at_once(min(_READ, batch_size(pool))))), self._place[1])
         with evaluation_mode(student), torch.no_grad():
             own = places_by_sample(student, few, outputs)
             call = taken(few, one)
