@@ -48,7 +48,7 @@ def test_half_of_the_heads_go(name):
     before, after = find_attention(model), find_attention(dense)
     assert before.keys() == after.keys()
     assert len(before) == model.config.num_hidden_layers
-    assert all(after[each].heads == before[each].heads // 2 for each in before)
+    assert all(after[each].query_heads == before[each].query_heads // 2 for each in before)
     reference = masked_model(model, inputs, masks)
     for given in (inputs, inputs_of(model, samples=2, places=5)):
         torch.testing.assert_close(logits(dense, given), logits(reference, given), rtol=1e-5, atol=1e-5)

@@ -420,7 +420,8 @@ def tell_config(model: Any, original: nn.Module) -> None:
     """Put the pruned widths into the ``config`` of a model of Transformers, where all blocks have the same."""
     config: Any = getattr(model, "config", None)
     found, before = find_attention(model), find_attention(original)
-    kept_shares = {each.heads / before[name].heads for name, each in found.items()}
+    # Heads of queries: of two sets that share keys and values, one may be left, whose heads then all share them.
+    kept_shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
     size = None
     for key in ("head_dim", "d_kv"):
         # Falcon and BLOOM compute the size of a head from other numbers; it can't be set.
