@@ -138,6 +138,26 @@ class Bottleneck(nn.Module):
         return self.o(torch.relu(self.down(torch.relu(self.up(self.e(tokens))))))
 
 
+class TwoStreams(nn.Module):
+    """An encoder, whose residual stream is an output, and a decoder of the same embedding with a stream of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.read, self.write = nn.Embedding(11, 8), nn.Embedding(11, 8)
+        self.write.weight = self.read.weight
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.up2, self.down2 = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        encoded = self.read(tokens)
+        encoded = encoded + self.down(torch.relu(self.up(encoded)))
+        decoded = self.write(tokens)
+        decoded = decoded + self.down2(torch.relu(self.up2(decoded)))
+        return self.head(decoded), encoded
+
+
 def untied(model):
     """Give every layer tensors of its own; the independent way, module by module."""
     for module in model.modules():

@@ -259,7 +259,6 @@ result_depends = _of_operation("result_depends", "the result of an operation dep
 another_name = _of_layer("another_name", "it is {layer} under another name, and loses what that loses")
 training_only = _of_layer("training_only", "{layer} runs in training mode only")
 training_reader = _of_layer("training_reader", "{layer} reads them in training mode only")
-shared_weight = _of_layer("shared_weight", "its weight is also that of {layer}, where these channels stay")
 head_by_head = _of_layer("head_by_head", "it shares channels with {layer}, which loses heads")
 last_read = _of_layer("last_read", "{layer} needs at least one of the channels that it reads")
 only_head = _of_layer("only_head", "it makes the only head or unit of {layer}, which needs at least one")
@@ -398,6 +397,15 @@ def shared(names: Iterable[str], unmasked: Sequence[str]) -> Reason:
     if unmasked:
         text += f"; of these without a mask: {listed(unmasked)}"
     return Reason("shared", text=text)
+
+
+def shared_weight(parameter: str, other: str) -> Reason:
+    """Return the reason for channels that stay because a layer of the same weight keeps them; both by full name."""
+    # Layers that are coupled with the one that holds the parameter get this reason too, so that it names both.
+    owner = other.rpartition(".")[0]
+    return Reason(
+        "shared_weight", owner, owner, f"{parameter} is the same parameter as {other}, where these channels stay"
+    )
 
 
 def unselected(names: Iterable[str]) -> Reason:

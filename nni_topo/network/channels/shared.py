@@ -46,11 +46,8 @@ def couple_shared_weights(
             for first, second in _pairs(*_ids_of_places(traced, one, other, ids, entering)):
                 first_stays, second_stays = np.isin(before[first], staying), np.isin(before[second], staying)
                 ids.tie(first[~first_stays & ~second_stays], second[~first_stays & ~second_stays])
-                for kept, place in (
-                    (first[second_stays & ~first_stays], other),
-                    (second[first_stays & ~second_stays], one),
-                ):
-                    ids.pin(np.unique(kept), reasons.shared_weight(place.rpartition(".")[0]))
+                ids.pin(np.unique(first[second_stays & ~first_stays]), reasons.shared_weight(one, other))
+                ids.pin(np.unique(second[first_stays & ~second_stays]), reasons.shared_weight(other, one))
 
 
 def _pairs(one: _Dimensions, other: _Dimensions) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from nni_topo.network.graph.nodes import COMPARED, plain_name
-from nni_topo.network.layers import Place, numbers_in, whole_numbers, with_numbers
+from nni_topo.network.layers import Place, numbers_in, numbers_read, with_numbers
 
 
 class UnclearPlaces(set[Place]):
@@ -252,20 +252,25 @@ def attributes_traced(model: nn.Module) -> Iterator[UnclearPlaces]:
 
     Yields the places of which something is made that no graph shows; they are filled in while the model runs.
     """
-    before, unclear = list(whole_numbers(model)), UnclearPlaces()
+    before, unclear = [], UnclearPlaces()
+    for module, name, key, value in numbers_read(model):
+        owner, _, last = key.rpartition(".")
+        before.append((getattr(module, owner) if owner else module, last, module, name, key, value))
     try:
-        for module, name, key, value in before:
-            traced = {}
+        for holder, last, module, name, key, value in before:
+            traced, readers = {}, [module]
+            if holder is not module:  # a config, which modules within may hold too
+                readers = [each for each in module.modules() if vars(each).get("config") is holder]
             for path, number in (numbers_in(value) or {}).items():
-                if number > 1 and _is_float_operand(module, key):
+                if number > 1 and any(_is_float_operand(each, key) for each in readers):
                     unclear.add((name, key, path))
                 if number > 1:
                     traced[path] = TracedInt.of_attribute(number, (name, key, path), 1, unclear)
-            vars(module)[key] = with_numbers(value, traced)
+            vars(holder)[last] = with_numbers(value, traced)
         yield unclear
     finally:
-        for module, _, key, value in before:
-            vars(module)[key] = value
+        for holder, last, _, _, _, value in before:
+            vars(holder)[last] = value
 
 
 def _is_float_operand(module: nn.Module, name: str) -> bool:
@@ -304,9 +309,9 @@ def _computed_with(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[tup
                     waiting.append(called.removeprefix(own))
                 if _gives_floats(called):
                     named = [ast.unparse(each) for each in node.args]
-                    found.update(each.removeprefix(own) for each in named if each.startswith(own))
+                    found.update(each.removeprefix(own).partition("[")[0] for each in named if each.startswith(own))
             elif isinstance(node, ast.BinOp) and ast.unparse(node.right).startswith(own):
-                attribute = ast.unparse(node.right).removeprefix(own)
+                attribute = ast.unparse(node.right).removeprefix(own).partition("[")[0]  # of a list, too
                 on_left = list(ast.walk(node.left))
                 if any(map(_is_float, on_left)):
                     found.add(attribute)

@@ -610,12 +610,52 @@ def whole_numbers(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]
                 yield module, name, key, value
 
 
+def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
+    """List what `whole_numbers` does, and the lists in the ``config`` of modules, as models of Transformers have one.
+
+    The key of such a list has a dot: ``config.hidden_sizes``. A config that several modules hold is listed with the one
+    that contains the others. It is left out where none does, or where a further config holds it: there a forward may
+    read numbers from it that `put_sizes` wouldn't reach.
+    """
+    yield from whole_numbers(model)
+    holders: dict[int, list[str]] = defaultdict(list)
+    configs = dict[int, Any]()
+    for name, module in model.named_modules():
+        config = vars(module).get("config")
+        if callable(getattr(config, "to_dict", None)) and not isinstance(config, type):
+            configs[id(config)] = config
+            holders[id(config)].append(name)
+    inner, waiting = set[int](), list(configs.values())
+    while waiting:
+        for each in vars(waiting.pop()).values():
+            if callable(getattr(each, "to_dict", None)) and hasattr(each, "__dict__") and id(each) not in inner:
+                inner.add(id(each))
+                waiting.append(each)
+    for key_of_config, config in configs.items():
+        first, *others = holders[key_of_config]
+        if key_of_config in inner or not all(not first or each.startswith(f"{first}.") for each in others):
+            continue
+        for key, value in list(vars(config).items()):
+            if type(value) in (list, tuple) and numbers_in(value) is not None:
+                yield model.get_submodule(first), first, f"config.{key}", value
+
+
 def _described_too(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
     """List what `whole_numbers` does, and the list ``info`` of objects that describe features, as timm's have them.
 
     The key of such a list has a dot: ``feature_info.info``.
     """
     yield from whole_numbers(model)
+    yield from _descriptions(model)
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
+    """List what `numbers_read` does, and descriptions of features."""
+    yield from numbers_read(model)
+    yield from _descriptions(model)
+
+
+def _descriptions(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
     for name, module in model.named_modules():
         for key, value in list(vars(module).items()):
             inside = getattr(value, "info", None) if hasattr(value, "out_indices") else None
@@ -629,7 +669,7 @@ def sizes_of(model: nn.Module) -> dict[str, Any]:
     Of a dict, or of lists within lists, it is a dict of int by the keys that lead to each, joined by slashes.
     """
     sizes: dict[str, Any] = {}
-    for _, name, key, value in _described_too(model):
+    for _, name, key, value in _stored(model):
         found = numbers_in(value) or {}
         is_flat = type(value) is int or (type(value) in (list, tuple) and len(found) == len(value))
         nested = {"/".join(map(str, path)): each for path, each in found.items()}
@@ -640,7 +680,7 @@ def sizes_of(model: nn.Module) -> dict[str, Any]:
 def places_of(model: nn.Module) -> dict[str, dict[str, Place]]:
     """List where the numbers of `sizes_of` are: by full name, by the keys that lead to each, joined by slashes."""
     places: dict[str, dict[str, Place]] = {}
-    for _, name, key, value in _described_too(model):
+    for _, name, key, value in _stored(model):
         inside = places[f"{name}.{key}".lstrip(".")] = {}
         for path in numbers_in(value) or {}:
             inside["/".join(map(str, path))] = name, key, path
@@ -664,6 +704,9 @@ def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
         if listed:
             described = copy.copy(getattr(module, owner))  # other models may hold the same object
             setattr(described, listed, with_numbers(getattr(described, listed), {path: size}))
-            setattr(module, owner, described)
+            held = getattr(module, owner)
+            for each in module.modules():  # those within may hold it too
+                if vars(each).get(owner) is held:
+                    setattr(each, owner, described)
         else:
             setattr(module, key, with_numbers(getattr(module, key), {path: size}))

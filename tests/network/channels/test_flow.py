@@ -16,6 +16,7 @@ from tied_nets import (
     TiedNorms,
     TwoBlocks,
     TwoNames,
+    TwoStreams,
     zeroed,
 )
 from torch import nn
@@ -107,9 +108,20 @@ def test_a_weight_that_is_the_output_of_one_layer_keeps_the_channels_of_another(
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)).eval()
     model[1].weight = model[3].weight
     flow = Network.on(model, torch.rand(2, 6)).flow
-    assert str(flow.why_pinned("1")[0]) == "its weight is also that of 3, where these channels stay"
+    assert str(flow.why_pinned("1")[0]) == "1.weight is the same parameter as 3.weight, where these channels stay"
     assert flow.reaches_output("3")
     assert not flow.reaches_output("1")
+
+
+def test_layers_beside_one_whose_weight_stays_are_told_both_places_of_the_weight():
+    everything = [{"op_types": ["Linear", "Embedding"], "sparse_ratio": 0.5}]
+    model = TwoStreams().eval()
+    skipped = dependency_groups(model, TOKENS, everything).skipped
+    why = "write.weight is the same parameter as read.weight, where these channels stay"
+    assert skipped["write"] == skipped["down2"] == why
+    assert skipped["read"] == skipped["down"] == "it gives the model's output"
+    model.write.weight = nn.Parameter(model.write.weight.detach().clone())
+    assert set(dependency_groups(model, TOKENS, everything).skipped) == {"read", "down", "head"}
 
 
 def test_a_weight_that_is_tied_later_couples_from_then_on():

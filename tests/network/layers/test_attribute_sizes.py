@@ -142,3 +142,101 @@ def test_numbers_of_a_file_must_be_whole(tmp_path):
     torch.save(document | {"numbers": {"width": 2.5}}, path)
     with pytest.raises(DataError, match=r"whole numbers, got 2\.5 \(width"):
         nni_topo.load(path, Split(not_at_all))
+
+
+class Config:
+    """Numbers that modules share, as the configs of Transformers are."""
+
+    def __init__(self):
+        self.sizes, self.depths = [6, 8], [1, 1]
+
+    def to_dict(self):
+        return dict(vars(self))
+
+
+class ReadsConfig(nn.Module):
+    """Gives an operation a width from a list in its config, which a module within holds too."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.one, self.two = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1)
+        self.head = nn.Linear(8, 2)
+        self.pool = Pools(config)
+
+    def forward(self, x):
+        x = self.between(self.two(torch.relu(self.one(x))))
+        return self.head(self.pool(x.permute(0, 2, 3, 1).reshape(len(x), -1, self.config.sizes[-1])))
+
+    def between(self, x):
+        return x
+
+
+class TimesConfig(ReadsConfig):
+    def between(self, x):
+        return x * (0.5 * self.config.sizes[-1])
+
+
+class RootOfConfig(ReadsConfig):
+    def between(self, x):
+        return x / math.sqrt(self.config.sizes[-1])
+
+
+class DecidesByConfig(ReadsConfig):
+    def between(self, x):
+        return 2 * x if self.config.sizes[-1] == 8 else x
+
+
+class Pools(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, x):
+        return x.mean(1).reshape(-1, self.config.sizes[-1])
+
+
+class Side(nn.Module):
+    """Two modules that hold one config, and neither contains the other."""
+
+    def __init__(self):
+        super().__init__()
+        config = Config()
+        self.one, self.net = Pools(config), ReadsConfig(config)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_a_width_in_a_list_of_a_shared_config_gets_smaller_in_the_dense_models_own(tmp_path):
+    torch.manual_seed(0)
+    config = Config()
+    model = ReadsConfig(config).eval()
+    dense, groups = dense_of(model)
+    assert set(groups.skipped) == set()
+    assert dense.config.sizes == [6, 4]  # nothing reads the first one
+    assert dense.pool.config is dense.config
+    assert model.config is config
+    assert model.pool.config is config
+    assert vars(config) == {"sizes": [6, 8], "depths": [1, 1]}
+    assert [*map(type, dense.config.sizes)] == [int, int]
+    nni_topo.save(dense, tmp_path / "dense.pt")
+    loaded = nni_topo.load(tmp_path / "dense.pt", ReadsConfig(config).eval())
+    images = torch.randn(2, 3, 4, 4)
+    assert torch.equal(loaded(images), dense(images))
+    assert config.sizes == [6, 8]
+
+
+@pytest.mark.parametrize("kind", [TimesConfig, RootOfConfig, DecidesByConfig])
+def test_a_width_in_a_config_of_which_something_else_is_made_stays(kind):
+    torch.manual_seed(0)
+    dense, groups = dense_of(kind(Config()).eval())
+    assert set(groups.skipped) == {"two"}
+    assert dense.config.sizes == [6, 8]
+
+
+def test_a_config_of_two_modules_beside_each_other_stays():
+    torch.manual_seed(0)
+    dense, groups = dense_of(Side().eval())
+    assert set(groups.skipped) == {"net.two"}
+    assert dense.net.config.sizes == dense.one.config.sizes == [6, 8]
