@@ -164,7 +164,11 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
     "fresh_networks": _fresh_networks,
     "gpu": _gpu,
     "speed": lambda: iter(
-        [_of_jsonl("bench_pipeline.py", "steps.jsonl"), _of_jsonl("bench_seconds.py", "seconds.jsonl")]
+        [
+            _of_jsonl("bench_pipeline.py", "steps.jsonl"),
+            _of_jsonl("bench_seconds.py", "seconds.jsonl"),
+            _of_jsonl("bench_precision.py", "precision.jsonl"),
+        ]
     ),
     "topology": _topology,
     "trained": _trained,

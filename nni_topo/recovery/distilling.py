@@ -585,8 +585,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     precision : {"float32", "bfloat16"}, default="float32"
         ``"bfloat16"`` computes both networks under :class:`torch.autocast` in gradient steps. Parameters, losses and
         what judges stay in the precision of ``dense``, at least single; autocast leaves double precision, and
-        ``original`` in half precision, as they are. On processors with bfloat16 instructions steps take less time,
-        above all those of transformers; on other processors they take more.
+        ``original`` in half precision, as they are. On processors with bfloat16 instructions steps of
+        transformers take less time; those of depth-wise convolutions, and all on other processors, take more.
     state : str or Path, optional
         File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
         the same result on one machine.
