@@ -74,7 +74,7 @@ class Block(Reconstruct):
     layers: int = 0
     # Samples a step, at least 1.
     batch_size: int = 32
-    # "bfloat16" computes the gradients under autocast: faster for transformers on processors with bfloat16 instructions.
+    # "bfloat16" computes the gradients under autocast: faster for transformers where the processor has bfloat16.
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
