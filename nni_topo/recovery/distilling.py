@@ -586,7 +586,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``"bfloat16"`` computes both networks under :class:`torch.autocast` in gradient steps. Parameters, losses and
         what judges stay in the precision of ``dense``, at least single; autocast leaves double precision, and
         ``original`` in half precision, as they are. On processors with bfloat16 instructions steps of
-        transformers take less time; those of depth-wise convolutions, and all on other processors, take more.
+        transformers take less time, and those of depth-wise convolutions more; on other processors none takes less.
     state : str or Path, optional
         File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
         the same result on one machine.
