@@ -1,5 +1,9 @@
 """Networks are compared in full precision, whatever the process allows for speed."""
 
+import functools
+import os
+import traceback
+
 import pytest
 import torch
 import torchvision
@@ -42,12 +46,30 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _put_back():
-    yield
-    _set_all("none")
-    torch.set_float32_matmul_precision("highest")
-    _allow(True)
+def in_own_process(test):
+    """Run a test in a fork: switches that were set never are again as they were when PyTorch was imported."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        if not hasattr(os, "fork"):
+            test(*args, **kwargs)
+            return
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            status = 0
+            try:
+                test(*args, **kwargs)
+            except BaseException:
+                status = 1
+                os.write(writing, traceback.format_exc().encode()[-4096:])
+            os._exit(status)
+        os.close(writing)
+        with os.fdopen(reading, errors="replace") as pipe:
+            told = pipe.read()
+        assert os.waitpid(child, 0)[1] == 0, told
+
+    return run
 
 
 def asked(switch):
@@ -67,6 +89,7 @@ def settings():
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
+@in_own_process
 def test_settings_are_put_back(setting):
     SETTINGS[setting]()
     before = settings()
@@ -77,6 +100,7 @@ def test_settings_are_put_back(setting):
     assert settings() == before
 
 
+@in_own_process
 def test_an_operation_goes_on_following_the_setting_of_all():
     _set_all("ieee")
     with in_full_precision():
@@ -86,6 +110,7 @@ def test_an_operation_goes_on_following_the_setting_of_all():
 
 
 @pytest.mark.parametrize(("library", "names"), [("cudnn", ["matmul", "conv", "rnn"]), ("mkldnn", ["mkldnn conv"])])
+@in_own_process
 def test_an_operation_goes_on_following_the_setting_of_its_library(library, names):
     switch = getattr(BACKENDS, library)
     for name in names:
@@ -102,6 +127,7 @@ def test_an_operation_goes_on_following_the_setting_of_its_library(library, name
 
 
 @pytest.mark.parametrize("older", [True, False])
+@in_own_process
 def test_the_older_switch_is_put_back_where_it_disagrees(older):
     _allow(older)
     _set_all("ieee")
@@ -142,6 +168,7 @@ ANALYSES = {
 
 
 @pytest.mark.parametrize("name", ANALYSES)
+@in_own_process
 def test_networks_are_compared_in_full_precision(name, tmp_path):
     torch.set_float32_matmul_precision("high")
     SEEN.clear()
@@ -150,6 +177,7 @@ def test_networks_are_compared_in_full_precision(name, tmp_path):
     assert torch.get_float32_matmul_precision() == "high"
 
 
+@in_own_process
 def test_training_steps_keep_the_precision_that_is_set():
     torch.set_float32_matmul_precision("high")
     model = _Telling()
@@ -159,7 +187,14 @@ def test_training_steps_keep_the_precision_that_is_set():
     assert set(SEEN) == {"high"}
 
 
-@pytest.mark.cuda
+@pytest.fixture
+def _highest_afterwards():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.cuda  # not in a fork, where a GPU can't be used
+@pytest.mark.usefixtures("_highest_afterwards")
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mnasnet1_0", "resnet18"])
 def test_groups_on_a_gpu_are_those_on_the_cpu(name, precision):
@@ -174,6 +209,7 @@ def test_groups_on_a_gpu_are_those_on_the_cpu(name, precision):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
+@in_own_process
 def test_a_network_is_exported_whatever_is_set(setting, tmp_path):
     SETTINGS[setting]()
     before = settings(), BACKENDS.mkldnn.enabled
