@@ -46,6 +46,12 @@ SETTINGS = {
 }
 
 
+@pytest.fixture
+def _highest_afterwards():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 def in_own_process(test):
     """Run a test in a fork: switches that were set never are again as they were when PyTorch was imported."""
 
@@ -177,7 +183,7 @@ def test_networks_are_compared_in_full_precision(name, tmp_path):
     assert torch.get_float32_matmul_precision() == "high"
 
 
-@in_own_process
+@pytest.mark.usefixtures("_highest_afterwards")  # a fork can't take gradients
 def test_training_steps_keep_the_precision_that_is_set():
     torch.set_float32_matmul_precision("high")
     model = _Telling()
@@ -185,12 +191,6 @@ def test_training_steps_keep_the_precision_that_is_set():
     SEEN.clear()
     nni_topo.distill(dense, model, [EXAMPLE] * 4, steps=2, lr=1e-3, progress=False)
     assert set(SEEN) == {"high"}
-
-
-@pytest.fixture
-def _highest_afterwards():
-    yield
-    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.cuda  # not in a fork, where a GPU can't be used
