@@ -243,7 +243,7 @@ class Lesson:
         Where processes share the images, it is the part of this process: their parts add up to the mean.
         """
         if not self._block_names:
-            if wanted and not len(wanted[0]):  # none of these images is this process's; the others wait for it
+            if not len(wanted[0]):  # none of these images is this process's; the others wait for it
                 self._mean_of(self._taught([], []), [])
                 return torch.stack([each.sum() for each in student.parameters() if each.requires_grad]).sum() * 0.0
             found, wanted = self._compared(student, call, wanted, self.precision)

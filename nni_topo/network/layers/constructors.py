@@ -702,9 +702,9 @@ def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
         module = model.get_submodule(name)
         owner, _, listed = key.partition(".")
         if listed:
-            described = copy.copy(getattr(module, owner))  # other models may hold the same object
-            setattr(described, listed, with_numbers(getattr(described, listed), {path: size}))
             held = getattr(module, owner)
+            described = copy.copy(held)  # other models may hold the same object
+            setattr(described, listed, with_numbers(getattr(described, listed), {path: size}))
             for each in module.modules():  # those within may hold it too
                 if vars(each).get(owner) is held:
                     setattr(each, owner, described)
