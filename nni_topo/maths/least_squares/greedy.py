@@ -237,9 +237,10 @@ class _Reader(ABC):
         place, block = self._place[channel], self._block
         inverse = np.linalg.inv(np.linalg.cholesky(self._own[place]))
         mine = slice(place * block, (place + 1) * block)
-        row, target = self._rows[mine].copy(), inverse @ self._cross[mine]
+        filled = self._filled()
+        row, target = filled[mine].copy(), inverse @ self._cross[mine]
         self._left -= 1
-        for values, size in ((self._channels, 1), (self._own, 1), (self._cross, block), (self._rows, block)):
+        for values, size in ((self._channels, 1), (self._own, 1), (self._cross, block), (filled, block)):
             last = self._left * size
             values[place * size : (place + 1) * size] = values[last : last + size]
         self._place[self._channels[place]] = place
@@ -251,6 +252,10 @@ class _Reader(ABC):
             rows = slice(chunk.start * block, chunk.stop * block)
             dgemm(-1.0, target.T, new[rows].T, 1.0, self._cross[rows].T, overwrite_c=True)  # in place
             self._meet(chunk)
+
+    def _filled(self) -> FloatArray:
+        """Return what there is so far of the rows."""
+        return self._rows
 
     @abstractmethod
     def _shared(self, channel: int, row: FloatArray, inverse: FloatArray) -> FloatArray:
@@ -273,17 +278,23 @@ class _InProducts(_Reader):
     """By products: the Cholesky factor of the chosen columns grows by a block column a step."""
 
     def __init__(self, layer: Products, keep: int) -> None:
-        self._gram = np.asarray(layer.gram, dtype=np.float64)
-        self._index = np.arange(len(layer.gram)).reshape(-1, layer.block)
-        own = self._gram[self._index[:, :, None], self._index[:, None, :]]
-        super().__init__(own, compressed(layer.cross), np.zeros((len(layer.gram), keep * layer.block)))
+        channels = np.arange(len(layer.gram) // layer.block)
+        # By channel and column, twice.
+        self._gram = np.asarray(layer.gram, dtype=np.float64).reshape((len(channels), layer.block) * 2)
+        own = self._gram[channels, :, channels]
+        # The factor lies transposed, so that what is there so far is contiguous.
+        super().__init__(own, compressed(layer.cross), np.zeros((keep * layer.block, len(layer.gram))).T)
         self._done = 0
 
+    def _filled(self) -> FloatArray:
+        return self._rows[:, : self._done]
+
     def _shared(self, channel: int, row: FloatArray, inverse: FloatArray) -> FloatArray:
-        factor = self._rows[: self._left * self._block]
-        gram = self._gram[self._index[channel]][:, self._index[self._channels[: self._left]].ravel()]
-        new = np.asarray((gram.T - factor[:, : self._done] @ row[:, : self._done].T) @ inverse.T)
-        factor[:, self._done : self._done + self._block] = new
+        columns = self._left * self._block
+        shared = self._gram[channel][:, self._channels[: self._left]].reshape(self._block, -1)
+        shared -= row @ self._filled()[:columns].T
+        new = np.ascontiguousarray((inverse @ shared).T)
+        self._rows[:columns, self._done : self._done + self._block] = new
         self._done += self._block
         return new
 

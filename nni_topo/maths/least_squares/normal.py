@@ -184,6 +184,15 @@ class NormalEquations:
         shift = (self._sums["y"] - (self._sums["x"].unsqueeze(1) @ weights).squeeze(1)) / self.samples
         return Solution(weights, shift if intercept else torch.zeros_like(shift), max(error, 0.0))
 
+    def factors(self) -> dict[int, tuple[float, bool, _Factor]]:
+        """Return the factors that the next solution may use, for `take_factors` after others were tried."""
+        return dict(self._factors)
+
+    def take_factors(self, factors: dict[int, tuple[float, bool, _Factor]]) -> None:
+        """Have the factors that there were, of a ridge that turned out to be better than the last one."""
+        self._factors.clear()
+        self._factors.update(factors)
+
     def unchanged(self) -> Solution:
         """Return the solution that predicts zero."""
         x, y = self._sums["x"], self._sums["y"]
@@ -226,7 +235,7 @@ class NormalEquations:
             return None
         self._factors[self.samples] = ridge, intercept, factor
         scale = factor.scale.unsqueeze(2)
-        weights = torch.cholesky_solve(cross * scale, factor.lower).mul_(scale)
+        weights = _solved(factor.lower, cross * scale).mul_(scale)
         # By the equations themselves the products of weights and inputs are `cross` less the penalty.
         met = torch.linalg.vecdot(weights.flatten(), (cross + factor.penalty.unsqueeze(2) * weights).flatten())
         return weights, float(squares.sum() - met)
@@ -265,7 +274,7 @@ class NormalEquations:
         if bool(info.any()):
             return None
         # ``(X'X + 1)^-1 X'Y = X'(XX' + 1)^-1 Y``, and what the second factor leaves of Y is the error itself.
-        left = torch.cholesky_solve(residuals, lower)
+        left = _solved(lower, residuals)
         return (scaled.mT @ left).mul_(scale.mT / ridge), float(left.square().sum())
 
     def _scaled(self, intercept: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,10 +291,17 @@ class NormalEquations:
     def _products(self) -> Tensor:
         """Sum the products of inputs, to be worked on in place."""
         if self._parts:
-            one, other = (part._products() for part in self._parts)
-            return one.add_(other)
+            one, other = self._parts
+            return one._products().add_(other._read_products())
+        products = self._read_products()
+        return products.clone() if products is self._sums.get("xx") else products
+
+    def _read_products(self) -> Tensor:
+        """Sum the products of inputs, only to be read."""
+        if self._parts:
+            return self._products()
         self._settle()
-        return symmetric(self._joined()[0]) if self._rows else self._sums["xx"].clone()
+        return symmetric(self._joined()[0]) if self._rows else self._sums["xx"]
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         """Return all samples that are kept: inputs and residuals, (groups, samples, ...)."""
@@ -329,6 +345,14 @@ class _Factor:
     lower: Tensor
     scale: Tensor
     penalty: Tensor
+
+
+def _solved(lower: Tensor, values: Tensor) -> Tensor:
+    """Solve equations by their Cholesky factor."""
+    # What `torch.cholesky_solve` does, which copies the factor first.
+    half = torch.linalg.solve_triangular(lower, values, upper=False)
+    found: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return found
 
 
 def _penalty(squares: Tensor, ridge: float) -> Tensor:
@@ -381,25 +405,33 @@ def _choose(
     if not held.samples:
         return (GRID[_FIRST_TRIED] if ridge is None else ridge), math.nan
     nothing = held.relative_error(held.unchanged())
-
-    def error(tried: float) -> float:
-        solution = learned.solve(tried, intercept=intercept)
-        return math.inf if solution is None else held.relative_error(solution)
-
     if ridge is not None:
-        alone = error(ridge)
-        return (ridge, alone) if alone < math.inf else (math.inf, nothing)
-    chosen, least = _descend(error)
+        solution = learned.solve(ridge, intercept=intercept)
+        return (math.inf, nothing) if solution is None else (ridge, held.relative_error(solution))
+    chosen, least = _descend(learned, held, intercept=intercept)
     return (chosen, least) if least < nothing else (math.inf, nothing)
 
 
-def _descend(error: Callable[[float], float]) -> tuple[float, float]:
-    """Walk along the grid downhill, to smaller ridges first."""
-    best, least = _FIRST_TRIED, error(GRID[_FIRST_TRIED])
+def _descend(learned: NormalEquations, held: NormalEquations, *, intercept: bool) -> tuple[float, float]:
+    """Walk along the grid downhill, to smaller ridges first; the factor of the best one is kept."""
+    best, least = _FIRST_TRIED, math.inf
+
+    def is_better(tried: int) -> bool:
+        nonlocal best, least
+        factors = learned.factors()
+        solution = learned.solve(GRID[tried], intercept=intercept)
+        error = math.inf if solution is None else held.relative_error(solution)
+        if error < least:
+            best, least = tried, error
+            return True
+        learned.take_factors(factors)
+        return False
+
+    is_better(_FIRST_TRIED)
     # The error is taken to have one valley, so that few of the eight ridges are solved for.
     for way in (-1, 1):
-        while 0 <= best + way < len(GRID) and (next_error := error(GRID[best + way])) < least:
-            best, least = best + way, next_error
+        while 0 <= best + way < len(GRID) and is_better(best + way):
+            pass
         if best != _FIRST_TRIED:
             break
     return GRID[best], least

@@ -223,8 +223,13 @@ class Patches:
 
     def total(self) -> Tensor:
         """Return the sums over rows, ``(groups, columns)``."""
-        sums = torch.stack([self._under(element).sum(2) for element in range(self.geometry.elements)], dim=2)
-        return sums.flatten(1)
+        values = self.padded.sum(-1)
+        geometry = self.geometry
+        sizes = zip(geometry.kernel, geometry.stride, geometry.dilation, geometry.size, strict=True)
+        for dim, (elements, stride, dilation, size) in enumerate(sizes, start=2):
+            windows = values.unfold(dim, (size - 1) * stride + 1, dilation).narrow(dim, 0, elements)
+            values = windows[..., ::stride].sum(-1)
+        return values.flatten(1)
 
     def squares(self) -> Tensor:
         """Return the sums of squares over rows, ``(groups, columns)``."""
@@ -417,6 +422,50 @@ def _from_spectrum(products: Tensor, lengths: Sequence[int]) -> Tensor:
     return values
 
 
+class _EndProducts:
+    """Sums of the products of patches at one end of a dimension with each other.
+
+    Where a window lies on the padding there are only zeros. The kernel elements before the first and behind the last
+    that meets anything else, along the first dimension, are left out.
+    """
+
+    def __init__(self, kernel: tuple[int, ...]) -> None:
+        self._kernel = kernel
+        self._sums: Tensor | None = None  # (groups, columns, columns) of the elements that aren't left out
+        self.first, self.behind = kernel[0], 0  # of these
+
+    def add(self, columns: Tensor) -> None:
+        """Add patches, ``(groups, channels, elements along the first dimension, all other elements, rows)``."""
+        met = (columns != 0).any(4).any(3).any(1).any(0).nonzero().flatten()
+        if not len(met):
+            return
+        first, behind = min(int(met[0]), self.first), max(int(met[-1]) + 1, self.behind)
+        if (first, behind) != (self.first, self.behind):
+            self._widen(first, behind, columns.shape[1])
+        values = columns[:, :, first:behind].flatten(1, 3)
+        # Few rows and many columns: in place, which saves more than the half that symmetry would.
+        self._sums = values @ values.mT if self._sums is None else self._sums.baddbmm_(values, values.mT)
+
+    def by_place(self, channels: int) -> Tensor | None:
+        """Return the sums as ``(groups, channels, *kernel, channels, *kernel)``; None if all of them are zero."""
+        if self._sums is None:
+            return None
+        sizes = channels, self.behind - self.first, *self._kernel[1:]
+        return self._sums.view(len(self._sums), *sizes, *sizes)
+
+    def _widen(self, first: int, behind: int, channels: int) -> None:
+        """Make room for more elements along the first dimension."""
+        old = self.by_place(channels)
+        if old is not None:
+            sizes = channels, behind - first, *self._kernel[1:]
+            new = old.new_zeros(len(old), *sizes, *sizes)
+            start, size = self.first - first, self.behind - self.first
+            new.narrow(2, start, size).narrow(3 + len(self._kernel), start, size).copy_(old)
+            columns = math.prod(sizes)
+            self._sums = new.view(len(new), columns, columns)
+        self.first, self.behind = first, behind
+
+
 class PatchProducts:
     """Sums the products of patches with each other, batch by batch: ``rows.T @ rows`` of all of them."""
 
@@ -425,10 +474,10 @@ class PatchProducts:
         self._squares: Tensor | None = None  # (groups, columns)
         self._channels = 0
         self._full: _SumsByPairs | _SumsByFrequencies = _SumsByPairs()
-        # By dimension, products after its last positions less those at its first, (groups, columns, columns), whose
-        # columns are ordered by kernel element and then by channel.
-        self._ends: dict[int, Tensor] = {}
-        # By dimension, values of some batches after its last positions and at its first, (groups, columns, rows).
+        # By dimension, products after its last positions, and those at its first.
+        self._ends: dict[int, tuple[_EndProducts, _EndProducts]] = {}
+        # By dimension, patches of some batches after its last positions and at its first, (groups, channels, elements
+        # along the first dimension, all other elements, rows).
         self._waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, patches: Patches) -> None:
@@ -446,28 +495,22 @@ class PatchProducts:
             if found is None:
                 continue
             windows, behind = found
-            last, first = (patches._from(dim, pixel, windows)._by_element().flatten(1, 2) for pixel in (behind, 0))
+            last, first = (
+                patches._from(dim, pixel, windows)._by_element().transpose(1, 2).unflatten(2, (windows.kernel[0], -1))
+                for pixel in (behind, 0)
+            )
             waiting = self._waiting.setdefault(dim, [])
             waiting.append((last, first))
-            if sum(2 * one.shape[2] for one, _ in waiting) >= _TOGETHER:
-                self._multiply(dim)
+            if sum(2 * one.shape[-1] for one, _ in waiting) >= _TOGETHER:
+                self._multiply(dim, windows)
 
-    def _multiply(self, dim: int) -> None:
-        """Multiply the rows at the ends of a dimension that wait for it."""
+    def _multiply(self, dim: int, windows: Geometry) -> None:
+        """Multiply the patches at the ends of a dimension that wait for it."""
         waiting = self._waiting.pop(dim, [])
-        if not waiting:
-            return
-        last, first = (torch.cat(rows, dim=2) for rows in zip(*waiting, strict=True))
         if dim not in self._ends:
-            self._ends[dim] = last.new_zeros(*last.shape[:2], last.shape[1])
-        for values, sign in ((last, 1), (first, -1)):
-            # At the ends half of the kernel may lie on the padding.
-            met = (values != 0).any(dim=2).any(dim=0).nonzero().flatten()
-            if len(met):
-                begin, end = int(met[0]), int(met[-1]) + 1
-                values = values[:, begin:end]
-                # Few rows and many columns: in place, which saves more than the half that symmetry would.
-                self._ends[dim][:, begin:end, begin:end].baddbmm_(values, values.mT, alpha=sign)
+            self._ends[dim] = _EndProducts(windows.kernel), _EndProducts(windows.kernel)
+        for sums, columns in zip(self._ends[dim], zip(*waiting, strict=True), strict=True):
+            sums.add(torch.cat(columns, dim=-1))
 
     def total(self) -> Tensor:
         """Return the products of all pairs of columns, ``(groups, columns, columns)``; the sums are used up."""
@@ -475,32 +518,63 @@ class PatchProducts:
         assert geometry is not None  # of no batch nobody asks for products
         assert squares is not None
         groups, channels, elements = len(squares), self._channels, geometry.elements
-        found = squares.new_zeros(groups, elements, channels, elements, channels)
-        for element, other, products in self._full.each(geometry):
-            found[:, element, :, other] = products
-            found[:, other, :, element] = products.mT
-        dims = len(geometry.kernel)
-        # (groups, *kernel, channels, *kernel, channels)
-        by_place = found.view(groups, *geometry.kernel, channels, *geometry.kernel, channels)
+        # All of it is written: the pairs that are summed over all positions, and what follows from them.
+        products = squares.new_empty(groups, channels * elements, channels * elements)
+        found = products.view(groups, channels, elements, channels, elements)
+        for element, other, sums in self._full.each(geometry):
+            found[:, :, element, :, other] = sums
+            found[:, :, other, :, element] = sums.mT
+        by_place = found.view(groups, channels, *geometry.kernel, channels, *geometry.kernel)
         # The last dimension first: what the earlier ones write follows from pairs that it has written.
-        for dim in reversed(range(dims)):
+        for dim in reversed(range(len(geometry.kernel))):
             windows = geometry.ends(dim)
             if windows is None:
                 continue
-            self._multiply(dim)
-            step, kernel = geometry.steps[dim][0], windows[0].kernel
-            ends = self._ends.pop(dim).view(groups, *kernel, channels, *kernel, channels)
-            for place in range(step, geometry.kernel[dim]):
-                before = _at(dim, dims, place - step, slice(None, -step))
-                after = _at(dim, dims, place, slice(step, None))
-                by_place[after] = by_place[before] + ends[_at(dim, dims, place - step, slice(None))]
-        products = found.permute(0, 2, 1, 4, 3).reshape(groups, channels * elements, channels * elements)
+            if self._waiting.get(dim):
+                self._multiply(dim, windows[0])
+            self._follow(by_place, dim, geometry)
         # Sums and differences leave rounding where a column is zero throughout, such as one that meets only padding.
         is_zero = squares == 0
         if bool(is_zero.any()):
             products.masked_fill_(is_zero.unsqueeze(1) | is_zero.unsqueeze(2), 0.0)
         products.diagonal(dim1=1, dim2=2).copy_(squares)
         return products
+
+    def _follow(self, by_place: Tensor, dim: int, geometry: Geometry) -> None:
+        """Write the products of the elements behind the first ones of a dimension: each follows from one before it."""
+        step = geometry.steps[dim][0]
+        pairs = _Pairs(by_place, dim)
+        ends = [
+            (alpha, sums, found)
+            for alpha, sums in zip((1.0, -1.0), self._ends.pop(dim), strict=True)
+            if (found := sums.by_place(self._channels)) is not None
+        ]
+        for place in range(step, geometry.kernel[dim]):
+            pairs.at(place, step, None).copy_(pairs.at(place - step, 0, -step))
+            for alpha, sums, found in ends:
+                changes = _Pairs(found, dim)
+                if dim:
+                    followers = pairs.at(place, step, None, along_first=slice(sums.first, sums.behind))
+                    followers.add_(changes.at(place - step, 0, None), alpha=alpha)
+                elif sums.first <= place - step < sums.behind:
+                    followers = pairs.at(place, sums.first + step, sums.behind + step)
+                    followers.add_(changes.at(place - step - sums.first, 0, None), alpha=alpha)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Products ``(groups, channels, *kernel, channels, *kernel)``, looked at along one dimension of the kernel."""
+
+    products: Tensor
+    dim: int
+
+    def at(self, place: int, first: int, behind: int | None, *, along_first: slice = slice(None)) -> Tensor:
+        """Return those of a place with the others from a first one on; ``along_first`` picks of the first dimension."""
+        dims = (self.products.dim() - 3) // 2
+        index: list[int | slice] = [slice(None)] * self.products.dim()
+        index[2], index[3 + dims] = along_first, along_first
+        index[2 + self.dim], index[3 + dims + self.dim] = place, slice(first, behind)
+        return self.products[tuple(index)]
 
 
 def symmetric(rows: Tensor) -> Tensor:
@@ -537,14 +611,6 @@ def pays(geometry: Geometry, channels: int, outputs: int, entries: int, sampled:
     shifted = entries * (geometry.multiplications(channels) + passes * geometry.multiplications_once(channels, outputs))
     # Many small products take about twice as long as one large product of as many multiplications.
     return 2.0 * shifted < drawn
-
-
-def _at(dim: int, dims: int, place: int, others: slice) -> tuple[int | slice, ...]:
-    """Index ``(groups, *kernel, channels, *kernel, channels)`` by a place in one dimension and by others' places."""
-    index: list[int | slice] = [slice(None)] * (1 + 2 * (dims + 1))
-    index[1 + dim] = place
-    index[2 + dims + dim] = others
-    return tuple(index)
 
 
 @functools.cache

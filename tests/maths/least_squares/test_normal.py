@@ -222,3 +222,19 @@ def test_fit_without_held_out_samples_leaves_the_products_alone():
     products = sums.sums["xx"].clone()
     fit(sums, NormalEquations(), 0.1, intercept=True)
     assert torch.equal(sums.sums["xx"], products)
+
+
+def test_the_factor_of_the_ridge_that_was_chosen_is_kept(monkeypatch):
+    inputs, targets, _, _ = problem(samples=80, unknowns=30, noise=2.0)
+    learned, held = equations(inputs[:, :60], targets[:, :60]), equations(inputs[:, 60:], targets[:, 60:])
+    found = fit(learned, held, None, intercept=True)
+    position = GRID.index(found.ridge)
+    assert 0 < position < len(GRID) - 1  # so that others were tried after it
+
+    def factorized(*args, **kwargs):
+        raise AssertionError("the equations are factorized again")
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", factorized)
+    again = fit(learned, held, found.ridge, intercept=True)
+    assert torch.equal(again.solution.weights, found.solution.weights)
+    assert (again.held_out, again.after) == (found.held_out, found.after)

@@ -10,6 +10,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from nni_topo.maths.least_squares import shifts
 from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.maths.least_squares.shifts import (
     Geometry,
@@ -164,6 +165,25 @@ def test_products_of_large_kernels_with_padding_are_those_of_rows(kernel):
         products.add(Patches.of(part, 1, geometry))
     rows = written(inputs, 1, geometry)
     torch.testing.assert_close(products.total(), rows.mT @ rows, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", [(1, 7), (7, 1), (5, 4), (3, 2, 3)])
+def test_borders_of_zeros_may_be_narrower_in_later_batches(kernel, monkeypatch):
+    # Ends of every batch are multiplied on their own; of the first there is nothing but zeros to see.
+    monkeypatch.setattr(shifts, "_TOGETHER", 1)
+    dims = len(kernel)
+    geometry = Geometry(kernel, (1,) * dims, (1,) * dims, (6,) * dims)
+    inputs = inputs_of(geometry, 5, 2, seed=3)
+    for entry, border in enumerate((100, 4, 2, 3, 0)):
+        for dim in range(dims):
+            inputs[entry].narrow(1 + dim, 0, min(border, inputs.shape[2 + dim])).zero_()
+            behind = max(inputs.shape[2 + dim] - border, 0)
+            inputs[entry].narrow(1 + dim, behind, inputs.shape[2 + dim] - behind).zero_()
+    rows = written(inputs, 1, geometry)
+    products = PatchProducts()
+    for part in inputs.split(1):
+        products.add(Patches.of(part, 1, geometry))
+    torch.testing.assert_close(products.total(), rows.mT @ rows, rtol=1e-12, atol=1e-11)
 
 
 def test_of_a_large_kernel_few_pairs_are_summed_over_all_positions():
