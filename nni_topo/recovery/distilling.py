@@ -634,7 +634,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     temperature.
 
     Cost: a step runs ``dense`` forward and back; ``original`` runs once over the images, or over each of their views,
-    and with ``blocks`` once more at every step.
+    and with ``blocks`` once more at every step. Its outputs are kept where those for all images take at most a quarter
+    of the free memory; larger ones, such as maps of segmentation, are computed again at every step.
 
     References
     ----------

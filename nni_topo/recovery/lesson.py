@@ -31,6 +31,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     device_of,
     evaluation_mode,
+    free_memory_of,
     map_tensors,
     on_device,
     out_of_memory,
@@ -55,6 +56,9 @@ _AT_ONCE = 256
 _COPIES = 3
 _READ = 16  # samples by which the outputs of a network are told apart
 _VARIED = 1024  # samples, about, over which the variances of outputs are measured
+_NUMBERS = 2**27  # of outputs that are looked at together; of large ones these are fewer samples, but for some
+_FEWEST = 16
+_KEPT_SHARE = 0.25  # of the free memory that the answers for all images may take
 _LEAST_VARIANCE = 1e-12
 _TEMPERATURE = 2.0  # where nothing is learned; distillation's default
 _UNIT = 1e-3  # by how much the length of an embedding may differ from one
@@ -159,6 +163,7 @@ class Lesson:
         one = torch.arange(1)
         wanted = self._answers(pool, one)
         self._count = len(wanted)  # of outputs
+        self._together = max(_FEWEST, _NUMBERS // max(1, sum(each.numel() for each in wanted)))  # samples at most
         self._scales = self._variances(torch.arange(len(self._shares)))  # of what judges
         self._learned_scales = self._scales
         self._weight_of_distance = 0.0
@@ -194,7 +199,7 @@ class Lesson:
 
     def _variances(self, index: Tensor) -> list[float]:
         """Return the variance of each output of the unpruned network over some of the images, a sample of many."""
-        own = self._shares.own(index[:: -(-len(index) // _VARIED)])
+        own = self._shares.own(index[:: -(-len(index) // min(_VARIED, self._together))])
         real = real_positions_of(self._unpruned, taken(self._pool, own))
         wanted = [finite(each) for each in _unpadded(self._answers(self._pool, own), real)]
         return [self._variance(each) + _LEAST_VARIANCE for each in wanted]
@@ -222,7 +227,7 @@ class Lesson:
 
     def loss_of_a_constant(self, index: Tensor) -> float:
         """Return the loss of a network that gives the same answer for each of some images: their mean answer."""
-        own = self._shares.own(index[:_AT_ONCE])
+        own = self._shares.own(index[: min(_AT_ONCE, self._together)])
         real = real_positions_of(self._unpruned, taken(self._pool, own))
         wanted = _unpadded(self._answers(self._pool, own), real)
         if self.kind == "kl":
@@ -417,7 +422,9 @@ class Lesson:
 
 
 class _Answers:
-    """What the unpruned network says of some images: computed where it is asked for, and kept.
+    """What the unpruned network says of some images: computed where it is asked for, and kept if there is room for it.
+
+    There is room where the answers for all images take at most a quarter of the free memory.
 
     Attributes
     ----------
@@ -429,6 +436,7 @@ class _Answers:
         self._ask = ask
         self._is_known = torch.zeros(count, dtype=torch.bool, device="cpu")
         self._values: list[Tensor] = []
+        self._is_kept = True
         self._seconds, self._asked = 0.0, 0
 
     @property
@@ -438,19 +446,39 @@ class _Answers:
 
     def __call__(self, call: Call, index: Tensor, precision: Precision = "float32") -> list[Tensor]:
         """Return each output for the images of a call with these indices; what isn't known is asked in a precision."""
-        open_ones = index[~self._is_known[index]]
-        if len(open_ones):
-            began = time.perf_counter()
-            for part in _together(open_ones.unique()):
-                found = self._ask(taken(call, part), precision)
-                if not self._values:
-                    self._values = [each.new_empty(len(self._is_known), *each.shape[1:]) for each in found]
-                for kept, each in zip(self._values, found, strict=True):
-                    kept[part.to(kept.device)] = each
-            self._is_known[open_ones] = True
-            self._seconds += time.perf_counter() - began
-            self._asked += len(open_ones)
-        return [each[index.to(each.device)] for each in self._values]
+        began = time.perf_counter()
+        if self._is_kept:
+            self._complete(call, index[~self._is_known[index]].unique(), precision)
+        if self._is_kept or not len(index):
+            answers = [each[index.to(each.device)] for each in self._values]
+        else:
+            parts = [self._asked_about(call, part, precision) for part in _together(index)]
+            answers = [torch.cat(each) for each in zip(*parts, strict=True)]
+        self._seconds += time.perf_counter() - began
+        return answers
+
+    def _complete(self, call: Call, index: Tensor, precision: Precision) -> None:
+        """Ask about images of which nothing is known; keep the answers, if there is room for them."""
+        for part in _together(index) if len(index) else ():
+            found = self._asked_about(call, part, precision)
+            if not self._values:
+                self._is_kept = self._has_room(found)
+                count = len(self._is_known) if self._is_kept else 0
+                self._values = [each.new_empty(count, *each.shape[1:]) for each in found]
+                if not self._is_kept:
+                    return
+            for kept, each in zip(self._values, found, strict=True):
+                kept[part.to(kept.device)] = each
+            self._is_known[part] = True
+
+    def _asked_about(self, call: Call, index: Tensor, precision: Precision) -> list[Tensor]:
+        self._asked += len(index)
+        return self._ask(taken(call, index), precision)
+
+    def _has_room(self, found: list[Tensor]) -> bool:
+        """Say whether answers like these for some images fit into memory for all of them."""
+        needed = sum(len(self._is_known) * each[:1].nbytes for each in found)
+        return needed <= _KEPT_SHARE * free_memory_of(found[0].device)
 
 
 def minus(mine: Tensor, theirs: Tensor) -> Tensor:

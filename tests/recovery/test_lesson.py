@@ -13,7 +13,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.recovery import distill, distillation
+from nni_topo.recovery import distill, distillation, lesson
 from nni_topo.recovery.lesson import Lesson, outputs_of
 
 
@@ -103,6 +103,37 @@ def test_the_unpruned_network_answers_for_what_the_steps_come_to():
     distill(dense, original, images, held_out=[inputs(100, seed=1)], steps=20, lr=1e-3)
     checks = 1000 + 100 + 16  # the first batch of each, and a few by which outputs are told apart
     assert sum(seen) <= checks + 20 * 64 + 2 * 1024 + 256 + 100 + 1
+
+
+@pytest.mark.parametrize("kind", ["kl", "squares"])
+def test_answers_that_do_not_fit_into_memory_are_asked_for_again(kind, monkeypatch):
+    dense, original = pair()
+    knobs = {"objective": kind, "steps": 30, "lr": 6e-3}
+    asked = []
+    original.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
+    kept = distillation(dense, original, batches(), **knobs)
+    few = sum(asked)
+    monkeypatch.setattr(lesson, "free_memory_of", lambda device: 0)
+    again = distillation(dense, original, batches(), **knobs)
+    assert sum(asked) > 3 * few
+    torch.testing.assert_close(again.model.state_dict(), kept.model.state_dict(), rtol=1e-4, atol=1e-5)
+    assert again.loss_after == pytest.approx(kept.loss_after, rel=1e-3)
+    monkeypatch.setattr(lesson, "free_memory_of", lambda device: 4 * 96 * 4 * 4)  # four times all answers
+    asked.clear()
+    distillation(dense, original, batches(), **knobs)
+    assert sum(asked) == few
+
+
+def test_of_large_outputs_few_are_looked_at_together(monkeypatch):
+    dense, original = pair()
+    seen = []
+    original.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr(lesson, "_NUMBERS", 60)  # of twenty samples
+    found = Lesson(original, dense, ((inputs(400),), {}), "kl", 2.0)
+    seen.clear()
+    found.learn_from(torch.arange(400))
+    assert sum(seen) <= 40
+    assert found.loss_of_a_constant(torch.arange(400)) > 0.0
 
 
 @pytest.mark.parametrize("kind", ["whole numbers", "two tensors", "one value"])
