@@ -22,7 +22,7 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
-from nni_topo.network.runtime import CONFIG_LIST
+from nni_topo.network.runtime import CONFIG_LIST, Precision
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import PRUNERS
 from nni_topo.recovery.distilling import KNOBS
@@ -94,6 +94,7 @@ class DistillationChoice:
     batch_size: int = 64
     lr: float | None = None
     blend: bool = True
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         own = {name: rule for name, rule in KNOBS.items() if hasattr(self, name)}
@@ -168,6 +169,8 @@ class Cell:
         for name in ("compensate", "distill", "until"):
             if settings[name] is None:
                 del settings[name]
+        if self.distill is not None and self.distill.precision == "float32":
+            del settings["distill"]["precision"]  # so that records from before there was a choice are found
         return _digest(settings)
 
     @property

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.runs import choices
 from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.studies.plan import ComparisonPlan, load_plan
 
@@ -161,6 +162,17 @@ def test_a_row_is_distilled_in_its_own_way_and_keys_of_plans_without_it_stay():
     assert cells[1].key == without.key
 
 
+def test_records_from_before_distillation_had_a_precision_are_found(monkeypatch):
+    monkeypatch.setattr(choices, "_digest", lambda settings: settings)
+    told = []
+    for precision in ("float32", "bfloat16"):
+        distill = DistillationChoice(images=64, precision=precision)
+        (cell,) = plan(pruners=(PrunerChoice("l1"),), targets=HALF, distill=distill).cells()
+        told.append(cell.key["distill"])
+    assert told[1] == {**told[0], "precision": "bfloat16"}
+    assert "precision" not in told[0]
+
+
 def test_a_plan_reads_its_distillation(tmp_path):
     (tmp_path / "plan.yaml").write_text(
         "models: small_cnn\ndata: digits\ntargets: [{ratio: 0.5}]\ndistill: {images: 64, steps: 5}\n"
@@ -176,6 +188,7 @@ def test_a_plan_reads_its_distillation(tmp_path):
     [
         ("{images: 1}", "images must be an integer of at least 2, got 1 .distill."),
         ("{augmentation: noise}", "augmentation must be a known name, got 'noise'"),
+        ("{precision: half}", "precision must be a known name, got 'half'"),
         ("{temperature: 0}", "temperature must be above 0 and finite, got 0"),
         ("{labels: true}", "key of distill must be a known name, got 'labels'"),
         ("much", "distill must be a DistillationChoice or a mapping of its fields or None, got 'much'"),
