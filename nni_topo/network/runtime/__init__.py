@@ -72,7 +72,6 @@ from nni_topo.network.runtime.inputs import (
     let_go,
     map_tensors,
     on_device,
-    out_of_memory,
     parts,
     random_like,
     real_positions,
@@ -85,7 +84,13 @@ from nni_topo.network.runtime.inputs import (
     variations_of,
     varied,
 )
-from nni_topo.network.runtime.memory import free_memory_of, freed_at_once, give_back_memory, trim_heap
+from nni_topo.network.runtime.memory import (
+    free_memory_of,
+    freed_at_once,
+    give_back_memory,
+    out_of_memory,
+    trim_heap,
+)
 from nni_topo.network.runtime.precision import (
     PRECISION,
     Precision,

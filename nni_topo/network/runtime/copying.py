@@ -6,17 +6,22 @@ import copy
 import copyreg
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from operator import is_
-from types import CellType, FunctionType, MethodType
+from pickle import PicklingError
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
+from nni_topo.network.runtime.memory import out_of_memory
+
+# What copy.deepcopy raises of what it can't copy: of locks and files, of pointers, of queues between processes.
+_NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -30,7 +35,8 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
     A ``light`` one holds the model's own parameters, any one the ``shared`` tensors; these mustn't be written to then.
 
     A function that a module holds, such as a ``forward`` that replaces its class's, belongs to the copy: what it holds
-    of the model in its closure is the copy's. What ``torch.compile`` has compiled is as it was written.
+    of the model in its closure is the copy's. What ``torch.compile`` has compiled is as it was written. An attribute
+    that can't be copied, such as a lock or an open file, is one of both models; one that holds layers is a ConfigError.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*shared, *(model.parameters() if light else ()))}
     modules = list(model.modules())
@@ -56,9 +62,14 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
     plain = [module for module in modules if _is_copied_by_state(type(module))]
     memo |= {id(module): type(module).__new__(type(module)) for module in plain}
     for module in reversed(plain):
-        state = {key: _copied(key, value, memo) for key, value in vars(module).items() if key != "_compiled_call_impl"}
-        memo[id(module)].__setstate__(state)
-    copied = copy.deepcopy(model, memo)
+        given = {key: value for key, value in vars(module).items() if key != "_compiled_call_impl"}
+        memo[id(module)].__setstate__({key: _copied(module, key, value, memo) for key, value in given.items()})
+    try:
+        copied = copy.deepcopy(model, memo)
+    except _NOT_COPIED as error:
+        if out_of_memory(error):
+            raise
+        raise ConfigError(f"a model must be one that copy.deepcopy copies, got: {error} (model)") from error
     _bind_functions(modules, memo)
     return copied
 
@@ -208,8 +219,8 @@ def _is_copied_by_state(kind: type[nn.Module]) -> bool:
     return own == usual and not hasattr(kind, "__deepcopy__") and not copyreg._slotnames(kind)  # type: ignore[attr-defined]
 
 
-def _copied(key: str, value: Any, memo: dict[int, Any]) -> Any:
-    """Copy an attribute of a module."""
+def _copied(module: nn.Module, key: str, value: Any, memo: dict[int, Any]) -> Any:
+    """Copy an attribute of a module; what can't be copied is shared, unless it holds layers."""
     if type(value) in (bool, int, float, str, type(None)):
         return value
     # A hook's handle holds the tables of its module, empty ones too, and mustn't get others of its own.
@@ -220,7 +231,37 @@ def _copied(key: str, value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if key in ("_parameters", "_buffers", "_modules"):
         return type(value)((name, copy.deepcopy(each, memo)) for name, each in value.items())
-    return copy.deepcopy(value, memo)
+    if isinstance(value, torch.Generator):  # of which deepcopy knows nothing
+        memo[id(value)] = value.clone_state()
+        return memo[id(value)]
+    try:
+        return copy.deepcopy(value, memo)
+    except _NOT_COPIED as error:
+        # A lock, an open file, or what holds one, such as a writer of logs: there is one for the model and its copies.
+        if out_of_memory(error):
+            raise
+        if _holds_layers(value, set()):
+            raise ConfigError(
+                "an attribute that holds layers or tensors must be one that copy.deepcopy copies, got "
+                f"{type(value).__name__}: {error} ({type(module).__name__}.{key})"
+            ) from error
+        memo[id(value)] = value
+        return value
+
+
+def _holds_layers(value: Any, seen: set[int]) -> bool:
+    """Tell whether a module or a tensor is a value, or is in its entries or attributes."""
+    if isinstance(value, (nn.Module, Tensor)):
+        return True
+    if id(value) in seen or isinstance(value, (str, bytes, type, FunctionType, ModuleType)):
+        return False
+    seen.add(id(value))
+    held: list[Any] = [*getattr(value, "__dict__", {}).values()]
+    if isinstance(value, (list, tuple, set)):
+        held += value
+    elif isinstance(value, Mapping):
+        held += value.values()
+    return any(_holds_layers(each, seen) for each in held)
 
 
 def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:

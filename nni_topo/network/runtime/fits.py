@@ -22,10 +22,10 @@ from nni_topo.network.runtime.inputs import (
     first_of_samples,
     fitting,
     name_of,
-    out_of_memory,
     taken,
     tensors_of,
 )
+from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.untouched import evaluation_mode, left_alone
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.processes import is_in_step
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -357,11 +358,6 @@ def in_smaller_batches(work: Callable[_Given, _Made]) -> Callable[_Given, _Made]
             _logger.warning("out of memory: starting again with %d samples at a time (%s)", limit.most, place)
 
     return run
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Say whether an error means that memory is short; PyTorch's error for a CPU only says so in words."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def let_go(error: BaseException | None) -> None:

@@ -1,4 +1,4 @@
-"""Memory that is free and not yet given back to the system."""
+"""Memory that is free, missing, or not yet given back to the system."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def free_memory_of(device: torch.device) -> int:
     What PyTorch keeps of a GPU for its next tensors counts as taken.
     """
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Say whether an error means that memory is short; PyTorch's error for a CPU only says so in words."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def give_back_memory(model: nn.Module) -> None:

@@ -1,6 +1,9 @@
 """What is done to a model isn't done to copies of all its weights, nor to the weights themselves."""
 
+import copy
 import functools
+import multiprocessing
+import threading
 import warnings
 from typing import ClassVar
 
@@ -326,3 +329,55 @@ def test_a_forward_that_reads_a_global_model_is_refused():
     exec("forward = block.forward\nblock.forward = lambda x: forward(x)", names)
     with pytest.raises(ConfigError, match=r"got the global name 'forward' \(forward of a Block\)"):
         nni_topo.shrink(model, [torch.randn(16, 3, 6, 6)], {"flops": 0.6}, distill=False)
+
+
+class Holds(nn.Module):
+    """Has something beside its layers."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 12, 3), nn.Linear(12, 4)
+        self.held = held
+
+    def forward(self, images):
+        return self.head(self.first(images).relu().mean((2, 3)))
+
+
+class Writer:
+    """Writes from another thread, as writers of logs do."""
+
+    def __init__(self):
+        self.lock, self.lines = threading.Lock(), ["one"]
+
+
+@pytest.mark.parametrize("make", [threading.Lock, Writer, multiprocessing.Queue, lambda: [threading.Lock(), 3]])
+def test_what_cannot_be_copied_is_one_for_the_model_and_its_copies(make):
+    torch.manual_seed(0)
+    model, images = Holds(make()).eval(), list(torch.randn(64, 3, 8, 8).split(16))
+    before = copy.deepcopy(model.state_dict())
+    small = nni_topo.shrink(model, images, {"flops": 0.5}, distill={"steps": 5})
+    assert small.held is model.held
+    assert small.first.out_channels < 12
+    assert torch.equal(model.first.weight, before["first.weight"])
+    assert model.first.weight.data_ptr() != detached_copy(model).first.weight.data_ptr()
+
+
+def test_an_open_file_is_one_for_the_model_and_its_copies(tmp_path):
+    with (tmp_path / "log.txt").open("w") as log:
+        assert detached_copy(Holds(log)).held is log
+
+
+def test_a_copy_has_a_generator_of_its_own_in_the_same_state():
+    model = Holds(torch.Generator().manual_seed(5))
+    torch.rand(3, generator=model.held)
+    copied = detached_copy(model)
+    drawn = torch.rand(4, generator=copied.held)
+    assert torch.equal(torch.rand(4, generator=model.held), drawn)
+
+
+@pytest.mark.parametrize("part", ["layer", "tensor"])
+def test_an_attribute_that_cannot_be_copied_and_holds_layers_is_refused(part):
+    model = Holds({"lock": threading.Lock()})
+    model.held["deep"] = [(model.first,) if part == "layer" else torch.ones(2)]
+    with pytest.raises(ConfigError, match=r"got dict: cannot pickle '_thread.lock' object \(Holds.held\)"):
+        nni_topo.shrink(model, [torch.randn(16, 3, 8, 8)], {"flops": 0.5}, distill=False)
