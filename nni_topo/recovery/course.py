@@ -30,7 +30,10 @@ _LOOKS = 25  # how often a course of full length looks at the held-out loss
 _WINDOW = 4  # looks whose mean is compared with that of as many before them: at a high rate single losses jump
 _PROGRESS = 0.02  # share of the earlier mean by which a smaller one counts as progress
 
-_LINES = ((0.1, 20.0), (0.2, 10.0), (0.5, 5.0))
+MOST_LOST = 20.0
+"""A network is lost whose held-out loss is so many times the first."""
+
+_LINES = ((0.1, MOST_LOST), (0.2, 10.0), (0.5, 5.0))
 """A course is given up if, at two looks in turn after these shares of it, the held-out loss is so many times the first.
 
 At a high rate the loss rises at first and falls again as the rate does, from three times the first one at half of the

@@ -67,7 +67,7 @@ from nni_topo.network.runtime import (
     tensors_of,
 )
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
-from nni_topo.recovery.course import Batches, Clock, Course, Look, RateSchedule, RateTrial, learning
+from nni_topo.recovery.course import MOST_LOST, Batches, Clock, Course, Look, RateSchedule, RateTrial, learning
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
     Augment,
@@ -383,21 +383,21 @@ def distillation(
     def courses_batches() -> Batches:
         return lesson.batches(learned, batch_size, seed, augment, is_blended, lambda needed: needed <= clock.left / 10)
 
-    def trials(rates: Sequence[float], is_normed: bool) -> tuple[RateTrial, ...]:
-        def loss(net: nn.Module) -> float:
-            # After a few steps the running statistics are still those of before.
-            few = lesson.plain(net, learned[:_BATCH_NORM_IMAGES])
-            try:
-                measured = recalibrate_batch_norm(net, few) if is_normed else net
-            except DataError:  # the steps have left weights that aren't finite
-                return math.inf
-            return judged(measured, looked_at).loss
+    def loss_of(net: nn.Module, is_normed: bool) -> float:
+        # After a few steps the running statistics are still those of before.
+        few = lesson.plain(net, learned[:_BATCH_NORM_IMAGES])
+        try:
+            measured = recalibrate_batch_norm(net, few) if is_normed else net
+        except DataError:  # the steps have left weights that aren't finite
+            return math.inf
+        return judged(measured, looked_at).loss
 
+    def trials(rates: Sequence[float], is_normed: bool) -> tuple[RateTrial, ...]:
         return try_rates(
             lesson,
             lambda: _student(dense, pool),
             courses_batches,
-            loss,
+            lambda net: loss_of(net, is_normed),
             first,
             lesson.loss_of_a_constant(looked_at),
             most_steps,
@@ -412,6 +412,9 @@ def distillation(
     is_out_of_time = False
     rate = math.nan if lr is None else lr
     goes_on = state is not None and path_of(state, "state").exists()
+    if is_normed and not goes_on and before.loss > 0.0:
+        # Networks that were trained with fixed statistics, or on other images, break by those of the batches.
+        is_normed = loss_of(_student(dense, pool), is_normed) <= MOST_LOST * first
     if goes_on:
         rate = RATES[0] if lr is None else lr  # the file has its own
     elif before.loss == 0.0:
@@ -419,7 +422,6 @@ def distillation(
     elif lr is None:
         rates = trials(RATES, is_normed)
         if is_normed and rates and not rates[-1].is_taken:
-            # Networks that were trained with fixed statistics, or on other images, break by those of the batches.
             is_normed = False
             rates = trials(RATES, is_normed) or rates
         rate = next((each.lr for each in rates if each.is_taken), math.nan)

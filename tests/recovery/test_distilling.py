@@ -13,7 +13,7 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, GradientError, SpeedupError
-from nni_topo.recovery import distill, distillation, recalibrate_batch_norm
+from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
 from nni_topo.recovery.rates import RATES
 from nni_topo.testing import toy_images, toy_model
 
@@ -235,6 +235,28 @@ def test_norms_keep_their_statistics_where_those_of_batches_break_the_network():
     for each in (found, given):
         assert each.is_kept
         assert torch.equal(each.model.norm.running_mean, dense.norm.running_mean)
+
+
+def test_no_rate_is_tried_with_statistics_that_break_the_network(monkeypatch):
+    _, original = pair(norm=True)
+    with torch.no_grad():
+        original.norm.running_mean.fill_(30.0)
+        original.norm.running_var.fill_(1e-4)
+        dense = copy.deepcopy(original)
+        dense.head.bias += torch.tensor([0.05, -0.05, 0.1, 0.0])
+    tried = []
+    try_rates = distilling.try_rates
+
+    def noted(*args, is_normed, **knobs):
+        tried.append(is_normed)
+        return try_rates(*args, is_normed=is_normed, **knobs)
+
+    monkeypatch.setattr(distilling, "try_rates", noted)
+    distillation(dense, original, batches(600), objective="squares", steps=20, blend=False)
+    assert tried == [False]
+    tried.clear()
+    distillation(*pair(norm=True), batches(600), steps=20, blend=False)
+    assert tried == [True]
 
 
 def test_few_held_out_images_are_named():
