@@ -19,20 +19,21 @@ from nni_topo.network.graph import owner_of
 from nni_topo.network.runtime import tensors_of
 from nni_topo.network.speedup.network import Network
 
+WIDTHS = {"a": 4, "b": 4, "c": 8, "d": 2}
 IMAGES = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Given:
     """What a function is called with: the images, (3, 2, 6), parameters of the model's own, and outputs of layers.
 
-    Layers whose names start with ``a`` or ``b`` give 4 channels, (3, 4, 6), those with ``c`` 8.
+    The first letter of a layer's name says how many channels it gives, ``n.a`` is (3, 4, 6).
     """
 
     def __init__(self, owner, x):
         self.owner, self.x, self.count = owner, x, 0
 
     def __getattr__(self, name):
-        return self.owner.part(name, lambda: nn.Conv1d(2, 8 if name[0] == "c" else 4, 1))(self.x)
+        return self.owner.part(name, lambda: nn.Conv1d(2, WIDTHS[name[0]], 1))(self.x)
 
     def p(self, *shape):
         self.count += 1
@@ -44,7 +45,7 @@ class Called(nn.Module):
 
     def __init__(self, function):
         super().__init__()
-        self.function = function
+        self.function, self.two = function, 2
         self(IMAGES)
 
     def part(self, name, make):
@@ -135,6 +136,17 @@ CALLS = {
         ),
         "heads": (lambda n: pairs(n.c).softmax(1), "1x4x2x1: 0*; c: 0* result_depends"),
         "trapezoids": (lambda n: torch.trapezoid(n.a, n.b), "1x1: 0; a: 0* call_not_covered; b: 0* call_not_covered"),
+        "one for each head of the same channels": (
+            lambda n: n.c.unflatten(1, (4, 2))[:, :1].expand(-1, 4, -1, -1) * n.a.unsqueeze(2),
+            "1x1x2x1: c0 c1; a: 0* call_not_covered",
+        ),
+        "differences of rows": (lambda n: rows(n.a).diff(dim=1), "1x1x1: 0; a: 0* call_not_covered"),
+        "product with a parameter as large": (lambda n: n.a[0, :, 0] * n.p(4), "4: a*; p1 in 0: a*"),
+        "where, with a parameter": (
+            lambda n: torch.where(n.x[0, 0, :1] > 0, n.p(4), n.a[0, :, 0]),
+            "4: a*; p1 in 0: a*",
+        ),
+        "max, with a parameter": (lambda n: torch.max(n.p(4), n.a[0, :, 0]), "4: a*; p1 in 0: a*"),
     },
     "what is joined": {
         "channels": (lambda n: torch.cat([n.a, n.b], 1), "1x8x1: a* b*"),
@@ -153,14 +165,25 @@ CALLS = {
         ),
         "channels of heads": (
             lambda n: torch.cat([n.c.unflatten(1, (2, -1)), n.a.unflatten(1, (2, -1))], 2),
-            "1x2x6x1: c0 c1 c2 c3 c0 a1 c4 c5 c6 c7 c4 a3; a: c0 a1 c4 a3; equal: c0 c1 c2 c3 | c4 c5 c6 c7; "
-            "equal: c0 a1 | c4 a3",
+            "1x2x6x1: c0 c1 c2 c3 c0 a1 c4 c5 c6 c7 c4 a3; a: c0 a1 c4 a3; "
+            "equal moves: c0 c1 c2 c3 | c4 c5 c6 c7; equal moves: c0 a1 | c4 a3",
         ),
         "nothing": (lambda n: torch.cat([n.a, n.b[:, :0]], 1), "1x4x1: a*"),
         "coupled channels": (
             lambda n: torch.cat([torch.cat([n.a, n.a.flip(1)], 1), n.c], 2),
             "1x8x1: a* a3 a2 a1 a0; c: a* a3 a2 a1 a0",
         ),
+        "pixels of one head each": (
+            lambda n: torch.cat(
+                [
+                    pairs(n.a).flatten(1, 2) + pairs(n.a).flip(1).flatten(1, 2),
+                    pairs(n.b).flatten(1, 2) + pairs(n.b).flip(1).flatten(1, 2),
+                ],
+                2,
+            ),
+            "1x4x1: a0 a0 a0 a0; a: a0 a0 a0 a0; b: a0 a0 a0 a0",
+        ),
+        "one alone": (lambda n: torch.cat([n.a], 2), "1x4x1: a*"),
     },
     "what is padded": {
         "pixels": (lambda n: functional.pad(n.a, (1, 2)), "1x4x1: a*"),
@@ -178,6 +201,11 @@ CALLS = {
         "without the last channel": (lambda n: functional.pad(n.a, (0, 0, 1, -1)), "1x1x1: 0; a: 0* call_not_covered"),
         "without a pixel": (lambda n: functional.pad(n.a, (-1, 0)), "1x4x1: a*"),
         "by another layer's number": (lambda n: functional.pad(n.a, (0, 0, 0, 1), value=n.b.shape[1]), "1x5x1: a* 0"),
+        "channels by copies, by position": (
+            lambda n: functional.pad(n.a, (0, 0, 1, 1), "replicate"),
+            "1x1x1: 0; a: 0* call_not_covered",
+        ),
+        "one pixel": (lambda n: functional.pad(n.a[:, :, :1], (1, 1)), "1x4x1: a*"),
     },
     "what is viewed": {
         "as another": (lambda n: rows(n.a).view_as(rows(n.b)), "1x1x4: a*"),
@@ -219,42 +247,70 @@ CALLS = {
             lambda n: n.a.unflatten(1, n.b[:, :, :1].shape[1:]),
             "1x4x1x1: a*; b: a*; takes the width in 1, times 1",
         ),
+        "twice another's number": (
+            lambda n: n.c.view(3, n.b.size(1) * 2, 6),
+            "1x8x1: c*; takes the width in 1, times 1",
+        ),
+        "another's number of samples": (lambda n: n.a.view(n.b.size(0), -1, 6), "1x4x1: a*"),
+        "another's number of columns": (
+            lambda n: n.a.view(3, rows(n.b).size(-1), 6),
+            "1x4x1: a*; b: a*; takes the width in -1, times 1",
+        ),
+        "another's size": (lambda n: n.a.view(n.b.size()), "1x4x1: a*; b: a*; takes the width in 1, times 1"),
+        "a line": (lambda n: n.a[0, :, 0].view(-1), "4: a*"),
+        "flat, by a view": (
+            lambda n: n.a.view(3, -1),
+            "1x24: a0 a0 a0 a0 a0 a0 a1 a1 a1 a1 a1 a1 a2 a2 a2 a2 a2 a2 a3 a3 a3 a3 a3 a3",
+        ),
+        "as other numbers": (lambda n: torch.fft.fft(n.a).imag, "1x1x1: 0; a: 0* call_not_covered"),
     },
     "what is viewed as a fixed number of rows": {
-        "view": (lambda n: n.a.view(3, 2, -1, 6), "1x2x2x1: a*; equal: a0 a1 | a2 a3"),
-        "at the end": (lambda n: rows(n.a).reshape(3, 6, 2, -1), "1x1x2x2: a*; equal: a0 a1 | a2 a3"),
+        "view": (lambda n: n.a.view(3, 2, -1, 6), "1x2x2x1: a*; equal moves: a0 a1 | a2 a3"),
+        "at the end": (lambda n: rows(n.a).reshape(3, 6, 2, -1), "1x1x2x2: a*; equal moves: a0 a1 | a2 a3"),
         "of another's number": (
             lambda n: n.c.view(3, 2, n.b.size(1), 6),
-            "1x2x4x1: c*; equal: c0 c1 c2 c3 | c4 c5 c6 c7; takes the width in 1, times 1",
+            "1x2x4x1: c*; equal moves: c0 c1 c2 c3 | c4 c5 c6 c7; takes the width in 1, times 1",
         ),
-        "unflattened": (lambda n: n.a.unflatten(1, (2, -1)), "1x2x2x1: a*; equal: a0 a1 | a2 a3"),
-        "unflattened at the end": (lambda n: rows(n.a).unflatten(2, (2, -1)), "1x1x2x2: a*; equal: a0 a1 | a2 a3"),
+        "unflattened": (lambda n: n.a.unflatten(1, (2, -1)), "1x2x2x1: a*; equal moves: a0 a1 | a2 a3"),
+        "unflattened at the end": (
+            lambda n: rows(n.a).unflatten(2, (2, -1)),
+            "1x1x2x2: a*; equal moves: a0 a1 | a2 a3",
+        ),
         "three": (lambda n: n.c.view(3, 2, 2, -1, 6), "1x2x2x2x1: c*"),
         "chunks of a shuffle": (
             lambda n: n.c.view(3, 2, -1, 6).transpose(1, 2).reshape(3, -1, 6).chunk(2, 1),
-            "1x4x1: c0 c4 c1 c5; 1x4x1: c2 c6 c3 c7; equal: c0 c1 c2 c3 | c4 c5 c6 c7; "
-            "equal: c0 c4 c1 c5 | c2 c6 c3 c7",
+            "1x4x1: c0 c4 c1 c5; 1x4x1: c2 c6 c3 c7; equal moves: c0 c1 c2 c3 | c4 c5 c6 c7; "
+            "equal moves: c0 c4 c1 c5 | c2 c6 c3 c7",
         ),
         "three chunks of a shuffle": (
             lambda n: n.c.view(3, 2, -1, 6).transpose(1, 2).reshape(3, -1, 6).chunk(3, 1),
-            "1x3x1: 0*; 1x3x1: 0*; 1x2x1: 0*; c: 0* fixed_channels; equal: 0* | 0*",
+            "1x3x1: 0*; 1x3x1: 0*; 1x2x1: 0*; c: 0* fixed_channels; equal moves: 0* | 0*",
         ),
         "chunks of two layers": (
             lambda n: torch.cat([n.a, n.b], 1).view(3, 2, -1, 6).transpose(1, 2).reshape(3, -1, 6).chunk(2, 1),
-            "1x4x1: a0 b0 a1 b1; 1x4x1: a2 b2 a3 b3; equal: a* | b*; equal: a0 a1 | a2 a3, b0 b1 | b2 b3",
+            "1x4x1: a0 b0 a1 b1; 1x4x1: a2 b2 a3 b3; equal moves: a* | b*; equal moves: a0 a1 | a2 a3, b0 b1 | b2 b3",
         ),
         "uneven chunks of two layers": (
             lambda n: torch.cat([n.a, n.b], 1).chunk(2, 1)[0],
-            "1x4x1: a*; equal is_uneven: a* | b*",
+            "1x4x1: a*; equal moves is_uneven: a* | b*",
         ),
         "uneven chunks": (
             lambda n: torch.cat([n.b, n.c], 1).chunk(4, 1),
             "1x3x1: b0 b1 b2; 1x3x1: b3 c0 c1; 1x3x1: c2 c3 c4; 1x3x1: c5 c6 c7; "
-            "equal is_uneven: b0 b1 b2 | b3 c0 c1 | c2 c3 c4 | c5 c6 c7",
+            "equal moves is_uneven: b0 b1 b2 | b3 c0 c1 | c2 c3 c4 | c5 c6 c7",
         ),
         "uneven chunks of unequal layers": (
             lambda n: torch.cat([n.a, n.c], 1).chunk(2, 1),
-            "1x6x1: a* c0 c1; 1x6x1: c2 c3 c4 c5 c6 c7; equal is_uneven: a* c0 c1 | c2 c3 c4 c5 c6 c7",
+            "1x6x1: a* c0 c1; 1x6x1: c2 c3 c4 c5 c6 c7; equal moves is_uneven: a* c0 c1 | c2 c3 c4 c5 c6 c7",
+        ),
+        "of one pixel": (lambda n: n.a[:1, :, :1].view(1, 2, -1, 1), "1x2x2x1: a*; equal moves: a0 a1 | a2 a3"),
+        "counted by an attribute": (
+            lambda n: n.a.view(3, n.owner.two, -1, 6),
+            "1x2x2x1: a*; equal moves counted: a0 a1 | a2 a3",
+        ),
+        "unequal rows of a number of samples": (
+            lambda n: n.c.view(n.x.size(0), 2, -1, 6),
+            "1x2x4x1: c*; equal moves: c0 c1 c2 c3 | c4 c5 c6 c7",
         ),
     },
     "what is split": {
@@ -318,42 +374,46 @@ CALLS = {
         "tensor_split at both ends": (lambda n: n.c.tensor_split([0, 8], dim=1), "1x0x1: ; 1x8x1: c*; 1x0x1: "),
         "two chunks": (
             lambda n: n.c.chunk(2, 1),
-            "1x4x1: c0 c1 c2 c3; 1x4x1: c4 c5 c6 c7; equal: c0 c1 c2 c3 | c4 c5 c6 c7",
+            "1x4x1: c0 c1 c2 c3; 1x4x1: c4 c5 c6 c7; equal moves: c0 c1 c2 c3 | c4 c5 c6 c7",
         ),
         "three chunks": (
             lambda n: n.c.chunk(3, 1),
-            "1x3x1: c0 c1 c2; 1x3x1: c3 c4 c5; 1x2x1: c6 c7; equal is_filled: c0 c1 c2 | c3 c4 c5 | c6 c7 0",
+            "1x3x1: c0 c1 c2; 1x3x1: c3 c4 c5; 1x2x1: c6 c7; equal moves is_filled: c0 c1 c2 | c3 c4 c5 | c6 c7 0",
         ),
         "five chunks": (lambda n: n.c.chunk(5, 1), "1x2x1: 0*; 1x2x1: 0*; 1x2x1: 0*; 1x2x1: 0*; c: 0* fixed_channels"),
         "three chunks of rows": (
             lambda n: rows(n.c).chunk(3, -1),
-            "1x1x3: c0 c1 c2; 1x1x3: c3 c4 c5; 1x1x2: c6 c7; equal is_filled: c0 c1 c2 | c3 c4 c5 | c6 c7 0",
+            "1x1x3: c0 c1 c2; 1x1x3: c3 c4 c5; 1x1x2: c6 c7; equal moves is_filled: c0 c1 c2 | c3 c4 c5 | c6 c7 0",
         ),
         "two chunks of rows": (
             lambda n: rows(n.c).chunk(2, dim=-1),
-            "1x1x4: c0 c1 c2 c3; 1x1x4: c4 c5 c6 c7; equal: c0 c1 c2 c3 | c4 c5 c6 c7",
+            "1x1x4: c0 c1 c2 c3; 1x1x4: c4 c5 c6 c7; equal moves: c0 c1 c2 c3 | c4 c5 c6 c7",
         ),
-        "four chunks of pixels": (lambda n: n.a.chunk(4, 2), "1x4x1: a*; 1x4x1: a*; 1x4x1: a*; equal: a* | a* | a*"),
+        "four chunks of pixels": (
+            lambda n: n.a.chunk(4, 2),
+            "1x4x1: a*; 1x4x1: a*; 1x4x1: a*; equal moves: a* | a* | a*",
+        ),
         "chunks by name": (
             lambda n: torch.chunk(n.c, chunks=2, dim=-2),
-            "1x4x1: c0 c1 c2 c3; 1x4x1: c4 c5 c6 c7; equal: c0 c1 c2 c3 | c4 c5 c6 c7",
+            "1x4x1: c0 c1 c2 c3; 1x4x1: c4 c5 c6 c7; equal moves: c0 c1 c2 c3 | c4 c5 c6 c7",
         ),
         "chunks of samples": (lambda n: n.a.chunk(2), "1x4x1: a*; 1x4x1: a*"),
         "chunks of two layers": (
             lambda n: torch.cat([n.a, n.b], 1).chunk(2, 1),
-            "1x4x1: a*; 1x4x1: b*; equal: a* | b*",
+            "1x4x1: a*; 1x4x1: b*; equal moves: a* | b*",
         ),
         "chunks of a sum": (
             lambda n: torch.cat([n.a, n.a + n.b], 1).chunk(2, 1),
-            "1x4x1: a*; 1x4x1: a*; b: a*; equal: a* | a*",
+            "1x4x1: a*; 1x4x1: a*; b: a*; equal moves: a* | a*",
         ),
         "chunks of heads": (
             lambda n: n.c.view(3, -1, 2, 6).chunk(2, 1),
-            "1x2x2x1: c0 c0 c2 c2; 1x2x2x1: c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; equal: c0 c2 | c4 c6",
+            "1x2x2x1: c0 c0 c2 c2; 1x2x2x1: c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; equal moves: c0 c2 | c4 c6",
         ),
         "chunks of channels of heads": (
             lambda n: n.c.view(3, -1, 2, 6).chunk(2, 2),
-            "1x4x1x1: c0 c2 c4 c6; 1x4x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; equal: c0 c2 c4 c6 | c0 c2 c4 c6",
+            "1x4x1x1: c0 c2 c4 c6; 1x4x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "equal moves: c0 c2 c4 c6 | c0 c2 c4 c6",
         ),
         "three chunks of four heads": (lambda n: n.c.view(3, -1, 2, 6).chunk(3, 1)[0], "1x8x1: c*"),
         "chunks of one dimension": (lambda n: n.c[0, :, 0].chunk(2), "4: c0 c1 c2 c3; 4: c4 c5 c6 c7"),
@@ -362,6 +422,38 @@ CALLS = {
         "glu by name": (lambda n: functional.glu(n.c, dim=-2), "1x4x1: c0 c1 c2 c3; c: c0 c1 c2 c3 c0 c1 c2 c3"),
         "glu of pixels": (lambda n: functional.glu(n.a), "1x4x1: a*"),
         "glu of a sum": (lambda n: functional.glu(torch.cat([n.a + n.b, n.a], 1), 1), "1x4x1: a*; b: a*"),
+        "samples by two": (lambda n: n.a.split(2)[0], "1x4x1: a*"),
+        "by another's number and two fixed ones": (
+            lambda n: n.c.split([n.b.size(1), 2, 2], 1),
+            "1x4x1: c0 c1 c2 c3; 1x2x1: 0*; 1x2x1: 0*; c: c0 c1 c2 c3 0 0 0 0 fixed_channels; b: c0 c1 c2 c3",
+        ),
+        "by another's number between fixed ones": (
+            lambda n: n.c.split([2, n.b.size(1), 2], 1),
+            "1x2x1: 0*; 1x4x1: c2 c3 c4 c5; 1x2x1: 0*; c: 0 0 c2 c3 c4 c5 0 0 fixed_channels; b: c2 c3 c4 c5",
+        ),
+        "by those of two, by name": (
+            lambda n: torch.split(n.c, split_size_or_sections=[n.b.size(1), n.a.size(1)], dim=1),
+            "1x4x1: c0 c1 c2 c3; 1x4x1: c4 c5 c6 c7; b: c0 c1 c2 c3; a: c4 c5 c6 c7",
+        ),
+        "by those of two, the method by name": (
+            lambda n: n.c.split(split_size=[n.b.size(1), n.a.size(1)], dim=1),
+            "1x4x1: c0 c1 c2 c3; 1x4x1: c4 c5 c6 c7; b: c0 c1 c2 c3; a: c4 c5 c6 c7",
+        ),
+        "with sizes of two, by name": (
+            lambda n: n.c.split_with_sizes(split_sizes=[n.b.size(1), n.a.size(1)], dim=1),
+            "1x4x1: c0 c1 c2 c3; 1x4x1: c4 c5 c6 c7; b: c0 c1 c2 c3; a: c4 c5 c6 c7",
+        ),
+        "pixels by another's number": (lambda n: n.c.split(n.b.size(1), 2), "1x8x1: c*; 1x8x1: c*"),
+        "tensor_split in one": (lambda n: torch.cat([n.a, n.x[:, :1]], 1).tensor_split(1, 1)[0], "1x5x1: a* 0"),
+        "chunks of two dimensions": (
+            lambda n: n.a[:, :, 0].chunk(2, 1),
+            "1x2: a0 a1; 1x2: a2 a3; equal moves: a0 a1 | a2 a3",
+        ),
+        "one chunk": (lambda n: n.c.chunk(1, 1)[0], "1x8x1: c*; equal moves: c*"),
+        "module of glu": (
+            lambda n: n.owner.part("glu", lambda: nn.GLU(1))(n.c),
+            "1x4x1: c0 c1 c2 c3; c: c0 c1 c2 c3 c0 c1 c2 c3",
+        ),
     },
     "what is picked": {
         "narrow": (lambda n: n.a.narrow(1, 1, 2), "1x2x1: 0*; a: 0 0 0 a3 fixed_channels"),
@@ -478,6 +570,26 @@ CALLS = {
         ),
         "take_along_dim of pixels by value": (lambda n: torch.take_along_dim(n.a, n.a.argsort(2), dim=2), "1x4x1: a*"),
         "repeated": (lambda n: n.a.repeat_interleave(2, 1), "1x8x1: a0 a0 a1 a1 a2 a2 a3 a3"),
+        "narrow from a computed start": (lambda n: n.c.narrow(1, n.b.size(1), 2), "1x2x1: c4 c5"),
+        "select of pixels": (lambda n: n.a.select(2, 1), "1x4: a*"),
+        "slice between": (lambda n: n.a[:, 1:-1], "1x2x1: a1 a2; a: 0 a1 a2 0 fixed_channels"),
+        "one of samples picked by a matrix": (
+            lambda n: n.a[torch.zeros(2, 2, dtype=torch.int64), 1],
+            "1x1x1: 0; a: 0 0 a2 a3 fixed_channels",
+        ),
+        "one of samples by truths": (lambda n: n.a[[True, False, True], 1], "1x1: 0; a: 0 0 a2 a3 fixed_channels"),
+        "index_select of one pixel by value": (
+            lambda n: n.a[:, :, :1].index_select(2, n.x[0, 0].argsort() * 0),
+            "1x4x1: a*",
+        ),
+        "take_along_dim of pixels": (
+            lambda n: torch.take_along_dim(n.a, torch.ones(3, 4, 1, dtype=torch.int64), 2),
+            "1x4x1: a*",
+        ),
+        "take_along_dim of channels by value": (
+            lambda n: torch.take_along_dim(n.a, n.a.argsort(1), dim=1),
+            "1x4x1: 0*; a: 0* result_depends",
+        ),
     },
     "what is written": {
         "a constant": (lambda n: written(n.a.clone(), (slice(None), 0), 0.0), "1x1x1: 0; a: 0* overwritten"),
@@ -499,17 +611,20 @@ CALLS = {
             lambda n: written(n.a.clone(), (slice(None), 0), n.b[:, 0]),
             "1x1x1: 0; a: 0* overwritten; b: 0 b1 b2 b3 overwritten",
         ),
-        "rows": (lambda n: written(rows(n.a).clone(), (n.x[:, 0] > 0,), rows(n.b)[n.x[:, 0] > 0]), "1x1x4: a*; b: a*"),
+        "rows": (
+            lambda n: written(rows(n.a).clone(), (n.x[:, 0] > -9,), rows(n.b)[n.x[:, 0] > -9]),
+            "1x1x4: a*; b: a*",
+        ),
         "rows of one channel": (
-            lambda n: written(rows(n.a).clone(), (n.x[:, 0] > 0, 0), rows(n.b)[n.x[:, 0] > 0][:, 0]),
+            lambda n: written(rows(n.a).clone(), (n.x[:, 0] > -9, 0), rows(n.b)[n.x[:, 0] > -9][:, 0]),
             "1x1x1: 0; a: 0* overwritten; b: 0 b1 b2 b3 overwritten",
         ),
         "rows of all channels": (
-            lambda n: written(rows(n.a).clone(), (n.x[:, 0] > 0, slice(None)), rows(n.b)[n.x[:, 0] > 0]),
+            lambda n: written(rows(n.a).clone(), (n.x[:, 0] > -9, slice(None)), rows(n.b)[n.x[:, 0] > -9]),
             "1x1x4: a*; b: a*",
         ),
         "rows of fewer": (
-            lambda n: written(rows(n.a).clone(), (n.x[:, 0] > 0,), rows(n.b)[n.x[:, 0] > 0][:, :1]),
+            lambda n: written(rows(n.a).clone(), (n.x[:, 0] > -9,), rows(n.b)[n.x[:, 0] > -9][:, :1]),
             "1x1x1: 0; a: 0* overwritten; b: 0 b1 b2 b3 overwritten",
         ),
         "pixels picked by value": (
@@ -517,7 +632,7 @@ CALLS = {
             "1x1x1: 0; a: 0* overwritten; b: 0* overwritten",
         ),
         "rows picked by channels": (
-            lambda n: written(rows(n.a)[:, :4].clone(), (m := n.a2[:, :, 0] > 0,), rows(n.b)[:, :4][m]),
+            lambda n: written(rows(n.a)[:, :4].clone(), (m := n.a2[:, :, 0] > -9,), rows(n.b)[:, :4][m]),
             "1x1x1: 0; a: 0* overwritten; a2: 0* call_not_covered; b: 0* call_not_covered; guessed",
         ),
         "by row": (lambda n: rows(n.a)[0].index_add(0, n.x[0, 0].argsort(), rows(n.b)[0]), "1x4: a*; b: a*"),
@@ -527,7 +642,7 @@ CALLS = {
         ),
         "by row by name": (
             lambda n: torch.index_add(rows(n.a)[0], dim=0, index=n.x[0, 0].argsort(), source=rows(n.b)[0]),
-            "1x1: 0; a: 0* call_not_covered; b: 0* call_not_covered",
+            "1x4: a*; b: a*",
         ),
         "by row, one of constants": (
             lambda n: rows(n.a)[0].index_add(0, n.x[0, 0].argsort(), n.x[0].t().repeat(1, 2)),
@@ -545,6 +660,15 @@ CALLS = {
             lambda n: n.a.scatter(2, n.x.argsort(2).repeat(1, 2, 1), n.b),
             "1x4x1: 0*; a: 0* joins_constant; b: 0* joins_constant",
         ),
+        "samples of rows": (
+            lambda n: written(rows(n.a).clone(), (n.x[:, 0, 0] > -9,), rows(n.b)[n.x[:, 0, 0] > -9]),
+            "1x1x4: a*; b: a*",
+        ),
+        "samples by a list": (
+            lambda n: written(n.a.clone(), ([0, 1],), n.b[[0, 1]]),
+            "1x1x1: 0; a: 0* overwritten; b: 0* overwritten",
+        ),
+        "around dots": (lambda n: written(n.a.clone(), (0, Ellipsis, 0), n.b[0, :, 0]), "1x4x1: a*; b: a*"),
     },
     "what is multiplied": {
         "sum over channels": (lambda n: rows(n.a) @ n.b, "1x1x1: 0; b: a*"),
@@ -602,6 +726,20 @@ CALLS = {
             "1x1x4: p1.0 p1.1 p1.2 p1.3; a: p1.0 p1.1 p1.2 p1.3; p1 in 0: p1.0 p1.1 p1.2 p1.3; "
             "p2 in 0: p1.0 p1.1 p1.2 p1.3",
         ),
+        "rows of a matrix of ones own": (
+            lambda n: n.p(4, 2) @ n.x + n.a,
+            "1x4x1: p1.0 p1.1 p1.2 p1.3; a: p1.0 p1.1 p1.2 p1.3; p1 in 0: p1.0 p1.1 p1.2 p1.3",
+        ),
+        "columns of a matrix of ones own": (
+            lambda n: rows(n.x) @ n.p(2, 4) + rows(n.a),
+            "1x1x4: p1.0 p1.1 p1.2 p1.3; a: p1.0 p1.1 p1.2 p1.3; p1 in 1: p1.0 p1.1 p1.2 p1.3",
+        ),
+        "linear of one constant": (
+            lambda n: functional.linear(rows(n.x[:, :1]), n.p(4, 1), n.p(4)) + rows(n.a),
+            "1x1x4: p1.0 p1.1 p1.2 p1.3; a: p1.0 p1.1 p1.2 p1.3; p1 in 0: p1.0 p1.1 p1.2 p1.3; "
+            "p2 in 0: p1.0 p1.1 p1.2 p1.3",
+        ),
+        "linear of one sample": (lambda n: functional.linear(n.a[:1, :, 0], n.p(1, 4)), "1x1: 0; p1 in 1: a*; summed"),
     },
     "what attends": {
         "heads": (
@@ -636,7 +774,7 @@ CALLS = {
         "one head with its scale": (lambda n: attended(rows(n.a), rows(n.b), rows(n.c), scale=0.5), "1x1x8: c*; b: a*"),
         "one head of one layer": (
             lambda n: attended(rows(n.a), *rows(n.c).chunk(2, -1)),
-            "1x1x1: 0; a: 0* one_head; c: 0* one_head; equal: 0* | 0*",
+            "1x1x1: 0; a: 0* one_head; c: 0* one_head; equal moves: 0* | 0*",
         ),
         "one head with a bias by channel": (
             lambda n: attended(rows(n.a), rows(n.b), rows(n.c), n.c2[:, None, 0, :6] + n.c2[:, :6, :1]),
@@ -780,6 +918,10 @@ CALLS = {
             ),
             "1x4x1x1: a*",
         ),
+        "pool of channels at the end": (
+            lambda n: functional.max_pool2d(rows(n.a), (1, 2)),
+            "1x1x1: 0; a: 0* result_depends",
+        ),
     },
     "filters of ones own": {
         "by channel": (lambda n: functional.conv1d(n.a, n.p(4, 1, 3), groups=n.a.shape[1]), "1x4x1: a*; p1 in 0: a*"),
@@ -836,12 +978,14 @@ CALLS = {
         ),
         "of heads": (lambda n: torch.zeros(heads(n.c).size(1), 3), "1x1: 0; c: c0 c0 c2 c2 c4 c4 c6 c6"),
         "of as many values": (lambda n: torch.arange(n.a.size(1)), "1: 0"),
+        "of two channels": (lambda n: torch.ones(n.d.size(1), 3), "2x1: d*"),
     },
 }
 
 
 def followed(functions):
     """Send the channels of all layers through a graph of functions, and tell what becomes of them, by function."""
+    torch.manual_seed(0)
     model = AllCalled(functions.values()).eval()
     flow = Network.on(model, IMAGES).flow
     names = {FIXED: "0"}
@@ -879,7 +1023,11 @@ def followed(functions):
                 parts.append(f"{parameter.rpartition('.')[2]} in {free.dim}: {told(ids)}")
         for blocks in flow.blocks:
             if blocks.place.endswith(f" in {owner}"):
-                kinds = [kind for kind in ("may_vanish", "is_uneven", "is_filled", "counted") if getattr(blocks, kind)]
+                kinds = [
+                    kind
+                    for kind in ("moves", "may_vanish", "is_uneven", "is_filled", "counted")
+                    if getattr(blocks, kind)
+                ]
                 sides = [" | ".join(map(told, side)) for side in blocks.sides]
                 parts.append(" ".join(["equal", *kinds]) + ": " + ", ".join(sides))
         nodes = {node.name for node in flow.graph.nodes if owner_of(node) == owner}
@@ -895,6 +1043,26 @@ def followed(functions):
 def test_channels_go_where_the_operations_put_them(kind):
     functions = {name: function for name, (function, _) in CALLS[kind].items()}
     assert followed(functions) == {name: expected for name, (_, expected) in CALLS[kind].items()}
+
+
+@pytest.mark.parametrize(
+    ("function", "reorders", "chunks"),
+    [
+        (lambda n: n.a.relu(), False, False),
+        (lambda n: n.a.view(3, 2, -1, 6), True, False),
+        (lambda n: n.c.chunk(2, 1), False, True),
+        (lambda n: n.c.chunk(3, 1), False, True),
+        (lambda n: n.c.chunk(5, 1), False, False),
+    ],
+)
+def test_only_rows_of_a_fixed_number_and_equal_pieces_make_a_shuffle(function, reorders, chunks):
+    flow = Network.on(Called(function).eval(), IMAGES).flow
+    assert (flow.reorders, flow.chunks, flow.shuffles) == (reorders, chunks, False)
+
+
+def test_rows_of_a_fixed_number_that_are_cut_into_pieces_are_shuffled():
+    flow = Network.on(Called(lambda n: n.c.view(3, 2, -1, 6).flatten(1, 2).chunk(2, 1)).eval(), IMAGES).flow
+    assert flow.shuffles
 
 
 def channel_labels(*shape):
@@ -937,6 +1105,9 @@ def test_channels_of_the_last_dimension_go_with_what_is_picked_along_others():
         "rows": lambda x, at, mask: x[at],
         "places": lambda x, at, mask: x[:, at],
         "behind the others": lambda x, at, mask: x[..., at, :],
+        "before dots": lambda x, at, mask: x[at, :, ...],
+        "places and all channels": lambda x, at, mask: x[:, at, :],
+        "mask of channels": lambda x, at, mask: x[:, mask],
         "channels": lambda x, at, mask: x[..., at],
         "channels at places": lambda x, at, mask: x[:, 0, at],
         "both": lambda x, at, mask: x[:, at, at],
@@ -955,6 +1126,7 @@ def test_channels_of_the_last_dimension_go_with_what_is_picked_along_others():
         assert picked_along_others(node, [labels.mT, staying((5,))], shape) is None
         assert picked_along_others(node, [labels, torch.arange(5)], shape) is None
     assert [name for name, is_carried in carried.items() if not is_carried] == [
+        "mask of channels",
         "channels",
         "channels at places",
         "both",
