@@ -1678,7 +1678,7 @@ def _letters(op: Operation) -> tuple[list[str], str] | None:
     if not arrow:
         # Without an arrow PyTorch's output has the dimensions of the dots, then the letters that appear once, sorted.
         once = [each for each in sorted(set(inputs) - set(".,")) if inputs.count(each) == 1]
-        output = "..." * ("..." in inputs) + "".join(sorted(once, key=lambda each: (each.islower(), each)))
+        output = "..." * ("..." in inputs) + "".join(once)
     output = output.replace("...", longest)
     return (operands, output) if len(output) == len(op.shape) else None
 

@@ -900,6 +900,10 @@ CALLS = {
             lambda n: functional.grid_sample(rows(n.a)[:, :, None], n.x[:, None, None, :, 0], align_corners=False),
             "1x1x1x1: 0; a: 0* call_not_covered",
         ),
+        "sampled planes": (
+            lambda n: functional.grid_sample(n.a[:, None], n.x[:, None, None, :, 0], align_corners=False),
+            "1x1x1x1: 0; a: 0* call_not_covered",
+        ),
         "sampled by heads": (
             lambda n: functional.grid_sample(
                 heads(n.c)[0].transpose(1, 2).unflatten(2, (2, 3)), heads(n.c2)[0][:, None], align_corners=False
