@@ -435,8 +435,7 @@ def _padded(op: Operation) -> Any:
     if any(spare) and (mode != "constant" or min(spare) < 0):
         return op.all_kept()
     padded = torch.nn.functional.pad(ids, spare, value=FIXED)  # whatever the values are, their places stay
-    fits = all(size in (1, wanted) for size, wanted in zip(padded.shape, op.shape, strict=True))
-    return padded.expand(op.shape) if fits else op.all_kept()
+    return padded.expand(op.shape)
 
 
 @rule("view_as_complex")
@@ -459,8 +458,8 @@ def _viewed_as(op: Operation) -> Any:
 def _held_by_view(given: FixedPlaces) -> list[slice]:
     # Only where all channels come out in one dimension: of heads and the channels of each, either number may be fixed.
     for d, size in enumerate(_sizes_of(given.node)):
-        ids = given.leaving if isinstance(given.leaving, Tensor) and d < given.leaving.dim() else None
-        if ids is not None and ids.shape[d] == ids.numel() == given.size and size != -1 and given.is_fixed(size):
+        ids = given.leaving
+        if ids.shape[d] == ids.numel() == given.size and size != -1 and given.is_fixed(size):
             return [slice(None)]
     return []
 
@@ -685,7 +684,7 @@ def _chunked(op: Operation) -> Any:
     channels, ids, dim = op.channels, op.ids[0], op.argument(2, "dim", default=0)
     asked = op.argument(1, "chunks")
     short = pieces[0].shape[dim] - pieces[-1].shape[dim]
-    if (short or ids.shape[dim] % len(pieces) or asked != len(pieces)) and varies(ids, dim):
+    if (short or asked != len(pieces)) and varies(ids, dim):
         if asked != len(pieces) or channels.reorders or _varying(ids) != [dim % ids.dim()]:
             op.keep(ids, reasons.fixed_channels(op.node))
             return pieces
@@ -1075,7 +1074,7 @@ def _places_listed(op: Operation) -> Any:
 @rule("min", meets=True, dims=Dims(1, None, reduces=True))
 def _largest(op: Operation) -> Any:
     # With two tensors it works place by place.
-    return op.by_place(known=True, meets=True) if len(op.ids) > 1 else _works_along(op, known=True)
+    return op.by_place(known=True, meets=True) if len(op.ids) > 1 else _works_along(op)
 
 
 # Operators on one tensor, place by place.
@@ -1170,11 +1169,11 @@ def _softmax_default(rank: int) -> int:
     return 0 if rank in (1, 3) else 1
 
 
-def _works_along(op: Operation, *, known: bool = False) -> Any:
+def _works_along(op: Operation) -> Any:
     found = rule_of(op.node)
     where = None if found is None else found.dims
     if where is None:
-        return op.by_place(known=known)
+        return op.by_place(known=False)
     rank = op.ids[0].dim()
     given = op.kwargs.get("dim", op.kwargs.get("axis"))
     if given is None and where.at is not None and len(op.args) > where.at:
@@ -1183,7 +1182,7 @@ def _works_along(op: Operation, *, known: bool = False) -> Any:
         given = where.default(rank) if callable(where.default) else where.default
     dims = _from_zero(given, rank)
     if dims is None:
-        return op.by_place(known=known)
+        return op.by_place(known=False)
     adds = where.adds and _order_adds(op)
     if where.largest:
         adds = _values_alone(op.node) and _is_never_negative(op.node.args[0], op.modules)
@@ -1243,15 +1242,11 @@ def _pooled(op: Operation) -> Any:
     """Follow pooling: along a dimension with windows of one place, as where a text is pooled, channels stay."""
     ids, moving = op.ids[0], list[int]()
     count = int(operation_name(op.node)[-2])
-    sizes = [
-        op.argument(1, "kernel_size"),
-        op.argument(2, "stride", default=None),
-        op.argument(3, "padding", default=0),
-    ]
+    sizes = [op.argument(1, "kernel_size"), op.argument(2, "stride")]
     sizes[1] = sizes[1] or sizes[0]
     by_dim = [list(each) * (count // len(each)) if isinstance(each, Sequence) else [each] * count for each in sizes]
     for place, window in enumerate(zip(*by_dim, strict=True)):
-        if window != (1, 1, 0):
+        if window != (1, 1):  # PyTorch pads no window of one place
             moving.append(ids.dim() - count + place)
     if len(op.ids) > 1 or any(varies(ids, d) for d in moving):
         return _works_along(op)
@@ -1269,12 +1264,11 @@ def _carry_elsewhere(ids: Tensor, shape: tuple[int, ...]) -> Tensor | None:
 
 @rule("index_add", "index_copy", dims=Dims(1, None))
 def _put_by_row(op: Operation) -> Any:
-    dim = op.args[1] if len(op.args) == 4 else None
-    rows = [op.ids[0], op.ids[2]] if len(op.ids) == 3 else []
-    if not rows or not isinstance(dim, int) or any(varies(each, dim) for each in rows):
+    target, dim, source = op.argument(0, "input"), op.argument(1, "dim"), op.argument(3, "source")
+    if any(varies(each, dim) for each in (target, source)):
         return _works_along(op)
     # Ids don't differ between rows, so the first row of each stands for all.
-    first = [each.narrow(dim, 0, 1) for each in rows]
+    first = [each.narrow(dim, 0, 1) for each in (target, source)]
     return op.met(first, tuple(first[0].shape)).expand(op.shape or ())
 
 
@@ -1684,7 +1678,7 @@ def _letters(op: Operation) -> tuple[list[str], str] | None:
     if not arrow:
         # Without an arrow PyTorch's output has the dimensions of the dots, then the letters that appear once, sorted.
         once = [each for each in sorted(set(inputs) - set(".,")) if inputs.count(each) == 1]
-        output = "..." * ("..." in inputs) + "".join(sorted(once, key=lambda each: (each.islower(), each)))
+        output = "..." * ("..." in inputs) + "".join(once)
     output = output.replace("...", longest)
     return (operands, output) if len(output) == len(op.shape) else None
 

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense, zoo
-from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.attention.heads import accepted_heads, find_attention
 from nni_topo.network.attention.unfused.multihead import multihead
 from nni_topo.zoo.transformers import FeedForward, SelfAttention, TransformerBlock
 
@@ -274,3 +274,39 @@ def test_a_module_that_is_named_stands_for_its_layers_where_heads_are_asked_for_
     heads = dependency_groups(model, _states(3, 7, 5), [{**entry, "granularity": "head"}])
     layers = ("q_proj", "k_proj", "v_proj", "o_proj")
     assert [each["op_names"] for each in heads] == [[f"1.attention.{layer}"] for layer in layers]
+
+
+class Config:
+    """Settings of a model whose width has to be divided by its number of heads, which may share keys and values."""
+
+    def __init__(self, width, heads, shared):
+        self.hidden_size, self.num_attention_heads, self.num_key_value_heads = width, heads, shared
+
+    def validate(self):
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("heads")
+
+
+LAYERS = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected", "layers"),
+    [
+        ("apart", (8, 4, 4), [1, 2, 4], LAYERS),
+        ("apart", (10, 4, 4), [1, 2], LAYERS),
+        ("apart", (12, 4, 4), None, LAYERS),
+        ("shared keys", (8, 6, 3), [1, 2], LAYERS),
+        ("shared keys", (12, 6, 3), None, LAYERS),
+        ("one key", (10, 6, 1), [1, 2, 5], LAYERS[:1]),
+    ],
+)
+def test_numbers_of_heads_that_a_config_accepts(name, settings, expected, layers):
+    model = make(name)
+    assert accepted_heads(model) == {}
+    model.config = Config(*settings)
+    wanted = {} if expected is None else {f"1.attention.{layer}": expected for layer in layers}
+    assert accepted_heads(model) == wanted
+    assert vars(model.config) == vars(Config(*settings))
+    model[1].attention.config = {}  # its own comes first, and can't be asked
+    assert accepted_heads(model) == {}
