@@ -318,6 +318,14 @@ def either(width):
         return nn.Identity()
     return conv(3, width)
 
+def flipped(leaving, entering):
+    return nn.Conv2d(entering, leaving, 1)
+
+def one_of(width, other):
+    if width > 100:
+        return nn.Identity()
+    return conv(3, other)
+
 class Part(nn.Module):
     def __init__(self, width, kernel=1):
         super().__init__()
@@ -326,6 +334,19 @@ class Part(nn.Module):
 class Derived(Part):
     def __init__(self, kernel, *, width):
         super().__init__(width, kernel=kernel)
+
+class Again(Part):
+    def __init__(self, width, other):
+        super().__init__(width)
+        self.inner = other
+        self.two = conv(3, self.inner)
+
+class Changing(nn.Module):
+    def __init__(self, width, other):
+        nn.Module.__init__(self)
+        self.inner = width
+        self.layer = conv(3, width)
+        self.inner = other
 
 class Net(nn.Module):
     def __init__(self, width, other, sizes, config):
@@ -468,6 +489,42 @@ CONSTRUCTORS = {
         "parts = [conv(3, other)]; parts = [conv(3, width)]; self.all = nn.Sequential(*parts); self.a = other",
         {},
     ),
+    "a list of lists": (
+        f"self.a = [[other, width], {{'x': {{'y': width}}}}]; {MAKES}",
+        {"a[0][1]": 6, "a[1]['x']['y']": 6},
+    ),
+    "a list that is longer than what is written": (f"self.a = [other]; self.a.append(width); {MAKES}", {}),
+    "a function of two kinds": (f"self.a = width; {MAKES}; self.two = one_of(width, other)", {}),
+    "a function in another order": (
+        "self.a, self.b = width, other; self.one = flipped(width, other)",
+        {"a": 6, "b": 8},
+    ),
+    "an attribute that a derived class sets anew": ("self.part = Again(width, other)", {"part.inner": 8}),
+    "an attribute that changes": (f"self.a = width; {MAKES}; self.a = other", {}),
+    "a part's attribute that changes": ("self.part = Changing(width, other); self.a = self.part.inner", {}),
+    "a norm": ("self.norm = nn.LayerNorm(width); self.a = width", {"a": 6}),
+    "a loop that adds nothing": (
+        "parts = [conv(3, width)]\nfor _ in range(0): parts.append(nn.ReLU())\nparts.append(conv(3, other))\n"
+        "self.all = nn.Sequential(*parts); self.a, self.b = width, other",
+        {"a": 6, "b": 8},
+    ),
+    "a list that grows before a branch": (
+        "parts = []; parts.append(conv(3, width)); self.names = []; self.names.append('a'); str(1)\n"
+        "if other: parts.append(nn.ReLU())\n"
+        "self.all = nn.Sequential(*parts); self.a = width",
+        {"a": 6},
+    ),
+    "what a function lists": ("self.all = nn.Sequential(*list([conv(3, width)])); self.a = width", {}),
+    "an empty list between": (
+        "self.all = nn.Sequential(conv(3, width), *tuple(), conv(3, other)); self.a, self.b = width, other",
+        {"a": 6, "b": 8},
+    ),
+    "a list between that was emptied": (
+        "parts = [nn.ReLU()]; parts.clear(); self.a, self.b = width, other\n"
+        "self.all = nn.Sequential(conv(3, width), *parts, conv(3, other))",
+        {"a": 6, "b": 8},
+    ),
+    "another function where all layers agree": (f"{MAKES}; self.a = width; plus(width)", {"a": 6}),
     # Two layers hold the number: where another call got it, both may be made of it.
     "layers beside": (BESIDE, {"shown": 6}),
     "a function of Python's own": (f"{BESIDE}; max(width, 1); int(width)", {"shown": 6}),

@@ -151,6 +151,9 @@ def test_a_number_that_was_changed_or_is_read_is_not_stale():
     two = Net(2, dim=2)
     assert stale_numbers(two, Net(1, dim=2)) == {"dim": 2}
     assert stale_numbers(two, Net(2, dim=2)) == {}
+    one = Net(1, dim=1)
+    one.first = nn.Identity()  # of which no width is known
+    assert stale_numbers(Net(1, dim=1), one) == {}
 
 
 def test_numbers_that_are_known_to_be_right_are_not_stale():
