@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +50,25 @@ def drawn(layer: nn.Module) -> nn.Module:
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
     return layer.double().eval()
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"bidirectional": True}, {"num_layers": 2}, {"num_layers": 2, "bidirectional": True}]
+)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@torch.no_grad()
+def test_units_go_from_all_levels_and_directions(kind: type[nn.RNNBase], knobs: dict[str, Any]) -> None:
+    """Units without weights in the whole layer put out zeros, so the others compute what they do without them."""
+    layer, kept, rows = kind(3, 4, **knobs).double().eval(), torch.tensor([0, 3]), torch.randn(5, 2, 3).double()
+    gates = len(layer.weight_ih_l0) // 4
+    places = torch.cat([kept + 4 * gate for gate in range(gates)])
+    for parameter in layer.parameters():
+        gone = torch.ones(len(parameter), dtype=torch.bool).index_fill(0, places, False)
+        parameter[gone] = 0
+    expected = layer(rows)[0].unflatten(-1, (-1, 4))[..., kept].flatten(-2)
+    cut("a", layer, torch.arange(3), places)
+    assert layer.hidden_size == 2
+    torch.testing.assert_close(layer(rows)[0], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LAYERS)
