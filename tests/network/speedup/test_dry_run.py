@@ -493,6 +493,20 @@ def test_channels_with_values_are_listed_whatever_their_type(values):
         assert listed == [int(ids[at]) for at in range(3) if values[at] and at not in left]
 
 
+def test_channels_with_values_are_listed_whatever_dimension_holds_them():
+    images, maps = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, 4)
+    maps[1, 2, 3, 0] = -1.0
+    assembled, flow = Network.on(model := nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)).eval(), images).traced()
+    ids = flow.group_ids_of("0")
+    for gone, listed in ([1, 2], [2]), ([0, 3], []):
+        is_kept = np.ones(flow.size, dtype=bool)
+        is_kept[ids[gone]] = False
+        both = _DryRun(flow, is_kept, assembled(copy.deepcopy(model)))
+        (node,) = (node for node in both.full.graph.nodes if node.target == "0")
+        both._values = {node: (maps, None)}
+        assert flow.group_ids(both._nonzero(node)).tolist() == ids[listed].tolist()
+
+
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_about_half_of_the_channels_are_drawn_and_none_that_must_stay(in_parts):
     images = torch.randn(2, 3, 8, 8)

@@ -12,7 +12,7 @@ from torch import nn
 
 from nni_topo import create_pruner, dependency_groups, to_dense
 from nni_topo.errors import SpeedupError
-from nni_topo.network.speedup.equivalence import _first_difference, _in_range, check_equal
+from nni_topo.network.speedup.equivalence import _first_difference, _in_range, _worst, check_equal
 from nni_topo.speedup import masked_model
 
 NAN, INF = float("nan"), float("inf")
@@ -217,6 +217,15 @@ def test_the_first_module_whose_output_differs_is_named(expected, actual, place)
         outputs[1]["a"] = outputs[1]["a"] * 1.01
         assert _first_difference(*outputs, kept, 1e-3) == ("a", "from a on")
         assert _first_difference(*outputs, kept, 0.1) == place
+
+
+def test_a_difference_of_just_the_tolerance_is_none():
+    outputs = [{"a": torch.tensor([[2.0, value]])} for value in (0.0, 0.5)]
+    kept = {"a": [torch.arange(1), torch.arange(2)]}
+    assert _first_difference(*outputs, kept, 0.25) == (None, "after the last layer")
+    assert _first_difference(*outputs, kept, 0.24) == ("a", "from a on")
+    assert _worst([], []) == 0.0
+    assert _worst([torch.ones(2), outputs[0]["a"]], [torch.ones(2), outputs[1]["a"]]) == 0.25
 
 
 def test_half_precision_is_never_enough():

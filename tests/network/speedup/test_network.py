@@ -300,3 +300,9 @@ def test_planes_are_the_pixels_of_convolutions_alone():
         nn.Conv2d(3, 4, 3, stride=2), nn.ConvTranspose2d(4, 2, 2, stride=2), nn.Flatten(), nn.Linear(72, 5)
     )
     assert Network.on(model, IMAGES).planes == {"0": ((8, 8), (3, 3)), "1": ((3, 3), (6, 6))}
+
+
+def test_what_holds_itself_is_written_down_too():
+    held = Held({})
+    held.value["again"] = [held]
+    assert module._shown(held) == module._shown(held)
