@@ -331,6 +331,10 @@ class Part(nn.Module):
         super().__init__()
         self.inner, self.layer = width, nn.Conv2d(3, width, kernel)
 
+class Own(nn.Conv2d):
+    def __init__(self, width):
+        super().__init__(3, width, 1)
+
 class Derived(Part):
     def __init__(self, kernel, *, width):
         super().__init__(width, kernel=kernel)
@@ -443,6 +447,7 @@ CONSTRUCTORS = {
         "self.part = Part(other); self.part = Part(width); self.a = other; self.b = width",
         {"part.inner": 6},
     ),
+    "a layer of its own class": ("self.one = Own(width); self.a, self.b = width, other", {"a": 6}),
     "a class in a variable": (
         "kind = nn.Conv2d if other else nn.Linear; self.one = kind(3, width, 1); self.a = width",
         {"a": 6},

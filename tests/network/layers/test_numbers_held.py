@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nni_topo.network.layers.constructors import (
+    _assigned_elsewhere,
     number_at,
     numbers_in,
     numbers_read,
@@ -244,3 +245,29 @@ def test_what_a_forward_reads_is_read_by_its_methods_and_properties_too():
     changed = type("Changed", (Reading,), {"forward": functools.wraps(Reading.helper)(lambda self: self.not_this)})
     assert "deep" in read_in_forward(changed)
     assert "not_this" not in read_in_forward(changed)
+
+
+class Setting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = 1
+
+    def one(self, x):
+        self.a = x
+
+    def two(self, x):
+        x = x + 1
+        self.b = x
+
+    def three(self, x):
+        x = -x
+        self.c = x
+
+    def four(self, x):
+        self.a, y = x, x
+        self.d.e = y
+
+
+def test_attributes_that_methods_assign_are_known_but_for_those_of_pytorch():
+    assert _assigned_elsewhere(Setting) == {"a", "b", "c", "e"}
+    assert _assigned_elsewhere(type("Derived", (Setting,), {})) == {"a", "b", "c", "e"}

@@ -293,6 +293,8 @@ def test_modules_that_are_one_or_two_are_different_structures():
     twice, once = nn.Sequential(layer, layer), nn.Sequential(layer, nn.Linear(4, 4))
     assert module._structure(twice) != module._structure(once)
     assert module._structure(copy.deepcopy(twice)) == module._structure(twice)
+    one, two = nn.Threshold(0.1, 0.0), nn.Threshold(0.2, 0.0)
+    assert module._structure(nn.Sequential(one, two, one)) != module._structure(nn.Sequential(one, two, two))
 
 
 def test_planes_are_the_pixels_of_convolutions_alone():
