@@ -413,3 +413,22 @@ def test_masks_of_channels_are_spread_over_the_weight_and_read_from_it(layer):
 def test_products_of_a_recurrent_layer_are_those_of_its_weights():
     assert kinds.recurrent_products(nn.LSTM(3, 5)) == 20 * 3 + 20 * 5
     assert kinds.recurrent_products(nn.GRUCell(3, 5)) == 15 * 3 + 15 * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("a.b", torch.ones(2), True),
+        ("a.b", torch.ones(1), False),
+        ("a.b", torch.ones(2, dtype=torch.int64), False),
+        (f"a.{kinds.HEADS_TAKEN}", torch.ones(2, dtype=torch.int64), True),
+        ("a.b", None, False),
+        ("a.b", [1.0, 2.0], False),
+    ],
+)
+def test_tensors_of_several_floats_can_follow_channels(name, value, told):
+    assert kinds.can_follow(name, value) is told
+
+
+def test_channels_that_enter_are_those_of_inputs():
+    assert (kinds.entering_channels(nn.MultiheadAttention(6, 2)), kinds.entering_channels(nn.Linear(3, 5))) == (6, 3)
