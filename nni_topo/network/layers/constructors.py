@@ -91,7 +91,7 @@ def stale_numbers(model: nn.Module, dense: nn.Module, right: Collection[Place] =
     for name, module in model.named_modules():
         before, after = _widths(module), _widths(dense.get_submodule(name))
         cut[name] = {each for each, number in before.items() if after.get(each) != number}
-        parts = name.split(".") if name else []
+        parts = name.split(".")
         for each in cut[name]:
             for length in range(len(parts) + 1):
                 lost[".".join(parts[:length])].add(before[each])
@@ -117,9 +117,11 @@ def stale_numbers(model: nn.Module, dense: nn.Module, right: Collection[Place] =
                 continue
             if number > 1 and number in lost[name] and number_at(dense, (name, key, path)) == number and not is_other:
                 kept[name, key, path] = number
-    held, found = _held(model) if kept else {}, dict[str, int]()
+    if not kept:
+        return {}
+    held, found = _held(model), dict[str, int]()
     for (name, key, path), number in kept.items():
-        sizes = held.get((name, key, path), (number, set[LayerAttribute](), True))[1]
+        sizes = held[name, key, path][1] if (name, key, path) in held else set[LayerAttribute]()
         # Unless it is the width of layers that aren't pruned.
         if {_widths(dense.get_submodule(layer)).get(each) for layer, each in sizes} != {number}:
             found[f"{name}.{key}".lstrip(".") + "".join(f"[{each!r}]" for each in path)] = number
@@ -435,6 +437,8 @@ class _Body:
         made = self.stores.get(value.id, []) if isinstance(value, ast.Name) else []
         if not isinstance(value, ast.Name) or len(made) != 1 or not isinstance(made[0], ast.List):
             return [(node, False)]
+        if _is_rearranged(self.tree, value.id):
+            return [(node, False)]
         return self._entries(ast.Starred(made[0])) + self._added(self.tree.body, value.id, is_sure=True)
 
     def _added(self, statements: list[ast.stmt], name: str, *, is_sure: bool) -> list[tuple[ast.expr, bool]]:
@@ -498,6 +502,17 @@ def _method_of(call: ast.Call, name: str) -> str | None:
     of = call.func
     is_its = isinstance(of, ast.Attribute) and isinstance(of.value, ast.Name) and of.value.id == name
     return of.attr if is_its and isinstance(of, ast.Attribute) and of.attr in ("append", "extend") else None
+
+
+def _is_rearranged(tree: ast.FunctionDef, name: str) -> bool:
+    """Tell whether a list of a name is changed in another way than at its end."""
+    for each in ast.walk(tree):
+        if isinstance(each, (ast.Attribute, ast.Subscript)) and isinstance(each.value, ast.Name):
+            is_entry = isinstance(each, ast.Subscript) and isinstance(each.ctx, ast.Load)
+            only_grows = isinstance(each, ast.Attribute) and each.attr in ("append", "extend")
+            if each.value.id == name and not is_entry and not only_grows:
+                return True
+    return False
 
 
 def _mentions(statement: ast.stmt, name: str) -> bool:

@@ -232,7 +232,7 @@ def is_plain_norm(module: torch.nn.Module) -> bool:
 def can_be_cut(module: torch.nn.Module) -> bool:
     """Tell whether a module can be made smaller, or has no parameters to cut; some recurrent layers can't."""
     if output_channels(module) is not None:
-        return not (weight_is_computed(module) or isinstance(module, torch.nn.MultiheadAttention))
+        return not weight_is_computed(module)
     is_known = isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module)
     return is_known or not any(True for _ in module.parameters())
 

@@ -657,10 +657,8 @@ class _DryRun:
             pruned = ~self._stays(ids)
             if bool(pruned.any()) and value.numel() and not _is_zero(value, pruned):
                 alike = [d for d, size in enumerate(ids.shape) if size == 1]
-                value = value.abs() if value.is_complex() else value
-                lowest = value.amin(alike, keepdim=True) if alike else value
-                highest = value.amax(alike, keepdim=True) if alike else value
-                alive = pruned & ((lowest != 0) | (highest != 0)).cpu()
+                nonzero = value != 0
+                alive = pruned & (nonzero.amax(alike, keepdim=True) if alike else nonzero).cpu()
                 if bool(alive.any()):
                     found.append(np.unique(ids[alive].numpy()))
         return np.concatenate(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
-from nni_topo.network.layers.constructors import sizes_shown, stale_numbers
+from nni_topo.network.layers.constructors import Place, sizes_shown, stale_numbers
 
 
 def conv3x3(entering: int, leaving: int) -> nn.Conv2d:
@@ -299,3 +300,285 @@ def test_a_constructor_without_source_says_nothing() -> None:
     assert dense.report.stale == {"width": 8}
     assert sizes_shown(model, dense) == {}
     assert stale_numbers(model, model) == {}
+
+
+MODULE = """
+from contextlib import nullcontext
+
+from torch import nn
+
+def conv(entering, leaving):
+    return nn.Conv2d(entering, leaving, 1)
+
+def plus(number, more=0):
+    return number + more
+
+def either(width):
+    if width > 100:
+        return nn.Identity()
+    return conv(3, width)
+
+def flipped(leaving, entering):
+    return nn.Conv2d(entering, leaving, 1)
+
+def one_of(width, other):
+    if width > 100:
+        return nn.Identity()
+    return conv(3, other)
+
+class Part(nn.Module):
+    def __init__(self, width, kernel=1):
+        super().__init__()
+        self.inner, self.layer = width, nn.Conv2d(3, width, kernel)
+
+class Own(nn.Conv2d):
+    def __init__(self, width):
+        super().__init__(3, width, 1)
+
+class Derived(Part):
+    def __init__(self, kernel, *, width):
+        super().__init__(width, kernel=kernel)
+
+class Again(Part):
+    def __init__(self, width, other):
+        super().__init__(width)
+        self.inner = other
+        self.two = conv(3, self.inner)
+
+class Changing(nn.Module):
+    def __init__(self, width, other):
+        nn.Module.__init__(self)
+        self.inner = width
+        self.layer = conv(3, width)
+        self.inner = other
+
+class Net(nn.Module):
+    def __init__(self, width, other, sizes, config):
+        super().__init__()
+        {lines}
+"""
+MAKES = "self.one = conv(3, width)"
+BESIDE = f"{MAKES}; self.two = conv(3, other); self.shown = width"
+# What a constructor does, and what of it is the width of the layer that got narrower. ``other`` is the same number, and
+# that of a layer that stays: what holds it mustn't be shown, and neither may what is read before a name changes.
+LATER = "; ".join(f"n{at + 1} = n{at}" for at in range(20))
+OWN = "; ".join(f"self.n{at + 1} = self.n{at}" for at in range(20))
+CONSTRUCTORS = {
+    "a name": (f"inner = width; self.shown = inner; self.not_shown = other; {MAKES}", {"shown": 6}),
+    "a name of its own": ("number = [width][0]; self.shown = number; self.one = conv(3, number)", {"shown": 6}),
+    "a type beside": (f"inner: int = width; self.shown: int = inner; {MAKES}", {"shown": 6}),
+    "a tuple": (f"self.shown, self.not_shown = width, other; {MAKES}", {"shown": 6}),
+    "a tuple of others": ("self.a, self.b = 8, *[8]; self.one = conv(3, width)", {}),
+    "two values": ("number = other; self.a = number; number = width; self.one = conv(3, number)", {}),
+    "two values of an argument": ("self.a = width; width = width + 0; self.one = conv(3, width)", {}),
+    "an argument set before": ("kept = width; width = other; self.a = width; self.one = conv(3, kept)", {}),
+    "a sum": ("number = other; self.a = number; number += width - 8; self.one = conv(3, number)", {}),
+    "a loop": ("number = other; self.a = number\nfor number in [width]: self.one = conv(3, number)", {}),
+    "within a loop": (
+        "for number in [other, width]:\n"
+        "    inner = number\n"
+        "    if number is other: self.a = inner\n"
+        "self.one = conv(3, inner)",
+        {},
+    ),
+    "a context": (
+        "number = other; self.a = number\nwith nullcontext(width) as number: pass\nself.one = conv(3, number)",
+        {},
+    ),
+    "a context without a name": (f"with nullcontext(): self.shown = width\n{MAKES}", {"shown": 6}),
+    "an expression that assigns": (
+        "number = other; self.a = number; (number := width); self.one = conv(3, number)",
+        {},
+    ),
+    "a function within": (f"def inner(width): width = other; return width\nself.shown = width; {MAKES}", {"shown": 6}),
+    "an attribute set twice": ("self.a = width; self.one = conv(3, self.a); self.a = other", {}),
+    "an attribute that is read": ("self.shown = width; self.one = conv(3, self.shown)", {"shown": 6}),
+    "an attribute of its own": ("self.shown = [width][0]; self.one = conv(3, self.shown)", {"shown": 6}),
+    "an attribute set in a tuple of many": ("self.a, *self.b = width, 8, 9; self.one = conv(3, self.a)", {}),
+    "a list": (f"self.a = [other, width]; {MAKES}", {"a[1]": 6}),
+    "a list with a star": (f"self.a = [*[other, other], width]; {MAKES}", {}),
+    "a dict": (
+        f"self.a = {{'x': width, 'y': [other, width], **{{'z': other}}}}; {MAKES}",
+        {"a['x']": 6, "a['y'][1]": 6},
+    ),
+    "an argument's parts": (
+        "self.a = sizes; self.one = conv(3, sizes[0]); self.two = conv(3, sizes[1])",
+        {"a[0]": 6, "a[1]": 8},
+    ),
+    "parts by a variable": ("at = 0; self.a = sizes[at + 1]; self.one = conv(3, sizes[at])", {}),
+    "an argument's attributes": (
+        "self.a, self.b = config.width, config.other; self.one = conv(3, config.width)",
+        {"a": 6},
+    ),
+    "arithmetic": ("self.a = 2 * width; self.b = 2 + width; self.one = conv(3, 2 * width)", {"a": 12}),
+    "a negative number": ("self.a = width + -2; self.b = other + -2; self.one = conv(3, width + -2)", {"a": 4}),
+    "another sign": ("self.a = other + 2 - 2; self.b = 8 + -0; self.one = conv(3, width + 2 - 2)", {}),
+    "arithmetic with two values": (
+        "number = other; self.a = number + 1; number = width; self.one = conv(3, number + 1)",
+        {},
+    ),
+    "calls": (
+        "self.a, self.b, self.c = int(width * 1.0), max(width, 4), plus(width, 2)\n"
+        "self.one = conv(int(width * 1.0), max(width, 4)); self.two = conv(3, plus(width, 2))",
+        {"a": 6, "b": 6, "c": 8},
+    ),
+    "a call of an argument": ("self.a = config.call(other); self.one = conv(3, config.call(width))", {}),
+    "calls by keyword": ("self.a = plus(4, more=other - 4); self.one = conv(3, plus(4, more=width - 4))", {}),
+    "calls for the next": ("left = iter([other, width]); self.a = next(left); self.one = conv(3, next(left))", {}),
+    "a call of two values": (
+        "number = other; self.a = max(number, 2); number = width; self.one = conv(3, max(number, 2))",
+        {},
+    ),
+    "a layer's size": (
+        "self.one = conv(3, width); self.a, self.b = self.one.out_channels, self.one.in_channels",
+        {"a": 6, "b": 3},
+    ),
+    "a size of a list's layer": (
+        "self.all = nn.ModuleList([conv(3, width)]); self.a = self.all[0].out_channels",
+        {"a": 6},
+    ),
+    "a part": ("self.part = Part(width); self.a = self.part.inner", {"part.inner": 6, "a": 6}),
+    "parts": ("self.part = Part(width); self.next = Part(other)", {"part.inner": 6, "next.inner": 8}),
+    "a derived part": (
+        "self.part = Derived(1, width=width); self.a = width; self.b = other",
+        {"part.inner": 6, "a": 6},
+    ),
+    "a part that is set twice": (
+        "self.part = Part(other); self.part = Part(width); self.a = other; self.b = width",
+        {"part.inner": 6},
+    ),
+    "a layer of its own class": ("self.one = Own(width); self.a, self.b = width, other", {"a": 6}),
+    "a class in a variable": (
+        "kind = nn.Conv2d if other else nn.Linear; self.one = kind(3, width, 1); self.a = width",
+        {"a": 6},
+    ),
+    "sizes with a star": ("self.one = nn.Conv2d(*[3, width], 1); self.a = width", {}),
+    "a module of two kinds": ("self.one = either(width); self.a = width", {}),
+    "layers in a row": (
+        "self.all = nn.Sequential(nn.ReLU(), conv(3, width), conv(8, other)); self.a, self.b = width, other",
+        {"a": 6, "b": 8},
+    ),
+    "an empty list": ("self.all = nn.ModuleList(); self.all.append(conv(3, width)); self.a = width", {}),
+    "a list with more": (
+        "parts = [nn.ReLU(), conv(3, width)]; self.a, self.b = width, other\n"
+        "self.all = nn.Sequential(*parts, conv(3, other))",
+        {"a": 6, "b": 8},
+    ),
+    "a list that grows": (
+        "parts = []; parts.append(conv(3, width)); parts.extend([nn.ReLU(), conv(3, other)])\n"
+        "self.all = nn.Sequential(*parts); self.a, self.b = width, other",
+        {"a": 6, "b": 8},
+    ),
+    "a list that grows perhaps": (
+        "parts = [nn.ReLU()]\n"
+        "if other: parts.append(conv(3, width))\n"
+        "else: parts.append(nn.ReLU())\n"
+        "parts.append(conv(3, other)); self.all = nn.Sequential(*parts); self.a, self.b = width, other",
+        {"b": 8},
+    ),
+    "a list that grows in a loop": (
+        "parts = [conv(3, width)]\n"
+        "for _ in range(2): parts.append(nn.ReLU())\n"
+        "parts.append(conv(3, other)); self.all = nn.Sequential(*parts); self.a, self.b = width, other",
+        {"a": 6, "b": 8},
+    ),
+    "a list that is written to": (
+        "parts = [conv(3, other)]; parts[0] = conv(3, width); self.all = nn.Sequential(*parts); self.b = other",
+        {},
+    ),
+    "a list that is put elsewhere": (
+        "parts = [conv(3, width)]; parts.insert(0, conv(3, other)); self.all = nn.Sequential(*parts); self.a = width",
+        {},
+    ),
+    "two lists of one name": (
+        "parts = [conv(3, other)]; parts = [conv(3, width)]; self.all = nn.Sequential(*parts); self.a = other",
+        {},
+    ),
+    "a list of lists": (
+        f"self.a = [[other, width], {{'x': {{'y': width}}}}]; {MAKES}",
+        {"a[0][1]": 6, "a[1]['x']['y']": 6},
+    ),
+    "a list that is longer than what is written": (f"self.a = [other]; self.a.append(width); {MAKES}", {}),
+    "a function of two kinds": (f"self.a = width; {MAKES}; self.two = one_of(width, other)", {}),
+    "a function in another order": (
+        "self.a, self.b = width, other; self.one = flipped(width, other)",
+        {"a": 6, "b": 8},
+    ),
+    "an attribute that a derived class sets anew": ("self.part = Again(width, other)", {"part.inner": 8}),
+    "an attribute that changes": (f"self.a = width; {MAKES}; self.a = other", {}),
+    "a part's attribute that changes": ("self.part = Changing(width, other); self.a = self.part.inner", {}),
+    "a norm": ("self.norm = nn.LayerNorm(width); self.a = width", {"a": 6}),
+    "a loop that adds nothing": (
+        "parts = [conv(3, width)]\nfor _ in range(0): parts.append(nn.ReLU())\nparts.append(conv(3, other))\n"
+        "self.all = nn.Sequential(*parts); self.a, self.b = width, other",
+        {"a": 6, "b": 8},
+    ),
+    "a list that grows before a branch": (
+        "parts = []; parts.append(conv(3, width)); self.names = []; self.names.append('a'); str(1)\n"
+        "if other: parts.append(nn.ReLU())\n"
+        "self.all = nn.Sequential(*parts); self.a = width",
+        {"a": 6},
+    ),
+    "what a function lists": ("self.all = nn.Sequential(*list([conv(3, width)])); self.a = width", {}),
+    "an empty list between": (
+        "self.all = nn.Sequential(conv(3, width), *tuple(), conv(3, other)); self.a, self.b = width, other",
+        {"a": 6, "b": 8},
+    ),
+    "a list between that was emptied": (
+        "parts = [nn.ReLU()]; parts.clear(); self.a, self.b = width, other\n"
+        "self.all = nn.Sequential(conv(3, width), *parts, conv(3, other))",
+        {"a": 6, "b": 8},
+    ),
+    "another function where all layers agree": (f"{MAKES}; self.a = width; plus(width)", {"a": 6}),
+    # Two layers hold the number: where another call got it, both may be made of it.
+    "layers beside": (BESIDE, {"shown": 6}),
+    "a function of Python's own": (f"{BESIDE}; max(width, 1); int(width)", {"shown": 6}),
+    "another function": (f"{BESIDE}; max(width, 1); plus(width)", {}),
+    "another function by keyword": (f"{BESIDE}; plus(1, more=width)", {}),
+    "a star in a call": ("self.one = conv(3, sizes[0]); self.two = conv(3, other); self.a = sizes; plus(*sizes)", {}),
+    # Expressions within one another are followed for twenty steps.
+    "twenty attributes": (
+        f"self.a = config{'.deep' * 19}.width; self.one = conv(3, config{'.deep' * 19}.width)",
+        {"a": 6},
+    ),
+    "more attributes": (f"self.a = config{'.deep' * 20}.width; self.one = conv(3, config{'.deep' * 20}.width)", {}),
+    "twenty sums": (f"self.a = width{' + 1' * 20}; self.one = conv(3, width{' + 1' * 20})", {"a": 26}),
+    "more sums": (f"self.a = width{' + 1' * 21}; self.one = conv(3, width{' + 1' * 21})", {}),
+    "twenty calls": (
+        f"self.a = {'int(' * 20}width{')' * 20}; self.one = conv(3, {'int(' * 20}width{')' * 20})",
+        {"a": 6},
+    ),
+    "more calls": (f"self.a = {'int(' * 21}width{')' * 21}; self.one = conv(3, {'int(' * 21}width{')' * 21})", {}),
+    "twenty entries": (f"self.a = config.tower{'[0]' * 19}; self.one = conv(3, config.tower{'[0]' * 19})", {"a": 6}),
+    "twenty names": (f"n0 = width\n{LATER}\nself.a = width; self.one = conv(3, n19)", {"a": 6}),
+    "more names": (f"n0 = width\n{LATER}\nself.a = width; self.one = conv(3, n20)", {}),
+    "attributes of attributes": (
+        f"self.n0 = width\n{OWN}\nself.a = width; self.one = conv(3, self.n19)",
+        {"a": 6, **{f"n{at}": 6 for at in range(21)}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_attributes_get_the_width_that_the_constructor_gives_a_layer_too(tmp_path: Path, name: str) -> None:
+    lines, shown = CONSTRUCTORS[name]
+    path, space = tmp_path / "net.py", dict[str, Any]()
+    path.write_text(MODULE.format(lines=lines.replace("\n", "\n        ")))  # what is read is the source in a file
+    exec(compile(path.read_text(), path, "exec"), space)
+    nets = [space["Net"](width, 8, (width, 8), Config(width)) for width in (8, 6)]
+    assert {_named(place): size for place, size in sizes_shown(*nets).items()} == shown
+
+
+class Config:
+    """Numbers in objects and lists within one another."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.other, self.deep, self.call = width, 8, self, int
+        self.tower: Any = width
+        for _ in range(19):
+            self.tower = [self.tower]
+
+
+def _named(place: Place) -> str:
+    name, key, path = place
+    return f"{name}.{key}".lstrip(".") + "".join(f"[{each!r}]" for each in path)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import nni_topo
 from nni_topo.network import register_module
+from nni_topo.network.layers import kinds
 from nni_topo.network.layers.kinds import RULES, norm_scale, through_norms, weights_left
 from nni_topo.network.layers.original_width import OriginalWidthLayerNorm, channel_dim
 
@@ -282,3 +283,152 @@ def test_an_optimizer_of_whole_matrices_moves_no_zero():
     assert torch.equal(layer.weight != 0, kept)
     step()
     assert not torch.equal(layer.weight != 0, kept)
+
+
+LSTM_ROWS = ("weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+# By layer: its output channels, the parameter that is masked, those with a row for each channel, whether it has a bias,
+# the dimension of output channels in the weight, that of channels in what enters and leaves, and whether it can be cut.
+FACTS = {
+    "convolution": (nn.Conv2d(3, 4, 1), (4, "weight", ("bias",), True, 0, 1, True)),
+    "depth-wise": (nn.Conv1d(4, 8, 1, groups=4, bias=False), (8, "weight", ("bias",), False, 0, 1, True)),
+    "transposed": (nn.ConvTranspose2d(3, 4, 1), (4, "weight", ("bias",), True, 1, 1, True)),
+    "linear": (nn.Linear(3, 5, bias=False), (5, "weight", ("bias",), False, 0, -1, True)),
+    "embedding": (nn.Embedding(3, 6), (6, "weight", ("bias",), False, 1, -1, True)),
+    "attention": (nn.MultiheadAttention(6, 2), (18, "in_proj_weight", ("in_proj_bias",), True, 0, -1, False)),
+    "attention of others": (
+        nn.MultiheadAttention(6, 2, kdim=3, bias=False),
+        (None, "in_proj_weight", ("in_proj_bias",), False, 0, -1, False),
+    ),
+    "LSTM": (nn.LSTM(3, 5), (20, "weight_ih_l0", LSTM_ROWS, True, 0, -1, False)),
+    "GRU": (nn.GRU(3, 5, bias=False), (15, "weight_ih_l0", ("weight_hh_l0",), False, 0, -1, False)),
+    "LSTM with a projection": (
+        nn.LSTM(3, 5, proj_size=2),
+        (None, "weight_ih_l0", ("weight_hh_l0", "weight_hr_l0", *LSTM_ROWS[1:]), True, 0, -1, False),
+    ),
+    "activation": (nn.ReLU(), (None, "weight", ("bias",), False, 0, 1, True)),
+    "norm": (nn.BatchNorm2d(4), (None, "weight", ("bias",), True, 0, 1, True)),
+    "response norm": (nn.LocalResponseNorm(2), (None, "weight", ("bias",), False, 0, 1, True)),
+    "distances": (nn.Bilinear(2, 2, 3), (None, "weight", ("bias",), True, 0, 1, False)),
+    "computed weight": (
+        nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)),
+        (5, "weight", ("bias",), True, 0, -1, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_facts_of_layers_by_their_kind(name):
+    layer, facts = FACTS[name]
+    assert facts == (
+        kinds.output_channels(layer),
+        kinds.weight_name(layer),
+        kinds.row_names(layer),
+        kinds.has_bias(layer),
+        kinds.channel_dimension(layer),
+        kinds.feature_dimension(layer),
+        kinds.can_be_cut(layer),
+    )
+    is_plain = "weight" in dict(layer.named_parameters()) or not list(layer.parameters())
+    assert kinds.weight_is_computed(layer) is not is_plain
+    assert kinds.is_depthwise(layer) is (name == "depth-wise")
+    assert kinds.is_recurrent(layer) is (name in ("LSTM", "GRU"))
+    assert kinds.has_channels(layer) is (
+        facts[0] is not None or name in ("attention of others", "LSTM with a projection")
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "is_depthwise"),
+    [
+        (nn.Conv2d(1, 4, 1), False),  # of one channel
+        (nn.Conv2d(4, 4, 1, groups=2), False),
+        (nn.Conv2d(2, 2, 1, groups=2), True),
+        (nn.ConvTranspose1d(4, 4, 1, groups=4), True),
+        (nn.Linear(1, 1), False),
+    ],
+)
+def test_a_depthwise_convolution_filters_each_of_several_channels(layer, is_depthwise):
+    assert kinds.is_depthwise(layer) is is_depthwise
+
+
+@pytest.mark.parametrize(
+    ("norm", "has_no_width", "is_plain", "names"),
+    [
+        (nn.BatchNorm2d(4), False, True, {"weight", "bias"}),
+        (nn.BatchNorm2d(4, affine=False), False, True, set()),
+        (nn.BatchNorm2d(4, affine=False, track_running_stats=False), True, True, set()),
+        (nn.InstanceNorm2d(4), True, False, set()),
+        (nn.InstanceNorm2d(4, affine=True), False, False, {"weight", "bias"}),
+        (nn.InstanceNorm2d(4, track_running_stats=True), False, False, set()),
+        (nn.LayerNorm(4, bias=False), False, False, {"weight"}),
+        (nn.GroupNorm(2, 4, affine=False), False, False, set()),
+        (nn.RMSNorm(4), False, False, {"weight"}),
+        (type("Own", (nn.BatchNorm2d,), {})(4), False, False, {"weight", "bias"}),
+    ],
+)
+def test_facts_of_norms(norm, has_no_width, is_plain, names):
+    assert kinds.has_no_width(norm) is has_no_width
+    assert kinds.is_plain_norm(norm) is is_plain
+    assert set(kinds.per_channel_names(norm)) == names
+    assert kinds.is_normalizing(norm)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 4, 2),
+        nn.Conv2d(4, 4, 1, groups=2),
+        nn.ConvTranspose2d(3, 4, 2),
+        nn.ConvTranspose1d(6, 4, 1, groups=2),
+        nn.Linear(3, 4),
+        nn.Embedding(3, 4),
+    ],
+)
+def test_masks_of_channels_are_spread_over_the_weight_and_read_from_it(layer):
+    kept = torch.tensor([True, False, False, True])
+    mask = kinds.spread(layer, kept)
+    assert (mask.shape, mask.dtype) == (layer.weight.shape, torch.float32)
+    assert kinds.spread(layer, kept, torch.bool).dtype == torch.bool
+    with torch.no_grad():
+        layer.weight.fill_(1.0).mul_(mask)
+        if not isinstance(layer, nn.Embedding):
+            layer.bias.zero_()
+    shape = {
+        nn.Linear: (2, 3),
+        nn.Embedding: (2,),
+        nn.Conv2d: (2, layer.weight.shape[1] * getattr(layer, "groups", 1), 5, 5),
+    }
+    shape |= {nn.ConvTranspose2d: (2, 3, 5, 5), nn.ConvTranspose1d: (2, 6, 5)}
+    entering = torch.ones(shape[type(layer)], dtype=torch.int64 if isinstance(layer, nn.Embedding) else torch.float32)
+    leaving = layer(entering).movedim(kinds.feature_dimension(layer), 0).flatten(1)
+    assert leaving.ne(0).any(1).tolist() == kept.tolist()
+    assert kinds.kept_channels(layer, {"weight": mask}).tolist() == kept.tolist()
+    assert kinds.kept_channels(layer, {"bias": kept}) is None
+    assert kinds.kept_channels(nn.ReLU(), {"weight": mask}) is None
+    rows = kinds.by_output(mask, layer)
+    assert rows.flatten(1).ne(0).all(1).tolist() == kept.tolist()
+    assert torch.equal(kinds.of_output(rows, layer), mask)
+
+
+def test_products_of_a_recurrent_layer_are_those_of_its_weights():
+    assert kinds.recurrent_products(nn.LSTM(3, 5)) == 20 * 3 + 20 * 5
+    assert kinds.recurrent_products(nn.GRUCell(3, 5)) == 15 * 3 + 15 * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("a.b", torch.ones(2), True),
+        ("a.b", torch.ones(1), False),
+        ("a.b", torch.ones(2, dtype=torch.int64), False),
+        (f"a.{kinds.HEADS_TAKEN}", torch.ones(2, dtype=torch.int64), True),
+        ("a.b", None, False),
+        ("a.b", [1.0, 2.0], False),
+    ],
+)
+def test_tensors_of_several_floats_can_follow_channels(name, value, told):
+    assert kinds.can_follow(name, value) is told
+
+
+def test_channels_that_enter_are_those_of_inputs():
+    assert (kinds.entering_channels(nn.MultiheadAttention(6, 2)), kinds.entering_channels(nn.Linear(3, 5))) == (6, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict, namedtuple
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from torch import nn
 
 from nni_topo.network.layers.constructors import (
+    _assigned_elsewhere,
     number_at,
     numbers_in,
+    numbers_read,
     places_of,
     put_sizes,
+    read_in_forward,
     sizes_of,
     stale_numbers,
     whole_numbers,
@@ -122,6 +126,9 @@ STALE = {
     "within what describes weights": ({"pretrained_cfg": {"dim": 8}}, {}),
     "of weights under two names": ((lambda held: {"pretrained_cfg": held, "cfg": held})({"dim": 8}), {}),
     "several": ({"a": 8, "b": [1, 8]}, {"a": 8, "b[1]": 8}),
+    "beside what describes weights": ({"pretrained_cfg": {"dim": 8}, "dims": [8]}, {"dims[0]": 8}),
+    "the same number of weights": ({"pretrained_dim": 8, "dim": 8}, {"dim": 8}),
+    "a size by name": ({"size": {"size": 8}}, {"size['size']": 8}),
 }
 
 
@@ -141,6 +148,126 @@ def test_a_number_that_was_changed_or_is_read_is_not_stale():
         def forward(self, images):
             return self.last(self.first(images)[:, : self.dim])
 
-    assert stale_numbers(Reading(8, dim=8), Reading(6, dim=8)) == {}
+    assert stale_numbers(Reading(8, dim=8, wide=8), Reading(6, dim=8, wide=8)) == {"wide": 8}
+    two = Net(2, dim=2)
+    assert stale_numbers(two, Net(1, dim=2)) == {"dim": 2}
+    assert stale_numbers(two, Net(2, dim=2)) == {}
     one = Net(1, dim=1)
-    assert stale_numbers(one, Net(1, dim=1)) == {}
+    one.first = nn.Identity()  # of which no width is known
+    assert stale_numbers(Net(1, dim=1), one) == {}
+
+
+def test_numbers_that_are_known_to_be_right_are_not_stale():
+    nets = [Net(width, dims=[8, 8, 8]) for width in (8, 6)]
+    assert stale_numbers(*nets, right=[("", "dims", (0,)), ("", "dims", (2,))]) == {"dims[1]": 8}
+
+
+def test_a_number_of_layers_that_stay_is_not_stale():
+    class Sized(Net):
+        def __init__(self, width, other):
+            super().__init__(width)
+            self.dim, self.other = other, nn.Conv2d(3, other, 1)
+
+    assert stale_numbers(Sized(8, 8), Sized(6, 8)) == {}
+    assert stale_numbers(Sized(8, 8), Sized(6, 5)) == {}
+
+
+class Config:
+    """Numbers as a config of Transformers holds them."""
+
+    of_class = (3, 4)
+
+    def __init__(self, **held):
+        vars(self).update(held)
+
+    def to_dict(self=None):
+        return {}
+
+
+class Holder(nn.Module):
+    def __init__(self, config, **parts):
+        super().__init__()
+        self.config = config
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+INNER, OUTER = Config(sizes=[1, 2]), Config(sizes=(3,), width=8, names=["a"], depths=[4, 5])
+CONFIGS = {
+    "of a module": (Holder(OUTER), [("", "config.sizes"), ("", "config.depths")]),
+    "of a module within": (nn.Sequential(Holder(INNER)), [("0", "config.sizes")]),
+    "of modules within one another": (Holder(INNER, a=Holder(INNER, b=Holder(INNER))), [("", "config.sizes")]),
+    "of modules beside each other": (nn.Sequential(Holder(INNER), Holder(INNER), Holder(OUTER)), [
+        ("2", "config.sizes"), ("2", "config.depths"),
+    ]),
+    "of names that begin alike": (nn.ModuleDict({"a": Holder(INNER), "ab": Holder(INNER)}), []),
+    "of a module and one within": (nn.ModuleDict({"a": Holder(INNER, b=Holder(INNER))}), [("a", "config.sizes")]),
+    "in another one": (Holder(Config(text=INNER, dims=[6]), a=Holder(INNER)), [("", "config.dims")]),
+    "in one another": (Holder(Config(text=Config(text=INNER, dims=[6])), a=Holder(INNER)), []),
+    "of other kinds": (Holder(nn.Identity(), a=Holder(Config), b=Holder(None)), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_lists_of_a_config_are_those_of_the_module_that_holds_all_the_others(name):
+    model, found = CONFIGS[name]
+    assert [(name, key) for _, name, key, _ in numbers_read(model)] == found
+
+
+class Reading(nn.Module):
+    def forward(self, x):
+        return [self.inner(y) for y in x] + self.helper(self.first)
+
+    def helper(self, x):
+        return (lambda: self.deep)(), self.scale, self.fixed(), self.of_class()
+
+    @property
+    def scale(self):
+        return self.factor
+
+    @staticmethod
+    def fixed():
+        return torch.pi
+
+    @classmethod
+    def of_class(cls):
+        return cls.kind
+
+    def unread(self):
+        return self.never
+
+
+def test_what_a_forward_reads_is_read_by_its_methods_and_properties_too():
+    read = read_in_forward(Reading)
+    assert read >= {"inner", "helper", "first", "deep", "scale", "factor", "fixed", "pi", "of_class", "kind"}
+    assert not read & {"unread", "never"}
+    assert read_in_forward(nn.Conv2d) == set()
+    changed = type("Changed", (Reading,), {"forward": functools.wraps(Reading.helper)(lambda self: self.not_this)})
+    assert "deep" in read_in_forward(changed)
+    assert "not_this" not in read_in_forward(changed)
+
+
+class Setting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = 1
+
+    def one(self, x):
+        self.a = x
+
+    def two(self, x):
+        x = x + 1
+        self.b = x
+
+    def three(self, x):
+        x = -x
+        self.c = x
+
+    def four(self, x):
+        self.a, y = x, x
+        self.d.e = y
+
+
+def test_attributes_that_methods_assign_are_known_but_for_those_of_pytorch():
+    assert _assigned_elsewhere(Setting) == {"a", "b", "c", "e"}
+    assert _assigned_elsewhere(type("Derived", (Setting,), {})) == {"a", "b", "c", "e"}

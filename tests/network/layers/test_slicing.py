@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.layers.slicing import cut, keep
+from nni_topo.network.layers.slicing import cut, cut_channelwise, keep
 
 # By name: the layer, the kept input and output channels, what enters it at full width, and the dimension of channels.
 LAYERS = {
@@ -25,6 +27,7 @@ LAYERS = {
     "linear": (nn.Linear(5, 4), [0, 4], [1, 2, 3], (3, 5), 1),
     "linear without a bias": (nn.Linear(5, 4, bias=False), [0, 1, 2, 3, 4], [0], (3, 2, 5), 2),
     "PReLU": (nn.PReLU(4), [1, 2], [1, 2], (2, 4, 3), 1),
+    "PReLU of two": (nn.PReLU(2), [1], [1], (2, 2, 3), 1),
     "PReLU of one": (nn.PReLU(), [1, 2], [1, 2], (2, 4, 3), 1),
     "batch norm": (nn.BatchNorm2d(4), [0, 3], [0, 3], (2, 4, 3, 3), 1),
     "without parameters": (nn.BatchNorm1d(4, affine=False), [0, 3], [0, 3], (2, 4, 3), 1),
@@ -48,6 +51,25 @@ def drawn(layer: nn.Module) -> nn.Module:
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
     return layer.double().eval()
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"bidirectional": True}, {"num_layers": 2}, {"num_layers": 2, "bidirectional": True}]
+)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@torch.no_grad()
+def test_units_go_from_all_levels_and_directions(kind: type[nn.RNNBase], knobs: dict[str, Any]) -> None:
+    """Units without weights in the whole layer put out zeros, so the others compute what they do without them."""
+    layer, kept, rows = kind(3, 4, **knobs).double().eval(), torch.tensor([0, 3]), torch.randn(5, 2, 3).double()
+    gates = len(layer.weight_ih_l0) // 4
+    places = torch.cat([kept + 4 * gate for gate in range(gates)])
+    for parameter in layer.parameters():
+        gone = torch.ones(len(parameter), dtype=torch.bool).index_fill(0, places, False)
+        parameter[gone] = 0
+    expected = layer(rows)[0].unflatten(-1, (-1, 4))[..., kept].flatten(-2)
+    cut("a", layer, torch.arange(3), places)
+    assert layer.hidden_size == 2
+    torch.testing.assert_close(layer(rows)[0], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -83,7 +105,7 @@ def test_a_cut_layer_says_how_wide_it_is() -> None:
     assert (linear.in_features, linear.out_features) == (2, 1)
     norm = nn.GroupNorm(3, 6)
     cut("a", norm, torch.tensor([2, 3]), torch.tensor([2, 3]))
-    assert (norm.num_groups, norm.num_channels) == (1, 2)
+    assert (norm.num_groups, norm.num_channels, type(norm)) == (1, 2, nn.GroupNorm)
     norms = nn.BatchNorm1d(4), nn.LayerNorm(4), nn.PReLU(4), nn.Embedding(7, 4)
     for each in norms:
         cut("a", each, torch.tensor([1, 2]), torch.tensor([1, 2]))
@@ -151,3 +173,20 @@ def test_a_parameter_keeps_its_kind_and_whether_it_is_trained() -> None:
     assert layer.bias is not None
     keep(layer, "absent", torch.zeros(1))
     assert not hasattr(layer, "absent")
+
+
+@pytest.mark.parametrize(("kernel", "dilation", "bias"), [(3, 1, True), (3, 2, False), (4, 1, True)])
+@torch.no_grad()
+def test_a_convolution_over_channels_reads_zeros_in_place_of_removed_ones(
+    kernel: int, dilation: int, bias: bool
+) -> None:
+    layer = nn.Conv1d(2, 3, kernel, padding="same", dilation=dilation, bias=bias).double()
+    values = torch.randn(2, 2, 7, generator=torch.Generator().manual_seed(0)).double()
+    kept, fewer = torch.tensor([0, 2, 3, 6]), torch.tensor([1, 3])
+    zeros = [torch.zeros_like(values).index_copy_(2, each, values[..., each]) for each in (kept, kept[fewer])]
+    expected = [layer(each) for each in zeros]
+    cut_channelwise(layer, kept, 7)
+    torch.testing.assert_close(layer(values[..., kept]), expected[0][..., kept])
+    cut_channelwise(layer, fewer, 4)
+    torch.testing.assert_close(layer(values[..., kept[fewer]]), expected[1][..., kept[fewer]])
+    assert (layer.counted, "taps" in layer.state_dict()) == (7, False)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 import pathlib
+import random
 from collections import OrderedDict
 
 import pytest
@@ -12,11 +13,12 @@ from nni.compression.speedup.dependency import auto_set_denpendency_group_ids
 from speedup_nets import Chunked, Concatenated, Grouped, Residual, Shared, chain
 from torch import nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.runtime.inputs import arguments_of
+from nni_topo.network.speedup.dependency import DependencyGroups, by_reason, held_by_unselected
 from nni_topo.speedup import dependency_groups
 from nni_topo.zoo.transformers import vit_small
 
@@ -352,3 +354,84 @@ def test_an_excluded_name_that_is_no_layers_is_told_with_the_nearest(caplog):
     assert told == [
         "nothing is excluded: an excluded layer must be a known name, got 'Stem'; did you mean stem? (config_list[0])"
     ]
+
+
+class Untraceable(nn.Module):
+    """Computes with NumPy and a random number, which no tracer follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        weight = self.one.weight.detach().mean((2, 3))
+        return torch.from_numpy((x.mean((2, 3)) @ weight).numpy() * random.random()) * self.scale
+
+
+def test_all_selected_layers_of_a_model_that_is_not_traced_are_left_out_with_the_error():
+    groups = dependency_groups(Untraceable(), IMAGES, CONVOLUTIONS)
+    assert list(groups) == []
+    assert list(groups.skipped) == list(groups.reasons) == ["one", "two"]
+    assert {each.kind for why in groups.reasons.values() for each in why} == {"untraced_model"}
+    assert all("got Untraceable" in told for told in groups.skipped.values())
+    for config in (
+        [{"op_names": ["one"], "sparse_ratio": 0.5}],
+        [*CONVOLUTIONS, {"op_names": ["one"], "sparse_ratio": 0.5}],
+    ):
+        with pytest.raises(SpeedupError):
+            dependency_groups(Untraceable(), IMAGES, config)
+    with pytest.raises(SpeedupError):
+        dependency_groups(Untraceable(), IMAGES, CONVOLUTIONS, strict=True)
+
+
+GROUPED = DependencyGroups(
+    [
+        {"op_names": ["a"], "dependency_group_id": "group_0"},
+        {"op_names": ["b"], "dependency_group_id": "group_0"},
+        {"op_names": ["c"]},
+        {"op_names": ["d"], "dependency_group_id": "group_1"},
+        {"op_names": ["e"]},
+    ],
+    skipped={"f": "it gives the model's output"},
+    named=["a"],
+    ties={"c": (0, 1)},
+)
+
+
+@pytest.mark.parametrize(
+    ("out", "left"), [((), "abcde"), (("a",), "cde"), (("c",), "abde"), (("b", "e"), "cd"), (("f",), "abcde")]
+)
+def test_layers_are_left_out_with_their_group(out, left):
+    assert [entry["op_names"] for entry in GROUPED.without(out)] == [[name] for name in left]
+    assert GROUPED.without(out).skipped == GROUPED.skipped
+    assert GROUPED.without(out).named == {"a"}
+
+
+def test_groups_without_names_hold_the_rest():
+    assert GROUPED.layers() == [["a", "b"], ["c"], ["d"], ["e"]]
+    unnamed = GROUPED.unnamed()
+    assert (list(unnamed), unnamed.named) == (list(GROUPED), frozenset())
+    assert (unnamed.skipped, unnamed.ties) == (GROUPED.skipped, GROUPED.ties)
+    assert (DependencyGroups().skipped, DependencyGroups().ties, DependencyGroups().reasons) == ({}, {}, {})
+
+
+@pytest.mark.parametrize("ties", [{"a": [0, 1]}, {0: (0, 1)}, [("a", (0, 1))]])
+def test_ties_are_tuples_by_name(ties):
+    with pytest.raises(ConfigError, match="a mapping of layers' names to tuples"):
+        DependencyGroups([], ties=ties)
+
+
+def test_layers_of_a_group_that_are_not_selected_hold_the_others():
+    flow = flow_of(Residual())
+    assert held_by_unselected(flow, [["stem"]]) == {"stem": ("point",)}
+    assert held_by_unselected(flow, [["stem", "point"]]) == {}
+    assert held_by_unselected(flow, [["point"], ["tail"]]) == {"point": ("stem",)}  # what is depth-wise follows
+    assert held_by_unselected(flow, [["stem", "tail"]]) == {}  # held as a whole or not at all
+    assert held_by_unselected(flow, [["stem"], ["no_layer"]]) == {"stem": ("point",)}
+    assert held_by_unselected(flow_of(chain()), [["0"]]) == {}
+
+
+def test_layers_are_collected_by_reason_in_order():
+    found = by_reason({"a": "one", "": "two", "b": "one"})
+    assert list(found.items()) == [("one", ["a", "b"]), ("two", ["the model itself"])]

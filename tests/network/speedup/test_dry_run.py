@@ -5,11 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from speedup_nets import Grouped, chain
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import nni_topo
 from nni_topo.errors import SpeedupError
+from nni_topo.network.channels import FIXED
 from nni_topo.network.layers.kinds import register_module
 from nni_topo.network.speedup import dry_run as dry_runs
 from nni_topo.network.speedup.dry_run import _DryRun
@@ -348,3 +350,183 @@ def test_a_layer_with_parameters_that_are_not_cut_keeps_its_own_channels_alone()
     assert widths[3] < 4
     kept = nni_topo.network.speedup.unprunable_layers(model, ROWS, ["0", "2", "4", "6"])
     assert kept.keys() == {"2", "4"}
+
+
+class Found:
+    """Stands for a dry run: notes the inputs that it gets, and finds what is said of such inputs."""
+
+    def __init__(self, answers):
+        self.answers, self.seen = answers, []
+
+    def run(self, args, *, blocks=1, is_varied=False):
+        (x,) = args
+        kind = "batch" if blocks > 1 else "varied" if is_varied else "plain"
+        name = f"{kind} {x.shape[-1]}{' double' if x.dtype == torch.float64 else ''}"
+        assert len(x) == blocks == 4 if kind == "batch" else len(x) == 2
+        self.seen.append(name)
+        found = self.answers.get(name, self.answers.get(kind, {}))
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def doubled(self):
+        return self
+
+
+FOUND, OTHER, FAILS = {1: "a"}, {2: "b"}, ValueError("another size")
+THRICE = ["varied 64"] * 3
+INPUTS = {
+    "nothing": ({}, {}, ["batch 33"]),
+    "all": ({"batch": FOUND, "plain": FOUND}, FOUND, ["batch 33", "plain 64", "plain 80"]),
+    "a size that the network takes": ({"batch 33": FAILS}, {}, ["batch 33", "batch 64"]),
+    "no size but its own": (
+        {"batch 33": FAILS, "batch 64": FAILS, "plain 64": FAILS},
+        {}, ["batch 33", "batch 64", "batch 80"],
+    ),
+    "no batch": ({"batch": FAILS}, {}, ["batch 33", "batch 64", "batch 80", "plain 64", *THRICE]),
+    "no batch of its own size": (
+        {"batch": FAILS, "plain 64": FAILS}, {},
+        ["batch 33", "batch 64", "batch 80", "plain 64", "plain 80", *["varied 80"] * 3],
+    ),
+    "in batches alone": ({"batch": FOUND}, {}, ["batch 33", "plain 64", "batch 33", *THRICE]),
+    "in batches and small ones": ({"batch": FOUND, "plain 64": FOUND}, {}, [
+        "batch 33", "plain 64", "plain 80", "batch 33", *["varied 80"] * 3,
+    ]),
+    "of other scales": ({"batch": FOUND, "varied": OTHER}, OTHER, [
+        "batch 33", "plain 64", "batch 33", *["varied 64", "varied 64 double"] * 3,
+    ]),
+    "by rounding": ({"batch": FOUND, "varied 64": OTHER, "varied 64 double": {}}, {}, [
+        "batch 33", "plain 64", "batch 33", *["varied 64", "varied 64 double"] * 3,
+    ]),
+    "without double precision": ({"batch": FOUND, "varied 64": OTHER, "varied 64 double": FAILS}, OTHER, [
+        "batch 33", "plain 64", "batch 33", *["varied 64", "varied 64 double"] * 3,
+    ]),
+    "without other scales": ({"batch": FOUND, "varied": FAILS}, {}, ["batch 33", "plain 64", "batch 33", *THRICE]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_are_as_small_and_few_as_will_do(name):
+    answers, found, seen = INPUTS[name]
+    run = Found(answers)
+    assert dry_runs._Inputs((torch.rand(2, 3, 80, 80),)).find(run) == found
+    assert run.seen == seen
+
+
+def test_once_something_was_found_inputs_come_by_themselves_first():
+    inputs = dry_runs._Inputs((torch.rand(2, 3, 80, 80),))
+    inputs.find(Found({"batch": FOUND, "plain": FOUND}))
+    after = Found({})
+    assert inputs.find(after) == {}
+    assert after.seen == ["plain 80", "batch 33"]
+
+
+def test_whole_numbers_have_no_scales():
+    run = Found({"plain": FOUND})
+    assert dry_runs._Inputs((torch.zeros(2, 80, dtype=torch.int64),)).find(run) == FOUND
+    assert run.seen == ["plain 80"]
+    assert dry_runs._Inputs((torch.zeros(2, 80, dtype=torch.int64),)).find(Found({})) == {}
+
+
+@pytest.mark.parametrize("kind", ["plain 64", "plain 80", "varied", "varied 64 double"])
+def test_where_memory_is_short_nothing_is_found(kind):
+    """Of several inputs in one batch there may be too many."""
+    answers = {"batch": FOUND, "plain 64": {} if "varied" in kind else FOUND, "varied 64": FOUND, kind: MemoryError()}
+    with pytest.raises(MemoryError):
+        dry_runs._Inputs((torch.rand(2, 3, 80, 80),)).find(Found(answers))
+    assert dry_runs._Inputs((torch.rand(2, 3, 80, 80),)).find(Found({"batch": MemoryError(), "plain": FOUND})) == FOUND
+
+
+PRUNED = torch.tensor([False, True, True]).view(1, 3, 1)
+
+
+def zeros_but(*place: int, value: float = 1.0) -> torch.Tensor:
+    values = torch.zeros(2, 3, 4)
+    values[place] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("value", "pruned", "told"),
+    [
+        (zeros_but(0, 0, 0), PRUNED, True),
+        (zeros_but(1, 2, 3), PRUNED, False),
+        (zeros_but(1, 2, 3, value=-1.0), PRUNED, False),
+        (zeros_but(1, 2, 3, value=torch.nan), PRUNED, False),
+        (zeros_but(0, 0, 0).double(), PRUNED, True),
+        (zeros_but(0, 0, 0).half(), PRUNED, False),  # the entries are read one by one
+        (zeros_but(0, 0, 0), PRUNED.expand(2, 3, 1), False),
+        (zeros_but(0, 0, 0), PRUNED[:, 1:2], False),
+        (zeros_but(0, 0, 0), PRUNED[:, :2], False),
+    ],
+)
+def test_zeros_of_one_dimension_are_told_quickly(value, pruned, told):
+    assert dry_runs._is_zero(value, pruned) is told
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 3, 4), (2, 3, 4, 5)])
+def test_places_are_taken_of_any_dimension(shape):
+    value, places = torch.randn(shape), torch.tensor([2, 0])
+    for d in range(len(shape)):
+        if shape[d] > 2:
+            assert torch.equal(dry_runs._taken(value, d, places), value.index_select(d, places))
+
+
+def test_calls_of_other_shapes_are_different():
+    calls = [((torch.zeros(shape),), {}) for shape in ((2, 3), (2, 4), (2, 3))]
+    assert dry_runs._different(calls) == calls[:2]
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0, 0.0, 0.5], [0.0, -0.5, 0.0], [0.0, 0.5j, 0.0], [False, True, False], [0, 2, 0]]
+)
+def test_channels_with_values_are_listed_whatever_their_type(values):
+    """Of the three first channels one is removed that has a value, or none has."""
+    model = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 2))
+    both = dry_run(model, ROWS)
+    (node,) = (node for node in both.full.graph.nodes if node.target == "0")
+    ids = both.flow.group_ids_of("0")
+    for left in ([0, 1], [0, 2], [0]):
+        both.is_kept[ids] = [at in left for at in range(3)]
+        both._values = {node: (torch.tensor([values, [0] * 3]), None)}
+        listed = both.flow.group_ids(both._nonzero(node)).tolist()
+        assert listed == [int(ids[at]) for at in range(3) if values[at] and at not in left]
+
+
+def test_channels_with_values_are_listed_whatever_dimension_holds_them():
+    images, maps = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, 4)
+    maps[1, 2, 3, 0] = -1.0
+    assembled, flow = Network.on(model := nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)).eval(), images).traced()
+    ids = flow.group_ids_of("0")
+    for gone, listed in ([1, 2], [2]), ([0, 3], []):
+        is_kept = np.ones(flow.size, dtype=bool)
+        is_kept[ids[gone]] = False
+        both = _DryRun(flow, is_kept, assembled(copy.deepcopy(model)))
+        (node,) = (node for node in both.full.graph.nodes if node.target == "0")
+        both._values = {node: (maps, None)}
+        assert flow.group_ids(both._nonzero(node)).tolist() == ids[listed].tolist()
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_about_half_of_the_channels_are_drawn_and_none_that_must_stay(in_parts):
+    images = torch.randn(2, 3, 8, 8)
+    for model in (Grouped().eval(), chain().eval(), nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1)).eval()):
+        flow = Network.on(model, images).flow
+        drawing, first = np.random.default_rng(0), next(iter(flow.layers))
+        held = {} if flow.blocks else {int(flow.group_ids_of(first)[0]): None}
+        drawn = [dry_runs._draw(flow, held, drawing, {}, in_parts=in_parts) for _ in range(20)]
+        for is_kept in drawn:
+            assert is_kept[[FIXED, *flow.at_output, *held]].all()
+            for name in flow.layers:
+                group_ids = flow.group_ids_of(name)
+                assert is_kept[group_ids].any()
+                is_free = not set(group_ids.tolist()) & {FIXED, *flow.at_output}
+                if not in_parts and not flow.blocks and is_free and len(group_ids) > 2:
+                    assert not is_kept[group_ids].all()
+            for blocks in flow.blocks:
+                for block in (each for side in blocks.sides for each in side):
+                    group_ids = flow.group_ids(block)
+                    if in_parts and not set(group_ids.tolist()) & {FIXED, *flow.at_output}:
+                        assert is_kept[group_ids].sum() == (len(group_ids) + 1) // 2
+        prunable = [group_id for group_id in flow.group_ids_of(first).tolist() if group_id not in held]
+        assert not np.all([is_kept[prunable] for is_kept in drawn])

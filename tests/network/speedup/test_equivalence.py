@@ -12,7 +12,7 @@ from torch import nn
 
 from nni_topo import create_pruner, dependency_groups, to_dense
 from nni_topo.errors import SpeedupError
-from nni_topo.network.speedup.equivalence import _in_range, check_equal
+from nni_topo.network.speedup.equivalence import _first_difference, _in_range, _worst, check_equal
 from nni_topo.speedup import masked_model
 
 NAN, INF = float("nan"), float("inf")
@@ -164,6 +164,68 @@ def test_single_precision_is_enough_where_what_it_shows_is_far_below_the_toleran
     check_equal(Noting(), Noting(off), ((torch.ones(2, 3),), {}), {}, 1e-4)
     assert Noting.seen[:2] == [torch.float32] * 2
     assert Noting.seen[-2:] == [last] * 2
+
+
+class Words(nn.Embedding):
+    """Notes the precision it computes in, on inputs that have no scales."""
+
+    seen: ClassVar[list[torch.dtype]] = []
+
+    def __init__(self, off=0.0):
+        super().__init__(4, 3)
+        self.off = off
+        nn.init.ones_(self.weight)
+
+    def forward(self, ids):
+        self.seen.append(self.weight.dtype)
+        return super().forward(ids) * (1 + self.off * (self.weight.dtype == torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("off", "rtol", "precisions"),
+    [
+        (0.0, 1e-4, [torch.float32]),
+        (0.0, 1e-6, [torch.float64]),
+        (5e-5, 1e-4, [torch.float32, torch.float32, torch.float64]),  # small inputs, all, and small ones once more
+    ],
+)
+def test_whole_numbers_are_compared_in_single_precision_first_where_the_tolerance_allows(off, rtol, precisions):
+    Words.seen.clear()
+    check_equal(Words(), Words(off), ((torch.zeros(2, 5, dtype=torch.int64),), {}), {}, rtol)
+    assert Words.seen == [each for each in precisions for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "place"),
+    [
+        ({"a": [4, 2]}, {"a": [4, 2]}, (None, "after the last layer")),
+        ({"a": [4, 3]}, {"a": [4, 2]}, (None, "after the last layer")),  # of which two are kept
+        (
+            {"a": [4, 2, 5], "b": [4, 2]},
+            {"a": [4, 2, 5]},
+            ("b", "from b on, whose output has another shape than expected"),
+        ),
+        ({"a": [4, 2, 5]}, {"a": [4, 2, 4]}, ("a", "from a on, whose output has another shape than expected")),
+    ],
+)
+def test_the_first_module_whose_output_differs_is_named(expected, actual, place):
+    kept = {name: [torch.arange(1), torch.tensor([0, 1]), torch.arange(5)] for name in "ab"}
+    outputs = [{name: torch.ones(shape) for name, shape in each.items()} for each in (expected, actual)]
+    kept = {name: each[: outputs[0].get(name, torch.ones(1, 1)).dim()] for name, each in kept.items()}
+    assert _first_difference(*outputs, kept, 1e-3) == place
+    if place[0] is None:
+        outputs[1]["a"] = outputs[1]["a"] * 1.01
+        assert _first_difference(*outputs, kept, 1e-3) == ("a", "from a on")
+        assert _first_difference(*outputs, kept, 0.1) == place
+
+
+def test_a_difference_of_just_the_tolerance_is_none():
+    outputs = [{"a": torch.tensor([[2.0, value]])} for value in (0.0, 0.5)]
+    kept = {"a": [torch.arange(1), torch.arange(2)]}
+    assert _first_difference(*outputs, kept, 0.25) == (None, "after the last layer")
+    assert _first_difference(*outputs, kept, 0.24) == ("a", "from a on")
+    assert _worst([], []) == 0.0
+    assert _worst([torch.ones(2), outputs[0]["a"]], [torch.ones(2), outputs[1]["a"]]) == 0.25
 
 
 def test_half_precision_is_never_enough():

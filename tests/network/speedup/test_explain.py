@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from nni_topo.errors import ConfigError, SpeedupError, leaves_out_by
 from nni_topo.network.channels import reasons
+from nni_topo.network.speedup.explain import Explanation, way_forward
+from nni_topo.network.speedup.network import Network
 from nni_topo.speedup import dependency_groups, explain, to_dense
 
 GONE = [1, 2, 4, 5]
@@ -466,3 +468,61 @@ def test_a_stream_that_is_the_output_is_told_as_such_also_where_heads_go():
     groups = dependency_groups(_Returned(), torch.rand(2, 3, 5), asked)
     assert [entry["op_names"] for entry in groups] == [["attention"], ["attention.out_proj"]]
     assert groups.skipped == dict.fromkeys(("enter", "leave"), "it gives the model's output")
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("second", "removed channels of first arrive at second as values that aren't zero: "),
+        ("between", "removed channels of first aren't zero there: "),  # which is no layer
+        ("head", "removed channels of the layers before it arrive at head as values that aren't zero: "),
+        (None, "removed channels of the layers before it aren't zero there: "),
+        ("mixed", "Softmax takes its statistics over removed channels too: "),
+    ],
+)
+def test_the_place_where_outputs_differ_is_named_where_a_layer_reads_it(place, told):
+    net = Net(nn.Sigmoid()).eval()
+    net.mixed = nn.Softmax(1)
+    network = Network.on(net, images())
+    kept = {name: [torch.arange(2), torch.arange(size)] for name, size in (("first", 8), ("second", 6), ("head", 2))}
+    kept["first"][1] = torch.tensor([0, 3, 6, 7])
+    assert way_forward(network, net, kept, place).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("module", "channels"),
+    [
+        (nn.Conv2d(3, 4, 1), 4),
+        (nn.ConvTranspose2d(3, 4, 1), 4),
+        (nn.Embedding(3, 6), 6),
+        (nn.Linear(3, 7), 7),
+        (nn.ReLU(), None),
+    ],
+)
+def test_channels_are_counted_by_the_kind_of_layer(module, channels):
+    if channels is None:
+        with pytest.raises(ConfigError, match=r"got ReLU \(0\)"):
+            explain(nn.Sequential(module), FEATURES, "0")
+        return
+    call = torch.zeros(2, 5, dtype=torch.int64) if isinstance(module, nn.Embedding) else torch.zeros(2, 3, 3, 3)
+    assert explain(nn.Sequential(module), call, "0").channels == channels
+
+
+def test_a_pruned_head_is_told_apart_from_a_pruned_channel():
+    lines = [
+        repr(Explanation("one", 8, kept, heads=heads)).splitlines() for kept, heads in ((0, ""), (0, "a"), (8, ""))
+    ]
+    assert lines[0] == ["one: all but one of 8 channels can be pruned"]
+    assert lines[1] == [
+        "one: its 8 channels can be pruned but for those of one head or unit",
+        "channels are pruned by whole heads or units of a",
+    ]
+    assert lines[2] == ["one: all 8 channels are kept"]
+    blocks = Explanation("one", 8, 2, ("two",), in_part=True, couplings=("a", "b", "c", "d", "e"), blocks=2, mixes="m")
+    assert repr(blocks).splitlines() == [
+        "one: 2 of 8 channels are kept, the others can be pruned",
+        "coupled with two: some channels are shared",
+        "coupled by a, b, c, d and 1 more",
+        "2 blocks of channels lose equally many each, for ",
+        "columns of its weight are pruned with the heads of m",
+    ]

@@ -230,3 +230,81 @@ def test_a_copy_is_known_only_as_long_as_it_is_one(traces):
     assert Network.on(other, IMAGES).flow is not flow
     assert Network.on(model, IMAGES).flow is flow
     assert len(traces) == 2
+
+
+def test_an_answer_is_found_once_for_all_networks_on_a_model_unless_it_is_this_ones_own():
+    model, found = two_layers(), []
+
+    def find():
+        found.append(len(found))
+        return found[-1]
+
+    one, other = Network.on(model, IMAGES), Network.on(model, IMAGES)
+    assert [network.remember("shared", find) for network in (one, other, one)] == [0, 0, 0]
+    own = [network.remember("own", find, kept=lambda _: False) for network in (one, other, one, other)]
+    assert own == [1, 2, 1, 2]
+    assert [Network.on(model, each).remember("shared", find) for each in (IMAGES[:1], IMAGES)] == [3, 0]
+    model[0].stride = (2, 2)
+    assert [network.remember("shared", find) for network in (one, other)] == [4, 4]
+    assert one.remember("own", find, kept=lambda _: False) == 5
+
+
+class Held:
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (1, 1, True),
+        (1, 1.0, False),
+        (None, 0, False),
+        (torch.ones(2), torch.zeros(2), True),  # what has several entries is computed with, not looked at
+        (torch.ones(2), torch.ones(3), False),
+        (torch.ones(2), torch.ones(2, dtype=torch.int64), False),
+        (torch.tensor([1.0]), torch.tensor([2.0]), False),
+        ({"a": [1]}, {"a": [1]}, True),
+        ({"a": [1]}, {"a": [2]}, False),
+        ({"a": 1}, {"b": 1}, False),
+        ((1, torch.ones(2)), (1, torch.zeros(2)), True),
+        (nn.Linear(2, 3), nn.Linear(4, 5), True),  # modules are listed by themselves
+        (nn.Linear(2, 3), nn.ReLU(), False),
+        (Held(1), Held(1), True),
+        (Held(1), Held(2), False),
+        (Held(Held(1)), Held(Held(2)), False),
+        ([[torch.ones(2)]], [[torch.zeros(2)]], True),
+        ([[[1]]], [[[2]]], False),
+        (torch.add, torch.sub, False),
+    ],
+)
+def test_what_a_trace_may_depend_on_is_told_from_what_it_may_not(one, other, same):
+    """Objects that hold equal things are alike, wherever they lie."""
+    assert (module._shown(one) == module._shown(other)) is same
+    models = [two_layers(), two_layers()]
+    for model, value in zip(models, (one, other), strict=True):
+        vars(model[0])["held"] = value
+    structures = [module._structure(model) for model in models]
+    assert (structures[0] == structures[1]) is same
+
+
+def test_modules_that_are_one_or_two_are_different_structures():
+    layer = nn.Linear(4, 4)
+    twice, once = nn.Sequential(layer, layer), nn.Sequential(layer, nn.Linear(4, 4))
+    assert module._structure(twice) != module._structure(once)
+    assert module._structure(copy.deepcopy(twice)) == module._structure(twice)
+    one, two = nn.Threshold(0.1, 0.0), nn.Threshold(0.2, 0.0)
+    assert module._structure(nn.Sequential(one, two, one)) != module._structure(nn.Sequential(one, two, two))
+
+
+def test_planes_are_the_pixels_of_convolutions_alone():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.ConvTranspose2d(4, 2, 2, stride=2), nn.Flatten(), nn.Linear(72, 5)
+    )
+    assert Network.on(model, IMAGES).planes == {"0": ((8, 8), (3, 3)), "1": ((3, 3), (6, 6))}
+
+
+def test_what_holds_itself_is_written_down_too():
+    held = Held({})
+    held.value["again"] = [held]
+    assert module._shown(held) == module._shown(held)
