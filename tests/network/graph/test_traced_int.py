@@ -360,11 +360,24 @@ def test_views_splits_and_slices_show_which_channels_an_attribute_counts() -> No
         ("getitem", ((slice(None), slice(held(2), held(6, place=HEADS))),), [(1, ALL[:2])]),
         ("split", (held(4, parts=2), 1), [(2, ALL[:4]), (2, ALL[4:])]),
         ("split", ((held(3), held(5, place=HEADS)), 1), [(1, ALL[:3])]),
+        ("split", (), None),
     ],
 )  # fmt: skip
 def test_a_number_counts_the_channels_of_its_own_place(method, args, found) -> None:
     uses = attribute_channels(*graph_of(method, *args), np.arange(100)).get(PLACE)
     assert (None if uses is None else [(parts, ids.tolist()) for parts, ids in uses]) == found
+
+
+def test_a_number_of_which_another_is_computed_is_known_where_that_is_a_size() -> None:
+    for method, is_known in (("view", True), ("repeat", False)):
+        graph, ids = graph_of("view", 1, held(8), 1)
+        images = next(iter(graph.nodes))
+        twice = graph.call_function(operator.mul, (graph.call_function(operator.mul, (held(8), 1)), 2))
+        graph.call_method(method, (images, 1, twice, 1))
+        for node in graph.nodes:
+            ids.setdefault(node.name, None)
+        assert (PLACE in attribute_channels(graph, ids, np.arange(100))) == is_known
+    assert size(3).places == []
 
 
 def test_numbers_of_what_stays_are_folded_and_others_computed() -> None:

@@ -93,7 +93,7 @@ class Own(nn.Module):
 
     class Linear(nn.Linear):
         def forward(self, rows):
-            return super().forward(rows)[:, :1]
+            return super().forward(rows)[..., :1]
 
     def __init__(self):
         super().__init__()
@@ -112,13 +112,14 @@ class Own(nn.Module):
         (nn.GRU(4, 3), (5, 4), {"": [((5, 4), (5, 3))]}),
         (nn.GRUCell(4, 3), (5, 4), {"": [((5, 4), (5, 3))]}),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (2, 3, 8, 9), {"0": [((2, 3, 8, 9), (2, 4, 6, 7))]}),
+        (Own().linear, (2, 5, 4), {"": [((2, 5, 4), (2, 5, 6))]}),
         (
             Own(),
             (2, 3, 9, 9),
             {"conv": [((2, 3, 9, 9), (2, 4, 4, 4))], "linear": [((2, 4), (2, 6))]},
         ),
     ],
-    ids=["steps first", "samples first", "one sample", "cell", "convolution", "own classes"],
+    ids=["steps first", "samples first", "one sample", "cell", "convolution", "own class", "own classes"],
 )
 def test_layers_are_noted_with_the_samples_first_and_without_what_own_classes_do_after(model, shape, sizes):
     assert layer_sizes(model, ((torch.randn(shape),), {})) == sizes
@@ -185,6 +186,7 @@ def test_what_a_layer_of_attention_reads_is_known_by_its_values(entered, read):
         ([0.0, 1e4], [0.9, 1e4], True),  # of the largest value
         ([1.0, 2.0], [1.0, 2.001], False),
         ([1.0, float("nan")], [1.0, float("nan")], True),
+        ([float("nan"), 1e-6], [float("nan"), 2e-6], True),
         ([1.0, 2.0], [1.0, float("nan")], False),
         ([1.0, 2.0], [1.0], False),
         ([1.0, 1.0], [[1.0, 1.0]], False),
@@ -200,6 +202,14 @@ def test_a_graph_computes_what_its_model_does_within_rounding(expected, actual, 
     for is_drawn, words in ((False, "got other outputs"), (True, "got some of Python's or NumPy's")):
         with pytest.raises(SpeedupError, match=words):
             tracing._check_same([one, one], (one, other), model, is_drawn=is_drawn)
+
+
+def test_the_type_of_the_models_outputs_says_how_far_a_graph_may_be_off():
+    one, other, model = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.005]), nn.Linear(1, 1)
+    tracing._check_same([one.half()], [other.half()], model, is_drawn=False)
+    tracing._check_same([one], [other], model.half(), is_drawn=False)
+    with pytest.raises(SpeedupError, match="got other outputs"):
+        tracing._check_same([one], [other.half().float()], nn.Linear(1, 1), is_drawn=False)
 
 
 def test_draws_of_pythons_and_numpys_numbers_are_told_and_pytorchs_not():

@@ -206,6 +206,7 @@ def test_samples_are_chosen_in_their_order_with_what_all_batches_have():
     assert [each["rows"].flatten().tolist() for (each,) in chosen] == [[9, 2, 0, 5], [11]]
     assert [(float(each["scale"]), each["flag"]) for (each,) in chosen] == [(2.0, True)] * 2
     assert (chosen.sizes, chosen.name, chosen.groups.tolist()) == ((4, 1), "images", [0, 1, 2, 3, 4])
+    assert [part.name for part in data.in_parts((0, 1))] == ["images", "images"]
     one = data.chosen(torch.tensor([7]))
     assert [each["rows"].tolist() for (each,) in one] == [[[7]]]
 
@@ -467,6 +468,7 @@ def test_what_does_not_fit_is_an_error(batches):
     with pytest.raises(DataError, match=r"must fit into .* GiB of memory and .* of disk, got 1 of 10{15} batches"):
         len(Calibration(Promising(batches)))
     assert len(Calibration(Promising(batches), max_batches=2)) == 2
+    assert len(Calibration(iter(batches), max_batches=2**31 - 1)) == 3  # of which nobody knows that they come
 
 
 @pytest.mark.parametrize(

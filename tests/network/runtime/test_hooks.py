@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime import run
-from nni_topo.network.runtime.hooks import called, watched
+from nni_topo.network.runtime.hooks import batches_of, called, counted_places, counting, inputs_seen, watched
 
 
 class Twice(nn.Module):
@@ -71,3 +72,34 @@ def test_run_goes_through_all_batches_in_evaluation_mode():
         run(model, [(torch.ones(3, 2), torch.zeros(3)), torch.ones(1, 2)])
     assert modes == [(False, False, 3), (False, False, 1)]
     assert model.training
+
+
+def test_padding_is_known_within_its_block_and_for_its_shape_alone():
+    real, other = torch.tensor([[True, False]]), torch.tensor([[True, True]])
+    assert counted_places((1, 2)) is None
+    with counting(real):
+        assert counted_places((1, 2)) is real
+        assert counted_places((2, 1)) is None
+        with counting(other):
+            assert counted_places((1, 2)) is other
+        with counting(None):
+            assert counted_places((1, 2)) is None
+        assert counted_places((1, 2)) is real
+    assert counted_places((1, 2)) is None
+
+
+def test_inputs_of_calls_are_batches_of_their_own():
+    class Two(nn.Module):
+        def forward(self, one: Tensor, other: Tensor | None = None) -> Tensor:
+            return one
+
+    model, given = Two(), torch.ones(2)
+    seen = inputs_seen(model, lambda: (model(given, given + 1), model(other=given, one=given + 2), model(given)))
+    given.zero_()
+    assert [each.tolist() for each in seen[0][0]] == [[1.0, 1.0], [2.0, 2.0]]
+    assert {name: each.tolist() for name, each in seen[1][0].items()} == {"one": [3.0, 3.0], "other": [1.0, 1.0]}
+    assert [len(each) for each in seen] == [1, 1, 1]
+    with pytest.raises(DataError, match=r"must call the model, got no call \(evaluator\)"):
+        inputs_seen(model, lambda: None)
+    with pytest.raises(ConfigError, match=r"images must be an iterable of batches, got None; .* \(images\)$"):
+        batches_of(None, model, "images")

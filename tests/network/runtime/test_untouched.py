@@ -158,6 +158,17 @@ def test_attributes_are_put_back_in_their_order_and_new_ones_go():
     assert layer.weight.requires_grad
 
 
+def test_tables_behind_an_empty_one_are_put_back_too():
+    model = nn.Module()  # without parameters
+    model.register_buffer("old", torch.zeros(1))
+    model.layer = nn.ReLU()
+    with left_alone(model):
+        model.register_buffer("new", torch.zeros(1))
+        model.layer = nn.Tanh()
+    assert list(model._buffers) == ["old"]
+    assert isinstance(model.layer, nn.ReLU)
+
+
 @pytest.mark.parametrize("max_norm", [None, 0.1])
 def test_values_of_parameters_are_put_back_where_a_forward_writes_to_them(max_norm):
     table = nn.Embedding(3, 2, max_norm=max_norm)
@@ -279,6 +290,19 @@ def test_random_states_are_those_before_and_tell_of_draws():
     with random_state_kept():
         within = random.random(), float(np.random.rand()), float(torch.rand(1))
     assert (random.random(), float(np.random.rand()), float(torch.rand(1))) == within != before
+
+
+def test_the_compiler_is_off_for_models_that_are_compiled_alone():
+    compiled = nn.Sequential(nn.Linear(2, 2))
+    compiled.compile(backend="eager")
+    for models, as_compiled, stance in (
+        ([nn.ReLU(), None], False, "default"),
+        ([nn.ReLU(), compiled], False, "force_eager"),
+        ([compiled], True, "default"),
+    ):
+        with left_alone(*models, as_compiled=as_compiled):
+            assert torch._dynamo.eval_frame._stance.stance == stance
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def test_compiled_parts_are_found_wherever_they_are():
