@@ -360,7 +360,6 @@ def test_views_splits_and_slices_show_which_channels_an_attribute_counts() -> No
         ("getitem", ((slice(None), slice(held(2), held(6, place=HEADS))),), [(1, ALL[:2])]),
         ("split", (held(4, parts=2), 1), [(2, ALL[:4]), (2, ALL[4:])]),
         ("split", ((held(3), held(5, place=HEADS)), 1), [(1, ALL[:3])]),
-        ("split", (), None),
     ],
 )  # fmt: skip
 def test_a_number_counts_the_channels_of_its_own_place(method, args, found) -> None:
@@ -403,7 +402,15 @@ def test_a_split_by_name_and_a_second_use_that_isnt_understood() -> None:
     graph.call_method("split", (images, number), {"dim": 1})
     ids = {"images": torch.arange(10, 18).view(1, 8, 1)}
     assert [ids.tolist() for _, ids in attribute_channels(graph, ids, np.arange(100))[PLACE]] == [ALL[:4], ALL[4:]]
-    graph.call_method("narrow", (images, 1, 0, number))
+    graph.call_method("split", (images,), {"split_size": number, "dim": 1})
+    assert attribute_channels(graph, ids, np.arange(100)) == {}
+
+
+def test_a_second_use_that_isnt_understood_hides_the_first() -> None:
+    graph, ids = graph_of("split", held(4), 1)
+    images = next(iter(graph.nodes))
+    assert PLACE in attribute_channels(graph, ids, np.arange(100))
+    graph.call_method("narrow", (images, 1, 0, held(4)))
     assert attribute_channels(graph, ids, np.arange(100)) == {}
 
 
