@@ -274,6 +274,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         """Compute what a function gives and write it down."""
         kwargs = kwargs or {}
+        self._keep_written(func, args)
         out = func(*args, **kwargs)
         if self._before and is_inner(func):
             # Up to here the layer is one node; what it does with this is followed.
@@ -299,6 +300,17 @@ class _Recorder(TorchFunctionMode):
                 self.read.update(self._nodes[id(each)] for each in leaves if id(each) in self._nodes)
         self._write(*_operation(func, args), kwargs, out)
         return self._measured(func, args, kwargs, out)
+
+    def _keep_written(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Note a constant as it is before what is followed is written into it, as by ``keep &= mask``."""
+        name = getattr(func, "__name__", "")
+        is_written = name == "__setitem__" or name.startswith("__i") or name.endswith("_") != name.endswith("__")
+        if self._inside or not is_written or not args or not isinstance(args[0], Tensor) or self._is_followed(args[0]):
+            return
+        leaves: list[Any] = []
+        _list_leaves(args[1:], leaves)
+        if any(self._is_followed(each) for each in leaves):
+            self._node(args[0])
 
     def _check_choice(self, model: nn.Module) -> None:
         """Raise if a value has chosen among modules of a list, and left some out, which the graph wouldn't know of."""
@@ -561,15 +573,15 @@ def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, .
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return "call_function", getattr, (args[0], func.__self__.__name__)
-    if getattr(Tensor, name, None) is not func:
+    if getattr(Tensor, name, None) not in (func, getattr(func, "__wrapped__", func)):  # ``**`` is a wrapped `pow`
         return "call_function", func, args
     plain = name.strip("_")
     if name == plain or not name.startswith("__"):
         return "call_method", plain if hasattr(Tensor, plain) else name, args
-    if plain[0] == "r" and hasattr(operator, plain[1:]) and not hasattr(operator, plain):
-        return "call_function", getattr(operator, plain[1:]), args[::-1]
-    if plain[0] == "i" and hasattr(operator, plain[1:]) and plain != "invert":
-        return "call_function", getattr(operator, plain[1:]), args
+    if plain[0] in "ri":  # from the right, as in ``1 - x``, or in place
+        called = plain[1:] if hasattr(operator, plain[1:]) else f"{plain[1:]}_"  # ``and_``, ``or_``
+        if hasattr(operator, called):
+            return "call_function", getattr(operator, called), args[::-1] if plain[0] == "r" else args
     return "call_function", getattr(operator, plain, func), args
 
 

@@ -210,8 +210,7 @@ def arguments(graph: torch.fx.Graph, model: torch.nn.Module, call: Call) -> tupl
 
 
 def _placed(graph: torch.fx.Graph, named: dict[str, Any]) -> tuple[Any, ...]:
-    nodes = [node for node in graph.nodes if node.op == "placeholder"]
-    return tuple(named.get(str(node.target), node.args[0] if node.args else None) for node in nodes)
+    return tuple(named.get(str(node.target)) for node in graph.nodes if node.op == "placeholder")
 
 
 @dataclass

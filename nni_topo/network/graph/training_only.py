@@ -225,8 +225,7 @@ def _around(other: GraphModule, unused: list[str]) -> tuple[set[Node], set[Node]
 
 def _key(node: Node, args: Any, kwargs: Any) -> tuple[Any, ...]:
     """Return what a node computes, as a key by which nodes of two graphs are compared; other nodes are named in it."""
-    # The default value of a placeholder may differ between the modes.
-    return node.op, node.target, repr(() if node.op == "placeholder" else args), repr(kwargs)
+    return node.op, node.target, repr(args), repr(kwargs)
 
 
 def _set_to_evaluation(node: Node) -> None:

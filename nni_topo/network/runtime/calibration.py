@@ -182,7 +182,8 @@ class Calibration(Sequence[Any]):
     @property
     def sizes(self) -> tuple[int, ...]:
         """The number of samples of each batch."""
-        return self._sizes if self._batches else ()
+        _ = self._batches  # which are read first
+        return self._sizes
 
     @property
     def samples(self) -> int:

@@ -98,12 +98,13 @@ def _is_called_by_package() -> bool:
     """Tell whether it is code of the package that calls a function of PyTorch's."""
     frame: FrameType | None = sys._getframe(2)
     # PyTorch's own code calls for others, as do modes, which hand on what models call.
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package != "torch" and frame.f_code.co_name != "__torch_function__":
-            return package == __name__.partition(".")[0]
+    while frame is not None and (_package_of(frame) == "torch" or frame.f_code.co_name == "__torch_function__"):
         frame = frame.f_back
-    return False
+    return frame is not None and _package_of(frame) == __name__.partition(".")[0]
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _on_cpu() -> AbstractContextManager[object]:
@@ -151,8 +152,6 @@ def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]
         seen[id(value)] = value
         if isinstance(value, Tensor):
             _add_tensor(value, put_back, is_written=False)
-        elif isinstance(value, torch.jit.ScriptModule):
-            continue  # its tables are no Python objects, and no function of the package takes one
         elif isinstance(value, nn.Module):
             waiting += _add_module(value, put_back, seen)
         elif isinstance(value, dict):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.cost import NetworkCost
+from nni_topo.network.cost import NetworkCost, latency
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
 from nni_topo.testing import toy_images, toy_model
@@ -42,6 +42,10 @@ def test_a_saved_table_is_the_same(tmp_path):
     table = LatencyTable({"a": plane((1, 2), (1, 10), each=1e-5)}, rest=1e-4, batch_size=8, threads=2)
     table.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json") == table
+    in_order = LatencyTable({"b": plane((1,), (1,)), "a": plane((2, 3), (1,))})
+    in_order.save(tmp_path / "table.json")
+    assert list(LatencyTable.load(tmp_path / "table.json").layers) == ["b", "a"]
+    assert (in_order.rest, in_order.batch_size, in_order.threads) == (0.0, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,9 @@ def test_a_saved_table_is_the_same(tmp_path):
     [
         {"entering": [2, 1]},
         {"entering": []},
+        {"entering": [2, 2]},
+        {"entering": [0, 1]},
+        {"leaving": [1, 4, 5]},
         {"seconds": [[1.0, 2.0]]},
         {"seconds": [[1.0, 2.0], [3.0, -1.0]]},
         {"seconds": [[1.0, 2.0], [3.0, float("nan")]]},
@@ -197,19 +204,107 @@ def test_time_between_layers_counts_as_the_rest():
     assert table.rest >= 0.02
 
 
-def test_a_wrapped_model_is_timed_like_any():
-    model = toy_model()
-    names = {"stem", "inner", "hidden", "head"}
-    pruner = RandomPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
-    table = measure_latency(pruner.bound_model, toy_images(2), shares=(1.0,), repeats=1)
-    assert set(table.layers) == names
-    assert table.layers["stem"].leaving == (1, 8)
+class Clock:
+    """Stands still but for what layers say they take."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
 
 
-@pytest.mark.parametrize("knobs", [{"repeats": 0}, {"threads": 0}, {"shares": ()}, {"shares": (0.0,)}])
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("nni_topo.network.cost.measure.time", clock)
+    monkeypatch.setattr("nni_topo.network.cost.measure._seconds_waiting", lambda: 0.0)
+    return clock
+
+
+def taking(clock, *seconds):
+    """Return a layer whose first, second, ... pass takes so many seconds."""
+    passes = iter(seconds)
+
+    class Taking(nn.Linear):
+        def forward(self, rows):
+            clock.now += next(passes)
+            return super().forward(rows)
+
+    return Taking(4, 4)
+
+
+def test_seconds_are_medians_of_passes_after_the_first(clock):
+    timed, other = taking(clock, 90.0, 1.0, 3.0, 2.0), taking(clock, 80.0, 5.0, 8.0, 6.0)
+    model, call = nn.Sequential(timed, other), ((torch.zeros(1, 4),), {})
+    assert latency._pass_times(model, {"timed": timed}, call, 3) == (6.0, {"timed": 2.0})
+    twice = taking(clock, 90.0, 90.0, 1.0, 2.0)
+    assert latency._pass_times(nn.Sequential(twice, twice), {"twice": twice}, call, 1) == (0.0, {"twice": 3.0})
+
+
+def test_seconds_between_layers_are_never_negative(clock):
+    call = ((torch.zeros(1, 4),), {})
+    assert latency._pass_times(taking(clock, 1.0, -1.0), {}, call, 1)[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("repeats", "seconds", "expected"),
+    [
+        (3, [90.0, 1.0, 3.0, 2.0], [[2.0]]),  # the first warms up
+        (1, [9.0, -1.0], [[0.0]]),
+        (1, [9.0, 1.0, 9.0, 4.0, 9.0, 3.0, 9.0, 2.0], [[1.0, 4.0], [3.0, 4.0]]),  # two widths of two
+    ],
+)
+def test_a_grid_holds_medians_that_are_not_negative_and_do_not_fall_with_the_width(
+    repeats, seconds, expected, monkeypatch
+):
+    shown = iter([each for taken in seconds for each in (5.0, 5.0 + taken)])
+    monkeypatch.setattr(latency, "now", lambda _: next(shown))
+    widths = (4,) if len(expected) == 1 else (2, 4)
+    assert latency._timed_grid(nn.Linear(4, 4), (1, 4), widths, widths, repeats).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"repeats": 0}, {"threads": 0}, {"shares": ()}, {"shares": (0.0,)}, {"shares": (0.5, 1.01)}]
+)
 def test_bad_knobs_are_refused(knobs):
     with pytest.raises(ConfigError, match="at least 1"):
         measure_latency(toy_model(), toy_images(2), **knobs)
+
+
+def test_a_layer_is_timed_five_times_at_a_width_on_as_many_threads_as_asked_for():
+    threads = list[int]()
+
+    class Noting(nn.Module):
+        def forward(self, rows):
+            threads.append(torch.get_num_threads())
+            return rows
+
+    table, found = timed_layers(nn.Sequential(nn.Linear(1, 1), Noting()), torch.zeros(1, 1), threads=2)
+    assert len(found) == 6  # one warms up
+    assert threads[-6:] == 6 * [2]
+    assert table.threads == 2
+
+
+def test_a_network_without_a_known_layer_takes_the_rest_alone():
+    assert LatencyTable({}, rest=3.0)({"unknown": (5, 5)}) == 3.0
+
+
+def test_times_of_whole_layers_are_proportional_to_their_channels():
+    found = latency._proportional(12.0, 2, 3, 4.0)
+    assert found == LayerLatency((1, 2), (1, 3), ((2.0, 6.0), (4.0, 12.0)), 4.0)
+    assert latency._proportional(6.0, 1, 1, 4.0) == LayerLatency((1,), (1,), ((6.0,),), 4.0)
+
+
+class Own(nn.Conv2d):
+    def forward(self, images):
+        return super().forward(images) * 2
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Own])
+def test_fewer_channels_of_a_depthwise_convolution_are_fewer_groups(kind):
+    layer, entering = latency._like(kind(4, 8, 3, groups=4), 4, 6)
+    assert (layer.in_channels, layer.out_channels, layer.groups, entering) == (3, 6, 3, 3)
+    assert layer(torch.zeros(1, 3, 3, 3)).shape == (1, 6, 1, 1)
 
 
 class Mixed(nn.Module):
@@ -242,6 +337,16 @@ def test_attention_and_recurrent_layers_are_in_the_table():
         assert layer.at(entering // 2, leaving // 2) == pytest.approx(layer.at(entering, leaving) / 4)
         assert layer.at(entering, leaving) > 0.0
     assert table(widths) > sum(table.layers[name].at(*widths[name]) for name in ("attention", "recurrent"))
+
+
+def test_the_output_projection_of_attention_has_its_share_of_the_time(monkeypatch):
+    monkeypatch.setattr(latency, "_pass_times", lambda *_: (0.0, {"attention": 4.0, "recurrent": 2.0}))
+    model, inputs = Mixed().eval(), torch.randn(4, 5, 8)
+    layers = measure_latency(model, inputs, shares=(1.0,), repeats=1).layers
+    # 16 times 16 weights and 16 biases each of queries, keys, values and projection
+    shares = {"attention": 0.75 if "attention.out_proj" in layers else 1.0, "recurrent": 1.0}
+    for name, seconds in (("attention", 4.0), ("recurrent", 2.0)):
+        assert layers[name].seconds[-1][-1] == pytest.approx(seconds * shares[name])
 
 
 @pytest.mark.parametrize("layer", ["attention", "recurrent", "mlp"])

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -365,6 +366,24 @@ def test_recurrent_layers_count_by_both_counters(layer, products):
     model, rows = Steps(layer()), torch.randn(3, 7, 6)
     assert count_macs(model, rows) == 7 * products
     assert NetworkCost(model, rows)({}).macs == 7 * products
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.LSTM(6, 16, 2, batch_first=True),
+        lambda: nn.GRU(6, 16, batch_first=True),
+        lambda: nn.LSTM(6, 16, 2, bias=False, batch_first=True),
+    ],
+    ids=["two levels", "one level", "without biases"],
+)
+def test_units_that_go_take_their_weights_along(layer):
+    torch.manual_seed(0)
+    model, rows = nn.Sequential(Steps(layer()), nn.Linear(16, 4)).eval(), torch.randn(3, 7, 6)
+    cost, kept = NetworkCost(model, rows), {"0.layer": np.arange(16) % 3 > 0}
+    dense = nni_topo.to_dense(model, rows, cost.masks(kept))
+    assert dense[0].layer.hidden_size == 10
+    assert (cost(kept).params, cost(kept).macs) == (count_params(dense), count_macs(dense, rows))
 
 
 def test_what_stays_of_a_recurrent_layer_counts_in_a_budget():

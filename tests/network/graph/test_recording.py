@@ -6,6 +6,7 @@ import copy
 import gc
 import operator
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from nni_topo import RandomPruner, create_pruner, dependency_groups, masked_mode
 from nni_topo.errors import LayerError, SpeedupError
 from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph import recording
+from nni_topo.network.graph.nodes import UNUSED
 from nni_topo.network.graph.recording import LayerResults, record
 from nni_topo.network.speedup.network import Network
 
@@ -313,6 +315,236 @@ def test_what_is_written_into_a_part_of_a_tensor_is_in_the_graph():
     assert not (flow.group_ids_of("0") == FIXED).any()
 
 
+class Computing(nn.Module):
+    """Does something of its own with what a layer gives, as it is or as integers from 0 to 3."""
+
+    def __init__(self, compute, of_integers=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.compute, self.of_integers = nn.Linear(4, 4), compute, of_integers
+
+    def forward(self, x):
+        x = self.layer(x)
+        return self.compute(x.abs().mul(3).int().clamp(max=3) if self.of_integers else x)
+
+
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
+IN_PLACE_OF_INTEGERS = ("iand", "ior", "ixor", "ilshift", "irshift")
+
+
+@pytest.mark.parametrize(
+    ("compute", "of_integers"),
+    [
+        *((lambda x, name=name: getattr(operator, name)(x, 2), False) for name in IN_PLACE),
+        *((lambda n, name=name: getattr(operator, name)(n, 2), True) for name in IN_PLACE_OF_INTEGERS),
+        *((compute, False) for compute in (lambda x: 2 - x, lambda x: 2 / x, lambda x: 2**x, lambda x: 7 // x)),
+        *((compute, False) for compute in (lambda x: 7 % x, lambda x: x**2, lambda x: -x, abs, lambda x: x % 7)),
+        *((compute, True) for compute in (lambda n: 1 << n, lambda n: 64 >> n, lambda n: n << 1, lambda n: n >> 1)),
+        *((compute, True) for compute in (lambda n: 2 & n, lambda n: n & 2, lambda n: 4 | n, lambda n: n | 4)),
+        *((compute, True) for compute in (lambda n: 6 ^ n, lambda n: n ^ 6, lambda n: ~n)),
+    ],
+)
+def test_operators_are_in_the_graph_as_they_stand_in_the_forward_and_none_works_in_place(compute, of_integers):
+    model = Computing(compute, of_integers).eval()
+    graph = record(model, {"x": torch.randn(3, 4)}).graph_module
+    in_place = {getattr(operator, name) for name in IN_PLACE + IN_PLACE_OF_INTEGERS}
+    assert not in_place & {node.target for node in graph.graph.nodes}
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(graph(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda keep, mask: operator.iand(keep, mask),
+        lambda keep, mask: operator.ior(keep, mask),
+        lambda keep, mask: keep.logical_or_(mask),
+        lambda keep, mask: operator.setitem(keep, mask, True) or keep,
+    ],
+    ids=["and", "or", "method", "item"],
+)
+def test_a_mask_that_is_written_into_begins_anew_in_each_run(change):
+    model = Computing(lambda x: x * change(torch.tensor([True, True, False, False]), x.sum(0) > 0)).eval()
+    generator = torch.Generator().manual_seed(0)
+    graph = record(model, {"x": torch.randn(3, 4, generator=generator)}).graph_module
+    for _ in range(4):
+        x = torch.randn(3, 4, generator=generator)
+        torch.testing.assert_close(graph(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("compute", "is_read"),
+    [
+        (lambda x: x.nonzero().sum(), True),
+        (lambda x: x.masked_select(x > 0).sum(), True),
+        (lambda x: x.unique().sum(), True),
+        (lambda x: torch.where(x > 0)[0].sum(), True),
+        (lambda x: x[x > 0].sum(), True),
+        (lambda x: torch.where(x > 0, x, -x).sum(), False),
+        (lambda x: x[:, torch.tensor([2, 0])].sum(), False),
+    ],
+    ids=["nonzero", "masked_select", "unique", "where", "by a mask", "one of two", "by numbers"],
+)
+def test_how_much_an_operation_gives_may_be_up_to_values(compute, is_read):
+    assert record(Computing(compute).eval(), {"x": torch.ones(3, 4)}).reads_values == is_read
+
+
+@pytest.mark.parametrize("name", ["nonzero", "masked_select", "unique", "where", "nms"])
+def test_a_layer_may_have_the_name_of_an_operation_that_picks_by_value(name):
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(4, 3))
+    assert not record(model.eval(), {"input": torch.ones(2, 4)}).reads_values
+
+
+class Choosing(nn.Module):
+    """Runs one of some layers, which ``choose`` takes by whether a sum is negative."""
+
+    def __init__(self, choose, *layers):
+        super().__init__()
+        self.layers, self.choose = nn.ModuleList(layers), choose
+        self.bank = nn.Module()
+        self.bank.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        return self.choose(self, x.sum() < 0)(x)
+
+
+@pytest.mark.parametrize(
+    ("choose", "layers", "place"),
+    [
+        (lambda model, at: model.layers[int(at)], [nn.Linear(4, 4), nn.Linear(4, 4)], "layers"),
+        (lambda model, at: model.layers[0][int(at)], [nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])], "layers.0"),
+        (lambda model, at: model.layers[int(at)], [nn.Linear(4, 4), nn.Identity()], None),
+        (lambda model, at: model.bank.layers[at.long()], [], "bank.layers"),
+        # Who reads a value isn't the one whose layers these are.
+        (lambda model, at: model.bank.layers[int(at) * 0], [], None),
+    ],
+    ids=["one of two", "in a list of lists", "or nothing", "by an index, of another's", "of another's"],
+)
+def test_layers_that_a_value_has_left_out_are_named(choose, layers, place):
+    model, inputs = Choosing(choose, *layers).eval(), {"x": torch.ones(2, 4)}
+    if place is None:
+        assert record(model, inputs).reads_values
+        return
+    with pytest.raises(SpeedupError, match=rf"all must run, got some that don't \({place}\)$"):
+        record(model, inputs)
+
+
+def create_half_mask(states, kind):
+    return (states > 0).float() * (kind is not None)
+
+
+def create_outer_mask(states, kind):
+    return create_half_mask(states=states, kind=kind) * 2
+
+
+def create_numbers(states):
+    return states * 3
+
+
+create_no_mask = "no function"
+
+
+def test_functions_that_make_masks_are_one_node_each_while_a_model_is_recorded():
+    class Masked(nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            masks = create_half_mask(states=x, kind=self), create_outer_mask(states=x, kind=self)
+            return create_numbers(x) * masks[0] + masks[1]
+
+    model, plain = Masked(4, 4).eval(), (create_half_mask, create_outer_mask)
+    graph = record(model, {"x": torch.randn(2, 4)}).graph_module
+    made = [node.target.__name__ for node in graph.graph.nodes if getattr(node.target, "makes_mask", False)]
+    assert made == ["create_half_mask", "create_outer_mask"]
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(graph(x), model(x))
+    assert (create_half_mask, create_outer_mask) == plain
+    assert create_no_mask == "no function"
+
+
+def test_of_two_recordings_at_once_the_last_one_puts_the_functions_back():
+    plain, model = create_half_mask, Writing()
+    with recording._masks_whole(model):
+        with recording._masks_whole(model):
+            assert create_half_mask is not plain
+        assert create_half_mask is not plain
+        assert create_half_mask(states=torch.ones(2), kind=1).tolist() == [1.0, 1.0]  # of no recorder's thread
+    assert create_half_mask is plain
+
+
+class Configured(nn.Linear):
+    """Notes how its config tells it to attend; ``refused`` is what it can't."""
+
+    def __init__(self, attends, refused="", use_cache=True):
+        super().__init__(4, 4)
+        self.config = SimpleNamespace(_attn_implementation=attends, use_cache=use_cache)
+        self.refused, self.seen = refused, []
+
+    def forward(self, x):
+        self.seen.append(self.config._attn_implementation)
+        if self.refused == self.seen[-1]:
+            raise ValueError("not in this way")
+        return super().forward(x)
+
+
+def test_attention_is_eager_where_a_model_takes_that_and_its_own_where_not():
+    for attends, refused, seen in (
+        ("sdpa", "", ["eager", "eager"]),
+        ("sdpa", "eager", ["eager", "sdpa", "sdpa"]),
+        ("eager", "", ["eager", "eager"]),
+        (None, "", [None, None]),
+    ):
+        model = Configured(attends, refused).eval()
+        record(model, {"x": torch.ones(2, 4)})
+        assert model.seen == seen
+
+
+def test_a_model_that_fails_in_the_way_it_is_told_is_run_once():
+    model = Configured("eager", refused="eager").eval()
+    with pytest.raises(ValueError, match="not in this way"):
+        record(model, {"x": torch.ones(2, 4)})
+    assert model.seen == ["eager"]
+
+
+def test_values_that_only_more_samples_let_a_model_read_count_too():
+    model = Computing(lambda x: x if len(x) < 4 or x.tolist() else x + 1).eval()
+    assert record(model, {"x": torch.ones(2, 4)}).reads_values
+    assert not record(Computing(lambda x: x if len(x) < 9 else x + 1).eval(), {"x": torch.ones(2, 4)}).reads_values
+
+
+@pytest.mark.parametrize(
+    ("use", "is_noted"),
+    [
+        (lambda x: x.narrow(1, 2, 2), True),
+        (lambda x: x.sum(1), True),
+        (lambda x: torch.zeros_like(x), False),
+        (lambda x: torch.zeros(x.size(1)), False),
+        (lambda x: x[0], False),
+    ],
+    ids=["narrow", "sum", "zeros_like", "size", "getitem"],
+)
+def test_of_what_nothing_comes_is_noted_where_it_takes_more_than_a_tensor(use, is_noted):
+    graph = record(Computing(lambda x: (use(x), x + 1)[1]).eval(), {"x": torch.ones(3, 4)}).graph_module.graph
+    (layer,) = (node for node in graph.nodes if node.op == "call_module")
+    assert (UNUSED in layer.meta) == is_noted
+    assert [node.name for node in graph.nodes if node.op == "call_method"] == ["add"]
+
+
+@pytest.mark.parametrize("keeps_states", [False, True])
+def test_nothing_is_cached_unless_a_model_keeps_states_of_its_own(keeps_states):
+    model = nn.Sequential(Configured(None), nn.Linear(4, 4)).eval()
+    model._is_stateful = keeps_states
+    record(model, {"input": torch.ones(2, 4)})
+    assert model[0].config.use_cache == keeps_states
+
+
+def test_constants_of_a_forward_are_in_no_state_dict():
+    model = Computing(lambda x: x + torch.arange(4)).eval()
+    graph = record(model, {"x": torch.randn(3, 4)}).graph_module
+    assert [name for name, _ in graph.named_buffers()] == ["_recorded_0"]
+    assert graph.state_dict().keys() == {"layer.weight", "layer.bias"}
+
+
 def test_what_depends_on_the_number_of_samples_in_another_way_is_refused():
     class Odd(nn.Module):
         def forward(self, x):
@@ -479,6 +711,31 @@ def test_calls_of_one_layer_are_told_apart():
     output, computed = compared(model, symbolic_trace(model))
     torch.testing.assert_close(output, model(IMAGES), rtol=0, atol=0)
     assert computed == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stride": 2},
+        {"bias": torch.ones(3)},
+        {"bias": None},
+        {"x": torch.ones(2, 4, 3, 3)},
+        {"x": torch.ones(6, 4, 3, 3)},
+    ],
+)
+def test_a_layer_that_is_called_in_another_way_is_computed(change):
+    layer, x = nn.Conv2d(4, 3, 1), torch.randn(2, 4, 3, 3)
+    given, results = {"x": x, "bias": layer.bias, "stride": 1}, LayerResults(layer)
+
+    def run(x, bias, stride):
+        return functional.conv2d(x, layer.weight, bias, stride=stride)
+
+    with torch.no_grad():
+        with results.taken():
+            run(**given)
+        with results.given():
+            found = run(**{**given, **change})
+        torch.testing.assert_close(found, run(**{**given, **change}))
 
 
 def test_results_take_no_more_memory_than_the_model_and_what_may_be_spared():

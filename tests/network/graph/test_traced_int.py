@@ -18,7 +18,9 @@ from nni_topo.network.graph.traced_int import (
     UnclearPlaces,
     attribute_channels,
     attributes_traced,
+    fold_numbers,
     forget_places,
+    is_computed_of_attributes,
     resized,
 )
 
@@ -241,6 +243,76 @@ def test_attributes_are_traced_within_the_block_and_put_back() -> None:
     assert type(inner.width) is int
 
 
+def _constant(self, x):
+    return x * (2.5 * self.width)
+
+
+def _root(self, x):
+    return x / math.sqrt(self.width)
+
+
+def _of_numpy(self, x):
+    return x * np.log(self.width)
+
+
+def _quotient(self, x):
+    return x * ((3 / 2) * self.width)
+
+
+def _power_of_a_float(self, x):
+    return x * (float(self.one) ** self.width)
+
+
+def _held_float(self, x):
+    return x * (self.share * self.width)
+
+
+def _through_another(this, x):
+    return this.scaled(x)
+
+
+def _in_a_list(self, x):
+    return x * (2.5 * self.sizes[0])
+
+
+def _integer(self, x):
+    return x * (2 * self.width + self.one * self.width)
+
+
+def _on_the_left(self, x):
+    return x * (self.width * 2)
+
+
+def _of_another(self, x):
+    root = math.sqrt(len(x))
+    return root * x + self.width
+
+
+@pytest.mark.parametrize(
+    ("forward", "names"),
+    [
+        (_constant, {"width"}),
+        (_root, {"width"}),
+        (_of_numpy, {"width"}),
+        (_quotient, {"width"}),
+        (_power_of_a_float, {"width"}),
+        (_held_float, {"width"}),
+        (_through_another, {"width"}),
+        (_in_a_list, {"sizes"}),
+        (_integer, set()),
+        (_on_the_left, set()),
+        (_of_another, set()),
+    ],
+)
+def test_what_no_integer_notices_is_read_in_the_source(forward, names) -> None:
+    kind = type("Kind", (Sized,), {"forward": forward, "scaled": _constant})
+    model = nn.Sequential(kind())
+    model[0].share = 0.5
+    with attributes_traced(model) as unclear:
+        assert {key for _, key, _ in unclear} == names
+        assert {owner for owner, _, _ in unclear} <= {"0"}
+
+
 def graph_of(method: str, *args) -> tuple[Graph, dict]:
     """One call on a tensor of eight channels; the ids by node."""
     graph = Graph()
@@ -278,6 +350,51 @@ def test_views_splits_and_slices_show_which_channels_an_attribute_counts() -> No
     assert found_in("relu", held(8)) is None  # nothing is known of it
 
 
+@pytest.mark.parametrize(
+    ("method", "args", "found"),
+    [
+        ("new_zeros", (1, held(8), 1), [(1, ALL)]),
+        ("new_full", ((1, held(8), 1), 2.0), [(1, ALL)]),
+        ("new_ones", ((1, held(8), 1),), [(1, ALL)]),
+        ("new_ones", ((1, 8, held(4)),), None),  # another dimension
+        ("getitem", ((slice(None), slice(held(2), held(6, place=HEADS))),), [(1, ALL[:2])]),
+        ("split", (held(4, parts=2), 1), [(2, ALL[:4]), (2, ALL[4:])]),
+        ("split", ((held(3), held(5, place=HEADS)), 1), [(1, ALL[:3])]),
+    ],
+)  # fmt: skip
+def test_a_number_counts_the_channels_of_its_own_place(method, args, found) -> None:
+    uses = attribute_channels(*graph_of(method, *args), np.arange(100)).get(PLACE)
+    assert (None if uses is None else [(parts, ids.tolist()) for parts, ids in uses]) == found
+
+
+def test_a_number_of_which_another_is_computed_is_known_where_that_is_a_size() -> None:
+    for method, is_known in (("view", True), ("repeat", False)):
+        graph, ids = graph_of("view", 1, held(8), 1)
+        images = next(iter(graph.nodes))
+        twice = graph.call_function(operator.mul, (graph.call_function(operator.mul, (held(8), 1)), 2))
+        graph.call_method(method, (images, 1, twice, 1))
+        for node in graph.nodes:
+            ids.setdefault(node.name, None)
+        assert (PLACE in attribute_channels(graph, ids, np.arange(100))) == is_known
+    assert size(3).places == []
+
+
+def test_numbers_of_what_stays_are_folded_and_others_computed() -> None:
+    graph = Graph()
+    images = graph.placeholder("images")
+    stays = graph.call_function(operator.mul, (held(4, place=HEADS), 3))
+    twice = graph.call_function(operator.add, (stays, 1))
+    goes = graph.call_function(operator.mul, (held(4), 3))
+    view = graph.call_method("view", (images, twice), {"dim": goes})
+    fold_numbers(graph, {PLACE})
+    assert view.args == (images, 13)
+    assert view.kwargs == {"dim": goes}
+    assert [node for node in graph.nodes if node.op == "call_function"] == [goes]
+    assert is_computed_of_attributes(goes)
+    assert not is_computed_of_attributes(view)
+    assert not is_computed_of_attributes(graph.call_function(operator.mul, (images, 3)))
+
+
 def test_a_split_by_name_and_a_second_use_that_isnt_understood() -> None:
     graph = Graph()
     images = graph.placeholder("images")
@@ -285,7 +402,15 @@ def test_a_split_by_name_and_a_second_use_that_isnt_understood() -> None:
     graph.call_method("split", (images, number), {"dim": 1})
     ids = {"images": torch.arange(10, 18).view(1, 8, 1)}
     assert [ids.tolist() for _, ids in attribute_channels(graph, ids, np.arange(100))[PLACE]] == [ALL[:4], ALL[4:]]
-    graph.call_method("narrow", (images, 1, 0, number))
+    graph.call_method("split", (images,), {"split_size": number, "dim": 1})
+    assert attribute_channels(graph, ids, np.arange(100)) == {}
+
+
+def test_a_second_use_that_isnt_understood_hides_the_first() -> None:
+    graph, ids = graph_of("split", held(4), 1)
+    images = next(iter(graph.nodes))
+    assert PLACE in attribute_channels(graph, ids, np.arange(100))
+    graph.call_method("narrow", (images, 1, 0, held(4)))
     assert attribute_channels(graph, ids, np.arange(100)) == {}
 
 

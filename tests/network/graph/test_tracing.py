@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from nni_topo import dependency_groups, to_dense
+from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.network.graph import tracing
 from nni_topo.network.graph.nodes import plain_name
 from nni_topo.network.graph.recording import record
-from nni_topo.network.graph.tracing import trace
+from nni_topo.network.graph.tracing import layer_sizes, trace
+from nni_topo.network.runtime import random_state_kept
 
 
 def test_a_model_may_put_out_nan():
@@ -65,6 +70,158 @@ def test_a_network_is_recorded_on_two_samples_however_many_there_are():
     recording = trace(model, ((torch.rand(64, 3),), {}))
     assert sorted(model.sizes) == [2, 4, 64]  # recorded, recorded on twice as many, and compared on all
     assert not recording.reads_values
+
+
+@pytest.mark.parametrize(("samples", "runs"), [(4, [4, 8]), (5, [2, 4, 5])])
+def test_up_to_four_samples_are_recorded_as_they_are(samples, runs):
+    model = ByNumber(lambda x: False).eval()
+    trace(model, ((torch.rand(samples, 3),), {}))
+    assert model.sizes == runs
+
+
+def test_inputs_that_do_not_fit_are_told_with_their_shapes():
+    with pytest.raises(ConfigError, match=r"Linear can't be run on \(2, 3\) torch.float32 in evaluation mode"):
+        trace(nn.Linear(4, 2).eval(), ((torch.ones(2, 3),), {}))
+
+
+class Own(nn.Module):
+    """A convolution and a product that do more than PyTorch's, and a recurrent layer that gets rows in a pack."""
+
+    class Conv(nn.Conv2d):
+        def forward(self, images):
+            return super().forward(images).mean((2, 3))
+
+    class Linear(nn.Linear):
+        def forward(self, rows):
+            return super().forward(rows)[..., :1]
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear, self.units = self.Conv(3, 4, 3, stride=2), self.Linear(4, 6), nn.GRU(1, 2)
+
+    def forward(self, images):
+        rows = self.linear(self.conv(images))
+        return self.units(nn.utils.rnn.pack_sequence([rows]))[0].data
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "sizes"),
+    [
+        (nn.LSTM(4, 3), (5, 2, 4), {"": [((2, 5, 4), (2, 5, 3))]}),
+        (nn.LSTM(4, 3, batch_first=True), (5, 2, 4), {"": [((5, 2, 4), (5, 2, 3))]}),
+        (nn.GRU(4, 3), (5, 4), {"": [((5, 4), (5, 3))]}),
+        (nn.GRUCell(4, 3), (5, 4), {"": [((5, 4), (5, 3))]}),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (2, 3, 8, 9), {"0": [((2, 3, 8, 9), (2, 4, 6, 7))]}),
+        (Own().linear, (2, 5, 4), {"": [((2, 5, 4), (2, 5, 6))]}),
+        (
+            Own(),
+            (2, 3, 9, 9),
+            {"conv": [((2, 3, 9, 9), (2, 4, 4, 4))], "linear": [((2, 4), (2, 6))]},
+        ),
+    ],
+    ids=["steps first", "samples first", "one sample", "cell", "convolution", "own class", "own classes"],
+)
+def test_layers_are_noted_with_the_samples_first_and_without_what_own_classes_do_after(model, shape, sizes):
+    assert layer_sizes(model, ((torch.randn(shape),), {})) == sizes
+
+
+def test_every_call_of_a_layer_is_noted_and_attention_with_all_that_it_makes():
+    layer = nn.Linear(4, 4)
+    assert layer_sizes(nn.Sequential(layer, layer), ((torch.ones(2, 4),), {})) == {"0": [((2, 4), (2, 4))] * 2}
+
+    class Attending(nn.MultiheadAttention):
+        def forward(self, rows):
+            return super().forward(rows, rows, rows)[0]
+
+    sizes = layer_sizes(Attending(8, 2, batch_first=True), ((torch.ones(2, 5, 8),), {}))
+    assert sizes[""] == [((2, 5, 8), (2, 5, 24))]
+    with pytest.raises(ConfigError, match=r"must be ones that the model runs on, got: .* \(forward\)"):
+        layer_sizes(layer, ((torch.ones(2, 5),), {}))
+
+
+STATES, OTHERS = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+POSITIONS, ROW = torch.randn(3, 5, 8), torch.randn(3, 1, 8)
+PLACES = {0: STATES, 1: OTHERS, "mask": torch.ones(3, 5, 8, dtype=torch.int64), "at": POSITIONS, "row": ROW}
+
+
+@pytest.mark.parametrize(
+    ("entered", "read"),
+    [
+        (STATES, [0]),
+        (OTHERS.clone(), [1]),
+        (STATES.transpose(0, 1).clone(), [0]),
+        (STATES + POSITIONS, [0, "at"]),
+        (OTHERS + ROW, [1, "row"]),
+        ((OTHERS + POSITIONS).transpose(0, 1), [1, "at"]),
+        (2.0 * STATES, []),
+        (STATES[:, :1], []),
+        (STATES[0], []),
+        (PLACES["mask"].clone(), []),
+        (None, []),
+    ],
+    ids=[
+        "itself",
+        "equal",
+        "transposed",
+        "with positions",
+        "with a row",
+        "both",
+        "scaled",
+        "part",
+        "flat",
+        "int",
+        "none",
+    ],
+)
+def test_what_a_layer_of_attention_reads_is_known_by_its_values(entered, read):
+    assert tracing._read_of(entered, {"nothing": None, **PLACES}) == read
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "is_same"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], True),
+        ([1.0, 2.0], [1.0, 2.0001], True),
+        ([1e-6, 0.0], [2e-6, 0.0], True),  # all but zero
+        ([0.0, 1e4], [0.9, 1e4], True),  # of the largest value
+        ([1.0, 2.0], [1.0, 2.001], False),
+        ([1.0, float("nan")], [1.0, float("nan")], True),
+        ([float("nan"), 1e-6], [float("nan"), 2e-6], True),
+        ([1.0, 2.0], [1.0, float("nan")], False),
+        ([1.0, 2.0], [1.0], False),
+        ([1.0, 1.0], [[1.0, 1.0]], False),
+    ],
+)
+def test_a_graph_computes_what_its_model_does_within_rounding(expected, actual, is_same):
+    one, other, model = torch.tensor(expected), torch.tensor(actual), nn.Linear(1, 1)
+    if is_same:
+        tracing._check_same([one, one], (one, other), model, is_drawn=False)
+        with pytest.raises(SpeedupError, match=r"got other outputs \(Linear\)"):
+            tracing._check_same([one], [one, one], model, is_drawn=False)
+        return
+    for is_drawn, words in ((False, "got other outputs"), (True, "got some of Python's or NumPy's")):
+        with pytest.raises(SpeedupError, match=words):
+            tracing._check_same([one, one], (one, other), model, is_drawn=is_drawn)
+
+
+def test_the_type_of_the_models_outputs_says_how_far_a_graph_may_be_off():
+    one, other, model = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.005]), nn.Linear(1, 1)
+    tracing._check_same([one.half()], [other.half()], model, is_drawn=False)
+    tracing._check_same([one], [other], model.half(), is_drawn=False)
+    with pytest.raises(SpeedupError, match="got other outputs"):
+        tracing._check_same([one], [other.half().float()], nn.Linear(1, 1), is_drawn=False)
+
+
+def test_draws_of_pythons_and_numpys_numbers_are_told_and_pytorchs_not():
+    with random_state_kept():
+        before = tracing._other_states()
+        torch.rand(3)
+        assert tracing._other_states() == before
+        np.random.rand()
+        after = tracing._other_states()
+        assert after != before
+        random.random()
+        assert tracing._other_states() != after
 
 
 @pytest.mark.parametrize("decides", [lambda x: len(x) > 8, lambda x: x[-1].sum() > 0], ids=["number", "value"])

@@ -7,9 +7,12 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.fx import Graph
 from torch.nn import functional
 
 import nni_topo
+from nni_topo.network.graph import training_only
+from nni_topo.network.graph.nodes import RANDOM
 from nni_topo.network.speedup.network import Network
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -119,6 +122,59 @@ class Needless(Exit):
 
     def forward(self, x):
         return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("module", "is_only"),
+    [
+        (nn.Dropout(), True),
+        (nn.BatchNorm2d(3), True),
+        (nn.Sequential(), False),
+        (nn.ModuleList(), False),
+        (nn.ModuleDict(), False),
+        (Exit(), False),
+    ],
+)
+def test_layers_of_pytorchs_compute_otherwise_in_training_and_lead_nowhere_else(module, is_only):
+    assert training_only._only_computes_otherwise(module) == is_only
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs", "expected"),
+    [
+        (functional.dropout, (0.5, True), {}, ((0.5, False), {})),
+        (functional.dropout, (), {"training": True, "p": 0.5}, ((0.5, False), {})),
+        (functional.dropout, (0.5, False), {}, ((0.5, False), {})),
+        (functional.dropout, (0.5,), {}, ((0.5,), {})),
+        (torch.add, (3,), {}, ((3,), {})),
+        (torch.relu, (), {}, ((), {})),
+    ],
+)
+def test_functions_are_told_that_they_do_not_train(function, args, kwargs, expected):
+    graph = Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(function, (x, *args), kwargs)
+    node.meta[RANDOM] = True
+    training_only._set_to_evaluation(node)
+    assert (node.args[1:], dict(node.kwargs)) == expected
+    trained = True in args or True in kwargs.values()
+    assert (RANDOM in node.meta) != trained
+    called = graph.call_method("dropout", (x, 0.5, True))
+    training_only._set_to_evaluation(called)
+    assert called.args == (x, 0.5, True)
+
+
+def test_parameters_are_unused_that_no_node_names():
+    model = Scaled()
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.call_module("a", (x,))
+    graph.get_attr("scale")
+    graph.call_method("exit", (x,))  # the name of a method is none of a module
+    names = {"b.weight", "b.bias", "exit.weight", "exit.bias", "head.weight", "head.bias"}
+    assert set(training_only.unused_parameters(model, graph)) == names
+    graph.get_attr("head.weight")
+    assert set(training_only.unused_parameters(model, graph)) == names - {"head.weight"}
 
 
 def half(model, *names):

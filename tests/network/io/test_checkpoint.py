@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +15,19 @@ from torch import nn
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.io.checkpoint import (
     RemovedPart,
+    _leave_out,
     _stated,
+    _structure,
     describe,
+    kept_blocks,
     load,
     removed_parts,
     save,
     size_names,
+    take_out,
+    take_out_others,
     take_out_part,
+    tell_depth,
 )
 from nni_topo.network.layers.original_width import keep_original_width
 from nni_topo.network.layers.slicing import cut_channelwise
@@ -515,3 +522,118 @@ def test_a_file_that_does_not_fit_is_refused(parts, error, message, tmp_path):
     torch.save({**document, "parts": parts}, tmp_path / "small.pt")
     with pytest.raises(error, match=message):
         load(tmp_path / "small.pt", vit())
+
+
+@pytest.fixture(scope="module")
+def vit_and_recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vit") / "small.pt"
+    model = vit()
+    save(model, path)
+    return model, torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("blocks", {"blocks": [0, 9]}, ConfigError, r"got \d blocks where block 9 is kept \(blocks,"),
+        ("blocks", {"head": [0]}, ConfigError, r"got 0 blocks where block 0 is kept \(head,"),
+        ("blocks", {"blocks": []}, DataError, r"number blocks in ascending order, got \[\] \(blocks,"),
+        ("blocks", {"blocks": [0, 0]}, DataError, r"number blocks in ascending order, got \[0, 0\] \(blocks,"),
+        ("blocks", {"blocks": [-1, 0]}, DataError, r"number blocks in ascending order, got \[-1, 0\] \(blocks,"),
+        ("blocks", {"blocks": [0, True]}, DataError, r"number blocks in ascending order, got \[0, True\] \(blocks,"),
+        ("head_sizes", {"blocks.0.attention": 0}, DataError, r"a head must have 1 to \d+ channels, got 0 \(blocks\.0"),
+        ("head_sizes", {"blocks.0.attention": 99}, DataError, r"a head must have 1 to \d+ channels, got 99 \(blocks"),
+        ("head_sizes", {"blocks.0.attention": "1"}, DataError, r"channels, got '1' \(blocks\.0\.attention"),
+        ("own_widths", {"blocks.0": "all"}, DataError, r"of a width, got 'all' \(blocks\.0,"),
+        ("own_widths", {"blocks.9": -1}, (ConfigError, DataError), r"of a width|width of its input \(blocks\.9,"),
+        ("numbers", {"blocks": "wide"}, DataError, r"must hold whole numbers, got 'wide' \(blocks,"),
+        ("numbers", {"blocks": [1, 2.5]}, DataError, r"must hold whole numbers, got \[1, 2\.5\] \(blocks,"),
+        ("parts", {"blocks.0.mlp": True}, DataError, r"how many outputs a part had, got True \(blocks\.0\.mlp"),
+    ],
+)
+def test_what_a_recipe_says_besides_sizes_is_checked(key, value, error, message, vit_and_recipe, tmp_path):
+    model, document = vit_and_recipe
+    torch.save({**document, key: value}, tmp_path / "small.pt")
+    with pytest.raises(error, match=message):
+        load(tmp_path / "small.pt", model)
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.pt2", "net.PT2"])
+def test_files_of_export_are_not_written_by_save(name, tmp_path):
+    with pytest.raises(ConfigError, match=r"are those of nni_topo.export, got it for save"):
+        save(make(), tmp_path / name)
+
+
+class Numbered(nn.Module):
+    """A block that knows its number, as those of Transformers do."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.layer_idx, self.layer = number, nn.Linear(2, 2)
+        self.layer.layer_idx = None
+
+
+def numbered(count=6, **config):
+    model = nn.Sequential(nn.Sequential(*map(Numbered, range(count))))
+    model.config = SimpleNamespace(num_hidden_layers=count, is_encoder_decoder=False, **config)
+    return model
+
+
+def test_blocks_that_stay_are_numbered_anew_and_known_by_their_old_numbers():
+    model = numbered()
+    assert kept_blocks(model) == {}
+    take_out(model, "0", 1, 2)
+    assert [block.layer_idx for block in model[0]] == [0, 1, 2, 3]
+    assert kept_blocks(model) == {"0": [0, 3, 4, 5]}
+    take_out(model, "0", 2, 1)
+    assert [block.layer_idx for block in model[0]] == [0, 1, 2]
+    assert kept_blocks(model) == {"0": [0, 3, 5]}
+    other = numbered(layer_types=list("abcdef"))
+    take_out_others(other, {"0": [0, 3, 5]})
+    assert kept_blocks(other) == {"0": [0, 3, 5]}
+    assert other.config.num_hidden_layers == 3
+    assert other.config.layer_types == ["a", "d", "f"]
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({}, {"0": (5, [0, 1])}),
+        ({"is_encoder_decoder": True}, {"0": (6, [0, 1])}),
+        ({}, {"0": (6, [0, 1]), "1": (6, [0, 1])}),
+        ({}, {}),
+    ],
+    ids=["another list", "two stacks", "two lists", "none"],
+)
+def test_a_config_that_does_not_describe_the_list_stays(config, kept):
+    model = numbered()
+    vars(model.config).update(config)
+    tell_depth(model, kept)
+    assert model.config.num_hidden_layers == 6
+    other = numbered(layer_types=["a"])
+    tell_depth(other, {"0": (6, [0, 1])})
+    assert (other.config.num_hidden_layers, other.config.layer_types) == (2, ["a"])
+    tell_depth(nn.Linear(2, 2), {"0": (6, [0, 1])})  # it has no config
+
+
+def test_a_part_that_a_model_was_made_without_is_left_out_of_another_one():
+    plain, dense = vit(), vit()
+    dense.blocks[1].mlp = None
+    del dense.blocks[2].mlp
+    _leave_out(plain, dense)
+    assert plain.blocks[1].mlp is None
+    assert plain.blocks[2].mlp is not None
+    assert plain.blocks[0].mlp is not None
+
+
+def test_a_structure_has_heads_sizes_and_shapes_and_no_plain_norm():
+    found = _structure(vit())
+    norms = {name for name, module in vit().named_modules() if isinstance(module, nn.LayerNorm)}
+    assert norms
+    assert not norms & found.keys()
+    assert re.fullmatch(r"\d+ heads of \d+", found["blocks.0.attention"])
+    assert found["head"]["sizes"]["out_features"] == 3
+    assert found["head.bias"] == (3,)
+    counted = nn.Sequential(nn.LayerNorm(4))
+    keep_original_width(counted[0], 6)
+    assert _structure(counted)["0"]["sizes"] == {"normalized_shape": [4], "counted": 6}

@@ -5,6 +5,7 @@ import gc
 import math
 from collections import UserDict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.calibration import Calibration, calibration_of
 from nni_topo.network.runtime.inputs import batch_size, calls
 
 CONFIG = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
@@ -196,6 +197,100 @@ def test_samples_and_groups_are_split_into_parts_by_a_pattern(batches):
     assert list(map(len, lists.in_parts((0, 1, 1)))) == [3, 6]
 
 
+def test_samples_are_chosen_in_their_order_with_what_all_batches_have():
+    def batch(first):
+        return {"rows": torch.arange(first, first + 4)[:, None], "scale": torch.tensor(2.0), "flag": True}
+
+    data = Calibration([batch(0), batch(4), batch(8)], name="images", groups=[at // 2 for at in range(12)])
+    chosen = data.chosen(torch.tensor([9, 2, 0, 5, 11]))
+    assert [each["rows"].flatten().tolist() for (each,) in chosen] == [[9, 2, 0, 5], [11]]
+    assert [(float(each["scale"]), each["flag"]) for (each,) in chosen] == [(2.0, True)] * 2
+    assert (chosen.sizes, chosen.name, chosen.groups.tolist()) == ((4, 1), "images", [0, 1, 2, 3, 4])
+    assert [part.name for part in data.in_parts((0, 1))] == ["images", "images"]
+    one = data.chosen(torch.tensor([7]))
+    assert [each["rows"].tolist() for (each,) in one] == [[[7]]]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [torch.arange(4.0, 7.0)[:, None].expand(3, 2), {"rows": torch.arange(4.0, 7.0)[:, None]}],
+    ids=["of another shape", "by name"],
+)
+def test_samples_that_fit_into_no_batch_together_stay_where_they_are(others):
+    chosen = Calibration([torch.arange(4.0)[:, None], others]).chosen(torch.tensor([5, 3, 6, 1]))
+    assert chosen.sizes == (2, 2)
+    assert chosen[0].flatten().tolist() == [1.0, 3.0]
+    rows = chosen[1]["rows"] if isinstance(others, dict) else chosen[1]
+    assert rows[:, 0].tolist() == [5.0, 6.0]
+
+
+@pytest.mark.parametrize("limit", [0, 2 * 960, 10**6])
+def test_batches_are_found_by_number_and_by_slices_wherever_they_lie(batches, limit):
+    data = Calibration(iter(batches), memory_bytes=limit)
+    for whole in (data, Calibration(batches)):
+        assert torch.equal(whole[-1], batches[2])
+        assert [torch.equal(*pair) for pair in zip(whole[1:], batches[1:], strict=True)] == [True, True]
+        assert [len(each) for each in whole[::-2]] == [40, 40]
+    learned, _ = data.split()
+    assert [len(each) for each in learned[:2]] == [35, 35]
+
+
+@pytest.mark.parametrize(("spare", "in_files"), [(0, 1), (1, 1), (-1, 2)])
+def test_memory_is_used_up_to_the_last_byte(batches, spare, in_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    data = Calibration(iter(batches), memory_bytes=2 * 960 + spare)
+    assert data.samples == 120
+    assert len(list(tmp_path.rglob("*.pt"))) == in_files
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=np.float32).reshape(3, 2),
+        np.arange(6, dtype=">f4").reshape(3, 2),
+        np.arange(12, dtype=np.uint8).reshape(3, 4)[::-1, ::2],
+        np.array([[True], [False]]),
+        np.broadcast_to(np.int32(3), (2, 2)),
+    ],
+    ids=["floats", "of another byte order", "backwards", "booleans", "read only"],
+)
+def test_arrays_are_tensors_of_the_same_values(array):
+    for (read,) in (Calibration([array]), Calibration([(array, ["text"])])[0][:1], [Calibration([[array]])[0][0]]):
+        found = read[0] if isinstance(read, tuple) else read
+        assert isinstance(found, torch.Tensor)
+        assert found.tolist() == array.tolist()
+
+
+def test_batches_that_are_none_yet_may_say_so():
+    data = Calibration(iter([torch.zeros(4, 6), torch.zeros(3, 6)]))
+    assert repr(data) == "Calibration(not read yet)"
+    assert (data.samples, data.samples_of_all) == (7, 7)
+    assert repr(data) == "Calibration(2 batches, 7 samples)"
+    assert calibration_of(None) is None
+    assert calibration_of(data) is data
+    loader = DataLoader(TensorDataset(torch.zeros(3, 6)), batch_size=4, drop_last=True)
+    with pytest.raises(DataError, match=r"must hold at least one batch, got none \(with drop_last=True"):
+        len(Calibration(loader))
+    with pytest.raises(DataError, match=r"must hold at least one batch, got none \(was a generator used twice\?\)"):
+        len(Calibration([]))
+
+
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        (torch.zeros(2, 3), r"got one tensor of shape \(2, 3\); pass \[tensor\]"),
+        (np.zeros((2, 3)), r"got one array of shape \(2, 3\); pass \[array\]"),
+        ({"a": torch.zeros(2)}, r"got dict; pass \[mapping\] if it is one batch"),
+        (type("Items", (), {"__getitem__": lambda self, at: at})(), r"got Items; of a data set, torch.utils"),
+        ("text", r"got str \(calibration\)"),
+        (3, r"got int \(calibration\)"),
+    ],
+)
+def test_what_is_no_batches_says_how_it_becomes_some(given, cure):
+    with pytest.raises(ConfigError, match=rf"calibration must be an iterable of batches, .*{cure}"):
+        Calibration(given)
+
+
 @pytest.mark.parametrize(("kinds", "held"), [(1, 0), (2, 60), (5, 24), (8, 15)])
 def test_one_of_few_groups_is_held_out(batches, kinds, held):
     data = Calibration(batches, groups=torch.arange(120) % kinds)
@@ -373,6 +468,7 @@ def test_what_does_not_fit_is_an_error(batches):
     with pytest.raises(DataError, match=r"must fit into .* GiB of memory and .* of disk, got 1 of 10{15} batches"):
         len(Calibration(Promising(batches)))
     assert len(Calibration(Promising(batches), max_batches=2)) == 2
+    assert len(Calibration(iter(batches), max_batches=2**31 - 1)) == 3  # of which nobody knows that they come
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, SAME_LAYER, SAME_PROGRAM, agree, difference, same_program
 
 NAN, INF = math.nan, math.inf
 # Expected, given, and how far they are apart.
@@ -71,6 +71,19 @@ def test_equals_are_told_from_others_by_bounds_that_docs_name() -> None:
     # Sixty-four units in the last place of 1: of 52, 23, 10 and 7 bits.
     bits = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
     assert {dtype: 64 * 2.0**-count for dtype, count in bits.items()} == SAME_LAYER
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "most"),
+    [
+        ([], 1e-4),
+        ([torch.float32, torch.float64, torch.int8], 1e-4),
+        ([torch.float32, torch.float16], 8 * 2.0**-10),
+        ([torch.bfloat16, torch.float16], 8 * 2.0**-7),
+    ],
+)
+def test_programs_may_be_as_far_apart_as_the_coarsest_type_rounds(dtypes, most):
+    assert same_program(torch.zeros(1).to(dtype) for dtype in dtypes) == most
 
 
 @pytest.mark.parametrize("expected", [[0.0, 0.0], [1.0, -2.0], [-0.0, 0.0]])

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime import run
-from nni_topo.network.runtime.hooks import called, watched
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.hooks import (
+    batches_of,
+    called,
+    counted_places,
+    counting,
+    example_inputs_of,
+    inputs_seen,
+    watched,
+)
 
 
 class Twice(nn.Module):
@@ -71,3 +83,53 @@ def test_run_goes_through_all_batches_in_evaluation_mode():
         run(model, [(torch.ones(3, 2), torch.zeros(3)), torch.ones(1, 2)])
     assert modes == [(False, False, 3), (False, False, 1)]
     assert model.training
+
+
+def test_padding_is_known_within_its_block_and_for_its_shape_alone():
+    real, other = torch.tensor([[True, False]]), torch.tensor([[True, True]])
+    assert counted_places((1, 2)) is None
+    with counting(real):
+        assert counted_places((1, 2)) is real
+        assert counted_places((2, 1)) is None
+        with counting(other):
+            assert counted_places((1, 2)) is other
+        with counting(None):
+            assert counted_places((1, 2)) is None
+        assert counted_places((1, 2)) is real
+    assert counted_places((1, 2)) is None
+
+
+def test_inputs_of_calls_are_batches_of_their_own():
+    class Two(nn.Module):
+        def forward(self, one: Tensor, other: Tensor | None = None) -> Tensor:
+            return one
+
+    model, given = Two(), torch.ones(2)
+    seen = inputs_seen(model, lambda: (model(given, given + 1), model(other=given, one=given + 2), model(given)))
+    given.zero_()
+    assert [each.tolist() for each in seen[0][0]] == [[1.0, 1.0], [2.0, 2.0]]
+    assert {name: each.tolist() for name, each in seen[1][0].items()} == {"one": [3.0, 3.0], "other": [1.0, 1.0]}
+    assert [len(each) for each in seen] == [1, 1, 1]
+    with pytest.raises(DataError, match=r"must call the model, got no call \(evaluator\)"):
+        inputs_seen(model, lambda: None)
+    with pytest.raises(ConfigError, match=r"images must be an iterable of batches, got None; .* \(images\)$"):
+        batches_of(None, model, "images")
+
+
+def test_example_inputs_are_those_given_or_the_first_batch_or_an_evaluators():
+    model, x, batches = nn.Linear(2, 2), torch.ones(1, 2), [(torch.ones(3, 2), 0), (torch.ones(4, 2), 0)]
+    evaluator = SimpleNamespace(dummy_input=x + 1)
+    assert example_inputs_of(x, model, calibration=batches, evaluator=evaluator) is x
+    assert example_inputs_of(None, model, calibration=batches, evaluator=evaluator) is batches[0][0]
+    assert example_inputs_of(None, model, evaluator=evaluator) is evaluator.dummy_input
+    assert example_inputs_of(None, model, evaluator=SimpleNamespace(_dummy_input=x)) is x
+    assert example_inputs_of(None, model, evaluator=SimpleNamespace(model=model)) is None  # in use
+    assert example_inputs_of(None, model, evaluator=None) is None
+
+
+def test_data_that_processes_share_are_taken_where_a_caller_can_use_them():
+    data = Calibration([torch.ones(3, 2)])
+    data.processes = SimpleNamespace(size=2, rank=0)
+    assert batches_of(data, nn.Linear(2, 2), shared=True) is data
+    with pytest.raises(ConfigError, match=r"calibration must be in one process here, got batches that 2 processes"):
+        batches_of(data, nn.Linear(2, 2))

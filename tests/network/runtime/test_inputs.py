@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -22,12 +23,14 @@ from nni_topo.network.runtime.inputs import (
     calls,
     cast_floats,
     check_inputs,
+    copied_for,
     cure_of_argument,
     cure_of_mapping,
     fitting,
     in_smaller_batches,
     inputs_of,
     is_argument,
+    let_go,
     on_device,
     out_of_memory,
     parts,
@@ -193,6 +196,7 @@ def test_a_mapping_is_an_argument_where_it_can_be_nothing_else():
     assert not is_argument({"a": X}, NoneRequired())
     assert is_argument({"a": X}, nn.DataParallel(OneArgument()))
     assert not is_argument({"batch": X}, nn.DataParallel(OneArgument()))
+    assert is_argument({"a": X}, torch.compile(OneArgument(), backend="eager"))
 
 
 def test_errors_say_how_a_mapping_is_meant():
@@ -358,7 +362,7 @@ def test_a_batchs_inputs_are_its_first_entry():
 def test_calls_have_the_arguments_that_a_model_takes():
     (call,) = calls(TwoArguments(), [{"images": X, "vectors": X, "labels": X}])
     assert list(call[1]) == ["images", "vectors"]
-    assert call[1]["images"] is not X
+    assert call[1]["images"].data_ptr() != X.data_ptr()
     (call,) = calls(AnyArguments(), [{"images": X, "labels": X}])
     assert list(call[1]) == ["images", "labels"]
     with pytest.raises(DataError, match="must hold at least one batch, got none"):
@@ -367,8 +371,80 @@ def test_calls_have_the_arguments_that_a_model_takes():
         list(calls(TwoArguments(), [((X, X), 3), (X, 3)]))
     with pytest.raises(DataError, match=r"no argument called labels, names; a mapping holds.*\(batch 0\)$"):
         list(calls(TwoArguments(), [{"labels": X, "names": X}]))
-    with pytest.raises(DataError, match=r"'vectors' \(batch 0\)$"):
-        list(calls(TwoArguments(), [X]))
+    for alone in (X, (X,), [X]):  # with no targets
+        with pytest.raises(DataError, match=r"'vectors' \(batch 0\)$"):
+            list(calls(TwoArguments(), [alone]))
+    with pytest.raises(DataError, match=r"no argument called a, vecs \(did you mean vectors\?\)"):
+        list(calls(TwoArguments(), [{"images": X, "a": X, "vecs": X}]))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "cure"),
+    [
+        ([1, 2.5], r"got list of numbers: torch.tensor makes a batch of them \("),
+        ({"input_ids": [[1, 2]]}, r"got dict of numbers: tokenizers give tensors with return_tensors='pt'"),
+        (3, r"got int \("),
+        ("text", r"got str \("),
+        ([], r"got list \("),
+        (["text"], r"got list \("),
+    ],
+)
+def test_numbers_say_how_they_become_tensors(inputs, cure):
+    with pytest.raises(ConfigError, match=cure):
+        inputs_of((inputs, 3))
+
+
+class Typed(nn.Module):
+    """Has parameters of some types."""
+
+    def __init__(self, *dtypes):
+        super().__init__()
+        self.held = nn.ParameterList(nn.Parameter(torch.zeros(1).to(each), requires_grad=False) for each in dtypes)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((), torch.float32),
+        ((torch.float64, torch.int64), torch.float64),
+        ((torch.float16, torch.float64), torch.float32),
+        ((torch.float8_e4m3fn,), torch.float32),
+    ],
+    ids=["none", "one and integers", "two", "one for storage"],
+)
+def test_floats_get_the_one_type_that_a_models_parameters_have(dtypes, expected):
+    (given, number), _ = copied_for(Typed(*dtypes), ((X, torch.tensor(3)), {}))
+    assert (given.dtype, number.dtype) == (expected, torch.int64)
+    assert given is not X
+
+
+def test_errors_let_go_of_what_the_functions_held_that_raised_them():
+    held = []
+
+    def fail():
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        raise ValueError("first")
+
+    def fail_again(is_cause):
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        try:
+            fail()
+        except ValueError as error:
+            if is_cause:
+                raise KeyError("second") from error
+            raise KeyError("second")  # noqa: B904 - it has a context alone
+
+    for is_cause in (True, False):
+        try:
+            fail_again(is_cause)
+        except KeyError as error:
+            assert [each() is not None for each in held] == [True, True]
+            let_go(error)
+            assert [each() is None for each in held] == [True, True]
+        held.clear()
+    let_go(None)
 
 
 @dataclass

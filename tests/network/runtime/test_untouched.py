@@ -1,0 +1,315 @@
+"""What is written down of models, and put back, whatever they hold it in."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import OrderedDict, deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nni_topo.network.runtime.untouched import (
+    drawn_since,
+    evaluation_mode,
+    forget_evaluated,
+    has_compiled,
+    leaves_models_alone,
+    left_alone,
+    random_state_kept,
+    random_states,
+)
+
+
+class Counter:
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls, self.places = 0, [0]
+
+    def count(self) -> None:
+        """Count a call."""
+        self.calls += 1
+        self.places.append(self.calls)
+
+
+class Slotted:
+    """Has no table of its own."""
+
+    __slots__ = ("inner", "number")
+
+    def __init__(self) -> None:
+        self.number, self.inner = 0, [0]
+
+
+class OneSlot:
+    """Names its only slot in no tuple."""
+
+    __slots__ = "number"
+
+    def __init__(self) -> None:
+        self.number = 0
+
+
+class Reduced(Counter):
+    """Says itself how it is copied."""
+
+    def __reduce__(self):
+        return Reduced, ()
+
+
+def _write(held, key, value):
+    held[key] = value
+
+
+def _state_of(generator):
+    return str(generator.bit_generator.state)
+
+
+# What a module holds, what a forward does to it, and what is looked at before and after.
+HELD = {
+    "dict": ({"a": 1}, lambda held: _write(held, "a", 2), dict),
+    "empty dict": ({}, lambda held: _write(held, "a", 2), dict),
+    "order": (OrderedDict(a=1, b=2), lambda held: held.move_to_end("a"), list),
+    "list": ([1, 2], lambda held: _write(held, 1, 3), list),
+    "longer list": ([1, 2], lambda held: held.append(3), list),
+    "deque": (deque([1, 2]), lambda held: held.popleft(), list),
+    "set": ({1, 2}, lambda held: held.add(3), set),
+    "in a tuple": (([1],), lambda held: held[0].append(2), lambda held: list(held[0])),
+    "in a dict": ({"a": [1]}, lambda held: held["a"].append(2), lambda held: list(held["a"])),
+    "in a list": ([[1]], lambda held: held[0].append(2), lambda held: list(held[0])),
+    "in a deque": (deque([[1]]), lambda held: held[0].append(2), lambda held: list(held[0])),
+    "array": (np.zeros(2), lambda held: held.fill(1.0), lambda held: held.tolist()),
+    "tensor": (torch.zeros(2), lambda held: held.fill_(1.0), lambda held: held.tolist()),
+    "resized tensor": (torch.zeros(2), lambda held: held.resize_(3).fill_(1.0), lambda held: held.tolist()),
+    "other memory": (torch.zeros(2), lambda held: held.set_(torch.ones(2)), lambda held: held.tolist()),
+    "other shape": (torch.zeros(4), lambda held: held.resize_(2, 2), lambda held: held.shape),
+    "object": (Counter(), lambda held: held.count(), lambda held: (held.calls, list(held.places))),
+    "slots": (Slotted(), lambda held: setattr(held, "number", 1), lambda held: held.number),
+    "in a slot": (Slotted(), lambda held: held.inner.append(1), lambda held: list(held.inner)),
+    "one slot": (OneSlot(), lambda held: setattr(held, "number", 1), lambda held: held.number),
+    "method": (Counter().count, lambda held: held(), lambda held: held.__self__.calls),
+    "partial": (functools.partial(Counter().count), lambda held: held(), lambda held: held.func.__self__.calls),
+    "of a partial": (functools.partial(print, []), lambda held: held.args[0].append(1), lambda held: len(held.args[0])),
+    "named of a partial": (
+        functools.partial(print, end=[]),
+        lambda held: held.keywords["end"].append(1),
+        lambda held: len(held.keywords["end"]),
+    ),
+    "generator": (
+        torch.Generator(),
+        lambda held: torch.rand(1, generator=held),
+        lambda held: held.get_state().tolist(),
+    ),
+    "Python's generator": (random.Random(0), lambda held: held.random(), lambda held: held.getstate()),
+    "NumPy's generator": (np.random.default_rng(0), lambda held: held.random(), _state_of),
+}
+
+
+class Holding(nn.Module):
+    """Holds something in an attribute."""
+
+    def __init__(self, held: object) -> None:
+        super().__init__()
+        self.held = held
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_a_module_holds_is_put_back(name):
+    held, change, look = HELD[name]
+    model, before = nn.Sequential(Holding(held)), look(held)
+    with left_alone(model):
+        change(held)
+        assert look(held) != before
+    assert look(held) == before
+    assert model[0].held is held
+
+
+@pytest.mark.parametrize(
+    ("held", "change", "look"),
+    [
+        (Reduced(), lambda held: held.count(), lambda held: held.calls),
+        (np.array([[]], dtype=object), lambda held: held.resize(2, refcheck=False), lambda held: held.size),
+    ],
+    ids=["says how it is copied", "array of objects"],
+)
+def test_what_no_deep_copy_would_copy_stays_as_it_is_made(held, change, look):
+    before = look(held)
+    with left_alone(Holding(held)):
+        change(held)
+    assert look(held) != before
+
+
+def test_attributes_are_put_back_in_their_order_and_new_ones_go():
+    layer = nn.Linear(2, 2)
+    layer.one, layer.two = 1, 2
+    names = list(vars(layer))
+    with left_alone(layer):
+        del layer.one
+        layer.one, layer.two, layer.three = 1, 3, 3
+        layer.register_buffer("new", torch.zeros(1))
+        layer.requires_grad_(False)
+        layer.weight = nn.Parameter(torch.zeros(2, 2))
+    assert list(vars(layer)) == names
+    assert (layer.one, layer.two, list(layer._buffers)) == (1, 2, [])
+    assert bool(layer.weight.any())
+    assert layer.weight.requires_grad
+
+
+def test_tables_behind_an_empty_one_are_put_back_too():
+    model = nn.Module()  # without parameters
+    model.register_buffer("old", torch.zeros(1))
+    model.layer = nn.ReLU()
+    with left_alone(model):
+        model.register_buffer("new", torch.zeros(1))
+        model.layer = nn.Tanh()
+    assert list(model._buffers) == ["old"]
+    assert isinstance(model.layer, nn.ReLU)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_values_of_parameters_are_put_back_where_a_forward_writes_to_them(max_norm):
+    table = nn.Embedding(3, 2, max_norm=max_norm)
+    before = table.weight.detach().clone()
+    with left_alone(table), torch.no_grad():
+        table.weight.add_(1.0)
+    assert torch.equal(table.weight, before) == (max_norm is not None)
+
+
+def test_gradients_are_away_within_the_block_and_back_after_it():
+    layer = nn.Linear(2, 2)
+    layer.weight.grad = gradient = torch.ones(2, 2)
+    with left_alone(layer):
+        assert layer.weight.grad is None
+        layer(torch.ones(1, 2)).sum().backward()
+    assert layer.weight.grad is gradient
+    assert gradient.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert layer.bias.grad is None
+
+
+def test_a_buffer_of_inference_mode_is_put_back():
+    model = nn.Module()
+    with torch.inference_mode():
+        model.register_buffer("sizes", torch.zeros(2))
+    with left_alone(model), torch.inference_mode():
+        model.sizes += 1.0
+    assert model.sizes.tolist() == [0.0, 0.0]
+
+
+def test_a_scripted_part_keeps_its_mode_and_its_buffers():
+    model = nn.Sequential(torch.jit.script(nn.BatchNorm1d(2)))
+    model[0].weight.grad = torch.ones(2)
+    with left_alone(model):
+        assert model[0].weight.grad is None
+        model(torch.randn(4, 2))
+        model.eval()
+    assert model[0].training
+    assert int(model[0].num_batches_tracked) == 0
+
+
+def test_models_are_found_among_all_arguments():
+    @leaves_models_alone
+    def change(*given, **named):
+        for each in models:
+            each.eval()
+
+    models = [nn.ReLU() for _ in range(5)]
+    change(models[0], [models[1]], (3, models[2]), {"a": models[3]}, last=models[4])
+    assert all(each.training for each in models)
+
+
+def test_modes_are_those_of_every_module_again():
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU()).eval())
+    with evaluation_mode(model), evaluation_mode(model[0]):
+        assert not any(each.training for each in model.modules())
+    assert [each.training for each in model.modules()] == [True, True, False, False]
+
+
+def test_modules_may_forget_what_they_have_computed_for_evaluation():
+    class Keeping(nn.Module):
+        kept = None
+
+        def train(self, mode=True):
+            self.kept = None if mode else self.kept
+            return super().train(mode)
+
+    model = Keeping().eval()
+    model.kept = 3
+    forget_evaluated(model)
+    assert (model.kept, model.training) == (None, False)
+
+
+# As code of the package, of a model and of PyTorch's would run.
+def _made_by(module: str, text: str = "torch.zeros(2)") -> torch.Tensor:
+    names = {"__name__": module, "torch": torch}
+    exec(f"def make():\n    return {text}", names)
+    made: torch.Tensor = names["make"]()
+    return made
+
+
+def test_what_the_package_makes_lies_on_the_cpu_whatever_the_default_is():
+    with torch.device("meta"), left_alone(nn.ReLU()):
+        assert not _made_by("nni_topo.network.runtime").is_meta
+        assert not _made_by("nni_topo.maths", "torch.nn.Linear(2, 2).weight").is_meta
+        assert _made_by("nni_topo.maths", "torch.zeros(2, device='meta')").is_meta
+        assert _made_by("nni_topology").is_meta
+        assert _made_by("models", "torch.nn.Linear(2, 2).weight").is_meta
+        assert torch.zeros(2).is_meta
+        with left_alone(nn.ReLU(), as_compiled=True):
+            pass
+    with torch.device("meta"), left_alone(nn.ReLU(), as_compiled=True):
+        assert _made_by("nni_topo.network.runtime").is_meta
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_autocast_of_the_caller_is_off_and_a_models_own_works(is_on):
+    layer, rows = nn.Linear(2, 2), torch.ones(1, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+        with left_alone(layer):
+            assert layer(rows).dtype == torch.float32
+            with torch.autocast("cpu", torch.bfloat16):
+                assert layer(rows).dtype == torch.bfloat16
+        with left_alone(layer, as_compiled=True):
+            assert torch.is_autocast_enabled("cpu") == is_on
+
+
+def test_what_is_made_within_a_callers_inference_mode_takes_gradients():
+    with torch.inference_mode():
+        with left_alone(nn.ReLU()):
+            assert not torch.zeros(1).is_inference()
+        assert torch.zeros(1).is_inference()
+
+
+def test_random_states_are_those_before_and_tell_of_draws():
+    states = random_states()
+    before = random.random(), float(np.random.rand()), float(torch.rand(1))
+    assert drawn_since(states)
+    assert not drawn_since(random_states())
+    with random_state_kept():
+        within = random.random(), float(np.random.rand()), float(torch.rand(1))
+    assert (random.random(), float(np.random.rand()), float(torch.rand(1))) == within != before
+
+
+def test_the_compiler_is_off_for_models_that_are_compiled_alone():
+    compiled = nn.Sequential(nn.Linear(2, 2))
+    compiled.compile(backend="eager")
+    for models, as_compiled, stance in (
+        ([nn.ReLU(), None], False, "default"),
+        ([nn.ReLU(), compiled], False, "force_eager"),
+        ([compiled], True, "default"),
+    ):
+        with left_alone(*models, as_compiled=as_compiled):
+            assert torch._dynamo.eval_frame._stance.stance == stance
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_compiled_parts_are_found_wherever_they_are():
+    plain, inside, as_forward = (nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+    assert not has_compiled(plain)
+    inside[0].compile(backend="eager")
+    assert has_compiled(inside)
+    as_forward[0].forward = torch.compile(as_forward[0].forward, backend="eager")
+    assert has_compiled(as_forward)
+    assert has_compiled(nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager")))
