@@ -41,7 +41,7 @@ from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_group_ids
 from nni_topo.recovery.reconstruct import ReconstructTask
 from nni_topo.recovery.registry import RECOVERIES, RecoveryInfo, RecoveryMethod
 from nni_topo.recovery.replay import Values
-from nni_topo.recovery.samples import Samples, Task, input_rows, output_rows
+from nni_topo.recovery.samples import Samples, Task, input_rows, output_map, output_rows, patches_of
 
 _LEAST_SIMILARITY, _SHARE_OF_SIMILARITY = 0.1, 0.85  # the paper's t and lambda for VGG
 _TINY = 1e-12
@@ -113,11 +113,24 @@ class LayerTask(ReconstructTask):
         source = unpruned[self.layer.source][part]
         inputs = input_rows(self._module, source, self._columns, positions, wanted.shape)
         wanted = output_rows(self._module, wanted, self._rows, positions)
-        weight = by_output(self._module.weight, self._module)
-        reached = inputs.double() @ weight[self.block(weight)].double().flatten(2).mT
+        return inputs, self._missed(wanted, inputs.double() @ self._kept_weights()), wanted
+
+    def patches(self, unpruned: Values, pruned: Values, part: slice) -> Samples:
+        """Return what `samples` does, at all positions."""
+        inputs = patches_of(self._module, unpruned[self.layer.source][part], self._columns)
+        wanted = output_map(unpruned[self.place][part], self._rows)
+        return inputs, self._missed(wanted, inputs.times(self._kept_weights())), wanted
+
+    def _kept_weights(self) -> Tensor:
+        """Return the weights that read kept channels, ``(groups, columns, outputs)``."""
+        weight = by_output(self._module.weight.detach(), self._module)
+        return weight[self.block(weight)].double().flatten(2).mT
+
+    def _missed(self, wanted: Tensor, reached: Tensor) -> Tensor:
+        """Return what outputs have beyond what kept weights give, and the bias."""
         bias = self._module.bias
-        constant = 0.0 if bias is None else bias[self._rows].double().unsqueeze(1)
-        return inputs, (wanted.double() - reached - constant).detach(), wanted
+        constant = 0.0 if bias is None else bias.detach()[self._rows].double().unsqueeze(1)
+        return wanted.double() - reached - constant
 
 
 class MeanTask(LayerTask):
