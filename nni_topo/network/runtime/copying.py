@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -35,8 +36,9 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
     A ``light`` one holds the model's own parameters, any one the ``shared`` tensors; these mustn't be written to then.
 
     A function that a module holds, such as a ``forward`` that replaces its class's, belongs to the copy: what it holds
-    of the model in its closure is the copy's. What ``torch.compile`` has compiled is as it was written. An attribute
-    that can't be copied, such as a lock or an open file, is one of both models; one that holds layers is a ConfigError.
+    of the model in its closure is the copy's, and so is what a weak reference refers to. What ``torch.compile`` has
+    compiled is as it was written. An attribute that can't be copied, such as a lock or an open file, is one of both
+    models; one that holds layers is a ConfigError.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*shared, *(model.parameters() if light else ()))}
     modules = list(model.modules())
@@ -231,6 +233,8 @@ def _copied(module: nn.Module, key: str, value: Any, memo: dict[int, Any]) -> An
         return memo[id(value)]
     if key in ("_parameters", "_buffers", "_modules"):
         return type(value)((name, copy.deepcopy(each, memo)) for name, each in value.items())
+    if type(value) is weakref.ref and id(value()) in memo:  # to a module: to its copy
+        return weakref.ref(memo[id(value())])
     if isinstance(value, torch.Generator):  # of which deepcopy knows nothing
         memo[id(value)] = value.clone_state()
         return memo[id(value)]

@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import threading
 import warnings
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -381,3 +382,35 @@ def test_an_attribute_that_cannot_be_copied_and_holds_layers_is_refused(part):
     model.held["deep"] = [(model.first,) if part == "layer" else torch.ones(2)]
     with pytest.raises(ConfigError, match=r"got dict: cannot pickle '_thread.lock' object \(Holds.held\)"):
         nni_topo.shrink(model, [torch.randn(16, 3, 8, 8)], {"flops": 0.5}, distill=False)
+
+
+class LooksUp(nn.Module):
+    """A block reaches the network around it by a weak reference, which is no cycle for the garbage collector."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.block, self.head = nn.Conv2d(3, 12, 3), nn.Sequential(nn.ReLU()), nn.Linear(12, 4)
+        self.block.around = weakref.ref(self)
+
+    def forward(self, images):
+        return self.block.around().head(self.block(self.first(images)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("light", [False, True])
+def test_a_weak_reference_to_a_module_refers_to_its_copy(light):
+    model = LooksUp().eval()
+    copied = detached_copy(model, light=light)
+    assert copied.block.around() is copied
+    assert model.block.around() is model
+
+
+def test_a_smaller_network_with_weak_references_stands_alone():
+    torch.manual_seed(0)
+    model, images = LooksUp().eval(), list(torch.randn(64, 3, 8, 8).split(16))
+    small = nni_topo.shrink(model, images, {"flops": 0.5}, distill=False)
+    with torch.no_grad():
+        before = small(images[0])
+    assert small.block.around() is small
+    del model
+    with torch.no_grad():
+        assert torch.equal(small(images[0]), before)
