@@ -344,7 +344,8 @@ def test_the_output_projection_of_attention_has_its_share_of_the_time(monkeypatc
     model, inputs = Mixed().eval(), torch.randn(4, 5, 8)
     layers = measure_latency(model, inputs, shares=(1.0,), repeats=1).layers
     # 16 times 16 weights and 16 biases each of queries, keys, values and projection
-    shares = {"attention": 0.75 if "attention.out_proj" in layers else 1.0, "recurrent": 1.0}
+    assert "attention.out_proj" in layers
+    shares = {"attention": 0.75, "recurrent": 1.0}
     for name, seconds in (("attention", 4.0), ("recurrent", 2.0)):
         assert layers[name].seconds[-1][-1] == pytest.approx(seconds * shares[name])
 
