@@ -7,9 +7,12 @@ rounds the factors of convolutions to three digits where nobody forbids it (TF32
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 from types import FunctionType
 from typing import Any, Literal
 
@@ -21,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from nni_topo.errors import ConfigError, one_of
 
 PutBack = Callable[[], object]
+_logger = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
 """In what a model that learns computes: as its parameters are, or under autocast to bfloat16."""
@@ -133,15 +137,16 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     """Let PyTorch's operations compute in a precision; parameters, and their gradients, keep their own.
 
     On a CPU attention itself stays in single precision: the gradient of the fused operation takes six times as long in
-    bfloat16 where sequences have 32 places.
+    bfloat16 where sequences have 32 places. So do convolutions that the processor computes wrong in bfloat16: on those
+    with AMX, for example, a ``Conv1d`` of 8 channels with kernels of 64 gives numbers that have nothing to do with it.
     """
     if not torch.amp.is_autocast_available(device.type):  # there is none to turn off, either
         yield
         return
     keeps = not is_within_autocast()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=keeps)
-    attention = _AttentionInSingle() if precision == "bfloat16" and device.type == "cpu" else nullcontext()
-    with autocast, attention:
+    exceptions = _SomeInSingle() if precision == "bfloat16" and device.type == "cpu" else nullcontext()
+    with autocast, exceptions:
         yield
 
 
@@ -156,8 +161,11 @@ def is_within_autocast() -> bool:
     return depth > 1
 
 
-class _AttentionInSingle(TorchFunctionMode):
-    """Compute attention of half precision in single precision, also that of ``nn.MultiheadAttention``."""
+class _SomeInSingle(TorchFunctionMode):
+    """Compute some operations in single precision, under autocast.
+
+    Attention, also that of ``nn.MultiheadAttention``, and convolutions that come out wrong in bfloat16.
+    """
 
     def __torch_function__(
         self,
@@ -167,21 +175,31 @@ class _AttentionInSingle(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         del types
+        kwargs = kwargs or {}
+        is_known = func in _IN_SINGLE or func in _CONVOLUTIONS
         # A checkpoint runs the forward again for gradients, out of this mode's sight: it has to compute the same.
-        if func in _IN_SINGLE and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-            func = _IN_SINGLE[func]
-        return func(*args, **(kwargs or {}))
+        if not is_known or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return func(*args, **kwargs)
+        if func in _IN_SINGLE:
+            return _IN_SINGLE[func](*args, **kwargs)
+        call = call_of(func, args, kwargs)
+        if call is None or is_right_in_bfloat16(call):
+            return func(*args, **kwargs)
+        return _in_single(func, args, kwargs).to(torch.bfloat16)
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
     """Compute attention of half precision in single precision, without autocast."""
     tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
     half = [each.dtype for each in tensors if each.dtype in (torch.bfloat16, torch.float16)]
-    with torch.autocast("cpu", enabled=False):
-        found = functional.scaled_dot_product_attention(
-            *map(_single, args), **{name: _single(each) for name, each in kwargs.items()}
-        )
+    found = _in_single(functional.scaled_dot_product_attention, args, kwargs)
     return found.to(half[0]) if half else found
+
+
+def _in_single(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Call a function without autocast, on single precision in place of half."""
+    with torch.autocast("cpu", enabled=False):
+        return function(*map(_single, args), **{name: _single(each) for name, each in kwargs.items()})
 
 
 def _single(value: Any) -> Any:
@@ -206,3 +224,88 @@ _IN_SINGLE: dict[Any, Any] = {
     functional.multi_head_attention_forward: _with_attention(functional.multi_head_attention_forward),
 }
 """What is called in place of functions that compute attention."""
+
+
+_CONVOLUTIONS = frozenset(
+    [
+        functional.conv1d,
+        functional.conv2d,
+        functional.conv3d,
+        functional.conv_transpose1d,
+        functional.conv_transpose2d,
+        functional.conv_transpose3d,
+    ]
+)
+_MOST_ROUNDED = 0.1
+"""How far a number may be off in bfloat16, as a share of the numbers' root mean square. Rounding makes up 0.02."""
+
+
+@dataclass(frozen=True)
+class TensorLike:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """A function and its arguments, with tensors' shapes in place of tensors."""
+
+    function: Callable[..., Tensor]
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+def call_of(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionCall | None:
+    """Describe a call; None where autocast wouldn't compute it in bfloat16, or it has no samples."""
+
+    def described(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return TensorLike(tuple(value.shape), tuple(value.stride()))
+        return tuple(value) if isinstance(value, list) else value
+
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    if any(each.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not each.numel() for each in tensors):
+        return None
+    named = tuple((name, described(kwargs[name])) for name in sorted(kwargs))
+    return FunctionCall(function, tuple(map(described, args)), named)
+
+
+@lru_cache(maxsize=4096)
+def is_right_in_bfloat16(call: FunctionCall) -> bool:
+    """Say whether a function under autocast differs from single precision by rounding alone, gradients included.
+
+    It is tried once on random numbers, so that the answer hangs on the shapes and on the processor alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def made(value: Any) -> Any:
+        if not isinstance(value, TensorLike):
+            return value
+        numbers = torch.empty_strided(value.shape, value.strides)
+        return numbers.copy_(torch.randn(value.shape, generator=generator)).requires_grad_()
+
+    with torch.inference_mode(False), torch.enable_grad():
+        args, kwargs = tuple(map(made, call.args)), {name: made(value) for name, value in call.kwargs}
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        wanted = _in_single(call.function, args, kwargs)
+        towards = wanted.detach()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            found = call.function(*args, **kwargs)
+        answers = [towards, *torch.autograd.grad(wanted, tensors, towards)]
+        others = [found.detach(), *torch.autograd.grad(found, tensors, towards.to(found.dtype))]
+    shares = [
+        float((other.float() - answer).abs().max() / answer.square().mean().sqrt())
+        for answer, other in zip(answers, others, strict=True)
+    ]
+    if all(share <= _MOST_ROUNDED for share in shares):
+        return True
+    shapes = ", ".join(str(tuple(each.shape)) for each in tensors)
+    _logger.warning(
+        "%s of tensors %s stays in single precision: in bfloat16 this processor computes it wrong (%.0f %% off)",
+        call.function.__name__,
+        shapes,
+        100.0 * max(shares),
+    )
+    return False

@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 import nni_topo
-from nni_topo.network.runtime.precision import in_full_precision
+from nni_topo.network.runtime.precision import call_of, computing_in, in_full_precision, is_right_in_bfloat16
 
 BACKENDS = torch.backends
 OPERATIONS = {
@@ -216,3 +216,91 @@ def test_a_network_is_exported_whatever_is_set(setting, tmp_path):
     exported = nni_topo.export(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), tmp_path / "net.pt2", EXAMPLE)
     assert exported.path.exists()
     assert (settings(), BACKENDS.mkldnn.enabled) == before
+
+
+CONVOLUTIONS = [
+    # what processors with AMX compute wrong in bfloat16: 2, 4, ..., 12 input channels and long kernels
+    (nn.Conv1d(8, 8, 64, padding=32), (4, 8, 64)),
+    (nn.Conv1d(4, 16, 16), (4, 4, 64)),
+    (nn.Conv1d(2, 8, 32), (4, 2, 64)),
+    (nn.Conv1d(8, 16, 64, padding="same", bias=False), (8, 8, 16)),
+    # others
+    (nn.Conv1d(1, 64, 512, stride=4, padding=256), (4, 1, 1024)),
+    (nn.Conv1d(64, 8, 64), (4, 64, 128)),
+    (nn.Conv2d(3, 16, 3, stride=3), (4, 3, 32, 32)),
+    (nn.Conv2d(32, 32, 3, padding=1, groups=32), (4, 32, 8, 8)),
+    (nn.Conv3d(4, 8, 3), (2, 4, 6, 6, 6)),
+    (nn.ConvTranspose1d(8, 16, 64, stride=2), (4, 8, 32)),
+    (nn.ConvTranspose2d(16, 8, 4, stride=2), (4, 16, 8, 8)),
+    (nn.ConvTranspose3d(4, 8, 3), (2, 4, 6, 6, 6)),
+]
+
+
+def most_off(found, wanted):
+    return float((found.float() - wanted).abs().max() / wanted.square().mean().sqrt())
+
+
+@pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=[str(layer) for layer, _ in CONVOLUTIONS])
+def test_convolutions_are_right_in_bfloat16_on_any_processor(layer, shape):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(shape, generator=generator).requires_grad_()
+    wanted = layer(images)
+    towards = torch.randn(wanted.shape, generator=generator)
+    learning = [images, *layer.parameters()]
+    answers = [wanted.detach(), *torch.autograd.grad(wanted, learning, towards)]
+    with computing_in("bfloat16", torch.device("cpu")):
+        found = layer(images)
+    assert found.dtype == torch.bfloat16
+    others = [found.detach(), *torch.autograd.grad(found, learning, towards.bfloat16())]
+    for other, answer in zip(others, answers, strict=True):
+        assert other.dtype in (torch.float32, torch.bfloat16)
+        assert most_off(other, answer) < 0.1
+
+
+def product(inputs, weights, scale=1.0):
+    return scale * (inputs @ weights)
+
+
+def wrong_in_one_number(inputs, weights):
+    found = inputs @ weights
+    off = torch.zeros_like(found)
+    off[0, 0] = 3.0 if torch.is_autocast_enabled("cpu") else 0.0
+    return found + off
+
+
+def wrong_gradient(inputs, weights):
+    added = 2.0 if torch.is_autocast_enabled("cpu") else 0.0
+    return inputs @ weights + added * (weights.sum() - weights.sum().detach())
+
+
+def nothing_finite(inputs, weights):
+    return inputs @ weights + (torch.nan if torch.is_autocast_enabled("cpu") else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "is_right"),
+    [(product, True), (wrong_in_one_number, False), (wrong_gradient, False), (nothing_finite, False)],
+)
+def test_what_is_wrong_in_bfloat16_is_noticed_and_told_once(function, is_right, caplog):
+    tensors = torch.randn(40, 20), torch.randn(20, 30).T.contiguous().T  # laid out column by column
+    call = call_of(function, tensors, {})
+    with torch.inference_mode():
+        assert [is_right_in_bfloat16(call) for _ in range(2)] == [is_right, is_right]
+    told = f"{function.__name__} of tensors (40, 20), (20, 30) stays in single precision: in bfloat16 this processor"
+    assert [record.getMessage().startswith(told) for record in caplog.records] == ([] if is_right else [True])
+
+
+def test_calls_are_told_apart_by_shapes_layouts_and_settings():
+    wide, tall = torch.randn(4, 8), torch.randn(8, 4)
+    calls = [
+        call_of(product, (wide, tall), {}),
+        call_of(product, (tall, wide), {}),
+        call_of(product, (tall.T, wide.T), {}),
+        call_of(product, (wide, tall), {"scale": 2.0}),
+        call_of(product, (wide, tall), {"scale": [2.0]}),
+        call_of(product, (wide,), {"weights": tall}),
+    ]
+    assert len(set(calls)) == len(calls)
+    assert call_of(product, (torch.ones(4, 8), torch.ones(8, 4)), {}) == calls[0]
+    assert call_of(product, (wide.double(), tall.double()), {}) is None  # autocast leaves them as they are
+    assert call_of(product, (wide[:0], tall), {}) is None
