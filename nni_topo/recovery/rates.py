@@ -77,9 +77,11 @@ def try_rates(
     -------
     tuple of RateTrial
         One for each rate that was tried. None is taken if all break the network. No other is tried where time allows
-        fewer than twenty more steps.
+        fewer than twenty more steps, and none at all where it is over.
     """
     clock = clock or Clock()
+    if clock.left <= 0.0:
+        return ()
     steps = max(_LEAST_STEPS, round(_SHARE * total))
 
     def tried(rate: float, steps: int) -> nn.Module:

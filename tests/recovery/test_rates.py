@@ -4,17 +4,24 @@ import pytest
 import torch
 from distill_nets import inputs, pair
 
+from nni_topo.recovery.course import Clock
 from nni_topo.recovery.lesson import Lesson, student_copy
 from nni_topo.recovery.rates import RATES, try_rates
 
 
-def tried(judge, total=300, rates=RATES, constant=100.0):
+def tried(judge, total=300, rates=RATES, constant=100.0, clock=None, made=None):
     dense, original = pair()
     pool = ((inputs(64),), {})
     lesson = Lesson(original, dense, pool, "kl", 2.0)
+
+    def student():
+        if made is not None:
+            made.append("a network")
+        return student_copy(dense, pool)
+
     return try_rates(
         lesson,
-        lambda: student_copy(dense, pool),
+        student,
         lambda: lesson.batches(torch.arange(64), 64, 0, None, False),
         judge,
         1.0,
@@ -22,6 +29,7 @@ def tried(judge, total=300, rates=RATES, constant=100.0):
         total,
         is_normed=False,
         rates=rates,
+        clock=clock,
         progress=False,
     )
 
@@ -61,3 +69,11 @@ def test_each_rate_begins_with_the_same_network():
     tried(lambda net: seen.append(net.first.weight.detach().clone()) or 9.0, rates=(1.0, 1e-12))
     assert not torch.allclose(seen[0], seen[1], atol=0.1)
     assert torch.allclose(seen[1], pair()[0].first.weight, atol=1e-10)
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.0, 0), (100.0, 3)])
+def test_no_network_learns_where_the_time_is_over(seconds, count):
+    """With time, one takes the first step, one shows how long a step takes, and the first rate has one."""
+    made = []
+    found = tried(lambda _: 0.5, clock=Clock(seconds), made=made)
+    assert (len(made), len(found)) == (count, min(count, 1))
