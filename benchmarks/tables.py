@@ -167,6 +167,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
         [
             _of_jsonl("bench_pipeline.py", "steps.jsonl"),
             _of_jsonl("bench_seconds.py", "seconds.jsonl"),
+            _of_jsonl("bench_tones.py", "tones.jsonl"),
             _of_jsonl("bench_precision.py", "precision.jsonl"),
         ]
     ),

@@ -589,6 +589,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         what judges stay in the precision of ``dense``, at least single; autocast leaves double precision, and
         ``original`` in half precision, as they are. On processors with bfloat16 instructions steps of
         transformers take less time, and those of depth-wise convolutions more; on other processors none takes less.
+        Convolutions that the processor computes wrong in bfloat16 stay in single precision, with a warning.
     state : str or Path, optional
         File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
         the same result on one machine.
