@@ -130,7 +130,7 @@ def test_what_is_no_verb_ends_with_2(words):
 
 
 def test_a_new_study_is_one_file(tmp_path, monkeypatch, capsys):
-    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     example = re.search(r"## A new study.*?```python\n(.*?)```", text, re.S)[1]
     (tmp_path / "widths.py").write_text(IMPORTS + textwrap.dedent(example))
     monkeypatch.setattr(analysis, "__path__", [*analysis.__path__, str(tmp_path)])
