@@ -12,8 +12,8 @@ from torch.utils.data import TensorDataset
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.runs import run as execute
-from nni_topo.runs.choices import DataChoice, ModelChoice, PrunerChoice, Target
-from nni_topo.runs.run import Start, trained
+from nni_topo.runs.choices import DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.runs.run import Start, distillation_knobs, trained
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.studies.plan import ComparisonPlan
 
@@ -158,3 +158,18 @@ def test_a_ratio_is_no_budget_to_be_dealt_out(pruner_seen):
     execute.prune_to_ratios(start, PrunerChoice("matrix"), Target("flops", 0.5), ratios)
     assert "budget" not in pruner_seen["knobs"]
     assert {float(each["weight"].mean()) for each in pruner_seen["pruner"].get_masks().values()} == {0.5}
+
+
+def test_images_are_augmented_as_the_plan_says_or_not_at_all():
+    start = Start(torch.nn.Linear(1, 1), numbered(8), zoo.Recipe(epochs=1))
+    own = {"steps": 5, "blend": False}
+    plain = distillation_knobs(start, DistillationChoice(augmentation="none", **own))
+    assert own.items() <= plain.items()
+    assert not {"augment", "augmentation", "images"} & plain.keys()
+    knobs = distillation_knobs(start, DistillationChoice(augmentation="crop", **own))
+    images = torch.arange(64.0).reshape(1, 1, 8, 8).repeat(6, 1, 1, 1)
+    torch.manual_seed(0)
+    found = knobs.pop("augment")(images)
+    assert knobs == plain
+    assert found.shape == images.shape
+    assert not torch.equal(found, images)
