@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from joblib import parallel_config
 
 from nni_topo import GeneticSearch, TopologicalPruner, zoo
@@ -102,6 +103,24 @@ def test_a_trial_by_two_processes(ranks):
     assert [json.loads(line).get("step") for line in words.splitlines()] == [0, 1, 2, None]
     metrics = json.loads((folder / "trial" / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.3
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_group_of_one_process_agrees_with_itself():
+    masks = {"conv": {"weight": torch.tensor([1.0, 0.0]), "bias": None}}
+    assert world() == (0, 1)
+    assert broadcast("a word") == "a word"
+    check_equal_masks(masks)
+    assert masks_digest(broadcast_masks(masks)) == masks_digest(masks)
+    with pytest.raises(DataError, match=r"the process that pruned must have masks, got None \(rank 0\)"):
+        broadcast_masks(None)
 
 
 def test_alone_there_is_nothing_to_share():
