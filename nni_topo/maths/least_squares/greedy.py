@@ -159,8 +159,9 @@ def _chosen(
         left[order[step]] = False
         room[part[order[step]]] -= 1
         is_met = is_met or taken[step] <= _NOTHING * taken[:step].sum()
-        for reader in [] if is_met else readers:
-            reader.choose(int(order[step]))
+        if not is_met and step < keep - 1:  # nobody asks what is left after the last one
+            for reader in readers:
+                reader.choose(int(order[step]))
     return order, taken
 
 
