@@ -199,7 +199,10 @@ def test_processes_on_gpus_add_up_sums_that_lie_anywhere(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("knobs", [{}, {"objective": "squares", "augment": lambda images: images + 0.1}])
+@pytest.mark.parametrize(
+    "knobs",
+    [pytest.param({}, marks=pytest.mark.slow), {"objective": "squares", "augment": lambda images: images + 0.1}],
+)
 def test_distillation(device, knobs):
     def run(place: torch.device) -> Any:
         dense, original = toy_model().to(place).eval(), toy_model(1).to(place).eval()

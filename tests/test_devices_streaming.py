@@ -118,7 +118,7 @@ def test_solved_and_learned_weights_are_near(device, steps, source, tmp_path):
 
 def test_removed_blocks_are_made_up_for_on_the_device(device, tmp_path):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 4}, num_attention_heads=4)
+    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 3}, num_attention_heads=4)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
     reports = []
     for place in ("cpu", device):

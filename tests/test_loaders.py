@@ -193,7 +193,10 @@ def shortened(batches):
     return weights_of(nni_topo.remove_blocks(attending(), ["blocks.1"], batches))
 
 
-LONG, LONGER = ("export", "shrink, auto", "shrink, tolerance"), ("shrink", "frontier")
+LONG = ("export", "shrink, auto", "shrink, tolerance")
+# Both kinds show what reads a loader twice; of what takes longer than others, one kind each time.
+LONGER = ("shrink", "shrink, topological", "frontier", "distill", "compensate, ahead", "ClusterPruner")
+LONGER += ("TopologicalPruner, budget", "ReconstructionPruner, budget", "ReconstructionPruner, sequential")
 
 
 @pytest.mark.parametrize(

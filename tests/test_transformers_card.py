@@ -69,7 +69,7 @@ def table_rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-@pytest.mark.parametrize("name", ["Bert", "Llama"])
+@pytest.mark.parametrize("name", [pytest.param("Bert", marks=pytest.mark.slow), "Llama"])
 def test_the_card_has_the_figures_of_the_report(name: str, tmp_path: Path) -> None:
     small = shrunk(name)
     before = snapshot(small)

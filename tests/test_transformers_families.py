@@ -111,7 +111,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], float, str]] = {
 }  # fmt: skip
 
 
-FAST = ("XGLMForCausalLM", "M2M100ForConditionalGeneration", "MptForCausalLM", "BloomForCausalLM", "FalconForCausalLM")
+FAST = ("XGLMForCausalLM", "MptForCausalLM", "BloomForCausalLM", "FalconForCausalLM")
 
 
 class Outputs(torch.nn.Module):

@@ -107,7 +107,7 @@ def test_gpt2_of_linear_layers_is_the_same_and_loses_heads_and_neurons():
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("more", [{"granularity": "head"}, {}])
+@pytest.mark.parametrize("more", [pytest.param({"granularity": "head"}, marks=pytest.mark.slow), {}])
 def test_heads_of_t5_go_from_all_blocks_that_share_their_positions(more, tmp_path):
     kinds = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 31}
     config = transformers.T5Config(**kinds, decoder_start_token_id=0)
@@ -172,7 +172,13 @@ BY_BLOCK = {
 
 
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) > 4, reason="Transformers 5 prunes no heads")
-@pytest.mark.parametrize("name", BY_BLOCK)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("Roberta", "Electra", "DeiT")))
+        for name in BY_BLOCK
+    ],
+)
 def test_heads_of_single_blocks_are_in_the_config_and_load_by_it(name, tmp_path):
     torch.manual_seed(0)
     config, sizes = BY_BLOCK[name]
@@ -216,7 +222,9 @@ def test_blocks_of_two_widths_are_refused(tmp_path):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["BertForSequenceClassification", "LlamaForCausalLM"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("BertForSequenceClassification", marks=pytest.mark.slow), "LlamaForCausalLM"]
+)
 def test_compensation_without_labels_brings_back_some_of_it(name):
     model = make(name)
     calibration = [inputs_of(model) for _ in range(2)]
@@ -244,7 +252,10 @@ def test_what_is_padding_does_not_count_in_compensation(method):
         torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForSequenceClassification"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("LlamaForCausalLM", marks=pytest.mark.slow), "GPT2LMHeadModel", "BertForSequenceClassification"],
+)
 def test_a_model_without_a_block_and_heads_loads_by_the_original(name, tmp_path):
     model = make(name, layers=4)
     inputs = inputs_of(model, samples=20)

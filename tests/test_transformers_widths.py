@@ -35,7 +35,7 @@ OTHERS = {"NemotronForCausalLM": ("NemotronConfig", {**SIZES, **TOKENS, "num_key
     ("name", "tied"),
     [
         ("LlamaForCausalLM", False),
-        ("Qwen2ForCausalLM", True),
+        pytest.param("Qwen2ForCausalLM", True, marks=pytest.mark.slow),
         ("Gemma2ForCausalLM", True),
         ("CohereForCausalLM", True),
         ("NemotronForCausalLM", False),
@@ -107,7 +107,7 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids).logits
 
 
-@pytest.mark.parametrize("kind", ["T5", "Bart", "Marian"])
+@pytest.mark.parametrize("kind", ["T5", "Bart", pytest.param("Marian", marks=pytest.mark.slow)])
 def test_widths_of_encoder_and_decoder_go_with_the_attention_between_them(kind):
     t5 = {"d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
     sides = {f"{side}_{key}": size for side in ("encoder", "decoder") for key, size in

@@ -37,6 +37,7 @@ from nni_topo.network.runtime import (
     out_of_memory,
     random_state_kept,
     real_positions_of,
+    seed_torch,
     taken,
     tensors_of,
     watched,
@@ -795,7 +796,7 @@ def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) 
 def _augmented(call: Call, augment: Augment, seed: int) -> Call:
     """Return another view of a call's inputs; the global generators are left as they were."""
     with random_state_kept():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         views = [_view(taken(call, part), augment) for part in _together(torch.arange(batch_size(call)))]
     shapes = {str([tuple(each.shape[1:]) for each in tensors_of(view)]) for view in views}
     if len(shapes) > 1:

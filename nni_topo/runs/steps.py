@@ -63,6 +63,7 @@ from nni_topo.network.speedup import (
     dependency_groups,
     groups_of,
     held_by_unselected,
+    share_answers,
     to_dense,
     unprunable_layers,
     widths_multiple,
@@ -181,6 +182,11 @@ class PrunedNetwork:
         """The dense network, made when it is first asked for."""
         return self.make_dense()
 
+    @property
+    def is_made(self) -> bool:
+        """Whether the dense network was asked for."""
+        return "dense" in vars(self)
+
 
 @dataclass(frozen=True)
 class RecoveredNetwork:
@@ -281,6 +287,8 @@ class ShrinkSteps:
         else:
             full = _checked_network(self.compensate(pruned.full, pruned.masks, images), "compensate")
         dense = to_dense(full, self.images.example, pruned.masks, round_to=self.round_to)
+        if pruned.is_made:
+            share_answers(pruned.dense, dense)
         return RecoveredNetwork(pruned, dense, dense_report_of(dense), report)
 
     def recover(self, budget: Budget) -> tuple[RecoveredNetwork, tuple[Tried, ...]]:
@@ -317,6 +325,7 @@ class ShrinkSteps:
         chosen = {name: value for name, value in given.items() if value is not None or name not in own}
         try:
             done = distillation(dense, self.model, self.images.learned, **knobs | chosen)
+            share_answers(dense, done.model)
         except GradientError as error:
             if self.distill is not True:  # whoever gives knobs wants it
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
@@ -356,11 +365,12 @@ class ShrinkSteps:
 
     def share_left(self, budget: Budget, recovered: RecoveredNetwork) -> float:
         """Return the share of the cost that a dense network of :meth:`reconstruct` keeps."""
-        args, kwargs = of_first(first_call(self.model, self.images.all), self.model, self.images.all)
-        example: Any = kwargs or args
         dense = recovered.dense
         if budget.kind != "latency":
+            example: Any = self.images.example
             return float(network_cost(budget.kind, dense, example)({}) / self._unpruned_cost(budget.kind, example))
+        args, kwargs = of_first(first_call(self.model, self.images.all), self.model, self.images.all)
+        example = kwargs or args
         if budget.latency_table is not None:
             table: Any = budget.latency_table  # a file was read when the budget was made
             cost = network_cost(budget.kind, self.model, example, table)
@@ -396,6 +406,7 @@ class ShrinkSteps:
         if known is not None:
             return self._ask(known, budget)
         victim, entries, pruner = detached_copy(self.model), self.prunable.entries, self.pruner
+        share_answers(self.model, victim)
         # A copy: a function of the caller's may change what it is given.
         groups = copy.deepcopy(self.prunable.groups) or dependency_groups(victim, self.images.example, entries)
         config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups

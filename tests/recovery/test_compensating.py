@@ -38,7 +38,7 @@ def distance(model, other, inputs):
     return float((expected - found).square().sum() / (expected - expected.mean(0)).square().sum())
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
     model = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=seed)
     recipe = dataclasses.replace(zoo.default_recipe("small_cnn", "digits"), epochs=3)
@@ -55,11 +55,14 @@ def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
     assert not found.report.lost
 
 
+LONG = ("ahead", "block")  # on one of the nets each time
+
+
 @pytest.mark.parametrize(
     ("net", "pruner", "method"),
     [
         *(
-            pytest.param(net, L1NormPruner, m, marks=[pytest.mark.slow] * (m == "block" and net is not LeNet))
+            pytest.param(net, L1NormPruner, m, marks=[pytest.mark.slow] * (m in LONG and net is not Concatenated))
             for net in (LeNet, Concatenated, Grouped)
             for m in list_recoveries()
             if m != "recalibrate"

@@ -315,8 +315,14 @@ class WithAnchors(nn.Module):
         return self.head(self.first(states).relu()), 2.0 * self.anchors
 
 
-@pytest.mark.parametrize("rows", [1, 16, 32, 64])
-@pytest.mark.parametrize("outputs", [None, lambda output, inputs: output])
+@pytest.mark.parametrize(
+    ("rows", "outputs"),
+    [
+        *((rows, None) for rows in (1, 16, 32, 64)),
+        (64, lambda output, inputs: output),
+        *(pytest.param(rows, lambda output, inputs: output, marks=pytest.mark.slow) for rows in (1, 16, 32)),
+    ],
+)
 def test_a_tensor_that_is_as_long_as_a_batch_by_chance_is_not_an_output(rows, outputs):
     torch.manual_seed(0)
     original = WithAnchors(rows).eval()

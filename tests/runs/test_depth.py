@@ -332,7 +332,7 @@ def test_a_tolerance_and_a_frontier_take_depth():
     assert family[0.67].report.depth.tried[0].removed == 0
 
 
-@pytest.mark.parametrize("is_contained", [False, True])
+@pytest.mark.parametrize("is_contained", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_parts_whose_attributes_a_fast_path_reads_stay(is_contained):
     torch.manual_seed(0)
 

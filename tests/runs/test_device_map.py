@@ -55,7 +55,7 @@ def test_a_model_whose_weights_are_offloaded_is_refused_and_stays_as_it_was(plac
     assert torch.equal(model(**batches()[0]).logits, llama()(**batches()[0]).logits)
 
 
-@pytest.mark.parametrize("place", [with_block_on_disk, all_on_disk, one_device])
+@pytest.mark.parametrize("place", [with_block_on_disk, pytest.param(all_on_disk, marks=pytest.mark.slow), one_device])
 def test_where_the_weights_are_in_memory_it_becomes_the_network_that_it_would_have_become(place, tmp_path):
     model = place(llama(), str(tmp_path))
     if place is not one_device:

@@ -16,6 +16,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.speedup import Network
 from nni_topo.pruners.budget import network_cost
 from nni_topo.recovery import Reconstruct
 from nni_topo.runs.shrink import ShrinkReport
@@ -32,6 +33,19 @@ def shrunk(budget=None, **knobs):
     return nni_topo.shrink(
         toy_model().eval(), list(toy_images(64).split(32)), budget or {"flops": 0.5}, **{"distill": False, **knobs}
     )
+
+
+def test_the_network_is_traced_once_and_so_is_the_smaller_one(monkeypatch):
+    traced, trace = [], Network._trace
+
+    def counted(network):
+        traced.append(network.model)
+        return trace(network)
+
+    monkeypatch.setattr(Network, "_trace", counted)
+    small = shrunk(distill={"steps": 2, "lr": 1e-4})
+    assert [stage.network for stage in small.report.stages] == ["unpruned", "pruned", "reconstructed", "distilled"]
+    assert len(traced) == 2
 
 
 @pytest.mark.parametrize("make", [TiedConvolutions, Mirrored, Bottleneck])
@@ -224,7 +238,10 @@ def test_a_method_of_the_models_called_report_stays(caplog):
     assert small[0].out_features < 32
 
 
-@pytest.mark.parametrize("pruner", ["l1", "fpgm", "topological", "random", "energy"])
+@pytest.mark.parametrize(
+    "pruner",
+    ["l1", "topological", "energy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fpgm", "random"))],
+)
 def test_any_structured_pruner_meets_the_budget_and_the_output_layer_stays(pruner):
     small = shrunk(pruner=pruner)
     stages = small.report.stages
@@ -282,7 +299,7 @@ def test_a_time_that_a_pruner_of_nni_misses_is_told(caplog):
     assert "all layers are at their max_sparse_ratio" in caplog.text
 
 
-@pytest.mark.parametrize("pruner", ["matrix", "l1"])
+@pytest.mark.parametrize("pruner", ["matrix", pytest.param("l1", marks=pytest.mark.slow)])
 def test_budgets_are_met_in_multiples_of_channels_or_told(pruner, caplog):
     images = [torch.randn(4, 1, 16, 16)]
     net = zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=16, seed=0)
@@ -651,7 +668,7 @@ def test_an_error_within_shrink_names_its_own_knob_for_leaving_a_layer_out():
         nni_topo.to_dense(toy_model(), toy_images(2), prune_output(toy_model(), [], None))
 
 
-@pytest.mark.parametrize("distill", [True, {"steps": 2}])
+@pytest.mark.parametrize("distill", [pytest.param(True, marks=pytest.mark.slow), {"steps": 2}])
 def test_a_frozen_network_learns_and_stays_frozen(distill):
     model = toy_model().eval().requires_grad_(False)
     small = nni_topo.shrink(model, toy_images(64).split(32), {"flops": 0.5}, distill=distill)

@@ -382,17 +382,27 @@ def pictures(scale: float = 1.0) -> torch.Tensor:
     return scale * torch.randn(800, 1, 4, 4, generator=torch.Generator().manual_seed(2))
 
 
+GIVEN = {
+    "shuffled": DataLoader(TensorDataset(pictures(), torch.arange(800)), batch_size=100, shuffle=True),
+    "mapping": [{"images": each} for each in pictures().split(100)],
+    "large": list(pictures(100.0).split(100)),
+}
+
+
 @pytest.mark.parametrize(
-    "batches",
+    ("batches", "is_training"),
     [
-        DataLoader(TensorDataset(pictures(), torch.arange(800)), batch_size=100, shuffle=True),
-        [{"images": each} for each in pictures().split(100)],
-        list(pictures(100.0).split(100)),
+        ("shuffled", True),
+        ("mapping", False),
+        ("large", True),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [("shuffled", False), ("mapping", True), ("large", False)]
+        ),
     ],
-    ids=["shuffled", "mapping", "large"],
 )
-@pytest.mark.parametrize("is_training", [False, True])
 def test_ordinary_use_and_the_model_stays_as_it_was(batches, is_training):
+    batches = GIVEN[batches]
     torch.manual_seed(0)  # of the loader
     model = Images().train(is_training)
     handle = model.norm.register_forward_hook(lambda module, args, output: None)

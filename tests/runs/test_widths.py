@@ -45,8 +45,14 @@ def test_everything_but_the_output_layer_is_pruned():
     assert layer_ratios(net, IMAGES, Target("ratio", 0.3)) == dict.fromkeys(layers[:-1], 0.3)
 
 
-@pytest.mark.parametrize("share", [0.75, 0.5, 0.25, 0.1])
-@pytest.mark.parametrize("make", [small_cnn, resnet])
+@pytest.mark.parametrize(
+    ("make", "share"),
+    [
+        pytest.param(make, share, marks=[pytest.mark.slow] * (make is resnet and share in (0.25, 0.5)))
+        for make in (small_cnn, resnet)
+        for share in (0.75, 0.5, 0.25, 0.1)
+    ],
+)
 def test_a_budget_is_met_within_a_percent_of_the_whole(make, share):
     net = make()
     ratios = layer_ratios(net, IMAGES, Target("flops", share))
@@ -68,8 +74,14 @@ def test_a_budget_below_one_channel_per_layer_is_refused():
         layer_ratios(small_cnn(), IMAGES, Target("flops", 1e-6))
 
 
-@pytest.mark.parametrize("share", [0.5, 0.2, 0.05])
-@pytest.mark.parametrize("make", [small_cnn, resnet])
+@pytest.mark.parametrize(
+    ("make", "share"),
+    [
+        pytest.param(make, share, marks=[pytest.mark.slow] * (make is resnet and share != 0.05))
+        for make in (small_cnn, resnet)
+        for share in (0.5, 0.2, 0.05)
+    ],
+)
 def test_proposals_meet_a_budget_and_keep_their_proportions(make, share):
     net = make()
     names = inner_layers(net, IMAGES)

@@ -122,6 +122,7 @@ from nni_topo.network.runtime.untouched import (
     left_alone,
     random_state_kept,
     random_states,
+    seed_torch,
     torch_random_kept,
 )
 
@@ -229,6 +230,7 @@ __all__ = [
     "run",
     "run_small",
     "same_program",
+    "seed_torch",
     "shrunk",
     "structure_call",
     "structure_of",

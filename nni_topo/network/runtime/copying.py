@@ -23,6 +23,9 @@ from nni_topo.network.runtime.memory import out_of_memory
 
 # What copy.deepcopy raises of what it can't copy: of locks and files, of pointers, of queues between processes.
 _NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
+# What most attributes of modules are: values, tuples of these, and tables, most of them without an entry.
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+_TABLES = frozenset({dict, OrderedDict, set})
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -90,6 +93,8 @@ def _bind_functions(modules: Sequence[nn.Module], memo: dict[int, Any]) -> None:
             continue
         held = vars(memo[id(module)])
         for name, value in vars(module).items():
+            if _is_plain(value) or (type(value) in _TABLES and not value):
+                continue
             if name in ("_modules", "_parameters", "_buffers") or name not in held or not _holds_function(value):
                 continue
             if name == "forward":
@@ -103,6 +108,11 @@ def _bind_functions(modules: Sequence[nn.Module], memo: dict[int, Any]) -> None:
                 del held[name]  # that of its class
             else:
                 held[name] = bound
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is the same in every copy: a number, a text, or a tuple of such, as the size of a kernel."""
+    return type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
 
 
 def _holds_function(value: Any) -> bool:
@@ -223,12 +233,12 @@ def _is_copied_by_state(kind: type[nn.Module]) -> bool:
 
 def _copied(module: nn.Module, key: str, value: Any, memo: dict[int, Any]) -> Any:
     """Copy an attribute of a module; what can't be copied is shared, unless it holds layers."""
-    if type(value) in (bool, int, float, str, type(None)):
+    if _is_plain(value):
         return value
     # A hook's handle holds the tables of its module, empty ones too, and mustn't get others of its own.
     if id(value) in memo:
         return memo[id(value)]
-    if type(value) in (dict, OrderedDict, set) and not value:
+    if type(value) in _TABLES and not value:
         memo[id(value)] = type(value)()
         return memo[id(value)]
     if key in ("_parameters", "_buffers", "_modules"):

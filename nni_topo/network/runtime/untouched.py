@@ -395,6 +395,18 @@ def torch_random_kept() -> AbstractContextManager[None]:
     return torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else [])
 
 
+def seed_torch(seed: int) -> None:
+    """Seed PyTorch's global generators within `random_state_kept`.
+
+    ``torch.manual_seed`` also notes the seed for devices that aren't in use: CUDA, started later, would begin with this
+    one and not with the user's.
+    """
+    torch.default_generator.manual_seed(seed)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and (accelerator.type != "cuda" or torch.cuda.is_initialized()):
+        torch.manual_seed(seed)
+
+
 def random_states() -> list[Tensor]:
     """Return the states of PyTorch's random generators."""
     others = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

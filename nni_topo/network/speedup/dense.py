@@ -45,6 +45,7 @@ from nni_topo.network.runtime import (
     left_alone,
     markdown_table,
     random_state_kept,
+    seed_torch,
     told_of_changes,
 )
 from nni_topo.network.speedup.constant_channels import (
@@ -179,7 +180,7 @@ def to_dense(
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     with random_state_kept(), torch.inference_mode(False):
-        torch.manual_seed(0)
+        seed_torch(0)
         task = _prepare(Network(model, call), full, round_to)
         masked = _masked_with_constants(task) if constants == "keep" else _masked_without_constants(task)
         dense = _cut(task, masked, tuple(customized_replacers))
@@ -192,7 +193,7 @@ def to_dense(
 def cut_alone(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
     """Return the dense model of `to_dense` without comparing it, a report or a warning; its errors."""
     with random_state_kept(), torch.inference_mode(False):
-        torch.manual_seed(0)
+        seed_torch(0)
         task = _prepare(Network(model, call), masks, None)
         return _cut(task, _masked_without_constants(task), ())
 

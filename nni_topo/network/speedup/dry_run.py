@@ -41,6 +41,7 @@ from nni_topo.network.runtime import (
     put_parameters,
     random_like,
     random_state_kept,
+    seed_torch,
     shrunk,
     tensors_of,
     together,
@@ -106,7 +107,7 @@ def _found_with(network: Network, seed: int) -> dict[int, Reason] | None:
     (assembled, flow), held = network.traced(), dict[int, Reason]()
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         full = _with_type(assembled(_with_random_weights(network.model)), torch.float64, torch.float32)
         entering: Call = (arguments(full.graph, network.model, network.call), {})
         args = cast_floats(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)[0]
@@ -507,7 +508,7 @@ class _DryRun:
         if RANDOM not in node.meta:
             return self._computed(node, module, which, needless, values)
         with random_state_kept():  # both draw the same numbers
-            torch.manual_seed(0)
+            seed_torch(0)
             return self._computed(node, module, which, needless, values)
 
     def _computed(

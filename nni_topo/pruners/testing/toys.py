@@ -37,7 +37,7 @@ class ToyModel(nn.Module):
 def toy_model(seed: int = 0) -> ToyModel:
     """Return the toy network with seeded weights, the global generator left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return ToyModel()
 
 

@@ -89,7 +89,7 @@ def test_a_program_of_torch_answers_the_same(dense, tmp_path):
         torch.testing.assert_close(loaded(IMAGES[:7]), dense.eval()(IMAGES[:7]))
 
 
-@pytest.mark.parametrize(("bits", "most"), [(7, 64), (8, 127)])
+@pytest.mark.parametrize(("bits", "most"), [(7, 64), pytest.param(8, 127, marks=pytest.mark.slow)])
 def test_int8_is_smaller_near_and_made_of_integers(tmp_path, bits, most):
     onnx = pytest.importorskip("onnx")
     torch.manual_seed(0)
@@ -195,22 +195,26 @@ def test_the_tensors_of_data_classes_are_outputs(tmp_path):
 Pair = namedtuple("Pair", ["left", "right"])
 
 
+RETURNS = (
+    (lambda x, y: {"relu": y.relu(), "linear": y + 1, "none": None}, ["relu", "linear"]),
+    # in ONNX an input and a weight have the name
+    (lambda x, y: {"inputs": y.relu(), "layer.weight": y + 1}, ["inputs_", "layer.weight_"]),
+    (lambda x, y: {"boxes": [y, y + 1], "more": {"of": y, "it": 2 * x}}, ["boxes.0", "boxes.1", "more.of", "more.it"]),
+    (lambda x, y: {"x": x, "y": y, "again": y}, ["x", "y", "again"]),
+    (lambda x, y: Answer(y, 3), ["scores"]),
+    (lambda x, y: Pair(y, y + 1), ["left", "right"]),
+)
+
+
 @pytest.mark.parametrize(
-    ("returns", "names"),
+    ("returns", "names", "is_int8"),
     [
-        (lambda x, y: {"relu": y.relu(), "linear": y + 1, "none": None}, ["relu", "linear"]),
-        # in ONNX an input and a weight have the name
-        (lambda x, y: {"inputs": y.relu(), "layer.weight": y + 1}, ["inputs_", "layer.weight_"]),
-        (
-            lambda x, y: {"boxes": [y, y + 1], "more": {"of": y, "it": 2 * x}},
-            ["boxes.0", "boxes.1", "more.of", "more.it"],
-        ),
-        (lambda x, y: {"x": x, "y": y, "again": y}, ["x", "y", "again"]),
-        (lambda x, y: Answer(y, 3), ["scores"]),
-        (lambda x, y: Pair(y, y + 1), ["left", "right"]),
+        # as integers where an output has the name of an input or a weight, or is an input itself
+        pytest.param(*each, is_int8, marks=[pytest.mark.slow] * (is_int8 and number not in (1, 3)))
+        for number, each in enumerate(RETURNS)
+        for is_int8 in (False, True)
     ],
 )
-@pytest.mark.parametrize("is_int8", [False, True])
 def test_outputs_are_named_by_what_the_network_returns_them_under(returns, names, is_int8, tmp_path):
     model, images = InDataClass(returns).eval(), torch.randn(8, 4)
     done = nni_topo.export(model, tmp_path / "named.onnx", images[:2], int8=[images] if is_int8 else None)
@@ -243,7 +247,7 @@ def test_a_network_without_tensors_among_its_outputs_is_refused(ending, tmp_path
     assert not path.exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
 def test_precision_that_onnxruntime_lacks_is_an_error_that_says_so(dtype, tmp_path):
     model, path = nn.Sequential(nn.Conv2d(3, 4, 3)).to(dtype).eval(), tmp_path / "precision.onnx"
     with pytest.raises(ExportError, match=r"onnxruntime can run; .* single precision only, got .*Conv.*Sequential"):

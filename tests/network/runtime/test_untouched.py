@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import nni_topo
 from nni_topo.network.runtime.untouched import (
     drawn_since,
     evaluation_mode,
@@ -20,7 +21,9 @@ from nni_topo.network.runtime.untouched import (
     left_alone,
     random_state_kept,
     random_states,
+    seed_torch,
 )
+from nni_topo.testing import toy_images, toy_model
 
 
 class Counter:
@@ -290,6 +293,34 @@ def test_random_states_are_those_before_and_tell_of_draws():
     with random_state_kept():
         within = random.random(), float(np.random.rand()), float(torch.rand(1))
     assert (random.random(), float(np.random.rand()), float(torch.rand(1))) == within != before
+
+
+@pytest.mark.parametrize(("is_used", "seeds"), [(False, []), (True, [3])])
+def test_a_seed_that_is_kept_inside_is_not_the_one_with_which_a_gpu_is_started(is_used, seeds, monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", found.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_used)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        wanted = torch.rand(2)
+        found.clear()
+        seed_torch(3)
+        assert torch.equal(torch.rand(2), wanted)
+    assert found == seeds
+
+
+def test_a_dense_network_is_made_without_a_seed_for_a_gpu_that_is_not_in_use(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    model, images = toy_model().eval(), toy_images(4)
+    asked = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", found.append)
+    groups = nni_topo.dependency_groups(model, images, asked)
+    masks = nni_topo.create_pruner("l1", toy_model().eval(), groups).compress()[1]
+    nni_topo.to_dense(model, images, masks)
+    nni_topo.distill(model, toy_model(1).eval(), [images], steps=1, lr=1e-4, augment=lambda given: given + 0.1)
+    assert found == []
 
 
 def test_the_compiler_is_off_for_models_that_are_compiled_alone():
