@@ -278,13 +278,14 @@ def is_right_in_bfloat16(call: FunctionCall) -> bool:
 
     It is tried once on random numbers, so that the answer hangs on the shapes and on the processor alone.
     """
-    generator = torch.Generator().manual_seed(0)
+    kind: Any = {"dtype": torch.float32, "device": "cpu"}
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def made(value: Any) -> Any:
         if not isinstance(value, TensorLike):
             return value
-        numbers = torch.empty_strided(value.shape, value.strides)
-        return numbers.copy_(torch.randn(value.shape, generator=generator)).requires_grad_()
+        numbers = torch.empty_strided(value.shape, value.strides, **kind)
+        return numbers.copy_(torch.randn(value.shape, generator=generator, **kind)).requires_grad_()
 
     with torch.inference_mode(False), torch.enable_grad():
         args, kwargs = tuple(map(made, call.args)), {name: made(value) for name, value in call.kwargs}

@@ -290,6 +290,17 @@ def test_what_is_wrong_in_bfloat16_is_noticed_and_told_once(function, is_right, 
     assert [record.getMessage().startswith(told) for record in caplog.records] == ([] if is_right else [True])
 
 
+def test_what_is_tried_has_its_own_type_and_device_whatever_the_defaults_are():
+    call = call_of(wrong_gradient, (torch.randn(7, 5), torch.randn(5, 3)), {})
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        assert not is_right_in_bfloat16(call)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
 def test_calls_are_told_apart_by_shapes_layouts_and_settings():
     wide, tall = torch.randn(4, 8), torch.randn(8, 4)
     calls = [
