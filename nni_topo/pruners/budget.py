@@ -203,6 +203,7 @@ class BudgetPlanner(Planner):
         *,
         round_to: int | None = None,
         allocations: Sequence[str] = (),
+        warns: bool = True,
     ) -> None:
         super().__init__(round_to=round_to)
         self.budget = budget
@@ -213,7 +214,7 @@ class BudgetPlanner(Planner):
         self.left = math.nan  # the share of the widths found, as it is counted or timed
         self.outcome: BudgetOutcome | None = None  # None until the widths are found
         self._cost: Callable[[Kept], float] | None = None
-        self._warns = True  # where the budget is missed
+        self._warns = warns  # where the budget is missed
         self._accepted: dict[str, list[int]] = {}  # numbers of heads that a config accepts, by layer
         self._aim: float | None = None  # what the table must say so that the dense network takes the share
 

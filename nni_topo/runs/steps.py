@@ -421,8 +421,8 @@ class ShrinkSteps:
             table: LatencyTable | Any = budget.latency_table  # a file is read when the budget is made
             kind: Any = budget.kind
             target = Target(kind, budget.share)
-            alike = budget.equal_blocks
-            ratios = layer_ratios(self.model, example, target, entries, table, self.round_to, equal_blocks=alike)
+            told = {"equal_blocks": budget.equal_blocks, "warns": not self.is_search}
+            ratios = layer_ratios(self.model, example, target, entries, table, self.round_to, **told)
             config_list = pruning_config(self.model, example, ratios)
         offered = {
             "seed": self.seed,

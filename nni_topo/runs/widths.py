@@ -40,19 +40,20 @@ def layer_ratios(
     round_to: int | None = None,
     *,
     equal_blocks: bool = False,
+    warns: bool = True,
 ) -> dict[str, float]:
     """Return the ``sparse_ratio``, in [0, 1), of every layer that a comparison prunes, in network order.
 
     The entries of a config_list name the layers and their minimum and maximum ratios. A budget of time is counted by
     the latency table. Every layer loses the same share; rounding to whole channels is distributed over the layers so
-    that the network meets the budget.
+    that the network meets the budget. ``warns``: where it can't.
     """
     config_list = _grouped(model, example_inputs, entries)
     if target.kind == "ratio":
         return {name: target.value for entry in config_list for name in entry["op_names"]}
     units = _units(model, example_inputs, config_list)
     budget: dict[str, Any] = {target.kind: target.value, "latency_table": table, "equal_blocks": equal_blocks}
-    planner = BudgetPlanner(Budget(**budget), example_inputs, round_to=round_to)
+    planner = BudgetPlanner(Budget(**budget), example_inputs, round_to=round_to, warns=warns)
     kept = planner.rows(units, lambda unit: np.zeros(unit.blocks), model)
     if planner.left > 2.0 * target.value:
         raise ConfigError(

@@ -221,6 +221,15 @@ def test_layers_that_a_caller_names_are_those_of_the_unpruned_network():
     assert "stage1.2.conv1" not in dict(small.named_modules())
 
 
+@pytest.mark.parametrize("pruner", [pytest.param("reconstruction", marks=pytest.mark.slow), "l1"])
+def test_budgets_of_what_is_tried_are_not_told_only_that_of_the_call(pruner, caplog):
+    """Networks without two or three blocks have budgets of their own, which the few channels of this one miss."""
+    small = shrunk(resnet(SILENT), pruner=pruner, compensate=None)
+    assert len(small.report.depth.tried) == 3
+    told = [record.getMessage() for record in caplog.records if "budget" in record.getMessage()]
+    assert told == [str(small.report.budget)]
+
+
 def test_without_a_removable_block_a_warning_tells_and_channels_go(caplog):
     data = list(toy_images(64).split(32))
     with caplog.at_level(logging.WARNING):

@@ -103,6 +103,9 @@ def test_the_picture_has_the_points_their_intervals_and_the_knee():
     assert list(line.get_xdata()) == [100.0, 50.0, 25.0, 10.0]
     assert list(line.get_ydata()) == pytest.approx([0.0, 1.0, 2.0, 20.0])
     assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([25.0], [2.0])
+    (bars,) = axis.containers[0].lines[2]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx([lost / 2, 2 * lost]) for lost in (0.0, 1.0, 2.0, 20.0)]
     assert axis.get_ylabel() == "changed answers %"
     assert "the knee is at a share of 0.25" in repr(found)
     straight = Frontier({}, points((1.0, 0.0), (0.5, 0.1), (0.0, 0.2)), "flops", "answers", 100, 50)

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,6 +47,18 @@ def test_the_network_is_traced_once_and_so_is_the_smaller_one(monkeypatch):
     small = shrunk(distill={"steps": 2, "lr": 1e-4})
     assert [stage.network for stage in small.report.stages] == ["unpruned", "pruned", "reconstructed", "distilled"]
     assert len(traced) == 2
+
+
+def test_a_report_shows_intervals_and_the_first_layers_of_many():
+    report = shrunk(compensate=None, distill=False).report
+    last = report.stages[-1]
+    assert last.distance_low < last.distance < last.distance_high
+    assert f" {last.distance:.4g} ({last.distance_low:.3g}-{last.distance_high:.3g}) " in repr(report)
+    unpruned = repr(report).splitlines()[1].split()
+    assert (unpruned[0], unpruned[3]) == ("unpruned", "0")  # and no interval
+    many = replace(report, whole={f"layer{index}": "its input is read" for index in range(10)})
+    names = ", ".join(f"layer{index}" for index in range(8))
+    assert f"{names} and 2 more keep all channels: its input is read" in repr(many).splitlines()
 
 
 @pytest.mark.parametrize("make", [TiedConvolutions, Mirrored, Bottleneck])
