@@ -142,7 +142,11 @@ def test_schedules(device, scheduler):
     [
         {"method": "reconstruct"},
         {"method": nni_topo.recovery.Reconstruct(refine=0), "ridge": 1e-3, "recalibrate": True, "cache_bytes": 1},
-        *({"method": method} for method in list_recoveries() if method != "reconstruct"),
+        *(
+            pytest.param({"method": method}, marks=[pytest.mark.slow] * (method == "block"))
+            for method in list_recoveries()
+            if method != "reconstruct"
+        ),
         {"method": nni_topo.recovery.Pair({"hidden": {0: 1}}, as_printed=True)},
     ],
 )

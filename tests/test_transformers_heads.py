@@ -352,7 +352,7 @@ _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 _SEEING = {**_TOWER, "image_size": 8, "patch_size": 4}
 
 
-@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [

@@ -46,7 +46,9 @@ def test_every_method_keeps_its_promises(method, check):
     check(method)
 
 
-@pytest.mark.parametrize("name", list_recoveries())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "block")) for name in list_recoveries()]
+)
 def test_a_name_stands_for_its_class_with_the_defaults(name, residual_net, images, halves):
     masks, info = halves(residual_net, "conv1"), recovery_info(name)
     assert info.summary
