@@ -252,7 +252,7 @@ def test_where_the_width_stays_what_mixes_heads_loses_columns_and_no_rows():
     }
 
 
-@pytest.mark.parametrize("kind", ["l1", "topological", "reconstruction"])
+@pytest.mark.parametrize("kind", ["l1", pytest.param("topological", marks=pytest.mark.slow), "reconstruction"])
 def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width(kind):
     model, inputs, _ = _width("vit_small")
     everything = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}
