@@ -118,7 +118,22 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
 """Clouds, criteria and other ways of the pruners."""
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+# On another device in the slow tests alone: what others here do with other data or another statistic.
+LIKE_OTHERS = {
+    "activation, evaluator",
+    "gradient, evaluator",
+    "genes, evaluate",
+    "genes, evaluator",
+    "sequential",
+    "gudhi",
+}
+LIKE_OTHERS |= {"wasserstein", "searched", "standardize", "survivor weight", "survivor bias", "ward", "trees of images"}
+LIKE_OTHERS |= {"energy behind norms", "round_to", "global", "coupled", "narrow"}
+
+
+@pytest.mark.parametrize(
+    "choice", [pytest.param(choice, marks=[pytest.mark.slow] * (choice in LIKE_OTHERS)) for choice in CHOICES]
+)
 def test_clouds_and_criteria(device, choice):
     name, knobs = CHOICES[choice]
     agree(lambda place: prune(name, place, **knobs)[1], device)
@@ -142,7 +157,14 @@ def test_schedules(device, scheduler):
     [
         {"method": "reconstruct"},
         {"method": nni_topo.recovery.Reconstruct(refine=0), "ridge": 1e-3, "recalibrate": True, "cache_bytes": 1},
-        *({"method": method} for method in list_recoveries() if method != "reconstruct"),
+        *(
+            pytest.param(
+                {"method": method},
+                marks=[pytest.mark.slow] * (method in ("block", "layer", "mean", "merge", "sequential")),
+            )
+            for method in list_recoveries()
+            if method != "reconstruct"
+        ),
         {"method": nni_topo.recovery.Pair({"hidden": {0: 1}}, as_printed=True)},
     ],
 )

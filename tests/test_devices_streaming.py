@@ -116,6 +116,7 @@ def test_solved_and_learned_weights_are_near(device, steps, source, tmp_path):
         check_close(tmp_path / "cpu", tmp_path / str(device).replace(":", ""), share=1e-2 if steps else 1e-3)
 
 
+@pytest.mark.slow
 def test_removed_blocks_are_made_up_for_on_the_device(device, tmp_path):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 3}, num_attention_heads=4)

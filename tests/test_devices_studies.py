@@ -164,7 +164,15 @@ STUDIES: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: getattr(study, "__name__", "")[6:] or None)
+# Each of these runs passes as others do here: in the slow tests alone.
+LIKE_OTHERS = (found_energy, found_selection, found_sensitivity, found_retraining)
+
+
+@pytest.mark.parametrize(
+    "study",
+    [pytest.param(study, marks=[pytest.mark.slow] * (study in LIKE_OTHERS)) for study in STUDIES],
+    ids=lambda study: getattr(study, "__name__", "")[6:] or None,
+)
 def test_studies(device, study):
     agree(study, device)
 

@@ -194,15 +194,15 @@ def shortened(batches):
 
 
 LONG = ("export", "shrink, auto", "shrink, tolerance")
-# Both kinds show what reads a loader twice; of what takes longer than others, one kind each time.
-LONGER = ("shrink", "shrink, topological", "frontier", "distill", "compensate, ahead", "ClusterPruner")
-LONGER += ("TopologicalPruner, budget", "ReconstructionPruner, budget", "ReconstructionPruner, sequential")
+# Both kinds show what reads a loader twice; both are tried of what takes little time, one each time of the others.
+BOTH = ("compensate, reconstruct", "compensate, recalibrate", "GeneticWeightPruner", "SubclusterPruner", "narrow_heads")
+BOTH += ("remove_blocks", "retraining_bound", "recalibrate_batch_norm", "TopologicalPruner, gradient")
 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        pytest.param(name, kind, marks=[pytest.mark.slow] * (name in LONG or (name in LONGER and kind == "one-shot")))
+        pytest.param(name, kind, marks=[pytest.mark.slow] * (name in LONG or (name not in BOTH and kind == "one-shot")))
         for name in WORK
         for kind in ("random", "one-shot")
     ],

@@ -275,9 +275,9 @@ def test_a_base_model_is_named_if_the_config_tells_it(tmp_path: Path, monkeypatc
 
 def test_a_card_of_ours_is_replaced_and_a_users_text_never_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     card = tmp_path / "README.md"
-    nni_topo.save_pretrained(shrunk("Bert"), tmp_path)
+    nni_topo.save_pretrained(shrunk("Llama"), tmp_path)
     first = card.read_bytes()
-    nni_topo.save_pretrained(shrunk("Bert"), tmp_path)
+    nni_topo.save_pretrained(shrunk("Llama"), tmp_path)
     assert card.read_bytes() == first
     dense = neurons_removed()
     nni_topo.save_pretrained(dense, tmp_path)
@@ -295,7 +295,7 @@ def test_a_card_of_ours_is_replaced_and_a_users_text_never_is(tmp_path: Path, ca
     for text in [each.encode() for each in users] + [b"\xff\xfe no text"]:
         card.write_bytes(text)
         with caplog.at_level(logging.INFO, "nni_topo"):
-            nni_topo.save_pretrained(shrunk("Bert"), tmp_path)
+            nni_topo.save_pretrained(shrunk("Llama"), tmp_path)
         assert card.read_bytes() == text
         assert str(card) in caplog.messages[-1]
         caplog.clear()

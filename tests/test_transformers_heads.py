@@ -39,7 +39,8 @@ from nni_topo.sharing import find_ties
 from nni_topo.testing import require_unchanged, snapshot
 
 
-@pytest.mark.parametrize("name", families())
+# tests/test_golden.py has ModernBERT, and Gemma 2 differs from LLaMA in what the heads don't meet.
+@pytest.mark.parametrize("name", families(slow=("ModernBertForSequenceClassification", "Gemma2ForCausalLM")))
 def test_half_of_the_heads_go(name):
     model = make(name)
     inputs = inputs_of(model)
@@ -352,7 +353,7 @@ _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 _SEEING = {**_TOWER, "image_size": 8, "patch_size": 4}
 
 
-@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [

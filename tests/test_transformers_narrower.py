@@ -28,9 +28,13 @@ from nni_topo import (
 from nni_topo.errors import ConfigError
 from nni_topo.network.attention.heads import find_attention
 
-
 # Positions turn a part of GPT-NeoX' and Phi's heads; those of ModernBERT aren't known in Transformers 5.
-@pytest.mark.parametrize("name", families("Cohere", "GPTNeoX", "PhiFor", "StableLm", "ModernBert", "Deberta"))
+LIKE_OTHERS = ("Qwen2ForCausalLM", "DistilBertForSequenceClassification")  # LLaMA and BERT
+
+
+@pytest.mark.parametrize(
+    "name", families("Cohere", "GPTNeoX", "PhiFor", "StableLm", "ModernBert", "Deberta", slow=LIKE_OTHERS)
+)
 def test_heads_with_half_of_their_channels(name, tmp_path):
     model = make(name)
     inputs = inputs_of(model, samples=12)

@@ -66,10 +66,10 @@ TWINS = (
 )
 
 
-def families(*left_out):
+def families(*left_out, slow=()):
     """All kinds of models, those that are much like another one as slow."""
     kept = [name for name in MODELS if not name.startswith(left_out)]
-    return [pytest.param(name, marks=pytest.mark.slow if name in TWINS else ()) for name in kept]
+    return [pytest.param(name, marks=pytest.mark.slow if name in (*TWINS, *slow) else ()) for name in kept]
 
 
 def make(name, layers=None):

@@ -11,11 +11,22 @@ from nni_topo.testing import SINGLE_WEIGHT_CHECKS, STRUCTURED_CHECKS, toy_knobs
 
 INFOS = {name: pruner_info(name) for name in list_pruners() if pruner_info(name).origin == "nni_topo"}
 CHECKS = {name: STRUCTURED_CHECKS if info.structured else SINGLE_WEIGHT_CHECKS for name, info in INFOS.items()}
+# What all structured pruners inherit and takes longest is looked at in two: one by weights, one by data.
+LONG, FAST = ("check_half_precision", "check_scheduled"), ("topological", "reconstruction")
 
 
 @pytest.mark.parametrize(
     ("name", "check"),
-    [pytest.param(name, check, id=f"{check.__name__}-{name}") for name in INFOS for check in CHECKS[name]],
+    [
+        pytest.param(
+            name,
+            check,
+            id=f"{check.__name__}-{name}",
+            marks=[pytest.mark.slow] * (check.__name__ in LONG and INFOS[name].structured and name not in FAST),
+        )
+        for name in INFOS
+        for check in CHECKS[name]
+    ],
 )
 def test_pruner_keeps_its_promises(name, check):
     knobs = toy_knobs(INFOS[name].knobs(), INFOS[name].needs)

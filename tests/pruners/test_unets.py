@@ -166,7 +166,14 @@ def test_half_of_all_channels_goes(net: str, every: int) -> None:
     assert_dense_is_masked(model, images, masks, kept, whole)
 
 
-@pytest.mark.parametrize("net", ["transposed", "odd, padded", "gates", "two groups", "output padding"])
+@pytest.mark.parametrize(
+    "net",
+    [
+        "gates",
+        "two groups",
+        *(pytest.param(net, marks=pytest.mark.slow) for net in ("transposed", "odd, padded", "output padding")),
+    ],
+)
 def test_reconstruction_takes_half_of_all_channels(net: str, caplog: pytest.LogCaptureFixture) -> None:
     make, size = NETS[net]
     model, images = trained(make), torch.randn(4, 1, *size)

@@ -25,6 +25,7 @@ sys.path.remove(str(_BENCHMARKS))
 ASKED = [{"op_types": ["Conv2d", "Linear", "LSTM"], "sparse_ratio": 0.5}]
 # It scores batch norms, not the layers before them.
 STRUCTURED = [name for name in list_pruners() if pruner_info(name).structured and name != "slim"]
+LIKE_L1 = ("fpgm", "l2", "random")  # which differ from it in the scores of whole rows alone
 WEIGHTS = [name for name in list_pruners() if not pruner_info(name).structured]
 
 
@@ -74,7 +75,9 @@ def test_every_pruner_takes_half_of_what_a_pixel_shuffle_spreads(name):
 
 
 @pytest.mark.parametrize("net", ["multihead_attention", "own_attention", "sliced", "lstm", "squeeze_excite"])
-@pytest.mark.parametrize("name", STRUCTURED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_L1)) for name in STRUCTURED]
+)
 def test_every_pruner_serves_a_whole_request(name, net):
     model, inputs = zoo_nets.make(net)
     masks = pruned(name, model, inputs)

@@ -69,11 +69,11 @@ def test_less_loss_is_better_whatever_the_agreement(scale, steps, lr):
     [
         ("logits", "auto", "kl"),
         ("named", "auto", "kl"),
-        ("logits", "squares", "squares"),
+        pytest.param("logits", "squares", "squares", marks=pytest.mark.slow),
         ("tokens", "auto", "squares"),
-        ("tokens", "kl", "kl"),
+        pytest.param("tokens", "kl", "kl", marks=pytest.mark.slow),
         ("tuple", "auto", "squares"),
-        ("dict", "auto", "squares"),
+        pytest.param("dict", "auto", "squares", marks=pytest.mark.slow),
     ],
 )
 def test_outputs_of_any_form_are_met(form, objective, expected):

@@ -34,6 +34,7 @@ NETS = {
     "PyTorch's": (lambda: encoder(batch_first=True), words),
     "PyTorch's, places first": (encoder, words),
 }
+ONE_OF_THE_ZOO = [pytest.param(name, marks=[pytest.mark.slow] * (name == "norms behind")) for name in NETS]
 
 
 def make(name):
@@ -70,7 +71,7 @@ def test_turned_heads_compute_the_same_and_lose_the_channels_asked_for(name):
     assert sizes == {key: (each.heads, each.head_size // 2) for key, each in whole.items()}
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", ONE_OF_THE_ZOO)
 def test_what_is_of_lower_rank_comes_back_exactly(name):
     """In every head queries and values vary in half as many directions as they have channels, none of which is zero."""
     net, inputs = make(name), NETS[name][1](60).split(20)
@@ -144,7 +145,7 @@ def test_a_ratio_of_whole_numbers_is_met_exactly():
         assert int((masks["blocks.0.attention.q_proj"]["bias"] == 0).sum()) == 6 * gone
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", ONE_OF_THE_ZOO)
 def test_heads_go_beside_channels_of_those_that_stay(name, tmp_path):
     net, inputs = make(name), NETS[name][1](20)
     turned, masks = narrow_heads(net, [inputs], 0.5)

@@ -37,16 +37,22 @@ class FirstLayers(RecoveryMethod):
         return [ReconstructTask(each, networks.pruned, networks.result) for each in plan.equations[: self.count]]
 
 
+# those that learn, and those whose equations are parts of another one's: of layers one by one, and of single factors
+LONG = ("ahead", "block", "layer", "mean")
+
+
 @pytest.mark.parametrize("check", RECOVERY_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("ahead", "block"))) for name in list_recoveries()],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in list_recoveries()],
 )
 def test_every_method_keeps_its_promises(method, check):
     check(method)
 
 
-@pytest.mark.parametrize("name", list_recoveries())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "block")) for name in list_recoveries()]
+)
 def test_a_name_stands_for_its_class_with_the_defaults(name, residual_net, images, halves):
     masks, info = halves(residual_net, "conv1"), recovery_info(name)
     assert info.summary

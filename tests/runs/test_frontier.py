@@ -232,7 +232,7 @@ def test_a_share_that_no_network_reaches_is_told(caplog):
     assert "the flops budget of 0.001 is missed" in caplog.text
 
 
-@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("is_training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ordinary_use_and_the_model_stays_as_it_was(is_training):
     model = toy_model().train(is_training)
     handle = model.norm.register_forward_hook(lambda module, args, output: None)

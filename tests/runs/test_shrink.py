@@ -194,7 +194,12 @@ def test_layers_that_are_nearly_gone_are_told_and_what_keeps_the_cost():
 
 
 @pytest.mark.parametrize(
-    ("width", "knobs"), [(24, {}), (48, {"bidirectional": True}), (48, {"bidirectional": True, "num_layers": 2})]
+    ("width", "knobs"),
+    [
+        (24, {}),
+        pytest.param(48, {"bidirectional": True}, marks=pytest.mark.slow),
+        (48, {"bidirectional": True, "num_layers": 2}),
+    ],
 )
 def test_recurrent_layers_lose_units_for_a_budget_without_being_named(width, knobs):
     torch.manual_seed(0)
@@ -619,7 +624,7 @@ def test_named_layers_that_share_all_channels_with_others_are_refused_before_any
         nni_topo.frontier(toy_model().eval(), [toy_images(64)], [0.5], layers=[{"op_names": ["inner"]}])
 
 
-@pytest.mark.parametrize("knobs", [{}, {"round_to": 2}, {"pruner": "l1"}])
+@pytest.mark.parametrize("knobs", [{}, pytest.param({"round_to": 2}, marks=pytest.mark.slow), {"pruner": "l1"}])
 def test_the_report_names_layers_that_would_have_to_be_named_too(knobs):
     shared = "shared with inner, which isn't among the layers to prune"
     report = shrunk({"params": 0.5}, layers=["stem", "hidden"], **knobs).report
@@ -651,7 +656,10 @@ def test_an_augment_function_is_tried_before_anything_is_pruned(augment, message
         shrunk(distill={"augment": augment}, pruner=lambda *_: pytest.fail("ran"))
 
 
-@pytest.mark.parametrize("entry", [{"op_types": ["MultiheadAttention"]}, {"op_names": ["layers.0.self_attn"]}])
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param({"op_types": ["MultiheadAttention"]}, marks=pytest.mark.slow), {"op_names": ["layers.0.self_attn"]}],
+)
 def test_heads_are_pruned_by_an_entry_of_their_own(entry):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)

@@ -809,15 +809,16 @@ def test_the_block_before_a_gap_makes_up_for_it(tmp_path, caplog):
 
 
 def test_removed_blocks_count_for_the_budget(tmp_path):
-    source = deep(tmp_path)
+    source = tmp_path / "source"
+    saved(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=3), source)
     sizes = {}
-    for count in (0, 2):
+    for count in (0, 1):
         target = tmp_path / f"without-{count}"
         report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.6}, remove_blocks=count, **FAST)
         assert report.budget.left == pytest.approx(0.6, abs=0.06)
         assert report.params == sum(each.numel() for each in weights_of(target).values())
         sizes[count] = report.blocks[0].params
-    assert sizes[2] > 1.2 * sizes[0]
+    assert sizes[1] > 1.2 * sizes[0]
 
 
 @pytest.mark.slow

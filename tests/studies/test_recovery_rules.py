@@ -236,7 +236,9 @@ def test_recalibrate_changes_statistics_alone(lively):
     assert torch.equal(found.norm.running_mean[GONE], model.norm.running_mean[GONE])
 
 
-@pytest.mark.parametrize("method", list_recoveries())
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name == "block")) for name in list_recoveries()]
+)
 def test_every_rule_leaves_the_model_and_masks_alone_and_solves_grouped_and_residual_nets(
     method, residual_net, images, halves
 ):

@@ -29,6 +29,7 @@ BUILT_IN = [
     "vit_small",
 ]
 OF_IMAGES = [name for name in BUILT_IN if name != "gpt_small"]
+LARGE = ("cnn12", "resnet18", "vgg11", "vgg11_unpooled", "vgg16", "vgg16_modified")
 OWN_FACTORIES = """
 from torch import nn
 
@@ -121,8 +122,8 @@ def test_torchvision_imagenet_count() -> None:
 @pytest.mark.parametrize(
     ("name", "channels", "size"),
     [
-        # without pooling all layers of vgg11_unpooled compute on as many places as the image has
-        pytest.param(name, *each, marks=pytest.mark.slow if name == "vgg11_unpooled" and each != (3, 32) else ())
+        # the largest ones on images of one size each time
+        pytest.param(name, *each, marks=pytest.mark.slow if name in LARGE and each != (3, 32) else ())
         for each in ((1, 28), (3, 32), (3, 64))
         for name in OF_IMAGES
     ],

@@ -197,8 +197,18 @@ def _width(name):
     return model, inputs, [{"op_names_re": [r"patches|embedding|.*\.(o_proj|fc2|down_proj)"], "sparse_ratio": 0.25}]
 
 
-@pytest.mark.parametrize("kind", ["l1", "reconstruction"])
-@pytest.mark.parametrize("name", ["vit_small", "bert_small", "gpt_small"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("vit_small", "l1"),
+        ("bert_small", "reconstruction"),
+        ("gpt_small", "l1"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("vit_small", "reconstruction"), ("bert_small", "l1"), ("gpt_small", "reconstruction"))
+        ),
+    ],
+)
 def test_the_residual_width_goes_with_all_that_reads_it_and_norms_count_on(name, kind, tmp_path):
     model, inputs, asked = _width(name)
     groups = dependency_groups(model, inputs[:2], asked)
@@ -242,7 +252,7 @@ def test_where_the_width_stays_what_mixes_heads_loses_columns_and_no_rows():
     }
 
 
-@pytest.mark.parametrize("kind", ["l1", "topological", "reconstruction"])
+@pytest.mark.parametrize("kind", ["l1", pytest.param("topological", marks=pytest.mark.slow), "reconstruction"])
 def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width(kind):
     model, inputs, _ = _width("vit_small")
     everything = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}

@@ -185,7 +185,10 @@ def test_sensitivity_suggests_what_prune_takes(tmp_path, capsys):
     assert summary["params"] < summary["params_before"]
 
 
-@pytest.mark.parametrize(("pruner", "kept"), [("taylor", "training_steps: 4"), ("cluster", "calibration: 100")])
+@pytest.mark.parametrize(
+    ("pruner", "kept"),
+    [("taylor", "training_steps: 4"), pytest.param("cluster", "calibration: 100", marks=pytest.mark.slow)],
+)
 def test_sensitivity_gives_pruners_the_data_they_need(pruner, kept, tmp_path):
     words = ["--model", "lenet300", "--limit", "100"]
     study = ["analyze", "sensitivity", *words, "--pruner", pruner, "--ratios", "0.5", "--budget", "1.0"]
