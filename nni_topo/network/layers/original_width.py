@@ -50,7 +50,10 @@ def _weighed(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return normalized values times a weight, plus a bias."""
     if weight is None:
         return x if bias is None else x + bias
-    return x * weight if bias is None else torch.addcmul(bias, x, weight)
+    if bias is None:
+        return x * weight
+    # One operation counts on a GPU. Core ML's converter, whose programs are of the CPU, doesn't know it.
+    return x * weight + bias if x.device.type == "cpu" else torch.addcmul(bias, x, weight)
 
 
 class OriginalWidthLayerNorm(nn.LayerNorm):

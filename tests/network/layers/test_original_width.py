@@ -248,3 +248,21 @@ def test_layers_with_norms_of_weights_are_plain_ones_that_lose_channels(trained)
     assert [layer.out_channels for layer in dense.layers] == [4, 4, 4, 4]
     skipped = nni_topo.dependency_groups(model, IMAGES, HALF).skipped
     assert "nni_topo.as_torch_layers(model) makes plain layers that compute the same" in skipped["layers.0"]
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LayerNorm(12), nn.RMSNorm(12), nn.GroupNorm(1, 12)], ids=lambda layer: type(layer).__name__
+)
+def test_exported_norms_of_a_cpu_are_made_of_operations_that_converters_know(layer):
+    """Core ML's knows no addcmul."""
+    model = nn.Sequential(nn.Linear(12, 12), layer, nn.Linear(12, 4)).eval()
+    masks = {"0": {"weight": torch.ones(12, 12), "bias": torch.ones(12)}}
+    for values in masks["0"].values():
+        values[::3] = 0.0
+    images = torch.randn(5, 12)
+    dense = nni_topo.to_dense(model, images, masks)
+    assert type(dense[1]).__name__.startswith("OriginalWidth")
+    program = torch.export.export(dense, (images,)).run_decompositions({})
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in called if "addcmul" in name]
+    assert any("mul" in name for name in called)
