@@ -352,6 +352,11 @@ class _Learning:
         return sum(shares) / len(shares)
 
     @property
+    def precision(self) -> Precision:
+        """What the steps are computed in."""
+        return self._knobs.precision
+
+    @property
     def layers(self) -> str:
         """Names of the layers that learn."""
         return ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in self._names))

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.layers import by_output, inputs_laid_out, zeros_held
-from nni_topo.network.runtime import Processes, bar
+from nni_topo.network.runtime import Precision, Processes, backward_in, bar, device_of
 from nni_topo.recovery.batchnorm import batch_norms
 
 _FORMAT = "nni-topo distillation 4"
@@ -46,7 +46,11 @@ _LEAST_STEPS, _LEAST_STEPS_IN_TIME = 50, 5  # before a course may be given up
 
 
 class Teacher(Protocol):
-    """Says how far a network is from what it learns."""
+    """Says how far a network is from what it learns, and in which precision its steps are computed."""
+
+    @property
+    def precision(self) -> Precision:
+        """What the steps are computed in."""
 
     def objective(self, student: nn.Module, call: Any, wanted: list[Tensor]) -> Tensor:
         """Return the mean loss on a batch, of which `wanted` is to be met."""
@@ -226,7 +230,8 @@ class Course:
                     break
                 self.optimizer.param_groups[0]["lr"] = self.rate * self.schedule.level(share, 1.0 / total)
                 self.optimizer.zero_grad()
-                lesson.objective(self.student, *next(rest)).backward()
+                loss = lesson.objective(self.student, *next(rest))
+                backward_in(lesson.precision, device_of(self.student), loss)
                 self._add_gradients()
                 self.optimizer.step()
                 self.done += 1

@@ -50,6 +50,7 @@ from nni_topo.network.runtime import (
     PRECISION,
     Call,
     Precision,
+    backward_in,
     batch_size,
     batches_of,
     calls,
@@ -744,7 +745,7 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int)
         try:
             lesson.answer(call, precision)
             with learning(student, []):
-                lesson.objective(student, call, wanted).backward()
+                backward_in(precision, device_of(student), lesson.objective(student, call, wanted))
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             if out_of_memory(error):
                 raise

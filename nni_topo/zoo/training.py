@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, pad
 from nni_topo.disk import DELETE, check_output_file, path_of, read_tensors, reading, write_tensors
 from nni_topo.errors import NONE, ConfigError, DataError, checked, number
 from nni_topo.network.layers import inputs_laid_out, lay_back, lay_out
-from nni_topo.network.runtime import COMPUTING, DEVICE, TENSOR, bar, computing_in, device_of
+from nni_topo.network.runtime import COMPUTING, DEVICE, TENSOR, backward_in, bar, computing_in, device_of
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.evaluation import by_label, check_model, evaluate
 from nni_topo.zoo.labelled import batches, held_on
@@ -255,7 +255,7 @@ class _Trainer:
         logits, labels = by_label(logits, labels)
         loss = cross_entropy(logits, labels)
         self.optimizer.zero_grad()
-        loss.backward()
+        backward_in(self.recipe.precision, self.device, loss)
         self.optimizer.step()
         return torch.stack([loss.detach(), (logits.argmax(1) == labels).double().mean()]) * len(images)
 

@@ -17,6 +17,8 @@ class Seen(Lesson):
         super().__init__(*args, **knobs)
         self.rates = []
 
+    precision = "float32"
+
     def objective(self, student, call, wanted):
         self.rates.append(self.course.optimizer.param_groups[0]["lr"])
         return super().objective(student, call, wanted)

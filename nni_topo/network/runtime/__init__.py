@@ -94,6 +94,7 @@ from nni_topo.network.runtime.memory import (
 from nni_topo.network.runtime.precision import (
     PRECISION,
     Precision,
+    backward_in,
     check_precision,
     computing_in,
     in_full_precision,
@@ -164,6 +165,7 @@ __all__ = [
     "as_sentence",
     "as_written",
     "at_once",
+    "backward_in",
     "bar",
     "batch_size",
     "batches_of",

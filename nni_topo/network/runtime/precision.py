@@ -139,6 +139,7 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     On a CPU attention itself stays in single precision: the gradient of the fused operation takes six times as long in
     bfloat16 where sequences have 32 places. So do convolutions that the processor computes wrong in bfloat16: on those
     with AMX, for example, a ``Conv1d`` of 8 channels with kernels of 64 gives numbers that have nothing to do with it.
+    The gradients of what is computed are to be taken by `backward_in`.
     """
     if not torch.amp.is_autocast_available(device.type):  # there is none to turn off, either
         yield
@@ -148,6 +149,21 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     exceptions = _SomeInSingle() if precision == "bfloat16" and device.type == "cpu" else nullcontext()
     with autocast, exceptions:
         yield
+
+
+def backward_in(precision: Precision, device: torch.device, loss: Tensor) -> None:
+    """Take the gradients of a loss of what a model gave in `computing_in`.
+
+    A checkpoint runs the forward again for them: under autocast by itself, with the same exceptions through ours.
+    """
+    if precision == "float32" or device.type != "cpu":
+        loss.backward()
+        return
+    towards = torch.ones_like(loss)
+    with _SomeInSingle():
+        # A mode handles `Tensor.backward` and `torch.autograd.backward`, and then doesn't see what these call.
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.run_backward((loss,), (towards,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def is_within_autocast() -> bool:
@@ -176,16 +192,23 @@ class _SomeInSingle(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
-        is_known = func in _IN_SINGLE or func in _CONVOLUTIONS
-        # A checkpoint runs the forward again for gradients, out of this mode's sight: it has to compute the same.
-        if not is_known or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            return func(*args, **kwargs)
         if func in _IN_SINGLE:
             return _IN_SINGLE[func](*args, **kwargs)
-        call = call_of(func, args, kwargs)
+        # A forward may turn autocast off for a part of itself, or choose another precision.
+        if func not in _CONVOLUTIONS or not _rounds(args, kwargs):
+            return func(*args, **kwargs)
+        call = call_of(func, _with_few_samples(args), kwargs)
         if call is None or is_right_in_bfloat16(call):
             return func(*args, **kwargs)
         return _in_single(func, args, kwargs).to(torch.bfloat16)
+
+
+def _rounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a convolution computes in bfloat16: under autocast as that says, else as its tensors are."""
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16
+    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    return all(each.dtype == torch.bfloat16 for each in tensors)
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -240,6 +263,17 @@ _MOST_ROUNDED = 0.1
 """How far a number may be off in bfloat16, as a share of the numbers' root mean square. Rounding makes up 0.02."""
 
 
+_TRIED = 8  # samples at most of what is tried
+
+
+def _with_few_samples(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a convolution with fewer samples: a trial has to be quick, and batches differ in size."""
+    both = args[:2]
+    if len(both) == 2 and all(isinstance(each, Tensor) for each in both) and both[0].dim() == both[1].dim():
+        return both[0].detach()[:_TRIED], *args[1:]
+    return args  # a single sample has one dimension less than the weight
+
+
 @dataclass(frozen=True)
 class TensorLike:
     """A tensor without its values."""
@@ -284,10 +318,14 @@ def is_right_in_bfloat16(call: FunctionCall) -> bool:
     def made(value: Any) -> Any:
         if not isinstance(value, TensorLike):
             return value
-        numbers = torch.empty_strided(value.shape, value.strides, **kind)
-        return numbers.copy_(torch.randn(value.shape, generator=generator, **kind)).requires_grad_()
+        # Drawn as they lie in memory: those of an expanded tensor, or of frames that overlap, lie at one place.
+        places = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.strides, strict=True))
+        numbers = torch.randn(places, generator=generator, **kind)
+        return numbers.as_strided(value.shape, value.strides).requires_grad_()
 
-    with torch.inference_mode(False), torch.enable_grad():
+    # A checkpoint keeps what is computed within it by hooks, which mustn't see what is computed here.
+    apart = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), apart:
         args, kwargs = tuple(map(made, call.args)), {name: made(value) for name, value in call.kwargs}
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         wanted = _in_single(call.function, args, kwargs)
@@ -297,16 +335,23 @@ def is_right_in_bfloat16(call: FunctionCall) -> bool:
         answers = [towards, *torch.autograd.grad(wanted, tensors, towards)]
         others = [found.detach(), *torch.autograd.grad(found, tensors, towards.to(found.dtype))]
     shares = [
-        float((other.float() - answer).abs().max() / answer.square().mean().sqrt())
+        float((other.float() - answer).abs().max() / _size(answer, towards))
         for answer, other in zip(answers, others, strict=True)
     ]
     if all(share <= _MOST_ROUNDED for share in shares):
         return True
     shapes = ", ".join(str(tuple(each.shape)) for each in tensors)
     _logger.warning(
-        "%s of tensors %s stays in single precision: in bfloat16 this processor computes it wrong (%.0f %% off)",
+        "%s of tensors %s stays in single precision: in bfloat16 this processor computes it wrong, by up to %.3g times "
+        "the size of the right numbers",
         call.function.__name__,
         shapes,
-        100.0 * max(shares),
+        max(shares),
     )
     return False
+
+
+def _size(answer: Tensor, towards: Tensor) -> Tensor:
+    """Return the root mean square of numbers; of a bias's gradient, whose sums may vanish, that of sums as long."""
+    squares = towards if answer.dim() == 1 else answer
+    return (squares.square().sum() / answer.numel()).sqrt()

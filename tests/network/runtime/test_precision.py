@@ -8,9 +8,16 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import nni_topo
-from nni_topo.network.runtime.precision import call_of, computing_in, in_full_precision, is_right_in_bfloat16
+from nni_topo.network.runtime.precision import (
+    backward_in,
+    call_of,
+    computing_in,
+    in_full_precision,
+    is_right_in_bfloat16,
+)
 
 BACKENDS = torch.backends
 OPERATIONS = {
@@ -237,7 +244,8 @@ CONVOLUTIONS = [
 
 
 def most_off(found, wanted):
-    return float((found.float() - wanted).abs().max() / wanted.square().mean().sqrt())
+    off = (found.detach().float() - wanted.detach()).abs()
+    return float(off.max() / wanted.detach().square().mean().sqrt())
 
 
 @pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=[str(layer) for layer, _ in CONVOLUTIONS])
@@ -255,6 +263,77 @@ def test_convolutions_are_right_in_bfloat16_on_any_processor(layer, shape):
     for other, answer in zip(others, answers, strict=True):
         assert other.dtype in (torch.float32, torch.bfloat16)
         assert most_off(other, answer) < 0.1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_a_checkpoint_runs_again_is_right_in_bfloat16(use_reentrant):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(8, 8, 64, padding=32), nn.ReLU(), nn.Conv1d(8, 8, 64, padding=32))
+    images = torch.randn(4, 8, 64).requires_grad_()
+    learning = [images, *net.parameters()]
+    wanted = net(images)
+    towards = torch.randn(wanted.shape)
+    answers = [wanted.detach(), *torch.autograd.grad(wanted, learning, towards)]
+    with computing_in("bfloat16", torch.device("cpu")):
+        found = checkpoint(net, images, use_reentrant=use_reentrant)
+    backward_in("bfloat16", torch.device("cpu"), (found.float() * towards).sum())
+    others = [found.detach(), *(each.grad for each in learning)]
+    assert all(most_off(other, answer) < 0.1 for other, answer in zip(others, answers, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["expanded", "frames"])
+def test_tensors_whose_places_share_memory_are_tried_in_bfloat16(layout):
+    values = torch.randn(4, 176)
+    images = values[:, None, :].expand(-1, 8, -1) if layout == "expanded" else values.unfold(-1, 64, 16)
+    layer = nn.Conv1d(8, 8, 32)
+    with computing_in("bfloat16", torch.device("cpu")):
+        found = layer(images)
+    assert most_off(found, layer(images)) < 0.1
+
+
+@pytest.mark.parametrize("other", [None, torch.float16])
+def test_a_forward_that_turns_autocast_off_or_to_another_precision_has_its_way(other):
+    layers = nn.Conv1d(8, 8, 64, padding=32), nn.Conv1d(8, 8, 5)
+    images = torch.randn(4, 8, 64)
+    with computing_in("bfloat16", torch.device("cpu")):
+        assert layers[0](images).dtype == torch.bfloat16
+        with torch.autocast("cpu", other, enabled=other is not None):
+            found = layers[1](layers[0](images))
+    assert found.dtype == (other or torch.float32)
+    assert most_off(found, layers[1](layers[0](images))) < 0.1
+
+
+def test_convolutions_of_bfloat16_without_autocast_are_right():
+    layer, images = nn.Conv1d(8, 8, 64, padding=32), torch.randn(4, 8, 64)
+    wanted = layer(images)
+    layer.bfloat16()
+    with computing_in("bfloat16", torch.device("cpu")), torch.autocast("cpu", enabled=False):
+        found = layer(images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert most_off(found, wanted) < 0.1
+
+
+def test_batches_of_other_sizes_are_not_tried_anew(caplog):
+    layer = nn.Conv1d(3, 5, 7)
+    with computing_in("bfloat16", torch.device("cpu")):
+        layer(torch.randn(8, 3, 40))
+        tried = is_right_in_bfloat16.cache_info().misses
+        for size in (64, 9, 8):
+            assert layer(torch.randn(size, 3, 40)).dtype == torch.bfloat16
+        assert is_right_in_bfloat16.cache_info().misses == tried
+        layer(torch.randn(3, 40))
+        layer(torch.randn(7, 3, 40))
+    assert is_right_in_bfloat16.cache_info().misses == tried + 2
+    assert not caplog.records
+
+
+def test_a_bias_whose_gradient_almost_vanishes_is_no_error():
+    """That of a single output is one sum over all places, which rounding changes by as much as it is."""
+    calls = [
+        call_of(nn.functional.conv1d, (torch.randn(size, 1, 9), torch.randn(1, 1, 3), torch.zeros(1)), {})
+        for size in range(1, 200)
+    ]
+    assert all(map(is_right_in_bfloat16, calls))
 
 
 def product(inputs, weights, scale=1.0):
