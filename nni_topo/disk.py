@@ -240,10 +240,17 @@ def read_json(path: Path, what: str = "a file of a run") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
+_IS_FOLDER = 0x10  # in the attributes of an entry of a zip file
+
+
 def read_tensors(path: Path) -> Any:
     """Read a file of ``torch.save`` with tensors and plain values, on the CPU; nothing in it is run."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            # PyTorch takes an entry that is marked as a folder for empty, and gives what was in memory before.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & _IS_FOLDER]
+            if folders:
+                raise zipfile.BadZipFile(f"entries are marked as folders: {', '.join(folders)}")
             # PyTorch writes the entries' sums, unless it is told not to, but doesn't look at them.
             for entry in (entry for entry in archive.infolist() if entry.CRC):
                 with archive.open(entry) as stream:
