@@ -144,7 +144,7 @@ class Journal:
 
     def _write(self) -> None:
         with disk_errors(self._place):
-            self._place.mkdir(parents=True, exist_ok=True)
+            self._place.mkdir(exist_ok=True)
         write_json(self._place / _FILE, self._content)
 
     def begin_states(self) -> None:

@@ -13,7 +13,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.runs.streaming.journal import Journal, finished_report
 from nni_topo.runs.streaming.shards import write_index
 
-SETTINGS = {"budget": ["params", 0.5], "seed": 0, "batches": "abc"}
+SETTINGS = {"budget": ["params", 0.5], "seed": 0, "batches": "abc", "knobs": {"a": 1, "b": 2}}
 
 
 def names_in(folder):
@@ -46,7 +46,7 @@ def test_a_journal_that_is_opened_again_knows_what_is_finished(tmp_path):
     begun(tmp_path)
     assert names_in(states) == ["journal.json", "states-1"]  # those of before are gone
     (tmp_path / "model-00003-of-00003.safetensors.7.part").touch()
-    again = Journal(tmp_path, dict(reversed(SETTINGS.items())))
+    again = Journal(tmp_path, SETTINGS | {"knobs": {"b": 2, "a": 1}})
     assert not list(tmp_path.glob("*.part"))
     assert (again.done, again.kept, again.rows) == (1, [0, 2], [{"block": "first"}])
     assert again.files == {
@@ -130,7 +130,8 @@ def test_a_finished_folder_holds_the_report_and_the_sizes_of_its_files(tmp_path)
     ]
     # a run may be killed before it has deleted all
     (tmp_path / ".shrink_pretrained" / "states-1").mkdir(parents=True)
-    assert finished_report(tmp_path, SETTINGS) == {"params": 7}
+    for _ in range(2):
+        assert finished_report(tmp_path, SETTINGS) == {"params": 7}
     assert not (tmp_path / ".shrink_pretrained").exists()
     content = json.loads((tmp_path / "shrink_pretrained.json").read_text())
     assert content["settings"].keys() == SETTINGS.keys()
@@ -184,3 +185,6 @@ def test_of_several_processes_the_first_one_writes_what_all_share(tmp_path):
     assert group.told[-1] == "the report"
     assert not (tmp_path / "shrink_pretrained.json").exists()
     assert names_in(tmp_path / ".shrink_pretrained") == ["journal.json", "states-0"]
+    write_index(tmp_path, {}, 0)
+    one.finish({"params": 7})
+    assert names_in(tmp_path) == ["model.safetensors.index.json", "shrink_pretrained.json"]

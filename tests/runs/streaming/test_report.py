@@ -56,6 +56,7 @@ def test_layers_have_the_names_that_they_have_in_the_pruned_model():
     assert REPORT.pruned_layers == (
         "model.layers.0.mlp.up", "model.layers.0.mlp.gate", "model.layers.1.mlp.up", "model.layers.1.mlp.gate",
     )  # fmt: skip
+    assert replace(REPORT, blocks=ROWS[:1]).pruned_layers == ("model.layers.0.mlp.up", "model.layers.0.mlp.gate")
     assert REPORT.parameters_left == 3200
     assert list(REPORT.to_frame().block) == ["model.layers.0", "model.layers.2"]
 
