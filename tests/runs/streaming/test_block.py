@@ -100,10 +100,12 @@ def test_where_one_batch_has_padding_all_get_a_mask():
 
 def test_one_value_for_all_samples_of_a_batch_is_spread_over_them():
     def arguments(input_ids, attention_mask):
-        return (states_of(input_ids),), {"bias": input_ids.sum().float().reshape(1, 1).expand(1, 3)}
+        total = input_ids.sum().reshape(1)
+        return (states_of(input_ids),), {"bias": total[:, None].expand(1, 3), "total": total}
 
     found = entering(skeleton(arguments), calls(2, 3), 3)
-    assert [batch["extra0"].tolist() for batch in found.batches] == [[[28.0] * 3] * 2, [[66.0] * 3] * 3]
+    assert [batch["extra0"].tolist() for batch in found.batches] == [[[28] * 3] * 2, [[66] * 3] * 3]
+    assert [batch["extra1"].tolist() for batch in found.batches] == [[28] * 2, [66] * 3]
 
 
 def test_other_values_in_each_batch_are_told():
