@@ -143,6 +143,9 @@ def test_a_value_with_as_many_entries_as_samples_needn_t_be_one_of_samples():
 def test_batches_of_one_sample_give_what_they_have_as_constants_or_each_its_own():
     found = entering(skeleton(by_position), calls(1, 1), 3)
     assert list(found.batches[0]) == ["attention_mask"]
+    for sizes in ((3, 1), (2, 1)):
+        found = entering(skeleton(by_position), calls(*sizes, padded=(1,)), 3)
+        assert [len(batch["extra0"]) for batch in found.batches] == list(sizes)
     found = entering(skeleton(by_position), calls(1, 1, padded=(1,)), 3)
     assert [batch["extra0"][0, 0, 0].tolist() for batch in found.batches] == [[True] * 4, [True] * 3 + [False]]
 
