@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from nni_topo.runs.choices import (
     load_prune_config,
     with_recovery,
 )
+from nni_topo.runs.experiment.settings import TrialSettings
 from nni_topo.zoo import Recipe
 
 ALL = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -113,6 +115,13 @@ def test_other_settings_have_other_keys(changes):
     other = replace(CELL, **changes)
     assert other.key != CELL.key
     assert (other.training_key == CELL.training_key) == (not {"model", "data", "seed"} & changes.keys())
+
+
+def test_places_may_be_paths():
+    assert ModelChoice("net", checkpoint=Path("net.pt")).checkpoint == Path("net.pt")
+    assert DataChoice("digits", data_dir=Path("there")).data_dir == Path("there")
+    settings = TrialSettings(data_dir=Path("there"), checkpoint=Path("net.pt"))
+    assert (settings.data_dir, settings.checkpoint) == (Path("there"), Path("net.pt"))
 
 
 def digest(content):

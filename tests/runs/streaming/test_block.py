@@ -72,7 +72,7 @@ def test_what_is_the_same_is_kept_and_what_has_samples_comes_with_each_batch():
 
 def test_states_may_have_a_name():
     def named(input_ids, attention_mask):
-        return (), {"hidden_states": states_of(input_ids), "scale": 2.0}
+        return (), {"hidden_states": states_of(input_ids), "scale": input_ids.shape[1] / 2}
 
     frame = entering(skeleton(named), calls(2, 2), 3).frame
     assert frame.arguments("states", ()) == ((), {"hidden_states": "states", "scale": 2.0})
