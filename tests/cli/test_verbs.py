@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import io
 import json
 import math
 import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +24,11 @@ import nni_topo
 import nni_topo_command
 from nni_topo import analysis
 from nni_topo.cli import VERBS, main, studies, verbs
+from nni_topo.cli.doctor import Doctor
 from nni_topo.cli.profile import Profile
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost import ModeCost
-from nni_topo.runs.choices import CompensationChoice, DistillationChoice, Target
+from nni_topo.runs.choices import CompensationChoice, DistillationChoice, PrunerChoice, Target
 from nni_topo.runs.run import Start
 
 STUDIES = {
@@ -375,3 +379,38 @@ def test_with_json_everything_else_goes_to_standard_error(words, monkeypatch, ca
     told, silent = (output.err, output.out) if "--json" in words else (output.out, output.err)
     assert (told.split(), silent) == (["x" * 160, "x" * 140], "")
     assert seen[0].width == 160
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_comparison_tells_its_cells_and_what_failed_in_plain_words(as_json, tmp_path, monkeypatch, capsys):
+    (cell,) = verbs.Compare(model="small_cnn", pruners=("l1",), out=tmp_path)._plan().cells()
+    cell = replace(cell, pruner=PrunerChoice("l1", label="[red]l1"))
+
+    def compared(plan, out, *, isolate, on_cell):
+        assert (out, isolate) == (tmp_path, False)
+        on_cell(cell, 1, 2)
+        return [], [SimpleNamespace(cell=cell, reason="it is [red]wrong")]
+
+    monkeypatch.setattr(verbs, "compare", compared)
+    said = io.StringIO()
+    console = Console(file=said, width=160, force_terminal=True, color_system="standard")
+    assert verbs._run_plan(None, tmp_path, console, isolate=False, as_json=as_json) == 1
+    assert said.getvalue().splitlines()[0] == "[1/2] small_cnn on digits, seed 0: [red]l1, ratio 0.5"
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).splitlines()
+    assert plain[1:] == ["failed: [red]l1, seed 0", "it is [red]wrong"]
+    assert capsys.readouterr().out == ("[]\n" if as_json else "")
+    monkeypatch.setattr(verbs, "compare", lambda *given, **knobs: ([], []))
+    assert verbs._run_plan(None, tmp_path, console, isolate=False, as_json=False) == 0
+
+
+def test_ports_and_files_are_those_that_the_pages_name():
+    assert (Doctor().port, Doctor().data_dir) == (8080, None)
+    run = VERBS["experiment"]()["run"](out=Path("out"))
+    assert (run.port, run.listen_everywhere, run.config, run.resume) == (8080, False, None, None)
+    assert VERBS["demo"]().out == Path("demo")
+    assert VERBS["compare"](out=Path("out")).calibration == 512
+    shrink = shrinking()
+    found = shrink.pruner, shrink.method, shrink.measure, shrink.images, shrink.depth, shrink.equal_blocks
+    assert found == ("reconstruction", "reconstruct", "outputs", 1024, False, False)
+    report = VERBS["report"](folders=(Path("out"),))
+    assert (report.markdown, report.widths, report.out) == (False, False, None)
