@@ -18,7 +18,7 @@ WIDTH = 2
 class Tokens(nn.Module):
     """The inputs of a language model."""
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+    def forward(self, input_ids, attention_mask=None, lengths=None, scale=None):
         return input_ids
 
 
@@ -96,6 +96,31 @@ def test_where_one_batch_has_padding_all_get_a_mask():
     wanted = entering(skeleton(only_where_padded), calls(3, 2), 3, adds_padding=True).batches
     assert [batch["extra0"].shape for batch in wanted] == [(3, 1, 4), (2, 1, 4)]
     assert all(bool(batch["extra0"].all()) for batch in wanted)
+
+
+def test_inputs_of_samples_are_as_many_as_the_samples_where_padding_is_added():
+    def arguments(input_ids, attention_mask, lengths, scale):
+        mask = None if bool(attention_mask.all()) else attention_mask * lengths[:, None]
+        return (states_of(input_ids),), {"mask": mask, "scale": scale}
+
+    given = calls(3, 2, padded=(1,))
+    for _, inputs in given:
+        inputs.update(lengths=torch.arange(1, len(inputs["input_ids"]) + 1), scale=torch.tensor(2.0))
+    found = entering(skeleton(arguments), given, 3)
+    for batch, (_, inputs) in zip(found.batches, given, strict=True):
+        assert torch.equal(batch["extra0"], inputs["attention_mask"] * inputs["lengths"][:, None])
+        # what is given is left as it is
+        assert len(inputs["lengths"]) == len(inputs["attention_mask"]) == len(batch["extra0"])
+    assert bool(given[0][1]["attention_mask"].all())
+    # without a mask nothing can be padded
+    for _, inputs in given:
+        inputs["attention_mask"] = None
+
+    def plain(input_ids, attention_mask, lengths, scale):
+        return (states_of(input_ids),), {"lengths": lengths}
+
+    found = entering(skeleton(plain), given, 3, adds_padding=False)
+    assert [batch["extra0"].tolist() for batch in found.batches] == [[1, 2, 3], [1, 2]]
 
 
 def test_one_value_for_all_samples_of_a_batch_is_spread_over_them():
