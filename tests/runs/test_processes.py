@@ -67,6 +67,8 @@ def test_masks_that_differ_are_told_by_rank(monkeypatch):
     masks = {"a": {"weight": torch.ones(2)}}
     monkeypatch.setattr(processes, "_is_group", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    assert world() == (1, 3)
 
     def gather(found, own):
         assert len(found) == 3

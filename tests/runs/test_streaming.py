@@ -961,3 +961,22 @@ def test_a_group_of_one_process_does_what_one_does_alone(tmp_path):
     assert {path.name for path in (tmp_path / "group").iterdir()} == {
         path.name for path in (tmp_path / "alone").iterdir()
     }
+
+
+def test_a_budget_of_work_counts_the_head_and_all_blocks(source, tmp_path):
+    report = nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"flops": 0.7}, **FAST)
+
+    def macs(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        heads = sum(block.self_attn.q_proj.out_features for block in model.model.layers)
+        # of one token: its products with weights, with all keys and with all values
+        return sum(layer.weight.numel() for layer in layers) + 2 * LENGTH * heads
+
+    left = macs(tmp_path / "small") / macs(source)
+    assert (report.budget.kind, report.budget.asked) == ("flops", 0.7)
+    assert report.budget.left == pytest.approx(left, abs=1e-4)  # and the angles of positions
+    assert left == pytest.approx(0.7, abs=0.05)
+    assert report.budget.why in ("", "blocks are equally wide")
+    with pytest.raises(ConfigError, match=r"got 0.1 of the flops where 0.159 lie outside of the blocks \(budget\)"):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "none", {"flops": 0.1}, **FAST)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import nni
@@ -77,3 +80,20 @@ def test_a_trial_has_a_folder(words, seen, monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == said
     assert seen["runs"] == []
     assert not Path("elsewhere").exists()
+
+
+def test_the_file_is_a_program_that_shows_each_step_at_once(monkeypatch):
+    class Noting(io.StringIO):
+        flushed = ""
+
+        def flush(self):
+            self.flushed = self.getvalue()
+
+    out = Noting()
+    monkeypatch.setattr(sys, "stdout", out)
+    trial._show(1, {"default": 0.5})
+    assert json.loads(out.flushed) == {"step": 1, "default": 0.5}
+    monkeypatch.setattr(sys, "argv", ["trial", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(trial.__file__, run_name="__main__")
+    assert "--params" in out.getvalue()
