@@ -356,6 +356,48 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert "must be new or empty, got 4 entries" in " ".join(capsys.readouterr().err.split())
 
 
+BLOCKS = """
+import torch
+from block_nets import small_resnet
+
+
+def net(num_classes):
+    model = small_resnet(2, num_classes)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(model.stage2[1].norm2, name).zero_()
+    return model
+"""
+
+
+def test_shrink_writes_which_blocks_are_removed(tmp_path, monkeypatch):
+    (tmp_path / "own_blocks.py").write_text(BLOCKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(importlib.import_module("own_blocks").net(10).state_dict(), tmp_path / "net.pth")
+    words = ["shrink", "--model", "own_blocks:net", "--checkpoint", str(tmp_path / "net.pth"), "--limit", "20"]
+    words += ["--images", "18", "--pruner", "l1", "--seconds", "0.01", "--test-limit", "20", "--flops", "0.9"]
+    assert main([*words, "--depth", "--out", str(tmp_path / "deep")]) == 0
+    document = json.loads((tmp_path / "deep" / "shrink.json").read_text())
+    assert "stage2.1" in [row["name"] for row in document["blocks removed"]]
+    assert [row["is_chosen"] for row in document["numbers of blocks tried"]].count(True) == 1
+    assert document["blocks"].startswith("the block stage2.1 is removed: ")
+    assert not {"tolerance", "networks tried", "result of the search", "widths tried"} & document.keys()
+
+
+def test_shrink_writes_which_networks_were_tried_for_a_tolerance(tmp_path, untrained, capsys):
+    words = ["shrink", "--model", "small_cnn", "--checkpoint", str(untrained), "--limit", "40", "--images", "36"]
+    words += ["--pruner", "l1", "--seconds", "0.01", "--test-limit", "20", "--tolerance", "0.9", "--budget", "params"]
+    assert main([*words, "--json", "--out", str(tmp_path / "small")]) == 0
+    document = json.loads((tmp_path / "small" / "shrink.json").read_text())
+    assert json.loads(capsys.readouterr().out) == document["stages"]
+    found = document["tolerance"]
+    assert (found["tolerance"], found["kind"], found["measure"]) == (0.9, "params", "answers")
+    assert document["networks tried"] == found["candidates"]
+    assert "0.9" in document["result of the search"]
+    assert document["budget"] == "params"
+    assert not {"blocks", "blocks removed", "numbers of blocks tried"} & document.keys()
+
+
 @pytest.mark.slow
 def test_shrink_goes_as_far_as_a_tolerance_allows_by_flags_or_a_file(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "500", "--images", "400", "--checkpoint", str(untrained)]

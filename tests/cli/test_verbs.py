@@ -5,19 +5,31 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import io
 import json
+import math
 import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from rich.console import Console
 
 import nni_topo
 import nni_topo_command
 from nni_topo import analysis
-from nni_topo.cli import VERBS, main, studies
+from nni_topo.cli import VERBS, main, studies, verbs
+from nni_topo.cli.doctor import Doctor
+from nni_topo.cli.profile import Profile
+from nni_topo.errors import ConfigError
+from nni_topo.network.cost import ModeCost
+from nni_topo.runs.choices import CompensationChoice, DistillationChoice, PrunerChoice, Target
+from nni_topo.runs.run import Start
 
 STUDIES = {
     "topology", "energy", "deviation", "retraining", "compression", "magnitude", "sensitivity", "persistence",
@@ -155,3 +167,250 @@ def test_a_new_study_is_one_file(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "widths of small_cnn" in shown
     assert f"written: {tmp_path / 'out' / 'widths.json'}" in shown.replace("\n", "")
+
+
+def test_a_profile_measures_what_the_flags_say(monkeypatch, capsys):
+    from nni_topo.cli import profile as module
+
+    seen = []
+
+    def noting(nets, images, **knobs):
+        seen.append((nets, images, knobs))
+        return [ModeCost(name, "plain", 2_500_000, 1500, 1.25, 800.0, 3_000_000) for name in nets] + [
+            ModeCost("dense", "bf16", 0, 0, math.nan, math.nan, 0, "no such numbers here")
+        ]
+
+    monkeypatch.setattr(module, "profile", noting)
+    words = ["profile", "--model", "small_cnn", "--in-channels", "1", "--image-size", "8", "--classes", "5"]
+    words += ["--batch-size", "3", "--ratio", "0.25", "--round-to", "4", "--modes", "plain,bf16", "--runs", "7"]
+    assert main([*words, "--threads", "2", "--seed", "9"]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.replace("│", " ").split() for line in shown.splitlines() if "unpruned" in line]
+    assert rows == [["plain", "unpruned", "1.25", "800", "3.0", "2.5", "1.5"]]
+    assert "small_cnn, batch of 3, cpu" in shown
+    assert "bf16: no such numbers here" in shown
+    (nets, images, knobs), *_ = seen
+    assert knobs == {"modes": ("plain", "bf16"), "runs": 7, "threads": 2, "seed": 9}
+    assert tuple(images.shape) == (3, 1, 8, 8)
+    assert list(nets) == ["unpruned", "dense"]
+    whole, dense = nets.values()
+    assert not whole.training
+    assert whole(images).shape == dense(images).shape == (3, 5)
+    widths = whole.features.conv2.out_channels, dense.features.conv2.out_channels
+    assert widths[1] == 3 * widths[0] // 4
+    assert dense.features.conv1.out_channels % 4 == 0
+    # the same seed draws the same network, another one another
+    assert main([*words, "--seed", "9"]) == main([*words, "--seed", "8"]) == 0
+    weights = [given[0]["unpruned"].features.conv1.weight for given in seen]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    defaults = Profile(model="small_cnn")
+    sizes = defaults.batch_size, defaults.image_size, defaults.in_channels, defaults.classes, defaults.runs
+    assert (sizes, defaults.ratio) == ((1, 32, 3, 10, 30), 0.5)
+
+
+def test_a_file_of_a_dense_network_is_measured(tmp_path, monkeypatch, capsys):
+    from nni_topo.cli import profile as module
+
+    seen = []
+    monkeypatch.setattr(module, "profile", lambda nets, images, **knobs: seen.append(nets) or [])
+    net = nni_topo.zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).eval()
+    small = nni_topo.shrink(net, [torch.rand(8, 1, 8, 8)], {"flops": 0.5}, pruner="l1", compensate=None, distill=False)
+    nni_topo.save(small, tmp_path / "dense.pt")
+    words = ["profile", "--model", "small_cnn", "--in-channels", "1", "--image-size", "8"]
+    assert main([*words, "--dense", str(tmp_path / "dense.pt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert torch.equal(seen[0]["dense"].features.conv2.weight, small.features.conv2.weight)
+
+
+def shrinking(**flags):
+    return verbs.Shrink(model="small_cnn", out=Path("out"), **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "budget"),
+    [
+        ({}, {"flops": 0.25}),
+        ({"params": 0.5}, {"params": 0.5}),
+        ({"latency": 0.5, "allocation": "error"}, {"latency": 0.5, "allocation": "error"}),
+        ({"allocation": "auto"}, {"flops": 0.25, "allocation": "auto"}),
+        ({"equal_blocks": True}, {"flops": 0.25, "equal_blocks": True}),
+        ({"tolerance": 0.1}, None),
+        ({"tolerance": 0.1, "budget": "params"}, "params"),
+        ({"tolerance": 0.1, "allocation": "error"}, {"flops": None, "allocation": "error"}),
+        ({"tolerance": 0.1, "budget": "memory", "equal_blocks": True}, {"memory": None, "equal_blocks": True}),
+        ({"tolerance": 0.1, "params": 0.5}, {"params": 0.5}),
+        ({"shares": (0.5,)}, None),
+        ({"shares": (0.5,), "budget": "params"}, "params"),
+        ({"shares": (0.5,), "equal_blocks": True}, {"flops": None, "equal_blocks": True}),
+    ],
+)
+def test_the_budget_of_shrink_is_what_the_flags_say(flags, budget):
+    assert shrinking(**flags)._budget() == budget
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"budget": "flops"}, r"without a share of its own, got neither \(nni-topo shrink\)"),
+        ({"budget": "flops", "params": 0.5}, "without a share of its own, got --params"),
+        ({"budget": "flops", "shares": (0.5,), "memory": 0.5}, "without a share of its own, got --memory"),
+        ({"shares": (0.5,), "params": 0.5}, "--shares says how much is kept, got --params beside it"),
+        ({"shares": (0.5,), "tolerance": 0.5}, "--shares says how much is kept, got --tolerance beside it"),
+    ],
+)
+def test_two_ways_to_say_how_much_is_kept_are_one_too_many(flags, words):
+    with pytest.raises(ConfigError, match=words):
+        shrinking(**flags)._budget()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"caps": {"conv": 1.5}}, r"caps must be in \[0, 1\], got 1.5 \(conv\)"),
+        ({"caps": {"conv": 1.0}, "floors": {"conv": 1.0}}, r"floors must be in \[0, 1\), got 1.0 \(conv\)"),
+        ({"measure": "answers"}, "measure must be a known name, got 'answers'"),
+        ({"images": 1}, "images must be .*got 1"),
+        ({"seconds": -1.0}, "seconds must be .*got -1"),
+        ({"shares": (0.5, 0.5)}, "shares must be descending"),
+        ({"shares": (0.5,), "pruner": "subcluster"}, "--shares, --tolerance and --depth need a pruner"),
+        ({"tolerance": 0.5, "pruner": "subcluster"}, "--shares, --tolerance and --depth need a pruner"),
+        ({"depth": True, "pruner": "subcluster"}, "--shares, --tolerance and --depth need a pruner"),
+        ({"tolerance": 1.0}, r"tolerance must be in \(0, 1\)"),
+        ({"method": "recnstruct"}, "did you mean"),
+    ],
+)
+def test_flags_of_shrink_are_checked_before_anything_is_loaded(flags, words):
+    verb = shrinking(**flags)
+    with pytest.raises(ConfigError, match=words):
+        verb._check(verb._budget())
+    for edge in ({}, {"caps": {"conv": 0.0}, "floors": {"conv": 0.0}}, {"measure": "distance", "images": 2}):
+        good = shrinking(**edge)
+        good._check(good._budget())
+
+
+def test_bounds_of_layers_are_those_of_the_flags():
+    data = nni_topo.zoo.load_data("digits", limit=10)
+    net = nni_topo.zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).eval()
+    start = Start(net, data, nni_topo.zoo.Recipe(epochs=1))
+    assert shrinking()._entries(start) is None
+    found = shrinking(caps={"features.conv1": 0.5, "classifier.fc2": 0.25}, floors={"features.conv1": 0.125})._entries(
+        start
+    )
+    entries = {entry.pop("op_names")[0]: entry for entry in found}
+    assert entries["features.conv1"] == {"max_sparse_ratio": 0.5, "min_sparse_ratio": 0.125}
+    assert entries["classifier.fc2"] == {"max_sparse_ratio": 0.25}
+    assert entries["features.conv2"] == {}
+    assert len(entries) == len(found)
+    only = shrinking(floors={"features.conv2": 0.5})._entries(start)
+    assert {"op_names": ["features.conv2"], "min_sparse_ratio": 0.5} in only
+
+
+def test_a_comparison_is_planned_as_the_flags_say():
+    common = {"model": "small_cnn", "out": Path("out")}
+    plan = verbs.Compare(**common)._plan()
+    assert [choice.name for choice in plan.pruners] == ["topological", "l1", "l2", "fpgm", "random"]
+    assert [choice.calibration for choice in plan.pruners] == [0] * 5
+    assert plan.targets == (Target("ratio", 0.5),)
+    assert (plan.seeds, plan.first_seed, plan.train, plan.retrain) == (1, 0, {}, {"epochs": 1})
+    assert (plan.compensate, plan.distill, plan.device) == (None, None, "cpu")
+    flags = {
+        "pruners": ("reconstruction", "scratch", "l1"),
+        **{"params": (0.5,), "ratio": (0.25, 0.75), "memory": (0.125,), "seeds": 3, "seed": 4},
+        **{"train_epochs": 0, "retrain_epochs": 2, "calibration": 16, "compensate": 8, "method": "mean", "distill": 32},
+        **{"device": "cuda", "limit": 50, "test_limit": 7, "width": 0.5},
+    }
+    plan = verbs.Compare(**common, **flags)._plan()
+    assert [(choice.name, choice.calibration) for choice in plan.pruners] == [
+        ("reconstruction", 16), ("scratch", 0), ("l1", 0),
+    ]  # fmt: skip
+    wanted = [Target("ratio", 0.25), Target("ratio", 0.75), Target("params", 0.5), Target("memory", 0.125)]
+    assert sorted(plan.targets, key=wanted.index) == wanted
+    assert (plan.seeds, plan.first_seed, plan.train, plan.retrain) == (3, 4, {"epochs": 0}, {"epochs": 2})
+    assert (plan.compensate, plan.distill) == (CompensationChoice(8, "mean"), DistillationChoice(32))
+    (data,), (model,) = plan.data, plan.models
+    assert (data.limit, data.test_limit, model.width, plan.device) == (50, 7, 0.5, "cuda")
+
+
+@pytest.mark.parametrize("flags", [{}, {"n_jobs": 3, "data_dir": Path("there"), "in_process": True, "json": True}])
+def test_flags_beside_a_plan_change_where_it_runs(flags, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(verbs, "_run_plan", lambda *given, **knobs: seen.append((*given, knobs)) or 0)
+    path = tmp_path / "plan.yaml"
+    path.write_text("models: [{name: small_cnn}]\ndata: [{name: digits, limit: 30}]\npruners: [{name: l1}]\n"
+                    "targets: [{ratio: 0.5}]\nn_jobs: 2\n")  # fmt: skip
+    assert verbs.Compare(plan=path, out=tmp_path, **flags).run(Console()) == 0
+    ((plan, out, _, knobs),) = seen
+    assert (out, plan.n_jobs, plan.data[0].limit) == (tmp_path, flags.get("n_jobs", 2), 30)
+    assert plan.data[0].data_dir == ("there" if flags else None)
+    assert knobs == {"isolate": not flags, "as_json": bool(flags)}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ConfigError("it is wrong"), 2, "nni-topo list: it is wrong\n"),
+        (OSError("no such thing"), 2, "nni-topo list: files must be readable and writable, got no such thing\n"),
+        (KeyboardInterrupt(), 130, "nni-topo list: interrupted; the same command resumes it\n"),
+        (KeyboardInterrupt("go [red] on"), 130, "nni-topo list: interrupted; go [red] on\n"),
+    ],
+)
+def test_errors_end_a_command_with_a_line(error, status, said, monkeypatch, capsys):
+    def run(verb, console):
+        raise error
+
+    monkeypatch.setattr(verbs.List, "run", run)
+    assert main(["list"]) == status
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("words", [["list"], ["list", "--json"]])
+def test_with_json_everything_else_goes_to_standard_error(words, monkeypatch, capsys):
+    seen = []
+
+    def run(verb, console):
+        seen.append(console)
+        console.print("[red]" + "x" * 300)
+        return 1
+
+    monkeypatch.setattr(verbs.List, "run", run)
+    assert main(words) == 1
+    output = capsys.readouterr()
+    told, silent = (output.err, output.out) if "--json" in words else (output.out, output.err)
+    assert (told.split(), silent) == (["x" * 160, "x" * 140], "")
+    assert seen[0].width == 160
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_comparison_tells_its_cells_and_what_failed_in_plain_words(as_json, tmp_path, monkeypatch, capsys):
+    (cell,) = verbs.Compare(model="small_cnn", pruners=("l1",), out=tmp_path)._plan().cells()
+    cell = replace(cell, pruner=PrunerChoice("l1", label="[red]l1"))
+
+    def compared(plan, out, *, isolate, on_cell):
+        assert (out, isolate) == (tmp_path, False)
+        on_cell(cell, 1, 2)
+        return [], [SimpleNamespace(cell=cell, reason="it is [red]wrong")]
+
+    monkeypatch.setattr(verbs, "compare", compared)
+    said = io.StringIO()
+    console = Console(file=said, width=160, force_terminal=True, color_system="standard")
+    assert verbs._run_plan(None, tmp_path, console, isolate=False, as_json=as_json) == 1
+    assert said.getvalue().splitlines()[0] == "[1/2] small_cnn on digits, seed 0: [red]l1, ratio 0.5"
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).splitlines()
+    assert plain[1:] == ["failed: [red]l1, seed 0", "it is [red]wrong"]
+    assert capsys.readouterr().out == ("[]\n" if as_json else "")
+    monkeypatch.setattr(verbs, "compare", lambda *given, **knobs: ([], []))
+    assert verbs._run_plan(None, tmp_path, console, isolate=False, as_json=False) == 0
+
+
+def test_ports_and_files_are_those_that_the_pages_name():
+    assert (Doctor().port, Doctor().data_dir) == (8080, None)
+    run = VERBS["experiment"]()["run"](out=Path("out"))
+    assert (run.port, run.listen_everywhere, run.config, run.resume) == (8080, False, None, None)
+    assert VERBS["demo"]().out == Path("demo")
+    assert VERBS["compare"](out=Path("out")).calibration == 512
+    shrink = shrinking()
+    found = shrink.pruner, shrink.method, shrink.measure, shrink.images, shrink.depth, shrink.equal_blocks
+    assert found == ("reconstruction", "reconstruct", "outputs", 1024, False, False)
+    report = VERBS["report"](folders=(Path("out"),))
+    assert (report.markdown, report.widths, report.out) == (False, False, None)

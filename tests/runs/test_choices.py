@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
 import pytest
 
 from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import (
+    Cell,
     CompensationChoice,
     DataChoice,
     DistillationChoice,
@@ -11,7 +17,12 @@ from nni_topo.runs.choices import (
     PruneConfig,
     PrunerChoice,
     Target,
+    changed_recipe,
+    load_prune_config,
+    with_recovery,
 )
+from nni_topo.runs.experiment.settings import TrialSettings
+from nni_topo.zoo import Recipe
 
 ALL = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 
@@ -45,3 +56,120 @@ def test_the_edges_of_the_ranges_are_taken():
     assert (CompensationChoice(1, refine=0).images, DistillationChoice(2).images) == (1, 2)
     assert [Target("ratio", 0.0).label, Target("flops", 1.0).label] == ["ratio 0", "100 % of the MACs left"]
     assert [ModelChoice("net").label, ModelChoice("net", 0.5).label] == ["net", "net x0.5"]
+
+
+CELL = Cell(
+    model=ModelChoice("small_cnn"),
+    data=DataChoice("digits", limit=100),
+    pruner=PrunerChoice("l1"),
+    target=Target("ratio", 0.5),
+    seed=0,
+    train=Recipe(epochs=1),
+    retrain=Recipe(epochs=2),
+)
+DISTILLED = replace(CELL, distill=DistillationChoice(32))
+
+
+def test_what_nobody_asks_for_is_as_the_files_say():
+    assert (ModelChoice("net").width, DataChoice().download, PrunerChoice("l1").calibration) == (1.0, False, 0)
+    assert (CompensationChoice().images, CompensationChoice().refine) == (1024, 2)
+    distill = DistillationChoice()
+    found = distill.images, distill.temperature, distill.batch_size, distill.blend
+    assert found == (1024, 2.0, 64, True)
+    config = PruneConfig("l1", ALL)
+    assert (config.calibration, config.dependency_groups) == (0, True)
+    assert [PrunerChoice("l1").row, PrunerChoice("l1", label="norm").row] == ["l1", "norm"]
+    assert Target("params", 0.25).label == "25 % of the parameters left"
+    assert Target("memory", 0.125).label == "12.5 % of the memory left"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": DataChoice("digits", data_dir="elsewhere", limit=100, download=True, workers=2)},
+        {"pruner": PrunerChoice("l1", compensate=CompensationChoice(), distill=False)},
+        {"distill": None},
+        {"model": ModelChoice("small_cnn", checkpoint=None)},
+    ],
+)
+def test_equal_settings_have_one_key_wherever_the_data_lie(changes):
+    assert replace(CELL, **changes).key == CELL.key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": ModelChoice("small_cnn", 0.5)},
+        {"model": ModelChoice("small_cnn", checkpoint="net.pt")},
+        {"data": DataChoice("digits", limit=100, test_limit=10)},
+        {"data": DataChoice("digits", limit=100, image_size=16)},
+        {"data": DataChoice("digits", limit=200)},
+        {"compensate": CompensationChoice()},
+        {"distill": DistillationChoice(32)},
+        {"until": 0.5},
+        {"seed": 1},
+        {"device": "cuda"},
+    ],
+)
+def test_other_settings_have_other_keys(changes):
+    other = replace(CELL, **changes)
+    assert other.key != CELL.key
+    assert (other.training_key == CELL.training_key) == (not {"model", "data", "seed"} & changes.keys())
+
+
+def test_places_may_be_paths():
+    assert ModelChoice("net", checkpoint=Path("net.pt")).checkpoint == Path("net.pt")
+    assert DataChoice("digits", data_dir=Path("there")).data_dir == Path("there")
+    settings = TrialSettings(data_dir=Path("there"), checkpoint=Path("net.pt"))
+    assert (settings.data_dir, settings.checkpoint) == (Path("there"), Path("net.pt"))
+
+
+def digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def test_keys_of_records_from_before_there_was_a_choice_are_found():
+    # the digests of the settings without the fields that came later
+    settings = {
+        **{"model": {"name": "small_cnn", "width": 1.0}, "seed": 0, "device": "cpu"},
+        "data": {"name": "digits", "data_dir": None, "limit": 100, "download": False},
+        "pruner": {"name": "l1", "label": "", "knobs": {}, "calibration": 0},
+        "target": {"kind": "ratio", "value": 0.5},
+        **{"train": asdict(Recipe(epochs=1)), "retrain": asdict(Recipe(epochs=2))},
+    }
+    assert CELL.key == digest(settings)
+    distill = {name: value for name, value in asdict(DistillationChoice(32)).items() if name != "precision"}
+    assert DISTILLED.key == digest({**settings, "distill": distill})
+    exact = replace(DISTILLED, distill=DistillationChoice(32, precision="bfloat16"))
+    assert exact.key == digest({**settings, "distill": {**distill, "precision": "bfloat16"}})
+    trained = digest([settings["model"], settings["data"], settings["train"]])
+    assert CELL.training_key == f"small_cnn-digits-{trained}-seed0"
+    other = replace(CELL, model=ModelChoice("a/b:c", 0.5))
+    assert other.training_key.startswith("a_b_c_x0.5-digits-")
+
+
+def test_a_file_says_how_a_network_is_pruned(tmp_path):
+    path = tmp_path / "prune.yaml"
+    path.write_text(
+        "pruner: l1\nconfig_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]\ncompensate: {images: 8}\ndistill: null\n"
+    )
+    config = load_prune_config(path)
+    assert config == PruneConfig("l1", ALL, compensate=CompensationChoice(8))
+    plain = {"distill": {"images": 4}, "compensate": False, "seed": 3}
+    wanted = {"distill": DistillationChoice(4), "compensate": False, "seed": 3}
+    assert with_recovery(plain, (None, False)) == wanted
+    for text, words in (
+        ("seed: 3\nknobs: {}\n", r"must name pruner, got seed, knobs \(.*prune.yaml\)"),
+        ("{}", "must name pruner, got nothing"),
+        ("pruner: l1\n", "must name config_list, got pruner"),
+        ("[1]", "a configuration must be a mapping, got list"),
+        ("pruner: l11\nconfig_list: []\n", "got 'l11'; did you mean"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            load_prune_config(path)
+
+
+def test_a_recipe_is_changed_field_by_field():
+    found = changed_recipe(Recipe(epochs=3, lr=0.5), {"epochs": 1})
+    assert (found.epochs, found.lr) == (1, 0.5)

@@ -8,6 +8,7 @@ import torch
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.runs import prune as module
 from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PruneConfig
 from nni_topo.runs.prune import prune_checkpoint
 
@@ -77,3 +78,47 @@ def test_a_file_that_cant_be_used_is_refused_before_the_network_is_trained(tmp_p
         prune_checkpoint(SMALL, None, config, DIGITS, tmp_path / "out")
     assert trainings == []
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dependency_groups", [True, False])
+def test_coupled_layers_lose_the_same_channels_unless_the_file_says_otherwise(
+    dependency_groups, checkpoint, tmp_path, monkeypatch
+):
+    seen = []
+
+    def noting(start, choice, config_list):
+        seen.append((choice, config_list))
+        return prune(start, choice, config_list)
+
+    prune = module.prune
+    monkeypatch.setattr(module, "prune", noting)
+    config = PruneConfig(
+        "topological",
+        [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}],
+        knobs={"solver": "greedy"},
+        calibration=8,
+        dependency_groups=dependency_groups,
+    )
+    record = prune_checkpoint(SMALL, checkpoint, config, DIGITS, tmp_path / "out", progress=False)
+    ((choice, config_list),) = seen
+    assert (choice.name, choice.calibration, dict(choice.knobs)) == ("topological", 8, {"solver": "greedy"})
+    assert ("op_names" in config_list[0]) == dependency_groups
+    assert not {"budget", "compensation", "accuracy_compensated", "accuracy_distilled", "accuracy_retrained"} & set(
+        record
+    )
+    assert record["prune_seconds"] > 0.0
+    assert {"latency_ms", "latency_before_ms", "versions", "hardware"} <= record.keys()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dense.pt", "masks.pt", "summary.json"]
+    masks = torch.load(tmp_path / "out" / "masks.pt", weights_only=True)
+    for name, width in record["widths"].items():
+        if name.startswith("features"):
+            assert int(masks[name]["weight"].flatten(1).any(1).sum()) == width
+
+
+def test_output_folders_are_new_or_empty(tmp_path):
+    module.check_empty(tmp_path / "new")
+    module.check_empty(tmp_path)
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
+    with pytest.raises(ConfigError, match=r"must be new or empty, got 2 entries"):
+        module.check_empty(tmp_path)

@@ -10,9 +10,18 @@ import torch
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.runs import run as execute
-from nni_topo.runs.choices import DataChoice, DistillationChoice, ModelChoice, PrunerChoice, Target
+from nni_topo.runs.choices import (
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    PrunerChoice,
+    Target,
+    training_key,
+)
 from nni_topo.runs.run import Start, distillation_knobs, trained
 from nni_topo.runs.widths import layer_ratios
 from nni_topo.studies.plan import ComparisonPlan
@@ -173,3 +182,173 @@ def test_images_are_augmented_as_the_plan_says_or_not_at_all():
     assert knobs == plain
     assert found.shape == images.shape
     assert not torch.equal(found, images)
+
+
+def test_images_are_counted_from_the_first_or_from_a_later_one():
+    start = Start(torch.nn.Linear(1, 1), numbered(300), zoo.Recipe(epochs=1))
+    later = start.images(4, 297)
+    assert [batch[:, 0, 0, 0].tolist() for batch in later] == [[297.0, 298.0, 299.0]]
+    assert start.images(4, 300) == start.images(0) == []
+    assert (len(start.example), len(start.timed)) == (2, 64)
+    assert float(start.example.max()) == -1.0  # test images
+
+
+def test_validation_images_have_labels_and_come_in_batches_of_512():
+    data = numbered(4)
+    images, labels = torch.arange(513.0)[:, None], torch.arange(513)
+    start = Start(torch.nn.Linear(1, 1), replace(data, validation=TensorDataset(images, labels)), zoo.Recipe(epochs=1))
+    found = start.validation()
+    assert [len(batch) for pair in found for batch in pair] == [512, 512, 1, 1]
+    assert torch.equal(torch.cat([pair[0] for pair in found]), images)
+    assert torch.equal(torch.cat([pair[1] for pair in found]), labels)
+
+
+def test_masks_for_a_file_have_no_empty_targets():
+    mask = torch.ones(2, requires_grad=True)
+    found = execute.on_cpu({"conv": {"weight": mask, "bias": None}, "fc": {"weight": None}})
+    assert list(found["conv"]) == ["weight"]
+    assert not found["conv"]["weight"].requires_grad
+    assert found["fc"] == {}
+
+
+def test_single_weights_are_pruned_layer_by_layer(pruner_seen):
+    start = small_start()
+    found = execute.prune_to_ratios(
+        start, PrunerChoice("level"), Target("ratio", 0.5), {"features.conv2": 0.5, "classifier.fc1": 0.25}
+    )
+    assert found.budget is None
+    left = {name: float(each["weight"].mean()) for name, each in found.masks.items()}
+    assert left == pytest.approx({"features.conv2": 0.5, "classifier.fc1": 0.75}, abs=1e-3)
+
+
+def halved(start):
+    ratios = {"features.conv2": 0.5}
+    return execute.prune_to_ratios(start, PrunerChoice("l1"), Target("ratio", 0.5), ratios).masks
+
+
+def test_costs_are_those_before_and_after():
+    start = small_start()
+    with torch.no_grad():
+        start.net.features.conv1.weight[0, 0, 0, :2] = 0.0
+    dense, report = execute.made_dense(start, halved(start))
+    assert report is None
+    found = execute.costs(start, dense)
+    conv = start.net.features.conv2.out_channels
+    assert (found["widths_before"]["features.conv2"], found["widths"]["features.conv2"]) == (conv, conv // 2)
+    assert found["widths"].keys() == found["widths_before"].keys() == execute.layer_widths(start.net).keys()
+    for suffix, net in (("_before", start.net), ("", dense)):
+        assert found[f"flops{suffix}"] == zoo.count_macs(net, start.example)
+        assert found[f"params{suffix}"] == zoo.count_params(net)
+        assert found[f"weights_left{suffix}"] == zoo.count_params(net) - 2
+    assert "features.conv2" not in found["whole"]
+    assert "features.conv1" in found["whole"]
+    times = {"latency_ms": 1.0, "latency_before_ms": 4.0}
+    facts = execute.budget_facts(start, dense, Target("latency", 0.5), times, "why")["budget"]
+    assert facts == {"kind": "latency", "asked": 0.5, "left": 0.25, "is_met": True, "why": "why"}
+    facts = execute.budget_facts(start, dense, Target("params", 0.5), {}, "why")["budget"]
+    assert facts["left"] == pytest.approx(zoo.count_params(dense) / zoo.count_params(start.net))
+    assert execute.budget_facts(start, dense, BudgetOutcome("params", 0.125, 0.1, True), {}, "")["budget"][
+        "asked"
+    ] == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize(("method", "has_refine"), [("reconstruct", True), ("mean", False)])
+def test_compensation_takes_a_method_with_as_many_rounds_as_are_asked_for(method, has_refine, monkeypatch, capsys):
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    seen = []
+
+    def noting(net, masks, images, *, method, progress):
+        seen.append((sum(map(len, images)), getattr(method, "refine", None), progress))
+        return compensation(net, masks, images, method=method, progress=progress)
+
+    compensation = execute.compensation
+    monkeypatch.setattr(execute, "compensation", noting)
+    start = small_start()
+    choice = CompensationChoice(20, method=method, refine=1)
+    dense, report = execute.made_dense(start, halved(start), choice, progress=False)
+    assert seen == [(20, 1 if has_refine else None, False)]
+    assert "compensate" not in capsys.readouterr().err
+    assert report.to_frame().layer.tolist()
+    plain, _ = execute.made_dense(start, halved(start))
+    assert not torch.equal(dense(start.example), plain(start.example))
+
+
+@pytest.mark.parametrize(("images", "judges"), [(32, [32, 33, 34, 35]), (45, [45, 46, 47, 48, 49]), (50, None)])
+def test_images_after_those_that_are_learned_from_judge(images, judges, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(execute, "distillation", lambda *arguments, **knobs: seen.update(knobs, given=arguments))
+    start = replace(small_start(), data=numbered(50), seed=3)
+    execute.distilled(start, start.net, DistillationChoice(images, steps=7), progress=False)
+    found = seen["held_out"]
+    assert (None if found is None else torch.cat(found)[:, 0, 0, 0].tolist()) == judges
+    assert sum(map(len, seen["given"][2])) == images
+    assert (seen["seed"], seen["progress"], seen["steps"], seen["temperature"]) == (3, False, 7, 2.0)
+
+
+def test_data_are_as_large_as_the_model_needs_and_as_the_choice_says():
+    padded = ModelChoice("cnn12")
+    found = execute.load_model_data(padded, DataChoice("digits", limit=20, test_limit=5))
+    assert (found.image_size, len(found.train), len(found.test)) == (32, 20, 5)
+    whole = execute.load_model_data(ModelChoice("small_cnn"), DataChoice("digits", test_limit=1))
+    assert (whole.image_size, len(whole.test)) == (8, 1)
+    assert len(whole.train) > 1000
+    for limit in (0, -1):
+        with pytest.raises(ConfigError, match=rf"test_limit must be at least 1, got {limit} \(data\)"):
+            execute.load_model_data(padded, DataChoice("digits", limit=20, test_limit=limit))
+
+
+def test_a_network_has_the_width_and_the_seed_that_are_asked_for():
+    data = zoo.load_data("digits", limit=10)
+    net, again, other = (execute.build_model(ModelChoice("small_cnn"), data, seed) for seed in (3, 3, 4))
+    assert torch.equal(net.features.conv1.weight, again.features.conv1.weight)
+    assert not torch.equal(net.features.conv1.weight, other.features.conv1.weight)
+    one, half = (execute.build_model(ModelChoice("resnet20", width), data, 3) for width in (1.0, 0.5))
+    assert [2 * width for width in execute.layer_widths(half).values()][:-1] == [*execute.layer_widths(one).values()][
+        :-1
+    ]
+
+
+def test_a_checkpoint_comes_before_the_folder_and_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "train", None)
+    own = small_start().net
+    torch.save(own.state_dict(), tmp_path / "own.pt")
+    seen = []
+
+    def accept(start):
+        seen.append((start.net.training, start.seed, start.recipe.epochs))
+
+    choices = ModelChoice("small_cnn"), DataChoice("digits", limit=50)
+    given = trained(*choices, checkpoint=tmp_path / "own.pt", folder=tmp_path / "nets", seed=5, accept=accept)
+    assert seen == [(False, 5, zoo.default_recipe("small_cnn", "digits").epochs)]
+    assert not (tmp_path / "nets").exists()
+    named = trained(ModelChoice("small_cnn", checkpoint=str(tmp_path / "own.pt")), choices[1])
+    for start in (given, named):
+        assert not start.net.training
+        assert (start.known_accuracy, start.known_validation) == (None, None)
+        assert torch.equal(start.net.features.conv1.weight, own.features.conv1.weight)
+    (tmp_path / "damaged").mkdir()
+    recipe = zoo.Recipe(epochs=1)
+    path = tmp_path / "damaged" / f"{training_key(*choices, recipe, 0)}.pt"
+    path.write_bytes(b"half a file")
+    with pytest.raises(DataError, match=rf"{path.name}.*delete it"):
+        trained(*choices, recipe=recipe, folder=tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("shown", [None, False])
+def test_training_tells_how_far_it_is_unless_it_is_told_not_to(shown, monkeypatch, capsys):
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    choices = ModelChoice("small_cnn"), DataChoice("digits", limit=20)
+    start = trained(*choices, recipe=zoo.Recipe(epochs=1), progress=shown, accept=lambda untrained: None)
+    assert not start.net.training
+    assert ("training" in capsys.readouterr().err) == (shown is None)
+    # the network that was looked at before is trained all the same
+    assert start.net.features.conv1.weight.requires_grad
+
+
+def test_devices_are_resolved_by_what_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert execute.resolve_device("auto") == execute.resolve_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="device 'cuda' must be there to be used, got no CUDA device"):
+        execute.resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert execute.resolve_device("auto") == torch.device("cuda")

@@ -12,7 +12,7 @@ from nni.compression.pruning import LinearPruner
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.runs.choices import PrunerChoice
-from nni_topo.runs.evaluators import recipe_evaluator
+from nni_topo.runs.evaluators import batches_of, recipe_evaluator
 from nni_topo.runs.run import Start
 from nni_topo.runs.scheduled import prune_on_schedule
 
@@ -96,3 +96,41 @@ def test_the_evaluator_trains_for_the_steps_it_is_given(trained):
 def test_bad_requests(trained, knobs, words):
     with pytest.raises(ConfigError, match=words):
         prune_on_schedule(trained, ENERGY, [], RECIPE, **knobs)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "steps"),
+    [
+        ({"max_epochs": 2}, 6),
+        ({"max_steps": 4}, 4),
+        ({}, 9),
+        ({"max_steps": 0, "max_epochs": 2}, 0),
+    ],
+)
+def test_an_evaluator_follows_the_recipe_step_by_step(knobs, steps):
+    data = zoo.load_data("digits", limit=50)
+    recipe = zoo.Recipe(epochs=3, batch_size=20, lr=0.5)
+    assert batches_of(data, recipe) == 3
+    net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).eval()
+    evaluator = recipe_evaluator(net, data, recipe, seed=4)
+    rates, labels = [], []
+
+    class Noting(torch.optim.SGD):
+        def step(self):
+            assert net.training
+            rates.append([group["lr"] for group in self.param_groups])
+
+    def step(batch, model):
+        labels.append(batch[1])
+        return model(batch[0]).sum()
+
+    groups = [{"params": [net.features.conv1.weight]}, {"params": [net.features.conv2.weight]}]
+    given = {"max_steps": None, "max_epochs": None, **knobs}
+    evaluator.training_func(net, Noting(groups, lr=9.0), step, None, given["max_steps"], given["max_epochs"])
+    assert rates == [[recipe.rate(number / steps)] * 2 for number in range(steps)]
+    assert [len(each) for each in labels] == ([17, 17, 16] * 3)[:steps]
+    if steps > 3:
+        # each epoch goes through all images in an order of its own
+        first, second = torch.cat(labels[:3]), torch.cat(labels[3:6])
+        assert first.bincount().tolist() == data.train.tensors[1].bincount().tolist()
+        assert not torch.equal(first[: len(second)], second)

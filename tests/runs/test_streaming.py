@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import nni_topo
 from nni_topo.disk import MIN_FREE_BYTES
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.streaming import shrinking
 from nni_topo.runs.streaming.journal import Journal
@@ -912,3 +913,71 @@ def test_samples_that_are_all_the_same_are_told(source, tmp_path):
     small = nni_topo.shrink(model, [toy_images(1).expand(16, -1, -1, -1)], {"flops": 0.5}, distill=False)
     assert small.report.stages[-1].distance == math.inf
     assert "outputs don't vary over the samples" in small.report.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("batches", "changes", "nbytes"),
+    [
+        # A block has 1,952 weights, its widest layer 24 channels; a sample has 96 states.
+        (2, {}, 12 * 4 * 1952 + 8 * 24**2 + 3 * 4 * 96 * 16),
+        (2, {"remove_blocks": 1}, 12 * 4 * 1952 + 8 * 24**2 + 4 * 4 * 96 * 16),
+        (2, {"distill": True}, 12 * 4 * 1952 + 8 * 24**2 + 3 * 4 * 96 * 16 + 20 * 4 * 96 * 16),
+        (9, {"distill": True}, 12 * 4 * 1952 + 8 * 24**2 + 3 * 4 * 96 * 72 + 20 * 4 * 96 * 64),
+    ],
+)
+def test_a_block_its_statistics_and_the_states_must_fit_into_memory(
+    batches, changes, nbytes, source, tmp_path, monkeypatch
+):
+    needed = []
+
+    def counted(found, *words, **knobs):
+        needed.append(found)
+        raise StopError
+
+    monkeypatch.setattr(shrinking, "check_memory", counted)
+    with pytest.raises(StopError):
+        nni_topo.shrink_pretrained(source, tokens(batches), tmp_path / "small", {"params": 0.7}, **FAST | changes)
+    assert needed == [nbytes + 2**28]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
+def test_a_group_of_one_process_does_what_one_does_alone(tmp_path):
+    source = saved(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=3), tmp_path / "source")
+    batches = tokens(padded=True)
+    alone = nni_topo.shrink_pretrained(source, batches, tmp_path / "alone", {"params": 0.7}, remove_blocks=1, **FAST)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        data = nni_topo.Calibration(batches)
+        data.processes = Processes(torch.distributed.group.WORLD)
+        knobs = {"budget": {"params": 0.7}, "remove_blocks": 1, **FAST}
+        report = nni_topo.shrink_pretrained(source, data, tmp_path / "group", **knobs)
+        again = nni_topo.shrink_pretrained(source, data, tmp_path / "group", **knobs)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert again == report
+    assert (report.removed, report.widths, report.likeness) == (alone.removed, alone.widths, alone.likeness)
+    assert [row.distance for row in report.blocks] == pytest.approx([row.distance for row in alone.blocks])
+    one, other = weights_of(tmp_path / "alone"), weights_of(tmp_path / "group")
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    assert {path.name for path in (tmp_path / "group").iterdir()} == {
+        path.name for path in (tmp_path / "alone").iterdir()
+    }
+
+
+def test_a_budget_of_work_counts_the_head_and_all_blocks(source, tmp_path):
+    report = nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"flops": 0.7}, **FAST)
+
+    def macs(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        heads = sum(block.self_attn.q_proj.out_features for block in model.model.layers)
+        # of one token: its products with weights, with all keys and with all values
+        return sum(layer.weight.numel() for layer in layers) + 2 * LENGTH * heads
+
+    left = macs(tmp_path / "small") / macs(source)
+    assert (report.budget.kind, report.budget.asked) == ("flops", 0.7)
+    assert report.budget.left == pytest.approx(left, abs=1e-4)  # and the angles of positions
+    assert left == pytest.approx(0.7, abs=0.05)
+    assert report.budget.why in ("", "blocks are equally wide")
+    with pytest.raises(ConfigError, match=r"got 0.1 of the flops where 0.159 lie outside of the blocks \(budget\)"):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "none", {"flops": 0.1}, **FAST)

@@ -262,3 +262,77 @@ def test_each_of_two_processes_retrains_on_half_of_the_images_and_of_the_batch(s
         torch.distributed.destroy_process_group()
     parallel = torch.nn.parallel.DistributedDataParallel
     assert seen == [(whole, batch, type(None), 0), (whole // 2, batch // 2, parallel, 1)]
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_trial_that_stopped_in_an_epoch_goes_on_with_the_next(settings, nets, tmp_path, monkeypatch):
+    asked = dataclasses.replace(settings, retrain_epochs=2)
+    told = []
+
+    def report(step, result):
+        told.append(step)
+        if len(told) == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run_trial(asked, tmp_path / "trial", cache=nets, report=report)
+    assert told == [0, 1]
+    assert files(tmp_path / "trial") == {"settings.json", "masks.pt", "pruned.pt", "pruned.json", "retraining.pt"}
+    with monkeypatch.context() as patch:  # what is in the folder isn't made anew
+        patch.setattr(pipeline, "prune_to_ratios", None)
+        patch.setattr(pipeline, "made_dense", None)
+        began = time.perf_counter()
+        metrics = run_trial(asked, tmp_path / "trial", cache=nets, report=report)
+        assert 0.0 < metrics["seconds"] < time.perf_counter() - began
+    assert told == [0, 1, 2]
+    assert files(tmp_path / "trial") == FILES
+    whole = run_trial(asked, tmp_path / "whole", cache=nets)
+    assert {name: metrics[name] for name in ("accuracy", "test_accuracy", "widths", "score")} == {
+        name: whole[name] for name in ("accuracy", "test_accuracy", "widths", "score")
+    }
+
+
+def test_damaged_masks_are_to_be_deleted(settings, nets, tmp_path):
+    (tmp_path / "trial").mkdir()
+    (tmp_path / "trial" / "masks.pt").write_bytes(b"half")
+    with pytest.raises(DataError, match=r"a trial's masks must .*; delete it and run again \(.*masks.pt\)"):
+        run_trial(settings, tmp_path / "trial", cache=nets)
+
+
+@pytest.mark.parametrize(("images", "seen"), [(None, 300), (50, 50), (900, 300)])
+def test_retraining_takes_no_more_images_than_training_did(images, seen, settings, nets, tmp_path):
+    trial = pipeline._Trial(dataclasses.replace(settings, retrain_images=images), tmp_path, nets)
+    assert len(trial._retraining_data().train) == seen
+
+
+def test_the_second_process_of_a_trial_prunes_measures_and_tells_nothing(settings, nets, tmp_path, monkeypatch):
+    alone = run_trial(dataclasses.replace(settings, retrain_epochs=0), tmp_path / "first", cache=nets)
+    masks = torch.load(tmp_path / "first" / "masks.pt", weights_only=True)
+    given, retrained = [], []
+    # what the first process hands out: nothing is done yet, the facts, and the metrics
+    handed = iter([None, {"accuracy_pruned": 0.5, "price": 0.0}, alone])
+    monkeypatch.setattr(pipeline, "world", lambda: (1, 2))
+    monkeypatch.setattr(pipeline, "broadcast", lambda value: given.append(value) or next(handed))
+    monkeypatch.setattr(pipeline, "broadcast_masks", lambda value: given.append(value) or masks)
+    monkeypatch.setattr(
+        pipeline._Trial, "retrained", lambda trial, *arguments: retrained.append(arguments) or arguments[0]
+    )
+    told = []
+    found = run_trial(settings, tmp_path / "out", cache=nets, report=lambda *result: told.append(result))
+    assert found == alone
+    assert given == [None, None, {}, {"accuracy_pruned": 0.5, "price": 0.0}]
+    ((dense, facts, report, rank, size),) = retrained
+    assert (facts, report, rank, size) == ({"accuracy_pruned": 0.5, "price": 0.0}, None, 1, 2)
+    assert {name: dense.get_submodule(name).weight.shape[0] for name in alone["widths"]} == alone["widths"]
+    assert told == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_go_to_the_tuner_with_what_there_is():
+    metrics = {"score": 0.25, "accuracy": 0.5, "flops_share": 0.75, "params": 3}
+    assert reported(metrics) == {"default": 0.25, "accuracy": 0.5, "flops_share": 0.75}
+    assert reported({"score": 0.0, "latency_share": 0.5}) == {"default": 0.0, "latency_share": 0.5}
+    assert pipeline._result(0.75, {"price": 0.5}) == {"default": 0.25, "accuracy": 0.75}

@@ -1,9 +1,20 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs.experiment.settings import TrialSettings, read_parameters, with_parameters
+from nni_topo.runs.choices import (
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    PrunerChoice,
+    Target,
+)
+from nni_topo.runs.experiment.settings import Trial, TrialSettings, read_parameters, scalar_kinds, with_parameters
+from nni_topo.zoo import default_recipe
 
 
 def test_parameters_replace_settings_and_fill_ratios_and_knobs():
@@ -84,3 +95,97 @@ def test_files_of_parameters_must_be_json_objects(text, message, tmp_path):
         read_parameters(path)
     with pytest.raises(DataError, match="must be a file that exists, got none"):
         read_parameters(tmp_path / "missing.json")
+
+
+def test_what_nobody_asks_for_is_as_the_options_say():
+    plain = TrialSettings()
+    numbers = plain.width, plain.ratio, plain.calibration, plain.compensate, plain.distill, plain.retrain_epochs
+    assert numbers == (1.0, 0.5, 0, 0, 0, 1)
+    assert (plain.flops_weight, plain.latency_weight, plain.seed) == (0.0, 0.0, 0)
+    cell = plain.cell()
+    assert (cell.compensate, cell.distill) == (None, None)
+    assert (cell.target, cell.train.epochs) == (Target("ratio", 0.5), default_recipe("small_cnn", "digits").epochs)
+
+
+def test_a_cell_has_what_the_settings_say():
+    cell = TrialSettings(
+        model="lenet5_like",
+        width=0.5,
+        data="digits",
+        data_dir="there",
+        limit=50,
+        image_size=16,
+        train_epochs=3,
+        pruner="l2",
+        flops=0.25,
+        calibration=8,
+        compensate=16,
+        distill=32,
+        retrain_epochs=4,
+        seed=5,
+        device="cuda",
+    ).cell()
+    assert cell.model == ModelChoice("lenet5_like", 0.5)
+    assert cell.data == DataChoice("digits", "there", 50, image_size=16)
+    assert cell.pruner == PrunerChoice("l2", calibration=8)
+    assert (cell.target, cell.seed, cell.device) == (Target("flops", 0.25), 5, "cuda")
+    assert (cell.train.epochs, cell.retrain.epochs) == (3, 4)
+    assert (cell.compensate, cell.distill) == (CompensationChoice(16), DistillationChoice(32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration": -1}, "calibration must be at least 0, got -1"),
+        ({"compensate": -1}, "compensate must be at least 0, got -1"),
+        ({"distill": -1}, "distill must be at least 0, got -1"),
+        ({"flops_weight": -0.5}, "flops_weight must be at least 0, got -0.5"),
+        ({"latency_weight": float("nan")}, "latency_weight must be .*got nan"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"double_images_after": 0, "retrain_images": 1}, "double_images_after must be at least 1, got 0"),
+        ({"images_per_budget": 0}, "images_per_budget must be at least 1, got 0"),
+        ({"data_dir": 1}, "data_dir must be .*got 1"),
+        ({"checkpoint": 1}, "checkpoint must be .*got 1"),
+        ({"flops": 2.0}, r"must be in \(0, 1\], got 2.0"),
+        ({"ratio": -0.25}, r"a ratio must be in \[0, 1\), got -0.25 \(ratio\)"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrialSettings(**changes)
+    edges = TrialSettings(
+        limit=1, retrain_images=1, double_images_after=1, images_per_budget=1, ratio=0.0, flops=1.0, retrain_epochs=0
+    )
+    assert edges.for_trial(3).retrain_images == 8
+    assert edges.for_trial(3).double_images_after is None
+
+
+def test_parameters_come_on_top_of_those_that_are_there():
+    settings = TrialSettings(
+        pruner="topological", ratios={"conv1": 0.25, "fc": 0.5}, knobs={"solver": {"patience": 3}, "n_jobs": 2}
+    )
+    found = with_parameters(settings, {"ratio.fc": 0.75, "knob.solver.generations": 5, "knob.criterion": "bottleneck"})
+    assert found.ratios == {"conv1": 0.25, "fc": 0.75}
+    assert found.knobs == {"solver": {"patience": 3, "generations": 5}, "n_jobs": 2, "criterion": "bottleneck"}
+    assert settings.ratios == {"conv1": 0.25, "fc": 0.5}
+    assert with_parameters(TrialSettings(flops=0.5, limit=5), {"flops": None}).flops is None
+    assert type(with_parameters(TrialSettings(), {"flops_weight": 1}).flops_weight) is float
+    for parameters in ({"seed": None}, {"seed": [1]}, {"model": True}, {"seed": float("inf")}, {"seed": "1"}):
+        (name,) = parameters
+        with pytest.raises(ConfigError, match=rf"a parameter must be of type \w+, got .* \({name}\)"):
+            with_parameters(TrialSettings(), parameters)
+
+
+def test_the_first_pattern_that_a_layer_matches_counts():
+    settings = TrialSettings(ratio=0.125, ratios={"conv*": 0.25, "conv1": 0.75, "*1": 0.5})
+    assert [settings.layer_ratio(name) for name in ("conv1", "conv2", "fc1", "fc2")] == [0.75, 0.25, 0.5, 0.125]
+
+
+def test_every_option_of_a_trial_has_one_type():
+    kinds = scalar_kinds()
+    assert {name: kinds[name] for name in ("model", "limit", "flops", "seed", "checkpoint", "lr")} == {
+        "model": str, "limit": int, "flops": float, "seed": int, "checkpoint": str, "lr": float,
+    }  # fmt: skip
+    assert not {"ratios", "knobs"} & kinds.keys()
+    options = Trial(params=Path("p.json"), out=Path("out"), seed=4)
+    assert options.settings() == TrialSettings(seed=4)
