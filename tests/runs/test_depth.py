@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,8 +16,26 @@ from torch.nn.utils.parametrizations import weight_norm
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost import LatencyTable, LayerLatency
-from nni_topo.network.runtime import Calibration
-from nni_topo.runs.depth import DepthPath, DepthTried, cost_saved, removable_blocks
+from nni_topo.network.runtime import Calibration, calls
+from nni_topo.network.speedup import DenseReport
+from nni_topo.pruners.budget import Budget
+from nni_topo.recovery.lesson import Judgement
+from nni_topo.runs import depth as depth_module
+from nni_topo.runs.depth import (
+    DepthPath,
+    DepthSteps,
+    DepthTried,
+    Removable,
+    Removal,
+    RemovedBlock,
+    Shortened,
+    _few,
+    _seconds,
+    _table_of,
+    cost_saved,
+    removable_blocks,
+)
+from nni_topo.runs.steps import ImageParts, PrunedNetwork, RecoveredNetwork, ShrinkSteps
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
 from nni_topo.zoo.transformers import bert_small, vit_small
 
@@ -365,3 +385,264 @@ def test_a_network_with_all_blocks_says_nothing_of_blocks_and_costs_are_per_cent
     alone, shorter = DepthTried(0, 1.0, 0.25, 0.5, True, True), DepthTried(1, 0.6, 0.25, 0.5, True, False)
     assert str(alone) == "channels alone: 25 % of the cost left, held-out loss 0.5 (chosen)"
     assert str(shorter) == "1 block removed: 60 % of the cost left, 25 % after channels, held-out loss 0.5"
+
+
+class Part(nn.Module):
+    """Two layers, whose output is added to their input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        """Map (samples, 4)."""
+        return self.two(torch.relu(self.one(x)))
+
+
+class TwoParts(nn.Module):
+    """A block of two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Part(), Part()
+
+    def forward(self, x):
+        """Map (samples, 4)."""
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+class Stack(nn.Module):
+    """Three blocks of two parts in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.blocks, self.head = (
+            nn.Linear(5, 4),
+            nn.ModuleList(TwoParts() for _ in range(3)),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, x):
+        """Map (samples, 5) to (samples, 3)."""
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def stack():
+    torch.manual_seed(0)
+    return Stack().eval(), torch.randn(64, 5)
+
+
+def row():
+    """The blocks without a list around them."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(TwoParts() for _ in range(3)), nn.Linear(4, 3)).eval(), torch.randn(64, 4)
+
+
+def path_of(model, rows, wanted):
+    """A path on which the wanted candidates go first, since they save most."""
+    learned, judges = Calibration([rows]).split()
+    found = removable_blocks(model, learned)
+    costs = {name: 1e-3 * 1e6 ** (len(wanted) - place) for place, name in enumerate(wanted)}
+    return DepthPath(model, learned, judges, None, found, lambda each: costs.get(each.name, 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("make", "gone", "writers"),
+    [
+        (stack, ["blocks.2.second"], ["blocks.2.first.two"]),
+        (stack, ["blocks.2.first"], ["blocks.1.second.two"]),
+        (stack, ["blocks.0.first"], [""]),
+        (stack, ["blocks.1.second", "blocks.2.first"], ["blocks.1.first.two", "blocks.1.first.two"]),
+        (row, ["2.second"], ["2.first.two"]),
+        (row, ["2.first"], ["1.second.two"]),
+    ],
+)
+def test_the_part_before_it_makes_up_for_a_part(make, gone, writers):
+    path = path_of(*make(), gone)
+    for _ in gone:
+        assert path._extend()
+    assert [each.name for each in path.states[-1].gone] == gone
+    assert path.states[-1].removed == tuple(map(RemovedBlock, gone, ["part"] * len(gone), writers))
+
+
+def test_of_a_block_of_which_a_part_is_gone_only_the_whole_can_go():
+    path = path_of(*stack(), ["blocks.1.second"])
+    path._saved = {each: 0.2 if each.is_part else 0.5 for each in path._saved}
+    assert len(path._remaining(path.states[0])) == 9
+    path._scores = {}
+    path.choose = lambda candidates, scores: [each.name for each in candidates].index("blocks.1.second")
+    assert path._extend()
+    state = path.states[1]
+    assert state.left == pytest.approx(0.8)
+    left = {each.name: path._saved_after(state, each) for each in path._remaining(state)}
+    assert left == pytest.approx(
+        {
+            **{f"blocks.{number}": 0.5 for number in (0, 2)},
+            **{f"blocks.{number}.{part}": 0.2 for number in (0, 2) for part in ("first", "second")},
+            "blocks.1": 0.3,
+        }
+    )
+    # What promised most is looked at first, and of a block that saves nothing more there is no use.
+    path._scores = {each: float(number) for number, each in enumerate(reversed(path._removable.candidates))}
+    assert path._remaining(state)[0].name == "blocks.2.second"
+    path._saved = dict.fromkeys(path._saved, 0.2)
+    assert "blocks.1" not in [each.name for each in path._remaining(state)]
+
+
+def test_so_many_images_are_spread_over_all():
+    rows = torch.arange(10.0)[:, None]
+    chosen = [float(each) for args, _ in calls(nn.Identity(), _few(Calibration([rows]), 4)) for each in args[0]]
+    assert chosen == [0.0, 3.0, 6.0, 9.0]
+    few = Calibration([rows])
+    assert _few(few, 10) is few
+
+
+def test_time_between_layers_is_dealt_out_by_what_the_layers_put_out():
+    one = LayerLatency((1, 4), (1, 8), ((1.0, 2.0), (3.0, 4.0)), activation=8.0)
+    two = LayerLatency((1, 8), (1, 2), ((1.0, 2.0), (5.0, 6.0)), activation=24.0)
+    table = LatencyTable({"0": one, "1.x": two}, rest=16.0)
+    assert _seconds(table, ["0"]) == 4.0 + 4.0
+    assert _seconds(table, table.layers) == 4.0 + 6.0 + 16.0
+    short = Shortened(nn.Identity(), {"a": "1.x", "b": "nowhere"}, (), (), 0.0, 1.0)
+    assert _table_of(table, short) == LatencyTable({"a": two}, rest=12.0)
+    silent = LatencyTable({name: replace(layer, activation=0.0) for name, layer in table.layers.items()}, rest=16.0)
+    assert _seconds(silent, ["0"]) == 4.0
+    assert _table_of(silent, short).rest == 16.0
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    saved = cost_saved(net, torch.zeros(2, 4), "latency", LatencyTable({"0": one}))
+    assert saved(Removal("0", "0", 0)) == 1.0
+    assert saved(Removal("1", "1", 0)) == 0.0
+
+
+class Staged(DepthSteps):
+    """Steps whose networks are numbers of blocks that are removed, with costs and losses that are written out."""
+
+    def told(self, lefts, losses, kept, refused, overhead):
+        """Note what is known of the networks."""
+        path = DepthPath.__new__(DepthPath)
+        path.states = [Shortened(None, {}, (), (), *each) for each in zip(losses, lefts, strict=True)]
+        path._extend = lambda: False
+        vars(self).update(path=path, kept=kept, refused=refused, overhead=overhead)
+        return self
+
+    def _path(self, budget):
+        return self.path
+
+    def _overhead(self, budget):
+        return self.overhead
+
+    def _left(self, budget, count):
+        return self.path.states[count].left
+
+    def share_left(self, budget, recovered):
+        return self.kept.get(recovered.dense, budget.share)
+
+    def _with_depth(self, budget, count):
+        if count in self.refused:
+            raise ConfigError(f"no channels to remove without {count} blocks")
+        pruned = PrunedNetwork(None, {}, lambda: None, None)
+        layers = DenseReport.__new__(DenseReport)
+        vars(layers).update({each.name: () for each in fields(DenseReport)})
+        return RecoveredNetwork(pruned, count, layers, None), ()
+
+
+def staged(losses, *, whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, refused=(), overhead=math.nan):
+    """Steps for the losses of networks by the number of blocks removed; four blocks save a fifth of the cost each."""
+    names = [each.name for each in fields(ShrinkSteps)]
+    judges = Calibration([torch.zeros(8, 1)])
+    steps = Staged(**dict.fromkeys(names), removable=Removable((), {}, {"4": "wanted"}))
+    object.__setattr__(steps, "images", ImageParts(judges, judges, judges, judges, None))
+    return steps.told((1.0, 0.8, 0.6, 0.4, 0.2), whole, kept or {}, refused, overhead)
+
+
+@pytest.mark.parametrize(
+    ("losses", "knobs", "tried", "best"),
+    [
+        # Without blocks it is best: fewer go than for half of the saving.
+        ({0: 1.0, 2: 2.0, 1: 1.5}, {}, [0, 1, 2], 0),
+        ({0: 1.0, 2: 1.0, 1: 0.5}, {}, [0, 1, 2], 1),
+        ({0: 1.0, 2: math.nan, 1: 2.0}, {}, [0, 1, 2], 0),
+        # Blocks for half of the saving are better: more go.
+        ({0: 2.0, 2: 1.0, 3: 0.5}, {}, [0, 2, 3], 3),
+        # All of the saving, since the network without so many blocks loses no more than what was tried.
+        ({0: 2.0, 2: 1.0, 4: 0.5}, {"whole": (0.0, 9.0, 9.0, 9.0, 1.0)}, [0, 2, 4], 4),
+        ({0: 2.0, 2: 1.0, 3: 1.5}, {"whole": (0.0, 9.0, 9.0, 9.0, 1.1)}, [0, 2, 3], 2),
+        # No network meets the budget: the one that misses it least is kept, whatever it loses.
+        ({0: 1.0, 2: 2.0, 4: 3.0}, {"kept": {0: 0.5, 2: 0.4, 4: 0.3}}, [0, 2, 4], 4),
+        ({0: 3.0, 2: 2.0, 1: 1.0}, {"kept": {0: 0.3, 2: 0.4, 1: 0.5}}, [0, 1, 2], 0),
+        # One that meets the budget is better than one that doesn't.
+        ({0: 1.0, 2: 2.0, 3: 3.0}, {"kept": {0: 0.5}}, [0, 2, 3], 2),
+        # Channels alone aren't fast enough.
+        ({2: 1.0, 3: 2.0}, {"overhead": 0.5}, [2, 3], 2),
+        ({1: 1.0, 2: 2.0}, {"overhead": 0.3}, [1, 2], 1),
+        ({0: 1.0, 2: 2.0, 1: 3.0}, {"overhead": 0.25}, [0, 1, 2], 0),
+        ({0: 1.0, 1: 2.0}, {"refused": (2,)}, [0, 1], 0),
+        ({0: 1.0}, {"refused": (1, 2)}, [0], 0),
+        ({0: 1.0}, {"refused": (1, 2, 3, 4), "overhead": 0.5}, [0], 0),
+    ],
+)
+def test_numbers_of_blocks_are_tried_where_they_may_help(losses, knobs, tried, best, monkeypatch):
+    def judged(model, nets, *given):
+        return [Judgement(losses[net], 1.0, 0.0) for net in nets]
+
+    monkeypatch.setattr(depth_module, "judged", judged)
+    kind = "latency" if "overhead" in knobs else "flops"
+    steps = staged(losses, **knobs)
+    chosen, _ = steps.recover(Budget(**{kind: 0.25}))
+    assert chosen.dense == best
+    assert [each.removed for each in chosen.depth.tried] == tried
+    assert [each.left for each in chosen.depth.tried] == [steps._left(None, count) for count in tried]
+    assert [each.is_chosen for each in chosen.depth.tried] == [count == best for count in tried]
+    assert chosen.depth.kept == {"4": "wanted"}
+    assert math.isnan(chosen.depth.overhead) == ("overhead" not in knobs)
+
+
+def test_a_network_without_channels_that_can_go_is_refused_where_no_block_goes():
+    with pytest.raises(ConfigError, match="no channels to remove without 0 blocks"):
+        staged({}, refused=(0,)).recover(Budget(flops=0.25))
+
+
+def depth_steps(layers=None, **settings):
+    model, rows = stack()
+    data = ImageParts.of(Calibration([rows]), model)
+    knobs = {"pruner": "l1", "knobs": None, "compensate": None, "distill": False, "narrow_heads": False,
+             "outputs": None, "round_to": None, "seed": 0, "progress": False}  # fmt: skip
+    plain = ShrinkSteps.prepare(model, data, "flops", layers=layers, **knobs)
+    return DepthSteps.of(plain, Budget(flops=0.5, **settings))
+
+
+def test_the_steps_without_a_block_prune_the_same_layers():
+    budget = Budget(flops=0.5)
+    steps = depth_steps(equal_blocks=True)  # which leaves parts of blocks alone
+    assert steps.is_search
+    assert [each.name for each in steps.removable.candidates] == ["blocks.0", "blocks.1", "blocks.2"]
+    path = steps._path(budget)
+    assert steps._path(budget) is path
+    path.choose = lambda candidates, scores: [each.name for each in candidates].index("blocks.1")
+    assert path._extend()
+    less = steps._steps_without(1, budget)
+    assert steps._steps_without(1, budget) is less
+    assert less.prunable.is_default
+    assert (len(less.model.blocks), len(steps.model.blocks)) == (2, 3)
+    macs = 5 * 4 + 4 * 3 + 3 * 96
+    assert steps._left(budget, 1) == pytest.approx(1.0 - 96 / macs)
+    assert steps._left(budget, 0) == 1.0
+    assert steps._own_budget(budget, 1).share == pytest.approx(0.5 / (1.0 - 96 / macs))
+    assert steps._own_budget(replace(budget, flops=0.9), 1).share == 1.0
+    named = depth_steps(["blocks.1.first.one", "blocks.1.second.one", {"op_names": ["blocks.2.first.one"]}])
+    why = "no layer in it is named (layers)"
+    unnamed = ("blocks.0", "blocks.0.first", "blocks.0.second", "blocks.2.second")
+    assert named.removable.kept == {
+        **dict.fromkeys(unnamed, why),
+        "blocks.2": "blocks.2.second.one isn't named (layers)",
+    }
+    path = named._path(budget)
+    path.choose = lambda candidates, scores: [each.name for each in candidates].index("blocks.1")
+    assert path._extend()
+    less = named._steps_without(1, budget)
+    assert not less.prunable.is_default
+    assert [entry["op_names"] for entry in less.prunable.entries] == [["blocks.1.first.one"]]
