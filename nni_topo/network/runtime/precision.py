@@ -352,6 +352,6 @@ def is_right_in_bfloat16(call: FunctionCall) -> bool:
 
 
 def _size(answer: Tensor, towards: Tensor) -> Tensor:
-    """Return the root mean square of numbers; of a bias's gradient at least that of sums as long, for they may vanish."""
+    """Return the root mean square of numbers; of a bias's gradient, which may vanish, at least that of sums as long."""
     size = answer.square().mean()
     return size.sqrt() if answer.dim() != 1 else torch.maximum(size, towards.square().sum() / answer.numel()).sqrt()
