@@ -24,8 +24,8 @@ from nni_topo.network.runtime.memory import out_of_memory
 # What copy.deepcopy raises of what it can't copy: of locks and files, of pointers, of queues between processes.
 _NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
 # What most attributes of modules are: values, tuples of these, and tables, most of them without an entry.
-_PLAIN = frozenset({bool, int, float, str, type(None)})
-_TABLES = frozenset({dict, OrderedDict, set})
+_PLAIN = {bool, int, float, str, type(None)}
+_TABLES = {dict, OrderedDict, set}
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -249,16 +249,14 @@ _IN_SINGLE: dict[Any, Any] = {
 """What is called in place of functions that compute attention."""
 
 
-_CONVOLUTIONS = frozenset(
-    [
-        functional.conv1d,
-        functional.conv2d,
-        functional.conv3d,
-        functional.conv_transpose1d,
-        functional.conv_transpose2d,
-        functional.conv_transpose3d,
-    ]
-)
+_CONVOLUTIONS = {
+    functional.conv1d,
+    functional.conv2d,
+    functional.conv3d,
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
+}
 _MOST_ROUNDED = 0.1
 """How far a number may be off in bfloat16, as a share of the numbers' root mean square. Rounding makes up 0.02."""
 

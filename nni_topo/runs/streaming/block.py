@@ -254,4 +254,6 @@ def _differ(one: Any, other: Any) -> bool:
 def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+    if _differ(one, other):
+        return False
     return one is other or bool(one == other)

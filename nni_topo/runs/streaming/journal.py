@@ -82,7 +82,7 @@ class Journal:
         _check_settings(found, self._settings, "a run that was stopped must go on with", folder)
         self._content = found
         for path in folder.glob("*.part"):  # a file that was written when the run was killed
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def _begin_anew(self) -> None:
         """Delete what a run with other settings has written."""
@@ -144,7 +144,7 @@ class Journal:
 
     def _write(self) -> None:
         with disk_errors(self._place):
-            self._place.mkdir(exist_ok=True)
+            self._place.mkdir(parents=True, exist_ok=True)
         write_json(self._place / _FILE, self._content)
 
     def begin_states(self) -> None:
