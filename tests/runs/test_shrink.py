@@ -17,10 +17,12 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.runtime import Calibration
 from nni_topo.network.speedup import Network
 from nni_topo.pruners.budget import network_cost
 from nni_topo.recovery import Reconstruct
 from nni_topo.runs.shrink import ShrinkReport
+from nni_topo.runs.steps import ImageParts, Measurements
 from nni_topo.sharing import find_ties
 from nni_topo.testing import toy_images, toy_model
 from nni_topo.zoo.transformers import bert_small, vit_small
@@ -732,3 +734,32 @@ def test_a_reason_is_told_once_for_all_its_layers(caplog):
     assert small.report.compensation.left_alone == dict.fromkeys(["first", "second"], "called more than once")
     assert "the weights of second, first are not reconstructed: called more than once" in repr(small.report)
     assert "couldn't be reconstructed: second, first (called more than once)" in caplog.text
+
+
+FAR = {"distance": 0.3, "distance_low": 0.2, "distance_high": 0.4, "calibration_distance": 0.1}
+LESS = {"agreement": 0.8, "agreement_low": 0.7, "agreement_high": 0.85, "calibration_agreement": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("figures", "is_told"),
+    [
+        ({}, False),
+        (FAR, True),
+        ({**FAR, "distance": 0.2}, False),  # twice as far isn't more than twice
+        ({**FAR, "distance_low": 0.1}, False),  # the interval holds the other figure
+        (LESS, True),
+        ({**LESS, "agreement": 0.84, "agreement_high": 0.91}, False),
+        ({**LESS, "agreement": 0.86, "agreement_high": 0.89}, False),
+        ({**LESS, "distance": 0.0}, False),  # outputs that hardly differ
+    ],
+)
+def test_too_few_images_are_told_where_held_out_figures_are_clearly_worse(figures, is_told):
+    measured = Measurements(toy_model().eval(), ImageParts.of(Calibration([toy_images(16)]), toy_model().eval()), None)
+    measured.add("unpruned", toy_model().eval())
+    even = {"distance": 0.1, "distance_low": 0.05, "distance_high": 0.15, "calibration_distance": 0.1}
+    measured.stages.append(replace(measured.stages[0], **{**even, **figures}))
+    found = measured.warnings()
+    assert [text.startswith("14 samples are too few for this network (distance") for text in found] == [True] * is_told
+    if is_told:
+        last = measured.stages[-1]
+        assert f"agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}" in found[0]
