@@ -403,8 +403,13 @@ def seed_torch(seed: int) -> None:
     """
     torch.default_generator.manual_seed(seed)
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and (accelerator.type != "cuda" or torch.cuda.is_initialized()):
-        torch.manual_seed(seed)
+    if accelerator is None or (accelerator.type == "cuda" and not torch.cuda.is_initialized()):
+        return
+    module: Any = torch.get_device_module(accelerator)
+    # Apple's has one device.
+    seed_all = getattr(module, "manual_seed_all", None) or getattr(module, "manual_seed", None)
+    if seed_all is not None:
+        seed_all(seed)
 
 
 def random_states() -> list[Tensor]:
