@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError
-from nni_topo.runs import processes
-from nni_topo.runs.processes import check_equal_masks, data_share, masks_digest, process_group, world
+from nni_topo.errors import ConfigError
+from nni_topo.runs.processes import data_share, masks_digest, process_group, world
 
 
 def test_shares_leave_out_what_does_not_go_round():
@@ -34,22 +33,16 @@ def test_digests_do_not_depend_on_the_order_or_on_masks_that_are_none():
     assert masks_digest(first) != masks_digest({"b": {"weight": one}, "a": {"weight": two}})
 
 
-@pytest.mark.parametrize(
-    ("size", "device", "backend"),
-    [(None, "cpu", None), ("1", "cpu", None), ("2", "cpu", "gloo"), ("2", "cuda", "nccl"), ("2", None, "gloo")],
-)
-def test_a_group_is_joined_where_there_are_several_processes_and_left_afterwards(size, device, backend, monkeypatch):
+@pytest.mark.parametrize("size", [None, "1"])
+def test_a_process_alone_joins_no_group(size, monkeypatch):
+    """Two processes that join one and leave it are in experiment/test_processes_together.py."""
     if size is None:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
     else:
         monkeypatch.setenv("WORLD_SIZE", size)
-    told = []
-    monkeypatch.setattr(dist, "init_process_group", lambda name: told.append(name))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: told.append("left"))
-    with process_group(*([] if device is None else [device])) as found:
+    with process_group() as found:
         assert found == (0, 1)
-        assert told == ([] if backend is None else [backend])
-    assert told == ([] if backend is None else [backend, "left"])
+        assert not dist.is_initialized()
 
 
 def test_a_group_that_is_there_is_used_and_stays(tmp_path, monkeypatch):
@@ -61,23 +54,3 @@ def test_a_group_that_is_there_is_used_and_stays(tmp_path, monkeypatch):
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
-
-
-def test_masks_that_differ_are_told_by_rank(monkeypatch):
-    masks = {"a": {"weight": torch.ones(2)}}
-    monkeypatch.setattr(processes, "_is_group", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    assert world() == (1, 3)
-
-    def gather(found, own):
-        assert len(found) == 3
-        found[:] = [own, "0123456789abcdef", own]
-
-    monkeypatch.setattr(dist, "all_gather_object", gather)
-    own = masks_digest(masks)[:12]
-    words = rf"got rank 0: {own}, rank 1: 0123456789ab, rank 2: {own} \(check_equal_masks\)"
-    with pytest.raises(DataError, match=words):
-        check_equal_masks(masks)
-    monkeypatch.setattr(dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own] * 3))
-    check_equal_masks(masks)

@@ -310,17 +310,23 @@ def test_a_seed_that_is_kept_inside_is_not_the_one_with_which_a_gpu_is_started(i
     assert found == seeds
 
 
-def test_a_dense_network_is_made_without_a_seed_for_a_gpu_that_is_not_in_use(monkeypatch):
-    found = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    model, images = toy_model().eval(), toy_images(4)
-    asked = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", found.append)
-    groups = nni_topo.dependency_groups(model, images, asked)
-    masks = nni_topo.create_pruner("l1", toy_model().eval(), groups).compress()[1]
-    nni_topo.to_dense(model, images, masks)
-    nni_topo.distill(model, toy_model(1).eval(), [images], steps=1, lr=1e-4, augment=lambda given: given + 0.1)
-    assert found == []
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA is started, so that no seed waits for it")
+def test_a_dense_network_is_made_without_a_seed_for_a_gpu_that_is_not_in_use():
+    def waiting():
+        return torch.cuda._lazy_seed_tracker.get_calls()
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        seeds = waiting()
+        assert seeds
+        model, images = toy_model().eval(), toy_images(4)
+        groups = nni_topo.dependency_groups(model, images, [{"op_names": ["hidden"], "sparse_ratio": 0.5}])
+        masks = nni_topo.create_pruner("l1", toy_model().eval(), groups).compress()[1]
+        nni_topo.to_dense(model, images, masks)
+        nni_topo.distill(model, toy_model(1).eval(), [images], steps=1, lr=1e-4, augment=lambda given: given + 0.1)
+        assert waiting() == seeds
+        torch.manual_seed(6)
+        assert waiting() != seeds
 
 
 def test_the_compiler_is_off_for_models_that_are_compiled_alone():
