@@ -21,7 +21,7 @@ from functools import reduce
 from numbers import Integral, Real
 from operator import or_
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -415,17 +415,26 @@ def rule_of(hint: Any, scope: Mapping[str, Any] | None = None) -> Rule:
     if origin is Callable:
         return FUNCTION
     if origin is type:
-        kind = inner[0] if isinstance(inner[0], type) else object
-        return Rule(f"a class of {kind.__name__}", lambda value: isinstance(value, type) and issubclass(value, kind))
+        kind = inner[0] if is_class(inner[0]) else object
+        return Rule(f"a class of {kind.__name__}", lambda value: is_class(value) and issubclass(value, kind))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _mapping(rule_of(inner[0], scope), rule_of(inner[1], scope))
     if isinstance(origin, type) and issubclass(origin, tuple) and inner[-1:] != (...,):
         return _row([rule_of(each, scope) for each in inner])
     if isinstance(origin, type) and issubclass(origin, Iterable):
         return _several(rule_of(inner[0], scope), is_sized=issubclass(origin, Collection))
-    if isinstance(hint, type) and hint is not object and not getattr(hint, "_is_protocol", False):
+    if is_class(hint) and hint is not object and not getattr(hint, "_is_protocol", False):
         return instance(hint)
     return ANYTHING
+
+
+def is_class(value: object) -> TypeGuard[type]:
+    """Whether it is a class. ``list[int]`` is none, though Python 3.10 says that it is an instance of ``type``.
+
+    >>> is_class(list), is_class(list[int]), is_class([])
+    (True, False, False)
+    """
+    return isinstance(value, type) and not isinstance(value, types.GenericAlias)
 
 
 def _equal(wanted: Any) -> Rule:

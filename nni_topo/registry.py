@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Any, ClassVar, Generic, TypeVar
 
-from nni_topo.errors import ConfigError, check_fields, shown, unknown_name
+from nni_topo.errors import ConfigError, check_fields, is_class, shown, unknown_name
 
 Made = TypeVar("Made")  # what the class of a record makes
 _logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class ClassInfo(Generic[Made]):
         """Import and return the class, or a class method; ConfigError if there is none, or it is of another kind."""
         found: Callable[..., Made] = imported(self.path, f"a {self.kind} must be a class")
         owner = getattr(found, "__self__", found)  # of a class method
-        if not (isinstance(owner, type) and issubclass(owner, self.base)):
+        if not (is_class(owner) and issubclass(owner, self.base)):
             base = f"{self.base.__module__}.{self.base.__qualname__}"
             raise ConfigError(f"a {self.kind} must be a class of {base}, got {found!r} ({self.path})")
         return found

@@ -13,7 +13,7 @@ from nni.compression.base.compressor import Pruner
 from nni.compression.utils import Evaluator
 from torch import nn
 
-from nni_topo.errors import ConfigError, checked, instance, rule_of, unknown_name
+from nni_topo.errors import ConfigError, checked, instance, is_class, rule_of, unknown_name
 from nni_topo.network.runtime import CONFIG_LIST, MODEL
 from nni_topo.pruners.checks import check_request, of_single_weights
 from nni_topo.pruners.heads import show_heads_to_nni
@@ -181,7 +181,7 @@ def expose_in_nni() -> None:
     hooks = importlib.import_module(_OWN)
     for name in hooks.__all__:
         part = getattr(hooks, name)
-        if isinstance(part, type) and issubclass(part, (DataCollector, MetricCalculator, SparsityAllocator)):
+        if is_class(part) and issubclass(part, (DataCollector, MetricCalculator, SparsityAllocator)):
             setattr(nni.compression.pruning.tools, name, part)
     show_heads_to_nni()
     logging.getLogger(f"{_NNI}.scheduled_pruner").addFilter(_Tested({cls.__name__ for cls in own}))

@@ -27,6 +27,7 @@ from nni_topo.errors import (
     GradientError,
     check_knobs,
     instance,
+    is_class,
     listed,
     shown,
     taking,
@@ -794,7 +795,7 @@ def check_choices(
         check_no_ratios([each if isinstance(each, Mapping) else {} for each in layers or ()], "layers")
     if budget.allocation == AUTO:
         allocations_to_try(pruner)
-    if isinstance(compensate, type) and issubclass(compensate, RecoveryMethod):
+    if is_class(compensate) and issubclass(compensate, RecoveryMethod):
         raise ConfigError(
             f"compensate must be a method's name, an object of it or a function, got the class {compensate.__name__} "
             f"({place})"

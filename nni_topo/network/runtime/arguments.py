@@ -22,6 +22,7 @@ from nni_topo.errors import (
     all_of,
     check_knobs,
     instance,
+    is_class,
     number,
     one_of,
     shown,
@@ -52,7 +53,7 @@ def _kind(value: Any) -> str:
 
 def _kind_of_model(value: Any) -> str:
     """Say what is no model, and how it becomes one where that is known."""
-    if isinstance(value, type) and issubclass(value, nn.Module):
+    if is_class(value) and issubclass(value, nn.Module):
         return f"{_kind(value)}, of which no model has been made: {value.__name__}(...)"
     if isinstance(value, Mapping) and tensors_of(dict(value)):
         return f"{_kind(value)}, which a model takes by model.load_state_dict"
