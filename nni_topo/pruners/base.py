@@ -23,7 +23,7 @@ from torch import nn
 
 from nni_topo.errors import NONE, ConfigError, LayerError, Rule, instance
 from nni_topo.network.layers import kept_channels
-from nni_topo.network.runtime import in_smaller_batches, left_alone
+from nni_topo.network.runtime import in_smaller_batches, left_alone, quiet
 from nni_topo.network.speedup import DependencyGroups
 from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.budget import Budget, BudgetPlanner
@@ -183,7 +183,8 @@ class StructuredPruner(Pruner):
     @in_smaller_batches
     def generate_masks(self) -> Masks:
         """Return the masks of NNI's three stages, which the hooks do; where a GPU's memory is too small, batch less."""
-        return super().generate_masks()  # type: ignore[no-any-return]
+        with quiet(getattr(self, "progress", None)):
+            return super().generate_masks()  # type: ignore[no-any-return]
 
     @in_smaller_batches
     def masks_for(self, budget: Budget) -> Masks:
@@ -215,7 +216,7 @@ class StructuredPruner(Pruner):
             )
         planner.change(budget)
         self._keep_measurements()
-        with self._in_step, left_alone(self.bound_model):
+        with self._in_step, left_alone(self.bound_model), quiet(getattr(self, "progress", None)):
             if self._collected is None:
                 self._collected = self._collect_data()
             found = self._generate_sparsity(self._calculate_metrics(self._collected))

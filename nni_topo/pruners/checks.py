@@ -49,6 +49,7 @@ from nni_topo.network.runtime import (
     check_entry,
     in_smaller_batches,
     left_alone,
+    quiet_if_asked,
 )
 from nni_topo.network.speedup import DependencyGroups, by_reason
 
@@ -85,6 +86,7 @@ def pruner_arguments(**own: Rule) -> Callable[[Callable[_Given, _Returned]], Cal
         rules = {name: table[name] for name in names}
         guarded = in_smaller_batches(function)
 
+        @quiet_if_asked
         @checked(**rules)
         @functools.wraps(function)
         def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Returned:

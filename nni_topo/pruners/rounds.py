@@ -90,7 +90,7 @@ def prune_in_rounds(
         matched_state(pruner.bound_model, rewind)
     rounds = []
     try:
-        for index, step in enumerate(bar("rounds", None, steps), start=1):
+        for index, step in enumerate(bar("rounds", getattr(pruner, "progress", None), steps), start=1):
             for space, goal in goals:
                 space.sparse_ratio = 1.0 - (1.0 - goal) ** step if step < 1.0 else goal
             pruner.update_masks(pruner.generate_masks())

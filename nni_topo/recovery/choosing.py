@@ -35,6 +35,7 @@ from nni_topo.network.runtime import (
     evaluation_mode,
     fitting,
     leaves_models_alone,
+    quiet_if_asked,
     real_positions_of,
     structure_call,
     watched,
@@ -42,6 +43,7 @@ from nni_topo.network.runtime import (
 from nni_topo.recovery.lesson import Outputs, read_outputs
 
 
+@quiet_if_asked
 @checked(
     pool=BATCHES,
     model=MODEL,

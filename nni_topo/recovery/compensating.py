@@ -29,6 +29,7 @@ from nni_topo.network.runtime import (
     in_smaller_batches,
     in_step,
     leaves_models_alone,
+    quiet_if_asked,
     structure_call,
 )
 from nni_topo.network.speedup import MasksLike, by_reason
@@ -63,6 +64,7 @@ class Compensation:
         return repr(self.report)
 
 
+@quiet_if_asked
 @in_step
 @checked(
     model=MODEL,

@@ -65,6 +65,7 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
     not_under_autocast,
     out_of_memory,
+    quiet_if_asked,
     tensors_of,
 )
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
@@ -281,6 +282,7 @@ def course_length(images: int, batch_size: int) -> int:
     return max(_STEPS, _PASSES * math.ceil(images / batch_size))
 
 
+@quiet_if_asked
 @in_step
 @checked(dense=MODEL, original=MODEL, images=BATCHES, held_out=BATCHES | NONE, state=ANYTHING, **KNOBS)
 @leaves_models_alone

@@ -30,6 +30,7 @@ from nni_topo.network.runtime import (
     check_model,
     detached_copy,
     leaves_models_alone,
+    quiet_if_asked,
     tensors_of,
     watched,
 )
@@ -40,6 +41,7 @@ _ROUGHNESS = 0.01  # weight of differences between neighbours
 _LEAST_VARIANCE = 1e-6
 
 
+@quiet_if_asked
 @checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def synthetic_images(

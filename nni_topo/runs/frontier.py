@@ -27,6 +27,7 @@ from nni_topo.network.runtime import (
     check_model,
     first_call,
     leaves_models_alone,
+    quiet_if_asked,
     tells_once,
 )
 from nni_topo.pruners.budget import Budget, outcome_of
@@ -216,6 +217,7 @@ class Frontier(Mapping[float, nn.Module]):
         return "\n".join(lines)
 
 
+@quiet_if_asked
 @checked(
     model=MODEL,
     images=BATCHES,

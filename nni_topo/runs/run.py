@@ -21,7 +21,7 @@ from nni_topo import zoo
 from nni_topo.disk import DELETE
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers import output_channels, weights_left, zeros_held
-from nni_topo.network.runtime import HELD_OUT
+from nni_topo.network.runtime import HELD_OUT, quiet_if_asked
 from nni_topo.network.speedup import to_dense
 from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome, network_cost
 from nni_topo.pruners.hooks import Masks
@@ -117,6 +117,7 @@ class Start:
         return list(zip(*parts, strict=True))
 
 
+@quiet_if_asked
 def trained(
     model: ModelChoice,
     data: DataChoice,

@@ -26,6 +26,7 @@ from nni_topo.network.runtime import (
     in_step,
     leaves_models_alone,
     markdown_table,
+    quiet_if_asked,
     structure_call,
     tells_once,
     told_of_changes,
@@ -340,6 +341,7 @@ KNOBS = {"tolerance": number(0.0, 1.0, "neither") | NONE, "measure": one_of(MEAS
 
 
 # Arguments that are names, knobs or functions are checked by `check_choices`.
+@quiet_if_asked
 @in_step
 @checked(model=MODEL, images=BATCHES, budget=ANYTHING, pruner=ANYTHING, distill=ANYTHING, round_to=ROUND_TO, **KNOBS)
 @leaves_models_alone

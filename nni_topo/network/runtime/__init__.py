@@ -101,7 +101,7 @@ from nni_topo.network.runtime.precision import (
     not_under_autocast,
 )
 from nni_topo.network.runtime.processes import Processes, digest, in_step
-from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.progress import bar, quiet, quiet_if_asked
 from nni_topo.network.runtime.reports import (
     ModelReport,
     as_code,
@@ -223,6 +223,8 @@ __all__ = [
     "parts",
     "pruner_batches",
     "put_parameters",
+    "quiet",
+    "quiet_if_asked",
     "random_like",
     "random_state_kept",
     "random_states",

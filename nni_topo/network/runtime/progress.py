@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
 
 from tqdm import tqdm
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_IS_QUIET: ContextVar[bool] = ContextVar("is_quiet", default=False)
 
 _DELAY = 5.0  # seconds after which progress appears that wasn't asked for
 _PAUSE = 30.0  # seconds from one line to the next
@@ -47,10 +55,32 @@ def bar(
 ) -> tqdm[Any]:
     """Return a progress bar of tqdm in a terminal; elsewhere one that writes a line every thirty seconds.
 
-    ``progress``: True shows it at once, False never, and None after five seconds.
+    ``progress``: True shows it at once, False never, and None after five seconds. Within :func:`quiet` none appears.
     """
     given: dict[str, Any] = {"desc": what, "total": total, "initial": done}
-    given |= {"delay": _DELAY if progress is None else 0.0, "disable": progress is False or sys.stderr is None}
+    is_hidden = progress is False or _IS_QUIET.get() or sys.stderr is None
+    given |= {"delay": _DELAY if progress is None else 0.0, "disable": is_hidden}
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(items, **given)
     return _Lines(items, **given, leave=False, miniters=1)
+
+
+@contextmanager
+def quiet(progress: object) -> Iterator[None]:
+    """Let no bar appear in this block if ``progress`` is False, whatever is called in it."""
+    before = _IS_QUIET.set(_IS_QUIET.get() or progress is False)
+    try:
+        yield
+    finally:
+        _IS_QUIET.reset(before)
+
+
+def quiet_if_asked(function: Callable[P, R]) -> Callable[P, R]:
+    """Let no bar appear in a function that is called with the keyword ``progress=False``."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with quiet(kwargs.get("progress")):
+            return function(*args, **kwargs)
+
+    return called

@@ -69,6 +69,7 @@ from nni_topo.network.runtime import (
     in_step,
     on_device,
     out_of_memory,
+    quiet_if_asked,
     real_positions_of,
     taken,
     tells_once,
@@ -106,6 +107,7 @@ _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack", "
 _logger = logging.getLogger(__name__)
 
 
+@quiet_if_asked
 @in_step
 @checked(
     budget=ANYTHING,

@@ -7,9 +7,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 import nni_topo
 from nni_topo.network.runtime import bar
+from nni_topo.pruners.rounds import prune_in_rounds
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -83,3 +85,45 @@ def test_weight_reconstruction_writes_lines_to_a_file(monkeypatch, late):
     pruner.unwrap_model()
     nni_topo.compensate(model, masks, [images], progress=True)
     assert "compensate: 0 of " in sys.stderr.getvalue()
+
+
+def selected(model, images, **progress):
+    config_list = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
+    pruner = nni_topo.ReconstructionPruner(model, config_list, calibration=[images], **progress)
+    pruner.compress()
+    pruner.unwrap_model()
+
+
+def in_rounds(model, images, **progress):
+    config_list = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
+    pruner = nni_topo.ReconstructionPruner(model, config_list, calibration=[images], **progress)
+    prune_in_rounds(pruner, [0.5, 1.0], lambda: None)
+    pruner.unwrap_model()
+
+
+def shrunk(model, images, **progress):
+    steps = {"distill": {"steps": 2, "lr": 1e-3}}
+    nni_topo.shrink(model, [images], {"params": 0.6}, pruner="reconstruction", **steps, **progress)
+
+
+def compensated(model, images, **progress):
+    masks = {"hidden": {"weight": (torch.arange(16) < 8).float()[:, None]}}
+    nni_topo.compensate(model, masks, [images], **progress)
+
+
+def distilled(model, images, **progress):
+    nni_topo.distill(toy_model(), model, [images], steps=2, **progress)
+
+
+def chosen(model, images, **progress):
+    nni_topo.choose_images([images], model, 10, **progress)
+
+
+@pytest.mark.parametrize("called", [selected, in_rounds, shrunk, compensated, distilled, chosen])
+@pytest.mark.parametrize("progress", [None, False])
+def test_no_progress_is_shown_where_it_is_not_wanted(called, progress, monkeypatch):
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    called(toy_model(), toy_images(40), progress=progress)
+    lines = [line for line in sys.stderr.getvalue().splitlines() if " passed" in line]
+    assert bool(lines) == (progress is None)
