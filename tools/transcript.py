@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import chdir, redirect_stdout
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,12 @@ def transcribed(page: str, folder: Path) -> str:
         said = python(code, names) if language == "python" else "".join(map(shell, code.splitlines()))
         return found[0] if old is None else f"```{language}\n{code}```\n\n```text\n{tidy(said)}```\n"
 
-    with chdir(folder):
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
         return SNIPPET.sub(run, page)
+    finally:
+        os.chdir(before)
 
 
 def python(code: str, names: dict[str, Any]) -> str:
