@@ -73,7 +73,7 @@ def checks() -> list[Check]:
         Check("damaged files and killed jobs", "make faults"),
         Check("processors", "make test-processors"),
         Check("all networks of the zoo", "make zoo ZOO=--without-times"),
-        Check("NNI's own tests", "make upstream", variables=("NNI",)),
+        Check("NNI's own tests", "make upstream UPSTREAM=--record", variables=("NNI",)),
         Check("lowest versions", "make test-lowest", programs=("python3.10",)),
         Check("PyTorch 2.12, Python 3.12", "make test-with PYTHON=python3.12 WITH='torch==2.12.*'", ("python3.12",)),
         Check("PyTorch 2.13, Python 3.13", "make test-with PYTHON=python3.13 WITH='torch==2.13.*'", ("python3.13",)),
