@@ -113,6 +113,7 @@ def patches() -> tuple[Callable[[], bool], ...]:
         tracing.name_class_of_super,
         tracing.wrap_type_itself,
         tracing.run_leaves_with_classes,
+        tracing.keep_apply_of_functions,
         tracing.write_stand_ins_as_types,
         tracing.compare_stand_ins_as_types,
         tracing.call_functions_of_python,

@@ -152,6 +152,33 @@ def run_leaves_with_classes() -> bool:
     return True
 
 
+def keep_apply_of_functions() -> bool:
+    """Leave ``torch.autograd.Function.apply`` where it was, once a trace is over.
+
+    Place: ``nni/common/concrete_trace_utils/concrete_tracer.py``, the end of ``ConcreteTracer.trace``. Cause: it
+    deletes the method, which an old PyTorch inherited from C. Since PyTorch 2.0 it is Python's own, so that after the
+    first trace of a process no function with a gradient of its own ran under ``torch.func`` and ``vmap``, and none took
+    keyword arguments or defaults with ``setup_context``; on PyTorch before 2.14 no decoder of Transformers ran without
+    a mask. Returns True if NNI's method was replaced, False if it deletes nothing.
+    """
+    tracer, function = concrete_tracer.ConcreteTracer, torch.autograd.Function
+    trace = tracer.trace
+    if "delattr" not in trace.__code__.co_names:
+        return False
+
+    @functools.wraps(trace)
+    def trace_and_put_back(self: Any, *args: Any, **kwargs: Any) -> Any:
+        apply = vars(function).get("apply")
+        try:
+            return trace(self, *args, **kwargs)
+        finally:
+            if apply is not None:
+                function.apply = apply
+
+    tracer.trace = trace_and_put_back
+    return True
+
+
 def write_stand_ins_as_types() -> bool:
     """Let the stand-ins of builtin classes be written as types: ``list[int]``, ``int | None``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
+from contextlib import nullcontext
 from types import MethodDescriptorType
 from typing import Any
 
@@ -167,6 +168,39 @@ def test_builtin_classes_are_themselves_after_a_trace_that_fails() -> None:
         concrete_trace(FailingPool(), (torch.rand(1, 1, 4, 4),))
     after = [builtins.list, builtins.bool, builtins.type, builtins.map, torch.Size]
     assert all(one is other for one, other in zip(before, after, strict=True))
+
+
+class Doubled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, times: int = 2) -> Tensor:
+        return times * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.times = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.times * gradient, None
+
+
+class Doubling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(x, 2) + 1
+
+
+@pytest.mark.parametrize(("model", "x"), [(Doubling(), torch.ones(4, 3)), (FailingPool(), torch.rand(1, 1, 4, 4))])
+def test_functions_with_a_gradient_of_their_own_are_themselves_after_a_trace(model: nn.Module, x: Tensor) -> None:
+    before = vars(torch.autograd.Function)["apply"]
+    for _ in range(2):
+        with nullcontext() if isinstance(model, Doubling) else pytest.raises(RuntimeError):
+            concrete_trace(model, (x,))
+    after = vars(torch.autograd.Function)["apply"]
+    assert after is before
+    assert torch.equal(torch.vmap(Doubled.apply)(torch.arange(3.0)), torch.tensor([0.0, 2.0, 4.0]))
+    assert Doubled.apply(torch.ones(2)).tolist() == [2.0, 2.0]  # a default, which PyTorch's method in C doesn't know
 
 
 def test_stand_ins_and_wrappers_are_patched_once() -> None:
