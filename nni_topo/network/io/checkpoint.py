@@ -312,7 +312,7 @@ def _write_safe(document: dict[str, Any], path: _PathLike) -> None:
     try:
         save_file(values, os.fspath(path), {_RECIPE: json.dumps(recipe)})
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(r"(?:os error |code: )(\d+)", str(error))  # "Os { code: 2, ... }" before 0.6
         raise (error if number is None else OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
