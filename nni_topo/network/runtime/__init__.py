@@ -123,6 +123,7 @@ from nni_topo.network.runtime.untouched import (
     left_alone,
     random_state_kept,
     random_states,
+    running_call,
     seed_torch,
     torch_random_kept,
 )
@@ -233,6 +234,7 @@ __all__ = [
     "report_of",
     "run",
     "run_small",
+    "running_call",
     "same_program",
     "seed_torch",
     "shrunk",

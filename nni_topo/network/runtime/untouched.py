@@ -11,6 +11,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from operator import is_
 from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -30,6 +31,7 @@ from nni_topo.network.runtime.precision import Switch, in_full_precision, is_wit
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
+_CALL: ContextVar[object | None] = ContextVar("call", default=None)  # the outermost block of `left_alone`
 _PutBack = Callable[[], object]
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
@@ -62,12 +64,33 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
         for model in models:
             if isinstance(model, nn.Module):
                 _write_down(model, put_back, seen)
-        with random_state_kept(), _compiler_off() if runs_written else nullcontext():
+        with random_state_kept(), _compiler_off() if runs_written else nullcontext(), _one_call():
             try:
                 yield
             finally:
                 for each in put_back:
                     each()
+
+
+@contextmanager
+def _one_call() -> Iterator[None]:
+    """Mark the outermost block; blocks within it belong to the same call."""
+    if _CALL.get() is not None:
+        yield
+        return
+    before = _CALL.set(object())
+    try:
+        yield
+    finally:
+        _CALL.reset(before)
+
+
+def running_call() -> object | None:
+    """Return what stands for the public function that runs, the outermost one; None where none leaves models alone.
+
+    Between two calls anything may change on which a model's forward depends, globals and closures too.
+    """
+    return _CALL.get()
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from nni_topo.network.runtime import (
     out_of_memory,
     put_parameters,
     random_state_kept,
+    running_call,
     unwrapped_copy,
 )
 from nni_topo.sharing import first_names
@@ -53,9 +54,9 @@ class _Known:
     draws_others: bool
 
 
-# By model, its structure when it was last looked at and what was found out about it. Nothing here holds a weight, or
-# the model itself, which would never be freed.
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[str, dict[Any, Any]]] = WeakKeyDictionary()
+# By model, the call of a public function in which it was last looked at, its structure then and what was found out.
+# Nothing here holds a weight, or the model itself, which would never be freed.
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[object, str, dict[Any, Any]]] = WeakKeyDictionary()
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 _OWN = frozenset(vars(nn.Module())) | {"_nni_wrapper", "forward"}
 
@@ -63,13 +64,15 @@ _OWN = frozenset(vars(nn.Module())) | {"_nni_wrapper", "forward"}
 class Network:
     """A model, wrapped by NNI or not, and a call of it; all answers are those of the unwrapped model in evaluation."""
 
-    # An answer holds for a structure: modules, shapes, devices and plain attributes, not weights. It is looked at anew
-    # by each question, so that a model that was cut since is traced again. A graph that reads values may depend on
-    # weights and is kept no longer than this question lasts.
+    # An answer holds within one call of a public function, for a forward depends on more than can be written down: on
+    # globals, on classes, on what closures hold. Within a call it holds for a structure: modules, shapes, devices and
+    # plain attributes, not weights. That is looked at anew by each question, so that a model that was cut since is
+    # traced again. A graph that reads values may depend on weights and is kept no longer than this question lasts.
     def __init__(self, model: nn.Module, call: Call) -> None:
         self.model = model
         self.call = call
         self._own: dict[Any, Any] = {}  # what isn't kept, by question and structure
+        self._call: object | None = None  # the public function's in which `_own` was found
         self._asked: str | None = None  # the structure, while a question is answered, which may ask others
 
     @classmethod
@@ -196,9 +199,13 @@ class Network:
         answer mustn't hold the model, or a tensor of it.
         """
         structure, key = self._asked or _structure(self.model), (question, _shown(self.call))
-        if structure != _KNOWN.get(self.model, ("", {}))[0]:
-            _KNOWN[self.model] = structure, {}
-        answers = _KNOWN[self.model][1]
+        call = running_call()
+        if call is not self._call:
+            self._own.clear()
+            self._call = call
+        if (call, structure) != _KNOWN.get(self.model, (None, ""))[:2]:
+            _KNOWN[self.model] = call, structure, {}
+        answers = _KNOWN[self.model][2]
         own = (structure, *key)
         found: T
         if key in answers:
@@ -211,7 +218,8 @@ class Network:
                 found = find()
             finally:
                 self._asked = before
-            (answers if kept(found) else self._own)[key if kept(found) else own] = found
+            is_kept = call is not None and kept(found)
+            (answers if is_kept else self._own)[key if is_kept else own] = found
         return found
 
 

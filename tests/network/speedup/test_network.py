@@ -11,6 +11,7 @@ from torch import nn
 from nni_topo import RandomPruner, TopologicalPruner, compensate, dependency_groups, to_dense
 from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph import tracing
+from nni_topo.network.runtime import left_alone
 from nni_topo.network.speedup import network as module
 from nni_topo.network.speedup.network import Network
 from nni_topo.pruners.testing.toys import toy_images, toy_model
@@ -50,16 +51,18 @@ class Switched(nn.Module):
         return torch.relu(self.one(x))
 
 
-def test_a_chain_traces_a_model_once(traces):
-    # six times before: each step by itself, the pruner twice, and the dense model a second time
+def test_a_call_traces_a_model_once(traces):
     model, images = toy_model(), toy_images(2)
     config = dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert len(traces) == 1
     pruner = TopologicalPruner(model, config, calibration=[images])
     _, masks = pruner.compress()
     pruner.unwrap_model()
+    assert len(traces) == 3  # when it is made, and when it chooses
     better = compensate(model, masks, [images])
+    assert len(traces) == 4
     to_dense(better, images, masks)
-    assert len(traces) == 1
+    assert len(traces) == 5
 
 
 class Noting(nn.Module):
@@ -79,21 +82,23 @@ class Noting(nn.Module):
 
 def test_parts_are_traced_once_though_a_model_notes_something_at_its_first_run(traces):
     model = Noting().eval()
-    config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
-    count = len(traces)
-    assert count > 0
-    assert "seen" not in vars(model)
-    pruner = RandomPruner(model, config, seed=0)
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    assert to_dense(model, IMAGES, masks).head[0].out_features == 3  # of 5
-    assert len(traces) == count
+    with left_alone(model):
+        config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
+        count = len(traces)
+        assert count > 0
+        assert "seen" not in vars(model)
+        pruner = RandomPruner(model, config, seed=0)
+        _, masks = pruner.compress()
+        pruner.unwrap_model()
+        assert to_dense(model, IMAGES, masks).head[0].out_features == 3  # of 5
+        assert len(traces) == count
 
 
 def test_another_size_of_batch_is_traced_by_itself(traces):
     model = two_layers()
-    for count in (1, 2, 1):
-        assert set(Network.on(model, torch.rand(count, 3, 8, 8)).flow.layers) == {"0", "2"}
+    with left_alone(model):
+        for count in (1, 2, 1):
+            assert set(Network.on(model, torch.rand(count, 3, 8, 8)).flow.layers) == {"0", "2"}
     assert len(traces) == 2
 
 
@@ -140,6 +145,68 @@ def test_a_part_with_a_hook_is_traced_anew():
     assert FIXED not in Network.on(model, IMAGES).flow.entering_group_ids("1")
 
 
+class Nested:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+
+SHARED = {"other": True}
+
+
+class Depending(nn.Module):
+    """Uses its second layer, or not, by what no walk over the model's attributes shows."""
+
+    uses_other = True
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.nested = Nested({"a": {"b": {"c": True}}})
+        self.factor = [torch.ones(8, 8)]
+        told = {"other": True}
+        self.asks = lambda: told["other"]
+
+    def forward(self, x):
+        asked = (type(self).uses_other, SHARED["other"], self.nested.inner["a"]["b"]["c"], self.asks())
+        if all(asked) and self.one.weight.requires_grad:
+            return self.last(torch.relu(self.one(x) * self.factor[0] + self.other(x)))
+        return self.last(torch.relu(self.one(x) * self.factor[0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(type(model), "uses_other", False),
+        lambda model: SHARED.update(other=False),
+        lambda model: model.nested.inner["a"]["b"].update(c=False),
+        lambda model: model.asks.__closure__[0].cell_contents.update(other=False),
+        lambda model: model.one.requires_grad_(False),
+    ],
+    ids=["class", "global", "nested", "closure", "frozen"],
+)
+def test_another_call_sees_all_that_changed_since(change, monkeypatch):
+    monkeypatch.setattr(Depending, "uses_other", True)
+    monkeypatch.setitem(SHARED, "other", True)
+    model, asked = Depending().eval(), [{"op_names": ["one", "other"], "sparse_ratio": 0.5}]
+    assert all("dependency_group_id" in entry for entry in dependency_groups(model, IMAGES, asked))
+    masks = {"one": {"weight": (torch.arange(4) < 2).float()[:, None, None, None]}}
+    change(model)
+    assert not any("dependency_group_id" in entry for entry in dependency_groups(model, IMAGES, asked))
+    dense = to_dense(model, IMAGES, masks)
+    assert dense.one.out_channels == 2
+
+
+def test_tensors_that_a_forward_finds_in_a_list_are_those_of_now():
+    model = Depending().eval()
+    for value in (1.0, 3.0):
+        model.factor[0].fill_(value)
+        with left_alone(model):
+            graph, args = Network.on(model, IMAGES).graph(model)
+        torch.testing.assert_close(graph(*args), model(IMAGES))
+
+
 def test_no_answer_is_given_for_shapes_that_changed():
     model = two_layers()
     network = Network.on(model, IMAGES)
@@ -153,12 +220,13 @@ def test_no_answer_is_given_for_shapes_that_changed():
 
 def test_weights_may_change_and_the_graph_takes_the_new_ones(traces):
     model = two_layers()
-    before = Network.on(model, IMAGES).flow
-    with torch.no_grad():
-        model[0].weight.mul_(3.0)
-    network = Network.on(model, IMAGES)
-    assert network.flow is before
-    graph, args = network.graph(model)
+    with left_alone():
+        before = Network.on(model, IMAGES).flow
+        with torch.no_grad():
+            model[0].weight.mul_(3.0)
+        network = Network.on(model, IMAGES)
+        assert network.flow is before
+        graph, args = network.graph(model)
     torch.testing.assert_close(graph(*args), model(IMAGES))
     assert traces == ["Sequential"]
 
@@ -184,11 +252,12 @@ def test_what_the_forward_makes_itself_is_in_the_graph():
 
 def test_a_wrapped_model_is_the_same_network(traces):
     model, images = toy_model(), toy_images(2)
-    before = Network.on(model, images).flow
-    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-    pruner = TopologicalPruner(model, config)
-    pruner.compress()
-    assert Network.on(pruner.bound_model, images).flow is before
+    with left_alone():
+        before = Network.on(model, images).flow
+        config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+        pruner = TopologicalPruner(model, config)
+        pruner.compress()
+        assert Network.on(pruner.bound_model, images).flow is before
 
 
 def test_a_graph_found_by_running_is_found_again(monkeypatch):
@@ -222,13 +291,14 @@ def test_a_model_that_is_gone_leaves_nothing_behind():
 
 def test_a_copy_is_known_only_as_long_as_it_is_one(traces):
     model = two_layers()
-    flow = Network.on(model, IMAGES).flow
-    other = copy.deepcopy(model)
-    module.share_answers(model, other)
-    assert Network.on(other, IMAGES).flow is flow
-    other.set_submodule("0", nn.Conv2d(3, 4, 1))
-    assert Network.on(other, IMAGES).flow is not flow
-    assert Network.on(model, IMAGES).flow is flow
+    with left_alone():
+        flow = Network.on(model, IMAGES).flow
+        other = copy.deepcopy(model)
+        module.share_answers(model, other)
+        assert Network.on(other, IMAGES).flow is flow
+        other.set_submodule("0", nn.Conv2d(3, 4, 1))
+        assert Network.on(other, IMAGES).flow is not flow
+        assert Network.on(model, IMAGES).flow is flow
     assert len(traces) == 2
 
 
@@ -239,14 +309,19 @@ def test_an_answer_is_found_once_for_all_networks_on_a_model_unless_it_is_this_o
         found.append(len(found))
         return found[-1]
 
-    one, other = Network.on(model, IMAGES), Network.on(model, IMAGES)
-    assert [network.remember("shared", find) for network in (one, other, one)] == [0, 0, 0]
-    own = [network.remember("own", find, kept=lambda _: False) for network in (one, other, one, other)]
-    assert own == [1, 2, 1, 2]
-    assert [Network.on(model, each).remember("shared", find) for each in (IMAGES[:1], IMAGES)] == [3, 0]
-    model[0].stride = (2, 2)
-    assert [network.remember("shared", find) for network in (one, other)] == [4, 4]
-    assert one.remember("own", find, kept=lambda _: False) == 5
+    with left_alone():
+        one, other = Network.on(model, IMAGES), Network.on(model, IMAGES)
+        assert [network.remember("shared", find) for network in (one, other, one)] == [0, 0, 0]
+        own = [network.remember("own", find, kept=lambda _: False) for network in (one, other, one, other)]
+        assert own == [1, 2, 1, 2]
+        assert [Network.on(model, each).remember("shared", find) for each in (IMAGES[:1], IMAGES)] == [3, 0]
+        model[0].stride = (2, 2)
+        assert [network.remember("shared", find) for network in (one, other)] == [4, 4]
+        assert one.remember("own", find, kept=lambda _: False) == 5
+    with left_alone():
+        assert [network.remember("shared", find) for network in (one, other)] == [6, 6]
+        assert one.remember("own", find, kept=lambda _: False) == 7
+    assert [network.remember("shared", find) for network in (one, other, one)] == [8, 9, 8]  # each by itself
 
 
 class Held:
