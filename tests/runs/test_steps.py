@@ -163,6 +163,39 @@ def test_named_layers_become_entries_of_a_config_list(layers, entries):
     assert (found.entries, found.unpruned, found.is_default) == (entries, {}, False)
 
 
+class Twice(nn.Module):
+    """A layer under two names, and an embedding that isn't used."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.head, self.words = nn.Linear(4, 4), nn.Linear(4, 2), nn.Embedding(5, 4)
+        self.two = self.one
+
+    def forward(self, x):
+        """Map (samples, 4) to (samples, 2)."""
+        return self.head(self.two(self.one(x).relu()).relu())
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("two", "it is one under another name, and loses what that loses"),
+        ("words", "the forward doesn't use the layer"),
+    ],
+)
+def test_layers_that_no_list_of_layers_has_are_refused_with_the_reason(name, why):
+    with pytest.raises(ConfigError, match=f"got {name}, which keeps all channels: {why}; layers of"):
+        layers_to_prune(Twice(), torch.rand(2, 4), [name])
+
+
+def test_an_entry_for_heads_may_name_a_module_that_holds_layers():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))
+    entry = {"op_names": ["0"], "granularity": "head"}
+    assert layers_to_prune(model, torch.rand(2, 4), [entry]).entries == [entry]
+    with pytest.raises(ConfigError, match=r"got 0 \(Sequential\) without channels of its own;"):
+        layers_to_prune(model, torch.rand(2, 4), ["0"])
+
+
 def test_by_default_all_layers_that_can_lose_channels_are_named():
     found = layers_to_prune(Attending().eval(), torch.rand(2, 5, 8), None)
     assert found.is_default
