@@ -509,6 +509,8 @@ def test_time_between_layers_is_dealt_out_by_what_the_layers_put_out():
     table = LatencyTable({"0": one, "1.x": two}, rest=16.0)
     assert _seconds(table, ["0"]) == 4.0 + 4.0
     assert _seconds(table, table.layers) == 4.0 + 6.0 + 16.0
+    wide = LayerLatency((1, 2, 4), (1, 4, 8), ((1.0, 2.0, 3.0), (2.0, 4.0, 6.0), (3.0, 6.0, 9.0)), activation=0.0)
+    assert _seconds(LatencyTable({"0": wide}), ["0"]) == 9.0
     short = Shortened(nn.Identity(), {"a": "1.x", "b": "nowhere"}, (), (), 0.0, 1.0)
     assert _table_of(table, short) == LatencyTable({"a": two}, rest=12.0)
     silent = LatencyTable({name: replace(layer, activation=0.0) for name, layer in table.layers.items()}, rest=16.0)
@@ -526,7 +528,11 @@ class Staged(DepthSteps):
     def told(self, lefts, losses, kept, refused, overhead):
         """Note what is known of the networks."""
         path = DepthPath.__new__(DepthPath)
-        path.states = [Shortened(None, {}, (), (), *each) for each in zip(losses, lefts, strict=True)]
+        gone = [RemovedBlock(str(number), "block", "") for number in range(len(losses))]
+        path.states = [
+            Shortened(None, {}, (), tuple(gone[:count]), *each)
+            for count, each in enumerate(zip(losses, lefts, strict=True))
+        ]
         path._extend = lambda: False
         vars(self).update(path=path, kept=kept, refused=refused, overhead=overhead)
         return self
@@ -600,6 +606,8 @@ def test_numbers_of_blocks_are_tried_where_they_may_help(losses, knobs, tried, b
     assert [each.left for each in chosen.depth.tried] == [steps._left(None, count) for count in tried]
     assert [each.is_chosen for each in chosen.depth.tried] == [count == best for count in tried]
     assert chosen.depth.kept == {"4": "wanted"}
+    assert [each.name for each in chosen.depth.removed] == [str(number) for number in range(best)]
+    assert chosen.layers.notes == tuple(map(str, chosen.depth.removed))
     assert math.isnan(chosen.depth.overhead) == ("overhead" not in knobs)
 
 
@@ -778,6 +786,24 @@ def test_sums_that_differ_by_rounding_are_sums():
     rows[0] = 1000.0
     found = found_in(Blocks(block=Cancelling), rows)
     assert set(found.parts) == set(WHOLE)
+
+
+class Narrowing(nn.Module):
+    """Adds to some of its inputs, and gives only these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        """Map (samples, 4) to (samples, 3)."""
+        return x[:, :3] + self.layer(x)
+
+
+def test_a_block_that_changes_the_shape_is_no_candidate():
+    model = nn.Sequential(nn.Linear(5, 4), Wide(), Wide(), Narrowing(), nn.Linear(3, 3))
+    found = found_in(model)
+    assert (names_of(found), found.kept) == (["1", "2"], {})
 
 
 class Telling(Blocks):
@@ -961,6 +987,27 @@ def test_parts_of_a_block_that_is_gone_are_gone_too():
     assert "blocks.1" not in state.here
 
 
+class ThreeParts(TwoParts):
+    """A block of three parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = Part()
+
+    def forward(self, x):
+        """Map (samples, 4)."""
+        x = super().forward(x)
+        return x + self.third(x)
+
+
+def test_what_a_part_saves_does_not_depend_on_the_others():
+    path = short_path(make=lambda: Blocks(2, ThreeParts), whole=False, costs=lambda each: 0.1 if each.is_part else 0.4)
+    state = choosing(path, "blocks.0.second")
+    saved = {each.name: path._saved_after(state, each) for each in path._remaining(state)}
+    parts = ["blocks.0.first", "blocks.0.third", *(f"blocks.1.{part}" for part in ("first", "second", "third"))]
+    assert saved == pytest.approx({**dict.fromkeys(parts, 0.1), "blocks.0": 0.3, "blocks.1": 0.4})
+
+
 def test_a_network_without_a_block_shares_the_parameters_of_the_others():
     path = short_path()
     state, candidate = path.states[0], path._removable.candidates[2]
@@ -1125,4 +1172,4 @@ def test_entries_of_a_config_list_stay_as_they_are():
     (one, _), (others, _) = _resolved(entries, stack()[0])
     assert entries == before
     assert one == ["enter"]
-    assert sorted(others) == [f"blocks.1.{part}.{layer}" for part in ("first", "second") for layer in ("one", "two")]
+    assert others == [f"blocks.1.{part}.{layer}" for part in ("first", "second") for layer in ("one", "two")]

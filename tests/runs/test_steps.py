@@ -36,6 +36,7 @@ from nni_topo.runs.steps import (
     plain_weights,
 )
 from nni_topo.testing import toy_images, toy_model
+from nni_topo.zoo.transformers import vit_small
 
 FLOPS = Budget(flops=0.5)
 
@@ -623,6 +624,31 @@ def test_a_pruner_gets_the_seed_and_the_knobs_of_the_caller():
     assert not torch.equal(masks_of(1), masks_of(2))
     assert torch.equal(masks_of(1), masks_of(2, knobs={"seed": 1}))
     assert int(masks_of(1, round_to=4)[-16 * 8 :].view(16, 8).amax(1).sum()) % 4 == 0
+
+
+@pytest.mark.parametrize(("is_search", "count"), [(False, 1), (True, 0)])
+def test_a_missed_budget_of_ratios_is_told_unless_sizes_are_searched(is_search, count, caplog):
+    capped = [{"op_names": ["stem", "inner", "hidden"], "max_sparse_ratio": 0.25}]
+    steps(layers=capped, is_search=is_search).prune(Budget(flops=0.4))
+    assert sum("the flops budget of 0.4 is missed" in record.getMessage() for record in caplog.records) == count
+
+
+@pytest.mark.parametrize(
+    ("narrow_heads", "equal_blocks", "is_narrower"), [(True, False, True), (False, False, False), (True, True, False)]
+)
+def test_heads_get_narrower_where_that_is_asked_for(narrow_heads, equal_blocks, is_narrower):
+    torch.manual_seed(0)
+    net = vit_small(4, 1, 8).eval()
+    data = ImageParts.of(Calibration([torch.randn(16, 1, 8, 8)]), net)
+
+    def first_head(model, config_list, images):
+        rows = torch.arange(len(model.blocks[0].attention.q_proj.weight))
+        mask = (rows >= 16)[:, None].expand_as(model.blocks[0].attention.q_proj.weight).float()
+        return {f"blocks.0.attention.{name}_proj": {"weight": mask.clone()} for name in "qkv"}
+
+    chosen = steps(net, data=data, pruner=first_head, narrow_heads=narrow_heads)
+    pruned = chosen.prune(Budget(flops=0.5, equal_blocks=equal_blocks))
+    assert (pruned.full is not net) == is_narrower
 
 
 def test_a_search_asks_the_same_pruner_for_every_size():
