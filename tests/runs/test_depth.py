@@ -574,6 +574,7 @@ def staged(losses, *, whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, refused=(), ov
         ({0: 1.0, 2: 2.0, 1: 1.5}, {}, [0, 1, 2], 0),
         ({0: 1.0, 2: 1.0, 1: 0.5}, {}, [0, 1, 2], 1),
         ({0: 1.0, 2: math.nan, 1: 2.0}, {}, [0, 1, 2], 0),
+        ({0: math.nan, 2: 1.0, 3: 0.5}, {}, [0, 2, 3], 3),
         # Blocks for half of the saving are better: more go.
         ({0: 2.0, 2: 1.0, 3: 0.5}, {}, [0, 2, 3], 3),
         # All of the saving, since the network without so many blocks loses no more than what was tried.
@@ -586,6 +587,7 @@ def staged(losses, *, whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, refused=(), ov
         ({0: 1.0, 2: 2.0, 3: 3.0}, {"kept": {0: 0.5}}, [0, 2, 3], 2),
         # Channels alone aren't fast enough.
         ({2: 1.0, 3: 2.0}, {"overhead": 0.5}, [2, 3], 2),
+        ({2: 1.0, 4: 3.0}, {"overhead": 0.5, "kept": {2: 0.4}}, [2, 4], 4),
         ({1: 1.0, 2: 2.0}, {"overhead": 0.3}, [1, 2], 1),
         ({0: 1.0, 2: 2.0, 1: 3.0}, {"overhead": 0.25}, [0, 1, 2], 0),
         ({0: 1.0, 1: 2.0}, {"refused": (2,)}, [0, 1], 0),
@@ -639,6 +641,7 @@ def test_the_steps_without_a_block_prune_the_same_layers():
     assert less.prunable.is_default
     assert (len(less.model.blocks), len(steps.model.blocks)) == (2, 3)
     macs = 5 * 4 + 4 * 3 + 3 * 96
+    assert list(path._saved.values()) == pytest.approx([96 / macs] * 3)
     assert steps._left(budget, 1) == pytest.approx(1.0 - 96 / macs)
     assert steps._left(budget, 0) == 1.0
     assert steps._own_budget(budget, 1).share == pytest.approx(0.5 / (1.0 - 96 / macs))
@@ -1117,12 +1120,13 @@ def test_where_blocks_bring_all_of_the_saving_all_channels_stay():
     assert left == 1.0
     steps._path(Budget(flops=0.5)).nearest(0.1)
     one = steps._left(Budget(flops=0.5), 1)
-    for share, is_whole in ((one, True), (one + 0.01, True), (one - 0.1, False)):
+    for share, is_whole in ((one, True), (one - 0.1, False)):
         budget = Budget(flops=share)
         recovered, tried = steps._with_depth(budget, 1)
         widths = {name: module.out_features for name, module in recovered.dense.named_modules() if name.endswith("one")}
         assert (set(widths.values()) == {6}) == is_whole
         assert (recovered.blocks_removed, tried) == (1, ())
+        assert (recovered.pruned.masks == {}) == is_whole
         assert steps.share_left(budget, recovered) == pytest.approx(share, abs=0.06)
         assert recovered.pruned.dense.head.out_features == 3
 

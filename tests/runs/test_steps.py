@@ -704,6 +704,7 @@ def test_the_share_of_a_cost_that_a_network_keeps():
     # A convolution has 8 x 8 places; the hidden layer maps 8 features to 16, the head these to 4.
     whole = 64 * 9 * (3 * 8 + 8 * 8) + 8 * 16 + 16 * 4
     assert chosen.share_left(FLOPS, half) == pytest.approx((whole - 8 * 8 - 8 * 4) / whole)
+    assert 0.1 < chosen.share_left(Budget(latency=0.5), half) < 4.0  # it is timed
     assert chosen.share_left(Budget(params=0.5), half) == pytest.approx(1 - (8 * 9 + 8 * 4) / 1076, rel=1e-2)
 
 
