@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from toy_times import LAYERS, proportional
 
 from nni_topo.errors import ConfigError, DataError, GradientError
 from nni_topo.network.runtime import Calibration
@@ -705,6 +706,11 @@ def test_the_share_of_a_cost_that_a_network_keeps():
     whole = 64 * 9 * (3 * 8 + 8 * 8) + 8 * 16 + 16 * 4
     assert chosen.share_left(FLOPS, half) == pytest.approx((whole - 8 * 8 - 8 * 4) / whole)
     assert 0.1 < chosen.share_left(Budget(latency=0.5), half) < 4.0  # it is timed
+    # By a table of the products of widths, of which the hidden layer and the head lose half.
+    table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
+    assert chosen.share_left(Budget(latency=0.5, latency_table=table), half) == pytest.approx(
+        (3 * 8 + 8 * 8 + 8 * 8 + 8 * 4) / (3 * 8 + 8 * 8 + 8 * 16 + 16 * 4)
+    )
     assert chosen.share_left(Budget(params=0.5), half) == pytest.approx(1 - (8 * 9 + 8 * 4) / 1076, rel=1e-2)
 
 
