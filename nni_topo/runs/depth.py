@@ -8,7 +8,6 @@ after each removal.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -738,11 +737,13 @@ def _table_of(table: LatencyTable, short: Shortened) -> LatencyTable:
 
 
 def _resolved(entries: Sequence[Mapping[str, Any]], model: nn.Module) -> list[tuple[list[str], dict[str, Any]]]:
-    """Return the layers that each entry of a config_list selects, and its other keys."""
+    """Return the layers that each entry of a config_list selects, in network order, and its other keys."""
     found = []
-    for entry in trans_legacy_config_list(copy.deepcopy(list(entries))):
+    for entry in trans_legacy_config_list(list(entries)):  # NNI changes copies alone
         modules, settings, _ = select_modules_by_config(model, entry)
-        found.append((list(modules), dict(settings)))
+        # NNI selects a set of names, which each process has in another order.
+        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name in modules]
+        found.append((names, dict(settings)))
     return found
 
 

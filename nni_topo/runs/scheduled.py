@@ -38,8 +38,8 @@ def prune_on_schedule(
     ``one-shot`` prunes all at the beginning, ``linear`` in equal steps, ``agp`` in steps that shrink (NNI's pruners);
     the pruner scores anew in each of the ``rounds``. All epochs of the recipe are spent, the last ``finishing`` ones,
     in [0, epochs - 1], on the dense network: while masks are in force a removed channel's batch-norm bias is still
-    heard, and they make up for that. ConfigError if the schedule is unknown, a number is out of its range, or the
-    pruner refuses the request.
+    heard, and they make up for that. ConfigError if the schedule is unknown, a number is out of its range, there are
+    more rounds than training steps, or the pruner refuses the request.
     """
     if schedule not in ("one-shot", *_SCHEDULERS):
         raise unknown_name("schedule", schedule, ("one-shot", *_SCHEDULERS), "schedule")
@@ -73,6 +73,11 @@ def _in_rounds(
     knobs["evaluator"] = recipe_evaluator(victim, start.data, recipe, seed=start.seed)
     knobs.pop("training_steps", None)
     steps = (recipe.epochs - finishing) * batches_of(start.data, recipe)
+    if rounds > steps:
+        raise ConfigError(
+            f"rounds must be at most the number of training steps before the last epochs, {steps}, got {rounds} "
+            "(prune_on_schedule)"
+        )
     inner = create_pruner(choice.name, victim, config_list, **knobs)
     with _untested_types_allowed():
         pruner = _SCHEDULERS[schedule](inner, interval_steps=max(1, steps // (rounds + 1)), total_times=rounds)

@@ -217,7 +217,7 @@ class ShrinkSteps:
     round_to: int | None
     seed: int
     progress: bool | None
-    is_search: bool = False  # whether networks of several sizes are made: a missed budget of one isn't told
+    is_search: bool  # whether networks of several sizes are made: a missed budget of one isn't told
     # By kind of cost and allocation, the pruner that is asked again for every size: with what it has measured.
     _asked: dict[tuple[str, str], StructuredPruner] = field(default_factory=dict)
     _left_out: list[str] = field(default_factory=list)

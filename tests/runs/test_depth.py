@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost import LatencyTable, LayerLatency
 from nni_topo.network.runtime import Calibration, calls
 from nni_topo.network.speedup import DenseReport
-from nni_topo.pruners.budget import Budget
+from nni_topo.pruners.budget import Budget, BudgetOutcome
 from nni_topo.recovery.lesson import Judgement
 from nni_topo.runs import depth as depth_module
 from nni_topo.runs.depth import (
@@ -30,6 +31,7 @@ from nni_topo.runs.depth import (
     RemovedBlock,
     Shortened,
     _few,
+    _resolved,
     _seconds,
     _table_of,
     cost_saved,
@@ -507,6 +509,8 @@ def test_time_between_layers_is_dealt_out_by_what_the_layers_put_out():
     table = LatencyTable({"0": one, "1.x": two}, rest=16.0)
     assert _seconds(table, ["0"]) == 4.0 + 4.0
     assert _seconds(table, table.layers) == 4.0 + 6.0 + 16.0
+    wide = LayerLatency((1, 2, 4), (1, 4, 8), ((1.0, 2.0, 3.0), (2.0, 4.0, 6.0), (3.0, 6.0, 9.0)), activation=0.0)
+    assert _seconds(LatencyTable({"0": wide}), ["0"]) == 9.0
     short = Shortened(nn.Identity(), {"a": "1.x", "b": "nowhere"}, (), (), 0.0, 1.0)
     assert _table_of(table, short) == LatencyTable({"a": two}, rest=12.0)
     silent = LatencyTable({name: replace(layer, activation=0.0) for name, layer in table.layers.items()}, rest=16.0)
@@ -524,7 +528,11 @@ class Staged(DepthSteps):
     def told(self, lefts, losses, kept, refused, overhead):
         """Note what is known of the networks."""
         path = DepthPath.__new__(DepthPath)
-        path.states = [Shortened(None, {}, (), (), *each) for each in zip(losses, lefts, strict=True)]
+        gone = [RemovedBlock(str(number), "block", "") for number in range(len(losses))]
+        path.states = [
+            Shortened(None, {}, (), tuple(gone[:count]), *each)
+            for count, each in enumerate(zip(losses, lefts, strict=True))
+        ]
         path._extend = lambda: False
         vars(self).update(path=path, kept=kept, refused=refused, overhead=overhead)
         return self
@@ -566,6 +574,7 @@ def staged(losses, *, whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, refused=(), ov
         ({0: 1.0, 2: 2.0, 1: 1.5}, {}, [0, 1, 2], 0),
         ({0: 1.0, 2: 1.0, 1: 0.5}, {}, [0, 1, 2], 1),
         ({0: 1.0, 2: math.nan, 1: 2.0}, {}, [0, 1, 2], 0),
+        ({0: math.nan, 2: 1.0, 3: 0.5}, {}, [0, 2, 3], 3),
         # Blocks for half of the saving are better: more go.
         ({0: 2.0, 2: 1.0, 3: 0.5}, {}, [0, 2, 3], 3),
         # All of the saving, since the network without so many blocks loses no more than what was tried.
@@ -578,6 +587,7 @@ def staged(losses, *, whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, refused=(), ov
         ({0: 1.0, 2: 2.0, 3: 3.0}, {"kept": {0: 0.5}}, [0, 2, 3], 2),
         # Channels alone aren't fast enough.
         ({2: 1.0, 3: 2.0}, {"overhead": 0.5}, [2, 3], 2),
+        ({2: 1.0, 4: 3.0}, {"overhead": 0.5, "kept": {2: 0.4}}, [2, 4], 4),
         ({1: 1.0, 2: 2.0}, {"overhead": 0.3}, [1, 2], 1),
         ({0: 1.0, 2: 2.0, 1: 3.0}, {"overhead": 0.25}, [0, 1, 2], 0),
         ({0: 1.0, 1: 2.0}, {"refused": (2,)}, [0, 1], 0),
@@ -598,6 +608,8 @@ def test_numbers_of_blocks_are_tried_where_they_may_help(losses, knobs, tried, b
     assert [each.left for each in chosen.depth.tried] == [steps._left(None, count) for count in tried]
     assert [each.is_chosen for each in chosen.depth.tried] == [count == best for count in tried]
     assert chosen.depth.kept == {"4": "wanted"}
+    assert [each.name for each in chosen.depth.removed] == [str(number) for number in range(best)]
+    assert chosen.layers.notes == tuple(map(str, chosen.depth.removed))
     assert math.isnan(chosen.depth.overhead) == ("overhead" not in knobs)
 
 
@@ -629,6 +641,7 @@ def test_the_steps_without_a_block_prune_the_same_layers():
     assert less.prunable.is_default
     assert (len(less.model.blocks), len(steps.model.blocks)) == (2, 3)
     macs = 5 * 4 + 4 * 3 + 3 * 96
+    assert list(path._saved.values()) == pytest.approx([96 / macs] * 3)
     assert steps._left(budget, 1) == pytest.approx(1.0 - 96 / macs)
     assert steps._left(budget, 0) == 1.0
     assert steps._own_budget(budget, 1).share == pytest.approx(0.5 / (1.0 - 96 / macs))
@@ -646,3 +659,521 @@ def test_the_steps_without_a_block_prune_the_same_layers():
     less = named._steps_without(1, budget)
     assert not less.prunable.is_default
     assert [entry["op_names"] for entry in less.prunable.entries] == [["blocks.1.first.one"]]
+
+
+class Blocks(nn.Module):
+    """Blocks of two parts in a list, with other ways to run them."""
+
+    def __init__(self, count=3, block=TwoParts) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.blocks = nn.ModuleList(block() for _ in range(count))
+
+    def forward(self, x):
+        """Map (samples, 5) to (samples, 3)."""
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def found_in(model, rows=None, **knobs):
+    rows = torch.randn(16, 5, generator=torch.Generator().manual_seed(0)) if rows is None else rows
+    return removable_blocks(model.eval(), Calibration([rows]), **knobs)
+
+
+class InPlace(TwoParts):
+    """Adds in place what its parts give, which changes its input."""
+
+    def forward(self, x):
+        """Map (samples, 4)."""
+        x += self.first(x)
+        x += self.second(x)
+        return x
+
+
+class Normed(TwoParts):
+    """Norms, which have no layers, before the parts, and a constant that isn't used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.between = nn.LayerNorm(4), nn.ReLU()
+
+    def forward(self, x):
+        """Map (samples, 4)."""
+        x = x + self.first(self.before(x))
+        return x + self.second(self.between(x))
+
+
+class Scaled(TwoParts):
+    """Scales the sum."""
+
+    def __init__(self, factor) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        """Map (samples, 4)."""
+        return self.factor * super().forward(x)
+
+
+class Cancelling(TwoParts):
+    """Parts that are far from zero and cancel each other: the sum depends on the order, by rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.first.two.bias += 4096.0
+            self.second.two.bias -= 4096.0
+
+    def forward(self, x):
+        """Map (samples, 4)."""
+        return x + (self.first(x) + self.second(x))
+
+
+class OnePart(nn.Module):
+    """A block that holds one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Part()
+
+    def forward(self, x):
+        """Map (samples, 4)."""
+        return x + self.body(x)
+
+
+class Wide(nn.Module):
+    """A block whose first layer is wider than its input, and is run before the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        """Map (samples, 4)."""
+        return 0.1 * x + self.two(torch.relu(self.one(x)))
+
+
+WHOLE = ["blocks.0", "blocks.1", "blocks.2"]
+PARTS = [name for block in WHOLE for name in (block, f"{block}.first", f"{block}.second")]
+
+
+@pytest.mark.parametrize(
+    ("block", "names"),
+    [
+        (TwoParts, PARTS),
+        (InPlace, PARTS),
+        (Normed, PARTS),
+        (lambda: Scaled(1.0005), PARTS),
+        (lambda: Scaled(1.2), WHOLE),  # more than the sum of its parts
+        (OnePart, WHOLE),
+        (Wide, WHOLE),
+    ],
+)
+def test_parts_are_what_is_added_up_in_a_block(block, names):
+    state = torch.random.get_rng_state()
+    model = Blocks(block=block)
+    torch.random.set_rng_state(state)
+    found = found_in(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (names_of(found), found.kept) == (names, {})
+    assert found.candidates[0] == Removal("blocks.0", "blocks.0", 0)
+    assert found.parts == ({name: (f"{name}.first", f"{name}.second") for name in WHOLE} if names is PARTS else {})
+    assert names_of(found_in(model, whole_blocks=True)) == WHOLE
+
+
+def test_sums_that_differ_by_rounding_are_sums():
+    rows = torch.zeros(16, 5)
+    rows[0] = 1000.0
+    found = found_in(Blocks(block=Cancelling), rows)
+    assert set(found.parts) == set(WHOLE)
+
+
+class Narrowing(nn.Module):
+    """Adds to some of its inputs, and gives only these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        """Map (samples, 4) to (samples, 3)."""
+        return x[:, :3] + self.layer(x)
+
+
+def test_a_block_that_changes_the_shape_is_no_candidate():
+    model = nn.Sequential(nn.Linear(5, 4), Wide(), Wide(), Narrowing(), nn.Linear(3, 3))
+    found = found_in(model)
+    assert (names_of(found), found.kept) == (["1", "2"], {})
+
+
+class Telling(Blocks):
+    """Returns what a decoder does: the scores, and what the blocks keep for the next call."""
+
+    def forward(self, x):
+        """Map (samples, 5) to a mapping."""
+        x, kept = self.enter(x), []
+        for block in self.blocks:
+            x = block(x)
+            kept.append(x)
+        return {"scores": self.head(x), "past_key_values": kept}
+
+
+class Indexed(Blocks):
+    """Needs all blocks."""
+
+    def forward(self, x):
+        """Map (samples, 5) to (samples, 3)."""
+        x = self.enter(x)
+        for number in range(3):
+            x = self.blocks[number](x)
+        return self.head(x)
+
+
+class Counted(Blocks):
+    """Puts out as many numbers as it has blocks."""
+
+    def forward(self, x):
+        """Map (samples, 5) to (samples, blocks)."""
+        return super().forward(x)[:, : len(self.blocks)]
+
+
+class Attended(nn.Module):
+    """A block of which a part returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = nn.MultiheadAttention(4, 2, batch_first=True), Part()
+
+    def forward(self, x):
+        """Map (samples, places, 4)."""
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Pairs(nn.Module):
+    """A block that takes a tuple and returns one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, pair):
+        """Map two of (samples, 4)."""
+        return pair[0] + self.layer(pair[1]), pair[1]
+
+
+class Paired(Blocks):
+    """Hands tuples from block to block."""
+
+    def forward(self, x):
+        """Map (samples, 5) to (samples, 3)."""
+        pair = (self.enter(x),) * 2
+        for block in self.blocks:
+            pair = block(pair)
+        return self.head(pair[0])
+
+
+def test_what_a_model_does_with_its_blocks_decides_whether_they_can_go():
+    found = found_in(Telling())  # its cache is shorter without a block, as it may be
+    assert (names_of(found), found.kept) == (PARTS, {})
+    other = "the model gives other outputs without it, or doesn't run"
+    for make in (Indexed, Counted):
+        found = found_in(make(), whole_blocks=True)
+        assert (names_of(found), found.kept) == ([], dict.fromkeys(WHOLE, other))
+    # Of a list with one block the parts alone can go, of one with two each.
+    assert names_of(found_in(Blocks(1))) == PARTS[1:3]
+    assert names_of(found_in(Blocks(2))) == PARTS[:6]
+    numbered = Blocks()
+    for number, block in enumerate(numbered.blocks):
+        block.first.layer_idx = number
+    # By what the first attention keeps a decoder counts the tokens.
+    assert names_of(found_in(numbered)) == [name for name in PARTS if name != "blocks.0.first"]
+    assert names_of(found_in(Paired(block=Pairs))) == []
+    attended = found_in(Blocks(block=Attended), torch.randn(8, 3, 5))
+    assert {each.name.rpartition(".")[2]: each.outputs for each in attended.candidates if each.is_part} == {
+        "attention": 2, "mlp": 0
+    }  # fmt: skip
+
+
+def test_a_constant_that_a_norm_adds_is_no_input():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5)) for _ in range(3)]
+    for block in blocks:
+        nn.init.ones_(block[1].bias)
+    assert names_of(found_in(nn.Sequential(*blocks))) == []
+
+
+def short_path(rows=64, costs=lambda _: 0.25, make=Blocks, whole=True, judges=None):
+    model = make().eval()
+    learned = Calibration([torch.randn(rows, 5, generator=torch.Generator().manual_seed(1))])
+    judging = Calibration([torch.randn(judges or 8, 5, generator=torch.Generator().manual_seed(2))])
+    found = removable_blocks(model, learned, whole_blocks=whole)
+    return DepthPath(model, learned, judging, None, found, costs)
+
+
+def test_a_path_goes_as_far_as_it_is_asked_for():
+    path = short_path()
+    assert (path.states[0].loss, path.states[0].left, path.states[0].removed) == (0.0, 1.0, ())
+    assert (path.nearest(1.0), len(path.states)) == (0, 1)
+    assert (path.nearest(0.75), len(path.states)) == (1, 2)
+    assert (path.first_below(0.75), len(path.states)) == (1, 2)
+    assert path.nearest(0.88) == 0
+    assert path.nearest(0.86) == 1
+    # One block stays, and no share is so small that more can go.
+    assert path.first_below(0.7) == path.first_below(0.01) == path.nearest(0.01) == 2
+    assert path._extend() is False
+    assert [len(state.net.blocks) for state in path.states] == [3, 2, 1]
+    for before, state in zip(path.states, path.states[1:], strict=False):
+        assert path._scores[state.gone[-1]] == pytest.approx((state.loss - before.loss) / 0.25)
+    assert [each.kind for each in path.states[2].removed] == ["block", "block"]
+    assert path.states[2].left == 0.5
+
+
+def test_few_images_choose_blocks():
+    path = short_path(300, judges=200)
+    assert (path._images.samples, path._judges.samples) == (256, 128)
+
+
+class Rooted(Blocks):
+    """Takes the root of what the blocks give, which the first one makes positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.blocks[0].second.two.bias += 100.0
+
+    def forward(self, x):
+        """Map (samples, 5) to (samples, 3)."""
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.sqrt())
+
+
+def test_a_block_without_which_nothing_finite_comes_out_stays():
+    path = short_path(make=Rooted)
+    assert path.nearest(0.75) == 1
+    assert path._scores[Removal("blocks.0", "blocks.0", 0)] == math.inf
+    assert path.states[1].gone[0].name != "blocks.0"
+    assert math.isfinite(path.states[1].loss)
+
+
+def choosing(path, *names):
+    """Let a path remove these blocks or parts, in this order."""
+    wanted = iter(names)
+    path.choose = lambda candidates, scores: [each.name for each in candidates].index(next(wanted))
+    for _ in names:
+        assert path._extend()
+    return path.states[-1]
+
+
+def test_of_many_blocks_those_that_promised_most_are_looked_at_again():
+    path = short_path(whole=False)
+    every = path._remaining(path.states[0])
+    assert names_of(path._removable) == [each.name for each in every] == PARTS
+    path._scores = {each: float(-number) for number, each in enumerate(every)}
+    assert [each.name for each in path._remaining(path.states[0])] == PARTS[:0:-1]
+    # What wasn't looked at yet comes first.
+    del path._scores[every[4]]
+    assert [each.name for each in path._remaining(path.states[0])][:2] == [PARTS[4], PARTS[8]]
+
+
+def test_parts_of_a_block_that_is_gone_are_gone_too():
+    path = short_path(whole=False, costs=lambda each: 0.1 if each.is_part else 0.2)
+    state = choosing(path, "blocks.1")
+    assert [each.name for each in sorted(path._remaining(state), key=lambda each: each.name)] == PARTS[:3] + PARTS[6:]
+    assert state.names["blocks.1.first"] == "blocks.2.first"
+    assert state.here["blocks.2"] == "blocks.1"
+    assert "blocks.1" not in state.here
+
+
+class ThreeParts(TwoParts):
+    """A block of three parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = Part()
+
+    def forward(self, x):
+        """Map (samples, 4)."""
+        x = super().forward(x)
+        return x + self.third(x)
+
+
+def test_what_a_part_saves_does_not_depend_on_the_others():
+    path = short_path(make=lambda: Blocks(2, ThreeParts), whole=False, costs=lambda each: 0.1 if each.is_part else 0.4)
+    state = choosing(path, "blocks.0.second")
+    saved = {each.name: path._saved_after(state, each) for each in path._remaining(state)}
+    parts = ["blocks.0.first", "blocks.0.third", *(f"blocks.1.{part}" for part in ("first", "second", "third"))]
+    assert saved == pytest.approx({**dict.fromkeys(parts, 0.1), "blocks.0": 0.3, "blocks.1": 0.4})
+
+
+def test_a_network_without_a_block_shares_the_parameters_of_the_others():
+    path = short_path()
+    state, candidate = path.states[0], path._removable.candidates[2]
+    net, names, replaced_by = state.without(candidate, None, None)
+    assert net.blocks[1].first.one.weight.data_ptr() == state.net.blocks[1].first.one.weight.data_ptr()
+    assert (len(net.blocks), len(state.net.blocks), replaced_by) == (2, 3, "")
+    assert "blocks.2" not in names
+    gap = path._gap(state, candidate)
+    assert state.without(candidate, gap, None)[2] == ""
+    # What is kept has weights of its own.
+    extended = choosing(path, "blocks.2").net
+    assert extended.head.weight.data_ptr() != state.net.head.weight.data_ptr()
+
+
+def test_the_config_of_a_model_says_how_many_blocks_are_left():
+    def make():
+        model = Blocks()
+        model.config = SimpleNamespace(num_hidden_layers=3, is_encoder_decoder=False, layer_types=["a", "b", "c"])
+        return model
+
+    path = short_path(make=make)
+    state = choosing(path, "blocks.1")
+    assert (state.net.config.num_hidden_layers, state.net.config.layer_types) == (2, ["a", "c"])
+    assert (path._model.config.num_hidden_layers, path._model.config.layer_types) == (3, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("name", ["blocks.2.second", "blocks.2.first", "blocks.1", "blocks.2"])
+def test_less_is_lost_where_a_layer_makes_up_for_what_goes(name):
+    path = short_path(200, whole=False)
+    state = choosing(path, name)
+    candidate = state.gone[0]
+    plain, _, _ = path.states[0].without(candidate, None, None)
+    rows = torch.randn(200, 5, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        far, near = (float((net(rows) - path._model(rows)).square().mean()) for net in (plain, state.net))
+    assert near < 0.7 * far
+
+
+def test_blocks_that_go_in_a_row_are_made_up_for_together():
+    path = short_path(200, make=lambda: Blocks(5))
+    first, both, three = choosing(path, "blocks.2"), choosing(path, "blocks.3"), choosing(path, "blocks.1")
+    writers = [each.replaced_by for each in three.removed]
+    assert writers == ["blocks.1.second.two", "blocks.1.second.two", "blocks.0.second.two"]
+    # Whatever block is next to the gap, the stream after the last one that went is wanted.
+    for state, candidate, wanted in (
+        (path.states[0], "blocks.2", 2),
+        (first, "blocks.3", 3),
+        (first, "blocks.1", 2),
+        (both, "blocks.1", 3),
+        (both, "blocks.4", 4),
+    ):
+        gap = path._gap(state, Removal(candidate, candidate, 0))
+        assert gap.wanted.block is path._model.blocks[wanted]
+    assert path._gap(both, Removal("blocks.0", "blocks.0", 0)) is None
+
+
+def test_a_part_with_a_computed_weight_makes_up_for_nothing():
+    def make():
+        model = Blocks()
+        weight_norm(model.blocks[2].first.one)
+        weight_norm(model.blocks[2].first.two)
+        return model
+
+    path = short_path(make=make, whole=False)
+    assert [each.replaced_by for each in choosing(path, "blocks.2.second").removed] == [""]
+
+
+def test_what_was_found_is_told_where_no_block_can_go(caplog):
+    def told(model, **knobs):
+        data = ImageParts.of(Calibration([torch.randn(16, 5)]), model)
+        settings = {"pruner": "l1", "knobs": None, "compensate": None, "distill": False, "narrow_heads": False,
+                    "outputs": None, "round_to": None, "seed": 0, "progress": False, "layers": None}  # fmt: skip
+        plain = ShrinkSteps.prepare(model.eval(), data, "flops", **settings | knobs)
+        assert DepthSteps.of(plain, Budget(flops=0.5)) is plain
+        (text,) = plain.warnings
+        return text
+
+    assert "removed (none lies in a list of at least two, adds to its input and keeps its shape), so" in told(
+        nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    )
+    why = "; ".join(f"{name}: the model gives other outputs without it, or doesn't run" for name in WHOLE)
+    assert f"removed ({why}), so only channels are removed" in told(Indexed(block=Wide))
+
+
+@pytest.mark.parametrize(
+    ("kept", "planned", "why"),
+    [
+        (0.25, "", ""),
+        (0.2, "of its own", "of the networks that were tried and meet the budget this one loses least"),
+        (0.5, "of its own", "of its own"),
+        (0.5, "", "no network that was tried meets it"),
+        (0.5, None, "no network that was tried meets it"),
+    ],
+)
+def test_a_budget_that_blocks_and_channels_miss_has_a_reason(kept, planned, why, caplog):
+    steps = staged({0: 1.0}, kept={0: kept})
+    outcome = None if planned is None else BudgetOutcome("flops", 0.25, kept, kept <= 0.25, planned)
+    recovered = RecoveredNetwork(PrunedNetwork(None, {}, lambda: None, outcome), 0, None, None)
+    found = steps.outcome(Budget(flops=0.25), recovered)
+    assert (found.left, found.why, found.is_met) == (kept, why, kept <= 0.25)
+    assert len(caplog.records) == bool(why)
+
+
+def test_where_blocks_bring_all_of_the_saving_all_channels_stay():
+    steps = depth_steps(equal_blocks=True)
+    left = steps._left(Budget(flops=0.5), 0)
+    assert left == 1.0
+    steps._path(Budget(flops=0.5)).nearest(0.1)
+    one = steps._left(Budget(flops=0.5), 1)
+    for share, is_whole in ((one, True), (one - 0.1, False)):
+        budget = Budget(flops=share)
+        recovered, tried = steps._with_depth(budget, 1)
+        widths = {name: module.out_features for name, module in recovered.dense.named_modules() if name.endswith("one")}
+        assert (set(widths.values()) == {6}) == is_whole
+        assert (recovered.blocks_removed, tried) == (1, ())
+        assert (recovered.pruned.masks == {}) == is_whole
+        assert steps.share_left(budget, recovered) == pytest.approx(share, abs=0.06)
+        assert recovered.pruned.dense.head.out_features == 3
+
+
+def test_a_table_of_times_counts_for_what_is_left():
+    model = stack()[0]
+    budget = Budget(latency=0.4, latency_table=table_of(model, 0.0))
+    steps = depth_steps(equal_blocks=True)
+    path = steps._path(budget)
+    choosing(path, "blocks.2")
+    # 14 layers take equally long, of which a block has four.
+    assert steps._left(budget, 1) == pytest.approx(10 / 14)
+    own = steps._own_budget(budget, 1)
+    assert own.share == pytest.approx(0.4 * 14 / 10)
+    assert len(own.latency_table.layers) == 10
+    assert steps._overhead(budget) < 0.4
+    recovered, _ = steps._with_depth(budget, 1)
+    weights = [module.weight for module in recovered.dense.modules() if isinstance(module, nn.Linear)]
+    assert len(weights) == 10
+    # A layer takes a time that its weights are a share of: 20 of enter, 24 of each in a part, 12 of head.
+    whole = (20, *[24] * 8, 12)
+    wanted = sum(weight.numel() / count for weight, count in zip(weights, whole, strict=True)) / 14
+    assert steps.share_left(budget, recovered) == pytest.approx(wanted)
+    assert wanted == pytest.approx(0.4, abs=0.05)
+
+
+def test_without_a_table_networks_are_timed():
+    steps, budget = depth_steps(equal_blocks=True), Budget(latency=0.9)
+    path = steps._path(budget)
+    choosing(path, "blocks.0")
+    assert 0.0 < steps._left(budget, 1) < 1.5
+    assert 0.0 < steps._overhead(budget) < 1.5
+    assert path._saved.keys() == set(steps.removable.candidates)
+
+
+def test_named_layers_that_are_all_gone_leave_nothing_to_prune():
+    steps = depth_steps(["blocks.1.first.one", "blocks.1.second.one"])
+    path = steps._path(Budget(flops=0.5))
+    choosing(path, "blocks.1")
+    with pytest.raises(ConfigError, match=r"got none that is named \(layers\)"):
+        steps._steps_without(1, Budget(flops=0.5))
+
+
+def test_entries_of_a_config_list_stay_as_they_are():
+    entries = [{"op_names": ["enter"], "sparsity": 0.5}, {"op_types": ["Linear"], "op_partial_names": ["blocks.1"]}]
+    before = copy.deepcopy(entries)
+    (one, _), (others, _) = _resolved(entries, stack()[0])
+    assert entries == before
+    assert one == ["enter"]
+    assert others == [f"blocks.1.{part}.{layer}" for part in ("first", "second") for layer in ("one", "two")]

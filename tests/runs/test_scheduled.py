@@ -47,7 +47,7 @@ def test_all_epochs_are_spent_the_last_ones_on_the_dense_network(trained, finish
     compress, train = LinearPruner.compress, zoo.train
 
     def compressed(self, max_steps, max_epochs):
-        steps.append(max_steps)
+        steps.append((max_steps, self.interval_steps, self.total_times))
         return compress(self, max_steps, max_epochs)
 
     def dense_trained(net, data, recipe, **knobs):
@@ -59,7 +59,9 @@ def test_all_epochs_are_spent_the_last_ones_on_the_dense_network(trained, finish
     config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
     prune_on_schedule(trained, ENERGY, config, RECIPE, schedule="linear", rounds=1, finishing=finishing)
     in_an_epoch = -(-len(trained.data.train) // RECIPE.batch_size)
-    assert (steps, epochs) == ([in_rounds * in_an_epoch], [finishing])
+    in_all = in_rounds * in_an_epoch
+    # One round in the middle of the training.
+    assert (steps, epochs) == ([(in_all, in_all // 2, 1)], [finishing])
 
 
 def test_same_seed_same_network_and_a_silent_output(trained, capsys):
@@ -91,11 +93,39 @@ def test_the_evaluator_trains_for_the_steps_it_is_given(trained):
         ({"schedule": "liner"}, "did you mean linear"),
         ({"schedule": "linear", "rounds": 0}, "got 0 and 1"),
         ({"schedule": "agp", "finishing": 3}, "in \\[0, 2\\], got 4 and 3"),
+        ({"schedule": "agp", "finishing": -1}, "got 4 and -1"),
+        ({"schedule": "one-shot", "recipe": zoo.Recipe(epochs=1)}, "in \\[0, 0\\], got 4 and 1"),
+        ({"schedule": "linear", "rounds": 27}, "training steps before the last epochs, 26, got 27"),
     ],
 )
 def test_bad_requests(trained, knobs, words):
+    config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
     with pytest.raises(ConfigError, match=words):
-        prune_on_schedule(trained, ENERGY, [], RECIPE, **knobs)
+        prune_on_schedule(trained, ENERGY, config, **{"recipe": RECIPE, **knobs})
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_all_rounds_take_place_in_a_few_steps(trained, rounds):
+    start = replace(trained, data=zoo.load_data("digits", limit=50))
+    config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
+    recipe = zoo.Recipe(epochs=1, batch_size=20)  # three steps
+    dense = prune_on_schedule(start, ENERGY, config, recipe, schedule="linear", rounds=rounds, finishing=0)
+    assert dense.features.conv2.out_channels == trained.net.features.conv2.out_channels // 2
+
+
+@pytest.mark.parametrize("knobs", [{"schedule": "one-shot"}, {"schedule": "linear", "rounds": 1}])
+def test_the_seed_draws_the_order_of_the_images(trained, knobs):
+    data = zoo.load_data("digits", limit=50)
+    config = [{"op_names": ["features.conv2"], "sparse_ratio": 0.5}]
+    recipe = zoo.Recipe(epochs=1, batch_size=20)
+    weights = [
+        prune_on_schedule(replace(trained, data=data, seed=seed), ENERGY, config, recipe, finishing=0, **knobs)
+        .features.conv1.weight.detach()
+        .clone()
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize(

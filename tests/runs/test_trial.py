@@ -82,6 +82,13 @@ def test_a_trial_has_a_folder(words, seen, monkeypatch, capsys):
     assert not Path("elsewhere").exists()
 
 
+def test_without_nni_and_without_a_file_there_are_no_parameters(tmp_path, capsys):
+    assert trial.main(["--out", str(tmp_path / "out")]) == 2
+    said = "nni_topo.runs.trial: parameters must come from NNI or from --params FILE, got neither (trial)"
+    assert capsys.readouterr().err.strip() == said
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_file_is_a_program_that_shows_each_step_at_once(monkeypatch):
     class Noting(io.StringIO):
         flushed = ""

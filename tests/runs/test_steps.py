@@ -1,0 +1,762 @@
+"""The steps of `shrink`, each by itself: what is refused before any work, which layers lose channels, what is told."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from toy_times import LAYERS, proportional
+
+from nni_topo.errors import ConfigError, DataError, GradientError
+from nni_topo.network.runtime import Calibration
+from nni_topo.network.speedup import dense_report_of, to_dense
+from nni_topo.pruners.budget import Budget
+from nni_topo.recovery import Reconstruct, distillation
+from nni_topo.recovery.likeness import NO_SCALE
+from nni_topo.recovery.report import SMALL
+from nni_topo.runs.steps import (
+    ImageParts,
+    Measurements,
+    PrunedNetwork,
+    RecoveredNetwork,
+    ShrinkSteps,
+    check_can_be_distilled,
+    check_can_be_shared,
+    check_choices,
+    check_has_size,
+    check_layers,
+    chooses_how_many,
+    layers_to_prune,
+    number_of,
+    plain_weights,
+)
+from nni_topo.testing import toy_images, toy_model
+from nni_topo.zoo.transformers import vit_small
+
+FLOPS = Budget(flops=0.5)
+
+
+def images(count=16, seed=0):
+    return Calibration([toy_images(count, seed)])
+
+
+def steps(model=None, kind="flops", data=None, **knobs):
+    """Steps for a network, by default the toy network, with few images."""
+    model = toy_model().eval() if model is None else model
+    settings = {"pruner": "l1", "knobs": None, "layers": None, "compensate": None, "distill": False,
+                "narrow_heads": True, "outputs": None, "round_to": None, "seed": 0, "progress": False}  # fmt: skip
+    return ShrinkSteps.prepare(model, data or ImageParts.of(images(), model), kind, **settings | knobs)
+
+
+def test_parts_of_the_images_are_named_or_every_eighth_is_held_out():
+    model, all_of_them, first, judges, held_out = toy_model().eval(), *map(images, (16, 8, 4, 3))
+    parts = ImageParts.of(all_of_them, model)
+    assert (parts.learned.samples, parts.judges.samples) == (14, 2)
+    assert parts.judges is parts.held_out
+    named = ImageParts.of(all_of_them, model, (first, judges, held_out))
+    assert (named.all, named.learned) == (all_of_them, first)
+    assert (named.judges, named.held_out) == (judges, held_out)
+    for each in (parts, named):
+        (example,) = each.example
+        assert example.shape[1:] == (3, 8, 8)
+    without_first = ImageParts.of(all_of_them, model, (None, judges, None))
+    assert without_first.learned is all_of_them
+    assert without_first.held_out is None
+    assert ImageParts.of(Calibration([{"images": toy_images(4)}]), model).example.keys() == {"images"}
+    assert ImageParts.of(Calibration([{"images": toy_images(4)}]), model, (None, None, None)).example.keys() == {
+        "images"
+    }
+
+
+def test_the_dense_network_is_made_when_it_is_asked_for():
+    pruned = PrunedNetwork(toy_model(), {}, toy_model, None)
+    assert not pruned.is_made
+    assert pruned.dense is pruned.dense
+    assert pruned.is_made
+
+
+@pytest.mark.parametrize(
+    ("knobs", "narrows", "round_to"),
+    [
+        ({}, True, None),
+        ({"narrow_heads": False}, False, None),
+        ({"kind": "latency"}, False, None),
+        ({"round_to": 1}, True, None),
+        ({"round_to": 2}, False, 2),
+        ({"round_to": 6}, False, 6),
+    ],
+)
+def test_heads_get_narrower_unless_time_or_widths_count(knobs, narrows, round_to):
+    found = steps(**knobs)
+    assert (found.narrows, found.round_to) == (narrows, round_to)
+    assert not found.is_search
+    assert found.knobs == {}
+
+
+class Attending(nn.Module):
+    """Attention, a layer that loses channels and two heads, of which each gives an output."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.idle, self.unused, self.free = nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1), nn.Conv1d(8, 6, 1)
+        self.one, self.two = nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        """Map (samples, places, 8) to (samples, 3) and (samples, 2)."""
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = self.free(x.transpose(1, 2)).relu().mean(2)
+        return self.one(x), self.two(x)
+
+
+HEADS = {"op_names": ["attention"], "granularity": "head"}
+NAMED = "layers of this model that can be named: "
+
+
+@pytest.mark.parametrize(
+    ("layers", "got"),
+    [
+        (["one", "two"], "one, two, which give the model's output;"),
+        (["two"], "two, which gives the model's output;"),
+        (["idle", "unused"], "idle, unused, which keep all channels: the forward doesn't use the layer;"),
+        (["unused", "free"], "unused, which keeps all channels: the forward doesn't use the layer;"),
+        # An entry that asks for heads leaves the others to be looked at.
+        ([HEADS, "one"], "one, which gives the model's output;"),
+        (["one", HEADS], "one, which gives the model's output;"),
+        ([{"op_types": ["Linear"]}], "one, two, which give the model's output;"),
+        # What was named first isn't forgotten.
+        (["one", "free"], "one, which gives the model's output;"),
+        ([{"op_names": ["one"]}, {"op_types": ["Conv1d"]}], "one, which gives the model's output;"),
+        ([{"op_names": ["free", "one"]}], "one, which gives the model's output;"),
+    ],
+)
+def test_layers_that_keep_all_channels_are_refused_by_name(layers, got):
+    model, example = Attending().eval(), torch.rand(2, 5, 8)
+    with pytest.raises(ConfigError) as caught:
+        layers_to_prune(model, example, layers)
+    assert f"layers must be layers whose channels can be removed, got {got}" in str(caught.value)
+    assert "attention" not in str(caught.value).partition(NAMED)[0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "entries"),
+    [
+        (["free"], [{"op_names": ["free"]}]),
+        # Types may select layers that keep all channels, beside others or where heads are asked for.
+        ([{"op_types": ["Conv1d"]}], [{"op_types": ["Conv1d"]}]),
+        ([HEADS, {"op_types": ["Linear"]}], [HEADS, {"op_types": ["Linear"]}]),
+        ([HEADS], [HEADS]),
+        (
+            [{"op_names": ["free"], "max_sparse_ratio": 0.5}],
+            [{"op_names": ["free"], "max_sparse_ratio": 0.5}],
+        ),
+        ([HEADS, "free"], [{"op_names": ["free"]}, HEADS]),
+    ],
+)
+def test_named_layers_become_entries_of_a_config_list(layers, entries):
+    found = layers_to_prune(Attending().eval(), torch.rand(2, 5, 8), layers)
+    assert (found.entries, found.unpruned, found.is_default) == (entries, {}, False)
+
+
+class Twice(nn.Module):
+    """A layer under two names, and an embedding that isn't used."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.head, self.words = nn.Linear(4, 4), nn.Linear(4, 2), nn.Embedding(5, 4)
+        self.two = self.one
+
+    def forward(self, x):
+        """Map (samples, 4) to (samples, 2)."""
+        return self.head(self.two(self.one(x).relu()).relu())
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("two", "it is one under another name, and loses what that loses"),
+        ("words", "the forward doesn't use the layer"),
+    ],
+)
+def test_layers_that_no_list_of_layers_has_are_refused_with_the_reason(name, why):
+    with pytest.raises(ConfigError, match=f"got {name}, which keeps all channels: {why}; layers of"):
+        layers_to_prune(Twice(), torch.rand(2, 4), [name])
+
+
+def test_an_entry_for_heads_may_name_a_module_that_holds_layers():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))
+    entry = {"op_names": ["0"], "granularity": "head"}
+    assert layers_to_prune(model, torch.rand(2, 4), [entry]).entries == [entry]
+    with pytest.raises(ConfigError, match=r"got 0 \(Sequential\) without channels of its own;"):
+        layers_to_prune(model, torch.rand(2, 4), ["0"])
+
+
+def test_by_default_all_layers_that_can_lose_channels_are_named():
+    found = layers_to_prune(Attending().eval(), torch.rand(2, 5, 8), None)
+    assert found.is_default
+    assert "free" in found.entries[0]["op_names"]
+    unused = "the forward doesn't use the layer"
+    output = "it gives the model's output"
+    assert {"idle": unused, "unused": unused, "one": output, "two": output}.items() <= found.unpruned.items()
+
+
+class Outside(nn.Module):
+    """A network without a layer to prune: one isn't used, the others give the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.idle = nn.Linear(4, 2), nn.Linear(4, 3), nn.Linear(4, 4)
+
+    def forward(self, x):
+        """Map (samples, 4) to (samples, 2) and (samples, 3)."""
+        return self.first(x), self.second(x)
+
+
+def test_what_can_be_changed_is_told_before_the_layers_that_give_the_output():
+    words = "got none: idle: the forward doesn't use the layer; first, second: it gives the model's output (shrink)"
+    with pytest.raises(ConfigError) as caught:
+        layers_to_prune(Outside(), torch.rand(2, 4), None)
+    assert str(caught.value).endswith(words)
+
+
+def test_layers_that_share_channels_with_others_keep_them():
+    found = steps(layers=["stem", "hidden"]).prunable
+    shared = "shared with inner, which isn't among the layers to prune"
+    assert found.unpruned == {"stem": shared}
+    assert found.entries == [{"op_names": ["stem", "hidden"]}]
+    assert found.groups.layers() == [["stem"], ["hidden"]]
+    default = steps().prunable
+    assert default.unpruned == {"head": "it gives the model's output"}
+    assert default.entries == [{"op_names": ["stem", "inner", "hidden"]}]
+    assert default.groups.layers() == [["stem", "inner"], ["hidden"]]
+
+
+def test_a_choice_that_is_the_users_own_is_warned_of_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        steps()
+        assert caplog.records == []
+        chosen = steps(layers=["stem", "hidden"], pruner=lambda model, config_list, images: {})
+        told = [record.getMessage() for record in caplog.records]
+        chosen.prune(FLOPS)
+        assert [record.getMessage() for record in caplog.records] == told
+    assert told
+    assert all("got stem without inner" in text for text in told)
+
+
+def test_a_function_of_the_callers_may_change_the_config_list_it_is_given():
+    seen = []
+
+    def choose(model, config_list, images):
+        seen.append(copy.deepcopy(config_list))
+        for entry in config_list:
+            entry["op_names"].clear()
+        config_list.clear()
+        return {}
+
+    chosen = steps(pruner=choose)
+    for _ in range(2):
+        assert chosen.prune(FLOPS).masks == {}
+    assert seen[0] == seen[1]
+    assert [entry["op_names"] for entry in seen[0]] == [["stem"], ["inner"], ["hidden"]]
+
+
+@pytest.mark.parametrize("compensate", [None, "reconstruct"])
+def test_masks_of_a_function_are_rounded_to_a_multiple(compensate):
+    def choose(model, config_list, images):
+        mask = torch.ones_like(model.hidden.weight)
+        mask[:5] = 0.0
+        return {"hidden": {"weight": mask}}
+
+    chosen = steps(pruner=choose, round_to=4, compensate=compensate)
+    pruned = chosen.prune(FLOPS)
+    assert pruned.planned is None
+    assert pruned.dense.hidden.out_features == 12  # of 16, and 11 aren't a multiple of 4
+    assert chosen.reconstruct(pruned).dense.hidden.out_features == 12
+
+
+@pytest.mark.parametrize("distill", [False, lambda dense, model, images: dense])
+def test_what_is_not_distilled_by_the_package_needs_no_images_for_it(distill):
+    check_can_be_distilled(toy_model().eval(), images(1), distill, None)
+
+
+@pytest.mark.parametrize("distill", [True, {}, {"steps": 2}])
+def test_distillation_needs_two_samples(distill):
+    model = toy_model().eval()
+    with pytest.raises(DataError, match="at least two samples, one to judge by, got 1"):
+        check_can_be_distilled(model, images(1), distill, None)
+    check_can_be_distilled(model, images(2), distill, None)
+    # A network without weights has no layer to prune, which is told later.
+    check_can_be_distilled(nn.ReLU(), Calibration([torch.zeros(2, 4), torch.zeros(2, 5)]), distill, None)
+    with pytest.raises(DataError, match="inputs of all batches must have one shape"):
+        check_can_be_distilled(model, Calibration([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)]), distill, None)
+
+
+@pytest.mark.parametrize(
+    ("distill", "outputs", "message"),
+    [
+        ({"objective": "cosine", "outputs": lambda output, inputs: output["scores"][:, None]}, None, "one vector"),
+        ({"blocks": 1.0}, None, "blocks must be 0"),
+        ({"precision": "bfloat8"}, None, "precision"),
+        ({"augment": lambda inputs: inputs[:, :1]}, None, r"\(augment\)"),
+        (True, lambda output, inputs: output["scores"].sum(), "a floating tensor with an entry per sample"),
+        ({}, lambda output, inputs: output["scores"].sum(), "a floating tensor with an entry per sample"),
+    ],
+)
+def test_what_distillation_would_refuse_is_refused_before_anything_is_pruned(distill, outputs, message):
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = toy_model()
+
+        def forward(self, inputs):
+            return {"scores": torch.relu(self.net(inputs))}
+
+    model = Scores().eval()
+    check_can_be_distilled(model, images(4), {"temperature": 1.0}, None)
+    with pytest.raises(ConfigError, match=message):
+        check_can_be_distilled(model, images(4), distill, outputs)
+
+
+def test_outputs_of_the_knobs_go_before_those_of_the_call():
+    def refuse(output, inputs):
+        return output.sum()
+
+    check_can_be_distilled(toy_model().eval(), images(4), {"outputs": lambda output, inputs: output}, refuse)
+
+
+def test_a_network_without_gradients_is_refused_only_with_knobs():
+    class Used(nn.Sequential):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    model, data = Used(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), Calibration([torch.rand(4, 4)])
+    check_can_be_distilled(model, data, True, None)
+    for knobs in ({}, {"steps": 2}):
+        with pytest.raises(GradientError, match="; distill=False leaves distillation out"):
+            check_can_be_distilled(model, data, knobs, None)
+
+
+EVEN = {"distance": 0.1, "distance_low": 0.05, "distance_high": 0.15, "calibration_distance": 0.1}
+
+
+def measured(*stages, **knobs):
+    """Measurements with stages of such names and figures."""
+    model = toy_model().eval()
+    found = Measurements(model, ImageParts.of(images(), model), None, **knobs)
+    found.add("unpruned", model)
+    for name, figures in stages:
+        found.stages.append(replace(found.stages[0], network=name, **EVEN | figures))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("distances", "is_told"),
+    [
+        ({"pruned": 0.5, "reconstructed": 0.1, "distilled": 0.21}, True),
+        ({"pruned": 0.05, "reconstructed": 0.1, "distilled": 0.2}, False),  # twice as far isn't more than twice
+        ({"pruned": 0.1, "reconstructed": 0.3, "distilled": 0.5}, False),
+        ({"pruned": 0.1, "distilled": 0.3}, True),
+        ({"pruned": 0.1, "reconstructed": 0.3}, False),
+        ({"pruned": 3.0, "distilled": 7.0}, True),
+        ({"pruned": 3.0, "distilled": 5.0}, False),
+    ],
+)
+def test_distillation_that_leads_away_is_told_by_the_last_two_networks(distances, is_told, caplog):
+    stages = [(name, {"distance": far, "distance_high": 9.0}) for name, far in distances.items()]
+    found = measured(*stages).warnings()
+    before, after = list(distances.values())[-2:]
+    told = [text for text in found if "the distilled network is kept" in text]
+    assert [f"is {after:.3g}, {before:.3g} before distillation" in text for text in told] == [True] * is_told
+    assert set(told) <= {record.getMessage() for record in caplog.records}
+
+
+FAR = {"distance": 0.3, "distance_low": 0.2, "distance_high": 0.4}
+LESS = {"agreement": 0.8, "agreement_low": 0.7, "agreement_high": 0.85, "calibration_agreement": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("before", "last", "is_told"),
+    [
+        ({}, FAR, True),
+        (FAR, {}, False),
+        ({}, LESS, True),
+        (LESS, {}, False),
+        ({}, {**FAR, **LESS}, True),
+        ({}, {**FAR, "distance_low": 0.05, "distance": 5.0, "distance_high": 9.0}, False),
+        ({}, {**LESS, "agreement_high": 0.9}, False),  # the interval ends at the other figure
+        ({}, {**LESS, "agreement": 0.85, "agreement_high": 0.88}, False),  # not more than 0.05 less
+        ({}, {**LESS, "distance": SMALL}, True),
+        ({}, {**LESS, "distance": SMALL / 2}, False),
+    ],
+)
+def test_too_few_images_are_told_by_the_last_network(before, last, is_told):
+    found = measured(("pruned", before), ("reconstructed", last))
+    assert ["samples are too few" in text for text in found.warnings()] == [True] * is_told
+
+
+def test_a_network_without_classes_is_told_of_by_its_distance_alone():
+    nothing = dict.fromkeys(("agreement", "agreement_low", "agreement_high", "calibration_agreement"), math.nan)
+    (told,) = measured(("pruned", {**FAR, **nothing})).warnings()
+    assert "samples are too few" in told
+    assert "agreement" not in told
+
+
+@pytest.mark.parametrize(("place", "is_told"), [(1, False), (2, True)])
+def test_outputs_without_a_scale_are_told_of_the_last_network(place, is_told):
+    found = measured(("pruned", {}), ("reconstructed", {}))
+    found.stages[place] = replace(found.stages[place], distance=math.inf)
+    assert found.warnings() == ((NO_SCALE,) if is_told else ())
+
+
+def test_a_network_is_measured_on_the_first_and_the_last_part():
+    model, other = toy_model().eval(), toy_model(1).eval()
+    first, judges, held_out = images(8), images(8, 1), images(8, 2)
+    data = ImageParts.of(first, model, (first, judges, held_out))
+
+    def double(output, inputs):
+        return output[:, :2]
+
+    found = Measurements(model, data, lambda net: 1 + (net is other), double)
+    for name, net in (("unpruned", model), ("pruned", other)):
+        found.add(name, net)
+    with torch.no_grad():
+        wanted, got = ([net(toy_images(8, seed))[:, :2].double() for seed in range(3)] for net in (model, other))
+    everything = torch.cat(wanted)
+    scale = (everything - everything.mean(0)).square().sum(1).mean()
+    far = [float((one - two).square().sum(1).mean() / scale) for one, two in zip(wanted, got, strict=True)]
+    unpruned, pruned = found.stages
+    assert (unpruned.network, pruned.network) == ("unpruned", "pruned")
+    assert (pruned.calibration_distance, pruned.distance) == pytest.approx((far[0], far[2]))
+    assert (unpruned.accuracy, pruned.accuracy) == (1.0, 2.0)
+    assert unpruned.seconds == 0.0
+    assert 0.0 < pruned.seconds < 600.0
+
+
+@pytest.mark.parametrize(("given", "found"), [(2, 2.0), (torch.tensor(0.5), 0.5), ("0.25", 0.25)])
+def test_what_evaluate_returns_is_a_number(given, found):
+    assert number_of(given) == found
+
+
+@pytest.mark.parametrize("given", [None, "much", torch.zeros(2), [1.0]])
+def test_what_is_no_number_is_refused(given):
+    with pytest.raises(ConfigError, match=r"evaluate must return a number, got .* \(shrink\)"):
+        number_of(given)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "is_free", "told"),
+    [
+        ("l1", False, ""),  # NNI's, by ratios
+        ("reconstruction", False, ""),  # by a budget
+        ("subcluster", True, "got 'subcluster', which chooses"),
+        (lambda model, config_list, images: {}, True, "got a function, which chooses"),
+    ],
+)
+def test_some_pruners_choose_how_many_channels_they_keep(pruner, is_free, told):
+    assert chooses_how_many(pruner) == is_free
+    if not is_free:
+        check_has_size(pruner, "a frontier needs")
+        return
+    with pytest.raises(ConfigError, match=f"^a frontier needs a pruner that can be asked for a size, {told}"):
+        check_has_size(pruner, "a frontier needs")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["hiden", "stem"], r"'hiden'; did you mean hidden\? \(place\)"),
+        (["stem", "hiden"], r"'hiden'; did you mean hidden\? \(place\)"),
+        ([{"op_names": ["hiden"]}, "stem"], "'hiden'"),
+        ([{"op_names": ("stem", "hiden")}], "'hiden'"),
+        (["zzzzzz"], "known: head, hidden, inner, stem "),  # layers with channels, neither norm nor the model
+        ([], r"at least one layer, got none; None stands for all that can lose channels \(place\)"),
+        ((), r"at least one layer, got none"),
+    ],
+)
+def test_layers_that_a_model_does_not_have_are_refused(layers, message):
+    with pytest.raises(ConfigError, match=message):
+        check_layers(toy_model(), layers, "place")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [None, ["stem"], [{"op_types": ["Conv2d"]}], [{"op_names": "stem"}], ["stem", {"op_types": ["Linear"]}]],
+)
+def test_layers_that_a_model_has_are_taken(layers):
+    check_layers(toy_model(), layers, "place")
+
+
+def choices(**given):
+    settings = {"budget": FLOPS, "pruner": "l1", "knobs": None, "layers": None, "compensate": None, "distill": False,
+                "outputs": None, "evaluate": None, "place": "place"}  # fmt: skip
+    check_choices(**settings | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"knobs": [1]}, r"knobs must be a Mapping or None, got \[1\] \(place\)"),
+        ({"evaluate": lambda: 1.0}, r"evaluate must be a function of \(network\)"),
+        ({"outputs": lambda output: output}, r"outputs must be a function of \(output, inputs\)"),
+        ({"pruner": nn.Linear}, "got the class Linear"),
+        ({"pruner": lambda model: {}}, r"pruner must be a function of \(model, config_list, images\)"),
+        ({"pruner": "level"}, "pruner must be one that removes whole channels, got 'level'"),
+        ({"layers": [{"op_names": ["a"], "sparse_ratio": 0.5}]}, "a budget replaces sparse_ratio"),
+        ({"budget": Budget(flops=0.5, allocation="auto"), "pruner": lambda *_: {}}, "auto"),
+        ({"compensate": Reconstruct}, "got the class Reconstruct"),
+        ({"compensate": "magic"}, "compensate must be a known name"),
+        ({"compensate": lambda model: model}, r"compensate must be a function of \(model, masks, images\)"),
+        ({"distill": 1}, "distill must be True, False, knobs or a function, got 1"),
+        ({"distill": None}, "distill must be True, False, knobs or a function, got None"),
+        ({"distill": lambda dense: dense}, r"distill must be a function of \(dense, model, images\)"),
+        ({"distill": {"images": []}}, "knob of distill must be a known name, got 'images'"),
+        ({"distill": {"steps": -1}}, "steps must be"),
+    ],
+)
+def test_choices_that_can_not_be_used_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        choices(**given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"knobs": {}, "layers": ["stem", {"op_types": ["Linear"]}], "distill": True},
+        {"compensate": "reconstruct", "distill": {"held_out": [torch.zeros(1)], "progress": True}},
+        {"compensate": Reconstruct(refine=0), "distill": {}},
+        {"compensate": lambda model, masks, images: model, "distill": lambda dense, model, images: dense},
+        {"pruner": lambda model, config_list, images: {}},
+        {"outputs": lambda output, inputs: output, "evaluate": lambda network: 1.0},
+        {"pruner": "reconstruction", "budget": Budget(flops=0.5, allocation="auto")},
+    ],
+)
+def test_choices_that_can_be_used_are_taken(given):
+    choices(**given)
+
+
+def test_weights_that_are_parameters_stay_as_they_are(caplog):
+    plain = toy_model()
+    assert plain_weights(plain) == (plain, ())
+    nn.utils.parametrizations.weight_norm(plain.hidden)
+    with caplog.at_level(logging.WARNING):
+        made, (text,) = plain_weights(plain)
+    assert "a pruning mask: hidden. In the network that is returned they are plain ones" in text
+    assert text in caplog.text
+    assert made is not plain
+    assert torch.allclose(made.hidden.weight, plain.hidden.weight)
+    assert type(made.hidden) is nn.Linear
+
+
+def two_outputs(output, inputs):
+    return output[:, :2]
+
+
+def own_parts(model):
+    """Images of which others decide than those that are held out."""
+    return ImageParts.of(images(), model, (images(8), images(4, 1), images(4, 2)))
+
+
+def test_distillation_gets_the_judges_the_outputs_and_the_seed():
+    model, dense = toy_model().eval(), toy_model(1).eval()
+    chosen = steps(model, data=own_parts(model), distill={"steps": 2, "lr": 1e-3}, outputs=two_outputs, seed=3)
+    made, verdict = chosen.distil(dense)
+    knobs = {"held_out": images(4, 1), "outputs": two_outputs, "seed": 3, "steps": 2, "lr": 1e-3}
+    wanted = distillation(dense, model, images(8), **knobs)
+    torch.testing.assert_close(made.state_dict(), wanted.model.state_dict(), rtol=0, atol=0)
+    assert verdict == wanted.verdict
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "taken"),
+    [
+        (True, {"steps": 2}, 2),
+        ({}, {"steps": 2}, 2),
+        ({"steps": 1}, {"steps": 2}, 1),
+        ({"steps": None}, {"steps": 2}, 2),  # not given
+        ({"steps": 1, "seconds": None}, {}, 1),
+    ],
+)
+def test_knobs_of_the_caller_go_before_those_of_a_network(given, own, taken):
+    _, verdict = steps(distill=given).distil(toy_model(1).eval(), **{"lr": 1e-3, **own})
+    assert verdict.steps == taken
+
+
+def test_without_distillation_a_network_stays_and_a_function_takes_its_place():
+    dense, other = toy_model(1).eval(), toy_model(2).eval()
+    assert steps().distil(dense) == (dense, None)
+    chosen = steps(distill=lambda small, model, images: other if (small, images.samples) == (dense, 14) else None)
+    assert chosen.distil(dense) == (other, None)
+    with pytest.raises(ConfigError, match=r"distill must return a torch.nn.Module, got NoneType \(shrink\)"):
+        chosen.distil(other)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_where_it_is_asked_for(progress, capsys):
+    chosen = steps(pruner="random", compensate="reconstruct", distill={"steps": 1, "lr": 1e-3}, progress=progress)
+    recovered = chosen.reconstruct(chosen.prune(FLOPS))
+    assert ("compensate" in capsys.readouterr().err) == progress
+    chosen.distil(recovered.dense)
+    assert ("distil" in capsys.readouterr().err) == progress
+
+
+def test_a_step_that_is_left_out_is_told_once(caplog):
+    chosen = steps()
+    for text in ("one", "two", "one"):
+        chosen.leave_out(text)
+    assert chosen.warnings == ("one", "two")
+    assert [record.getMessage() for record in caplog.records] == ["one", "two", "one"]
+
+
+def masks_of(seed, **knobs):
+    masks = steps(pruner="random", seed=seed, **knobs).prune(FLOPS).masks
+    return torch.cat([masks[name]["weight"].flatten() for name in ("stem", "hidden")])
+
+
+def test_a_pruner_gets_the_seed_and_the_knobs_of_the_caller():
+    assert torch.equal(masks_of(1), masks_of(1))
+    assert not torch.equal(masks_of(1), masks_of(2))
+    assert torch.equal(masks_of(1), masks_of(2, knobs={"seed": 1}))
+    assert int(masks_of(1, round_to=4)[-16 * 8 :].view(16, 8).amax(1).sum()) % 4 == 0
+
+
+@pytest.mark.parametrize(("is_search", "count"), [(False, 1), (True, 0)])
+def test_a_missed_budget_of_ratios_is_told_unless_sizes_are_searched(is_search, count, caplog):
+    capped = [{"op_names": ["stem", "inner", "hidden"], "max_sparse_ratio": 0.25}]
+    steps(layers=capped, is_search=is_search).prune(Budget(flops=0.4))
+    assert sum("the flops budget of 0.4 is missed" in record.getMessage() for record in caplog.records) == count
+
+
+@pytest.mark.parametrize(
+    ("narrow_heads", "equal_blocks", "is_narrower"), [(True, False, True), (False, False, False), (True, True, False)]
+)
+def test_heads_get_narrower_where_that_is_asked_for(narrow_heads, equal_blocks, is_narrower):
+    torch.manual_seed(0)
+    net = vit_small(4, 1, 8).eval()
+    data = ImageParts.of(Calibration([torch.randn(16, 1, 8, 8)]), net)
+
+    def first_head(model, config_list, images):
+        rows = torch.arange(len(model.blocks[0].attention.q_proj.weight))
+        mask = (rows >= 16)[:, None].expand_as(model.blocks[0].attention.q_proj.weight).float()
+        return {f"blocks.0.attention.{name}_proj": {"weight": mask.clone()} for name in "qkv"}
+
+    chosen = steps(net, data=data, pruner=first_head, narrow_heads=narrow_heads)
+    pruned = chosen.prune(Budget(flops=0.5, equal_blocks=equal_blocks))
+    assert (pruned.full is not net) == is_narrower
+
+
+def test_a_search_asks_the_same_pruner_for_every_size():
+    once, search = (steps(pruner="random", is_search=is_search) for is_search in (False, True))
+    for share in (0.5, 0.75):
+        budget = Budget(flops=share)
+        kept = [each.prune(budget) for each in (once, search)]
+        torch.testing.assert_close(kept[0].masks, kept[1].masks, rtol=0, atol=0)
+        assert [each.planned.left for each in kept] == pytest.approx([share] * 2, abs=0.05)
+    assert once._asked == {}
+    assert list(search._asked) == [("flops", "uniform")]
+
+
+def test_inputs_by_which_a_cost_is_counted():
+    assert [each.shape[0] for each in steps().example_for("latency")] == [14]  # a whole batch of those to learn from
+    model = toy_model().eval()
+    by_name = ImageParts.of(Calibration([{"images": toy_images(16)}]), model)
+    chosen = steps(model, data=by_name)
+    assert chosen.example_for("flops") is by_name.example
+    assert chosen.example_for("latency")["images"].shape == (14, 3, 8, 8)
+
+
+def recovered_from(chosen, masks, planned=None):
+    dense = to_dense(chosen.model, toy_images(2), masks)
+    return RecoveredNetwork(
+        PrunedNetwork(chosen.model, masks, lambda: dense, planned), dense, dense_report_of(dense), None
+    )
+
+
+def halved(name, width):
+    mask = torch.ones_like(getattr(toy_model(), name).weight)
+    mask[: width // 2] = 0.0
+    return {name: {"weight": mask}}
+
+
+def test_why_a_budget_is_missed():
+    chosen = steps(pruner="reconstruction")
+    all_removed = recovered_from(chosen, halved("hidden", 16))
+    assert all_removed.blocks_removed == 0
+    assert "; the allocation 'topological' or 'error' may come nearer" in chosen.why_missed(
+        Budget(flops=0.5, allocation="uniform"), all_removed
+    )
+    # Channels of the stem are added to those of another layer, which keeps them.
+    some_kept = recovered_from(chosen, halved("stem", 8))
+    assert chosen.why_missed(FLOPS, some_kept) == "layers keep channels that were to be removed"
+    free = replace(chosen, pruner="subcluster")
+    assert free.why_missed(FLOPS, some_kept) == "the pruner chooses how many channels it keeps"
+
+
+def test_the_share_of_a_cost_that_a_network_keeps():
+    chosen = steps()
+    half = recovered_from(chosen, halved("hidden", 16))
+    # A convolution has 8 x 8 places; the hidden layer maps 8 features to 16, the head these to 4.
+    whole = 64 * 9 * (3 * 8 + 8 * 8) + 8 * 16 + 16 * 4
+    assert chosen.share_left(FLOPS, half) == pytest.approx((whole - 8 * 8 - 8 * 4) / whole)
+    assert 0.1 < chosen.share_left(Budget(latency=0.5), half) < 4.0  # it is timed
+    # By a table of the products of widths, of which the hidden layer and the head lose half.
+    table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
+    assert chosen.share_left(Budget(latency=0.5, latency_table=table), half) == pytest.approx(
+        (3 * 8 + 8 * 8 + 8 * 8 + 8 * 4) / (3 * 8 + 8 * 8 + 8 * 16 + 16 * 4)
+    )
+    assert chosen.share_left(Budget(params=0.5), half) == pytest.approx(1 - (8 * 9 + 8 * 4) / 1076, rel=1e-2)
+
+
+@pytest.fixture
+def shared():
+    """Images that are shared with another process, which nothing asks."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield Calibration([toy_images(8)], process_group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_what_processes_that_share_images_can_not_do_is_refused(shared):
+    usual = {
+        "budget": FLOPS,
+        "pruner": "l1",
+        "compensate": "reconstruct",
+        "distill": True,
+        "tolerance": None,
+        "depth": False,
+    }
+    check_can_be_shared(shared, **usual)
+    check_can_be_shared(shared, **usual | {"compensate": Reconstruct(), "distill": {"steps": 2}})
+    refused = {
+        "distill": {"distill": lambda dense, model, images: dense},
+        "tolerance": {"tolerance": 0.5},
+        "depth": {"depth": True},
+        "allocation": {"budget": Budget(flops=0.5, allocation="auto")},
+        "pruner": {"pruner": lambda model, config_list, images: {}},
+        "compensate": {"compensate": lambda model, masks, images: model},
+    }
+    for names in (*([name] for name in refused), ["distill", "compensate"]):
+        given = usual | {knob: value for name in names for knob, value in refused[name].items()}
+        with pytest.raises(ConfigError) as caught:
+            check_can_be_shared(shared, **given)
+        assert f"with methods by name, got {', '.join(names)} (process_group of" in str(caught.value)
+        check_can_be_shared(images(), **given)
+    with pytest.raises(ConfigError, match="without seconds, augment, state, blocks, got seconds"):
+        check_can_be_shared(shared, **usual | {"distill": {"seconds": 1.0}})
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval()
+    check_can_be_distilled(plain, shared, {"blend": False}, None)
+    for data in (shared, images()):
+        for knobs in (True, {"objective": "cosine"}):
+            if data is shared:
+                with pytest.raises(ConfigError, match="processes that share images must distil"):
+                    check_can_be_distilled(plain, data, knobs, None)
+            else:
+                check_can_be_distilled(plain, data, knobs, None)
