@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.errors import NniTopoError
+from nni_topo.errors import NniTopoError, is_class
 from nni_topo.studies.plan import load_plan
 from nni_topo.testing import require_unchanged, snapshot
 
@@ -528,8 +528,8 @@ def public_functions() -> dict[str, Any]:
         room = importlib.import_module(module)
         for name in room.__all__:
             value = getattr(room, name)
-            is_class = isinstance(value, type) and not issubclass(value, BaseException)
-            if is_class or isinstance(value, types.FunctionType):
+            is_made = is_class(value) and not issubclass(value, BaseException)
+            if is_made or isinstance(value, types.FunctionType):
                 found.setdefault(id(value), (f"{module}.{name}", value))
     return dict(found.values())
 

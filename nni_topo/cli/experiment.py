@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,9 @@ def _followed(experiment: Experiment, console: Console) -> list[TrialRecord]:
     """Follow an experiment and print every trial that ends."""
     told: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("trials", total=experiment.config.max_trial_number)
+    bar = Progress(*columns, console=console)
+    task = bar.add_task("trials", total=experiment.config.max_trial_number)
+    with bar if console.is_terminal else nullcontext():
 
         def tell(status: str, trials: Sequence[TrialRecord]) -> None:
             finished = [trial for trial in trials if trial.is_finished]

@@ -283,7 +283,7 @@ def test_the_picture_shows_every_rows_mean_before_and_after():
         names = {text.get_text(): text for text in axis.texts}
         assert names.keys() == set(rows)
         for index, bars in enumerate(axis.containers):
-            assert names[rows[index]].xy == pytest.approx(np.ravel(bars[0].get_data()))
+            assert names[rows[index]].xy == pytest.approx(tuple(np.ravel(bars[0].get_data())))
         heights = sorted(text.xyann[1] for text in names.values())
         low, high = axis.get_ylim()
         assert min(np.diff(heights)) > 0.03 * (high - low)  # no name hides another one
