@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy_times import LAYERS, proportional
@@ -129,6 +130,7 @@ def test_the_picture_has_the_points_their_intervals_and_the_knee():
     assert sorted(names) == ["50 held-out samples", "knee"]
     assert (mark.get_color(), mark.get_markersize()) == ("C3", 8)
     assert mark.zorder > line.zorder  # the knee isn't hidden by its point
+    assert isinstance(axis.figure.get_layout_engine(), ConstrainedLayoutEngine)  # no label is cut off
     assert [cap.get_markersize() for cap in axis.containers[0].lines[1]] == [6, 6]
     assert "the knee is at a share of 0.25" in repr(found)
     straight = Frontier({}, points((1.0, 0.0), (0.5, 0.1), (0.0, 0.2)), "flops", "answers", 100, 50)
@@ -329,6 +331,11 @@ def test_a_report_warns_of_each_step_and_what_nobody_asks_for_is_that_of_shrink(
     assert [any(word in text for text in small.report.warnings) for word in words] == [True] * 3
     assert set(small.report.warnings) <= set(alone.report.warnings)
     torch.testing.assert_close(small.state_dict(), alone.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_shares_are_three_quarters_to_a_tenth():
+    net, rows = wide_net()
+    assert list(nni_topo.frontier(net, rows, compensate=None, distill=False)) == [0.75, 0.5, 0.25, 0.1]
 
 
 def test_layers_may_be_an_iterator_and_all_ways_to_distribute_a_budget_are_told():
