@@ -55,6 +55,7 @@ def test_the_widths_that_the_images_held_out_choose_stay():
             torch.testing.assert_close(alone.state_dict(), small.state_dict())
     (chosen,) = (each for each in tried.values() if each.is_chosen)
     assert chosen.loss == min(each.loss for each in tried.values())
+    assert small.report.allocation == chosen.allocation
     assert len({round(each.loss, 6) for each in tried.values()}) > 1
     shown = repr(small.report)
     assert f"widths {chosen.allocation}: held out loss {chosen.loss:.4g}, agreement" in shown

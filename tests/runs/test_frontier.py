@@ -15,6 +15,7 @@ from toy_times import LAYERS, proportional
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.runtime import Calibration
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.recovery import distilling
@@ -22,6 +23,7 @@ from nni_topo.runs import frontier as module
 from nni_topo.runs.frontier import Frontier, FrontierPoint
 from nni_topo.runs.steps import ImageParts, RecoveredNetwork
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
+from nni_topo.zoo.transformers import vit_small
 
 SHARES = (0.7, 0.45, 0.25)
 
@@ -336,6 +338,15 @@ def test_a_report_warns_of_each_step_and_what_nobody_asks_for_is_that_of_shrink(
 def test_the_shares_are_three_quarters_to_a_tenth():
     net, rows = wide_net()
     assert list(nni_topo.frontier(net, rows, compensate=None, distill=False)) == [0.75, 0.5, 0.25, 0.1]
+
+
+def test_heads_get_narrower_instead_of_fewer():
+    torch.manual_seed(0)
+    net = vit_small(4, 1, 8).eval()
+    small = made((0.4,), net, [torch.randn(16, 1, 8, 8)], pruner="l1", compensate=None)[0.4]
+    whole, left = find_attention(net), find_attention(small)
+    assert [each.heads for each in left.values()] == [each.heads for each in whole.values()]
+    assert all(left[name].head_size < each.head_size for name, each in whole.items())
 
 
 def test_layers_may_be_an_iterator_and_all_ways_to_distribute_a_budget_are_told():

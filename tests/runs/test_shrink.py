@@ -23,8 +23,9 @@ from nni_topo.pruners.budget import BudgetOutcome, network_cost
 from nni_topo.recovery import Reconstruct
 from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.lesson import ComparedOutputs
+from nni_topo.runs import shrink as module
 from nni_topo.runs.depth import DepthOutcome, RemovedBlock
-from nni_topo.runs.shrink import ShrinkReport
+from nni_topo.runs.shrink import ShrinkReport, budget_settings
 from nni_topo.runs.steps import ImageParts, Measurements, Stage
 from nni_topo.runs.tolerance import ToleranceOutcome
 from nni_topo.sharing import find_ties
@@ -886,3 +887,83 @@ def test_only_weights_of_distillation_are_marked_as_discarded(is_kept, name):
     first, second, third = sections(report)["How much changes"].splitlines()[2:5]
     assert (first[:12], second[:10]) == ("| unpruned |", "| pruned |")
     assert third.startswith(f"| {name} |")
+
+
+def every_second(model, config_list, images):
+    """Remove every second channel of a layer."""
+    mask = torch.ones_like(model.hidden.weight)
+    mask[::2] = 0
+    return {"hidden": {"weight": mask}}
+
+
+def as_it_is(model, masks, images):
+    """Reconstruct nothing."""
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "names"),
+    [
+        ({"pruner": "l1"}, ("l1", "uniform", "reconstruct")),
+        ({"budget": {"flops": 0.5, "allocation": "error"}, "compensate": None}, ("reconstruction", "error", "")),
+        ({"pruner": every_second, "compensate": Reconstruct(refine=0)}, ("every_second", "", "Reconstruct")),
+        ({"pruner": "l1", "compensate": as_it_is}, ("l1", "uniform", "as_it_is")),
+    ],
+)
+def test_a_report_names_the_pruner_the_allocation_and_the_recovery(knobs, names):
+    report = shrunk(**knobs).report
+    assert (report.pruner, report.allocation, report.recovery) == names
+    assert not report.equal_blocks
+
+
+@pytest.mark.parametrize(("knobs", "is_same"), [({"seed": 0}, True), ({"seed": 1}, False)])
+def test_the_seed_is_0(knobs, is_same):
+    first, second = (shrunk(pruner="random", compensate=None, **own) for own in ({}, knobs))
+    same = [torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True)]
+    assert all(same) is is_same
+
+
+@pytest.mark.parametrize("progress", [None, False])
+def test_progress_of_recovery_is_shown_unless_it_is_unwanted(progress, capsys, monkeypatch):
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    shrunk(distill={"steps": 2, "lr": 1e-3}, progress=progress)
+    lines = capsys.readouterr().err.splitlines()
+    shown = {line.split(":")[0] for line in lines} & {"compensate", "distill"}
+    assert shown == (set() if progress is False else {"compensate", "distill"})
+
+
+def test_layers_of_at_least_eight_channels_of_which_one_is_left_are_told():
+    rows = (("a", 8, 1), ("b", 7, 1), ("c", 8, 2), ("d", 64, 1))
+    layers = DenseReport(tuple(LayerChannels(name, before, after, after) for name, before, after in rows))
+    (told,) = module._nearly_gone(layers)
+    assert told.startswith("one channel is left of these layers: a (of 8), d (of 64); ")
+    assert module._nearly_gone(LAYERS_LEFT) == ()
+
+
+@pytest.mark.parametrize(
+    ("budget", "tolerance", "share", "kind", "allocation"),
+    [
+        (None, 0.1, None, "flops", "uniform"),
+        ("params", 0.1, None, "params", "uniform"),
+        ({"memory": None, "allocation": "error"}, 0.1, None, "memory", "error"),
+        ({"params": 0.5, "allocation": "error"}, 0.1, 0.5, "params", "error"),
+        (nni_topo.Budget(params=0.5), 0.1, 0.5, "params", "uniform"),
+        ({"params": 0.5}, None, 0.5, "params", "uniform"),
+    ],
+)
+def test_a_budget_is_a_share_or_the_name_of_a_cost(budget, tolerance, share, kind, allocation):
+    asked, found = budget_settings(budget, tolerance)
+    assert (asked, found.kind, found.allocation) == (share, kind, allocation)
+
+
+@pytest.mark.parametrize("budget", [{}, {"flops": None, "params": None}, {"allocation": "error"}])
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_a_budget_of_no_or_several_costs_is_refused(budget, tolerance):
+    with pytest.raises(ConfigError, match="budget"):
+        budget_settings(budget, tolerance)
+
+
+def test_without_images_known_a_report_has_none():
+    bare = ShrinkReport((UNPRUNED,), LAYERS_LEFT)
+    assert (bare.images, bare.held_out, bare.equal_blocks) == (0, 0, False)
+    assert bare.parameters_left == 200
