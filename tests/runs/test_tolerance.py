@@ -310,6 +310,7 @@ def tried(asked: float, is_within: bool = True, is_safe: bool = False, left: flo
         ([0.5, 0.71], [0.71], [0.355**0.5], [0.355**0.5]),
         # Nothing is tried that is nearly the whole network.
         ([0.97], [], [], []),
+        ([(1.0 / 1.02) ** 2], [], [], []),
         ([0.95], [], [], [0.95**0.5]),
         ([0.5, 0.97], [], [0.485**0.5], [0.485**0.5]),
     ],
@@ -586,6 +587,13 @@ def test_a_network_with_nothing_to_remove_is_refused():
         shrunk(narrow)
     with pytest.raises(ConfigError, match="must have a layer whose channels can be removed, got none"):
         shrunk(nn.Sequential(nn.Linear(6, 3)).eval())
+    # With 50 of 51 channels too little can go; with 49 it is enough.
+    torch.manual_seed(0)
+    capped = nn.Sequential(nn.Linear(6, 51, bias=False), nn.ReLU(), nn.Linear(51, 3, bias=False)).eval()
+    with pytest.raises(ConfigError, match=r"got one whose fewest channels keep 0.9804 of its flops \(shrink\)"):
+        shrunk(capped, layers=[{"op_names": ["0"], "max_sparse_ratio": 0.02}])
+    small = shrunk(capped, layers=[{"op_names": ["0"], "max_sparse_ratio": 0.04}], compensate=None, tolerance=0.5)
+    assert small[0].out_features == 49
 
 
 def test_distillation_is_judged_too_and_a_function_of_the_users_may_change_what_it_gets():
