@@ -350,8 +350,9 @@ def test_heads_get_narrower_instead_of_fewer():
 
 
 def test_layers_may_be_an_iterator_and_all_ways_to_distribute_a_budget_are_told():
-    small = made((0.9,), layers=iter(["hidden"]), budget={"flops": None, "allocation": "auto"})[0.9]
-    assert small.report.layers.pruned_layers == ("hidden",)
+    net, rows = wide_net()
+    small = made((0.9,), net, rows, layers=iter(["2"]), budget={"flops": None, "allocation": "auto"})[0.9]
+    assert small.report.layers.pruned_layers == ("2",)
     (chosen,) = (each.allocation for each in small.report.tried if each.is_chosen)
     assert small.report.allocation == chosen
 

@@ -138,6 +138,18 @@ def test_fine_tuning_takes_an_epoch_unless_the_file_says_more_and_the_seed_is_0(
     assert record["seed"] == seed
 
 
+def test_the_seed_decides_what_a_random_pruner_removes(checkpoint, tmp_path):
+    config = PruneConfig("random", [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    kept = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / str(number)
+        prune_checkpoint(SMALL, checkpoint, config, DIGITS, out, seed=seed, progress=False)
+        masks = torch.load(out / "masks.pt", weights_only=True)
+        kept.append(torch.cat([each["weight"].flatten(1).any(1) for each in masks.values()]))
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+
+
 def test_a_device_that_is_not_there_is_refused(checkpoint, tmp_path):
     config = PruneConfig("l1", [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     with pytest.raises(ConfigError, match="got 'nowhere'"):

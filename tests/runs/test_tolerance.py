@@ -441,20 +441,21 @@ def test_samples_of_a_group_count_as_one_where_there_is_a_value_for_each():
 def test_the_search_begins_between_a_64th_and_the_whole():
     torch.manual_seed(0)
     wide = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, 3)).eval()
-    found = shrunk(wide, compensate=None, tolerance=0.5).report.tolerance
-    assert found.candidates[0].asked == 0.125
+    quick = {"pruner": "l1", "compensate": None, "tolerance": 0.5}
+    assert shrunk(wide, **quick).report.tolerance.candidates[0].asked == 0.125
     # One neuron of 32: no less can be kept.
-    assert shrunk().report.tolerance.candidates[0].asked == pytest.approx(0.03125**0.5)
+    assert shrunk(**quick).report.tolerance.candidates[0].asked == pytest.approx(0.03125**0.5)
 
 
 def test_a_share_is_tried_first_where_it_can_be_kept():
-    least = shrunk(budget={"flops": 0.03125}).report.tolerance
+    quick = {"pruner": "l1", "compensate": None}
+    least = shrunk(budget={"flops": 0.03125}, **quick).report.tolerance
     assert least.candidates[0].asked == 0.03125
-    whole = shrunk(budget={"flops": 1.0})
+    whole = shrunk(budget={"flops": 1.0}, **quick)
     assert whole.report.tolerance.candidates == ()
     assert whole.report.budget.is_met
     assert whole.hidden.out_features == WIDTH
-    below = shrunk(budget={"flops": 0.01}).report.tolerance
+    below = shrunk(budget={"flops": 0.01}, **quick).report.tolerance
     assert below.candidates[0].asked == pytest.approx(0.03125**0.5)
 
 
