@@ -143,6 +143,8 @@ def test_differences_are_counted_on_the_images_of_each_part():
     assert searched.difference == changed(model, other, images[judging])
     # What the 24 images that confirm would give.
     assert searched.limit == limit_of_share(searched.difference, 24)
+    just = Judge(model, Answers(model, *parts), parts[1:], searched.limit, "answers", None)
+    assert just.on_search(other).is_within
     # Safe: the 24 images would confirm it, even if its true difference were the upper limit on the 16 that judge.
     highest = limit_of_share(limit_of_share(searched.difference, 16), 24)
     for tolerance, is_safe in ((0.99 * highest, False), (highest, True)):
@@ -271,20 +273,28 @@ def test_a_fall_of_just_the_tolerance_is_within_it():
         assert judge.counts == [0, 0]
 
 
-def test_distances_of_two_images_have_a_limit():
+def confirmed(weight, bias, *batches):
+    """Confirm y = weight x + bias against y = x, by the distance."""
     model, other = nn.Linear(1, 1).eval(), nn.Linear(1, 1).eval()
     with torch.no_grad():
-        model.weight.fill_(1.0)
-        model.bias.zero_()
-        other.weight.fill_(1.5)
-        other.bias.fill_(0.5)
+        for net, (own_weight, own_bias) in ((model, (1.0, 0.0)), (other, (weight, bias))):
+            net.weight.fill_(own_weight)
+            net.bias.fill_(own_bias)
+    parts = [Calibration([torch.tensor([[number] for number in batch])]) for batch in batches]
+    return Judge(model, Answers(model, *parts), parts[1:], 0.5, "distance", None).confirm(other)
+
+
+@pytest.mark.filterwarnings("error")
+def test_distances_have_a_limit_from_two_images_on():
     # Outputs of 1 and -1 have a variance of 1; the other network's are 2 and -1.
-    parts = [Calibration([torch.tensor([[1.0], [-1.0]])])] * 3
-    judge = Judge(model, Answers(model, *parts), parts[1:], 0.5, "distance", None)
-    found = judge.confirm(other)
+    found = confirmed(1.5, 0.5, *[(1.0, -1.0)] * 3)
     assert found.difference == pytest.approx(0.5)
     # Student's t of one degree of freedom is 6.31 at 95 %; the deviation of 1 and 0 is 1 over the root of two.
     assert found.limit == pytest.approx(0.5 + 6.3137515 / 2.0)
+    assert confirmed(1.5, 0.5, (1.0, -1.0), (1.0, -1.0), (1.0,)).limit == math.inf
+    broken = confirmed(1.0, math.inf, *[(1.0, -1.0)] * 3)
+    assert broken.limit == math.inf
+    assert not broken.is_within
 
 
 def tried(asked: float, is_within: bool = True, is_safe: bool = False, left: float | None = None) -> TriedNetwork:
@@ -424,6 +434,9 @@ def test_the_candidates_are_a_table_with_what_they_are_judged_on():
         ["0.5", "0.49", "False", "0.01", "0.02", "True"],
         ["0.25", "0.2", "True", "0.0401", "0.0612", "False"],
     ]
+    first, second = OUTCOME.candidates
+    broken = replace(OUTCOME, candidates=(first, replace(second, difference=math.nan, limit=math.inf)))
+    assert broken.told_candidates().splitlines()[3].split() == ["0.25", "0.2", "True", "NaN", "inf", "False"]
     unlimited = tuple(replace(each, limit=math.nan) for each in OUTCOME.candidates)
     told = replace(OUTCOME, measure="evaluate", candidates=unlimited).told_candidates().splitlines()
     assert told[0] == "the candidates, judged by evaluate, with the shares of the params:"
