@@ -494,6 +494,9 @@ def test_a_budget_of_time_is_counted_by_one_table_and_the_result_is_timed(monkey
     assert found.left == 0.4
     assert [len(models) for models in timed] == [1]
     assert 0.4 not in [each.left for each in found.candidates]
+    unmet = shrunk(model, list(rows(160).split(80)), budget="latency", pruner="l1", tolerance=0.2).report.tolerance
+    assert (unmet.is_met, unmet.left, unmet.difference) == (False, 1.0, 0.0)
+    assert math.isnan(unmet.limit)
 
 
 def test_outputs_that_are_no_scores_are_measured_by_their_distance():
@@ -502,6 +505,8 @@ def test_outputs_that_are_no_scores_are_measured_by_their_distance():
         found = small.report.tolerance
         assert (found.measure, found.needed, found.is_met) == ("distance", 0, True)
         assert found.difference <= found.limit <= 0.02
+        last = [look for look in found.confirmations if look.is_within][-1]
+        assert (found.left, found.difference, found.limit) == (last.left, last.difference, last.limit)
         assert found.difference == pytest.approx(small.report.stages[-1].distance, abs=1e-9)
         assert "mean squared distance of the outputs over their variance" in repr(small.report)
         assert small.hidden.out_features < WIDTH
@@ -524,6 +529,7 @@ def test_a_function_of_the_users_decides_by_the_fall_of_what_it_returns():
     assert len(found.candidates) <= 6  # no larger networks, for nothing confirms
     assert len([each for each in found.candidates if each.is_within]) > 1
     assert len(found.confirmations) == 1
+    assert found.left == min(each.left for each in found.candidates if each.is_within)
     assert found.difference == pytest.approx(1.0 - float(accuracy(small)))
     assert found.difference <= 0.3
     assert math.isnan(found.limit)
@@ -625,7 +631,39 @@ def test_distillation_is_judged_too_and_a_function_of_the_users_may_change_what_
     kept = shrunk(model, distill=ruin)
     assert kept.report.stages[-1].network == "reconstructed"
     assert changed(model, kept, rows(5000, 2)) < 0.01
-    assert [each.is_within for each in kept.report.tolerance.candidates if each.is_distilled] == [False]
+    searched = kept.report.tolerance
+    assert [each.is_within for each in searched.candidates if each.is_distilled] == [False]
+    # The smallest network is confirmed as it was before.
+    assert all(look.is_within for look in searched.confirmations)
+    assert searched.left == min(each.left for each in searched.candidates if each.is_within)
+
+
+def test_a_distilled_network_takes_the_place_of_the_smallest_one():
+    made = []
+
+    def distil(dense, unpruned, images):
+        with torch.no_grad():
+            dense.head.bias += 1e-4
+        made.append(dense)
+        return dense
+
+    small = shrunk(distill=distil)
+    found = small.report.tolerance
+    plain = [each for each in found.candidates if each.is_within and not each.is_distilled]
+    # Then a smaller one is tried as well, which isn't within the tolerance.
+    first, second = (each for each in found.candidates if each.is_distilled)
+    assert first.asked == min(each.asked for each in plain)
+    assert (first.is_within, second.is_within) == (True, False)
+    assert second.asked == pytest.approx(0.75 * first.asked)
+    assert [look.is_distilled for look in found.confirmations] == [False] * (len(found.confirmations) - 1) + [True]
+    assert small.report.stages[-1].network == "distilled"
+    assert torch.equal(small.head.bias, made[0].head.bias)
+
+
+def test_no_smaller_network_is_distilled_where_the_learned_weights_are_discarded():
+    report = shrunk(distill={"steps": 2, "lr": 1e3}, tolerance=0.05).report
+    assert not report.distillation.is_kept
+    assert sum(each.is_distilled for each in report.tolerance.candidates) == 1
 
 
 def test_statistics_and_groups_are_made_once_for_all_candidates(monkeypatch):
