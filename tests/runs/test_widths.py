@@ -168,6 +168,8 @@ def test_a_share_of_the_whole_removes_no_channel_of_a_deep_network():
     ratios = proposed_ratios(net, images, dict.fromkeys(inner_layers(net, images), 0.5), 1.0)
     assert len(ratios) == 39
     assert set(ratios.values()) == {0.0}
+    # and none leaves a layer more than one
+    assert set(proposed_ratios(net, images, dict.fromkeys(ratios, 0.5), 1e-6).values()) == {2.5 / 3}
 
 
 def test_channels_that_only_some_layers_share_are_counted_as_shared():
