@@ -224,7 +224,7 @@ def keep(dense, model, images):
     [
         (16, (0.75, 0.5, 0.25), {}, [0.75, 0.5]),
         # One of three neurons is left of both networks: the smaller one is the larger one as it is.
-        (3, (0.5, 0.45), {}, [0.5]),
+        (3, (0.45, 0.4), {}, [0.45]),
         (16, (0.75, 0.5), {"layers": [{"op_names": ["0"], "max_sparse_ratio": 0.9}]}, [1.0]),
         (16, (0.75, 0.5), {"distill": False}, [1.0]),
         (16, (0.75, 0.5), {"distill": {"steps": 2, "lr": 1e3}}, [1.0]),  # the learned weights are discarded
