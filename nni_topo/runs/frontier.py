@@ -379,7 +379,7 @@ def frontier(
         outcome = outcome_of(own, left, steps.why_missed(own, recovered))
         if not outcome.is_near:
             _logger.warning("%s", outcome)
-        final, verdict = steps.distil(recovered.dense, **({} if count is None else {"steps": count}))
+        final, verdict = steps.distil(recovered.dense, steps=count)
         is_last_step_distilled = callable(distill) or final is not recovered.dense
         measured.add("distilled" if is_last_step_distilled else "reconstructed", final)
         report = ShrinkReport(

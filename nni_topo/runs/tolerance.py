@@ -196,7 +196,7 @@ class Judge:
 
     def on_search(self, net: nn.Module) -> Judged:
         """Compare on the images of the search; the limit is what those that confirm would give if they looked alike."""
-        return self._judged(net, 1, self.counts[-1])
+        return self._judged(net, 1, self.counts[1])
 
     def confirm(self, net: nn.Module) -> Judged:
         """Compare on the images that confirm."""
@@ -286,7 +286,7 @@ def check_tolerance(
     total = _units(images)
     if measure == "distance":
         if min(counts) < _LEAST:
-            enough = _total_for(_LEAST, min((0, 1, 2), key=PARTS.count))
+            enough = _total_for(_LEAST, min(set(PARTS), key=PARTS.count))
             raise ConfigError(f"a tolerance needs at least {enough} {unit}, got {total} (images)")
         return
     needed, got = observations_needed(tolerance), counts[2]

@@ -55,6 +55,7 @@ def test_the_widths_that_the_images_held_out_choose_stay():
             torch.testing.assert_close(alone.state_dict(), small.state_dict())
     (chosen,) = (each for each in tried.values() if each.is_chosen)
     assert chosen.loss == min(each.loss for each in tried.values())
+    assert small.report.allocation == chosen.allocation
     assert len({round(each.loss, 6) for each in tried.values()}) > 1
     shown = repr(small.report)
     assert f"widths {chosen.allocation}: held out loss {chosen.loss:.4g}, agreement" in shown
@@ -113,9 +114,16 @@ def test_of_equal_losses_the_first_is_chosen_and_none_that_is_not_finite():
     assert repr(Tried("error", 0.5, 0.75, True)) == "widths error: held out loss 0.5, agreement 0.75 (chosen)"
 
 
-@pytest.mark.parametrize("pruner", ["l1", "matrix", "energy", lambda model, config_list, images: {}])
-def test_what_has_nothing_to_choose_from_is_refused_before_anything_runs(pruner):
-    with pytest.raises(ConfigError, match=r"several ways \(.*reconstruction.*allocation='auto', got .*\(budget\)"):
+@pytest.mark.parametrize(
+    ("pruner", "named"),
+    [
+        *((name, f"'{name}'") for name in ("l1", "matrix", "energy")),
+        (lambda model, config_list, images: {}, "a function"),
+    ],
+)
+def test_what_has_nothing_to_choose_from_is_refused_before_anything_runs(pruner, named):
+    message = rf"several ways \(perera2022, reconstruction, topological\) for allocation='auto', got {named} \(budget\)"
+    with pytest.raises(ConfigError, match=message):
         shrunk(AUTO, pruner=pruner, evaluate=lambda net: pytest.fail("something ran"))
 
 

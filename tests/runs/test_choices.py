@@ -117,6 +117,11 @@ def test_other_settings_have_other_keys(changes):
     assert (other.training_key == CELL.training_key) == (not {"model", "data", "seed"} & changes.keys())
 
 
+def test_knobs_that_are_no_lists_have_the_key_of_their_values():
+    one, other = (replace(CELL, pruner=PrunerChoice("l1", knobs={"sizes": sizes})) for sizes in (range(3), [0, 1, 2]))
+    assert one.key == other.key != CELL.key
+
+
 def test_places_may_be_paths():
     assert ModelChoice("net", checkpoint=Path("net.pt")).checkpoint == Path("net.pt")
     assert DataChoice("digits", data_dir=Path("there")).data_dir == Path("there")

@@ -1,20 +1,29 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
+import struct
 
 import pytest
 import torch
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from toy_times import LAYERS, proportional
 
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.runtime import Calibration
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
+from nni_topo.recovery import distilling
 from nni_topo.runs import frontier as module
 from nni_topo.runs.frontier import Frontier, FrontierPoint
+from nni_topo.runs.steps import ImageParts, RecoveredNetwork
 from nni_topo.testing import require_unchanged, snapshot, toy_images, toy_model
+from nni_topo.zoo.transformers import vit_small
 
 SHARES = (0.7, 0.45, 0.25)
 
@@ -41,15 +50,21 @@ def test_each_network_is_the_one_that_shrink_makes():
         alone = nni_topo.shrink(toy_model().eval(), images(), {"flops": share}, distill=False)
         torch.testing.assert_close(found[share].state_dict(), alone.state_dict(), rtol=1e-5, atol=1e-6)
         mine, theirs = found[share].report, alone.report
-        assert mine.layers == theirs.layers
-        assert mine.budget == theirs.budget
+        for name in ("layers", "budget", "whole", "outputs", "images", "held_out", "warnings", "pruner", "recovery"):
+            assert getattr(mine, name) == getattr(theirs, name)
+        assert [each.place for each in mine.compensation.layers] == [each.place for each in theirs.compensation.layers]
+        assert [stage.network for stage in mine.stages] == ["unpruned", "reconstructed"]
         assert (point.share, point.left, point.start) == (share, theirs.budget.left, 1.0)
         assert (point.macs, point.params) == (theirs.stages[-1].macs, theirs.stages[-1].params)
         assert point.changed == pytest.approx(1.0 - theirs.stages[-1].agreement)
         assert point.changed_low <= point.changed <= point.changed_high
         assert point.distance == pytest.approx(theirs.stages[-1].distance, rel=1e-3)
+        assert point.distance_low < point.distance < point.distance_high
+        assert 0.0 < point.seconds < 100.0
     whole = found.points[0]
     assert (whole.share, whole.left, whole.changed, whole.distance) == (1.0, 1.0, 0.0, 0.0)
+    assert (whole.macs, whole.params) == (theirs.stages[0].macs, theirs.stages[0].params)
+    assert (whole.start, whole.is_distilled, whole.is_knee, whole.seconds) == (1.0, False, False, 0.0)
     assert (found.kind, found.measure, found.images, found.held_out) == ("flops", "answers", 112, 16)
 
 
@@ -78,17 +93,21 @@ def test_it_is_saved_with_its_picture_and_can_be_loaded(tmp_path):
     again = nni_topo.load(files[2], toy_model()).eval()
     assert torch.equal(again(toy_images(4)), found[0.25](toy_images(4)))
     document = json.loads(files[3].read_text())
-    assert [row["macs"] for row in document["networks"]] == [point.macs for point in found.points]
-    assert document["networks"][0]["accuracy"] is None
-    assert files[4].read_bytes()[:4] == b"\x89PNG"
+    rows = document.pop("networks")
+    assert document == {"cost": "flops", "measure": "answers", "knee": found.knee}
+    assert [row["macs"] for row in rows] == [point.macs for point in found.points]
+    assert rows[0]["accuracy"] is None
+    assert {row["is_distilled"] for row in rows} == {False}
+    picture = files[4].read_bytes()
+    assert picture[:4] == b"\x89PNG"
+    assert struct.unpack(">II", picture[16:24]) == (650, 468)  # 5 by 3.6 inches of 130 dots
 
 
 def points(*pairs: tuple[float, float], knee: int | None = None) -> list[FrontierPoint]:
-    none = dict.fromkeys(("distance", "distance_low", "distance_high"), 0.0)
     return [
         FrontierPoint(
-            left, left, 1, 1, lost, lost / 2, 2 * lost, **none, accuracy=math.nan, start=1.0, is_distilled=False,
-            is_knee=index == knee, seconds=0.0,
+            left, left, 1, 1, lost, lost / 2, 2 * lost, 3 * lost, 2 * lost, 5 * lost, accuracy=math.nan, start=1.0,
+            is_distilled=False, is_knee=index == knee, seconds=0.0,
         )
         for index, (left, lost) in enumerate(pairs)
     ]  # fmt: skip
@@ -107,10 +126,30 @@ def test_the_picture_has_the_points_their_intervals_and_the_knee():
     ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
     assert ends == [pytest.approx([lost / 2, 2 * lost]) for lost in (0.0, 1.0, 2.0, 20.0)]
     assert axis.get_ylabel() == "changed answers %"
+    assert axis.get_xlabel() == "flops kept %"
+    assert (axis.get_xlim(), axis.get_ylim()[0]) == ((0.0, 105.0), 0.0)
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert sorted(names) == ["50 held-out samples", "knee"]
+    assert (mark.get_color(), mark.get_markersize()) == ("C3", 8)
+    assert mark.zorder > line.zorder  # the knee isn't hidden by its point
+    assert isinstance(axis.figure.get_layout_engine(), ConstrainedLayoutEngine)  # no label is cut off
+    assert [cap.get_markersize() for cap in axis.containers[0].lines[1]] == [6, 6]
     assert "the knee is at a share of 0.25" in repr(found)
     straight = Frontier({}, points((1.0, 0.0), (0.5, 0.1), (0.0, 0.2)), "flops", "answers", 100, 50)
     assert straight.knee is None
     assert "no knee" in repr(straight)
+
+
+def test_outputs_that_are_no_classes_are_drawn_by_their_distance():
+    curve = points((1.0, 0.0), (0.5, 0.01), (0.25, math.nan), (0.1, 0.2))
+    (axis,) = Frontier({}, curve, "params", "distance", 100, 50).plot().axes
+    line = next(each for each in axis.lines if each.get_marker() == "o")
+    assert list(line.get_xdata()) == [100.0, 50.0, 10.0]
+    assert list(line.get_ydata()) == pytest.approx([0.0, 0.03, 0.6])
+    (bars,) = axis.containers[0].lines[2]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx([2 * lost, 5 * lost]) for lost in (0.0, 0.01, 0.2)]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("params kept %", "distance / variance")
 
 
 def test_the_knee_is_marked_where_the_losses_begin_to_rise():
@@ -168,10 +207,168 @@ def test_a_smaller_network_starts_from_a_larger_one_where_that_is_no_worse(is_be
     found = made((0.5, 0.25), net, rows, distill=learn)
     assert found.points[2].start == 0.5
     assert found.points[2].left == pytest.approx(0.25, abs=0.01)
+    assert found[0.25].report.layers.params_before == zoo.count_params(net)
     row = found[0.25].report.layers.rows[0]
     assert (row.before, row.after) == (64, found[0.25][0].out_features)
     assert found[0.25][0].out_features < found[0.5][0].out_features
     assert found[0.25].report.budget.left == found.points[2].left
+
+
+def keep(dense, model, images):
+    """Distil nothing."""
+    return dense
+
+
+@pytest.mark.parametrize(
+    ("hidden", "shares", "knobs", "starts"),
+    [
+        (16, (0.75, 0.5, 0.25), {}, [0.75, 0.5]),
+        # One of three neurons is left of both networks: the smaller one is the larger one as it is.
+        (3, (0.45, 0.4), {}, [0.45]),
+        (16, (0.75, 0.5), {"layers": [{"op_names": ["0"], "max_sparse_ratio": 0.9}]}, [1.0]),
+        (16, (0.75, 0.5), {"distill": False}, [1.0]),
+        (16, (0.75, 0.5), {"distill": {"steps": 2, "lr": 1e3}}, [1.0]),  # the learned weights are discarded
+    ],
+)
+def test_which_networks_are_made_from_larger_ones(hidden, shares, knobs, starts, monkeypatch):
+    monkeypatch.setattr(module, "_is_no_worse", lambda *given: True)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, 2)).eval()
+    found = made(shares, net, [torch.randn(64, 4)], **{"distill": keep, **knobs})
+    assert [point.start for point in found.points] == [1.0, 1.0, *starts]
+    assert [point.left for point in found.points[1:]] == pytest.approx(
+        [found[share][0].out_features / hidden for share in shares]
+    )
+    last = found[shares[-1]].report
+    assert last.stages[-1].network == ("reconstructed" if knobs.get("distill") is False else "distilled")
+    assert found.points[-1].is_distilled is (knobs.get("distill", keep) is keep)
+
+
+def test_a_network_from_a_larger_one_is_taken_if_its_finite_loss_is_no_larger():
+    net, rows = wide_net()
+    plain, worse, broken = (copy.deepcopy(net) for _ in range(3))
+    with torch.no_grad():
+        worse[4].bias += torch.arange(4.0)
+        broken[4].bias.fill_(math.nan)
+
+    def is_no_worse(plain, other, count=256):
+        data = ImageParts.of(Calibration([rows[0][:count]]), net)
+        networks = (RecoveredNetwork(None, each, None, None) for each in (plain, other))
+        return module._is_no_worse(net, *networks, data, None)
+
+    assert is_no_worse(worse, plain)
+    assert is_no_worse(plain, copy.deepcopy(plain))
+    assert is_no_worse(broken, worse)
+    assert not is_no_worse(plain, worse)
+    assert not is_no_worse(plain, broken)
+    assert not is_no_worse(worse, plain, 4)  # none of so few images is held out
+
+
+@pytest.mark.parametrize(
+    ("distill", "is_learned"), [(False, False), (keep, True), ({"steps": 2, "lr": 1e3}, False), ({"steps": 40}, True)]
+)
+def test_weights_are_learned_where_distillation_kept_them(distill, is_learned):
+    net, rows = wide_net()
+    small = nni_topo.shrink(net, rows, {"flops": 0.5}, compensate=None, distill=distill)
+    assert module.is_learned(small.report) is is_learned
+
+
+def test_a_budget_of_time_is_counted_by_one_table_and_the_networks_are_timed_together(monkeypatch):
+    tables, timings = [], []
+    table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
+
+    def measure_latency(model, example):
+        tables.append(example)
+        return table
+
+    def time_shares(models, whole, example, wanted):
+        timings.append((len(models), whole, example, wanted))
+        return [(0.71, 0.0), (0.41, 0.0), (0.21, 0.0)]
+
+    monkeypatch.setattr(module, "measure_latency", measure_latency)
+    monkeypatch.setattr(module, "time_shares", time_shares)
+    model = toy_model().eval()
+    found = made((0.7, 0.4, 0.2), model, budget="latency", pruner="l1", distill=keep)
+    assert [point.left for point in found.points] == [1.0, 0.71, 0.41, 0.21]
+    assert [point.start for point in found.points] == [1.0] * 4
+    ((example,),) = tables
+    ((count, whole, (batch,), wanted),) = timings
+    assert (count, whole, wanted) == (3, model, 0.2)
+    assert (len(example), len(batch)) == (28, 32)  # a batch of the calibration data, and one of all images
+    # A table that is given counts, and nothing is timed.
+    found = made((0.7, 0.4, 0.2), model, budget={"latency": None, "latency_table": table}, pruner="l1")
+    assert (len(tables), len(timings)) == (1, 1)
+    assert [point.left for point in found.points] == pytest.approx([1.0, 0.7, 0.4, 0.2], abs=0.1)
+    assert found.points[1].left != 0.71
+
+
+def test_without_held_out_images_the_figures_are_those_of_the_calibration_data():
+    net, rows = wide_net()
+    found = made((0.5,), net, [rows[0][:4]], compensate=None)
+    report = found[0.5].report
+    assert (found.images, found.held_out, report.images, report.held_out) == (4, 0, 4, 0)
+    assert report.compensation is None
+    assert report.depth is None
+
+
+class Deployed(nn.Module):
+    """A network that takes no gradients, and has a layer with weight norm."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.head = nn.Linear(6, 32), nn.utils.parametrizations.weight_norm(nn.Linear(32, 6))
+
+    @torch.no_grad()
+    def forward(self, rows):
+        """Map (rows, 6) to (rows, 6)."""
+        return self.head(self.enter(rows).relu())
+
+
+def test_a_report_warns_of_each_step_and_what_nobody_asks_for_is_that_of_shrink():
+    model, rows = Deployed().eval(), torch.randn(64, 6).split(32)
+    small = nni_topo.frontier(model, rows, (0.04,))[0.04]
+    alone = nni_topo.shrink(model, rows, {"flops": 0.04})
+    words = ("are computed", "are almost lost", "isn't distilled")
+    assert [any(word in text for text in small.report.warnings) for word in words] == [True] * 3
+    assert set(small.report.warnings) <= set(alone.report.warnings)
+    torch.testing.assert_close(small.state_dict(), alone.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_shares_are_three_quarters_to_a_tenth():
+    net, rows = wide_net()
+    assert list(nni_topo.frontier(net, rows, compensate=None, distill=False)) == [0.75, 0.5, 0.25, 0.1]
+
+
+def test_heads_get_narrower_instead_of_fewer():
+    torch.manual_seed(0)
+    net = vit_small(4, 1, 8).eval()
+    small = made((0.4,), net, [torch.randn(16, 1, 8, 8)], pruner="l1", compensate=None)[0.4]
+    whole, left = find_attention(net), find_attention(small)
+    assert [each.heads for each in left.values()] == [each.heads for each in whole.values()]
+    assert all(left[name].head_size < each.head_size for name, each in whole.items())
+
+
+def test_layers_may_be_an_iterator_and_all_ways_to_distribute_a_budget_are_told():
+    net, rows = wide_net()
+    small = made((0.9,), net, rows, layers=iter(["2"]), budget={"flops": None, "allocation": "auto"})[0.9]
+    assert small.report.layers.pruned_layers == ("2",)
+    (chosen,) = (each.allocation for each in small.report.tried if each.is_chosen)
+    assert small.report.allocation == chosen
+
+
+@pytest.mark.parametrize(("knobs", "is_same"), [({"seed": 0}, True), ({"seed": 1}, False)])
+def test_the_seed_is_0(knobs, is_same):
+    net, rows = wide_net()
+    first, second = (made((0.5,), net, rows, pruner="random", compensate=None, **own)[0.5] for own in ({}, knobs))
+    assert torch.equal(first[0].weight, second[0].weight) is is_same
+
+
+def test_the_networks_share_the_steps_of_a_single_one(monkeypatch):
+    monkeypatch.setattr(distilling, "_STEPS", 160)
+    net, rows = wide_net()
+    found = made((0.75, 0.25), net, rows, distill={"lr": 1e-3})
+    assert [found[share].report.distillation.most_steps for share in found] == [40, 120]
 
 
 @pytest.mark.slow
@@ -182,6 +379,42 @@ def test_all_networks_share_the_steps_of_distillation():
     assert steps == sorted(steps)
     given = made(distill={"steps": 5})
     assert [given[share].report.distillation.most_steps for share in SHARES] == [5, 5, 5]
+
+
+NO_STEPS = [None, None]
+
+
+@pytest.mark.parametrize(
+    ("shares", "images", "distill", "steps"),
+    [
+        # 600 steps for few images, divided as the removed shares are
+        ([0.5, 0.25], 64, True, [240, 360]),
+        ([0.99, 0.5], 64, {}, [40, 588]),  # at least 40
+        # ten passes over 100 batches of 64, and over 200 of 32
+        ([0.5, 0.25], 6400, {"lr": 0.1, "steps": None}, [400, 600]),
+        ([0.5, 0.25], 6400, {"batch_size": 32}, [800, 1200]),
+        ([0.5, 0.25], 64, False, NO_STEPS),
+        ([0.5, 0.25], 64, {"steps": 5}, NO_STEPS),
+        ([0.5, 0.25], 64, {"seconds": 5.0}, NO_STEPS),
+        ([0.5, 0.25], 64, lambda dense, model, images: dense, NO_STEPS),
+    ],
+)
+def test_networks_that_lose_more_learn_in_more_steps_unless_their_number_is_given(shares, images, distill, steps):
+    assert module._distillation_steps(shares, images, distill) == steps
+
+
+@pytest.mark.parametrize(
+    ("layers", "has_none"),
+    [
+        (None, True),
+        ([], True),
+        (["stem", {"op_names": ["hidden"]}], True),
+        (["stem", {"op_names": ["hidden"], "max_sparse_ratio": 0.5}], False),
+        ([{"op_names": ["hidden"], "min_sparse_ratio": 0.5}, "stem"], False),
+    ],
+)
+def test_layers_with_bounds_of_their_own_are_noticed(layers, has_none):
+    assert module._has_no_bounds(layers) is has_none
 
 
 @pytest.mark.parametrize(
@@ -230,6 +463,12 @@ def test_a_share_that_no_network_reaches_is_told(caplog):
     found = made((0.5, 0.001))
     assert found.points[2].left > 0.011
     assert "the flops budget of 0.001 is missed" in caplog.text
+    assert caplog.text.count("is missed") == 1
+
+
+def test_a_share_that_is_missed_from_a_larger_network_is_told_once(caplog):
+    made((0.5, 0.001), distill=keep)
+    assert caplog.text.count("is missed") == 1
 
 
 @pytest.mark.parametrize("is_training", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -8,6 +8,7 @@ import torch
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.network import LatencyTable, LayerLatency
 from nni_topo.runs import prune as module
 from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PruneConfig
 from nni_topo.runs.prune import prune_checkpoint
@@ -113,6 +114,80 @@ def test_coupled_layers_lose_the_same_channels_unless_the_file_says_otherwise(
     for name, width in record["widths"].items():
         if name.startswith("features"):
             assert int(masks[name]["weight"].flatten(1).any(1).sum()) == width
+
+
+@pytest.mark.parametrize(
+    ("knobs", "seed", "epochs"), [({}, 0, 1), ({"seed": 3}, 3, 1), ({"seed": 3, "epochs": 2}, 3, 2)]
+)
+def test_fine_tuning_takes_an_epoch_unless_the_file_says_more_and_the_seed_is_0(
+    knobs, seed, epochs, checkpoint, tmp_path, monkeypatch
+):
+    seen = []
+
+    def noting(dense, data, recipe, *, seed, progress):
+        seen.append((seed, recipe.epochs, recipe.lr))
+        retrain(dense, data, recipe, seed=seed, progress=progress)
+
+    retrain = module.retrain
+    monkeypatch.setattr(module, "retrain", noting)
+    own = {name: value for name, value in knobs.items() if name == "seed"}
+    recipe = {"lr": 0.001} | {name: value for name, value in knobs.items() if name == "epochs"}
+    config = PruneConfig("l1", [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], retrain=recipe)
+    record = prune_checkpoint(SMALL, checkpoint, config, DIGITS, tmp_path / "out", progress=False, **own)
+    assert seen == [(seed, epochs, 0.001)]
+    assert record["seed"] == seed
+
+
+def test_the_seed_decides_what_a_random_pruner_removes(checkpoint, tmp_path):
+    config = PruneConfig("random", [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    kept = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / str(number)
+        prune_checkpoint(SMALL, checkpoint, config, DIGITS, out, seed=seed, progress=False)
+        masks = torch.load(out / "masks.pt", weights_only=True)
+        kept.append(torch.cat([each["weight"].flatten(1).any(1) for each in masks.values()]))
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+
+
+def test_a_device_that_is_not_there_is_refused(checkpoint, tmp_path):
+    config = PruneConfig("l1", [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    with pytest.raises(ConfigError, match="got 'nowhere'"):
+        prune_checkpoint(SMALL, checkpoint, config, DIGITS, tmp_path / "out", device="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "round_to", "why"),
+    [
+        ({}, 64, "layers keep a multiple of 64 channels"),
+        ({"max_sparse_ratio": 0.1}, 64, "all layers are at their max_sparse_ratio"),
+        ({"max_sparse_ratio": 0.1}, None, "all layers are at their max_sparse_ratio"),
+        ({}, None, ""),
+    ],
+)
+def test_a_record_says_why_a_budget_is_missed(bounds, round_to, why, checkpoint, tmp_path):
+    entries = [{"op_types": ["Conv2d"], **bounds}]
+    config = PruneConfig("matrix", entries, knobs={"budget": {"flops": 0.5}}, round_to=round_to)
+    record = prune_checkpoint(SMALL, checkpoint, config, DIGITS, tmp_path / "out", progress=False)
+    assert record["budget"]["why"].startswith(why)
+    assert bool(record["budget"]["why"]) is bool(why)
+
+
+@pytest.mark.parametrize("round_to", [None, 8])
+def test_a_budget_of_time_is_that_of_the_table_unless_widths_are_rounded(round_to, checkpoint, tmp_path):
+    names = [name for name, layer in small_cnn().named_modules() if isinstance(layer, torch.nn.Conv2d)]
+    # Each channel takes so much time that the rest counts nothing.
+    each = LayerLatency((1, 64), (1, 64), ((1.0, 64.0), (1.0, 64.0)), activation=0.0)
+    knobs = {"budget": {"latency": 0.5, "latency_table": LatencyTable(dict.fromkeys(names, each))}}
+    config = PruneConfig("matrix", [{"op_types": ["Conv2d"]}], knobs=knobs, round_to=round_to)
+    record = prune_checkpoint(SMALL, checkpoint, config, DIGITS, tmp_path / "out", progress=False)
+    measured = record["latency_ms"] / record["latency_before_ms"]
+    assert (record["budget"]["kind"], record["budget"]["asked"]) == ("latency", 0.5)
+    if round_to is None:
+        assert record["budget"]["left"] == pytest.approx(0.5, abs=0.05)
+        assert record["budget"]["left"] != measured
+    else:
+        assert record["budget"]["left"] == measured
 
 
 def test_output_folders_are_new_or_empty(tmp_path):

@@ -18,11 +18,16 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.runtime import Calibration
-from nni_topo.network.speedup import Network
-from nni_topo.pruners.budget import network_cost
+from nni_topo.network.speedup import DenseReport, LayerChannels, Network
+from nni_topo.pruners.budget import BudgetOutcome, network_cost
 from nni_topo.recovery import Reconstruct
-from nni_topo.runs.shrink import ShrinkReport
-from nni_topo.runs.steps import ImageParts, Measurements
+from nni_topo.recovery.distilling import Verdict
+from nni_topo.recovery.lesson import ComparedOutputs
+from nni_topo.runs import shrink as module
+from nni_topo.runs.depth import DepthOutcome, RemovedBlock
+from nni_topo.runs.shrink import ShrinkReport, budget_settings
+from nni_topo.runs.steps import ImageParts, Measurements, Stage
+from nni_topo.runs.tolerance import ToleranceOutcome
 from nni_topo.sharing import find_ties
 from nni_topo.testing import toy_images, toy_model
 from nni_topo.zoo.transformers import bert_small, vit_small
@@ -763,3 +768,202 @@ def test_too_few_images_are_told_where_held_out_figures_are_clearly_worse(figure
     if is_told:
         last = measured.stages[-1]
         assert f"agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}" in found[0]
+
+
+LAYERS_LEFT = DenseReport((LayerChannels("stem", 16, 8, 8), LayerChannels("head", 3, 3, 3)))
+UNPRUNED = Stage("unpruned", 4000, 200, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0, math.nan, 0.0)
+PRUNED = Stage("pruned", 1000, 60, 0.5, 0.25, 0.75, 0.625, 0.5, 0.75, 0.4, 0.7, math.nan, 1.0)
+LAST = Stage("distilled", 1000, 50, 0.125, 0.1, 0.2, 0.75, 0.625, 0.875, 0.1, 0.8, 0.5, 2.0)
+FIGURES_LEFT = ShrinkReport((UNPRUNED, PRUNED, LAST), LAYERS_LEFT, images=100, held_out=20)
+VERDICT = Verdict("kl", True, 0.5, 0.25, 0.5, 0.125, 0.625, 0.75, steps=40)
+WITHIN = ToleranceOutcome(0.1, "answers", "flops", 0.25, 0.05, 0.08, 20, 12, 29, (), (), True)
+NO_CLASSES = {"agreement": math.nan, "agreement_low": math.nan, "agreement_high": math.nan, "accuracy": math.nan}
+SAID = (
+    "Distance and agreement are measured on 20 held-out samples, with 95 % intervals; the 100 other samples are the "
+    "calibration data. Distance: mean squared distance of the outputs from the unpruned network's, over their "
+    "variance. Agreement: share of the largest outputs that are the same. Accuracy: what the evaluation function of "
+    "the call returned."
+)
+
+
+def sections(report):
+    """The parts of a report's Markdown by heading."""
+    parts = [part.split("\n\n", 1) for part in report.to_markdown().split("## ")[1:]]
+    return {heading: text.strip() for heading, text in parts}
+
+
+def test_a_report_as_markdown_has_the_sizes_the_steps_the_figures_and_the_warnings():
+    found = sections(replace(FIGURES_LEFT, warnings=("few images", "long")))
+    assert list(found) == ["Size", "How it was pruned", "How much changes", "Widths", "Warnings"]
+    assert found["Size"].splitlines()[2:] == [
+        "| parameters | 200 | 50 | 25.0 % |",
+        "| MACs of one sample | 4,000 | 1,000 | 25.0 % |",
+    ]
+    assert found["How much changes"].splitlines() == [
+        "| network | distance | agreement | accuracy |",
+        "|---|---:|---:|---:|",
+        "| unpruned | 0 | 1 |  |",
+        "| pruned | 0.5 (0.25-0.75) | 0.625 (0.5-0.75) |  |",
+        "| distilled | 0.125 (0.1-0.2) | 0.75 (0.625-0.875) | 0.5 |",
+        "",
+        SAID,
+    ]
+    assert found["Warnings"] == "- Few images.\n- Long."
+    assert FIGURES_LEFT.parameters_left == 50
+    assert FIGURES_LEFT.pruned_layers == ("stem",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told", "untold"),
+    [
+        ({"held_out": 0}, "measured on the 100 calibration samples", "held-out"),
+        ({"tolerance": WITHIN}, "100 other samples are the calibration data, the rest judged the candidates", "; the"),
+        ({"tolerance": replace(WITHIN, measure="evaluate")}, "; the 100 other samples are the calibration", "the rest"),
+        (
+            {"stages": tuple(replace(each, **NO_CLASSES) for each in (UNPRUNED, PRUNED, LAST))},
+            "| network | distance |\n",
+            "greement",
+        ),
+        ({"stages": tuple(replace(each, **NO_CLASSES) for each in (UNPRUNED, PRUNED))}, "Distance is measured", "Acc"),
+        ({"outputs": ComparedOutputs(("logits", "a"), ("b",))}, "Outputs that are compared: `logits`, `a`.", "`b`"),
+        ({"outputs": ComparedOutputs(("logits",), ())}, SAID, "Outputs that are"),
+    ],
+)
+def test_what_the_figures_of_a_report_are_measured_on_is_told(changes, told, untold):
+    text = sections(replace(FIGURES_LEFT, **changes))["How much changes"]
+    assert told in text
+    assert untold not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, ["weight reconstruction: none", "distillation: by a function of the caller"]),
+        (
+            {"stages": (UNPRUNED, LAST, PRUNED), "pruner": "l1", "recovery": "reconstruct", "allocation": "error"},
+            [
+                "pruner: `l1`",
+                "allocation of the budget: `error`",
+                "weight reconstruction: `reconstruct`",
+                "distillation: none",
+            ],
+        ),
+        (
+            {
+                "allocation": "uniform",
+                "equal_blocks": True,
+                "distillation": VERDICT,
+                "depth": DepthOutcome((RemovedBlock("b", "block", "a"),) * 2, (), {}),
+            },
+            [
+                "allocation of the budget: `uniform`, the same widths in all blocks",
+                "blocks removed: 2",
+                "weight reconstruction: none",
+                "distillation: 40 steps, whose weights are kept",
+            ],
+        ),
+        (
+            {"distillation": replace(VERDICT, is_kept=False)},
+            ["weight reconstruction: none", "distillation: 40 steps, whose weights are discarded"],
+        ),
+    ],
+)
+def test_the_steps_of_a_report_are_told_as_far_as_they_are_known(changes, steps):
+    found = sections(replace(FIGURES_LEFT, **changes))
+    told = [*steps, "calibration data: 100 samples, without labels"]
+    assert found["How it was pruned"] == "\n".join(f"- {each}" for each in told)
+
+
+def test_budget_and_tolerance_are_told_where_there_was_one():
+    assert sections(FIGURES_LEFT)["Size"].endswith("| 25.0 % |")
+    reached = BudgetOutcome("flops", 0.25, 0.25, True)
+    text = sections(replace(FIGURES_LEFT, budget=reached, tolerance=WITHIN))["Size"]
+    assert text.endswith(f"| 25.0 % |\n\nT{str(reached)[1:]}.\n\nT{str(WITHIN)[1:]}.")
+
+
+@pytest.mark.parametrize(("is_kept", "name"), [(True, "distilled"), (False, "distilled (discarded)")])
+def test_only_weights_of_distillation_are_marked_as_discarded(is_kept, name):
+    report = replace(FIGURES_LEFT, distillation=replace(VERDICT, is_kept=is_kept))
+    first, second, third = sections(report)["How much changes"].splitlines()[2:5]
+    assert (first[:12], second[:10]) == ("| unpruned |", "| pruned |")
+    assert third.startswith(f"| {name} |")
+
+
+def every_second(model, config_list, images):
+    """Remove every second channel of a layer."""
+    mask = torch.ones_like(model.hidden.weight)
+    mask[::2] = 0
+    return {"hidden": {"weight": mask}}
+
+
+def as_it_is(model, masks, images):
+    """Reconstruct nothing."""
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "names"),
+    [
+        ({"pruner": "l1"}, ("l1", "uniform", "reconstruct")),
+        ({"budget": {"flops": 0.5, "allocation": "error"}, "compensate": None}, ("reconstruction", "error", "")),
+        ({"pruner": every_second, "compensate": Reconstruct(refine=0)}, ("every_second", "", "Reconstruct")),
+        ({"pruner": "l1", "compensate": as_it_is}, ("l1", "uniform", "as_it_is")),
+    ],
+)
+def test_a_report_names_the_pruner_the_allocation_and_the_recovery(knobs, names):
+    report = shrunk(**knobs).report
+    assert (report.pruner, report.allocation, report.recovery) == names
+    assert not report.equal_blocks
+
+
+@pytest.mark.parametrize(("knobs", "is_same"), [({"seed": 0}, True), ({"seed": 1}, False)])
+def test_the_seed_is_0(knobs, is_same):
+    first, second = (shrunk(pruner="random", compensate=None, **own) for own in ({}, knobs))
+    same = [torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True)]
+    assert all(same) is is_same
+
+
+@pytest.mark.parametrize("progress", [None, False])
+def test_progress_of_recovery_is_shown_unless_it_is_unwanted(progress, capsys, monkeypatch):
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    shrunk(distill={"steps": 2, "lr": 1e-3}, progress=progress)
+    lines = capsys.readouterr().err.splitlines()
+    shown = {line.split(":")[0] for line in lines} & {"compensate", "distill"}
+    assert shown == (set() if progress is False else {"compensate", "distill"})
+
+
+def test_layers_of_at_least_eight_channels_of_which_one_is_left_are_told():
+    rows = (("a", 8, 1), ("b", 7, 1), ("c", 8, 2), ("d", 64, 1))
+    layers = DenseReport(tuple(LayerChannels(name, before, after, after) for name, before, after in rows))
+    (told,) = module._nearly_gone(layers)
+    assert told.startswith("one channel is left of these layers: a (of 8), d (of 64); ")
+    assert module._nearly_gone(LAYERS_LEFT) == ()
+
+
+@pytest.mark.parametrize(
+    ("budget", "tolerance", "share", "kind", "allocation"),
+    [
+        (None, 0.1, None, "flops", "uniform"),
+        ("params", 0.1, None, "params", "uniform"),
+        ({"memory": None, "allocation": "error"}, 0.1, None, "memory", "error"),
+        ({"params": 0.5, "allocation": "error"}, 0.1, 0.5, "params", "error"),
+        (nni_topo.Budget(params=0.5), 0.1, 0.5, "params", "uniform"),
+        ({"params": 0.5}, None, 0.5, "params", "uniform"),
+    ],
+)
+def test_a_budget_is_a_share_or_the_name_of_a_cost(budget, tolerance, share, kind, allocation):
+    asked, found = budget_settings(budget, tolerance)
+    assert (asked, found.kind, found.allocation) == (share, kind, allocation)
+
+
+@pytest.mark.parametrize("budget", [{}, {"flops": None, "params": None}, {"allocation": "error"}])
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_a_budget_of_no_or_several_costs_is_refused(budget, tolerance):
+    with pytest.raises(ConfigError, match="budget"):
+        budget_settings(budget, tolerance)
+
+
+def test_without_images_known_a_report_has_none():
+    bare = ShrinkReport((UNPRUNED,), LAYERS_LEFT)
+    assert (bare.images, bare.held_out, bare.equal_blocks) == (0, 0, False)
+    assert bare.parameters_left == 200

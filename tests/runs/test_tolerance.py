@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,9 +16,20 @@ from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share
 from nni_topo.network.runtime import Calibration
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
+from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs import steps
-from nni_topo.runs.tolerance import PARTS, Judge
+from nni_topo.runs import tolerance as module
+from nni_topo.runs.tolerance import (
+    PARTS,
+    Candidate,
+    Confirmation,
+    Judge,
+    ToleranceOutcome,
+    TriedNetwork,
+    check_tolerance,
+    resolved_measure,
+)
 from nni_topo.testing import require_unchanged, snapshot
 
 WIDTH, DISTINCT = 32, 8
@@ -130,6 +143,8 @@ def test_differences_are_counted_on_the_images_of_each_part():
     assert searched.difference == changed(model, other, images[judging])
     # What the 24 images that confirm would give.
     assert searched.limit == limit_of_share(searched.difference, 24)
+    just = Judge(model, Answers(model, *parts), parts[1:], searched.limit, "answers", None)
+    assert just.on_search(other).is_within
     # Safe: the 24 images would confirm it, even if its true difference were the upper limit on the 16 that judge.
     highest = limit_of_share(limit_of_share(searched.difference, 16), 24)
     for tolerance, is_safe in ((0.99 * highest, False), (highest, True)):
@@ -205,12 +220,293 @@ def test_images_that_could_never_confirm_a_tolerance_are_refused_before_anything
         shrunk(images=[rows(29)], measure="distance")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_so_few_images_that_none_confirms_are_refused_without_a_tolerance_that_would_do(count):
+    message = rf"are needed for a tolerance of 0.01, got 0 of {count} samples: pass at least 797 samples \(tolerance\)"
+    with pytest.raises(ConfigError, match=message):
+        shrunk(images=[rows(count)])
+
+
+@pytest.mark.parametrize(
+    ("needed", "part", "images"),
+    [(1, 0, 1), (1, 1, 2), (1, 2, 3), (2, 0, 4), (2, 1, 6), (2, 2, 5), (3, 2, 8), (4, 2, 11), (3, 1, 10), (8, 1, 30)],
+)
+def test_so_many_images_have_so_many_of_a_part(needed, part, images):
+    assert module._total_for(needed, part) == images
+    given = Calibration([rows(images)]).in_parts(PARTS)[part]
+    assert given.samples == needed
+
+
+def test_enough_images_are_taken():
+    for count, measure in ((30, "distance"), (797, "answers"), (1, "evaluate")):
+        images = Calibration([rows(count)])
+        check_tolerance(0.01, measure, images, images.in_parts(PARTS), "reconstruction")
+
+
+@pytest.mark.parametrize(
+    ("measure", "has_function", "outputs", "found"),
+    [
+        ("auto", True, 3, "evaluate"),
+        ("evaluate", True, 3, "evaluate"),
+        ("auto", False, 3, "answers"),
+        ("auto", False, 1, "distance"),
+        ("outputs", True, 3, "answers"),
+        ("outputs", True, 1, "distance"),
+        ("distance", True, 3, "distance"),
+    ],
+)
+def test_what_is_measured_hangs_on_what_is_given(measure, has_function, outputs, found):
+    evaluate = (lambda net: 1.0) if has_function else None
+    model, images = Copies(outputs).eval(), Calibration([rows(16)])
+    assert resolved_measure(measure, evaluate, model, images, None) == found
+
+
+def test_a_fall_of_just_the_tolerance_is_within_it():
+    model, other = Copies().eval(), Copies().eval()
+    returned = {id(model): 1.0, id(other): 0.75}
+    for tolerance, is_within in ((0.25, True), (0.2, False)):
+        judge = Judge(
+            model, Answers(model, Calibration([rows(16)])), [], tolerance, "evaluate", lambda net: returned[id(net)]
+        )
+        found = judge.confirm(other)
+        assert (found.difference, found.is_within, found.is_safe) == (0.25, is_within, is_within)
+        assert judge.counts == [0, 0]
+
+
+def confirmed(weight, bias, *batches):
+    """Confirm y = weight x + bias against y = x, by the distance."""
+    model, other = nn.Linear(1, 1).eval(), nn.Linear(1, 1).eval()
+    with torch.no_grad():
+        for net, (own_weight, own_bias) in ((model, (1.0, 0.0)), (other, (weight, bias))):
+            net.weight.fill_(own_weight)
+            net.bias.fill_(own_bias)
+    parts = [Calibration([torch.tensor([[number] for number in batch])]) for batch in batches]
+    return Judge(model, Answers(model, *parts), parts[1:], 0.5, "distance", None).confirm(other)
+
+
+@pytest.mark.filterwarnings("error")
+def test_distances_have_a_limit_from_two_images_on():
+    # Outputs of 1 and -1 have a variance of 1; the other network's are 2 and -1.
+    found = confirmed(1.5, 0.5, *[(1.0, -1.0)] * 3)
+    assert found.difference == pytest.approx(0.5)
+    # Student's t of one degree of freedom is 6.31 at 95 %; the deviation of 1 and 0 is 1 over the root of two.
+    assert found.limit == pytest.approx(0.5 + 6.3137515 / 2.0)
+    assert confirmed(1.5, 0.5, (1.0, -1.0), (1.0, -1.0), (1.0,)).limit == math.inf
+    broken = confirmed(1.0, math.inf, *[(1.0, -1.0)] * 3)
+    assert broken.limit == math.inf
+    assert not broken.is_within
+
+
+def tried(asked: float, is_within: bool = True, is_safe: bool = False, left: float | None = None) -> TriedNetwork:
+    candidate = Candidate(asked, asked if left is None else left, False, 0.0, 0.0, is_within)
+    return TriedNetwork(candidate, None, (), None, None, is_safe)
+
+
+@pytest.mark.parametrize(
+    ("shares", "safe", "failing", "asked"),
+    [
+        # Half of the way to 1, in quotients, three times.
+        ([0.0625], [], [], [0.25, 0.5, 0.5**0.5]),
+        ([0.0625], [], [0.25, 0.5, 0.5**0.5], [0.25, 0.5, 0.5**0.5]),
+        # A single network gets a larger one whatever its margin; then gaps are filled, in the middle.
+        ([0.0625], [0.0625, 0.25], [0.125], [0.25, 0.125]),
+        ([0.0625], [0.25], [0.125], [0.25, 0.125]),
+        ([0.25, 0.5], [0.25], [], [0.5**0.5, 0.5**0.25, 0.5**0.125]),
+        # The widest gap is filled first, and each once.
+        ([0.9, 0.1, 0.5, 0.3], [0.9], [0.03**0.5, 0.45**0.5, 0.15**0.5], [0.03**0.5, 0.45**0.5, 0.15**0.5]),
+        ([0.02, 0.5, 0.6], [0.6], [], [0.1, 0.05**0.5, 0.002**0.5]),
+        # A gap of 1.4 stays.
+        ([0.5, 0.7], [0.7], [], []),
+        ([0.5, 0.71], [0.71], [0.355**0.5], [0.355**0.5]),
+        # Nothing is tried that is nearly the whole network.
+        ([0.97], [], [], []),
+        ([(1.0 / 1.02) ** 2], [], [], []),
+        ([0.95], [], [], [0.95**0.5]),
+        ([0.5, 0.97], [], [0.485**0.5], [0.485**0.5]),
+    ],
+)
+def test_larger_networks_are_tried_up_to_a_safe_one_and_then_between(shares, safe, failing, asked):
+    def near(share, others):
+        return any(math.isclose(share, each) for each in others)
+
+    def made(share):
+        seen.append(share)
+        return tried(share, not near(share, failing), near(share, safe))
+
+    seen = []
+    passed = [tried(share, is_safe=near(share, safe)) for share in shares]
+    module._add_larger(passed, made)
+    assert seen == pytest.approx(asked)
+    assert [each.candidate.asked for each in passed[len(shares) :]] == [
+        share for share in seen if not near(share, failing)
+    ]
+
+
+def test_shares_are_apart_from_two_hundredths_on():
+    assert module._are_apart(1.02, 1.0)
+    assert module._are_apart(1.0, 1.02)
+    assert not module._are_apart(1.019, 1.0)
+    assert not module._are_apart(0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "lowest", "is_kept", "is_within", "share"),
+    [
+        (0.4, 0.1, None, True, 0.3),
+        (0.4, 0.1, True, True, 0.3),
+        (0.4, 0.1, True, False, 0.3),
+        (0.4, 0.1, False, True, None),  # discarded weights are no better than what the search has found
+        (0.4, 0.35, True, True, 0.35),  # no further than asked for
+        (0.51, 0.5, True, True, 0.5),
+        (0.509, 0.5, True, True, None),  # hardly any smaller
+    ],
+)
+def test_after_distillation_a_smaller_network_is_tried(asked, lowest, is_kept, is_within, share):
+    seen = []
+
+    def made(share):
+        seen.append(share)
+        return tried(share, left=0.45)
+
+    def distilled(plain):
+        candidate = replace(plain.candidate, is_distilled=True, is_within=is_within)
+        return replace(plain, candidate=candidate)
+
+    verdict = None if is_kept is None else Verdict("kl", is_kept, 1.0, 0.5, 1.0, 0.5, 0.5, 0.75)
+    last = replace(tried(asked), verdict=verdict)
+    passed = [tried(0.6), last]
+    module._go_on(passed, last, lowest, made, distilled)
+    assert seen == pytest.approx([] if share is None else [share])
+    lefts = [each.candidate.left for each in passed]
+    # From the largest to the smallest, by what they keep.
+    assert lefts == (sorted([0.6, asked, 0.45], reverse=True) if seen and is_within else [0.6, asked])
+
+
+LOOKS = (Confirmation(0.5, False, 0.01, 0.02, True), Confirmation(0.25, True, 0.04, 0.06, False))
+OUTCOME = ToleranceOutcome(
+    tolerance=0.05,
+    measure="distance",
+    kind="params",
+    left=0.5,
+    difference=0.01,
+    limit=0.02,
+    held_out=300,
+    judges=200,
+    needed=0,
+    candidates=(Candidate(0.5, 0.49, False, 0.01, 0.02, True), Candidate(0.25, 0.2, True, 0.0401, 0.0612, False)),
+    confirmations=LOOKS,
+    is_met=True,
+)
+UNCONFIRMED = (
+    "the candidate with 0.25 of the params wasn't confirmed: mean squared distance of the outputs over their variance "
+    "0.04, at most 0.06 with 95 % confidence, on 300 held-out samples"
+)
+MORE = ". More samples let smaller networks be confirmed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"confirmations": LOOKS[:1]}, []),
+        ({}, [f"{UNCONFIRMED}. The next larger candidate is returned{MORE}"]),
+        (
+            {"confirmations": LOOKS[1:], "is_met": False},
+            [
+                f"{UNCONFIRMED}{MORE}",
+                "no smaller network was found within the tolerance of 0.05: 1 networks were tried, 1 of them also "
+                "distilled; a copy of the unpruned network is returned. Pass more samples, or a larger tolerance",
+            ],
+        ),
+    ],
+)
+def test_a_search_that_ended_early_is_told_with_what_helps(changes, words):
+    assert module._warnings(replace(OUTCOME, **changes)) == words
+
+
+def test_the_candidates_are_a_table_with_what_they_are_judged_on():
+    heading, head, *lines = OUTCOME.told_candidates().splitlines()
+    assert heading == (
+        "the candidates, judged on 200 samples, with the shares of the params; limit is the upper 95 % limit of the "
+        "difference if the 300 held-out samples gave the same difference:"
+    )
+    assert " ".join(head.split()) == ("params asked for params left distilled difference limit within the tolerance")
+    assert [line.split() for line in lines] == [
+        ["0.5", "0.49", "False", "0.01", "0.02", "True"],
+        ["0.25", "0.2", "True", "0.0401", "0.0612", "False"],
+    ]
+    first, second = OUTCOME.candidates
+    broken = replace(OUTCOME, candidates=(first, replace(second, difference=math.nan, limit=math.inf)))
+    assert broken.told_candidates().splitlines()[3].split() == ["0.25", "0.2", "True", "NaN", "inf", "False"]
+    unlimited = tuple(replace(each, limit=math.nan) for each in OUTCOME.candidates)
+    told = replace(OUTCOME, measure="evaluate", candidates=unlimited).told_candidates().splitlines()
+    assert told[0] == "the candidates, judged by evaluate, with the shares of the params:"
+    assert " ".join(told[1].split()) == "params asked for params left distilled difference within the tolerance"
+    assert told[2].split() == ["0.5", "0.49", "False", "0.01", "True"]
+
+
+def test_samples_of_a_group_count_as_one_where_there_is_a_value_for_each():
+    values, groups = np.array([1.0, 0.0, 0.5, 1.0]), torch.tensor([0, 1, 0, 0])
+    assert module._by_group(values, groups).tolist() == pytest.approx([2.5 / 3.0, 0.0])
+    assert module._by_group(values, None) is values
+    assert module._by_group(values, torch.tensor([0, 1])) is values
+
+
+def test_the_search_begins_between_a_64th_and_the_whole():
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, 3)).eval()
+    quick = {"pruner": "l1", "compensate": None, "tolerance": 0.5}
+    assert shrunk(wide, **quick).report.tolerance.candidates[0].asked == 0.125
+    # One neuron of 32: no less can be kept.
+    assert shrunk(**quick).report.tolerance.candidates[0].asked == pytest.approx(0.03125**0.5)
+
+
+def test_a_share_is_tried_first_where_it_can_be_kept():
+    quick = {"pruner": "l1", "compensate": None}
+    least = shrunk(budget={"flops": 0.03125}, **quick).report.tolerance
+    assert least.candidates[0].asked == 0.03125
+    whole = shrunk(budget={"flops": 1.0}, **quick)
+    assert whole.report.tolerance.candidates == ()
+    assert whole.report.budget.is_met
+    assert whole.hidden.out_features == WIDTH
+    below = shrunk(budget={"flops": 0.01}, **quick).report.tolerance
+    assert below.candidates[0].asked == pytest.approx(0.03125**0.5)
+
+
+def test_a_budget_of_time_is_counted_by_one_table_and_the_result_is_timed(monkeypatch):
+    measured, timed = [], []
+
+    def measure_latency(model, example):
+        measured.append(example)
+        return proportional({"hidden": 1.0, "head": 1.0})
+
+    def time_shares(models, whole, example, wanted):
+        timed.append(models)
+        return [(0.4, 0.0)]
+
+    monkeypatch.setattr(module, "measure_latency", measure_latency)
+    monkeypatch.setattr(steps, "time_shares", time_shares)
+    model = Copies().eval()
+    small = shrunk(model, list(rows(160).split(80)), budget="latency", pruner="l1", tolerance=0.3)
+    found = small.report.tolerance
+    ((example,),) = measured
+    assert len(example) == 30  # of the first batch's 80 images those that are calibration data
+    assert found.is_met
+    assert found.left == 0.4
+    assert [len(models) for models in timed] == [1]
+    assert 0.4 not in [each.left for each in found.candidates]
+    unmet = shrunk(model, list(rows(160).split(80)), budget="latency", pruner="l1", tolerance=0.2).report.tolerance
+    assert (unmet.is_met, unmet.left, unmet.difference) == (False, 1.0, 0.0)
+    assert math.isnan(unmet.limit)
+
+
 def test_outputs_that_are_no_scores_are_measured_by_their_distance():
     for model, knobs in ((Copies(1), {}), (Copies(3), {"measure": "distance"})):
         small = shrunk(model.eval(), tolerance=0.02, **knobs)
         found = small.report.tolerance
         assert (found.measure, found.needed, found.is_met) == ("distance", 0, True)
         assert found.difference <= found.limit <= 0.02
+        last = [look for look in found.confirmations if look.is_within][-1]
+        assert (found.left, found.difference, found.limit) == (last.left, last.difference, last.limit)
         assert found.difference == pytest.approx(small.report.stages[-1].distance, abs=1e-9)
         assert "mean squared distance of the outputs over their variance" in repr(small.report)
         assert small.hidden.out_features < WIDTH
@@ -227,11 +523,15 @@ def test_a_function_of_the_users_decides_by_the_fall_of_what_it_returns():
         seen.append(net)
         return (net(images).argmax(1) == labels).double().mean()
 
-    small = shrunk(model, [rows(40)], evaluate=accuracy, tolerance=0.05)
+    small = shrunk(model, [rows(40)], evaluate=accuracy, tolerance=0.3)
     found = small.report.tolerance
-    assert (found.measure, found.held_out, small.report.images) == ("evaluate", 0, 35)
+    assert (found.measure, found.held_out, found.judges, small.report.images) == ("evaluate", 0, 0, 35)
+    assert len(found.candidates) <= 6  # no larger networks, for nothing confirms
+    assert len([each for each in found.candidates if each.is_within]) > 1
+    assert len(found.confirmations) == 1
+    assert found.left == min(each.left for each in found.candidates if each.is_within)
     assert found.difference == pytest.approx(1.0 - float(accuracy(small)))
-    assert found.difference <= 0.05
+    assert found.difference <= 0.3
     assert math.isnan(found.limit)
     count = len(seen)
     assert shrunk(model, evaluate=accuracy, measure="outputs").report.tolerance.measure == "answers"
@@ -307,6 +607,13 @@ def test_a_network_with_nothing_to_remove_is_refused():
         shrunk(narrow)
     with pytest.raises(ConfigError, match="must have a layer whose channels can be removed, got none"):
         shrunk(nn.Sequential(nn.Linear(6, 3)).eval())
+    # With 50 of 51 channels too little can go; with 49 it is enough.
+    torch.manual_seed(0)
+    capped = nn.Sequential(nn.Linear(6, 51, bias=False), nn.ReLU(), nn.Linear(51, 3, bias=False)).eval()
+    with pytest.raises(ConfigError, match=r"got one whose fewest channels keep 0.9804 of its flops \(shrink\)"):
+        shrunk(capped, layers=[{"op_names": ["0"], "max_sparse_ratio": 0.02}])
+    small = shrunk(capped, layers=[{"op_names": ["0"], "max_sparse_ratio": 0.04}], compensate=None, tolerance=0.5)
+    assert small[0].out_features == 49
 
 
 def test_distillation_is_judged_too_and_a_function_of_the_users_may_change_what_it_gets():
@@ -324,7 +631,39 @@ def test_distillation_is_judged_too_and_a_function_of_the_users_may_change_what_
     kept = shrunk(model, distill=ruin)
     assert kept.report.stages[-1].network == "reconstructed"
     assert changed(model, kept, rows(5000, 2)) < 0.01
-    assert [each.is_within for each in kept.report.tolerance.candidates if each.is_distilled] == [False]
+    searched = kept.report.tolerance
+    assert [each.is_within for each in searched.candidates if each.is_distilled] == [False]
+    # The smallest network is confirmed as it was before.
+    assert all(look.is_within for look in searched.confirmations)
+    assert searched.left == min(each.left for each in searched.candidates if each.is_within)
+
+
+def test_a_distilled_network_takes_the_place_of_the_smallest_one():
+    made = []
+
+    def distil(dense, unpruned, images):
+        with torch.no_grad():
+            dense.head.bias += 1e-4
+        made.append(dense)
+        return dense
+
+    small = shrunk(distill=distil)
+    found = small.report.tolerance
+    plain = [each for each in found.candidates if each.is_within and not each.is_distilled]
+    # Then a smaller one is tried as well, which isn't within the tolerance.
+    first, second = (each for each in found.candidates if each.is_distilled)
+    assert first.asked == min(each.asked for each in plain)
+    assert (first.is_within, second.is_within) == (True, False)
+    assert second.asked == pytest.approx(0.75 * first.asked)
+    assert [look.is_distilled for look in found.confirmations] == [False] * (len(found.confirmations) - 1) + [True]
+    assert small.report.stages[-1].network == "distilled"
+    assert torch.equal(small.head.bias, made[0].head.bias)
+
+
+def test_no_smaller_network_is_distilled_where_the_learned_weights_are_discarded():
+    report = shrunk(distill={"steps": 2, "lr": 1e3}, tolerance=0.05).report
+    assert not report.distillation.is_kept
+    assert sum(each.is_distilled for each in report.tolerance.candidates) == 1
 
 
 def test_statistics_and_groups_are_made_once_for_all_candidates(monkeypatch):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from partly_tied_nets import Hierarchical
+from torch import nn
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
@@ -12,13 +13,18 @@ from nni_topo.runs.choices import Target
 from nni_topo.runs.widths import (
     _grouped,
     _units,
+    fewest_channels,
     inner_layers,
     layer_ratios,
+    least_share,
     nearer,
     proposed_ratios,
     pruning_config,
+    reasons_of_unpruned_layers,
+    sorted_layers,
 )
 from nni_topo.speedup import to_dense
+from nni_topo.testing import toy_images, toy_model
 
 IMAGES = torch.zeros(2, 1, 8, 8)
 
@@ -162,6 +168,8 @@ def test_a_share_of_the_whole_removes_no_channel_of_a_deep_network():
     ratios = proposed_ratios(net, images, dict.fromkeys(inner_layers(net, images), 0.5), 1.0)
     assert len(ratios) == 39
     assert set(ratios.values()) == {0.0}
+    # and none leaves a layer more than one
+    assert set(proposed_ratios(net, images, dict.fromkeys(ratios, 0.5), 1e-6).values()) == {2.5 / 3}
 
 
 def test_channels_that_only_some_layers_share_are_counted_as_shared():
@@ -174,3 +182,134 @@ def test_channels_that_only_some_layers_share_are_counted_as_shared():
     assert shared["convs.0.conv"] == enter[8:16]
     assert shared["convs.1.conv"] == enter[16:24]
     assert shared["stem.conv"] == shared["convs.2.conv"] == ()
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_at_most_32_rows_move(rows):
+    units = [PruningUnit("a", (("a", "weight"),), rows, 1, 1, 0.0, None, 0.0, 1.0)]
+    assert nearer(units, [0], lambda removed: 1.0 - removed[0] / 128.0, 0.5) == [min(rows - 1, 32)]
+
+
+def linears(width, count):
+    """Linear layers without a bias, whose costs are products of their widths."""
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count))), torch.zeros(2, width)
+
+
+@pytest.mark.parametrize(
+    ("factor", "kept"),
+    [(1.0, (32, 16)), (0.25, (8, 4)), (2.0, (64, 32)), (4.0, (64, 64)), (0.75, (24, 12)), (0.0, (1, 1))],
+)
+def test_one_factor_scales_the_shares_that_are_kept(factor, kept):
+    net, images = linears(64, 3)
+    first, second = kept
+    share = (64 * first + first * second + second * 64) / (3 * 64 * 64)
+    found = proposed_ratios(net, images, {"0": 0.5, "1": 0.75}, share)
+    # Half a channel more than asked for, so that rounding loses none.
+    assert found == {
+        name: (64 - count + 0.5) / 64 if count < 64 else 0.0 for name, count in zip("01", kept, strict=True)
+    }
+
+
+def test_all_layers_are_equally_wide_where_that_is_asked_for():
+    net, images = linears(10, 3)
+    target = Target("flops", 140 / 300)  # 6 and 5 channels: 60 + 30 + 50 products of 300
+    assert set(layer_ratios(net, images, target).values()) == {0.45, 0.55}
+    assert len(set(layer_ratios(net, images, target, equal_blocks=True).values())) == 1
+
+
+def test_channels_are_kept_in_multiples():
+    ratios = layer_ratios(small_cnn(), IMAGES, Target("flops", 0.5), round_to=8)
+    dense = dense_of(small_cnn(), ratios)
+    assert {dense.get_submodule(name).weight.shape[0] % 8 for name in ratios} == {0}
+    assert any(ratios.values())
+
+
+@pytest.mark.parametrize(
+    ("share", "is_refused", "warns"),
+    [(0.1, True, True), (0.125, False, True), (0.15, False, True), (0.15, False, False)],
+)
+def test_a_budget_below_half_of_what_the_fewest_channels_leave_is_refused(share, is_refused, warns, caplog):
+    net, images = linears(4, 2)  # one of four channels leaves a quarter
+    target = Target("flops", share)
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"got 0.1 where .* leave 0.25 \(target\)"):
+            layer_ratios(net, images, target)
+        return
+    ratios = layer_ratios(net, images, target, **{} if warns else {"warns": False})
+    assert ratios == {"0": 3.5 / 4}
+    assert (f"the flops budget of {share} is missed" in caplog.text) is warns
+
+
+@pytest.mark.parametrize(
+    ("bounds", "round_to", "kept"),
+    [({}, None, 1), ({"max_sparse_ratio": 0.5}, None, 4), ({}, 2, 2), ({"max_sparse_ratio": 0.6}, 3, 6)],
+)
+def test_the_fewest_channels_are_those_that_bounds_and_multiples_allow(bounds, round_to, kept):
+    net, images = linears(8, 2)
+    entries = [{"op_names": ["0"], **bounds}]
+    assert least_share(net, images, "flops", entries, round_to=round_to) == kept / 8
+    masks = fewest_channels(net, images, entries, round_to)
+    assert masks.keys() == {"0"}
+    assert int(masks["0"]["weight"].flatten(1).any(1).sum()) == kept
+
+
+def test_coupled_layers_have_the_narrower_bounds_and_blocks_that_fit_all():
+    model, images = toy_model().eval(), toy_images(2)
+    entries = [
+        {"op_names": ["stem"], "min_sparse_ratio": 0.125, "max_sparse_ratio": 0.75},
+        {"op_names": ["inner"], "min_sparse_ratio": 0.25},
+        {"op_names": ["hidden"]},
+    ]
+    units = {unit.layers: unit for unit in _units(model, images, _grouped(model, images, entries))}
+    assert {layers: (unit.min_sparse_ratio, unit.max_sparse_ratio) for layers, unit in units.items()} == {
+        ("stem", "inner"): (0.25, 0.75),
+        ("hidden",): (0.0, 1.0),
+    }
+    assert [unit.rows for unit in units.values()] == [8, 16]
+
+
+class Stubborn(nn.Module):
+    """Convolutions of which one can lose channels; a softmax, a fixed size and a branch hold the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle = nn.Conv2d(8, 8, 1)
+        self.free, self.other, self.mixed, self.sized = (nn.Conv2d(n, 8, 1) for n in (3, 8, 8, 8))
+        self.states, self.head = nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 5)
+
+    def forward(self, x):
+        """Map (images, 3, 4, 4) to (images, 5)."""
+        x = self.mixed(torch.relu(self.other(torch.relu(self.free(x))))).softmax(1)
+        x = self.sized(x).reshape(len(x), 8, 16).transpose(1, 2)
+        return self.head(self.states(x)[0].mean(1))
+
+
+MIXED = "the result of an operation depends on removed channels (softmax)"
+SIZED = "the sizes of an operation don't fit fewer channels"
+UNUSED = "the forward doesn't use the layer"
+OUTPUT = "it gives the model's output"
+
+
+def test_layers_that_can_lose_channels_are_told_from_those_that_cant_with_the_reason():
+    names, why = sorted_layers(Stubborn().eval(), torch.zeros(2, 3, 4, 4))
+    assert names == ["free", "other", "states"]
+    assert list(why) == ["mixed", "sized", "head", "idle"]
+    assert (why["mixed"], why["head"], why["idle"]) == (MIXED, OUTPUT, UNUSED)
+    assert why["sized"].startswith(SIZED)
+    assert inner_layers(Stubborn().eval(), torch.zeros(2, 3, 4, 4)) == ["free", "other"]
+
+
+def test_layers_that_lost_no_channel_are_told_with_the_reason():
+    model, images = Stubborn().eval(), torch.zeros(2, 3, 4, 4)
+    masks = {}
+    for name in ("free", "mixed"):
+        weight = torch.ones_like(model.get_submodule(name).weight)
+        weight[:4] = 0.0
+        masks[name] = {"weight": weight}
+    found = reasons_of_unpruned_layers(model, images, to_dense(model, images, masks))
+    assert list(found) == ["idle", "other", "mixed", "sized", "states", "head"]
+    assert (found["mixed"], found["head"]) == (MIXED, OUTPUT)
+    assert found["idle"].startswith("the layer isn't called by itself")
+    assert found["sized"].startswith(SIZED)
+    assert found["other"] == found["states"] == "not asked for"
+    assert reasons_of_unpruned_layers(model, images, model) == {}
