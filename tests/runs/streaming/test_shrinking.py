@@ -14,6 +14,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.budget import Budget
 from nni_topo.recovery.likeness import Estimate, Likeness
 from nni_topo.runs.streaming import shrinking
+from nni_topo.runs.streaming.journal import Journal
 from nni_topo.runs.streaming.report import BlockRow
 
 
@@ -420,3 +421,63 @@ def test_a_config_may_refuse_its_own_numbers():
     config = Checked(**vars(config_of(6, num_hidden_layers=3)))
     with pytest.raises(ConfigError, match="got too narrow; prune other layers only"):
         described(config, block(6, 8))
+
+
+class Reading(torch.nn.Module):
+    """A block's network that multiplies the states of one kind."""
+
+    def __init__(self, name, factor):
+        super().__init__()
+        self.name, self.factor = name, factor
+
+    def forward(self, hidden_states, unpruned_states, attention_mask=None):
+        return (hidden_states if self.name == "hidden_states" else unpruned_states) * self.factor
+
+
+def advanced(folder, batches, pruned, wanted, is_held_out=True):
+    """Write the states after a block; return its distances and what was written."""
+    journal = Journal(folder, {})
+    run = SimpleNamespace(_journal=journal, _samples=Calibration(batches), _is_held_out=is_held_out)
+    net = Reading("unpruned_states", wanted)
+    work = SimpleNamespace(name="layers.3", batches=batches, entered=net, wanted=net)
+    found = shrinking._Run._advance(run, 0, work, Reading("hidden_states", pruned))
+    journal.note(1)
+    return found, journal.states(len(batches))
+
+
+def test_states_after_a_block_are_written_in_the_precision_of_the_model(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {name: torch.rand(count, 2, 3, generator=generator) for name in ("hidden_states", "unpruned_states")}
+        for count in (5, 11)
+    ]
+    batches[0]["attention_mask"] = torch.tensor([[1, 0], *[[1, 1]] * 4])
+    batches[1]["attention_mask"] = torch.ones(11, 2, dtype=torch.long)
+    together = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
+    is_real, held_out = together.pop("attention_mask").bool(), torch.zeros(16, dtype=torch.bool)
+    held_out[7::8] = True
+    expected = []
+    for chosen in (~held_out, held_out):
+        reached, wanted = (
+            factor * each[chosen][is_real[chosen]] for factor, each in zip((2, 3), together.values(), strict=True)
+        )
+        expected.append(float((wanted - reached).square().mean() / wanted.var(unbiased=False)))
+    (tmp_path / "1").mkdir()
+    found, states = advanced(tmp_path / "1", batches, 2.0, 3.0)
+    assert found == pytest.approx(tuple(expected), rel=1e-5)
+    for batch, after in zip(batches, states, strict=True):
+        assert torch.equal(after["hidden_states"], 2 * batch["hidden_states"])
+        assert torch.equal(after["unpruned_states"], 3 * batch["unpruned_states"])
+    few = [{name: value[:1] for name, value in batches[0].items()}]
+    (tmp_path / "2").mkdir()
+    (learned, same), _ = advanced(tmp_path / "2", few, 2.0, 3.0, is_held_out=False)
+    assert learned == same > 0.0
+
+
+@pytest.mark.parametrize(("pruned", "wanted", "whose"), [(2.0, 1.0, "pruned"), (1.0, 2.0, "unpruned")])
+def test_states_that_the_precision_of_the_model_does_not_hold_are_told(pruned, wanted, whose, tmp_path):
+    small, large = (torch.full((1, 2, 3), value, dtype=torch.float16) for value in (1.0, 40_000.0))
+    batches = [{"hidden_states": each, "unpruned_states": each} for each in (small, large)]
+    words = rf"torch.float16, got NaN or infinity after the {whose} block \(layers.3, batch 1\)"
+    with pytest.raises(DataError, match=words):
+        advanced(tmp_path, batches, pruned, wanted, is_held_out=False)

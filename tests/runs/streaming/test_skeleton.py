@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -262,3 +263,15 @@ def test_numbers_of_a_block_may_be_integers_and_its_vectors_are_looked_at(tmp_pa
     values["bias"] = torch.ones(3)
     with pytest.raises(DataError, match=r"that config.json says, got \(3,\) for \(2,\) \(norm.bias"):
         fill()
+
+
+def test_weights_that_were_loaded_stay_when_their_file_changes(source, tmp_path):
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    skeleton = Skeleton(Shards(folder), CPU)
+    block, weights = skeleton.block(1), load_file(source / "model.safetensors")
+    path = folder / "model.safetensors"
+    with path.open("r+b") as stream:
+        stream.write(bytes(path.stat().st_size))
+    assert torch.equal(block.mlp.up_proj.weight, weights["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(skeleton.model.model.norm.weight, weights["model.norm.weight"])
