@@ -139,6 +139,14 @@ def test_distances_are_over_the_variance_and_without_padding():
     assert math.isnan(constant.share)
 
 
+def test_states_are_grouped_as_the_samples_are():
+    samples = Calibration([torch.ones(4, 1)], groups=[0, 0, 1, 1])
+    states = [{"hidden_states": torch.ones(4, 2, 3)}]
+    found = shrinking._Run._data(SimpleNamespace(_samples=samples), states)
+    assert (found.groups.tolist(), found.processes, found.samples) == ([0, 0, 1, 1], None, 4)
+    assert found.held_out(8).tolist() == samples.held_out(8).tolist() == [False, False, True, True]
+
+
 def test_states_that_are_not_finite_are_told():
     shrinking._check_finite(torch.ones(2), "layers.1", 3)
     for value in (torch.nan, torch.inf):
@@ -229,6 +237,14 @@ def test_a_block_keeps_what_its_budget_leaves_it():
             share(asked)
 
 
+def test_parameters_are_those_of_the_blocks_and_of_the_rest():
+    skeleton = Blocks([0, 1])
+    skeleton.blocks = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]  # of 6 parameters each
+    skeleton.model = torch.nn.Sequential(*skeleton.blocks, torch.nn.Linear(2, 1))
+    run = SimpleNamespace(_skeleton=skeleton, _budget=Budget(params=0.5))
+    assert shrinking._Run._costs(run, None, None) == (15.0, 3.0)
+
+
 def test_blocks_need_layers_whose_work_can_be_counted():
     def costs(own):
         skeleton = Blocks([0, 1])
@@ -251,7 +267,7 @@ def test_blocks_need_layers_whose_work_can_be_counted():
     ("key", "expected"),
     [
         ("model.layers.3.mlp.weight", "model.layers.1.mlp.weight"),
-        ("layers.3.layers.3.weight", "layers.1.layers.3.weight"),
+        ("layers.3.mlp.layers.3.weight", "layers.1.mlp.layers.3.weight"),
         ("model.layers.33.layers.3.weight", "model.layers.33.layers.1.weight"),
         ("model.sublayers.3.weight", "model.sublayers.3.weight"),
         ("model.norm.weight", "model.norm.weight"),
@@ -331,6 +347,8 @@ def test_blocks_are_compared_in_single_precision_at_least():
     other = Scaled(1.0)
     compared(Scaled(1.0), other, torch.ones(1, 2, 2, dtype=torch.bfloat16))
     assert other.seen == [(1, torch.float32)]
+    # states of zeros may differ by nothing
+    compared(Scaled(1.0), Scaled(1.0), torch.zeros(1, 2, 2))
 
 
 def test_an_error_of_the_built_block_alone_is_told():
