@@ -85,6 +85,7 @@ QUICK = [
 PACKAGES = {"timm": "timm", "transformers": "transformers", "yolo": "ultralytics"}  # else torchvision
 NOT_INSTALLED = "package not installed"
 OUTPUT_TOLERANCE = 1e-5
+OTHER_WEIGHTS = "not the same network or input"
 LEAST_SECONDS, MEDIAN_RATIO, LARGEST_RATIO = 0.2, 1.10, 1.5
 REPEATS, REPEATED_BELOW = 2, 1.5  # a network that takes fewer seconds is timed so often, and the least time counts
 
@@ -331,7 +332,7 @@ def differences(expected: Record, actual: Record, *, reasons: bool = False) -> l
     if not same_weights:
         others.append(f"weights: were {expected['weights']}, are {weights}")
     if others:
-        return [f"not the same network or input, so nothing else is compared: {'; '.join(others)}"]
+        return [f"{OTHER_WEIGHTS}, so nothing else is compared: {'; '.join(others)}"]
     found = different_entries(expected["entries"], actual["entries"])
     for key in ("skipped", "kept"):
         before, after = expected.get(key, {}), actual.get(key, {})

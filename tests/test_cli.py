@@ -170,7 +170,9 @@ def test_shrink_keeps_a_quarter_of_the_work_if_no_budget_is_given(tmp_path, untr
     words = ["shrink", "--model", "small_cnn", "--limit", "64", "--images", "32", "--pruner", "l1"]
     words += ["--checkpoint", str(untrained), "--out", str(tmp_path / "small"), "--seconds"]
     assert main([*words, "0.1"]) == 0
-    assert json.loads((tmp_path / "small" / "shrink.json").read_text())["budget"] == {"flops": 0.25}
+    document = json.loads((tmp_path / "small" / "shrink.json").read_text())
+    assert document["budget"] == {"flops": 0.25}
+    assert list(document)[:5] == ["model", "data", "pruner", "method", "budget"]
 
 
 def test_shrink_prunes_recurrent_layers(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[1] / "benchmarks"))
 import golden
@@ -27,6 +28,11 @@ def other_release(name):
     return recorded and recorded.split(".")[:2] != importlib.metadata.version("transformers").split(".")[:2]
 
 
+def other_torch(name):
+    """Say that PyTorch is of another release than the record's."""
+    return REFERENCE[name]["versions"]["torch"].split(".")[:2] != torch.__version__.split(".")[:2]
+
+
 def networks():
     """The networks of the installed packages, but for those that take long."""
     for name, options in golden.entries():
@@ -42,7 +48,10 @@ def networks():
 @pytest.mark.parametrize(("name", "options"), list(networks()))
 def test_groups_and_dense_networks_are_those_of_the_golden_record(name, options):
     record = {"status": "ok", **golden.measure(name, options, timed=False)}
-    assert golden.differences(REFERENCE[name], record) == []
+    found = golden.differences(REFERENCE[name], record)
+    if found and found[0].startswith(golden.OTHER_WEIGHTS) and other_torch(name):
+        pytest.skip("the record is of another release of PyTorch, which draws other weights")
+    assert found == []
 
 
 def test_every_network_of_the_zoo_is_in_the_golden_record():

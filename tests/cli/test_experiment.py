@@ -227,8 +227,9 @@ def test_a_run_in_which_no_trial_fails_ends_with_0(running):
     running.end()
     running.manager.job(FAILED)["status"] = "SUCCEEDED"
     said = io.StringIO()
-    assert running.run(Console(file=said, width=160)) == 0
+    assert running.run(Console(file=said, width=40)) == 0
     assert "trials failed" not in said.getvalue()
+    assert LINES[0] in said.getvalue().splitlines()  # of a trial there is one line, however narrow the terminal
 
 
 def test_a_terminal_shows_how_many_trials_have_ended(running, manager):

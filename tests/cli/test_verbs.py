@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import PIL.Image
 import pytest
 import torch
 from rich.console import Console
@@ -399,8 +400,50 @@ def test_a_comparison_tells_its_cells_and_what_failed_in_plain_words(as_json, tm
     plain = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).splitlines()
     assert plain[1:] == ["failed: [red]l1, seed 0", "it is [red]wrong"]
     assert capsys.readouterr().out == ("[]\n" if as_json else "")
-    monkeypatch.setattr(verbs, "compare", lambda *given, **knobs: ([], []))
-    assert verbs._run_plan(None, tmp_path, console, isolate=False, as_json=False) == 0
+    # a folder's name may look like Rich's markup
+    out = tmp_path / "runs[red]"
+    out.mkdir()
+    monkeypatch.setattr(verbs, "compare", lambda *given, **knobs: ([RECORD], []))
+    said = io.StringIO()
+    assert verbs._run_plan(None, out, Console(file=said, width=999), isolate=False, as_json=False) == 0
+    files = f"records: {out / 'results.json'} · picture: {out / 'accuracy.png'} · report: {out / 'report.html'}"
+    assert said.getvalue().splitlines()[-1] == files
+
+
+FACTS = {"model": "net", "data": "digits", "target": "ratio 0.5", "flops_before": 4e6, "flops": 1e6}
+FACTS |= {"params_before": 8e3, "params": 2e3, "accuracy_before": 0.99, "accuracy_oneshot": 0.5}
+FACTS |= {"latency_before_ms": 2.0, "latency_ms": 1.0, "prune_seconds": 0.1, "versions": {"torch": "2.x"}}
+RECORD = {**FACTS, "pruner": "l1", "pruner_name": "l1", "seed": 0, "whole": {}}
+RECORD |= {"widths_before": {"conv1": 8}, "widths": {"conv1": 4}}
+
+
+def test_a_report_names_its_files_and_prints_tables_or_a_document(tmp_path, capsys):
+    folder = tmp_path / f"runs[red]{'long' * 50}"
+    folder.mkdir()
+    (folder / "results.jsonl").write_text(json.dumps(RECORD) + "\n")
+    said, picture = io.StringIO(), tmp_path / "runs[red].png"
+    report = verbs.Report(folders=(folder,), out=picture, json=True)
+    assert report.run(Console(file=said, width=100)) == 0
+    lines = said.getvalue().splitlines()
+    assert lines[0] == f"report: {folder / 'report.html'}"
+    assert "".join(lines[1:]).replace("\n", "") == f"picture: {picture}"
+    assert PIL.Image.open(picture).info["dpi"] == pytest.approx((150, 150), abs=0.1)
+    assert capsys.readouterr().out == json.dumps([RECORD], indent=1) + "\n"
+
+
+def columns_of(shown, *words):
+    """Where, in the first line that has them, the words begin."""
+    line = next(line for line in shown.splitlines() if all(word in line for word in words))
+    return [line.index(word) for word in words]
+
+
+def test_lists_are_columns_of_text(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert columns_of(shown, "pruner", "from", "keeps") == columns_of(
+        shown, "cluster", "nni_topo", "one filter of each"
+    )
+    assert columns_of(shown, "method", "from", "does") == columns_of(shown, "mean", "nni_topo", "adds the mean")
 
 
 def test_ports_and_files_are_those_that_the_pages_name():

@@ -10,8 +10,16 @@ import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
 from nni_topo import zoo
-from nni_topo.errors import ConfigError
-from nni_topo.runs.processes import data_share, masks_digest, process_group, world
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.runs.processes import (
+    broadcast,
+    broadcast_masks,
+    check_equal_masks,
+    data_share,
+    masks_digest,
+    process_group,
+    world,
+)
 
 
 def test_shares_leave_out_what_does_not_go_round():
@@ -52,5 +60,12 @@ def test_a_group_that_is_there_is_used_and_stays(tmp_path, monkeypatch):
         with process_group() as found:
             assert found == world() == (0, 1)
         assert dist.is_initialized()
+        assert broadcast("a value") == "a value"
+        mask = torch.ones(2, requires_grad=True)
+        found = broadcast_masks({"conv": {"weight": mask, "bias": None}})
+        assert (list(found["conv"]), found["conv"]["weight"].requires_grad) == (["weight"], False)
+        check_equal_masks(found)
+        with pytest.raises(DataError, match=r"the process that pruned must have masks, got None \(rank 0\)"):
+            broadcast_masks(None)
     finally:
         dist.destroy_process_group()

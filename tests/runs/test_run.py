@@ -297,6 +297,48 @@ def test_data_are_as_large_as_the_model_needs_and_as_the_choice_says():
             execute.load_model_data(padded, DataChoice("digits", limit=20, test_limit=limit))
 
 
+@pytest.mark.parametrize(("image_size", "pad_to"), [(24, None), (None, 32)])
+def test_data_are_read_as_the_choice_says_and_prepared_as_the_model_needs(image_size, pad_to, monkeypatch):
+    seen = []
+    monkeypatch.setattr(zoo, "load_data", lambda *names, **knobs: seen.append((names, knobs)))
+    monkeypatch.setattr(execute, "pretrained_preprocessing", lambda name: f"as for {name}")
+    asked = {"limit": 7, "download": True, "image_size": image_size, "workers": 3}
+    execute.load_model_data(ModelChoice("cnn12"), DataChoice("photos", "there", **asked))
+    assert seen == [(("photos", "there"), {**asked, "pad_to": pad_to, "preprocessing": "as for cnn12"})]
+
+
+def test_a_network_has_the_classes_and_sizes_of_its_data():
+    data = replace(zoo.load_data("digits", limit=10), num_classes=7, in_channels=2, image_size=12)
+    net = execute.build_model(ModelChoice("small_cnn"), data, 0)
+    assert net(torch.zeros(1, 2, 12, 12)).shape == (1, 7)
+
+
+def test_retraining_takes_a_seed_runs_what_it_is_told_and_keeps_zeros():
+    class Counted(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.calls = net, 0
+
+        def forward(self, images):
+            self.calls += 1
+            return self.net(images)
+
+    start = small_start()
+    with torch.no_grad():
+        start.net.features.conv1.weight[0, 0, 0, :2] = 0.0
+    found = []
+    for seed, is_wrapped in ((1, False), (1, True), (2, False)):
+        net = copy.deepcopy(start.net)
+        through = Counted(net) if is_wrapped else None
+        execute.retrain(net, start.data, start.recipe, seed=seed, through=through, progress=False)
+        assert through is None or through.calls > 0
+        assert net.features.conv1.weight[0, 0, 0, :2].tolist() == [0.0, 0.0]
+        found.append(net.features.conv2.weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], start.net.features.conv2.weight)
+
+
 def test_a_network_has_the_width_and_the_seed_that_are_asked_for():
     data = zoo.load_data("digits", limit=10)
     net, again, other = (execute.build_model(ModelChoice("small_cnn"), data, seed) for seed in (3, 3, 4))

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nni_topo
-from nni_topo.disk import MIN_FREE_BYTES
+from nni_topo.disk import MIN_FREE_BYTES, only_process
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery.likeness import Answers
@@ -981,3 +981,161 @@ def test_a_budget_of_work_counts_the_head_and_all_blocks(source, tmp_path):
     assert report.budget.why in ("", "blocks are equally wide")
     with pytest.raises(ConfigError, match=r"got 0.1 of the flops where 0.159 lie outside of the blocks \(budget\)"):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "none", {"flops": 0.1}, **FAST)
+
+
+def test_one_sample_in_one_batch_is_enough_without_distillation(tmp_path, capsys):
+    source = saved(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=3), tmp_path / "source")
+    target = tmp_path / "small"
+    report = nni_topo.shrink_pretrained(source, tokens(1, 1), target, {"flops": 0.6}, remove_blocks=1, **FAST)
+    assert (report.samples, report.held_out, len(report.blocks)) == (1, 0, 2)
+    assert (report.pruner, report.recovery) == ("l1", "")
+    assert all(row.distance == row.calibration_distance for row in report.blocks)
+    assert not any(row.is_distilled for row in report.blocks)
+    assert report.warnings[0].startswith("no sample could be held out")
+    assert 0.0 < sum(row.seconds for row in report.blocks) < 600.0
+    assert capsys.readouterr().out == ""
+
+
+def test_distances_of_a_block_are_over_the_variance_of_the_unpruned_states(source, tmp_path):
+    batches = [*tokens(padded=True), *tokens(1, 3, seed=1)]
+    report = nni_topo.shrink_pretrained(source, batches, tmp_path / "small", {"params": 0.7}, **FAST)
+    together = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    found = []
+    for folder in (source, tmp_path / "small"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            found.append(model(**together, output_hidden_states=True).hidden_states[1].double())
+    is_real, is_held_out = together["attention_mask"].bool(), torch.zeros(19, dtype=torch.bool)
+    is_held_out[7::8] = True
+    expected = []
+    for samples in (is_held_out, ~is_held_out):
+        wanted, reached = (states[samples][is_real[samples]] for states in found)
+        expected.append(float((wanted - reached).square().mean() / wanted.var(unbiased=False)))
+    row = report.blocks[0]
+    assert (row.distance, row.calibration_distance) == pytest.approx(tuple(expected), rel=1e-4)
+    assert (report.samples, report.held_out) == (17, 2)
+
+
+def test_weights_that_distillation_finds_are_kept_where_the_loss_falls(source, tmp_path, capsys):
+    found = []
+    for distill in (False, {"steps": 30, "lr": 1e-2}):
+        target = tmp_path / str(len(found))
+        knobs = FAST | {"distill": distill}
+        report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.8}, **knobs)
+        found.append((report.blocks[0], weights_of(target)["model.layers.0.mlp.down_proj.weight"]))
+    (plain, before), (distilled, after) = found
+    assert (plain.is_distilled, distilled.is_distilled) == (False, True)
+    assert distilled.distance < plain.distance
+    assert not torch.equal(before, after)
+    assert capsys.readouterr().err == ""
+
+
+def test_distillation_needs_one_sample_to_learn_from_and_one_to_judge_by(source, tmp_path):
+    knobs = FAST | {"distill": {"steps": 1}}
+    report = nni_topo.shrink_pretrained(source, tokens(1, 2), tmp_path / "small", {"params": 0.8}, **knobs)
+    assert report.samples + report.held_out == 2
+
+
+def test_other_files_of_the_source_are_copied(source, tmp_path):
+    for name in ("pytorch_model.bin", "model.gguf", ".hidden", "README.md", "shrink_pretrained.json", "vocab.txt"):
+        (source / name).write_text(name)
+    (source / "onnx").mkdir()
+    target = tmp_path / "small"
+    nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, card=False, **FAST)
+    weights = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    own = ["config.json", "generation_config.json", *weights, "model.safetensors.index.json", "shrink_pretrained.json"]
+    assert sorted(path.name for path in target.iterdir()) == sorted([*own, "tokenizer.json", "vocab.txt"])
+    assert json.loads((target / "shrink_pretrained.json").read_text())["report"]["params"] > 0
+    assert sorted(load_file(target / weights[0])) == [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    ]
+
+
+def test_every_other_argument_of_a_finished_run_is_told(source, tmp_path):
+    class Nothing(nni_topo.RecoveryMethod):
+        def __init__(self, strength):
+            self.strength = strength
+
+        def tasks(self, plan, networks):
+            return []
+
+    target = tmp_path / "small"
+    knobs = FAST | {"layers": ["mlp.up_proj", "mlp.gate_proj"], "compensate": Nothing(1)}
+    knobs |= {"pruner": "reconstruction", "knobs": {"swaps": 9}}
+    report = nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.81}, **knobs)
+    assert (report.recovery, report.widths["mlp.up_proj"]) == ("Nothing", (24, 13))
+    for change, words in (
+        ({"pruner": "l1", "knobs": None}, "pruner"),
+        ({"knobs": {"swaps": 8}}, "pruner"),
+        ({"layers": None}, "layers"),
+        ({"remove_blocks": 1}, "remove_blocks"),
+        ({"compensate": None}, "compensate"),
+        ({"compensate": Nothing(2)}, "compensate"),
+        ({"distill": True}, "distill"),
+        ({"distill": {"steps": 2}}, "distill"),
+        ({"round_to": 4}, "round_to"),
+        ({"seed": 1}, "seed"),
+    ):
+        with pytest.raises(ConfigError, match=f"with the same settings, got others: {words}; delete"):
+            nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.81}, **knobs | change)
+    os.utime(next(source.glob("*.safetensors")), (1, 1))
+    with pytest.raises(ConfigError, match="with the same settings, got others: source; delete"):
+        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.81}, **knobs)
+
+
+def test_layers_keep_a_multiple_of_round_to(source, tmp_path):
+    layers = ["mlp.gate_proj", "mlp.up_proj"]
+    report = nni_topo.shrink_pretrained(
+        source, tokens(1), tmp_path / "small", {"params": 0.81}, layers=layers, round_to=5, **FAST
+    )
+    assert report.widths["mlp.up_proj"] == (24, 15)
+
+
+def test_a_folder_at_which_another_run_is_at_work_is_told(source, tmp_path):
+    target = tmp_path / "small"
+    with only_process(target), pytest.raises(DataError, match="by one run at a time, got one at work there"):
+        nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
+
+
+def test_progress_counts_the_blocks_that_were_pruned_before(source, tmp_path, monkeypatch, capsys):
+    knobs = FAST | {"progress": True}
+    prune = shrinking._Run.prune
+    monkeypatch.setattr(shrinking._Run, "prune", stopping(prune))
+    with pytest.raises(StopError):
+        nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **knobs)
+    assert "shrink_pretrained: 0" in capsys.readouterr().err
+    monkeypatch.setattr(shrinking._Run, "prune", prune)
+    nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **knobs)
+    told = capsys.readouterr().err
+    assert "shrink_pretrained: 1" in told
+    assert "shrink_pretrained: 0" not in told
+
+
+def test_blocks_that_get_the_states_by_name_lose_width_and_number(tmp_path):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
+    config = transformers.LayoutLMConfig(**sizes, num_attention_heads=4, max_position_embeddings=32)
+    source = saved(transformers.LayoutLMForMaskedLM, config, tmp_path / "source")
+    target, knobs = tmp_path / "small", FAST | {"layers": ["intermediate.dense"], "remove_blocks": 1}
+    report = nni_topo.shrink_pretrained(source, tokens(1), target, {"flops": 0.55}, **knobs)
+    small = transformers.LayoutLMForMaskedLM.from_pretrained(target)
+    assert small.config.num_hidden_layers == 2
+    assert report.params == sum(each.numel() for each in small.parameters())
+    # a norm follows the sum with the states, so that nothing makes up for the gap
+    numbers = [int(row.block.rpartition(".")[2]) for row in report.blocks]
+    before = f"layoutlm.encoder.layer.{({1, 2} - {*numbers}).pop() - 1}"
+    told = [each for each in report.warnings if each.startswith("no weights of ")]
+    assert [each.split()[3] for each in told] == [before]
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) > 4, reason="Transformers 5 prunes no heads")
+def test_heads_that_are_pruned_are_noted_in_the_config(tmp_path):
+    source = saved(transformers.BertForMaskedLM, bert_config(), tmp_path / "source")
+    report = nni_topo.shrink_pretrained(source, tokens(1), tmp_path / "small", {"params": 0.7}, **FAST)
+    before, after = report.widths["attention.self.query"]
+    small = transformers.BertForMaskedLM.from_pretrained(tmp_path / "small")
+    count = (before - after) // 4
+    assert count > 0
+    assert small.config.pruned_heads == {0: list(range(count)), 1: list(range(count))}
+    assert small.bert.encoder.layer[1].attention.self.query.out_features == after

