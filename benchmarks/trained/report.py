@@ -35,9 +35,9 @@ _CNN, _ENCODER = NETWORKS
 QUOTED = (
     ((_ENCODER, 0.5, OURS, "compensate, distill in bfloat16"), "cosine", "a cosine of {} with the unpruned network's"),
     ((_ENCODER, 0.5, OURS, "compensate, distill in bfloat16"), "recall@10", "{} % of their ten nearest neighbours"),
-    ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "cosine", "({} and"),
-    ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "recall@10", "and {} % by L1 and distillation"),
-    ((_ENCODER, 0.5, "l1", "none"), "cosine", "{} by L1 without recovery"),
+    ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "cosine", "weight reconstruction reach {} and"),
+    ((_ENCODER, 0.5, "l1", "distill in bfloat16"), "recall@10", "and {} % in the same time"),
+    ((_ENCODER, 0.5, "l1", "none"), "cosine", "L1 without recovery a cosine of {}"),
     ((_CNN, 0.8, OURS, f"widths, {BLOCKS}"), "top 1", "the class of {} % of crops of other photos"),
     ((_CNN, 0.8, OURS, f"widths, {UNIFORM}"), "top 1", "{} % if only channels go"),
     ((_CNN, 0.8, "l1", "batch norms"), "top 1", "({} % by L1 with batch norms recalibrated,"),

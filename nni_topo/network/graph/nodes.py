@@ -142,5 +142,5 @@ def _keep_out_of_state_dict(made: GraphModule, root: nn.Module) -> None:
     """Keep the buffers out of the state_dict that are in none of the root's; before 2.14 PyTorch takes them all in."""
     theirs = dict(root.named_modules())
     for path, module in made.named_modules():
-        if path in theirs:
+        if path in theirs and module is not theirs[path]:
             module._non_persistent_buffers_set |= theirs[path]._non_persistent_buffers_set & module._buffers.keys()
