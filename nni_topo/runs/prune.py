@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nni_topo.disk import check_free_disk, output_folder, write_json, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.io import checkpoint as files
-from nni_topo.network.runtime import quiet_if_asked, tells_once
+from nni_topo.network.runtime import one_call, quiet_if_asked, tells_once
 from nni_topo.network.speedup import Network, check_masks, dependency_groups, resolve_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
@@ -35,6 +35,7 @@ from nni_topo.zoo import Recipe
 
 @quiet_if_asked
 @tells_once  # the request is looked at before and after the training
+@one_call()
 def prune_checkpoint(
     model: ModelChoice,
     checkpoint: str | Path | None,

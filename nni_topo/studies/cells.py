@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nni_topo.disk import only_process, read_json, write_json
+from nni_topo.network.runtime import one_call
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.recovery import recalibrate_batch_norm
@@ -47,6 +48,7 @@ class Trained(Protocol):
         """Key of the trained network; jobs with the same key share it."""
 
 
+@one_call()
 def run_cell(cell: Cell, out: Path) -> Record:
     """Run a cell and return its record; its trained network is saved in ``checkpoints`` of the output folder."""
     began = time.perf_counter()

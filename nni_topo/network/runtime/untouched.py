@@ -64,7 +64,7 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
         for model in models:
             if isinstance(model, nn.Module):
                 _write_down(model, put_back, seen)
-        with random_state_kept(), _compiler_off() if runs_written else nullcontext(), _one_call():
+        with random_state_kept(), _compiler_off() if runs_written else nullcontext(), one_call():
             try:
                 yield
             finally:
@@ -73,8 +73,8 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _one_call() -> Iterator[None]:
-    """Mark the outermost block; blocks within it belong to the same call."""
+def one_call() -> Iterator[None]:
+    """Mark a call of a public function, which is over when the outermost block is; also a decorator."""
     if _CALL.get() is not None:
         yield
         return

@@ -68,6 +68,7 @@ from nni_topo.network.runtime import (
     give_back_memory,
     in_step,
     on_device,
+    one_call,
     out_of_memory,
     quiet_if_asked,
     real_positions_of,
@@ -122,6 +123,7 @@ _logger = logging.getLogger(__name__)
     device=instance(str, torch.device) | NONE,
 )
 @tells_once
+@one_call()
 @freed_at_once()
 def shrink_pretrained(
     source: str | PathLike[str],
