@@ -763,3 +763,42 @@ def test_too_few_images_are_told_where_held_out_figures_are_clearly_worse(figure
     if is_told:
         last = measured.stages[-1]
         assert f"agreement {last.agreement:.3g} and {last.calibration_agreement:.3g}" in found[0]
+
+
+class CountingNet(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, inputs):
+        self.calls += 1
+        return self.out(self.hidden(inputs).relu())
+
+
+def test_a_state_of_an_earlier_epoch_is_refused_before_anything_is_pruned(tmp_path):
+    torch.manual_seed(0)
+    model, images = CountingNet().eval(), [torch.randn(64, 6)]
+    knobs = {"budget": {"flops": 0.5}, "distill": {"steps": 5, "lr": 1e-3, "state": tmp_path / "state.pt"}}
+    small = nni_topo.shrink(model, images, **knobs)
+    again = nni_topo.shrink(model, images, **knobs)
+    assert again.report.distillation.steps == 5
+    torch.testing.assert_close(again.state_dict(), small.state_dict(), rtol=0, atol=0)
+    with torch.no_grad():
+        model.out.weight *= 1.01
+    with pytest.raises(ConfigError, match=r"must go on with the same unpruned network, hash .*another file.*state.pt"):
+        nni_topo.shrink(model, images, pruner=lambda *_: pytest.fail("it pruned"), **knobs)
+    with pytest.raises(DataError, match="must lie in a folder that exists"):
+        nni_topo.shrink(
+            model, images, {"flops": 0.5}, distill={"state": "none/state"}, pruner=lambda *_: pytest.fail("it pruned")
+        )
+
+
+def test_a_state_is_no_file_for_the_candidates_of_a_tolerance(tmp_path):
+    distill = {"state": tmp_path / "state.pt"}
+    with pytest.raises(
+        ConfigError, match=r"state must be left out .*candidates of the tolerance.*state.pt.* \(shrink\)"
+    ):
+        nni_topo.shrink(toy_model(), [toy_images(64)], tolerance=0.1, distill=distill)
