@@ -30,6 +30,7 @@ from nni_topo.network.runtime import (
     computing_in,
     detached_copy,
     device_of,
+    evaluating,
     evaluation_mode,
     free_memory_of,
     map_tensors,
@@ -549,9 +550,9 @@ def _blocks_seen(net: nn.Module, names: Sequence[str], seen: dict[str, Tensor]) 
 
 def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
     """Return a copy of a network in evaluation mode, in single precision at least, to run on some images."""
-    student: nn.Module = detached_copy(dense).eval()
+    student: nn.Module = evaluating(detached_copy(dense))
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
-        student = student.float()
+        student.float()
     for module in student.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             module.sparse = False  # AdamW takes no sparse gradients
@@ -569,7 +570,8 @@ def _answering(unpruned: nn.Module) -> nn.Module:
         copied: nn.Module = detached_copy(unpruned, light=True)
     except (TypeError, RuntimeError, ConfigError):  # it holds what no copy can, such as a lock
         return unpruned
-    return copied.eval()
+    copied.eval()
+    return copied
 
 
 def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -79,6 +79,15 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
     return copied
 
 
+def evaluating(model: Any) -> Any:
+    """Put a model into evaluation mode and return it, also where an ``eval`` or ``train`` of its own returns nothing.
+
+    A ``train`` that keeps batch norms frozen often forgets to return the model.
+    """
+    model.eval()
+    return model
+
+
 def _bind_functions(modules: Sequence[nn.Module], memo: dict[int, Any]) -> None:
     """Let the functions that copies of modules hold compute with the copies.
 
