@@ -143,4 +143,4 @@ def _keep_out_of_state_dict(made: GraphModule, root: nn.Module) -> None:
     theirs = dict(root.named_modules())
     for path, module in made.named_modules():
         if path in theirs:
-            module._non_persistent_buffers_set |= theirs[path]._non_persistent_buffers_set & module._buffers.keys()
+            module._non_persistent_buffers_set |= theirs[path]._non_persistent_buffers_set & set(module._buffers.keys())
