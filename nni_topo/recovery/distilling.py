@@ -89,6 +89,7 @@ from nni_topo.recovery.lesson import (
     Objective,
     Outputs,
     SharedImages,
+    check_any_count,
     check_augment,
     is_better,
     is_blendable,
@@ -346,6 +347,8 @@ def distillation(
         for model in (original, dense):
             first_call(model, each)
     pool = joined([call for each in given for call in calls(original, each)])
+    check_any_count(original, pool, "original")
+    check_any_count(dense, pool, "dense")
     processes = given[0].processes
     if any((each.processes is None) != (processes is None) for each in given):
         raise ConfigError("images and held_out must be shared by the same processes, got one that isn't (held_out)")
@@ -633,8 +636,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     Raises
     ------
     ConfigError
-        If a knob can't be used, the two models' outputs differ in kind or shape, nothing can be learned, or ``state``
-        is that of another distillation.
+        If a knob can't be used, a model doesn't run on any number of samples, the two models' outputs differ in kind or
+        shape, nothing can be learned, or ``state`` is that of another distillation.
     GradientError
         If no gradients can be taken of the outputs, as where ``forward`` runs under :class:`torch.no_grad`, or writes
         in place into what a gradient needs. It is a ConfigError, too.
@@ -793,6 +796,7 @@ def check_can_learn(
     learn from its own alone; GradientError for outputs without gradients.
     """
     check_precision(precision, device_of(model), "distill")
+    check_any_count(model, call, "model")
     student = _student(model, call)
     lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks, precision=precision)
     if is_shared:

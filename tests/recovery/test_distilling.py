@@ -323,6 +323,34 @@ def test_a_state_is_of_the_images_that_it_began_with(tmp_path):
         distillation(dense, original, batches()[::-1], **knobs)
 
 
+class Choosy(Narrow):
+    """Runs on some numbers of samples only."""
+
+    def __init__(self, width, takes):
+        super().__init__(width)
+        self.takes = takes
+
+    def forward(self, inputs):
+        if not self.takes(len(inputs)):
+            raise ValueError(f"there must be others, got {len(inputs)}")
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize(
+    ("takes", "refused"),
+    [(lambda count: count > 1, 1), (lambda count: count == 32, 1), (lambda count: count in (1, 32), 2)],
+)
+def test_models_that_run_on_some_numbers_of_samples_only_are_refused(takes, refused):
+    dense, original = pair()
+    choosy = Choosy(16, takes).eval()
+    words = rf"any number of samples, got ValueError: there must be others, got {refused} for {refused} of"
+    for given, name in (((dense, choosy), "original"), ((choosy, original), "dense")):
+        with pytest.raises(ConfigError, match=rf"{words} 96: .*distill=False \({name}\)"):
+            distill(*given, batches())
+    with pytest.raises(ConfigError, match=rf"{words} 32: .*distill=False \(model\)"):
+        nni_topo.shrink(choosy, batches(), {"flops": 0.5}, pruner=lambda *_: pytest.fail("it pruned"))
+
+
 class StopError(Exception):
     pass
 
