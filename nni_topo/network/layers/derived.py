@@ -26,7 +26,15 @@ from torch.utils._pytree import tree_leaves
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
-from nni_topo.network.runtime import SAME_LAYER, agree, as_written, detached_copy, evaluating, evaluation_mode
+from nni_topo.network.runtime import (
+    SAME_LAYER,
+    agree,
+    as_written,
+    detached_copy,
+    evaluating,
+    evaluation_mode,
+    put_attribute,
+)
 
 _CONVOLVED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _SPREAD = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -484,11 +492,11 @@ def fold(module: Any) -> bool:
             for name in table.keys() - {"weight", "bias"}:
                 del table[name]
         module._modules.clear()
-        module.weight = nn.Parameter(inner.weight.clone(), requires_grad=module.weight.requires_grad)
+        put_attribute(module, "weight", nn.Parameter(inner.weight.clone(), requires_grad=module.weight.requires_grad))
         if inner.bias is not None:
-            module.bias = nn.Parameter(inner.bias.clone(), requires_grad=module.bias.requires_grad)
+            put_attribute(module, "bias", nn.Parameter(inner.bias.clone(), requires_grad=module.bias.requires_grad))
         vars(module).update(settings)
-        module.__class__ = kind
+        put_attribute(module, "__class__", kind)
     return found is not None
 
 

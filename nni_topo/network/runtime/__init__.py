@@ -28,6 +28,7 @@ from nni_topo.network.runtime.copying import (
     device_of,
     evaluating,
     in_double,
+    put_attribute,
     put_parameters,
     unwrapped_copy,
 )
@@ -224,6 +225,7 @@ __all__ = [
     "padding_known",
     "parts",
     "pruner_batches",
+    "put_attribute",
     "put_parameters",
     "quiet",
     "quiet_if_asked",
