@@ -253,6 +253,34 @@ def test_a_model_is_as_it_was(name, tmp_path):
     require_unchanged(others, other)
 
 
+def forgetful(model):
+    """Let a model have methods that don't return it, such as the ``train`` of many that keep batch norms frozen."""
+    kind = type(model)
+
+    def train(self, mode=True):
+        kind.train(self, mode)
+        self.norm.eval()
+
+    def apply(self, change, recurse=True):
+        kind._apply(self, change, recurse)
+
+    def requires_grad_(self, requires_grad=True):
+        kind.requires_grad_(self, requires_grad)
+
+    methods = {"train": train, "_apply": apply, "requires_grad_": requires_grad_}
+    model.__class__ = type(f"Forgetful{kind.__name__}", (kind,), methods)
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_methods_that_return_nothing_are_called_all_the_same(name, tmp_path):
+    kind = KINDS.get(name, Busy)
+    model, other = forgetful(busy(kind)), forgetful(busy(kind))
+    before = snapshot(model)
+    CALLS[name](model, other, tmp_path)
+    require_unchanged(before, model)
+
+
 MADE = ["as_torch_layers", "compensate", "load", "masked_model", "narrow_heads", "recalibrate_batch_norm"]
 MADE += ["remove_blocks", "shrink", "to_dense", "with_dropout"]
 
@@ -268,8 +296,9 @@ def test_what_is_made_of_a_model_has_not_counted_the_passes(name, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(name for name in list_pruners() if pruner_info(name).origin == "nni_topo"))
 @pytest.mark.parametrize("attention", [False, True])
-def test_a_model_is_as_it_was_after_a_pruner(name, attention):
-    model = busy(Attending if attention else Busy)
+@pytest.mark.parametrize("as_made", [busy, lambda kind: forgetful(busy(kind))], ids=["busy", "forgetful"])
+def test_a_model_is_as_it_was_after_a_pruner(name, attention, as_made):
+    model = as_made(Attending if attention else Busy)
     layer = "encoder.linear1" if attention else "hidden"
     info = pruner_info(name)
     knobs = {**toy_knobs(info.knobs(), info.needs), "example_inputs": IMAGES[:2], "calibration": BATCHES}

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers import by_output, inputs_laid_out, zeros_held
 from nni_topo.network.runtime import Precision, Processes, backward_in, bar, device_of
 from nni_topo.recovery.batchnorm import batch_norms
 
-_FORMAT = "nni-topo distillation 4"
-_BEFORE = {"precision": "float32"}  # what a state's file doesn't say if it was written before that could be chosen
+_FORMAT = "nni-topo distillation 5"
 _MOMENTUM = 0.1  # of batch norms that have none of their own
 
 _FALL = 0.4  # share of a course in which the rate falls to zero, at its end
@@ -305,15 +304,9 @@ class Course:
         write_tensors(self.path, parts)
 
     def _resume(self, path: Path) -> None:
-        with reading(path, "a state", "of this distillation", DELETE):
-            state = read_tensors(path)
-            if state["format"] != _FORMAT:
-                raise KeyError(state["format"])
+        with _reading_state(path):
+            state = read_state(path, self.kind)
             self.student.load_state_dict(state["model"])
-            for key, value in self.kind.items():
-                found = state["kind"].get(key, _BEFORE.get(key))
-                if found != value:
-                    raise ConfigError(f"distillation must go on with {key} {found}, got {value} ({path})")
             self.optimizer.load_state_dict(state["optimizer"])
             self.done, self.rate, self._looked = state["done"], state["rate"], state["looked"]
             self.is_normed = state["is_normed"]
@@ -322,6 +315,32 @@ class Course:
             self.curve = [Look(**each) for each in state["curve"]]
             self._began = state["began"]
             self.clock.go_on_from(state["spent"])
+
+
+def read_state(path: Path, kind: dict[str, Any]) -> dict[str, Any]:
+    """Read a course's file.
+
+    ConfigError if it is of a distillation that was another one in what ``kind`` says, DataError if it is no such file.
+    """
+    with _reading_state(path):
+        state: dict[str, Any] = read_tensors(path)
+        if state["format"] != _FORMAT:
+            raise DataError(
+                f"a state must be of the format {_FORMAT!r}, got {state['format']!r}, as other versions of nni_topo "
+                f"write it; {DELETE} ({path})"
+            )
+        for key, value in kind.items():
+            found = state["kind"].get(key)
+            if found != value:
+                raise ConfigError(
+                    f"distillation must go on with {key} {found}, got {value}; another file, or none, begins anew "
+                    f"({path})"
+                )
+    return state
+
+
+def _reading_state(path: Path) -> AbstractContextManager[None]:
+    return reading(path, "a state", "of this distillation", DELETE)
 
 
 @contextmanager

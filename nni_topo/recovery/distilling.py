@@ -42,7 +42,7 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
-from nni_topo.network.io import fingerprint
+from nni_topo.network.io import fingerprint, model_fingerprint
 from nni_topo.network.runtime import (
     BATCHES,
     HELD_OUT,
@@ -69,7 +69,17 @@ from nni_topo.network.runtime import (
     tensors_of,
 )
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
-from nni_topo.recovery.course import MOST_LOST, Batches, Clock, Course, Look, RateSchedule, RateTrial, learning
+from nni_topo.recovery.course import (
+    MOST_LOST,
+    Batches,
+    Clock,
+    Course,
+    Look,
+    RateSchedule,
+    RateTrial,
+    learning,
+    read_state,
+)
 from nni_topo.recovery.lesson import (
     MOST_DISTANCE,
     Augment,
@@ -79,6 +89,7 @@ from nni_topo.recovery.lesson import (
     Objective,
     Outputs,
     SharedImages,
+    check_any_count,
     check_augment,
     is_better,
     is_blendable,
@@ -95,6 +106,7 @@ if TYPE_CHECKING:
 OBJECTIVES = ("auto", "kl", "squares", "cosine")
 
 _STEPS, _PASSES = 600, 10
+_SHOWN = 16  # digits of a hash that a state's file and errors have
 _BATCH_NORM_IMAGES = 256
 _FEW = 25  # held-out images below which a result that is kept was often worse on other images
 _LOOKED_AT = 256  # held-out images at most that are looked at while learning goes on; all of them judge the result
@@ -323,12 +335,20 @@ def distillation(
     for model in (original, dense):
         check_model(model)
         check_precision(precision, device_of(model), "distill")
+    hashes = dict[str, str]()
+    if state is not None:
+        # Before the models run, for a forward may write to buffers.
+        hashes = _hash_of_unpruned(original) | {"the same network to distil, hash": model_fingerprint(dense)[:_SHOWN]}
+        if path_of(state, "state").exists():
+            read_state(path_of(state, "state"), hashes)
     both = {"images": images, "held_out": held_out}
     given = [batches_of(each, original, knob, shared=True) for knob, each in both.items() if each is not None]
     for each in given:
         for model in (original, dense):
             first_call(model, each)
     pool = joined([call for each in given for call in calls(original, each)])
+    check_any_count(original, pool, "original")
+    check_any_count(dense, pool, "dense")
     processes = given[0].processes
     if any((each.processes is None) != (processes is None) for each in given):
         raise ConfigError("images and held_out must be shared by the same processes, got one that isn't (held_out)")
@@ -443,7 +463,8 @@ def distillation(
     knobs |= {"warmup": warmup, "blocks": blocks, "precision": precision}
     kind = {**knobs, "temperature": temperature, "objective": lesson.kind, "seed": seed, "images": sum(counts)}
     if state is not None:  # the same images in the same order: which are held out depends on it
-        kind["the same images in the same order, hash"] = " ".join(fingerprint(each)[:16] for each in tensors_of(pool))
+        of_images = " ".join(fingerprint(each)[:_SHOWN] for each in tensors_of(pool))
+        kind |= {**hashes, "the same images in the same order, hash": of_images}
     after, is_kept, taken, curve = before, False, 0, tuple[Look, ...]()
     if not math.isnan(rate):
         course = Course(
@@ -595,7 +616,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         Convolutions that the processor computes wrong in bfloat16 stay in single precision, with a warning.
     state : str or Path, optional
         File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
-        the same result on one machine.
+        the same result on one machine; of a finished one no step is left. It is tied to the values of both networks and
+        the images, and to the knobs.
     state_seconds : float, default=30
         Seconds of learning from one state to the next, at least 0, which means after every step.
     seed : int, default=0
@@ -614,8 +636,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     Raises
     ------
     ConfigError
-        If a knob can't be used, the two models' outputs differ in kind or shape, nothing can be learned, or ``state``
-        is that of another distillation.
+        If a knob can't be used, a model doesn't run on any number of samples, the two models' outputs differ in kind or
+        shape, nothing can be learned, or ``state`` is that of another distillation.
     GradientError
         If no gradients can be taken of the outputs, as where ``forward`` runs under :class:`torch.no_grad`, or writes
         in place into what a gradient needs. It is a ConfigError, too.
@@ -774,11 +796,30 @@ def check_can_learn(
     learn from its own alone; GradientError for outputs without gradients.
     """
     check_precision(precision, device_of(model), "distill")
+    check_any_count(model, call, "model")
     student = _student(model, call)
     lesson = Lesson(model, student, call, objective, temperature, outputs=outputs, blocks=blocks, precision=precision)
     if is_shared:
         _check_together(model, lesson.kind, is_blended=blend and is_blendable(call))
     _check_gradients(lesson, student, torch.arange(min(2, batch_size(call))), 0)
+
+
+def _hash_of_unpruned(unpruned: nn.Module) -> dict[str, str]:
+    """Return what a state's file says of the unpruned network."""
+    return {"the same unpruned network, hash": model_fingerprint(unpruned)[:_SHOWN]}
+
+
+def check_state(state: str | Path | None, unpruned: nn.Module) -> None:
+    """Raise, before there is a smaller model, the error of `distillation` where ``state`` is of another network.
+
+    DataError where the file that is there is no state, or can't be written.
+    """
+    if state is None:
+        return
+    file = path_of(state, "state")
+    check_output_file(file)
+    if file.exists():
+        read_state(file, _hash_of_unpruned(unpruned))
 
 
 def _take_values(model: nn.Module, other: nn.Module) -> None:

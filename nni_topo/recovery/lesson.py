@@ -30,6 +30,7 @@ from nni_topo.network.runtime import (
     computing_in,
     detached_copy,
     device_of,
+    evaluating,
     evaluation_mode,
     free_memory_of,
     map_tensors,
@@ -549,9 +550,9 @@ def _blocks_seen(net: nn.Module, names: Sequence[str], seen: dict[str, Tensor]) 
 
 def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
     """Return a copy of a network in evaluation mode, in single precision at least, to run on some images."""
-    student: nn.Module = detached_copy(dense).eval()
+    student: nn.Module = evaluating(detached_copy(dense))
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in student.parameters()):
-        student = student.float()
+        student.float()
     for module in student.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             module.sparse = False  # AdamW takes no sparse gradients
@@ -569,7 +570,8 @@ def _answering(unpruned: nn.Module) -> nn.Module:
         copied: nn.Module = detached_copy(unpruned, light=True)
     except (TypeError, RuntimeError, ConfigError):  # it holds what no copy can, such as a lock
         return unpruned
-    return copied.eval()
+    copied.eval()
+    return copied
 
 
 def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -775,17 +777,40 @@ def _together(index: Tensor) -> tuple[Tensor, ...]:
     return found
 
 
+def check_any_count(model: nn.Module, call: Call, name: str) -> None:
+    """Raise ConfigError, before anything is learned, unless a network runs on one sample of a call and on two.
+
+    What judges and what is learned from are cut into batches anew, whose sizes may be any.
+    """
+    for count in range(1, 1 + min(2, batch_size(call))):
+        error = _failure(model, taken(call, torch.arange(count)))
+        if error is not None:
+            raise ConfigError(
+                "distillation must be able to run a model on any number of samples, got "
+                f"{type(error).__name__}: {str(error).partition(chr(10))[0]} for {count} of {batch_size(call)}: leave "
+                f"distillation out, in shrink distill=False ({name})"
+            ) from error
+
+
+def _failure(model: nn.Module, call: Call) -> Exception | None:
+    """Return the error with which a network doesn't run on a call in evaluation mode."""
+    args, kwargs = on_device(call, device_of(model))
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            model(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
+        return error
+    return None
+
+
 def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) -> None:
     """Raise ConfigError, before anything is learned, unless a network runs on what ``augment`` makes of two images."""
     few = taken(call, torch.arange(min(2, batch_size(call))))
     view = _augmented(few, augment, seed)
-    args, kwargs = on_device(view, device_of(unpruned))
-    try:
-        with evaluation_mode(unpruned), torch.no_grad():
-            unpruned(*args, **kwargs)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-        if out_of_memory(error):
-            raise
+    error = _failure(unpruned, view)
+    if error is not None:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"augment must return inputs that fit the model, got {_shapes(view)} for {_shapes(few)}: "

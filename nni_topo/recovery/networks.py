@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_topo.errors import SpeedupError
 from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.layers import fold
-from nni_topo.network.runtime import Call, detached_copy
+from nni_topo.network.runtime import Call, detached_copy, evaluating
 from nni_topo.network.speedup import (
     FullMasks,
     MasksLike,
@@ -49,7 +49,7 @@ class Networks:
 def build_networks(model: nn.Module, call: Call, masks: MasksLike) -> Networks:
     """Trace a model, complete its masks and make the networks; ConfigError or SpeedupError where that can't be."""
     checked = check_masks(model, masks)
-    base = detached_copy(model, light=True).eval()
+    base = evaluating(detached_copy(model, light=True))
     # A weight that a forward computes from all others can't be solved anew one by one; what it computes can.
     folded = {name for name, module in base.named_modules() if fold(module)}
     network = Network(model, call)
@@ -67,7 +67,7 @@ def dense_graph(networks: Networks) -> GraphModule | None:
     """Return the graph of the dense network of a result, with the nodes of the others; None where there is none."""
     try:
         dense = cut_alone(networks.result, networks.call, networks.masks)
-        found = without_side_effects(Network(dense.eval(), networks.call).graph(dense)[0])
+        found = without_side_effects(Network(evaluating(dense), networks.call).graph(dense)[0])
     except SpeedupError:
         return None
     same = [node.name for node in found.graph.nodes] == [node.name for node in networks.unpruned.graph.nodes]

@@ -29,6 +29,7 @@ from nni_topo.network.runtime import (
     check_fits,
     check_model,
     detached_copy,
+    evaluating,
     leaves_models_alone,
     quiet_if_asked,
     tensors_of,
@@ -121,7 +122,8 @@ def synthetic_images(
             f"{[tuple(each.shape) for each in tensors]} (example_inputs)"
         )
     check_fits(model, call, "example_inputs")
-    network = detached_copy(model).eval().requires_grad_(False)
+    network = evaluating(detached_copy(model))
+    network.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     shape = tuple(tensors[0].shape[1:])
     shown = bar("images", progress, total=-(-count // batch_size) * steps)

@@ -49,6 +49,7 @@ from nni_topo.runs.steps import (
     check_choices,
     check_has_size,
     check_layers,
+    check_one_distilled,
     plain_weights,
 )
 
@@ -328,6 +329,8 @@ def frontier(
     check_layers(model, layers, "frontier")
     check_choices(template, pruner, knobs, layers, compensate, distill, outputs, evaluate, "frontier")
     check_has_size(pruner, "shares need")
+    if len(wanted) > 1:
+        check_one_distilled(distill, "one of each share", "frontier")
     model, told_of_weights = plain_weights(model)
     data = ImageParts.of(calibration, model)
     check_can_be_distilled(model, data.all, distill, outputs)

@@ -141,7 +141,9 @@ def trained(
     recipe = zoo.default_recipe(model.name, data.name) if recipe is None else recipe
     net = build_model(model, bundle, seed)
     if accept is not None:
-        accept(Start(net.to(place).eval(), bundle, recipe, seed))
+        net.to(place)
+        net.eval()
+        accept(Start(net, bundle, recipe, seed))
         net.train()
     key = training_key(model, data, recipe, seed)
     path = folder / f"{key}.pt" if folder is not None and checkpoint is None else None
@@ -160,7 +162,9 @@ def trained(
     else:
         log = zoo.train(net, bundle, recipe, seed=seed, device=place, progress=progress)
         known = {"seed": seed, "seconds": log.seconds}
-    start = Start(net.to(place).eval(), bundle, recipe, seed, known.get("accuracy"), known.get("validation_accuracy"))
+    net.to(place)
+    net.eval()
+    start = Start(net, bundle, recipe, seed, known.get("accuracy"), known.get("validation_accuracy"))
     if path is not None and not path.exists():
         accuracies = {"accuracy": start.accuracy, "validation_accuracy": start.validation_accuracy}
         zoo.save_checkpoint(path, net, {**known, **accuracies})

@@ -56,7 +56,8 @@ def prune_on_schedule(
         dense = _in_rounds(start, pruner, config_list, recipe, schedule, rounds, finishing)
         left = recipe.for_retraining(finishing)
     zoo.train(dense, start.data, left, seed=start.seed, device=start.device)
-    return dense.eval()
+    dense.eval()
+    return dense
 
 
 def _in_rounds(

@@ -61,6 +61,7 @@ from nni_topo.runs.steps import (
     check_choices,
     check_has_size,
     check_layers,
+    check_one_distilled,
     chooses_how_many,
     plain_weights,
 )
@@ -516,6 +517,7 @@ def shrink(
     if depth:
         check_has_size(pruner, "depth=True needs")
     if tolerance is not None:
+        check_one_distilled(distill, "candidates of the tolerance", "shrink")
         measure = resolved_measure(measure, evaluate, model, calibration, outputs)
         # A function has its own data, so no image must be withheld from the calibration data to confirm.
         parts = None if measure == "evaluate" else calibration.in_parts(PARTS)

@@ -85,7 +85,7 @@ from nni_topo.pruners.checks import check_no_ratios, matched_modules
 from nni_topo.pruners.registry import check_knob_names, create_pruner, pruner_info
 from nni_topo.recovery import RecoveryMethod, compensation, distillation
 from nni_topo.recovery.distilling import KNOBS as DISTILLATION_KNOBS
-from nni_topo.recovery.distilling import Verdict, check_can_learn, check_knobs_together
+from nni_topo.recovery.distilling import Verdict, check_can_learn, check_knobs_together, check_state
 from nni_topo.recovery.lesson import MOST_DISTANCE, Outputs, check_augment, check_one_shape
 from nni_topo.recovery.likeness import NO_SCALE, Answers
 from nni_topo.recovery.narrowing import narrow_instead
@@ -585,6 +585,7 @@ def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any, 
         return  # it has no layer to prune, which `layers_to_prune` says
     check_one_shape(calls(model, images))
     knobs: Mapping[str, Any] = {} if distill is True else distill
+    check_state(knobs.get("state"), model)
     first = next(calls(model, images))
     if knobs.get("augment") is not None:
         check_augment(model, first, knobs["augment"], 0)
@@ -595,6 +596,15 @@ def check_can_be_distilled(model: nn.Module, images: Calibration, distill: Any, 
     except GradientError as error:
         if distill is not True:  # whoever gives knobs wants it; without them a warning says so at the end
             raise GradientError(f"{error}; distill=False leaves distillation out") from error
+
+
+def check_one_distilled(distill: Any, several: str, place: str) -> None:
+    """Raise ConfigError for a state's file where a call may distil several networks; ``several`` says which."""
+    if isinstance(distill, Mapping) and distill.get("state") is not None:
+        raise ConfigError(
+            f"state must be left out of the knobs of distill where several networks may be distilled, {several}, for a "
+            f"file holds the state of one, got {distill['state']!r} ({place})"
+        )
 
 
 class Measurements:

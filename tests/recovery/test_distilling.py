@@ -12,9 +12,10 @@ from torch import nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, GradientError, SpeedupError
+from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
 from nni_topo.recovery.rates import RATES
+from nni_topo.sharing import named_tensors
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -320,6 +321,136 @@ def test_a_state_is_of_the_images_that_it_began_with(tmp_path):
     distillation(dense, original, batches(), **knobs)
     with pytest.raises(ConfigError, match="must go on with the same images in the same order, hash"):
         distillation(dense, original, batches()[::-1], **knobs)
+
+
+class Choosy(Narrow):
+    """Runs on some numbers of samples only."""
+
+    def __init__(self, width, takes):
+        super().__init__(width)
+        self.takes = takes
+
+    def forward(self, inputs):
+        if not self.takes(len(inputs)):
+            raise ValueError(f"there must be others, got {len(inputs)}")
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize(
+    ("takes", "refused"),
+    [(lambda count: count > 1, 1), (lambda count: count == 32, 1), (lambda count: count in (1, 32), 2)],
+)
+def test_models_that_run_on_some_numbers_of_samples_only_are_refused(takes, refused):
+    dense, original = pair()
+    choosy = Choosy(16, takes).eval()
+    words = rf"any number of samples, got ValueError: there must be others, got {refused} for {refused} of"
+    for given, name in (((dense, choosy), "original"), ((choosy, original), "dense")):
+        with pytest.raises(ConfigError, match=rf"{words} 96: .*distill=False \({name}\)"):
+            distill(*given, batches())
+    with pytest.raises(ConfigError, match=rf"{words} 32: .*distill=False \(model\)"):
+        nni_topo.shrink(choosy, batches(), {"flops": 0.5}, pruner=lambda *_: pytest.fail("it pruned"))
+
+
+class StopError(Exception):
+    pass
+
+
+def stopping_after(batches_seen):
+    """Return an ``augment`` that stops the process, as it were, at a batch."""
+    left = iter(range(batches_seen))
+
+    def view(given):
+        if next(left, None) is None:
+            raise StopError
+        return given.clone()
+
+    return view
+
+
+def other_values(net, name):
+    """Return a network of the same shapes in which one tensor has another value."""
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        dict(named_tensors(other))[name].flatten()[0] += 0.5
+    return other
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+@pytest.mark.parametrize(
+    ("role", "name", "words"),
+    [
+        ("original", "first.weight", "the same unpruned network"),
+        ("original", "norm.running_mean", "the same unpruned network"),
+        ("dense", "head.bias", "the same network to distil"),
+        ("dense", "norm.running_var", "the same network to distil"),
+    ],
+)
+def test_a_state_is_of_the_networks_that_it_began_with(tmp_path, role, name, words, is_finished):
+    dense, original = pair(norm=True)
+    nets = {"dense": dense, "original": original}
+    state = tmp_path / "state.pt"
+    knobs = {"steps": 20, "lr": 1e-3, "state": state, "state_seconds": 0.0, "images": batches()}
+    if is_finished:
+        distillation(**nets, **knobs)
+    else:
+        with pytest.raises(StopError):
+            distillation(**nets, **knobs, augment=stopping_after(8))
+    before = state.read_bytes()
+    nets[role] = other_values(nets[role], name)
+    with pytest.raises(
+        ConfigError, match=rf"must go on with {words}, hash \w+, got \w+; another file, or none, begins anew .*state.pt"
+    ):
+        distillation(**nets, **knobs)
+    assert state.read_bytes() == before
+    if is_finished:
+        nets |= {"dense": dense, "original": original}
+        assert distillation(**nets, **knobs).steps == 20
+
+
+def test_a_stopped_distillation_goes_on_to_the_same_network(tmp_path):
+    """The forward counts its calls in a buffer: what it had counted before is no other network."""
+
+    class Counting(Narrow):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, given):
+            self.calls += 1
+            return super().forward(given)
+
+    dense, original = Counting(4).eval(), Counting(16).eval()
+    knobs = {"steps": 30, "lr": 1e-3, "state_seconds": 0.0}
+    wanted = distill(dense, original, batches(), augment=stopping_after(10**6), **knobs)
+    knobs["state"] = tmp_path / "state.pt"
+    with pytest.raises(StopError):
+        distill(dense, original, batches(), augment=stopping_after(8), **knobs)
+    assert 0 < torch.load(knobs["state"], weights_only=True)["done"] < 30
+    found = distill(dense, original, batches(), augment=stopping_after(10**6), **knobs)
+    torch.testing.assert_close(dict(found.named_parameters()), dict(wanted.named_parameters()), rtol=0, atol=0)
+
+
+def test_networks_with_sparse_buffers_have_states(tmp_path):
+    dense, original = pair()
+    for net, scale in ((dense, 1.0), (original, 2.0)):
+        net.register_buffer("sparse", scale * torch.eye(3).to_sparse())
+    knobs = {"steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
+    distill(dense, original, batches(), **knobs)
+    distill(dense, original, batches(), **knobs)
+    original.sparse = dense.sparse
+    with pytest.raises(ConfigError, match="must go on with the same unpruned network"):
+        distill(dense, original, batches(), **knobs)
+
+
+def test_a_state_of_another_version_is_refused(tmp_path):
+    dense, original = pair()
+    state = tmp_path / "state.pt"
+    distill(dense, original, batches(), steps=2, lr=1e-3, state=state)
+    content = torch.load(state, weights_only=True)
+    torch.save(content | {"format": "nni-topo distillation 4"}, state)
+    words = r"got 'nni-topo distillation 4', as other versions of nni_topo write it; delete it and run again \(.*state"
+    with pytest.raises(DataError, match=words):
+        distill(dense, original, batches(), steps=2, lr=1e-3, state=state)
 
 
 def test_the_curve_is_the_held_out_loss_along_the_steps():

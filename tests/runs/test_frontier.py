@@ -447,6 +447,7 @@ def test_shares_that_are_none_are_refused_before_anything_runs(shares, message):
         ({"pruner": "subcluster"}, "shares need a pruner that can be asked for a size, got 'subcluster'"),
         ({"pruner": "magic"}, "pruner must be a known name"),
         ({"distill": {"epochs": 1}}, "knob of distill must be a known name"),
+        ({"distill": {"state": "state.pt"}}, r"state must be left out .*got 'state.pt' \(frontier\)"),
     ],
 )
 def test_what_can_not_be_used_is_refused(knobs, message):

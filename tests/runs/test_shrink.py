@@ -967,3 +967,92 @@ def test_without_images_known_a_report_has_none():
     bare = ShrinkReport((UNPRUNED,), LAYERS_LEFT)
     assert (bare.images, bare.held_out, bare.equal_blocks) == (0, 0, False)
     assert bare.parameters_left == 200
+
+
+class CountingNet(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, inputs):
+        self.calls += 1
+        return self.out(self.hidden(inputs).relu())
+
+
+def test_a_state_of_an_earlier_epoch_is_refused_before_anything_is_pruned(tmp_path):
+    torch.manual_seed(0)
+    model, images = CountingNet().eval(), [torch.randn(64, 6)]
+    knobs = {"budget": {"flops": 0.5}, "distill": {"steps": 5, "lr": 1e-3, "state": tmp_path / "state.pt"}}
+    small = nni_topo.shrink(model, images, **knobs)
+    again = nni_topo.shrink(model, images, **knobs)
+    assert again.report.distillation.steps == 5
+    torch.testing.assert_close(again.state_dict(), small.state_dict(), rtol=0, atol=0)
+    with torch.no_grad():
+        model.out.weight *= 1.01
+    with pytest.raises(ConfigError, match=r"must go on with the same unpruned network, hash .*another file.*state.pt"):
+        nni_topo.shrink(model, images, pruner=lambda *_: pytest.fail("it pruned"), **knobs)
+    with pytest.raises(DataError, match="must lie in a folder that exists"):
+        nni_topo.shrink(
+            model, images, {"flops": 0.5}, distill={"state": "none/state"}, pruner=lambda *_: pytest.fail("it pruned")
+        )
+
+
+def test_a_state_is_no_file_for_the_candidates_of_a_tolerance(tmp_path):
+    distill = {"state": tmp_path / "state.pt"}
+    with pytest.raises(
+        ConfigError, match=r"state must be left out .*candidates of the tolerance.*state.pt.* \(shrink\)"
+    ):
+        nni_topo.shrink(toy_model(), [toy_images(64)], tolerance=0.1, distill=distill)
+
+
+class Refusing(nn.Module):
+    """Takes no attribute once it is made."""
+
+    def __setattr__(self, key, value):
+        if vars(self).get("is_made") and key != "training":
+            raise RuntimeError(f"no attribute may be set, got {key}")
+        super().__setattr__(key, value)
+
+
+class RefusingBlock(Refusing):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.queries, self.keys, self.values, self.mix = (nn.Linear(width, width) for _ in range(4))
+        self.wide, self.narrow = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.num_heads, self.width, self.hidden = 4, width, hidden
+        self.is_made = True
+
+    def forward(self, x):
+        shape = (*x.shape[:2], self.num_heads, self.width // self.num_heads)
+        heads = (each(x).view(shape).transpose(1, 2) for each in (self.queries, self.keys, self.values))
+        mixed = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(*x.shape[:2], self.width)
+        x = x + self.mix(mixed)
+        return x + self.narrow(self.wide(x).relu().view(*x.shape[:2], self.hidden))
+
+
+class RefusingNet(Refusing):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(6, 8), nn.Sequential(RefusingBlock(8, 24)), nn.Linear(8, 4)
+        self.scale, self.width = nn.Parameter(torch.ones(8)), 8
+        self.register_buffer("shift", torch.ones(8))
+        self.is_made = True
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x).relu() * self.scale + self.shift).mean(1))
+
+
+@pytest.mark.parametrize("narrow_heads", [True, False])
+def test_a_model_that_refuses_attributes_is_made_smaller(narrow_heads):
+    torch.manual_seed(0)
+    model, images = RefusingNet().eval(), [torch.randn(64, 5, 6)]
+    small = nni_topo.shrink(model, images, {"flops": 0.5}, distill={"steps": 2, "lr": 1e-3}, narrow_heads=narrow_heads)
+    assert isinstance(small.report, ShrinkReport)
+    assert small.body[0].hidden == small.body[0].wide.out_features < 24
+    assert small(images[0]).shape == (64, 4)
+    assert not hasattr(model, "report")
+    with pytest.raises(RuntimeError, match="no attribute may be set, got other"):
+        small.other = 1

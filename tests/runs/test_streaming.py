@@ -847,6 +847,14 @@ def test_a_stopped_run_that_removes_blocks_goes_on(tmp_path, monkeypatch):
     assert files_of(tmp_path / "small") == files_of(tmp_path / "whole")
 
 
+def test_a_state_is_no_file_for_all_blocks(source, tmp_path):
+    with pytest.raises(ConfigError, match=r"state must be left out .*one for each block.*\(shrink_pretrained\)"):
+        nni_topo.shrink_pretrained(
+            source, tokens(), tmp_path / "small", {"params": 0.7}, distill={"state": tmp_path / "state.pt"}
+        )
+    assert not list(tmp_path.glob("small/*"))
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -33,6 +33,7 @@ from nni_topo.network.attention.unfused.multihead import (
 )
 from nni_topo.network.attention.unfused.own_width import take_own_width
 from nni_topo.network.layers import entering_channels, is_recurrent
+from nni_topo.network.runtime import put_attribute
 
 IntArray = NDArray[np.int64]
 
@@ -475,15 +476,15 @@ def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
     of_heads, config = len(attention.context[1]), vars(module).get("config")
     if attention.is_fused and config is not None and not any(key in vars(module) for key in _COUNTS):
         # It reads the number of heads in the model's config; other blocks may keep more.
-        module.config = copy.copy(config)
+        put_attribute(module, "config", copy.copy(config))
         module.config.num_attention_heads = config.num_attention_heads // old * kept
     # Of keys and values that all heads share there is one, and more heads for it than any count of these says.
     counts = (*_COUNTS, *(_PER_SHARED if attention.shared else _SHARED_COUNTS))
     for key, value in vars(module).items():
         if key in counts and isinstance(value, int):
-            setattr(module, key, value // old * kept)
+            put_attribute(module, key, value // old * kept)
         elif key in _WIDTHS and value == of_heads:
-            setattr(module, key, of_heads // old * kept)
+            put_attribute(module, key, of_heads // old * kept)
 
 
 def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
@@ -534,11 +535,11 @@ def set_size(module: Any, old: int, size: int, heads: int) -> None:
         return
     for key, value in vars(module).items():
         if key in _SIZES and value == old:
-            setattr(module, key, size)
+            put_attribute(module, key, size)
         elif (key in _WIDTHS and value == heads * old) or (key in _SHARED_WIDTHS and value % old == 0):
-            setattr(module, key, value // old * size)
+            put_attribute(module, key, value // old * size)
         elif isinstance(value, float) and math.isclose(value, old**-0.5, rel_tol=1e-6):
-            setattr(module, key, size**-0.5)  # the factor of queries times keys
+            put_attribute(module, key, size**-0.5)  # the factor of queries times keys
 
 
 def _set_unfused(module: Any) -> None:

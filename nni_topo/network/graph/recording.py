@@ -188,6 +188,29 @@ def _recorder_of_twice(
     return None
 
 
+@contextmanager
+def made_tensors_dropped(model: nn.Module) -> Iterator[None]:
+    """Take away what modules make their buffers and parameters within the block, as some do in their first forward.
+
+    So the next run makes them again, for its own inputs, and the graph shows how. Before they are None, or not there.
+    """
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [
+        (table, {name: tensor is None for name, tensor in table.items()})
+        for module in modules
+        for table in (module._buffers, module._parameters)
+    ]
+    try:
+        yield
+    finally:
+        for table, empty in before:
+            for name in list(table):
+                if name not in empty:
+                    del table[name]
+                elif empty[name]:
+                    table[name] = None
+
+
 def _tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
     """List the tensors that modules hold as plain attributes, by full name."""
     found = {}
@@ -250,7 +273,7 @@ class _Recorder(TorchFunctionMode):
             if tensors_of(value):
                 self._enter(value, self.graph.placeholder(name))
         self.entry = self._nodes[id(first_of_samples(named))]  # whose size is the number of samples
-        with self._calls_seen(model), self:
+        with made_tensors_dropped(model), self._calls_seen(model), self:
             self.outputs = model(**named)
         self._check_choice(model)
         if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):

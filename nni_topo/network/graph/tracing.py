@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.attention import Attention, Given, find_attention, is_unfused, mixing_called, open_attention
 from nni_topo.network.graph.nodes import RANDOM
-from nni_topo.network.graph.recording import LayerResults, record
+from nni_topo.network.graph.recording import LayerResults, made_tensors_dropped, record
 from nni_topo.network.graph.submodules import by_parts, is_in_parts, part_arguments
 from nni_topo.network.layers import (
     CONVOLUTIONS,
@@ -168,7 +168,7 @@ def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: torch.nn.Modu
             if is_drawn or shown is not named:
                 # What the recorder has noted of Python's numbers or NumPy's isn't drawn again by the graph, so that
                 # it differs from what the model draws now.
-                with torch_random_kept(), results.taken():
+                with torch_random_kept(), made_tensors_dropped(model), results.taken():
                     expected = model(*call[0], **call[1])
             open_attention(graph_module, attention.given)
             args = _placed(graph_module.graph, named)

@@ -26,7 +26,7 @@ from nni_topo.errors import SpeedupError
 from nni_topo.network.graph.nodes import IN_TRAINING, RANDOM, TRAINED_OUTPUT, is_of_forward
 from nni_topo.network.graph.submodules import is_in_parts
 from nni_topo.network.layers import with_heads
-from nni_topo.network.runtime import Call, called, detached_copy, out_of_memory, random_state_kept
+from nni_topo.network.runtime import Call, called, detached_copy, evaluating, out_of_memory, random_state_kept
 
 _logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _attribute(model: nn.Module, name: str) -> Any:
 def _not_run(model: nn.Module, call: Call, parameters: list[str]) -> list[str]:
     """List the modules that hold these parameters and don't run in evaluation mode."""
     ran = set[str]()
-    copied = detached_copy(model, light=True).eval()
+    copied = evaluating(detached_copy(model, light=True))
     owners = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
     with ExitStack() as stack, torch.no_grad(), random_state_kept():
         for owner in owners:

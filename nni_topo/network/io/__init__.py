@@ -3,6 +3,7 @@
 from nni_topo.network.io.checkpoint import (
     fingerprint,
     load,
+    model_fingerprint,
     save,
     save_pretrained,
     take_out,
@@ -16,6 +17,7 @@ __all__ = [
     "export",
     "fingerprint",
     "load",
+    "model_fingerprint",
     "save",
     "save_pretrained",
     "take_out",

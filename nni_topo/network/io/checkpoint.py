@@ -267,9 +267,18 @@ def describe(module: torch.nn.Module) -> dict[str, Any]:
 
 def fingerprint(tensor: torch.Tensor) -> str:
     """Digest a tensor's type, shape and bits."""
-    plain = tensor.detach().cpu().contiguous()
+    plain = tensor.detach().cpu()
+    plain = (plain if plain.layout == torch.strided else plain.to_dense()).contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
     digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Digest the names, types, shapes and bits of a model's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in named_tensors(model).items():
+        digest.update(f"{name} {fingerprint(tensor)}\n".encode())
     return digest.hexdigest()
 
 

@@ -36,6 +36,7 @@ from nni_topo.network.runtime import (
     check_model,
     detached_copy,
     difference,
+    evaluating,
     first_call,
     in_full_precision,
     leaves_models_alone,
@@ -171,7 +172,8 @@ def export(
             _import(name)
     check_output_file(path, makes_folder=True)
     check_model(model)
-    net = detached_copy(model).cpu().eval()
+    net = evaluating(detached_copy(model))
+    net.cpu()
     given = call_arguments(inputs, net)
     call = _resized(given, _BATCH)
     try:

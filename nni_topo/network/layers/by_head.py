@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.network.layers.rewriting import look_up, rewritten
+from nni_topo.network.runtime import put_attribute
 
 HEADS_TAKEN = "_nni_topo_heads_taken"
 """The name of the buffer: int64, (heads,)."""
@@ -55,7 +56,7 @@ def take_heads_of_tables(module: nn.Module) -> bool:
     if made is None or count < 2:
         return False
     device = next((each.device for each in module.parameters()), None)
-    module.__class__ = made
+    put_attribute(module, "__class__", made)
     module.register_buffer(HEADS_TAKEN, torch.arange(count, device=device), persistent=False)
     return True
 

@@ -23,6 +23,8 @@ from typing import Any
 
 from torch import nn
 
+from nni_topo.network.runtime import put_attribute
+
 Key = tuple[Any, ...]
 """An expression, in words that are the same wherever it is the same number."""
 LayerAttribute = tuple[str, str]
@@ -722,6 +724,6 @@ def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
             setattr(described, listed, with_numbers(getattr(described, listed), {path: size}))
             for each in module.modules():  # those within may hold it too
                 if vars(each).get(owner) is held:
-                    setattr(each, owner, described)
+                    put_attribute(each, owner, described)
         else:
-            setattr(module, key, with_numbers(getattr(module, key), {path: size}))
+            put_attribute(module, key, with_numbers(getattr(module, key), {path: size}))

@@ -26,7 +26,15 @@ from torch.utils._pytree import tree_leaves
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, convolution_graph
-from nni_topo.network.runtime import SAME_LAYER, agree, as_written, detached_copy, evaluation_mode
+from nni_topo.network.runtime import (
+    SAME_LAYER,
+    agree,
+    as_written,
+    detached_copy,
+    evaluating,
+    evaluation_mode,
+    put_attribute,
+)
 
 _CONVOLVED = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _SPREAD = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -268,7 +276,7 @@ def inner_of(module: Any) -> Inner | None:
     """
     if not has_own_forward(module) or not isinstance(getattr(module, "weight", None), Tensor):
         return None
-    tried: Any = detached_copy(module, light=True).eval()
+    tried: Any = evaluating(detached_copy(module, light=True))
     found: list[Inner] = []
     with torch.no_grad():
         for x in trial_inputs(module):
@@ -484,11 +492,11 @@ def fold(module: Any) -> bool:
             for name in table.keys() - {"weight", "bias"}:
                 del table[name]
         module._modules.clear()
-        module.weight = nn.Parameter(inner.weight.clone(), requires_grad=module.weight.requires_grad)
+        put_attribute(module, "weight", nn.Parameter(inner.weight.clone(), requires_grad=module.weight.requires_grad))
         if inner.bias is not None:
-            module.bias = nn.Parameter(inner.bias.clone(), requires_grad=module.bias.requires_grad)
+            put_attribute(module, "bias", nn.Parameter(inner.bias.clone(), requires_grad=module.bias.requires_grad))
         vars(module).update(settings)
-        module.__class__ = kind
+        put_attribute(module, "__class__", kind)
     return found is not None
 
 
@@ -505,7 +513,7 @@ def _computed(module: Any) -> tuple[Inner, type[nn.Module], dict[str, Any]] | No
     if inner is None or inner.is_own or not inner.is_bare or (inner.bias is None) != (module.bias is None):
         return None
     plain: Any = kind_of(module)
-    tried: Any = detached_copy(module, light=True).eval()
+    tried: Any = evaluating(detached_copy(module, light=True))
     pairs = [(x, forward_of(tried, x)) for x in trial_inputs(module)]
     for kind in (plain, PaddedAlike) if plain is nn.Conv2d else (plain,):
         settings = inner.settings | ({} if plain is nn.Linear else {"padding_mode": "zeros"})

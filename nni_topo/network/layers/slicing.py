@@ -17,6 +17,7 @@ from nni_topo.errors import SpeedupError
 from nni_topo.network.layers.derived import fold
 from nni_topo.network.layers.kinds import CONVOLUTIONS, RULES, TRANSPOSED, is_recurrent, row_names, weight_name
 from nni_topo.network.layers.original_width import keep_original_width, response_norm
+from nni_topo.network.runtime import put_attribute
 
 _BATCH_NORMS = torch.nn.modules.batchnorm._NormBase  # instance norms too
 
@@ -98,7 +99,7 @@ def keep(module: torch.nn.Module, name: str, value: torch.Tensor | None) -> None
         return
     if isinstance(old, torch.nn.Parameter):
         value = torch.nn.Parameter(value.detach(), requires_grad=old.requires_grad)
-    setattr(module, name, value)
+    put_attribute(module, name, value)
 
 
 def _brief(counts: torch.Tensor) -> str:

@@ -79,6 +79,15 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
     return copied
 
 
+def evaluating(model: Any) -> Any:
+    """Put a model into evaluation mode and return it, also where an ``eval`` or ``train`` of its own returns nothing.
+
+    A ``train`` that keeps batch norms frozen often forgets to return the model.
+    """
+    model.eval()
+    return model
+
+
 def _bind_functions(modules: Sequence[nn.Module], memo: dict[int, Any]) -> None:
     """Let the functions that copies of modules hold compute with the copies.
 
@@ -336,6 +345,14 @@ def _drawn_from(draw: Callable[..., Tensor], count: int, dtype: torch.dtype, sta
     return numbers, generator.get_state()
 
 
+def put_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute of a module, past a ``__setattr__`` of its class that refuses, as one that freezes it does."""
+    try:
+        setattr(module, name, value)
+    except Exception:
+        nn.Module.__setattr__(module, name, value)
+
+
 def put_parameters(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
     """Put others in place of a model's floating parameters, given by full name; one in several places stays one."""
     made = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that no other gets its id
@@ -345,7 +362,7 @@ def put_parameters(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> N
                 if id(old) not in made:
                     new = make(f"{name}.{own}".lstrip("."), old.detach())
                     made[id(old)] = old, nn.Parameter(new, requires_grad=False)
-                setattr(module, own, made[id(old)][1])
+                put_attribute(module, own, made[id(old)][1])
 
 
 def in_double(model: nn.Module) -> nn.Module:

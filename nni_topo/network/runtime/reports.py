@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from nni_topo.network.runtime.copying import put_attribute
+
 
 class ModelReport(ABC):
     """What the package writes down of a model that it returns, in the model's attribute ``report``."""
@@ -41,7 +43,7 @@ def give_report(model: nn.Module, report: ModelReport) -> bool:
     _LATEST[model] = report
     if not isinstance(getattr(model, "report", report), ModelReport):
         return False
-    model.report = report  # type: ignore[assignment]
+    put_attribute(model, "report", report)
     return True
 
 
@@ -64,7 +66,7 @@ def hand_on_report(model: nn.Module, changed: nn.Module, how: str) -> None:
 def drop_report(model: nn.Module) -> None:
     """Take away the report that a copy of a model has, but that is of another model."""
     if isinstance(getattr(model, "report", None), ModelReport):
-        del model.report
+        vars(model).pop("report", None)
 
 
 def told_of_changes(changed_since: Sequence[str]) -> str:

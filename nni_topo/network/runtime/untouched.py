@@ -10,7 +10,7 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from operator import is_
 from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
@@ -354,10 +354,12 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
 def forget_evaluated(model: nn.Module) -> None:
     """Let modules forget what they compute once for evaluation mode, such as LeViT's biases by position.
 
-    They forget it in training mode. Afterwards every module is in its own mode again.
+    They forget it in training mode; a model that refuses that mode, as one for inference alone does, forgets nothing.
+    Afterwards every module is in its own mode again.
     """
     with evaluation_mode(model):
-        model.train()
+        with suppress(Exception):  # its class may raise anything
+            model.train()
         model.eval()
 
 

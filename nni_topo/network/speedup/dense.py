@@ -39,6 +39,7 @@ from nni_topo.network.runtime import (
     call_arguments,
     check_model,
     detached_copy,
+    evaluating,
     forget_evaluated,
     give_report,
     leaves_models_alone,
@@ -231,7 +232,7 @@ class _Masked:
 
 def _prepare(network: Network, masks: FullMasks, round_to: int | Literal["auto"] | None) -> _Task:
     """Make the masks agree, all that is known before anything is measured."""
-    original, flow = detached_copy(network.model, light=True).eval(), network.flow
+    original, flow = evaluating(detached_copy(network.model, light=True)), network.flow
     return _Task(network, flow, original, masks, round_to, resolve(original, flow, masks, round_to))
 
 

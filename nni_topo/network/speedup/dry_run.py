@@ -37,6 +37,7 @@ from nni_topo.network.runtime import (
     cast_floats,
     detached_copy,
     difference,
+    evaluating,
     out_of_memory,
     put_parameters,
     random_like,
@@ -214,7 +215,7 @@ def _different(calls: list[Call]) -> list[Call]:
 
 def _with_random_weights(model: nn.Module) -> nn.Module:
     """Copy a model with weights under which nothing is zero or cancels by itself."""
-    drawn = unwrapped_copy(model, light=True).eval()
+    drawn: nn.Module = evaluating(unwrapped_copy(model, light=True))
     normal, uniform = RandomWeights(torch.randn), RandomWeights(torch.rand)
 
     def weights(_: str, old: Tensor) -> Tensor:
@@ -222,7 +223,8 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
         return normal.like(old, fan**-0.5) if fan else uniform.like(old, 1.0, 0.5)
 
     put_parameters(drawn, weights)
-    return drawn.float()
+    drawn.float()
+    return drawn
 
 
 def _with_type(network: GraphModule, old: torch.dtype, new: torch.dtype) -> GraphModule:

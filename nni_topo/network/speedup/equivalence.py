@@ -39,6 +39,7 @@ from nni_topo.network.runtime import (
     check_model,
     detached_copy,
     difference,
+    evaluating,
     hand_on_report,
     in_double,
     leaves_models_alone,
@@ -131,7 +132,8 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
 
 def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generator) -> torch.nn.Module:
     """Copy a model with positive parameters, scaled so that activations neither grow nor shrink, and masked."""
-    probe, ids = detached_copy(model, light=True).eval(), RandomWeights(torch.rand, generator)
+    probe: torch.nn.Module = evaluating(detached_copy(model, light=True))
+    ids = RandomWeights(torch.rand, generator)
     for module in probe.modules():
         fold(module)  # weights with a mean of zero would cancel
     unbiased = {f"{name}.bias".lstrip(".") for name, module in model.named_modules() if is_depthwise(module)}
@@ -150,8 +152,8 @@ def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generat
         for target, mask in targets.items():
             if target in module._buffers:
                 keep(module, target, getattr(module, target) * mask)
-    floating: torch.nn.Module = probe.float()
-    return floating
+    probe.float()
+    return probe
 
 
 def _in_range(_: Any, output: Any) -> Any:
@@ -337,7 +339,7 @@ def _run(
     outputs = []
     with torch.no_grad():
         for model, record in zip(pair, records, strict=True):
-            runner = (in_double(model) if double else detached_copy(model, light=True)).eval()
+            runner = evaluating(in_double(model) if double else detached_copy(model, light=True))
             looks = [(runner.get_submodule(name), partial(_record, name, record)) for name in kept]
             # Both draw the same numbers where a forward draws any.
             # What a forward does in place to its inputs mustn't reach the other model.

@@ -32,6 +32,7 @@ from nni_topo.network.runtime import (
     Call,
     as_written,
     call_arguments,
+    evaluating,
     out_of_memory,
     put_parameters,
     random_state_kept,
@@ -160,7 +161,7 @@ class Network:
         """Trace the model with the forwards of some modules rewritten; see `take_own_width`."""
 
         def copied() -> nn.Module:
-            model = unwrapped_copy(self.model, light=True).eval()
+            model: nn.Module = evaluating(unwrapped_copy(self.model, light=True))
             for name, dim in own_widths.items():
                 take_own_width(model.get_submodule(name), dim)
             return model

@@ -27,6 +27,7 @@ from nni_topo.network.runtime import (
     calls,
     counting,
     detached_copy,
+    evaluating,
     first_call,
     fitting,
     inputs_seen,
@@ -227,7 +228,7 @@ def tapped_network(model: nn.Module, call: Call, layers: Iterable[str]) -> Trace
     SpeedupError
         If the model can't be traced.
     """
-    recording = trace(detached_copy(model).eval(), call)
+    recording = trace(evaluating(detached_copy(model)), call)
     graph = recording.graph_module
     flow = ChannelFlow(graph, recording.args)
     names = set(layers)

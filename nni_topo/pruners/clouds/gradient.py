@@ -126,7 +126,8 @@ class GradientCollector(DataCollector):
 
     def _run(self, model: nn.Module, calibration: Iterable[Any], gates: _Gates) -> None:
         """Differentiate the loss of every batch, in evaluation mode."""
-        model.eval().requires_grad_(False)
+        model.eval()
+        model.requires_grad_(False)
         device = device_of(model)
         for index, (inputs, targets) in enumerate(part for batch in _labelled(calibration) for part in parts(batch)):
             call, targets = copied((arguments_of(inputs, model), targets), device)

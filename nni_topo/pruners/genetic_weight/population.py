@@ -24,7 +24,7 @@ from nni_topo.errors import DataError, SpeedupError
 from nni_topo.maths.search.gene_layers import BoolArray, FloatArray
 from nni_topo.network.graph import trace
 from nni_topo.network.layers import has_own_forward
-from nni_topo.network.runtime import arguments_of, at_once, fitting, parts, unwrapped_copy
+from nni_topo.network.runtime import arguments_of, at_once, evaluating, fitting, parts, unwrapped_copy
 from nni_topo.pruners.genetic_weight.masked import split_genes
 from nni_topo.recovery.replay import without_side_effects
 
@@ -45,7 +45,7 @@ class PopulationAccuracy:
         max_bytes: int = 2**28,
         n_jobs: int = 1,
     ) -> None:
-        self._model = unwrapped_copy(model).eval()
+        self._model = evaluating(unwrapped_copy(model))
         self._names = list(layers)
         self._layers: list[Any] = [self._model.get_submodule(name) for name in layers]
         device = next(self._model.parameters()).device

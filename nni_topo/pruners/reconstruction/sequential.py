@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from nni_topo.network.runtime import unwrapped_copy
+from nni_topo.network.runtime import evaluating, unwrapped_copy
 from nni_topo.pruners.hooks import Masks, PruningContext
 from nni_topo.pruners.reconstruction.problems import (
     BoolArray,
@@ -30,7 +30,7 @@ class SequentialProblems(ReconstructionProblems):
         self, context: PruningContext, kept: dict[str, BoolArray]
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
         """Yield every unit and its problem; before the next one the caller puts what it keeps of a unit into `kept`."""
-        original = unwrapped_copy(context.model).eval()
+        original = evaluating(unwrapped_copy(context.model))
         traced = self.network(original)
         flow = traced.flow
         modules = {module: name for name, module in original.named_modules()}

@@ -88,6 +88,7 @@ from nni_topo.runs.steps import (
     check_choices,
     check_has_size,
     check_layers,
+    check_one_distilled,
 )
 from nni_topo.runs.streaming.block import STATES, UNPRUNED, WANTED, BlockNet, WantedStates, entering, with_states
 from nni_topo.runs.streaming.journal import FOLDER, REPORT, WRITTEN, Journal, finished_report
@@ -247,6 +248,7 @@ def shrink_pretrained(
     settings = as_budget(budget)
     _check_budget(settings, pruner)
     check_choices(settings, pruner, knobs, None, compensate, distill, None, None, "shrink_pretrained")
+    check_one_distilled(distill, "one for each block, which a stopped run needn't start again", "shrink_pretrained")
     if target.resolve() == place.resolve():
         raise ConfigError(f"the pruned model needs a folder of its own, got that of the source ({target})")
     named = _checked_layers(layers)

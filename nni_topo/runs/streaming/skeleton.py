@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nni_topo.disk import reading
 from nni_topo.errors import ConfigError, DataError, listed
 from nni_topo.network.layers import as_torch_layers, is_transposed_linear
-from nni_topo.network.runtime import Call, evaluation_mode, on_device, tensors_of
+from nni_topo.network.runtime import Call, evaluating, evaluation_mode, on_device, tensors_of
 from nni_topo.runs.streaming.shards import CONFIG, Shards, check_float, key_of, keys_by_name
 
 _PACKAGES = ("transformers", "accelerate")
@@ -98,7 +98,8 @@ class Skeleton:
         }
         other.model.load_state_dict(rest, strict=False, assign=True)
         other.model.tie_weights()
-        other.model.eval().requires_grad_(False)
+        other.model.eval()
+        other.model.requires_grad_(False)
         return other
 
     @property
@@ -148,14 +149,15 @@ class Skeleton:
         self._fill(built, self.keys_of(index))
         if self._transposed(index):
             built = as_torch_layers(built)
-        return built.eval().requires_grad_(True)
+        built.requires_grad_(True)
+        return evaluating(built)
 
     def filled(self, index: int, tensors: Mapping[str, Tensor]) -> Any:
         """Return a copy of a block with tensors as its class keeps them, in evaluation mode."""
         built = copy.deepcopy(self.blocks[index])
         vars(built).pop("forward", None)
         built.load_state_dict(tensors, assign=True)
-        return built.eval()
+        return evaluating(built)
 
     def _transposed(self, index: int) -> list[str]:
         """Return the names of a block's weights that its class keeps transposed, as GPT-2 does."""
@@ -183,7 +185,8 @@ class Skeleton:
             own[first] = first
         self._fill(self.model, self._keys(own))
         self.model.tie_weights()
-        self.model.eval().requires_grad_(False)
+        self.model.eval()
+        self.model.requires_grad_(False)
 
     def _fill(self, module: nn.Module, keys: Mapping[str, str]) -> None:
         """Give a module the tensors of the files, by their names in it."""

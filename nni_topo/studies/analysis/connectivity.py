@@ -186,7 +186,8 @@ class AnalyzeConnectivity(PrunersStudy[ConnectivityStudy]):
 
 def _flow_model(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
     """Return a copy in double precision with positive constants for kept weights, and without biases and norms."""
-    flow: nn.Module = detached_copy(model).double()
+    flow: nn.Module = detached_copy(model)
+    flow.double()
     for name, module in list(flow.named_modules()):
         if isinstance(module, (*NORMALIZING, *_SHRINKING)):
             flow.set_submodule(name, nn.Identity())

@@ -843,3 +843,47 @@ def test_a_tensor_with_the_id_of_a_freed_one_came_from_nowhere():
     assert all(recorder.node_of(each) is None for each in again)
     (output,) = (node for node in recorder.graph.nodes if node.op == "output")
     assert recorder.node_of(recorder.outputs) is output.args[0]
+
+
+class MadeAtFirst(nn.Module):
+    """Makes a tensor in its first forward."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.kind = kind
+        if kind == "none":
+            self.register_buffer("made", None)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        if getattr(self, "made", None) is None:
+            width = 8 if self.kind == "fixed" else y.shape[-1]
+            made = torch.linspace(0.5, 1.0, width) if self.kind == "values" else torch.full((width,), 0.5)
+            if self.kind == "parameter":
+                self.made = nn.Parameter(made, requires_grad=False)
+            elif self.kind == "none":
+                self.made = made
+            else:
+                self.register_buffer("made", made, persistent=self.kind != "kept out")
+        return self.last(self.second(y * self.made).relu())
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+@pytest.mark.parametrize("kind", ["sized", "kept out", "fixed", "values", "parameter", "none"])
+def test_what_a_first_forward_registers_is_followed(kind, has_run):
+    torch.manual_seed(0)
+    model, x = MadeAtFirst(kind).eval(), torch.randn(3, 4)
+    expected = copy.deepcopy(model)(x)
+    if has_run:
+        model(x)
+    names = set(dict(model.named_buffers())) | set(dict(model.named_parameters()))
+    # What isn't made of the width that enters, nor the model's own, is a constant, whose channels stay.
+    layers = ["first", "second"] if has_run or kind in ("sized", "kept out", "none") else ["second"]
+    groups = dependency_groups(model, x, [{"op_names": layers, "sparse_ratio": 0.5}])
+    masks = create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense = to_dense(model, x, masks)
+    assert {name for name in ("first", "second") if dense.get_submodule(name).out_features == 4} == set(layers)
+    torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
+    assert set(dict(model.named_buffers())) | set(dict(model.named_parameters())) == names
+    torch.testing.assert_close(model(x), expected)

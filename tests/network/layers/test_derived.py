@@ -215,3 +215,17 @@ def test_a_linear_layer_of_its_own_class_may_get_places(shape):
 
     torch.manual_seed(0)
     assert call_of(Rectified(12, 3), torch.randn(shape)).output_size == ()
+
+
+class Frozen(nn.Linear):
+    """A layer whose own ``train`` doesn't return it."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, self.weight, self.bias) + 0.0
+
+
+def test_a_layer_whose_train_returns_nothing_is_tried_out():
+    assert inner_of(Frozen(3, 4)) is not None

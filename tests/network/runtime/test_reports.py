@@ -7,7 +7,14 @@ from torch import nn
 
 import nni_topo
 from nni_topo.network.runtime import report_of
-from nni_topo.network.runtime.reports import as_code, as_sentence, drop_report, markdown_table, told_of_changes
+from nni_topo.network.runtime.reports import (
+    as_code,
+    as_sentence,
+    drop_report,
+    give_report,
+    markdown_table,
+    told_of_changes,
+)
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -39,6 +46,24 @@ def test_a_changed_copy_has_the_report_with_a_note_of_every_change():
     # A network of other widths has a report of its own.
     assert nni_topo.to_dense(twice, images[0], half_of_hidden(twice)).report.changed_since == ()
     assert nni_topo.shrink(twice, images, {"flops": 0.7}, distill=False).report.changed_since == ()
+
+
+class Frozen(nn.Linear):
+    def __setattr__(self, key, value):
+        if "bias" in self._parameters:
+            raise RuntimeError(f"it is frozen, got {key}")
+        super().__setattr__(key, value)
+
+    def __delattr__(self, key):
+        raise RuntimeError(f"it is frozen, got {key}")
+
+
+def test_a_model_that_refuses_attributes_has_a_report():
+    model, report = Frozen(2, 3), shrunk().report
+    assert give_report(model, report)
+    assert model.report is report_of(model) is report
+    drop_report(model)
+    assert not hasattr(model, "report")
 
 
 def test_distilled_weights_are_noted_where_they_are_kept():

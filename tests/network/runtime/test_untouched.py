@@ -350,3 +350,20 @@ def test_compiled_parts_are_found_wherever_they_are():
     as_forward[0].forward = torch.compile(as_forward[0].forward, backend="eager")
     assert has_compiled(as_forward)
     assert has_compiled(nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager")))
+
+
+class ForInference(nn.Sequential):
+    def train(self, mode=True):
+        if mode:
+            raise RuntimeError("for inference only")
+        return super().train(mode)
+
+
+def test_a_model_that_refuses_training_mode_is_pruned():
+    model = ForInference(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model.eval()
+    modes = [module.training for module in model.modules()]
+    forget_evaluated(model)
+    assert [module.training for module in model.modules()] == modes
+    small = nni_topo.shrink(model, [torch.randn(64, 4)], {"flops": 0.5}, distill={"steps": 2, "lr": 1e-3})
+    assert small[0].out_features == 4

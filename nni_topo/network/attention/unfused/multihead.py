@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nni_topo.network.runtime import put_attribute
+
 # The modules with the unfused classes, by original class. They are imported late, since torchvision takes long to load;
 # where a model has such a module, torchvision or Transformers is installed.
 _UNFUSED = {
@@ -119,8 +121,9 @@ def is_fused_attention(module: nn.Module) -> bool:
 
 def set_unfused(module: Any, unfused: bool = True) -> None:
     """Switch attention to its unfused class, or back to its own."""
-    computed = unfused_class(module)
-    module.__class__ = computed if unfused or type(module) is not computed else computed.__base__
+    computed: Any = unfused_class(module)
+    is_made = unfused or type(module) is not computed
+    put_attribute(module, "__class__", computed if is_made else computed.__base__)
     if isinstance(module, nn.MultiheadAttention):
         # Where this is false, PyTorch's transformer layers call the attention and don't compute with its weights.
         module._qkv_same_embed_dim = not unfused

@@ -25,6 +25,7 @@ from typing import Any
 from torch import nn
 
 from nni_topo.network.layers import look_up, rewritten
+from nni_topo.network.runtime import put_attribute
 
 LAST, FIRST = -1, 1  # the dimension that holds the channels, in texts and in images
 _ALONG = " along "  # between the name of a rewritten class and the dimension, if it isn't the last
@@ -54,7 +55,7 @@ def take_own_width(module: nn.Module, dim: int = LAST, *, wholly: bool = False) 
     found: Any = own_width_class(type(module), dim)
     if found is None or (wholly and found.nni_topo_reads_width):
         return False
-    module.__class__ = found
+    put_attribute(module, "__class__", found)
     vars(module).pop("forward", None)  # NNI stores the class's forward there when it removes a wrapper
     return True
 

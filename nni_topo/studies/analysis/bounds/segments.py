@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.graph import trace
 from nni_topo.network.layers import WEIGHTED
-from nni_topo.network.runtime import call_arguments, check_model, detached_copy
+from nni_topo.network.runtime import call_arguments, check_model, detached_copy, evaluating
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def traced(model: nn.Module, inputs: Tensor) -> GraphModule:
     if not bool(torch.isfinite(inputs).all()):
         raise DataError("inputs must be finite, got NaN or infinity (inputs)")
     check_model(model)
-    recording = trace(detached_copy(model).eval().requires_grad_(False), call_arguments(inputs, model))
+    net = evaluating(detached_copy(model))
+    net.requires_grad_(False)
+    recording = trace(net, call_arguments(inputs, model))
     graph_module = recording.graph_module
     count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
     if count != 1:

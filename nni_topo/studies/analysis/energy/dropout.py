@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, checked
-from nni_topo.network.runtime import MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.runtime import MODEL, detached_copy, evaluating, leaves_models_alone
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -106,7 +106,7 @@ class _Cached(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module.eval()
+        self.module = evaluating(module)
         self._outputs: list[tuple[Tensor, Tensor]] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Cached:

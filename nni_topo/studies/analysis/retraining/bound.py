@@ -22,6 +22,7 @@ from nni_topo.network.runtime import (
     call_arguments,
     check_model,
     detached_copy,
+    evaluating,
     leaves_models_alone,
 )
 
@@ -194,7 +195,8 @@ def _pair(number: int, batch: Any) -> tuple[Any, Any]:
 
 
 def _state(model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: list[tuple[Any, Any]]) -> _State:
-    copied = detached_copy(model).eval().requires_grad_(True)
+    copied = evaluating(detached_copy(model))
+    copied.requires_grad_(True)
     copied.zero_grad()
     samples = sum(len(targets) for _, targets in batches)
     if not samples:
