@@ -83,6 +83,7 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
     # Deepcopy takes its time for the tables of each module, most of them empty.
     plain = [module for module in modules if _is_copied_by_state(type(module))]
     memo |= {id(module): type(module).__new__(type(module)) for module in plain}
+    memo |= {id(vars(module)): vars(memo[id(module)]) for module in plain}
     copier = _Copier(model, memo)
     for module in reversed(plain):
         memo[id(module)].__setstate__(copier.state(module))
@@ -282,7 +283,9 @@ class _Copier:
             self.memo[id(value)] = type(value)()
             return self.memo[id(value)]
         if name in ("_parameters", "_buffers", "_modules"):
-            return type(value)((key, self.copy(each)) for key, each in value.items())
+            # By the memo, for a function may hold the table itself.
+            copied = self.memo[id(value)] = type(value)((key, self.copy(each)) for key, each in value.items())
+            return copied
         self._place = f"{type(module).__name__}.{name}"
         return self._copied_or_shared(value, "an attribute", self._place)
 
@@ -406,13 +409,14 @@ class _Copier:
 
         Of a function that is found ``by_name`` unregistered layers are nobody's.
         """
-        seen = set[int]()
+        seen, others = set[int](), list[Any]()
         for value in _reached((each for each in values if id(each) not in self._strangers), seen=seen):
-            if issubclass(type(value), _WEAK):
-                referent = _referent(value)
-                if referent is not None and id(referent) in self._own:
-                    return True
-            elif id(value) in self._own or (not by_name and issubclass(type(value), (nn.Module, nn.Parameter))):
+            if not by_name and issubclass(type(value), (nn.Module, nn.Parameter)):
+                return True  # with most functions, without a look at all that the model holds
+            others.append(value)
+        for value in others:
+            sought = _referent(value) if issubclass(type(value), _WEAK) else value
+            if sought is not None and id(sought) in self._own:
                 return True
         if not by_name:
             self._strangers |= seen

@@ -720,6 +720,18 @@ def test_a_function_and_the_model_share_settings_in_the_copy_too():
     assert model.rate.value() == [1]
 
 
+def test_functions_hold_the_tables_of_the_copy_itself():
+    model = Holds(None)
+    layers, own = model._modules, vars(model)
+    model.held = [lambda: layers, lambda: own, model._modules.get]
+    copied = detached_copy(model)
+    assert copied.held[0]() is copied._modules
+    assert copied.held[1]() is vars(copied)
+    copied.head = nn.Identity()
+    assert copied.held[2]("head") is copied.head
+    assert model.held[2]("head") is model.head is not copied.head
+
+
 def test_functions_that_hold_one_another_are_copied_as_they_are():
     model = Holds(None)
 
