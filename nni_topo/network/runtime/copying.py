@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import copyreg
+import dis
 import functools
+import gc
+import logging
+import sys
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from operator import is_
 from pickle import PicklingError
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, EllipsisType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +29,14 @@ _NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
 # What most attributes of modules are: values, tuples of these, and tables, most of them without an entry.
 _PLAIN = {bool, int, float, str, type(None)}
 _TABLES = {dict, OrderedDict, set}
+# What holds nothing, and is its own copy.
+_ATOMS = frozenset({*_PLAIN, complex, bytes, range, type, EllipsisType, CodeType, torch.dtype, torch.device})
+# What may hold anything and is no model's own.
+_NOBODYS = (type, ModuleType, logging.Logger)
+_READS = ("LOAD_ATTR", "LOAD_METHOD")
+_PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+_WEAK = (weakref.ReferenceType, *_PROXIES)
+_WEAK_CONTAINERS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -38,10 +49,11 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
 
     A ``light`` one holds the model's own parameters, any one the ``shared`` tensors; these mustn't be written to then.
 
-    A function that a module holds, such as a ``forward`` that replaces its class's, belongs to the copy: what it holds
-    of the model in its closure is the copy's, and so is what a weak reference refers to. What ``torch.compile`` has
-    compiled is as it was written. An attribute that can't be copied, such as a lock or an open file, is one of both
-    models; one that holds layers is a ConfigError.
+    A function that the model holds, in whatever container or object, such as a ``forward`` that replaces its class's,
+    belongs to the copy: what it holds of the model in its closure and its defaults is the copy's, and so is what weak
+    references refer to. What else a function holds, such as a list of results, is one of both models. What
+    ``torch.compile`` has compiled is as it was written. An attribute that can't be copied, such as a lock or an open
+    file, is one of both models; one that holds layers is a ConfigError.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*shared, *(model.parameters() if light else ()))}
     modules = list(model.modules())
@@ -49,34 +61,40 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
         id(value): value
         for module in modules
         for value in (*vars(module).values(), *module._buffers.values(), *module._parameters.values())
-        if isinstance(value, Tensor)
+        if issubclass(type(value), Tensor)  # a proxy of one says that it is one, too
     }
     # What a module has computed with gradients and keeps in a table of its own, as LeViT does, is no leaf either.
     for module in modules:
         for name, kept in vars(module).items():
             if type(kept) in (dict, list, tuple) and kept and name not in ("_modules", "_parameters", "_buffers"):
                 leaves = kept.values() if isinstance(kept, dict) else kept
-                held |= {id(each): each for each in leaves if isinstance(each, Tensor)}
+                held |= {id(each): each for each in leaves if issubclass(type(each), Tensor)}
     strided = [each for each in held.values() if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
     lookers = Counter(each.untyped_storage().data_ptr() for each in strided)
     for key, value in held.items():
         # Weights that are computed aren't leaves, which deepcopy refuses: in the copy they are tensors of their own.
         if key not in memo and (not value.is_leaf or _is_plain_tensor(value, lookers)):
             memo[key] = value.detach().clone()
+    _check_classes(modules)
+    replaced = [module for module in modules if "forward" in vars(module)]
+    own = _ids_of_layers(modules) if replaced else set[int]()
+    for module in replaced:
+        _check_globals(vars(module)["forward"], own, type(module).__name__)
     # Deepcopy takes its time for the tables of each module, most of them empty.
     plain = [module for module in modules if _is_copied_by_state(type(module))]
     memo |= {id(module): type(module).__new__(type(module)) for module in plain}
+    memo |= {id(vars(module)): vars(memo[id(module)]) for module in plain}
+    copier = _Copier(model, memo)
     for module in reversed(plain):
-        given = {key: value for key, value in vars(module).items() if key != "_compiled_call_impl"}
-        memo[id(module)].__setstate__({key: _copied(module, key, value, memo) for key, value in given.items()})
+        memo[id(module)].__setstate__(copier.state(module))
     try:
-        copied = copy.deepcopy(model, memo)
+        return copier.copy(model)
+    except ConfigError:
+        raise
     except _NOT_COPIED as error:
         if out_of_memory(error):
             raise
         raise ConfigError(f"a model must be one that copy.deepcopy copies, got: {error} (model)") from error
-    _bind_functions(modules, memo)
-    return copied
 
 
 def evaluating(model: Any) -> Any:
@@ -88,47 +106,18 @@ def evaluating(model: Any) -> Any:
     return model
 
 
-def _bind_functions(modules: Sequence[nn.Module], memo: dict[int, Any]) -> None:
-    """Let the functions that copies of modules hold compute with the copies.
-
-    Deepcopy hands a function on as it is, so that ``self.act = lambda x: self.scale * x``, or a ``forward`` that calls
-    the one before it, would go on computing with the original. ``memo`` has the copies by the ids of the originals.
-    """
-    own = {id(module) for module in modules}
-    for module in modules:
-        own |= {id(each) for each in (*module._parameters.values(), *module._buffers.values()) if each is not None}
-    for module in modules:
-        if id(module) not in memo:
-            continue
-        held = vars(memo[id(module)])
-        for name, value in vars(module).items():
-            if _is_plain(value) or (type(value) in _TABLES and not value):
-                continue
-            if name in ("_modules", "_parameters", "_buffers") or name not in held or not _holds_function(value):
-                continue
-            if name == "forward":
-                _check_globals(value, own, type(module).__name__)
-            if not _reaches(value, own, set()):
-                continue
-            bound = _bound(held[name], memo, {})
-            if isinstance(bound, dict):  # a hook's handle holds the table itself
-                held[name].update(bound)
-            elif name == "forward" and getattr(bound, "__func__", None) is type(module).forward:
-                del held[name]  # that of its class
-            else:
-                held[name] = bound
-
-
 def _is_plain(value: Any) -> bool:
     """Tell whether a value is the same in every copy: a number, a text, or a tuple of such, as the size of a kernel."""
     return type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
 
 
-def _holds_function(value: Any) -> bool:
-    """Tell at once of most attributes of a module that they hold no function."""
-    return isinstance(value, (FunctionType, MethodType, functools.partial)) or (
-        isinstance(value, (list, tuple, dict)) and len(value) > 0
-    )
+def _ids_of_layers(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the ids of modules, and of their parameters and buffers."""
+    own = set[int]()
+    for module in modules:
+        own.add(id(module))
+        own |= {id(each) for each in (*module._parameters.values(), *module._buffers.values()) if each is not None}
+    return own
 
 
 def _check_globals(value: Any, own: set[int], kind: str) -> None:
@@ -150,23 +139,28 @@ def _check_globals(value: Any, own: set[int], kind: str) -> None:
                 )
 
 
-def _reaches(value: Any, own: set[int], seen: set[int]) -> bool:
-    """Tell whether a value is or holds a function that holds a module or a tensor of a model, by their ids."""
-    if id(value) in seen:
-        return False
-    seen.add(id(value))
-    if isinstance(value, FunctionType):
-        held = _held_by(value)
-        return any(id(each) in own or id(getattr(each, "__self__", None)) in own for each in held) or any(
-            _reaches(each, own, seen) for each in held
-        )
-    if isinstance(value, MethodType):
-        return _reaches(value.__func__, own, seen)
-    if isinstance(value, functools.partial):
-        return any(_reaches(each, own, seen) for each in (value.func, value.args, value.keywords))
-    if isinstance(value, dict):
-        return any(_reaches(each, own, seen) for each in value.values())
-    return isinstance(value, (list, tuple)) and any(_reaches(each, own, seen) for each in value)
+def _check_classes(modules: Sequence[nn.Module]) -> None:
+    """Raise ConfigError for a class that reads a module of the model from an attribute of its own, as no copy can."""
+    classes = {base for kind in set(map(type, modules)) for base in kind.__mro__ if issubclass(base, nn.Module)}
+    for kind in classes:
+        if kind.__module__.startswith("torch."):
+            continue
+        held = {name: value for name, value in vars(kind).items() if _is_layer(value)}
+        if not held:
+            continue
+        own = _ids_of_layers(modules)
+        names = {name for name, value in held.items() if id(value) in own}
+        for reader in classes:
+            for function in vars(reader).values():
+                if not isinstance(function, FunctionType) or function.__name__ == "__init__":
+                    continue
+                read = {each.argval for each in dis.get_instructions(function) if each.opname in _READS}
+                for name in sorted(names & read):
+                    raise ConfigError(
+                        "a model must hold its layers in attributes of its instances, for a copy of the model has to "
+                        f"compute with its own layers, got one in the class attribute {name!r} (read by "
+                        f"{function.__qualname__})"
+                    )
 
 
 def _held_by(function: FunctionType) -> list[Any]:
@@ -178,46 +172,342 @@ def _held_by(function: FunctionType) -> list[Any]:
     return [*found, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
 
 
-def _bound(value: Any, memo: dict[int, Any], made: dict[int, Any]) -> Any:
-    """Return a value with copies in the place of what they are copies of; nothing that it holds is changed.
+def _reached(values: Iterable[Any], *, through_functions: bool = True, seen: set[int] | None = None) -> Iterator[Any]:
+    """Go over all that values hold, however deep and in whatever object, these values first.
 
-    ``made`` has what is new, or being made, by the ids of what it stands for.
+    The garbage collector knows what objects hold, those made in C and generators too. Weak references are passed, not
+    followed. Functions that modules of Python define, and classes, belong to nobody's model.
     """
-    if isinstance(value, (nn.Module, Tensor)):
-        return memo.get(id(value), value)
-    if id(value) in made:
-        return made[id(value)]
-    if isinstance(value, MethodType):
-        return MethodType(_bound(value.__func__, memo, made), memo.get(id(value.__self__), value.__self__))
-    if isinstance(value, functools.partial):
-        keywords = {key: _bound(each, memo, made) for key, each in value.keywords.items()}
-        function = _bound(value.func, memo, made)
-        return functools.partial(function, *(_bound(each, memo, made) for each in value.args), **keywords)
-    if type(value) in (list, tuple):
-        made[id(value)] = value  # where it holds itself
-        found = [_bound(each, memo, made) for each in value]
-        return value if all(map(is_, found, value)) else type(value)(found)
-    if type(value) in (dict, OrderedDict):
-        made[id(value)] = value
-        entries = {key: _bound(each, memo, made) for key, each in value.items()}
-        return value if all(map(is_, entries.values(), value.values())) else type(value)(entries)
-    if not isinstance(value, FunctionType):
-        return value
-    if is_compiled_function(value):
-        return _bound(value._torchdynamo_orig_callable, memo, made)  # type: ignore[attr-defined]
-    # Its cells are filled once it is known: it may hold itself.
-    cells = tuple(CellType() for _ in value.__closure__ or ())
-    function = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells or None)
-    made[id(value)] = function
-    for old, new in zip(value.__closure__ or (), cells, strict=True):
-        with suppress(ValueError):
-            new.cell_contents = _bound(old.cell_contents, memo, made)
-    functools.update_wrapper(function, value, updated=())
-    vars(function).clear()
-    vars(function).update({name: _bound(each, memo, made) for name, each in vars(value).items()})
-    function.__defaults__ = _bound(value.__defaults__, memo, made)
-    function.__kwdefaults__ = _bound(value.__kwdefaults__, memo, made)
-    return function
+    waiting, seen = list(values), set() if seen is None else seen
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)
+        if kind in _ATOMS or id(value) in seen or issubclass(kind, _NOBODYS):
+            continue
+        seen.add(id(value))
+        if kind is FunctionType:
+            if not through_functions or _is_found_by_name(value):
+                continue
+            yield value
+            waiting += _held_by(value)
+        elif kind is FrameType:
+            waiting += value.f_locals.values()
+        else:
+            yield value
+            waiting += gc.get_referents(value)
+
+
+def _is_found_by_name(function: FunctionType) -> bool:
+    """Tell whether a function is one that its module defines, as pickle asks, or gives another name."""
+    module = sys.modules.get(function.__module__ or "")
+    names = vars(module) if module is not None else {}
+    first, *others = function.__qualname__.split(".")
+    found = names.get(first)
+    for name in others:
+        found = getattr(found, name, None)
+    return found is function or names.get(function.__name__) is function
+
+
+def _is_layer(value: Any) -> bool:
+    return issubclass(type(value), (nn.Module, Tensor))
+
+
+def _referent(value: Any) -> Any:
+    """Return what a weak reference or a proxy refers to, the object of a weak method; None where that is gone."""
+    if type(value) in _PROXIES:
+        try:
+            return value.__reduce_ex__.__self__  # a proxy asks what it refers to for all but its type
+        except (AttributeError, ReferenceError):
+            return None
+    found = value()
+    return found.__self__ if isinstance(value, weakref.WeakMethod) and found is not None else found
+
+
+class _Copier:
+    """Copies as copy.deepcopy does, and copies besides what that hands on as it is: functions and weak references.
+
+    With these left as they are ``self.act = lambda x: self.scale * x``, or a ``forward`` that calls the one before it,
+    would go on computing with the original. Deepcopy can't be told how to copy them, so that each kind of value is
+    copied here; classes say as ever how, by ``__deepcopy__`` or ``__reduce_ex__``. ``memo`` is deepcopy's: the copies
+    by the ids of the originals.
+    """
+
+    def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
+        self.memo = memo
+        self._model, self._place = model, type(model).__name__
+        self._strangers = set[int]()  # which hold nothing of the model
+        self._makers: dict[type, Callable[[Any], Any]] = {
+            list: self._list,
+            tuple: self._tuple,
+            dict: self._dict,
+            MethodType: self._method,
+            FunctionType: self._function,
+            BuiltinFunctionType: self._builtin,
+            functools._lru_cache_wrapper: self._cached,
+            weakref.ReferenceType: self._weak,
+            **dict.fromkeys(_PROXIES, self._weak),
+            Tensor: self._tensor,
+            torch.Generator: lambda value: value.clone_state(),  # of which deepcopy knows nothing
+        }
+
+    @functools.cached_property
+    def _own(self) -> set[int]:
+        """The ids of what the model holds other than by functions, all of which is copied."""
+        return {id(value) for value in _reached([self._model], through_functions=False)}
+
+    def copy(self, value: Any) -> Any:
+        """Return the copy of a value, which may be the value itself."""
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        known = self.memo.get(id(value), self)
+        if known is not self:
+            return known
+        make = self._makers.get(kind)
+        copied = self._object(value) if make is None else make(value)
+        if copied is not value:
+            self._note(value, copied)
+        return copied
+
+    def state(self, module: nn.Module) -> dict[str, Any]:
+        """Return the attributes of a module's copy."""
+        found = {}
+        for name, value in vars(module).items():
+            if name == "_compiled_call_impl":
+                continue
+            copied = found[name] = self._attribute(module, name, value)
+            if name == "forward" and copied is not value and not isinstance(value, MethodType):
+                own = getattr(copied, "__func__", None) is type(module).forward
+                if own and copied.__self__ is self.memo[id(module)]:
+                    del found[name]  # that of its class
+        return found
+
+    def _attribute(self, module: nn.Module, name: str, value: Any) -> Any:
+        if _is_plain(value):
+            return value
+        # A hook's handle holds the tables of its module, empty ones too, and mustn't get others of its own.
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        if type(value) in _TABLES and not value:
+            self.memo[id(value)] = type(value)()
+            return self.memo[id(value)]
+        if name in ("_parameters", "_buffers", "_modules"):
+            # By the memo, for a function may hold the table itself.
+            copied = self.memo[id(value)] = type(value)((key, self.copy(each)) for key, each in value.items())
+            return copied
+        self._place = f"{type(module).__name__}.{name}"
+        return self._copied_or_shared(value, "an attribute", self._place)
+
+    def _copied_or_shared(self, value: Any, what: str, place: str) -> Any:
+        """Copy a value; one that can't be copied is shared, unless it holds layers."""
+        try:
+            return self.copy(value)
+        except ConfigError:
+            raise
+        except _NOT_COPIED as error:
+            # A lock, an open file, or what holds one, such as a writer of logs: one for the model and its copies.
+            if out_of_memory(error):
+                raise
+            for each in _reached([value]):
+                if _is_layer(each) or (issubclass(type(each), _WEAK) and id(_referent(each)) in self._own):
+                    raise ConfigError(
+                        f"{what} that holds layers or tensors must be one that copy.deepcopy copies, got "
+                        f"{type(value).__name__}: {error} ({place})"
+                    ) from error
+            self.memo[id(value)] = value
+            return value
+
+    def _note(self, value: Any, copied: Any) -> None:
+        self.memo[id(value)] = copied
+        # Another object must not get the id of one that is gone; deepcopy keeps them in the same place.
+        self.memo.setdefault(id(self.memo), []).append(value)
+
+    def _tensor(self, value: Tensor) -> Any:
+        if not value.is_leaf:  # deepcopy refuses what is computed: in the copy it is a tensor of its own
+            return value.detach().clone()
+        return self._object(value) if vars(value) else value.__deepcopy__(self.memo)
+
+    def _list(self, value: list[Any]) -> list[Any]:
+        copied: list[Any] = []
+        self._note(value, copied)
+        for each in value:
+            copied.append(self.copy(each))  # noqa: PERF401  it may hold itself
+        return copied
+
+    def _tuple(self, value: tuple[Any, ...]) -> Any:
+        copied = [self.copy(each) for each in value]
+        if id(value) in self.memo:  # it holds itself
+            return self.memo[id(value)]
+        return value if all(map(is_, copied, value)) else tuple(copied)
+
+    def _dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
+        copied: dict[Any, Any] = {}
+        self._note(value, copied)
+        for key, each in value.items():
+            copied[self.copy(key)] = self.copy(each)
+        return copied
+
+    def _object(self, value: Any) -> Any:
+        """Copy an object of any other class, as the class says."""
+        kind = type(value)
+        if issubclass(kind, type):
+            return value
+        if issubclass(kind, weakref.ReferenceType):
+            return self._weak(value)
+        if issubclass(kind, _WEAK_CONTAINERS):
+            return self._weak_container(value)
+        own = getattr(value, "__deepcopy__", None)
+        if own is not None:
+            if not issubclass(kind, Tensor) or vars(value):
+                # It calls deepcopy for what it holds, which finds copies of the functions among that in the memo.
+                for each in _reached([value]):
+                    if type(each) is FunctionType or issubclass(type(each), _WEAK):
+                        self.copy(each)
+            return self.memo[id(value)] if id(value) in self.memo else own(self.memo)
+        reduce = copyreg.dispatch_table.get(kind)
+        reduced = value.__reduce_ex__(4) if reduce is None else reduce(value)
+        return value if isinstance(reduced, str) else self._rebuilt(value, *reduced)
+
+    def _rebuilt(
+        self,
+        value: Any,
+        make: Callable[..., Any],
+        args: tuple[Any, ...],
+        state: Any = None,
+        items: Iterable[Any] | None = None,
+        pairs: Iterable[tuple[Any, Any]] | None = None,
+    ) -> Any:
+        """Make an object anew of what its class takes it apart into."""
+        copied = make(*[self.copy(each) for each in args])
+        self._note(value, copied)
+        if state is not None:
+            state = self.copy(state)
+            if hasattr(copied, "__setstate__"):
+                copied.__setstate__(state)
+            else:
+                attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+                if attributes is not None:
+                    vars(copied).update(attributes)
+                for name, each in (slots or {}).items():
+                    setattr(copied, name, each)
+        for each in items or ():
+            copied.append(self.copy(each))
+        for key, each in pairs or ():
+            copied[self.copy(key)] = self.copy(each)
+        return copied
+
+    def _method(self, value: MethodType) -> MethodType:
+        return MethodType(self.copy(value.__func__), self.copy(value.__self__))
+
+    def _builtin(self, value: Any) -> Any:
+        """Copy a method of an object made in C, such as ``self.layers.get``."""
+        holder = value.__self__
+        if holder is None or isinstance(holder, (type, ModuleType)) or type(holder).__name__ == "PyCapsule":
+            return value
+        copied = self.copy(holder) if self._is_of_model([holder]) else holder
+        return value if copied is holder else getattr(copied, value.__name__)
+
+    def _cached(self, value: Any) -> Any:
+        """Copy a function within ``functools.lru_cache``, the cache of which is empty at first."""
+        written = value.__wrapped__
+        copied = self.copy(written)
+        return value if copied is written else functools.lru_cache(**value.cache_parameters())(copied)
+
+    def _is_of_model(self, values: Iterable[Any], *, by_name: bool = False) -> bool:
+        """Tell whether values hold anything that the model holds, or layers that no one has registered.
+
+        Of a function that is found ``by_name`` unregistered layers are nobody's.
+        """
+        seen, others = set[int](), list[Any]()
+        for value in _reached((each for each in values if id(each) not in self._strangers), seen=seen):
+            if not by_name and issubclass(type(value), (nn.Module, nn.Parameter)):
+                return True  # with most functions, without a look at all that the model holds
+            others.append(value)
+        for value in others:
+            sought = _referent(value) if issubclass(type(value), _WEAK) else value
+            if sought is not None and id(sought) in self._own:
+                return True
+        if not by_name:
+            self._strangers |= seen
+        return False
+
+    def _function(self, value: FunctionType) -> Any:
+        """Make a function anew where it holds anything of the model, with copies in its place; it isn't changed."""
+        if is_compiled_function(value):
+            written = value._torchdynamo_orig_callable  # type: ignore[attr-defined]
+            copied = self.copy(written)
+            return value if copied is written else copied
+        held = _held_by(value)
+        if not held or not self._is_of_model(held, by_name=_is_found_by_name(value)):
+            return value
+        cells, new = [], list[tuple[str, CellType, Any]]()
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            known = self.memo.get(id(cell))  # a variable that functions share
+            if known is None:
+                known = cell
+                with suppress(ValueError):  # it has no value yet
+                    if self._is_of_model([cell.cell_contents]):
+                        known = CellType()
+                        self._note(cell, known)
+                        new.append((name, known, cell.cell_contents))
+            cells.append(known)
+        function = FunctionType(value.__code__, value.__globals__, value.__name__, None, tuple(cells) or None)
+        self._note(value, function)  # before its variables get their values: it may hold itself
+        for name, cell, content in new:
+            cell.cell_contents = self._in_function(content, name)
+        functools.update_wrapper(function, value, updated=())
+        vars(function).clear()
+        vars(function).update({name: self._in_function(each, name) for name, each in vars(value).items()})
+        if value.__defaults__ is not None:
+            names = value.__code__.co_varnames[: value.__code__.co_argcount][-len(value.__defaults__) :]
+            function.__defaults__ = tuple(map(self._in_function, value.__defaults__, names))
+        if value.__kwdefaults__ is not None:
+            function.__kwdefaults__ = {
+                name: self._in_function(each, name) for name, each in value.__kwdefaults__.items()
+            }
+        return function
+
+    def _in_function(self, value: Any, name: str) -> Any:
+        """Copy what a function holds if it is of the model."""
+        if not self._is_of_model([value]):
+            return value
+        return self._copied_or_shared(value, "a variable of a function", f"{name} in {self._place}")
+
+    def _weak(self, value: Any) -> Any:
+        """Let a weak reference to what the model holds refer to the copy of that."""
+        referent = _referent(value)
+        if referent is None:
+            return value
+        copied = self._held(referent)
+        if copied is referent:
+            return value
+        if type(value) in _PROXIES:
+            return weakref.proxy(copied)
+        if isinstance(value, weakref.WeakMethod):
+            method = value()
+            return value if method is None else type(value)(MethodType(self.copy(method.__func__), copied))
+        return type(value)(copied, self.copy(value.__callback__))
+
+    def _held(self, value: Any) -> Any:
+        """Return the copy of what the model holds; anything else as it is, for else nobody would hold its copy."""
+        known = self.memo.get(id(value), self)
+        if known is not self:
+            return known
+        return self.copy(value) if id(value) in self._own else value
+
+    def _weak_container(self, value: Any) -> Any:
+        copied = type(value)()
+        self._note(value, copied)
+        if isinstance(value, weakref.WeakSet):
+            for each in value:
+                copied.add(self._held(each))
+        elif isinstance(value, weakref.WeakKeyDictionary):
+            for key, each in value.items():
+                copied[self._held(key)] = self.copy(each)
+        else:
+            for key, each in value.items():
+                copied[self.copy(key)] = self._held(each)
+        return copied
 
 
 def is_compiled_function(value: Any) -> bool:
@@ -238,53 +528,6 @@ def _is_copied_by_state(kind: type[nn.Module]) -> bool:
     own = (kind.__reduce_ex__, kind.__reduce__, kind.__new__, getattr(kind, "__getstate__", None))
     usual = (object.__reduce_ex__, object.__reduce__, object.__new__, getattr(nn.Module, "__getstate__", None))
     return own == usual and not hasattr(kind, "__deepcopy__") and not copyreg._slotnames(kind)  # type: ignore[attr-defined]
-
-
-def _copied(module: nn.Module, key: str, value: Any, memo: dict[int, Any]) -> Any:
-    """Copy an attribute of a module; what can't be copied is shared, unless it holds layers."""
-    if _is_plain(value):
-        return value
-    # A hook's handle holds the tables of its module, empty ones too, and mustn't get others of its own.
-    if id(value) in memo:
-        return memo[id(value)]
-    if type(value) in _TABLES and not value:
-        memo[id(value)] = type(value)()
-        return memo[id(value)]
-    if key in ("_parameters", "_buffers", "_modules"):
-        return type(value)((name, copy.deepcopy(each, memo)) for name, each in value.items())
-    if type(value) is weakref.ref and id(value()) in memo:  # to a module: to its copy
-        return weakref.ref(memo[id(value())])
-    if isinstance(value, torch.Generator):  # of which deepcopy knows nothing
-        memo[id(value)] = value.clone_state()
-        return memo[id(value)]
-    try:
-        return copy.deepcopy(value, memo)
-    except _NOT_COPIED as error:
-        # A lock, an open file, or what holds one, such as a writer of logs: there is one for the model and its copies.
-        if out_of_memory(error):
-            raise
-        if _holds_layers(value, set()):
-            raise ConfigError(
-                "an attribute that holds layers or tensors must be one that copy.deepcopy copies, got "
-                f"{type(value).__name__}: {error} ({type(module).__name__}.{key})"
-            ) from error
-        memo[id(value)] = value
-        return value
-
-
-def _holds_layers(value: Any, seen: set[int]) -> bool:
-    """Tell whether a module or a tensor is a value, or is in its entries or attributes."""
-    if isinstance(value, (nn.Module, Tensor)):
-        return True
-    if id(value) in seen or isinstance(value, (str, bytes, type, FunctionType, ModuleType)):
-        return False
-    seen.add(id(value))
-    held: list[Any] = [*getattr(value, "__dict__", {}).values()]
-    if isinstance(value, (list, tuple, set)):
-        held += value
-    elif isinstance(value, Mapping):
-        held += value.values()
-    return any(_holds_layers(each, seen) for each in held)
 
 
 def unwrapped_copy(model: nn.Module, *, light: bool = False) -> nn.Module:

@@ -6,7 +6,10 @@ import multiprocessing
 import threading
 import warnings
 import weakref
-from typing import ClassVar
+from collections import OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -414,3 +417,443 @@ def test_a_smaller_network_with_weak_references_stands_alone():
     del model
     with torch.no_grad():
         assert torch.equal(small(images[0]), before)
+
+
+Pair = namedtuple("Pair", "value other")
+
+
+@dataclass
+class Record:
+    value: Any
+
+
+@dataclass(frozen=True)
+class Frozen:
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenSlots:
+    value: Any
+
+
+class Slots:
+    __slots__ = ("__weakref__", "value")
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Plain:
+    def __init__(self, value):
+        self.value = value
+
+
+def _value(held):
+    return held.value
+
+
+def _first(held):
+    return next(iter(held))
+
+
+def _by_name(held):
+    return held["one"]
+
+
+# How a value is put into what a model holds, and found there.
+PLACES = {
+    "attribute": (lambda value: value, lambda held: held),
+    "list": (lambda value: [value], _first),
+    "tuple": (lambda value: (3, (value,)), lambda held: held[1][0]),
+    "dict": (lambda value: {"one": value}, _by_name),
+    "OrderedDict": (lambda value: OrderedDict(one=value), _by_name),
+    "defaultdict": (lambda value: defaultdict(list, one=value), _by_name),
+    "UserDict": (lambda value: UserDict(one=value), _by_name),
+    "UserList": (lambda value: UserList([value]), _first),
+    "deque": (lambda value: deque([value], maxlen=2), _first),
+    "set": (lambda value: {value}, _first),
+    "frozenset": (lambda value: frozenset([value]), _first),
+    "key": (lambda value: {value: 1}, _first),
+    "namedtuple": (lambda value: Pair(value, 3), _value),
+    "dataclass": (Record, _value),
+    "frozen": (Frozen, _value),
+    "frozen slots": (FrozenSlots, _value),
+    "slots": (Slots, _value),
+    "object": (Plain, _value),
+    "namespace": (lambda value: SimpleNamespace(value=value), _value),
+    "nested": (lambda value: deque([Frozen({"a": Pair([value], 3)})]), lambda held: held[0].value["a"].value[0]),
+}
+
+
+class Keeps(nn.Module):
+    """Holds something made of itself in a place of its own, and computes with it."""
+
+    def __init__(self, place, make):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(3, 3), nn.Parameter(torch.tensor(0.5))
+        put, self.get = PLACES[place]
+        self.__dict__["held"] = put(make(self))
+
+    def times(self, x):
+        return x * self.scale
+
+    def forward(self, x):
+        return self.get(self.held)(x)
+
+
+def _in_a_closure(place):
+    put, get = PLACES[place]
+
+    def make(model):
+        held = put(model.inner)
+        return lambda x: get(held)(x)
+
+    return make
+
+
+def _with_default(model):
+    def run(x, layers=[model.inner], *, scales={"one": model.scale}):  # noqa: B006
+        return layers[0](x) * scales["one"]
+
+    return run
+
+
+def _with_attribute(model):
+    def run(x):
+        return run.layers[0](x)
+
+    run.layers = [model.inner]
+    return run
+
+
+def _over_parameter(model):
+    scales = [model.scale]
+    return lambda x: x * scales[0]
+
+
+def _over_methods(model):
+    steps = {"times": [model.times]}
+    return lambda x: steps["times"][0](x)
+
+
+def _over_weak(model):
+    own = weakref.ref(model)
+    return lambda x: own().times(x)
+
+
+def _over_another(model):
+    def first(x):
+        return Plain(model).value.times(x)
+
+    held = Slots(first)
+    return lambda x: held.value(x)
+
+
+FUNCTIONS = {
+    "lambda": lambda model: lambda x: x * model.scale,
+    "method": lambda model: model.times,
+    "partial": lambda model: functools.partial(_scaled, model),
+    "cached": lambda model: functools.lru_cache(maxsize=2)(lambda x: x * model.scale),
+    "default": _with_default,
+    "attribute": _with_attribute,
+    "parameter": _over_parameter,
+    "methods": _over_methods,
+    "weak": _over_weak,
+    "another": _over_another,
+    "of an object": lambda model: Called(model).run,
+    "of a table": lambda model: Called({"one": model}).named,
+    "weak method": lambda model: Called(weakref.WeakMethod(model.times)).found,
+}
+
+
+class Called:
+    def __init__(self, held):
+        self.held = held
+        self.get = getattr(held, "get", None)
+
+    def run(self, x):
+        return self.held.times(x)
+
+    def named(self, x):
+        return self.get("one").times(x)
+
+    def found(self, x):
+        return self.held()(x)
+
+
+def _assert_the_copy_is_alone(model):
+    """A copy computes with its own parameters alone, and goes on without the model, which stays as it is."""
+    x = torch.ones(2, 3)  # of which each call gets a copy, for a cache knows what it has seen
+    with torch.no_grad():
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        expected, copied = model(x), detached_copy(model)
+        assert torch.equal(copied(x.clone()), expected)
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert copied(x.clone()).abs().max() == 0.0
+        assert torch.equal(model(x.clone()), expected)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+        del model
+        assert copied(x.clone()).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("what", FUNCTIONS)
+def test_a_function_belongs_to_the_copy_wherever_a_model_holds_it(place, what):
+    _assert_the_copy_is_alone(Keeps(place, FUNCTIONS[what]))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_a_function_holds_of_the_model_is_the_copys_in_whatever_it_lies(place):
+    _assert_the_copy_is_alone(Keeps("attribute", _in_a_closure(place)))
+
+
+class LooksFor(nn.Module):
+    """Finds its layer by a weak reference somewhere."""
+
+    def __init__(self, make, get):
+        super().__init__()
+        self.inner, self.get = nn.Linear(3, 3), get
+        self.__dict__["held"] = make(self.inner)
+
+    def forward(self, x):
+        return self.get(self.held)(x)
+
+
+def _key_table(layer):
+    table = weakref.WeakKeyDictionary()
+    table[layer] = [2.0]
+    return table
+
+
+WEAK = {
+    "proxy": (weakref.proxy, lambda held: held),
+    "method": (lambda layer: weakref.WeakMethod(layer.forward), lambda held: held()),
+    "values": (lambda layer: weakref.WeakValueDictionary(one=layer), _by_name),
+    "keys": (_key_table, _first),
+    "set": (lambda layer: weakref.WeakSet([layer]), _first),
+    "callback": (lambda layer: weakref.ref(layer, lambda _: None), lambda held: held()),
+    "parameter": (lambda layer: [weakref.ref(layer.weight)], lambda held: lambda x: x @ held[0]()),
+    "proxies": (lambda layer: [weakref.proxy(layer)], _first),
+    **{
+        f"in {place}": (
+            lambda layer, put=put: put(weakref.ref(layer)),
+            lambda held, get=get: get(held)(),
+        )
+        for place, (put, get) in PLACES.items()
+    },
+}
+
+
+@pytest.mark.parametrize("how", WEAK)
+def test_weak_references_refer_to_the_copy_wherever_a_model_holds_them(how):
+    _assert_the_copy_is_alone(LooksFor(*WEAK[how]))
+
+
+def test_a_weak_reference_to_an_object_refers_to_the_copy_that_the_model_holds_of_it():
+    model, outside = Holds(None), Plain(3)
+    model.seen = [weakref.ref(outside), weakref.WeakSet([outside])]
+    model.early = [weakref.ref(model.head.weight)]
+    model.late = Plain(model.first)
+    model.late.own = weakref.ref(model.late)
+    model.refs = Pair(weakref.ref(model.late), {weakref.ref(model.late.value)})
+    copied = detached_copy(model)
+    assert copied.refs.value() is copied.late is copied.late.own()
+    assert next(iter(copied.refs.other))() is copied.first
+    assert copied.early[0]() is copied.head.weight
+    assert copied.seen[0]() is outside  # of which nobody would hold a copy
+    assert list(copied.seen[1]) == [outside]
+    assert model.refs.value() is model.late is model.late.own()
+
+
+def test_a_dead_weak_reference_stays_dead():
+    gone = nn.Linear(2, 2)
+    model = Holds([weakref.ref(gone), weakref.proxy(gone), weakref.WeakMethod(gone.forward)])
+    del gone
+    copied = detached_copy(model)
+    assert copied.held[0]() is copied.held[2]() is None
+    with pytest.raises(ReferenceError):
+        copied.held[1].weight  # noqa: B018
+
+
+def test_functions_keep_what_they_share_and_what_is_not_of_the_model():
+    model = Holds({})
+    lines, count = [], 0
+
+    def write(x):
+        nonlocal count
+        count += 1
+        lines.append(x)
+        return model.head(x)
+
+    model.held |= {"write": write, "read": lambda: (count, lines), "relu": torch.relu, "pool": nn.functional.max_pool2d}
+    model.held["self"] = model.held
+    model.held["again"] = Frozen(write)
+    both = {"layer": model.first}
+    model.one, model.other = (lambda: both), (lambda: both)
+    copied = detached_copy(model)
+    assert copied.held is not model.held
+    assert copied.held["self"] is copied.held
+    assert copied.held["again"].value is copied.held["write"] is not write
+    assert copied.held["read"] is model.held["read"]
+    copied.held["write"](torch.ones(12))
+    assert copied.held["read"]()[0] == 1
+    assert copied.held["read"]()[1] is lines
+    assert len(lines) == 1
+    assert copied.held["relu"] is torch.relu
+    assert copied.held["pool"] is nn.functional.max_pool2d
+    assert copied.one() is copied.other() is not both
+    assert copied.one()["layer"] is copied.first
+    assert both["layer"] is model.first
+
+
+def test_a_function_and_the_model_share_settings_in_the_copy_too():
+    model = Holds({"rate": [1]})
+    settings = model.held
+    model.rate = Slots(lambda: settings["rate"])
+    copied = detached_copy(model)
+    copied.held["rate"].append(2)
+    assert copied.rate.value() == [1, 2]
+    assert model.rate.value() == [1]
+
+
+def test_functions_hold_the_tables_of_the_copy_itself():
+    model = Holds(None)
+    layers, own = model._modules, vars(model)
+    model.held = [lambda: layers, lambda: own, model._modules.get]
+    copied = detached_copy(model)
+    assert copied.held[0]() is copied._modules
+    assert copied.held[1]() is vars(copied)
+    copied.head = nn.Identity()
+    assert copied.held[2]("head") is copied.head
+    assert model.held[2]("head") is model.head is not copied.head
+
+
+def test_functions_that_hold_one_another_are_copied_as_they_are():
+    model = Holds(None)
+
+    def even(n):
+        return model.head.bias if n == 0 else odd(n - 1)
+
+    def odd(n):
+        return even(n - 1)
+
+    steps = []
+    steps += [even, odd, lambda: steps]
+    model.held = deque(steps)
+    copied = detached_copy(model)
+    assert copied.held[1](3) is copied.head.bias
+    assert copied.held[2]()[0] is copied.held[0] is not even
+    assert model.held[1](3) is model.head.bias
+
+
+def test_an_unregistered_layer_in_a_closure_is_copied():
+    layer = nn.BatchNorm1d(3)
+    model = Holds(lambda x: layer(x))
+    detached_copy(model).train().held(torch.randn(4, 3))
+    assert int(layer.num_batches_tracked) == 0
+
+
+class Own:
+    """Says how it is copied."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __deepcopy__(self, memo):
+        made = memo[id(self)] = type(self)(None)
+        made.held = copy.deepcopy(self.held, memo)
+        return made
+
+
+@pytest.mark.parametrize("make", [lambda model: [lambda: model], lambda model: [weakref.ref(model)]])
+def test_an_object_that_says_how_it_is_copied_holds_functions_and_references_of_the_copy(make):
+    model = Holds(None)
+    model.held = Own(make(model))
+    copied = detached_copy(model)
+    assert copied.held.held[0]() is copied
+    assert model.held.held[0]() is model
+
+
+def test_a_lock_in_a_closure_is_one_for_the_model_and_its_copies():
+    model, lock = Holds(None), threading.Lock()
+    model.held = Plain(lambda: (model, lock))
+    copied = detached_copy(model)
+    assert copied.held.value() == (copied, lock)
+
+
+def _uncopied(model, held):
+    held |= {"lock": threading.Lock(), "layer": model.first}
+    return lambda: held
+
+
+def test_what_cannot_be_copied_in_a_closure_and_holds_layers_is_refused_by_its_name():
+    model = Holds(None)
+    model.held = (Plain(_uncopied(model, {})),)
+    with pytest.raises(ConfigError, match=r"a variable of a function .* got dict: .*lock.* \(held in Holds.held\)"):
+        detached_copy(model)
+
+
+def test_a_generator_that_computes_with_layers_is_refused():
+    model = Holds(None)
+    model.held = [model.first.weight * factor for factor in (1, 2)], (model.first.weight * n for n in range(3))
+    with pytest.raises(ConfigError, match=r"cannot pickle 'generator' object \(Holds.held\)"):
+        detached_copy(model)
+    model.held = (n for n in range(3))
+    assert detached_copy(model).held is model.held
+
+
+class KeptByItsClass(Holds):
+    last: Any = None
+
+    def forward(self, images):
+        return super().forward(images) * self.factor()
+
+    def factor(self):
+        return KeptByItsClass.last.head.bias
+
+
+def test_a_class_attribute_that_holds_the_model_is_refused_where_it_is_read():
+    model = KeptByItsClass(None)
+    detached_copy(model)
+    try:
+        KeptByItsClass.last = model
+        with pytest.raises(ConfigError, match=r"attribute 'last' \(read by KeptByItsClass.factor\)"):
+            detached_copy(model)
+        detached_copy(KeptByItsClass(None))  # another one's layers are constants
+    finally:
+        KeptByItsClass.last = None
+
+
+def _dense_and_masked(model):
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) < 6).float()
+    masks = {"first": {"weight": mask.view(-1, 1, 1, 1).expand(12, 3, 3, 3).clone(), "bias": mask}}
+    dense, masked = to_dense(model, images, masks), nni_topo.masked_model(model, images, masks)
+    with torch.no_grad():
+        model.first.weight.mul_(masks["first"]["weight"])
+        model.first.bias.mul_(mask)
+        return dense, dense(images), masked(images), model(images)
+
+
+class Runs(Holds):
+    """Calls its layers by a function."""
+
+    def __init__(self):
+        super().__init__(None)
+        layers = {"first": self.first, "head": weakref.proxy(self.head)}
+        self.held = Frozen(lambda name, x: layers[name](x))
+
+    def forward(self, images):
+        return self.held.value("head", self.held.value("first", images).relu().mean((2, 3)))
+
+
+def test_a_dense_and_a_masked_network_compute_with_masks_by_functions_over_layers():
+    torch.manual_seed(0)
+    dense, small, masked, expected = _dense_and_masked(Runs().eval())
+    assert dense.first.out_channels == 6
+    assert torch.equal(masked, expected)
+    torch.testing.assert_close(small, expected, rtol=1e-5, atol=1e-6)
