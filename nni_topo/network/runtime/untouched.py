@@ -75,6 +75,21 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the parameters of a model alone, as after forwards of a light copy, which holds the same ones."""
+    put_back: list[_PutBack] = []
+    values = ParameterValues()
+    for parameter in model.parameters():
+        _add_tensor(parameter, put_back, values)
+    with values_kept(values, [model], is_watched=True, is_own=_is_called_by_package):
+        try:
+            yield
+        finally:
+            for each in put_back:
+                each()
+
+
+@contextmanager
 def lent(model: nn.Module) -> Iterator[None]:
     """Lend a network to a user's function: what it does to the network, such as to train it, is put back."""
     with left_alone(model), users_code():
@@ -215,6 +230,10 @@ def _add_module(
             values.copy(parameter)  # what TorchScript does can't be watched
         return [*module.buffers(recurse=False), *module.children()]
     targets = _targets(module)
+    wrapper = module._modules.get("_nni_wrapper")
+    for parameter in () if wrapper is None else wrapper.parameters(recurse=False):
+        if type(parameter) is nn.Parameter and not parameter.is_meta:
+            values.note(parameter, parameter.detach())  # a layer may hold its memory before it first runs
     held: list[Any] = []
     tables = [(table, dict(table)) for table in (vars(module), module._parameters, module._buffers, module._modules)]
     put_back.append(functools.partial(_put_tables, tables, module, targets))
