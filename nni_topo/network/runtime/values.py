@@ -223,9 +223,12 @@ class _Watch(TorchFunctionMode):
     @contextmanager
     def of_everything(self) -> Iterator[None]:
         """Watch all operations for a while."""
+        if self.is_on:
+            yield
+            return
         self._see_none()  # PyTorch warns who compiles a model while there are such hooks
         try:
-            with nullcontext() if self.is_on else self:
+            with self:
                 yield
         finally:
             self._see_forwards()
@@ -238,13 +241,15 @@ class _Watch(TorchFunctionMode):
         above = [overrides._pop_mode() for _ in modes[below:]][:-1]
         for each in reversed(above):
             overrides._push_mode(each)
+        sees_forwards = bool(self._hooks)
         self._see_none()
         _threads.watch = None
         try:
             yield
         finally:
             _threads.watch = self
-            self._see_forwards()
+            if sees_forwards:
+                self._see_forwards()
             if self in modes:
                 above = [overrides._pop_mode() for _ in overrides._get_current_function_mode_stack()[below:]]
                 for each in (self, *reversed(above)):

@@ -305,3 +305,22 @@ def test_a_lent_network_is_as_it_was():
         _trains(model)
         assert _bits(model) != before
     assert _bits(model) == before
+
+
+def test_no_hook_and_no_mode_stays_whatever_blocks_are_within_each_other():
+    model = nn.Linear(4, 2)
+    before = _bits(model)
+    hooks = nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks
+    found = [len(each) for each in hooks]
+    with left_alone(model):
+        with lent(model), lent(model):
+            with left_alone(model, as_compiled=True):
+                assert [len(each) for each in hooks] == found
+                assert not torch.overrides._get_current_function_mode_stack()
+                _trains(model)
+            assert _bits(model) == before
+            _trains(model)
+        assert _bits(model) == before
+        assert [len(each) for each in hooks] == [number + 1 for number in found]
+    assert [len(each) for each in hooks] == found
+    assert not torch.overrides._get_current_function_mode_stack()
