@@ -46,6 +46,7 @@ class Busy(nn.Module):
             self.hidden = nn.Linear(8, 8)
             self.head = nn.Linear(8, 4)
         self.register_buffer("counter", torch.zeros(()))
+        self.codes = nn.Parameter(torch.zeros(4), requires_grad=False)  # a moving average, as a codebook's
         self.calls = 0
         self.log = []
         self.by_size = {}
@@ -71,6 +72,9 @@ class Busy(nn.Module):
             self.cache = torch.full((8,), 2.0)
             self.second.made = torch.zeros(3)
         torch.rand(2, generator=self.generator)
+        if not torch.compiler.is_compiling():  # PyTorch's export follows no writes to `data`
+            self.codes.data.mul_(0.9).add_(0.1)
+            self.hidden.weight.data.clamp_(-0.3, 0.3)
         features = torch.relu(self.other(self.second(torch.relu(self.norm(self.first(images))))))
         return self.head(torch.relu(self.hidden(self.drop(features.mean((2, 3))))))
 
@@ -88,6 +92,7 @@ class Attending(Busy):
         """Map images ``(n, 3, 8, 8)`` to ``(n, 4)``."""
         self.calls += 1
         self.counter += 1
+        self.codes.data.mul_(0.9).add_(0.1)
         return self.head(self.encoder(self.first(images).flatten(2).transpose(1, 2)).mean(1))
 
 
@@ -102,6 +107,7 @@ class Blocks(Busy):
         """Map images ``(n, 3, 8, 8)`` to ``(n, 4)``."""
         self.calls += 1
         self.counter += 1
+        self.codes.data.mul_(0.9).add_(0.1)
         features = self.first(images)
         for block in self.body:
             features = features + block(features)
@@ -292,6 +298,30 @@ def test_what_is_made_of_a_model_has_not_counted_the_passes(name, tmp_path):
     made = found[0] if isinstance(found, tuple) else found
     assert (made.calls, made.log, float(made.counter)) == (0, [], 3.0)
     assert not hasattr(made, "cache")
+
+
+class Decaying(nn.Module):
+    """Its last layer's weight decays at each pass."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, images):
+        """Map images ``(n, 3, 8, 8)`` to ``(n, 4)``."""
+        self.head.weight.data.mul_(0.9)
+        return self.head(torch.relu(self.first(images)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["compensate", "masked_model", "recalibrate_batch_norm", "to_dense"])
+def test_what_is_made_of_a_model_has_the_parameters_from_before_the_passes(name, tmp_path):
+    model = Decaying()
+    largest = float(model.head.weight.abs().max())
+    made = CALLS[name](model, model, tmp_path)
+    assert float(made.head.weight.abs().max()) >= 0.999 * largest
+    assert float(model.head.weight.abs().max()) == largest
 
 
 @pytest.mark.parametrize("name", sorted(name for name in list_pruners() if pruner_info(name).origin == "nni_topo"))

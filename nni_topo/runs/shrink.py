@@ -427,9 +427,10 @@ def shrink(
         What counts of the model's output, as for :func:`nni_topo.distill`: the report, the allocation and distillation
         look at nothing else.
     evaluate : callable, optional
-        A function of a network in evaluation mode that returns a number for the report, e.g. its accuracy. With a
-        ``tolerance`` it decides (larger is better), unless ``measure`` says otherwise. It then needs data of its own,
-        which no longer tell how good the network is: they chose it.
+        A function of a network in evaluation mode that returns a number for the report, e.g. its accuracy. It gets
+        ``model`` itself and the networks made of it; what it does to them, such as ``half()`` or to train them, is put
+        back when it returns. With a ``tolerance`` it decides (larger is better), unless ``measure`` says otherwise. It
+        then needs data of its own, which no longer tell how good the network is: they chose it.
     round_to : int or "auto", optional
         Pruned layers keep a multiple of this number of channels; ``"auto"`` chooses it for the model's device, 1: any
         number. None: any number on a CPU, as ``"auto"`` on a GPU, which may take several times as long over other

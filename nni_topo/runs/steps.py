@@ -49,6 +49,7 @@ from nni_topo.network.runtime import (
     first_call,
     give_back_memory,
     leaves_models_alone,
+    lent,
     on_device,
     structure_call,
 )
@@ -637,7 +638,7 @@ class Measurements:
         found = self.answers.likenesses(net)
         solved, held_out = found[0], found[-1]  # one and the same where none is held out
         cost = NetworkCost(net, self._data.example)({})
-        with evaluation_mode(net):
+        with evaluation_mode(net), lent(net):
             accuracy = math.nan if self._evaluate is None else number_of(self._evaluate(net))
         if (processes := self._data.all.processes) is not None:
             accuracy = processes.first(accuracy, "what evaluate returned")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
 from nni_topo.network.cost import measure_latency
-from nni_topo.network.runtime import Calibration, detached_copy, evaluation_mode, leaves_models_alone
+from nni_topo.network.runtime import Calibration, detached_copy, evaluation_mode, lent
 from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
 from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.lesson import Outputs
@@ -228,10 +228,9 @@ class Judge:
         highest = limit_at(limit_at(mean, len(values)), count)
         return Judged(mean, limit, limit <= self.tolerance, highest <= self.tolerance)
 
-    @leaves_models_alone
     def _number(self, net: nn.Module) -> float:
         assert self._evaluate is not None
-        with evaluation_mode(net):
+        with lent(net), evaluation_mode(net):
             return number_of(self._evaluate(net))
 
 

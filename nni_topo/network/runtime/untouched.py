@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import random
 import sys
+from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from operator import is_
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nni_topo.network.runtime.copying import is_compiled_function
 from nni_topo.network.runtime.precision import Switch, in_full_precision, is_within_autocast
+from nni_topo.network.runtime.values import ParameterValues, users_code, values_kept
 
 _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
@@ -46,16 +48,17 @@ _WRAPPING = frozenset({"_nni_wrapper", "forward", "_qkv_same_embed_dim"})
 def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     """Put back, whatever happens in the block, what models hold, and the states of all global generators.
 
-    That is what a deep copy of a model would copy: modes, buffers, hooks, attributes and what these hold. Of parameters
-    it is whether they need gradients, and these, which are away within the block; values alone where a forward is known
-    to write to them, as to an embedding's with ``max_norm``. What a pruner does to wrap a model stays. A model that
-    isn't a module has nothing to put back.
+    That is what a deep copy of a model would copy: modes, parameters, buffers, hooks, attributes and what these hold.
+    Gradients are away within the block. Parameters that nothing writes to aren't written to here either, so that a
+    pass forward from before can still go backward; see `ParameterValues`. What a pruner does to wrap a model stays. A
+    model that isn't a module has nothing to put back.
 
     Parts that ``torch.compile`` has compiled run as they are written, for compiled ones call no hooks and show no
     operations, unless ``as_compiled`` is True. A caller's ``torch.autocast`` is off likewise.
     """
     put_back: list[_PutBack] = []
     seen: dict[int, Any] = {}
+    values = ParameterValues()
     runs_written = not as_compiled and any(isinstance(model, nn.Module) and has_compiled(model) for model in models)
     # What is made in a caller's inference mode takes no gradients, for good. Sums of products that a caller's autocast
     # rounds to three digits say little of a network.
@@ -63,8 +66,9 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     with inference, nullcontext() if as_compiled else _autocast_off(), nullcontext() if as_compiled else _on_cpu():
         for model in models:
             if isinstance(model, nn.Module):
-                _write_down(model, put_back, seen)
-        with random_state_kept(), _compiler_off() if runs_written else nullcontext(), one_call():
+                _write_down(model, put_back, seen, values)
+        kept = values_kept(values, models, is_watched=not as_compiled, is_own=_is_called_by_package)
+        with kept, random_state_kept(), _compiler_off() if runs_written else nullcontext(), one_call():
             try:
                 yield
             finally:
@@ -91,6 +95,28 @@ def running_call() -> object | None:
     Between two calls anything may change on which a model's forward depends, globals and closures too.
     """
     return _CALL.get()
+
+
+@contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the parameters of a model alone, as after forwards of a light copy, which holds the same ones."""
+    put_back: list[_PutBack] = []
+    values = ParameterValues()
+    for parameter in model.parameters():
+        _add_tensor(parameter, put_back, values)
+    with values_kept(values, [model], is_watched=True, is_own=_is_called_by_package):
+        try:
+            yield
+        finally:
+            for each in put_back:
+                each()
+
+
+@contextmanager
+def lent(model: nn.Module) -> Iterator[None]:
+    """Lend a network to a user's function: what it does to the network, such as to train it, is put back."""
+    with left_alone(model), users_code():
+        yield
 
 
 @contextmanager
@@ -157,8 +183,11 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
     return run
 
 
-def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]) -> None:
-    """Append to a list what puts back all that can be reached from a model; ``seen`` keeps ids from being reused."""
+def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any], values: ParameterValues) -> None:
+    """Append to a list what puts back all that can be reached from a model; ``seen`` keeps ids from being reused.
+
+    The parameters among it are noted in ``values``.
+    """
     waiting: list[Any] = [model]
     # Most tables of a module are empty, those of its hooks above all: one function puts all of these back.
     empty: list[dict[Any, Any]] = []
@@ -174,9 +203,9 @@ def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]
             continue
         seen[id(value)] = value
         if isinstance(value, Tensor):
-            _add_tensor(value, put_back, is_written=False)
+            waiting += _add_tensor(value, put_back, values)
         elif isinstance(value, nn.Module):
-            waiting += _add_module(value, put_back, seen)
+            waiting += _add_module(value, put_back, seen, values)
         elif isinstance(value, dict):
             put_back.append(functools.partial(_put_tables, [(value, dict(value))]))
             waiting += value.values()
@@ -185,6 +214,8 @@ def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]
             waiting += value
         elif isinstance(value, set):
             put_back.append(functools.partial(_put_members, value, set(value)))
+        elif isinstance(value, (array, bytearray)):
+            put_back.append(functools.partial(_put_numbers, value, value[:]))
         elif isinstance(value, tuple):
             waiting += value
         elif isinstance(value, np.ndarray):
@@ -211,13 +242,21 @@ def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]
     put_back.append(functools.partial(_put_tables, [(table, {}) for table in empty]))
 
 
-def _add_module(module: nn.Module, put_back: list[_PutBack], seen: dict[int, Any]) -> list[Any]:
+def _add_module(
+    module: nn.Module, put_back: list[_PutBack], seen: dict[int, Any], values: ParameterValues
+) -> list[Any]:
     """Append what puts a module's own tables back; return what they hold."""
     if isinstance(module, torch.jit.ScriptModule):  # whose tables aren't Python's, so that no forward changes them
         put_back.append(functools.partial(_put_mode, module, module.training))
-        return [*module.parameters(recurse=False), *module.buffers(recurse=False), *module.children()]
+        for parameter in module.parameters(recurse=False):
+            _add_tensor(parameter, put_back, values)
+            values.copy(parameter)  # what TorchScript does can't be watched
+        return [*module.buffers(recurse=False), *module.children()]
     targets = _targets(module)
-    is_written = getattr(module, "max_norm", None) is not None
+    wrapper = module._modules.get("_nni_wrapper")
+    for parameter in () if wrapper is None else wrapper.parameters(recurse=False):
+        if type(parameter) is nn.Parameter and not parameter.is_meta:
+            values.note(parameter, parameter.detach())  # a layer may hold its memory before it first runs
     held: list[Any] = []
     tables = [(table, dict(table)) for table in (vars(module), module._parameters, module._buffers, module._modules)]
     put_back.append(functools.partial(_put_tables, tables, module, targets))
@@ -230,7 +269,7 @@ def _add_module(module: nn.Module, put_back: list[_PutBack], seen: dict[int, Any
             # Asked first whether it is a tensor: to ask for a parameter takes long, a function of Python's answers.
             if isinstance(value, Tensor) and isinstance(value, nn.Parameter) and id(value) not in seen:
                 seen[id(value)] = value
-                _add_tensor(value, put_back, is_written=is_written)
+                held += _add_tensor(value, put_back, values)
             else:
                 held.append(value)
     return held
@@ -293,35 +332,48 @@ def _put_members(members: set[Any], before: set[Any]) -> None:
         members.update(before)
 
 
+def _put_numbers(numbers: array[Any] | bytearray, before: array[Any] | bytearray) -> None:
+    if numbers != before or len(numbers) != len(before):
+        numbers[:] = before  # type: ignore[assignment]
+
+
 def _put_entries(array: np.ndarray[Any, Any], before: np.ndarray[Any, Any]) -> None:
     if array.tobytes() != before.tobytes():
         np.copyto(array, before)
 
 
-def _add_tensor(tensor: Tensor, put_back: list[_PutBack], *, is_written: bool) -> None:
-    """Append what puts a tensor back: values but for parameters that no forward writes to, gradient, memory."""
+def _add_tensor(tensor: Tensor, put_back: list[_PutBack], values: ParameterValues) -> Iterable[Any]:
+    """Append what puts a tensor back: values, gradient, memory, attributes; return what these hold.
+
+    The values of a parameter are those that are noted in ``values``.
+    """
     if not tensor.is_leaf or is_lazy(tensor):
-        return  # computed anew, or nothing yet
+        return ()  # computed anew, or nothing yet
     gradient, needs, memory = tensor.grad, tensor.requires_grad, tensor.detach()
     is_usual = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
     has_values = is_usual and not tensor.is_meta
-    keeps = has_values and (is_written or not isinstance(tensor, nn.Parameter))
-    values = memory.clone() if keeps else None
+    clone = memory.clone() if has_values and not isinstance(tensor, nn.Parameter) else None
+    if has_values and clone is None:
+        values.note(tensor, memory)
+    attributes = dict(vars(tensor)) if is_usual else {}
     if gradient is not None:
         tensor.grad = None  # so that none is added to it
 
     def put() -> None:
-        if has_values and (tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape):
+        if has_values and (tensor.dtype is not memory.dtype or not tensor.is_set_to(memory)):
             tensor.data = memory
-        if values is not None and not torch.equal(memory, values):
+        if clone is not None and not torch.equal(memory, clone):
             with torch.inference_mode(memory.is_inference()):
-                memory.copy_(values)
+                memory.copy_(clone)
         if tensor.requires_grad != needs:
             tensor.requires_grad_(needs)
         if tensor.grad is not gradient:
             tensor.grad = gradient
+        if is_usual and (attributes or vars(tensor)):
+            _put_tables([(vars(tensor), attributes)])
 
     put_back.append(put)
+    return attributes.values()
 
 
 def _is_copied_by_attributes(kind: type) -> bool:

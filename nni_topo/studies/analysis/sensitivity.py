@@ -20,7 +20,7 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, check_jobs, check_result, checked, instance
 from nni_topo.network.layers import CONVOLUTIONS, check_names
-from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone, lent
 from nni_topo.network.speedup import Network, dependency_groups, masked_model
 from nni_topo.pruners.registry import PRUNERS, check_knob_names, create_pruner, pruner_info
 from nni_topo.runs.run import pruner_knobs
@@ -306,7 +306,8 @@ class _Trial:
 
     def score(self, model: nn.Module) -> float:
         """Return a model's score."""
-        score = check_result("evaluate", self.evaluate(model), "sensitivity")
+        with lent(model):
+            score = check_result("evaluate", self.evaluate(model), "sensitivity")
         if not math.isfinite(score):
             raise DataError(f"an evaluation must return a finite number, got {score} (sensitivity)")
         return score
