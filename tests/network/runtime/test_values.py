@@ -77,7 +77,7 @@ def _as_array(layer):
 
 
 def _by_dlpack(layer):
-    np.from_dlpack(layer.weight.detach()).fill(1.0)
+    torch.from_dlpack(layer.weight.detach()).fill_(1.0)  # NumPy before 2.1 reads alone
 
 
 def _transpose(layer):
