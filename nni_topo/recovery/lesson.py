@@ -33,6 +33,7 @@ from nni_topo.network.runtime import (
     evaluating,
     evaluation_mode,
     free_memory_of,
+    left_alone,
     map_tensors,
     on_device,
     out_of_memory,
@@ -796,7 +797,7 @@ def _failure(model: nn.Module, call: Call) -> Exception | None:
     """Return the error with which a network doesn't run on a call in evaluation mode."""
     args, kwargs = on_device(call, device_of(model))
     try:
-        with evaluation_mode(model), torch.no_grad():
+        with left_alone(model), evaluation_mode(model), torch.no_grad():
             model(*args, **kwargs)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         if out_of_memory(error):

@@ -22,7 +22,8 @@ PLAIN = "nni_topo_plain"  # in a node's meta: whether it is a tensor that is an 
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
 
-_OPERATORS = "nni_topo.network.channels.rules"
+# Around a function that somebody has registered, and around one that may write to parameters.
+_BETWEEN = frozenset({"nni_topo.network.channels.rules", "nni_topo.network.runtime.values"})
 
 
 def forward_line() -> str:
@@ -31,7 +32,7 @@ def forward_line() -> str:
     has_left = False  # the functions of this package that were called last, which record what runs
     while frame is not None:
         package = str(frame.f_globals.get("__name__", ""))
-        if package == _OPERATORS:  # around a function that somebody has registered
+        if package in _BETWEEN:
             frame = frame.f_back
             continue
         is_own = package.startswith("nni_topo.network.")

@@ -17,7 +17,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, checked, instance
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.layers import kept_channels
-from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone, lent
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
 from nni_topo.network.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
@@ -52,8 +52,7 @@ EvaluateQuality = Callable[[nn.Module], Quality]
 
 def quality_of(evaluate: EvaluateQuality, model: nn.Module) -> Quality:
     """Evaluate a model; ConfigError if the result is no Quality."""
-    with lent(model):
-        found = evaluate(model)
+    found = evaluate(model)
     instance(Quality).check("what evaluate returns", found, "evaluate")
     return found
 
