@@ -29,8 +29,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the slow tests of other shares; a test's share follows from its name alone."""
+    """Mark the cases that aren't quick as slow, and deselect the slow tests of other shares.
+
+    ``quick_every(n)``: of a test's cases every n-th is quick. A test's share follows from its name alone.
+    """
+    for item in items:
+        quick, call = item.get_closest_marker("quick_every"), getattr(item, "callspec", None)
+        if quick is not None and call is not None and sum(call.indices.values()) % quick.args[0]:
+            item.add_marker(pytest.mark.slow)
     share = config.getoption("--share")
     if share is None:
         return

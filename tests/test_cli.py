@@ -18,6 +18,7 @@ from nni_topo.cli import main
 QUICK = ["--limit", "300", "--train-epochs", "1", "--retrain-epochs", "1", "--in-process"]
 
 
+@pytest.mark.slow
 def test_compare_gives_images_to_pruners_that_choose_by_them(tmp_path):
     words = [
         "compare",
@@ -152,6 +153,7 @@ def bars_of(text):
     return {line.partition(":")[0] for line in text.splitlines()} & {"compensate", "learning rate", "training"}
 
 
+@pytest.mark.slow
 def test_shrink_takes_a_recovery_method_by_name_and_says_what_was_asked_for(tmp_path, untrained, capsys, monkeypatch):
     # progress that nobody asked for appears at once
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)

@@ -227,3 +227,33 @@ def test_the_workflow_runs_every_python_that_the_package_takes():
     lowest, newest = re.search(r"torch>=([\d.]+),<([\d.]+)", setup["options"]["install_requires"]).groups()
     assert jobs["versions"]["strategy"]["matrix"]["torch"] == [f"torch=={lowest}.*", f"torch<{newest}"]
     assert {"macos-latest", "windows-latest"} == set(jobs["systems"]["strategy"]["matrix"]["system"])
+
+
+CASES = """
+import pytest
+
+@pytest.mark.quick_every(3)
+@pytest.mark.parametrize("letter", "ab")
+@pytest.mark.parametrize("number", range(6))
+def test_cases(number, letter):
+    pass
+
+@pytest.mark.quick_every(3)
+def test_without_cases():
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_every_nth_case_is_quick(tmp_path):
+    (tmp_path / "conftest.py").write_text((PROJECT / "tests" / "shares.py").read_text())
+    (tmp_path / "test_some.py").write_text(CASES)
+    (tmp_path / "setup.cfg").write_text("[tool:pytest]\nmarkers =\n    slow: x\n    cuda: y\n    quick_every(n): z\n")
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    found = []
+    for words in ("not slow", "slow"):
+        done = subprocess.run([*command, "-m", words, str(tmp_path)], capture_output=True, text=True)
+        found.append({line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line})
+    quick, slow = found
+    assert "test_without_cases" in quick
+    assert (len(quick - {"test_without_cases"}), len(slow), len(quick | slow)) == (4, 8, 13)

@@ -152,6 +152,7 @@ def test_a_budget_keeps_a_number_of_heads_that_the_config_accepts(round_to: int 
     assert set(kept.values()) <= {8, 4, 2, 1}
 
 
+@pytest.mark.slow
 def test_layers_that_share_the_channels_of_an_embedding_are_left_out_and_reconstructed(caplog):
     """They keep all channels, so that nothing of theirs is masked; what narrower heads put out is solved anew."""
     torch.manual_seed(0)

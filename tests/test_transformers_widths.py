@@ -45,6 +45,7 @@ OTHERS = {"NemotronForCausalLM": ("NemotronConfig", {**SIZES, **TOKENS, "num_key
         pytest.param("MistralForCausalLM", True, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_the_residual_width_of_decoders_goes_with_norms_of_pytorch(name, tied, tmp_path):
     config, sizes = OTHERS.get(name) or MODELS[name]
     torch.manual_seed(0)

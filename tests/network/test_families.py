@@ -60,6 +60,7 @@ def test_every_own_network_of_the_zoo_is_here():
 
 
 @pytest.mark.parametrize("name", OWN)
+@pytest.mark.quick_every(2)
 def test_a_network_of_every_family(name):
     record = bench.measure(f"own/{name}", {})
     share, whole = OWN[name]

@@ -191,6 +191,7 @@ def test_the_layer_before_a_block_makes_up_for_what_the_block_adds():
     assert lost(model, state.net) < 0.8 * lost(model, plain)
 
 
+@pytest.mark.slow
 def test_hooks_outputs_and_named_layers_keep_their_blocks():
     model, data = resnet(), Calibration(list(images()))
     handle = model.stage1[1].conv2.register_forward_hook(lambda *_: None)
@@ -244,6 +245,7 @@ def test_layers_that_a_caller_names_are_those_of_the_unpruned_network():
 
 
 @pytest.mark.parametrize("pruner", [pytest.param("reconstruction", marks=pytest.mark.slow), "l1"])
+@pytest.mark.slow
 def test_budgets_of_what_is_tried_are_not_told_only_that_of_the_call(pruner, caplog):
     """Networks without two or three blocks have budgets of their own, which the few channels of this one miss."""
     small = shrunk(resnet(SILENT), pruner=pruner, compensate=None)

@@ -191,6 +191,7 @@ def test_the_disk_needs_room_for_the_states_and_for_what_is_still_to_be_written(
     assert len(shrink_with(MIN_FREE_BYTES).blocks) == 2
 
 
+@pytest.mark.slow
 def test_a_block_makes_up_for_the_errors_of_those_before_it(source, tmp_path, monkeypatch):
     knobs, prepared = FAST | {"compensate": "reconstruct"}, shrinking._Run._work
     found = {"both": nni_topo.shrink_pretrained(source, tokens(16), tmp_path / "both", {"params": 0.75}, **knobs)}
@@ -557,6 +558,7 @@ def test_a_finished_folder_returns_its_report(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["lost", "longer"])
+@pytest.mark.slow
 def test_a_finished_folder_whose_weights_were_changed_is_told(source, tmp_path, change):
     target = tmp_path / "small"
     nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
@@ -609,6 +611,7 @@ def test_weights_keep_the_precision_of_the_files(source, tmp_path):
     assert {value.dtype for value in weights_of(tmp_path / "small").values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_older_names_and_a_base_model_are_read(tmp_path):
     sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
     kind = transformers.GPT2LMHeadModel
@@ -638,6 +641,7 @@ def test_weights_of_pickle_are_told(source, tmp_path):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "small", {"params": 0.7}, **FAST)
 
 
+@pytest.mark.slow
 def test_a_home_is_expanded(source, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -675,6 +679,7 @@ def test_lists_of_unequal_blocks_are_told(tmp_path):
         nni_topo.shrink_pretrained(tmp_path / "jamba", tokens(), tmp_path / "small", {"params": 0.8}, **FAST)
 
 
+@pytest.mark.slow
 def test_other_names_of_the_width_of_an_mlp(tmp_path):
     sizes = {"vocab_size": VOCABULARY, "dim": 16, "hidden_dim": 24, "n_heads": 4, "n_layers": 2}
     config = transformers.DistilBertConfig(**sizes, max_position_embeddings=32)
@@ -991,6 +996,7 @@ def test_a_budget_of_work_counts_the_head_and_all_blocks(source, tmp_path):
         nni_topo.shrink_pretrained(source, tokens(), tmp_path / "none", {"flops": 0.1}, **FAST)
 
 
+@pytest.mark.slow
 def test_one_sample_in_one_batch_is_enough_without_distillation(tmp_path, capsys):
     source = saved(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=3), tmp_path / "source")
     target = tmp_path / "small"
@@ -1024,6 +1030,7 @@ def test_distances_of_a_block_are_over_the_variance_of_the_unpruned_states(sourc
     assert (report.samples, report.held_out) == (17, 2)
 
 
+@pytest.mark.slow
 def test_weights_that_distillation_finds_are_kept_where_the_loss_falls(source, tmp_path, capsys):
     found = []
     for distill in (False, {"steps": 30, "lr": 1e-2}):
@@ -1044,6 +1051,7 @@ def test_distillation_needs_one_sample_to_learn_from_and_one_to_judge_by(source,
     assert report.samples + report.held_out == 2
 
 
+@pytest.mark.slow
 def test_other_files_of_the_source_are_copied(source, tmp_path):
     for name in ("pytorch_model.bin", "model.gguf", ".hidden", "README.md", "shrink_pretrained.json", "vocab.txt"):
         (source / name).write_text(name)
@@ -1107,6 +1115,7 @@ def test_a_folder_at_which_another_run_is_at_work_is_told(source, tmp_path):
         nni_topo.shrink_pretrained(source, tokens(), target, {"params": 0.7}, **FAST)
 
 
+@pytest.mark.slow
 def test_progress_counts_the_blocks_that_were_pruned_before(source, tmp_path, monkeypatch, capsys):
     knobs = FAST | {"progress": True}
     prune = shrinking._Run.prune

@@ -97,6 +97,7 @@ def test_the_smallest_network_within_the_tolerance_is_found_and_confirmed():
     assert list(frame["left"]) == [each.left for each in found.candidates]
 
 
+@pytest.mark.slow
 def test_a_larger_network_is_confirmed_where_the_smallest_one_passed_by_chance():
     results = []
     for seed in (2, 5, 6, 9, 10, 11):
@@ -559,6 +560,7 @@ def test_beside_a_budget_whichever_keeps_more_decides(caplog):
 
 
 @pytest.mark.parametrize("budget", ["params", "memory", "latency", {"flops": None, "allocation": "auto"}])
+@pytest.mark.quick_every(2)
 def test_the_cost_that_is_made_small_has_a_name(budget):
     if budget == "latency":
         budget = {"latency": 0.01, "latency_table": proportional({"hidden": 1.0, "head": 1.0})}
@@ -740,6 +742,7 @@ GIVEN = {
         ),
     ],
 )
+@pytest.mark.quick_every(3)
 def test_ordinary_use_and_the_model_stays_as_it_was(batches, is_training):
     batches = GIVEN[batches]
     torch.manual_seed(0)  # of the loader

@@ -218,6 +218,7 @@ NETS = {
 
 @pytest.mark.parametrize("name", NETS)
 @torch.no_grad()
+@pytest.mark.quick_every(2)
 def test_heads_and_the_stream_lose_what_each_is_asked_for_and_the_same_is_computed(name: str) -> None:
     model = make(NETS[name]())
     dense, masked = pruned(model)
