@@ -595,6 +595,7 @@ def _few_values_shown():
 
 @pytest.mark.usefixtures("_few_values_shown")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * is_heavy(name)) for name in WALKED])
+@pytest.mark.quick_every(3)
 def test_wrong_values_are_told_by_name(name):
     found = {}
     for parameter, hint in hints(function_of(name)).items():

@@ -239,6 +239,7 @@ def test_a_pruning_file_may_compensate_distil_and_round_for_any_pruner(checkpoin
         (0.1, 0.9, 8, False, "layers keep a multiple of 8 channels"),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_a_record_says_whether_the_dense_network_meets_the_budget(
     share, cap, round_to, is_met, why, checkpoint, tmp_path
 ):

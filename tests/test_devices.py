@@ -168,6 +168,7 @@ def test_schedules(device, scheduler):
         {"method": nni_topo.recovery.Pair({"hidden": {0: 1}}, as_printed=True)},
     ],
 )
+@pytest.mark.quick_every(2)
 def test_compensation(device, knobs):
     def run(place: torch.device) -> Any:
         model, masks = toy_model().to(place).eval(), {"hidden": {"weight": torch.ones(16, 8, device=place)}}

@@ -194,6 +194,7 @@ def labelled(images):
 
 @pytest.mark.parametrize("job", ON_A_DEVICE)
 @pytest.mark.parametrize("device", ["far"], indirect=True)
+@pytest.mark.quick_every(3)
 def test_a_batch_that_is_too_large_for_a_device_is_run_in_parts(job, device, caplog):
     work, most = ON_A_DEVICE[job]
     whole = work(device, [IMAGES])

@@ -122,6 +122,7 @@ ENTRIES = [
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.__name__.removeprefix("_through_"))
+@pytest.mark.quick_every(2)
 def test_every_entry_point_hands_a_pruner_the_same_knobs(entry, nosy, checkpoint, tmp_path):
     start = trained(MODEL, DATA, checkpoint=checkpoint, seed=SEED)
     entry(nosy, tmp_path / "out", start, checkpoint)
@@ -161,6 +162,7 @@ CONFIG = [{"op_names": ["fc1"], "sparse_ratio": 0.5}]
 
 
 @pytest.mark.parametrize("name", ["genetic_weight", "taylor", "level", "topological_magnitude"])
+@pytest.mark.quick_every(2)
 def test_pruners_that_need_data_work_from_compare_without_knobs(name, tmp_path):
     knobs = {"search": {"generations": 1, "population_size": 4}} if name == "genetic_weight" else {}
     choice = PrunerChoice(name, knobs=knobs)

@@ -20,6 +20,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+@pytest.mark.quick_every(2)
 def test_a_page_is_what_its_records_make(tables: ModuleType, path: Path) -> None:
     page = path.read_text(encoding="utf-8")
     assert tables.made_anew(path.stem, page) == page, "run make tables"

@@ -26,6 +26,7 @@ def found_in(name, **knobs):
         ("ViTForImageClassification", "vit.encoder.layer", ()),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_blocks_and_parts_of_them_are_found(name, blocks, parts):
     model, found = found_in(name)
     if name.startswith("ViT") and hasattr(model.vit, "layers"):  # since Transformers 5.17, with an MLP of its own

@@ -156,6 +156,7 @@ def _run(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tens
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in FAMILIES]
 )
+@pytest.mark.quick_every(2)
 def test_a_pruned_family_computes_what_the_masked_one_does_and_goes_on(name: str, tmp_path: Any) -> None:
     _, most, halved = FAMILIES[name]
     model, inputs = _made(name)

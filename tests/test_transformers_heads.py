@@ -181,6 +181,7 @@ BY_BLOCK = {
         for name in BY_BLOCK
     ],
 )
+@pytest.mark.quick_every(2)
 def test_heads_of_single_blocks_are_in_the_config_and_load_by_it(name, tmp_path):
     torch.manual_seed(0)
     config, sizes = BY_BLOCK[name]
@@ -310,6 +311,7 @@ def test_a_decoder_without_a_block_generates_and_loads_by_its_config(name, tmp_p
 
 
 @pytest.mark.parametrize(("ratio", "left"), [(0.4, 2), (0.5, 1), (0.9, 1)])
+@pytest.mark.quick_every(2)
 def test_of_shared_keys_and_values_whole_groups_stay_whatever_the_ratio(ratio, left):
     model = make("LlamaForCausalLM")
     inputs = inputs_of(model)
@@ -363,6 +365,7 @@ _SEEING = {**_TOWER, "image_size": 8, "patch_size": 4}
         ("SiglipVisionModel", _SEEING),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_towers_of_clip_and_siglip_lose_heads_and_neurons(name, sizes, kind, tmp_path):
     torch.manual_seed(0)
     cls = getattr(transformers, name)

@@ -110,6 +110,7 @@ def test_a_decoder_of_narrower_heads_generates_with_and_without_cache():
         ),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_the_residual_width_goes(name, asked, tmp_path):
     model = make(name)
     inputs = inputs_of(model)

@@ -254,6 +254,7 @@ def called(name, model, other, folder):
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))
+@pytest.mark.quick_every(3)
 def test_a_model_is_as_it_was(name, tmp_path):
     kind = KINDS.get(name, Busy)
     model, other = busy(kind), busy(kind)
@@ -283,6 +284,7 @@ def forgetful(model):
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))
+@pytest.mark.quick_every(3)
 def test_methods_that_return_nothing_are_called_all_the_same(name, tmp_path):
     kind = KINDS.get(name, Busy)
     model, other = forgetful(busy(kind)), forgetful(busy(kind))
@@ -468,6 +470,7 @@ class _PartCompiled(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["whole", "inside", "child", "forward"])
+@pytest.mark.quick_every(2)
 def test_what_is_compiled_in_a_model_changes_nothing_but_runs_as_it_is_written(how):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 1, 8, 8, generator=generator).split(16)

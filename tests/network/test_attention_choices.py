@@ -37,6 +37,7 @@ def prune(model, config, kind, data):
 
 @pytest.mark.parametrize("kind", PRUNERS)
 @pytest.mark.parametrize("name", ["multihead", "encoder layer", "fused", "apart", "shared keys"])
+@pytest.mark.quick_every(3)
 def test_pruners_choose_heads(name, kind):
     model, data = make(name), [_states(8, 7, 5)]
     (attention,) = find_attention(model).values()

@@ -28,6 +28,7 @@ LONG, FAST = ("check_half_precision", "check_scheduled"), ("topological", "recon
         for check in CHECKS[name]
     ],
 )
+@pytest.mark.quick_every(3)
 def test_pruner_keeps_its_promises(name, check):
     knobs = toy_knobs(INFOS[name].knobs(), INFOS[name].needs)
     if name == "genetic_weight":

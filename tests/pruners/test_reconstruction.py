@@ -260,6 +260,7 @@ DEALT = {"budget": {"flops": 0.4, "allocation": "topological"}}
         (branches, "0 2 5", {}, DEALT, "01011001 10011001 010111"),
     ],
 )
+@pytest.mark.quick_every(3)
 def test_masks_stay_as_they_were(build, names, rule, knobs, expected):
     model = build().eval()
     entry = {"op_names": names.split(), **rule}

@@ -53,6 +53,7 @@ def test_equal_blocks_are_for_one_ratio_alone():
 
 @pytest.mark.parametrize("allocation", ["uniform", "topological"])
 @pytest.mark.parametrize("share", [0.7, 0.4, 0.15])
+@pytest.mark.quick_every(3)
 def test_the_share_of_the_table_is_met(share, allocation):
     table = proportional({"stem": 1.0, "inner": 2.0, "hidden": 1.0, "head": 0.5})
     counts, _ = kept({"latency": share}, table, allocation)

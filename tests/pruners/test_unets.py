@@ -192,6 +192,7 @@ def test_reconstruction_takes_half_of_all_channels(net: str, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize("name", ["l1", "l2", "fpgm", "random", "topological"])
+@pytest.mark.quick_every(2)
 def test_pruners_agree_on_what_a_channel_is(name: str) -> None:
     model, images = trained(UNet), torch.randn(2, 1, *EVEN)
     layers = layers_of(model)

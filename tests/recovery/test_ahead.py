@@ -144,6 +144,7 @@ def test_what_has_no_derivatives_stays_as_the_closed_form_leaves_it(caplog):
 
 
 @pytest.mark.parametrize("cache_bytes", [300, 500, 1000, 2000])
+@pytest.mark.quick_every(2)
 def test_a_small_memory_that_holds_some_batches_gives_what_a_large_one_does(cache_bytes):
     torch.manual_seed(0)
     layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)]

@@ -77,6 +77,7 @@ def test_less_loss_is_better_whatever_the_agreement(scale, steps, lr):
         pytest.param("dict", "auto", "squares", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_outputs_of_any_form_are_met(form, objective, expected):
     dense, original = pair(form)
     found = distillation(dense, original, batches(), objective=objective, steps=150, lr=0.01)
@@ -727,6 +728,7 @@ class ScoresMasked(nn.Module):
 
 @pytest.mark.parametrize("by_sample", [False, True])
 @pytest.mark.parametrize("objective", ["kl", "squares"])
+@pytest.mark.quick_every(2)
 def test_masked_scores_have_no_part_in_the_loss(objective, by_sample):
     dense, original = (ScoresMasked(net, by_sample) for net in pair())
     found = distillation(dense, original, batches(256), objective=objective, steps=100)

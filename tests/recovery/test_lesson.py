@@ -33,6 +33,7 @@ def test_augmented_views_are_answered_by_the_original():
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e3])
+@pytest.mark.quick_every(2)
 def test_the_rate_suits_the_size_of_the_weights(scale, tmp_path):
     """Where inputs are thirty times as large, weights are small, and a high rate takes them far away."""
     _, original = pair()
@@ -323,6 +324,7 @@ class WithAnchors(nn.Module):
         *(pytest.param(rows, lambda output, inputs: output, marks=pytest.mark.slow) for rows in (1, 16, 32)),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_a_tensor_that_is_as_long_as_a_batch_by_chance_is_not_an_output(rows, outputs):
     torch.manual_seed(0)
     original = WithAnchors(rows).eval()

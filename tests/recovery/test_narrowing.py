@@ -57,6 +57,7 @@ def lost(net, other, inputs):
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.quick_every(2)
 def test_turned_heads_compute_the_same_and_lose_the_channels_asked_for(name):
     net, inputs = make(name), NETS[name][1]
     before = copy.deepcopy(net.state_dict())
@@ -72,6 +73,7 @@ def test_turned_heads_compute_the_same_and_lose_the_channels_asked_for(name):
 
 
 @pytest.mark.parametrize("name", ONE_OF_THE_ZOO)
+@pytest.mark.quick_every(2)
 def test_what_is_of_lower_rank_comes_back_exactly(name):
     """In every head queries and values vary in half as many directions as they have channels, none of which is zero."""
     net, inputs = make(name), NETS[name][1](60).split(20)
@@ -146,6 +148,7 @@ def test_a_ratio_of_whole_numbers_is_met_exactly():
 
 
 @pytest.mark.parametrize("name", ONE_OF_THE_ZOO)
+@pytest.mark.quick_every(2)
 def test_heads_go_beside_channels_of_those_that_stay(name, tmp_path):
     net, inputs = make(name), NETS[name][1](20)
     turned, masks = narrow_heads(net, [inputs], 0.5)

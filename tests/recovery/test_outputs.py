@@ -233,6 +233,7 @@ class Named:
         ("tensor", ("output",), ()),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_the_log_and_the_reports_name_the_outputs_that_are_compared_and_the_others(kind, compared, left_out, caplog):
     torch.manual_seed(0)
     model, images = Several(kind).eval(), [torch.randn(32, 6)]

@@ -148,6 +148,7 @@ def test_attention_itself_stays_in_single_precision_on_a_cpu():
 
 @pytest.mark.parametrize("blocks", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.quick_every(2)
 def test_networks_in_other_precisions_learn_in_bfloat16(dtype, blocks):
     torch.manual_seed(0)
     parts = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2)]

@@ -46,6 +46,7 @@ LONG = ("ahead", "block", "layer", "mean")
     "method",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in list_recoveries()],
 )
+@pytest.mark.quick_every(3)
 def test_every_method_keeps_its_promises(method, check):
     check(method)
 
@@ -53,6 +54,7 @@ def test_every_method_keeps_its_promises(method, check):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "block")) for name in list_recoveries()]
 )
+@pytest.mark.quick_every(3)
 def test_a_name_stands_for_its_class_with_the_defaults(name, residual_net, images, halves):
     masks, info = halves(residual_net, "conv1"), recovery_info(name)
     assert info.summary

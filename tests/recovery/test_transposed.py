@@ -88,6 +88,7 @@ def test_the_mean_of_a_constant_goes_into_the_bias() -> None:
 
 
 @pytest.mark.parametrize("up", UPS)
+@pytest.mark.quick_every(2)
 def test_a_layer_before_a_transposed_convolution_loses_what_it_can_do_without(
     up: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -44,6 +44,7 @@ def net(way, count):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.__module__.rpartition('.')[2]}.{way.__name__}")
+@pytest.mark.quick_every(3)
 def test_a_network_with_computed_weights_is_shrunk_with_plain_ones(way, tmp_path, caplog):
     model, batches = net(way, 2), [torch.randn(8, 3, 8, 8) for _ in range(2)]
     model(batches[0])  # in which spectral norm of old computes its weight
@@ -81,6 +82,7 @@ def test_every_size_of_a_frontier_has_plain_weights():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.__module__.rpartition('.')[2]}.{way.__name__}")
+@pytest.mark.quick_every(3)
 def test_the_other_layers_lose_channels(way):
     model, batches = net(way, 1), [torch.randn(8, 3, 8, 8) for _ in range(2)]
     shrunk = nni_topo.shrink(model, batches, {"params": 0.7}, distill=False)

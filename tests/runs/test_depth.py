@@ -465,6 +465,7 @@ def path_of(model, rows, wanted):
         (row, ["2.first"], ["1.second.two"]),
     ],
 )
+@pytest.mark.quick_every(3)
 def test_the_part_before_it_makes_up_for_a_part(make, gone, writers):
     path = path_of(*make(), gone)
     for _ in gone:

@@ -230,6 +230,7 @@ def keep(dense, model, images):
         (16, (0.75, 0.5), {"distill": {"steps": 2, "lr": 1e3}}, [1.0]),  # the learned weights are discarded
     ],
 )
+@pytest.mark.quick_every(2)
 def test_which_networks_are_made_from_larger_ones(hidden, shares, knobs, starts, monkeypatch):
     monkeypatch.setattr(module, "_is_no_worse", lambda *given: True)
     torch.manual_seed(0)

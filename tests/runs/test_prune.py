@@ -165,6 +165,7 @@ def test_a_device_that_is_not_there_is_refused(checkpoint, tmp_path):
         ({}, None, ""),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_a_record_says_why_a_budget_is_missed(bounds, round_to, why, checkpoint, tmp_path):
     entries = [{"op_types": ["Conv2d"], **bounds}]
     config = PruneConfig("matrix", entries, knobs={"budget": {"flops": 0.5}}, round_to=round_to)

@@ -29,6 +29,7 @@ def trained():
 
 
 @pytest.mark.parametrize("schedule", ["one-shot", "linear", "agp"])
+@pytest.mark.quick_every(2)
 def test_every_schedule_ends_at_the_ratio_and_can_still_classify(trained, schedule):
     model, data = trained.net, trained.data
     before = copy.deepcopy(model.state_dict())

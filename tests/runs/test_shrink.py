@@ -287,6 +287,7 @@ def test_other_budgets_layers_and_widths_of_eight():
 
 @pytest.mark.parametrize("pruner", ["reconstruction", "l1", "random"])
 @pytest.mark.parametrize("kind", ["flops", "params"])
+@pytest.mark.quick_every(3)
 def test_budgets_are_met_beside_caps_and_floors(pruner, kind):
     whole = toy_model()
     tied = {"op_names": ["stem", "inner"], "max_sparse_ratio": 0.25}

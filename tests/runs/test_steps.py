@@ -584,6 +584,7 @@ def test_distillation_gets_the_judges_the_outputs_and_the_seed():
         ({"steps": 1, "seconds": None}, {}, 1),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_knobs_of_the_caller_go_before_those_of_a_network(given, own, taken):
     _, verdict = steps(distill=given).distil(toy_model(1).eval(), **{"lr": 1e-3, **own})
     assert verdict.steps == taken
@@ -637,6 +638,7 @@ def test_a_missed_budget_of_ratios_is_told_unless_sizes_are_searched(is_search, 
 @pytest.mark.parametrize(
     ("narrow_heads", "equal_blocks", "is_narrower"), [(True, False, True), (False, False, False), (True, True, False)]
 )
+@pytest.mark.quick_every(2)
 def test_heads_get_narrower_where_that_is_asked_for(narrow_heads, equal_blocks, is_narrower):
     torch.manual_seed(0)
     net = vit_small(4, 1, 8).eval()

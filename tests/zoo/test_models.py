@@ -128,6 +128,7 @@ def test_torchvision_imagenet_count() -> None:
         for name in OF_IMAGES
     ],
 )
+@pytest.mark.quick_every(3)
 def test_built_in_models_compute_and_trace(name: str, channels: int, size: int) -> None:
     size = max(size, model_info(name).pad_to or 0)
     model = build(name, channels=channels, size=size, classes=7, seed=0).eval()

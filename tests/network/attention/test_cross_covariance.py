@@ -95,6 +95,7 @@ def made(attention: nn.Module, **knobs: bool) -> nn.Module:
 
 @pytest.mark.parametrize("width", [WIDTH, HEADS**2])  # with as many heads as channels in each, too
 @pytest.mark.parametrize("kind", ["by minus one", "of the width", "fused"])
+@pytest.mark.quick_every(3)
 def test_heads_that_weigh_channels_go_as_a_whole_and_the_stream_by_itself(kind: str, width: int) -> None:
     torch.manual_seed(0)
     model = made(Crossing(kind, width))

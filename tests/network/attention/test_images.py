@@ -271,6 +271,7 @@ def test_channels_of_whose_number_a_scale_is_computed_stay_and_the_reason_says_s
 
 @pytest.mark.parametrize("name", ["joint", "areas", "apart, whole shape"])
 @torch.no_grad()
+@pytest.mark.quick_every(2)
 def test_what_is_saved_pickled_or_copied_computes_the_same(name: str, tmp_path) -> None:
     model = make(NETS[name]())
     dense, _ = pruned(model)

@@ -82,6 +82,7 @@ def test_without_the_ties_less_goes(name):
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.quick_every(2)
 def test_pruners_of_nni_choose_as_before(name):
     model = make(name)
     groups = dependency_groups(model, IMAGES, HALF)

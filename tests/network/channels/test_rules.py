@@ -1044,6 +1044,7 @@ def followed(functions):
 
 
 @pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.quick_every(2)
 def test_channels_go_where_the_operations_put_them(kind):
     functions = {name: function for name, (function, _) in CALLS[kind].items()}
     assert followed(functions) == {name: expected for name, (_, expected) in CALLS[kind].items()}

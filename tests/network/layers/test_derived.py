@@ -63,6 +63,7 @@ def test_they_lose_channels_and_the_dense_network_computes_the_same(name):
 
 
 @pytest.mark.parametrize("name", ["static", "standardized", "activated"])
+@pytest.mark.quick_every(2)
 def test_they_are_saved_and_loaded(name, tmp_path):
     model = make(name)
     dense = nni_topo.to_dense(model, images(), pruned(model)[1])
@@ -73,6 +74,7 @@ def test_they_are_saved_and_loaded(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mirrored", "standardized", "activated"])
+@pytest.mark.quick_every(2)
 def test_their_cost_is_what_a_run_takes(name):
     model = make(name)
     masks = pruned(model)[1]
@@ -86,6 +88,7 @@ def test_their_cost_is_what_a_run_takes(name):
 
 
 @pytest.mark.parametrize("name", BARE)
+@pytest.mark.quick_every(2)
 def test_maps_smaller_than_the_kernel_are_no_error_where_the_forward_pads(name):
     model = make(name)
     side = {"mirrored": 12, "static": 5}.get(name, 3)
@@ -190,6 +193,7 @@ class TurnedToo(nn.Linear):
 
 @pytest.mark.parametrize(("kind", "bias"), [(Turned, True), (Turned, False), (TurnedToo, False)])
 @pytest.mark.parametrize("shape", [(16, 12), (16, 5, 12)])
+@pytest.mark.quick_every(3)
 def test_linear_layers_may_multiply_with_their_weights_transpose(kind, bias, shape):
     torch.manual_seed(0)
     model = nn.Sequential(kind(12, 24, bias=bias), nn.GELU(), kind(24, 20, bias=False), nn.GELU(), nn.Linear(20, 6))

@@ -255,6 +255,7 @@ def test_layers_with_norms_of_weights_are_plain_ones_that_lose_channels(trained)
 @pytest.mark.parametrize(
     "layer", [nn.LayerNorm(12), nn.RMSNorm(12), nn.GroupNorm(1, 12)], ids=lambda layer: type(layer).__name__
 )
+@pytest.mark.quick_every(2)
 def test_exported_norms_of_a_cpu_are_made_of_operations_that_converters_know(layer):
     """Core ML's knows no addcmul."""
     model = nn.Sequential(nn.Linear(12, 12), layer, nn.Linear(12, 4)).eval()

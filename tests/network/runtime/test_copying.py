@@ -315,6 +315,7 @@ def test_functions_that_a_model_holds_belong_to_the_copy(how):
 
 
 @pytest.mark.parametrize("how", ["closure", "compiled", "attribute", "hook"])
+@pytest.mark.quick_every(2)
 def test_a_smaller_network_computes_without_the_one_it_was_made_of(how):
     images = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     model = _network(how)
@@ -355,6 +356,7 @@ class Writer:
 
 
 @pytest.mark.parametrize("make", [threading.Lock, Writer, multiprocessing.Queue, lambda: [threading.Lock(), 3]])
+@pytest.mark.quick_every(2)
 def test_what_cannot_be_copied_is_one_for_the_model_and_its_copies(make):
     torch.manual_seed(0)
     model, images = Holds(make()).eval(), list(torch.randn(64, 3, 8, 8).split(16))

@@ -217,6 +217,7 @@ def test_groups_on_a_gpu_are_those_on_the_cpu(name, precision):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @in_own_process
+@pytest.mark.quick_every(3)
 def test_a_network_is_exported_whatever_is_set(setting, tmp_path):
     SETTINGS[setting]()
     before = settings(), BACKENDS.mkldnn.enabled

@@ -174,6 +174,7 @@ def same_output(dense, reference, *inputs):
 
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("name", BODIES)
+@pytest.mark.quick_every(3)
 def test_the_inner_layer_of_a_transformer_shrinks(name, alone, caplog):
     model = BODIES[name]().eval() if alone else Classifier(BODIES[name]()).eval()
     inputs = torch.rand(2, 6, 8, generator=torch.Generator().manual_seed(0)) if alone else SEQUENCES
