@@ -35,6 +35,7 @@ def test_doctor_knows_what_is_here_and_what_a_port_is_used_for(capsys, tmp_path)
     )
     assert found["data: mnist"]["state"] == "missing"
     assert all(each["remedy"] for each in found.values() if each["state"] == "broken")
+    assert not any(each["remedy"] for each in found.values() if each["state"] == "ok")
     assert findings(capsys, "--port", str(port))[f"port {port}"]["state"] == "ok"
 
 
