@@ -49,7 +49,7 @@ def test_comparisons_load(path):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("prune_*.yaml")), ids=lambda path: path.stem)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_pruning_files_prune(path, checkpoint, tmp_path):
     record = prune_checkpoint(SMALL, checkpoint, load_prune_config(path), DIGITS, tmp_path / "out")
     assert record["params"] < 0.7 * record["params_before"]

@@ -139,7 +139,7 @@ def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in YOURS])
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(12)
 def test_snippets_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch):
     run(PROJECT / "docs" / f"{name}.md", tmp_path, monkeypatch)
 

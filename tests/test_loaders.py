@@ -207,7 +207,7 @@ BOTH += ("remove_blocks", "retraining_bound", "recalibrate_batch_norm", "Topolog
         for kind in ("random", "one-shot")
     ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(9)
 def test_a_loader_is_read_once_and_does_what_the_same_batches_in_a_list_do(name, kind, tmp_path):
     work = WORK[name] or (lambda batches: exported(batches, tmp_path))
     if name == "export":

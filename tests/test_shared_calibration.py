@@ -497,6 +497,7 @@ def group_of_one(tmp_path: Path) -> Any:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_group_of_one_process_shares_nothing(group_of_one: Any, whole: Any) -> None:
     images = nets.batches(nets.Convolutions, SIZES)
     data = Calibration(images, process_group=group_of_one)

@@ -20,7 +20,7 @@ MAMBA2 = {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_
 @pytest.mark.parametrize(
     ("name", "sizes"), [("Rwkv", {"context_length": 16}), ("Mamba", {"state_size": 4}), ("Mamba2", MAMBA2)]
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_a_model_with_a_state_is_pruned_and_generates(name: str, sizes: dict[str, Any]) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**SIZES, **sizes)

@@ -254,7 +254,7 @@ def called(name, model, other, folder):
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(9)
 def test_a_model_is_as_it_was(name, tmp_path):
     kind = KINDS.get(name, Busy)
     model, other = busy(kind), busy(kind)
@@ -284,7 +284,7 @@ def forgetful(model):
 
 
 @pytest.mark.parametrize("name", sorted(CALLS))
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(9)
 def test_methods_that_return_nothing_are_called_all_the_same(name, tmp_path):
     kind = KINDS.get(name, Busy)
     model, other = forgetful(busy(kind)), forgetful(busy(kind))
@@ -470,7 +470,7 @@ class _PartCompiled(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["whole", "inside", "child", "forward"])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_what_is_compiled_in_a_model_changes_nothing_but_runs_as_it_is_written(how):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 1, 8, 8, generator=generator).split(16)
@@ -510,7 +510,7 @@ def _recovered(how):
         (torch.no_grad, "synthetic_images"),
     ],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_what_takes_gradients_takes_them_under_a_callers_mode_without_any(mode, how):
     expected = _recovered(how)
     with mode():

@@ -60,7 +60,7 @@ def test_every_own_network_of_the_zoo_is_here():
 
 
 @pytest.mark.parametrize("name", OWN)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_a_network_of_every_family(name):
     record = bench.measure(f"own/{name}", {})
     share, whole = OWN[name]
@@ -77,6 +77,7 @@ def test_a_network_of_every_family(name):
 VIT = {"num_layers": "2", "patch_size": "16", "num_heads": "2", "hidden_dim": "16", "mlp_dim": "32"}
 
 
+@pytest.mark.quick_every(2)
 @pytest.mark.parametrize(
     ("name", "knobs", "share"),
     [

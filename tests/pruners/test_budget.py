@@ -40,7 +40,7 @@ def pruned(model, budget, **knobs):
 
 @pytest.mark.parametrize("allocation", ["topological", "uniform"])
 @pytest.mark.parametrize(("kind", "share"), [("flops", 0.5), ("flops", 0.1), ("params", 0.3)])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_the_dense_model_meets_the_budget(kind, share, allocation):
     model = resnet()
     _, dense = pruned(model, {kind: share, "allocation": allocation})
@@ -131,7 +131,7 @@ def test_a_budget_of_memory_is_met():
 
 
 @pytest.mark.parametrize("name", ["reconstruction", "energy", "cluster", "matrix", "random"])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_every_structured_pruner_that_is_told_how_much_takes_a_budget(name):
     model = resnet()
     config = dependency_groups(model, IMAGES, [{"op_names": layers()}])

@@ -43,7 +43,7 @@ def config(model, ratio=0.5):
         for method in ("reconstruct", "channel", "pair")
     ],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_masks_of_every_pruner_can_be_compensated(name, method):
     original = toy_model().eval()
     model = copy.deepcopy(original)

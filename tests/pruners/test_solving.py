@@ -104,6 +104,7 @@ def test_a_second_choice_is_held_against_what_was_asked_for(caplog):
         assert "more than asked, because all layers are at their max_sparse_ratio" in caplog.text
 
 
+@pytest.mark.slow
 def test_without_a_table_the_network_is_timed_once(monkeypatch):
     # how near the times are known doesn't matter here
     monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.1)

@@ -73,7 +73,7 @@ LONG = ("ahead", "block")  # on one of the nets each time
         (toy_model, FPGMPruner, "pair"),
     ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(9)
 def test_masks_of_nnis_pruners_on_nets_with_a_trait_each(net, pruner, method):
     model = net().eval()
     shape = (1, 28, 28) if net is LeNet else (3, 8, 8)

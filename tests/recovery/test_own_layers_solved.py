@@ -57,7 +57,7 @@ def test_a_layer_behind_channels_that_others_repeat_makes_up_for_them_all(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_no_layer_is_left_alone_for_its_class(name):
     model = make(name)
     groups = nni_topo.dependency_groups(model, images(2), HALF)

@@ -27,7 +27,7 @@ def _quiet():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("case", "request_name"), LIGHT, ids=[f"{case.name}-{name}" for case, name in LIGHT])
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(9)
 def test_requests_end_in_the_masked_network_or_a_named_reason(case, request_name):
     outcome = serve(case, request_name)
     if outcome.kind in BAD:

@@ -560,7 +560,7 @@ def test_beside_a_budget_whichever_keeps_more_decides(caplog):
 
 
 @pytest.mark.parametrize("budget", ["params", "memory", "latency", {"flops": None, "allocation": "auto"}])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_the_cost_that_is_made_small_has_a_name(budget):
     if budget == "latency":
         budget = {"latency": 0.01, "latency_table": proportional({"hidden": 1.0, "head": 1.0})}

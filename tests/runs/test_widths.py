@@ -59,7 +59,7 @@ def test_everything_but_the_output_layer_is_pruned():
         for share in (0.75, 0.5, 0.25, 0.1)
     ],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_a_budget_is_met_within_a_percent_of_the_whole(make, share):
     net = make()
     ratios = layer_ratios(net, IMAGES, Target("flops", share))
@@ -89,7 +89,7 @@ def test_a_budget_below_one_channel_per_layer_is_refused():
         for share in (0.5, 0.2, 0.05)
     ],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_proposals_meet_a_budget_and_keep_their_proportions(make, share):
     net = make()
     names = inner_layers(net, IMAGES)

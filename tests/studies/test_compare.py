@@ -377,6 +377,7 @@ print(child)
 """
 
 
+@pytest.mark.slow
 def test_a_folder_takes_one_run_at_a_time_and_is_free_after_a_kill(tmp_path, bare_python):
     folder, inside = tmp_path / "new" / "out", tmp_path / "inside"
     other = int(bare_python(HOLD.format(folder=str(folder), inside=str(inside))))

@@ -127,6 +127,7 @@ def test_a_folder_without_a_run_is_refused(files, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+@pytest.mark.slow
 def test_a_browser_without_a_network_shows_it_on_a_phone_and_in_the_readers_colours(tmp_path):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     page = write_report(tmp_path)
@@ -138,6 +139,7 @@ def test_a_browser_without_a_network_shows_it_on_a_phone_and_in_the_readers_colo
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+@pytest.mark.slow
 def test_it_prints_with_what_is_folded_opened(tmp_path):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     page = write_report(tmp_path)

@@ -209,7 +209,7 @@ def _width(name):
         ),
     ],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_the_residual_width_goes_with_all_that_reads_it_and_norms_count_on(name, kind, tmp_path):
     model, inputs, asked = _width(name)
     groups = dependency_groups(model, inputs[:2], asked)

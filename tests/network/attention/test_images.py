@@ -286,6 +286,7 @@ def test_what_is_saved_pickled_or_copied_computes_the_same(name: str, tmp_path) 
         assert type(again.attention) is type(dense.attention)
 
 
+@pytest.mark.slow
 def test_what_is_exported_computes_the_same(tmp_path) -> None:
     dense, _ = pruned(make(Joint()))
     nni_topo.export(dense.float(), tmp_path / "dense.onnx", IMAGES.float())  # compares what the file computes

@@ -124,6 +124,7 @@ def test_attention_of_maxvit_computes_what_torchvision_does():
     torch.testing.assert_close(relative(attention, x), attention(x))
 
 
+@pytest.mark.quick_every(2)
 @pytest.mark.parametrize("asked", REQUESTS)
 @pytest.mark.parametrize("name", _one_at_once("swin v2", [name for name in NETS if name != "maxvit"]))
 def test_heads_and_widths_go(name, asked, tmp_path):

@@ -52,7 +52,7 @@ def rows(masks):
 
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pruner, caplog):
     model = make(name)
     groups = dependency_groups(model, IMAGES, HALF)
@@ -136,7 +136,7 @@ def test_channels_with_the_highest_mean_score_over_all_layers_stay():
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("budget", [{"flops": 0.4}, {"params": 0.3}])
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_a_budget_counts_what_will_be_left(name, budget):
     model = make(name)
     config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"]}])
@@ -164,7 +164,7 @@ def test_a_budget_by_error_is_met_where_channels_can_only_go_together(name, capl
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_the_widths_of_a_comparison_meet_its_budget(name):
     model = make(name)
     ratios = layer_ratios(model, IMAGES, Target("flops", 0.4))

@@ -215,7 +215,7 @@ RETURNS = (
         for is_int8 in (False, True)
     ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(9)
 def test_outputs_are_named_by_what_the_network_returns_them_under(returns, names, is_int8, tmp_path):
     model, images = InDataClass(returns).eval(), torch.randn(8, 4)
     done = nni_topo.export(model, tmp_path / "named.onnx", images[:2], int8=[images] if is_int8 else None)

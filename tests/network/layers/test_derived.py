@@ -47,7 +47,7 @@ def check_same(masked, dense, bound=1e-4):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_they_lose_channels_and_the_dense_network_computes_the_same(name):
     model = make(name)
     before = copy.deepcopy(model.state_dict())

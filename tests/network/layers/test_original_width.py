@@ -65,7 +65,7 @@ def zeroed(model, masks):
 
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pruner):
     model = make(name)
     groups, masks, dense = pruned(model, PRUNERS[pruner])

@@ -64,6 +64,7 @@ def said(**environment: str) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_large_tensors_get_pages_of_their_own_for_a_while() -> None:
     kept = "False False True"
     assert said() == [kept, "False True True", kept, kept]

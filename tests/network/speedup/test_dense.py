@@ -69,6 +69,7 @@ def test_dense_equals_masked(net):
 
 
 # lenet5 keeps its linear layers, of which only the first reads fewer inputs: 36.0 k of 62.0 k parameters stay
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize(("name", "size", "share"), [("resnet20", 32, 0.5), ("resnet56", 32, 0.5), ("lenet5", 32, 0.6)])
 def test_small_zoo_models(name, size, share):
     model = lively(create_model(name, num_classes=10, in_channels=3, image_size=size, seed=0))
@@ -77,6 +78,7 @@ def test_small_zoo_models(name, size, share):
     assert parameters(dense) < share * parameters(model)
 
 
+@pytest.mark.slow
 def test_vgg16_at_one_half_has_a_quarter_of_the_parameters():
     model = lively(create_model("vgg16", num_classes=10, in_channels=3, image_size=32, seed=0))
     masks, dense = prune_half(model, images(3, 32))
