@@ -16,7 +16,7 @@ from functools import lru_cache
 from operator import is_
 from pickle import PicklingError
 from types import BuiltinFunctionType, CellType, CodeType, EllipsisType, FrameType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,11 +106,6 @@ def evaluating(model: Any) -> Any:
     return model
 
 
-def _is_plain(value: Any) -> bool:
-    """Tell whether a value is the same in every copy: a number, a text, or a tuple of such, as the size of a kernel."""
-    return type(value) in _PLAIN or (type(value) is tuple and _PLAIN.issuperset(map(type, value)))
-
-
 def _ids_of_layers(modules: Iterable[nn.Module]) -> set[int]:
     """Return the ids of modules, and of their parameters and buffers."""
     own = set[int]()
@@ -175,7 +170,8 @@ def _held_by(function: FunctionType) -> list[Any]:
 def _reached(values: Iterable[Any], *, through_functions: bool = True, seen: set[int] | None = None) -> Iterator[Any]:
     """Go over all that values hold, however deep and in whatever object, these values first.
 
-    The garbage collector knows what objects hold, those made in C and generators too. Weak references are passed, not
+    The garbage collector knows what objects hold, those made in C and generators too. That of Python 3.13 doesn't know
+    of the dictionary in which an object has its attributes: it is looked at here. Weak references are passed, not
     followed. Functions that modules of Python define, and classes, belong to nobody's model.
     """
     waiting, seen = list(values), set() if seen is None else seen
@@ -192,9 +188,15 @@ def _reached(values: Iterable[Any], *, through_functions: bool = True, seen: set
             waiting += _held_by(value)
         elif kind is FrameType:
             waiting += value.f_locals.values()
+        elif kind is dict:
+            yield value
+            waiting += (*value, *value.values())
         else:
             yield value
             waiting += gc.get_referents(value)
+            if kind.__dictoffset__:
+                with suppress(AttributeError, TypeError):
+                    waiting.append(object.__getattribute__(value, "__dict__"))
 
 
 def _is_found_by_name(function: FunctionType) -> bool:
@@ -271,26 +273,27 @@ class _Copier:
 
     def state(self, module: nn.Module) -> dict[str, Any]:
         """Return the attributes of a module's copy."""
-        found = {}
+        found: dict[str, Any] = {}
+        # A model has thousands of attributes, most of them values and empty tables of hooks: no call for each of these.
         for name, value in vars(module).items():
-            if name == "_compiled_call_impl":
-                continue
-            copied = found[name] = self._attribute(module, name, value)
-            if name == "forward" and copied is not value and not isinstance(value, MethodType):
-                own = getattr(copied, "__func__", None) is type(module).forward
-                if own and copied.__self__ is self.memo[id(module)]:
-                    del found[name]  # that of its class
+            kind = type(value)
+            if kind in _PLAIN or (kind is tuple and _PLAIN.issuperset(map(type, value))):
+                found[name] = value  # the same in every copy
+            elif id(value) in self.memo:
+                # A hook's handle holds the tables of its module, empty ones too, and mustn't get others of its own.
+                found[name] = self.memo[id(value)]
+            elif kind in _TABLES and not value:
+                found[name] = self.memo[id(value)] = kind()
+            elif name != "_compiled_call_impl":
+                found[name] = self._attribute(module, name, value)
+        own, copied = vars(module).get("forward"), cast(Any, found.get("forward"))
+        # A function that stood for the class's own forward has become that of the copy, which needs no attribute.
+        is_new = copied is not own and not isinstance(own, MethodType) and isinstance(copied, MethodType)
+        if is_new and copied.__func__ is type(module).forward and copied.__self__ is self.memo[id(module)]:
+            del found["forward"]
         return found
 
     def _attribute(self, module: nn.Module, name: str, value: Any) -> Any:
-        if _is_plain(value):
-            return value
-        # A hook's handle holds the tables of its module, empty ones too, and mustn't get others of its own.
-        if id(value) in self.memo:
-            return self.memo[id(value)]
-        if type(value) in _TABLES and not value:
-            self.memo[id(value)] = type(value)()
-            return self.memo[id(value)]
         if name in ("_parameters", "_buffers", "_modules"):
             # By the memo, for a function may hold the table itself.
             copied = self.memo[id(value)] = type(value)((key, self.copy(each)) for key, each in value.items())

@@ -734,6 +734,23 @@ def test_functions_hold_the_tables_of_the_copy_itself():
     assert model.held[2]("head") is model.head is not copied.head
 
 
+def test_the_dictionary_of_an_object_in_a_closure_is_copied_with_its_layers():
+    class Part:
+        def __init__(self):
+            self.layer = nn.Linear(12, 4)
+
+    part = Part()
+    attributes = vars(part)
+    model = Holds(lambda features: attributes["layer"](features))
+    copied = detached_copy(model)
+    features = torch.randn(2, 12)
+    before = model.held(features)
+    with torch.no_grad():
+        attributes["layer"].weight.zero_()
+    assert torch.equal(copied.held(features), before)
+    assert not torch.equal(model.held(features), before)
+
+
 def test_functions_that_hold_one_another_are_copied_as_they_are():
     model = Holds(None)
 
