@@ -67,13 +67,22 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
         for model in models:
             if isinstance(model, nn.Module):
                 _write_down(model, put_back, seen, values)
-        kept = values_kept(values, models, is_watched=not as_compiled, is_own=_is_called_by_package)
+        kept = _put_back_after(put_back, values, models, is_watched=not as_compiled)
         with kept, random_state_kept(), _compiler_off() if runs_written else nullcontext(), one_call():
-            try:
-                yield
-            finally:
-                for each in put_back:
-                    each()
+            yield
+
+
+@contextmanager
+def _put_back_after(
+    put_back: list[_PutBack], values: ParameterValues, models: Iterable[Any], *, is_watched: bool
+) -> Iterator[None]:
+    """Put back after a block, whatever happens in it, what was noted before it."""
+    with values_kept(values, models, is_watched=is_watched, is_own=_is_called_by_package):
+        try:
+            yield
+        finally:
+            for each in put_back:
+                each()
 
 
 @contextmanager
@@ -104,12 +113,8 @@ def parameters_kept(model: nn.Module) -> Iterator[None]:
     values = ParameterValues()
     for parameter in model.parameters():
         _add_tensor(parameter, put_back, values)
-    with values_kept(values, [model], is_watched=True, is_own=_is_called_by_package):
-        try:
-            yield
-        finally:
-            for each in put_back:
-                each()
+    with _put_back_after(put_back, values, [model], is_watched=True):
+        yield
 
 
 @contextmanager
