@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,8 @@ from nni_topo.network.runtime import (
     tensors_of,
 )
 
+_Undone = Callable[[nn.Module], AbstractContextManager[None]]
+
 _logger = logging.getLogger(__name__)
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
 _SIZED = {"reshape", "split", "split_with_sizes", "unflatten", "view"}  # take sizes that must fit the tensor
@@ -76,11 +78,18 @@ class Recorded:
     reads_values: bool  # whether values of tensors became Python's, so that other weights may give another graph
 
 
-def record(model: nn.Module, named: dict[str, Any], results: LayerResults | None = None) -> Recorded:
+def record(
+    model: nn.Module,
+    named: dict[str, Any],
+    results: LayerResults | None = None,
+    undone: _Undone | None = None,
+) -> Recorded:
     """Record a model, in evaluation mode and changed by it, on a call's arguments by name.
 
-    ``results``: takes what the layers of the first run give.
+    ``results``: takes what the layers of the first run give. ``undone``: takes back what a run has changed in the
+    model; by default `made_tensors_dropped`.
     """
+    undone = undone or made_tensors_dropped
     results = LayerResults(model) if results is None else results
     held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in held if config is not None}.values()
@@ -90,18 +99,18 @@ def record(model: nn.Module, named: dict[str, Any], results: LayerResults | None
     told = {id(config): getattr(config, "_attn_implementation", None) for config in configs}
     others = [config for config in configs if told[id(config)] not in (None, "eager")]
     if not others:
-        return _recorded(model, named, results)
+        return _recorded(model, named, results, undone)
     # So masks are always made, not only where this batch needs one; not all models can be told that any more.
     for config in others:
         config._attn_implementation = "eager"
     try:
-        return _recorded(model, named, results)
+        return _recorded(model, named, results, undone)
     except Exception as error:  # a model fails in as many ways as it is written
         let_go(error)
         for config in others:
             config._attn_implementation = told[id(config)]
         try:
-            return _recorded(model, named, results)
+            return _recorded(model, named, results, undone)
         except Exception:
             # This way takes less memory. Where it fails too, for whatever reason, memory is what is missing.
             if out_of_memory(error):
@@ -109,19 +118,19 @@ def record(model: nn.Module, named: dict[str, Any], results: LayerResults | None
             raise
 
 
-def _recorded(model: nn.Module, named: dict[str, Any], results: LayerResults) -> Recorded:
+def _recorded(model: nn.Module, named: dict[str, Any], results: LayerResults, undone: _Undone) -> Recorded:
     # Before it runs, for a run may put others in their places.
     attributes = _tensor_attributes(model)
     try:
-        return _recorded_twice(model, named, attributes, results)
+        return _recorded_twice(model, named, attributes, results, undone)
     except SpeedupError as error:
         let_go(error)
         # What a model has kept from its last run (a detector's anchors, by size) is that of other inputs now.
-        return _recorded_twice(model, named, attributes, results)
+        return _recorded_twice(model, named, attributes, results, undone)
 
 
 def _recorded_twice(
-    model: nn.Module, named: dict[str, Any], attributes: dict[str, Tensor], results: LayerResults
+    model: nn.Module, named: dict[str, Any], attributes: dict[str, Tensor], results: LayerResults, undone: _Undone
 ) -> Recorded:
     samples = batch_size(named)
     doubled = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() and len(t) == samples else t, named)
@@ -129,9 +138,9 @@ def _recorded_twice(
     with attributes_traced(model) as unclear:
         forget_evaluated(model)
         with results.taken():
-            first = _Recorder(model, kinds, named)
+            first = _Recorder(model, kinds, named, undone)
         unclear.note_unwritten()
-        second = _recorder_of_twice(model, kinds, doubled, results)
+        second = _recorder_of_twice(model, kinds, doubled, results, undone)
         if second is not None:
             _follow_samples(first, second, samples)
         unclear.note_divided(first.graph)
@@ -167,7 +176,7 @@ def _recorded_twice(
 
 
 def _recorder_of_twice(
-    model: nn.Module, kinds: _ModuleKinds, doubled: dict[str, Any], results: LayerResults
+    model: nn.Module, kinds: _ModuleKinds, doubled: dict[str, Any], results: LayerResults, undone: _Undone
 ) -> _Recorder | None:
     """Record a model on twice the samples; None if it doesn't run on these, as memory is short or their number fixed.
 
@@ -177,7 +186,7 @@ def _recorder_of_twice(
     try:
         forget_evaluated(model)
         with results.given():
-            return _Recorder(model, kinds, doubled)
+            return _Recorder(model, kinds, doubled, undone)
     except SpeedupError:
         raise
     except Exception as error:  # a model fails in as many ways as it is written
@@ -250,7 +259,7 @@ class _ModuleKinds:
 class _Recorder(TorchFunctionMode):
     """One run of a model, written down."""
 
-    def __init__(self, model: nn.Module, kinds: _ModuleKinds, named: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, kinds: _ModuleKinds, named: dict[str, Any], undone: _Undone) -> None:
         super().__init__()
         self.graph = Graph()
         self.constants: dict[str, Tensor] = {}
@@ -273,7 +282,7 @@ class _Recorder(TorchFunctionMode):
             if tensors_of(value):
                 self._enter(value, self.graph.placeholder(name))
         self.entry = self._nodes[id(first_of_samples(named))]  # whose size is the number of samples
-        with made_tensors_dropped(model), self._calls_seen(model), self:
+        with undone(model), self._calls_seen(model), self:
             self.outputs = model(**named)
         self._check_choice(model)
         if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from nni_topo.network.layers import (
     check_covers_kernel,
     has_own_forward,
     inner_of,
+    is_scripted,
 )
 from nni_topo.network.runtime import (
     Call,
@@ -50,6 +51,7 @@ from nni_topo.network.runtime import (
     random_state_kept,
     random_states,
     same_program,
+    state_kept,
     tensors_of,
     torch_random_kept,
     watched,
@@ -157,23 +159,53 @@ def _first_samples(named: dict[str, Any]) -> dict[str, Any] | None:
 
 def _trace_on(shown: dict[str, Any], named: dict[str, Any], model: torch.nn.Module, call: Call) -> Recording:
     """Record a model on some arguments, and check what the graph computes on all samples of a call."""
+    held = _tensors_held(model)
+    try:
+        return _trace_and_check(shown, named, model, call, made_tensors_dropped)
+    except SpeedupError as error:
+        now = _tensors_held(model)
+        same = len(now) == len(held) and all(a is b and v == w for (a, v), (b, w) in zip(now, held, strict=True))
+        if same or isinstance(error, _OtherNumbersError):
+            raise
+        let_go(error)
+        # Each run begins with what the last one has left in the model, such as a running mean, and gives other outputs.
+        return _trace_and_check(shown, named, model, call, state_kept)
+
+
+def _tensors_held(model: nn.Module) -> list[tuple[Tensor, int]]:
+    """List the tensors that modules hold beside parameters, with their versions."""
+    held: list[Tensor] = []
+    for module in model.modules():
+        if not is_scripted(module):
+            held += [each for each in (*module._buffers.values(), *vars(module).values()) if isinstance(each, Tensor)]
+    return [(each, 0 if each.is_inference() else each._version) for each in held]
+
+
+def _trace_and_check(
+    shown: dict[str, Any],
+    named: dict[str, Any],
+    model: torch.nn.Module,
+    call: Call,
+    undone: Callable[[nn.Module], AbstractContextManager[None]],
+) -> Recording:
+    """Record a model and check the graph; ``undone`` takes back what a run changes in the model."""
     results, attention = LayerResults(model), _AttentionCalls(find_attention(model))
     try:
         with torch.no_grad(), random_state_kept():
             others = _other_states()
             with torch_random_kept(), attention.noted(model):
-                recorded = record(model, shown, results)
+                recorded = record(model, shown, results, undone)
             graph_module, expected = recorded.graph_module, recorded.outputs
             is_drawn = others != _other_states()
             if is_drawn or shown is not named:
                 # What the recorder has noted of Python's numbers or NumPy's isn't drawn again by the graph, so that
                 # it differs from what the model draws now.
-                with torch_random_kept(), made_tensors_dropped(model), results.taken():
+                with torch_random_kept(), undone(model), results.taken():
                     expected = model(*call[0], **call[1])
             open_attention(graph_module, attention.given)
             args = _placed(graph_module.graph, named)
             # The graph draws what the model drew, and layers that get what they got there aren't computed again.
-            with results.given():
+            with undone(model), results.given():
                 actual = _RandomNoting(graph_module).propagate(*args)
             _check_same(expected, actual, model, is_drawn=is_drawn)
         return Recording(graph_module, args, recorded.reads_values)

@@ -130,6 +130,7 @@ from nni_topo.network.runtime.untouched import (
     random_states,
     running_call,
     seed_torch,
+    state_kept,
     torch_random_kept,
 )
 
@@ -248,6 +249,7 @@ __all__ = [
     "same_program",
     "seed_torch",
     "shrunk",
+    "state_kept",
     "structure_call",
     "structure_of",
     "taken",

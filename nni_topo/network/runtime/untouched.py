@@ -38,8 +38,11 @@ _PutBack = Callable[[], object]
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 _TABLES = frozenset({dict, OrderedDict})
-# What no forward writes to, may be large, or isn't the model's own.
-_OTHERS = (type, ModuleType, FunctionType, BuiltinFunctionType, ModuleWrapper, Optimizer, Dataset, DataLoader)
+# What no forward writes to, may be large, or isn't the model's own; and subclasses of numbers and texts.
+_OTHERS = (
+    *(type, ModuleType, FunctionType, BuiltinFunctionType, ModuleWrapper, Optimizer, Dataset, DataLoader),
+    *(int, float, complex, str, bytes),
+)
 # What NNI and `set_unfused` put into a module while they wrap it; the wrapper's targets come on top.
 _WRAPPING = frozenset({"_nni_wrapper", "forward", "_qkv_same_embed_dim"})
 
@@ -113,6 +116,16 @@ def parameters_kept(model: nn.Module) -> Iterator[None]:
     values = ParameterValues()
     for parameter in model.parameters():
         _add_tensor(parameter, put_back, values)
+    with _put_back_after(put_back, values, [model], is_watched=True):
+        yield
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Put back all that a model holds, as after a forward that counts its calls; random states go on."""
+    put_back: list[_PutBack] = []
+    values = ParameterValues()
+    _write_down(model, put_back, {}, values)
     with _put_back_after(put_back, values, [model], is_watched=True):
         yield
 

@@ -23,6 +23,7 @@ from nni_topo.network.runtime.untouched import (
     random_state_kept,
     random_states,
     seed_torch,
+    state_kept,
 )
 from nni_topo.testing import toy_images, toy_model
 
@@ -364,3 +365,18 @@ def test_a_model_that_refuses_training_mode_is_pruned():
     assert [module.training for module in model.modules()] == modes
     small = nni_topo.shrink(model, [torch.randn(64, 4)], {"flops": 0.5}, distill={"steps": 2, "lr": 1e-3})
     assert small[0].out_features == 4
+
+
+def test_the_state_of_a_model_is_put_back_while_random_numbers_go_on():
+    model = nn.BatchNorm1d(3)
+    model.counter, model.width = Counter(), 3
+    mean, seen = model.running_mean, random_states()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="stop"), state_kept(model):
+        model(torch.randn(8, 3))
+        model.running_mean, model.width = torch.ones(3), 4
+        model.counter.count()
+        raise RuntimeError("stop")
+    assert (model.running_mean is mean, model.width, model.counter.places) == (True, 3, [0])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert drawn_since(seen)
