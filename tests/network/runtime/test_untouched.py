@@ -372,11 +372,16 @@ def test_the_state_of_a_model_is_put_back_while_random_numbers_go_on():
     model.counter, model.width = Counter(), 3
     mean, seen = model.running_mean, random_states()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="stop"), state_kept(model):
+
+    @state_kept(model)
+    def use() -> None:
         model(torch.randn(8, 3))
         model.running_mean, model.width = torch.ones(3), 4
         model.counter.count()
         raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        use()
     assert (model.running_mean is mean, model.width, model.counter.places) == (True, 3, [0])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert drawn_since(seen)
