@@ -328,7 +328,7 @@ def distillation(
         raise unknown_name("objective", str(objective), OBJECTIVES, "distill")
     numbers = {"temperature": temperature, "steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
     others = {"warmup": warmup, "blocks": blocks, "outputs": outputs, "blend": blend, "state_seconds": state_seconds}
-    check_knobs("distill", {**numbers, **others, "augment": augment, "precision": precision}, KNOBS)
+    check_knobs("distill", {**numbers, **others, "augment": augment}, KNOBS)
     SEED.check("seed", seed, "distill")
     if state is not None:
         check_output_file(path_of(state, "state"))

@@ -13,6 +13,7 @@ import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import Block, compensate, compensation
+from nni_topo.recovery.block import _entries
 from nni_topo.recovery.course import Course
 
 
@@ -301,3 +302,17 @@ def test_what_the_dense_network_learns_is_what_the_masked_one_would(gated, value
     monkeypatch.setattr("nni_topo.recovery.block.dense_graph", lambda _: None)
     masked = compensate(gated, MASKS, values, method=quick)
     torch.testing.assert_close(dense.state_dict(), masked.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("value", "entries"),
+    [
+        (torch.zeros(3, 2, 5), (2, 5)),
+        (torch.zeros(3), ()),
+        (torch.zeros(4, 2), None),  # of other samples, or of none
+        (torch.tensor(3.0), None),
+        ([1, 2, 3], None),
+    ],
+)
+def test_entries_are_those_of_a_tensor_with_one_for_each_sample(value, entries):
+    assert _entries(value, 3) == (entries if entries is None else torch.Size(entries))

@@ -264,7 +264,9 @@ def test_no_rate_is_tried_with_statistics_that_break_the_network(monkeypatch):
 def test_few_held_out_images_are_named():
     dense, original = pair()
     assert "8 held-out samples are few to decide by" in str(distillation(dense, original, batches(64), steps=5).verdict)
-    assert "few to decide by" not in str(distillation(dense, original, batches(224), steps=5).verdict)
+    enough = str(distillation(dense, original, batches(224), steps=5).verdict)
+    assert "few to decide by" not in enough
+    assert "until the time was over" not in enough
 
 
 @pytest.mark.slow
@@ -685,6 +687,7 @@ def test_views_of_another_size_are_taken_where_the_network_runs_on_them_and_all_
         ({"state_seconds": -1.0}, "state_seconds must be at least 0 and finite, got -1.0"),
         ({"seed": -1}, "seed must be an integer of at least 0 .*, got -1"),
         ({"blend": 1}, "blend must be True or False, got 1"),
+        ({"precision": "half"}, r"precision must be a known name, got 'half'; known: bfloat16, float32 \(distill\)"),
         ({"augment": 5}, r"augment must be a function or None, got 5 \(distill\)"),
         *(({"augment": work}, message) for work, message in BAD_VIEWS),
     ],

@@ -88,6 +88,27 @@ def test_padding_and_lengths_that_differ_do_not_count():
     assert math.isnan(likeness.agreement.value)
 
 
+class Patches(nn.Module):
+    """Features of patches in rows and columns, without a mask."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, images):
+        return images.permute(0, 2, 3, 1) + self.shift
+
+
+def test_positions_in_rows_and_columns_count_one_by_one_where_sizes_differ():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(5, 4, size, 3, generator=generator) for size in (2, 6)]
+    rows = torch.cat([batch.permute(0, 2, 3, 1).reshape(-1, 4).double() for batch in batches])
+    scale = float((rows - rows.mean(0)).square().sum()) / 10
+    (likeness,) = Answers(Patches(), Calibration(batches)).likenesses(Patches(0.5))
+    # Each of 6 or 18 positions is off by 0.5 in 4 features.
+    assert likeness.distance.value == pytest.approx((6 + 18) / 2 * 4 * 0.5**2 / scale, rel=1e-5)
+
+
 class Logits(Tokens):
     """As many class scores at each position as there are positions, and the same mask."""
 
