@@ -51,6 +51,9 @@ ALWAYS_BROKEN = {
     "word_assertions",
 }
 
+BYTECODE = {"index_code_units"} if sys.version_info >= (3, 11) else set()
+BYTECODE |= {"restore_branch_opcodes"} if sys.version_info[:2] == (3, 11) else set()
+
 FRESH = """
 import json, sys
 from nni_topo import compat
@@ -74,9 +77,7 @@ def test_fresh_interpreter_is_patched_without_a_warning_and_once() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    bytecode = {"index_code_units"} if sys.version_info >= (3, 11) else set()
-    bytecode |= {"restore_branch_opcodes"} if sys.version_info[:2] == (3, 11) else set()
-    assert set(found["applied"]) - {"wrap_type_itself"} == ALWAYS_BROKEN | bytecode
+    assert set(found["applied"]) - {"wrap_type_itself"} == ALWAYS_BROKEN | BYTECODE
     assert found["failed"] == []
     assert found["again"] == []
     assert found["nni"] == "3.0"
@@ -103,6 +104,7 @@ def test_report_names_every_patch_once(compat_report: compat.CompatReport) -> No
     names = [result.name for result in compat_report.results]
     assert sorted(names) == sorted(compat_report.applied + compat_report.unneeded + compat_report.failed)
     assert len(set(names)) == len(names)
+    assert set(compat_report.applied) - {"wrap_type_itself"} == ALWAYS_BROKEN | BYTECODE
     assert compat_report.torch == torch.__version__
     assert compat_report.python == platform.python_version()
     assert "restore_tensor_methods" in str(compat_report)

@@ -6,7 +6,7 @@ import ast
 import builtins
 import functools
 from contextlib import nullcontext
-from types import MethodDescriptorType
+from types import MethodDescriptorType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,3 +263,11 @@ def test_annotations_are_postponed_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delattr(operator_patcher, "compile")
     assert tracing.postpone_annotations() is True
     assert tracing.postpone_annotations() is False
+
+
+@pytest.mark.parametrize("parameters", [(), object()])
+def test_a_wrapper_has_the_names_of_what_it_wraps_whatever_type_parameters_that_has(parameters):
+    wrapped = SimpleNamespace(__name__="wrapped", __qualname__="it.wrapped", __type_params__=parameters)
+    wrapper = tracing._wraps(wrapped)(lambda: 2)
+    assert (wrapper.__name__, wrapper.__qualname__, wrapper()) == ("wrapped", "it.wrapped", 2)
+    assert wrapper.__wrapped__ is wrapped
