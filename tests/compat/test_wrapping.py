@@ -14,6 +14,7 @@ from tied_nets import LanguageModel, TiedConvolutions, TiedNorms, TwoBlocks, Two
 from torch import nn
 
 from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPruner, compat
+from nni_topo.compat import wrapping
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.copying import unwrapped_copy
 from nni_topo.pruners.rounds import prune_in_rounds
@@ -236,6 +237,17 @@ def test_regular_expressions_and_exclusions_see_both_names():
     assert sorted(L1NormPruner(TwoNames(), [config]).compress()[1]) == ["second", "stem"]
     config = {"op_types": ["Conv2d"], "exclude_op_names": ["first", "tail"], "sparse_ratio": 0.5}
     assert sorted(L1NormPruner(TwoNames(), [config]).compress()[1]) == ["second", "stem"]
+
+
+def test_a_module_with_two_names_is_fused_with_its_norm():
+    model = nn.Module()
+    model.first, model.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    model.again = model.first
+    entry = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
+    for fused in ({}, {"fuse_names": [("first", "norm")]}):
+        assert wrapping._by_one_name(model, [{**entry, **fused}], {}) == [
+            {"op_names": ["first"], "sparse_ratio": 0.5, **fused}
+        ]
 
 
 class Failing(StructuredPruner):
