@@ -6,8 +6,11 @@ So are modes, random states, and the switches for fast paths and for rounding.
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import random
 import sys
+import threading
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +38,10 @@ _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 _CALL: ContextVar[object | None] = ContextVar("call", default=None)  # the outermost block of `left_alone`
 _PutBack = Callable[[], object]
+_logger = logging.getLogger(__name__)
+
+_turn = threading.RLock()  # of the thread whose call runs
+_PATIENCE = 10.0  # seconds after which a thread that waits for its turn says so
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 _TABLES = frozenset({dict, OrderedDict})
@@ -66,12 +73,13 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     # What is made in a caller's inference mode takes no gradients, for good. Sums of products that a caller's autocast
     # rounds to three digits say little of a network.
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-    with inference, nullcontext() if as_compiled else _autocast_off(), nullcontext() if as_compiled else _on_cpu():
+    precision = nullcontext() if as_compiled else _autocast_off()
+    with one_call(), inference, precision, nullcontext() if as_compiled else _on_cpu():
         for model in models:
             if isinstance(model, nn.Module):
                 _write_down(model, put_back, seen, values)
         kept = _put_back_after(put_back, values, models, is_watched=not as_compiled)
-        with kept, random_state_kept(), _compiler_off() if runs_written else nullcontext(), one_call():
+        with kept, random_state_kept(), _compiler_off() if runs_written else nullcontext():
             yield
 
 
@@ -90,15 +98,36 @@ def _put_back_after(
 
 @contextmanager
 def one_call() -> Iterator[None]:
-    """Mark a call of a public function, which is over when the outermost block is; also a decorator."""
+    """Mark a call of a public function, which is over when the outermost block is; also a decorator.
+
+    Calls of several threads run one after another: a model that one of them prunes isn't as it was until the end, and
+    the random generators and the switches for fast paths and for rounding are those of the whole process.
+    """
     if _CALL.get() is not None:
         yield
         return
-    before = _CALL.set(object())
+    turn = _turn
+    if not turn.acquire(timeout=_PATIENCE):
+        _logger.warning("calls in several threads run one after another: this one waits for that of another thread")
+        turn.acquire()
     try:
-        yield
+        before = _CALL.set(object())
+        try:
+            yield
+        finally:
+            _CALL.reset(before)
     finally:
-        _CALL.reset(before)
+        turn.release()
+
+
+def _forget_turn() -> None:
+    """Give a forked process a turn of its own: the thread that had it isn't there."""
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_turn)
 
 
 def running_call() -> object | None:
