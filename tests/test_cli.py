@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
@@ -50,6 +51,7 @@ def test_list_as_json(capsys):
     assert "criterion" in document["pruners"]["topological"]["knobs"]
     assert "refine" in document["recoveries"]["reconstruct"]["knobs"]
     assert document["recoveries"]["reconstruct"]["summary"]
+    assert document["pruners"]["topological"]["summary"]
     assert "lenet5_like" in document["models"]
     assert "digits" in document["data"]
 
@@ -224,6 +226,11 @@ def test_prune_takes_the_seed_and_shows_costs_before_and_after(tmp_path, untrain
     place = tmp_path / "shown"
     files = f"dense model: {place / 'dense.pt'} (nni_topo.load) · report: {place / 'report.html'}"
     assert output.out.endswith(f"{files}\n")
+    # figures of several units begin below the head, as words do
+    head, row = (next(line for line in output.out.splitlines() if word in line) for word in ("before", "parameters"))
+    assert row[head.index("before")].isdigit()
+    assert main([*words, str(tmp_path / "nowhere"), "--device", "nowhere"]) == 2
+    assert "device must be cpu, cuda or auto" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -356,6 +363,7 @@ def test_shrink_writes_a_network_and_says_what_each_step_did(tmp_path, capsys):
     assert steps == sorted(set(steps))
     assert f"It took {steps[-1]} of at most 600 steps at a learning rate of up to " in page
     assert '<img alt="distillation"' in page
+    assert PIL.Image.open(tmp_path / "small" / "distillation.png").info["dpi"] == pytest.approx((110, 110), abs=0.1)
     assert main([*words, "--out", str(tmp_path / "small")]) == 2
     assert "must be new or empty, got 4 entries" in " ".join(capsys.readouterr().err.split())
 
@@ -566,5 +574,6 @@ def test_an_error_names_a_page_only_if_it_has_one_itself(capsys):
         assert capsys.readouterr().err == f"nni-topo {verb}: it is wrong\n"
     assert _failed("nni-topo prune", "it is wrong", "docs/export.md") == 2
     assert capsys.readouterr().err == "nni-topo prune: it is wrong; see docs/export.md\n"
-    assert _failed("nni-topo prune", "see docs/faq.md") == 2
-    assert capsys.readouterr().err == "nni-topo prune: see docs/faq.md\n"
+    for page in ("", "docs/export.md"):
+        assert _failed("nni-topo prune", "see docs/faq.md", page) == 2
+        assert capsys.readouterr().err == "nni-topo prune: see docs/faq.md\n"

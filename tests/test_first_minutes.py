@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
 import json
 import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,16 +36,31 @@ def test_doctor_knows_what_is_here_and_what_a_port_is_used_for(capsys, tmp_path)
         == "ok"
     )
     assert found["data: mnist"]["state"] == "missing"
+    assert (found["NNI's manager"]["state"], found["NNI's manager"]["found"]) == ("ok", "installed")
     assert all(each["remedy"] for each in found.values() if each["state"] == "broken")
     assert not any(each["remedy"] for each in found.values() if each["state"] == "ok")
-    assert findings(capsys, "--port", str(port))[f"port {port}"]["state"] == "ok"
+    found = findings(capsys, "--port", str(port))
+    assert found[f"port {port}"]["state"] == "ok"
+    # without a folder there are no files of other data to read
+    assert [name for name in found if name.startswith("data: ")] == ["data: digits"]
+    assert main(["doctor", "--port", str(port)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "next: nni-topo demo"
+
+
+def test_doctor_looks_at_extras_that_pip_knows(capsys):
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parent.parent / "setup.cfg")
+    named = {name.removeprefix("extra: ") for name in findings(capsys) if name.startswith("extra: ")}
+    assert named == set(setup["options.extras_require"]) - {"runtimes", "upstream", "test", "dev", "nightly"}
 
 
 def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
     from importlib import metadata
 
     real = metadata.requires
-    monkeypatch.setattr(metadata, "requires", lambda name: ["gone>=1"] if name == "nni_topo" else real(name))
+    monkeypatch.setattr(
+        metadata, "requires", lambda name: ["gone>=1", "torch>=1"] if name == "nni_topo" else real(name)
+    )
     found = findings(capsys, status=1)
     assert found["gone"] == {
         "what": "gone",
@@ -51,8 +68,14 @@ def test_doctor_names_the_command_for_what_is_missing(capsys, monkeypatch):
         "found": "isn't installed",
         "remedy": "pip install 'gone>=1'",
     }
+    assert found["torch"]["state"] == "ok"  # what comes after it is looked at too
     assert main(["doctor"]) == 1
-    assert "fix what is broken first" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == "fix what is broken first"
+    # all columns hold text, which begins below the head
+    head = next(line for line in shown.splitlines() if "what to do" in line)
+    row = next(line for line in shown.splitlines() if "gone" in line)
+    assert (head.index("found"), head.index("what to do")) == (row.index("isn't"), row.index("pip install"))
 
 
 def test_doctor_says_which_versions_do_not_fit(capsys, monkeypatch):
@@ -79,14 +102,35 @@ def test_doctor_says_which_versions_do_not_fit(capsys, monkeypatch):
     assert pair["remedy"] == "pip install 'torch==1.0', or the torchvision of this torch"
 
 
+def test_doctor_takes_a_version_before_a_release_for_what_it_is(capsys, monkeypatch, tmp_path):
+    installed = {
+        "nni_topo": ("1.0", ["torch>=2", "torchvision>=9"]),
+        "torch": ("2.99.dev1", []),
+        "torchvision": ("9.1rc1", ["torch>=2.98"]),
+    }
+    for name, (version, needs) in installed.items():
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        required = "".join(f"Requires-Dist: {need}\n" for need in needs)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{required}")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = findings(capsys)
+    assert [found[name]["found"] for name in ("torch", "torchvision")] == ["2.99.dev1", "9.1rc1"]
+    assert found["torch and torchvision"]["found"] == "2.99.dev1 with 9.1rc1"
+    assert {found[name]["state"] for name in ("torch", "torchvision", "torch and torchvision")} == {"ok"}
+
+
 def test_doctor_names_the_extra_of_a_package_and_a_full_disk(capsys, monkeypatch):
     real = importlib.util.find_spec
-    gone = ("numba", "onnxscript")
+    gone = ("numba", "onnxscript", "nni_node")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else real(name))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
     found = findings(capsys)
     assert found["extra: fast"]["found"] == "no numba"
     assert found["extra: export"]["found"].endswith("onnxscript")
+    manager = found["NNI's manager"]
+    assert (manager["state"], manager["found"]) == ("missing", "not installed; only experiments need it")
+    assert manager["remedy"].startswith("pip install ")
     assert found["extra: export"]["remedy"] == "pip install 'nni_topo[export]'"
     disk = found["temporary files"]
     assert (disk["state"], disk["remedy"]) == ("missing", "set TMPDIR to a folder with more free space")
@@ -125,6 +169,7 @@ def test_without_the_manager_of_experiments_networks_are_pruned_and_doctor_says_
         (["analyze", "topo"], {"topology"}),
         (["compare", "--model", "vgg16", "--retrain-e"], {"--retrain-epochs"}),
         (["analyze", "sensitivity", "--stop"], {"--stop-drop"}),
+        (["report", "--fo"], set()),  # folders are no flag
         ([""], set(VERBS)),
     ],
 )
@@ -134,6 +179,7 @@ def test_bash_completes_verbs_and_flags(typed, offered, capsys):
     ask = f"COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _nni_topo; echo ${{COMPREPLY[@]}}"
     done = subprocess.run(["bash", "-c", capsys.readouterr().out + ask], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == offered
+    assert not done.stderr
 
 
 def test_zsh_takes_the_same_script(capsys):

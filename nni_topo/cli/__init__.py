@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb = parsed(name, choice, words)
         # With --json, standard output holds the document and nothing else.
-        return verb.run(Console(stderr=verb.json, soft_wrap=False, width=None if sys.stdout.isatty() else 160))
+        return verb.run(Console(stderr=verb.json, width=None if sys.stdout.isatty() else 160))
     except NniTopoError as error:
         return _failed(name, str(error), error.page)
     except OSError as error:
@@ -105,7 +105,3 @@ def parsed(name: str, kind: type[Verb], words: list[str]) -> Verb:
             # later flags win, so those of the command line come after the file's
             words = [*flags_of(known.plan), *words]
     return tyro.cli(kind, prog=name, args=words, config=(tyro.conf.FlagCreatePairsOff,))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

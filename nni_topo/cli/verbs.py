@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from nni_topo.studies.pictures import comparison_figures, figure_of, plot_accura
 from nni_topo.studies.plan import SCRATCH, ComparisonPlan, load_plan
 from nni_topo.studies.records import compared_records
 from nni_topo.studies.report import prune_costs, write_report
-from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, plain, save_figures
+from nni_topo.studies.study import DataVerb, Names, TrainedVerb, Verb, finite, plain, save_figures
 from nni_topo.studies.tables import as_table, markdown_report, print_report, print_widths
 from nni_topo.zoo import list_data, list_models
 
@@ -233,20 +232,20 @@ class Shrink(TrainedVerb):
         has_curve = verdict is not None and bool(verdict.curve)
         tables |= {"networks tried": found_within.to_frame()} if found_within else {}
         tables |= {"distillation": verdict.to_frame()} if has_curve else {}
-        found = {name: each.replace({math.nan: None}).to_dict("records") for name, each in tables.items()}
+        found = {name: each.to_dict("records") for name, each in tables.items()}
         facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "method": self.method, "budget": budget}
         facts |= {**found, "widths": report.layers.rows}
         if found_within is not None:
-            found_facts = {name: None if value != value else value for name, value in plain(found_within).items()}
-            facts |= {"tolerance": found_facts, "result of the search": str(found_within)}
+            facts |= {"tolerance": found_within, "result of the search": str(found_within)}
         facts |= {"blocks": str(depth)} if depth else {}
         facts |= {"result of distillation": str(verdict)} if verdict is not None else {}
         facts |= latencies(start, dense) | provenance()
-        write_json(self.out / "shrink.json", plain(facts), sort=False)
+        document = finite(plain(facts))
+        write_json(self.out / "shrink.json", document, sort=False)
         if has_curve:
             write_figure(self.out / "distillation.png", plot_distillation(verdict), 110)
         files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
-        self.put_out(console, found["stages"], [repr(report), files])
+        self.put_out(console, document["stages"], [repr(report), files])
         return 0
 
     def _check(self, budget: str | dict[str, Any] | None) -> None:

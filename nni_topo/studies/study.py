@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Verb:
     def put_out(self, console: Console, document: Any, parts: Iterable[RenderableType]) -> None:
         """Print one JSON document with ``--json``, otherwise tables and lines."""
         if self.json:
-            print(json.dumps(document, indent=1))
+            print(json.dumps(finite(document), indent=1))
             return
         for part in parts:
             console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
@@ -179,6 +180,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def finite(value: Any) -> Any:
+    """Return a document with None in place of NaN and infinite numbers, which JSON doesn't have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_figures(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from nni.experiment import Experiment
@@ -234,11 +237,13 @@ def test_a_run_in_which_no_trial_fails_ends_with_0(running):
 
 def test_a_terminal_shows_how_many_trials_have_ended(running, manager):
     running.at_pauses = [running.end]
+    manager.replies["stderr"] = "ValueError: a ratio of 7 in [red]"
     said = io.StringIO()
     running.run(Console(file=said, width=160, force_terminal=True, color_system="standard"), listen_everywhere=True)
     # plain text without colours, which a terminal would otherwise give numbers and paths
     head = f"experiment {manager.id} at http://localhost:{manager.port} (all interfaces, without a password)"
     assert head in said.getvalue()
+    assert "trial 2 (NKlsg) failed: ValueError: a ratio of 7 in [red] · ratio=0.75" in said.getvalue()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.getvalue())
     assert re.search(r"\bdone .* 4/4 ", plain)
     assert running.experiments[0][2] is True
@@ -271,12 +276,39 @@ def test_ctrl_c_before_a_trial_has_succeeded_writes_the_trials(running, manager,
     assert len(json.loads((running.folder / "runs[red]" / "trials.json").read_text())) == 2
 
 
-def test_an_interrupted_export_doesnt_run_a_trial_again(running, trials, capsys):
-    running.at_pauses = [running.interrupt]
+@pytest.mark.parametrize(
+    ("pause", "said"),
+    [
+        (Running.interrupt, "or run again here, got none"),
+        (Running.end, "its command is that of nni_topo.runs.trial, got 'python quick.py' (epUED)"),
+    ],
+)
+def test_an_export_runs_a_trial_again_unless_it_is_interrupted(pause, said, running, trials, capsys):
+    running.at_pauses = [lambda: pause(running)]
     (trials / "epUED" / "masks.pt").unlink()
     (running.folder / "config.yml").write_text(CONFIG.replace("MODE", "maximize"))
     show(running.manager, "run", "config.yml", "--out", "out", status=2)
-    assert "or run again here, got none" in " ".join(capsys.readouterr().err.split())
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_that_is_told_to_end_stops_its_manager(running, manager, capsys):
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    running.at_pauses = [lambda: os.kill(os.getpid(), signal.SIGTERM), running.end]
+    (running.folder / "config.yml").write_text(CONFIG.replace("MODE", "maximize"))
+    try:
+        show(manager, "run", "config.yml", "--out", "out", status=130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "experiment run: interrupted; " in capsys.readouterr().err
+    assert running.experiments[0][0].port is None
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(running):
+    running.end()
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(running.run, Console(file=io.StringIO())).result() == 1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_experiment_that_breaks_down_says_why(running, manager, capsys):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -24,12 +26,19 @@ from rich.console import Console
 import nni_topo
 import nni_topo_command
 from nni_topo import analysis
-from nni_topo.cli import VERBS, main, studies, verbs
+from nni_topo.cli import VERBS, _failed, main, studies, verbs
 from nni_topo.cli.doctor import Doctor
 from nni_topo.cli.profile import Profile
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost import ModeCost
-from nni_topo.runs.choices import CompensationChoice, DistillationChoice, PrunerChoice, Target
+from nni_topo.runs.choices import (
+    CompensationChoice,
+    DataChoice,
+    DistillationChoice,
+    ModelChoice,
+    PrunerChoice,
+    Target,
+)
 from nni_topo.runs.run import Start
 
 STUDIES = {
@@ -142,32 +151,66 @@ def test_what_is_no_verb_ends_with_2(words):
         main(words)
 
 
+def test_flags_have_one_spelling(tmp_path, capsys):
+    (tmp_path / "plan.yaml").write_text("model: small_cnn\n")
+    study = ["analyze", "compression", "--model", "small_cnn"]
+    for words in (["list", "--no-json"], [*study, "--pla", str(tmp_path / "plan.yaml")]):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert words[-1 if words[0] == "list" else -2] in said
+        assert f"nni-topo {' '.join(words[: 2 if words[0] == 'analyze' else 1])} --help" in said
+
+
+def test_a_program_takes_its_own_words(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["nni-topo", "list", "--json", "topological"])
+    assert main() == 0
+    assert list(json.loads(capsys.readouterr().out)["pruners"]) == ["topological"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_tables_are_as_wide_as_a_terminal(monkeypatch):
+    said = Terminal()
+    monkeypatch.setattr(sys, "stdout", said)
+    monkeypatch.setenv("COLUMNS", "70")
+    assert main(["list", "topological"]) == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).splitlines()
+    assert max(len(line) for line in lines if "│" in line) == 70
+
+
+def test_an_error_in_a_terminal_is_red_and_word_for_word(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert _failed("nni-topo list", "sizes must be [bold], got 3") == 2
+    assert capsys.readouterr().err == "\x1b[31mnni-topo list: sizes must be [bold], got 3\x1b[0m\n"
+
+
 def test_a_new_study_is_one_file(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     example = re.search(r"## A new study.*?```python\n(.*?)```", text, re.S)[1]
     (tmp_path / "widths.py").write_text(IMPORTS + textwrap.dedent(example))
     monkeypatch.setattr(analysis, "__path__", [*analysis.__path__, str(tmp_path)])
-    words = [
-        "analyze",
-        "widths",
-        "--model",
-        "small_cnn",
-        "--limit",
-        "50",
-        "--least",
-        "32",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert main([*words, "--json"]) == 0
+    weights = tmp_path / "net.pth"
+    net = nni_topo.zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0)
+    torch.save(net.state_dict(), weights)
+    words = ["analyze", "widths", "--model", "small_cnn", "--checkpoint", str(weights), "--limit", "50"]
+    assert main([*words, "--least", "32", "--out", str(tmp_path / "out"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert min(document["layers"].values()) == 32
     assert document == json.loads((tmp_path / "out" / "widths.json").read_text())
-    (tmp_path / "plan.yaml").write_text("model: small_cnn\nlimit: 50\nleast: 64\n")
+    (tmp_path / "plan.yaml").write_text(f"model: small_cnn\ncheckpoint: {weights}\nlimit: 50\nleast: 64\n")
     assert main(["analyze", "widths", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "widths of small_cnn" in shown
     assert f"written: {tmp_path / 'out' / 'widths.json'}" in shown.replace("\n", "")
+    with pytest.raises(SystemExit, match="0"):
+        main(["analyze", "widths", "--help"])
+    assert "--least" in capsys.readouterr().out
 
 
 def test_a_profile_measures_what_the_flags_say(monkeypatch, capsys):
@@ -177,17 +220,20 @@ def test_a_profile_measures_what_the_flags_say(monkeypatch, capsys):
 
     def noting(nets, images, **knobs):
         seen.append((nets, images, knobs))
-        return [ModeCost(name, "plain", 2_500_000, 1500, 1.25, 800.0, 3_000_000) for name in nets] + [
+        return [ModeCost(name, "plain", 10**11, 1_500_000, 1.25, 800.0, 2 * 10**11) for name in nets] + [
             ModeCost("dense", "bf16", 0, 0, math.nan, math.nan, 0, "no such numbers here")
         ]
 
     monkeypatch.setattr(module, "profile", noting)
     words = ["profile", "--model", "small_cnn", "--in-channels", "1", "--image-size", "8", "--classes", "5"]
-    words += ["--batch-size", "3", "--ratio", "0.25", "--round-to", "4", "--modes", "plain,bf16", "--runs", "7"]
+    words += ["--batch-size", "3", "--ratio", "0.25", "--round-to", "5", "--modes", "plain,bf16", "--runs", "7"]
+    assert main([*words, "--width", "2"]) == 2
+    assert "width must be 1.0 for a model that takes no width, got 2.0" in " ".join(capsys.readouterr().err.split())
     assert main([*words, "--threads", "2", "--seed", "9"]) == 0
     shown = capsys.readouterr().out
     rows = [line.replace("│", " ").split() for line in shown.splitlines() if "unpruned" in line]
-    assert rows == [["plain", "unpruned", "1.25", "800", "3.0", "2.5", "1.5"]]
+    assert rows == [["plain", "unpruned", "1.25", "800", "200000.0", "100000.0", "1500.0"]]
+    assert columns_of(shown, "mode", "network") == columns_of(shown, "plain", "dense")
     assert "small_cnn, batch of 3, cpu" in shown
     assert "bf16: no such numbers here" in shown
     (nets, images, knobs), *_ = seen
@@ -197,14 +243,23 @@ def test_a_profile_measures_what_the_flags_say(monkeypatch, capsys):
     whole, dense = nets.values()
     assert not whole.training
     assert whole(images).shape == dense(images).shape == (3, 5)
-    widths = whole.features.conv2.out_channels, dense.features.conv2.out_channels
-    assert widths[1] == 3 * widths[0] // 4
-    assert dense.features.conv1.out_channels % 4 == 0
+    widths = [(net.features.conv1.out_channels, net.features.conv2.out_channels) for net in (whole, dense)]
+    assert widths == [(16, 32), (15, 25)]  # three quarters would be 12 and 24
     # the same seed draws the same network, another one another
     assert main([*words, "--seed", "9"]) == main([*words, "--seed", "8"]) == 0
     weights = [given[0]["unpruned"].features.conv1.weight for given in seen]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+    kept = [
+        [bool((row == given[0]["dense"].features.conv1.weight).flatten(1).all(1).any()) for row in weight]
+        for given, weight in zip(seen, weights, strict=True)
+    ]
+    assert (sum(kept[0]), kept[0]) == (15, kept[1])
+    assert kept[0] != kept[2]
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    *_, failed = json.loads(capsys.readouterr().out)
+    assert (failed["mode"], failed["latency_ms"]) == ("bf16", None)
     defaults = Profile(model="small_cnn")
     sizes = defaults.batch_size, defaults.image_size, defaults.in_channels, defaults.classes, defaults.runs
     assert (sizes, defaults.ratio) == ((1, 32, 3, 10, 30), 0.5)
@@ -288,6 +343,90 @@ def test_flags_of_shrink_are_checked_before_anything_is_loaded(flags, words):
     for edge in ({}, {"caps": {"conv": 0.0}, "floors": {"conv": 0.0}}, {"measure": "distance", "images": 2}):
         good = shrinking(**edge)
         good._check(good._budget())
+
+
+TINY = """
+import os
+
+from torch import nn
+
+made_by = set()
+
+
+def net(num_classes):
+    made_by.add(os.getpid())
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Words that name a small network with a file of its weights, and a few images."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny_for_verbs.py").write_text(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        torch.manual_seed(0)
+        net = importlib.import_module("tiny_for_verbs").net(10)
+        net[1].weight.data *= 4.0  # the first unit is zero on most images, which a search doesn't see
+        torch.save(net.state_dict(), folder / "net.pth")
+        words = ["--model", "tiny_for_verbs:net", "--checkpoint", str(folder / "net.pth"), "--limit", "40"]
+        yield [*words, "--images", "36", "--test-limit", "20", "--seconds", "1e-9"]
+
+
+def shrunk(words, out, capsys, monkeypatch):
+    """Run `shrink`; return its document, what it printed, and the names of its bars."""
+    # progress that nobody asked for appears at once
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    assert main(["shrink", *words, "--out", str(out)]) == 0
+    output = capsys.readouterr()
+    bars = {line.partition(":")[0] for line in output.err.splitlines() if " passed" in line}
+    return json.loads((out / "shrink.json").read_text(), parse_constant=pytest.fail), output.out, bars
+
+
+def test_shrink_writes_what_it_tried_and_what_it_had_no_time_for(tiny, tmp_path, capsys, monkeypatch):
+    words = [*tiny, "--flops", "0.5", "--allocation", "auto"]
+    document, shown, bars = shrunk(words, tmp_path / "small", capsys, monkeypatch)
+    assert "compensate" in bars
+    assert [row["allocation"] for row in document["widths tried"]] == ["uniform", "topological", "error"]
+    assert [(row["name"], row["before"], row["after"]) for row in document["widths"]] == [("1", 8, 4), ("3", 10, 10)]
+    assert "No step was taken: seconds= allows too few" in document["result of distillation"]
+    assert "distillation" not in document
+    assert not (tmp_path / "small" / "distillation.png").exists()
+    assert shown.endswith(f"report: {tmp_path / 'small' / 'report.html'}\n")
+
+
+def test_numbers_that_json_has_not_are_null(tiny, tmp_path, capsys, monkeypatch):
+    words = [*tiny, "--tolerance", "1e-6", "--measure", "distance", "--json"]
+    document, shown, bars = shrunk(words, tmp_path / "small", capsys, monkeypatch)
+    assert not bars
+    assert json.loads(shown) == document["stages"]
+    # the network that was found isn't confirmed
+    found = document["tolerance"]
+    assert (found["tolerance"], found["is_met"], found["limit"]) == (1e-6, False, None)
+    assert "result of distillation" not in document
+
+
+def test_a_demonstration_runs_in_this_process(tiny, tmp_path, monkeypatch, capsys):
+    import tiny_for_verbs
+
+    plan = replace(
+        verbs.DEMO,
+        models=(ModelChoice("tiny_for_verbs:net"),),
+        data=(DataChoice("digits", limit=20, test_limit=20),),
+        pruners=(PrunerChoice("l1"),),
+        targets=verbs.DEMO.targets[:1],
+        seeds=1,
+        train={"epochs": 0},
+        retrain={"epochs": 0},
+        compensate=None,
+    )
+    monkeypatch.setattr(verbs, "DEMO", plan)
+    tiny_for_verbs.made_by.clear()
+    assert main(["demo", "--json", "--out", str(tmp_path / "demo")]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["pruner"], record["target"]) == ("l1", "ratio 0.5")
+    assert tiny_for_verbs.made_by == {os.getpid()}
 
 
 def test_bounds_of_layers_are_those_of_the_flags():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
+import math
 import pkgutil
 from dataclasses import dataclass
 
 import pytest
+from rich.console import Console
 
 from nni_topo import analysis
 from nni_topo.runs.choices import Cell, DataChoice, ModelChoice, PrunerChoice, Target
 from nni_topo.studies.analysis.sensitivity import Sensitivity, SensitivityCurve
 from nni_topo.studies.compare import Comparison, RunFailure
-from nni_topo.studies.study import Findings
+from nni_topo.studies.study import Findings, Verb
 from nni_topo.zoo import Recipe
 
 FACTS = {
@@ -74,3 +77,11 @@ def test_every_study_shows_its_table():
     kinds = [kind for kind in Findings.__subclasses__() if kind.__module__.startswith("nni_topo.")]
     assert len(kinds) > 8
     assert all(kind.__repr__ is Findings.__repr__ for kind in kinds)
+
+
+def test_a_document_has_no_numbers_that_json_lacks(capsys):
+    document = {"is": [0.5, math.nan, -math.inf], "pair": ({"limit": math.inf}, 3), "name": "nan"}
+    Verb(json=True).put_out(Console(), document, ())
+    assert json.loads(capsys.readouterr().out) == {
+        "is": [0.5, None, None], "pair": [{"limit": None}, 3], "name": "nan",
+    }  # fmt: skip
