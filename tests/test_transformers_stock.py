@@ -61,9 +61,8 @@ def check_stock(dense: Any, folder: Path) -> None:
     assert torch.equal(text, dense.generate(input_ids=ids[:1], max_new_tokens=5, do_sample=False))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=[] if each == "Qwen2" else pytest.mark.slow) for each in CONFIGS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_same_ratio_in_all_blocks_leaves_a_folder_for_transformers_alone(name: str, tmp_path: Path) -> None:
     model = made(name)
     inputs = inputs_of(model)

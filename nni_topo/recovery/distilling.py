@@ -557,8 +557,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``seconds``, ``augment``, ``state`` and ``blocks`` can't be used, nor ``blend`` where it has an effect,
         ``"cosine"`` and networks with batch norms.
     held_out : iterable or nni.compression.utils.Evaluator, optional
-        Batches like those of ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
-        :class:`nni_topo.Calibration` with groups, from which nothing is learned then. Those that
+        Batches like those of ``images``, to judge by. By default an eighth of ``images``, drawn with ``seed``, or every
+        eighth group of a :class:`nni_topo.Calibration` with groups, from which nothing is learned then. Those that
         :func:`nni_topo.compensate` had count for ``dense`` more than others would: what it never saw judges fairly.
     objective : {"auto", "kl", "squares", "cosine"}, default="auto"
         ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis.

@@ -28,7 +28,7 @@ from nni_topo.network.graph.traced_int import (
     resized,
 )
 from nni_topo.network.graph.tracing import Recording, arguments, layer_sizes, trace
-from nni_topo.network.graph.training_only import Steps, add_training, evaluated, unused_parameters
+from nni_topo.network.graph.training_only import Steps, add_training, evaluated, unused_tensors
 
 __all__ = [
     "IN_TRAINING",
@@ -61,5 +61,5 @@ __all__ = [
     "resized",
     "tensor_shape",
     "trace",
-    "unused_parameters",
+    "unused_tensors",
 ]

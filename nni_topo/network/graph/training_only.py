@@ -31,18 +31,20 @@ from nni_topo.network.runtime import Call, called, detached_copy, evaluating, ou
 _logger = logging.getLogger(__name__)
 
 
-def unused_parameters(model: nn.Module, graph: Graph) -> list[str]:
-    """List the parameters of a model that no node of its graph uses, by name."""
+def unused_tensors(model: nn.Module, graph: Graph) -> list[str]:
+    """List the parameters and floating buffers of a model that no node of its graph uses, by name."""
     used = set[int]()
     for node in graph.nodes:
         if node.op not in ("call_module", "get_attr"):
             continue
         found = _attribute(model, str(node.target))
         if isinstance(found, nn.Module):
-            used.update(id(parameter) for parameter in found.parameters())
+            used.update(id(tensor) for tensor in (*found.parameters(), *found.buffers()))
         else:
             used.add(id(found))
-    return [name for name, parameter in model.named_parameters() if id(parameter) not in used]
+    # A number, and what counts or masks, has no channels.
+    held = [(name, each) for name, each in model.named_buffers() if each.dim() and each.is_floating_point()]
+    return [name for name, each in (*model.named_parameters(), *held) if id(each) not in used]
 
 
 def add_training(

@@ -25,7 +25,7 @@ from nni_topo.network.graph import (
     layer_sizes,
     on_modules,
     trace,
-    unused_parameters,
+    unused_tensors,
 )
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, LayerSizes, Size, is_scripted, spatial, with_heads
 from nni_topo.network.runtime import (
@@ -176,7 +176,7 @@ class Network:
         recording = trace(model, self.call)
         graph_module, reads_values = recording.graph_module, recording.reads_values
         missed = ""
-        if unused := unused_parameters(model, graph_module.graph):
+        if unused := unused_tensors(model, graph_module.graph):
             # What was traced may hold things of its tracer's.
             model = copied()
             graph_module, missed, also_reads = add_training(model, graph_module, unused, self.call, trace)

@@ -172,9 +172,9 @@ def test_parameters_are_unused_that_no_node_names():
     graph.get_attr("scale")
     graph.call_method("exit", (x,))  # the name of a method is none of a module
     names = {"b.weight", "b.bias", "exit.weight", "exit.bias", "head.weight", "head.bias"}
-    assert set(training_only.unused_parameters(model, graph)) == names
+    assert set(training_only.unused_tensors(model, graph)) == names
     graph.get_attr("head.weight")
-    assert set(training_only.unused_parameters(model, graph)) == names - {"head.weight"}
+    assert set(training_only.unused_tensors(model, graph)) == names - {"head.weight"}
 
 
 def half(model, *names):
@@ -295,10 +295,8 @@ def test_a_network_that_evaluation_reaches_whole_is_traced_once(monkeypatch):
     assert not any(modes)
 
 
-@pytest.mark.parametrize(
-    ("name", "pixels", "count"),
-    [("googlenet", 64, 57), pytest.param("inception_v3", 299, 94, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "pixels", "count"), [("googlenet", 64, 57), ("inception_v3", 299, 94)])
 def test_second_heads_of_torchvision_go_on_training(name, pixels, count):
     torchvision = pytest.importorskip("torchvision")
     model = getattr(torchvision.models, name)(weights=None, init_weights=False, num_classes=10, aux_logits=True).eval()
@@ -329,3 +327,57 @@ def test_second_heads_of_torchvision_go_on_training(name, pixels, count):
         for one, other in pairs:
             if other is not None:
                 torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+class Centred(nn.Module):
+    """Keeps a running mean of its features, as teachers in self-supervised learning do, which training alone moves."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.a, self.b, self.head = convolution(3, 8), convolution(8, 6), nn.Linear(6, 4)
+        self.register_buffer("centre", torch.zeros(6))
+        self.register_buffer("steps", torch.zeros(()))
+        self.move = move
+
+    def forward(self, images):
+        features = self.b(self.a(images).relu()).relu().mean((2, 3))
+        if self.training:
+            self.move(self, features.detach().mean(0))
+        return self.head(features)
+
+
+def written(net, new):
+    net.centre.mul_(0.9).add_(new, alpha=0.1)
+
+
+def replaced(net, new):
+    net.centre = torch.lerp(net.centre, new, 0.1)
+
+
+@pytest.mark.parametrize("move", [written, replaced])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_buffer_that_only_training_moves_gets_as_narrow_as_what_it_remembers(move, training):
+    torch.manual_seed(0)
+    model = Centred(move).train(training)
+    model.centre.copy_(torch.arange(6.0))
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    pruner = nni_topo.RandomPruner(model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    kept = masks["b"]["bias"].nonzero().flatten()
+    small = nni_topo.to_dense(model, IMAGES, masks)
+    assert torch.equal(small.centre, kept.float())
+    assert torch.equal(model.centre, torch.arange(6.0))
+    small.train()(IMAGES).sum().backward()
+    assert small.centre.shape == (3,)
+    assert not torch.equal(small.centre, kept.float())
+
+
+def test_numbers_and_masks_are_no_buffers_that_could_get_narrower():
+    model = Centred(written)
+    model.register_buffer("places", torch.arange(6))
+    graph = Graph()
+    graph.get_attr("centre")
+    unused = training_only.unused_tensors(model, graph)
+    assert not {"centre", "steps", "places"} & set(unused)
+    assert "centre" in training_only.unused_tensors(model, Graph())

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import random
+import signal
+import threading
 from array import array
 from collections import OrderedDict, deque
 
@@ -20,6 +24,7 @@ from nni_topo.network.runtime.untouched import (
     has_compiled,
     leaves_models_alone,
     left_alone,
+    one_call,
     random_state_kept,
     random_states,
     seed_torch,
@@ -385,3 +390,63 @@ def test_the_state_of_a_model_is_put_back_while_random_numbers_go_on():
     assert (model.running_mean is mean, model.width, model.counter.places) == (True, 3, [0])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert drawn_since(seen)
+
+
+def test_threads_that_prune_one_model_get_what_each_gets_alone():
+    torch.manual_seed(0)
+    model, batches = toy_model(), [toy_images(16)]
+    model(batches[0]).sum().backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+
+    def pruned(share: float) -> nn.Module:
+        small: nn.Module = nni_topo.shrink(model, batches, {"flops": share}, distill=False, progress=False)
+        return small
+
+    shares = (0.4, 0.8)
+    alone, found = [pruned(share)(batches[0]) for share in shares], {}
+    threads = [
+        threading.Thread(target=lambda share=share: found.update({share: pruned(share)(batches[0])}))  # type: ignore[misc]
+        for share in shares
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert all(torch.equal(found[share], wanted) for share, wanted in zip(shares, alone, strict=True))
+    assert all(torch.equal(parameter.grad, known) for parameter, known in zip(model.parameters(), before, strict=True))
+
+
+def test_a_thread_that_waits_for_its_turn_says_so(monkeypatch, caplog):
+    monkeypatch.setattr("nni_topo.network.runtime.untouched._PATIENCE", 0.01)
+    thread = threading.Thread(target=one_call()(lambda: None))
+    with caplog.at_level(logging.WARNING), one_call():
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+    thread.join()
+    waits = "calls in several threads run one after another: this one waits for that of another thread"
+    assert [record.getMessage() for record in caplog.records] == [waits]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_has_a_turn_of_its_own():
+    begun, over = threading.Event(), threading.Event()
+
+    def call() -> None:
+        with one_call():
+            begun.set()
+            over.wait()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    begun.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends it if it waits
+        with one_call():
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    over.set()
+    thread.join()
+    assert status == 0
