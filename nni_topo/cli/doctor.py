@@ -122,7 +122,9 @@ def _nni() -> Finding:
 def _gpu() -> Finding:
     if torch.cuda.is_available():
         return Finding("GPU", "ok", torch.cuda.get_device_name())
-    return Finding("GPU", "missing", f"none that this torch can use; CPU with {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    used = f"CPU with {threads} thread{'' if threads == 1 else 's'}"
+    return Finding("GPU", "missing", f"none that this torch can use; {used}")
 
 
 def _manager() -> Finding:

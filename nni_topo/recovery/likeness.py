@@ -10,7 +10,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
 
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError, SpeedupError, leaving_out
 from nni_topo.network.runtime import (
     BatchStore,
     Calibration,
@@ -113,10 +113,17 @@ class Answers:
         distances: list[float] = []
         agreed: list[float] = []
         answers = _answers(net, self._parts[part], self._outputs, self._places)
-        for mine, kept in zip(answers, self._wanted[part], strict=True):
-            theirs = _Answer(*kept)
-            distances += self._distances(mine, theirs)
-            agreed += _agreements(mine, theirs)
+        try:
+            for mine, kept in zip(answers, self._wanted[part], strict=True):
+                theirs = _Answer(*kept)
+                distances += self._distances(mine, theirs)
+                agreed += _agreements(mine, theirs)
+        except DataError as error:  # not for the data, on which the model itself has run
+            raise SpeedupError(
+                "a smaller network must run on every batch on which the model runs, got "
+                f"{str(error.__cause__).partition(chr(10))[0]}: a forward that decides by values of tensors, as in "
+                f"`if x.mean() > 0`, may go another way with fewer channels; {leaving_out('the layers around it')}"
+            ) from error
         if self._processes is None:
             return Differences(distances, agreed)
         everywhere = self._processes.gather((distances, agreed), "the comparison of outputs")

@@ -9,6 +9,7 @@ from scipy import stats
 from torch import nn
 
 import nni_topo
+from nni_topo.errors import SpeedupError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.likeness import Answers
 from nni_topo.testing import toy_images, toy_model
@@ -337,3 +338,27 @@ def test_outputs_that_are_no_numbers_are_not_near():
     batches = Calibration([torch.randn(4, 5)])
     assert Answers(constant, batches).likenesses(other)[0].distance.value == math.inf
     assert math.isnan(Answers(net(), batches).likenesses(other)[0].distance.value)
+
+
+class Deciding(nn.Module):
+    """Skips a layer where the numbers are small."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, width), nn.Linear(width, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        hidden = self.first(inputs)
+        return self.head(self.second(hidden) if inputs.abs().mean() > 1 else hidden)
+
+
+def test_a_smaller_network_that_goes_another_way_is_told_of_and_not_the_images():
+    images = Calibration([3 * torch.ones(4, 5), torch.zeros(4, 5)])
+    answers = Answers(Deciding(8), images)
+    with pytest.raises(
+        SpeedupError,
+        match=r"^a smaller network must run on every batch on which the model runs, got .*shapes cannot be multiplied "
+        r".*: a forward that decides by values of tensors, as in `if x.mean\(\) > 0`, .*; "
+        r"exclude the layers around it from the config_list \(exclude_op_names\)$",
+    ):
+        answers.likenesses(Deciding(6))
