@@ -836,7 +836,8 @@ def test_what_nothing_reads_must_fit_in_the_dense_model_too(how, widths):
 
 def test_a_tensor_with_the_id_of_a_freed_one_came_from_nowhere():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-    recorder = recording._Recorder(model, recording._ModuleKinds(model), {"input": torch.randn(4, 6)})
+    named = {"input": torch.randn(4, 6)}
+    recorder = recording._Recorder(model, recording._ModuleKinds(model), named, recording.made_tensors_dropped)
     others = [torch.randn(4, 6) for _ in range(200)]
     again = [each for each in others if id(each) in recorder._givers]
     assert again  # that of an output between the layers
