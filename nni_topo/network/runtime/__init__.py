@@ -132,6 +132,7 @@ from nni_topo.network.runtime.untouched import (
     seed_torch,
     state_kept,
     torch_random_kept,
+    turn_lent,
 )
 
 __all__ = [
@@ -259,6 +260,7 @@ __all__ = [
     "told_of_changes",
     "torch_random_kept",
     "trim_heap",
+    "turn_lent",
     "unwrapped_copy",
     "variations_of",
     "varied",

@@ -16,6 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from operator import is_
 from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -40,7 +41,6 @@ _CALL: ContextVar[object | None] = ContextVar("call", default=None)  # the outer
 _PutBack = Callable[[], object]
 _logger = logging.getLogger(__name__)
 
-_turn = threading.RLock()  # of the thread whose call runs
 _PATIENCE = 10.0  # seconds after which a thread that waits for its turn says so
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
@@ -96,6 +96,83 @@ def _put_back_after(
                 each()
 
 
+class _Turns:
+    """The calls of all threads, of which one runs at a time.
+
+    A call that waits for a user's function, or for threads of its own, lends its turn. Calls that begin meanwhile are
+    over before it goes on: so each puts a model back as it found it, the last one first.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls: list[_Turn] = []  # the one that runs is the last, unless it lends
+
+    def begin(self) -> _Turn:
+        """Wait for this thread's turn, and take it."""
+        turn = _Turn(threading.get_ident())
+        with self._changed:
+            if not self._changed.wait_for(functools.partial(self._is_free_for, turn), _PATIENCE):
+                _logger.warning(
+                    "calls in several threads run one after another: this one waits for that of another thread"
+                )
+                self._changed.wait_for(functools.partial(self._is_free_for, turn))
+            self._calls.append(turn)
+        return turn
+
+    def is_mine(self) -> bool:
+        """Tell whether a call of this thread runs, and hasn't lent its turn."""
+        with self._changed:
+            own = [each for each in self._calls if each.thread == threading.get_ident()]
+            return bool(own) and not own[-1].is_lent
+
+    def end(self, turn: _Turn) -> None:
+        """Let the next call begin or go on."""
+        with self._changed:
+            self._calls.remove(turn)
+            self._changed.notify_all()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Lend the turn of this thread's call for a while, if it has one."""
+        with self._changed:
+            turn = self._calls[-1] if self._calls else None
+            if turn is None or turn.is_lent or turn.thread != threading.get_ident():
+                turn = None
+            else:
+                turn.is_lent = True
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            if turn is not None:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._calls[-1] is turn)
+                    turn.is_lent = False
+
+    def _is_free_for(self, turn: _Turn) -> bool:
+        last = self._calls[-1] if self._calls else None
+        return last is None or last.is_lent or last.thread == turn.thread
+
+
+@dataclass(eq=False)
+class _Turn:
+    thread: int
+    is_lent: bool = False
+
+
+_turns = _Turns()
+
+
+def _forget_turns() -> None:
+    """Let a forked process begin anew: the threads that had turns aren't there."""
+    global _turns
+    _turns = _Turns()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_turns)
+
+
 @contextmanager
 def one_call() -> Iterator[None]:
     """Mark a call of a public function, which is over when the outermost block is; also a decorator.
@@ -103,31 +180,24 @@ def one_call() -> Iterator[None]:
     Calls of several threads run one after another: a model that one of them prunes isn't as it was until the end, and
     the random generators and the switches for fast paths and for rounding are those of the whole process.
     """
-    if _CALL.get() is not None:
+    turns = _turns
+    if _CALL.get() is not None and turns.is_mine():
         yield
         return
-    turn = _turn
-    if not turn.acquire(timeout=_PATIENCE):
-        _logger.warning("calls in several threads run one after another: this one waits for that of another thread")
-        turn.acquire()
+    turn = turns.begin()
     try:
-        before = _CALL.set(object())
+        before = _CALL.set(_CALL.get() or object())
         try:
             yield
         finally:
             _CALL.reset(before)
     finally:
-        turn.release()
+        turns.end(turn)
 
 
-def _forget_turn() -> None:
-    """Give a forked process a turn of its own: the thread that had it isn't there."""
-    global _turn
-    _turn = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_forget_turn)
+def turn_lent() -> AbstractContextManager[None]:
+    """Let calls of other threads run while this thread waits for these, or for what a user's function does."""
+    return _turns.lent()
 
 
 def running_call() -> object | None:
@@ -162,7 +232,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def lent(model: nn.Module) -> Iterator[None]:
     """Lend a network to a user's function: what it does to the network, such as to train it, is put back."""
-    with left_alone(model), users_code():
+    with left_alone(model), users_code(), turn_lent():
         yield
 
 

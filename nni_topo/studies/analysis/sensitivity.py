@@ -20,7 +20,7 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, check_jobs, check_result, checked, instance
 from nni_topo.network.layers import CONVOLUTIONS, check_names
-from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone, lent
+from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone, lent, turn_lent
 from nni_topo.network.speedup import Network, dependency_groups, masked_model
 from nni_topo.pruners.registry import PRUNERS, check_knob_names, create_pruner, pruner_info
 from nni_topo.runs.run import pruner_knobs
@@ -182,11 +182,12 @@ def sensitivity(
     least = -math.inf if stop_drop is None else baseline - stop_drop
     tasks = (delayed(trial.curve)(names, ratios, least) for names in trial.groups(layers))
     curves: list[SensitivityCurve] = []
-    for curve in Parallel(n_jobs=n_jobs, return_as="generator")(tasks):
-        curves.append(curve)
-        if on_progress is not None:
-            for ratio, accuracy in curve.accuracy.items():
-                on_progress("+".join(curve.layers), ratio, accuracy)
+    with turn_lent():  # joblib's jobs may be threads
+        for curve in Parallel(n_jobs=n_jobs, return_as="generator")(tasks):
+            curves.append(curve)
+            if on_progress is not None:
+                for ratio, accuracy in curve.accuracy.items():
+                    on_progress("+".join(curve.layers), ratio, accuracy)
     chosen, joint = _suggestion(trial, curves, baseline, budget)
     suggested = [{"op_names": list(names), "sparse_ratio": ratio} for names, ratio in chosen.items()]
     return Sensitivity(pruner, trial.knobs, baseline, curves, budget, suggested, joint)

@@ -11,6 +11,7 @@ import threading
 from array import array
 from collections import OrderedDict, deque
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,7 @@ from nni_topo.network.runtime.untouched import (
     seed_torch,
     state_kept,
 )
+from nni_topo.studies.analysis.sensitivity import sensitivity
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -426,6 +428,43 @@ def test_a_thread_that_waits_for_its_turn_says_so(monkeypatch, caplog):
     thread.join()
     waits = "calls in several threads run one after another: this one waits for that of another thread"
     assert [record.getMessage() for record in caplog.records] == [waits]
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.quick_every(2)
+def test_a_users_function_may_wait_for_a_call_of_another_thread(shares):
+    model, found = toy_model(), []
+    model(toy_images(4)).sum().backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    request = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+
+    def evaluate(net: nn.Module) -> float:
+        def look() -> None:
+            found.append(nni_topo.dependency_groups(model if shares else net, toy_images(4), request))
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        found.append(nni_topo.dependency_groups(net, toy_images(4), request))  # at the same time
+        thread.join()
+        return 1.0
+
+    nni_topo.shrink(model, [toy_images(16)], tolerance=0.5, evaluate=evaluate, distill=False, progress=False)
+    assert len(found) > 2
+    assert all(torch.equal(parameter.grad, known) for parameter, known in zip(model.parameters(), before, strict=True))
+
+
+def test_jobs_of_a_study_may_be_threads():
+    torch.manual_seed(0)
+    model, images = toy_model(), toy_images(8)
+
+    def evaluate(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float(net(images).mean().sigmoid())
+
+    alone = sensitivity(model, images, evaluate, (0.5,))
+    with joblib.parallel_config("threading"):
+        found = sensitivity(model, images, evaluate, (0.5,), n_jobs=2)
+    assert [curve.accuracy for curve in found.curves] == [curve.accuracy for curve in alone.curves]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
