@@ -14,7 +14,8 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery import distill, distillation, lesson
-from nni_topo.recovery.lesson import Lesson, outputs_of
+from nni_topo.recovery.course import Look
+from nni_topo.recovery.lesson import ComparedOutputs, Judgement, Lesson, outputs_of
 
 
 def test_augmented_views_are_answered_by_the_original():
@@ -385,3 +386,163 @@ def test_a_network_that_cannot_be_copied_answers_itself():
     expected = distill(dense, plain, batches(256), steps=10, lr=2e-3)
     assert torch.equal(distill(dense, original, batches(256), steps=10, lr=2e-3)[0].weight, expected[0].weight)
     assert all(each.training for each in original.modules())
+
+
+ZEROS, ONE = torch.zeros(4, 2), torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("found", "names"),
+    [
+        (ZEROS, ["output"]),
+        ((ZEROS, [ZEROS]), ["output[0]", "output[1][0]"]),
+        ({"a": ZEROS, "b": {"c": ZEROS, 2: ZEROS}}, ["a", "b.c", "b[2]"]),
+        ({0: ZEROS, "text": "none", "empty": None}, ["output[0]"]),
+        (Judgement(ZEROS, 1.0, ZEROS), ["loss", "distance"]),
+        (Look(ZEROS, {"deep": ZEROS}, 3), ["step", "lr.deep"]),
+        (Look, []),
+        (5, []),
+    ],
+)
+def test_outputs_are_named_by_what_leads_to_them(found, names):
+    assert [name for name, _ in lesson._named_tensors(found, "")] == names
+
+
+def test_outputs_that_are_compared_are_named_apart_from_the_others():
+    found = {"scores": ZEROS, "count": torch.zeros(4, dtype=torch.int64), "anchors": torch.zeros(3, 2)}
+    assert lesson.compared_outputs(found, 4, None) == (("scores",), ("count", "anchors"))
+    assert lesson.compared_outputs(found, 3, None) == (("anchors",), ("scores", "count"))
+    assert lesson.compared_outputs(found, 4, lambda output, inputs: output) == ((), ())
+    both = {"scores": ZEROS, "anchors": torch.zeros(4, 2)}
+    assert lesson.compared_outputs(both, 4, None, (0,)) == (("scores",), ("anchors",))
+    assert str(ComparedOutputs(("a",), ("b",))).startswith("of the model's outputs a is compared, b not: ")
+    assert str(ComparedOutputs(("a", "b"), ("c",))).startswith("of the model's outputs a, b are compared, c ")
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (torch.zeros(3, 4), r"got Tensor \(float32 \(3, 4\)\) for 4 samples; if the samples are its second dimension"),
+        (torch.zeros(3, 5), r"got Tensor \(float32 \(3, 5\)\) for 4 samples$"),
+        (torch.zeros(3), r"got Tensor \(float32 \(3,\)\) for 4 samples$"),
+        (torch.zeros(3, 4, dtype=torch.int64), r"got Tensor \(int64 \(3, 4\)\) for 4 samples$"),
+        ((torch.zeros(3, 4),), r"got tuple \(float32 \(3, 4\)\) for 4 samples$"),
+        ("text", "a model's output must hold a floating tensor with an entry per sample, got str for 4 samples$"),
+    ],
+)
+def test_outputs_without_an_entry_for_each_sample_are_named(found, says):
+    with pytest.raises(ConfigError, match=says):
+        outputs_of(found, 4)
+
+
+def test_a_users_outputs_have_unit_length_or_are_no_embeddings():
+    """Lengths may differ from one by a thousandth."""
+    call = ((inputs(4),), {})
+    rows = torch.eye(4)
+    for factor, kind in ((1.0, "cosine"), (1.0009, "cosine"), (0.9991, "cosine"), (1.002, "kl"), (0.998, "kl")):
+        assert lesson.read_outputs(None, call, 4, lambda _, inputs, factor=factor: factor * rows)[1] == kind
+    some = rows.clone()
+    some[2] *= 1.1
+    assert lesson.read_outputs(None, call, 4, lambda _, inputs: some)[1] == "kl"
+    assert lesson.read_outputs(None, call, 4, lambda _, inputs: (rows, some))[1] == "squares"
+    assert lesson.read_outputs(None, call, 4, lambda _, inputs: rows[:, :, None])[1] == "squares"
+    with pytest.raises(ConfigError, match="what outputs= returns must hold a floating tensor"):
+        lesson.read_outputs(None, call, 4, lambda _, inputs: "text")
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "given"),
+    [((1,), {}, 1), ((1, 2), {}, (1, 2)), ((), {"a": 1}, {"a": 1})],
+)
+def test_a_users_outputs_get_the_inputs_as_a_batch_holds_them(args, kwargs, given):
+    seen = []
+    lesson.read_outputs(ZEROS, (args, kwargs), 4, lambda output, inputs: seen.append(inputs) or output)
+    assert seen == [given]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "is_blended"),
+    [
+        ([torch.zeros(3, 2)], True),
+        ([torch.zeros(3)], False),
+        ([torch.zeros(3, 2, dtype=torch.int64)], False),
+        ([torch.zeros(3, 2), torch.zeros(3, 2)], False),
+    ],
+)
+def test_one_floating_tensor_with_several_values_an_entry_can_be_blended(tensors, is_blended):
+    assert lesson.is_blendable((tuple(tensors), {})) is is_blended
+
+
+@pytest.mark.parametrize(
+    ("after", "is_kept"),
+    [
+        ((0.9, 0.0, 2.0), True),
+        ((0.9, 0.0, 2.1), False),
+        ((1.0, 1.0, 0.5), False),
+        ((math.nan, 1.0, 0.5), False),
+        ((0.9, 1.0, math.nan), False),
+    ],
+)
+def test_less_loss_at_no_more_than_twice_the_distance_is_better(after, is_kept):
+    assert lesson.is_better(Judgement(*after), Judgement(1.0, 0.5, 1.0)) is is_kept
+
+
+def test_positions_that_are_padding_are_left_out_of_outputs_by_position_alone():
+    real = torch.tensor([[True, False, True], [False, False, True]])
+    values = torch.arange(12.0).reshape(2, 3, 2)
+    by_position, by_sample, others = lesson._unpadded([values, values[:, :, 0], values[:, :2]], real)
+    assert by_position.tolist() == [[0.0, 1.0], [4.0, 5.0], [10.0, 11.0]]
+    assert torch.equal(by_sample, values[:, :, 0])  # scores of three classes
+    assert torch.equal(others, values[:, :2])
+    assert torch.equal(lesson._unpadded([values], None)[0], values)
+
+
+def test_images_are_numbered_source_by_source():
+    shares = lesson.SharedImages(None, [2, 1])
+    assert (len(shares), shares.sources) == (3, [2, 1])
+    index = torch.tensor([2, 0, 1])
+    assert shares.own(index).tolist() == [2, 0, 1]
+    assert shares.mine(index).tolist() == [True, True, True]
+    assert shares.add(index, "numbers") is index
+
+
+def test_mappings_are_read_in_the_order_of_those_that_were_given():
+    given = {"a": 1, "b": [{"x": 1, "y": 2}, 3]}
+    seen = {"b": [{"y": 20, "x": 10}, 30], "a": 40}
+    found = lesson._in_order_of(given, seen)
+    assert (list(found), found) == (["a", "b"], {"a": 40, "b": [{"x": 10, "y": 20}, 30]})
+    assert list(found["b"][0]) == ["x", "y"]
+    for pattern, value in ((given, {"b": 1, "c": 2}), ([1, 2], [{"b": 1}]), (given, [1]), ([1], {"b": 1}), (1, (2,))):
+        assert lesson._in_order_of(pattern, value) is value
+
+
+def test_what_is_neither_finite_nor_a_number_is_counted():
+    odd = torch.tensor([1.0, math.nan, math.inf, -math.inf])
+    assert lesson._not_finite([odd, torch.tensor([1, 2]), odd[:2]]) == 4
+    assert lesson.finite(odd).tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert lesson.minus(odd[2:], odd[2:]).tolist() == [0.0, 0.0]
+    assert lesson.minus(torch.tensor([math.inf, 3.0]), torch.tensor([-math.inf, 1.0])).tolist() == [math.inf, 2.0]
+
+
+def test_inputs_of_one_shape_fit_together_whatever_their_number():
+    lesson.check_one_shape([((torch.zeros(2, 3), 5), {}), ((torch.zeros(4, 3), 6), {})])
+    lesson.check_one_shape([((torch.zeros(2, 3), torch.tensor(1.0)), {})] * 2)
+    for others in (torch.zeros(2, 4), torch.zeros(2, 3, 1), torch.zeros(2)):
+        with pytest.raises(DataError, match=r"must have one shape for distillation, whatever their number, got \["):
+            lesson.check_one_shape([((torch.zeros(2, 3),), {}), ((others,), {})])
+    with pytest.raises(DataError, match="must have one shape"):
+        lesson.check_one_shape([((torch.zeros(2, 3),), {}), ((), {"x": torch.zeros(2, 3)})])
+    for listed in (((ZEROS, [ZEROS]), {}), ((ZEROS,), {"masks": (ZEROS,)})):
+        with pytest.raises(DataError, match="got a list, as detectors take it"):
+            lesson.check_one_shape([listed])
+
+
+def test_calls_are_joined_sample_by_sample_and_what_has_none_is_that_of_the_first():
+    number = torch.tensor(7.0)
+    calls = [
+        ((torch.zeros(2, 3), number, "a"), {"k": torch.ones(2)}),
+        ((torch.ones(1, 3), number + 1, "b"), {"k": ONE}),
+    ]
+    (rows, one, text), kwargs = lesson.joined(calls)
+    assert rows.tolist() == [[0.0] * 3] * 2 + [[1.0] * 3]
+    assert (float(one), text, kwargs["k"].tolist()) == (7.0, "a", [1.0, 1.0, 1.0])
