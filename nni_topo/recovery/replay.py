@@ -257,6 +257,8 @@ _OPERATORS = {f"i{name}": name for name in ("add", "sub", "mul", "truediv", "flo
 
 
 def _compute(runner: Interpreter, node: Node, values: Values) -> Any:
+    if node.op == "call_method" and node.target == "requires_grad_":  # no gradients are taken here
+        return values[node.all_input_nodes[0]]
     runner.env = values
     return runner.run_node(node)
 
