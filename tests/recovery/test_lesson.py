@@ -546,3 +546,155 @@ def test_calls_are_joined_sample_by_sample_and_what_has_none_is_that_of_the_firs
     (rows, one, text), kwargs = lesson.joined(calls)
     assert rows.tolist() == [[0.0] * 3] * 2 + [[1.0] * 3]
     assert (float(one), text, kwargs["k"].tolist()) == (7.0, "a", [1.0, 1.0, 1.0])
+
+
+class Deep(nn.Module):
+    """Two blocks of two layers and scores for each place."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)) for _ in range(2))
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, states, attention_mask=None):
+        for block in self.blocks:
+            states = block(states).tanh()
+        return {"logits": self.head(states)}
+
+
+def states_of(net, states):
+    """Return what the blocks put out, and the scores."""
+    found = []
+    with torch.no_grad():
+        for block in net.blocks:
+            found.append(block(states))
+            states = found[-1].tanh()
+        return found, net.head(states)
+
+
+@pytest.mark.parametrize("is_padded", [True, False])
+@pytest.mark.parametrize("has_places", [True, False])
+def test_losses_are_means_over_real_positions(is_padded, has_places):
+    if is_padded and not has_places:
+        return
+    original, student = (Deep(seed).double().eval() for seed in (0, 1))
+    states = torch.randn(20, 4, 3, generator=torch.Generator().manual_seed(2)).double()
+    mask = torch.ones(20, 4, dtype=torch.int64)
+    states = states if has_places else states[:, 0]
+    call = {"states": states}
+    if is_padded:
+        mask[::2, 2:] = 0
+        call["attention_mask"] = mask
+
+    def real(values):
+        if not has_places:
+            return values
+        return values[mask.bool()] if is_padded else values.flatten(0, -2)
+
+    found = Lesson(original, student, ((), call), "auto", 3.0, blocks=0.5)
+    index = torch.arange(20)
+    (theirs, wanted), (mine, scores) = (states_of(net, states) for net in (original, student))
+    wanted, scores = real(wanted), real(scores)
+    likely = (wanted / 3).softmax(1)
+    loss = 9 * (likely * (likely.log() - (scores / 3).log_softmax(1))).sum(1).mean()
+    variance = wanted if is_padded or not has_places else wanted.unflatten(0, (20, 4))
+    distance = (scores - wanted).square().mean() / variance.var(0, correction=0).mean()
+    judged = found.judge(student, index)
+    assert found.kind == "kl"
+    assert judged.loss == pytest.approx(float(loss))
+    assert judged.distance == pytest.approx(float(distance))
+    assert judged.agreement == pytest.approx(float((wanted.argmax(1) == scores.argmax(1)).double().mean()))
+    constant = float(9 * (likely * (likely / likely.mean(0)).log()).sum(1).mean())
+    assert found.loss_of_a_constant(index) == pytest.approx(constant)
+
+    off = []
+    for one, other in zip(mine, theirs, strict=True):
+        if is_padded:
+            one, other = real(one), real(other)
+        off.append((one - other).square().mean() / (other - other.mean(0)).square().mean())
+    off = float(torch.stack(off).mean())
+    assert float(found.objective(student, ((), call), []).detach()) == pytest.approx(float(loss) + 0.5 * off)
+    found.learn_from(index)
+    expected = float(loss + constant * distance) + 0.5 * off
+    assert float(found.objective(student, ((), call), []).detach()) == pytest.approx(expected)
+
+
+def test_answers_are_asked_for_once_and_kept_where_there_is_room():
+    asked = []
+
+    def ask(call, precision):
+        asked.append(call[0][0][:, 0].int().tolist())
+        return [10.0 * call[0][0], call[0][0][:, 0]]
+
+    call = ((torch.arange(6.0)[:, None].expand(6, 2),), {})
+    answers = lesson._Answers(ask, 6)
+    assert answers.seconds_of_one == 0.0
+    for index, new in (([3, 1, 3], [[1, 3]]), ([1, 3], []), ([0, 3, 5], [[0, 5]]), ([], [])):
+        asked.clear()
+        rows, numbers = answers(call, torch.tensor(index, dtype=torch.int64))
+        assert (asked, numbers.tolist(), rows[:, 1].tolist()) == (new, index, [10 * each for each in index])
+    assert answers._asked == 4
+    assert 0.0 < answers.seconds_of_one < 1.0
+    assert not answers._has_room([torch.zeros(1).expand(1, 10**12)])
+    assert answers._has_room([call[0][0]])
+
+
+@pytest.mark.parametrize(
+    ("augment", "given", "message"),
+    [
+        (lambda x: x[:1], (torch.ones(3, 2),), "as many samples as it gets, 3, got 1 "),
+        (lambda x: x.sum(), (torch.ones(3, 2),), "as many samples as it gets, 3, got a single number"),
+        (lambda x: x.double(), (torch.ones(3, 2),), "the type that it gets, torch.float32, got torch.float64"),
+        (lambda x: x / 0.0, (torch.ones(3, 2),), "finite values, got 6 that aren't, for 3 samples"),
+        (lambda x: x.to_sparse(), (torch.ones(3, 2),), "got a sparse_coo tensor"),
+        (lambda x: x.to("meta"), (torch.ones(3, 2),), "got a meta tensor"),
+        (
+            lambda x: x[0],
+            (torch.ones(3, 2), torch.ones(3)),
+            r"in what it gets them in, got Tensor \(float32 \(3, 2\)\)",
+        ),
+        (lambda x: 5, (torch.ones(3, 2),), r"must return tensors, .* got int for Tensor \(float32 \(3, 2\)\)"),
+    ],
+)
+def test_views_that_can_not_take_the_place_of_inputs_are_told(augment, given, message):
+    with pytest.raises(ConfigError, match=message):
+        lesson._view((given, {}), augment)
+
+
+def test_views_may_have_other_indices_and_keep_what_was_not_finite():
+    odd = torch.tensor([[0.0, -math.inf], [1.0, 2.0]])
+    assert lesson._view(((odd,), {}), lambda x: x.flip(1))[0][0].tolist() == odd.flip(1).tolist()
+    whole = torch.tensor([1, 2])
+    assert lesson._view(((whole,), {}), lambda x: x.int())[0][0].dtype == torch.int32
+    number = (torch.ones(2, 3), torch.tensor(5.0))
+    args, _ = lesson._view((number, {}), lambda pair: (pair[0] + 1, pair[1][None]))
+    assert (args[0].tolist(), args[1].tolist()) == ([[2.0] * 3] * 2, [5.0])
+    _, kwargs = lesson._view(((), {"a": odd, "b": whole}), lambda both: {"b": both["b"], "a": both["a"]})
+    assert set(kwargs) == {"a", "b"}
+    (mapping,), _ = lesson._view((({"a": odd},), {}), lambda seen: {"a": -seen["a"]})
+    assert mapping["a"].tolist() == (-odd).tolist()
+
+
+def test_half_of_the_images_move_towards_others_by_one_share_each():
+    images = torch.arange(4000.0)[:, None, None].expand(-1, 2, 3)
+    ((moved,), _) = lesson._blended(((images,), {}), 3)
+    assert torch.equal(moved, lesson._blended(((images,), {}), 3)[0][0])
+    assert torch.equal(moved[:, 0, 0], moved[:, 1, 2])  # all values of an image by the same share
+    is_same = moved[:, 0, 0] == images[:, 0, 0]
+    assert 0.45 < float(is_same.float().mean()) < 0.55
+    assert not torch.equal(moved, lesson._blended(((images,), {}), 4)[0][0])
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (256, [256]), (257, [129, 128]), (513, [171] * 3)])
+def test_batches_of_some_images_hold_at_most_256(count, sizes):
+    images = inputs(600)
+    model = nn.Linear(6, 2)
+    found = lesson._some(model, ((images,), {}), torch.arange(count))
+    assert [len(batch[0]) for batch in found] == sizes
+    if count:
+        assert torch.equal(torch.cat([batch[0] for batch in found]), images[:count])
+        ((pair,), *_) = lesson._some(model, ((images, images), {}), torch.arange(count))
+        assert (type(pair), len(pair)) == (tuple, 2)
+        ((named,), *_) = lesson._some(model, ((), {"input": images}), torch.arange(1))
+        assert torch.equal(named["input"], images[:1])
