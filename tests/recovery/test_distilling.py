@@ -868,3 +868,85 @@ def test_a_report_has_the_figures_of_its_verdict_and_names_outputs_left_out():
         outputs = ComparedOutputs(("a",), left_out)
         named = distilling.Distillation(model=nn.Identity(), images=8, seconds=1.0, **figures, outputs=outputs)
         assert repr(named) == repr(found) + (f"\n{outputs}" if is_named else "")
+
+
+@pytest.mark.parametrize(("lr", "is_normed"), [(1e-3, True), (100.0, False)])
+def test_with_a_rate_that_is_given_norms_use_batches_unless_that_breaks_the_network(lr, is_normed):
+    dense, original = (recalibrate_batch_norm(net, batches(320)) for net in pair(norm=True))
+    modes = []
+
+    def note(module, args):
+        if isinstance(module, nn.BatchNorm1d) and torch.is_grad_enabled():
+            modes.append(module.training)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        distillation(dense, original, batches(320), steps=2, lr=lr)
+    finally:
+        hook.remove()
+    assert modes[0] is False  # whether gradients can be taken
+    assert modes[-2:] == [is_normed] * 2
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({}, r"images as they are, got blend=True, .* \(blend\)"),
+        ({"blend": False}, None),
+        ({"blend": False, "objective": "cosine"}, r"by 'kl' or 'squares', got 'cosine'"),
+        ({"blend": False, "norm": True}, r"networks without batch norms, .* got BatchNorm1d: leave distillation out"),
+        ({"is_shared": False, "norm": True, "objective": "cosine"}, None),
+    ],
+)
+def test_what_needs_all_images_is_refused_where_processes_share_them(knobs, message):
+    knobs = {"is_shared": True, **knobs}
+    model = pair(norm=knobs.pop("norm", False))[1]
+    call = ((inputs(8),), {})
+    if message is None:
+        distilling.check_can_learn(model, call, **knobs)
+        return
+    with pytest.raises(ConfigError, match=f"processes that share images must distil {message}"):
+        distilling.check_can_learn(model, call, **knobs)
+
+
+def test_parameters_that_require_gradients_learn_or_all_where_none_does():
+    call = ((inputs(8),), {})
+    model = pair()[0]
+    model.first.bias.requires_grad_(False)
+    assert not distilling._student(model, call).first.bias.requires_grad
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    student = distilling._student(model, call)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    student.whole = nn.Parameter(torch.arange(3), requires_grad=False)
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    again = distilling._student(student, call)
+    assert [name for name, each in again.named_parameters() if not each.requires_grad] == ["whole"]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"steps": 3}, "steps 2, got 3"),
+        ({"seconds": 900.0}, "seconds None, got 900.0"),
+        ({"batch_size": 32}, "batch_size 64, got 32"),
+        ({"lr": 2e-3}, "lr 0.001, got 0.002"),
+        ({"blend": False}, "blend True, got False"),
+        ({"warmup": 0.2}, "warmup 0.1, got 0.2"),
+        ({"precision": "bfloat16"}, "precision float32, got bfloat16"),
+        ({"temperature": 3.0}, "temperature 2.0, got 3.0"),
+        ({"objective": "squares"}, "objective kl, got squares"),
+        ({"seed": 1}, "seed 0, got 1"),
+        ({"count": 64}, "images 96, got 64"),
+        ({"shift": 1.0}, "the same images in the same order, hash .*, got"),
+    ],
+)
+def test_a_state_is_of_the_knobs_that_it_began_with(tmp_path, other, words):
+    dense, original = pair()
+    knobs = {"steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
+    distill(dense, original, batches(), **knobs)
+    images = [each + other.pop("shift", 0.0) for each in batches(other.pop("count", 96))]
+    with pytest.raises(ConfigError, match=f"distillation must go on with {words}"):
+        distill(dense, original, images, **{**knobs, **other})
