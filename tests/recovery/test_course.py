@@ -8,7 +8,8 @@ import torch
 from distill_nets import inputs, pair
 from torch import nn
 
-from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, learning
+from nni_topo.errors import ConfigError
+from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, RateTrial, learning
 from nni_topo.recovery.lesson import Lesson
 
 
@@ -225,3 +226,30 @@ def test_channels_of_zeros_stay_zero_while_others_learn(has_bias):
     net[1].eval()
     net(torch.randn(8, 3)).square().sum().backward()
     assert float(net[0].weight.grad[0].abs().sum()) > 0.0
+
+
+def test_a_course_goes_on_from_all_that_its_file_says(tmp_path):
+    dense, original = pair()
+    lesson = Lesson(original, dense, ((inputs(64),), {}), "kl", 2.0)
+    path, trials = tmp_path / "state.pt", (RateTrial(0.1, 10, 9.0, False), RateTrial(0.01, 10, 0.5, True))
+    known = {"rate": 0.01, "kind": {"seed": 3}, "path": path}
+    clock = Clock(1000.0)
+    clock.go_on_from(100.0)
+    one = Course(dense, is_normed=True, clock=clock, schedule=RateSchedule(0.1), rates=trials, **known)
+    assert not path.exists()
+    one.schedule.fall(0.3)
+    one.run(lesson, lesson.batches(torch.arange(64), 64, 0, None, False), 50, False, look=lambda _: 0.5)
+    other = Course(pair()[0], is_normed=False, clock=(later := Clock(1000.0)), **{**known, "rate": 0.5})
+    assert (other.done, other.rate, other.is_normed, other.rates) == (one.done, 0.01, True, trials)
+    assert (other.curve, other._looked, other._began) == (one.curve, one._looked, one._began)
+    assert (other.schedule.falls_from, other.schedule.end) == (0.3, one.schedule.end)
+    assert len(one.curve) > 5
+    assert one.done == 25  # the fall ends at half of the course
+    assert 100.0 <= later.spent < 200.0
+    assert 99.0 < one._began < 150.0
+    torch.testing.assert_close(other.student.state_dict(), dense.state_dict(), rtol=0, atol=0)
+    assert other.optimizer.state_dict()["state"].keys() == one.optimizer.state_dict()["state"].keys()
+    with pytest.raises(ConfigError, match="must go on with seed 3, got 4"):
+        Course(pair()[0], is_normed=False, **{**known, "kind": {"seed": 4}})
+    with pytest.raises(ConfigError, match="must go on with other None, got 4"):
+        Course(pair()[0], is_normed=False, **{**known, "kind": {"other": 4}})

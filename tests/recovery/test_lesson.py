@@ -698,3 +698,65 @@ def test_batches_of_some_images_hold_at_most_256(count, sizes):
         assert (type(pair), len(pair)) == (tuple, 2)
         ((named,), *_) = lesson._some(model, ((), {"input": images}), torch.arange(1))
         assert torch.equal(named["input"], images[:1])
+
+
+class Numbered(nn.Module):
+    """Gives the place of the largest score before the scores, which are in half precision."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, inputs):
+        scores = self.head(inputs)
+        return scores.argmax(1), scores.bfloat16()
+
+
+def test_whole_numbers_beside_scores_in_half_precision_are_no_outputs():
+    original, student = Numbered(0).eval(), Numbered(1).eval()
+    seen = []
+
+    def outputs(output, inputs):
+        seen.append([each.dtype for each in output])
+        return output[1]
+
+    for chosen in (None, outputs):
+        found = Lesson(original, student, ((inputs(8),), {}), "auto", 2.0, outputs=chosen)
+        (answer,) = found.answer(((inputs(8),), {}), "float32")
+        assert answer.dtype == torch.float32
+        torch.testing.assert_close(answer, original.head(inputs(8)), rtol=1e-2, atol=1e-2)
+    assert seen[-1] == [torch.int64, torch.float32]
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_students_learn_in_single_precision_at_least(kind):
+    net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)).to(kind).train()
+    call = ((torch.tensor([[1, 2], [3, 4]]),), {})
+    student = lesson.student_copy(net, call)
+    assert student[1].weight.dtype == (kind if kind == torch.float64 else torch.float32)
+    assert (student[0].sparse, net[0].sparse) == (False, True)
+    assert not any(each.training for each in student.modules())
+    assert lesson._place_of(student)[1] == student[1].weight.dtype
+    student[0].double()
+    student[0].weight.requires_grad_(False)  # the type of what learns
+    assert lesson._place_of(student)[1] == student[1].weight.dtype
+
+
+def test_blocks_are_entries_of_lists_with_two_layers_and_outputs_of_one_shape():
+    class Blocks(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            pairs = (nn.Sequential(nn.Linear(6, 6), nn.Linear(6, out)) for out in (6, width, 6))
+            self.deep = nn.Sequential(*pairs, nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+            self.deep[2][0] = nn.Linear(width, 6)
+            self.named = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))})
+
+        def forward(self, values):
+            return self.named["a"](self.deep(values))
+
+    place = torch.device("cpu"), torch.float32
+    one, other = Blocks(4), Blocks(3)
+    call = ((inputs(2),), {})
+    assert lesson.shared_blocks(one, other, call, place) == ["deep.0", "deep.2"]
+    assert lesson.shared_blocks(one, Blocks(4), call, place) == ["deep.0", "deep.1", "deep.2"]

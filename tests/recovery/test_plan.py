@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.fx import symbolic_trace
 
+from nni_topo.network.speedup import Network
 from nni_topo.recovery import compensation, plan
 
 BETWEEN = {
@@ -165,3 +166,22 @@ def test_kept_channels_are_listed_group_by_group():
     assert [each.tolist() for each in found] == [[0, 2], [], [7, 8]]
     weights = torch.tensor([[[0.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])
     assert plan._any(weights, 1).tolist() == [[False, True], [False, False]]
+
+
+class Vector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(3))
+
+
+def test_modules_that_can_not_be_solved_are_named_by_their_type():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval()
+    flow = Network(net, ((torch.zeros(2, 3),), {})).flow
+    graph, node = node_of(net, "_1")
+    assert "1" in flow.layers
+    assert plan._why_not(graph, node, net[1], flow, {}) is None
+    for module in (nn.BatchNorm1d(4), Vector(), nn.Tanh()):
+        assert plan._why_not(graph, node, module, flow, {}) == ""
+    assert plan._why_not(graph, node, nn.Bilinear(4, 4, 2), flow, {}) == "of type Bilinear"
+    node.target = "other"
+    assert plan._why_not(graph, node, net[1], flow, {}) == "of type Linear"
