@@ -14,6 +14,7 @@ from torch import nn
 
 from nni_topo import Calibration, zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.network.speedup import apply_masks
 from nni_topo.recovery import Reconstruct, compensate, compensating, compensation
 from nni_topo.recovery.registry import list_recoveries
 from nni_topo.recovery.report import CompensationReport, LayerReport
@@ -477,3 +478,20 @@ def test_groups_are_held_out_where_batches_are_those_that_were_given():
     assert held.sum() == 2
     assert compensating.held_out_groups(data, (8, 12)) is None
     assert compensating.held_out_groups(Calibration([torch.zeros(10, 2)]), (10,)) is None
+
+
+def test_layers_in_front_of_one_are_solved():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    mask = (torch.arange(6) < 4).float()
+    masks = {"0": {"weight": mask[:, None].expand(6, 3), "bias": mask}}
+    masks["2"] = {"weight": mask[:, None].expand(6, 6), "bias": mask}
+    images = list(torch.randn(60, 3).split(20))
+    solved = compensate(model, masks, images, method=Reconstruct(refine=0))
+    plain = apply_masks(model, ((images[0],), {}), masks)
+    for layer, is_solved in (("2", (False, False)), ("4", (True, False))):
+        found = compensating.compensate_up_to(model, masks, images, layer)
+        for name, is_its in zip(("2", "4"), is_solved, strict=True):
+            weight = found.get_submodule(name).weight
+            expected = solved if is_its else plain
+            torch.testing.assert_close(weight[:4, :4], expected.get_submodule(name).weight[:4, :4])
