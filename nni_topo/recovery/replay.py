@@ -241,7 +241,8 @@ def _plain_target(node: Node) -> Any:
     """Return the operation that gives the same value without working in place; the same one if there is none."""
     if node.op == "call_method":
         name = str(node.target).rstrip("_")
-        return name if _is_in_place(node) and hasattr(Tensor, name) else node.target
+        # `requires_grad_` has a property beside it, which can't be called.
+        return name if _is_in_place(node) and callable(getattr(Tensor, name, None)) else node.target
     name = str(getattr(node.target, "__name__", ""))
     if getattr(node.target, "__module__", "") == "_operator":
         return getattr(operator, _OPERATORS.get(name, name), node.target)
@@ -256,6 +257,8 @@ _OPERATORS = {f"i{name}": name for name in ("add", "sub", "mul", "truediv", "flo
 
 
 def _compute(runner: Interpreter, node: Node, values: Values) -> Any:
+    if node.op == "call_method" and node.target == "requires_grad_":  # no gradients are taken here
+        return values[node.all_input_nodes[0]]
     runner.env = values
     return runner.run_node(node)
 

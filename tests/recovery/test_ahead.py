@@ -11,7 +11,7 @@ from torch.fx import symbolic_trace
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.recovery import Ahead, compensate, compensation
+from nni_topo.recovery import Ahead, compensate, compensation, windows
 from nni_topo.recovery.windows import segments
 
 
@@ -154,3 +154,43 @@ def test_a_small_memory_that_holds_some_batches_gives_what_a_large_one_does(cach
         compensate(net, masks, batches, method=Ahead(layers=1), cache_bytes=each) for each in (cache_bytes, 2**30)
     )
     torch.testing.assert_close(small.state_dict(), large.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("ends", "layers", "borders"),
+    [
+        ([0, 3, 6], [1, 4, 7], [0, 6]),  # blocks hold two layers
+        ([0, 1, 2, 3], [1, 2, 4, 5], [0, 3]),
+        ([], [1, 2, 3], [-1]),
+        ([3], [1, 2, 3, 4, 5], [-1, 3]),
+        ([1], [1, 2, 3], [-1]),
+        ([0], [1], [0]),
+    ],
+)
+def test_blocks_begin_right_before_a_layer_and_hold_two(ends, layers, borders):
+    assert windows._borders(ends, layers) == borders
+
+
+def test_values_are_alive_where_they_differ_between_images_of_all_batches():
+    first = [torch.tensor([[1.0, 2.0], [1.0, 3.0]]), torch.tensor([[1.0], [2.0]])]
+    second = [torch.tensor([[4.0, 3.0]]), torch.tensor([[1.0, 2.0]])]
+    assert [each.tolist() for each in windows.alive([first])] == [[False, True], [True]]
+    varied, other = windows.alive([first, second])
+    assert (varied.tolist(), other) == ([True, True], None)  # of another shape
+    back = windows.alive([first, second, first])
+    assert (back[0].tolist(), back[1]) == ([True, True], None)
+    low = windows.alive([[torch.tensor([[4.0, 4.0]])], [torch.tensor([[4.0, 1.0]])]])
+    assert low[0].tolist() == [False, True]
+    assert windows.alive([]) == []
+
+
+def test_moments_are_the_count_the_sum_and_the_squares():
+    assert windows.moments(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [4.0, 10.0, 30.0]
+    assert windows.moments(torch.tensor([300.0], dtype=torch.float16)).tolist() == [1.0, 300.0, 90000.0]
+    values = {"a": torch.ones(2), "b": [torch.arange(2), torch.zeros(1)]}
+    assert [each.tolist() for each in windows.floats(values)] == [[1.0, 1.0], [0.0]]
+
+
+def test_types_of_half_precision_become_single():
+    found = [windows._in_single(each) for each in (torch.float16, torch.bfloat16, torch.float64, 3, None)]
+    assert found == [torch.float32, torch.float32, torch.float64, 3, None]

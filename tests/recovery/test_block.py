@@ -8,13 +8,16 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.fx import symbolic_trace
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import Block, compensate, compensation
-from nni_topo.recovery.block import _entries
+from nni_topo.recovery.block import _entries, _has_matrix, _in_single, _learners, _Learning, _Part, _places, _Values
 from nni_topo.recovery.course import Course
+from nni_topo.recovery.networks import build_networks
+from nni_topo.recovery.replay import touched_nodes
 
 
 def error(found, model, masks, images):
@@ -316,3 +319,170 @@ def test_what_the_dense_network_learns_is_what_the_masked_one_would(gated, value
 )
 def test_entries_are_those_of_a_tensor_with_one_for_each_sample(value, entries):
     assert _entries(value, 3) == (entries if entries is None else torch.Size(entries))
+
+
+def test_settings_have_their_defaults_and_bounds():
+    known = Block()
+    assert (known.refine, known.steps, known.lr, known.layers, known.batch_size) == (2, 200, None, 0, 32)
+    assert known.precision == "float32"
+    least = Block(refine=0, steps=1, lr=1e-9, layers=0, batch_size=1, precision="bfloat16")
+    assert (least.steps, least.lr) == (1, 1e-9)
+
+
+def kept(real=None, mixed=True):
+    """Return a block's values of batches of 2 and 3 samples, which are numbered in what enters and what is wanted."""
+    found = _Values.__new__(_Values)
+    rows = torch.arange(5.0)[:, None].expand(5, 2)
+    found._store = [
+        ([rows[part]], [10 * rows[part]], None if real is None else real[part]) for part in (slice(0, 2), slice(2, 5))
+    ]
+    found._sizes, found._are_mixed = [2, 3], mixed
+    return found
+
+
+def numbers(part):
+    """Return the samples of a part, which are the same in all that it holds."""
+    assert torch.equal(10 * part.entering[0], part.wanted[0])
+    return part.entering[0][:, 0].int().tolist()
+
+
+@pytest.mark.parametrize(
+    ("index", "size", "parts"),
+    [
+        ([0, 1, 2, 3, 4], 8, [[0, 1, 2, 3, 4]]),
+        ([4, 0, 2, 1], 2, [[0, 4], [1, 2]]),  # batch by batch within a part
+        ([1, 2], 2, [[1, 2]]),
+        ([3, 4, 2], 2, [[3, 4], [2]]),
+        ([2], 2, [[2]]),
+    ],
+)
+def test_samples_are_taken_from_all_batches_where_they_mix(index, size, parts):
+    assert [numbers(part) for part in kept().parts(torch.tensor(index), size)] == parts
+    real = torch.arange(10).reshape(5, 2) % 3 == 0
+    for part, wanted in zip(kept(real).parts(torch.tensor(index), size), parts, strict=True):
+        assert part.rows is None
+        assert torch.equal(part.real, real[wanted])
+    assert all(part.real is None for part in kept().parts(torch.tensor(index), size))
+
+
+@pytest.mark.parametrize(
+    ("index", "found"),
+    [
+        ([0, 1, 2, 3, 4], [([0, 1], [True, True]), ([2, 3, 4], [True, True, True])]),
+        ([4, 2], [([2, 3, 4], [True, False, True])]),
+        ([2, 1], [([2, 3, 4], [True, False, False]), ([0, 1], [False, True])]),
+        ([0], [([0, 1], [True, False])]),
+    ],
+)
+def test_batches_that_do_not_mix_stay_whole_with_marks_of_the_samples(index, found):
+    parts = list(kept(mixed=False).parts(torch.tensor(index), 2))
+    assert [(numbers(part), part.rows.tolist()) for part in parts] == found
+
+
+def test_what_counts_is_alive_real_and_asked_for():
+    block = _Learning.__new__(_Learning)
+    block._values = kept()
+    values = torch.arange(1.0, 13.0).reshape(2, 3, 2)
+    real = torch.tensor([[True, False, True], [True, True, False]])
+    rows = torch.tensor([False, True])
+
+    def counted(value, lives=None, real=None, rows=None):
+        block._values.lives = [lives]
+        (found,) = block._counted([value], _Part([], [], real, rows))
+        return found.tolist()
+
+    assert counted(values) == values.tolist()
+    assert counted(values[:, :, 0], torch.tensor([True, False, True])) == [[1.0, 0.0, 5.0], [7.0, 0.0, 11.0]]
+    assert counted(values, real=real) == [[1.0, 2.0], [5.0, 6.0], [7.0, 8.0], [9.0, 10.0]]
+    assert counted(values, real=real, rows=rows) == [[7.0, 8.0], [9.0, 10.0]]
+    assert counted(values, rows=rows) == values[1:].tolist()
+    assert counted(values[:, 0], real=real, rows=rows) == [[7.0, 8.0]]  # of two numbers a sample
+    assert counted(values.flatten(0, 1), rows=rows) == values[1].tolist()  # three entries a sample
+    assert counted(values.flatten(0, 1)[:5], rows=rows) == values.flatten(0, 1)[:5].tolist()
+    assert counted(values[0, 0, 0], rows=rows) == 1.0
+
+
+def test_half_precision_counts_in_single():
+    for kind, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
+        assert _in_single(torch.ones(2, dtype=kind)).dtype == expected
+    assert _in_single(torch.arange(2)).dtype == torch.int64
+    assert _in_single("text") == "text"
+
+
+def traced(*layers):
+    return symbolic_trace(nn.Sequential(*layers))
+
+
+def test_places_of_what_a_dense_network_holds_in_the_full_one():
+    torch.manual_seed(0)
+    full = traced(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ConvTranspose1d(4, 2, 1, bias=False))
+    small = traced(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.ConvTranspose1d(2, 2, 1, bias=False))
+    wide, narrow = full.get_submodule, small.get_submodule
+    stays = [0, 2]
+    with torch.no_grad():
+        for vector in (wide("0").bias, wide("1").weight, wide("1").bias):
+            vector.copy_(torch.tensor([1.0, 0.0, 3.0, 0.0]))
+        wide("0").weight[[1, 3]] = 0.0
+        wide("2").weight[[1, 3]] = 0.0
+        narrow("0").weight.copy_(wide("0").weight[stays])
+        narrow("2").weight.copy_(wide("2").weight[stays])
+    names = ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight"]
+    found = _places(full, small, names)
+    assert {name: [each.flatten().tolist() for each in place] for name, place in found.items()} == {
+        "0.weight": [stays, [0, 1, 2]],
+        "0.bias": [stays],
+        "1.weight": [stays],
+        "1.bias": [stays],
+        "2.weight": [[0, 1], stays],
+    }
+    assert found["0.weight"][0].shape == (2, 1)
+    same = _places(full, full, names)
+    assert same["0.weight"][0].flatten().tolist() == same["1.bias"][0].tolist() == [0, 1, 2, 3]
+    with torch.no_grad():
+        wide("1").bias[1] = 5.0  # a removed channel whose constant isn't zero
+    assert _places(full, small, names) is None
+    with torch.no_grad():
+        wide("1").bias[1] = 0.0
+        narrow("0").weight[0, 0] += 1.0  # other weights
+    assert _places(full, small, names) is None
+    assert _places(full, small, ["2.weight"]) is not None
+    with torch.no_grad():
+        wide("2").weight[1] = 1.0  # three channels are read
+    assert _places(full, small, ["2.weight"]) is None
+
+
+class Uses(nn.Module):
+    """A layer that is pruned, one that is used twice, two of one weight, a norm and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.first = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.twice, self.norm, self.head = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+        self.third.weight = self.second.weight
+
+    def forward(self, values):
+        values = self.second(self.first(self.start(values).relu()).relu())
+        values = self.twice(self.third(values).relu())
+        return self.head(self.norm(self.twice(values)))
+
+
+def test_layers_that_are_used_once_may_learn_after_what_is_pruned():
+    torch.manual_seed(0)
+    masks = {"start": {"weight": (torch.arange(6) < 3).float()[:, None].expand(6, 4)}}
+    call = ((torch.randn(8, 4),), {})
+    networks = build_networks(Uses().eval(), call, masks)
+    touched = touched_nodes(networks.unpruned, networks.pruned)
+    found = {node.name: names for node, names in _learners(networks, touched).items()}
+    assert found == {
+        "start": ["start.weight", "start.bias"],
+        "first": ["first.weight", "first.bias"],
+        "second": ["second.bias"],
+        "third": ["third.bias"],
+        "norm": ["norm.weight", "norm.bias"],
+        "head": ["head.weight", "head.bias"],
+    }
+    later = {node for node in touched if node.name in ("norm", "head")}
+    assert [node.name for node in _learners(networks, later)] == ["norm", "head"]
+    assert _has_matrix(networks.pruned, ["norm.weight", "head.weight"])
+    assert not _has_matrix(networks.pruned, ["norm.weight", "second.bias"])

@@ -12,9 +12,10 @@ from nni.compression.pruning import FPGMPruner, L1NormPruner, L2NormPruner, Leve
 from speedup_nets import Concatenated, Grouped, LeNet, Residual, Shared, chain
 from torch import nn
 
-from nni_topo import zoo
+from nni_topo import Calibration, zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.recovery import Reconstruct, compensate, compensation
+from nni_topo.network.speedup import apply_masks
+from nni_topo.recovery import Reconstruct, compensate, compensating, compensation
 from nni_topo.recovery.registry import list_recoveries
 from nni_topo.recovery.report import CompensationReport, LayerReport
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
@@ -405,3 +406,92 @@ def test_few_images_are_told_only_where_the_outputs_suffer(features, is_told):
     assert layer.is_underdetermined
     assert layer.is_far is is_told
     assert any("pass more inputs" in each for each in report.warnings) is is_told
+
+
+def layer_of(samples=200, unknowns=100, held_out=0.5, **knobs):
+    return LayerReport("conv", "add", unknowns, samples, 0.1, 1.0, 0.5, held_out, 0.0, **knobs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "note", "is_lost", "is_far"),
+    [
+        (layer_of(), "", False, True),
+        (layer_of(samples=100), "", False, True),
+        (layer_of(samples=99), "fewer samples than unknowns", False, True),
+        (layer_of(held_out=0.9), "", False, True),
+        (layer_of(held_out=0.91), "output almost lost", True, True),
+        (layer_of(held_out=0.05), "", False, True),
+        (layer_of(held_out=0.049), "", False, False),
+        (layer_of(held_out=math.nan), "", False, True),
+        (
+            layer_of(samples=9, held_out=1.0, is_kept=False),
+            "learned weights discarded, output almost lost, fewer samples than unknowns",
+            True,
+            True,
+        ),
+    ],
+)
+def test_a_layer_has_a_note_of_what_makes_it_doubtful(layer, note, is_lost, is_far):
+    report = CompensationReport((layer,), {"head": "it is shared"}, 8, 0.5)
+    table = report.to_frame()
+    assert table["note"].tolist() == [note, "not reconstructed: it is shared"]
+    assert table["layer"].tolist() == ["conv", "head"]
+    assert (layer.is_lost, layer.is_far, report.lost) == (is_lost, is_far, ("conv",) * is_lost)
+    assert list(table.columns)[:4] == ["layer", "place", "unknowns", "samples"]
+    assert repr(report).splitlines()[-1 - len(report.warnings)] == "8 calibration inputs, 0.5 s"
+    assert "nan" not in repr(report).lower()
+
+
+def test_without_a_layer_a_report_has_no_table():
+    assert repr(CompensationReport((), {}, 8, 0.1234)) == "8 calibration inputs, 0.123 s"
+    known = layer_of()
+    assert (math.isnan(known.lr), known.is_kept) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("layers", "images"),
+    [
+        ([layer_of(samples=10)], 80),
+        ([layer_of(samples=30)], 27),  # 8 * 100 / 30, rounded up
+        ([layer_of(samples=50), layer_of(samples=0, unknowns=3)], 24),  # the later one of a layer
+    ],
+)
+def test_few_samples_say_how_many_images_would_do(layers, images):
+    (warning,) = CompensationReport(tuple(layers), {}, 8, 0.0).warnings
+    assert warning.endswith(f"pass more inputs, here at least {images} instead of 8")
+    others = (layer_of(samples=10, held_out=0.01), layer_of(samples=100))
+    assert CompensationReport(others, {}, 8, 0.0).warnings == ()
+
+
+@pytest.mark.parametrize("ridge", [0, 0.0, 2, 1e9, "auto"])
+def test_ridges_at_their_bounds_are_taken(ridge):
+    compensating._check_ridge(ridge)
+    for wrong in (math.inf, -1e-9, None, False, "", [0.1]):
+        with pytest.raises(ConfigError, match="ridge must be 'auto' or a finite number of at least 0, got"):
+            compensating._check_ridge(wrong)
+
+
+def test_groups_are_held_out_where_batches_are_those_that_were_given():
+    data = Calibration([torch.zeros(4, 2), torch.zeros(6, 2)], groups=torch.arange(10) // 2)
+    held = compensating.held_out_groups(data, (4, 6))
+    assert held.tolist() == data.held_out(5).tolist()
+    assert held.sum() == 2
+    assert compensating.held_out_groups(data, (8, 12)) is None
+    assert compensating.held_out_groups(Calibration([torch.zeros(10, 2)]), (10,)) is None
+
+
+def test_layers_in_front_of_one_are_solved():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    mask = (torch.arange(6) < 4).float()
+    masks = {"0": {"weight": mask[:, None].expand(6, 3), "bias": mask}}
+    masks["2"] = {"weight": mask[:, None].expand(6, 6), "bias": mask}
+    images = list(torch.randn(60, 3).split(20))
+    solved = compensate(model, masks, images, method=Reconstruct(refine=0))
+    plain = apply_masks(model, ((images[0],), {}), masks)
+    for layer, is_solved in (("2", (False, False)), ("4", (True, False))):
+        found = compensating.compensate_up_to(model, masks, images, layer)
+        for name, is_its in zip(("2", "4"), is_solved, strict=True):
+            weight = found.get_submodule(name).weight
+            expected = solved if is_its else plain
+            torch.testing.assert_close(weight[:4, :4], expected.get_submodule(name).weight[:4, :4])

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
 from distill_nets import inputs, pair
+from torch import nn
 
-from nni_topo.recovery.course import Clock, Course, RateSchedule
+from nni_topo.errors import ConfigError
+from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, RateTrial, learning
 from nni_topo.recovery.lesson import Lesson
 
 
@@ -115,3 +118,138 @@ def test_the_time_left_that_is_shown_is_no_more_than_the_limit_leaves(capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"distill: {steps.done} of ")
     assert int(last.split(" of ")[1].split(",")[0]) < 2 * steps.done + 10
+
+
+@pytest.mark.parametrize(
+    ("share", "level"),
+    [(0.0, 0.1), (0.1, 0.5), (0.2, 1.0), (0.6, 1.0), (0.8, 0.5), (1.0, 0.0), (1.2, 0.0)],
+)
+def test_the_level_of_a_rate_lies_between_zero_and_one(share, level):
+    assert RateSchedule(0.2).level(share, 0.02) == pytest.approx(level)
+
+
+def test_a_rate_whose_fall_begins_in_its_rise_has_the_lower_of_both():
+    schedule = RateSchedule(0.5, falls_from=0.2)
+    assert [schedule.level(share, 0.0) for share in (0.1, 0.3, 0.6)] == pytest.approx([0.2, 0.6, 0.5])
+    schedule.fall(0.2)
+    assert (schedule.falls_from, schedule.end) == (0.2, 1.0)
+    assert RateSchedule().level(0.0, 0.01) == 1.0
+
+
+def test_the_fastest_judgement_says_how_much_time_the_last_ones_take():
+    clock = Clock(100.0)
+    assert Clock().left == math.inf
+    assert 99.0 < clock.left <= 100.0
+    with clock.judging(2):
+        time.sleep(0.02)
+    assert clock.left > 99.0  # nothing is judged at the end
+    clock.judged_at_end = 2000
+    slow = clock.left
+    assert slow < 90.0  # a hundredth of a second for each
+    with clock.judging(1000):
+        pass
+    assert slow < clock.left
+    with clock.judging(1):
+        time.sleep(0.02)
+    assert clock.left > 95.0
+    clock.go_on_from(60.0)
+    assert 60.0 <= clock.spent < 65.0
+    assert 30.0 < clock.left < 40.0
+
+
+@pytest.mark.parametrize(
+    ("losses", "stands_still"),
+    [
+        ([1.0] * 7, False),
+        ([1.0] * 8, True),
+        ([9.0] + [1.0] * 8, True),
+        ([1.0] * 4 + [0.97] * 4, False),
+        ([1.0] * 4 + [0.985] * 4, True),
+        ([1.0] * 4 + [0.0, 0.0, 0.0, 3.9], False),
+        ([1.0] * 4 + [0.0, 0.0, 0.0, 3.93], True),
+    ],
+)
+def test_four_looks_are_compared_with_the_four_before(losses, stands_still):
+    steps = Course(pair()[0], is_normed=False, rate=0.5)
+    steps.curve = [Look(step, 0.5, loss) for step, loss in enumerate(losses)]
+    assert steps._stands_still() is stands_still
+    steps.curve[0] = Look(0, 0.4, losses[0])  # the rate was rising
+    assert steps._stands_still() is (stands_still and len(losses) > 8)
+
+
+@pytest.mark.parametrize(
+    ("looked", "share", "done", "total", "losses", "is_given_up"),
+    [
+        (0.05, 0.1, 60, 600, [20.1], True),
+        (0.05, 0.1, 60, 600, [20.0], False),
+        (0.1, 0.15, 90, 600, [99.0], False),  # no line is passed
+        (0.05, 0.2, 120, 600, [10.1], True),  # of two lines the later one counts
+        (0.2, 0.5, 300, 600, [5.1], True),
+        (0.2, 0.5, 300, 600, [5.0, 9.0], False),  # one of two looks is below
+        (0.2, 0.5, 300, 600, [4.0, 9.0, 9.0], True),
+        (0.05, 0.1, 49, 490, [99.0], False),
+        (0.05, 0.1, 50, 500, [99.0], True),
+        (0.05, 0.1, 4, 500, [99.0], False),  # time allows few steps
+        (0.05, 0.1, 5, 500, [99.0], True),
+        (0.1, 0.15, 90, 600, [math.nan], True),
+        (0.1, 0.15, 90, 600, [math.inf], True),
+    ],
+)
+def test_lines_that_a_loss_may_not_be_above(looked, share, done, total, losses, is_given_up):
+    steps = Course(pair()[0], is_normed=False, rate=0.5)
+    steps.done, steps._looked = done, looked
+    steps.curve = [Look(1, 0.1, loss) for loss in losses[:-1]]
+    steps._look(losses[-1], share, 1.0, total)
+    assert steps.is_given_up is is_given_up
+    assert (steps.curve[-1].step, len(steps.curve)) == (done, len(losses))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_channels_of_zeros_stay_zero_while_others_learn(has_bias):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4, bias=has_bias), nn.BatchNorm1d(4, momentum=None))
+    with torch.no_grad():
+        net[0].weight[1:3] = 0.0
+        net[1].weight[1:3] = 0.0
+        if has_bias:
+            net[0].bias[1] = 0.0
+        net[1].bias[2] = 0.5
+    with learning(net, [net[1]]):
+        assert net[1].training
+        assert net[1].momentum == 0.1
+        net(torch.randn(8, 3)).square().sum().backward()
+    assert float(net[1].weight.grad[1]) == 0.0
+    assert (net[1].bias.grad != 0).tolist() == [True, False, True, True]
+    if has_bias:
+        assert float(net[0].bias.grad[1]) == 0.0
+    net.zero_grad()
+    net[1].eval()
+    net(torch.randn(8, 3)).square().sum().backward()
+    assert float(net[0].weight.grad[0].abs().sum()) > 0.0
+
+
+def test_a_course_goes_on_from_all_that_its_file_says(tmp_path):
+    dense, original = pair()
+    lesson = Lesson(original, dense, ((inputs(64),), {}), "kl", 2.0)
+    path, trials = tmp_path / "state.pt", (RateTrial(0.1, 10, 9.0, False), RateTrial(0.01, 10, 0.5, True))
+    known = {"rate": 0.01, "kind": {"seed": 3}, "path": path}
+    clock = Clock(1000.0)
+    clock.go_on_from(100.0)
+    one = Course(dense, is_normed=True, clock=clock, schedule=RateSchedule(0.1), rates=trials, **known)
+    assert not path.exists()
+    one.schedule.fall(0.3)
+    one.run(lesson, lesson.batches(torch.arange(64), 64, 0, None, False), 50, False, look=lambda _: 0.5)
+    other = Course(pair()[0], is_normed=False, clock=(later := Clock(1000.0)), **{**known, "rate": 0.5})
+    assert (other.done, other.rate, other.is_normed, other.rates) == (one.done, 0.01, True, trials)
+    assert (other.curve, other._looked, other._began) == (one.curve, one._looked, one._began)
+    assert (other.schedule.falls_from, other.schedule.end) == (0.3, one.schedule.end)
+    assert len(one.curve) > 5
+    assert one.done == 25  # the fall ends at half of the course
+    assert 100.0 <= later.spent < 200.0
+    assert 99.0 < one._began < 150.0
+    torch.testing.assert_close(other.student.state_dict(), dense.state_dict(), rtol=0, atol=0)
+    assert other.optimizer.state_dict()["state"].keys() == one.optimizer.state_dict()["state"].keys()
+    with pytest.raises(ConfigError, match="must go on with seed 3, got 4"):
+        Course(pair()[0], is_normed=False, **{**known, "kind": {"seed": 4}})
+    with pytest.raises(ConfigError, match="must go on with other None, got 4"):
+        Course(pair()[0], is_normed=False, **{**known, "kind": {"other": 4}})

@@ -14,6 +14,8 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
+from nni_topo.recovery.course import Look, RateTrial
+from nni_topo.recovery.lesson import ComparedOutputs
 from nni_topo.recovery.rates import RATES
 from nni_topo.sharing import named_tensors
 from nni_topo.testing import toy_images, toy_model
@@ -772,3 +774,179 @@ def test_a_network_whose_first_weights_are_complex_learns():
     found = distillation(dense, original, batches(), steps=40, lr=6e-3)
     assert found.is_kept
     assert not torch.equal(found.model.filter, dense.filter)
+
+
+def verdict(**figures):
+    known = {"objective": "squares", "is_kept": True, "loss_before": 1.0, "loss_after": 0.5, "distance_before": 2.0}
+    known |= {"distance_after": 1.0, "agreement_before": math.nan, "agreement_after": math.nan}
+    return distilling.Verdict(**{**known, **figures})
+
+
+TRIALS = tuple(RateTrial(lr, 10, 9.0, is_taken=lr == 6e-4) for lr in (6e-3, 2e-3, 6e-4))
+TAKEN = {"lr": 2e-3, "steps": 30, "most_steps": 600}
+
+
+@pytest.mark.parametrize(
+    ("figures", "course"),
+    [
+        ({}, "No step was taken: seconds= allows too few"),
+        ({"loss_before": 0.0}, "No step was taken: there is nothing to learn"),
+        ({"loss_before": 0.0, "held_out": 24}, "No step was taken: there is nothing to learn"),
+        ({"lr": 0.1, "loss_before": 0.0}, "It took 0 of at most 0 steps at a learning rate of up to 0.1"),
+        (
+            {"rates": TRIALS[:2]},
+            "No step was taken: a few at each of the learning rates 0.006, 0.002 make the loss too large",
+        ),
+        (
+            {"rates": TRIALS[:1], "is_out_of_time": True},
+            "No step was taken: a few at each of the learning rates 0.006 make the loss too large, and seconds= "
+            "allows no lower one",
+        ),
+        (TAKEN, "It took 30 of at most 600 steps at a learning rate of up to 0.002"),
+        (
+            {**TAKEN, "is_out_of_time": True},
+            "It took 30 of at most 600 steps at a learning rate of up to 0.002, until the time was over",
+        ),
+        (
+            {**TAKEN, "lr": 6e-4, "rates": TRIALS},
+            "It took 30 of at most 600 steps at a learning rate of up to 0.0006; too high: 0.006, 0.002",
+        ),
+        ({**TAKEN, "held_out": 25}, "It took 30 of at most 600 steps at a learning rate of up to 0.002"),
+        *(
+            (
+                {**TAKEN, "held_out": count},
+                f"It took 30 of at most 600 steps at a learning rate of up to 0.002. {count} held-out samples are few "
+                "to decide by: give more of them, or held_out=",
+            )
+            for count in (1, 24)
+        ),
+    ],
+)
+def test_a_verdict_ends_with_the_course(figures, course):
+    figures_told = f"(squares) is 0.5, {figures.get('loss_before', 1.0):.3g} without it; the distance 1, 2 without it"
+    expected = f"distillation is kept: on held-out samples the loss {figures_told}. {course}"
+    assert repr(verdict(**figures)) == expected
+
+
+@pytest.mark.parametrize(("count", "size", "steps"), [(3840, 64, 600), (3841, 64, 610), (61, 1, 610), (0, 1, 600)])
+def test_a_course_has_ten_passes_or_six_hundred_steps(count, size, steps):
+    assert distilling.course_length(count, size) == steps
+
+
+@pytest.mark.parametrize(
+    ("knobs", "found"),
+    [
+        ({}, None),
+        ({"seconds": None, "augment": None, "state": None, "blocks": 0.0, "lr": 0.1}, None),
+        ({"seconds": 5.0}, "seconds"),
+        ({"augment": abs, "blocks": 0.5}, "augment, blocks"),
+        ({"state": "state.pt"}, "state"),
+    ],
+)
+def test_processes_that_share_images_use_no_knob_by_which_they_come_apart(knobs, found):
+    if found is None:
+        distilling.check_knobs_together(knobs)
+        return
+    with pytest.raises(ConfigError, match=rf"without seconds, augment, state, blocks, got {found} \(process_group\)"):
+        distilling.check_knobs_together(knobs)
+
+
+def test_a_report_has_the_figures_of_its_verdict_and_names_outputs_left_out():
+    figures = {"objective": "kl", "is_kept": True, "loss_before": 1.0, "loss_after": 0.5, "agreement_before": 0.25}
+    figures |= {"agreement_after": 0.75, "lr": 0.1, "steps": 3, "distance_before": 2.0, "distance_after": 1.0}
+    found = distilling.Distillation(model=nn.Identity(), images=8, seconds=1.0, **figures)
+    assert found.verdict == distilling.Verdict(**figures)
+    assert (found.most_steps, found.rates, found.curve, found.held_out, found.outputs) == (0, (), (), 0, None)
+    assert found.is_out_of_time is False
+    assert repr(found) == repr(found.verdict)
+    assert found.to_frame().columns.tolist() == ["step", "lr", "loss"]
+    others = {"most_steps": 9, "rates": TRIALS, "curve": (Look(3, 0.1, 0.5),), "held_out": 30, "is_out_of_time": True}
+    told = distilling.Distillation(model=nn.Identity(), images=8, seconds=1.0, **figures, **others)
+    assert told.verdict == distilling.Verdict(**figures, **others)
+    assert told.to_frame().to_dict("records") == [{"step": 3, "lr": 0.1, "loss": 0.5}]
+    for left_out, is_named in ((("b",), True), ((), False)):
+        outputs = ComparedOutputs(("a",), left_out)
+        named = distilling.Distillation(model=nn.Identity(), images=8, seconds=1.0, **figures, outputs=outputs)
+        assert repr(named) == repr(found) + (f"\n{outputs}" if is_named else "")
+
+
+@pytest.mark.parametrize(("lr", "is_normed"), [(1e-3, True), (100.0, False)])
+def test_with_a_rate_that_is_given_norms_use_batches_unless_that_breaks_the_network(lr, is_normed):
+    dense, original = (recalibrate_batch_norm(net, batches(320)) for net in pair(norm=True))
+    modes = []
+
+    def note(module, args):
+        if isinstance(module, nn.BatchNorm1d) and torch.is_grad_enabled():
+            modes.append(module.training)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        distillation(dense, original, batches(320), steps=2, lr=lr)
+    finally:
+        hook.remove()
+    assert modes[0] is False  # whether gradients can be taken
+    assert modes[-2:] == [is_normed] * 2
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({}, r"images as they are, got blend=True, .* \(blend\)"),
+        ({"blend": False}, None),
+        ({"blend": False, "objective": "cosine"}, r"by 'kl' or 'squares', got 'cosine'"),
+        ({"blend": False, "norm": True}, r"networks without batch norms, .* got BatchNorm1d: leave distillation out"),
+        ({"is_shared": False, "norm": True, "objective": "cosine"}, None),
+    ],
+)
+def test_what_needs_all_images_is_refused_where_processes_share_them(knobs, message):
+    knobs = {"is_shared": True, **knobs}
+    model = pair(norm=knobs.pop("norm", False))[1]
+    call = ((inputs(8),), {})
+    if message is None:
+        distilling.check_can_learn(model, call, **knobs)
+        return
+    with pytest.raises(ConfigError, match=f"processes that share images must distil {message}"):
+        distilling.check_can_learn(model, call, **knobs)
+
+
+def test_parameters_that_require_gradients_learn_or_all_where_none_does():
+    call = ((inputs(8),), {})
+    model = pair()[0]
+    model.first.bias.requires_grad_(False)
+    assert not distilling._student(model, call).first.bias.requires_grad
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    student = distilling._student(model, call)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    student.whole = nn.Parameter(torch.arange(3), requires_grad=False)
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    again = distilling._student(student, call)
+    assert [name for name, each in again.named_parameters() if not each.requires_grad] == ["whole"]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"steps": 3}, "steps 2, got 3"),
+        ({"seconds": 900.0}, "seconds None, got 900.0"),
+        ({"batch_size": 32}, "batch_size 64, got 32"),
+        ({"lr": 2e-3}, "lr 0.001, got 0.002"),
+        ({"blend": False}, "blend True, got False"),
+        ({"warmup": 0.2}, "warmup 0.1, got 0.2"),
+        ({"precision": "bfloat16"}, "precision float32, got bfloat16"),
+        ({"temperature": 3.0}, "temperature 2.0, got 3.0"),
+        ({"objective": "squares"}, "objective kl, got squares"),
+        ({"seed": 1}, "seed 0, got 1"),
+        ({"count": 64}, "images 96, got 64"),
+        ({"shift": 1.0}, "the same images in the same order, hash .*, got"),
+    ],
+)
+def test_a_state_is_of_the_knobs_that_it_began_with(tmp_path, other, words):
+    dense, original = pair()
+    knobs = {"steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
+    distill(dense, original, batches(), **knobs)
+    images = [each + other.pop("shift", 0.0) for each in batches(other.pop("count", 96))]
+    with pytest.raises(ConfigError, match=f"distillation must go on with {words}"):
+        distill(dense, original, images, **{**knobs, **other})

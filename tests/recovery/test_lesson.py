@@ -14,7 +14,8 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery import distill, distillation, lesson
-from nni_topo.recovery.lesson import Lesson, outputs_of
+from nni_topo.recovery.course import Look
+from nni_topo.recovery.lesson import ComparedOutputs, Judgement, Lesson, outputs_of
 
 
 def test_augmented_views_are_answered_by_the_original():
@@ -385,3 +386,377 @@ def test_a_network_that_cannot_be_copied_answers_itself():
     expected = distill(dense, plain, batches(256), steps=10, lr=2e-3)
     assert torch.equal(distill(dense, original, batches(256), steps=10, lr=2e-3)[0].weight, expected[0].weight)
     assert all(each.training for each in original.modules())
+
+
+ZEROS, ONE = torch.zeros(4, 2), torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("found", "names"),
+    [
+        (ZEROS, ["output"]),
+        ((ZEROS, [ZEROS]), ["output[0]", "output[1][0]"]),
+        ({"a": ZEROS, "b": {"c": ZEROS, 2: ZEROS}}, ["a", "b.c", "b[2]"]),
+        ({0: ZEROS, "text": "none", "empty": None}, ["output[0]"]),
+        (Judgement(ZEROS, 1.0, ZEROS), ["loss", "distance"]),
+        (Look(ZEROS, {"deep": ZEROS}, 3), ["step", "lr.deep"]),
+        (Look, []),
+        (5, []),
+    ],
+)
+def test_outputs_are_named_by_what_leads_to_them(found, names):
+    assert [name for name, _ in lesson._named_tensors(found, "")] == names
+
+
+def test_outputs_that_are_compared_are_named_apart_from_the_others():
+    found = {"scores": ZEROS, "count": torch.zeros(4, dtype=torch.int64), "anchors": torch.zeros(3, 2)}
+    assert lesson.compared_outputs(found, 4, None) == (("scores",), ("count", "anchors"))
+    assert lesson.compared_outputs(found, 3, None) == (("anchors",), ("scores", "count"))
+    assert lesson.compared_outputs(found, 4, lambda output, inputs: output) == ((), ())
+    both = {"scores": ZEROS, "anchors": torch.zeros(4, 2)}
+    assert lesson.compared_outputs(both, 4, None, (0,)) == (("scores",), ("anchors",))
+    assert str(ComparedOutputs(("a",), ("b",))).startswith("of the model's outputs a is compared, b not: ")
+    assert str(ComparedOutputs(("a", "b"), ("c",))).startswith("of the model's outputs a, b are compared, c ")
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (torch.zeros(3, 4), r"got Tensor \(float32 \(3, 4\)\) for 4 samples; if the samples are its second dimension"),
+        (torch.zeros(3, 5), r"got Tensor \(float32 \(3, 5\)\) for 4 samples$"),
+        (torch.zeros(3), r"got Tensor \(float32 \(3,\)\) for 4 samples$"),
+        (torch.zeros(3, 4, dtype=torch.int64), r"got Tensor \(int64 \(3, 4\)\) for 4 samples$"),
+        ((torch.zeros(3, 4),), r"got tuple \(float32 \(3, 4\)\) for 4 samples$"),
+        ("text", "a model's output must hold a floating tensor with an entry per sample, got str for 4 samples$"),
+    ],
+)
+def test_outputs_without_an_entry_for_each_sample_are_named(found, says):
+    with pytest.raises(ConfigError, match=says):
+        outputs_of(found, 4)
+
+
+def test_a_users_outputs_have_unit_length_or_are_no_embeddings():
+    """Lengths may differ from one by a thousandth."""
+    call = ((inputs(4),), {})
+    rows = torch.eye(4)
+    for factor, kind in ((1.0, "cosine"), (1.0009, "cosine"), (0.9991, "cosine"), (1.002, "kl"), (0.998, "kl")):
+        assert lesson.read_outputs(None, call, 4, lambda _, inputs, factor=factor: factor * rows)[1] == kind
+    some = rows.clone()
+    some[2] *= 1.1
+    assert lesson.read_outputs(None, call, 4, lambda _, inputs: some)[1] == "kl"
+    assert lesson.read_outputs(None, call, 4, lambda _, inputs: (rows, some))[1] == "squares"
+    assert lesson.read_outputs(None, call, 4, lambda _, inputs: rows[:, :, None])[1] == "squares"
+    with pytest.raises(ConfigError, match="what outputs= returns must hold a floating tensor"):
+        lesson.read_outputs(None, call, 4, lambda _, inputs: "text")
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "given"),
+    [((1,), {}, 1), ((1, 2), {}, (1, 2)), ((), {"a": 1}, {"a": 1})],
+)
+def test_a_users_outputs_get_the_inputs_as_a_batch_holds_them(args, kwargs, given):
+    seen = []
+    lesson.read_outputs(ZEROS, (args, kwargs), 4, lambda output, inputs: seen.append(inputs) or output)
+    assert seen == [given]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "is_blended"),
+    [
+        ([torch.zeros(3, 2)], True),
+        ([torch.zeros(3)], False),
+        ([torch.zeros(3, 2, dtype=torch.int64)], False),
+        ([torch.zeros(3, 2), torch.zeros(3, 2)], False),
+    ],
+)
+def test_one_floating_tensor_with_several_values_an_entry_can_be_blended(tensors, is_blended):
+    assert lesson.is_blendable((tuple(tensors), {})) is is_blended
+
+
+@pytest.mark.parametrize(
+    ("after", "is_kept"),
+    [
+        ((0.9, 0.0, 2.0), True),
+        ((0.9, 0.0, 2.1), False),
+        ((1.0, 1.0, 0.5), False),
+        ((math.nan, 1.0, 0.5), False),
+        ((0.9, 1.0, math.nan), False),
+    ],
+)
+def test_less_loss_at_no_more_than_twice_the_distance_is_better(after, is_kept):
+    assert lesson.is_better(Judgement(*after), Judgement(1.0, 0.5, 1.0)) is is_kept
+
+
+def test_positions_that_are_padding_are_left_out_of_outputs_by_position_alone():
+    real = torch.tensor([[True, False, True], [False, False, True]])
+    values = torch.arange(12.0).reshape(2, 3, 2)
+    by_position, by_sample, others = lesson._unpadded([values, values[:, :, 0], values[:, :2]], real)
+    assert by_position.tolist() == [[0.0, 1.0], [4.0, 5.0], [10.0, 11.0]]
+    assert torch.equal(by_sample, values[:, :, 0])  # scores of three classes
+    assert torch.equal(others, values[:, :2])
+    assert torch.equal(lesson._unpadded([values], None)[0], values)
+
+
+def test_images_are_numbered_source_by_source():
+    shares = lesson.SharedImages(None, [2, 1])
+    assert (len(shares), shares.sources) == (3, [2, 1])
+    index = torch.tensor([2, 0, 1])
+    assert shares.own(index).tolist() == [2, 0, 1]
+    assert shares.mine(index).tolist() == [True, True, True]
+    assert shares.add(index, "numbers") is index
+
+
+def test_mappings_are_read_in_the_order_of_those_that_were_given():
+    given = {"a": 1, "b": [{"x": 1, "y": 2}, 3]}
+    seen = {"b": [{"y": 20, "x": 10}, 30], "a": 40}
+    found = lesson._in_order_of(given, seen)
+    assert (list(found), found) == (["a", "b"], {"a": 40, "b": [{"x": 10, "y": 20}, 30]})
+    assert list(found["b"][0]) == ["x", "y"]
+    for pattern, value in ((given, {"b": 1, "c": 2}), ([1, 2], [{"b": 1}]), (given, [1]), ([1], {"b": 1}), (1, (2,))):
+        assert lesson._in_order_of(pattern, value) is value
+
+
+def test_what_is_neither_finite_nor_a_number_is_counted():
+    odd = torch.tensor([1.0, math.nan, math.inf, -math.inf])
+    assert lesson._not_finite([odd, torch.tensor([1, 2]), odd[:2]]) == 4
+    assert lesson.finite(odd).tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert lesson.minus(odd[2:], odd[2:]).tolist() == [0.0, 0.0]
+    assert lesson.minus(torch.tensor([math.inf, 3.0]), torch.tensor([-math.inf, 1.0])).tolist() == [math.inf, 2.0]
+
+
+def test_inputs_of_one_shape_fit_together_whatever_their_number():
+    lesson.check_one_shape([((torch.zeros(2, 3), 5), {}), ((torch.zeros(4, 3), 6), {})])
+    lesson.check_one_shape([((torch.zeros(2, 3), torch.tensor(1.0)), {})] * 2)
+    for others in (torch.zeros(2, 4), torch.zeros(2, 3, 1), torch.zeros(2)):
+        with pytest.raises(DataError, match=r"must have one shape for distillation, whatever their number, got \["):
+            lesson.check_one_shape([((torch.zeros(2, 3),), {}), ((others,), {})])
+    with pytest.raises(DataError, match="must have one shape"):
+        lesson.check_one_shape([((torch.zeros(2, 3),), {}), ((), {"x": torch.zeros(2, 3)})])
+    for listed in (((ZEROS, [ZEROS]), {}), ((ZEROS,), {"masks": (ZEROS,)})):
+        with pytest.raises(DataError, match="got a list, as detectors take it"):
+            lesson.check_one_shape([listed])
+
+
+def test_calls_are_joined_sample_by_sample_and_what_has_none_is_that_of_the_first():
+    number = torch.tensor(7.0)
+    calls = [
+        ((torch.zeros(2, 3), number, "a"), {"k": torch.ones(2)}),
+        ((torch.ones(1, 3), number + 1, "b"), {"k": ONE}),
+    ]
+    (rows, one, text), kwargs = lesson.joined(calls)
+    assert rows.tolist() == [[0.0] * 3] * 2 + [[1.0] * 3]
+    assert (float(one), text, kwargs["k"].tolist()) == (7.0, "a", [1.0, 1.0, 1.0])
+
+
+class Deep(nn.Module):
+    """Two blocks of two layers and scores for each place."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)) for _ in range(2))
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, states, attention_mask=None):
+        for block in self.blocks:
+            states = block(states).tanh()
+        return {"logits": self.head(states)}
+
+
+def states_of(net, states):
+    """Return what the blocks put out, and the scores."""
+    found = []
+    with torch.no_grad():
+        for block in net.blocks:
+            found.append(block(states))
+            states = found[-1].tanh()
+        return found, net.head(states)
+
+
+@pytest.mark.parametrize("is_padded", [True, False])
+@pytest.mark.parametrize("has_places", [True, False])
+def test_losses_are_means_over_real_positions(is_padded, has_places):
+    if is_padded and not has_places:
+        return
+    original, student = (Deep(seed).double().eval() for seed in (0, 1))
+    states = torch.randn(20, 4, 3, generator=torch.Generator().manual_seed(2)).double()
+    mask = torch.ones(20, 4, dtype=torch.int64)
+    states = states if has_places else states[:, 0]
+    call = {"states": states}
+    if is_padded:
+        mask[::2, 2:] = 0
+        call["attention_mask"] = mask
+
+    def real(values):
+        if not has_places:
+            return values
+        return values[mask.bool()] if is_padded else values.flatten(0, -2)
+
+    found = Lesson(original, student, ((), call), "auto", 3.0, blocks=0.5)
+    index = torch.arange(20)
+    (theirs, wanted), (mine, scores) = (states_of(net, states) for net in (original, student))
+    wanted, scores = real(wanted), real(scores)
+    likely = (wanted / 3).softmax(1)
+    loss = 9 * (likely * (likely.log() - (scores / 3).log_softmax(1))).sum(1).mean()
+    variance = wanted if is_padded or not has_places else wanted.unflatten(0, (20, 4))
+    distance = (scores - wanted).square().mean() / variance.var(0, correction=0).mean()
+    judged = found.judge(student, index)
+    assert found.kind == "kl"
+    assert judged.loss == pytest.approx(float(loss))
+    assert judged.distance == pytest.approx(float(distance))
+    assert judged.agreement == pytest.approx(float((wanted.argmax(1) == scores.argmax(1)).double().mean()))
+    constant = float(9 * (likely * (likely / likely.mean(0)).log()).sum(1).mean())
+    assert found.loss_of_a_constant(index) == pytest.approx(constant)
+
+    off = []
+    for one, other in zip(mine, theirs, strict=True):
+        if is_padded:
+            one, other = real(one), real(other)
+        off.append((one - other).square().mean() / (other - other.mean(0)).square().mean())
+    off = float(torch.stack(off).mean())
+    assert float(found.objective(student, ((), call), []).detach()) == pytest.approx(float(loss) + 0.5 * off)
+    found.learn_from(index)
+    expected = float(loss + constant * distance) + 0.5 * off
+    assert float(found.objective(student, ((), call), []).detach()) == pytest.approx(expected)
+
+
+def test_answers_are_asked_for_once_and_kept_where_there_is_room():
+    asked = []
+
+    def ask(call, precision):
+        asked.append(call[0][0][:, 0].int().tolist())
+        return [10.0 * call[0][0], call[0][0][:, 0]]
+
+    call = ((torch.arange(6.0)[:, None].expand(6, 2),), {})
+    answers = lesson._Answers(ask, 6)
+    assert answers.seconds_of_one == 0.0
+    for index, new in (([3, 1, 3], [[1, 3]]), ([1, 3], []), ([0, 3, 5], [[0, 5]]), ([], [])):
+        asked.clear()
+        rows, numbers = answers(call, torch.tensor(index, dtype=torch.int64))
+        assert (asked, numbers.tolist(), rows[:, 1].tolist()) == (new, index, [10 * each for each in index])
+    assert answers._asked == 4
+    assert 0.0 < answers.seconds_of_one < 1.0
+    assert not answers._has_room([torch.zeros(1).expand(1, 10**12)])
+    assert answers._has_room([call[0][0]])
+
+
+@pytest.mark.parametrize(
+    ("augment", "given", "message"),
+    [
+        (lambda x: x[:1], (torch.ones(3, 2),), "as many samples as it gets, 3, got 1 "),
+        (lambda x: x.sum(), (torch.ones(3, 2),), "as many samples as it gets, 3, got a single number"),
+        (lambda x: x.double(), (torch.ones(3, 2),), "the type that it gets, torch.float32, got torch.float64"),
+        (lambda x: x / 0.0, (torch.ones(3, 2),), "finite values, got 6 that aren't, for 3 samples"),
+        (lambda x: x.to_sparse(), (torch.ones(3, 2),), "got a sparse_coo tensor"),
+        (lambda x: x.to("meta"), (torch.ones(3, 2),), "got a meta tensor"),
+        (
+            lambda x: x[0],
+            (torch.ones(3, 2), torch.ones(3)),
+            r"in what it gets them in, got Tensor \(float32 \(3, 2\)\)",
+        ),
+        (lambda x: 5, (torch.ones(3, 2),), r"must return tensors, .* got int for Tensor \(float32 \(3, 2\)\)"),
+    ],
+)
+def test_views_that_can_not_take_the_place_of_inputs_are_told(augment, given, message):
+    with pytest.raises(ConfigError, match=message):
+        lesson._view((given, {}), augment)
+
+
+def test_views_may_have_other_indices_and_keep_what_was_not_finite():
+    odd = torch.tensor([[0.0, -math.inf], [1.0, 2.0]])
+    assert lesson._view(((odd,), {}), lambda x: x.flip(1))[0][0].tolist() == odd.flip(1).tolist()
+    whole = torch.tensor([1, 2])
+    assert lesson._view(((whole,), {}), lambda x: x.int())[0][0].dtype == torch.int32
+    number = (torch.ones(2, 3), torch.tensor(5.0))
+    args, _ = lesson._view((number, {}), lambda pair: (pair[0] + 1, pair[1][None]))
+    assert (args[0].tolist(), args[1].tolist()) == ([[2.0] * 3] * 2, [5.0])
+    _, kwargs = lesson._view(((), {"a": odd, "b": whole}), lambda both: {"b": both["b"], "a": both["a"]})
+    assert set(kwargs) == {"a", "b"}
+    (mapping,), _ = lesson._view((({"a": odd},), {}), lambda seen: {"a": -seen["a"]})
+    assert mapping["a"].tolist() == (-odd).tolist()
+
+
+def test_half_of_the_images_move_towards_others_by_one_share_each():
+    images = torch.arange(4000.0)[:, None, None].expand(-1, 2, 3)
+    ((moved,), _) = lesson._blended(((images,), {}), 3)
+    assert torch.equal(moved, lesson._blended(((images,), {}), 3)[0][0])
+    assert torch.equal(moved[:, 0, 0], moved[:, 1, 2])  # all values of an image by the same share
+    is_same = moved[:, 0, 0] == images[:, 0, 0]
+    assert 0.45 < float(is_same.float().mean()) < 0.55
+    assert not torch.equal(moved, lesson._blended(((images,), {}), 4)[0][0])
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (256, [256]), (257, [129, 128]), (513, [171] * 3)])
+def test_batches_of_some_images_hold_at_most_256(count, sizes):
+    images = inputs(600)
+    model = nn.Linear(6, 2)
+    found = lesson._some(model, ((images,), {}), torch.arange(count))
+    assert [len(batch[0]) for batch in found] == sizes
+    if count:
+        assert torch.equal(torch.cat([batch[0] for batch in found]), images[:count])
+        ((pair,), *_) = lesson._some(model, ((images, images), {}), torch.arange(count))
+        assert (type(pair), len(pair)) == (tuple, 2)
+        ((named,), *_) = lesson._some(model, ((), {"input": images}), torch.arange(1))
+        assert torch.equal(named["input"], images[:1])
+
+
+class Numbered(nn.Module):
+    """Gives the place of the largest score before the scores, which are in half precision."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, inputs):
+        scores = self.head(inputs)
+        return scores.argmax(1), scores.bfloat16()
+
+
+def test_whole_numbers_beside_scores_in_half_precision_are_no_outputs():
+    original, student = Numbered(0).eval(), Numbered(1).eval()
+    seen = []
+
+    def outputs(output, inputs):
+        seen.append([each.dtype for each in output])
+        return output[1]
+
+    for chosen in (None, outputs):
+        found = Lesson(original, student, ((inputs(8),), {}), "auto", 2.0, outputs=chosen)
+        (answer,) = found.answer(((inputs(8),), {}), "float32")
+        assert answer.dtype == torch.float32
+        torch.testing.assert_close(answer, original.head(inputs(8)), rtol=1e-2, atol=1e-2)
+    assert seen[-1] == [torch.int64, torch.float32]
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_students_learn_in_single_precision_at_least(kind):
+    net = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)).to(kind).train()
+    call = ((torch.tensor([[1, 2], [3, 4]]),), {})
+    student = lesson.student_copy(net, call)
+    assert student[1].weight.dtype == (kind if kind == torch.float64 else torch.float32)
+    assert (student[0].sparse, net[0].sparse) == (False, True)
+    assert not any(each.training for each in student.modules())
+    assert lesson._place_of(student)[1] == student[1].weight.dtype
+    student[0].double()
+    student[0].weight.requires_grad_(False)  # the type of what learns
+    assert lesson._place_of(student)[1] == student[1].weight.dtype
+
+
+def test_blocks_are_entries_of_lists_with_two_layers_and_outputs_of_one_shape():
+    class Blocks(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            pairs = (nn.Sequential(nn.Linear(6, 6), nn.Linear(6, out)) for out in (6, width, 6))
+            self.deep = nn.Sequential(*pairs, nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+            self.deep[2][0] = nn.Linear(width, 6)
+            self.named = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))})
+
+        def forward(self, values):
+            return self.named["a"](self.deep(values))
+
+    place = torch.device("cpu"), torch.float32
+    one, other = Blocks(4), Blocks(3)
+    call = ((inputs(2),), {})
+    assert lesson.shared_blocks(one, other, call, place) == ["deep.0", "deep.2"]
+    assert lesson.shared_blocks(one, Blocks(4), call, place) == ["deep.0", "deep.1", "deep.2"]

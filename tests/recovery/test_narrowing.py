@@ -12,7 +12,8 @@ from torch import nn
 from nni_topo import compensate, load, masked_model, narrow_heads, save, to_dense
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention.heads import find_attention
-from nni_topo.recovery.directions import directions
+from nni_topo.recovery.directions import Moments, directions
+from nni_topo.recovery.narrowing import _Heads, _why_unchanged
 from nni_topo.zoo.transformers import bert_small, vit_small
 
 
@@ -231,3 +232,48 @@ def test_queries_that_are_more_than_multiplied_are_left_as_they_were(caplog):
 def test_bad_requests_are_refused(knobs, error, words):
     with pytest.raises(error, match=words):
         narrow_heads(make("norms first"), **{"calibration": [images()], "sparse_ratio": 0.5, **knobs})
+
+
+def test_moments_are_means_of_products_of_all_samples():
+    found = Moments()
+    assert (found.samples, found.sums, found.products) == (0, None, None)
+    values = torch.tensor([[[1.0, 3.0], [2.0, 6.0]]])
+    found.add(values)
+    assert found.second(centred=False).tolist() == [[[5.0, 10.0], [10.0, 20.0]]]
+    assert found.second(centred=True).tolist() == [[[1.0, 2.0], [2.0, 4.0]]]
+    found.add(values + 1.0)
+    assert found.samples == 4
+    assert found.second(centred=False).tolist() == [[[30 / 4, 54 / 4], [54 / 4, 98 / 4]]]
+    assert found.second(centred=True).tolist() == [[[1.25, 2.25], [2.25, 4.25]]]
+    assert found.sums.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(4, 2), (2, 3), (4, 4), (1, 1)])
+def test_directions_lose_no_more_than_the_smallest_singular_values(rank, kept):
+    generator = torch.Generator().manual_seed(rank)
+    x, y = (
+        torch.randn(50, rank, generator=generator).double() @ torch.randn(rank, 4, generator=generator).double()
+        for _ in range(2)
+    )
+    a, b = (each[0] for each in directions((x.T @ x / 50)[None], (y.T @ y / 50)[None], kept))
+    assert a.shape == b.shape == (4, 4)
+    torch.testing.assert_close(a @ b.T, torch.eye(4).double(), rtol=1e-5, atol=1e-5)
+    lost = x @ (torch.eye(4) - a[:, :kept] @ b[:, :kept].T) @ y.T / 50
+    values = torch.linalg.svdvals(x @ y.T / 50)
+    assert float(lost.square().sum()) == pytest.approx(float(values[kept:].square().sum()), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "table", "kept"), [(0.5, None, 3), (0.99, None, 1), (0.34, None, 4), (1 / 3, None, 4), (0.01, None, 6)]
+)
+def test_heads_keep_a_channel_at_least(ratio, table, kept):
+    net = encoder(batch_first=True)
+    known = find_attention(net)["layers.0.self_attn"]
+    heads = _Heads(net, known, "layers.0.self_attn.out_proj", ratio, table)
+    assert heads.kept == kept
+    assert heads.asking.tolist() == [True] * kept + [False] * (6 - kept)
+    assert _why_unchanged(known, {known.name: ["reader"]}, {}) == ""
+    assert _why_unchanged(known, {known.name: ["reader"]}, {known.name: "table"}) == ""
+    only_one = "its heads must be read by exactly one linear layer"
+    assert _why_unchanged(known, {}, {}) == _why_unchanged(known, {known.name: ["a", "b"]}, {}) == only_one
+    assert _why_unchanged(known, {}, {known.name: None}) == "rotary positions of an unknown kind"

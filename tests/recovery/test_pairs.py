@@ -176,3 +176,31 @@ def test_what_isnt_finite_is_refused():
     nn.init.constant_(net.blocks[1].attention.k_proj.weight, 3e38)
     with pytest.raises(DataError, match=r"finite, got NaN or infinity \(blocks.1.attention"):
         narrow_heads(net, [tokens], 0.5)
+
+
+def test_shares_are_means_over_heads_whose_logits_vary():
+    logits = PairLogits(torch.ones(2))
+    products = torch.tensor([[[1.0, 0.0], [0.0, 3.0]], [[6.0, 1.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    logits.products = products.double()
+    assert logits.shares() == pytest.approx(np.array([[0.5, 0.0625], [0.0625, 0.375]]))
+    logits.products = 0.0 * logits.products
+    assert logits.shares().tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("places", [1, 5, 16, 17, 40])
+def test_logits_of_some_queries_with_the_keys_up_to_them(places):
+    generator = torch.Generator().manual_seed(places)
+    queries, keys = (torch.randn(2, places, 3, generator=generator, dtype=torch.complex128) for _ in range(2))
+    chosen = [round(at * (places - 1) / (min(places, 16) - 1)) for at in range(min(places, 16))] if places > 1 else [0]
+    expected = torch.zeros(2, 3, 3).double()
+    for query in chosen:
+        added = (queries[:, query, None] * keys[:, : query + 1].conj()).real
+        added = added - added.mean(1, keepdim=True)
+        expected += added.mT @ added
+    found = PairLogits(torch.ones(3))
+    found._add(queries[:, :0], keys[:, :0])
+    assert found.products is None
+    found._add(queries, keys)
+    torch.testing.assert_close(found.products, expected)
+    found._add(queries, keys)
+    torch.testing.assert_close(found.products, 2.0 * expected)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ import nni_topo
 from nni_topo import Calibration
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.inputs import calls
-from nni_topo.recovery.replay import Replay, touched_nodes, without_side_effects
+from nni_topo.recovery.replay import (
+    Replay,
+    _is_in_place,
+    _nbytes,
+    _plain_target,
+    _works_in_place,
+    touched_nodes,
+    without_side_effects,
+)
 
 
 @pytest.fixture
@@ -271,3 +280,129 @@ def test_padding_is_left_out_whether_a_network_is_followed_as_a_whole_or_by_part
         found.append(solved.get_submodule(f"{prefix}second").weight)
     assert not torch.equal(found[0], model.get_submodule(f"{prefix}second").weight)
     assert torch.allclose(*found, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("target", "op", "is_in_place"),
+    [
+        ("add_", "call_method", True),
+        ("add", "call_method", False),
+        ("__and__", "call_method", False),
+        ("_private_", "call_method", False),
+        (torch.relu_, "call_function", True),
+        (torch.relu, "call_function", False),
+        (operator.and_, "call_function", False),
+        (operator.or_, "call_function", False),
+        (operator.not_, "call_function", False),
+        (5, "call_function", False),
+    ],
+)
+def test_names_that_end_with_a_stroke_work_in_place(target, op, is_in_place):
+    node = torch.fx.Graph().create_node(op, target if callable(target) or op == "call_method" else torch.relu)
+    node.target = target
+    assert _is_in_place(node) is is_in_place
+
+
+@pytest.mark.parametrize(
+    ("target", "plain"),
+    [
+        ("add_", "add"),
+        ("random_", "random_"),  # has no other form
+        ("requires_grad_", "requires_grad_"),
+        ("add", "add"),
+        ("__iadd__", "__iadd__"),
+        (operator.iadd, operator.add),
+        (operator.isub, operator.sub),
+        (operator.imul, operator.mul),
+        (operator.itruediv, operator.truediv),
+        (operator.ifloordiv, operator.floordiv),
+        (operator.imod, operator.mod),
+        (operator.ipow, operator.pow),
+        (operator.imatmul, operator.matmul),
+        (operator.iand, operator.and_),
+        (operator.ior, operator.or_),
+        (operator.ixor, operator.xor),
+        (operator.invert, operator.invert),
+        (operator.and_, operator.and_),
+        (torch.relu_, torch.relu),
+        (torch.nn.functional.elu_, torch.nn.functional.elu),
+        (torch.relu, torch.relu),
+        (getattr, getattr),
+    ],
+)
+def test_operations_in_place_have_a_plain_form(target, plain):
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    assert _plain_target(torch.fx.Graph().create_node(kind, target)) == plain
+
+
+class Asking(nn.Module):
+    """Asks for gradients of what is between its layers, as saliency maps do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, values):
+        return self.second(self.first(values).relu().requires_grad_())
+
+
+def test_a_network_that_asks_for_gradients_between_its_layers_is_solved():
+    torch.manual_seed(0)
+    model, images = Asking().eval(), torch.randn(40, 3)
+    traced = without_side_effects(symbolic_trace(model))
+    torch.testing.assert_close(traced(images), model(images))
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    masks = {"first": {"weight": mask[:, None].expand(4, 3), "bias": mask}}
+    (layer,) = nni_topo.compensation(model, masks, [images]).report.layers
+    assert layer.error_after < layer.error_before
+
+
+@pytest.mark.parametrize(("target", "works_in_place"), [(operator.setitem, True), (operator.getitem, False)])
+def test_values_are_kept_unless_an_operation_changes_them(target, works_in_place):
+    graph = torch.fx.Graph()
+    values = graph.placeholder("values")
+    graph.call_function(target, (values, 0) + (1.0,) * works_in_place)
+    graph.output(values)
+    assert _works_in_place(torch.fx.GraphModule(nn.Module(), graph)) is works_in_place
+    assert _works_in_place(symbolic_trace(InPlace()))
+
+
+def test_bytes_of_values_in_one_place_count_once():
+    node, other = object(), object()
+    values = torch.zeros(8)
+    assert _nbytes({node: values, other: [values[:2], torch.zeros(4)]}) == 8 + 16
+    assert _nbytes({node: values}, {node: values, other: 5}) == 32
+    assert _nbytes({}) == 0
+
+
+def test_a_norm_that_was_narrowed_and_what_gets_other_inputs_are_touched(residual_net):
+    original = without_side_effects(symbolic_trace(residual_net))
+    changed = copy.deepcopy(original)
+    assert touched_nodes(original, changed) == set()
+    changed.get_submodule("head").weight = None
+    assert {node.name for node in touched_nodes(original, changed)} == {"head", "output"}
+    entering = [node for node in original.graph.nodes if node.op == "placeholder"]
+    assert touched_nodes(original, copy.deepcopy(original), entering) == set(original.graph.nodes)
+
+
+def test_shapes_are_those_of_each_batch_and_padding_is_told():
+    torch.manual_seed(0)
+    model, real = Shown(), torch.tensor([[1, 1, 0]] * 2)
+    graph = symbolic_trace(model)
+    batches = [{"states": torch.randn(count, 3, 3)} for count in (2, 2, 5)]
+    batches[1]["attention_mask"] = real
+    ran = counted_runs(graph, "first")
+    found = Replay(model, graph, copy.deepcopy(graph), batches, 0)
+    watched = [node_of(graph, name) for name in ("first", "second")]
+    shapes = list(found.shapes(watched))
+    assert [[tuple(values[node].shape) for node in watched] for values, _ in shapes] == [
+        [(count, 3, 6), (count, 3, 2)] for count in (2, 2, 5)
+    ]
+    assert [None if mask is None else mask.tolist() for _, mask in shapes] == [None, real.bool().tolist(), None]
+    assert [set(values) for values, _ in shapes] == [set(watched)] * 3
+    assert all(values[watched[0]].untyped_storage().nbytes() == 4 for values, _ in shapes)
+    assert ran == [2, 2, 5]  # a batch with a mask is another one
+    again = Replay(model, graph, copy.deepcopy(graph), [batches[0], {"states": torch.randn(2, 3, 3)}], 0)
+    ran.clear()
+    assert len(list(again.shapes(watched))) == 2
+    assert ran == [2]

@@ -609,7 +609,8 @@ def _operation(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, .
         return "call_function", func, args
     plain = name.strip("_")
     if name == plain or not name.startswith("__"):
-        return "call_method", plain if hasattr(Tensor, plain) else name, args
+        # `requires_grad_` has a property beside it, which can't be called.
+        return "call_method", plain if callable(getattr(Tensor, plain, None)) else name, args
     if plain[0] in "ri":  # from the right, as in ``1 - x``, or in place
         called = plain[1:] if hasattr(operator, plain[1:]) else f"{plain[1:]}_"  # ``and_``, ``or_``
         if hasattr(operator, called):
