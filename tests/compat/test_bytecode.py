@@ -321,3 +321,43 @@ def test_patches_are_needed_on_the_pythons_that_have_caches_or_other_jumps(
     assert tracing.restore_branch_opcodes() is ("POP_JUMP_FORWARD_IF_TRUE" in dis.opmap)
     assert tracing.index_code_units() is False
     assert tracing.restore_branch_opcodes() is False
+
+
+def test_the_units_of_an_extended_argument_hold_its_instruction() -> None:
+    body = "    x = x + 1\n" * 200
+    namespace: dict[str, Any] = {}
+    exec(f"def far(x):\n    if x:\n{body.replace('    x', '        x')}    return x\n", namespace)
+    code = namespace["far"].__code__
+    units, instructions = tracing.code_units(code), list(dis.get_instructions(code))
+    extended = [place for place, found in enumerate(instructions) if found.opname == "EXTENDED_ARG"]
+    assert extended
+    for place in extended:
+        assert units[instructions[place].offset // 2] == instructions[place + 1]
+
+
+def test_the_units_behind_the_last_instruction_are_its_own() -> None:
+    whole = in_comparison.__code__
+    comparison = next(found for found in dis.get_instructions(whole) if found.opname == "COMPARE_OP")
+    cut = whole.replace(co_code=whole.co_code[: comparison.offset + (4 if sys.version_info >= (3, 11) else 2)])
+    last = list(dis.get_instructions(cut))[-1]
+    if last.argrepr.startswith("bool("):
+        pytest.skip("this Python's comparison tests for truth, and counts as the instruction after it")
+    units = tracing.code_units(cut)
+    assert len(units) == len(cut.co_code) // 2
+    assert all(unit == last for unit in units[comparison.offset // 2 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "branches"),
+    [
+        ("POP_JUMP_IF_TRUE", True),
+        ("POP_JUMP_FORWARD_IF_FALSE", True),
+        ("JUMP_IF_FALSE_OR_POP", True),
+        ("POP_JUMP_IF_NONE", False),
+        ("POP_JUMP_FORWARD_IF_NOT_NONE", False),
+        ("JUMP_FORWARD", False),
+        ("INSTRUMENTED_POP_JUMP_IF_TRUE", False),
+    ],
+)
+def test_branches_on_truth_go_by_their_names(name: str, branches: bool) -> None:
+    assert tracing._branches_on_truth(name) is branches

@@ -114,7 +114,10 @@ def test_unknown_version_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(compat, "reports", [])
     monkeypatch.setattr(compat, "KNOWN_NNI_VERSIONS", ("2.10",))
     with pytest.warns(compat.CompatibilityWarning, match=r"knows NNI 2\.10, found NNI 3\.0.*applied: .*not needed: "):
-        compat.enable()
+        report = compat.enable()
+    # all patches are in place, and say so
+    assert report.applied == report.failed == ()
+    assert set(report.unneeded) >= ALWAYS_BROKEN | BYTECODE
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compat.enable()

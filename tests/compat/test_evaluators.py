@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nni
@@ -95,25 +97,87 @@ class Line(pl.LightningModule):
         return nni.trace(torch.optim.SGD)(self.parameters(), lr=0.1)
 
 
+class Checked(Line):
+    """A linear model that lists its steps of training and validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.order.append("training")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.order.append("validation")
+
+
 class Data(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(TensorDataset(torch.ones(12, 2)), batch_size=2)
 
 
+class DataOfBoth(Data):
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(TensorDataset(torch.ones(2, 2)), batch_size=2)
+
+
 @pytest.mark.parametrize(("limits", "steps"), [({"max_steps": 4}, 4), ({"max_epochs": 1}, 6), ({}, 12)])
 def test_lightning_trains_for_so_many_steps(limits: dict[str, int], steps: int, tmp_path: Path) -> None:
+    model = Line()
+    train(model, Data, limits, tmp_path)
+    assert model.steps == steps
+    assert model._trainer is None
+
+
+def test_lightning_validates_nothing_before_it_trains(tmp_path: Path) -> None:
+    model = Checked()
+    train(model, DataOfBoth, {"max_epochs": 1}, tmp_path)
+    assert model.order == ["training"] * 6 + ["validation"]
+
+
+def train(model: Line, data: type[Data], limits: dict[str, int], folder: Path) -> None:
     trainer = nni.trace(pl.Trainer)(
         max_epochs=2,
         accelerator="cpu",
-        default_root_dir=tmp_path,
+        default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         logger=False,
     )
-    driver = evaluator.LightningEvaluator(trainer, nni.trace(Data)())
-    model = Line()
+    driver = evaluator.LightningEvaluator(trainer, nni.trace(data)())
     driver._init_optimizer_helpers(model)
     driver.bind_model(model)
     driver.train(**limits)
-    assert model.steps == steps
+
+
+def test_further_arguments_reach_the_loss_that_a_pruner_adds_to() -> None:
+    def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: int = 1) -> Any:
+        loss = inputs / num_items_in_batch
+        return (loss, "outputs") if return_outputs else loss
+
+    driver: Any = SimpleNamespace(trainer=SimpleNamespace(compute_loss=compute_loss))
+    evaluator.TransformersEvaluator.patch_loss(driver, lambda loss, inputs: 10 * loss + inputs)
+    loss = driver.trainer.compute_loss
+    assert loss(None, 4.0) == 44.0
+    assert loss(None, 4.0, num_items_in_batch=2) == 24.0
+    assert loss(None, 4.0, True) == (44.0, "outputs")
+    assert loss(None, 4.0, return_outputs=True, num_items_in_batch=2) == (24.0, "outputs")
+
+
+@pytest.mark.parametrize("attributes", [{}, {"deepspeed": None}, {"deepspeed": "its"}])
+def test_tasks_run_at_the_steps_of_the_optimizer_that_trains(attributes: dict[str, Any]) -> None:
+    order: list[str] = []
+    evaluator.TransformersEvaluator.__new__(evaluator.TransformersEvaluator)
+    own, its = (SimpleNamespace(step=functools.partial(order.append, name)) for name in ("own", "its"))
+    given = {name: its if value else None for name, value in attributes.items()}
+    callbacks: list[Any] = []
+    trainer = SimpleNamespace(add_callback=callbacks.append, callback_handler=SimpleNamespace(optimizer=own), **given)
+    driver: Any = SimpleNamespace(trainer=trainer)
+    before, after = ([functools.partial(order.append, name)] for name in ("before", "after"))
+    evaluator.TransformersEvaluator.patch_optimizer_step(driver, before, after)
+    (callback,) = callbacks
+    callback.on_train_begin(None, None, None)
+    (its if given.get("deepspeed") else own).step()
+    assert order == ["before", "its" if given.get("deepspeed") else "own", "after"]

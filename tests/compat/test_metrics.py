@@ -74,6 +74,13 @@ def test_sums_keep_the_type(dtype: torch.dtype) -> None:
     torch.testing.assert_close(sums.float(), metrics.summed_distances(blocks), rtol=2e-2, atol=0.0)
 
 
+def test_sums_of_double_rows_far_from_zero_are_double() -> None:
+    spread = torch.rand(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    blocks = 1e6 * torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64) + spread
+    expected = (blocks[:, None] - blocks).square().sum(dim=2).sqrt().sum(dim=1)
+    torch.testing.assert_close(metrics.summed_distances(blocks), expected, rtol=1e-9, atol=0.0)
+
+
 def test_nearly_equal_filters_keep_their_distance() -> None:
     blocks = torch.full((40, 9), 100.0)
     blocks[0, 0] += 0.001

@@ -80,3 +80,55 @@ def test_a_pruner_makes_the_same_masks_on_request_only() -> None:
     assert all(torch.equal(slow[name]["weight"], fast[name]["weight"]) for name in ("0", "1", "2"))
     compat.disable_fast_metrics()
     assert sparse_gen._global_threshold_generate.__module__.startswith("nni.")
+
+
+# Layers with many blocks, which come in at a time where no larger ones are held.
+MANY: list[list[tuple[int, int]]] = [
+    [(100, 1), (150, 2), (200, 3)],
+    [(200, 3), (150, 2), (100, 1)],
+    [(90, 9), (300, 1), (90, 27), (70, 9)],
+    [(3, 2), (200, 9), (150, 9), (64, 1), (65, 27)],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layers", MANY)
+def test_thresholds_of_many_blocks_are_nnis(layers: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    blocks, grains = zip(*layers, strict=True)
+    total = sum(count * grain for count, grain in layers)
+    for seed, distinct in enumerate((2, 40, 1_000_000)):
+        metrics, group = group_of(list(blocks), list(grains), seed, torch.float64, distinct)
+        if distinct > 40:  # values that only double precision tells apart
+            for target in metrics.values():
+                target["weight"] = 1 + target["weight"] * 1e-15
+        metrics = {name: {"weight": target["weight"].to(dtype)} for name, target in metrics.items()}
+        for ratio in (0.0, 0.03, 0.2, 0.5, 0.77, 0.99, 1.0):
+            number = int(ratio * total)
+            expected = ranking.NNI_THRESHOLD(metrics, group, number)
+            assert ranking.global_threshold(metrics, group, number) == expected
+
+
+# NNI's loop by hand: (negative) largest block out for each that comes in once more than `number` elements are held
+CLOSE = [
+    # two zeros are one value, of which the large block counts first
+    ([[0.0], [-0.0], [1.0]], [1, 4, 1], 1),
+    ([[-0.0], [0.0], [1.0]], [1, 4, 1], 1),
+    # values of which one and another sum are equal
+    ([[3e-9, 1e-9], [2e-9], [1.0]], [1, 2, 1], 1),
+    ([[-1e-9, -3e-9], [-2e-9, 1e-9]], [1, 3], 2),
+    ([[5.0, 4.0, 3.0], [2.0, 1.0, 6.0]], [2, 3], 0),
+    ([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]], [2, 2], 12),
+    ([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]], [2, 2], 11),
+]
+
+
+@pytest.mark.parametrize(("scores", "grains", "number"), CLOSE)
+def test_thresholds_of_close_values_are_nnis(scores: list[list[float]], grains: list[int], number: int) -> None:
+    metrics = {str(place): {"weight": torch.tensor(values)} for place, values in enumerate(scores)}
+    group: Any = [
+        (str(place), "weight", SimpleNamespace(target=torch.empty(len(values), grain)))
+        for place, (values, grain) in enumerate(zip(scores, grains, strict=True))
+    ]
+    for least in range(number, number + 3):
+        expected = ranking.NNI_THRESHOLD(metrics, group, least)
+        assert ranking.global_threshold(metrics, group, least) == expected

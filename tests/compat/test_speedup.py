@@ -149,6 +149,33 @@ def test_randomized_output_is_patched_once_and_only_where_it_is_misspelt(
     assert speedup.restore_randomized_output() is False
 
 
+def test_each_of_several_outputs_is_gone_back_from() -> None:
+    whole = object.__new__(ModelSpeedup)
+    whole.batch_size = 2
+    x = torch.zeros(2, 3, requires_grad=True)
+    one = x.exp()
+    outputs = one * one, one * one * one, one.detach(), x.sum(), 5
+    masks = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([[1.0, 1.0, 0.0]]), torch.ones(3), None, None
+    for output, mask in zip(outputs, masks, strict=True):
+        whole.indirect_backward(output, mask)
+    assert x.grad is not None
+    # the gradients are 2 and 3, where the masks keep them
+    assert x.grad.tolist() == [[5.0, 3.0, 2.0]] * 2
+    for output, mask in ((one, None), (5, torch.ones(1))):
+        with pytest.raises(AssertionError):
+            whole.indirect_backward(output, mask)
+
+
+def test_arguments_of_a_speedup_may_be_named() -> None:
+    model = Sized().train()
+    model.conv2.eval()
+    made = ModelSpeedup(model=model, dummy_input=INPUTS, masks_or_file={"conv1": {"weight": None}})
+    assert [module.training for module in model.children()] == [True, False, True]
+    assert made.masks == {"conv1": {"weight": None}}
+    with pytest.raises(TypeError, match="model"):
+        ModelSpeedup(dummy_input=INPUTS)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.int64])
 def test_sparsity_text_is_the_text_of_nni(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)

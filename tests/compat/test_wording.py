@@ -8,10 +8,11 @@ import sys
 import nni
 import pytest
 import torch
+from nni.common.concrete_trace_utils import operator_patcher
 from nni.compression import TorchEvaluator
 from nni.compression.pruning import AGPPruner, L1NormPruner, MovementPruner, SlimPruner, TaylorPruner
 from nni.compression.pruning.basic_pruner import _NormPruner
-from nni.compression.speedup import ModelSpeedup
+from nni.compression.speedup import ModelSpeedup, mask_conflict
 
 import nni_topo
 from nni_topo.compat import wording
@@ -122,15 +123,29 @@ def test_what_nni_asserts_without_a_word_names_rule_value_and_place(case):
         run(toy_model())
 
 
-def test_assertions_of_the_users_code_stay_as_they_are():
+@pytest.mark.parametrize("words", [(), ("mine",)])
+def test_assertions_of_the_users_code_stay_as_they_are(words):
     def train(*_):
-        raise AssertionError("mine")
+        raise AssertionError(*words)
 
     model = toy_model()
     optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.1)
     evaluator = TorchEvaluator(train, optimizer, lambda *_: None)
-    with pytest.raises(AssertionError, match="mine"):
+    with pytest.raises(AssertionError) as caught:
         TaylorPruner(model, HALF, evaluator, training_steps=2).compress()
+    assert type(caught.value) is AssertionError
+    assert caught.value.args == words
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [(operator_patcher, '"and/or" will'), (mask_conflict, "both dim0 and dim1 masks found")]
+)
+def test_other_warnings_are_logged(caplog, module, words):
+    logger = logging.getLogger(module.__name__)
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        for text in (words, "something else"):
+            logger.warning(text)
+    assert [record.getMessage() for record in caplog.records if record.name == logger.name] == ["something else"]
 
 
 def test_each_is_in_place_once():

@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from nni.compression.base.compressor import Pruner
+from nni.compression.base.compressor import Compressor, Pruner
+from nni.compression.base.setting import PruningSetting
+from nni.compression.base.wrapper import ModuleWrapper
 from nni.compression.pruning import FPGMPruner, L1NormPruner, L2NormPruner, LevelPruner, LinearPruner
 from nni.compression.speedup import ModelSpeedup
 from speedup_nets import filter_mask
@@ -250,6 +252,122 @@ def test_a_module_with_two_names_is_fused_with_its_norm():
         ]
 
 
+def test_the_first_name_is_the_one_that_the_model_has_first():
+    model = nn.Module()
+    model.zebra = nn.Conv2d(3, 4, 1)
+    model.apple = model.zebra
+    entry = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
+    assert wrapping._by_one_name(model, [entry], {}) == [{"op_names": ["zebra"], "sparse_ratio": 0.5}]
+
+
+def test_an_entry_that_selects_each_module_once_is_passed_on():
+    entry = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
+    assert wrapping._by_one_name(TiedConvolutions(), [entry], {})[0] is entry
+
+
+def test_wrappers_hold_the_parameters_that_layers_share_and_copies_of_others():
+    model = TiedConvolutions()
+    weights = {name: model.get_submodule(name).weight for name in ("stem", "one", "two")}
+    wrappers = L1NormPruner(model, request(weights))._module_wrappers
+    assert [name for name, weight in weights.items() if wrappers[name].weight is weight] == ["one", "two"]
+
+
+def test_shared_parameters_are_left_alone_where_unwrapping_makes_no_new_ones(monkeypatch):
+    def unwrap(self):
+        self.module.forward = self.module_forward
+
+    wrap_model = Compressor.wrap_model
+    monkeypatch.setattr(Compressor, "wrap_model", wrap_model)
+    monkeypatch.setattr(ModuleWrapper, "unwrap", unwrap)
+    assert wrapping.keep_shared_parameters() is False
+    assert Compressor.wrap_model is wrap_model
+    assert ModuleWrapper.unwrap is unwrap
+
+
+class OwnConvolution(nn.Conv2d):
+    """A class of a user's, derived from one that NNI prunes."""
+
+
+class OwnDropout(nn.Dropout):
+    """A class of a user's, derived from one that NNI doesn't prune."""
+
+
+@pytest.mark.parametrize(
+    ("types", "found"),
+    [
+        (["Conv2d", "Dropout"], {"OwnConvolution"}),
+        (["Dropout"], set()),
+        (["Linear"], {"NonDynamicallyQuantizableLinear"}),
+        ([], set()),
+    ],
+)
+def test_derived_classes_get_the_settings_of_their_base(types, found, monkeypatch):
+    before = {name: kind for name, kind in PruningSetting.registry.items() if name not in found}
+    monkeypatch.setattr(PruningSetting, "registry", dict(before))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), OwnConvolution(4, 4, 1), OwnDropout(), nn.Linear(4, 4))
+    model.append(nn.MultiheadAttention(4, 1))
+    assert wrapping.derived_types(model, types) == found
+    base = before[types[0]] if found else None
+    assert PruningSetting.registry == {**before, **dict.fromkeys(found, base)}
+
+
+def test_settings_that_a_derived_class_has_are_kept(monkeypatch):
+    own = {"weight": PruningSetting.registry["Conv2d"]["weight"]}
+    monkeypatch.setattr(PruningSetting, "registry", {**PruningSetting.registry, "OwnConvolution": own})
+    assert wrapping.derived_types(nn.Sequential(OwnConvolution(4, 4, 1)), ["Conv2d"]) == {"OwnConvolution"}
+    assert PruningSetting.registry["OwnConvolution"] is own
+
+
+def test_settings_of_a_module_come_before_those_of_its_class(monkeypatch):
+    own = {"weight": PruningSetting.registry["Linear"]["weight"]}
+    asked = [lambda module: None, lambda module: own if isinstance(module, nn.Linear) else None]
+    monkeypatch.setattr(wrapping, "target_settings", asked)
+    config = {"sparse_ratio": 0.25}
+    found = PruningSetting.get(nn.Linear(2, 3), config)
+    assert list(found) == ["weight"]
+    assert found["weight"]["sparse_ratio"] == 0.25
+    assert list(PruningSetting.get(nn.Conv2d(2, 3, 1), config)) == ["weight", "bias"]
+    assert list(PruningSetting.registry["Linear"]) == ["weight", "bias"]
+
+
+class Mixing(nn.Linear):
+    """Computes with the weight of a layer that it doesn't call."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return super().forward(x) @ self.out.weight.T
+
+
+class Calling(Mixing):
+    def forward(self, x):
+        return self.out(nn.Linear.forward(self, x))
+
+
+def test_modules_call_their_wrapped_layers_while_they_are_wrapped(monkeypatch):
+    changed = []
+
+    def change(module, calls):
+        changed.append((module, calls))
+        module.__class__ = Calling if calls else Mixing
+
+    monkeypatch.setattr(wrapping, "calling", [(lambda module: isinstance(module, Mixing), change)])
+    linear = PruningSetting.registry["Linear"]
+    monkeypatch.setattr(PruningSetting, "registry", {**PruningSetting.registry, "Mixing": linear})
+    model = nn.Sequential(Mixing(), Mixing(), nn.Sequential(nn.Linear(4, 4)), Mixing())
+    expected = model(torch.ones(2, 4))
+    pruner = LevelPruner(model, request(["0", "0.out", "1.out", "2.0"]))
+    first, second = model[0], model[1]
+    assert changed == [(first, True), (second, True)]
+    assert pruner._module_wrappers["0"].module_forward.__func__ is Calling.forward
+    pruner.unwrap_model()
+    assert changed[2:] == [(first, False), (second, False)]
+    assert {type(module) for module in (model[0], model[1], model[3])} == {Mixing}
+    assert torch.equal(model(torch.ones(2, 4)), expected)
+
+
 class Failing(StructuredPruner):
     """Raises after NNI has wrapped the model."""
 
@@ -311,6 +429,45 @@ def test_a_second_wrapping_that_fails_leaves_the_first():
     assert torch.equal(model(IMAGES), expected)
     pruner.unwrap_model()
     assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())
+
+
+class Taking(Pruner):
+    """Changes the pruner that it's given, and its model, and raises."""
+
+    def __init__(self, pruner):
+        pruner.taken, pruner.bound_model.taken = True, True
+        pruner._module_wrappers.clear()
+        pruner.bound_model.tail = nn.Identity()
+        raise ValueError("taken")
+
+
+@pytest.mark.parametrize("arguments", [lambda pruner: ((pruner,), {}), lambda pruner: ((), {"pruner": pruner})])
+def test_a_constructor_that_raises_leaves_the_pruner_it_is_given_as_it_was(arguments):
+    model = TiedConvolutions()
+    pruner = L1NormPruner(model, request(["stem"]))
+    before, attributes = state(model), dict(vars(pruner))
+    positional, named = arguments(pruner)
+    with pytest.raises(ValueError, match="taken"):
+        Taking(*positional, **named)
+    assert vars(pruner) == attributes
+    assert list(pruner._module_wrappers) == ["stem"]
+    assert state(model) == before
+    assert not hasattr(model, "taken")
+
+
+def test_a_constructor_that_raises_leaves_a_model_that_is_named():
+    model = TiedConvolutions()
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        NniFailing(config_list=request(["stem"]), model=model)
+    assert state(model) == before
+
+
+def test_what_is_no_model_gets_nnis_error():
+    with pytest.raises(AttributeError, match="'named_modules'"):
+        LevelPruner(3, request(["stem"]))
+    with pytest.raises(TypeError, match="model"):
+        LevelPruner(config_list=request(["stem"]))
 
 
 def test_nothing_of_the_guard_stays(compat_report):
