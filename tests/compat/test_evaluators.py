@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nni
@@ -150,34 +148,3 @@ def train(model: Line, data: type[Data], limits: dict[str, int], folder: Path) -
     driver._init_optimizer_helpers(model)
     driver.bind_model(model)
     driver.train(**limits)
-
-
-def test_further_arguments_reach_the_loss_that_a_pruner_adds_to() -> None:
-    def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: int = 1) -> Any:
-        loss = inputs / num_items_in_batch
-        return (loss, "outputs") if return_outputs else loss
-
-    driver: Any = SimpleNamespace(trainer=SimpleNamespace(compute_loss=compute_loss))
-    evaluator.TransformersEvaluator.patch_loss(driver, lambda loss, inputs: 10 * loss + inputs)
-    loss = driver.trainer.compute_loss
-    assert loss(None, 4.0) == 44.0
-    assert loss(None, 4.0, num_items_in_batch=2) == 24.0
-    assert loss(None, 4.0, True) == (44.0, "outputs")
-    assert loss(None, 4.0, return_outputs=True, num_items_in_batch=2) == (24.0, "outputs")
-
-
-@pytest.mark.parametrize("attributes", [{}, {"deepspeed": None}, {"deepspeed": "its"}])
-def test_tasks_run_at_the_steps_of_the_optimizer_that_trains(attributes: dict[str, Any]) -> None:
-    order: list[str] = []
-    evaluator.TransformersEvaluator.__new__(evaluator.TransformersEvaluator)
-    own, its = (SimpleNamespace(step=functools.partial(order.append, name)) for name in ("own", "its"))
-    given = {name: its if value else None for name, value in attributes.items()}
-    callbacks: list[Any] = []
-    trainer = SimpleNamespace(add_callback=callbacks.append, callback_handler=SimpleNamespace(optimizer=own), **given)
-    driver: Any = SimpleNamespace(trainer=trainer)
-    before, after = ([functools.partial(order.append, name)] for name in ("before", "after"))
-    evaluator.TransformersEvaluator.patch_optimizer_step(driver, before, after)
-    (callback,) = callbacks
-    callback.on_train_begin(None, None, None)
-    (its if given.get("deepspeed") else own).step()
-    assert order == ["before", "its" if given.get("deepspeed") else "own", "after"]
