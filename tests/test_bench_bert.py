@@ -29,6 +29,7 @@ def test_products_and_times_of_a_tiny_bert_are_shares_of_the_whole_ones(bench):
     assert all(each["time"] > 0 for each in found.values())
 
 
+@pytest.mark.slow
 def test_a_tiny_bert_loses_heads_and_neurons_and_weights_are_reconstructed(bench):
     model = bench.random_bert(vocab_size=31, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
     for parameter in model.parameters():

@@ -226,6 +226,7 @@ def test_processes_on_gpus_add_up_sums_that_lie_anywhere(tmp_path):
     "knobs",
     [pytest.param({}, marks=pytest.mark.slow), {"objective": "squares", "augment": lambda images: images + 0.1}],
 )
+@pytest.mark.slow
 def test_distillation(device, knobs):
     def run(place: torch.device) -> Any:
         dense, original = toy_model().to(place).eval(), toy_model(1).to(place).eval()

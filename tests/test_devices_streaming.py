@@ -80,6 +80,7 @@ def check_close(folder, other, *, share=1e-3):
 @pytest.mark.parametrize(
     "name", [name if name == "LlamaForCausalLM" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 )
+@pytest.mark.slow
 def test_the_same_channels_are_kept(device, name, tmp_path):
     source, layers = written(name, tmp_path / "source"), MODELS[name][2]
     reports = []
@@ -100,6 +101,7 @@ def test_the_same_channels_are_kept(device, name, tmp_path):
 
 
 @pytest.mark.parametrize("steps", [0, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_solved_and_learned_weights_are_near(device, steps, source, tmp_path):
     reports = []
     for place in ("cpu", device):

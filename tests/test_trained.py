@@ -87,6 +87,7 @@ def test_no_photo_and_no_package_is_in_two_parts(modules):
     assert set(photos.KNOWN) <= {name for part in photos.PHOTOS.values() for name in part}
 
 
+@pytest.mark.slow
 def test_crops_are_those_of_the_seed(modules):
     photos = modules["photos"]
     if lacking := photos.missing():

@@ -340,6 +340,7 @@ def test_not_all_heads_of_a_layer_can_be_asked_away():
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_model_in_training_is_pruned_and_compensated_as_it_evaluates():
     model = make("BertForSequenceClassification")
     inputs = inputs_of(model, samples=10)

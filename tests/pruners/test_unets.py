@@ -175,6 +175,7 @@ def test_half_of_all_channels_goes(net: str, every: int) -> None:
         *(pytest.param(net, marks=pytest.mark.slow) for net in ("transposed", "odd, padded", "output padding")),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_reconstruction_takes_half_of_all_channels(net: str, caplog: pytest.LogCaptureFixture) -> None:
     make, size = NETS[net]
     model, images = trained(make), torch.randn(4, 1, *size)

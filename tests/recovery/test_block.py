@@ -282,6 +282,7 @@ def test_other_precisions_learn(gated, values, kind):
     assert learned(found)[0].error_after < 0.9 * learned(found)[0].error_before
 
 
+@pytest.mark.slow
 def test_heads_of_attention_learn_with_their_queries_keys_and_values():
     torch.manual_seed(0)
     model = nni_topo.zoo.create_model("vit_small", num_classes=4, in_channels=1, image_size=8, seed=0).eval()

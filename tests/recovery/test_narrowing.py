@@ -118,6 +118,7 @@ def test_no_choice_of_channels_with_a_matrix_between_them_comes_nearer():
     assert ours < min(choices)
 
 
+@pytest.mark.slow
 def test_compensated_it_is_nearer_and_by_far_nearer_than_by_chance():
     net, inputs = make("norms first"), images(200)
     turned, masks = narrow_heads(net, inputs.split(50), 0.5)

@@ -181,6 +181,7 @@ def test_a_function_of_the_outputs_gets_all_digits():
     assert kinds == {torch.float32}
 
 
+@pytest.mark.slow
 def test_shrink_and_blocks_take_it(digits, digits_net):
     images = list(digits.train[:512][0].split(64))
     kinds = set()

@@ -34,6 +34,7 @@ def away(model, images):
     return sum(found)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_that_batch_norms_remember(net):
     state = {name: value.clone() for name, value in net.state_dict().items()}
     made = synthetic_images(net, torch.zeros(1, 1, 8, 8), count=192, steps=60)

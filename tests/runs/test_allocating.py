@@ -38,6 +38,7 @@ def divergence(original, net, images):
         return float(loss), float((mine.argmax(1) == original(images).argmax(1)).float().mean())
 
 
+@pytest.mark.slow
 def test_the_widths_that_the_images_held_out_choose_stay():
     model = sure_model()
     before = copy.deepcopy(model.state_dict())

@@ -366,6 +366,7 @@ def test_a_tolerance_and_a_frontier_take_depth():
 
 
 @pytest.mark.parametrize("is_contained", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_parts_whose_attributes_a_fast_path_reads_stay(is_contained):
     torch.manual_seed(0)
 

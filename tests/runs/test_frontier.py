@@ -274,6 +274,7 @@ def test_weights_are_learned_where_distillation_kept_them(distill, is_learned):
     assert module.is_learned(small.report) is is_learned
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_is_counted_by_one_table_and_the_networks_are_timed_together(monkeypatch):
     tables, timings = [], []
     table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))

@@ -326,6 +326,7 @@ def test_a_time_that_a_pruner_of_nni_misses_is_told(caplog):
 
 
 @pytest.mark.parametrize("pruner", ["matrix", pytest.param("l1", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_budgets_are_met_in_multiples_of_channels_or_told(pruner, caplog):
     images = [torch.randn(4, 1, 16, 16)]
     net = zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=16, seed=0)
@@ -500,6 +501,7 @@ def test_bad_models_and_images_are_refused():
         pytest.param(bert_small, "l1", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_heads_get_narrower_for_the_cost_of_those_that_would_go(make, pruner):
     torch.manual_seed(0)
     net, images = make(4, 1, 8).eval(), torch.randn(200, 1, 8, 8)

@@ -167,6 +167,7 @@ def test_a_stopped_run_goes_on_after_the_last_block(source, tmp_path, monkeypatc
     assert again.widths == report.widths
 
 
+@pytest.mark.slow
 def test_the_disk_needs_room_for_the_states_and_for_what_is_still_to_be_written(tmp_path, monkeypatch):
     config = llama_config(vocab_size=2**17)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
@@ -814,6 +815,7 @@ def test_the_block_before_a_gap_makes_up_for_it(tmp_path, caplog):
     assert float((wanted - unpruned).norm()) < 0.9 * float((far - unpruned).norm())
 
 
+@pytest.mark.slow
 def test_removed_blocks_count_for_the_budget(tmp_path):
     source = tmp_path / "source"
     saved(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=3), source)
@@ -954,6 +956,7 @@ def test_a_block_its_statistics_and_the_states_must_fit_into_memory(
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
+@pytest.mark.slow
 def test_a_group_of_one_process_does_what_one_does_alone(tmp_path):
     source = saved(transformers.LlamaForCausalLM, llama_config(num_hidden_layers=3), tmp_path / "source")
     batches = tokens(padded=True)

@@ -105,6 +105,7 @@ def test_records_say_whether_the_budget_is_met(tmp_path):
         assert told["level", kind]["why"] == "the pruner removes single weights and no channels"
 
 
+@pytest.mark.slow
 def test_single_weights_stay_pruned_while_the_net_is_retrained(tmp_path, monkeypatch):
     trained = []
 

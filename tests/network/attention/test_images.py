@@ -308,6 +308,7 @@ def test_a_file_with_a_wrong_width_and_a_model_that_takes_none_are_refused(tmp_p
             nni_topo.load(tmp_path / "other.pt", model)
 
 
+@pytest.mark.slow
 def test_a_pruned_network_trains_and_is_pruned_again(tmp_path) -> None:
     model = make(Joint()).float()
     images = [torch.rand(4, 3, 6, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]

@@ -124,7 +124,7 @@ def test_attention_of_maxvit_computes_what_torchvision_does():
     torch.testing.assert_close(relative(attention, x), attention(x))
 
 
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 @pytest.mark.parametrize("asked", REQUESTS)
 @pytest.mark.parametrize("name", _one_at_once("swin v2", [name for name in NETS if name != "maxvit"]))
 def test_heads_and_widths_go(name, asked, tmp_path):
@@ -265,6 +265,7 @@ def test_heads_of_windows_get_narrower(caplog):
 
 
 @pytest.mark.parametrize("name", _one_at_once("swin", NETS))
+@pytest.mark.slow
 def test_pruned_attention_computes_in_half_precision(name):
     (make, shape), kind = NETS[name], torch.bfloat16
     torch.manual_seed(0)

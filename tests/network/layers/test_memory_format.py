@@ -83,6 +83,7 @@ def test_what_a_layer_is_called_with_has_channels_first_where_it_must_be(layer, 
     assert all(map(torch.equal, found, (weight, values)))
 
 
+@pytest.mark.slow
 def test_a_thin_shortcut_is_solved_ahead_whatever_its_layout():
     torch.manual_seed(0)
     net, images = Shortcut(12).eval(), [torch.randn(61, 3, 14, 14) for _ in range(3)]

@@ -328,6 +328,7 @@ def test_batches_of_other_sizes_are_not_tried_anew(caplog):
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_rounding_of_a_biass_gradient_is_no_error():
     """That of a single output is one sum over all places, which may almost vanish; others grow with the places."""
     calls = [

@@ -97,6 +97,7 @@ def test_vgg16_at_one_half_has_a_quarter_of_the_parameters():
         pytest.param("googlenet", 0.65, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_torchvision_models(name, share):
     model = lively(create_model(f"torchvision/{name}", num_classes=10, in_channels=3, image_size=64, seed=0))
     masks, dense = prune_half(model, images(3, 64, batch=1))

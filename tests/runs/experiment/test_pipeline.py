@@ -268,6 +268,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_trial_that_stopped_in_an_epoch_goes_on_with_the_next(settings, nets, tmp_path, monkeypatch):
     asked = dataclasses.replace(settings, retrain_epochs=2)
     told = []

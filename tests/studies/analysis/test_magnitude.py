@@ -169,6 +169,7 @@ def test_a_copy_of_the_unpruned_network_takes_its_time_and_a_dense_small_one_les
     assert shares["dense"] < 0.5
 
 
+@pytest.mark.slow
 def test_sensitivity_suggests_what_prune_takes(tmp_path, capsys):
     words = ["--model", "lenet300", "--limit", "300"]
     out = tmp_path / "study"

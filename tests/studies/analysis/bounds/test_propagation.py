@@ -124,6 +124,7 @@ def test_the_printed_bound_holds_as_the_change_goes_to_zero(build):
     st.floats(0.0, 1.0),
     st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_the_lipschitz_bound_holds_for_any_change(sizes, activation, share, seed):
     net = mlp((3, *sizes), activation, seed)
     inputs = 3.0 * torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)).double()

@@ -163,6 +163,7 @@ def test_bad_requests(words, more, message, tmp_path, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_comparisons_tell_the_pruner_the_input_sizes(words, tmp_path, capsys):
     quick = ["--limit", "200", "--train-epochs", "1", "--retrain-epochs", "1", "--in-process", "--json"]
     compare = ["compare", "--model", MODEL, "--pruners", "energy,l1", "--ratio", "0.5", *quick]
