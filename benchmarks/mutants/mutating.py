@@ -11,13 +11,15 @@ import ast
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import libcst as cst
 import libcst.matchers as m
-from libcst.metadata import MetadataWrapper, ParentNodeProvider, PositionProvider
+from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
 
 WORDS = ("warn", "cast", "debug", "info", "warning", "error", "exception", "getLogger", "TypeVar")
@@ -26,6 +28,10 @@ WORDS = ("warn", "cast", "debug", "info", "warning", "error", "exception", "getL
 # zip's `strict` only speaks in a program that is wrong already, `stacklevel` only moves a warning
 SILENT_KEYWORDS = ("strict", "stacklevel")
 NEVER_CALLED_WITH_NONE = ("len", "isinstance")
+
+# a matcher takes longer to make than to match
+_BARE_STRING = m.Expr(value=m.SimpleString() | m.ConcatenatedString())
+_TYPE_CHECKING = m.Name("TYPE_CHECKING")
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,13 @@ class Mutant:
     before: str
     after: str
     nth: int
-    """Which of the file's changes it is, in the order of `_changes`."""
+    """Which of the file's changes it is, in their order."""
 
     def source(self, text: str) -> str:
         """Return the file's text with the change made."""
-        wrapper = MetadataWrapper(cst.parse_module(text))
-        node, changed = next(c for i, c in enumerate(_changes(wrapper)) if i == self.nth)
-        mutated = wrapper.module.deep_replace(node, changed)
+        code = _code(text)
+        change = code.changes[self.nth]
+        mutated = code.module.deep_replace(change.node, change.changed)
         assert isinstance(mutated, cst.Module)
         return mutated.code
 
@@ -60,13 +66,13 @@ def draw(root: Path, folders: Iterable[str], seed: int, count: int) -> list[Muta
 
     A mutant's place in the draw hangs on its key and the seed alone: the draw stays when other code changes.
     """
+    waiting = sorted(every_mutant(root, folders), key=lambda mutant: _digest(f"{seed} {mutant.key}"))
     drawn: list[Mutant] = []
-    for mutant in sorted(every_mutant(root, folders), key=lambda mutant: _digest(f"{seed} {mutant.key}")):
-        text = (root / mutant.path).read_text()
-        if len(drawn) < count and _differs(text, mutant.source(text)):
-            drawn.append(mutant)
-        if len(drawn) == count:
-            break
+    while waiting and len(drawn) < count:
+        missing = count - len(drawn)
+        some, waiting = waiting[:missing], waiting[missing:]
+        differing = _differing(root, some)
+        drawn += [mutant for mutant in some if mutant in differing]
     return drawn
 
 
@@ -105,39 +111,84 @@ class Functions:
                 self._name(child, outer)
 
 
+def _differing(root: Path, mutants: Iterable[Mutant]) -> set[Mutant]:
+    """Return those of the mutants whose files compile, and to something else than before; each file is read once."""
+    differing: set[Mutant] = set()
+    for path, some in groupby(sorted(mutants, key=lambda mutant: mutant.path), key=lambda mutant: mutant.path):
+        text = (root / path).read_text()
+        differing.update(mutant for mutant in some if _differs(text, mutant.source(text)))
+    return differing
+
+
 def _mutants(path: Path, name: str, seen: Counter[str]) -> Iterator[Mutant]:
     """Yield a file's mutants; ``seen`` numbers those that read alike."""
     text = path.read_text()
-    wrapper = MetadataWrapper(cst.parse_module(text))
-    places, parents, functions = wrapper.resolve(PositionProvider), wrapper.resolve(ParentNodeProvider), Functions(text)
-    for nth, (node, changed) in enumerate(_changes(wrapper)):
+    code, functions = _code(text), Functions(text)
+    for nth, change in enumerate(code.changes):
+        function = functions.at(change.line)
+        before, after = (code.module.code_for_node(part) for part in (change.node, change.changed))
+        alike = f"{path.name}:{function}:{before}->{after}"
+        seen[alike] += 1
+        yield Mutant(_digest(f"{alike}:{seen[alike]}")[:12], name, function, change.line, before, after, nth)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A node that can change, the line where it begins, and what it becomes."""
+
+    node: cst.CSTNode
+    line: int
+    changed: cst.CSTNode
+
+
+@dataclass(frozen=True)
+class _Code:
+    """A parsed file and all its changes, in the file's order."""
+
+    module: cst.Module
+    changes: list[_Change]
+
+
+@lru_cache(maxsize=1)
+def _code(text: str) -> _Code:
+    """Parse a file's text and list its changes; the last file's are kept."""
+    # a parsed text has each node once, so that the wrapper needs no copy
+    wrapper = MetadataWrapper(cst.parse_module(text), unsafe_skip_copy=True)
+    places = wrapper.resolve(PositionProvider)
+    parents: dict[cst.CSTNode, cst.CSTNode] = {}
+    changes = []
+    for node, changed in _changed_nodes(wrapper.module, parents):
         placed = node
         while placed not in places:
             placed = parents[placed]
-        line = places[placed].start.line
-        function = functions.at(line)
-        before, after = (wrapper.module.code_for_node(part) for part in (node, changed))
-        alike = f"{path.name}:{function}:{before}->{after}"
-        seen[alike] += 1
-        yield Mutant(_digest(f"{alike}:{seen[alike]}")[:12], name, function, line, before, after, nth)
+        changes.append(_Change(node, places[placed].start.line, changed))
+    return _Code(wrapper.module, changes)
 
 
-def _changes(wrapper: MetadataWrapper) -> Iterator[tuple[cst.CSTNode, cst.CSTNode]]:
-    """Yield each node that can change together with what it becomes, in the file's order."""
-    parents = wrapper.resolve(ParentNodeProvider)
-    stack: list[cst.CSTNode] = [wrapper.module]
+def _changed_nodes(
+    module: cst.Module, parents: dict[cst.CSTNode, cst.CSTNode]
+) -> Iterator[tuple[cst.CSTNode, cst.CSTNode]]:
+    """Yield each node that can change together with what it becomes; ``parents`` is filled on the way."""
+    stack: list[cst.CSTNode] = [module]
     while stack:
         node = stack.pop()
         if _is_words(node):
             continue
-        stack += reversed(node.children)
+        children = node.children
+        parents.update(dict.fromkeys(children, node))
+        stack += reversed(children)
         if isinstance(node, cst.SimpleString) and not _is_looked_up(node, parents):
             continue
-        for kind, operator in mutation_operators:
-            if isinstance(node, kind):
-                changes = [changed for changed in operator(node) if _tells(node, changed)]
-                # of a string's three changes one is enough
-                yield from ((node, changed) for changed in changes[: 1 if kind is cst.BaseString else None])
+        for kind, operator in _operators(type(node)):
+            changes = [changed for changed in operator(node) if _tells(node, changed)]
+            # of a string's three changes one is enough
+            yield from ((node, changed) for changed in changes[: 1 if kind is cst.BaseString else None])
+
+
+@cache
+def _operators(of: type[cst.CSTNode]) -> list[tuple[type[cst.CSTNode], Callable[..., Iterable[cst.CSTNode]]]]:
+    """Return mutmut's operators for nodes of a class, each with the class that it is for."""
+    return [(kind, operator) for kind, operator in mutation_operators if issubclass(of, kind)]
 
 
 def _is_words(node: cst.CSTNode) -> bool:
@@ -157,22 +208,21 @@ def _is_words(node: cst.CSTNode) -> bool:
 
 def _is_bare_string(node: cst.CSTNode) -> bool:
     """Say whether a node is a docstring: a statement that is nothing but a string."""
-    return m.matches(node, m.Expr(value=m.SimpleString() | m.ConcatenatedString()))
+    return m.matches(node, _BARE_STRING)
 
 
 def _is_trimming(node: cst.CSTNode) -> bool:
     """Say whether a node is ``__all__``, a type's alias (CapWords) or a block that only type checkers read."""
     if isinstance(node, cst.If):
-        return m.matches(node.test, m.Name("TYPE_CHECKING"))
+        return m.matches(node.test, _TYPE_CHECKING)
     if isinstance(node, cst.Assign) and isinstance(target := node.targets[0].target, cst.Name):
         name = target.value.lstrip("_")
         return target.value == "__all__" or (name[:1].isupper() and not name.isupper())
     return False
 
 
-def _is_looked_up(node: cst.CSTNode, parents: object) -> bool:
+def _is_looked_up(node: cst.CSTNode, parents: Mapping[cst.CSTNode, cst.CSTNode]) -> bool:
     """Say whether a string is compared or a key; other strings are mostly names in messages."""
-    assert hasattr(parents, "__getitem__")
     if not isinstance(node, cst.SimpleString) or " " in node.value:
         return False
     parent = parents[node]
