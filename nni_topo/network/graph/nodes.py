@@ -77,11 +77,14 @@ def owner_of(node: torch.fx.Node) -> str:
 
 
 def described(node: torch.fx.Node) -> str:
-    """Say where a node stands as `place` does, and of a module its class too: "last.2: Fold"."""
-    owner = node.graph.owning_module
-    if node.op != "call_module" or owner is None:
-        return place(node)
-    return f"{place(node)}: {type(owner.get_submodule(str(node.target))).__name__}"
+    """Say where a node stands as `place` does, of a module its class too, and if it runs in training mode only.
+
+    As in "last.2: Fold, in training mode".
+    """
+    owner, text = node.graph.owning_module, place(node)
+    if node.op == "call_module" and owner is not None:
+        text += f": {type(owner.get_submodule(str(node.target))).__name__}"
+    return f"{text}, in training mode" if node.meta.get(IN_TRAINING) else text
 
 
 def makes_mask(node: torch.fx.Node) -> bool:

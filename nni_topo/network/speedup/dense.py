@@ -61,7 +61,7 @@ from nni_topo.network.speedup.constant_channels import (
 )
 from nni_topo.network.speedup.contracts import count_anew
 from nni_topo.network.speedup.dependency import why_not_followed
-from nni_topo.network.speedup.equivalence import apply_masks, check_equal
+from nni_topo.network.speedup.equivalence import apply_masks, check_equal, failure_in_training
 from nni_topo.network.speedup.explain import way_forward
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, Resolved, check_masks, resolve, warn_of_kept
@@ -106,7 +106,8 @@ def to_dense(
     check : bool, default=True
         Compare the dense model with the masked one, in evaluation mode, on random inputs: as they are, times 0.01 and
         100 and shifted by 3 both ways where they are floats. ``report.checked`` says on which; images are compared
-        smaller where the model takes them so.
+        smaller where the model takes them so. Then run it once in training mode: if it raises an error where the model
+        runs, a warning and ``report.notes`` say so. In a job of several processes it isn't run so.
     rtol : float, default=1e-4
         The largest difference allowed, relative to the largest absolute value of the masked model's output.
     customized_replacers : sequence of nni.compression.speedup.Replacer, default=()
@@ -172,8 +173,8 @@ def to_dense(
     loses less accuracy on every network.
 
     Cost: two to four forward passes to trace the model, unless `dependency_groups` did, one on small images to look for
-    constants, and three to compare; two more, and what ``forward_features`` takes, where a network holds attributes as
-    timm's and torchvision's do.
+    constants, three to compare, and one in training mode; two more, and what ``forward_features`` takes, where a
+    network holds attributes as timm's and torchvision's do.
     """
     check_model(model)
     if constants not in ("zero", "keep"):
@@ -187,7 +188,8 @@ def to_dense(
         dense = _cut(task, masked, tuple(customized_replacers))
         counted = count_anew(task.original, dense, task.network.call)
         checked = _compare(task, masked, dense, rtol) if check else ""
-    _report(task, masked, dense, checked, stale_numbers(model, dense, counted))
+        failure = failure_in_training(task.original, dense, task.network.call) if check else ""
+    _report(task, masked, dense, checked, failure, stale_numbers(model, dense, counted))
     return dense
 
 
@@ -359,7 +361,9 @@ def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) 
         return check_equal(masked.reference, dense, task.network.call, kept, rtol, advise=advise)
 
 
-def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, stale: Mapping[str, int]) -> None:
+def _report(
+    task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, failure: str, stale: Mapping[str, int]
+) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
     model, flow, resolved = task.network.model, task.flow, masked.resolved
     trained: dict[str, Reasons] = {name: (reasons.training_only(name),) for name in flow.in_training}
@@ -367,6 +371,14 @@ def _report(task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, 
     notes = ((flow.missed,) if flow.missed else ()) + masked.notes
     if parted := _no_longer_shared(task.original, dense):
         notes += (f"modules that shared these have one each now, as they differ: {', '.join(parted)}",)
+    if failure:
+        told = (
+            f"the dense model can't be trained further as it is: in training mode it raises {failure}. The model runs "
+            "there, so something that only training uses has kept its width: a layer or tensor that isn't registered "
+            "in the model, or one that the forward makes"
+        )
+        notes += (told,)
+        _logger.warning("%s", told)
     report = dataclasses.replace(report, checked=checked, notes=notes)
     if report.stale:
         _logger.warning(

@@ -43,6 +43,7 @@ from nni_topo.network.runtime import (
     hand_on_report,
     in_double,
     leaves_models_alone,
+    left_alone,
     out_of_memory,
     put_parameters,
     random_like,
@@ -242,6 +243,31 @@ def check_equal(
             _check_one(pair, other, kept, rtol, advise, is_rough=is_rough, variation=variation)
             agreed_variations.append(variation)
     return _told(drawn, compared, agreed_variations)
+
+
+def failure_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Call) -> str:
+    """Say what a dense model raises in training mode where the original runs; "" if it raises nothing, or both do.
+
+    A width that is used in training mode only isn't cut where nothing shows what it belongs to, as that of a layer in a
+    plain list, or of noise that the forward draws.
+    """
+    # Where processes share a job, layers may wait in training mode for those of the other processes.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return ""
+    failure = _raised_in_training(dense, call)
+    return "" if failure is None or _raised_in_training(original, call) is not None else f"{failure}"
+
+
+def _raised_in_training(model: torch.nn.Module, call: Call) -> str | None:
+    """Run a model in training mode; return the error it raises, None if it raises none. It isn't changed."""
+    args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
+    with left_alone(model), torch.no_grad():
+        try:
+            model.train()
+            model(*args, **kwargs)
+        except Exception as error:  # a user's forward may raise anything
+            return None if out_of_memory(error) else f"{type(error).__name__}: {error}"
+    return None
 
 
 def _variations_of(call: Call) -> tuple[Variation, ...]:

@@ -381,3 +381,104 @@ def test_numbers_and_masks_are_no_buffers_that_could_get_narrower():
     unused = training_only.unused_tensors(model, graph)
     assert not {"centre", "steps", "places"} & set(unused)
     assert "centre" in training_only.unused_tensors(model, Graph())
+
+
+class Noisy(Exit):
+    """Noise of a written width is added in training alone."""
+
+    def forward(self, x):
+        x = self.a(x)
+        x = x + 0.01 * torch.randn(1, 8, 1, 1) if self.training else x
+        return self.head(self.b(torch.relu(x)).mean((2, 3)))
+
+
+class Averaged(Exit):
+    """A layer in a plain list follows another one's weights in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.averages = [convolution(3, 8)]
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.averages[0].weight.lerp_(self.a.weight, 0.01)
+        return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)))
+
+
+class Refusing(Noisy):
+    """It can't run in training mode at all."""
+
+    def forward(self, x):
+        if self.training:
+            raise NotImplementedError
+        return super().forward(x)
+
+
+def dense_of(model):
+    """The dense model without half of the first layer's channels."""
+    return nni_topo.to_dense(model, IMAGES, {"a": {"weight": (torch.arange(8) < 4).float().view(8, 1, 1, 1)}})
+
+
+@pytest.mark.parametrize("kind", [Noisy, Averaged])
+def test_a_dense_model_that_fails_in_training_is_warned_of(kind, caplog):
+    model = kind().eval()
+    before = torch.random.get_rng_state()
+    dense = dense_of(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert dense.a.out_channels == 4
+    assert not dense.training
+    with pytest.raises(RuntimeError, match="must match the size") as caught:
+        dense.train()(IMAGES)
+    (note,) = dense.report.notes
+    assert note.startswith(
+        f"the dense model can't be trained further as it is: in training mode it raises {caught.typename}"
+    )
+    assert str(caught.value) in note
+    assert note in caplog.text
+
+
+def test_an_average_in_a_plain_list_is_as_before():
+    model = Averaged()
+    before = model.averages[0].weight.clone()
+    dense_of(model)
+    assert torch.equal(model.averages[0].weight, before)
+
+
+@pytest.mark.parametrize("model", [Exit(), Refusing()], ids=["runs", "the model fails as well"])
+def test_nothing_is_said_of_training_where_the_model_fails_as_well_or_nothing_does(model, caplog):
+    assert not any("trained further" in note for note in dense_of(model).report.notes)
+    assert "trained further" not in caplog.text
+
+
+def test_a_job_of_several_processes_does_not_run_in_training_mode():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert dense_of(Noisy()).report.notes == ()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_comparison_that_is_not_asked_for_does_not_run_in_training_mode():
+    masks = {"a": {"weight": (torch.arange(8) < 4).float().view(8, 1, 1, 1)}}
+    assert nni_topo.to_dense(Noisy(), IMAGES, masks, check=False).report.notes == ()
+
+
+class Following(Exit):
+    """A layer of the network follows another one's weights in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = convolution(3, 8)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.average.weight.lerp_(self.a.weight, 0.01)
+        return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)))
+
+
+def test_reasons_say_that_an_operation_runs_in_training_mode():
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(Following(), IMAGES, config)
+    assert "(lerp, in training mode)" in groups.skipped["a"]
