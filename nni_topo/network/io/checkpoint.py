@@ -56,6 +56,7 @@ from nni_topo.network.io.exporting import FORMATS
 from nni_topo.network.layers import (
     HEADS_TAKEN,
     Place,
+    as_torch_layers,
     can_follow,
     fold,
     keep_original_width,
@@ -393,17 +394,12 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
     """Raise unless the file could come from a pruned copy of the model."""
     rule = "a dense model must be loaded into the model it was pruned from"
     stored: dict[str, dict[str, Any]] = document["modules"]
-    modules, resizable = dict[str, torch.nn.Module](), {*find_attention(model)}
-    for name, module in model.named_modules():
-        # A response norm has a size only where it was pruned.
-        if size_names(module) or (name in stored and response_norm(module)):
-            modules[name] = module
+    _check_names(document, model, rule, place)
+    modules, tensors = _modules_described(document, model), dict(model.state_dict(keep_vars=True))
+    resizable = {*find_attention(model)}
     for name, module in model.named_modules(remove_duplicate=False):
         if size_names(module):
             resizable.add(name)
-    tensors = dict(model.state_dict(keep_vars=True))
-    _check_names(rule, "modules", set(stored), set(modules), place)
-    _check_names(rule, "tensors", set(document["state_dict"]), set(tensors), place)
     for name, description in stored.items():
         kind, sizes = _checked(description, name, place)
         known = describe(modules[name])
@@ -524,10 +520,37 @@ def _smaller(stored: dict[str, Any], model: torch.nn.Module, place: str) -> dict
     return found
 
 
-def _check_names(rule: str, kind: str, stored: set[str], known: set[str], place: str) -> None:
-    for problem, names in (("missing in the model", stored - known), ("missing in the file", known - stored)):
-        if names:
-            raise ConfigError(f"{rule}, got {kind} {problem}: {listed(sorted(names))} ({place})")
+def _modules_described(document: dict[str, Any], model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the modules of a model that a recipe has to describe, by name."""
+    # A response norm has a size only where it was pruned.
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if size_names(module) or (name in document["modules"] and response_norm(module))
+    }
+
+
+def _check_names(document: dict[str, Any], model: torch.nn.Module, rule: str, place: str) -> None:
+    """Raise unless a file has the modules and tensors of a model."""
+    problem = _name_problem(document, model)
+    if problem:
+        fits_plain = not _name_problem(document, as_torch_layers(model))
+        hint = ": the file fits nni_topo.as_torch_layers(model)" if fits_plain else ""
+        raise ConfigError(f"{rule}, got {problem}{hint} ({place})")
+
+
+def _name_problem(document: dict[str, Any], model: torch.nn.Module) -> str:
+    """Say which modules or tensors a file has and a model lacks, or the other way round; "" if none."""
+    of_file = document["modules"], document["state_dict"]
+    of_model = _modules_described(document, model), model.state_dict(keep_vars=True)
+    for kind, stored, known in zip(("modules", "tensors"), of_file, of_model, strict=True):
+        for problem, names in (
+            ("missing in the model", stored.keys() - known.keys()),
+            ("missing in the file", known.keys() - stored.keys()),
+        ):
+            if names:
+                return f"{kind} {problem}: {listed(sorted(names))}"
+    return ""
 
 
 def _resize_heads(model: torch.nn.Module, attention: Attention, size: Any, place: str) -> None:

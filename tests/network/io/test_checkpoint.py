@@ -29,6 +29,7 @@ from nni_topo.network.io.checkpoint import (
     take_out_part,
     tell_depth,
 )
+from nni_topo.network.layers import as_torch_layers
 from nni_topo.network.layers.original_width import keep_original_width
 from nni_topo.network.layers.slicing import cut_channelwise
 from nni_topo.speedup import to_dense
@@ -411,6 +412,31 @@ def test_safetensors_of_others_are_refused_and_ours_are_read_by_others(tmp_path)
 def test_another_model_is_refused_with_the_place(path, model, message):
     save(small(), path)
     with pytest.raises(ConfigError, match=message):
+        load(path, model)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "computed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm]
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_a_model_with_computed_weights_is_told_what_the_file_fits(path, computed, device):
+    save(small(), path)
+    with torch.device(device):
+        model = make()
+        computed(model[0])
+    message = r"missing in the model: 0\.weight: the file fits nni_topo\.as_torch_layers\(model\) "
+    with pytest.raises(ConfigError, match=message):
+        load(path, model)
+    if device == "cpu":
+        assert load(path, as_torch_layers(model))[0].out_channels == 6
+
+
+def test_another_model_is_not_told_that_the_file_fits_its_plain_layers(path):
+    save(small(), path)
+    model = make().append(nn.Linear(4, 4))
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(ConfigError, match=r"modules missing in the file: 11 \("):
         load(path, model)
 
 
