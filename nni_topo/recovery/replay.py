@@ -248,7 +248,10 @@ def _plain_target(node: Node) -> Any:
         return getattr(operator, _OPERATORS.get(name, name), node.target)
     if not _is_in_place(node):
         return node.target
-    return getattr(torch, name.rstrip("_"), None) or getattr(functional, name.rstrip("_"), node.target)
+    # `torch.nn.init.zeros_` has the name of a function of torch's that does something else.
+    homes = [home for home in (torch, functional) if getattr(home, name, None) is node.target]
+    plain = (getattr(home, name.rstrip("_"), None) for home in homes)
+    return next((function for function in plain if function is not None), node.target)
 
 
 _OPERATORS = {f"i{name}": name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")} | {

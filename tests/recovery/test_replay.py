@@ -325,6 +325,10 @@ def test_names_that_end_with_a_stroke_work_in_place(target, op, is_in_place):
         (operator.invert, operator.invert),
         (operator.and_, operator.and_),
         (torch.relu_, torch.relu),
+        (nn.functional.leaky_relu_, nn.functional.leaky_relu),
+        (nn.functional.hardtanh_, nn.functional.hardtanh),
+        (torch.zero_, torch.zero_),
+        (nn.init.zeros_, nn.init.zeros_),  # torch.zeros makes a tensor of a given size
         (torch.nn.functional.elu_, torch.nn.functional.elu),
         (torch.relu, torch.relu),
         (getattr, getattr),
