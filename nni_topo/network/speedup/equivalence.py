@@ -255,19 +255,20 @@ def failure_in_training(original: torch.nn.Module, dense: torch.nn.Module, call:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return ""
     failure = _raised_in_training(dense, call)
-    return "" if failure is None or _raised_in_training(original, call) is not None else f"{failure}"
+    return failure if failure and not _raised_in_training(original, call) else ""
 
 
-def _raised_in_training(model: torch.nn.Module, call: Call) -> str | None:
-    """Run a model in training mode; return the error it raises, None if it raises none. It isn't changed."""
+def _raised_in_training(model: torch.nn.Module, call: Call) -> str:
+    """Run a model in training mode; say which error it raises, "" if none. It isn't changed."""
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
     with left_alone(model), torch.no_grad():
         try:
             model.train()
             model(*args, **kwargs)
         except Exception as error:  # a user's forward may raise anything
-            return None if out_of_memory(error) else f"{type(error).__name__}: {error}"
-    return None
+            # Whether there is enough memory says nothing about the model.
+            return "" if out_of_memory(error) else f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _variations_of(call: Call) -> tuple[Variation, ...]:
