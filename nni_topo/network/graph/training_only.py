@@ -198,10 +198,15 @@ def _merged(graph_module: GraphModule, other: GraphModule, unused: list[str]) ->
 def _around(other: GraphModule, unused: list[str]) -> tuple[set[Node], set[Node]]:
     """Find the nodes of a graph that use some parameters, lead to such nodes or follow from them.
 
+    Nodes that meet no input, as where the weights of one layer follow those of another, aren't among these: they say
+    nothing about where channels go.
+
     Returns these nodes, and those of them whose values the model returns.
     """
-    names, after = set(unused), set[Node]()
+    names, after, met = set(unused), set[Node](), _met_by_inputs(other.graph)
     for node in other.graph.nodes:
+        if node not in met:
+            continue
         name = str(node.target)
         uses_parameter = node.op == "get_attr" and name in names
         if node.op in ("call_module", "get_attr") and not uses_parameter:
@@ -223,6 +228,19 @@ def _around(other: GraphModule, unused: list[str]) -> tuple[set[Node], set[Node]
                 wanted.add(parent)
                 open_.append(parent)
     return wanted, outputs
+
+
+def _met_by_inputs(graph: Graph) -> set[Node]:
+    """Find the nodes of a graph that depend on an input, or whose values meet one or the output later."""
+    entered = set[Node]()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or not entered.isdisjoint(node.all_input_nodes):
+            entered.add(node)
+    met = set(entered)
+    for node in reversed(graph.nodes):
+        if not met.isdisjoint(node.users):
+            met.add(node)
+    return met
 
 
 def _key(node: Node, args: Any, kwargs: Any) -> tuple[Any, ...]:

@@ -374,8 +374,8 @@ def _report(
     if failure:
         told = (
             f"the dense model can't be trained further as it is: in training mode it raises {failure}. The model runs "
-            "there, so something that only training uses has kept its width: a layer or tensor that isn't registered "
-            "in the model, or one that the forward makes"
+            "there, so something that only training uses has kept its width: weights that follow those of another "
+            "layer, a layer or tensor that isn't registered in the model, or one that the forward makes"
         )
         notes += (told,)
         _logger.warning("%s", told)

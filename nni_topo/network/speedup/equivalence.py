@@ -248,8 +248,8 @@ def check_equal(
 def failure_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Call) -> str:
     """Say what a dense model raises in training mode where the original runs; "" if it raises nothing, or both do.
 
-    A width that is used in training mode only isn't cut where nothing shows what it belongs to, as that of a layer in a
-    plain list, or of noise that the forward draws.
+    A width that is used in training mode only isn't cut where nothing shows what it belongs to: that of weights which
+    follow another layer's, of a layer in a plain list, or of noise that the forward draws.
     """
     # Where processes share a job, layers may wait in training mode for those of the other processes.
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -406,6 +407,20 @@ class Averaged(Exit):
         return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)))
 
 
+class Following(Exit):
+    """A layer of the network follows another one's weights in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = convolution(3, 8)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.average.weight.lerp_(self.a.weight, 0.01)
+        return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)))
+
+
 class Refusing(Noisy):
     """It can't run in training mode at all."""
 
@@ -420,7 +435,7 @@ def dense_of(model):
     return nni_topo.to_dense(model, IMAGES, {"a": {"weight": (torch.arange(8) < 4).float().view(8, 1, 1, 1)}})
 
 
-@pytest.mark.parametrize("kind", [Noisy, Averaged])
+@pytest.mark.parametrize("kind", [Noisy, Averaged, Following])
 def test_a_dense_model_that_fails_in_training_is_warned_of(kind, caplog):
     model = kind().eval()
     before = torch.random.get_rng_state()
@@ -464,21 +479,53 @@ def test_a_comparison_that_is_not_asked_for_does_not_run_in_training_mode():
     assert nni_topo.to_dense(Noisy(), IMAGES, masks, check=False).report.notes == ()
 
 
-class Following(Exit):
-    """A layer of the network follows another one's weights in training."""
+class Momentum(nn.Module):
+    """A second network follows the first one's weights in training, and gives the goals."""
 
     def __init__(self):
         super().__init__()
-        self.average = convolution(3, 8)
+        self.online = nn.Sequential(convolution(3, 8), nn.ReLU(), convolution(8, 6), nn.Flatten(), nn.Linear(384, 4))
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, x):
-        if self.training:
-            with torch.no_grad():
-                self.average.weight.lerp_(self.a.weight, 0.01)
-        return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)))
+        found = self.online(x)
+        if not self.training:
+            return found
+        with torch.no_grad():
+            for own, other in zip(self.target.parameters(), self.online.parameters(), strict=True):
+                own.mul_(0.99).add_(other, alpha=0.01)
+            goals = self.target(x)
+        return found, goals
+
+
+@pytest.mark.parametrize(
+    ("kind", "pruned", "whole"),
+    [
+        (Following, ["a", "b"], {"average": "the forward doesn't use the layer"}),
+        (
+            Momentum,
+            ["online.0", "online.2"],
+            {f"target.{i}": f"target.{i} runs in training mode only" for i in (0, 2)},
+        ),
+    ],
+)
+def test_weights_that_follow_others_in_training_keep_no_channels(kind, pruned, whole):
+    groups = nni_topo.dependency_groups(kind(), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [[name] for name in pruned]
+    assert groups.skipped == whole
+
+
+class Shifted(Exit):
+    """The second head, of training, reads the channels with a constant for each."""
+
+    def forward(self, x):
+        x = self.a(x)
+        scores = self.head(self.b(torch.relu(x)).mean((2, 3)))
+        return (
+            (scores, self.exit((x + torch.linspace(0, 1, 8).view(8, 1, 1)).mean((2, 3)))) if self.training else scores
+        )
 
 
 def test_reasons_say_that_an_operation_runs_in_training_mode():
-    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-    groups = nni_topo.dependency_groups(Following(), IMAGES, config)
-    assert "(lerp, in training mode)" in groups.skipped["a"]
+    groups = nni_topo.dependency_groups(Shifted(), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert "(add, in training mode)" in groups.skipped["a"]
