@@ -103,6 +103,18 @@ def torchvision_widths(name: str, module: nn.Module) -> Iterator[Claim]:
         yield (name, "inplanes", ()), Described(last, "output")
 
 
+def _counting_nothing(model: nn.Module) -> set[Place]:
+    """List attributes that hold a constructor's argument and count no channels: ``base_width`` of torchvision's ResNets.
+
+    It is the width per group at which a bottleneck is made, 64 in a plain ResNet; nothing reads it afterwards.
+    """
+    return {
+        (name, "base_width", ())
+        for name, module in model.named_modules()
+        if type(module).__module__ == "torchvision.models.resnet" and "base_width" in vars(module)
+    }
+
+
 READERS: tuple[ContractReader, ...] = (named_sizes, timm_features, timm_widths, torchvision_widths)
 
 
@@ -124,8 +136,9 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> set[Place]:
                 # An attribute that has another number already was counted anew with the layers.
                 if before is not None and is_held and number_at(dense, place) == before:
                     claims[place] = described
+    settled = _counting_nothing(original)
     if not claims:
-        return set()
+        return settled
     wanted = set(claims.values())
     whole, narrow = _shapes(original, wanted, call), _shapes(dense, wanted, call)
     sizes: dict[Place, int] = {}
@@ -136,7 +149,7 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> set[Place]:
             if found is not None:
                 sizes[place] = found
     put_sizes(dense, sizes)
-    return set(sizes)
+    return settled | set(sizes)
 
 
 def channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int | None:

@@ -240,6 +240,8 @@ def test_a_resnet_of_torchvision_gets_a_pyramid() -> None:
     images = torch.randn(2, 3, 32, 32)
     dense = dense_of(model, images)
     assert (model.inplanes, dense.inplanes, dense.layer4[0].conv2.out_channels) == (512, 256, 256)
+    # The width per group counts no channels, though the first layer had as many.
+    assert (dense.base_width, dense.report.stale) == (64, {})
     getter = IntermediateLayerGetter(copy.deepcopy(dense), {"layer2": "two", "layer4": "four"})
     assert {name: each.shape[1] for name, each in getter(images).items()} == {"two": 64, "four": 256}
     backbone = _resnet_fpn_extractor(dense, trainable_layers=5)
