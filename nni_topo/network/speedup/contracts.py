@@ -104,9 +104,9 @@ def torchvision_widths(name: str, module: nn.Module) -> Iterator[Claim]:
 
 
 def _counting_nothing(model: nn.Module) -> set[Place]:
-    """List attributes that hold a constructor's argument and count no channels: ``base_width`` of torchvision's ResNets.
+    """List attributes that count no channels of the finished network: ``base_width`` of torchvision's ResNets.
 
-    It is the width per group at which a bottleneck is made, 64 in a plain ResNet; nothing reads it afterwards.
+    It is the width per group by which a bottleneck is made, 64 in a plain ResNet; nothing reads it afterwards.
     """
     return {
         (name, "base_width", ())
