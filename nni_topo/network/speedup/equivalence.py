@@ -43,7 +43,6 @@ from nni_topo.network.runtime import (
     hand_on_report,
     in_double,
     leaves_models_alone,
-    left_alone,
     out_of_memory,
     put_parameters,
     random_like,
@@ -259,12 +258,11 @@ def failure_in_training(original: torch.nn.Module, dense: torch.nn.Module, call:
 
 
 def _raised_in_training(model: torch.nn.Module, call: Call) -> str:
-    """Run a model in training mode; say which error it raises, "" if none. It isn't changed."""
+    """Run a copy of a model in training mode; say which error it raises, "" if none."""
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
-    with left_alone(model), torch.no_grad():
+    with random_state_kept(), torch.no_grad():
         try:
-            model.train()
-            model(*args, **kwargs)
+            detached_copy(model).train()(*args, **kwargs)
         except Exception as error:  # a user's forward may raise anything
             # Whether there is enough memory says nothing about the model.
             return "" if out_of_memory(error) else f"{type(error).__name__}: {error}"
