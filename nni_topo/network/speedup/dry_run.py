@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import PrunedMultiheadAttention, attend
 from nni_topo.network.channels import FIXED, ChannelFlow, Reason, Shares, chosen_of, has_property, reasons, shares
-from nni_topo.network.graph import RANDOM, UNSHOWN, arguments, resized
+from nni_topo.network.graph import RANDOM, UNSHOWN, Steps, arguments, resized
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.runtime import (
     SAME_CHANNELS,
@@ -557,7 +557,7 @@ class _DryRun:
 
     @cached_property
     def _contribution(self) -> ConstantContribution:
-        return constant_contribution(self.full, self.flow, self.is_kept, (self._args, {}))
+        return constant_contribution(Steps(self.full), self.flow, self.is_kept, (self._args, {}))
 
     def _first_input(self, node: Node) -> Any:
         parents = node.all_input_nodes
@@ -669,7 +669,8 @@ class _DryRun:
     def _blame(self, node: Node, entering: dict[Node, np.ndarray], reason: Reason) -> None:
         """Keep the channels to blame: pruned ones with values, else those of the heads, else all that enter.
 
-        Where no pruned channel enters, those that a layer itself makes are to blame; of another node, all pruned ones.
+        Where no pruned channel enters, those that a layer itself makes are to blame; of another node, the nearest
+        before it, for sizes that were taken of these may be wrong.
         """
         alive = np.concatenate([*entering.values(), np.zeros(0, dtype=np.int64)])
         heads = self._heads_of(node) if not len(alive) else np.zeros(0, dtype=np.int64)
@@ -689,7 +690,7 @@ class _DryRun:
             # Such as a layer with parameters of its own, which aren't cut with its weight.
             pruned = self._removed_at(str(node.target))
         else:
-            pruned = self._removed()
+            pruned = self._removed_before(node)
         if len(alive) and reason.kind == "result_depends":
             reason = reasons.nonzero_values(node, self._source(node))
         for group_id in pruned:
@@ -721,6 +722,20 @@ class _DryRun:
         group_ids = np.unique(np.concatenate([leaving, self.flow.entering_group_ids(name)]))
         pruned: list[int] = group_ids[~self.is_kept[group_ids]].tolist()
         return pruned or self._removed()
+
+    def _removed_before(self, node: Node) -> list[int]:
+        """List the pruned channels of the nearest nodes before one that have any; without any, all of the network."""
+        level, seen = list(node.all_input_nodes), set[Node]()
+        while level:
+            seen.update(level)
+            ids = [each for parent in level for each in tensors_of(self.flow.ids.get(parent.name))]
+            found = np.concatenate([np.zeros(0, dtype=np.int64), *(each.numpy().ravel() for each in ids)])
+            group_ids = np.unique(self.flow.group_ids(found))
+            pruned: list[int] = group_ids[~self.is_kept[group_ids]].tolist()
+            if pruned:
+                return pruned
+            level = list(dict.fromkeys(each for parent in level for each in parent.all_input_nodes if each not in seen))
+        return self._removed()
 
     def _removed(self) -> list[int]:
         group_ids = np.unique(np.concatenate([self.flow.group_ids_of(name) for name in self.flow.layers]))

@@ -352,6 +352,49 @@ def test_a_layer_with_parameters_that_are_not_cut_keeps_its_own_channels_alone()
     assert kept.keys() == {"2", "4"}
 
 
+class Thirds(nn.Module):
+    """A layer whose channels are three alike parts, of which the first is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(x).reshape(len(x), 3, -1).permute(1, 0, 2)
+        return x[0] * 0.5
+
+
+def test_channels_before_a_wrong_size_are_to_blame_and_not_those_of_the_whole_network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Thirds(), nn.Linear(4, 4)).eval()
+    assembled, flow = Network.on(model, ROWS).traced()
+    left = np.ones(flow.size, dtype=bool)
+    gone = flow.group_ids_of("2.layer")[9:]  # three of the last part, so that each part gets a channel less
+    left[flow.group_ids_of("0")[1::2]] = left[gone] = False
+    with torch.no_grad():
+        found = _DryRun(flow, left, assembled(copy.deepcopy(model))).run((ROWS,))
+    assert found.keys() == set(gone.tolist())
+
+
+class Placed(nn.Module):
+    """A table of positions is for one size of images; what removed channels become isn't zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.table = nn.Parameter(torch.rand(1, 3, 96, 96))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x + self.table).sigmoid())
+
+
+def test_nothing_is_printed_where_smaller_images_do_not_fit(capfd):
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(Placed().eval(), torch.rand(2, 3, 96, 96), config)
+    assert [entry["op_names"] for entry in groups] == [["first"]]
+    assert capfd.readouterr().err == ""
+
+
 class Found:
     """Stands for a dry run: notes the inputs that it gets, and finds what is said of such inputs."""
 
