@@ -7,6 +7,7 @@ It is fixed too where a model doesn't run on twice the samples.
 
 from __future__ import annotations
 
+import builtins
 import logging
 import operator
 import sys
@@ -392,6 +393,7 @@ class _Recorder(TorchFunctionMode):
                 after = partial(self._leave_scripted, scripted)
                 stack.enter_context(register_module_forward_hook(after, with_kwargs=True, always_call=True))
             stack.enter_context(_masks_whole(model))
+            stack.enter_context(_lengths_measured())
             token = _RUNNING.set(self)
             stack.callback(_RUNNING.reset, token)
             yield
@@ -424,6 +426,13 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         if id(module) in names and _RUNNING.get() is self:
             self._leave_module(names[id(module)], module, args, kwargs, out)
+
+    def length(self, tensor: Tensor) -> int:
+        """Return the length of a tensor, which says whose it is as ``tensor.shape[0]`` does."""
+        found = _LEN(tensor)
+        if self._inside or id(tensor) not in self._nodes:
+            return found
+        return TracedInt.of_tensor(found, tensor, 0, self._unshown)
 
     def whole(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function and write it down as one node."""
@@ -514,7 +523,7 @@ def _list_leaves(value: Any, found: list[Any]) -> None:
 
 _RUNNING: ContextVar[_Recorder | None] = ContextVar("running", default=None)  # the recorder of this thread
 _MASKS: dict[tuple[int, str], tuple[int, Any]] = {}  # by namespace and name, how many recorders want it, and the plain
-_MASKS_LOCK = threading.Lock()
+_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -526,7 +535,7 @@ def _masks_whole(model: nn.Module) -> Iterator[None]:
     """
     spaces = {id(space): space for space in map(_namespace, model.modules())}
     taken: list[tuple[dict[str, Any], str]] = []
-    with _MASKS_LOCK:
+    with _LOCK:
         for space in spaces.values():
             for key, function in list(space.items()):
                 if key.startswith("create_") and key.endswith("_mask") and callable(function):
@@ -537,13 +546,41 @@ def _masks_whole(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with _MASKS_LOCK:
+        with _LOCK:
             for space, key in taken:
                 count, plain = _MASKS.pop((id(space), key))
                 if count > 1:
                     _MASKS[id(space), key] = count - 1, plain
                 else:
                     space[key] = plain
+
+
+_LEN = len
+_MEASURING = [0]  # how many recorders want lengths of tensors to say whose they are
+
+
+@contextmanager
+def _lengths_measured() -> Iterator[None]:
+    """Let ``len(tensor)`` say whose size it is, in whatever file a forward calls it.
+
+    Python makes a plain integer of what a tensor's own ``__len__`` returns. What stands in place of ``len`` meanwhile
+    asks for the thread's own recorder, so that other threads get what they always do.
+    """
+    with _LOCK:
+        _MEASURING[0] += 1
+        builtins.len = _length
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _MEASURING[0] -= 1
+            if not _MEASURING[0]:
+                builtins.len = _LEN
+
+
+def _length(value: Any, /) -> int:
+    recorder = _RUNNING.get() if isinstance(value, Tensor) else None
+    return _LEN(value) if recorder is None else recorder.length(value)
 
 
 def _call_whole(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -39,6 +39,7 @@ _Given = ParamSpec("_Given")
 _Made = TypeVar("_Made")
 _CALL: ContextVar[object | None] = ContextVar("call", default=None)  # the outermost block of `left_alone`
 _PutBack = Callable[[], object]
+_Note = Callable[[Iterable[Any], list[_PutBack], ParameterValues], None]
 _logger = logging.getLogger(__name__)
 
 _PATIENCE = 10.0  # seconds after which a thread that waits for its turn says so
@@ -66,34 +67,38 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
     Parts that ``torch.compile`` has compiled run as they are written, for compiled ones call no hooks and show no
     operations, unless ``as_compiled`` is True. A caller's ``torch.autocast`` is off likewise.
     """
-    put_back: list[_PutBack] = []
-    seen: dict[int, Any] = {}
-    values = ParameterValues()
     runs_written = not as_compiled and any(isinstance(model, nn.Module) and has_compiled(model) for model in models)
     # What is made in a caller's inference mode takes no gradients, for good. Sums of products that a caller's autocast
     # rounds to three digits say little of a network.
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     precision = nullcontext() if as_compiled else _autocast_off()
     with one_call(), inference, precision, nullcontext() if as_compiled else _on_cpu():
-        for model in models:
-            if isinstance(model, nn.Module):
-                _write_down(model, put_back, seen, values)
-        kept = _put_back_after(put_back, values, models, is_watched=not as_compiled)
+        kept = _put_back_after(_write_down_all, models, is_watched=not as_compiled)
         with kept, random_state_kept(), _compiler_off() if runs_written else nullcontext():
             yield
 
 
 @contextmanager
-def _put_back_after(
-    put_back: list[_PutBack], values: ParameterValues, models: Iterable[Any], *, is_watched: bool
-) -> Iterator[None]:
-    """Put back after a block, whatever happens in it, what was noted before it."""
-    with values_kept(values, models, is_watched=is_watched, is_own=_is_called_by_package):
-        try:
-            yield
-        finally:
-            for each in put_back:
-                each()
+def _put_back_after(note: _Note, models: Iterable[Any], *, is_watched: bool) -> Iterator[None]:
+    """Put back after a block, whatever happens in it, what ``note`` writes down of the models before it.
+
+    Gradients are taken away one by one while it does so: what was written down until then is put back if it is
+    interrupted.
+    """
+    put_back: list[_PutBack] = []
+    values = ParameterValues()
+    try:
+        note(models, put_back, values)
+        with values_kept(values, models, is_watched=is_watched, is_own=_is_called_by_package):
+            try:
+                yield
+            finally:
+                for each in put_back:
+                    each()
+                put_back.clear()
+    finally:
+        for each in put_back:  # all of it once more if that was interrupted, which does no harm
+            each()
 
 
 class _Turns:
@@ -211,21 +216,14 @@ def running_call() -> object | None:
 @contextmanager
 def parameters_kept(model: nn.Module) -> Iterator[None]:
     """Put back the parameters of a model alone, as after forwards of a light copy, which holds the same ones."""
-    put_back: list[_PutBack] = []
-    values = ParameterValues()
-    for parameter in model.parameters():
-        _add_tensor(parameter, put_back, values)
-    with _put_back_after(put_back, values, [model], is_watched=True):
+    with _put_back_after(_write_down_parameters, [model], is_watched=True):
         yield
 
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Put back all that a model holds, as after a forward that counts its calls; random states go on."""
-    put_back: list[_PutBack] = []
-    values = ParameterValues()
-    _write_down(model, put_back, {}, values)
-    with _put_back_after(put_back, values, [model], is_watched=True):
+    with _put_back_after(_write_down_all, [model], is_watched=True):
         yield
 
 
@@ -298,6 +296,21 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
             return function(*args, **kwargs)
 
     return run
+
+
+def _write_down_all(models: Iterable[Any], put_back: list[_PutBack], values: ParameterValues) -> None:
+    """Append to a list what puts back all that models hold; what isn't a module has nothing to put back."""
+    seen: dict[int, Any] = {}
+    for model in models:
+        if isinstance(model, nn.Module):
+            _write_down(model, put_back, seen, values)
+
+
+def _write_down_parameters(models: Iterable[nn.Module], put_back: list[_PutBack], values: ParameterValues) -> None:
+    """Append to a list what puts back the parameters of models alone."""
+    for model in models:
+        for parameter in model.parameters():
+            _add_tensor(parameter, put_back, values)
 
 
 def _write_down(model: nn.Module, put_back: list[_PutBack], seen: dict[int, Any], values: ParameterValues) -> None:
@@ -473,8 +486,6 @@ def _add_tensor(tensor: Tensor, put_back: list[_PutBack], values: ParameterValue
     if has_values and clone is None:
         values.note(tensor, memory)
     attributes = dict(vars(tensor)) if is_usual else {}
-    if gradient is not None:
-        tensor.grad = None  # so that none is added to it
 
     def put() -> None:
         if has_values and (tensor.dtype is not memory.dtype or not tensor.is_set_to(memory)):
@@ -490,6 +501,8 @@ def _add_tensor(tensor: Tensor, put_back: list[_PutBack], values: ParameterValue
             _put_tables([(vars(tensor), attributes)])
 
     put_back.append(put)
+    if gradient is not None:
+        tensor.grad = None  # so that none is added to it
     return attributes.values()
 
 

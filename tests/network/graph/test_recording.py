@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import gc
 import operator
@@ -292,6 +293,61 @@ class Folding(nn.Module):
         x = x.reshape(channels * samples * (height - height // 2), width // 2, 2, 2).transpose(1, 2)
         rest = 20 // height * height + (9 - height)
         return self.last(x.reshape(samples, 0 + channels, height, -1)) * rest
+
+
+class Halved(nn.Module):
+    """What is done with the features is told by how many samples there are."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.use = use
+
+    def forward(self, x):
+        return self.head(self.use(torch.relu(self.second(torch.relu(self.first(x))))))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x + torch.cat([x[len(x) // 2 :], x[: len(x) // 2]]),
+        lambda x: torch.cat(x.split(len(x) // 2)[::-1]),
+        lambda x: torch.cat([x, x])[torch.arange(len(x)) + len(x)],
+        lambda x: x + 0 * x[torch.randperm(len(x))],
+        lambda x: x / len(x),
+        lambda x: x.unflatten(1, (2, -1)).reshape(len(x), -1),
+    ],
+    ids=["slices", "split", "indices", "drawn indices", "divided", "reshaped"],
+)
+def test_the_length_of_a_tensor_is_its_number_of_samples(use):
+    model, rows = Halved(use).eval(), torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    groups = dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert {name for entry in groups for name in entry["op_names"]} >= {"first", "second"}
+    graph = record(model, {"x": rows}).graph_module
+    more = torch.randn(10, 4, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    expected = model(more)
+    torch.manual_seed(0)
+    assert torch.equal(graph(more), expected)
+
+
+def test_len_is_pythons_own_outside_of_a_recording():
+    plain, seen = builtins.len, []
+
+    def use(x):
+        seen.append((type(len(x)).__name__, type(len("abc")), len((1, 2))))
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        record(Halved(use), {"x": torch.ones(3, 4)})
+    assert seen[0] == ("TracedInt", int, 2)
+    assert builtins.len is plain
+    with recording._lengths_measured(), recording._lengths_measured():
+        assert builtins.len is not plain
+        assert type(len(torch.ones(3))) is int
+        with pytest.raises(TypeError, match="len\\(\\) of a 0-d tensor"):
+            len(torch.tensor(1))
+    assert builtins.len is plain
 
 
 def test_sizes_that_are_computed_of_others_follow_them():

@@ -489,3 +489,26 @@ def test_a_forked_process_has_a_turn_of_its_own():
     over.set()
     thread.join()
     assert status == 0
+
+
+class Interrupting:
+    """Whoever asks for its attributes is interrupted, as by Ctrl-C."""
+
+    @property
+    def __dict__(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_interrupt_while_a_model_is_written_down_loses_no_gradient(place):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model(torch.randn(5, 3)).sum().backward()
+    before = {name: (each.grad, each.grad.clone()) for name, each in model.named_parameters()}
+    model[place].held = Interrupting()
+    with pytest.raises(KeyboardInterrupt), left_alone(model):
+        pytest.fail("the block doesn't begin")
+    for name, each in model.named_parameters():
+        assert each.grad is before[name][0]
+        assert torch.equal(each.grad, before[name][1])
+    with left_alone(nn.Linear(2, 2)):  # the next call has its turn
+        pass
