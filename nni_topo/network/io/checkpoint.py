@@ -40,7 +40,7 @@ from nni_topo.disk import (
     whole_file,
     write_tensors,
 )
-from nni_topo.errors import FLAG, ConfigError, DataError, check_knobs, listed
+from nni_topo.errors import FLAG, ConfigError, DataError, Rule, check_knobs, listed, shown, taking
 from nni_topo.network.attention import (
     FIRST,
     LAST,
@@ -69,6 +69,7 @@ from nni_topo.network.layers import (
     weight_of,
 )
 from nni_topo.network.runtime import (
+    NETWORK,
     check_unwrapped,
     detached_copy,
     drop_report,
@@ -117,6 +118,22 @@ _SIZES: dict[type[torch.nn.Module], tuple[str, ...]] = {
 _PathLike = str | os.PathLike[str]
 
 
+_MODULE = Rule(NETWORK.words, NETWORK.holds, tell=NETWORK.tell)
+
+
+def _told(value: Any) -> str:
+    """Say what was given in place of a model or of a function that makes it."""
+    tell = taking().tell if callable(value) else NETWORK.tell
+    return shown(value) if tell is None else tell(value)
+
+
+_UNPRUNED = Rule(
+    "the unpruned torch.nn.Module or a function without arguments that makes it",
+    lambda value: isinstance(value, torch.nn.Module) or taking().holds(value),
+    tell=_told,
+)
+
+
 def save(dense: torch.nn.Module, path: _PathLike) -> None:
     """Save a dense model without pickled code, non-persistent buffers too.
 
@@ -132,7 +149,8 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     Raises
     ------
     ConfigError
-        If the path ends as the files of :func:`nni_topo.export` do, in ``.onnx`` or ``.pt2``.
+        If ``dense`` is no module, or the path ends as the files of :func:`nni_topo.export` do, in ``.onnx`` or
+        ``.pt2``.
     SpeedupError
         If the model is still wrapped by NNI.
     DataError
@@ -144,6 +162,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     save_pretrained : Writes a folder that Transformers loads by itself.
     """
     place = path_of(path)
+    check_knobs("save", {"dense": dense}, {"dense": _MODULE})
     if place.suffix.lower() in FORMATS:
         raise ConfigError(f"files that end in {place.suffix} are those of nni_topo.export, got it for save ({place})")
     check_unwrapped(dense)
@@ -205,8 +224,8 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
         If the file is missing or cut short, isn't one that `save` writes, has unknown keys, or holds other values than
         were saved.
     ConfigError
-        If the file doesn't fit the model: other modules, other types, larger sizes, or modules with two names
-        that were two modules in the dense model.
+        If ``model`` is neither a module nor a function that makes one, or the file doesn't fit it: other modules, other
+        types, larger sizes, or modules with two names that were two modules in the dense model.
 
     Examples
     --------
@@ -220,8 +239,10 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
       (1): Linear(in_features=2, out_features=2, bias=True)
     )
     """
+    check_knobs("load", {"model": model}, {"model": _UNPRUNED})
     document = _read(path)
     built = detached_copy(model) if isinstance(model, torch.nn.Module) else model()
+    check_knobs("load", {"model": built}, {"model": _MODULE})
     check_unwrapped(built)
     drop_report(built)  # it is that of another network than the file's
     _take_out(document["blocks"], built, os.fspath(path))

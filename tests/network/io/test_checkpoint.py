@@ -432,6 +432,28 @@ def test_a_model_with_computed_weights_is_told_what_the_file_fits(path, computed
         assert load(path, as_torch_layers(model))[0].out_channels == 6
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (make().state_dict(), r"got an OrderedDict, which a model takes by model\.load_state_dict \(load\)"),
+        ("resnet18", r"model must be the unpruned torch\.nn\.Module or a function .* makes it, got .*str.* \(load\)"),
+        (None, r"got .*None.* \(load\)"),
+        (lambda width: make(width), r"got <lambda>\(width\) \(load\)"),
+        (lambda: None, r"model must be a torch\.nn\.Module, got .*None.* \(load\)"),
+    ],
+)
+def test_what_is_neither_a_model_nor_makes_one_is_refused(path, model, message):
+    save(small(), path)
+    with pytest.raises(ConfigError, match=message):
+        load(path, model)
+
+
+def test_values_alone_are_not_saved(path):
+    with pytest.raises(ConfigError, match=r"dense must be a torch\.nn\.Module, got .*load_state_dict \(save\)"):
+        save(small().state_dict(), path)
+    assert not path.exists()
+
+
 def test_another_model_is_not_told_that_the_file_fits_its_plain_layers(path):
     save(small(), path)
     model = make().append(nn.Linear(4, 4))
