@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 import math
 import time
@@ -11,6 +12,7 @@ import torch
 from nni.compression.pruning import FPGMPruner, L1NormPruner, L2NormPruner, LevelPruner
 from speedup_nets import Concatenated, Grouped, LeNet, Residual, Shared, chain
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from nni_topo import Calibration, zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
@@ -495,3 +497,84 @@ def test_layers_in_front_of_one_are_solved():
             weight = found.get_submodule(name).weight
             expected = solved if is_its else plain
             torch.testing.assert_close(weight[:4, :4], expected.get_submodule(name).weight[:4, :4])
+
+
+def test_settings_are_those_that_the_reference_names():
+    knobs = inspect.signature(compensation).parameters.values()
+    assert {knob.name: knob.default for knob in knobs if knob.kind is knob.KEYWORD_ONLY} == {
+        "method": "reconstruct", "ridge": "auto", "recalibrate": False, "seed": 0, "cache_bytes": None, "progress": None
+    }  # fmt: skip
+    assert inspect.signature(compensating.compensate_up_to).parameters["seed"].default == 0
+    assert compensating._SAMPLES_KEPT == 1024**3
+
+
+class LinearCalls(TorchFunctionMode):
+    """Counts how often linear layers run."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is nn.functional.linear
+        return func(*args, **(kwargs or {}))
+
+
+def calls_a_batch(work):
+    """Return how often linear layers run for one batch more, over which a network isn't traced."""
+    counts = []
+    for batches in (2, 3):
+        images = list(torch.randn(8 * batches, 4, generator=torch.Generator().manual_seed(0)).split(8))
+        with LinearCalls() as calls:
+            work(images)
+        counts.append(calls.count)
+    return counts[1] - counts[0]
+
+
+def narrowed(*layers):
+    """Return a network and masks that remove a channel of its first layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer() for layer in layers)).eval()
+    return model, {"0": {"weight": (torch.arange(4) < 3).float()[:, None].expand(4, 4)}}
+
+
+def square():
+    return nn.Linear(4, 4)
+
+
+# The unpruned network runs each layer once. The pruned one runs two layers for each of the four that are solved: the
+# one before, which has its solution by then, and the layer itself. Without memory all passes begin at the inputs.
+# A layer in front of a ReLU is solved three times, from the same samples where they are kept.
+@pytest.mark.parametrize("cache_bytes", [None, 2**30, 0])
+@pytest.mark.parametrize(
+    ("layers", "kept", "anew"),
+    [((square,) * 5, 5 + 8, 2 * (2 + 3 + 4 + 5)), ((square, nn.ReLU, square, nn.ReLU), 2 + 2, 3 * (2 + 2))],
+)
+def test_networks_go_on_from_what_is_kept(layers, kept, anew, cache_bytes):
+    model, masks = narrowed(*layers)
+    calls = calls_a_batch(lambda images: compensate(model, masks, images, cache_bytes=cache_bytes))
+    assert calls == (anew if cache_bytes == 0 else kept)
+
+
+def test_layers_in_front_of_one_are_solved_from_what_is_kept_and_quietly(capsys):
+    model, masks = narrowed(*[square] * 5)
+    assert calls_a_batch(lambda images: compensating.compensate_up_to(model, masks, images, "4")) == 4 + 6
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("seed", "is_first_unchanged"), [(12, True), (19, True), (4, False)])
+def test_refinements_take_the_ridge_of_the_first_solution_unless_no_change_was_best(seed, is_first_unchanged):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU()).eval()
+    masks = {"0": {"weight": (torch.arange(6) < 5).float()[:, None].expand(6, 3)}}
+    first, *others = (layer.ridge for layer in compensation(model, masks, [torch.randn(20, 3)]).report.layers)
+    assert math.isinf(first) is is_first_unchanged
+    assert all(math.isfinite(ridge) for ridge in others)
+    assert len(set(others if is_first_unchanged else [first, *others])) == 1
+
+
+def test_refinements_of_kept_samples_are_those_of_networks_that_run_again():
+    model, masks = narrowed(square, nn.ReLU, square, nn.ReLU)
+    images = list(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).split(20))
+    kept, anew = (compensate(model, masks, images, cache_bytes=size) for size in (2**30, 0))
+    torch.testing.assert_close(kept.state_dict(), anew.state_dict())
