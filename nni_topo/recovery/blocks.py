@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,7 +50,7 @@ from nni_topo.network.runtime import (
     tensors_of,
     watched,
 )
-from nni_topo.recovery.samples import draw_positions, input_rows, output_rows, position_count
+from nni_topo.recovery.samples import check_ridge, draw_positions, input_rows, output_rows, position_count
 
 _HELD_OUT = 5
 _NEAR = 1e-3
@@ -109,9 +108,7 @@ def remove_blocks(
     Memory is that of one layer's products, whatever the number of samples. Of a convolution's output 64 positions of
     each image are taken.
     """
-    is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
-    if ridge != "auto" and not (is_number and 0.0 <= ridge < math.inf):
-        raise ConfigError(f"ridge must be 'auto' or a finite number of at least 0, got {ridge!r} (ridge)")
+    check_ridge(ridge)
     gaps = _gaps(model, names)
     check_model(model)
     batches = batches_of(calibration, model, shared=True)

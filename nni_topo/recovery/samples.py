@@ -499,3 +499,10 @@ def _check_same_entries(task: Task, unpruned: Values, pruned: Values) -> None:
             f"{before} and {after}: a part of the network, such as a router, decides what enters them "
             f"({task.layer.name})"
         )
+
+
+def check_ridge(ridge: Any) -> None:
+    """Raise ConfigError unless a ridge is "auto" or a finite number of at least 0."""
+    is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
+    if ridge != "auto" and not (is_number and 0.0 <= ridge < math.inf):
+        raise ConfigError(f"ridge must be 'auto' or a finite number of at least 0, got {ridge!r} (ridge)")

@@ -510,8 +510,8 @@ class Watched(_Learning):
         return super().objective(student, call, wanted)
 
 
-def learner(model, masks, batches, is_dense=False, cache_bytes=2**30, **knobs):
-    """Return what learns all blocks of a model together."""
+def learner(model, masks, batches, is_dense=False, off=0.0, cache_bytes=2**30, **knobs):
+    """Return what learns all blocks of a model together; the dense network can be off by a constant."""
     networks = build_networks(model, ((batches[0],), {}), masks)
     replay = Replay(model, networks.unpruned, networks.pruned, batches, 2**30)
     Reconstruct().tasks(plan_of(networks, replay.touched_nodes), networks)  # layers read removed channels no more
@@ -522,7 +522,10 @@ def learner(model, masks, batches, is_dense=False, cache_bytes=2**30, **knobs):
     (segment, *_) = segments(replay.nodes, replay.touched_nodes, learners, 0, 9)
     names = [name for own in learners.values() for name in own]
     known = _Values(replay, segment, entering(segment, replay.nodes), set(), tools)
-    return Watched(Block(**knobs), networks, dense_graph(networks) if is_dense else None, segment, names, known, 0)
+    dense = dense_graph(networks) if is_dense else None
+    if off:
+        dense.get_parameter("second.bias").data += off
+    return Watched(Block(**knobs), networks, dense, segment, names, known, 0)
 
 
 def test_a_block_ends_in_the_state_with_the_smallest_loss(gated, values):
@@ -559,13 +562,15 @@ class Normed(nn.Module):
         return self.second(torch.tanh(self.norm(self.first(values))))
 
 
+FIRST = (torch.arange(16) < 8).float()
+NORMED_MASKS = {"first": {"weight": FIRST[:, None], "bias": FIRST}, "norm": {"weight": FIRST, "bias": FIRST}}
+
+
 @pytest.mark.parametrize("is_dense", [True, False])
 def test_batch_norms_keep_their_statistics_and_no_bar_is_shown(values, capsys, is_dense):
     torch.manual_seed(0)
-    mask = (torch.arange(16) < 8).float()
-    masks = {name: {"weight": mask.view(-1, *[1] * dims), "bias": mask} for name, dims in (("first", 1), ("norm", 0))}
     model = Normed().eval()
-    block = learner(model, masks, values, is_dense, steps=4)
+    block = learner(model, NORMED_MASKS, values, is_dense, steps=4)
     assert (block._source is not block._networks.pruned) is is_dense
     report = block.run((2e-3, 1e-9))
     assert (report.lr, report.is_kept, report.ridge) == (2e-3, True, 0.0)
@@ -678,3 +683,50 @@ def test_layers_at_the_ends_of_blocks_learn_with_them(values, monkeypatch):
     masks = {"0": {"weight": MASK}, "2": {"weight": MASK}}
     steps = learned(compensation(model, masks, values[:2], method=Block(steps=1, lr=1e-3)))
     assert [(step.layer, step.place) for step in steps] == [("0, 1", "_1"), ("2, 3", "output")]
+
+
+@pytest.mark.parametrize(
+    ("scale", "off", "is_taken"), [(1.0, 0.0, True), (1.0, 1e-5, True), (1.0, 0.1, False), (0.01, 0.01, False)]
+)
+def test_the_dense_block_learns_if_it_computes_what_the_masked_one_does(values, scale, off, is_taken):
+    torch.manual_seed(0)
+    model = Normed().eval()
+    with torch.no_grad():
+        for parameter in model.second.parameters():
+            parameter *= scale
+    block = learner(model, NORMED_MASKS, values, True, off)
+    assert (block._source is not block._networks.pruned) is is_taken
+
+
+def test_what_was_learned_but_is_worse_is_reported_as_the_block_was(gated, values):
+    block = learner(gated, MASKS, values, steps=2, lr=30.0)
+    before = copy.deepcopy(block._networks.result.state_dict())
+    report = block.run(())
+    assert (report.ridge, report.is_kept, report.lr) == (math.inf, False, 30.0)
+    assert report.error_before == report.error_after == block.losses[0]
+    assert report.error_held_out == block.losses[1] < block.losses[-1]
+    torch.testing.assert_close(block._networks.result.state_dict(), before, rtol=0, atol=0)
+
+
+def test_errors_are_shares_of_the_variance_and_what_is_zero_for_a_mask_stays(values):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 1)).eval()
+    block = learner(model, {"0": {"weight": MASK}}, values, batch_size=8)
+    pruned, result = block._networks.pruned, block._networks.result
+    with torch.no_grad():
+        for net in (pruned, result):
+            net.get_parameter("0.bias")[1] = 0.0
+        pruned.get_parameter("0.bias")[2] = 0.0
+        wanted = torch.cat([model(each) for each in values])
+        off = torch.cat([pruned(each) for each in values]) - wanted
+    student = block.student()
+    for index in ([0], [5, 100, 7], range(256)):
+        expected = off[list(index)].square().mean() / wanted.var(correction=0)
+        assert block.judge(student, torch.tensor(list(index))) == pytest.approx(float(expected), rel=1e-4)
+    part, meant = next(block.batches())
+    rows = [int((torch.cat(values) == row).all(1).nonzero()) for row in part.entering[0]]
+    assert len(rows) == 8
+    loss = block.objective(student, part, meant)
+    torch.testing.assert_close(loss, off[rows].square().mean() / wanted.var(correction=0), rtol=1e-4, atol=0)
+    loss.backward()
+    assert (student.body.get_parameter("0.bias").grad[:4] != 0).tolist() == [True, True, False, True]

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.fx import symbolic_trace
 
+from nni_topo.errors import ConfigError
 from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.recovery.plan import Equation, Solvable
 from nni_topo.recovery.reconstruct import ReconstructTask
@@ -16,6 +19,7 @@ from nni_topo.recovery.samples import (
     _Chunk,
     _parts,
     _sampled_rows,
+    check_ridge,
     draw_unpadded,
     numbers_drawn,
     pass_over,
@@ -128,3 +132,11 @@ def test_layers_that_get_other_samples_are_told():
     _check_same_entries(task, {node: torch.zeros(3, 2)}, {node: torch.zeros(3, 2)})
     with pytest.raises(OtherSamplesError, match=r"got 3 and 2: .* \(0\)"):
         _check_same_entries(task, {node: torch.zeros(3, 2)}, {node: torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("ridge", [0, 0.0, 2, 1e9, "auto"])
+def test_ridges_at_their_bounds_are_taken(ridge):
+    check_ridge(ridge)
+    for wrong in (math.inf, -1e-9, None, False, "", [0.1]):
+        with pytest.raises(ConfigError, match="ridge must be 'auto' or a finite number of at least 0, got"):
+            check_ridge(wrong)
