@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 from torch import nn
 from torch.fx import symbolic_trace
 
-from nni_topo.errors import ConfigError
-from nni_topo.maths.least_squares.normal import NormalEquations
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
+from nni_topo.maths.least_squares.shifts import Patches
+from nni_topo.recovery import samples
+from nni_topo.recovery.networks import build_networks, plan_of
 from nni_topo.recovery.plan import Equation, Solvable
-from nni_topo.recovery.reconstruct import ReconstructTask
+from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask
+from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.samples import (
     OtherSamplesError,
     Sampler,
@@ -20,6 +25,7 @@ from nni_topo.recovery.samples import (
     _parts,
     _sampled_rows,
     check_ridge,
+    draw_positions,
     draw_unpadded,
     numbers_drawn,
     pass_over,
@@ -140,3 +146,153 @@ def test_ridges_at_their_bounds_are_taken(ridge):
     for wrong in (math.inf, -1e-9, None, False, "", [0.1]):
         with pytest.raises(ConfigError, match="ridge must be 'auto' or a finite number of at least 0, got"):
             check_ridge(wrong)
+
+
+def sampling(model, batches, kept, **knobs):
+    """Return what samples the layers after the first one, of which some channels are kept, and the tasks."""
+    first = model[0].weight
+    mask = torch.zeros(len(first), dtype=first.dtype)
+    mask[list(kept)] = 1.0
+    masks = {"0": {"weight": mask.view(-1, *[1] * (first.dim() - 1)).expand_as(first), "bias": mask}}
+    networks = build_networks(model.eval(), ((batches[0],), {}), masks)
+    replay = Replay(model, networks.unpruned, networks.pruned, batches, 0)
+    tasks = Reconstruct(refine=0).tasks(plan_of(networks, replay.touched_nodes), networks)
+    return Sampler(replay, tuple(len(each) for each in batches), 3, 0, **knobs), tasks
+
+
+def batches_of(*shape, sizes=(4, 7, 2)):
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randn(sum(sizes), *shape, dtype=torch.float64, generator=generator).split(sizes))
+
+
+def convolutions(channels, groups=1):
+    torch.manual_seed(0)
+    knobs = {"padding": 1, "dtype": torch.float64}
+    return nn.Sequential(
+        nn.Conv2d(2, channels, 3, **knobs), nn.Conv2d(channels, channels, 3, groups=groups, **knobs)
+    )  # fmt: skip
+
+
+def linears():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "kept", "factors"),
+    [
+        (linears(), batches_of(3), (0, 2, 3), (1, 3, 3)),
+        (linears(), batches_of(3, sizes=(2,)), (0, 2, 3), (1, 3, 2)),  # two samples
+        (linears(), batches_of(2, 3, sizes=(1, 1)), (0, 1, 2, 3)[:3], (1, 3, 3)),  # four positions
+        (convolutions(4), batches_of(2, 6, 6), (0, 2, 3), (1, 27, 27)),
+        (convolutions(4, groups=2), batches_of(2, 6, 6), (0, 2), (2, 9, 9)),
+        (convolutions(8, groups=2), batches_of(2, 2, 3, sizes=(2,)), (0, 1, 2, 4, 5, 6), (2, 27, 12)),
+    ],
+)
+def test_memory_is_that_of_four_copies_of_the_products_or_of_the_samples(monkeypatch, model, batches, kept, factors):
+    sampler, (task,) = sampling(model, batches, kept)
+    needed = 8 * 4 * math.prod(factors)
+    assert sampler._needed(task) == needed
+    monkeypatch.setattr(samples, "free_memory_of", lambda _: needed + 1000)
+    assert (sampler.memory_beside([task]), sampler.memory_beside([])) == (250, (needed + 1000) // 4)
+    monkeypatch.setattr(samples, "free_memory_of", lambda _: needed - 1)
+    assert sampler.memory_beside([task]) == 0
+
+
+class Second:
+    """Stands for the second of two processes that have equal data."""
+
+    rank, size = 1, 2
+
+    def gather(self, value, place):
+        return [value, value]
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "drawn"),
+    [
+        (convolutions(4), batches_of(2, 6, 6), 13 * 2),  # 27 rows of 26 images: one of each, and one more
+        (linears(), batches_of(9, 3), 13 * 1),
+        (linears(), batches_of(3), 0),  # all there are
+    ],
+)
+def test_a_process_draws_what_one_with_all_data_would_draw_for_its_batches(monkeypatch, model, batches, drawn):
+    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 4)
+    monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
+    shared, (task,) = sampling(model, batches, (0, 2, 3), processes=Second())
+    shared.begin([task])
+    assert (shared.is_shared, shared.images) == (True, 26)
+    assert shared._before == {(task.layer.name, task.place): (13, drawn)}
+    alone, (same,) = sampling(model, batches * 2, (0, 2, 3))
+    alone.begin([same])
+    assert (alone.is_shared, alone.images, alone._before) == (False, 26, {})
+    mine, every = (list(each._sampled(one, 0, None)) for each, one in ((shared, task), (alone, same)))
+    assert len(mine) == 3
+    for one, other in zip(mine, every[3:], strict=True):
+        for name in ("inputs", "lacking", "wanted", "is_held_out"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+    held_out = torch.cat([chunk.is_held_out for chunk in every])
+    assert torch.equal(held_out.reshape(26, -1)[:, 0], torch.arange(26) % 5 == 4)
+    monkeypatch.setattr(samples, "free_memory_of", lambda _: 10**6)
+    assert [each.memory_beside([]) for each in (shared, alone)] == [10**6 // 8, 10**6 // 4]
+
+
+def test_positions_are_drawn_from_a_seed_batch_by_batch(monkeypatch):
+    """One of nine positions of each entry, of the inputs of a layer on all of them."""
+    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 4)
+    monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
+    model, batches = linears(), batches_of(9, 3)
+    sampler, (task,) = sampling(model, batches, (0, 2, 3))
+    generator = torch.Generator().manual_seed(3)
+    for chunk, batch in zip(sampler._sampled(task, 0, None), batches, strict=True):
+        places = (9 * torch.rand(len(batch), 1, generator=generator, dtype=torch.float64)).floor().long()
+        rows = batch[torch.arange(len(batch)), places[:, 0]]
+        torch.testing.assert_close(chunk.inputs[0], model[0](rows)[:, [0, 2, 3]])
+        torch.testing.assert_close(chunk.wanted[0], model(rows))
+
+
+def test_convolutions_are_sampled_at_all_positions_where_that_is_less_work():
+    model, batches = convolutions(8), batches_of(2, 16, 16)
+    sampler, (task,) = sampling(model, batches, range(7))
+    chunks = list(sampler._sampled(task, 0, None))
+    assert [type(chunk.inputs) for chunk in chunks] == [Patches] * 3
+    assert [chunk.lacking.shape for chunk in chunks] == [(1, len(batch) * 256, 8) for batch in batches]
+    # Position by position, the entries of a batch one after the other.
+    marks = torch.cat([chunk.is_held_out.reshape(256, -1).T for chunk in chunks])
+    assert torch.equal(marks, (torch.arange(13) % 5 == 4)[:, None].expand(13, 256))
+    assert sampler._counts([task]) == [(13, 0)]
+    learned, held = sampler.collect(task, 0)
+    assert (learned.samples, held.samples) == (11 * 256, 2 * 256)
+    found = torch.cat([chunk.wanted for chunk in chunks], 1)
+    torch.testing.assert_close(found.sum(1)[0], model(torch.cat(batches)).sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("where", [0, 4])
+def test_values_that_are_not_finite_are_told_whether_they_are_held_out_or_not(where):
+    batches = batches_of(3, sizes=(5,))
+    sampler, (task,) = sampling(linears(), batches, (0, 2, 3))
+    batches[0][where] = math.inf
+    with pytest.raises(DataError, match=r"activations must be finite, got NaN or infinity \(1\)"):
+        sampler.collect(task, 0)
+
+
+def test_processes_agree_on_the_solution_of_the_first(one_process):
+    sampler, (task,) = sampling(linears(), batches_of(3), (0, 2, 3), processes=one_process)
+    given = Fit(Solution(torch.ones(1, 3, 2).double(), torch.ones(1, 2).double(), 0.3), 0.1, 0.7, 0.2, 0.6)
+    found = sampler.agreed(given, task)
+    assert (found.ridge, found.before, found.after, found.held_out, found.solution.error) == (0.1, 0.7, 0.2, 0.6, 0.3)
+    assert torch.equal(found.solution.weights, given.solution.weights)
+    assert found.solution.weights is not given.solution.weights
+    alone, _ = sampling(linears(), batches_of(3), (0, 2, 3))
+    assert alone.agreed(given, task) is given
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "lows"),
+    [(10, 3, [0, 4, 7, 10]), (2**26 + 1, 3, [0, 22369622, 44739244, 67108865]), (5, 2, [0, 3, 5]), (4, 1, [0, 4])],
+)
+def test_a_position_is_drawn_from_each_of_equal_ranges(count, wanted, lows):
+    found = draw_positions(count, 50, wanted, torch.Generator().manual_seed(0))
+    jitter = torch.rand(50, wanted, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for index, (low, high) in enumerate(itertools.pairwise(lows)):
+        assert torch.equal(found[:, index], (low + jitter[:, index] * (high - low)).floor().long())
