@@ -50,9 +50,15 @@ from nni_topo.network.runtime import (
     tensors_of,
     watched,
 )
-from nni_topo.recovery.samples import check_ridge, draw_positions, input_rows, output_rows, position_count
+from nni_topo.recovery.samples import (
+    HELD_OUT_ENTRIES,
+    check_ridge,
+    draw_positions,
+    input_rows,
+    output_rows,
+    position_count,
+)
 
-_HELD_OUT = 5
 _NEAR = 1e-3
 _POSITIONS = 64  # of each image of a convolution's output: neighbouring ones tell nearly the same
 _ENDS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LayerNorm, nn.RMSNorm)  # what may follow the sum at a block's end
@@ -351,7 +357,7 @@ def solutions(
             after += more[1]
     equations = [(NormalEquations(), NormalEquations()) for _ in gaps]
     samples = 0
-    is_held_out = batches.held_out(_HELD_OUT)
+    is_held_out = batches.held_out(HELD_OUT_ENTRIES)
     with left_alone(*nets), evaluation_mode(*nets), torch.no_grad(), as_written(), watched(before, after):
         for index, call in enumerate(calls(nets[0], batches)):
             with fitting(index, batches.name):

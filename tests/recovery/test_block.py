@@ -510,6 +510,17 @@ class Watched(_Learning):
         return super().objective(student, call, wanted)
 
 
+class Flat(nn.Module):
+    """Layers on the positions of all samples in one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, values):
+        return self.second(self.first(values.flatten(0, 1)))
+
+
 def learner(model, masks, batches, is_dense=False, off=0.0, cache_bytes=2**30, **knobs):
     """Return what learns all blocks of a model together; the dense network can be off by a constant."""
     networks = build_networks(model, ((batches[0],), {}), masks)
@@ -730,3 +741,18 @@ def test_errors_are_shares_of_the_variance_and_what_is_zero_for_a_mask_stays(val
     torch.testing.assert_close(loss, off[rows].square().mean() / wanted.var(correction=0), rtol=1e-4, atol=0)
     loss.backward()
     assert (student.body.get_parameter("0.bias").grad[:4] != 0).tolist() == [True, True, False, True]
+
+
+def test_batches_that_have_no_entry_for_each_sample_stay_as_they_are(values):
+    torch.manual_seed(0)
+    model = Flat().eval()
+    batches = [each.reshape(-1, 2, 6) for each in values]
+    block = learner(model, {"first": {"weight": MASK}}, batches)
+    assert (block._values._are_mixed, block._values._sizes) == (False, [32] * 4)
+    with torch.no_grad():
+        wanted = [model(each) for each in batches]
+        off = torch.cat([block._networks.pruned(each) - meant for each, meant in zip(batches, wanted, strict=True)])
+        shares = off.square().reshape(128, -1).mean(1) / torch.cat(wanted).var(correction=0)
+        for index in ([0], [3, 40, 41]):
+            found = block.judge(block.student(), torch.tensor(index))
+            assert found == pytest.approx(float(shares[index].mean()), rel=1e-4)

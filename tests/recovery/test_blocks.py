@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_rows_of_a_convolution_are_those_of_64_positions_an_image():
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("norm", [None, nn.BatchNorm1d(3), nn.BatchNorm1d(3, affine=False)])
+@pytest.mark.parametrize("norm", [None, nn.BatchNorm1d(3, eps=0.1), nn.BatchNorm1d(3, affine=False)])
 def test_a_writer_adds_a_solution_to_the_stream(has_bias, norm):
     torch.manual_seed(0)
     layer = nn.Linear(2, 3, bias=has_bias)
@@ -461,3 +462,12 @@ def test_rows_of_a_convolution_lie_where_its_values_do(device):
     for one, other in zip(found, expected, strict=True):
         assert one.device == device
         assert torch.equal(one.cpu(), other)
+
+
+@pytest.mark.parametrize(("names", "kinds"), [(["front.1", "front.4"], "acdfg"), (["front.0", "back.1"], "abcdefg")])
+def test_a_config_tells_the_blocks_that_stay_of_one_list(names, kinds):
+    model = streams()
+    model.config = SimpleNamespace(num_hidden_layers=7, is_encoder_decoder=False, layer_types=list("abcdefg"))
+    config = remove_blocks(model, names, [rows()]).config
+    assert (config.num_hidden_layers, "".join(config.layer_types)) == (len(kinds), kinds)
+    assert model.config.num_hidden_layers == 7

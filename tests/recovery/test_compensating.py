@@ -566,7 +566,7 @@ def test_refinements_take_the_ridge_of_the_first_solution_unless_no_change_was_b
 
 
 def test_refinements_of_kept_samples_are_those_of_networks_that_run_again():
-    model, masks = narrowed(square, nn.ReLU, square, nn.ReLU)
+    model, masks = narrowed(square, nn.ReLU, square, nn.ReLU, square)
     images = list(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).split(20))
     kept, anew = (compensate(model, masks, images, cache_bytes=size) for size in (2**30, 0))
     torch.testing.assert_close(kept.state_dict(), anew.state_dict())

@@ -154,10 +154,12 @@ def sampling(model, batches, kept, **knobs):
     mask = torch.zeros(len(first), dtype=first.dtype)
     mask[list(kept)] = 1.0
     masks = {"0": {"weight": mask.view(-1, *[1] * (first.dim() - 1)).expand_as(first), "bias": mask}}
-    networks = build_networks(model.eval(), ((batches[0],), {}), masks)
+    call = ((), batches[0]) if isinstance(batches[0], dict) else ((batches[0],), {})
+    networks = build_networks(model.eval(), call, masks)
     replay = Replay(model, networks.unpruned, networks.pruned, batches, 0)
     tasks = Reconstruct(refine=0).tasks(plan_of(networks, replay.touched_nodes), networks)
-    return Sampler(replay, tuple(len(each) for each in batches), 3, 0, **knobs), tasks
+    sizes = tuple(len(each["states"] if isinstance(each, dict) else each) for each in batches)
+    return Sampler(replay, sizes, 3, 0, **knobs), tasks
 
 
 def batches_of(*shape, sizes=(4, 7, 2)):
@@ -193,8 +195,8 @@ def test_memory_is_that_of_four_copies_of_the_products_or_of_the_samples(monkeyp
     sampler, (task,) = sampling(model, batches, kept)
     needed = 8 * 4 * math.prod(factors)
     assert sampler._needed(task) == needed
-    monkeypatch.setattr(samples, "free_memory_of", lambda _: needed + 1000)
-    assert (sampler.memory_beside([task]), sampler.memory_beside([])) == (250, (needed + 1000) // 4)
+    monkeypatch.setattr(samples, "free_memory_of", lambda _: needed + 1003)
+    assert (sampler.memory_beside([task]), sampler.memory_beside([])) == (250, (needed + 1003) // 4)
     monkeypatch.setattr(samples, "free_memory_of", lambda _: needed - 1)
     assert sampler.memory_beside([task]) == 0
 
@@ -296,3 +298,27 @@ def test_a_position_is_drawn_from_each_of_equal_ranges(count, wanted, lows):
     jitter = torch.rand(50, wanted, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for index, (low, high) in enumerate(itertools.pairwise(lows)):
         assert torch.equal(found[:, index], (low + jitter[:, index] * (high - low)).floor().long())
+
+
+class Series(nn.Sequential):
+    """Two convolutions along time, beside a mask of padding."""
+
+    def forward(self, states, attention_mask):
+        return super().forward(states)
+
+
+@pytest.mark.parametrize(("places", "kind", "drawn"), [(64, torch.Tensor, 10 * 34), (60, Patches, 0)])
+def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places, kind, drawn):
+    """160 rows are 17 of each of ten entries; so many real ones, of half of all, take 34. Another shape is no mask."""
+    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 160)
+    monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
+    torch.manual_seed(0)
+    model = Series(nn.Conv1d(2, 8, 3, padding=1), nn.Conv1d(8, 8, 15, padding=7)).double()
+    mask = (torch.arange(places) < 32).long().expand(5, places)
+    batches = [{"states": each, "attention_mask": mask} for each in batches_of(2, 64, sizes=(5, 5))]
+    sampler, (task,) = sampling(model, batches, range(7))
+    assert sampler._counts([task]) == [(10, drawn)]
+    chunks = list(sampler._sampled(task, 0, None))
+    assert [isinstance(chunk.inputs, kind) for chunk in chunks] == [True] * 2
+    rows = sum(chunk.lacking.shape[1] for chunk in chunks)
+    assert abs(rows - 170) <= 10 if drawn else rows == 640
