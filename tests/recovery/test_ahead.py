@@ -313,6 +313,20 @@ def test_a_block_takes_four_steps_of_seven_products_and_is_reported():
     assert report.error_after == pytest.approx(float(error), rel=1e-6)
 
 
+def test_constants_that_nobody_can_take_stay_zero():
+    model, masks = chain(3, 4, 2)
+    model[1].bias = None
+    _, window, data, networks = opened(model, masks, doubles(2, 10, 3))
+    problem, start = ahead._Problem(window, data, 20), window.start()
+    weights, constants = problem.gradient(start)
+    assert weights.any()
+    assert not constants.any()
+    moved = problem.product(start, [torch.ones_like(each) for each in start])
+    assert (bool(moved[0].any()), bool(moved[1].any())) == (True, False)
+    window.put((networks.pruned,), [torch.ones_like(each) for each in start])
+    torch.testing.assert_close(networks.pruned.get_submodule("1").weight[:, :3], model[1].weight[:, :3] + 1.0)
+
+
 def test_values_that_are_not_finite_name_the_place():
     model, masks = chain(3, 4, 2)
     batches = doubles(2, 5, 3)

@@ -12,6 +12,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
 from nni_topo.maths.least_squares.shifts import Patches
 from nni_topo.recovery import samples
+from nni_topo.recovery.mixing import Channel
 from nni_topo.recovery.networks import build_networks, plan_of
 from nni_topo.recovery.plan import Equation, Solvable
 from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask
@@ -148,7 +149,7 @@ def test_ridges_at_their_bounds_are_taken(ridge):
             check_ridge(wrong)
 
 
-def sampling(model, batches, kept, **knobs):
+def sampling(model, batches, kept, method=Reconstruct(refine=0), **knobs):  # noqa: B008
     """Return what samples the layers after the first one, of which some channels are kept, and the tasks."""
     first = model[0].weight
     mask = torch.zeros(len(first), dtype=first.dtype)
@@ -157,7 +158,7 @@ def sampling(model, batches, kept, **knobs):
     call = ((), batches[0]) if isinstance(batches[0], dict) else ((batches[0],), {})
     networks = build_networks(model.eval(), call, masks)
     replay = Replay(model, networks.unpruned, networks.pruned, batches, 0)
-    tasks = Reconstruct(refine=0).tasks(plan_of(networks, replay.touched_nodes), networks)
+    tasks = method.tasks(plan_of(networks, replay.touched_nodes), networks)
     sizes = tuple(len(each["states"] if isinstance(each, dict) else each) for each in batches)
     return Sampler(replay, sizes, 3, 0, **knobs), tasks
 
@@ -254,17 +255,19 @@ def test_positions_are_drawn_from_a_seed_batch_by_batch(monkeypatch):
 
 
 def test_convolutions_are_sampled_at_all_positions_where_that_is_less_work():
-    model, batches = convolutions(8), batches_of(2, 16, 16)
+    model, batches = convolutions(8), batches_of(2, 16, 16, sizes=(4, 7, 6))
     sampler, (task,) = sampling(model, batches, range(7))
     chunks = list(sampler._sampled(task, 0, None))
     assert [type(chunk.inputs) for chunk in chunks] == [Patches] * 3
     assert [chunk.lacking.shape for chunk in chunks] == [(1, len(batch) * 256, 8) for batch in batches]
     # Position by position, the entries of a batch one after the other.
     marks = torch.cat([chunk.is_held_out.reshape(256, -1).T for chunk in chunks])
-    assert torch.equal(marks, (torch.arange(13) % 5 == 4)[:, None].expand(13, 256))
-    assert sampler._counts([task]) == [(13, 0)]
+    assert torch.equal(marks, (torch.arange(17) % 5 == 4)[:, None].expand(17, 256))
+    assert sampler._counts([task]) == [(17, 0)]
+    sampler._cache_bytes = 2**30
     learned, held = sampler.collect(task, 0)
-    assert (learned.samples, held.samples) == (11 * 256, 2 * 256)
+    assert sampler._chunks is None  # no task refines this one
+    assert (learned.samples, held.samples) == (14 * 256, 3 * 256)
     found = torch.cat([chunk.wanted for chunk in chunks], 1)
     torch.testing.assert_close(found.sum(1)[0], model(torch.cat(batches)).sum((0, 2, 3)))
 
@@ -322,3 +325,12 @@ def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places,
     assert [isinstance(chunk.inputs, kind) for chunk in chunks] == [True] * 2
     rows = sum(chunk.lacking.shape[1] for chunk in chunks)
     assert abs(rows - 170) <= 10 if drawn else rows == 640
+
+
+def test_a_task_has_the_plain_answers_unless_it_says_otherwise():
+    sampler, (task,) = sampling(linears(), batches_of(3), (0, 2, 3), Channel())
+    assert (task.refines, task.passes, task.outputs, task.fitted) == (False, 1, task.layer.rows.shape[1], 3)
+    assert task.geometry({}) is None
+    chunk = (torch.zeros(1), torch.ones(1), torch.ones(1))
+    assert task.refined(chunk) is chunk
+    assert sampler.held_out.tolist() == (torch.arange(13) % 5 == 4).tolist()
