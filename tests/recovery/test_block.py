@@ -578,7 +578,8 @@ NORMED_MASKS = {"first": {"weight": FIRST[:, None], "bias": FIRST}, "norm": {"we
 
 
 @pytest.mark.parametrize("is_dense", [True, False])
-def test_batch_norms_keep_their_statistics_and_no_bar_is_shown(values, capsys, is_dense):
+def test_batch_norms_keep_their_statistics_and_no_bar_is_shown(values, capsys, monkeypatch, is_dense):
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
     torch.manual_seed(0)
     model = Normed().eval()
     block = learner(model, NORMED_MASKS, values, is_dense, steps=4)
