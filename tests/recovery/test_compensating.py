@@ -570,3 +570,30 @@ def test_refinements_of_kept_samples_are_those_of_networks_that_run_again():
     images = list(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).split(20))
     kept, anew = (compensate(model, masks, images, cache_bytes=size) for size in (2**30, 0))
     torch.testing.assert_close(kept.state_dict(), anew.state_dict())
+
+
+class Routed(nn.Module):
+    """An expert that gets the samples for which another layer's first output is above zero, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 6)
+        self.expert, self.head = nn.Linear(6, 5), nn.Linear(8, 5)
+
+    def forward(self, values):
+        values = torch.tanh(self.first(values))
+        routed = self.second(values)
+        found = torch.relu(self.expert(routed[routed[:, 0] > 0.0]))
+        return self.head(values) + found.mean(0)
+
+
+def test_layers_after_one_that_gets_other_samples_are_solved():
+    torch.manual_seed(0)
+    model = Routed().eval()
+    masks = {
+        name: {"weight": (torch.arange(len(weight)) < 4).float()[:, None].expand_as(weight)}
+        for name, weight in (("first", model.first.weight), ("second", model.second.weight))
+    }
+    report = compensation(model, masks, [torch.randn(50, 4)]).report
+    assert report.left_alone == {"expert": "in the pruned network a router sends it other samples"}
+    assert [layer.layer for layer in report.layers] == ["second", "head"]

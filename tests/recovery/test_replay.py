@@ -508,3 +508,26 @@ def test_a_copy_without_side_effects_leaves_the_original_and_shares_parameters_i
     assert any(node.kwargs.get("inplace") for node in graph.graph.nodes)
     assert not any(node.kwargs.get("inplace") for node in copied.graph.nodes)
     assert without_side_effects(graph).first.weight is not graph.first.weight
+
+
+class Ignoring(nn.Module):
+    """Reads the second of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, ignored, values):
+        return self.second(self.first(values))
+
+
+def test_inputs_that_nothing_reads_are_not_kept():
+    model = Ignoring()
+    original = symbolic_trace(model)
+    changed = copy.deepcopy(original)
+    changed.get_submodule("first").weight.data.mul_(0.5)
+    batches = [{"ignored": torch.randn(6, 100), "values": torch.randn(6, 3)} for _ in range(2)]
+    replay = Replay(model, original, changed, batches, 2**30)
+    values(replay, original, "second", "second")
+    for kept in replay._reached.values():
+        assert [{node.name for node in net} for net in (kept.unpruned, kept.pruned)] == [{"first"}, {"first"}]
