@@ -316,8 +316,14 @@ def test_a_block_takes_four_steps_of_seven_products_and_is_reported():
 def test_constants_that_nobody_can_take_stay_zero():
     model, masks = chain(3, 4, 2)
     model[1].bias = None
+    model[1].weight.data *= 1e-3
     _, window, data, networks = opened(model, masks, doubles(2, 10, 3))
     problem, start = ahead._Problem(window, data, 20), window.start()
+    images = torch.cat(doubles(2, 10, 3))
+    with torch.no_grad():
+        wanted, found = model(images), networks.pruned(images)
+    spread = (wanted - wanted.mean()).square().sum()  # far below one
+    assert problem.error(start) == pytest.approx(float((found - wanted).square().sum() / spread), rel=1e-6)
     weights, constants = problem.gradient(start)
     assert weights.any()
     assert not constants.any()
@@ -489,3 +495,13 @@ def test_a_batch_norm_moves_its_values_and_their_derivatives_by_channel(norm, sh
             expected = forward_ad.unpack_dual(norm(forward_ad.make_dual(values, tangent)))
             for one, other in zip(moved, expected, strict=True):
                 torch.testing.assert_close(one, other)
+
+
+def test_norms_of_the_batch_run_as_they_are():
+    torch.manual_seed(0)
+    graph = symbolic_trace(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3))).eval()
+    nodes, values = list(graph.graph.nodes), torch.randn(5, 3)
+    window = Window(Segment(1, 3, nodes[3], ()), graph, {})
+    assert set(window._norms) == {"1"}
+    with torch.no_grad():
+        torch.testing.assert_close(window({"input_1": values}, []), graph(values))

@@ -757,3 +757,28 @@ def test_batches_that_have_no_entry_for_each_sample_stay_as_they_are(values):
         for index in ([0], [3, 40, 41]):
             found = block.judge(block.student(), torch.tensor(index))
             assert found == pytest.approx(float(shares[index].mean()), rel=1e-4)
+
+
+def test_projections_within_attention_learn_where_it_is_computed():
+    torch.manual_seed(0)
+    model = nni_topo.zoo.create_model("vit_small", num_classes=3, in_channels=1, image_size=8, seed=0).eval()
+    weight = model.blocks[3].mlp.fc1.weight
+    mask = (torch.arange(len(weight)) < len(weight) // 2).float()
+    masks = {"blocks.3.mlp.fc1": {"weight": mask[:, None].expand_as(weight), "bias": mask}}
+    networks = build_networks(model, ((torch.randn(2, 1, 8, 8),), {}), masks)
+    found = _learners(networks, touched_nodes(networks.unpruned, networks.pruned))
+    owners = [list(dict.fromkeys(name.rpartition(".")[0] for name in names)) for names in found.values()]
+    last = "blocks.4."
+    assert owners == [
+        ["blocks.3.mlp.fc1"],
+        ["blocks.3.mlp.fc2"],
+        [f"{last}norm1"],
+        [f"{last}attention.{kind}_proj" for kind in "qkv"],
+        [f"{last}attention.o_proj"],
+        [f"{last}norm2"],
+        [f"{last}mlp.fc1"],
+        [f"{last}mlp.fc2"],
+        ["norm"],
+        ["head"],
+    ]
+    assert all(len(names) == 2 * len(own) for names, own in zip(found.values(), owners, strict=True))

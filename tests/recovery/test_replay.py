@@ -531,3 +531,14 @@ def test_inputs_that_nothing_reads_are_not_kept():
     values(replay, original, "second", "second")
     for kept in replay._reached.values():
         assert [{node.name for node in net} for net in (kept.unpruned, kept.pruned)] == [{"first"}, {"first"}]
+
+
+def test_values_that_are_no_tensors_have_their_own_shapes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(3, 4))
+    graph = symbolic_trace(model)
+    (node,) = (node for node in graph.graph.nodes if node.op == "call_module")
+    ((found, real),) = Replay(model, graph, copy.deepcopy(graph), [torch.randn(5, 2, 3)], 0).shapes([node])
+    assert real is None
+    assert found[node][0].shape == (5, 2, 4)
+    assert [each.shape for each in found[node][1]] == [(1, 2, 4)] * 2
