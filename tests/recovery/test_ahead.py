@@ -505,3 +505,46 @@ def test_norms_of_the_batch_run_as_they_are():
     assert set(window._norms) == {"1"}
     with torch.no_grad():
         torch.testing.assert_close(window({"input_1": values}, []), graph(values))
+
+
+WINDOWS = {
+    "linear": (nn.Linear(3, 5), nn.Linear(5, 4), (6, 3)),
+    "tokens": (nn.Linear(3, 5), nn.Linear(5, 4), (6, 4, 3)),
+    "convolution": (nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 3, padding=1), (6, 3, 4, 4)),
+    "groups": (nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 3, padding=1, groups=2), (6, 3, 4, 4)),
+    "transposed": (nn.Conv1d(3, 5, 1), nn.ConvTranspose1d(5, 4, 2, stride=2), (6, 3, 4)),
+    "norm": (nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1, bias=False), (6, 3, 4, 4), nn.BatchNorm2d(4)),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_a_window_gives_for_changes_what_the_network_does_once_they_are_put(case):
+    first, second, shape, *norms = copy.deepcopy(WINDOWS[case])
+    torch.manual_seed(0)
+    model = nn.Sequential(first, second, *norms).eval()
+    for norm in norms:
+        norm.running_var.uniform_(0.5, 2.0)
+    mask = torch.ones(len(first.weight))
+    mask[[0, -1]] = 0.0
+    masks = {"0": {"weight": mask.view(-1, *[1] * (first.weight.dim() - 1)).expand_as(first.weight), "bias": mask}}
+    images = torch.randn(*shape)
+    _, window, _, networks = opened(model, masks, [images])
+    changes = [torch.randn_like(each) for each in window.start()]
+    with torch.no_grad():
+        inputs = {"_0": networks.pruned.get_submodule("0")(images), "input_1": images}
+        torch.testing.assert_close(window(inputs, window.start()), networks.pruned(images))
+        expected = window(inputs, changes)
+        nets = networks.pruned, networks.result
+        before = [net.get_submodule("1").weight.clone() for net in nets]
+        window.put(nets, changes)
+        torch.testing.assert_close(networks.pruned(images), expected)
+        moved, same = (net.get_submodule("1").weight - old for net, old in zip(nets, before, strict=True))
+        torch.testing.assert_close(moved, same)
+        assert moved.any()
+
+
+def test_settings_have_their_defaults_and_bounds():
+    assert (Ahead().layers, Ahead().refine) == (4, 2)
+    assert Ahead(layers=1, refine=0).layers == 1
+    with pytest.raises(ConfigError, match=r"refine must be an integer of at least 0, got -1 \(ahead\)"):
+        Ahead(refine=-1)

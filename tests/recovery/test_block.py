@@ -14,7 +14,17 @@ import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import Block, compensate, compensation
-from nni_topo.recovery.block import _entries, _has_matrix, _in_single, _learners, _Learning, _Part, _places, _Values
+from nni_topo.recovery.block import (
+    _by_output,
+    _entries,
+    _has_matrix,
+    _in_single,
+    _learners,
+    _Learning,
+    _Part,
+    _places,
+    _Values,
+)
 from nni_topo.recovery.course import Course
 from nni_topo.recovery.networks import build_networks, dense_graph, plan_of
 from nni_topo.recovery.reconstruct import Reconstruct
@@ -782,3 +792,48 @@ def test_projections_within_attention_learn_where_it_is_computed():
         ["head"],
     ]
     assert all(len(names) == 2 * len(own) for names, own in zip(found.values(), owners, strict=True))
+
+
+def test_a_rate_is_taken_if_the_loss_grows_by_at_most_a_quarter_of_what_it_is_off_one(values):
+    """Of a network that always gives the same answer the loss is one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6)).eval()
+    masks = {"0": {"weight": (torch.arange(16) < 1).float()[:, None].expand(16, 6)}}
+    block = learner(model, masks, values, steps=1)
+    rates = torch.logspace(0.5, -2.5, 25).tolist()
+    report = block.run(rates)
+    first, *tried = block.losses[2 : 4 + rates.index(report.lr)]
+    assert min(tried[:-1]) > first + 0.25 * abs(1.0 - first) >= tried[-1]
+    assert min(tried[:-1]) < first + 0.25 * abs(2.0 - first)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"lr": 1e-30}])
+def test_a_block_that_learns_nothing_stays(gated, values, knobs):
+    """No rate is left to try, or one at which no weight moves."""
+    block = learner(gated, MASKS, values, steps=2, **knobs)
+    report = block.run(())
+    assert (report.is_kept, report.ridge) == (False, math.inf)
+    assert math.isnan(report.lr) if not knobs else report.lr == 1e-30
+    assert block.steps == (2 if knobs else 0)
+
+
+def test_transposed_convolutions_learn_by_output():
+    torch.manual_seed(0)
+    layer, norm = nn.ConvTranspose1d(4, 2, 3), nn.BatchNorm1d(4)
+    assert torch.equal(_by_output(layer.weight, "weight", layer), layer.weight.transpose(0, 1))
+    for key, owner in (("bias", layer), ("weight", norm)):
+        assert _by_output(getattr(owner, key), key, owner) is getattr(owner, key)
+    model = nn.Sequential(nn.Conv1d(2, 8, 1), nn.Tanh(), nn.ConvTranspose1d(8, 3, 2, stride=2)).eval()
+    mask = (torch.arange(8) < 4).float()
+    masks = {"0": {"weight": mask[:, None, None].expand(8, 2, 1), "bias": mask}}
+    images = list(torch.randn(40, 2, 5, generator=torch.Generator().manual_seed(0)).split(20))
+    block = learner(model, masks, images, True, steps=4, lr=1e-2)
+    assert block._source is not block._networks.pruned
+    report = block.run(())
+    assert report.is_kept
+    learned = torch.arange(40) % 5 != 4
+    with torch.no_grad():
+        wanted = model(torch.cat(images))
+        off = block._networks.pruned(torch.cat(images)) - wanted
+    assert report.error_after == pytest.approx(float(off[learned].square().mean() / wanted.var(correction=0)), rel=1e-4)
+    assert report.error_after < report.error_before

@@ -597,3 +597,15 @@ def test_layers_after_one_that_gets_other_samples_are_solved():
     report = compensation(model, masks, [torch.randn(50, 4)]).report
     assert report.left_alone == {"expert": "in the pruned network a router sends it other samples"}
     assert [layer.layer for layer in report.layers] == ["second", "head"]
+
+
+def test_a_process_that_shares_its_data_solves_by_sums(one_process):
+    model, masks = narrowed(square, nn.ReLU, square, square)
+    images = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    shared = Calibration([images])
+    shared.processes = one_process
+    for work in (compensate, lambda *given: compensating.compensate_up_to(*given, "3")):
+        found, alone = (work(model, masks, data) for data in (shared, [images]))
+        torch.testing.assert_close(found.state_dict(), alone.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"must solve by sums over samples .*, got 'block', .* \(method\)"):
+        compensate(model, masks, shared, method="block")
