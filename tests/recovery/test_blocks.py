@@ -334,7 +334,7 @@ LINE, IMAGE = (2, 4), (2, 4, 3, 5)
 WRITERS = {
     "a layer": (lambda b, x: x + b.fc(x), {"fc": line()}, LINE, "fc", None),
     "one sample without a batch": (lambda b, x: x + b.fc(x), {"fc": line()}, (4,), "fc", None),
-    "large values": (lambda b, x: 1000.0 * x + b.fc(x), {"fc": line()}, LINE, "fc", None),
+    "large values": (lambda b, x: 10000.0 * x + b.fc(x), {"fc": line()}, LINE, "fc", None),
     "half of a layer": (lambda b, x: x + 0.5 * b.fc(x), {"fc": line()}, LINE, None, None),
     "a layer called twice": (lambda b, x: x + b.fc(x) + b.fc(2 * x), {"fc": line()}, LINE, None, None),
     "a narrow layer before": (
@@ -471,3 +471,18 @@ def test_a_config_tells_the_blocks_that_stay_of_one_list(names, kinds):
     config = remove_blocks(model, names, [rows()]).config
     assert (config.num_hidden_layers, "".join(config.layer_types)) == (len(kinds), kinds)
     assert model.config.num_hidden_layers == 7
+
+
+@pytest.mark.parametrize("sizes", [[10], [3, 3, 4], [7, 3]])
+@pytest.mark.parametrize(("odd", "is_changed"), [(9, False), (7, True)])
+def test_samples_that_are_held_out_say_whether_anything_changes(sizes, odd, is_changed):
+    """Of ten samples the fifth and the last are held out. One is far off what the others ask for."""
+    made = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    wanted = Block(lambda _, x: torch.where(x > 0.0, x, -2.0 * x))
+    nn.init.zeros_(made[0].weight)
+    values = 1.0 + 0.1 * torch.arange(10, dtype=torch.float64)[:, None]
+    values[odd] *= -1.0
+    writer = blocks.Writer(made[0], None, blocks.Stream(made, None))
+    gap = blocks.Gap(writer, blocks.Stream(wanted, None), is_whole=False)
+    (found,) = blocks.solutions((wanted, made), [gap], Calibration(list(values.split(sizes))), "auto")
+    assert bool(found.weights.any()) is is_changed

@@ -334,3 +334,23 @@ def test_a_task_has_the_plain_answers_unless_it_says_otherwise():
     chunk = (torch.zeros(1), torch.ones(1), torch.ones(1))
     assert task.refined(chunk) is chunk
     assert sampler.held_out.tolist() == (torch.arange(13) % 5 == 4).tolist()
+
+
+class Noting:
+    """Stands for processes that agree, and notes where tensors lie."""
+
+    def __init__(self):
+        self.devices = set()
+
+    def agree(self, tensors, place):
+        self.devices |= {tensor.device for tensor in tensors}
+
+
+@pytest.mark.parametrize("device", ["far"], indirect=True)
+def test_what_processes_agree_on_lies_with_the_weights(device):
+    noting = Noting()
+    sampler, (task,) = sampling(linears(), batches_of(3), (0, 2, 3), processes=noting)
+    weights, shift = torch.ones(1, 3, 2).double().to(device), torch.ones(1, 2).double().to(device)
+    found = sampler.agreed(Fit(Solution(weights, shift, 0.3), 0.1, 0.7, 0.2, 0.6), task)
+    assert noting.devices == {device}
+    assert found.ridge == 0.1
