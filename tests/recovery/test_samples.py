@@ -354,3 +354,14 @@ def test_what_processes_agree_on_lies_with_the_weights(device):
     found = sampler.agreed(Fit(Solution(weights, shift, 0.3), 0.1, 0.7, 0.2, 0.6), task)
     assert noting.devices == {device}
     assert found.ridge == 0.1
+
+
+@pytest.mark.parametrize("device", ["far"], indirect=True)
+@pytest.mark.parametrize("channels", [[0, 1, 2, 3], [2, 0]])
+def test_outputs_are_taken_where_they_lie(device, channels):
+    values = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    places, rows = torch.tensor([[0, 3], [1, 4]]), torch.tensor([channels])
+    found = samples.output_rows(nn.Linear(3, 4), values.to(device), rows.to(device), places.to(device))
+    expected = torch.stack([values[0, 0], values[0, 3], values[1, 1], values[1, 4]])[:, channels]
+    assert found.device == device
+    assert torch.equal(found[0].cpu(), expected)
