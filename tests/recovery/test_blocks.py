@@ -387,8 +387,9 @@ def test_a_writer_is_a_layer_all_of_which_is_added_to_the_stream(case):
     work, parts, shape, writer, end = WRITERS[case]
     torch.manual_seed(0)
     block = Block(work, **copy.deepcopy(parts)).eval()
-    values = torch.randn(*shape)
+    values, state = torch.randn(*shape), torch.get_rng_state()
     found = blocks.find_writer(nn.Sequential(block), block, ((values,), {}))
+    assert torch.equal(torch.get_rng_state(), state)
     if writer is None:
         assert found is None
         return
