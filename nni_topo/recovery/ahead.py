@@ -102,8 +102,8 @@ def look_ahead(
     entered = [entering(segment, replay.nodes) for segment in found]
     reports = []
     for index, segment in enumerate(bar("look ahead", progress, found)):
+        # A later place that is reached already is this segment's, too, which the data keep.
         later = {node for nodes in entered[index + 1 :] for node in nodes}
-        later |= {other.place for other in found[index + 1 :]}
         window = Window(segment, networks.pruned, by_node)
         data = _Data(replay, segment, entered[index], later, cache_bytes)
         try:

@@ -426,15 +426,12 @@ class _Learning:
             student.load_state_dict(best)
 
     def _put(self, student: Stretch, start: dict[str, Tensor]) -> None:
-        """Add what was learned to the weights of all networks."""
+        """Add what was learned to the weights of the pruned network and of the result."""
         learned = dict(student.body.named_parameters())
         with torch.no_grad():
             for name in self._names:
                 owner, _, key = name.rpartition(".")
                 change = learned[name] - start[name]
-                if self._source is not self._networks.pruned:
-                    cut = self._source.get_parameter(name)
-                    cut.copy_(cut + change)
                 change = _by_output(change, key, self._source.get_submodule(owner))
                 for net in (self._networks.pruned, self._networks.result):
                     module, parameter = net.get_submodule(owner), net.get_parameter(name)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,9 +50,15 @@ from nni_topo.network.runtime import (
     tensors_of,
     watched,
 )
-from nni_topo.recovery.samples import draw_positions, input_rows, output_rows, position_count
+from nni_topo.recovery.samples import (
+    HELD_OUT_ENTRIES,
+    check_ridge,
+    draw_positions,
+    input_rows,
+    output_rows,
+    position_count,
+)
 
-_HELD_OUT = 5
 _NEAR = 1e-3
 _POSITIONS = 64  # of each image of a convolution's output: neighbouring ones tell nearly the same
 _ENDS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.LayerNorm, nn.RMSNorm)  # what may follow the sum at a block's end
@@ -109,9 +114,7 @@ def remove_blocks(
     Memory is that of one layer's products, whatever the number of samples. Of a convolution's output 64 positions of
     each image are taken.
     """
-    is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
-    if ridge != "auto" and not (is_number and 0.0 <= ridge < math.inf):
-        raise ConfigError(f"ridge must be 'auto' or a finite number of at least 0, got {ridge!r} (ridge)")
+    check_ridge(ridge)
     gaps = _gaps(model, names)
     check_model(model)
     batches = batches_of(calibration, model, shared=True)
@@ -354,7 +357,7 @@ def solutions(
             after += more[1]
     equations = [(NormalEquations(), NormalEquations()) for _ in gaps]
     samples = 0
-    is_held_out = batches.held_out(_HELD_OUT)
+    is_held_out = batches.held_out(HELD_OUT_ENTRIES)
     with left_alone(*nets), evaluation_mode(*nets), torch.no_grad(), as_written(), watched(before, after):
         for index, call in enumerate(calls(nets[0], batches)):
             with fitting(index, batches.name):

@@ -38,7 +38,7 @@ from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
-from nni_topo.recovery.samples import HELD_OUT_ENTRIES, OtherSamplesError, Sampler, Task
+from nni_topo.recovery.samples import HELD_OUT_ENTRIES, OtherSamplesError, Sampler, Task, check_ridge
 from nni_topo.recovery.thin import thin_out
 
 _logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def compensation(
         The model and the report.
     """
     began = time.perf_counter()
-    _check_ridge(ridge)
+    check_ridge(ridge)
     chosen = recovery_method(method)
     check_model(model)
     calibration = batches_of(calibration, model, shared=True)
@@ -346,12 +346,6 @@ def _step(
         error_held_out=found.held_out,
         seconds=time.perf_counter() - began,
     )
-
-
-def _check_ridge(ridge: Any) -> None:
-    is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
-    if ridge != "auto" and not (is_number and 0.0 <= ridge < math.inf):
-        raise ConfigError(f"ridge must be 'auto' or a finite number of at least 0, got {ridge!r} (ridge)")
 
 
 def survey(model: nn.Module, calibration: Calibration) -> tuple[tuple[int, ...], Call]:

@@ -412,23 +412,22 @@ class Sampler:
             is_padded = real is not None and real.shape == (entries, count)
             if not is_padded and self._takes_all(task, pruned):
                 for part in _parts(entries, count * math.prod(task.layer.columns.shape)):
-                    samples = task.patches(unpruned, pruned, part)
-                    marks = is_held_out[part]
-                    yield _Chunk(*samples, is_held_out=marks.repeat(count).to(samples[1].device))
+                    inputs, lacking, meant = task.patches(unpruned, pruned, part)
+                    marks = is_held_out[part].repeat(count).to(lacking.device)
+                    yield _Chunk(inputs, lacking, meant, marks)
                 seen += entries
                 continue
             positions, stay = draw_unpadded(count, entries, wanted, generator, real)
             for part in _parts(entries, positions.shape[1] * task.unknowns * len(task.layer.columns)):
-                samples = task.samples(unpruned, pruned, part, positions[part])
+                inputs, lacking, meant = task.samples(unpruned, pruned, part, positions[part])
                 marks = is_held_out[part]
-                rows = marks.repeat_interleave(samples[1].shape[1] // len(marks)).to(samples[1].device)
+                rows = marks.repeat_interleave(lacking.shape[1] // len(marks)).to(lacking.device)
                 if stay is not None:
                     stays = stay[part].flatten().to(rows.device)
                     stays = stays.repeat_interleave(len(rows) // len(stays))
-                    inputs, lacking, meant = samples
-                    samples = _at_rows(inputs, stays), lacking[:, stays], meant[:, stays]
+                    inputs, lacking, meant = _at_rows(inputs, stays), lacking[:, stays], meant[:, stays]
                     rows = rows[stays]
-                yield _Chunk(*samples, is_held_out=rows)
+                yield _Chunk(inputs, lacking, meant, rows)
             seen += entries
 
     def _marks(self, index: int, seen: int, entries: int) -> Tensor:
@@ -499,3 +498,10 @@ def _check_same_entries(task: Task, unpruned: Values, pruned: Values) -> None:
             f"{before} and {after}: a part of the network, such as a router, decides what enters them "
             f"({task.layer.name})"
         )
+
+
+def check_ridge(ridge: Any) -> None:
+    """Raise ConfigError unless a ridge is "auto" or a finite number of at least 0."""
+    is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
+    if ridge != "auto" and not (is_number and 0.0 <= ridge < math.inf):
+        raise ConfigError(f"ridge must be 'auto' or a finite number of at least 0, got {ridge!r} (ridge)")

@@ -14,10 +14,23 @@ import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import Block, compensate, compensation
-from nni_topo.recovery.block import _entries, _has_matrix, _in_single, _learners, _Learning, _Part, _places, _Values
+from nni_topo.recovery.block import (
+    _by_output,
+    _entries,
+    _has_matrix,
+    _in_single,
+    _learners,
+    _Learning,
+    _Part,
+    _places,
+    _Values,
+)
 from nni_topo.recovery.course import Course
-from nni_topo.recovery.networks import build_networks
-from nni_topo.recovery.replay import touched_nodes
+from nni_topo.recovery.networks import build_networks, dense_graph, plan_of
+from nni_topo.recovery.reconstruct import Reconstruct
+from nni_topo.recovery.registry import Tools
+from nni_topo.recovery.replay import Replay, touched_nodes
+from nni_topo.recovery.windows import entering, segments
 
 
 def error(found, model, masks, images):
@@ -487,3 +500,340 @@ def test_layers_that_are_used_once_may_learn_after_what_is_pruned():
     assert [node.name for node in _learners(networks, later)] == ["norm", "head"]
     assert _has_matrix(networks.pruned, ["norm.weight", "head.weight"])
     assert not _has_matrix(networks.pruned, ["norm.weight", "second.bias"])
+
+
+class Watched(_Learning):
+    """Notes what is looked at and the losses there, how many steps are taken, and which modules of the block train."""
+
+    def __init__(self, *args):
+        self.looked_at, self.losses, self.steps, self.modes = [], [], 0, set()
+        super().__init__(*args)
+
+    def judge(self, student, index):
+        self.looked_at.append(index.tolist())
+        self.losses.append(super().judge(student, index))
+        return self.losses[-1]
+
+    def objective(self, student, call, wanted):
+        self.steps += 1
+        self.modes |= {module.training for module in student.body.modules()}
+        return super().objective(student, call, wanted)
+
+
+class Flat(nn.Module):
+    """Layers on the positions of all samples in one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, values):
+        return self.second(self.first(values.flatten(0, 1)))
+
+
+def learner(model, masks, batches, is_dense=False, off=0.0, cache_bytes=2**30, **knobs):
+    """Return what learns all blocks of a model together; the dense network can be off by a constant."""
+    networks = build_networks(model, ((batches[0],), {}), masks)
+    replay = Replay(model, networks.unpruned, networks.pruned, batches, 2**30)
+    Reconstruct().tasks(plan_of(networks, replay.touched_nodes), networks)  # layers read removed channels no more
+    sizes = tuple(len(each) for each in batches)
+    held_out = torch.arange(sum(sizes)) % 5 == 4
+    tools = Tools(sum(sizes), sizes, held_out, 0, cache_bytes, False, lambda: replay)
+    learners = _learners(networks, replay.touched_nodes)
+    (segment, *_) = segments(replay.nodes, replay.touched_nodes, learners, 0, 9)
+    names = [name for own in learners.values() for name in own]
+    known = _Values(replay, segment, entering(segment, replay.nodes), set(), tools)
+    dense = dense_graph(networks) if is_dense else None
+    if off:
+        dense.get_parameter("second.bias").data += off
+    return Watched(Block(**knobs), networks, dense, segment, names, known, 0)
+
+
+def test_a_block_ends_in_the_state_with_the_smallest_loss(gated, values):
+    """At this rate the loss is least after two of twelve steps."""
+    block = learner(gated, MASKS, values, steps=12, batch_size=64)
+    student = block.student()
+    first = block.judge(student, block._held)
+    block.losses.clear()
+    block._learn(student, 0.05, first, block._held)
+    looks = list(block.losses)
+    assert (block.steps, len(looks)) == (12, 12)
+    assert min(looks) < min(first, looks[-1])
+    assert block.judge(student, block._held) == min(looks)
+    assert block.modes == {False}
+
+
+def test_a_block_that_gets_far_worse_is_given_up_after_a_tenth_of_its_steps(gated, values):
+    block = learner(gated, MASKS, values, steps=500, batch_size=8)
+    student = block.student()
+    block._learn(student, 30.0, block.judge(student, block._held), block._held)
+    assert block.steps == 60  # the first look after 50 steps
+
+
+class Normed(nn.Module):
+    """A pruned layer, a batch norm whose statistics are far from those of its inputs, and a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 6)
+        self.norm.running_var.fill_(9.0)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, values):
+        return self.second(torch.tanh(self.norm(self.first(values))))
+
+
+FIRST = (torch.arange(16) < 8).float()
+NORMED_MASKS = {"first": {"weight": FIRST[:, None], "bias": FIRST}, "norm": {"weight": FIRST, "bias": FIRST}}
+
+
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_batch_norms_keep_their_statistics_and_no_bar_is_shown(values, capsys, monkeypatch, is_dense):
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    torch.manual_seed(0)
+    model = Normed().eval()
+    block = learner(model, NORMED_MASKS, values, is_dense, steps=4)
+    assert (block._source is not block._networks.pruned) is is_dense
+    report = block.run((2e-3, 1e-9))
+    assert (report.lr, report.is_kept, report.ridge) == (2e-3, True, 0.0)
+    assert (block.steps, block.modes) == (10 + 4, {False})
+    assert capsys.readouterr().err == ""
+    result = block._networks.result
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(getattr(result.norm, name), getattr(model.norm, name))
+    # Removed channels stay as they were.
+    for name, rows in (("first.weight", slice(8, 16)), ("first.bias", slice(8, 16)), ("norm.weight", slice(8, 16))):
+        assert torch.equal(result.get_parameter(name)[rows], model.get_parameter(name)[rows])
+        assert not torch.equal(result.get_parameter(name)[:8], model.get_parameter(name)[:8])
+    # The pruned network goes on with what was learned.
+    pruned = block._networks.pruned
+    for name in ("first.weight", "norm.weight", "second.bias"):
+        torch.testing.assert_close(pruned.get_parameter(name)[:6], result.get_parameter(name)[:6])
+    with torch.no_grad():
+        off = torch.cat([pruned(each) - model(each) for each in values]).double()
+        wanted = torch.cat([model(each) for each in values]).double()
+    spread = wanted.square().mean() - wanted.mean().square()
+    held = torch.arange(256) % 5 == 4
+    assert report.error_after == pytest.approx(float(off[~held].square().mean() / spread), rel=1e-3)
+    assert report.error_held_out == pytest.approx(float(off[held].square().mean() / spread), rel=1e-3)
+    assert (report.unknowns, report.samples) == (16 * 6 + 16 + 16 + 16 + 6 * 16 + 6, 256 * 6) or is_dense
+    assert (report.layer, report.place) == ("first, norm, second", "output")
+
+
+def test_at_most_64_samples_are_looked_at_and_256_reported(gated):
+    """Of 400 samples the fifth, the tenth and so on are held out."""
+    batches = list(torch.randn(400, 6, generator=torch.Generator().manual_seed(1)).split(100))
+    block = learner(gated, MASKS, batches, steps=1, lr=1e-3)
+    block.run(())
+    held = list(range(4, 400, 5))
+    learned = [index for index in range(400) if index not in held]
+    reported, judged = learned[:256], held
+    assert block.looked_at == [reported, judged, held[:64], held[:64], reported, judged]
+
+
+def test_values_are_put_together_where_the_memory_just_holds_them(gated, values):
+    nbytes = 256 * (6 + 6 + 3) * 4  # two values enter, the outputs are wanted
+    whole, parts = (learner(gated, MASKS, values, cache_bytes=size) for size in (nbytes, nbytes - 1))
+    assert (whole._values._sizes, parts._values._sizes) == ([256], [64] * 4)
+    order = torch.tensor([70, 3, 200])
+    (one,), (other,) = (list(block._values.parts(order, 3)) for block in (whole, parts))
+    assert torch.equal(one.wanted[0][[1, 0, 2]], other.wanted[0])
+
+
+class Deep(nn.Module):
+    """Blocks of two layers that add to a stream; gradients may end after the first."""
+
+    def __init__(self, blocks, has_end=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.has_end = has_end
+        self.layers = nn.ModuleList(nn.Linear(*sizes) for _ in range(blocks) for sizes in ((6, 16), (16, 6)))
+
+    def forward(self, values):
+        for number, (first, second) in enumerate(zip(self.layers[::2], self.layers[1::2], strict=True)):
+            values = values + second(torch.tanh(first(values)))
+            if self.has_end and not number:
+                values = values.detach()
+        return values
+
+
+def halved(model):
+    """Return masks that remove half of the channels within each block."""
+    return {f"layers.{number}": {"weight": MASK} for number in range(0, len(model.layers), 2)}
+
+
+def test_four_blocks_of_two_layers_learn_together(values):
+    model = Deep(5).eval()
+    steps = learned(compensation(model, halved(model), values[:2], method=Block(steps=1, lr=1e-3)))
+    names = [f"layers.{number}" for number in range(10)]
+    assert [step.layer for step in steps] == [", ".join(names[:8]), ", ".join(names[8:])]
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(0.01, 2e-3), (0.1, 6e-3)])
+def test_a_rate_that_breaks_a_block_is_not_tried_on_the_next(values, monkeypatch, noise, rate):
+    """Channels of the first block that are nearly those that stay leave an error that high rates make much larger."""
+    monkeypatch.setattr("nni_topo.recovery.block._TOGETHER", 1)
+    model = Deep(2).eval()
+    with torch.no_grad():
+        first = model.layers[0]
+        first.weight[8:] = first.weight[:8] + noise * torch.randn(8, 6)
+        first.bias[8:] = first.bias[:8]
+    steps = learned(compensation(model, halved(model), values[:2], method=Block(steps=1)))
+    assert [(step.layer, step.place) for step in steps] == [
+        ("layers.0, layers.1", "add"), ("layers.2, layers.3", "output")
+    ]  # fmt: skip
+    assert [step.lr for step in steps] == [rate] * 2
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_blocks_after_one_that_can_not_learn_do(values, monkeypatch, caplog, precision):
+    monkeypatch.setattr("nni_topo.recovery.block._TOGETHER", 1)
+    model = Deep(3, has_end=True).eval()
+    steps = learned(
+        compensation(model, halved(model), values[:2], method=Block(steps=1, lr=1e-3, layers=2, precision=precision))
+    )
+    assert [step.layer for step in steps] == ["layers.2, layers.3", "layers.4, layers.5"]
+    (message,) = (each for each in caplog.messages if "can't learn" in each)
+    assert message.startswith("layers.0, layers.1 can't learn and stay as the closed form leaves them: element 0 of")
+    assert message.endswith(" (precision='bfloat16')") is (precision == "bfloat16")
+
+
+def test_layers_at_the_ends_of_blocks_learn_with_them(values, monkeypatch):
+    monkeypatch.setattr("nni_topo.recovery.block._TOGETHER", 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(*sizes) for sizes in ((6, 16), (16, 6)) * 2)).eval()
+    masks = {"0": {"weight": MASK}, "2": {"weight": MASK}}
+    steps = learned(compensation(model, masks, values[:2], method=Block(steps=1, lr=1e-3)))
+    assert [(step.layer, step.place) for step in steps] == [("0, 1", "_1"), ("2, 3", "output")]
+
+
+@pytest.mark.parametrize(
+    ("scale", "off", "is_taken"), [(1.0, 0.0, True), (1.0, 1e-5, True), (1.0, 0.1, False), (0.01, 0.01, False)]
+)
+def test_the_dense_block_learns_if_it_computes_what_the_masked_one_does(values, scale, off, is_taken):
+    torch.manual_seed(0)
+    model = Normed().eval()
+    with torch.no_grad():
+        for parameter in model.second.parameters():
+            parameter *= scale
+    block = learner(model, NORMED_MASKS, values, True, off)
+    assert (block._source is not block._networks.pruned) is is_taken
+
+
+def test_what_was_learned_but_is_worse_is_reported_as_the_block_was(gated, values):
+    block = learner(gated, MASKS, values, steps=2, lr=30.0)
+    before = copy.deepcopy(block._networks.result.state_dict())
+    report = block.run(())
+    assert (report.ridge, report.is_kept, report.lr) == (math.inf, False, 30.0)
+    assert report.error_before == report.error_after == block.losses[0]
+    assert report.error_held_out == block.losses[1] < block.losses[-1]
+    torch.testing.assert_close(block._networks.result.state_dict(), before, rtol=0, atol=0)
+
+
+def test_errors_are_shares_of_the_variance_and_what_is_zero_for_a_mask_stays(values):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 1)).eval()
+    block = learner(model, {"0": {"weight": MASK}}, values, batch_size=8)
+    pruned, result = block._networks.pruned, block._networks.result
+    with torch.no_grad():
+        for net in (pruned, result):
+            net.get_parameter("0.bias")[1] = 0.0
+        pruned.get_parameter("0.bias")[2] = 0.0
+        wanted = torch.cat([model(each) for each in values])
+        off = torch.cat([pruned(each) for each in values]) - wanted
+    student = block.student()
+    for index in ([0], [5, 100, 7], range(256)):
+        expected = off[list(index)].square().mean() / wanted.var(correction=0)
+        assert block.judge(student, torch.tensor(list(index))) == pytest.approx(float(expected), rel=1e-4)
+    part, meant = next(block.batches())
+    rows = [int((torch.cat(values) == row).all(1).nonzero()) for row in part.entering[0]]
+    assert len(rows) == 8
+    loss = block.objective(student, part, meant)
+    torch.testing.assert_close(loss, off[rows].square().mean() / wanted.var(correction=0), rtol=1e-4, atol=0)
+    loss.backward()
+    assert (student.body.get_parameter("0.bias").grad[:4] != 0).tolist() == [True, True, False, True]
+
+
+def test_batches_that_have_no_entry_for_each_sample_stay_as_they_are(values):
+    torch.manual_seed(0)
+    model = Flat().eval()
+    batches = [each.reshape(-1, 2, 6) for each in values]
+    block = learner(model, {"first": {"weight": MASK}}, batches)
+    assert (block._values._are_mixed, block._values._sizes) == (False, [32] * 4)
+    with torch.no_grad():
+        wanted = [model(each) for each in batches]
+        off = torch.cat([block._networks.pruned(each) - meant for each, meant in zip(batches, wanted, strict=True)])
+        shares = off.square().reshape(128, -1).mean(1) / torch.cat(wanted).var(correction=0)
+        for index in ([0], [3, 40, 41]):
+            found = block.judge(block.student(), torch.tensor(index))
+            assert found == pytest.approx(float(shares[index].mean()), rel=1e-4)
+
+
+def test_projections_within_attention_learn_where_it_is_computed():
+    torch.manual_seed(0)
+    model = nni_topo.zoo.create_model("vit_small", num_classes=3, in_channels=1, image_size=8, seed=0).eval()
+    weight = model.blocks[3].mlp.fc1.weight
+    mask = (torch.arange(len(weight)) < len(weight) // 2).float()
+    masks = {"blocks.3.mlp.fc1": {"weight": mask[:, None].expand_as(weight), "bias": mask}}
+    networks = build_networks(model, ((torch.randn(2, 1, 8, 8),), {}), masks)
+    found = _learners(networks, touched_nodes(networks.unpruned, networks.pruned))
+    owners = [list(dict.fromkeys(name.rpartition(".")[0] for name in names)) for names in found.values()]
+    last = "blocks.4."
+    assert owners == [
+        ["blocks.3.mlp.fc1"],
+        ["blocks.3.mlp.fc2"],
+        [f"{last}norm1"],
+        [f"{last}attention.{kind}_proj" for kind in "qkv"],
+        [f"{last}attention.o_proj"],
+        [f"{last}norm2"],
+        [f"{last}mlp.fc1"],
+        [f"{last}mlp.fc2"],
+        ["norm"],
+        ["head"],
+    ]
+    assert all(len(names) == 2 * len(own) for names, own in zip(found.values(), owners, strict=True))
+
+
+def test_a_rate_is_taken_if_the_loss_grows_by_at_most_a_quarter_of_what_it_is_off_one(values):
+    """Of a network that always gives the same answer the loss is one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6)).eval()
+    masks = {"0": {"weight": (torch.arange(16) < 1).float()[:, None].expand(16, 6)}}
+    block = learner(model, masks, values, steps=1)
+    rates = torch.logspace(0.5, -2.5, 25).tolist()
+    report = block.run(rates)
+    first, *tried = block.losses[2 : 4 + rates.index(report.lr)]
+    assert min(tried[:-1]) > first + 0.25 * abs(1.0 - first) >= tried[-1]
+    assert min(tried[:-1]) < first + 0.25 * abs(2.0 - first)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"lr": 1e-30}])
+def test_a_block_that_learns_nothing_stays(gated, values, knobs):
+    """No rate is left to try, or one at which no weight moves."""
+    block = learner(gated, MASKS, values, steps=2, **knobs)
+    report = block.run(())
+    assert (report.is_kept, report.ridge) == (False, math.inf)
+    assert math.isnan(report.lr) if not knobs else report.lr == 1e-30
+    assert block.steps == (2 if knobs else 0)
+
+
+def test_transposed_convolutions_learn_by_output():
+    torch.manual_seed(0)
+    layer, norm = nn.ConvTranspose1d(4, 2, 3), nn.BatchNorm1d(4)
+    assert torch.equal(_by_output(layer.weight, "weight", layer), layer.weight.transpose(0, 1))
+    for key, owner in (("bias", layer), ("weight", norm)):
+        assert _by_output(getattr(owner, key), key, owner) is getattr(owner, key)
+    model = nn.Sequential(nn.Conv1d(2, 8, 1), nn.Tanh(), nn.ConvTranspose1d(8, 3, 2, stride=2)).eval()
+    mask = (torch.arange(8) < 4).float()
+    masks = {"0": {"weight": mask[:, None, None].expand(8, 2, 1), "bias": mask}}
+    images = list(torch.randn(40, 2, 5, generator=torch.Generator().manual_seed(0)).split(20))
+    block = learner(model, masks, images, True, steps=4, lr=1e-2)
+    assert block._source is not block._networks.pruned
+    report = block.run(())
+    assert report.is_kept
+    learned = torch.arange(40) % 5 != 4
+    with torch.no_grad():
+        wanted = model(torch.cat(images))
+        off = block._networks.pruned(torch.cat(images)) - wanted
+    assert report.error_after == pytest.approx(float(off[learned].square().mean() / wanted.var(correction=0)), rel=1e-4)
+    assert report.error_after < report.error_before

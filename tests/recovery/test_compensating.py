@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import logging
 import math
 import time
@@ -11,6 +12,7 @@ import torch
 from nni.compression.pruning import FPGMPruner, L1NormPruner, L2NormPruner, LevelPruner
 from speedup_nets import Concatenated, Grouped, LeNet, Residual, Shared, chain
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from nni_topo import Calibration, zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
@@ -463,14 +465,6 @@ def test_few_samples_say_how_many_images_would_do(layers, images):
     assert CompensationReport(others, {}, 8, 0.0).warnings == ()
 
 
-@pytest.mark.parametrize("ridge", [0, 0.0, 2, 1e9, "auto"])
-def test_ridges_at_their_bounds_are_taken(ridge):
-    compensating._check_ridge(ridge)
-    for wrong in (math.inf, -1e-9, None, False, "", [0.1]):
-        with pytest.raises(ConfigError, match="ridge must be 'auto' or a finite number of at least 0, got"):
-            compensating._check_ridge(wrong)
-
-
 def test_groups_are_held_out_where_batches_are_those_that_were_given():
     data = Calibration([torch.zeros(4, 2), torch.zeros(6, 2)], groups=torch.arange(10) // 2)
     held = compensating.held_out_groups(data, (4, 6))
@@ -495,3 +489,123 @@ def test_layers_in_front_of_one_are_solved():
             weight = found.get_submodule(name).weight
             expected = solved if is_its else plain
             torch.testing.assert_close(weight[:4, :4], expected.get_submodule(name).weight[:4, :4])
+
+
+def test_settings_are_those_that_the_reference_names():
+    knobs = inspect.signature(compensation).parameters.values()
+    assert {knob.name: knob.default for knob in knobs if knob.kind is knob.KEYWORD_ONLY} == {
+        "method": "reconstruct", "ridge": "auto", "recalibrate": False, "seed": 0, "cache_bytes": None, "progress": None
+    }  # fmt: skip
+    assert inspect.signature(compensating.compensate_up_to).parameters["seed"].default == 0
+    assert compensating._SAMPLES_KEPT == 1024**3
+
+
+class LinearCalls(TorchFunctionMode):
+    """Counts how often linear layers run."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is nn.functional.linear
+        return func(*args, **(kwargs or {}))
+
+
+def calls_a_batch(work):
+    """Return how often linear layers run for one batch more, over which a network isn't traced."""
+    counts = []
+    for batches in (2, 3):
+        images = list(torch.randn(8 * batches, 4, generator=torch.Generator().manual_seed(0)).split(8))
+        with LinearCalls() as calls:
+            work(images)
+        counts.append(calls.count)
+    return counts[1] - counts[0]
+
+
+def narrowed(*layers):
+    """Return a network and masks that remove a channel of its first layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer() for layer in layers)).eval()
+    return model, {"0": {"weight": (torch.arange(4) < 3).float()[:, None].expand(4, 4)}}
+
+
+def square():
+    return nn.Linear(4, 4)
+
+
+# The unpruned network runs each layer once. The pruned one runs two layers for each of the four that are solved: the
+# one before, which has its solution by then, and the layer itself. Without memory all passes begin at the inputs.
+# A layer in front of a ReLU is solved three times, from the same samples where they are kept.
+@pytest.mark.parametrize("cache_bytes", [None, 2**30, 0])
+@pytest.mark.parametrize(
+    ("layers", "kept", "anew"),
+    [((square,) * 5, 5 + 8, 2 * (2 + 3 + 4 + 5)), ((square, nn.ReLU, square, nn.ReLU), 2 + 2, 3 * (2 + 2))],
+)
+def test_networks_go_on_from_what_is_kept(layers, kept, anew, cache_bytes):
+    model, masks = narrowed(*layers)
+    calls = calls_a_batch(lambda images: compensate(model, masks, images, cache_bytes=cache_bytes))
+    assert calls == (anew if cache_bytes == 0 else kept)
+
+
+def test_layers_in_front_of_one_are_solved_from_what_is_kept_and_quietly(capsys):
+    model, masks = narrowed(*[square] * 5)
+    assert calls_a_batch(lambda images: compensating.compensate_up_to(model, masks, images, "4")) == 4 + 6
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("seed", "is_first_unchanged"), [(12, True), (19, True), (4, False)])
+def test_refinements_take_the_ridge_of_the_first_solution_unless_no_change_was_best(seed, is_first_unchanged):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU()).eval()
+    masks = {"0": {"weight": (torch.arange(6) < 5).float()[:, None].expand(6, 3)}}
+    first, *others = (layer.ridge for layer in compensation(model, masks, [torch.randn(20, 3)]).report.layers)
+    assert math.isinf(first) is is_first_unchanged
+    assert all(math.isfinite(ridge) for ridge in others)
+    assert len(set(others if is_first_unchanged else [first, *others])) == 1
+
+
+def test_refinements_of_kept_samples_are_those_of_networks_that_run_again():
+    model, masks = narrowed(square, nn.ReLU, square, nn.ReLU, square)
+    images = list(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).split(20))
+    kept, anew = (compensate(model, masks, images, cache_bytes=size) for size in (2**30, 0))
+    torch.testing.assert_close(kept.state_dict(), anew.state_dict())
+
+
+class Routed(nn.Module):
+    """An expert that gets the samples for which another layer's first output is above zero, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 6)
+        self.expert, self.head = nn.Linear(6, 5), nn.Linear(8, 5)
+
+    def forward(self, values):
+        values = torch.tanh(self.first(values))
+        routed = self.second(values)
+        found = torch.relu(self.expert(routed[routed[:, 0] > 0.0]))
+        return self.head(values) + found.mean(0)
+
+
+def test_layers_after_one_that_gets_other_samples_are_solved():
+    torch.manual_seed(0)
+    model = Routed().eval()
+    masks = {
+        name: {"weight": (torch.arange(len(weight)) < 4).float()[:, None].expand_as(weight)}
+        for name, weight in (("first", model.first.weight), ("second", model.second.weight))
+    }
+    report = compensation(model, masks, [torch.randn(50, 4)]).report
+    assert report.left_alone == {"expert": "in the pruned network a router sends it other samples"}
+    assert [layer.layer for layer in report.layers] == ["second", "head"]
+
+
+def test_a_process_that_shares_its_data_solves_by_sums(one_process):
+    model, masks = narrowed(square, nn.ReLU, square, square)
+    images = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    shared = Calibration([images])
+    shared.processes = one_process
+    for work in (compensate, lambda *given: compensating.compensate_up_to(*given, "3")):
+        found, alone = (work(model, masks, data) for data in (shared, [images]))
+        torch.testing.assert_close(found.state_dict(), alone.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"must solve by sums over samples .*, got 'block', .* \(method\)"):
+        compensate(model, masks, shared, method="block")

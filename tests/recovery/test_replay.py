@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 
 import pytest
@@ -410,3 +411,138 @@ def test_shapes_are_those_of_each_batch_and_padding_is_told():
     ran.clear()
     assert len(list(again.shapes(watched))) == 2
     assert ran == [2]
+
+
+def stack(*sizes):
+    """Return linear layers, their graph, and one in which the first layer differs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(*each) for each in itertools.pairwise(sizes)))
+    original = without_side_effects(symbolic_trace(model))
+    changed = copy.deepcopy(original)
+    changed.get_submodule("0").weight.data.mul_(0.5)
+    return model, original, changed
+
+
+class Counted(list):
+    """Batches that count how often they are read."""
+
+    reads = 0
+
+    def __iter__(self):
+        self.reads += 1
+        return super().__iter__()
+
+
+def test_what_is_kept_is_what_later_nodes_read_and_the_batches_are_read_no_more():
+    model, original, changed = stack(3, 4, 5, 2)
+    batches = Counted(torch.randn(12, 3).split(6))
+    nbytes = 2 * 6 * (4 + 4) * 4  # of two batches, in both networks, what the first layer gives
+    for cache_bytes, reads in ((nbytes, 1), (nbytes - 1, 2)):
+        batches.reads = 0
+        replay = Replay(model, original, changed, batches, cache_bytes)
+        for _ in range(2):
+            one, other = values(replay, original, "output", "_1")
+            torch.testing.assert_close(one, model(torch.cat(batches[:])).detach())
+            torch.testing.assert_close(other, changed(torch.cat(batches[:])).detach())
+        assert batches.reads == reads
+        assert len(replay._reached) == 3 - reads
+        kept = replay._reached[0]
+        assert [{node.name for node in net} for net in (kept.unpruned, kept.pruned)] == [{"_0"}, {"_0"}]
+
+
+def test_what_was_kept_serves_again_where_later_values_are_too_large():
+    model, original, changed = stack(4, 2, 64, 64, 2)
+    batches = list(torch.randn(12, 4).split(6))
+    replay = Replay(model, original, changed, batches, 1000)
+    seen = counted_runs(original, "0")
+    for after in ("_1", "_2", "_3", "_3", "_1"):
+        one, other = values(replay, original, "output", after)
+        torch.testing.assert_close(one, model(torch.cat(batches)).detach())
+        torch.testing.assert_close(other, changed(torch.cat(batches)).detach())
+        assert len(seen) == 2
+
+
+def test_what_is_changed_in_place_is_not_kept():
+    """The first two values after the first layer are doubled, each time that this is run."""
+    _, model, _ = stack(3, 4, 2)
+    first = node_of(model, "_0")
+    with model.graph.inserting_before(node_of(model, "_1")):
+        place = (slice(None), slice(0, 2))
+        part = model.graph.call_function(operator.getitem, (first, place))
+        doubled = model.graph.call_function(operator.mul, (part, 2.0))
+        model.graph.call_function(operator.setitem, (first, place, doubled))
+    model.recompile()
+    changed = copy.deepcopy(model)
+    changed.get_submodule("0").bias.data.add_(1.0)
+    batches = list(torch.randn(12, 3).split(6))
+    replay = Replay(model, model, changed, batches, 2**30)
+    for _ in range(3):
+        one, other = values(replay, model, "_1", part.name)
+        with torch.no_grad():
+            torch.testing.assert_close(one, model(torch.cat(batches)))
+            torch.testing.assert_close(other, changed(torch.cat(batches)))
+
+
+class ScaledFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+
+    def forward(self, factor=2.0, x=None):
+        return factor * self.first(x)
+
+
+def test_a_first_argument_that_is_left_out_has_its_default():
+    torch.manual_seed(0)
+    model, inputs = ScaledFirst(), torch.randn(5, 3)
+    original = symbolic_trace(model)
+    changed = copy.deepcopy(original)
+    changed.get_submodule("first").weight.data.mul_(0.5)
+    one, other = values(Replay(model, original, changed, [{"x": inputs}], 0), original, "mul", "first")
+    torch.testing.assert_close(one, model(x=inputs).detach())
+    torch.testing.assert_close(other, changed(x=inputs).detach())
+
+
+@pytest.mark.parametrize("is_light", [True, False])
+def test_a_copy_without_side_effects_leaves_the_original_and_shares_parameters_if_it_is_light(is_light):
+    graph = symbolic_trace(InPlace())
+    copied = without_side_effects(graph, light=is_light)
+    assert (copied.first.weight is graph.first.weight) is is_light
+    assert (graph.relu.inplace, copied.relu.inplace) == (True, False)
+    assert any(node.kwargs.get("inplace") for node in graph.graph.nodes)
+    assert not any(node.kwargs.get("inplace") for node in copied.graph.nodes)
+    assert without_side_effects(graph).first.weight is not graph.first.weight
+
+
+class Ignoring(nn.Module):
+    """Reads the second of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, ignored, values):
+        return self.second(self.first(values))
+
+
+def test_inputs_that_nothing_reads_are_not_kept():
+    model = Ignoring()
+    original = symbolic_trace(model)
+    changed = copy.deepcopy(original)
+    changed.get_submodule("first").weight.data.mul_(0.5)
+    batches = [{"ignored": torch.randn(6, 100), "values": torch.randn(6, 3)} for _ in range(2)]
+    replay = Replay(model, original, changed, batches, 2**30)
+    values(replay, original, "second", "second")
+    for kept in replay._reached.values():
+        assert [{node.name for node in net} for net in (kept.unpruned, kept.pruned)] == [{"first"}, {"first"}]
+
+
+def test_values_that_are_no_tensors_have_their_own_shapes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(3, 4))
+    graph = symbolic_trace(model)
+    (node,) = (node for node in graph.graph.nodes if node.op == "call_module")
+    ((found, real),) = Replay(model, graph, copy.deepcopy(graph), [torch.randn(5, 2, 3)], 0).shapes([node])
+    assert real is None
+    assert found[node][0].shape == (5, 2, 4)
+    assert [each.shape for each in found[node][1]] == [(1, 2, 4)] * 2

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.fx import symbolic_trace
 
-from nni_topo.maths.least_squares.normal import NormalEquations
+from nni_topo.errors import ConfigError, DataError
+from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
+from nni_topo.maths.least_squares.shifts import Patches
+from nni_topo.recovery import samples
+from nni_topo.recovery.mixing import Channel
+from nni_topo.recovery.networks import build_networks, plan_of
 from nni_topo.recovery.plan import Equation, Solvable
-from nni_topo.recovery.reconstruct import ReconstructTask
+from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask
+from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.samples import (
     OtherSamplesError,
     Sampler,
@@ -16,6 +25,8 @@ from nni_topo.recovery.samples import (
     _Chunk,
     _parts,
     _sampled_rows,
+    check_ridge,
+    draw_positions,
     draw_unpadded,
     numbers_drawn,
     pass_over,
@@ -128,3 +139,229 @@ def test_layers_that_get_other_samples_are_told():
     _check_same_entries(task, {node: torch.zeros(3, 2)}, {node: torch.zeros(3, 2)})
     with pytest.raises(OtherSamplesError, match=r"got 3 and 2: .* \(0\)"):
         _check_same_entries(task, {node: torch.zeros(3, 2)}, {node: torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize("ridge", [0, 0.0, 2, 1e9, "auto"])
+def test_ridges_at_their_bounds_are_taken(ridge):
+    check_ridge(ridge)
+    for wrong in (math.inf, -1e-9, None, False, "", [0.1]):
+        with pytest.raises(ConfigError, match="ridge must be 'auto' or a finite number of at least 0, got"):
+            check_ridge(wrong)
+
+
+def sampling(model, batches, kept, method=Reconstruct(refine=0), **knobs):  # noqa: B008
+    """Return what samples the layers after the first one, of which some channels are kept, and the tasks."""
+    first = model[0].weight
+    mask = torch.zeros(len(first), dtype=first.dtype)
+    mask[list(kept)] = 1.0
+    masks = {"0": {"weight": mask.view(-1, *[1] * (first.dim() - 1)).expand_as(first), "bias": mask}}
+    call = ((), batches[0]) if isinstance(batches[0], dict) else ((batches[0],), {})
+    networks = build_networks(model.eval(), call, masks)
+    replay = Replay(model, networks.unpruned, networks.pruned, batches, 0)
+    tasks = method.tasks(plan_of(networks, replay.touched_nodes), networks)
+    sizes = tuple(len(each["states"] if isinstance(each, dict) else each) for each in batches)
+    return Sampler(replay, sizes, 3, 0, **knobs), tasks
+
+
+def batches_of(*shape, sizes=(4, 7, 2)):
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randn(sum(sizes), *shape, dtype=torch.float64, generator=generator).split(sizes))
+
+
+def convolutions(channels, groups=1):
+    torch.manual_seed(0)
+    knobs = {"padding": 1, "dtype": torch.float64}
+    return nn.Sequential(
+        nn.Conv2d(2, channels, 3, **knobs), nn.Conv2d(channels, channels, 3, groups=groups, **knobs)
+    )  # fmt: skip
+
+
+def linears():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "kept", "factors"),
+    [
+        (linears(), batches_of(3), (0, 2, 3), (1, 3, 3)),
+        (linears(), batches_of(3, sizes=(2,)), (0, 2, 3), (1, 3, 2)),  # two samples
+        (linears(), batches_of(2, 3, sizes=(1, 1)), (0, 1, 2, 3)[:3], (1, 3, 3)),  # four positions
+        (convolutions(4), batches_of(2, 6, 6), (0, 2, 3), (1, 27, 27)),
+        (convolutions(4, groups=2), batches_of(2, 6, 6), (0, 2), (2, 9, 9)),
+        (convolutions(8, groups=2), batches_of(2, 2, 3, sizes=(2,)), (0, 1, 2, 4, 5, 6), (2, 27, 12)),
+    ],
+)
+def test_memory_is_that_of_four_copies_of_the_products_or_of_the_samples(monkeypatch, model, batches, kept, factors):
+    sampler, (task,) = sampling(model, batches, kept)
+    needed = 8 * 4 * math.prod(factors)
+    assert sampler._needed(task) == needed
+    monkeypatch.setattr(samples, "free_memory_of", lambda _: needed + 1003)
+    assert (sampler.memory_beside([task]), sampler.memory_beside([])) == (250, (needed + 1003) // 4)
+    monkeypatch.setattr(samples, "free_memory_of", lambda _: needed - 1)
+    assert sampler.memory_beside([task]) == 0
+
+
+class Second:
+    """Stands for the second of two processes that have equal data."""
+
+    rank, size = 1, 2
+
+    def gather(self, value, place):
+        return [value, value]
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "drawn"),
+    [
+        (convolutions(4), batches_of(2, 6, 6), 13 * 2),  # 27 rows of 26 images: one of each, and one more
+        (linears(), batches_of(9, 3), 13 * 1),
+        (linears(), batches_of(3), 0),  # all there are
+    ],
+)
+def test_a_process_draws_what_one_with_all_data_would_draw_for_its_batches(monkeypatch, model, batches, drawn):
+    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 4)
+    monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
+    shared, (task,) = sampling(model, batches, (0, 2, 3), processes=Second())
+    shared.begin([task])
+    assert (shared.is_shared, shared.images) == (True, 26)
+    assert shared._before == {(task.layer.name, task.place): (13, drawn)}
+    alone, (same,) = sampling(model, batches * 2, (0, 2, 3))
+    alone.begin([same])
+    assert (alone.is_shared, alone.images, alone._before) == (False, 26, {})
+    mine, every = (list(each._sampled(one, 0, None)) for each, one in ((shared, task), (alone, same)))
+    assert len(mine) == 3
+    for one, other in zip(mine, every[3:], strict=True):
+        for name in ("inputs", "lacking", "wanted", "is_held_out"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+    held_out = torch.cat([chunk.is_held_out for chunk in every])
+    assert torch.equal(held_out.reshape(26, -1)[:, 0], torch.arange(26) % 5 == 4)
+    monkeypatch.setattr(samples, "free_memory_of", lambda _: 10**6)
+    assert [each.memory_beside([]) for each in (shared, alone)] == [10**6 // 8, 10**6 // 4]
+
+
+def test_positions_are_drawn_from_a_seed_batch_by_batch(monkeypatch):
+    """One of nine positions of each entry, of the inputs of a layer on all of them."""
+    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 4)
+    monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
+    model, batches = linears(), batches_of(9, 3)
+    sampler, (task,) = sampling(model, batches, (0, 2, 3))
+    generator = torch.Generator().manual_seed(3)
+    for chunk, batch in zip(sampler._sampled(task, 0, None), batches, strict=True):
+        places = (9 * torch.rand(len(batch), 1, generator=generator, dtype=torch.float64)).floor().long()
+        rows = batch[torch.arange(len(batch)), places[:, 0]]
+        torch.testing.assert_close(chunk.inputs[0], model[0](rows)[:, [0, 2, 3]])
+        torch.testing.assert_close(chunk.wanted[0], model(rows))
+
+
+def test_convolutions_are_sampled_at_all_positions_where_that_is_less_work():
+    model, batches = convolutions(8), batches_of(2, 16, 16, sizes=(4, 7, 6))
+    sampler, (task,) = sampling(model, batches, range(7))
+    chunks = list(sampler._sampled(task, 0, None))
+    assert [type(chunk.inputs) for chunk in chunks] == [Patches] * 3
+    assert [chunk.lacking.shape for chunk in chunks] == [(1, len(batch) * 256, 8) for batch in batches]
+    # Position by position, the entries of a batch one after the other.
+    marks = torch.cat([chunk.is_held_out.reshape(256, -1).T for chunk in chunks])
+    assert torch.equal(marks, (torch.arange(17) % 5 == 4)[:, None].expand(17, 256))
+    assert sampler._counts([task]) == [(17, 0)]
+    sampler._cache_bytes = 2**30
+    learned, held = sampler.collect(task, 0)
+    assert sampler._chunks is None  # no task refines this one
+    assert (learned.samples, held.samples) == (14 * 256, 3 * 256)
+    found = torch.cat([chunk.wanted for chunk in chunks], 1)
+    torch.testing.assert_close(found.sum(1)[0], model(torch.cat(batches)).sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("where", [0, 4])
+def test_values_that_are_not_finite_are_told_whether_they_are_held_out_or_not(where):
+    batches = batches_of(3, sizes=(5,))
+    sampler, (task,) = sampling(linears(), batches, (0, 2, 3))
+    batches[0][where] = math.inf
+    with pytest.raises(DataError, match=r"activations must be finite, got NaN or infinity \(1\)"):
+        sampler.collect(task, 0)
+
+
+def test_processes_agree_on_the_solution_of_the_first(one_process):
+    sampler, (task,) = sampling(linears(), batches_of(3), (0, 2, 3), processes=one_process)
+    given = Fit(Solution(torch.ones(1, 3, 2).double(), torch.ones(1, 2).double(), 0.3), 0.1, 0.7, 0.2, 0.6)
+    found = sampler.agreed(given, task)
+    assert (found.ridge, found.before, found.after, found.held_out, found.solution.error) == (0.1, 0.7, 0.2, 0.6, 0.3)
+    assert torch.equal(found.solution.weights, given.solution.weights)
+    assert found.solution.weights is not given.solution.weights
+    alone, _ = sampling(linears(), batches_of(3), (0, 2, 3))
+    assert alone.agreed(given, task) is given
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "lows"),
+    [(10, 3, [0, 4, 7, 10]), (2**26 + 1, 3, [0, 22369622, 44739244, 67108865]), (5, 2, [0, 3, 5]), (4, 1, [0, 4])],
+)
+def test_a_position_is_drawn_from_each_of_equal_ranges(count, wanted, lows):
+    found = draw_positions(count, 50, wanted, torch.Generator().manual_seed(0))
+    jitter = torch.rand(50, wanted, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for index, (low, high) in enumerate(itertools.pairwise(lows)):
+        assert torch.equal(found[:, index], (low + jitter[:, index] * (high - low)).floor().long())
+
+
+class Series(nn.Sequential):
+    """Two convolutions along time, beside a mask of padding."""
+
+    def forward(self, states, attention_mask):
+        return super().forward(states)
+
+
+@pytest.mark.parametrize(("places", "kind", "drawn"), [(64, torch.Tensor, 10 * 34), (60, Patches, 0)])
+def test_convolutions_are_sampled_where_there_is_no_padding(monkeypatch, places, kind, drawn):
+    """160 rows are 17 of each of ten entries; so many real ones, of half of all, take 34. Another shape is no mask."""
+    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 160)
+    monkeypatch.setattr(samples, "_SAMPLES_PER_UNKNOWN", 1)
+    torch.manual_seed(0)
+    model = Series(nn.Conv1d(2, 8, 3, padding=1), nn.Conv1d(8, 8, 15, padding=7)).double()
+    mask = (torch.arange(places) < 32).long().expand(5, places)
+    batches = [{"states": each, "attention_mask": mask} for each in batches_of(2, 64, sizes=(5, 5))]
+    sampler, (task,) = sampling(model, batches, range(7))
+    assert sampler._counts([task]) == [(10, drawn)]
+    chunks = list(sampler._sampled(task, 0, None))
+    assert [isinstance(chunk.inputs, kind) for chunk in chunks] == [True] * 2
+    rows = sum(chunk.lacking.shape[1] for chunk in chunks)
+    assert abs(rows - 170) <= 10 if drawn else rows == 640
+
+
+def test_a_task_has_the_plain_answers_unless_it_says_otherwise():
+    sampler, (task,) = sampling(linears(), batches_of(3), (0, 2, 3), Channel())
+    assert (task.refines, task.passes, task.outputs, task.fitted) == (False, 1, task.layer.rows.shape[1], 3)
+    assert task.geometry({}) is None
+    chunk = (torch.zeros(1), torch.ones(1), torch.ones(1))
+    assert task.refined(chunk) is chunk
+    assert sampler.held_out.tolist() == (torch.arange(13) % 5 == 4).tolist()
+
+
+class Noting:
+    """Stands for processes that agree, and notes where tensors lie."""
+
+    def __init__(self):
+        self.devices = set()
+
+    def agree(self, tensors, place):
+        self.devices |= {tensor.device for tensor in tensors}
+
+
+@pytest.mark.parametrize("device", ["far"], indirect=True)
+def test_what_processes_agree_on_lies_with_the_weights(device):
+    noting = Noting()
+    sampler, (task,) = sampling(linears(), batches_of(3), (0, 2, 3), processes=noting)
+    weights, shift = torch.ones(1, 3, 2).double().to(device), torch.ones(1, 2).double().to(device)
+    found = sampler.agreed(Fit(Solution(weights, shift, 0.3), 0.1, 0.7, 0.2, 0.6), task)
+    assert noting.devices == {device}
+    assert found.ridge == 0.1
+
+
+@pytest.mark.parametrize("device", ["far"], indirect=True)
+@pytest.mark.parametrize("channels", [[0, 1, 2, 3], [2, 0]])
+def test_outputs_are_taken_where_they_lie(device, channels):
+    values = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    places, rows = torch.tensor([[0, 3], [1, 4]]), torch.tensor([channels])
+    found = samples.output_rows(nn.Linear(3, 4), values.to(device), rows.to(device), places.to(device))
+    expected = torch.stack([values[0, 0], values[0, 3], values[1, 1], values[1, 4]])[:, channels]
+    assert found.device == device
+    assert torch.equal(found[0].cpu(), expected)

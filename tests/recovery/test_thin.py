@@ -79,3 +79,30 @@ def test_layers_of_which_little_is_zero_or_of_another_kind_stay_as_they_are():
     kinds = [type(each) for each in net]
     thin_out(net, [])
     assert [type(each) for each in net] == kinds
+
+
+@pytest.mark.parametrize(
+    ("read", "made", "bias", "is_thin"),
+    [
+        (range(9), range(10), (), True),  # nine tenths of the weights
+        (range(10), range(9), (), True),
+        (range(10), range(10), (), False),
+        (range(9), range(9), (9,), True),  # a constant alone
+        ([3], [5], (), True),
+        ([3], [5], (5,), True),
+        ([], [], (), False),
+        ([], [], (2, 3), False),
+    ],
+)
+def test_layers_are_thin_if_they_hold_at_most_nine_tenths_of_their_weights(read, made, bias, is_thin):
+    torch.manual_seed(0)
+    net, values = nn.Sequential(nn.Linear(10, 10)), torch.randn(4, 10)
+    keep = torch.zeros(10, 10)
+    keep[torch.tensor(list(made), dtype=torch.long)[:, None], torch.tensor(list(read), dtype=torch.long)] = 1.0
+    with torch.no_grad():
+        net[0].weight.mul_(keep)
+        net[0].bias.mul_(torch.tensor([float(row in bias) for row in range(10)]))
+        expected = net(values)
+        thin_out(net, [])
+        assert (type(net[0]) is not nn.Linear) is is_thin
+        torch.testing.assert_close(net(values), expected)
