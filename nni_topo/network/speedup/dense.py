@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from nni.compression.speedup.replacer import Replacer
 from nni_topo.errors import ConfigError, checked, listed
 from nni_topo.network.attention import take_own_width, tell_config
 from nni_topo.network.channels import ChannelFlow, Reasons, reasons
-from nni_topo.network.graph import Steps
+from nni_topo.network.graph import Steps, unused_tensors
 from nni_topo.network.layers import (
     PER_CHANNEL,
     kept_channels,
@@ -61,12 +61,12 @@ from nni_topo.network.speedup.constant_channels import (
 )
 from nni_topo.network.speedup.contracts import count_anew
 from nni_topo.network.speedup.dependency import why_not_followed
-from nni_topo.network.speedup.equivalence import apply_masks, check_equal, failure_in_training
+from nni_topo.network.speedup.equivalence import TrainingRun, apply_masks, check_equal, run_in_training
 from nni_topo.network.speedup.explain import way_forward
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_outputs, narrowed
-from nni_topo.sharing import find_ties, tie_again, untie
+from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _logger = logging.getLogger(__name__)
 
@@ -188,8 +188,8 @@ def to_dense(
         dense = _cut(task, masked, tuple(customized_replacers))
         counted = count_anew(task.original, dense, task.network.call)
         checked = _compare(task, masked, dense, rtol) if check else ""
-        failure = failure_in_training(task.original, dense, task.network.call) if check else ""
-    _report(task, masked, dense, checked, failure, stale_numbers(model, dense, counted))
+        trained = run_in_training(task.original, dense, task.network.call) if check else TrainingRun()
+    _report(task, masked, dense, checked, trained, stale_numbers(model, dense, counted))
     return dense
 
 
@@ -362,7 +362,7 @@ def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) 
 
 
 def _report(
-    task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, failure: str, stale: Mapping[str, int]
+    task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, run: TrainingRun, stale: Mapping[str, int]
 ) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
     model, flow, resolved = task.network.model, task.flow, masked.resolved
@@ -371,12 +371,8 @@ def _report(
     notes = ((flow.missed,) if flow.missed else ()) + masked.notes
     if parted := _no_longer_shared(task.original, dense):
         notes += (f"modules that shared these have one each now, as they differ: {', '.join(parted)}",)
-    if failure:
-        told = (
-            f"the dense model can't be trained further as it is: in training mode it raises {failure}. The model runs "
-            "there, so something that only training uses has kept its width: weights that follow those of another "
-            "layer, a layer or tensor that isn't registered in the model, or one that the forward makes"
-        )
+    lost = {row.before for row in report.rows if row.after < row.before}
+    for told in _notes_on_widths(run, lost, _unread(task, dense, lost)):
         notes += (told,)
         _logger.warning("%s", told)
     report = dataclasses.replace(report, checked=checked, notes=notes)
@@ -394,6 +390,47 @@ def _report(
     warn_of_kept({name: resolved.kept.get(name, text) for name, text in others.items() if name not in silent})
     _REPORTS[dense] = report
     give_report(dense, report)
+
+
+def _notes_on_widths(run: TrainingRun, lost: set[int], unread: list[str]) -> Iterator[str]:
+    """Tell of widths that are as before, and that a dense model may meet later.
+
+    ``lost``: the widths of layers that lost channels; ``unread``: what has such a width and no run has read.
+    """
+    if run.failure:
+        yield (
+            f"the dense model can't be trained further as it is: in training mode it raises {run.failure}. The model "
+            "runs there, so something that only training uses has kept its width: modules that couldn't be traced, "
+            "weights that follow those of another layer, a layer or tensor that isn't registered in the model, or one "
+            "that the forward makes"
+        )
+    kept = [
+        name
+        for name, (before, after) in run.kept.items()
+        if any(old in lost and old != new for old, new in zip(before.shape, after.shape, strict=False))
+    ]
+    if kept:
+        yield (
+            "the model keeps tensors of its last call in these attributes, which are as wide as before: "
+            f"{listed(kept)}. Set them as in a new model before the dense model is called"
+        )
+    if unread:
+        yield (
+            f"no run of the model has read these, so they keep the width of layers that lost channels: {listed(unread)}"
+            ". If a call with other arguments reads them, as one with labels does, pass batches of such arguments"
+        )
+
+
+def _unread(task: _Task, dense: torch.nn.Module, lost: set[int]) -> list[str]:
+    """Name the tensors that no run has read and that have a width that layers lost, but for those of whole layers."""
+    before, after = named_tensors(task.original), named_tensors(dense)
+    found = list[str]()
+    for name in unused_tensors(task.original, task.flow.traced.graph):
+        is_whole = name in after and after[name].shape == before[name].shape
+        owner: Any = type(task.original.get_submodule(name.rpartition(".")[0]))
+        if is_whole and not lost.isdisjoint(before[name].shape) and not owner.__module__.startswith("torch.nn."):
+            found.append(name)
+    return found
 
 
 def _no_longer_shared(original: torch.nn.Module, dense: torch.nn.Module) -> list[str]:
@@ -458,7 +495,8 @@ class DenseReport(ModelReport):
         Attributes, by name, that hold what was the number of channels of a layer that lost some, and the number; they
         may count something else.
     notes : tuple of str, default=()
-        What else to know of it: where it would train another way than the masked model, or lacks a part of that.
+        What else to know of it: where it would train another way than the masked model or can't be trained, lacks a part
+        of that, or holds tensors as wide as before.
     params_before, params : int or None, default=None
         Parameters of the model that was pruned, and of the dense model; None: not counted.
     changed_since : tuple of str, default=()

@@ -8,7 +8,8 @@ here everything that works on single channels is pruned with the channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -244,29 +245,61 @@ def check_equal(
     return _told(drawn, compared, agreed_variations)
 
 
-def failure_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Call) -> str:
-    """Say what a dense model raises in training mode where the original runs; "" if it raises nothing, or both do.
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run of a dense model in training mode.
+
+    Parameters
+    ----------
+    failure : str, default=""
+        The error that it raises where the original runs; empty if it raises nothing, or both do.
+    kept : mapping of str to (tensor, tensor), default={}
+        Tensors that modules hold in plain attributes, and that the run replaces: as before it, and after.
+    """
+
+    failure: str = ""
+    kept: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+def run_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Call) -> TrainingRun:
+    """Run copies of a dense model, and of the original where that fails, in training mode.
 
     A width that is used in training mode only isn't cut where nothing shows what it belongs to: that of weights which
     follow another layer's, of a layer in a plain list, or of noise that the forward draws.
     """
     # Where processes share a job, layers may wait in training mode for those of the other processes.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return ""
-    failure = _raised_in_training(dense, call)
-    return failure if failure and not _raised_in_training(original, call) else ""
+        return TrainingRun()
+    copied = detached_copy(dense)
+    before = _plain_tensors(copied)
+    failure = _raised_in_training(copied, call)
+    if failure:
+        return TrainingRun("" if _raised_in_training(detached_copy(original), call) else failure)
+    after = _plain_tensors(copied)
+    changed = {name: (each, after[name]) for name, each in before.items() if after.get(name, each) is not each}
+    return TrainingRun(kept=changed)
 
 
 def _raised_in_training(model: torch.nn.Module, call: Call) -> str:
-    """Run a copy of a model in training mode; say which error it raises, "" if none."""
+    """Run a model in training mode, which may change it; say which error it raises, "" if none."""
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
     with random_state_kept(), torch.no_grad():
         try:
-            detached_copy(model).train()(*args, **kwargs)
+            model.train()(*args, **kwargs)
         except Exception as error:  # a user's forward may raise anything
             # Whether there is enough memory says nothing about the model.
             return "" if out_of_memory(error) else f"{type(error).__name__}: {error}"
     return ""
+
+
+def _plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors that modules hold in attributes and that are neither parameters nor buffers, by name."""
+    return {
+        f"{name}.{key}".lstrip("."): value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def _variations_of(call: Call) -> tuple[Variation, ...]:

@@ -529,3 +529,63 @@ class Shifted(Exit):
 def test_reasons_say_that_an_operation_runs_in_training_mode():
     groups = nni_topo.dependency_groups(Shifted(), IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     assert "(add, in training mode)" in groups.skipped["a"]
+
+
+class Lossy(nn.Module):
+    """A loss of its own reads weights of classes that nothing else does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = convolution(3, 8), nn.Linear(8, 5)
+        self.classes = nn.Parameter(torch.rand(5, 8))
+        self.table = nn.Parameter(torch.rand(5, 7))  # of a width that no layer has
+
+    def forward(self, x, labels=None):
+        features = torch.relu(self.a(x)).mean((2, 3))
+        scores = self.head(features)
+        if labels is None:
+            return scores
+        return scores, (features * self.classes[labels]).sum()
+
+
+def test_what_no_run_reads_is_named_if_its_width_was_that_of_a_pruned_layer(caplog):
+    (note,) = dense_of(Lossy()).report.notes
+    assert note.startswith("no run of the model has read these, so they keep the width of layers that lost channels: ")
+    assert "channels: classes. If" in note
+    assert note in caplog.text
+    batch = {"x": IMAGES, "labels": torch.tensor([0, 3])}
+    mask = {"a": {"weight": (torch.arange(8) < 4).float().view(8, 1, 1, 1)}}
+    dense = nni_topo.to_dense(Lossy(), batch, mask)
+    assert dense.report.notes == ()
+    assert (dense.a.out_channels, dense.classes.shape) == (4, (5, 4))
+
+
+class Remembering(Exit):
+    """Features are averaged with those of the last call, and their scale is kept as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = self.scale = None
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        if self.last is not None and len(self.last) == len(x):
+            x = (x + self.last) / 2
+        self.last, self.scale = x.detach(), x.detach().abs().max()
+        return self.head(self.b(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("samples", [None, 1])
+def test_what_a_model_keeps_of_its_last_call_is_named(samples, caplog):
+    model = Remembering().eval()
+    if samples:
+        model(IMAGES[:samples])
+    before = model.last
+    notes = dense_of(model).report.notes
+    assert model.last is before
+    if samples is None:
+        assert notes == ()
+        return
+    (note,) = notes
+    assert "which are as wide as before: last. Set them as in a new model" in note
+    assert note in caplog.text
