@@ -241,3 +241,12 @@ class Reading(nn.Module):
 def test_outputs_count_together_where_the_linear_layer_is_not_the_last(read, order):
     found = cover([POINTS], Reading(read), 3)
     torch.testing.assert_close(chosen(found), POINTS[order], rtol=0, atol=0)
+
+
+def test_the_same_images_are_chosen_on_another_device(device):
+    states = torch.stack([POINTS, POINTS, torch.full_like(POINTS, 50.0)], 1)
+    mask = torch.tensor([[1, 1, 0]]).expand(6, 3)
+    ((batch,),) = list(cover([{"states": states, "attention_mask": mask}], Embedder().to(device), 3))
+    torch.testing.assert_close(batch["states"].cpu(), states[ORDER[:3]], rtol=0, atol=0)
+    found = cover([POINTS.to(device)], Classifier().to(device), 3)
+    torch.testing.assert_close(chosen(found).cpu(), POINTS[ORDER[:3]], rtol=0, atol=0)

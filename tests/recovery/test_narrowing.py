@@ -489,3 +489,16 @@ def test_directions_of_factors_of_any_size_are_inverse(factor):
     torch.testing.assert_close(a @ b.mT, torch.eye(3).double()[None])
     lost = float((one.mT @ (torch.eye(3) - a[..., :2] @ b[..., :2].mT) @ other).square().sum())
     assert lost == pytest.approx(float(torch.linalg.svdvals(one.mT @ other)[0, 2].square()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rotary", "PyTorch's"])
+def test_heads_are_turned_alike_on_another_device(name, device):
+    """Directions are the same up to their sign, and so is what the first channels give."""
+    torch.manual_seed(0)
+    net, inputs = between(16, ATTENTION[name]()), torch.randn(30, 5, 6).double()
+    found = []
+    for place in (torch.device("cpu"), device):
+        turned, masks = narrow_heads(copy.deepcopy(net).to(place), [inputs.to(place)], 0.5)
+        assert {each.device.type for each in turned.parameters()} == {place.type}
+        found.append(given(masked_model(turned.cpu(), inputs, masks), inputs))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)

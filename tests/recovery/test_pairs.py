@@ -234,3 +234,18 @@ def test_heads_of_a_millionth_of_a_millionth_of_the_largest_logits_have_no_share
     for factor, expected in ((1e-10, [0.5, 0.5]), (1e-13, [0.75, 0.25])):
         logits.products = torch.stack([largest, factor * largest.flip(0, 1)]).double()
         assert np.diag(logits.shares()) == pytest.approx(expected)
+
+
+def test_pairs_are_chosen_alike_on_another_device(device):
+    torch.manual_seed(0)
+    frequencies, rows, states = torch.tensor([1.0, 0.1]), np.arange(8).reshape(2, 4), torch.randn(3, 9, 8)
+    real = torch.arange(9) < torch.tensor([[9], [6], [7]])
+    found = []
+    for place in (torch.device("cpu"), device):
+        logits, values = PairLogits(frequencies.to(place)), states.to(place)
+        with counting(real.to(place)):
+            logits.see_queries(rows, values, values)
+            logits.see_keys(rows, values, values)
+        assert logits.products.device == values.device
+        found.append(logits.shares())
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)

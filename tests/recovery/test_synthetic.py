@@ -212,3 +212,13 @@ def test_the_networks_weights_get_no_gradient():
 
     synthetic_images(Weighted(2, 2), torch.zeros(1, 1, 2, 2), count=2, steps=1)
     assert seen[-1] == (True, False)
+
+
+def test_images_are_made_alike_on_another_device(device):
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 3)).eval()
+    expected, found = (
+        synthetic_images(net.to(place), torch.zeros(1, 1, 4, 4, device=place), count=3, steps=2)[0]
+        for place in (torch.device("cpu"), device)
+    )
+    assert found.device.type == device.type
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
