@@ -488,7 +488,7 @@ def test_directions_of_factors_of_any_size_are_inverse(factor):
     a, b = directions(one @ one.mT, other @ other.mT, 2)
     torch.testing.assert_close(a @ b.mT, torch.eye(3).double()[None])
     lost = float((one.mT @ (torch.eye(3) - a[..., :2] @ b[..., :2].mT) @ other).square().sum())
-    assert lost == pytest.approx(float(torch.linalg.svdvals(one.mT @ other)[0, 2].square()), rel=1e-5)
+    assert lost == pytest.approx(float(torch.linalg.svdvals(one.mT @ other)[0, 2].square()), rel=1e-5, abs=0.0)
 
 
 @pytest.mark.parametrize("name", ["rotary", "PyTorch's"])
