@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import compensate, load, masked_model, narrow_heads, save, to_dense
+from nni_topo import Calibration, compensate, load, masked_model, narrow_heads, save, to_dense
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery.directions import Moments, directions
 from nni_topo.recovery.narrowing import _Heads, _why_unchanged, narrow_instead
 from nni_topo.zoo.transformers import SelfAttention, _turned, bert_small, vit_small
@@ -502,3 +503,28 @@ def test_heads_are_turned_alike_on_another_device(name, device):
         assert {each.device.type for each in turned.parameters()} == {place.type}
         found.append(given(masked_model(turned.cpu(), inputs, masks), inputs))
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def alone():
+    """A group of a single process."""
+    if not torch.distributed.is_available():
+        pytest.skip("this build of PyTorch has no torch.distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield Processes(torch.distributed.group.WORLD)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["rotary", "own keys and values"])
+def test_processes_that_share_batches_turn_heads_together(name, alone):
+    torch.manual_seed(0)
+    net, inputs = between(16, ATTENTION[name]()), [torch.randn(20, 5, 6).double()]
+    shared = Calibration(inputs)
+    shared.processes = alone
+    masks = heads_masked(net, {"1": 1})
+    for turn in (lambda batches: narrow_heads(net, batches, 0.5), lambda batches: narrow_instead(net, batches, masks)):
+        (expected, known), (found, others) = turn(inputs), turn(shared)
+        torch.testing.assert_close(found.state_dict(), expected.state_dict())
+        assert str(others) == str(known)
