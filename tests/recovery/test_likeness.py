@@ -452,7 +452,7 @@ def test_distances_are_means_over_outputs_and_sums_over_real_positions():
 def test_scales_tell_what_varies_from_what_rounding_leaves_at_any_size():
     plain = torch.tensor([[0.0, 2.0], [4.0, 2.0]]).double()
     for factor in (1e-10, 0.1, 1e10):
-        assert _scales([answer(factor * plain)], None) == pytest.approx([4.0 * factor**2], rel=1e-12)
+        assert _scales([answer(factor * plain)], None) == pytest.approx([4.0 * factor**2], rel=1e-12, abs=0.0)
     for value in (1e-10, 0.1, 1e5 / 3, 1e10 / 7):
         assert _scales([answer(torch.full((7, 3), value).double())], None) == [0.0]
 
