@@ -299,10 +299,12 @@ def test_a_survivor_that_never_varies_leaves_the_mean(constant):
     torch.testing.assert_close(found.last.bias, net.last.bias + lost.mean() * net.last.weight[:, 0])
 
 
-def test_pairs_that_are_given_go_before_those_that_are_found():
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
+def test_pairs_that_are_given_go_before_those_that_are_found(size):
     """The first removed channel is left to be found, the second has a survivor that is less like it."""
     states = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
     states[:, 0], states[:, 1] = 2.0 * states[:, 2], 3.0 * states[:, 2] + states[:, 3]
+    states *= size
     net, found = replaced(states, [0, 1], Pair({"first": {1: 3}}))
     alpha, beta = pair_coefficients(states[:, 1], states[:, 3])
     weight = net.last.weight.detach()
