@@ -349,8 +349,9 @@ def test_iterations_alternate_from_a_constant_of_zero(iterations, expected):
 @pytest.mark.parametrize("iterations", [None, 2000])
 def test_coefficients_are_computed_in_double_precision(kind, iterations):
     """Sums of these would be too large for their own type, and rounded."""
-    survivor, removed = np.array([200, 201, 205, 250], dtype=kind), np.array([100, 103, 101, 250], dtype=kind)
-    expected = np.polyfit([200.0, 201.0, 205.0, 250.0], [100.0, 103.0, 101.0, 250.0], 1)
+    ones, others = [200.0, 201.0, 205.0, 250.0, 210.0], [100.0, 103.0, 101.0, 250.0, 122.0]
+    survivor, removed = np.array(ones, dtype=kind), np.array(others, dtype=kind)
+    expected = np.polyfit(ones, others, 1)
     found = pair_coefficients(removed, survivor, iterations=iterations)
     assert found == pytest.approx(tuple(expected), rel=1e-9 if iterations is None else 1e-3)
 
