@@ -126,7 +126,7 @@ def choose_images(
     features = _features(model, calibration, outputs, progress)
     if count > len(features):
         raise DataError(f"the pool must hold at least as many images as are to be chosen, {count}, got {len(features)}")
-    points = features.numpy(force=True)
+    points = features.numpy()
     order = farthest_points(points, count) if method == "cover" else _nearest_to_centres(points, count, seed)
     return calibration.chosen(torch.from_numpy(order))
 
@@ -182,6 +182,8 @@ def _tensor_of(result: Any) -> Any:
 def _by_sample(tensor: Tensor, real: Tensor | None) -> Tensor:
     """Return features (samples, ...) with their positions averaged: float64 (samples, features), on the CPU."""
     values = tensor.detach().double().cpu()
+    if values.dim() == 1:
+        return values[:, None]
     if values.dim() == 2:
         return values
     if values.dim() == 3:  # (samples, positions, features), as of transformers
@@ -189,4 +191,4 @@ def _by_sample(tensor: Tensor, real: Tensor | None) -> Tensor:
             weights = real.double().cpu()[:, :, None]
             return (values * weights).sum(1) / weights.sum(1).clamp_min(1.0)
         return values.mean(1)
-    return values.flatten(2).mean(2) if values.dim() > 3 else values.reshape(len(values), -1)
+    return values.flatten(2).mean(2)

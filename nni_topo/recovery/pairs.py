@@ -63,7 +63,8 @@ class PairLogits:
         if not places:
             return
         chosen = torch.linspace(0, places - 1, min(_QUERIES, places)).round().long().to(queries.device)
-        logits = (queries[:, chosen].unsqueeze(2) * keys.conj().unsqueeze(1)).real  # (heads, queries, keys, pairs)
+        # (heads, queries, keys, pairs)
+        logits = (queries[:, chosen].unsqueeze(2) * keys.conj_physical().unsqueeze(1)).real
         reached = (torch.arange(places, device=chosen.device) <= chosen.unsqueeze(1)).unsqueeze(2).to(logits)
         means = (logits * reached).sum(2, keepdim=True) / reached.sum(1, keepdim=True)
         varying = ((logits - means) * reached).flatten(1, 2)

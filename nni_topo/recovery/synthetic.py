@@ -137,9 +137,10 @@ def synthetic_images(
 def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Draw images of mean 0 and variance 1 whose amplitudes fall as 1 / frequency."""
     spectrum = torch.fft.rfft2(torch.randn(shape, generator=generator))
-    rows, columns = torch.fft.fftfreq(shape[-2])[:, None], torch.fft.rfftfreq(shape[-1])
-    frequency = (rows.square() + columns.square()).sqrt().clamp_min(1.0 / max(shape[-2:]))
-    images: Tensor = torch.fft.irfft2(spectrum / frequency, s=shape[-2:])
+    *_, height, width = shape
+    rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)
+    frequency = (rows.square() + columns.square()).sqrt().clamp_min(1.0 / max(height, width))
+    images: Tensor = torch.fft.irfft2(spectrum / frequency, s=(height, width))
     return images / images.std()
 
 

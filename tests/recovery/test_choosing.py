@@ -201,3 +201,52 @@ def test_logits_of_an_output_are_found():
         assert choosing._tensor_of(found) is scores
     for found in ({"other": scores}, (scores,), None):
         assert choosing._tensor_of(found) is None
+
+
+def test_by_default_the_seed_is_zero():
+    rows = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        chosen(choose_images([rows], nn.Identity(), 20)), chosen(choose_images([rows], nn.Identity(), 20, seed=0))
+    )
+
+
+def test_the_image_nearest_to_the_mean_is_neither_the_first_nor_the_smallest():
+    """The means are 0.3 and 10.5."""
+    rows = torch.tensor([[0.0], [0.5], [0.4], [10.9], [10.0], [10.6]])
+    assert chosen(choose_images([rows], nn.Identity(), 2)).flatten().tolist() == pytest.approx([0.4, 10.6])
+
+
+class Reading(nn.Module):
+    """A linear layer whose outputs are read once more."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.layer, self.read = nn.Linear(2, 2, bias=False), read
+        nn.init.eye_(self.layer.weight)
+
+    def forward(self, points):
+        return self.read(self.layer(points))
+
+
+@pytest.mark.parametrize(
+    ("read", "order"),
+    [
+        (lambda made: made[:, :1], [5, 2, 0]),  # of 0, 1, 10, 10, 0 and 4 the mean is 25 / 6
+        (lambda made: made[:, 0], [5, 2, 0]),
+        (lambda made: (made[:, 1:], made[:, :1]), ORDER[:3]),
+        (lambda made: {"logits": made, "other": made[:, :1]}, ORDER[:3]),
+        (lambda made: {"states": made[:, :1]}, [5, 2, 0]),
+    ],
+)
+def test_outputs_count_together_where_the_linear_layer_is_not_the_last(read, order):
+    found = cover([POINTS], Reading(read), 3)
+    torch.testing.assert_close(chosen(found), POINTS[order], rtol=0, atol=0)
+
+
+def test_the_same_images_are_chosen_on_another_device(device):
+    states = torch.stack([POINTS, POINTS, torch.full_like(POINTS, 50.0)], 1)
+    mask = torch.tensor([[1, 1, 0]]).expand(6, 3)
+    ((batch,),) = list(cover([{"states": states, "attention_mask": mask}], Embedder().to(device), 3))
+    torch.testing.assert_close(batch["states"].cpu(), states[ORDER[:3]], rtol=0, atol=0)
+    found = cover([POINTS.to(device)], Classifier().to(device), 3)
+    torch.testing.assert_close(chosen(found).cpu(), POINTS[ORDER[:3]], rtol=0, atol=0)

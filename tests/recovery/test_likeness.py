@@ -9,10 +9,10 @@ from scipy import stats
 from torch import nn
 
 import nni_topo
-from nni_topo.errors import SpeedupError
+from nni_topo.errors import DataError, SpeedupError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.lesson import ComparedOutputs
-from nni_topo.recovery.likeness import Answers, _agreements, _Answer, _mean, _scales, _share
+from nni_topo.recovery.likeness import Answers, Estimate, Likeness, _agreements, _Answer, _mean, _scales, _share
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -379,7 +379,7 @@ def test_a_mean_of_few_has_a_wide_interval_above_zero(values, expected):
     assert (found.value, found.low, found.high) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("hits", "count"), [(0, 1), (1, 1), (0, 9), (9, 9), (3, 7)])
+@pytest.mark.parametrize(("hits", "count"), [(0, 1), (1, 1), (0, 9), (9, 9), (3, 7), (20, 20)])
 def test_shares_have_wilsons_interval(hits, count):
     found = _share([1.0] * hits + [0.0] * (count - hits))
     wilson = stats.binomtest(hits, count).proportion_ci(method="wilson")
@@ -447,3 +447,56 @@ def test_distances_are_means_over_outputs_and_sums_over_real_positions():
     assert found._distances(mine, theirs) == pytest.approx([1 / 4, (1 + 9) / 4])
     assert found._distances(mine, answer(images)) == pytest.approx([(1 + 9) / 4] * 2)
     assert all(math.isnan(each) for each in found._distances(answer(images[:, :1]), theirs))
+
+
+def test_scales_tell_what_varies_from_what_rounding_leaves_at_any_size():
+    plain = torch.tensor([[0.0, 2.0], [4.0, 2.0]]).double()
+    for factor in (1e-10, 0.1, 1e10):
+        assert _scales([answer(factor * plain)], None) == pytest.approx([4.0 * factor**2], rel=1e-12, abs=0.0)
+    for value in (1e-10, 0.1, 1e5 / 3, 1e10 / 7):
+        assert _scales([answer(torch.full((7, 3), value).double())], None) == [0.0]
+
+
+class Several(nn.Module):
+    """Two outputs of which the second varies a tenth as much."""
+
+    def __init__(self, first=0.0, second=0.0):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, images):
+        return images + self.first, 0.1 * images.flip(0)[:, :1] + self.second
+
+
+def test_distances_of_several_outputs_are_means_of_shares_of_their_own_variances():
+    images = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]).double()
+    answers = Answers(Several(), Calibration([images]))
+    scales = (2 * 8 / 3, 8 / 3 / 100)  # 0, 2 and 4 lie 8 / 3 from their mean, squared, on average
+    for shifts, squares in (((0.5, 0.0), (2 * 0.25, 0.0)), ((0.5, 0.3), (2 * 0.25, 0.09)), ((0.0, 0.3), (0.0, 0.09))):
+        expected = sum(square / scale for square, scale in zip(squares, scales, strict=True)) / 2
+        found = answers.differences(Several(*shifts), 0)
+        assert found.distances == pytest.approx([expected] * 3)
+        assert all(math.isnan(each) for each in found.agreed)
+    assert (answers.named.compared, answers.named.left_out) == (("output[0]", "output[1]"), ())
+    exact = answers.likenesses(answers._model)
+    assert exact[0].distance == Estimate(0.0, 0.0, 0.0)
+    assert all(math.isnan(value) for value in vars(exact[0].agreement).values())
+
+
+def test_a_classifier_agrees_with_itself_on_every_part():
+    model, parts = net(), (Calibration([torch.randn(4, 5)]), Calibration([torch.randn(3, 5)]))
+    exact = Likeness(Estimate(0.0, 0.0, 0.0), Estimate(1.0, 1.0, 1.0))
+    assert Answers(model, *parts).likenesses(model) == [exact, exact]
+
+
+def test_outputs_without_an_entry_per_image_are_one_sample_a_batch():
+    batches = Calibration([{"images": list(torch.rand(3, 3, 4, 4))} for _ in range(3)])
+    found = Answers(Boxes(1.0), batches).differences(Boxes(1.1), 0)
+    assert len(found.distances) == len(found.agreed) == 3
+
+
+def test_batches_that_do_not_fit_are_named_from_zero():
+    with pytest.raises(DataError, match=r"must fit the model, got .* \(batch 0\)$"):
+        Answers(net(), Calibration([torch.randn(4, 6)]))
+    with pytest.raises(DataError, match=r"must fit the model, got .* \(batch 1\)$"):
+        Answers(net(), Calibration([torch.randn(4, 5), torch.randn(4, 6)]))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.recovery import Pair, compensate, compensation, pair_coefficients
+from nni_topo.recovery import Channel, Pair, compensate, compensation, pair_coefficients
+from nni_topo.recovery.mixing import _places
+from nni_topo.recovery.plan import Solvable
 from nni_topo.speedup import masked_model, to_dense
 
 FLOATS = st.lists(st.floats(-10, 10), min_size=3, max_size=20)
@@ -202,3 +206,160 @@ def test_bad_knobs_of_coefficients_are_refused():
 def test_bad_activations_are_refused(removed, survivor, message):
     with pytest.raises(DataError, match=message):
         pair_coefficients(removed, survivor)
+
+
+CONV, GROUPED, LINEAR = nn.Conv2d(4, 2, 3), nn.Conv2d(4, 2, 3, groups=2), nn.Linear(4, 2)
+ONE_BY_ONE = [[[0], [1], [2], [3]]]
+
+
+@pytest.mark.parametrize(
+    ("module", "group_ids", "columns", "places", "kept"),
+    [
+        (CONV, [1, 2, 3, 4], [[0, 3]], ONE_BY_ONE, [[0, 3]]),
+        (CONV, [1, 2, 1, 2], [[0, 2]], ONE_BY_ONE, [[0, 2]]),  # the same channels twice are no flattened ones
+        (GROUPED, [1, 2, 3, 4], [[1], [2]], [[[0], [1]], [[2], [3]]], [[1], [0]]),
+        (GROUPED, [1, 2, 3, 4], [[3]], [[[2], [3]]], [[1]]),
+        (LINEAR, [1, 2, 3, 4], [[1, 2]], ONE_BY_ONE, [[1, 2]]),
+        (LINEAR, [1, 1, 2, 2], [[2, 3]], [[[0, 1], [2, 3]]], [[1]]),
+        (LINEAR, [2, 1, 1, 2], [[1, 2]], [[[0, 3], [1, 2]]], [[1]]),  # in the order of the weight's columns
+        (LINEAR, [2, 1, 2, 1], [[0, 2]], [[[0, 2], [1, 3]]], [[0]]),
+        (LINEAR, [0, 0, 1, 1], [[0, 1]], ONE_BY_ONE, [[0, 1]]),  # what can't be pruned is no channel
+        (nn.Linear(5, 2), [1, 1, 1, 2, 2], [[3, 4]], [[[0], [1], [2], [3], [4]]], [[3, 4]]),
+    ],
+)
+def test_places_of_channels_are_one_by_one_or_those_of_their_features(module, group_ids, columns, places, kept):
+    layer = Solvable("layer", None, torch.tensor(columns), torch.tensor([[0, 1]]), None)
+    found, ranks = _places(layer, np.array(group_ids), module)
+    assert (found.tolist(), ranks.tolist()) == (places, kept)
+
+
+def test_features_of_many_positions_stay_in_order():
+    layer = Solvable("layer", None, torch.arange(0, 400, 4)[None], torch.tensor([[0]]), None)
+    found, _ = _places(layer, np.tile([1, 2, 3, 4], 100), nn.Linear(400, 1))
+    assert torch.equal(found[0], torch.arange(4)[:, None] + 4 * torch.arange(100))
+
+
+class Passing(nn.Module):
+    """The inputs as channels of a layer, and a layer that reads them."""
+
+    def __init__(self, count, *, bias=True, first_bias=True):
+        super().__init__()
+        self.first, self.last = nn.Linear(count, count, bias=first_bias), nn.Linear(count, 2, bias=bias)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.eye(count))
+            if first_bias:
+                self.first.bias.zero_()
+
+    def forward(self, states):
+        return self.last(self.first(states))
+
+
+def replaced(states, gone, method, **knobs):
+    """Remove channels of a network that passes states on; return it before and after."""
+    torch.manual_seed(0)
+    net = Passing(states.shape[1], **knobs).double().eval()
+    is_kept = torch.ones(states.shape[1]).double()
+    is_kept[gone] = 0
+    masks = {"first": {"weight": is_kept[:, None].expand(-1, states.shape[1]).clone()}}
+    return net, compensate(net, masks, [states], method=method, ridge=0.0)
+
+
+def test_channels_without_a_bias_to_take_the_constant_are_mixed_through_the_origin():
+    states = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double() + 2.0
+    net, found = replaced(states, [1, 3], "channel", bias=False)
+    mixing = torch.linalg.lstsq(states[:, [0, 2]], states[:, [1, 3]]).solution
+    expected = net.last.weight[:, [0, 2]] + net.last.weight[:, [1, 3]] @ mixing.T
+    torch.testing.assert_close(found.last.weight[:, [0, 2]].detach(), expected.detach())
+    assert found.last.bias is None
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_the_survivor_is_the_most_correlated_channel_and_not_the_largest(mean):
+    """Beside a channel of ten times the size, one that never varies, and one that is always zero."""
+    small, noise, large = torch.randn(3, 3000, generator=torch.Generator().manual_seed(0)).double()
+    large, lost = 10.0 * large, 3.0 * small + 0.3 * noise + 5.0
+    states = torch.stack([torch.full_like(small, 0.3), large + 3.0 * lost, lost, torch.zeros_like(small), small], 1)
+    states[:, 4] += mean
+    net, found = replaced(states, [2], "pair")
+    alpha, beta = np.polyfit(small.numpy(), lost.numpy(), 1)
+    expected = net.last.weight.detach().clone()
+    expected[:, 4] += alpha * expected[:, 2]
+    shift = (beta - alpha * mean) * expected[:, 2]
+    expected[:, 2] = 0
+    torch.testing.assert_close(found.last.weight.detach(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.last.bias.detach(), net.last.bias.detach() + shift, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.3])
+def test_a_survivor_that_never_varies_leaves_the_mean(constant):
+    lost = torch.randn(50, generator=torch.Generator().manual_seed(0)).double() + 1.0
+    states = torch.stack([lost, torch.full_like(lost, constant), lost**2], 1)
+    net, found = replaced(states, [0], Pair({"first": {0: 1}}))
+    torch.testing.assert_close(found.last.weight[:, 1:], net.last.weight[:, 1:])
+    torch.testing.assert_close(found.last.bias, net.last.bias + lost.mean() * net.last.weight[:, 0])
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
+def test_pairs_that_are_given_go_before_those_that_are_found(size):
+    """The first removed channel is left to be found, the second has a survivor that is less like it."""
+    states = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
+    states[:, 0], states[:, 1] = 2.0 * states[:, 2], 3.0 * states[:, 2] + states[:, 3]
+    states *= size
+    net, found = replaced(states, [0, 1], Pair({"first": {1: 3}}))
+    alpha, beta = pair_coefficients(states[:, 1], states[:, 3])
+    weight = net.last.weight.detach()
+    torch.testing.assert_close(found.last.weight[:, 2].detach(), weight[:, 2] + 2.0 * weight[:, 0])
+    torch.testing.assert_close(found.last.weight[:, 3].detach(), weight[:, 3] + alpha * weight[:, 1])
+    torch.testing.assert_close(found.last.bias.detach(), net.last.bias.detach() + beta * weight[:, 1])
+
+
+@pytest.mark.parametrize("first_bias", [True, False])
+def test_the_printed_constant_is_a_multiple_of_the_removed_neurons_bias(first_bias):
+    states = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double()
+    states[:, 0] += 2.0
+    net, found = replaced(states, [0], Pair({"first": {0: 1}}, as_printed=True), first_bias=first_bias)
+    torch.testing.assert_close(found.last.bias.detach(), net.last.bias.detach())  # the bias is 0
+    with torch.no_grad():
+        if first_bias:
+            net.first.bias[0] = 1 / 3
+            masks = {"first": {"weight": torch.tensor([0.0, 1.0, 1.0]).double()[:, None].expand(3, 3).clone()}}
+            found = compensate(net, masks, [states], method=Pair({"first": {0: 1}}, as_printed=True))
+            _, beta = pair_coefficients(states[:, 0] + 1 / 3, states[:, 1])
+            torch.testing.assert_close(found.last.bias, net.last.bias + beta / 3, rtol=1e-12, atol=1e-12)
+
+
+def test_only_layers_that_read_removed_channels_are_changed(conv_net, halves, images):
+    for method in (Channel(), Pair()):
+        report = compensation(conv_net, halves(conv_net, "0"), images, method=method).report
+        assert [(each.layer, each.unknowns) for each in report.layers] == [("2", 4 if method == Channel() else 1)]
+
+
+@pytest.mark.parametrize("pairs", [5, {0: {1: 2}}, {"0": 5}, [("0", {1: 2})]])
+def test_pairs_must_be_mappings_of_channels_by_layer(pairs):
+    with pytest.raises(ConfigError, match="pairs must be a mapping of layers to mappings of channels or None, got"):
+        Pair(pairs)
+
+
+@pytest.mark.parametrize(("iterations", "expected"), [(1, (1.2, 0.2)), (2, (1.08, 0.38)), (None, (0.0, 2.0))])
+def test_iterations_alternate_from_a_constant_of_zero(iterations, expected):
+    assert pair_coefficients([2.0, 2.0], [1.0, 2.0], iterations=iterations) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float16])
+@pytest.mark.parametrize("iterations", [None, 2000])
+def test_coefficients_are_computed_in_double_precision(kind, iterations):
+    """Sums of these would be too large for their own type, and rounded."""
+    ones, others = [200.0, 201.0, 205.0, 250.0, 210.0], [100.0, 103.0, 101.0, 250.0, 122.0]
+    survivor, removed = np.array(ones, dtype=kind), np.array(others, dtype=kind)
+    expected = np.polyfit(ones, others, 1)
+    found = pair_coefficients(removed, survivor, iterations=iterations)
+    assert found == pytest.approx(tuple(expected), rel=1e-9 if iterations is None else 1e-3)
+
+
+@pytest.mark.parametrize("method", ["channel", "pair", Pair({"0": {4: 1}}, as_printed=True)])
+def test_channels_are_mixed_alike_on_another_device(conv_net, halves, images, method, device):
+    masks = halves(conv_net, "0", "2")
+    expected = compensate(conv_net, masks, images, method=method)
+    found = compensate(copy.deepcopy(conv_net).to(device), masks, images, method=method)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name).cpu(), parameter, rtol=1e-6, atol=1e-6)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import compensate, load, masked_model, narrow_heads, save, to_dense
+from nni_topo import Calibration, compensate, load, masked_model, narrow_heads, save, to_dense
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery.directions import Moments, directions
-from nni_topo.recovery.narrowing import _Heads, _why_unchanged
-from nni_topo.zoo.transformers import bert_small, vit_small
+from nni_topo.recovery.narrowing import _Heads, _why_unchanged, narrow_instead
+from nni_topo.zoo.transformers import SelfAttention, _turned, bert_small, vit_small
 
 
 def images(count=60, seed=0):
@@ -278,3 +279,252 @@ def test_heads_keep_a_channel_at_least(ratio, table, kept):
     only_one = "its heads must be read by exactly one linear layer"
     assert _why_unchanged(known, {}, {}) == _why_unchanged(known, {known.name: ["a", "b"]}, {}) == only_one
     assert _why_unchanged(known, {}, {known.name: None}) == "rotary positions of an unknown kind"
+
+
+class Pytorchs(nn.Module):
+    """PyTorch's attention, of which the layers after it get a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, states):
+        return self.inner(states, states, states, need_weights=False)[0]
+
+
+ATTENTION = {
+    "own keys and values": lambda: SelfAttention(16, 4, bias=True, causal=False),
+    "shared keys and values": lambda: SelfAttention(16, 4, 2, bias=True, causal=False),
+    "PyTorch's": Pytorchs,
+    "rotary": lambda: SelfAttention(16, 4, 2, bias=True, causal=True),
+}
+
+
+def between(first, *attention):
+    """Return attention after a layer and before one; all biases are large, so that means are far from zero."""
+    net = nn.Sequential(nn.Linear(6, first), *attention, nn.Linear(first, 3)).double().eval()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("bias"):
+                parameter += torch.randn(len(parameter))
+    return net
+
+
+def factors(attention, states):
+    """Return queries, keys, columns that mix heads, and what these mix: each (heads, 4, samples)."""
+    if isinstance(attention, Pytorchs):
+        weights, biases = attention.inner.in_proj_weight.chunk(3), attention.inner.in_proj_bias.chunk(3)
+        made = [nn.functional.linear(states, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        mixing = attention.inner.out_proj.weight
+    else:
+        made = [layer(states) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        mixing = attention.o_proj.weight
+    queries, keys, values = (each.unflatten(2, (-1, 4)).transpose(1, 2) for each in made)
+    if causal := getattr(attention, "causal", False):
+        queries, keys = (_turned(each, attention.inv_freq) for each in (queries, keys))
+    repeated = (each.repeat_interleave(queries.shape[1] // keys.shape[1], 1) for each in (keys, values))
+    context = nn.functional.scaled_dot_product_attention(queries, *repeated, is_causal=causal)
+    queries, keys, context = (each.transpose(0, 1).flatten(1, 2).mT for each in (queries, keys, context))
+    return queries, keys, mixing.unflatten(1, (-1, 4)).movedim(1, 0).mT, context
+
+
+def products(ones, others, groups):
+    """Return the products of two factors' channels, of the heads of each group: (groups, 4, 4)."""
+    centred = others - others.mean(2, keepdim=True)
+    return [(each @ each.mT).unflatten(0, (groups, -1)).sum(1) for each in (ones, centred)]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_the_first_channels_of_turned_heads_lose_the_least_that_is_possible(name):
+    """Singular values say how little that is: of logits without the mean of the keys, and of what heads add."""
+    torch.manual_seed(0)
+    net, inputs = between(16, ATTENTION[name]()), torch.randn(30, 5, 6).double()
+    turned, masks = narrow_heads(net, [inputs[:20], inputs[20:]], 0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(turned(inputs), net(inputs))
+        before, after = (factors(each[1], each[0](inputs)) for each in (net, turned))
+    groups = len(before[1])
+    for one, other in ((0, 1), (2, 3)):
+        if name == "rotary" and one == 0:
+            torch.testing.assert_close(after[:2], before[:2])
+            continue
+        roots = [torch.linalg.cholesky(each) for each in products(before[one], before[other], groups)]
+        least = torch.linalg.svdvals(roots[0].mT @ roots[1])[:, 2:].square().sum(1)
+        ones, others = products(after[one], after[other], groups)
+        torch.testing.assert_close((ones[:, 2:, 2:] * others[:, 2:, 2:]).sum((1, 2)), least)
+    mixed = masks["1.inner.out_proj" if name == "PyTorch's" else "1.o_proj"]["weight"]
+    assert mixed.tolist() == [[1.0, 1.0, 0.0, 0.0] * 4] * 16
+    if name != "PyTorch's":
+        stays = [[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0]] if name == "rotary" else [[1.0, 1.0, 0.0, 0.0]]
+        for part, known in (("q", stays), ("k", stays), ("v", [[1.0, 1.0, 0.0, 0.0]])):
+            own = masks[f"1.{part}_proj"]
+            assert own["bias"].view(-1, 4).unique(dim=0).tolist()[0] in known
+            assert own["bias"].view(-1, 4).unique(dim=0).shape[0] == 1
+            assert torch.equal(own["weight"], own["bias"][:, None].expand(-1, 16))
+
+
+class Positioned(SelfAttention):
+    """Attention that gets its positions."""
+
+    def forward(self, states, frequencies):
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (layer(states).unflatten(2, (-1, 6)).transpose(1, 2) for layer in layers)
+        query, key = (_turned(heads, frequencies) for heads in (query, key))
+        context = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.o_proj(context.transpose(1, 2).flatten(2))
+
+
+class Decoder(nn.Module):
+    """Attention modules under the same positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("inv_freq", torch.tensor([1.0, 0.3, 0.1]))
+        self.first, self.second = (Positioned(24, 4, bias=True, causal=False) for _ in range(2))
+        self.enter, self.leave = nn.Linear(24, 24), nn.Linear(24, 3)
+
+    def forward(self, states):
+        states = self.first(self.enter(states), self.inv_freq)
+        return self.leave(self.second(states, self.inv_freq))
+
+
+OTHERS = "others that share its rotary frequencies keep another number of channels"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "kept"),
+    [({"first": 0.5, "second": 0.4}, 4), ({"first": 0.5}, 6), ({"first": 0.3, "second": 0.7}, 6)],
+)
+def test_modules_with_the_same_frequencies_lose_the_same_pairs_or_none(ratios, kept, caplog):
+    torch.manual_seed(0)
+    net, inputs = Decoder().eval(), torch.randn(20, 5, 24)
+    with torch.no_grad():  # the first on its own would lose its second pair, the second its third
+        for layer, factors_of_pairs in ((net.first.q_proj, [3.0, 0.01, 2.0]), (net.second.q_proj, [3.0, 0.6, 0.01])):
+            for parameter in layer.parameters():
+                parameter.view(8, 3, -1).mul_(torch.tensor(factors_of_pairs)[:, None])
+    turned, masks = narrow_heads(net, [inputs], ratios)
+    torch.testing.assert_close(given(turned, inputs), given(net, inputs), rtol=1e-4, atol=1e-4)
+    if kept == 6:
+        assert masks == {}
+        assert f"head size unchanged: {'; '.join(f'{name} ({OTHERS})' for name in ratios)}" in caplog.text
+        return
+    rows = {tuple(masks[f"{name}.{part}_proj"]["bias"].tolist()) for name in ratios for part in "qk"}
+    assert rows == {(1.0, 0.0, 1.0) * 8}
+
+
+def heads_masked(net, gone):
+    """Return masks of the layers of queries, keys and values without the first heads, so many of each module."""
+    masks = {}
+    for name, count in gone.items():
+        attention = net.get_submodule(name)
+        for part in "qkv":
+            layer = attention.get_submodule(f"{part}_proj")
+            is_kept = torch.ones_like(layer.bias).detach()
+            is_kept[: count * attention.head_dim] = 0
+            masks[f"{name}.{part}_proj"] = {"weight": is_kept[:, None].expand_as(layer.weight).clone(), "bias": is_kept}
+    return masks
+
+
+def test_heads_lose_channels_in_the_place_of_pruned_heads():
+    """Three quarters of six channels are 4.5: 4, then 5 with what was left over, then 4; other rows stay masked."""
+    torch.manual_seed(0)
+    net = between(24, *(SelfAttention(24, 4, bias=True, causal=False) for _ in range(4)))
+    inputs = [torch.randn(20, 5, 6).double()]
+    masks = heads_masked(net, {"1": 1, "2": 1, "3": 1})
+    rows, columns = torch.arange(24) >= 5, torch.arange(24) >= 6
+    masks["2.o_proj"] = {"weight": (rows[:, None] & columns).double(), "bias": rows.double()}
+    masks["5"] = {"weight": torch.tensor([1.0, 0.0, 1.0]).double()[:, None].expand(3, 24).clone()}
+    turned, found = narrow_instead(net, inputs, masks)
+    torch.testing.assert_close(given(turned, inputs[0]), given(net, inputs[0]))
+    assert set(found) == {f"{name}.{part}_proj" for name in "123" for part in "qkvo"} | {"5"}
+    assert torch.equal(found["5"]["weight"], masks["5"]["weight"])
+    for name, kept in (("1", 4), ("2", 5), ("3", 4)):
+        stays = (torch.arange(24) % 6 < kept).double()
+        for part in "qkv":
+            assert torch.equal(found[f"{name}.{part}_proj"]["bias"], stays)
+            assert torch.equal(found[f"{name}.{part}_proj"]["weight"], stays[:, None].expand(24, 24))
+        left = (rows if name == "2" else rows | True).double()
+        assert torch.equal(found[f"{name}.o_proj"]["weight"], left[:, None] * stays)
+    assert torch.equal(found["2.o_proj"]["bias"], rows.double())
+
+
+@pytest.mark.parametrize(
+    ("heads", "gone", "kept"), [(8, {"1": 7}, {"1": 1, "2": 2}), (16, {"1": 1}, {}), (16, {"1": 1, "2": 1}, {})]
+)
+def test_a_head_keeps_a_channel_and_modules_without_pruned_heads_keep_all(heads, gone, kept):
+    """A sixteenth of two channels is none."""
+    torch.manual_seed(0)
+    net = between(2 * heads, *(SelfAttention(2 * heads, heads, bias=True, causal=False) for _ in range(2)))
+    inputs, masks = [torch.randn(20, 5, 6).double()], heads_masked(net, gone)
+    turned, found = narrow_instead(net, inputs, masks)
+    if not kept:
+        assert turned is net
+        assert found is masks
+        return
+    for name, count in kept.items():
+        is_kept = found.get(f"{name}.k_proj", {"bias": torch.ones(2 * heads)})["bias"]
+        assert is_kept.tolist() == [1.0, float(count > 1)] * heads
+
+
+def test_rotary_heads_are_pruned_as_they_were_chosen():
+    torch.manual_seed(0)
+    net, inputs = between(16, SelfAttention(16, 4, bias=True, causal=True)), [torch.randn(20, 5, 6).double()]
+    masks = heads_masked(net, {"1": 2})
+    assert narrow_instead(net, inputs, masks) == (net, masks)
+
+
+def test_activations_of_values_alone_must_be_finite_too():
+    torch.manual_seed(0)
+    net = between(16, SelfAttention(16, 4, bias=True, causal=False))
+    nn.init.constant_(net[1].v_proj.weight, 1e308)
+    with pytest.raises(DataError, match=r"^activations must be finite, got NaN or infinity \(1\)$"):
+        narrow_heads(net, [torch.randn(20, 5, 6).double()], 0.5)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-5, 1e5])
+def test_directions_of_factors_of_any_size_are_inverse(factor):
+    """Of two that do nothing, all directions are as good."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 1, 3, 20, generator=generator).double() * factor
+    a, b = directions(one @ one.mT, other @ other.mT, 2)
+    torch.testing.assert_close(a @ b.mT, torch.eye(3).double()[None])
+    lost = float((one.mT @ (torch.eye(3) - a[..., :2] @ b[..., :2].mT) @ other).square().sum())
+    assert lost == pytest.approx(float(torch.linalg.svdvals(one.mT @ other)[0, 2].square()), rel=1e-5, abs=0.0)
+
+
+@pytest.mark.parametrize("name", ["rotary", "PyTorch's"])
+def test_heads_are_turned_alike_on_another_device(name, device):
+    """Directions are the same up to their sign, and so is what the first channels give."""
+    torch.manual_seed(0)
+    net, inputs = between(16, ATTENTION[name]()), torch.randn(30, 5, 6).double()
+    found = []
+    for place in (torch.device("cpu"), device):
+        turned, masks = narrow_heads(copy.deepcopy(net).to(place), [inputs.to(place)], 0.5)
+        assert {each.device.type for each in turned.parameters()} == {place.type}
+        found.append(given(masked_model(turned.cpu(), inputs, masks), inputs))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def alone():
+    """A group of a single process."""
+    if not torch.distributed.is_available():
+        pytest.skip("this build of PyTorch has no torch.distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield Processes(torch.distributed.group.WORLD)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["rotary", "own keys and values"])
+def test_processes_that_share_batches_turn_heads_together(name, alone):
+    torch.manual_seed(0)
+    net, inputs = between(16, ATTENTION[name]()), [torch.randn(20, 5, 6).double()]
+    shared = Calibration(inputs)
+    shared.processes = alone
+    masks = heads_masked(net, {"1": 1})
+    for turn in (lambda batches: narrow_heads(net, batches, 0.5), lambda batches: narrow_instead(net, batches, masks)):
+        (expected, known), (found, others) = turn(inputs), turn(shared)
+        torch.testing.assert_close(found.state_dict(), expected.state_dict())
+        assert str(others) == str(known)

@@ -204,3 +204,48 @@ def test_logits_of_some_queries_with_the_keys_up_to_them(places):
     torch.testing.assert_close(found.products, expected)
     found._add(queries, keys)
     torch.testing.assert_close(found.products, 2.0 * expected)
+
+
+@pytest.mark.parametrize("has_samples", [True, False])
+def test_pairs_of_heads_that_share_keys_add_to_logits_up_to_each_query(has_samples):
+    """A pair adds the product of two numbers of a query and a key, after both were turned by their places."""
+    torch.manual_seed(0)
+    frequencies, samples = torch.tensor([1.0, 0.4, 0.1]), 2 if has_samples else 1
+    queries, keys = torch.randn(samples, 5, 24).double(), torch.randn(samples, 5, 12).double()
+    found = PairLogits(frequencies)
+    shown = (queries, keys) if has_samples else (queries[0], keys[0])
+    found.see_queries(np.arange(24).reshape(4, 6), shown[0], shown[0])
+    found.see_keys(np.arange(12).reshape(2, 6), shown[1], shown[1])
+    turned = [_turned(each.unflatten(2, (-1, 6)).transpose(1, 2), frequencies.double()) for each in (queries, keys)]
+    expected = torch.zeros(4, 3, 3).double()
+    for sample in range(samples):
+        for head in range(4):
+            for place in range(5):
+                products = turned[0][sample, head, place] * turned[1][sample, head // 2, : place + 1]
+                added = products[:, :3] + products[:, 3:]
+                added = added - added.mean(0)
+                expected[head] += added.T @ added
+    torch.testing.assert_close(found.products, expected)
+
+
+def test_heads_of_a_millionth_of_a_millionth_of_the_largest_logits_have_no_shares():
+    logits = PairLogits(torch.ones(2))
+    largest = torch.diag(torch.tensor([3000.0, 1000.0]))
+    for factor, expected in ((1e-10, [0.5, 0.5]), (1e-13, [0.75, 0.25])):
+        logits.products = torch.stack([largest, factor * largest.flip(0, 1)]).double()
+        assert np.diag(logits.shares()) == pytest.approx(expected)
+
+
+def test_pairs_are_chosen_alike_on_another_device(device):
+    torch.manual_seed(0)
+    frequencies, rows, states = torch.tensor([1.0, 0.1]), np.arange(8).reshape(2, 4), torch.randn(3, 9, 8)
+    real = torch.arange(9) < torch.tensor([[9], [6], [7]])
+    found = []
+    for place in (torch.device("cpu"), device):
+        logits, values = PairLogits(frequencies.to(place)), states.to(place)
+        with counting(real.to(place)):
+            logits.see_queries(rows, values, values)
+            logits.see_keys(rows, values, values)
+        assert logits.products.device == values.device
+        found.append(logits.shares())
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)

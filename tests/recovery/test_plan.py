@@ -100,6 +100,7 @@ class Two(nn.Module):
         (lambda one, other: one - other, "sub", False),
         (lambda one, other: one.mul(other), "mul", False),
         (lambda one, other: one, "first", False),
+        (lambda one, other: torch.cat([one, other]), "cat", False),
     ],
 )
 def test_sums_are_of_two_different_values_and_nothing_else(join, name, is_sum):
@@ -185,3 +186,194 @@ def test_modules_that_can_not_be_solved_are_named_by_their_type():
     assert plan._why_not(graph, node, nn.Bilinear(4, 4, 2), flow, {}) == "of type Bilinear"
     node.target = "other"
     assert plan._why_not(graph, node, net[1], flow, {}) == "of type Linear"
+
+
+class Named(nn.Module):
+    """A module of two values that is named as if it added them."""
+
+    def __init__(self):
+        super().__init__()
+        self.add = nn.Bilinear(3, 3, 2)
+
+    def forward(self, one, other):
+        return self.add(one, other)
+
+
+def test_a_module_by_the_name_of_a_sum_is_none_and_a_function_is_no_norm():
+    graph, node = node_of(Named(), "add")
+    assert not plan._is_sum(node)
+    graph, node = node_of(Two(torch.add), "add")
+    assert not plan._is_affine(graph, node)
+
+
+def traced(net, *shape):
+    """Return a graph whose shapes are known, and where channels go."""
+    network = Network(net.eval(), ((torch.zeros(shape),), {}))
+    return network.graph(net)[0], network.flow
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda *_: None)
+
+
+def hooked_before(layer):
+    layer.register_forward_pre_hook(lambda *_: None)
+
+
+HOOKED = "its weight is computed or its calls are hooked"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda layer: None, None),
+        (hooked, HOOKED),
+        (hooked_before, HOOKED),
+        (nn.utils.parametrizations.weight_norm, HOOKED),
+    ],
+)
+def test_layers_whose_calls_do_more_are_left_alone(change, reason):
+    graph, flow = traced(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 2, 3)
+    node = next(node for node in graph.graph.nodes if node.target == "1")
+    layer = graph.get_submodule("1")
+    change(layer)
+    assert plan._why_not(graph, node, layer, flow, {}) == reason
+
+
+class Growing(nn.Module):
+    """A transposed convolution that is told how large its output is, or not."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.first, self.up, self.args, self.kwargs = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 2, 2), args, kwargs
+
+    def forward(self, images):
+        return self.up(self.first(images), *self.args, **self.kwargs)
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (Growing(), None),
+        (Growing([5, 5]), "called in an unusual way"),
+        (Growing(output_size=[5, 5]), "called in an unusual way"),
+    ],
+)
+def test_transposed_convolutions_of_a_given_size_are_left_alone(net, reason):
+    graph, flow = traced(net, 2, 3, 4, 4)
+    node = next(node for node in graph.graph.nodes if node.name == "up")
+    assert plan._why_not(graph, node, net.up, flow, {}) == reason
+
+
+@pytest.mark.parametrize(
+    ("module", "gone", "is_by_channel"),
+    [
+        (nn.Linear(3, 4), [], True),
+        (nn.Linear(3, 4), [(slice(1, 3), slice(None))], True),
+        (nn.Linear(3, 4), [(slice(None), 1)], True),
+        (nn.Linear(3, 4), [(slice(None), 1), (2, slice(None))], True),
+        (nn.Linear(3, 4), [(slice(None),)], True),
+        (nn.Linear(3, 4), [(2, 1)], False),
+        (nn.Linear(3, 4), [(slice(1, 3), 1)], False),
+        (nn.Conv2d(4, 4, 2, groups=2), [(slice(0, 2), 1)], True),  # a channel of the first group
+        (nn.Conv2d(4, 4, 2, groups=2), [(slice(1, 3), 1)], False),
+        (nn.Conv2d(4, 4, 2, groups=2), [(3,)], True),
+        (nn.Conv2d(4, 4, 2), [(slice(0, 2), 1)], False),
+        (nn.Conv2d(4, 4, 2), [(slice(None), slice(None), 1)], False),
+        (nn.Conv2d(4, 4, 2), [(slice(None), slice(None), 1, 0)], False),
+        (nn.ConvTranspose2d(4, 2, 2), [(1,)], True),
+        (nn.ConvTranspose2d(4, 2, 2), [(slice(None), 1)], True),
+        (nn.ConvTranspose2d(4, 2, 2), [(1, 1)], False),
+    ],
+)
+def test_masks_by_channel_remove_rows_and_columns_of_a_group(module, gone, is_by_channel):
+    mask = torch.ones_like(module.weight)
+    for index in gone:
+        mask[index] = 0
+    assert plan._goes_by_channel(module, mask) is is_by_channel
+
+
+def test_a_group_may_lose_other_channels_than_the_next_one():
+    mask = torch.ones(4, 2, 2, 2)
+    mask[0], mask[2:, 1] = 0, 0
+    assert plan._goes_by_channel(nn.Conv2d(4, 4, 2, groups=2), mask)
+    mask[1, 0, 0, 0] = 0
+    assert not plan._goes_by_channel(nn.Conv2d(4, 4, 2, groups=2), mask)
+
+
+@pytest.mark.parametrize(
+    ("entering", "leaving", "masked", "solved"),
+    [
+        ([1, 3], [], None, ([[0], [2]], [[0, 1, 2], [3, 4, 5]])),
+        ([1], [], None, None),  # one of the first group, none of the second
+        ([0, 1], [], None, ([[2, 3]], [[3, 4, 5]])),  # nothing is left of a group
+        ([0, 1, 2, 3], [], None, None),
+        ([], [0, 3], None, ([[0, 1], [2, 3]], [[1, 2], [4, 5]])),
+        ([], [0], None, None),
+        ([], [3, 4, 5], None, ([[0, 1]], [[0, 1, 2]])),
+        ([1, 3], [0, 3], [], ([[0], [2]], [[1, 2], [4, 5]])),  # its own mask names neither
+        ([], [], [(0,), (4,)], ([[0, 1], [2, 3]], [[1, 2], [3, 5]])),
+        ([], [], [(slice(None), 1)], ([[0], [2]], [[0, 1, 2], [3, 4, 5]])),
+        ([], [], [(slice(0, 3), 0), (slice(3, 6), 1)], ([[1], [2]], [[0, 1, 2], [3, 4, 5]])),
+        ([1], [2], [(slice(3, 6), 0), (4,)], ([[0], [3]], [[0, 1], [3, 5]])),
+        ([], [], [(slice(0, 3), 0)], None),
+    ],
+)
+def test_what_is_left_of_each_group_is_solved(entering, leaving, masked, solved):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 2, 1))
+    graph, flow = traced(net, 1, 3, 5, 5)
+    node = next(node for node in graph.graph.nodes if node.target == "1")
+    pruned = {*flow.entering_group_ids("1")[entering].tolist(), *flow.group_ids_of("1")[leaving].tolist()}
+    masks = {}
+    if masked is not None:
+        masks["1"] = {"weight": torch.ones_like(net[1].weight)}
+        for index in masked:
+            masks["1"]["weight"][index] = 0
+    found = plan._solvable(graph, node, flow, masks, pruned)
+    assert (found and (found.columns.tolist(), found.rows.tolist())) == solved
+
+
+def test_groups_that_keep_different_numbers_are_named():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1, groups=2), nn.Conv2d(4, 2, 1)).eval()
+    masks = {
+        "0": {"weight": torch.tensor([0.0, 1, 1, 1] * 2)[:, None, None, None]},
+        "1": {"weight": torch.ones(4, 4, 1, 1)},
+    }
+    masks["1"]["weight"][:2, 1] = 0  # the first group reads a channel less
+    report = compensation(net, masks, [torch.randn(20, 3, 4, 4)]).report
+    assert report.left_alone == {"1": "its groups keep different numbers of channels"}
+    assert [each.layer for each in report.layers] == ["2"]
+
+
+def test_of_outputs_that_are_added_the_one_with_most_unknowns_is_solved_for_the_sum():
+    """Eight kept channels are fewer than nine elements of the kernel of a single one."""
+    net = nn.Sequential(nn.Conv2d(8, 1, 1), nn.Conv2d(4, 4, 3, groups=4))
+    equations = []
+    for name, columns in (("1", torch.arange(4)[:, None]), ("0", torch.arange(8)[None])):
+        layer = plan.Solvable(name, None, columns, columns, None)
+        equations.append((plan.Equation(layer, f"near {name}", ()), plan.Equation(layer, "sum", ())))
+    found = [(each.layer.name, each.place) for each in plan._ordered(net, equations)]
+    assert found == [("0", "near 0"), ("1", "sum"), ("0", "sum")]
+
+
+class Detour(nn.Module):
+    """A sum of a layer and two others after each other, which are called later."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shortcut, self.up, self.down = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, values):
+        hidden = torch.relu(self.stem(values))
+        around = self.shortcut(hidden)
+        return around + self.down(torch.tanh(self.up(hidden)))
+
+
+def test_equations_are_solved_in_the_order_of_their_places():
+    torch.manual_seed(0)
+    masks = {"stem": {"weight": torch.tensor([1.0, 0, 0, 1, 1, 0])[:, None]}}
+    masks["up"] = {"weight": torch.tensor([1.0, 1, 1, 1, 1, 0])[:, None]}
+    report = compensation(Detour().eval(), masks, [torch.randn(60, 6)]).report
+    places = [(each.layer, each.place) for each in report.layers]
+    assert places == [("shortcut", "shortcut"), ("up", "up"), ("down", "add"), ("shortcut", "add")]

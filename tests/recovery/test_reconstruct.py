@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 import nni_topo
+from nni_topo.errors import ConfigError
+from nni_topo.maths.least_squares.normal import Fit, Solution
 from nni_topo.recovery import Reconstruct, compensate, compensating, compensation, samples
+from nni_topo.recovery.networks import build_networks
+from nni_topo.recovery.plan import make_plan
 from nni_topo.speedup import masked_model, to_dense
 
 
@@ -343,3 +347,88 @@ def test_sums_by_shifts_over_all_positions_give_the_solution_of_rows_at_all_posi
     for expected, found in zip(by_rows.parameters(), by_shifts.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(one, other) for one, other in zip(by_rows.parameters(), model.parameters(), strict=True))
+
+
+def tasks_of(net, masks, images, refine):
+    """Return the tasks of all layers that read removed channels, as if nothing had been solved before."""
+    networks = build_networks(net, ((images,), {}), masks)
+    plan = make_plan(networks.unpruned, networks.flow, networks.masks, set(networks.unpruned.graph.nodes))
+    return Reconstruct(refine=refine).tasks(plan, networks)
+
+
+@pytest.fixture
+def normed_net():
+    """A convolution before a norm, of which one channel is silent, and a ReLU; then one whose output is read."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)
+    )
+    with torch.no_grad():
+        net[2].weight.copy_(torch.tensor([2.0, 0.0, 0.5]))
+    return net.double().eval()
+
+
+FIRST_OF_FOUR = {"0": {"weight": torch.tensor([0.0, 1, 1, 1])[:, None, None, None]}}
+
+
+def test_a_layer_before_a_relu_is_refined_twice_by_default_and_takes_more_passes(normed_net, images):
+    assert Reconstruct() == Reconstruct(refine=2)
+    for refine, labels in ((0, ["_2"]), (1, ["_2", "relu(_2)"]), (2, ["_2", "relu(_2)", "relu(_2)"])):
+        tasks = [each for each in tasks_of(normed_net, FIRST_OF_FOUR, images[0], refine) if each.layer.name == "1"]
+        assert [each.label for each in tasks] == labels
+        assert [each.passes for each in tasks] == [3] * (refine + 1)
+        assert [each.unknowns for each in tasks] == [27] * (refine + 1)
+    (last,) = [each for each in tasks_of(normed_net, FIRST_OF_FOUR, images[0], 2) if each.layer.name == "4"]
+    assert (last.label, last.passes, last.unknowns) == ("_4", 1, 3)
+
+
+@pytest.mark.parametrize("refine", [-1, 1.5])
+def test_refinements_are_counted(refine):
+    with pytest.raises(ConfigError, match="refine must be an integer of at least 0, got"):
+        Reconstruct(refine=refine)
+
+
+def test_what_a_relu_lets_through_is_wanted_of_refinements(normed_net, images):
+    """Below zero everything is alike: what is reached there isn't lacking, and what is reached above is too much."""
+    task = tasks_of(normed_net, FIRST_OF_FOUR, images[0], 1)[-2]
+    wanted, reached = (
+        torch.tensor([2.0, 0.5, -1.0, -1.0, 0.0, 0.0, 0.5]),
+        torch.tensor([0.5, -3.0, 2.0, -2.0, 3.0, -3.0, 2.0]),
+    )
+    inputs = torch.zeros(1)
+    found = task.refined((inputs, wanted - reached, wanted))
+    assert found[0] is inputs
+    assert found[1].tolist() == [1.5, 3.5, -2.0, 0.0, -3.0, 0.0, -1.5]
+    assert found[2].tolist() == [2.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.5]
+
+
+def test_a_solution_changes_nothing_where_the_norm_is_silent(normed_net, images):
+    task = tasks_of(normed_net, FIRST_OF_FOUR, images[0], 0)[-2]
+    inputs = torch.arange(54.0).reshape(1, 2, 27).double()
+    weights, shift = torch.ones(1, 27, 3).double(), torch.tensor([[1.0, 2.0, 3.0]]).double()
+    sums = inputs[0].sum(1, keepdim=True)
+    alive = torch.tensor([1.0, 0.0, 1.0])
+    expected = (sums + torch.tensor([1.0, 2.0, 3.0])) * alive
+    found = Fit(Solution(weights, shift), 0.0, 1.0, 0.0, 0.0)
+    torch.testing.assert_close(task.effect(inputs, found)[0], expected, check_dtype=False)
+    before = copy.deepcopy(normed_net)
+    task.apply(normed_net, found)
+    change = (normed_net[1].weight - before[1].weight).detach()
+    slopes = (before[2].weight / (before[2].running_var + before[2].eps).sqrt()).detach()
+    for row, slope in ((0, slopes[0]), (2, slopes[2])):
+        torch.testing.assert_close(change[row, 1:], torch.full((3, 3, 3), 1.0 / float(slope)).double())
+        shifted = before[2].running_mean[row] - shift[0, row] / slope
+        torch.testing.assert_close(normed_net[2].running_mean[row], shifted)
+    assert not change[1].any()
+    assert not change[:, 0].any()
+    assert normed_net[2].running_mean[1] == before[2].running_mean[1]
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-5, 1e4])
+def test_the_size_of_a_norms_weights_does_not_decide_which_channels_are_silent(normed_net, images, size):
+    with torch.no_grad():
+        normed_net[2].weight.fill_(size)
+    repaired = compensate(normed_net, FIRST_OF_FOUR, images)
+    assert bool(torch.isfinite(repaired[1].weight).all())
+    changed = (repaired[1].weight != normed_net[1].weight)[:, 1:].flatten(1).any(1)
+    assert changed.tolist() == [size > 0.0] * 3

@@ -158,3 +158,12 @@ def test_checks_find_methods_that_break_a_promise(fault, check):
     with pytest.raises((AssertionError, NniTopoError)):
         found(Broken(fault))
     found(Broken("none"))
+
+
+@pytest.mark.parametrize(("method", "is_measured"), [("recalibrate", True), (FirstLayers(), False)])
+def test_statistics_of_norms_are_measured_anew_where_a_method_says_so(
+    method, is_measured, residual_net, images, halves
+):
+    found = compensate(residual_net, halves(residual_net, "conv1"), images, method=method)
+    assert torch.equal(found.norm2.running_var, residual_net.norm2.running_var) != is_measured
+    assert torch.equal(found.conv2.weight, residual_net.conv2.weight) == is_measured

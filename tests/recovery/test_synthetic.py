@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,7 @@ from torch import nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.recovery import synthetic_images
+from nni_topo.recovery import synthetic, synthetic_images
 from nni_topo.testing import toy_model
 
 
@@ -92,3 +95,130 @@ def test_bad_requests_are_refused(net):
         nni_topo.compensate(net, {}, None)
     with pytest.raises(ConfigError, match="got None: without data"):
         nni_topo.shrink(net, None, {"flops": 0.5})
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        (torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)),
+        torch.zeros(1, 1, 4, 4, dtype=torch.long),
+        torch.zeros(1, 1, 4, 4, 4),
+    ],
+)
+def test_inputs_that_are_not_one_floating_image_tensor_are_refused(example):
+    with pytest.raises(ConfigError, match=r"must take one floating tensor \(n, channels, height, width\), got"):
+        synthetic_images(nn.Flatten(), example)
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 6, 9), (3, 1, 8, 4)])
+def test_noise_is_white_noise_whose_amplitudes_are_divided_by_their_frequency(shape):
+    """A frequency of less than a period in the longer side counts as one period."""
+    made = synthetic._noise(shape, torch.Generator().manual_seed(3))
+    white = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    assert float(made.std()) == pytest.approx(1.0)
+    rows, columns = np.fft.fftfreq(shape[2])[:, None], np.fft.fftfreq(shape[3])
+    frequency = np.maximum(np.hypot(rows, columns), 1.0 / max(shape[2:]))
+    factors = np.fft.fft2(made.double().numpy()) * frequency / np.fft.fft2(white.double().numpy())
+    np.testing.assert_allclose(factors, factors.flat[0].real, rtol=1e-3)
+
+
+def test_distances_are_those_of_means_and_of_logarithms_of_variances():
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.copy_(torch.tensor([0.5, 5.0, 7.0]))
+    norm.running_var.copy_(torch.tensor([4.0, 1.0, 0.0]))
+    rows = torch.tensor([[1.0, 5.0, 7.0], [3.0, 5.0, 7.0]])  # means 2, 5 and 7, variances 1, 0 and 0
+    expected = (1.5**2 / 4 + math.log(1 / 4) ** 2 + math.log(1e-6) ** 2) / 3
+    for entering in (rows, rows.T.reshape(1, 3, 2), rows.T.reshape(1, 3, 1, 2)):
+        assert float(synthetic._distance(norm, entering)) == pytest.approx(expected, rel=1e-4)
+
+
+class Read(nn.Module):
+    """What is read of images, as scores or not."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def forward(self, images):
+        return self.read(images)
+
+
+def moved(net, images):
+    """Return the first step, in which each pixel goes down its slope by the learning rate."""
+    images = torch.as_tensor(images)
+    with synthetic.bar("images", False) as shown:
+        return (synthetic._shaped(net, images, 1, shown) - images).round(decimals=4)
+
+
+def test_neighbours_come_nearer():
+    """Of a single bright pixel and the four beside it, with no other aim."""
+    image = torch.zeros(1, 1, 5, 5)
+    image[..., 2, 2] = 1.0
+    beside = torch.tensor([[0.0, 1, 0], [1, -1, 1], [0, 1, 0]])
+    found = moved(Read(lambda images: torch.cat([images, images], 1)), image)
+    torch.testing.assert_close(found, 0.1 * nn.functional.pad(beside, (1, 1, 1, 1))[None, None])
+
+
+@pytest.mark.parametrize(("slope", "step"), [(1.0, 0.1), (0.3, -0.1), (-0.3, -0.1)])
+def test_classes_weigh_a_tenth_and_differences_of_neighbours_a_hundredth(slope, step):
+    """For a score that grows with a bright pixel: 0.1 s / (1 + exp(s)) against 0.01 * 2, with slopes of 1 and 0.3."""
+    net = Read(lambda images: torch.stack([slope * images[:, 0, 0, 0], 0.0 * images[:, 0, 0, 0]], 1))
+    assert float(moved(net, [[[[1.0, 0.0], [0.0, 0.0]]]])[0, 0, 0, 0]) == pytest.approx(step)
+
+
+def test_images_are_of_all_classes_in_turn():
+    net = Read(lambda images: torch.stack([images[:, 0, 0, 0], -images[:, 0, 0, 0]], 1))
+    assert moved(net, torch.zeros(5, 1, 2, 2))[:, 0, 0, 0].tolist() == pytest.approx([0.1, -0.1] * 2 + [0.1])
+
+
+@pytest.mark.parametrize(("mean", "step"), [(5.0, 0.1), (-5.0, -0.1)])
+def test_what_enters_norms_comes_nearer_to_what_they_remember(mean, step):
+    """A norm without statistics remembers nothing, and outputs of other shapes are of no class."""
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.fill_(mean)
+    net = nn.Sequential(norm, nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    images = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(moved(net, images), torch.full_like(images, step))
+
+
+def test_by_default_256_images_in_two_batches_follow_150_steps(capsys):
+    watched = []
+
+    def read(images):
+        if images.requires_grad:
+            watched.append(len(images))
+        return images
+
+    few = synthetic_images(Read(read).double(), torch.zeros(1, 1, 2, 2).double(), count=1, batch_size=2)
+    assert watched == [1] * 150
+    watched.clear()
+    example = torch.zeros(1, 1, 2, 2)
+    whole = synthetic_images(Read(read), example, steps=1, progress=True)
+    assert watched == [len(batch) for batch in whole] == [128, 128]
+    assert (few[0].dtype, whole[0].dtype) == (torch.float64, torch.float32)
+    assert torch.equal(whole[1], synthetic_images(Read(read), example, steps=1, seed=0)[1])
+    synthetic_images(Read(read), example, count=5, steps=3, batch_size=2, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [lines[0].partition(",")[0], lines[-1].partition(",")[0]] == ["images: 0 of 2", "images: 9 of 9"]
+
+
+def test_the_networks_weights_get_no_gradient():
+    seen = []
+
+    class Weighted(nn.Linear):
+        def forward(self, images):
+            seen.append((images.requires_grad, self.weight.requires_grad))
+            return super().forward(images)
+
+    synthetic_images(Weighted(2, 2), torch.zeros(1, 1, 2, 2), count=2, steps=1)
+    assert seen[-1] == (True, False)
+
+
+def test_images_are_made_alike_on_another_device(device):
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 3)).eval()
+    expected, found = (
+        synthetic_images(net.to(place), torch.zeros(1, 1, 4, 4, device=place), count=3, steps=2)[0]
+        for place in (torch.device("cpu"), device)
+    )
+    assert found.device.type == device.type
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
