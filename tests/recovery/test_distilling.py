@@ -1097,6 +1097,12 @@ class Taking(Narrow):
         return super().forward(inputs)
 
 
+class Answering(Taking):
+    """Takes an eighth of a second for each sample without gradients."""
+
+    seconds = 0.125
+
+
 @pytest.fixture
 def watch(monkeypatch):
     watch = Watch()
@@ -1134,6 +1140,20 @@ def test_time_that_allows_no_lower_rate_is_named(watch, seconds, trials):
     found = distillation(dense, original, images, seconds=seconds, blend=False)
     assert [each.lr for each in found.rates] == list(RATES[:trials])
     assert (math.isnan(found.lr), found.is_out_of_time) == (True, trials < 5)
+    assert found.seconds == 1 + 4 + 3 * trials
+
+
+@pytest.mark.parametrize(("share", "is_made"), [(1.04, True), (0.96, False)])
+def test_a_view_is_made_where_it_takes_a_tenth_of_the_time_that_is_left(watch, monkeypatch, share, is_made):
+    """The unpruned network takes an eighth of a second for each of 84 images, and a step takes one."""
+    monkeypatch.setattr("nni_topo.recovery.lesson.time", watch)
+    dense, original = Taking(4).eval(), Answering(16).eval()
+    knobs = {"steps": 4, "lr": 1e-3}  # two for the images as they are, and two for a view
+    without = distillation(dense, original, batches(), blend=False, seconds=1000.0, **knobs).seconds
+    left_after_two = 10.0 * share * 84 / 8
+    found = distillation(dense, original, batches(), seconds=without - 2.0 + left_after_two, **knobs)
+    assert found.steps == 4
+    assert found.seconds - without == (84 / 8 if is_made else 0.0)
 
 
 class Odd(nn.BatchNorm1d):
@@ -1174,20 +1194,25 @@ class Twin(Processes):
 
     def __init__(self):
         self.rank, self.size = 0, 2
+        self.places = []
 
     def _exchange(self, mine):
         return [mine, mine]
 
     def add(self, tensors, place):
+        self.places.append(place)
         for each in tensors:
             each.mul_(2)
+
+    def agree(self, tensors, place):
+        self.places.append(place)
 
     def _name(self, rank):
         return rank
 
 
-def shared(images):
-    data = nni_topo.Calibration(list(images))
+def shared(images, groups=None):
+    data = nni_topo.Calibration(list(images), groups=groups)
     data.processes = Twin()
     return data
 
@@ -1210,8 +1235,54 @@ def test_what_processes_that_share_images_can_not_do_is_refused(tmp_path, monkey
         distillation(*pair(), shared(batches()), steps=2, **knobs)
 
 
+def with_blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), nn.Linear(6, 4)).eval()
+
+
+def test_blocks_are_not_learned_where_processes_share_images_and_are_part_of_a_state(tmp_path):
+    dense, original = with_blocks(), with_blocks()
+    with torch.no_grad():
+        dense[0][0].weight += 0.2
+    with pytest.raises(ConfigError, match=r"got blocks \(process_group\)"):
+        distillation(dense, original, shared(batches()), steps=2, blocks=0.5, blend=False)
+    knobs = {"steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
+    distillation(dense, original, batches(), blocks=0.5, **knobs)
+    with pytest.raises(ConfigError, match=r"distillation must go on with blocks 0\.5, got 0\.25"):
+        distillation(dense, original, batches(), blocks=0.25, **knobs)
+
+
 def test_each_process_must_have_images_to_learn_from():
     """Of two images the other one's is learned from."""
     assert torch.randperm(2, generator=torch.Generator().manual_seed(0)).tolist() == [0, 1]
     with pytest.raises(DataError, match=r"must have images to learn from, got \[0, 0\] by process \(images\)"):
         distillation(*pair(), shared([inputs(1)]), blend=False, steps=2, lr=1e-3)
+
+
+@pytest.mark.parametrize("lr", [None, 1e-3])
+@pytest.mark.parametrize("groups", [None, [index // 3 for index in range(48)]])
+def test_processes_judge_by_their_images_and_take_all_steps_together(groups, lr):
+    """Each has 48 images, and those that are held out of 96; of groups every eighth is held out."""
+    dense, original = pair()
+    data = shared(batches(48), groups)
+    found = distillation(dense, original, data, blend=False, steps=4, lr=lr)
+    if groups is None:
+        held = torch.randperm(96, generator=torch.Generator().manual_seed(0))[::8]
+    else:
+        held = torch.cat(2 * [data.held_out(8)]).nonzero().flatten()
+    assert (found.images, found.held_out) == (96, len(held))
+    own = inputs(48)[held[held < 48]]
+    assert 0 < len(own) < 48
+    assert found.loss_before == pytest.approx(divergence(dense, original, own), rel=1e-4)
+    assert found.loss_after == pytest.approx(divergence(found.model, original, own), rel=1e-4)
+    steps = sum(each.steps for each in found.rates) + 4
+    assert data.processes.places.count("the gradients of a step") == steps
+    assert data.processes.places.count("the learned weights") == 1
+
+
+def test_statistics_of_processes_are_those_of_all_their_batches():
+    model = pair(norm=True)[0]
+    alone, together = (recalibrate_batch_norm(model, data).norm for data in (batches(), shared(batches())))
+    assert (int(alone.num_batches_tracked), int(together.num_batches_tracked)) == (3, 6)
+    torch.testing.assert_close(together.running_mean, alone.running_mean)
+    torch.testing.assert_close(together.running_var, alone.running_var)
