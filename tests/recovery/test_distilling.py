@@ -1235,6 +1235,14 @@ def test_what_processes_that_share_images_can_not_do_is_refused(tmp_path, monkey
         distillation(*pair(), shared(batches()), steps=2, **knobs)
 
 
+def test_of_groups_every_eighth_judges():
+    dense, original = pair()
+    data = nni_topo.Calibration(batches(48), groups=[index // 3 for index in range(48)])
+    found = distillation(dense, original, data, steps=1, lr=1e-3)
+    assert found.held_out == 6
+    assert found.loss_before == pytest.approx(divergence(dense, original, inputs(48)[data.held_out(8)]), rel=1e-4)
+
+
 def with_blocks():
     torch.manual_seed(0)
     return nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), nn.Linear(6, 4)).eval()
