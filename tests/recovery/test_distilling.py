@@ -1007,6 +1007,24 @@ def test_what_can_not_be_learned_is_refused_before_there_is_a_smaller_model(knob
         distilling.check_can_learn(pair()[1], ((inputs(8),), {}), **knobs)
 
 
+class Single(Narrow):
+    """Doesn't run under autocast."""
+
+    def forward(self, inputs):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("not under autocast")
+        return super().forward(inputs)
+
+
+def test_a_network_that_does_not_run_in_bfloat16_is_refused_before_there_is_a_smaller_model():
+    model, call = Single(16).eval(), ((inputs(8),), {})
+    distilling.check_can_learn(model, call)
+    with pytest.raises(ConfigError, match="not under autocast"):
+        distilling.check_can_learn(model, call, precision="bfloat16")
+    with pytest.raises(ConfigError, match="not under autocast"):
+        distillation(Single(4).eval(), model, batches(), steps=2, precision="bfloat16")
+
+
 @pytest.mark.parametrize("knob", ["images", "held_out"])
 def test_data_without_batches_are_named(knob):
     with pytest.raises(DataError, match=rf"^{knob} must hold at least one batch, got none"):
