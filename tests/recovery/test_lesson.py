@@ -830,6 +830,7 @@ def test_networks_are_judged_on_what_counts_of_all_images_at_a_temperature_of_tw
         assert one.loss == pytest.approx(float(loss), rel=1e-4)
         assert one.agreement == pytest.approx(float((mine.argmax(1) == theirs.argmax(1)).double().mean()))
         assert same == pytest.approx((0.0, 1.0, 0.0), abs=1e-6)
+        assert lesson.judged(original, [dense], [images[:30], images[30:]], outputs) == [one]
 
 
 def views_of(images, augment, blend, seed):
