@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nni_topo.errors import NniTopoError
+from nni_topo.network.runtime.processes import Processes, _Message
 
 TIMEOUT = 60  # seconds
 _LENGTH = 400  # of sentences: with 48 of them positions are sampled
@@ -147,3 +150,48 @@ def _join(
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout))
     work(rank, count, folder, *given)
     dist.destroy_process_group()
+
+
+class Thread(Processes):
+    """One of some threads that share images as processes do: what they tell goes through a list."""
+
+    def __init__(self, rank: int, told: list[Any], barrier: Barrier) -> None:
+        self.rank, self.size = rank, len(told)
+        self._told, self._barrier = told, barrier
+
+    def _exchange(self, mine: _Message) -> list[_Message]:
+        self._told[self.rank] = mine
+        self._barrier.wait()
+        found = list(self._told)
+        self._barrier.wait()
+        return found
+
+    def add(self, tensors: Sequence[Tensor], place: str) -> None:
+        """Replace tensors by their sums over all threads."""
+        found = self.gather([each.detach().clone() for each in tensors], place)
+        for tensor, of_all in zip(tensors, zip(*found, strict=True), strict=True):
+            assert all(each.dtype == tensor.dtype for each in of_all)
+            tensor.detach().copy_(sum(of_all))
+
+    def agree(self, tensors: Sequence[Tensor], place: str) -> None:
+        """Replace tensors by those of the first thread."""
+        for tensor, first in zip(tensors, self.first([each.detach().clone() for each in tensors], place), strict=True):
+            tensor.detach().copy_(first)
+
+    def _name(self, rank: int) -> int:
+        return rank
+
+
+def in_threads(count: int, work: Callable[[Thread], Any]) -> list[Any]:
+    """Return what a function returns in each of some threads that share images."""
+    told, barrier = [None] * count, Barrier(count, timeout=10)
+
+    def run(rank: int) -> Any:
+        try:
+            return work(Thread(rank, told, barrier))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))

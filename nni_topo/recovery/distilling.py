@@ -439,7 +439,7 @@ def distillation(
         # Networks that were trained with fixed statistics, or on other images, break by those of the batches.
         is_normed = loss_of(_student(dense, pool), is_normed) <= MOST_LOST * first
     if goes_on:
-        rate = RATES[0] if lr is None else lr  # the file has its own
+        rate = 0.0  # the file has its own
     elif before.loss == 0.0:
         rate = math.nan  # nothing is left to learn
     elif lr is None:
@@ -746,7 +746,7 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int)
     """
     precision, lesson.precision = lesson.precision, "float32"
     try:
-        call, wanted = next(lesson.batches(few, len(few), seed, None, False, lambda _: True))
+        call, wanted = next(lesson.batches(few, len(few), seed, None, False))
         with learning(student, []):
             loss = lesson.objective(student, call, wanted)
             if not loss.requires_grad:

@@ -324,11 +324,11 @@ class Lesson:
                 own[place] = self._entries(each)
             of_all = self._shares.add(own, "the entries of a batch")
             losses = [each * share for each, share in zip(losses, (own / of_all).tolist(), strict=False)]
-        return torch.stack(losses).mean() if losses else torch.zeros((), device=self._place[0])
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=self._place[0], dtype=self._place[1])
 
     def _entries(self, found: Tensor) -> int:
         """Return how many losses an output's mean is over: one for each sample, or each position."""
-        return len(found) if self.kind == "cosine" else found[..., 0].numel()
+        return found[..., 0].numel()
 
     def _mean(self, rows: Tensor) -> Tensor:
         """Return the mean (...) of rows (n, ...), where processes share the images over those of all."""

@@ -101,7 +101,7 @@ def try_rates(
         steps = min(steps, max(_LEAST_KNOWN, int(_SHARE_OF_TIME * clock.left / seconds_of_a_step)))
     most = min(_MOST_LOSS * first, first + _MOST_GROWTH * abs(constant - first))
     found: list[RateTrial] = []
-    for rate in bar("learning rate", progress, rates, total=len(rates)):
+    for rate in bar("learning rate", progress, rates):
         if clock.left < least_left:
             break
         loss = judge(tried(rate, steps))

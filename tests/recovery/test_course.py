@@ -6,11 +6,28 @@ import time
 import pytest
 import torch
 from distill_nets import inputs, pair
+from shared_data_nets import in_threads
 from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, RateTrial, learning
 from nni_topo.recovery.lesson import Lesson
+
+
+class Watch:
+    """Stands still but for what the steps of a test take."""
+
+    now = 1000.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    watch = Watch()
+    monkeypatch.setattr("nni_topo.recovery.course.time", watch)
+    return watch
 
 
 class Seen(Lesson):
@@ -134,6 +151,7 @@ def test_a_rate_whose_fall_begins_in_its_rise_has_the_lower_of_both():
     schedule.fall(0.2)
     assert (schedule.falls_from, schedule.end) == (0.2, 1.0)
     assert RateSchedule().level(0.0, 0.01) == 1.0
+    assert RateSchedule(falls_from=1.0).level(1.0, 0.01) == 1.0  # it never falls
 
 
 def test_the_fastest_judgement_says_how_much_time_the_last_ones_take():
@@ -167,6 +185,7 @@ def test_the_fastest_judgement_says_how_much_time_the_last_ones_take():
         ([1.0] * 4 + [0.985] * 4, True),
         ([1.0] * 4 + [0.0, 0.0, 0.0, 3.9], False),
         ([1.0] * 4 + [0.0, 0.0, 0.0, 3.93], True),
+        ([1.0] * 4 + [0.0, 0.0, 0.0, 4.0 * (1.0 - 0.02)], False),
     ],
 )
 def test_four_looks_are_compared_with_the_four_before(losses, stands_still):
@@ -195,11 +214,12 @@ def test_four_looks_are_compared_with_the_four_before(losses, stands_still):
         (0.1, 0.15, 90, 600, [math.inf], True),
     ],
 )
-def test_lines_that_a_loss_may_not_be_above(looked, share, done, total, losses, is_given_up):
+@pytest.mark.parametrize("first", [1.0, 0.5])
+def test_lines_that_a_loss_may_not_be_above(looked, share, done, total, losses, is_given_up, first):
     steps = Course(pair()[0], is_normed=False, rate=0.5)
     steps.done, steps._looked = done, looked
-    steps.curve = [Look(1, 0.1, loss) for loss in losses[:-1]]
-    steps._look(losses[-1], share, 1.0, total)
+    steps.curve = [Look(1, 0.1, first * loss) for loss in losses[:-1]]
+    steps._look(first * losses[-1], share, first, total)
     assert steps.is_given_up is is_given_up
     assert (steps.curve[-1].step, len(steps.curve)) == (done, len(losses))
 
@@ -253,3 +273,142 @@ def test_a_course_goes_on_from_all_that_its_file_says(tmp_path):
         Course(pair()[0], is_normed=False, **{**known, "kind": {"seed": 4}})
     with pytest.raises(ConfigError, match="must go on with other None, got 4"):
         Course(pair()[0], is_normed=False, **{**known, "kind": {"other": 4}})
+
+
+def test_time_left_is_what_neither_the_past_nor_the_last_judgements_take(watch):
+    clock = Clock(100.0)
+    watch.now += 10.0
+    with clock.judging(4):
+        watch.now += 2.0
+    assert (clock.spent, clock.left) == (12.0, 88.0)
+    clock.judged_at_end = 20
+    assert clock.left == 78.0  # half a second for each
+    with clock.judging(4):
+        watch.now += 4.0
+    assert clock.left == 74.0
+    with clock.judging(8):
+        watch.now += 2.0
+    assert clock.left == 77.0
+    clock.go_on_from(60.0)
+    assert (clock.spent, clock.left) == (60.0, 35.0)
+
+
+def test_a_share_of_a_course_is_that_of_its_steps_or_of_its_own_time(watch):
+    clock = Clock(10.0)
+    watch.now += 2.0
+    steps = Course(pair()[0], is_normed=False, rate=0.1, clock=clock)
+    watch.now += 3.0
+    assert steps._share(1, 10) == 3.0 / 8.0
+    assert steps._share(5, 10) == 0.5
+    watch.now += 4.5
+    late = Course(pair()[0], is_normed=False, rate=0.1, clock=clock)
+    watch.now += 0.5
+    assert late._share(1, 10) == 1.0  # no time is left
+    assert Course(pair()[0], is_normed=False, rate=0.1)._share(1, 10) == 0.1
+
+
+class Timed(Seen):
+    """Notes the learning rate of each step, which takes some seconds, and what the course's file says before it."""
+
+    seconds = 0.5
+
+    def objective(self, student, call, wanted):
+        self.watch.now += self.seconds
+        path = self.course.path
+        is_there = path is not None and path.exists()
+        self.kept.append(torch.load(path, weights_only=True)["done"] if is_there else 0)
+        return super().objective(student, call, wanted)
+
+
+def timed(watch, **knobs):
+    dense, original = pair()
+    lesson = Timed(original, dense, ((inputs(64),), {}), "kl", 2.0)
+    lesson.course, lesson.watch, lesson.kept = Course(dense, is_normed=False, rate=0.01, **knobs), watch, []
+    return lesson, lesson.batches(torch.arange(64), 64, 0, None, False)
+
+
+def test_the_steps_that_are_shown_are_those_that_the_time_allows(watch, capsys, tmp_path):
+    """Two steps of half a second each are taken of a course that has ten; 19 seconds are left for others."""
+    path = tmp_path / "state.pt"
+    lesson, batches = timed(watch, clock=Clock(20.0), path=path)
+    lesson.course.done, lesson.course._looked = 10, 0.1
+    lesson.course.run(lesson, batches, 100, True, first=1.0, look=lambda _: math.nan)
+    assert lesson.course.is_given_up
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("distill: 10 of 100, ")
+    assert lines[-1].startswith("distill: 12 of 51, ")
+    assert [(look.step, look.lr) for look in lesson.course.curve] == [(12, 0.01)]
+    assert not path.exists()  # there is nothing to go on from
+
+
+def test_the_steps_that_are_shown_end_with_the_time(watch, capsys):
+    lesson, batches = timed(watch, clock=Clock(1.5))
+    lesson.course.run(lesson, batches, 100, True)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("distill: 3 of 4, ")
+
+
+def test_gradients_of_all_processes_are_added_up():
+    """One weight has no part in the outputs."""
+
+    def work(processes):
+        dense, original = pair()
+        dense.unused = nn.Parameter(torch.ones(2))
+        lesson = Lesson(original, dense, ((inputs(8),), {}), "kl", 2.0)
+        steps = Course(dense, is_normed=False, rate=0.1, processes=processes)
+        steps.run(lesson, lesson.batches(torch.arange(8), 8, 0, None, False), 1, False)
+        return dense.head.bias.grad, dense.unused.grad
+
+    alone, none = work(None)
+    assert none is None
+    for together, zeros in in_threads(2, work):
+        torch.testing.assert_close(together, 2.0 * alone)
+        assert zeros.tolist() == [0.0, 0.0]
+
+
+def test_a_file_gets_the_state_every_half_minute(watch, tmp_path):
+    lesson, batches = timed(watch, path=tmp_path / "state.pt")
+    lesson.seconds = 10.0
+    lesson.course.run(lesson, batches, 8, False)
+    assert lesson.kept == [0, 0, 0, 3, 3, 3, 6, 6]
+
+
+def test_without_time_nothing_is_looked_at():
+    assert course(100, [1.0], clock=Clock(1e-9))[0].curve == []
+
+
+def test_one_operation_updates_all_parameters_where_the_device_and_the_types_allow_it():
+    def optimizer(net):
+        return Course(net, is_normed=False, rate=0.1).optimizer.defaults
+
+    net = nn.Linear(3, 2)
+    assert (optimizer(net)["fused"], optimizer(net)["weight_decay"]) == (True, 0.0)
+    assert optimizer(nn.Linear(3, 2, device="meta"))["fused"] is None
+    net.phases = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    assert optimizer(net)["fused"] is None
+
+
+class Shift(nn.Module):
+    """Has a bias and no weight."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(width))
+
+    def forward(self, rows):
+        return rows + self.bias
+
+
+def test_channels_of_zeros_are_held_in_all_modules_until_the_end():
+    torch.manual_seed(0)
+    rows, norms = torch.randn(8, 4), [nn.BatchNorm1d(4).eval() for _ in range(3)]
+    net = nn.Sequential(nn.Linear(3, 4), Shift(4), *norms)
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight[1] = 0.0
+    norms[1].weight.requires_grad_(False)
+    with learning(net, []):
+        torch.stack([norm(rows).sum() for norm in norms]).sum().backward()
+    assert [norm.bias.grad.tolist() for norm in norms] == [[8.0, 0.0, 8.0, 8.0]] * 3
+    net.zero_grad()
+    torch.stack([norm(rows).sum() for norm in norms]).sum().backward()
+    assert [norm.bias.grad.tolist() for norm in norms] == [[8.0] * 4] * 3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import time
@@ -8,12 +9,15 @@ import time
 import pytest
 import torch
 from distill_nets import Narrow, batches, divergence, inputs, pair
+from shared_data_nets import in_threads
 from torch import nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
+from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError, check_knobs
+from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery import distill, distillation, distilling, recalibrate_batch_norm
+from nni_topo.recovery.batchnorm import _pool
 from nni_topo.recovery.course import Look, RateTrial
 from nni_topo.recovery.lesson import ComparedOutputs
 from nni_topo.recovery.rates import RATES
@@ -199,6 +203,7 @@ def test_where_every_rate_breaks_the_network_no_step_is_taken(caplog):
     assert math.isnan(found.lr)
     assert (found.steps, found.is_kept, found.curve) == (0, False, ())
     assert [(each.lr, each.steps, each.is_taken) for each in found.rates] == [(lr, 18, False) for lr in RATES]
+    assert not found.is_out_of_time
     assert "No step was taken: a few at each of the learning rates 0.006, 0.002, " in caplog.text
     torch.testing.assert_close(found.model.state_dict(), dense.state_dict(), rtol=0.0, atol=0.0)
 
@@ -218,7 +223,7 @@ def test_a_rate_that_is_asked_for_is_given_up_where_held_out_loss_grows(caplog):
 def test_nothing_is_learned_where_nothing_is_left_to_learn(caplog):
     _, original = pair()
     found = distillation(copy.deepcopy(original), original, batches(), lr=0.01)
-    assert (found.steps, found.is_kept, found.rates) == (0, False, ())
+    assert (found.steps, found.is_kept, found.rates, found.is_out_of_time) == (0, False, (), False)
     assert "No step was taken: there is nothing to learn" in str(found.verdict)
     assert not caplog.records
 
@@ -403,7 +408,8 @@ def test_a_state_is_of_the_networks_that_it_began_with(tmp_path, role, name, wor
     before = state.read_bytes()
     nets[role] = other_values(nets[role], name)
     with pytest.raises(
-        ConfigError, match=rf"must go on with {words}, hash \w+, got \w+; another file, or none, begins anew .*state.pt"
+        ConfigError,
+        match=rf"must go on with {words}, hash \w{{16}}, got \w{{16}}; another file, or none, begins anew .*state.pt",
     ):
         distillation(**nets, **knobs)
     assert state.read_bytes() == before
@@ -691,6 +697,9 @@ def test_views_of_another_size_are_taken_where_the_network_runs_on_them_and_all_
         ({"blend": 1}, "blend must be True or False, got 1"),
         ({"precision": "half"}, r"precision must be a known name, got 'half'; known: bfloat16, float32 \(distill\)"),
         ({"augment": 5}, r"augment must be a function or None, got 5 \(distill\)"),
+        ({"outputs": 5}, r"outputs must be a function .*, got 5 \(distill\)"),
+        ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0 \(distill\)"),
+        ({"blocks": -1.0}, r"blocks must be at least 0 and finite, got -1.0 \(distill\)"),
         *(({"augment": work}, message) for work, message in BAD_VIEWS),
     ],
 )
@@ -950,3 +959,356 @@ def test_a_state_is_of_the_knobs_that_it_began_with(tmp_path, other, words):
     images = [each + other.pop("shift", 0.0) for each in batches(other.pop("count", 96))]
     with pytest.raises(ConfigError, match=f"distillation must go on with {words}"):
         distill(dense, original, images, **{**knobs, **other})
+
+
+def test_knobs_may_have_their_least_values_and_none_where_there_is_a_choice():
+    least = {
+        "temperature": 1e-9,
+        "steps": 1,
+        "seconds": 1e-9,
+        "batch_size": 1,
+        "lr": 1e-9,
+        "warmup": 0.0,
+        "blocks": 0.0,
+    }
+    check_knobs("distill", {**least, "state_seconds": 0.0}, distilling.KNOBS)
+    check_knobs("distill", dict.fromkeys(["steps", "seconds", "lr", "outputs", "augment"]), distilling.KNOBS)
+
+
+def test_defaults_are_those_that_are_documented():
+    defaults = {name: each.default for name, each in inspect.signature(distillation).parameters.items()}
+    documented = {
+        "objective": "auto",
+        "temperature": 2.0,
+        "batch_size": 64,
+        "warmup": 0.1,
+        "blocks": 0.0,
+        "blend": True,
+    }
+    documented |= {"precision": "float32", "state_seconds": 30.0, "seed": 0}
+    documented |= dict.fromkeys(["held_out", "steps", "seconds", "lr", "outputs", "augment", "state", "progress"])
+    assert {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty} == documented
+    ahead = inspect.signature(distilling.check_can_learn).parameters
+    same = ("objective", "temperature", "outputs", "blocks", "blend", "precision")
+    assert [ahead[name].default for name in same] == [documented[name] for name in same]
+    assert ahead["is_shared"].default is False
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"blocks": 0.5}, "blocks must be 0 where no block's output has the same shape"),
+        ({"outputs": lambda output, inputs: "text"}, "what outputs= returns must hold a floating tensor"),
+        ({"objective": "cosine", "outputs": lambda output, inputs: output[:, :, None]}, "must have one vector"),
+    ],
+)
+def test_what_can_not_be_learned_is_refused_before_there_is_a_smaller_model(knobs, message):
+    with pytest.raises(ConfigError, match=message):
+        distilling.check_can_learn(pair()[1], ((inputs(8),), {}), **knobs)
+
+
+class Single(Narrow):
+    """Doesn't run under autocast."""
+
+    def forward(self, inputs):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("not under autocast")
+        return super().forward(inputs)
+
+
+def test_a_network_that_does_not_run_in_bfloat16_is_refused_before_there_is_a_smaller_model():
+    model, call = Single(16).eval(), ((inputs(8),), {})
+    distilling.check_can_learn(model, call)
+    with pytest.raises(ConfigError, match="not under autocast"):
+        distilling.check_can_learn(model, call, precision="bfloat16")
+    with pytest.raises(ConfigError, match="not under autocast"):
+        distillation(Single(4).eval(), model, batches(), steps=2, precision="bfloat16")
+
+
+@pytest.mark.parametrize("knob", ["images", "held_out"])
+def test_data_without_batches_are_named(knob):
+    with pytest.raises(DataError, match=rf"^{knob} must hold at least one batch, got none"):
+        distillation(*pair(), **{"images": batches(), knob: []})
+
+
+def grad_passes(work):
+    """Return, of the batch norms that run with gradients, whether each trains and on how many samples."""
+    passes = []
+
+    def note(module, args):
+        if isinstance(module, nn.BatchNorm1d) and torch.is_grad_enabled():
+            passes.append((module.training, len(args[0])))
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        work()
+    finally:
+        hook.remove()
+    return passes
+
+
+@pytest.mark.parametrize(("count", "is_normed"), [(255, False), (256, True)])
+def test_norms_use_batches_from_256_images_on(count, is_normed):
+    nets = [recalibrate_batch_norm(net, batches(320)) for net in pair(norm=True)]
+    passes = grad_passes(
+        lambda: distillation(*nets, [inputs(count)], held_out=[inputs(16, seed=1)], steps=1, lr=1e-3, blend=False)
+    )
+    assert passes[0] == (False, 2)  # whether gradients can be taken
+    assert passes[-1] == (is_normed, 64)
+
+
+def test_while_learning_goes_on_256_of_the_held_out_images_are_looked_at():
+    dense, original = pair()
+    judges = inputs(300, seed=1)
+    drawn = torch.randperm(300, generator=torch.Generator().manual_seed(2))
+    found = distillation(dense, original, batches(), held_out=[judges], steps=10, lr=1e-3, seed=2)
+    assert found.is_kept
+    assert found.held_out == 300
+    assert found.curve[-1].loss == pytest.approx(divergence(found.model, original, judges[drawn[:256]]), rel=1e-4)
+    # Where the others are far away, the loss before the first step is that of those that are looked at, too.
+    judges[drawn[256:]] *= 1000.0
+    broken = distillation(dense, original, batches(), held_out=[judges], steps=100, lr=3.0, seed=2)
+    assert broken.loss_before > 100.0 * divergence(dense, original, judges[drawn[:256]])
+    assert broken.steps == 52
+
+
+def test_the_rate_rises_in_the_share_of_the_steps_that_is_asked_for():
+    found = distillation(*pair(), batches(), steps=25, lr=0.01, warmup=0.4)
+    assert [round(look.lr, 6) for look in found.curve[:4]] == [0.001, 0.001, 0.002, 0.003]
+
+
+def test_the_range_test_and_the_course_are_shown(capsys):
+    distillation(*pair(), batches(), steps=5, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("learning rate: 0 of 5, ") for line in lines)
+    assert lines[-1].startswith("distill: 5 of 5, ")
+
+
+@pytest.mark.parametrize(("count", "is_same"), [(2, True), (1, False)])
+def test_two_images_to_learn_from_say_how_outputs_are_scaled(tmp_path, count, is_same):
+    """One alone says nothing of it: then all images do, those held out as well."""
+    weights = []
+    for factor in (1.0, 9.0):
+        judges, state = [factor * inputs(8, seed=1)], tmp_path / f"{factor}.pt"
+        distillation(*pair("tuple"), [inputs(count)], held_out=judges, steps=3, lr=1e-3, blend=False, state=state)
+        weights.append(torch.load(state, weights_only=True)["model"]["first.weight"])
+    assert torch.equal(*weights) is is_same
+
+
+class Watch:
+    """Stands still but for what the networks of a test take."""
+
+    now = 1000.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Taking(Narrow):
+    """Takes a second for a pass with gradients, and some time for each sample without."""
+
+    watch: Watch
+    seconds = 0.0
+
+    def forward(self, inputs):
+        self.watch.now += 1.0 if torch.is_grad_enabled() else self.seconds * len(inputs)
+        return super().forward(inputs)
+
+
+class Answering(Taking):
+    """Takes an eighth of a second for each sample without gradients."""
+
+    seconds = 0.125
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    watch = Watch()
+    monkeypatch.setattr("nni_topo.recovery.course.time", watch)
+    monkeypatch.setattr(Taking, "watch", watch, raising=False)
+    return watch
+
+
+def test_steps_leave_time_for_two_judgements_and_new_statistics(watch, monkeypatch):
+    """A pass over 40 images that judge takes 10 seconds, and one over the 280 others 70."""
+    nets = (Taking(4, norm=True).eval(), Narrow(16, norm=True).eval())
+    dense, original = (recalibrate_batch_norm(net, batches(320)) for net in nets)
+    monkeypatch.setattr(Taking, "seconds", 0.25)
+    found = distillation(dense, original, batches(320), seconds=500.0, lr=1e-3, blend=False, steps=10**6)
+    assert found.is_out_of_time
+    # A step, and the looks at the held-out images before and after it, may begin at the very end.
+    assert 500.0 <= found.seconds <= 500.0 + 10.0 + 1.0 + 10.0 + 1.0
+
+
+@pytest.mark.parametrize(("seconds", "is_out_of_time"), [(6.5, False), (6.0, True)])
+def test_time_is_over_where_none_is_left(watch, seconds, is_out_of_time):
+    """One pass shows that gradients can be taken, and five are steps."""
+    found = distillation(Taking(4).eval(), pair()[1], batches(), seconds=seconds, lr=1e-3, steps=5)
+    assert (found.steps, found.is_out_of_time) == (5, is_out_of_time)
+
+
+@pytest.mark.parametrize(("seconds", "trials"), [(33.0, 3), (60.0, 5)])
+def test_time_that_allows_no_lower_rate_is_named(watch, seconds, trials):
+    """One pass is a check and four time the steps. With three steps a rate, at least twenty seconds must be left."""
+    dense, original = Taking(4).eval(), pair()[1]
+    with torch.no_grad():
+        for net in (dense, original):
+            net.first.weight /= 1e7
+    images = [1e7 * part for part in batches()]
+    found = distillation(dense, original, images, seconds=seconds, blend=False)
+    assert [each.lr for each in found.rates] == list(RATES[:trials])
+    assert (math.isnan(found.lr), found.is_out_of_time) == (True, trials < 5)
+    assert found.seconds == 1 + 4 + 3 * trials
+
+
+@pytest.mark.parametrize(("share", "is_made"), [(1.04, True), (0.96, False)])
+def test_a_view_is_made_where_it_takes_a_tenth_of_the_time_that_is_left(watch, monkeypatch, share, is_made):
+    """The unpruned network takes an eighth of a second for each of 84 images, and a step takes one."""
+    monkeypatch.setattr("nni_topo.recovery.lesson.time", watch)
+    dense, original = Taking(4).eval(), Answering(16).eval()
+    knobs = {"steps": 4, "lr": 1e-3}  # two for the images as they are, and two for a view
+    without = distillation(dense, original, batches(), blend=False, seconds=1000.0, **knobs).seconds
+    left_after_two = 10.0 * share * 84 / 8
+    found = distillation(dense, original, batches(), seconds=without - 2.0 + left_after_two, **knobs)
+    assert found.steps == 4
+    assert found.seconds - without == (84 / 8 if is_made else 0.0)
+
+
+class Odd(nn.BatchNorm1d):
+    """A batch norm that holds another module with buffers."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.inner = nn.BatchNorm1d(width).eval()
+
+
+def test_a_norm_keeps_what_modules_within_it_hold():
+    found = recalibrate_batch_norm(Odd(6).train(), batches())
+    torch.testing.assert_close(found.running_mean, torch.stack([each.mean(0) for each in batches()]).mean(0))
+    assert found.inner.running_mean.tolist() == [0.0] * 6
+
+
+def test_statistics_of_processes_are_means_over_the_batches_of_all():
+    """The first has three batches and the second one; no batch came to one norm."""
+
+    def work(processes):
+        def values(batches, mean, var):
+            found = {"running_mean": torch.tensor([mean]), "running_var": torch.tensor([var])}
+            return found | {"num_batches_tracked": torch.tensor(batches)}
+
+        norms = [nn.BatchNorm1d(1) for _ in range(2)]
+        mine = [(3, 1.0, 2.0), (1, 5.0, 6.0)][processes.rank]
+        measured = {norms[0]: values(0, 7.0 + processes.rank, 1.0), norms[1]: values(*mine)}
+        _pool(measured, processes)
+        return [[float(each) for each in measured[norm].values()] for norm in norms]
+
+    first, second = in_threads(2, work)
+    assert first == [[7.0, 1.0, 0.0], [2.0, 3.0, 4.0]]
+    assert second == [[8.0, 1.0, 0.0], [2.0, 3.0, 4.0]]
+
+
+class Twin(Processes):
+    """The first of two processes that have the same and say the same."""
+
+    def __init__(self):
+        self.rank, self.size = 0, 2
+        self.places = []
+
+    def _exchange(self, mine):
+        return [mine, mine]
+
+    def add(self, tensors, place):
+        self.places.append(place)
+        for each in tensors:
+            each.mul_(2)
+
+    def agree(self, tensors, place):
+        self.places.append(place)
+
+    def _name(self, rank):
+        return rank
+
+
+def shared(images, groups=None):
+    data = nni_topo.Calibration(list(images), groups=groups)
+    data.processes = Twin()
+    return data
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        *(
+            ({name: value, "blend": False}, rf"without seconds, augment, state, blocks, got {name} \(process_group\)")
+            for name, value in (("seconds", 5.0), ("augment", torch.sin), ("state", "state.pt"))
+        ),
+        ({}, "images as they are, got blend=True"),
+        ({"blend": False, "objective": "cosine"}, "by 'kl' or 'squares', got 'cosine'"),
+        ({"blend": False, "held_out": [inputs(8)]}, "must be shared by the same processes, got one that isn't"),
+    ],
+)
+def test_what_processes_that_share_images_can_not_do_is_refused(tmp_path, monkeypatch, knobs, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        distillation(*pair(), shared(batches()), steps=2, **knobs)
+
+
+def test_of_groups_every_eighth_judges():
+    dense, original = pair()
+    data = nni_topo.Calibration(batches(48), groups=[index // 3 for index in range(48)])
+    found = distillation(dense, original, data, steps=1, lr=1e-3)
+    assert found.held_out == 6
+    assert found.loss_before == pytest.approx(divergence(dense, original, inputs(48)[data.held_out(8)]), rel=1e-4)
+
+
+def with_blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), nn.Linear(6, 4)).eval()
+
+
+def test_blocks_are_not_learned_where_processes_share_images_and_are_part_of_a_state(tmp_path):
+    dense, original = with_blocks(), with_blocks()
+    with torch.no_grad():
+        dense[0][0].weight += 0.2
+    with pytest.raises(ConfigError, match=r"got blocks \(process_group\)"):
+        distillation(dense, original, shared(batches()), steps=2, blocks=0.5, blend=False)
+    knobs = {"steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}
+    distillation(dense, original, batches(), blocks=0.5, **knobs)
+    with pytest.raises(ConfigError, match=r"distillation must go on with blocks 0\.5, got 0\.25"):
+        distillation(dense, original, batches(), blocks=0.25, **knobs)
+
+
+def test_each_process_must_have_images_to_learn_from():
+    """Of two images the other one's is learned from."""
+    assert torch.randperm(2, generator=torch.Generator().manual_seed(0)).tolist() == [0, 1]
+    with pytest.raises(DataError, match=r"must have images to learn from, got \[0, 0\] by process \(images\)"):
+        distillation(*pair(), shared([inputs(1)]), blend=False, steps=2, lr=1e-3)
+
+
+@pytest.mark.parametrize("lr", [None, 1e-3])
+@pytest.mark.parametrize("groups", [None, [index // 3 for index in range(48)]])
+def test_processes_judge_by_their_images_and_take_all_steps_together(groups, lr):
+    """Each has 48 images, and those that are held out of 96; of groups every eighth is held out."""
+    dense, original = pair()
+    data = shared(batches(48), groups)
+    found = distillation(dense, original, data, blend=False, steps=4, lr=lr)
+    if groups is None:
+        held = torch.randperm(96, generator=torch.Generator().manual_seed(0))[::8]
+    else:
+        held = torch.cat(2 * [data.held_out(8)]).nonzero().flatten()
+    assert (found.images, found.held_out) == (96, len(held))
+    own = inputs(48)[held[held < 48]]
+    assert 0 < len(own) < 48
+    assert found.loss_before == pytest.approx(divergence(dense, original, own), rel=1e-4)
+    assert found.loss_after == pytest.approx(divergence(found.model, original, own), rel=1e-4)
+    steps = sum(each.steps for each in found.rates) + 4
+    assert data.processes.places.count("the gradients of a step") == steps
+    assert data.processes.places.count("the learned weights") == 1
+
+
+def test_statistics_of_processes_are_those_of_all_their_batches():
+    model = pair(norm=True)[0]
+    alone, together = (recalibrate_batch_norm(model, data).norm for data in (batches(), shared(batches())))
+    assert (int(alone.num_batches_tracked), int(together.num_batches_tracked)) == (3, 6)
+    torch.testing.assert_close(together.running_mean, alone.running_mean)
+    torch.testing.assert_close(together.running_var, alone.running_var)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from threading import Lock, Thread
 
 import pytest
 import torch
 from distill_nets import batches, divergence, inputs, pair
-from torch import nn
+from shared_data_nets import in_threads
+from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
@@ -423,6 +425,7 @@ def test_outputs_that_are_compared_are_named_apart_from_the_others():
     ("found", "says"),
     [
         (torch.zeros(3, 4), r"got Tensor \(float32 \(3, 4\)\) for 4 samples; if the samples are its second dimension"),
+        (torch.zeros(3, 4, 5), r"got Tensor .* for 4 samples; if the samples are its second dimension"),
         (torch.zeros(3, 5), r"got Tensor \(float32 \(3, 5\)\) for 4 samples$"),
         (torch.zeros(3), r"got Tensor \(float32 \(3,\)\) for 4 samples$"),
         (torch.zeros(3, 4, dtype=torch.int64), r"got Tensor \(int64 \(3, 4\)\) for 4 samples$"),
@@ -485,6 +488,9 @@ def test_one_floating_tensor_with_several_values_an_entry_can_be_blended(tensors
 )
 def test_less_loss_at_no_more_than_twice_the_distance_is_better(after, is_kept):
     assert lesson.is_better(Judgement(*after), Judgement(1.0, 0.5, 1.0)) is is_kept
+    for scale in (0.5, 2.0):
+        scaled = Judgement(after[0], after[1], scale * after[2])
+        assert lesson.is_better(scaled, Judgement(1.0, 0.5, scale)) is is_kept
 
 
 def test_positions_that_are_padding_are_left_out_of_outputs_by_position_alone():
@@ -602,7 +608,7 @@ def test_losses_are_means_over_real_positions(is_padded, has_places):
     distance = (scores - wanted).square().mean() / variance.var(0, correction=0).mean()
     judged = found.judge(student, index)
     assert found.kind == "kl"
-    assert judged.loss == pytest.approx(float(loss))
+    assert judged.loss == pytest.approx(float(loss), rel=1e-9)
     assert judged.distance == pytest.approx(float(distance))
     assert judged.agreement == pytest.approx(float((wanted.argmax(1) == scores.argmax(1)).double().mean()))
     constant = float(9 * (likely * (likely / likely.mean(0)).log()).sum(1).mean())
@@ -654,6 +660,12 @@ def test_answers_are_asked_for_once_and_kept_where_there_is_room():
             (torch.ones(3, 2), torch.ones(3)),
             r"in what it gets them in, got Tensor \(float32 \(3, 2\)\)",
         ),
+        (lambda pair: (pair[0], 5), (torch.ones(3, 2), torch.ones(3)), r"in what it gets them in, got tuple"),
+        (
+            lambda both: (both["a"], both["b"]),
+            ({"a": torch.ones(3, 2), "b": torch.ones(3)},),
+            r"in what it gets them in, got tuple .* for dict",
+        ),
         (lambda x: 5, (torch.ones(3, 2),), r"must return tensors, .* got int for Tensor \(float32 \(3, 2\)\)"),
     ],
 )
@@ -672,8 +684,12 @@ def test_views_may_have_other_indices_and_keep_what_was_not_finite():
     assert (args[0].tolist(), args[1].tolist()) == ([[2.0] * 3] * 2, [5.0])
     _, kwargs = lesson._view(((), {"a": odd, "b": whole}), lambda both: {"b": both["b"], "a": both["a"]})
     assert set(kwargs) == {"a", "b"}
+    with pytest.raises(ConfigError, match=r"in what it gets them in, got dict .* for dict"):
+        lesson._view(((), {"a": odd, "b": whole}), lambda both: {"b": both["b"], "c": both["a"]})
     (mapping,), _ = lesson._view((({"a": odd},), {}), lambda seen: {"a": -seen["a"]})
     assert mapping["a"].tolist() == (-odd).tolist()
+    (_, table), _ = lesson._view(((whole, torch.ones(5)), {}), lambda pair: (pair[0], pair[1][:4]))
+    assert len(table) == 4  # it has no entry for each sample
 
 
 def test_half_of_the_images_move_towards_others_by_one_share_each():
@@ -721,7 +737,7 @@ def test_whole_numbers_beside_scores_in_half_precision_are_no_outputs():
         seen.append([each.dtype for each in output])
         return output[1]
 
-    for chosen in (None, outputs):
+    for chosen in (None, outputs, lambda output, inputs: output[1]):
         found = Lesson(original, student, ((inputs(8),), {}), "auto", 2.0, outputs=chosen)
         (answer,) = found.answer(((inputs(8),), {}), "float32")
         assert answer.dtype == torch.float32
@@ -760,3 +776,349 @@ def test_blocks_are_entries_of_lists_with_two_layers_and_outputs_of_one_shape():
     call = ((inputs(2),), {})
     assert lesson.shared_blocks(one, other, call, place) == ["deep.0", "deep.2"]
     assert lesson.shared_blocks(one, Blocks(4), call, place) == ["deep.0", "deep.1", "deep.2"]
+    half = ((inputs(2).bfloat16(),), {})
+    assert lesson.shared_blocks(one.bfloat16(), other, half, place) == ["deep.0", "deep.2"]
+
+
+def test_scores_in_half_precision_alone_are_compared_in_that_of_the_weights():
+    class Half(nn.Linear):
+        def forward(self, rows):
+            return super().forward(rows).bfloat16()
+
+    found = Lesson(Half(6, 4), student := Half(6, 4), ((inputs(8),), {}), "kl", 2.0)
+    (scores,) = found._run(student, ((inputs(8),), {}))
+    assert scores.dtype == torch.float32
+    assert [found._answered_in(each) for each in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    half = Lesson(nn.Linear(6, 4).bfloat16(), nn.Linear(6, 4), ((inputs(8).bfloat16(),), {}), "kl", 2.0)
+    assert half._answered_in("bfloat16") == "float32"
+
+
+@pytest.mark.parametrize(
+    ("count", "others"),
+    [(40, 39), (1024, 1023), (1025, 512), (3000, 999)],  # of more than 1024 every second, every third
+)
+def test_networks_are_asked_about_few_samples_before_anything_is_learned(count, others):
+    """By sixteen and fifteen samples outputs are told from what is as long by chance; one more says their shapes."""
+    dense, original = pair()
+    asked, seen = [], []
+    original.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
+    dense.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    Lesson(original, dense, ((inputs(count),), {}), "kl", 2.0)
+    assert seen == [16, 15, 1]
+    assert asked[:4] == [16, 15, 16, 1]
+    assert sum(asked[4:]) == others
+
+
+def test_outputs_that_are_looked_at_together_take_half_a_gibibyte_or_are_of_sixteen_samples(monkeypatch):
+    call = ((inputs(8),), {})
+    for width, count in ((3, 44739242), (1, 134217728)):
+        found = Lesson(nn.Linear(6, width), nn.Linear(6, width), call, "squares", 2.0)
+        assert found._together == count
+    monkeypatch.setattr(lesson, "_NUMBERS", 1)
+    assert Lesson(nn.Linear(6, 4), nn.Linear(6, 4), call, "squares", 2.0)._together == 16
+
+
+def test_networks_are_judged_on_what_counts_of_all_images_at_a_temperature_of_two():
+    dense, original = pair()
+    images = inputs(40)
+    for outputs, count in ((None, 4), (lambda output, inputs: output[:, :3], 3)):
+        one, same = lesson.judged(original, [dense, original], [images[:30], images[30:]], outputs)
+        with torch.no_grad():
+            mine, theirs = dense(images)[:, :count], original(images)[:, :count]
+        likely = (theirs / 2.0).softmax(1)
+        loss = 4.0 * (likely * (likely.log() - (mine / 2.0).log_softmax(1))).sum(1).mean()
+        assert one.loss == pytest.approx(float(loss), rel=1e-4)
+        assert one.agreement == pytest.approx(float((mine.argmax(1) == theirs.argmax(1)).double().mean()))
+        assert same == pytest.approx((0.0, 1.0, 0.0), abs=1e-6)
+        assert lesson.judged(original, [dense], [images[:30], images[30:]], outputs) == [one]
+
+
+def views_of(images, augment, blend, seed):
+    """Return the eight views, the first as the images are."""
+    views = [images]
+    for view in range(1, 8):
+        changed = images
+        if augment is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed + view)
+                changed = augment(images)
+        views.append(lesson._blended(((changed,), {}), seed + view)[0][0] if blend else changed)
+    return views
+
+
+def noisy(images):
+    return images + torch.rand_like(images)
+
+
+@pytest.mark.parametrize(("augment", "blend"), [(None, False), (None, True), (noisy, False), (noisy, True)])
+def test_eight_views_come_in_turns_and_each_is_answered_once(augment, blend):
+    dense, original = pair()
+    reference, asked = copy.deepcopy(original), []
+    original.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
+    found = Lesson(original, dense, ((inputs(9),), {}), "kl", 2.0)
+    asked.clear()
+    views = views_of(inputs(9)[2:], augment, blend, 5)
+    orders = torch.Generator().manual_seed(5)
+    batches = found.batches(torch.arange(2, 9), 4, 5, augment, blend)
+    for turn in range(17):
+        view = views[turn % 8 if augment or blend else 0]
+        for part in torch.randperm(7, generator=orders).split(4):
+            call, wanted = next(batches)
+            assert torch.equal(call[0][0], view[part])
+            with torch.no_grad():
+                torch.testing.assert_close(wanted, [reference(view[part])])
+    assert sum(asked) == (7 * 7 if augment or blend else 0)  # the images as they are were known
+
+
+def test_a_view_that_there_is_no_time_for_is_an_earlier_one():
+    dense, original = pair()
+    found = Lesson(original, dense, ((inputs(9),), {}), "kl", 2.0)
+    views = views_of(inputs(9), None, True, 3)
+    is_right, allowed = [], iter([True, True])
+
+    def allows(seconds):
+        is_right.append(seconds == 9 * found._answers.seconds_of_one > 0.0)
+        return next(allowed, False)
+
+    orders, seen = torch.Generator().manual_seed(3), []
+    for (images,), _ in (
+        each[0] for each in itertools.islice(found.batches(torch.arange(9), 9, 3, None, True, allows), 14)
+    ):
+        order = torch.randperm(9, generator=orders)
+        seen.append(next(place for place, view in enumerate(views) if torch.equal(images, view[order])))
+    # Of eight turns the third to the seventh would have new views, were there time.
+    assert seen == [0, 1, 2, 0, 1, 2, 0, 1, 0, 1, 2, 2, 0, 1]
+    assert is_right == [True] * 10
+
+
+def asking(asked, seconds=lambda count: None):
+    def ask(call, precision):
+        (rows,) = call[0]
+        asked.append(rows[:, 0].int().tolist())
+        seconds(len(rows))
+        return [10.0 * rows, rows[:, 0]]
+
+    return ask
+
+
+def test_answers_are_kept_in_a_quarter_of_the_free_memory(monkeypatch):
+    """Those for six images take 12 bytes each."""
+    call = ((torch.arange(6.0)[:, None].expand(6, 2),), {})
+    monkeypatch.setattr(lesson, "free_memory_of", lambda device: 4 * 6 * 12)
+    kept = lesson._Answers(asking(asked := []), 6)
+    for _ in range(2):
+        kept(call, torch.tensor([3, 1]))
+    assert asked == [[1, 3]]
+    monkeypatch.setattr(lesson, "free_memory_of", lambda device: 4 * 6 * 12 - 1)
+    again = lesson._Answers(asking(asked := []), 6)
+    for _ in range(2):
+        rows, numbers = again(call, torch.tensor([3, 1]))
+        assert (rows[:, 1].tolist(), numbers.tolist()) == ([30.0, 10.0], [3.0, 1.0])
+    assert asked == [[1, 3], [3, 1], [3, 1]]  # by the first answers it is seen that there is no room
+    rows, numbers = again(call, torch.tensor([], dtype=torch.int64))
+    assert (rows.shape, numbers.shape, len(asked)) == ((0, 2), (0,), 3)
+    assert [len(each) for each in again._values] == [0, 0]
+
+
+def test_seconds_of_an_image_are_the_mean_over_all_that_were_asked_about(monkeypatch):
+    class Watch:
+        now = 1000.0
+
+        def perf_counter(self):
+            return self.now
+
+        def ask(self, count):
+            self.now += 0.5 if count == 1 else 4.0
+
+    watch = Watch()
+    monkeypatch.setattr(lesson, "time", watch)
+    answers = lesson._Answers(asking([], watch.ask), 6)
+    call = ((torch.arange(6.0)[:, None].expand(6, 2),), {})
+    answers(call, torch.tensor([2]))
+    assert answers.seconds_of_one == 0.5
+    answers(call, torch.arange(3))
+    assert answers.seconds_of_one == 1.5
+
+
+def test_outputs_that_do_not_vary_count_by_the_least_variance():
+    original, student = nn.Linear(6, 2), nn.Linear(6, 2)
+    with torch.no_grad():
+        for each in (*original.parameters(), *student.parameters()):
+            each.zero_()
+        student.bias += 1e-6
+    found = Lesson(original, student, ((inputs(8),), {}), "squares", 2.0)
+    assert found.judge(student, torch.arange(8)).distance == pytest.approx(1.0, rel=1e-4)
+
+
+def test_blocks_that_do_not_vary_are_learned_and_one_sample_shows_them():
+    original, student = Deep(0), Deep(1)
+    with torch.no_grad():
+        for block in original.blocks:
+            for each in block[1].parameters():
+                each.zero_()
+    call = ((), {"states": torch.ones(1, 4, 3)})
+    losses = []
+    for weight in (0.5, 1.0):
+        found = Lesson(original, student, call, "squares", 2.0, blocks=weight)
+        assert found._block_names == ["blocks.0", "blocks.1"]
+        losses.append(float(found.objective(student, call, []).detach()))
+    assert 0.0 < losses[0] < losses[1]
+
+
+def test_states_of_other_places_than_the_mask_has_are_rows_of_their_own():
+    original, student = (Deep(seed).double().eval() for seed in (0, 1))
+    states = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(2)).double()
+    call = (), {"states": states, "attention_mask": torch.ones(6, 5, dtype=torch.int64)}
+    found = Lesson(original, student, call, "squares", 2.0, blocks=0.5)
+    (theirs, wanted), (mine, scores) = (states_of(net, states) for net in (original, student))
+    by_sample = float((scores - wanted).square().mean() / wanted.var(0, correction=0).mean())
+    off = []
+    for one, other in zip(mine, theirs, strict=True):
+        one, other = one.flatten(0, 1), other.flatten(0, 1)
+        off.append(float((one - other).square().mean() / (other - other.mean(0)).square().mean()))
+    loss = float(found.objective(student, call, []).detach())
+    assert loss == pytest.approx(by_sample + 0.5 * sum(off) / 2)
+
+
+def test_the_first_floating_tensor_with_several_values_an_entry_is_what_a_block_puts_out():
+    class Several(nn.Module):
+        def forward(self, rows):
+            return torch.arange(4), rows[:, 0], rows, 2.0 * rows
+
+    class Whole(nn.Module):
+        def forward(self, rows):
+            return rows.long()
+
+    net, seen = nn.ModuleDict({"several": Several(), "whole": Whole()}), {}
+    rows = torch.rand(4, 3)
+    with lesson._blocks_seen(net, ["several", "whole"], seen):
+        net["several"](rows)
+        net["whole"](rows)
+    assert list(seen) == ["several"]
+    assert seen["several"] is rows
+
+
+def test_a_copy_that_answers_shares_the_weights():
+    net = nn.Sequential(nn.Linear(6, 4), nn.Dropout()).train()
+    copied = lesson._answering(net)
+    assert copied is not net
+    assert copied[0].weight.data_ptr() == net[0].weight.data_ptr()
+    assert not any(each.training for each in copied.modules())
+    assert all(each.training for each in net.modules())
+
+
+def test_a_student_lies_where_the_first_of_its_real_weights_that_learn_lies():
+    cpu = torch.device("cpu")
+    net = nn.ParameterList(
+        [
+            nn.Parameter(torch.ones(1, dtype=torch.complex64)),
+            nn.Parameter(torch.ones(1, dtype=torch.float16), requires_grad=False),
+            nn.Parameter(torch.ones(1)),
+            nn.Parameter(torch.ones(1, dtype=torch.float64, device="meta")),
+        ]
+    )
+    assert lesson._place_of(net) == (cpu, torch.float32)
+    assert lesson._place_of(net[:1]) == (cpu, torch.complex64)
+
+
+def test_outputs_are_told_from_what_is_as_long_by_two_samples_or_not_at_all():
+    torch.manual_seed(0)
+    model, call = WithAnchors(2), ((inputs(2),), {})
+    assert lesson.places_by_sample(model, call, None) == (0,)
+    assert lesson.places_by_sample(WithAnchors(1), ((inputs(1),), {}), None) is None
+    for listed in ((([ZEROS, ZEROS], ZEROS), {}), ((ZEROS,), {"images": (ZEROS,)})):
+        assert lesson.places_by_sample(pytest.fail, listed, None) is None
+    assert lesson.places_by_sample(lambda rows: list(rows), call, None) is None  # as many as there are samples
+    assert len(lesson.read_outputs((ZEROS, ZEROS), call, 4, None, (1,))[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "given"),
+    [((ZEROS,), {}, Tensor), ((ZEROS, ZEROS), {}, tuple), ((), {"a": ZEROS}, dict)],
+)
+def test_a_users_outputs_get_few_inputs_as_a_batch_holds_them(args, kwargs, given):
+    seen = []
+    places = lesson.places_by_sample(lambda *_, **__: ZEROS, (args, kwargs), lambda *pair: seen.append(pair) or ONE)
+    assert places == ()  # one value for any number of samples
+    assert [type(inputs) for _, inputs in seen] == [given] * 2
+    assert all(output is ZEROS for output, _ in seen)
+
+
+def test_models_run_on_one_sample_and_on_two_before_anything_is_learned():
+    counts = []
+
+    class Counting(nn.Linear):
+        def forward(self, rows):
+            counts.append(len(rows))
+            return super().forward(rows)
+
+    model = Counting(6, 2)
+    for given, expected in ((32, [1, 2]), (2, [1, 2]), (1, [1])):
+        lesson.check_any_count(model, ((inputs(given),), {}), "model")
+        assert counts == expected
+        counts.clear()
+
+
+def test_images_need_memory_for_three_copies(monkeypatch):
+    monkeypatch.setattr("nni_topo.errors._SMALL", 0)
+    parts = [((torch.zeros(10, 25),), {})] * 2  # 2,000 bytes
+    monkeypatch.setattr("nni_topo.errors.free_memory", lambda: 6000)
+    assert lesson.joined(parts)[0][0].shape == (20, 25)
+    monkeypatch.setattr("nni_topo.errors.free_memory", lambda: 5999)
+    with pytest.raises(DataError, match=r"images and a view of them must fit into memory, .* \(images\)"):
+        lesson.joined(parts)
+
+
+def test_threads_number_their_images_source_by_source_and_add_up():
+    index = torch.tensor([5, 4, 0, 2])
+
+    def work(processes):
+        shares = lesson.SharedImages(processes, [[2, 1], [3, 0]][processes.rank])
+        mine = torch.tensor([1.0, processes.rank])
+        total = shares.add(mine, "numbers")
+        return (
+            len(shares),
+            shares.sources,
+            shares.mine(index).tolist(),
+            shares.own(index).tolist(),
+            mine.tolist(),
+            total,
+        )
+
+    first, second = in_threads(2, work)
+    assert first[:5] == (6, [5, 1], [True, False, True, False], [2, 0], [1.0, 0.0])
+    assert second[:5] == (6, [5, 1], [False, True, False, True], [2, 0], [1.0, 1.0])
+    assert first[5].tolist() == second[5].tolist() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "first"), [("logits", "kl", 25), ("logits", "kl", 37), ("tuple", "squares", 37)]
+)
+def test_what_processes_share_is_judged_and_learned_as_by_one_that_has_all(form, kind, first):
+    """Where one has three of forty images only, it has none of most batches."""
+
+    def work(processes):
+        dense, original = (net.double() for net in pair(form))
+        images = inputs(40).double()
+        own = images if processes is None else [images[:first], images[first:]][processes.rank]
+        shares = lesson.SharedImages(processes, [len(own)])
+        found = Lesson(original, dense, ((own,), {}), kind, 2.0, shares=shares)
+        judged = found.judge(dense, torch.arange(0, 40, 3))
+        found.learn_from(torch.arange(5, 40))
+        figures = [judged.loss, judged.distance, found.loss_of_a_constant(torch.arange(24)), *found._learned_scales]
+        figures += [found._weight_of_distance]
+        losses = []
+        for call, wanted in itertools.islice(found.batches(torch.arange(5, 40), 4, 0, None, False), 9):
+            loss = found.objective(dense, call, wanted)
+            loss.backward()
+            losses.append(float(loss.detach()))
+        gradients = [each.grad for each in dense.parameters()]
+        return torch.tensor(figures, dtype=torch.float64), torch.tensor(losses, dtype=torch.float64), gradients
+
+    figures, losses, gradients = work(None)
+    found = in_threads(2, work)
+    for each, _, _ in found:
+        torch.testing.assert_close(each, figures, rtol=1e-11, atol=0.0)
+    torch.testing.assert_close(found[0][1] + found[1][1], losses, rtol=1e-11, atol=0.0)
+    summed = [one + other for one, other in zip(found[0][2], found[1][2], strict=True)]
+    torch.testing.assert_close(summed, gradients, rtol=1e-9, atol=1e-12)

@@ -3,16 +3,56 @@ from __future__ import annotations
 import pytest
 import torch
 from distill_nets import inputs, pair
+from shared_data_nets import in_threads
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nni_topo.recovery.course import Clock
 from nni_topo.recovery.lesson import Lesson, student_copy
 from nni_topo.recovery.rates import RATES, try_rates
 
 
-def tried(judge, total=300, rates=RATES, constant=100.0, clock=None, made=None):
+class Watch:
+    """Stands still but for steps, which take half a second."""
+
+    now = 1000.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    watch = Watch()
+    monkeypatch.setattr("nni_topo.recovery.course.time", watch)
+    return watch
+
+
+class Timed(Lesson):
+    """Counts the steps, which take time, and notes the learning rates of those before them."""
+
+    def objective(self, student, call, wanted):
+        self.watch.now += 0.5
+        self.steps.append(student)
+        return super().objective(student, call, wanted)
+
+
+def tried(
+    judge,
+    total=300,
+    rates=RATES,
+    constant=100.0,
+    clock=None,
+    made=None,
+    first=1.0,
+    progress=False,
+    watch=None,
+    steps=(),
+    processes=None,
+):
     dense, original = pair()
     pool = ((inputs(64),), {})
-    lesson = Lesson(original, dense, pool, "kl", 2.0)
+    lesson = (Lesson if watch is None else Timed)(original, dense, pool, "kl", 2.0)
+    lesson.watch, lesson.steps = watch, steps
 
     def student():
         if made is not None:
@@ -24,13 +64,14 @@ def tried(judge, total=300, rates=RATES, constant=100.0, clock=None, made=None):
         student,
         lambda: lesson.batches(torch.arange(64), 64, 0, None, False),
         judge,
-        1.0,
+        first,
         constant,
         total,
         is_normed=False,
         rates=rates,
         clock=clock,
-        progress=False,
+        progress=progress,
+        processes=processes,
     )
 
 
@@ -50,6 +91,12 @@ def test_a_rate_must_not_lead_to_a_network_that_always_gives_the_same_answer(con
     """After a loss of 1, with losses of 1.9, 1.7, 1.1 and 0.9: it may grow by a quarter of what is between them."""
     left = [1.9, 1.7, 1.1, 0.9]
     assert tried(lambda _: left.pop(0), constant=constant)[-1].lr == expected
+
+
+@pytest.mark.parametrize(("first", "most"), [(2.0, 4.0), (0.5, 1.0)])
+def test_a_rate_may_double_the_loss(first, most):
+    left = [1.01 * most, most]
+    assert [each.is_taken for each in tried(lambda _: left.pop(0), first=first)] == [False, True]
 
 
 def test_none_is_taken_where_all_break_the_network():
@@ -77,3 +124,64 @@ def test_no_network_learns_where_the_time_is_over(seconds, count):
     made = []
     found = tried(lambda _: 0.5, clock=Clock(seconds), made=made)
     assert (len(made), len(found)) == (count, min(count, 1))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "trials", "steps"),
+    [
+        (2002.0, 5, 12),
+        (102.0, 5, 6),  # 3 % of 100 seconds
+        (15.0, 3, 3),  # 13, 11.5 and 10 seconds are left: twenty more steps take 10
+        (2.5, 0, 0),
+    ],
+)
+def test_time_allows_few_steps_and_few_rates(watch, seconds, trials, steps):
+    """One step comes first, and three show how long a step takes."""
+    taken = []
+    found = tried(lambda _: 9.0, 400, clock=Clock(seconds), watch=watch, steps=taken)
+    assert [each.steps for each in found] == [steps] * trials
+    assert len(taken) == 4 + trials * steps
+    counts = [sum(each is student for each in taken) for student in dict.fromkeys(taken)]
+    assert counts == [1, 3, *[steps] * trials]
+
+
+@pytest.mark.parametrize(("passed", "networks"), [(4.5, 3), (5.0, 0), (6.0, 0)])
+def test_nothing_is_tried_at_the_very_end_of_the_time(watch, passed, networks):
+    made, clock = [], Clock(5.0)
+    watch.now += passed
+    tried(lambda _: 0.5, clock=clock, made=made, watch=watch, steps=[], rates=(0.1,))
+    assert len(made) == min(networks, 2)  # the time doesn't allow a rate
+
+
+def test_the_rate_rises_in_three_tenths_of_the_steps_and_falls_in_the_others():
+    seen = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    try:
+        tried(lambda _: 0.5, 10, rates=(0.21,))
+    finally:
+        hook.remove()
+    assert seen == pytest.approx([0.07, 0.07, 0.14, 0.21, 0.18, 0.15, 0.12, 0.09, 0.06, 0.03])
+
+
+def test_progress_counts_rates_and_not_their_steps(monkeypatch, capsys):
+    monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
+    tried(lambda _: 9.0, rates=(0.1, 0.01, 0.001), progress=None)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("learning rate: 3 of 3, ")
+    assert all(line.startswith("learning rate: ") for line in lines)
+
+
+def test_processes_take_each_step_together():
+    def work(processes):
+        seen = []
+
+        def judge(net):
+            seen.append(net.head.bias.grad.clone())
+            return 0.5
+
+        tried(judge, 10, processes=processes)
+        return seen
+
+    (alone,) = work(None)
+    for (together,) in in_threads(2, work):
+        torch.testing.assert_close(together, 2.0 * alone, rtol=0.05, atol=0.0)  # they learn the same images

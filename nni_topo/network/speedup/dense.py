@@ -495,8 +495,8 @@ class DenseReport(ModelReport):
         Attributes, by name, that hold what was the number of channels of a layer that lost some, and the number; they
         may count something else.
     notes : tuple of str, default=()
-        What else to know of it: where it would train another way than the masked model or can't be trained, lacks a part
-        of that, or holds tensors as wide as before.
+        What else to know of it: where it would train another way than the masked model or can't be trained, lacks a
+        part of that, or holds tensors as wide as before.
     params_before, params : int or None, default=None
         Parameters of the model that was pruned, and of the dense model; None: not counted.
     changed_since : tuple of str, default=()
