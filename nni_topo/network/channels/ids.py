@@ -7,6 +7,7 @@ entry which channel it belongs to.
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -102,6 +103,7 @@ class ChannelIds:
         self.widths: list[TakenWidth] = []
         self.by_node: dict[str, Any] = {}  # what each node puts out: int64, of length 1 where nothing differs
         self.picks: dict[str, torch.Tensor] = {}  # by node, the places that a constant of the forward's picks
+        self._firsts: list[int] = []  # of the ids that were given out together, ascending
         self._pairs = [np.zeros((0, 2), dtype=np.int64)]
         self._tied_at: list[torch.fx.Node] = []  # the operation of each of these arrays but the first
         self._as_widths = set[int]()  # which of these arrays tie channels to others as their width is taken
@@ -111,8 +113,15 @@ class ChannelIds:
 
     def new(self, count: int) -> int:
         """Give out so many ids, and return the first of them."""
+        self._firsts.append(self.count)
         self.count += count
         return self.count - count
+
+    def given_with(self, channel: int) -> int:
+        """Count the ids that were given out together with one, itself among them: the channels of its layer."""
+        at = bisect_right(self._firsts, channel) - 1
+        end = self._firsts[at + 1] if at + 1 < len(self._firsts) else self.count
+        return end - self._firsts[at]
 
     def filled(self, name: str, dims: list[int], shape: tuple[int, ...]) -> torch.Tensor:
         """Give ids to the places of a tensor of one value along one of the dimensions whose size an attribute holds."""

@@ -189,7 +189,11 @@ class Operation:
         return self.carried(self.ids if ids is None else ids, carry)
 
     def met(self, ids: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Couple operands that are combined place by place; one that is broadcast along the channels isn't coupled."""
+        """Couple operands that are combined place by place; one that is broadcast along the channels isn't coupled.
+
+        If that one is a single channel of several, as a gate that a slice takes, it stays: of none nothing could be
+        broadcast.
+        """
         full = [each.view((1,) * (len(shape) - each.dim()) + tuple(each.shape)) for each in ids]
         # The dimension of the channels isn't known, but it is one along which ids differ.
         varying = set[int]()
@@ -212,6 +216,10 @@ class Operation:
         for each in full:
             # Of two that are each broadcast along the channels of the other, the output has the first one's.
             is_coupled = any(each is other for other in coupled)
+            if not is_coupled and not _varying(each) and each.numel():
+                channel = int(compressed(each))
+                if channel != FIXED and self.channels.given_with(channel) > 1:
+                    self.keep(each, reasons.fixed_channels(self.node))
             if not is_coupled and any(varies(each, d) and not varies(found, d) for d in varying):
                 self.keep(each)
         return found.expand(shape)

@@ -186,8 +186,8 @@ def to_dense(
         task = _prepare(Network(model, call), full, round_to)
         masked = _masked_with_constants(task) if constants == "keep" else _masked_without_constants(task)
         dense = _cut(task, masked, tuple(customized_replacers))
-        counted = count_anew(task.original, dense, task.network.call)
         checked = _compare(task, masked, dense, rtol) if check else ""
+        counted = count_anew(task.original, dense, task.network.call)
         trained = run_in_training(task.original, dense, task.network.call) if check else TrainingRun()
     _report(task, masked, dense, checked, trained, stale_numbers(model, dense, counted))
     return dense

@@ -186,3 +186,9 @@ def test_tensors_meet_if_they_broadcast_to_exactly_the_shape():
     assert not meet_alike([one, other], (1, 2, 3, 4))
     assert not meet_alike([one, torch.zeros(2, 1)], (2, 3, 4))
     assert not meet_alike([one, torch.zeros(4, 1)], (2, 3, 4))
+
+
+def test_ids_are_counted_with_those_that_were_given_out_together():
+    ids = ChannelIds()
+    assert (ids.new(3), ids.new(1), ids.new(2)) == (1, 4, 5)
+    assert [ids.given_with(channel) for channel in range(1, 7)] == [3, 3, 3, 1, 2, 2]

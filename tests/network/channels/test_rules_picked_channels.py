@@ -47,6 +47,7 @@ PICKS: dict[str, tuple[Callable[[Tensor], Tensor], int, list[int]]] = {
     "slice from the end": (lambda z: z[:, -3:], 3, [5, 6, 7]),
     "slice of all": (lambda z: z[:, 0:8], 8, []),
     "slice with steps": (lambda z: z[:, ::2], 4, [0, 1, 2, 3, 4, 5, 6, 7]),
+    "gate": (lambda z: z[:, :7] * z[:, 7:], 7, [0, 1, 2, 3, 4, 5, 6, 7]),  # none would be left to be broadcast
     "chunk": (lambda z: torch.cat(z.chunk(2, 1)[::-1], 1), 8, []),
     "chunk into fewer": (lambda z: torch.cat(z.chunk(5, 1)[:2], 1), 4, [0, 1, 2, 3, 4, 5, 6, 7]),
     "split": (lambda z: torch.cat(z.split(3, 1)[::-1], 1), 8, [0, 1, 2, 3, 4, 5, 6]),
