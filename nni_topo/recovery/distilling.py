@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from nni.compression.utils import Evaluator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import (
@@ -748,21 +749,24 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int)
     try:
         call, wanted = next(lesson.batches(few, len(few), seed, None, False))
         with learning(student, []):
-            loss = lesson.objective(student, call, wanted)
-            if not loss.requires_grad:
-                raise GradientError(
-                    "a network that is distilled must compute gradients, got outputs without any: its forward runs "
-                    "under torch.no_grad() or torch.inference_mode(), or detaches them (dense)"
-                )
-            try:
-                loss.backward()
-            except RuntimeError as error:
-                if out_of_memory(error):
-                    raise
-                first_line = str(error).splitlines()[0]
-                raise GradientError(
-                    f"a network that is distilled must compute gradients, got: {first_line} (dense)"
-                ) from error
+            for is_again in (False, True):
+                if is_again and not _keeps_graph(student):
+                    break
+                loss = lesson.objective(student, call, wanted)
+                if not loss.requires_grad:
+                    raise GradientError(
+                        "a network that is distilled must compute gradients, got outputs without any: its forward runs "
+                        "under torch.no_grad() or torch.inference_mode(), or detaches them (dense)"
+                    )
+                try:
+                    loss.backward()
+                except RuntimeError as error:
+                    if out_of_memory(error):
+                        raise
+                    first_line = str(error).splitlines()[0]
+                    raise GradientError(
+                        f"a network that is distilled must compute gradients, got: {first_line} (dense)"
+                    ) from error
     finally:
         lesson.precision = precision
     if precision != "float32":
@@ -775,6 +779,15 @@ def _check_gradients(lesson: Lesson, student: nn.Module, few: Tensor, seed: int)
                 raise
             raise not_under_autocast(precision, error, "distill") from error
     student.zero_grad(set_to_none=True)
+
+
+def _keeps_graph(model: nn.Module) -> bool:
+    """Tell whether modules hold tensors of their last call from which gradients would go back into that call."""
+    return any(
+        isinstance(leaf, Tensor) and leaf.grad_fn is not None
+        for module in model.modules()
+        for leaf in tree_leaves(list(vars(module).values()))
+    )
 
 
 @leaves_models_alone

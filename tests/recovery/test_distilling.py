@@ -584,6 +584,30 @@ def overwritten(inner, x):
     return found + found.sigmoid().mul_(2.0) if found.add_(1.0) is found else given
 
 
+class Averaging(Wrapped):
+    """Outputs are averaged with those of the last call."""
+
+    def __init__(self, inner, keep):
+        super().__init__(inner, None)
+        self.keep, self.states = keep, []
+
+    def forward(self, x):
+        found = self.inner(x)
+        found = found if not self.states or len(self.states[0]) != len(x) else (found + self.states[0]) / 2
+        self.states = [self.keep(found)]
+        return found
+
+
+@pytest.mark.parametrize(("keep", "learns"), [(lambda kept: kept, False), (lambda kept: kept.detach(), True)])
+def test_a_state_of_the_last_call_must_be_detached(keep, learns):
+    pairs = [Averaging(each, keep) for each in pair()]
+    if learns:
+        assert distill(*pairs, batches(), steps=2, lr=1e-3)
+        return
+    with pytest.raises(GradientError, match=r"must compute gradients, got: Trying to backward .* a second time"):
+        distill(*pairs, batches(), steps=2, lr=1e-3)
+
+
 @pytest.mark.parametrize("work", [without_gradients, detached, overwritten])
 def test_networks_without_gradients_are_refused_before_anything_is_learned(work):
     dense, original = pair()
