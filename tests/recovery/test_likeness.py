@@ -426,8 +426,8 @@ def test_scales_are_squared_distances_of_samples_from_their_mean():
     # Where batches differ in the number of features, each number is an observation: 0, 2 and 4 around 2.
     assert _scales([answer(torch.tensor([[0.0, 2.0]])), answer(torch.tensor([[4.0]]))], None) == [4.0]
     # Where they differ in the number of positions, each position is.
-    ragged = [answer(torch.tensor([[[0.0], [2.0]]])), answer(torch.tensor([[[4.0]]]))]
-    assert _scales(ragged, None) == [4.0]
+    ragged = [answer(torch.tensor([[[0.0, 90.0], [2.0, 90.0]]])), answer(torch.tensor([[[4.0, 90.0]]]))]
+    assert _scales(ragged, None) == [4.0]  # the second feature never varies
     deep = [answer(torch.tensor([[[[0.0], [2.0]]]])), answer(torch.tensor([[[[4.0]]]]))]
     assert _scales(deep, None) == [4.0]
     # A mask of batches of one length makes each position an observation, too: of (0, 4) and (0, 4), not of 0 and 4.
