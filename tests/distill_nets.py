@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import nn
 from torch.nn.functional import softmax
+
+# The seed is that of all threads, so they make their networks one after another.
+_MAKING = threading.Lock()
 
 
 class Narrow(nn.Module):
@@ -37,7 +42,8 @@ def batches(count=96):
 
 
 def pair(form="logits", **traits):
-    return Narrow(4, form, **traits).eval(), Narrow(16, form, **traits).eval()
+    with _MAKING:
+        return Narrow(4, form, **traits).eval(), Narrow(16, form, **traits).eval()
 
 
 def divergence(model, original, images, temperature=2.0):
