@@ -477,6 +477,7 @@ def test_the_curve_is_the_held_out_loss_along_the_steps():
     assert "It took 100 of at most 100 steps at a learning rate of up to 0.001" in str(found.verdict)
 
 
+@pytest.mark.slow
 def test_steps_end_where_the_held_out_loss_makes_no_more_progress():
     """The small network can't come nearer than it is after some hundred steps."""
     dense, original = pair()

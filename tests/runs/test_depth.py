@@ -102,6 +102,7 @@ def table_of(model, thin):
     return LatencyTable(layers)
 
 
+@pytest.mark.slow
 def test_blocks_that_add_nothing_go_and_the_network_stays_the_same(tmp_path):
     model = resnet(SILENT)
     before, example = snapshot(model), images()[0][:2]

@@ -398,6 +398,7 @@ def nodes_of(flow, at: int) -> set[str]:
     return found
 
 
+@pytest.mark.quick_every(3)
 @pytest.mark.parametrize("name", dict.fromkeys(name.split(": ")[0] for name in CALLS))
 def test_channels_stay_where_a_zero_is_not_as_good_as_nothing_and_are_found_in_the_result_elsewhere(flow, name):
     for at, (called, call) in enumerate(CALLS.items()):

@@ -193,7 +193,7 @@ class TurnedToo(nn.Linear):
 
 @pytest.mark.parametrize(("kind", "bias"), [(Turned, True), (Turned, False), (TurnedToo, False)])
 @pytest.mark.parametrize("shape", [(16, 12), (16, 5, 12)])
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_linear_layers_may_multiply_with_their_weights_transpose(kind, bias, shape):
     torch.manual_seed(0)
     model = nn.Sequential(kind(12, 24, bias=bias), nn.GELU(), kind(24, 20, bias=False), nn.GELU(), nn.Linear(20, 6))

@@ -69,7 +69,7 @@ def test_dense_equals_masked(net):
 
 
 # lenet5 keeps its linear layers, of which only the first reads fewer inputs: 36.0 k of 62.0 k parameters stay
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(9)
 @pytest.mark.parametrize(("name", "size", "share"), [("resnet20", 32, 0.5), ("resnet56", 32, 0.5), ("lenet5", 32, 0.6)])
 def test_small_zoo_models(name, size, share):
     model = lively(create_model(name, num_classes=10, in_channels=3, image_size=size, seed=0))
