@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as attended
 
 from nni_topo.network.channels.ids import FIXED, carry, carry_reduced, staying
-from nni_topo.network.channels.rules import picked_along_others
+from nni_topo.network.channels.rules import _from_zero, picked_along_others
 from nni_topo.network.graph import owner_of
 from nni_topo.network.runtime import tensors_of
 from nni_topo.network.speedup.network import Network
@@ -1136,3 +1136,19 @@ def test_channels_of_the_last_dimension_go_with_what_is_picked_along_others():
         "channels at places",
         "both",
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "rank", "dims"),
+    [
+        (None, 3, (0, 1, 2)),
+        ([], 2, (0, 1)),
+        (-1, 3, (2,)),
+        ((0, -2), 3, (0, 1)),
+        (0, 1, (0,)),
+        (-1, 0, ()),  # as PyTorch takes it of a single number
+        ("channels", 3, None),
+    ],
+)
+def test_dimensions_are_counted_from_0(given, rank, dims):
+    assert _from_zero(given, rank) == dims

@@ -96,6 +96,6 @@ def test_a_card_says_what_the_model_is_and_is_one_of_ours(config, words, tmp_pat
     ):
         assert each in text
     assert "from transformers import Linear" not in text
-    assert ("base_model" in text) == ("_name_or_path" in config)
+    assert ("base_model" in text) == ("huggingface.co" in text) == ("_name_or_path" in config)
     (tmp_path / "README.md").write_text(text)
     assert may_write_card(tmp_path / "README.md")

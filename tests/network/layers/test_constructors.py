@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
-from nni_topo.network.layers.constructors import Place, sizes_shown, stale_numbers
+from nni_topo.network.layers.constructors import Place, _method_of, sizes_shown, stale_numbers
 
 
 def conv3x3(entering: int, leaving: int) -> nn.Conv2d:
@@ -582,3 +583,20 @@ class Config:
 def _named(place: Place) -> str:
     name, key, path = place
     return f"{name}.{key}".lstrip(".") + "".join(f"[{each!r}]" for each in path)
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("layers.append(x)", "append"),
+        ("layers.extend(x)", "extend"),
+        ("layers.insert(0, x)", None),
+        ("others.append(x)", None),
+        ("append(x)", None),
+        ("self.layers.append(x)", None),
+    ],
+)
+def test_a_call_appends_to_the_list_of_its_own_name_alone(text: str, method: str | None) -> None:
+    call = ast.parse(text, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert _method_of(call, "layers") == method

@@ -12,6 +12,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime import Calibration, check_fits, first_call, structure_call
+from nni_topo.network.runtime.fits import _runs
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 BATCHED = r"with a batch dimension: image.unsqueeze\(0\) of one, or the batches of a DataLoader"
@@ -201,3 +202,25 @@ def test_a_batch_is_traced_whole_where_more_layers_run_on_it_than_on_two_samples
     torch.testing.assert_close(found, batch[:traced], rtol=0, atol=0)
     assert model.training
     assert not model.layers[0]._forward_pre_hooks
+
+
+class Listed(nn.Module):
+    """Calls its layers one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("given", "runs"),
+    [(IMAGES, True), (IMAGES[0], False), (IMAGES[:, :2], False)],
+    ids=["a batch", "a single image", "other channels"],
+)
+def test_a_model_runs_on_batches_that_no_layer_takes_for_a_sample(given: Tensor, runs: bool) -> None:
+    assert _runs(Listed(), ((given,), {})) is runs
