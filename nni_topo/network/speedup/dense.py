@@ -417,7 +417,8 @@ def _notes_on_widths(run: TrainingRun, lost: set[int], unread: list[str]) -> Ite
     if unread:
         yield (
             f"no run of the model has read these, so they keep the width of layers that lost channels: {listed(unread)}"
-            ". If a call with other arguments reads them, as one with labels or masks does, pass batches of such arguments"
+            ". If a call with other arguments reads them, as one with labels or masks does, pass batches with these "
+            "arguments"
         )
 
 
