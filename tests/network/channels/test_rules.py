@@ -779,7 +779,7 @@ CALLS = {
         "one head with a bias by channel": (
             lambda n: attended(rows(n.a), rows(n.b), rows(n.c), n.c2[:, None, 0, :6] + n.c2[:, :6, :1]),
             "1x1x1: 0; a: 0* call_not_covered; b: 0* call_not_covered; c: 0* call_not_covered; "
-            "c2: 0 0 0 0 0 0 c26 c27 call_not_covered",
+            "c2: 0 0 0 0 0 0 c26 c27 fixed_channels call_not_covered",
         ),
         "weighs channels": (
             lambda n: attended(n.c.unflatten(1, (4, 2)), n.c2.unflatten(1, (4, 2)), n.c3.unflatten(1, (4, 2))),
