@@ -14,7 +14,7 @@ from speedup_nets import Chunked, Grouped, Residual, chain, filter_mask, l1_mask
 from torch import nn
 
 import nni_topo
-from nni_topo.network.speedup.dense import DenseReport, LayerChannels
+from nni_topo.network.speedup.dense import DenseReport, LayerChannels, _ranges
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -279,3 +279,11 @@ def test_a_layer_that_is_never_called_says_so(caplog):
     dense, messages = warned(caplog, model, SEQUENCES, {"never": filter_mask(model.never, [0])})
     assert dense.report.kept[0].name == "never"
     assert "never 1 of 4" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([3], "3"), ([0, 1], "0-1"), ([0, 1, 2, 3, 4, 6], "0-4, 6"), ([0, 2, 3, 7, 8, 9], "0, 2-3, 7-9"), ([], "")],
+)
+def test_blocks_are_numbered_in_ranges(numbers, text):
+    assert _ranges(numbers) == text
