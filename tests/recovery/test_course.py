@@ -14,22 +14,6 @@ from nni_topo.recovery.course import Clock, Course, Look, RateSchedule, RateTria
 from nni_topo.recovery.lesson import Lesson
 
 
-class Watch:
-    """Stands still but for what the steps of a test take."""
-
-    now = 1000.0
-
-    def perf_counter(self):
-        return self.now
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    watch = Watch()
-    monkeypatch.setattr("nni_topo.recovery.course.time", watch)
-    return watch
-
-
 class Seen(Lesson):
     """Notes the learning rate of each step."""
 

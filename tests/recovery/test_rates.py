@@ -11,22 +11,6 @@ from nni_topo.recovery.lesson import Lesson, student_copy
 from nni_topo.recovery.rates import RATES, try_rates
 
 
-class Watch:
-    """Stands still but for steps, which take half a second."""
-
-    now = 1000.0
-
-    def perf_counter(self):
-        return self.now
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    watch = Watch()
-    monkeypatch.setattr("nni_topo.recovery.course.time", watch)
-    return watch
-
-
 class Timed(Lesson):
     """Counts the steps, which take time, and notes the learning rates of those before them."""
 
