@@ -295,7 +295,7 @@ def _is_zero(value: Tensor, pruned: Tensor) -> bool:
     dims = [d for d in range(pruned.dim()) if pruned.shape[d] > 1]
     if len(dims) != 1 or pruned.shape[dims[0]] != value.shape[dims[0]] or value.dtype not in _SINGLE:
         return False
-    low, high = value.index_select(dims[0], pruned.flatten().nonzero().flatten().to(value.device)).aminmax()
+    low, high = _taken(value, dims[0], pruned.flatten().nonzero().flatten().to(value.device)).aminmax()
     return float(low) == 0 == float(high)
 
 
