@@ -59,6 +59,8 @@ def pytest_collection() -> None:
     import far_device
     from hypothesis import settings
 
+    # collecting makes some 800,000 objects and hardly any garbage
+    gc.disable()
     # Before any test runs a backward pass. Nothing else shows of the device until a test asks for it.
     far_device.reserve()
     # how long an example takes depends on what else the machine does
@@ -70,6 +72,7 @@ def pytest_collection_finish() -> None:
     """Let Python's collector leave out what is there before the tests, some 800,000 objects."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(20_000, 10, 50)  # else it goes through what is new far more often than through what there was
 
 
