@@ -567,6 +567,7 @@ def test_every_public_function_is_walked():
 
 
 @pytest.mark.parametrize("name", sorted(VALID))
+@pytest.mark.quick_every(3)
 def test_the_arguments_that_are_changed_work(name):
     run(function_of(name), VALID[name]())
 

@@ -396,6 +396,7 @@ def test_shrink_writes_which_blocks_are_removed(tmp_path, monkeypatch):
     assert not {"tolerance", "networks tried", "result of the search", "widths tried"} & document.keys()
 
 
+@pytest.mark.slow
 def test_shrink_writes_which_networks_were_tried_for_a_tolerance(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--checkpoint", str(untrained), "--limit", "40", "--images", "36"]
     words += ["--pruner", "l1", "--seconds", "0.01", "--test-limit", "20", "--tolerance", "0.9", "--budget", "params"]

@@ -46,7 +46,7 @@ def networks():
 
 
 @pytest.mark.parametrize(("name", "options"), list(networks()))
-@pytest.mark.quick_every(8)
+@pytest.mark.quick_every(16)
 def test_groups_and_dense_networks_are_those_of_the_golden_record(name, options):
     record = {"status": "ok", **golden.measure(name, options, timed=False)}
     found = golden.differences(REFERENCE[name], record)

@@ -177,6 +177,7 @@ def test_obce_removes_the_neuron_whose_outputs_merge_first():
     assert kept_filters(ObcePruner(model, half, calibration=[inputs])) == [1, 3]
 
 
+@pytest.mark.slow
 def test_obce_takes_the_layers_of_a_transformer():
     model = nni_topo.zoo.create_model("vit_small", num_classes=4, in_channels=1, image_size=8)
     images = torch.randn(6, 1, 8, 8)

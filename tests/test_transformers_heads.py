@@ -57,6 +57,7 @@ def test_half_of_the_heads_go(name):
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification"])
+@pytest.mark.quick_every(2)
 def test_heads_go_where_attention_computes_its_weights_by_itself(name):
     config, sizes = MODELS[name]
     torch.manual_seed(0)
@@ -86,6 +87,7 @@ def test_a_decoder_generates_with_and_without_cache_and_loads_by_its_config(tmp_
     torch.testing.assert_close(logits(loaded, inputs), logits(dense, inputs))
 
 
+@pytest.mark.slow
 def test_gpt2_of_linear_layers_is_the_same_and_loses_heads_and_neurons():
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**MODELS["GPT2LMHeadModel"][1])).eval()
     inputs = inputs_of(model)

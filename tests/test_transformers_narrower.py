@@ -35,7 +35,7 @@ LIKE_OTHERS = ("Qwen2ForCausalLM", "DistilBertForSequenceClassification")  # LLa
 @pytest.mark.parametrize(
     "name", families("Cohere", "GPTNeoX", "PhiFor", "StableLm", "ModernBert", "Deberta", slow=LIKE_OTHERS)
 )
-@pytest.mark.quick_every(6)
+@pytest.mark.quick_every(12)
 def test_heads_with_half_of_their_channels(name, tmp_path):
     model = make(name)
     inputs = inputs_of(model, samples=12)

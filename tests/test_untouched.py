@@ -333,6 +333,7 @@ def test_what_is_made_of_a_model_has_the_parameters_from_before_the_passes(name,
 @pytest.mark.parametrize("name", sorted(name for name in list_pruners() if pruner_info(name).origin == "nni_topo"))
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("as_made", [busy, lambda kind: forgetful(busy(kind))], ids=["busy", "forgetful"])
+@pytest.mark.quick_every(2)
 def test_a_model_is_as_it_was_after_a_pruner(name, attention, as_made):
     model = as_made(Attending if attention else Busy)
     layer = "encoder.linear1" if attention else "hidden"

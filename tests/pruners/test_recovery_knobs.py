@@ -64,6 +64,7 @@ def test_masks_of_every_pruner_can_be_compensated(name, method):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("round_to", "widths"), [(3, (6, 6, 9)), (4, (4, 4, 8)), (16, (8, 8, 16))])
+@pytest.mark.quick_every(2)
 def test_widths_are_multiples(name, round_to, widths):
     model = toy_model()
     pruner = make(name, model, config(model), round_to=round_to)

@@ -152,7 +152,7 @@ def assert_dense_is_masked(model: UNet, images: Tensor, masks: Any, kept: dict[s
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.quick_every(9)
+@pytest.mark.quick_every(18)
 def test_half_of_all_channels_goes(net: str, every: int) -> None:
     make, size = NETS[net]
     model, images = trained(make), torch.randn(2, 1, *size)

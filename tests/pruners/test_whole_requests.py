@@ -64,6 +64,7 @@ def pruned(name, model, inputs, asked=ASKED):
 
 
 @pytest.mark.parametrize("name", STRUCTURED)
+@pytest.mark.quick_every(3)
 def test_every_pruner_takes_half_of_what_a_pixel_shuffle_spreads(name):
     model, inputs = zoo_nets.make("pixel_shuffle")
     masks = pruned(name, model, inputs)

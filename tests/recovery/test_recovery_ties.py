@@ -43,7 +43,7 @@ class Turned(nn.Module):
 
 @pytest.mark.parametrize("method", list_recoveries())
 @pytest.mark.parametrize("persistent", [True, False])
-@pytest.mark.quick_every(8)
+@pytest.mark.quick_every(24)
 def test_buffers_that_no_state_dict_holds(method, persistent):
     inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
     model = Turned(persistent).eval()

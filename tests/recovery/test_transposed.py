@@ -59,6 +59,7 @@ def test_what_the_kept_channels_know_is_made_up_for(up: str, method: Any) -> Non
 
 @pytest.mark.parametrize("method", ["scalar", "mean", "merge"])
 @pytest.mark.parametrize("up", UPS)
+@pytest.mark.quick_every(3)
 def test_simpler_rules_leave_less_than_was_lost(up: str, method: Any) -> None:
     model, masks = doubled(**UPS[up])
     images = torch.randn(48, 3, 6, 6)

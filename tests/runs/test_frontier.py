@@ -342,6 +342,7 @@ def test_the_shares_are_three_quarters_to_a_tenth():
     assert list(nni_topo.frontier(net, rows, compensate=None, distill=False)) == [0.75, 0.5, 0.25, 0.1]
 
 
+@pytest.mark.slow
 def test_heads_get_narrower_instead_of_fewer():
     torch.manual_seed(0)
     net = vit_small(4, 1, 8).eval()

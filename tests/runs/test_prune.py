@@ -37,6 +37,7 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("round_to", [None, 8])
+@pytest.mark.quick_every(2)
 def test_the_record_says_what_each_step_left(round_to, checkpoint, tmp_path, capsys, monkeypatch):
     # progress that nobody asked for appears at once
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)

@@ -144,7 +144,7 @@ def test_gradients_are_measured_once_over_the_images_or_in_32_batches(batch_size
 
 
 @pytest.mark.parametrize(("kind", "images"), [("flops", 2), ("memory", 2), ("latency", 64)])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(6)
 def test_only_a_budget_of_time_is_counted_in_the_batch_that_is_timed(kind, images, pruner_seen, monkeypatch):
     # how near the times are known doesn't matter here
     monkeypatch.setattr("nni_topo.pruners.budget._SECONDS", 0.01)

@@ -638,7 +638,7 @@ def test_a_missed_budget_of_ratios_is_told_unless_sizes_are_searched(is_search, 
 @pytest.mark.parametrize(
     ("narrow_heads", "equal_blocks", "is_narrower"), [(True, False, True), (False, False, False), (True, True, False)]
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_heads_get_narrower_where_that_is_asked_for(narrow_heads, equal_blocks, is_narrower):
     torch.manual_seed(0)
     net = vit_small(4, 1, 8).eval()

@@ -253,7 +253,7 @@ def test_every_rule_leaves_the_model_and_masks_alone_and_solves_grouped_and_resi
 
 
 @pytest.mark.parametrize("method", list_recoveries())
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_sums_by_shifts_and_by_rows_solve_alike(method, lively, monkeypatch):
     """Whatever a rule reads, of the pruned network or of the unpruned one, it reads at all positions, too."""
     torch.manual_seed(0)

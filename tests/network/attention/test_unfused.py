@@ -156,6 +156,7 @@ def test_heads_and_widths_go(name, asked, tmp_path):
 
 
 @pytest.mark.parametrize("is_second", [False, True])
+@pytest.mark.quick_every(2)
 def test_heads_of_pooled_attention_go(is_second, tmp_path):
     kinds = {"kernel_q": [3, 3, 3], "kernel_kv": [3, 3, 3], "stride_kv": [1, 2, 2]}
     blocks = [

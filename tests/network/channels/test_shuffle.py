@@ -74,7 +74,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("half", "units", "ratio", "pruner"), CASES)
-@pytest.mark.quick_every(12)
+@pytest.mark.quick_every(24)
 def test_each_layer_loses_what_it_is_asked_for(half, units, ratio, pruner):
     model = shuffled(half, units)
     groups, masks, dense = pruned(model, ratio, PRUNERS[pruner])

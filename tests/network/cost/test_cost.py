@@ -63,7 +63,7 @@ NETS = {
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5])
-@pytest.mark.quick_every(6)
+@pytest.mark.quick_every(12)
 def test_the_cost_is_that_of_the_dense_model(name, ratio):
     make, shape = NETS[name]
     model, images = make().eval(), torch.randn(2, *shape)

@@ -84,6 +84,7 @@ def test_views_of_a_mapping_are_mappings():
 
 
 @pytest.mark.parametrize("kind", ["torch.export", "onnx"])
+@pytest.mark.quick_every(2)
 def test_export_and_measurements_take_the_mapping(kind, tmp_path):
     if kind == "onnx":
         pytest.importorskip("onnxscript")
