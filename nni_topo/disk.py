@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import stat
 import sys
@@ -256,4 +257,11 @@ def read_tensors(path: Path) -> Any:
                 with archive.open(entry) as stream:
                     while stream.read(2**20):
                         pass
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "allowed global" not in str(error):
+            raise
+        raise DataError(
+            "it holds objects of classes, as torch.save(model) writes them, which torch.load reads"
+        ) from None

@@ -58,6 +58,7 @@ def test_a_name_is_taken_by_one_class(numbers):
     ("name", "message"),
     [
         ("fracton", "number must be a known name, got 'fracton'; did you mean fraction.*here"),
+        ("RatioOfInts", r"got 'RatioOfInts'; did you mean ratio, fraction\? \(here\)"),
         (3, r"a number's name must be text, got 3 \(here\)"),
         ("fractions:Fracton", "a number must be a class that can be imported, got 'fractions:Fracton'"),
         ("no_such_module:A", "a number must be a class that can be imported"),

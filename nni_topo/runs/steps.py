@@ -642,6 +642,12 @@ class Measurements:
             accuracy = math.nan if self._evaluate is None else number_of(self._evaluate(net))
         if (processes := self._data.all.processes) is not None:
             accuracy = processes.first(accuracy, "what evaluate returned")
+        if self._evaluate is not None and math.isnan(accuracy):
+            if not self.stages:
+                raise ConfigError(
+                    f"evaluate must return a number for the model as it was given, got {accuracy} (shrink)"
+                )
+            _logger.warning("evaluate returned %s for the %s network", accuracy, name)
         stage = Stage(
             network=name,
             macs=cost.macs,

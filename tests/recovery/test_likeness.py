@@ -281,6 +281,7 @@ def test_the_report_says_which_layers_can_not_lose_channels():
         ({"evaluate": lambda net: "good"}, "evaluate must return a number, got 'good'"),
         ({"evaluate": lambda net: None}, "evaluate must return a number, got None"),
         ({"evaluate": lambda net: np.zeros(3)}, "evaluate must return a number"),
+        ({"evaluate": lambda net: math.nan}, "evaluate must return a number for the model as it was given, got nan"),
         (
             {"evaluate": lambda net, data: 1.0},
             r"evaluate must be a function of \(network\) or None, got .*\(net, data\)",

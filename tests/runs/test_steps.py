@@ -440,6 +440,20 @@ def test_a_network_is_measured_on_the_first_and_the_last_part():
     assert 0.0 < pruned.seconds < 600.0
 
 
+def test_a_number_that_evaluate_cannot_find_is_told_of_a_pruned_network_and_refused_of_the_given_one(caplog):
+    model, other, first = toy_model().eval(), toy_model(1).eval(), images(8)
+    data = ImageParts.of(first, model, (first, images(8, 1), images(8, 2)))
+    found = Measurements(model, data, lambda net: math.nan if net is other else 1.0)
+    with pytest.raises(ConfigError, match="evaluate must return a number for the model as it was given, got nan"):
+        found.add("unpruned", other)
+    assert found.stages == []
+    found.add("unpruned", model)
+    with caplog.at_level(logging.WARNING, logger="nni_topo"):
+        found.add("pruned", other)
+    assert caplog.messages == ["evaluate returned nan for the pruned network"]
+    assert math.isnan(found.stages[-1].accuracy)
+
+
 @pytest.mark.parametrize(("given", "found"), [(2, 2.0), (torch.tensor(0.5), 0.5), ("0.25", 0.25)])
 def test_what_evaluate_returns_is_a_number(given, found):
     assert number_of(given) == found

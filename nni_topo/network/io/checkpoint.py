@@ -369,7 +369,9 @@ def _read(path: _PathLike) -> dict[str, Any]:
     with reading(file, "a dense model's file", "written by nni_topo.save"):
         document = _read_safe(file) if file.suffix == _SAFE else read_tensors(file)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise DataError(f"a dense model's file must be written by nni_topo.save, got another kind ({place})")
+        is_state = isinstance(document, dict) and all(isinstance(each, torch.Tensor) for each in document.values())
+        got = "a state_dict, which load_state_dict takes" if document and is_state else "another kind"
+        raise DataError(f"a dense model's file must be written by nni_topo.save, got {got} ({place})")
     if document.get("format_version") != _FORMAT_VERSION:
         raise DataError(
             f"a dense model's file must have format version {_FORMAT_VERSION}, got "

@@ -273,7 +273,10 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     [
         (b"", "written by nni_topo.save"),
         (b"not a model at all", "written by nni_topo.save"),
-        ({"weight": torch.ones(2)}, "got another kind"),
+        ({"weight": torch.ones(2)}, "got a state_dict, which load_state_dict takes"),
+        ({"weight": torch.ones(2), "epoch": 3}, "got another kind"),
+        ({}, "got another kind"),
+        (torch.nn.Linear(2, 2), r"got: it holds objects of classes, as torch\.save\(model\) writes them"),
         ([torch.ones(2)], "got another kind"),
         ({"format": "nni-topo dense model", "format_version": 99}, "format version 1, got 99"),
     ],
