@@ -20,7 +20,7 @@ import nni_topo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.cost.measure import memory_kept, now, profile, time_shares
+from nni_topo.network.cost.measure import _in_mode, memory_kept, now, profile, time_shares
 from nni_topo.network.speedup.reconcile import widths_multiple
 from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
 
@@ -288,6 +288,54 @@ def test_a_row_for_every_mode_and_network():
         bytes_each = 2 if row.mode == "bf16" else 4
         assert row.peak_bytes >= bytes_each * (row.params + 2 * 2 * 16 * 16 * width)
     assert rows[0].peak_bytes > rows[1].peak_bytes  # bf16 may take more on a CPU that converts it
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_networks_of_a_profile_run_in_an_order_drawn_from_the_seed(seed):
+    ran = list[str]()
+
+    class Noting(nn.Linear):
+        def forward(self, rows):
+            ran.append(self.name)
+            return super().forward(rows)
+
+    networks = {name: Noting(2, 2) for name in "abcd"}
+    for name, each in networks.items():
+        each.name = name
+    profile(networks, torch.zeros(1, 2), runs=3, seed=seed)
+    generator, order, expected = random.Random(seed), list("abcd"), list[str]()
+    for _ in range(3 + 5):  # five rounds warm up
+        generator.shuffle(order)
+        expected += order
+    assert ran[-len(expected) :] == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape", "dtype", "expected", "is_last"),
+    [
+        ("plain", (2, 3, 4, 5), torch.float32, torch.float32, False),
+        ("bf16", (2, 3, 4, 5), torch.float32, torch.bfloat16, False),
+        ("bf16", (2, 3), torch.int64, torch.int64, False),
+        ("channels_last", (2, 3, 4, 5), torch.float32, torch.float32, True),
+        ("channels_last", (2, 3, 4), torch.float32, torch.float32, False),
+        ("channels_last", (2, 3, 4, 5, 6), torch.float32, torch.float32, False),
+        ("compile", (2, 3, 4, 5), torch.float32, torch.float32, False),
+    ],
+)
+def test_inputs_of_a_mode_have_its_number_type_and_images_its_memory_format(mode, shape, dtype, expected, is_last):
+    found = _in_mode(torch.zeros(shape, dtype=dtype), mode)
+    assert (found.shape, found.dtype) == (shape, expected)
+    assert found.is_contiguous() is not is_last
+    if is_last:
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_networks_of_a_mode_have_its_number_type_and_their_weights_its_memory_format():
+    assert _in_mode(nn.Conv2d(3, 8, 3), "bf16").weight.dtype == torch.bfloat16
+    weight = _in_mode(nn.Conv2d(3, 8, 3), "channels_last").weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    assert _in_mode(nn.Conv2d(3, 8, 3), "plain").weight.is_contiguous()
 
 
 def test_a_network_that_cannot_run_in_a_mode_says_why():

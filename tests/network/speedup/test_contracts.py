@@ -16,7 +16,14 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 
 import nni_topo
-from nni_topo.network.speedup.contracts import channels_kept
+from nni_topo.network.speedup.contracts import (
+    Described,
+    channels_kept,
+    named_sizes,
+    timm_features,
+    timm_widths,
+    torchvision_widths,
+)
 
 
 def dense_of(model: nn.Module, images: Tensor, **entry: Any) -> Any:
@@ -350,3 +357,75 @@ def test_families_of_timm(name: str) -> None:
     assert dense.get_classifier().weight.grad.any()
     dense.reset_classifier(0)
     assert torch.equal(dense.eval()(images), dense.forward_head(dense.forward_features(images), pre_logits=True))
+
+
+def claims(reader: Any, module: Any, name: str = "net") -> dict[Any, Any]:
+    found = dict(reader(name, module))
+    assert len(found) == len(list(reader(name, module)))
+    assert {place[0] for place in found} <= {name}
+    return {place[1:]: described for place, described in found.items()}
+
+
+def entries(*modules: Any) -> list[Any]:
+    return [{"module": each, "num_chs": 8} for each in modules]
+
+
+class Held:
+    """Holds what is told of it."""
+
+    def __init__(self, **told: Any) -> None:
+        self.__dict__.update(told)
+
+
+def test_feature_info_counts_outputs_of_modules_or_by_their_place() -> None:
+    module: Any = nn.Module()
+    assert claims(timm_features, module) == {}
+    module.feature_info = (
+        {"module": "a", "num_chs": 8},
+        {"module": "b.c", "num_chs": 8, "hook_type": "forward_pre"},
+        {"num_chs": 8},
+        {"module": None, "num_chs": 8},
+        "d",
+        {"module": "e", "hook_type": "forward"},
+    )
+    expected = {0: ("a", "output"), 1: ("b.c", "input"), 5: ("e", "output")}
+    for name, start in (("net", "net."), ("", "")):
+        assert claims(timm_features, module, name) == {
+            ("feature_info", (at, "num_chs")): Described(f"{start}{path}", part)  # type: ignore[arg-type]
+            for at, (path, part) in expected.items()
+        }
+    for other in ("abc", None, Held(info=entries("a")), Held(out_indices=(0,))):
+        module.feature_info = other
+        assert claims(timm_features, module) == {}
+
+
+def test_features_of_a_wrapper_are_counted_among_its_outputs() -> None:
+    module: Any = nn.Module()
+    module.feature_info = Held(info=entries("a", "b", "c", "d"), out_indices=(-1, 1))
+    assert claims(timm_features, module) == {
+        ("feature_info.info", (0, "num_chs")): Described("net.a", "output"),
+        ("feature_info.info", (1, "num_chs")): Described("net", "output", 1),
+        ("feature_info.info", (2, "num_chs")): Described("net.c", "output"),
+        ("feature_info.info", (3, "num_chs")): Described("net", "output", 0),
+    }
+
+
+def test_widths_are_those_of_features_and_of_what_enters_the_classifier() -> None:
+    assert claims(timm_widths, Body()) == {
+        ("num_features", ()): Described("net", "features"),
+        ("embed_dim", ()): Described("net", "features"),
+        ("head_hidden_size", ()): Described("net", "pre_logits"),
+    }
+    assert claims(timm_widths, Head({"a": 24}, 2)) == {
+        (key, ()): Described("net", "pre_logits") for key in ("num_features", "hidden_size")
+    }
+    assert claims(timm_widths, nn.Linear(2, 2)) == {}
+    assert claims(timm_widths, torch.jit.script(nn.Linear(2, 2))) == {}
+    with torch.device("meta"):
+        resnet = ResNet(BasicBlock, [1, 1, 1, 1])
+    assert claims(torchvision_widths, resnet) == {("inplanes", ()): Described("net.layer4", "output")}
+    assert claims(torchvision_widths, BasicBlock(4, 4)) == claims(torchvision_widths, Body()) == {}
+    named = claims(named_sizes, nn.Linear(2, 2), "")
+    assert named["in_chs", ()] == named["in_features", ()] == Described("", "input")
+    assert named["out_planes", ()] == named["out_channels", ()] == Described("", "output")
+    assert len(named) == 8

@@ -14,7 +14,7 @@ from speedup_nets import Chunked, Grouped, Residual, chain, filter_mask, l1_mask
 from torch import nn
 
 import nni_topo
-from nni_topo.network.speedup.dense import DenseReport, LayerChannels, _ranges
+from nni_topo.network.speedup.dense import DenseReport, LayerChannels, _kind_and_block, _ranges
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -287,3 +287,30 @@ def test_a_layer_that_is_never_called_says_so(caplog):
 )
 def test_blocks_are_numbered_in_ranges(numbers, text):
     assert _ranges(numbers) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "block"),
+    [
+        ("layers.3.fc", "layers.*.fc", 3),
+        ("encoder.layers.12.mlp.fc1", "encoder.layers.*.mlp.fc1", 12),
+        ("0.fc", "*.fc", 0),
+        ("layers.1.parts.2.fc", "layers.*.parts.2.fc", 1),
+        ("parts.2", "parts.2", None),  # a layer's own number is no block's
+        ("fc", "fc", None),
+        ("layer4.conv", "layer4.conv", None),
+    ],
+)
+def test_layers_of_blocks_are_known_by_the_blocks_number(name, kind, block):
+    assert _kind_and_block(name) == (kind, block)
+
+
+def test_layers_of_several_blocks_share_a_row_of_the_table_of_widths():
+    pruned = [LayerChannels(f"blocks.{at}.fc", 8, 4, 4 if at != 3 else 6) for at in (0, 1, 2, 3, 5)]
+    others = [LayerChannels("head", 8, 8, 8), LayerChannels("stem", 16, 4, 4)]
+    told = DenseReport((*pruned, *others), params_before=2000, params=500).to_markdown()
+    assert [line for line in told.splitlines() if line.startswith("| `")] == [
+        "| `blocks.*.fc` | 0-2, 5 | 8 | 4 |", "| `blocks.3.fc` |  | 8 | 6 |", "| `stem` |  | 16 | 4 |",
+    ]  # fmt: skip
+    assert "| parameters | 2,000 | 500 | 25.0 % |" in told
+    assert "Channels of each layer. One other layer keeps all its channels." in told
