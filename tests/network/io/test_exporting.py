@@ -359,6 +359,7 @@ def test_what_cannot_be_exported_is_said_before_a_file_is_written(tmp_path):
         ("small.pt2", {"format": "onnx"}, "a path that ends in .pt2 must have the format 'torch.export', got 'onnx'"),
         ("small.ONNX", {"format": "torch.export"}, "a path that ends in .ONNX must have the format 'onnx', got 'torch"),
         ("small.pt2", {"int8": [IMAGES]}, "the format of an INT8 file must be 'onnx', got 'torch.export'"),
+        ("a.b", {"int8": [IMAGES], "format": "torch.export"}, "an INT8 file must be 'onnx', got 'torch.export'"),
     ],
 )
 def test_the_ending_of_a_path_and_the_format_must_agree(tmp_path, name, given, message):

@@ -22,6 +22,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.network.speedup.replace import _set_weight_size
 from nni_topo.speedup import masked_model, to_dense
 from nni_topo.zoo import create_model
 
@@ -368,3 +369,58 @@ def test_a_scale_that_comes_before_what_it_scales_is_no_other_order():
     model.second.register_forward_hook(lambda *given: given[2] * ~gone)
     model.first.register_forward_hook(lambda *given: given[2] * (masks["first"]["weight"].amax(1) != 0))
     torch.testing.assert_close(dense.double()(x.double()), model.double()(x.double()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "dim", "sizes"),
+    [
+        (lambda: nn.Embedding(9, 8), 1, {"embedding_dim": 5}),
+        (lambda: nn.Embedding(9, 8), 0, {}),
+        (lambda: nn.Linear(8, 9), 0, {"out_features": 5}),
+        (lambda: nn.Linear(8, 9), 1, {"in_features": 5}),
+        (lambda: nn.Conv2d(8, 9, 3), 0, {"out_channels": 5}),
+        (lambda: nn.Conv2d(8, 9, 3), 1, {}),
+        (lambda: nn.Conv1d(8, 8, 3, groups=8), 0, {"out_channels": 5, "in_channels": 5, "groups": 5}),
+        (lambda: nn.LayerNorm(8), 0, {}),
+        (lambda: nn.ConvTranspose2d(8, 9, 3), 0, {}),
+    ],
+)
+def test_a_module_whose_weight_was_cut_says_its_size(make, dim, sizes):
+    module = make()
+    _set_weight_size(module, dim, 5)
+    before, after = vars(make()), vars(module)
+    numbers = {key: each for key, each in after.items() if isinstance(each, (int, tuple))}
+    assert numbers == {key: sizes.get(key, before.get(key)) for key in numbers}
+    assert sizes.items() <= numbers.items()
+
+
+class Reading(nn.Module):
+    """Computes with the weights of layers that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(6, 2)
+        self.table, self.narrow = nn.Embedding(5, 8), nn.Linear(8, 6, bias=False)
+        self.scale = nn.Conv1d(1, 8, 1, bias=False)
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        x = self.first(x).relu() + self.table.weight[:1]
+        x = x * self.scale.weight.flatten(1)[:, 0] * self.weight
+        return self.last((x @ self.narrow.weight.T).relu())
+
+
+def test_layers_whose_weights_the_forward_reads_are_as_wide_as_these():
+    model, rows = Reading().eval(), torch.randn(3, 4)
+    masks = {"first": filter_mask(model.first, [0, 3, 5])}
+    dense = to_dense(model, rows, masks)
+    widths = dense.table.embedding_dim, dense.narrow.in_features, dense.scale.out_channels, len(dense.weight)
+    assert widths == (5, 5, 5, 5)
+    kept = [1, 2, 4, 6, 7]
+    assert torch.equal(dense.table.weight, model.table.weight[:, kept])
+    assert torch.equal(dense.narrow.weight, model.narrow.weight[:, kept])
+    assert torch.equal(dense.scale.weight, model.scale.weight[kept])
+    x = (model.first(rows).relu() + model.table.weight[:1])[:, kept]
+    x = x * (model.scale.weight.flatten() * model.weight)[kept]
+    torch.testing.assert_close(dense(rows), model.last((x @ model.narrow.weight[:, kept].T).relu()))

@@ -9,6 +9,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
+from attention_nets import WIDTH, Fused
 from nni.compression.speedup.dependency import auto_set_denpendency_group_ids
 from speedup_nets import Chunked, Concatenated, Grouped, Residual, Shared, chain
 from torch import nn
@@ -435,3 +436,45 @@ def test_layers_of_a_group_that_are_not_selected_hold_the_others():
 def test_layers_are_collected_by_reason_in_order():
     found = by_reason({"a": "one", "": "two", "b": "one"})
     assert list(found.items()) == [("one", ["a", "b"]), ("two", ["the model itself"])]
+
+
+class TwoStreams(nn.Module):
+    """Two streams with attention and another layer each, that meet in the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.attention, self.added = (
+            nn.ModuleList(make() for _ in range(2))
+            for make in (lambda: nn.Linear(5, WIDTH), Fused, lambda: nn.Linear(WIDTH, WIDTH))
+        )
+        self.head = nn.Linear(2 * WIDTH, 2)
+
+    def forward(self, x):
+        found = []
+        for enter, attention, added in zip(self.enter, self.attention, self.added, strict=True):
+            y = enter(x)
+            y = y + attention(y)
+            found.append(y + added(y))
+        return self.head(torch.cat(found, -1))
+
+
+def test_a_layer_that_shares_rows_with_an_output_projection_of_heads_stays_for_it():
+    model, states = TwoStreams().eval(), torch.randn(2, 7, 5)
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "exclude_op_names": ["enter.0", "enter.1"]}]
+    groups = dependency_groups(model, states, config)
+    # The layers that make the streams aren't selected, so the projections lose the columns of heads.
+    for at in range(2):
+        assert groups.reasons[f"added.{at}"][0].kind == "head_by_head"
+        assert f"attention.{at}.proj" in groups.skipped[f"added.{at}"]
+    assert [entry["op_names"][0] for entry in groups] == [
+        "attention.0.qkv", "attention.0.proj", "attention.1.qkv", "attention.1.proj",
+    ]  # fmt: skip
+
+
+def test_heads_may_be_asked_for_beside_other_layers_in_one_entry():
+    model, states = TwoStreams().eval(), torch.randn(2, 7, 5)
+    config = [{"op_names": ["attention.0", "attention.1.qkv"], "granularity": "head", "sparse_ratio": 0.5}]
+    groups = dependency_groups(model, states, config)
+    assert {entry["op_names"][0]: entry["granularity"] for entry in groups} == {
+        "attention.0.qkv": [3, -1], "attention.0.proj": [-1, 3], "attention.1.qkv": [3, -1],
+    }  # fmt: skip

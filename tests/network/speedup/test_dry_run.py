@@ -573,3 +573,57 @@ def test_about_half_of_the_channels_are_drawn_and_none_that_must_stay(in_parts):
                         assert is_kept[group_ids].sum() == (len(group_ids) + 1) // 2
         prunable = [group_id for group_id in flow.group_ids_of(first).tolist() if group_id not in held]
         assert not np.all([is_kept[prunable] for is_kept in drawn])
+
+
+class Divided(nn.Module):
+    """Divides by the root of a size of what it computes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.dim = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), dim
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x * x.shape[self.dim] ** -0.5)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_number_that_is_made_of_how_many_channels_there_are_holds_them(dim):
+    images, asked = torch.randn(2, 3, 5, 5), [{"op_names": ["first"], "sparse_ratio": 0.5}]
+    skipped = nni_topo.network.speedup.unprunable_layers(Divided(dim).eval(), images, ["first"])
+    assert [each.kind for each in skipped.get("first", ())] == (["number_made"] if dim == 1 else [])
+    assert len(nni_topo.dependency_groups(Divided(dim).eval(), images, asked)) == 1
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(8, 8)])
+def test_a_norm_makes_zeros_of_removed_channels_whatever_its_shift(norm):
+    """What reads them could supply no constant: it has several groups and pads with zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 4, 3, padding=1, groups=2)).eval()
+    assert nni_topo.network.speedup.unprunable_layers(model, torch.randn(2, 3, 5, 5), ["0"]) == {}
+
+
+def test_a_norm_without_parameters_is_not_masked():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.ReLU(), nn.Linear(8, 4)).eval()
+    both = dry_run(model)
+    kept = {}
+    step = both._step
+
+    def looked(node):
+        step(node)
+        kept[node.name] = both._values[node]
+
+    both._step = looked
+    with torch.no_grad():
+        both.run((ROWS,))
+    full, _ = kept["_1"]
+    is_kept = torch.from_numpy(both.is_kept[both.flow.group_ids_of("0")])
+    first = model[0](ROWS) * is_kept
+    expected = nn.functional.layer_norm(first, (8,))
+    torch.testing.assert_close(full[:, is_kept], expected[:, is_kept])
+    # A removed channel is minus the mean, of which half change their sign.
+    torch.testing.assert_close(full[:, ~is_kept].abs(), expected[:, ~is_kept].abs())
+    changed = (full[:, ~is_kept] * expected[:, ~is_kept] < 0).float().mean()
+    assert 0.3 < changed < 0.7

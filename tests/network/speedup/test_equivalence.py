@@ -12,7 +12,7 @@ from torch import nn
 
 from nni_topo import create_pruner, dependency_groups, to_dense
 from nni_topo.errors import SpeedupError
-from nni_topo.network.speedup.equivalence import _first_difference, _in_range, _worst, check_equal
+from nni_topo.network.speedup.equivalence import _agreed, _first_difference, _in_range, _worst, check_equal
 from nni_topo.speedup import masked_model
 
 NAN, INF = float("nan"), float("inf")
@@ -401,3 +401,61 @@ def test_values_that_have_grown_or_shrunk_much_are_scaled_and_zeros_are_not(valu
 
 def test_what_is_not_finite_stays_so():
     assert _in_range(None, torch.tensor([torch.inf, 1.0])).tolist() == [torch.inf, 1.0]
+
+
+class Refusing(nn.Module):
+    """Raises an error."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize(("blocks", "double"), [(1, False), (1, True), (2, False), (3, True)])
+def test_short_memory_is_an_error_for_one_input_in_single_precision_alone(blocks, double):
+    call = ((torch.zeros(blocks, 2),), {})
+    for error in (MemoryError(), ValueError("another size")):
+        pair = Refusing(error), Refusing(error)
+        if isinstance(error, MemoryError) and blocks == 1 and not double:
+            with pytest.raises(MemoryError):
+                _agreed(pair, call, 1e-4, blocks, double=double)
+        else:
+            assert _agreed(pair, call, 1e-4, blocks, double=double) is None
+
+
+class Shown(nn.Module):
+    """Puts out what it is told, whatever goes in."""
+
+    def __init__(self, *outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x):
+        return tuple(torch.tensor(each) for each in self.outputs)
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "blocks", "agreed"),
+    [
+        ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]], 3, {0, 1, 2}),
+        ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 4.0]], 3, None),
+        ([[1.0, INF, 3.0]], [[1.0, 2.0, 3.0]], 3, {0, 2}),  # not a number there: nothing is said
+        ([[INF, 2.0, 3.0]], [[INF, 2.0, 3.0]], 3, None),  # the first one is the example's
+        ([[1.0, 2.0, 3.0], [NAN, 1.0, 1.0]], [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]], 3, None),
+        ([[1.0, 2.0, 3.0], [1.0, NAN, 1.0]], [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]], 3, {0, 2}),
+        ([5.0, [1.0, 2.0]], [5.0, [1.0, 2.0]], 2, {0, 1}),  # a loss is of all of them
+        ([5.0, [1.0, 2.0]], [6.0, [1.0, 2.0]], 2, None),
+        ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]], 2, {0, 1}),
+        ([[1.0, 2.0, NAN]], [[1.0, 2.0, NAN]], 2, None),
+        ([[1.0, 2.0]], [[1.0, 2.0, 3.0]], 1, None),
+        ([[1.0, 2.0]], [[1.0, 2.0]], 1, {0}),
+        ([[1.0, 100.0]], [[1.001, 100.0]], 1, {0}),  # to the largest one
+        ([[1.0, 100.0]], [[1.001, 100.0]], 2, None),  # of each input
+    ],
+)
+def test_inputs_of_one_batch_agree_each_by_itself(expected, actual, blocks, agreed):
+    call = ((torch.zeros(blocks, 2),), {})
+    assert _agreed((Shown(*expected), Shown(*actual)), call, 1e-4, blocks, double=False) == agreed

@@ -383,3 +383,27 @@ def test_what_holds_itself_is_written_down_too():
     held = Held({})
     held.value["again"] = [held]
     assert module._shown(held) == module._shown(held)
+
+
+class Deciding(nn.Module):
+    """Reads a value to decide in evaluation mode, in training mode, in both or in none."""
+
+    def __init__(self, *, evaluating, training):
+        super().__init__()
+        self.first, self.last, self.beside = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 3)
+        self.reads = {False: evaluating, True: training}
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.reads[self.training] and x.abs().sum() > -1:
+            x = x.relu()
+        return (self.last(x), self.beside(x)) if self.training else self.last(x)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_graph_reads_values_if_the_forward_does_in_either_mode(evaluating, training):
+    network = Network.on(Deciding(evaluating=evaluating, training=training).eval(), torch.randn(2, 4))
+    known = network._recorded()
+    assert known.reads_values is (evaluating or training)
+    assert "beside" in known.flow.in_training

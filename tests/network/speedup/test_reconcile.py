@@ -4,13 +4,15 @@ import logging
 
 import pytest
 import torch
+from attention_nets import _states, find_attention, head_masks, make
 from nni.compression.pruning import L1NormPruner
 from speedup_nets import Chunked, Concatenated, Grouped, Residual, chain, filter_mask, l1_masks
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.layers.kinds import kept_channels, spread
-from nni_topo.network.speedup.reconcile import check_masks, warn_of_kept, widths_multiple
+from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.reconcile import check_masks, find_narrow, resolve, warn_of_kept, widths_multiple
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -308,3 +310,116 @@ def test_widths_are_rounded_to_what_is_said_or_to_what_a_device_takes_at_once():
     for wrong in (0, -1, True, 1.5, "all"):
         with pytest.raises(ConfigError, match='round_to must be a positive integer, "auto" or None'):
             widths_multiple(wrong, cpu)
+
+
+def resolved(model, masks, inputs=IMAGES, **knobs):
+    flow = Network.on(model.eval(), inputs).flow
+    return resolve(model, flow, check_masks(model, masks), **knobs)
+
+
+def rows(mask):
+    return mask.flatten(1).any(1).tolist()
+
+
+def test_masks_that_agree_stay_as_they_are():
+    model = Residual()
+    assert resolved(model, {}).masks == {}
+    masks = {name: filter_mask(getattr(model, name), [1, 4]) for name in ("stem", "depthwise", "point")}
+    masks["stem"]["weight"][0, 0, 0, 0] = 0  # a single weight
+    given = check_masks(model, masks)
+    flow = Network.on(model.eval(), IMAGES).flow
+    found = resolve(model, flow, given)
+    assert {name: set(targets) for name, targets in found.masks.items()} == {key: {"weight", "bias"} for key in masks}
+    for name, targets in given.items():
+        assert all(torch.equal(found.masks[name][target], mask) for target, mask in targets.items())
+    assert (found.reasons, found.kept) == ({}, {})
+
+
+def test_channels_that_come_back_have_all_of_their_weights_and_others_those_of_their_masks():
+    model, is_kept = Residual(), [True, False, False, True, True, True, True, True]
+    masks = {"stem": filter_mask(model.stem, [0, 1, 2]), "point": filter_mask(model.point, [1, 2, 3])}
+    masks["stem"]["weight"][5, 1] = 0
+    found = resolved(model, masks)
+    assert found.masks.keys() == {"stem", "point", "depthwise"}  # which follows
+    for name, back in (("stem", 0), ("point", 3), ("depthwise", 4)):
+        weight, bias = found.masks[name]["weight"], found.masks[name]["bias"]
+        assert rows(weight) == bias.bool().tolist() == [True, *is_kept[1:]]
+        assert bool(weight[back].all())
+    assert not found.masks["stem"]["weight"][5, 1].any()
+    assert found.masks["stem"]["weight"][5, [0, 2]].all()
+    assert found.kept["stem"].startswith("1 of 8 (")
+    assert found.kept.keys() == found.reasons.keys() == {"stem", "point"}
+
+
+def test_a_depthwise_convolution_that_loses_nothing_has_no_mask():
+    model = Residual()
+    assert resolved(model, {"stem": filter_mask(model.stem, [1])}).masks.keys() == {"stem"}
+
+
+class Parts(nn.Module):
+    """A layer of which two others read a part each."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 1)
+        self.one, self.two, self.last = nn.Conv2d(3, 2, 1), nn.Conv2d(5, 2, 1), nn.Conv2d(2, 2, 1)
+        self.parts = [3, 5]
+
+    def forward(self, x):
+        one, two = self.first(x).split(self.parts, 1)
+        return self.last(self.one(one) + self.two(two))
+
+
+def test_what_would_read_no_channel_gets_the_one_with_the_largest_weights_back(caplog):
+    model = Parts()
+    with torch.no_grad():
+        model.first.weight[1] += 10
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        dense = to_dense(model, IMAGES, {"first": filter_mask(model.first, [0, 1, 2, 4])})
+    assert torch.equal(dense.first.weight, model.first.weight[[1, 3, 5, 6, 7]])
+    assert (dense.one.in_channels, dense.two.in_channels, dense.parts) == (1, 4, [1, 4])
+    (row,) = dense.report.kept
+    assert (row.name, row.kept, row.reason) == ("first", 1, "one needs at least one of the channels that it reads")
+    assert f"first 1 of 8 ({row.reason})" in caplog.text
+
+
+def test_a_head_that_comes_back_whole_is_told_and_no_narrower(caplog):
+    model = make("one key fused")
+    masks = head_masks(model, [])  # all queries, but no key or value
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        dense = to_dense(model, _states(2, 7, 5), masks)
+    assert find_attention(dense)["attention"].heads == 1
+    told = "attention.qkv 3 of 18 (attention.proj needs at least one of the channels that it reads)"
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "values", "narrow"),
+    [
+        ([0, 1, 2], [0, 1, 2], [0, 1, 2], None),
+        ([0, 2], [0, 2], [0, 1], 2),
+        ([0, 2], [0, 1], [0, 1], None),
+        ([0, 2], [0, 2], [0, 1, 2], None),
+        ([0, 1, 2], [0, 1, 2], [0, 2], None),
+    ],
+)
+def test_heads_are_narrower_where_keys_and_values_keep_equally_many_channels(queries, keys, values, narrow):
+    model, inputs = make("apart"), _states(2, 7, 5)
+    masks = {}
+    for name, places in (("q_proj", queries), ("k_proj", keys), ("v_proj", values)):
+        layer = model.get_submodule(f"1.attention.{name}")
+        masks[f"1.attention.{name}"] = filter_mask(layer, [at for at in range(12) if at % 3 not in places])
+    flow = Network.on(model, inputs).flow
+    given = check_masks(model, masks)
+    found = find_narrow(model, flow, given, resolve(model, flow, given).is_kept)
+    if narrow is None:
+        assert found == {}
+    else:
+        assert [each.tolist() for each in found["1.attention"]] == [
+            [[at in places for at in range(3)]] * 4 for places in (keys, values)
+        ]
+        dense = to_dense(model, inputs, masks)
+        (attention,) = find_attention(dense).values()
+        assert (attention.heads, attention.head_size) == (4, narrow)
+        torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
