@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from speedup_nets import (
@@ -22,7 +23,8 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.network.speedup.replace import _set_weight_size
+from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.replace import _set_weight_size, kept_outputs
 from nni_topo.speedup import masked_model, to_dense
 from nni_topo.zoo import create_model
 
@@ -424,3 +426,38 @@ def test_layers_whose_weights_the_forward_reads_are_as_wide_as_these():
     x = (model.first(rows).relu() + model.table.weight[:1])[:, kept]
     x = x * (model.scale.weight.flatten() * model.weight)[kept]
     torch.testing.assert_close(dense(rows), model.last((x @ model.narrow.weight[:, kept].T).relu()))
+
+
+class Doubling(nn.Conv2d):
+    def forward(self, images):
+        return super().forward(images) * 2
+
+
+class Outputs(nn.Module):
+    """Outputs of one tensor, of two, and with operations after a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.pool, self.flat = nn.Conv2d(3, 4, 1), nn.AvgPool2d(2), nn.Flatten()
+        self.doubled, self.units = Doubling(4, 4, 1), nn.GRU(4, 3, batch_first=True)
+        self.last, self.unused = nn.Linear(16 + 3, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        states = self.units(self.doubled(x).flatten(2).transpose(1, 2))[0]
+        return self.last(torch.cat([self.flat(self.pool(x)), states.mean(1)], 1))
+
+
+def test_the_kept_places_of_outputs_are_those_of_channels_in_each_dimension():
+    model = Outputs().eval()
+    flow = Network.on(model, images(size=4)).flow
+    is_kept = np.ones(flow.size, dtype=bool)
+    is_kept[flow.group_ids_of("first")[[0, 2]]] = False
+    found = {name: [each.tolist() for each in places] for name, places in kept_outputs(flow, is_kept).items()}
+    assert found == {
+        "first": [[0, 1], [1, 3], [0, 1, 2, 3], [0, 1, 2, 3]],
+        "pool": [[0, 1], [1, 3], [0, 1], [0, 1]],
+        "flat": [[0, 1], [4, 5, 6, 7, 12, 13, 14, 15]],
+        "last": [[0, 1], [0, 1]],
+    }

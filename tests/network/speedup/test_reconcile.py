@@ -423,3 +423,66 @@ def test_heads_are_narrower_where_keys_and_values_keep_equally_many_channels(que
         (attention,) = find_attention(dense).values()
         assert (attention.heads, attention.head_size) == (4, narrow)
         torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
+def test_masks_get_the_type_and_the_shape_of_their_parameter(dtype):
+    model, mask = chain(), torch.ones(8, 1, 3, 1, dtype=dtype)
+    mask[[2, 5]] = 0
+    found = check_masks(model, {"0": {"weight": mask}})["0"]["weight"]
+    assert (found.dtype, found.shape) == (torch.float32, (8, 3, 3, 3))
+    assert found.flatten(1).any(1).tolist() == [at not in (2, 5) for at in range(8)]
+    assert check_masks(model, {"0": {"weight": torch.ones((), dtype=dtype)}})["0"]["weight"].sum() == 8 * 27
+    if dtype != torch.bool:
+        with pytest.raises(ConfigError, match="must hold zeros and ones"):
+            check_masks(model, {"0": {"weight": 2 * mask}})
+
+
+@pytest.mark.parametrize(
+    "shape", [(8,), (3, 3), (3, 3, 3), (8, 3, 3), (8, 2, 3, 3), (2, 3, 3, 3), (1, 8, 3, 3, 3), (0, 1, 1, 1)]
+)
+def test_masks_of_other_shapes_are_refused(shape):
+    with pytest.raises(ConfigError, match=r"must have its parameter's shape \(8, 3, 3, 3\), or 1 in place"):
+        check_masks(chain(), {"0": {"weight": torch.ones(shape)}})
+
+
+def test_a_bias_may_be_masked_by_itself_and_modules_without_a_mask_are_left_out():
+    model = chain()
+    masks = check_masks(model, {"0": {"bias": torch.zeros(8)}, "3": {"weight": None}, "8": {}})
+    assert {name: list(targets) for name, targets in masks.items()} == {"0": ["bias"]}
+    assert not masks["0"]["bias"].any()
+    both = check_masks(model, {"0": {**filter_mask(model[0], [1]), "bias": torch.tensor([0.0] + [1] * 7)}})
+    assert both["0"]["bias"].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+class Tabled(nn.Module):
+    """Adds a table of its own to what a layer puts out."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 6, 8))
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last((self.first(x) + self.table).relu())
+
+
+def test_parameters_of_the_models_own_are_masked_with_the_channels_that_they_meet():
+    model = Tabled()
+    found = resolved(model, {"first": filter_mask(model.first, [1, 6])}, torch.randn(2, 6, 5))
+    assert found.masks.keys() == {"first", ""}
+    kept = torch.tensor([at not in (1, 6) for at in range(8)]).float()
+    assert torch.equal(found.masks[""]["table"], kept.expand(1, 6, 8))
+    assert found.masks["first"]["bias"].tolist() == kept.tolist()
+    assert resolved(model, {"first": filter_mask(model.first, [])}, torch.randn(2, 6, 5)).masks.keys() == {"first"}
+
+
+@pytest.mark.parametrize(
+    ("round_to", "width", "reason"), [(None, 5, ""), (1, 5, ""), (2, 6, "round_to=2"), (3, 6, "round_to=3")]
+)
+def test_what_comes_back_for_a_multiple_is_said_and_not_warned_of(round_to, width, reason):
+    model = chain()
+    found = resolved(model, {"0": filter_mask(model[0], [1, 4, 5])}, round_to=round_to)
+    assert sum(rows(found.masks["0"]["weight"])) == width
+    assert [str(each) for each in found.reasons.get("0", ())] == ([reason] if reason else [])
+    assert found.kept == {}
