@@ -19,7 +19,13 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.runtime.inputs import arguments_of
-from nni_topo.network.speedup.dependency import DependencyGroups, by_reason, held_by_unselected
+from nni_topo.network.speedup.dependency import (
+    DependencyGroups,
+    by_reason,
+    held_by_unselected,
+    unprunable_layers,
+    why_not_followed,
+)
 from nni_topo.speedup import dependency_groups
 from nni_topo.zoo.transformers import vit_small
 
@@ -477,4 +483,100 @@ def test_heads_may_be_asked_for_beside_other_layers_in_one_entry():
     groups = dependency_groups(model, states, config)
     assert {entry["op_names"][0]: entry["granularity"] for entry in groups} == {
         "attention.0.qkv": [3, -1], "attention.0.proj": [-1, 3], "attention.1.qkv": [3, -1],
+    }  # fmt: skip
+
+
+class Kinds(nn.Module):
+    """Layers of which each keeps its channels for a reason of its own, and a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)
+        self.alias = self.first
+        self.unused, self.beside, self.last = nn.Linear(4, 4), nn.Linear(6, 3), nn.Linear(5, 2)
+        self.single = nn.Linear(5, 1)
+        self.picked = nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        y = self.second(x).relu()
+        picked = self.picked(y)
+        found = self.last(y) * self.single(y) + picked.flip(1).sort(1).values.sum(1, keepdim=True)
+        return (found, self.beside(x)) if self.training else found
+
+
+def test_layers_that_keep_their_channels_say_why_in_the_order_asked_for():
+    asked = ["last", "beside", "second", "unused", "norm", "alias", "first", "single", "picked"]
+    found = unprunable_layers(Kinds().eval(), torch.randn(3, 4), asked)
+    assert {name: [each.kind for each in why] for name, why in found.items()} == {
+        "last": ["model_output"],
+        "beside": ["training_only"],
+        "unused": ["not_run"],
+        "alias": ["another_name"],
+        "picked": ["result_depends"],
+    }
+    assert list(found) == ["last", "beside", "unused", "alias", "picked"]
+
+
+class Holding(nn.Module):
+    """Layers within modules of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.ModuleDict({"a": nn.Linear(4, 4)})])
+        self.units, self.cell = nn.GRU(4, 3), nn.LSTMCell(4, 3)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.spectral = nn.utils.spectral_norm(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "where"),
+    [
+        ("layer.self_attn.out_proj", "inside_module", "layer.self_attn"),
+        ("layer.linear1", "inside_module", "layer"),
+        ("blocks.0.0", "not_followed", None),
+        ("blocks.1.a", "not_followed", None),
+        ("units", "recurrent_state", None),
+        ("cell", "recurrent_state", None),
+        ("normed", "computed_weight", None),
+        ("spectral", "computed_weight", None),
+        ("", "model_output", None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_no_other_knows_of_says_where_it_is(name, kind, where):
+    reason = why_not_followed(Holding(), name)
+    assert reason.kind == kind
+    if where is not None:
+        assert f"it is part of {where} (" in str(reason)
+
+
+class Pairs(nn.Module):
+    """Two pairs of layers that are added, and one layer between them that stands alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.alone = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 16, 1)
+        self.three, self.four, self.last = nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x = nn.functional.pixel_shuffle(self.alone(self.one(x) + self.two(x)), 2)
+        return self.last(self.three(x) + self.four(x))
+
+
+def test_groups_are_numbered_as_they_are_selected_and_units_have_their_size():
+    model, config = Pairs().eval(), {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
+
+    def told(**knobs):
+        groups = dependency_groups(model, IMAGES, [{**config, **knobs}])
+        return {entry["op_names"][0]: (entry.get("dependency_group_id"), entry.get("granularity")) for entry in groups}
+
+    whole = told()
+    assert whole == {
+        "one": ("group_0", None), "two": ("group_0", None), "alone": (None, [4, -1, -1, -1]),
+        "three": ("group_1", None), "four": ("group_1", None),
+    }  # fmt: skip
+    assert told(exclude_op_names=["one", "two"]) == {
+        "alone": whole["alone"], "three": ("group_0", None), "four": ("group_0", None),
     }  # fmt: skip
