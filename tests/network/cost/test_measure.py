@@ -20,7 +20,7 @@ import nni_topo
 from nni_topo.cli import main
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.cost.measure import _in_mode, memory_kept, now, profile, time_shares
+from nni_topo.network.cost.measure import _in_mode, _median_share, _peak_bytes, memory_kept, now, profile, time_shares
 from nni_topo.network.speedup.reconcile import widths_multiple
 from nni_topo.zoo import count_macs, count_params, create_model, latencies, latency_ms
 
@@ -441,3 +441,30 @@ def test_what_stays_of_a_recurrent_layer_counts_in_a_budget():
     assert small.report.stages[0].macs == full
     assert small.report.stages[-1].macs <= 0.91 * full
     assert small.report.stages[-1].macs == count_macs(small, torch.zeros(1, 7, 6))
+
+
+@pytest.mark.parametrize(
+    ("shares", "median", "half_width"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9], 5, (8 - 2) / 10),  # 4.5 - 0.98 * 3 = 1.56: from the second to the last but one
+        ([9, 1, 8, 2, 7, 3, 6, 4, 5], 5, (8 - 2) / 10),
+        ([4, 4, 4, 4, 4, 4, 4, 4], 4, 0.0),
+        ([*range(1, 17)], 8.5, (12 - 5) / 17),  # 8 - 0.98 * 4 = 4.08
+        ([*range(1, 26)], 13, (18 - 8) / 26),  # 12.5 - 0.98 * 5 = 7.6
+    ],
+)
+def test_the_interval_of_a_median_is_that_of_ranks(shares, median, half_width):
+    rounds = [(100.0, share / 5, 2.0) for share in shares]
+    found, width = _median_share(1, rounds)
+    assert found == pytest.approx(median / 10)
+    assert width == pytest.approx(half_width)
+    assert _median_share(2, rounds) == (1.0, 0.0)
+
+
+def test_the_most_bytes_are_what_is_stored_and_what_a_pass_holds_at_once() -> None:
+    kept = nn.Linear(8, 16, bias=False)
+    kept.register_buffer("mean", torch.zeros(5, dtype=torch.float64))
+    assert _peak_bytes(kept, (torch.zeros(4, 8),)) == 4 * 8 * 16 + 8 * 5 + 4 * 4 * 16
+    # The output of the first is freed after the second, before the third makes its own.
+    three = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 2, bias=False))
+    assert _peak_bytes(three, (torch.zeros(4, 8),)) == 4 * (8 * 16 + 16 * 2) + 2 * (4 * 4 * 16)
