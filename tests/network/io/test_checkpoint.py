@@ -17,13 +17,16 @@ from torch import nn
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.io.checkpoint import (
     RemovedPart,
+    _check_sizes,
     _checked,
     _counts,
     _leave_out,
+    _shared,
     _smaller,
     _stated,
     _structure,
     describe,
+    fingerprint,
     kept_blocks,
     load,
     removed_parts,
@@ -793,3 +796,90 @@ def test_numbers_that_became_smaller_are_sizes():
     for wrong in ({"width": 2.5}, {"width": True}, {"parts": [4, "6"]}, {"by_name": {"a": None}}):
         with pytest.raises(DataError, match="must hold whole numbers"):
             _smaller(wrong, model, "file")
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes"),
+    [
+        (nn.Conv2d(4, 6, 3, groups=2), {"in_channels": 4, "out_channels": 6, "groups": 2}),
+        (nn.ConvTranspose1d(4, 6, 3), {"in_channels": 4, "out_channels": 6, "groups": 1}),
+        (nn.Linear(4, 6), {"in_features": 4, "out_features": 6}),
+        (nn.BatchNorm2d(4), {"num_features": 4}),
+        (nn.GroupNorm(2, 4), {"num_channels": 4, "num_groups": 2}),
+        (nn.LSTM(4, 6), {"input_size": 4, "hidden_size": 6}),
+        (nn.LayerNorm((2, 3)), {"normalized_shape": [2, 3]}),
+        (nn.RMSNorm(4), {"normalized_shape": [4]}),
+        (nn.Embedding(4, 6), {"num_embeddings": 4, "embedding_dim": 6}),
+        (nn.PReLU(4), {"num_parameters": 4}),
+        (nn.PixelShuffle(2), {"upscale_factor": 2}),
+        (nn.ReLU(), {}),
+    ],
+    ids=str,
+)
+def test_a_recipe_has_the_type_and_the_sizes_of_a_module(module, sizes):
+    assert describe(module) == {"type": type(module).__name__, "sizes": sizes}
+    assert size_names(module) == tuple(sizes)
+    module.counted = 9
+    assert describe(module)["sizes"] == {**sizes, "counted": 9}
+
+
+FITS = {
+    "convolution": (nn.Conv2d(8, 8, 1, groups=2), {"in_channels": 6, "out_channels": 6, "groups": 2}, (6, 3, 1, 1)),
+    "linear": (nn.Linear(8, 6), {"in_features": 5, "out_features": 6}, (6, 5)),
+    "norm": (nn.LayerNorm(8), {"normalized_shape": [5]}, (5,)),
+    "embedding": (nn.Embedding(9, 8), {"num_embeddings": 9, "embedding_dim": 5}, (9, 5)),
+}
+WRONG = [
+    ("convolution", {"out_channels": 9}, ConfigError, "out_channels 9 where the model has 8"),
+    ("convolution", {"in_channels": 0}, ConfigError, "in_channels 0 where the model has 8"),
+    ("convolution", {"groups": 3}, ConfigError, "groups 3 where the model has 2"),
+    ("convolution", {"out_channels": 8}, DataError, r"for a weight of shape \(6, 3, 1, 1\)"),
+    ("convolution", {"groups": 1}, DataError, r"for a weight of shape \(6, 3, 1, 1\)"),
+    ("linear", {"in_features": 9}, ConfigError, "in_features 9 where the model has 8"),
+    ("linear", {"in_features": 8}, DataError, r"for a weight of shape \(6, 5\)"),
+    ("linear", {"out_features": 1}, DataError, r"for a weight of shape \(6, 5\)"),
+    ("norm", {"normalized_shape": [9]}, ConfigError, r"normalized_shape \[9\] where the model has \[8\]"),
+    ("norm", {"normalized_shape": [8, 1]}, ConfigError, r"normalized_shape \[8, 1\] where"),
+    ("norm", {"normalized_shape": []}, ConfigError, r"normalized_shape \[\] where"),
+    ("norm", {"normalized_shape": 5}, None, ""),
+    ("norm", {"normalized_shape": [8]}, DataError, r"for a weight of shape \(5,\)"),
+    ("embedding", {"num_embeddings": 8}, DataError, r"for a weight of shape \(9, 5\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error", "told"), [each for each in WRONG if each[2]])
+def test_sizes_fit_the_unpruned_module_and_the_tensors_of_the_file(name, change, error, told):
+    module, sizes, shape = FITS[name]
+    for place, key in (("0.", "0"), ("", "")):
+        for part in ("state_dict", "buffers"):
+            document = {"state_dict": {}, "buffers": {}, part: {f"{place}weight": torch.zeros(shape)}}
+            _check_sizes(module, sizes, document, key, "dense.pt")
+            with pytest.raises(error, match=rf"{told}.* \({key}, dense.pt\)"):
+                _check_sizes(module, {**sizes, **change}, document, key, "dense.pt")
+    if error is DataError:  # nothing to hold it against
+        _check_sizes(module, {**sizes, **change}, {"state_dict": {}, "buffers": {}}, "0", "dense.pt")
+
+
+def test_tensors_are_shared_that_lie_in_one_place_in_one_form():
+    weight = torch.zeros(4, 4)
+    stored = {
+        "a": weight,
+        "b": weight,
+        "c": weight.clone(),
+        "d": weight.T,
+        "e": weight[:2],
+        "f": weight.view(torch.int32),
+    }
+    assert _shared(["a", "c", "b"], stored) == [["a", "b"], ["c"]]
+    assert _shared(["a", "d", "e", "f", "b"], stored) == [["a", "b"], ["d"], ["e"], ["f"]]
+    assert _shared(["a", "x", "y"], stored) == [["a"], ["x", "y"]]
+
+
+def test_a_fingerprint_is_of_a_tensors_type_shape_and_bits():
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    same = [values.clone(), values.T.contiguous().T, values.to_sparse(), values.requires_grad_()]
+    assert {fingerprint(each) for each in same} == {fingerprint(values)}
+    values = values.detach()
+    others = [values.T, values.double(), values.flatten(), -values, values.view(torch.int32), values[:1], values[0, 0]]
+    assert len({fingerprint(each) for each in (values, *others)}) == 8
+    assert fingerprint(torch.tensor(0.0)) != fingerprint(torch.tensor(-0.0))

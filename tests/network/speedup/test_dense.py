@@ -461,3 +461,64 @@ def test_the_kept_places_of_outputs_are_those_of_channels_in_each_dimension():
         "flat": [[0, 1], [4, 5, 6, 7, 12, 13, 14, 15]],
         "last": [[0, 1], [0, 1]],
     }
+
+
+class Shuffled(nn.Module):
+    """Interleaves the halves of a layer's channels, which leaves dense ones in another order where halves differ."""
+
+    def __init__(self, last):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.shift = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Parameter(torch.randn(8, 1, 1))
+        self.deep, self.last = nn.Conv2d(8, 16, 3, padding=1, groups=8), last
+        lively(self)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x.reshape(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+        return self.last((self.deep(self.norm(x).relu()) * 0.5).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("gone", "order", "groups"),
+    [([0, 4], [1, 5, 2, 6, 3, 7], 1), ([0, 5], [1, 4, 2, 6, 3, 7], 1), ([3, 4], [], 2)],
+)
+def test_layers_behind_a_shuffle_are_cut_in_the_order_of_the_dense_channels(gone, order, groups):
+    model = Shuffled(nn.Conv2d(16, 4, 1, groups=groups)).eval()
+    masks = {"first": filter_mask(model.first, gone)}
+    dense = to_dense(model, images(), masks, rtol=1e-6)
+    assert (dense.first.out_channels, dense.norm.num_features, dense.deep.groups) == (6, 6, 6)
+    assert (dense.deep.out_channels, dense.last.in_channels) == (12, 12)
+    if groups == 1:
+        # In the model every second channel is one of the second half.
+        places = [2 * at if at < 4 else 2 * (at - 4) + 1 for at in order]
+        assert torch.equal(dense.norm.running_mean, model.norm.running_mean[places])
+        assert torch.equal(dense.deep.weight, model.deep.weight[[2 * at + part for at in places for part in (0, 1)]])
+    same_output(dense, masked_model(model, images(), masks), images())
+
+
+class Labelled(nn.Module):
+    """Reads some of its parameters only where it is given labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.never = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 8)
+        self.table, self.other = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.randn(5, 7))
+
+    def forward(self, x, labels=None):
+        x = self.first(x).relu()
+        if labels is not None:
+            x = x + self.table[labels] + self.other[labels].sum()
+        return self.last(x)
+
+
+def test_what_no_run_has_read_is_told_if_it_has_the_width_of_a_layer_that_lost_channels():
+    model, rows, labels = Labelled().eval(), torch.randn(3, 4), torch.tensor([0, 2, 4])
+    masks = {"first": filter_mask(model.first, [1, 6])}
+    (note,) = to_dense(model, rows, masks).report.notes
+    assert note.startswith("no run of the model has read these")
+    assert "lost channels: table. If" in note
+    assert to_dense(model, rows, {}).report.notes == ()
+    dense = to_dense(model, (rows, labels), masks)
+    assert dense.report.notes == ()
+    assert (dense.table.shape, dense.other.shape) == ((5, 6), (5, 7))
