@@ -486,3 +486,33 @@ def test_what_comes_back_for_a_multiple_is_said_and_not_warned_of(round_to, widt
     assert sum(rows(found.masks["0"]["weight"])) == width
     assert [str(each) for each in found.reasons.get("0", ())] == ([reason] if reason else [])
     assert found.kept == {}
+
+
+class Skipped(nn.Module):
+    """A layer that is added to the network's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.last(x + self.one(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "gone", "kinds", "told"),
+    [
+        (Residual, {"stem": [0, 1]}, ["shared"], "2 of 8 (shared by stem, depthwise, point"),
+        (Residual, {"stem": [0, 1], "point": [1, 2]}, ["shared"], "1 of 8 ("),
+        (Chunked, {"first": [0]}, ["coupled_with_itself"], "1 of 8 (some of its channels are coupled with one another)"),
+        (Grouped, {"first": [0]}, ["blocks_equal"], "1 of 8 (blocks of channels keep equally many"),
+        (Parts, {"first": [0, 1, 2]}, ["last_read"], "1 of 8 (one needs at least one of the channels"),
+        (Skipped, {"one": [1]}, ["joins_constant"], "1 of 3 (an operation joins them to the network's input"),
+    ],
+)
+def test_what_comes_back_has_the_reason_of_the_step_that_brings_it(make, gone, kinds, told):
+    model = make()
+    found = resolved(model, {name: filter_mask(model.get_submodule(name), places) for name, places in gone.items()})
+    name = next(iter(gone))
+    assert [each.kind for each in found.reasons[name]] == kinds
+    assert found.kept[name].startswith(told)
