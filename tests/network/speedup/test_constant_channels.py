@@ -15,9 +15,18 @@ from nni_topo.network.speedup.constant_channels import (
     ConstantContribution,
     Reader,
     _choose_constant_channels,
+    _zeroed,
+    absorb,
+    add_to_constant_channels,
     can_absorb,
+    constant_contribution,
+    constants_read,
+    dropped,
+    is_bordered,
+    norms_of_constants,
     reads_plainly,
 )
+from nni_topo.network.speedup.network import Network
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 
@@ -443,3 +452,94 @@ def test_a_contribution_supplies_the_channels_with_a_constant_or_a_factor():
     assert found.supplied("bias").tolist() == [False, False, True]
     assert found.supplied("channel").tolist() == [False, True, False, False]
     assert found.supplied("none") is None
+
+
+def masked(*layers):
+    """Return a chain whose first layer is masked at the odd ones of its four channels, how they flow and what stays."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *layers).double().eval()
+    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    flow = Network.on(model, images).flow
+    is_kept = np.ones(flow.size, dtype=bool)
+    is_kept[flow.group_ids_of("0")[[1, 3]]] = False
+    with torch.no_grad():
+        model[0].weight[[1, 3]] = model[0].bias[[1, 3]] = 0
+    return model, flow, is_kept, ((images,), {})
+
+
+HALVES = [0.0, 0.5, 0.0, 0.5]
+CONTRIBUTIONS = {
+    "bias": (lambda: [nn.Conv2d(4, 2, 3)], HALVES, None, False),
+    "groups": (lambda: [nn.Conv2d(4, 2, 3, groups=2)], HALVES, None, False),
+    "norm": (lambda: [nn.Conv2d(4, 2, 3, bias=False), nn.BatchNorm2d(2)], HALVES, None, False),
+    "border": (lambda: [nn.Conv2d(4, 2, 3, padding=1)], None, [1], True),
+    "no bias": (lambda: [nn.Conv2d(4, 2, 3, bias=False)], None, [1], False),
+    "transposed": (lambda: [nn.ConvTranspose2d(4, 2, 3)], None, [1], False),
+    "groups and a border": (lambda: [nn.Conv2d(4, 2, 3, padding=1, groups=2)], None, None, True),
+    "no weights for them": (lambda: [unread(nn.Conv2d(4, 2, 3, bias=False))], None, None, False),
+}
+
+
+def unread(layer):
+    with torch.no_grad():
+        layer.weight[:, [1, 3]] = 0
+    return layer
+
+
+@pytest.mark.parametrize("name", CONTRIBUTIONS)
+@torch.no_grad()
+def test_constants_go_into_biases_or_one_channel_or_nowhere(name):
+    make, constants, places, bordered = CONTRIBUTIONS[name]
+    model, flow, is_kept, call = masked(nn.Sigmoid(), *make())
+    expected = model(*call[0])
+    found = constant_contribution(model, flow, is_kept, call)
+    assert {key: each.tolist() for key, each in found.constants.items()} == ({"2": constants} if constants else {})
+    assert {key: each.places for key, each in found.constant_channels.items()} == ({"2": places} if places else {})
+    assert is_bordered(model, flow, "2") is bordered
+    assert constants_read(model, flow, is_kept, call)["2"].tolist() == HALVES
+    absorb(model, flow, is_kept, found.constants, exactly=True)
+    add_to_constant_channels(model, flow, is_kept, found.constant_channels)
+    # The channels that are supplied otherwise may go now: nothing reads them.
+    weight = model[2].weight if isinstance(model[2], nn.ConvTranspose2d) else model[2].weight.transpose(0, 1)
+    if constants and "groups" not in name:
+        assert not weight[[1, 3]].any()
+        assert weight[[0, 2]].all()
+    if places:
+        assert weight[1].any()
+        assert found.constant_channels["2"].factors.flatten().tolist() == [0.0, 1.0, 0.0, 1.0]
+        assert set(found.kept_for_others(flow)) == {int(flow.group_ids_of("0")[1])}
+        without = copy.deepcopy(model)
+        (without[2].weight if isinstance(model[2], nn.ConvTranspose2d) else without[2].weight.transpose(0, 1))[3] = 0
+        model = without
+    torch.testing.assert_close(model(*call[0]), expected)
+
+
+@torch.no_grad()
+def test_what_is_no_constant_or_that_no_bias_takes_is_dropped():
+    positions = nn.Sequential(nn.Sigmoid(), nn.ZeroPad2d(1))
+    for layers, told in (
+        ([nn.Sigmoid(), nn.Conv2d(4, 2, 3)], []),
+        ([nn.Sigmoid(), nn.Conv2d(4, 2, 3, padding=1)], []),  # goes on beyond the border
+        ([nn.Sigmoid(), nn.Conv2d(4, 2, 3, bias=False)], ["2"]),
+        ([nn.Sigmoid(), nn.ConvTranspose2d(4, 2, 3)], ["2"]),
+        ([positions, nn.Conv2d(4, 2, 3)], ["2"]),
+        ([nn.ReLU(), nn.Conv2d(4, 2, 3, bias=False)], []),
+    ):
+        assert dropped(*masked(*layers)) == told
+
+
+@torch.no_grad()
+def test_norms_are_named_that_make_other_values_than_zero_of_removed_channels():
+    for shift, told in (([0.0, 0.0, 0.0, 0.0], []), ([1.0, 0.0, 1.0, 0.0], []), ([0.0, 0.0, 0.0, 1.0], ["1"])):
+        model, flow, is_kept, call = masked(nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+        model[1].bias.copy_(torch.tensor(shift))
+        assert norms_of_constants(model, flow, is_kept, call) == told
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "dim"), [(nn.Linear(2, 3), (4, 5, 3), -1), (nn.Conv1d(2, 3, 1), (4, 3, 5), 1)]
+)
+def test_outputs_of_removed_channels_are_zero(layer, shape, dim):
+    found = _zeroed(layer, torch.tensor([True, False, True]), torch.empty(0), torch.ones(shape))
+    assert found.transpose(0, dim).flatten(1).any(1).tolist() == [True, False, True]
+    assert found.sum() == 4 * 5 * 2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -522,3 +523,31 @@ def test_what_no_run_has_read_is_told_if_it_has_the_width_of_a_layer_that_lost_c
     dense = to_dense(model, (rows, labels), masks)
     assert dense.report.notes == ()
     assert (dense.table.shape, dense.other.shape) == ((5, 6), (5, 7))
+
+
+class Noting(nn.Module):
+    """Notes in which mode it runs, and raises an error in training mode."""
+
+    modes: ClassVar[list[bool]] = []
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        self.modes.append(self.training)
+        x = self.first(x).relu()
+        return self.last(x.reshape(-1, 8) if self.training else x)
+
+
+def test_a_dense_model_is_compared_and_runs_in_training_unless_nothing_is_checked():
+    model, rows = Noting().eval(), torch.randn(3, 4)
+    masks = {"first": filter_mask(model.first, [1, 6])}
+    Noting.modes.clear()
+    unchecked = to_dense(model, rows, masks, check=False).report
+    assert (unchecked.checked, unchecked.notes, any(Noting.modes)) == ("", (), False)
+    checked = to_dense(model, rows, masks).report
+    assert checked.checked.startswith("random inputs of shape (4,)")
+    (note,) = checked.notes
+    assert "in training mode it raises RuntimeError" in note
+    assert any(Noting.modes)

@@ -374,3 +374,32 @@ def test_a_report_has_rows_of_layers_and_of_masked_norms():
     assert lines[1].startswith("0             8      4      5  1: ")
     assert lines[-1] == "as before: width 8"
     assert not report.rows[2].reason
+
+
+TABLE = """## Widths
+
+| layer | blocks | before | after |
+|---|---|---:|---:|
+| `a` |  | 8 | 2 |"""
+
+
+@pytest.mark.parametrize(
+    ("others", "sentence"),
+    [
+        (0, "Channels of each layer."),
+        (1, "Channels of each layer. One other layer keeps all its channels."),
+        (2, "Channels of each layer. 2 other layers keep all their channels."),
+    ],
+)
+def test_markdown_tells_sizes_widths_notes_and_the_comparison(others, sentence):
+    rows = (LayerChannels("a", 8, 2, 2), *[LayerChannels(f"b{at}", 4, 4, 4) for at in range(others)])
+    assert DenseReport(rows).to_markdown() == f"{TABLE}\n\n{sentence}"
+    for params in ({"params": 5}, {"params_before": 5}):
+        assert DenseReport(rows, **params).to_markdown() == f"{TABLE}\n\n{sentence}"
+    whole = DenseReport(rows, "random inputs", params_before=50, params=5, notes=("one", "two")).to_markdown()
+    assert whole.startswith("## Size\n\n|")
+    assert whole.endswith(
+        f"| parameters | 50 | 5 | 10.0 % |\n\n{TABLE}\n\n{sentence}\n\n- One.\n- Two.\n\n"
+        "On random inputs it computes what the unpruned network computes with masks."
+    )
+    assert DenseReport(rows[1:]).to_markdown() == "## Widths\n\nAll its layers have all their channels."

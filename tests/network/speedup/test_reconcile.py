@@ -504,7 +504,12 @@ class Skipped(nn.Module):
     [
         (Residual, {"stem": [0, 1]}, ["shared"], "2 of 8 (shared by stem, depthwise, point"),
         (Residual, {"stem": [0, 1], "point": [1, 2]}, ["shared"], "1 of 8 ("),
-        (Chunked, {"first": [0]}, ["coupled_with_itself"], "1 of 8 (some of its channels are coupled with one another)"),
+        (
+            Chunked,
+            {"first": [0]},
+            ["coupled_with_itself"],
+            "1 of 8 (some of its channels are coupled with one another)",
+        ),
         (Grouped, {"first": [0]}, ["blocks_equal"], "1 of 8 (blocks of channels keep equally many"),
         (Parts, {"first": [0, 1, 2]}, ["last_read"], "1 of 8 (one needs at least one of the channels"),
         (Skipped, {"one": [1]}, ["joins_constant"], "1 of 3 (an operation joins them to the network's input"),
