@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, ExportError
-from nni_topo.network.io.exporting import _check, _free, _outputs, _resized, _return_tensors_alone
+from nni_topo.network.io.exporting import _check, _free, _named, _outputs, _resized, _return_tensors_alone
 from nni_topo.network.runtime import tensors_of
 from nni_topo.testing import toy_images, toy_model
 
@@ -450,3 +450,21 @@ def test_outputs_of_a_file_are_the_networks_at_two_sizes_of_a_batch():
     with pytest.raises(ExportError, match=r"must have the network's shapes, got \(2, 1\) in place of \(2, 2\)"):
         run(1.0, width=1)
     assert not _outputs(net, call)[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("returned", "names"),
+    [
+        (ROW, [""]),
+        ((ROW, 3, [ROW, None]), ["0", "2.0"]),
+        ({"a": ROW, "b": {"c": ROW, "d": (ROW,)}, 5: ROW}, ["a", "b.c", "b.d.0", "5"]),
+        (namedtuple("Scores", "left right")(ROW, (ROW, ROW)), ["left", "right.0", "right.1"]),
+        (dataclass(type("Found", (), {"__annotations__": {"x": object, "y": object}}))(ROW, {"z": ROW}), ["x", "y.z"]),
+        ("text", []),
+        (None, []),
+    ],
+)
+def test_tensors_are_named_by_their_keys_and_places(returned, names):
+    found = _named(returned)
+    assert [name for name, _ in found] == names
+    assert all(tensor is ROW for _, tensor in found)

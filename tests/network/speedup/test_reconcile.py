@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from attention_nets import _states, find_attention, head_masks, make
@@ -10,9 +11,20 @@ from speedup_nets import Chunked, Concatenated, Grouped, Residual, chain, filter
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.network.channels.ids import Blocks
 from nni_topo.network.layers.kinds import kept_channels, spread
 from nni_topo.network.speedup.network import Network
-from nni_topo.network.speedup.reconcile import check_masks, find_narrow, resolve, warn_of_kept, widths_multiple
+from nni_topo.network.speedup.reconcile import (
+    _bring_back,
+    _even_out,
+    _scores,
+    check_masks,
+    find_narrow,
+    keys_of_queries,
+    resolve,
+    warn_of_kept,
+    widths_multiple,
+)
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -521,3 +533,63 @@ def test_what_comes_back_has_the_reason_of_the_step_that_brings_it(make, gone, k
     name = next(iter(gone))
     assert [each.kind for each in found.reasons[name]] == kinds
     assert found.kept[name].startswith(told)
+
+
+WORTH = np.array([0.0, 3.0, 1.0, 2.0, 9.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("group_ids", "before", "wanted", "after"),
+    [
+        ([0, 1, 2, 3], [0, 4], 1, [0, 4]),
+        ([0, 1, 2, 3], [0, 4], 2, [0, 1, 4]),
+        ([0, 1, 2, 3], [0, 4], 3, [0, 1, 3, 4]),
+        ([0, 1, 2, 3], [0, 4], 9, [0, 1, 2, 3, 4]),
+        ([0, 1, 2, 3], [], 0, []),
+        ([1, 1, 2, 3], [], 2, [1]),  # one channel in two places
+        ([2, 2, 3, 3, 5], [], 2, [3, 5]),
+        ([4, 5], [0], 1, [0, 4]),
+    ],
+)
+def test_the_best_of_the_pruned_channels_come_back_until_there_are_as_many_as_wanted(group_ids, before, wanted, after):
+    kept = np.isin(np.arange(6), before)
+    _bring_back(np.array(group_ids), kept, lambda: WORTH, wanted)
+    assert np.flatnonzero(kept).tolist() == after
+
+
+@pytest.mark.parametrize(
+    ("sides", "may_vanish", "before", "after"),
+    [
+        ([[[0, 1, 2], [3, 4, 5]]], False, [0, 1, 3], [0, 1, 3, 4]),
+        ([[[0, 1, 2], [3, 4, 5]]], False, [0, 1], [0, 1, 4, 5]),
+        ([[[0, 1, 2], [3, 4, 5]]], True, [0, 1], [0, 1]),  # a block as a whole
+        ([[[0, 1, 2], [3, 4, 5]]], True, [0, 1, 3], [0, 1, 3, 4]),
+        ([[[0, 1], [2, 3]], [[4], [5]]], True, [0, 1, 4], [0, 1, 4]),
+        ([[[0, 1], [2, 3]], [[4], [5]]], True, [0, 4, 5], [0, 3, 4, 5]),  # it goes on all sides or on none
+        ([[[0, 1], [2, 3]], [[4], [5]]], False, [0, 4], [0, 3, 4, 5]),
+    ],
+)
+def test_blocks_that_remain_keep_as_many_channels_as_the_fullest(sides, may_vanish, before, after):
+    kept, arrays = np.isin(np.arange(6), before), [[np.array(block) for block in side] for side in sides]
+    _even_out(Blocks(arrays, may_vanish), arrays, kept, lambda: WORTH)
+    assert np.flatnonzero(kept).tolist() == after
+
+
+def test_the_score_of_a_channel_is_the_sum_over_all_layers_that_share_it():
+    model = Residual().eval()
+    flow = Network.on(model, IMAGES).flow
+    scores = _scores(model, flow)
+    expected = sum(
+        getattr(model, name).weight.detach().abs().double().flatten(1).sum(1) for name in ("stem", "depthwise", "point")
+    )
+    assert scores[flow.group_ids_of("stem")] == pytest.approx(expected.numpy())
+    up = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Conv2d(6, 2, 1)).eval()
+    flow = Network.on(up, torch.randn(1, 4, 3, 3)).flow
+    columns = up[0].weight.detach().abs().double().sum((0, 2, 3))  # three, each of which makes a channel of both groups
+    assert _scores(up, flow)[flow.group_ids_of("0")].tolist() == pytest.approx([*columns.tolist(), *columns.tolist()])
+
+
+def test_the_channels_of_keys_are_those_of_every_query_that_shares_them():
+    keys = np.array([[True, False], [False, True]])
+    assert np.array_equal(keys_of_queries(keys, np.ones((2, 2), dtype=bool)), keys)
+    assert keys_of_queries(keys, np.ones((6, 2), dtype=bool)).tolist() == [[True, False]] * 3 + [[False, True]] * 3
