@@ -18,7 +18,9 @@ from torchvision.ops import FeaturePyramidNetwork
 import nni_topo
 from nni_topo.network.speedup.contracts import (
     Described,
+    _shapes,
     channels_kept,
+    count_anew,
     named_sizes,
     timm_features,
     timm_widths,
@@ -429,3 +431,75 @@ def test_widths_are_those_of_features_and_of_what_enters_the_classifier() -> Non
     assert named["in_chs", ()] == named["in_features", ()] == Described("", "input")
     assert named["out_planes", ()] == named["out_channels", ()] == Described("", "output")
     assert len(named) == 8
+
+
+class Twice(nn.Module):
+    """Calls a module on maps of two sizes, the first time by the name of its argument, and gives what it made first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.pair = Body(), Features()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(x=x), self.body(x[..., :8]), self.pair(x)
+
+
+def test_tensors_are_measured_at_the_first_call_of_their_module() -> None:
+    maps, pooled = [(2, 24, 8, 8)], [(2, 24)]
+    wanted: dict[Described, Any] = {
+        Described("body", "input"): [(2, 3, 16, 16)],
+        Described("body", "output"): [(2, 4)],
+        Described("body", "features"): maps,
+        Described("body", "pre_logits"): pooled,
+        Described("body.head", "input"): maps,
+        Described("body.head", "pre_logits"): pooled,
+        Described("body.stage1", "output"): [(2, 8, 8, 8)],
+        Described("pair", "output"): [(2, 8, 8, 8), (2, 24, 8, 8)],
+        Described("pair", "output", 1): maps,
+        Described("", "output"): [(2, 4), (2, 4), (2, 8, 8, 8), (2, 24, 8, 8)],
+    }
+    others = {
+        Described("none", "output"),  # there is no such module
+        Described("pair", "output", 2),  # nor such an output
+        Described("pair.body", "output"),  # it isn't called, ...
+        Described("pair.body", "features"),
+        Described("body.stage1", "pre_logits"),  # ... or has no such method
+    }
+    model = Twice().train()
+    assert _shapes(model, {*wanted, *others}, ((IMAGES,), {})) == wanted
+    assert model.training
+
+
+def test_attributes_get_the_number_of_the_dense_network() -> None:
+    original, dense = Body(), Body()
+    dense.stage3 = nn.Sequential(nn.Conv2d(16, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+    dense.head.norm, dense.head.fc = nn.BatchNorm2d(12), nn.Linear(12, 4)
+    dense.head.num_features = 12  # counted anew already
+    settled = count_anew(original, dense, ((IMAGES,), {}))
+    assert [entry["num_chs"] for entry in dense.feature_info] == [12, 16, 8]
+    assert (dense.num_features, dense.head_hidden_size, dense.head.in_features) == (12, 12, 12)
+    assert [entry["num_chs"] for entry in original.feature_info] == [24, 16, 8]
+    assert (original.num_features, original.head.in_features) == (24, 24)
+    assert settled == {
+        ("", "num_features", ()), ("", "head_hidden_size", ()), ("head", "in_features", ()),
+        *[("", "feature_info", (at, "num_chs")) for at in range(3)],
+    }  # fmt: skip
+    assert (
+        count_anew(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)), ((torch.zeros(1, 2),), {})) == set()
+    )
+
+
+def test_attributes_that_a_forward_reads_stay() -> None:
+    class Reading(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.in_channels = self.out_channels = 8
+            self.layer = nn.Conv2d(3, width, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.layer(x) / self.out_channels
+            return found
+
+    original, dense = Reading(8), Reading(4)
+    assert count_anew(original, dense, ((IMAGES,), {})) == set()
+    assert (dense.in_channels, dense.out_channels) == (8, 8)
