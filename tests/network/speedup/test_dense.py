@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from nni.compression.speedup.replacer import Replacer
 from speedup_nets import (
     Concatenated,
     Grouped,
@@ -20,6 +21,7 @@ from speedup_nets import (
     parameters,
     prune_half,
 )  # fmt: skip
+from tied_nets import LanguageModel
 from torch import nn
 
 import nni_topo
@@ -551,3 +553,48 @@ def test_a_dense_model_is_compared_and_runs_in_training_unless_nothing_is_checke
     (note,) = checked.notes
     assert "in training mode it raises RuntimeError" in note
     assert any(Noting.modes)
+
+
+class Looking(Replacer):
+    """Notes what is known of modules before they are cut, and changes one."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def replace_modules(self, speedup):
+        for name, module in speedup.bound_model.named_children():
+            if hasattr(module, "weight"):
+                ins, outs = speedup.kept(name)
+                self.seen[name] = ins.tolist(), outs.tolist(), len(module.weight)
+        speedup.bound_model[2] = nn.LeakyReLU(0.5)
+
+
+def test_replacers_of_ones_own_run_before_modules_are_cut_and_know_what_stays():
+    model, looking = chain().eval(), Looking()
+    masks = {"0": filter_mask(model[0], [1, 4, 5]), "3": filter_mask(model[3], [0, 4])}
+    dense = to_dense(model, images(), masks, check=False, customized_replacers=[looking])
+    first, second = [0, 2, 3, 6, 7], [1, 2, 3, 5]
+    assert looking.seen == {
+        "0": ([0, 1, 2], first, 8),
+        "1": (first, first, 8),
+        "3": (first, second, 6),
+        "4": (second, second, 6),
+        "8": (second, [0, 1, 2, 3], 4),
+    }
+    assert isinstance(dense[2], nn.LeakyReLU)
+    assert isinstance(model[2], nn.ReLU)
+    assert (dense[0].out_channels, dense[8].in_features) == (5, 4)
+
+
+def test_unused_modules_are_as_wide_as_the_used_ones_of_their_kind_whose_weight_they_share():
+    model, tokens = LanguageModel().eval(), torch.randint(11, (2, 5))
+    model.rotation = nn.Identity()
+    model.unread, model.spare, model.free = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False), nn.Linear(8, 11)
+    model.unread.weight = model.spare.weight = model.e.weight
+    columns = torch.ones_like(model.e.weight)
+    columns[:, [2, 6]] = 0
+    dense = to_dense(model, tokens, {"e": {"weight": columns}, "down": filter_mask(model.down, [2, 6])})
+    assert all(each.weight is dense.e.weight for each in (dense.o, dense.unread, dense.spare))
+    assert (dense.unread.embedding_dim, dense.spare.in_features, dense.free.in_features) == (6, 6, 8)
+    assert (dense.unread.num_embeddings, dense.spare.out_features) == (11, 11)
+    assert torch.equal(dense.e.weight, model.e.weight[:, [0, 1, 3, 4, 5, 7]])
