@@ -598,3 +598,28 @@ def test_unused_modules_are_as_wide_as_the_used_ones_of_their_kind_whose_weight_
     assert (dense.unread.embedding_dim, dense.spare.in_features, dense.free.in_features) == (6, 6, 8)
     assert (dense.unread.num_embeddings, dense.spare.out_features) == (11, 11)
     assert torch.equal(dense.e.weight, model.e.weight[:, [0, 1, 3, 4, 5, 7]])
+
+
+class Neighbours(nn.Module):
+    """Weighs each channel by its neighbours, over which a convolution runs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.along = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        x = self.first(x)
+        weights = self.along(x.mean((2, 3)).unsqueeze(1)).sigmoid().squeeze(1)
+        return self.last(x * weights[:, :, None, None])
+
+
+def test_a_convolution_over_channels_reads_the_neighbours_that_stay(tmp_path):
+    model = Neighbours().eval()
+    masks = {"first": filter_mask(model.first, [1, 4, 5])}
+    dense = to_dense(model, images(), masks)
+    assert (dense.first.out_channels, dense.along.counted, dense.along.weight.shape) == (5, 8, (1, 1, 3))
+    same_output(dense, masked_model(model, images(), masks), images())
+    nni_topo.save(dense, tmp_path / "dense.pt")
+    same_output(nni_topo.load(tmp_path / "dense.pt", model), dense, images(), 0.0)
