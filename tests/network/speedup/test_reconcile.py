@@ -26,6 +26,7 @@ from nni_topo.network.speedup.reconcile import (
     widths_multiple,
 )
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.zoo.transformers import SelfAttention
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -593,3 +594,17 @@ def test_the_channels_of_keys_are_those_of_every_query_that_shares_them():
     keys = np.array([[True, False], [False, True]])
     assert np.array_equal(keys_of_queries(keys, np.ones((2, 2), dtype=bool)), keys)
     assert keys_of_queries(keys, np.ones((6, 2), dtype=bool)).tolist() == [[True, False]] * 3 + [[False, True]] * 3
+
+
+@pytest.mark.parametrize(("places", "left"), [([1, 3], [1]), ([0, 2], [0]), ([0, 1], None)])
+def test_pairs_of_channels_that_turn_go_with_their_frequency(places, left):
+    torch.manual_seed(0)
+    attention = SelfAttention(12, 3, bias=True, causal=True)  # heads of two pairs: 0 with 2, 1 with 3
+    model, inputs = nn.Sequential(nn.Linear(5, 12), attention, nn.Linear(12, 2)).eval(), _states(2, 7, 5)
+    masks = {}
+    for name, kept in (("q_proj", places), ("k_proj", places), ("v_proj", [0, 3])):
+        masks[f"1.{name}"] = filter_mask(getattr(attention, name), [at for at in range(12) if at % 4 not in kept])
+    dense = to_dense(model, inputs, masks)
+    assert len(dense[1].q_proj.weight) == (12 if left is None else 6)
+    assert torch.equal(dense[1].inv_freq, attention.inv_freq if left is None else attention.inv_freq[left])
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
