@@ -623,3 +623,29 @@ def test_a_convolution_over_channels_reads_the_neighbours_that_stay(tmp_path):
     same_output(dense, masked_model(model, images(), masks), images())
     nni_topo.save(dense, tmp_path / "dense.pt")
     same_output(nni_topo.load(tmp_path / "dense.pt", model), dense, images(), 0.0)
+
+
+class Viewing(nn.Module):
+    """Gives what its first layer puts out the width of what enters."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        samples, channels, height, width = x.shape
+        y = self.one(x).flatten(2).relu()
+        return self.two(y.reshape(samples, channels, height, width))
+
+
+@pytest.mark.parametrize(
+    ("gone", "one"), [({"1.one": [0, 5, 6]}, 5), ({"0": [2]}, 8), ({"0": [2], "1.one": [0, 5]}, 6)]
+)
+def test_a_view_that_takes_the_width_of_what_enters_takes_its_own_where_layers_are_cut(gone, one):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Viewing(), nn.Conv2d(8, 2, 1)).eval()
+    masks = {name: filter_mask(model.get_submodule(name), places) for name, places in gone.items()}
+    dense = to_dense(model, images(), masks)
+    assert (dense[0].out_channels, dense[1].one.out_channels, dense[1].two.in_channels) == (8 - ("0" in gone), one, one)
+    assert type(model[1]) is Viewing
+    same_output(dense, masked_model(model, images(), masks), images())
