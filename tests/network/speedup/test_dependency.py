@@ -580,3 +580,16 @@ def test_groups_are_numbered_as_they_are_selected_and_units_have_their_size():
     assert told(exclude_op_names=["one", "two"]) == {
         "alone": whole["alone"], "three": ("group_0", None), "four": ("group_0", None),
     }  # fmt: skip
+
+
+def test_a_granularity_of_ones_own_makes_no_group_of_heads():
+    model, states = TwoStreams().eval(), torch.randn(2, 7, 5)
+    names = ["enter.0", "attention.0.qkv", "attention.0.proj", "added.0"]
+    groups = dependency_groups(model, states, [{"op_names": names, "granularity": [3, 6], "sparse_ratio": 0.5}])
+    found = {entry["op_names"][0]: (entry["granularity"], entry.get("dependency_group_id")) for entry in groups}
+    assert found == {
+        "enter.0": ([3, 6], "group_0"),
+        "attention.0.qkv": ([3, 6], None),
+        "attention.0.proj": ([3, 6], "group_0"),
+        "added.0": ([3, 6], "group_0"),
+    }

@@ -608,3 +608,25 @@ def test_pairs_of_channels_that_turn_go_with_their_frequency(places, left):
     assert len(dense[1].q_proj.weight) == (12 if left is None else 6)
     assert torch.equal(dense[1].inv_freq, attention.inv_freq if left is None else attention.inv_freq[left])
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
+
+
+class Crossing(nn.Module):
+    """Splits the channels of two layers into pieces, one of which holds channels of both, and turns their order."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        pieces = torch.cat([self.one(x), self.two(x)], 1).chunk(4, 1)
+        return self.last(torch.cat(pieces[::-1], 1))
+
+
+def test_pieces_that_cannot_be_of_one_size_stay_whole_and_equal_ones_lose_as_many():
+    model = Crossing().eval()
+    # Of each piece one: of the channels 0 to 2, of 3 to 5, which are the last of one layer and two of the other, ...
+    even = to_dense(model, IMAGES, {"one": filter_mask(model.one, [1]), "two": filter_mask(model.two, [0, 3, 7])})
+    assert (even.one.out_channels, even.two.out_channels, even.last.in_channels) == (3, 5, 8)
+    uneven = to_dense(model, IMAGES, {"one": filter_mask(model.one, [1]), "two": filter_mask(model.two, [0])})
+    assert (uneven.one.out_channels, uneven.two.out_channels, uneven.last.in_channels) == (4, 8, 12)
