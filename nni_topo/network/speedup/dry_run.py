@@ -302,9 +302,8 @@ def _is_zero(value: Tensor, pruned: Tensor) -> bool:
 class _DryRun:
     """One run of both networks."""
 
-    def __init__(self, flow: ChannelFlow, is_kept: np.ndarray, full: GraphModule, *, is_double: bool = False) -> None:
+    def __init__(self, flow: ChannelFlow, is_kept: np.ndarray, full: GraphModule) -> None:
         self.flow, self.is_kept, self.full = flow, is_kept, full
-        self._is_double = is_double
         self._sizes = flow.sizes_kept(is_kept)
         modules = nn.Module()
         vars(modules).update({key: value for key, value in vars(full).items() if key != "_graph"})
@@ -320,7 +319,7 @@ class _DryRun:
     def doubled(self) -> _DryRun:
         """Return the same dry run in double precision."""
         full = _with_type(copy.deepcopy(self.full), torch.float32, torch.float64)
-        return _DryRun(self.flow, self.is_kept, full, is_double=True)
+        return _DryRun(self.flow, self.is_kept, full)
 
     def run(self, args: tuple[Any, ...], *, blocks: int = 1, is_varied: bool = False) -> dict[int, Reason]:
         """Return the unprunable channels, by group id, and why.
@@ -345,7 +344,10 @@ class _DryRun:
         for node in bar("dry run", None, self.full.graph.nodes):
             if node.op == "placeholder":
                 value = next(inputs)
-                self._values[node] = tuple(tree_map_only(Tensor, Tensor.clone, value) for _ in range(2))
+                self._values[node] = (
+                    tree_map_only(Tensor, Tensor.clone, value),
+                    tree_map_only(Tensor, Tensor.clone, value),
+                )
             elif node.op != "output":
                 self._step(node)
             for parent in done_after[node]:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torchvision
+from attention_nets import WIDTH, Fused
 from speedup_nets import l1_masks
 from tied_nets import Mirrored, TiedConvolutions, TiedNorms
 
@@ -182,3 +185,60 @@ def test_windows_that_enter_a_linear_layer_as_samples_are_parts_of_these(size, p
 )
 def test_positions_are_counted_beside_the_channels(module, size, positions):
     assert _positions(module, size) == positions
+
+
+def test_costs_are_whole_numbers_where_groups_keep_unequally_many_channels():
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 6, 1, groups=2), torch.nn.Conv2d(6, 2, 1))
+    cost = NetworkCost(model, torch.randn(1, 4, 2, 2))({"0": np.array([True, True, True, False])})
+    # At four places: 4 * 3, then 6 * 1, as one group keeps a single channel, then 6 * 2; biases are 3, 6 and 2.
+    assert dataclasses.astuple(cost) == (4 * 30, 30 + 11, 4 * (41 + 4 * 9))
+    assert {type(each) for each in dataclasses.astuple(cost)} == {int}
+
+
+class Windows(torch.nn.Module):
+    """Attention within each of three windows of two tokens, which are samples to its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.attention, self.head = torch.nn.Linear(5, WIDTH), Fused(), torch.nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        x = self.enter(x)
+        return self.head(x + self.attention(x.reshape(-1, 2, WIDTH)).reshape(x.shape))
+
+
+def test_a_query_is_multiplied_with_the_keys_of_its_window():
+    model, rows = Windows().eval(), torch.randn(4, 6, 5)
+    products = 6 * 5 * WIDTH + 6 * 3 * WIDTH * WIDTH + 2 * 6 * 2 * WIDTH + 6 * WIDTH * WIDTH + 6 * WIDTH * 2
+    assert NetworkCost(model, rows)({}).macs == zoo.count_macs(model, rows) == products
+
+
+class Cells(torch.nn.Module):
+    """Two recurrent cells, which keep all units."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.GRUCell(6, 4), torch.nn.RNNCell(4, 5)
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float64, 8)])
+def test_what_keeps_all_units_costs_its_products_and_its_parameters(dtype, size):
+    model = Cells().to(dtype)
+    params = 3 * 4 * (6 + 4 + 2) + 5 * (4 + 5 + 2)
+    cost = NetworkCost(model, torch.randn(2, 6, dtype=dtype))({})
+    assert cost == Cost(3 * 4 * (6 + 4) + 5 * (4 + 5), params, size * params)
+
+
+def test_masks_are_of_the_layers_that_lose_channels_and_of_all_of_their_rows():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 5, 1, bias=False), torch.nn.Conv2d(5, 2, 1)
+    )
+    cost = NetworkCost(model, torch.randn(1, 3, 2, 2))
+    masks = cost.masks({"0": np.array([True, False, True, True]), "1": np.ones(5, dtype=bool)})
+    assert {name: list(targets) for name, targets in masks.items()} == {"0": ["weight", "bias"]}
+    assert masks["0"]["bias"].tolist() == [1, 0, 1, 1]
+    assert torch.equal(masks["0"]["weight"], torch.tensor([1.0, 0, 1, 1]).view(4, 1, 1, 1).expand(4, 3, 1, 1))
+    assert cost.widths({"0": np.array([True, False, True, True])}) == {"0": (3, 3), "1": (3, 5), "2": (5, 2)}

@@ -365,3 +365,63 @@ def test_a_budget_of_time_holds_for_attention_and_recurrent_layers(layer):
     _, masks = pruner.compress()
     pruner.unwrap_model()
     assert {name for name, each in masks.items() if any((mask == 0).any() for mask in each.values())} == {layer}
+
+
+@pytest.mark.parametrize(
+    ("full", "unit", "shares", "widths"),
+    [
+        (8, 1, (0.5,), (1, 4, 8)),
+        (8, 4, (0.5,), (4, 8)),
+        (9, 3, (0.5, 0.1), (3, 6, 9)),
+        (12, 2, (0.25, 0.75), (2, 4, 8, 12)),  # 1.5 and 4.5 units are rounded to even numbers
+        (1, 1, (0.5, 1.0), (1,)),
+        (100, 1, (0.001,), (1, 100)),
+    ],
+)
+def test_widths_are_multiples_near_the_shares(full, unit, shares, widths):
+    assert latency._widths(full, unit, shares) == widths
+
+
+def test_inputs_and_outputs_have_widths_of_their_own_and_depthwise_ones_those_of_outputs():
+    for layer, grid in (
+        (nn.Linear(4, 6), ((1, 2, 4), (1, 3, 6))),
+        (nn.Conv2d(4, 6, 1, groups=2), ((2, 4), (2, 4, 6))),
+        (nn.ConvTranspose2d(4, 6, 1), ((1, 2, 4), (1, 3, 6))),
+        (nn.Conv2d(4, 12, 1, groups=4), ((4,), (3, 6, 12))),
+    ):
+        assert latency._grid(layer, (0.5,)) == grid
+
+
+@pytest.mark.parametrize(
+    ("groups", "full", "width", "places"),
+    [(1, 6, 3, [0, 1, 2]), (2, 8, 4, [0, 1, 4, 5]), (3, 6, 3, [0, 2, 4]), (2, 8, 8, [*range(8)])],
+)
+def test_every_group_gives_its_first_channels(groups, full, width, places):
+    assert latency._first_of_groups(groups, full, width).tolist() == places
+
+
+class Halved(nn.Linear):
+    def forward(self, rows):
+        return super().forward(rows) / 2
+
+
+class HalvedImages(nn.Conv2d):
+    def forward(self, images):
+        return super().forward(images) / 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "widths", "shape", "entering"),
+    [
+        (Halved(4, 6), (3, 2), (2, 3), 3),
+        (HalvedImages(4, 6, 1, groups=2), (2, 4), (4, 1, 1, 1), 2),
+        (HalvedImages(4, 8, 1, groups=4), (4, 6), (6, 1, 1, 1), 3),
+        (HalvedImages(4, 6, 1), (1, 1), (1, 1, 1, 1), 1),
+    ],
+)
+def test_a_layer_of_an_own_class_is_cut_to_the_widths(layer, widths, shape, entering):
+    before = layer.weight.shape
+    cut, width = latency._cut_to(layer, *widths)
+    assert (tuple(cut.weight.shape), width, layer.weight.shape) == (shape, entering, before)
+    rows = torch.zeros(2, width) if isinstance(layer, nn.Linear) else torch.zeros(2, width, 3, 3)
+    assert cut(rows).shape[1] == shape[0]

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_nets import _states, find_attention
+from attention_nets import make as attention_net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tied_nets import LanguageModel, Rotation, TiedConvolutions, untied
@@ -15,10 +17,16 @@ from torch import nn
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.io.checkpoint import (
     RemovedPart,
+    _check_sizes,
+    _checked,
+    _counts,
     _leave_out,
+    _shared,
+    _smaller,
     _stated,
     _structure,
     describe,
+    fingerprint,
     kept_blocks,
     load,
     removed_parts,
@@ -689,3 +697,192 @@ def test_a_structure_has_heads_sizes_and_shapes_and_no_plain_norm():
     counted = nn.Sequential(nn.LayerNorm(4))
     keep_original_width(counted[0], 6)
     assert _structure(counted)["0"]["sizes"] == {"normalized_shape": [4], "counted": 6}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_whole"),
+    [
+        ({}, True),
+        ({"a": 0}, True),
+        ({"a": 3, "b": [0, 2], "c": 10**30}, True),
+        ({"a": []}, True),
+        ({"a": -1, "b": 3}, False),
+        ({"a": [3, -1], "b": 3}, False),
+        ({"a": 3, "b": -1}, False),
+        ({"a": True, "b": 3}, False),
+        ({"a": 2.0, "b": 3}, False),
+        ({"a": [[3]]}, False),
+        ({"a": (3,)}, False),
+        ({"a": "3"}, False),
+    ],
+)
+def test_sizes_are_whole_numbers_of_at_least_0(sizes, is_whole):
+    if is_whole:
+        assert _checked({"type": "Conv2d", "sizes": sizes}, "0", "dense.pt") == ("Conv2d", sizes)
+    else:
+        with pytest.raises(DataError, match=r"module's type and whole sizes, got .* \(0, dense.pt\)"):
+            _checked({"type": "Conv2d", "sizes": sizes}, "0", "dense.pt")
+
+
+@pytest.mark.parametrize("description", [{}, {"type": "Conv2d"}, {"type": 1, "sizes": {}}, {"type": "a", "sizes": []}])
+def test_a_module_is_described_by_its_type_and_its_sizes(description):
+    with pytest.raises(DataError, match="module's type and whole sizes"):
+        _checked(description, "0", "dense.pt")
+
+
+COUNTING = {
+    "layer norm": (lambda: nn.LayerNorm(8), [2, 3, 6], 8),
+    "root norm": (lambda: nn.RMSNorm(8), [2, 3, 6], 8),
+    "one group": (lambda: nn.GroupNorm(1, 8), [2, 3, 6], 8),
+    "two groups": (lambda: nn.GroupNorm(2, 8), [0, 1, 6, 7], 4),  # of each group
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_norm_counts_as_many_channels_as_the_one_it_was_made_of(name, tmp_path):
+    norm, gone, counted = COUNTING[name]
+    torch.manual_seed(0)
+    model, rows = nn.Sequential(nn.Linear(5, 8), norm(), nn.Linear(8, 3)), torch.rand(4, 5)
+    mask = torch.ones(8, 5)
+    mask[gone] = 0
+    dense = to_dense(model, rows, {"0": {"weight": mask}})
+    assert dense[1].counted == counted
+    save(dense, tmp_path / "dense.pt")
+    loaded = load(tmp_path / "dense.pt", model)
+    assert loaded[1].counted == counted
+    assert torch.equal(loaded(rows), dense(rows))
+    document = torch.load(tmp_path / "dense.pt", weights_only=True)
+    for wrong in (counted - 1, counted + 1):
+        document["modules"]["1"]["sizes"]["counted"] = wrong
+        torch.save(document, tmp_path / "wrong.pt")
+        for original in (model, dense):
+            with pytest.raises(DataError, match=rf"must count {counted} channels, got {wrong} \(1,"):
+                load(tmp_path / "wrong.pt", original)
+
+
+def test_a_convolution_over_channels_counts_at_least_those_of_its_places():
+    assert _counts(nn.Conv1d(1, 1, 3, padding=1), torch.zeros(5, 3)) == (5, float("inf"))
+    assert _counts(nn.Conv1d(1, 1, 3, padding=1), None) == (1, float("inf"))
+    assert _counts(nn.GroupNorm(2, 6), None) == (3, 3)
+    assert _counts(nn.LayerNorm((5, 2)), None) == (5, 5)
+    assert _counts(nn.PReLU(4), None) == (4, 4)
+
+
+def test_heads_of_one_channel_come_back(tmp_path):
+    model, inputs = attention_net("apart"), _states(2, 7, 5)
+    masks = {}
+    for layer in ("q_proj", "k_proj", "v_proj"):
+        mask = torch.zeros(12, 12)
+        mask[1::3] = 1
+        masks[f"1.attention.{layer}"] = {"weight": mask}
+    dense = to_dense(model, inputs, masks)
+    (attention,) = find_attention(dense).values()
+    assert (attention.heads, attention.head_size) == (4, 1)
+    save(dense, tmp_path / "dense.pt")
+    assert torch.equal(load(tmp_path / "dense.pt", model)(inputs), dense(inputs))
+
+
+class Numbers(nn.Module):
+    def __init__(self, **numbers):
+        super().__init__()
+        self.__dict__.update(numbers)
+
+
+def test_numbers_that_became_smaller_are_sizes():
+    model = Numbers(parts=[4, 6], width=8, by_name={"a": 3})
+    known = {"parts": [4, 3], "width": 5, "by_name": {"a": 3}}
+    assert {place[1:]: size for place, size in _smaller(known, model, "file").items()} == {
+        ("parts", (1,)): 3, ("width", ()): 5,
+    }  # fmt: skip
+    for other in ({"width": 0}, {"width": 9}, {"width": -1}, {"parts": [4]}, {"parts": 3}, {"none": 2}):
+        assert _smaller(other, model, "file") == {}
+    for wrong in ({"width": 2.5}, {"width": True}, {"parts": [4, "6"]}, {"by_name": {"a": None}}):
+        with pytest.raises(DataError, match="must hold whole numbers"):
+            _smaller(wrong, model, "file")
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes"),
+    [
+        (nn.Conv2d(4, 6, 3, groups=2), {"in_channels": 4, "out_channels": 6, "groups": 2}),
+        (nn.ConvTranspose1d(4, 6, 3), {"in_channels": 4, "out_channels": 6, "groups": 1}),
+        (nn.Linear(4, 6), {"in_features": 4, "out_features": 6}),
+        (nn.BatchNorm2d(4), {"num_features": 4}),
+        (nn.GroupNorm(2, 4), {"num_channels": 4, "num_groups": 2}),
+        (nn.LSTM(4, 6), {"input_size": 4, "hidden_size": 6}),
+        (nn.LayerNorm((2, 3)), {"normalized_shape": [2, 3]}),
+        (nn.RMSNorm(4), {"normalized_shape": [4]}),
+        (nn.Embedding(4, 6), {"num_embeddings": 4, "embedding_dim": 6}),
+        (nn.PReLU(4), {"num_parameters": 4}),
+        (nn.PixelShuffle(2), {"upscale_factor": 2}),
+        (nn.ReLU(), {}),
+    ],
+    ids=str,
+)
+def test_a_recipe_has_the_type_and_the_sizes_of_a_module(module, sizes):
+    assert describe(module) == {"type": type(module).__name__, "sizes": sizes}
+    assert size_names(module) == tuple(sizes)
+    module.counted = 9
+    assert describe(module)["sizes"] == {**sizes, "counted": 9}
+
+
+FITS = {
+    "convolution": (nn.Conv2d(8, 8, 1, groups=2), {"in_channels": 6, "out_channels": 6, "groups": 2}, (6, 3, 1, 1)),
+    "linear": (nn.Linear(8, 6), {"in_features": 5, "out_features": 6}, (6, 5)),
+    "norm": (nn.LayerNorm(8), {"normalized_shape": [5]}, (5,)),
+    "embedding": (nn.Embedding(9, 8), {"num_embeddings": 9, "embedding_dim": 5}, (9, 5)),
+}
+WRONG = [
+    ("convolution", {"out_channels": 9}, ConfigError, "out_channels 9 where the model has 8"),
+    ("convolution", {"in_channels": 0}, ConfigError, "in_channels 0 where the model has 8"),
+    ("convolution", {"groups": 3}, ConfigError, "groups 3 where the model has 2"),
+    ("convolution", {"out_channels": 8}, DataError, r"for a weight of shape \(6, 3, 1, 1\)"),
+    ("convolution", {"groups": 1}, DataError, r"for a weight of shape \(6, 3, 1, 1\)"),
+    ("linear", {"in_features": 9}, ConfigError, "in_features 9 where the model has 8"),
+    ("linear", {"in_features": 8}, DataError, r"for a weight of shape \(6, 5\)"),
+    ("linear", {"out_features": 1}, DataError, r"for a weight of shape \(6, 5\)"),
+    ("norm", {"normalized_shape": [9]}, ConfigError, r"normalized_shape \[9\] where the model has \[8\]"),
+    ("norm", {"normalized_shape": [8, 1]}, ConfigError, r"normalized_shape \[8, 1\] where"),
+    ("norm", {"normalized_shape": []}, ConfigError, r"normalized_shape \[\] where"),
+    ("norm", {"normalized_shape": 5}, None, ""),
+    ("norm", {"normalized_shape": [8]}, DataError, r"for a weight of shape \(5,\)"),
+    ("embedding", {"num_embeddings": 8}, DataError, r"for a weight of shape \(9, 5\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error", "told"), [each for each in WRONG if each[2]])
+def test_sizes_fit_the_unpruned_module_and_the_tensors_of_the_file(name, change, error, told):
+    module, sizes, shape = FITS[name]
+    for place, key in (("0.", "0"), ("", "")):
+        for part in ("state_dict", "buffers"):
+            document = {"state_dict": {}, "buffers": {}, part: {f"{place}weight": torch.zeros(shape)}}
+            _check_sizes(module, sizes, document, key, "dense.pt")
+            with pytest.raises(error, match=rf"{told}.* \({key}, dense.pt\)"):
+                _check_sizes(module, {**sizes, **change}, document, key, "dense.pt")
+    if error is DataError:  # nothing to hold it against
+        _check_sizes(module, {**sizes, **change}, {"state_dict": {}, "buffers": {}}, "0", "dense.pt")
+
+
+def test_tensors_are_shared_that_lie_in_one_place_in_one_form():
+    weight = torch.zeros(4, 4)
+    stored = {
+        "a": weight,
+        "b": weight,
+        "c": weight.clone(),
+        "d": weight.T,
+        "e": weight[:2],
+        "f": weight.view(torch.int32),
+    }
+    assert _shared(["a", "c", "b"], stored) == [["a", "b"], ["c"]]
+    assert _shared(["a", "d", "e", "f", "b"], stored) == [["a", "b"], ["d"], ["e"], ["f"]]
+    assert _shared(["a", "x", "y"], stored) == [["a"], ["x", "y"]]
+
+
+def test_a_fingerprint_is_of_a_tensors_type_shape_and_bits():
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    same = [values.clone(), values.T.contiguous().T, values.to_sparse(), values.requires_grad_()]
+    assert {fingerprint(each) for each in same} == {fingerprint(values)}
+    values = values.detach()
+    others = [values.T, values.double(), values.flatten(), -values, values.view(torch.int32), values[:1], values[0, 0]]
+    assert len({fingerprint(each) for each in (values, *others)}) == 8
+    assert fingerprint(torch.tensor(0.0)) != fingerprint(torch.tensor(-0.0))

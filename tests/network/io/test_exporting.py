@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, ExportError
+from nni_topo.network.io.exporting import _check, _free, _named, _outputs, _resized, _return_tensors_alone
 from nni_topo.network.runtime import tensors_of
 from nni_topo.testing import toy_images, toy_model
 
@@ -359,6 +360,7 @@ def test_what_cannot_be_exported_is_said_before_a_file_is_written(tmp_path):
         ("small.pt2", {"format": "onnx"}, "a path that ends in .pt2 must have the format 'torch.export', got 'onnx'"),
         ("small.ONNX", {"format": "torch.export"}, "a path that ends in .ONNX must have the format 'onnx', got 'torch"),
         ("small.pt2", {"int8": [IMAGES]}, "the format of an INT8 file must be 'onnx', got 'torch.export'"),
+        ("a.b", {"int8": [IMAGES], "format": "torch.export"}, "an INT8 file must be 'onnx', got 'torch.export'"),
     ],
 )
 def test_the_ending_of_a_path_and_the_format_must_agree(tmp_path, name, given, message):
@@ -383,3 +385,86 @@ def test_missing_packages_are_named_with_the_extra_that_has_them(tmp_path, monke
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"pip install 'nni_topo\[export\]', got no onnxscript"):
         nni_topo.export(toy_model(), tmp_path / "small.onnx", IMAGES[:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "free"),
+    [("a", {"b"}, "a"), ("a", {"a"}, "a_"), ("a", {"a", "a_", "a___"}, "a__"), ("", {""}, "_")],
+)
+def test_a_name_that_is_taken_gets_underscores(name, taken, free):
+    assert _free(name, taken) == free
+
+
+def test_calls_of_other_sizes_repeat_their_samples():
+    rows, others = torch.arange(4.0).reshape(2, 2).requires_grad_(), torch.arange(3)
+    call = (rows, others, 5), {"scale": torch.tensor(2.0), "many": [torch.tensor([7, 8])]}
+    for size, places in ((1, [0]), (2, [0, 1]), (3, [0, 1, 0]), (5, [0, 1, 0, 1, 0])):
+        (found, same, number), knobs = _resized(call, size)
+        assert torch.equal(found, rows[places])
+        assert not found.requires_grad
+        assert knobs["many"][0].tolist() == [(7, 8)[place] for place in places]
+        assert (same.tolist(), number, float(knobs["scale"])) == ([0, 1, 2], 5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("returned", "of_onnx", "of_programs"),
+    [
+        ((ROW := torch.ones(2), None), False, False),
+        ({"a": ROW, "b": [ROW]}, False, False),
+        ((ROW, 3), True, False),
+        ((ROW, True, 2.5), True, False),
+        ((ROW, "text"), True, True),
+        ((ROW, 3, "text"), True, True),
+    ],
+)
+def test_outputs_that_a_file_cannot_hold_are_left_out(returned, of_onnx, of_programs):
+    class Returning(nn.Module):
+        def forward(self, x):
+            return returned
+
+    for is_changed, and_numbers in ((of_onnx, False), (of_programs, True)):
+        net = Returning()
+        _return_tensors_alone(net, returned, and_numbers=and_numbers)
+        assert ("forward" in vars(net)) is is_changed
+        assert len(net(ROW)) == (1 if is_changed else len(returned))
+
+
+def test_outputs_of_a_file_are_the_networks_at_two_sizes_of_a_batch():
+    net, call, sizes = nn.Linear(3, 2), ((torch.randn(2, 3),), {}), list[int]()
+
+    def run(factor, width=2):
+        def runs(call):
+            sizes.append(len(call[0][0]))
+            return [factor * each[:, :width] for each in _outputs(net, call)]
+
+        return _check(net, call, runs)
+
+    assert run(1.0) == 0.0
+    assert sizes == [2, 3]
+    assert 0 < run(1 + 1e-5) < 1e-4
+    for factor in (1.01, float("nan")):
+        with pytest.raises(
+            ExportError, match=r"must equal the network's within 0\.0001 of the largest, got a difference"
+        ):
+            run(factor)
+    with pytest.raises(ExportError, match=r"must have the network's shapes, got \(2, 1\) in place of \(2, 2\)"):
+        run(1.0, width=1)
+    assert not _outputs(net, call)[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("returned", "names"),
+    [
+        (ROW, [""]),
+        ((ROW, 3, [ROW, None]), ["0", "2.0"]),
+        ({"a": ROW, "b": {"c": ROW, "d": (ROW,)}, 5: ROW}, ["a", "b.c", "b.d.0", "5"]),
+        (namedtuple("Scores", "left right")(ROW, (ROW, ROW)), ["left", "right.0", "right.1"]),
+        (dataclass(type("Found", (), {"__annotations__": {"x": object, "y": object}}))(ROW, {"z": ROW}), ["x", "y.z"]),
+        ("text", []),
+        (None, []),
+    ],
+)
+def test_tensors_are_named_by_their_keys_and_places(returned, names):
+    found = _named(returned)
+    assert [name for name, _ in found] == names
+    assert all(tensor is ROW for _, tensor in found)

@@ -350,3 +350,17 @@ def test_norms_whose_constants_differ_in_training_are_named():
     assert note.startswith("constants after batch norms are those of evaluation mode")
     plain, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 1)])
     assert to_dense(plain, images, masks).report.notes == ()
+
+
+@torch.no_grad()
+def test_channels_that_arrive_as_zeros_contribute_nothing_that_could_be_dropped():
+    net, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), [nn.Conv2d(8, 6, 1)])
+    net.between[0].bias[GONE] = torch.tensor([0.7, 0.0, -9.0, 0.7], dtype=torch.float64)
+    net.between[0].running_mean[GONE] = 0.0
+    masks = {"first": filter_mask(net.first, GONE)}
+    kept = to_dense(net, images, masks, constants="keep")
+    (note,) = kept.report.notes
+    assert note.startswith("constants after batch norms are those of evaluation mode")
+    masked = copy.deepcopy(net)
+    masked.first.weight[GONE], masked.first.bias[GONE] = 0, 0
+    assert gap(kept(images), masked(images)) < 1e-9

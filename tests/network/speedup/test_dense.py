@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from nni.compression.speedup.replacer import Replacer
 from speedup_nets import (
     Concatenated,
     Grouped,
@@ -18,10 +21,13 @@ from speedup_nets import (
     parameters,
     prune_half,
 )  # fmt: skip
+from tied_nets import LanguageModel
 from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.replace import _set_weight_size, kept_outputs
 from nni_topo.speedup import masked_model, to_dense
 from nni_topo.zoo import create_model
 
@@ -368,3 +374,278 @@ def test_a_scale_that_comes_before_what_it_scales_is_no_other_order():
     model.second.register_forward_hook(lambda *given: given[2] * ~gone)
     model.first.register_forward_hook(lambda *given: given[2] * (masks["first"]["weight"].amax(1) != 0))
     torch.testing.assert_close(dense.double()(x.double()), model.double()(x.double()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "dim", "sizes"),
+    [
+        (lambda: nn.Embedding(9, 8), 1, {"embedding_dim": 5}),
+        (lambda: nn.Embedding(9, 8), 0, {}),
+        (lambda: nn.Linear(8, 9), 0, {"out_features": 5}),
+        (lambda: nn.Linear(8, 9), 1, {"in_features": 5}),
+        (lambda: nn.Conv2d(8, 9, 3), 0, {"out_channels": 5}),
+        (lambda: nn.Conv2d(8, 9, 3), 1, {}),
+        (lambda: nn.Conv1d(8, 8, 3, groups=8), 0, {"out_channels": 5, "in_channels": 5, "groups": 5}),
+        (lambda: nn.LayerNorm(8), 0, {}),
+        (lambda: nn.ConvTranspose2d(8, 9, 3), 0, {}),
+    ],
+)
+def test_a_module_whose_weight_was_cut_says_its_size(make, dim, sizes):
+    module = make()
+    _set_weight_size(module, dim, 5)
+    before, after = vars(make()), vars(module)
+    numbers = {key: each for key, each in after.items() if isinstance(each, (int, tuple))}
+    assert numbers == {key: sizes.get(key, before.get(key)) for key in numbers}
+    assert sizes.items() <= numbers.items()
+
+
+class Reading(nn.Module):
+    """Computes with the weights of layers that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(6, 2)
+        self.table, self.narrow = nn.Embedding(5, 8), nn.Linear(8, 6, bias=False)
+        self.scale = nn.Conv1d(1, 8, 1, bias=False)
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        x = self.first(x).relu() + self.table.weight[:1]
+        x = x * self.scale.weight.flatten(1)[:, 0] * self.weight
+        return self.last((x @ self.narrow.weight.T).relu())
+
+
+def test_layers_whose_weights_the_forward_reads_are_as_wide_as_these():
+    model, rows = Reading().eval(), torch.randn(3, 4)
+    masks = {"first": filter_mask(model.first, [0, 3, 5])}
+    dense = to_dense(model, rows, masks)
+    widths = dense.table.embedding_dim, dense.narrow.in_features, dense.scale.out_channels, len(dense.weight)
+    assert widths == (5, 5, 5, 5)
+    kept = [1, 2, 4, 6, 7]
+    assert torch.equal(dense.table.weight, model.table.weight[:, kept])
+    assert torch.equal(dense.narrow.weight, model.narrow.weight[:, kept])
+    assert torch.equal(dense.scale.weight, model.scale.weight[kept])
+    x = (model.first(rows).relu() + model.table.weight[:1])[:, kept]
+    x = x * (model.scale.weight.flatten() * model.weight)[kept]
+    torch.testing.assert_close(dense(rows), model.last((x @ model.narrow.weight[:, kept].T).relu()))
+
+
+class Doubling(nn.Conv2d):
+    def forward(self, images):
+        return super().forward(images) * 2
+
+
+class Outputs(nn.Module):
+    """Outputs of one tensor, of two, and with operations after a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.pool, self.flat = nn.Conv2d(3, 4, 1), nn.AvgPool2d(2), nn.Flatten()
+        self.doubled, self.units = Doubling(4, 4, 1), nn.GRU(4, 3, batch_first=True)
+        self.last, self.unused = nn.Linear(16 + 3, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        states = self.units(self.doubled(x).flatten(2).transpose(1, 2))[0]
+        return self.last(torch.cat([self.flat(self.pool(x)), states.mean(1)], 1))
+
+
+def test_the_kept_places_of_outputs_are_those_of_channels_in_each_dimension():
+    model = Outputs().eval()
+    flow = Network.on(model, images(size=4)).flow
+    is_kept = np.ones(flow.size, dtype=bool)
+    is_kept[flow.group_ids_of("first")[[0, 2]]] = False
+    found = {name: [each.tolist() for each in places] for name, places in kept_outputs(flow, is_kept).items()}
+    assert found == {
+        "first": [[0, 1], [1, 3], [0, 1, 2, 3], [0, 1, 2, 3]],
+        "pool": [[0, 1], [1, 3], [0, 1], [0, 1]],
+        "flat": [[0, 1], [4, 5, 6, 7, 12, 13, 14, 15]],
+        "last": [[0, 1], [0, 1]],
+    }
+
+
+class Shuffled(nn.Module):
+    """Interleaves the halves of a layer's channels, which leaves dense ones in another order where halves differ."""
+
+    def __init__(self, last):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.shift = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Parameter(torch.randn(8, 1, 1))
+        self.deep, self.last = nn.Conv2d(8, 16, 3, padding=1, groups=8), last
+        lively(self)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x.reshape(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+        return self.last((self.deep(self.norm(x).relu()) * 0.5).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("gone", "order", "groups"),
+    [([0, 4], [1, 5, 2, 6, 3, 7], 1), ([0, 5], [1, 4, 2, 6, 3, 7], 1), ([3, 4], [], 2)],
+)
+def test_layers_behind_a_shuffle_are_cut_in_the_order_of_the_dense_channels(gone, order, groups):
+    model = Shuffled(nn.Conv2d(16, 4, 1, groups=groups)).eval()
+    masks = {"first": filter_mask(model.first, gone)}
+    dense = to_dense(model, images(), masks, rtol=1e-6)
+    assert (dense.first.out_channels, dense.norm.num_features, dense.deep.groups) == (6, 6, 6)
+    assert (dense.deep.out_channels, dense.last.in_channels) == (12, 12)
+    if groups == 1:
+        # In the model every second channel is one of the second half.
+        places = [2 * at if at < 4 else 2 * (at - 4) + 1 for at in order]
+        assert torch.equal(dense.norm.running_mean, model.norm.running_mean[places])
+        assert torch.equal(dense.deep.weight, model.deep.weight[[2 * at + part for at in places for part in (0, 1)]])
+    same_output(dense, masked_model(model, images(), masks), images())
+
+
+class Labelled(nn.Module):
+    """Reads some of its parameters only where it is given labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.never = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 8)
+        self.table, self.other = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.randn(5, 7))
+
+    def forward(self, x, labels=None):
+        x = self.first(x).relu()
+        if labels is not None:
+            x = x + self.table[labels] + self.other[labels].sum()
+        return self.last(x)
+
+
+def test_what_no_run_has_read_is_told_if_it_has_the_width_of_a_layer_that_lost_channels():
+    model, rows, labels = Labelled().eval(), torch.randn(3, 4), torch.tensor([0, 2, 4])
+    masks = {"first": filter_mask(model.first, [1, 6])}
+    (note,) = to_dense(model, rows, masks).report.notes
+    assert note.startswith("no run of the model has read these")
+    assert "lost channels: table. If" in note
+    assert to_dense(model, rows, {}).report.notes == ()
+    dense = to_dense(model, (rows, labels), masks)
+    assert dense.report.notes == ()
+    assert (dense.table.shape, dense.other.shape) == ((5, 6), (5, 7))
+
+
+class Noting(nn.Module):
+    """Notes in which mode it runs, and raises an error in training mode."""
+
+    modes: ClassVar[list[bool]] = []
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        self.modes.append(self.training)
+        x = self.first(x).relu()
+        return self.last(x.reshape(-1, 8) if self.training else x)
+
+
+def test_a_dense_model_is_compared_and_runs_in_training_unless_nothing_is_checked():
+    model, rows = Noting().eval(), torch.randn(3, 4)
+    masks = {"first": filter_mask(model.first, [1, 6])}
+    Noting.modes.clear()
+    unchecked = to_dense(model, rows, masks, check=False).report
+    assert (unchecked.checked, unchecked.notes, any(Noting.modes)) == ("", (), False)
+    checked = to_dense(model, rows, masks).report
+    assert checked.checked.startswith("random inputs of shape (4,)")
+    (note,) = checked.notes
+    assert "in training mode it raises RuntimeError" in note
+    assert any(Noting.modes)
+
+
+class Looking(Replacer):
+    """Notes what is known of modules before they are cut, and changes one."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def replace_modules(self, speedup):
+        for name, module in speedup.bound_model.named_children():
+            if hasattr(module, "weight"):
+                ins, outs = speedup.kept(name)
+                self.seen[name] = ins.tolist(), outs.tolist(), len(module.weight)
+        speedup.bound_model[2] = nn.LeakyReLU(0.5)
+
+
+def test_replacers_of_ones_own_run_before_modules_are_cut_and_know_what_stays():
+    model, looking = chain().eval(), Looking()
+    masks = {"0": filter_mask(model[0], [1, 4, 5]), "3": filter_mask(model[3], [0, 4])}
+    dense = to_dense(model, images(), masks, check=False, customized_replacers=[looking])
+    first, second = [0, 2, 3, 6, 7], [1, 2, 3, 5]
+    assert looking.seen == {
+        "0": ([0, 1, 2], first, 8),
+        "1": (first, first, 8),
+        "3": (first, second, 6),
+        "4": (second, second, 6),
+        "8": (second, [0, 1, 2, 3], 4),
+    }
+    assert isinstance(dense[2], nn.LeakyReLU)
+    assert isinstance(model[2], nn.ReLU)
+    assert (dense[0].out_channels, dense[8].in_features) == (5, 4)
+
+
+def test_unused_modules_are_as_wide_as_the_used_ones_of_their_kind_whose_weight_they_share():
+    model, tokens = LanguageModel().eval(), torch.randint(11, (2, 5))
+    model.rotation = nn.Identity()
+    model.unread, model.spare, model.free = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False), nn.Linear(8, 11)
+    model.unread.weight = model.spare.weight = model.e.weight
+    columns = torch.ones_like(model.e.weight)
+    columns[:, [2, 6]] = 0
+    dense = to_dense(model, tokens, {"e": {"weight": columns}, "down": filter_mask(model.down, [2, 6])})
+    assert all(each.weight is dense.e.weight for each in (dense.o, dense.unread, dense.spare))
+    assert (dense.unread.embedding_dim, dense.spare.in_features, dense.free.in_features) == (6, 6, 8)
+    assert (dense.unread.num_embeddings, dense.spare.out_features) == (11, 11)
+    assert torch.equal(dense.e.weight, model.e.weight[:, [0, 1, 3, 4, 5, 7]])
+
+
+class Neighbours(nn.Module):
+    """Weighs each channel by its neighbours, over which a convolution runs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.along = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        x = self.first(x)
+        weights = self.along(x.mean((2, 3)).unsqueeze(1)).sigmoid().squeeze(1)
+        return self.last(x * weights[:, :, None, None])
+
+
+def test_a_convolution_over_channels_reads_the_neighbours_that_stay(tmp_path):
+    model = Neighbours().eval()
+    masks = {"first": filter_mask(model.first, [1, 4, 5])}
+    dense = to_dense(model, images(), masks)
+    assert (dense.first.out_channels, dense.along.counted, dense.along.weight.shape) == (5, 8, (1, 1, 3))
+    same_output(dense, masked_model(model, images(), masks), images())
+    nni_topo.save(dense, tmp_path / "dense.pt")
+    same_output(nni_topo.load(tmp_path / "dense.pt", model), dense, images(), 0.0)
+
+
+class Viewing(nn.Module):
+    """Gives what its first layer puts out the width of what enters."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        samples, channels, height, width = x.shape
+        y = self.one(x).flatten(2).relu()
+        return self.two(y.reshape(samples, channels, height, width))
+
+
+@pytest.mark.parametrize(
+    ("gone", "one"), [({"1.one": [0, 5, 6]}, 5), ({"0": [2]}, 8), ({"0": [2], "1.one": [0, 5]}, 6)]
+)
+def test_a_view_that_takes_the_width_of_what_enters_takes_its_own_where_layers_are_cut(gone, one):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Viewing(), nn.Conv2d(8, 2, 1)).eval()
+    masks = {name: filter_mask(model.get_submodule(name), places) for name, places in gone.items()}
+    dense = to_dense(model, images(), masks)
+    assert (dense[0].out_channels, dense[1].one.out_channels, dense[1].two.in_channels) == (8 - ("0" in gone), one, one)
+    assert type(model[1]) is Viewing
+    same_output(dense, masked_model(model, images(), masks), images())

@@ -9,6 +9,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
+from attention_nets import WIDTH, Fused
 from nni.compression.speedup.dependency import auto_set_denpendency_group_ids
 from speedup_nets import Chunked, Concatenated, Grouped, Residual, Shared, chain
 from torch import nn
@@ -18,7 +19,13 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.runtime.inputs import arguments_of
-from nni_topo.network.speedup.dependency import DependencyGroups, by_reason, held_by_unselected
+from nni_topo.network.speedup.dependency import (
+    DependencyGroups,
+    by_reason,
+    held_by_unselected,
+    unprunable_layers,
+    why_not_followed,
+)
 from nni_topo.speedup import dependency_groups
 from nni_topo.zoo.transformers import vit_small
 
@@ -435,3 +442,154 @@ def test_layers_of_a_group_that_are_not_selected_hold_the_others():
 def test_layers_are_collected_by_reason_in_order():
     found = by_reason({"a": "one", "": "two", "b": "one"})
     assert list(found.items()) == [("one", ["a", "b"]), ("two", ["the model itself"])]
+
+
+class TwoStreams(nn.Module):
+    """Two streams with attention and another layer each, that meet in the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.attention, self.added = (
+            nn.ModuleList(make() for _ in range(2))
+            for make in (lambda: nn.Linear(5, WIDTH), Fused, lambda: nn.Linear(WIDTH, WIDTH))
+        )
+        self.head = nn.Linear(2 * WIDTH, 2)
+
+    def forward(self, x):
+        found = []
+        for enter, attention, added in zip(self.enter, self.attention, self.added, strict=True):
+            y = enter(x)
+            y = y + attention(y)
+            found.append(y + added(y))
+        return self.head(torch.cat(found, -1))
+
+
+def test_a_layer_that_shares_rows_with_an_output_projection_of_heads_stays_for_it():
+    model, states = TwoStreams().eval(), torch.randn(2, 7, 5)
+    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "exclude_op_names": ["enter.0", "enter.1"]}]
+    groups = dependency_groups(model, states, config)
+    # The layers that make the streams aren't selected, so the projections lose the columns of heads.
+    for at in range(2):
+        assert groups.reasons[f"added.{at}"][0].kind == "head_by_head"
+        assert f"attention.{at}.proj" in groups.skipped[f"added.{at}"]
+    assert [entry["op_names"][0] for entry in groups] == [
+        "attention.0.qkv", "attention.0.proj", "attention.1.qkv", "attention.1.proj",
+    ]  # fmt: skip
+
+
+def test_heads_may_be_asked_for_beside_other_layers_in_one_entry():
+    model, states = TwoStreams().eval(), torch.randn(2, 7, 5)
+    config = [{"op_names": ["attention.0", "attention.1.qkv"], "granularity": "head", "sparse_ratio": 0.5}]
+    groups = dependency_groups(model, states, config)
+    assert {entry["op_names"][0]: entry["granularity"] for entry in groups} == {
+        "attention.0.qkv": [3, -1], "attention.0.proj": [-1, 3], "attention.1.qkv": [3, -1],
+    }  # fmt: skip
+
+
+class Kinds(nn.Module):
+    """Layers of which each keeps its channels for a reason of its own, and a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)
+        self.alias = self.first
+        self.unused, self.beside, self.last = nn.Linear(4, 4), nn.Linear(6, 3), nn.Linear(5, 2)
+        self.single = nn.Linear(5, 1)
+        self.picked = nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        y = self.second(x).relu()
+        picked = self.picked(y)
+        found = self.last(y) * self.single(y) + picked.flip(1).sort(1).values.sum(1, keepdim=True)
+        return (found, self.beside(x)) if self.training else found
+
+
+def test_layers_that_keep_their_channels_say_why_in_the_order_asked_for():
+    asked = ["last", "beside", "second", "unused", "norm", "alias", "first", "single", "picked"]
+    found = unprunable_layers(Kinds().eval(), torch.randn(3, 4), asked)
+    assert {name: [each.kind for each in why] for name, why in found.items()} == {
+        "last": ["model_output"],
+        "beside": ["training_only"],
+        "unused": ["not_run"],
+        "alias": ["another_name"],
+        "picked": ["result_depends"],
+    }
+    assert list(found) == ["last", "beside", "unused", "alias", "picked"]
+
+
+class Holding(nn.Module):
+    """Layers within modules of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.ModuleDict({"a": nn.Linear(4, 4)})])
+        self.units, self.cell = nn.GRU(4, 3), nn.LSTMCell(4, 3)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.spectral = nn.utils.spectral_norm(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "where"),
+    [
+        ("layer.self_attn.out_proj", "inside_module", "layer.self_attn"),
+        ("layer.linear1", "inside_module", "layer"),
+        ("blocks.0.0", "not_followed", None),
+        ("blocks.1.a", "not_followed", None),
+        ("units", "recurrent_state", None),
+        ("cell", "recurrent_state", None),
+        ("normed", "computed_weight", None),
+        ("spectral", "computed_weight", None),
+        ("", "model_output", None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_no_other_knows_of_says_where_it_is(name, kind, where):
+    reason = why_not_followed(Holding(), name)
+    assert reason.kind == kind
+    if where is not None:
+        assert f"it is part of {where} (" in str(reason)
+
+
+class Pairs(nn.Module):
+    """Two pairs of layers that are added, and one layer between them that stands alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.alone = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 16, 1)
+        self.three, self.four, self.last = nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x = nn.functional.pixel_shuffle(self.alone(self.one(x) + self.two(x)), 2)
+        return self.last(self.three(x) + self.four(x))
+
+
+def test_groups_are_numbered_as_they_are_selected_and_units_have_their_size():
+    model, config = Pairs().eval(), {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
+
+    def told(**knobs):
+        groups = dependency_groups(model, IMAGES, [{**config, **knobs}])
+        return {entry["op_names"][0]: (entry.get("dependency_group_id"), entry.get("granularity")) for entry in groups}
+
+    whole = told()
+    assert whole == {
+        "one": ("group_0", None), "two": ("group_0", None), "alone": (None, [4, -1, -1, -1]),
+        "three": ("group_1", None), "four": ("group_1", None),
+    }  # fmt: skip
+    assert told(exclude_op_names=["one", "two"]) == {
+        "alone": whole["alone"], "three": ("group_0", None), "four": ("group_0", None),
+    }  # fmt: skip
+
+
+def test_a_granularity_of_ones_own_makes_no_group_of_heads():
+    model, states = TwoStreams().eval(), torch.randn(2, 7, 5)
+    names = ["enter.0", "attention.0.qkv", "attention.0.proj", "added.0"]
+    groups = dependency_groups(model, states, [{"op_names": names, "granularity": [3, 6], "sparse_ratio": 0.5}])
+    found = {entry["op_names"][0]: (entry["granularity"], entry.get("dependency_group_id")) for entry in groups}
+    assert found == {
+        "enter.0": ([3, 6], "group_0"),
+        "attention.0.qkv": ([3, 6], None),
+        "attention.0.proj": ([3, 6], "group_0"),
+        "added.0": ([3, 6], "group_0"),
+    }

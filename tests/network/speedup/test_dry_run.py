@@ -573,3 +573,207 @@ def test_about_half_of_the_channels_are_drawn_and_none_that_must_stay(in_parts):
                         assert is_kept[group_ids].sum() == (len(group_ids) + 1) // 2
         prunable = [group_id for group_id in flow.group_ids_of(first).tolist() if group_id not in held]
         assert not np.all([is_kept[prunable] for is_kept in drawn])
+
+
+class Divided(nn.Module):
+    """Divides by the root of a size of what it computes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.dim = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), dim
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x * x.shape[self.dim] ** -0.5)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_number_that_is_made_of_how_many_channels_there_are_holds_them(dim):
+    images, asked = torch.randn(2, 3, 5, 5), [{"op_names": ["first"], "sparse_ratio": 0.5}]
+    skipped = nni_topo.network.speedup.unprunable_layers(Divided(dim).eval(), images, ["first"])
+    assert [each.kind for each in skipped.get("first", ())] == (["number_made"] if dim == 1 else [])
+    assert len(nni_topo.dependency_groups(Divided(dim).eval(), images, asked)) == 1
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(8, 8)])
+def test_a_norm_makes_zeros_of_removed_channels_whatever_its_shift(norm):
+    """What reads them could supply no constant: it has several groups and pads with zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 4, 3, padding=1, groups=2)).eval()
+    assert nni_topo.network.speedup.unprunable_layers(model, torch.randn(2, 3, 5, 5), ["0"]) == {}
+
+
+def test_a_norm_without_parameters_is_not_masked():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.ReLU(), nn.Linear(8, 4)).eval()
+    both = dry_run(model)
+    kept = {}
+    step = both._step
+
+    def looked(node):
+        step(node)
+        kept[node.name] = both._values[node]
+
+    both._step = looked
+    with torch.no_grad():
+        both.run((ROWS,))
+    full, _ = kept["_1"]
+    is_kept = torch.from_numpy(both.is_kept[both.flow.group_ids_of("0")])
+    first = model[0](ROWS) * is_kept
+    expected = nn.functional.layer_norm(first, (8,))
+    torch.testing.assert_close(full[:, is_kept], expected[:, is_kept])
+    # A removed channel is minus the mean, of which half change their sign.
+    torch.testing.assert_close(full[:, ~is_kept].abs(), expected[:, ~is_kept].abs())
+    changed = (full[:, ~is_kept] * expected[:, ~is_kept] < 0).float().mean()
+    assert 0.3 < changed < 0.7
+
+
+@pytest.fixture(scope="module")
+def chained():
+    """A dry run of three layers, of which the first loses its odd channels."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)]
+    return dry_run(nn.Sequential(*layers).eval())
+
+
+def node_of(both: _DryRun, target: str):
+    (node,) = (node for node in both.full.graph.nodes if node.target == target)
+    return node
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "blocks", "is_varied", "kind"),
+    [
+        ([[1.0, 2.0]], [[1.0, 2.0]], 1, False, None),
+        ([[1.0, 2.0]], [[1.0, 2.1]], 1, False, "result_depends"),
+        ([[1.0, 2.0]], [[1.0]], 1, False, "fixed_sizes"),
+        ([[1.0], [2.0]], [[1.0]], 1, False, "fixed_sizes"),
+        ([[1e8], [1.0]], [[1e8], [2.0]], 1, False, None),  # to the largest value, ...
+        ([[1e8], [1.0]], [[1e8], [2.0]], 2, False, "result_depends"),  # ... of each input
+        ([[1e8], [1.0]], [[1e8], [1.0]], 2, False, None),
+        ([1e8, 1.0], [1e8, 2.0], 2, False, None),  # no dimension beside that of samples
+        ([[1e8], [1.0], [1.0]], [[1e8], [2.0], [1.0]], 2, False, None),  # three rows of two inputs
+        ([[NAN], [1.0]], [[1.0], [1.0]], 1, False, "result_depends"),
+        ([[NAN], [1.0]], [[1.0], [1.0]], 1, True, None),
+        ([[NAN], [1.0]], [[1.0], [1.0]], 2, False, None),
+        ([[NAN], [1.0]], [[1.0], [2.0]], 2, False, "result_depends"),
+        ([[INF, 1.0]], [[INF, 1.0]], 1, False, None),
+    ],
+)
+def test_outputs_are_compared_input_by_input(chained, wanted, given, blocks, is_varied, kind):
+    chained._blocks, chained._is_varied = blocks, is_varied
+    node = node_of(chained, "2")
+    pair = torch.tensor(wanted), torch.tensor(given)
+    for before in ([], [pair[0]], [3]):  # whichever output it is
+        found = chained._compare(node, [*before, pair[0]], [*before, pair[1]])
+        assert (found and found.kind) == kind
+
+
+@pytest.mark.parametrize(
+    ("values", "factor"),
+    [
+        ([2.0**21, 1.0], 2.0**-21),
+        ([2.0**21 + 1, -3.0], 2.0**-22),
+        ([1.0, -(2.0**30)], 2.0**-30),
+        ([2.0**20, -(2.0**20)], 1.0),
+        ([0.5, -0.5], 1.0),
+        ([INF, 2.0**30], 1.0),
+        ([NAN, 2.0**30], 1.0),
+        ([], 1.0),
+    ],
+)
+def test_large_outputs_of_layers_are_scaled_in_both_networks_alike(chained, values, factor):
+    full, small = torch.tensor(values), torch.tensor([3.0])
+    one, other = chained._in_range(node_of(chained, "2"), full, small)
+    torch.testing.assert_close(one, full * factor, rtol=0, atol=0, equal_nan=True)
+    assert float(other) == 3.0 * factor
+    for target, pair in (("1", (full, small)), ("2", ((full, 2), (small, 2)))):
+        assert chained._in_range(node_of(chained, target), *pair) == pair
+
+
+def test_removed_channels_are_those_at_a_layer_or_of_the_nearest_before_it(chained):
+    gone = chained.flow.group_ids_of("0")[1::2].tolist()
+    assert chained._removed() == chained._removed_at("0") == chained._removed_at("2") == gone
+    # None enters or leaves the last layer, so all of the network may be to blame.
+    assert chained._removed_at("4") == gone
+    for target in ("1", "2", "3", "4"):
+        assert chained._removed_before(node_of(chained, target)) == gone
+    two = dry_run(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)).eval())
+    further = two.flow.group_ids_of("2")[:2].tolist()
+    two.is_kept[further] = False
+    assert two._removed_at("4") == two._removed_before(node_of(two, "3")) == further
+    assert sorted(two._removed_at("2")) == sorted(gone + further) == sorted(two._removed())
+    assert two._removed_before(node_of(two, "1")) == gone
+
+
+def test_removed_channels_are_cut_out_or_poisoned_in_the_dimension_that_holds_them(chained):
+    node, values = node_of(chained, "0"), torch.arange(16.0).reshape(2, 8)
+    assert chained._cut(node, values).tolist() == values[:, ::2].tolist()
+    assert chained._cut(node, (values, values))[0] is values  # of which nothing is known
+    assert chained._cut(node_of(chained, "2"), values[:, :5]).shape == (2, 5)
+    ids = chained.flow.ids[node.name]
+    poisoned = chained._poisoned(values, ids)
+    assert poisoned.isnan().tolist() == [[False, True] * 4] * 2
+    assert torch.equal(poisoned[:, ::2], values[:, ::2])
+    assert not values.isnan().any()
+    for other in (values.long(), values[0], values):
+        found = chained._poisoned(other, ids if other is not values else None)
+        assert torch.equal(found, other)
+        assert found is not other
+    assert chained._poisoned(5, ids) == 5
+
+
+def test_weights_are_drawn_by_how_many_values_enter():
+    model = nn.Sequential(nn.Conv2d(4, 64, 3), nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(64, 100)).double()
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(0)
+    drawn = dry_runs._with_random_weights(model.train())
+    assert not drawn.training
+    assert {each.dtype for each in drawn.parameters()} == {torch.float32}
+    for layer, entering in ((drawn[0], 36), (drawn[3], 64)):
+        assert float(layer.weight.std()) == pytest.approx(entering**-0.5, rel=0.05)
+        assert abs(float(layer.weight.mean())) < 0.1 * entering**-0.5
+    for values in (drawn[0].bias, drawn[1].weight, drawn[1].bias, drawn[3].bias):
+        assert 0.5 <= float(values.min()) < 0.7
+        assert 1.3 < float(values.max()) < 1.5
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_only_floats_are_changed_and_nothing_is_written_to():
+    for values in (torch.tensor([1.0, -2.0]), torch.tensor([1, -2])):
+        found = dry_runs._changed(torch.abs, values)
+        assert found.tolist() == ([1.0, 2.0] if values.is_floating_point() else [1, -2])
+        assert found.data_ptr() != values.data_ptr()
+
+
+class Reading(nn.Module):
+    """A recurrent layer and a linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units, self.last = nn.GRU(6, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, rows):
+        return self.last(self.units(rows)[0])
+
+
+@torch.no_grad()
+def test_the_removed_units_of_a_recurrent_layer_are_zero_for_its_others():
+    torch.manual_seed(0)
+    model, rows = Reading().eval(), ROWS.reshape(4, 20, 6)
+    assembled, flow = Network.on(model, rows).traced()
+    is_kept = np.ones(flow.size, dtype=bool)
+    is_kept[flow.group_ids(flow.unit_channel_ids("units"))[[1, 3]]] = False
+    both = _DryRun(flow, is_kept, assembled(copy.deepcopy(model)))
+    silenced = both._silenced("units", model.units)
+    assert silenced is not model.units
+    assert both._silenced("last", model.last) is model.last
+    states, expected = silenced(rows)[0], both.small.units(rows)[0]
+    assert not states[..., [1, 3]].any()
+    torch.testing.assert_close(states[..., [0, 2]], expected)
+    assert model.units.weight_hh_l0.all()
+    assert both.run((rows,)) == {}

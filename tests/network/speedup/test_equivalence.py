@@ -12,7 +12,17 @@ from torch import nn
 
 from nni_topo import create_pruner, dependency_groups, to_dense
 from nni_topo.errors import SpeedupError
-from nni_topo.network.speedup.equivalence import _first_difference, _in_range, _worst, check_equal
+from nni_topo.network.speedup.equivalence import (
+    TrainingRun,
+    _agreed,
+    _compare,
+    _first_difference,
+    _in_range,
+    _told,
+    _worst,
+    check_equal,
+    run_in_training,
+)
 from nni_topo.speedup import masked_model
 
 NAN, INF = float("nan"), float("inf")
@@ -401,3 +411,135 @@ def test_values_that_have_grown_or_shrunk_much_are_scaled_and_zeros_are_not(valu
 
 def test_what_is_not_finite_stays_so():
     assert _in_range(None, torch.tensor([torch.inf, 1.0])).tolist() == [torch.inf, 1.0]
+
+
+class Refusing(nn.Module):
+    """Raises an error."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize(("blocks", "double"), [(1, False), (1, True), (2, False), (3, True)])
+def test_short_memory_is_an_error_for_one_input_in_single_precision_alone(blocks, double):
+    call = ((torch.zeros(blocks, 2),), {})
+    for error in (MemoryError(), ValueError("another size")):
+        pair = Refusing(error), Refusing(error)
+        if isinstance(error, MemoryError) and blocks == 1 and not double:
+            with pytest.raises(MemoryError):
+                _agreed(pair, call, 1e-4, blocks, double=double)
+        else:
+            assert _agreed(pair, call, 1e-4, blocks, double=double) is None
+
+
+class Shown(nn.Module):
+    """Puts out what it is told, whatever goes in."""
+
+    def __init__(self, *outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x):
+        return tuple(torch.tensor(each) for each in self.outputs)
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "blocks", "agreed"),
+    [
+        ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]], 3, {0, 1, 2}),
+        ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 4.0]], 3, None),
+        ([[1.0, INF, 3.0]], [[1.0, 2.0, 3.0]], 3, {0, 2}),  # not a number there: nothing is said
+        ([[INF, 2.0, 3.0]], [[INF, 2.0, 3.0]], 3, None),  # the first one is the example's
+        ([[1.0, 2.0, 3.0], [NAN, 1.0, 1.0]], [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]], 3, None),
+        ([[1.0, 2.0, 3.0], [1.0, NAN, 1.0]], [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]], 3, {0, 2}),
+        ([5.0, [1.0, 2.0]], [5.0, [1.0, 2.0]], 2, {0, 1}),  # a loss is of all of them
+        ([5.0, [1.0, 2.0]], [6.0, [1.0, 2.0]], 2, None),
+        ([[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]], 2, {0, 1}),
+        ([[1.0, 2.0, NAN]], [[1.0, 2.0, NAN]], 2, None),
+        ([[1.0, 2.0]], [[1.0, 2.0, 3.0]], 1, None),
+        ([[1.0, 2.0]], [[1.0, 2.0]], 1, {0}),
+        ([[1.0, 100.0]], [[1.001, 100.0]], 1, {0}),  # to the largest one
+        ([[1.0, 100.0]], [[1.001, 100.0]], 2, None),  # of each input
+    ],
+)
+def test_inputs_of_one_batch_agree_each_by_itself(expected, actual, blocks, agreed):
+    call = ((torch.zeros(blocks, 2),), {})
+    assert _agreed((Shown(*expected), Shown(*actual)), call, 1e-4, blocks, double=False) == agreed
+
+
+class Trained(nn.Module):
+    """Keeps tensors of its last call, and raises an error in training mode."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.layer, self.norm, self.error = nn.Linear(2, 3), nn.BatchNorm1d(3), error
+        self.last, self.fixed, self.modes = torch.zeros(4, 8), torch.ones(2), []
+
+    def forward(self, x):
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        if self.training and self.error is not None:
+            raise self.error
+        x.add_(1)
+        self.last = self.norm(self.layer(x))
+        return self.last
+
+
+def test_a_run_in_training_tells_the_error_and_the_tensors_that_it_replaces():
+    call, plain = ((torch.zeros(4, 2),), {}), Trained().eval()
+    for failing in (Trained(ValueError("too wide")), Trained(MemoryError())):
+        run = run_in_training(plain, failing.eval(), call)
+        assert run == TrainingRun("ValueError: too wide" if isinstance(failing.error, ValueError) else "")
+        assert run_in_training(failing, failing, call) == TrainingRun()
+        assert not failing.training
+    dense = Trained().eval()
+    before, state = dense.last, copy.deepcopy(dense.state_dict())
+    run = run_in_training(plain, dense, call)
+    assert (run.failure, list(run.kept)) == ("", ["last"])
+    assert [tuple(each.shape) for each in run.kept["last"]] == [(4, 8), (4, 3)]
+    assert dense.last is before
+    assert all(torch.equal(each, state[name]) for name, each in dense.state_dict().items())
+    assert not call[0][0].any()
+    inner = run_in_training(nn.Sequential(plain), nn.Sequential(dense), call)
+    assert list(inner.kept) == ["0.last"]
+
+
+def test_what_was_compared_is_told_with_its_shapes_and_variations():
+    large, small = (((torch.zeros(2, 3, side, side), torch.zeros(2, 5)), {}) for side in (16, 8))
+    assert _told(large, large, []) == "random inputs of shape (3, 16, 16) and (5,)"
+    assert _told(large, small, [(0.01, 0.0), (100.0, 0.0), (1.0, 3.0), (1.0, -3.0)]) == (
+        "random inputs of shape (3, 8, 8) and (5,), smaller than the example's (3, 16, 16) and (5,), times 0.01, "
+        "times 100, shifted by 3, shifted by -3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "message"),
+    [
+        ([torch.ones(2)], [torch.ones(2)], None),
+        ([torch.ones(2)], [torch.tensor([1.0, 1.00005])], None),
+        (
+            [torch.ones(2)],
+            [torch.tensor([1.0, 1.5])],
+            r"to 0.0001 of its largest output, got a difference of 0.5 \(here\); a",
+        ),
+        (
+            [torch.ones(2)],
+            [torch.ones(3)],
+            r"shape of the model's output must not change: .* got \[\(3,\)\] instead of \[\(2,\)\]",
+        ),
+        ([torch.ones(2)], [torch.tensor([1.0, NAN])], "got a difference of inf"),
+        ([torch.ones(2)], [], r"got \[\] instead of"),
+    ],
+)
+def test_outputs_that_differ_are_told_with_the_place_and_advice(expected, actual, message):
+    if message is None:
+        assert _compare(expected, actual, ("layer", "here"), 1e-4, None) is None
+        return
+    with pytest.raises(SpeedupError, match=message):
+        _compare(expected, actual, ("layer", "here"), 1e-4, lambda name: f"ask {name}")
+    with pytest.raises(SpeedupError, match=r"\(here\)$"):
+        _compare(expected, actual, ("layer", "here"), 1e-4, None)

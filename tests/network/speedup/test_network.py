@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph import tracing
 from nni_topo.network.runtime import left_alone
 from nni_topo.network.speedup import network as module
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.network import Network, _has, _replacements, _shown
 from nni_topo.pruners.testing.toys import toy_images, toy_model
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -383,3 +384,113 @@ def test_what_holds_itself_is_written_down_too():
     held = Held({})
     held.value["again"] = [held]
     assert module._shown(held) == module._shown(held)
+
+
+class Deciding(nn.Module):
+    """Reads a value to decide in evaluation mode, in training mode, in both or in none."""
+
+    def __init__(self, *, evaluating, training):
+        super().__init__()
+        self.first, self.last, self.beside = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 3)
+        self.reads = {False: evaluating, True: training}
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.reads[self.training] and x.abs().sum() > -1:
+            x = x.relu()
+        return (self.last(x), self.beside(x)) if self.training else self.last(x)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_graph_reads_values_if_the_forward_does_in_either_mode(evaluating, training):
+    network = Network.on(Deciding(evaluating=evaluating, training=training).eval(), torch.randn(2, 4))
+    known = network._recorded()
+    assert known.reads_values is (evaluating or training)
+    assert "beside" in known.flow.in_training
+
+
+def test_a_graph_holds_what_training_alone_runs_where_it_is_asked_for_and_runs_on_any_call():
+    model, rows, others = Deciding(evaluating=False, training=False).eval(), torch.randn(2, 4), torch.randn(2, 4)
+    network = Network.on(model, rows)
+    for in_training in (False, True):
+        graph_module, args = network.graph(model, in_training=in_training)
+        called = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
+        assert called == ["first", "last", *["beside"] * in_training]
+        assert torch.equal(args[0], rows)
+    graph_module, args = network.graph(model, ((others,), {}))
+    assert torch.equal(args[0], others)
+    torch.testing.assert_close(graph_module(*args), model(others))
+
+
+class Pyramid(nn.Module):
+    """A convolution that is called on images of two sizes, and a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(3, 3, 3, stride=2, padding=1)
+        self.up, self.head = nn.ConvTranspose2d(3, 4, 2, stride=2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.up(self.down(self.down(x))).mean((2, 3)))
+
+
+def test_convolutions_have_the_planes_of_their_first_call():
+    assert Network.on(Pyramid().eval(), torch.rand(2, 3, 12, 8)).planes == {
+        "down": ((12, 8), (6, 4)), "up": ((3, 2), (6, 4)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        (1, 1, True),
+        (1, 2, False),
+        (1, True, False),
+        (1, 1.0, False),
+        (None, 0, False),
+        ("a", "a", True),
+        (torch.ones(2, 3), torch.zeros(2, 3), True),  # what is computed with is not looked at
+        (torch.ones(2, 3), torch.ones(3, 2), False),
+        (torch.ones(2, 3), torch.ones(2, 3).double(), False),
+        (torch.ones(2, 3), torch.ones(2, 3, device="meta"), False),
+        (torch.tensor(True), torch.tensor(False), False),
+        (torch.ones(1, 1), torch.zeros(1, 1), False),
+        (torch.ones(1, device="meta"), torch.zeros(1, device="meta"), True),
+        ({"a": 1}, {"a": 2}, False),
+        ({"a": torch.ones(2)}, {"a": torch.zeros(2)}, True),
+        ({"a": 1}, {"b": 1}, False),
+        ([1, [2, (3,)]], [1, [2, (4,)]], False),
+        ([1, torch.ones(2)], [1, torch.zeros(2)], True),
+        ([[[torch.ones(2)]]], [[[torch.zeros(2)]]], True),
+        ([[[[torch.ones(2)]]]], [[[[torch.zeros(2)]]]], False),  # from the third level on as it prints itself
+        ({"a": {"b": {"c": torch.ones(2)}}}, {"a": {"b": {"c": torch.zeros(2)}}}, True),
+        ({"a": {"b": {"c": {"d": torch.ones(2)}}}}, {"a": {"b": {"c": {"d": torch.zeros(2)}}}}, False),
+        (nn.Linear(2, 2), nn.Linear(3, 3), True),  # modules are written down by themselves
+        (nn.Linear(2, 2), nn.Identity(), False),
+        (SimpleNamespace(a=1), SimpleNamespace(a=2), False),
+        (SimpleNamespace(a=torch.ones(2)), SimpleNamespace(a=torch.zeros(2)), True),
+        (torch.relu, torch.relu, True),
+        (torch.relu, torch.sigmoid, False),
+    ],
+)
+def test_values_are_written_down_as_far_as_a_trace_may_depend_on_them(one, other, is_same):
+    assert (_shown(one) == _shown(other)) is is_same
+
+
+def test_hooks_and_other_forwards_replace_what_a_class_computes():
+    plain, hooked, replaced, given = (nn.Linear(2, 2) for _ in range(4))
+    hooked.register_forward_hook(lambda *_: None)
+    replaced.forward = torch.relu
+    given.forward = given.forward  # the class's own
+    before = nn.Linear(2, 2)
+    before.register_forward_pre_hook(lambda *_: None)
+    assert _replacements(plain) == _replacements(given) == "[]"
+    assert all(_replacements(each) != "[]" for each in (hooked, replaced, before))
+
+
+def test_attributes_are_looked_up_by_their_path():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    assert _has(model, "0.0.weight")
+    assert not _has(model, "0.1.weight")
+    assert not _has(model, "0.0.scale")

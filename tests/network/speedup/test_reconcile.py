@@ -2,16 +2,31 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
+from attention_nets import _states, find_attention, head_masks, make
 from nni.compression.pruning import L1NormPruner
 from speedup_nets import Chunked, Concatenated, Grouped, Residual, chain, filter_mask, l1_masks
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError, SpeedupError
+from nni_topo.network.channels.ids import Blocks
 from nni_topo.network.layers.kinds import kept_channels, spread
-from nni_topo.network.speedup.reconcile import check_masks, warn_of_kept, widths_multiple
+from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.reconcile import (
+    _bring_back,
+    _even_out,
+    _scores,
+    check_masks,
+    find_narrow,
+    keys_of_queries,
+    resolve,
+    warn_of_kept,
+    widths_multiple,
+)
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.zoo.transformers import SelfAttention
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -308,3 +323,310 @@ def test_widths_are_rounded_to_what_is_said_or_to_what_a_device_takes_at_once():
     for wrong in (0, -1, True, 1.5, "all"):
         with pytest.raises(ConfigError, match='round_to must be a positive integer, "auto" or None'):
             widths_multiple(wrong, cpu)
+
+
+def resolved(model, masks, inputs=IMAGES, **knobs):
+    flow = Network.on(model.eval(), inputs).flow
+    return resolve(model, flow, check_masks(model, masks), **knobs)
+
+
+def rows(mask):
+    return mask.flatten(1).any(1).tolist()
+
+
+def test_masks_that_agree_stay_as_they_are():
+    model = Residual()
+    assert resolved(model, {}).masks == {}
+    masks = {name: filter_mask(getattr(model, name), [1, 4]) for name in ("stem", "depthwise", "point")}
+    masks["stem"]["weight"][0, 0, 0, 0] = 0  # a single weight
+    given = check_masks(model, masks)
+    flow = Network.on(model.eval(), IMAGES).flow
+    found = resolve(model, flow, given)
+    assert {name: set(targets) for name, targets in found.masks.items()} == {key: {"weight", "bias"} for key in masks}
+    for name, targets in given.items():
+        assert all(torch.equal(found.masks[name][target], mask) for target, mask in targets.items())
+    assert (found.reasons, found.kept) == ({}, {})
+
+
+def test_channels_that_come_back_have_all_of_their_weights_and_others_those_of_their_masks():
+    model, is_kept = Residual(), [True, False, False, True, True, True, True, True]
+    masks = {"stem": filter_mask(model.stem, [0, 1, 2]), "point": filter_mask(model.point, [1, 2, 3])}
+    masks["stem"]["weight"][5, 1] = 0
+    found = resolved(model, masks)
+    assert found.masks.keys() == {"stem", "point", "depthwise"}  # which follows
+    for name, back in (("stem", 0), ("point", 3), ("depthwise", 4)):
+        weight, bias = found.masks[name]["weight"], found.masks[name]["bias"]
+        assert rows(weight) == bias.bool().tolist() == [True, *is_kept[1:]]
+        assert bool(weight[back].all())
+    assert not found.masks["stem"]["weight"][5, 1].any()
+    assert found.masks["stem"]["weight"][5, [0, 2]].all()
+    assert found.kept["stem"].startswith("1 of 8 (")
+    assert found.kept.keys() == found.reasons.keys() == {"stem", "point"}
+
+
+def test_a_depthwise_convolution_that_loses_nothing_has_no_mask():
+    model = Residual()
+    assert resolved(model, {"stem": filter_mask(model.stem, [1])}).masks.keys() == {"stem"}
+
+
+class Parts(nn.Module):
+    """A layer of which two others read a part each."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 1)
+        self.one, self.two, self.last = nn.Conv2d(3, 2, 1), nn.Conv2d(5, 2, 1), nn.Conv2d(2, 2, 1)
+        self.parts = [3, 5]
+
+    def forward(self, x):
+        one, two = self.first(x).split(self.parts, 1)
+        return self.last(self.one(one) + self.two(two))
+
+
+def test_what_would_read_no_channel_gets_the_one_with_the_largest_weights_back(caplog):
+    model = Parts()
+    with torch.no_grad():
+        model.first.weight[1] += 10
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        dense = to_dense(model, IMAGES, {"first": filter_mask(model.first, [0, 1, 2, 4])})
+    assert torch.equal(dense.first.weight, model.first.weight[[1, 3, 5, 6, 7]])
+    assert (dense.one.in_channels, dense.two.in_channels, dense.parts) == (1, 4, [1, 4])
+    (row,) = dense.report.kept
+    assert (row.name, row.kept, row.reason) == ("first", 1, "one needs at least one of the channels that it reads")
+    assert f"first 1 of 8 ({row.reason})" in caplog.text
+
+
+def test_a_head_that_comes_back_whole_is_told_and_no_narrower(caplog):
+    model = make("one key fused")
+    masks = head_masks(model, [])  # all queries, but no key or value
+    with caplog.at_level(logging.WARNING, "nni_topo"):
+        dense = to_dense(model, _states(2, 7, 5), masks)
+    assert find_attention(dense)["attention"].heads == 1
+    told = "attention.qkv 3 of 18 (attention.proj needs at least one of the channels that it reads)"
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "values", "narrow"),
+    [
+        ([0, 1, 2], [0, 1, 2], [0, 1, 2], None),
+        ([0, 2], [0, 2], [0, 1], 2),
+        ([0, 2], [0, 1], [0, 1], None),
+        ([0, 2], [0, 2], [0, 1, 2], None),
+        ([0, 1, 2], [0, 1, 2], [0, 2], None),
+    ],
+)
+def test_heads_are_narrower_where_keys_and_values_keep_equally_many_channels(queries, keys, values, narrow):
+    model, inputs = make("apart"), _states(2, 7, 5)
+    masks = {}
+    for name, places in (("q_proj", queries), ("k_proj", keys), ("v_proj", values)):
+        layer = model.get_submodule(f"1.attention.{name}")
+        masks[f"1.attention.{name}"] = filter_mask(layer, [at for at in range(12) if at % 3 not in places])
+    flow = Network.on(model, inputs).flow
+    given = check_masks(model, masks)
+    found = find_narrow(model, flow, given, resolve(model, flow, given).is_kept)
+    if narrow is None:
+        assert found == {}
+    else:
+        assert [each.tolist() for each in found["1.attention"]] == [
+            [[at in places for at in range(3)]] * 4 for places in (keys, values)
+        ]
+        dense = to_dense(model, inputs, masks)
+        (attention,) = find_attention(dense).values()
+        assert (attention.heads, attention.head_size) == (4, narrow)
+        torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
+def test_masks_get_the_type_and_the_shape_of_their_parameter(dtype):
+    model, mask = chain(), torch.ones(8, 1, 3, 1, dtype=dtype)
+    mask[[2, 5]] = 0
+    found = check_masks(model, {"0": {"weight": mask}})["0"]["weight"]
+    assert (found.dtype, found.shape) == (torch.float32, (8, 3, 3, 3))
+    assert found.flatten(1).any(1).tolist() == [at not in (2, 5) for at in range(8)]
+    assert check_masks(model, {"0": {"weight": torch.ones((), dtype=dtype)}})["0"]["weight"].sum() == 8 * 27
+    if dtype != torch.bool:
+        with pytest.raises(ConfigError, match="must hold zeros and ones"):
+            check_masks(model, {"0": {"weight": 2 * mask}})
+
+
+@pytest.mark.parametrize(
+    "shape", [(8,), (3, 3), (3, 3, 3), (8, 3, 3), (8, 2, 3, 3), (2, 3, 3, 3), (1, 8, 3, 3, 3), (0, 1, 1, 1)]
+)
+def test_masks_of_other_shapes_are_refused(shape):
+    with pytest.raises(ConfigError, match=r"must have its parameter's shape \(8, 3, 3, 3\), or 1 in place"):
+        check_masks(chain(), {"0": {"weight": torch.ones(shape)}})
+
+
+def test_a_bias_may_be_masked_by_itself_and_modules_without_a_mask_are_left_out():
+    model = chain()
+    masks = check_masks(model, {"0": {"bias": torch.zeros(8)}, "3": {"weight": None}, "8": {}})
+    assert {name: list(targets) for name, targets in masks.items()} == {"0": ["bias"]}
+    assert not masks["0"]["bias"].any()
+    both = check_masks(model, {"0": {**filter_mask(model[0], [1]), "bias": torch.tensor([0.0] + [1] * 7)}})
+    assert both["0"]["bias"].tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+class Tabled(nn.Module):
+    """Adds a table of its own to what a layer puts out."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 6, 8))
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last((self.first(x) + self.table).relu())
+
+
+def test_parameters_of_the_models_own_are_masked_with_the_channels_that_they_meet():
+    model = Tabled()
+    found = resolved(model, {"first": filter_mask(model.first, [1, 6])}, torch.randn(2, 6, 5))
+    assert found.masks.keys() == {"first", ""}
+    kept = torch.tensor([at not in (1, 6) for at in range(8)]).float()
+    assert torch.equal(found.masks[""]["table"], kept.expand(1, 6, 8))
+    assert found.masks["first"]["bias"].tolist() == kept.tolist()
+    assert resolved(model, {"first": filter_mask(model.first, [])}, torch.randn(2, 6, 5)).masks.keys() == {"first"}
+
+
+@pytest.mark.parametrize(
+    ("round_to", "width", "reason"), [(None, 5, ""), (1, 5, ""), (2, 6, "round_to=2"), (3, 6, "round_to=3")]
+)
+def test_what_comes_back_for_a_multiple_is_said_and_not_warned_of(round_to, width, reason):
+    model = chain()
+    found = resolved(model, {"0": filter_mask(model[0], [1, 4, 5])}, round_to=round_to)
+    assert sum(rows(found.masks["0"]["weight"])) == width
+    assert [str(each) for each in found.reasons.get("0", ())] == ([reason] if reason else [])
+    assert found.kept == {}
+
+
+class Skipped(nn.Module):
+    """A layer that is added to the network's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.last(x + self.one(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "gone", "kinds", "told"),
+    [
+        (Residual, {"stem": [0, 1]}, ["shared"], "2 of 8 (shared by stem, depthwise, point"),
+        (Residual, {"stem": [0, 1], "point": [1, 2]}, ["shared"], "1 of 8 ("),
+        (
+            Chunked,
+            {"first": [0]},
+            ["coupled_with_itself"],
+            "1 of 8 (some of its channels are coupled with one another)",
+        ),
+        (Grouped, {"first": [0]}, ["blocks_equal"], "1 of 8 (blocks of channels keep equally many"),
+        (Parts, {"first": [0, 1, 2]}, ["last_read"], "1 of 8 (one needs at least one of the channels"),
+        (Skipped, {"one": [1]}, ["joins_constant"], "1 of 3 (an operation joins them to the network's input"),
+    ],
+)
+def test_what_comes_back_has_the_reason_of_the_step_that_brings_it(make, gone, kinds, told):
+    model = make()
+    found = resolved(model, {name: filter_mask(model.get_submodule(name), places) for name, places in gone.items()})
+    name = next(iter(gone))
+    assert [each.kind for each in found.reasons[name]] == kinds
+    assert found.kept[name].startswith(told)
+
+
+WORTH = np.array([0.0, 3.0, 1.0, 2.0, 9.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("group_ids", "before", "wanted", "after"),
+    [
+        ([0, 1, 2, 3], [0, 4], 1, [0, 4]),
+        ([0, 1, 2, 3], [0, 4], 2, [0, 1, 4]),
+        ([0, 1, 2, 3], [0, 4], 3, [0, 1, 3, 4]),
+        ([0, 1, 2, 3], [0, 4], 9, [0, 1, 2, 3, 4]),
+        ([0, 1, 2, 3], [], 0, []),
+        ([1, 1, 2, 3], [], 2, [1]),  # one channel in two places
+        ([2, 2, 3, 3, 5], [], 2, [3, 5]),
+        ([4, 5], [0], 1, [0, 4]),
+    ],
+)
+def test_the_best_of_the_pruned_channels_come_back_until_there_are_as_many_as_wanted(group_ids, before, wanted, after):
+    kept = np.isin(np.arange(6), before)
+    _bring_back(np.array(group_ids), kept, lambda: WORTH, wanted)
+    assert np.flatnonzero(kept).tolist() == after
+
+
+@pytest.mark.parametrize(
+    ("sides", "may_vanish", "before", "after"),
+    [
+        ([[[0, 1, 2], [3, 4, 5]]], False, [0, 1, 3], [0, 1, 3, 4]),
+        ([[[0, 1, 2], [3, 4, 5]]], False, [0, 1], [0, 1, 4, 5]),
+        ([[[0, 1, 2], [3, 4, 5]]], True, [0, 1], [0, 1]),  # a block as a whole
+        ([[[0, 1, 2], [3, 4, 5]]], True, [0, 1, 3], [0, 1, 3, 4]),
+        ([[[0, 1], [2, 3]], [[4], [5]]], True, [0, 1, 4], [0, 1, 4]),
+        ([[[0, 1], [2, 3]], [[4], [5]]], True, [0, 4, 5], [0, 3, 4, 5]),  # it goes on all sides or on none
+        ([[[0, 1], [2, 3]], [[4], [5]]], False, [0, 4], [0, 3, 4, 5]),
+    ],
+)
+def test_blocks_that_remain_keep_as_many_channels_as_the_fullest(sides, may_vanish, before, after):
+    kept, arrays = np.isin(np.arange(6), before), [[np.array(block) for block in side] for side in sides]
+    _even_out(Blocks(arrays, may_vanish), arrays, kept, lambda: WORTH)
+    assert np.flatnonzero(kept).tolist() == after
+
+
+def test_the_score_of_a_channel_is_the_sum_over_all_layers_that_share_it():
+    model = Residual().eval()
+    flow = Network.on(model, IMAGES).flow
+    scores = _scores(model, flow)
+    expected = sum(
+        getattr(model, name).weight.detach().abs().double().flatten(1).sum(1) for name in ("stem", "depthwise", "point")
+    )
+    assert scores[flow.group_ids_of("stem")] == pytest.approx(expected.numpy())
+    up = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Conv2d(6, 2, 1)).eval()
+    flow = Network.on(up, torch.randn(1, 4, 3, 3)).flow
+    columns = up[0].weight.detach().abs().double().sum((0, 2, 3))  # three, each of which makes a channel of both groups
+    assert _scores(up, flow)[flow.group_ids_of("0")].tolist() == pytest.approx([*columns.tolist(), *columns.tolist()])
+
+
+def test_the_channels_of_keys_are_those_of_every_query_that_shares_them():
+    keys = np.array([[True, False], [False, True]])
+    assert np.array_equal(keys_of_queries(keys, np.ones((2, 2), dtype=bool)), keys)
+    assert keys_of_queries(keys, np.ones((6, 2), dtype=bool)).tolist() == [[True, False]] * 3 + [[False, True]] * 3
+
+
+@pytest.mark.parametrize(("places", "left"), [([1, 3], [1]), ([0, 2], [0]), ([0, 1], None)])
+def test_pairs_of_channels_that_turn_go_with_their_frequency(places, left):
+    torch.manual_seed(0)
+    attention = SelfAttention(12, 3, bias=True, causal=True)  # heads of two pairs: 0 with 2, 1 with 3
+    model, inputs = nn.Sequential(nn.Linear(5, 12), attention, nn.Linear(12, 2)).eval(), _states(2, 7, 5)
+    masks = {}
+    for name, kept in (("q_proj", places), ("k_proj", places), ("v_proj", [0, 3])):
+        masks[f"1.{name}"] = filter_mask(getattr(attention, name), [at for at in range(12) if at % 4 not in kept])
+    dense = to_dense(model, inputs, masks)
+    assert len(dense[1].q_proj.weight) == (12 if left is None else 6)
+    assert torch.equal(dense[1].inv_freq, attention.inv_freq if left is None else attention.inv_freq[left])
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
+
+
+class Crossing(nn.Module):
+    """Splits the channels of two layers into pieces, one of which holds channels of both, and turns their order."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        pieces = torch.cat([self.one(x), self.two(x)], 1).chunk(4, 1)
+        return self.last(torch.cat(pieces[::-1], 1))
+
+
+def test_pieces_that_cannot_be_of_one_size_stay_whole_and_equal_ones_lose_as_many():
+    model = Crossing().eval()
+    # Of each piece one: of the channels 0 to 2, of 3 to 5, which are the last of one layer and two of the other, ...
+    even = to_dense(model, IMAGES, {"one": filter_mask(model.one, [1]), "two": filter_mask(model.two, [0, 3, 7])})
+    assert (even.one.out_channels, even.two.out_channels, even.last.in_channels) == (3, 5, 8)
+    uneven = to_dense(model, IMAGES, {"one": filter_mask(model.one, [1]), "two": filter_mask(model.two, [0])})
+    assert (uneven.one.out_channels, uneven.two.out_channels, uneven.last.in_channels) == (4, 8, 12)
