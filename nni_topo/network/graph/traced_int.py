@@ -131,6 +131,11 @@ class TracedInt(int):
             self.unshown.append(self)
         return _plain(self)
 
+    def __float__(self) -> float:
+        """Return a float, as `math.sqrt` asks for, of which nothing is known any more."""
+        self.note_number()
+        return float(_plain(self))
+
     __hash__ = int.__hash__
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,6 +1,9 @@
 """The dry run's two networks: layers that are alike run once for both, and no check goes with that."""
 
 import copy
+import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -576,24 +579,28 @@ def test_about_half_of_the_channels_are_drawn_and_none_that_must_stay(in_parts):
 
 
 class Divided(nn.Module):
-    """Divides by the root of a size of what it computes."""
+    """Divides by the root, say, of a size of what it computes."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, root: Callable[[int], Any]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.last, self.dim = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), dim
+        self.first, self.last, self.dim, self.root = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), dim, root
 
     def forward(self, x):
         x = self.first(x)
-        return self.last(x * x.shape[self.dim] ** -0.5)
+        return self.last(x / self.root(x.shape[self.dim]))
 
 
+ROOTS = [lambda size: size**0.5, math.sqrt, float, math.exp, lambda size: torch.tensor(float(size)), np.sqrt]
+
+
+@pytest.mark.parametrize("root", ROOTS, ids=["power", "math.sqrt", "float", "math.exp", "tensor", "np.sqrt"])
 @pytest.mark.parametrize("dim", [1, 2])
-def test_a_number_that_is_made_of_how_many_channels_there_are_holds_them(dim):
+def test_a_number_that_is_made_of_how_many_channels_there_are_holds_them(dim, root):
     images, asked = torch.randn(2, 3, 5, 5), [{"op_names": ["first"], "sparse_ratio": 0.5}]
-    skipped = nni_topo.network.speedup.unprunable_layers(Divided(dim).eval(), images, ["first"])
+    skipped = nni_topo.network.speedup.unprunable_layers(Divided(dim, root).eval(), images, ["first"])
     assert [each.kind for each in skipped.get("first", ())] == (["number_made"] if dim == 1 else [])
-    assert len(nni_topo.dependency_groups(Divided(dim).eval(), images, asked)) == 1
+    assert len(nni_topo.dependency_groups(Divided(dim, root).eval(), images, asked)) == 1
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(8), nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(8, 8)])
