@@ -984,6 +984,120 @@ CALLS = {
         "of as many values": (lambda n: torch.arange(n.a.size(1)), "1: 0"),
         "of two channels": (lambda n: torch.ones(n.d.size(1), 3), "2x1: d*"),
     },
+    "what is summed up along a dimension": {
+        "sum of pixels": (lambda n: rows(n.a).sum(1), "1x4: a*"),
+        "sum of channels": (lambda n: n.a.sum(1), "1x1: 0; summed"),
+        "largest of sums": (lambda n: n.a.abs()[..., None].sum(3).amax(1), "1x1: 0; summed"),
+        "nansum of pixels": (lambda n: rows(n.a).nansum(1), "1x4: a*"),
+        "nansum of channels": (lambda n: n.a.nansum(1), "1x1: 0; summed"),
+        "norm of pixels": (lambda n: rows(n.a).norm(2, 1), "1x4: a*"),
+        "norm of channels": (lambda n: n.a.norm(2, 1), "1x1: 0; summed"),
+        "largest of norms": (lambda n: n.a[..., None].norm(2, 3).amax(1), "1x1: 0; summed"),
+        "linalg.norm of pixels": (lambda n: torch.linalg.norm(rows(n.a), 2, 1), "1x4: a*"),
+        "linalg.norm of channels": (lambda n: torch.linalg.norm(n.a, 2, 1), "1x1: 0; summed"),
+        "norm of matrices with channels in rows": (lambda n: torch.linalg.matrix_norm(n.a), "1: 0; summed"),
+        "norm of matrices with channels in columns": (lambda n: torch.linalg.matrix_norm(rows(n.a)), "1: 0; summed"),
+        "norm of matrices for each channel": (
+            lambda n: torch.linalg.matrix_norm(n.a.permute(2, 0, 1), "fro", (0, 1)),
+            "4: a*",
+        ),
+        "normalize": (lambda n: functional.normalize(n.a), "1x4x1: a*; summed"),
+        "normalize of pixels": (lambda n: functional.normalize(rows(n.a)), "1x1x4: a*"),
+        "normalize at the end": (lambda n: functional.normalize(rows(n.a), 2.0, 2), "1x1x4: a*; summed"),
+        "cumsum": (lambda n: n.a.cumsum(1), "1x4x1: a*; summed"),
+    },
+    "what is reduced along a dimension": {
+        "amax of pixels": (lambda n: rows(n.a).amax(1), "1x4: a*"),
+        "amax of what is positive": (lambda n: n.a.relu().amax(1), "1x1: 0; summed"),
+        "amax of amax": (lambda n: n.a.relu()[..., None].amax(3).amax(1), "1x1: 0; summed"),
+        "amax of means": (lambda n: n.a.relu()[..., None].mean(3).amax(1), "1x1: 0; summed"),
+        "mean of pixels": (lambda n: rows(n.a).mean(1), "1x4: a*"),
+        "std of pixels": (lambda n: rows(n.a).std(1), "1x4: a*"),
+        "logsumexp of pixels": (lambda n: rows(n.a).logsumexp(1), "1x4: a*"),
+        "mode of pixels": (lambda n: rows(n.a).mode(1)[0], "1x4: a*"),
+        "mode of the last dimension": (lambda n: n.a.mode()[0], "1x4: a*"),
+        "quantile of pixels": (lambda n: torch.quantile(rows(n.a), 0.5, 1), "1x4: a*"),
+        "kthvalue of pixels": (lambda n: rows(n.a).kthvalue(2, 1)[0], "1x4: a*"),
+        "kthvalue of the last dimension": (lambda n: n.a.kthvalue(2)[0], "1x4: a*"),
+        "trapezoids of pixels": (lambda n: torch.trapezoid(rows(n.a), dim=1), "1x4: a*"),
+        "trapezoids of the last dimension": (lambda n: torch.trapezoid(n.a), "1x4: a*"),
+        "softmax of one dimension": (lambda n: n.a[0, :, 0].softmax(0), "4: 0*; a: 0* result_depends"),
+        "amax of softmax": (lambda n: n.a.softmax(2).amax(1), "1x1: 0; summed"),
+    },
+    "what is computed along a dimension": {
+        "sort of pixels": (lambda n: rows(n.a).sort(1)[0], "1x1x4: a*"),
+        "sort of the last dimension": (lambda n: n.a.sort()[0], "1x4x1: a*"),
+        "softmax": (lambda n: n.a.softmax(1), "1x4x1: 0*; a: 0* result_depends"),
+        "log_softmax": (lambda n: n.a.log_softmax(1), "1x4x1: 0*; a: 0* result_depends"),
+        "index_fill of a pixel": (lambda n: n.a.index_fill(2, torch.tensor([0]), 1.0), "1x4x1: a*"),
+        "all pixels in order": (lambda n: rows(n.a).topk(6, 1)[0], "1x1x4: a*"),
+        "all of the last dimension in order": (lambda n: n.a.topk(6)[0], "1x4x1: a*"),
+        "cumulative trapezoids of the last dimension": (lambda n: torch.cumulative_trapezoid(n.a), "1x4x1: a*"),
+        "cross product": (
+            lambda n: torch.linalg.cross(n.a.unflatten(2, (2, 3)), n.b.unflatten(2, (2, 3))),
+            "1x4x1x1: a*; b: a*",
+        ),
+        "unique pixels": (lambda n: torch.unique(n.a, True, False, False, 2), "1x4x1: a*"),
+        "msort of samples": (lambda n: torch.msort(n.a), "1x4x1: a*"),
+        "local_response_norm": (
+            lambda n: functional.local_response_norm(n.a, 3),
+            "1x4x1: 0*; a: 0* result_depends",
+        ),
+        "fftshift of pixels": (lambda n: torch.fft.fftshift(n.a, 2), "1x4x1: a*"),
+        "fft of the last dimension": (lambda n: torch.fft.fft(n.a).real, "1x4x1: a*"),
+        "fft of channels": (lambda n: torch.fft.fft(n.a, None, 1).real, "1x4x1: 0*; a: 0* result_depends"),
+        "fft2 of rows": (lambda n: torch.fft.fft2(n.a).real, "1x4x1: 0*; a: 0* result_depends"),
+        "fft2 of columns": (lambda n: torch.fft.fft2(rows(n.a)).real, "1x1x4: 0*; a: 0* result_depends"),
+        "fft2 of other dimensions": (lambda n: torch.fft.fft2(n.a, None, (0, 2)).real, "1x4x1: a*"),
+        "fftn of other dimensions": (lambda n: torch.fft.fftn(n.a, None, (0, 2)).real, "1x4x1: a*"),
+    },
+    "windows of the last dimensions": {
+        "one": (lambda n: functional.adaptive_avg_pool1d(n.a, 3), "1x4x1: a*"),
+        "one, the largest": (lambda n: functional.adaptive_avg_pool1d(n.a.relu(), 3).amax(1), "1x1: 0; summed"),
+        "one, norms": (lambda n: functional.lp_pool1d(n.a, 2.0, 1), "1x4x1: a*"),
+        "two, rows": (lambda n: functional.adaptive_avg_pool2d(n.a, (4, 6)), "1x4x1: 0*; a: 0* result_depends"),
+        "two, columns": (
+            lambda n: functional.adaptive_avg_pool2d(rows(n.a), (6, 4)),
+            "1x1x4: 0*; a: 0* result_depends",
+        ),
+        "two, the largest": (
+            lambda n: functional.adaptive_max_pool2d(n.a.relu().unflatten(2, (2, 3)), 1).amax(1),
+            "1x1x1: 0; summed",
+        ),
+        "two, norms of rows": (lambda n: functional.lp_pool2d(n.a, 2.0, 1), "1x4x1: 0*; a: 0* result_depends"),
+        "two, norms of columns": (
+            lambda n: functional.lp_pool2d(rows(n.a), 2.0, 1),
+            "1x1x4: 0*; a: 0* result_depends",
+        ),
+        "three, planes": (
+            lambda n: functional.adaptive_avg_pool3d(n.a[:, None, :, :, None], (4, 6, 1)),
+            "1x1x4x1x1: 0*; a: 0* result_depends",
+        ),
+        "three, rows": (
+            lambda n: functional.adaptive_avg_pool3d(n.a[:, None, None], (1, 4, 6)),
+            "1x1x1x4x1: 0*; a: 0* result_depends",
+        ),
+        "three, columns": (
+            lambda n: functional.adaptive_avg_pool3d(rows(n.a)[:, None, None], (1, 6, 4)),
+            "1x1x1x1x4: 0*; a: 0* result_depends",
+        ),
+        "three, the largest": (
+            lambda n: functional.adaptive_avg_pool3d(n.a.relu()[..., None, None], 1).amax(1),
+            "1x1x1x1: 0; summed",
+        ),
+        "three, norms of planes": (
+            lambda n: functional.lp_pool3d(n.a[:, None, :, :, None], 2.0, 1),
+            "1x1x4x1x1: 0*; a: 0* result_depends",
+        ),
+        "three, norms of rows": (
+            lambda n: functional.lp_pool3d(n.a[:, None, None], 2.0, 1),
+            "1x1x1x4x1: 0*; a: 0* result_depends",
+        ),
+        "three, norms of columns": (
+            lambda n: functional.lp_pool3d(rows(n.a)[:, None, None], 2.0, 1),
+            "1x1x1x1x4: 0*; a: 0* result_depends",
+        ),
+    },
 }
 
 
@@ -1044,7 +1158,6 @@ def followed(functions):
 
 
 @pytest.mark.parametrize("kind", CALLS)
-@pytest.mark.quick_every(2)
 def test_channels_go_where_the_operations_put_them(kind):
     functions = {name: function for name, (function, _) in CALLS[kind].items()}
     assert followed(functions) == {name: expected for name, (_, expected) in CALLS[kind].items()}
