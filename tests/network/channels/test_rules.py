@@ -147,6 +147,14 @@ CALLS = {
             "4: a*; p1 in 0: a*",
         ),
         "max, with a parameter": (lambda n: torch.max(n.p(4), n.a[0, :, 0]), "4: a*; p1 in 0: a*"),
+        "gate of a layer with one channel": (
+            lambda n: n.a * n.owner.part("e", lambda: nn.Conv1d(2, 1, 1))(n.x),
+            "1x4x1: a*",
+        ),
+        "gate of one channel of a layer": (lambda n: n.a * n.b[:, :1], "1x4x1: a*; b: 0 b1 b2 b3 fixed_channels"),
+        "gate of a constant": (lambda n: n.a * n.x[:, :1], "1x4x1: a*"),
+        "stack at the second last": (lambda n: torch.stack([n.a, n.b], -2), "1x4x1x1: a*; b: a*"),
+        "stack at the third last": (lambda n: torch.stack([n.a, n.b], -3), "1x1x4x1: a*; b: a*"),
     },
     "what is joined": {
         "channels": (lambda n: torch.cat([n.a, n.b], 1), "1x8x1: a* b*"),
@@ -206,6 +214,10 @@ CALLS = {
             "1x1x1: 0; a: 0* call_not_covered",
         ),
         "one pixel": (lambda n: functional.pad(n.a[:, :, :1], (1, 1)), "1x4x1: a*"),
+        "pixels in a circle": (lambda n: functional.pad(n.a, (1, 1), mode="circular"), "1x4x1: a*"),
+        "pixels by another's number": (lambda n: functional.pad(n.a, (0, n.b.shape[2])), "1x4x1: a*"),
+        "nothing by copies": (lambda n: functional.pad(n.a, (0, 0, 0, 0), mode="replicate"), "1x4x1: a*"),
+        "pixels and no channels by copies": (lambda n: functional.pad(n.a, (1, 1, 0, 0), mode="reflect"), "1x4x1: a*"),
     },
     "what is viewed": {
         "as another": (lambda n: rows(n.a).view_as(rows(n.b)), "1x1x4: a*"),
@@ -454,6 +466,34 @@ CALLS = {
             lambda n: n.owner.part("glu", lambda: nn.GLU(1))(n.c),
             "1x4x1: c0 c1 c2 c3; c: c0 c1 c2 c3 c0 c1 c2 c3",
         ),
+        "rows by those of two": (
+            lambda n: rows(n.c).split([n.b.size(1), n.a.size(1)], dim=2),
+            "1x1x4: c0 c1 c2 c3; 1x1x4: c4 c5 c6 c7; b: c0 c1 c2 c3; a: c4 c5 c6 c7",
+        ),
+        "a tuple of the numbers of two": (
+            lambda n: n.c.split((n.b.size(1), n.a.size(1)), 1),
+            "1x4x1: c0 c1 c2 c3; 1x4x1: c4 c5 c6 c7; b: c0 c1 c2 c3; a: c4 c5 c6 c7",
+        ),
+        "by another's number and the fixed rest": (
+            lambda n: n.c.split([n.d.size(1), 6], 1),
+            "1x2x1: c0 c1; 1x6x1: 0*; c: c0 c1 0 0 0 0 0 0 fixed_channels; d: c0 c1",
+        ),
+        "tensor_split in three of nine": (
+            lambda n: torch.cat([n.c, n.x[:, :1]], 1).tensor_split(3, 1)[0],
+            "1x3x1: c0 c1 c2",
+        ),
+        "tensor_split by name": (
+            lambda n: torch.tensor_split(n.c, sections=3, dim=1)[0],
+            "1x3x1: 0*; c: 0* fixed_channels",
+        ),
+        "tensor_split at places by name": (
+            lambda n: torch.tensor_split(n.c, indices=(2,), dim=1)[0],
+            "1x2x1: 0*; c: 0 0 c2 c3 c4 c5 c6 c7 fixed_channels",
+        ),
+        "module of glu at the end": (
+            lambda n: n.owner.part("glu", lambda: nn.GLU())(rows(n.c)),
+            "1x1x4: c0 c1 c2 c3; c: c0 c1 c2 c3 c0 c1 c2 c3",
+        ),
     },
     "what is picked": {
         "narrow": (lambda n: n.a.narrow(1, 1, 2), "1x2x1: 0*; a: 0 0 0 a3 fixed_channels"),
@@ -590,6 +630,26 @@ CALLS = {
             lambda n: torch.take_along_dim(n.a, n.a.argsort(1), dim=1),
             "1x4x1: 0*; a: 0* result_depends",
         ),
+        "one of pixels and channels between": (lambda n: n.a[:, 1:3, 2], "1x2: 0*; a: 0 0 0 a3 fixed_channels"),
+        "channels between dots and pixels": (lambda n: n.a[..., 1:3, :], "1x2x1: 0*; a: 0 0 0 a3 fixed_channels"),
+        "a pixel behind a new dimension": (lambda n: n.a[:, :, None, 1], "1x4x1: a*"),
+        "places in a tuple": (lambda n: n.a[:, (0, 2)], "1x2x1: 0*; a: 0 0 0 a3 fixed_channels"),
+        "places in nested lists": (
+            lambda n: n.a[[[0, 1], [1, 0]], [[0, 1], [2, 0]]],
+            "2x2x1: 0*; a: 0 0 0 a3 fixed_channels",
+        ),
+        "all but the first, from the end": (lambda n: n.a[:, -3:], "1x3x1: 0*; a: a0 0 0 0 fixed_channels"),
+        "all but the last": (lambda n: n.a[:, :3], "1x3x1: 0*; a: 0 0 0 a3 fixed_channels"),
+        "the first": (lambda n: n.a[:, 0], "1x1: 0; a: 0 a1 a2 a3 fixed_channels"),
+        "narrow to the end": (lambda n: n.a.narrow(1, 2, 2), "1x2x1: 0*; a: 0* fixed_channels"),
+        "narrow of pixels": (lambda n: n.a.narrow(2, 1, 2), "1x4x1: a*"),
+        "select the second last": (lambda n: n.a.select(1, -2), "1x1: 0; a: a0 a1 0 0 fixed_channels"),
+        "roll of channels and pixels": (
+            lambda n: n.a.roll((1, 1), (1, 2)),
+            "1x4x1: 0 a0 a1 a2; a: a0 a1 a2 0 fixed_channels",
+        ),
+        "roll from the end": (lambda n: n.a.roll(2, -2), "1x4x1: 0 0 a0 a1; a: a0 a1 0 0 fixed_channels"),
+        "roll back by two": (lambda n: n.a.roll(-2, 1), "1x4x1: a2 a3 0 0; a: 0 0 a2 a3 fixed_channels"),
     },
     "what is written": {
         "a constant": (lambda n: written(n.a.clone(), (slice(None), 0), 0.0), "1x1x1: 0; a: 0* overwritten"),
@@ -926,6 +986,31 @@ CALLS = {
             lambda n: functional.max_pool2d(rows(n.a), (1, 2)),
             "1x1x1: 0; a: 0* result_depends",
         ),
+        "sampled volumes": (
+            lambda n: functional.grid_sample(
+                n.a.unflatten(2, (2, 3))[:, :, None],
+                n.x[:, None, None, None, 0, :3].expand(3, 1, 2, 2, 3),
+                align_corners=False,
+            ),
+            "1x4x1x1x1: a*",
+        ),
+        "unfold with a stride": (
+            lambda n: functional.unfold(n.a.unflatten(2, (2, 3)), (2, 1), stride=2),
+            "1x8x1: a0 a0 a1 a1 a2 a2 a3 a3",
+        ),
+        "module of unfold": (
+            lambda n: n.owner.part("u", lambda: nn.Unfold((1, 3)))(n.a.unflatten(2, (2, 3))),
+            "1x12x1: a0 a0 a0 a1 a1 a1 a2 a2 a2 a3 a3 a3",
+        ),
+        "unfold of rows": (lambda n: functional.unfold(rows(n.a)[:, None], 2), "1x1x1: 0; a: 0* call_not_covered"),
+        "unfold of single places": (lambda n: functional.unfold(n.d.unflatten(2, (2, 3)), 1), "1x2x1: d*"),
+        "windows of samples": (lambda n: n.a.unfold(0, 2, 1), "1x4x1x1: a*"),
+        "windows of channels at the end": (lambda n: rows(n.a).unfold(-1, 2, 2), "1x1x1x1: 0; a: 0* call_not_covered"),
+        "module of fold": (
+            lambda n: n.owner.part("u", lambda: nn.Fold((3, 4), 2))(n.c),
+            "1x2x1x1: c0 c4; c: c0 c0 c0 c0 c4 c4 c4 c4",
+        ),
+        "fold to one channel": (lambda n: functional.fold(n.a, (3, 4), 2), "1x1x1x1: a0; a: a0 a0 a0 a0"),
     },
     "filters of ones own": {
         "by channel": (lambda n: functional.conv1d(n.a, n.p(4, 1, 3), groups=n.a.shape[1]), "1x4x1: a*; p1 in 0: a*"),
@@ -964,6 +1049,30 @@ CALLS = {
         "without samples": (
             lambda n: functional.conv1d(n.a[0], n.p(4, 1, 3), groups=n.a.shape[1]),
             "1x1: 0; a: 0* call_not_covered; p1 in 2: 0*",
+        ),
+        "by channel, two of them": (
+            lambda n: functional.conv1d(n.d, n.p(2, 1, 3), groups=n.d.shape[1]),
+            "1x2x1: d*; p1 in 0: d*",
+        ),
+        "a constant by channel": (
+            lambda n: functional.conv1d(n.a, n.x[0, :1, :3].expand(4, 1, 3), groups=n.a.shape[1]),
+            "1x1x1: 0; a: 0* call_not_covered",
+        ),
+        "by channel of volumes": (
+            lambda n: functional.conv3d(n.a[..., None, None], n.p(4, 1, 2, 1, 1), groups=n.a.shape[1]),
+            "1x4x1x1x1: a*; p1 in 0: a*",
+        ),
+        "by channel of one row": (
+            lambda n: functional.conv2d(n.a[:, :, None], n.p(4, 1, 1, 2), groups=n.a.shape[1]),
+            "1x4x1x1: a*; p1 in 0: a*",
+        ),
+        "by channel of one sample": (
+            lambda n: functional.conv1d(n.a[:1], n.p(4, 1, 3), groups=n.a.shape[1]),
+            "1x4x1: a*; p1 in 0: a*",
+        ),
+        "by the number of fewer channels": (
+            lambda n: functional.conv1d(n.a, n.p(4, 2, 3), groups=n.d.shape[1]),
+            "1x1x1: 0; a: 0* call_not_covered; p1 in 2: 0*",
         ),
     },
     "what is made": {
@@ -1097,6 +1206,240 @@ CALLS = {
             lambda n: functional.lp_pool3d(rows(n.a)[:, None, None], 2.0, 1),
             "1x1x1x1x4: 0*; a: 0* result_depends",
         ),
+    },
+    "what is multiplied in two or five dimensions": {
+        "sum over channels of a matrix": (lambda n: rows(n.a)[0] @ n.b[0], "1x1: 0; b: a*"),
+        "rows of a matrix": (lambda n: n.a[0] @ rows(n.x)[0], "4x1: a*"),
+        "columns of a matrix": (lambda n: n.x[0] @ rows(n.a)[0], "1x4: a*"),
+        "sum over channels": (lambda n: rows(n.a)[:, None, None] @ n.b[:, None, None], "1x1x1x1x1: 0; b: a*"),
+        "rows": (lambda n: n.a[:, None, None] @ rows(n.x)[:, None, None], "1x1x1x4x1: a*"),
+        "columns": (lambda n: n.x[:, None, None] @ rows(n.a)[:, None, None], "1x1x1x1x4: a*"),
+        "rows of a weight of ones own": (
+            lambda n: n.owner.part("e", lambda: nn.Linear(4, 8)).weight @ n.a + n.c,
+            "1x8x1: weight.0 weight.1 weight.2 weight.3 weight.4 weight.5 weight.6 weight.7; "
+            "a: 0* call_not_covered; "
+            "c: weight.0 weight.1 weight.2 weight.3 weight.4 weight.5 weight.6 weight.7; "
+            "weight in 0: weight.0 weight.1 weight.2 weight.3 weight.4 weight.5 weight.6 weight.7",
+        ),
+        "a weight of ones own over pixels": (
+            lambda n: n.owner.part("e", lambda: nn.Linear(6, 5)).weight @ rows(n.a),
+            "1x1x4: a*; weight in 0: 0*",
+        ),
+        "rows by a weight of ones own": (
+            lambda n: n.a @ n.owner.part("e", lambda: nn.Linear(5, 6)).weight,
+            "1x4x1: a*; weight in 0: 0*",
+        ),
+        "added constants, columns": (lambda n: torch.baddbmm(n.x[:, :1, :1], n.x, rows(n.a)), "1x1x4: a*"),
+        "added columns": (lambda n: torch.baddbmm(rows(n.b)[:, :2], n.x, rows(n.a)), "1x1x4: b*; a: b*"),
+        "added by name": (lambda n: torch.baddbmm(input=n.x[:, :1, :1], batch1=n.a, batch2=rows(n.x)), "1x4x1: a*"),
+        "added one for each row": (lambda n: torch.baddbmm(n.b[:, :, :1], n.a, rows(n.x)), "1x4x1: b*; a: b*"),
+    },
+    "matrices of heads": {
+        "three dimensions": (
+            lambda n: (heads(n.c)[0] @ heads(n.c2)[0].mT) @ heads(n.c3)[0],
+            "4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "c3: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "five dimensions": (
+            lambda n: (heads(n.c)[:, :, None] @ heads(n.c2)[:, :, None].mT) @ heads(n.c3)[:, :, None],
+            "1x4x1x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "c3: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "scores in three dimensions": (
+            lambda n: heads(n.c)[0] @ heads(n.c2)[0].mT,
+            "4x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "scores in five dimensions": (
+            lambda n: heads(n.c)[:, :, None] @ heads(n.c2)[:, :, None].mT,
+            "1x4x1x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "channels by channels": (
+            lambda n: heads(n.c).mT @ heads(n.c2),
+            "1x4x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "channels by channels in three dimensions": (
+            lambda n: heads(n.c)[0].mT @ heads(n.c2)[0],
+            "4x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "channels by channels in five dimensions": (
+            lambda n: heads(n.c)[:, :, None].mT @ heads(n.c2)[:, :, None],
+            "1x4x1x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "rows": (
+            lambda n: heads(n.c).mT @ rows(n.x)[:, None],
+            "1x4x2x1: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "rows in three dimensions": (
+            lambda n: heads(n.c)[0].mT @ rows(n.x)[:1],
+            "4x2x1: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "rows in five dimensions": (
+            lambda n: heads(n.c)[:, :, None].mT @ rows(n.x)[:, None, None],
+            "1x4x1x2x1: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "columns": (
+            lambda n: n.x[:, None] @ heads(n.c),
+            "1x4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "columns in three dimensions": (
+            lambda n: n.x[:1] @ heads(n.c)[0],
+            "4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "columns in five dimensions": (
+            lambda n: n.x[:, None, None] @ heads(n.c)[:, :, None],
+            "1x4x1x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "rows with columns that all heads share": (
+            lambda n: heads(n.c).mT @ rows(n.a)[:, None],
+            "1x1x1x1: 0; c: 0* call_not_covered; a: 0* call_not_covered",
+        ),
+        "columns with rows that all heads share": (
+            lambda n: n.a[:, None] @ heads(n.c),
+            "1x1x1x1: 0; a: 0* call_not_covered; c: 0* call_not_covered",
+        ),
+        "with a matrix": (lambda n: heads(n.c) @ n.x[0], "1x1x1x1: 0; c: 0* call_not_covered"),
+        "behind a matrix": (lambda n: n.x[0] @ heads(n.c), "1x1x1x1: 0; c: 0* call_not_covered"),
+        "in two dimensions": (
+            lambda n: n.a.unflatten(1, (2, 2))[..., None] @ n.x[:, :1, None, None],
+            "1x1x1x1x1: 0; a: 0* call_not_covered",
+        ),
+    },
+    "what attends in other dimensions": {
+        "heads of one sample": (
+            lambda n: attended(heads(n.c)[0], heads(n.c2)[0], heads(n.c3)[0]),
+            "4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "c3: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "heads in five dimensions": (
+            lambda n: attended(heads(n.c)[None], heads(n.c2)[None], heads(n.c3)[None]),
+            "1x1x4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "c3: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "a bias in five dimensions": (
+            lambda n: attended(heads(n.c)[None], heads(n.c2)[None], heads(n.c3)[None], n.a[None, :, :, None]),
+            "1x1x4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "c3: c0 c0 c2 c2 c4 c4 c6 c6; a: c0 c2 c4 c6",
+        ),
+        "a bias of one sample": (
+            lambda n: attended(heads(n.c)[0], heads(n.c2)[0], heads(n.c3)[0], n.a[0, :, None]),
+            "4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "c3: c0 c0 c2 c2 c4 c4 c6 c6; a: c0 c2 c4 c6",
+        ),
+        "a mask of one row": (
+            lambda n: attended(heads(n.c), heads(n.c2), heads(n.c3), n.x[0, :1] > 0),
+            "1x4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "c3: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "one head in four dimensions": (
+            lambda n: attended(rows(n.a)[:, None], rows(n.b)[:, None], rows(n.c)[:, None]),
+            "1x1x1x8: c*; a: 0* one_head; b: 0* one_head",
+        ),
+        "one head of one sample": (
+            lambda n: attended(rows(n.a)[0], rows(n.b)[0], rows(n.c)[0]),
+            "1x8: c*; a: 0* one_head; b: 0* one_head",
+        ),
+        "one head with a constant bias": (
+            lambda n: attended(rows(n.a), rows(n.b), rows(n.c), n.x[:, :1]),
+            "1x1x8: c*; a: 0* one_head; b: 0* one_head",
+        ),
+        "weighs channels of queries and keys alone": (
+            lambda n: attended(n.c.unflatten(1, (4, 2)), n.c2.unflatten(1, (4, 2)), heads(n.c3)[:, :, :2]),
+            "1x4x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "c3: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "weighs channels in five dimensions": (
+            lambda n: attended(
+                n.c.unflatten(1, (4, 2))[None], n.c2.unflatten(1, (4, 2))[None], n.c3.unflatten(1, (4, 2))[None]
+            ),
+            "1x1x4x1x1: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "c3: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+    },
+    "what is written in parts": {
+        "one place": (
+            lambda n: written(n.a.clone(), (0, 0, 0), n.b[0, 0, 0]),
+            "1x1x1: 0; a: 0* overwritten; b: 0 b1 b2 b3 overwritten",
+        ),
+        "constants for some rows": (
+            lambda n: written(rows(n.a).clone(), (n.x[:, 0] > -9,), rows(n.x.repeat(1, 2, 1))[n.x[:, 0] > -9]),
+            "1x1x4: 0*; a: 0* joins_constant",
+        ),
+        "no rows": (
+            lambda n: written(rows(n.a).clone(), (n.x[:, 0] > 99,), rows(n.b)[n.x[:, 0] > 99]),
+            "1x1x1: 0; a: 0* overwritten",
+        ),
+        "the same for some rows": (
+            lambda n: written(rows(n.a).clone(), (n.x[:, 0] > -9,), rows(n.b)[0, 0]),
+            "1x1x4: a*; b: a*",
+        ),
+        "constants for all channels": (
+            lambda n: written(n.a.clone(), (slice(None), slice(None), 0), n.x.repeat(1, 2, 1)[:, :, 0]),
+            "1x4x1: 0*; a: 0* joins_constant",
+        ),
+        "a sample before dots": (lambda n: written(rows(n.a).clone(), (0, Ellipsis), rows(n.b)[0]), "1x1x4: a*; b: a*"),
+        "pixels behind dots": (
+            lambda n: written(n.a.clone(), (Ellipsis, slice(0, 2)), n.b[..., :2]),
+            "1x4x1: a*; b: a*",
+        ),
+        "channels of a pixel behind dots": (
+            lambda n: written(n.a.clone(), (Ellipsis, slice(0, 2), 0), n.b[:, :2, 0]),
+            "1x1x1: 0; a: 0* overwritten; b: 0 0 b2 b3 overwritten",
+        ),
+        "samples": (lambda n: written(n.a.clone(), (slice(0, 2),), n.b[:2]), "1x4x1: a*; b: a*"),
+        "all by a truth": (
+            lambda n: written(n.a.clone(), (True,), n.b),
+            "1x1x1: 0; a: 0* overwritten; b: 0* overwritten",
+        ),
+        "rows by a tensor": (
+            lambda n: written(rows(n.a).clone(), (torch.tensor([0, 1]),), rows(n.b)[:2]),
+            "1x1x4: a*; b: a*",
+        ),
+        "heads": (
+            lambda n: written(heads(n.c).clone(), (n.x[:, 0, :4] > -9,), heads(n.c2)[n.x[:, 0, :4] > -9]),
+            "1x1x1x1: 0; c: 0* overwritten; c2: 0* call_not_covered; guessed",
+        ),
+    },
+    "what becomes complex": {
+        "two channels": (lambda n: torch.view_as_complex(rows(n.d).contiguous()).real, "1x1: d0; d: d0 d0"),
+        "pairs": (
+            lambda n: torch.view_as_complex(rows(n.c).unflatten(2, (4, 2)).contiguous()).real,
+            "1x1x4: c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "and back": (
+            lambda n: torch.view_as_real(torch.view_as_complex(rows(n.d).contiguous())),
+            "1x1x1: d0; d: d0 d0",
+        ),
+    },
+    "what is summed by letters, written otherwise": {
+        "dots for nothing": (lambda n: torch.einsum("...bcl->...lcb", n.a), "1x4x1: a*"),
+        "dots at the front": (lambda n: torch.einsum("...cl->...lc", n.a), "1x1x4: a*"),
+        "dots in the middle": (lambda n: torch.einsum("b...l,l->b...", n.a, n.x[0, 0]), "1x4: a*"),
+        "dots at either end": (lambda n: torch.einsum("...l,l...->...l", n.a, n.x[0].t()[:, :1]), "1x4x1: a*"),
+        "dots alone": (lambda n: torch.einsum("...,...->...", n.a, n.b[0]), "1x4x1: a*; b: a*"),
+        "no arrow, a sum": (lambda n: torch.einsum("bcl,c", n.a, n.p(4)), "1x1: 0; p1 in 0: a*"),
+        "no arrow, channels to the end": (lambda n: torch.einsum("bzl", n.a), "1x1x4: a*"),
+        "no arrow, turned round": (lambda n: torch.einsum("zca", n.a), "1x4x1: a*"),
+        "capitals": (lambda n: torch.einsum("BcL,BcK->BLK", n.a, n.b), "1x1x1: 0; b: a*"),
+        "all channels of heads": (
+            lambda n: torch.einsum("bhqc->bq", heads(n.c)),
+            "1x1: 0; c: c0 c0 c2 c2 c4 c4 c6 c6; summed",
+        ),
+        "heads place by place": (
+            lambda n: torch.einsum("bhqc,bhqc->bhqc", heads(n.c), heads(n.c2)),
+            "1x4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "heads summed with their channels": (
+            lambda n: torch.einsum("bhqc,bhkc->bqk", heads(n.c), heads(n.c2)),
+            "1x1x1: 0; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6",
+        ),
+        "constants with the letter that is put out": (
+            lambda n: torch.einsum("bcl,bcl->bcl", n.a, n.x.repeat(1, 2, 1)),
+            "1x1x1: 0; a: 0* call_not_covered",
+        ),
+        "outer product with constants": (lambda n: torch.einsum("bcl,d->bcld", n.a, n.x[0, 0]), "1x4x1x1: a*"),
+        "two sums": (lambda n: torch.einsum("bcl,bdl->bl", n.a, n.b), "1x1: 0; summed"),
+        "a sum beside channels": (lambda n: torch.einsum("bcl,bdl->bcl", n.a, n.b), "1x4x1: a*; summed"),
+        "values by scores": (lambda n: torch.einsum("bqk,bck->bcq", rows(n.x) @ n.x, n.a), "1x4x1: a*"),
     },
 }
 
