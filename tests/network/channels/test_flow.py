@@ -542,3 +542,33 @@ def test_what_leaves_a_value_as_it_is(function, expected):
     traced = torch.fx.symbolic_trace(Own())
     *_, last, _ = traced.graph.nodes
     assert passes(traced, last) is expected
+
+
+class SharedFilters(nn.Module):
+    """Two convolutions of one weight, each behind a layer of its own."""
+
+    def __init__(self, groups, entering):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, entering[0], 1), nn.Conv2d(3, entering[1], 1)
+        self.one, self.two = (nn.Conv2d(*each, 8, 1, groups=of) for each, of in zip(zip(entering), groups, strict=True))
+        self.two.weight = self.one.weight
+        self.last = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.one(self.a(x)).relu(), self.two(self.b(x)).relu()], 1))
+
+
+@pytest.mark.parametrize(("groups", "width"), [(1, 4), (2, 4), (4, 4)])
+def test_convolutions_of_one_weight_with_as_many_groups_lose_the_same_channels(groups, width):
+    flow = Network.on(SharedFilters((groups, groups), (width, width)).eval(), IMAGES).flow
+    assert flow.group_ids_of("one").tolist() == flow.group_ids_of("two").tolist()
+    assert flow.group_ids_of("a").tolist() == flow.group_ids_of("b").tolist()
+    assert (flow.group_ids_of("one") != FIXED).all()
+    assert (flow.group_ids_of("a") != FIXED).all()
+
+
+def test_a_convolution_without_groups_keeps_what_one_of_its_weight_with_groups_reads():
+    flow = Network.on(SharedFilters((2, 1), (4, 2)).eval(), IMAGES).flow
+    assert flow.group_ids_of("two").tolist() == [FIXED] * 8
+    assert flow.group_ids_of("b").tolist() == [FIXED] * 2
+    assert {reason.kind for reason in flow.why_pinned("two")} == {"shared_weight"}
