@@ -494,6 +494,10 @@ CALLS = {
             lambda n: n.owner.part("glu", lambda: nn.GLU())(rows(n.c)),
             "1x1x4: c0 c1 c2 c3; c: c0 c1 c2 c3 c0 c1 c2 c3",
         ),
+        "with the input's number as a size": (
+            lambda n: n.c.split_with_sizes([n.x.size(1), 6], 1),
+            "1x2x1: 0*; 1x6x1: 0*; c: 0* call_not_covered fixed_channels; takes a kept width in 1, times 1",
+        ),
     },
     "what is picked": {
         "narrow": (lambda n: n.a.narrow(1, 1, 2), "1x2x1: 0*; a: 0 0 0 a3 fixed_channels"),
@@ -1132,6 +1136,9 @@ CALLS = {
         "trapezoids of the last dimension": (lambda n: torch.trapezoid(n.a), "1x4: a*"),
         "softmax of one dimension": (lambda n: n.a[0, :, 0].softmax(0), "4: 0*; a: 0* result_depends"),
         "amax of softmax": (lambda n: n.a.softmax(2).amax(1), "1x1: 0; summed"),
+        "amax of squares": (lambda n: n.a.pow(2).amax(1), "1x1: 0; summed"),
+        "amax of squares by name": (lambda n: torch.pow(n.a, exponent=2).amax(1), "1x1: 0; a: 0* result_depends"),
+        "amax of cubes": (lambda n: n.a.pow(3).amax(1), "1x1: 0; a: 0* result_depends"),
     },
     "what is computed along a dimension": {
         "sort of pixels": (lambda n: rows(n.a).sort(1)[0], "1x1x4: a*"),
@@ -1440,6 +1447,25 @@ CALLS = {
         "two sums": (lambda n: torch.einsum("bcl,bdl->bl", n.a, n.b), "1x1: 0; summed"),
         "a sum beside channels": (lambda n: torch.einsum("bcl,bdl->bcl", n.a, n.b), "1x4x1: a*; summed"),
         "values by scores": (lambda n: torch.einsum("bqk,bck->bcq", rows(n.x) @ n.x, n.a), "1x4x1: a*"),
+    },
+    "what has one place": {
+        "filter by channel": (
+            lambda n: functional.conv1d(n.a[:1, :, :1], n.p(4, 1, 1), n.p(4), groups=n.a.shape[1]),
+            "1x4x1: a*; p1 in 0: a*; p2 in 0: a*",
+        ),
+        "unfold": (lambda n: functional.unfold(n.a.unflatten(2, (2, 3))[:1, :, :1, :1], 1), "1x4x1: a*"),
+        "fold": (lambda n: functional.fold(n.c[:1, :, :1], (2, 2), 2), "1x2x1x1: c0 c4; c: c0 c0 c0 c0 c4 c4 c4 c4"),
+        "one head": (
+            lambda n: attended(rows(n.a)[:1, :1], rows(n.b)[:1, :1], rows(n.c)[:1, :1]),
+            "1x1x8: c*; a: 0* one_head; b: 0* one_head",
+        ),
+        "one head with its scale": (
+            lambda n: attended(rows(n.a)[:1, :1], rows(n.b)[:1, :1], rows(n.c)[:1, :1], scale=0.5),
+            "1x1x8: c*; b: a*",
+        ),
+        "sum of products": (lambda n: rows(n.a)[:1, :1] @ n.b[:1, :, :1], "1x1x1: 0; b: a*"),
+        "row of a product": (lambda n: n.a[:1] @ rows(n.x)[:1, :, :1], "1x4x1: a*"),
+        "sum by letters": (lambda n: torch.einsum("bcl,bck->blk", n.a[:1, :, :1], n.b[:1, :, :1]), "1x1x1: 0; b: a*"),
     },
 }
 

@@ -148,8 +148,10 @@ class Turned(nn.Module):
 
     def forward(self, x):
         turned = self.first(x).view(2, 2, -1, 8, 8).transpose(1, 2).flatten(1, 2)
-        if self.way == "chunk":
+        if self.way in ("chunk", "joined"):
             one, two = turned.chunk(2, 1)
+            if self.way == "joined":
+                one = two = torch.cat([two.relu(), one], 1)
         elif self.way == "slice":
             half = turned.shape[1] // 2
             one, two = turned[:, :half], turned[:, half:]
@@ -158,7 +160,7 @@ class Turned(nn.Module):
         return self.one(one) + self.two(two)
 
 
-@pytest.mark.parametrize("way", ["chunk", "slice", "groups", "norm"])
+@pytest.mark.parametrize("way", ["chunk", "joined", "slice", "groups", "norm"])
 def test_kept_channels_of_a_shuffle_are_in_the_half_that_they_were_in(way):
     torch.manual_seed(0)
     flow = Network.on(Turned(way).eval(), IMAGES.float()).flow
