@@ -1467,6 +1467,45 @@ CALLS = {
         "row of a product": (lambda n: n.a[:1] @ rows(n.x)[:1, :, :1], "1x4x1: a*"),
         "sum by letters": (lambda n: torch.einsum("bcl,bck->blk", n.a[:1, :, :1], n.b[:1, :, :1]), "1x1x1: 0; b: a*"),
     },
+    "norms, bounds and windows": {
+        "place of the largest": (lambda n: n.a.relu().max(1)[1], "1x1: 0; a: 0* result_depends"),
+        "norm of order -1": (lambda n: n.a.norm(-1, 1), "1x1: 0; a: 0* result_depends"),
+        "nuclear norm": (lambda n: torch.linalg.matrix_norm(n.a, "nuc"), "1: 0; summed"),
+        "largest absolute value": (lambda n: n.a.norm(float("inf"), 1), "1x1: 0; summed"),
+        "number of what isn't zero": (lambda n: n.a.norm(0, 1), "1x1: 0; summed"),
+        "group_norm": (lambda n: functional.group_norm(n.a, 2), "1x4x1: 0*; a: 0* result_depends"),
+        "layer_norm of pixels": (lambda n: functional.layer_norm(n.a, (6,)), "1x4x1: a*"),
+        "layer_norm of channels": (lambda n: functional.layer_norm(rows(n.a), (4,)), "1x1x4: 0*; a: 0* result_depends"),
+        "layer_norm of both": (lambda n: functional.layer_norm(n.a, (4, 6)), "1x4x1: 0*; a: 0* result_depends"),
+        "rms_norm of pixels": (lambda n: functional.rms_norm(n.a, (6,)), "1x4x1: a*"),
+        "largest above a bound": (lambda n: n.a.clamp(min=0.0).amax(1), "1x1: 0; summed"),
+        "largest above a negative bound": (lambda n: n.a.clamp(-1.0).amax(1), "1x1: 0; a: 0* result_depends"),
+        "largest with a summand": (lambda n: (functional.relu6(n.a) + 1).amax(1), "1x1: 0; summed"),
+        "largest with a negative summand": (
+            lambda n: (functional.relu6(n.a) + -1).amax(1),
+            "1x1: 0; a: 0* result_depends",
+        ),
+        "pool of pixels with a stride": (lambda n: functional.max_pool2d(n.a, (1, 2), (1, 1)), "1x4x1: a*"),
+        "pool of single channels in one dimension": (lambda n: functional.avg_pool1d(rows(n.a), 1), "1x1x4: a*"),
+        "pool of channels in one dimension": (
+            lambda n: functional.avg_pool1d(rows(n.a), 2),
+            "1x1x1: 0; a: 0* result_depends",
+        ),
+        "pool of pixels in three dimensions": (lambda n: functional.max_pool3d(n.a[:, None], (1, 1, 2)), "1x1x4x1: a*"),
+        "pool of channels in three dimensions": (
+            lambda n: functional.max_pool3d(n.a[:, None], (1, 2, 1)),
+            "1x1x1x1: 0; a: 0* result_depends",
+        ),
+        "pool with the places": (
+            lambda n: functional.max_pool1d(n.a, 2, return_indices=True),
+            "1x4x1: a*; 1x4x1: a*; guessed",
+        ),
+        "rows added at places": (lambda n: n.a.index_add(2, torch.tensor([0, 1]), n.b[:, :, :2]), "1x4x1: a*; b: a*"),
+        "channels added at places": (
+            lambda n: n.a.index_add(1, torch.tensor([0, 1, 2, 3]), n.b),
+            "1x1x1: 0; a: 0* call_not_covered; b: 0* call_not_covered",
+        ),
+    },
 }
 
 
