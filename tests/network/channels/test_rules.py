@@ -654,6 +654,11 @@ CALLS = {
         ),
         "roll from the end": (lambda n: n.a.roll(2, -2), "1x4x1: 0 0 a0 a1; a: a0 a1 0 0 fixed_channels"),
         "roll back by two": (lambda n: n.a.roll(-2, 1), "1x4x1: a2 a3 0 0; a: 0 0 a2 a3 fixed_channels"),
+        "truths over two dimensions": (lambda n: n.a[[[True] * 4] * 3, 1], "12: 0*; a: 0* fixed_channels"),
+        "one behind truths over two dimensions": (
+            lambda n: rows(n.a)[[[True] * 6] * 3, 1],
+            "1: 0; a: 0 0 a2 a3 fixed_channels",
+        ),
     },
     "what is written": {
         "a constant": (lambda n: written(n.a.clone(), (slice(None), 0), 0.0), "1x1x1: 0; a: 0* overwritten"),
@@ -1309,6 +1314,22 @@ CALLS = {
         "in two dimensions": (
             lambda n: n.a.unflatten(1, (2, 2))[..., None] @ n.x[:, :1, None, None],
             "1x1x1x1x1: 0; a: 0* call_not_covered",
+        ),
+        "rows with columns that all heads share, in five dimensions": (
+            lambda n: heads(n.c)[:, :, None].mT @ rows(n.a)[:, None, None],
+            "1x1x1x1x1: 0; c: 0* call_not_covered; a: 0* call_not_covered",
+        ),
+        "columns with rows that all heads share, in five dimensions": (
+            lambda n: n.a[:, None, None] @ heads(n.c)[:, :, None],
+            "1x1x1x1x1: 0; a: 0* call_not_covered; c: 0* call_not_covered",
+        ),
+        "constants of each head in three dimensions": (
+            lambda n: heads(n.c)[0] @ n.x.repeat(2, 1, 1)[:4],
+            "1x1x1: 0; c: 0* heads_stay",
+        ),
+        "behind constants of each head in three dimensions": (
+            lambda n: rows(n.x).repeat(2, 1, 1)[:4] @ heads(n.c)[0].mT,
+            "1x1x1: 0; c: 0* heads_stay",
         ),
     },
     "what attends in other dimensions": {
