@@ -312,7 +312,7 @@ def _multi_query(
         prefix[:-1],
         heads,
         len(keys),
-        {layers[0]: queries.reshape(heads, -1)},
+        {layers[0]: queries.reshape(heads, len(keys))},
         (layers[2], np.tile(values, heads)),
         out,
         width,

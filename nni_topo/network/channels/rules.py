@@ -1209,7 +1209,7 @@ _along("norm linalg_vector_norm", Dims(2, None, adds=True, reduces=True), never_
 _along("linalg_norm", Dims(2, None, adds=True, reduces=True))
 _along("linalg_matrix_norm", Dims(2, (-2, -1), adds=True, reduces=True))
 _along("normalize", Dims(2, 1, adds=True))
-_along("cumsum", Dims(1, -1, adds=True))
+_along("cumsum", Dims(1, None, adds=True))
 # Zeros make no difference to their results if no value is negative.
 _along("amax", Dims(1, None, largest=True, reduces=True), keeps_sign=True)
 # Zeros make a difference: these count values, select among them, or depend on their places.
@@ -1552,7 +1552,7 @@ def _attention(op: Operation) -> Any:
         if _varying(mask) != [mask.dim() - 3]:
             return op.all_kept()
         heads.append(compressed(mask).movedim(-3, 0).flatten(1))
-    if op.argument(7, "enable_gqa", default=False):
+    if op.kwargs.get("enable_gqa"):
         return op.all_kept()
     weighs_channels = False
     for each in (query, key, value):
@@ -1572,7 +1572,7 @@ def _attention(op: Operation) -> Any:
 def _attention_of_one_head(op: Operation, query: Tensor, key: Tensor, value: Tensor) -> Any:
     """Follow attention of all channels together: those of its values come out, those of queries and keys are summed."""
     first_query, first_key, first_value = (each.flatten(0, -2)[0] for each in (query, key, value))
-    if op.argument(6, "scale") is not None:
+    if op.kwargs.get("scale") is not None:
         op.couple(first_query, first_key)
     else:
         # With fewer channels it would scale by another number.

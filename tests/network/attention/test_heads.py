@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -96,6 +97,21 @@ def test_multihead_computes_what_torch_does(batch_first, bias):
     single = query[0] if batch_first else query[:, 0]
     for one, other in zip(attention(single, single, single), multihead(attention, single, single, single), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_multihead_drops_shares_of_attention_in_training_alone(need_weights):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(WIDTH, HEADS, dropout=1.0, batch_first=True)
+    nn.init.normal_(attention.out_proj.bias)
+    states = _states(2, 5, WIDTH)
+    for mode in (attention.train(), attention.eval()):
+        (expected, _), (found, _) = (
+            call(states, states, states, need_weights=need_weights) for call in (mode, partial(multihead, mode))
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        # Without any shares all that is left is the bias.
+        assert torch.equal(found, attention.out_proj.bias.expand(2, 5, WIDTH)) is mode.training
 
 
 def test_attention_of_timm():

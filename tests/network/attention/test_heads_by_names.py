@@ -47,6 +47,10 @@ def only(module: nn.Module):
     """Find the attention of a module, within another and by itself."""
     found = find_attention(nn.ModuleDict({"inner": module}))
     assert list(find_attention(module)) == ([""] if found else [])
+    for alone in find_attention(module).values():
+        within = found["inner"]
+        assert [f"inner.{name}".rstrip(".") for name in alone.layers] == within.layers
+        assert (within.out is None) if alone.out is None else (within.out == f"inner.{alone.out}")
     assert is_attention(module) == bool(found)
     assert find_heads(module).keys() == find_attention(module).keys()
     return found.get("inner")
@@ -117,6 +121,15 @@ def test_one_layer_with_the_rows_head_by_head() -> None:
     assert attention.channels["inner.query_key_value"].tolist() == [list(range(6)), list(range(6, 12))]
     assert attention.context[1].tolist() == [4, 5, 10, 11]
     assert attention.out == "inner.dense"
+    # GPT-BigCode's are ordered so where a head has keys and values of its own.
+    for many, rows, values in (
+        (False, [list(range(6)), list(range(6, 12))], [4, 5, 10, 11]),
+        (True, [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]], [8, 9, 10, 11]),
+    ):
+        layers = {"c_attn": nn.Linear(10, 12), "c_proj": nn.Linear(4, 10)}
+        attention = only(Named(layers, num_heads=2, multi_query=many))
+        assert attention.channels["inner.c_attn"].tolist() == rows
+        assert attention.context[1].tolist() == values
 
 
 def test_one_layer_with_fewer_keys_and_values() -> None:
@@ -183,7 +196,7 @@ def test_the_number_of_heads_may_stand_in_a_config() -> None:
 
 def test_what_does_not_fit_together_is_no_attention_that_is_known() -> None:
     qkv = ("q_proj", "k_proj", "v_proj")
-    for widths in ((6, 6, 4), (6, 4, 4), (8, 6, 6), (4, 6, 6), (7, 6, 6), (6, 7, 7)):
+    for widths in ((6, 6, 4), (6, 4, 4), (8, 6, 6), (4, 6, 6), (7, 6, 6), (6, 7, 7), (8, 8, 4), (8, 4, 2), (8, 2, 4)):
         assert only(Named(linears(**dict(zip(qkv, widths, strict=True))), num_heads=3, head_dim=2)) is None, widths
     assert only(Named(linears(q_proj=6, k_proj=6), num_heads=3)) is None
     assert only(Named(linears(q_proj=6, k_proj=6) | {"v_proj": nn.Conv1d(10, 6, 1)}, num_heads=3)) is None

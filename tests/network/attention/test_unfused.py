@@ -32,6 +32,12 @@ from nni_topo import (
     to_dense,
 )
 from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.attention.unfused.multihead import (
+    is_fused_attention,
+    is_unfused,
+    set_unfused,
+    unfused_class,
+)
 from nni_topo.network.attention.unfused.swin import relative, windowed
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.layers.kinds import kept_channels
@@ -275,3 +281,35 @@ def test_pruned_attention_computes_in_half_precision(name):
     wanted, found = small(images), small.to(kind)(images.to(kind))
     assert found.dtype == kind
     torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        nn.MultiheadAttention(12, 3),
+        ShiftedWindowAttention(12, [4, 4], [0, 0], 3),
+        ShiftedWindowAttentionV2(12, [4, 4], [0, 0], 3),
+        ShiftedWindowAttention3d(12, [2, 4, 4], [0, 0, 0], 3),
+        RelativePositionalMultiHeadAttention(12, 4, 16),
+    ],
+    ids=lambda attention: type(attention).__name__,
+)
+def test_attention_is_switched_to_its_unfused_class_and_back(attention):
+    original = type(attention)
+    computed = unfused_class(attention)
+    assert issubclass(computed, original)
+    assert computed is not original
+    assert is_unfused(attention)
+    assert is_fused_attention(attention)
+    set_unfused(attention)
+    assert type(attention) is unfused_class(attention) is computed
+    assert is_unfused(attention)
+    assert not is_fused_attention(attention)
+    set_unfused(attention, False)
+    assert type(attention) is original
+    assert is_fused_attention(attention)
+    own = type("Own", (original,), {})
+    attention.__class__ = own  # it may compute something else
+    assert unfused_class(attention) is None
+    assert not is_unfused(attention)
+    assert not is_fused_attention(attention)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from attention_nets import HEADS, SIZE, WIDTH, Fused, head_masks, same
 from speedup_nets import filter_mask, l1_masks
 from tied_nets import (
     Bottleneck,
@@ -24,7 +26,8 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from nni_topo import RandomPruner
-from nni_topo.network.channels.flow import norms_after
+from nni_topo.network.channels.flow import norms_after, passes
+from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.io.checkpoint import load, save
 from nni_topo.network.speedup.network import Network
 from nni_topo.sharing import find_ties
@@ -397,3 +400,175 @@ def test_a_module_that_is_called_on_other_numbers_of_channels_keeps_them_all():
     dense = to_dense(model, IMAGES, masks)
     assert (dense.stem.out_channels, dense.body.out_channels) == (8, 12)
     assert {row.name: row.reason for row in dense.report.kept} == {"stem": reason, "body": reason}
+
+
+class BiasedByHead(Fused):
+    """Attention that gets a bias for each head: (samples, heads, 1, places) or (samples * heads, 1, places)."""
+
+    def forward(self, x, bias):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(2, 3) + bias.reshape(len(x), -1, 1, x.shape[1])
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Biasing(nn.Module):
+    """A layer makes the biases of the heads, as that of T5's first block or ALiBi's."""
+
+    def __init__(self, is_by_sample):
+        super().__init__()
+        self.bias, self.attention, self.is_by_sample = nn.Linear(WIDTH, HEADS), BiasedByHead(), is_by_sample
+
+    def forward(self, x):
+        bias = self.bias(x).transpose(1, 2)[:, :, None]
+        return self.attention(x, bias if self.is_by_sample else bias.flatten(0, 1))
+
+
+@pytest.mark.parametrize("is_by_sample", [True, False])
+@torch.no_grad()
+def test_a_layer_that_makes_biases_of_heads_loses_channels_with_them(is_by_sample):
+    torch.manual_seed(0)
+    model, inputs = Biasing(is_by_sample).eval(), torch.randn(2, 5, WIDTH)
+    flow = Network.on(model, inputs).flow
+    first_of_heads = flow.group_ids_of("attention.qkv")[[0, 3, 6, 9]]
+    assert flow.group_ids_of("bias").tolist() == first_of_heads.tolist()
+    assert (first_of_heads != FIXED).all()
+    kept = torch.tensor([1.0, 0, 0, 1])
+    masks = head_masks(model, [0, 3])
+    masks["bias"] = {"weight": kept[:, None].expand(HEADS, WIDTH).clone(), "bias": kept}
+    dense = to_dense(model, inputs, masks)
+    assert (dense.bias.out_features, dense.attention.proj.in_features) == (2, 2 * SIZE)
+    same(dense, masked_model(model, inputs, masks), inputs)
+
+
+class Doubled(Fused):
+    """Attention whose layers read something else than what enters."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+@torch.no_grad()
+def test_attention_that_changes_what_enters_needs_all_channels_and_loses_heads():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, WIDTH), Doubled(), nn.Linear(WIDTH, 3)).eval()
+    inputs = torch.randn(2, 4, 5)
+    flow = Network.on(model, inputs).flow
+    assert [reason.kind for reason in flow.why_pinned("0")] == ["needs_all_channels"]
+    entering = flow.entering_channel_ids("1.qkv")
+    assert entering.tolist() == [FIXED] * WIDTH
+    assert entering.dtype == np.int64
+    masks = head_masks(model, [1, 2])
+    dense = to_dense(model, inputs, masks)
+    assert (dense[1].qkv.in_features, dense[1].qkv.out_features) == (WIDTH, 6 * SIZE)
+    same(dense, masked_model(model, inputs, masks), inputs)
+
+
+class Twice(nn.Module):
+    """A head runs in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.extra = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return (self.last(x), self.extra(x)) if self.training else self.last(x)
+
+
+def test_layers_that_run_in_training_alone_are_set_apart_and_read_what_others_do():
+    flow = Network.on(Twice().eval(), torch.randn(2, 5)).flow
+    assert (list(flow.layers), list(flow.in_training)) == (["first", "last"], ["extra"])
+    assert [reason.kind for reason in flow.why_pinned("first")] == []
+    assert flow.entering_group_ids("extra").tolist() == flow.group_ids_of("first").tolist()
+
+
+class Picking(nn.Module):
+    """Picks channels, and does something with them."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.first, self.last, self.after = nn.Linear(5, 6), nn.Linear(6, 3), after
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x) + self.after(x)
+
+
+@pytest.mark.parametrize(
+    ("after", "read"),
+    [
+        (lambda x: x[:, 1:3].relu().sum(1, keepdim=True), 1),
+        (lambda x: x[:, 1].relu()[:, None], 1),
+        (lambda x: (x[:, 1] + 1).relu()[:, None], 0),  # of none the sum is none
+        (lambda x: x[:, 1:3].flatten(1).relu().sum(1, keepdim=True), 0),
+        (lambda x: (picked := x[:, 1]).relu()[:, None] + (picked + 1)[:, None], 1),
+        (lambda x: x[:, 1].shape[0], 0),
+        (lambda x: x.relu().sum(1, keepdim=True), 0),
+    ],
+)
+def test_what_a_forward_picks_is_read_unless_it_only_moves_or_meets_others(after, read):
+    model = Picking(after).eval()
+    flow = Network.on(model, torch.randn(2, 5)).flow
+    own = [reader for _, reader in flow.read() if reader not in ("first", "last")]
+    assert len(own) == read
+    assert [reader for _, reader in flow.read()][: len(flow.layers)] == ["first", "last"]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda own, x: x.contiguous(), True),
+        (lambda own, x: x.clone(), True),
+        (lambda own, x: x.relu(), False),
+        (lambda own, x: own.identity(x), True),
+        (lambda own, x: own.dropout(x), True),
+        (lambda own, x: own.relu(x), False),
+        (lambda own, x: functional.dropout(x, training=False), True),
+        (lambda own, x: functional.dropout(x, training=True), False),
+        (lambda own, x: functional.dropout(x), False),
+        (lambda own, x: functional.batch_norm(x, torch.zeros(3), torch.ones(3), training=False), False),
+        (lambda own, x: torch.relu(x), False),
+    ],
+)
+def test_what_leaves_a_value_as_it_is(function, expected):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.identity, self.dropout, self.relu = nn.Identity(), nn.Dropout2d(), nn.ReLU()
+
+        def forward(self, x):
+            return function(self, x)
+
+    traced = torch.fx.symbolic_trace(Own())
+    *_, last, _ = traced.graph.nodes
+    assert passes(traced, last) is expected
+
+
+class SharedFilters(nn.Module):
+    """Two convolutions of one weight, each behind a layer of its own."""
+
+    def __init__(self, groups, entering):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, entering[0], 1), nn.Conv2d(3, entering[1], 1)
+        self.one, self.two = (nn.Conv2d(*each, 8, 1, groups=of) for each, of in zip(zip(entering), groups, strict=True))
+        self.two.weight = self.one.weight
+        self.last = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.one(self.a(x)).relu(), self.two(self.b(x)).relu()], 1))
+
+
+@pytest.mark.parametrize(("groups", "width"), [(1, 4), (2, 4), (4, 4)])
+def test_convolutions_of_one_weight_with_as_many_groups_lose_the_same_channels(groups, width):
+    flow = Network.on(SharedFilters((groups, groups), (width, width)).eval(), IMAGES).flow
+    assert flow.group_ids_of("one").tolist() == flow.group_ids_of("two").tolist()
+    assert flow.group_ids_of("a").tolist() == flow.group_ids_of("b").tolist()
+    assert (flow.group_ids_of("one") != FIXED).all()
+    assert (flow.group_ids_of("a") != FIXED).all()
+
+
+def test_a_convolution_without_groups_keeps_what_one_of_its_weight_with_groups_reads():
+    flow = Network.on(SharedFilters((2, 1), (4, 2)).eval(), IMAGES).flow
+    assert flow.group_ids_of("two").tolist() == [FIXED] * 8
+    assert flow.group_ids_of("b").tolist() == [FIXED] * 2
+    assert {reason.kind for reason in flow.why_pinned("two")} == {"shared_weight"}

@@ -10,7 +10,7 @@ from speedup_nets import lively
 from torch import nn
 
 import nni_topo
-from nni_topo.network.channels.shuffle import chosen_of, stays_in_place
+from nni_topo.network.channels.shuffle import asked_of, chosen_of, stays_in_place
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import check_masks, union
@@ -135,3 +135,65 @@ def test_masks_of_nnis_own_pruners_never_put_channels_astray(half):
 def test_a_stretch_keeps_its_last_ones_in_an_order():
     assert chosen_of((0, 1, 0, 1, 1), (1, 2), np.array([4, 2, 3, 0, 1])).tolist() == [True, True, False, True, False]
     assert chosen_of((0, 1, 0), (0, 1), np.arange(3)).tolist() == [False, True, False]
+
+
+class Turned(nn.Module):
+    """Shuffles eight channels in two rows of four, so that 0 4 1 5 come before 2 6 3 7, and reads them in some way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.way, self.norm = nn.Conv2d(3, 8, 1), way, nn.BatchNorm2d(8)
+        width, groups = (4, 1) if way in ("chunk", "slice") else (8, 2 if way == "groups" else 1)
+        self.one, self.two = (nn.Conv2d(width, 4, 1, groups=groups) for _ in range(2))
+
+    def forward(self, x):
+        turned = self.first(x).view(2, 2, -1, 8, 8).transpose(1, 2).flatten(1, 2)
+        if self.way in ("chunk", "joined"):
+            one, two = turned.chunk(2, 1)
+            if self.way == "joined":
+                one = two = torch.cat([two.relu(), one], 1)
+        elif self.way == "slice":
+            half = turned.shape[1] // 2
+            one, two = turned[:, :half], turned[:, half:]
+        else:
+            one = two = self.norm(turned)
+        return self.one(one) + self.two(two)
+
+
+@pytest.mark.parametrize("way", ["chunk", "joined", "slice", "groups", "norm"])
+def test_kept_channels_of_a_shuffle_are_in_the_half_that_they_were_in(way):
+    torch.manual_seed(0)
+    flow = Network.on(Turned(way).eval(), IMAGES.float()).flow
+    cases = [
+        ([1, 2, 5, 6], True),  # 1 5 | 2 6
+        ([1, 3, 4, 7], True),  # 1 4 | 3 7, where 4 came before 1
+        ([0, 1, 2, 3, 4, 5, 6, 7], True),
+        ([1, 2, 3, 5, 6, 7], way in ("groups", "norm")),  # 1 5 2 | 6 3 7: those of the first half come first
+        ([2, 3, 4, 5], way == "norm"),  # 2 4 | 3 5
+        ([0, 1, 2, 3, 4, 5, 6], False),  # these make no two rows
+    ]
+    for kept, expected in cases:
+        left = flow.kept({"first": np.isin(np.arange(8), kept)})
+        assert stays_in_place(flow, left) is expected, kept
+        assert stays_in_place(flow, left, ["first"]) is expected, kept
+        assert stays_in_place(flow, left, ["two"]), kept  # of which none is shuffled
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"sparse_ratio": 0.5}, 4),
+        ({"sparse_ratio": 0.3}, 6),  # a part of a channel stays
+        ({"sparse_ratio": 0}, 8),
+        ({"sparse_ratio": 0.99}, 1),
+        ({"sparse_threshold": 0.5}, 8),
+        ({"sparse_ratio": 0.5, "granularity": [2, -1]}, 8),
+        ({"sparse_ratio": 0.5, "granularity": "out_channel"}, 4),
+        ({"sparse_ratio": 0.5, "global_group_id": "all"}, 8),
+    ],
+)
+def test_channels_that_should_stay_are_counted_of_plain_ratios(entry, expected):
+    flow = Network.on(Turned("norm").eval(), IMAGES.float()).flow
+    entries = [{"op_names": ["first"], **entry}, {"op_names": ["norm"], "sparse_ratio": 0.5}]
+    assert asked_of(flow, entries, []) == {"first": expected, "one": 4, "two": 4}
+    assert asked_of(flow, entries, ["first"]) == {"first": 8, "one": 4, "two": 4}
