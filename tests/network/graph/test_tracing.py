@@ -179,6 +179,35 @@ def test_what_a_layer_of_attention_reads_is_known_by_its_values(entered, read):
     assert tracing._read_of(entered, {"nothing": None, **PLACES}) == read
 
 
+class Attending(nn.Module):
+    """Calls attention in a way of its own."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.attention, self.call = nn.MultiheadAttention(8, 2, batch_first=True), call
+
+    def forward(self, x):
+        return self.call(self.attention, x)
+
+
+@pytest.mark.parametrize(
+    ("call", "read"),
+    [
+        (lambda attention, x: attention(x, x, x)[0], [[0, 1, 2]]),
+        (lambda attention, x: attention(x, 2 * x, value=x)[0], [[0, 1, "value"]]),
+        (lambda attention, x: attention(x, key=x, value=x)[0], [[0, "key", "value"]]),
+        (lambda attention, x: attention(query=x, key=x, value=x)[0], [["query", "key", "value"]]),
+        (lambda attention, x: attention(x, x, x)[0] + attention(2 * x, x, x)[0], [[0, 1, 2]] * 2),
+        (lambda attention, x: attention(x, x, x)[0] + attention(x, x, value=x)[0], [None] * 2),
+        (lambda attention, x: sum(attention(x, x, **{"value": x})[0] for _ in range(3)), [[0, 1, "value"]] * 3),
+    ],
+)
+def test_calls_of_attention_say_where_its_states_are_unless_they_differ(call, read):
+    graph = trace(Attending(call).eval(), ((STATES,), {})).graph_module.graph
+    found = [node.meta["reads"] for node in graph.nodes if node.meta.get("reads") is not None]
+    assert found == [{} if each is None else {"attention": each} for each in read]
+
+
 @pytest.mark.parametrize(
     ("expected", "actual", "is_same"),
     [

@@ -20,6 +20,8 @@ from nni_topo.network.layers.derived import (
     inner_of,
     is_followed,
     padded_size,
+    trial_inputs,
+    weight_used,
 )
 
 HALF = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
@@ -234,3 +236,213 @@ class Frozen(nn.Linear):
 
 def test_a_layer_whose_train_returns_nothing_is_tried_out():
     assert inner_of(Frozen(3, 4)) is not None
+
+
+class Unset(nn.Conv2d):
+    """It leaves all settings to PyTorch's function."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight)
+
+
+class ByName(nn.ConvTranspose1d):
+    """It names all arguments, with one number for all axes."""
+
+    def forward(self, x):
+        return nn.functional.conv_transpose1d(input=x, weight=self.weight, stride=3, output_padding=1, dilation=2)
+
+
+class InOrder(nn.ConvTranspose2d):
+    """It hands all arguments over in PyTorch's order, which isn't that of a convolution."""
+
+    def forward(self, x):
+        return nn.functional.conv_transpose2d(x, self.weight, self.bias, (3, 2), (1, 0), (1, 1), 2, (2, 1))
+
+
+# By name: the layer, what enters, and stride, padding, dilation, groups, and the pixels that leave.
+CALLS = {
+    "1d": (
+        nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), (2, 4, 11),
+        ((2,), ((1, 1),), (2,), 2, (5,)),
+    ),
+    "2d": (
+        nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 3)), (2, 3, 8, 9),
+        ((2, 1), ((2, 2), (1, 1)), (1, 3), 1, (5, 8)),
+    ),
+    "3d": (nn.Conv3d(2, 4, 2, stride=(1, 2, 3)), (1, 2, 5, 6, 7), ((1, 2, 3), ((0, 0),) * 3, (1,) * 3, 1, (4, 3, 2))),
+    "same": (
+        nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2)), (2, 3, 7, 8),
+        ((1, 1), ((1, 2), (2, 2)), (1, 2), 1, (7, 8)),
+    ),
+    "valid": (nn.Conv1d(3, 4, 3, padding="valid"), (2, 3, 7), ((1,), ((0, 0),), (1,), 1, (5,))),
+    "mirrored": (
+        nn.Conv1d(3, 4, 3, padding=2, padding_mode="reflect"), (2, 3, 7),
+        ((1,), ((0, 0),), (1,), 1, (9,)),
+    ),
+    "one pixel of a stride": (nn.Conv1d(3, 4, 2, stride=3), (2, 3, 5), ((3,), ((0, 0),), (1,), 1, (2,))),
+    "transposed, 1d": (
+        nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 5),
+        ((2,), ((1, 1),), (1,), 2, (10,)),
+    ),
+    "transposed, 2d": (
+        nn.ConvTranspose2d(3, 4, (3, 2), stride=(3, 2), output_padding=(2, 0), dilation=(2, 1)), (1, 3, 4, 5),
+        ((3, 2), ((0, 0), (0, 0)), (2, 1), 1, (16, 10)),
+    ),
+    "transposed, 3d": (
+        nn.ConvTranspose3d(2, 3, 2, stride=(1, 2, 3)), (1, 2, 3, 4, 2),
+        ((1, 2, 3), ((0, 0),) * 3, (1,) * 3, 1, (4, 8, 5)),
+    ),
+    "linear": (nn.Linear(3, 4), (2, 5, 3), ((), (), (), 1, ())),
+    "nothing set": (Unset(3, 4, 3, stride=2, padding=1), (2, 3, 6, 7), ((1, 1), ((0, 0), (0, 0)), (1, 1), 1, (4, 5))),
+    "by name": (ByName(3, 4, 2), (2, 3, 5), ((3,), ((0, 0),), (2,), 1, (16,))),
+    "in order": (InOrder(4, 6, 2, groups=2), (2, 4, 5, 6), ((3, 2), ((1, 1), (0, 0)), (2, 1), 2, (14, 13))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+@torch.no_grad()
+def test_the_call_of_a_layer_has_its_settings_and_the_size_of_what_leaves(name):
+    layer, shape, (stride, padding, dilation, groups, size) = CALLS[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    call, expected = call_of(layer, x), layer(x)
+    assert (call.stride, call.padding, call.dilation, call.groups) == (stride, padding, dilation, groups)
+    assert call.output_size == size
+    assert tuple(expected.shape[2:]) == size or isinstance(layer, nn.Linear)
+    assert call.kernel == tuple(layer.weight.shape[2:])
+    assert call.padded_size == tuple(call.padded.shape[2:][: len(size)])
+    torch.testing.assert_close(call.run(), expected, rtol=0, atol=0)
+    assert call.weight is layer.weight
+    for key, value in call.settings.items():
+        wanted = {"stride": stride, "dilation": dilation, "padding": tuple(before for before, _ in padding)}.get(key)
+        if wanted is not None and not isinstance(value, str):
+            assert value == wanted
+
+
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (nn.Conv2d(3, 4, 3), [(6, 6), (7, 7)]),
+        (nn.Conv2d(3, 4, 3, stride=3), [(6, 6), (7, 7), (8, 8)]),
+        (nn.Conv2d(3, 4, 1, stride=(1, 4)), [(4, 4), (5, 5), (6, 6), (7, 7)]),
+        (nn.Conv1d(3, 4, 3, stride=8, dilation=2), [(10,), (11,), (12,), (13,)]),
+        (nn.ConvTranspose1d(3, 4, 5), [(10,), (11,)]),
+    ],
+)
+def test_a_layer_is_tried_on_images_larger_than_its_kernel_of_each_remainder_of_a_stride(layer, sizes):
+    found = trial_inputs(layer)
+    assert [tuple(each.shape) for each in found] == [(2, 3, *size) for size in sizes]
+    assert all(each.abs().max() <= 1 and each.std() > 0.5 for each in found)
+
+
+def test_a_linear_layer_is_tried_on_two_numbers_of_rows():
+    found = trial_inputs(nn.Linear(5, 3).double())
+    assert [tuple(each.shape) for each in found] == [(2, 5), (3, 5)]
+    assert {each.dtype for each in found} == {torch.float64}
+
+
+class PerRow(nn.Linear):
+    """Its weight follows the number of rows."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / len(x), self.bias)
+
+
+class Joined(nn.Conv2d):
+    """It convolves twice as many images as it gets."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(torch.cat([x, x]), self.weight)[: len(x)]
+
+
+class Central(nn.Conv2d):
+    """It convolves with a part of its kernel."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight[..., :1, :1], self.bias)
+
+
+class Lifted(nn.Linear):
+    """It gives its rows another dimension."""
+
+    def forward(self, x):
+        return super().forward(x[:, None])
+
+
+class Folded(nn.Linear):
+    """It gives no tensor."""
+
+    def forward(self, x):
+        return len(super().forward(x))
+
+
+class Following(nn.Linear):
+    """It goes on with its input."""
+
+    def forward(self, x):
+        return super().forward(x), x.sum()
+
+
+class Pair(nn.Linear):
+    """It gives its output twice."""
+
+    def forward(self, x):
+        found = super().forward(x)
+        return found, found.relu()
+
+
+class InPlaceToo(nn.Linear):
+    """It gives the output of its product, in another state."""
+
+    def forward(self, x):
+        return super().forward(x).mul_(2.0)
+
+
+class Shared(nn.Linear):
+    """Its weight is computed, and its bias its own."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+
+
+class WithoutBias(nn.Linear):
+    """It leaves its bias out."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+class AnotherKind(nn.Conv1d):
+    """It multiplies, with a weight that a linear layer could have."""
+
+    def forward(self, x):
+        return nn.functional.linear(x.mT, self.weight[..., 0], self.bias).mT
+
+
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [
+        (PerRow(3, 3), None),
+        (Joined(3, 3, 1), None),
+        (Central(3, 3, 3), None),
+        (Lifted(3, 3), None),
+        (Folded(3, 3), None),
+        (Following(3, 3), None),
+        (AnotherKind(3, 3, 1), None),
+        (nn.Linear(3, 3), None),  # PyTorch's own needs no trial
+        (Pair(3, 3), (False, True)),
+        (InPlaceToo(3, 3), (False, True)),
+        (Shared(3, 3), (True, False)),
+        (WithoutBias(3, 3), (True, False)),
+        (WithoutBias(3, 3, bias=False), (True, True)),
+        (Turned(3, 3, bias=False), (True, True)),
+        (Turned(3, 3), (False, False)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_layer_is_bare_and_its_weight_its_own_where_trials_show_it(layer, found):
+    inner = inner_of(layer)
+    assert (inner if inner is None else (inner.is_bare, inner.is_own)) == found
+    if inner is not None:
+        expected = layer.weight - layer.weight.mean() if isinstance(layer, Shared) else layer.weight
+        assert torch.equal(weight_used(layer), expected)
+        assert is_followed(layer) == (found == (False, True))

@@ -61,8 +61,23 @@ def test_a_model_of_several_types_gets_floats_as_they_are_and_integers_are_never
             r"got a mapping; it runs on the entry 'pixels': pass \[batch\['pixels'\] for batch in batches\]",
         ),
         (IMAGES[:, :1], r"got RuntimeError: Given groups=1.*to have 3 channels, but got 1 channels"),
+        (IMAGES > 0.5, r"got RuntimeError: [^;]*\(batch 0\)$"),  # no numbers of pixels
+        (IMAGES.to(torch.complex64), r"got RuntimeError: [^;]*\(batch 0\)$"),
+        (torch.arange(6), r"got RuntimeError: [^;]*\(batch 0\)$"),
     ],
-    ids=["bytes", "integers", "one image", "channels last", "all three", "labels first", "mapping", "no form fits"],
+    ids=[
+        "bytes",
+        "integers",
+        "one image",
+        "channels last",
+        "all three",
+        "labels first",
+        "mapping",
+        "no form fits",
+        "truth values",
+        "complex numbers",
+        "labels alone",
+    ],
 )
 def test_the_form_that_the_model_runs_on_is_named(batch, message):
     with pytest.raises(DataError, match=message):
@@ -193,7 +208,11 @@ class _ByTurns(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("kinds", "traced"), [([0, 1, 2, 2], 4), ([0, 1, 1, 0], 2), ([0, 0, 0], 2), ([2, 1], 2)])
+@pytest.mark.parametrize(("kinds", "traced"), [
+        ([0, 1, 2, 2], 4), ([0, 1, 2], 3), ([0, 1, 1, 0], 2), ([0, 0, 0], 2), ([2, 1], 2), ([0, 0, 1], 3), ([1], 1),
+        ([0, 1], 2),
+    ],
+)  # fmt: skip
 def test_a_batch_is_traced_whole_where_more_layers_run_on_it_than_on_two_samples(kinds, traced):
     model = _ByTurns().train()
     batch = torch.tensor([[float(kind), 0.5] for kind in kinds])
@@ -224,3 +243,42 @@ class Listed(nn.Module):
 )
 def test_a_model_runs_on_batches_that_no_layer_takes_for_a_sample(given: Tensor, runs: bool) -> None:
     assert _runs(Listed(), ((given,), {})) is runs
+
+
+@pytest.mark.parametrize(
+    ("layer", "sample", "words"),
+    [
+        (nn.Conv1d(3, 4, 3), (6, 9, 3), rf"got float32 of shape \(6, 9, 3\); it runs on them {FIRST} \(batch 0\)$"),
+        (nn.Conv1d(9, 4, 3), (6, 3, 3), r"got RuntimeError: [^;]*\(batch 0\)$"),
+        (nn.Conv3d(3, 4, 1), (2, 4, 4, 4, 3), rf"it runs on them {FIRST} \(batch 0\)$"),
+        (nn.Linear(3, 4), (6, 2), r"got RuntimeError: [^;]*\(batch 0\)$"),
+    ],
+)
+def test_channels_may_be_last_of_any_number_of_dimensions(layer, sample, words):
+    with pytest.raises(DataError, match=words):
+        structure_call(nn.Sequential(layer), [torch.rand(sample)])
+
+
+class _Joined(nn.Module):
+    """Takes two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, one, other):
+        return self.layer(torch.cat([one, other], 1))
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"one": IMAGES[:, 0, 0, :2], "other": IMAGES[0, 0, 0, :2]}, r"got RuntimeError: [^;]*\(batch 0\)$"),
+        ([IMAGES[:, 0], IMAGES[:, 0]], r"got TypeError: .*pass several inputs as \(\(images, vectors\),\)"),
+        ([IMAGES[:, 0], "text"], r"got TypeError: "),
+        ([IMAGES[:, 0]], r"got TypeError: "),
+    ],
+)
+def test_batches_of_several_inputs_that_fit_in_no_form_get_the_models_error(batch, words):
+    with pytest.raises(DataError, match=words):
+        structure_call(_Joined(), [batch])
