@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -446,3 +447,67 @@ def test_a_layer_is_bare_and_its_weight_its_own_where_trials_show_it(layer, foun
         expected = layer.weight - layer.weight.mean() if isinstance(layer, Shared) else layer.weight
         assert torch.equal(weight_used(layer), expected)
         assert is_followed(layer) == (found == (False, True))
+
+
+class Multiplied(nn.Linear):
+    """It multiplies in a way of its own, with a square weight."""
+
+    def __init__(self, multiply):
+        super().__init__(4, 4)
+        self.multiply = multiply
+
+    def forward(self, x):
+        return self.multiply(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("multiply", "bias"),
+    [
+        (lambda x, weight, bias: x @ weight.T, False),
+        (lambda x, weight, bias: torch.matmul(x, weight.t()) + bias, False),
+        (lambda x, weight, bias: x.matmul(weight.transpose(0, 1)), False),
+        (lambda x, weight, bias: torch.mm(x, weight.mT), False),
+        (lambda x, weight, bias: x.mm(weight[None].mT[0]), False),
+        (lambda x, weight, bias: torch.addmm(bias, x, weight.T), True),
+    ],
+)
+def test_products_with_the_transpose_of_a_weight_are_those_of_a_linear_layer(multiply, bias):
+    layer, x = Multiplied(multiply), torch.randn(3, 4)
+    call = call_of(layer, x)
+    assert call.weight is layer.weight
+    assert (call.bias is layer.bias) == bias
+    assert torch.equal(call.entering, x)
+    torch.testing.assert_close(call.run(), x @ layer.weight.T + (layer.bias if bias else 0))
+    assert (call.settings, call.groups, call.kernel) == ({}, 1, ())
+
+
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda x, weight, bias: x @ weight,
+        lambda x, weight, bias: x @ weight[:],
+        lambda x, weight, bias: x @ weight.view(2, 8).view(4, 4),
+        lambda x, weight, bias: x @ weight[:2].T,
+        lambda x, weight, bias: x[:, :2] @ weight[:, :2].T,
+        lambda x, weight, bias: x[:, :2] @ weight[:, 2:].T[:, :4],
+        lambda x, weight, bias: x @ weight.T.clone(),
+        lambda x, weight, bias: x @ weight.flip(0).T,
+        lambda x, weight, bias: torch.matmul(x[None], weight.T[None]),
+        lambda x, weight, bias: torch.bmm(x[None], weight.T[None]),
+        lambda x, weight, bias: x * 2,
+    ],
+    ids=["plain", "whole", "seen anew", "rows", "columns", "last columns", "copy", "reversed", "batch",
+         "batches", "none"],
+)  # fmt: skip
+def test_other_products_are_none_of_a_linear_layer(multiply):
+    layer, x = Multiplied(multiply), torch.randn(3, 4)
+    with suppress(TypeError):  # there is none
+        call = call_of(layer, x)  # of another tensor, which isn't the layer's own
+        assert call.weight is not layer.weight
+        torch.testing.assert_close(call.run(), layer(x))
+    assert inner_of(layer) is None or not inner_of(layer).is_own
+
+
+def test_a_layer_without_a_product_is_named():
+    with pytest.raises(TypeError, match=r"^a layer must call a convolution or a product, got Multiplied$"):
+        call_of(Multiplied(lambda x, weight, bias: x * 2), torch.randn(3, 4))
