@@ -91,9 +91,13 @@ def test_the_form_that_the_model_runs_on_is_named(batch, message):
         (nn.Conv2d(3, 4, 3), (3, 8, 8)),
         (nn.Conv3d(3, 4, 3), (3, 5, 5, 5)),
         (nn.ConvTranspose2d(3, 4, 3), (3, 8, 8)),
+        (nn.ConvTranspose1d(3, 4, 3), (3, 9)),
+        (nn.ConvTranspose3d(3, 4, 3), (3, 5, 5, 5)),
+        (nn.Linear(3, 4), (3,)),
         (nn.GRU(3, 4, batch_first=True), (5, 3)),
+        (nn.RNN(3, 4, batch_first=True), (5, 3)),
     ],
-    ids=["1d", "2d", "3d", "transposed", "recurrent"],
+    ids=["1d", "2d", "3d", "transposed", "transposed 1d", "transposed 3d", "linear", "recurrent", "plain recurrent"],
 )
 def test_a_layer_that_takes_the_batch_for_one_sample_is_named(layer, sample):
     # Without the check, channels, or points in time, would be taken for samples.
@@ -101,6 +105,24 @@ def test_a_layer_that_takes_the_batch_for_one_sample_is_named(layer, sample):
     with pytest.raises(DataError, match=rf"first dimension.*which {type(layer).__name__} '0' takes for a single"):
         structure_call(model, [torch.rand(sample)])
     structure_call(model, [torch.rand(2, *sample)])
+
+
+class Attending(nn.Module):
+    """Lets places of a sample attend to one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.attention(x, x, x)[0]
+        return found
+
+
+def test_attention_that_takes_the_batch_for_one_sample_is_named() -> None:
+    with pytest.raises(DataError, match=r"of shape \(5, 4\), which MultiheadAttention 'attention' takes for a single"):
+        structure_call(Attending(), [torch.rand(5, 4)])
+    structure_call(Attending(), [torch.rand(2, 5, 4)])
 
 
 class OneByOne(nn.Module):
