@@ -9,6 +9,7 @@ import operator
 import weakref
 from types import SimpleNamespace
 
+import far_device
 import pytest
 import torch
 from torch import nn
@@ -1056,3 +1057,14 @@ def test_results_of_the_models_own_weights_alone_are_kept(call, is_kept):
                 found = call(entering, layer)
             torch.testing.assert_close(found, torch.cat([expected] * twice))
     assert calls.count(functional.linear) == (0 if is_kept else 2)
+
+
+@torch.no_grad()
+def test_constants_of_another_device_follow_the_number_of_samples_there():
+    if not far_device.is_possible():
+        pytest.skip("this PyTorch takes no device written in Python")
+    far = far_device.start()
+    model = Computing(lambda x: x[torch.arange(x.shape[0], device=x.device), 0]).eval().to(far)
+    graph = record(model, {"x": torch.randn(3, 4).to(far)}).graph_module
+    x = torch.randn(5, 4).to(far)
+    torch.testing.assert_close(graph(x).cpu(), model(x).cpu())

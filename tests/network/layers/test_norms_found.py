@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import far_device
 import pytest
 import torch
 from torch import Tensor, nn
@@ -317,6 +320,10 @@ class Alike(Response):
         mean = lengths.sum(-1, keepdim=True) if self.change == "sum" else lengths.mean(-1, keepdim=True)
         weights = lengths / (mean + (0 if self.change == "no eps" else self.eps))
         found = self.gamma * (images * weights) + self.beta
+        if self.change == "one gain":
+            found = self.gamma.mean() * (images * weights) + self.beta
+        if self.change == "one shift":
+            found = self.gamma * (images * weights) + self.beta.mean()
         if self.change == "swapped":
             found = self.beta * (images * weights) + self.gamma
         if self.change == "several":
@@ -327,7 +334,8 @@ class Alike(Response):
 
 
 def test_a_response_norm_is_known_within_rounding() -> None:
-    for change in ("even", "rows", "sum", "no eps", "swapped", "several", "failing", "alone", "1.01", "1.00000001"):
+    others = ("even", "rows", "sum", "no eps", "one gain", "one shift", "swapped", "several", "failing", "alone")
+    for change in (*others, "1.01", "1.00000001"):
         assert response_norm(Alike(change)) is None, change
     for change in ("none", "1.0000000001"):
         assert response_norm(Alike(change)) is not None, change
@@ -463,3 +471,38 @@ def test_a_norm_without_an_epsilon_of_its_own_has_that_of_its_precision() -> Non
         torch.testing.assert_close(norm(x), wanted)
         norm.weight = nn.Parameter(torch.ones(2, dtype=kind))
         torch.testing.assert_close(norm(x[:, :2]), wanted[:, :2])
+
+
+@pytest.fixture
+def far() -> torch.device:
+    if not far_device.is_possible():
+        pytest.skip("this PyTorch takes no device written in Python")
+    return far_device.start()
+
+
+@pytest.mark.parametrize("name", [*NORMS, "groups"])
+@torch.no_grad()
+def test_norms_of_original_width_compute_on_another_device_what_they_do_on_the_cpu(
+    name: str, far: torch.device
+) -> None:
+    norm, shape, dim, _ = NORMS.get(name, (nn.GroupNorm(2, 6, eps=0.1), (3, 6, 4), 1, None))
+    norm, images, kept = copy.deepcopy(drawn(norm)), entering(*shape), torch.tensor([0, 2, 3, 5])
+    width = 3 if name == "groups" else 6
+    away = copy.deepcopy(norm).to(far)
+    for each in (norm, away):
+        keep_original_width(each, width)
+        for key, parameter in list(each.named_parameters()):
+            place = max(range(parameter.dim()), key=lambda d: parameter.shape[d])
+            setattr(each, key, nn.Parameter(parameter.index_select(place, kept.to(parameter.device))))
+    norm.num_channels = away.num_channels = 4
+    expected = norm(images.index_select(dim, kept))
+    found = away(images.index_select(dim, kept).to(far))
+    assert found.device == far
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_norms_are_found_on_another_device(far: torch.device) -> None:
+    for kind, wanted in (("root", nn.RMSNorm), ("shifted", ShiftedRMSNorm), ("layer", nn.LayerNorm)):
+        assert type(plain_norm(Root(kind).to(far))) is wanted
+    for norm in (ChannelsFirst(4), ChannelsLast(4), Response(4)):
+        assert channel_dim(norm.to(far)) == (1 if isinstance(norm, ChannelsFirst) else -1)

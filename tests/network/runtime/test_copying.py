@@ -908,3 +908,35 @@ def test_a_function_may_hold_a_table_of_the_module(table):
     assert copied.held() is vars(copied)[table]
     assert list(copied.held()) == list(held)
     assert all(one is not other for one, other in zip(copied.held().values(), held.values(), strict=True))
+
+
+LAYER = nn.Linear(2, 2)
+
+
+class Tools:
+    """Holds a function that pickle finds by its qualified name."""
+
+    @staticmethod
+    def apply(x, layer=LAYER):
+        """Map rows."""
+        return layer(x)
+
+
+def _made():
+    def renamed(x, layer=LAYER):
+        return layer(x)
+
+    return renamed
+
+
+renamed = _made()
+
+
+def test_layers_of_a_function_that_has_a_name_of_its_module_are_nobodys():
+    for function in (Tools.apply, renamed):
+        assert detached_copy(Holds(function)).held is function
+    nameless = _made()
+    copied = detached_copy(Holds(nameless))
+    assert copied.held is not nameless
+    assert copied.held.__defaults__[0] is not LAYER
+    assert nameless.__defaults__[0] is LAYER

@@ -545,3 +545,14 @@ def test_tables_that_become_empty_or_were_so_are_put_back(change):
         model(torch.ones(1))
         assert [dict(table) for table in tables] != before
     assert [dict(table) for table in tables] == before
+
+
+def test_functions_watch_forwards_unless_they_run_them_as_compiled():
+    def hooks(model):
+        model(torch.ones(1, 2))
+        return len(nn.modules.module._global_forward_pre_hooks)
+
+    model, before = nn.Linear(2, 2), len(nn.modules.module._global_forward_pre_hooks)
+    assert leaves_models_alone(hooks)(model) == before + 1
+    assert leaves_models_alone(hooks, as_compiled=True)(model) == before
+    assert hooks(model) == before
