@@ -508,3 +508,32 @@ def test_only_a_quotient_is_an_equal_part() -> None:
         found = compute(number)
         assert (int(found), getattr(found, "place", None)) == (value, None)
     assert (held(4) // 2).place == PLACE
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize(
+    ("compare", "number", "other", "value", "is_noted"),
+    [
+        (operator.eq, held(8), lambda: size(8), True, False),
+        (operator.ne, held(8), lambda: size(8), False, False),
+        (operator.eq, held(8), lambda: size(9), False, True),
+        (operator.ne, held(8), lambda: size(9), True, True),
+        (operator.eq, held(8), lambda: size(4) + 4, True, True),
+        (operator.eq, held(8), lambda: 8, True, True),
+        (operator.eq, held(8), lambda: held(8, place=HEADS), True, True),
+        (operator.eq, held(8, parts=2), lambda: size(8), True, True),
+        (operator.le, held(8), lambda: size(8), True, True),
+        (operator.ge, held(8), lambda: size(8), True, True),
+    ],
+)
+def test_a_number_found_equal_to_the_size_of_a_tensor_is_no_other_use(
+    compare, number, other, value, is_noted, is_turned
+) -> None:
+    number, other = held(int(number), parts=number.parts), other()
+    found = compare(other, number) if is_turned else compare(number, other)
+    assert bool(found) is value
+    assert number.unclear == ({PLACE} if is_noted else set())
+    compared = [(place, dim) for place, _, dim in number.unclear.compared]
+    assert compared == ([] if is_noted else [(PLACE, 0)])
+    if isinstance(other, TracedInt) and other.place is not None:
+        assert other.unclear == {HEADS}

@@ -86,6 +86,40 @@ def test_inputs_that_do_not_fit_are_told_with_their_shapes():
         trace(nn.Linear(4, 2).eval(), ((torch.ones(2, 3),), {}))
 
 
+class TakesOne(nn.Module):
+    """Takes one tensor of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, batch):
+        return self.layer(batch)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "words"),
+    [
+        (nn.Conv1d(3, 2, 1), (torch.ones(2, 5, 3),), r"Conv1d, got float32 of shape \(2, 5, 3\); it runs on them with"),
+        (TakesOne(), (torch.ones(2, 4).int(),), r"TakesOne, got int32 of shape \(2, 4\); it runs on them as floats"),
+        (
+            TakesOne(),
+            (torch.ones(2, 3),),
+            r"fit the model: TakesOne can't be run on \(2, 3\) torch.float32 in evaluation",
+        ),
+        (
+            TakesOne(),
+            ({"rows": torch.ones(2, 4)},),
+            r"can't be run on \(2, 4\) .*got TypeError.*dict; a mapping is passed",
+        ),
+    ],
+    ids=["channels last", "integers", "width", "a mapping"],
+)
+def test_inputs_that_a_model_refuses_are_told_with_what_helps(model, args, words):
+    with pytest.raises(ConfigError, match=words):
+        trace(model.eval(), (args, {}))
+
+
 class Own(nn.Module):
     """A convolution and a product that do more than PyTorch's, and a recurrent layer that gets rows in a pack."""
 

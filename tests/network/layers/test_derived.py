@@ -15,6 +15,7 @@ from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.cost.measure import count_macs
 from nni_topo.network.layers.derived import (
+    PaddedAlike,
     call_of,
     graph_of_convolution,
     has_own_forward,
@@ -511,3 +512,21 @@ def test_other_products_are_none_of_a_linear_layer(multiply):
 def test_a_layer_without_a_product_is_named():
     with pytest.raises(TypeError, match=r"^a layer must call a convolution or a product, got Multiplied$"):
         call_of(Multiplied(lambda x, weight, bias: x * 2), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "knobs", "padding"),
+    [
+        ((5, 6), (3, 5), {"stride": (2, 1), "dilation": (1, 2)}, (4, 4, 1, 1)),
+        ((7, 7), (2, 3), {"stride": (1, 2)}, (1, 1, 0, 1)),
+        ((8, 5), (3, 1), {"stride": (2, 3), "groups": 2}, (0, 0, 0, 1)),
+        ((4, 9), (1, 4), {"stride": (3, 2), "bias": False}, (1, 2, 0, 0)),
+    ],
+)
+def test_a_layer_padded_as_tensorflow_does_adds_an_odd_pixel_at_the_end(size, kernel, knobs, padding):
+    torch.manual_seed(0)
+    layer, x = PaddedAlike(4, 6, kernel, **knobs), torch.randn(2, 4, *size)
+    settings = {"stride": 1, "dilation": 1, "groups": 1} | {key: each for key, each in knobs.items() if key != "bias"}
+    expected = nn.functional.conv2d(nn.functional.pad(x, padding), layer.weight, layer.bias, **settings)
+    torch.testing.assert_close(layer(x), expected)
+    assert expected.shape[2:] == tuple(-(-n // each) for n, each in zip(size, knobs["stride"], strict=True))
