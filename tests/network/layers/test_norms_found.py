@@ -97,7 +97,7 @@ NORMS = {
 @torch.no_grad()
 def test_the_kept_channels_are_what_they_are_beside_zeros(name: str) -> None:
     norm, shape, dim, kind = NORMS[name]
-    norm, images, kept = drawn(norm), entering(*shape), torch.tensor(KEPT)
+    norm, images, kept = drawn(copy.deepcopy(norm)), entering(*shape), torch.tensor(KEPT)
     zeroed = torch.zeros_like(images).index_copy(dim, kept, images.index_select(dim, kept))
     wanted = norm(zeroed).index_select(dim, kept)
     whole = norm(images)
@@ -486,7 +486,7 @@ def test_norms_of_original_width_compute_on_another_device_what_they_do_on_the_c
     name: str, far: torch.device
 ) -> None:
     norm, shape, dim, _ = NORMS.get(name, (nn.GroupNorm(2, 6, eps=0.1), (3, 6, 4), 1, None))
-    norm, images, kept = copy.deepcopy(drawn(norm)), entering(*shape), torch.tensor([0, 2, 3, 5])
+    norm, images, kept = drawn(copy.deepcopy(norm)), entering(*shape), torch.tensor([0, 2, 3, 5])
     width = 3 if name == "groups" else 6
     away = copy.deepcopy(norm).to(far)
     for each in (norm, away):
