@@ -1068,3 +1068,17 @@ def test_constants_of_another_device_follow_the_number_of_samples_there():
     graph = record(model, {"x": torch.randn(3, 4).to(far)}).graph_module
     x = torch.randn(5, 4).to(far)
     torch.testing.assert_close(graph(x).cpu(), model(x).cpu())
+
+
+def test_a_layer_of_which_nothing_comes_is_in_the_graph():
+    class Unread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.other, self.layer = nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            self.other(x)
+            return self.layer(x)
+
+    graph = record(Unread().eval(), {"x": torch.ones(3, 4)}).graph_module.graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["other", "layer"]

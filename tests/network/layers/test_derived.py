@@ -17,6 +17,7 @@ from nni_topo.network.cost.measure import count_macs
 from nni_topo.network.layers.derived import (
     PaddedAlike,
     call_of,
+    fold,
     graph_of_convolution,
     has_own_forward,
     inner_of,
@@ -530,3 +531,22 @@ def test_a_layer_padded_as_tensorflow_does_adds_an_odd_pixel_at_the_end(size, ke
     expected = nn.functional.conv2d(nn.functional.pad(x, padding), layer.weight, layer.bias, **settings)
     torch.testing.assert_close(layer(x), expected)
     assert expected.shape[2:] == tuple(-(-n // each) for n, each in zip(size, knobs["stride"], strict=True))
+
+
+class Centred(nn.Conv2d):
+    """Its weight is computed."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_layer_with_the_weight_that_it_computed_learns_as_before(trained):
+    layer = Centred(3, 4, 1)
+    expected = (layer.weight - layer.weight.mean()).detach()
+    for parameter in layer.parameters():
+        parameter.requires_grad_(trained)
+    assert fold(layer)
+    assert type(layer) is nn.Conv2d
+    assert (layer.weight.requires_grad, layer.bias.requires_grad) == (trained, trained)
+    torch.testing.assert_close(layer.weight.detach(), expected)

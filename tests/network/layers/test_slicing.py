@@ -227,3 +227,9 @@ def test_taps_lie_on_the_device_of_the_weight(far: torch.device) -> None:
     for each in (layer, away):
         cut_channelwise(each, torch.tensor([0, 2, 3]).to(each.weight.device), 7)
     torch.testing.assert_close(away(values[..., :3].to(far)).cpu(), layer(values[..., :3]))
+
+
+def test_a_group_norm_counts_the_channels_that_its_groups_had() -> None:
+    norm = nn.GroupNorm(2, 6)
+    cut("a", norm, torch.tensor([0, 2, 4, 5]), torch.tensor([0, 2, 4, 5]))
+    assert (norm.counted, type(norm.counted)) == (3, int)

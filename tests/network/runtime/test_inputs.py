@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import UserDict
 from dataclasses import dataclass
 
 import pytest
@@ -568,3 +569,9 @@ def test_calls_are_cut_into_parts_of_samples_that_may_run_together(most):
     assert sum(found) == 7
     assert max(found) - min(found) <= 1
     assert found == {None: [7], 8: [7], 7: [7], 6: [3, 2, 2], 3: [3, 2, 2], 1: [1] * 7}[most]
+
+
+def test_mappings_of_any_class_become_dicts():
+    found = inputs_of(UserDict(a=X))
+    assert type(found) is dict
+    assert found["a"] is X
