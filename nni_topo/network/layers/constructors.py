@@ -687,10 +687,13 @@ def sizes_of(model: nn.Module) -> dict[str, Any]:
     """
     sizes: dict[str, Any] = {}
     for _, name, key, value in _stored(model):
-        found = numbers_in(value) or {}
-        is_flat = type(value) is int or (type(value) in (list, tuple) and len(found) == len(value))
-        nested = {"/".join(map(str, path)): each for path, each in found.items()}
-        sizes[f"{name}.{key}".lstrip(".")] = (value if type(value) is int else list(value)) if is_flat else nested
+        full_name = f"{name}.{key}".lstrip(".")
+        if type(value) is int:
+            sizes[full_name] = value
+        elif type(value) in (list, tuple) and all(type(each) is int for each in value):
+            sizes[full_name] = list(value)
+        else:
+            sizes[full_name] = {"/".join(map(str, path)): each for path, each in (numbers_in(value) or {}).items()}
     return sizes
 
 

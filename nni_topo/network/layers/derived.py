@@ -243,7 +243,7 @@ def _call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inner
         # Where an odd number is added, PyTorch puts the spare pixel at the end.
         pairs = tuple((total // 2, total - total // 2) for total in spare)
     else:
-        pairs = tuple((each, each) for each in (several("padding", 0) if padding != "valid" else (0,) * dims))
+        pairs = tuple((each, each) for each in _several(0 if padding == "valid" else padding, dims))
     return InnerCall(
         function=function,
         entering=given["input"],

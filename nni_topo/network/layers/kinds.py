@@ -116,15 +116,17 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     ReLU()
     """
     copied = with_plain_weights(model)
+    replaced: dict[nn.Module, nn.Module] = {}  # a module with two names stays one
     for name, module in list(copied.named_modules(remove_duplicate=False)):
-        made: Any = None
-        if name and is_transposed_linear(module):
+        made: Any = replaced.get(module)
+        if name and made is None and is_transposed_linear(module):
             weight: Any = module.weight
             made = torch.nn.Linear(len(weight), weight.shape[1], device="meta")
             made.weight = torch.nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
             made.bias = module.bias
         made = made or (plain_norm(module) if name else None)
         if made is not None:
+            replaced[module] = made
             copied.set_submodule(name, made.train(module.training))
         take_heads_of_tables(module)
     return copied

@@ -189,11 +189,18 @@ def response_norm(norm: nn.Module) -> OriginalWidthResponseNorm | None:
         with torch.no_grad():
             try:
                 given, wanted = tried.forward(x), made.forward(x)
-            except (RuntimeError, TypeError, ValueError):
+            except Exception:  # a forward fails in as many ways as it is written
                 continue
-        if isinstance(given, Tensor) and torch.allclose(given, wanted, rtol=1e-9, atol=1e-12):
+        if _is_same(given, wanted, rtol=1e-9, atol=1e-12):
             return made
     return None
+
+
+def _is_same(given: Any, wanted: Tensor, *, rtol: float, atol: float) -> bool:
+    """Tell whether a module gave a tensor, of the same shape, type and, within rounding, values as another."""
+    if not isinstance(given, Tensor) or given.shape != wanted.shape or given.dtype != wanted.dtype:
+        return False
+    return torch.allclose(given, wanted, rtol=rtol, atol=atol)
 
 
 def channel_dim(norm: nn.Module) -> int | None:
@@ -223,9 +230,9 @@ def channel_dim(norm: nn.Module) -> int | None:
         for dim in (1, -1):
             try:
                 given = norm.forward(x.movedim(-1, dim))  # a tracer would take `norm(...)` for a call of the model's
-            except RuntimeError:
+            except Exception:  # a forward fails in as many ways as it is written
                 continue
-            if given.shape == x.movedim(-1, dim).shape and torch.allclose(given, plain.movedim(-1, dim), atol=1e-5):
+            if _is_same(given, plain.movedim(-1, dim), rtol=1e-5, atol=1e-5):
                 return dim
     return None
 
@@ -257,13 +264,13 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
     with torch.no_grad():
         try:
             given = norm.forward(rows)
-            # A norm over groups does the same to rows, and something else where places follow the channels.
-            places = norm.forward(rows.view(3, 1, 1, -1))
-        except (RuntimeError, TypeError, ValueError):
+            # A norm over groups, or over all places of a sample, does the same to rows, and something else here.
+            places = norm.forward(rows.view(1, 3, 1, -1))
+        except Exception:  # a forward fails in as many ways as it is written
             return None
-        if not isinstance(given, Tensor) or not isinstance(places, Tensor) or given.shape != rows.shape:
+        if not isinstance(given, Tensor) or given.shape != rows.shape:
             return None
-        if not torch.allclose(places.flatten(0, -2), given, rtol=near, atol=near):
+        if not _is_same(places, given.reshape(1, 3, 1, -1), rtol=near, atol=near):
             return None
         for kind in kinds:
             made: Any = kind(len(weight), eps=eps, device="meta")
@@ -272,7 +279,7 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
                 made.bias = own.get("bias")
             if isinstance(made, (ShiftedRMSNorm, ShiftedLayerNorm)):
                 made.shift = 1.0
-            if torch.allclose(given, made.forward(rows), rtol=near, atol=near):
+            if _is_same(given, made.forward(rows), rtol=near, atol=near):
                 return cast("nn.Module", made)
     return None
 

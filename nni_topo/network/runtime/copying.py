@@ -328,7 +328,7 @@ class _Copier:
     def _tensor(self, value: Tensor) -> Any:
         if not value.is_leaf:  # deepcopy refuses what is computed: in the copy it is a tensor of its own
             return value.detach().clone()
-        return self._object(value) if vars(value) else value.__deepcopy__(self.memo)
+        return self._object(value)
 
     def _list(self, value: list[Any]) -> list[Any]:
         copied: list[Any] = []

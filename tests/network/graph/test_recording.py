@@ -9,6 +9,7 @@ import operator
 import weakref
 from types import SimpleNamespace
 
+import far_device
 import pytest
 import torch
 from torch import nn
@@ -944,3 +945,140 @@ def test_what_a_first_forward_registers_is_followed(kind, has_run):
     torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
     assert set(dict(model.named_buffers())) | set(dict(model.named_parameters())) == names
     torch.testing.assert_close(model(x), expected)
+
+
+def counted(x):
+    """Return the number of samples as a number that nothing follows."""
+    return x.detach().numpy().shape[0]
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: x.sum(1) + torch.full((counted(x),), 0.5),
+        lambda x: x + torch.linspace(0, 1, 4).repeat(counted(x), 1),
+        lambda x: x[:, None] + torch.arange(8.0).view(1, 2, 4).repeat(counted(x), 1, 1),
+        lambda x: x[torch.arange(counted(x)), 0],
+        lambda x: x.view(2 * counted(x), 2),
+        lambda x: x.reshape(shape=(counted(x), 2, 2)),
+        lambda x: x.repeat(3, 1)[counted(x) : 2 * counted(x)],
+        lambda x: x.repeat(3, 1)[: 3 * counted(x) : counted(x), 1:],
+        lambda x: torch.cat([x, x + 1]).split([counted(x), counted(x)])[1],
+        lambda x: torch.cat([x, x + 1]).narrow(0, start=0, length=counted(x)),
+    ],
+    ids=["vector", "rows", "cubes", "numbers", "view", "by name", "slice", "step", "list", "named"],
+)
+@torch.no_grad()
+def test_numbers_and_constants_of_each_sample_follow_the_number_of_samples(compute):
+    model = Computing(compute).eval()
+    graph = record(model, {"x": torch.randn(3, 4)}).graph_module
+    for samples in (1, 2, 7):
+        x = torch.randn(samples, 4)
+        torch.testing.assert_close(graph(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("compute", "words"),
+    [
+        (lambda x: x + (counted(x) + 1), "multiple of the number of samples, got 4 and 7"),
+        (lambda x: x + 4 * counted(x) // 3, "multiple of the number of samples, got 4 and 8"),
+        (lambda x: x + torch.arange(counted(x))[:, None], "constant of a model must not depend on the number"),
+        (lambda x: x[torch.arange(counted(x)) % 4], "constant of a model must not depend on the number"),
+        (lambda x: x.relu() if counted(x) > 3 else x.tanh(), "the same whatever the number of samples, got two graphs"),
+        (lambda x: x.relu() if counted(x) > 3 else x.relu() + 1, "number of samples, got two graphs"),
+    ],
+    ids=["one more", "thirds", "steps", "numbers", "another function", "more functions"],
+)
+def test_what_no_number_of_samples_gives_is_refused(compute, words):
+    with pytest.raises(SpeedupError, match=words):
+        record(Computing(compute).eval(), {"x": torch.randn(3, 4)})
+
+
+class Falling(nn.Module):
+    """Runs a part, and goes on without it where that fails, within it or within a layer of it."""
+
+    def __init__(self, inner, width):
+        super().__init__()
+        self.layer, self.part, self.head = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, width), inner), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.layer(x)
+        try:
+            x = self.part(x)
+        except (RuntimeError, ValueError):
+            x = x.relu()
+        return self.head(x)
+
+
+class Refusing(nn.Module):
+    def forward(self, x):
+        raise ValueError("not here")
+
+
+@pytest.mark.parametrize(("inner", "width"), [(Refusing(), 4), (nn.Linear(5, 4), 4), (nn.Linear(4, 4), 4)])
+@torch.no_grad()
+def test_a_model_may_go_on_after_a_part_that_fails(inner, width):
+    model, x = Falling(inner, width).eval(), torch.randn(3, 4)
+    graph = record(model, {"x": x}).graph_module
+    owners = {str(node.target): list(node.meta["nn_module_stack"]) for node in graph.graph.nodes if "relu" in node.name}
+    assert owners == ({} if isinstance(inner, nn.Linear) and inner.in_features == 4 else {"relu": []})
+    head = next(node for node in graph.graph.nodes if node.target == "head")
+    assert list(head.meta["nn_module_stack"]) == ["head"]
+    torch.testing.assert_close(graph(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "is_kept"),
+    [
+        (lambda x, layer: functional.linear(x, layer.weight), True),
+        (lambda x, layer: functional.linear(x, layer.weight, layer.bias), True),
+        (lambda x, layer: functional.linear(x, weight=layer.weight), False),
+        (lambda x, layer: functional.linear(input=x, weight=layer.weight), False),
+        (lambda x, layer: functional.linear(x, layer.weight.detach()), False),
+        (lambda x, layer: functional.linear(x, 2 * layer.weight), False),
+    ],
+    ids=["weight", "bias", "named weight", "named", "detached", "computed"],
+)
+def test_results_of_the_models_own_weights_alone_are_kept(call, is_kept):
+    layer, x, calls = nn.Linear(4, 3), torch.randn(2, 4), []
+
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    results = LayerResults(layer)
+    with torch.no_grad():
+        expected = call(x, layer)
+        with results.taken():
+            torch.testing.assert_close(call(x, layer), expected, rtol=0, atol=0)
+        for entering, twice in ((x, 1), (torch.cat([x, x]), 2)):
+            with Counting(), results.given():
+                found = call(entering, layer)
+            torch.testing.assert_close(found, torch.cat([expected] * twice))
+    assert calls.count(functional.linear) == (0 if is_kept else 2)
+
+
+@torch.no_grad()
+def test_constants_of_another_device_follow_the_number_of_samples_there():
+    if not far_device.is_possible():
+        pytest.skip("this PyTorch takes no device written in Python")
+    far = far_device.start()
+    model = Computing(lambda x: x[torch.arange(x.shape[0], device=x.device), 0]).eval().to(far)
+    graph = record(model, {"x": torch.randn(3, 4).to(far)}).graph_module
+    x = torch.randn(5, 4).to(far)
+    torch.testing.assert_close(graph(x).cpu(), model(x).cpu())
+
+
+def test_a_layer_of_which_nothing_comes_is_in_the_graph():
+    class Unread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.other, self.layer = nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            self.other(x)
+            return self.layer(x)
+
+    graph = record(Unread().eval(), {"x": torch.ones(3, 4)}).graph_module.graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["other", "layer"]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.fx import Graph
 
+from nni_topo.network.graph.nodes import COMPARED
 from nni_topo.network.graph.traced_int import (
     TracedInt,
     UnclearPlaces,
@@ -480,3 +481,59 @@ def test_numbers_of_places_are_forgotten_and_replaced() -> None:
 def test_ids_are_arrays_of_the_channels() -> None:
     ((_, ids),) = attribute_channels(*graph_of("view", 1, held(8), 1), np.arange(100))[PLACE]
     assert isinstance(ids, np.ndarray)
+
+
+@pytest.mark.parametrize(("width", "found"), [(1, None), (2, [(1, [10, 11])]), (3, [(1, [10, 11, 12])])])
+def test_a_number_that_a_forward_compares_with_a_size_counts_its_channels(width, found) -> None:
+    graph = Graph()
+    images = graph.placeholder("images")
+    images.meta[COMPARED] = [(PLACE, 1)]
+    ids = {"images": torch.arange(10, 10 + width).view(1, width, 1)}
+    uses = attribute_channels(graph, ids, np.arange(100)).get(PLACE)
+    assert (None if uses is None else [(parts, row.tolist()) for parts, row in uses]) == found
+
+
+def test_only_a_quotient_is_an_equal_part() -> None:
+    for compute, value in (
+        (lambda number: number - 2, 2),  # two times two is four, too
+        (lambda number: number * 1, 4),
+        (lambda number: number**1, 4),
+        (lambda number: 4 + number, 8),
+        (lambda number: number % 3, 1),
+        (lambda number: 8 // number, 2),
+        (lambda number: 9 // number, 2),
+        (lambda number: number // 3, 1),
+    ):
+        number = held(4)
+        found = compute(number)
+        assert (int(found), getattr(found, "place", None)) == (value, None)
+    assert (held(4) // 2).place == PLACE
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize(
+    ("compare", "number", "other", "value", "is_noted"),
+    [
+        (operator.eq, held(8), lambda: size(8), True, False),
+        (operator.ne, held(8), lambda: size(8), False, False),
+        (operator.eq, held(8), lambda: size(9), False, True),
+        (operator.ne, held(8), lambda: size(9), True, True),
+        (operator.eq, held(8), lambda: size(4) + 4, True, True),
+        (operator.eq, held(8), lambda: 8, True, True),
+        (operator.eq, held(8), lambda: held(8, place=HEADS), True, True),
+        (operator.eq, held(8, parts=2), lambda: size(8), True, True),
+        (operator.le, held(8), lambda: size(8), True, True),
+        (operator.ge, held(8), lambda: size(8), True, True),
+    ],
+)
+def test_a_number_found_equal_to_the_size_of_a_tensor_is_no_other_use(
+    compare, number, other, value, is_noted, is_turned
+) -> None:
+    number, other = held(int(number), parts=number.parts), other()
+    found = compare(other, number) if is_turned else compare(number, other)
+    assert bool(found) is value
+    assert number.unclear == ({PLACE} if is_noted else set())
+    compared = [(place, dim) for place, _, dim in number.unclear.compared]
+    assert compared == ([] if is_noted else [(PLACE, 0)])
+    if isinstance(other, TracedInt) and other.place is not None:
+        assert other.unclear == {HEADS}

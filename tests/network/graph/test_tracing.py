@@ -86,6 +86,40 @@ def test_inputs_that_do_not_fit_are_told_with_their_shapes():
         trace(nn.Linear(4, 2).eval(), ((torch.ones(2, 3),), {}))
 
 
+class TakesOne(nn.Module):
+    """Takes one tensor of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, batch):
+        return self.layer(batch)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "words"),
+    [
+        (nn.Conv1d(3, 2, 1), (torch.ones(2, 5, 3),), r"Conv1d, got float32 of shape \(2, 5, 3\); it runs on them with"),
+        (TakesOne(), (torch.ones(2, 4).int(),), r"TakesOne, got int32 of shape \(2, 4\); it runs on them as floats"),
+        (
+            TakesOne(),
+            (torch.ones(2, 3),),
+            r"fit the model: TakesOne can't be run on \(2, 3\) torch.float32 in evaluation",
+        ),
+        (
+            TakesOne(),
+            ({"rows": torch.ones(2, 4)},),
+            r"can't be run on \(2, 4\) .*got TypeError.*dict; a mapping is passed",
+        ),
+    ],
+    ids=["channels last", "integers", "width", "a mapping"],
+)
+def test_inputs_that_a_model_refuses_are_told_with_what_helps(model, args, words):
+    with pytest.raises(ConfigError, match=words):
+        trace(model.eval(), (args, {}))
+
+
 class Own(nn.Module):
     """A convolution and a product that do more than PyTorch's, and a recurrent layer that gets rows in a pack."""
 
@@ -177,6 +211,35 @@ PLACES = {0: STATES, 1: OTHERS, "mask": torch.ones(3, 5, 8, dtype=torch.int64), 
 )
 def test_what_a_layer_of_attention_reads_is_known_by_its_values(entered, read):
     assert tracing._read_of(entered, {"nothing": None, **PLACES}) == read
+
+
+class Attending(nn.Module):
+    """Calls attention in a way of its own."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.attention, self.call = nn.MultiheadAttention(8, 2, batch_first=True), call
+
+    def forward(self, x):
+        return self.call(self.attention, x)
+
+
+@pytest.mark.parametrize(
+    ("call", "read"),
+    [
+        (lambda attention, x: attention(x, x, x)[0], [[0, 1, 2]]),
+        (lambda attention, x: attention(x, 2 * x, value=x)[0], [[0, 1, "value"]]),
+        (lambda attention, x: attention(x, key=x, value=x)[0], [[0, "key", "value"]]),
+        (lambda attention, x: attention(query=x, key=x, value=x)[0], [["query", "key", "value"]]),
+        (lambda attention, x: attention(x, x, x)[0] + attention(2 * x, x, x)[0], [[0, 1, 2]] * 2),
+        (lambda attention, x: attention(x, x, x)[0] + attention(x, x, value=x)[0], [None] * 2),
+        (lambda attention, x: sum(attention(x, x, **{"value": x})[0] for _ in range(3)), [[0, 1, "value"]] * 3),
+    ],
+)
+def test_calls_of_attention_say_where_its_states_are_unless_they_differ(call, read):
+    graph = trace(Attending(call).eval(), ((STATES,), {})).graph_module.graph
+    found = [node.meta["reads"] for node in graph.nodes if node.meta.get("reads") is not None]
+    assert found == [{} if each is None else {"attention": each} for each in read]
 
 
 @pytest.mark.parametrize(

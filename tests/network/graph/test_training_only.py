@@ -14,6 +14,7 @@ from torch.nn import functional
 import nni_topo
 from nni_topo.network.graph import training_only
 from nni_topo.network.graph.nodes import RANDOM
+from nni_topo.network.graph.tracing import trace
 from nni_topo.network.speedup.network import Network
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -589,3 +590,47 @@ def test_what_a_model_keeps_of_its_last_call_is_named(samples, caplog):
     (note,) = notes
     assert "which are as wide as before: last. Set them as in a new model" in note
     assert note in caplog.text
+
+
+class Halved(Exit):
+    """Scales its features by a number that it makes in each forward, which may be another one in training."""
+
+    def __init__(self, in_training):
+        super().__init__()
+        self.in_training = in_training
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = x * torch.tensor(self.in_training if self.training else 0.5)
+        scores = self.head(torch.relu(self.b(x)).mean((2, 3)))
+        return (scores, self.exit(x.mean((2, 3)))) if self.training else scores
+
+
+@pytest.mark.parametrize("in_training", [0.5, 2.0])
+def test_a_constant_is_one_for_both_modes_where_its_value_is(in_training):
+    torch.manual_seed(0)
+    model = Halved(in_training).eval()
+    flow = Network.on(model, IMAGES).flow
+    constants = [node for node in flow.traced.graph.nodes if node.op == "get_attr"]
+    assert len(constants) == (1 if in_training == 0.5 else 2)
+    groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["a"], ["b"]]
+    masks = half(model, "a")
+    assert_same_in_training(model, masks, nni_topo.to_dense(model, IMAGES, masks))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "reads_values", "added"),
+    [(Exit, "", False, True), (Deep, "", True, True), (Compared, "run in training mode only", False, False)],
+)
+def test_training_mode_that_cannot_be_followed_leaves_the_graph_of_evaluation(kind, told, reads_values, added):
+    model, call = kind().eval(), ((IMAGES,), {})
+    graph_module = trace(copy.deepcopy(model), call).graph_module
+    before = [node.name for node in graph_module.graph.nodes]
+    unused = training_only.unused_tensors(model, graph_module.graph)
+    assert {name.partition(".")[0] for name in unused} == {"exit"}
+    found, missed, has_read = training_only.add_training(model, graph_module, unused, call, trace)
+    assert (told in missed, bool(missed), has_read) == (True, bool(told), reads_values)
+    assert ([node.name for node in found.graph.nodes] != before) == added
+    assert not model.training
+    assert not model.exit.training

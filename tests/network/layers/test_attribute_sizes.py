@@ -240,3 +240,27 @@ def test_a_config_of_two_modules_beside_each_other_stays():
     dense, groups = dense_of(Side().eval())
     assert set(groups.skipped) == {"net.two"}
     assert dense.net.config.sizes == dense.one.config.sizes == [6, 8]
+
+
+class Nested(nn.Module):
+    """Holds the widths of its layers in lists with one number in each entry."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.info, self.listed, self.pair = [{"channels": width}, {"channels": 16}], [[width], 16], (width, 16)
+        self.named = {"one": width}
+        self.one, self.two, self.head = nn.Conv2d(3, width, 1), nn.Conv2d(width, 16, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.two(self.one(x).relu()).relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ["dense.pt", "dense.safetensors"])
+def test_a_file_holds_numbers_of_lists_within_lists(tmp_path, name):
+    dense, _ = dense_of(Nested().eval())
+    nni_topo.save(dense, tmp_path / name)
+    loaded = nni_topo.load(tmp_path / name, Nested)
+    assert (dense.info, dense.listed) == ([{"channels": 4}, {"channels": 16}], [[4], 16])
+    assert (dense.pair, dense.named) == ((4, 16), {"one": 4})
+    for key in ("info", "listed", "pair", "named"):
+        assert getattr(loaded, key) == getattr(dense, key)

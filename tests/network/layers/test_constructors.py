@@ -551,6 +551,7 @@ CONSTRUCTORS = {
     ),
     "more calls": (f"self.a = {'int(' * 21}width{')' * 21}; self.one = conv(3, {'int(' * 21}width{')' * 21})", {}),
     "twenty entries": (f"self.a = config.tower{'[0]' * 19}; self.one = conv(3, config.tower{'[0]' * 19})", {"a": 6}),
+    "more entries": (f"self.a = config.higher{'[0]' * 20}; self.one = conv(3, config.higher{'[0]' * 20})", {}),
     "twenty names": (f"n0 = width\n{LATER}\nself.a = width; self.one = conv(3, n19)", {"a": 6}),
     "more names": (f"n0 = width\n{LATER}\nself.a = width; self.one = conv(3, n20)", {}),
     "attributes of attributes": (
@@ -578,6 +579,7 @@ class Config:
         self.tower: Any = width
         for _ in range(19):
             self.tower = [self.tower]
+        self.higher = [self.tower]
 
 
 def _named(place: Place) -> str:

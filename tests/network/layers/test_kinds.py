@@ -432,3 +432,75 @@ def test_tensors_of_several_floats_can_follow_channels(name, value, told):
 
 def test_channels_that_enter_are_those_of_inputs():
     assert (kinds.entering_channels(nn.MultiheadAttention(6, 2)), kinds.entering_channels(nn.Linear(3, 5))) == (6, 3)
+
+
+class Conv1D(nn.Module):
+    """The layer of GPT-2, as Transformers has it."""
+
+    def __init__(self, leaving, entering):
+        super().__init__()
+        self.nf, self.nx = leaving, entering
+        self.weight, self.bias = nn.Parameter(torch.randn(entering, leaving)), nn.Parameter(torch.randn(leaving))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Own1D(Conv1D):
+    """One of somebody else's."""
+
+
+class Root(nn.Module):
+    """The norm of LLaMA."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(width)), 1e-6
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = Conv1D(8, 4), Root(8), Conv1D(3, 8)
+        self.other, self.root = Own1D(3, 3), Root(3)
+        self.tied, self.again = self.norm, nn.ModuleList([self.last])
+
+    def forward(self, x):
+        return self.root(self.other(self.again[0](self.tied(self.norm(self.first(x)).relu()))))
+
+
+@pytest.fixture
+def of_transformers(monkeypatch):
+    monkeypatch.setattr(Conv1D, "__module__", "transformers.pytorch_utils")
+
+
+def test_plain_layers_stand_in_place_of_those_of_transformers(of_transformers):
+    model, x = Blocks().eval(), torch.randn(2, 5, 4)
+    model.first.weight.requires_grad_(False)
+    model.norm.train()
+    before, expected = copy.deepcopy(model.state_dict()), model(x)
+    assert kinds.is_transposed_linear(model.first)
+    assert kinds.has_channels(model.first)
+    assert not kinds.is_transposed_linear(model.other)
+    plain = nni_topo.as_torch_layers(model)
+    kinds_found = {name: type(getattr(plain, name)) for name in ("first", "norm", "last", "other", "root")}
+    assert list(kinds_found.values()) == [nn.Linear, nn.RMSNorm, nn.Linear, Own1D, nn.RMSNorm]
+    assert plain.tied is plain.norm
+    assert plain.again[0] is plain.last
+    assert sum(each.numel() for each in plain.parameters()) == sum(each.numel() for each in model.parameters())
+    assert (plain.first.in_features, plain.first.out_features) == (4, 8)
+    assert [each.weight.requires_grad for each in (plain.first, plain.last)] == [False, True]
+    assert plain.last.weight.is_contiguous()
+    assert [each.training for each in (plain.first, plain.norm, plain.last, plain.root)] == [False, True, False, False]
+    torch.testing.assert_close(plain(x), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert type(model.first) is Conv1D
+
+
+def test_a_model_that_is_such_a_layer_itself_stays(of_transformers):
+    for model in (Conv1D(3, 4), Root(4)):
+        assert type(nni_topo.as_torch_layers(model)) is type(model)

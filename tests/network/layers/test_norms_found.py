@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
+import far_device
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nni_topo import dependency_groups
 from nni_topo.network.layers.original_width import (
     OriginalWidthGroupNorm,
     OriginalWidthLayerNorm,
@@ -93,7 +97,7 @@ NORMS = {
 @torch.no_grad()
 def test_the_kept_channels_are_what_they_are_beside_zeros(name: str) -> None:
     norm, shape, dim, kind = NORMS[name]
-    norm, images, kept = drawn(norm), entering(*shape), torch.tensor(KEPT)
+    norm, images, kept = drawn(copy.deepcopy(norm)), entering(*shape), torch.tensor(KEPT)
     zeroed = torch.zeros_like(images).index_copy(dim, kept, images.index_select(dim, kept))
     wanted = norm(zeroed).index_select(dim, kept)
     whole = norm(images)
@@ -300,3 +304,205 @@ def test_response_norms_are_told_from_what_only_looks_like_one() -> None:
     other.forward = lambda images: images
     for norm in (one, whole, uneven, with_buffer, with_module, other, Response(1), nn.LayerNorm(4)):
         assert response_norm(norm) is None
+
+
+class Alike(Response):
+    """It computes what a response norm does, but for one thing."""
+
+    def __init__(self, change: str):
+        super().__init__(4)
+        self.change = change
+
+    def forward(self, images: Tensor) -> Tensor:
+        lengths = images.norm(dim=(1,) if self.change == "rows" else (1, 2), keepdim=True)
+        if self.change == "even":  # all channels alike
+            lengths = lengths.mean(-1, keepdim=True).expand_as(lengths)
+        mean = lengths.sum(-1, keepdim=True) if self.change == "sum" else lengths.mean(-1, keepdim=True)
+        weights = lengths / (mean + (0 if self.change == "no eps" else self.eps))
+        found = self.gamma * (images * weights) + self.beta
+        if self.change == "one gain":
+            found = self.gamma.mean() * (images * weights) + self.beta
+        if self.change == "one shift":
+            found = self.gamma * (images * weights) + self.beta.mean()
+        if self.change == "swapped":
+            found = self.beta * (images * weights) + self.gamma
+        if self.change == "several":
+            return found + images, found
+        if self.change == "failing":
+            raise ValueError("not here")
+        return found + images * float(self.change if self.change[0].isdigit() else self.change != "alone")
+
+
+def test_a_response_norm_is_known_within_rounding() -> None:
+    others = ("even", "rows", "sum", "no eps", "one gain", "one shift", "swapped", "several", "failing", "alone")
+    for change in (*others, "1.01", "1.00000001"):
+        assert response_norm(Alike(change)) is None, change
+    for change in ("none", "1.0000000001"):
+        assert response_norm(Alike(change)) is not None, change
+
+
+class AlikeRoot(Root):
+    """It computes what an RMS norm does, but for one thing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.used * (4 if self.kind == "eps" else 1))
+        if self.kind == "reversed":
+            found = found.flip(-1)
+        if self.kind == "over places":
+            found = x * torch.rsqrt(x.square().mean((*range(1, x.dim()),), keepdim=True) + self.used)
+        if self.kind == "by dimension":
+            found = found * (1 + (x.dim() > 2))
+        if self.kind == "summed":
+            return (found * self.weight).sum(-1)
+        if self.kind == "several places" and x.dim() > 2:
+            return found, found
+        if self.kind == "double":
+            found = found.double()
+        if self.kind == "images":
+            found = found / x.mean(3, keepdim=True)
+        return found * self.weight * float(self.kind if self.kind[0].isdigit() else 1)
+
+
+class Gated(Root):
+    """It takes a gate as well, as that of Mamba does."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        found = super().forward(x)
+        return found if gate is None else found * gate
+
+
+def test_a_root_mean_square_norm_is_known_within_rounding() -> None:
+    others = ("eps", "reversed", "over places", "by dimension", "summed", "several places", "double", "images")
+    for kind in (*others, "1.001", "1.0001"):
+        assert plain_norm(AlikeRoot(kind)) is None, kind
+    assert plain_norm(Gated()) is None
+    for kind in ("none", "1.000001"):
+        assert type(plain_norm(AlikeRoot(kind))) is nn.RMSNorm, kind
+
+
+class Pooled(nn.Module):
+    """It has two vectors, as a response norm has, and gives something of another shape, or takes one."""
+
+    def __init__(self, dims: tuple[int, ...], kind: torch.dtype | None = None):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        self.dims, self.kind = dims, kind
+
+    def forward(self, images: Tensor) -> Tensor:
+        view = (1, -1, *[1] * (images.dim() - 2))
+        return (images * self.scale.view(view) + self.shift.view(view)).mean(self.dims).to(self.kind or images.dtype)
+
+
+@pytest.mark.parametrize("module", [Pooled((2, 3)), Pooled((2, 3, 4)), Pooled((), torch.float32)])
+def test_a_module_with_two_vectors_may_give_other_shapes_and_types(module: nn.Module) -> None:
+    assert response_norm(module) is None
+    assert channel_dim(module) == 1
+
+
+def test_layers_before_such_a_module_lose_channels() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), Pooled((2, 3)), nn.Linear(8, 2)).eval()
+    groups = dependency_groups(model, torch.rand(2, 3, 8, 8), [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert {name for entry in groups for name in entry["op_names"]} == {"0", "2"}
+
+
+class InSingle(nn.LayerNorm):
+    """It gives single precision, whatever it gets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return functional.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps)
+
+
+class OverImages(nn.LayerNorm):
+    """It takes images alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / x.mean(4, keepdim=True)
+
+
+def test_a_norm_that_gives_another_type_than_it_gets_computes_something_else() -> None:
+    for bias in (True, False):
+        assert channel_dim(InSingle(5, bias=bias)) == -1
+        assert channel_dim(InSingle(5, bias=bias).bfloat16()) is None
+        assert plain_norm(InSingle(5, bias=bias).bfloat16()) is None
+        assert channel_dim(OverImages(5, bias=bias)) is None
+        assert plain_norm(OverImages(5, bias=bias)) is None
+
+
+@torch.no_grad()
+def test_a_norm_that_is_no_root_mean_square_is_no_layer_norm_either() -> None:
+    """A weight that is near -0.5 makes a shifted norm of a plain one with another sign, and is told apart."""
+    for weight in (torch.full((4,), -0.5), torch.zeros(4), torch.ones(1), torch.ones(2)):
+        for kind in ("root", "shifted", "layer", "shifted layer"):
+            norm = Root(kind, width=len(weight))
+            norm.weight.copy_(weight)
+            found, x = plain_norm(norm), entering(3, len(weight)).float()
+            assert found is not None
+            torch.testing.assert_close(found(x), norm(x))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_norms_of_half_precision_take_their_statistics_in_single_precision(kind: torch.dtype) -> None:
+    """Squares of such numbers are infinite in float16, and their sum too long for the digits of bfloat16."""
+    norms = [nn.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.RMSNorm(6), nn.RMSNorm(6, eps=1e-5), nn.GroupNorm(1, 6)]
+    norms += [nn.RMSNorm(6, elementwise_affine=False), shifted(ShiftedLayerNorm(6))]
+    x, kept = (1000 * entering(3, 6)).to(kind), torch.tensor(KEPT)
+    for norm in map(drawn, norms):
+        zeroed = torch.zeros_like(x).index_copy(1, kept, x[:, kept]).double()
+        wanted = norm(zeroed)[:, kept]
+        keep_original_width(norm, 6)
+        for key, parameter in list(norm.named_parameters()):
+            setattr(norm, key, nn.Parameter(parameter[kept]))
+        if isinstance(norm, nn.GroupNorm):
+            norm.num_channels = 3
+        found = norm.to(kind)(x[:, kept])
+        assert found.dtype == kind
+        bound = 4 * torch.finfo(kind).eps * wanted.abs().max()
+        assert (found.double() - wanted).abs().max() <= bound, norm
+
+
+def test_a_norm_without_an_epsilon_of_its_own_has_that_of_its_precision() -> None:
+    for kind in (torch.float32, torch.float64):
+        norm, x = nn.RMSNorm(4, dtype=kind), torch.tensor([[1e-4, 2e-4, 0.0, 0.0], [1e-9, 0.0, 0.0, 0.0]], dtype=kind)
+        wanted = norm(x)
+        keep_original_width(norm, 4)
+        torch.testing.assert_close(norm(x), wanted)
+        norm.weight = nn.Parameter(torch.ones(2, dtype=kind))
+        torch.testing.assert_close(norm(x[:, :2]), wanted[:, :2])
+
+
+@pytest.fixture
+def far() -> torch.device:
+    if not far_device.is_possible():
+        pytest.skip("this PyTorch takes no device written in Python")
+    return far_device.start()
+
+
+@pytest.mark.parametrize("name", [*NORMS, "groups"])
+@torch.no_grad()
+def test_norms_of_original_width_compute_on_another_device_what_they_do_on_the_cpu(
+    name: str, far: torch.device
+) -> None:
+    norm, shape, dim, _ = NORMS.get(name, (nn.GroupNorm(2, 6, eps=0.1), (3, 6, 4), 1, None))
+    norm, images, kept = drawn(copy.deepcopy(norm)), entering(*shape), torch.tensor([0, 2, 3, 5])
+    width = 3 if name == "groups" else 6
+    away = copy.deepcopy(norm).to(far)
+    for each in (norm, away):
+        keep_original_width(each, width)
+        for key, parameter in list(each.named_parameters()):
+            place = max(range(parameter.dim()), key=lambda d: parameter.shape[d])
+            setattr(each, key, nn.Parameter(parameter.index_select(place, kept.to(parameter.device))))
+    norm.num_channels = away.num_channels = 4
+    expected = norm(images.index_select(dim, kept))
+    found = away(images.index_select(dim, kept).to(far))
+    assert found.device == far
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_norms_are_found_on_another_device(far: torch.device) -> None:
+    for kind, wanted in (("root", nn.RMSNorm), ("shifted", ShiftedRMSNorm), ("layer", nn.LayerNorm)):
+        assert type(plain_norm(Root(kind).to(far))) is wanted
+    for norm in (ChannelsFirst(4), ChannelsLast(4), Response(4)):
+        assert channel_dim(norm.to(far)) == (1 if isinstance(norm, ChannelsFirst) else -1)

@@ -271,3 +271,31 @@ class Setting(nn.Module):
 def test_attributes_that_methods_assign_are_known_but_for_those_of_pytorch():
     assert _assigned_elsewhere(Setting) == {"a", "b", "c", "e"}
     assert _assigned_elsewhere(type("Derived", (Setting,), {})) == {"a", "b", "c", "e"}
+
+
+class Info:
+    """Holds numbers under the name of the list in which timm describes features."""
+
+    def __init__(self, info, **more):
+        self.info = info
+        vars(self).update(more)
+
+
+def test_numbers_of_what_describes_features_have_names_and_of_other_objects_none():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1))
+    model.features = Info([{"num_chs": 8}, {"num_chs": 16}], out_indices=(0, 1))
+    model[0].features = model.features
+    model.plain, model.words = Info([{"num_chs": 8}]), Info(["a"], out_indices=(0,))
+    model.single = Info(8, out_indices=(0,))
+    numbers = {"0/num_chs": 8, "1/num_chs": 16}
+    assert sizes_of(model) == {"features.info": numbers, "0.features.info": numbers}
+    places = places_of(model)
+    assert places["features.info"] == {f"{at}/num_chs": ("", "features.info", (at, "num_chs")) for at in (0, 1)}
+    assert number_at(model, places["features.info"]["1/num_chs"]) == 16
+    assert number_at(model, ("", "features.info", (2, "num_chs"))) is None
+    assert number_at(model, ("0", "nothing", ())) is None
+    shared = model.features
+    put_sizes(model, {("", "features.info", (0, "num_chs")): 4})
+    assert model.features.info == [{"num_chs": 4}, {"num_chs": 16}]
+    assert model[0].features is model.features
+    assert shared.info[0]["num_chs"] == 8

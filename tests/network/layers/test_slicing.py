@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import far_device
 import pytest
 import torch
 from torch import nn
@@ -190,3 +192,44 @@ def test_a_convolution_over_channels_reads_zeros_in_place_of_removed_ones(
     cut_channelwise(layer, fewer, 4)
     torch.testing.assert_close(layer(values[..., kept[fewer]]), expected[1][..., kept[fewer]])
     assert (layer.counted, "taps" in layer.state_dict()) == (7, False)
+
+
+@pytest.fixture
+def far() -> torch.device:
+    if not far_device.is_possible():
+        pytest.skip("this PyTorch takes no device written in Python")
+    return far_device.start()
+
+
+@pytest.mark.parametrize("name", ["convolution", "in another order", "transposed groups", "two groups", "linear"])
+@torch.no_grad()
+def test_a_layer_on_another_device_is_cut_there(name: str, far: torch.device) -> None:
+    _, ins, outs, _, _ = LAYERS[name]
+    layer = {
+        "convolution": nn.Conv2d(5, 6, 3),
+        "in another order": nn.Conv2d(4, 4, 1),
+        "transposed groups": nn.ConvTranspose1d(6, 4, 3, groups=2),
+        "two groups": nn.Conv2d(6, 8, 3, groups=2),
+        "linear": nn.Linear(5, 4),
+    }[name]
+    away = copy.deepcopy(layer).to(far)
+    for each in (layer, away):
+        cut(name, each, *(torch.tensor(kept).to(each.weight.device) for kept in (ins, outs)))
+    for one, other in zip(layer.parameters(), away.parameters(), strict=True):
+        assert other.device == far
+        assert torch.equal(other.cpu(), one)
+
+
+@torch.no_grad()
+def test_taps_lie_on_the_device_of_the_weight(far: torch.device) -> None:
+    layer, values = nn.Conv1d(2, 3, 3, padding=1), torch.randn(2, 2, 4)
+    away = copy.deepcopy(layer).to(far)
+    for each in (layer, away):
+        cut_channelwise(each, torch.tensor([0, 2, 3]).to(each.weight.device), 7)
+    torch.testing.assert_close(away(values[..., :3].to(far)).cpu(), layer(values[..., :3]))
+
+
+def test_a_group_norm_counts_the_channels_that_its_groups_had() -> None:
+    norm = nn.GroupNorm(2, 6)
+    cut("a", norm, torch.tensor([0, 2, 4, 5]), torch.tensor([0, 2, 4, 5]))
+    assert (norm.counted, type(norm.counted)) == (3, int)

@@ -257,3 +257,28 @@ def test_a_wrapped_model_is_named() -> None:
     model[0].add_module("_nni_wrapper", nn.Identity())
     with pytest.raises(NniTopoError, match=r"call pruner.unwrap_model\(\) first.*\(0\)"):
         check_model(model)
+
+
+OLD = {
+    "sparsity": (0.5, "sparse_ratio"),
+    "sparsity_per_layer": (0.5, "sparse_ratio"),
+    "total_sparsity": (0.5, "sparse_ratio with global_group_id"),
+    "max_sparsity_per_layer": (0.5, "max_sparse_ratio"),
+    "op_partial_names": (["a"], "op_names_re"),
+    "exclude": (True, "exclude_op_names"),
+}
+
+
+def test_the_keys_of_nni_2_are_known_and_others_are_not() -> None:
+    assert {key: name for key, (_, name) in OLD.items()} == arguments.LEGACY_KEYS
+    for key, (value, _) in OLD.items():
+        check_entry({key: value, "op_types": ["Conv2d"]}, "here")
+    for key, near in (("sparse_ration", "sparse_ratio"), ("sparsityy", None), ("op_type", "op_types"), (3, None)):
+        with pytest.raises(ConfigError, match=r"key of a config_list entry.*\(here\)$") as caught:
+            check_entry({key: 0.5}, "here")
+        assert near is None or f"{near!r}" in str(caught.value) or near in str(caught.value)
+    with pytest.raises(ConfigError, match=r"key of a config_list entry.*\(here.target_settings.weight\)$"):
+        check_entry({"target_settings": {"weight": {"op_names": ["a"]}}}, "here")
+    check_entry({"own": 1}, "here", {"own": Rule("one", lambda value: value == 1)})
+    with pytest.raises(ConfigError, match="own must be one"):
+        check_entry({"own": 2}, "here", {"own": Rule("one", lambda value: value == 1)})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import shutil
 from collections import UserDict
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime.calibration import Calibration, calibration_of
+from nni_topo.network.runtime.calibration import BatchStore, Calibration, calibration_of
 from nni_topo.network.runtime.inputs import batch_size, calls
+from nni_topo.network.runtime.processes import Processes
 
 CONFIG = [{"op_names": ["hidden"], "sparse_ratio": 0.5}]
 KNOBS = {
@@ -652,3 +654,53 @@ def test_an_evaluator_serves_pruners_as_calibration(model, batches):
 def test_what_shrink_cannot_do_is_told_before_anything_is_chosen(knobs, message, model, batches):
     with pytest.raises(ConfigError, match=message):
         nni_topo.shrink(model, batches, {"params": 0.5}, compensate=lambda *_: pytest.fail("solved"), **knobs)
+
+
+class OfTwo(Processes):
+    """The second of two processes, of which the first has some samples, and says as much of all else."""
+
+    def __init__(self, samples, labels=None):
+        self.rank, self.size, self.first_has = 1, 2, (samples, labels)
+
+    def gather(self, value, place):
+        """Return what both have."""
+        return [self.first_has if place.startswith("the samples") else value, value]
+
+
+def test_samples_are_counted_from_those_of_the_processes_before():
+    rows = torch.arange(20.0)[:, None]
+    data = Calibration([rows[:12], rows[12:]])
+    data.processes = OfTwo(5)
+    assert (data.samples, data.samples_of_all) == (20, 25)
+    assert data.held_out(8).nonzero().flatten().tolist() == [2, 10, 18]
+    parts = data.in_parts((0, 0, 1))
+    assert [torch.cat(list(part)).flatten().tolist() for part in parts] == [
+        [at for at in range(20) if (at + 5) % 3 != 2],
+        [at for at in range(20) if (at + 5) % 3 == 2],
+    ]
+    assert "rank 1 of 2" in repr(data)
+
+
+def test_groups_are_numbered_over_all_processes():
+    data = Calibration([torch.zeros(5, 1)], groups=["b", "c", "c", "d", "b"])
+    data.processes = OfTwo(3, ["a", "b", "a"])
+    assert data.groups.tolist() == [1, 2, 2, 3, 1]
+    assert data.held_out(8).tolist() == [False, False, False, True, False]  # the last of four
+    one = Calibration([torch.zeros(2, 1)], groups=[7, 7])
+    one.processes = OfTwo(1, None)
+    with pytest.raises(ConfigError, match=r"in all processes or in none, got \[False, True\] \(groups\)"):
+        _ = one.groups
+
+
+def test_files_may_be_gone_before_the_batches_are(batches, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    raised = []
+    monkeypatch.setattr("sys.unraisablehook", raised.append)
+    monkeypatch.setattr("sys.excepthook", lambda *error: raised.append(error))
+    store = BatchStore(memory_bytes=0)
+    store.append(batches[0])
+    (folder,) = tmp_path.iterdir()
+    shutil.rmtree(folder)
+    del store
+    gc.collect()
+    assert raised == []

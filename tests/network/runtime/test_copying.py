@@ -122,6 +122,10 @@ def test_a_copy_in_double_precision_computes_as_one_and_holds_the_large_weights_
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, values)
     assert type(model.head) is nn.Linear
+    for name in ("conv", "head", "table"):  # a norm's, say, is asked for
+        one, other = (type(each.get_submodule(name)) for each in (copied, model))
+        assert (one.__name__, one.__module__) == (other.__name__, other.__module__)
+        assert issubclass(one, other)
 
 
 def test_random_weights_differ_from_row_to_row_and_from_layer_to_layer():
@@ -876,3 +880,63 @@ def test_a_dense_and_a_masked_network_compute_with_masks_by_functions_over_layer
     assert dense.first.out_channels == 6
     assert torch.equal(masked, expected)
     torch.testing.assert_close(small, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tensor_with_attributes_holds_functions_of_the_copy_and_one_without_none():
+    model = Holds(None)
+    model.register_buffer("scale", torch.ones(3))
+    model.scale.of, model.scale.reference = lambda: model, weakref.ref(model)
+    model.register_buffer("plain", torch.ones(3))
+    copied = detached_copy(model)
+    assert copied.scale.of() is copied
+    assert copied.scale.reference() is copied
+    assert model.scale.of() is model
+    assert torch.equal(copied.plain, model.plain)
+    assert copied.plain.data_ptr() != model.plain.data_ptr()
+    assert not vars(copied.plain)
+
+
+@pytest.mark.parametrize("table", ["_parameters", "_buffers", "_modules"])
+def test_a_function_may_hold_a_table_of_the_module(table):
+    model = Holds(None)
+    model.register_buffer("scale", torch.ones(3))
+    model.layer = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.ones(1))
+    held = vars(model)[table]
+    model.held = lambda: held
+    copied = detached_copy(model)
+    assert copied.held() is vars(copied)[table]
+    assert list(copied.held()) == list(held)
+    assert all(one is not other for one, other in zip(copied.held().values(), held.values(), strict=True))
+
+
+LAYER = nn.Linear(2, 2)
+
+
+class Tools:
+    """Holds a function that pickle finds by its qualified name."""
+
+    @staticmethod
+    def apply(x, layer=LAYER):
+        """Map rows."""
+        return layer(x)
+
+
+def _made():
+    def renamed(x, layer=LAYER):
+        return layer(x)
+
+    return renamed
+
+
+renamed = _made()
+
+
+def test_layers_of_a_function_that_has_a_name_of_its_module_are_nobodys():
+    for function in (Tools.apply, renamed):
+        assert detached_copy(Holds(function)).held is function
+    nameless = _made()
+    copied = detached_copy(Holds(nameless))
+    assert copied.held is not nameless
+    assert copied.held.__defaults__[0] is not LAYER
+    assert nameless.__defaults__[0] is LAYER

@@ -61,8 +61,23 @@ def test_a_model_of_several_types_gets_floats_as_they_are_and_integers_are_never
             r"got a mapping; it runs on the entry 'pixels': pass \[batch\['pixels'\] for batch in batches\]",
         ),
         (IMAGES[:, :1], r"got RuntimeError: Given groups=1.*to have 3 channels, but got 1 channels"),
+        (IMAGES > 0.5, r"got RuntimeError: [^;]*\(batch 0\)$"),  # no numbers of pixels
+        (IMAGES.to(torch.complex64), r"got RuntimeError: [^;]*\(batch 0\)$"),
+        (torch.arange(6), r"got RuntimeError: [^;]*\(batch 0\)$"),
     ],
-    ids=["bytes", "integers", "one image", "channels last", "all three", "labels first", "mapping", "no form fits"],
+    ids=[
+        "bytes",
+        "integers",
+        "one image",
+        "channels last",
+        "all three",
+        "labels first",
+        "mapping",
+        "no form fits",
+        "truth values",
+        "complex numbers",
+        "labels alone",
+    ],
 )
 def test_the_form_that_the_model_runs_on_is_named(batch, message):
     with pytest.raises(DataError, match=message):
@@ -76,9 +91,13 @@ def test_the_form_that_the_model_runs_on_is_named(batch, message):
         (nn.Conv2d(3, 4, 3), (3, 8, 8)),
         (nn.Conv3d(3, 4, 3), (3, 5, 5, 5)),
         (nn.ConvTranspose2d(3, 4, 3), (3, 8, 8)),
+        (nn.ConvTranspose1d(3, 4, 3), (3, 9)),
+        (nn.ConvTranspose3d(3, 4, 3), (3, 5, 5, 5)),
+        (nn.Linear(3, 4), (3,)),
         (nn.GRU(3, 4, batch_first=True), (5, 3)),
+        (nn.RNN(3, 4, batch_first=True), (5, 3)),
     ],
-    ids=["1d", "2d", "3d", "transposed", "recurrent"],
+    ids=["1d", "2d", "3d", "transposed", "transposed 1d", "transposed 3d", "linear", "recurrent", "plain recurrent"],
 )
 def test_a_layer_that_takes_the_batch_for_one_sample_is_named(layer, sample):
     # Without the check, channels, or points in time, would be taken for samples.
@@ -86,6 +105,24 @@ def test_a_layer_that_takes_the_batch_for_one_sample_is_named(layer, sample):
     with pytest.raises(DataError, match=rf"first dimension.*which {type(layer).__name__} '0' takes for a single"):
         structure_call(model, [torch.rand(sample)])
     structure_call(model, [torch.rand(2, *sample)])
+
+
+class Attending(nn.Module):
+    """Lets places of a sample attend to one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.attention(x, x, x)[0]
+        return found
+
+
+def test_attention_that_takes_the_batch_for_one_sample_is_named() -> None:
+    with pytest.raises(DataError, match=r"of shape \(5, 4\), which MultiheadAttention 'attention' takes for a single"):
+        structure_call(Attending(), [torch.rand(5, 4)])
+    structure_call(Attending(), [torch.rand(2, 5, 4)])
 
 
 class OneByOne(nn.Module):
@@ -193,7 +230,11 @@ class _ByTurns(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("kinds", "traced"), [([0, 1, 2, 2], 4), ([0, 1, 1, 0], 2), ([0, 0, 0], 2), ([2, 1], 2)])
+@pytest.mark.parametrize(("kinds", "traced"), [
+        ([0, 1, 2, 2], 4), ([0, 1, 2], 3), ([0, 1, 1, 0], 2), ([0, 0, 0], 2), ([2, 1], 2), ([0, 0, 1], 3), ([1], 1),
+        ([0, 1], 2),
+    ],
+)  # fmt: skip
 def test_a_batch_is_traced_whole_where_more_layers_run_on_it_than_on_two_samples(kinds, traced):
     model = _ByTurns().train()
     batch = torch.tensor([[float(kind), 0.5] for kind in kinds])
@@ -224,3 +265,42 @@ class Listed(nn.Module):
 )
 def test_a_model_runs_on_batches_that_no_layer_takes_for_a_sample(given: Tensor, runs: bool) -> None:
     assert _runs(Listed(), ((given,), {})) is runs
+
+
+@pytest.mark.parametrize(
+    ("layer", "sample", "words"),
+    [
+        (nn.Conv1d(3, 4, 3), (6, 9, 3), rf"got float32 of shape \(6, 9, 3\); it runs on them {FIRST} \(batch 0\)$"),
+        (nn.Conv1d(9, 4, 3), (6, 3, 3), r"got RuntimeError: [^;]*\(batch 0\)$"),
+        (nn.Conv3d(3, 4, 1), (2, 4, 4, 4, 3), rf"it runs on them {FIRST} \(batch 0\)$"),
+        (nn.Linear(3, 4), (6, 2), r"got RuntimeError: [^;]*\(batch 0\)$"),
+    ],
+)
+def test_channels_may_be_last_of_any_number_of_dimensions(layer, sample, words):
+    with pytest.raises(DataError, match=words):
+        structure_call(nn.Sequential(layer), [torch.rand(sample)])
+
+
+class _Joined(nn.Module):
+    """Takes two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, one, other):
+        return self.layer(torch.cat([one, other], 1))
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"one": IMAGES[:, 0, 0, :2], "other": IMAGES[0, 0, 0, :2]}, r"got RuntimeError: [^;]*\(batch 0\)$"),
+        ([IMAGES[:, 0], IMAGES[:, 0]], r"got TypeError: .*pass several inputs as \(\(images, vectors\),\)"),
+        ([IMAGES[:, 0], "text"], r"got TypeError: "),
+        ([IMAGES[:, 0]], r"got TypeError: "),
+    ],
+)
+def test_batches_of_several_inputs_that_fit_in_no_form_get_the_models_error(batch, words):
+    with pytest.raises(DataError, match=words):
+        structure_call(_Joined(), [batch])

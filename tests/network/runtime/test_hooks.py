@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.layers.kinds import by_channel
 from nni_topo.network.runtime import run
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.hooks import (
@@ -18,6 +19,7 @@ from nni_topo.network.runtime.hooks import (
     counting,
     example_inputs_of,
     inputs_seen,
+    padding_known,
     watched,
 )
 
@@ -133,3 +135,34 @@ def test_data_that_processes_share_are_taken_where_a_caller_can_use_them():
     assert batches_of(data, nn.Linear(2, 2), shared=True) is data
     with pytest.raises(ConfigError, match=r"calibration must be in one process here, got batches that 2 processes"):
         batches_of(data, nn.Linear(2, 2))
+
+
+class Masked(nn.Module):
+    """Takes a mask beside its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found
+
+
+def test_padding_of_the_latest_call_is_skipped() -> None:
+    model, x, seen = Masked(), torch.arange(12.0).view(2, 3, 2), []
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    look = [(model.layer, lambda values: seen.append(by_channel(model.layer, values)))]
+    with torch.no_grad(), padding_known(model), watched(look):
+        model(x, mask)
+        model(x)
+        model(attention_mask=mask == 0, x=x)
+        model(x, mask.float()[:, :, None])  # no mask of positions
+        with pytest.raises(TypeError):
+            model()  # the model's own error
+    with torch.no_grad(), watched(look):
+        model(x, mask)
+    whole = [[0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [1.0, 3.0, 5.0, 7.0, 9.0, 11.0]]
+    assert [each.tolist() for each in seen] == [
+        [[0.0, 2.0, 6.0], [1.0, 3.0, 7.0]], whole, [[4.0, 8.0, 10.0], [5.0, 9.0, 11.0]], whole, whole,
+    ]  # fmt: skip

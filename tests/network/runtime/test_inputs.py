@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import UserDict
 from dataclasses import dataclass
 
 import pytest
@@ -539,3 +540,38 @@ def test_a_data_class_as_input_is_refused(place):
     batch = {"alone": pair, "in a tuple": ((pair,),), "by name": {"pair": pair}}[place]
     with pytest.raises(ConfigError, match=r"got a data class, Pair: pass its tensors, .* \(images, batch 0\)"):
         nni_topo.shrink(TakesPair().eval(), [batch], {"flops": 0.5}, distill=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [([], "got an empty one"), (("a", X), "tensor in it, got str"), (TwoArguments(), "tensor in it, got TwoArguments")],
+    ids=["nothing", "text", "a model"],
+)
+def test_a_batch_without_inputs_is_named_by_its_number(batch, words):
+    for before in range(3):
+        with pytest.raises((ConfigError, DataError), match=rf"{words}.*\(calibration, batch {before}\)$"):
+            list(calls(TwoArguments(), [((X, X), 3)] * before + [batch]))
+
+
+@pytest.mark.parametrize("most", [None, 8, 7, 6, 3, 1])
+def test_calls_are_cut_into_parts_of_samples_that_may_run_together(most):
+    tried = []
+
+    @in_smaller_batches
+    def work():
+        tried.append([len(call[0][0]) for call in calls(TwoArguments(), [((torch.ones(7, 2), torch.ones(7)), 3)])])
+        if most is not None and max(tried[-1]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tried[-1]
+
+    found = work()
+    assert max(found) <= (most or 7)
+    assert sum(found) == 7
+    assert max(found) - min(found) <= 1
+    assert found == {None: [7], 8: [7], 7: [7], 6: [3, 2, 2], 3: [3, 2, 2], 1: [1] * 7}[most]
+
+
+def test_mappings_of_any_class_become_dicts():
+    found = inputs_of(UserDict(a=X))
+    assert type(found) is dict
+    assert found["a"] is X

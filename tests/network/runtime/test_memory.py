@@ -8,6 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from nni_topo.network.runtime.memory import _threshold_is_set, freed_at_once
 
 _HAS_GLIBC = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")
 pytestmark = pytest.mark.skipif(not _HAS_GLIBC, reason="needs glibc 2.33 or later")
@@ -77,3 +80,37 @@ def test_large_tensors_get_pages_of_their_own_for_a_while() -> None:
 )
 def test_a_threshold_of_the_user_stays(name: str, value: str) -> None:
     assert said(**{name: value}) == ["False False True"] * 4
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_set"),
+    [
+        ({}, False),
+        ({"MALLOC_MMAP_THRESHOLD_": "1"}, True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1"}, True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1:glibc.malloc.mmap_threshold=1"}, True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1"}, False),
+        ({"MALLOC_TRIM_THRESHOLD_": "1"}, False),
+    ],
+)
+def test_a_threshold_may_be_set_in_two_ways(environment: dict[str, str], is_set: bool) -> None:
+    assert _threshold_is_set(environment) is is_set
+
+
+class Counts(ctypes.Structure):
+    """What mallinfo2 returns."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+
+def test_nothing_is_done_where_the_user_has_set_a_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = ctypes.CDLL(None).mallinfo2
+    count.restype = Counts
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**24))
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed: glibc keeps what is smaller from here on
+    with freed_at_once():
+        before = count().hblks
+        tensors = [torch.empty(20 * 2**20, dtype=torch.uint8) for _ in range(4)]
+        assert count().hblks == before
+    assert len(tensors) == 4

@@ -63,6 +63,14 @@ def test_nothing_is_said_of_the_time_left_after_the_first_item(monkeypatch, late
     assert lines[-1] == "work: 30 of 30, 02:29 passed"
 
 
+def test_slow_items_after_many_quick_ones_have_a_line_each(monkeypatch, late):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for item in bar("work", True, range(1006)):
+        late[0] += 0.001 if item < 1000 else 40.0
+    lines = sys.stderr.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines[-6:]] == [f"work: {1001 + at} of 1006" for at in range(6)]
+
+
 def test_work_without_a_known_end_says_how_much_is_done(monkeypatch, late):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with bar("epochs", None) as shown:

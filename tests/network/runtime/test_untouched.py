@@ -512,3 +512,47 @@ def test_an_interrupt_while_a_model_is_written_down_loses_no_gradient(place):
         assert torch.equal(each.grad, before[name][1])
     with left_alone(nn.Linear(2, 2)):  # the next call has its turn
         pass
+
+
+class Emptying(nn.Module):
+    """Takes the last entry out of a table, or puts a first one in."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.register_buffer("only", torch.ones(2))
+        self.layer, self.change = nn.ReLU(), change
+
+    def forward(self, rows):
+        self.change(self)
+        return rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: delattr(model, "only"),
+        lambda model: delattr(model, "layer"),
+        lambda model: model.register_parameter("first", nn.Parameter(torch.ones(1))),
+        lambda model: model._forward_hooks.update({1: print}),
+    ],
+    ids=["buffer", "module", "parameter", "hook"],
+)
+def test_tables_that_become_empty_or_were_so_are_put_back(change):
+    model = Emptying(change)
+    tables = (model._buffers, model._modules, model._parameters, model._forward_hooks)
+    before = [dict(table) for table in tables]
+    with left_alone(model):
+        model(torch.ones(1))
+        assert [dict(table) for table in tables] != before
+    assert [dict(table) for table in tables] == before
+
+
+def test_functions_watch_forwards_unless_they_run_them_as_compiled():
+    def hooks(model):
+        model(torch.ones(1, 2))
+        return len(nn.modules.module._global_forward_pre_hooks)
+
+    model, before = nn.Linear(2, 2), len(nn.modules.module._global_forward_pre_hooks)
+    assert leaves_models_alone(hooks)(model) == before + 1
+    assert leaves_models_alone(hooks, as_compiled=True)(model) == before
+    assert hooks(model) == before

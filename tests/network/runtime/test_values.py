@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from contextlib import suppress
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch.nn import functional
 
 import nni_topo
 from nni_topo.errors import DataError
+from nni_topo.network.runtime import values as values_module
 from nni_topo.network.runtime.untouched import left_alone, lent
 from nni_topo.network.runtime.values import ParameterValues
 
@@ -324,3 +327,102 @@ def test_no_hook_and_no_mode_stays_whatever_blocks_are_within_each_other():
         assert [len(each) for each in hooks] == [number + 1 for number in found]
     assert [len(each) for each in hooks] == found
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_a_small_copy_is_made_however_little_memory_is_free(monkeypatch, caplog):
+    monkeypatch.setattr(values_module, "free_memory_of", lambda device: 0)
+    for size, is_put_back in ((2**20, True), (2**20 + 8, False)):
+        weight, values = nn.Parameter(torch.zeros(size, dtype=torch.uint8), requires_grad=False), ParameterValues()
+        values.note(weight, weight.detach())
+        assert values.copy(weight)
+        weight.detach()[:1].fill_(1)
+        assert values.put_back([]) == [weight]
+        assert bool(weight.any()) != is_put_back
+        assert ("these keep their new values" in caplog.text) != is_put_back
+
+
+def test_copies_together_take_no_more_than_a_quarter_of_the_free_memory(monkeypatch):
+    size = 2**21
+    monkeypatch.setattr(values_module, "free_memory_of", lambda device: 4 * 2 * size - copied[0])
+    copied = [0]
+    weights, values = [nn.Parameter(torch.zeros(size, dtype=torch.uint8), requires_grad=False) for _ in range(3)], None
+    values = ParameterValues()
+    for weight in weights:
+        values.note(weight, weight.detach())
+    for weight in weights:
+        values.copy(weight)
+        copied[0] = min(copied[0] + size, 2 * size)  # what the copies have taken isn't free any more
+        weight.detach()[:1].fill_(1)
+    values.put_back([])
+    assert [bool(weight.any()) for weight in weights] == [False, False, True]
+
+
+@pytest.mark.parametrize(("place", "is_its"), [(-1, False), (0, True), (1, True), (15, True), (16, False)])
+def test_memory_is_a_parameters_from_its_first_to_its_last_byte(place, is_its):
+    memory = torch.zeros(64, dtype=torch.uint8)
+    own = memory.untyped_storage()
+    weight = torch.empty(0, dtype=torch.uint8).set_(memory[16:32].clone().untyped_storage())
+    del own
+    around = np.ctypeslib.as_array((ctypes.c_uint8 * 64).from_address(weight.data_ptr() - 16))
+    values = ParameterValues()
+    values.note(weight, weight)
+    seen = torch.from_numpy(around)[16 + place : 17 + place]
+    assert seen.data_ptr() == weight.data_ptr() + place
+    assert values.copy(seen) == is_its
+
+
+def test_memory_that_was_taken_away_is_not_written_to():
+    weight, values = torch.zeros(2**16), ParameterValues()
+    values.note(weight, weight)
+    assert values.copy(weight)
+    storage = weight.untyped_storage()
+    storage.resize_(0)
+    others = [torch.ones(2**16) for _ in range(4)]  # which lie where it lay
+    storage.resize_(4 * 2**16)
+    weight.fill_(2.0)
+    assert weight.data_ptr() in {storage.data_ptr()}
+    assert values.put_back([]) == []
+    assert bool((weight == 2.0).all())
+    assert all(bool((each == 1.0).all()) for each in others)
+
+
+class Recursive(nn.Module):
+    """Calls itself, and writes to its layer's weight after calls of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, rows, depth=2):
+        """Map rows."""
+        rows = self.layer(rows)
+        found = self(rows, depth - 1) if depth else rows
+        self.layer.weight.data.mul_(0.5)
+        return found
+
+
+def test_forwards_within_a_forward_are_watched_up_to_its_end():
+    model = Recursive()
+    before, modes = _bits(model), torch.overrides._get_current_function_mode_stack
+    with left_alone(model), torch.no_grad():
+        for _ in range(2):
+            model(torch.ones(1, 4))
+            assert not modes()
+        with pytest.raises(RuntimeError):
+            model(torch.ones(1, 3))
+        assert not modes()
+        nn.Linear(4, 4)(torch.ones(1, 4))  # of another model
+        assert not modes()
+    assert _bits(model) == before
+
+
+def test_other_threads_write_unseen():
+    model = Writing(lambda layer: layer.weight.data.mul_(0.5))
+    other = Writing(lambda layer: layer.weight.data.mul_(0.5))
+    before = _bits(other)
+    with left_alone(model), torch.no_grad():
+        thread = threading.Thread(target=other, args=(torch.ones(1, 4),))
+        thread.start()
+        thread.join()
+        assert not torch.overrides._get_current_function_mode_stack()
+    assert _bits(other) != before
