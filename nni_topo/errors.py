@@ -152,10 +152,10 @@ def _nearest(name: str, known: Iterable[str]) -> list[str]:
     wanted = name.casefold()
     if wanted in folded:
         return [folded[wanted]]
-    # "l1norm" and "L1NormPruner" begin with "l1"
-    within = sorted((each for each in folded if len(each) > 1 and wanted.startswith(each)), key=len, reverse=True)
-    similar = difflib.get_close_matches(wanted, folded, n=3, cutoff=0.5)
-    near = [*within, *(each for each in similar if each not in within)]
+    # "l1norm" and "L1NormPruner" begin with "l1"; a mistyped name is more like another one than that.
+    begun = sorted((each for each in folded if len(each) > 1 and wanted.startswith(each)), key=len, reverse=True)
+    mistyped, similar = (difflib.get_close_matches(wanted, folded, n=3, cutoff=cutoff) for cutoff in (0.8, 0.5))
+    near = list(dict.fromkeys([*mistyped, *begun, *similar]))
     if not near and len(name) > 2:
         near = [each for each in folded if wanted in each]
     return [folded[each] for each in near[:3]]
