@@ -338,6 +338,14 @@ def test_distillation_judges_by_groups_that_were_not_seen(model):
     assert known.loss_before == pytest.approx(0.0, abs=1e-9)
 
 
+def test_memory_is_given_in_bytes_that_64_bits_count():
+    images = [torch.zeros(2, 3)]
+    assert Calibration(images, memory_bytes=2**63 - 1).samples == Calibration(images, memory_bytes=0).samples == 2
+    for wrong in (-1, 2**63, 0.5):
+        with pytest.raises(ConfigError, match=r"memory_bytes must be an integer of at least 0 and below 2\^63"):
+            Calibration(images, memory_bytes=wrong)
+
+
 def test_what_memory_has_no_room_for_lies_in_files_that_go(batches, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     given = [({"inputs": batch}, (None, "text", torch.tensor([index]))) for index, batch in enumerate(batches)]

@@ -591,10 +591,19 @@ class Divided(nn.Module):
         return self.last(x / self.root(x.shape[self.dim]))
 
 
-ROOTS = [lambda size: size**0.5, math.sqrt, float, math.exp, lambda size: torch.tensor(float(size)), np.sqrt]
+ROOTS = {
+    "power": lambda size: size**0.5,
+    "math.sqrt": math.sqrt,
+    "float": float,
+    "math.exp": math.exp,
+    "a tensor": lambda size: torch.tensor(float(size)),
+    "np.sqrt": np.sqrt,
+    "of the double": lambda size: math.sqrt(2 * size),
+    "of a half": lambda size: (size // 2) ** 0.5,
+}
 
 
-@pytest.mark.parametrize("root", ROOTS, ids=["power", "math.sqrt", "float", "math.exp", "tensor", "np.sqrt"])
+@pytest.mark.parametrize("root", ROOTS.values(), ids=ROOTS)
 @pytest.mark.parametrize("dim", [1, 2])
 def test_a_number_that_is_made_of_how_many_channels_there_are_holds_them(dim, root):
     images, asked = torch.randn(2, 3, 5, 5), [{"op_names": ["first"], "sparse_ratio": 0.5}]
