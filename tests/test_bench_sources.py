@@ -73,6 +73,7 @@ def test_the_largest_weights_of_a_network_and_its_counts(topology):
     assert float(rows[0][5]) == pytest.approx(weights / 1193, abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_search_minimises_what_it_is_asked_to():
     deviation = module("bench_deviation_search")
     # four neurons read the same input and add up; the second and the fourth hardly count for the output

@@ -313,6 +313,7 @@ def test_a_bad_pattern_in_a_file_ends_with_2_and_a_message(tmp_path, capsys):
         ["--flops", "0.3", "--calibration", "64"],
     ],
 )
+@pytest.mark.slow
 def test_analyze_topology(amount, tmp_path, capsys, drawn):
     words = ["analyze", "topology", "--model", "small_cnn", "--limit", "300", *amount]
     assert main([*words, "--json", "--out", str(tmp_path / "study")]) == 0
@@ -382,6 +383,7 @@ def net(num_classes):
 """
 
 
+@pytest.mark.slow
 def test_shrink_writes_which_blocks_are_removed(tmp_path, monkeypatch):
     (tmp_path / "own_blocks.py").write_text(BLOCKS)
     monkeypatch.syspath_prepend(tmp_path)
@@ -498,6 +500,7 @@ def test_shrink_keeps_blocks_equally_wide_by_a_flag_or_a_file(tmp_path):
     assert found["file"] == found["flag"]
 
 
+@pytest.mark.slow
 def test_shrink_writes_networks_of_several_sizes(tmp_path, untrained, capsys):
     words = ["shrink", "--model", "small_cnn", "--limit", "200", "--images", "64", "--checkpoint", str(untrained)]
     words += ["--seconds", "0.2", "--shares", "0.6", "0.3", "--budget", "params", "--out", str(tmp_path / "sizes")]

@@ -63,6 +63,7 @@ KNOBS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", list_pruners("*"))
+@pytest.mark.quick_every(2)
 def test_every_pruner(device, name):
     agree(lambda place: prune(name, place, **KNOBS.get(name, {}))[1], device)
 

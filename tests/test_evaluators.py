@@ -223,6 +223,7 @@ def test_transformers_drives_our_pruners(bert_setup: Setup) -> None:
     ours(bert_setup, nni_topo.RandomPruner, {INTERMEDIATE: 12})
 
 
+@pytest.mark.slow
 def test_transformers_drives_nnis_pruners(bert_setup: Setup) -> None:
     taylor(bert_setup, {INTERMEDIATE: 12})
     slim(bert_setup, {INTERMEDIATE: 12})

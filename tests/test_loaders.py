@@ -225,6 +225,7 @@ LABELLED = ("retraining_bound", "study_selection", "GeneticWeightPruner", "Topol
 
 
 @pytest.mark.parametrize("name", [name for name in WORK if name not in LABELLED])
+@pytest.mark.quick_every(3)
 def test_images_in_a_form_that_the_model_cannot_read_say_what_to_change(name, tmp_path):
     if name == "export":
         pytest.importorskip("onnxruntime")

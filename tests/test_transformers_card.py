@@ -70,6 +70,7 @@ def table_rows(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", [pytest.param("Bert", marks=pytest.mark.slow), "Llama"])
+@pytest.mark.slow
 def test_the_card_has_the_figures_of_the_report(name: str, tmp_path: Path) -> None:
     small = shrunk(name)
     before = snapshot(small)

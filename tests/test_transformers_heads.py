@@ -112,6 +112,7 @@ def test_gpt2_of_linear_layers_is_the_same_and_loses_heads_and_neurons():
 
 
 @pytest.mark.parametrize("more", [pytest.param({"granularity": "head"}, marks=pytest.mark.slow), {}])
+@pytest.mark.slow
 def test_heads_of_t5_go_from_all_blocks_that_share_their_positions(more, tmp_path):
     kinds = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 31}
     config = transformers.T5Config(**kinds, decoder_start_token_id=0)
@@ -261,6 +262,7 @@ def test_what_is_padding_does_not_count_in_compensation(method):
     "name",
     [pytest.param("LlamaForCausalLM", marks=pytest.mark.slow), "GPT2LMHeadModel", "BertForSequenceClassification"],
 )
+@pytest.mark.slow
 def test_a_model_without_a_block_and_heads_loads_by_the_original(name, tmp_path):
     model = make(name, layers=4)
     inputs = inputs_of(model, samples=20)

@@ -132,6 +132,7 @@ class Checked(transformers.LlamaConfig):
 
 
 @pytest.mark.parametrize("round_to", [None, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_budget_keeps_a_number_of_heads_that_the_config_accepts(round_to: int | None) -> None:
     torch.manual_seed(0)
     sizes = {**SIZES, "num_hidden_layers": 3, "num_attention_heads": 8, "hidden_size": 32, "head_dim": 4}

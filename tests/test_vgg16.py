@@ -21,6 +21,7 @@ def model():
 @pytest.mark.parametrize(
     "name", ["l1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("topological", "l2", "fpgm"))]
 )
+@pytest.mark.slow
 def test_half_of_every_layer_leaves_about_a_quarter_of_the_parameters(name, model):
     config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
     victim = copy.deepcopy(model)

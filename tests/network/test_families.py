@@ -322,6 +322,7 @@ def test_masks_that_split_a_group_norms_groups_unevenly_keep_more():
     assert dense.middle[1].num_groups * 2 == dense.middle[1].num_channels
 
 
+@pytest.mark.slow
 def test_l1_pruner_of_nni_goes_through_the_groups_too():
     torch.manual_seed(0)
     model = torchvision.models.mobilenet_v2(weights=None, width_mult=0.35).eval()

@@ -150,6 +150,7 @@ def test_death_times_deal_out_where_there_are_clouds_only():
         create_pruner("matrix", resnet(), [{"op_types": ["Conv2d"]}], budget=budget, example_inputs=IMAGES)
 
 
+@pytest.mark.slow
 def test_bounds_of_the_config_list_hold_and_a_budget_missed_for_them_is_told(caplog):
     masks, _ = pruned(resnet(), {"flops": 0.05}, rule={"max_sparse_ratio": 0.5})
     assert re.search(r"the flops budget of 0.05 is missed: .* all layers are at their max_sparse", caplog.text)

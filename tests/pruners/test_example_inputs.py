@@ -58,7 +58,7 @@ def masks_of(name: str, evaluator: Any = None, **knobs: Any) -> dict[str, dict[s
 
 
 @pytest.mark.parametrize("name", PRUNERS)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_an_evaluator_tells_the_example_inputs(name: str) -> None:
     images = toy_images()
     calibration = {} if "data" not in PRUNERS[name][2].values() else {"calibration": [images]}

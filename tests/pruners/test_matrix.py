@@ -16,6 +16,7 @@ IMAGES = toy_images(2)
 
 
 @pytest.mark.parametrize("check", STRUCTURED_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.quick_every(2)
 def test_promises_with_rows_and_columns(check):
     check(lambda *args, **kwargs: MatrixPruner(*args, **kwargs, example_inputs=IMAGES))
 

@@ -176,6 +176,7 @@ def test_half_of_all_channels_goes(net: str, every: int) -> None:
     ],
 )
 @pytest.mark.quick_every(2)
+@pytest.mark.slow
 def test_reconstruction_takes_half_of_all_channels(net: str, caplog: pytest.LogCaptureFixture) -> None:
     make, size = NETS[net]
     model, images = trained(make), torch.randn(4, 1, *size)

@@ -32,6 +32,7 @@ def reports(found):
     return [layer for layer in found.report.layers if ", " in layer.layer or layer.place == "output"]
 
 
+@pytest.mark.slow
 def test_the_error_ahead_falls_below_that_of_the_closed_form(residual_net, images, halves):
     masks = halves(residual_net, "stem", "conv1", "conv2", "conv3")
     closed = compensate(residual_net, masks, images)

@@ -72,6 +72,7 @@ def test_no_layer_is_left_alone_for_its_class(name):
 
 
 @pytest.mark.parametrize("method", list_recoveries())
+@pytest.mark.quick_every(2)
 def test_every_rule_takes_them(method):
     model, masks = twins("alike")
     found = compensation(model, masks, [images(16)], method=method)

@@ -632,6 +632,7 @@ def depth_steps(layers=None, **settings):
     return DepthSteps.of(plain, Budget(flops=0.5, **settings))
 
 
+@pytest.mark.slow
 def test_the_steps_without_a_block_prune_the_same_layers():
     budget = Budget(flops=0.5)
     steps = depth_steps(equal_blocks=True)  # which leaves parts of blocks alone
@@ -1158,6 +1159,7 @@ def test_a_table_of_times_counts_for_what_is_left():
     assert wanted == pytest.approx(0.4, abs=0.05)
 
 
+@pytest.mark.slow
 def test_without_a_table_networks_are_timed():
     steps, budget = depth_steps(equal_blocks=True), Budget(latency=0.9)
     path = steps._path(budget)

@@ -56,6 +56,7 @@ def test_a_model_whose_weights_are_offloaded_is_refused_and_stays_as_it_was(plac
 
 
 @pytest.mark.parametrize("place", [with_block_on_disk, pytest.param(all_on_disk, marks=pytest.mark.slow), one_device])
+@pytest.mark.slow
 def test_where_the_weights_are_in_memory_it_becomes_the_network_that_it_would_have_become(place, tmp_path):
     model = place(llama(), str(tmp_path))
     if place is not one_device:

@@ -137,6 +137,7 @@ NAMED = "layers of this model that can be named: "
         ([{"op_names": ["free", "one"]}], "one, which gives the model's output;"),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_layers_that_keep_all_channels_are_refused_by_name(layers, got):
     model, example = Attending().eval(), torch.rand(2, 5, 8)
     with pytest.raises(ConfigError) as caught:

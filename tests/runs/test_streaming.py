@@ -120,6 +120,7 @@ def test_the_folder_is_loaded_by_transformers_and_has_what_the_report_says(sourc
     assert report.likeness.agreement.value == pytest.approx(float((wanted == reached).double().mean()), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(source, tmp_path):
     found = []
     for number, filler in enumerate((1, 2)):
@@ -138,6 +139,7 @@ class StopError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_after_the_last_block(source, tmp_path, monkeypatch):
     whole, target = tmp_path / "whole", tmp_path / "stopped"
     knobs = FAST | {"pruner": "reconstruction", "compensate": "reconstruct"}
@@ -771,6 +773,7 @@ def deep(tmp_path, **changes):
     return tmp_path / "deep"
 
 
+@pytest.mark.slow
 def test_blocks_that_change_the_states_least_are_removed(tmp_path):
     source, target = deep(tmp_path), tmp_path / "small"
     before = files_of(source)
@@ -883,6 +886,7 @@ def test_blocks_that_can_not_be_removed_are_told(source, tmp_path, given, words)
 @pytest.mark.parametrize(
     "name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "bert", "gemma3"))]
 )
+@pytest.mark.slow
 def test_families_lose_blocks(name, tmp_path):
     torch.manual_seed(0)
     common = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4}

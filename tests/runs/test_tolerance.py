@@ -473,6 +473,7 @@ def test_a_share_is_tried_first_where_it_can_be_kept():
     assert below.candidates[0].asked == pytest.approx(0.03125**0.5)
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_is_counted_by_one_table_and_the_result_is_timed(monkeypatch):
     measured, timed = [], []
 
@@ -757,6 +758,7 @@ def test_ordinary_use_and_the_model_stays_as_it_was(batches, is_training):
     assert small.copies.hidden.out_features < WIDTH
 
 
+@pytest.mark.slow
 def test_the_result_can_be_saved_also_where_nothing_was_removed(tmp_path):
     images = rows()
     images[~torch.isin(torch.arange(800) % 8, torch.tensor([2, 4, 7])), 0] = 0.0

@@ -240,6 +240,7 @@ def test_recalibrate_changes_statistics_alone(lively):
     "method", [pytest.param(name, marks=[pytest.mark.slow] * (name == "block")) for name in list_recoveries()]
 )
 @pytest.mark.quick_every(12)
+@pytest.mark.slow
 def test_every_rule_leaves_the_model_and_masks_alone_and_solves_grouped_and_residual_nets(
     method, residual_net, images, halves
 ):

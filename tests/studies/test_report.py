@@ -108,6 +108,7 @@ def test_a_pruning_shows_what_was_left_whole_and_how_each_layer_came_back(tmp_pa
     assert (out / "report.html").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_study_has_its_pictures_and_its_numbers(tmp_path):
     words = ["analyze", "topology", "--model", "small_cnn", "--limit", "100", "--ratio", "0.5"]
     assert main([*words, "--out", str(tmp_path)]) == 0

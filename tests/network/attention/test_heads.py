@@ -226,6 +226,7 @@ def _width(name):
     ],
 )
 @pytest.mark.quick_every(6)
+@pytest.mark.slow
 def test_the_residual_width_goes_with_all_that_reads_it_and_norms_count_on(name, kind, tmp_path):
     model, inputs, asked = _width(name)
     groups = dependency_groups(model, inputs[:2], asked)
@@ -270,6 +271,7 @@ def test_where_the_width_stays_what_mixes_heads_loses_columns_and_no_rows():
 
 
 @pytest.mark.parametrize("kind", ["l1", pytest.param("topological", marks=pytest.mark.slow), "reconstruction"])
+@pytest.mark.slow
 def test_all_layers_asked_for_by_kind_lose_heads_neurons_and_the_width(kind):
     model, inputs, _ = _width("vit_small")
     everything = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}

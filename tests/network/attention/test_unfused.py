@@ -133,6 +133,7 @@ def test_attention_of_maxvit_computes_what_torchvision_does():
 @pytest.mark.quick_every(4)
 @pytest.mark.parametrize("asked", REQUESTS)
 @pytest.mark.parametrize("name", _one_at_once("swin v2", [name for name in NETS if name != "maxvit"]))
+@pytest.mark.slow
 def test_heads_and_widths_go(name, asked, tmp_path):
     model, inputs = _make(name)
     groups = dependency_groups(model, inputs, REQUESTS[asked](model))

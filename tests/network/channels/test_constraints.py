@@ -52,7 +52,7 @@ def rows(masks):
 
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.quick_every(6)
+@pytest.mark.quick_every(12)
 def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pruner, caplog):
     model = make(name)
     groups = dependency_groups(model, IMAGES, HALF)

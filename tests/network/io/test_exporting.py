@@ -91,6 +91,7 @@ def test_a_program_of_torch_answers_the_same(dense, tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "most"), [(7, 64), pytest.param(8, 127, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_int8_is_smaller_near_and_made_of_integers(tmp_path, bits, most):
     onnx = pytest.importorskip("onnx")
     torch.manual_seed(0)
@@ -253,6 +254,7 @@ def test_a_network_without_tensors_among_its_outputs_is_refused(ending, tmp_path
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
 def test_precision_that_onnxruntime_lacks_is_an_error_that_says_so(dtype, tmp_path):
     model, path = nn.Sequential(nn.Conv2d(3, 4, 3)).to(dtype).eval(), tmp_path / "precision.onnx"
     with pytest.raises(ExportError, match=r"onnxruntime can run; .* single precision only, got .*Conv.*Sequential"):

@@ -243,6 +243,7 @@ def trained_pyramid(body: nn.Module, widths: list[int], maps: Any, images: Tenso
         assert parameter.grad is None or not parameter.grad.any() or not torch.equal(old, parameter)
 
 
+@pytest.mark.slow
 def test_a_resnet_of_torchvision_gets_a_pyramid() -> None:
     torch.manual_seed(0)
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4).eval()

@@ -102,6 +102,7 @@ def test_a_number_of_jobs_that_is_none_is_refused(study, tmp_path, capsys):
     assert "n_jobs must be at least 1, or -1 for all cores, got 0" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_retraining_command(checkpoint, tmp_path, capsys, drawn):
     arguments = ("--ratios", "0.3", "0.8", "--epochs", "2", "--images", "200", "--tolerance", "0.05", "--gamma", "0.5")
     assert command("retraining", checkpoint, tmp_path, *arguments, "--json") == 0
@@ -174,6 +175,7 @@ def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_connectivity_command(checkpoint, tmp_path, capsys, drawn):
     arguments = ("--pruners", "connections,level", "--ratios", "0", "0.99", "--seeds", "2", "--json")
     assert command("connectivity", checkpoint, tmp_path, *arguments) == 0
