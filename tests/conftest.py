@@ -212,16 +212,24 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     return figures
 
 
-@pytest.fixture(params=["far", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Devices that are not the CPU: one that every machine has, and a GPU, which has to round as the CPU does."""
+@pytest.fixture
+def far() -> torch.device:
+    """Return the device that every machine has beside the CPU."""
     import far_device
     import torch
 
+    if not far_device.is_possible():
+        pytest.skip(f"torch {torch.__version__} takes no device written in Python")
+    return far_device.start()
+
+
+@pytest.fixture(params=["far", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Devices that are not the CPU: one that every machine has, and a GPU, which has to round as the CPU does."""
+    import torch
+
     if request.param == "far":
-        if not far_device.is_possible():
-            pytest.skip(f"torch {torch.__version__} takes no device written in Python")
-        yield far_device.start()
+        yield request.getfixturevalue("far")
         return
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")

@@ -14,11 +14,6 @@ from torch import nn
 pytestmark = pytest.mark.skipif(not far_device.is_possible(), reason="this PyTorch takes no device written in Python")
 
 
-@pytest.fixture
-def far() -> torch.device:
-    return far_device.start()
-
-
 def layers() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))

@@ -9,7 +9,6 @@ import operator
 import weakref
 from types import SimpleNamespace
 
-import far_device
 import pytest
 import torch
 from torch import nn
@@ -1060,10 +1059,7 @@ def test_results_of_the_models_own_weights_alone_are_kept(call, is_kept):
 
 
 @torch.no_grad()
-def test_constants_of_another_device_follow_the_number_of_samples_there():
-    if not far_device.is_possible():
-        pytest.skip("this PyTorch takes no device written in Python")
-    far = far_device.start()
+def test_constants_of_another_device_follow_the_number_of_samples_there(far):
     model = Computing(lambda x: x[torch.arange(x.shape[0], device=x.device), 0]).eval().to(far)
     graph = record(model, {"x": torch.randn(3, 4).to(far)}).graph_module
     x = torch.randn(5, 4).to(far)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import far_device
 import pytest
 import torch
 from torch import Tensor, nn
@@ -471,13 +470,6 @@ def test_a_norm_without_an_epsilon_of_its_own_has_that_of_its_precision() -> Non
         torch.testing.assert_close(norm(x), wanted)
         norm.weight = nn.Parameter(torch.ones(2, dtype=kind))
         torch.testing.assert_close(norm(x[:, :2]), wanted[:, :2])
-
-
-@pytest.fixture
-def far() -> torch.device:
-    if not far_device.is_possible():
-        pytest.skip("this PyTorch takes no device written in Python")
-    return far_device.start()
 
 
 @pytest.mark.parametrize("name", [*NORMS, "groups"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import far_device
 import pytest
 import torch
 from torch import nn
@@ -192,13 +191,6 @@ def test_a_convolution_over_channels_reads_zeros_in_place_of_removed_ones(
     cut_channelwise(layer, fewer, 4)
     torch.testing.assert_close(layer(values[..., kept[fewer]]), expected[1][..., kept[fewer]])
     assert (layer.counted, "taps" in layer.state_dict()) == (7, False)
-
-
-@pytest.fixture
-def far() -> torch.device:
-    if not far_device.is_possible():
-        pytest.skip("this PyTorch takes no device written in Python")
-    return far_device.start()
 
 
 @pytest.mark.parametrize("name", ["convolution", "in another order", "transposed groups", "two groups", "linear"])

@@ -345,7 +345,7 @@ def test_copies_together_take_no_more_than_a_quarter_of_the_free_memory(monkeypa
     size = 2**21
     monkeypatch.setattr(values_module, "free_memory_of", lambda device: 4 * 2 * size - copied[0])
     copied = [0]
-    weights, values = [nn.Parameter(torch.zeros(size, dtype=torch.uint8), requires_grad=False) for _ in range(3)], None
+    weights = [nn.Parameter(torch.zeros(size, dtype=torch.uint8), requires_grad=False) for _ in range(3)]
     values = ParameterValues()
     for weight in weights:
         values.note(weight, weight.detach())

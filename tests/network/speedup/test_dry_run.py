@@ -72,18 +72,23 @@ def test_a_layer_that_channels_enter_as_values_is_computed(model):
     assert "2" in computed
 
 
+def values_of_nodes(both):
+    """Return a dictionary that a dry run fills with what each node gives in both networks."""
+    found, step = {}, both._step
+
+    def looked(node):
+        step(node)
+        found[node.name] = both._values[node]
+
+    both._step = looked
+    return found
+
+
 def test_what_is_masked_is_what_the_whole_layer_gives():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
     both = dry_run(model)
-    kept = {}
-    step = both._step
-
-    def looked(node):
-        step(node)
-        kept[node.name] = both._values[node]
-
-    both._step = looked
+    kept = values_of_nodes(both)
     assert run(both) == ({}, [])
     with torch.no_grad():
         first = model[0](ROWS) * torch.from_numpy(both.is_kept[both.flow.group_ids_of("0")])
@@ -624,14 +629,7 @@ def test_a_norm_without_parameters_is_not_masked():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.ReLU(), nn.Linear(8, 4)).eval()
     both = dry_run(model)
-    kept = {}
-    step = both._step
-
-    def looked(node):
-        step(node)
-        kept[node.name] = both._values[node]
-
-    both._step = looked
+    kept = values_of_nodes(both)
     with torch.no_grad():
         both.run((ROWS,))
     full, _ = kept["_1"]
