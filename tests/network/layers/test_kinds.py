@@ -10,6 +10,7 @@ from nni.compression.speedup.replacer import Replacer
 from speedup_nets import filter_mask
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 import nni_topo
 from nni_topo.network import register_module
@@ -434,18 +435,6 @@ def test_channels_that_enter_are_those_of_inputs():
     assert (kinds.entering_channels(nn.MultiheadAttention(6, 2)), kinds.entering_channels(nn.Linear(3, 5))) == (6, 3)
 
 
-class Conv1D(nn.Module):
-    """The layer of GPT-2, as Transformers has it."""
-
-    def __init__(self, leaving, entering):
-        super().__init__()
-        self.nf, self.nx = leaving, entering
-        self.weight, self.bias = nn.Parameter(torch.randn(entering, leaving)), nn.Parameter(torch.randn(leaving))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
-
-
 class Own1D(Conv1D):
     """One of somebody else's."""
 
@@ -473,12 +462,7 @@ class Blocks(nn.Module):
         return self.root(self.other(self.again[0](self.tied(self.norm(self.first(x)).relu()))))
 
 
-@pytest.fixture
-def of_transformers(monkeypatch):
-    monkeypatch.setattr(Conv1D, "__module__", "transformers.pytorch_utils")
-
-
-def test_plain_layers_stand_in_place_of_those_of_transformers(of_transformers):
+def test_plain_layers_stand_in_place_of_those_of_transformers():
     model, x = Blocks().eval(), torch.randn(2, 5, 4)
     model.first.weight.requires_grad_(False)
     model.norm.train()
@@ -501,6 +485,6 @@ def test_plain_layers_stand_in_place_of_those_of_transformers(of_transformers):
     assert type(model.first) is Conv1D
 
 
-def test_a_model_that_is_such_a_layer_itself_stays(of_transformers):
+def test_a_model_that_is_such_a_layer_itself_stays():
     for model in (Conv1D(3, 4), Root(4)):
         assert type(nni_topo.as_torch_layers(model)) is type(model)
