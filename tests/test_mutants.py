@@ -155,11 +155,18 @@ def test_the_score_leaves_out_what_no_test_can_kill():
 def test_packages_below_the_score_that_is_asked_for_are_named():
     from reporting import shortfalls
 
-    found = {
-        "1": {"key": "1", "path": "nni_topo/runs/run.py", "state": "killed"},
-        "2": {"key": "2", "path": "nni_topo/runs/parts/run.py", "state": "survived"},
-        "3": {"key": "3", "path": "nni_topo/cli/verbs.py", "state": "timeout"},
-        "4": {"key": "4", "path": "nni_topo/cli/verbs.py", "state": "survived"},
-    }
-    assert shortfalls(found, {"4": "the same"}, 88) == ["nni_topo/runs: 50.0 %, which is below 88"]
-    assert shortfalls(found, {}, 50) == []
+    def of(package: str, killed: int, survived: int) -> dict[str, dict[str, str]]:
+        """Return mutants of a package."""
+        states = ["killed"] * killed + ["survived"] * survived
+        keys = [f"{package} {place}" for place in range(len(states))]
+        path = f"nni_topo/{package}/part/code.py"
+        return {key: {"key": key, "path": path, "state": state} for key, state in zip(keys, states, strict=True)}
+
+    # where 88 % of all changes are noticed, a draw of 60 has 48 or fewer with a probability of 5.1 %, 47 with 2.4 %
+    found = of("runs", 47, 13) | of("cli", 48, 12)
+    assert shortfalls(found, {}, 88) == ["nni_topo/runs: 78.3%, which is below 88 %"]
+    assert shortfalls(found, {"runs 58": "the same", "runs 59": "the same"}, 88) == []
+    assert shortfalls(found, {}, 70) == []
+    assert shortfalls(of("runs", 0, 1), {"runs 0": "the same"}, 88) == []
+    assert shortfalls(of("runs", 1, 0), {}, 100) == []
+    assert shortfalls(of("runs", 59, 1), {}, 100) == ["nni_topo/runs: 98.3%, which is below 100 %"]

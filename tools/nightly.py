@@ -28,6 +28,9 @@ RECORDS = PROJECT / "benchmarks/records/checks.json"
 SHARES = 20
 """Parts of the slow tests. A multiple of the five parts that `.ci/run` takes in turn."""
 
+MUTATED = ("maths", "pruners", "network", "recovery", "runs", "cli", "compat")
+"""Packages whose tests are tried on changed code."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -85,7 +88,7 @@ def checks() -> list[Check]:
             f"stress-ng --quiet --cpu 0 --timeout 3h & busy=$!; trap 'kill $busy' EXIT; {in_random_order}",
             ("stress-ng",),
         ),
-        Check("mutants", "make mutants MUTANTS='--minutes 600 --least 88'"),
+        *(Check(f"mutants of {package}", mutants_of(package)) for package in MUTATED),
         Check(
             "GPU",
             'make cuda PY="${PY:-$BIN/python}"',
@@ -93,6 +96,12 @@ def checks() -> list[Check]:
             covers="no CUDA device",
         ),
     ]
+
+
+def mutants_of(package: str) -> str:
+    """Return the command for some random changes to a package, other ones after every commit, by its own tests."""
+    own = f"--folders {package} --tests tests/{package} nni_topo/{package} --out runs/mutants/{package}"
+    return f'make mutants MUTANTS="{own} --count 60 --seed $COMMITS --budget 60 --minutes 120 --least 88"'
 
 
 @dataclass

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 """Mutants that no test can kill, looked at by hand: a key and the reason on each line."""
+
+CHANCE = 0.05
+"""Probability below which a low score isn't put down to the draw."""
 
 KILLED = ("killed", "timeout", "died")
 _ROW = "{:24} {:>8} {:>8} {:>9} {:>11} {:>7}"
@@ -37,15 +41,24 @@ def report(found: Mapping[str, Mapping[str, Any]], known: Mapping[str, str]) -> 
 
 
 def shortfalls(found: Mapping[str, Mapping[str, Any]], known: Iterable[str], least: float) -> list[str]:
-    """Return the packages, with their scores in per cent, whose score is below ``least``."""
+    """Return the packages whose tests notice less than ``least`` per cent, each with its score.
+
+    A package is listed if a draw of as many mutants with so few of them killed has a probability below ``CHANCE``
+    where ``least`` per cent of all its mutants are killed.
+    """
     known = set(known)
     below = []
     for package in sorted({_package(record) for record in found.values()}):
-        some = [record for record in found.values() if _package(record) == package]
-        score = 100 * _score(some, known)
-        if score < least:
-            below.append(f"{package}: {score:.1f} %, which is below {least:g}")
+        some = _mortal((record for record in found.values() if _package(record) == package), known)
+        killed = sum(record["state"] in KILLED for record in some)
+        if _probability_of_at_most(killed, len(some), least / 100) < CHANCE:
+            below.append(f"{package}: {killed / len(some):.1%}, which is below {least:g} %")
     return below
+
+
+def _probability_of_at_most(killed: int, drawn: int, share: float) -> float:
+    """Return the binomial probability of that many killed mutants or fewer."""
+    return sum(math.comb(drawn, k) * share**k * (1 - share) ** (drawn - k) for k in range(killed + 1))
 
 
 def _package(record: Mapping[str, Any]) -> str:
@@ -53,9 +66,14 @@ def _package(record: Mapping[str, Any]) -> str:
     return "/".join(Path(record["path"]).parts[:2])
 
 
+def _mortal(some: Iterable[Mapping[str, Any]], known: Iterable[str]) -> list[Mapping[str, Any]]:
+    """Return the mutants that a test can kill."""
+    return [record for record in some if record["state"] in KILLED or record["key"] not in known]
+
+
 def _score(some: Sequence[Mapping[str, Any]], known: Iterable[str]) -> float:
     """Return the killed share of the mutants that a test can kill; 1 without any."""
-    mortal = [record for record in some if record["state"] in KILLED or record["key"] not in known]
+    mortal = _mortal(some, known)
     killed = sum(record["state"] in KILLED for record in mortal)
     return killed / len(mortal) if mortal else 1.0
 
