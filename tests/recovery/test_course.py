@@ -217,7 +217,7 @@ def test_channels_of_zeros_stay_zero_while_others_learn(has_bias):
         net[1].weight[1:3] = 0.0
         if has_bias:
             net[0].bias[1] = 0.0
-        net[1].bias[2] = 0.5
+        net[1].bias[[0, 2, 3]] = 0.5
     with learning(net, [net[1]]):
         assert net[1].training
         assert net[1].momentum == 0.1
