@@ -1593,8 +1593,8 @@ def _einstein_sum(op: Operation) -> Any:
     If operands share the letter of their channels, these are coupled. Channels go to the dimension of the output that
     has their letter; if the output doesn't have it, they are summed over. Heads are removed as a whole.
     """
-    read = _letters(op)
-    if read is None:
+    read = einsum_letters(op.args[0] if op.args else None, [tuple(each.shape) for each in op.ids])
+    if read is None or op.shape is None or len(read[1]) != len(op.shape):
         return op.all_kept()
     operands, output = read
     entering_ids = _by_head(op, operands, output)
@@ -1662,33 +1662,31 @@ def _by_head(op: Operation, operands: list[str], output: str) -> list[Tensor]:
     return found
 
 
-def _letters(op: Operation) -> tuple[list[str], str] | None:
+def einsum_letters(equation: Any, shapes: list[tuple[int, ...]]) -> tuple[list[str], str] | None:
     """Return the equation of an Einstein sum: a letter for each dimension of each operand, and of the output.
 
     None for equations that aren't followed: with lists of numbers in place of letters, or the diagonal of an operand.
     """
-    equation = op.args[0] if op.args else None
-    if not isinstance(equation, str) or op.shape is None:
+    if not isinstance(equation, str):
         return None
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")
-    if len(operands) != len(op.ids):
+    if len(operands) != len(shapes):
         return None
     # Dots stand for all dimensions that have no letter, counted from the last. Here each of these gets a digit.
     digits, longest = "0123456789", ""
-    for at, (letters, ids) in enumerate(zip(operands, op.ids, strict=True)):
-        missing = ids.dim() - len(letters.replace("...", ""))
+    for at, (letters, shape) in enumerate(zip(operands, shapes, strict=True)):
+        missing = len(shape) - len(letters.replace("...", ""))
         dots = digits[len(digits) - missing :] if 0 < missing <= len(digits) else ""
         operands[at] = letters.replace("...", dots)
-        if len(set(operands[at])) != len(operands[at]) or len(operands[at]) != ids.dim():
+        if len(set(operands[at])) != len(operands[at]) or len(operands[at]) != len(shape):
             return None
         longest = max(longest, dots, key=len)
     if not arrow:
         # Without an arrow PyTorch's output has the dimensions of the dots, then the letters that appear once, sorted.
         once = [each for each in sorted(set(inputs) - set(".,")) if inputs.count(each) == 1]
         output = "..." * ("..." in inputs) + "".join(once)
-    output = output.replace("...", longest)
-    return (operands, output) if len(output) == len(op.shape) else None
+    return operands, output.replace("...", longest)
 
 
 # Windows.

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nni_topo.errors import ConfigError
+from nni_topo.network.cost.measure import CountedMacs, counting_macs
+from nni_topo.network.cost.products import products_of
+from nni_topo.network.graph import layer_sizes
 from nni_topo.network.layers import (
     NORMS,
     RECURRENT,
     TRANSPOSED,
+    LayerSizes,
     Size,
     has_bias,
     is_recurrent,
-    recurrent_products,
     row_names,
     spread,
     weight_name,
     weight_of,
 )
-from nni_topo.network.runtime import (
-    batch_size,
-)
+from nni_topo.network.runtime import Call, as_written, batch_size, evaluation_mode, left_alone, taken
 from nni_topo.network.speedup import Network
 from nni_topo.sharing import first_names
 
@@ -54,86 +56,75 @@ class _LayerCost:
     positions: int
     entering_positions: int
     leaving_positions: int
-    together: int  # of these, those of one window, where the layer makes queries, keys or values
     bias: int  # how many of them
     has_weight: bool = True  # False where another layer has the same one, which counts it
     has_bias: bool = True
 
-    def products(self, pruned: BoolArray) -> int:
-        """Products per output position, summed over the kept output channels."""
+    def __call__(self, pruned: BoolArray) -> tuple[int, int, int]:
+        """Count multiply-accumulates, parameters, and the values that enter and leave one call.
+
+        ``pruned``: by group id. Multiply-accumulates are those of all calls. Parameters that another layer counts
+        aren't among them.
+        """
+        entering, leaving = _count_kept(self.entering, pruned), _count_kept(self.leaving, pruned)
         # A depth-wise convolution loses groups with its channels: each channel keeps one input.
         depthwise = self.groups == len(self.entering) > 1
-        entering = 1 if depthwise else _count_kept(self.entering, pruned) // self.groups
-        return _count_kept(self.leaving, pruned) * entering * self.kernel
-
-    def weights(self, pruned: BoolArray) -> int:
-        """Number of kept parameters, without those that another layer counts."""
-        biases = self.bias * _count_kept(self.leaving, pruned) if self.has_bias else 0
-        return (self.products(pruned) if self.has_weight else 0) + biases
-
-    def activations(self, pruned: BoolArray) -> int:
-        """Number of values that enter and leave one call."""
-        entering = _count_kept(self.entering, pruned) * self.entering_positions
-        return entering + _count_kept(self.leaving, pruned) * self.leaving_positions
+        products = leaving * (1 if depthwise else entering // self.groups) * self.kernel
+        params = products * self.has_weight + leaving * self.bias * self.has_bias
+        values = entering * self.entering_positions + leaving * self.leaving_positions
+        return products * self.positions, params, values
 
 
 class NetworkCost:
     """Count a network's cost from the channels that are kept."""
 
-    # Not by PyTorch's counter, which `count_macs` uses: that runs a network, and a search for a budget asks for the
-    # cost of thousands of widths without building any. The tests hold both to the same numbers.
-    # Convolutions, linear layers and attention count as in the dense model, batch norms as parameters, everything else
-    # (other norms) as in the unpruned network. A channel that several layers share is pruned when all of them lose it;
-    # one of a layer without an entry stays.
+    # The unpruned network is counted once, as `count_macs` does. Of that count as much is told by the channels that are
+    # kept as is known to depend on them: convolutions, linear and recurrent layers, products of activations, and what
+    # attention computes within, head by head. The rest stays as it is in the unpruned network. So a search for a budget
+    # asks for the cost of thousands of widths without building any. Batch norms count as parameters. A channel that
+    # several layers share is pruned when all of them lose it; one of a layer without an entry stays.
     def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
         network = Network.on(model, example_inputs)
-        samples = batch_size(network.call)
-        self._flow, sizes = network.flow, network.sizes
+        self._flow = flow = network.flow
         self._modules = modules = dict(model.named_modules())
+        attention = {name: each for name, each in flow.attention.items() if not each.recurrent}
+        sizes, counted, self._samples = _counted(network, attention)
         self._layers = dict[str, _LayerCost]()
-        shared, counted = first_names(model), set[str]()
+        shared, known = first_names(model), set[str]()
 
         def is_new(name: str) -> bool:
             """Tell whether a parameter wasn't counted yet, under another name of it."""
             first = shared.get(name, name)
-            found = first not in counted
-            counted.add(first)
+            found = first not in known
+            known.add(first)
             return found
 
-        for name in self._flow.layers:
+        for name in flow.layers:
             if name in sizes:  # embeddings compute nothing
-                calls = _by_sample(modules[name], sizes[name], samples)
                 self._layers[name] = dataclasses.replace(
-                    self._layer_cost(name, calls),
+                    self._layer_cost(name, sizes[name]),
                     has_weight=is_new(f"{name}.{weight_name(modules[name])}"),
                     has_bias=is_new(f"{name}.{row_names(modules[name])[-1]}"),
                 )
-        # Of recurrent layers that keep all units: those with a projection, and cells.
-        self._unpruned_macs = 0
-        for name, calls in sizes.items():
-            if name not in self._layers and isinstance(modules[name], RECURRENT):
-                steps = sum(_positions(modules[name], leaving) for _, leaving in calls)
-                self._unpruned_macs += steps * recurrent_products(modules[name])
         self._norms = dict[str, tuple[IntArray, int]]()  # the channels that enter, and the parameters of each
         for name, module in modules.items():
-            entering = self._flow.entering_group_ids(name)
+            entering = flow.entering_group_ids(name)
             if isinstance(module, NORMS) and module.affine and len(entering):
                 self._norms[name] = entering, is_new(f"{name}.weight") + is_new(f"{name}.bias")
-        # By channel of the heads' values: each query is multiplied with each key, and each weight with each value.
-        self._attention: list[tuple[IntArray, int]] = []
-        for attention in network.attention.values():
-            layer, channels = attention.outputs
-            if self._layers.keys() >= {*attention.layers, layer}:
-                made = [self._layers[name] for name in attention.layers]
-                queries, keys = made[0].leaving_positions, made[-1].together  # of one sample
-                self._attention.append((self._flow.group_ids_of(layer)[channels.ravel()], 2 * queries * keys))
-        nothing = np.zeros(self._flow.size, dtype=np.bool_)
-        # Parameters of everything else, which isn't pruned.
-        self._rest = sum(parameter.numel() for parameter in model.parameters())
-        for cost in self._layers.values():
-            self._rest -= cost.weights(nothing)
-        for group_ids, parameters in self._norms.values():
-            self._rest -= parameters * len(group_ids)
+        nothing = np.zeros(flow.size, dtype=np.bool_)
+        # What attention modules compute between their layers, and the channels of the heads' values.
+        self._attention = list[tuple[IntArray, int]]()
+        for name, each in attention.items():
+            layer, channels = each.outputs
+            if layer in self._layers and name in counted.within:
+                own = [cost for at, cost in self._layers.items() if at == name or at.startswith(f"{name}.")]
+                between = counted.within[name] - sum(cost(nothing)[0] for cost in own)
+                self._attention.append((flow.group_ids_of(layer)[channels.ravel()], between))
+        self._products = products_of(flow.traced.graph, flow, batch_size(network.call) // self._samples)
+        # Of everything else, which isn't pruned: multiply-accumulates of the call that was counted, and parameters.
+        self._rest = 0, 0
+        macs, params, _ = self._counts(nothing)
+        self._rest = counted.all - macs, sum(parameter.numel() for parameter in model.parameters()) - params
         self._bytes = max((parameter.element_size() for parameter in model.parameters()), default=4)
 
     def _layer_cost(self, name: str, calls: list[tuple[Size, Size]]) -> _LayerCost:
@@ -156,23 +147,26 @@ class NetworkCost:
             positions=sum(_positions(module, call[not isinstance(module, TRANSPOSED)]) for call in calls),
             entering_positions=max(_positions(module, entering) for entering, _ in calls),
             leaving_positions=max(_positions(module, leaving) for _, leaving in calls),
-            together=max(leaving[-2] if len(leaving) > 3 else _positions(module, leaving) for _, leaving in calls),
             bias=biases,
         )
 
     def __call__(self, kept: Kept) -> Cost:
         """Count the cost with the ``kept`` channels of layers; a layer without an entry keeps all."""
-        pruned = ~self._flow.kept(kept)
-        macs, params, activations = self._unpruned_macs, self._rest, 0
+        macs, params, values = self._counts(~self._flow.kept(kept))
+        return Cost(macs // self._samples, params, self._bytes * (params + values // self._samples))
+
+    def _counts(self, pruned: BoolArray) -> tuple[int, int, int]:
+        """Count multiply-accumulates, parameters and the values of the largest layer; ``pruned``: by group id."""
+        (macs, params), largest = self._rest, 0
         for cost in self._layers.values():
-            macs += cost.products(pruned) * cost.positions
-            params += cost.weights(pruned)
-            activations = max(activations, cost.activations(pruned))
-        for group_ids, products in self._attention:
-            macs += _count_kept(group_ids, pruned) * products
+            more, own, values = cost(pruned)
+            macs, params, largest = macs + more, params + own, max(largest, values)
+        for group_ids, between in self._attention:
+            macs += between * _count_kept(group_ids, pruned) // len(group_ids)
+        macs += sum(each.count(pruned) for each in self._products)
         for group_ids, parameters in self._norms.values():
             params += parameters * _count_kept(group_ids, pruned)
-        return Cost(macs, params, self._bytes * (params + activations))
+        return macs, params, largest
 
     def widths(self, kept: Kept) -> dict[str, tuple[int, int]]:
         """Count the kept (input, output) channels of each layer, of a linear layer the features."""
@@ -195,22 +189,37 @@ class NetworkCost:
         return found
 
 
-def _by_sample(module: Any, calls: list[tuple[Size, Size]], samples: int) -> list[tuple[Size, Size]]:
-    """Split windows, which a linear layer may get as samples, by the sample that they come from."""
-    if not isinstance(module, torch.nn.Linear):
-        return calls
-    return [(_parted(entering, samples), _parted(leaving, samples)) for entering, leaving in calls]
+def _counted(network: Network, names: Iterable[str]) -> tuple[LayerSizes, CountedMacs, int]:
+    """Run a model on its first sample, or on all if it fails on one; return how many they are as well.
 
+    ``names``: modules whose multiply-accumulates are counted by themselves.
+    """
+    model, samples = network.model, batch_size(network.call)
 
-def _parted(size: Size, samples: int) -> Size:
-    parts, rest = divmod(size[0], samples)
-    return size if rest or parts < 2 else (samples, parts, *size[1:])
+    def run(call: Call) -> tuple[LayerSizes, CountedMacs]:
+        sizes = layer_sizes(model, call)
+        with (
+            left_alone(model),
+            evaluation_mode(model),
+            as_written(),
+            torch.no_grad(),
+            counting_macs(model, names) as counted,
+        ):
+            model(*call[0], **call[1])
+        return sizes, counted
+
+    if samples > 1:
+        try:
+            return *run(taken(network.call, torch.arange(1))), 1
+        except ConfigError:
+            pass  # a number of samples may be written into the forward
+    return *run(network.call), samples
 
 
 def _positions(module: Any, size: Size) -> int:
-    """Count the positions of one sample in a layer's input or output."""
+    """Count the positions in a layer's input or output, those of all samples."""
     last = isinstance(module, (torch.nn.Linear, torch.nn.MultiheadAttention, *RECURRENT))
-    return math.prod(size[1:]) // size[-1 if last else 1]
+    return math.prod(size) // size[-1 if last else 1]
 
 
 def _count_kept(group_ids: IntArray, pruned: BoolArray) -> int:

@@ -8,9 +8,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -90,38 +90,66 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     Fused attention kernels are switched off for the run, because the counter of some PyTorch versions doesn't count
     what they compute.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # loads Triton
-
     call = call_arguments(example_inputs, model)
     args, kwargs = taken(call, torch.arange(1))
-    counter = FlopCounterMode(display=False)
-    products, counted = 0, list[int]()  # of recurrent layers: ours, and what the counter says of some of them
-
-    def enter(*_: Any) -> None:
-        counted.append(counter.get_total_flops())
-
-    def leave(module: nn.Module, entered: tuple[Any, ...], _: Any) -> None:
-        nonlocal products
-        counted.append(counter.get_total_flops() - counted.pop())
-        (rows, *_) = tensors_of(entered[0])  # of a packed sequence its data
-        products += recurrent_products(module) * (rows.numel() // rows.shape[-1])
-
-    hooks = ExitStack()
-    for module in model.modules():
-        if isinstance(module, RECURRENT):
-            hooks.enter_context(module.register_forward_pre_hook(enter))
-            hooks.enter_context(module.register_forward_hook(leave))
     with (
-        hooks,
         evaluation_mode(model),
         as_written(),
-        sdpa_kernel(SDPBackend.MATH),
         torch.no_grad(),
         fitting_call(model, call, "example_inputs"),
-        counter,
+        counting_macs(model) as counted,
     ):
         model(*args, **kwargs)
-    return (int(counter.get_total_flops()) - sum(counted)) // 2 + products
+    return counted.all
+
+
+@dataclass
+class CountedMacs:
+    """The multiply-accumulates of what ran: all of them, and by name those within some modules."""
+
+    all: int = 0
+    within: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[CountedMacs]:
+    """Count what runs within the block, and by itself what the named modules run; the counts are there after it.
+
+    Fused attention kernels are switched off.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton
+
+    counter, found = FlopCounterMode(display=False), CountedMacs()
+    extra = 0  # twice the products of recurrent layers, less what the counter says of some of them
+    entered = list[int]()  # by call that is under way, the count before it
+
+    def now() -> int:
+        return int(counter.get_total_flops()) + extra
+
+    def enter(*_: Any) -> None:
+        entered.append(now())
+
+    def leave_recurrent(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        nonlocal extra
+        (rows, *_) = tensors_of((args, kwargs))  # of a packed sequence its data
+        own = 2 * recurrent_products(module) * (rows.numel() // rows.shape[-1])
+        extra += own - (now() - entered.pop())
+
+    def leave(name: str, *_: Any) -> None:
+        found.within[name] = found.within.get(name, 0) + (now() - entered.pop()) // 2
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, RECURRENT):
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(leave_recurrent, with_kwargs=True))
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
+            hooks.enter_context(module.register_forward_hook(partial(leave, name)))
+        with sdpa_kernel(SDPBackend.MATH), counter:
+            yield found
+    found.all = now() // 2
 
 
 @checked(model=COMPUTING, example_inputs=INPUTS)

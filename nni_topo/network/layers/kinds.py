@@ -187,8 +187,9 @@ def is_recurrent(module: Any) -> bool:
 
 def recurrent_products(module: torch.nn.Module) -> int:
     """Count the products of a recurrent layer, or of a cell, at one step: each of its weights takes part in one."""
-    weights = [weight for name, weight in module.named_parameters() if name.startswith("weight")]
-    return sum(weight.numel() for weight in weights)
+    # By name, for NNI's wrapper keeps as parameters of its own those that are pruned.
+    names = module._flat_weights_names if isinstance(module, torch.nn.RNNBase) else ("weight_ih", "weight_hh")
+    return sum(getattr(module, name).numel() for name in names if name.startswith("weight"))
 
 
 def is_transposed_linear(module: torch.nn.Module) -> bool:

@@ -48,7 +48,7 @@ from nni_topo.errors import (
 )
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.attention import find_attention
-from nni_topo.network.cost import NetworkCost
+from nni_topo.network.cost import NetworkCost, counting_macs
 from nni_topo.network.io import tell_depth
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.runtime import (
@@ -749,15 +749,12 @@ class _Run:
 
     def _macs_of_rest(self) -> float:
         """Return the multiply-accumulates of one sample outside of the blocks, as PyTorch counts them."""
-        from torch.utils.flop_counter import FlopCounterMode
-
         call = self._calls[0]
         args, kwargs = self._skeleton.entering(call, 0)
         states = args[0] if args else kwargs[STATES]
-        counter = FlopCounterMode(display=False)
-        with counter:
+        with counting_macs(self._skeleton.model) as counted:
             self._skeleton.outputs(call, states)
-        return counter.get_total_flops() / 2 / len(states)
+        return counted.all / len(states)
 
     def _write(self, number: int, unpruned: BlockNet, dense: Any, layers: DenseReport) -> None:
         """Write the weights of a pruned block, and with the first one the config that describes it."""

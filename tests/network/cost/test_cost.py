@@ -11,7 +11,7 @@ from speedup_nets import l1_masks
 from tied_nets import Mirrored, TiedConvolutions, TiedNorms
 
 from nni_topo import RandomPruner, zoo
-from nni_topo.network.cost.cost import Cost, NetworkCost, _by_sample, _positions
+from nni_topo.network.cost.cost import Cost, NetworkCost, _positions
 from nni_topo.network.layers.kinds import WEIGHTED, channel_dimension
 from nni_topo.runs.widths import inner_layers, pruning_config
 from nni_topo.speedup import to_dense
@@ -159,28 +159,15 @@ def test_a_weight_that_several_modules_share_counts_once(make, removed, is_wrapp
 
 
 @pytest.mark.parametrize(
-    ("size", "parted"),
-    [
-        ((12, 5, 8), (3, 4, 5, 8)),  # four windows of each of three samples
-        ((6, 8), (3, 2, 8)),
-        ((3, 5, 8), (3, 5, 8)),
-        ((7, 8), (7, 8)),
-        ((2, 8), (2, 8)),
-    ],
-)
-def test_windows_that_enter_a_linear_layer_as_samples_are_parts_of_these(size, parted):
-    assert _by_sample(torch.nn.Linear(8, 8), [(size, size)], 3) == [(parted, parted)]
-    assert _by_sample(torch.nn.Conv1d(8, 8, 1), [(size, size)], 3) == [(size, size)]
-
-
-@pytest.mark.parametrize(
     ("module", "size", "positions"),
     [
-        (torch.nn.Linear(8, 4), (3, 5, 2, 8), 10),
-        (torch.nn.MultiheadAttention(8, 2), (3, 5, 8), 5),
-        (torch.nn.GRU(8, 4), (3, 5, 8), 5),
-        (torch.nn.GRUCell(8, 4), (3, 8), 1),
-        (torch.nn.Conv2d(8, 4, 1), (3, 8, 5, 2), 10),
+        (torch.nn.Linear(8, 4), (3, 5, 2, 8), 30),
+        (torch.nn.Linear(8, 4), (8,), 1),
+        (torch.nn.MultiheadAttention(8, 2), (3, 5, 8), 15),
+        (torch.nn.GRU(8, 4), (3, 5, 8), 15),
+        (torch.nn.GRU(8, 4), (5, 8), 5),
+        (torch.nn.GRUCell(8, 4), (3, 8), 3),
+        (torch.nn.Conv2d(8, 4, 1), (3, 8, 5, 2), 30),
     ],
 )
 def test_positions_are_counted_beside_the_channels(module, size, positions):

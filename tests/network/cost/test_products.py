@@ -1,0 +1,230 @@
+"""Multiply-accumulates that no layer makes: products of activations, and weights that a forward uses by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import nni_topo
+from nni_topo.network.cost import NetworkCost, count_macs
+
+WIDTH, HEADS, SIZE, PLACES = 12, 3, 4, 5
+
+
+class Attending(nn.Module):
+    """Attention that is written in the forward; ``how`` says by which operations."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.heads, self.size = how, HEADS, SIZE
+        self.enter, self.head = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 2)
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def by_head(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], -1, self.heads, self.size).transpose(1, 2)
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.how == "fused":
+            return functional.scaled_dot_product_attention(q, k, value=v, scale=0.5)
+        if self.how == "letters":
+            weights = torch.einsum("bhqc,bhkc->bhqk", q, k).softmax(-1)
+            return torch.einsum("...qk,...kc->...qc", [weights, v])
+        if self.how in ("added", "batched"):
+            q, k, v = (each.flatten(0, 1) for each in (q, k, v))
+            if self.how == "added":
+                weights = torch.baddbmm(torch.zeros(1, 1, 1), q, k.transpose(1, 2), beta=0.0)
+            else:
+                weights = torch.bmm(q, mat2=k.transpose(1, 2))
+            return torch.bmm(weights.softmax(-1), v).unflatten(0, (-1, self.heads))
+        if self.how == "from the right":
+            return v.__rmatmul__((q @ k.transpose(-2, -1)).softmax(-1))
+        return torch.matmul(torch.matmul(q, other=k.transpose(-2, -1)).softmax(-1), v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        context = self.mixed(*(self.by_head(layer(x)) for layer in (self.q, self.k, self.v)))
+        return self.head(self.out(context.transpose(1, 2).flatten(2)) + x)
+
+
+class LowRank(nn.Module):
+    """A matrix of places that two layers make, whose inner width is free; the second has columns that are free too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.left, self.right = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+        self.given, self.head = nn.Linear(6, 10), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.enter(x)
+        return self.head(torch.tanh(self.left(inner) @ self.right(inner).mT) @ self.given(x))
+
+
+class OwnWeights(nn.Module):
+    """Weights that are parameters of the model: of a product, of a linear function and of a convolution."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.enter, self.head = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 2)
+        self.weight = nn.Parameter(torch.randn(7, WIDTH))
+        self.kernel = nn.Parameter(torch.randn(4, 1, 3))
+        self.after = nn.Linear(7, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.enter(x)
+        if self.how == "linear":
+            return self.head(self.after(functional.linear(inner, self.weight)))
+        if self.how == "letters":
+            return self.head(self.after(torch.einsum("bpc,oc->bpo", inner, self.weight)))
+        scales = functional.conv1d(x.mean(-1)[:, None], self.kernel).mean((1, 2))
+        return self.head(inner.relu() * scales[:, None, None])
+
+
+class Normed(nn.Module):
+    """A layer whose weight is computed at each call, beside a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.utils.parametrizations.weight_norm(nn.Linear(6, WIDTH))
+        self.inner, self.head = nn.Linear(WIDTH, 9), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.enter(x).relu()).relu())
+
+
+class Folded(nn.Module):
+    """A recurrent layer that reads the places of each row as sequences, and a table that no input changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.rows = nn.Linear(6, WIDTH), nn.GRU(WIDTH, 7, batch_first=True, bidirectional=True)
+        self.head, self.table = nn.Linear(14, 2), nn.Linear(3, 14)
+        self.register_buffer("places", torch.randn(PLACES, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples = x.shape[0]
+        rows, _ = self.rows(self.enter(x).reshape(samples * PLACES, 1, -1))
+        return self.head(rows.reshape(samples, PLACES, -1) + self.table(self.places))
+
+
+def rows(samples: int = 4) -> Tensor:
+    return torch.randn(samples, PLACES, 6, generator=torch.Generator().manual_seed(0))
+
+
+def made(kind: type[nn.Module], *arguments: str) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(*arguments).eval()
+
+
+KINDS = {
+    **{
+        f"attention, {how}": (Attending, how)
+        for how in ("fused", "letters", "added", "batched", "from the right", "multiplied")
+    },
+    "low rank": (LowRank,),
+    **{f"own weights, {how}": (OwnWeights, how) for how in ("linear", "letters", "convolution")},
+    "computed weight": (Normed,),
+    "folded": (Folded,),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [1, 4])
+def test_products_that_no_layer_makes_are_those_of_the_dense_model(kind, samples):
+    model, x = made(*KINDS[kind]), rows(samples)
+    groups = nni_topo.dependency_groups(model, x, [{"op_types": ["Linear", "GRU"], "sparse_ratio": 0.4}])
+    assert groups
+    pruner = nni_topo.RandomPruner(model, groups, seed=1)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, x, masks)
+    kept = {name: each["weight"].flatten(1).any(1).numpy() for name, each in masks.items() if "weight" in each}
+    if kind == "folded":
+        units = masks["rows"]["weight_hh_l0"].any(1).numpy()
+        kept["rows"] = units[: len(units) // 3]
+    cost = NetworkCost(model, x)
+    assert cost({}).macs == count_macs(model, x)
+    assert cost(kept).macs == count_macs(dense, x) < cost({}).macs
+
+
+@pytest.mark.parametrize("kind", ["attention, fused", "folded"])
+def test_a_model_that_a_pruner_has_wrapped_costs_what_it_did(kind):
+    model, x = made(*KINDS[kind]), rows()
+    macs = count_macs(model, x)
+    pruner = nni_topo.RandomPruner(model, [{"op_types": ["Linear", "GRU"], "sparse_ratio": 0.4}])
+    assert NetworkCost(model, x)({}).macs == count_macs(model, x) == macs
+    pruner.compress()
+    assert NetworkCost(model, x)({}).macs == count_macs(model, x) == macs
+
+
+def test_a_fixed_number_of_samples_is_divided_by():
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(PLACES, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.view(4, PLACES, 6)
+            return self.head(self.one(x) @ self.two(x).mT)
+
+    model, kept = Fixed().eval(), np.arange(8) < 5
+    cost = NetworkCost(model, rows(4))
+    layers, product, head = 2 * PLACES * 6, PLACES * PLACES, PLACES * PLACES * 2
+    assert cost({}).macs == 8 * (layers + product) + head
+    assert cost({"one": kept, "two": kept}).macs == 5 * (layers + product) + head
+    # Of one sample the first layer's input and output are largest: five places of six and eight numbers.
+    assert cost({}).memory == 4 * (cost({}).params + PLACES * (6 + 8))
+
+
+def test_the_run_that_counts_leaves_the_model_alone():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head, self.calls = nn.Linear(6, 8), nn.Linear(8, 2), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.head(self.inner(x) + torch.rand(1))
+
+    model = Counting().train()
+    state = torch.get_rng_state()
+    NetworkCost(model, rows())
+    assert (model.calls, model.training, model.inner.training) == (0, True, True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.slow
+def test_attention_that_pools_its_keys_is_counted_at_the_places_that_are_left():
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+    torch.manual_seed(0)
+    blocks = [
+        MSBlockConfig(2, 8, 16, [3, 3, 3], [1, 2, 2], [1, 2, 2], [3, 3, 3]),
+        MSBlockConfig(2, 16, 16, [3, 3, 3], [1, 2, 2], [1, 1, 1], [3, 3, 3]),
+    ]
+    model = MViT((16, 16), 4, blocks, residual_pool=False, residual_with_cls_embed=True, rel_pos_embed=False,
+                 proj_after_attn=False, num_classes=3, patch_embed_kernel=(3, 7, 7), patch_embed_stride=(2, 4, 4),
+                 patch_embed_padding=(1, 3, 3)).eval()  # fmt: skip
+    videos = torch.randn(2, 3, 4, 16, 16)
+    cost = NetworkCost(model, videos)
+    assert cost({}).macs == count_macs(model, videos)
+    attention = "blocks.0.attn"
+    heads = cost({f"{attention}.qkv": np.array([True, False])}).macs
+    kept = np.tile(np.repeat([True, False], 4), 3)
+    assert heads == cost({f"{attention}.qkv": kept}).macs < cost({}).macs
+
+
+@pytest.mark.slow
+def test_relative_attention_with_weights_of_its_own_is_counted():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.XLNetConfig(vocab_size=50, d_model=16, n_layer=2, n_head=2, d_inner=32)
+    model = transformers.XLNetModel(config).eval()
+    inputs = {"input_ids": torch.randint(0, 50, (3, 7))}
+    cost, layer = NetworkCost(model, inputs), "layer.0.ff.layer_1"
+    assert cost({}).macs == count_macs(model, inputs)
+    # Seven places: each of 16 features is multiplied with 12 fewer inner ones, and back.
+    assert cost({}).macs - cost({layer: np.arange(32) < 20}).macs == 7 * 2 * 16 * 12
