@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nni_topo.errors import ConfigError
-from nni_topo.network.cost.measure import CountedMacs, counting_macs
+from nni_topo.network.cost.measure import counted_run
 from nni_topo.network.cost.products import products_of
 from nni_topo.network.graph import layer_sizes
 from nni_topo.network.layers import (
     NORMS,
     RECURRENT,
     TRANSPOSED,
-    LayerSizes,
     Size,
     has_bias,
     is_recurrent,
@@ -28,7 +26,7 @@ from nni_topo.network.layers import (
     weight_name,
     weight_of,
 )
-from nni_topo.network.runtime import Call, as_written, batch_size, evaluation_mode, left_alone, taken
+from nni_topo.network.runtime import batch_size, left_alone
 from nni_topo.network.speedup import Network
 from nni_topo.sharing import first_names
 
@@ -88,7 +86,9 @@ class NetworkCost:
         self._flow = flow = network.flow
         self._modules = modules = dict(model.named_modules())
         attention = {name: each for name, each in flow.attention.items() if not each.recurrent}
-        sizes, counted, self._samples = _counted(network, attention)
+        with left_alone(model):
+            call, self._samples, counted = counted_run(model, network.call, attention)
+        sizes = layer_sizes(model, call)
         self._layers = dict[str, _LayerCost]()
         shared, known = first_names(model), set[str]()
 
@@ -120,7 +120,8 @@ class NetworkCost:
                 own = [cost for at, cost in self._layers.items() if at == name or at.startswith(f"{name}.")]
                 between = counted.within[name] - sum(cost(nothing)[0] for cost in own)
                 self._attention.append((flow.group_ids_of(layer)[channels.ravel()], between))
-        self._products = products_of(flow.traced.graph, flow, batch_size(network.call) // self._samples)
+        times = 1 if call is network.call else batch_size(network.call)
+        self._products = products_of(flow.traced.graph, flow, times)
         # Of everything else, which isn't pruned: multiply-accumulates of the call that was counted, and parameters.
         self._rest = 0, 0
         macs, params, _ = self._counts(nothing)
@@ -187,33 +188,6 @@ class NetworkCost:
                     if isinstance(rows := getattr(module, own, None), torch.Tensor):
                         found[name][own] = stays.to(rows).view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
         return found
-
-
-def _counted(network: Network, names: Iterable[str]) -> tuple[LayerSizes, CountedMacs, int]:
-    """Run a model on its first sample, or on all if it fails on one; return how many they are as well.
-
-    ``names``: modules whose multiply-accumulates are counted by themselves.
-    """
-    model, samples = network.model, batch_size(network.call)
-
-    def run(call: Call) -> tuple[LayerSizes, CountedMacs]:
-        sizes = layer_sizes(model, call)
-        with (
-            left_alone(model),
-            evaluation_mode(model),
-            as_written(),
-            torch.no_grad(),
-            counting_macs(model, names) as counted,
-        ):
-            model(*call[0], **call[1])
-        return sizes, counted
-
-    if samples > 1:
-        try:
-            return *run(taken(network.call, torch.arange(1))), 1
-        except ConfigError:
-            pass  # a number of samples may be written into the forward
-    return *run(network.call), samples
 
 
 def _positions(module: Any, size: Size) -> int:

@@ -26,14 +26,18 @@ from nni_topo.network.runtime import (
     INPUTS,
     NETWORK,
     SHAPES,
+    Call,
     arguments_of,
     as_written,
+    batch_size,
     call_arguments,
     detached_copy,
     evaluation_mode,
     first_of_samples,
     fitting_call,
     leaves_models_alone,
+    lists_of_samples,
+    out_of_memory,
     taken,
     tensors_of,
     trim_heap,
@@ -77,7 +81,8 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     model : nn.Module
         Run once in evaluation mode. Its modules are put back into their modes afterwards.
     example_inputs : Tensor, tuple, list or mapping of str to Any
-        Inputs of the model, batch first: one tensor, positional or keyword arguments. Only the first sample is used.
+        Inputs of the model, batch first: one tensor, positional or keyword arguments. Only the first sample is used; if
+        the model doesn't run on one sample alone, all are, and each is taken to cost the same.
 
     Returns
     -------
@@ -91,16 +96,9 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     what they compute.
     """
     call = call_arguments(example_inputs, model)
-    args, kwargs = taken(call, torch.arange(1))
-    with (
-        evaluation_mode(model),
-        as_written(),
-        torch.no_grad(),
-        fitting_call(model, call, "example_inputs"),
-        counting_macs(model) as counted,
-    ):
-        model(*args, **kwargs)
-    return counted.all
+    with fitting_call(model, call, "example_inputs"):
+        _, samples, counted = counted_run(model, call)
+    return counted.all // samples
 
 
 @dataclass
@@ -109,6 +107,29 @@ class CountedMacs:
 
     all: int = 0
     within: dict[str, int] = field(default_factory=dict)
+
+
+def counted_run(model: nn.Module, call: Call, names: Iterable[str] = ()) -> tuple[Call, int, CountedMacs]:
+    """Count what a model computes for the first sample of a call; for all samples if it doesn't run on one alone.
+
+    Returned are the call that it ran on, and how many samples that has. ``names``: as of `counting_macs`. What a run
+    leaves behind in a model stays there.
+    """
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CountedMacs:
+        with evaluation_mode(model), as_written(), torch.no_grad(), counting_macs(model, names) as counted:
+            model(*args, **kwargs)
+        return counted
+
+    # A number of samples may be written into the forward. Of a list of images each has to stay whole.
+    first: Call = taken(call, torch.arange(1))
+    try:
+        return first, 1, run(*first)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+    lists = lists_of_samples([*call[0], *call[1].values()])
+    return call, len(lists[0]) if lists else batch_size(call), run(*call)
 
 
 @contextmanager

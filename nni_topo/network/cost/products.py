@@ -59,10 +59,10 @@ class _Factor:
         return _Factor(ids, tuple(1 if d is None else next(shape) for d in dims))
 
 
-def products_of(graph: torch.fx.Graph, flow: ChannelFlow, samples: int) -> list[Products]:
+def products_of(graph: torch.fx.Graph, flow: ChannelFlow, times: int) -> list[Products]:
     """List the products of two tensors that a graph computes itself, without those that stay in any case.
 
-    ``samples``: the graph's call is so many times as large as the one whose products are counted.
+    ``times``: the call that the graph was recorded with has so many times the samples whose products are counted.
     """
     found = []
     for node in graph.nodes:
@@ -70,13 +70,13 @@ def products_of(graph: torch.fx.Graph, flow: ChannelFlow, samples: int) -> list[
         if reader is None or IN_TRAINING in node.meta:
             continue
         for factors in reader(_Call(node, flow)):
-            products = _products(flow, factors, samples)
+            products = _products(flow, factors, times)
             if products is not None:
                 found.append(products)
     return found
 
 
-def _products(flow: ChannelFlow, factors: list[_Factor], samples: int) -> Products | None:
+def _products(flow: ChannelFlow, factors: list[_Factor], times: int) -> Products | None:
     """Put the factors of products together; None if no channel that they hold can be pruned."""
     longest = max(len(each.shape) for each in factors)
     shapes = [(1,) * (longest - len(each.shape)) + each.shape for each in factors]
@@ -88,8 +88,9 @@ def _products(flow: ChannelFlow, factors: list[_Factor], samples: int) -> Produc
     # Along a dimension in which no factor holds channels one place stands for all.
     lengths = [(1,) * (longest - each.ndim) + each.shape for each in held]
     alone = [size for size, column in zip(sizes, zip(*lengths, strict=True), strict=True) if max(column) == 1]
-    times, rest = divmod(math.prod(alone), samples)
-    return Products(held, math.prod(alone) if rest else times)
+    # Products whose number the samples don't divide don't hang on the samples.
+    of_one, rest = divmod(math.prod(alone), times)
+    return Products(held, math.prod(alone) if rest else of_one)
 
 
 class _Call:

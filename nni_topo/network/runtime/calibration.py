@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import NONE, ConfigError, DataError, free_memory, whole
-from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, taken, tensors_of
+from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, lists_of_samples, taken, tensors_of
 from nni_topo.network.runtime.processes import processes_of
 from nni_topo.network.runtime.progress import bar
 
@@ -480,7 +480,7 @@ def _plain(batch: Any) -> Any:
 
 def _can_be_cut(inputs: Any) -> bool:
     """Say whether the samples are the first dimension of tensors; detectors take lists of images instead."""
-    return not any(isinstance(value, (tuple, list)) and tensors_of(value) for value in _values(inputs))
+    return not lists_of_samples(_values(inputs))
 
 
 def _joined(inputs: list[Any]) -> Any:
@@ -579,10 +579,8 @@ def nbytes_of(tree: Any) -> int:
 
 def _samples_in(inputs: Any) -> int:
     """Return the number of samples in a batch's inputs, which may be a list of images."""
-    if _can_be_cut(inputs):
-        return batch_size(inputs)
-    lists = [value for value in _values(inputs) if isinstance(value, (tuple, list)) and tensors_of(value)]
-    return len(lists[0])
+    lists = lists_of_samples(_values(inputs))
+    return len(lists[0]) if lists else batch_size(inputs)
 
 
 _Rows = list[tuple[int, Tensor | None]]

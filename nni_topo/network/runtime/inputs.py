@@ -535,3 +535,8 @@ def first_of_samples(call: Any) -> Tensor:
 def batch_size(call: Any) -> int:
     """Return the number of samples in a call; 1 if none of its tensors has dimensions."""
     return next((len(each) for each in tensors_of(call) if each.dim()), 1)
+
+
+def lists_of_samples(values: Iterable[Any]) -> list[Any]:
+    """Return those of a call's arguments that are lists or tuples with tensors, as detectors take a list of images."""
+    return [value for value in values if isinstance(value, (tuple, list)) and tensors_of(value)]

@@ -179,6 +179,30 @@ def test_a_fixed_number_of_samples_is_divided_by():
     assert cost({}).memory == 4 * (cost({}).params + PLACES * (6 + 8))
 
 
+class Pictures(nn.Module):
+    """A list of pictures, as detectors take it, and a product between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Linear(16, 2)
+
+    def forward(self, pictures: list[Tensor]) -> Tensor:
+        x = torch.stack(pictures)
+        return self.head(self.one(x).flatten(2).mT @ self.two(x).flatten(2))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_of_a_list_of_pictures_each_is_a_sample(count):
+    model, pictures = Pictures().eval(), ([torch.rand(3, 4, 4) for _ in range(count)],)
+    macs = count_macs(model, pictures)
+    assert macs == NetworkCost(model, pictures)({}).macs == 8 * 16 * (3 + 3 + 16) + 16 * 16 * 2
+
+
+def test_a_fixed_number_of_samples_is_counted_as_one_of_them():
+    model = nn.Sequential(nn.Unflatten(0, (2, 2)), nn.Linear(6, 3))
+    assert count_macs(model, torch.rand(4, 6)) == 18
+
+
 def test_the_run_that_counts_leaves_the_model_alone():
     class Counting(nn.Module):
         def __init__(self) -> None:
