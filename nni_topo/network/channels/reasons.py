@@ -48,6 +48,7 @@ Kind = Literal[
     "one_head",
     "only_head",
     "overwritten",
+    "own_norm",
     "picked_by_value",
     "random_shape",
     "recurrent_state",
@@ -176,6 +177,7 @@ _ADVICE: dict[Kind, str] = {
     "no_heads": 'ask for channels: leave out "granularity": "head"',
     "computed_weight": "make the weight a plain parameter; nni_topo.as_torch_layers(model) does so where it can",
     "transposed_weight": "prune nni_topo.as_torch_layers(model) instead of the model",
+    "own_norm": "prune nni_topo.as_torch_layers(model) instead of the model",
     "inside_module": (
         "write the module as one that calls its layers; heads of nn.MultiheadAttention can be pruned as it is"
     ),
@@ -259,6 +261,10 @@ result_depends = _of_operation("result_depends", "the result of an operation dep
 another_name = _of_layer("another_name", "it is {layer} under another name, and loses what that loses")
 training_only = _of_layer("training_only", "{layer} runs in training mode only")
 training_reader = _of_layer("training_reader", "{layer} reads them in training mode only")
+own_norm = _of_layer(
+    "own_norm",
+    "{layer} is a norm of the model's own: nni_topo.as_torch_layers(model) makes it one that can lose channels",
+)
 head_by_head = _of_layer("head_by_head", "it shares channels with {layer}, which loses heads")
 last_read = _of_layer("last_read", "{layer} needs at least one of the channels that it reads")
 only_head = _of_layer("only_head", "it makes the only head or unit of {layer}, which needs at least one")

@@ -90,6 +90,7 @@ from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay
 from nni_topo.network.layers.original_width import (
     channel_dim,
     keep_original_width,
+    plain_norm,
     response_norm,
     silent_value,
 )
@@ -166,6 +167,7 @@ __all__ = [
     "padded_size",
     "per_channel_names",
     "places_of",
+    "plain_norm",
     "put_sizes",
     "read_in_forward",
     "recurrent_products",

@@ -102,9 +102,12 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     torch.nn.Module
         A model that computes the same, with linear layers for ``Conv1D``, as GPT-2 has them, ``torch.nn.RMSNorm`` for
         RMS norms of a library's own, as LLaMA has them, and ``torch.nn.LayerNorm`` for layer norms of its own, as
-        Cohere's are, or a class derived from these, where one more than the weights multiplies, as in Gemma and
-        Nemotron; which are found by trying them. Weights that weight norm, spectral norm, another parametrization or
-        the masks of ``torch.nn.utils.prune`` compute are plain ones with the values that they have in evaluation mode.
+        Cohere's and nanoGPT's are, or a class derived from these, where one more than the weights multiplies, as in
+        Gemma and Nemotron, or channels come first, as in ConvNeXt. Norms are found by trying them, whatever their
+        parameters are called: one vector, or two of one length. Weights that weight norm, spectral norm, another
+        parametrization or the masks of ``torch.nn.utils.prune`` compute are plain ones with the values that they have
+        in evaluation mode.
+
         A ``Conv1D`` is a linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this
         package, would take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all
         channels. A module that computes a table of biases by head, as ALiBi's of MPT, BLOOM and Falcon, is of a class

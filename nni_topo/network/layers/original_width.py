@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_EPS = ("variance_epsilon", "eps", "epsilon")
+# What norms add to a variance or mean square, where no attribute says it. None: PyTorch's, by the type of what enters.
+_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, None)
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -108,6 +110,14 @@ class ShiftedLayerNorm(nn.LayerNorm):
         kind = torch.promote_types(x.dtype, torch.float32)
         factors, bias = self.weight.to(kind) + self.shift, None if self.bias is None else self.bias.to(kind)
         return functional.layer_norm(x.to(kind), self.normalized_shape, factors, bias, self.eps).to(x.dtype)
+
+
+class ChannelsFirstLayerNorm(nn.LayerNorm):
+    """A layer norm of images that hold their channels first, as ConvNeXt's: ``(batch, channels, ...)``."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalize along the channels."""
+        return super().forward(images.movedim(1, -1)).movedim(-1, 1)
 
 
 class ShiftedRMSNorm(nn.RMSNorm):
@@ -206,28 +216,25 @@ def _is_same(given: Any, wanted: Tensor, *, rtol: float, atol: float) -> bool:
 def channel_dim(norm: nn.Module) -> int | None:
     """Return the dimension in which a norm has its channels; None if a custom class may do more than normalize.
 
-    A class derived from ``nn.LayerNorm`` is run to find out.
+    A class derived from ``nn.LayerNorm`` or ``nn.RMSNorm`` is run to find out.
     """
-    if isinstance(norm, nn.RMSNorm):
-        return (
-            -1
-            if type(norm) in (nn.RMSNorm, ShiftedRMSNorm, OriginalWidthRMSNorm) and len(norm.normalized_shape) == 1
-            else None
-        )
-    if not isinstance(norm, nn.LayerNorm):
+    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
         response = response_norm(norm)
         return 1 if response is None else response.dim
     if isinstance(norm, OriginalWidthLayerNorm):
         return norm.dim
     if len(norm.normalized_shape) != 1:
         return None
-    if type(norm) in (nn.LayerNorm, ShiftedLayerNorm):
+    if type(norm) in (nn.LayerNorm, ShiftedLayerNorm, nn.RMSNorm, ShiftedRMSNorm, OriginalWidthRMSNorm):
         return -1
     weight = next(norm.parameters(), torch.zeros(0))
     images = torch.linspace(-1, 2, 6 * norm.normalized_shape[0]).view(1, 2, 3, -1).to(weight)
     for x in (images, images.flatten(1, 2)):  # norms with the channels first may take texts, of three dimensions, alone
-        plain = functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        for dim in (1, -1):
+        if isinstance(norm, nn.RMSNorm):
+            plain, dims = functional.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps), [-1]
+        else:
+            plain, dims = functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps), [1, -1]
+        for dim in dims:
             try:
                 given = norm.forward(x.movedim(-1, dim))  # a tracer would take `norm(...)` for a call of the model's
             except Exception:  # a forward fails in as many ways as it is written
@@ -238,50 +245,93 @@ def channel_dim(norm: nn.Module) -> int | None:
 
 
 def plain_norm(norm: nn.Module) -> nn.Module | None:
-    """Return the RMS or layer norm, of PyTorch's or shifted, that computes what a custom module does; None without one.
+    """Return the RMS or layer norm that computes what a custom module does; None without one.
 
-    It has the module's weight and bias. Both are run and compared, on inputs of which some are as small as the epsilon
-    added to their squares. A class derived from ``nn.LayerNorm`` that has a bias, and whose channels `channel_dim`
-    finds, needs no other.
+    It is one of PyTorch's, a shifted one, or one of channels first. It has the module's gain and bias, whatever their
+    names. Both are run and compared, on inputs of which some are as small as the epsilons that are added to their
+    squares. A class derived from PyTorch's that has the right parameters, and whose channels `channel_dim` finds, needs
+    no other.
     """
-    own, weight = dict(norm.named_parameters()), getattr(norm, "weight", None)
-    eps = next((each for key in _EPS if isinstance(each := getattr(norm, key, None), float)), None)
+    own = list(norm.parameters())
     is_other = not type(norm).__module__.startswith(("torch.", "nni_topo."))
-    if not is_other or list(own) not in (["weight"], ["weight", "bias"]) or eps is None:
+    if not is_other or len(own) not in (1, 2) or not own[0].numel():
         return None
-    if weight is None or weight.dim() != 1 or any(each.shape != weight.shape for each in own.values()):
+    if any(each.dim() != 1 or each.shape != own[0].shape for each in own):
         return None
     if len(inspect.signature(norm.forward).parameters) > 1:  # a gate, say
         return None
-    kinds: tuple[type[nn.Module], ...] = (nn.RMSNorm, ShiftedRMSNorm, nn.LayerNorm, ShiftedLayerNorm)
-    if "bias" in own:
-        if isinstance(norm, nn.LayerNorm) and channel_dim(norm) is not None:
-            return None
-        kinds = (nn.LayerNorm, ShiftedLayerNorm)
-    rows = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1) * torch.tensor([[1.0], [eps**0.5], [10.0]])
-    rows = rows.to(weight)
-    near = 64 * torch.finfo(weight.dtype).eps
+    kinds: tuple[type[nn.Module], ...] = (nn.LayerNorm, ShiftedLayerNorm)
+    is_known = isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and channel_dim(norm) is not None
+    if is_known and (isinstance(norm, nn.RMSNorm) or len(own) == 2):
+        return None
+    if len(own) == 1:
+        kinds = (nn.RMSNorm, ShiftedRMSNorm, *kinds)
+    numbers = [each for each in vars(norm).values() if isinstance(each, float) and each > 0]
+    width = own[0].numel()
+    rows = torch.linspace(-1, 2, 6 * width).view(6, -1)
+    rows = (rows * torch.tensor([1.0, 10.0, 0.1, 1e-2, 1e-3, 1e-5])[:, None]).to(own[0])
+    # Other parameters than its own, which may be all ones and zeros and hide how they are used.
+    drawn = [torch.linspace(low, high, width).to(own[0]) for low, high in ((0.5, 1.5), (1.0, -1.0))[: len(own)]]
     with torch.no_grad():
         try:
-            given = norm.forward(rows)
-            # A norm over groups, or over all places of a sample, does the same to rows, and something else here.
-            places = norm.forward(rows.view(1, 3, 1, -1))
-        except Exception:  # a forward fails in as many ways as it is written
+            tried: Any = copy.deepcopy(norm)
+            for (name, _), values in zip(norm.named_parameters(), drawn, strict=True):
+                setattr(tried, name, nn.Parameter(values))
+        except Exception:  # a module of one's own refuses as it likes
             return None
-        if not isinstance(given, Tensor) or given.shape != rows.shape:
+        given = _as_rows(tried, rows, -1)
+        if given is None:
+            kinds, given = (ChannelsFirstLayerNorm,), _as_rows(tried, rows, 1)
+        if given is None:
             return None
-        if not _is_same(places, given.reshape(1, 3, 1, -1), rtol=near, atol=near):
-            return None
-        for kind in kinds:
-            made: Any = kind(len(weight), eps=eps, device="meta")
-            made.weight = weight
-            if issubclass(kind, nn.LayerNorm):
-                made.bias = own.get("bias")
-            if isinstance(made, (ShiftedRMSNorm, ShiftedLayerNorm)):
-                made.shift = 1.0
-            if _is_same(given, made.forward(rows), rtol=near, atol=near):
-                return cast("nn.Module", made)
+        for kind, eps in itertools.product(kinds, dict.fromkeys([*numbers, *_EPS])):
+            if eps is None and not issubclass(kind, nn.RMSNorm):
+                continue
+            for order in itertools.permutations(range(len(own))):
+                made: Any = kind(width, eps=eps, device="meta")
+                if isinstance(made, (ShiftedRMSNorm, ShiftedLayerNorm)):
+                    made.shift = 1.0
+                _take(made, [drawn[place] for place in order])
+                found = _as_rows(made, rows, 1 if kind is ChannelsFirstLayerNorm else -1)
+                if found is not None and _is_same(given, found, rtol=_near(rows), atol=_near(rows)):
+                    _take(made, [own[place] for place in order])
+                    return cast("nn.Module", made)
     return None
+
+
+def _take(norm: Any, parameters: list[Tensor]) -> None:
+    """Give a norm a weight, and a bias if there are two parameters."""
+    weight, *biases = (each if isinstance(each, nn.Parameter) else nn.Parameter(each) for each in parameters)
+    norm.weight = weight
+    if isinstance(norm, nn.LayerNorm):
+        norm.register_parameter("bias", biases[0] if biases else None)
+
+
+def _as_rows(norm: nn.Module, rows: Tensor, dim: int) -> Tensor | None:
+    """Run a norm on rows, (rows, channels), with the channels in a dimension of images; None if it's no norm of rows.
+
+    A norm over groups, or over all places of a sample, does the same to single rows, and something else to an image
+    whose places they are.
+    """
+    apart, together = rows[:, None, None], rows.view(1, len(rows), 1, -1)
+    if dim == -1:
+        apart = rows
+    try:
+        one = norm.forward(apart if dim == -1 else apart.movedim(-1, dim))
+        other = norm.forward(together.movedim(-1, dim))
+    except Exception:  # a forward fails in as many ways as it is written
+        return None
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.numel() != rows.numel():
+        return None
+    one, other = one.movedim(dim, -1), other.movedim(dim, -1)
+    if one.shape != apart.shape or not _is_same(other, one.reshape(together.shape), rtol=_near(rows), atol=_near(rows)):
+        return None
+    return one.reshape(rows.shape)
+
+
+def _near(rows: Tensor) -> float:
+    """Return how near two norms of the same values are."""
+    return 64 * torch.finfo(rows.dtype).eps
 
 
 def silent_value(norm: nn.Module, name: str) -> float:

@@ -37,6 +37,7 @@ from nni_topo.network.layers import (
     check_names,
     has_channels,
     is_transposed_linear,
+    plain_norm,
     weight_is_computed,
 )
 from nni_topo.network.runtime import SHAPES, STRUCTURE, UNGROUPED, leaves_models_alone
@@ -230,6 +231,9 @@ def groups_of(
     unpruned = _skipped(network, flow, [name for name in order if name in selection.by_type])
     projections = _projections_by_column(flow, groups, selection, unpruned)
     choice = _choose(model, flow, order, selection, unpruned, projections)
+    choice = dataclasses.replace(
+        choice, left_out=named_norms(model, choice.left_out), in_part=named_norms(model, choice.in_part)
+    )
     if strict:
         _check_none_left_out(choice.left_out)
     if warns:
@@ -573,6 +577,20 @@ def _followers(flow: ChannelFlow) -> set[str]:
         if layer.depthwise and not follows_one and owned & set(group_ids.tolist()):
             followers.add(name)
     return followers
+
+
+def named_norms(model: torch.nn.Module, found: Mapping[str, Reasons]) -> dict[str, Reasons]:
+    """Name a norm of the model's own where an operation in it keeps channels, if `as_torch_layers` replaces it."""
+    norms = dict[str, bool]()
+
+    def named(reason: Reason) -> Reason:
+        owner = reason.place.rpartition(" in ")[2] if reason.kind in ("result_depends", "call_not_covered") else ""
+        if owner and owner not in norms:
+            module = dict(model.named_modules()).get(owner)
+            norms[owner] = module is not None and plain_norm(module) is not None
+        return reasons.own_norm(owner) if norms.get(owner) else reason
+
+    return {name: tuple(dict.fromkeys(map(named, why))) for name, why in found.items()}
 
 
 def _pinned(flow: ChannelFlow, selected: frozenset[str]) -> dict[str, Reasons]:

@@ -14,7 +14,7 @@ from nni_topo.network.channels import FIXED, ChannelFlow, Reasons, blocks_of, pa
 from nni_topo.network.graph import described, line_of
 from nni_topo.network.layers import RECURRENT, feature_dimension, is_transposed_linear, output_channels
 from nni_topo.network.runtime import SHAPES, STRUCTURE, leaves_models_alone
-from nni_topo.network.speedup.dependency import unprunable_layers
+from nni_topo.network.speedup.dependency import named_norms, unprunable_layers
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import KeptIndices
 
@@ -188,7 +188,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
         block_places=flow.block_places(layer),
         heads=heads.name if heads else "",
         mixes=mixed.name if mixed else "",
-        reasons=why or (flow.why_pinned(layer) if kept else ()),
+        reasons=named_norms(model, {layer: why or (flow.why_pinned(layer) if kept else ())})[layer],
     )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import nni_topo
 from nni_topo import dependency_groups
 from nni_topo.network.layers.original_width import (
+    ChannelsFirstLayerNorm,
     OriginalWidthGroupNorm,
     OriginalWidthLayerNorm,
     OriginalWidthResponseNorm,
@@ -145,13 +148,25 @@ class Other(nn.RMSNorm):
     pass
 
 
+class InFloats(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type_as(x)
+
+
+class Halved(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
 def test_the_dimension_of_a_norms_channels_is_found_by_class_or_by_trying() -> None:
     dims = {
         -1: [nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False), nn.RMSNorm(4), ShiftedRMSNorm(4),
-             ChannelsLast(4), ChannelsLast(4, elementwise_affine=False), Response(4), ChannelsLast(3)],
+             ChannelsLast(4), ChannelsLast(4, elementwise_affine=False), Response(4), ChannelsLast(3),
+             Other(4), Other(4, eps=0.1, elementwise_affine=False), InFloats(4)],
         1: [ChannelsFirst(4), ChannelsFirst(4).double(), Response(4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4),
             nn.PReLU(4)],
-        None: [nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4)), Other(4), Twice(4), Refusing(4), ChannelsLast((2, 4))],
+        None: [nn.LayerNorm((2, 4)), nn.RMSNorm((2, 4)), Other((2, 4)), Halved(4), Twice(4), Refusing(4),
+               ChannelsLast((2, 4))],
     }  # fmt: skip
     for dim, norms in dims.items():
         for norm in norms:
@@ -208,8 +223,7 @@ def test_plain_norms_are_found_by_trying() -> None:
     assert type(plain_norm(Root().double())) is nn.RMSNorm
     for kind in ("refusing", "several", "off", "no eps"):
         assert plain_norm(Root(kind)) is None
-    assert plain_norm(Root(eps=1)) is None
-    assert plain_norm(Root(key="other")) is None
+    assert plain_norm(Root(eps=1)).eps == plain_norm(Root(key="other")).eps == 1e-6
     assert plain_norm(nn.RMSNorm(5, eps=1e-6)) is None  # PyTorch's own needs no other
     assert plain_norm(nn.Linear(2, 2)) is None
     two = Root()
@@ -224,6 +238,100 @@ def test_plain_norms_are_found_by_trying() -> None:
     none = Root()
     none.weight, none.gain = None, nn.Parameter(torch.ones(5))
     assert plain_norm(none) is None
+    empty = Root()
+    empty.weight = nn.Parameter(torch.ones(0))
+    assert plain_norm(empty) is None
+
+
+class Written(nn.Module):
+    """A norm as people write it: ``how`` says by which operations, with which names."""
+
+    def __init__(self, how: str, width: int = 5):
+        super().__init__()
+        self.how = how
+        first, *others = {
+            "gain": ["scale"], "function": ["weight"], "function with eps": ["g"], "layer": ["weight"],
+            "gain and bias": ["gamma", "beta"], "bias first": ["beta", "gamma"], "images": ["weight", "bias"],
+            "squared gain": ["scale"], "by channel": ["weight", "bias"],
+        }[how]  # fmt: skip
+        self.names = [first, *others]
+        for name in self.names:
+            setattr(self, name, nn.Parameter(torch.full((width,), float(name not in ("beta", "bias")))))
+        if how == "function with eps":
+            self.variance = 0.02
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = getattr(self, self.names[0])
+        if self.how in ("gain", "squared gain"):
+            return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5) * one ** (1 + (self.how == "squared gain"))
+        if self.how.startswith("function"):
+            return functional.rms_norm(x, (x.shape[-1],), one, self.variance if hasattr(self, "variance") else None)
+        if self.how == "layer":
+            return functional.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
+        if self.how in ("gain and bias", "bias first"):
+            distance = x - x.mean(-1, keepdim=True)
+            return distance / (distance.square().mean(-1, keepdim=True) + 1e-8).sqrt() * self.gamma + self.beta
+        if self.how == "images":
+            distance = x - x.mean(1, keepdim=True)
+            x = distance / torch.sqrt(distance.pow(2).mean(1, keepdim=True) + 1e-6)
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted", "eps"),
+    [
+        ("gain", nn.RMSNorm, 1e-5),
+        ("function", nn.RMSNorm, None),
+        ("function with eps", nn.RMSNorm, 0.02),
+        ("layer", nn.LayerNorm, 1e-5),
+        ("gain and bias", nn.LayerNorm, 1e-8),
+        ("bias first", nn.LayerNorm, 1e-8),
+        ("images", ChannelsFirstLayerNorm, 1e-6),
+    ],
+)
+@torch.no_grad()
+def test_norms_are_found_whatever_their_parameters_are_called_and_wherever_their_epsilon_is(how, wanted, eps) -> None:
+    norm = Written(how)  # its parameters are ones and zeros, as those of a fresh network
+    found = plain_norm(norm)
+    assert type(found) is wanted
+    assert found.eps == eps
+    assert {id(each) for each in found.parameters()} == {id(each) for each in norm.parameters()}
+    for parameter in norm.parameters():
+        parameter.copy_(torch.randn(5, generator=torch.Generator().manual_seed(parameter.sum().int().item())))
+    x = entering(3, 5, 2, 5).float()
+    torch.testing.assert_close(found(x), norm(x))
+
+
+def test_what_only_fresh_parameters_hide_is_no_norm() -> None:
+    assert plain_norm(Written("squared gain")) is None
+    assert plain_norm(Written("by channel")) is None
+
+
+@pytest.mark.parametrize("how", ["gain", "layer", "bias first", "images"])
+def test_layers_around_norms_of_ones_own_lose_channels_once_these_are_pytorchs(how: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    if how == "images":
+        model = nn.Sequential(nn.Conv2d(3, 6, 1), Written(how, 6), nn.ReLU(), nn.Conv2d(6, 2, 1))
+        x = torch.randn(4, 3, 5, 5)
+    else:
+        model = nn.Sequential(nn.Linear(3, 6), Written(how, 6), nn.ReLU(), nn.Linear(6, 2))
+        x = torch.randn(4, 7, 3)
+    own = drawn(model).float()
+    told = "1 is a norm of the model's own: nni_topo.as_torch_layers(model) makes it one that can lose channels"
+    assert str(nni_topo.explain(own, x, "0").reasons[0]) == told
+    assert dependency_groups(own, x, [{"op_types": ["Linear", "Conv2d"], "sparse_ratio": 0.5}]).skipped["0"] == told
+    model = nni_topo.as_torch_layers(own)
+    torch.testing.assert_close(model(x), own(x))
+    groups = dependency_groups(model, x, [{"op_names": ["0"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["0"]]
+    pruner = nni_topo.create_pruner("l1", model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, x, masks)  # which compares it with the masked model
+    assert dense[0].weight.shape[0] == 3
+    nni_topo.save(dense, tmp_path / "small.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(nni_topo.load(tmp_path / "small.pt", model)(x), dense(x), rtol=0, atol=0)
 
 
 @torch.no_grad()
