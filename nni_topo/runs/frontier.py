@@ -38,6 +38,7 @@ from nni_topo.runs.depth import DepthSteps
 from nni_topo.runs.shrink import ShrinkReport, names_of_steps, tell_report, without_share
 from nni_topo.runs.steps import (
     LEAVE_OUT,
+    UNPRUNED,
     Compensate,
     Distill,
     ImageParts,
@@ -348,7 +349,7 @@ def frontier(
     }
     steps = ShrinkSteps.prepare(model, data, kind, **settings, is_search=True)
     measured = Measurements(model, data, evaluate, outputs)
-    measured.add("unpruned", model)
+    measured.add(UNPRUNED, model)
     if depth:
         steps = DepthSteps.of(steps, template)
     timed = template

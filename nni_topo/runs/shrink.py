@@ -49,6 +49,7 @@ from nni_topo.runs.allocating import Tried
 from nni_topo.runs.depth import DepthOutcome, DepthSteps
 from nni_topo.runs.steps import (
     LEAVE_OUT,
+    UNPRUNED,
     Compensate,
     Distill,
     ImageParts,
@@ -542,7 +543,7 @@ def shrink(
         is_search=tolerance is not None,
     )
     measured = Measurements(model, data, evaluate, outputs)
-    measured.add("unpruned", model)
+    measured.add(UNPRUNED, model)
     if depth:
         steps = DepthSteps.of(steps, kind_and_allocation)
     found: ToleranceOutcome | None = None

@@ -111,6 +111,9 @@ _GAP = 2.0
 _GAP_OF_AGREEMENT = 0.05
 _logger = logging.getLogger(__name__)
 
+UNPRUNED = "unpruned"
+"""The name of the network that was given, among those that are measured."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -638,16 +641,11 @@ class Measurements:
         found = self.answers.likenesses(net)
         solved, held_out = found[0], found[-1]  # one and the same where none is held out
         cost = NetworkCost(net, self._data.example)({})
-        with evaluation_mode(net), lent(net):
-            accuracy = math.nan if self._evaluate is None else number_of(self._evaluate(net))
+        accuracy = math.nan if self._evaluate is None else evaluated(self._evaluate, net, name)
         if (processes := self._data.all.processes) is not None:
             accuracy = processes.first(accuracy, "what evaluate returned")
-        if self._evaluate is not None and math.isnan(accuracy):
-            if not self.stages:
-                raise ConfigError(
-                    f"evaluate must return a number for the model as it was given, got {accuracy} (shrink)"
-                )
-            _logger.warning("evaluate returned %s for the %s network", accuracy, name)
+        if self._evaluate is not None and not self.stages and not math.isfinite(accuracy):
+            raise ConfigError(f"evaluate must return a number for the model as it was given, got {accuracy} (shrink)")
         stage = Stage(
             network=name,
             macs=cost.macs,
@@ -738,12 +736,26 @@ def check_has_size(pruner: str | Callable[..., MasksLike], what: str) -> None:
         )
 
 
-def number_of(found: Any) -> float:
-    """Return what `evaluate` returned, as a number."""
+def evaluated(evaluate: Callable[[nn.Module], float], net: nn.Module, name: str) -> float:
+    """Return the number that `evaluate` returns for a network, whose ``name`` tells it from others.
+
+    What `evaluate` raises is told with the name, and raised on.
+    """
+    with evaluation_mode(net), lent(net):
+        try:
+            given: Any = evaluate(net)
+        except Exception as error:
+            _logger.warning("evaluate failed for the %s network: %s: %s", name, type(error).__name__, error)
+            raise
     try:
-        return float(found)
+        if isinstance(given, (str, bytes)):
+            raise TypeError
+        found = float(given)
     except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"evaluate must return a number, got {shown(found)} (shrink)") from None
+        raise ConfigError(f"evaluate must return a number, got {shown(given)} (shrink)") from None
+    if not math.isfinite(found) and name != UNPRUNED:
+        _logger.warning("evaluate returned %s for the %s network", found, name)
+    return found
 
 
 def _checked_network(made: Any, name: str) -> nn.Module:

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share, observations_needed
 from nni_topo.network.cost import measure_latency
-from nni_topo.network.runtime import Calibration, detached_copy, evaluation_mode, lent
+from nni_topo.network.runtime import Calibration, detached_copy
 from nni_topo.pruners.budget import Budget, BudgetOutcome, budget_outcome
 from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.lesson import Outputs
 from nni_topo.recovery.likeness import Answers, are_classes
 from nni_topo.runs.allocating import Tried
-from nni_topo.runs.steps import RecoveredNetwork, ShrinkSteps, check_has_size, number_of
+from nni_topo.runs.steps import UNPRUNED, RecoveredNetwork, ShrinkSteps, check_has_size, evaluated
 from nni_topo.runs.widths import least_share
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class Judge:
         self._answers, self._groups = answers, [each.groups for each in parts]
         self._evaluate, self.tolerance, self.measure = evaluate, tolerance, measure
         self.counts = [_units(each) for each in parts] or [0, 0]
-        self._unpruned = self._number(model) if measure == "evaluate" else math.nan
+        self._unpruned = self._number(model, UNPRUNED) if measure == "evaluate" else math.nan
 
     def on_search(self, net: nn.Module) -> Judged:
         """Compare on the images of the search; the limit is what those that confirm would give if they looked alike."""
@@ -204,7 +204,7 @@ class Judge:
 
     def _judged(self, net: nn.Module, part: int, count: int | None) -> Judged:
         if self.measure == "evaluate":
-            fall = self._unpruned - self._number(net)
+            fall = self._unpruned - self._number(net, "smaller")
             return Judged(fall, math.nan, fall <= self.tolerance, fall <= self.tolerance)
         differences = self._answers.differences(net, part)
         is_broken = ~np.isfinite(differences.distances)
@@ -228,10 +228,9 @@ class Judge:
         highest = limit_at(limit_at(mean, len(values)), count)
         return Judged(mean, limit, limit <= self.tolerance, highest <= self.tolerance)
 
-    def _number(self, net: nn.Module) -> float:
+    def _number(self, net: nn.Module, name: str) -> float:
         assert self._evaluate is not None
-        with lent(net), evaluation_mode(net):
-            return number_of(self._evaluate(net))
+        return evaluated(self._evaluate, net, name)
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from nni_topo.runs.steps import (
     check_has_size,
     check_layers,
     chooses_how_many,
+    evaluated,
     layers_to_prune,
-    number_of,
     plain_weights,
 )
 from nni_topo.testing import toy_images, toy_model
@@ -447,6 +447,8 @@ def test_a_number_that_evaluate_cannot_find_is_told_of_a_pruned_network_and_refu
     found = Measurements(model, data, lambda net: math.nan if net is other else 1.0)
     with pytest.raises(ConfigError, match="evaluate must return a number for the model as it was given, got nan"):
         found.add("unpruned", other)
+    with pytest.raises(ConfigError, match="evaluate must return a number for the model as it was given, got inf"):
+        Measurements(model, data, lambda net: math.inf).add("unpruned", model)
     assert found.stages == []
     found.add("unpruned", model)
     with caplog.at_level(logging.WARNING, logger="nni_topo"):
@@ -455,15 +457,30 @@ def test_a_number_that_evaluate_cannot_find_is_told_of_a_pruned_network_and_refu
     assert math.isnan(found.stages[-1].accuracy)
 
 
-@pytest.mark.parametrize(("given", "found"), [(2, 2.0), (torch.tensor(0.5), 0.5), ("0.25", 0.25)])
+@pytest.mark.parametrize(("given", "found"), [(2, 2.0), (torch.tensor(0.5), 0.5), (torch.tensor([0.25]), 0.25)])
 def test_what_evaluate_returns_is_a_number(given, found):
-    assert number_of(given) == found
+    assert evaluated(lambda net: given, toy_model(), "pruned") == found
 
 
-@pytest.mark.parametrize("given", [None, "much", torch.zeros(2), [1.0]])
+@pytest.mark.parametrize("given", [None, "much", "0.25", b"1", torch.zeros(2), [1.0]])
 def test_what_is_no_number_is_refused(given):
     with pytest.raises(ConfigError, match=r"evaluate must return a number, got .* \(shrink\)"):
-        number_of(given)
+        evaluated(lambda net: given, toy_model(), "unpruned")
+
+
+def test_it_is_told_for_which_network_evaluate_fails_or_finds_no_finite_number(caplog):
+    def failing(net):
+        raise KeyError("width")
+
+    with caplog.at_level(logging.WARNING, logger="nni_topo"):
+        with pytest.raises(KeyError, match="width"):
+            evaluated(failing, toy_model(), "reconstructed")
+        assert evaluated(lambda net: math.inf, toy_model(), "distilled") == math.inf
+        assert evaluated(lambda net: -math.inf, toy_model(), "unpruned") == -math.inf  # which is refused elsewhere
+    assert caplog.messages == [
+        "evaluate failed for the reconstructed network: KeyError: 'width'",
+        "evaluate returned inf for the distilled network",
+    ]
 
 
 @pytest.mark.parametrize(

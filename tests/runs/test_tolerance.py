@@ -544,6 +544,15 @@ def test_a_function_of_the_users_decides_by_the_fall_of_what_it_returns():
         shrunk(evaluate=lambda net: "much")
 
 
+def test_a_number_that_evaluate_cannot_find_for_smaller_networks_is_told(caplog):
+    model = Copies().eval()
+    small = shrunk(model, evaluate=lambda net: 1.0 if net.hidden.out_features == WIDTH else math.nan)
+    assert not small.report.tolerance.is_met
+    assert small.hidden.out_features == WIDTH
+    assert len(small.report.tolerance.candidates) > 1
+    assert caplog.messages.count("evaluate returned nan for the smaller network") == 1  # once is enough
+
+
 def test_beside_a_budget_whichever_keeps_more_decides(caplog):
     enough = shrunk(budget={"flops": 0.5})
     assert enough.hidden.out_features == WIDTH // 2
