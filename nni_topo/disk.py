@@ -258,7 +258,8 @@ def read_tensors(path: Path) -> Any:
                     while stream.read(2**20):
                         pass
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as stream:  # given a path, PyTorch goes by its ending
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "allowed global" not in str(error):
             raise

@@ -448,6 +448,12 @@ def unchecked() -> str:
     return _UNCHECKED
 
 
+def removed_all_the_same(layers: Iterable[str], why: Reasons) -> str:
+    """Return why the outputs differ where masks remove channels that have to stay."""
+    names = ", ".join(layers)
+    return f"masks remove channels of {names} that have to stay: {told(why)}; {leaving_out(names)}; {_UNCHECKED}"
+
+
 def unequal(layers: Iterable[str], place: str | None, statistics: str = "") -> str:
     """Return why the outputs differ from a place on: removed channels of pruned layers aren't zero there.
 

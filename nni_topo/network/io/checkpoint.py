@@ -367,7 +367,7 @@ def _read(path: _PathLike) -> dict[str, Any]:
     file = path_of(path)
     place = os.fspath(file)
     with reading(file, "a dense model's file", "written by nni_topo.save"):
-        document = _read_safe(file) if file.suffix == _SAFE else read_tensors(file)
+        document = _read_safe(file) if _is_safe(file) else read_tensors(file)
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         is_state = isinstance(document, dict) and all(isinstance(each, torch.Tensor) for each in document.values())
         got = "a state_dict, which load_state_dict takes" if document and is_state else "another kind"
@@ -382,6 +382,14 @@ def _read(path: _PathLike) -> dict[str, Any]:
     if wrong:
         raise DataError(f"a dense model's file must hold {', '.join(_KINDS)}, got it wrong at {wrong[0]!r} ({place})")
     return document
+
+
+def _is_safe(file: Path) -> bool:
+    """Tell whether a file is one of safetensors, by its content, for it may have been renamed; else by its name."""
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    # PyTorch's files are zip archives; those of safetensors have JSON after the number of its bytes, of 8 bytes.
+    return start[8:] == b"{" or (file.suffix == _SAFE and not start.startswith(b"PK"))
 
 
 def _take_out(blocks: dict[str, Any], model: torch.nn.Module, place: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from nni_topo.network.graph import described, line_of
 from nni_topo.network.layers import RECURRENT, feature_dimension, is_transposed_linear, output_channels
 from nni_topo.network.runtime import SHAPES, STRUCTURE, leaves_models_alone
 from nni_topo.network.speedup.dependency import named_norms, unprunable_layers
+from nni_topo.network.speedup.dry_run import unprunable
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import KeptIndices
 
@@ -209,6 +211,16 @@ def way_forward(network: Network, reference: nn.Module, kept: KeptIndices, place
     except NniTopoError:
         return reasons.unchecked()
     pruned = {name for name in flow.layers if name in kept and _removed(flow, name, kept).any()}
+    held, why = unprunable(network), dict[str, Reasons]()
+    for name in flow.layers:
+        if name in pruned:
+            removed = flow.group_ids_of(name)[_removed(flow, name, kept).numpy()].tolist()
+            found = dict.fromkeys(held[group_id] for group_id in removed if group_id in held)
+            # Of values that aren't zero the place where they arrive says more.
+            why[name] = tuple(each for each in found if each.kind != "nonzero_values")
+    why = {name: told for name, told in named_norms(network.model, why).items() if told}
+    if why:
+        return reasons.removed_all_the_same(why, tuple(itertools.chain.from_iterable(why.values())))
     before = _layers_before(flow, place, pruned)
     module = None if place is None else reference.get_submodule(place)
     if isinstance(module, _MIXING):

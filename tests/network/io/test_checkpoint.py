@@ -886,3 +886,21 @@ def test_a_fingerprint_is_of_a_tensors_type_shape_and_bits():
     others = [values.T, values.double(), values.flatten(), -values, values.view(torch.int32), values[:1], values[0, 0]]
     assert len({fingerprint(each) for each in (values, *others)}) == 8
     assert fingerprint(torch.tensor(0.0)) != fingerprint(torch.tensor(-0.0))
+
+
+@pytest.mark.parametrize(("ending", "other"), [("pt", "safetensors"), ("safetensors", "pt"), ("safetensors", "bin")])
+def test_files_with_another_ending_are_read_by_their_content(tmp_path, ending, other):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    save(model, tmp_path / f"dense.{ending}")
+    renamed = (tmp_path / f"dense.{ending}").rename(tmp_path / f"renamed.{other}")
+    loaded = load(renamed, nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"12345678", b"12345678{", b"a text, and more of it"])
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_files_of_other_content_are_refused(tmp_path, content, ending):
+    path = tmp_path / f"dense.{ending}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a dense model's file must be a whole file written by nni_topo\.save"):
+        load(path, nn.Linear(3, 2))

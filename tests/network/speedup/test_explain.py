@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
 from typing import get_args
 
@@ -88,6 +89,30 @@ def test_constants_in_front_of_zeros_beyond_the_border_name_both_ways(kind):
         first, other = net.second.weight.sum((2, 3)).split(3)
         added = torch.cat([first[:, [1, 2]], other[:, [0, 1]]]).sum(1) * constant
     assert torch.allclose(dense.second.bias, net.second.bias + added, atol=1e-6)
+
+
+class Scaled(nn.Module):
+    """Attention that divides by the root of a number of channels, and a norm of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        weights = self.q(x) @ self.k(x).mT / math.sqrt(self.q(x).shape[-1])
+        return self.out(weights.softmax(-1) @ self.v(x))
+
+
+def test_masks_that_remove_what_has_to_stay_are_told_why_it_has_to():
+    model, x = Scaled().eval(), torch.rand(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    masks = {name: filter_mask(model.get_submodule(name), [0, 3, 5]) for name in ("q", "k")}
+    with pytest.raises(SpeedupError, match="got a difference") as caught:
+        to_dense(model, x, masks)
+    told = "masks remove channels of q, k that have to stay: the forward computes with how many of them there are"
+    assert told in str(caught.value)
+    assert "exclude q, k from the config_list" in str(caught.value)
+    assert "aren't zero" not in str(caught.value)
+    assert "such as a scale (size in q)" in str(explain(model, x, "q"))
 
 
 @pytest.mark.parametrize("kind", MIXED)
