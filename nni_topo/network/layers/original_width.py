@@ -23,6 +23,7 @@ from torch.nn import functional
 
 # What norms add to a variance or mean square, where no attribute says it. None: PyTorch's, by the type of what enters.
 _EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, None)
+_NEAR = 64 * torch.finfo(torch.float32).eps  # of norms of the same values in single precision
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -248,9 +249,9 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
     """Return the RMS or layer norm that computes what a custom module does; None without one.
 
     It is one of PyTorch's, a shifted one, or one of channels first. It has the module's gain and bias, whatever their
-    names. Both are run and compared, on inputs of which some are as small as the epsilons that are added to their
-    squares. A class derived from PyTorch's that has the right parameters, and whose channels `channel_dim` finds, needs
-    no other.
+    names. Both are run in single precision and compared, on inputs of which some are as small as the epsilons that are
+    added to their squares. A class derived from PyTorch's that has the right parameters, and whose channels
+    `channel_dim` finds, needs no other.
     """
     own = list(norm.parameters())
     is_other = not type(norm).__module__.startswith(("torch.", "nni_topo."))
@@ -268,13 +269,17 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
         kinds = (nn.RMSNorm, ShiftedRMSNorm, *kinds)
     numbers = [each for each in vars(norm).values() if isinstance(each, float) and each > 0]
     width = own[0].numel()
-    rows = torch.linspace(-1, 2, 6 * width).view(6, -1)
-    rows = (rows * torch.tensor([1.0, 10.0, 0.1, 1e-2, 1e-3, 1e-5])[:, None]).to(own[0])
+    rows = torch.linspace(-1, 2, 6 * width).view(6, -1) * torch.tensor([1.0, 10.0, 0.1, 1e-2, 1e-3, 1e-5])[:, None]
     # Other parameters than its own, which may be all ones and zeros and hide how they are used.
-    drawn = [torch.linspace(low, high, width).to(own[0]) for low, high in ((0.5, 1.5), (1.0, -1.0))[: len(own)]]
+    drawn = [torch.linspace(low, high, width) for low, high in ((0.5, 1.5), (1.0, -1.0))[: len(own)]]
+    rows, *drawn = (each.to(own[0].device) for each in (rows, *drawn))
     with torch.no_grad():
+        # Half precision, which tells no epsilons apart, only shows whether the norm gives the type that it gets.
+        large = rows[:3].to(own[0].dtype)
+        if _as_rows(norm, large, -1) is None and _as_rows(norm, large, 1) is None:
+            return None
         try:
-            tried: Any = copy.deepcopy(norm)
+            tried: Any = copy.deepcopy(norm).float()
             for (name, _), values in zip(norm.named_parameters(), drawn, strict=True):
                 setattr(tried, name, nn.Parameter(values))
         except Exception:  # a module of one's own refuses as it likes
@@ -293,7 +298,7 @@ def plain_norm(norm: nn.Module) -> nn.Module | None:
                     made.shift = 1.0
                 _take(made, [drawn[place] for place in order])
                 found = _as_rows(made, rows, 1 if kind is ChannelsFirstLayerNorm else -1)
-                if found is not None and _is_same(given, found, rtol=_near(rows), atol=_near(rows)):
+                if found is not None and _is_same(given, found, rtol=_NEAR, atol=_NEAR):
                     _take(made, [own[place] for place in order])
                     return cast("nn.Module", made)
     return None
@@ -324,14 +329,10 @@ def _as_rows(norm: nn.Module, rows: Tensor, dim: int) -> Tensor | None:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.numel() != rows.numel():
         return None
     one, other = one.movedim(dim, -1), other.movedim(dim, -1)
-    if one.shape != apart.shape or not _is_same(other, one.reshape(together.shape), rtol=_near(rows), atol=_near(rows)):
+    near = max(_NEAR, 64 * torch.finfo(rows.dtype).eps)
+    if one.shape != apart.shape or one.dtype != rows.dtype:
         return None
-    return one.reshape(rows.shape)
-
-
-def _near(rows: Tensor) -> float:
-    """Return how near two norms of the same values are."""
-    return 64 * torch.finfo(rows.dtype).eps
+    return one.reshape(rows.shape) if _is_same(other, one.reshape(together.shape), rtol=near, atol=near) else None
 
 
 def silent_value(norm: nn.Module, name: str) -> float:

@@ -302,6 +302,16 @@ def test_norms_are_found_whatever_their_parameters_are_called_and_wherever_their
     torch.testing.assert_close(found(x), norm(x))
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("how", "wanted", "eps"), [("gain", nn.RMSNorm, 1e-5), ("gain and bias", nn.LayerNorm, 1e-8)])
+def test_norms_of_other_precisions_are_told_apart_in_single_precision(how, wanted, eps, kind) -> None:
+    found = plain_norm(norm := Written(how).to(kind))
+    assert type(found) is wanted
+    assert found.eps == eps
+    assert found.weight.dtype == kind
+    assert {each.dtype for each in norm.parameters()} == {kind}
+
+
 def test_what_only_fresh_parameters_hide_is_no_norm() -> None:
     assert plain_norm(Written("squared gain")) is None
     assert plain_norm(Written("by channel")) is None
