@@ -83,15 +83,20 @@ def test_norms_that_compute_something_else_are_left_as_they_are():
         def forward(self, x):
             return (self.weight + self.shift) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
+    class Unusual(Shifted):
+        def forward(self, x):
+            return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 2e-6)
+
     class Centred(Shifted):
         def forward(self, x):
             return super().forward(x - x.mean(-1, keepdim=True))
 
-    made = (Shifted(0.0, 1e-6), Shifted(1.0, 1e-6), Shifted(0.5, 1e-6), Shifted(0.0, 1e-5))
-    made += (Centred(0.0, 1e-6), Centred(1.0, 1e-6), Centred(0.0, 1e-5))
+    made = (Shifted(0.0, 1e-6), Shifted(1.0, 1e-6), Shifted(0.5, 1e-6), Unusual(0.0, 1e-5))
+    made += (Centred(0.0, 1e-6), Centred(1.0, 1e-6), Centred(0.5, 1e-6), Shifted(0.0, 1e-5))
     model, x = torch.nn.Sequential(*made), torch.randn(5, 8)
     found = as_torch_layers(model)
-    kinds = ["RMSNorm", "ShiftedRMSNorm", "Shifted", "Shifted", "LayerNorm", "ShiftedLayerNorm", "Centred"]
+    kinds = ["RMSNorm", "ShiftedRMSNorm", "Shifted", "Unusual", "LayerNorm", "ShiftedLayerNorm", "Centred"]
+    kinds.append("RMSNorm")  # its epsilon is the one that it adds, whatever an attribute says
     assert [type(each).__name__ for each in found] == kinds
     for one, other in zip(found, model, strict=True):
         torch.testing.assert_close(one(x), other(x))
