@@ -208,7 +208,7 @@ class Nightly:
             status = self.start(check, outcomes)
             result = "failed" if status else "passed"
             why = f"exit status {status}, {self.file(check, '.log')}" if status else ""
-        line = {
+        line: dict[str, Any] = {
             "check": check.name,
             "state": self.state,
             "result": result,
