@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ TIME_IS_OVER = "the time is over; run it again to go on"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for and print the table; 1 if that isn't finished, or a score is below ``--least``."""
     options = _parser().parse_args(arguments)
+    os.environ.pop("NNI_TOPO_OUTCOMES", None)  # tests that fail on changed code are no outcomes of the project's tests
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out.resolve() / "mutants.jsonl"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; run it again to go on"))
