@@ -23,7 +23,7 @@ BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Products:
+class MatrixProduct:
     """The products of one operation.
 
     Attributes
@@ -59,7 +59,7 @@ class _Factor:
         return _Factor(ids, tuple(1 if d is None else next(shape) for d in dims))
 
 
-def products_of(graph: torch.fx.Graph, flow: ChannelFlow, times: int) -> list[Products]:
+def products_of(graph: torch.fx.Graph, flow: ChannelFlow, times: int) -> list[MatrixProduct]:
     """List the products of two tensors that a graph computes itself, without those that stay in any case.
 
     ``times``: the call that the graph was recorded with has so many times the samples whose products are counted.
@@ -69,14 +69,14 @@ def products_of(graph: torch.fx.Graph, flow: ChannelFlow, times: int) -> list[Pr
         reader = _READERS.get(operation_name(node)) if node.op in ("call_function", "call_method") else None
         if reader is None or IN_TRAINING in node.meta:
             continue
-        for factors in reader(_Call(node, flow)):
+        for factors in reader(_ProductCall(node, flow)):
             products = _products(flow, factors, times)
             if products is not None:
                 found.append(products)
     return found
 
 
-def _products(flow: ChannelFlow, factors: list[_Factor], times: int) -> Products | None:
+def _products(flow: ChannelFlow, factors: list[_Factor], times: int) -> MatrixProduct | None:
     """Put the factors of products together; None if no channel that they hold can be pruned."""
     longest = max(len(each.shape) for each in factors)
     shapes = [(1,) * (longest - len(each.shape)) + each.shape for each in factors]
@@ -88,12 +88,12 @@ def _products(flow: ChannelFlow, factors: list[_Factor], times: int) -> Products
     # Along a dimension in which no factor holds channels one place stands for all.
     lengths = [(1,) * (longest - each.ndim) + each.shape for each in held]
     alone = [size for size, column in zip(sizes, zip(*lengths, strict=True), strict=True) if max(column) == 1]
-    # Products whose number the samples don't divide don't hang on the samples.
+    # Where the number of products isn't a multiple of the samples', they don't depend on the samples.
     of_one, rest = divmod(math.prod(alone), times)
-    return Products(held, math.prod(alone) if rest else of_one)
+    return MatrixProduct(held, math.prod(alone) if rest else of_one)
 
 
-class _Call:
+class _ProductCall:
     """The call of an operation, with tensors as factors."""
 
     def __init__(self, node: Node, flow: ChannelFlow) -> None:
@@ -127,22 +127,22 @@ def _matrices(one: _Factor | None, other: _Factor | None) -> list[list[_Factor]]
     return [[one.at(*range(len(one.shape)), None), other.at(*range(len(other.shape) - 2), None, -2, -1)]]
 
 
-def _product(call: _Call) -> list[list[_Factor]]:
+def _product(call: _ProductCall) -> list[list[_Factor]]:
     """Read ``matmul``, ``bmm`` and ``mm``."""
     return _matrices(call.factor(0, "input"), call.factor(1, "other", "mat2", "tensor2"))
 
 
-def _product_from_right(call: _Call) -> list[list[_Factor]]:
+def _product_from_right(call: _ProductCall) -> list[list[_Factor]]:
     """Read ``__rmatmul__``, whose first argument is the second factor."""
     return _matrices(call.factor(1), call.factor(0))
 
 
-def _product_added(call: _Call) -> list[list[_Factor]]:
+def _product_added(call: _ProductCall) -> list[list[_Factor]]:
     """Read ``baddbmm`` and ``addmm``, whose first argument is added."""
     return _matrices(call.factor(1, "batch1", "mat1"), call.factor(2, "batch2", "mat2"))
 
 
-def _linear(call: _Call) -> list[list[_Factor]]:
+def _linear(call: _ProductCall) -> list[list[_Factor]]:
     """Read a product with a weight, (outputs, inputs), that no layer holds."""
     states, weight = call.factor(0, "input"), call.factor(1, "weight")
     if states is None or weight is None or len(weight.shape) != 2:
@@ -150,7 +150,7 @@ def _linear(call: _Call) -> list[list[_Factor]]:
     return [[states.at(*range(len(states.shape)), None), weight.at(1, 0)]]
 
 
-def _attention(call: _Call) -> list[list[_Factor]]:
+def _attention(call: _ProductCall) -> list[list[_Factor]]:
     """Read attention of PyTorch's: each query is multiplied with each key, and each weight with each value."""
     query, key, value = (call.factor(at, name) for at, name in enumerate(("query", "key", "value")))
     if query is None or key is None or value is None:
@@ -160,7 +160,7 @@ def _attention(call: _Call) -> list[list[_Factor]]:
     return [*_matrices(query, keys), *_matrices(weights, value)]
 
 
-def _einstein_sum(call: _Call) -> list[list[_Factor]]:
+def _einstein_sum(call: _ProductCall) -> list[list[_Factor]]:
     """Read an Einstein sum of two tensors."""
     factors = call.operands()
     if len(factors) != 2 or any(each is None for each in factors):
@@ -178,7 +178,7 @@ def _einstein_sum(call: _Call) -> list[list[_Factor]]:
     return [placed]
 
 
-_READERS: dict[str, Callable[[_Call], list[list[_Factor]]]] = {
+_READERS: dict[str, Callable[[_ProductCall], list[list[_Factor]]]] = {
     **dict.fromkeys(("matmul", "imatmul", "bmm", "mm"), _product),
     "rmatmul": _product_from_right,
     **dict.fromkeys(("baddbmm", "addmm"), _product_added),

@@ -318,11 +318,9 @@ def _as_rows(norm: nn.Module, rows: Tensor, dim: int) -> Tensor | None:
     A norm over groups, or over all places of a sample, does the same to single rows, and something else to an image
     whose places they are.
     """
-    apart, together = rows[:, None, None], rows.view(1, len(rows), 1, -1)
-    if dim == -1:
-        apart = rows
+    apart, together = rows if dim == -1 else rows[:, None, None], rows.view(1, len(rows), 1, -1)
     try:
-        one = norm.forward(apart if dim == -1 else apart.movedim(-1, dim))
+        one = norm.forward(apart.movedim(-1, dim))
         other = norm.forward(together.movedim(-1, dim))
     except Exception:  # a forward fails in as many ways as it is written
         return None

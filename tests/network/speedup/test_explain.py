@@ -92,7 +92,7 @@ def test_constants_in_front_of_zeros_beyond_the_border_name_both_ways(kind):
 
 
 class Scaled(nn.Module):
-    """Attention that divides by the root of a number of channels, and a norm of its own."""
+    """Attention that divides by the root of a number of channels."""
 
     def __init__(self):
         super().__init__()
