@@ -140,6 +140,17 @@ def test_few_numbers_stay_on_the_cpu(device, monkeypatch):
     assert greedy._device([layer]) == device
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+def test_whole_numbers_and_single_precision_choose_as_double_precision_does(dtype):
+    rng = np.random.default_rng(3)
+    inputs, targets = rng.integers(-9, 10, (40, 12)), rng.integers(-9, 10, (40, 3))
+    gram, cross = inputs.T @ inputs, inputs.T @ targets
+    layers = [Products(gram.astype(kind), cross.astype(kind), 2) for kind in (dtype, np.float64)]
+    (found, taken), (expected, expected_taken) = (forward_selection([layer], 6) for layer in layers)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(taken, expected_taken)
+
+
 def test_what_is_chosen_from_is_left_as_it_was():
     inputs, targets = draw(6, 5, 4, 2, 3)
     products, few = (inputs.T @ inputs + np.eye(8), inputs.T @ targets), (inputs.T.copy(), targets.copy())

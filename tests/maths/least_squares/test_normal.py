@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -238,3 +240,55 @@ def test_the_factor_of_the_ridge_that_was_chosen_is_kept(monkeypatch):
     again = fit(learned, held, found.ridge, intercept=True)
     assert torch.equal(again.solution.weights, found.solution.weights)
     assert (again.held_out, again.after) == (found.held_out, found.after)
+
+
+class Workers:
+    """Some threads with samples of their own, as one of them sees them."""
+
+    def __init__(self, rank, slots, barrier):
+        self.rank, self.slots, self.barrier = rank, slots, barrier
+
+    def gather(self, value, place):
+        self.slots[self.rank] = value
+        self.barrier.wait(timeout=60)
+        found = list(self.slots)
+        self.barrier.wait(timeout=60)
+        return found
+
+    def add(self, tensors, place):
+        for mine, all_of_them in zip(tensors, zip(*self.gather(tensors, place), strict=True), strict=True):
+            total = sum(all_of_them)
+            self.barrier.wait(timeout=60)  # nobody reads any more
+            mine.copy_(total)
+
+
+# 12 samples by three workers, the last of which may have none
+@pytest.mark.parametrize(("unknowns", "keeps_rows"), [(20, True), (8, False), (3, False)])
+@pytest.mark.parametrize("shares", [(5, 4, 3), (7, 5, 0)])
+def test_pooled_equations_are_those_of_all_samples_in_the_order_of_the_ranks(unknowns, keeps_rows, shares):
+    inputs, targets, _, _ = problem(12, unknowns, noise=0.5, groups=2)
+    slots, barrier = [None] * len(shares), Barrier(len(shares))
+
+    def pooled(rank):
+        mine = NormalEquations()
+        mine_of = [values.split(shares, dim=1)[rank] for values in (inputs, targets)]
+        if shares[rank]:
+            mine.add(*mine_of, mine_of[1])
+        mine.pool(Workers(rank, slots, barrier), torch.device("cpu"), "the test")
+        return mine
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        found = list(pool.map(pooled, range(len(shares))))
+    expected = NormalEquations()
+    expected.add(inputs, targets, targets)
+    solution = expected.solve(0.1, intercept=True)
+    for each in found:
+        assert each.samples == 12
+        if keeps_rows:
+            for rows, all_rows in zip(each.centred(), expected.centred(), strict=True):
+                torch.testing.assert_close(rows, all_rows, rtol=1e-12, atol=1e-12)
+        else:
+            assert each._rows is None
+        mine = each.solve(0.1, intercept=True)
+        torch.testing.assert_close(mine.weights, solution.weights, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(mine.shift, solution.shift, rtol=1e-9, atol=1e-10)

@@ -200,6 +200,26 @@ def test_of_a_large_kernel_few_pairs_are_summed_over_all_positions():
     assert apart.steps == ((2, 3),)
 
 
+@settings(max_examples=60, deadline=None)
+@given(geometries(), st.integers(0, 99), st.data())
+def test_batches_with_zeros_at_other_borders_add_up(geometry, seed, data):
+    inputs = inputs_of(geometry, 4, 2, seed)
+    batches = list(inputs.split(1))
+    for batch in batches:
+        for dim, pixels in enumerate(batch.shape[2:], start=2):
+            first = data.draw(st.integers(0, pixels - 1))
+            behind = data.draw(st.integers(first + 1, pixels))
+            batch.narrow(dim, 0, first).zero_()
+            batch.narrow(dim, behind, pixels - behind).zero_()
+    rows = written(inputs, 1, geometry)
+    products = PatchProducts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shifts, "_TOGETHER", 1)  # each batch is multiplied by itself
+        for batch in batches:
+            products.add(Patches.of(batch, 1, geometry))
+    torch.testing.assert_close(products.total(), rows.mT @ rows, rtol=1e-12, atol=1e-11)
+
+
 def test_a_column_that_only_meets_padding_is_exactly_zero():
     geometry = Geometry((9,), (1,), (1,), (3,))
     inputs = functional.pad(torch.randn(5, 2, 3, dtype=torch.float64), (4, 4))
@@ -261,8 +281,10 @@ def test_rows_and_patches_may_be_added_to_the_same_equations():
         # one element has no neighbour, and with a large stride patches share nothing
         (Geometry((1, 1), (1, 1), (1, 1), (16, 16)), 32, 32, 100, 25_600, False),
         (Geometry((4, 4), (4, 4), (1, 1), (16, 16)), 32, 32, 100, 25_600, False),
-        # fewer rows than columns are kept as they are
+        # fewer rows than columns are kept as they are; as many aren't
         (Geometry((64,), (1,), (1,), (4,)), 32, 16, 100, 16_384, False),
+        (Geometry((64,), (1,), (1,), (20,)), 32, 16, 102, 16_384, False),
+        (Geometry((64,), (1,), (1,), (16,)), 32, 16, 128, 16_384, True),
     ],
 )
 def test_shifts_pay_for_large_kernels_at_many_places(geometry, channels, outputs, entries, sampled, expected):
