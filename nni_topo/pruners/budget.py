@@ -53,6 +53,7 @@ _RULES = {
 _MEANT = {"macs": "flops", "mac": "flops", "parameters": "params", "time": "latency", "seconds": "latency"}
 """Other words for the costs, and what a budget calls them."""
 _MISSED = 0.01  # of the unpruned network's cost
+_MISSED_SMALL = 0.1  # of what is asked for, where that is less
 _MISSED_TIME = 0.05  # of what is asked for
 _ROUNDING = 1e-12  # 0.51 - 0.5 is more than 0.01 in double precision
 # Why a budget is missed where nothing else keeps it from being met.
@@ -98,10 +99,10 @@ class Budget:
     -----
     The config_list only says which layers are pruned. Its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, and the
     other layers lose more or less instead. Widths are integers, so the nearest possible cost is taken. A budget is met
-    by a network that costs at most 1 % of the unpruned one more, for a time 5 % of the budget. If no network takes so
-    little time, the widest that is about as fast as any is kept, possibly the unpruned one. A warning gives the reason
-    where a budget is missed, and where the network costs less than asked by more than that. NNI's schedulers don't
-    schedule a budget.
+    by a network that costs at most 0.01 of the unpruned one more (of a budget below 0.1, a tenth of the budget; for
+    ``latency`` at least 5 % of the budget). If no network takes so little time, the widest that is about as fast as any
+    is kept, possibly the unpruned one. A warning gives the reason where a budget is missed, and where the network costs
+    less than asked by more than that. NNI's schedulers don't schedule a budget.
 
     Examples
     --------
@@ -171,7 +172,10 @@ class BudgetOutcome:
 
     @property
     def tolerance(self) -> float:
-        """How far ``left`` may be from ``asked``: 0.01; for latency 5 % of ``asked`` where that is more."""
+        """How far ``left`` may be from ``asked``: 0.01, or 10 % of ``asked`` where that is less.
+
+        For latency at least 5 % of ``asked``.
+        """
         return _tolerance(self.kind, self.asked)
 
     @property
@@ -337,7 +341,7 @@ def budget_outcome(kind: str, asked: float, left: float, why: str) -> BudgetOutc
 
 def _tolerance(kind: str, asked: float) -> float:
     """Return how far the share that is kept may be from the share that was asked for."""
-    return max(_MISSED, _MISSED_TIME * asked if kind == "latency" else 0.0)
+    return max(min(_MISSED, _MISSED_SMALL * asked), _MISSED_TIME * asked if kind == "latency" else 0.0)
 
 
 def _is_near(kind: str, asked: float, left: float) -> bool:

@@ -54,3 +54,14 @@ def test_so_many_observations_are_needed(tolerance, count):
     assert observations_needed(tolerance) == count
     assert limit_of_share(0.0, count) <= tolerance
     assert count == 1 or limit_of_share(0.0, count - 1) > tolerance
+
+
+@pytest.mark.parametrize("risk", [0.05, 0.01])
+def test_no_fewer_observations_are_enough(risk):
+    """Also where the tolerance is the limit of just so many, and rounding decides on which side of it."""
+    for count in range(1, 400):
+        tolerance = limit_of_share(0.0, count, risk)
+        for near in (tolerance, math.nextafter(tolerance, 0.0), math.nextafter(tolerance, 1.0)):
+            needed = observations_needed(near, risk)
+            assert limit_of_share(0.0, needed, risk) <= near
+            assert needed == 1 or limit_of_share(0.0, needed - 1, risk) > near

@@ -279,3 +279,22 @@ def test_bad_requests_are_refused():
     points, covariance = layer(nodes=5)
     with pytest.raises(ConfigError, match=r"must be in \[1, 5\]"):
         grow(points, covariance, 6, Growth())
+
+
+def test_single_precision_and_whole_numbers_have_the_threshold_of_double_precision():
+    values = np.random.default_rng(0).integers(0, 1000, 60)
+    expected = hoh_threshold([values[:30].astype(np.float64), values[30:].astype(np.float64)], 0.6)
+    for dtype in (np.float32, np.int16):
+        assert hoh_threshold([values[:30].astype(dtype), values[30:].astype(dtype)], 0.6) == expected
+
+
+def test_the_threshold_of_a_growth_has_its_bins():
+    points = np.random.default_rng(0).normal(size=(20, 50))
+    covariance, clusters = np.cov(points), np.array_split(np.arange(20), 4)
+    found = {}
+    for bins in (2, 50, "scott"):
+        growth = Growth(bins=bins)
+        values = [growth.values(covariance, members) for members in clusters]
+        found[bins] = growth.threshold(covariance, clusters, 0.5)
+        assert found[bins] == hoh_threshold(values, 0.5, bins=bins)
+    assert len(set(found.values())) == 3

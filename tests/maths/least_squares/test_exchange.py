@@ -198,3 +198,16 @@ def test_what_is_chosen_from_is_left_as_it_was():
 def test_bad_input_is_refused(chosen, most, parts, message):
     with pytest.raises(ConfigError, match=message):
         exchange(readers(1, 8, [(Products, 1, 2)]), chosen, most, parts)
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1e5])
+def test_exchanges_do_not_hang_on_the_unit_of_the_targets(unit):
+    made = 0
+    for seed in range(20):
+        columns, targets = mixed(seed, 60, 8, 1, 2)
+        layers = [products(columns, targets * scale, 1) for scale in (1.0, unit)]
+        (expected, gains), (found, scaled) = (exchange([layer], range(4), MANY) for layer in layers)
+        assert found.tolist() == expected.tolist()
+        np.testing.assert_allclose(scaled, gains * unit**2, rtol=1e-6)
+        made += len(gains)
+    assert made > 20

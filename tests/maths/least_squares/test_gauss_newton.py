@@ -88,3 +88,19 @@ def test_errors_that_are_not_numbers_are_never_taken():
 
     start = zeros()
     assert gauss_newton(Broken(), start, steps=2, iterations=4, damping=1e-2, seed=0)[0] is start
+
+
+def test_tensors_of_unknowns_in_other_units_are_solved_at_once():
+    """The diagonal of each tensor is taken out before: then the unknowns of a problem without mixing need one step."""
+
+    class Units(Linear):
+        def __init__(self):
+            super().__init__()
+            self.matrix = torch.eye(30, 8, dtype=torch.float64)
+            self.matrix[:, 6:] *= 10.0
+
+    problem = Units()
+    found, least, _ = gauss_newton(problem, zeros(), steps=1, iterations=1, damping=0.0, seed=0)
+    best = torch.linalg.lstsq(problem.matrix, problem.wanted).solution
+    torch.testing.assert_close(torch.cat([each.flatten() for each in found]), best)
+    assert least == problem.error(found)

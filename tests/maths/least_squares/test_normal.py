@@ -275,15 +275,20 @@ def test_pooled_equations_are_those_of_all_samples_in_the_order_of_the_ranks(unk
         if shares[rank]:
             mine.add(*mine_of, mine_of[1])
         mine.pool(Workers(rank, slots, barrier), torch.device("cpu"), "the test")
-        return mine
+        # more targets of the same inputs, whose products are pooled already
+        more = NormalEquations(mine)
+        if shares[rank]:
+            more.add(mine_of[0], 3.0 * mine_of[1], mine_of[1])
+        more.pool(Workers(rank, slots, barrier), torch.device("cpu"), "more of the test")
+        return mine, more
 
     with ThreadPoolExecutor(len(shares)) as pool:
         found = list(pool.map(pooled, range(len(shares))))
     expected = NormalEquations()
     expected.add(inputs, targets, targets)
     solution = expected.solve(0.1, intercept=True)
-    for each in found:
-        assert each.samples == 12
+    for each, more in found:
+        assert each.samples == more.samples == 12
         if keeps_rows:
             for rows, all_rows in zip(each.centred(), expected.centred(), strict=True):
                 torch.testing.assert_close(rows, all_rows, rtol=1e-12, atol=1e-12)
@@ -292,3 +297,32 @@ def test_pooled_equations_are_those_of_all_samples_in_the_order_of_the_ranks(unk
         mine = each.solve(0.1, intercept=True)
         torch.testing.assert_close(mine.weights, solution.weights, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(mine.shift, solution.shift, rtol=1e-9, atol=1e-10)
+        weights_of_more = more.solve(0.1, intercept=True).weights
+        torch.testing.assert_close(weights_of_more, 3.0 * solution.weights, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("samples", [60, 4])
+@pytest.mark.parametrize("unit", [1e-10, 1e10])
+def test_the_unit_of_the_inputs_only_scales_the_weights(samples, unit):
+    inputs, targets, _, _ = problem(samples, noise=0.5)
+    for intercept in (True, False):
+        one = equations(inputs, targets, pieces=2).solve(0.1, intercept=intercept)
+        other = equations(inputs * unit, targets, pieces=2).solve(0.1, intercept=intercept)
+        torch.testing.assert_close(other.weights * unit, one.weights, rtol=1e-8, atol=1e-12)
+
+
+def test_of_references_that_never_vary_any_error_is_all():
+    inputs, targets, _, _ = problem()
+    sums = equations(inputs, torch.ones_like(targets))
+    assert sums.share(0.0) == 0.0
+    assert sums.share(1e-9) == 1.0
+
+
+@pytest.mark.parametrize("samples", [60, 4])
+def test_a_device_solves_as_the_cpu_does(device, samples):
+    inputs, targets, _, _ = problem(samples, noise=0.5, groups=2)
+    expected = equations(inputs, targets, pieces=2).solve(0.1, intercept=True)
+    found = equations(inputs.to(device), targets.to(device), pieces=2).solve(0.1, intercept=True)
+    assert found.weights.device == found.shift.device == device
+    torch.testing.assert_close(found.weights.cpu(), expected.weights, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found.shift.cpu(), expected.shift, rtol=1e-9, atol=1e-10)

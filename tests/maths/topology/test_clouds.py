@@ -156,6 +156,7 @@ def test_duplicates_and_the_origin_stay_exact():
         (lambda: projection_error(5, 0), "at least one feature, got 0"),
         (lambda: projection_error(5, 5, failure=1.0), r"in \(0, 1\), got 1.0"),
         (lambda: projected_features(5, 1.0), r"in \(0, 1\), got 1.0"),
+        (lambda: projected_features(5, 0.0), r"in \(0, 1\), got 0.0"),
         (lambda: random_projection([], 5, 0), "at least one chunk"),
         (lambda: random_projection([np.ones((2, 2))], 0, 0), "at least one feature"),
     ],
@@ -177,3 +178,10 @@ def test_equal_points_are_found_also_where_others_begin_alike():
     draws = np.random.default_rng(1)
     matrix = np.concatenate([draws.standard_normal((150, 17)), draws.standard_normal((151, 17))])
     np.testing.assert_allclose(projected, cloud @ matrix / np.sqrt(17), atol=1e-12)
+
+
+@pytest.mark.parametrize(("error", "failure"), [(0.9, 0.9), (0.9, 0.7), (0.9, 0.5), (0.5, 0.5)])
+def test_no_fewer_features_keep_the_error(error, failure):
+    needed = projected_features(2, error, failure=failure)
+    assert projection_error(2, needed, failure=failure) <= error
+    assert needed == 1 or projection_error(2, needed - 1, failure=failure) > error

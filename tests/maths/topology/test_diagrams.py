@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from gudhi.sklearn.rips_persistence import RipsPersistence
@@ -40,6 +42,22 @@ def test_circle_has_one_long_loop():
 def test_octahedron_has_one_void():
     bars = rips_diagram(np.vstack([np.eye(3), -np.eye(3)]), dimension=2)
     np.testing.assert_allclose(bars, [[np.sqrt(2), 2.0]])
+
+
+@pytest.mark.parametrize("engine", ["exact", "gudhi"])
+def test_coefficients_are_those_of_two_elements(engine, compiled):
+    """The projective plane has a loop and a void over Z/2, and neither over a field of another characteristic."""
+    # half an icosahedron; its corners, edges and faces are points, at distance 1 where one lies in the other
+    rim = [1, 2, 3, 4, 5]
+    faces = [{0, rim[k], rim[(k + 1) % 5]} for k in range(5)] + [
+        {rim[k], rim[(k + 1) % 5], rim[(k + 3) % 5]} for k in range(5)
+    ]
+    cells = {frozenset(cell) for face in faces for size in (1, 2, 3) for cell in itertools.combinations(face, size)}
+    assert len(cells) == 6 + 15 + 10
+    distances = np.array([[0.0 if a == b else 1.0 if a < b or b < a else 2.0 for a in cells] for b in cells])
+    for dimension in (1, 2):
+        bars = rips_diagram(distances=distances, dimension=dimension, engine=engine, compiled=compiled)
+        np.testing.assert_array_equal(positive(bars), [[1.0, 2.0]])
 
 
 @pytest.mark.parametrize("engine", ["exact", "gudhi"])

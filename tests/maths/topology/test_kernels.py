@@ -73,3 +73,8 @@ for refused in (h0_deaths, SubsetFitness):
 """
     message = 'compiled=True needs numba, got none installed; install "nni-topo[fast]"'
     assert bare_python(program).splitlines() == ["[2.] [2.]", message, message]
+
+
+def test_kernels_are_compiled_by_default_where_numba_is():
+    assert kernels.use_compiled(None) is kernels.numba_available()
+    assert kernels.use_compiled(False) is False

@@ -49,6 +49,13 @@ def test_without_a_norm_it_is_weight_and_bias():
     assert torch.equal(cloud, expected)
 
 
+def test_a_bias_counts_also_where_only_the_weight_is_pruned():
+    model, images = normed(), toy_images(2).double()
+    alone = clouds_of(model, [{**CONV[0], "target_names": ["weight"]}], images)["0"]["weight"]
+    assert torch.equal(alone, clouds_of(model, CONV, images)["0"]["weight"])
+    assert alone[:, -1].any()
+
+
 def test_a_norm_without_affine_parameters_is_folded_and_one_without_statistics_is_not():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
