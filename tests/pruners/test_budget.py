@@ -264,7 +264,7 @@ def test_a_pruner_knows_whether_its_budget_is_met(share, is_met, why):
         ("latency", 0.05, 0.0551, False),
     ],
 )
-def test_a_budget_is_met_up_to_a_hundredth_of_the_network_a_tenth_of_itself_or_more_of_the_time(kind, asked, left, is_near):
+def test_a_budget_is_met_up_to_a_hundredth_a_tenth_of_itself_or_a_share_of_the_time(kind, asked, left, is_near):
     """A network that costs less meets its budget too, and says how much less and why."""
     outcome = budget_outcome(kind, asked, left, "of a reason")
     assert outcome.is_near is is_near
