@@ -154,7 +154,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     SpeedupError
         If the model is still wrapped by NNI.
     DataError
-        If the file can't be written.
+        If the file can't be written, or a parameter or buffer is on the meta device.
 
     See Also
     --------
@@ -175,6 +175,8 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     for name, tensor in in_state.items():
         state[name] = tensor.detach()
     for name, tensor in every.items():
+        if tensor.is_meta:
+            raise DataError(f"a saved model must have values, got a tensor on the meta device, without any ({name})")
         fingerprints[name] = fingerprint(tensor)
         if name not in in_state:
             buffers[name] = tensor.detach()
@@ -215,8 +217,8 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     -------
     torch.nn.Module
         A copy of ``model`` with the sizes and values of the file, in the modes and on the devices of
-        ``model``, in the precision of the file. Layers that share a tensor in ``model`` share it if they
-        did in the dense model.
+        ``model``, in the precision of the file; what ``model`` has on the meta device lies on the CPU. Layers that
+        share a tensor in ``model`` share it if they did in the dense model.
 
     Raises
     ------
@@ -225,7 +227,8 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
         were saved.
     ConfigError
         If ``model`` is neither a module nor a function that makes one, or the file doesn't fit it: other modules, other
-        types, larger sizes, or modules with two names that were two modules in the dense model.
+        types, larger sizes, modules with two names that were two modules in the dense model, or tensors on the meta
+        device of which the file has no values.
 
     Examples
     --------
@@ -253,13 +256,14 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
         if isinstance(description, dict) and description.get("type") != type(module).__name__:
             fold(module)
     _check_fit(document, built, os.fspath(path))
+    stored = document["state_dict"] | document.get("buffers", {})
+    _give_memory(built, stored, os.fspath(path))
     modules: dict[str, dict[str, Any]] = document["modules"]
     unpruned_attention = find_attention(built)
     for name, description in modules.items():
         _resize(built.get_submodule(name), description["sizes"])
     ties = find_ties(built)
     untie(built, ties)
-    stored = document["state_dict"] | document.get("buffers", {})
     with torch.no_grad():
         for name, tensor in named_tensors(built).items():
             if name in stored:
@@ -302,6 +306,30 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     for name, tensor in named_tensors(model).items():
         digest.update(f"{name} {fingerprint(tensor)}\n".encode())
     return digest.hexdigest()
+
+
+def _give_memory(built: torch.nn.Module, stored: Mapping[str, torch.Tensor], place: str) -> None:
+    """Move the tensors of a model that are on the meta device to the CPU, without values, those that are tied together.
+
+    ConfigError for one that would stay without values: the file has none of it.
+    """
+    made = dict[int, torch.Tensor]()
+    for prefix, module in built.named_modules():
+        for held in (module._parameters, module._buffers, vars(module)):
+            for own, tensor in held.items():
+                if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
+                    continue
+                name = f"{prefix}.{own}" if prefix else own
+                if name not in stored:
+                    raise ConfigError(
+                        "a model on the meta device must have no values but those of its file, got one without "
+                        f"({name}, {place}): make the model on another device"
+                    )
+                if id(tensor) not in made:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                held[own] = made[id(tensor)]
 
 
 def _shared(names: list[str], stored: dict[str, torch.Tensor]) -> list[list[str]]:

@@ -40,7 +40,7 @@ from nni_topo.network.layers import (
     plain_norm,
     weight_is_computed,
 )
-from nni_topo.network.runtime import SHAPES, STRUCTURE, UNGROUPED, leaves_models_alone
+from nni_topo.network.runtime import INPUTS, MODEL, UNGROUPED, leaves_models_alone
 from nni_topo.network.speedup.dry_run import unprunable
 from nni_topo.network.speedup.network import Network
 
@@ -123,7 +123,7 @@ class DependencyGroups(list[dict[str, Any]]):
         )
 
 
-@checked(model=STRUCTURE, example_inputs=SHAPES, config_list=UNGROUPED)
+@checked(model=MODEL, example_inputs=INPUTS, config_list=UNGROUPED)
 @leaves_models_alone
 def dependency_groups(
     model: torch.nn.Module, example_inputs: Any, config_list: list[dict[str, Any]], *, strict: bool = False
@@ -157,6 +157,8 @@ def dependency_groups(
     ConfigError
         If an entry names a layer that isn't there or selects none at all, or the inputs don't fit the model; with
         ``strict``, if a layer that an entry selects would be left out because it can't lose channels.
+    DataError
+        If a parameter or an input has no values, as on the meta device.
     SpeedupError
         If the model can't be traced, and an entry names a layer in ``op_names`` or ``strict`` is given.
     RuntimeError

@@ -14,7 +14,7 @@ from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, checked, le
 from nni_topo.network.channels import FIXED, ChannelFlow, Reasons, blocks_of, partial_couplings, reasons
 from nni_topo.network.graph import described, line_of
 from nni_topo.network.layers import RECURRENT, feature_dimension, is_transposed_linear, output_channels
-from nni_topo.network.runtime import SHAPES, STRUCTURE, leaves_models_alone
+from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
 from nni_topo.network.speedup.dependency import named_norms, unprunable_layers
 from nni_topo.network.speedup.dry_run import unprunable
 from nni_topo.network.speedup.network import Network
@@ -107,7 +107,7 @@ def _first(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - _LISTED} more" if len(names) > _LISTED else shown
 
 
-@checked(model=STRUCTURE, example_inputs=SHAPES)
+@checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     """Say which channels of a layer can be pruned, with which layers it is coupled, and why it keeps the others.

@@ -211,3 +211,16 @@ def test_exchanges_do_not_hang_on_the_unit_of_the_targets(unit):
         np.testing.assert_allclose(scaled, gains * unit**2, rtol=1e-6)
         made += len(gains)
     assert made > 20
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+def test_whole_numbers_and_single_precision_are_exchanged_as_double_precision_is(dtype):
+    rng = np.random.default_rng(3)
+    inputs = rng.integers(-9, 10, (40, 12)) @ rng.integers(-1, 2, (12, 12))
+    gram, cross = inputs.T @ inputs, inputs.T @ rng.integers(-9, 10, (40, 3))
+    (expected, gains), (found, same) = (
+        exchange([Products(gram.astype(kind), cross.astype(kind), 1)], range(5), MANY) for kind in (np.float64, dtype)
+    )
+    assert len(gains) > 0
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(same, gains)

@@ -132,6 +132,24 @@ def test_a_device_chooses_as_the_cpu_does(device, kind, parts, block, outputs, m
     np.testing.assert_array_equal(found[telling], order[telling])
 
 
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("kind", [Products, SampleMatrix])
+def test_silent_channels_are_chosen_last_on_a_device_too(device, kind, block, monkeypatch):
+    monkeypatch.setattr(greedy, "_MANY", 1)
+    inputs, targets = draw(3, 60, 4, block, 2)
+    inputs[:, :block] = 0.0
+    ridge = np.zeros(4 * block)
+    layer = (
+        SampleMatrix(inputs.T.copy(), targets, ridge, block, device)
+        if kind is SampleMatrix
+        else Products(inputs.T @ inputs, inputs.T @ targets, block, device)
+    )
+    order, taken = forward_selection([layer], 4)
+    assert order[-1] == 0
+    assert taken[-1] == 0.0
+    assert np.isfinite(taken).all()
+
+
 def test_few_numbers_stay_on_the_cpu(device, monkeypatch):
     inputs, targets = draw(3, 60, 12, 1, 3)
     layer = Products(inputs.T @ inputs, inputs.T @ targets, 1, device)

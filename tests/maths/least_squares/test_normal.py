@@ -326,3 +326,16 @@ def test_a_device_solves_as_the_cpu_does(device, samples):
     assert found.weights.device == found.shift.device == device
     torch.testing.assert_close(found.weights.cpu(), expected.weights, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(found.shift.cpu(), expected.shift, rtol=1e-9, atol=1e-10)
+
+
+def test_products_that_overflow_are_not_finite():
+    inputs, targets, _, _ = problem()
+    assert equations(inputs, targets).is_finite()
+    assert not equations(inputs * 1e160, targets).is_finite()  # their squares are more than a number can be
+    assert not equations(inputs, targets * 1e160).is_finite()
+
+
+def test_few_samples_are_centred():
+    inputs, targets, _, _ = problem(samples=4)
+    for found, values in zip(equations(inputs, targets, pieces=2).centred(), (inputs, targets), strict=True):
+        torch.testing.assert_close(found, values - values.mean(1, keepdim=True))

@@ -108,6 +108,14 @@ def test_patience_ends_a_search_that_stands_still():
     assert len(algorithm.trace) == 4
 
 
+def test_patience_counts_from_the_first_generation_on():
+    best = np.isin(np.arange(30), np.arange(0, 30, 2))
+    settings = EvolutionSettings(generations=50, patience=2)
+    algorithm = SubsetGeneticAlgorithm(30, 15, distance_to(best), settings, seed=0, initial=best[None])
+    algorithm.run()
+    assert len(algorithm.trace) == 3
+
+
 def test_without_crossover_and_mutation_nothing_new_appears():
     weights = np.random.default_rng(0).random(30)
     algorithm = search(

@@ -141,6 +141,15 @@ def test_more_points_need_more_features_and_more_features_err_less():
     assert projection_error(1, 1) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_cloud_may_be_projected_onto_one_feature():
+    cloud = np.random.default_rng(0).normal(size=(50, 300))
+    projected = random_projection([cloud[:, :100], cloud[:, 100:]], 1, seed=1)
+    assert projected.shape == (50, 1)
+    # the squares of single distances vary much, their mean less
+    ratio = np.square(projected[:25] - projected[25:].T).mean() / np.square(cdist(cloud[:25], cloud[25:])).mean()
+    assert 0.3 < ratio < 3.0
+
+
 def test_duplicates_and_the_origin_stay_exact():
     cloud = np.zeros((3, 500))
     cloud[1:] = np.random.default_rng(0).normal(size=500)

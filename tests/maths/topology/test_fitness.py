@@ -159,3 +159,14 @@ def test_bad_populations_are_refused():
         fitness([[True]])
     with pytest.raises(DataError, match="at least one point, got none in subset 1"):
         fitness([[True, False], [False, False]])
+
+
+@pytest.mark.parametrize("compiled", [False, None])
+@pytest.mark.parametrize("kind", [np.bool_, np.int64, np.float64])
+def test_covering_is_the_largest_or_the_mean_distance_to_the_nearest_kept_point(compiled, kind):
+    distances = pairwise_distances(np.random.default_rng(2).normal(size=(30, 3)))
+    subsets = make_subsets(2, 12, 30, 9)
+    nearest = np.array([distances[:, subset].min(axis=1) for subset in subsets])
+    for criterion, expected in (("hausdorff", nearest.max(axis=1)), ("cover", nearest.mean(axis=1))):
+        found = SubsetFitness(distances, criterion, compiled=compiled)(subsets.astype(kind))
+        np.testing.assert_allclose(found, expected, rtol=1e-12)

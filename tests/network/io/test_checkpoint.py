@@ -141,6 +141,51 @@ def of_an_older_version(path):
     torch.save(document, path)
 
 
+@pytest.mark.parametrize("as_function", [True, False])
+def test_a_model_that_is_made_on_the_meta_device_gets_its_values_from_the_file(path, as_function):
+    def tied(width):
+        model = nn.Sequential(nn.Embedding(5, width), nn.BatchNorm1d(width), nn.Linear(width, 5, bias=False)).eval()
+        model[2].weight = model[0].weight
+        model[1].register_buffer("not_saved_by_pytorch", torch.ones(width), persistent=False)
+        model[1].weight.requires_grad_(False)
+        return model
+
+    def on_meta():
+        with torch.device("meta"):
+            return tied(7)
+
+    dense = tied(3)
+    save(dense, path)
+    model = on_meta()
+    built = load(path, on_meta if as_function else model)
+    assert all(tensor.is_meta for tensor in model.parameters())
+    assert built[2].weight is built[0].weight
+    assert not built[1].weight.requires_grad
+    assert not built.training
+    numbers = torch.tensor([0, 3, 4])
+    assert torch.equal(built(numbers), dense(numbers))
+    assert torch.equal(built[1].not_saved_by_pytorch, torch.ones(3))
+    built(numbers).sum().backward()
+    assert built[0].weight.grad.shape == (5, 3)
+
+
+def test_tensors_on_the_meta_device_that_no_file_has_are_named(path):
+    save(small(), path)
+    with torch.device("meta"):
+        model = make()
+        model[4].steps = torch.arange(8)
+    with pytest.raises(ConfigError, match=r"got one without \(4\.steps, .*dense.*\): make the model on another device"):
+        load(path, model)
+
+
+def test_a_model_without_values_is_not_saved(path):
+    with torch.device("meta"):
+        model = make()
+    with pytest.raises(DataError, match=r"on the meta device, without any \(0\.weight\)"):
+        save(model, path)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_ties_of_the_model_hold_where_the_dense_model_has_them(tmp_path, older):
     for dense in (TiedConvolutions(), untied(TiedConvolutions())):
