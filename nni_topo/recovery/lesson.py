@@ -32,11 +32,10 @@ from nni_topo.network.runtime import (
     device_of,
     evaluating,
     evaluation_mode,
+    failure_on,
     free_memory_of,
-    left_alone,
     map_tensors,
     on_device,
-    out_of_memory,
     random_state_kept,
     real_positions_of,
     seed_torch,
@@ -784,7 +783,7 @@ def check_any_count(model: nn.Module, call: Call, name: str) -> None:
     What judges and what is learned from are cut into batches anew, whose sizes may be any.
     """
     for count in range(1, 1 + min(2, batch_size(call))):
-        error = _failure(model, taken(call, torch.arange(count)))
+        error = failure_on(model, taken(call, torch.arange(count)))
         if error is not None:
             raise ConfigError(
                 "distillation must be able to run a model on any number of samples, got "
@@ -793,24 +792,11 @@ def check_any_count(model: nn.Module, call: Call, name: str) -> None:
             ) from error
 
 
-def _failure(model: nn.Module, call: Call) -> Exception | None:
-    """Return the error with which a network doesn't run on a call in evaluation mode."""
-    args, kwargs = on_device(call, device_of(model))
-    try:
-        with left_alone(model), evaluation_mode(model), torch.no_grad():
-            model(*args, **kwargs)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-        if out_of_memory(error):
-            raise
-        return error
-    return None
-
-
 def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) -> None:
     """Raise ConfigError, before anything is learned, unless a network runs on what ``augment`` makes of two images."""
     few = taken(call, torch.arange(min(2, batch_size(call))))
     view = _augmented(few, augment, seed)
-    error = _failure(unpruned, view)
+    error = failure_on(unpruned, view)
     if error is not None:
         reason = str(error).partition("\n")[0]
         raise ConfigError(

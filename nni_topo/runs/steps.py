@@ -46,6 +46,7 @@ from nni_topo.network.runtime import (
     detached_copy,
     device_of,
     evaluation_mode,
+    failure_on,
     first_call,
     give_back_memory,
     leaves_models_alone,
@@ -152,13 +153,30 @@ class ImageParts:
     def of(
         cls, calibration: Calibration, model: nn.Module, parts: tuple[Calibration | None, ...] | None = None
     ) -> ImageParts:
-        """Hold out every eighth image, or name three parts in the order of the fields; make example inputs."""
+        """Hold out every eighth image, or name three parts in the order of the fields; make example inputs.
+
+        ConfigError for a model that runs on whole batches alone, of which no image can be held out.
+        """
         args, kwargs = of_first(structure_call(model, calibration), model, calibration)
         if parts is None:
             learned, held_out = calibration.split()
+            if held_out is not None:
+                _check_fewer(model, calibration, learned)
             return cls(calibration, learned, held_out, held_out, kwargs or args)
         first, judges, held_out = parts
         return cls(calibration, calibration if first is None else first, judges, held_out, kwargs or args)
+
+
+def _check_fewer(model: nn.Module, whole: Calibration, learned: Calibration) -> None:
+    """Raise ConfigError unless a model runs on a batch of which samples are held out."""
+    call = next(calls(model, learned))
+    error = failure_on(model, call)
+    if error is not None:
+        raise ConfigError(
+            "a model must run on any number of samples, because every eighth one is held out, got "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]} for {learned.sizes[0]} of {whole.sizes[0]} "
+            "samples: let its forward take the number from its input, as x.flatten(1) and x.view(len(x), -1) do (model)"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -483,6 +483,22 @@ def test_what_can_not_be_used_is_refused(knobs, error, message):
         shrunk(**knobs)
 
 
+@pytest.mark.parametrize("shape", [(8, 16), (-1, 2, 16)])
+@pytest.mark.parametrize("distill", [False, {"steps": 1}])
+def test_a_model_of_a_fixed_number_of_samples_is_told_why_it_cannot_be_pruned(shape, distill):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.two(torch.relu(self.one(x)).view(shape)).view(8, 3)
+
+    batches = list(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).split(8))
+    with pytest.raises(ConfigError, match=r"any number of samples, .*every eighth .* for 7 of 8 samples.*\(model\)"):
+        nni_topo.shrink(Fixed(), batches, {"flops": 0.5}, distill=distill, progress=False)
+
+
 def test_bad_models_and_images_are_refused():
     with pytest.raises(DataError, match="at least one batch, got none"):
         nni_topo.shrink(toy_model(), [], {"flops": 0.5})

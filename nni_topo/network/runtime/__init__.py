@@ -35,6 +35,7 @@ from nni_topo.network.runtime.copying import (
 from nni_topo.network.runtime.fits import (
     LISTS,
     check_fits,
+    failure_on,
     first_call,
     fitting_call,
     form_that_fits,
@@ -203,6 +204,7 @@ __all__ = [
     "evaluating",
     "evaluation_mode",
     "example_inputs_of",
+    "failure_on",
     "first_call",
     "first_of_samples",
     "fitting",

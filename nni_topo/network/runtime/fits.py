@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import DataError, NniTopoError
+from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.hooks import called, padding_known, watched
 from nni_topo.network.runtime.inputs import (
     Call,
@@ -22,6 +23,7 @@ from nni_topo.network.runtime.inputs import (
     first_of_samples,
     fitting,
     name_of,
+    on_device,
     taken,
     tensors_of,
 )
@@ -110,6 +112,19 @@ def _listed_modules(model: nn.Module) -> dict[str, nn.Module]:
         for key, entry in module.named_children()
         if next(entry.parameters(), None) is not None and not isinstance(entry, torch.jit.ScriptModule)
     }
+
+
+def failure_on(model: nn.Module, call: Call) -> Exception | None:
+    """Return the error with which a model doesn't run on a call in evaluation mode; None where it runs."""
+    args, kwargs = on_device(call, device_of(model))
+    try:
+        with left_alone(model), evaluation_mode(model), torch.no_grad():
+            model(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
+        return error
+    return None
 
 
 def check_fits(model: nn.Module, call: Call, name: str = "calibration", batch: Any = None) -> set[str]:
