@@ -166,8 +166,9 @@ def _labels(points: FloatArray, count: int, algorithm: str, seed: int, n_init: i
     elif algorithm == "spectral":
         found = _spectral_labels(points, count, seed, n_init, graph)
     else:
-        variance = points.var(0).sum() / points.shape[1]
-        scaled = points / np.sqrt(variance) if variance > 0 else points
+        if (points == points[0]).all():  # rounding gives them a variance, or none to divide by
+            return np.zeros(len(points), dtype=np.intp)
+        scaled = points / np.sqrt(points.var(0).sum() / points.shape[1])
         kind = "spherical"
         if algorithm == "gmm_full":
             kind, axes = "full", min(_AXES, *points.shape)

@@ -239,3 +239,21 @@ def test_rounding_moves_no_point_between_the_clusters_of_dbscan(seed):
     moved = points * (1.0 + generator.integers(-4, 5, size=points.shape) * np.finfo(float).eps)
     for count in (2, 5):
         np.testing.assert_array_equal(partition(points, count, "dbscan"), partition(moved, count, "dbscan"))
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_clusters_do_not_hang_on_the_unit_of_the_points(algorithm, unit):
+    points = np.random.default_rng(0).normal(size=(24, 3))
+    points[1], points[5] = points[0], points[4]
+    expected = partition(points, 5, algorithm, seed=0)
+    np.testing.assert_array_equal(partition(points * unit, 5, algorithm, seed=0), expected)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0.1, 2.5])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_points_that_are_all_equal_give_a_partition(algorithm, value):
+    labels = partition(np.full((6, 3), value), 2, algorithm)
+    assert labels[0] == 0
+    assert set(labels) <= {0, 1}

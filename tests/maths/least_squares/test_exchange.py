@@ -224,3 +224,10 @@ def test_whole_numbers_and_single_precision_are_exchanged_as_double_precision_is
     assert len(gains) > 0
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(same, gains)
+
+
+def test_nothing_is_exchanged_where_there_is_nothing_to_explain():
+    columns, targets = mixed(0, 60, 8, 1, 2)
+    found, gains = exchange([products(columns, 0.0 * targets, 1)], range(4), 5)
+    assert found.tolist() == [0, 1, 2, 3]
+    assert not len(gains)

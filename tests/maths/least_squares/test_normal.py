@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -339,3 +340,34 @@ def test_few_samples_are_centred():
     inputs, targets, _, _ = problem(samples=4)
     for found, values in zip(equations(inputs, targets, pieces=2).centred(), (inputs, targets), strict=True):
         torch.testing.assert_close(found, values - values.mean(1, keepdim=True))
+
+
+def test_the_ridge_of_the_least_error_in_the_grid_is_found():
+    """From the middle of the grid in both directions, as long as the error has one valley."""
+    chosen = set()
+    for seed, noise, samples in itertools.product(range(6), (0.01, 1.0, 3.0, 10.0), (40, 300)):
+        inputs, targets, _, _ = problem(samples, unknowns=20, noise=noise, seed=seed)
+        half = samples // 2
+        learned, held = equations(inputs[:, :half], targets[:, :half]), equations(inputs[:, half:], targets[:, half:])
+        errors = [held.relative_error(learned.solve(ridge, intercept=True)) for ridge in GRID]
+        best = int(np.argmin(errors))
+        falls, rises = np.diff(errors[: best + 1]), np.diff(errors[best:])
+        if (falls < 0).all() and (rises > 0).all() and min(errors) < held.relative_error(held.unchanged()):
+            found = fit(learned, held, None, intercept=True)
+            assert found.ridge == GRID[best]
+            assert found.held_out == pytest.approx(errors[best], rel=1e-9)
+            chosen.add(best)
+    assert len(chosen) >= 4
+
+
+def test_where_no_weight_makes_anything_better_none_is_taken():
+    inputs, targets, _, _ = problem()
+    learned, held = (
+        NormalEquations(),
+        NormalEquations(),
+    )
+    for sums, part in ((learned, slice(0, 40)), (held, slice(40, None))):
+        sums.add(inputs[:, part], torch.zeros_like(targets[:, part]), targets[:, part])
+    found = fit(learned, held, None, intercept=True)
+    assert found.ridge == math.inf
+    assert not found.solution.weights.any()

@@ -289,3 +289,11 @@ def test_rows_and_patches_may_be_added_to_the_same_equations():
 )
 def test_shifts_pay_for_large_kernels_at_many_places(geometry, channels, outputs, entries, sampled, expected):
     assert pays(geometry, channels, outputs, entries, sampled) is expected
+
+
+def test_products_with_outputs_are_counted_as_they_are_computed():
+    long, short = Geometry((64,), (1,), (1,), (100,)), Geometry((2,), (1,), (1,), (4,))
+    assert long.takes_frequencies_once()
+    assert long.multiplications_once(3, 5) < 64 * 100 * 3 * 5
+    assert not short.takes_frequencies_once()
+    assert short.multiplications_once(3, 5) == 2 * 4 * 3 * 5

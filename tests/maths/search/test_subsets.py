@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nni_topo.errors import ConfigError
-from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm
+from nni_topo.maths.search.subsets import EvolutionSettings, SubsetGeneticAlgorithm, _subsets
 
 
 def distance_to(best):
@@ -166,3 +166,10 @@ def test_a_first_generation_of_equals_is_told_from_a_run_of_equals():
     sloped = SubsetGeneticAlgorithm(12, 6, distance_to(wanted), EvolutionSettings(), seed=0)
     sloped.run()
     assert (sloped.starts_flat, sloped.is_flat) == (False, False)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 7, 29, 30])
+def test_the_smallest_keys_of_each_row_are_marked(keep):
+    keys = np.random.default_rng(keep).random((40, 30))
+    marked = _subsets(keys, keep)
+    np.testing.assert_array_equal(marked, keys <= np.sort(keys, axis=1)[:, keep - 1 : keep])

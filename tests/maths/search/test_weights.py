@@ -53,6 +53,19 @@ def test_a_cap_stops_both_terminations_and_revival_takes_the_strongest():
     assert not layer.revive(alive)
 
 
+def test_a_share_of_the_remaining_weights_is_removed_at_random():
+    layer = GeneLayer(np.arange(1.0, 101.0))
+    for seed in range(5):
+        alive = np.ones(100, dtype=np.bool_)
+        alive[::4] = False
+        before = alive.copy()
+        layer.drop_random(alive, 0.2, np.random.default_rng(seed))
+        assert before.sum() - alive.sum() == 15
+        assert not (alive & ~before).any()
+        layer.drop_random(alive, 0.0, np.random.default_rng(seed))
+        assert alive.sum() == 59  # one goes in any case
+
+
 @given(st.integers(1, 200), st.integers(0, 2**32 - 1), st.floats(0.0, 1.0))
 @settings(max_examples=100, deadline=None)
 def test_a_random_subset_has_its_size_and_stays_within(kept, seed, share):

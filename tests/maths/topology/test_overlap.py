@@ -102,7 +102,7 @@ def exact(m: int, n: int, count: int, *, at_least: bool) -> Fraction:
     return Fraction(ways, math.comb(m * n, alpha))
 
 
-@pytest.mark.parametrize(("m", "n"), [(100, 100), (30, 7), (4, 4), (100, 10)])
+@pytest.mark.parametrize(("m", "n"), [(100, 100), (30, 7), (4, 4), (100, 10), (7, 1), (1, 5), (1, 1)])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.4, 1.0])
 @pytest.mark.parametrize("at_least", [False, True])
 def test_chance_by_counting(m, n, share, at_least):
@@ -121,7 +121,7 @@ def test_chances_too_small_for_a_float_stay_finite():
     assert -2000 < found < -308
 
 
-@pytest.mark.parametrize("arguments", [(0, 3, 0.5), (3, 3, 1.5), (3, 3, -0.1), (3, 3, math.nan)])
+@pytest.mark.parametrize("arguments", [(0, 3, 0.5), (3, 0, 0.5), (3, 3, 1.5), (3, 3, -0.1), (3, 3, math.nan)])
 def test_impossible_chances_are_refused(arguments):
     with pytest.raises(ConfigError, match="must be"):
         random_overlap_log10(*arguments)
