@@ -371,3 +371,13 @@ def test_where_no_weight_makes_anything_better_none_is_taken():
     found = fit(learned, held, None, intercept=True)
     assert found.ridge == math.inf
     assert not found.solution.weights.any()
+
+
+def test_where_no_ridge_has_a_solution_none_is_taken():
+    inputs, targets, _, _ = problem()
+    parts = slice(30), slice(30, None)
+    learned, held = (equations(1e160 * inputs[:, part], targets[:, part], 1) for part in parts)
+    found = fit(learned, held, None, intercept=True)
+    assert found.ridge == math.inf
+    assert not found.solution.weights.any()
+    assert found.after == found.before

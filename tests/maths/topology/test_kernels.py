@@ -1,3 +1,5 @@
+import importlib.util
+
 import numpy as np
 import pytest
 from topology_clouds import make_cloud, make_subsets
@@ -76,5 +78,6 @@ for refused in (h0_deaths, SubsetFitness):
 
 
 def test_kernels_are_compiled_by_default_where_numba_is():
+    assert kernels.numba_available() is (importlib.util.find_spec("numba") is not None)
     assert kernels.use_compiled(None) is kernels.numba_available()
     assert kernels.use_compiled(False) is False
