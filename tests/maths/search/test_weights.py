@@ -53,6 +53,13 @@ def test_a_cap_stops_both_terminations_and_revival_takes_the_strongest():
     assert not layer.revive(alive)
 
 
+def test_the_weakest_of_many_is_found_behind_all_that_are_gone():
+    layer = GeneLayer(np.random.default_rng(0).permutation(9000).astype(np.float64))
+    alive = layer.magnitudes >= 7000.0
+    assert layer.drop_weakest(alive, 0, 0.0) == 7001
+    assert np.sort(layer.magnitudes[alive])[0] == 7001.0
+
+
 def test_a_share_of_the_remaining_weights_is_removed_at_random():
     layer = GeneLayer(np.arange(1.0, 101.0))
     for seed in range(5):
