@@ -257,3 +257,11 @@ def test_points_that_are_all_equal_give_a_partition(algorithm, value):
     labels = partition(np.full((6, 3), value), 2, algorithm)
     assert labels[0] == 0
     assert set(labels) <= {0, 1}
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_points_of_another_type_are_clustered_as_in_double_precision(algorithm, dtype):
+    points = np.random.default_rng(0).integers(-50, 50, size=(24, 3))
+    expected = partition(points.astype(np.float64), 5, algorithm)
+    np.testing.assert_array_equal(partition(points.astype(dtype), 5, algorithm), expected)

@@ -173,3 +173,13 @@ def test_the_smallest_keys_of_each_row_are_marked(keep):
     keys = np.random.default_rng(keep).random((40, 30))
     marked = _subsets(keys, keep)
     np.testing.assert_array_equal(marked, keys <= np.sort(keys, axis=1)[:, keep - 1 : keep])
+
+
+def test_the_fittest_individual_stays():
+    weights, changes = np.random.default_rng(0).random(30), 0
+    for seed in range(5):
+        algorithm = search(30, 15, lambda genes: genes @ weights, seed=seed, generations=20, mutation_probability=1.0)
+        best = [generation.best for generation in algorithm.trace]
+        assert best == sorted(best, reverse=True)
+        changes += len(set(best)) - 1
+    assert changes > 0
