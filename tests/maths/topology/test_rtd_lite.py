@@ -132,3 +132,10 @@ def test_bad_clouds_are_refused():
         rtd_lite_loss(points, points[1:])
     with pytest.raises(DataError, match=r"points must be finite, got NaN or infinity \(first\)"):
         rtd_lite_loss(points / 0.0, points)
+
+
+def test_the_loss_of_clouds_far_from_the_origin_is_that_of_clouds_at_it():
+    """The distances are of differences, not of scalar products, whose difference rounding leaves little of."""
+    generator = torch.Generator().manual_seed(0)
+    clouds = [torch.randint(-50, 51, (40, 3), generator=generator).float() for _ in range(2)]
+    assert float(rtd_lite_loss(*(1e5 + cloud for cloud in clouds))) == float(rtd_lite_loss(*clouds)) > 0.0
