@@ -567,11 +567,11 @@ def _answering(unpruned: nn.Module) -> nn.Module:
     It answers all along. The user's own, which other threads may use meanwhile, keeps its mode.
     """
     try:
-        copied: nn.Module = detached_copy(unpruned, light=True)
+        copied = detached_copy(unpruned, light=True)
     except (TypeError, RuntimeError, ConfigError):  # it holds what no copy can, such as a lock
         return unpruned
-    copied.eval()
-    return copied
+    answering: nn.Module = evaluating(copied)
+    return answering
 
 
 def _place_of(student: nn.Module) -> tuple[torch.device, torch.dtype]:

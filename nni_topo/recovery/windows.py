@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from nni_topo.network.layers import by_output, is_plain_norm, of_output, safely_laid_out, through_norms
-from nni_topo.network.runtime import detached_copy, tensors_of
+from nni_topo.network.runtime import detached_copy, evaluating, tensors_of
 from nni_topo.recovery.reconstruct import ReconstructTask, add_constant
 from nni_topo.recovery.replay import Values
 
@@ -132,7 +132,7 @@ class Stretch(nn.Module):
             copied.kwargs = {key: map_aggregate(each, _in_single) for key, each in copied.kwargs.items()}
         if program[-1].op != "output":
             graph.output(copies[program[-1]])
-        self.body: GraphModule = detached_copy(GraphModule(network, graph)).eval()
+        self.body: GraphModule = evaluating(detached_copy(GraphModule(network, graph)))
         if any(each.dtype in _HALF for each in self.body.parameters()):
             self.body.float()
 

@@ -1591,13 +1591,14 @@ def _einstein_sum(op: Operation) -> Any:
     """Follow channels by the letters of their dimensions, as of ``"bqc,bkc->bqk"``.
 
     If operands share the letter of their channels, these are coupled. Channels go to the dimension of the output that
-    has their letter; if the output doesn't have it, they are summed over. Heads are removed as a whole.
+    has their letter; if the output doesn't have it, they are summed over. Heads are removed as a whole. A tensor of the
+    model's own that mixes places, as the adjacency of a graph does in ``"nm,bmc->bnc"``, stays as it is.
     """
     read = einsum_letters(op.args[0] if op.args else None, [tuple(each.shape) for each in op.ids])
     if read is None or op.shape is None or len(read[1]) != len(op.shape):
         return op.all_kept()
     operands, output = read
-    entering_ids = _by_head(op, operands, output)
+    entering_ids = _without_mixing(op, _by_head(op, operands, output), operands)
     # By the letters of the dimensions that hold channels, the ids of operands, with dimensions in the order of letters.
     coupled: dict[str, list[Tensor]] = {}
     holding: list[str] = []
@@ -1635,6 +1636,35 @@ def _einstein_sum(op: Operation) -> Any:
         for other in entering[1:]:
             op.couple(entering[0], other)
     return found
+
+
+def _without_mixing(op: Operation, entering: list[Tensor], operands: list[str]) -> list[Tensor]:
+    """Return the ids of the operands of an Einstein sum; tensors of the model's own that mix places keep theirs.
+
+    These are the ones without the letter of any channels of other operands.
+    """
+    is_own = [_is_own(ids, op.channels) for ids in entering]
+    of_channels = {
+        letter
+        for letters, ids, own in zip(operands, entering, is_own, strict=True)
+        for d, letter in enumerate(letters)
+        if not own and varies(ids, d)
+    }
+    found = list(entering)
+    for at, (letters, ids) in enumerate(zip(operands, entering, strict=True)):
+        if is_own[at] and of_channels and not of_channels & set(letters):
+            op.keep(ids)
+            found[at] = staying(tuple(ids.shape))
+    return found
+
+
+def _is_own(ids: Tensor, channels: ChannelIds) -> bool:
+    """Say whether all channels of a tensor are those of tensors of the model's own, which no layer makes."""
+    held = np.unique(compressed(ids))
+    held = held[held != FIXED]
+    parameters = channels.free_parameters.values()
+    own = [np.isin(held, np.arange(each.first, each.first + each.channels)) for each in parameters]
+    return bool(held.size and own and np.any(own, axis=0).all())
 
 
 def _by_head(op: Operation, operands: list[str], output: str) -> list[Tensor]:

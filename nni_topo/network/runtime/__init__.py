@@ -26,7 +26,6 @@ from nni_topo.network.runtime.copying import (
     RandomWeights,
     detached_copy,
     device_of,
-    evaluating,
     in_double,
     put_attribute,
     put_parameters,
@@ -95,6 +94,7 @@ from nni_topo.network.runtime.memory import (
     out_of_memory,
     trim_heap,
 )
+from nni_topo.network.runtime.modes import evaluating, evaluation_mode, forget_evaluated, training
 from nni_topo.network.runtime.precision import (
     PRECISION,
     Precision,
@@ -121,8 +121,6 @@ from nni_topo.network.runtime.telling import tells_once
 from nni_topo.network.runtime.untouched import (
     as_written,
     drawn_since,
-    evaluation_mode,
-    forget_evaluated,
     leaves_models_alone,
     left_alone,
     lent,
@@ -263,6 +261,7 @@ __all__ = [
     "together",
     "told_of_changes",
     "torch_random_kept",
+    "training",
     "trim_heap",
     "turn_lent",
     "unwrapped_copy",

@@ -97,15 +97,6 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
         raise ConfigError(f"a model must be one that copy.deepcopy copies, got: {error} (model)") from error
 
 
-def evaluating(model: Any) -> Any:
-    """Put a model into evaluation mode and return it, also where an ``eval`` or ``train`` of its own returns nothing.
-
-    A ``train`` that keeps batch norms frozen often forgets to return the model.
-    """
-    model.eval()
-    return model
-
-
 def _ids_of_layers(modules: Iterable[nn.Module]) -> set[int]:
     """Return the ids of modules, and of their parameters and buffers."""
     own = set[int]()

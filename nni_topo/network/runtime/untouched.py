@@ -14,7 +14,7 @@ import threading
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import is_
@@ -32,6 +32,7 @@ from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, Dataset
 
 from nni_topo.network.runtime.copying import is_compiled_function
+from nni_topo.network.runtime.modes import put_mode
 from nni_topo.network.runtime.precision import Switch, in_full_precision, is_within_autocast
 from nni_topo.network.runtime.values import ParameterValues, users_code, values_kept
 
@@ -377,7 +378,7 @@ def _add_module(
 ) -> list[Any]:
     """Append what puts a module's own tables back; return what they hold."""
     if isinstance(module, torch.jit.ScriptModule):  # whose tables aren't Python's, so that no forward changes them
-        put_back.append(functools.partial(_put_mode, module, module.training))
+        put_back.append(functools.partial(put_mode, module, module.training))
         for parameter in module.parameters(recurse=False):
             _add_tensor(parameter, put_back, values)
             values.copy(parameter)  # what TorchScript does can't be watched
@@ -403,11 +404,6 @@ def _add_module(
             else:
                 held.append(value)
     return held
-
-
-def _put_mode(module: nn.Module, before: bool) -> None:
-    if module.training != before:
-        module.training = before
 
 
 def _targets(module: nn.Module) -> frozenset[str]:
@@ -518,31 +514,6 @@ def _slots(kind: type) -> Iterator[str]:
         slots = vars(each).get("__slots__", ())
         names = (slots,) if isinstance(slots, str) else slots
         yield from (name for name in names if name not in ("__dict__", "__weakref__") and not name.startswith("__"))
-
-
-@contextmanager
-def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode, and every module of theirs back into its own mode afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            _put_mode(module, mode)
-
-
-def forget_evaluated(model: nn.Module) -> None:
-    """Let modules forget what they compute once for evaluation mode, such as LeViT's biases by position.
-
-    They forget it in training mode; a model that refuses that mode, as one for inference alone does, forgets nothing.
-    Afterwards every module is in its own mode again.
-    """
-    with evaluation_mode(model):
-        with suppress(Exception):  # its class may raise anything
-            model.train()
-        model.eval()
 
 
 def has_compiled(model: nn.Module) -> bool:

@@ -53,6 +53,7 @@ from nni_topo.network.runtime import (
     shrunk,
     tensors_of,
     together,
+    training,
     variations_of,
     varied,
     watched,
@@ -286,7 +287,7 @@ def _raised_in_training(model: torch.nn.Module, call: Call) -> str:
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
     with parameters_kept(model), random_state_kept(), torch.no_grad():
         try:
-            model.train()(*args, **kwargs)
+            training(model)(*args, **kwargs)
         except Exception as error:  # a user's forward may raise anything
             # Whether there is enough memory says nothing about the model.
             return "" if out_of_memory(error) else f"{type(error).__name__}: {error}"

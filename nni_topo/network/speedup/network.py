@@ -234,7 +234,8 @@ def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module, *, in_
     graph = copy.deepcopy(graph) if in_training else evaluated(copy.deepcopy(graph))
     targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
-    return with_heads(on_modules(parts, graph, type(model).__name__)).eval()
+    assembled: GraphModule = evaluating(with_heads(on_modules(parts, graph, type(model).__name__)))
+    return assembled
 
 
 def _has(model: nn.Module, name: str) -> bool:

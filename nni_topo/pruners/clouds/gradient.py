@@ -21,6 +21,7 @@ from nni_topo.network.runtime import (
     copied,
     detached_copy,
     device_of,
+    evaluating,
     inputs_of,
     parts,
     structure_call,
@@ -126,7 +127,7 @@ class GradientCollector(DataCollector):
 
     def _run(self, model: nn.Module, calibration: Iterable[Any], gates: _Gates) -> None:
         """Differentiate the loss of every batch, in evaluation mode."""
-        model.eval()
+        evaluating(model)
         model.requires_grad_(False)
         device = device_of(model)
         for index, (inputs, targets) in enumerate(part for batch in _labelled(calibration) for part in parts(batch)):

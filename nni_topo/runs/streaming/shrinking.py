@@ -61,6 +61,7 @@ from nni_topo.network.runtime import (
     calls,
     cast_floats,
     detached_copy,
+    evaluating,
     evaluation_mode,
     fitting,
     free_memory_of,
@@ -536,7 +537,7 @@ class _Run:
         """Yield for each batch its states, its call, and what an unpruned block makes of the unpruned states."""
         skeleton = self._skeleton
         entered = entering(skeleton, self._calls, index)
-        net = BlockNet(skeleton.block(index), skeleton.config, entered.frame, reads_unpruned=True).eval()
+        net: BlockNet = evaluating(BlockNet(skeleton.block(index), skeleton.config, entered.frame, reads_unpruned=True))
         if index == 0:
             self._note_outputs(net, {**states[0], **entered.batches[0]})
         for number, (state, extras, call) in enumerate(zip(states, entered.batches, self._calls, strict=True)):
@@ -602,8 +603,8 @@ class _Run:
         states = self._journal.states(len(self._calls))
         batches = [{**own, **other} for own, other in zip(states, entered.batches, strict=True)]
         block, config = skeleton.block(index), copy.deepcopy(skeleton.config)
-        unpruned = BlockNet(block, config, entered.frame, reads_unpruned=True).eval()
-        own = BlockNet(block, config, entered.frame).eval()
+        unpruned: BlockNet = evaluating(BlockNet(block, config, entered.frame, reads_unpruned=True))
+        own: BlockNet = evaluating(BlockNet(block, config, entered.frame))
         calibration = self._data(batches)
         if index:
             calibration.instead = {STATES: UNPRUNED}

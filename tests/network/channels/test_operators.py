@@ -196,6 +196,29 @@ NETS = {
     ),
     "scores of attention": (lambda: Between(single_head, nn.Linear(3, 4)), {"a": 4, "c": 4}),
     "values of attention": (lambda: Between(mixed, nn.Conv1d(8, 4, 1)), {"a": 4}),
+    "einsum that mixes places": (
+        lambda: Between(
+            lambda self, x: torch.einsum("bchw,wv->bchv", self.a(x), self.w), nn.Conv2d(8, 4, 1), weight=(6, 6)
+        ),
+        {"a": 4},
+    ),
+    "einsum that mixes places by a parameter that is computed with": (
+        lambda: Between(
+            lambda self, x: torch.einsum("wv,bchv->bchw", self.w.softmax(-1), self.a(x)),
+            nn.Conv2d(8, 4, 1),
+            weight=(6, 6),
+        ),
+        {"a": 4},
+    ),
+    "einsum that sums parts over graphs of their own": (
+        lambda: Between(
+            lambda self, x: torch.einsum("bkchv,kvw->bchw", self.a(x).view(len(x), 3, -1, 6, 6), self.w),
+            nn.Conv2d(8, 4, 1),
+            first=24,
+            weight=(3, 6, 6),
+        ),
+        {"a": 12},
+    ),
     "einsum that sums channels up": (
         lambda: Between(lambda self, x: torch.einsum("bchw->bhw", self.a(x)).unsqueeze(1), nn.Conv2d(1, 4, 1)),
         {"a": 4},

@@ -20,8 +20,6 @@ from torch import nn
 import nni_topo
 from nni_topo.network.runtime.untouched import (
     drawn_since,
-    evaluation_mode,
-    forget_evaluated,
     has_compiled,
     leaves_models_alone,
     left_alone,
@@ -228,27 +226,6 @@ def test_models_are_found_among_all_arguments():
     assert all(each.training for each in models)
 
 
-def test_modes_are_those_of_every_module_again():
-    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU()).eval())
-    with evaluation_mode(model), evaluation_mode(model[0]):
-        assert not any(each.training for each in model.modules())
-    assert [each.training for each in model.modules()] == [True, True, False, False]
-
-
-def test_modules_may_forget_what_they_have_computed_for_evaluation():
-    class Keeping(nn.Module):
-        kept = None
-
-        def train(self, mode=True):
-            self.kept = None if mode else self.kept
-            return super().train(mode)
-
-    model = Keeping().eval()
-    model.kept = 3
-    forget_evaluated(model)
-    assert (model.kept, model.training) == (None, False)
-
-
 # As code of the package, of a model and of PyTorch's would run.
 def _made_by(module: str, text: str = "torch.zeros(2)") -> torch.Tensor:
     names = {"__name__": module, "torch": torch}
@@ -355,23 +332,6 @@ def test_compiled_parts_are_found_wherever_they_are():
     as_forward[0].forward = torch.compile(as_forward[0].forward, backend="eager")
     assert has_compiled(as_forward)
     assert has_compiled(nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager")))
-
-
-class ForInference(nn.Sequential):
-    def train(self, mode=True):
-        if mode:
-            raise RuntimeError("for inference only")
-        return super().train(mode)
-
-
-def test_a_model_that_refuses_training_mode_is_pruned():
-    model = ForInference(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    model.eval()
-    modes = [module.training for module in model.modules()]
-    forget_evaluated(model)
-    assert [module.training for module in model.modules()] == modes
-    small = nni_topo.shrink(model, [torch.randn(64, 4)], {"flops": 0.5}, distill={"steps": 2, "lr": 1e-3})
-    assert small[0].out_features == 4
 
 
 def test_the_state_of_a_model_is_put_back_while_random_numbers_go_on():

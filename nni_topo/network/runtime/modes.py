@@ -1,0 +1,151 @@
+"""Training and evaluation mode of a user's model, whose own ``train`` or ``eval`` may do more than set modes.
+
+Such a method may freeze batch norms, forget cached values, or note the mode in an attribute of its own: it is called.
+It may also change weights, as where adapters are merged for evaluation or averages of weights are swapped in: then all
+that it has done is put back, and the modes alone are set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_Change = tuple[dict[str, Any], str, Any, Any]  # a table, a name in it, its value before and after
+_MISSING = object()
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode, and every module of theirs back into its own mode afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    changes = [change for model in models for change in _put(model, False)]
+    try:
+        yield
+    finally:
+        for table, name, before, after in reversed(changes):
+            if table.get(name, _MISSING) is not after:
+                continue  # somebody else has changed it since
+            if before is _MISSING:
+                del table[name]
+            else:
+                table[name] = before
+        for module, mode in modes:
+            put_mode(module, mode)
+
+
+def evaluating(model: Any) -> Any:
+    """Put a model into evaluation mode and return it, also where an ``eval`` or ``train`` of its own returns nothing.
+
+    A ``train`` that keeps batch norms frozen often forgets to return the model.
+    """
+    _put(model, False)
+    return model
+
+
+def training(model: Any) -> Any:
+    """Put a model into training mode and return it."""
+    _put(model, True)
+    return model
+
+
+def forget_evaluated(model: nn.Module) -> None:
+    """Let modules forget what they compute once for evaluation mode, such as LeViT's biases by position.
+
+    They forget it in training mode; a model that refuses that mode, as one for inference alone does, or changes weights
+    in it, forgets nothing. Afterwards every module is in its own mode again.
+    """
+    if not _has_own_modes(model):
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    _call(model, model.train)
+    _put(model, False)
+    for module, mode in modes:
+        put_mode(module, mode)
+
+
+def put_mode(module: nn.Module, mode: bool) -> None:
+    """Set the mode of one module."""
+    if module.training != mode:
+        module.training = mode
+
+
+def _put(model: nn.Module, mode: bool) -> list[_Change]:
+    """Put a model into a mode; return what else that changed of its modules' attributes."""
+    method = model.train if mode else model.eval
+    if not _has_own_modes(model):
+        method()
+        return []
+    changes = _call(model, method)
+    if changes is None:
+        for module in model.modules():
+            put_mode(module, mode)
+    return changes or []
+
+
+def _has_own_modes(model: nn.Module) -> bool:
+    """Say whether a module has a ``train`` or ``eval`` of its own."""
+    return any(
+        type(module).train is not nn.Module.train
+        or type(module).eval is not nn.Module.eval
+        or not {"train", "eval"}.isdisjoint(vars(module))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    )
+
+
+def _call(model: nn.Module, method: Callable[[], Any]) -> list[_Change] | None:
+    """Call a model's ``train`` or ``eval``; return the attributes that it changed, besides modes.
+
+    None if it raises an error or changes weights: then all is as it was before.
+    """
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    tables = [table for module in modules for table in _tables(module)]
+    before = [dict(table) for table in tables]
+    weights = _weights(model)
+    values = [tensor.detach().clone() for tensor in weights.values()]
+    try:
+        method()
+        is_same = _are_same(weights, values, _weights(model))
+    except Exception:  # a user's method may raise anything
+        is_same = False
+    if not is_same:
+        for table, entries in zip(tables, before, strict=True):
+            table.clear()
+            table.update(entries)
+        for tensor, value in zip(weights.values(), values, strict=True):
+            if not torch.equal(tensor.detach(), value):
+                tensor.data.copy_(value)
+        return None
+    return [
+        (table, name, entries.get(name, _MISSING), table.get(name, _MISSING))
+        for table, entries in zip(tables, before, strict=True)
+        for name in {**entries, **table}
+        if name != "training" and entries.get(name, _MISSING) is not table.get(name, _MISSING)
+    ]
+
+
+def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    parameters: dict[str, Any] = module._parameters
+    return vars(module), parameters, module._buffers, module._modules
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a model learns and saves: its parameters, and its buffers but for those that hold cached values."""
+    found = dict[str, Tensor](model.named_parameters())
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}"] = buffer
+    return {name: tensor for name, tensor in found.items() if not is_lazy(tensor) and not tensor.is_meta}
+
+
+def _are_same(weights: dict[str, Tensor], values: list[Tensor], now: dict[str, Tensor]) -> bool:
+    """Say whether a model has the tensors that it had, with the values that they had."""
+    if weights.keys() != now.keys() or any(now[name] is not tensor for name, tensor in weights.items()):
+        return False
+    return all(torch.equal(tensor.detach(), value) for tensor, value in zip(weights.values(), values, strict=True))
