@@ -38,6 +38,7 @@ from nni_topo.network.runtime import (
     on_device,
     random_state_kept,
     real_positions_of,
+    returned_tensors,
     seed_torch,
     taken,
     tensors_of,
@@ -650,7 +651,7 @@ def outputs_of(
 
 def _with_entries(found: Any) -> list[Tensor]:
     """Return the floating tensors of a model's output that have a first dimension."""
-    return [each for each in tensors_of(found) if each.is_floating_point() and each.dim()]
+    return [each for each in returned_tensors(found) if each.is_floating_point() and each.dim()]
 
 
 class ComparedOutputs(NamedTuple):

@@ -21,7 +21,7 @@ from nni_topo.network.runtime import (
     evaluation_mode,
     fitting,
     real_positions_of,
-    tensors_of,
+    returned_tensors,
 )
 from nni_topo.recovery.lesson import (
     ComparedOutputs,
@@ -176,7 +176,7 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
                 named = compared_outputs(found, count, outputs, places)
             except ConfigError:
                 # Such as lists of boxes: without an entry per image, a batch is one sample.
-                read = [each.flatten()[None] for each in tensors_of(found) if each.is_floating_point()]
+                read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]
                 if not read:
                     raise
                 kind, real, count = "squares", None, 1

@@ -50,9 +50,9 @@ from nni_topo.network.runtime import (
     in_step,
     leaves_models_alone,
     left_alone,
+    returned_tensors,
     run,
     structure_call,
-    tensors_of,
     watched,
 )
 from nni_topo.network.speedup import FullMasks, MasksLike, Network, check_masks, union
@@ -402,4 +402,4 @@ def _measure(model: nn.Module, heads: list[_Heads], batches: Calibration) -> Non
 def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     args, kwargs = first_call(model, batches)
     with left_alone(model), evaluation_mode(model), torch.no_grad():
-        return [each for each in tensors_of(model(*args, **kwargs)) if each.is_floating_point()]
+        return [each for each in returned_tensors(model(*args, **kwargs)) if each.is_floating_point()]

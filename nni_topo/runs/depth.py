@@ -32,6 +32,7 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
     left_alone,
     out_of_memory,
+    returned_tensors,
     structure_call,
     tensors_of,
 )
@@ -319,7 +320,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
     """Return the tensors that a model puts out for its user, without a decoder's cache."""
     if isinstance(outputs, Mapping):
         outputs = {key: value for key, value in outputs.items() if key != _CACHE}
-    return tensors_of(outputs)
+    return returned_tensors(outputs)
 
 
 def _remove(net: nn.Module, candidate: Removal, name: str) -> None:

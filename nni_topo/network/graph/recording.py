@@ -54,6 +54,7 @@ from nni_topo.network.runtime import (
     forget_evaluated,
     let_go,
     out_of_memory,
+    returned_tensors,
     tensors_of,
 )
 
@@ -294,7 +295,7 @@ class _Recorder(TorchFunctionMode):
                 tensor = tensor.all_input_nodes[0]
             made.meta |= {"nn_module_stack": tensor.meta.get("nn_module_stack"), UNSHOWN: True}
             self.read.add(made)
-        found = tuple(self._node(each) for each in tensors_of(self.outputs))
+        found = tuple(self._node(each) for each in returned_tensors(self.outputs))
         self.graph.output(found[0] if isinstance(self.outputs, Tensor) else found)
         # Weakly, for another tensor may get the id of one that is freed, such as one of a second run.
         self._givers = {id(each): (weakref.ref(each), self._nodes[id(each)]) for each in self._alive}

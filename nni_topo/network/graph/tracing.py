@@ -50,6 +50,7 @@ from nni_topo.network.runtime import (
     out_of_memory,
     random_state_kept,
     random_states,
+    returned_tensors,
     same_program,
     state_kept,
     tensors_of,
@@ -332,7 +333,7 @@ def _other_states() -> str:
 
 def _check_same(expected: Any, actual: Any, model: torch.nn.Module, *, is_drawn: bool) -> None:
     """Raise unless the graph computes the model's outputs on the example inputs."""
-    pairs = tensors_of(expected), tensors_of(actual)
+    pairs = returned_tensors(expected), returned_tensors(actual)
     most = same_program((*pairs[0], *model.parameters()))
     same = len(pairs[0]) == len(pairs[1]) and all(
         # Results that are all but zero may differ by as much as they are large.

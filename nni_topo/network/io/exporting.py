@@ -41,6 +41,7 @@ from nni_topo.network.runtime import (
     in_full_precision,
     leaves_models_alone,
     report_of,
+    returned_tensors,
     same_program,
     tensors_of,
 )
@@ -289,7 +290,7 @@ def _return_tensors_alone(net: nn.Module, returned: Any, *, and_numbers: bool) -
 
     @functools.wraps(forward)
     def tensors_alone(*args: Any, **kwargs: Any) -> list[Tensor]:
-        return tensors_of(forward(*args, **kwargs))
+        return returned_tensors(forward(*args, **kwargs))
 
     net.forward = tensors_alone
 
@@ -306,8 +307,8 @@ def _named(returned: Any, name: str = "") -> list[tuple[str, Tensor]]:
         parts = returned._asdict()
     elif isinstance(returned, (tuple, list)):
         parts = dict(enumerate(returned))
-    else:
-        parts = {}
+    else:  # an object that a network returns has its tensors in attributes
+        parts = {} if name else dict(getattr(returned, "__dict__", {}))
     return [found for key, part in parts.items() for found in _named(part, f"{name}.{key}" if name else str(key))]
 
 

@@ -235,6 +235,24 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
     return found
 
 
+def returned_tensors(output: Any) -> list[torch.Tensor]:
+    """List the tensors of what a model returns: as `tensors_of` does, or if there is none those in attributes.
+
+    A forward may return an object of a class of its own.
+    """
+    found = tensors_of(output)
+    waiting, seen = [] if found else [output], set[int]()
+    while waiting:
+        for leaf in tree_flatten(waiting.pop(0))[0]:
+            if isinstance(leaf, (nn.Module, type)) or id(leaf) in seen or not hasattr(leaf, "__dict__"):
+                continue
+            seen.add(id(leaf))
+            for value in vars(leaf).values():
+                found += tensors_of(value)
+                waiting.append(value)
+    return found
+
+
 def random_like(call: Call, generator: torch.Generator, *, positive: bool = False) -> Call:
     """Return a call with random floats: standard normal, or if ``positive`` uniform in [0.5, 1.5]."""
 

@@ -49,6 +49,7 @@ from nni_topo.network.runtime import (
     put_parameters,
     random_like,
     random_state_kept,
+    returned_tensors,
     run_small,
     shrunk,
     tensors_of,
@@ -405,7 +406,7 @@ def _run(
             # What a forward does in place to its inputs mustn't reach the other model.
             args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
             with random_state_kept(), watched(leaving=looks):
-                outputs.append(tensors_of(runner(*args, **kwargs)))
+                outputs.append(returned_tensors(runner(*args, **kwargs)))
             del runner, looks  # before the copy of the other model is made
     return outputs[0], outputs[1], _first_difference(records[0], records[1], kept, rtol)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import ClassVar
 
 import numpy as np
@@ -649,3 +650,32 @@ def test_a_view_that_takes_the_width_of_what_enters_takes_its_own_where_layers_a
     assert (dense[0].out_channels, dense[1].one.out_channels, dense[1].two.in_channels) == (8 - ("0" in gone), one, one)
     assert type(model[1]) is Viewing
     same_output(dense, masked_model(model, images(), masks), images())
+
+
+class Answer:
+    def __init__(self, logits, states):
+        self.logits, self.states, self.again = logits, states, self
+
+
+class Answering(nn.Module):
+    """A network whose outputs lie in the attributes of an object."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.head, self.kind = nn.Linear(6, 16), nn.Linear(16, 10), kind
+        self.states = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.kind(logits=self.head(x), states=[self.states(x)])
+
+
+@pytest.mark.parametrize("kind", [Answer, types.SimpleNamespace, lambda **found: [types.SimpleNamespace(**found)]])
+def test_layers_whose_outputs_an_object_holds_keep_their_channels(kind):
+    model, rows = Answering(kind).eval(), torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"]}])
+    assert [entry["op_names"] for entry in groups] == [["first"]]
+    assert groups.skipped == dict.fromkeys(("head", "states"), "it gives the model's output")
+    small = nni_topo.shrink(model, [rows], {"flops": 0.5}, distill={"steps": 2, "lr": 1e-3}, progress=False)
+    assert (small.first.out_features, small.head.out_features, small.states.out_features) == (8, 10, 5)
+    assert 0.0 < small.report.stages[-1].distance < 1.0
