@@ -95,7 +95,7 @@ from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.recovery.report import SMALL, CompensationReport
 from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
 from nni_topo.runs.choices import Target
-from nni_topo.runs.widths import layer_ratios, pruning_config, sorted_layers
+from nni_topo.runs.widths import planned_ratios, pruning_config, sorted_layers
 
 if TYPE_CHECKING:
     from nni_topo.runs.depth import DepthOutcome
@@ -197,7 +197,7 @@ class PrunedNetwork:
     full: nn.Module  # of full size, heads made narrower
     masks: MasksLike
     make_dense: Callable[[], nn.Module]
-    planned: BudgetOutcome | None  # the outcome as the pruner counts it; None where it accepts no budget
+    planned: BudgetOutcome | None  # the outcome as it was planned; None where a function of the caller's prunes
 
     # A search, and pruning block by block, look at most networks after recovery alone.
     @cached_property
@@ -376,11 +376,11 @@ class ShrinkSteps:
 
     def why_missed(self, budget: Budget, recovered: RecoveredNetwork) -> str:
         """Return the reason if the cost of a network isn't near to its budget."""
+        if chooses_how_many(self.pruner):
+            return "the pruner chooses how many channels it keeps"
         planned = recovered.pruned.planned
         if planned is not None and planned.why:
             return planned.why
-        if chooses_how_many(self.pruner):
-            return "the pruner chooses how many channels it keeps"
         if recovered.layers.kept:
             return "layers keep channels that were to be removed"
         allocations = () if callable(self.pruner) else pruner_info(self.pruner).allocations()
@@ -423,7 +423,7 @@ class ShrinkSteps:
     def _choose_channels(self, budget: Budget) -> tuple[MasksLike, BudgetOutcome | None]:
         """Run the pruner on a copy of the model, and return its masks and the outcome of the budget as it counts it.
 
-        The outcome is None where the pruner accepts no budget.
+        The outcome is None where a function of the caller's prunes.
         """
         known = self._asked.get((budget.kind, budget.allocation))
         if known is not None:
@@ -439,13 +439,13 @@ class ShrinkSteps:
             check_masks(self.model, chosen)
             return chosen, None
         example = self.example_for(budget.kind)
-        pruner_knobs = pruner_info(pruner).knobs()
+        pruner_knobs, outcome = pruner_info(pruner).knobs(), None
         if "budget" not in pruner_knobs:
             table: LatencyTable | Any = budget.latency_table  # a file is read when the budget is made
             kind: Any = budget.kind
             target = Target(kind, budget.share)
             told = {"equal_blocks": budget.equal_blocks, "warns": not self.is_search}
-            ratios = layer_ratios(self.model, example, target, entries, table, self.round_to, **told)
+            ratios, outcome = planned_ratios(self.model, example, target, entries, table, self.round_to, **told)
             config_list = pruning_config(self.model, example, ratios)
         offered = {
             "seed": self.seed,
@@ -463,7 +463,7 @@ class ShrinkSteps:
         masks: MasksLike = wrapped.compress()[1]
         wrapped.unwrap_model()
         planner = getattr(wrapped, "planner", None)  # NNI's pruners have none
-        return masks, planner.outcome if isinstance(planner, BudgetPlanner) else None
+        return masks, planner.outcome if isinstance(planner, BudgetPlanner) else outcome
 
     def _ask(self, pruner: StructuredPruner, budget: Budget) -> tuple[MasksLike, BudgetOutcome | None]:
         """Return the masks of a pruner for a budget, and the outcome."""

@@ -22,7 +22,7 @@ from nni_topo.network.speedup import (
     unprunable_layers,
     why_not_followed,
 )
-from nni_topo.pruners.budget import Budget, BudgetPlanner, kept_if, network_cost, share_left
+from nni_topo.pruners.budget import Budget, BudgetOutcome, BudgetPlanner, kept_if, network_cost, share_left
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.choices import Target
@@ -31,7 +31,7 @@ _HALVINGS = 40
 _MOVES = 32
 
 
-def layer_ratios(
+def planned_ratios(
     model: nn.Module,
     example_inputs: Any,
     target: Target,
@@ -41,26 +41,37 @@ def layer_ratios(
     *,
     equal_blocks: bool = False,
     warns: bool = True,
-) -> dict[str, float]:
-    """Return the ``sparse_ratio``, in [0, 1), of every layer that a comparison prunes, in network order.
+) -> tuple[dict[str, float], BudgetOutcome]:
+    """Return the ``sparse_ratio``, in [0, 1), of every layer that entries name, in network order, and the outcome.
 
-    The entries of a config_list name the layers and their minimum and maximum ratios. A budget of time is counted by
-    the latency table. Every layer loses the same share; rounding to whole channels is distributed over the layers so
-    that the network meets the budget. ``warns``: where it can't.
+    The entries of a config_list name the layers and their minimum and maximum ratios; by default all layers that can
+    lose channels. A budget of time is counted by the latency table. Every layer loses the same share; rounding to whole
+    channels is distributed over the layers so that the network meets the budget. ``warns``: where it can't.
     """
     config_list = _grouped(model, example_inputs, entries)
-    if target.kind == "ratio":
-        return {name: target.value for entry in config_list for name in entry["op_names"]}
     units = _units(model, example_inputs, config_list)
     budget: dict[str, Any] = {target.kind: target.value, "latency_table": table, "equal_blocks": equal_blocks}
     planner = BudgetPlanner(Budget(**budget), example_inputs, round_to=round_to, warns=warns)
     kept = planner.rows(units, lambda unit: np.zeros(unit.blocks), model)
-    if planner.left > 2.0 * target.value:
+    assert planner.outcome is not None  # the widths are found
+    return _as_ratios(units, [unit.rows - kept[unit.name] for unit in units], config_list), planner.outcome
+
+
+def layer_ratios(model: nn.Module, example_inputs: Any, target: Target) -> dict[str, float]:
+    """Return the ``sparse_ratio``, in [0, 1), of every layer that a comparison prunes, in network order.
+
+    ConfigError where the fewest channels leave more than twice the budget: networks of other sizes would be compared.
+    """
+    if target.kind == "ratio":
+        config_list = _grouped(model, example_inputs)
+        return {name: target.value for entry in config_list for name in entry["op_names"]}
+    ratios, outcome = planned_ratios(model, example_inputs, target)
+    if outcome.left > 2.0 * target.value:
         raise ConfigError(
             f"a {target.kind} target must be reachable, got {target.value:g} where the fewest channels of each layer "
-            f"leave {planner.left:.3g} (target)"
+            f"leave {outcome.left:.3g} (target)"
         )
-    return _as_ratios(units, [unit.rows - kept[unit.name] for unit in units], config_list)
+    return ratios
 
 
 def least_share(

@@ -18,6 +18,7 @@ from nni_topo.runs.widths import (
     layer_ratios,
     least_share,
     nearer,
+    planned_ratios,
     proposed_ratios,
     pruning_config,
     reasons_of_unpruned_layers,
@@ -216,11 +217,12 @@ def test_all_layers_are_equally_wide_where_that_is_asked_for():
     net, images = linears(10, 3)
     target = Target("flops", 140 / 300)  # 6 and 5 channels: 60 + 30 + 50 products of 300
     assert set(layer_ratios(net, images, target).values()) == {0.45, 0.55}
-    assert len(set(layer_ratios(net, images, target, equal_blocks=True).values())) == 1
+    assert len(set(planned_ratios(net, images, target, equal_blocks=True)[0].values())) == 1
 
 
 def test_channels_are_kept_in_multiples():
-    ratios = layer_ratios(small_cnn(), IMAGES, Target("flops", 0.5), round_to=8)
+    ratios, outcome = planned_ratios(small_cnn(), IMAGES, Target("flops", 0.5), round_to=8)
+    assert outcome.asked == 0.5
     dense = dense_of(small_cnn(), ratios)
     assert {dense.get_submodule(name).weight.shape[0] % 8 for name in ratios} == {0}
     assert any(ratios.values())
@@ -237,7 +239,7 @@ def test_a_budget_below_half_of_what_the_fewest_channels_leave_is_refused(share,
         with pytest.raises(ConfigError, match=r"got 0.1 where .* leave 0.25 \(target\)"):
             layer_ratios(net, images, target)
         return
-    ratios = layer_ratios(net, images, target, **{} if warns else {"warns": False})
+    ratios = layer_ratios(net, images, target) if warns else planned_ratios(net, images, target, warns=False)[0]
     assert ratios == {"0": 3.5 / 4}
     assert (f"the flops budget of {share} is missed" in caplog.text) is warns
 
