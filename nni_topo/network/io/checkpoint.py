@@ -80,6 +80,7 @@ from nni_topo.network.runtime import (
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"
+_EXTRA_STATE = "_extra_state"  # what PyTorch calls the state that a module's get_extra_state returns
 _FORMAT_VERSION = 1
 _SAFE = ".safetensors"
 _RECIPE = "nni_topo"  # its place in the header of a safetensors file
@@ -150,7 +151,7 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     ------
     ConfigError
         If ``dense`` is no module, or the path ends as the files of :func:`nni_topo.export` do, in ``.onnx`` or
-        ``.pt2``.
+        ``.pt2``, or a module's extra state is no tensor.
     SpeedupError
         If the model is still wrapped by NNI.
     DataError
@@ -173,6 +174,11 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
             modules[name] = describe(module)
     state, buffers, fingerprints = dict[str, torch.Tensor](), dict[str, torch.Tensor](), dict[str, str]()
     for name, tensor in in_state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigError(
+                f"the extra state of a saved model must be tensors, got {type(tensor).__name__} from get_extra_state "
+                f"({name})"
+            )
         state[name] = tensor.detach()
     for name, tensor in every.items():
         if tensor.is_meta:
@@ -268,6 +274,10 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
         for name, tensor in named_tensors(built).items():
             if name in stored:
                 tensor.data = stored[name].to(tensor.device, copy=True)
+    for name, tensor in stored.items():
+        prefix, _, own = name.rpartition(".")
+        if own == _EXTRA_STATE:
+            built.get_submodule(prefix).set_extra_state(tensor.clone())
     for name, attention in unpruned_attention.items():
         _resize_heads(built, attention, document["head_sizes"].get(name, attention.head_size), os.fspath(path))
     put_sizes(built, _smaller(document["numbers"], built, os.fspath(path)))
@@ -468,6 +478,8 @@ def _check_fit(document: dict[str, Any], model: torch.nn.Module, place: str) -> 
         if not counts and sizes.keys() != known["sizes"].keys():
             raise DataError(f"a recipe must hold {', '.join(known['sizes'])}, got {', '.join(sizes)} ({name}, {place})")
     for name, tensor in tensors.items():
+        if name.rpartition(".")[2] == _EXTRA_STATE:
+            continue
         small, full = tuple(document["state_dict"][name].shape), tuple(tensor.shape)
         fits = len(small) == len(full) and all(a <= b for a, b in zip(small, full, strict=True))
         if small != full and not (fits and (name.rpartition(".")[0] in resizable or can_follow(name, tensor))):

@@ -534,7 +534,7 @@ def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
         yield
     except NniTopoError:
         raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         if out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] + cure_of_argument(error)

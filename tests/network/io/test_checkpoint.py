@@ -949,3 +949,27 @@ def test_files_of_other_content_are_refused(tmp_path, content, ending):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a dense model's file must be a whole file written by nni_topo\.save"):
         load(path, nn.Linear(3, 2))
+
+
+class Counting(nn.Linear):
+    """A layer with a state that is neither a parameter nor a buffer."""
+
+    seen: object = 0
+
+    def get_extra_state(self):
+        return torch.tensor(self.seen) if isinstance(self.seen, int) else self.seen
+
+    def set_extra_state(self, state):
+        self.seen = int(state)
+
+
+def test_extra_state_comes_back_where_it_is_a_tensor(path):
+    dense = nn.Sequential(Counting(3, 2), nn.Linear(2, 2))
+    dense[0].seen = 7
+    save(dense, path)
+    model = nn.Sequential(Counting(3, 4), nn.Linear(4, 2))
+    assert load(path, model)[0].seen == 7
+    assert model[0].seen == 0
+    dense[0].seen = {"steps": 7}
+    with pytest.raises(ConfigError, match=r"must be tensors, got dict from get_extra_state \(0\._extra_state\)"):
+        save(dense, path)
