@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -152,3 +154,19 @@ def test_bad_arguments_are_refused(call, words):
 def test_the_energy_of_a_broken_signal_is_refused():
     with pytest.raises(DataError, match="got 1 NaN or infinite"):
         signal_energy([1.0, np.nan])
+
+
+@pytest.mark.parametrize("shape", [(9,), (6, 9), (4, 5, 6)])
+def test_the_mean_is_over_diagonal_chirps_from_every_corner_and_those_along_axes(shape):
+    planes = Chirp(direction="mean").planes(shape)
+    along = chirp(shape, direction="diagonal")
+    corners = [
+        np.flip(along, [axis for axis, is_mirrored in enumerate(signs) if is_mirrored])
+        for signs in itertools.product((False, True), repeat=len(shape))
+    ]
+    axes = []
+    for axis, size in enumerate(shape if len(shape) > 1 else ()):
+        line = chirp((size,), direction="diagonal")
+        axes.append(np.broadcast_to(np.expand_dims(line, [d for d in range(len(shape)) if d != axis]), shape))
+    for expected in (*corners, *axes):
+        assert any(np.array_equal(plane, expected) for plane in planes)

@@ -117,6 +117,8 @@ def test_bad_requests_are_refused():
         partition(points, 2, "kmean")
     with pytest.raises(ConfigError, match="n_init must be an integer of at least 1, got 0"):
         partition(points, 2, n_init=0)
+    with pytest.raises(ConfigError, match="n_init"):
+        partition(points, 2, "ward", n_init=5)
     with pytest.raises(DataError, match="points must be finite, got 1"):
         partition(np.array([[0.0], [np.nan]]), 1)
     with pytest.raises(DataError, match="not empty"):

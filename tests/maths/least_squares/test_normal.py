@@ -329,6 +329,13 @@ def test_a_device_solves_as_the_cpu_does(device, samples):
     torch.testing.assert_close(found.shift.cpu(), expected.shift, rtol=1e-9, atol=1e-10)
 
 
+def test_few_samples_are_finite_or_not():
+    inputs, targets, _, _ = problem(samples=4)
+    assert equations(inputs, targets, pieces=2).is_finite()
+    assert not equations(inputs * math.inf, targets, pieces=2).is_finite()
+    assert not equations(inputs, targets * math.nan, pieces=2).is_finite()
+
+
 def test_products_that_overflow_are_not_finite():
     inputs, targets, _, _ = problem()
     assert equations(inputs, targets).is_finite()

@@ -221,3 +221,10 @@ def test_foreign_and_damaged_states_are_refused(tmp_path):
 def test_bad_settings_are_refused(knobs, message):
     with pytest.raises(ConfigError, match=message):
         WeightSearch(**knobs)
+
+
+@pytest.mark.parametrize("name", ["crossover_probability", "weakest_probability", "random_probability", "weakest_rate"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, "much"])
+def test_shares_lie_between_none_and_all(name, value):
+    with pytest.raises(ConfigError, match=name):
+        WeightSearch(**{name: value})

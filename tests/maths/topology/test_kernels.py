@@ -22,7 +22,7 @@ def test_kernels_compute_what_numpy_does_before_they_are_compiled(seed):
     np.testing.assert_array_equal(-np.sort(-deaths), expected)
 
     whole, largest = h0_deaths(distances, compiled=False), max(1.0, distances.max())
-    for order in (1.0, 2.0, 2.5):
+    for order in (1.0, 2.0, 2.5, 3.0):
         costs = np.empty(4)
         kernels.wasserstein(expected / largest, whole / largest, order, costs)
         np.testing.assert_allclose(
@@ -81,3 +81,21 @@ def test_kernels_are_compiled_by_default_where_numba_is():
     assert kernels.numba_available() is (importlib.util.find_spec("numba") is not None)
     assert kernels.use_compiled(None) is kernels.numba_available()
     assert kernels.use_compiled(False) is False
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.0])
+def test_bars_without_a_partner_cost_half_their_length(order):
+    costs = np.empty(2)
+    kernels.wasserstein(np.array([[1.0, 0.8, 0.2], [1.0, 0.5, 0.0]]), np.array([0.9]), order, costs)
+    np.testing.assert_allclose(costs, [0.1**order + 0.4**order + 0.1**order, 0.1**order + 0.25**order])
+
+
+def test_more_loops_than_a_word_has_bits_are_told_apart():
+    distances = pairwise_distances(np.random.default_rng(1).normal(size=(110, 60)))
+    edges = loops.sort_edges(distances)
+    bars = np.full((256, 2), np.inf)
+    count = loops.write_loops(edges.starts, edges.ends, edges.lengths, np.arange(len(distances)), bars)
+    assert count > 80
+    found = bars[:count][bars[:count, 1] > bars[:count, 0]]
+    expected = rips_diagram(distances=distances, dimension=1, compiled=False)
+    np.testing.assert_array_equal(found[np.lexsort(found.T)], expected[np.lexsort(expected.T)])

@@ -543,3 +543,22 @@ def test_outputs_that_differ_are_told_with_the_place_and_advice(expected, actual
         _compare(expected, actual, ("layer", "here"), 1e-4, lambda name: f"ask {name}")
     with pytest.raises(SpeedupError, match=r"\(here\)$"):
         _compare(expected, actual, ("layer", "here"), 1e-4, None)
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError, OSError, type("OwnError", (Exception,), {})])
+def test_a_forward_that_checks_its_number_of_channels_is_told_as_a_fixed_size(error):
+    class Checking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 24), nn.Linear(24, 3)
+
+        def forward(self, rows):
+            rows = self.one(rows)
+            if rows.shape[1] != 24:
+                raise error(f"24 channels are expected, got {rows.shape[1]}")
+            return self.two(rows)
+
+    mask = torch.ones(24, 1)
+    mask[:4] = 0.0
+    with pytest.raises(SpeedupError, match=f"fixed size in its forward .* {error.__name__}: 24 channels .* got 20"):
+        to_dense(Checking(), torch.randn(8, 6), {"one": {"weight": mask}})
