@@ -56,8 +56,21 @@ _TOGETHER = (
 # Layers whose rows are ordered by head (its queries, keys, values); in all others, queries of all heads come first.
 _HEAD_BY_HEAD = ("query_key_value",)
 _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
-_SHARED_COUNTS = ("num_key_value_heads", "num_kv_heads")
-_PER_SHARED = ("num_key_value_groups",)  # heads for each head of keys and values
+# Other names of the same number, in modules that hold one of these, too: of the heads on one device, say.
+_FURTHER_COUNTS = (
+    "n_local_heads", "num_local_heads", "n_head", "num_head", "nhead", "nheads", "heads", "n_q_heads", "num_q_heads",
+    "num_query_heads",
+)  # fmt: skip
+_SHARED_COUNTS = (
+    "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_local_kv_heads", "num_local_kv_heads", "n_kv_head",
+    "num_kv_head", "kv_heads", "num_heads_kv", "n_heads_kv", "n_head_kv", "kv_n_heads", "n_query_groups",
+    "num_query_groups",
+)  # fmt: skip
+# Heads for each head of keys and values.
+_PER_SHARED = (
+    "num_key_value_groups", "num_kv_groups", "n_kv_groups", "kv_groups", "n_rep", "num_rep", "repeats", "q_per_kv",
+    "queries_per_kv", "num_queries_per_kv",
+)  # fmt: skip
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _WIDTHS = (
     "all_head_size", "hidden_size", "inner_dim", "attn_dim", "dim", "embed_dim", "split_size", "output_dim",
@@ -479,9 +492,9 @@ def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
         put_attribute(module, "config", copy.copy(config))
         module.config.num_attention_heads = config.num_attention_heads // old * kept
     # Of keys and values that all heads share there is one, and more heads for it than any count of these says.
-    counts = (*_COUNTS, *(_PER_SHARED if attention.shared else _SHARED_COUNTS))
+    counts = (*_COUNTS, *_FURTHER_COUNTS, *(_PER_SHARED if attention.shared else _SHARED_COUNTS))
     for key, value in vars(module).items():
-        if key in counts and isinstance(value, int):
+        if key in counts and isinstance(value, int) and value % old == 0:
             put_attribute(module, key, value // old * kept)
         elif key in _WIDTHS and value == of_heads:
             put_attribute(module, key, of_heads // old * kept)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from nni_topo import dependency_groups, masked_model, to_dense
 from nni_topo.network.attention.heads import (
     attend,
     find_attention,
@@ -296,6 +297,87 @@ def test_a_key_that_all_heads_share_is_counted_as_before_and_the_heads_for_it_ar
     assert (module.num_key_value_groups, module.hidden_size, module.kv_dim) == (4, 8, 2)
     set_size(module, 2, 1, 4)
     assert (module.head_dim, module.hidden_size, module.kv_dim) == (1, 4, 1)
+
+
+class Counting(nn.Module):
+    """Attention whose forward reads its numbers of heads by given names."""
+
+    def __init__(self, heads: str, shared: str, per_shared: str, counts: tuple[int, int], **others: int) -> None:
+        super().__init__()
+        vars(self).update({heads: counts[0], shared: counts[1], per_shared: counts[0] // counts[1]}, **others)
+        self.read, self.head_dim = (heads, shared, per_shared), 2
+        for name, count in zip(("q_proj", "k_proj", "v_proj"), (counts[0], counts[1], counts[1]), strict=True):
+            self.add_module(name, nn.Linear(10, 2 * count))
+        self.o_proj = nn.Linear(2 * counts[0], 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads, shared, per_shared = (getattr(self, name) for name in self.read)
+        q, k, v = (
+            layer(x).view(*x.shape[:2], count, self.head_dim).transpose(1, 2)
+            for layer, count in ((self.q_proj, heads), (self.k_proj, shared), (self.v_proj, shared))
+        )
+        k, v = (each.repeat_interleave(per_shared, 1) for each in (k, v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.o_proj(mixed.reshape(*x.shape[:2], heads * self.head_dim))
+
+
+NAMES_OF_COUNTS = [
+    ("num_attention_heads", "num_key_value_heads", "num_key_value_groups"),
+    ("n_heads", "n_kv_heads", "n_rep"),
+    ("num_heads", "n_kv_heads", "repeats"),
+    ("n_heads", "num_kv_heads", "num_queries_per_kv"),
+    ("n_heads", "n_local_kv_heads", "num_rep"),
+    ("num_heads", "num_local_kv_heads", "num_kv_groups"),
+    ("n_heads", "n_kv_head", "n_kv_groups"),
+    ("num_heads", "num_kv_head", "kv_groups"),
+    ("num_heads", "kv_heads", "q_per_kv"),
+    ("num_heads", "num_heads_kv", "queries_per_kv"),
+    ("n_heads", "n_heads_kv", "n_rep"),
+    ("n_heads", "n_head_kv", "n_rep"),
+    ("n_heads", "kv_n_heads", "n_rep"),
+    ("n_heads", "n_query_groups", "q_per_kv"),
+    ("num_attention_heads", "num_query_groups", "n_rep"),
+]
+
+
+@pytest.mark.parametrize("names", NAMES_OF_COUNTS, ids=", ".join)
+@pytest.mark.parametrize("shared", [6, 3, 1])
+def test_heads_go_whatever_their_numbers_are_called(names: tuple[str, str, str], shared: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 10), Counting(*names, (6, shared)), nn.Linear(10, 3)).eval()
+    x = torch.randn(2, 4, 5)
+    groups = dependency_groups(model, x, [{"op_names": ["1.q_proj"], "sparse_ratio": 0.5}])
+    assert not groups.skipped
+    (attention,) = find_attention(model).values()
+    masks = {}
+    for name, rows in attention.channels.items():
+        mask = torch.ones_like(model.get_submodule(name).weight)
+        mask[rows[1:].ravel() if shared == 3 else rows[::2].ravel()] = 0
+        masks[name] = {"weight": mask}
+    dense = to_dense(model, x, masks)
+    counts = {6: [3, 3, 1], 3: [2, 1, 2], 1: [3, 1, 3]}
+    assert [getattr(dense[1], name) for name in names] == counts[shared]
+    torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
+
+
+@pytest.mark.parametrize(
+    "further", ["n_local_heads", "num_local_heads", "n_head", "num_head", "nhead", "nheads", "heads", "n_q_heads",
+                "num_q_heads", "num_query_heads"],
+)  # fmt: skip
+def test_heads_that_a_module_counts_twice_are_fewer_in_both_numbers(further: str) -> None:
+    torch.manual_seed(0)
+    attention = Counting(further, "n_local_kv_heads", "n_rep", (6, 3), n_heads=6, n_kv_heads=3)
+    model, x = nn.Sequential(nn.Linear(5, 10), attention, nn.Linear(10, 3)).eval(), torch.randn(2, 4, 5)
+    assert not dependency_groups(model, x, [{"op_names": ["1.q_proj"], "sparse_ratio": 0.5}]).skipped
+    mask = torch.ones(12, 10)
+    mask[4:8] = 0
+    shared = torch.ones(6, 10)
+    shared[2:4] = 0
+    masks = {"1.q_proj": {"weight": mask}, "1.k_proj": {"weight": shared}, "1.v_proj": {"weight": shared}}
+    dense = to_dense(model, x, masks)
+    counts = [getattr(dense[1], name) for name in (further, "n_heads", "n_local_kv_heads", "n_kv_heads", "n_rep")]
+    assert counts == [4, 4, 2, 2, 2]
+    torch.testing.assert_close(dense(x), masked_model(model, x, masks)(x))
 
 
 def test_a_module_that_reads_its_config_gets_one_of_its_own() -> None:
