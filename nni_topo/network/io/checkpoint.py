@@ -319,9 +319,9 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def _give_memory(built: torch.nn.Module, stored: Mapping[str, torch.Tensor], place: str) -> None:
-    """Move the tensors of a model that are on the meta device to the CPU, without values, those that are tied together.
+    """Move the tensors of a model that are on the meta device to the CPU; they get their values later.
 
-    ConfigError for one that would stay without values: the file has none of it.
+    Tied ones stay tied. ConfigError for one of which the file has no values.
     """
     made = dict[int, torch.Tensor]()
     for prefix, module in built.named_modules():
@@ -332,8 +332,8 @@ def _give_memory(built: torch.nn.Module, stored: Mapping[str, torch.Tensor], pla
                 name = f"{prefix}.{own}" if prefix else own
                 if name not in stored:
                     raise ConfigError(
-                        "a model on the meta device must have no values but those of its file, got one without "
-                        f"({name}, {place}): make the model on another device"
+                        "a file must have the values of all tensors that a model has on the meta device, got none of "
+                        f"{name}: make the model on another device ({place})"
                     )
                 if id(tensor) not in made:
                     empty = torch.empty_like(tensor, device="cpu")
