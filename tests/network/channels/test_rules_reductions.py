@@ -58,6 +58,8 @@ WHOLE = {
     "max of all": lambda z: gate(z, z.max()),
     "max, its place, behind relu": lambda z: gate(z, z.relu().max(1, keepdim=True)[1]),
     "torch.max": lambda z: gate(z, torch.max(z, dim=1, keepdim=True).values),
+    "places of a maximum": lambda z: gate(z, z.relu().max(1, keepdim=True).indices.to(z)),
+    "values and places of a maximum": lambda z: gate(z, sum(z.relu().max(1, keepdim=True))),
     "max without the dimension": lambda z: gate(z, z.max(1)[0].unsqueeze(1)),
     "min": lambda z: gate(z, z.min(1, keepdim=True).values),
     "aminmax": lambda z: gate(z, torch.aminmax(z, dim=1, keepdim=True)[1]),

@@ -712,3 +712,23 @@ def test_files_may_be_gone_before_the_batches_are(batches, tmp_path, monkeypatch
     del store
     gc.collect()
     assert raised == []
+
+
+def test_room_is_asked_for_all_batches_that_are_still_to_come(monkeypatch):
+    asked = []
+
+    def has_room(store, nbytes, known=BatchStore.has_room):
+        asked.append(nbytes)
+        return known(store, nbytes)
+
+    monkeypatch.setattr(BatchStore, "has_room", has_room)
+
+    class Batches:
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            return iter(torch.zeros(4, 2, 8))
+
+    assert Calibration(Batches()).samples == 8
+    assert asked == [64 * coming for coming in (4, 3, 2, 1)]

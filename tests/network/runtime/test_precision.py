@@ -11,9 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nni_topo
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.precision import (
     backward_in,
     call_of,
+    check_precision,
     computing_in,
     in_full_precision,
     is_right_in_bfloat16,
@@ -400,3 +402,12 @@ def test_calls_are_told_apart_by_shapes_layouts_and_settings():
     assert call_of(product, (torch.ones(4, 8), torch.ones(8, 4)), {}) == calls[0]
     assert call_of(product, (wide.double(), tall.double()), {}) is None  # autocast leaves them as they are
     assert call_of(product, (wide[:0], tall), {}) is None
+
+
+def test_a_device_without_autocast_computes_in_single_precision_alone():
+    device = torch.device("meta")
+    assert not torch.amp.is_autocast_available(device.type)
+    check_precision("float32", device, "here")
+    with pytest.raises(ConfigError, match=r"without autocast, got 'bfloat16' on meta \(here\)"):
+        check_precision("bfloat16", device, "here")
+    check_precision("bfloat16", torch.device("cpu"), "here")
