@@ -1639,9 +1639,9 @@ def _einstein_sum(op: Operation) -> Any:
 
 
 def _without_mixing(op: Operation, entering: list[Tensor], operands: list[str]) -> list[Tensor]:
-    """Return the ids of the operands of an Einstein sum; tensors of the model's own that mix places keep theirs.
+    """Return the ids of the operands of an Einstein sum, without those of the model's own tensors that mix places.
 
-    These are the ones without the letter of any channels of other operands.
+    Such a tensor has no dimension with the letter of another operand's channels; it stays whole.
     """
     is_own = [_is_own(ids, op.channels) for ids in entering]
     of_channels = {
