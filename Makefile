@@ -44,8 +44,6 @@ MUTANTS ?=
 
 # for `make cuda`: a Python that has the packages, so that nothing is installed, e.g. PY=python3; without one, VENV's
 PY ?= $(BIN)/python
-CUDA_TESTS := tests/test_devices.py tests/test_devices_studies.py tests/test_devices_streaming.py tests/test_bench_cuda.py tests/network/runtime/test_precision.py \
-  tests/pruners/test_base.py tests/maths/least_squares/test_greedy.py
 
 .PHONY: tables trained trained-table trained-packages fuzz faults reliability demo test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
 
@@ -133,13 +131,14 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip install --quiet --editable '.[test]' --constraint $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pytest $(SPREAD)
 
-# Only where packages are missing is anything installed: a machine with a GPU often has no internet.
+# Only where packages are missing is anything installed: a machine with a GPU often has no internet. CUDA: options of
+# benchmarks/bench_cuda.py, such as --limit 100
 cuda:
 	@PYTHONPATH=. $(PY) -c "import nni_topo, pytest" 2>/dev/null || \
 	  { test '$(PY)' = '$(BIN)/python' && $(MAKE) $(READY); } || \
 	  { echo "make cuda PY=PYTHON: PYTHON must have nni_topo's packages and pytest, got '$(PY)'"; exit 2; }
-	PYTHONPATH=. $(PY) -m pytest -m cuda $(CUDA_TESTS)
-	PYTHONPATH=.:benchmarks $(PY) benchmarks/bench_cuda.py --out cuda.json
+	PYTHONPATH=. $(PY) -m pytest -m cuda tests
+	PYTHONPATH=.:benchmarks $(PY) benchmarks/bench_cuda.py --out cuda.json $(CUDA)
 
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
