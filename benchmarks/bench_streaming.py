@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -107,11 +108,12 @@ def measured(out: Path, width: int, blocks: int, samples: int, steps: int, *, de
     source, target = out / f"llama-{width}-{blocks}", out / f"llama-{width}-{blocks}-small"
     for folder in (source, target):
         shutil.rmtree(folder, ignore_errors=True)
-    # In a process of its own, for it holds the whole model.
+    # In a process of its own, for it holds the whole model. It imports what this one does, also from relative paths.
     made = "import bench_streaming, sys; bench_streaming.make(sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4])"
     drawn_on = device if where.type == "cuda" else "cpu"
     command = [sys.executable, "-c", made, str(source.resolve()), str(width), str(blocks), drawn_on]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent)
+    paths = os.pathsep.join(map(os.path.abspath, [str(Path(__file__).parent), *filter(None, sys.path)]))
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
     generator = torch.Generator().manual_seed(0)
     shape = (SAMPLES_A_BATCH, LENGTH)
     tokens = [
