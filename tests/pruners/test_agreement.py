@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import nni_topo
 from nni_topo.hooks import PruningUnit
 from nni_topo.pruners.agreement import Agreement
 
@@ -125,3 +128,25 @@ def test_half_of_everything_is_met_exactly_where_each_unit_lies_within_the_next(
 def test_numbers_name_ties_and_nothing_else(shift):
     units = [unit("wide", np.array([7, 3, 9, 1]) + shift), unit("narrow", np.array([9, 1]) + shift)]
     assert agreed(units, [2, 1]) == agreed([unit("wide", range(4)), unit("narrow", [2, 3])], [2, 1])
+
+
+class Joined(nn.Module):
+    """A wide convolution is added to two narrow ones side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.wide, self.head = (nn.Conv2d(*each, 1) for each in ((3, 4), (3, 6), (3, 10), (10, 2)))
+
+    def forward(self, x):
+        return self.head(torch.relu(torch.cat([self.one(x), self.two(x)], 1) + self.wide(x)))
+
+
+def test_layers_that_share_channels_in_part_lose_the_same_ones():
+    torch.manual_seed(0)
+    model, images = Joined(), torch.rand(2, 3, 4, 4)
+    config = [{"op_names": ["one", "two", "wide"], "sparse_ratio": 0.5}]
+    pruner = nni_topo.RandomPruner(model, nni_topo.dependency_groups(model, images, config), seed=0)
+    _, masks = pruner.compress()
+    one, two, wide = (masks[name]["weight"][:, 0, 0, 0] for name in ("one", "two", "wide"))
+    assert (int(one.sum()), int(two.sum())) == (2, 3)
+    assert torch.equal(wide, torch.cat([one, two]))

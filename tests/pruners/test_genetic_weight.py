@@ -95,6 +95,18 @@ def test_a_stopped_search_goes_on(tmp_path):
     assert second.history.equals(whole.history)
 
 
+def test_progress_counts_all_generations_once_also_where_a_stopped_search_goes_on(tmp_path, capsys):
+    knobs = {"validation": task()[1], "search": SMALL, "state": tmp_path / "search.npz", "progress": True}
+    for stops, first, last in ((3, 0, 4), (None, 4, 7)):
+        pruner = GeneticWeightPruner(
+            task()[0], [{"op_names": ["0"]}], on_generation=lambda search, end=stops: search.generation == end, **knobs
+        )
+        pruner.compress()
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("searching weights: ")]
+        assert lines[0].startswith(f"searching weights: {first} of 7")
+        assert lines[-1].startswith(f"searching weights: {last} of 7")
+
+
 def test_the_file_of_the_example_is_one():
     path = Path(__file__).parents[2] / "configs" / "search_genetic_weight.yaml"
     config = load_prune_config(path)

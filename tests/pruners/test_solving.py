@@ -9,7 +9,7 @@ from toy_times import LAYERS, proportional
 from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.budget import Budget, network_time
-from nni_topo.pruners.solving import solve_timed, solve_uniform
+from nni_topo.pruners.solving import solve_error, solve_timed, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
 from nni_topo.testing import toy_images, toy_model
@@ -42,6 +42,19 @@ def test_units_alike_lose_equally_many():
     apart = solve_uniform(rows, remaining, 46 / 72, bounds)
     assert sum(apart) == 26
     assert len(set(apart[::2])) > 1 or len(set(apart[1::2])) > 1
+
+
+def test_a_wide_layer_is_counted_for_a_part_of_its_rows():
+    counted = []
+
+    def remaining(removed):
+        counted.append(removed[0])
+        return 1.0 - removed[0] / 4096
+
+    assert solve_error([np.arange(4096, 0, -1.0)], [(0, 4095)], remaining, 0.49) == [2089]
+    assert len(counted) < 400
+    # a sixteenth of the rows at a time, then one by one
+    assert sorted(set(counted))[:8] == [256 * step for step in range(8)]
 
 
 def test_equal_blocks_are_for_one_ratio_alone():
@@ -215,6 +228,22 @@ def test_a_time_that_jumps_over_the_share_ruins_no_network(share):
     removed, left, aim = solve_timed(lambda each: [min(31, round(32 * (1.0 - each)))], said, timed, share)
     assert (removed, left) == ([16], 0.375)
     assert aim == pytest.approx(0.5, abs=0.02)
+
+
+def test_where_all_widths_so_far_are_one_that_is_too_fast_a_wider_one_is_tried():
+    """The table sees no difference between 0.3 and 0.6 of the channels, so only an aim above them finds the network."""
+    tried = []
+
+    def solve(aim):
+        tried.append(aim)
+        return [7] if aim < 0.7 else [4] if aim < 1.0 else [0]
+
+    times = {7: 0.3, 4: 0.5, 0: 1.0}
+    removed, left, _ = solve_timed(
+        solve, lambda removed: 0.6 if removed[0] else 1.0, lambda each: [times[removed[0]] for removed in each], 0.5
+    )
+    assert (removed, left) == ([4], 0.5)
+    assert max(tried) < 1.0
 
 
 @pytest.mark.parametrize("images", [(torch.ones(2, 3, 8, 8),), torch.ones(2, 3, 8, 8)])

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from speedup_nets import shuffled
 from torch import nn
 
-from nni_topo import create_pruner
+from nni_topo import create_pruner, dependency_groups
 from nni_topo.errors import ConfigError
 from nni_topo.hooks import pruning_units
 from nni_topo.pruners.random import RandomPruner
@@ -142,3 +143,35 @@ def test_blocks_of_rows_of_convolutions_and_linear_layers_go_together(name):
     assert torch.equal(kept, masks["proj"]["weight"].any(1))
     assert kept.sum() == 4
     assert all(len(set(pair)) == 1 for pair in kept.view(-1, 2).tolist())
+
+
+class Fused(nn.Module):
+    """Attention whose queries, keys and values one linear layer makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 2, nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("granularity", "blocks"), [({}, 24), ({"granularity": "out_channel"}, 24), ({"granularity": [4, -1]}, 2)]
+)
+def test_a_layer_of_queries_keys_and_values_loses_heads_only_where_they_are_asked_for(granularity, blocks):
+    (unit,) = units_of(nn.Sequential(Fused()), [{"op_names": ["0.qkv"], "sparse_ratio": 0.5, **granularity}])
+    assert unit.blocks == blocks
+
+
+def test_each_segment_of_shuffled_channels_loses_its_share_unless_widths_are_rounded():
+    model, images = shuffled(14, 3), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    config = dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    for round_to in (None, 2):
+        pruner = RandomPruner(model, config, round_to=round_to)
+        shares = {unit.members[0][0]: (unit.segments, unit.shares) for unit in pruner.context.units}
+        pruner.unwrap_model()
+        segments, counts = shares["1.branch.5"]
+        assert (len(segments), sum(counts)) == ((0, 0) if round_to else (14, 7))

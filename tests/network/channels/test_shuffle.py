@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
-from speedup_nets import lively
+from speedup_nets import shuffled
 from torch import nn
 
 import nni_topo
@@ -21,37 +21,6 @@ PRUNERS = {
     "l1": lambda model, config: nni_topo.MatrixPruner(model, config, norm=1),
     "topological": nni_topo.TopologicalPruner,
 }
-
-
-def norm_behind(*layers):
-    return [each for layer in layers for each in (layer, nn.BatchNorm2d(layer.out_channels))]
-
-
-class Unit(nn.Module):
-    """A unit of ShuffleNet v2: one half goes by, and channels are shuffled; the first of a stage takes all twice."""
-
-    def __init__(self, ins, half, is_first):
-        super().__init__()
-        ins = ins if is_first else half
-        self.branch = nn.Sequential(
-            *norm_behind(nn.Conv2d(ins, half, 1)), nn.ReLU(),
-            *norm_behind(nn.Conv2d(half, half, 3, padding=1, groups=half), nn.Conv2d(half, half, 1)), nn.ReLU(),
-        )  # fmt: skip
-        self.other = nn.Sequential(*norm_behind(nn.Conv2d(ins, half, 1)), nn.ReLU()) if is_first else None
-
-    def forward(self, x):
-        one, other = (x, x) if self.other is not None else x.chunk(2, dim=1)
-        one = one if self.other is None else self.other(one)
-        x = torch.cat([one, self.branch(other)], 1)
-        batch, channels, height, width = x.size()
-        return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).contiguous().view(x.size())
-
-
-def shuffled(half, units):
-    torch.manual_seed(0)
-    stage = [Unit(8 if place == 0 else half, half, place == 0) for place in range(units)]
-    parts = nn.Conv2d(3, 8, 3), *stage, nn.Conv2d(2 * half, 12, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    return lively(nn.Sequential(*parts, nn.Linear(12, 4))).double().eval()
 
 
 def pruned(model, ratio, pruner=PRUNERS["random"]):

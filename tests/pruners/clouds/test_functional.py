@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from nni_topo import Calibration
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.random import RandomPruner
@@ -163,3 +165,15 @@ def test_the_model_is_left_as_it_was():
     FunctionalCollector([toy_images(4)]).collect(pruner.context)
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_cloud_of_images_that_processes_share_is_that_of_all_of_them():
+    model, images = toy_model(), [toy_images(4), toy_images(6, seed=1)]
+    (expected, _) = cloud_of(model, config("stem"), images, "stem")
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        shared = Calibration(images, process_group=dist.group.WORLD)
+        (found, _) = cloud_of(model, config("stem"), shared, "stem")
+    finally:
+        dist.destroy_process_group()
+    np.testing.assert_array_equal(found, expected)
