@@ -8,6 +8,7 @@ from torch import nn
 
 from nni_topo import Calibration
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.runtime.processes import Processes
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.speedup import dependency_groups
@@ -172,7 +173,9 @@ def test_a_cloud_of_images_that_processes_share_is_that_of_all_of_them():
     (expected, _) = cloud_of(model, config("stem"), images, "stem")
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
-        shared = Calibration(images, process_group=dist.group.WORLD)
+        # Calibration itself takes a group of one for none
+        shared = Calibration(images)
+        shared.processes = Processes(dist.group.WORLD)
         (found, _) = cloud_of(model, config("stem"), shared, "stem")
     finally:
         dist.destroy_process_group()
