@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,10 @@ def small_start():
     data = zoo.load_data("digits", limit=50)
     net = zoo.create_model("small_cnn", num_classes=10, in_channels=1, image_size=8, seed=0).eval()
     return Start(net, data, zoo.Recipe(epochs=1))
+
+
+def test_a_network_from_elsewhere_has_the_seed_that_training_has_by_default():
+    assert small_start().seed == inspect.signature(trained).parameters["seed"].default == 0
 
 
 def test_accuracies_are_measured_where_they_arent_known():

@@ -181,8 +181,7 @@ class _Trial:
         if size > 1:
             data = data_share(data, rank, size)
             recipe = replace(recipe, batch_size=max(1, recipe.batch_size // size))
-            on_gpu = [self.start.device.index or 0] if self.start.device.type == "cuda" else None
-            net = DistributedDataParallel(dense, device_ids=on_gpu)
+            net = DistributedDataParallel(dense)
         seed = self.cell.seed + rank
         retrain(dense, data, recipe, seed=seed, through=net, callback=epoch_done, state=state)
         return dense
