@@ -30,6 +30,8 @@ SHARES = 20
 
 MUTATED = ("maths", "pruners", "network", "recovery", "runs", "cli", "compat")
 """Packages whose tests are tried on changed code."""
+OF_ALL = "tests/test_defaults.py"
+"""Tests of all packages, of what docstrings say of the defaults."""
 COMMANDS = "tests/test_cli.py tests/test_commands.py tests/test_data_commands.py tests/test_first_minutes.py"
 """Tests of the commands that aren't in the folder of their package."""
 
@@ -102,7 +104,7 @@ def checks() -> list[Check]:
 
 def mutants_of(package: str) -> str:
     """Return the command for some random changes to a package, other ones after every commit, by its own tests."""
-    tests = f"tests/{package} nni_topo/{package}" + (f" {COMMANDS}" if package == "cli" else "")
+    tests = f"tests/{package} nni_topo/{package} {OF_ALL}" + (f" {COMMANDS}" if package == "cli" else "")
     own = f"--folders {package} --tests {tests} --out runs/mutants/{package}"
     return f'make mutants MUTANTS="{own} --count 60 --seed $COMMITS --budget 60 --minutes 120 --least 88"'
 
