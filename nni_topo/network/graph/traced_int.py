@@ -466,8 +466,11 @@ def _with_quotients(
 
 
 _MAKING = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
-# What takes numbers as sizes and places of dimensions alone.
-_SIZED = (*_MAKING, "view", "reshape", "unflatten", "expand", "split", "split_with_sizes", "getitem", "narrow")
+_REPEATING = ("repeat_interleave", "repeat", "tile")
+# What takes numbers as sizes, repeats and places of dimensions alone.
+_SIZED = (
+    *_MAKING, *_REPEATING, "view", "reshape", "unflatten", "expand", "split", "split_with_sizes", "getitem", "narrow",
+)  # fmt: skip
 
 
 def _computed_of(node: Node) -> list[TracedInt]:
@@ -485,18 +488,28 @@ def _computed_of(node: Node) -> list[TracedInt]:
 def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> list[tuple[TracedInt, np.ndarray | None]]:
     """List the numbers in a node's arguments with the channels that each counts, None where it can't be told."""
     name, args = plain_name(node), node.args
-    if name in ("view", "reshape"):
+    none = np.zeros(0, dtype=np.int64)
+    if name in ("view", "reshape", "expand"):
         sizes: Any = args[1] if len(args) > 1 and isinstance(args[1], (tuple, list)) else args[1:]
-        return [(size, _counted(ids[node.name], d, size, groups)) for d, size in enumerate(sizes) if _is_traced(size)]
-    if name in _MAKING:
-        sizes = args[name.startswith("new_") :]
-        sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
-        made = ids[node.name]
+        leaving = ids[node.name]
         uses = list[tuple[TracedInt, np.ndarray | None]]()
         for d, size in enumerate(sizes):
             if _is_traced(size):
+                row = _counted(leaving, d, size, groups)
+                # What `expand` repeats has one place there, and no channels.
+                is_repeated = name == "expand" and isinstance(leaving, Tensor) and leaving.shape[d] == 1
+                uses.append((size, none if row is None and is_repeated else row))
+        return uses
+    if name in _REPEATING:  # how often, not what: a number of heads for each one of the keys, say
+        return [(size, none) for size in _attribute_sizes(node)]
+    if name in _MAKING:
+        sizes = args[name.startswith("new_") :]
+        sizes = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
+        made, uses = ids[node.name], []
+        for d, size in enumerate(sizes):
+            if _is_traced(size):
                 row = _ids_in(made, d)
-                uses.append((size, np.zeros(0, dtype=np.int64) if row is None else row))
+                uses.append((size, none if row is None else row))
         return uses
     entering = ids.get(args[0].name) if args and isinstance(args[0], Node) else None
     if name in ("split", "split_with_sizes") and len(args) > 1:

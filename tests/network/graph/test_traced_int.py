@@ -369,7 +369,7 @@ def test_a_number_counts_the_channels_of_its_own_place(method, args, found) -> N
 
 
 def test_a_number_of_which_another_is_computed_is_known_where_that_is_a_size() -> None:
-    for method, is_known in (("view", True), ("repeat", False)):
+    for method, is_known in (("view", True), ("repeat", True), ("roll", False)):
         graph, ids = graph_of("view", 1, held(8), 1)
         images = next(iter(graph.nodes))
         twice = graph.call_function(operator.mul, (graph.call_function(operator.mul, (held(8), 1)), 2))
@@ -453,7 +453,7 @@ def test_a_width_follows_the_number_of_heads_that_it_is_divided_by() -> None:
     # And so may be what nothing is known of.
     graph, ids, groups = quotient_graph(12, 3)
     size_of_all = next(node for node in graph.nodes if node.op == "call_method").args[3]
-    graph.call_method("repeat", (next(iter(graph.nodes)), size_of_all))
+    graph.call_method("roll", (next(iter(graph.nodes)), size_of_all))
     assert attribute_channels(graph, ids, groups) == {}
     part = TracedInt.of_attribute(4, PLACE, 3, UnclearPlaces(), held(3, place=HEADS))
     assert resized((part,), {PLACE: 8, HEADS: 2}) == (4,)

@@ -1,0 +1,91 @@
+"""Attention of the user's own in which several heads share keys and values, repeated in the forward by a quotient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo.speedup import masked_model
+
+TOKENS = torch.randint(0, 20, (4, 7), generator=torch.Generator().manual_seed(0))
+
+
+def interleaved(self, keys: Tensor) -> Tensor:
+    """Each head of keys several times, one after the other."""
+    return keys.repeat_interleave(self.heads // self.groups, 1)
+
+
+def repeated(self, keys: Tensor) -> Tensor:
+    """All heads of keys, then all of them again."""
+    return keys.repeat(1, self.heads // self.groups, 1, 1)
+
+
+def tiled(self, keys: Tensor) -> Tensor:
+    return torch.tile(keys, (1, self.heads // self.groups, 1, 1))
+
+
+def expanded(self, keys: Tensor) -> Tensor:
+    many, places = self.heads // self.groups, keys.shape[2]
+    apart = keys[:, :, None].expand(len(keys), self.groups, many, places, self.size)
+    return apart.reshape(len(keys), self.heads, places, self.size)
+
+
+class Model(nn.Module):
+    """One block of attention under names of its own."""
+
+    def __init__(self, heads: int = 4, groups: int = 2, size: int = 8) -> None:
+        super().__init__()
+        self.heads, self.groups, self.size = heads, groups, size
+        self.embedding, self.a, self.out = nn.Embedding(20, 32), nn.Linear(32, heads * size), nn.Linear(32, 20)
+        self.b, self.c, self.mixed = nn.Linear(32, groups * size), nn.Linear(32, groups * size), nn.Linear(32, 32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        samples, places, _ = x.shape
+        query = self.a(x).view(samples, places, self.heads, self.size).transpose(1, 2)
+        key = self.b(x).view(samples, places, self.groups, self.size).transpose(1, 2)
+        value = self.c(x).view(samples, places, self.groups, self.size).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(query, self.more(key), self.more(value))
+        return self.out(self.mixed(mixed.transpose(1, 2).reshape(samples, places, self.heads * self.size)))
+
+
+class Summed(Model):
+    """The number of heads of keys is also how often the outputs are summed up."""
+
+    more = interleaved
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found = super().forward(tokens)
+        return found.repeat(1, self.groups, 1).unflatten(1, (self.groups, -1)).sum(1)
+
+
+def pruned(model: nn.Module) -> tuple[nni_topo.DependencyGroups, nn.Module, nn.Module]:
+    groups = nni_topo.dependency_groups(model, TOKENS, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    pruner = nni_topo.RandomPruner(model, groups, seed=1)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    return groups, nni_topo.to_dense(model, TOKENS, masks), masked_model(model, TOKENS, masks)
+
+
+@pytest.mark.parametrize("more", [interleaved, repeated, tiled, expanded])
+def test_heads_go_with_the_keys_that_they_share(more) -> None:
+    torch.manual_seed(0)
+    model = type("Kind", (Model,), {"more": more})().eval()
+    groups, dense, masked = pruned(model)
+    assert groups.skipped.keys() == {"out"}
+    assert (dense.heads, dense.groups, dense.size) == (2, 1, 8)
+    assert [layer.out_features for layer in (dense.a, dense.b, dense.c)] == [16, 8, 8]
+    others = torch.flip(TOKENS, (0, 1))[:3, :5]
+    torch.testing.assert_close(dense(others), masked(others))
+    assert not torch.allclose(dense(others), model(others), atol=1e-3)
+
+
+def test_heads_stay_where_their_number_counts_something_else_too() -> None:
+    torch.manual_seed(0)
+    model = Summed().eval()
+    groups, dense, masked = pruned(model)
+    assert {"a", "b", "c"} <= groups.skipped.keys()
+    assert (dense.heads, dense.groups) == (4, 2)
+    torch.testing.assert_close(dense(TOKENS), masked(TOKENS))
