@@ -49,6 +49,7 @@ from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scri
 from nni_topo.network.runtime import (
     LISTS,
     batch_size,
+    call_by_name,
     difference,
     first_of_samples,
     forget_evaluated,
@@ -284,8 +285,9 @@ class _Recorder(TorchFunctionMode):
             if tensors_of(value):
                 self._enter(value, self.graph.placeholder(name))
         self.entry = self._nodes[id(first_of_samples(named))]  # whose size is the number of samples
+        args, kwargs = call_by_name(model, named)
         with undone(model), self._calls_seen(model), self:
-            self.outputs = model(**named)
+            self.outputs = model(*args, **kwargs)
         self._check_choice(model)
         if self._picked and any(tensors_of(each) and not isinstance(each, Tensor) for each in named.values()):
             raise SpeedupError("what picks among lists by value (a detector, of its boxes) is followed part by part")

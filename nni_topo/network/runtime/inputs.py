@@ -178,6 +178,24 @@ def bind_arguments(model: torch.nn.Module, call: Call) -> dict[str, Any]:
     return named
 
 
+def call_by_name(model: torch.nn.Module, named: Mapping[str, Any]) -> Call:
+    """Return the call that has arguments by name as `bind_arguments` returns them.
+
+    What a forward takes by position alone (``x, /`` or ``*inputs``), and what comes before it, is passed by position.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    alone = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    last = max(
+        (place for place, each in enumerate(parameters) if each.kind in alone and each.name in named), default=-1
+    )
+    args: list[Any] = []
+    kwargs = dict(named)
+    for each in parameters[: last + 1]:
+        value = kwargs.pop(each.name, each.default)
+        args += value if each.kind is each.VAR_POSITIONAL else [value]
+    return tuple(args), kwargs
+
+
 def real_positions_of(model: torch.nn.Module, call: Call) -> Tensor | None:
     """Return which positions of a call aren't padding: bool, (samples, places); None if the call has no mask."""
     try:

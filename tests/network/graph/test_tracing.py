@@ -31,6 +31,43 @@ def test_a_model_may_put_out_nan():
     assert recording.graph_module(*recording.args).isnan().all()
 
 
+class ByPlace(nn.Sequential):
+    """Takes its inputs by place alone."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, first, /):
+        return super().forward(first)
+
+
+class Any(ByPlace):
+    """Takes as many inputs as there are."""
+
+    def forward(self, *inputs):
+        return super().forward(sum(inputs))
+
+
+class AnyAndMore(ByPlace):
+    def forward(self, first, *others, scale=1.0, **ignored):
+        return super().forward(sum(others, first)) * scale
+
+
+@pytest.mark.parametrize(("kind", "count"), [(ByPlace, 1), (Any, 1), (Any, 3), (AnyAndMore, 1), (AnyAndMore, 3)])
+def test_inputs_that_a_forward_takes_by_place_alone_are_followed(kind, count):
+    torch.manual_seed(0)
+    model, inputs = kind().eval(), tuple(torch.randn(count, 4, 3))
+    groups = dependency_groups(model, inputs, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert groups.skipped.keys() == {"2"}
+    pruner = L1NormPruner(model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = to_dense(model, inputs, masks)
+    assert dense[0].out_features == 4
+    with torch.no_grad():
+        torch.testing.assert_close(dense(*inputs), masked_model(model, inputs, masks)(*inputs))
+
+
 class ByNumber(nn.Module):
     """Takes another way with many samples, or by the values of the last one."""
 

@@ -21,6 +21,7 @@ from nni_topo.network.runtime.inputs import (
     at_once,
     batch_size,
     bind_arguments,
+    call_by_name,
     calls,
     cast_floats,
     check_inputs,
@@ -223,6 +224,26 @@ def test_arguments_are_bound_in_the_order_of_the_forward():
         bind_arguments(TwoArguments(), ((X,), {}))
     with pytest.raises(ConfigError, match=r"pass \{'images': mapping\}$"):
         bind_arguments(TwoArguments(), ((), {"a": X}))
+
+
+class Mixed(nn.Module):
+    def forward(self, first, /, images, *further, scale=1.0, **others):
+        return first
+
+
+@pytest.mark.parametrize(
+    ("model", "call", "expected"),
+    [
+        (TwoArguments(), ((X, X), {}), ((), {"images": X, "vectors": X})),
+        (ByPlace(), ((X,), {}), ((X,), {})),
+        (Mixed(), ((1, 2), {}), ((1,), {"images": 2})),
+        (Mixed(), ((1,), {"images": 2, "scale": 3, "mask": 4}), ((1,), {"images": 2, "scale": 3, "mask": 4})),
+        (Mixed(), ((1, 2, 5, 6), {"scale": 3, "mask": 4}), ((1, 2, 5, 6), {"scale": 3, "mask": 4})),
+        (Anything(), ((), {"images": X, "mask": X}), ((), {"images": X, "mask": X})),
+    ],
+)
+def test_what_a_forward_takes_by_place_alone_is_passed_so(model, call, expected):
+    assert call_by_name(model, bind_arguments(model, call)) == expected
 
 
 def test_padding_is_where_masks_say_so():
