@@ -407,8 +407,9 @@ def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
         if attention.out is None:
             continue
         picked = {user: user.args[1] for user in node.users if user.target is operator.getitem}
-        apart = all(isinstance(at, int) or (isinstance(at, slice) and at.start) for at in picked.values())
-        if many and (len(picked) < len(node.users) or not apart):
+        # A call that gives one tensor, where others give several values, has readers that take it as it is.
+        apart = len(picked) == len(node.users) and all(isinstance(at, int) for at in picked.values())
+        if many and not apart:
             continue
         with graph.inserting_before(node):
             module = graph.create_node("get_attr", attention.name)

@@ -1360,12 +1360,9 @@ def _order_adds(op: Operation) -> bool:
 
 def _values_alone(node: Node) -> bool:
     """Tell whether only the values of a maximum are read, and not their places."""
-    for user in node.users:
-        if user.target is operator_module.getitem and user.args[1] != 0 and user.users:
-            return False
-        if user.target is getattr and user.args[1] != "values":
-            return False
-    return True
+    if tensor_shape(node) is not None:
+        return True  # it gives no places
+    return not any(user.target is operator_module.getitem and user.args[1] != 0 and user.users for user in node.users)
 
 
 def _is_never_negative(value: Any, modules: Modules) -> bool:

@@ -356,9 +356,10 @@ class _Body:
     def _key_of_attribute(self, node: ast.Attribute, depth: int) -> Key | None:
         attribute = self._attribute(node)
         if attribute is not None:
-            if found := self._part(self.name, attribute, only_module=True):
-                return found
-            values = self.attributes.get(attribute, [])
+            values = self.attributes.get(attribute)
+            # A base class's constructor has set it, which may be that of a layer of PyTorch's.
+            if not values or f"{self.name}.{attribute}".lstrip(".") in self.owner.modules:
+                return self._part(self.name, attribute)
             if len(values) != 1 or values[0] is None:
                 return None
             return self._key(values[0], depth + 1) or ("self", *self.scope, attribute)
@@ -367,13 +368,11 @@ class _Body:
             return self._part(base[1], node.attr)
         return None if base is None else ("attribute", base, node.attr)
 
-    def _part(self, name: str, part: str, *, only_module: bool = False) -> Key | None:
+    def _part(self, name: str, part: str) -> Key | None:
         """Write down a part of a module: another one, a size of it, or what its constructor makes of its own."""
         inner = f"{name}.{part}".lstrip(".")
         if inner in self.owner.modules:
             return ("module", inner)
-        if only_module or name not in self.owner.modules:
-            return None
         if (name, part) in self.owner.named:
             return self.owner.named[name, part]
         if part in _widths(self.owner.modules[name]):

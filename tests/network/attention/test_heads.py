@@ -179,6 +179,55 @@ def test_attention_that_gives_its_heads_the_width_of_what_enters_stays_and_what_
     same(to_dense(model, inputs, masks), masked_model(model, inputs, masks), inputs)
 
 
+class Counting(Fused):
+    """Attention that also gives the share of each place where it is asked for that."""
+
+    def forward(self, x, with_share=False):
+        mixed = super().forward(x)
+        return (mixed, x.new_ones(len(x), 1, 1) / x.shape[1]) if with_share else mixed
+
+
+@pytest.mark.parametrize("use", [lambda z: 2 * z, lambda z: z[:, 1:2], lambda z: z[:, :]])
+def test_layers_beside_attention_that_gives_one_tensor_or_several_lose_channels(use):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.inner, self.outer = Counting(), nn.Linear(WIDTH, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = x + use(self.attention(x))
+            mixed, share = self.attention(x, with_share=True)
+            return self.outer(self.inner(x + mixed * share).relu())
+
+    groups = dependency_groups(Twice().eval(), _states(2, 7, WIDTH), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["inner"]]
+
+
+@pytest.mark.parametrize(
+    ("use", "reason"),
+    [
+        (lambda mixed, shares: mixed, None),
+        (lambda mixed, shares: mixed * shares.mean(), "depends on removed channels (mean)"),
+        (lambda mixed, shares: (mixed, shares), "it gives the model's output"),
+    ],
+)
+def test_shares_of_each_head_keep_the_heads_where_something_reads_them(use, reason):
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.attention = nn.Linear(5, WIDTH), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+        def forward(self, x):
+            x = self.enter(x)
+            return use(*self.attention(x, x, x, average_attn_weights=False))
+
+    asked = [{"op_types": ["MultiheadAttention", "Linear"], "sparse_ratio": 0.5}]
+    groups = dependency_groups(Read().eval(), _states(2, 7, 5), asked)
+    assert "enter" not in groups.skipped
+    assert ("attention" in groups.skipped) is (reason is not None)
+    assert (reason or "") in groups.skipped.get("attention", "")
+
+
 @pytest.mark.parametrize("asked", [{"op_names": ["1.attention"]}, {"op_names_re": [r"1\.attention\..*"]}])
 def test_heads_may_be_asked_for_by_name_and_of_a_module_that_holds_them(asked):
     groups = dependency_groups(make("apart"), _states(2, 7, 5), [{**asked, "granularity": "head", "sparse_ratio": 0.5}])

@@ -268,6 +268,10 @@ CALLS = {
             lambda n: n.a.view(3, rows(n.b).size(-1), 6),
             "1x4x1: a*; b: a*; takes the width in -1, times 1",
         ),
+        "the number of two channels, of what stays": (
+            lambda n: n.x.view(3, n.d.size(1), 6),
+            "1x1x1: 0; takes a kept width in 1, times 1",
+        ),
         "another's size": (lambda n: n.a.view(n.b.size()), "1x4x1: a*; b: a*; takes the width in 1, times 1"),
         "a line": (lambda n: n.a[0, :, 0].view(-1), "4: a*"),
         "flat, by a view": (
@@ -1127,6 +1131,8 @@ CALLS = {
     "what is reduced along a dimension": {
         "amax of pixels": (lambda n: rows(n.a).amax(1), "1x4: a*"),
         "amax of what is positive": (lambda n: n.a.relu().amax(1), "1x1: 0; summed"),
+        "amax in another shape": (lambda n: n.a.relu().amax(1)[:, None], "1x1x1: 0; summed"),
+        "amax turned": (lambda n: n.a.relu().amax(1, keepdim=True).mT, "1x1x1: 0; summed"),
         "amax of amax": (lambda n: n.a.relu()[..., None].amax(3).amax(1), "1x1: 0; summed"),
         "amax of means": (lambda n: n.a.relu()[..., None].mean(3).amax(1), "1x1: 0; summed"),
         "mean of pixels": (lambda n: rows(n.a).mean(1), "1x4: a*"),

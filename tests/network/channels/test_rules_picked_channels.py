@@ -91,6 +91,15 @@ def test_channels_that_fixed_numbers_count_stay_and_the_others_go(name):
     assert "by fixed numbers" in report.kept[0].reason
 
 
+@pytest.mark.parametrize("pick", [lambda z: z[:, 0].unsqueeze(1), lambda z: z.view(-1, 1, 64).view(-1, 1, 8, 8)])
+def test_a_layer_of_one_channel_is_not_kept_for_what_picks_that_channel(pick):
+    model = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), Picks(pick, 1)).eval()
+    model[1].first = nn.Identity()
+    groups = nni_topo.dependency_groups(model, IMAGES, ASKED)
+    assert groups.skipped == {"1.last": "it gives the model's output"}
+    assert "all but one of 1 channels can be pruned" in str(nni_topo.explain(model, IMAGES, "0"))
+
+
 # Picks along pixels, of as many rows and columns as there are channels.
 ELSEWHERE: dict[str, Callable[[Tensor], Tensor]] = {
     "list": lambda z: z[:, :, [0, 1, 4]],

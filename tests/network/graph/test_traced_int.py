@@ -407,6 +407,16 @@ def test_a_split_by_name_and_a_second_use_that_isnt_understood() -> None:
     assert attribute_channels(graph, ids, np.arange(100)) == {}
 
 
+def test_a_split_by_a_number_and_what_a_graph_computes_says_nothing_of_the_number() -> None:
+    graph = Graph()
+    images = graph.placeholder("images")
+    rest = graph.call_function(operator.sub, (graph.call_method("size", (images, 1)), 3))
+    graph.call_method("split", (images, [held(3), rest], 1))
+    graph.call_method("split", (images, 4, held(1)))
+    ids = {"images": torch.arange(10, 18).view(1, 8, 1)}
+    assert attribute_channels(graph, ids, np.arange(100)) == {}
+
+
 def test_a_second_use_that_isnt_understood_hides_the_first() -> None:
     graph, ids = graph_of("split", held(4), 1)
     images = next(iter(graph.nodes))

@@ -118,6 +118,16 @@ def test_up_to_four_samples_are_recorded_as_they_are(samples, runs):
     assert model.sizes == runs
 
 
+def test_a_model_that_cannot_be_recorded_and_remembers_nothing_is_tried_no_further():
+    class Squared(ByNumber):
+        def forward(self, x):
+            return super().forward(x) + len(x) ** 2
+
+    runs: list[int] = []
+    trace(Squared(lambda x: runs.append(len(x))).eval(), ((torch.rand(3, 3),), {}))
+    assert runs.count(6) == 2  # recorded on twice the samples, and once more with what that has left in the model
+
+
 def test_inputs_that_do_not_fit_are_told_with_their_shapes():
     with pytest.raises(ConfigError, match=r"Linear can't be run on \(2, 3\) torch.float32 in evaluation mode"):
         trace(nn.Linear(4, 2).eval(), ((torch.ones(2, 3),), {}))
@@ -277,6 +287,17 @@ def test_calls_of_attention_say_where_its_states_are_unless_they_differ(call, re
     graph = trace(Attending(call).eval(), ((STATES,), {})).graph_module.graph
     found = [node.meta["reads"] for node in graph.nodes if node.meta.get("reads") is not None]
     assert found == [{} if each is None else {"attention": each} for each in read]
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(3, 1, 5, 5)])
+def test_attention_that_is_computed_layer_by_layer_reads_its_states_and_no_mask(mask):
+    clip = pytest.importorskip("transformers.models.clip")
+    config = clip.CLIPVisionConfig(hidden_size=8, num_attention_heads=2, attn_implementation="eager")
+    model = Attending(lambda attention, x: attention(x, mask)[0])
+    model.attention = clip.modeling_clip.CLIPAttention(config)
+    graph = trace(model.eval(), ((STATES,), {})).graph_module.graph
+    (reads,) = (node.meta["reads"] for node in graph.nodes if node.meta.get("reads") is not None)
+    assert reads == {f"attention.{layer}": [0] for layer in ("q_proj", "k_proj", "v_proj")}
 
 
 @pytest.mark.parametrize(

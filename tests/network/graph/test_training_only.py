@@ -71,6 +71,15 @@ class Scaled(Exit):
         return (self.head(self.b(x).mean((2, 3))),)
 
 
+class Returned(Scaled):
+    """In training it also returns its features, times a parameter that training alone uses."""
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        scores = self.head(self.b(x).mean((2, 3)))
+        return (scores, x * self.scale) if self.training else scores
+
+
 class Written(Exit):
     """What the second head reads is written to behind it."""
 
@@ -252,6 +261,17 @@ def test_what_meets_a_branch_of_training_stays(caplog):
     assert [len(each.weight) for each in (dense.a, dense.b)] == [4, 6]
     assert [row.reason for row in dense.report.kept] == ["side runs in training mode only"]
     assert "side runs in training mode only" in caplog.text
+
+
+def test_what_training_alone_returns_stays_and_the_rest_goes():
+    torch.manual_seed(0)
+    model = Returned().eval()
+    dense = nni_topo.to_dense(model, IMAGES, half(model, "a", "b"))
+    assert [len(each.weight) for each in (dense.a, dense.b)] == [8, 3]
+    assert [(row.name, row.reason) for row in dense.report.kept] == [
+        ("a", "they are an output of the model in training mode")
+    ]
+    assert torch.equal(in_training(dense)[1], in_training(model)[1])
 
 
 def test_what_attention_of_training_reads_stays():

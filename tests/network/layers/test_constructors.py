@@ -336,6 +336,16 @@ class Own(nn.Conv2d):
     def __init__(self, width):
         super().__init__(3, width, 1)
 
+class Reading(Part):
+    def __init__(self, width):
+        super().__init__(width)
+        self.same = self.inner
+
+class ReadingOwn(nn.Conv2d):
+    def __init__(self, width):
+        super().__init__(3, width, 1)
+        self.same = self.out_channels
+
 class Derived(Part):
     def __init__(self, kernel, *, width):
         super().__init__(width, kernel=kernel)
@@ -449,6 +459,14 @@ CONSTRUCTORS = {
         {"part.inner": 6},
     ),
     "a layer of its own class": ("self.one = Own(width); self.a, self.b = width, other", {"a": 6}),
+    "what a base class has set": (
+        "self.part, self.next = Reading(width), Reading(other)",
+        {"part.inner": 6, "part.same": 6, "next.inner": 8, "next.same": 8},
+    ),
+    "a layer's own size": (
+        "self.one, self.two = ReadingOwn(width), ReadingOwn(other)",
+        {"one.same": 6, "two.same": 8},
+    ),
     "a class in a variable": (
         "kind = nn.Conv2d if other else nn.Linear; self.one = kind(3, width, 1); self.a = width",
         {"a": 6},

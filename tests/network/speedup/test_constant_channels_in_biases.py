@@ -61,6 +61,7 @@ CARRIED = {
     "no bias": lambda: [nn.Conv2d(8, 6, 1, bias=False)],
     "norm without statistics": lambda: [nn.Conv2d(8, 6, 1, bias=False), nn.InstanceNorm2d(6)],
     "norm that isn't alone": lambda: [Twice()],
+    "norm of two layers": lambda: [Sharing()],
     "positions": lambda: [Positions(), nn.Conv2d(8, 6, 3)],
 }
 LEFT_ALONE = {
@@ -86,6 +87,18 @@ class Twice(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.layer(images)
         return x + self.norm(x)
+
+
+class Sharing(nn.Module):
+    """Two layers that one norm reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(8, 6, 1, bias=False), nn.Conv2d(8, 6, 1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.one(images)) + self.norm(self.other(images))
 
 
 def made(between: nn.Module, behind: list[nn.Module], **knobs) -> tuple[nn.Module, Tensor]:

@@ -384,6 +384,26 @@ def test_channels_before_a_wrong_size_are_to_blame_and_not_those_of_the_whole_ne
     assert found.keys() == set(gone.tolist())
 
 
+class Counting(nn.Module):
+    """Views what it reads by a number that it computes of how many channels another layer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.other = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 8)
+        self.last, self.also = nn.Linear(6, 2), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        other = self.other(x)
+        y = self.second(self.first(x)).view(len(x), other.shape[1] // 4 * 3, -1)
+        return self.last(y.flatten(1)) + self.also(other)
+
+
+def test_layers_whose_channels_a_size_is_computed_of_are_to_blame_for_it_and_none_before_what_is_viewed():
+    groups = nni_topo.dependency_groups(Counting().eval(), ROWS, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["first"]]
+    assert groups.skipped.keys() == {"second", "other", "last", "also"}
+
+
 class Placed(nn.Module):
     """A table of positions is for one size of images; what removed channels become isn't zero."""
 

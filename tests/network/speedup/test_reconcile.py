@@ -610,6 +610,16 @@ def test_pairs_of_channels_that_turn_go_with_their_frequency(places, left):
     torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
 
 
+def test_heads_get_narrower_also_where_attention_divides_by_a_number_of_its_own(caplog):
+    model, inputs = make("one key fused"), _states(2, 7, 5)
+    # Queries, the key and the value lose the first of their three channels.
+    masks = {"attention.qkv": filter_mask(model.attention.qkv, range(0, 18, 3))}
+    dense = to_dense(model, inputs, masks)
+    assert find_attention(dense)["attention"].head_size == 2
+    torch.testing.assert_close(dense(inputs), masked_model(model, inputs, masks)(inputs), rtol=1e-4, atol=1e-5)
+    assert "head size unchanged" not in caplog.text
+
+
 class Crossing(nn.Module):
     """Splits the channels of two layers into pieces, one of which holds channels of both, and turns their order."""
 
@@ -630,3 +640,25 @@ def test_pieces_that_cannot_be_of_one_size_stay_whole_and_equal_ones_lose_as_man
     assert (even.one.out_channels, even.two.out_channels, even.last.in_channels) == (3, 5, 8)
     uneven = to_dense(model, IMAGES, {"one": filter_mask(model.one, [1]), "two": filter_mask(model.two, [0])})
     assert (uneven.one.out_channels, uneven.two.out_channels, uneven.last.in_channels) == (4, 8, 12)
+
+
+class Shuffled(nn.Module):
+    """Halves the channels of two layers behind a shuffle of another one's: one half holds all of one, some of both."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.zero, self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1)
+        self.last, self.also = nn.Conv2d(6, 2, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        also = self.zero(x)
+        also = also.view(len(x), 2, -1, *also.shape[2:]).transpose(1, 2).flatten(1, 2)
+        one, two = torch.cat([self.one(x), self.two(x)], 1).chunk(2, 1)
+        return self.last(one * two) + self.also(also)
+
+
+def test_halves_of_which_no_smaller_number_fits_stay_whole_behind_a_shuffle():
+    model = Shuffled().eval()
+    dense = to_dense(model, IMAGES, {"one": filter_mask(model.one, [1]), "two": filter_mask(model.two, [0])})
+    assert (dense.one.out_channels, dense.two.out_channels) == (4, 8)
