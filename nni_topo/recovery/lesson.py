@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,6 +37,7 @@ from nni_topo.network.runtime import (
     on_device,
     random_state_kept,
     real_positions_of,
+    returned_by_name,
     returned_tensors,
     seed_torch,
     taken,
@@ -675,28 +675,9 @@ def compared_outputs(found: Any, count: int, outputs: Outputs | None, places: Pl
     chosen = {id(each) for each in outputs_of(found, count, places=places)[0]}
     compared: list[str] = []
     left_out: list[str] = []
-    for name, tensor in _named_tensors(found, ""):
+    for name, tensor in returned_by_name(found):
         (compared if id(tensor) in chosen else left_out).append(name)
     return ComparedOutputs(tuple(compared), tuple(left_out))
-
-
-def _named_tensors(found: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a model's output with the keys, fields and places that lead to them."""
-    if isinstance(found, Tensor):
-        yield name or "output", found
-        return
-    entries: Iterable[tuple[Any, Any]] = ()
-    if isinstance(found, Mapping):
-        entries = found.items()
-    elif hasattr(found, "_fields"):  # a named tuple
-        entries = zip(found._fields, found, strict=True)
-    elif isinstance(found, (tuple, list)):
-        entries = enumerate(found)
-    elif is_dataclass(found) and not isinstance(found, type):
-        entries = [(each.name, getattr(found, each.name, None)) for each in fields(found)]
-    for key, value in entries:
-        own = f"{name or 'output'}[{key}]" if isinstance(key, int) else f"{name}.{key}" if name else str(key)
-        yield from _named_tensors(value, own)
 
 
 def _unpadded(outputs: list[Tensor], real: Tensor | None) -> list[Tensor]:

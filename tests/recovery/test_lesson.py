@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.recovery import distill, distillation, lesson
-from nni_topo.recovery.course import Look
 from nni_topo.recovery.lesson import ComparedOutputs, Judgement, Lesson, outputs_of
 
 
@@ -391,23 +390,6 @@ def test_a_network_that_cannot_be_copied_answers_itself():
 
 
 ZEROS, ONE = torch.zeros(4, 2), torch.ones(1)
-
-
-@pytest.mark.parametrize(
-    ("found", "names"),
-    [
-        (ZEROS, ["output"]),
-        ((ZEROS, [ZEROS]), ["output[0]", "output[1][0]"]),
-        ({"a": ZEROS, "b": {"c": ZEROS, 2: ZEROS}}, ["a", "b.c", "b[2]"]),
-        ({0: ZEROS, "text": "none", "empty": None}, ["output[0]"]),
-        (Judgement(ZEROS, 1.0, ZEROS), ["loss", "distance"]),
-        (Look(ZEROS, {"deep": ZEROS}, 3), ["step", "lr.deep"]),
-        (Look, []),
-        (5, []),
-    ],
-)
-def test_outputs_are_named_by_what_leads_to_them(found, names):
-    assert [name for name, _ in lesson._named_tensors(found, "")] == names
 
 
 def test_outputs_that_are_compared_are_named_apart_from_the_others():

@@ -51,6 +51,7 @@ from nni_topo.network.channels.rules import (
 )
 from nni_topo.network.channels.shared import couple_shared_weights
 from nni_topo.network.graph import (
+    AS_NUMBERS,
     IN_TRAINING,
     RANDOM,
     TRAINED_OUTPUT,
@@ -450,6 +451,10 @@ class ChannelFlow(Propagation):
         arriving = np.zeros(0, dtype=np.int64)
         for ids in tensors_of(outputs):
             arriving = np.concatenate([arriving, np.unique(ids.numpy())])
+        for node in graph_module.graph.nodes:
+            if AS_NUMBERS in node.meta:
+                for ids in tensors_of(self.ids[node.name]):
+                    self._given.pin(np.unique(ids.numpy()), reasons.read_as_numbers(node))
         couple_shared_weights(graph_module, self._given, self._entering, arriving)
         self.in_training = self._set_apart()
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])

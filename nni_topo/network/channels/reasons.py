@@ -51,6 +51,7 @@ Kind = Literal[
     "own_norm",
     "picked_by_value",
     "random_shape",
+    "read_as_numbers",
     "recurrent_state",
     "result_depends",
     "rounding",
@@ -129,6 +130,7 @@ _ADVICE: dict[Kind, str] = {
         "write this step with operations that have a rule (torch.cat, view), or register a rule for the operation "
         "with nni_topo.register_operator"
     ),
+    "read_as_numbers": "{leave_out}: what reads the numbers may need as many",
     "call_not_covered": (
         "write this step with operations that move channels as a whole (torch.cat, view) or treat every channel by "
         "itself, or {leave_out}"
@@ -237,6 +239,7 @@ no_rule = _of_operation("no_rule", "no rule says where channels go")
 call_not_covered = _of_operation(
     "call_not_covered", "this operation is called in a way in which channels can't be followed"
 )
+read_as_numbers = _of_operation("read_as_numbers", "the forward reads the values as a list or an array")
 rule_keeps = _of_operation("rule_keeps", "the operation is registered to keep all channels")
 rule_misfits = _of_operation("rule_misfits", "the rule that the operation is registered with doesn't fit these shapes")
 joins_constant = _of_operation(

@@ -1,6 +1,7 @@
 """The graph of a model."""
 
 from nni_topo.network.graph.nodes import (
+    AS_NUMBERS,
     IN_TRAINING,
     RANDOM,
     TRAINED_OUTPUT,
@@ -31,6 +32,7 @@ from nni_topo.network.graph.tracing import Recording, arguments, layer_sizes, tr
 from nni_topo.network.graph.training_only import Steps, add_training, evaluated, unused_tensors
 
 __all__ = [
+    "AS_NUMBERS",
     "IN_TRAINING",
     "ON_NUMBERS",
     "RANDOM",

@@ -18,6 +18,7 @@ TRAINED_OUTPUT = "nni_topo_trained_output"  # in a node's meta: whether its valu
 UNUSED = "nni_topo_unused"  # in a node's meta: whether something is made of its value of which nothing comes
 COMPARED = "nni_topo_compared"  # in a node's meta: attributes that the forward finds equal to sizes of its value
 UNSHOWN = "nni_topo_unshown"  # in a node's meta: whether of its number another is made that stays as it is
+AS_NUMBERS = "nni_topo_as_numbers"  # in a node's meta: whether its entries leave the graph, as a list or an array
 PLAIN = "nni_topo_plain"  # in a node's meta: whether it is a tensor that is an attribute, neither parameter nor buffer
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_map_only
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import is_attention
 from nni_topo.network.graph.nodes import (
+    AS_NUMBERS,
     COMPARED,
     LINE,
     PLAIN,
@@ -333,7 +334,11 @@ class _Recorder(TorchFunctionMode):
             if name not in _ABOUT_TENSORS:
                 self.reads_values = True
                 self._deciding.add(self._stack[-1] if self._stack else "")
-                self.read.update(self._nodes[id(each)] for each in leaves if id(each) in self._nodes)
+                read = [self._nodes[id(each)] for each in leaves if id(each) in self._nodes]
+                self.read.update(read)
+                if isinstance(out, (list, np.ndarray)):
+                    for node in read:
+                        node.meta[AS_NUMBERS] = True
         self._write(*_operation(func, args), kwargs, out)
         return self._measured(func, args, kwargs, out)
 

@@ -7,12 +7,15 @@ import functools
 import inspect
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
@@ -254,21 +257,62 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
 
 
 def returned_tensors(output: Any) -> list[torch.Tensor]:
-    """List the tensors of what a model returns: as `tensors_of` does, or if there is none those in attributes.
+    """List the tensors of what a model returns, in containers of any kind and in attributes, in a fixed order."""
+    return [tensor for _, tensor in returned_by_name(output)]
 
-    A forward may return an object of a class of its own.
+
+def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
+    """List the tensors of what a model returns with the keys, places and attributes that lead to them.
+
+    A container may be of a class of the user's own, and a forward may return an object that holds its tensors in
+    attributes. A cache, whose class is named so, is none of the outputs: it goes back into the model.
     """
-    found = tensors_of(output)
-    waiting, seen = [] if found else [output], set[int]()
-    while waiting:
-        for leaf in tree_flatten(waiting.pop(0))[0]:
-            if isinstance(leaf, (nn.Module, type)) or id(leaf) in seen or not hasattr(leaf, "__dict__"):
-                continue
-            seen.add(id(leaf))
-            for value in vars(leaf).values():
-                found += tensors_of(value)
-                waiting.append(value)
+    found: list[tuple[str, torch.Tensor]] = []
+    seen, listed = set[int](), set[int]()
+
+    def look(value: Any, name: str, *, beside_entries: bool = False) -> None:
+        if isinstance(value, Tensor):
+            # Some containers hold their entries in attributes, too.
+            if not (beside_entries and id(value) in listed):
+                found.append((name or "output", value))
+                listed.add(id(value))
+            return
+        if type(value) in _PLAIN or isinstance(value, _NO_OUTPUTS) or id(value) in seen:
+            return
+        if any(kind.__name__.endswith("Cache") for kind in type(value).__mro__):
+            return
+        seen.add(id(value))
+        entries = _entries(value)
+        for key, each in entries:
+            own = f"{name or 'output'}[{key}]" if isinstance(key, int) else f"{name}.{key}" if name else str(key)
+            look(each, own, beside_entries=beside_entries)
+        for key, each in _attributes(value):
+            look(each, f"{name}.{key}" if name else key, beside_entries=beside_entries or bool(entries))
+
+    look(output, "")
     return found
+
+
+_NO_OUTPUTS = (nn.Module, type, ModuleType, FunctionType, MethodType, np.ndarray, bytes)
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]]:
+    """List what a container holds, by key or place."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+        return list(zip(value._fields, value, strict=True))
+    if isinstance(value, (Sequence, Set, deque)) and not isinstance(value, str):
+        return list(enumerate(value))
+    return []
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """List what an object holds in attributes, in its ``__dict__`` and in slots."""
+    own = getattr(value, "__dict__", {})
+    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    names = [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
+    return [*own.items(), *((name, getattr(value, name)) for name in names if hasattr(value, name) and name not in own)]
 
 
 def random_like(call: Call, generator: torch.Generator, *, positive: bool = False) -> Call:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import UserDict
+from collections import OrderedDict, UserDict, deque, namedtuple
 from dataclasses import dataclass
 
 import pytest
@@ -38,6 +38,8 @@ from nni_topo.network.runtime.inputs import (
     parts,
     random_like,
     real_positions,
+    returned_by_name,
+    returned_tensors,
     run_small,
     shrunk,
     taken,
@@ -596,3 +598,65 @@ def test_mappings_of_any_class_become_dicts():
     found = inputs_of(UserDict(a=X))
     assert type(found) is dict
     assert found["a"] is X
+
+
+class Result(dict):
+    """As ``ModelOutput`` does, it holds its entries in attributes, too."""
+
+    def __init__(self, **entries):
+        super().__init__(entries)
+        self.__dict__.update(entries)
+
+
+class Slots:
+    __slots__ = ("deep", "lost", "scores")
+
+    def __init__(self, scores, deep=None):
+        self.scores, self.deep = scores, deep
+
+
+class Plain:
+    def __init__(self, **attributes):
+        self.__dict__.update(attributes)
+        self.me, self.kind, self.layer = self, Plain, nn.Linear(1, 1)
+
+
+class KeyCache(Plain):
+    pass
+
+
+class Rows(tuple):
+    pass
+
+
+Both = namedtuple("Both", ("first", "second"))
+
+
+@pytest.mark.parametrize(
+    ("found", "names"),
+    [
+        (X, ["output"]),
+        ((X, [X]), ["output[0]", "output[1][0]"]),
+        ({"a": X, "b": {"c": X, 2: X}}, ["a", "b.c", "b[2]"]),
+        ({0: X, "text": "none", "empty": None}, ["output[0]"]),
+        (Both(X, Both(X, 3)), ["first", "second.first"]),
+        (Pair(X, {"deep": X}), ["images", "labels.deep"]),
+        (Pair, []),
+        (5, []),
+        (OrderedDict(a=X), ["a"]),
+        (UserDict(a=X), ["a"]),
+        (Rows((X, Rows((X,)))), ["output[0]", "output[1][0]"]),
+        (deque([X, X]), ["output[0]", "output[1]"]),
+        (frozenset([X]), ["output[0]"]),
+        (Result(a=X, b=torch.ones(1)), ["a", "b"]),
+        (Slots(X), ["scores"]),
+        ([Slots(X, {"a": X})], ["output[0].deep.a", "output[0].scores"]),
+        (Plain(a=X, b=X, c=Plain(d=X)), ["a", "b", "c.d"]),
+        ((X, Plain(a=torch.ones(1))), ["output[0]", "output[1].a"]),
+        ((X, KeyCache(a=X)), ["output[0]"]),
+        ((X, X.numpy(), "text"), ["output[0]"]),
+    ],
+)
+def test_outputs_are_named_by_what_leads_to_them(found, names):
+    assert [name for name, _ in returned_by_name(found)] == names
+    assert len(returned_tensors(found)) == len(names)

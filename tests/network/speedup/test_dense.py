@@ -670,7 +670,33 @@ class Answering(nn.Module):
         return self.kind(logits=self.head(x), states=[self.states(x)])
 
 
-@pytest.mark.parametrize("kind", [Answer, types.SimpleNamespace, lambda **found: [types.SimpleNamespace(**found)]])
+class Entries(dict):
+    pass
+
+
+class Mixed(dict):
+    """An entry, and an attribute beside it."""
+
+    def __init__(self, logits, states):
+        super().__init__(logits=logits)
+        self.states = states
+
+
+class InSlots:
+    __slots__ = ("logits", "states")
+
+    def __init__(self, logits, states):
+        self.logits, self.states = logits, states
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Answer, types.SimpleNamespace, lambda **found: [types.SimpleNamespace(**found)], Entries, Mixed, InSlots,
+        lambda logits, states: {"logits": logits, "more": Entries(states=states)},
+        lambda logits, states: (logits, InSlots(None, states)),
+    ],
+)  # fmt: skip
 def test_layers_whose_outputs_an_object_holds_keep_their_channels(kind):
     model, rows = Answering(kind).eval(), torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
     groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"]}])
@@ -679,3 +705,34 @@ def test_layers_whose_outputs_an_object_holds_keep_their_channels(kind):
     small = nni_topo.shrink(model, [rows], {"flops": 0.5}, distill={"steps": 2, "lr": 1e-3}, progress=False)
     assert (small.first.out_features, small.head.out_features, small.states.out_features) == (8, 10, 5)
     assert 0.0 < small.report.stages[-1].distance < 1.0
+
+
+class AsNumbers(nn.Module):
+    """A network of which one output leaves as numbers."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.body, self.head, self.states, self.made = nn.Linear(6, 16), nn.Linear(16, 10), nn.Linear(16, 5), made
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        return self.states(x), self.made(self.head(x))
+
+
+@pytest.mark.parametrize(
+    ("made", "is_kept"),
+    [
+        (lambda x: x.detach().numpy(), True),
+        (lambda x: np.asarray(x.detach()), True),
+        (lambda x: x.tolist(), True),
+        (lambda x: x.sum(1).tolist(), False),
+        (lambda x: x.sum().item(), False),
+    ],
+)
+def test_layers_whose_channels_leave_as_a_list_or_an_array_keep_them(made, is_kept):
+    model, rows = AsNumbers(made).eval(), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"]}])
+    assert groups.skipped["states"] == "it gives the model's output"
+    assert ("head" in groups.skipped) == is_kept
+    assert not is_kept or groups.reasons["head"][0].kind == "read_as_numbers"
+    assert [entry["op_names"] for entry in groups][0] == ["body"]
