@@ -1549,8 +1549,6 @@ def _attention(op: Operation) -> Any:
         if _varying(mask) != [mask.dim() - 3]:
             return op.all_kept()
         heads.append(compressed(mask).movedim(-3, 0).flatten(1))
-    if op.kwargs.get("enable_gqa"):
-        return op.all_kept()
     weighs_channels = False
     for each in (query, key, value):
         held = [d - each.dim() for d in range(each.dim() - 1) if varies(each, d)]
@@ -1558,12 +1556,15 @@ def _attention(op: Operation) -> Any:
             return op.all_kept()
         weighs_channels |= held == [-3, -2]
         heads.append(compressed(each).movedim(-3, 0).flatten(1))
-    for channels in heads:
+    # By heads of keys: with `enable_gqa` several heads of queries share each, one after the other.
+    shared_by = query.shape[-3] // key.shape[-3]
+    sets = [each.reshape(key.shape[-3], -1) for each in heads]
+    for channels in sets:
         op.couple(channels[:, :1], channels)
-        op.couple(heads[0][:, 0], channels[:, 0])
+        op.couple(sets[0][:, 0], channels[:, 0])
     if weighs_channels:
         return heads[0][:, 0].view(-1, 1, 1).expand(op.shape or ())
-    return value[..., :1, :].expand(op.shape or ())
+    return value[..., :1, :].repeat_interleave(shared_by, -3).expand(op.shape or ())
 
 
 def _attention_of_one_head(op: Operation, query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -1596,6 +1597,7 @@ def _einstein_sum(op: Operation) -> Any:
         return op.all_kept()
     operands, output = read
     entering_ids = _without_mixing(op, _by_head(op, operands, output), operands)
+    operands, entering_ids = _without_shares(op, entering_ids, operands, output)
     # By the letters of the dimensions that hold channels, the ids of operands, with dimensions in the order of letters.
     coupled: dict[str, list[Tensor]] = {}
     holding: list[str] = []
@@ -1652,6 +1654,38 @@ def _without_mixing(op: Operation, entering: list[Tensor], operands: list[str]) 
         if is_own[at] and of_channels and not of_channels & set(letters):
             op.keep(ids)
             found[at] = staying(tuple(ids.shape))
+    return found
+
+
+def _without_shares(
+    op: Operation, entering: list[Tensor], operands: list[str], output: str
+) -> tuple[list[str], list[Tensor]]:
+    """Leave out operands of an Einstein sum that hold one channel a head, beside one that holds the head's channels.
+
+    So attention's shares do beside the values in ``"bhij,bhjd->bhid"``. They are coupled: the head goes as a whole.
+    """
+    held = [
+        {letter for d, letter in enumerate(letters) if varies(ids, d)}
+        for letters, ids in zip(operands, entering, strict=True)
+    ]
+    stays = list(range(len(operands)))
+    for at, own in enumerate(held):
+        wider = [other for other, letters in enumerate(held) if own < letters <= set(output)]
+        if len(own) != 1 or not wider:
+            continue
+        (letter,) = own
+        shares = _by_letter(entering[at], operands[at], letter)
+        for other in wider:
+            channels = _by_letter(entering[other], operands[other], letter)
+            op.couple(channels[:, :1], channels)
+            op.couple(shares[:, 0], channels[:, 0])
+        stays.remove(at)
+    return [operands[at] for at in stays], [entering[at] for at in stays]
+
+
+def _by_letter(ids: Tensor, letters: str, letter: str) -> Tensor:
+    """Return the ids of an operand by the places of one of its letters, (places, ids of each)."""
+    found: Tensor = compressed(ids).movedim(letters.index(letter), 0).flatten(1)
     return found
 
 

@@ -32,6 +32,30 @@ def expanded(self, keys: Tensor) -> Tensor:
     return apart.reshape(len(keys), self.heads, places, self.size)
 
 
+def with_more(more):
+    """Attention of PyTorch's on keys and values that are as many as queries."""
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(query, more(self, key), more(self, value))
+
+    return mixed
+
+
+def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+def grouped_with_bias(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    bias = self.bias[:, : query.shape[2], : query.shape[2]]
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+
+
+def summed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Both products as Einstein sums."""
+    scores = torch.einsum("bhid,bhjd->bhij", query, interleaved(self, key)) * 0.3
+    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), interleaved(self, value))
+
+
 class Model(nn.Module):
     """One block of attention under names of its own."""
 
@@ -40,6 +64,7 @@ class Model(nn.Module):
         self.heads, self.groups, self.size = heads, groups, size
         self.embedding, self.a, self.out = nn.Embedding(20, 32), nn.Linear(32, heads * size), nn.Linear(32, 20)
         self.b, self.c, self.mixed = nn.Linear(32, groups * size), nn.Linear(32, groups * size), nn.Linear(32, 32)
+        self.bias = nn.Parameter(torch.randn(heads, 7, 7))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -47,14 +72,14 @@ class Model(nn.Module):
         query = self.a(x).view(samples, places, self.heads, self.size).transpose(1, 2)
         key = self.b(x).view(samples, places, self.groups, self.size).transpose(1, 2)
         value = self.c(x).view(samples, places, self.groups, self.size).transpose(1, 2)
-        mixed = nn.functional.scaled_dot_product_attention(query, self.more(key), self.more(value))
+        mixed = self.mix(query, key, value)
         return self.out(self.mixed(mixed.transpose(1, 2).reshape(samples, places, self.heads * self.size)))
 
 
 class Summed(Model):
     """The number of heads of keys is also how often the outputs are summed up."""
 
-    more = interleaved
+    mix = with_more(interleaved)
 
     def forward(self, tokens: Tensor) -> Tensor:
         found = super().forward(tokens)
@@ -69,10 +94,16 @@ def pruned(model: nn.Module) -> tuple[nni_topo.DependencyGroups, nn.Module, nn.M
     return groups, nni_topo.to_dense(model, TOKENS, masks), masked_model(model, TOKENS, masks)
 
 
-@pytest.mark.parametrize("more", [interleaved, repeated, tiled, expanded])
-def test_heads_go_with_the_keys_that_they_share(more) -> None:
+WAYS = {
+    **{each.__name__: with_more(each) for each in (interleaved, repeated, tiled, expanded)},
+    **{each.__name__: each for each in (grouped, grouped_with_bias, summed)},
+}
+
+
+@pytest.mark.parametrize("mix", WAYS.values(), ids=WAYS)
+def test_heads_go_with_the_keys_that_they_share(mix) -> None:
     torch.manual_seed(0)
-    model = type("Kind", (Model,), {"more": more})().eval()
+    model = type("Kind", (Model,), {"mix": mix})().eval()
     groups, dense, masked = pruned(model)
     assert groups.skipped.keys() == {"out"}
     assert (dense.heads, dense.groups, dense.size) == (2, 1, 8)

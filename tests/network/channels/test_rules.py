@@ -841,7 +841,7 @@ CALLS = {
         ),
         "heads with groups": (
             lambda n: attended(heads(n.c), heads(n.a), heads(n.a2), enable_gqa=True),
-            "1x1x1x1: 0; c: 0* call_not_covered; a: 0* call_not_covered; a2: 0* call_not_covered",
+            "1x4x1x2: c0 c0 c0 c0 c4 c4 c4 c4; c: c0 c0 c0 c0 c4 c4 c4 c4; a: c0 c0 c4 c4; a2: c0 c0 c4 c4",
         ),
         "one head": (lambda n: attended(rows(n.a), rows(n.b), rows(n.c)), "1x1x8: c*; a: 0* one_head; b: 0* one_head"),
         "one head with its scale": (lambda n: attended(rows(n.a), rows(n.b), rows(n.c), scale=0.5), "1x1x8: c*; b: a*"),
@@ -903,7 +903,8 @@ CALLS = {
             lambda n: torch.einsum(
                 "bhqk,bhkc->bhqc", torch.einsum("bhqc,bhkc->bhqk", heads(n.c), heads(n.c2)), heads(n.c3)
             ),
-            "1x1x1x1: 0; c: 0* call_not_covered; c2: 0* call_not_covered; c3: 0* call_not_covered",
+            "1x4x1x2: c0 c0 c2 c2 c4 c4 c6 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; c2: c0 c0 c2 c2 c4 c4 c6 c6; "
+            "c3: c0 c0 c2 c2 c4 c4 c6 c6",
         ),
         "heads with what all share": (
             lambda n: torch.einsum("bhqc,kc->bhqk", heads(n.c), rows(n.b)[0, :, :2]),
@@ -919,7 +920,7 @@ CALLS = {
         ),
         "heads and others": (
             lambda n: torch.einsum("bhqc,bh->bqch", heads(n.c), n.a[:, :, 0]),
-            "1x1x1x1: 0; c: 0* call_not_covered; a: 0* call_not_covered",
+            "1x1x2x4: c0 c2 c4 c6 c0 c2 c4 c6; c: c0 c0 c2 c2 c4 c4 c6 c6; a: c0 c2 c4 c6",
         ),
         "three": (lambda n: torch.einsum("bcl,bcl,cl->cb", n.a, n.b, n.a2[0]), "4x1: a*; b: a*; a2: a*"),
     },
