@@ -148,7 +148,10 @@ _ADVICE: dict[Kind, str] = {
         "{leave_out}: of a router, for one, that picks experts, each output stands for an expert, which isn't removed"
     ),
     "fixed_channels": "read the number from a shape (x.shape[1]) or from the attribute that holds the layer's width",
-    "number_made": "compute with a number that an attribute holds, such as a scale, instead of the width of a tensor",
+    "number_made": (
+        "compute with a number that an attribute holds, such as a scale, instead of the width of a tensor, and compare "
+        "a width with that of a layer (self.conv.out_channels) instead of a number"
+    ),
     "heads_stay": (
         "see why the heads of the other tensor stay (nni_topo.explain of its layer), or give each head its own keys "
         "and values"
@@ -250,7 +253,7 @@ random_shape = _of_operation("random_shape", "the forward draws random numbers f
 overwritten = _of_operation("overwritten", "the forward writes into part of a tensor")
 picked_by_value = _of_operation("picked_by_value", "the forward picks places by the values of these channels")
 fixed_channels = _of_operation("fixed_channels", "the forward picks or counts channels by fixed numbers")
-number_made = _of_operation("number_made", "the forward computes with how many of them there are, such as a scale")
+number_made = _of_operation("number_made", "the forward computes with how many of them there are, or checks it")
 heads_stay = _of_operation(
     "heads_stay", "a product multiplies heads with those of a tensor whose heads stay, or with what all heads share"
 )

@@ -736,3 +736,63 @@ def test_layers_whose_channels_leave_as_a_list_or_an_array_keep_them(made, is_ke
     assert ("head" in groups.skipped) == is_kept
     assert not is_kept or groups.reasons["head"][0].kind == "read_as_numbers"
     assert next(iter(groups))["op_names"] == ["body"]
+
+
+def _asserts(self, x):
+    assert x.shape[1] == 16
+
+
+def _raises(self, x):
+    if x.size(-1) != 16:
+        raise ValueError("16 features")
+
+
+def _compares_all(self, x):
+    assert x.shape == (len(x), 16)
+
+
+def _asks_the_layer(self, x):
+    assert x.shape[1] == self.body.out_features
+
+
+def _asks_an_attribute(self, x):
+    assert x.shape[1] == self.width
+
+
+def _asks_for_another(self, x):
+    assert x.shape[1] != 3
+    assert x.shape[1] % 2 == 0
+
+
+class Checking(nn.Module):
+    """A network whose forward checks a width."""
+
+    def __init__(self, check):
+        super().__init__()
+        self.body, self.more, self.head, self.width = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 5), 16
+        self.check = types.MethodType(check, self)
+
+    def forward(self, x):
+        x = self.body(x).relu()
+        self.check(x)
+        return self.head(self.more(x).relu())
+
+
+@pytest.mark.parametrize("check", [_asserts, _raises, _compares_all])
+def test_a_layer_whose_width_the_forward_compares_with_a_number_keeps_it(check):
+    model, rows = Checking(check).eval(), torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"]}])
+    assert (groups.skipped.keys(), groups.reasons["body"][0].kind) == ({"body", "head"}, "number_made")
+    small = nni_topo.shrink(model, [rows], {"flops": 0.7}, distill=False, progress=False)
+    assert (small.body.out_features, small.more.out_features < 12) == (16, True)
+
+
+@pytest.mark.parametrize("check", [_asks_the_layer, _asks_an_attribute, _asks_for_another])
+def test_a_layer_whose_width_the_forward_compares_with_its_own_loses_channels(check):
+    model, rows = Checking(check).eval(), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert groups.skipped.keys() == {"head"}
+    pruner = nni_topo.RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert to_dense(model, rows, masks).body.out_features == 8
