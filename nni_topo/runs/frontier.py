@@ -380,7 +380,7 @@ def frontier(
                 is_comparable = own_left <= left + outcome_of(own, left, "").tolerance
                 if is_comparable and _is_no_worse(model, recovered, other, data, outputs):
                     recovered, start, left = other, larger, own_left
-        outcome = outcome_of(own, left, steps.why_missed(own, recovered))
+        outcome = outcome_of(own, left, steps.why_missed(own, recovered, left))
         if not outcome.is_near:
             _logger.warning("%s", outcome)
         final, verdict = steps.distil(recovered.dense, steps=count)

@@ -369,22 +369,37 @@ class ShrinkSteps:
     @leaves_models_alone
     def outcome(self, budget: Budget, recovered: RecoveredNetwork) -> BudgetOutcome:
         """Return the share of the cost that a dense network keeps, and warn where that misses the budget."""
-        share, why = self.share_left(budget, recovered), self.why_missed(budget, recovered)
-        if chooses_how_many(self.pruner):
+        share = self.share_left(budget, recovered)
+        why = self.why_missed(budget, recovered, share)
+        if chooses_how_many(self.pruner) or self._is_mispredicted(budget, recovered, share):
             return tell_if_missed(budget, share, why)
         return budget_outcome(budget.kind, budget.share, share, why)  # the pruner has given the warning
 
-    def why_missed(self, budget: Budget, recovered: RecoveredNetwork) -> str:
-        """Return the reason if the cost of a network isn't near to its budget."""
+    def why_missed(self, budget: Budget, recovered: RecoveredNetwork, left: float) -> str:
+        """Return the reason if the cost of a network isn't near to its budget; ``left``: the share that it keeps."""
         if chooses_how_many(self.pruner):
             return "the pruner chooses how many channels it keeps"
         planned = recovered.pruned.planned
+        if planned is not None and self._is_mispredicted(budget, recovered, left):
+            return (
+                f"channels were chosen by a predicted share of {planned.left:.4g}: part of what the forward computes "
+                "takes another share in smaller networks than could be predicted"
+            )
         if planned is not None and planned.why:
             return planned.why
         if recovered.layers.kept:
             return "layers keep channels that were to be removed"
         allocations = () if callable(self.pruner) else pruner_info(self.pruner).allocations()
         return no_nearer(budget, allocations)
+
+    def _is_mispredicted(self, budget: Budget, recovered: RecoveredNetwork, left: float) -> bool:
+        """Tell whether the network that was planned has another cost than was predicted."""
+        planned = recovered.pruned.planned
+        if planned is None or budget.kind != "flops":
+            return False
+        # Narrower heads, kept channels and a function of the caller's change the cost after it was predicted.
+        is_as_planned = recovered.pruned.full is self.model and not callable(self.compensate)
+        return is_as_planned and not recovered.layers.kept and abs(planned.left - left) > planned.tolerance
 
     def share_left(self, budget: Budget, recovered: RecoveredNetwork) -> float:
         """Return the share of the cost that a dense network of :meth:`reconstruct` keeps."""

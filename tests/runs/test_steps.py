@@ -16,7 +16,7 @@ from toy_times import LAYERS, proportional
 from nni_topo.errors import ConfigError, DataError, GradientError
 from nni_topo.network.runtime import Calibration
 from nni_topo.network.speedup import dense_report_of, to_dense
-from nni_topo.pruners.budget import Budget
+from nni_topo.pruners.budget import Budget, budget_outcome
 from nni_topo.recovery import Reconstruct, distillation
 from nni_topo.recovery.likeness import NO_SCALE
 from nni_topo.recovery.report import SMALL
@@ -724,13 +724,24 @@ def test_why_a_budget_is_missed():
     all_removed = recovered_from(chosen, halved("hidden", 16))
     assert all_removed.blocks_removed == 0
     assert "; the allocation 'topological' or 'error' may come nearer" in chosen.why_missed(
-        Budget(flops=0.5, allocation="uniform"), all_removed
+        Budget(flops=0.5, allocation="uniform"), all_removed, 0.4
     )
     # Channels of the stem are added to those of another layer, which keeps them.
     some_kept = recovered_from(chosen, halved("stem", 8))
-    assert chosen.why_missed(FLOPS, some_kept) == "layers keep channels that were to be removed"
+    assert chosen.why_missed(FLOPS, some_kept, 0.7) == "layers keep channels that were to be removed"
     free = replace(chosen, pruner="subcluster")
-    assert free.why_missed(FLOPS, some_kept) == "the pruner chooses how many channels it keeps"
+    assert free.why_missed(FLOPS, some_kept, 0.7) == "the pruner chooses how many channels it keeps"
+
+
+@pytest.mark.parametrize(("left", "is_predicted"), [(0.7, True), (0.708, True), (0.1, False), (0.75, False)])
+def test_a_prediction_that_was_wrong_is_told(left, is_predicted):
+    chosen = steps()
+    planned = budget_outcome("flops", 0.5, 0.7, "all layers are at their bounds")
+    why = chosen.why_missed(FLOPS, recovered_from(chosen, halved("hidden", 16), planned), left)
+    if is_predicted:
+        assert why == planned.why
+    else:
+        assert why.startswith("channels were chosen by a predicted share of 0.7: ")
 
 
 def test_the_share_of_a_cost_that_a_network_keeps():

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import nni_topo
 from nni_topo.network.cost import NetworkCost, count_macs
+from nni_topo.network.cost.products import _shortest_path
 
 WIDTH, HEADS, SIZE, PLACES = 12, 3, 4, 5
 
@@ -148,6 +149,116 @@ def test_products_that_no_layer_makes_are_those_of_the_dense_model(kind, samples
     cost = NetworkCost(model, x)
     assert cost({}).macs == count_macs(model, x)
     assert cost(kept).macs == count_macs(dense, x) < cost({}).macs
+
+
+LETTERS = {"b": None, "m": PLACES, "n": 6, "k": 7, "r": 3, "h": 4, "c": 10, "d": 9, "e": 8}
+
+
+class Letters(nn.Module):
+    """An Einstein sum: operands with the letter b, or with dots, come from layers, all others are the model's own."""
+
+    def __init__(self, equation: str, sizes: dict[str, int]) -> None:
+        super().__init__()
+        self.equation, sizes = equation, LETTERS | sizes
+        operands, output = equation.split("->")
+        self.of_samples = [letters[0] in "b." for letters in operands.split(",")]
+        self.own, self.layers = nn.ParameterList(), nn.ModuleList()
+        for letters, of_samples in zip(operands.split(","), self.of_samples, strict=True):
+            if of_samples:
+                self.layers.append(nn.Linear(6, sizes[letters[-1]]))
+            else:
+                own = torch.rand([sizes[letter] for letter in letters])
+                self.own.append(nn.Parameter(own, requires_grad=bool(set(letters) & set("cde"))))
+        self.after, self.head = nn.Linear(sizes[output[-1]], WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers, own = iter(self.layers), iter(self.own)
+        tensors = [next(layers)(x).relu() if of_samples else next(own) for of_samples in self.of_samples]
+        return self.head(self.after(torch.einsum(self.equation, *tensors)).relu())
+
+
+EINSTEIN_SUMS = {
+    "graph": ("nm,bmc,cd->bnd", {}),
+    "graph, dots": ("nm,...mc,cd->...nd", {}),
+    "relations": ("rnm,bmc,rcd->bnd", {}),
+    "two hops": ("nm,mk,bkc->bnc", {"k": PLACES, "m": 7}),
+    "a letter of one operand": ("hnm,bmc->bnc", {}),
+    "a letter of one operand, of three": ("nm,bmc,hcd->bnd", {}),
+    "a vector is summed by itself": ("h,bmc->bmc", {}),
+    "four": ("nm,bmc,cd,de->bne", {}),
+    "four, no samples in the first": ("cd,de,nm,bmc->bne", {}),
+    "samples in two": ("bmc,bkc,cd->bmd", {"k": PLACES}),
+    "samples in three": ("bmc,bkc,bkd->bmd", {"k": PLACES}),
+    "a letter of three": ("bmc,mc,cd->bmd", {}),
+    "place by place": ("bmc,c->bmc", {}),
+    "products that are summed": ("bmc,bmc->bm", {}),
+    "one place for all": ("nm,bmc,cd->bnd", {"m": 1}),
+    "one relation": ("rnm,bmc,rcd->bnd", {"r": 1}),
+    "a diagonal": ("nn,bnc->bnc", {"n": PLACES}),
+}
+
+
+def cost_and_count(model: nn.Module, x: Tensor, ratio: float) -> tuple[int, int, int]:
+    """Return what is predicted of the pruned network, what is counted of it, and of the unpruned one."""
+    groups = nni_topo.dependency_groups(model, x, [{"op_types": ["Linear"], "sparse_ratio": ratio}])
+    pruner = nni_topo.RandomPruner(model, groups, seed=1)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = nni_topo.to_dense(model, x, masks)
+    kept = {name: each["weight"].any(1).numpy() for name, each in masks.items()}
+    cost = NetworkCost(model, x)
+    assert cost({}).macs == count_macs(model, x)
+    return cost(kept).macs, count_macs(dense, x), cost({}).macs
+
+
+# 0.95 leaves one channel: PyTorch sums up no dimension of size 1.
+@pytest.mark.parametrize("ratio", [0.4, 0.7, 0.95])
+@pytest.mark.parametrize("kind", EINSTEIN_SUMS)
+@pytest.mark.quick_every(3)
+def test_products_of_einstein_sums_are_those_of_the_dense_model(kind, ratio):
+    predicted, counted, unpruned = cost_and_count(made(Letters, *EINSTEIN_SUMS[kind]), rows(), ratio)
+    assert predicted == counted < unpruned
+
+
+def test_an_einstein_sum_is_counted_by_hand(monkeypatch):
+    monkeypatch.setattr(torch.backends.opt_einsum.m, "enabled", False)
+    cost = NetworkCost(made(Letters, "nm,bmc,cd->bnd", {}), rows())
+    before = 6 * PLACES * 10 + 6 * 10 * 9  # the graph, then the weight
+    layers = PLACES * 6 * 10 + 6 * (9 * WIDTH + WIDTH * 2)
+    assert cost({}).macs == layers + before
+    # Three channels are gone from both pairs of operands.
+    assert cost({"layers.0": np.arange(10) < 7}).macs == cost({}).macs - 3 * (PLACES * 6 + 6 * PLACES + 6 * 9)
+
+
+class FromTheRight:
+    """Stands for opt_einsum, and has the last two operands multiplied first."""
+
+    @staticmethod
+    def contract_path(equation: str, *operands: object, **_: object) -> tuple[list[tuple[int, int]], None]:
+        return [(left - 2, left - 1) for left in range(len(operands), 1, -1)], None
+
+
+@pytest.mark.parametrize("kind", ["graph", "relations", "four", "four, no samples in the first", "samples in three"])
+def test_einstein_sums_follow_the_path_that_pytorch_is_given(kind, monkeypatch):
+    model, backend = made(Letters, *EINSTEIN_SUMS[kind]), torch.backends.opt_einsum
+    monkeypatch.setattr(backend.m, "enabled", False)
+    from_left = count_macs(model, rows())
+    monkeypatch.setattr(backend, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "get_opt_einsum", lambda: FromTheRight)
+    monkeypatch.setattr(backend.m, "enabled", True)
+    monkeypatch.setattr(backend.m, "strategy", "auto")
+    _shortest_path.cache_clear()
+    predicted, counted, unpruned = cost_and_count(model, rows(), 0.4)
+    _shortest_path.cache_clear()
+    assert predicted == counted < unpruned != from_left
+
+
+@pytest.mark.parametrize("kind", ["graph", "relations", "two hops", "a letter of one operand"])
+def test_a_budget_is_met_where_einstein_sums_are_most_of_the_cost(kind):
+    equation, sizes = EINSTEIN_SUMS[kind]
+    model, x = made(Letters, equation, sizes | {"c": 40, "d": 36}), rows(64)
+    small = nni_topo.shrink(model, x.split(16), {"flops": 0.5}, pruner="l1", distill=False)
+    assert count_macs(small, x) / count_macs(model, x) == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("kind", ["attention, fused", "folded"])
