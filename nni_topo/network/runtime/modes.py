@@ -104,7 +104,7 @@ def _put_back_values(given: nn.Module, evaluated: nn.Module, dense: nn.Module) -
             continue
         if name in before:
             vars(dense)[name] = before[name]
-        elif name not in vars(given):
+        elif not any(name in table for table in _tables(given)):  # nor is it another kind of attribute there
             del vars(dense)[name]
 
 

@@ -261,6 +261,25 @@ def test_modules_in_a_mode_of_their_own_get_it_by_their_own_methods():
         assert [copied[0].scale, copied[2].scale] == ([1.0, 2.0] if outer else [2.0, 1.0])
 
 
+def test_a_layer_that_eval_replaces_by_nothing_is_no_value_to_put_back():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def eval(self):
+            del self.act
+            self.act = None
+            return super().eval()
+
+    model = Dropping()
+    evaluated = evaluating(detached_copy(model))
+    copied = detached_copy(evaluated)
+    put_modes_of(model, evaluated, copied)
+    assert copied.act is None
+    assert copied.training
+
+
 def test_modes_of_modules_without_methods_of_their_own_are_set_one_by_one():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval())
     copied = detached_copy(model).eval()

@@ -247,6 +247,15 @@ def test_nothing_is_run_in_its_own_modes_where_nothing_is_checked_or_nothing_is_
     assert (asked, dense.report.notes) == ([], ())
 
 
+def test_a_job_of_several_processes_returns_the_mode_of_the_model_and_runs_nothing_in_it():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert pruned(made(Averaged, True)).report.notes == ()
+        assert pruned(made(Scaled, True)).scale == 1.0
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_shrink_warns_before_a_function_of_the_users_that_calls_eval_fails(caplog):
     model = made(Fused, False)
     with (
