@@ -97,7 +97,15 @@ from nni_topo.network.runtime.memory import (
     out_of_memory,
     trim_heap,
 )
-from nni_topo.network.runtime.modes import evaluating, evaluation_mode, forget_evaluated, training
+from nni_topo.network.runtime.modes import (
+    evaluating,
+    evaluation_mode,
+    failures_in_own_modes,
+    forget_evaluated,
+    has_own_modes,
+    put_modes_of,
+    training,
+)
 from nni_topo.network.runtime.precision import (
     PRECISION,
     Precision,
@@ -207,6 +215,7 @@ __all__ = [
     "evaluation_mode",
     "example_inputs_of",
     "failure_on",
+    "failures_in_own_modes",
     "first_call",
     "first_of_samples",
     "fitting",
@@ -218,6 +227,7 @@ __all__ = [
     "give_back_memory",
     "give_report",
     "hand_on_report",
+    "has_own_modes",
     "in_double",
     "in_full_precision",
     "in_smaller_batches",
@@ -241,6 +251,7 @@ __all__ = [
     "parts",
     "pruner_batches",
     "put_attribute",
+    "put_modes_of",
     "put_parameters",
     "quiet",
     "quiet_if_asked",

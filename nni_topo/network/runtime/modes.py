@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from nni_topo.network.runtime.memory import out_of_memory
+
 _Change = tuple[dict[str, Any], str, Any, Any]  # a table, a name in it, its value before and after
 _MISSING = object()
+_PLAIN = (bool, int, float, str, type(None))
 
 
 @contextmanager
@@ -59,7 +62,7 @@ def forget_evaluated(model: nn.Module) -> None:
     They forget it in training mode; a model that refuses that mode, as one for inference alone does, or changes weights
     in it, forgets nothing. Afterwards every module is in its own mode again.
     """
-    if not _has_own_modes(model):
+    if not has_own_modes(model):
         return
     modes = [(module, module.training) for module in model.modules()]
     _call(model, model.train)
@@ -68,27 +71,57 @@ def forget_evaluated(model: nn.Module) -> None:
         put_mode(module, mode)
 
 
+def put_modes_of(given: nn.Module, evaluated: nn.Module, dense: nn.Module) -> None:
+    """Put a smaller network, made from a model's evaluated copy, into the modes of the model, module by module.
+
+    The network's own ``train`` and ``eval`` are called, as a user would call them; where one of these fails or changes
+    weights, the modes alone are set. Numbers and texts in attributes that the copy's ``eval`` has changed and no method
+    of the network puts back are those of the model again.
+    """
+    own = dict(dense.named_modules(remove_duplicate=False))
+    given_modules = dict(given.named_modules())
+    if has_own_modes(dense):
+        # A module whose mode is another than that of the module that holds it comes after it.
+        for name, module in given_modules.items():
+            if name in own and own[name].training != module.training and has_own_modes(own[name]):
+                _put(own[name], module.training)
+                own = dict(dense.named_modules(remove_duplicate=False))  # the method may have replaced modules
+        others = dict(evaluated.named_modules(remove_duplicate=False))
+        for name, module in given_modules.items():
+            if name in own and name in others:
+                _put_back_values(module, others[name], own[name])
+    for name, module in given_modules.items():
+        if name in own:
+            put_mode(own[name], module.training)
+
+
+def _put_back_values(given: nn.Module, evaluated: nn.Module, dense: nn.Module) -> None:
+    """Give a module of a smaller network the values that ``eval`` has changed in a copy of the given one."""
+    before, after, now = (_plain_values(module) for module in (given, evaluated, dense))
+    for name, value in after.items():
+        changed = before.get(name, _MISSING) != value
+        if not changed or now.get(name, _MISSING) != value:
+            continue
+        if name in before:
+            vars(dense)[name] = before[name]
+        elif not any(name in table for table in _tables(given)):  # nor is it another kind of attribute there
+            del vars(dense)[name]
+
+
+def _plain_values(module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}
+    return {name: value for name, value in vars(module).items() if type(value) in _PLAIN and name != "training"}
+
+
 def put_mode(module: nn.Module, mode: bool) -> None:
     """Set the mode of one module."""
     if module.training != mode:
         module.training = mode
 
 
-def _put(model: nn.Module, mode: bool) -> list[_Change]:
-    """Put a model into a mode; return what else that changed of its modules' attributes."""
-    method = model.train if mode else model.eval
-    if not _has_own_modes(model):
-        method()
-        return []
-    changes = _call(model, method)
-    if changes is None:
-        for module in model.modules():
-            put_mode(module, mode)
-    return changes or []
-
-
-def _has_own_modes(model: nn.Module) -> bool:
-    """Say whether a module has a ``train`` or ``eval`` of its own."""
+def has_own_modes(model: nn.Module) -> bool:
+    """Say whether a module, or one within it, has a ``train`` or ``eval`` of its own."""
     return any(
         type(module).train is not nn.Module.train
         or type(module).eval is not nn.Module.eval
@@ -96,6 +129,52 @@ def _has_own_modes(model: nn.Module) -> bool:
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
     )
+
+
+def failures_in_own_modes(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[tuple[str, str]]:
+    """Call a model's ``eval``, ``train`` and ``eval`` as a user does, run it before and after each; return the errors.
+
+    Whatever the methods do to the model stays, so it should be a copy.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    run : callable
+        Runs the model.
+
+    Returns
+    -------
+    list of (str, str)
+        For each of the four steps what was called, empty for none, and what failed: empty, or the error with where it
+        was raised.
+    """
+    found = []
+    for name in ("", "eval", "train", "eval"):
+        failure, place = "", "it raises"
+        try:
+            if name:
+                getattr(model, name)()
+            place = "after it the forward raises"
+            run(model)
+        except Exception as error:  # a user's method or forward may raise anything
+            # Whether there is enough memory says nothing about the model.
+            failure = "" if out_of_memory(error) else f"{place} {type(error).__name__}: {error}"
+        found.append((name, failure))
+    return found
+
+
+def _put(model: nn.Module, mode: bool) -> list[_Change]:
+    """Put a model into a mode; return what else that changed of its modules' attributes."""
+    method = model.train if mode else model.eval
+    if not has_own_modes(model):
+        method()
+        return []
+    changes = _call(model, method)
+    if changes is None:
+        for module in model.modules():
+            put_mode(module, mode)
+    return changes or []
 
 
 def _call(model: nn.Module, method: Callable[[], Any]) -> list[_Change] | None:

@@ -45,6 +45,7 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
     left_alone,
     markdown_table,
+    put_modes_of,
     random_state_kept,
     seed_torch,
     told_of_changes,
@@ -61,7 +62,14 @@ from nni_topo.network.speedup.constant_channels import (
 )
 from nni_topo.network.speedup.contracts import count_anew
 from nni_topo.network.speedup.dependency import why_not_followed
-from nni_topo.network.speedup.equivalence import TrainingRun, apply_masks, check_equal, run_in_training
+from nni_topo.network.speedup.equivalence import (
+    OwnModes,
+    TrainingRun,
+    apply_masks,
+    check_equal,
+    run_in_own_modes,
+    run_in_training,
+)
 from nni_topo.network.speedup.explain import way_forward
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, Resolved, check_masks, resolve, warn_of_kept
@@ -107,7 +115,8 @@ def to_dense(
         Compare the dense model with the masked one, in evaluation mode, on random inputs: as they are, times 0.01 and
         100 and shifted by 3 both ways where they are floats. ``report.checked`` says on which; images are compared
         smaller where the model takes them so. Then run it once in training mode: if it raises an error where the model
-        runs, a warning and ``report.notes`` say so. In a job of several processes it isn't run so.
+        runs, a warning and ``report.notes`` say so; likewise where a ``train`` or ``eval`` of the model's own raises
+        one, or the forward after it. In a job of several processes it isn't run so.
     rtol : float, default=1e-4
         The largest difference allowed, relative to the largest absolute value of the masked model's output.
     customized_replacers : sequence of nni.compression.speedup.Replacer, default=()
@@ -117,7 +126,8 @@ def to_dense(
     Returns
     -------
     torch.nn.Module
-        A new model of the same class with fewer channels, in the mode of ``model``, module by module. Attributes that
+        A new model of the same class with fewer channels, in the mode of ``model``, module by module, put there by its
+        own ``train`` and ``eval`` where it has such methods. Attributes that
         hold a number of channels, as the size of a split, get the new number where the forward reads them so, the
         constructors give a layer the same number, or timm and torchvision define what they count, such as
         ``feature_info``; others that hold what was a layer's number of channels stay, and are
@@ -189,12 +199,15 @@ def to_dense(
         checked = _compare(task, masked, dense, rtol) if check else ""
         counted = count_anew(task.original, dense, task.network.call)
         trained = run_in_training(task.original, dense, task.network.call) if check else TrainingRun()
-    _report(task, masked, dense, checked, trained, stale_numbers(model, dense, counted))
+        in_own_modes = run_in_own_modes(model, task.original, dense, task.network.call) if check else OwnModes()
+        _report(task, masked, dense, checked, trained, in_own_modes, stale_numbers(model, dense, counted))
+        # Last, for all before compares it with the model's evaluated copy.
+        put_modes_of(model, task.original, dense)
     return dense
 
 
 def cut_alone(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
-    """Return the dense model of `to_dense` without comparing it, a report or a warning; its errors."""
+    """Return the dense model of `to_dense`, in evaluation mode, without comparing it, a report or a warning."""
     with random_state_kept(), torch.inference_mode(False):
         seed_torch(0)
         task = _prepare(Network(model, call), masks, None)
@@ -310,7 +323,7 @@ def _notes_on_training(norms: list[str]) -> list[str]:
 
 
 def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.nn.Module:
-    """Cut a copy of the masked model: layers, heads, and the attributes that count channels."""
+    """Cut a copy of the masked model: layers, heads, attributes that count channels. It is in evaluation mode."""
     flow, original = task.flow, task.original
     # Layers that are cut, or that constants are folded into, get new tensors; others may share the reference's.
     copied = detached_copy(masked.reference, light=not replacers)
@@ -329,8 +342,6 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     tie_again(dense, ties)
     tell_config(dense, original)
     forget_evaluated(dense)
-    for name, module in task.network.model.named_modules():
-        dense.get_submodule(name).training = module.training
     return dense
 
 
@@ -362,7 +373,13 @@ def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) 
 
 
 def _report(
-    task: _Task, masked: _Masked, dense: torch.nn.Module, checked: str, run: TrainingRun, stale: Mapping[str, int]
+    task: _Task,
+    masked: _Masked,
+    dense: torch.nn.Module,
+    checked: str,
+    run: TrainingRun,
+    in_own_modes: OwnModes,
+    stale: Mapping[str, int],
 ) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
     model, flow, resolved = task.network.model, task.flow, masked.resolved
@@ -372,7 +389,9 @@ def _report(
     if parted := _no_longer_shared(task.original, dense):
         notes += (f"modules that shared these have one each now, as they differ: {', '.join(parted)}",)
     lost = {row.before for row in report.rows if row.after < row.before}
-    for told in _notes_on_widths(run, lost, _unread(task, dense, lost)):
+    unused = unused_tensors(task.original, flow.traced.graph)
+    told_of_widths = _notes_on_widths(run, lost, _unread(task, dense, lost, unused))
+    for told in (*told_of_widths, *_notes_on_own_modes(in_own_modes, run, unused)):
         notes += (told,)
         _logger.warning("%s", told)
     report = dataclasses.replace(report, checked=checked, notes=notes)
@@ -422,11 +441,34 @@ def _notes_on_widths(run: TrainingRun, lost: set[int], unread: list[str]) -> Ite
         )
 
 
-def _unread(task: _Task, dense: torch.nn.Module, lost: set[int]) -> list[str]:
+def _notes_on_own_modes(found: OwnModes, run: TrainingRun, unused: list[str]) -> Iterator[str]:
+    """Tell what a ``train`` or ``eval`` of its own does to a dense model.
+
+    ``run``: the run in training mode, whose error isn't told twice; ``unused``: tensors that the pruned forward doesn't
+    use, by name.
+    """
+    if found.failure and not (run.failure and found.failure.endswith(run.failure)):
+        breaker = f"the model's own {found.method}()" if found.method else "the mode that it is returned in"
+        yield (
+            f"{breaker} breaks the dense model: {found.failure}. The unpruned model runs there, so its train() or "
+            "eval() uses tensors that the pruned forward doesn't, such as adapters, branches to be fused or averages "
+            "of weights, and these keep their width. Before pruning, merge or fuse for good or take over the averages, "
+            "so that train() and eval() leave the weights as they are; or prune in the other mode, if the forward uses "
+            "all weights there"
+        )
+    others = [name for name in dict.fromkeys(each.rpartition(".")[0] for each in unused) if name in found.trained]
+    if others:
+        yield (
+            "the dense model is smaller in evaluation mode alone: after its own train() it runs these layers, which "
+            f"evaluation mode doesn't use and which keep all their channels: {listed(others)}"
+        )
+
+
+def _unread(task: _Task, dense: torch.nn.Module, lost: set[int], unused: list[str]) -> list[str]:
     """Name the tensors that no run has read and that have a width that layers lost, but for those of whole layers."""
     before, after = named_tensors(task.original), named_tensors(dense)
     found = list[str]()
-    for name in unused_tensors(task.original, task.flow.traced.graph):
+    for name in unused:
         is_whole = name in after and after[name].shape == before[name].shape
         owner: Any = type(task.original.get_submodule(name.rpartition(".")[0]))
         if is_whole and not lost.isdisjoint(before[name].shape) and not owner.__module__.startswith("torch.nn."):

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo.network.runtime import evaluating, evaluation_mode, forget_evaluated, training
+from nni_topo.network.runtime import (
+    detached_copy,
+    evaluating,
+    evaluation_mode,
+    failures_in_own_modes,
+    forget_evaluated,
+    has_own_modes,
+    put_modes_of,
+    training,
+)
 
 ROWS = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 LAYERS = [{"op_names": ["last"]}]
@@ -190,3 +199,114 @@ def test_a_model_that_refuses_training_mode_is_pruned():
     assert [module.training for module in model.modules()] == modes
     small = nni_topo.shrink(model, [torch.randn(64, 4)], {"flops": 0.5}, distill={"steps": 2, "lr": 1e-3})
     assert small[0].out_features == 4
+
+
+class Scaled(nn.Linear):
+    """A layer whose ``train`` notes a factor."""
+
+    def train(self, mode=True):
+        self.scale = 1.0 if mode else 2.0
+        return super().train(mode)
+
+    def forward(self, rows):
+        return super().forward(rows) * self.scale
+
+
+class ScaledByEvalAlone(nn.Linear):
+    """A layer whose ``eval`` notes a factor, which nothing puts back."""
+
+    scale = 1.0
+
+    def eval(self):
+        self.scale = 2.0
+        return super().eval()
+
+
+class Rescaled(Scaled):
+    """A layer whose ``train`` changes its weight too, and never fails."""
+
+    def train(self, mode=True):
+        if mode and not self.training:
+            self.weight.data *= 3.0
+        return super().train(mode)
+
+
+def modes_of(model):
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("kind", [Scaled, ScaledByEvalAlone, Rescaled])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_copy_made_in_evaluation_mode_gets_the_modes_and_values_of_the_model(kind, is_training):
+    model = kind(6, 4)
+    model = model.train() if is_training else model.eval()
+    evaluated = evaluating(detached_copy(model))
+    copied = detached_copy(evaluated)
+    assert copied.scale == 2.0
+    put_modes_of(model, evaluated, copied)
+    assert copied.training is is_training
+    assert vars(copied).get("scale") == vars(model).get("scale")
+    assert torch.equal(copied.weight, model.weight)
+
+
+def test_modules_in_a_mode_of_their_own_get_it_by_their_own_methods():
+    for outer in (True, False):
+        model = nn.Sequential(Scaled(6, 4), nn.BatchNorm1d(4), Scaled(4, 3), nn.Dropout()).train(outer)
+        for module in (model[1], model[2]):
+            module.train(not outer)
+        evaluated = evaluating(detached_copy(model))
+        copied = detached_copy(evaluated)
+        put_modes_of(model, evaluated, copied)
+        assert modes_of(copied) == modes_of(model)
+        assert [copied[0].scale, copied[2].scale] == ([1.0, 2.0] if outer else [2.0, 1.0])
+
+
+def test_a_layer_that_eval_replaces_by_nothing_is_no_value_to_put_back():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def eval(self):
+            del self.act
+            self.act = None
+            return super().eval()
+
+    model = Dropping()
+    evaluated = evaluating(detached_copy(model))
+    copied = detached_copy(evaluated)
+    put_modes_of(model, evaluated, copied)
+    assert copied.act is None
+    assert copied.training
+
+
+def test_modes_of_modules_without_methods_of_their_own_are_set_one_by_one():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval())
+    copied = detached_copy(model).eval()
+    assert not has_own_modes(model)
+    put_modes_of(model, copied, copied)
+    assert modes_of(copied) == [True, True, False]
+
+
+def test_what_fails_in_the_modes_of_its_own_is_told_step_by_step():
+    class Breaking(nn.Linear):
+        def train(self, mode=True):
+            if not mode:
+                self.weight.data = self.weight.data[:, :2]
+            elif not self.training:
+                raise ValueError("no way back")
+            return super().train(mode)
+
+    whole = failures_in_own_modes(Scaled(6, 4).train(), lambda model: model(ROWS))
+    assert whole == [("", ""), ("eval", ""), ("train", ""), ("eval", "")]
+    first, evaluated, trained, _ = failures_in_own_modes(Breaking(6, 4).train(), lambda model: model(ROWS))
+    assert first == ("", "")
+    assert evaluated[0] == "eval"
+    assert evaluated[1].startswith("after it the forward raises RuntimeError: mat1 and mat2")
+    assert trained == ("train", "it raises ValueError: no way back")
+
+    def without_memory(model):
+        raise torch.cuda.OutOfMemoryError
+
+    short = failures_in_own_modes(Scaled(6, 4).train(), without_memory)
+    assert {failure for _, failure in short} == {""}
