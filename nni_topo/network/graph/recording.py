@@ -62,7 +62,10 @@ from nni_topo.network.runtime import (
 _Undone = Callable[[nn.Module], AbstractContextManager[None]]
 
 _logger = logging.getLogger(__name__)
-_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
+_PLAIN = (
+    *(int, float, complex, bool, str, type(None), type(...)),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
+)
 _SIZED = {"reshape", "split", "split_with_sizes", "unflatten", "view"}  # take sizes that must fit the tensor
 # What a forward may ask a tensor for without reading its values, and get a number.
 _ABOUT_TENSORS = {

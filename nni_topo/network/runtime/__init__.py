@@ -29,6 +29,7 @@ from nni_topo.network.runtime.copying import (
     in_double,
     put_attribute,
     put_parameters,
+    to_precision,
     unwrapped_copy,
 )
 from nni_topo.network.runtime.fits import (
@@ -56,6 +57,7 @@ from nni_topo.network.runtime.hooks import (
 )
 from nni_topo.network.runtime.inputs import (
     PADDING,
+    TILT,
     Call,
     Variation,
     arguments_of,
@@ -64,6 +66,7 @@ from nni_topo.network.runtime.inputs import (
     bind_arguments,
     call_arguments,
     call_by_name,
+    call_in_precision,
     calls,
     cast_floats,
     copied,
@@ -159,6 +162,7 @@ __all__ = [
     "SHAPES",
     "STRUCTURE",
     "TENSOR",
+    "TILT",
     "UNGROUPED",
     "BatchStore",
     "Calibration",
@@ -183,6 +187,7 @@ __all__ = [
     "calibration_of",
     "call_arguments",
     "call_by_name",
+    "call_in_precision",
     "called",
     "calls",
     "cast_floats",
@@ -262,6 +267,7 @@ __all__ = [
     "taken",
     "tells_once",
     "tensors_of",
+    "to_precision",
     "together",
     "told_of_changes",
     "torch_random_kept",

@@ -12,7 +12,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import is_
 from pickle import PicklingError
 from types import BuiltinFunctionType, CellType, CodeType, EllipsisType, FrameType, FunctionType, MethodType, ModuleType
@@ -591,15 +591,28 @@ def put_attribute(module: nn.Module, name: str, value: Any) -> None:
 
 
 def put_parameters(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
-    """Put others in place of a model's floating parameters, given by full name; one in several places stays one."""
+    """Put others in place of a model's real and complex parameters, by full name; one in several places stays one."""
     made = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that no other gets its id
     for name, module in model.named_modules():
         for own, old in list(module._parameters.items()):
-            if old is not None and old.is_floating_point():
+            if old is not None and (old.is_floating_point() or old.is_complex()):
                 if id(old) not in made:
                     new = make(f"{name}.{own}".lstrip("."), old.detach())
                     made[id(old)] = old, nn.Parameter(new, requires_grad=False)
                 put_attribute(module, own, made[id(old)][1])
+
+
+def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a model to single or double precision, in place: its floats, and complex numbers to complex ones."""
+    model._apply(partial(cast_tensor, dtype=dtype))
+    return model
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor of floats, or of complex numbers, to single or double precision; return any other as it is."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def in_double(model: nn.Module) -> nn.Module:
@@ -615,8 +628,8 @@ def in_double(model: nn.Module) -> nn.Module:
         if is_usual and weight is not None and weight.is_floating_point():
             as_read.append((module, weight))
             del module._parameters["weight"]
-    put_parameters(copied, lambda _, old: old.clone())  # `double` works in place
-    copied.double()
+    put_parameters(copied, lambda _, old: old.clone())  # casting works in place
+    to_precision(copied, torch.float64)
     for module, weight in as_read:
         module._parameters["weight"] = weight
         kind = type(module)

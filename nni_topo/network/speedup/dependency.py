@@ -36,6 +36,7 @@ from nni_topo.network.layers import (
     RECURRENT,
     check_names,
     has_channels,
+    has_complex_weights,
     is_transposed_linear,
     plain_norm,
     weight_is_computed,
@@ -660,6 +661,8 @@ def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
     if weight_is_computed(model.get_submodule(name)):
         is_known = is_parametrized(model.get_submodule(name)) or bool(model.get_submodule(name)._forward_pre_hooks)
         return reasons.computed_weight(can_convert=is_known)
+    if has_complex_weights(model.get_submodule(name)):
+        return reasons.complex_weight()
     if is_transposed_linear(model.get_submodule(name)):
         return reasons.transposed_weight()
     parts = name.split(".")

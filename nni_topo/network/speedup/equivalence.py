@@ -31,12 +31,13 @@ from nni_topo.network.runtime import (
     INPUTS,
     MASKS,
     MODEL,
+    TILT,
     Call,
     RandomWeights,
     Variation,
     as_written,
     call_arguments,
-    cast_floats,
+    call_in_precision,
     check_model,
     detached_copy,
     difference,
@@ -53,6 +54,7 @@ from nni_topo.network.runtime import (
     run_small,
     shrunk,
     tensors_of,
+    to_precision,
     together,
     training,
     variations_of,
@@ -116,7 +118,7 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
     """Find the channels that enter norms and depth-wise convolutions as zeros in every call: bool, (channels,)."""
     generator = torch.Generator().manual_seed(0)
     probe = _positive(model, masks, generator)
-    positive = cast_floats(random_like(call, generator, positive=True), torch.float32)
+    positive = call_in_precision(random_like(call, generator, positive=True), torch.float32)
     watches, looks = dict[str, _Watch](), list[Any]()
     for name, module in probe.named_modules():
         if is_depthwise(module) or is_normalizing(module):
@@ -145,6 +147,9 @@ def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generat
     def weights(name: str, old: torch.Tensor) -> torch.Tensor:
         if name in unbiased:
             return torch.zeros_like(old)
+        if old.is_complex():
+            values = weights("", old.real)
+            return torch.complex(values, TILT * values)
         fan = max(old[0].numel(), 1) if old.dim() > 1 else 1
         values, (owner, _, target) = ids.like(old, 1 / fan, 0.5 / fan), name.rpartition(".")
         mask = masks.get(owner, {}).get(target)
@@ -156,8 +161,7 @@ def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generat
         for target, mask in targets.items():
             if target in module._buffers:
                 keep(module, target, getattr(module, target) * mask)
-    probe.float()
-    return probe
+    return to_precision(probe, torch.float32)
 
 
 def _in_range(_: Any, output: Any) -> Any:
@@ -329,7 +333,7 @@ def _agreed(
 ) -> set[int] | None:
     """List of several inputs in one batch those on which two models agree; None unless on all that give numbers."""
     try:
-        entering = cast_floats(call, torch.float64) if double else call
+        entering = call_in_precision(call, torch.float64) if double else call
         expected, actual, _ = _run(pair, entering, {}, rtol, double=double)
     except Exception as error:  # not every model takes a smaller image, another scale or as many samples
         # Where there is no memory for several inputs, or for double precision, there may be for less.
@@ -370,7 +374,7 @@ def _check_one(
             return given
     try:
         # In double precision two models that are equal differ by 1e-12 and less however deep they are.
-        expected, actual, place = _run(pair, cast_floats(drawn, torch.float64), kept, rtol, double=True)
+        expected, actual, place = _run(pair, call_in_precision(drawn, torch.float64), kept, rtol, double=True)
     except Exception:  # a user's forward may raise anything, such as for a type that it doesn't take
         try:
             expected, actual, place = _run(pair, drawn, kept, rtol, double=False)
