@@ -44,6 +44,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Tell whether a tensor belongs to a transformation under way, as ``torch.vmap`` and ``torch.func.grad`` make them.
+
+    It stands for all samples of another tensor, say, and can't be used after the transformation.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Tensor] = ()) -> Any:
     """Return a deep copy of a model, also where weights are computed, as those of a masked model in training are.
 
@@ -69,6 +77,9 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
             if type(kept) in (dict, list, tuple) and kept and name not in ("_modules", "_parameters", "_buffers"):
                 leaves = kept.values() if isinstance(kept, dict) else kept
                 held |= {id(each): each for each in leaves if issubclass(type(each), Tensor)}
+    # What a forward has kept of a transformation has no memory and serves nobody after it: one for both models.
+    memo |= {key: each for key, each in held.items() if is_transformed(each)}
+    held = {key: each for key, each in held.items() if not is_transformed(each)}
     strided = [each for each in held.values() if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
     lookers = Counter(each.untyped_storage().data_ptr() for each in strided)
     for key, value in held.items():

@@ -453,7 +453,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
                     skipped[name] = (reasons.convolves_channels(),)
                 elif name in flow.in_training:
                     skipped[name] = (reasons.training_only(name),)
-                elif name and not _is_used(flow, network.model, name):
+                elif name and not _is_used(flow, network.model, name) and name not in network.sizes:
                     skipped[name] = (reasons.not_run(),)
                 else:
                     skipped[name] = (why_not_followed(network.model, name),)

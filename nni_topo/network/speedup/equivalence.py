@@ -44,6 +44,7 @@ from nni_topo.network.runtime import (
     evaluating,
     hand_on_report,
     in_double,
+    is_transformed,
     leaves_models_alone,
     out_of_memory,
     parameters_kept,
@@ -170,7 +171,7 @@ def _in_range(_: Any, output: Any) -> Any:
     Only whether a value is zero counts here. But gates that multiply activations square them in each block, and the
     probe's norms don't scale them down: after some blocks all would be infinite, NaN or zero.
     """
-    if not isinstance(output, torch.Tensor) or not output.numel():
+    if not isinstance(output, torch.Tensor) or not output.numel() or is_transformed(output):
         return output
     largest = float(output.abs().amax())
     is_usual = _LEAST <= largest <= _LARGEST
@@ -204,6 +205,8 @@ class _Watch:
 
     def look(self, entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Note a call, and let out what is to pass instead."""
+        if is_transformed(entered):  # by torch.vmap, say: what enters there keeps all channels
+            return output
         rows = entered.transpose(0, self._dim).flatten(1)
         self._calls.append(rows.eq(0).all(1))
         passed: torch.Tensor = _in_range(entered, entered.clone() if self._is_norm else output)
