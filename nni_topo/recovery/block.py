@@ -13,6 +13,7 @@ References
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
@@ -411,13 +412,13 @@ class _Learning:
 
     def _learn(self, student: nn.Module, rate: float, first: float, looked_at: Tensor) -> None:
         """Let a student learn, and leave it in the state with the smallest loss on the samples that are looked at."""
-        least, best = first, dict[str, Tensor]()
+        least, best = first, dict[str, Any]()
 
         def look(net: nn.Module) -> float:
             nonlocal least, best
             loss = self.judge(net, looked_at)
             if loss < least:
-                least, best = loss, {name: value.detach().clone() for name, value in net.state_dict().items()}
+                least, best = loss, copy.deepcopy(net.state_dict())
             return loss
 
         course = Course(student, is_normed=False, rate=rate, schedule=RateSchedule(_WARMUP))

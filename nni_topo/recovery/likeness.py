@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.special import stdtrit
@@ -147,7 +148,8 @@ class Answers:
         if shapes[0] != shapes[1]:  # such as the boxes that a detector finds
             return [math.nan] * theirs.samples
         total = torch.zeros(theirs.samples, dtype=torch.float64)
-        for one, other, scale in zip(mine.outputs, theirs.outputs, self._scales, strict=True):
+        # A smaller batch may have fewer outputs than there are scales.
+        for one, other, scale in zip(mine.outputs, theirs.outputs, self._scales, strict=False):
             squares = minus(one.double(), other.double()).square()
             if theirs.real is not None and squares.dim() > 2 and squares.shape[:2] == theirs.real.shape:
                 squares = squares.flatten(2).sum(2) * theirs.real
@@ -175,11 +177,14 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
                 read, kind = read_outputs(found, call, count, outputs, places)
                 named = compared_outputs(found, count, outputs, places)
             except ConfigError:
-                # Such as lists of boxes: without an entry per image, a batch is one sample.
-                read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]
+                read = _stacked(found, count)
+                if not read:
+                    # Such as lists of boxes: without an entry per image, a batch is one sample.
+                    read = [each.flatten()[None] for each in returned_tensors(found) if each.is_floating_point()]
+                    count = 1
                 if not read:
                     raise
-                kind, real, count = "squares", None, 1
+                kind, real = "squares", None
                 named = ComparedOutputs((), ())
             yield _Answer(
                 outputs=[each.detach().cpu() for each in read],
@@ -190,14 +195,31 @@ def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, place
             )
 
 
+def _stacked(found: Any, count: int) -> list[Tensor]:
+    """Join what a model gives sample by sample, such as a dict for each; empty where samples aren't alike."""
+    if not isinstance(found, (list, tuple)) or len(found) != count:
+        return []
+    by_sample = [[each for each in returned_tensors(sample) if each.is_floating_point()] for sample in found]
+    if len({tuple(each.shape for each in tensors) for tensors in by_sample}) != 1:
+        return []
+    return [torch.stack(same) for same in zip(*by_sample, strict=True)]
+
+
 def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[float]:
     """Return for each output how far a sample's lies from the mean over all samples, squared, on average.
 
     Where processes share the samples, over those of all.
     """
     scales = []
-    for index in range(len(answers[0].outputs)):
-        shapes = {each.outputs[index].shape[1:] for each in answers}
+    numbers = {len(each.outputs) for each in answers}
+    if processes is not None:
+        numbers = set().union(*processes.gather(numbers, "the numbers of outputs"))
+    groups = [[(each, each.outputs[index]) for each in answers] for index in range(min(numbers))]
+    if len(numbers) > 1:
+        # Such as a list of boxes for each image, and batches of unequally many: all are outputs of one kind.
+        groups = [[(each, output) for each in answers for output in each.outputs]]
+    for group in groups:
+        shapes = {output.shape[1:] for _, output in group}
         is_padded = any(each.real is not None for each in answers)
         if processes is not None:
             known = processes.gather((shapes, is_padded), "the shapes of outputs")
@@ -208,8 +230,8 @@ def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[flo
         total = torch.zeros((), dtype=torch.float64)
         # Samples, observations and the sum of their squares.
         counts = torch.zeros(3, dtype=torch.float64)
-        for each in answers:
-            rows = finite(each.outputs[index].double())
+        for each, output in group:
+            rows = finite(output.double())
             if is_ragged and rows.dim() > 2:
                 is_masked = each.real is not None and rows.shape[:2] == each.real.shape
                 rows = rows[each.real] if is_masked else rows.flatten(0, -2)
@@ -223,7 +245,7 @@ def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[flo
         around_mean = squares - float(total.square().sum()) / observations
         # Of outputs that never vary, rounding leaves something, and a share of that would be a number of no meaning.
         scales.append(around_mean / samples if around_mean > _ROUNDING * squares else 0.0)
-    return scales
+    return scales if len(numbers) == 1 else scales * max(numbers)
 
 
 def _agreements(mine: _Answer, theirs: _Answer) -> list[float]:

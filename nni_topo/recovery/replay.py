@@ -223,7 +223,11 @@ def touched_nodes(unpruned: GraphModule, pruned: GraphModule, entering: Collecti
 
     ``entering``: the placeholders with other inputs.
     """
-    mine, theirs = unpruned.state_dict(), pruned.state_dict()
+    # The state that a module's get_extra_state returns may be anything.
+    mine, theirs = (
+        {name: value for name, value in each.state_dict().items() if isinstance(value, Tensor)}
+        for each in (unpruned, pruned)
+    )
     # A norm that was narrowed has its tensors under other names, so that it counts as changed.
     changed = {name for name, value in mine.items() if name not in theirs or not torch.equal(value, theirs[name])}
     touched: set[Node] = set(entering)

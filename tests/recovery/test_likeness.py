@@ -197,6 +197,56 @@ def test_outputs_without_an_entry_per_image_are_compared_where_they_have_one_sha
     assert math.isnan(answers.likenesses(Fewer(1.0))[0].distance.value)
 
 
+class Rows(nn.Module):
+    """One dict, or one tuple, for each sample."""
+
+    def __init__(self, seed: int, kind: type) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
+        self.scores, self.boxes, self.kind = nn.Linear(12, 3), nn.Linear(12, 4), kind
+
+    def forward(self, x):
+        x = self.body(x)
+        pairs = zip(self.scores(x), self.boxes(x), strict=True)
+        return [{"scores": a, "boxes": b} if self.kind is dict else (a, b) for a, b in pairs]
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_outputs_sample_by_sample_are_compared_as_those_of_a_batch(kind):
+    images = torch.randn(22, 5, generator=torch.Generator().manual_seed(0))
+    one, other = Rows(0, kind), Rows(1, kind)
+    (likeness,) = Answers(one, Calibration(images.split(8))).likenesses(other)  # the last batch is smaller
+    wanted = []
+    with torch.no_grad():
+        for head in ("scores", "boxes"):
+            expected, actual = (getattr(net, head)(net.body(images)).double() for net in (one, other))
+            variance = (expected - expected.mean(0)).square().sum(1).mean()
+            wanted.append((expected - actual).square().sum(1).mean() / variance)
+    assert likeness.distance.value == pytest.approx(float(sum(wanted)) / 2)
+    assert math.isnan(likeness.agreement.value)
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_a_network_that_answers_sample_by_sample_is_shrunk(kind):
+    images = torch.randn(90, 5, generator=torch.Generator().manual_seed(0))
+    model = Rows(0, kind).eval()
+    small = nni_topo.shrink(model, images.split(20), {"params": 0.7}, distill=False)
+    assert len(small(images)) == 90
+    assert 0.0 < small.report.stages[-1].distance < math.inf
+
+
+def test_batches_of_unequally_many_lists_of_boxes_are_compared():
+    batches = [list(torch.rand(count, 3, 4, 4)) for count in (2, 3, 1)]
+    (likeness,) = Answers(Boxes(1.0), Calibration([{"images": each} for each in batches])).likenesses(Boxes(1.5))
+    # All lists are outputs of one kind: their variance is that of all boxes, for a list of mean length.
+    boxes = [[image[image > 0.5].double() for image in batch] for batch in batches]
+    every = torch.cat([each for batch in boxes for each in batch])
+    variance = (every - every.mean()).square().sum() / 6
+    by_batch = [sum(float((0.5 * each).square().sum() / variance) for each in batch) / len(batch) for batch in boxes]
+    assert likeness.distance.value == pytest.approx(sum(by_batch) / 3, rel=1e-6)
+
+
 def test_the_report_has_held_out_figures_and_says_where_they_are_far_from_those_solved_on():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10)).eval()

@@ -78,6 +78,7 @@ from nni_topo.network.layers import (
     can_follow,
     channel_dim,
     entering_channels,
+    has_complex_weights,
     has_no_width,
     is_depthwise,
     is_head,
@@ -240,6 +241,8 @@ class Propagation(torch.fx.Interpreter):
             return self._attend(node, ids, self.attention[name])
         if not can_be_cut(module):
             # It needs all that enters, and what it puts out can't be made less.
+            if has_complex_weights(module):
+                return self._all_kept(node, ids, reasons.complex_reader(node))
             kind = "compiled by torch.jit" if is_scripted(module) else type(module).__name__
             return self._all_kept(node, ids, reasons.uncut_module(node, kind))
         if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and ids[0].dim() != module.weight.dim():

@@ -21,6 +21,7 @@ Kind = Literal[
     "blocks_equal",
     "call_not_covered",
     "carries_constant",
+    "complex_weight",
     "computed_weight",
     "convolves_channels",
     "coupled_with_itself",
@@ -180,6 +181,7 @@ _ADVICE: dict[Kind, str] = {
         "select every layer that adds to the same residual stream: its channels are then pruned instead of heads"
     ),
     "no_heads": 'ask for channels: leave out "granularity": "head"',
+    "complex_weight": "hold the complex weights as real ones, their real and imaginary parts in layers of their own",
     "computed_weight": "make the weight a plain parameter; nni_topo.as_torch_layers(model) does so where it can",
     "transposed_weight": "prune nni_topo.as_torch_layers(model) instead of the model",
     "own_norm": "prune nni_topo.as_torch_layers(model) instead of the model",
@@ -290,6 +292,7 @@ kept_by_itself = _plain("coupled_with_itself", "some of its channels are coupled
 convolves_channels = _plain("convolves_channels", "it is a convolution along the channels of another layer")
 no_heads = _plain("no_heads", "it makes no queries, keys or values of attention, so it has no heads")
 recurrent_state = _plain("recurrent_state", "a recurrent layer keeps the size of its state")
+complex_weight = _plain("complex_weight", "its weights are complex numbers, which stay as they are")
 transposed_weight = _plain(
     "transposed_weight", "its weight is transposed: nni_topo.as_torch_layers(model) makes it a linear layer"
 )
@@ -326,6 +329,11 @@ def no_batch(node: Node) -> Reason:
 def uncut_module(node: Node, kind: str) -> Reason:
     """Return the reason for channels that enter a module of class ``kind``, which the package can't cut."""
     return _of_module("uncut_module", node, f"they enter {node.target} ({kind}), which can't be cut")
+
+
+def complex_reader(node: Node) -> Reason:
+    """Return the reason for channels that enter a layer whose weights are complex numbers."""
+    return _of_module("complex_weight", node, f"they enter {node.target}, whose weights are complex numbers")
 
 
 def several_widths(node: Node) -> Reason:

@@ -139,8 +139,23 @@ def counting_macs(model: nn.Module, names: Iterable[str] = ()) -> Iterator[Count
     Fused attention kernels are switched off.
     """
     from torch.utils.flop_counter import FlopCounterMode  # loads Triton
+    from torch.utils.module_tracker import ModuleTracker
+
+    class Untracked(ModuleTracker):
+        """Tracks nothing: all is counted as of the whole network, which is what is read here.
+
+        PyTorch's tracker puts hooks for the gradients on what enters a module. Without gradients it fails on a view of
+        a parameter, such as a part of a table of positions, which requires gradients and has no function for them.
+        """
+
+        def __enter__(self) -> Untracked:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
 
     counter, found = FlopCounterMode(display=False), CountedMacs()
+    counter.mod_tracker = Untracked()
     extra = 0  # twice the products of recurrent layers, less what the counter says of some of them
     entered = list[int]()  # by call that is under way, the count before it
 

@@ -54,6 +54,7 @@ from nni_topo.network.runtime import (
     difference,
     first_of_samples,
     forget_evaluated,
+    is_transformed,
     let_go,
     out_of_memory,
     returned_tensors,
@@ -63,7 +64,10 @@ from nni_topo.network.runtime import (
 _Undone = Callable[[nn.Module], AbstractContextManager[None]]
 
 _logger = logging.getLogger(__name__)
-_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout, type(...))
+_PLAIN = (
+    *(int, float, complex, bool, str, type(None), type(...)),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
+)
 _SIZED = {"reshape", "split", "split_with_sizes", "unflatten", "view"}  # take sizes that must fit the tensor
 # What a forward may ask a tensor for without reading its values, and get a number.
 _ABOUT_TENSORS = {
@@ -504,6 +508,8 @@ class _Recorder(TorchFunctionMode):
         if id(tensor) not in self._nodes:
             name = self._own.get(id(tensor))
             if name is None:
+                if is_transformed(tensor):
+                    raise SpeedupError("what runs under torch.vmap or torch.func can't be recorded")
                 name = f"{RECORDED}_{len(self.constants)}"
                 self.constants[name] = tensor.detach().clone()
                 self.held[name] = tensor
@@ -779,7 +785,8 @@ class LayerResults(TorchFunctionMode):
             found = self._known(known[place], entering, settings) if place < len(known) else None
             return func(*args, **kwargs) if found is None else found
         out = func(*args, **kwargs)
-        if not isinstance(entering, Tensor) or entering.is_inference() or self._spare < 0:
+        is_plain = isinstance(entering, Tensor) and not entering.is_inference() and not is_transformed(entering)
+        if not is_plain or self._spare < 0:
             self._spare = -1  # no more calls: without this one the next would be taken for it
             return out
         self._spare -= entering.nbytes + out.nbytes
@@ -790,7 +797,9 @@ class LayerResults(TorchFunctionMode):
 
     def _known(self, call: tuple[Tensor, int, Tensor, Any], entering: Any, settings: Any) -> Tensor | None:
         before, version, given, known_settings = call
-        if not isinstance(entering, Tensor) or before._version != version or settings != known_settings:
+        if not isinstance(entering, Tensor) or is_transformed(entering):
+            return None
+        if before._version != version or settings != known_settings:
             return None
         if before.shape == entering.shape:
             return given.clone() if difference(before, entering) <= _SAME else None

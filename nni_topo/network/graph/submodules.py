@@ -30,6 +30,7 @@ from nni_topo.network.runtime import (
     called,
     detached_copy,
     evaluation_mode,
+    is_transformed,
     out_of_memory,
     random_state_kept,
     tensors_of,
@@ -219,6 +220,10 @@ def _traced(
         if next(child.parameters(), None) is None:
             continue
         name, found = prefix + own, list[tuple[str, int, _Part]]()
+        if any(map(is_transformed, tensors_of(seen.get(name, [])))):
+            # Under torch.vmap a module is called on one sample in place of all, a tensor that is gone after the call.
+            yield from _traced(child, f"{name}.", seen, trace)
+            continue
         try:
             for number, call in enumerate(seen.get(name, [])):
                 found.append((name, number, _leaf(child, call) if _is_leaf(child) else trace(child, call)))

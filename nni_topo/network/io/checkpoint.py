@@ -174,6 +174,8 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
             modules[name] = describe(module)
     state, buffers, fingerprints = dict[str, torch.Tensor](), dict[str, torch.Tensor](), dict[str, str]()
     for name, tensor in in_state.items():
+        if tensor is None:  # the extra state of a module that has none to keep
+            continue
         if not isinstance(tensor, torch.Tensor):
             raise ConfigError(
                 f"the extra state of a saved model must be tensors, got {type(tensor).__name__} from get_extra_state "
@@ -275,9 +277,8 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
             if name in stored:
                 tensor.data = stored[name].to(tensor.device, copy=True)
     for name, tensor in stored.items():
-        prefix, _, own = name.rpartition(".")
-        if own == _EXTRA_STATE:
-            built.get_submodule(prefix).set_extra_state(tensor.clone())
+        if _is_extra_state(name):
+            built.get_submodule(name.rpartition(".")[0]).set_extra_state(tensor.clone())
     for name, attention in unpruned_attention.items():
         _resize_heads(built, attention, document["head_sizes"].get(name, attention.head_size), os.fspath(path))
     put_sizes(built, _smaller(document["numbers"], built, os.fspath(path)))
@@ -610,6 +611,10 @@ def _check_names(document: dict[str, Any], model: torch.nn.Module, rule: str, pl
         raise ConfigError(f"{rule}, got {problem}{hint} ({place})")
 
 
+def _is_extra_state(name: str) -> bool:
+    return name.rpartition(".")[2] == _EXTRA_STATE
+
+
 def _name_problem(document: dict[str, Any], model: torch.nn.Module) -> str:
     """Say which modules or tensors a file has and a model lacks, or the other way round; "" if none."""
     of_file = document["modules"], document["state_dict"]
@@ -617,7 +622,8 @@ def _name_problem(document: dict[str, Any], model: torch.nn.Module) -> str:
     for kind, stored, known in zip(("modules", "tensors"), of_file, of_model, strict=True):
         for problem, names in (
             ("missing in the model", stored.keys() - known.keys()),
-            ("missing in the file", known.keys() - stored.keys()),
+            # A module that had no extra state when the file was written may have some by now.
+            ("missing in the file", {name for name in known.keys() - stored.keys() if not _is_extra_state(name)}),
         ):
             if names:
                 return f"{kind} {problem}: {listed(sorted(names))}"

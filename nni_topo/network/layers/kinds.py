@@ -238,9 +238,14 @@ def is_plain_norm(module: torch.nn.Module) -> bool:
 def can_be_cut(module: torch.nn.Module) -> bool:
     """Tell whether a module can be made smaller, or has no parameters to cut; some recurrent layers can't."""
     if output_channels(module) is not None:
-        return not weight_is_computed(module)
+        return not weight_is_computed(module) and not has_complex_weights(module)
     is_known = isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module)
     return is_known or not any(True for _ in module.parameters())
+
+
+def has_complex_weights(module: torch.nn.Module) -> bool:
+    """Tell whether a layer's own parameters are complex numbers, by which no pruner selects channels."""
+    return any(each is not None and each.is_complex() for each in module._parameters.values())
 
 
 def weight_is_computed(module: torch.nn.Module) -> bool:

@@ -27,8 +27,10 @@ from nni_topo.network.runtime.copying import (
     detached_copy,
     device_of,
     in_double,
+    is_transformed,
     put_attribute,
     put_parameters,
+    to_precision,
     unwrapped_copy,
 )
 from nni_topo.network.runtime.fits import (
@@ -56,6 +58,7 @@ from nni_topo.network.runtime.hooks import (
 )
 from nni_topo.network.runtime.inputs import (
     PADDING,
+    TILT,
     Call,
     Variation,
     arguments_of,
@@ -64,6 +67,7 @@ from nni_topo.network.runtime.inputs import (
     bind_arguments,
     call_arguments,
     call_by_name,
+    call_in_precision,
     calls,
     cast_floats,
     copied,
@@ -168,6 +172,7 @@ __all__ = [
     "SHAPES",
     "STRUCTURE",
     "TENSOR",
+    "TILT",
     "UNGROUPED",
     "BatchStore",
     "Calibration",
@@ -192,6 +197,7 @@ __all__ = [
     "calibration_of",
     "call_arguments",
     "call_by_name",
+    "call_in_precision",
     "called",
     "calls",
     "cast_floats",
@@ -234,6 +240,7 @@ __all__ = [
     "in_step",
     "inputs_of",
     "inputs_seen",
+    "is_transformed",
     "leaves_models_alone",
     "left_alone",
     "lent",
@@ -275,6 +282,7 @@ __all__ = [
     "taken",
     "tells_once",
     "tensors_of",
+    "to_precision",
     "together",
     "told_of_changes",
     "torch_random_kept",

@@ -12,7 +12,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import is_
 from pickle import PicklingError
 from types import BuiltinFunctionType, CellType, CodeType, EllipsisType, FrameType, FunctionType, MethodType, ModuleType
@@ -44,6 +44,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Tell whether a tensor belongs to a transformation under way, as ``torch.vmap`` and ``torch.func.grad`` make them.
+
+    It stands for all samples of another tensor, say, and can't be used after the transformation.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Tensor] = ()) -> Any:
     """Return a deep copy of a model, also where weights are computed, as those of a masked model in training are.
 
@@ -69,6 +77,9 @@ def detached_copy(model: nn.Module, *, light: bool = False, shared: Iterable[Ten
             if type(kept) in (dict, list, tuple) and kept and name not in ("_modules", "_parameters", "_buffers"):
                 leaves = kept.values() if isinstance(kept, dict) else kept
                 held |= {id(each): each for each in leaves if issubclass(type(each), Tensor)}
+    # What a forward has kept of a transformation has no memory and serves nobody after it: one for both models.
+    memo |= {key: each for key, each in held.items() if is_transformed(each)}
+    held = {key: each for key, each in held.items() if not is_transformed(each)}
     strided = [each for each in held.values() if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
     lookers = Counter(each.untyped_storage().data_ptr() for each in strided)
     for key, value in held.items():
@@ -591,15 +602,28 @@ def put_attribute(module: nn.Module, name: str, value: Any) -> None:
 
 
 def put_parameters(model: nn.Module, make: Callable[[str, Tensor], Tensor]) -> None:
-    """Put others in place of a model's floating parameters, given by full name; one in several places stays one."""
+    """Put others in place of a model's real and complex parameters, by full name; one in several places stays one."""
     made = dict[int, tuple[Tensor, nn.Parameter]]()  # with the old one, so that no other gets its id
     for name, module in model.named_modules():
         for own, old in list(module._parameters.items()):
-            if old is not None and old.is_floating_point():
+            if old is not None and (old.is_floating_point() or old.is_complex()):
                 if id(old) not in made:
                     new = make(f"{name}.{own}".lstrip("."), old.detach())
                     made[id(old)] = old, nn.Parameter(new, requires_grad=False)
                 put_attribute(module, own, made[id(old)][1])
+
+
+def to_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a model to single or double precision, in place: its floats, and complex numbers to complex ones."""
+    model._apply(partial(cast_tensor, dtype=dtype))
+    return model
+
+
+def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor of floats, or of complex numbers, to single or double precision; return any other as it is."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def in_double(model: nn.Module) -> nn.Module:
@@ -615,8 +639,8 @@ def in_double(model: nn.Module) -> nn.Module:
         if is_usual and weight is not None and weight.is_floating_point():
             as_read.append((module, weight))
             del module._parameters["weight"]
-    put_parameters(copied, lambda _, old: old.clone())  # `double` works in place
-    copied.double()
+    put_parameters(copied, lambda _, old: old.clone())  # casting works in place
+    to_precision(copied, torch.float64)
     for module, weight in as_read:
         module._parameters["weight"] = weight
         kind = type(module)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError, NniTopoError
-from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.copying import cast_tensor, device_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.processes import is_in_step
 
@@ -315,11 +315,22 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     return [*own.items(), *((name, getattr(value, name)) for name in names if hasattr(value, name) and name not in own)]
 
 
+TILT = 0.1
+"""The imaginary part of a positive number where numbers are complex, per real part.
+
+With an imaginary part of zero it would be lost that a forward reads imaginary parts; with one as large as the real part
+two factors already would have a product without a real part.
+"""
+
+
 def random_like(call: Call, generator: torch.Generator, *, positive: bool = False) -> Call:
-    """Return a call with random floats: standard normal, or if ``positive`` uniform in [0.5, 1.5]."""
+    """Return a call with random numbers: standard normal, or if ``positive`` uniform in [0.5, 1.5]."""
 
     def draw(tensor: Tensor) -> Tensor:
         # Integers and booleans may be indices or masks, where a random value may be out of range.
+        if tensor.is_complex():
+            real, imaginary = map(draw, (tensor.real, tensor.imag))
+            return torch.complex(real, imaginary * TILT if positive else imaginary)
         if not tensor.is_floating_point():
             return tensor.clone()
         if positive:
@@ -389,6 +400,12 @@ def run_small(model: nn.Module, call: Call) -> Any:
         if out_of_memory(error):
             raise
         return model(*call[0], **call[1])
+
+
+def call_in_precision(call: Call, dtype: torch.dtype) -> Call:
+    """Return a call with its floats and complex numbers in single or double precision."""
+    cast: Call = map_tensors(lambda each: cast_tensor(each, dtype), call)
+    return cast
 
 
 def cast_floats(call: Call, dtype: torch.dtype) -> Call:

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, Dataset
 
-from nni_topo.network.runtime.copying import is_compiled_function
+from nni_topo.network.runtime.copying import is_compiled_function, is_transformed
 from nni_topo.network.runtime.modes import put_mode
 from nni_topo.network.runtime.precision import Switch, in_full_precision, is_within_autocast
 from nni_topo.network.runtime.values import ParameterValues, users_code, values_kept
@@ -473,8 +473,8 @@ def _add_tensor(tensor: Tensor, put_back: list[_PutBack], values: ParameterValue
 
     The values of a parameter are those that are noted in ``values``.
     """
-    if not tensor.is_leaf or is_lazy(tensor):
-        return ()  # computed anew, or nothing yet
+    if is_transformed(tensor) or not tensor.is_leaf or is_lazy(tensor):
+        return ()  # of use within torch.vmap alone, computed anew, or nothing yet
     gradient, needs, memory = tensor.grad, tensor.requires_grad, tensor.detach()
     is_usual = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
     has_values = is_usual and not tensor.is_meta

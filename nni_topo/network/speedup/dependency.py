@@ -36,6 +36,7 @@ from nni_topo.network.layers import (
     RECURRENT,
     check_names,
     has_channels,
+    has_complex_weights,
     is_transposed_linear,
     plain_norm,
     weight_is_computed,
@@ -452,7 +453,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
                     skipped[name] = (reasons.convolves_channels(),)
                 elif name in flow.in_training:
                     skipped[name] = (reasons.training_only(name),)
-                elif name and not _is_used(flow, network.model, name):
+                elif name and not _is_used(flow, network.model, name) and name not in network.sizes:
                     skipped[name] = (reasons.not_run(),)
                 else:
                     skipped[name] = (why_not_followed(network.model, name),)
@@ -660,6 +661,8 @@ def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
     if weight_is_computed(model.get_submodule(name)):
         is_known = is_parametrized(model.get_submodule(name)) or bool(model.get_submodule(name)._forward_pre_hooks)
         return reasons.computed_weight(can_convert=is_known)
+    if has_complex_weights(model.get_submodule(name)):
+        return reasons.complex_weight()
     if is_transposed_linear(model.get_submodule(name)):
         return reasons.transposed_weight()
     parts = name.split(".")

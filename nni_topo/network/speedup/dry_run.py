@@ -34,7 +34,7 @@ from nni_topo.network.runtime import (
     Variation,
     as_written,
     bar,
-    cast_floats,
+    call_in_precision,
     detached_copy,
     difference,
     evaluating,
@@ -45,6 +45,7 @@ from nni_topo.network.runtime import (
     seed_torch,
     shrunk,
     tensors_of,
+    to_precision,
     together,
     unwrapped_copy,
     variations_of,
@@ -111,7 +112,7 @@ def _found_with(network: Network, seed: int) -> dict[int, Reason] | None:
         seed_torch(seed)
         full = _with_type(assembled(_with_random_weights(network.model)), torch.float64, torch.float32)
         entering: Call = (arguments(full.graph, network.model, network.call), {})
-        args = cast_floats(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)[0]
+        args = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
         inputs, clean = _Inputs(args), set[bool]()
         for turn in range(_ROUNDS):
@@ -198,7 +199,7 @@ class _Inputs:
         if not found:
             return {}
         try:
-            return dry_run.doubled().run(cast_floats(args, torch.float64)[0], is_varied=True)
+            return dry_run.doubled().run(call_in_precision(args, torch.float64)[0], is_varied=True)
         except Exception as error:  # a type may be written into the network
             if out_of_memory(error):
                 raise
@@ -218,26 +219,30 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
     drawn: nn.Module = evaluating(unwrapped_copy(model, light=True))
     normal, uniform = RandomWeights(torch.randn), RandomWeights(torch.rand)
 
-    def weights(_: str, old: Tensor) -> Tensor:
+    def weights(name: str, old: Tensor) -> Tensor:
+        if old.is_complex():
+            return torch.complex(weights(name, old.real), weights(name, old.imag))
         fan = old[0].numel() if old.dim() > 1 else 0
         return normal.like(old, fan**-0.5) if fan else uniform.like(old, 1.0, 0.5)
 
     put_parameters(drawn, weights)
-    drawn.float()
-    return drawn
+    return to_precision(drawn, torch.float32)
 
 
 def _with_type(network: GraphModule, old: torch.dtype, new: torch.dtype) -> GraphModule:
     """Let a network compute in another precision, in place: its tensors, and types that are arguments in its graph."""
 
     def changed(value: Any) -> Any:
-        return new if value is old else value
+        if value is old:
+            return new
+        return new.to_complex() if value is old.to_complex() else value
 
     for node in network.graph.nodes:
         node.args = map_aggregate(node.args, changed)
         node.kwargs = map_aggregate(node.kwargs, changed)
     network.recompile()
-    return network.to(new)
+    to_precision(network, new)
+    return network
 
 
 def _draw(
@@ -480,7 +485,8 @@ class _DryRun:
         """Copy a tensor, with NaN in place of pruned channels."""
         if not isinstance(value, Tensor):
             return value
-        if not (isinstance(ids, Tensor) and value.is_floating_point() and ids.dim() == value.dim()):
+        takes_nan = value.is_floating_point() or value.is_complex()
+        if not (isinstance(ids, Tensor) and takes_nan and ids.dim() == value.dim()):
             return value.clone()
         return value.masked_fill(~self._stays(ids).to(value.device).expand(value.shape), torch.nan)
 

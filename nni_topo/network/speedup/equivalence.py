@@ -32,13 +32,14 @@ from nni_topo.network.runtime import (
     INPUTS,
     MASKS,
     MODEL,
+    TILT,
     Call,
     RandomWeights,
     Variation,
     as_written,
     call_arguments,
+    call_in_precision,
     called,
-    cast_floats,
     check_model,
     detached_copy,
     difference,
@@ -47,6 +48,7 @@ from nni_topo.network.runtime import (
     hand_on_report,
     has_own_modes,
     in_double,
+    is_transformed,
     leaves_models_alone,
     out_of_memory,
     parameters_kept,
@@ -58,6 +60,7 @@ from nni_topo.network.runtime import (
     run_small,
     shrunk,
     tensors_of,
+    to_precision,
     together,
     training,
     variations_of,
@@ -121,7 +124,7 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
     """Find the channels that enter norms and depth-wise convolutions as zeros in every call: bool, (channels,)."""
     generator = torch.Generator().manual_seed(0)
     probe = _positive(model, masks, generator)
-    positive = cast_floats(random_like(call, generator, positive=True), torch.float32)
+    positive = call_in_precision(random_like(call, generator, positive=True), torch.float32)
     watches, looks = dict[str, _Watch](), list[Any]()
     for name, module in probe.named_modules():
         if is_depthwise(module) or is_normalizing(module):
@@ -150,6 +153,9 @@ def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generat
     def weights(name: str, old: torch.Tensor) -> torch.Tensor:
         if name in unbiased:
             return torch.zeros_like(old)
+        if old.is_complex():
+            values = weights("", old.real)
+            return torch.complex(values, TILT * values)
         fan = max(old[0].numel(), 1) if old.dim() > 1 else 1
         values, (owner, _, target) = ids.like(old, 1 / fan, 0.5 / fan), name.rpartition(".")
         mask = masks.get(owner, {}).get(target)
@@ -161,8 +167,7 @@ def _positive(model: torch.nn.Module, masks: FullMasks, generator: torch.Generat
         for target, mask in targets.items():
             if target in module._buffers:
                 keep(module, target, getattr(module, target) * mask)
-    probe.float()
-    return probe
+    return to_precision(probe, torch.float32)
 
 
 def _in_range(_: Any, output: Any) -> Any:
@@ -171,7 +176,7 @@ def _in_range(_: Any, output: Any) -> Any:
     Only whether a value is zero counts here. But gates that multiply activations square them in each block, and the
     probe's norms don't scale them down: after some blocks all would be infinite, NaN or zero.
     """
-    if not isinstance(output, torch.Tensor) or not output.numel():
+    if not isinstance(output, torch.Tensor) or not output.numel() or is_transformed(output):
         return output
     largest = float(output.abs().amax())
     is_usual = _LEAST <= largest <= _LARGEST
@@ -205,6 +210,8 @@ class _Watch:
 
     def look(self, entered: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Note a call, and let out what is to pass instead."""
+        if is_transformed(entered):  # by torch.vmap, say: what enters there keeps all channels
+            return output
         rows = entered.transpose(0, self._dim).flatten(1)
         self._calls.append(rows.eq(0).all(1))
         passed: torch.Tensor = _in_range(entered, entered.clone() if self._is_norm else output)
@@ -403,7 +410,7 @@ def _agreed(
 ) -> set[int] | None:
     """List of several inputs in one batch those on which two models agree; None unless on all that give numbers."""
     try:
-        entering = cast_floats(call, torch.float64) if double else call
+        entering = call_in_precision(call, torch.float64) if double else call
         expected, actual, _ = _run(pair, entering, {}, rtol, double=double)
     except Exception as error:  # not every model takes a smaller image, another scale or as many samples
         # Where there is no memory for several inputs, or for double precision, there may be for less.
@@ -444,7 +451,7 @@ def _check_one(
             return given
     try:
         # In double precision two models that are equal differ by 1e-12 and less however deep they are.
-        expected, actual, place = _run(pair, cast_floats(drawn, torch.float64), kept, rtol, double=True)
+        expected, actual, place = _run(pair, call_in_precision(drawn, torch.float64), kept, rtol, double=True)
     except Exception:  # a user's forward may raise anything, such as for a type that it doesn't take
         try:
             expected, actual, place = _run(pair, drawn, kept, rtol, double=False)

@@ -61,6 +61,29 @@ def test_macs_of_attention_by_hand() -> None:
     assert count_macs(SelfAttention(width, heads=4), torch.zeros(2, tokens, width)) == expected
 
 
+class Positions(nn.Module):
+    """A view of a parameter enters a layer, as relative positions do in DeBERTa."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.read, self.head = nn.Embedding(9, 16), nn.Linear(16, 8), nn.Linear(8, 2)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        positions = self.read(self.table.weight[: tokens.shape[1]].unsqueeze(0))
+        return self.head(torch.relu(tokens + positions))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_macs_where_a_view_of_a_parameter_enters_a_layer(trained: bool) -> None:
+    model, tokens = Positions().requires_grad_(trained), torch.rand(3, 5, 8)
+    assert count_macs(model, tokens) == NetworkCost(model, tokens)({}).macs == 5 * 16 * 8 + 5 * 8 * 2
+    assert all(each.requires_grad is trained for each in model.parameters())
+
+
+def test_macs_of_inputs_that_require_gradients() -> None:
+    assert count_macs(nn.Sequential(nn.Flatten(), nn.Linear(6, 2)), torch.rand(2, 3, 2, requires_grad=True)) == 12
+
+
 def test_macs_of_an_encoder_layer_see_through_the_fast_path() -> None:
     tokens, width, hidden = 6, 8, 32
     layer = nn.TransformerEncoderLayer(width, 2, hidden, batch_first=True)

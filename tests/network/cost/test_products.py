@@ -363,3 +363,20 @@ def test_relative_attention_with_weights_of_its_own_is_counted():
     assert cost({}).macs == count_macs(model, inputs)
     # Seven places: each of 16 features is multiplied with 12 fewer inner ones, and back.
     assert cost({}).macs - cost({layer: np.arange(32) < 20}).macs == 7 * 2 * 16 * 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["Deberta", "DebertaV2"])
+def test_relative_positions_that_are_a_part_of_a_table_are_counted(version):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{version}Config")(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=16, type_vocab_size=0, relative_attention=True, pos_att_type=["p2c", "c2p"],
+    )  # fmt: skip
+    model = getattr(transformers, f"{version}Model")(config).eval()
+    inputs = {"input_ids": torch.randint(0, 31, (3, 7))}
+    cost = NetworkCost(model, inputs)
+    assert cost({}).macs == count_macs(model, inputs) == count_macs(model.requires_grad_(False), inputs)
+    # Seven places: each of 16 features is multiplied with 12 fewer inner ones, and back.
+    layer = "encoder.layer.0.intermediate.dense"
+    assert cost({}).macs - cost({layer: np.arange(24) < 12}).macs == 7 * 2 * 16 * 12

@@ -1,0 +1,195 @@
+"""Networks with complex numbers: layers with complex weights stay as they are, all others are pruned."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo.errors import SpeedupError
+from nni_topo.network.runtime.copying import in_double, put_parameters, to_precision
+from nni_topo.network.runtime.inputs import call_in_precision, random_like
+from nni_topo.network.speedup.equivalence import check_equal
+from nni_topo.speedup import masked_model
+
+COMPLEX = torch.complex64
+LAYERS = [{"op_types": ["Linear", "Conv1d", "Conv2d"], "sparse_ratio": 0.5}]
+ITSELF = "its weights are complex numbers, which stay as they are"
+READS = "they enter {}, whose weights are complex numbers"
+OUTPUT = "it gives the model's output"
+
+
+class Between(nn.Module):
+    """A complex linear layer between real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(6, 8), nn.Linear(8, 8, dtype=COMPLEX)
+        self.second, self.third, self.head = nn.Linear(8, 12), nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.inner(x.to(COMPLEX))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.first(x).relu()).abs()
+        return self.head(self.third(self.second(x).relu()).relu())
+
+
+class Free(Between):
+    """The complex weight is a parameter of the model's own, and the type is that of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(8, 8, dtype=COMPLEX))
+
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.complex(x, x.neg()) @ self.inner
+
+
+class Imaginary(nn.Module):
+    """Complex inputs, of which a norm reads the imaginary part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = nn.Linear(6, 8, dtype=COMPLEX), nn.BatchNorm1d(8)
+        self.second, self.head = nn.Linear(8, 12), nn.Linear(12, 3)
+        nn.init.uniform_(self.norm.bias, 1.0, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.norm(self.inner(x).imag)).relu())
+
+
+class Images(nn.Module):
+    """A complex convolution, of which batch norm and a real convolution read the size, and a complex number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 6, 3, dtype=COMPLEX)
+        self.second, self.norm, self.head = nn.Conv2d(6, 10, 3), nn.BatchNorm2d(10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(self.first(x) + 0.5j).abs()
+        return self.head(self.norm(self.second(x)).relu().mean((2, 3)))
+
+
+class Fourier(nn.Module):
+    """A spectral convolution with weights of each frequency beside a plain one (Fourier neural operators)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.plain = nn.Conv1d(2, 6, 1), nn.Conv1d(6, 6, 1)
+        self.modes = nn.Parameter(torch.randn(6, 6, 4, dtype=COMPLEX))
+        self.second, self.head = nn.Conv1d(6, 12, 1), nn.Conv1d(12, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(x)
+        spectrum = torch.einsum("bix,iox->box", torch.fft.rfft(x)[..., :4], self.modes)
+        x = (torch.fft.irfft(spectrum, n=x.shape[-1]) + self.plain(x)).relu()
+        return self.head(self.second(x).relu())
+
+
+NETWORKS = {
+    "linear": (Between, (40, 6), {"first": READS.format("inner"), "inner": ITSELF, "head": OUTPUT}),
+    "free": (Free, (40, 6), {"first": None, "head": OUTPUT}),
+    "imaginary": (Imaginary, (40, 6), {"inner": ITSELF, "head": OUTPUT}),
+    "images": (Images, (12, 2, 9, 9), {"first": READS.format("inner"), "inner": ITSELF, "head": OUTPUT}),
+    "fourier": (Fourier, (12, 2, 16), {"lift": None, "plain": None, "head": OUTPUT}),
+}
+
+
+def network(kind: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, shape, _ = NETWORKS[kind]
+    return make().eval(), torch.randn(shape, dtype=COMPLEX if kind == "imaginary" else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((kind, torch.float32) for kind in NETWORKS),
+        *((kind, torch.float64) for kind in NETWORKS if kind != "linear"),  # whose forward names single precision
+    ],
+)
+def test_all_but_complex_layers_and_their_neighbours_lose_channels(kind, dtype):
+    model, inputs = network(kind)
+    if dtype == torch.float64:
+        to_precision(model, dtype)
+        inputs = call_in_precision(((inputs,), {}), dtype)[0][0]
+    before = copy.deepcopy(model.state_dict())
+    groups = nni_topo.dependency_groups(model, inputs, LAYERS)
+    expected = NETWORKS[kind][2]
+    assert set(groups.skipped) == set(expected)
+    assert all(text is None or groups.skipped[name] == text for name, text in expected.items())
+    masks = nni_topo.create_pruner("l1", copy.deepcopy(model), groups).compress()[1]
+    dense, masked = nni_topo.to_dense(model, inputs, masks), masked_model(model, inputs, masks)
+    torch.testing.assert_close(dense(inputs), masked(inputs))
+    assert len(dense.second.weight) == len(model.second.weight) // 2
+    for name, value in dense.state_dict().items():
+        if value.is_complex():
+            assert torch.equal(value, before[name])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["linear", "fourier"])
+def test_networks_with_complex_weights_are_shrunk(kind):
+    model, inputs = network(kind)
+    small = nni_topo.shrink(model, inputs.split(4), {"params": 0.85}, distill=False)
+    assert small(inputs).shape == model(inputs).shape
+    assert len(small.second.weight) < len(model.second.weight)
+
+
+def test_what_to_change_about_complex_weights_is_said():
+    model, inputs = network("linear")
+    assert "real and imaginary parts in layers of their own" in str(nni_topo.explain(model, inputs, "first"))
+
+
+def test_a_norm_of_imaginary_parts_keeps_its_bias():
+    model, inputs = network("imaginary")
+    masks = {"second": {"weight": torch.ones(12, 8), "bias": torch.ones(12)}}
+    assert torch.equal(masked_model(model, inputs, masks)(inputs), model(inputs))
+
+
+def test_a_dense_model_with_other_complex_weights_is_not_equal():
+    model, inputs = network("free")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.inner[0, 0] += 0.5j
+    check_equal(model, copy.deepcopy(model), ((inputs,), {}), {}, 1e-6)
+    with pytest.raises(SpeedupError, match="must compute what the masked one does"):
+        check_equal(model, other, ((inputs,), {}), {}, 1e-6)
+
+
+def test_double_precision_is_that_of_complex_numbers_too(caplog):
+    model, inputs = network("free")
+    with caplog.at_level(logging.WARNING):
+        double = in_double(model)
+        assert double.inner.dtype == torch.complex128
+        assert double(inputs.double()).dtype == torch.float64
+    assert model.inner.dtype == COMPLEX
+    assert to_precision(double, torch.float32).inner.dtype == COMPLEX
+
+
+def test_complex_parameters_are_put_and_stay_one_in_several_places():
+    model = Free()
+    model.again = model.inner
+    put_parameters(model, lambda _, old: torch.zeros_like(old))
+    assert model.again is model.inner
+    assert not model.inner.any()
+
+
+def test_complex_inputs_are_drawn_anew_and_cast():
+    call = ((torch.ones(50, 4, dtype=torch.complex128), torch.arange(3)), {})
+    drawn, numbers = random_like(call, torch.Generator().manual_seed(0))[0]
+    assert drawn.dtype == torch.complex128
+    assert 0.8 < float(drawn.real.std()) < 1.2
+    assert 0.8 < float(drawn.imag.std()) < 1.2
+    assert torch.equal(numbers, torch.arange(3))
+    positive = random_like(call, torch.Generator().manual_seed(0), positive=True)[0][0]
+    assert bool((positive.real >= 0.5).all())
+    assert bool((positive.imag > 0).all())
+    cast = call_in_precision(call, torch.float32)[0]
+    assert [each.dtype for each in cast] == [COMPLEX, torch.int64]
