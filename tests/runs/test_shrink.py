@@ -1083,3 +1083,25 @@ def test_a_model_that_refuses_attributes_is_made_smaller(narrow_heads):
     assert not hasattr(model, "report")
     with pytest.raises(RuntimeError, match="no attribute may be set, got other"):
         small.other = 1
+
+
+class Remembering(nn.Linear):
+    """A layer with a state that is no tensor."""
+
+    state: object = None
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+@pytest.mark.parametrize("state", [None, {"steps": 7}, b"seven"])
+@pytest.mark.parametrize("distill", [False, {"steps": 2, "lr": 1e-3}])
+def test_layers_may_hold_a_state_of_any_kind(state, distill):
+    torch.manual_seed(0)
+    model, rows = nn.Sequential(Remembering(6, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(64, 6)
+    model[0].state = state
+    small = nni_topo.shrink(model, [rows], {"flops": 0.5}, distill=distill, progress=False)
+    assert (small[0].out_features, small[0].state) == (8, state)

@@ -970,6 +970,14 @@ def test_extra_state_comes_back_where_it_is_a_tensor(path):
     model = nn.Sequential(Counting(3, 4), nn.Linear(4, 2))
     assert load(path, model)[0].seen == 7
     assert model[0].seen == 0
+    dense[0].seen = None  # nothing to keep
+    save(dense, path)
+    model[0].seen = 3
+    assert load(path, model)[0].seen == 3
+    dense[0].seen = 7
+    save(dense, path)
+    model[0].seen = None
+    assert load(path, model)[0].seen == 7
     dense[0].seen = {"steps": 7}
     with pytest.raises(ConfigError, match=r"must be tensors, got dict from get_extra_state \(0\._extra_state\)"):
         save(dense, path)
