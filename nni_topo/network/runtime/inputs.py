@@ -293,7 +293,9 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-_NO_OUTPUTS = (nn.Module, type, ModuleType, FunctionType, MethodType, np.ndarray, bytes)
+# A number may know the tensor whose size it is.
+_NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
+_NO_OUTPUTS = (*_NUMBERS, str, bytes, nn.Module, type, ModuleType, FunctionType, MethodType, np.ndarray)
 
 
 def _entries(value: Any) -> list[tuple[Any, Any]]:
@@ -302,7 +304,7 @@ def _entries(value: Any) -> list[tuple[Any, Any]]:
         return list(value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
         return list(zip(value._fields, value, strict=True))
-    if isinstance(value, (Sequence, Set, deque)) and not isinstance(value, str):
+    if isinstance(value, (Sequence, Set, deque)):
         return list(enumerate(value))
     return []
 

@@ -14,6 +14,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost import measure_latency
+from nni_topo.network.graph.traced_int import TracedInt
 from nni_topo.network.runtime import structure_of
 from nni_topo.network.runtime.inputs import (
     VARIATIONS,
@@ -621,6 +622,11 @@ class Plain:
         self.me, self.kind, self.layer = self, Plain, nn.Linear(1, 1)
 
 
+class Text(str):
+    def __init__(self, _):
+        self.tensor = X
+
+
 class KeyCache(Plain):
     pass
 
@@ -655,6 +661,7 @@ Both = namedtuple("Both", ("first", "second"))
         ((X, Plain(a=torch.ones(1))), ["output[0]", "output[1].a"]),
         ((X, KeyCache(a=X)), ["output[0]"]),
         ((X, X.numpy(), "text"), ["output[0]"]),
+        ((X, TracedInt.of_tensor(3, X, 1), Text("text")), ["output[0]"]),
     ],
 )
 def test_outputs_are_named_by_what_leads_to_them(found, names):
