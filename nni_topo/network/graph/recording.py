@@ -570,26 +570,51 @@ def _masks_whole(model: nn.Module) -> Iterator[None]:
 
 
 _LEN = len
+_RANGE = range
 _MEASURING = [0]  # how many recorders want lengths of tensors to say whose they are
 
 
 @contextmanager
 def _lengths_measured() -> Iterator[None]:
-    """Let ``len(tensor)`` say whose size it is, in whatever file a forward calls it.
+    """Let ``len(tensor)`` say whose size it is, in whatever file a forward calls it, and note loops over attributes.
 
     Python makes a plain integer of what a tensor's own ``__len__`` returns. What stands in place of ``len`` meanwhile
     asks for the thread's own recorder, so that other threads get what they always do.
+
+    ``range`` is watched too: it asks an integer nothing, and a graph has the steps of a loop over a number that an
+    attribute holds one by one.
     """
     with _LOCK:
         _MEASURING[0] += 1
-        builtins.len = _length
+        vars(builtins).update(len=_length, range=_Counting)
     try:
         yield
     finally:
         with _LOCK:
             _MEASURING[0] -= 1
             if not _MEASURING[0]:
-                builtins.len = _LEN
+                vars(builtins).update(len=_LEN, range=_RANGE)
+
+
+class _LikeRange(type):
+    """Lets a class stand for `range` where types are compared."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _RANGE)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, _RANGE)
+
+
+class _Counting(metaclass=_LikeRange):
+    """Makes ranges, and notes that something is done as often as a number that an attribute holds."""
+
+    def __new__(cls, *limits: Any) -> Any:
+        """Return a range."""
+        for each in limits if _RUNNING.get() is not None else ():
+            if isinstance(each, TracedInt):
+                each.note_other_use()
+        return _RANGE(*limits)
 
 
 def _length(value: Any, /) -> int:

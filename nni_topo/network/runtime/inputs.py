@@ -7,8 +7,7 @@ import functools
 import inspect
 import logging
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, is_dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError, NniTopoError
+from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError
 from nni_topo.network.runtime.copying import cast_tensor, device_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.processes import is_in_step
@@ -265,7 +264,9 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
     """List the tensors of what a model returns with the keys, places and attributes that lead to them.
 
     A container may be of a class of the user's own, and a forward may return an object that holds its tensors in
-    attributes. A cache, whose class is named so, is none of the outputs: it goes back into the model.
+    attributes. A cache of Transformers is none of the outputs: it goes back into the model.
+
+    SpeedupError for an iterator, of which it can't be told what it will give.
     """
     found: list[tuple[str, torch.Tensor]] = []
     seen, listed = set[int](), set[int]()
@@ -279,8 +280,10 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
             return
         if type(value) in _PLAIN or isinstance(value, _NO_OUTPUTS) or id(value) in seen:
             return
-        if any(kind.__name__.endswith("Cache") for kind in type(value).__mro__):
+        if any(_is_cache(kind) for kind in type(value).__mro__):
             return
+        if isinstance(value, Iterator):
+            raise SpeedupError(f"what a model returns must be there when its forward ends, got {type(value).__name__}")
         seen.add(id(value))
         entries = _entries(value)
         for key, each in entries:
@@ -293,9 +296,13 @@ def returned_by_name(output: Any) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
+def _is_cache(kind: type) -> bool:
+    return kind.__name__.endswith("Cache") and kind.__module__.partition(".")[0] == "transformers"
+
+
 # A number may know the tensor whose size it is.
 _NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)
-_NO_OUTPUTS = (*_NUMBERS, str, bytes, nn.Module, type, ModuleType, FunctionType, MethodType, np.ndarray)
+_NO_OUTPUTS = (*_NUMBERS, range, str, bytes, nn.Module, type, ModuleType, FunctionType, MethodType, np.ndarray)
 
 
 def _entries(value: Any) -> list[tuple[Any, Any]]:
@@ -304,7 +311,7 @@ def _entries(value: Any) -> list[tuple[Any, Any]]:
         return list(value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
         return list(zip(value._fields, value, strict=True))
-    if isinstance(value, (Sequence, Set, deque)):
+    if isinstance(value, Collection):
         return list(enumerate(value))
     return []
 

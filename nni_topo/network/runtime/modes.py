@@ -197,7 +197,9 @@ def _call(model: nn.Module, method: Callable[[], Any]) -> list[_Change] | None:
             table.clear()
             table.update(entries)
         for tensor, value in zip(weights.values(), values, strict=True):
-            if not torch.equal(tensor.detach(), value):
+            if tensor.shape != value.shape:  # another tensor's values were put in place of these
+                tensor.data = value
+            elif not torch.equal(tensor.detach(), value):
                 tensor.data.copy_(value)
         return None
     return [

@@ -456,7 +456,8 @@ def _notes_on_own_modes(found: OwnModes, run: TrainingRun, unused: list[str]) ->
             "so that train() and eval() leave the weights as they are; or prune in the other mode, if the forward uses "
             "all weights there"
         )
-    others = [name for name in dict.fromkeys(each.rpartition(".")[0] for each in unused) if name in found.trained]
+    owners = dict.fromkeys(each.rpartition(".")[0] for each in unused)
+    others = [name for name in owners if name and name in found.trained]
     if others:
         yield (
             "the dense model is smaller in evaluation mode alone: after its own train() it runs these layers, which "

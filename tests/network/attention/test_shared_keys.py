@@ -120,3 +120,33 @@ def test_heads_stay_where_their_number_counts_something_else_too() -> None:
     assert {"a", "b", "c"} <= groups.skipped.keys()
     assert (dense.heads, dense.groups) == (4, 2)
     torch.testing.assert_close(dense(TOKENS), masked(TOKENS))
+
+
+class Looped(Model):
+    """The number of heads of keys is also how many steps follow."""
+
+    mix = with_more(interleaved)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found = super().forward(tokens)
+        places = found.shape[1]
+        for step in self.steps():
+            # Too far back for a short example to show it.
+            found = found + 0.1 * nn.functional.pad(found, (0, 0, 8 * step, 0))[:, :places]
+        return found
+
+    def steps(self) -> range:
+        count = self.groups
+        assert isinstance(range(count), range)
+        return range(1, count)
+
+
+def test_heads_stay_where_a_loop_takes_as_many_steps() -> None:
+    torch.manual_seed(0)
+    model = Looped().eval()
+    groups, dense, masked = pruned(model)
+    assert {"a", "b", "c"} <= groups.skipped.keys()
+    assert (dense.heads, dense.groups) == (4, 2)
+    longer = torch.cat([TOKENS, TOKENS.flip(0)], 1)
+    torch.testing.assert_close(dense(longer), masked(longer))
+    assert range is type(range(1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.cost import measure_latency
 from nni_topo.network.graph.traced_int import TracedInt
 from nni_topo.network.runtime import structure_of
@@ -631,6 +631,10 @@ class KeyCache(Plain):
     pass
 
 
+class StaticCache(Plain):
+    __module__ = "transformers.cache_utils"
+
+
 class Rows(tuple):
     pass
 
@@ -659,7 +663,11 @@ Both = namedtuple("Both", ("first", "second"))
         ([Slots(X, {"a": X})], ["output[0].deep.a", "output[0].scores"]),
         (Plain(a=X, b=X, c=Plain(d=X)), ["a", "b", "c.d"]),
         ((X, Plain(a=torch.ones(1))), ["output[0]", "output[1].a"]),
-        ((X, KeyCache(a=X)), ["output[0]"]),
+        ((X, KeyCache(a=torch.ones(1))), ["output[0]", "output[1].a"]),
+        ((X, StaticCache(a=torch.ones(1))), ["output[0]"]),
+        ({"a": X, "b": X}.values(), ["output[0]", "output[1]"]),
+        ({"a": X}.items(), ["output[0][1]"]),
+        ((X, range(3), b"text"), ["output[0]"]),
         ((X, X.numpy(), "text"), ["output[0]"]),
         ((X, TracedInt.of_tensor(3, X, 1), Text("text")), ["output[0]"]),
     ],
@@ -667,3 +675,9 @@ Both = namedtuple("Both", ("first", "second"))
 def test_outputs_are_named_by_what_leads_to_them(found, names):
     assert [name for name, _ in returned_by_name(found)] == names
     assert len(returned_tensors(found)) == len(names)
+
+
+@pytest.mark.parametrize("found", [iter([X]), zip([X], strict=True), (each for each in [X])])
+def test_an_iterator_is_no_output(found):
+    with pytest.raises(SpeedupError, match=r"must be there when its forward ends, got (list_iterator|zip|generator)"):
+        returned_by_name(found)

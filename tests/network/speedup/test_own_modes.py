@@ -270,3 +270,35 @@ def test_shrink_warns_before_a_function_of_the_users_that_calls_eval_fails(caplo
         "the model's own eval() breaks the dense model",
         "evaluate failed for the pruned network",
     ]
+
+
+class Pointing(nn.Sequential):
+    """Averages of the first layer's weights, which ``eval`` puts in place of their values."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+        self.averages = {name: parameter.detach() * 0.9 for name, parameter in self[0].named_parameters()}
+        self.kept = {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if not mode and not self.kept:
+            self.kept = {name: parameter.data for name, parameter in self[0].named_parameters()}
+            for name, parameter in self[0].named_parameters():
+                parameter.data = self.averages[name]
+        elif mode and self.kept:
+            for name, parameter in self[0].named_parameters():
+                parameter.data = self.kept[name]
+            self.kept = {}
+        return self
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_values_that_are_put_in_place_of_others_are_told_and_the_model_stays(is_training):
+    torch.manual_seed(0)
+    model = Pointing().train(is_training)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    dense = nni_topo.to_dense(model, ROWS[:4], {"0": filter_mask(model[0], range(8))})
+    assert dense[0].out_features == 8
+    assert "breaks the dense model" in " ".join(dense.report.notes)
+    assert all(map(torch.equal, before, model.parameters()))
