@@ -101,15 +101,6 @@ from nni_topo.network.runtime.memory import (
     out_of_memory,
     trim_heap,
 )
-from nni_topo.network.runtime.modes import (
-    evaluating,
-    evaluation_mode,
-    failures_in_own_modes,
-    forget_evaluated,
-    has_own_modes,
-    put_modes_of,
-    training,
-)
 from nni_topo.network.runtime.precision import (
     PRECISION,
     Precision,
@@ -133,6 +124,15 @@ from nni_topo.network.runtime.reports import (
     told_of_changes,
 )
 from nni_topo.network.runtime.telling import tells_once
+from nni_topo.network.runtime.training_mode import (
+    evaluating,
+    evaluation_mode,
+    failures_in_own_modes,
+    forget_evaluated,
+    has_own_modes,
+    put_modes_of,
+    training,
+)
 from nni_topo.network.runtime.untouched import (
     as_written,
     drawn_since,

@@ -28,8 +28,8 @@ from nni_topo.network.runtime.inputs import (
     tensors_of,
 )
 from nni_topo.network.runtime.memory import out_of_memory
-from nni_topo.network.runtime.modes import evaluation_mode
 from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.network.runtime.untouched import left_alone
 
 LISTS = (nn.ModuleList, nn.ModuleDict)

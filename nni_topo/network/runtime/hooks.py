@@ -17,7 +17,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.inputs import bind_arguments, inputs_of, real_positions_of
-from nni_topo.network.runtime.modes import evaluation_mode
+from nni_topo.network.runtime.training_mode import evaluation_mode
 
 Entering = Callable[[Tensor], Any]
 """Gets the tensor that enters a layer. What it returns enters instead, unless that is None."""

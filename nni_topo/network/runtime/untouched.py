@@ -32,8 +32,8 @@ from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, Dataset
 
 from nni_topo.network.runtime.copying import is_compiled_function, is_transformed
-from nni_topo.network.runtime.modes import put_mode
 from nni_topo.network.runtime.precision import Switch, in_full_precision, is_within_autocast
+from nni_topo.network.runtime.training_mode import put_mode
 from nni_topo.network.runtime.values import ParameterValues, users_code, values_kept
 
 _Given = ParamSpec("_Given")

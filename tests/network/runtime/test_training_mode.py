@@ -163,7 +163,7 @@ def test_an_eval_that_fails_or_replaces_layers_is_undone():
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_modes_are_those_of_every_module_again():
+def test_training_mode_are_those_of_every_module_again():
     model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU()).eval())
     with evaluation_mode(model), evaluation_mode(model[0]):
         assert not any(each.training for each in model.modules())
@@ -280,7 +280,7 @@ def test_a_layer_that_eval_replaces_by_nothing_is_no_value_to_put_back():
     assert copied.training
 
 
-def test_modes_of_modules_without_methods_of_their_own_are_set_one_by_one():
+def test_training_mode_of_modules_without_methods_of_their_own_are_set_one_by_one():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval())
     copied = detached_copy(model).eval()
     assert not has_own_modes(model)
