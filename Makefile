@@ -14,7 +14,9 @@ OTHER := .venv-other
 PYTHON_LOWEST ?= $(shell python3.10 --version > /dev/null 2>&1 && echo python3.10 || echo $(PYTHON))
 # for `make docs`
 SITE ?= .venv-docs
-SITE_TOOLS := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29,<2' 'ruff>=0.6'
+# The newest mkdocstrings for Python 3.10 can't use the newest pymdown-extensions.
+SITE_TOOLS := 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.29,<2' 'ruff>=0.6' \
+  "pymdown-extensions<12; python_version < '3.11'"
 # for `make upstream`: NNI is a checkout of NNI's repository, FASHION_MNIST a folder with the four idx files, UPSTREAM any
 # further options of benchmarks/upstream/run.py
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
