@@ -621,7 +621,7 @@ def test_wrong_values_are_told_by_name(name):
     ],
 )
 @pytest.mark.parametrize("is_leaf", [True, False])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_inputs_that_require_gradients_are_values(name, argument, changes, is_leaf):
     source = IMAGES.clone().requires_grad_(True)
     images = source if is_leaf else source * 1.0

@@ -63,7 +63,7 @@ KNOBS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", list_pruners("*"))
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_every_pruner(device, name):
     agree(lambda place: prune(name, place, **KNOBS.get(name, {}))[1], device)
 
@@ -135,6 +135,7 @@ LIKE_OTHERS |= {"energy behind norms", "round_to", "global", "coupled", "narrow"
 @pytest.mark.parametrize(
     "choice", [pytest.param(choice, marks=[pytest.mark.slow] * (choice in LIKE_OTHERS)) for choice in CHOICES]
 )
+@pytest.mark.quick_every(3)
 def test_clouds_and_criteria(device, choice):
     name, knobs = CHOICES[choice]
     agree(lambda place: prune(name, place, **knobs)[1], device)
@@ -383,6 +384,7 @@ TIMES = ("seconds", "latency", "peak_memory", "_ms", "time", "date", "key")
     ],
     ids=["topological", "taylor", "scratch", "torch-pruning"],
 )
+@pytest.mark.slow
 def test_compares_cell(device, choice, tmp_path):
     recipe = zoo.Recipe(epochs=1, batch_size=64)
     accuracies: dict[str, dict[str, Any]] = {}

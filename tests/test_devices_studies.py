@@ -173,6 +173,7 @@ LIKE_OTHERS = (found_energy, found_selection, found_sensitivity, found_retrainin
     [pytest.param(study, marks=[pytest.mark.slow] * (study in LIKE_OTHERS)) for study in STUDIES],
     ids=lambda study: getattr(study, "__name__", "")[6:] or None,
 )
+@pytest.mark.quick_every(2)
 def test_studies(device, study):
     agree(study, device)
 

@@ -18,6 +18,7 @@ def _quiet():
 
 @pytest.mark.parametrize("cases", [60, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_requests_end_in_right_masks_or_a_named_error_and_leave_the_model_as_it_was(cases):
     @settings(max_examples=cases, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(fuzzing.requests())

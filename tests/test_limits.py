@@ -83,6 +83,7 @@ JOBS = {
 
 
 @pytest.mark.parametrize("job", JOBS)
+@pytest.mark.quick_every(2)
 def test_memory_is_estimated_beforehand_with_the_figure_and_the_knob(job, tmp_path):
     work, words = JOBS[job]
     if job == "images":

@@ -192,7 +192,7 @@ def test_obce_takes_the_layers_of_a_transformer():
 
 @pytest.mark.parametrize("check", STRUCTURED_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", PRUNERS)
-@pytest.mark.quick_every(6)
+@pytest.mark.quick_every(12)
 def test_they_keep_what_every_pruner_promises(name, check):
     check(functools.partial(PRUNERS[name], calibration=[toy_images()]))
 

@@ -47,6 +47,7 @@ RESULTS = {
 
 
 @pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.quick_every(2)
 def test_a_result_is_printed_in_a_few_lines(name):
     work, lines, said = RESULTS[name]
     found = repr(work())

@@ -153,6 +153,7 @@ def test_the_front_page_counts_the_comparisons():
 
 
 @pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.stem)
+@pytest.mark.quick_every(3)
 def test_a_page_says_when_its_figures_were_recorded_and_which_commit_brought_them(page):
     said = re.findall(
         r"Recorded: (2026-\d\d-\d\d)(?: to 2026-\d\d-\d\d)? \(([0-9a-f, ]+)\)", page.read_text(encoding="utf-8")

@@ -76,6 +76,7 @@ def cells_of(line):
 
 
 @pytest.mark.parametrize("reading", ["scott", "10", "3"])
+@pytest.mark.quick_every(2)
 def test_a_cut_tree_is_what_grows_to_the_threshold(rules, reading):
     generator = np.random.default_rng(0)
     for seed in range(3):

@@ -52,6 +52,7 @@ HYPOTHESES = {
 
 
 @pytest.mark.parametrize("name", HYPOTHESES.values())
+@pytest.mark.quick_every(2)
 def test_the_page_holds_the_tables_of_the_records(name):
     page = (BENCHMARKS / "results" / "topology.md").read_text(encoding="utf-8")
     with imported(BENCHMARKS / "topology", name) as module:

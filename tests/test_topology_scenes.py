@@ -136,6 +136,7 @@ def test_a_box_that_overlaps_a_surer_one_of_its_class_is_left_out(scenes):
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "detection"])
+@pytest.mark.quick_every(2)
 def test_all_convolutions_but_the_head_get_narrower(bench, scenes, made, kind):
     torch.manual_seed(0)
     model = scenes.KINDS[kind](10).eval()
@@ -147,6 +148,7 @@ def test_all_convolutions_but_the_head_get_narrower(bench, scenes, made, kind):
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "detection"])
+@pytest.mark.quick_every(2)
 def test_training_lowers_the_loss(scenes, made, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "BATCH", 8)
     torch.manual_seed(300)

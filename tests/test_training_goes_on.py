@@ -155,6 +155,7 @@ def test_it_is_compiled_once_for_training_and_once_for_evaluation(dense: Any) ->
 
 
 @pytest.mark.parametrize(("ratios", "graphs"), [((0.5, 0.5), 1), ((0.25, 0.5), 2)])
+@pytest.mark.quick_every(2)
 def test_blocks_compiled_one_by_one_share_a_graph_if_they_are_as_wide(ratios: tuple[float, ...], graphs: int) -> None:
     torch.manual_seed(0)
     model = Net().eval()

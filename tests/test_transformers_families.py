@@ -195,6 +195,7 @@ def test_a_pruned_family_computes_what_the_masked_one_does_and_goes_on(name: str
 
 
 @pytest.mark.parametrize("name", ["MptForCausalLM", "BloomForCausalLM"])
+@pytest.mark.quick_every(2)
 def test_the_kept_heads_keep_their_slopes(name: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     kind = getattr(transformers, name)

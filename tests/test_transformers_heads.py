@@ -246,6 +246,7 @@ def test_compensation_without_labels_brings_back_some_of_it(name):
 @pytest.mark.parametrize(
     "method", ["reconstruct", "head", *(pytest.param(e, marks=pytest.mark.slow) for e in ("channel", "scalar", "mean"))]
 )
+@pytest.mark.quick_every(2)
 def test_what_is_padding_does_not_count_in_compensation(method):
     model = make("BertForSequenceClassification")
     inputs = inputs_of(model, samples=10)

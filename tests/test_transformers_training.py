@@ -51,6 +51,7 @@ def trained(model: Any, inputs: dict[str, torch.Tensor], steps: int) -> list[flo
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.quick_every(2)
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     plain, again = (copy.deepcopy(pruned_model(name)).train() for _ in range(2))
     inputs = inputs_of(plain)

@@ -114,6 +114,7 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["T5", "Bart", pytest.param("Marian", marks=pytest.mark.slow)])
+@pytest.mark.quick_every(2)
 def test_widths_of_encoder_and_decoder_go_with_the_attention_between_them(kind):
     t5 = {"d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
     sides = {f"{side}_{key}": size for side in ("encoder", "decoder") for key, size in

@@ -298,6 +298,7 @@ MADE += ["remove_blocks", "shrink", "to_dense", "with_dropout"]
 
 
 @pytest.mark.parametrize("name", MADE)
+@pytest.mark.quick_every(2)
 def test_what_is_made_of_a_model_has_not_counted_the_passes(name, tmp_path):
     model = busy(KINDS.get(name, Busy))
     found = CALLS[name](model, model, tmp_path)
@@ -333,7 +334,7 @@ def test_what_is_made_of_a_model_has_the_parameters_from_before_the_passes(name,
 @pytest.mark.parametrize("name", sorted(name for name in list_pruners() if pruner_info(name).origin == "nni_topo"))
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("as_made", [busy, lambda kind: forgetful(busy(kind))], ids=["busy", "forgetful"])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_a_model_is_as_it_was_after_a_pruner(name, attention, as_made):
     model = as_made(Attending if attention else Busy)
     layer = "encoder.linear1" if attention else "hidden"
@@ -471,7 +472,7 @@ class _PartCompiled(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["whole", "inside", "child", "forward"])
-@pytest.mark.quick_every(4)
+@pytest.mark.slow
 def test_what_is_compiled_in_a_model_changes_nothing_but_runs_as_it_is_written(how):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 1, 8, 8, generator=generator).split(16)

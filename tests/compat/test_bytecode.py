@@ -194,7 +194,7 @@ def module(forward: Callable[..., Tensor]) -> nn.Module:
 
 @pytest.mark.parametrize("operator_patch", [True, False])
 @pytest.mark.parametrize("forward", CASES, ids=lambda case: case.__name__)
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_trace_computes_what_the_function_computes(forward: Callable[..., Tensor], operator_patch: bool) -> None:
     traced = concrete_trace(module(forward), (ONES,), use_operator_patch=operator_patch)
     same_branch = ONES + 0.01 * torch.rand(4, 3, generator=torch.Generator().manual_seed(0))

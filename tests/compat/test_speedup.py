@@ -84,6 +84,7 @@ class Added(nn.Module):
 
 
 @pytest.mark.parametrize("make", [Added, Sized, Pooled])
+@pytest.mark.quick_every(2)
 def test_given_masks_stay_as_they_are(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().eval()

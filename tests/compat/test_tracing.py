@@ -144,6 +144,7 @@ def test_super_is_patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.5, None, 3])
+@pytest.mark.quick_every(2)
 def test_types_of_builtin_classes_are_evaluated_as_types(scale: float | None) -> None:
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(concrete_trace(Typed(), (x, scale))(-x, scale), Typed()(-x, scale))

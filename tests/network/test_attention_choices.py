@@ -37,7 +37,7 @@ def prune(model, config, kind, data):
 
 @pytest.mark.parametrize("kind", PRUNERS)
 @pytest.mark.parametrize("name", ["multihead", "encoder layer", "fused", "apart", "shared keys"])
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_pruners_choose_heads(name, kind):
     model, data = make(name), [_states(8, 7, 5)]
     (attention,) = find_attention(model).values()
@@ -60,6 +60,7 @@ def test_pruners_choose_heads(name, kind):
 
 @pytest.mark.parametrize("name", ["multihead", "apart"])
 @pytest.mark.parametrize("kind", ["topological", "reconstruction"])
+@pytest.mark.quick_every(2)
 def test_of_two_equal_heads_one_goes_and_compensation_makes_up_for_it(name, kind):
     model, data = make(name), [_states(64, 7, 5)]
     (attention,) = find_attention(model).values()
@@ -101,6 +102,7 @@ def test_the_point_of_a_head_is_what_it_adds_to_the_stream():
 
 
 @pytest.mark.parametrize("name", ["multihead", "apart", "shared keys"])
+@pytest.mark.quick_every(2)
 def test_costs_of_fewer_heads_are_those_of_the_dense_model(name):
     model, inputs = make(name), _states(1, 7, 5)
     masks = head_masks(model, [0, 2])

@@ -114,6 +114,7 @@ def network(kind: str) -> tuple[nn.Module, Tensor]:
         *((kind, torch.float64) for kind in NETWORKS if kind != "linear"),  # whose forward names single precision
     ],
 )
+@pytest.mark.quick_every(3)
 def test_all_but_complex_layers_and_their_neighbours_lose_channels(kind, dtype):
     model, inputs = network(kind)
     if dtype == torch.float64:
@@ -135,6 +136,7 @@ def test_all_but_complex_layers_and_their_neighbours_lose_channels(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["linear", "fourier"])
+@pytest.mark.quick_every(2)
 def test_networks_with_complex_weights_are_shrunk(kind):
     model, inputs = network(kind)
     small = nni_topo.shrink(model, inputs.split(4), {"params": 0.85}, distill=False)

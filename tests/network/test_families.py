@@ -215,6 +215,7 @@ def test_the_rehearsal_changes_nothing_of_the_model():
 
 
 @pytest.mark.parametrize("make", [chain, Residual, Concatenated, Grouped])
+@pytest.mark.quick_every(2)
 def test_numbers_infer_what_nnis_own_speedup_does_by_running(make):
     model, images = make().eval(), torch.rand(2, 3, 8, 8)
     masks = l1_masks(model, nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]))

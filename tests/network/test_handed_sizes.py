@@ -44,6 +44,7 @@ USES = {
 
 @pytest.mark.parametrize("name", USES)
 @torch.no_grad()
+@pytest.mark.quick_every(3)
 def test_slices_of_a_shape_are_followed(name):
     torch.manual_seed(0)
     model = Shaped(USES[name]).eval()

@@ -65,6 +65,7 @@ def test_channels_that_noise_is_drawn_for_stay_with_the_reason(name):
 @pytest.mark.parametrize(
     "draw", [noise, lambda x: functional.dropout(x, 0.5, training=True), lambda x: x + torch.rand(1)]
 )
+@pytest.mark.quick_every(2)
 def test_noise_in_front_or_behind_keeps_no_channels(place, draw):
     torch.manual_seed(0)
     model = Noisy(**{place: draw}).eval()

@@ -55,6 +55,7 @@ SHAPES = [
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_every(3)
 def test_units_go_with_all_of_their_gates(kind, pruner, knobs):
     model, rows = Net(kind, **knobs).eval(), torch.randn(5, 7, 4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -167,6 +168,7 @@ def test_a_recurrent_layer_with_a_projection_cant_be_named():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.quick_every(3)
 def test_costs_of_levels_and_directions_are_those_of_the_dense_layer(kind, shape):
     model, rows = Net(kind, batch_first=True, **shape).eval(), torch.randn(2, 7, 4)
     units = np.arange(10) < 4

@@ -105,6 +105,7 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.quick_every(3)
 def test_layers_around_a_module_of_several_tensors_shrink(name):
     model, inputs = Around(name).eval(), torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
     masks = {"embed": filter_mask(model.embed, [0, 3, 5]), "inner": filter_mask(model.inner, range(6))}
@@ -115,6 +116,7 @@ def test_layers_around_a_module_of_several_tensors_shrink(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in ("pair", "named")])
+@pytest.mark.quick_every(3)
 def test_channels_that_enter_or_meet_such_a_module_stay(name, caplog):
     model, inputs = Around(name).eval(), torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
     masks = {"before": filter_mask(model.before, [1, 2]), "embed": filter_mask(model.embed, [0])}
@@ -127,6 +129,7 @@ def test_channels_that_enter_or_meet_such_a_module_stay(name, caplog):
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn", "attention", "pair"])
+@pytest.mark.quick_every(2)
 def test_nnis_own_speedup_passes_a_module_of_several_tensors(name):
     model, inputs = Around(name).eval(), torch.rand(2, 6, 4, generator=torch.Generator().manual_seed(0))
     mask = filter_mask(model.inner, range(6))["weight"]

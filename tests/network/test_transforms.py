@@ -85,6 +85,7 @@ def test_a_network_of_transformed_layers_alone_says_why_it_stays(kind):
 
 
 @pytest.mark.parametrize("kind", [BySample, Gradient, Normed, Kept])
+@pytest.mark.quick_every(2)
 def test_layers_around_a_transformation_lose_channels(kind):
     model, inputs = Between(kind()).eval(), torch.randn(20, 6)
     expected = model(inputs)
@@ -103,6 +104,7 @@ def test_layers_around_a_transformation_lose_channels(kind):
 
 
 @pytest.mark.parametrize("kind", [BySample, Kept])
+@pytest.mark.quick_every(2)
 def test_networks_with_a_transformation_are_shrunk(kind):
     model, inputs = Between(kind()).eval(), torch.randn(20, 6)
     model(inputs)

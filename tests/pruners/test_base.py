@@ -43,6 +43,7 @@ def test_masks_made_once_at_the_first_step_on_request():
 
 
 @pytest.mark.parametrize("name", ["reconstruction", "topological", "random"])
+@pytest.mark.quick_every(2)
 def test_a_pruner_says_which_masks_it_would_make_for_other_budgets(name, monkeypatch):
     def made(share, allocation="uniform"):
         budget = Budget(flops=share, allocation=allocation)

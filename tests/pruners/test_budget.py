@@ -131,7 +131,7 @@ def test_a_budget_of_memory_is_met():
 
 
 @pytest.mark.parametrize("name", ["reconstruction", "energy", "cluster", "matrix", "random"])
-@pytest.mark.quick_every(6)
+@pytest.mark.slow
 def test_every_structured_pruner_that_is_told_how_much_takes_a_budget(name):
     model = resnet()
     config = dependency_groups(model, IMAGES, [{"op_names": layers()}])
@@ -223,6 +223,7 @@ def test_another_allocation_comes_nearer_where_one_ratio_does_not():
 @pytest.mark.parametrize(
     ("share", "is_met", "why"), [(0.5, True, ""), (0.05, False, "all layers are at their max_sparse_ratio")]
 )
+@pytest.mark.quick_every(2)
 def test_a_pruner_knows_whether_its_budget_is_met(share, is_met, why):
     model = resnet()
     config = dependency_groups(model, IMAGES, [{"op_names": layers(), "max_sparse_ratio": 0.5}])

@@ -88,7 +88,7 @@ def knobs_of(name, way):
     [(name, "calibration") for name in OWN]
     + [(name, "evaluator") for name in OWN if "calibration" not in pruner_info(name).needs],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_all_of_a_model_is_as_it_was_after_pruning_and_after_an_error(name, way):
     model, config = Awkward(), copy.deepcopy(CONFIG)
     knobs = knobs_of(name, way)

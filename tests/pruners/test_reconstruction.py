@@ -198,6 +198,7 @@ def test_swaps_leave_no_pair_whose_exchange_takes_more_off():
 
 
 @pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.quick_every(2)
 def test_the_pruner_swaps_as_often_as_it_is_told(sequential):
     def masks(**knobs):
         pruner = ReconstructionPruner(

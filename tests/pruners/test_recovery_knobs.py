@@ -64,7 +64,7 @@ def test_masks_of_every_pruner_can_be_compensated(name, method):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("round_to", "widths"), [(3, (6, 6, 9)), (4, (4, 4, 8)), (16, (8, 8, 16))])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_widths_are_multiples(name, round_to, widths):
     model = toy_model()
     pruner = make(name, model, config(model), round_to=round_to)
@@ -98,6 +98,7 @@ def test_a_budget_counts_rounded_widths():
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.quick_every(3)
 def test_bad_knobs_are_refused_before_the_model_is_wrapped(name, knobs, message):
     model = toy_model()
     with pytest.raises(ConfigError, match=message):

@@ -88,6 +88,7 @@ def test_time_alone_says_where_the_budget_is_met():
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "topological"])
+@pytest.mark.quick_every(2)
 def test_no_layer_is_emptied_and_bounds_hold(allocation):
     table = proportional(dict.fromkeys([*LAYERS, "head"], 1.0))
     assert min(kept({"latency": 1e-9}, table, allocation)[0].values()) == 1
@@ -101,6 +102,7 @@ def test_a_table_may_be_a_file(tmp_path):
     assert kept({"latency": 0.4}, tmp_path / "table.json")[0] == kept({"latency": 0.4}, table)[0]
 
 
+@pytest.mark.slow
 def test_a_second_choice_is_held_against_what_was_asked_for(caplog):
     """Its first aim is what the table must say; what the dense network takes is held against the user's share."""
     torch.manual_seed(0)
@@ -247,6 +249,7 @@ def test_where_all_widths_so_far_are_one_that_is_too_fast_a_wider_one_is_tried()
 
 
 @pytest.mark.parametrize("images", [(torch.ones(2, 3, 8, 8),), torch.ones(2, 3, 8, 8)])
+@pytest.mark.quick_every(2)
 def test_the_network_that_is_timed_has_the_widths_asked_for(images):
     seen = []
     model = toy_model()

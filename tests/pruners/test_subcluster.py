@@ -83,6 +83,7 @@ def twins(seed: int, *, norm: bool = False) -> tuple[nn.Sequential, torch.Tensor
 
 
 @pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.quick_every(2)
 def test_of_near_copies_one_stays_and_no_more_kinds_are_lost_than_by_chance(norm, capsys):
     generator = np.random.default_rng(0)
     for seed in range(5):
@@ -120,6 +121,7 @@ def test_more_energy_keeps_fewer():
 
 
 @pytest.mark.parametrize("cap", ["sparse_ratio", "max_sparse_ratio"])
+@pytest.mark.quick_every(2)
 def test_ratios_are_caps(cap):
     model, data = net()
     knobs = {"calibration": [data], "energy": 0.9, "growth": Growth(initial_ratio=0.05)}
@@ -180,6 +182,7 @@ def test_a_ratio_of_one_member_caps_the_group():
 
 
 @pytest.mark.parametrize("seed", [0, 2, 7, 31])
+@pytest.mark.quick_every(2)
 def test_parts_of_a_grouped_convolution_keep_as_many_and_pairs_say_which(seed):
     torch.manual_seed(seed)
     model = nn.Sequential(

@@ -114,6 +114,7 @@ def test_the_highest_ratio_that_is_allowed_keeps_the_tree_alone():
 
 
 @pytest.mark.parametrize("conv_graph", ["toeplitz", "toeplitz_full"])
+@pytest.mark.quick_every(2)
 def test_toeplitz_graphs(conv_graph):
     model = toy_model()
     graph = topology.convolution_graph((8, 8, 3, 3), (10, 10))

@@ -79,7 +79,7 @@ def test_every_pruner_takes_half_of_what_a_pixel_shuffle_spreads(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_L1)) for name in STRUCTURED]
 )
-@pytest.mark.quick_every(9)
+@pytest.mark.quick_every(18)
 def test_every_pruner_serves_a_whole_request(name, net):
     model, inputs = zoo_nets.make(net)
     masks = pruned(name, model, inputs)

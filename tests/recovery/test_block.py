@@ -287,6 +287,7 @@ def test_bad_settings_are_told(knobs, message):
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+@pytest.mark.quick_every(2)
 def test_other_precisions_learn(gated, values, kind):
     model, batches = gated.to(kind), [each.to(kind) for each in values]
     found = compensation(model, MASKS, batches, method="block")

@@ -46,6 +46,7 @@ def test_blocks_that_add_a_constant_go_into_the_layer_before_them():
 
 
 @pytest.mark.parametrize("names", [["blocks.3"], ["blocks.1", "blocks.3"], ["blocks.4"]])
+@pytest.mark.quick_every(2)
 def test_other_blocks_are_made_up_for_in_part(names):
     model = make()
     plain = copy.deepcopy(model)

@@ -76,7 +76,7 @@ LONG = ("ahead", "block")  # on one of the nets each time
         (toy_model, FPGMPruner, "pair"),
     ],
 )
-@pytest.mark.quick_every(9)
+@pytest.mark.quick_every(18)
 def test_masks_of_nnis_pruners_on_nets_with_a_trait_each(net, pruner, method):
     model = net().eval()
     shape = (1, 28, 28) if net is LeNet else (3, 8, 8)
@@ -302,6 +302,7 @@ def bad_model(change):
         (["images"], ConfigError, "got str"),
     ],
 )
+@pytest.mark.quick_every(3)
 def test_bad_calibration_is_refused_and_nothing_changes(calibration, error, message):
     model = toy_model()
     masks = pruned(model, toy_images(2), exclude=["head"])
@@ -542,6 +543,7 @@ def square():
     ("layers", "kept", "anew"),
     [((square,) * 5, 5 + 8, 2 * (2 + 3 + 4 + 5)), ((square, nn.ReLU, square, nn.ReLU), 2 + 2, 3 * (2 + 2))],
 )
+@pytest.mark.quick_every(2)
 def test_networks_go_on_from_what_is_kept(layers, kept, anew, cache_bytes):
     model, masks = narrowed(*layers)
     calls = calls_a_batch(lambda images: compensate(model, masks, images, cache_bytes=cache_bytes))

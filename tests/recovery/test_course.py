@@ -83,6 +83,7 @@ def test_small_progress_counts_as_none():
         ([math.nan], 24),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_a_course_is_given_up_where_the_loss_grows(losses, steps):
     done, _ = course(600, losses, first=1.0)
     assert (done.is_given_up, done.done) == (True, steps)
@@ -109,6 +110,7 @@ def test_the_fall_is_as_much_shorter_as_what_was_before_it():
     assert schedule.end == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_the_time_left_that_is_shown_is_no_more_than_the_limit_leaves(capsys):
     """Of a million steps, at most, a second allows some hundreds."""
     dense, original = pair()

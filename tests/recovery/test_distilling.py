@@ -153,6 +153,7 @@ def test_batch_norms_learn_from_their_batches_where_images_suffice():
 
 
 @pytest.mark.parametrize("is_out_of_date", [False, True])
+@pytest.mark.quick_every(2)
 def test_batch_norms_have_the_statistics_that_are_better_on_held_out_images(is_out_of_date):
     """Those of the steps, or those of all images as they are."""
     dense, original = pair(norm=True)
@@ -401,6 +402,7 @@ def other_values(net, name):
         ("dense", "norm.running_var", "the same network to distil"),
     ],
 )
+@pytest.mark.quick_every(3)
 def test_a_state_is_of_the_networks_that_it_began_with(tmp_path, role, name, words, is_finished):
     dense, original = pair(norm=True)
     nets = {"dense": dense, "original": original}
@@ -983,6 +985,7 @@ def test_parameters_that_require_gradients_learn_or_all_where_none_does():
         ({"shift": 1.0}, "the same images in the same order, hash .*, got"),
     ],
 )
+@pytest.mark.quick_every(3)
 def test_a_state_is_of_the_knobs_that_it_began_with(tmp_path, other, words):
     dense, original = pair()
     knobs = {"steps": 2, "lr": 1e-3, "state": tmp_path / "state.pt"}

@@ -109,6 +109,7 @@ def test_the_unpruned_network_answers_for_what_the_steps_come_to():
 
 
 @pytest.mark.parametrize("kind", ["kl", "squares"])
+@pytest.mark.quick_every(2)
 def test_answers_that_do_not_fit_into_memory_are_asked_for_again(kind, monkeypatch):
     dense, original = pair()
     knobs = {"objective": kind, "steps": 30, "lr": 6e-3}
@@ -260,6 +261,7 @@ def test_what_was_stopped_goes_on_to_the_same_result(tmp_path):
 
 # 7/8 of 4,800 images are 4,200: 66 batches of at most 64.
 @pytest.mark.parametrize(("images", "steps"), [pytest.param(64, 600, marks=pytest.mark.slow), (4800, 660)])
+@pytest.mark.slow
 def test_ten_passes_over_many_images(images, steps):
     dense, original = pair()
     assert distillation(dense, original, [inputs(images)]).steps == steps

@@ -346,6 +346,7 @@ def test_the_report_says_which_layers_can_not_lose_channels():
         ({"distill": lambda dense, model, images: 3}, "distill must return a torch.nn.Module, got int"),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_what_users_functions_take_and_return_is_checked(knobs, message):
     with pytest.raises(nni_topo.errors.ConfigError, match=message):
         nni_topo.shrink(toy_model().eval(), [toy_images(16)], {"flops": 0.5}, **{"distill": False, **knobs})

@@ -357,6 +357,7 @@ def test_coefficients_are_computed_in_double_precision(kind, iterations):
 
 
 @pytest.mark.parametrize("method", ["channel", "pair", Pair({"0": {4: 1}}, as_printed=True)])
+@pytest.mark.quick_every(2)
 def test_channels_are_mixed_alike_on_another_device(conv_net, halves, images, method, device):
     masks = halves(conv_net, "0", "2")
     expected = compensate(conv_net, masks, images, method=method)

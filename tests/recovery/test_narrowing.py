@@ -181,6 +181,7 @@ def test_a_file_with_heads_of_another_size_is_refused(size, tmp_path):
         load(tmp_path / "net.pt", net)
 
 
+@pytest.mark.slow
 def test_uneven_heads_keep_their_size():
     net, inputs = make("norms first"), images(20)
     turned, masks = narrow_heads(net, [inputs], 0.5)
@@ -231,6 +232,7 @@ def test_queries_that_are_more_than_multiplied_are_left_as_they_were(caplog):
         ({"calibration": [torch.full((4, 1, 8, 8), torch.nan)]}, DataError, "finite"),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_bad_requests_are_refused(knobs, error, words):
     with pytest.raises(error, match=words):
         narrow_heads(make("norms first"), **{"calibration": [images()], "sparse_ratio": 0.5, **knobs})
@@ -493,6 +495,7 @@ def test_directions_of_factors_of_any_size_are_inverse(factor):
 
 
 @pytest.mark.parametrize("name", ["rotary", "PyTorch's"])
+@pytest.mark.quick_every(2)
 def test_heads_are_turned_alike_on_another_device(name, device):
     """Directions are the same up to their sign, and so is what the first channels give."""
     torch.manual_seed(0)
@@ -518,6 +521,7 @@ def alone():
 
 
 @pytest.mark.parametrize("name", ["rotary", "own keys and values"])
+@pytest.mark.quick_every(2)
 def test_processes_that_share_batches_turn_heads_together(name, alone):
     torch.manual_seed(0)
     net, inputs = between(16, ATTENTION[name]()), [torch.randn(20, 5, 6).double()]

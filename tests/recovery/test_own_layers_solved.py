@@ -43,6 +43,7 @@ def twins(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(KINDS) - {"gained", "framed"}))
+@pytest.mark.quick_every(3)
 def test_a_layer_behind_channels_that_others_repeat_makes_up_for_them_all(name):
     model, masks = twins(name)
     found = compensation(model, masks, [images()], ridge=1e-10)
@@ -72,7 +73,7 @@ def test_no_layer_is_left_alone_for_its_class(name):
 
 
 @pytest.mark.parametrize("method", list_recoveries())
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_every_rule_takes_them(method):
     model, masks = twins("alike")
     found = compensation(model, masks, [images(16)], method=method)

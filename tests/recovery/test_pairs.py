@@ -90,6 +90,7 @@ def test_rotary_heads_lose_pairs_with_their_frequencies(tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.quick_every(2)
 def test_of_all_pairs_those_stay_with_which_logits_are_nearest(seed):
     """Against each head's logits of all queries up to themselves, for all choices there are."""
     net, tokens = gpt(seed)

@@ -56,6 +56,7 @@ def shifted(net):
 
 
 @pytest.mark.parametrize("blocks", [0.0, 1.0])
+@pytest.mark.quick_every(2)
 def test_steps_round_and_what_judges_does_not(blocks):
     original = Attends().eval()
     dense = shifted(original)
@@ -148,7 +149,7 @@ def test_attention_itself_stays_in_single_precision_on_a_cpu():
 
 @pytest.mark.parametrize("blocks", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_networks_in_other_precisions_learn_in_bfloat16(dtype, blocks):
     torch.manual_seed(0)
     parts = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2)]
@@ -162,6 +163,7 @@ def test_networks_in_other_precisions_learn_in_bfloat16(dtype, blocks):
 
 
 @pytest.mark.parametrize("form", ["logits", "tuple", "dict", "named", "tokens"])
+@pytest.mark.quick_every(2)
 def test_any_outputs_are_met_in_bfloat16(form):
     dense, original = pair(form)
     found = nni_topo.distillation(dense, original, batches(256), steps=40, precision="bfloat16")

@@ -253,6 +253,7 @@ def test_group_norm_is_followed_as_in_the_dense_model():
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**30])
+@pytest.mark.quick_every(2)
 def test_the_cache_changes_nothing(residual_net, halves, images, cache_bytes):
     masks = halves(residual_net, "conv1", "conv3")
     expected = compensate(residual_net, masks, images, cache_bytes=20_000)
@@ -262,6 +263,7 @@ def test_the_cache_changes_nothing(residual_net, halves, images, cache_bytes):
 
 
 @pytest.mark.parametrize("free", [0, 2**20])
+@pytest.mark.quick_every(2)
 def test_by_default_values_take_a_quarter_of_the_memory_that_sums_leave_free(
     residual_net, halves, images, monkeypatch, free
 ):
@@ -314,6 +316,7 @@ def test_masks_that_remove_nothing_change_nothing(residual_net, images):
 
 
 @pytest.mark.parametrize("choose", [False, True])
+@pytest.mark.quick_every(2)
 def test_sums_by_shifts_over_all_positions_give_the_solution_of_rows_at_all_positions(choose, monkeypatch):
     """Kernels of 5, a ReLU (which is refined), groups, a stride and a circular padding."""
     torch.manual_seed(0)

@@ -72,6 +72,7 @@ def test_language_models(head):
 
 @pytest.mark.parametrize("make", [TiedConvolutions, TiedNorms])
 @pytest.mark.parametrize("names", [["one"], ["two"], ["one", "two"]])
+@pytest.mark.quick_every(2)
 def test_layers_of_one_weight(make, names):
     model = make().eval()
     masks = {name: filter_mask(model.get_submodule(name), [1, 4]) for name in names}

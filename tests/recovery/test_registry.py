@@ -153,6 +153,7 @@ class Broken(RecoveryMethod):
         ("not finite", "check_dense"),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_checks_find_methods_that_break_a_promise(fault, check):
     (found,) = [each for each in RECOVERY_CHECKS if each.__name__ == check]
     with pytest.raises((AssertionError, NniTopoError)):

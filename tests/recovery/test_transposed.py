@@ -44,6 +44,7 @@ def doubled(**up: Any) -> tuple[nn.Sequential, dict[str, dict[str, Tensor]]]:
         for method in ("reconstruct", "ahead", "sequential", "layer", "channel", "pair")
     ],
 )
+@pytest.mark.quick_every(3)
 def test_what_the_kept_channels_know_is_made_up_for(up: str, method: Any) -> None:
     model, masks = doubled(**UPS[up])
     images = torch.randn(48, 3, 6, 6)

@@ -27,7 +27,7 @@ def _quiet():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("case", "request_name"), LIGHT, ids=[f"{case.name}-{name}" for case, name in LIGHT])
-@pytest.mark.quick_every(9)
+@pytest.mark.quick_every(18)
 def test_requests_end_in_the_masked_network_or_a_named_reason(case, request_name):
     outcome = serve(case, request_name)
     if outcome.kind in BAD:
@@ -103,6 +103,7 @@ def _hangs(case, model):
         (_hangs, "hang", "1 s"),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_what_goes_wrong_is_noticed(monkeypatch, request_made, kind, words):
     monkeypatch.setitem(REQUESTS, "made", request_made)
     case = next(case for case in OPERATORS if case.name == "relu")

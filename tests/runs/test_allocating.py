@@ -87,6 +87,7 @@ def test_no_step_sees_the_images_that_judge():
 
 
 @pytest.mark.parametrize("knobs", [{"compensate": None}, {"pruner": "topological"}])
+@pytest.mark.quick_every(2)
 def test_without_compensation_and_with_other_pruners(knobs):
     small = shrunk(AUTO, **knobs)
     names = [each.allocation for each in small.report.tried]

@@ -467,7 +467,7 @@ def path_of(model, rows, wanted):
         (row, ["2.first"], ["1.second.two"]),
     ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_the_part_before_it_makes_up_for_a_part(make, gone, writers):
     path = path_of(*make(), gone)
     for _ in gone:
@@ -778,6 +778,7 @@ PARTS = [name for block in WHOLE for name in (block, f"{block}.first", f"{block}
         (Wide, WHOLE),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_parts_are_what_is_added_up_in_a_block(block, names):
     state = torch.random.get_rng_state()
     model = Blocks(block=block)
@@ -1044,6 +1045,7 @@ def test_the_config_of_a_model_says_how_many_blocks_are_left():
 
 
 @pytest.mark.parametrize("name", ["blocks.2.second", "blocks.2.first", "blocks.1", "blocks.2"])
+@pytest.mark.quick_every(2)
 def test_less_is_lost_where_a_layer_makes_up_for_what_goes(name):
     path = short_path(200, whole=False)
     state = choosing(path, name)

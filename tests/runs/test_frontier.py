@@ -177,6 +177,7 @@ def wide_net() -> tuple[nn.Module, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("is_better", [True, False])
+@pytest.mark.quick_every(2)
 def test_a_smaller_network_starts_from_a_larger_one_where_that_is_no_worse(is_better, monkeypatch):
     net, rows = wide_net()
     losses = []
@@ -268,6 +269,7 @@ def test_a_network_from_a_larger_one_is_taken_if_its_finite_loss_is_no_larger():
 @pytest.mark.parametrize(
     ("distill", "is_learned"), [(False, False), (keep, True), ({"steps": 2, "lr": 1e3}, False), ({"steps": 40}, True)]
 )
+@pytest.mark.quick_every(2)
 def test_weights_are_learned_where_distillation_kept_them(distill, is_learned):
     net, rows = wide_net()
     small = nni_topo.shrink(net, rows, {"flops": 0.5}, compensate=None, distill=distill)

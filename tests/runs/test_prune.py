@@ -120,6 +120,7 @@ def test_coupled_layers_lose_the_same_channels_unless_the_file_says_otherwise(
 @pytest.mark.parametrize(
     ("knobs", "seed", "epochs"), [({}, 0, 1), ({"seed": 3}, 3, 1), ({"seed": 3, "epochs": 2}, 3, 2)]
 )
+@pytest.mark.quick_every(2)
 def test_fine_tuning_takes_an_epoch_unless_the_file_says_more_and_the_seed_is_0(
     knobs, seed, epochs, checkpoint, tmp_path, monkeypatch
 ):

@@ -69,6 +69,7 @@ def test_a_report_shows_intervals_and_the_first_layers_of_many():
 
 
 @pytest.mark.parametrize("make", [TiedConvolutions, Mirrored, Bottleneck])
+@pytest.mark.quick_every(2)
 def test_modules_that_share_a_weight_still_do_and_a_budget_of_parameters_is_met(make):
     model, generator = make().eval(), torch.Generator().manual_seed(0)
     is_text = make is Bottleneck
@@ -208,6 +209,7 @@ def test_layers_that_are_nearly_gone_are_told_and_what_keeps_the_cost():
         (48, {"bidirectional": True, "num_layers": 2}),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_recurrent_layers_lose_units_for_a_budget_without_being_named(width, knobs):
     torch.manual_seed(0)
     model, rows = Tagger(width, **knobs), torch.randn(64, 6, 8)
@@ -267,6 +269,7 @@ def test_a_method_of_the_models_called_report_stays(caplog):
     "pruner",
     ["l1", "topological", "energy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fpgm", "random"))],
 )
+@pytest.mark.quick_every(2)
 def test_any_structured_pruner_meets_the_budget_and_the_output_layer_stays(pruner):
     small = shrunk(pruner=pruner)
     stages = small.report.stages
@@ -412,6 +415,7 @@ def coordinates(scale=1.0):
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.quick_every(2)
 def test_outputs_that_are_no_scores_come_nearer_by_distillation_of_scores_too(scale):
     net, images = coordinates(scale)
     verdict = nni_topo.shrink(net, [images], {"flops": 0.7}, distill={"steps": 60, "lr": 6e-3}).report.distillation
@@ -484,6 +488,7 @@ def test_what_can_not_be_used_is_refused(knobs, error, message):
 
 @pytest.mark.parametrize("pruner", ["l1", "random", "reconstruction"])
 @pytest.mark.parametrize("kind", ["flops", "params", "memory"])
+@pytest.mark.quick_every(3)
 def test_a_budget_out_of_reach_leaves_the_fewest_channels_whatever_prunes(pruner, kind):
     small = shrunk(pruner=pruner, budget={kind: 1e-4}, distill=False)
     assert not small.report.budget.is_met
@@ -633,6 +638,7 @@ class WithStubbornLayers(nn.Module):
         (["idle", "head"], "doesn't use the layer and head, which gives the model's output;"),
     ],
 )
+@pytest.mark.quick_every(3)
 def test_named_layers_that_keep_all_channels_are_refused_with_the_reason(layers, reason, pruner):
     model = WithStubbornLayers().eval()
     with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
@@ -659,6 +665,7 @@ def test_named_layers_that_share_all_channels_with_others_are_refused_before_any
 
 
 @pytest.mark.parametrize("knobs", [{}, pytest.param({"round_to": 2}, marks=pytest.mark.slow), {"pruner": "l1"}])
+@pytest.mark.quick_every(2)
 def test_the_report_names_layers_that_would_have_to_be_named_too(knobs):
     shared = "shared with inner, which isn't among the layers to prune"
     report = shrunk({"params": 0.5}, layers=["stem", "hidden"], **knobs).report
@@ -937,6 +944,7 @@ def as_it_is(model, masks, images):
         ({"pruner": "l1", "compensate": as_it_is}, ("l1", "uniform", "as_it_is")),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_a_report_names_the_pruner_the_allocation_and_the_recovery(knobs, names):
     report = shrunk(**knobs).report
     assert (report.pruner, report.allocation, report.recovery) == names
@@ -951,6 +959,7 @@ def test_the_seed_is_0(knobs, is_same):
 
 
 @pytest.mark.parametrize("progress", [None, False])
+@pytest.mark.quick_every(2)
 def test_progress_of_recovery_is_shown_unless_it_is_unwanted(progress, capsys, monkeypatch):
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
     shrunk(distill={"steps": 2, "lr": 1e-3}, progress=progress)
@@ -1073,6 +1082,7 @@ class RefusingNet(Refusing):
 
 
 @pytest.mark.parametrize("narrow_heads", [True, False])
+@pytest.mark.quick_every(2)
 def test_a_model_that_refuses_attributes_is_made_smaller(narrow_heads):
     torch.manual_seed(0)
     model, images = RefusingNet().eval(), [torch.randn(64, 5, 6)]
@@ -1099,6 +1109,7 @@ class Remembering(nn.Linear):
 
 @pytest.mark.parametrize("state", [None, {"steps": 7}, b"seven"])
 @pytest.mark.parametrize("distill", [False, {"steps": 2, "lr": 1e-3}])
+@pytest.mark.quick_every(2)
 def test_layers_may_hold_a_state_of_any_kind(state, distill):
     torch.manual_seed(0)
     model, rows = nn.Sequential(Remembering(6, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(64, 6)

@@ -92,6 +92,7 @@ def test_the_dense_network_is_made_when_it_is_asked_for():
         ({"round_to": 6}, False, 6),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_heads_get_narrower_unless_time_or_widths_count(knobs, narrows, round_to):
     found = steps(**knobs)
     assert (found.narrows, found.round_to) == (narrows, round_to)
@@ -137,7 +138,7 @@ NAMED = "layers of this model that can be named: "
         ([{"op_names": ["free", "one"]}], "one, which gives the model's output;"),
     ],
 )
-@pytest.mark.quick_every(2)
+@pytest.mark.quick_every(4)
 def test_layers_that_keep_all_channels_are_refused_by_name(layers, got):
     model, example = Attending().eval(), torch.rand(2, 5, 8)
     with pytest.raises(ConfigError) as caught:
@@ -161,6 +162,7 @@ def test_layers_that_keep_all_channels_are_refused_by_name(layers, got):
         ([HEADS, "free"], [{"op_names": ["free"]}, HEADS]),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_named_layers_become_entries_of_a_config_list(layers, entries):
     found = layers_to_prune(Attending().eval(), torch.rand(2, 5, 8), layers)
     assert (found.entries, found.unpruned, found.is_default) == (entries, {}, False)
@@ -632,6 +634,7 @@ def test_without_distillation_a_network_stays_and_a_function_takes_its_place():
 
 
 @pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.quick_every(2)
 def test_progress_is_shown_where_it_is_asked_for(progress, capsys):
     chosen = steps(pruner="random", compensate="reconstruct", distill={"steps": 1, "lr": 1e-3}, progress=progress)
     recovered = chosen.reconstruct(chosen.prune(FLOPS))
@@ -734,6 +737,7 @@ def test_why_a_budget_is_missed():
 
 
 @pytest.mark.parametrize(("left", "is_predicted"), [(0.7, True), (0.708, True), (0.1, False), (0.75, False)])
+@pytest.mark.quick_every(2)
 def test_a_prediction_that_was_wrong_is_told(left, is_predicted):
     chosen = steps()
     planned = budget_outcome("flops", 0.5, 0.7, "all layers are at their bounds")

@@ -359,6 +359,7 @@ class LimitedByHeads(ScaledByHeads):
         (LimitedByHeads, r"TypeError: .*"),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_a_block_that_its_config_builds_otherwise_is_told(tmp_path, monkeypatch, kind, got):
     # Transformers replaces its own module when a model is first imported.
     monkeypatch.setattr(sys.modules["transformers"], kind.__name__, kind, raising=False)

@@ -112,6 +112,7 @@ def test_proposals_meet_a_budget_and_keep_their_proportions(make, share):
         )
 
 
+@pytest.mark.slow
 def test_without_a_budget_proposals_stay_but_groups_agree():
     net = resnet()
     names = inner_layers(net, IMAGES)
@@ -164,6 +165,7 @@ def test_rows_stay_where_a_move_only_meets_the_budget_equally_nearly():
     assert nearer(UNITS, [2, 2], rows_cost(3, 3), 50.5 / 64) == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_share_of_the_whole_removes_no_channel_of_a_deep_network():
     # more layers than rows that are moved at the end
     net = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(40)))

@@ -16,6 +16,7 @@ from nni_topo.studies.baselines import baseline_masks, cut, is_baseline
 @pytest.mark.parametrize(
     "name", ["torch-pruning", "torch-pruning-l1", pytest.param("torch-pruning-fpgm", marks=pytest.mark.slow)]
 )
+@pytest.mark.quick_every(2)
 def test_torch_pruning_meets_the_macs_of_the_other_rows(name):
     model = zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=16, width=0.5, seed=0)
     images = torch.randn(2, 1, 16, 16)

@@ -100,6 +100,7 @@ def test_images_are_those_of_torchvisions_own_reader_and_transforms(folder: Path
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.quick_every(2)
 def test_other_processes_read_the_same_images(folder: Path, workers: int) -> None:
     before = torch.get_rng_state()
     here, there = (load_data(str(folder), image_size=8, workers=number).train for number in (0, workers))

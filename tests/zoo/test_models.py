@@ -128,7 +128,7 @@ def test_torchvision_imagenet_count() -> None:
         for name in OF_IMAGES
     ],
 )
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_built_in_models_compute_and_trace(name: str, channels: int, size: int) -> None:
     size = max(size, model_info(name).pad_to or 0)
     model = build(name, channels=channels, size=size, classes=7, seed=0).eval()
@@ -167,6 +167,7 @@ def test_smallest_image_of_the_record_is_the_smallest_that_works(name: str) -> N
 @pytest.mark.parametrize(
     "name", ["vgg11", "vgg11_unpooled", "vgg16", "vgg16_modified", "resnet18", "resnet20", "resnet56"]
 )
+@pytest.mark.quick_every(2)
 def test_width_scales_every_layer_but_the_ends(name: str) -> None:
     full, half = build(name, width=1.0), build(name, width=0.5)
     convolutions = [
@@ -219,6 +220,7 @@ def test_every_record_is_complete() -> None:
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/alexnet"])
+@pytest.mark.quick_every(2)
 def test_torchvision_models_follow_the_channels(name: str) -> None:
     model = build(name, channels=1, size=64, classes=4).eval()
     assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 4)

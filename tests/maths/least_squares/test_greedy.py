@@ -112,6 +112,7 @@ def test_few_samples_choose_as_their_products_do(seed, block, outputs, samples):
 @pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("kind", [Products, SampleMatrix])
+@pytest.mark.quick_every(3)
 def test_a_device_chooses_as_the_cpu_does(device, kind, parts, block, outputs, monkeypatch):
     monkeypatch.setattr(greedy, "_MANY", 1)
     layers = []

@@ -44,6 +44,7 @@ def test_a_base_point_is_always_kept(compiled):
 
 @pytest.mark.parametrize("size", [3, 40, 250])
 @pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.quick_every(3)
 def test_large_populations_are_worked_off_in_chunks(size, grid, compiled):
     rng = np.random.default_rng(0)
     points = rng.integers(0, 9, size=(500, 3)) if grid else rng.normal(size=(500, 3))

@@ -11,7 +11,7 @@ from nni_topo.topology import CRITERIA, SubsetFitness, h0_deaths, pairwise_dista
 
 @pytest.mark.parametrize("block", range(20))
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.quick_every(4)
+@pytest.mark.quick_every(8)
 def test_engines_agree_on_200_clouds(block, criterion, compiled):
     for seed in range(10 * block, 10 * block + 10):
         cloud = make_cloud(seed)

@@ -90,6 +90,7 @@ def test_bars_without_a_partner_cost_half_their_length(order):
     np.testing.assert_allclose(costs, [0.1**order + 0.4**order + 0.1**order, 0.1**order + 0.25**order])
 
 
+@pytest.mark.slow
 def test_more_loops_than_a_word_has_bits_are_told_apart():
     distances = pairwise_distances(np.random.default_rng(1).normal(size=(110, 60)))
     edges = loops.sort_edges(distances)

@@ -149,6 +149,7 @@ class Single(nn.Module):
     ("kind", "kept"),
     [("together", ["ask", "both"]), ("apart", ["ask", "match"]), ("scaled", [])],
 )
+@pytest.mark.quick_every(2)
 def test_a_single_head_keeps_what_its_scale_depends_on_and_the_stream_goes(kind: str, kept: list[str]) -> None:
     torch.manual_seed(0)
     model = made(Single(kind))

@@ -18,6 +18,7 @@ from nni_topo.zoo.transformers import FeedForward, SelfAttention, TransformerBlo
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.quick_every(3)
 def test_heads_that_are_masked_go(name):
     model, inputs = make(name), _states(3, 7, 5)
     (attention,) = find_attention(model).values()
@@ -36,6 +37,7 @@ def test_heads_that_are_masked_go(name):
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.quick_every(3)
 def test_the_dense_model_takes_other_numbers_of_samples_and_places(name):
     model, masks = make(name), None
     masks = head_masks(model, [1])

@@ -342,6 +342,7 @@ NAMES_OF_COUNTS = [
 
 @pytest.mark.parametrize("names", NAMES_OF_COUNTS, ids=", ".join)
 @pytest.mark.parametrize("shared", [6, 3, 1])
+@pytest.mark.quick_every(3)
 def test_heads_go_whatever_their_numbers_are_called(names: tuple[str, str, str], shared: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 10), Counting(*names, (6, shared)), nn.Linear(10, 3)).eval()
@@ -364,6 +365,7 @@ def test_heads_go_whatever_their_numbers_are_called(names: tuple[str, str, str],
     "further", ["n_local_heads", "num_local_heads", "n_head", "num_head", "nhead", "nheads", "heads", "n_q_heads",
                 "num_q_heads", "num_query_heads"],
 )  # fmt: skip
+@pytest.mark.quick_every(3)
 def test_heads_that_a_module_counts_twice_are_fewer_in_both_numbers(further: str) -> None:
     torch.manual_seed(0)
     attention = Counting(further, "n_local_kv_heads", "n_rep", (6, 3), n_heads=6, n_kv_heads=3)

@@ -245,6 +245,7 @@ def test_the_classes_that_were_cut_are_derived_from_the_users_and_those_that_fit
 
 @pytest.mark.parametrize("kind", [Flattened, Divided, Parted])
 @torch.no_grad()
+@pytest.mark.quick_every(2)
 def test_where_the_width_of_the_input_is_used_otherwise_the_heads_go_with_the_stream(kind: type[nn.Module]) -> None:
     model = make(kind())
     groups = nni_topo.dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])

@@ -58,6 +58,7 @@ def test_a_head_without_queries_has_no_output_in_the_dense_model_nor_in_the_mask
 
 @pytest.mark.parametrize("kind", ["random", "l1", "topological", "reconstruction"])
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.quick_every(3)
 def test_pruners_choose_among_the_heads_and_leave_key_and_value(name, kind):
     model, inputs, attention, queries, out = _parts(name)
     asked = [{"op_names": ["1.attention" if name == "one key" else "attention"], "granularity": "head",

@@ -101,6 +101,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("mix", WAYS.values(), ids=WAYS)
+@pytest.mark.quick_every(2)
 def test_heads_go_with_the_keys_that_they_share(mix) -> None:
     torch.manual_seed(0)
     model = type("Kind", (Model,), {"mix": mix})().eval()

@@ -74,6 +74,7 @@ def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pru
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.quick_every(2)
 def test_without_the_ties_less_goes(name):
     model = make(name)
     plain = list(dependency_groups(model, IMAGES, HALF))
@@ -93,6 +94,7 @@ def test_pruners_of_nni_choose_as_before(name):
 
 @pytest.mark.parametrize("net", [chain, Residual, Grouped, Concatenated])
 @pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.quick_every(3)
 def test_networks_whose_ties_groups_state_are_pruned_as_before(net, pruner):
     model, images = net().eval(), IMAGES.float()
     groups = dependency_groups(model, images, HALF)

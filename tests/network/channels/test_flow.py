@@ -150,6 +150,7 @@ def test_single_weights_of_one_of_two_places():
 
 @pytest.mark.parametrize("pruner", ["l1", "random"])
 @pytest.mark.parametrize("make", [TiedConvolutions, TiedNorms, TwoNames])
+@pytest.mark.quick_every(2)
 def test_pruner_to_dense_model(tmp_path, make, pruner):
     config = dependency_groups(
         make(), IMAGES, [{"op_types": ["Conv2d"], "exclude_op_names": ["tail"], "sparse_ratio": 0.5}]

@@ -241,7 +241,7 @@ def pruned(net):
     return dense, config_list
 
 
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 @pytest.mark.parametrize("name", NETS)
 def test_layers_around_operators_lose_channels_and_the_outputs_stay(name):
     make, wanted = NETS[name]

@@ -193,6 +193,7 @@ def largest_gap(one: nn.Module, other: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.quick_every(3)
 def test_what_a_removed_channel_can_change_keeps_all_of_them(name):
     model = net(WHOLE[name])
     dense = nni_topo.to_dense(model, IMAGES, masks(model))
@@ -202,6 +203,7 @@ def test_what_a_removed_channel_can_change_keeps_all_of_them(name):
 
 
 @pytest.mark.parametrize("name", FREE)
+@pytest.mark.quick_every(3)
 def test_what_it_cant_loses_them_at_every_scale(name):
     model = net(FREE[name])
     dense = nni_topo.to_dense(model, IMAGES, masks(model))

@@ -95,6 +95,7 @@ def test_a_ratio_that_shares_were_not_made_for_is_met_by_blocks():
 
 
 @pytest.mark.parametrize("half", [16, 14])
+@pytest.mark.quick_every(2)
 def test_masks_of_nnis_own_pruners_never_put_channels_astray(half):
     model = shuffled(half, 3)
     _, _, dense = pruned(model, 0.5, L1NormPruner)  # compared by `to_dense`

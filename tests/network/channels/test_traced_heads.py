@@ -64,6 +64,7 @@ def silenced(model: nn.Module, masks: dict[str, dict[str, Tensor]]) -> nn.Module
 
 
 @pytest.mark.parametrize("kind", ["by count", "by length", "by quotient", "fused", "added"])
+@pytest.mark.quick_every(2)
 def test_heads_go_as_a_whole_with_queries_keys_and_values(kind: str) -> None:
     model, x = Attending(kind).eval(), torch.randn(2, 6, 5)
     groups = nni_topo.dependency_groups(model, x, ASKED)

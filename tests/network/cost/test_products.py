@@ -133,6 +133,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.quick_every(3)
 def test_products_that_no_layer_makes_are_those_of_the_dense_model(kind, samples):
     model, x = made(*KINDS[kind]), rows(samples)
     groups = nni_topo.dependency_groups(model, x, [{"op_types": ["Linear", "GRU"], "sparse_ratio": 0.4}])
@@ -213,7 +214,7 @@ def cost_and_count(model: nn.Module, x: Tensor, ratio: float) -> tuple[int, int,
 # 0.95 leaves one channel: PyTorch sums up no dimension of size 1.
 @pytest.mark.parametrize("ratio", [0.4, 0.7, 0.95])
 @pytest.mark.parametrize("kind", EINSTEIN_SUMS)
-@pytest.mark.quick_every(3)
+@pytest.mark.quick_every(6)
 def test_products_of_einstein_sums_are_those_of_the_dense_model(kind, ratio):
     predicted, counted, unpruned = cost_and_count(made(Letters, *EINSTEIN_SUMS[kind]), rows(), ratio)
     assert predicted == counted < unpruned
@@ -242,6 +243,7 @@ def test_einstein_sums_follow_the_path_of_opt_einsum(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["graph", "relations", "two hops", "a letter of one operand"])
+@pytest.mark.quick_every(2)
 def test_a_budget_is_met_where_einstein_sums_are_most_of_the_cost(kind):
     equation, sizes = EINSTEIN_SUMS[kind]
     model, x = made(Letters, equation, sizes | {"c": 40, "d": 36}), rows(64)

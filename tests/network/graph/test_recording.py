@@ -928,6 +928,7 @@ class MadeAtFirst(nn.Module):
 
 @pytest.mark.parametrize("has_run", [False, True])
 @pytest.mark.parametrize("kind", ["sized", "kept out", "fixed", "values", "parameter", "none"])
+@pytest.mark.quick_every(3)
 def test_what_a_first_forward_registers_is_followed(kind, has_run):
     torch.manual_seed(0)
     model, x = MadeAtFirst(kind).eval(), torch.randn(3, 4)

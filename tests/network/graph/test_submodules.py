@@ -67,6 +67,7 @@ ALL = [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}]
     ],
     ids=["nothing", "numbers", "zeros"],
 )
+@pytest.mark.quick_every(2)
 def test_channels_go_where_only_sizes_are_asked_for(between):
     model = net(between)
     groups = nni_topo.dependency_groups(model, IMAGES, ALL)

@@ -585,6 +585,7 @@ def filed(net, new):
 
 @pytest.mark.parametrize("remember", [replaced, written, moved, queued, filed])
 @pytest.mark.parametrize("scale", [1, 100])
+@pytest.mark.quick_every(3)
 def test_a_model_that_remembers_its_calls_is_recorded_from_one_state(remember, scale):
     torch.manual_seed(0)
     model, images = Running(remember), scale * torch.randn(8, 3, 8, 8)

@@ -264,6 +264,7 @@ def test_precision_that_onnxruntime_lacks_is_an_error_that_says_so(dtype, tmp_pa
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
+@pytest.mark.quick_every(2)
 def test_half_precision_may_differ_by_machine_epsilons(ending, tmp_path):
     torch.manual_seed(0)
     layers = [part for _ in range(6) for part in (nn.Linear(64, 64), nn.GELU())]

@@ -65,7 +65,7 @@ def zeroed(model, masks):
 
 @pytest.mark.parametrize("pruner", PRUNERS)
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.quick_every(6)
+@pytest.mark.quick_every(12)
 def test_half_of_the_channels_go_and_the_dense_model_computes_the_same(name, pruner):
     model = make(name)
     groups, masks, dense = pruned(model, PRUNERS[pruner])
@@ -99,6 +99,7 @@ def test_a_dense_model_is_pruned_again_saved_and_loaded(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.quick_every(2)
 def test_a_dense_model_learns(name):
     dense = pruned(make(name))[2].train()
     dense(IMAGES).square().sum().backward()

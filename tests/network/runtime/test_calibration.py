@@ -59,6 +59,7 @@ def kept(row: str, model: nn.Module, calibration) -> list[int]:
 
 
 @pytest.mark.parametrize("row", KNOBS)
+@pytest.mark.quick_every(2)
 def test_batches_may_come_in_any_container(row, model, batches):
     expected = kept(row, model, batches)
     assert 0 < sum(expected) < 12
@@ -390,6 +391,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("row", STREAMS)
+@pytest.mark.quick_every(2)
 def test_what_never_ends_is_an_error_that_names_the_knob(row, model, batches):
     rule = "end near its length, which is 5" if row == "wrong length" else "have an end, a length or a limit"
     ended = rf"(calibration|images) must {rule}, got 1000 batches so far .* and more: .*max_batches=16\) \(\w+\)$"

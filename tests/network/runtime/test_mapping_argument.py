@@ -62,6 +62,7 @@ def test_every_step_does_with_the_mapping_what_it_does_with_its_entries_by_name(
 
 
 @pytest.mark.parametrize("pruner", ["reconstruction", "l1"])
+@pytest.mark.quick_every(2)
 def test_shrink_takes_the_mapping(pruner):
     knobs = {"pruner": pruner, "distill": {"steps": 20}}
     small, other = (nni_topo.shrink(net.eval(), batches(), {"flops": 0.5}, **knobs) for net in (ByMapping(), ByName()))
@@ -118,6 +119,7 @@ class Several(ByName):
 
 
 @pytest.mark.parametrize("kind", [Arbitrary, SameName, Optional, Several])
+@pytest.mark.quick_every(2)
 def test_where_it_could_mean_either_an_error_says_how_to_pass_it(kind):
     model, images = kind().eval(), batches()
     cure = r"if this one is itself the argument 'batch', pass \{'batch': mapping\}"

@@ -129,6 +129,7 @@ def chosen(model, images, **progress):
 
 @pytest.mark.parametrize("called", [selected, in_rounds, shrunk, compensated, distilled, chosen])
 @pytest.mark.parametrize("progress", [None, False])
+@pytest.mark.quick_every(3)
 def test_no_progress_is_shown_where_it_is_not_wanted(called, progress, monkeypatch):
     monkeypatch.setattr("nni_topo.network.runtime.progress._DELAY", 0.0)
     monkeypatch.setattr(sys, "stderr", io.StringIO())

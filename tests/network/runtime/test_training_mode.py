@@ -107,6 +107,7 @@ def state_of(model):
     ],
     ids=["groups", "explain", "dense", "macs", "batch norm", "shrink"],
 )
+@pytest.mark.quick_every(3)
 def test_weights_that_train_and_eval_change_are_those_of_before(kind, use, is_training):
     torch.manual_seed(0)
     model = kind().train(is_training)

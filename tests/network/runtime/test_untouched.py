@@ -391,7 +391,7 @@ def test_a_thread_that_waits_for_its_turn_says_so(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("shares", [True, False])
-@pytest.mark.quick_every(2)
+@pytest.mark.slow
 def test_a_users_function_may_wait_for_a_call_of_another_thread(shares):
     model, found = toy_model(), []
     model(toy_images(4)).sum().backward()

@@ -131,6 +131,7 @@ def test_what_a_forward_writes_to_is_put_back_where_it_was(name):
 
 
 @pytest.mark.parametrize("name", WRITES)
+@pytest.mark.quick_every(3)
 def test_public_functions_leave_parameters_as_they_are(name):
     model = nn.Sequential(Writing(WRITES[name]), nn.ReLU(), nn.Linear(4, 2)).eval()
     before, rows = _bits(model), torch.randn(2, 4)

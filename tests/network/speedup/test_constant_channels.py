@@ -161,6 +161,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_every(3)
 def test_zero_branches_mask_nothing(kind):
     model, inputs = Scaled(kind).eval(), (torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)),)
     masks = {"inner": filter_mask(model.inner, [0, 3, 5])}
@@ -177,6 +178,7 @@ def test_zero_branches_mask_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick_every(3)
 def test_channels_over_zero_branches_shrink(kind):
     model, inputs = Scaled(kind).eval(), (torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)),)
     masks = {"stem": filter_mask(model.stem, [1, 2]), "outer": filter_mask(model.outer, [1, 2])}
@@ -249,6 +251,7 @@ def tiny_bert():
 
 
 @pytest.mark.parametrize("given", ["ids", "zero segments", "padding"])
+@pytest.mark.quick_every(2)
 def test_bert_with_segments_zero_or_left_out(given):
     model = tiny_bert()
     ids = torch.randint(1, 30, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -284,6 +287,7 @@ class _Bordered(nn.Module):
 @pytest.mark.parametrize("between", [torch.sigmoid, torch.cos, lambda z: z + 0.5], ids=["sigmoid", "cos", "shift"])
 @pytest.mark.parametrize(("padding", "bias"), [(0, False), (1, True)])
 @pytest.mark.parametrize(("gone", "round_to", "kept"), [(2, 3, 9), (5, 3, 6), (7, 4, 4), (5, 4, 8), (3, 10, 10)])
+@pytest.mark.quick_every(3)
 def test_constant_channels_and_rounding_go_together(between, padding, bias, gone, round_to, kept):
     torch.manual_seed(0)
     model, x = _Bordered(between, padding, bias).eval(), torch.randn(2, 3, 8, 8)

@@ -114,6 +114,7 @@ def gap(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("behind", BEHIND)
 @torch.no_grad()
+@pytest.mark.quick_every(3)
 def test_a_constant_is_taken_over(between, behind):
     net, images = made(BETWEEN[between](), BEHIND[behind]())
     assert dependency_groups(net, images, BY_TYPE).skipped.keys() == {"head"}
@@ -130,6 +131,7 @@ def test_a_constant_is_taken_over(between, behind):
 @pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("behind", CARRIED)
 @torch.no_grad()
+@pytest.mark.quick_every(3)
 def test_where_no_bias_can_one_channel_brings_what_all_did(between, behind):
     net, images = made(BETWEEN[between](), CARRIED[behind]())
     assert dependency_groups(net, images, BY_TYPE).skipped.keys() == {"head"}
@@ -254,6 +256,7 @@ def wrapped(net: nn.Module, images: Tensor, look: str) -> tuple[Tensor, dict, nn
 
 @pytest.mark.parametrize("behind", ["bias", "norm", "groups", "linear", "pooled", "reflected border"])
 @torch.no_grad()
+@pytest.mark.quick_every(2)
 def test_kept_shifts_give_what_nnis_wrapped_model_does(behind):
     net, images = made(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), BEHIND[behind]())
     expected, masks, net = wrapped(net, images, "head")

@@ -697,6 +697,7 @@ class InSlots:
         lambda logits, states: (logits, InSlots(None, states)),
     ],
 )  # fmt: skip
+@pytest.mark.quick_every(3)
 def test_layers_whose_outputs_an_object_holds_keep_their_channels(kind):
     model, rows = Answering(kind).eval(), torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
     groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"]}])
@@ -779,6 +780,7 @@ class Checking(nn.Module):
 
 
 @pytest.mark.parametrize("check", [_asserts, _raises, _compares_all])
+@pytest.mark.quick_every(2)
 def test_a_layer_whose_width_the_forward_compares_with_a_number_keeps_it(check):
     model, rows = Checking(check).eval(), torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
     groups = nni_topo.dependency_groups(model, rows, [{"op_types": ["Linear"]}])

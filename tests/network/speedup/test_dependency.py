@@ -53,6 +53,7 @@ def flow_of(model, inputs=IMAGES):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.quick_every(2)
 def test_groups_are_those_of_nni(name):
     torch.manual_seed(0)
     model = torchvision.models.get_model(name).eval()

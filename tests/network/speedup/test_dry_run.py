@@ -630,6 +630,7 @@ ROOTS = {
 
 @pytest.mark.parametrize("root", ROOTS.values(), ids=ROOTS)
 @pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.quick_every(3)
 def test_a_number_that_is_made_of_how_many_channels_there_are_holds_them(dim, root):
     images, asked = torch.randn(2, 3, 5, 5), [{"op_names": ["first"], "sparse_ratio": 0.5}]
     skipped = nni_topo.network.speedup.unprunable_layers(Divided(dim, root).eval(), images, ["first"])

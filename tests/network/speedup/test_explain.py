@@ -76,6 +76,7 @@ def refused(net: nn.Module) -> str:
 
 
 @pytest.mark.parametrize("kind", CONSTANTS)
+@pytest.mark.quick_every(2)
 def test_constants_in_front_of_zeros_beyond_the_border_name_both_ways(kind):
     net = Net(CONSTANTS[kind]).eval()
     words = refused(net)

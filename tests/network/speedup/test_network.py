@@ -187,6 +187,7 @@ class Depending(nn.Module):
     ],
     ids=["class", "global", "nested", "closure", "frozen"],
 )
+@pytest.mark.quick_every(2)
 def test_another_call_sees_all_that_changed_since(change, monkeypatch):
     monkeypatch.setattr(Depending, "uses_other", True)
     monkeypatch.setitem(SHARED, "other", True)

@@ -68,6 +68,7 @@ class Branches(nn.Module):
     "layers", [["stem"], ["inner"], ["hidden"], ["head"], ["stem", "inner", "hidden"], ["hidden", "head"]]
 )
 @pytest.mark.parametrize("knobs", [{}, {"max_bytes": 1}, {"n_jobs": 2, "max_bytes": 2**16}])
+@pytest.mark.quick_every(3)
 def test_a_population_scores_as_its_members_do(layers, knobs):
     model = toy_model(3).eval()
     model.hidden.bias.data += 1.0

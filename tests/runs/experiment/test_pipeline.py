@@ -117,6 +117,7 @@ def test_pruners_of_single_weights_are_refused(settings, tmp_path):
         run_trial(dataclasses.replace(settings, pruner="level"), tmp_path / "trial")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ones_own(settings, nets, tmp_path):
     (checkpoint,) = (nets / "checkpoints").glob("*seed0.pt")
     given = dataclasses.replace(settings, checkpoint=str(checkpoint))
@@ -226,6 +227,7 @@ def test_outside_of_an_experiment_a_trial_counts_as_the_first(nets, tmp_path):
 
 
 @pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.quick_every(2)
 def test_of_trials_that_share_nets_one_trains_them(is_given, settings, nets, tmp_path, monkeypatch):
     held = []
 

@@ -91,6 +91,7 @@ def counted(build, image, convention="tables"):
 
 
 @pytest.mark.parametrize("name", TABLES)
+@pytest.mark.quick_every(2)
 def test_every_table_of_the_paper_to_five_decimals(name):
     build, image, layers, final = TABLES[name]
     found = counted(build, image)
@@ -110,6 +111,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("name", TABLES)
+@pytest.mark.quick_every(2)
 def test_the_tables_come_out_of_the_models_by_name(name):
     (model, classes), (_, image, layers, final) = NAMED[name], TABLES[name]
     size = {"num_classes": classes, "in_channels": image[0], "image_size": image[1]}

@@ -59,6 +59,7 @@ def test_the_model_is_left_alone():
 
 
 @pytest.mark.parametrize("solver", ["genetic", "greedy"])
+@pytest.mark.quick_every(2)
 def test_files(solver, tmp_path, drawn):
     study = study_topology(toy_model(), CONFIG, solver={"generations": 3} if solver == "genetic" else solver)
     files = study.save(tmp_path)

@@ -108,6 +108,7 @@ def test_terms_are_those_of_exact_jacobians():
 
 
 @pytest.mark.parametrize("build", [mlp, convnet])
+@pytest.mark.quick_every(2)
 def test_the_printed_bound_holds_as_the_change_goes_to_zero(build):
     net = build()
     inputs = torch.randn(4, 4) if build is mlp else torch.randn(4, 1, 14, 14)
@@ -134,6 +135,7 @@ def test_the_lipschitz_bound_holds_for_any_change(sizes, activation, share, seed
 
 
 @pytest.mark.parametrize("seed", range(8))
+@pytest.mark.quick_every(3)
 def test_the_lipschitz_bound_holds_with_convolutions_batch_norms_and_pooling(seed):
     net, inputs = convnet(seed), torch.randn(3, 1, 14, 14).double()
     for pruned in (cut(net, 0.5, seed), moved(net, 0.5, seed)):

@@ -158,6 +158,7 @@ def test_energies_on_data_are_suggested_with_their_calibration(words, tmp_path, 
         (["--images", "0"], "test_limit must be at least 1"),
     ],
 )
+@pytest.mark.quick_every(2)
 def test_bad_requests(words, more, message, tmp_path, capsys):
     assert main(["analyze", "energy", *words, *more, "--out", str(tmp_path)]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
