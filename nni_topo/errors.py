@@ -8,9 +8,11 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import linecache
 import math
 import os
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -553,6 +555,30 @@ def shown(value: Any) -> str:
     """Return a value as a message shows it, in one line and not too long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+# Whose lines say nothing of a user's code; NNI's and PyTorch's call it.
+_NOT_OF_USERS = frozenset({"nni_topo", "nni", "torch", *sys.stdlib_module_names}) - {"__main__"}
+
+
+def raised(error: BaseException) -> str:
+    """Say which error something of a user's has raised, and at which line: many are assertions without any words.
+
+    The line is the innermost one that is neither PyTorch's, NNI's, Python's nor this package's. Of an error in several
+    lines the first one is told, or all if it announces the others.
+    """
+    words = str(error).strip()
+    first = words.partition("\n")[0].rstrip()
+    told = " ".join(words.split()) if first.endswith(":") else first
+    told = f"{type(error).__name__}{told and ': '}{told}"
+    for frame, number in reversed([*traceback.walk_tb(error.__traceback__)]):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        file = frame.f_code.co_filename
+        # A name in angle brackets is that of code without a file; a notebook's cells have one.
+        line = linecache.getline(file, number, frame.f_globals).strip()
+        if package not in _NOT_OF_USERS and line and not file.startswith("<eval_with_key>"):
+            return f"{told.removesuffix('.')}, at `{line}` in {file}:{number}"
+    return told
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

@@ -195,3 +195,44 @@ def test_a_text_that_is_near_to_no_name_is_told_what_else_is_allowed():
         nni_topo.shrink(small(), images, {"flops": 0.5}, round_to="8")
     with pytest.raises(ConfigError, match=r"round_to must be a known name, got 'Auto'; did you mean auto\? \(shrink\)"):
         nni_topo.shrink(small(), images, {"flops": 0.5}, round_to="Auto")
+
+
+class Narrow(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        if y.shape[1] % 4:
+            raise ValueError
+        return y
+
+
+def error_of(called):
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        called()
+    return raised.value
+
+
+def test_an_error_of_a_forward_is_told_with_its_line():
+    net = nn.Sequential(nn.Linear(3, 6), Narrow(6, 6))
+    bare = errors.raised(error_of(lambda: net(torch.zeros(2, 3))))
+    assert re.fullmatch(rf"ValueError, at `raise ValueError` in {re.escape(__file__)}:\d+", bare)
+    # What PyTorch raises is told with the line that calls it.
+    sizes = errors.raised(error_of(lambda: net[1](torch.zeros(2, 3))))
+    assert re.search(
+        r"RuntimeError: mat1 and mat2 .*\(2x3 and 6x6\), at `y = super\(\).forward\(x\)` in .*:\d+$", sizes
+    )
+
+
+def test_an_error_without_a_line_of_the_users_is_told_without_one():
+    net = nn.Sequential(nn.Linear(3, 6))
+    with pytest.raises(ConfigError, match=r"\(2x4 and 3x6\) \(example_inputs\)$"):
+        nni_topo.dependency_groups(net, torch.zeros(2, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    assert errors.raised(ValueError("no\n way")) == "ValueError: no"
+    assert errors.raised(ValueError("these fail:\n a\n b")) == "ValueError: these fail: a b"
+    assert errors.raised(AssertionError()) == "AssertionError"
+
+
+def test_a_line_that_is_nowhere_to_be_read_is_left_out():
+    names = {}
+    exec("def fails(): raise ValueError('no.')", names)
+    inner = error_of(names["fails"])
+    assert errors.raised(inner) == f"ValueError: no, at `called()` in {__file__}:{error_of.__code__.co_firstlineno + 2}"

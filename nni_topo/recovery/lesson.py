@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError, check_memory, listed
+from nni_topo.errors import ConfigError, DataError, check_memory, listed, raised
 from nni_topo.network.layers import lay_out
 from nni_topo.network.runtime import (
     Call,
@@ -768,9 +768,8 @@ def check_any_count(model: nn.Module, call: Call, name: str) -> None:
         error = failure_on(model, taken(call, torch.arange(count)))
         if error is not None:
             raise ConfigError(
-                "distillation must be able to run a model on any number of samples, got "
-                f"{type(error).__name__}: {str(error).partition(chr(10))[0]} for {count} of {batch_size(call)}: leave "
-                f"distillation out, in shrink distill=False ({name})"
+                "distillation must be able to run a model on any number of samples: leave distillation out, in shrink "
+                f"distill=False; of {batch_size(call)} samples it got {count} and raised {raised(error)} ({name})"
             ) from error
 
 
@@ -780,10 +779,9 @@ def check_augment(unpruned: nn.Module, call: Call, augment: Augment, seed: int) 
     view = _augmented(few, augment, seed)
     error = failure_on(unpruned, view)
     if error is not None:
-        reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"augment must return inputs that fit the model, got {_shapes(view)} for {_shapes(few)}: "
-            f"{type(error).__name__}: {reason} (augment)"
+            f"{raised(error)} (augment)"
         ) from error
 
 

@@ -29,6 +29,7 @@ from nni_topo.errors import (
     instance,
     is_class,
     listed,
+    raised,
     shown,
     taking,
     unknown_name,
@@ -173,9 +174,9 @@ def _check_fewer(model: nn.Module, whole: Calibration, learned: Calibration) -> 
     error = failure_on(model, call)
     if error is not None:
         raise ConfigError(
-            "a model must run on any number of samples, because every eighth one is held out, got "
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0]} for {learned.sizes[0]} of {whole.sizes[0]} "
-            "samples: let its forward take the number from its input, as x.flatten(1) and x.view(len(x), -1) do (model)"
+            "a model must run on any number of samples, because every eighth one is held out: let its forward take the "
+            f"number from its input, as x.flatten(1) and x.view(len(x), -1) do; of {whole.sizes[0]} samples it got "
+            f"{learned.sizes[0]} and raised {raised(error)} (model)"
         ) from error
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch.fx import Node
 
-from nni_topo.errors import leaving_out, listed
+from nni_topo.errors import leaving_out, listed, raised
 from nni_topo.network.graph import described, line_of, place
 
 Kind = Literal[
@@ -371,8 +371,7 @@ def needs_all_channels(node: Node, layer: str) -> Reason:
 
 def dry_run_failed(error: Exception) -> Reason:
     """Return the reason for all channels of a network that fails on random weights and inputs."""
-    told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return Reason("dry_run_failed", text=f"the dry run fails on random numbers: {told}")
+    return Reason("dry_run_failed", text=f"the dry run fails on random numbers: {raised(error)}")
 
 
 def untraced_output(*, is_noise: bool) -> Reason:

@@ -33,7 +33,7 @@ from torch.fx.node import map_arg
 from torch.overrides import get_testing_overrides, handle_torch_function, has_torch_function, resolve_name
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import ConfigError, Rule, checked, shown
+from nni_topo.errors import ConfigError, Rule, checked, raised, shown
 from nni_topo.network.attention import FIRST, LAST
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
@@ -1907,8 +1907,7 @@ def register_operator(
             found = rule(op)
         except Exception as error:  # a user's function may raise anything
             raise ConfigError(
-                f"rule must return channel ids for every call of its operator, got {type(error).__name__}: {error} "
-                f"({name})"
+                f"rule must return channel ids for every call of its operator, got {raised(error)} ({name})"
             ) from error
         are_ids = isinstance(found, Tensor) and found.dtype == torch.int64 and tuple(found.shape) == op.shape
         if op.shape is not None and not are_ids:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import ConfigError, SpeedupError
+from nni_topo.errors import ConfigError, SpeedupError, raised
 from nni_topo.network.attention import Attention, Given, find_attention, is_unfused, mixing_called, open_attention
 from nni_topo.network.graph.nodes import RANDOM
 from nni_topo.network.graph.recording import LayerResults, made_tensors_dropped, record
@@ -124,7 +124,7 @@ def _check_runs(model: torch.nn.Module, call: Call) -> None:
         given = ", ".join(f"{tuple(each.shape)} {each.dtype}" for each in tensors_of(call))
         raise ConfigError(
             f"example_inputs must fit the model: {type(model).__name__} can't be run on {given} in evaluation mode, "
-            f"got {type(error).__name__}: {str(error).partition(chr(10))[0]}{cure} (example_inputs)"
+            f"got {raised(error)}{cure} (example_inputs)"
         ) from error
 
 
@@ -217,8 +217,7 @@ def _trace_and_check(
             raise
         _logger.debug("%s can't be recorded", type(model).__name__, exc_info=True)
         raise SpeedupError(
-            "a model must be traceable to be made dense, "
-            f"got {type(model).__name__}: {type(error).__name__}: {error}; see docs/faq.md"
+            f"a model must be traceable to be made dense, got {type(model).__name__}: {raised(error)}; see docs/faq.md"
         ) from error
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import NONE, ConfigError, DataError, free_memory, whole
+from nni_topo.errors import NONE, ConfigError, DataError, free_memory, raised, whole
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, lists_of_samples, taken, tensors_of
 from nni_topo.network.runtime.processes import processes_of
 from nni_topo.network.runtime.progress import bar
@@ -461,7 +461,7 @@ def _length(source: Iterable[Any], name: str) -> int | None:
     except Exception as error:  # a loader of the user's may raise anything
         raise DataError(
             f"the length of {name} must be a number of batches, or raise TypeError where it isn't known, got "
-            f"{type(error).__name__}: {error} ({type(source).__name__}.__len__ of {name})"
+            f"{raised(error)} ({type(source).__name__}.__len__ of {name})"
         ) from error
 
 

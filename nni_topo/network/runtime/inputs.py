@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError
+from nni_topo.errors import ConfigError, DataError, NniTopoError, SpeedupError, raised
 from nni_topo.network.runtime.copying import cast_tensor, device_of
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.processes import is_in_step
@@ -625,8 +625,8 @@ def fitting(batch: int, knob: str = "calibration") -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         if out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0] + cure_of_argument(error)
-        raise DataError(f"{knob} must fit the model, got {type(error).__name__}: {reason} (batch {batch})") from error
+        reason = raised(error) + cure_of_argument(error)
+        raise DataError(f"{knob} must fit the model, got {reason} (batch {batch})") from error
 
 
 def first_of_samples(call: Any) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from nni_topo.errors import raised
 from nni_topo.network.runtime.memory import out_of_memory
 
 _Change = tuple[dict[str, Any], str, Any, Any]  # a table, a name in it, its value before and after
@@ -159,7 +160,7 @@ def failures_in_own_modes(model: nn.Module, run: Callable[[nn.Module], Any]) -> 
             run(model)
         except Exception as error:  # a user's method or forward may raise anything
             # Whether there is enough memory says nothing about the model.
-            failure = "" if out_of_memory(error) else f"{place} {type(error).__name__}: {error}"
+            failure = "" if out_of_memory(error) else f"{place} {raised(error)}"
         found.append((name, failure))
     return found
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import FLAG, NniTopoError, SpeedupError, checked, leaving_out
+from nni_topo.errors import FLAG, NniTopoError, SpeedupError, checked, leaving_out, raised
 from nni_topo.network.layers import (
     WEIGHTED,
     channel_dim,
@@ -372,7 +372,7 @@ def _raised_in_training(model: torch.nn.Module, call: Call) -> str:
             training(model)(*args, **kwargs)
         except Exception as error:  # a user's forward may raise anything
             # Whether there is enough memory says nothing about the model.
-            return "" if out_of_memory(error) else f"{type(error).__name__}: {error}"
+            return "" if out_of_memory(error) else raised(error)
     return ""
 
 
@@ -460,7 +460,7 @@ def _check_one(
                 raise
             raise SpeedupError(
                 "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
-                f"fit the pruned channels, got {type(error).__name__}: {error}"
+                f"fit the pruned channels, got {raised(error)}"
             ) from error
     if variation is not None:
         place = place[0], f"{place[1]}, inputs {_named(variation)}"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.shape_prop import ShapeProp
 
-from nni_topo.errors import NniTopoError, SpeedupError
+from nni_topo.errors import NniTopoError, SpeedupError, raised
 from nni_topo.network.attention import Attention, find_attention, has_own_forward, take_own_width
 from nni_topo.network.channels import ChannelFlow, rules_registered
 from nni_topo.network.graph import (
@@ -188,7 +188,7 @@ class Network:
                 raise
             raise SpeedupError(
                 "the channels of a model must be followed to be removed, "
-                f"got {type(error).__name__}: {error} ({type(self.model).__name__})"
+                f"got {raised(error)} ({type(self.model).__name__})"
             ) from error
         flow.own_widths = own_widths
         graph = copy.deepcopy(graph_module.graph)

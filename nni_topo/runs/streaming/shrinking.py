@@ -42,6 +42,7 @@ from nni_topo.errors import (
     checked,
     instance,
     listed,
+    raised,
     shown,
     unknown_name,
     whole,
@@ -818,8 +819,7 @@ class _Run:
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             if out_of_memory(error) or not outputs:
                 raise
-            told = " ".join(str(error).split())
-            raise ConfigError(f"{rule}, got {type(error).__name__}: {told}; {cure} ({place})") from error
+            raise ConfigError(f"{rule}, got {raised(error)}; {cure} ({place})") from error
         wanted, found = outputs
         apart, added = float((wanted - found).norm()), float((wanted - entered).norm())
         if not apart <= _ALIKE * added + _ROUNDED * float(wanted.norm()):

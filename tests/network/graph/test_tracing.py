@@ -157,7 +157,7 @@ class TakesOne(nn.Module):
         (
             TakesOne(),
             ({"rows": torch.ones(2, 4)},),
-            r"can't be run on \(2, 4\) .*got TypeError.*dict; a mapping is passed",
+            r"can't be run on \(2, 4\) .*got TypeError.*dict, at `return self.layer.batch.` in .*; a mapping is passed",
         ),
     ],
     ids=["channels last", "integers", "width", "a mapping"],

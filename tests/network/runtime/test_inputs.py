@@ -349,13 +349,16 @@ def test_models_run_on_small_inputs_where_they_can():
     assert structure_of(Picky(), call)[0][0].shape == (2, 3, 70, 70)
     assert structure_of(Picky(samples=5), call) is call
     assert structure_of(Picky(), ((images[:1],), {}))[0][0].shape == (1, 3, 70, 70)
-    with pytest.raises(DataError, match=r"^words must fit the model, got RuntimeError: refused \(batch 0\)$"):
+    with pytest.raises(
+        DataError,
+        match=r"^words must fit the model, got RuntimeError: refused, at `raise .* \(batch 0\)$",
+    ):
         structure_of(Picky(samples=3), call, "words")
 
 
 def test_errors_of_a_model_are_told_as_such():
     for error in (RuntimeError("a"), ValueError("a"), TypeError("a"), KeyError("a"), AttributeError("a")):
-        words = rf"^data must fit .* got {type(error).__name__}: '?a'? \(batch 7\)$"
+        words = rf"^data must fit .* got {type(error).__name__}: '?a'?, at `raise error` in .*:\d+ \(batch 7\)$"
         with pytest.raises(DataError, match=words), fitting(7, "data"):
             raise error
     for error in (ConfigError("a"), torch.OutOfMemoryError("a"), ZeroDivisionError("a")):

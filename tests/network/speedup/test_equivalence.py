@@ -492,7 +492,8 @@ def test_a_run_in_training_tells_the_error_and_the_tensors_that_it_replaces():
     call, plain = ((torch.zeros(4, 2),), {}), Trained().eval()
     for failing in (Trained(ValueError("too wide")), Trained(MemoryError())):
         run = run_in_training(plain, failing.eval(), call)
-        assert run == TrainingRun("ValueError: too wide" if isinstance(failing.error, ValueError) else "")
+        told = "ValueError: too wide, at `raise self.error` in " if isinstance(failing.error, ValueError) else ""
+        assert (run.failure.partition(__file__)[0], run.kept) == (told, {})
         assert run_in_training(failing, failing, call) == TrainingRun()
         assert not failing.training
     dense = Trained().eval()

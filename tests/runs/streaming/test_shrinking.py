@@ -354,7 +354,9 @@ def test_blocks_are_compared_in_single_precision_at_least():
 def test_an_error_of_the_built_block_alone_is_told():
     states = torch.ones(1, 2, 2)
     error = RuntimeError("no such\n width")
-    with pytest.raises(ConfigError, match=r"got RuntimeError: no such width; prune other layers only \(layers\)"):
+    with pytest.raises(
+        ConfigError, match=r"got RuntimeError: no such, at `raise .*`.*; prune other layers only \(layers\)"
+    ):
         compared(Scaled(1.0), Scaled(error), states)
     with pytest.raises(RuntimeError, match="no such\n width"):
         compared(Scaled(error), Scaled(1.0), states)
