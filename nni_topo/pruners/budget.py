@@ -305,7 +305,7 @@ class BudgetPlanner(Planner):
             return f"layers keep multiples of {self.round_to}"
         if is_least:
             key = "max_sparse_ratio" if is_over else "min_sparse_ratio"
-            return f"all layers are at their {key}, or have one channel left; layers that aren't listed stay unpruned"
+            return f"all layers are at their {key}, or have one channel left, but for those that aren't pruned"
         if self.budget.kind == "latency" and self.budget.latency_table is None:
             return "no widths that were timed came nearer"
         return "blocks are equally wide" if self.budget.equal_blocks else no_nearer(self.budget, self.allocations)
