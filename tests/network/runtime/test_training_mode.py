@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
+from own_mode_nets import Adapted, Averaged, ForEvaluation, Scaling
 from torch import nn
 
 import nni_topo
@@ -22,53 +24,17 @@ ROWS = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 LAYERS = [{"op_names": ["last"]}]
 
 
-class Adapted(nn.Linear):
-    """A layer with an adapter of low rank, merged into its weight for evaluation, as loralib does it."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs)
-        self.down, self.up = nn.Parameter(0.1 * torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
-        self.is_merged = False
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode == self.is_merged:
-            self.weight.data += (-1.0 if mode else 1.0) * self.up @ self.down
-            self.is_merged = not mode
-        return self
-
-    def forward(self, rows):
-        found = super().forward(rows)
-        return found if self.is_merged else found + rows @ self.down.T @ self.up.T
+def network(first):
+    layers = {"first": first, "one": nn.ReLU(), "last": nn.Linear(12, 12), "two": nn.ReLU(), "head": nn.Linear(12, 3)}
+    return OrderedDict(layers)
 
 
-class Averaged(nn.Module):
-    """A model that is evaluated with averages of its weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 12)
-        self.head = nn.Linear(12, 3)
-        self.averages = {name: 0.9 * value.detach() for name, value in self.named_parameters()}
-
-    def train(self, mode=True):
-        if mode != self.training:
-            for name, value in self.named_parameters():
-                own = value.detach().clone()
-                value.data.copy_(self.averages[name])
-                self.averages[name] = own
-        return super().train(mode)
-
-    def forward(self, rows):
-        return self.head(torch.relu(self.last(torch.relu(self.first(rows)))))
+def averaged():
+    return Averaged(network(nn.Linear(6, 12)))
 
 
-class WithAdapter(Averaged):
-    train = nn.Module.train
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.averages = Adapted(6, 12), {}
+def adapted():
+    return nn.Sequential(network(Adapted(6, 12)))
 
 
 class Frozen(nn.Sequential):
@@ -94,7 +60,7 @@ def state_of(model):
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.parametrize("kind", [Averaged, WithAdapter])
+@pytest.mark.parametrize("make", [averaged, adapted])
 @pytest.mark.parametrize(
     "use",
     [
@@ -108,9 +74,9 @@ def state_of(model):
     ids=["groups", "explain", "dense", "macs", "batch norm", "shrink"],
 )
 @pytest.mark.quick_every(3)
-def test_weights_that_train_and_eval_change_are_those_of_before(kind, use, is_training):
+def test_weights_that_train_and_eval_change_are_those_of_before(make, use, is_training):
     torch.manual_seed(0)
-    model = kind().train(is_training)
+    model = make().train(is_training)
     attributes = copy.copy(vars(model.first))
     before = state_of(model)
     use(model)
@@ -120,10 +86,10 @@ def test_weights_that_train_and_eval_change_are_those_of_before(kind, use, is_tr
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-@pytest.mark.parametrize("kind", [Averaged, WithAdapter])
-def test_a_dense_network_computes_what_the_model_did_with_its_weights_as_they_were(kind, is_training):
+@pytest.mark.parametrize("make", [averaged, adapted])
+def test_a_dense_network_computes_what_the_model_did_with_its_weights_as_they_were(make, is_training):
     torch.manual_seed(0)
-    model = kind().train(is_training)
+    model = make().train(is_training)
     expected = model(ROWS)
     dense = nni_topo.to_dense(model, ROWS, {"last": {"weight": torch.ones(12, 1)}})
     torch.testing.assert_close(dense(ROWS), expected)
@@ -185,15 +151,8 @@ def test_modules_may_forget_what_they_have_computed_for_evaluation():
     assert (model.kept, model.training) == (None, False)
 
 
-class ForInference(nn.Sequential):
-    def train(self, mode=True):
-        if mode:
-            raise RuntimeError("for inference only")
-        return super().train(mode)
-
-
 def test_a_model_that_refuses_training_mode_is_pruned():
-    model = ForInference(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = ForEvaluation(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     model.eval()
     modes = [module.training for module in model.modules()]
     forget_evaluated(model)
@@ -202,15 +161,8 @@ def test_a_model_that_refuses_training_mode_is_pruned():
     assert small[0].out_features == 4
 
 
-class Scaled(nn.Linear):
-    """A layer whose ``train`` notes a factor."""
-
-    def train(self, mode=True):
-        self.scale = 1.0 if mode else 2.0
-        return super().train(mode)
-
-    def forward(self, rows):
-        return super().forward(rows) * self.scale
+class Scaled(Scaling, nn.Linear):
+    pass
 
 
 class ScaledByEvalAlone(nn.Linear):

@@ -7,9 +7,9 @@ import logging
 
 import pytest
 import torch
+from own_mode_nets import Adapted, Averaged, ForEvaluation, Scaling
 from speedup_nets import filter_mask
 from torch import nn
-from torch.nn import functional
 
 import nni_topo
 
@@ -37,44 +37,6 @@ class Fused(nn.Module):
         return self.one(rows) + self.other(rows) if self.fused is None else self.fused(rows)
 
 
-class Merged(nn.Linear):
-    """A layer with an adapter, merged for evaluation, as loralib does it."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs)
-        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
-        self.is_merged = False
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode == self.is_merged:
-            self.weight.data += (-1.0 if mode else 1.0) * self.up @ self.down
-            self.is_merged = not mode
-        return self
-
-    def forward(self, rows):
-        found = functional.linear(rows, self.weight, self.bias)
-        return found if self.is_merged else found + rows @ self.down.T @ self.up.T
-
-
-class Averaged(nn.Sequential):
-    """A network whose averages of weights, in a dict, are swapped in for evaluation."""
-
-    def __init__(self, *layers):
-        super().__init__(*layers)
-        self.averages = {name: 0.9 * value.detach() for name, value in self.named_parameters()}
-        self.kept = {}
-
-    def train(self, mode=True):
-        super().train(mode)
-        if mode == bool(self.kept):
-            values = self.kept if mode else self.averages
-            self.kept = {} if mode else {name: value.detach().clone() for name, value in self.named_parameters()}
-            for name, parameter in self.named_parameters():
-                parameter.data.copy_(values[name])
-        return self
-
-
 class Swapping(nn.Module):
     """A network that a copy of it stands for in evaluation."""
 
@@ -93,15 +55,8 @@ class Swapping(nn.Module):
         return self.now(rows)
 
 
-class Scaled(nn.Sequential):
-    """A network whose ``train`` notes a factor."""
-
-    def train(self, mode=True):
-        self.scale = 1.0 if mode else 2.0
-        return super().train(mode)
-
-    def forward(self, rows):
-        return super().forward(rows) * self.scale
+class Scaled(Scaling, nn.Sequential):
+    pass
 
 
 class Frozen(nn.Sequential):
@@ -111,15 +66,6 @@ class Frozen(nn.Sequential):
         super().train(mode)
         self[1].eval()
         return self
-
-
-class ForEvaluation(nn.Sequential):
-    """A network whose ``train`` fails, before pruning too."""
-
-    def train(self, mode=True):
-        if mode:
-            raise RuntimeError("for inference only")
-        return super().train(mode)
 
 
 class Checking(Scaled):
@@ -135,13 +81,13 @@ def made(kind, is_training):
     torch.manual_seed(0)
     first = Fused(6, 8) if kind is Fused else nn.Linear(6, 8)
     last = nn.Linear(8, 3)
-    if kind is Merged:
+    if kind is Adapted:
         # In training mode the layers before an adapter keep their channels.
-        last = nn.Sequential(nn.Linear(8, 4), Merged(4, 3)) if is_training else Merged(8, 3)
+        last = nn.Sequential(nn.Linear(8, 4), Adapted(4, 3)) if is_training else Adapted(8, 3)
     if kind is Swapping:
         model = Swapping()
     else:
-        make = nn.Sequential if kind in (Fused, Merged) else kind
+        make = nn.Sequential if kind in (Fused, Adapted) else kind
         model = make(first, nn.BatchNorm1d(8), nn.ReLU(), last)
     return model.train() if is_training else model.eval()
 
@@ -159,7 +105,7 @@ def pruned(model):
 
 BREAKING = [
     (Fused, False, "eval", "after it the forward raises RuntimeError"),
-    (Merged, False, "train", "it raises RuntimeError"),
+    (Adapted, False, "train", "it raises RuntimeError"),
     (Averaged, True, "eval", "it raises RuntimeError"),
     (Averaged, False, "train", "it raises RuntimeError"),
     (Checking, False, "train", "it raises ValueError: 5 are too few"),
@@ -185,7 +131,7 @@ def test_a_method_of_its_own_that_breaks_the_dense_model_is_told(kind, is_traini
     ("kind", "is_training"),
     [
         (Fused, True),
-        (Merged, True),
+        (Adapted, True),
         (Scaled, True),
         (Scaled, False),
         (Frozen, True),
