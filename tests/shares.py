@@ -33,12 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the cases that aren't quick as slow, and deselect the slow tests of other shares.
 
-    ``quick_every(n)``: of a test's cases every n-th is quick. A test's share follows from its name alone.
+    ``quick_every(n)``: of a test's cases every n-th is quick; the others are marked ``further_case``, too. A test's
+    share follows from its name alone.
     """
     for item in items:
         quick, call = item.get_closest_marker("quick_every"), getattr(item, "callspec", None)
         if quick is not None and call is not None and sum(call.indices.values()) % quick.args[0]:
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.further_case)
     share = config.getoption("--share")
     if share is None:
         return

@@ -173,6 +173,32 @@ def test_tests_are_divided_and_noted(tmp_path, monkeypatch):
     assert len(ran) == len(set(ran)) == 40
 
 
+FURTHER = """
+import pytest
+
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.quick_every(3)
+def test_cases(number):
+    pass
+
+@pytest.mark.slow
+def test_slow():
+    pass
+"""
+
+
+@pytest.mark.parametrize(("expression", "count"), [("not slow", 2), ("slow", 5), ("not slow or further_case", 6)])
+def test_further_cases_of_quick_tests_are_slow_and_may_be_asked_for(expression, count, tmp_path):
+    (tmp_path / "conftest.py").write_text((PROJECT / "tests" / "shares.py").read_text())
+    (tmp_path / "test_some.py").write_text(FURTHER)
+    (tmp_path / "setup.cfg").write_text(
+        "[tool:pytest]\nmarkers =\n    slow: x\n    quick_every: y\n    further_case: z\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", expression]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert f" {count} passed" in done.stdout
+
+
 @pytest.mark.parametrize("text", ["3/3", "1", "-1/5", "a/b", "0/0", ""])
 def test_a_share_is_a_part_of_parts(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"a share must be K/N with 0 <= K < N, got "):

@@ -168,11 +168,19 @@ def _is_foreign(name: str, module: types.ModuleType) -> bool:
 
 
 def pytest_run(arguments: list[str], *plugins: object) -> int:
-    """Run pytest in this process as the project's settings say, without a cache and without chance."""
+    """Run pytest in this process as the project's settings say, without a cache and without chance.
+
+    Of the tests that aren't slow all cases run: what only one kind of network shows is noticed, too.
+    """
     import hypothesis
     import pytest
 
     hypothesis.settings.register_profile("mutants", derandomize=True, database=None, deadline=None)
     hypothesis.settings.load_profile("mutants")
     alone = ["-n0"] if importlib.util.find_spec("xdist") else []
-    return int(pytest.main(["-p", "no:cacheprovider", *alone, *arguments], plugins=[*plugins]))
+    return int(
+        pytest.main(
+            ["-p", "no:cacheprovider", "-m", "(not slow or further_case) and not cuda", *alone, *arguments],
+            plugins=[*plugins],
+        )
+    )
