@@ -5,6 +5,7 @@ Every message states the rule, the value that broke it and the place it was foun
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
 import inspect
@@ -12,6 +13,7 @@ import linecache
 import math
 import os
 import sys
+import sysconfig
 import traceback
 import types
 import typing
@@ -557,28 +559,77 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-# Whose lines say nothing of a user's code; NNI's and PyTorch's call it.
-_NOT_OF_USERS = frozenset({"nni_topo", "nni", "torch", *sys.stdlib_module_names}) - {"__main__"}
+# Whose lines say nothing of a user's code: they call it, or are called by it.
+_CALLING = frozenset({"nni_topo", "nni", "torch"})
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+_LONGEST = 200  # characters of an error's words, or of a line, in a message
 
 
 def raised(error: BaseException) -> str:
     """Say which error something of a user's has raised, and at which line: many are assertions without any words.
 
-    The line is the innermost one that is neither PyTorch's, NNI's, Python's nor this package's. Of an error in several
-    lines the first one is told, or all if it announces the others.
+    The line is the innermost one of files that aren't installed; without such, the innermost one of an installed
+    package that is neither PyTorch, NNI nor this one. Of an error in several lines the first one is told, or all if it
+    announces the others, or the last one if they are a traceback, as DataLoader's workers and TorchScript give it.
     """
-    words = str(error).strip()
-    first = words.partition("\n")[0].rstrip()
-    told = " ".join(words.split()) if first.endswith(":") else first
-    told = f"{type(error).__name__}{told and ': '}{told}"
-    for frame, number in reversed([*traceback.walk_tb(error.__traceback__)]):
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    lines = [" ".join(line.split()) for line in words_of(error).splitlines() if line.strip()]
+    if any("Traceback" in line for line in lines):
+        lines = lines[-1:]
+    elif lines and not lines[0].endswith(":"):
+        lines = lines[:1]
+    kind = type(error).__name__
+    told = _cut(" ".join(lines).removeprefix(f"{kind}: ").rstrip(".,:; "))
+    told = f"{kind}{told and ': '}{told}"
+    frames = [each for each in reversed([*traceback.walk_tb(error.__traceback__)]) if _is_telling(each[0])]
+    own = [each for each in frames if not _is_installed(each[0].f_code.co_filename)]
+    for frame, number in own[:1] or frames[:1]:
         file = frame.f_code.co_filename
-        # A name in angle brackets is that of code without a file; a notebook's cells have one.
-        line = linecache.getline(file, number, frame.f_globals).strip()
-        if package not in _NOT_OF_USERS and line and not file.startswith("<eval_with_key>"):
-            return f"{told.removesuffix('.')}, at `{line}` in {file}:{number}"
+        statement = _statement(file, number, frame.f_globals)
+        return f"{told}, {f'at `{statement}` in' if statement else f'in {frame.f_code.co_name},'} {file}:{number}"
     return told
+
+
+def words_of(error: BaseException) -> str:
+    """Return the words of an error without what isn't printable; none where its own ``__str__`` fails."""
+    try:
+        words = str(error)
+    except Exception:
+        return ""
+    return "".join(each if each.isprintable() or each.isspace() else " " for each in words)
+
+
+def _cut(words: str) -> str:
+    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 3]}..."
+
+
+def _is_installed(file: str) -> bool:
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def _is_telling(frame: types.FrameType) -> bool:
+    """Tell whether a frame is one of the code that raised an error, not of what calls it or is called by it."""
+    file = frame.f_code.co_filename
+    is_standard = file.startswith(_STANDARD_LIBRARY) and not _is_installed(file)
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    # What PyTorch and data classes write by themselves has no file.
+    is_generated = file.startswith(("<eval_with_key>", "<frozen ")) or (
+        file == "<string>" and frame.f_code.co_name.startswith("__")
+    )
+    return not (is_standard or is_generated or package in _CALLING)
+
+
+def _statement(file: str, number: int, names: dict[str, Any]) -> str:
+    """Return the statement at a line of a file, in one line; empty where that can't be read, as a console's can't."""
+    text = "".join(linecache.getlines(file, names))
+    try:
+        nodes = [each for each in ast.walk(ast.parse(text)) if isinstance(each, ast.stmt)]
+    except (SyntaxError, ValueError):
+        nodes = []
+    around = [each for each in nodes if each.lineno <= number <= (each.end_lineno or each.lineno)]
+    innermost = max(around, key=lambda each: (each.lineno, each.col_offset), default=None)
+    if innermost is None or hasattr(innermost, "body"):  # of a loop or a condition its first line is enough
+        return _cut(linecache.getline(file, number, names).strip())
+    return _cut(" ".join((ast.get_source_segment(text, innermost) or "").split()))
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

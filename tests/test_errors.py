@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import re
 import typing
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -226,13 +227,81 @@ def test_an_error_without_a_line_of_the_users_is_told_without_one():
     net = nn.Sequential(nn.Linear(3, 6))
     with pytest.raises(ConfigError, match=r"\(2x4 and 3x6\) \(example_inputs\)$"):
         nni_topo.dependency_groups(net, torch.zeros(2, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-    assert errors.raised(ValueError("no\n way")) == "ValueError: no"
-    assert errors.raised(ValueError("these fail:\n a\n b")) == "ValueError: these fail: a b"
-    assert errors.raised(AssertionError()) == "AssertionError"
 
 
-def test_a_line_that_is_nowhere_to_be_read_is_left_out():
+class SpeechlessError(Exception):
+    def __str__(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (AssertionError(), "AssertionError"),
+        (SpeechlessError(), "SpeechlessError"),
+        (ValueError("no.\n way"), "ValueError: no"),
+        (ValueError("these  fail:\n a\n\tb"), "ValueError: these fail: a b"),
+        (ValueError("red \x1b[31mred"), "ValueError: red [31mred"),
+        (
+            RuntimeError('Caught in a worker.\nTraceback:\n  File "a.py"\nRuntimeError: too wide\n'),
+            "RuntimeError: too wide",
+        ),
+        (KeyError("k"), "KeyError: 'k'"),
+        (ValueError("x" * 300), f"ValueError: {'x' * 197}..."),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else None,
+)
+def test_words_of_an_error_are_told_in_one_line(error, told):
+    assert errors.raised(error) == told
+
+
+@dataclass(frozen=True)
+class Fixed:
+    value: int = 0
+
+
+def changes():
+    Fixed().value = 3  # raised in a method that no file holds
+
+
+def joins():
+    np.concatenate(
+        [np.zeros((2, 3)), np.zeros((3, 4))]
+    )  # fmt: skip
+
+
+def loops():
+    for each in 3:
+        print(each)
+
+
+def writes(): x = 3; x.nothing  # noqa: E702, B018  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "statement"),
+    [
+        (changes, "Fixed().value = 3"),
+        (joins, "np.concatenate( [np.zeros((2, 3)), np.zeros((3, 4))] )"),
+        (loops, "for each in 3:"),
+        (writes, "x.nothing"),
+    ],
+)
+def test_the_statement_is_told_and_not_what_a_library_calls_in_it(function, statement):
+    told = errors.raised(error_of(function))
+    assert f", at `{statement}` in {__file__}:{function.__code__.co_firstlineno}"[:-2] in told
+
+
+def test_a_line_that_cannot_be_read_is_told_by_its_function():
     names = {}
     exec("def fails(): raise ValueError('no.')", names)
-    inner = error_of(names["fails"])
-    assert errors.raised(inner) == f"ValueError: no, at `called()` in {__file__}:{error_of.__code__.co_firstlineno + 2}"
+    assert errors.raised(error_of(names["fails"])) == "ValueError: no, in fails, <string>:1"
+
+
+def test_a_models_strange_error_is_told_too():
+    class Strange(nn.Module):
+        def forward(self, x):
+            raise SpeechlessError
+
+    with pytest.raises(ConfigError, match="got SpeechlessError, at `raise SpeechlessError` in "):
+        nni_topo.to_dense(Strange(), torch.zeros(2, 4), {})

@@ -779,7 +779,7 @@ def evaluated(evaluate: Callable[[nn.Module], float], net: nn.Module, name: str)
         try:
             given: Any = evaluate(net)
         except Exception as error:
-            _logger.warning("evaluate failed for the %s network: %s: %s", name, type(error).__name__, error)
+            _logger.warning("evaluate failed for the %s network: %s", name, raised(error))
             raise
     try:
         if isinstance(given, (str, bytes)):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import nni_topo
+from nni_topo.errors import SpeedupError
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ASKED = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -84,3 +85,17 @@ def test_a_network_with_a_compiled_module_is_shrunk():
     batches = [torch.randn(8, 3, 8, 8) for _ in range(2)]
     shrunk = nni_topo.shrink(model, batches, {"params": 0.95}, distill=False)
     assert shrunk.second.out_channels < 6 == model.second.out_channels
+
+
+class Checked(nn.Module):
+    """Without weights, and for eight channels alone."""
+
+    def forward(self, x):
+        assert x.shape[1] == 8, "eight channels"
+        return x
+
+
+def test_what_a_compiled_module_refuses_is_told():
+    model = net(scripted(Checked()), branches=False)
+    with pytest.raises(SpeedupError, match=r"fixed size.*AssertionError: eight channels, at `x = self.second.*:\d+"):
+        nni_topo.to_dense(model, IMAGES, {"first": {"weight": (torch.arange(8) < 5).float().view(8, 1, 1, 1)}})

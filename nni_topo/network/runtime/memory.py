@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import nn
 
-from nni_topo.errors import free_memory
+from nni_topo.errors import free_memory, words_of
 
 _LARGE = 2**20  # parameters of a model that is worth freeing at once
 
@@ -32,7 +32,7 @@ def free_memory_of(device: torch.device) -> int:
 
 def out_of_memory(error: Exception) -> bool:
     """Say whether an error means that memory is short; PyTorch's error for a CPU only says so in words."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in words_of(error)
 
 
 def give_back_memory(model: nn.Module) -> None:

@@ -482,13 +482,18 @@ def _run(
     with torch.no_grad():
         for model, record in zip(pair, records, strict=True):
             runner = evaluating(in_double(model) if double else detached_copy(model, light=True))
-            looks = [(runner.get_submodule(name), partial(_record, name, record)) for name in kept]
+            looked_at = {name: runner.get_submodule(name) for name in kept}
+            looks = [
+                (module, partial(_record, name, record))
+                for name, module in looked_at.items()
+                if not isinstance(module, torch.jit.ScriptModule)  # it takes no hooks
+            ]
             # Both draw the same numbers where a forward draws any.
             # What a forward does in place to its inputs mustn't reach the other model.
             args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
             with random_state_kept(), watched(leaving=looks):
                 outputs.append(returned_tensors(runner(*args, **kwargs)))
-            del runner, looks  # before the copy of the other model is made
+            del runner, looks, looked_at  # before the copy of the other model is made
     return outputs[0], outputs[1], _first_difference(records[0], records[1], kept, rtol)
 
 
