@@ -23,6 +23,8 @@ def test_the_knee_is_farthest_below_the_line_between_the_ends():
         ([0.0, 0.5, 1.0], [0.2, 0.2, 0.2]),
         ([0.5, 0.5, 0.5], [0.3, 0.2, 0.1]),
         ([0.0, 1.0], [1.0, 0.0]),
+        ([], []),
+        ([10.0, 510.0, 1010.0], [0.0, 0.5, 1.0]),  # a straight line that rises and doesn't begin at 0
         ([0.0, 0.5, 1.0], [math.nan, 0.1, 0.0]),
     ],
 )

@@ -331,6 +331,10 @@ def test_calibration_serves_as_example_inputs():
         ({"budget": {"flops": "half"}}, {}, r"flops must be in \(0, 1\], got 'half'"),
         ({"budget": {"flops": 0.5, "params": 0.5}}, {}, r"a share of one of .*, got \['flops', 'params'\]"),
         ({"budget": {"MACs": 0.5}}, {}, "one of flops, params, latency, memory, got .MACs.: use .flops."),
+        ({"budget": {"mac": 0.5}}, {}, "got .mac.: use .flops."),
+        ({"budget": {"parameters": 0.5}}, {}, "got .parameters.: use .params."),
+        ({"budget": {"time": 0.5}}, {}, "got .time.: use .latency."),
+        ({"budget": {"seconds": 0.5}}, {}, "got .seconds.: use .latency."),
         ({"budget": {}}, {}, "a share of one of flops, params, latency, memory, got none"),
         (
             {"budget": 0.5},

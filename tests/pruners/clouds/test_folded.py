@@ -93,10 +93,11 @@ def test_the_pruner_drops_what_the_norm_silences():
 
 
 def test_bad_statistics_and_other_granularities_are_refused():
-    model = normed().float()
-    model[1].running_var[0] = float("nan")
-    with pytest.raises(DataError, match=r"batch norms must be finite.*\(0\)"):
-        clouds_of(model, CONV, toy_images(2))
+    for attribute in ("running_var", "running_mean"):  # of which the scale, and the offset alone, is made
+        model = normed().float()
+        getattr(model[1], attribute)[0] = float("nan")
+        with pytest.raises(DataError, match=r"batch norms must be finite.*\(0\)"):
+            clouds_of(model, CONV, toy_images(2))
     config = [{"op_names": ["0"], "sparse_ratio": 0.5, "granularity": "in_channel"}]
     with pytest.raises(ConfigError, match=r"by output channel.*\(0\.weight\)"):
         clouds_of(normed().float(), config, toy_images(2))
