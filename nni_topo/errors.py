@@ -581,12 +581,14 @@ def raised(error: BaseException) -> str:
     told = _cut(" ".join(lines).removeprefix(f"{kind}: ").rstrip(".,:; "))
     told = f"{kind}{told and ': '}{told}"
     frames = [each for each in reversed([*traceback.walk_tb(error.__traceback__)]) if _is_telling(each[0])]
-    own = [each for each in frames if not _is_installed(each[0].f_code.co_filename)]
-    for frame, number in own[:1] or frames[:1]:
-        file = frame.f_code.co_filename
-        statement = _statement(file, number, frame.f_globals)
-        return f"{told}, {f'at `{statement}` in' if statement else f'in {frame.f_code.co_name},'} {file}:{number}"
-    return told
+    innermost = [each for each in frames if not _is_installed(each[0].f_code.co_filename)] or frames
+    if not innermost:
+        return told
+    frame, number = innermost[0]
+    file = frame.f_code.co_filename
+    statement = _statement(file, number, frame.f_globals)
+    place = f"at `{statement}` in" if statement else f"in {frame.f_code.co_name},"
+    return f"{told}, {place} {file}:{number}"
 
 
 def words_of(error: BaseException) -> str:
