@@ -527,6 +527,13 @@ def test_time_between_layers_is_dealt_out_by_what_the_layers_put_out():
     assert saved(Removal("1", "1", 0)) == 0.0
 
 
+def test_a_block_saves_its_share_of_the_multiply_accumulates():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), nn.Linear(4, 4))
+    saved = cost_saved(net, torch.zeros(2, 4), "flops")
+    assert saved(Removal("0", "0", 0)) == pytest.approx(16 / 96)
+    assert saved(Removal("1", "1", 0)) == pytest.approx(64 / 96)
+
+
 class Staged(DepthSteps):
     """Steps whose networks are numbers of blocks that are removed, with costs and losses that are written out."""
 
