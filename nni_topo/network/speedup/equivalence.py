@@ -8,7 +8,7 @@ here everything that works on single channels is pruned with the channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -482,19 +482,26 @@ def _run(
     with torch.no_grad():
         for model, record in zip(pair, records, strict=True):
             runner = evaluating(in_double(model) if double else detached_copy(model, light=True))
-            looked_at = {name: runner.get_submodule(name) for name in kept}
-            looks = [
-                (module, partial(_record, name, record))
-                for name, module in looked_at.items()
-                if not isinstance(module, torch.jit.ScriptModule)  # it takes no hooks
-            ]
+            looks = _looks(runner, kept, record)
             # Both draw the same numbers where a forward draws any.
             # What a forward does in place to its inputs mustn't reach the other model.
             args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
             with random_state_kept(), watched(leaving=looks):
                 outputs.append(returned_tensors(runner(*args, **kwargs)))
-            del runner, looks, looked_at  # before the copy of the other model is made
+            del runner, looks  # before the copy of the other model is made
     return outputs[0], outputs[1], _first_difference(records[0], records[1], kept, rtol)
+
+
+def _looks(
+    model: torch.nn.Module, names: Iterable[str], record: dict[str, torch.Tensor]
+) -> list[tuple[torch.nn.Module, Callable[[Any, Any], None]]]:
+    """List modules, each with what records its output; a scripted module takes no hooks and is left out."""
+    looks = list[tuple[torch.nn.Module, Callable[[Any, Any], None]]]()
+    for name in names:
+        module = model.get_submodule(name)
+        if not isinstance(module, torch.jit.ScriptModule):
+            looks.append((module, partial(_record, name, record)))
+    return looks
 
 
 def _record(name: str, record: dict[str, torch.Tensor], entered: Any, output: Any) -> None:
