@@ -63,26 +63,31 @@ def serve(case: Case, request: str, *, seconds: int = 60) -> Outcome:
     # Users prune networks that they have just trained, too.
     model.train(request == "random" and not case.noisy)
     before = state(model)
-    kind, text = "right", ""
-    try:
-        with at_most(seconds):
-            REQUESTS[request](case, model)
-    except NniTopoError as error:
-        kind, text = "refused", f"{type(error).__name__}: {error}"
-    except WholeError as error:
-        kind, text = "whole", str(error)
-    except (ChangedError, UnsaidError, WrongError) as error:
-        kind, text = type(error).__name__.removesuffix("Error").lower(), str(error)
-    except HangError:
-        kind, text = "hang", f"over {seconds} s"
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)
-        lines = [f"{each.filename.rpartition('/')[2]}:{each.lineno}" for each in place[-4:]]
-        kind, text = "raw", f"{type(error).__name__}: {error} ({' '.join(lines)})"
+    kind, text = outcome_of(lambda: REQUESTS[request](case, model), seconds)
     after = state(model)
     if kind != "changed" and before != after:
         kind, text = "changed", f"the model after it: {changes(before, after)[:3]}; {kind} {text}"
     return Outcome(case.name, request, kind, " ".join(text.split())[:600])
+
+
+def outcome_of(work: Callable[[], None], seconds: int) -> tuple[str, str]:
+    """Do some work; return the kind of its outcome and what it says."""
+    try:
+        with at_most(seconds):
+            work()
+    except NniTopoError as error:
+        return "refused", f"{type(error).__name__}: {error}"
+    except WholeError as error:
+        return "whole", str(error)
+    except (ChangedError, UnsaidError, WrongError) as error:
+        return type(error).__name__.removesuffix("Error").lower(), str(error)
+    except HangError:
+        return "hang", f"over {seconds} s"
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)
+        lines = [f"{each.filename.rpartition('/')[2]}:{each.lineno}" for each in place[-4:]]
+        return "raw", f"{type(error).__name__}: {error} ({' '.join(lines)})"
+    return "right", ""
 
 
 @contextmanager

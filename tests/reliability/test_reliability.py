@@ -9,6 +9,7 @@ import pytest
 import torch
 from reliability.networks import NETWORKS
 from reliability.operators import OPERATORS
+from reliability.roads import all_roads, follow
 from reliability.serving import BAD, REQUESTS, by_hand, check, serve
 
 import nni_topo
@@ -42,6 +43,15 @@ def test_each_request_of_each_case(case):
     bad = [str(outcome) for outcome in outcomes if outcome.kind in BAD]
     if bad:
         pytest.fail("\n".join(bad))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("road", all_roads(), ids=lambda road: f"{road.topic}-{road.name}")
+@pytest.mark.quick_every(5)
+def test_roads_end_well(road):
+    outcome = follow(road)
+    if outcome.kind in BAD:
+        pytest.fail(str(outcome))
 
 
 def test_there_are_as_many_cases_as_are_promised():
