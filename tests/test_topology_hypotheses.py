@@ -10,7 +10,9 @@ import torch
 from bench_modules import BENCHMARKS, imported
 from markdown_sections import sections
 from scipy import stats
+from torch import nn
 
+from nni_topo.pruners.hooks import PruningContext
 from nni_topo.studies.records import read_records
 from nni_topo.studies.tables import with_tables
 from nni_topo.topology import distinct_points
@@ -34,6 +36,12 @@ def images():
 @pytest.fixture(scope="module")
 def filters():
     with imported(BENCHMARKS / "topology", "how_many_filters") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def clouds():
+    with imported(BENCHMARKS / "topology", "which_clouds") as module:
         yield module
 
 
@@ -161,3 +169,73 @@ def test_herding_keeps_the_mean_near_that_of_all(images, cloud):
 
 def test_leverage_prefers_images_far_from_the_mean(images, cloud):
     assert all(40 in images.leverage_images(cloud, 8, seed) for seed in range(5))
+
+
+def test_a_seed_has_a_split_of_its_own_and_no_image_twice(clouds, tmp_path):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (15_000, 1, 2, 2), dtype=np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = np.divmod(np.arange(15_000), 256)
+    labels = np.arange(15_000) % 10
+    np.savez(
+        tmp_path / "images.npz",
+        x_train=images[:9_000],
+        y_train=labels[:9_000],
+        x_test=images[9_000:],
+        y_test=labels[9_000:],
+    )
+    numbers = []
+    for seed in (400, 401):
+        with np.load(clouds.split_of("ResNet-20", seed, tmp_path / "images.npz", tmp_path)) as file:
+            parts = [
+                256 * file[name][:, 0, 0, 0].astype(int) + file[name][:, 0, 0, 1] for name in ("x_train", "x_test")
+            ]
+            assert np.bincount(file["y_test"]).tolist() == [500] * 10
+            assert (parts[0] % 10 == file["y_train"]).all()
+            assert len(set(np.concatenate(parts))) == len(parts[0]) + len(parts[1]) == 15_000
+            numbers.append(set(parts[1]))
+    assert numbers[0] != numbers[1]
+
+
+def test_a_cell_counts_only_with_all_networks_and_is_chosen_on_validation_images(clouds):
+    name, rows = "LeNet-5-like", (*clouds.BASELINES, *clouds.CRITERIA)
+    records = []
+    for place, row in enumerate(rows):
+        for seed in clouds.SEEDS:
+            # L1 is the best on validation images, FPGM on test images; ours is ahead of L1 by one point on average.
+            test = {"fpgm": 0.95, clouds.OURS: 0.91 + 0.01 * (seed % 3 - 1)}.get(row, 0.90)
+            validation = 0.9 if row == "l1" else 0.8 - 0.01 * place
+            records.append({"key": [name, seed, row], "unpruned": 0.99, "validation": validation, "test": test})
+    assert clouds.best_baseline(records, name) == "l1"
+    assert clouds.best_baseline(records[:-1], name) is None
+    tested = clouds.figures(records, name, "test")
+    gains = np.array([tested[clouds.OURS][seed] - 0.9 for seed in clouds.SEEDS])
+    p = stats.ttest_rel(list(tested[clouds.OURS].values()), list(tested["l1"].values())).pvalue
+    assert clouds.compared(tested[clouds.OURS], tested["l1"])[1:] == pytest.approx((gains.mean(), p))
+    # Of four kinds one is there: Holm's correction multiplies its p-value by four.
+    (line,) = (
+        text for text in clouds.tables(records).splitlines() if text.startswith(f"| {name}") and "| l1 |" in text
+    )
+    assert "| win |" in line
+    assert line.endswith(f"| {p:.2g} | {4 * p:.2g} |")
+
+
+def test_selections_from_a_cloud_are_those_by_hand():
+    points = np.array([[0.0, 0.0], [5.0, 0.0], [5.2, 0.0], [5.1, 0.1], [0.0, 3.0]])
+    with imported(BENCHMARKS / "topology", "clouds") as module:
+        assert module.largest(points, 2, 0).tolist() == [2, 3]
+        assert sorted(module.nearest_to_means(points, 3, 0).tolist()) == [0, 3, 4]
+        assert sorted(module.nearest_to_means(np.zeros((3, 2)), 2, 0).tolist()) == [0, 1]
+
+
+def test_an_unweighted_cloud_knows_nothing_of_its_readers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    model[2].weight.data[:, 0] *= 100.0
+    images, config = torch.randn(32, 4), [{"op_names": ["0"], "sparse_ratio": 0.4}]
+    entering = model[:2](images).detach().double()
+    with imported(BENCHMARKS / "topology", "clouds") as module:
+        pruner = module.UnweightedPruner(model, config, calibration=[images])
+        seen = pruner.collector.collect(PruningContext(pruner.bound_model, pruner._target_spaces))["0"]["weight"]
+        pruner.unwrap_model()
+    centred = entering - entering.mean(0)
+    torch.testing.assert_close(torch.cdist(seen, seen), torch.cdist(centred.T, centred.T) / 32**0.5)

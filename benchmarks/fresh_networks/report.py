@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from nni_topo.studies.tables import (
     best_baseline,
     cells_of,
     grouped,
+    holm,
     interval,
     markdown_table,
     paired_difference,
@@ -152,21 +153,6 @@ def compared(rows: Rows, criterion: str, step: str) -> Comparison | None:
         p,
         len(seeds),
     )
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Return p-values corrected by Holm's method, in the order given.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    order = sorted(range(len(values)), key=values.__getitem__)
-    corrected = [1.0] * len(values)
-    largest = 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        corrected[place] = largest
-    return corrected
 
 
 def tables(records: Iterable[Record]) -> str:

@@ -60,6 +60,21 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(float(array.mean()), float(half))
 
 
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values corrected by Holm's method, in the order given.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    corrected = [1.0] * len(values)
+    largest = 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        corrected[place] = largest
+    return corrected
+
+
 def show_range(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
     """Return the mean of at least one value, and the lowest and the highest where they differ from it as shown.
 

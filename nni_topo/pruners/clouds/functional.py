@@ -92,7 +92,7 @@ class FunctionalCollector(DataCollector):
         # The first batch has been tried out.
         call = structure_of(context.model, next(calls(context.model, self.calibration)))
         flow = Network(context.model, call).flow
-        readers = {unit.name: readers_of(unit, flow, context) for unit in context.units}
+        readers = {unit.name: self.readers(unit, flow, context) for unit in context.units}
         moments = {name: [ChannelMoments(name) for _ in found] for name, found in readers.items()}
         each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
         looks = [(reader.module, partial(reader.record, moment)) for reader, moment in each]
@@ -109,6 +109,10 @@ class FunctionalCollector(DataCollector):
             return preprocess_points(points_of_gram(torch.stack(grams).sum(0)), self.preprocess)
 
         return context.collected_jointly(points)
+
+    def readers(self, unit: PruningUnit, flow: ChannelFlow, context: PruningContext) -> list[ChannelReader]:
+        """Return the layers that read a unit, with how strongly they read each channel."""
+        return readers_of(unit, flow, context)
 
 
 @dataclass(frozen=True)
