@@ -56,7 +56,6 @@ from nni_topo.runs.evaluators import recipe_evaluator
 evaluate = lambda net: zoo.evaluate(net, data.test)
 my_evaluator = lambda net: recipe_evaluator(net, data, zoo.Recipe(epochs=1, batch_size=32))
 """,
-    "migrating": None,
     "own_operator": None,
     "own_pruner": None,
     "own_recovery": None,
@@ -117,16 +116,18 @@ def run(path, tmp_path, monkeypatch):
     return names
 
 
+def words(text):
+    """A transcript's lines, without what depends on the processor."""
+    lines = [line for line in text.splitlines() if not re.search("[\u2500-\u257f]", line)]  # a table's cells wrap
+    # whether distillation helps, and whether its figures disagree
+    lines = [re.sub(r"^distillation is (kept|discarded): .*", "distillation", line) for line in lines]
+    return [re.sub(r"[-+]?\d+(\.\d+)?(e[-+]\d+)?", "#", " ".join(line.split())) for line in lines]
+
+
 @pytest.mark.slow
 def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the_page_says(tmp_path):
     page = (PROJECT / "docs" / "start.md").read_text(encoding="utf-8")
     found = transcript.transcribed(page, tmp_path)
-
-    def words(text):
-        lines = [line for line in text.splitlines() if not re.search("[\u2500-\u257f]", line)]  # a table's cells wrap
-        # whether distillation helps, and whether its figures disagree, depends on the processor
-        lines = [re.sub(r"^distillation is (kept|discarded): .*", "distillation", line) for line in lines]
-        return [re.sub(r"[-+]?\d+(\.\d+)?(e[-+]\d+)?", "#", " ".join(line.split())) for line in lines]
 
     def accuracy(step):
         return float(re.search(rf"^{step}: ([\d.]+)", found, re.M)[1])
@@ -136,6 +137,18 @@ def test_the_first_steps_run_word_for_word_in_an_empty_folder_and_print_what_the
     assert accuracy("after weight reconstruction") > max(0.85, accuracy("pruned"))
     assert all(re.search(rf"^│ {name} ", found, re.M) for name in ("unpruned", "reconstruction", "l1", "fpgm"))
     assert (tmp_path / "runs" / "digits" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_pages_evaluators_print_what_the_page_says(tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    pytest.importorskip("transformers")
+    page = (PROJECT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    found = transcript.transcribed(page, tmp_path)
+    assert words(found) == words(page)
+    widths = r"Conv2d\(.*|Linear\(.*|\w+Pruner \[.*"
+    assert re.findall(widths, found) == re.findall(widths, page)
+    assert float(re.search(r"^accuracy of the dense network: ([\d.]+)", found, re.M)[1]) > 0.9
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in YOURS])
@@ -148,7 +161,7 @@ def test_no_page_has_snippets_that_no_test_runs():
     # of CONTRIBUTING by tests/cli/test_verbs.py, of the networks from wheels by tests/test_trained.py, of runtimes by
     # tests/test_runtimes.py, of the others here
     elsewhere = {"start", "config_list", "six_jobs", "README", "CONTRIBUTING", "cnn_from_a_wheel", "embedding_model"}
-    elsewhere |= {"runtimes"}
+    elsewhere |= {"migrating", "runtimes"}
     assert {path.stem for path in PAGES if snippets(path)} == YOURS.keys() | elsewhere
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import transformers
 from nni.compression import LightningEvaluator, TransformersEvaluator
 from nni.compression.base.compressor import Pruner
-from nni.compression.pruning import LinearPruner, MovementPruner, SlimPruner, TaylorPruner
+from nni.compression.pruning import AGPPruner, LinearPruner, MovementPruner, SlimPruner, TaylorPruner
 from torch import Tensor, nn
 
 import nni_topo
@@ -35,10 +36,10 @@ def kept(masks: dict[str, dict[str, Tensor]], name: str) -> int:
     return int(weight.reshape(len(weight), -1)[:, 0].sum())
 
 
-def ours(setup: Setup, cls: type[Pruner], layers: dict[str, int]) -> None:
+def ours(setup: Setup, cls: Callable[..., Pruner], layers: dict[str, int], schedule: Any = LinearPruner) -> None:
     """Prune in steps while the model trains."""
     model, evaluator = setup()
-    pruner = LinearPruner(cls(model, [{"op_names": list(layers), **SPARSE}], evaluator), 2, 2)
+    pruner = schedule(cls(model, [{"op_names": list(layers), **SPARSE}], evaluator), 2, 2)
     _, masks = pruner.compress(max_steps=6, max_epochs=None)
     pruner.unwrap_model()
     assert {name: kept(masks, name) for name in layers} == layers
@@ -179,15 +180,36 @@ def test_lightning_drives_our_pruners() -> None:
     ours(lightning_setup, nni_topo.RandomPruner, TOY)
 
 
+# Each evaluates between two steps of training, but for reconstruction, which evaluated before.
+ON_DATA: dict[str, Callable[..., Pruner]] = {
+    "cluster": nni_topo.ClusterPruner,
+    "subcluster": nni_topo.SubclusterPruner,
+    "reconstruction": nni_topo.ReconstructionPruner,
+    "activation": partial(nni_topo.TopologicalPruner, cloud="activation"),
+    "energy": partial(nni_topo.EnergyFilterPruner, signal="data"),
+}
+
+
+@pytest.mark.parametrize("name", ON_DATA)
+def test_lightning_and_agp_drive_pruners_that_look_at_data(name: str) -> None:
+    ours(lightning_setup, ON_DATA[name], TOY, AGPPruner)
+
+
+def test_lightnings_progress_bars_leave_its_training_alone(tmp_path: Path) -> None:
+    model, evaluator = lightning_setup()
+    evaluator.trainer = nni.trace(pl.Trainer)(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, logger=False)
+    ours(lambda: (model, evaluator), nni_topo.ClusterPruner, TOY)
+
+
 def test_lightning_drives_nnis_pruners() -> None:
     taylor(lightning_setup, TOY)
     slim(lightning_setup, {"norm": 4})
     movement(lightning_setup, ["hidden"])
 
 
-@pytest.fixture
-def bert_setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
-    """A BERT of one layer with random weights, trained on random tokens."""
+@pytest.fixture(params=["SGD", "default"])
+def bert_setup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    """A BERT of one layer with random weights, trained on random tokens by SGD or by the optimizer of Transformers."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def setup() -> tuple[nn.Module, Any]:
@@ -206,10 +228,10 @@ def bert_setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
             save_strategy="no",
             disable_tqdm=True,
         )
-        optimizer = nni.trace(torch.optim.SGD)(model.parameters(), lr=0.01)
-        trainer = nni.trace(transformers.Trainer)(
-            model, arguments, train_dataset=data, eval_dataset=data, optimizers=(optimizer, None)
-        )
+        given: dict[str, Any] = {}
+        if request.param == "SGD":
+            given["optimizers"] = (nni.trace(torch.optim.SGD)(model.parameters(), lr=0.01), None)
+        trainer = nni.trace(transformers.Trainer)(model, arguments, train_dataset=data, eval_dataset=data, **given)
         return model, TransformersEvaluator(trainer)
 
     return setup
@@ -220,14 +242,29 @@ INTERMEDIATE = "bert.encoder.layer.0.intermediate.dense"
 
 def test_transformers_drives_our_pruners(bert_setup: Setup) -> None:
     ours(bert_setup, nni_topo.TopologicalPruner, {INTERMEDIATE: 12})
-    ours(bert_setup, nni_topo.RandomPruner, {INTERMEDIATE: 12})
+    ours(bert_setup, nni_topo.ClusterPruner, {INTERMEDIATE: 12}, AGPPruner)
 
 
-@pytest.mark.slow
 def test_transformers_drives_nnis_pruners(bert_setup: Setup) -> None:
     taylor(bert_setup, {INTERMEDIATE: 12})
     slim(bert_setup, {INTERMEDIATE: 12})
     movement(bert_setup, [INTERMEDIATE])
+
+
+@pytest.mark.parametrize("bert_setup", ["default"], indirect=True)
+def test_the_default_optimizer_is_that_of_the_trainer(bert_setup: Setup) -> None:
+    model, evaluator = bert_setup()
+    trainer = transformers.Trainer(model, evaluator.traced_trainer.args)
+    decayed, plain = trainer.create_optimizer().param_groups
+    evaluator._init_optimizer_helpers(model)
+    evaluator.bind_model(model)
+    own = evaluator.trainer.optimizer
+    assert type(own).__name__ == "AdamW"
+    for group, expected in zip(own.param_groups, (decayed, plain), strict=True):
+        assert [id(each) for each in group["params"]] == [id(each) for each in expected["params"]]
+        assert (group["lr"], group["weight_decay"]) == (expected["lr"], expected["weight_decay"])
+    evaluator.unbind_model()
+    assert transformers.Trainer(model, trainer.args).create_optimizer().param_groups  # no other Trainer has changed
 
 
 def test_transformers_adds_to_the_loss(bert_setup: Setup) -> None:

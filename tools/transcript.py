@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 SNIPPET = re.compile(r"```(python|console)\n(.*?)```\n(\n```text\n.*?```\n)?", re.S)
-PROGRESS = re.compile(r"^\w[\w ]*: [\d.]+( of \d+)?, [\d:]+ passed")
-"""Lines on how far a step is, which appear where a machine is slow."""
+PROGRESS = re.compile(r"^\w[\w ]*: [\d.]+( of \d+)?, [\d:]+ passed|^\{'(train|eval)_\w+': ")
+"""Lines on how far a step is, which appear where a machine is slow, and those of a Trainer on its speed and losses."""
 PROJECT = Path(__file__).parents[1]
 
 

@@ -135,6 +135,8 @@ def patches() -> tuple[Callable[[], bool], ...]:
         speedup.keep_graph_for_all_outputs,
         evaluators.import_trainers_late,
         evaluators.set_lightning_steps,
+        evaluators.evaluate_within_training,
+        evaluators.make_default_optimizer,
         evaluators.patch_trainer_steps,
         evaluators.pass_loss_arguments,
         launching.wait_for_manager,

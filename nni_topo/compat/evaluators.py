@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
+import nni
 import torch
 from nni.common import version
 from nni.compression.utils import evaluator
 from torch import Tensor
+
+_MARK = "_nni_topo_patch"
 
 
 def import_trainers_late() -> bool:
@@ -97,11 +101,42 @@ def _train_lightning(self: Any, max_steps: int | None = None, max_epochs: int | 
     trainer.num_sanity_val_steps = 0
     if max_steps:
         trainer.fit_loop.epoch_loop.max_steps = max_steps
+        trainer.fit_loop.max_epochs = -1  # else the trainer's own number of epochs may end a schedule half-way
     if max_epochs:
         trainer.fit_loop.max_epochs = max_epochs
     trainer.fit(self.model, self.data_module)
     # a trainer left on the model would be saved with it
     self.model.trainer = None
+
+
+def evaluate_within_training() -> bool:
+    """Let ``LightningEvaluator`` evaluate a model while it trains.
+
+    Place: ``nni/compression/utils/evaluator.py``, ``LightningEvaluator.evaluate``. Cause: it leaves the model without
+    a trainer, so that a pruner that evaluates between two steps ends the training with "not attached to a `Trainer`",
+    and it shows a second progress bar, which Rich's console refuses (any PyTorch and Python). Returns True if the
+    method was replaced, False if Lightning isn't installed.
+    """
+    if not evaluator.LIGHTNING_INSTALLED or evaluator.LightningEvaluator.evaluate is _evaluate_lightning:
+        return False
+    evaluator.LightningEvaluator.evaluate = _evaluate_lightning
+    return True
+
+
+def _evaluate_lightning(self: Any) -> tuple[float | None, list[dict[str, float]]]:
+    """Test the bound module with a fresh copy of the trainer; one that trains it goes on afterwards."""
+    trainer = self.trainer.trace_copy().get()
+    training = self.model._trainer
+    if training is not None and trainer.progress_bar_callback is not None:
+        trainer.callbacks.remove(trainer.progress_bar_callback)
+    try:
+        results = trainer.test(self.model, self.data_module, verbose=training is None)
+    finally:
+        self.model.trainer = training
+        if training is not None:
+            self.data_module.trainer = training
+    scores = [metrics["default"] for metrics in results if "default" in metrics]
+    return (sum(scores) / len(scores) if scores else None), results
 
 
 def patch_trainer_steps() -> bool:
@@ -117,6 +152,44 @@ def patch_trainer_steps() -> bool:
     if not evaluator.TRANSFORMERS_INSTALLED or cls.patch_optimizer_step is _patch_optimizer_step:
         return False
     cls.patch_optimizer_step = _patch_optimizer_step
+    return True
+
+
+def make_default_optimizer() -> bool:
+    """Let ``TransformersEvaluator`` take a Trainer without ``optimizers=``, whose optimizer Transformers makes.
+
+    Place: ``nni/compression/utils/evaluator.py``, ``TransformersEvaluator._init_optimizer_helpers``. Cause: it puts a
+    function of the arguments alone in the place of the static ``Trainer.get_optimizer_cls_and_kwargs``, where Trainers
+    call a method and pass the model, too (seen with transformers 4.57): a TypeError, after which every Trainer of the
+    process raised it. Returns True if the method was wrapped, False if transformers isn't installed.
+    """
+    cls = evaluator.TransformersEvaluator
+    if not evaluator.TRANSFORMERS_INSTALLED or hasattr(cls._init_optimizer_helpers, _MARK):
+        return False
+    initialize = cls._init_optimizer_helpers
+
+    @functools.wraps(initialize)
+    def initialize_with_optimizer(self: Any, pure_model: Any) -> None:
+        trainer = self.traced_trainer
+        if trainer.optimizer is not None:
+            initialize(self, pure_model)
+            return
+        choose = trainer.get_optimizer_cls_and_kwargs
+
+        def choose_traced(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            kind, settings = choose(*args, **kwargs)
+            return nni.trace(kind), settings
+
+        trainer.get_optimizer_cls_and_kwargs = choose_traced
+        try:
+            trainer.create_optimizer()
+            initialize(self, pure_model)
+        finally:
+            del trainer.get_optimizer_cls_and_kwargs
+            trainer.optimizer = None
+
+    setattr(initialize_with_optimizer, _MARK, True)
+    cls._init_optimizer_helpers = initialize_with_optimizer
     return True
 
 

@@ -19,6 +19,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nni_topo.compat import CompatReport, evaluators
 
+PATCHES = (
+    "set_lightning_steps",
+    "evaluate_within_training",
+    "make_default_optimizer",
+    "patch_trainer_steps",
+    "pass_loss_arguments",
+)
+
 
 @pytest.fixture
 def _not_imported_yet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,16 +67,13 @@ def test_a_library_that_cannot_be_imported_is_told(library: str, monkeypatch: py
 
 
 def test_patches_are_applied_once(compat_report: CompatReport) -> None:
-    patches = {"import_trainers_late", "set_lightning_steps", "patch_trainer_steps", "pass_loss_arguments"}
-    assert patches <= set(compat_report.applied)
-    assert evaluators.set_lightning_steps() is False
-    assert evaluators.patch_trainer_steps() is False
-    assert evaluators.pass_loss_arguments() is False
+    assert {"import_trainers_late", *PATCHES} <= set(compat_report.applied)
+    assert not any(getattr(evaluators, name)() for name in PATCHES)
 
 
-ALONE = """
+ALONE = f"""
 import nni_topo
-names = {"set_lightning_steps", "patch_trainer_steps", "pass_loss_arguments"}
+names = {set(PATCHES)}
 report = nni_topo.compat.enable()
 print(names <= set(report.unneeded), report.failed)
 """
@@ -120,7 +125,9 @@ class DataOfBoth(Data):
         return DataLoader(TensorDataset(torch.ones(2, 2)), batch_size=2)
 
 
-@pytest.mark.parametrize(("limits", "steps"), [({"max_steps": 4}, 4), ({"max_epochs": 1}, 6), ({}, 12)])
+@pytest.mark.parametrize(
+    ("limits", "steps"), [({"max_steps": 4}, 4), ({"max_steps": 15}, 15), ({"max_epochs": 1}, 6), ({}, 12)]
+)
 def test_lightning_trains_for_so_many_steps(limits: dict[str, int], steps: int, tmp_path: Path) -> None:
     model = Line()
     train(model, Data, limits, tmp_path)

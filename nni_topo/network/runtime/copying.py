@@ -19,6 +19,8 @@ from types import BuiltinFunctionType, CellType, CodeType, EllipsisType, FrameTy
 from typing import Any, cast
 
 import torch
+from nni.compression.base.compressor import Compressor
+from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
@@ -31,8 +33,9 @@ _PLAIN = {bool, int, float, str, type(None)}
 _TABLES = {dict, OrderedDict, set}
 # What holds nothing, and is its own copy.
 _ATOMS = frozenset({*_PLAIN, complex, bytes, range, type, EllipsisType, CodeType, torch.dtype, torch.device})
-# What may hold anything and is no model's own.
-_NOBODYS = (type, ModuleType, logging.Logger)
+# What may hold anything and is no model's own. In training under NNI a model holds functions that hold the pruner, and
+# the evaluator with its trainer and data.
+_NOBODYS = (type, ModuleType, logging.Logger, Compressor, Evaluator)
 _READS = ("LOAD_ATTR", "LOAD_METHOD")
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
 _WEAK = (weakref.ReferenceType, *_PROXIES)
@@ -355,7 +358,7 @@ class _Copier:
     def _object(self, value: Any) -> Any:
         """Copy an object of any other class, as the class says."""
         kind = type(value)
-        if issubclass(kind, type):
+        if issubclass(kind, _NOBODYS):
             return value
         if issubclass(kind, weakref.ReferenceType):
             return self._weak(value)
