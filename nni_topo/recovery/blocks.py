@@ -34,6 +34,7 @@ from nni_topo.network.runtime import (
     Calibration,
     Call,
     as_written,
+    batch_size,
     batches_of,
     calls,
     check_model,
@@ -363,9 +364,12 @@ def solutions(
             with fitting(index, batches.name):
                 for net in nets:
                     net(*call[0], **call[1])
-            count = len(seen[0]["wanted"])
-            held = is_held_out[samples : samples + count]
-            samples += count
+            # Inside, the samples may be the second dimension: then places are held out in place of samples.
+            size, entries = batch_size(call), len(seen[0]["wanted"])
+            held = is_held_out[samples : samples + size]
+            if entries != size:
+                held = (torch.arange(entries) + 1) % HELD_OUT_ENTRIES == 0
+            samples += size
             real = real_positions_of(nets[0], call)
             for gap, own, parts in zip(gaps, seen, equations, strict=True):
                 reached = own.get("reached", torch.zeros_like(own["wanted"])).double()

@@ -25,6 +25,7 @@ from nni_topo.network.runtime import (
     batches_of,
     calls,
     check_model,
+    check_samples_first,
     hand_on_report,
     in_smaller_batches,
     in_step,
@@ -351,7 +352,9 @@ def _step(
 def survey(model: nn.Module, calibration: Calibration) -> tuple[tuple[int, ...], Call]:
     """Count the images of each call that batches stand for, and return a call to follow the structure with."""
     sizes = [batch_size(call) for call in calls(model, calibration)]
-    return tuple(sizes), structure_call(model, calibration)
+    call = structure_call(model, calibration)
+    check_samples_first(model, calibration)
+    return tuple(sizes), call
 
 
 def held_out_groups(calibration: Calibration, sizes: Sequence[int]) -> Tensor | None:

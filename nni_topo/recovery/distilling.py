@@ -57,6 +57,7 @@ from nni_topo.network.runtime import (
     calls,
     check_model,
     check_precision,
+    check_samples_first,
     detached_copy,
     device_of,
     first_call,
@@ -347,6 +348,7 @@ def distillation(
     for each in given:
         for model in (original, dense):
             first_call(model, each)
+        check_samples_first(original, each)
     pool = joined([call for each in given for call in calls(original, each)])
     check_any_count(original, pool, "original")
     check_any_count(dense, pool, "dense")

@@ -640,12 +640,12 @@ def outputs_of(
         if len(each) == count and (places is None or place in places)
     ]
     if not tensors:
-        second = isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,)
-        cure = "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
-        raise ConfigError(
-            f"{what} must hold a floating tensor with an entry per sample, got {_kind(found)} for {count} samples"
-            f"{cure if second else ''}"
-        )
+        told = f"{_kind(found)} for {count} samples"
+        if any(len(each) == count for each in _with_entries(found)):
+            told += ", which is as long for fewer samples"
+        if isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,):
+            told += "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
+        raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
     return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
 
 

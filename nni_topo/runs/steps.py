@@ -44,6 +44,7 @@ from nni_topo.network.runtime import (
     Call,
     calls,
     check_entry,
+    check_samples_first,
     detached_copy,
     device_of,
     evaluation_mode,
@@ -159,6 +160,7 @@ class ImageParts:
         ConfigError for a model that runs on whole batches alone, of which no image can be held out.
         """
         args, kwargs = of_first(structure_call(model, calibration), model, calibration)
+        check_samples_first(model, calibration)
         if parts is None:
             learned, held_out = calibration.split()
             if held_out is not None:

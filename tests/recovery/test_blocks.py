@@ -488,3 +488,36 @@ def test_samples_that_are_held_out_say_whether_anything_changes(sizes, odd, is_c
     gap = blocks.Gap(writer, blocks.Stream(wanted, None), is_whole=False)
     (found,) = blocks.solutions((wanted, made), [gap], Calibration(list(values.split(sizes))), "auto")
     assert bool(found.weights.any()) is is_changed
+
+
+class PlacesFirst(nn.Module):
+    """Residual blocks on (places, samples, channels), as CLIP's are, in a network that takes samples first."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(*[Residual() for _ in range(3)])
+
+    def forward(self, x):
+        return self.blocks(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return x + self.out(torch.tanh(self.into(x)))
+
+
+@pytest.mark.parametrize("places", [3, 9])
+def test_blocks_whose_samples_are_second_are_removed(places):
+    model, batches = PlacesFirst().eval(), list(torch.randn(40, places, 4).split(4))
+    # Nothing is missing where the block adds nothing, so that nothing is solved for.
+    with torch.no_grad():
+        model.blocks[1].out.weight.zero_()
+        model.blocks[1].out.bias.zero_()
+    small = remove_blocks(model, ["blocks.1"], batches)
+    assert len(small.blocks) == 2
+    torch.testing.assert_close(small(batches[0]), model(batches[0]), rtol=1e-4, atol=1e-5)

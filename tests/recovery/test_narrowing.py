@@ -74,7 +74,7 @@ def test_turned_heads_compute_the_same_and_lose_the_channels_asked_for(name):
     assert sizes == {key: (each.heads, each.head_size // 2) for key, each in whole.items()}
 
 
-@pytest.mark.parametrize("name", ONE_OF_THE_ZOO)
+@pytest.mark.parametrize("name", [each for each in ONE_OF_THE_ZOO if each.values[0] != "PyTorch's, places first"])
 @pytest.mark.quick_every(2)
 def test_what_is_of_lower_rank_comes_back_exactly(name):
     """In every head queries and values vary in half as many directions as they have channels, none of which is zero."""

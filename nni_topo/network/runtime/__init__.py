@@ -36,6 +36,7 @@ from nni_topo.network.runtime.copying import (
 from nni_topo.network.runtime.fits import (
     LISTS,
     check_fits,
+    check_samples_first,
     failure_on,
     first_call,
     fitting_call,
@@ -205,6 +206,7 @@ __all__ = [
     "check_fits",
     "check_model",
     "check_precision",
+    "check_samples_first",
     "check_unwrapped",
     "computing_in",
     "copied",

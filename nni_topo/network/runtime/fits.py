@@ -32,6 +32,7 @@ from nni_topo.network.runtime.progress import bar
 from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.network.runtime.untouched import left_alone
 
+_FEW = 16  # samples on which it is looked which dimension layers take for time
 LISTS = (nn.ModuleList, nn.ModuleDict)
 """Modules without a forward, of whose modules a forward may choose some by values."""
 # How many dimensions an input has that such a layer takes for a single sample.
@@ -193,6 +194,48 @@ def _run(model: nn.Module, call: Call) -> tuple[str, set[str]]:
             stack.enter_context(called(module, note(name)))
         model(*call[0], **call[1])
     return found[0] if found else "", ran
+
+
+def check_samples_first(model: nn.Module, calibration: Iterable[Any]) -> None:
+    """Raise DataError if a layer takes the first dimension of the inputs for time, as PyTorch's do by default.
+
+    Its first dimension is that of the inputs if both change together: a model may have its samples second inside alone.
+    """
+    call, name = next(calls(model, calibration)), name_of(calibration)
+    layers = {each: module for each, module in model.named_modules() if getattr(module, "batch_first", None) is False}
+    count = min(_FEW, batch_size(call))
+    if not layers or count < 2:
+        return
+    lengths: list[dict[str, int]] = []
+    for some in (count, count - 1):
+        seen: dict[str, int] = {}
+
+        def look(layer: str, seen: dict[str, int]) -> Callable[[Any], None]:
+            def see(first: Any) -> None:
+                if isinstance(first, Tensor) and first.dim() > 1:
+                    seen[layer] = len(first)
+
+            return see
+
+        args, kwargs = taken(call, torch.arange(some))
+        entering = [(module, look(each, seen)) for each, module in layers.items()]
+        try:
+            with left_alone(model), evaluation_mode(model), torch.no_grad(), watched(entering=entering):
+                model(*args, **kwargs)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            if out_of_memory(error):
+                raise
+            return  # it needs a number of samples, which other checks say
+        lengths.append(seen)
+    for each, length in lengths[0].items():
+        if length == count and lengths[1].get(each) == count - 1:
+            raise DataError(
+                f"{name} must have samples along the first dimension, got {_told(call)}, whose first dimension "
+                f"{type(layers[each]).__name__} {each!r} takes for time, as batch_first=False says: pass "
+                "x.transpose(0, 1) to a module around the model whose forward returns "
+                "self.model(x.transpose(0, 1)).transpose(0, 1), or set batch_first=True if the first dimension is that "
+                "of the samples (batch 0)"
+            )
 
 
 def _runs(model: nn.Module, call: Call) -> bool:

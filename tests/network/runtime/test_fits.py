@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime import Calibration, check_fits, first_call, structure_call
+from nni_topo.network.runtime import Calibration, check_fits, check_samples_first, first_call, structure_call
 from nni_topo.network.runtime.fits import _runs
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -123,6 +123,33 @@ def test_attention_that_takes_the_batch_for_one_sample_is_named() -> None:
     with pytest.raises(DataError, match=r"of shape \(5, 4\), which MultiheadAttention 'attention' takes for a single"):
         structure_call(Attending(), [torch.rand(5, 4)])
     structure_call(Attending(), [torch.rand(2, 5, 4)])
+
+
+class Reading(nn.Module):
+    """Reads (time, samples, features), or its samples first, by a layer that takes the time first."""
+
+    def __init__(self, layer: nn.Module, turns: bool) -> None:
+        super().__init__()
+        self.layer, self.turns = layer, turns
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1) if self.turns else x
+        found = self.layer(x, x, x)[0] if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        first: Tensor = found[0] if isinstance(found, tuple) else found
+        return first
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LSTM(4, 3), nn.GRU(4, 3, 2, bidirectional=True), nn.MultiheadAttention(4, 2), nn.TransformerEncoderLayer(4, 2)],
+    ids=["LSTM", "GRU", "attention", "transformer"],
+)
+def test_time_steps_are_not_taken_for_samples(layer: nn.Module) -> None:
+    # As many steps as samples, or more, or fewer: only one of both dimensions can be the time.
+    for shape in ((6, 6, 4), (6, 3, 4), (3, 6, 4)):
+        with pytest.raises(DataError, match=r"first dimension.*takes for time, as batch_first=False says"):
+            check_samples_first(Reading(layer, turns=False), [torch.rand(shape)])
+        check_samples_first(Reading(layer, turns=True), [torch.rand(shape)])
 
 
 class OneByOne(nn.Module):
