@@ -11,7 +11,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -21,10 +21,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map
 
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
-from nni_topo.errors import ConfigError, DataError, ExportError, shown, unknown_name
+from nni_topo.errors import ConfigError, DataError, ExportError, all_of, shown, unknown_name, whole
 from nni_topo.network.runtime import (
     Calibration,
     Call,
@@ -37,20 +37,25 @@ from nni_topo.network.runtime import (
     detached_copy,
     difference,
     evaluating,
+    failure_on,
     first_call,
     in_full_precision,
     leaves_models_alone,
+    map_tensors,
     report_of,
     returned_tensors,
     same_program,
+    taken,
     tensors_of,
 )
 
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}
 """By ending of a path, the format of the file."""
-_BATCH = 2  # samples with which a network is exported
+_BATCH = 2  # samples with which a network is exported that takes any batch
 _OTHER_BATCH = 3  # samples with which its file is run besides
+_MULTIPLES = (1, 8, 16, 32)  # of one of which a network may need a size to be
+_DIMS = all_of(whole(0), Sequence)
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
 _MOST_OF_A_REASON = 300  # characters of PyTorch's errors that are handed on
 _FAST = 8  # onnxruntime's fast convolutions have a multiple of so many channels
@@ -69,7 +74,7 @@ class Exported:
         Its size in bytes.
     error : float
         Largest difference between the outputs of the file, before it is converted to INT8, and those of the network,
-        at two batch sizes, as a share of the largest output.
+        as a share of the largest output; at two sizes if a dimension is dynamic.
     int8_distance : float, default=NaN
         Mean squared distance between the outputs of the INT8 file and those of the network, as a share of their
         variance. It is measured on every eighth sample, which the ranges of the integers don't come from, or on all
@@ -93,6 +98,7 @@ def export(
     *,
     int8: Iterable[Any] | None = None,
     weight_bits: int = 7,
+    dynamic_dims: Sequence[int] = (0,),
 ) -> Exported:
     """Export a network to a file that runs without this package, and check that the file computes the same.
 
@@ -104,7 +110,8 @@ def export(
         The file to write, e.g. ``"small.onnx"`` or ``"small.pt2"``; without a ``format`` its ending must be one of
         these two.
     inputs : Tensor, tuple, list or mapping of str to Any
-        Example inputs, batch first: one tensor, positional or keyword arguments. The file takes any batch size.
+        Example inputs, batch first: one tensor, positional or keyword arguments. The file takes them at these sizes,
+        but for the ``dynamic_dims``.
     format : {"onnx", "torch.export"}, optional
         ONNX for onnxruntime, or a program for :func:`torch.export.load`. None: ``"onnx"`` for a path that ends in
         ``.onnx``, ``"torch.export"`` for one in ``.pt2``. Outputs of an ONNX file have the names of the keys or fields
@@ -114,6 +121,10 @@ def export(
         those of the values on these batches. ONNX only.
     weight_bits : {7, 8}, default=7
         How many of the 8 bits INT8 weights use. 8 are nearer to the network; see the notes for where they are safe.
+    dynamic_dims : sequence of int, default=(0,)
+        Dimensions of the inputs that the file takes at any size: ``(0,)`` is any batch, ``(0, 2, 3)`` any batch, height
+        and width of images, ``(2, 3)`` only height and width, ``()`` none. They hold for each input that has the
+        samples in its first dimension and so many dimensions.
 
     Returns
     -------
@@ -124,13 +135,14 @@ def export(
     ------
     ConfigError
         If the format is unknown, or isn't that of the path's ending; if INT8 is asked for in another format than ONNX;
-        if ``weight_bits`` is neither 7 nor 8, or given without ``int8``; or if a package is missing.
+        if ``weight_bits`` is neither 7 nor 8, or given without ``int8``; if the inputs lack one of the
+        ``dynamic_dims``; or if a package is missing.
     DataError
         If the inputs or the calibration data don't fit the network.
     ExportError
-        If the network returns no tensor, PyTorch can't export it for every batch size, or the file's outputs differ by
-        more than 1e-4 of the largest output; of a network in half precision by more than eight machine epsilons,
-        0.0078 (float16) or 0.062 (bfloat16).
+        If the network returns no tensor or takes no other size in the ``dynamic_dims``, if PyTorch can't export it for
+        every size there, or if the file's outputs differ by more than 1e-4 of the largest output; of a network in half
+        precision by more than eight machine epsilons, 0.0078 (float16) or 0.062 (bfloat16).
 
     Notes
     -----
@@ -167,6 +179,7 @@ def export(
         raise ConfigError(f"weights must use 7 or 8 of 8 bits, got {shown(weight_bits)} (weight_bits)")
     if weight_bits != 7 and int8 is None:
         raise ConfigError(f"weights must be INT8 to use {weight_bits} bits, got no calibration data for that (int8)")
+    _DIMS.check("dynamic_dims", dynamic_dims, "export")
     images = None if int8 is None else Calibration.of(int8, "int8")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -175,8 +188,14 @@ def export(
     check_model(model)
     net = evaluating(detached_copy(model))
     net.cpu()
-    given = call_arguments(inputs, net)
-    call = _resized(given, _BATCH)
+    given = call = call_arguments(inputs, net)
+    most = max(each.dim() for each in tensors_of(given))
+    if missing := [dim for dim in dynamic_dims if dim >= most]:
+        raise ConfigError(
+            f"dynamic_dims must be dimensions of the inputs, got {missing[0]} of {most} dimensions (export)"
+        )
+    if 0 in dynamic_dims:
+        call = taken(given, torch.arange(_BATCH) % batch_size(given))
     try:
         check_fits(net, call, "inputs")
     except DataError:
@@ -189,10 +208,11 @@ def export(
         raise ExportError(f"a network that is exported must return tensors, got {kind} ({type(net).__name__})")
     if images is not None:
         first_call(net, images)
+    calls_to_check = [call, _other_sizes(net, call, dynamic_dims)] if dynamic_dims else [call]
     names = [name for name, _ in _named(returned)]
     _return_tensors_alone(net, returned, and_numbers=format != "onnx")
     with quietly():
-        program = _program(net, call)
+        program = _program(net, call, dynamic_dims)
     output_folder(path.parent)
     # The file gets its name only after all checks, so that none is left behind that computes something else.
     with whole_file(path) as part:
@@ -204,7 +224,7 @@ def export(
                     torch.export.save(program, written)
                 with part.open("rb") as read:
                     loaded = torch.export.load(read).module()
-            error = _check(net, call, lambda one: tensors_of(loaded(*one[0], **one[1])))
+            error = _check(net, calls_to_check, lambda one: tensors_of(loaded(*one[0], **one[1])))
         else:
             with quietly(), _export_errors("that PyTorch can write as ONNX", net):
                 written_as_onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False)
@@ -212,11 +232,14 @@ def export(
                 written_as_onnx.save(str(part), external_data=False)
             with _export_errors("that onnxruntime can run; most of its operators take single precision only", net):
                 session = _session(part)
-            error = _check(net, call, lambda one: _run(session, one))
+            error = _check(net, calls_to_check, lambda one: _run(session, one))
             if images is not None:
+                batch = None if 0 in dynamic_dims else batch_size(call)
                 learned, held_out = images.split()
-                _quantize(part, session, list(calls(net, learned)), weight_bits)
-                distance = _distance(net, _session(part), calls(net, held_out or learned))
+                # onnxruntime's symbolic shapes follow no free height and width.
+                symbolic = not set(dynamic_dims) - {0}
+                _quantize(part, session, _in_batches(calls(net, learned), batch), weight_bits, symbolic)
+                distance = _distance(net, _session(part), _in_batches(calls(net, held_out or learned), batch))
             elif (report := report_of(model)) is not None:
                 _warn_of_slow_convolutions(net, report.pruned_layers)
     return Exported(path, path.stat().st_size, error, distance)
@@ -263,16 +286,49 @@ def quietly() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _resized(call: Call, size: int) -> Call:
-    """Return a call of so many samples; if it has fewer, they are repeated."""
-    batch = batch_size(call)
+def _in_batches(calls: Iterable[Call], batch: int | None) -> Iterator[Call]:
+    """Yield calls in batches of so many samples, the last one with some repeated. None: as they are."""
+    for call in calls:
+        size = batch_size(call)
+        for part in torch.arange(size).split(batch or size):
+            yield call if batch is None else taken(call, part[torch.arange(batch) % len(part)])
 
-    def take(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or len(tensor) != batch:
+
+def _other_sizes(net: nn.Module, call: Call, dims: Sequence[int]) -> Call:
+    """Return a call that has another size in each of the dimensions, which a network takes; ExportError without one."""
+    if 0 in dims:
+        call = taken(call, torch.arange(_OTHER_BATCH) % batch_size(call))
+    places = [dim for dim in dims if dim]
+    if not places:
+        return call
+    for multiple in (*_MULTIPLES, None):
+        resized = _resized(call, places, multiple)
+        if failure_on(net, resized) is None:
+            return resized
+    raise ExportError(
+        f"a network must take more than one size in its dynamic_dims, got one that takes no other than the inputs' in "
+        f"{', '.join(map(str, places))} ({type(net).__name__})"
+    )
+
+
+def _resized(call: Call, dims: Sequence[int], multiple: int | None) -> Call:
+    """Enlarge these dimensions of what holds samples to multiples of a number; None: make them smaller by a few.
+
+    Each dimension gets a size of its own, so that a file can't confuse height and width.
+    """
+    samples = batch_size(call)
+
+    def resize(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or len(tensor) != samples:
             return tensor
-        return tensor[torch.arange(size, device=tensor.device) % batch].detach()
+        for step, dim in enumerate(dims, 1):
+            if dim < tensor.dim():
+                size = tensor.shape[dim]
+                other = max(size - step, 1) if multiple is None else (size // multiple + step) * multiple
+                tensor = tensor.index_select(dim, torch.arange(other) % size)
+        return tensor
 
-    resized: Call = tree_map_only(Tensor, take, call)
+    resized: Call = map_tensors(resize, call)
     return resized
 
 
@@ -341,20 +397,25 @@ def _free(name: str, taken: set[str]) -> str:
     return name
 
 
-def _program(net: nn.Module, call: Call) -> Any:
-    """Export a network as a program that takes any batch size."""
+def _program(net: nn.Module, call: Call, dims: Sequence[int]) -> Any:
+    """Export a network as a program that takes any size in these dimensions of what holds samples."""
     batch = torch.export.Dim("batch")
     size = batch_size(call)
 
-    def free_dimension(leaf: Any) -> Any:
-        has_samples = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
-        return {0: batch} if has_samples else None
+    def free_dimensions(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != size:
+            return None
+        # All inputs have the batch; a height may have to be a multiple of 32, or that of another input.
+        free = {dim: torch.export.Dim.DYNAMIC if dim else batch for dim in dims if dim < leaf.dim()}
+        return free or None
 
     args, kwargs = call
     positional = list(inspect.signature(net.forward).parameters)[: len(args)]
-    dynamic_shapes = dict(zip(positional, tree_map(free_dimension, args), strict=True))
-    dynamic_shapes |= tree_map(free_dimension, kwargs)
-    with _export_errors("that torch.export can follow at any batch size", net), torch.no_grad():
+    dynamic_shapes = dict(zip(positional, tree_map(free_dimensions, args), strict=True))
+    dynamic_shapes |= tree_map(free_dimensions, kwargs)
+    sizes = "any batch size" if tuple(dims) == (0,) else f"any size in the dimensions {tuple(dims)}"
+    rule = f"that torch.export can follow at {sizes if dims else 'the sizes of the inputs'}"
+    with _export_errors(rule, net), torch.no_grad():
         return torch.export.export(net, *call, dynamic_shapes=dynamic_shapes)
 
 
@@ -402,13 +463,13 @@ def _outputs(net: nn.Module, call: Call) -> list[Tensor]:
 
 
 @as_written()
-def _check(net: nn.Module, call: Call, run: Any) -> float:
-    """Return the largest relative difference between the outputs of a file and of the network, at two batch sizes.
+def _check(net: nn.Module, calls: Iterable[Call], run: Any) -> float:
+    """Return the largest relative difference between the outputs of a file and of the network in some calls.
 
     ``run``: returns the file's outputs for a call. ExportError if they differ by too much.
     """
     errors = []
-    for each in (call, _resized(call, _OTHER_BATCH)):
+    for each in calls:
         with torch.no_grad():
             outputs = run(each)
         for expected, actual in zip(_outputs(net, each), outputs, strict=True):
@@ -426,8 +487,11 @@ def _check(net: nn.Module, call: Call, run: Any) -> float:
     return largest
 
 
-def _quantize(path: Path, session: Any, batches: list[Call], weight_bits: int) -> None:
-    """Replace an ONNX file of floats by its INT8 version, whose weights use so many bits."""
+def _quantize(path: Path, session: Any, batches: Iterable[Call], weight_bits: int, symbolic: bool) -> None:
+    """Replace an ONNX file of floats by its INT8 version, whose weights use so many bits.
+
+    ``symbolic``: whether onnxruntime infers shapes with symbols for the sizes.
+    """
     quantization = _import("onnxruntime.quantization")
     preparation = _import("onnxruntime.quantization.shape_inference")
 
@@ -442,7 +506,7 @@ def _quantize(path: Path, session: Any, batches: list[Call], weight_bits: int) -
     kinds = quantization.QuantType
     with tempfile.TemporaryDirectory() as folder, quietly():
         source = Path(folder) / "prepared.onnx"
-        preparation.quant_pre_process(str(path), str(source))
+        preparation.quant_pre_process(str(path), str(source), skip_symbolic_shape=not symbolic)
         quantization.quantize_static(
             str(source),
             str(path),

@@ -31,21 +31,25 @@ def _precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _normalized(x: Tensor, width: int, eps: float) -> Tensor:
-    """Return values with the mean and variance that their last dimension would have with zeros after it up to a width.
+def _channels_back(x: Tensor, dim: int) -> Tensor:
+    """Move the last dimension to a place. PyTorch's older ONNX exporter takes -1 for no place to move it from."""
+    return x.movedim(x.dim() - 1, dim)
 
-    On a GPU each operation reads and writes all values and has to be launched, so there the zeros are written and
-    PyTorch's own kernel does the rest: three operations instead of a dozen. A CPU takes longer over the zeros.
+
+def _normalized(x: Tensor, share: float, eps: float) -> Tensor:
+    """Return values with the mean and variance over their last dimension that they would have with zeros beside them.
+
+    ``share``: that of the values, in (0, 1], among them and the zeros. No size is read: PyTorch's older ONNX exporter
+    would write it into the file. This is for CPUs. On a GPU each operation reads and writes all values and has to be
+    launched, so there the norms write the zeros, and PyTorch's own kernel does the rest: three operations instead of a
+    dozen. A CPU takes longer over the zeros.
     """
-    kept = x.shape[-1]
-    if x.device.type != "cpu":
-        return functional.layer_norm(functional.pad(x, (0, width - kept)), (width,), eps=eps)[..., :kept]
     # Sums along contiguous memory: `var_mean`, and the layouts that layers may return, take up to ten times as long.
-    x, share = _precise(x.contiguous()), kept / width
+    x = _precise(x.contiguous())
     mean = share * x.mean(-1, keepdim=True)
     x = x - mean
     # Not `torch.linalg.vecdot`, which autocast computes in half precision.
-    variance = share * (x * x).sum(-1, keepdim=True) / kept + (1 - share) * mean.square()
+    variance = share * (x * x).mean(-1, keepdim=True) + (1 - share) * mean.square()
     return x * torch.rsqrt(variance + eps)
 
 
@@ -68,9 +72,14 @@ class OriginalWidthLayerNorm(nn.LayerNorm):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalize along the channels: ``(..., channels)``, or ``(batch, channels, ...)`` if ``dim`` is 1."""
-        x = _normalized(images.movedim(self.dim, -1), self.counted, self.eps)
+        kept, x = images.shape[self.dim], images.movedim(self.dim, -1)
+        if images.device.type == "cpu":
+            x = _normalized(x, kept / self.counted, self.eps)
+        else:
+            x = functional.pad(x, (0, self.counted - kept))
+            x = functional.layer_norm(x, (self.counted,), eps=self.eps)[..., :kept]
         factors = _precise(self.weight) + self.shift if self.shift else self.weight
-        return _weighed(x, factors, self.bias).movedim(-1, self.dim).to(images.dtype)
+        return _channels_back(_weighed(x, factors, self.bias), self.dim).to(images.dtype)
 
     def extra_repr(self) -> str:
         """Show the original width too."""
@@ -118,7 +127,7 @@ class ChannelsFirstLayerNorm(nn.LayerNorm):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalize along the channels."""
-        return super().forward(images.movedim(1, -1)).movedim(-1, 1)
+        return _channels_back(super().forward(images.movedim(1, -1)), 1)
 
 
 class ShiftedRMSNorm(nn.RMSNorm):
@@ -140,9 +149,14 @@ class OriginalWidthGroupNorm(nn.GroupNorm):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalize within each group: ``(batch, channels, ...)``."""
-        groups = images.unflatten(1, (self.num_groups, -1)).flatten(2)
-        width = groups.shape[2] // (images.shape[1] // self.num_groups) * self.counted
-        x = _normalized(groups, width, self.eps).reshape(images.shape)
+        kept = self.num_channels // self.num_groups
+        x = images.unflatten(1, (self.num_groups, kept))
+        if images.device.type == "cpu":
+            x = _normalized(x.flatten(2), kept / self.counted, self.eps).reshape(images.shape)
+        else:
+            x = functional.pad(x, (*[0, 0] * (images.dim() - 2), 0, self.counted - kept)).flatten(1, 2)
+            x = functional.group_norm(x, self.num_groups, eps=self.eps)
+            x = x.unflatten(1, (self.num_groups, self.counted))[:, :, :kept].flatten(1, 2)
         view = (-1, *[1] * (x.dim() - 2))
         weight, bias = (None if each is None else each.view(view) for each in (self.weight, self.bias))
         return _weighed(x, weight, bias).to(images.dtype)
@@ -166,7 +180,7 @@ class OriginalWidthResponseNorm(nn.Module):
         x = _precise(images.movedim(self.dim, -1))
         lengths = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
         found: Tensor = x + shift + gain * x * lengths / (lengths.sum(-1, keepdim=True) / self.counted + self.eps)
-        return found.movedim(-1, self.dim).to(images.dtype)
+        return _channels_back(found, self.dim).to(images.dtype)
 
     def extra_repr(self) -> str:
         """Show the kept channels and the original width."""

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, ExportError
-from nni_topo.network.io.exporting import _check, _free, _named, _outputs, _resized, _return_tensors_alone
+from nni_topo.network.io.exporting import _check, _free, _named, _outputs, _return_tensors_alone
 from nni_topo.network.runtime import tensors_of
 from nni_topo.testing import toy_images, toy_model
 
@@ -88,6 +88,98 @@ def test_a_program_of_torch_answers_the_same(dense, tmp_path):
     loaded = torch.export.load(done.path).module()
     with torch.no_grad():
         torch.testing.assert_close(loaded(IMAGES[:7]), dense.eval()(IMAGES[:7]))
+
+
+class Normed(nn.Module):
+    """A network of images of any even size, whose norm loses channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 12, 2, 2), nn.GroupNorm(2, 12), nn.ConvTranspose2d(12, 3, 2, 2)
+
+    def forward(self, images):
+        return images + self.last(self.norm(self.first(images)).relu())
+
+
+@pytest.fixture(scope="module")
+def normed():
+    torch.manual_seed(0)
+    kept = torch.tensor([1, 1, 0, 0, 0, 1] * 2, dtype=torch.float32)
+    masks = {"first": {"weight": kept.view(-1, 1, 1, 1).expand(12, 3, 2, 2), "bias": kept}}
+    return nni_topo.to_dense(Normed().eval(), torch.randn(2, 3, 8, 8), masks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dims", "given", "taken", "refused"),
+    [
+        ((0, 2, 3), (2, 3, 8, 8), [(3, 3, 12, 20), (1, 3, 6, 14)], None),
+        ([2, 3], (3, 3, 8, 8), [(3, 3, 12, 20)], (2, 3, 12, 20)),
+        ((), (1, 3, 8, 8), [(1, 3, 8, 8)], (1, 3, 12, 20)),
+    ],
+)
+@torch.no_grad()
+def test_a_program_takes_any_size_in_the_dynamic_dims(normed, tmp_path, dims, given, taken, refused):
+    assert normed.first.out_channels == 6
+    path = tmp_path / "small.pt2"
+    nni_topo.export(normed, path, torch.randn(given), dynamic_dims=dims)
+    loaded = torch.export.load(path).module()
+    for size in taken:
+        torch.testing.assert_close(loaded(images := torch.randn(size)), normed(images))
+    if refused is not None:
+        with pytest.raises(AssertionError):
+            loaded(torch.randn(refused))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_takes_any_size_in_the_dynamic_dims(normed, tmp_path):
+    path = tmp_path / "small.onnx"
+    nni_topo.export(normed, path, torch.randn(2, 3, 8, 8), dynamic_dims=(0, 2, 3))
+    for size in ((3, 3, 12, 20), (1, 3, 6, 14)):
+        np.testing.assert_allclose(
+            outputs(path, images=(given := torch.randn(size)).numpy())[0], normed(given), atol=1e-4
+        )
+    # The calibration data has other batches than the file.
+    done = nni_topo.export(
+        normed, path, torch.randn(1, 3, 8, 8), dynamic_dims=(2, 3), int8=torch.randn(22, 3, 8, 8).split(5)
+    )
+    assert 0 < done.int8_distance < 0.01
+    found = outputs(path, images=(given := torch.randn(1, 3, 12, 20)).numpy())[0]
+    assert np.square(found - normed(given).numpy()).mean() < 0.01 * np.square(found).mean()
+    with pytest.raises(Exception, match="Got: 2 Expected: 1"):
+        outputs(path, images=np.zeros((2, 3, 12, 20), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("given", "dims", "error", "message"),
+    [
+        (torch.zeros(2, 4), (0, 2), ConfigError, "must be dimensions of the inputs, got 2 of 2 dimensions"),
+        (torch.zeros(2, 4), (-1,), ConfigError, "each value an integer of at least 0, got"),
+        (torch.zeros(2, 4), 0, ConfigError, "dynamic_dims must be a sequence"),
+        (torch.zeros(2, 4), (0, 1), ExportError, "must take more than one size in its dynamic_dims"),
+    ],
+)
+def test_dims_that_cannot_be_dynamic_are_refused(given, dims, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        nni_topo.export(nn.Linear(4, 2), tmp_path / "small.pt2", given, dynamic_dims=dims)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_longest_texts_are_exported_with_shorter_ones(tmp_path):
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places = nn.Embedding(9, 4), nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, ids, mask):
+            return (self.words(ids) + self.places[: ids.shape[1]]) * mask[..., None]
+
+    texts, net = torch.arange(12).view(2, 6) % 9, Text()
+    nni_topo.export(net, tmp_path / "small.pt2", (texts, torch.ones(2, 6)), dynamic_dims=(0, 1))
+    loaded = torch.export.load(tmp_path / "small.pt2").module()
+    given = texts[:1, :3], torch.tensor([[1.0, 1.0, 0.0]])
+    torch.testing.assert_close(loaded(*given), net(*given))
 
 
 @pytest.mark.parametrize(("bits", "most"), [(7, 64), pytest.param(8, 127, marks=pytest.mark.slow)])
@@ -398,17 +490,6 @@ def test_a_name_that_is_taken_gets_underscores(name, taken, free):
     assert _free(name, taken) == free
 
 
-def test_calls_of_other_sizes_repeat_their_samples():
-    rows, others = torch.arange(4.0).reshape(2, 2).requires_grad_(), torch.arange(3)
-    call = (rows, others, 5), {"scale": torch.tensor(2.0), "many": [torch.tensor([7, 8])]}
-    for size, places in ((1, [0]), (2, [0, 1]), (3, [0, 1, 0]), (5, [0, 1, 0, 1, 0])):
-        (found, same, number), knobs = _resized(call, size)
-        assert torch.equal(found, rows[places])
-        assert not found.requires_grad
-        assert knobs["many"][0].tolist() == [(7, 8)[place] for place in places]
-        assert (same.tolist(), number, float(knobs["scale"])) == ([0, 1, 2], 5, 2.0)
-
-
 @pytest.mark.parametrize(
     ("returned", "of_onnx", "of_programs"),
     [
@@ -433,14 +514,14 @@ def test_outputs_that_a_file_cannot_hold_are_left_out(returned, of_onnx, of_prog
 
 
 def test_outputs_of_a_file_are_the_networks_at_two_sizes_of_a_batch():
-    net, call, sizes = nn.Linear(3, 2), ((torch.randn(2, 3),), {}), list[int]()
+    net, calls, sizes = nn.Linear(3, 2), [((torch.randn(size, 3),), {}) for size in (2, 3)], list[int]()
 
     def run(factor, width=2):
         def runs(call):
             sizes.append(len(call[0][0]))
             return [factor * each[:, :width] for each in _outputs(net, call)]
 
-        return _check(net, call, runs)
+        return _check(net, calls, runs)
 
     assert run(1.0) == 0.0
     assert sizes == [2, 3]
@@ -452,7 +533,7 @@ def test_outputs_of_a_file_are_the_networks_at_two_sizes_of_a_batch():
             run(factor)
     with pytest.raises(ExportError, match=r"must have the network's shapes, got \(2, 1\) in place of \(2, 2\)"):
         run(1.0, width=1)
-    assert not _outputs(net, call)[0].requires_grad
+    assert not _outputs(net, calls[0])[0].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,23 @@ def test_groups_that_lose_channels_are_what_they_are_beside_zeros(affine: bool) 
     torch.testing.assert_close(norm(flat), norm(flat[..., None])[..., 0])
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("norm", [nn.GroupNorm(1, 6), nn.GroupNorm(2, 6), ChannelsFirst(6), Response(6, 1)])
+@torch.no_grad()
+def test_pytorchs_older_exporter_writes_no_size_into_a_file(norm: nn.Module, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    norm, kept = drawn(copy.deepcopy(norm)).float(), torch.tensor([0, 2, 3, 5])
+    keep_original_width(norm, 3 if getattr(norm, "num_groups", 1) == 2 else 6)
+    norm.num_channels = 4
+    for key, parameter in list(norm.named_parameters()):
+        setattr(norm, key, nn.Parameter(parameter.flatten()[kept]))
+    path, axes = str(tmp_path / "norm.onnx"), {"x": {0: "n", 2: "h", 3: "w"}}
+    torch.onnx.export(norm, (torch.randn(2, 4, 5, 5),), path, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    images = torch.randn(3, 4, 3, 8)
+    found = onnxruntime.InferenceSession(path).run(None, {"x": images.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), norm(images), rtol=1e-4, atol=1e-5)
+
+
 class Twice(nn.LayerNorm):
     """It does more than normalize."""
 

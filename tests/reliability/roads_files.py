@@ -1,0 +1,206 @@
+"""Pruned networks of images with norms over channels and places, exported and run at another size and batch.
+
+By PyTorch's older exporter with dynamic axes, and by `nni_topo.export` with free height and width. The files have to
+compute what the unpruned network does whose channels are masked by hand.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from reliability.cases import Case, call
+from reliability.oracle import WrongError, kept_of, masked_by_hand
+from reliability.roads import Road
+from reliability.serving import pruned
+from torch import Tensor, nn
+
+import nni_topo
+
+SIZES = (16, 24)  # of the example and of the images that the files get; multiples of 4, which the U-Net needs
+
+
+class ResidualBlocks(nn.Module):
+    """Two blocks of a ResNet v2 with group norms, as BiT's, and a head over all places."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 5)
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, 16) for _ in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for at in (0, 2):
+            y = self.convs[at](self.norms[at](x).relu())
+            x = x + self.convs[at + 1](self.norms[at + 1](y).relu())
+        found: Tensor = self.head(x.relu().mean((2, 3)))
+        return found
+
+
+class UNet(nn.Module):
+    """A U-Net with group norms and SiLU, as diffusion models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.down = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, 2, 1)
+        self.mid, self.up, self.last = nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(40, 16, 1), nn.Conv2d(16, 3, 1)
+        self.n1, self.n2, self.n3 = nn.GroupNorm(4, 16), nn.GroupNorm(8, 24), nn.GroupNorm(4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = nn.functional.silu(self.n1(self.enter(x)))
+        low = nn.functional.silu(self.n2(self.mid(self.down(high))))
+        low = nn.functional.interpolate(low, scale_factor=2.0)
+        found: Tensor = self.last(nn.functional.silu(self.n3(self.up(torch.cat([low, high], 1)))))
+        return found
+
+
+def style_network() -> nn.Module:
+    """Return Johnson's style transfer: instance norms between convolutions of stride 2 and transposed ones."""
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, 2, 1),
+        nn.InstanceNorm2d(12, affine=True),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 3, 1, 1),
+        nn.InstanceNorm2d(16, affine=True),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 8, 4, 2, 1),
+        nn.InstanceNorm2d(8, affine=True),
+        nn.ReLU(),
+        nn.Conv2d(8, 3, 3, 1, 1),
+        nn.Tanh(),
+    )
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Timm's layer norm over the channels of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class RMSNorm2d(nn.Module):
+    """An RMS norm over the channels of images, as DC-AE's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt's blocks with convolutions alone: depth-wise, a norm over channels, two of 1x1."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 16, 4, 4), norm(16)
+        self.along, self.norm = nn.Conv2d(16, 16, 7, padding=3, groups=16), norm(16)
+        self.wide, self.narrow = nn.Conv2d(16, 64, 1), nn.Conv2d(64, 16, 1)
+        self.last_norm, self.head = norm(16), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_norm(self.stem(x))
+        x = x + self.narrow(nn.functional.gelu(self.wide(self.norm(self.along(x)))))
+        found: Tensor = self.head(self.last_norm(x))
+        return found
+
+
+class ResponseNorm(nn.Module):
+    """The global response norm of ConvNeXt v2, channels last."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
+        return self.gamma * (x * (lengths / (lengths.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
+
+
+class ConvNeXtV2(nn.Module):
+    """A block of ConvNeXt v2 between a stem and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.along = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 16, 7, padding=3, groups=16)
+        self.norm, self.wide, self.respond, self.narrow = (
+            nn.LayerNorm(16),
+            nn.Linear(16, 64),
+            ResponseNorm(64),
+            nn.Linear(64, 16),
+        )
+        self.head = nn.Conv2d(16, 4, 1)
+        nn.init.uniform_(self.respond.gamma, 0.5, 1.5)
+        nn.init.normal_(self.respond.beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.along(x).permute(0, 2, 3, 1))
+        y = self.narrow(self.respond(nn.functional.gelu(self.wide(y))))
+        found: Tensor = self.head(x + y.permute(0, 3, 1, 2))
+        return found
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "a residual network with one group": lambda: ResidualBlocks(1),
+    "a residual network with groups": lambda: ResidualBlocks(4),
+    "a U-Net with group norms": UNet,
+    "style transfer with instance norms": style_network,
+    "ConvNeXt with layer norms": lambda: ConvNeXt(LayerNorm2d),
+    "ConvNeXt with RMS norms": lambda: ConvNeXt(RMSNorm2d),
+    "ConvNeXt v2": ConvNeXtV2,
+}
+
+
+def by_older_exporter(dense: nn.Module, inputs: Tensor, path: str) -> None:
+    """Write an ONNX file by tracing, with a free batch, height and width."""
+    axes = {"images": {0: "batch", 2: "height", 3: "width"}}
+    torch.onnx.export(dense, (inputs,), path, dynamo=False, input_names=["images"], dynamic_axes=axes)
+
+
+def by_export(dense: nn.Module, inputs: Tensor, path: str) -> None:
+    """Write an ONNX file by this package, with a free batch, height and width."""
+    nni_topo.export(dense, path, inputs, dynamic_dims=(0, 2, 3))
+
+
+def exported(make: Callable[[], nn.Module], write: Callable[[nn.Module, Tensor, str], None]) -> None:
+    """Prune a network by half, export it, and compare the file with a network masked by hand at other sizes."""
+    import onnxruntime
+
+    case = Case("files", make, lambda batch, size: torch.randn(batch, 3, size, size + 4 * (batch == 3)), SIZES)
+    model = case.network()
+    masks = pruned(case, model, "random", seed=1)
+    dense = nni_topo.to_dense(model, case.example(), masks)
+    kept = kept_of(model, dense)
+    if not kept.removed:
+        raise WrongError("no channels were removed")
+    oracle = masked_by_hand(model, kept, masks, [case.example(2, size, seed=size) for size in SIZES])
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "net.onnx")
+        write(dense, case.example(), path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        for batch, size in ((2, SIZES[0]), (1, SIZES[1]), (3, SIZES[1])):  # the last is wider than high
+            inputs = case.example(batch, size, seed=5)
+            with torch.no_grad():
+                (wanted,) = call(oracle.model, inputs.double())
+            found = torch.from_numpy(session.run(None, {name: inputs.numpy()})[0]).double()
+            if found.shape != wanted.shape:
+                raise WrongError(f"shape {tuple(found.shape)} instead of {tuple(wanted.shape)}")
+            gap = float((found - wanted).abs().max() / wanted.abs().max())
+            if not gap <= 1e-4:
+                raise WrongError(f"{tuple(inputs.shape)}: {gap:.2g} of the largest output")
+
+
+WRITERS = {"older exporter": by_older_exporter, "export": by_export}
+ROADS = [
+    Road("files", f"{name}, {how}", lambda make=make, write=write: exported(make, write))  # type: ignore[misc]
+    for name, make in NETWORKS.items()
+    for how, write in WRITERS.items()
+]
