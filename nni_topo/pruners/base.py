@@ -22,7 +22,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import NONE, ConfigError, LayerError, Rule, instance
-from nni_topo.network.layers import kept_channels
+from nni_topo.network.layers import kept_channels, plain_layer
 from nni_topo.network.runtime import in_smaller_batches, left_alone, quiet
 from nni_topo.network.speedup import DependencyGroups
 from nni_topo.pruners.allocators import ConfigAllocator
@@ -246,6 +246,10 @@ class StructuredPruner(Pruner):
             self._check_layers(model, matched_modules(model, config_list))
             return config_list
         except LayerError as error:
+            modules = dict(model.named_modules())
+            if any(plain_layer(modules[name]) is not None for name in error.layers if name in modules):
+                hint = "nni_topo.as_torch_layers(model) makes layers of a model's own classes PyTorch's"
+                error.args = (f"{error}; {hint}",)
             if not isinstance(config_list, DependencyGroups):
                 raise
             remaining = config_list.without(error.layers)

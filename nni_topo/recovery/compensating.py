@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from nni_topo.errors import NONE, ConfigError, checked, instance, listed, whole
+from nni_topo.network.layers import give_back_classes, with_known_layers
 from nni_topo.network.runtime import (
     BATCHES,
     MASKS,
@@ -99,6 +100,7 @@ def compensation(
     check_ridge(ridge)
     chosen = recovery_method(method)
     check_model(model)
+    given, model = model, with_known_layers(model)
     calibration = batches_of(calibration, model, shared=True)
     processes = calibration.processes
     if processes is not None and type(chosen).after is not RecoveryMethod.after:
@@ -134,7 +136,8 @@ def compensation(
         copy_norm_statistics(networks, call, calibration)
     report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began)
     _warn(report)
-    hand_on_report(model, networks.result, "weights reconstructed (nni_topo.compensate)")
+    give_back_classes(given, networks.result)
+    hand_on_report(given, networks.result, "weights reconstructed (nni_topo.compensate)")
     return Compensation(networks.result, report)
 
 

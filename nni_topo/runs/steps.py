@@ -36,7 +36,7 @@ from nni_topo.errors import (
 )
 from nni_topo.network.channels import reasons
 from nni_topo.network.cost import LatencyTable, NetworkCost, time_shares
-from nni_topo.network.layers import computed_weights, has_channels, with_plain_weights
+from nni_topo.network.layers import has_channels, with_plain_weights, without_plain_weights
 from nni_topo.network.runtime import (
     BY_HEAD,
     HELD_OUT,
@@ -803,13 +803,13 @@ def _checked_network(made: Any, name: str) -> nn.Module:
 
 def plain_weights(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """Return a model whose weights are parameters, with a warning where it is another one than was given."""
-    names = computed_weights(model)
+    names = without_plain_weights(model)
     if not names:
         return model, ()
     text = (
-        "the weights of these layers are computed, by weight norm, another parametrization or a pruning mask: "
-        f"{listed(names)}. In the network that is returned they are plain ones; a file of it is read by "
-        "nni_topo.load(path, nni_topo.as_torch_layers(model))"
+        "these layers compute their weights, by weight norm, another parametrization or a pruning mask, or are of a "
+        f"class of the model's own: {listed(names)}. In the network that is returned they are PyTorch's layers with "
+        "plain weights; a file of it is read by nni_topo.load(path, nni_topo.as_torch_layers(model))"
     )
     _logger.warning("%s", text)
     return with_plain_weights(model), (text,)

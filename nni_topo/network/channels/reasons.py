@@ -67,6 +67,7 @@ Kind = Literal[
     "training_only",
     "transposed_weight",
     "uncut_module",
+    "unknown_class",
     "unselected",
     "untraced_model",
     "untraced_output",
@@ -169,6 +170,7 @@ _ADVICE: dict[Kind, str] = {
         "reads it, or {leave_out}"
     ),
     "no_batch": "give the convolution's input a batch dimension",
+    "unknown_class": "derive the class from PyTorch's layer, or say how it is cut with nni_topo.register_module",
     "uncut_module": "say how the module is cut with nni_topo.register_module",
     "recurrent_state": "use PyTorch's LSTM, GRU or RNN without a projection: their units can be pruned",
     "convolves_channels": "prune the layer whose channels the convolution slides along",
@@ -400,6 +402,12 @@ def computed_weight(*, can_convert: bool) -> Reason:
         text += ", by weight norm, another parametrization or a pruning mask: "
         text += "model = nni_topo.as_torch_layers(model) makes plain layers that compute the same"
     return Reason("computed_weight", text=text)
+
+
+def unknown_class(layer: str, kind: type) -> Reason:
+    """Return the reason for a layer of a class that can't be cut, though NNI knows one of its name."""
+    text = f"its class {kind.__qualname__} ({kind.__module__}) isn't PyTorch's and computes something else"
+    return Reason("unknown_class", layer, layer, text)
 
 
 def inside_module(module: str, kind: str) -> Reason:

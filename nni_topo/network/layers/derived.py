@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +51,7 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
 # The same as a linear layer where the last factor is a weight's transpose: `x @ self.weight.T`.
 _PRODUCTS = (torch.matmul, torch.mm, torch.addmm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _KINDS = tuple(kind for kind, _ in _FUNCTIONS.values())
+Size = tuple[int, ...]
 
 
 def _several(value: Any, dims: int) -> tuple[int, ...]:
@@ -261,6 +263,8 @@ def _call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inner
 class Inner:
     """What a layer with a forward of its own was seen to do: one call, and nothing after it that needs the input."""
 
+    kind: type[nn.Module]  # PyTorch's layer that calls the same function
+    groups: int
     is_bare: bool  # it gives what the call gives; else it goes on with that
     is_own: bool  # weight and bias are the parameters themselves; else they are computed, from no input
     settings: dict[str, Any]  # stride, padding and dilation of the call, which a layer of PyTorch's would need
@@ -276,10 +280,15 @@ def inner_of(module: Any) -> Inner | None:
     """
     if not has_own_forward(module) or not isinstance(getattr(module, "weight", None), Tensor):
         return None
+    return _inner_on(module, trial_inputs(module))
+
+
+def _inner_on(module: Any, inputs: list[Tensor]) -> Inner | None:
+    """Try a layer out on these inputs."""
     tried: Any = evaluating(detached_copy(module, light=True))
     found: list[Inner] = []
     with torch.no_grad():
-        for x in trial_inputs(module):
+        for x in inputs:
             try:
                 one = _tried(tried, x)
             except Exception:  # a forward fails in as many ways as it is written
@@ -298,11 +307,12 @@ def trial_inputs(module: Any) -> list[Tensor]:
         reach = [max(4, 2 * ((k - 1) * d + 1)) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
         sizes = range(min(max(2, *module.stride), 4))
         shapes = [(2, module.in_channels, *(each + more for each in reach)) for more in sizes]
-    found = []
-    for shape in shapes:
-        count = torch.Size(shape).numel()
-        found.append(torch.linspace(-9, 9, count).sin().view(shape).to(module.weight))
-    return found
+    return [_waves(shape, module.weight) for shape in shapes]
+
+
+def _waves(shape: Size, like: Tensor) -> Tensor:
+    """Make an input of a shape, with the type and the device of a tensor."""
+    return torch.linspace(-9, 9, torch.Size(shape).numel()).sin().view(shape).to(like)
 
 
 def _tried(module: Any, x: Tensor) -> Inner | None:
@@ -324,10 +334,13 @@ def _tried(module: Any, x: Tensor) -> Inner | None:
             if child is not module and (child._parameters or child._buffers):
                 hooks.enter_context(child.register_forward_pre_hook(note(name)))
         out = forward_of(module, x)
-    dim = -1 if isinstance(module, nn.Linear) else 1
-    if len(calls) != 1 or early or _FUNCTIONS[calls[0].function][0] is not kind_of(module):
+    if len(calls) != 1 or early:
         return None
     call, (result, before) = calls[0], results[0]
+    kind = _FUNCTIONS[call.function][0]
+    if kind_of(module) not in (kind, None):
+        return None
+    dim = -1 if kind is nn.Linear else 1
     same_channels = call.entering.dim() == x.dim() and call.entering.shape[dim] == x.shape[dim]
     if not same_channels or len(call.entering) != len(x) or call.weight.shape != module.weight.shape:
         return None
@@ -342,10 +355,9 @@ def _tried(module: Any, x: Tensor) -> Inner | None:
         tensors = [pair for pair in pairs if isinstance(pair[0], Tensor)]
         if not tensors or not all(torch.equal(one, other) for one, other in tensors):
             return None
-    is_own = call.weight is module.weight and call.bias is module.bias
-    return Inner(
-        is_bare, is_own, call.settings, call.weight.detach(), None if call.bias is None else call.bias.detach()
-    )
+    is_own = call.weight is module.weight and call.bias is getattr(module, "bias", None)
+    bias = None if call.bias is None else call.bias.detach()
+    return Inner(kind, call.groups, is_bare, is_own, call.settings, call.weight.detach(), bias)
 
 
 def _alike(one: Inner, other: Inner) -> bool:
@@ -430,7 +442,6 @@ def head(module: nn.Module) -> nn.Module:
     return made
 
 
-Size = tuple[int, ...]
 LayerSizes = dict[str, list[tuple[Size, Size]]]
 """``{layer: shapes that enter and leave it, call by call}``, of all layers that are called."""
 
@@ -512,14 +523,19 @@ def _computed(module: Any) -> tuple[Inner, type[nn.Module], dict[str, Any]] | No
     inner = inner_of(module)
     if inner is None or inner.is_own or not inner.is_bare or (inner.bias is None) != (module.bias is None):
         return None
-    plain: Any = kind_of(module)
-    tried: Any = evaluating(detached_copy(module, light=True))
-    pairs = [(x, forward_of(tried, x)) for x in trial_inputs(module)]
+    plain: Any = inner.kind
+    pairs = _outputs_on(module, trial_inputs(module))
     for kind in (plain, PaddedAlike) if plain is nn.Conv2d else (plain,):
         settings = inner.settings | ({} if plain is nn.Linear else {"padding_mode": "zeros"})
         if all(_gives(kind, {**vars(module), **settings}, inner, x, wanted) for x, wanted in pairs):
             return inner, kind, settings
     return None
+
+
+def _outputs_on(module: nn.Module, inputs: list[Tensor]) -> list[tuple[Tensor, Any]]:
+    """Return these inputs with what a layer gives for them, in evaluation mode."""
+    tried = evaluating(detached_copy(module, light=True))
+    return [(x, forward_of(tried, x)) for x in inputs]
 
 
 def _gives(kind: type[Any], own: dict[str, Any], inner: Inner, x: Tensor, wanted: Tensor) -> bool:
@@ -528,3 +544,94 @@ def _gives(kind: type[Any], own: dict[str, Any], inner: Inner, x: Tensor, wanted
     made.__dict__ = {**own, "_parameters": {"weight": inner.weight, "bias": inner.bias}, "_buffers": {}}
     given = made.forward(x)
     return agree([wanted], [given], SAME_LAYER[inner.weight.dtype])
+
+
+@torch.no_grad()
+@as_written()
+def plain_layer(module: Any) -> nn.Module | None:
+    """Return PyTorch's linear layer or convolution that computes what a module of another class does with its weight.
+
+    It has the module's weight and bias, or what the module makes of them from no input. None if the class is PyTorch's
+    or derived from it, or does more. The module is run to find out.
+    """
+    weight = module._parameters.get("weight")
+    is_other = not type(module).__module__.startswith(("torch.", "nni_topo."))
+    if not is_other or kind_of(module) is not None or not isinstance(weight, Tensor) or is_lazy(weight):
+        return None
+    if weight.dim() not in (2, 3, 4, 5) or not weight.is_floating_point():
+        return None
+    # Large enough for any usual dilation and stride, and of several sizes, on which ways to pad differ.
+    groups = getattr(module, "groups", 1)
+    channels = weight.shape[1] * (groups if isinstance(groups, int) else 1)
+    sizes = [[max(16, 4 * kernel) + more for kernel in weight.shape[2:]] for more in range(4)]
+    shapes = [(2 + more, channels, *size) for more, size in enumerate(sizes)]
+    if weight.dim() == 2:
+        shapes = [(2, channels), (3, channels), (2, 3, channels)]
+    inputs = [_waves(shape, weight) for shape in shapes]
+    inner = _inner_on(module, inputs)
+    if inner is None or not inner.is_bare or inner.kind not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return None
+    held = {*module._parameters, *module._buffers, *module._modules}
+    if inner.is_own and held - {"weight", "bias"}:  # which modules around it may read
+        return None
+    kind: Any = inner.kind
+    settings: dict[str, Any] = {"bias": inner.bias is not None, "device": "meta", "dtype": weight.dtype}
+    if kind is not nn.Linear:
+        own = {name: value for name, value in inner.settings.items() if not name.startswith("_")}
+        settings |= {"kernel_size": tuple(weight.shape[2:]), "groups": inner.groups, **own}
+    made = kind(channels, len(weight), **settings)
+    try:
+        if not all(_gives(kind, vars(made), inner, x, wanted) for x, wanted in _outputs_on(module, inputs)):
+            return None
+    except RuntimeError:  # it may compute in another precision than that of what enters
+        return None
+    made.weight = weight if inner.is_own else nn.Parameter(inner.weight.clone(), weight.requires_grad)
+    if inner.bias is not None:
+        own_bias = module._parameters.get("bias")
+        needs_grad = weight.requires_grad if own_bias is None else own_bias.requires_grad
+        made.bias = own_bias if inner.is_own else nn.Parameter(inner.bias.clone(), needs_grad)
+    found: nn.Module = made
+    return found
+
+
+def adopt(model: nn.Module) -> None:
+    """Make modules of a model that `plain_layer` knows PyTorch's layers, in place; the model itself keeps its class."""
+    for name, module in list(model.named_modules()):
+        plain = plain_layer(module) if name else None
+        if plain is not None:
+            _become(module, plain)
+
+
+def with_known_layers(model: nn.Module) -> nn.Module:
+    """Return a model, or if `plain_layer` knows modules of it a light copy in which these are PyTorch's layers."""
+    if all(not name or plain_layer(module) is None for name, module in model.named_modules()):
+        return model
+    copied: nn.Module = detached_copy(model, light=True)
+    adopt(copied)
+    return copied
+
+
+def give_back_classes(model: nn.Module, changed: nn.Module) -> None:
+    """Make layers of a network that was made of `with_known_layers` of a model modules of the model's classes again.
+
+    Those that compute their weight, or need its size, stay PyTorch's.
+    """
+    for name, module in model.named_modules():
+        plain = plain_layer(module) if name else None
+        if plain is None or plain.weight is not module.weight:
+            continue
+        layer = changed.get_submodule(name)
+        added = {key: vars(layer).pop(key) for key in vars(plain).keys() - vars(module).keys()}
+        layer.__class__ = type(module)
+        if plain_layer(layer) is None:
+            layer.__class__ = type(plain)
+            vars(layer).update(added)
+
+
+def _become(module: Any, plain: nn.Module) -> None:
+    for table in (module._parameters, module._buffers, module._modules):
+        table.clear()
+    vars(module).update({name: value for name, value in vars(plain).items() if name not in vars(nn.Module())})
+    for name, parameter in plain._parameters.items():
+        module.register_parameter(name, parameter)
+    module.__class__ = type(plain)

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nni_topo.errors import checked, unknown_name
 from nni_topo.network.layers.by_head import HEADS_TAKEN, take_heads_of_tables
-from nni_topo.network.layers.derived import inner_of
+from nni_topo.network.layers.derived import adopt, inner_of, plain_layer
 from nni_topo.network.layers.original_width import channel_dim, plain_norm, response_norm
 from nni_topo.network.runtime import (
     MODEL,
@@ -104,9 +104,10 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
         RMS norms of a library's own, as LLaMA has them, and ``torch.nn.LayerNorm`` for layer norms of its own, as
         Cohere's and nanoGPT's are, or a class derived from these, where one more than the weights multiplies, as in
         Gemma and Nemotron, or channels come first, as in ConvNeXt. Norms are found by trying them, whatever their
-        parameters are called: one vector, or two of one length. Weights that weight norm, spectral norm, another
-        parametrization or the masks of ``torch.nn.utils.prune`` compute are plain ones with the values that they have
-        in evaluation mode.
+        parameters are called: one vector, or two of one length. So are linear layers and convolutions of classes that
+        aren't derived from PyTorch's, as PyTorch Geometric's ``Linear``; their parameter is called ``weight``. Weights
+        that weight norm, spectral norm, another parametrization or the masks of ``torch.nn.utils.prune`` compute are
+        plain ones with the values that they have in evaluation mode.
 
         A ``Conv1D`` is a linear layer whose weight, of shape (inputs, outputs), lies the other way round; NNI, and this
         package, would take its inputs for outputs. What is computed within a norm isn't seen to be one, and keeps all
@@ -136,20 +137,24 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def with_plain_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of a model whose weights are parameters, with the values that they have in evaluation mode."""
+    """Return a copy of a model whose weights are parameters, with the values that they have in evaluation mode.
+
+    Linear layers and convolutions of classes of its own are PyTorch's in it.
+    """
     copied: torch.nn.Module = detached_copy(model)
     with evaluation_mode(copied):
         for module in copied.modules():
             _make_weights_plain(module)
+        adopt(copied)
     return copied
 
 
-def computed_weights(model: torch.nn.Module) -> list[str]:
-    """Name the layers whose weights :func:`with_plain_weights` makes parameters."""
+def without_plain_weights(model: torch.nn.Module) -> list[str]:
+    """Name the layers that :func:`with_plain_weights` changes."""
     names = []
     for name, module in model.named_modules():
         has_hook = any(isinstance(hook, tuple(_REMOVERS)) for hook in module._forward_pre_hooks.values())
-        if is_parametrized(module) or has_hook:
+        if is_parametrized(module) or has_hook or (name and plain_layer(module) is not None):
             names.append(name)
     return names
 
@@ -239,8 +244,12 @@ def can_be_cut(module: torch.nn.Module) -> bool:
     """Tell whether a module can be made smaller, or has no parameters to cut; some recurrent layers can't."""
     if output_channels(module) is not None:
         return not weight_is_computed(module) and not has_complex_weights(module)
-    is_known = isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module)
-    return is_known or not any(True for _ in module.parameters())
+    return follows_channels(module) or not any(True for _ in module.parameters())
+
+
+def follows_channels(module: torch.nn.Module) -> bool:
+    """Tell whether a module, such as a norm, is cut with the layer whose channels enter it."""
+    return isinstance(module, (*PER_CHANNEL, *RULES)) or is_normalizing(module)
 
 
 def has_complex_weights(module: torch.nn.Module) -> bool:

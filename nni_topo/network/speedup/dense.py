@@ -19,12 +19,15 @@ from nni_topo.network.channels import ChannelFlow, Reasons, reasons
 from nni_topo.network.graph import Steps, unused_tensors
 from nni_topo.network.layers import (
     PER_CHANNEL,
+    follows_channels,
+    give_back_classes,
     kept_channels,
     number_at,
     output_channels,
     put_sizes,
     sizes_shown,
     stale_numbers,
+    with_known_layers,
 )
 from nni_topo.network.runtime import (
     INPUTS,
@@ -189,6 +192,7 @@ def to_dense(
     check_model(model)
     if constants not in ("zero", "keep"):
         raise ConfigError(f'constants must be "zero" or "keep", got {constants!r}')
+    given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     with random_state_kept(), torch.inference_mode(False):
@@ -203,6 +207,7 @@ def to_dense(
         _report(task, masked, dense, checked, trained, in_own_modes, stale_numbers(model, dense, counted))
         # Last, for all before compares it with the model's evaluated copy.
         put_modes_of(model, task.original, dense)
+    give_back_classes(given, dense)
     return dense
 
 
@@ -693,17 +698,24 @@ def dense_report(
     why: Mapping[str, Reasons],
     stale: Mapping[str, int],
 ) -> DenseReport:
-    """Compare a model with its dense one: a row for each layer that makes channels, and for each masked norm."""
+    """Compare a model with its dense one: a row for each layer that makes channels, and for each masked module."""
     rows = []
     for name, module in model.named_modules():
-        before, after = _channels(module), _channels(dense.get_submodule(name))
-        is_layer = output_channels(module) is not None
-        if before is None or after is None or not (is_layer or name in masks):
+        if output_channels(module) is None and name not in masks:
             continue
-        asked = _asked(module, masks.get(name, {}), before)
+        targets, small = masks.get(name, {}), dense.get_submodule(name)
+        before, after = _channels(module), _channels(small)
+        if before is not None and after is not None:
+            asked = _asked(module, targets, before)
+        else:
+            # No layer that the package knows: what NNI masks are rows of its first parameter.
+            target, mask = next(iter(targets.items()))
+            before, after = (len(torch.atleast_1d(each.get_parameter(target))) for each in (module, small))
+            asked = int(mask.reshape(before, -1).any(1).sum())
         found: Reasons = ()
         if after > asked:
-            found = why.get(name, ()) or (why_not_followed(model, name) if is_layer else reasons.norm_follows(),)
+            own = reasons.norm_follows() if follows_channels(module) else why_not_followed(model, name)
+            found = why.get(name, ()) or (own,)
         rows.append(LayerChannels(name, before, asked, after, reasons.told(found)))
     params_before, params = (sum(each.numel() for each in net.parameters()) for net in (model, dense))
     return DenseReport(tuple(rows), stale=stale, params_before=params_before, params=params)

@@ -35,11 +35,13 @@ from nni_topo.network.graph import is_in_parts
 from nni_topo.network.layers import (
     RECURRENT,
     check_names,
+    follows_channels,
     has_channels,
     has_complex_weights,
     is_transposed_linear,
     plain_norm,
     weight_is_computed,
+    with_known_layers,
 )
 from nni_topo.network.runtime import INPUTS, MODEL, UNGROUPED, leaves_models_alone
 from nni_topo.network.speedup.dry_run import unprunable
@@ -219,6 +221,7 @@ def groups_of(
 ) -> DependencyGroups:
     """Return what :func:`dependency_groups` does; unless it ``warns``, of a choice that isn't the user's own."""
     check_names(model, config_list)
+    model = with_known_layers(model)
     network = Network.on(model, example_inputs)
     given = _select(model, config_list)
     try:
@@ -443,9 +446,9 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
     held, skipped, heads = unprunable(network), dict[str, Reasons](), list[str]()
     for name in asked:
         if name not in flow.layers:
-            # Norms may be selected for masks of their own.
+            # PyTorch's norms may be selected for masks of their own.
             module = network.model.get_submodule(name)
-            if has_channels(module):
+            if has_channels(module) or (module._parameters and not follows_channels(module)):
                 others = [other for other in flow.layers if network.model.get_submodule(other) is module]
                 if others:
                     skipped[name] = (reasons.another_name(others[0]),)
@@ -665,6 +668,10 @@ def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
         return reasons.complex_weight()
     if is_transposed_linear(model.get_submodule(name)):
         return reasons.transposed_weight()
+    if plain_norm(model.get_submodule(name)) is not None:
+        return reasons.own_norm(name)
+    if not has_channels(model.get_submodule(name)):
+        return reasons.unknown_class(name, type(model.get_submodule(name)))
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         owner = model.get_submodule(".".join(parts[:length]))

@@ -22,11 +22,13 @@ from nni_topo.network.layers import (
     WEIGHTED,
     channel_dim,
     fold,
+    give_back_classes,
     is_depthwise,
     is_normalizing,
     keep,
     per_channel_names,
     silent_value,
+    with_known_layers,
 )
 from nni_topo.network.runtime import (
     INPUTS,
@@ -598,6 +600,7 @@ def masked_model(
     A group or layer norm takes its statistics over removed channels too, as zeros.
     """
     check_model(model)
+    given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     try:
@@ -605,7 +608,11 @@ def masked_model(
     except SpeedupError:
         if reconcile:
             raise
-        return apply_masks(model, call, full)
-    if reconcile:
-        return apply_masks(model, call, resolve(model, flow, full).masks)
-    return apply_masks(model, call, mask_what_follows(model, flow, full, union(model, flow, full)))
+    else:
+        if reconcile:
+            full = resolve(model, flow, full).masks
+        else:
+            full = mask_what_follows(model, flow, full, union(model, flow, full))
+    masked = apply_masks(model, call, full)
+    give_back_classes(given, masked)
+    return masked

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, checked, leaves_out_by, unknown_name
 from nni_topo.network.channels import FIXED, ChannelFlow, Reasons, blocks_of, partial_couplings, reasons
 from nni_topo.network.graph import described, line_of
-from nni_topo.network.layers import RECURRENT, feature_dimension, is_transposed_linear, output_channels
+from nni_topo.network.layers import (
+    RECURRENT,
+    feature_dimension,
+    is_transposed_linear,
+    output_channels,
+    with_known_layers,
+)
 from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
 from nni_topo.network.speedup.dependency import named_norms, unprunable_layers
 from nni_topo.network.speedup.dry_run import unprunable
@@ -149,6 +155,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     kept: the result of an operation depends on removed channels (1: Softmax)
     what to change: use an operation that treats every channel by itself, or leave the layer out ...
     """
+    model = with_known_layers(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = [name for name, module in modules.items() if _channels(module) is not None]
     if layer not in modules:

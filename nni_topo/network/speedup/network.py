@@ -27,7 +27,7 @@ from nni_topo.network.graph import (
     trace,
     unused_tensors,
 )
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, LayerSizes, Size, is_scripted, spatial, with_heads
+from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, LayerSizes, Size, adopt, is_scripted, spatial, with_heads
 from nni_topo.network.runtime import (
     Call,
     as_written,
@@ -170,6 +170,7 @@ class Network:
             model: nn.Module = evaluating(unwrapped_copy(self.model, light=True))
             for name, dim in own_widths.items():
                 take_own_width(model.get_submodule(name), dim)
+            adopt(model)
             return model
 
         model = copied()

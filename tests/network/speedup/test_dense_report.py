@@ -403,3 +403,40 @@ def test_markdown_tells_sizes_widths_notes_and_the_comparison(others, sentence):
         "On random inputs it computes what the unpruned network computes with masks."
     )
     assert DenseReport(rows[1:]).to_markdown() == "## Widths\n\nAll its layers have all their channels."
+
+
+class Linear(nn.Module):
+    """NNI takes it for PyTorch's, by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(6, 4)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias).tanh()
+
+
+class BatchNorm1d(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x):
+        return (x - x.mean(0)) * self.weight + self.bias
+
+
+def test_masked_modules_of_unknown_classes_are_in_the_report():
+    model, x = nn.Sequential(Linear(), BatchNorm1d(), nn.Linear(6, 2)).eval(), torch.rand(5, 4)
+    config = [{"op_types": ["Linear", "BatchNorm1d"], "sparse_ratio": 0.5, "exclude_op_names": ["2"]}]
+    pruner = L1NormPruner(model, config)
+    masks = pruner.compress()[1]
+    pruner.unwrap_model()
+    dense = to_dense(model, x, masks)
+    assert rows(dense) == {"0": (6, 3, 6), "1": (6, 3, 6), "2": (2, 2, 2)}
+    assert [row.reason for row in dense.report.kept] == [
+        f"its class {name} ({__name__}) isn't PyTorch's and computes something else"
+        for name in ("Linear", "BatchNorm1d")
+    ]
+    groups = dependency_groups(model, x, config)
+    assert groups == []
+    assert groups.skipped == {row.name: row.reason for row in dense.report.kept}
