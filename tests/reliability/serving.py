@@ -345,11 +345,12 @@ def filed(case: Case, model: nn.Module) -> None:
         path = Path(folder) / "dense.safetensors"
         nni_topo.save(dense, path)
         read = nni_topo.load(path, model)
-    inputs = case.example(3)
-    with torch.no_grad():
-        wanted, found = call(dense.eval(), inputs), call(read.eval(), inputs)
-    if not all(torch.equal(mine, theirs) for mine, theirs in zip(wanted, found, strict=True)):
-        raise WrongError("what was saved and loaded computes something else")
+    for batch, size in enumerate(case.sizes, start=1):
+        inputs = case.example(batch, size)
+        with torch.no_grad():
+            wanted, found = call(dense.eval(), inputs), call(read.eval(), inputs)
+        if not all(torch.equal(mine, theirs) for mine, theirs in zip(wanted, found, strict=True)):
+            raise WrongError(f"what was saved and loaded computes something else (batch {batch}, size {size})")
 
 
 def measured(case: Case, model: nn.Module) -> None:

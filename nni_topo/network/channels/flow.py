@@ -64,6 +64,7 @@ from nni_topo.network.graph import (
     is_of_forward,
     makes_mask,
     place,
+    plain_name,
     tensor_shape,
 )
 from nni_topo.network.layers import (
@@ -93,6 +94,8 @@ from nni_topo.network.runtime import out_of_memory, tensors_of
 
 _logger = logging.getLogger(__name__)
 
+_VIEWS = ("view", "reshape", "flatten", "unflatten")
+_VIEW_MODULES = (nn.Flatten, nn.Unflatten)
 WEIGHT = ".weight"  # how the names of layers' weights end
 
 
@@ -578,6 +581,25 @@ class ChannelFlow(Propagation):
     def sizes_kept(self, is_kept: np.ndarray) -> dict[Place, int]:
         """Return what attributes that hold numbers of channels have to hold, given which channels stay, by group id."""
         return {place: parts * int(is_kept[each[0]].sum()) for place, (parts, each) in self._attribute_sizes.items()}
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Names of the layers and norms that read channels."""
+        return tuple(self._entering)
+
+    @property
+    def mixes_places(self) -> bool:
+        """Whether a view or reshape joins channels with places, so that their couplings may depend on the size."""
+        for node in self.traced.graph.nodes:
+            is_module = node.op == "call_module" and isinstance(self.fetch_attr(str(node.target)), _VIEW_MODULES)
+            if (is_module or plain_name(node) in _VIEWS) and node.all_input_nodes:
+                entering, leaving = self.ids.get(node.all_input_nodes[0].name), self.ids[node.name]
+                # Along a dimension in which ids don't differ they have one entry.
+                if not isinstance(entering, Tensor) or not isinstance(leaving, Tensor):
+                    continue
+                if leaving.numel() > entering.numel() > 1:
+                    return True
+        return False
 
     @property
     def shuffles(self) -> bool:

@@ -25,6 +25,7 @@ Kind = Literal[
     "computed_weight",
     "convolves_channels",
     "coupled_with_itself",
+    "depends_on_size",
     "dry_run_failed",
     "fixed_channels",
     "fixed_sizes",
@@ -168,6 +169,10 @@ _ADVICE: dict[Kind, str] = {
     "nonzero_values": (
         "use operations that leave channels of zeros at zero (ReLU, GELU, SiLU) between the layer and the one that "
         "reads it, or {leave_out}"
+    ),
+    "depends_on_size": (
+        "take the mean over places instead of a sum, or keep channels and places in dimensions of their own, or "
+        "{leave_out}"
     ),
     "no_batch": "give the convolution's input a batch dimension",
     "unknown_class": "derive the class from PyTorch's layer, or say how it is cut with nni_topo.register_module",
@@ -315,6 +320,17 @@ def nonzero_values(reader: Node, source: Node) -> Reason:
         where = f"made by {described(source)}, read by {where}"
     text = f"removed channels arrive as values that aren't zero ({where})"
     return Reason("nonzero_values", place(source), "", text, line_of(source) or line_of(reader))
+
+
+def depends_on_size(reader: str = "") -> Reason:
+    """Return the reason for channels that another size of the input couples with others.
+
+    ``reader``: the layer that reads them, if what depends on the size is their constant value once they are removed.
+    """
+    if reader:
+        text = f"if removed they are constants that depend on the size of the input ({reader} reads them)"
+        return Reason("depends_on_size", reader, reader, text)
+    return Reason("depends_on_size", text="which channels are coupled depends on the size of the input")
 
 
 def fixed_sizes(node: Node, error: Exception | None = None) -> Reason:

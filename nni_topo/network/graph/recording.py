@@ -45,7 +45,7 @@ from nni_topo.network.graph.nodes import (
     on_modules,
     plain_name,
 )
-from nni_topo.network.graph.traced_int import TracedInt, attributes_traced, forget_places
+from nni_topo.network.graph.traced_int import TracedInt, UnshownSizes, attributes_traced, forget_places
 from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
 from nni_topo.network.runtime import (
     LISTS,
@@ -84,6 +84,7 @@ class Recorded:
     graph_module: GraphModule
     outputs: Any  # of the first run
     reads_values: bool  # whether values of tensors became Python's, so that other weights may give another graph
+    compared: tuple[tuple[int, int], ...]  # sizes that the forward compared with numbers, and these
 
 
 def record(
@@ -180,7 +181,7 @@ def _recorded_twice(
             model.register_buffer(name, tensor, persistent=False)
     graph_module = with_heads(on_modules(model, first.graph, type(model).__name__))
     reads_values = first.reads_values or (second is not None and second.reads_values)
-    return Recorded(graph_module, first.outputs, reads_values)
+    return Recorded(graph_module, first.outputs, reads_values, first.compared)
 
 
 def _recorder_of_twice(
@@ -275,7 +276,7 @@ class _Recorder(TorchFunctionMode):
         self.reads_values = False
         self.read = set[Node]()  # whose values decided something
         self.numbers = set[Node]()  # sizes of tensors, and what is computed of these
-        self._unshown: list[TracedInt] = []  # sizes of which numbers were made that the graph doesn't show
+        self._unshown = UnshownSizes()
         self._kinds = kinds
         self._own = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._nodes: dict[int, Node] = {}
@@ -306,6 +307,7 @@ class _Recorder(TorchFunctionMode):
         self.graph.output(found[0] if isinstance(self.outputs, Tensor) else found)
         # Weakly, for another tensor may get the id of one that is freed, such as one of a second run.
         self._givers = {id(each): (weakref.ref(each), self._nodes[id(each)]) for each in self._alive}
+        self.compared = tuple(dict.fromkeys(self._unshown.compared))
         self._nodes.clear()
         self._alive.clear()
         self._unshown.clear()

@@ -69,6 +69,18 @@ class UnclearPlaces(set[Place]):
         self.divided.clear()
 
 
+class UnshownSizes(list["TracedInt"]):
+    """Sizes of tensors of which numbers were made that the graph doesn't show.
+
+    ``compared``: pairs of a size, not the number of samples, and the number that a forward compared it with by ``<`` or
+    ``>``: with inputs of another size it may do something else.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compared: list[tuple[int, int]] = []
+
+
 class TracedInt(int):
     """An integer that knows where it comes from: an attribute of a module, or sizes of tensors."""
 
@@ -79,13 +91,13 @@ class TracedInt(int):
     unclear: UnclearPlaces  # places of which something is made that the graph doesn't show
     # Of sizes of tensors: a tensor and a dimension, or a function and the integers that it takes.
     source: tuple[Any, ...] | None = None
-    unshown: list[TracedInt] | None = None  # sizes of which numbers were made that the graph doesn't show
+    unshown: UnshownSizes | None = None  # sizes of which numbers were made that the graph doesn't show
     # Of what is computed of numbers that attributes hold, and of no sizes of tensors: these numbers.
     factors: tuple[TracedInt, ...] = ()
     written: bool = False  # whether a graph holds or computes it
 
     @classmethod
-    def of_tensor(cls, size: int, tensor: Tensor, dim: int, unshown: list[TracedInt] | None = None) -> TracedInt:
+    def of_tensor(cls, size: int, tensor: Tensor, dim: int, unshown: UnshownSizes | None = None) -> TracedInt:
         """Return the size of a tensor along a dimension; ``unshown`` takes note if a number is made of it."""
         made = cls(size)
         made.source, made.unshown = (tensor, dim), unshown
@@ -205,9 +217,11 @@ def _note_other_uses(operands: Any) -> None:
 
 
 def _is_behind_the_samples(size: TracedInt) -> bool:
-    """Tell whether a size is that of a tensor's dimension after the first."""
-    tensor, dim = size.source or (None, 0)
-    return isinstance(tensor, Tensor) and dim % max(tensor.dim(), 1) > 0
+    """Tell whether a size is that of a tensor's dimension after the first, or computed of such a size."""
+    first, given = size.source or (None, ())
+    if isinstance(first, Tensor):
+        return bool(given % max(first.dim(), 1))
+    return any(isinstance(each, TracedInt) and _is_behind_the_samples(each) for each in given)
 
 
 def _is_written(number: int) -> bool:
@@ -250,6 +264,8 @@ def _noted_operation(name: str) -> Callable[..., Any]:
         value = plain(self, *operands)
         if value is not (name == "__eq__") or name not in ("__eq__", "__ne__") or not _note_equal(self, operands[0]):
             _note_other_uses((self, *operands))
+        if name.strip("_") in _ORDERS and self.unshown is not None and _is_behind_the_samples(self):
+            self.unshown.compared += [(_plain(self), _plain(each)) for each in operands if isinstance(each, int)]
         if name.strip("_") in _TO_FLOATS:
             for each in (self, *operands):
                 if isinstance(each, TracedInt):
@@ -259,6 +275,7 @@ def _noted_operation(name: str) -> Callable[..., Any]:
     return operate
 
 
+_ORDERS = ("lt", "le", "gt", "ge")
 _TO_FLOATS = ("truediv", "rtruediv", "pow", "rpow")
 
 

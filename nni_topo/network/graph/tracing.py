@@ -73,6 +73,8 @@ class Recording:
     """the values of its placeholders"""
     reads_values: bool
     """whether the forward made Python's numbers of tensors' values, so that other weights may give another graph"""
+    compared: tuple[tuple[int, int], ...] = ()
+    """sizes of inputs or of what is made of them that the forward compared with numbers, and these numbers"""
     draws_others: bool = False
     """whether it is one of parts because the forward draws random numbers of Python's or NumPy's"""
 
@@ -209,7 +211,7 @@ def _trace_and_check(
             with undone(model), results.given():
                 actual = _RandomNoting(graph_module).propagate(*args)
             _check_same(expected, actual, model, is_drawn=is_drawn)
-        return Recording(graph_module, args, recorded.reads_values)
+        return Recording(graph_module, args, recorded.reads_values, recorded.compared)
     except _OtherNumbersError:
         raise
     except Exception as error:  # a model fails in as many ways as it is written

@@ -400,11 +400,16 @@ def together(call: Call, variations: tuple[Variation, ...]) -> Call | None:
     return batch
 
 
-def run_small(model: nn.Module, call: Call) -> Any:
-    """Run a model on two small crops of its images; on the call as it is if that fails."""
-    small = shrunk(call)
+def first_samples(call: Call, count: int = 2) -> Call:
+    """Return a call with its first samples; the call itself if it has no more."""
+    return taken(call, torch.arange(count)) if batch_size(call) > count else call
+
+
+def run_few(model: nn.Module, call: Call) -> Any:
+    """Run a model on the first two samples of a call; on the call as it is if that fails."""
+    few = first_samples(call)
     try:
-        return model(*small[0], **small[1])
+        return model(*few[0], **few[1])
     except Exception as error:  # a user's model may raise anything
         if out_of_memory(error):
             raise

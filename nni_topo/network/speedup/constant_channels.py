@@ -35,7 +35,7 @@ from nni_topo.network.layers import (
     keep,
     kind_of,
 )
-from nni_topo.network.runtime import Call, fitting, random_like, run_small, watched
+from nni_topo.network.runtime import Call, fitting, random_like, run_few, watched
 
 TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
 
@@ -93,7 +93,7 @@ def readers(
     # Two inputs, for on one of them a channel with a single place looks constant.
     for seed in range(2):
         with fitting(0, "example_inputs"), torch.no_grad(), watched(entering, leaving):
-            run_small(model, random_like(call, torch.Generator().manual_seed(seed)))
+            run_few(model, random_like(call, torch.Generator().manual_seed(seed)))
         with_values = {name: reader for name, reader in found.items() if any(bool(each.any()) for each in reader.ends)}
         if not with_values:
             break
@@ -142,7 +142,7 @@ def norms_of_constants(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray,
             kept = torch.from_numpy(np.asarray(is_kept[flow.group_ids_of(name)]))
             leaving.append((module, partial(_zeroed, module, kept)))
     with torch.no_grad(), watched(leaving=leaving):
-        run_small(model, random_like(call, torch.Generator().manual_seed(0)))
+        run_few(model, random_like(call, torch.Generator().manual_seed(0)))
     return [name for name, _ in model.named_modules() if name in found]
 
 
@@ -257,6 +257,31 @@ def constant_contribution(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarr
             constant_channels[name] = found
             chosen.update(group_ids[found.places].tolist())
     return ConstantContribution(constants, constant_channels)
+
+
+def changed_constants(
+    found: ConstantContribution, model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call
+) -> dict[str, Tensor]:
+    """Tell which pruned channels contribute something else on a call, of another size, than on that of ``found``.
+
+    Returns them by the layer that reads them: bool, (input channels,).
+    """
+    changed = dict[str, Tensor]()
+    for name, reader in readers(model, flow, is_kept, call, rows=True).items():
+        count = len(reader.pruned)
+        expected = found.constants.get(name, torch.zeros(count, dtype=torch.float64))
+        channels = found.constant_channels.get(name)
+        differs = torch.zeros(count, dtype=torch.bool)
+        for rows in reader.rows or []:
+            values = torch.zeros(count, rows.shape[1], dtype=torch.float64)
+            values[reader.pruned] = rows
+            supplied = expected[:, None].expand(values.shape)
+            if channels is not None:
+                supplied = supplied + channels.factors @ values[channels.places]
+            differs |= (values - supplied).abs().amax(1) > TOLERANCE * values.abs().amax(1)
+        if bool(differs.any()):
+            changed[name] = differs
+    return changed
 
 
 @torch.no_grad()

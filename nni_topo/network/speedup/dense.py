@@ -54,6 +54,7 @@ from nni_topo.network.runtime import (
     told_of_changes,
 )
 from nni_topo.network.speedup.constant_channels import (
+    TOLERANCE,
     ConstantContribution,
     absorb,
     add_to_constant_channels,
@@ -116,10 +117,12 @@ def to_dense(
         adds what it makes of it to its bias, or takes it off the running mean of the batch norm after it.
     check : bool, default=True
         Compare the dense model with the masked one, in evaluation mode, on random inputs: as they are, times 0.01 and
-        100 and shifted by 3 both ways where they are floats. ``report.checked`` says on which; images are compared
-        smaller where the model takes them so. Then run it once in training mode: if it raises an error where the model
-        runs, a warning and ``report.notes`` say so; likewise where a ``train`` or ``eval`` of the model's own raises
-        one, or the forward after it. In a job of several processes it isn't run so.
+        100 and shifted by 3 both ways where they are floats. ``report.checked`` says on which. Where the size of the
+        inputs may decide something (constants of removed channels, views that join channels with places, branches), the
+        two are compared at a second size too, or ``report.checked`` says that the model takes no other. Then run the
+        dense model once in training mode: if it raises an error where the model runs, a warning and ``report.notes``
+        say so; likewise where a ``train`` or ``eval`` of the model's own raises one, or the forward after it. In a job
+        of several processes it isn't run so.
     rtol : float, default=1e-4
         The largest difference allowed, relative to the largest absolute value of the masked model's output.
     customized_replacers : sequence of nni.compression.speedup.Replacer, default=()
@@ -185,9 +188,9 @@ def to_dense(
     the norms. After `compensate`, which solves for removed channels that are zero, ``"zero"`` is right. Neither setting
     loses less accuracy on every network.
 
-    Cost: two to four forward passes to trace the model, unless `dependency_groups` did, one on small images to look for
-    constants, three to compare, and one in training mode; two more, and what ``forward_features`` takes, where a
-    network holds attributes as timm's and torchvision's do.
+    Cost: two to four forward passes to trace the model, unless `dependency_groups` did, one to look for constants,
+    three to compare, and one in training mode; where the size may decide something, another trace and comparison; two
+    more, and what ``forward_features`` takes, where a network holds attributes as timm's and torchvision's do.
     """
     check_model(model)
     if constants not in ("zero", "keep"):
@@ -275,6 +278,13 @@ def _masked_with_constants(task: _Task) -> _Masked:
         runs, call = _runnable(task, task.original, resolved.is_kept)
         kept = constants_read(runs, flow, resolved.is_kept, call)
         lacking = dropped(runs, flow, resolved.is_kept, call)
+        if kept and runs is task.original and task.network.second is not None:
+            others = constants_read(runs, flow, resolved.is_kept, task.network.second.call)
+            for name, values in kept.items():
+                is_same = (values - others.get(name, 0 * values)).abs() <= TOLERANCE * values.abs()
+                if not bool(is_same.all()):
+                    kept[name] = values * is_same
+                    lacking = list(dict.fromkeys([*lacking, name]))
     reference = task.apply(resolved)
     notes = []
     if lacking:
@@ -373,8 +383,15 @@ def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) 
     """Raise a SpeedupError unless the dense model computes what the masked one does; say on what they were compared."""
     kept = kept_outputs(task.flow, masked.is_kept)
     advise = partial(way_forward, task.network, masked.reference, kept)
+    network, contributions = task.network, masked.contributions
     with left_alone(dense):
-        return check_equal(masked.reference, dense, task.network.call, kept, rtol, advise=advise)
+        checked = check_equal(masked.reference, dense, network.call, kept, rtol, advise=advise)
+        if not (network.depends_on_size or contributions.constants or contributions.constant_channels):
+            return checked
+        if network.second is None:
+            return f"{checked}; no other size was found that the model takes, so it is right at this size alone"
+        other = check_equal(masked.reference, dense, network.second.call, kept, rtol, advise=advise)
+    return f"{checked}; {other}"
 
 
 def _report(

@@ -51,10 +51,15 @@ from nni_topo.network.runtime import (
     variations_of,
     varied,
 )
-from nni_topo.network.speedup.constant_channels import ConstantContribution, constant_contribution
+from nni_topo.network.speedup.constant_channels import (
+    ConstantContribution,
+    changed_constants,
+    constant_contribution,
+)
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
+from nni_topo.network.speedup.sizes import differing
 
 _SINGLE = (torch.float64, torch.float32)
 _SIDES = (33, 64)  # pixels of images in one batch; strides halve 33 to 17, 9, 5, 3 and 2
@@ -114,22 +119,57 @@ def _found_with(network: Network, seed: int) -> dict[int, Reason] | None:
         entering: Call = (arguments(full.graph, network.model, network.call), {})
         args = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
-        inputs, clean = _Inputs(args), set[bool]()
+        inputs, clean, second = _Inputs(args), set[bool](), None
+        if network.depends_on_size and network.second is not None:
+            held.update(dict.fromkeys(differing(flow, network.second.flow).tolist(), reasons.depends_on_size()))
         for turn in range(_ROUNDS):
             # In turn: every block loses a part, as pruners choose; some blocks are pruned as a whole, as masks may.
             in_parts = bool(flow.blocks) and turn % 2 == 0
             is_kept = _draw(flow, held, drawing, halves if in_parts else {}, in_parts=in_parts)
+            dry_run = _DryRun(flow, is_kept, full)
             try:
-                found = inputs.find(_DryRun(flow, is_kept, full))
+                found = inputs.find(dry_run)
             except Exception as error:  # with these weights and inputs a network may fail, in as many ways as it does
                 if out_of_memory(error):
                     raise
                 raise _FailedRunError(error) from error
+            if not found and dry_run.has_constants and network.second is not None:
+                second = second or _SecondSize(network.second, flow, seed)
+                found = second.changed_constants(full, args, is_kept)
             held.update(found)
             clean = set() if found else clean | {in_parts}
             if clean == {bool(flow.blocks), False}:
                 return held
     return None
+
+
+class _SecondSize:
+    """A network with random weights at a second size of its inputs, on which constants are measured again."""
+
+    def __init__(self, network: Network, flow: ChannelFlow, seed: int) -> None:
+        self._first, (assembled, self._flow) = flow, network.traced()
+        seed_torch(seed)
+        full = _with_type(assembled(_with_random_weights(network.model)), torch.float64, torch.float32)
+        entering: Call = (arguments(full.graph, network.model, network.call), {})
+        self._full = Steps(full)
+        self._call = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)
+
+    def changed_constants(self, full: GraphModule, args: tuple[Any, ...], is_kept: np.ndarray) -> dict[int, Reason]:
+        """Return the channels whose constant contribution isn't the same at both sizes, by group id, and why."""
+        found = constant_contribution(Steps(full), self._first, is_kept, (args, {}))
+        other_kept = np.ones(self._flow.size, dtype=np.bool_)
+        for name in self._first.layers.keys() & self._flow.layers.keys():
+            other_kept[self._flow.group_ids_of(name)] = is_kept[self._first.group_ids_of(name)]
+        for name in self._first.free_parameters.keys() & self._flow.free_parameters.keys():
+            ids = [flow.group_ids(flow.free_parameter_ids(name)) for flow in (self._flow, self._first)]
+            if len(ids[0]) == len(ids[1]):
+                other_kept[ids[0]] = is_kept[ids[1]]
+        changed = dict[int, Reason]()
+        for name, channels in changed_constants(found, self._full, self._flow, other_kept, self._call).items():
+            for group_id in self._first.entering_group_ids(name)[channels.numpy()].tolist():
+                if group_id != FIXED:
+                    changed[group_id] = reasons.depends_on_size(name)
+        return changed
 
 
 def _all_held(flow: ChannelFlow, reason: Reason) -> dict[int, Reason]:
@@ -320,6 +360,12 @@ class _DryRun:
         except SpeedupError as error:
             self._uncut = dict.fromkeys(self._removed_at(speedup.at), reasons.cutting_failed(speedup.at, error))
         self._order = speedup.order
+
+    @property
+    def has_constants(self) -> bool:
+        """Whether pruned channels contributed constants in a run."""
+        contribution = vars(self).get("_contribution")
+        return contribution is not None and bool(contribution.constants or contribution.constant_channels)
 
     def doubled(self) -> _DryRun:
         """Return the same dry run in double precision."""

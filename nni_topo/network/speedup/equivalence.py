@@ -47,6 +47,7 @@ from nni_topo.network.runtime import (
     difference,
     evaluating,
     failures_in_own_modes,
+    first_samples,
     hand_on_report,
     has_own_modes,
     in_double,
@@ -59,8 +60,7 @@ from nni_topo.network.runtime import (
     random_like,
     random_state_kept,
     returned_tensors,
-    run_small,
-    shrunk,
+    run_few,
     tensors_of,
     to_precision,
     together,
@@ -137,7 +137,7 @@ def _dead_inputs(model: torch.nn.Module, call: Call, masks: FullMasks) -> dict[s
     unstable = True
     with torch.no_grad(), random_state_kept(), watched(leaving=looks):
         while unstable:
-            run_small(probe, positive)
+            run_few(probe, positive)
             unsettled = [watch.settle() for watch in watches.values()]
             unstable = any(unsettled)
     dead = {name: watch.dead for name, watch in watches.items() if watch.dead is not None}
@@ -242,7 +242,7 @@ def check_equal(
     drawn = random_like(call, torch.Generator().manual_seed(1))
     pair, variations = (reference, dense), _variations_of(drawn)
     is_rough = rtol >= _ROUGH and _is_single(reference)
-    batch = together(shrunk(drawn), variations) if variations else None
+    batch = together(drawn, variations) if variations else None
     # All at once, in double precision only where that is needed. Whatever is wrong is looked for below.
     tries = [] if batch is None else [(batch, True)]
     if batch is not None and is_rough:
@@ -250,8 +250,8 @@ def check_equal(
     for given, double in tries:
         agreed = _agreed(pair, given, rtol if double else rtol / 10, 1 + len(variations), double=double)
         if agreed is not None:
-            return _told(drawn, given, [variation for at, variation in enumerate(variations, 1) if at in agreed])
-    compared = _check_one(pair, drawn, kept, rtol, advise, is_rough=is_rough)
+            return _told(drawn, [variation for at, variation in enumerate(variations, 1) if at in agreed])
+    _check_one(pair, drawn, kept, rtol, advise, is_rough=is_rough)
     agreed_variations = list[Variation]()
     for variation in variations:
         other = varied(drawn, variation)
@@ -259,7 +259,7 @@ def check_equal(
         if _agreed((reference, reference), other, rtol, 1, double=True):
             _check_one(pair, other, kept, rtol, advise, is_rough=is_rough, variation=variation)
             agreed_variations.append(variation)
-    return _told(drawn, compared, agreed_variations)
+    return _told(drawn, agreed_variations)
 
 
 @dataclass(frozen=True)
@@ -394,12 +394,11 @@ def _variations_of(call: Call) -> tuple[Variation, ...]:
     return (*variations, *((factor, -shift) for factor, shift in variations if shift))
 
 
-def _told(example: Call, compared: Call, variations: list[Variation]) -> str:
+def _told(compared: Call, variations: list[Variation]) -> str:
     """Say on what two models were compared."""
-    shapes = [" and ".join(str(tuple(each.shape[1:])) for each in tensors_of(call)) for call in (example, compared)]
-    smaller = f", smaller than the example's {shapes[0]}" if shapes[0] != shapes[1] else ""
+    shapes = " and ".join(str(tuple(each.shape[1:])) for each in tensors_of(compared))
     others = "".join(f", {_named(each)}" for each in variations)
-    return f"random inputs of shape {shapes[1]}{smaller}{others}"
+    return f"random inputs of shape {shapes}{others}"
 
 
 def _named(variation: Variation) -> str:
@@ -443,14 +442,14 @@ def _check_one(
     *,
     is_rough: bool,
     variation: Variation | None = None,
-) -> Call:
-    """Raise a SpeedupError unless two models agree on one input; return what of it was compared."""
-    small = shrunk(drawn)
+) -> None:
+    """Raise a SpeedupError unless two models agree on one input."""
+    few = first_samples(drawn)
     # A rough comparison needs no double precision.
-    tries = [(small, False), (drawn, False)] if is_rough else []
-    for given, double in (*tries, (small, True)):
+    tries = [(few, False), (drawn, False)] if is_rough else []
+    for given, double in (*tries, (few, True)):
         if _agreed(pair, given, rtol if double else rtol / 10, 1, double=double):
-            return given
+            return
     try:
         # In double precision two models that are equal differ by 1e-12 and less however deep they are.
         expected, actual, place = _run(pair, call_in_precision(drawn, torch.float64), kept, rtol, double=True)
@@ -467,7 +466,6 @@ def _check_one(
     if variation is not None:
         place = place[0], f"{place[1]}, inputs {_named(variation)}"
     _compare(expected, actual, place, rtol, advise)
-    return drawn
 
 
 def _is_single(model: torch.nn.Module) -> bool:

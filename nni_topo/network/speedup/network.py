@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,8 +41,10 @@ from nni_topo.network.runtime import (
     running_call,
     unwrapped_copy,
 )
+from nni_topo.network.speedup.sizes import Compared, second_call
 from nni_topo.sharing import first_names
 
+_logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Traced = tuple[Callable[..., GraphModule], ChannelFlow]
 
@@ -54,6 +57,7 @@ class _Known:
     flow: ChannelFlow
     reads_values: bool
     draws_others: bool
+    compared: Compared
 
 
 # By model, the call of a public function in which it was last looked at, its structure then and what was found out.
@@ -75,6 +79,7 @@ class Network:
         self.call = call
         self._own: dict[Any, Any] = {}  # what isn't kept, by question and structure
         self._call: object | None = None  # the public function's in which `_own` was found
+        self._second: Network | None = None
         self._asked: str | None = None  # the structure, while a question is answered, which may ask others
 
     @classmethod
@@ -107,6 +112,35 @@ class Network:
                 entering, leaving = calls[0]
                 found[name] = spatial(module, entering), spatial(module, leaving)
         return found
+
+    @property
+    def depends_on_size(self) -> bool:
+        """Whether the forward compares sizes with numbers or joins channels with places.
+
+        Then the coupling of channels may not be the same at another size.
+        """
+        return bool(self._recorded().compared) or self.flow.mixes_places
+
+    @property
+    def second(self) -> Network | None:
+        """The same model on inputs of another size; None if no other is found that it takes and can be traced on."""
+        call = self.remember("second size", self._second_call)
+        if call is None:
+            return None
+        if self._second is None or self._second.call is not call:
+            self._second = Network(self.model, call)
+        return self._second
+
+    def _second_call(self) -> Call | None:
+        copied: nn.Module = evaluating(unwrapped_copy(self.model, light=True))
+        call = second_call(copied, self.call, self._recorded().compared)
+        if call is not None:
+            try:
+                Network(self.model, call).traced()
+            except NniTopoError as error:
+                _logger.debug("%s can't be traced at another size: %s", type(self.model).__name__, error)
+                return None
+        return call
 
     def graph(
         self, model: nn.Module, call: Call | None = None, *, in_training: bool = False
@@ -198,7 +232,9 @@ class Network:
         constants = {name: attrgetter(name)(graph_module) for name in held if not _has(self.model, name)}
         put_parameters(graph_module, lambda _, parameter: parameter.to("meta"))
         graph_module.to("meta")
-        return _Known(partial(_assembled, graph, constants), flow, reads_values, recording.draws_others)
+        return _Known(
+            partial(_assembled, graph, constants), flow, reads_values, recording.draws_others, recording.compared
+        )
 
     def remember(self, question: str, find: Callable[[], T], kept: Callable[[T], bool] = lambda _: True) -> T:
         """Answer a question about the model as it is: with what was found before, or with what is found now.

@@ -288,7 +288,7 @@ class Folding(nn.Module):
         x = self.first(x).relu() if float(x.abs().sum()) > 0 else x
         samples, channels, height, width = x.shape
         x = x.reshape(samples * channels * (height // 2), 2, width // 2, 2).transpose(1, 2)
-        x = x.reshape(samples, channels, -1, 4).transpose(1, 3).reshape(4 * samples, -1, 1 + channels - 1).softmax(1)
+        x = x.reshape(samples, channels, -1, 4).transpose(1, 3).reshape(4 * samples, -1, 1 + channels - 1).tanh()
         x = x.reshape(samples, 4, -1, (2 * channels) // 2).transpose(1, 3)
         x = x.reshape(channels * samples * (height - height // 2), width // 2, 2, 2).transpose(1, 2)
         rest = 20 // height * height + (9 - height)

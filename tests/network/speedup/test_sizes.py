@@ -1,0 +1,173 @@
+"""What holds at one size of the inputs must hold at others: constants and couplings that depend on it aren't used."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import nni_topo
+from nni_topo.errors import SpeedupError
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1), nn.Linear(12, 3)
+        self.pool = pool
+
+    def forward(self, x):
+        return self.o(self.pool(self.b(self.a(x).relu())))
+
+
+class Mixed(nn.Module):
+    """Views (places, channels) as (channels, height, width)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.o(x + self.b(x).flatten(2).transpose(1, 2).reshape(x.shape))
+
+
+class TwoWays(nn.Module):
+    """Small images don't go through the layer ``more``."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.more, self.o = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        is_large = x.shape[-1] >= 128
+        x = self.a(x).relu()
+        return self.o((self.more(x).relu() if is_large else x).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A sum over the tokens that count of what isn't zero at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.a, self.b, self.o = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, ids, mask):
+        x = functional.softplus(self.b(self.a(self.words(ids)).relu()))
+        return self.o((x * mask[..., None]).sum(1))
+
+
+def _groups(model, inputs, kinds=("Conv2d", "Linear")):
+    torch.manual_seed(0)
+    return nni_topo.dependency_groups(model.eval(), inputs, [{"op_types": [*kinds], "sparse_ratio": 0.5}])
+
+
+def _half_masked(model, *layers):
+    masks = {}
+    for name in layers:
+        weight = model.get_submodule(name).weight
+        rows = (torch.arange(len(weight)) % 2).float()
+        masks[name] = {"weight": rows.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)}
+    return masks
+
+
+def _by_hand(model, masks):
+    model = copy.deepcopy(model)
+    for name, each in masks.items():
+        rows = each["weight"].flatten(1)[:, 0]
+        with torch.no_grad():
+            module = model.get_submodule(name)
+            module.weight.mul_(rows.view(-1, *[1] * (module.weight.dim() - 1)))
+            module.bias.mul_(rows)
+    return model
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: x.sigmoid().sum((2, 3)),
+        lambda x: functional.softplus(x).flatten(2).sum(-1),
+        lambda x: x.flatten(2).logsumexp(-1),
+        lambda x: (functional.elu(x) + 1).sum((2, 3)),
+    ],
+    ids=["sum of sigmoids", "sum of softplus", "logsumexp", "sum of ELU + 1"],
+)
+@pytest.mark.parametrize("side", [8, 96])
+@pytest.mark.quick_every(3)
+def test_channels_whose_constant_depends_on_the_size_stay(pool, side):
+    model, x = Pooled(pool), torch.randn(2, 3, side, side)
+    groups = _groups(model, x)
+    assert [entry["op_names"] for entry in groups] == [["a"]]
+    assert {reason.kind for reason in groups.reasons["b"]} == {"depends_on_size"}
+    with pytest.raises(SpeedupError, match="b "):
+        nni_topo.to_dense(model, x, _half_masked(model, "b"))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [lambda x: x.sigmoid().mean((2, 3)), lambda x: functional.softplus(x).amax((2, 3)), lambda x: x.sum((2, 3))],
+    ids=["mean of sigmoids", "maximum of softplus", "sum of zeros"],
+)
+def test_constants_that_are_the_same_at_all_sizes_are_folded(pool):
+    model, x = Pooled(pool).eval(), torch.randn(2, 3, 80, 80)
+    masks = _half_masked(model, "a", "b")
+    dense, expected = nni_topo.to_dense(model, x, masks), _by_hand(model, masks)
+    assert dense.b.out_channels == 6
+    for size in (5, 80, 100):
+        other = torch.randn(3, 3, size, size + 1)
+        torch.testing.assert_close(dense(other), expected(other), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("pool", "note"), [(torch.sum, "dropped: 3"), (torch.mean, "")], ids=["sum", "mean"])
+def test_kept_constants_that_depend_on_the_size_are_dropped_and_named(pool, note):
+    class Pool(nn.Module):
+        def forward(self, x):
+            return pool(x, (2, 3))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Pool(), nn.Linear(8, 3)).eval()
+    nn.init.uniform_(model[1].bias, 1, 2)
+    dense = nni_topo.to_dense(model, torch.randn(2, 3, 8, 8), _half_masked(model, "0"), constants="keep")
+    assert any(note in each for each in dense.report.notes)
+    assert torch.equal(dense[3].bias, model[3].bias) is bool(note)
+
+
+def test_channels_that_are_coupled_with_others_at_another_size_stay():
+    groups = _groups(Mixed(), torch.randn(2, 3, 2, 2))
+    assert not groups
+    assert {reason.kind for name in "ab" for reason in groups.reasons[name]} == {"depends_on_size"}
+    model = Mixed().eval()
+    # At 2 by 2 places these channels are coupled with one another alone.
+    masks = {"a": {"weight": (torch.arange(16) % 4 != 1).float().view(-1, 1, 1, 1)}}
+    masks["b"] = {"weight": (torch.arange(16) // 4 != 1).float().view(-1, 1, 1, 1)}
+    with pytest.raises(SpeedupError, match="size"):
+        nni_topo.to_dense(model, torch.randn(2, 3, 2, 2), masks)
+
+
+@pytest.mark.parametrize("side", [224, 64])
+def test_channels_that_other_layers_read_at_another_size_stay(side):
+    groups = _groups(TwoWays(), torch.randn(2, 3, side, side))
+    assert not groups
+    assert {reason.kind for reason in groups.reasons["a"]} == {"depends_on_size"}
+
+
+def test_lengths_of_tokens_and_their_mask_change_together():
+    inputs = {"ids": torch.randint(0, 9, (3, 7)), "mask": torch.ones(3, 7, dtype=torch.long)}
+    groups = _groups(Tokens(), inputs, ["Linear"])
+    assert [entry["op_names"] for entry in groups] == [["a"]]
+    assert {reason.kind for reason in groups.reasons["b"]} == {"depends_on_size"}
+
+
+def test_the_report_names_the_second_size_or_says_that_there_is_none():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3)).eval()
+    x = torch.randn(2, 1, 8, 8)
+    assert "this size alone" in nni_topo.to_dense(model, x, _half_masked(model, "0")).report.checked
+    model.insert(2, nn.AdaptiveAvgPool2d(2))
+    model[4] = nn.Linear(32, 3)
+    checked = nni_topo.to_dense(model.eval(), x, _half_masked(model, "0")).report.checked
+    assert "(1, 8, 8)" in checked
+    assert "(1, 9, 9)" in checked
+    plain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3)).eval()
+    checked = nni_topo.to_dense(plain, x, _half_masked(plain, "0")).report.checked
+    assert checked.startswith("random inputs of shape (1, 8, 8)")
+    assert "alone" not in checked
