@@ -39,6 +39,7 @@ HYPOTHESES = (
     "which_ratio",
     "which_ratio_scenes",
     "which_loss",
+    "which_clouds",
 )
 
 

@@ -56,6 +56,7 @@ HYPOTHESES = {
     "T5": "which_loss",
     "T6": "which_filters",
     "T6b": "which_filters_exact",
+    "T7": "which_clouds",
 }
 
 

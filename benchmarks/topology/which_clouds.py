@@ -218,6 +218,8 @@ def tables(records: list[Record]) -> str:
         parts = figures(records, name, "test")
         if parts.keys() >= VARIANTS.keys():
             blocks += [f"**{name}: the cloud's parts**", changed_parts(parts)]
+        title = f"**{name}: differences from each baseline, points, not corrected**"
+        blocks += [title, markdown_table(["baseline", *CRITERIA], from_baselines(parts))]
         unpruned = {record["key"][1]: record["unpruned"] for record in records if record["key"][0] == name}
         lines = [[row, show_accuracies(list(by_seed.values()))] for row, by_seed in parts.items()]
         title = f"**{name}: all rows, {len(SEEDS)} networks, unpruned {show_accuracies(list(unpruned.values()))} %**"
@@ -262,6 +264,11 @@ def fine_tuning(records: list[Record], name: str) -> str:
         lines.append([row, best, accuracy, show_accuracies(list(tested[best].values())), shown, f"{p:.2g}"])
     head = ["criterion", "best baseline", "criterion %", "baseline %", "difference, points", "p, not corrected"]
     return markdown_table(head, lines, text_columns=2)
+
+
+def from_baselines(tested: dict[str, dict[int, float]]) -> list[list[str]]:
+    """Return the lines of a table: both criteria's differences from each baseline."""
+    return [[row, *(compared(tested[own], tested[row])[0] for own in CRITERIA)] for row in BASELINES]
 
 
 def changed_parts(tested: dict[str, dict[int, float]]) -> str:
