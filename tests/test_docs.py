@@ -49,6 +49,18 @@ rank, scheduler = 0, LocalCluster(n_workers=1, processes=False, dashboard_addres
 pruner = nni_topo.TopologicalPruner(model, config_list)
 """,
     "export": None,
+    "faq": """
+class Stream(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.mix, self.head = nn.Linear(6, 24), nn.Linear(24, 32), nn.Linear(32, 4)
+
+    def forward(self, frame, state):
+        state = torch.tanh(self.mix(torch.relu(self.enter(frame))) + 0.5 * state)
+        return self.head(state), state
+
+stream, frames, new = Stream().eval(), torch.randn(16, 12, 6), torch.randn(8, 30, 6)
+""",
     "how_small": "batches = data.train.tensors[0][:240].split(64)",
     "larger_than_memory": None,
     "magnitude": """

@@ -33,12 +33,14 @@ from nni_topo.network.runtime import (
     evaluation_mode,
     failure_on,
     free_memory_of,
+    lists_of_samples,
     map_tensors,
     on_device,
     random_state_kept,
     real_positions_of,
     returned_by_name,
     returned_tensors,
+    samples_second,
     seed_torch,
     taken,
     tensors_of,
@@ -599,7 +601,7 @@ def places_by_sample(model: nn.Module, call: Call, outputs: Outputs | None) -> P
     answer for a single image.
     """
     count = min(_READ, batch_size(call))
-    if count < 2 or any(isinstance(value, (tuple, list)) for value in (*call[0], *call[1].values())):
+    if count < 2 or lists_of_samples((*call[0], *call[1].values())):
         return None  # lists, such as detectors take, aren't cut by sample
     lengths = []
     for some in (count, count - 1):
@@ -691,7 +693,7 @@ def check_one_shape(parts: Iterable[Call]) -> None:
     """Raise a DataError unless the inputs of all calls fit together, sample by sample."""
     first: tuple[Any, list[tuple[int, ...]]] | None = None
     for args, kwargs in parts:
-        if any(isinstance(value, (tuple, list)) for value in (*args, *kwargs.values())):
+        if lists_of_samples((*args, *kwargs.values())):
             raise DataError(
                 "distillation must have samples along the first dimension of tensors, got a list, as detectors take "
                 "it: shrink(..., distill=False) recovers without it (images)"
@@ -769,7 +771,8 @@ def check_any_count(model: nn.Module, call: Call, name: str) -> None:
         if error is not None:
             raise ConfigError(
                 "distillation must be able to run a model on any number of samples: leave distillation out, in shrink "
-                f"distill=False; of {batch_size(call)} samples it got {count} and raised {raised(error)} ({name})"
+                f"distill=False; of {batch_size(call)} samples it got {count} and raised {raised(error)}"
+                f"{samples_second(model, call)} ({name})"
             ) from error
 
 

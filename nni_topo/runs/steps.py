@@ -42,6 +42,7 @@ from nni_topo.network.runtime import (
     HELD_OUT,
     Calibration,
     Call,
+    bind_arguments,
     calls,
     check_entry,
     check_samples_first,
@@ -54,7 +55,10 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
     lent,
     on_device,
+    returned_by_name,
+    samples_second,
     structure_call,
+    tensors_of,
 )
 from nni_topo.network.speedup import (
     OUTPUT,
@@ -178,7 +182,7 @@ def _check_fewer(model: nn.Module, whole: Calibration, learned: Calibration) -> 
         raise ConfigError(
             "a model must run on any number of samples, because every eighth one is held out: let its forward take the "
             f"number from its input, as x.flatten(1) and x.view(len(x), -1) do; of {whole.sizes[0]} samples it got "
-            f"{learned.sizes[0]} and raised {raised(error)} (model)"
+            f"{learned.sizes[0]} and raised {raised(error)}{samples_second(model, next(calls(model, whole)))} (model)"
         ) from error
 
 
@@ -667,6 +671,7 @@ class Measurements:
         if self.answers.named.left_out:
             _logger.warning("%s", self.answers.named)
         self._data, self._evaluate = data, evaluate
+        self._states = _states_told(model, data)
         self.stages: list[Stage] = []
         self._began = time.perf_counter()
 
@@ -705,7 +710,7 @@ class Measurements:
         if math.isinf(self.stages[-1].distance):
             _logger.warning("%s", NO_SCALE)
             return (NO_SCALE,)
-        return (*self._worse(), *self._few_images())
+        return (*self._states, *self._worse(), *self._few_images())
 
     def _worse(self) -> tuple[str, ...]:
         """Return a warning where distillation took the network away from the unpruned one.
@@ -755,6 +760,28 @@ class Measurements:
         )
         _logger.warning("%s", text)
         return (text,)
+
+
+def _states_told(model: nn.Module, data: ImageParts) -> tuple[str, ...]:
+    """Return a warning where what a model returns, beside its answer, can be what it takes at its next call."""
+    args, kwargs = first_call(model, data.learned)
+    with evaluation_mode(model), torch.no_grad():
+        found = model(*args, **kwargs)
+    returned = {each.shape for _, each in returned_by_name(found)[1:] if each.is_floating_point()}
+    states = []
+    for name, value in list(bind_arguments(model, (args, kwargs)).items())[1:]:
+        shapes = {each.shape for each in tensors_of(value) if each.is_floating_point()}
+        if shapes and shapes <= returned:
+            states.append(name)
+    if not states:
+        return ()
+    text = (
+        f"the network is judged one step at a time, each from the calibration data's {listed(states)}: it returns "
+        "tensors of the same shapes, and where these are its next inputs, errors add up; evaluate= can run it over "
+        "streams, as docs/faq.md shows"
+    )
+    _logger.warning("%s", text)
+    return (text,)
 
 
 def chooses_how_many(pruner: str | Callable[..., MasksLike]) -> bool:

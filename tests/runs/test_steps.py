@@ -808,3 +808,38 @@ def test_what_processes_that_share_images_can_not_do_is_refused(shared):
                     check_can_be_distilled(plain, data, knobs, None)
             else:
                 check_can_be_distilled(plain, data, knobs, None)
+
+
+class Recurrent(nn.Module):
+    """Takes a state (levels, samples, units), and returns the next one or none."""
+
+    def __init__(self, returns):
+        super().__init__()
+        self.cell, self.head, self.returns = nn.GRU(3, 5, 2, batch_first=True), nn.Linear(5, 2), returns
+
+    def forward(self, x, state):
+        found, state = self.cell(x, state)
+        answer = self.head(found[:, -1])
+        return (answer, state) if self.returns else answer
+
+
+class StatesFirst(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, state):
+        found = self.model(x, state.transpose(0, 1).contiguous())
+        return (found[0], found[1].transpose(0, 1)) if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_state_that_is_returned_is_told_and_its_samples_are_first(returns):
+    model, x, state = Recurrent(returns).eval(), torch.randn(16, 4, 3), torch.zeros(2, 16, 5)
+    with pytest.raises(ConfigError, match=r"every eighth one is held out.*samples are the second dimension of state"):
+        ImageParts.of(Calibration([((x, state),)]), model)
+    turned = StatesFirst(model)
+    measured = Measurements(turned, ImageParts.of(Calibration([((x, state.transpose(0, 1)),)]), turned), None)
+    measured.add("unpruned", turned)
+    told = ["one step at a time, each from the calibration data's state" in each for each in measured.warnings()]
+    assert any(told) == returns

@@ -42,6 +42,7 @@ from nni_topo.network.runtime.fits import (
     fitting_call,
     form_that_fits,
     run,
+    samples_second,
     structure_call,
     structure_of,
 )
@@ -278,6 +279,7 @@ __all__ = [
     "run_few",
     "running_call",
     "same_program",
+    "samples_second",
     "seed_torch",
     "shrunk",
     "state_kept",

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import DataError, NniTopoError
+from nni_topo.errors import DataError, NniTopoError, listed
 from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.hooks import called, padding_known, watched
 from nni_topo.network.runtime.inputs import (
     Call,
     arguments_of,
     batch_size,
+    bind_arguments,
     calls,
     copied_for,
     first_of_samples,
     fitting,
+    map_tensors,
     name_of,
     on_device,
     taken,
@@ -127,6 +129,27 @@ def failure_on(model: nn.Module, call: Call) -> Exception | None:
             raise
         return error
     return None
+
+
+def samples_second(model: nn.Module, call: Call) -> str:
+    """Say which inputs have the samples second, where a model runs on fewer once these are cut there; else nothing."""
+    count = batch_size(call)
+
+    def is_second(tensor: Tensor) -> bool:
+        return tensor.dim() > 1 and len(tensor) != count and tensor.shape[1] == count
+
+    def fewer(tensor: Tensor) -> Tensor:
+        if is_second(tensor):
+            return tensor[:, : count - 1]
+        return tensor[: count - 1] if tensor.dim() and len(tensor) == count else tensor
+
+    second = [name for name, value in bind_arguments(model, call).items() if any(map(is_second, tensors_of(value)))]
+    if count < 2 or not second or failure_on(model, map_tensors(fewer, call)) is not None:
+        return ""
+    return (
+        f"; the samples are the second dimension of {listed(second)}, as in the states of recurrent layers: pass them "
+        "first, by .transpose(0, 1), to a module around the model whose forward turns them, and what it returns, back"
+    )
 
 
 def check_fits(model: nn.Module, call: Call, name: str = "calibration", batch: Any = None) -> set[str]:

@@ -532,6 +532,12 @@ def inputs_of(batch: Any, index: int = 0, name: str = "calibration") -> Any:
                 f"{type(leaf).__name__}: pass its tensors, to a module that makes a data class of them and calls the "
                 f"model ({name}, batch {index})"
             )
+        if any(map(_is_cache, type(leaf).__mro__)):
+            raise ConfigError(
+                "the inputs of a batch must be tensors, alone or in tuples, lists or mappings, got a "
+                f"{type(leaf).__name__}: pass its keys and values, (samples, heads, places, channels), to a module "
+                f"that makes a cache of them ({name}, batch {index})"
+            )
     if not tensors_of(inputs):
         raise ConfigError(
             "the input of a batch must be a tensor, or a tuple or mapping with a tensor in it, got "
@@ -649,5 +655,19 @@ def batch_size(call: Any) -> int:
 
 
 def lists_of_samples(values: Iterable[Any]) -> list[Any]:
-    """Return those of a call's arguments that are lists or tuples with tensors, as detectors take a list of images."""
-    return [value for value in values if isinstance(value, (tuple, list)) and tensors_of(value)]
+    """Return those of a call's arguments that hold a tensor for each sample, as detectors take a list of images.
+
+    Beside a tensor of samples, tuples hold states or levels of all samples, and so do lists of tensors as long as it.
+    """
+    values = list(values)
+    found = [value for value in values if isinstance(value, (tuple, list)) and tensors_of(value)]
+    count = next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), None)
+    if count is None:
+        return found
+    return [
+        value
+        for value in found
+        if isinstance(value, list)
+        and len(value) == count
+        and any(not each.dim() or len(each) != count for each in tensors_of(value))
+    ]

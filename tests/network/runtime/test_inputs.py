@@ -34,6 +34,7 @@ from nni_topo.network.runtime.inputs import (
     inputs_of,
     is_argument,
     let_go,
+    lists_of_samples,
     on_device,
     out_of_memory,
     parts,
@@ -559,6 +560,27 @@ class TakesPair(nn.Module):
 
     def forward(self, pair):
         return self.head(torch.relu(self.second(torch.relu(self.first(pair.images)))).mean((2, 3)))
+
+
+def test_what_holds_a_tensor_for_each_sample_is_told_from_states():
+    x, images = torch.zeros(4, 2), [torch.zeros(3, 8, 8)] * 4
+    states = (torch.zeros(4, 5), torch.zeros(4, 6))
+    assert lists_of_samples([images]) == [images]
+    assert lists_of_samples([x, images]) == [images]
+    assert lists_of_samples([tuple(images)]) == [tuple(images)]
+    # Beside samples: states, levels of a pyramid, and states of levels first.
+    assert lists_of_samples([x, states]) == []
+    assert lists_of_samples([x, [*states]]) == []
+    assert lists_of_samples([x, (torch.zeros(2, 4, 5), torch.zeros(2, 4, 5))]) == []
+    assert lists_of_samples([x, (states, states)]) == []
+    assert lists_of_samples([x, torch.zeros(4), None, (1, 2)]) == []
+
+
+def test_a_cache_of_transformers_as_input_is_refused():
+    transformers = pytest.importorskip("transformers")
+    batch = {"x": torch.zeros(4, 2), "past_key_values": transformers.DynamicCache()}
+    with pytest.raises(ConfigError, match=r"got a DynamicCache: pass its keys and values, .* \(calibration, batch 2\)"):
+        inputs_of(batch, 2)
 
 
 @pytest.mark.parametrize("place", ["alone", "in a tuple", "by name"])

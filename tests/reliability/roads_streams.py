@@ -1,0 +1,212 @@
+"""Networks that take their state and return it, for the next call, on published architectures.
+
+The report is that of single steps, and says so; ``evaluate`` judges whole streams, in which each network gets its own
+states back. Both are computed by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from reliability.oracle import WrongError
+from reliability.roads import Road
+from reliability.serving import UnsaidError
+from torch import Tensor, nn
+
+import nni_topo
+from nni_topo.errors import ConfigError
+
+STREAMS, STEPS, BATCH = 8, 8, 16
+
+
+class Speech(nn.Module):
+    """A GRU that hears a frame (samples, 1, features) and its state (samples, levels, units)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16))
+        self.gru, self.head = nn.GRU(16, 20, 2, batch_first=True), nn.Linear(20, 4)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        found, state = self.gru(self.enter(x), state.transpose(0, 1).contiguous())
+        return self.head(found[:, -1]), state.transpose(0, 1)
+
+
+class RawSpeech(Speech):
+    """The same with the state as PyTorch has it, (levels, samples, units)."""
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        found, state = self.gru(self.enter(x), state)
+        return self.head(found[:, -1]), state
+
+
+class ConvLSTM(nn.Module):
+    """A cell of ConvLSTM (https://arxiv.org/abs/1506.04214): a tuple of two maps is the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gates, self.head = nn.Conv2d(2, 8, 3, 1, 1), nn.Conv2d(12, 16, 3, 1, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        hidden, cell = state
+        enter, forget, leave, new = self.gates(torch.cat([torch.relu(self.stem(x)), hidden], 1)).chunk(4, 1)
+        cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
+        hidden = leave.sigmoid() * cell.tanh()
+        return self.head(hidden), (hidden, cell)
+
+
+class CachedTCN(nn.Module):
+    """A temporal convolution that keeps its last inputs, as streaming WaveNets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.conv, self.mix, self.head = (
+            nn.Conv1d(3, 8, 1),
+            nn.Conv1d(8, 16, 3, dilation=2),
+            nn.Conv1d(16, 12, 1),
+            nn.Conv1d(12, 2, 1),
+        )
+
+    def forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        seen = torch.cat([cache, self.enter(x)], 2)
+        found = self.head(torch.relu(self.mix(torch.relu(self.conv(seen)))))
+        return found[..., -1], seen[..., -4:]
+
+
+class VoiceActivity(nn.Module):
+    """Like Silero's: convolutions over a chunk of sound, an LSTM cell with a tuple of states, one probability."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv1d(1, 12, 8, 4), nn.ReLU(), nn.Conv1d(12, 16, 4, 2), nn.ReLU())
+        self.cell, self.decoder = nn.LSTMCell(16, 12), nn.Linear(12, 1)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        hidden, cell = self.cell(self.encoder(x).mean(2), state)
+        return self.decoder(torch.relu(hidden)).sigmoid(), (hidden, cell)
+
+
+class Decoder(nn.Module):
+    """A decoder of Transformers that hears embeddings and the keys and values before them, as it exports them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaModel
+
+        torch.manual_seed(0)
+        knobs = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        self.body = LlamaModel(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=40, **knobs))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        from transformers import DynamicCache
+
+        # The last four places alone, so that the state keeps its size.
+        cache = DynamicCache()
+        cache.update(past[0], past[1], 0)
+        places, seen = torch.full((1, 1), 4), torch.zeros(1, 1, 1, 5)
+        told = {"position_ids": places, "attention_mask": seen, "use_cache": True}
+        found = self.body(inputs_embeds=x, past_key_values=cache, **told).last_hidden_state
+        keys, values = cache.layers[0].keys, cache.layers[0].values
+        return self.head(found[:, -1]), (keys[:, :, -4:], values[:, :, -4:])
+
+
+def stream(net: nn.Module, frames: Tensor, state: Any) -> tuple[Tensor, list[Any]]:
+    """Run a network over frames (samples, steps, ...); return its answers and the states before each step."""
+    answers, states = [], []
+    with torch.no_grad():
+        for frame in frames.unbind(1):
+            states.append(state)
+            answer, state = net(frame, state)
+            answers.append(answer)
+    return torch.stack(answers, 1), states
+
+
+def variance(answers: Tensor) -> Tensor:
+    return (answers - answers.mean(0)).square().flatten(1).sum(1).mean()
+
+
+def check_stream(network: Callable[[], nn.Module], shape: tuple[int, ...], start: Callable[[int], Any]) -> None:
+    """Shrink a network on the steps of streams; check the report's distances, of single steps and of streams."""
+    torch.manual_seed(0)
+    model = network().eval()
+    frames = torch.randn(STREAMS, STEPS, *shape)
+    first = start(STREAMS)
+    _, states = stream(model, frames, first)
+    is_tuple = isinstance(first, tuple)
+    flat = [torch.stack(each, 1).flatten(0, 1) for each in (zip(*states, strict=True) if is_tuple else [states])]
+    inputs = frames.flatten(0, 1)
+    batches = []
+    for part in torch.arange(STREAMS * STEPS).split(BATCH):
+        own = [each[part] for each in flat]
+        batches.append(((inputs[part], tuple(own) if is_tuple else own[0]),))
+    new = torch.randn(5, 2 * STEPS, *shape)  # other streams, longer and fewer
+
+    def off(net: nn.Module) -> float:
+        wanted, found = (stream(each, new, start(5))[0] for each in (model, net))
+        return float((found - wanted).square().mean() / wanted.var())
+
+    small = nni_topo.shrink(
+        model,
+        batches,
+        {"flops": 0.6},
+        outputs=lambda output, inputs: output[0],
+        distill={"steps": 20, "lr": 1e-3},
+        evaluate=off,
+        progress=False,
+    )
+    report: Any = small.report
+    with torch.no_grad():
+        given = tuple(flat) if is_tuple else flat[0]
+        wanted, found = model(inputs, given)[0], small(inputs, given)[0]
+    held_out = torch.arange(len(inputs)) % 8 == 7
+    distance = float((found - wanted)[held_out].square().flatten(1).sum(1).mean() / variance(wanted))
+    last = report.stages[-1]
+    measured = report.stages[-2] if report.distillation is not None and not report.distillation.is_kept else last
+    if abs(measured.distance - distance) > 1e-3 * distance + 1e-9:
+        raise WrongError(f"the report has a distance of {measured.distance}, by hand it is {distance}")
+    if abs(measured.accuracy - off(small)) > 1e-3 * off(small) + 1e-9:
+        raise WrongError(f"the report has {measured.accuracy} over streams, by hand it is {off(small)}")
+    if not any("one step at a time" in each for each in report.warnings):
+        raise UnsaidError("the report doesn't say that it is of single steps")
+    if not last.params < report.stages[0].params:
+        raise WrongError("no parameters went")
+
+
+def refuses_samples_second() -> None:
+    """A state of (levels, samples, units) is refused with the words that help; the wrapped network is `Speech`."""
+    torch.manual_seed(0)
+    batches = [((torch.randn(BATCH, 1, 6), torch.zeros(2, BATCH, 20)),) for _ in range(4)]
+    try:
+        nni_topo.shrink(RawSpeech().eval(), batches, {"flops": 0.6}, progress=False)
+    except ConfigError as error:
+        if "the samples are the second dimension of state" not in str(error):
+            raise UnsaidError(str(error)) from error
+    else:
+        raise WrongError("samples of a state were counted along its levels")
+
+
+ROADS = [
+    Road(
+        "streams",
+        "GRU",
+        lambda: check_stream(Speech, (1, 6), lambda count: torch.zeros(count, 2, 20)),
+    ),
+    Road("streams", "GRU, samples second", refuses_samples_second),
+    Road(
+        "streams",
+        "ConvLSTM",
+        lambda: check_stream(ConvLSTM, (2, 6, 6), lambda count: (torch.zeros(count, 4, 6, 6),) * 2),
+    ),
+    Road("streams", "TCN", lambda: check_stream(CachedTCN, (3, 1), lambda count: torch.zeros(count, 8, 4))),
+    Road(
+        "streams",
+        "voice activity",
+        lambda: check_stream(VoiceActivity, (1, 64), lambda count: (torch.zeros(count, 12),) * 2),
+    ),
+    Road(
+        "streams", "decoder", lambda: check_stream(Decoder, (1, 16), lambda count: (torch.zeros(count, 2, 4, 8),) * 2)
+    ),
+]
