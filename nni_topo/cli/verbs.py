@@ -76,6 +76,7 @@ class Compare(DataVerb):
 
     model: str = ""  # a listed name, torchvision/NAME, timm/NAME or package.module:factory; or give --plan instead
     plan: Path | None = None  # YAML file with the whole comparison; see configs/
+    network: str = ""  # of a plan that has several: which of its networks
     pruners: Names = ("topological", "l1", "l2", "fpgm", "random")  # registered names
     ratio: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # sparse_ratio of every layer, in [0, 1); may be repeated
     flops: tyro.conf.UseAppendAction[tuple[float, ...]] = ()  # share of the MACs to keep, in (0, 1]; may be repeated
@@ -95,7 +96,7 @@ class Compare(DataVerb):
 
     def run(self, console: Console) -> int:
         """Run the comparison's cells and print its tables."""
-        plan = load_plan(self.plan) if self.plan else self._plan()
+        plan = load_plan(self.plan, self.network) if self.plan else self._plan()
         if self.plan and self.data_dir:
             folder = str(self.data_dir)
             plan = replace(plan, data=tuple(replace(choice, data_dir=folder) for choice in plan.data))

@@ -25,7 +25,7 @@ from nni_topo.network.runtime import HELD_OUT, quiet_if_asked
 from nni_topo.network.speedup import to_dense
 from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome, network_cost
 from nni_topo.pruners.hooks import Masks
-from nni_topo.pruners.registry import create_pruner, pruner_info
+from nni_topo.pruners.registry import create_pruner, needs_rule, pruner_info
 from nni_topo.recovery import CompensationReport, Distillation, compensation, distillation, recovery_info
 from nni_topo.runs.choices import (
     CompensationChoice,
@@ -223,6 +223,10 @@ def prune_to_ratios(start: Start, choice: PrunerChoice, target: Target, ratios: 
     """Prune a copy of the network with a ratio for every layer, or by the target where the pruner deals it out."""
     if pruner_info(choice.name).structured:
         config_list = pruning_config(start.net, start.example, ratios)
+        if not needs_rule(choice.name, {}):
+            # It finds the number itself, and a ratio is its limit: with the same minimum it keeps the others' widths.
+            for entry in config_list:
+                entry["min_sparse_ratio"] = entry["sparse_ratio"]
     else:  # single weights know no groups of channels
         config_list = [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
     # it deals out a budget itself

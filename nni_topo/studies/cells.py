@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,9 +58,12 @@ def run_cell(cell: Cell, out: Path) -> Record:
     torch.set_num_threads(1)
     start = start_of(cell, out)
     ratios = shared_ratios(cell, start, out)
-    pruned = pruned_cell(cell, start, ratios)
+    cpu: dict[str, float] = {}  # seconds of this process by step, which other processes change less than times
+    with _counted(cpu, "prune"):
+        pruned = pruned_cell(cell, start, ratios)
     speedup_began = time.perf_counter()
-    dense, _ = made_dense(start, pruned.masks)
+    with _counted(cpu, "speedup"):
+        dense, _ = made_dense(start, pruned.masks)
     # accuracies in [0, 1] on the test images, seconds, bytes; latencies are median milliseconds of a batch
     record = {
         **cell_facts(cell),
@@ -69,6 +74,7 @@ def run_cell(cell: Cell, out: Path) -> Record:
         "prune_seconds": pruned.seconds,
         "speedup_seconds": time.perf_counter() - speedup_began,
         **latencies(start, dense),
+        "cpu_seconds": cpu,
     }
     if cell.target.kind != "ratio":
         record |= budget_facts(start, dense, cell.target, record, why_missed(cell, pruned))
@@ -77,11 +83,20 @@ def run_cell(cell: Cell, out: Path) -> Record:
     else:
         dense, recipe, until = _recovered(cell, start, pruned.masks, dense, record), cell.retrain, cell.until
     if recipe.epochs:
-        record |= _fine_tuned(start, dense, recipe, cell.seed, until)
+        with _counted(cpu, "retrain"):
+            record |= _fine_tuned(start, dense, recipe, cell.seed, until)
         record |= _measured(start, dense, "retrained")
     record["peak_memory_bytes"] = _peak_memory()
     record["seconds"] = time.perf_counter() - began
     return {**record, **provenance()}
+
+
+@contextmanager
+def _counted(cpu: dict[str, float], step: str) -> Iterator[None]:
+    """Note the CPU seconds that this process spends in the block."""
+    began = time.process_time()
+    yield
+    cpu[step] = time.process_time() - began
 
 
 def start_of(cell: Cell, out: Path) -> Start:
@@ -160,11 +175,13 @@ def _recovered(cell: Cell, start: Start, masks: Masks, dense: nn.Module, record:
     images = start.images(_RECALIBRATION_IMAGES)
     record |= _measured(start, recalibrate_batch_norm(dense, images), "recalibrated")
     if cell.compensate is not None:
-        dense, report = made_dense(start, masks, cell.compensate)
+        with _counted(record["cpu_seconds"], "compensate"):
+            dense, report = made_dense(start, masks, cell.compensate)
         record |= _measured(start, dense, "compensated")
         record["compensate_seconds"] = None if report is None else report.seconds
     if cell.distill is not None:
-        found = distilled(start, dense, cell.distill)
+        with _counted(record["cpu_seconds"], "distill"):
+            found = distilled(start, dense, cell.distill)
         dense = found.model
         record |= _measured(start, dense, "distilled")
         record["distill_seconds"] = found.seconds

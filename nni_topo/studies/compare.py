@@ -17,7 +17,7 @@ from nni_topo.runs.choices import Cell
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import load_model_data, resolve_device
 from nni_topo.studies.baselines import is_baseline
-from nni_topo.studies.cells import run_cell
+from nni_topo.studies.cells import cell_facts, run_cell
 from nni_topo.studies.isolation import in_turn, isolated
 from nni_topo.studies.plan import SCRATCH, ComparisonPlan
 from nni_topo.studies.records import COMPARED, append_record, read_records
@@ -63,11 +63,11 @@ def compare(
     """Run the cells of a plan that have no record yet; return all records, in the plan's order, and the failed cells.
 
     The output folder gets a line per finished cell in ``results.jsonl``, all records at the end in ``results.json``,
-    the plan, ``report.html`` and the trained models. With ``isolate`` each cell runs in a process of its own: its
-    memory is freed, a crash ends that cell only, and the plan's ``n_jobs`` cells run at a time. ``on_cell`` is called
-    before each cell with the cell, its number from 1 and the number of cells. ConfigError if a name, a knob or the
-    device is unknown, or the folder holds another comparison's records; DataError if the data can't be read, or another
-    run uses the folder.
+    cells without a record and why in ``failures.json``, the plan, ``report.html`` and the trained models. With
+    ``isolate`` each cell runs in a process of its own: its memory is freed, a crash ends that cell only, and the plan's
+    ``n_jobs`` cells run at a time. ``on_cell`` is called before each cell with the cell, its number from 1 and the
+    number of cells. ConfigError if a name, a knob or the device is unknown, or the folder holds another comparison's
+    records; DataError if the data can't be read, or another run uses the folder.
     """
     if not isolate and plan.n_jobs != 1:
         raise ConfigError(f"cells that share a process must run one by one, got n_jobs {plan.n_jobs} (compare)")
@@ -109,6 +109,8 @@ def _all_cells(
             done[todo[number].key] = result
     records = [done[cell.key] for cell in cells if cell.key in done]
     write_json(out / "results.json", records)
+    reasons = [{**cell_facts(failure.cell), "reason": failure.reason} for _, failure in sorted(failures.items())]
+    write_json(out / "failures.json", reasons)
     write_report(out)
     return Comparison(records, [failures[number] for number in sorted(failures)])
 

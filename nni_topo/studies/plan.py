@@ -16,6 +16,7 @@ from nni_topo.errors import (
     check_fields,
     check_jobs,
     number,
+    unknown_name,
     whole,
 )
 from nni_topo.runs.choices import (
@@ -98,13 +99,21 @@ class ComparisonPlan:
         return changed_recipe(recipe, changes), until
 
 
-def load_plan(path: str | Path) -> ComparisonPlan:
+def load_plan(path: str | Path, network: str = "") -> ComparisonPlan:
     """Read a plan from a YAML file; DataError if it can't be read, ConfigError if a key is unknown or a value is wrong.
 
     Keys are the fields of :class:`ComparisonPlan`; an entry of ``models``, ``data`` and ``pruners`` is a name or a
-    mapping, an entry of ``targets`` a mapping such as ``{flops: 0.25}``.
+    mapping, an entry of ``targets`` a mapping such as ``{flops: 0.25}``. A plan of several comparisons has
+    ``networks`` as well, by name the keys of one comparison that differ from the others'; ``network`` chooses one.
     """
     content = read_yaml(path, "a plan")
+    networks = content.pop("networks", {})
+    if not isinstance(networks, dict) or not all(isinstance(keys, dict) for keys in networks.values()):
+        raise ConfigError(f"networks must be a mapping of names to mappings, got {networks!r:.80} ({path})")
+    if network or networks:
+        if network not in networks:
+            raise unknown_name("network", network, networks, f"networks of {Path(path).name}")
+        content = with_recovery({**content, **networks[network]})
     for name, made in {"models": ModelChoice, "data": DataChoice, "pruners": PrunerChoice, "targets": Target}.items():
         entries = content.get(name, [])
         entries = entries if isinstance(entries, list) else [entries]

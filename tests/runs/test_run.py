@@ -401,3 +401,16 @@ def test_devices_are_resolved_by_what_is_there(monkeypatch):
         execute.resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert execute.resolve_device("auto") == torch.device("cuda")
+
+
+def test_a_pruner_that_finds_the_number_itself_keeps_the_widths_of_the_others():
+    cell = cell_of(PrunerChoice("l1"))
+    data = zoo.load_data("digits", limit=150)
+    start = Start(execute.build_model(cell.model, data, seed=0).eval(), data, cell.train)
+    target = Target("flops", 0.25)
+    ratios = layer_ratios(start.net, start.example, target)
+    kept = []
+    for pruner in (PrunerChoice("l1"), PrunerChoice("subcluster", knobs={"energy": 0.01}, calibration=150)):
+        masks = execute.prune_to_ratios(start, pruner, target, ratios).masks
+        kept.append({name: int(found["weight"].flatten(1).amax(1).sum()) for name, found in masks.items()})
+    assert kept[0] == kept[1]

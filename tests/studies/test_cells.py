@@ -199,3 +199,21 @@ def test_bad_distillations_are_refused(tmp_path, entry, message):
     path.write_text(f"models: small_cnn\ndata: digits\npruners: l1\ntargets: [{{ratio: 0.5}}]\ndistill: {entry}\n")
     with pytest.raises(ConfigError, match=message):
         load_plan(path)
+
+
+def test_a_plan_of_several_networks_is_read_one_at_a_time(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "pruners: l1\ntargets: [{ratio: 0.5}]\nseeds: 2\ncompensate: {images: 8}\nnetworks:\n"
+        "  small: {models: small_cnn, data: digits}\n"
+        "  wide: {models: {name: vgg16, width: 0.5}, data: digits, seeds: 1, compensate: {images: 4}}\n"
+    )
+    small, wide = load_plan(path, "small"), load_plan(path, "wide")
+    assert (small.models, small.seeds, small.compensate) == ((ModelChoice("small_cnn"),), 2, CompensationChoice(8))
+    assert (wide.models, wide.seeds, wide.compensate) == ((ModelChoice("vgg16", 0.5),), 1, CompensationChoice(4))
+    for name, words in (("", "known: small, wide"), ("smal", "did you mean small")):
+        with pytest.raises(ConfigError, match=f"network must be a known name, got '{name}'; {words}"):
+            load_plan(path, name)
+    path.write_text("pruners: l1\ntargets: [{ratio: 0.5}]\nmodels: small_cnn\ndata: digits\nnetworks: [small]\n")
+    with pytest.raises(ConfigError, match="networks must be a mapping"):
+        load_plan(path, "small")

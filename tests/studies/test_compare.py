@@ -213,6 +213,8 @@ def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
     assert [record["pruner"] for record in records] == ["l1"]
     assert "needs calibration" in failures[0].reason
     assert failures[0].cell.pruner.name == "reconstruction"
+    (written,) = json.loads((tmp_path / "failures.json").read_text())
+    assert (written["pruner"], written["seed"], written["reason"]) == ("reconstruction", 0, failures[0].reason)
 
 
 DYING = """
