@@ -9,6 +9,7 @@ import pytest
 import torch
 from nni.compression.pruning import L1NormPruner
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import nni_topo
 from nni_topo.errors import ConfigError
@@ -205,3 +206,48 @@ def test_what_makes_the_first_states_goes_with_the_units(kind):
         if name.startswith("states"):
             assert flow.group_ids_of(name).tolist() == units
     assert flow.entering_group_ids("head").tolist() == units
+
+
+class Packed(nn.Module):
+    """A recurrent layer that reads rows of several lengths, packed, between linear layers."""
+
+    def __init__(self, kind, how, **shape):
+        super().__init__()
+        self.how = how
+        self.embed, self.before = nn.Embedding(20, 6), nn.Linear(6, 8)
+        self.body = kind(8, 10, batch_first=True, **shape)
+        self.after, self.head = nn.Linear(10 * (1 + self.body.bidirectional), 12), nn.Linear(12, 3)
+
+    def forward(self, words, lengths):
+        rows = self.before(self.embed(words)).relu()
+        packed = pack_padded_sequence(rows, lengths, batch_first=True, enforce_sorted=False)
+        out, state = self.body(packed)
+        if self.how == "state":
+            state = state[0] if isinstance(state, tuple) else state
+            read = torch.cat([*state[-1 - self.body.bidirectional :]], -1)
+        else:
+            read = pad_packed_sequence(out, batch_first=True)[0].sum(1) / lengths[:, None]
+        return self.head(self.after(read).relu())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("how", ["state", "rows"])
+@pytest.mark.quick_every(5)
+def test_layers_around_packed_rows_lose_channels_and_the_recurrent_layer_keeps_its_units(kind, shape, how):
+    torch.manual_seed(0)
+    model = Packed(kind, how, **shape).eval()
+    words, lengths = torch.randint(20, (8, 7)), torch.tensor([7, 3, 5, 1, 2, 7, 4, 6])
+    asked = [*ASKED, {"op_types": ["Embedding"], "sparse_ratio": 0.5}]
+    groups = nni_topo.dependency_groups(model, (words, lengths), asked)
+    assert "packed" in groups.skipped["body"]
+    pruner = L1NormPruner(model, groups)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert masks.keys() == {"embed", "before", "after"}
+    masked = nni_topo.masked_model(model, (words, lengths), masks)
+    dense = nni_topo.to_dense(model, (words, lengths), masks)
+    assert (dense.embed.embedding_dim, dense.before.out_features, dense.after.out_features) == (3, 4, 6)
+    assert (dense.body.input_size, dense.body.hidden_size) == (4, 10)
+    for call in ((words, lengths), (words[:3, :5], lengths[:3].clamp(max=5)), (words.repeat(2, 1), lengths.repeat(2))):
+        assert torch.allclose(dense(*call), masked(*call), atol=1e-6)

@@ -51,6 +51,7 @@ Kind = Literal[
     "only_head",
     "overwritten",
     "own_norm",
+    "packed_rows",
     "picked_by_value",
     "random_shape",
     "read_as_numbers",
@@ -177,6 +178,7 @@ _ADVICE: dict[Kind, str] = {
     "no_batch": "give the convolution's input a batch dimension",
     "unknown_class": "derive the class from PyTorch's layer, or say how it is cut with nni_topo.register_module",
     "uncut_module": "say how the module is cut with nni_topo.register_module",
+    "packed_rows": "give it padded sequences: without pack_padded_sequence its units can be pruned",
     "recurrent_state": "use PyTorch's LSTM, GRU or RNN without a projection: their units can be pruned",
     "convolves_channels": "prune the layer whose channels the convolution slides along",
     "needs_all_channels": "prune the heads of the attention instead",
@@ -299,6 +301,9 @@ kept_by_itself = _plain("coupled_with_itself", "some of its channels are coupled
 convolves_channels = _plain("convolves_channels", "it is a convolution along the channels of another layer")
 no_heads = _plain("no_heads", "it makes no queries, keys or values of attention, so it has no heads")
 recurrent_state = _plain("recurrent_state", "a recurrent layer keeps the size of its state")
+packed_rows = _plain(
+    "packed_rows", "a recurrent layer that reads packed sequences, or that isn't called by itself, keeps its units"
+)
 complex_weight = _plain("complex_weight", "its weights are complex numbers, which stay as they are")
 transposed_weight = _plain(
     "transposed_weight", "its weight is transposed: nni_topo.as_torch_layers(model) makes it a linear layer"

@@ -1485,6 +1485,33 @@ def _own_linear(op: Operation) -> Any:
     return staying(op.shape)
 
 
+@rule("pack_padded_sequence", "pad_packed_sequence")
+def _packed(op: Operation) -> Any:
+    """Follow rows of several lengths, packed or padded: the channels are in the last dimension of both."""
+    rows, found = op.ids[0], given_shapes(op.node)
+    is_padded = operation_name(op.node) == "pad_packed_sequence"
+    padding = op.argument(3, "padding_value", default=0) if is_padded else 0
+    if padding != 0 or any(varies(rows, d) for d in range(rows.dim() - 1)):
+        return op.all_kept()
+    return rows.flatten(0, -2)[0].expand(found[0].shape), *found[1:]
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent_on_packed(op: Operation) -> Any:
+    """Follow a recurrent layer that reads packed rows: it takes fewer channels in, and keeps its units."""
+    rows, weights = op.ids[0], op.argument(3, "params")
+    if not isinstance(weights, list) or varies(rows, 0):
+        return op.all_kept()  # not packed, as no module of PyTorch's is recorded
+    names = [str(node.target) for node in op.node.args[3]]  # type: ignore[union-attr]
+    lowest = [weight for name, weight in zip(names, weights, strict=True) if "weight_ih_l0" in name]
+    for each in op.ids[1:]:
+        if not any(each is weight for weight in lowest):
+            op.keep(each)
+    for weight in lowest:
+        op.couple(rows[0], weight[0])
+    return given_shapes(op.node)
+
+
 @rule("conv1d", "conv2d", "conv3d")
 def _own_convolution(op: Operation) -> Any:
     """Follow a convolution of each channel by itself with a weight of the model's own, (channels, 1, ...)."""

@@ -28,6 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -417,6 +418,8 @@ class _Recorder(TorchFunctionMode):
             return
         self._stack.append(name)
         self._ran.add(name)
+        if isinstance(module, nn.RNNBase) and isinstance(next(iter((*args, *kwargs.values())), None), PackedSequence):
+            self._kinds.leaves.discard(id(module))  # a graph has no packed sequences: its tensors are followed instead
         if id(module) in self._kinds.followed:
             self._before = name, args, kwargs
         self._inside += id(module) in self._kinds.leaves or self._before is not None

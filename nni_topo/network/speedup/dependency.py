@@ -38,6 +38,7 @@ from nni_topo.network.layers import (
     follows_channels,
     has_channels,
     has_complex_weights,
+    is_recurrent,
     is_transposed_linear,
     plain_norm,
     weight_is_computed,
@@ -659,6 +660,8 @@ def why_not_followed(model: torch.nn.Module, name: str) -> Reason:
     """Return why a layer keeps its channels although no other layer knows of them."""
     if not name:
         return reasons.model_output()  # the layer is the whole model
+    if is_recurrent(model.get_submodule(name)):
+        return reasons.packed_rows()
     if isinstance(model.get_submodule(name), RECURRENT):
         return reasons.recurrent_state()
     if weight_is_computed(model.get_submodule(name)):

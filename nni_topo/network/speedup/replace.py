@@ -35,6 +35,7 @@ from nni_topo.network.layers import (
     keep,
     output_channels,
     row_names,
+    weight_name,
     weight_of,
 )
 from nni_topo.network.runtime import (
@@ -139,7 +140,7 @@ class _Cutter(Replacer):
                 owner, _, target = name.rpartition(".")
                 module = model.get_submodule(owner)
                 keep(module, target, getattr(module, target).index_select(free.dim, kept.to(device_of(module))))
-                if target == "weight":
+                if target == weight_name(module):
                     _set_weight_size(module, free.dim, len(kept))
         for attention in dict.fromkeys(each.name for each in flow.heads.values()):
             found = flow.attention[attention]
@@ -152,12 +153,15 @@ class _Cutter(Replacer):
 def _set_weight_size(module: Any, dim: int, size: int) -> None:
     """Set what a module says of its weight's size along a dimension; the forward reads the weight by itself.
 
-    DeBERTa reads that of an embedding so, Mamba those of a linear layer and of a convolution.
+    DeBERTa reads that of an embedding so, Mamba those of a linear layer and of a convolution, and a recurrent layer its
+    own where it gets packed sequences.
     """
     if isinstance(module, torch.nn.Embedding) and dim == 1:
         module.embedding_dim = size
     elif isinstance(module, torch.nn.Linear):
         setattr(module, ("out_features", "in_features")[dim], size)
+    elif isinstance(module, torch.nn.RNNBase) and dim == 1:
+        module.input_size = size
     elif isinstance(module, CONVOLUTIONS) and dim == 0:
         if is_depthwise(module):
             module.in_channels = module.groups = size

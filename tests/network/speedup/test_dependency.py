@@ -538,7 +538,7 @@ class Holding(nn.Module):
         ("layer.linear1", "inside_module", "layer"),
         ("blocks.0.0", "not_followed", None),
         ("blocks.1.a", "not_followed", None),
-        ("units", "recurrent_state", None),
+        ("units", "packed_rows", None),
         ("cell", "recurrent_state", None),
         ("normed", "computed_weight", None),
         ("spectral", "computed_weight", None),
