@@ -1,9 +1,11 @@
 """Which blocks are kept where units share some of them, which no dependency group can state: they choose as one.
 
 A *class* is a set of blocks that are kept or pruned together: blocks of several units, or several of one unit. Classes
-that the same units hold form a *segment*. Each unit says how many blocks it would keep. From the narrowest unit to the
-widest, this count is distributed over the segments that the unit holds and no unit before it did, in proportion to
-their lengths. So wider units follow narrower ones where they share blocks, and reach their own count with the others.
+that the same units hold form a *segment*. Classes of negative numbers stay: they form segments of their own, and a
+unit that asks for some share gets it of its other blocks. Each unit says how many blocks it would keep. From the
+narrowest unit to the widest, this count is distributed over the segments that the unit holds and no unit before it did,
+in proportion to their lengths. So wider units follow narrower ones where they share blocks, and reach their own count
+with the others.
 Where the coupling doesn't allow that, more blocks are kept, never fewer. Within a segment the classes with the highest
 mean score over all of their layers are kept. Where a network shuffles and splits channels, `PruningUnit.shares` says
 how many blocks of each segment are kept.
@@ -12,6 +14,7 @@ how many blocks of each segment are kept.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -60,7 +63,8 @@ def warn_of_more(units: Sequence[PruningUnit], kept: KeptBlocks, agreed: KeptBlo
     ]
     if found:
         _logger.warning(
-            "layers that share channels must ask for widths that fit together; more channels are kept in %s",
+            "layers that share channels must ask for widths that fit together, and some channels have to stay; "
+            "more channels are kept in %s",
             "; ".join(found),
         )
 
@@ -78,7 +82,10 @@ class _Shared:
         pairs = zip(units, self._classes, strict=True)
         rows = [row for unit, own in pairs for row in own.reshape(unit.parts, unit.rows)]
         holds = np.array([np.bincount(row, minlength=classes.max() + 1) for row in rows])
-        self._segment = _ranks(column.tobytes() for column in holds.T.copy())
+        stays = np.zeros(classes.max() + 1, dtype=np.bool_)
+        stays[classes] = [number < 0 for unit in units for number in unit.ties]
+        self._segment = _ranks(zip((column.tobytes() for column in holds.T.copy()), stays.tolist(), strict=True))
+        self._stays = stays[np.unique(self._segment, return_index=True)[1]]
         _, first, self._sizes = np.unique(self._segment, return_index=True, return_counts=True)
         self._holds = holds[:, first]
         # A part within another holds fewer classes, so that it comes before.
@@ -105,11 +112,13 @@ class _Shared:
 
     def _dealt(self, wanted: IntArray) -> IntArray:
         """Return how many classes of each segment to keep so that every part keeps the wanted count, where possible."""
-        counts, is_open = np.zeros_like(self._sizes), np.ones(len(self._sizes), dtype=np.bool_)
+        counts, is_open = np.where(self._stays, self._sizes, 0), ~self._stays
         for part in self._order:
             own = self._holds[part]
             new = is_open & (own > 0)
-            counts[new] = _deal(max(int(wanted[part] - own @ counts), 0), self._sizes[new], own[new])
+            staying, blocks = int(own[self._stays] @ self._sizes[self._stays]), int(own @ self._sizes)
+            asked = staying + math.ceil((blocks - staying) * int(wanted[part]) / blocks)  # the same share of the others
+            counts[new] = _deal(max(int(asked - own @ counts), 0), self._sizes[new], own[new])
             is_open &= ~new
         return counts
 

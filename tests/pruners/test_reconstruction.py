@@ -14,7 +14,8 @@ from nni_topo.pruners.reconstruction import ReconstructionPruner
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblem, ReconstructionProblems
 from nni_topo.pruners.reconstruction.sequential import SequentialProblems
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
-from nni_topo.speedup import dependency_groups
+from nni_topo.pruners.topological import TopologicalPruner
+from nni_topo.speedup import dependency_groups, to_dense
 from nni_topo.testing import toy_images, toy_model
 
 IMAGES = toy_images(48, seed=2)
@@ -300,3 +301,54 @@ def test_activations_that_are_not_finite_are_named():
         model[0].weight.sign_().mul_(3e38)
     with pytest.raises(DataError, match=r"activations must be finite.*0\.weight"):
         problem_of(model, ["0"])
+
+
+class Halves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.one, self.two = nn.Linear(5, 8), nn.Linear(4, 3), nn.Linear(8, 3)
+        with torch.no_grad():  # channels 1 and 4 do all
+            self.one.weight[:, [0, 2, 3]] = 0
+            self.two.weight[:, [1, 2, 3, 5, 6, 7]] = 0
+
+    def forward(self, x):
+        one, two = self.first(x).chunk(2, 1)
+        return self.one(one) + self.two(torch.cat([two, two.relu()], 1))
+
+
+@pytest.mark.parametrize("samples", [4, 64])  # few are kept as they are, of many the products
+@pytest.mark.parametrize("swaps", [0, 5])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_channels_are_chosen_by_all_layers_that_read_a_part_of_them(samples, swaps, sequential):
+    model, data = Halves().eval(), [torch.randn(samples, 5)]
+    groups = dependency_groups(model, data[0], config("first", ratio=0.75))
+    pruner = ReconstructionPruner(model, groups, calibration=data, swaps=swaps, sequential=sequential)
+    mask = pruner.compress()[1]["first"]["bias"]
+    pruner.unwrap_model()
+    assert mask.nonzero().flatten().tolist() == [1, 4]
+
+
+class CrossStage(nn.Module):
+    """A C2f block: the second half of the first convolution goes on, and is added to what comes of it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.inner, self.outer = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(24, 4, 1)
+
+    def forward(self, x):
+        first, second = self.one(x).relu().chunk(2, 1)
+        return self.outer(torch.cat([first, second, second + self.inner(second).relu()], 1))
+
+
+@pytest.mark.parametrize("kind", [ReconstructionPruner, TopologicalPruner])
+def test_both_convolutions_of_a_block_whose_halves_go_two_ways_are_cut(kind):
+    model, images = CrossStage().eval(), torch.randn(8, 3, 6, 6)
+    groups = dependency_groups(model, images, config("one", "inner"))
+    pruner = kind(model, groups, calibration=[images])
+    masks = pruner.compress()[1]
+    pruner.unwrap_model()
+    dense = to_dense(model, images, masks)
+    assert (dense.one.out_channels, dense.inner.out_channels) == (8, 4)
+    assert not dense.report.kept

@@ -32,19 +32,26 @@ def coupled_names(owned: Mapping[str, set[int]]) -> list[list[str]]:
 
 
 def partial_couplings(flow: ChannelFlow, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Return ids, (channels,), of layers whose couplings no group can state: channels with equal ids are coupled."""
+    """Return ids, (channels,), of layers whose couplings no group can state, or of which some channels stay.
+
+    Channels with equal ids are coupled; those with a negative one stay.
+    """
     selected, free = set(names), dict[str, set[int]]()
     for name in flow.layers:
         if name in selected:
             free[name] = set(flow.group_ids_of(name).tolist()) - {FIXED}
     found = dict[str, tuple[int, ...]]()
     for group in coupled_names(free):
-        if _is_stated(flow, group):
+        all_ids = [flow.group_ids_of(name) for name in group]
+        has_staying = any((ids == FIXED).any() and (ids != FIXED).any() for ids in all_ids)
+        if _is_stated(flow, group) and (flow.shuffles or not has_staying):
             continue
-        for name in group:
-            group_ids = flow.group_ids_of(name)
-            # Channels that stay aren't coupled with one another, so each gets an id that no other has.
-            found[name] = tuple(np.where(group_ids == FIXED, -flow.channel_ids_of(name), group_ids).tolist())
+        # Channels that stay aren't coupled with one another: each gets an id that no other has, but for those at the
+        # same place of layers that are one unit.
+        own = dict[bytes, np.ndarray]()
+        for name, ids in zip(group, all_ids, strict=True):
+            staying = own.setdefault(ids.tobytes(), -flow.channel_ids_of(name))
+            found[name] = tuple(np.where(ids == FIXED, staying, ids).tolist())
     return found
 
 

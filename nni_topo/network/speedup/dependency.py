@@ -78,7 +78,8 @@ class DependencyGroups(list[dict[str, Any]]):
         can't prune keep all channels, with a warning.
     ties : mapping of str to tuple of int
         By layer that shares some of its channels with others, or with itself, a number for each channel, (channels,):
-        those with equal numbers can only go together, which no entry can say. The package's pruners heed it.
+        those with equal numbers can only go together, and those with a negative one stay, which no entry can say. The
+        package's pruners heed it.
     shares : mapping of str to Share
         By layer whose channels are shuffled and split, how many of which stay at the ratio of its entry, which no entry
         can say. The package's pruners heed it.

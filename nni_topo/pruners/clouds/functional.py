@@ -117,7 +117,10 @@ class FunctionalCollector(DataCollector):
 
 @dataclass(frozen=True)
 class ChannelReader:
-    """A layer that reads a unit: where each channel enters, ``(channels, places)``, and how strongly it's read."""
+    """A layer that reads a unit: where each channel enters, ``(channels, places)``, and how strongly it's read.
+
+    Of channels that enter in fewer places than others some places are -1, of strength 0.
+    """
 
     module: nn.Module
     places: IntArray
@@ -176,15 +179,14 @@ def readers_of(
 def check_read(
     model: nn.Module, modules: Iterable[str], call: Call, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
 ) -> None:
-    """Raise ConfigError if no layer of these kinds reads all channels of a layer alike, with all such names."""
+    """Raise ConfigError for layers some of whose channels no layer of these kinds reads, with all such names."""
     flow = Network(model, call).flow
     by_name = dict(model.named_modules())
     unread = [
         name
         for name in modules
         # Names of modules that make no channels are passed over.
-        if name in set(flow.layers) - set(flow.output_projections())
-        and not any(isinstance(module, kinds) for module, _ in _reading(name, flow, by_name))
+        if name in set(flow.layers) - set(flow.output_projections()) and not _reading(name, flow, by_name, kinds)
     ]
     giving_output = [name for name in unread if flow.reaches_output(name)]
     if giving_output:
@@ -200,36 +202,44 @@ def check_read(
 def unread_error(names: list[str]) -> LayerError:
     """Build the error for layers that nothing reads, with the ways on."""
     return LayerError(
-        "a pruned layer must have a next layer that reads all of its channels alike, for that scores them, got none: "
+        "a pruned layer must have next layers that read all of its channels, for these score them, got none: "
         f"{leaving_out('the pruned layer')}, or let TopologicalPruner look at that layer itself, cloud='activation' "
         f"or 'weight' ({', '.join(names)})",
         names,
     )
 
 
-def _reading(name: str, flow: ChannelFlow, modules: dict[str, nn.Module]) -> list[tuple[nn.Module, IntArray]]:
-    """Return the layers that read another one's channels, and where each channel enters."""
+def _reading(
+    name: str, flow: ChannelFlow, modules: dict[str, nn.Module], kinds: tuple[type[nn.Module], ...] = (nn.Module,)
+) -> list[tuple[nn.Module, IntArray]]:
+    """Return the layers of these kinds that read another one's channels, and where each channel enters.
+
+    They are those that read all channels alike, if there are any. Else those that read some, as after a split, if they
+    together read all that can be removed.
+    """
     channels = flow.group_ids(flow.unit_channel_ids(name))
-    found = []
+    alike, others = list[tuple[nn.Module, IntArray]](), list[tuple[nn.Module, IntArray]]()
     for other in flow.layers:
         module = modules[other]
-        # It passes each channel on by itself: the layer after it reads the channels.
-        if is_depthwise(module):
-            continue
-        places = _places(channels, flow.entering_group_ids(other))
-        if places is not None:
-            found.append((module, places))
-    return found
+        # A depth-wise convolution passes each channel on by itself: the layer after it reads the channels.
+        if isinstance(module, kinds) and not is_depthwise(module):
+            places = _places(channels, flow.entering_group_ids(other))
+            if places.size:
+                (others if (places < 0).any() else alike).append((module, places))
+    if alike or name in flow.heads or not others:
+        return alike
+    is_read = np.any([(places >= 0).any(1) for _, places in others], axis=0)
+    return others if is_read[channels != FIXED].all() else []
 
 
-def _places(channels: IntArray, entering: IntArray) -> IntArray | None:
-    """Input positions of each channel, ``(channels, places)``; None if the layer doesn't read them all alike."""
-    if FIXED in channels:  # they can't be removed, and all constants share this number
-        return None
+def _places(channels: IntArray, entering: IntArray) -> IntArray:
+    """Return the input positions of each channel, ``(channels, places)``, -1 where it has fewer than others."""
     order = np.argsort(entering, kind="stable")
     first, end = (np.searchsorted(entering[order], channels, side) for side in ("left", "right"))
-    counts = end - first
-    return order[first[:, None] + np.arange(counts[0])] if counts[0] > 0 and (counts == counts[0]).all() else None
+    # All channels that stay, and constants, share one number.
+    counts = np.where(channels == FIXED, 0, end - first)
+    steps = np.arange(counts.max(initial=0))
+    return np.where(steps < counts[:, None], np.append(order, -1)[np.minimum(first[:, None] + steps, len(order))], -1)
 
 
 def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Tensor:
@@ -243,5 +253,5 @@ def read_strength(module: nn.Module, places: IntArray, order: float = 2.0) -> Te
         # Input channel j of group g is column j of the g-th segment of rows.
         by_group = weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
         norms = torch.linalg.vector_norm(by_group, order, dim=(1, 3)).reshape(-1)
-    strength: Tensor = norms[torch.from_numpy(places).to(norms.device)]
-    return strength.cpu()
+    strength: Tensor = norms[torch.from_numpy(places).to(norms.device)].cpu()
+    return strength.masked_fill(torch.from_numpy(places < 0), 0.0)

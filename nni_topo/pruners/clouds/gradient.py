@@ -227,7 +227,8 @@ class _Gates:
             def record(gradient: Tensor) -> None:
                 products = (values.detach() * gradient).movedim(channel_dim, 0)
                 by_sample = products.reshape(len(products), samples, -1).sum(2, dtype=torch.float64)
-                effect = by_sample[places.to(by_sample.device)].sum(1)
+                found = by_sample[places.to(by_sample.device)]
+                effect = found.masked_fill((places < 0)[..., None].to(found.device), 0.0).sum(1)
                 self._batch[name] = self._batch[name] + effect if name in self._batch else effect
 
             opened.register_hook(record)

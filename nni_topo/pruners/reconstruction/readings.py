@@ -43,7 +43,10 @@ class Reading:
         self.columns = self._all_columns // len(reader.places)  # of a channel: kernel elements times positions
         self.equations = NormalEquations()
         weight: Any = reader.module.weight
-        self._inputs = torch.from_numpy(reader.places).reshape(1, -1).to(weight.device)
+        self._inputs = torch.from_numpy(reader.places.clip(min=0)).reshape(1, -1).to(weight.device)
+        # Of a channel that enters in fewer places than others, columns that hold nothing make up the number.
+        elements = self._all_columns // reader.places.size
+        self._empty = torch.from_numpy(reader.places.reshape(-1) < 0).repeat_interleave(elements).to(weight.device)
         self._weights: Tensor | None = None  # where they are multiplied with
         self._images = images
         self._sampled = max(_LEAST_SAMPLES, _SAMPLES_PER_COLUMN * self._all_columns)
@@ -129,14 +132,17 @@ class Reading:
             root = sums.samples**0.5
             rows, outputs = (values[0].div_(root) for values in sums.centred())
             del sums  # as large as the weights that are read now
+            rows[:, self._empty] = 0.0
             if self.module is self.twin:
                 outputs = rows @ self._read_weights()
             wanted = outputs * _inverse_root(outputs.square().sum())
             columns = np.ascontiguousarray(rows.T.cpu().numpy())
-            return SampleMatrix(
-                columns, wanted.cpu().numpy(), _RIDGE * np.square(columns).sum(1), self.columns, rows.device
-            )
+            ridge = _RIDGE * np.square(columns).sum(1)
+            ridge[self._empty.cpu().numpy()] = 1.0
+            return SampleMatrix(columns, wanted.cpu().numpy(), ridge, self.columns, rows.device)
         own, across, variances = (values[0] for values in sums.covariances())
+        own[self._empty] = own[:, self._empty] = across[self._empty] = 0.0
+        own.diagonal()[self._empty] = 1.0
         if self.module is self.twin:
             weights = self._read_weights()
             across = own @ weights
@@ -156,7 +162,9 @@ class Reading:
             group = channel // width
             outputs = slice(group * step, (group + 1) * step)
             rows[index, :, outputs] = kernels[outputs, channel % width].T
-        return rows.flatten(0, 1)
+        rows = rows.flatten(0, 1)
+        rows[self._empty] = 0.0
+        return rows
 
 
 def _inverse_root(variance: Tensor) -> float:

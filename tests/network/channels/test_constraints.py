@@ -259,3 +259,50 @@ def test_both_halves_of_a_gated_layer_go_alike_of_states_in_any_shape(shape, pru
     dense = to_dense(model, states, masks)
     assert (dense.both.in_features, dense.both.out_features, dense.leave.in_features) == (4, 12, 6)
     torch.testing.assert_close(dense(states), masked_model(model, states, masks)(states))
+
+
+class Skipped(nn.Module):
+    """As in a VNet: half of the channels are added to those of a skip connection that the input is added to."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner, self.up = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.out = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        skip = (self.first(x) + torch.cat([x] * 8, 1)).relu()
+        joined = torch.cat([self.inner(skip).relu(), skip], 1)
+        return self.out((self.up(joined) + joined).relu())
+
+
+class Picked(nn.Module):
+    """Four of the channels are picked by number."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.other, self.last = nn.Linear(3, 12), nn.Linear(3, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        z = (self.first(x) + self.other(x)).relu()
+        return self.last(z) + z[:, 3:7].sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_channels_that_have_to_stay_are_never_masked(seed):
+    images = torch.randn(2, 1, 6, 6)
+    model = Skipped().eval()
+    groups = dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    masks = chosen(nni_topo.RandomPruner(model, groups, seed=seed))
+    assert masks["up"]["bias"][8:].all()  # those of the skip connection
+    assert [int(masks[name]["bias"].sum()) for name in ("inner", "up")] == [4, 12]
+    assert not to_dense(model, images, masks).report.kept
+    model, rows_in = Picked().eval(), torch.randn(4, 3)
+    groups = dependency_groups(model, rows_in, [{"op_names": ["first", "other"], "sparse_ratio": 0.75}])
+    masks = chosen(nni_topo.RandomPruner(model, groups, seed=seed))
+    staying = {i for i, number in enumerate(groups.ties["first"]) if number < 0}
+    assert staying
+    assert staying <= set(masks["first"]["bias"].nonzero().flatten().tolist())
+    assert torch.equal(masks["first"]["bias"], masks["other"]["bias"])
+    assert not to_dense(model, rows_in, masks).report.kept

@@ -180,3 +180,43 @@ def test_a_cloud_of_images_that_processes_share_is_that_of_all_of_them():
     finally:
         dist.destroy_process_group()
     np.testing.assert_array_equal(found, expected)
+
+
+class Halves(nn.Module):
+    """One reader takes the first half of the channels, another one the second half, in two places."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.one, self.two = nn.Linear(3, 4), nn.Linear(2, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        one, two = self.first(x).chunk(2, 1)
+        return self.one(one) + self.two(torch.cat([two, two.relu()], 1))
+
+
+def test_channels_that_go_different_ways_are_scored_by_the_layers_that_read_them():
+    model, x = Halves().double().eval(), torch.randn(20, 3, dtype=torch.float64)
+    found, _ = cloud_of(model, config("first"), [x[:8], x[8:]], "first")
+    one, two = model.one.weight.detach().norm(dim=0), model.two.weight.detach().norm(dim=0)
+    values = model.first(x).detach().T
+    rows = torch.zeros(4, 3, 20, dtype=torch.float64)
+    rows[:2, 0] = values[:2] * one[:, None]
+    rows[2:, 1] = values[2:] * two[:2, None]
+    rows[2:, 2] = values[2:].relu() * two[2:, None]
+    assert_same_cloud(found, centred(rows, 20))
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_layer_of_which_no_layer_reads_a_part_is_refused(part):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(2, 3)
+
+        def forward(self, x):
+            halves = self.first(x).chunk(2, 1)
+            return self.last(halves[part]) + halves[1 - part].abs().sum(1, keepdim=True)
+
+    with pytest.raises(ConfigError, match=r"next layers that read all of its channels.*\(first"):
+        cloud_of(Half(), config("first"), [torch.randn(6, 3)], "first")
