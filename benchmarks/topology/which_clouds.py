@@ -57,9 +57,10 @@ class Kind:
 
 
 DIGITS = "small CNN, digits"
+_RESNET20 = replace(zoo.default_recipe("resnet20", "fashion-mnist"), epochs=10)
 KINDS = {
     DIGITS: Kind(ModelChoice("small_cnn"), zoo.default_recipe("small_cnn", "digits"), 512, True, 2),
-    "ResNet-20": Kind(ModelChoice("resnet20"), zoo.default_recipe("resnet20", "fashion-mnist"), is_primary=True),
+    "ResNet-20": Kind(ModelChoice("resnet20"), _RESNET20, is_primary=True),
     "LeNet-5-like": Kind(ModelChoice("lenet5_like"), zoo.Recipe(epochs=6)),
     "MobileNetV2, small": Kind(ModelChoice("recovery_nets:mobilenet_like"), zoo.Recipe(epochs=10, lr=0.1)),
 }
