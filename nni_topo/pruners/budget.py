@@ -64,6 +64,9 @@ _NO_NEARER = {
     AUTO: "with the allocation that was chosen the next possible numbers of channels come no nearer",
 }
 _SECONDS = 10.0  # to time one network beside the unpruned one
+_FEWEST = 1.0 / 8.0  # share of a layer's channels that a budget leaves
+_NEVER_ONE = 16  # layers of so many channels keep at least two
+_HALVINGS = 20
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,11 @@ class Budget:
     Notes
     -----
     The config_list only says which layers are pruned. Its ``min_sparse_ratio`` and ``max_sparse_ratio`` hold, and the
-    other layers lose more or less instead. Widths are integers, so the nearest possible cost is taken. A budget is met
+    other layers lose more or less instead. A layer without a ``max_sparse_ratio`` keeps at least an eighth of its
+    channels, or half of the share that each pruned layer keeps where all of them together keep the budget's share of
+    their own cost, if that is less; of sixteen or more channels it keeps at least two. Where so few channels don't meet
+    the budget, all layers keep them, and the outcome says which budget can be met; where they do, ``"topological"`` and
+    ``"error"`` may leave a layer fewer. Widths are integers, so the nearest possible cost is taken. A budget is met
     by a network that costs at most 0.01 of the unpruned one more (of a budget below 0.1, a tenth of the budget; for
     ``latency`` at least 5 % of the budget). If no network takes so little time, the widest that is about as fast as any
     is kept, possibly the unpruned one. A warning gives the reason where a budget is missed, and where the network costs
@@ -238,9 +245,10 @@ class BudgetPlanner(Planner):
             self._accepted = accepted_heads(model)
         cost = share_left(units, self._network_cost(units, model), self.rounded)
         kept = kept_if(units, self.rounded)
-        bounds, share = [unit.removable_rows for unit in units], self.budget.share
+        share = self.budget.share
 
         def solve(share: float) -> list[int]:
+            bounds = bounds_under(self.budget, share, units, cost)
             if self.budget.allocation == "uniform":
                 rows = [unit.rows for unit in units]
                 return solve_uniform(rows, cost, share, bounds, alike=self.budget.equal_blocks)
@@ -284,17 +292,18 @@ class BudgetPlanner(Planner):
         cost: Callable[[Sequence[int]], float],
     ) -> str:
         """Return the reason why the cost isn't nearer to the budget."""
-        bounds = [unit.removable_rows for unit in units]
-        if self.left > self.budget.share and not self._is_near(cost([most for _, most in bounds])):
+        bounds, is_over = bounds_under(self.budget, self.budget.share, units, cost), self.left > self.budget.share
+        at_bounds = "at their max_sparse_ratio, or keep the fewest channels that a budget leaves them"
+        can_be_met = f"; a budget of {self.left:.4g} can be met"
+        if is_over and not self._is_near(cost([most for _, most in bounds])):
             flow = Network.on(model, self.example_inputs).flow
             held = held_by_unselected(flow, [unit.layers for unit in units])
             if held:
                 partners = dict.fromkeys(name for names in held.values() for name in names)
                 why = f"{listed(held)} can lose no channel: {reasons.unselected(partners)}"
                 if len(held) < sum(len(unit.layers) for unit in units):
-                    why += "; the others are at their max_sparse_ratio, or have one channel left"
-                return why
-        is_over = self.left > self.budget.share
+                    why += f"; the others are {at_bounds}"
+                return why + can_be_met
         is_least = all(count == bound[is_over] for count, bound in zip(removed, bounds, strict=True))
         if self.budget.kind == "latency" and self.budget.latency_table is None and is_over and not is_least:
             return (
@@ -303,9 +312,10 @@ class BudgetPlanner(Planner):
             )
         if self.round_to:
             return f"layers keep multiples of {self.round_to}"
+        if is_least and is_over:
+            return f"all layers to prune are {at_bounds}{can_be_met}"
         if is_least:
-            key = "max_sparse_ratio" if is_over else "min_sparse_ratio"
-            return f"all layers are at their {key}, or have one channel left, but for those that aren't pruned"
+            return "all layers to prune are at their min_sparse_ratio"
         if self.budget.kind == "latency" and self.budget.latency_table is None:
             return "no widths that were timed came nearer"
         return "blocks are equally wide" if self.budget.equal_blocks else no_nearer(self.budget, self.allocations)
@@ -374,6 +384,48 @@ def share_left(
 
     kept = kept_if(units, rounded)
     return lambda removed: float(cost(kept(removed)) / unpruned)
+
+
+def bounds_under(
+    budget: Budget, share: float, units: Sequence[PruningUnit], left: Callable[[Sequence[int]], float]
+) -> list[tuple[int, int]]:
+    """Return the fewest and the most rows that units may lose so that a share of the cost remains.
+
+    ``left`` is that of :func:`share_left`. A share that can't be met has the bounds of the least one that can, so that
+    asking for what is left then gives the same network.
+    """
+
+    def bounds(fewest: float) -> list[tuple[int, int]]:
+        """Return the bounds that leave each unit this share of its rows."""
+        found = []
+        for unit in units:
+            low, high = unit.removable_rows
+            if unit.max_sparse_ratio == 1.0:
+                least = 2 if unit.blocks >= _NEVER_ONE and unit.parts == 1 else 1
+                high = max(low, unit.rows - max(math.ceil(unit.rows * fewest), least))
+            found.append((low, high))
+        return found
+
+    def left_at(fewest: float) -> float:
+        return left([most for _, most in bounds(fewest)])
+
+    fixed = left_at(0.0)
+
+    def is_enough(fewest: float) -> bool:
+        """Say whether the share for which layers would keep twice these rows is as much as is asked for, and is met.
+
+        It is a share of that part of the cost which depends on the layers that are pruned.
+        """
+        return left_at(2.0 * fewest) - fixed >= (1.0 - fixed) * max(share, left_at(fewest))
+
+    low, high = 0.0, _FEWEST
+    if is_enough(high):
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2.0
+            low, high = (low, middle) if is_enough(middle) else (middle, high)
+    if budget.allocation != "uniform" and left_at(high) <= share:
+        return [unit.removable_rows for unit in units]  # what channels are worth says how few a layer keeps
+    return bounds(high)
 
 
 def kept_if(

@@ -153,11 +153,13 @@ def test_death_times_deal_out_where_there_are_clouds_only():
 @pytest.mark.slow
 def test_bounds_of_the_config_list_hold_and_a_budget_missed_for_them_is_told(caplog):
     masks, _ = pruned(resnet(), {"flops": 0.05}, rule={"max_sparse_ratio": 0.5})
-    assert re.search(r"the flops budget of 0.05 is missed: .* all layers are at their max_sparse", caplog.text)
+    assert re.search(
+        r"budget of 0.05 is missed: .* are at their max_sparse.*; a budget of 0.2509 can be met", caplog.text
+    )
     assert all(targets["weight"].flatten(1)[:, 0].mean() >= 0.5 for targets in masks.values())
     masks, _ = pruned(resnet(), {"flops": 0.9}, rule={"min_sparse_ratio": 0.25})
     assert re.search(
-        r"the flops budget of 0.9 is met: .* less than asked, because all layers are at their min_sparse_ratio",
+        r"budget of 0.9 is met: .* less than asked, because all layers to prune are at their min_sparse_ratio",
         caplog.text,
     )
     assert all(targets["weight"].flatten(1)[:, 0].mean() <= 0.75 for targets in masks.values())
@@ -221,7 +223,7 @@ def test_another_allocation_comes_nearer_where_one_ratio_does_not():
 
 
 @pytest.mark.parametrize(
-    ("share", "is_met", "why"), [(0.5, True, ""), (0.05, False, "all layers are at their max_sparse_ratio")]
+    ("share", "is_met", "why"), [(0.5, True, ""), (0.05, False, "are at their max_sparse_ratio, or")]
 )
 @pytest.mark.quick_every(2)
 def test_a_pruner_knows_whether_its_budget_is_met(share, is_met, why):
@@ -359,3 +361,41 @@ def test_equal_widths_round_one_after_the_other():
     lost = [sum(count) / 128 for count in counts]
     np.testing.assert_allclose(lost, 1 - np.linspace(0.2, 1, 30), atol=1 / 128)
     assert all(max(count) - min(count) <= 1 for count in counts)
+
+
+def widths_under(budget, held, **bounds):
+    """Return the widths of two linear layers, of 64 and 32, before others that must stay, and the outcome."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise((16, 64, 32, *held))]
+    config = [{"op_names": ["0", "1"], **bounds}]
+    pruner = ReconstructionPruner(nn.Sequential(*layers), config, calibration=[torch.randn(64, 16)], budget=budget)
+    _, masks = pruner.compress()
+    return [int(masks[name]["weight"].any(1).sum()) for name in "01"], pruner.planner.outcome
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "topological", "error"])
+@pytest.mark.parametrize(
+    ("held", "bounds", "kept", "left"),
+    [
+        ((64, 64), {}, [8, 4], (16 * 8 + 8 * 4 + 4 * 64 + 64 * 64) / 9216),  # an eighth
+        ((64, 64), {"max_sparse_ratio": 0.9375}, [4, 2], (16 * 4 + 4 * 2 + 2 * 64 + 64 * 64) / 9216),
+        ((1,), {}, [3, 2], (16 * 3 + 3 * 2 + 2) / 3104),  # of sixteen or more never one
+    ],
+)
+def test_a_budget_out_of_reach_leaves_every_layer_a_share_and_names_one_within_reach(
+    held, bounds, kept, left, allocation
+):
+    share = 0.4 if held == (64, 64) else 1e-3
+    widths, outcome = widths_under({"params": share, "allocation": allocation}, held, **bounds)
+    assert widths == kept
+    assert outcome.left == pytest.approx(left)
+    assert not outcome.is_met
+    assert outcome.why.endswith(f"; a budget of {left:.4g} can be met")
+    _, again = widths_under({"params": round(left, 4), "allocation": allocation}, held, **bounds)
+    assert again.is_near
+
+
+def test_a_small_budget_that_can_be_met_leaves_fewer_than_an_eighth():
+    widths, outcome = widths_under({"params": 0.02}, (1,))
+    assert outcome.is_near
+    assert widths[0] < 8
