@@ -171,9 +171,9 @@ def test_snippets_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatch)
 
 def test_no_page_has_snippets_that_no_test_runs():
     # of CONTRIBUTING by tests/cli/test_verbs.py, of the networks from wheels by tests/test_trained.py, of runtimes by
-    # tests/test_runtimes.py, of the others here
+    # tests/test_runtimes.py, of ultralytics by tests/test_ultralytics.py, of the others here
     elsewhere = {"start", "config_list", "six_jobs", "README", "CONTRIBUTING", "cnn_from_a_wheel", "embedding_model"}
-    elsewhere |= {"migrating", "runtimes"}
+    elsewhere |= {"migrating", "runtimes", "ultralytics"}
     assert {path.stem for path in PAGES if snippets(path)} == YOURS.keys() | elsewhere
 
 

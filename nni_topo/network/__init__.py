@@ -12,6 +12,7 @@ from nni_topo.network.speedup import (
     dependency_groups,
     explain,
     masked_model,
+    register_width_attribute,
     to_dense,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "profile",
     "register_module",
     "register_operator",
+    "register_width_attribute",
     "save",
     "save_pretrained",
     "to_dense",

@@ -22,6 +22,7 @@ from nni_topo.network.speedup.equivalence import apply_masks, masked_model
 from nni_topo.network.speedup.explain import Explanation, explain
 from nni_topo.network.speedup.network import Network, share_answers
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve_masks, union, widths_multiple
+from nni_topo.network.speedup.width_attributes import register_width_attribute
 
 __all__ = [
     "OUTPUT",
@@ -42,6 +43,7 @@ __all__ = [
     "groups_of",
     "held_by_unselected",
     "masked_model",
+    "register_width_attribute",
     "resolve_masks",
     "share_answers",
     "sizes_in_markdown",

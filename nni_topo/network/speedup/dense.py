@@ -64,7 +64,6 @@ from nni_topo.network.speedup.constant_channels import (
     is_bordered,
     norms_of_constants,
 )
-from nni_topo.network.speedup.contracts import count_anew
 from nni_topo.network.speedup.dependency import why_not_followed
 from nni_topo.network.speedup.equivalence import (
     OwnModes,
@@ -78,6 +77,7 @@ from nni_topo.network.speedup.explain import way_forward
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_outputs, narrowed
+from nni_topo.network.speedup.width_attributes import count_anew
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _logger = logging.getLogger(__name__)

@@ -1,16 +1,17 @@
-"""Attributes of timm's and torchvision's networks that count channels, counted anew from tensors that they describe.
+"""Attributes that count channels, and of which tensor: a table that users extend, counted anew in the dense network.
 
-Code around a network relies on such attributes: a pyramid reads ``feature_info``, a new classifier is made as wide as
-``num_features``. A reader says of which tensor an attribute counts the channels, as the library defines it. The tensor
-is measured in the unpruned and in the dense network. Where it has as many channels in the unpruned one as the attribute
-says, the attribute gets the number of the dense one. Any other attribute stays, and is named as stale.
+Code around a network, and methods that its forward doesn't call, rely on such attributes: a pyramid reads
+``feature_info``, a new classifier is made as wide as ``num_features``, ultralytics' exporter splits by ``c``. The table
+says of which tensor an attribute counts the channels. The tensor is measured in the unpruned and in the dense network.
+Where it has as many channels in the unpruned one as the attribute says, the attribute gets the number of the dense one.
+Any other attribute stays, and is named as stale.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nni_topo.errors import Rule, checked, is_class
 from nni_topo.network.layers import Place, number_at, put_sizes, read_in_forward
 from nni_topo.network.runtime import Call, called, evaluation_mode, left_alone, out_of_memory, watched
 
 _logger = logging.getLogger(__name__)
+
+
+Part = Literal["input", "output", "features", "pre_logits"]
 
 
 @dataclass(frozen=True)
@@ -41,26 +46,97 @@ class Described:
     """
 
     module: str
-    part: Literal["input", "output", "features", "pre_logits"]
+    part: Part
     at: int | None = None
 
 
 Claim = tuple[Place, Described]
 """An attribute, and the tensor whose channels it counts."""
-ContractReader = Callable[[str, nn.Module], Iterable[Claim]]
-"""Lists what a module's attributes count, given its name and the module."""
 Shape = tuple[int, ...]
 
-_OF_INPUT = ("in_channels", "in_features", "in_chs", "in_planes")
-_OF_OUTPUT = ("out_channels", "out_features", "out_chs", "out_planes")
+_TABLE: dict[tuple[type[nn.Module] | str, str], Described] = {
+    **{(nn.Module, name): Described("", "input") for name in ("in_channels", "in_features", "in_chs", "in_planes")},
+    **{
+        (nn.Module, name): Described("", "output") for name in ("out_channels", "out_features", "out_chs", "out_planes")
+    },
+    ("torchvision.models.resnet.ResNet", "inplanes"): Described("layer4", "output"),  # by which a pyramid is made
+    ("ultralytics.nn.modules.block.C2f", "c"): Described("m.0", "input"),
+    ("ultralytics.nn.modules.block.C2fAttn", "c"): Described("m.0", "input"),
+    ("ultralytics.nn.modules.block.RepNCSPELAN4", "c"): Described("cv2", "input"),
+}
+"""By class, or by its full name, and attribute: the tensor, of a module that is named from this one on."""
 
 
-def named_sizes(name: str, module: nn.Module) -> Iterator[Claim]:
-    """Read what its name says to count a module's input or output, as ``out_channels`` of a detector's backbone."""
-    for key in _OF_INPUT:
-        yield (name, key, ()), Described(name, "input")
-    for key in _OF_OUTPUT:
-        yield (name, key, ()), Described(name, "output")
+@checked(kind=Rule("a class of modules or its full name", lambda kind: isinstance(kind, str) or _is_module(kind)))
+def register_width_attribute(
+    kind: type[nn.Module] | str, attribute: str, module: str = "", part: Literal["input", "output"] = "output"
+) -> None:
+    """Say of which tensor an attribute of a module counts the channels, so that it follows when channels are removed.
+
+    Attributes that the module's forward reads follow by themselves. Others, which methods beside the forward or code
+    around the network read, keep the number of the unpruned network unless a table says what they count. The table
+    knows attributes of timm, torchvision and ultralytics.
+
+    Parameters
+    ----------
+    kind : type or str
+        The module's class, or its full name, ``"package.module.Class"``, which needn't be imported. Classes derived
+        from it count.
+    attribute : str
+        The attribute, which holds an integer.
+    module : str, default=""
+        The name of a module within such a module, as `torch.nn.Module.get_submodule` takes it; ``""``: the module
+        itself.
+    part : {"input", "output"}, default="output"
+        Whether the attribute counts the channels of the first tensor that enters that module, or of what it returns.
+
+    Raises
+    ------
+    ConfigError
+        If an argument isn't what it must be.
+
+    See Also
+    --------
+    nni_topo.register_operator, nni_topo.register_module : What operators and modules do with channels.
+
+    Notes
+    -----
+    `to_dense` measures the tensor in the unpruned and in the dense network. It leaves the attribute where the unpruned
+    tensor has another number of channels, and names it in ``report.stale``.
+
+    Examples
+    --------
+    >>> import nni_topo
+    >>> class Halves(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.width = 4
+    ...         self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1)
+    ...     def forward(self, images):
+    ...         left, right = self.first(images).chunk(2, 1)
+    ...         return self.second(left * right)
+    ...     def left_alone(self, images):
+    ...         return self.second(self.first(images)[:, : self.width])
+    >>> nni_topo.register_width_attribute(Halves, "width", "second", "input")
+    >>> kept = torch.tensor([1.0, 0, 1, 0]).repeat(2).view(-1, 1, 1, 1)
+    >>> small = nni_topo.to_dense(Halves(), torch.randn(2, 3, 5, 5), {"first": {"weight": kept.expand(8, 3, 1, 1)}})
+    >>> small.width, small.left_alone(torch.randn(1, 3, 5, 5)).shape
+    (2, torch.Size([1, 2, 5, 5]))
+    """
+    _TABLE[kind, attribute] = Described(module, part)
+
+
+def _is_module(kind: Any) -> bool:
+    return is_class(kind) and issubclass(kind, nn.Module)
+
+
+def registered(name: str, module: nn.Module) -> Iterator[Claim]:
+    """Read what the table says of a module; a class derived from another has its entries, and may have its own."""
+    for kind in reversed(type(module).__mro__):
+        for (owner, attribute), described in _TABLE.items():
+            if owner in (kind, f"{kind.__module__}.{kind.__qualname__}"):
+                inner = f"{name}.{described.module}".strip(".")
+                yield (name, attribute, ()), Described(inner, described.part)
 
 
 def timm_features(name: str, module: nn.Module) -> Iterator[Claim]:
@@ -80,7 +156,7 @@ def timm_features(name: str, module: nn.Module) -> Iterator[Claim]:
         if index in outputs:
             yield place, Described(name, "output", outputs[index])
         else:
-            part: Literal["input", "output"] = "input" if entry.get("hook_type") == "forward_pre" else "output"
+            part: Part = "input" if entry.get("hook_type") == "forward_pre" else "output"
             yield place, Described(f"{name}.{entry['module']}".lstrip("."), part)
 
 
@@ -96,13 +172,6 @@ def timm_widths(name: str, module: nn.Module) -> Iterator[Claim]:
             yield (name, key, ()), Described(name, "pre_logits")
 
 
-def torchvision_widths(name: str, module: nn.Module) -> Iterator[Claim]:
-    """Read the width by which torchvision makes a pyramid of a ResNet."""
-    last = f"{name}.layer4".lstrip(".")
-    if type(module).__module__ == "torchvision.models.resnet" and hasattr(module, "layer4"):
-        yield (name, "inplanes", ()), Described(last, "output")
-
-
 def _counting_nothing(model: nn.Module) -> set[Place]:
     """List attributes that count no channels of the finished network: ``base_width`` of torchvision's ResNets.
 
@@ -115,7 +184,8 @@ def _counting_nothing(model: nn.Module) -> set[Place]:
     }
 
 
-READERS: tuple[ContractReader, ...] = (named_sizes, timm_features, timm_widths, torchvision_widths)
+READERS = (timm_features, timm_widths, registered)
+"""Functions of a module's name and the module that list what attributes count; of two claims the later one counts."""
 
 
 def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> set[Place]:

@@ -16,15 +16,16 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 
 import nni_topo
-from nni_topo.network.speedup.contracts import (
+from nni_topo.errors import ConfigError
+from nni_topo.network.speedup import width_attributes
+from nni_topo.network.speedup.width_attributes import (
     Described,
     _shapes,
     channels_kept,
     count_anew,
-    named_sizes,
+    registered,
     timm_features,
     timm_widths,
-    torchvision_widths,
 )
 
 
@@ -426,12 +427,71 @@ def test_widths_are_those_of_features_and_of_what_enters_the_classifier() -> Non
     assert claims(timm_widths, torch.jit.script(nn.Linear(2, 2))) == {}
     with torch.device("meta"):
         resnet = ResNet(BasicBlock, [1, 1, 1, 1])
-    assert claims(torchvision_widths, resnet) == {("inplanes", ()): Described("net.layer4", "output")}
-    assert claims(torchvision_widths, BasicBlock(4, 4)) == claims(torchvision_widths, Body()) == {}
-    named = claims(named_sizes, nn.Linear(2, 2), "")
+    named = claims(registered, nn.Linear(2, 2))
+    assert claims(registered, resnet) == {**named, ("inplanes", ()): Described("net.layer4", "output")}
+    assert claims(registered, BasicBlock(4, 4)) == named
+    named = claims(registered, nn.Linear(2, 2), "")
     assert named["in_chs", ()] == named["in_features", ()] == Described("", "input")
     assert named["out_planes", ()] == named["out_channels", ()] == Described("", "output")
     assert len(named) == 8
+
+
+class Halves(nn.Module):
+    """As a C2f block of ultralytics: a method beside the forward splits by an attribute."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.width, self.split = [width] * 2  # which shows nothing of the layers
+        self.first, self.second = nn.Conv2d(3, 2 * width, 1), nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.first(x).chunk(2, 1)
+        found: Tensor = self.second(left * right)
+        return found
+
+    def by_width(self, x: Tensor) -> Tensor:
+        left, right = self.first(x).split((self.width, self.width), 1)
+        found: Tensor = self.second(left * right)
+        return found
+
+
+class Derived(Halves):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Halves, f"{__name__}.Halves"])
+@torch.no_grad()
+def test_a_registered_attribute_follows(kind: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(width_attributes, "_TABLE", dict(width_attributes._TABLE))
+    kept = torch.tensor([1.0, 0, 1, 0, 1, 0, 0, 0] * 2).view(-1, 1, 1, 1).expand(16, 3, 1, 1)
+    for make in (Halves, Derived):
+        model, masks = nn.Sequential(make()).eval(), {"0.first": {"weight": kept}}
+        assert nni_topo.to_dense(model, IMAGES, masks).report.stale == {"0.split": 8, "0.width": 8}
+    nni_topo.register_width_attribute(kind, "width", "second", "input")
+    nni_topo.register_width_attribute(kind, "split", "first")  # of which there are twice as many
+    for make in (Halves, Derived):
+        dense: Any = nni_topo.to_dense(nn.Sequential(make()).eval(), IMAGES, masks)
+        assert (dense[0].width, dense.report.stale) == (3, {"0.split": 8})
+        torch.testing.assert_close(dense[0].by_width(IMAGES), dense(IMAGES))
+    nni_topo.save(dense, tmp_path / "dense.safetensors")
+    assert nni_topo.load(tmp_path / "dense.safetensors", nn.Sequential(Derived()))[0].width == 3
+    nni_topo.register_width_attribute(Derived, "width")  # what its own class says is nearer
+    assert dict(registered("net", Derived()))["net", "width", ()] == Described("net", "output")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((nn.Linear(2, 2), "width"), "kind must be a class of modules or its full name, got Linear"),
+        ((int, "width"), "kind must be a class of modules or its full name"),
+        ((Halves, None), "attribute must be"),
+        ((Halves, "width", None), "module must be"),
+        ((Halves, "width", "", "inputs"), "did you mean input"),
+    ],
+)
+def test_entries_that_cannot_be_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        nni_topo.register_width_attribute(*given)
 
 
 class Twice(nn.Module):
