@@ -47,10 +47,15 @@ MUTANTS ?=
 # for `make cuda`: a Python that has the packages, so that nothing is installed, e.g. PY=python3; without one, VENV's
 PY ?= $(BIN)/python
 
-.PHONY: tables trained trained-table trained-packages fuzz faults reliability demo test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
+.PHONY: tables trained trained-table trained-packages fuzz faults reliability demo compare test test-all test-slow test-with test-lowest test-processors test-nightly zoo cuda lint docs start pictures mutants upstream checkout clean
 
 demo: $(READY)
 	$(BIN)/nni-topo demo --out demo
+
+# every pruner beside the baselines on the smallest network of the plan, in five minutes: tables, compare/accuracy.png and
+# compare/report.html
+compare: $(READY)
+	$(BIN)/nni-topo compare --plan configs/compare_named.yaml --network small_cnn --n-jobs -1 --out compare
 
 test: $(READY)
 	$(BIN)/python -m pytest $(SPREAD) $(OPTIONS)
@@ -178,4 +183,4 @@ $(READY): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv $(LOWEST) $(OTHER) $(SITE) site build dist demo start trained upstream.json cuda.json *.egg-info
+	rm -rf .venv $(LOWEST) $(OTHER) $(SITE) site build dist demo compare start trained upstream.json cuda.json *.egg-info

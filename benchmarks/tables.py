@@ -137,6 +137,11 @@ def _gpu() -> Iterator[Callable[[str], str]]:
     yield lambda page: with_tables(page, module.SOURCE, module.page_tables(documents))
 
 
+def _named_pruners() -> Iterator[Callable[[str], str]]:
+    module = module_of("bench_named.py")
+    yield lambda page: with_tables(page, module.SOURCE, module.tables())
+
+
 def _topology() -> Iterator[Callable[[str], str]]:
     for name in HYPOTHESES:
         yield _of_jsonl(f"topology/{name}.py", f"topology/{name}.jsonl", "tables")
@@ -164,6 +169,7 @@ _MAKERS: dict[str, Callable[[], Iterator[Callable[[str], str]]]] = {
     "export": _export,
     "fresh_networks": _fresh_networks,
     "gpu": _gpu,
+    "named_pruners": _named_pruners,
     "speed": lambda: iter(
         [
             _of_jsonl("bench_pipeline.py", "steps.jsonl"),
