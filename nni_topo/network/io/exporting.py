@@ -219,9 +219,11 @@ def export(
         distance = math.nan
         if format == "torch.export":
             with quietly(), _export_errors("that torch.export can save (ONNX may)", net):
-                # Streams, because torch.export refuses a path that doesn't end in .pt2.
-                with part.open("wb") as written:
-                    torch.export.save(program, written)
+                # In memory first: PyTorch's writer ends the process when it can't write to the disk.
+                written = io.BytesIO()
+                torch.export.save(program, written)
+                part.write_bytes(written.getbuffer())
+                # A stream, because torch.export refuses a path that doesn't end in .pt2.
                 with part.open("rb") as read:
                     loaded = torch.export.load(read).module()
             error = _check(net, calls_to_check, lambda one: tensors_of(loaded(*one[0], **one[1])))
@@ -421,10 +423,15 @@ def _program(net: nn.Module, call: Call, dims: Sequence[int]) -> Any:
 
 @contextmanager
 def _export_errors(rule: str, net: nn.Module) -> Iterator[None]:
-    """Turn any error of PyTorch's exporters within the block into an ExportError. ``rule``: what a network must be."""
+    """Turn any error of PyTorch's exporters within the block into an ExportError. ``rule``: what a network must be.
+
+    Errors of the disk stay as they are.
+    """
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         cause: BaseException = error  # the last one says what is wrong, those before it which step of PyTorch's it was
         while cause.__cause__ is not None:
             cause = cause.__cause__
