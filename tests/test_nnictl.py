@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
@@ -75,6 +76,13 @@ def test_version(tmp_path: Path) -> None:
     assert nnictl(tmp_path, "--version").strip() == "3.0"
 
 
+def status(port: int, host: str) -> int:
+    """The status of the manager's answer to a request for a host."""
+    connection = http.client.HTTPConnection("localhost", port, timeout=60)
+    connection.request("GET", "/api/v1/nni/check-status", headers={"Host": host})
+    return connection.getresponse().status
+
+
 def listeners(port: int) -> set[str]:
     """Hexadecimal addresses on which something listens at a port."""
     lines = [line.split() for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()]
@@ -102,6 +110,8 @@ def test_two_trials_on_this_machine(tmp_path: Path, variables: dict[str, str], a
             found = listeners(port)
             assert found
             assert found <= addresses
+        assert status(port, f"localhost:{port}") == 200
+        assert status(port, "rebound.example") == (200 if addresses is ALL_INTERFACES else 403)
         while time.monotonic() < deadline:
             states = [job["status"] for job in trials(port)]
             if len(states) == 2 and not {"WAITING", "RUNNING", "UNKNOWN"} & set(states):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import inspect
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import nni_node
 import pytest
 from nni.experiment import launcher
 
-from nni_topo.compat import launching
+from nni_topo.compat import LOOPBACK, launching
 
 
 def tries() -> Any:
@@ -32,3 +37,45 @@ def test_the_number_of_tries_is_raised_and_nothing_else(
     assert tries() == expected
     assert check.__defaults__ == (expected, None, 0.5)
     assert launching.wait_for_manager() is False
+
+
+SERVER = """
+const server = require("http").createServer((request, reply) => reply.end("done"));
+server.on("upgrade", (request, socket) => socket.end("HTTP/1.1 101 Switching Protocols\\r\\n\\r\\n"));
+server.listen(0, () => console.log(server.address().port));
+"""
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """The port of a server under NNI's own Node, into which the script is loaded as into its manager."""
+    node = Path(nni_node.__file__).with_name("node")
+    with subprocess.Popen([node, f"--require={LOOPBACK}", "-e", SERVER], stdout=subprocess.PIPE, text=True) as process:
+        yield int(process.stdout.readline())
+        process.kill()
+
+
+UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "127.0.0.1:80"}, 200),
+        ({"Host": "[::1]"}, 200),
+        ({"Host": "rebound.example"}, 403),
+        ({"Host": "localhost.rebound.example"}, 403),
+        ({"Host": "rebound.example", "Expect": "100-continue"}, 403),
+        ({"Origin": "http://localhost:9000"}, 200),
+        ({"Origin": "https://other.example"}, 403),
+        (UPGRADE, 101),
+        ({"Host": "rebound.example", **UPGRADE}, 403),
+        ({"Origin": "https://other.example", **UPGRADE}, 403),
+    ],
+)
+def test_a_bound_manager_answers_what_names_this_machine_alone(headers: dict[str, str], status: int, port: int) -> None:
+    connection = http.client.HTTPConnection("localhost", port, timeout=60)
+    connection.request("GET", "/", headers=headers)
+    assert connection.getresponse().status == status
+    connection.close()
