@@ -437,6 +437,12 @@ def test_shares_have_wilsons_interval(hits, count):
     wilson = stats.binomtest(hits, count).proportion_ci(method="wilson")
     assert (found.value, found.low, found.high) == pytest.approx((hits / count, wilson.low, wilson.high), abs=1e-6)
     assert 0.0 <= found.low <= found.high <= 1.0
+    assert (found.low == 0.0) is (hits == 0)
+    assert (found.high == 1.0) is (hits == count)
+
+
+def test_the_limit_of_no_hits_is_zero_whatever_the_number_of_samples():
+    assert {_share([0.0] * count).low for count in range(1, 100)} == {0.0}
 
 
 def answer(outputs, real=None, are_logits=True):

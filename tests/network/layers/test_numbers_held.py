@@ -299,3 +299,9 @@ def test_numbers_of_what_describes_features_have_names_and_of_other_objects_none
     assert model.features.info == [{"num_chs": 4}, {"num_chs": 16}]
     assert model[0].features is model.features
     assert shared.info[0]["num_chs"] == 8
+
+
+def test_the_line_numbers_of_a_traced_module_are_no_sizes():
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    model.width = 8
+    assert sizes_of(model) == {"width": 8}
