@@ -248,6 +248,18 @@ def test_an_evaluator_serves_as_calibration():
     assert kept(masks, "hidden").tolist() == kept(expected, "hidden").tolist()
 
 
+def test_an_evaluator_beside_the_default_cloud_is_told_how_its_data_serve(caplog):
+    model = toy_model()
+    TopologicalPruner(model, HALF, toy_evaluator(model))
+    assert "calibration=evaluator takes what the evaluator evaluates on" in caplog.text
+    caplog.clear()
+    _, weights = TopologicalPruner(toy_model(), HALF).compress()
+    _, asked = TopologicalPruner(toy_model(), HALF, calibration=toy_evaluator(toy_model())).compress()
+    _, expected = TopologicalPruner(toy_model(), HALF, calibration=[toy_images()]).compress()
+    assert caplog.text == ""
+    assert kept(asked, "hidden").tolist() == kept(expected, "hidden").tolist() != kept(weights, "hidden").tolist()
+
+
 def test_a_collector_of_ones_own():
     class Doubled(WeightCollector):
         def collect(self, context):

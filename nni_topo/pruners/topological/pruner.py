@@ -11,6 +11,7 @@ Moratuwa, 2022. Only its abstract and lists are public: criteria, clouds and all
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from nni_topo.pruners.hooks import DataCollector
 from nni_topo.pruners.planner import Planner
 from nni_topo.pruners.topological.metric import CRITERIA, GeneticSearch, SelectionSettings, TopologicalMetric
 
+_logger = logging.getLogger(__name__)
 _DIMENSIONS = all_of(whole(0), Sequence, least=1)
 _SOLVER = one_of(("auto", "greedy", "genetic"))
 _JOBS = Rule("an integer other than 0, as joblib takes it", lambda jobs: whole(-1024).holds(jobs) and jobs != 0) | NONE
@@ -53,8 +55,8 @@ class TopologicalPruner(StructuredPruner):
     cloud : str, PointCloud, mapping or DataCollector, default="auto"
         :class:`~nni_topo.PointCloud`, its fields, or its kind alone: ``"weight"``, ``"folded"``, ``"coupled"``,
         ``"activation"``, ``"functional"`` or ``"gradient"``. ``"auto"`` is ``"functional"`` if ``calibration`` is
-        given, else ``"weight"``.
-    calibration : iterable or None, default=None
+        given, else ``"weight"``, with a warning if there is an evaluator whose data could serve.
+    calibration : iterable, Evaluator or None, default=None
         Batches of inputs, or of ``(inputs, targets)``, which the gradient cloud needs and all others ignore the targets
         of. A list or DataLoader, not a generator.
     criterion : {"auto", "hausdorff", "cover", "bottleneck", "bottleneck_sum", "wasserstein"}, default="auto"
@@ -158,6 +160,11 @@ class TopologicalPruner(StructuredPruner):
         inputs = example_inputs
         if points.kind == "functional" and self.calibration is None:
             self.calibration = pruner_batches(evaluator, model)
+        if points.kind == "auto" and self.calibration is None and evaluator is not None:
+            _logger.warning(
+                "channels are selected by the cloud of the weights alone, because there are no calibration data: "
+                "calibration=evaluator takes what the evaluator evaluates on; cloud='weight' asks for the weights"
+            )
         if points.kind in TRACED:
             inputs = example_inputs_of(inputs, model, calibration=self.calibration, evaluator=evaluator)
         criterion = "hausdorff" if criterion == "auto" else criterion
