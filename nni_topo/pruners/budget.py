@@ -48,7 +48,7 @@ BUDGETS = ("flops", "params", "latency", "memory")
 _RULES = {
     "allocation": one_of(get_args(Allocation)),
     "latency_table": instance(LatencyTable) | PATH | NONE,
-    "equal_blocks": FLAG,
+    "equal_blocks": FLAG | NONE,
 }
 _MEANT = {"macs": "flops", "mac": "flops", "parameters": "params", "time": "latency", "seconds": "latency"}
 """Other words for the costs, and what a budget calls them."""
@@ -83,11 +83,12 @@ class Budget:
         on death times over the network (TopologicalPruner and ReconstructionPruner). ``"error"``: the channels with the
         least reconstruction error, in all layers that read them, per cost saved (ReconstructionPruner). ``"auto"``:
         the one of these whose network is nearest to the unpruned one on held-out images (:func:`nni_topo.shrink` only).
-    equal_blocks : bool, default=False
+    equal_blocks : bool, optional
         Let layers of the same width keep the same number of channels, and attention of the same number of heads the
         same number of heads, in all blocks. A config of Transformers can describe such a network
         (:func:`nni_topo.save_pretrained`), and blocks compiled one by one share their code. The cost comes less near to
-        the budget. For ``"uniform"`` alone.
+        the budget. For ``"uniform"`` alone. None: as False, but :func:`nni_topo.shrink` takes True for a model of
+        Transformers, and leaves the layers whole of which a config can say no other width.
     latency_table : LatencyTable, str, Path or None, default=None
         Seconds per layer and width, or a JSON file of them, for ``latency``; then only the table counts. None: measured
         once, on one thread with the batch of the pruner's ``example_inputs``
@@ -123,7 +124,7 @@ class Budget:
     memory: float | None = None
     allocation: Allocation = "uniform"
     latency_table: LatencyTable | str | Path | None = None
-    equal_blocks: bool = False
+    equal_blocks: bool | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -251,7 +252,7 @@ class BudgetPlanner(Planner):
             bounds = bounds_under(self.budget, share, units, cost)
             if self.budget.allocation == "uniform":
                 rows = [unit.rows for unit in units]
-                return solve_uniform(rows, cost, share, bounds, alike=self.budget.equal_blocks)
+                return solve_uniform(rows, cost, share, bounds, alike=bool(self.budget.equal_blocks))
             worth = [losses(unit) for unit in units]
             if self.budget.allocation == "topological":
                 return solve_tolerance(worth, bounds, cost, share)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.cost import LatencyTable, measure_latency, time_shares
-from nni_topo.network.io import take_out, take_out_part, tell_depth
+from nni_topo.network.io import take_out, take_out_part, tell_depth, tells_depth
 from nni_topo.network.layers import RECURRENT, WEIGHTED, is_transposed_linear
 from nni_topo.network.runtime import (
     Calibration,
@@ -41,7 +41,7 @@ from nni_topo.pruners.budget import Budget, BudgetOutcome, network_cost, outcome
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import Outputs, judged
 from nni_topo.runs.allocating import Tried, check_held_out
-from nni_topo.runs.steps import PrunedNetwork, RecoveredNetwork, ShrinkSteps, layers_to_prune
+from nni_topo.runs.steps import PrunedNetwork, RecoveredNetwork, ShrinkSteps, layers_to_prune, with_described
 from nni_topo.runs.widths import fewest_channels, inner_layers, least_share
 
 if TYPE_CHECKING:
@@ -520,7 +520,13 @@ class DepthSteps(ShrinkSteps):
     @classmethod
     def of(cls, steps: ShrinkSteps, budget: Budget) -> ShrinkSteps:
         """Return steps that also remove blocks; where no block can go, the same steps, which then say so."""
-        removable = removable_blocks(steps.model, steps.images.all, _keeps(steps), whole_blocks=budget.equal_blocks)
+        keeps = _keeps(steps)
+
+        def keep(name: str) -> str:
+            is_told = not steps.is_described or tells_depth(steps.model, name.rpartition(".")[0])
+            return keeps(name) if is_told else "no config of Transformers can say that there are fewer of these blocks"
+
+        removable = removable_blocks(steps.model, steps.images.all, keep, whole_blocks=bool(budget.equal_blocks))
         if not removable.candidates:
             why = "; ".join(f"{name}: {reason}" for name, reason in removable.kept.items())
             why = why or "none lies in a list of at least two, adds to its input and keeps its shape"
@@ -629,9 +635,12 @@ class DepthSteps(ShrinkSteps):
             short = self._path(budget).states[count]
             layers: Any = None if self.prunable.is_default else _renamed(self.prunable.entries, self.model, short)
             own = {each.name: getattr(self, each.name) for each in fields(ShrinkSteps) if each.init}
+            prunable = layers_to_prune(short.net, self.images.example, layers)
+            if self.is_described:
+                prunable = with_described(short.net, self.images.example, prunable)
             own |= {
                 "model": short.net,
-                "prunable": layers_to_prune(short.net, self.images.example, layers),
+                "prunable": prunable,
                 "_asked": {},
                 "_left_out": [],
             }

@@ -17,8 +17,10 @@ from nni_topo.disk import output_folder, path_of, write_figure, write_json
 from nni_topo.errors import ANYTHING, ConfigError, checked, is_finite, leaves_out_by, shown
 from nni_topo.maths.knee import knee
 from nni_topo.maths.ties import first_smallest
+from nni_topo.network.attention import is_pretrained
 from nni_topo.network.cost import measure_latency, time_shares
-from nni_topo.network.io import save
+from nni_topo.network.io import save, why_undescribed
+from nni_topo.network.layers import with_transposed_weights
 from nni_topo.network.runtime import (
     BATCHES,
     MODEL,
@@ -46,6 +48,7 @@ from nni_topo.runs.steps import (
     RecoveredNetwork,
     ShrinkSteps,
     Stage,
+    as_described,
     check_can_be_distilled,
     check_choices,
     check_has_size,
@@ -243,7 +246,7 @@ def frontier(
     layers: Iterable[str | Mapping[str, Any]] | None = None,
     compensate: str | RecoveryMethod | Compensate | None = "reconstruct",
     distill: Mapping[str, Any] | Distill | bool = True,
-    narrow_heads: bool = True,
+    narrow_heads: bool | None = None,
     depth: bool = False,
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -332,6 +335,7 @@ def frontier(
     check_has_size(pruner, "shares need")
     if len(wanted) > 1:
         check_one_distilled(distill, "one of each share", "frontier")
+    template, is_described = as_described(model, template, narrow_heads, pruner)
     model, told_of_weights = plain_weights(model)
     data = ImageParts.of(calibration, model)
     check_can_be_distilled(model, data.all, distill, outputs)
@@ -346,6 +350,7 @@ def frontier(
         "round_to": round_to,
         "seed": seed,
         "progress": progress,
+        "is_described": is_described,
     }
     steps = ShrinkSteps.prepare(model, data, kind, **settings, is_search=True)
     measured = Measurements(model, data, evaluate, outputs)
@@ -386,6 +391,8 @@ def frontier(
         final, verdict = steps.distil(recovered.dense, steps=count)
         is_last_step_distilled = callable(distill) or final is not recovered.dense
         measured.add("distilled" if is_last_step_distilled else "reconstructed", final)
+        if is_described:
+            with_transposed_weights(final)
         report = ShrinkReport(
             stages=(measured.stages[0], measured.stages[-1]),
             layers=recovered.layers,
@@ -399,6 +406,7 @@ def frontier(
             distillation=verdict,
             depth=recovered.depth,
             outputs=measured.answers.named,
+            undescribed=why_undescribed(final) if is_pretrained(final) else "",
             **names_of_steps(steps, own, tried),
         )
         tell_report(final, report)
@@ -478,6 +486,7 @@ def _made_from_larger(
     """Prune a larger network further, to the same share of the unpruned one's cost; None where that can't be."""
     fixed: Any = {template.kind: min(share / left, 1.0)}
     try:
+        larger, _ = plain_weights(larger)
         steps = ShrinkSteps.prepare(larger, data, template.kind, **settings, is_search=True)
         other, _ = steps.recover(replace(template, **fixed))
     except ConfigError as error:  # nothing more can go

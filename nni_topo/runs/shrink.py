@@ -12,6 +12,9 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ANYTHING, NONE, ConfigError, checked, leaves_out_by, listed, number, one_of
+from nni_topo.network.attention import is_pretrained
+from nni_topo.network.io import why_undescribed
+from nni_topo.network.layers import with_transposed_weights
 from nni_topo.network.runtime import (
     BATCHES,
     MODEL,
@@ -57,6 +60,7 @@ from nni_topo.runs.steps import (
     RecoveredNetwork,
     ShrinkSteps,
     Stage,
+    as_described,
     check_can_be_distilled,
     check_can_be_shared,
     check_choices,
@@ -131,6 +135,8 @@ class ShrinkReport(ModelReport):
         Whether all blocks were to keep the same widths.
     recovery : str
         Name of the recovery method, or of its class or function; empty where no weights were reconstructed.
+    undescribed : str
+        Of a model of Transformers, what its config can't say of the network; empty where ``from_pretrained`` loads it.
     changed_since : tuple of str
         What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``: the
         figures are those before.
@@ -153,6 +159,7 @@ class ShrinkReport(ModelReport):
     allocation: str = ""
     equal_blocks: bool = False
     recovery: str = ""
+    undescribed: str = ""
     changed_since: tuple[str, ...] = ()
 
     def to_frame(self) -> pandas.DataFrame:
@@ -300,6 +307,11 @@ class ShrinkReport(ModelReport):
             if reason != OUTPUT:
                 keeps = "keeps" if len(names) == 1 else "keep"
                 lines.append(f"{listed(names, _NAMES)} {keeps} all channels: {reason}")
+        if self.undescribed:
+            lines.append(
+                f"from_pretrained can't build the network by its config, {self.undescribed}: use nni_topo.save and "
+                "nni_topo.load"
+            )
         lines += [told_of_changes(self.changed_since)] if self.changed_since else []
         return "\n".join(lines)
 
@@ -321,7 +333,7 @@ def names_of_steps(
     return {
         "pruner": _name_of(steps.pruner),
         "allocation": allocation,
-        "equal_blocks": budget.equal_blocks,
+        "equal_blocks": bool(budget.equal_blocks),
         "recovery": "" if steps.compensate is None else _name_of(steps.compensate),
     }
 
@@ -361,7 +373,7 @@ def shrink(
     layers: Iterable[str | Mapping[str, Any]] | None = None,
     compensate: str | RecoveryMethod | Compensate | None = "reconstruct",
     distill: Mapping[str, Any] | Distill | bool = True,
-    narrow_heads: bool = True,
+    narrow_heads: bool | None = None,
     depth: bool = False,
     outputs: Outputs | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -417,10 +429,10 @@ def shrink(
         can be taken isn't distilled, with a warning. Or knobs of :func:`nni_topo.distill`, e.g.
         ``{"seconds": 60, "augment": ...}``; or a function of (dense, model, images) that returns a dense model, which
         is kept in any case.
-    narrow_heads : bool, default=True
+    narrow_heads : bool, optional
         Instead of removing heads of attention, make all heads of the module narrower for the same cost, where
         :func:`nni_topo.narrow_heads` can. Not done for a latency budget, nor with ``round_to`` or ``equal_blocks``,
-        nor on a GPU unless ``round_to`` is 1.
+        nor on a GPU unless ``round_to`` is 1. None: as True, but for a model of Transformers; see the notes.
     depth : bool, default=False
         Whether blocks compete with channels for the budget: residual blocks, blocks of transformers, and attention or
         the MLP in these; see the notes. That takes two to three times as long.
@@ -453,7 +465,8 @@ def shrink(
         If the budget, a name or a knob is invalid, or the allocation is ``"auto"`` and the pruner has only one. If the
         images are too few to confirm the ``tolerance`` even if no answer changes, or there are no channels to remove,
         also because the ``layers`` share all of theirs with layers that aren't among them.
-        If ``depth`` is True and the pruner chooses how many channels it keeps.
+        If ``depth`` is True and the pruner chooses how many channels it keeps. If the config of a model of Transformers
+        can't describe the smaller network, as with ``layers`` that have no width of their own in it.
     DataError
         If the images can't be used, or are fewer than eight for ``"auto"`` or ``depth``.
     SpeedupError
@@ -481,6 +494,13 @@ def shrink(
     are looked at. If all fail, a copy of the unpruned network is returned, with a warning. ``report.tolerance`` has the
     figures of all. The limit is one for images of the same kind: on images that the network was trained on, answers
     change less often than on others. An ``evaluate`` function gives no limit: what it returns is taken as it is.
+
+    The smaller network of a model of Transformers is one that its config describes, so that ``from_pretrained`` loads
+    what :func:`nni_topo.save_pretrained`, its own ``save_pretrained`` or a ``Trainer`` saves: blocks are equally wide,
+    heads are removed whole or, where the config can't say fewer heads, kept, and poolers, classifiers and the residual
+    stream stay as wide as they are. A warning before the work says if this can't meet the budget, and which share it
+    reaches. ``"equal_blocks": False`` in the budget asks for free widths and narrower heads, ``narrow_heads=True`` as
+    well; ``report.undescribed`` then says what no config can say.
 
     With ``depth`` blocks are put in an order first: the next to go is that whose absence costs the least loss, on 128
     held-out images, for the cost that it saves, after the layer before it was solved on 256 calibration images to
@@ -513,6 +533,7 @@ def shrink(
     check_layers(model, layers, "shrink")
     check_choices(kind_and_allocation, pruner, knobs, layers, compensate, distill, outputs, evaluate, "shrink")
     check_can_be_shared(calibration, kind_and_allocation, pruner, compensate, distill, tolerance, depth)
+    kind_and_allocation, is_described = as_described(model, kind_and_allocation, narrow_heads, pruner)
     model, told_of_weights = plain_weights(model)
     structure_call(model, calibration)  # an error that says what to change
     parts: tuple[Calibration | None, ...] | None = None
@@ -541,7 +562,10 @@ def shrink(
         seed=seed,
         progress=progress,
         is_search=tolerance is not None,
+        is_described=is_described,
     )
+    if asked is not None and not depth:
+        steps.tell_reachable(kind_and_allocation)
     measured = Measurements(model, data, evaluate, outputs)
     measured.add(UNPRUNED, model)
     if depth:
@@ -585,6 +609,8 @@ def shrink(
         final, verdict = steps.distil(recovered.dense)
         if callable(distill) or final is not recovered.dense:
             measured.add("distilled", final)
+    if is_described:
+        with_transposed_weights(final)
     compensation_report = None if recovered is None else recovered.report
     report = ShrinkReport(
         stages=tuple(measured.stages),
@@ -605,6 +631,7 @@ def shrink(
         tolerance=found,
         depth=None if recovered is None else recovered.depth,
         outputs=measured.answers.named,
+        undescribed=why_undescribed(final) if is_pretrained(final) else "",
         **names_of_steps(steps, kind_and_allocation, tried),
     )
     tell_report(final, report)

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,9 +34,17 @@ from nni_topo.errors import (
     taking,
     unknown_name,
 )
+from nni_topo.network.attention import described_layers, is_pretrained
 from nni_topo.network.channels import reasons
 from nni_topo.network.cost import LatencyTable, NetworkCost, time_shares
-from nni_topo.network.layers import has_channels, with_plain_weights, without_plain_weights
+from nni_topo.network.io import why_undescribed
+from nni_topo.network.layers import (
+    has_channels,
+    is_transposed_linear,
+    with_linear_layers,
+    with_plain_weights,
+    without_plain_weights,
+)
 from nni_topo.network.runtime import (
     BY_HEAD,
     HELD_OUT,
@@ -108,6 +116,13 @@ if TYPE_CHECKING:
 
 LEAVE_OUT = "leave {} out of the layers to prune (layers)"
 """How a layer is left out of what :func:`nni_topo.shrink` prunes."""
+
+FREE_WIDTHS = (
+    "with {'equal_blocks': False} in the budget layers and heads may keep any width, and nni_topo.save and "
+    "nni_topo.load take the network"
+)
+"""What helps where a config of Transformers can't describe a network."""
+_NO_CONFIG = "the config of Transformers can't say that it has fewer channels ({'equal_blocks': False} in the budget)"
 
 Compensate = Callable[[nn.Module, MasksLike, Iterable[Any]], nn.Module]
 Distill = Callable[[nn.Module, nn.Module, Iterable[Any]], nn.Module]
@@ -247,6 +262,7 @@ class ShrinkSteps:
     seed: int
     progress: bool | None
     is_search: bool  # whether networks of several sizes are made: a missed budget of one isn't told
+    is_described: bool  # whether a config of Transformers has to describe the network
     # By kind of cost and allocation, the pruner that is asked again for every size: with what it has measured.
     _asked: dict[tuple[str, str], StructuredPruner] = field(default_factory=dict)
     _left_out: list[str] = field(default_factory=list)
@@ -263,15 +279,20 @@ class ShrinkSteps:
         layers: list[str | Mapping[str, Any]] | None,
         compensate: str | RecoveryMethod | Compensate | None,
         distill: Mapping[str, Any] | Distill | bool,
-        narrow_heads: bool,
+        narrow_heads: bool | None,
         outputs: Outputs | None,
         round_to: int | Literal["auto"] | None,
         seed: int,
         progress: bool | None,
         is_search: bool = False,
+        is_described: bool = False,
     ) -> ShrinkSteps:
-        """Find the layers that can lose channels; ``kind`` is the cost that is made small."""
-        prunable = _without_held(model, images.example, layers_to_prune(model, images.example, layers))
+        """Find the layers that can lose channels; ``kind`` is the cost that is made small.
+
+        ``is_described``: whether a config of Transformers has to describe the network.
+        """
+        prunable = layers_to_prune(model, images.example, layers)
+        prunable = (with_described if is_described else _without_held)(model, images.example, prunable)
         give_back_memory(model)  # networks that were traced refer to themselves
         device = device_of(model)
         # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
@@ -285,13 +306,28 @@ class ShrinkSteps:
             knobs=dict(knobs or {}),
             compensate=compensate,
             distill=distill,
-            narrows=narrow_heads and kind != "latency" and width_unit is None,
+            narrows=narrow_heads is not False and kind != "latency" and width_unit is None,
             outputs=outputs,
             round_to=width_unit,
             seed=seed,
             progress=progress,
             is_search=is_search,
+            is_described=is_described,
         )
+
+    def tell_reachable(self, budget: Budget) -> None:
+        """Warn, before the work, where a network that a config of Transformers describes can't meet the budget."""
+        if not self.is_described or budget.kind == "latency":
+            return
+        kind: Any = budget.kind
+        target, entries = Target(kind, budget.share), self.prunable.entries
+        told: dict[str, bool] = {"equal_blocks": True, "warns": False}
+        _, outcome = planned_ratios(self.model, self.images.example, target, entries, None, self.round_to, **told)
+        if not outcome.is_met:
+            self.leave_out(
+                f"the config of {type(self.model).__name__} describes no network that keeps {budget.share:g} of the "
+                f"{budget.kind}: {outcome.left:.4g} can be reached; {FREE_WIDTHS}"
+            )
 
     def prune(self, budget: Budget) -> PrunedNetwork:
         """Prune under a budget."""
@@ -466,7 +502,7 @@ class ShrinkSteps:
             table: LatencyTable | Any = budget.latency_table  # a file is read when the budget is made
             kind: Any = budget.kind
             target = Target(kind, budget.share)
-            told = {"equal_blocks": budget.equal_blocks, "warns": not self.is_search}
+            told = {"equal_blocks": bool(budget.equal_blocks), "warns": not self.is_search}
             ratios, outcome = planned_ratios(self.model, example, target, entries, table, self.round_to, **told)
             config_list = pruning_config(self.model, example, ratios)
         offered = {
@@ -571,6 +607,58 @@ def _without_held(model: nn.Module, example: Any, prunable: Prunable) -> Prunabl
         entries = [{"op_names": [name for name in entries[0]["op_names"] if name not in held]}]
         groups = groups_of(model, example, entries)
     return replace(prunable, entries=entries, unpruned=prunable.unpruned | why, groups=groups)
+
+
+def with_described(model: nn.Module, example: Any, prunable: Prunable) -> Prunable:
+    """Leave out the layers of which a config of Transformers can't say that they have fewer channels.
+
+    Raises ConfigError where the caller names such layers, or some of those to which a config gives one width, or none
+    is left.
+    """
+    settings = described_layers(model)
+    wholes: dict[str, list[str]] = {}
+    for name, setting in settings.items():
+        wholes.setdefault(setting, []).append(name)
+
+    def is_whole(name: str, names: Collection[str]) -> bool:
+        return name in settings and all(each in names for each in wholes[settings[name]])
+
+    named: list[str] = []
+    while prunable.is_default and named != prunable.entries[0]["op_names"]:
+        named = prunable.entries[0]["op_names"]
+        kept = [name for name in named if is_whole(name, named)]
+        if not kept:
+            raise ConfigError(
+                f"a model of Transformers must have layers of which its config can say that they have fewer channels, "
+                f"got none in {type(model).__name__}; {FREE_WIDTHS} (shrink)"
+            )
+        unpruned = prunable.unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
+        # What is left out may hold channels of others.
+        prunable = _without_held(model, example, replace(prunable, entries=[{"op_names": kept}], unpruned=unpruned))
+    if prunable.is_default:
+        return prunable
+    prunable = _without_held(model, example, prunable)
+    bounds: dict[str, tuple[float, float]] = {}
+    for entry in prunable.groups or ():
+        sizes = entry.get("granularity")
+        if isinstance(sizes, list) and sizes[0] == -1:
+            continue  # it loses the columns that read heads
+        for name in entry["op_names"]:
+            if name not in prunable.unpruned:
+                bounds[name] = entry.get("min_sparse_ratio", 0.0), entry.get("max_sparse_ratio", 1.0)
+    told = [
+        name
+        for name in bounds
+        if not is_whole(name, bounds) or len({bounds[each] for each in wholes[settings[name]]}) > 1
+    ]
+    if told:
+        described = [name for name in settings if is_whole(name, settings)]
+        raise ConfigError(
+            "layers must be those of which a config can say that they have fewer channels, all to which it gives the "
+            f"same width, with the same bounds, got {listed(told, 4)}; it can of {listed(described, 4) or 'none'}; "
+            f"{FREE_WIDTHS} (layers)"
+        )
+    return prunable
 
 
 def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]]) -> None:
@@ -829,17 +917,50 @@ def _checked_network(made: Any, name: str) -> nn.Module:
 
 
 def plain_weights(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a model whose weights are parameters, with a warning where it is another one than was given."""
+    """Return a model whose weights are parameters, with a warning where it is another one than was given.
+
+    Linear layers take the place of Transformers' ``Conv1D``.
+    """
     names = without_plain_weights(model)
-    if not names:
+    if not names and not any(map(is_transposed_linear, model.modules())):
         return model, ()
+    plain = with_linear_layers(with_plain_weights(model))
+    if not names:
+        return plain, ()
     text = (
         "these layers compute their weights, by weight norm, another parametrization or a pruning mask, or are of a "
         f"class of the model's own: {listed(names)}. In the network that is returned they are PyTorch's layers with "
         "plain weights; a file of it is read by nni_topo.load(path, nni_topo.as_torch_layers(model))"
     )
     _logger.warning("%s", text)
-    return with_plain_weights(model), (text,)
+    return plain, (text,)
+
+
+def as_described(
+    model: nn.Module, budget: Budget, narrow_heads: bool | None, pruner: str | Callable[..., MasksLike]
+) -> tuple[Budget, bool]:
+    """Return the budget, and whether the smaller network has to be one that the config of Transformers describes.
+
+    That is the default for a model of Transformers, and with equal blocks. ConfigError for what can't be described.
+    """
+    is_asked = budget.equal_blocks or (budget.equal_blocks is None and not narrow_heads)
+    if not is_pretrained(model) or not is_asked:
+        return budget, False
+    why = why_undescribed(model)
+    if names := without_plain_weights(model):
+        why = f"which has other layers than the plain ones that are pruned ({listed(names)})"
+    if why:
+        why = f"a model that its config doesn't describe, {why}"
+    elif not callable(pruner) and chooses_how_many(pruner):
+        why = "a pruner that chooses how many channels it keeps"
+    elif budget.allocation != "uniform":
+        why = f"the allocation {budget.allocation!r}, by which blocks keep different widths"
+    if why:
+        raise ConfigError(
+            f"the smaller network must be one that the config of {type(model).__name__} can describe, so that "
+            f"from_pretrained loads it, got {why}; {FREE_WIDTHS} (shrink)"
+        )
+    return replace(budget, equal_blocks=True), True
 
 
 def check_layers(model: nn.Module, layers: Iterable[str | Mapping[str, Any]] | None, place: str) -> None:

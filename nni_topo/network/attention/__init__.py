@@ -1,10 +1,17 @@
 """Attention: its heads, their sizes, and attention without fused kernels."""
 
+from nni_topo.network.attention.config import (
+    HEADS,
+    accepted_heads,
+    built_by_config,
+    described_layers,
+    is_pretrained,
+    tell_config,
+)
 from nni_topo.network.attention.heads import (
     Attention,
     Given,
     IntArray,
-    accepted_heads,
     attend,
     find_attention,
     find_heads,
@@ -14,7 +21,6 @@ from nni_topo.network.attention.heads import (
     resize,
     set_size,
     states_read,
-    tell_config,
 )
 from nni_topo.network.attention.rotary import by_table, find_frequencies, keep_frequencies, pairs_of
 from nni_topo.network.attention.unfused.multihead import (
@@ -30,6 +36,7 @@ from nni_topo.network.attention.unfused.own_width import FIRST, LAST, has_own_fo
 
 __all__ = [
     "FIRST",
+    "HEADS",
     "LAST",
     "Attention",
     "Given",
@@ -37,7 +44,9 @@ __all__ = [
     "PrunedMultiheadAttention",
     "accepted_heads",
     "attend",
+    "built_by_config",
     "by_table",
+    "described_layers",
     "find_attention",
     "find_frequencies",
     "find_heads",
@@ -45,6 +54,7 @@ __all__ = [
     "is_attention",
     "is_fused_attention",
     "is_mixed",
+    "is_pretrained",
     "is_unfused",
     "keep_frequencies",
     "mixing_called",

@@ -55,13 +55,13 @@ _TOGETHER = (
 )
 # Layers whose rows are ordered by head (its queries, keys, values); in all others, queries of all heads come first.
 _HEAD_BY_HEAD = ("query_key_value",)
-_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
+COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 # Other names of the same number, in modules that hold one of these, too: of the heads on one device, say.
 _FURTHER_COUNTS = (
     "n_local_heads", "num_local_heads", "n_head", "num_head", "nhead", "nheads", "heads", "n_q_heads", "num_q_heads",
     "num_query_heads",
 )  # fmt: skip
-_SHARED_COUNTS = (
+SHARED_COUNTS = (
     "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_local_kv_heads", "num_local_kv_heads", "n_kv_head",
     "num_kv_head", "kv_heads", "num_heads_kv", "n_heads_kv", "n_head_kv", "kv_n_heads", "n_query_groups",
     "num_query_groups",
@@ -197,7 +197,7 @@ def _attention(name: str, module: Any) -> Attention | None:
     if not module._modules or _adds_residual(module):
         return None
     parts = {key: part for key, part in module.named_children() if next(part.parameters(), None) is not None}
-    count = _first_int(module, _COUNTS) or getattr(getattr(module, "config", None), "num_attention_heads", None)
+    count = _first_int(module, COUNTS) or getattr(getattr(module, "config", None), "num_attention_heads", None)
     for *names, outs in (*_APART, *_TOGETHER):
         layers: list[Any] = [parts.get(each) for each in names]
         if not count or not all(isinstance(layer, nn.Linear) for layer in layers):
@@ -229,7 +229,7 @@ def _attention(name: str, module: Any) -> Attention | None:
             return _sharing(prefix, names[0], layers[0], (count, shared, size), projection)
         if layers[0].out_features == (count + 2) * size:
             return _sharing(prefix, names[0], layers[0], (count, 1, size), projection, by_head)
-        if not any(key in vars(module) for key in _COUNTS) and any(key in vars(module) for key in _SIZES):
+        if not any(key in vars(module) for key in COUNTS) and any(key in vars(module) for key in _SIZES):
             count = layers[0].out_features // (3 * size)  # the config may be the whole model's, with another number
         if layers[0].out_features != 3 * count * size:
             return None
@@ -431,51 +431,6 @@ def open_attention(graph_module: GraphModule, given: dict[str, Given]) -> None:
     graph_module.recompile()
 
 
-def tell_config(model: Any, original: nn.Module) -> None:
-    """Put the pruned widths into the ``config`` of a model of Transformers, where all blocks have the same."""
-    config: Any = getattr(model, "config", None)
-    found, before = find_attention(model), find_attention(original)
-    # Heads of queries: of two sets that share keys and values, one may be left, whose heads then all share them.
-    kept_shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
-    size = None
-    for key in ("head_dim", "d_kv"):
-        # Falcon and BLOOM compute the size of a head from other numbers; it can't be set.
-        if isinstance(getattr(config, key, None), int) and not isinstance(getattr(type(config), key, None), property):
-            size = key
-            break
-    sizes = {each.head_size for each in before.values()}
-    is_config = callable(getattr(config, "to_dict", None))  # of Transformers, no dict of the user's
-    if size is None and is_config and kept_shares != {1.0} and len(sizes) == 1:
-        # Some constructors ask for a head's size that the config needn't have, and else divide the width by the heads.
-        kinds: list[Any] = [type(model.get_submodule(name)) for name in found]
-        if all("head_dim" in inspect.unwrap(kind.__init__).__code__.co_consts for kind in kinds):
-            size = "head_dim"
-            setattr(config, size, sizes.pop())
-    if len(kept_shares) == 1 and size:
-        share, channels = kept_shares.pop(), getattr(config, size)
-        of_keys = () if any(each.shared for each in before.values()) else _SHARED_COUNTS
-        for key in (*_COUNTS, *of_keys, "num_decoder_heads"):
-            if isinstance(count := vars(config).get(key), int):
-                setattr(config, key, round(count * share))
-        setattr(config, size, channels)
-    for key in ("intermediate_size", "d_ff", "ffn_dim", "ffn_hidden_size", "hidden_dim", "n_inner"):
-        wide = getattr(config, key, None)
-        if key == "n_inner" and hasattr(config, key) and wide is None:
-            wide = 4 * config.hidden_size  # as GPT-2 and its like read it
-        if not isinstance(wide, int):
-            continue
-        widths: set[int] = set()  # what became of the layers of that width
-        # Where one layer makes gates and values, only the layer that reads them has that width.
-        for size_of in ("out_features", "in_features"):
-            if widths:
-                break
-            for name, module in original.named_modules():
-                if getattr(module, size_of, None) == wide:
-                    widths.add(getattr(model.get_submodule(name), size_of))
-        if len(widths) == 1:
-            setattr(config, key, widths.pop())
-
-
 def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
     """Set how many heads of a module are kept, and its input width; its layers are cut already."""
     old = attention.heads
@@ -488,57 +443,17 @@ def resize(module: Any, attention: Attention, kept: int, width: int) -> None:
     if kept == old:
         return
     of_heads, config = len(attention.context[1]), vars(module).get("config")
-    if attention.is_fused and config is not None and not any(key in vars(module) for key in _COUNTS):
+    if attention.is_fused and config is not None and not any(key in vars(module) for key in COUNTS):
         # It reads the number of heads in the model's config; other blocks may keep more.
         put_attribute(module, "config", copy.copy(config))
         module.config.num_attention_heads = config.num_attention_heads // old * kept
     # Of keys and values that all heads share there is one, and more heads for it than any count of these says.
-    counts = (*_COUNTS, *_FURTHER_COUNTS, *(_PER_SHARED if attention.shared else _SHARED_COUNTS))
+    counts = (*COUNTS, *_FURTHER_COUNTS, *(_PER_SHARED if attention.shared else SHARED_COUNTS))
     for key, value in vars(module).items():
         if key in counts and isinstance(value, int) and value % old == 0:
             put_attribute(module, key, value // old * kept)
         elif key in _WIDTHS and value == of_heads:
             put_attribute(module, key, of_heads // old * kept)
-
-
-def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
-    """Return the numbers of heads that configs of Transformers accept, by layer that makes queries, keys or values.
-
-    Transformers 5 checks its configs, and of most classes the number of heads has to divide the width, also where the
-    size of a head is given on its own. Layers whose config accepts every number are left out.
-    """
-    found = {}
-    known: dict[tuple[int, int], list[int]] = {}  # blocks share a config
-    for name, attention in find_attention(model).items():
-        module: Any = model.get_submodule(name)
-        config: Any = getattr(module, "config", getattr(model, "config", None))
-        # Transformers 4 checks nothing, and a config may have a setting of that name
-        if not callable(getattr(config, "validate", None)):
-            continue
-        heads = attention.heads
-        key = (id(config), heads)
-        if key not in known:
-            counts = _COUNTS if attention.shared else (*_COUNTS, *_SHARED_COUNTS)
-            known[key] = [count for count in range(1, heads + 1) if _accepts(config, counts, heads, count)]
-        if len(known[key]) < heads:
-            found.update(dict.fromkeys(attention.channels, known[key]))
-    return found
-
-
-def _accepts(config: Any, counts: tuple[str, ...], old: int, kept: int) -> bool:
-    """Say whether a config may have so many of its heads; they are counted as sets that are pruned together.
-
-    ``counts``: the settings whose numbers get smaller with them.
-    """
-    changed = copy.deepcopy(config)
-    for key in counts:
-        if isinstance(getattr(changed, key, None), int):
-            setattr(changed, key, getattr(changed, key) // old * kept)
-    try:
-        changed.validate()
-    except Exception:
-        return False  # each class has errors of its own
-    return True
 
 
 def set_size(module: Any, old: int, size: int, heads: int) -> None:

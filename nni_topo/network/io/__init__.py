@@ -9,6 +9,8 @@ from nni_topo.network.io.checkpoint import (
     take_out,
     take_out_part,
     tell_depth,
+    tells_depth,
+    why_undescribed,
 )
 from nni_topo.network.io.exporting import Exported, export
 
@@ -23,4 +25,6 @@ __all__ = [
     "take_out",
     "take_out_part",
     "tell_depth",
+    "tells_depth",
+    "why_undescribed",
 ]

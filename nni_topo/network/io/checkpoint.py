@@ -17,9 +17,9 @@ import json
 import math
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,14 @@ from nni_topo.disk import (
     whole_file,
     write_tensors,
 )
-from nni_topo.errors import FLAG, ConfigError, DataError, Rule, check_knobs, listed, shown, taking
+from nni_topo.errors import FLAG, ConfigError, DataError, Rule, check_knobs, listed, raised, shown, taking
 from nni_topo.network.attention import (
     FIRST,
     LAST,
     Attention,
+    built_by_config,
     find_attention,
+    is_pretrained,
     own_width_of,
     resize,
     set_size,
@@ -59,6 +61,7 @@ from nni_topo.network.layers import (
     as_torch_layers,
     can_follow,
     fold,
+    is_transposed_linear,
     keep_original_width,
     make_channelwise,
     places_of,
@@ -67,6 +70,7 @@ from nni_topo.network.layers import (
     sizes_of,
     takes_all_heads,
     weight_of,
+    with_linear_layers,
 )
 from nni_topo.network.runtime import (
     NETWORK,
@@ -258,6 +262,9 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     drop_report(built)  # it is that of another network than the file's
     _take_out(document["blocks"], built, os.fspath(path))
     _take_out_parts(document["parts"], built, os.fspath(path))
+    transposed = {name for name, module in built.named_modules() if is_transposed_linear(module)}
+    if transposed & document["modules"].keys():
+        with_linear_layers(built)  # as they were when they were pruned
     for name, module in built.named_modules():
         # A layer that computes its weight became a plain one where it was cut, which has another type in the file.
         description = document["modules"].get(name)
@@ -713,23 +720,57 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
     check_free_disk(place, 0)
     check_unwrapped(dense)
     name = type(dense).__name__
-    # Whoever has such a model has imported Transformers. What PEFT and diffusers make has a config, too.
-    base: Any = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
-    if not isinstance(dense, base):
+    if not is_pretrained(dense):
         raise ConfigError(
             f"a model must be one of Transformers, with adapters merged, got {name}; nni_topo.save takes any "
             "(save_pretrained)"
         )
-    if parts := removed_parts(dense):
+    described = _described(dense)
+    if described.why:
         raise ConfigError(
-            "from_pretrained must be able to build the model by its config, which has all parts in each block, got a "
-            f"model without some; nni_topo.save and nni_topo.load take it ({min(parts)}, {name})"
+            f"from_pretrained must be able to build the model by its config, {described.why}; nni_topo.save and "
+            f"nni_topo.load take it ({described.place}{name})"
         )
+    if described.pruned_heads != (getattr(dense.config, "pruned_heads", None) or {}):
+        dense.config.pruned_heads = described.pruned_heads  # put back at the end, as all of the model
+    place = output_folder(place)
+    with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
+        dense.save_pretrained(beside)
+        report = report_of(dense)
+        # One that was changed since, such as by `remove_blocks`, isn't what its report says.
+        is_told = report is not None and report.parameters_left in (None, _parameters(dense))
+        if card and report is not None and is_told and may_write_card(place / CARD):
+            (Path(beside) / CARD).write_text(model_card(dense, report), encoding="utf-8")
+        for file in sorted(Path(beside).iterdir()):
+            with whole_file(place / file.name) as part:
+                file.replace(part)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """Whether a model of Transformers can be built by its config."""
+
+    why: str = ""  # what its config can't say; empty where it says everything
+    place: str = ""  # the module that it can't say it of, with a comma
+    pruned_heads: dict[int, list[int]] = field(default_factory=dict)  # what Transformers 4 has to be told beside it
+
+
+def why_undescribed(model: Any) -> str:
+    """Return what the config of a model of Transformers can't say of it; empty where `save_pretrained` takes it."""
+    found = _described(model)
+    return f"{found.why} ({found.place.removesuffix(', ')})" if found.why else ""
+
+
+def _described(dense: Any) -> _Described:
+    if parts := removed_parts(dense):
+        return _Described("which has all parts in each block, got a model without some", f"{min(parts)}, ")
     config = copy.deepcopy(dense.config)
     known = dict(getattr(config, "pruned_heads", None) or {})
     config.pruned_heads = {}
-    with torch.device("meta"):
-        plain = type(dense)(config)
+    try:
+        plain = built_by_config(dense, config)
+    except Exception as error:  # each constructor has errors of its own
+        return _Described(f"by which its class can't be built: {raised(error)}")
     _leave_out(plain, dense)
     got = _structure(dense)
     # What a model was loaded with comes first: Transformers knows heads that this package doesn't.
@@ -742,40 +783,22 @@ def save_pretrained(dense: Any, folder: str | os.PathLike[str], *, card: bool = 
         if not different:
             break
     if different:
-        before, after = find_attention(built).get(different[0]), find_attention(dense).get(different[0])
+        first = different[0]
+        before, after = find_attention(built).get(first), find_attention(dense).get(first)
         fewer = before is not None and after is not None and after.heads < before.heads
-        why = "has one width for all blocks"
+        why = "which has one width for all blocks"
         if fewer and not heads:
             why += f" (Transformers {version('transformers')} prunes no heads of this class)"
-        raise ConfigError(
-            f"from_pretrained must be able to build the model by its config, which {why}, got "
-            f"{got.get(different[0])} where the config makes {wanted.get(different[0])}; leave such layers "
-            f"unpruned; nni_topo.save and nni_topo.load take it ({different[0]}, {name})"
-        )
-    if heads != known:
-        dense.config.pruned_heads = heads  # put back at the end, as all of the model
+        return _Described(f"{why}, got {got.get(first)} where the config makes {wanted.get(first)}", f"{first}, ")
     try:
         # Transformers 5 also does so when it writes and reads a config.
         validate = getattr(dense.config, "validate", None)
         if callable(validate):
             validate()
     except Exception as error:
-        raise ConfigError(
-            f"from_pretrained must be able to build the model by its config, which Transformers "
-            f"{version('transformers')} refuses: {' '.join(str(error).split())}; nni_topo.save and nni_topo.load take "
-            f"it ({name})"
-        ) from error
-    place = output_folder(place)
-    with disk_errors(place), tempfile.TemporaryDirectory(dir=place) as beside:
-        dense.save_pretrained(beside)
-        report = report_of(dense)
-        # One that was changed since, such as by `remove_blocks`, isn't what its report says.
-        is_told = report is not None and report.parameters_left in (None, _parameters(dense))
-        if card and report is not None and is_told and may_write_card(place / CARD):
-            (Path(beside) / CARD).write_text(model_card(dense, report), encoding="utf-8")
-        for file in sorted(Path(beside).iterdir()):
-            with whole_file(place / file.name) as part:
-                file.replace(part)
+        told = f"Transformers {version('transformers')} refuses: {' '.join(str(error).split())}"
+        return _Described(f"which {told}")
+    return _Described(pruned_heads=heads)
 
 
 def _leave_out(plain: torch.nn.Module, dense: torch.nn.Module) -> None:
@@ -868,6 +891,13 @@ def take_out_others(model: nn.Module, kept: Mapping[str, list[int]]) -> None:
         for number in sorted(set(range(before[parent])) - set(numbers), reverse=True):
             take_out(model, parent, number, 1)
     tell_depth(model, {parent: (before[parent], numbers) for parent, numbers in kept.items()})
+
+
+def tells_depth(model: Any, parent: str) -> bool:
+    """Say whether the ``config`` of a model of Transformers has the number of blocks in a list."""
+    config: Any = getattr(model, "config", None)
+    count = len(model.get_submodule(parent)._modules)
+    return getattr(config, "num_hidden_layers", None) == count and not config.is_encoder_decoder
 
 
 def tell_depth(model: Any, kept: Mapping[str, tuple[int, list[int]]]) -> None:

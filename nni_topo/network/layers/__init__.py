@@ -88,7 +88,9 @@ from nni_topo.network.layers.kinds import (
     weight_name,
     weight_of,
     weights_left,
+    with_linear_layers,
     with_plain_weights,
+    with_transposed_weights,
     without_plain_weights,
     zeros_held,
 )
@@ -203,8 +205,10 @@ __all__ = [
     "whole_numbers",
     "with_heads",
     "with_known_layers",
+    "with_linear_layers",
     "with_numbers",
     "with_plain_weights",
+    "with_transposed_weights",
     "without_plain_weights",
     "zeros_held",
 ]

@@ -119,21 +119,54 @@ def as_torch_layers(model: torch.nn.Module) -> torch.nn.Module:
     >>> as_torch_layers(torch.nn.ReLU())
     ReLU()
     """
-    copied = with_plain_weights(model)
-    replaced: dict[nn.Module, nn.Module] = {}  # a module with two names stays one
+    copied = with_linear_layers(with_plain_weights(model))
+    replaced: dict[torch.nn.Module, torch.nn.Module] = {}  # a module with two names stays one
     for name, module in list(copied.named_modules(remove_duplicate=False)):
         made: Any = replaced.get(module)
-        if name and made is None and is_transposed_linear(module):
-            weight: Any = module.weight
-            made = torch.nn.Linear(len(weight), weight.shape[1], device="meta")
-            made.weight = torch.nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
-            made.bias = module.bias
         made = made or (plain_norm(module) if name else None)
         if made is not None:
             replaced[module] = made
             copied.set_submodule(name, made.train(module.training))
         take_heads_of_tables(module)
     return copied
+
+
+_CLASS = "class_with_transposed_weight"
+
+
+def with_linear_layers(model: torch.nn.Module) -> torch.nn.Module:
+    """Put a linear layer in the place of each ``Conv1D``, in place; it notes which class it stands for."""
+    made: dict[torch.nn.Module, torch.nn.Linear] = {}  # a module with two names stays one
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and is_transposed_linear(module):
+            if module not in made:
+                entering, leaving = weight_of(module).shape
+                made[module] = torch.nn.Linear(entering, leaving, device="meta")
+                _take_weight(made[module], module)
+                setattr(made[module], _CLASS, type(module))
+            model.set_submodule(name, made[module])
+    return model
+
+
+def with_transposed_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Put each ``Conv1D`` back that `with_linear_layers` replaced, of the size that it has by now, in place."""
+    made: dict[torch.nn.Module, torch.nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        kind: Any = vars(module).get(_CLASS)
+        if kind is not None:
+            if module not in made:
+                with torch.device("meta"):
+                    made[module] = kind(*weight_of(module).shape)
+                _take_weight(made[module], module)
+            model.set_submodule(name, made[module])
+    return model
+
+
+def _take_weight(layer: Any, other: Any) -> None:
+    """Give a layer another one's weight, the other way round, its bias and its mode."""
+    layer.weight = torch.nn.Parameter(other.weight.detach().T.contiguous(), other.weight.requires_grad)
+    layer.bias = other.bias
+    layer.train(other.training)
 
 
 def with_plain_weights(model: torch.nn.Module) -> torch.nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nni_topo import dependency_groups, masked_model, to_dense
+from nni_topo.network.attention.config import tell_config
 from nni_topo.network.attention.heads import (
     attend,
     find_attention,
@@ -18,7 +19,6 @@ from nni_topo.network.attention.heads import (
     is_attention,
     resize,
     set_size,
-    tell_config,
 )
 from nni_topo.network.attention.rotary import by_table, find_frequencies, keep_frequencies, pairs_of
 from nni_topo.network.attention.unfused.multihead import PrunedMultiheadAttention

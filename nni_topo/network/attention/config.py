@@ -1,0 +1,266 @@
+"""What a config of Transformers says of a model: how wide its layers are, and how many heads they have.
+
+What a setting counts is found by trying: the model is built by its config once more, with another value of the setting,
+on the meta device, where it has shapes and no values.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from nni_topo.network.attention.heads import COUNTS, SHARED_COUNTS, Attention, find_attention
+from nni_topo.network.layers import WEIGHTED, is_transposed_linear, output_channels
+from nni_topo.sharing import named_tensors
+
+Widths = dict[str, dict[str, int]]
+"""By setting of a config, the layers whose output channels it counts, with how many these are."""
+HEADS = "the number of heads"
+"""What stands for the settings that count heads."""
+
+_HEAD_SIZES = ("head_dim", "d_kv")
+# Widths of MLPs in the config of a model that can't be built by it.
+_MLP_WIDTHS = ("intermediate_size", "d_ff", "ffn_dim", "ffn_hidden_size", "hidden_dim", "n_inner")
+_known: dict[tuple[type, str], Widths] = {}  # every dense network of a model asks again
+
+
+def is_pretrained(model: Any) -> bool:
+    """Tell whether a model is one of Transformers, which needn't be installed."""
+    # Whoever has such a model has imported Transformers. What PEFT and diffusers make has a config, too.
+    base: Any = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
+    return isinstance(model, base)
+
+
+def built_by_config(model: Any, config: Any) -> Any:
+    """Return a model of the same class, built by a config on the meta device, or raise what its constructor raises."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(config))
+
+
+def described_layers(model: Any) -> dict[str, str]:
+    """Return the layers of which the config of a model of Transformers can say that they have fewer channels.
+
+    By name, with the setting that says so: all layers of one setting keep the same share of their channels.
+    """
+    found = {layer: setting for setting, layers in widths_by_setting(model).items() for layer in layers}
+    return found | dict.fromkeys(_layers_of_heads(model), HEADS)
+
+
+def widths_by_setting(model: Any) -> Widths:
+    """Return the settings of a config that count output channels of layers, and change only what reads these.
+
+    The width of the residual stream is none of them, for norms and embeddings have it too.
+    """
+    key = type(model), json.dumps(model.config.to_dict(), default=str, sort_keys=True)
+    if key not in _known:
+        _known[key] = _tried_settings(model)
+    own = dict(model.named_modules())  # an argument may leave out parts: add_pooling_layer=False
+    return {
+        setting: {name: width for name, width in layers.items() if name in own}
+        for setting, layers in _known[key].items()
+    }
+
+
+def _tried_settings(model: Any) -> Widths:
+    found: Widths = {}
+    shapes, modules = _tried(model, model.config)
+    attention = find_attention(modules[""]) if modules else {}
+    of_heads = {layer for each in attention.values() for layer in each.channels}
+    widths = {width for name, shape in shapes.items() if _layer_of(modules, name) for width in shape[:2]}
+    for setting, value in _settings(model.config).items():
+        # One layer may make gates and values: twice as many channels.
+        if value < 2 or not any(width % value == 0 for width in widths):
+            continue
+        changed, less = copy.deepcopy(model.config), value // 2
+        _put(changed, setting, less)
+        others, _ = _tried(model, changed)
+        layers: dict[str, int] = {}
+        is_width = others.keys() == shapes.keys()
+        for name, shape in shapes.items():
+            if not is_width or others[name] == shape:
+                continue
+            layer = _layer_of(modules, name)
+            is_width = layer is not None
+            if layer is None:
+                continue
+            at = 1 if is_transposed_linear(modules[layer]) and len(shape) == 2 else 0
+            if shape[at] != others[name][at]:
+                layers[layer] = shape[at]
+                is_width = shape[at] * less == others[name][at] * value
+        if layers and is_width and not of_heads & layers.keys():  # else it counts the channels of a head
+            found[setting] = layers
+    return found
+
+
+def _settings(config: Any) -> dict[str, int]:
+    """Return the whole numbers of a config by name; those of a config within it, as of CLIP's texts, with its name."""
+    found: dict[str, int] = {}
+    for key, value in vars(config).items():
+        if callable(getattr(value, "to_dict", None)):
+            found |= {f"{key}.{own}": number for own, number in _settings(value).items()}
+        elif type(value) is int:
+            found[key] = value
+    if getattr(config, "n_inner", 0) is None:
+        found["n_inner"] = 4 * config.hidden_size  # as GPT-2 and its like read it
+    return found
+
+
+def _put(config: Any, setting: str, value: int) -> None:
+    *within, key = setting.split(".")
+    for each in within:
+        config = getattr(config, each)
+    setattr(config, key, value)
+
+
+def _tried(model: Any, config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, nn.Module]]:
+    """Return the shapes and the modules of a model that is built by a config; none where it can't be built."""
+    try:
+        built = built_by_config(model, config)
+    except Exception:  # a constructor may want more than a config, or refuse its numbers, each in its own words
+        return {}, {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(built).items()}
+    return shapes, dict(built.named_modules())
+
+
+def _layer_of(modules: dict[str, nn.Module], tensor: str) -> str | None:
+    """Return the layer that a tensor is the weight or bias of; None for other tensors."""
+    name = tensor.rpartition(".")[0]
+    module = modules.get(name)
+    return name if module is not None and (isinstance(module, WEIGHTED) or is_transposed_linear(module)) else None
+
+
+def _layers_of_heads(model: Any) -> list[str]:
+    """Return the layers that make queries, keys and values, if a config can say that all have fewer heads."""
+    found, accepted = find_attention(model), accepted_heads(model)
+    shares: set[float] = set()
+    for attention in found.values():
+        allowed = accepted.get(next(iter(attention.channels)), range(1, attention.heads))
+        shares.add(max((count for count in allowed if count < attention.heads), default=0) / attention.heads)
+    changed = copy.deepcopy(model.config)
+    if len(shares) != 1 or not all(shares) or not _put_heads(changed, model, found, share := shares.pop()):
+        return []
+    (shapes, modules), (others, _) = _tried(model, model.config), _tried(model, changed)
+    if others.keys() != shapes.keys():
+        return []
+    of_heads = {layer for attention in found.values() for layer in attention.channels}
+    by_head = {f"{name}.{key}" for name, attention in found.items() for key in attention.by_head}
+    fewer: set[str] = set()
+    for name, shape in shapes.items():
+        if others[name] == shape or name in by_head:
+            continue
+        layer = _layer_of(modules, name)
+        if layer in of_heads and others[name][0] == shape[0] * share:
+            fewer.add(layer)
+        elif layer is None or others[name][0] != shape[0]:  # not what reads the heads
+            return []
+    return sorted(of_heads) if fewer == of_heads else []
+
+
+def _put_heads(config: Any, model: nn.Module, before: dict[str, Attention], share: float) -> bool:
+    """Let a config have a share of the heads, each as large as before; say whether it can say how large they are.
+
+    ``before``: the attention of the unpruned network, whose names are those of ``model``.
+    """
+    size = None
+    for key in _HEAD_SIZES:
+        # Falcon and BLOOM compute the size of a head from other numbers; it can't be set.
+        if isinstance(getattr(config, key, None), int) and not isinstance(getattr(type(config), key, None), property):
+            size = key
+            break
+    sizes = {each.head_size for each in before.values()}
+    is_config = callable(getattr(config, "to_dict", None))  # of Transformers, no dict of the user's
+    if size is None and is_config and share != 1.0 and len(sizes) == 1:
+        # Some constructors ask for a head's size that the config needn't have, and else divide the width by the heads.
+        kinds: list[Any] = [type(model.get_submodule(name)) for name in before]
+        if all("head_dim" in inspect.unwrap(kind.__init__).__code__.co_consts for kind in kinds):
+            size = "head_dim"
+            setattr(config, size, sizes.pop())
+    if size is None:
+        return False
+    channels = getattr(config, size)
+    of_keys = () if any(each.shared for each in before.values()) else SHARED_COUNTS
+    for key in (*COUNTS, *of_keys, "num_decoder_heads"):
+        if isinstance(count := vars(config).get(key), int):
+            setattr(config, key, round(count * share))
+    setattr(config, size, channels)
+    return True
+
+
+def tell_config(model: Any, original: nn.Module) -> None:
+    """Put the pruned widths into the ``config`` of a model of Transformers, where all blocks have the same."""
+    config: Any = getattr(model, "config", None)
+    found, before = find_attention(model), find_attention(original)
+    # Heads of queries: of two sets that share keys and values, one may be left, whose heads then all share them.
+    shares = {each.query_heads / before[name].query_heads for name, each in found.items()}
+    if len(shares) == 1:
+        _put_heads(config, model, {name: before[name] for name in found}, shares.pop())
+    if is_pretrained(original):
+        unpruned: Any = original.config
+        for setting, layers in widths_by_setting(original).items():
+            value = _settings(unpruned)[setting]
+            left = {value * (output_channels(model.get_submodule(name)) or 0) / width for name, width in layers.items()}
+            if len(left) == 1 and (one := left.pop()).is_integer():
+                _put(config, setting, int(one))
+        return
+    for key in _MLP_WIDTHS:
+        wide = getattr(config, key, None)
+        if key == "n_inner" and hasattr(config, key) and wide is None:
+            wide = 4 * config.hidden_size
+        if not isinstance(wide, int):
+            continue
+        widths: set[int] = set()  # what became of the layers of that width
+        # Where one layer makes gates and values, only the layer that reads them has that width.
+        for size_of in ("out_features", "in_features"):
+            if widths:
+                break
+            for name, module in original.named_modules():
+                if getattr(module, size_of, None) == wide:
+                    widths.add(getattr(model.get_submodule(name), size_of))
+        if len(widths) == 1:
+            setattr(config, key, widths.pop())
+
+
+def accepted_heads(model: nn.Module) -> dict[str, list[int]]:
+    """Return the numbers of heads that configs of Transformers accept, by layer that makes queries, keys or values.
+
+    Transformers 5 checks its configs, and of most classes the number of heads has to divide the width, also where the
+    size of a head is given on its own. Layers whose config accepts every number are left out.
+    """
+    found = {}
+    known: dict[tuple[int, int], list[int]] = {}  # blocks share a config
+    for name, attention in find_attention(model).items():
+        module: Any = model.get_submodule(name)
+        config: Any = getattr(module, "config", getattr(model, "config", None))
+        # Transformers 4 checks nothing, and a config may have a setting of that name
+        if not callable(getattr(config, "validate", None)):
+            continue
+        heads = attention.heads
+        key = (id(config), heads)
+        if key not in known:
+            counts = COUNTS if attention.shared else (*COUNTS, *SHARED_COUNTS)
+            known[key] = [count for count in range(1, heads + 1) if _accepts(config, counts, heads, count)]
+        if len(known[key]) < heads:
+            found.update(dict.fromkeys(attention.channels, known[key]))
+    return found
+
+
+def _accepts(config: Any, counts: tuple[str, ...], old: int, kept: int) -> bool:
+    """Say whether a config may have so many of its heads; they are counted as sets that are pruned together.
+
+    ``counts``: the settings whose numbers get smaller with them.
+    """
+    changed = copy.deepcopy(config)
+    for key in counts:
+        if isinstance(getattr(changed, key, None), int):
+            setattr(changed, key, getattr(changed, key) // old * kept)
+    try:
+        changed.validate()
+    except Exception:
+        return False  # each class has errors of its own
+    return True
