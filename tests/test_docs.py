@@ -81,8 +81,13 @@ evaluator = recipe_evaluator(model, data, zoo.Recipe(epochs=1, batch_size=32))
 """,
     "transformers": None,
 }
-NEEDED = {"export": ["onnxruntime"], "experiments": ["distributed"], "larger_than_memory": ["accelerate"]}  # packages
-SLOW = ("export", "how_small", "larger_than_memory", "magnitude", "recovery")
+NEEDED = {
+    "export": ["onnxruntime"],
+    "experiments": ["distributed"],
+    "larger_than_memory": ["accelerate"],
+    "transformers": ["transformers"],
+}  # packages
+SLOW = ("export", "how_small", "larger_than_memory", "magnitude", "recovery", "transformers")
 MADE = {"api.md", "verbs.md", "results.md", "contributing.md", "changelog.md"}
 
 
