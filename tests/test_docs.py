@@ -116,12 +116,13 @@ def run(path, tmp_path, monkeypatch):
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     # Dataclasses look their module up, and paths lead into it, as a page's are in a file of the reader's.
-    module = types.ModuleType(path.stem)
-    monkeypatch.setitem(sys.modules, path.stem, module)
+    name = f"{path.stem}_page" if importlib.util.find_spec(path.stem) else path.stem  # which would hide a package
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
     for registry in (PRUNERS, RECOVERIES):  # a page registers classes of its own
         monkeypatch.setattr(registry, "table", dict(registry.table))
     names = vars(module)
-    names.update(yours(path.stem))
+    names.update(yours(path.stem), __name__=name)
     for number, snippet in enumerate(snippets(path)):
         # PyTorch reads the source of an operator, and a page isn't Python.
         place = f"{path}, snippet {number}"

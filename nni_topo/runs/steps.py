@@ -655,8 +655,8 @@ def with_described(model: nn.Module, example: Any, prunable: Prunable) -> Prunab
         described = [name for name in settings if is_whole(name, settings)]
         raise ConfigError(
             "layers must be those of which a config can say that they have fewer channels, all to which it gives the "
-            f"same width, with the same bounds, got {listed(told, 4)} where it can of {listed(described, 4) or 'none'}; "
-            f"{FREE_WIDTHS} (layers)"
+            f"same width, with the same bounds, got {listed(told, 4)} where it can of "
+            f"{listed(described, 4) or 'none'}; {FREE_WIDTHS} (layers)"
         )
     return prunable
 
