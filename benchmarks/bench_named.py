@@ -2,13 +2,14 @@
 
     python benchmarks/bench_named.py size --network resnet20 --data-dir DIR
     nni-topo compare --plan configs/compare_named.yaml --network resnet20 --data-dir DIR --out runs/named/resnet20
+    python benchmarks/bench_named.py speedups --network resnet20 --data-dir DIR --out runs/named/resnet20
     python benchmarks/bench_named.py times --network resnet20 --data-dir DIR --out runs/named/resnet20
     python benchmarks/bench_named.py keep --network resnet20 --out runs/named/resnet20
     python benchmarks/bench_named.py tables --into benchmarks/results/named_pruners.md
 
-``size`` measures one cell of each row, and says how many CPU hours the network takes. ``times`` measures, for the
-first network, both ways from masks to a dense network, and the dense network in PyTorch and onnxruntime; times are
-right on an idle machine only. ``keep`` adds what the tables need of a comparison to ``benchmarks/records/named``; a
+``size`` measures one cell of each row, and says how many CPU hours the network takes. ``speedups`` measures, for the
+first network, both ways from masks to a dense network; ``times`` the dense network in PyTorch and onnxruntime, on an
+idle machine only. ``keep`` adds what the tables need of a comparison to ``benchmarks/records/named``; a
 file there, copied to OUT as ``results.jsonl``, is where the same comparison goes on. ``tables`` also draws a picture
 with ``--picture``. The networks' own modules need PYTHONPATH=benchmarks.
 """
@@ -45,6 +46,7 @@ RECORDS = Path(__file__).parent / "records" / "named"
 NETWORKS = ("small_cnn", "lenet5_like", "resnet20", "vgg16_quarter", "mobilenet_like", "vit_small")
 SIZED = "reconstruction"  # the row whose recovery stands for all rows: their networks have the same widths
 SIZING_SEED = 490
+_BUSY = 1.5  # processes that want to compute
 _NOT_KEPT = {"widths_before", "whole", "hardware", "versions", "sparse_ratios", "curve", "epoch_seconds", "budget"}
 _NOT_SHOWN = ("before %", "latency ms", "prune s")  # the same in all rows, or times
 _STEPS = {"prune": "selection", "compensate": "weight reconstruction", "distill": "distillation"}
@@ -54,7 +56,7 @@ _STEPS["retrain"] = "fine-tuning"
 def main() -> None:
     """Parse the command line, and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("size", "times", "keep", "tables"))
+    parser.add_argument("what", choices=("size", "speedups", "times", "keep", "tables"))
     parser.add_argument("--network", choices=NETWORKS, help="of the plan")
     parser.add_argument("--data-dir", help="folder of Fashion-MNIST's files")
     parser.add_argument("--out", type=Path, default=Path("runs/named/sizes"), help="folder of the comparison")
@@ -73,7 +75,12 @@ def main() -> None:
     if options.network is None:
         parser.error(f"--network is needed to {options.what}")
     torch.set_num_threads(1)
-    work: dict[str, Callable[[str, str | None, Path], None]] = {"size": size, "times": times, "keep": keep}
+    work: dict[str, Callable[[str, str | None, Path], None]] = {
+        "size": size,
+        "speedups": speedups,
+        "times": times,
+        "keep": keep,
+    }
     work[options.what](options.network, options.data_dir, options.out)
 
 
@@ -116,12 +123,11 @@ def size(network: str, data_dir: str | None, out: Path) -> None:
     print(f"{network}: {record['cells']} cells, about {record['hours']:.1f} CPU hours")
 
 
-def times(network: str, data_dir: str | None, out: Path) -> None:
-    """Measure both ways from masks to a dense network for each row, and times of the dense network; keep the lines."""
-    plan, path = plan_of(network, data_dir), out / "times.jsonl"
+def speedups(network: str, data_dir: str | None, out: Path) -> None:
+    """Measure `to_dense` and NNI's own speed-up on the masks of each row, and keep the lines."""
+    path = out / "speedups.jsonl"
     known = {tuple(record["key"]) for record in read_records(path)}
-    runtimes = [runtime for runtime in RUNTIMES if runtime.name in ("PyTorch", "onnxruntime")]
-    for cell in replace(plan, seeds=1).cells():
+    for cell in replace(plan_of(network, data_dir), seeds=1).cells():
         key = (network, cell.target.label, cell.pruner.row)
         if key in known:
             continue
@@ -140,23 +146,33 @@ def times(network: str, data_dir: str | None, out: Path) -> None:
             record["difference"] = float((found - expected).abs().max() / expected.abs().max())
         except Exception as error:  # NNI's speed-up has no kind of error of its own
             record["error"] = f"{type(error).__name__}: {error}"[:300]
-        # All rows have the widths of the first one.
-        if cell.pruner == plan.pruners[0]:
-            for runtime, batch in ((each, batch) for each in runtimes for batch in (1, len(start.timed))):
-                medians, _ = timed([start.net, dense], start.timed[:batch].contiguous(), runtime)
-                record.setdefault("ms", {})[f"{runtime.name}, {batch}"] = [statistics.median(each) for each in medians]
-        append_record(path, {**record, "load": _load(), "revision": provenance()["revision"]})
+        append_record(path, {**record, "revision": provenance()["revision"]})
         print(*key, record.get("error", record.get("difference")), flush=True)
 
 
-def _load() -> float | None:
-    """Return how many processes want to compute, of which this one is one; None where the system can't tell."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+def times(network: str, data_dir: str | None, out: Path) -> None:
+    """Time the first row's dense network in both runtimes: all rows have its widths. On an idle machine only."""
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > _BUSY:
+        raise SystemExit(f"times need an idle machine, got a load of {os.getloadavg()[0]:.1f}")
+    path = out / "times.jsonl"
+    plan = plan_of(network, data_dir)
+    for cell in replace(plan, seeds=1, pruners=plan.pruners[:1]).cells():
+        start = start_of(cell, out)
+        dense, _ = made_dense(start, pruned_cell(cell, start, shared_ratios(cell, start, out)).masks)
+        record: Record = {"key": (network, cell.target.label), "ms": {}, **provenance()}
+        for runtime in RUNTIMES:
+            if runtime.name not in ("PyTorch", "onnxruntime"):
+                continue
+            for batch in (1, len(start.timed)):
+                medians, _ = timed([start.net, dense], start.timed[:batch].contiguous(), runtime)
+                record["ms"][f"{runtime.name}, {batch}"] = [statistics.median(each) for each in medians]
+        append_record(path, record)
+        print(*record["key"], record["ms"], flush=True)
 
 
 def keep(network: str, data_dir: str | None, out: Path) -> None:
     """Keep a comparison's records, without what the tables don't need, its failures and its times."""
-    for name, suffix in (("results", ""), ("times", "_times")):
+    for name, suffix in (("results", ""), ("speedups", "_speedups"), ("times", "_times")):
         path = RECORDS / f"{network}{suffix}.jsonl"
         kept = {json.dumps(record["key"]): record for record in read_records(path)}
         for record in read_records(out / f"{name}.jsonl"):
@@ -213,15 +229,20 @@ def tables() -> str:
     blocks = ["**How much was run**", markdown_table(head, lines)]
     if sizes:
         blocks += ["**CPU seconds of one cell**", sizing(sizes)]
+    for network, record in sizes.items():
+        blocks += [f"{network}: `{row}` doesn't apply. {reason}" for row, reason in record["refused"].items()]
     for done, failed in complete().values():
         for group, rows in grouped(done).items():
             blocks += [f"**{title_of(group, rows)}**", accuracies(rows)]
         reasons = {each["pruner"]: each["reason"] for each in failed}
         blocks += [f"`{pruner}` doesn't apply: {reason}" for pruner, reason in reasons.items()]
-    measured = [record for network in NETWORKS for record in read_records(RECORDS / f"{network}_times.jsonl")]
-    if measured:
-        blocks += ["**From masks to a dense network**", speedups(measured)]
-        blocks += ["**Milliseconds of a batch**", latencies(measured)]
+    for kind, title, table in (
+        ("speedups", "From masks to a dense network", both_ways),
+        ("times", "Milliseconds of a batch", latencies),
+    ):
+        measured = [record for network in NETWORKS for record in read_records(RECORDS / f"{network}_{kind}.jsonl")]
+        if measured:
+            blocks += [f"**{title}**", table(measured)]
     return "\n\n".join(blocks)
 
 
@@ -251,7 +272,7 @@ def accuracies(rows: dict[str, dict[int, Record]]) -> str:
     return markdown_table([*(head[index] for index in shown), *(f"{name}, CPU s" for name in _STEPS.values())], table)
 
 
-def speedups(measured: list[Record]) -> str:
+def both_ways(measured: list[Record]) -> str:
     """Return the table of `to_dense` beside NNI's own speed-up, means over the rows of a network and target."""
     lines = []
     for network, target in dict.fromkeys((record["key"][0], record["key"][1]) for record in measured):
@@ -272,12 +293,12 @@ def speedups(measured: list[Record]) -> str:
 
 def latencies(measured: list[Record]) -> str:
     """Return the table of times in both runtimes, unpruned and pruned, by batch."""
-    lines, columns = [], list(dict.fromkeys(name for record in measured for name in record.get("ms", {})))
+    columns = list(measured[0]["ms"])
+    lines = []
     for record in measured:
-        if "ms" in record:
-            shown = [f"{before:.2f}, {after:.2f}" for before, after in (record["ms"][name] for name in columns)]
-            lines.append([*record["key"][:2], *shown, f"{record['load']:.1f}"])
-    head = ["network", "target", *(f"{name}: unpruned, pruned" for name in columns), "load of the machine"]
+        shown = [f"{before:.2f}, {after:.2f}" for before, after in (record["ms"][name] for name in columns)]
+        lines.append([*record["key"], *shown])
+    head = ["network", "target", *(f"{name}: unpruned, pruned" for name in columns)]
     return markdown_table(head, lines, text_columns=2)
 
 
