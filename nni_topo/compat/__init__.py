@@ -130,6 +130,7 @@ def patches() -> tuple[Callable[[], bool], ...]:
         wrapping.call_layers_of_attention,
         wrapping.ask_for_blocks,
         wrapping.ask_for_targets,
+        wrapping.keep_interruptions,
         wrapping.undo_failed_constructors,
         speedup.keep_given_masks,
         speedup.keep_graph_for_all_outputs,

@@ -23,7 +23,7 @@ from nni.compression.utils import Evaluator
 from schema import SchemaError
 from torch import Tensor, nn
 
-from nni_topo.compat.wrapping import derived_types
+from nni_topo.compat.wrapping import derived_types, interruptions_later
 from nni_topo.errors import (
     ANYTHING,
     FLAG,
@@ -253,7 +253,8 @@ def _check_unwrapped(model: nn.Module, existed_wrappers: Mapping[str, Any]) -> N
 
 def _check_schema(config: dict[str, Any], place: str) -> None:
     try:
-        default_config_schema("pruning").validate(config)
+        with interruptions_later():
+            default_config_schema("pruning").validate(config)
     except SchemaError as error:
         raise ConfigError(
             f"a config_list entry must follow NNI's schema; {_reason(error)} ({place}); see docs/config_list.md"
