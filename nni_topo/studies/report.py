@@ -20,7 +20,16 @@ from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.pictures import comparison_figures
 from nni_topo.studies.records import compared_records
-from nni_topo.studies.tables import cells_of, convergence_of, grouped, has_convergence, in_short, title_of, widths_of
+from nni_topo.studies.tables import (
+    cells_of,
+    convergence_of,
+    foot_of,
+    grouped,
+    has_convergence,
+    in_short,
+    title_of,
+    widths_of,
+)
 
 _SOURCES = ("versions", "hardware", "revision")
 _LONG = 40  # rows of a table from which on it is folded
@@ -38,6 +47,7 @@ class Part:
     picture: str = ""
     text: str = ""
     folded: bool = False
+    foot: str = ""  # below the table
 
 
 def write_report(folder: str | Path) -> Path:
@@ -112,7 +122,7 @@ def _of_comparison(records: list[Record]) -> Iterator[Part]:
     for name, figure in comparison_figures(records).items():
         yield Part(name, picture=as_svg(figure, name))
     for group, rows in groups.items():
-        yield Part(f"all figures: {title_of(group, rows)}", *cells_of(rows))
+        yield Part(f"all figures: {title_of(group, rows)}", *cells_of(rows), foot=foot_of(rows))
         if has_convergence(rows):
             yield Part(f"convergence: {title_of(group, rows)}", *convergence_of(rows))
     for group, rows in groups.items():

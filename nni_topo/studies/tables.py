@@ -302,6 +302,8 @@ def print_report(records: Iterable[Record], console: Console) -> None:
     for group, rows in grouped(records).items():
         columns, lines = cells_of(rows)
         console.print(NumberTable(title_of(group, rows), columns, lines, unpruned_first=True))
+        if foot := foot_of(rows):
+            console.print(foot)
         if has_convergence(rows):
             console.print(as_table(f"convergence: {title_of(group, rows)}", *convergence_of(rows)))
 
@@ -343,6 +345,8 @@ def markdown_report(records: Iterable[Record]) -> str:
     lines = []
     for group, rows in grouped(records).items():
         lines += [f"**{title_of(group, rows)}**", "", markdown_table(*cells_of(rows)), ""]
+        if foot := foot_of(rows):
+            lines += [foot, ""]
         if has_convergence(rows):
             title = f"**convergence: {title_of(group, rows)}**"
             lines += [title, "", markdown_table(*convergence_of(rows)), ""]
@@ -362,6 +366,23 @@ def cells_of(rows: dict[str, dict[int, Record]]) -> tuple[list[str], list[list[s
     lines = [_unpruned(next(iter(rows.values()))), *(_cells(rows, row) for row in rows)]
     used = [name for name in lines[-1] if any(line.get(name) for line in lines)]
     return used, [[line.get(name, "") for name in used] for line in lines]
+
+
+def foot_of(rows: dict[str, dict[int, Record]]) -> str:
+    """Return what stands below a group's table: on which images best baselines are chosen; empty without baselines."""
+    images = set()
+    for column in ("accuracy_compensated", "accuracy_distilled", "accuracy_retrained"):
+        held = [[run for run in runs.values() if column in run] for runs in rows.values() if _is_baseline(runs)]
+        if any(held):
+            images.add("test" if _chosen_by(filter(None, held), column) == column else "validation")
+    if images == {"validation"}:
+        return (
+            "The best baseline has the highest mean accuracy on the validation images. All figures are of the test "
+            "images, on which another baseline may be ahead."
+        )
+    return (
+        "The best baseline has the highest mean on the test images, which are those of the figures." if images else ""
+    )
 
 
 def has_convergence(rows: dict[str, dict[int, Record]]) -> bool:

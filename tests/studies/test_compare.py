@@ -74,7 +74,7 @@ def test_fine_tuning_ends_where_a_share_of_the_unpruned_accuracy_is_back(tmp_pat
     at_once = dataclasses.replace(asked, pruners=asked.pruners[:1], retrain={"epochs": 6, "until": 1e-3})
     (record,), _ = compare(at_once, tmp_path / "at-once", isolate=False)
     assert (record["epoch_seconds"], record["curve"]) == ([], l1["curve"][:1])
-    assert markdown_report([record]).splitlines()[-1].endswith("| 0 | best baseline |")
+    assert "| 0 | best baseline |" in markdown_report([record])
 
 
 def test_fine_tuning_until_a_share_needs_validation_images(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from nni_topo.studies.tables import (
     best_baseline,
     cells_of,
     epochs_until_back,
+    foot_of,
     grouped,
     in_short,
     interval,
@@ -94,9 +95,14 @@ def test_the_best_baseline_is_chosen_on_the_validation_images_if_all_records_hol
     validated = [run | {"validation_retrained": 1.0 - run["accuracy_retrained"]} for run in tested]
     (rows,) = grouped(validated).values()
     assert best_baseline(rows, "accuracy_retrained") == "fpgm"
+    assert foot_of(rows) in markdown_report(validated)
+    assert "validation images" in foot_of(rows)
     # one baseline without it can't be compared on the validation images
     (rows,) = grouped([tested[0], *validated[1:]]).values()
     assert best_baseline(rows, "accuracy_retrained") == "l1"
+    assert "validation" not in foot_of(rows)
+    (rows,) = grouped([record("ours", 0, 0.9, "topological")]).values()
+    assert foot_of(rows) == ""
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.2, 0.9], [0.99, 0.95, 0.999, 1.0], [0.0, 0.01, 0.0]])
