@@ -13,7 +13,7 @@ import tyro
 
 from nni_topo.disk import read_json, reading
 from nni_topo.errors import NONE, PATH, ConfigError, DataError, check_fields, unknown_name
-from nni_topo.pruners.registry import check_knob_names
+from nni_topo.pruners.registry import check_knob_names, pruner_info
 from nni_topo.runs.choices import (
     Cell,
     CompensationChoice,
@@ -52,7 +52,7 @@ class TrialSettings:
     pruner: str = "l1"  # registered name, see nni-topo list
     ratio: float = 0.5  # sparse_ratio in [0, 1) of layers without one of their own
     flops: float | None = None  # share of the MACs to be left, in (0, 1]; ratios then are proportions
-    calibration: int = 0  # training images without labels for the pruner
+    calibration: int = 0  # training images without labels for a pruner that takes calibration data
     compensate: int = 0  # training images without labels for compensation; 0: none
     distill: int = 0  # training images without labels for distillation; 0: none
     retrain_epochs: int = 1  # after pruning; 0: none
@@ -96,10 +96,12 @@ class TrialSettings:
         default = default_recipe(self.model, self.data)
         train = default if self.train_epochs is None else changed_recipe(default, {"epochs": self.train_epochs})
         retrain = train.for_retraining(self.retrain_epochs)
+        # A search over pruners has one number for all.
+        takes_images = "calibration" in pruner_info(self.pruner).knobs()
         return Cell(
             model=ModelChoice(self.model, self.width),
             data=DataChoice(self.data, self.data_dir, self.limit, image_size=self.image_size),
-            pruner=PrunerChoice(self.pruner, knobs=self.knobs, calibration=self.calibration),
+            pruner=PrunerChoice(self.pruner, knobs=self.knobs, calibration=self.calibration if takes_images else 0),
             target=Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops),
             seed=self.seed,
             train=train,

@@ -127,7 +127,9 @@ def test_a_cell_has_what_the_settings_say():
     ).cell()
     assert cell.model == ModelChoice("lenet5_like", 0.5)
     assert cell.data == DataChoice("digits", "there", 50, image_size=16)
-    assert cell.pruner == PrunerChoice("l2", calibration=8)
+    assert cell.pruner == PrunerChoice("l2")  # it takes no calibration data
+    searched = TrialSettings(pruner="subcluster", calibration=8).cell()
+    assert searched.pruner == PrunerChoice("subcluster", calibration=8)
     assert (cell.target, cell.seed, cell.device) == (Target("flops", 0.25), 5, "cuda")
     assert (cell.train.epochs, cell.retrain.epochs) == (3, 4)
     assert (cell.compensate, cell.distill) == (CompensationChoice(16), DistillationChoice(32))
