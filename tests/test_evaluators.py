@@ -127,6 +127,16 @@ def test_recovery_takes_an_evaluators_images() -> None:
         nni_topo.compensate(model, masks, evaluator)
 
 
+def test_an_evaluator_that_fails_is_named_with_its_error() -> None:
+    model, evaluator = torch_setup()
+    evaluator.evaluating_func = lambda net: net(torch.zeros(1, 5))
+    with pytest.raises(
+        ConfigError,
+        match=r"an evaluator that serves as images must evaluate the model, got RuntimeError: .*\(TorchEval",
+    ):
+        nni_topo.shrink(model, evaluator, {"flops": 0.5})
+
+
 def test_plain_functions_and_batches_need_no_evaluator() -> None:
     config = [{"op_names": ["stem", "hidden"], **SPARSE}]
     batches = [toy_images(8, seed) for seed in range(2)]
@@ -173,6 +183,16 @@ def lightning_setup() -> tuple[nn.Module, Any]:
         enable_model_summary=False,
     )
     return Net(), LightningEvaluator(trainer, nni.trace(Batches)())
+
+
+def test_lightnings_optimizers_that_nni_cannot_trace_are_named() -> None:
+    model, evaluator = lightning_setup()
+    small = nni_topo.shrink(model, evaluator, {"flops": 0.5}, compensate=None, distill=False)
+    assert type(small) is type(model)
+    type(model).configure_optimizers = lambda self: torch.optim.SGD(self.parameters(), lr=0.01)
+    _, fresh = lightning_setup()
+    with pytest.raises(ConfigError, match=r"must evaluate the model, got AssertionError: Please use nni\.trace"):
+        nni_topo.shrink(model, fresh, {"flops": 0.5})
 
 
 def test_lightning_drives_our_pruners() -> None:

@@ -45,6 +45,19 @@ def test_foreign_state_dicts_are_read(tmp_path: Path, wrap) -> None:
     assert same(model, other)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_the_names_of_wrappers_are_left_out(tmp_path: Path, prefix: str) -> None:
+    model, other = small(0), small(1)
+    torch.save({f"{prefix}{name}": value for name, value in model.state_dict().items()}, tmp_path / "a.pt")
+    load_checkpoint(tmp_path / "a.pt", other)
+    assert same(model, other)
+    holder = torch.nn.Module()
+    holder.module = small(2)  # a part of its own that is called so
+    torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, tmp_path / "a.pt")
+    load_checkpoint(tmp_path / "a.pt", holder)
+    assert same(model, holder.module)
+
+
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
 

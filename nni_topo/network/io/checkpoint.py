@@ -74,10 +74,12 @@ from nni_topo.network.layers import (
 )
 from nni_topo.network.runtime import (
     NETWORK,
+    check_float,
     check_unwrapped,
     detached_copy,
     drop_report,
     leaves_models_alone,
+    model_within,
     report_of,
     tensors_of,
 )
@@ -145,7 +147,8 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     Parameters
     ----------
     dense : torch.nn.Module
-        A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed.
+        A model made by `nni_topo.to_dense`, fine-tuned or not. It isn't changed. Of a compiled one, or one in
+        ``DataParallel`` or ``DistributedDataParallel``, the model within is saved.
     path : str or path-like
         The file to write, whole or not at all; an existing one is replaced. One that ends in ``.safetensors`` is
         written as safetensors, with the recipe (which module has which sizes) as JSON under ``"nni_topo"`` in its
@@ -154,8 +157,8 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     Raises
     ------
     ConfigError
-        If ``dense`` is no module, or the path ends as the files of :func:`nni_topo.export` do, in ``.onnx`` or
-        ``.pt2``, or a module's extra state is no tensor.
+        If ``dense`` is no module or is quantised, or the path ends as the files of :func:`nni_topo.export` do, in
+        ``.onnx`` or ``.pt2``, or a module's extra state is no tensor.
     SpeedupError
         If the model is still wrapped by NNI.
     DataError
@@ -170,7 +173,9 @@ def save(dense: torch.nn.Module, path: _PathLike) -> None:
     check_knobs("save", {"dense": dense}, {"dense": _MODULE})
     if place.suffix.lower() in FORMATS:
         raise ConfigError(f"files that end in {place.suffix} are those of nni_topo.export, got it for save ({place})")
+    dense = model_within(dense)
     check_unwrapped(dense)
+    check_float("model that is saved", dense, "save")
     in_state, every = dense.state_dict(keep_vars=True), named_tensors(dense)
     modules = dict[str, dict[str, Any]]()
     for name, module in dense.named_modules():
@@ -222,8 +227,8 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     path : str or path-like
         A file written by `save`.
     model : torch.nn.Module or callable
-        The original, unpruned model, whatever its weights, or a function without arguments that makes it.
-        It isn't changed.
+        The original, unpruned model, whatever its weights, or a function without arguments that makes it. It isn't
+        changed. Of a compiled one, or one spread over devices, the model within counts.
 
     Returns
     -------
@@ -256,7 +261,7 @@ def load(path: _PathLike, model: torch.nn.Module | Callable[[], torch.nn.Module]
     """
     check_knobs("load", {"model": model}, {"model": _UNPRUNED})
     document = _read(path)
-    built = detached_copy(model) if isinstance(model, torch.nn.Module) else model()
+    built = detached_copy(model_within(model)) if isinstance(model, torch.nn.Module) else model_within(model())
     check_knobs("load", {"model": built}, {"model": _MODULE})
     check_unwrapped(built)
     drop_report(built)  # it is that of another network than the file's

@@ -73,6 +73,29 @@ def _no_batches(value: Any) -> str:
     return _kind(value)
 
 
+# Beside these lie modules of float networks that are made to be quantised: stubs and FloatFunctional.
+_QUANTIZED = (
+    "torch.ao.nn.qat",
+    "torch.ao.nn.quantized",
+    "torch.ao.nn.intrinsic.qat",
+    "torch.ao.nn.intrinsic.quantized",
+    "torch.ao.quantization.fake_quantize",
+    "torch.ao.quantization.observer",
+    "torchao.",
+)
+
+
+def check_float(name: str, model: nn.Module, place: str) -> None:
+    """Raise a ConfigError for a network that torchao or PyTorch's quantisation has quantised, or prepared for it."""
+    found = [(key, type(value)) for key, value in [*model.named_modules(), *model.named_parameters()]]
+    for key, kind in found:
+        if kind.__module__.startswith(_QUANTIZED) and not kind.__name__.endswith("FloatFunctional"):
+            raise ConfigError(
+                f"a {name} must be a float network, which is quantised after it is pruned, got "
+                f"{kind.__module__}.{kind.__qualname__} ({key or type(model).__name__}, {place})"
+            )
+
+
 _HOOK = "_hf_hook"  # where accelerate keeps what loads a module's weights before its forward
 
 
@@ -90,6 +113,11 @@ def _look_at_model(name: str, model: nn.Module, place: str, *, needs_values: boo
             raise DataError(
                 f"parameters of a {name} must be tensors with values, got {found}{cure} ({parameter}, {place})"
             )
+
+
+def _look_at_plain_model(name: str, model: nn.Module, place: str, *, needs_values: bool = True) -> None:
+    check_float(name, model, place)
+    _look_at_model(name, model, place, needs_values=needs_values)
 
 
 def _look_at_inputs(name: str, inputs: Any, place: str, *, needs_values: bool = True) -> None:
@@ -172,11 +200,14 @@ _INPUTS = "a tensor, a tuple of arguments or a dict of keyword arguments with a 
 _MASKS = "a mapping of names of modules to mappings of names of parameters to masks"
 
 DEVICE = Rule("a device's name, e.g. 'cpu' or 'cuda:1', or a torch.device", lambda value: _is_device(value))
-MODEL = Rule(_MODEL, is_plain, tell=_kind_of_model, look=_look_at_model)
-STRUCTURE = Rule(_MODEL, is_plain, tell=_kind_of_model, look=partial(_look_at_model, needs_values=False))
+MODEL = Rule(_MODEL, is_plain, tell=_kind_of_model, look=_look_at_plain_model)
+STRUCTURE = Rule(_MODEL, is_plain, tell=_kind_of_model, look=partial(_look_at_plain_model, needs_values=False))
 """Of a model whose values nobody looks at."""
 NETWORK = Rule(
-    "a torch.nn.Module", lambda value: isinstance(value, nn.Module), tell=_kind_of_model, look=STRUCTURE.look
+    "a torch.nn.Module",
+    lambda value: isinstance(value, nn.Module),
+    tell=_kind_of_model,
+    look=partial(_look_at_model, needs_values=False),
 )
 """Of a model that may be compiled or spread over devices, and whose values nobody looks at."""
 COMPUTING = Rule(NETWORK.words, NETWORK.holds, tell=_kind_of_model, look=_look_at_model)

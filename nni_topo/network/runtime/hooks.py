@@ -13,10 +13,11 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError, DataError, NniTopoError, raised
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copying import detached_copy
 from nni_topo.network.runtime.inputs import bind_arguments, inputs_of, real_positions_of
+from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.training_mode import evaluation_mode
 
 Entering = Callable[[Tensor], Any]
@@ -111,7 +112,7 @@ def batches_of(
         return Calibration.of(calibration, knob, shared=shared)
     if getattr(calibration, "model", None) is not None:
         raise ConfigError(f"an evaluator that serves as {knob} must not be in use, got one that has a model ({knob})")
-    with _bound_copy(calibration, model) as (evaluator, evaluated):
+    with _bound_copy(calibration, model, knob) as (evaluator, evaluated):
         return Calibration(inputs_seen(evaluated, evaluator.evaluate), name=knob)
 
 
@@ -144,7 +145,7 @@ def example_inputs_of(
         return dummy_input
     if getattr(evaluator, "model", None) is not None:
         return None
-    with _bound_copy(evaluator, model) as (copied, evaluated):
+    with _bound_copy(evaluator, model, "example inputs") as (copied, evaluated):
         return _first_inputs(evaluated, copied.evaluate)
 
 
@@ -166,17 +167,30 @@ def _first_inputs(model: nn.Module, evaluate: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _bound_copy(evaluator: Evaluator, model: nn.Module) -> Iterator[tuple[Evaluator, nn.Module]]:
-    """Bind a copy of an evaluator to a copy of a model: a pruner can still initialize and bind the evaluator itself."""
+def _bound_copy(evaluator: Evaluator, model: nn.Module, knob: str) -> Iterator[tuple[Evaluator, nn.Module]]:
+    """Bind a copy of an evaluator to a copy of a model: a pruner can still initialize and bind the evaluator itself.
+
+    What the evaluator raises, for NNI's evaluators assert much, becomes a ConfigError.
+    """
     copied, evaluated = copy.copy(evaluator), detached_copy(model)
-    if not copied._initialization_complete:
-        copied._init_optimizer_helpers(model)
-    copied.bind_model(evaluated)
     try:
-        with evaluation_mode(evaluated), torch.no_grad():
-            yield copied, evaluated
-    finally:
-        copied.unbind_model()
+        if not copied._initialization_complete:
+            copied._init_optimizer_helpers(model)
+        copied.bind_model(evaluated)
+        try:
+            with evaluation_mode(evaluated), torch.no_grad():
+                yield copied, evaluated
+        finally:
+            copied.unbind_model()
+    except NniTopoError:
+        raise
+    except Exception as error:  # of the user's functions, of NNI or of Lightning
+        if out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"an evaluator that serves as {knob} must evaluate the model, got {raised(error)} "
+            f"({type(evaluator).__name__}, {knob})"
+        ) from error
 
 
 def _detached(inputs: Any) -> Any:

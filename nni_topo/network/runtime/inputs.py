@@ -93,16 +93,21 @@ def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter] | None:
 
     Of a compiled model, or one that is spread over devices, those of the model within.
     """
-    for attribute, kinds in _WITHIN.items():
-        if type(model).__name__ in kinds and isinstance(inner := getattr(model, attribute, None), nn.Module):
-            return _parameters_of(inner)
     try:
-        return list(inspect.signature(model.forward).parameters.values())
+        return list(inspect.signature(model_within(model).forward).parameters.values())
     except (TypeError, ValueError):
         return None
 
 
 _WITHIN = {"_orig_mod": ("OptimizedModule",), "module": ("DataParallel", "DistributedDataParallel")}
+
+
+def model_within(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model within a compiled one, or one that is spread over devices; any other as it is."""
+    for attribute, kinds in _WITHIN.items():
+        if type(model).__name__ in kinds and isinstance(inner := getattr(model, attribute, None), nn.Module):
+            return model_within(inner)
+    return model
 
 
 def cure_of_mapping(call: Call, model: torch.nn.Module) -> str:

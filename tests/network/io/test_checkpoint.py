@@ -94,6 +94,16 @@ def test_a_saved_model_comes_back_bit_by_bit(path, original):
         assert torch.equal(built.eval()(IMAGES), dense.eval()(IMAGES))
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda net: torch.compile(nn.DataParallel(net))])
+def test_of_a_wrapped_model_the_model_within_is_saved_and_loaded(path, wrap):
+    dense = small()
+    for saved, original in ((wrap(dense), make()), (dense, wrap(make())), (wrap(dense), lambda: wrap(make()))):
+        save(saved, path)
+        built = load(path, original)
+        assert repr(built) == repr(dense)
+        assert all(torch.equal(value, dense.state_dict()[key]) for key, value in built.state_dict().items())
+
+
 def test_what_to_dense_makes_comes_back_and_trains(path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3), nn.Flatten())
     mask = torch.ones(8, 1, 1, 1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.ao import quantization
 from torch.nn.parameter import UninitializedParameter
 
+import nni_topo
 from nni_topo.errors import ConfigError, DataError, NniTopoError, Rule
 from nni_topo.network.runtime import arguments
 from nni_topo.network.runtime.arguments import check_entry, check_model, unusable
@@ -236,6 +239,58 @@ def test_a_tensor_without_values_may_be_used_for_its_shape() -> None:
     assert unusable(torch.zeros(2)) == ""
     assert "layout torch.sparse_coo" in unusable(SPARSE, needs_values=False)
     assert "lazy" in unusable(LAZY, needs_values=False)
+
+
+def quantised(name: str) -> nn.Module:
+    net = nn.Sequential(quantization.QuantStub(), nn.Linear(4, 3), quantization.DeQuantStub())
+    if name == "dynamic":
+        found: nn.Module = quantization.quantize_dynamic(net, {nn.Linear})
+        return found
+    net.qconfig = quantization.get_default_qat_qconfig("x86")
+    prepared = quantization.prepare_qat(net.train()) if name != "observed" else quantization.prepare(net.eval())
+    prepared(torch.randn(8, 4))
+    found = quantization.convert(prepared.eval()) if name == "converted" else prepared
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["dynamic", "trained", "observed", "converted"])
+def test_quantised_networks_are_refused(name: str) -> None:
+    net = quantised(name)
+    words = r"must be a float network, which is quantised after it is pruned, got torch\.ao\."
+    with pytest.raises(ConfigError, match=words):
+        check_model(net)
+    with pytest.raises(ConfigError, match=words):
+        nni_topo.shrink(net, [torch.randn(8, 4)], {"params": 0.5})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_float_networks_that_may_be_quantised_are_taken() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.end = quantization.QuantStub(), quantization.DeQuantStub()
+            self.one, self.other, self.add = nn.Linear(4, 8), nn.Linear(8, 4), torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.start(x)
+            found: torch.Tensor = self.end(self.add.add(x, self.other(self.one(x).relu())))
+            return found
+
+    kept = torch.tensor([1.0, 0, 1, 0, 1, 0, 1, 0])[:, None].expand(8, 4)
+    dense: Any = nni_topo.to_dense(Sum().eval(), torch.randn(2, 4), {"one": {"weight": kept}})
+    assert (dense.one.out_features, dense.other.in_features) == (4, 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_networks_that_torchao_has_quantised_are_refused(tmp_path: Path) -> None:
+    quantize = pytest.importorskip("torchao.quantization")
+    net = nn.Sequential(nn.Linear(4, 3)).eval()
+    quantize.quantize_(net, quantize.Int8WeightOnlyConfig())
+    with pytest.raises(ConfigError, match=r"a model must be a float network.*got torchao\..*\(0\.weight, model\)"):
+        check_model(net)
+    with pytest.raises(ConfigError, match=r"must be a float network.*got torchao\..*\(0\.weight, save\)"):
+        nni_topo.save(net, tmp_path / "net.safetensors")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
