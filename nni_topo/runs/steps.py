@@ -194,10 +194,19 @@ def _check_fewer(model: nn.Module, whole: Calibration, learned: Calibration) -> 
     call = next(calls(model, learned))
     error = failure_on(model, call)
     if error is not None:
+        whole_call, count = next(calls(model, whole)), whole.sizes[0]
+        for each in tensors_of(whole_call)[1:]:
+            are_edges = each.dim() == 2 and len(each) == 2 != count and not each.is_floating_point()
+            if are_edges or each.shape == (count, count):
+                raise ConfigError(
+                    f"inputs must hold samples, of which every eighth is held out, got {count} nodes of a graph with "
+                    f"edges {tuple(each.shape)}: create_pruner, compensate and to_dense take whole graphs "
+                    f"({whole.name})"
+                ) from error
         raise ConfigError(
             "a model must run on any number of samples, because every eighth one is held out: let its forward take the "
-            f"number from its input, as x.flatten(1) and x.view(len(x), -1) do; of {whole.sizes[0]} samples it got "
-            f"{learned.sizes[0]} and raised {raised(error)}{samples_second(model, next(calls(model, whole)))} (model)"
+            f"number from its input, as x.flatten(1) and x.view(len(x), -1) do; of {count} samples it got "
+            f"{learned.sizes[0]} and raised {raised(error)}{samples_second(model, whole_call)} (model)"
         ) from error
 
 

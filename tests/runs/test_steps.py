@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from toy_times import LAYERS, proportional
 
+from nni_topo import compensate, create_pruner, shrink
 from nni_topo.errors import ConfigError, DataError, GradientError
 from nni_topo.network.runtime import Calibration
 from nni_topo.network.speedup import dense_report_of, to_dense
@@ -843,3 +844,30 @@ def test_a_state_that_is_returned_is_told_and_its_samples_are_first(returns):
     measured.add("unpruned", turned)
     told = ["one step at a time, each from the calibration data's state" in each for each in measured.warnings()]
     assert any(told) == returns
+
+
+class Graph(nn.Module):
+    """Two graph convolutions over edges (2, edges), or over a matrix of adjacency (nodes, nodes)."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x, edges):
+        for layer in (self.enter, self.leave):
+            mixed = edges @ x if edges.is_floating_point() else torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])
+            x = layer(mixed).relu()
+        return x
+
+
+@pytest.mark.parametrize("edges", [torch.tensor([[0, 39], [39, 1]]), torch.eye(40)])
+def test_rows_of_a_graph_are_nodes_and_whole_graphs_go_step_by_step(edges):
+    model, inputs = Graph().eval(), (torch.randn(40, 3), edges)
+    with pytest.raises(ConfigError, match=r"got 40 nodes of a graph .* take whole graphs"):
+        shrink(model, [(inputs, torch.zeros(40))], {"params": 0.5}, progress=False)
+    pruner = create_pruner("l1", model, [{"op_names": ["enter"], "sparse_ratio": 0.5}])
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    dense = to_dense(compensate(model, masks, [(inputs, torch.zeros(40))]), inputs, masks)
+    assert dense.enter.out_features == 4
+    assert dense(*inputs).shape == (40, 2)
