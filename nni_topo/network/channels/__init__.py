@@ -13,7 +13,16 @@ from nni_topo.network.channels.rules import (
     register_operator,
     rules_registered,
 )
-from nni_topo.network.channels.shuffle import DenseOrder, Share, Shares, asked_of, chosen_of, shares, stays_in_place
+from nni_topo.network.channels.shuffle import (
+    DenseOrder,
+    Share,
+    Shares,
+    asked_of,
+    chosen_of,
+    regrouped,
+    shares,
+    stays_in_place,
+)
 
 __all__ = [
     "FIXED",
@@ -40,6 +49,7 @@ __all__ = [
     "passes",
     "reasons",
     "register_operator",
+    "regrouped",
     "rules_registered",
     "shares",
     "stays_in_place",

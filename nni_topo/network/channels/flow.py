@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -603,8 +604,25 @@ class ChannelFlow(Propagation):
 
     @property
     def shuffles(self) -> bool:
-        """Whether the network cuts into equal pieces what it puts into another order."""
-        return self.reorders and self.chunks
+        """Whether the network cuts into equal pieces, or reads in groups, what it puts into another order."""
+        return (self.reorders and self.chunks) or bool(self.regrouped)
+
+    @cached_property
+    def regrouped(self) -> dict[str, int]:
+        """Calls of convolutions of several groups that read shuffled channels: by name of the node, how many groups."""
+        found = dict[str, int]()
+        moves = [block for blocks in self.blocks if blocks.moves for side in blocks.sides for block in side]
+        if not (self.reorders and moves):
+            return found
+        moved = self.group_ids(np.concatenate(moves))
+        for node in self.traced.graph.nodes:
+            name = str(node.target)
+            module: Any = self.fetch_attr(name) if node.op == "call_module" and name in self.all_layers else None
+            if getattr(module, "groups", 1) > 1 and not is_depthwise(module):
+                entering = self.entering_group_ids(name)
+                if (np.diff(entering[np.isin(entering, moved)]) < 0).any():
+                    found[node.name] = module.groups
+        return found
 
     @property
     def size(self) -> int:

@@ -261,10 +261,27 @@ def stays_in_place(flow: ChannelFlow, is_kept: np.ndarray, names: Collection[str
         group_of = order.places(name) // max(len(entering) // groups, 1)
         if groups > 1 and not is_depthwise(module) and bool((np.diff(group_of) < 0).any()):
             return False
-    for (_, _, full), (_, _, dense) in zip(_pieces(flow, flow.ids), _pieces(flow, order.ids), strict=True):
-        if looked_at[full].any() and not np.array_equal(full[is_kept[full]], dense):
+    dense_pieces = {(node, piece): group_ids for node, piece, group_ids in _pieces(flow, order.ids)}
+    for node, piece, full in _pieces(flow, flow.ids):
+        if node in flow.regrouped or not looked_at[full].any():
+            continue
+        if not np.array_equal(full[is_kept[full]], dense_pieces.get((node, piece), full[:0])):
             return False
     return True
+
+
+def regrouped(flow: ChannelFlow, is_kept: np.ndarray) -> np.ndarray:
+    """List the channels that enter grouped convolutions which would get kept ones in other groups: by group id."""
+    if not flow.regrouped:
+        return np.zeros(0, dtype=np.int64)
+    order, found = DenseOrder(flow, is_kept), [np.zeros(0, dtype=np.int64)]
+    for node in flow.traced.graph.nodes:
+        if node.name in flow.regrouped:
+            entering = flow.entering_group_ids(str(node.target))
+            group_of = order.places(str(node.target)) // (len(entering) // flow.regrouped[node.name])
+            if (np.diff(group_of) < 0).any():
+                found.append(entering)
+    return np.unique(np.concatenate(found))
 
 
 def shares(flow: ChannelFlow, wanted: Mapping[str, int]) -> Shares:
@@ -322,13 +339,26 @@ def _shared_out(flow: ChannelFlow, routes: Routes, counts: Mapping[str, int], na
     for name in names:
         group_ids = flow.group_ids_of(name).tolist()
         segments = [routes[group_id] for group_id in group_ids]
-        sizes, wanted = Counter(segments), Counter(dense_routes[group_id] for group_id in group_ids[: counts[name]])
+        wanted_routes = [dense_routes[group_id] for group_id in group_ids[: counts[name]]]
+        if flow.regrouped:
+            # Which group of a convolution a shuffle sends a channel to depends on all channels before it. It sends any
+            # to the right one where as many stay of each run of neighbours that go the same way.
+            segments, wanted_routes = _numbered(segments), _numbered(wanted_routes)
+            if wanted_routes and set(wanted_routes) != set(segments):
+                return {}
+        sizes, wanted = Counter(segments), Counter(wanted_routes)
         if any(count > sizes[segment] for segment, count in wanted.items()):
             return {}
         rank = {segment: at for at, segment in enumerate(sizes)}
         found[name] = tuple(rank[segment] for segment in segments), tuple(wanted[segment] for segment in rank)
         is_kept[group_ids] = chosen_of(*found[name], np.arange(len(group_ids))[::-1])
     return found if stays_in_place(flow, is_kept, names) else {}
+
+
+def _numbered(routes: Sequence[Any]) -> list[Any]:
+    """Tell runs of equal neighbours apart by their number."""
+    runs = itertools.groupby(routes)
+    return [(number, route) for number, (route, run) in enumerate(runs) for _ in run]
 
 
 def chosen_of(segments: Sequence[int], counts: Sequence[int], order: np.ndarray) -> np.ndarray:
@@ -367,11 +397,19 @@ def _routes(flow: ChannelFlow, ids: Mapping[str, Any]) -> Routes:
 
 
 def _pieces(flow: ChannelFlow, ids: Mapping[str, Any]) -> list[tuple[str, int, np.ndarray]]:
-    """List the pieces that splits make, by node and place, with the group ids in them, ascending."""
-    found = []
+    """List the pieces that splits make, by node and place, with the group ids in them, ascending.
+
+    Where a convolution of several groups reads shuffled channels, its groups are pieces too.
+    """
+    found, groups = [], flow.regrouped
     for node in flow.traced.graph.nodes:
+        pieces: list[Tensor] = []
         if isinstance(ids[node.name], (tuple, list)):
-            for place, leaf in enumerate(tensors_of(ids[node.name])):
-                group_ids = flow.group_ids(compressed(leaf).numpy().ravel())
-                found.append((node.name, place, np.unique(group_ids)))
+            pieces = tensors_of(ids[node.name])
+        elif node.name in groups:
+            entering = ids[node.all_input_nodes[0].name]
+            pieces = list(entering.tensor_split(groups[node.name], 1)) if entering.shape[1] > 1 else []
+        for place, piece in enumerate(pieces):
+            group_ids = flow.group_ids(compressed(piece).numpy().ravel())
+            found.append((node.name, place, np.unique(group_ids)))
     return found

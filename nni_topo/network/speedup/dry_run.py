@@ -119,6 +119,14 @@ def _found_with(network: Network, seed: int) -> dict[int, Reason] | None:
         entering: Call = (arguments(full.graph, network.model, network.call), {})
         args = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
+        for node in flow.traced.graph.nodes:
+            if node.name in flow.regrouped:
+                # Where no number of each of a shuffled layer's channels fits the groups, it keeps all.
+                read = flow.entering_group_ids(str(node.target))
+                for name, layer in flow.layers.items():
+                    group_ids = flow.group_ids_of(name)
+                    if not layer.depthwise and name not in halves and np.isin(group_ids, read).any():
+                        held.update(dict.fromkeys(group_ids.tolist(), reasons.result_depends(node)))
         inputs, clean, second = _Inputs(args), set[bool](), None
         if network.depends_on_size and network.second is not None:
             held.update(dict.fromkeys(differing(flow, network.second.flow).tolist(), reasons.depends_on_size()))

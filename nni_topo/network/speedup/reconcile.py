@@ -14,7 +14,17 @@ import torch
 from nni_topo.errors import ConfigError, SpeedupError, leaving_out, listed, unknown_name
 from nni_topo.maths.ties import descending
 from nni_topo.network.attention import by_table, find_frequencies, pairs_of
-from nni_topo.network.channels import FIXED, Blocks, ChannelFlow, Reason, Reasons, reasons, stays_in_place
+from nni_topo.network.channels import (
+    FIXED,
+    Blocks,
+    ChannelFlow,
+    Reason,
+    Reasons,
+    reasons,
+    regrouped,
+    shares,
+    stays_in_place,
+)
 from nni_topo.network.layers import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
 from nni_topo.network.runtime import MASKS, device_of
 
@@ -253,6 +263,32 @@ def grow(flow: ChannelFlow, kept: np.ndarray, scores: Scores, round_to: int, mas
         if uneven and not in_place and before == int(kept.sum()) and not stays_in_place(flow, kept):
             # No smaller number of each fits.
             kept[np.concatenate(uneven)] = True
+        if before == int(kept.sum()) and not in_place and len(moved := regrouped(flow, kept)):
+            _fit_groups(flow, kept, scores, moved)
+            if before == int(kept.sum()):
+                kept[moved] = True
+
+
+def _fit_groups(flow: ChannelFlow, kept: np.ndarray, scores: Scores, moved: np.ndarray) -> None:
+    """Bring channels back until a shuffle sends those of a layer to the right groups of the convolution after it.
+
+    ``moved``: the channels, by group id, that it sends elsewhere.
+    """
+    for name, layer in flow.layers.items():
+        group_ids = flow.group_ids_of(name)
+        if layer.depthwise or not np.isin(group_ids, moved).any():
+            continue
+        asked, is_fitting = int(kept[group_ids].sum()), False
+        while not is_fitting:
+            share = shares(flow, {name: asked}).get(name) if asked < layer.channels else None
+            if share is None:
+                kept[group_ids] = True
+                break
+            runs = [group_ids[np.asarray(share.segments) == place] for place in range(len(share.counts))]
+            is_fitting = all(int(kept[run].sum()) <= count for run, count in zip(runs, share.counts, strict=True))
+            for run, count in zip(runs, share.counts, strict=True) if is_fitting else ():
+                _bring_back(run, kept, scores, count)
+            asked = sum(share.counts) + 1
 
 
 def _even_out(blocks: Blocks, sides: list[list[np.ndarray]], is_kept: np.ndarray, scores: Scores) -> None:
