@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import sys
@@ -22,7 +23,7 @@ import torch
 from nni_topo.errors import ConfigError, DataError, NniTopoError
 
 MIN_FREE_BYTES = 16 * 2**20
-_LOCK = ".lock"
+LOCK = ".lock"
 DELETE = "delete it and run again"
 """The cure in errors about a damaged file that a run has written itself."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -61,6 +62,14 @@ def path_of(path: Any, knob: str = "path") -> Path:
     return Path(path)
 
 
+_FOLDERS = re.compile(r"""(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^/\\\s'"()<>]+)+[/\\](?=[^/\\\s'"()<>])""")
+
+
+def without_folders(text: str) -> str:
+    """Return a text with the last part of each absolute path in place of the path, for files that others will read."""
+    return os.path.basename(text) if os.path.isabs(text) else _FOLDERS.sub("", text)
+
+
 def check_free_disk(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
     """Raise DataError unless a folder, or the nearest one above it, can be written to and has ``needed`` bytes free."""
     rule = "an output folder must be a folder that can be written to"
@@ -90,7 +99,7 @@ def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
     check_free_disk(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = output_file(folder / _LOCK).open("w")
+        stream = output_file(folder / LOCK).open("w")
     with stream:
         if not _locked(stream, wait=wait):
             raise DataError(f"a folder must be written by one run at a time, got one at work there ({folder})")
@@ -100,7 +109,7 @@ def only_process(folder: Path, *, wait: bool = True) -> Iterator[None]:
 def is_held(folder: Path) -> bool:
     """Return whether a process holds a folder by :func:`only_process`."""
     try:
-        stream = output_file(folder / _LOCK).open("r")  # to open a pipe would wait for a writer
+        stream = output_file(folder / LOCK).open("r")  # to open a pipe would wait for a writer
     except (OSError, DataError):
         return False
     with stream:

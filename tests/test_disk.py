@@ -207,3 +207,20 @@ def test_an_entry_that_is_marked_as_a_folder_is_damage(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"net\.pt"):
         zoo.load_checkpoint(path, net())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/me/my photos", "my photos"),
+        ("small_cnn on /home/me/photos, l1", "small_cnn on photos, l1"),
+        ('{"data_dir": "/home/me/data", "share": "1/2"}', '{"data_dir": "data", "share": "1/2"}'),
+        ("got none (/tmp/out/a.json)", "got none (a.json)"),
+        ("runs/out/a.json and ../b/c", "runs/out/a.json and ../b/c"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("12 / 13 / 14", "12 / 13 / 14"),
+        ("/", ""),
+    ],
+)
+def test_absolute_paths_are_told_by_their_names(text, expected):
+    assert disk.without_folders(text) == expected

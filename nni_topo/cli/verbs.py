@@ -19,7 +19,7 @@ from nni_topo.recovery import list_recoveries, recovery_info
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
 from nni_topo.runs.frontier import checked_shares, frontier
 from nni_topo.runs.provenance import provenance
-from nni_topo.runs.prune import check_empty, prune_checkpoint
+from nni_topo.runs.prune import empty_folder, prune_checkpoint
 from nni_topo.runs.run import Start, distillation_knobs, latencies
 from nni_topo.runs.shrink import KNOBS, budget_settings, shrink, without_share
 from nni_topo.runs.steps import check_choices, check_has_size, check_layers
@@ -207,47 +207,53 @@ class Shrink(TrainedVerb):
         """Write the dense model and print the accuracy on the test images after each step."""
         import pandas as pd
 
-        check_empty(self.out)
-        budget = self._budget()
-        self._check(budget)
-        start = self.start(self.test_limit, accept=self._accept)
-        if self.shares:
-            return self._several(start, console)
-        dense = shrink(
-            start.net,
-            start.images(self.images),
-            budget,
-            tolerance=self.tolerance,
-            measure=self.measure,
-            **self._steps(start),
-        )
-        report: Any = dense.report
-        output_folder(self.out)
-        nni_topo.save(dense, self.out / "dense.pt")
-        tables = {"stages": report.to_frame()}
-        tables |= {"recovery by layer": report.compensation.to_frame()} if report.compensation else {}
-        tables |= {"widths tried": pd.DataFrame(report.tried)} if report.tried else {}
-        found_within, verdict, depth = report.tolerance, report.distillation, report.depth
-        tables |= {"blocks removed": pd.DataFrame(map(asdict, depth.removed))} if depth and depth.removed else {}
-        tables |= {"numbers of blocks tried": depth.to_frame()} if depth else {}
-        has_curve = verdict is not None and bool(verdict.curve)
-        tables |= {"networks tried": found_within.to_frame()} if found_within else {}
-        tables |= {"distillation": verdict.to_frame()} if has_curve else {}
-        found = {name: each.to_dict("records") for name, each in tables.items()}
-        facts = {"model": self.model, "data": self.data, "pruner": self.pruner, "method": self.method, "budget": budget}
-        facts |= {**found, "widths": report.layers.rows}
-        if found_within is not None:
-            facts |= {"tolerance": found_within, "result of the search": str(found_within)}
-        facts |= {"blocks": str(depth)} if depth else {}
-        facts |= {"result of distillation": str(verdict)} if verdict is not None else {}
-        facts |= latencies(start, dense) | provenance()
-        document = finite(plain(facts))
-        write_json(self.out / "shrink.json", document, sort=False)
-        if has_curve:
-            write_figure(self.out / "distillation.png", plot_distillation(verdict), 110)
-        files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
-        self.put_out(console, document["stages"], [repr(report), files])
-        return 0
+        with empty_folder(self.out):
+            budget = self._budget()
+            self._check(budget)
+            start = self.start(self.test_limit, accept=self._accept)
+            if self.shares:
+                return self._several(start, console)
+            dense = shrink(
+                start.net,
+                start.images(self.images),
+                budget,
+                tolerance=self.tolerance,
+                measure=self.measure,
+                **self._steps(start),
+            )
+            report: Any = dense.report
+            output_folder(self.out)
+            nni_topo.save(dense, self.out / "dense.pt")
+            tables = {"stages": report.to_frame()}
+            tables |= {"recovery by layer": report.compensation.to_frame()} if report.compensation else {}
+            tables |= {"widths tried": pd.DataFrame(report.tried)} if report.tried else {}
+            found_within, verdict, depth = report.tolerance, report.distillation, report.depth
+            tables |= {"blocks removed": pd.DataFrame(map(asdict, depth.removed))} if depth and depth.removed else {}
+            tables |= {"numbers of blocks tried": depth.to_frame()} if depth else {}
+            has_curve = verdict is not None and bool(verdict.curve)
+            tables |= {"networks tried": found_within.to_frame()} if found_within else {}
+            tables |= {"distillation": verdict.to_frame()} if has_curve else {}
+            found = {name: each.to_dict("records") for name, each in tables.items()}
+            facts = {
+                "model": self.model,
+                "data": self.data,
+                "pruner": self.pruner,
+                "method": self.method,
+                "budget": budget,
+            }
+            facts |= {**found, "widths": report.layers.rows}
+            if found_within is not None:
+                facts |= {"tolerance": found_within, "result of the search": str(found_within)}
+            facts |= {"blocks": str(depth)} if depth else {}
+            facts |= {"result of distillation": str(verdict)} if verdict is not None else {}
+            facts |= latencies(start, dense) | provenance()
+            document = finite(plain(facts))
+            write_json(self.out / "shrink.json", document, sort=False)
+            if has_curve:
+                write_figure(self.out / "distillation.png", plot_distillation(verdict), 110)
+            files = f"dense model: {self.out / 'dense.pt'} (nni_topo.load) · report: {write_report(self.out)}"
+            self.put_out(console, document["stages"], [repr(report), files])
+            return 0
 
     def _check(self, budget: str | dict[str, Any] | None) -> None:
         """Check all flags before anything is loaded or trained."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from nni_topo.disk import check_free_disk, output_folder, write_json, write_tensors
+from nni_topo.disk import LOCK, check_free_disk, only_process, output_folder, write_json, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.io import checkpoint as files
 from nni_topo.network.runtime import one_call, quiet_if_asked, tells_once
@@ -49,67 +51,86 @@ def prune_checkpoint(
 ) -> Record:
     """Prune a trained model; write ``dense.pt``, ``masks.pt``, ``summary.json`` to an empty folder."""
     out = Path(out)
-    check_empty(out)
+    with empty_folder(out):
+        choice = PrunerChoice(config.pruner, knobs=config.knobs, calibration=config.calibration)
 
-    choice = PrunerChoice(config.pruner, knobs=config.knobs, calibration=config.calibration)
+        # a request that can't be used ends before the training, not after it
+        def accept(untrained: Start) -> None:
+            check_knob_names(config.pruner, config.knobs, "configuration")
+            check_request(untrained.net, config.config_list, needs_rule=needs_rule(config.pruner, config.knobs))
+            recipe_of(untrained)
+            created(untrained, choice, config.config_list)
 
-    # a request that can't be used ends before the training, not after it
-    def accept(untrained: Start) -> None:
-        check_knob_names(config.pruner, config.knobs, "configuration")
-        check_request(untrained.net, config.config_list, needs_rule=needs_rule(config.pruner, config.knobs))
-        recipe_of(untrained)
-        created(untrained, choice, config.config_list)
+        def recipe_of(start: Start) -> Recipe:
+            return changed_recipe(start.recipe.for_retraining(int(config.retrain.get("epochs", 1))), config.retrain)
 
-    def recipe_of(start: Start) -> Recipe:
-        return changed_recipe(start.recipe.for_retraining(int(config.retrain.get("epochs", 1))), config.retrain)
-
-    start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device, progress=progress, accept=accept)
-    config_list = config.config_list
-    if config.dependency_groups and pruner_info(config.pruner).structured:
-        config_list = dependency_groups(start.net, start.example, config_list)
-    found = prune(start, choice, config_list)
-    masks = _rounded(start.net, start.example, on_cpu(found.masks), config.round_to)
-    dense, _ = made_dense(start, masks)
-    record: Record = {
-        "model": model.label,
-        "data": data.name,
-        "pruner": config.pruner,
-        "seed": seed,
-        "prune_seconds": found.seconds,
-        **costs(start, dense),
-        "accuracy_before": start.accuracy,
-        **(start.figures(start.net, "before") if start.data.is_text else {}),
-        **start.figures(dense, "oneshot"),
-    }
-    if config.compensate is not None:
-        dense, report = made_dense(start, masks, config.compensate, progress=progress)
-        record |= start.figures(dense, "compensated")
-        if report is not None:
-            record["compensation"] = report.to_frame().replace({float("nan"): None}).to_dict("records")
-    if config.distill is not None:
-        dense = distilled(start, dense, config.distill, progress=progress).model
-        record |= start.figures(dense, "distilled")
-    if config.retrain:
-        retrain(dense, start.data, recipe_of(start), seed=seed, progress=progress)
-        record |= start.figures(dense, "retrained")
-    record |= latencies(start, dense) | provenance()
-    if found.budget is not None and found.budget.kind == "latency" and config.round_to is None:
-        record["budget"] = asdict(found.budget)  # timed longer, and in the batch that was asked for
-    elif found.budget is not None:
-        why = found.budget.why or f"layers keep a multiple of {config.round_to} channels"
-        record |= budget_facts(start, dense, found.budget, record, why)
-    output_folder(out)
-    files.save(dense, out / "dense.pt")
-    write_tensors(out / "masks.pt", masks)
-    write_json(out / "summary.json", record)
-    return record
+        start = trained(model, data, checkpoint=checkpoint, seed=seed, device=device, progress=progress, accept=accept)
+        config_list = config.config_list
+        if config.dependency_groups and pruner_info(config.pruner).structured:
+            config_list = dependency_groups(start.net, start.example, config_list)
+        found = prune(start, choice, config_list)
+        masks = _rounded(start.net, start.example, on_cpu(found.masks), config.round_to)
+        dense, _ = made_dense(start, masks)
+        record: Record = {
+            "model": model.label,
+            "data": data.name,
+            "pruner": config.pruner,
+            "seed": seed,
+            "prune_seconds": found.seconds,
+            **costs(start, dense),
+            "accuracy_before": start.accuracy,
+            **(start.figures(start.net, "before") if start.data.is_text else {}),
+            **start.figures(dense, "oneshot"),
+        }
+        if config.compensate is not None:
+            dense, report = made_dense(start, masks, config.compensate, progress=progress)
+            record |= start.figures(dense, "compensated")
+            if report is not None:
+                record["compensation"] = report.to_frame().replace({float("nan"): None}).to_dict("records")
+        if config.distill is not None:
+            dense = distilled(start, dense, config.distill, progress=progress).model
+            record |= start.figures(dense, "distilled")
+        if config.retrain:
+            retrain(dense, start.data, recipe_of(start), seed=seed, progress=progress)
+            record |= start.figures(dense, "retrained")
+        record |= latencies(start, dense) | provenance()
+        if found.budget is not None and found.budget.kind == "latency" and config.round_to is None:
+            record["budget"] = asdict(found.budget)  # timed longer, and in the batch that was asked for
+        elif found.budget is not None:
+            why = found.budget.why or f"layers keep a multiple of {config.round_to} channels"
+            record |= budget_facts(start, dense, found.budget, record, why)
+        output_folder(out)
+        files.save(dense, out / "dense.pt")
+        write_tensors(out / "masks.pt", masks)
+        write_json(out / "summary.json", record)
+        return record
 
 
-def check_empty(out: Path) -> None:
+@contextmanager
+def empty_folder(out: Path) -> Iterator[None]:
+    """Hold an output folder, which must be new or empty, so that no other run writes to it; ConfigError or DataError.
+
+    What is left empty by an error is removed.
+    """
+    _check_empty(out)
+    is_new = not out.exists()
+    with only_process(out, wait=False):
+        _check_empty(out)  # another run may have ended between
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (out / LOCK).unlink()
+                if is_new:
+                    out.rmdir()
+
+
+def _check_empty(out: Path) -> None:
     """Raise a ConfigError for an output folder that holds anything, DataError for a place that can't be written to."""
     check_free_disk(out)
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"an output folder must be new or empty, got {len(list(out.iterdir()))} entries ({out})")
+    entries = [each for each in out.iterdir() if each.name != LOCK] if out.exists() else []
+    if entries:
+        raise ConfigError(f"an output folder must be new or empty, got {len(entries)} entries ({out})")
 
 
 def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None) -> Masks:

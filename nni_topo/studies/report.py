@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from nni_topo.disk import read_json, write_text
+from nni_topo.disk import read_json, without_folders, write_text
 from nni_topo.errors import DataError
 from nni_topo.pruners.budget import BudgetOutcome
 from nni_topo.runs.provenance import Record
@@ -49,13 +50,19 @@ class Part:
     folded: bool = False
     foot: str = ""  # below the table
 
+    def without_folders(self) -> Part:
+        """Return the part with names in place of absolute paths, for a report goes to others."""
+        rows = [[without_folders(cell) for cell in row] for row in self.rows]
+        head = [without_folders(cell) for cell in self.head]
+        return replace(self, title=without_folders(self.title), head=head, rows=rows, text=without_folders(self.text))
+
 
 def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` from the files of a run's folder, also while it runs; DataError if there is nothing."""
     from jinja2 import Environment
 
     folder = Path(folder)
-    parts = list(_parts(folder))
+    parts = [each.without_folders() for each in _parts(folder)]
     if not parts:
         raise DataError(f"a report needs a run's files, got none in {folder} (results.jsonl or another .json)")
     page = Environment(autoescape=True).from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
@@ -212,6 +219,7 @@ def as_svg(figure: Figure, name: str) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
+    text = re.sub(r">([^<]+)<", lambda found: f">{without_folders(found[1])}<", text)
     text = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
     for color, name_on_page in _COLORS.items():
         text = text.replace(color, name_on_page)

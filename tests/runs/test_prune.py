@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.errors import ConfigError
+from nni_topo.errors import ConfigError, DataError
 from nni_topo.network import LatencyTable, LayerLatency
 from nni_topo.runs import prune as module
 from nni_topo.runs.choices import CompensationChoice, DataChoice, DistillationChoice, ModelChoice, PruneConfig
@@ -193,10 +197,44 @@ def test_a_budget_of_time_is_that_of_the_table_unless_widths_are_rounded(round_t
         assert record["budget"]["left"] == measured
 
 
-def test_output_folders_are_new_or_empty(tmp_path):
-    module.check_empty(tmp_path / "new")
-    module.check_empty(tmp_path)
-    (tmp_path / "a").touch()
-    (tmp_path / "b").touch()
-    with pytest.raises(ConfigError, match=r"must be new or empty, got 2 entries"):
-        module.check_empty(tmp_path)
+def test_an_output_folder_is_new_or_empty_and_takes_one_run_at_a_time(tmp_path):
+    with module.empty_folder(tmp_path / "new"):
+        with pytest.raises(DataError, match="one run at a time"), module.empty_folder(tmp_path / "new"):
+            pass
+        (tmp_path / "new" / "file").touch()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+    with (
+        pytest.raises(ConfigError, match=r"must be new or empty, got 1 entries"),
+        module.empty_folder(tmp_path / "new"),
+    ):
+        pass
+    with pytest.raises(KeyError), module.empty_folder(tmp_path / "failed"):
+        raise KeyError
+    assert not (tmp_path / "failed").exists()
+    (tmp_path / "empty").mkdir()
+    with module.empty_folder(tmp_path / "empty"):
+        pass
+    assert not list((tmp_path / "empty").iterdir())
+
+
+TWO = """
+import sys
+from nni_topo.cli import main
+sys.exit(main(["shrink", "--model", "small_cnn", "--data", "digits", "--limit", "200",
+               "--images", "64", "--seconds", "1", "--out", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+def test_of_two_runs_into_one_folder_one_is_refused_at_once(tmp_path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", TWO, str(tmp_path / "out")],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = {process.wait(): process.stdout.read() for process in started}
+    assert sorted(said) == [0, 2], said
+    assert re.search(r"one\s+run\s+at\s+a\s+time|new\s+or\s+empty", said[2])
+    assert "dense model" in said[0]

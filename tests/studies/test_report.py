@@ -119,6 +119,22 @@ def test_a_study_has_its_pictures_and_its_numbers(tmp_path):
         assert any({str(layer["points"]), str(layer["kept"])} <= set(row) for row in page.rows)
 
 
+def test_no_absolute_folder_is_shown(tmp_path):
+    records = [{**each, "data": "/home/me/photos"} for each in RECORDS]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    settings = {
+        "data_dir": "/home/me/data",
+        "nested": [[{"checkpoint": "/home/me/nets/a.pt"}]],
+        "folder": str(tmp_path),
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "/home" not in text
+    assert str(tmp_path) not in text
+    assert all(name in text for name in ("photos", "data", "a.pt", tmp_path.name))
+
+
 @pytest.mark.parametrize("files", [{}, {"notes.json": "{"}])
 def test_a_folder_without_a_run_is_refused(files, tmp_path):
     for name, text in files.items():

@@ -222,7 +222,8 @@ def export(
                 # In memory first: PyTorch's writer ends the process when it can't write to the disk.
                 written = io.BytesIO()
                 torch.export.save(program, written)
-                part.write_bytes(written.getbuffer())
+                with part.open("wb") as stream:
+                    stream.write(written.getbuffer())
                 # A stream, because torch.export refuses a path that doesn't end in .pt2.
                 with part.open("rb") as read:
                     loaded = torch.export.load(read).module()

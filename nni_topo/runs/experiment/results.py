@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from nni_topo.disk import check_free_disk, output_folder, read_json, whole_file, write_json
+from nni_topo.disk import check_free_disk, output_folder, read_json, whole_file, without_folders, write_json
 from nni_topo.errors import DataError
 from nni_topo.runs.experiment.pipeline import CONFIG_LIST, DENSE, MASKS, METRICS, SETTINGS
 from nni_topo.runs.experiment.trials import TrialRecord
@@ -47,10 +47,11 @@ def export_trial(trial: TrialRecord, out: str | Path, *, command: str | None = N
 
 
 def save_trials(trials: Sequence[TrialRecord], out: str | Path) -> Path:
-    """Write all trials as JSON and return the file."""
+    """Write all trials as JSON, without their folders on this machine, and return the file."""
     path = Path(out) / TRIALS
     output_folder(path.parent)
-    write_json(path, [trial.to_dict() for trial in trials])
+    found = [{**trial.to_dict(), "error": without_folders(trial.error)} for trial in trials]
+    write_json(path, [{key: value for key, value in each.items() if key != "folder"} for each in found])
     return path
 
 

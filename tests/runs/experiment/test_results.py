@@ -85,3 +85,4 @@ def test_trials_are_listed_with_their_scores_and_errors(tmp_path):
     path = save_trials(trials, tmp_path / "new" / "out")
     assert path == tmp_path / "new" / "out" / "trials.json"
     assert [each["id"] for each in json.loads(path.read_text())] == ["t0", "t1", "t2"]
+    assert not any("folder" in each for each in json.loads(path.read_text()))
