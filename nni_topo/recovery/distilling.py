@@ -571,7 +571,8 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``"cosine"``, for one vector a sample: one minus the cosine with the unpruned network's vector, and five times
         the squared difference of the cosines between all samples of a batch [3]_. ``"auto"``: ``"cosine"`` where
         ``outputs`` gives vectors of length one, ``"kl"`` for outputs that are called ``logits`` and for a single tensor
-        (images, classes), else ``"squares"``.
+        (images, classes), unless its rows are numbers in [0, 1] that don't add up to 1, as tags are; else
+        ``"squares"``.
     temperature : float, default=2.0
         Logits are divided by it, above 0; for ``"kl"``.
     steps : int, optional

@@ -67,6 +67,7 @@ _KEPT_SHARE = 0.25  # of the free memory that the answers for all images may tak
 _LEAST_VARIANCE = 1e-12
 _TEMPERATURE = 2.0  # where nothing is learned; distillation's default
 _UNIT = 1e-3  # by how much the length of an embedding may differ from one
+_FEWEST_TAGGED = 8  # samples by which tags are told from logits
 # Of the similarities between the embeddings of a batch, beside those of an embedding with the unpruned network's.
 _SIMILARITIES = 5.0
 MOST_DISTANCE = 2.0
@@ -648,7 +649,17 @@ def outputs_of(
         if isinstance(found, Tensor) and found.is_floating_point() and found.shape[1:2] == (count,):
             told += "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
         raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
-    return tensors, "kl" if found is tensors[0] and found.dim() == 2 and found.shape[1] > 1 else "squares"
+    may_be_classes = found is tensors[0] and found.dim() == 2 and found.shape[1] > 1
+    return tensors, "kl" if may_be_classes and not _are_tags(found) else "squares"
+
+
+def _are_tags(found: Tensor) -> bool:
+    """Say whether rows of numbers are probabilities that don't exclude each other, such as sigmoids of several tags."""
+    # A few logits may lie in [0, 1] by chance, and outputs of zeros say nothing.
+    found = found.detach()
+    if len(found) < _FEWEST_TAGGED or not bool(((found >= 0.0) & (found <= 1.0)).all()):
+        return False
+    return bool(((found > 0.0) & (found < 1.0)).any()) and bool(((found.sum(1) - 1.0).abs() > _UNIT).any())
 
 
 def _with_entries(found: Any) -> list[Tensor]:

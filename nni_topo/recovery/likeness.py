@@ -250,7 +250,7 @@ def _scales(answers: Sequence[_Answer], processes: Processes | None) -> list[flo
 
 def _agreements(mine: _Answer, theirs: _Answer) -> list[float]:
     """Return for each sample the share of positions whose largest logit is the same."""
-    if not (mine.are_logits and theirs.are_logits) or mine.outputs[0].shape != theirs.outputs[0].shape:
+    if not theirs.are_logits or mine.outputs[0].shape != theirs.outputs[0].shape:
         return [math.nan] * theirs.samples
     same = (mine.outputs[0].argmax(-1) == theirs.outputs[0].argmax(-1)).double()
     if theirs.real is not None and same.shape[:2] == theirs.real.shape:

@@ -12,7 +12,17 @@ import nni_topo
 from nni_topo.errors import DataError, SpeedupError
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.recovery.lesson import ComparedOutputs
-from nni_topo.recovery.likeness import Answers, Estimate, Likeness, _agreements, _Answer, _mean, _scales, _share
+from nni_topo.recovery.likeness import (
+    Answers,
+    Estimate,
+    Likeness,
+    _agreements,
+    _Answer,
+    _mean,
+    _scales,
+    _share,
+    are_classes,
+)
 from nni_topo.testing import toy_images, toy_model
 
 
@@ -466,8 +476,8 @@ def test_agreement_is_by_sample_of_the_positions_that_are_real():
     assert _agreements(answer(one), answer(other, real)) == [1.0, 0.0]
     deep = classes([[0, 1], [2, 3]], [[0, 0], [0, 0]])
     assert _agreements(answer(deep), answer(deep.roll(1, 2))) == [0.0, 1.0]
-    for found in (answer(one, are_logits=False), answer(classes(0, 1, 2))):
-        assert all(math.isnan(each) for each in _agreements(found, answer(other)))
+    for found in (answer(other, are_logits=False), answer(classes(0, 1, 2))):
+        assert all(math.isnan(each) for each in _agreements(answer(one), found))
     assert all(math.isnan(each) for each in _agreements(answer(one), answer(other, are_logits=False)))
 
 
@@ -558,3 +568,15 @@ def test_batches_that_do_not_fit_are_named_from_zero():
         Answers(net(), Calibration([torch.randn(4, 6)]))
     with pytest.raises(DataError, match=r"must fit the model, got .* \(batch 1\)$"):
         Answers(net(), Calibration([torch.randn(4, 5), torch.randn(4, 6)]))
+
+
+@pytest.mark.parametrize(("gives", "agrees"), [(torch.sigmoid, False), (lambda x: x.softmax(1), True), (abs, True)])
+def test_tags_have_no_largest_output(gives, agrees):
+    class Scores(nn.Module):
+        def forward(self, x):
+            return gives(x)
+
+    images = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)) * 3.0
+    (found,) = Answers(Scores(), Calibration(list(images.split(16)))).likenesses(nn.Identity())
+    assert math.isnan(found.agreement.value) is not agrees
+    assert are_classes(Scores(), Calibration([images])) is agrees
