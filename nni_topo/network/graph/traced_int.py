@@ -541,6 +541,9 @@ def _uses(node: Node, ids: dict[str, Any], groups: np.ndarray) -> list[tuple[Tra
                 is_repeated = name == "expand" and isinstance(leaving, Tensor) and leaving.shape[d] == 1
                 uses.append((size, none if row is None and is_repeated else row))
         return uses
+    if name in ("conv1d", "conv2d", "conv3d"):
+        by_channel: Any = node.kwargs.get("groups", args[6] if len(args) > 6 else None)
+        return [(by_channel, _ids_in(ids[node.name], 1))] if _is_traced(by_channel) else []
     if name in _REPEATING:  # how often, not what: a number of heads for each one of the keys, say
         return [(size, none) for size in _attribute_sizes(node)]
     if name in _MAKING:

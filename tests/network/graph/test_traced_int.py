@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.fx import Graph
 
+import nni_topo
 from nni_topo.network.graph.nodes import COMPARED
 from nni_topo.network.graph.traced_int import (
     TracedInt,
@@ -547,3 +548,36 @@ def test_a_number_found_equal_to_the_size_of_a_tensor_is_no_other_use(
     assert compared == ([] if is_noted else [(PLACE, 0)])
     if isinstance(other, TracedInt) and other.place is not None:
         assert other.unclear == {HEADS}
+
+
+class Blurred(nn.Module):
+    """An anti-aliased network: a filter for each channel, in a buffer, with an attribute that counts them."""
+
+    def __init__(self, by_keyword):
+        super().__init__()
+        torch.manual_seed(0)
+        self.by_keyword, self.channels = by_keyword, 8
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)
+        self.register_buffer("filter", torch.tensor([[[[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]]]).repeat(8, 1, 1, 1) / 16)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        if self.by_keyword:
+            return self.last(nn.functional.conv2d(x, self.filter, stride=2, groups=self.channels))
+        return self.last(nn.functional.conv2d(x, self.filter, None, 2, 0, 1, self.channels))
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_an_attribute_counts_the_groups_of_a_filter_for_each_channel(by_keyword):
+    model, images = Blurred(by_keyword).eval(), torch.randn(2, 3, 12, 12)
+    groups = nni_topo.dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    assert [entry["op_names"] for entry in groups] == [["first"]]
+    mask = torch.ones(8, 3, 3, 3)
+    mask[[0, 5, 6]] = 0
+    dense = nni_topo.to_dense(model, images, {"first": {"weight": mask}})
+    assert (dense.channels, len(dense.filter)) == (5, 5)
+    with torch.no_grad():
+        model.first.weight *= mask
+        model.first.bias *= mask[:, 0, 0, 0]
+        other = torch.randn(3, 3, 15, 17)
+        torch.testing.assert_close(dense(other), model(other))
