@@ -189,6 +189,22 @@ def test_free_widths_are_asked_for_and_the_report_says_what_no_config_can(
     assert torch.equal(logits(again, inputs), logits(small, inputs))
 
 
+@pytest.mark.slow
+def test_heads_that_single_blocks_of_bert_lose_are_named_for_transformers_4(tmp_path: Path) -> None:
+    if int(transformers.__version__.split(".")[0]) > 4:
+        pytest.skip("Transformers 5 prunes no heads")
+    name = "BertForSequenceClassification"
+    layers = [{"op_names_re": [r".*\.attention\.self"], "granularity": "head"}]
+    budget = {"flops": 0.85, "equal_blocks": False}
+    small = shrunk(name, budget, layers=layers, narrow_heads=False)
+    assert sum(map(len, small.config.pruned_heads.values())) > 0
+    assert small.report.undescribed == ""
+    for way, save in WAYS.items():
+        save(small, tmp_path / way)
+        again = type(small).from_pretrained(tmp_path / way)
+        assert torch.equal(logits(again, inputs_of(name)), logits(small, inputs_of(name)))
+
+
 @pytest.mark.parametrize(
     ("budget", "knobs", "told"),
     [
@@ -256,11 +272,10 @@ def test_configs_within_a_config_say_the_widths_of_clip(tmp_path: Path) -> None:
 def test_fewer_blocks_and_several_sizes_are_described_too(tmp_path: Path) -> None:
     name = "BertForSequenceClassification"
     model = make(name, num_hidden_layers=3)
-    for layer in (model.bert.encoder.layer[1].attention.output.dense, model.bert.encoder.layer[1].output.dense):
-        torch.nn.init.zeros_(layer.weight)  # this block adds nothing
-        torch.nn.init.zeros_(layer.bias)
-    short: Any = nni_topo.shrink(model, batches_of(name), {"flops": 0.66}, depth=True, distill=False)
-    assert [each.name for each in short.report.depth.removed] == ["bert.encoder.layer.1"]
+    short: Any = nni_topo.shrink(model, batches_of(name), {"flops": 0.5}, depth=True, distill=False)
+    removed = len(short.report.depth.removed)
+    assert removed > 0  # the MLPs alone can't save so much
+    assert short.config.num_hidden_layers == 3 - removed
     networks = nni_topo.frontier(model, batches_of(name), (0.9, 0.8), budget="params", distill=False)
     for at, small in enumerate((short, *networks.values())):
         assert small.report.undescribed == ""  # type: ignore[union-attr]

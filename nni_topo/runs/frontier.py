@@ -17,10 +17,8 @@ from nni_topo.disk import output_folder, path_of, write_figure, write_json
 from nni_topo.errors import ANYTHING, ConfigError, checked, is_finite, leaves_out_by, shown
 from nni_topo.maths.knee import knee
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.attention import is_pretrained
 from nni_topo.network.cost import measure_latency, time_shares
-from nni_topo.network.io import save, why_undescribed
-from nni_topo.network.layers import with_transposed_weights
+from nni_topo.network.io import save
 from nni_topo.network.runtime import (
     BATCHES,
     MODEL,
@@ -37,7 +35,7 @@ from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import course_length
 from nni_topo.recovery.lesson import Outputs, judged
 from nni_topo.runs.depth import DepthSteps
-from nni_topo.runs.shrink import ShrinkReport, names_of_steps, tell_report, without_share
+from nni_topo.runs.shrink import ShrinkReport, names_of_steps, tell_report, told_by_config, without_share
 from nni_topo.runs.steps import (
     LEAVE_OUT,
     UNPRUNED,
@@ -391,8 +389,7 @@ def frontier(
         final, verdict = steps.distil(recovered.dense, steps=count)
         is_last_step_distilled = callable(distill) or final is not recovered.dense
         measured.add("distilled" if is_last_step_distilled else "reconstructed", final)
-        if is_described:
-            with_transposed_weights(final)
+        undescribed = told_by_config(final, is_described)
         report = ShrinkReport(
             stages=(measured.stages[0], measured.stages[-1]),
             layers=recovered.layers,
@@ -406,7 +403,7 @@ def frontier(
             distillation=verdict,
             depth=recovered.depth,
             outputs=measured.answers.named,
-            undescribed=why_undescribed(final) if is_pretrained(final) else "",
+            undescribed=undescribed,
             **names_of_steps(steps, own, tried),
         )
         tell_report(final, report)

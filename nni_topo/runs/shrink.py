@@ -13,7 +13,7 @@ from torch import nn
 
 from nni_topo.errors import ANYTHING, NONE, ConfigError, checked, leaves_out_by, listed, number, one_of
 from nni_topo.network.attention import is_pretrained
-from nni_topo.network.io import why_undescribed
+from nni_topo.network.io import tell_pruned_heads, why_undescribed
 from nni_topo.network.layers import with_transposed_weights
 from nni_topo.network.runtime import (
     BATCHES,
@@ -609,8 +609,7 @@ def shrink(
         final, verdict = steps.distil(recovered.dense)
         if callable(distill) or final is not recovered.dense:
             measured.add("distilled", final)
-    if is_described:
-        with_transposed_weights(final)
+    undescribed = told_by_config(final, is_described)
     compensation_report = None if recovered is None else recovered.report
     report = ShrinkReport(
         stages=tuple(measured.stages),
@@ -631,11 +630,21 @@ def shrink(
         tolerance=found,
         depth=None if recovered is None else recovered.depth,
         outputs=measured.answers.named,
-        undescribed=why_undescribed(final) if is_pretrained(final) else "",
+        undescribed=undescribed,
         **names_of_steps(steps, kind_and_allocation, tried),
     )
     tell_report(final, report)
     return final
+
+
+def told_by_config(network: nn.Module, is_described: bool) -> str:
+    """Let a network of Transformers be as its config describes it, and return what the config can't say."""
+    if is_described:
+        with_transposed_weights(network)
+    if not is_pretrained(network):
+        return ""
+    tell_pruned_heads(network)
+    return why_undescribed(network)
 
 
 def _nearly_gone(layers: DenseReport) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from nni_topo.network.io.checkpoint import (
     take_out,
     take_out_part,
     tell_depth,
+    tell_pruned_heads,
     tells_depth,
     why_undescribed,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "take_out",
     "take_out_part",
     "tell_depth",
+    "tell_pruned_heads",
     "tells_depth",
     "why_undescribed",
 ]

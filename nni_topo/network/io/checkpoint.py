@@ -763,7 +763,15 @@ class _Described:
 def why_undescribed(model: Any) -> str:
     """Return what the config of a model of Transformers can't say of it; empty where `save_pretrained` takes it."""
     found = _described(model)
-    return f"{found.why} ({found.place.removesuffix(', ')})" if found.why else ""
+    place = f" ({found.place.removesuffix(', ')})" if found.place else ""
+    return found.why + place
+
+
+def tell_pruned_heads(model: Any) -> None:
+    """Let the config of a pruned model name the heads that it lost, if that describes it: its own `save_pretrained`."""
+    found = _described(model)
+    if found.pruned_heads and not found.why:
+        model.config.pruned_heads = found.pruned_heads
 
 
 def _described(dense: Any) -> _Described:
