@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError, all_of, shown, unknown_name, whole
 from nni_topo.network.runtime import (
-    Calibration,
     Call,
     as_written,
     batch_size,
+    batches_of,
     call_arguments,
     calls,
     check_fits,
@@ -110,7 +110,8 @@ def export(
         The file to write, e.g. ``"small.onnx"`` or ``"small.pt2"``; without a ``format`` its ending must be one of
         these two.
     inputs : Tensor, tuple, list or mapping of str to Any
-        Example inputs, batch first: one tensor, positional or keyword arguments. The file takes them at these sizes,
+        Example inputs, batch first: one tensor, positional or keyword arguments, or a batch whose first entry holds the
+        arguments. The file takes them at these sizes,
         but for the ``dynamic_dims``.
     format : {"onnx", "torch.export"}, optional
         ONNX for onnxruntime, or a program for :func:`torch.export.load`. None: ``"onnx"`` for a path that ends in
@@ -180,7 +181,7 @@ def export(
     if weight_bits != 7 and int8 is None:
         raise ConfigError(f"weights must be INT8 to use {weight_bits} bits, got no calibration data for that (int8)")
     _DIMS.check("dynamic_dims", dynamic_dims, "export")
-    images = None if int8 is None else Calibration.of(int8, "int8")
+    images = None if int8 is None else batches_of(int8, model, "int8")
     if format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             _import(name)

@@ -36,6 +36,7 @@ from nni_topo.network.runtime.copying import (
 )
 from nni_topo.network.runtime.fits import (
     LISTS,
+    call_arguments,
     check_fits,
     check_samples_first,
     failure_on,
@@ -68,7 +69,6 @@ from nni_topo.network.runtime.inputs import (
     at_once,
     batch_size,
     bind_arguments,
-    call_arguments,
     call_by_name,
     call_in_precision,
     calls,

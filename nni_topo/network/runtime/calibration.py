@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 import tempfile
@@ -46,7 +47,8 @@ class Calibration(Sequence[Any]):
         arguments; or a tuple or list whose first entry is the input (a tensor, such a mapping, or a tuple of positional
         arguments) and whose other entries, such as labels, aren't looked at. So a model of two inputs takes
         ``((images, vectors),)`` or
-        ``{"images": images, "vectors": vectors}``, while ``(images, vectors)`` are images with their labels. Entries
+        ``{"images": images, "vectors": vectors}``; ``(images, vectors)`` are images with their labels, unless
+        ``forward`` requires two arguments: then they are its inputs, and a third entry is the labels. Entries
         of a mapping that the model has no argument for are left out. Where ``forward`` has one required parameter,
         takes no ``**kwargs``, and has no parameter called like a key of the mapping, the mapping is its argument.
         Floats are cast to the type of the model's parameters. Inputs in a form that the model can't read, such as
@@ -159,6 +161,24 @@ class Calibration(Sequence[Any]):
                 f"shrink and shrink_pretrained take such data (process_group of {batches.name})"
             )
         return batches
+
+    def with_arguments(self, count: int) -> Calibration:
+        """Return the same data for a model that requires so many arguments, if each batch lists that many tensors.
+
+        The first entries of a batch are then its inputs together; those after them are its targets.
+        """
+
+        def lists_them(batch: Any) -> bool:
+            entries = batch[:count] if isinstance(batch, (tuple, list)) else ()
+            return len(entries) == count and all(isinstance(each, Tensor) for each in entries)
+
+        if count < 2 or not all(map(lists_them, self)):
+            return self
+        found = copy.copy(self)
+        found._kept = _WithArguments(self._batches, count)
+        for index, batch in enumerate(found):
+            check_inputs(batch, index, self.name)
+        return found
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -591,6 +611,22 @@ def _chosen_of(sizes: Sequence[int], row: tuple[int, Tensor | None]) -> int:
     """Return how many samples of a batch are chosen."""
     index, chosen = row
     return sizes[index] if chosen is None else len(chosen)
+
+
+class _WithArguments(Sequence[Any]):
+    """Batches whose first entries are the inputs together."""
+
+    def __init__(self, batches: Sequence[Any], count: int) -> None:
+        self._batches, self._count = batches, count
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        batch = self._batches[index]
+        return (tuple(batch[: self._count]), *batch[self._count :])
 
 
 class _Subset(Sequence[Any]):

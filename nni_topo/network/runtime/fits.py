@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from nni_topo.errors import DataError, NniTopoError, listed
+from nni_topo.errors import ConfigError, DataError, NniTopoError, listed
 from nni_topo.network.runtime.copying import device_of
 from nni_topo.network.runtime.hooks import called, padding_known, watched
 from nni_topo.network.runtime.inputs import (
@@ -116,6 +116,23 @@ def _listed_modules(model: nn.Module) -> dict[str, nn.Module]:
         for key, entry in module.named_children()
         if next(entry.parameters(), None) is not None and not isinstance(entry, torch.jit.ScriptModule)
     }
+
+
+def call_arguments(example_inputs: Any, model: nn.Module) -> Call:
+    """Split inputs, batch first, into positional and keyword arguments, and copy them as :func:`copied_for` does.
+
+    Where the model doesn't run on the entries, the first of them may hold the arguments, as in a batch with targets.
+    """
+    call = copied_for(model, arguments_of(example_inputs, model))
+    first = example_inputs[0] if isinstance(example_inputs, (tuple, list)) else None
+    if isinstance(first, (tuple, list, Mapping)) and failure_on(model, call) is not None:
+        try:
+            inputs = copied_for(model, arguments_of(first, model))
+        except ConfigError:  # it holds no tensor
+            return call
+        if failure_on(model, inputs) is None:
+            return inputs
+    return call
 
 
 def failure_on(model: nn.Module, call: Call) -> Exception | None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from nni_topo.errors import ConfigError, DataError, NniTopoError, raised
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.copying import detached_copy
-from nni_topo.network.runtime.inputs import bind_arguments, inputs_of, real_positions_of
+from nni_topo.network.runtime.inputs import bind_arguments, inputs_of, real_positions_of, required_arguments
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.training_mode import evaluation_mode
 
@@ -109,7 +109,7 @@ def batches_of(
             f"example_inputs) makes images from the model alone ({knob})"
         )
     if not isinstance(calibration, Evaluator):
-        return Calibration.of(calibration, knob, shared=shared)
+        return Calibration.of(calibration, knob, shared=shared).with_arguments(required_arguments(model))
     if getattr(calibration, "model", None) is not None:
         raise ConfigError(f"an evaluator that serves as {knob} must not be in use, got one that has a model ({knob})")
     with _bound_copy(calibration, model, knob) as (evaluator, evaluated):

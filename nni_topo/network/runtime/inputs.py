@@ -38,11 +38,6 @@ PADDING = {"attention_mask": True, "key_padding_mask": False, "src_key_padding_m
 """Arguments that mask padding by position, with whether the positions that aren't zero count (or are padding)."""
 
 
-def call_arguments(example_inputs: Any, model: torch.nn.Module) -> Call:
-    """Split inputs, batch first, into positional and keyword arguments, and copy them as :func:`copied_for` does."""
-    return copied_for(model, arguments_of(example_inputs, model))
-
-
 def arguments_of(example_inputs: Any, model: torch.nn.Module | None = None) -> Call:
     """Split inputs, batch first, into positional and keyword arguments of a model.
 
@@ -95,7 +90,7 @@ def _parameters_of(model: torch.nn.Module) -> list[inspect.Parameter] | None:
     """
     try:
         return list(inspect.signature(model_within(model).forward).parameters.values())
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         return None
 
 
@@ -108,6 +103,12 @@ def model_within(model: torch.nn.Module) -> torch.nn.Module:
         if type(model).__name__ in kinds and isinstance(inner := getattr(model, attribute, None), nn.Module):
             return model_within(inner)
     return model
+
+
+def required_arguments(model: torch.nn.Module) -> int:
+    """Return how many arguments a model's forward requires by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(each.kind in kinds and each.default is each.empty for each in _parameters_of(model) or ())
 
 
 def cure_of_mapping(call: Call, model: torch.nn.Module) -> str:

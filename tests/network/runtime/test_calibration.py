@@ -537,7 +537,7 @@ def chosen_of_two(model, batches):
     pruner.unwrap_model()
 
 
-def test_two_inputs_that_look_like_inputs_and_labels_say_how_to_write_them():
+def test_two_inputs_are_taken_in_several_forms_and_one_of_them_is_refused():
     torch.manual_seed(0)
     model, images, vectors = Two().eval(), torch.randn(64, 6), torch.randn(64, 4)
     for work in (
@@ -546,8 +546,13 @@ def test_two_inputs_that_look_like_inputs_and_labels_say_how_to_write_them():
         lambda batches: chosen_of_two(model, batches),
     ):
         with pytest.raises(DataError, match=r"missing a required argument: 'vectors'; .*\(\(images, vectors\),\)"):
-            work([(images, vectors)])
-        for batch in (((images, vectors),), ((images, vectors), "labels"), {"images": images, "vectors": vectors}):
+            work([(images, "labels")])
+        for batch in (
+            (images, vectors),
+            ((images, vectors),),
+            ((images, vectors), "labels"),
+            {"images": images, "vectors": vectors},
+        ):
             work([batch])
         # what the model has no argument for, as the labels of a data set, is left out
         work([{"images": images, "vectors": vectors, "label": torch.zeros(64)}])

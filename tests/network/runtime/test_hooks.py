@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import by_channel
-from nni_topo.network.runtime import run
+from nni_topo.network.runtime import call_arguments, calls, run
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.hooks import (
     batches_of,
@@ -116,6 +116,52 @@ def test_inputs_of_calls_are_batches_of_their_own():
         inputs_seen(model, lambda: None)
     with pytest.raises(ConfigError, match=r"images must be an iterable of batches, got None; .* \(images\)$"):
         batches_of(None, model, "images")
+
+
+class Two(nn.Module):
+    def forward(self, images, vectors, scale=1.0):
+        return images.flatten(1).sum(1) + scale * vectors.sum(1)
+
+
+def test_both_ways_to_pass_two_inputs_are_taken_everywhere():
+    images, vectors, labels = torch.randn(6, 2, 2), torch.randn(6, 5), torch.arange(6)
+    entries = list(zip(images.split(2), vectors.split(2), labels.split(2), strict=True))
+    ways = [
+        [((one, other), label) for one, other, label in entries],
+        [((one, other),) for one, other, _ in entries],
+        [[one, other, label] for one, other, label in entries],
+        [(one, other) for one, other, _ in entries],
+    ]
+    for way in ways:
+        for batches in (way, iter(way), Calibration(way, groups=[0, 0, 1, 1, 2, 2])):
+            found = batches_of(batches, Two(), "images")
+            for at, (arguments, named) in enumerate(calls(Two(), found)):
+                assert torch.equal(arguments[0], entries[at][0])
+                assert torch.equal(arguments[1], entries[at][1])
+                assert len(arguments) == 2
+                assert not named
+        ((held_out, also), _) = next(calls(Two(), found.split()[1]))  # the last group
+        assert torch.equal(held_out, images[4:])
+        assert torch.equal(also, vectors[4:])
+    for example in (ways[0][0], ways[1][0], ways[3][0]):
+        (given, also), named = call_arguments(example, Two())
+        assert torch.equal(given, images[:2])
+        assert torch.equal(also, vectors[:2])
+        assert not named
+    with pytest.raises(DataError, match="must be finite"):
+        batches_of([(images, vectors.log())], Two(), "images")
+
+
+def test_what_one_argument_takes_is_no_list_of_arguments():
+    class One(nn.Module):
+        def forward(self, images, mask=None):
+            return images[0] + images[1] if isinstance(images, (tuple, list)) else images
+
+    image, label = torch.randn(2, 3), torch.zeros(2, 3)
+    (call,) = calls(One(), batches_of([(image, label)], One()))
+    assert len(call[0]) == 1
+    ((pair,), _) = call_arguments(((image, label),), One())  # it runs on a list of images
+    assert isinstance(pair, tuple)
 
 
 def test_example_inputs_are_those_given_or_the_first_batch_or_an_evaluators():
