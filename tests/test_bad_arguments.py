@@ -166,6 +166,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "nni_topo.recalibrate_batch_norm": lambda: {"model": net(), "calibration": [IMAGES]},
     "nni_topo.register_module": lambda: {"kind": Net, "cut": cut},
     "nni_topo.register_operator": lambda: {"operator": lambda images: images, "rule": "keep"},
+    "nni_topo.register_width_attribute": lambda: {"kind": Net, "attribute": "width", "module": "first"},
     "nni_topo.RecoveryInfo": lambda: {"name": "mine", "path": "here:Mine", "summary": "mine"},
     "nni_topo.recovery_info": lambda: {"name": "reconstruct"},
     "nni_topo.list_recoveries": lambda: {"pattern": "r*"},

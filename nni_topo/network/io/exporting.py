@@ -111,8 +111,7 @@ def export(
         these two.
     inputs : Tensor, tuple, list or mapping of str to Any
         Example inputs, batch first: one tensor, positional or keyword arguments, or a batch whose first entry holds the
-        arguments. The file takes them at these sizes,
-        but for the ``dynamic_dims``.
+        arguments. The file takes them at these sizes, but for the ``dynamic_dims``.
     format : {"onnx", "torch.export"}, optional
         ONNX for onnxruntime, or a program for :func:`torch.export.load`. None: ``"onnx"`` for a path that ends in
         ``.onnx``, ``"torch.export"`` for one in ``.pt2``. Outputs of an ONNX file have the names of the keys or fields
