@@ -48,6 +48,7 @@ from nni_topo.network.runtime import (
     left_alone,
     real_positions_of,
     structure_call,
+    tell_solved_on,
     tensors_of,
     watched,
 )
@@ -58,6 +59,7 @@ from nni_topo.recovery.samples import (
     input_rows,
     output_rows,
     position_count,
+    samples_to_solve_on,
 )
 
 _NEAR = 1e-3
@@ -118,7 +120,7 @@ def remove_blocks(
     check_ridge(ridge)
     gaps = _gaps(model, names)
     check_model(model)
-    batches = batches_of(calibration, model, shared=True)
+    batches = samples_to_solve_on(model, batches_of(calibration, model, shared=True))
     _check_shapes(model, names, batches)
     result: nn.Module = detached_copy(model)
     removed: set[tuple[str, int]] = set()
@@ -140,6 +142,8 @@ def remove_blocks(
     for name, count in counts.items():
         numbers_kept[name] = (count, [number for number in range(count) if (name, number) not in removed])
     tell_depth(result, numbers_kept)
+    if batches.processes is None:
+        tell_solved_on(result, batches.digests)
     hand_on_report(model, result, f"blocks removed (nni_topo.remove_blocks): {listed(names, 8)}")
     return result
 

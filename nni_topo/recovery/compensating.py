@@ -33,6 +33,7 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
     quiet_if_asked,
     structure_call,
+    tell_solved_on,
 )
 from nni_topo.network.speedup import MasksLike, by_reason
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics, plan_of
@@ -40,7 +41,14 @@ from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
 from nni_topo.recovery.replay import Replay
 from nni_topo.recovery.report import CompensationReport, LayerReport, signed_like
-from nni_topo.recovery.samples import HELD_OUT_ENTRIES, OtherSamplesError, Sampler, Task, check_ridge
+from nni_topo.recovery.samples import (
+    HELD_OUT_ENTRIES,
+    OtherSamplesError,
+    Sampler,
+    Task,
+    check_ridge,
+    samples_to_solve_on,
+)
 from nni_topo.recovery.thin import thin_out
 
 _logger = logging.getLogger(__name__)
@@ -108,6 +116,7 @@ def compensation(
             "a method must solve by sums over samples where processes share the calibration data, got "
             f"{method!r}, which learns beyond them (method)"
         )
+    everything, calibration = calibration, samples_to_solve_on(model, calibration)
     sizes, call = survey(model, calibration)
     networks = build_networks(model, call, masks)
 
@@ -134,10 +143,13 @@ def compensation(
     layers += chosen.after(tasks, networks, Tools(sum(sizes), sizes, marks, seed, kept_samples, progress, begin_again))
     if recalibrate or chosen.recalibrates:
         copy_norm_statistics(networks, call, calibration)
-    report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began)
+    left = everything.samples_of_all - calibration.samples_of_all
+    report = CompensationReport(layers, plan.left_alone, sampler.images, time.perf_counter() - began, left)
     _warn(report)
     give_back_classes(given, networks.result)
     hand_on_report(given, networks.result, "weights reconstructed (nni_topo.compensate)")
+    if processes is None:
+        tell_solved_on(networks.result, calibration.digests)
     return Compensation(networks.result, report)
 
 
@@ -154,7 +166,8 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     calibration : iterable or nni.compression.utils.Evaluator
         Batches of inputs, or of ``(inputs, ...)``; labels aren't looked at. Of an evaluator, what it
         evaluates on. 500 to 2,000 images are enough for small nets. They are read once, see
-        :class:`nni_topo.Calibration`, whose ``groups`` say which samples aren't independent, such as crops of a photo,
+        :class:`nni_topo.Calibration`. Of eight or more one in eight isn't solved on, for :func:`nni_topo.distill` to
+        judge by. The ``groups`` of a Calibration say which samples aren't independent, such as crops of a photo,
         and whose ``process_group`` says which processes have further batches.
     method : str or RecoveryMethod, default="reconstruct"
         A name of :func:`nni_topo.list_recoveries`, or a method with settings of its own, such as

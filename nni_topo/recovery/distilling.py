@@ -13,6 +13,7 @@ References
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,6 +50,7 @@ from nni_topo.network.runtime import (
     HELD_OUT,
     MODEL,
     PRECISION,
+    Calibration,
     Call,
     Precision,
     backward_in,
@@ -68,6 +70,8 @@ from nni_topo.network.runtime import (
     not_under_autocast,
     out_of_memory,
     quiet_if_asked,
+    solved_on,
+    tell_solved_on,
     tensors_of,
 )
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
@@ -153,6 +157,7 @@ class Verdict:
     rates: tuple[RateTrial, ...] = ()  # the range test, the highest rate first; empty if a rate was given
     curve: tuple[Look, ...] = ()  # the held-out loss along the steps
     held_out: int = 0  # samples that decided
+    solved_on: int = 0  # of these, samples on which weights of the network had been solved before
     is_out_of_time: bool = False  # whether `seconds` ended it, or the range test
 
     def __repr__(self) -> str:
@@ -197,6 +202,9 @@ class Verdict:
             text += f"; too high: {', '.join(too_high)}" if too_high else ""
         if 0 < self.held_out < _FEW and self.has_anything_to_learn:
             text += f". {self.held_out} held-out samples are few to decide by: give more of them, or held_out="
+        if self.solved_on:
+            text += f". The network's weights were solved on {self.solved_on} of the {self.held_out} held-out samples, "
+            text += "where it looks better than it is, and what is learned looks worse: give others, held_out="
         return text
 
 
@@ -235,6 +243,8 @@ class Distillation:
         Step, learning rate and held-out loss along the course.
     held_out : int
         Number of held-out images.
+    solved_on : int
+        Number of those on which weights of ``dense`` had been solved before, where it looks better than it is.
     is_out_of_time : bool
         Whether ``seconds`` ended the steps, or the range test before a rate could be taken.
     outputs : ComparedOutputs or None
@@ -258,6 +268,7 @@ class Distillation:
     rates: tuple[RateTrial, ...] = ()
     curve: tuple[Look, ...] = ()
     held_out: int = 0
+    solved_on: int = 0
     is_out_of_time: bool = False
     outputs: ComparedOutputs | None = None
 
@@ -287,6 +298,7 @@ class Distillation:
             rates=self.rates,
             curve=self.curve,
             held_out=self.held_out,
+            solved_on=self.solved_on,
             is_out_of_time=self.is_out_of_time,
         )
 
@@ -376,17 +388,20 @@ def distillation(
     if lesson.named.left_out:
         _logger.warning("%s", lesson.named)
     order = torch.randperm(counts[0], generator=torch.Generator().manual_seed(seed))
-    if given[0].groups is None:
-        is_held = torch.arange(len(order)) % HELD_OUT == 0
-    else:
-        own = given[0].held_out(HELD_OUT)
-        is_held = (own if processes is None else torch.cat(processes.gather(own, "the held-out samples")))[order]
-    held, learned = order[is_held], order[~is_held]
     if held_out is not None:
         drawn = torch.randperm(counts[1], generator=torch.Generator().manual_seed(seed))
         held, learned = counts[0] + drawn, order
-    if not len(learned):
+        is_held = torch.ones(given[1].samples, dtype=torch.bool)
+    else:
+        is_held = samples_to_judge_on(dense, given[0])
+        of_all = is_held if processes is None else torch.cat(processes.gather(is_held, "the held-out samples"))
+        if len(of_all) > 1 and not of_all.any():
+            of_all[-1] = True  # of fewer than eight
+        held, learned = order[of_all[order]], order[~of_all[order]]
+    was_solved_on = int((is_solved_on(dense, given[-1]) & is_held).sum())
+    if not len(learned) or not len(held):
         raise DataError(f"distillation must have at least two samples, one to judge by, got {len(order)} (images)")
+    lesson.judge_on(held)
     if len(learned) > 1:
         lesson.learn_from(learned)
     most_steps = steps or course_length(len(learned), batch_size)
@@ -533,10 +548,14 @@ def distillation(
         rates=rates,
         curve=curve,
         held_out=len(held),
+        solved_on=was_solved_on,
         is_out_of_time=is_out_of_time,
         outputs=lesson.named,
     )
-    if not is_kept and done.verdict.has_anything_to_learn:
+    if is_kept and processes is None:
+        is_learned = torch.ones(counts[0], dtype=torch.bool) if held_out is not None else ~is_held
+        tell_solved_on(result, itertools.compress(given[0].digests, is_learned.tolist()))
+    if (not is_kept or was_solved_on) and done.verdict.has_anything_to_learn:
         _logger.warning("%s", done.verdict)
     return done
 
@@ -560,9 +579,10 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
         ``seconds``, ``augment``, ``state`` and ``blocks`` can't be used, nor ``blend`` where it has an effect,
         ``"cosine"`` and networks with batch norms.
     held_out : iterable or nni.compression.utils.Evaluator, optional
-        Batches like those of ``images``, to judge by. By default an eighth of ``images``, drawn with ``seed``, or every
-        eighth group of a :class:`nni_topo.Calibration` with groups, from which nothing is learned then. Those that
-        :func:`nni_topo.compensate` had count for ``dense`` more than others would: what it never saw judges fairly.
+        Batches like those of ``images``, to judge by. By default every eighth of ``images``, or every eighth group of a
+        :class:`nni_topo.Calibration` with groups, from which nothing is learned then: the samples that
+        :func:`nni_topo.compensate` leaves out. On which samples ``dense`` was solved is known in this process; they
+        don't judge if there are others, and if there are none, a warning says so.
     objective : {"auto", "kl", "squares", "cosine"}, default="auto"
         ``"kl"``: Kullback-Leibler divergence from the unpruned network's softened probabilities along the last axis.
         Steps make it small together with ``"squares"``, which holds the scores of unlikely classes where they are. For
@@ -625,7 +645,7 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     state_seconds : float, default=30
         Seconds of learning from one state to the next, at least 0, which means after every step.
     seed : int, default=0
-        For the order of the images and what is held out; and of PyTorch's generators for ``augment``.
+        For the order of the images; and of PyTorch's generators for ``augment``.
     progress : bool or None, default=None
         Show on standard error how far it is: in a terminal a bar, elsewhere a line every half minute. None: after
         five seconds.
@@ -719,6 +739,31 @@ def _check_together(model: nn.Module, objective: str, *, is_blended: bool) -> No
             f"{_TOGETHER} networks without batch norms, whose statistics are those of a whole batch, got "
             f"{type(norms[0]).__name__}: leave distillation out, in shrink distill=False (process_group)"
         )
+
+
+def is_solved_on(model: nn.Module, images: Calibration) -> Tensor:
+    """Return on which samples, with groups also of which groups, a model's weights were solved, as far as is known."""
+    known = solved_on(model)
+    if not known or images.processes is not None:
+        return torch.zeros(images.samples, dtype=torch.bool)
+    found = torch.tensor([each in known for each in images.digests])
+    return found if images.groups is None else torch.isin(images.groups, images.groups[found])
+
+
+def samples_to_judge_on(model: nn.Module, images: Calibration) -> Tensor:
+    """Return which samples judge by default: bool (samples,).
+
+    They are the eighth that other steps leave out; where weights of the model were solved on some of it, as many of
+    those on which none were, or, without any, that eighth.
+    """
+    eighth = images.held_out(HELD_OUT)
+    fresh = ~is_solved_on(model, images)
+    if bool(fresh[eighth].all()) or not fresh.any():
+        return eighth
+    groups = torch.arange(images.samples) if images.groups is None else images.groups
+    others = groups[fresh].unique()
+    every = len(others) // max(1, len(groups[eighth].unique())) or 1
+    return torch.isin(groups, others[every - 1 :: every])
 
 
 def _own(index: Tensor, shares: SharedImages) -> Tensor:

@@ -203,6 +203,11 @@ class Lesson:
             # of the scores. So both count alike in every scale.
             self._weight_of_distance = self.loss_of_a_constant(index)
 
+    def judge_on(self, index: Tensor) -> None:
+        """Let the images that judge say in which scale distances are, as in reports; a single one has none."""
+        if len(index) > 1:
+            self._scales = self._variances(index)
+
     def _variances(self, index: Tensor) -> list[float]:
         """Return the variance of each output of the unpruned network over some of the images, a sample of many."""
         own = self._shares.own(index[:: -(-len(index) // min(_VARIED, self._together))])

@@ -83,7 +83,8 @@ class _Answer:
 class Answers:
     """What the unpruned network says of several parts of the images, and how like that another one's answers are.
 
-    Distances are shares of the variance over all parts, so that a small part doesn't need one of its own.
+    Distances are shares of the variance over the last part, which is that of held-out images: images of one kind vary
+    less than those of all kinds. Of a single image it is the variance over all parts.
     """
 
     def __init__(self, model: nn.Module, *parts: Calibration, outputs: Outputs | None = None) -> None:
@@ -95,8 +96,8 @@ class Answers:
             for answer in _answers(model, part, outputs, self._places):
                 store.append((answer.outputs, answer.are_logits, answer.real, answer.samples, answer.named))
         self._processes = parts[0].processes  # those that share the parts
-        answers = [_Answer(*each) for store in self._wanted for each in store]
-        self._scales = _scales(answers, self._processes)
+        stores = self._wanted[-1:] if parts[-1].samples_of_all > 1 else self._wanted
+        self._scales = _scales([_Answer(*each) for store in stores for each in store], self._processes)
 
     def likenesses(self, net: nn.Module) -> list[Likeness]:
         """Compare a network on each part."""

@@ -76,22 +76,26 @@ class CompensationReport:
     left_alone : dict of str to str
         By layer that reads pruned channels and couldn't be reconstructed, the reason.
     images : int
-        Number of calibration images.
+        Number of calibration images that were solved on.
     seconds : float
         Wall time.
+    held_out : int
+        Number of the others, which are left for distillation to judge on.
     """
 
     layers: tuple[LayerReport, ...]
     left_alone: dict[str, str]
     images: int
     seconds: float
+    held_out: int = 0
 
     def __repr__(self) -> str:
         columns = ["layer", "place", "unknowns", "samples", "error_before", "error_after", "error_held_out", "note"]
         table = self.to_frame()[columns].fillna({"place": ""})
         shown = table.to_string(index=False, max_colwidth=60, na_rep="", float_format=lambda value: f"{value:.4g}")
         lines = [shown] if len(table) else []
-        lines.append(f"{self.images} calibration inputs, {self.seconds:.3g} s")
+        others = f", {self.held_out} others left for distillation to judge on" if self.held_out else ""
+        lines.append(f"{self.images} calibration inputs{others}, {self.seconds:.3g} s")
         return "\n".join([*lines, *(f"warning: {each}" for each in self.warnings)])
 
     @property

@@ -18,7 +18,7 @@ from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
 from nni_topo.maths.least_squares.shifts import Geometry, Patches, pays
 from nni_topo.network.graph import tensor_shape
 from nni_topo.network.layers import TRANSPOSED, InnerCall, call_of, has_own_forward
-from nni_topo.network.runtime import Processes, device_of, free_memory_of
+from nni_topo.network.runtime import Calibration, Processes, calls, device_of, failure_on, free_memory_of
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values
 
@@ -169,6 +169,17 @@ def _transposed_windows(call: InnerCall, size: Sequence[int]) -> Tensor:
     for dim, (kernel, dilation) in enumerate(zip(call.kernel, call.dilation, strict=True), start=2):
         windows = windows.unfold(dim, dilation * (kernel - 1) + 1, 1)[..., ::dilation]
     return windows
+
+
+def samples_to_solve_on(model: nn.Module, calibration: Calibration) -> Calibration:
+    """Return the samples that may be solved on: all but those on which distillation judges.
+
+    All, where a model doesn't run on fewer samples than a batch has, for then it can't be distilled either.
+    """
+    learned = calibration.learned
+    if not len(learned) or (learned is not calibration and failure_on(model, next(calls(model, learned))) is not None):
+        return calibration
+    return learned
 
 
 Samples = tuple[Tensor | Patches, Tensor, Tensor]

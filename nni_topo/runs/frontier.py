@@ -402,6 +402,7 @@ def frontier(
             whole=steps.prunable.unpruned,
             distillation=verdict,
             depth=recovered.depth,
+            grouped=calibration.groups is not None,
             outputs=measured.answers.named,
             undescribed=undescribed,
             **names_of_steps(steps, own, tried),

@@ -21,7 +21,7 @@ from nni_topo import zoo
 from nni_topo.disk import DELETE
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers import output_channels, weights_left, zeros_held
-from nni_topo.network.runtime import HELD_OUT, quiet_if_asked
+from nni_topo.network.runtime import HELD_OUT, Calibration, quiet_if_asked
 from nni_topo.network.speedup import to_dense
 from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome, network_cost
 from nni_topo.pruners.hooks import Masks
@@ -252,7 +252,9 @@ def made_dense(
         return to_dense(start.net, start.example, masks), None
     info = recovery_info(compensate.method)
     method = info.make(refine=compensate.refine) if "refine" in info.knobs() else info.make()
-    done = compensation(start.net, masks, start.images(compensate.images), method=method, progress=progress)
+    # Others judge distillation.
+    images = Calibration(start.images(compensate.images), hold_out=False)
+    done = compensation(start.net, masks, images, method=method, progress=progress)
     return to_dense(done.model, start.example, masks), done.report
 
 

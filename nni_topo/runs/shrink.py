@@ -85,6 +85,10 @@ if TYPE_CHECKING:
 
 _NAMES = 8  # of layers that a line names
 _MANY = 8  # so many channels make it worth telling that only one is left
+_UNGROUPED = (
+    "where several samples are of one source, such as a speaker or a photo, nni_topo.Calibration(groups=...) holds out "
+    "whole sources: on new ones a network is worse than on other samples of known ones"
+)
 _logger = logging.getLogger(__name__)
 
 
@@ -140,6 +144,8 @@ class ShrinkReport(ModelReport):
     changed_since : tuple of str
         What functions of the package have changed since, in order, such as ``"distilled (nni_topo.distill)"``: the
         figures are those before.
+    grouped : bool
+        Whether ``groups`` of the calibration data said which samples belong together.
     """
 
     stages: tuple[Stage, ...]
@@ -161,6 +167,7 @@ class ShrinkReport(ModelReport):
     recovery: str = ""
     undescribed: str = ""
     changed_since: tuple[str, ...] = ()
+    grouped: bool = False
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the stages as a table, one row each."""
@@ -283,6 +290,8 @@ class ShrinkReport(ModelReport):
         lines = [frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")]
         if self.held_out:
             lines.append(self._measured_on("agreement" in frame))
+            if not self.grouped:
+                lines.append(_UNGROUPED)
         if self.outputs is not None and self.outputs.left_out:
             lines.append(str(self.outputs))
         if self.tolerance is not None:
@@ -631,6 +640,7 @@ def shrink(
         depth=None if recovered is None else recovered.depth,
         outputs=measured.answers.named,
         undescribed=undescribed,
+        grouped=calibration.groups is not None,
         **names_of_steps(steps, kind_and_allocation, tried),
     )
     tell_report(final, report)

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from every_sample import every
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx import symbolic_trace
@@ -154,7 +155,7 @@ def test_what_has_no_derivatives_stays_as_the_closed_form_leaves_it(caplog):
 def test_a_small_memory_that_holds_some_batches_gives_what_a_large_one_does(cache_bytes):
     torch.manual_seed(0)
     layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)]
-    net, batches = nn.Sequential(*layers).eval(), list(torch.randn(16, 4).split(8))
+    net, batches = nn.Sequential(*layers).eval(), every(torch.randn(16, 4).split(8))
     masks = {"2": {"weight": (torch.arange(8) < 4).float()[:, None].expand(8, 8)}}
     small, large = (
         compensate(net, masks, batches, method=Ahead(layers=1), cache_bytes=each) for each in (cache_bytes, 2**30)

@@ -50,8 +50,7 @@ def test_loss_is_the_divergence_of_softened_probabilities_on_images_held_out():
     dense, original = pair()
     found = distillation(dense, original, batches(64), steps=40, temperature=3.0, seed=4)
     assert (found.images, found.steps, found.objective, found.is_kept) == (64, 40, "kl", True)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(4))
-    held = inputs(64)[order[::8]]
+    held = inputs(64)[7::8]
     assert found.loss_before == pytest.approx(divergence(dense, original, held, 3.0), rel=1e-4)
     assert found.loss_after == pytest.approx(divergence(found.model, original, held, 3.0), rel=1e-4)
     assert found.loss_after < found.loss_before
@@ -95,9 +94,9 @@ def test_outputs_of_any_form_are_met(form, objective, expected):
 
 def test_squares_are_shares_of_each_outputs_variance():
     dense, original = pair("tuple")
-    held = inputs(96)[torch.randperm(96, generator=torch.Generator().manual_seed(0))[::8]]
+    held = inputs(96)[7::8]
     with torch.no_grad():
-        whole = original(inputs(96))
+        whole = original(held)
         shares = [
             (mine - theirs).square().mean() / each.var(0, correction=0).mean()
             for mine, theirs, each in zip(dense(held), original(held), whole, strict=True)
@@ -159,10 +158,9 @@ def test_batch_norms_have_the_statistics_that_are_better_on_held_out_images(is_o
     """Those of the steps, or those of all images as they are."""
     dense, original = pair(norm=True)
     dense.norm.momentum = 1e-4 if is_out_of_date else 0.1
-    found = distillation(dense, original, batches(600), steps=200, lr=0.05, blend=not is_out_of_date)
-    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
-    is_held = torch.arange(600) % 8 == 0
-    held, learned = inputs(600)[order[is_held]], inputs(600)[order[~is_held]]
+    found = distillation(dense, original, batches(600), steps=200, lr=0.03, blend=not is_out_of_date)
+    is_held = torch.arange(600) % 8 == 7
+    held, learned = inputs(600)[is_held], inputs(600)[~is_held]
     measured = recalibrate_batch_norm(found.model, list(learned.tensor_split(3)))
     loss = divergence(measured, original, held)
     assert found.loss_after == pytest.approx(loss, rel=1e-4) if is_out_of_date else found.loss_after < loss
@@ -1314,9 +1312,10 @@ def test_blocks_are_not_learned_where_processes_share_images_and_are_part_of_a_s
 
 def test_each_process_must_have_images_to_learn_from():
     """Of two images the other one's is learned from."""
-    assert torch.randperm(2, generator=torch.Generator().manual_seed(0)).tolist() == [0, 1]
+    data = shared([inputs(1)])
+    data.processes.rank = 1
     with pytest.raises(DataError, match=r"must have images to learn from, got \[0, 0\] by process \(images\)"):
-        distillation(*pair(), shared([inputs(1)]), blend=False, steps=2, lr=1e-3)
+        distillation(*pair(), data, blend=False, steps=2, lr=1e-3)
 
 
 @pytest.mark.parametrize("lr", [None, 1e-3])
@@ -1326,10 +1325,7 @@ def test_processes_judge_by_their_images_and_take_all_steps_together(groups, lr)
     dense, original = pair()
     data = shared(batches(48), groups)
     found = distillation(dense, original, data, blend=False, steps=4, lr=lr)
-    if groups is None:
-        held = torch.randperm(96, generator=torch.Generator().manual_seed(0))[::8]
-    else:
-        held = torch.cat(2 * [data.held_out(8)]).nonzero().flatten()
+    held = torch.cat(2 * [data.held_out(8)]).nonzero().flatten()
     assert (found.images, found.held_out) == (96, len(held))
     own = inputs(48)[held[held < 48]]
     assert 0 < len(own) < 48
@@ -1346,3 +1342,71 @@ def test_statistics_of_processes_are_those_of_all_their_batches():
     assert (int(alone.num_batches_tracked), int(together.num_batches_tracked)) == (3, 6)
     torch.testing.assert_close(together.running_mean, alone.running_mean)
     torch.testing.assert_close(together.running_var, alone.running_var)
+
+
+def solved(data, seed=0):
+    """Return a network, its pruned form after weight reconstruction on some images, and the masks."""
+    torch.manual_seed(seed)
+    original = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    masks = {"0": {"weight": (torch.arange(16) < 6).float()[:, None].expand(16, 6)}}
+    full = nni_topo.compensate(original, masks, data, progress=False)
+    return original, nni_topo.to_dense(full, inputs(2), masks)
+
+
+def judged_on(original, dense, data):
+    """Return the images that a distillation was judged on: those whose loss is the one that it gives."""
+    done = distillation(dense, original, data, steps=1, lr=1e-3, progress=False)
+    return done, done.loss_before
+
+
+def test_what_was_solved_on_does_not_judge():
+    images = inputs(64)
+    original, dense = solved([images])
+    done, loss = judged_on(original, dense, [images])
+    assert loss == pytest.approx(divergence(dense, original, images[7::8]), rel=1e-3)
+    assert (done.held_out, done.solved_on) == (8, 0)
+    # In another order, as a loader that shuffles has it, the same eighth judges.
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    done, loss = judged_on(original, dense, [images[order]])
+    assert loss == pytest.approx(divergence(dense, original, images[7::8]), rel=1e-3)
+    # Among others, those judge on which nothing was solved: 72 of 128, of which every fourth.
+    more = torch.cat([inputs(1, seed=7), images, inputs(63, seed=5)])
+    fresh = torch.cat([inputs(1, seed=7), images[7::8], inputs(63, seed=5)])
+    done, loss = judged_on(original, dense, [more])
+    assert (done.held_out, done.solved_on) == (18, 0)
+    assert loss == pytest.approx(divergence(dense, original, fresh[3::4]), rel=1e-3)
+
+
+def test_where_everything_was_solved_on_a_warning_says_so(caplog):
+    images = inputs(64)
+    original, dense = solved(nni_topo.Calibration([images], hold_out=False))
+    with caplog.at_level(logging.WARNING):
+        done, loss = judged_on(original, dense, [images])
+    assert done.solved_on == done.held_out == 8
+    assert loss == pytest.approx(divergence(dense, original, images[7::8]), rel=1e-3)
+    assert "weights were solved on 8 of the 8 held-out samples" in caplog.text
+    given = distillation(dense, original, [images], held_out=[torch.cat([images[:4], inputs(4, seed=9)])], steps=1)
+    assert (given.solved_on, given.held_out) == (4, 8)
+
+
+def test_a_distilled_network_knows_what_it_learned_from():
+    images = inputs(64)
+    original, dense = solved([images])
+    done = distillation(dense, original, [images], steps=40, progress=False)
+    assert done.is_kept
+    again, loss = judged_on(original, done.model, [images])
+    assert loss == pytest.approx(divergence(done.model, original, images[7::8]), rel=1e-3)
+    assert again.solved_on == 0
+    other, _ = judged_on(original, copy.deepcopy(done.model), [images[:56]])
+    assert other.solved_on == 0
+
+
+def test_of_a_group_that_was_solved_on_no_sample_judges():
+    images, groups = inputs(64), [index // 4 for index in range(64)]
+    original, dense = solved([images[: 4 * 10]])  # all samples of ten groups, and every eighth of these isn't solved on
+    data = nni_topo.Calibration([images], groups=groups)
+    done, loss = judged_on(original, dense, data)
+    # Of six groups that are left as many judge as of sixteen every eighth: every third.
+    held = torch.isin(torch.tensor(groups), torch.tensor([12, 15]))
+    assert (done.held_out, done.solved_on) == (8, 0)
+    assert loss == pytest.approx(divergence(dense, original, images[held]), rel=1e-3)

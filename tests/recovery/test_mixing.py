@@ -5,12 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from every_sample import compensate, compensation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.recovery import Channel, Pair, compensate, compensation, pair_coefficients
+from nni_topo.recovery import Channel, Pair, pair_coefficients
 from nni_topo.recovery.mixing import _places
 from nni_topo.recovery.plan import Solvable
 from nni_topo.speedup import masked_model, to_dense

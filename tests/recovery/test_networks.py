@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from every_sample import compensation
 from torch import nn
 from torch.fx import symbolic_trace
 
-from nni_topo.recovery import compensation
 from nni_topo.recovery.networks import build_networks, dense_graph, plan_of
 from nni_topo.recovery.replay import touched_nodes
 from nni_topo.speedup import to_dense

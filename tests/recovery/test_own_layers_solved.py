@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from every_sample import compensation
 from nni.compression.base.setting import PruningSetting
 from own_layers import COMPUTED, GOING_ON, KINDS, Alike, Framed, make
 from torch import nn
@@ -11,7 +12,6 @@ from torch import nn
 import nni_topo
 from nni_topo.network.layers.derived import call_of
 from nni_topo.network.layers.kinds import by_output
-from nni_topo.recovery.compensating import compensation
 from nni_topo.recovery.registry import list_recoveries
 from nni_topo.recovery.samples import input_rows
 

@@ -3,11 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from every_sample import compensation
 from torch import nn
 from torch.fx import symbolic_trace
 
 from nni_topo.network.speedup import Network
-from nni_topo.recovery import compensation, plan
+from nni_topo.recovery import plan
 
 BETWEEN = {
     "nothing": lambda x: x,

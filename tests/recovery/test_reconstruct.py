@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from every_sample import compensate, compensation
 from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.maths.least_squares.normal import Fit, Solution
-from nni_topo.recovery import Reconstruct, compensate, compensating, compensation, samples
+from nni_topo.recovery import Reconstruct, compensating, samples
 from nni_topo.recovery.networks import build_networks
 from nni_topo.recovery.plan import make_plan
 from nni_topo.speedup import masked_model, to_dense

@@ -6,12 +6,11 @@ import copy
 
 import pytest
 import torch
+from every_sample import compensate, compensation
 from speedup_nets import filter_mask
 from tied_nets import LanguageModel, Rotation, TiedConvolutions, TiedNorms
 from torch import nn
 
-from nni_topo import compensate
-from nni_topo.recovery import compensation
 from nni_topo.recovery.registry import list_recoveries
 from nni_topo.sharing import find_ties
 from nni_topo.speedup import masked_model, to_dense

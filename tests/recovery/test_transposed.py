@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from every_sample import compensate, compensation
 from torch import Tensor, nn
 
 import nni_topo
-from nni_topo import compensate, masked_model, to_dense
-from nni_topo.recovery.compensating import compensation
+from nni_topo import masked_model, to_dense
 
 UPS: dict[str, dict[str, Any]] = {
     "plain": {"kernel_size": 3},

@@ -118,6 +118,7 @@ from nni_topo.network.runtime.precision import (
 from nni_topo.network.runtime.processes import Processes, digest, in_step
 from nni_topo.network.runtime.progress import bar, quiet, quiet_if_asked
 from nni_topo.network.runtime.reports import (
+    SOLVED_ON,
     ModelReport,
     as_code,
     as_sentence,
@@ -126,6 +127,8 @@ from nni_topo.network.runtime.reports import (
     hand_on_report,
     markdown_table,
     report_of,
+    solved_on,
+    tell_solved_on,
     told_of_changes,
 )
 from nni_topo.network.runtime.telling import tells_once
@@ -175,6 +178,7 @@ __all__ = [
     "SAME_LAYER",
     "SAME_PROGRAM",
     "SHAPES",
+    "SOLVED_ON",
     "STRUCTURE",
     "TENSOR",
     "TILT",
@@ -286,10 +290,12 @@ __all__ = [
     "samples_second",
     "seed_torch",
     "shrunk",
+    "solved_on",
     "state_kept",
     "structure_call",
     "structure_of",
     "taken",
+    "tell_solved_on",
     "tells_once",
     "tensors_of",
     "to_precision",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from nni_topo.errors import NONE, ConfigError, DataError, free_memory, raised, whole
+from nni_topo.errors import FLAG, NONE, ConfigError, DataError, free_memory, raised, whole
 from nni_topo.network.runtime.inputs import batch_size, check_inputs, inputs_of, lists_of_samples, taken, tensors_of
 from nni_topo.network.runtime.processes import processes_of
 from nni_topo.network.runtime.progress import bar
@@ -66,6 +68,9 @@ class Calibration(Sequence[Any]):
         For each sample what it was taken from, such as the photo of a crop or the speaker of a recording, in the order
         of the samples. Samples of one group aren't independent, so a group is held out as a whole. By default each
         sample is a group of its own.
+    hold_out : bool, default=True
+        Whether :func:`nni_topo.compensate` and :func:`nni_topo.remove_blocks` leave out every eighth sample, or every
+        eighth group, on which :func:`nni_topo.distill` then judges. Of what :meth:`split` returns they use all.
     process_group : torch.distributed.ProcessGroup, optional
         The processes that share the calibration data, such as ``torch.distributed.group.WORLD``: these batches are
         the share of this process, and what is made of them is made of those of all processes, in the order of the
@@ -114,10 +119,12 @@ class Calibration(Sequence[Any]):
         max_batches: int | None = None,
         name: str = "calibration",
         groups: Sequence[int | str] | Tensor | None = None,
+        hold_out: bool = True,
         process_group: ProcessGroup | None = None,
     ) -> None:
         whole(0, 2**63 - 1).check("memory_bytes", memory_bytes, "Calibration")
         (whole(1) | NONE).check("max_batches", max_batches, "Calibration")
+        FLAG.check("hold_out", hold_out, "Calibration")
         if isinstance(batches, (Tensor, np.ndarray)):
             kind = "tensor" if isinstance(batches, Tensor) else "array"
             got = f"one {kind} of shape {tuple(batches.shape)}; pass [{kind}] if it is one batch"
@@ -126,6 +133,7 @@ class Calibration(Sequence[Any]):
             got = f"{type(batches).__name__}{_cure_without_batches(batches)}"
             raise ConfigError(f"{name} must be an iterable of batches, got {got} ({name})")
         self.name = name
+        self._holds_out = hold_out
         self._memory_bytes, self._max_batches = memory_bytes, max_batches
         self.processes = processes_of(process_group, name)
         """The processes that share the data; None if this one has all."""
@@ -254,6 +262,30 @@ class Calibration(Sequence[Any]):
         learned, held_out = self._cut(self.held_out(HELD_OUT).long(), [0] * (HELD_OUT - 1) + [1], 2)
         return self._subset([]) if learned is None else learned, held_out
 
+    @property
+    def learned(self) -> Calibration:
+        """The samples to solve on: those of :meth:`split`, or all where none is to be held out."""
+        return self.split()[0] if self._holds_out else self
+
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
+        """By sample what it can be told by from others: a digest of the bits of its inputs."""
+        found: list[bytes] = []
+        for batch, size in zip(self, self.sizes, strict=True):
+            inputs = inputs_of(batch, name=self.name)
+            lists = lists_of_samples(_values(inputs))
+            own = [hashlib.blake2b(digest_size=8) for _ in range(size)]
+            for tensor in tensors_of(inputs) if not lists else ():
+                if tensor.dim() and len(tensor) == size:
+                    for digest, row in zip(own, _bytes_of(tensor), strict=True):
+                        digest.update(row)
+            for samples in lists:
+                for digest, sample in zip(own, samples, strict=True):
+                    for tensor in tensors_of(sample):
+                        digest.update(_bytes_of(tensor[None])[0])
+            found += [digest.digest() for digest in own]
+        return tuple(found)
+
     def in_parts(self, pattern: Sequence[int]) -> tuple[Calibration | None, ...]:
         """Split the samples, or the groups of samples, into parts.
 
@@ -293,7 +325,11 @@ class Calibration(Sequence[Any]):
             first += size
         if self.processes is not None:
             self._check_parts([sum(_chosen_of(self.sizes, row) for row in rows) for rows in parts])
-        return tuple(self._subset(rows) if rows else None for rows in parts)
+        found = [self._subset(rows) if rows else None for rows in parts]
+        for each in found:
+            if each is not None:
+                each._holds_out = False
+        return tuple(found)
 
     def _check_parts(self, counts: list[int]) -> None:
         """Raise DataError, in all processes, if one has no samples of a part of which others have some."""
@@ -363,12 +399,14 @@ class Calibration(Sequence[Any]):
         )
         chosen.processes = self.processes
         chosen.instead = self.instead
+        chosen._holds_out = self._holds_out
         return chosen
 
     def _subset(self, rows: _Rows) -> Calibration:
         """Return some of the samples as calibration data, without copying them."""
         subset = Calibration((), name=self.name)
         subset.instead = self.instead
+        subset._holds_out = self._holds_out
         if self._groups is not None:
             starts = [sum(self._sizes[:index]) for index in range(len(self._sizes))]
             chosen_groups = []
@@ -438,6 +476,13 @@ class Calibration(Sequence[Any]):
             raise DataError(f"{self.name} must hold at least one batch, got none ({why})")
         self._kept = batches if in_memory else store
         self._sizes = tuple(sizes)
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return the bits of each entry of a tensor, uint8 (entries, bytes)."""
+    plain = tensor.detach().cpu()
+    plain = torch.view_as_real(plain) if plain.is_complex() else plain
+    return plain.contiguous().view(len(plain), -1).view(torch.uint8).numpy()
 
 
 def _labels_of(groups: Any) -> list[int | str]:

@@ -63,6 +63,21 @@ def hand_on_report(model: nn.Module, changed: nn.Module, how: str) -> None:
         give_report(changed, dataclasses.replace(report, changed_since=(*report.changed_since, how)))
 
 
+SOLVED_ON = "_nni_topo_solved_on"
+"""The attribute of a model that holds digests of the samples on which its weights were solved."""
+
+
+def solved_on(model: nn.Module) -> frozenset[bytes]:
+    """Return the digests of the samples that a model's weights were solved on or learned from, as far as is known."""
+    found: frozenset[bytes] = vars(model).get(SOLVED_ON, frozenset())
+    return found
+
+
+def tell_solved_on(model: nn.Module, digests: Iterable[bytes]) -> None:
+    """Note on which samples a model's weights were solved; what is made of the model has the note, too."""
+    vars(model)[SOLVED_ON] = solved_on(model) | frozenset(digests)
+
+
 def drop_report(model: nn.Module) -> None:
     """Take away the report that a copy of a model has, but that is of another model."""
     if isinstance(getattr(model, "report", None), ModelReport):

@@ -30,6 +30,7 @@ from nni_topo.network.graph import (
 )
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, LayerSizes, Size, adopt, is_scripted, spatial, with_heads
 from nni_topo.network.runtime import (
+    SOLVED_ON,
     Call,
     as_written,
     call_arguments,
@@ -300,7 +301,7 @@ def _structure(model: nn.Module) -> str:
         elif "_nni_wrapper" not in name.split("."):
             # A wrapper makes a plain attribute of a parameter.
             own = {**vars(module), **module._parameters, **module._buffers}
-            plain = {key: own[key] for key in sorted(own.keys() - _OWN) if own[key] is not None}
+            plain = {key: own[key] for key in sorted(own.keys() - _OWN - {SOLVED_ON}) if own[key] is not None}
             place = places.setdefault(id(module), len(places))
             lines.append(f"{name} {place} {type(module)!r} {_replacements(module)} {_shown(plain)}")
     return "\n".join(lines)
