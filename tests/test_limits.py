@@ -220,3 +220,20 @@ def test_a_device_that_holds_no_sample_is_said_in_words_and_the_model_is_as_it_w
     ):
         nni_topo.create_pruner("topological", model, HALF, cloud="activation", calibration=[IMAGES]).compress()
     require_unchanged(before, model)
+
+
+FIRST_PASSES = {
+    "dependency_groups": lambda model, images: nni_topo.dependency_groups(model, images, HALF),
+    "shrink": lambda model, images: nni_topo.shrink(model, [images], {"params": 0.5}, progress=False),
+    "explain": lambda model, images: nni_topo.explain(model, images, "stem"),
+}
+
+
+@pytest.mark.parametrize("job", FIRST_PASSES)
+@pytest.mark.parametrize("device", ["far"], indirect=True)
+def test_memory_that_is_short_in_the_first_passes_is_said_in_words(job, device):
+    model, images = toy_model().to(device), IMAGES.to(device)
+    before = snapshot(model)
+    with far_device.memory(1000), pytest.raises(DataError, match=rf"memory for .*, got: far out of memory.*{job}"):
+        FIRST_PASSES[job](model, images)
+    require_unchanged(before, model)

@@ -488,6 +488,11 @@ def let_go(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
+def starts_again() -> bool:
+    """Tell whether a function decorated by `in_smaller_batches` runs, which starts again where memory is short."""
+    return _LIMIT.get() is not None
+
+
 def at_once(samples: int) -> int:
     """Return how many of so many samples may run together within a function decorated by `in_smaller_batches`."""
     limit = _LIMIT.get()

@@ -31,8 +31,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils.data import DataLoader, Dataset
 
+from nni_topo.errors import DataError
 from nni_topo.network.runtime.copying import is_compiled_function, is_transformed
+from nni_topo.network.runtime.inputs import starts_again
+from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.precision import Switch, in_full_precision, is_within_autocast
+from nni_topo.network.runtime.processes import is_in_step
 from nni_topo.network.runtime.training_mode import put_mode
 from nni_topo.network.runtime.values import ParameterValues, users_code, values_kept
 
@@ -280,6 +284,7 @@ def _on_cpu() -> AbstractContextManager[object]:
 def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool = False) -> Callable[_Given, _Made]:
     """Let a public function leave all models among its arguments as they were, in lists and mappings too.
 
+    Where memory is short it raises a DataError, unless `in_smaller_batches` around it starts again with fewer samples.
     ``as_compiled``: see `left_alone`.
     """
 
@@ -293,8 +298,18 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
                 models += given
             else:
                 models.append(given)
-        with left_alone(*models, as_compiled=as_compiled):
-            return function(*args, **kwargs)
+        try:
+            with left_alone(*models, as_compiled=as_compiled):
+                return function(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or starts_again() or is_in_step():
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+        # Outside of the except clause, because the error keeps the tensors of the failed call in memory.
+        raise DataError(
+            f"a device must have memory for a batch of the inputs, got: {reason} ({function.__qualname__}); give fewer "
+            "samples in each"
+        )
 
     return run
 
