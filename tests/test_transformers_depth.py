@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers_nets import inputs_of, logits, make, transformers
+from transformers_nets import inputs_of, logits, make
 
 import nni_topo
 from nni_topo.errors import ConfigError
@@ -65,24 +65,3 @@ def test_a_decoder_without_an_attention_generates_and_is_read_again(tmp_path):
         ConfigError, match=r"all parts in each block, got a model without some.*transformer\.h\.1\.attn"
     ):
         nni_topo.save_pretrained(model, tmp_path / "folder")
-
-
-@pytest.mark.slow
-def test_equal_blocks_and_fewer_of_them_load_by_their_config(tmp_path):
-    model = make("BertForSequenceClassification", layers=3)
-    inputs = inputs_of(model, samples=24)
-    # Equal blocks can't spare this one, which adds nothing, before the others.
-    for layer in (model.bert.encoder.layer[1].attention.output.dense, model.bert.encoder.layer[1].output.dense):
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
-    budget = {"flops": 0.6693, "equal_blocks": True}
-    layers = [{"op_names_re": [r".*self\.(query|key|value)|.*intermediate\.dense"]}]
-    settings = {"layers": layers, "distill": False, "compensate": None, "narrow_heads": False}
-    small = nni_topo.shrink(model, [inputs], budget, depth=True, **settings)
-    depth = small.report.depth
-    assert [(each.name, each.kind) for each in depth.removed] == [("bert.encoder.layer.1", "block")]
-    assert small.config.num_hidden_layers == 3 - len(depth.removed)
-    assert model.config.num_hidden_layers == 3
-    nni_topo.save_pretrained(small, tmp_path)
-    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(logits(loaded, inputs), logits(small, inputs))
