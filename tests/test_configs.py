@@ -236,7 +236,7 @@ def test_a_pruning_file_may_compensate_distil_and_round_for_any_pruner(checkpoin
     ("share", "cap", "round_to", "is_met", "why"),
     [
         (0.5, 1.0, "null", True, ""),
-        (0.1, 0.5, "null", False, "all layers are at their max_sparse_ratio"),
+        (0.1, 0.5, "null", False, "all layers to prune are at their max_sparse_ratio"),
         (0.1, 0.9, 8, False, "layers keep a multiple of 8 channels"),
     ],
 )

@@ -166,8 +166,8 @@ def test_a_device_that_is_not_there_is_refused(checkpoint, tmp_path):
     ("bounds", "round_to", "why"),
     [
         ({}, 64, "layers keep a multiple of 64 channels"),
-        ({"max_sparse_ratio": 0.1}, 64, "all layers are at their max_sparse_ratio"),
-        ({"max_sparse_ratio": 0.1}, None, "all layers are at their max_sparse_ratio"),
+        ({"max_sparse_ratio": 0.1}, 64, "all layers to prune are at their max_sparse_ratio"),
+        ({"max_sparse_ratio": 0.1}, None, "all layers to prune are at their max_sparse_ratio"),
         ({}, None, ""),
     ],
 )
