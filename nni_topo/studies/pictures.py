@@ -141,7 +141,8 @@ def _draw_accuracy(axis: Axes, found: tuple[list[Record], str]) -> None:
         macs = [interval([run["flops"] for run in runs]).mean / 1e6 + step for runs in targets]
         points = [interval([100 * run[column] for run in runs]) for runs in targets]
         heights, halves = [point.mean for point in points], [np.nan_to_num(point.half) for point in points]
-        marker, color = _MARKERS[index % len(_MARKERS)], f"C{index % 10}"
+        # After ten names the colors come again, with other markers.
+        marker, color = _MARKERS[(index + index // 10) % len(_MARKERS)], f"C{index % 10}"
         axis.errorbar(macs, heights, yerr=halves, marker=marker, color=color, linestyle="", label=name)
         if macs:
             smallest[name] = (*min(zip(macs, heights, strict=True)), color)
