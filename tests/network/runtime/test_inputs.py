@@ -42,7 +42,7 @@ from nni_topo.network.runtime.inputs import (
     real_positions,
     returned_by_name,
     returned_tensors,
-    run_small,
+    run_few,
     shrunk,
     taken,
     tensors_of,
@@ -339,13 +339,13 @@ class Picky(nn.Module):
         return images
 
 
-def test_models_run_on_small_inputs_where_they_can():
+def test_models_run_on_two_samples_where_they_can():
     images = torch.zeros(5, 3, 70, 70)
     model = Picky()
-    assert run_small(model, ((images,), {})).shape == (2, 3, 64, 64)
-    assert run_small(Picky(side=70), ((images,), {})).shape == (5, 3, 70, 70)
+    assert run_few(model, ((images,), {})).shape == (2, 3, 70, 70)
+    assert run_few(Picky(samples=5), ((images,), {})).shape == (5, 3, 70, 70)
     with pytest.raises(MemoryError):
-        run_small(Picky(side=70, error=MemoryError()), ((images,), {}))
+        run_few(Picky(samples=5, error=MemoryError()), ((images,), {}))
     call = ((images,), {})
     assert structure_of(Picky(), call)[0][0].shape == (2, 3, 70, 70)
     assert structure_of(Picky(samples=5), call) is call
