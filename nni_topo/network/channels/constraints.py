@@ -31,10 +31,13 @@ def coupled_names(owned: Mapping[str, set[int]]) -> list[list[str]]:
     return list(groups.values())
 
 
-def partial_couplings(flow: ChannelFlow, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def partial_couplings(
+    flow: ChannelFlow, names: Iterable[str], *, with_staying: bool = True
+) -> dict[str, tuple[int, ...]]:
     """Return ids, (channels,), of layers whose couplings no group can state, or of which some channels stay.
 
-    Channels with equal ids are coupled; those with a negative one stay.
+    Channels with equal ids are coupled; those with a negative one stay. ``with_staying``: also layers of which some
+    channels stay and whose couplings a group can state.
     """
     selected, free = set(names), dict[str, set[int]]()
     for name in flow.layers:
@@ -44,7 +47,7 @@ def partial_couplings(flow: ChannelFlow, names: Iterable[str]) -> dict[str, tupl
     for group in coupled_names(free):
         all_ids = [flow.group_ids_of(name) for name in group]
         has_staying = any((ids == FIXED).any() and (ids != FIXED).any() for ids in all_ids)
-        if _is_stated(flow, group) and (flow.shuffles or not has_staying):
+        if _is_stated(flow, group) and (flow.shuffles or not (with_staying and has_staying)):
             continue
         # Channels that stay aren't coupled with one another: each gets an id that no other has, but for those at the
         # same place of layers that are one unit.

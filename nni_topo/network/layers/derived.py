@@ -554,6 +554,8 @@ def plain_layer(module: Any) -> nn.Module | None:
     It has the module's weight and bias, or what the module makes of them from no input. None if the class is PyTorch's
     or derived from it, or does more. The module is run to find out.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     weight = module._parameters.get("weight")
     is_other = not type(module).__module__.startswith(("torch.", "nni_topo."))
     if not is_other or kind_of(module) is not None or not isinstance(weight, Tensor) or is_lazy(weight):

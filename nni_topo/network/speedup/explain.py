@@ -191,7 +191,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
         channels,
         kept,
         coupled,
-        in_part=layer in partial_couplings(flow, [layer, *coupled]),
+        in_part=layer in partial_couplings(flow, [layer, *coupled], with_staying=False),
         couplings=tuple(couplings),
         blocks=blocks_of(flow).get(layer, 1),
         block_places=flow.block_places(layer),
