@@ -60,7 +60,7 @@ def test_a_wide_layer_is_counted_for_a_part_of_its_rows():
 def test_equal_blocks_are_for_one_ratio_alone():
     with pytest.raises(ConfigError, match=r"equal blocks need the allocation 'uniform', got 'error' \(equal_blocks"):
         Budget(flops=0.5, allocation="error", equal_blocks=True)
-    with pytest.raises(ConfigError, match=r"equal_blocks must be True or False, got 1"):
+    with pytest.raises(ConfigError, match=r"equal_blocks must be True or False or None, got 1"):
         Budget(flops=0.5, equal_blocks=1)
 
 

@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
+from every_sample import compensate, compensation
 from torch import nn
 from torch.nn import functional
 from torch.nn.functional import unfold
 
 from nni_topo import create_pruner, dependency_groups
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.recovery import compensate, compensation, samples
+from nni_topo.recovery import samples
 from nni_topo.recovery.registry import list_recoveries
 
 KEPT, GONE = [0, 2, 3], [1, 4, 5]
