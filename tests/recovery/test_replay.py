@@ -358,7 +358,7 @@ def test_a_network_that_asks_for_gradients_between_its_layers_is_solved():
     torch.testing.assert_close(traced(images), model(images))
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
     masks = {"first": {"weight": mask[:, None].expand(4, 3), "bias": mask}}
-    (layer,) = nni_topo.compensation(model, masks, [images]).report.layers
+    (layer,) = nni_topo.compensation(model, masks, Calibration([images], hold_out=False)).report.layers
     assert layer.error_after < layer.error_before
 
 
