@@ -220,7 +220,7 @@ def test_what_the_lists_of_checks_call_exists(nightly):
     assert {"lint", "test", "demo", "docs", "test-slow"} <= called["commit"]
     # work, and parts of others, not checks
     measured = {"tables", "trained", "trained-packages", "trained-table"}
-    ours = {"test-all", "start", "pictures", "checkout", "clean", "test-nightly"} | measured
+    ours = {"test-all", "start", "compare", "pictures", "checkout", "clean", "test-nightly"} | measured
     assert called["nightly"] == targets() - ours
     assert nightly.SHARES % 5 == 0
 

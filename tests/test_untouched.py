@@ -219,6 +219,7 @@ CHANGING = {
     "create_pruner": "wraps the model, see below",
     "save_pretrained": "for models of Transformers, see there",
     "register_module": "it takes a class",
+    "register_width_attribute": "it takes a class",
 }
 
 

@@ -163,11 +163,9 @@ def dependency_groups(
         If an entry names a layer that isn't there or selects none at all, or the inputs don't fit the model; with
         ``strict``, if a layer that an entry selects would be left out because it can't lose channels.
     DataError
-        If a parameter or an input has no values, as on the meta device.
+        If a parameter or an input has no values, as on the meta device, or there isn't the memory to run the model.
     SpeedupError
         If the model can't be traced, and an entry names a layer in ``op_names`` or ``strict`` is given.
-    RuntimeError
-        PyTorch's own, if there isn't the memory to run the model.
 
     Notes
     -----

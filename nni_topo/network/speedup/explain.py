@@ -137,8 +137,8 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     ------
     ConfigError
         If the model has no such layer, the module makes no channels, or the inputs don't fit the model.
-    RuntimeError
-        PyTorch's own, if there isn't the memory to run the model.
+    DataError
+        If there isn't the memory to run the model.
 
     See Also
     --------
