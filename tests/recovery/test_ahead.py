@@ -36,8 +36,8 @@ def reports(found):
 @pytest.mark.slow
 def test_the_error_ahead_falls_below_that_of_the_closed_form(residual_net, images, halves):
     masks = halves(residual_net, "stem", "conv1", "conv2", "conv3")
-    closed = compensate(residual_net, masks, images)
-    found = compensation(residual_net, masks, images, method="ahead")
+    closed = compensate(residual_net, masks, every(images))
+    found = compensation(residual_net, masks, every(images), method="ahead")
     assert error(found.model, residual_net, masks, images) < 0.8 * error(closed, residual_net, masks, images)
     steps = reports(found)
     assert all(step.error_after <= step.error_before for step in steps)
@@ -60,7 +60,7 @@ def test_removed_channels_stay_out_and_the_model_and_masks_as_they_were(residual
 def test_the_same_call_gives_the_same_weights_whatever_is_kept_in_memory(residual_net, images, halves):
     masks = halves(residual_net, "conv1", "conv3")
     found = [
-        compensate(residual_net, masks, images, method="ahead", cache_bytes=size).state_dict()
+        compensate(residual_net, masks, every(images), method="ahead", cache_bytes=size).state_dict()
         for size in (2**30, 2**30, 0)
     ]
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
