@@ -262,12 +262,15 @@ def constant_contribution(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarr
 def changed_constants(
     found: ConstantContribution, model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray, call: Call
 ) -> dict[str, Tensor]:
-    """Tell which pruned channels contribute something else on a call, of another size, than on that of ``found``.
+    """Tell which constants of pruned channels that ``found`` supplies are others on a call, of another size.
 
     Returns them by the layer that reads them: bool, (input channels,).
     """
     changed = dict[str, Tensor]()
     for name, reader in readers(model, flow, is_kept, call, rows=True).items():
+        is_supplied = found.supplied(name)
+        if is_supplied is None:  # such as a depth-wise convolution, which goes with its channels
+            continue
         count = len(reader.pruned)
         expected = found.constants.get(name, torch.zeros(count, dtype=torch.float64))
         channels = found.constant_channels.get(name)
@@ -279,6 +282,7 @@ def changed_constants(
             if channels is not None:
                 supplied = supplied + channels.factors @ values[channels.places]
             differs |= (values - supplied).abs().amax(1) > TOLERANCE * values.abs().amax(1)
+        differs &= is_supplied
         if bool(differs.any()):
             changed[name] = differs
     return changed
