@@ -405,7 +405,7 @@ def test_neither_errors_nor_refusals_change_the_model(two: Any) -> None:
         ("distillation", "ConfigError", "got blend=True, which mixes those of all processes: pass blend=False"),
         ("held out", "ConfigError", "must be shared by the same processes, got one that isn't (held_out)"),
         ("cosine", "ConfigError", "got 'cosine', which compares all samples of a batch (objective)"),
-        ("nothing to learn", "DataError", "each process must have images to learn from, got [0, 1] by process"),
+        ("nothing to learn", "DataError", "each process must have images to learn from, got ["),
         ("another pruner", "ConfigError", "calibration must be in one process here, got batches that 2 processes"),
     ],
 )

@@ -265,7 +265,11 @@ class Calibration(Sequence[Any]):
     @property
     def learned(self) -> Calibration:
         """The samples to solve on: those of :meth:`split`, or all where none is to be held out."""
-        return self.split()[0] if self._holds_out else self
+        if not self._holds_out:
+            return self
+        # Of the samples that are left out no process needs any.
+        (learned,) = self._cut(self.held_out(HELD_OUT).long(), [0] * (HELD_OUT - 1) + [1], 1)
+        return self._subset([]) if learned is None else learned
 
     @cached_property
     def digests(self) -> tuple[bytes, ...]:
@@ -305,7 +309,10 @@ class Calibration(Sequence[Any]):
         return self._cut(torch.tensor(pattern)[ranks % len(pattern)], pattern, max(pattern) + 1)
 
     def _cut(self, marks: Tensor, pattern: Sequence[int], count: int) -> tuple[Calibration | None, ...]:
-        """Return parts by the marks of the samples, (samples,); of batches that can't be cut, by a pattern of these."""
+        """Return parts by the marks of the samples, (samples,); of batches that can't be cut, by a pattern of these.
+
+        The first so many parts: what is marked by a higher number is left out.
+        """
         can_be_cut = all(_can_be_cut(inputs_of(batch)) for batch in self)
         if self.processes is not None and not can_be_cut:
             raise ConfigError(
@@ -320,8 +327,8 @@ class Calibration(Sequence[Any]):
                     chosen = (own == part).nonzero().flatten()
                     if len(chosen):
                         rows.append((index, chosen))
-            else:
-                parts[pattern[index % len(pattern)]].append((index, None))
+            elif (part := pattern[index % len(pattern)]) < count:
+                parts[part].append((index, None))
             first += size
         if self.processes is not None:
             self._check_parts([sum(_chosen_of(self.sizes, row) for row in rows) for rows in parts])
