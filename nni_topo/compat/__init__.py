@@ -28,9 +28,7 @@ __all__ = [
     "CompatReport",
     "CompatibilityWarning",
     "PatchResult",
-    "disable_fast_metrics",
     "enable",
-    "enable_fast_metrics",
 ]
 
 LOOPBACK = Path(__file__).with_name("loopback.cjs")
@@ -75,20 +73,6 @@ def enable() -> CompatReport:
     return reports[0]
 
 
-def enable_fast_metrics() -> None:
-    """Let NNI compute FPGM's metric (same values, 1e-5 relative) and global thresholds (the same) without its loops."""
-    from nni_topo.compat import metrics
-
-    metrics.use_fast_metrics(True)
-
-
-def disable_fast_metrics() -> None:
-    """Let NNI use its own loops again."""
-    from nni_topo.compat import metrics
-
-    metrics.use_fast_metrics(False)
-
-
 def _patch() -> CompatReport:
     """Import NNI and run every patch."""
     try:
@@ -104,7 +88,7 @@ def _patch() -> CompatReport:
 
 def patches() -> tuple[Callable[[], bool], ...]:
     """List the patches; importing them imports NNI, which has to happen after `keep_pytree_nodes`."""
-    from nni_topo.compat import evaluators, launching, speedup, tracing, wording, wrapping
+    from nni_topo.compat import evaluators, launching, speedup, tracing, wrapping
 
     return (
         tracing.restore_tensor_methods,
@@ -141,9 +125,6 @@ def patches() -> tuple[Callable[[], bool], ...]:
         evaluators.patch_trainer_steps,
         evaluators.pass_loss_arguments,
         launching.wait_for_manager,
-        wording.log_details_on_demand,
-        wording.trust_tested_pruners,
-        wording.word_assertions,
     )
 
 

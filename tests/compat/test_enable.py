@@ -49,9 +49,6 @@ ALWAYS_BROKEN = {
     "patch_trainer_steps",
     "pass_loss_arguments",
     "wait_for_manager",
-    "log_details_on_demand",
-    "trust_tested_pruners",
-    "word_assertions",
 }
 
 BYTECODE = {"index_code_units"} if sys.version_info >= (3, 11) else set()
