@@ -37,11 +37,10 @@ from nni_topo.zoo.evaluation import bits
 NETS = ("vit_small", "bert_small", "gpt_small", "resnet20")
 LEFT = {"half": (1 / 2, 1 / 2), "third": (1 / 3, 1 / 4), "sixth": (1 / 6, 1 / 8)}
 """Shares of the heads, and of the neurons; of a ResNet's channels the first."""
-WAYS = ("none", "reconstruct", "ahead", "block", "reconstruct, distilled", "block, distilled")
+WAYS = ("none", "reconstruct", "block", "reconstruct, distilled", "block, distilled")
 TITLES = {
     "none": "no recovery",
     "reconstruct": "weight reconstruction",
-    "ahead": "`ahead`",
     "block": "`block`",
     "reconstruct, distilled": "weight reconstruction, distilled",
     "block, distilled": "`block`, distilled",

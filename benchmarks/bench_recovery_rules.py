@@ -29,12 +29,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ahead  # noqa: F401  (it registers the method of this name)
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from nni_topo import compensate, synthetic_images, to_dense
-from nni_topo.recovery.registry import list_recoveries
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice
 from nni_topo.runs.run import Start, distilled, made_dense, retrain
 from nni_topo.studies.cells import pruned_cell, shared_ratios, start_of, with_new_weights
@@ -77,7 +77,6 @@ def main() -> None:
     parser.add_argument("--precision", help="that the networks are trained in (default: the plan's)")
     parser.add_argument("--net", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    assert {*RULES, "head"} == {*list_recoveries()}  # a head is the channel of convolutional nets
     if options.net is not None:
         _run(options, options.net)
         return

@@ -150,7 +150,7 @@ WORK |= {
     f"compensate, {method}": lambda batches, method=method: weights_of(
         nni_topo.compensate(net(), masks(), batches, method=method, cache_bytes=1000)
     )
-    for method in ("reconstruct", "ahead", "scalar", "channel", "recalibrate")
+    for method in ("reconstruct", "scalar", "channel", "recalibrate")
 }
 
 

@@ -153,7 +153,7 @@ def with_file(function, folder, model):
 CALLS = {
     "as_torch_layers": lambda m, _, __: nni_topo.as_torch_layers(m),
     "compensate": lambda m, _, __: nni_topo.compensate(m, MASKS, BATCHES),
-    "compensation": lambda m, _, __: recovery.compensation(m, MASKS, BATCHES, method="ahead", recalibrate=True),
+    "compensation": lambda m, _, __: recovery.compensation(m, MASKS, BATCHES, recalibrate=True),
     "choose_images": lambda m, _, __: nni_topo.choose_images(BATCHES, m, 3),
     "dependency_groups": lambda m, _, __: nni_topo.dependency_groups(m, IMAGES[:2], CONFIG),
     "distill": lambda m, other, _: nni_topo.distill(m, other, BATCHES, steps=2, batch_size=4),
@@ -507,9 +507,9 @@ def _recovered(how):
 @pytest.mark.parametrize(
     ("mode", "how"),
     [
-        *((torch.inference_mode, how) for how in ("reconstruct", "ahead", "block", "synthetic_images")),
+        *((torch.inference_mode, how) for how in ("reconstruct", "block", "synthetic_images")),
         (torch.no_grad, "reconstruct"),
-        *(pytest.param(torch.no_grad, how, marks=pytest.mark.slow) for how in ("ahead", "block")),
+        pytest.param(torch.no_grad, "block", marks=pytest.mark.slow),
         (torch.no_grad, "synthetic_images"),
     ],
 )

@@ -1,7 +1,6 @@
 """Bringing a pruned network back without labels."""
 
 from nni_topo.maths.least_squares.greedy import greedy_least_squares
-from nni_topo.recovery.ahead import Ahead
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.block import Block
 from nni_topo.recovery.blocks import remove_blocks
@@ -23,7 +22,6 @@ from nni_topo.recovery.report import CompensationReport, LayerReport
 from nni_topo.recovery.synthetic import synthetic_images
 
 __all__ = [
-    "Ahead",
     "Block",
     "Channel",
     "Compensation",

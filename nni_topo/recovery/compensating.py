@@ -173,17 +173,15 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
         A name of :func:`nni_topo.list_recoveries`, or a method with settings of its own, such as
         ``nni_topo.recovery.Reconstruct(refine=0)``.
         ``"reconstruct"`` (:class:`~nni_topo.recovery.Reconstruct`): solve each layer after removed channels again, so
-        it reproduces its unpruned output, or the sum it goes into. ``"ahead"`` (:class:`~nni_topo.recovery.Ahead`):
-        after that, solve the layers of each block for the unpruned values several layers ahead by Gauss-Newton steps
-        [7]_, which takes ten times as long or more. ``"block"`` (:class:`~nni_topo.recovery.Block`): after that, let
-        all weights of two neighbouring blocks learn what the unpruned ones put out, by gradients [8]_. ``"channel"``
-        (:class:`~nni_topo.recovery.Channel`): predict the removed channels from the kept ones [4]_. ``"pair"``
-        (:class:`~nni_topo.recovery.Pair`): one kept channel and a constant stand in for each. ``"recalibrate"``:
-        statistics of batch norms and nothing else. Rules of other papers, for comparison: ``"sequential"`` (the
-        layer's own output [1]_), ``"layer"`` (the same, from the unpruned inputs [2]_), ``"scalar"`` (one factor for
-        each kept channel), ``"head"`` (the same, with one factor for all channels of a head [3]_), ``"mean"`` (its mean
-        stands in for a removed channel [5]_), ``"merge"`` (the channel with the most similar weights does [6]_; images
-        serve for the report alone).
+        it reproduces its unpruned output, or the sum it goes into. ``"block"`` (:class:`~nni_topo.recovery.Block`):
+        after that, let all weights of two neighbouring blocks learn what the unpruned ones put out, by gradients [7]_.
+        ``"channel"`` (:class:`~nni_topo.recovery.Channel`): predict the removed channels from the kept ones [4]_.
+        ``"pair"`` (:class:`~nni_topo.recovery.Pair`): one kept channel and a constant stand in for each.
+        ``"recalibrate"``: statistics of batch norms and nothing else. Rules of other papers, for comparison:
+        ``"sequential"`` (the layer's own output [1]_), ``"layer"`` (the same, from the unpruned inputs [2]_),
+        ``"scalar"`` (one factor for each kept channel), ``"head"`` (the same, with one factor for all channels of a
+        head [3]_), ``"mean"`` (its mean stands in for a removed channel [5]_), ``"merge"`` (the channel with the most
+        similar weights does [6]_; images serve for the report alone).
     ridge : float or "auto", default="auto"
         Penalty on the change of a weight, at least 0, as a share of the variance of what the weight multiplies plus
         a tenth of the mean variance.
@@ -235,11 +233,6 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     are masked weight by weight or whose weights are tied or computed stay as they are; the log and the report name
     them.
 
-    ``"ahead"`` runs its steps on two neighbouring blocks at a time, whose ends are places that everything flows
-    through; a step is taken if it makes the error on all images smaller. It holds the derivatives of about 128 images
-    in memory, in whole batches: smaller batches take less. Blocks with operations that have no forward derivatives,
-    such as an LSTM, stay as ``"reconstruct"`` leaves them, with a warning.
-
     ``"block"`` takes the inputs of a block from the pruned blocks before it, which have learned already. Weights,
     biases and the factors and constants of norms move, where they aren't removed, shared or used more than once;
     statistics of batch norms stay, and dropout is off. A range test finds the rate of AdamW. Every fifth sample, or
@@ -262,9 +255,7 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
     .. [5] An et al., "Fluctuation-based adaptive structured pruning for large language models",
        https://arxiv.org/abs/2312.11983
     .. [6] Kim et al., "Neuron merging: compensating for pruned neurons", https://arxiv.org/abs/2010.13160
-    .. [7] Lucas and Mazumder, "Preserving deep representations in one-shot pruning: a Hessian-free second-order
-       optimization framework", https://arxiv.org/abs/2411.18376
-    .. [8] Wagner et al., "A free lunch in LLM compression: revisiting retraining after pruning",
+    .. [7] Wagner et al., "A free lunch in LLM compression: revisiting retraining after pruning",
        https://arxiv.org/abs/2510.14444
 
     Examples

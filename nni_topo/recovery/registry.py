@@ -142,7 +142,6 @@ def recovery_method(method: str | RecoveryMethod) -> RecoveryMethod:
 _OWN = "nni_topo.recovery"
 RECOVERIES.register(
     RecoveryInfo("reconstruct", f"{_OWN}.reconstruct:Reconstruct", "solves each layer after removed channels again"),
-    RecoveryInfo("ahead", f"{_OWN}.ahead:Ahead", "then solves each block for values some layers ahead"),
     RecoveryInfo("block", f"{_OWN}.block:Block", "then lets each block learn the unpruned block's outputs"),
     RecoveryInfo("channel", f"{_OWN}.mixing:Channel", "predicts each removed channel from all kept ones"),
     RecoveryInfo("pair", f"{_OWN}.mixing:Pair", "predicts each removed channel from one kept one and a constant"),

@@ -34,12 +34,12 @@ class LayerReport:
 
     layer: str
     # The node of the graph at which errors are measured. It is the layer's output or the sum that the output goes into;
-    # for channel mixing the layer's input; for method "ahead" the values after some later layers, for "block" those at
-    # the block's end. "relu(...)" means that only what a ReLU lets through counts; errors are upper bounds there.
+    # for channel mixing the layer's input; for method "block" the values at the block's end. "relu(...)" means that
+    # only what a ReLU lets through counts; errors are upper bounds there.
     place: str
-    unknowns: int  # numbers fitted for each output, the constant not counted; for "ahead" and "block" all of a block
-    samples: int  # that were solved for: images times positions, for "ahead" and "block" also times channels
-    ridge: float  # penalty over each input's variance, for "ahead" the damping; infinite if no change was best
+    unknowns: int  # numbers fitted for each output, the constant not counted; for "block" all of a block
+    samples: int  # that were solved for: images times positions, for "block" also times channels
+    ridge: float  # penalty over each input's variance; infinite if no change was best
     error_before: float  # over the calibration samples
     error_after: float
     # Over samples that this layer's solution wasn't fitted to; NaN if there were too few. The layers before it were

@@ -58,14 +58,11 @@ def test_trained_net_without_three_quarters_of_its_channels(digits, seed):
     assert not found.report.lost
 
 
-LONG = ("ahead", "block")  # on one of the nets each time
-
-
 @pytest.mark.parametrize(
     ("net", "pruner", "method"),
     [
         *(
-            pytest.param(net, L1NormPruner, m, marks=[pytest.mark.slow] * (m in LONG and net is not Concatenated))
+            pytest.param(net, L1NormPruner, m, marks=[pytest.mark.slow] * (m == "block" and net is not Concatenated))
             for net in (LeNet, Concatenated, Grouped)
             for m in list_recoveries()
             if m != "recalibrate"

@@ -11,7 +11,6 @@ import torch
 import nni_topo
 from nni_topo.errors import ConfigError, NniTopoError
 from nni_topo.recovery import (
-    Ahead,
     Pair,
     Reconstruct,
     RecoveryInfo,
@@ -38,7 +37,7 @@ class FirstLayers(RecoveryMethod):
 
 
 # those that learn, and those whose equations are parts of another one's: of layers one by one, and of single factors
-LONG = ("ahead", "block", "layer", "mean")
+LONG = ("block", "layer", "mean")
 
 
 @pytest.mark.parametrize("check", RECOVERY_CHECKS, ids=lambda check: check.__name__)
@@ -65,14 +64,11 @@ def test_a_name_stands_for_its_class_with_the_defaults(name, residual_net, image
 
 def test_settings_belong_to_their_method():
     assert recovery_info("reconstruct").knobs() == ("refine",)
-    assert recovery_info("ahead").knobs() == ("refine", "layers")
     assert recovery_info("block").knobs() == ("refine", "steps", "lr", "layers", "batch_size", "precision")
     assert recovery_info("pair").knobs() == ("pairs", "as_printed")
     assert recovery_info("channel").knobs() == ()
     with pytest.raises(ConfigError, match=r"refine must be an integer of at least 0, got -1 \(reconstruct\)"):
         Reconstruct(refine=-1)
-    with pytest.raises(ConfigError, match=r"refine must be an integer of at least 0, got 1.5 \(ahead\)"):
-        Ahead(refine=1.5)
     with pytest.raises(ConfigError, match=r"pairs must be .* got 3 \(pair\)"):
         Pair(3)
 

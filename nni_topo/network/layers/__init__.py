@@ -94,7 +94,7 @@ from nni_topo.network.layers.kinds import (
     without_plain_weights,
     zeros_held,
 )
-from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out, safely_laid_out
+from nni_topo.network.layers.memory_format import inputs_laid_out, lay_back, lay_out
 from nni_topo.network.layers.original_width import (
     channel_dim,
     keep_original_width,
@@ -187,7 +187,6 @@ __all__ = [
     "response_norm",
     "rewritten",
     "row_names",
-    "safely_laid_out",
     "silent_value",
     "sizes_of",
     "sizes_shown",

@@ -59,11 +59,6 @@ def inputs_laid_out(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def safely_laid_out(layer: nn.Module, weight: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a layer is called with, a weight of its own and its inputs, with channels first where it must be."""
-    return (_channels_first(weight), values.contiguous()) if _is_fragile(layer) else (weight, values)
-
-
 def _channels_first(weight: Tensor) -> Tensor:
     # Of a 1x1 kernel both layouts have the same order, so that only a copy has the strides of the usual one.
     return weight.clone(memory_format=torch.contiguous_format)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo import compensate, distill
-from nni_topo.network.layers.memory_format import inputs_laid_out, lay_out, safely_laid_out
+from nni_topo import distill
+from nni_topo.network.layers.memory_format import inputs_laid_out, lay_out
 
 
 class Shortcut(nn.Module):
@@ -71,28 +71,3 @@ def test_a_thin_shortcut_learns():
     with torch.no_grad():
         lost = [(net(images) - original(images)).square().mean() for net in (small, learned)]
     assert lost[1] < 0.5 * lost[0]
-
-
-@pytest.mark.parametrize(("layer", "is_fragile"), [(nn.Conv2d(12, 8, 1, 2), True), (nn.Conv2d(12, 8, 1), False)])
-def test_what_a_layer_is_called_with_has_channels_first_where_it_must_be(layer, is_fragile):
-    last = torch.channels_last
-    weight, values = layer.weight.detach().to(memory_format=last), torch.randn(2, 12, 6, 6).to(memory_format=last)
-    found = safely_laid_out(layer, weight, values)
-    assert [*found[1].stride()] == ([432, 36, 6, 1] if is_fragile else [432, 1, 72, 12])
-    assert [*found[0].stride()] == ([12, 1, 1, 1] if is_fragile else [*weight.stride()])
-    assert all(map(torch.equal, found, (weight, values)))
-
-
-@pytest.mark.slow
-def test_a_thin_shortcut_is_solved_ahead_whatever_its_layout():
-    torch.manual_seed(0)
-    net, images = Shortcut(12).eval(), [torch.randn(61, 3, 14, 14) for _ in range(3)]
-    masks = {"stem": {"weight": torch.ones_like(net.stem.weight)}}
-    masks["stem"]["weight"][3] = 0  # of so many left none is taken out before the layers behind compute
-    solved = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        laid_out = copy.deepcopy(net).to(memory_format=layout)
-        solved.append(compensate(laid_out, masks, [each.to(memory_format=layout) for each in images], method="ahead"))
-    for first, last in zip(solved[0].parameters(), solved[1].parameters(), strict=True):
-        torch.testing.assert_close(last, first, rtol=1e-3, atol=1e-3)
-    assert not torch.equal(solved[0].shortcut.weight, net.shortcut.weight)

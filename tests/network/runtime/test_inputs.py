@@ -540,7 +540,7 @@ def test_a_single_number_before_the_samples_is_no_number_of_samples(tmp_path):
         pruner = nni_topo.create_pruner(knobs.pop("pruner"), Flagged(), groups, calibration=batches, **knobs)
         assert int(pruner.compress()[1]["first"]["weight"].amax(1).sum()) == 4
     masks = {"first": {"weight": torch.ones(8, 6).tril(4)}}
-    assert nni_topo.compensation(model, masks, batches, method="ahead").report.images == 84
+    assert nni_topo.compensation(model, masks, batches).report.images == 84
     table = measure_latency(model, batches[0], repeats=1, shares=(0.5, 1.0))
     assert table.batch_size == 32
     assert nni_topo.export(small, tmp_path / "small.pt2", batches[0]).error < 1e-5

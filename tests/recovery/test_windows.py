@@ -1,0 +1,142 @@
+"""Blocks of a network's graph: where they begin and end, what enters them, and what they compute."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import symbolic_trace
+
+from nni_topo.recovery import windows
+from nni_topo.recovery.windows import Segment, Stretch, entering, segments
+
+
+def test_blocks_begin_where_everything_flows_through_one_value_and_places_lie_ahead(residual_net, images):
+    graph = symbolic_trace(residual_net).graph
+    nodes = list(graph.nodes)
+    names = ("conv1", "conv2", "conv3", "conv4", "shortcut", "head")
+    layers = [node for node in nodes if node.name in names]
+    touched = set(nodes[nodes.index(layers[0]) :])
+
+    cut = segments(nodes, touched, layers, 1, 2)
+    blocks = [([layer.name for layer in each.layers], each.place.name) for each in cut]
+    first, second = ["conv1", "conv2"], ["conv3", "conv4", "shortcut"]
+    assert blocks == [([*first, *second], "output"), ([*second, "head"], "output"), (["head"], "output")]
+    alone = [
+        ([layer.name for layer in each.layers], each.place.name) for each in segments(nodes, touched, layers, 0, 1)
+    ]
+    assert alone == [(first, "relu_"), (second, "mean"), (["head"], "output")]
+    # conv3's output isn't all that is read: the shortcut reads what entered it.
+    assert nodes[cut[1].first - 1].name == "relu_"
+
+
+@pytest.mark.parametrize(
+    ("ends", "layers", "borders"),
+    [
+        ([0, 3, 6], [1, 4, 7], [0, 6]),  # blocks hold two layers
+        ([0, 1, 2, 3], [1, 2, 4, 5], [0, 3]),
+        ([], [1, 2, 3], [-1]),
+        ([3], [1, 2, 3, 4, 5], [-1, 3]),
+        ([1], [1, 2, 3], [-1]),
+        ([0], [1], [0]),
+    ],
+)
+def test_blocks_begin_right_before_a_layer_and_hold_two(ends, layers, borders):
+    assert windows._borders(ends, layers) == borders
+
+
+def test_values_are_alive_where_they_differ_between_images_of_all_batches():
+    first = [torch.tensor([[1.0, 2.0], [1.0, 3.0]]), torch.tensor([[1.0], [2.0]])]
+    second = [torch.tensor([[4.0, 3.0]]), torch.tensor([[1.0, 2.0]])]
+    assert [each.tolist() for each in windows.alive([first])] == [[False, True], [True]]
+    varied, other = windows.alive([first, second])
+    assert (varied.tolist(), other) == ([True, True], None)  # of another shape
+    back = windows.alive([first, second, first])
+    assert (back[0].tolist(), back[1]) == ([True, True], None)
+    low = windows.alive([[torch.tensor([[4.0, 4.0]])], [torch.tensor([[4.0, 1.0]])]])
+    assert low[0].tolist() == [False, True]
+    assert windows.alive([]) == []
+
+
+def test_moments_are_the_count_the_sum_and_the_squares():
+    assert windows.moments(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist() == [4.0, 10.0, 30.0]
+    assert windows.moments(torch.tensor([300.0], dtype=torch.float16)).tolist() == [1.0, 300.0, 90000.0]
+    values = {"a": torch.ones(2), "b": [torch.arange(2), torch.zeros(1)]}
+    assert [each.tolist() for each in windows.floats(values)] == [[1.0, 1.0], [0.0]]
+
+
+def test_types_of_half_precision_become_single():
+    found = [windows._in_single(each) for each in (torch.float16, torch.bfloat16, torch.float64, 3, None)]
+    assert found == [torch.float32, torch.float32, torch.float64, 3, None]
+
+
+@pytest.mark.parametrize(
+    ("layers", "together", "expected"),
+    [
+        (0, 1, [(1, 2, "_1", "0 1"), (3, 4, "_3", "2 3"), (5, 7, "output", "4 5")]),
+        (1, 1, [(1, 2, "_3", "0 1"), (3, 4, "output", "2 3"), (5, 7, "output", "4 5")]),
+        (2, 1, [(1, 2, "_3", "0 1"), (3, 4, "output", "2 3"), (5, 7, "output", "4 5")]),
+        (3, 1, [(1, 2, "output", "0 1"), (3, 4, "output", "2 3"), (5, 7, "output", "4 5")]),
+        (0, 2, [(1, 4, "_3", "0 1 2 3"), (3, 7, "output", "2 3 4 5"), (5, 7, "output", "4 5")]),
+        (0, 9, [(1, 7, "output", "0 1 2 3 4 5"), (3, 7, "output", "2 3 4 5"), (5, 7, "output", "4 5")]),
+    ],
+)
+def test_segments_of_a_chain(layers, together, expected):
+    nodes = list(symbolic_trace(nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)))).graph.nodes)
+    found = segments(nodes, set(nodes[1:]), nodes[6:0:-1], layers, together)
+    assert [
+        (each.first, each.last, each.place.name, " ".join(str(layer.target) for layer in each.layers)) for each in found
+    ] == expected
+
+
+class Crossing(nn.Module):
+    """A layer, a sum over a layer with a factor of the network's own, and a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(3, 3) for _ in range(3))
+        self.factor = nn.Parameter(torch.full((3,), 2.0))
+
+    def forward(self, values):
+        first = self.first(values)
+        return self.third(torch.tanh(first) + self.factor * self.second(first))
+
+
+def test_a_stretch_is_what_the_network_computes_from_what_enters_it():
+    torch.manual_seed(0)
+    graph = symbolic_trace(Crossing())
+    nodes = list(graph.graph.nodes)
+    names = [node.name for node in nodes]
+    assert names == ["values", "first", "tanh", "factor", "second", "mul", "add", "third", "output"]
+    # Everything flows through the first layer, the sum and what comes after it.
+    ends = windows._ends(nodes, set(nodes[1:]), {node: rank for rank, node in enumerate(nodes)})
+    assert [names[rank] for rank in ends] == ["values", "first", "add", "third", "output"]
+    values = {"values": torch.randn(4, 3)}
+    with torch.no_grad():
+        values["first"] = graph.first(values["values"])
+        values["tanh"] = torch.tanh(values["first"])
+        values["add"] = values["tanh"] + 2.0 * graph.second(values["first"])
+        values["output"] = values["third"] = graph.third(values["add"])
+    for first, place, enter in (
+        ("first", "add", ["values"]),
+        ("tanh", "add", ["first"]),
+        ("second", "add", ["first", "tanh"]),
+        ("second", "output", ["first", "tanh"]),
+        ("mul", "third", None),
+        ("third", "third", ["add"]),
+    ):
+        at = names.index(first)
+        segment = Segment(at, names.index(place), nodes[names.index(place)], ())
+        found = entering(segment, nodes)
+        if enter is None:
+            assert [node.name for node in found] == ["tanh", "second"]
+            continue
+        assert [node.name for node in found] == enter
+        inputs = [values[name] for name in enter]
+        with torch.no_grad():
+            torch.testing.assert_close(Stretch(graph, segment)(*inputs), values[place])
+            half, double = copy.deepcopy(graph).bfloat16(), copy.deepcopy(graph).double()
+            assert Stretch(half, segment)(*inputs).dtype == torch.float32
+            assert Stretch(double, segment)(*(each.double() for each in inputs)).dtype == torch.float64
