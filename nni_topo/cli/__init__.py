@@ -16,7 +16,7 @@ import nni_topo
 from nni_topo.cli import completion, doctor, experiment, profile, verbs
 from nni_topo.errors import NniTopoError
 from nni_topo.studies.study import Study, Verb, flags_of
-from nni_topo_command import chosen, explain
+from nni_topo_command import chosen
 
 _INTERRUPTED = 130
 Choices = dict[str, "type[Verb] | Callable[[], Choices]"]
@@ -62,7 +62,6 @@ VERBS: Choices = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 if cells or trials failed, 2 after an error, 130 if interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    explain(words)
     name, choice = "nni-topo", _choose("nni-topo", VERBS, words)
     while not isinstance(choice, type):
         name = f"{name} {words.pop(0)}"

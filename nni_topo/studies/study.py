@@ -218,6 +218,9 @@ class Study(Verb, Generic[Found]):
         """The study's command, named in error messages."""
         return f"analyze {type(self).__module__.split('.')[3]}"
 
+    def check(self) -> None:
+        """Check the fields before anything is loaded or trained; ConfigError if one is out of its range."""
+
     def find(self, tell: Tell) -> Found:
         """Compute the findings; ``tell`` prints a line of progress."""
         raise NotImplementedError
@@ -230,6 +233,7 @@ class Study(Verb, Generic[Found]):
         """Run the study, write its files, and print one JSON document, or tables and the names of the files."""
         if self.out is not None:
             check_free_disk(self.out)
+        self.check()
         found = self.find(lambda line: console.print(line, markup=False, highlight=False))
         files = [] if self.out is None else [*found.save(self.out), write_report(self.out)]
         written = [f"written: {', '.join(map(str, files))}"] if files else []

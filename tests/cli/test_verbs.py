@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import inspect
@@ -55,7 +54,7 @@ ASKING = """
 import sys
 before = {*sys.modules, *sys.stdlib_module_names}
 import nni_topo_command
-for words in ("--help", "--version", "compare --help", "analyze --help", "analyze rounds --seed 1 -h"):
+for words in ("--help", "--version"):
     try:
         nni_topo_command.main(words.split())
     except SystemExit as end:
@@ -115,27 +114,7 @@ def test_the_command_says_without_loading_anything_what_there_is(capsys):
     answers = found.stdout.split("\0")
     assert answers[0].split() == said.split()
     assert answers[1].split() == ["nni_topo", nni_topo.__version__]
-    assert "--compensate INT" in answers[2]
-    assert set(STUDIES) <= set(answers[3].split())
-    assert "--plan PATH" in answers[4]
-    assert answers[5].split() == ["nni_topo_command"]
-
-
-@pytest.mark.parametrize("verb", sorted(KINDS))
-def test_help_tells_from_the_source_what_the_class_has(verb):
-    read = nni_topo_command._fields(nni_topo_command._verb(verb.split()))
-    fields = dataclasses.fields(KINDS[verb])
-    assert list(read) == [field.name for field in fields]
-    for field in fields:
-        assert read[field.name].kind == ast.unparse(ast.parse(field.type, mode="eval"))
-        shown = nni_topo_command._default(read[field.name])
-        if field.default is dataclasses.MISSING:
-            assert shown == ("(required)" if field.default_factory is dataclasses.MISSING else "")
-        elif field.default is None or field.default is False or field.default in ((), ""):
-            assert shown == ""
-        else:
-            several = isinstance(field.default, tuple)
-            assert shown == f"(default: {' '.join(map(str, field.default)) if several else field.default})"
+    assert answers[2].split() == ["nni_topo_command"]
 
 
 @pytest.mark.parametrize("words", [[], ["analyze"]])
@@ -149,6 +128,67 @@ def test_a_command_alone_says_what_there_is(words, capsys):
 def test_what_is_no_verb_ends_with_2(words):
     with pytest.raises(SystemExit, match="2"):
         main(words)
+
+
+SHRINK = "shrink --model small_cnn"
+MISTAKES = [
+    (f"{SHRINK} --flops 1.5", "flops must be in (0, 1], got 1.5"),
+    (f"{SHRINK} --params=0", "params must be in (0, 1], got 0"),
+    (f"{SHRINK} --shares 0.5 1", "in (0, 1), at least one, got 1.0 (shares[1])"),
+    (f"{SHRINK} --tolerance nan", "tolerance must be in (0, 1) or None, got nan"),
+    (f"{SHRINK} --seconds -1", "seconds must be above 0"),
+    (f"{SHRINK} --images 1", "images must be an integer of at least 2, got 1"),
+    (f"{SHRINK} --images 2.5", "--images"),
+    (f"{SHRINK} --pruner l11", "pruner must be a known name, got 'l11'; did you mean l1?"),
+    (f"{SHRINK} --method solve", "must be a known name, got 'solve'"),
+    (f"{SHRINK} --depth yes", "Unrecognized options: yes"),
+    (f"{SHRINK} --prune l1", "Unrecognized options: --prune, l1"),
+    ("shrink --plan PLAN", "flops must be in (0, 1], got 1.5"),
+    ("shrink", "--model"),
+    ("compare --model small_cnn --n-jobs 0", "n_jobs must be at least 1, or -1 for all cores, got 0"),
+    ("compare --model resnet2", "model must be a known name, got 'resnet2'; did you mean"),
+    ("compare --model small_cnn --data digit", "data must be a known name, got 'digit'; did you mean digits?"),
+    ("experiment run --por 3", "Unrecognized options: --por"),
+    ("analyze energy --model small_cnn --thresholds 2", "in (0, 1) that ascend, got (2.0,)"),
+    ("analyze energy --model small_cnn --max-drop -1", "max_drop must be at least 0"),
+    ("analyze evolution --model small_cnn --damage-rates 0.1 2", "damage_rate must be in [0, 1]"),
+    ("analyze evolution --model small_cnn --population-size 1", "population_size must be an integer of at least 2"),
+    ("analyze evolution --model small_cnn --max-sparse-ratio 1", "max_sparse_ratio must be in (0, 1) or None, got 1.0"),
+    ("analyze sensitivity --model small_cnn --ratios 1", "in (0, 1), got [1.0] (sensitivity)"),
+    ("analyze sensitivity --model small_cnn --n-jobs 0", "n_jobs must be at least 1, or -1 for all cores, got 0"),
+    ("analyze sensitivity --model small_cnn --pruner l11", "got 'l11'; did you mean l1? (analyze sensitivity)"),
+    ("analyze topology --model small_cnn --degrees -1", "degrees must be one or more integers from 0, got (-1,)"),
+    ("analyze topology --model small_cnn --ratio 1", "a ratio target must be in [0, 1), got 1.0"),
+    ("analyze magnitude --model small_cnn --rounds 0", "rounds must be in [1, epochs], got 0"),
+    ("analyze deviation --model small_cnn --seeds 0", "seeds must be an integer of at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("words", "mistake"), MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_a_wrong_flag_ends_with_2_before_anything_is_loaded(words, mistake, tmp_path, monkeypatch, capsys):
+    def load(*names, **flags):
+        raise AssertionError("the flags must be checked first")
+
+    monkeypatch.setattr("nni_topo.studies.study.trained", load)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("model: small_cnn\nflops: 1.5\n")
+    given = words.replace("PLAN", str(plan)).split()
+    try:
+        status = main([*given, "--out", str(tmp_path / "new")])
+    except SystemExit as end:
+        status = end.code
+    said = " ".join(re.sub(r"[│─╭╮╰╯]", " ", capsys.readouterr().err).split())
+    assert status == 2
+    assert mistake in said
+    assert f"nni-topo {words.partition(' --')[0]}" in said
+    assert not (tmp_path / "new" / "results.jsonl").exists()
+
+
+def test_a_folder_that_can_not_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([*SHRINK.split(), "--out", str(tmp_path / "file" / "in")]) == 2
+    said = "".join(capsys.readouterr().err.split())
+    assert f"anoutputfoldermustbeafolderthatcanbewrittento,gotonethatcan't({tmp_path}" in said
 
 
 def test_flags_have_one_spelling(tmp_path, capsys):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -186,11 +186,6 @@ class PrunersStudy(TrainedStudy[Found]):
         for knob in ("seeds", "calibration"):
             check_integer(knob, getattr(self, knob), 1, self.place)
         check_jobs(self.n_jobs, self.place)
-
-    def start(self, test_images: int | None = None, accept: Callable[[Start], None] | None = None) -> Start:
-        """Check the arguments, then return the trained network with its data."""
-        self.check()
-        return super().start(test_images, accept)
 
     def points(self, start: Start, tell: Tell) -> list[Any]:
         """Return the point of every run, ``n_jobs`` measured at a time."""

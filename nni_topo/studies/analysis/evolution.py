@@ -21,7 +21,7 @@ from rich.console import RenderableType
 from scipy.stats import gaussian_kde, kurtosis
 from torch import Tensor
 
-from nni_topo.errors import ConfigError, checked
+from nni_topo.errors import NONE, ConfigError, checked, number
 from nni_topo.maths.search.weights import WeightSearch
 from nni_topo.pruners.genetic_weight.pruner import GeneticWeightPruner
 from nni_topo.runs.run import pruner_knobs
@@ -137,10 +137,20 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
     generations: int = WeightSearch.generations  # after generation 0, at least 1
     max_sparse_ratio: float | None = None  # largest share of the weights that may be removed, in (0, 1); None: all
 
-    def find(self, tell: Tell) -> EvolutionStudy:
-        """Search on validation images, because the search overfits the images that it sees."""
+    def check(self) -> None:
+        """Check the fields; ConfigError if one is out of its range."""
         if not self.damage_rates:
             raise ConfigError(f"a study needs at least one damage rate, got none ({self.place})")
+        for rate in self.damage_rates:
+            self._search(rate)
+        (number(0, 1, "neither") | NONE).check("max_sparse_ratio", self.max_sparse_ratio, self.place)
+
+    def _search(self, rate: float) -> WeightSearch:
+        """Return the settings of the search with a damage rate, checked."""
+        return WeightSearch(population_size=self.population_size, generations=self.generations, damage_rate=rate)
+
+    def find(self, tell: Tell) -> EvolutionStudy:
+        """Search on validation images, because the search overfits the images that it sees."""
         start = self.start()
         sizes = {name: start.net.get_submodule(name).weight for name in inner_layers(start.net, start.example)}
         layers = list(self.layers) or [max(sizes, key=lambda name: cast(Tensor, sizes[name]).numel())]
@@ -149,9 +159,8 @@ class AnalyzeEvolution(TrainedStudy[EvolutionStudy]):
         trials = {}
         for rate in self.damage_rates:
             copied = copy.deepcopy(start.net)
-            search = WeightSearch(population_size=self.population_size, generations=self.generations, damage_rate=rate)
             knobs = pruner_knobs("genetic_weight", copied, start)
-            pruner = GeneticWeightPruner(copied, [entry], search=search, **knobs)
+            pruner = GeneticWeightPruner(copied, [entry], search=self._search(rate), **knobs)
             pruner.compress()
             trial = trials[f"damage {100 * rate:g} %"] = EvolutionTrial.of(pruner)
             tell(f"damage {100 * rate:g} %: {100 * (1 - trial.kept.mean()):.1f} % of {' + '.join(layers)} removed")

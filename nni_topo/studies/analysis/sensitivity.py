@@ -172,11 +172,7 @@ def sensitivity(
     the bisection, and one per further step and per curve.
     """
     ratios = sorted(set(map(float, ratios)))
-    if not ratios or not all(0.0 < ratio < 1.0 for ratio in ratios):
-        raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {ratios} (sensitivity)")
-    if not budget >= 0.0 or (stop_drop is not None and not stop_drop >= 0.0):
-        raise ConfigError(f"budget and stop_drop must be at least 0, got {budget} and {stop_drop} (sensitivity)")
-    check_jobs(n_jobs, "sensitivity")
+    _check_knobs(ratios, budget, stop_drop, n_jobs)
     trial = _Trial(model, example_inputs, evaluate, pruner, {} if knobs is None else knobs)
     baseline = trial.score(model)
     least = -math.inf if stop_drop is None else baseline - stop_drop
@@ -193,6 +189,15 @@ def sensitivity(
     return Sensitivity(pruner, trial.knobs, baseline, curves, budget, suggested, joint)
 
 
+def _check_knobs(ratios: Sequence[float], budget: float, stop_drop: float | None, n_jobs: int) -> None:
+    """Raise ConfigError unless curves can be measured."""
+    if not ratios or not all(0.0 < ratio < 1.0 for ratio in ratios):
+        raise ConfigError(f"ratios must be one or more numbers in (0, 1), got {list(ratios)} (sensitivity)")
+    if not budget >= 0.0 or (stop_drop is not None and not stop_drop >= 0.0):
+        raise ConfigError(f"budget and stop_drop must be at least 0, got {budget} and {stop_drop} (sensitivity)")
+    check_jobs(n_jobs, "sensitivity")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
     """Measure accuracy with one layer pruned at a time, and suggest a ratio for each."""
@@ -205,6 +210,11 @@ class AnalyzeSensitivity(TrainedStudy[Sensitivity]):
     calibration: int | None = None  # training images for the pruner; None: 512 where it needs them
     images: int | None = None  # validation images used; None: all
     n_jobs: int = 1  # curves measured at a time, at least 1; -1: one per core
+
+    def check(self) -> None:
+        """Check the fields; ConfigError if one is out of its range."""
+        PRUNERS.info(self.pruner, self.place)
+        _check_knobs(self.ratios, self.budget, self.stop_drop, self.n_jobs)
 
     def find(self, tell: Tell) -> Sensitivity:
         """Prune copies of a trained model and measure them on validation images."""

@@ -110,10 +110,17 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
     degrees: tuple[int, ...] = (0, 1)  # degrees of homology, each at least 0
     calibration: int = 0  # training images for the functional cloud; 0: the weight cloud
 
+    def check(self) -> None:
+        """Check the fields; ConfigError if one is out of its range."""
+        self._target()
+        _check_degrees(self.degrees)
+
+    def _target(self) -> Target:
+        return Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops)
+
     def find(self, tell: Tell) -> TopologyStudy:
         """Prune a copy of a trained model."""
-        target = Target("ratio", self.ratio) if self.flops is None else Target("flops", self.flops)
-        start = self.start()
+        target, start = self._target(), self.start()
         knobs = pruner_knobs("topological", start.net, start, self.calibration)
         entry: dict[str, Any] = {"op_names": inner_layers(start.net, start.example)}
         if target.kind == "flops":
@@ -137,6 +144,12 @@ class AnalyzeTopology(TrainedStudy[TopologyStudy]):
             for layer in found.layers
         ]
         yield as_table(f"topology of {self.model}", head, rows)
+
+
+def _check_degrees(degrees: tuple[int, ...]) -> None:
+    """Raise ConfigError unless diagrams of these degrees can be computed."""
+    if not len(degrees) or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in degrees):
+        raise ConfigError(f"degrees must be one or more integers from 0, got {degrees!r} (study_topology)")
 
 
 @checked(model=MODEL, config_list=CONFIG_LIST)
@@ -166,8 +179,7 @@ def study_topology(
     ConfigError, DataError
         As the pruner does; also if ``degrees`` is empty or negative.
     """
-    if not len(degrees) or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in degrees):
-        raise ConfigError(f"degrees must be one or more integers from 0, got {degrees!r} (study_topology)")
+    _check_degrees(degrees)
     pruner = TopologicalPruner(detached_copy(model), config_list, **knobs)
     data = pruner._collect_data()
     masks = pruner._generate_sparsity(pruner._calculate_metrics(data))

@@ -163,7 +163,7 @@ def test_bad_requests_are_refused(checkpoint, tmp_path, capsys):
         ({"images": 0}, "images must be an integer of at least 1, got 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            replace(study, **knobs).find(print)
+            replace(study, **knobs).check()
     for words, message in (
         (("--epochs", "0"), "epochs must be an integer of at least 1, got 0"),
         (("--images", "-5"), "images must be an integer of at least 1, got -5"),

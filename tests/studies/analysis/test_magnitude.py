@@ -215,4 +215,4 @@ def test_sensitivity_gives_pruners_the_data_they_need(pruner, kept, tmp_path):
 )
 def test_bad_requests_are_refused(knobs, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        AnalyzeMagnitude(model="lenet300", out=tmp_path, **knobs).find(print)
+        AnalyzeMagnitude(model="lenet300", out=tmp_path, **knobs).check()

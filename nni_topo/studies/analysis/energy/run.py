@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from torch import nn
 
 from nni_topo import zoo
-from nni_topo.errors import unknown_name
+from nni_topo.errors import number, unknown_name
 from nni_topo.maths.signals import Chirp
 from nni_topo.network.speedup import to_dense
 from nni_topo.pruners.hooks import Masks
@@ -23,7 +23,14 @@ from nni_topo.runs.run import Start
 from nni_topo.runs.widths import inner_layers
 from nni_topo.studies.analysis.energy.dropout import with_dropout
 from nni_topo.studies.analysis.energy.parts import PARTS, Subject
-from nni_topo.studies.analysis.energy.study import THRESHOLDS, EnergyStudy, masks_of, quality_on, study_energy
+from nni_topo.studies.analysis.energy.study import (
+    THRESHOLDS,
+    EnergyStudy,
+    check_thresholds,
+    masks_of,
+    quality_on,
+    study_energy,
+)
 from nni_topo.studies.analysis.energy.tables import show_energy
 from nni_topo.studies.study import Findings, Names, Tell, TrainedStudy, plain
 from nni_topo.zoo.labelled import subset
@@ -72,11 +79,16 @@ class AnalyzeEnergy(TrainedStudy[EnergyReport]):
     normalization: str = "area"  # of coupled layers: none, area or layer
     batch_norm: bool = False  # scale responses as batch norms do
 
-    def find(self, tell: Tell) -> EnergyReport:
-        """Study a trained model; findings are written before each part, as a part can take minutes."""
+    def check(self) -> None:
+        """Check the fields; ConfigError if one is out of its range."""
         for part in self.parts:
             if part not in PARTS:
                 raise unknown_name("part of an energy study", part, PARTS, "parts")
+        check_thresholds(self.thresholds)
+        number(0.0).check("max_drop", self.max_drop, self.place)
+
+    def find(self, tell: Tell) -> EnergyReport:
+        """Study a trained model; findings are written before each part, as a part can take minutes."""
         start = self.start(self.images)
         net, example, knobs = start.net, start.example, self._knobs()
         if "dropout" in self.parts:

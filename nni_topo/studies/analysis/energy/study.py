@@ -200,6 +200,12 @@ class EnergyStudy(Findings):
         return best
 
 
+def check_thresholds(thresholds: tuple[float, ...]) -> None:
+    """Raise ConfigError unless filters can be pruned at these shares of the energy."""
+    if not thresholds or any(low >= high for low, high in pairwise((0.0, *thresholds, 1.0))):
+        raise ConfigError(f"thresholds must be one or more in (0, 1) that ascend, got {thresholds} (study_energy)")
+
+
 @checked(model=MODEL, example_inputs=INPUTS)
 @leaves_models_alone
 def study_energy(
@@ -246,8 +252,7 @@ def study_energy(
     Equal masks are evaluated once.
     """
     thresholds = tuple(thresholds)
-    if not thresholds or any(low >= high for low, high in pairwise((0.0, *thresholds, 1.0))):
-        raise ConfigError(f"thresholds must be one or more in (0, 1) that ascend, got {thresholds} (study_energy)")
+    check_thresholds(thresholds)
     entry = {"op_names": list(layers), "sparse_threshold": float(thresholds[0])}
     config_list = dependency_groups(model, example_inputs, [entry])
     pruner = EnergyFilterPruner(detached_copy(model), config_list, example_inputs=example_inputs, **knobs)

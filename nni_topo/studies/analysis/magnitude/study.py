@@ -89,7 +89,6 @@ class AnalyzeMagnitude(TrainedStudy[MagnitudeStudy]):
 
     def find(self, tell: Tell) -> MagnitudeStudy:
         """Prune each seed's network in every way that has no record in ``rows.jsonl`` yet."""
-        self.check()
         with only_process(self.out, wait=False):
             return self._found(tell)
 
