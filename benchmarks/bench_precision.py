@@ -22,28 +22,12 @@ from bench_seconds import settle_norms
 from torch import nn
 
 import nni_topo
-from nni_topo import zoo
 from nni_topo.runs.provenance import provenance
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval, markdown_table
 
 FEW, MANY, BATCH = 2, 12, 64
 PRECISIONS = ("float32", "bfloat16")
-
-
-def resnet20() -> tuple[nn.Module, Any]:
-    """Build the ResNet-20 of small images."""
-    return zoo.create_model("resnet20", num_classes=10, in_channels=1, image_size=28), torch.randn(192, 1, 28, 28)
-
-
-def resnet18() -> tuple[nn.Module, Any]:
-    """Build ResNet-18 at 64 pixels."""
-    return torchvision.models.resnet18(), torch.randn(192, 3, 64, 64)
-
-
-def mobilenet_v2() -> tuple[nn.Module, Any]:
-    """Build MobileNetV2 at 64 pixels."""
-    return torchvision.models.mobilenet_v2(), torch.randn(192, 3, 64, 64)
 
 
 def vit() -> tuple[nn.Module, Any]:
@@ -65,9 +49,6 @@ def bert() -> tuple[nn.Module, Any]:
 
 
 NETS: dict[str, tuple[str, Callable[[], tuple[nn.Module, Any]]]] = {
-    "resnet20": ("ResNet-20, 28 x 28", resnet20),
-    "resnet18": ("ResNet-18, 64 x 64", resnet18),
-    "mobilenet_v2": ("MobileNetV2, 64 x 64", mobilenet_v2),
     "vit": ("ViT, 64 x 64", vit),
     "bert": ("BERT, 32 tokens", bert),
 }

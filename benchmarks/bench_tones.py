@@ -32,7 +32,6 @@ LEARNED, CALIBRATION, FRESH, BATCH, STEPS = 8192, 1024, 4096, 64, 1280
 NEAR = 2  # classes: within 50 cents, half a semitone
 
 Distil = dict[str, Any] | None
-IN_BFLOAT16 = {"precision": "bfloat16"}
 # how channels are chosen; whether weights are reconstructed; knobs of distillation
 ROWS: dict[str, tuple[str, bool, Distil]] = {
     "random": ("random", False, None),
@@ -43,11 +42,10 @@ ROWS: dict[str, tuple[str, bool, Distil]] = {
     "L1, weights reconstructed": ("l1", True, None),
     "FPGM, weights reconstructed": ("fpgm", True, None),
     "reconstruction, weights reconstructed": ("reconstruction", True, None),
-    "L1, distilled in bfloat16": ("l1", False, IN_BFLOAT16),
-    "L1, weights reconstructed, distilled in bfloat16": ("l1", True, IN_BFLOAT16),
+    "L1, distilled": ("l1", False, {}),
+    "L1, weights reconstructed, distilled": ("l1", True, {}),
     "reconstruction, weights reconstructed, distilled": ("reconstruction", True, {}),
     "reconstruction, weights reconstructed, distilled, 300 steps": ("reconstruction", True, {"steps": 300}),
-    "reconstruction, weights reconstructed, distilled in bfloat16": ("reconstruction", True, IN_BFLOAT16),
 }
 
 

@@ -635,9 +635,9 @@ def distill(*args: Any, **knobs: Any) -> nn.Module:
     precision : {"float32", "bfloat16"}, default="float32"
         ``"bfloat16"`` computes both networks under :class:`torch.autocast` in gradient steps. Parameters, losses and
         what judges stay in the precision of ``dense``, at least single; autocast leaves double precision, and
-        ``original`` in half precision, as they are. On processors with bfloat16 instructions steps of
-        transformers take less time, and those of depth-wise convolutions more; on other processors none takes less.
-        Convolutions that the processor computes wrong in bfloat16 stay in single precision, with a warning.
+        ``original`` in half precision, as they are. On a CPU it is for linear layers: convolutions and attention stay
+        in single precision. Steps of transformers take less time on processors with bfloat16 instructions, and no less
+        on others.
     state : str or Path, optional
         File that gets the state every ``state_seconds`` and at the end. If it is there, learning goes on from it, to
         the same result on one machine; of a finished one no step is left. It is tied to the values of both networks and

@@ -278,9 +278,9 @@ def default_recipe(model_name: str, data_name: str) -> Recipe:
 
     Notes
     -----
-    Measured with seed 0 on one core of a processor with AVX-512 and bfloat16 instructions, test accuracy:
-    ``lenet5_like`` on Fashion-MNIST 92.0 % after 261 s; ``resnet20`` there 92.4 % after 412 s, in bfloat16
-    92.0 % after 247 s; ``small_cnn`` on digits 98.9 % after 4 s.
+    Measured with seed 0 on one core of a processor with AVX-512, test accuracy:
+    ``lenet5_like`` on Fashion-MNIST 92.0 % after 261 s; ``resnet20`` there 92.4 % after 412 s;
+    ``small_cnn`` on digits 98.9 % after 4 s.
     """
     model = _MODELS.get(model_name, ModelInfo)
     decay = Recipe.weight_decay if model.optimizer == "sgd" else 0.05

@@ -41,8 +41,9 @@ class Recipe:
         ``crop``: shifts by up to an eighth of the side, filled with black (stored value 0). ``flip``: mirrors left
         and right at random.
     precision : {"float32", "bfloat16"}, default="float32"
-        ``bfloat16`` computes convolutions and linear layers of the training steps in bfloat16; parameters
-        stay float32. Twice as fast on processors with bfloat16 instructions, many times slower on others.
+        ``bfloat16`` computes the training steps under :class:`torch.autocast`; parameters stay float32. On a CPU it is
+        for linear layers: convolutions stay in float32. Faster for transformers on processors with bfloat16
+        instructions, slower on others.
     optimizer : {"sgd", "adamw"}, default="sgd"
         ``adamw``, for transformers, takes ``momentum`` for the first of its betas, 0.99 for the second; its
         ``weight_decay`` is apart from the loss.

@@ -7,12 +7,9 @@ rounds the factors of convolutions to three digits where nobody forbids it (TF32
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
 from types import FunctionType
 from typing import Any, Literal
 
@@ -24,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from nni_topo.errors import ConfigError, one_of
 
 PutBack = Callable[[], object]
-_logger = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
 """In what a model that learns computes: as its parameters are, or under autocast to bfloat16."""
@@ -136,10 +132,10 @@ def not_under_autocast(precision: Precision, error: Exception, place: str) -> Co
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
     """Let PyTorch's operations compute in a precision; parameters, and their gradients, keep their own.
 
-    On a CPU attention itself stays in single precision: the gradient of the fused operation takes six times as long in
-    bfloat16 where sequences have 32 places. So do convolutions that the processor computes wrong in bfloat16: on those
-    with AMX, for example, a ``Conv1d`` of 8 channels with kernels of 64 gives numbers that have nothing to do with it.
-    The gradients of what is computed are to be taken by `backward_in`.
+    On a CPU bfloat16 is for linear layers. Attention itself stays in single precision: the gradient of the fused
+    operation takes six times as long in bfloat16 where sequences have 32 places. So do convolutions, of which
+    processors compute some wrong: on those with AMX, for example, a ``Conv1d`` of 8 channels with kernels of 64 gives
+    numbers that have nothing to do with it. Take the gradients of what is computed by `backward_in`.
     """
     if not torch.amp.is_autocast_available(device.type):  # there is none to turn off, either
         yield
@@ -178,10 +174,7 @@ def is_within_autocast() -> bool:
 
 
 class _SomeInSingle(TorchFunctionMode):
-    """Compute some operations in single precision, under autocast.
-
-    Attention, also that of ``nn.MultiheadAttention``, and convolutions that come out wrong in bfloat16.
-    """
+    """Compute attention, also that of ``nn.MultiheadAttention``, and convolutions in single precision."""
 
     def __torch_function__(
         self,
@@ -191,44 +184,26 @@ class _SomeInSingle(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         del types
-        kwargs = kwargs or {}
-        if func in _IN_SINGLE:
-            return _IN_SINGLE[func](*args, **kwargs)
-        # A forward may turn autocast off for a part of itself, or choose another precision.
-        if func not in _CONVOLUTIONS or not _rounds(args, kwargs):
-            return func(*args, **kwargs)
-        call = call_of(func, _with_few_samples(args), kwargs)
-        if call is None or is_right_in_bfloat16(call):
-            return func(*args, **kwargs)
-        return _in_single(func, args, kwargs).to(torch.bfloat16)
+        return _IN_SINGLE.get(func, func)(*args, **(kwargs or {}))
 
 
-def _rounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether a convolution computes in bfloat16: under autocast as that says, else as its tensors are."""
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") == torch.bfloat16
-    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-    return all(each.dtype == torch.bfloat16 for each in tensors)
+def _in_single(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that computes in single precision, without autocast, and returns half precision if it gets any.
 
+    It gets some after a linear layer, or from a layer in half precision.
+    """
 
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    """Compute attention of half precision in single precision, without autocast."""
-    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-    half = [each.dtype for each in tensors if each.dtype in (torch.bfloat16, torch.float16)]
-    found = _in_single(functional.scaled_dot_product_attention, args, kwargs)
-    return found.to(half[0]) if half else found
+    def single(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
 
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        given = [each.dtype for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        half = [each for each in given if each in _HALF]
+        with torch.autocast("cpu", enabled=False):
+            found = function(*map(single, args), **{name: single(each) for name, each in kwargs.items()})
+        return found.to(half[0]) if half else found
 
-def _in_single(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Call a function without autocast, on single precision in place of half."""
-    with torch.autocast("cpu", enabled=False):
-        return function(*map(_single, args), **{name: _single(each) for name, each in kwargs.items()})
-
-
-def _single(value: Any) -> Any:
-    """Return a tensor of half precision in single precision, and anything else as it is."""
-    is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if is_half else value
+    return call
 
 
 def _with_attention(function: Any) -> Any:
@@ -242,114 +217,19 @@ def _with_attention(function: Any) -> Any:
     return copied
 
 
-_IN_SINGLE: dict[Any, Any] = {
-    functional.scaled_dot_product_attention: _attention,
-    functional.multi_head_attention_forward: _with_attention(functional.multi_head_attention_forward),
-}
-"""What is called in place of functions that compute attention."""
-
-
-_CONVOLUTIONS = {
+_HALF = (torch.bfloat16, torch.float16)
+_CONVOLUTIONS: tuple[Any, ...] = (
     functional.conv1d,
     functional.conv2d,
     functional.conv3d,
     functional.conv_transpose1d,
     functional.conv_transpose2d,
     functional.conv_transpose3d,
+)
+_attention = _in_single(functional.scaled_dot_product_attention)
+_IN_SINGLE: dict[Any, Any] = {
+    functional.scaled_dot_product_attention: _attention,
+    functional.multi_head_attention_forward: _with_attention(functional.multi_head_attention_forward),
+    **{each: _in_single(each) for each in _CONVOLUTIONS},
 }
-_MOST_ROUNDED = 0.1
-"""How far a number may be off in bfloat16, as a share of the numbers' root mean square. Rounding makes up 0.02."""
-
-
-_TRIED = 8  # samples at most of what is tried
-
-
-def _with_few_samples(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of a convolution with fewer samples: a trial has to be quick, and batches differ in size."""
-    both = args[:2]
-    if len(both) == 2 and all(isinstance(each, Tensor) for each in both) and both[0].dim() == both[1].dim():
-        return both[0].detach()[:_TRIED], *args[1:]
-    return args  # a single sample has one dimension less than the weight
-
-
-@dataclass(frozen=True)
-class TensorLike:
-    """A tensor without its values."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class FunctionCall:
-    """A function and its arguments, with tensors' shapes in place of tensors."""
-
-    function: Callable[..., Tensor]
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-
-
-def call_of(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FunctionCall | None:
-    """Describe a call; None where autocast wouldn't compute it in bfloat16, or it has no samples."""
-
-    def described(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return TensorLike(tuple(value.shape), tuple(value.stride()))
-        return tuple(value) if isinstance(value, list) else value
-
-    tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-    if any(each.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not each.numel() for each in tensors):
-        return None
-    named = tuple((name, described(kwargs[name])) for name in sorted(kwargs))
-    return FunctionCall(function, tuple(map(described, args)), named)
-
-
-@lru_cache(maxsize=4096)
-def is_right_in_bfloat16(call: FunctionCall) -> bool:
-    """Say whether a function under autocast differs from single precision by rounding alone, gradients included.
-
-    It is tried once on random numbers, so that the answer hangs on the shapes and on the processor alone.
-    """
-    kind: Any = {"dtype": torch.float32, "device": "cpu"}
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def made(value: Any) -> Any:
-        if not isinstance(value, TensorLike):
-            return value
-        # Drawn as they lie in memory: those of an expanded tensor, or of frames that overlap, lie at one place.
-        places = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.strides, strict=True))
-        numbers = torch.randn(places, generator=generator, **kind)
-        return numbers.as_strided(value.shape, value.strides).requires_grad_()
-
-    # A checkpoint keeps what is computed within it by hooks, which mustn't see what is computed here.
-    apart = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with torch.inference_mode(False), torch.enable_grad(), apart:
-        args, kwargs = tuple(map(made, call.args)), {name: made(value) for name, value in call.kwargs}
-        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        wanted = _in_single(call.function, args, kwargs)
-        towards = wanted.detach()
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            found = call.function(*args, **kwargs)
-        answers = [towards, *torch.autograd.grad(wanted, tensors, towards)]
-        others = [found.detach(), *torch.autograd.grad(found, tensors, towards.to(found.dtype))]
-    shares = [
-        float((other.float() - answer).abs().max() / _size(answer, towards))
-        for answer, other in zip(answers, others, strict=True)
-    ]
-    if all(share <= _MOST_ROUNDED for share in shares):
-        return True
-    shapes = ", ".join(str(tuple(each.shape)) for each in tensors)
-    _logger.warning(
-        "%s of tensors %s stays in single precision: in bfloat16 this processor computes it wrong, by up to %.3g times "
-        "the size of the right numbers",
-        call.function.__name__,
-        shapes,
-        max(shares),
-    )
-    return False
-
-
-def _size(answer: Tensor, towards: Tensor) -> Tensor:
-    """Return the root mean square of numbers; of a bias's gradient, which may vanish, at least that of sums as long."""
-    size = answer.square().mean()
-    return size.sqrt() if answer.dim() != 1 else torch.maximum(size, towards.square().sum() / answer.numel()).sqrt()
+"""What is called in place of functions that compute attention or convolutions."""

@@ -12,14 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime.precision import (
-    backward_in,
-    call_of,
-    check_precision,
-    computing_in,
-    in_full_precision,
-    is_right_in_bfloat16,
-)
+from nni_topo.network.runtime.precision import backward_in, check_precision, computing_in, in_full_precision
 
 BACKENDS = torch.backends
 OPERATIONS = {
@@ -229,16 +222,9 @@ def test_a_network_is_exported_whatever_is_set(setting, tmp_path):
 
 
 CONVOLUTIONS = [
-    # what processors with AMX compute wrong in bfloat16: 2, 4, ..., 12 input channels and long kernels
-    (nn.Conv1d(8, 8, 64, padding=32), (4, 8, 64)),
-    (nn.Conv1d(4, 16, 16), (4, 4, 64)),
-    (nn.Conv1d(2, 8, 32), (4, 2, 64)),
+    (nn.Conv1d(8, 8, 64, padding=32), (4, 8, 64)),  # processors with AMX compute it wrong in bfloat16
     (nn.Conv1d(8, 16, 64, padding="same", bias=False), (8, 8, 16)),
-    # others
-    (nn.Conv1d(1, 64, 512, stride=4, padding=256), (4, 1, 1024)),
-    (nn.Conv1d(64, 8, 64), (4, 64, 128)),
     (nn.Conv2d(3, 16, 3, stride=3), (4, 3, 32, 32)),
-    (nn.Conv2d(32, 32, 3, padding=1, groups=32), (4, 32, 8, 8)),
     (nn.Conv3d(4, 8, 3), (2, 4, 6, 6, 6)),
     (nn.ConvTranspose1d(8, 16, 64, stride=2), (4, 8, 32)),
     (nn.ConvTranspose2d(16, 8, 4, stride=2), (4, 16, 8, 8)),
@@ -246,30 +232,23 @@ CONVOLUTIONS = [
 ]
 
 
-def most_off(found, wanted):
-    off = (found.detach().float() - wanted.detach()).abs()
-    return float(off.max() / wanted.detach().square().mean().sqrt())
-
-
 @pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=[str(layer) for layer, _ in CONVOLUTIONS])
-def test_convolutions_are_right_in_bfloat16_on_any_processor(layer, shape):
+def test_convolutions_stay_in_single_precision_on_a_cpu(layer, shape):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(shape, generator=generator).requires_grad_()
+    learning = [images, *layer.parameters()]
     wanted = layer(images)
     towards = torch.randn(wanted.shape, generator=generator)
-    learning = [images, *layer.parameters()]
     answers = [wanted.detach(), *torch.autograd.grad(wanted, learning, towards)]
     with computing_in("bfloat16", torch.device("cpu")):
         found = layer(images)
-    assert found.dtype == torch.bfloat16
-    others = [found.detach(), *torch.autograd.grad(found, learning, towards.bfloat16())]
+    others = [found.detach(), *torch.autograd.grad(found, learning, towards)]
     for other, answer in zip(others, answers, strict=True):
-        assert other.dtype in (torch.float32, torch.bfloat16)
-        assert most_off(other, answer) < 0.1
+        torch.testing.assert_close(other, answer)  # of the same type, too
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_a_checkpoint_runs_again_is_right_in_bfloat16(use_reentrant):
+def test_convolutions_that_a_checkpoint_runs_again_stay_in_single_precision(use_reentrant):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv1d(8, 8, 64, padding=32), nn.ReLU(), nn.Conv1d(8, 8, 64, padding=32))
     images = torch.randn(4, 8, 64).requires_grad_()
@@ -279,130 +258,33 @@ def test_what_a_checkpoint_runs_again_is_right_in_bfloat16(use_reentrant):
     answers = [wanted.detach(), *torch.autograd.grad(wanted, learning, towards)]
     with computing_in("bfloat16", torch.device("cpu")):
         found = checkpoint(net, images, use_reentrant=use_reentrant)
-    backward_in("bfloat16", torch.device("cpu"), (found.float() * towards).sum())
+    backward_in("bfloat16", torch.device("cpu"), (found * towards).sum())
     others = [found.detach(), *(each.grad for each in learning)]
-    assert all(most_off(other, answer) < 0.1 for other, answer in zip(others, answers, strict=True))
+    for other, answer in zip(others, answers, strict=True):
+        torch.testing.assert_close(other, answer)
 
 
-@pytest.mark.parametrize("layout", ["expanded", "frames"])
-def test_tensors_whose_places_share_memory_are_tried_in_bfloat16(layout):
-    values = torch.randn(4, 176)
-    images = values[:, None, :].expand(-1, 8, -1) if layout == "expanded" else values.unfold(-1, 64, 16)
-    layer = nn.Conv1d(8, 8, 32)
-    with computing_in("bfloat16", torch.device("cpu")):
+@pytest.mark.parametrize("is_half", [False, True])
+def test_a_convolution_of_bfloat16_gives_its_rounded_numbers(is_half):
+    """After a linear layer, or with weights in half precision where the forward has turned autocast off."""
+    layer, images = nn.Conv1d(8, 8, 64, padding=32), torch.randn(4, 8, 64).bfloat16()
+    if is_half:
+        layer.bfloat16()
+    with computing_in("bfloat16", torch.device("cpu")), torch.autocast("cpu", torch.bfloat16, enabled=not is_half):
         found = layer(images)
-    assert most_off(found, layer(images)) < 0.1
+    assert torch.equal(found, layer.float()(images.float()).bfloat16())
 
 
-@pytest.mark.parametrize("other", [None, torch.float16])
-def test_a_forward_that_turns_autocast_off_or_to_another_precision_has_its_way(other):
-    # Autocast keeps the weights of a layer that has run in the precision that they had then.
-    before, *layers = nn.Conv1d(8, 8, 64, padding=32), nn.Conv1d(8, 8, 64, padding=32), nn.Conv1d(8, 8, 5)
-    images = torch.randn(4, 8, 64)
+def test_linear_layers_between_convolutions_compute_in_bfloat16():
+    net = nn.Sequential(nn.Conv1d(4, 8, 3), nn.Linear(6, 6), nn.Conv1d(8, 2, 3), nn.Linear(4, 3))
+    seen = []
+    for layer in net:
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    images = torch.randn(2, 4, 8)
     with computing_in("bfloat16", torch.device("cpu")):
-        assert before(images).dtype == torch.bfloat16
-        with torch.autocast("cpu", other, enabled=other is not None):
-            found = layers[1](layers[0](images))
-    assert found.dtype == (other or torch.float32)
-    assert most_off(found, layers[1](layers[0](images))) < 0.1
-
-
-def test_convolutions_of_bfloat16_without_autocast_are_right():
-    layer, images = nn.Conv1d(8, 8, 64, padding=32), torch.randn(4, 8, 64)
-    wanted = layer(images)
-    layer.bfloat16()
-    with computing_in("bfloat16", torch.device("cpu")), torch.autocast("cpu", enabled=False):
-        found = layer(images.bfloat16())
-    assert found.dtype == torch.bfloat16
-    assert most_off(found, wanted) < 0.1
-
-
-def test_batches_of_other_sizes_are_not_tried_anew(caplog):
-    layer = nn.Conv1d(3, 5, 7)
-    with computing_in("bfloat16", torch.device("cpu")):
-        layer(torch.randn(8, 3, 40))
-        tried = is_right_in_bfloat16.cache_info().misses
-        for size in (64, 9, 8):
-            assert layer(torch.randn(size, 3, 40)).dtype == torch.bfloat16
-        assert is_right_in_bfloat16.cache_info().misses == tried
-        layer(torch.randn(3, 40))
-        layer(torch.randn(7, 3, 40))
-    assert is_right_in_bfloat16.cache_info().misses == tried + 2
-    assert not caplog.records
-
-
-@pytest.mark.slow
-def test_rounding_of_a_biass_gradient_is_no_error():
-    """That of a single output is one sum over all places, which may almost vanish; others grow with the places."""
-    calls = [
-        call_of(nn.functional.conv1d, (torch.randn(size, 1, 9), torch.randn(1, 1, 3), torch.zeros(1)), {})
-        for size in range(1, 200)
-    ]
-    calls += [
-        call_of(nn.functional.conv2d, (torch.randn(8, 3, size, size), torch.randn(6, 3, 2, 2), torch.zeros(6)), {})
-        for size in (16, 48, 96)
-    ]
-    assert all(map(is_right_in_bfloat16, calls))
-
-
-def product(inputs, weights, scale=1.0):
-    return scale * (inputs @ weights)
-
-
-def wrong_in_one_number(inputs, weights):
-    found = inputs @ weights
-    off = torch.zeros_like(found)
-    off[0, 0] = 3.0 if torch.is_autocast_enabled("cpu") else 0.0
-    return found + off
-
-
-def wrong_gradient(inputs, weights):
-    added = 2.0 if torch.is_autocast_enabled("cpu") else 0.0
-    return inputs @ weights + added * (weights.sum() - weights.sum().detach())
-
-
-def nothing_finite(inputs, weights):
-    return inputs @ weights + (torch.nan if torch.is_autocast_enabled("cpu") else 0.0)
-
-
-@pytest.mark.parametrize(
-    ("function", "is_right"),
-    [(product, True), (wrong_in_one_number, False), (wrong_gradient, False), (nothing_finite, False)],
-)
-def test_what_is_wrong_in_bfloat16_is_noticed_and_told_once(function, is_right, caplog):
-    tensors = torch.randn(40, 20), torch.randn(20, 30).T.contiguous().T  # laid out column by column
-    call = call_of(function, tensors, {})
-    with torch.inference_mode():
-        assert [is_right_in_bfloat16(call) for _ in range(2)] == [is_right, is_right]
-    told = f"{function.__name__} of tensors (40, 20), (20, 30) stays in single precision: in bfloat16 this processor"
-    assert [record.getMessage().startswith(told) for record in caplog.records] == ([] if is_right else [True])
-
-
-def test_what_is_tried_has_its_own_type_and_device_whatever_the_defaults_are():
-    call = call_of(wrong_gradient, (torch.randn(7, 5), torch.randn(5, 3)), {})
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    try:
-        assert not is_right_in_bfloat16(call)
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
-
-
-def test_calls_are_told_apart_by_shapes_layouts_and_settings():
-    wide, tall = torch.randn(4, 8), torch.randn(8, 4)
-    calls = [
-        call_of(product, (wide, tall), {}),
-        call_of(product, (tall, wide), {}),
-        call_of(product, (tall.T, wide.T), {}),
-        call_of(product, (wide, tall), {"scale": 2.0}),
-        call_of(product, (wide, tall), {"scale": [2.0]}),
-        call_of(product, (wide,), {"weights": tall}),
-    ]
-    assert len(set(calls)) == len(calls)
-    assert call_of(product, (torch.ones(4, 8), torch.ones(8, 4)), {}) == calls[0]
-    assert call_of(product, (wide.double(), tall.double()), {}) is None  # autocast leaves them as they are
-    assert call_of(product, (wide[:0], tall), {}) is None
+        found = net(images)
+    assert seen == [torch.float32, *[torch.bfloat16] * 3]
+    torch.testing.assert_close(found.float(), net(images), rtol=0.05, atol=0.02)
 
 
 def test_a_device_without_autocast_computes_in_single_precision_alone():
