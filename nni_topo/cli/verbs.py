@@ -16,6 +16,7 @@ from nni_topo.errors import ConfigError, check_knobs, number, one_of
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
+from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.runs.choices import Cell, CompensationChoice, DistillationChoice, PrunerChoice, Target, load_prune_config
 from nni_topo.runs.frontier import checked_shares, frontier
 from nni_topo.runs.provenance import provenance
@@ -259,6 +260,7 @@ class Shrink(TrainedVerb):
         """Check all flags before anything is loaded or trained."""
         place = "nni-topo shrink"
         one_of(("outputs", "distance")).check("measure", self.measure, place)
+        RECOVERIES.info(self.method, place, "method")
         DistillationChoice(self.images, seconds=self.seconds)
         for flag, shares in (("caps", self.caps), ("floors", self.floors)):
             for name, share in shares.items():

@@ -140,7 +140,7 @@ MISTAKES = [
     (f"{SHRINK} --images 1", "images must be an integer of at least 2, got 1"),
     (f"{SHRINK} --images 2.5", "--images"),
     (f"{SHRINK} --pruner l11", "pruner must be a known name, got 'l11'; did you mean l1?"),
-    (f"{SHRINK} --method solve", "must be a known name, got 'solve'"),
+    (f"{SHRINK} --method solve", "method must be a known name, got 'solve'"),
     (f"{SHRINK} --depth yes", "Unrecognized options: yes"),
     (f"{SHRINK} --prune l1", "Unrecognized options: --prune, l1"),
     ("shrink --plan PLAN", "flops must be in (0, 1], got 1.5"),
