@@ -403,7 +403,8 @@ class Lesson:
             self._places = places_by_sample(self._unpruned, (args, kwargs), self._outputs)
             answer = self._unpruned(*args, **kwargs)
         named = compared_outputs(answer, count, self._outputs, self._places)
-        return named, read_outputs(answer, (args, kwargs), count, self._outputs, self._places)[1]
+        tensors, kind = read_outputs(answer, (args, kwargs), count, self._outputs, self._places)
+        return named, "squares" if kind == "kl" and are_tags(tensors[:1]) else kind
 
     def answer(self, call: Call, precision: Precision) -> list[Tensor]:
         """Return the outputs of the unpruned network that are compared, where the student is."""
@@ -638,7 +639,10 @@ def read_outputs(
 def outputs_of(
     found: Any, count: int, what: str = "a model's output", places: Places = None
 ) -> tuple[list[Tensor], str]:
-    """Return the outputs to be met, of so many entries, and whether they are logits (``kl``) or not (``squares``)."""
+    """Return the outputs to be met, of so many entries, and whether they may be logits (``kl``) or not (``squares``).
+
+    Tags have the shape of logits: see `are_tags`.
+    """
     logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
     if isinstance(logits, Tensor):
         return [logits], "kl"
@@ -655,16 +659,23 @@ def outputs_of(
             told += "; if the samples are its second dimension, outputs=lambda output, inputs: output.transpose(0, 1)"
         raise ConfigError(f"{what} must hold a floating tensor with an entry per sample, got {told}")
     may_be_classes = found is tensors[0] and found.dim() == 2 and found.shape[1] > 1
-    return tensors, "kl" if may_be_classes and not _are_tags(found) else "squares"
+    return tensors, "kl" if may_be_classes else "squares"
 
 
-def _are_tags(found: Tensor) -> bool:
-    """Say whether rows of numbers are probabilities that don't exclude each other, such as sigmoids of several tags."""
-    # A few logits may lie in [0, 1] by chance, and outputs of zeros say nothing.
-    found = found.detach()
-    if len(found) < _FEWEST_TAGGED or not bool(((found >= 0.0) & (found <= 1.0)).all()):
-        return False
-    return bool(((found > 0.0) & (found < 1.0)).any()) and bool(((found.sum(1) - 1.0).abs() > _UNIT).any())
+def are_tags(outputs: Iterable[Tensor]) -> bool:
+    """Say whether rows of numbers are probabilities that don't exclude each other, such as sigmoids of several tags.
+
+    ``outputs``: those of several batches, each (samples, numbers), or of other shapes, which are no tags. A few logits
+    may lie in [0, 1] by chance, and outputs of zeros say nothing: as many samples as there are should be looked at.
+    """
+    samples, is_between, is_apart = 0, False, False
+    for rows in outputs:
+        if rows.dim() != 2 or not bool(((rows >= 0.0) & (rows <= 1.0)).all()):
+            return False
+        samples += len(rows)
+        is_between |= bool(((rows > 0.0) & (rows < 1.0)).any())
+        is_apart |= bool(((rows.sum(1) - 1.0).abs() > _UNIT).any())
+    return samples >= _FEWEST_TAGGED and is_between and is_apart
 
 
 def _with_entries(found: Any) -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from nni_topo.recovery.lesson import (
     ComparedOutputs,
     Outputs,
     Places,
+    are_tags,
     compared_outputs,
     finite,
     minus,
@@ -98,6 +100,11 @@ class Answers:
         self._processes = parts[0].processes  # those that share the parts
         stores = self._wanted[-1:] if parts[-1].samples_of_all > 1 else self._wanted
         self._scales = _scales([_Answer(*each) for store in stores for each in store], self._processes)
+        is_scored = _are_scores(_Answer(*each) for store in self._wanted for each in store)
+        if self._processes is not None:
+            is_scored = any(self._processes.gather(is_scored, "what the outputs are"))
+        self.are_classes = is_scored
+        """Whether the unpruned network's outputs are scores of classes, the largest of which is its answer."""
 
     def likenesses(self, net: nn.Module) -> list[Likeness]:
         """Compare a network on each part."""
@@ -119,7 +126,7 @@ class Answers:
             for mine, kept in zip(answers, self._wanted[part], strict=True):
                 theirs = _Answer(*kept)
                 distances += self._distances(mine, theirs)
-                agreed += _agreements(mine, theirs)
+                agreed += _agreements(mine, theirs) if self.are_classes else [math.nan] * theirs.samples
         except DataError as error:  # not for the data, on which the model itself has run
             raise SpeedupError(
                 "a smaller network must run on every batch on which the model runs, got "
@@ -132,11 +139,6 @@ class Answers:
         return Differences(
             [each for theirs, _ in everywhere for each in theirs], [each for _, theirs in everywhere for each in theirs]
         )
-
-    @property
-    def are_classes(self) -> bool:
-        """Whether the unpruned network's outputs are scores of classes, the largest of which is its answer."""
-        return _Answer(*self._wanted[0][0]).are_logits
 
     @property
     def named(self) -> ComparedOutputs:
@@ -162,8 +164,14 @@ class Answers:
 
 
 def are_classes(model: nn.Module, images: Calibration, outputs: Outputs | None = None) -> bool:
-    """Say whether a model's outputs are scores of classes; it is run on the first batch."""
-    return next(_answers(model, images, outputs)).are_logits
+    """Say whether a model's outputs are scores of classes; it is run on as many batches as it takes to tell."""
+    return _are_scores(_answers(model, images, outputs))
+
+
+def _are_scores(answers: Iterable[_Answer]) -> bool:
+    answers = iter(answers)
+    first = next(answers)
+    return first.are_logits and not are_tags(each.outputs[0] for each in itertools.chain([first], answers))
 
 
 def _answers(net: nn.Module, images: Calibration, outputs: Outputs | None, places: Places = None) -> Iterator[_Answer]:

@@ -570,13 +570,23 @@ def test_batches_that_do_not_fit_are_named_from_zero():
         Answers(net(), Calibration([torch.randn(4, 5), torch.randn(4, 6)]))
 
 
+@pytest.mark.parametrize("size", [4, 16, 64])
 @pytest.mark.parametrize(("gives", "agrees"), [(torch.sigmoid, False), (lambda x: x.softmax(1), True), (abs, True)])
-def test_tags_have_no_largest_output(gives, agrees):
+def test_tags_have_no_largest_output_whatever_the_batches(gives, agrees, size):
     class Scores(nn.Module):
         def forward(self, x):
             return gives(x)
 
     images = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)) * 3.0
-    (found,) = Answers(Scores(), Calibration(list(images.split(16)))).likenesses(nn.Identity())
-    assert math.isnan(found.agreement.value) is not agrees
-    assert are_classes(Scores(), Calibration([images])) is agrees
+    model, batches = Scores(), Calibration(list(images.split(size)))
+    answers = Answers(model, batches)
+    for found in (*answers.likenesses(nn.Identity()), *answers.likenesses(model)):
+        assert math.isnan(found.agreement.value) is not agrees
+    assert are_classes(model, batches) is agrees
+
+
+def test_scores_that_lie_between_0_and_1_in_the_first_batch_alone_are_those_of_classes():
+    images = torch.rand(64, 5, generator=torch.Generator().manual_seed(0))
+    images[60, 2] = 3.0
+    answers = Answers(nn.Identity(), Calibration(list(images.split(16))))
+    assert all(found.agreement.value == 1.0 for found in answers.likenesses(nn.Identity()))
