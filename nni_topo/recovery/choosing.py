@@ -32,6 +32,7 @@ from nni_topo.network.runtime import (
     batch_size,
     batches_of,
     calls,
+    check_samples_first,
     evaluation_mode,
     fitting,
     leaves_models_alone,
@@ -123,6 +124,7 @@ def choose_images(
     """
     calibration = batches_of(pool, model, "pool")
     structure_call(model, calibration)  # an error that says what to change
+    check_samples_first(model, calibration)
     features = _features(model, calibration, outputs, progress)
     if count > len(features):
         raise DataError(f"the pool must hold at least as many images as are to be chosen, {count}, got {len(features)}")

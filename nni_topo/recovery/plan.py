@@ -117,12 +117,14 @@ def _why_not(
         if inner is None or not inner.is_bare:
             return f"of type {type(module).__name__}, which does more than a convolution or a product"
         if not inner.is_own:
-            return "its weight is computed or its calls are hooked"
+            return "its weight is computed"
     if sum(other.op == "call_module" and other.target == node.target for other in graph_module.graph.nodes) > 1:
         return "called more than once"
     # A parametrized weight isn't a parameter: what is written into it is computed over.
-    if "weight" not in module._parameters or module._forward_hooks or module._forward_pre_hooks:
-        return "its weight is computed or its calls are hooked"
+    if "weight" not in module._parameters:
+        return "its weight is computed"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which may change what it computes"
     if sum(p is module.weight for m in graph_module.modules() for p in m._parameters.values()) > 1:
         return "its weight belongs to another module too"
     # Something else than one tensor in and one out has no patches to sample.

@@ -250,3 +250,19 @@ def test_the_same_images_are_chosen_on_another_device(device):
     torch.testing.assert_close(batch["states"].cpu(), states[ORDER[:3]], rtol=0, atol=0)
     found = cover([POINTS.to(device)], Classifier().to(device), 3)
     torch.testing.assert_close(chosen(found).cpu(), POINTS[ORDER[:3]], rtol=0, atol=0)
+
+
+class Last(nn.Module):
+    """Reads sequences, whose first dimension is time, and gives the last step."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRU(3, 4)
+
+    def forward(self, x):
+        return self.cell(x)[0][-1]
+
+
+def test_time_steps_are_not_chosen_as_samples():
+    with pytest.raises(DataError, match=r"GRU 'cell' takes for time"):
+        choose_images([torch.rand(6, 16, 3)], Last(), 2)

@@ -299,6 +299,9 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
         if asks_for_heads:
             del config["granularity"]
         modules, settings, _ = select_modules_by_config(model, config)
+        if asks_for_heads:
+            # A pattern for attention modules matches what is in them, too, such as dropout.
+            modules = {name: module for name, module in modules.items() if next(module.parameters(), None) is not None}
         if not modules:
             told = f"every entry of a config_list must select a layer, got none for {config}"
             kinds = {type(module).__name__ for module in model.modules() if not list(module.children())}

@@ -463,8 +463,8 @@ def _check_one(
                 "a dense model must run on inputs of the example's shape: a fixed size in its forward may not "
                 f"fit the pruned channels, got {raised(error)}"
             ) from error
-    if variation is not None:
-        place = place[0], f"{place[1]}, inputs {_named(variation)}"
+    shapes = " and ".join(str(tuple(each.shape)) for each in tensors_of(drawn))
+    place = place[0], f"{place[1]}, inputs of shape {shapes}{'' if variation is None else f' {_named(variation)}'}"
     _compare(expected, actual, place, rtol, advise)
 
 
@@ -514,10 +514,11 @@ def _first_difference(
     expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor], kept: KeptIndices, rtol: float
 ) -> _Place:
     for name, full in expected.items():
-        for d, indices in enumerate(kept[name][1:], start=1):
-            if len(indices) < full.shape[d]:
-                full = full.index_select(d, indices.to(full.device))
         small = actual.get(name)
+        for d, indices in enumerate(kept[name][1:], start=1):
+            # The inputs may have more places than the example, which all stay.
+            if small is not None and small.dim() == full.dim() and len(indices) == small.shape[d] < full.shape[d]:
+                full = full.index_select(d, indices.to(full.device))
         if small is None or small.shape != full.shape:
             return name, f"from {name} on, whose output has another shape than expected"
         if difference(full, small) > rtol:

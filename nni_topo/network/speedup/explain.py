@@ -85,7 +85,8 @@ class Explanation:
         if self.kept == 0 and self.heads:
             lines = [f"{self.layer}: its {self.channels} channels can be pruned but for those of one head or unit"]
         elif self.kept == 0:
-            lines = [f"{self.layer}: all but one of {self.channels} channels can be pruned"]
+            fewest = "one" if self.blocks == 1 else self.blocks
+            lines = [f"{self.layer}: all but {fewest} of {self.channels} channels can be pruned"]
         elif self.kept < self.channels:
             lines = [f"{self.layer}: {self.kept} of {self.channels} channels are kept, the others can be pruned"]
         else:

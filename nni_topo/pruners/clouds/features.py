@@ -111,7 +111,7 @@ class FeatureCollector(DataCollector):
         heads = {name for each in find_heads(model).values() for name in each.channels}
         for name, module in modules.items():
             if not isinstance(module, WEIGHTED) or name in heads:
-                within = " within attention" if name in heads else ""
+                within = " within attention" if isinstance(module, WEIGHTED) else ""
                 raise LayerError(
                     "features must be those of a linear layer or a convolution that the model itself calls, got "
                     f"{type(module).__name__}{within} ({name})",

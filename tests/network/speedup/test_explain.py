@@ -233,7 +233,7 @@ def test_a_layer_that_can_be_pruned_is_explained_by_its_blocks_and_what_it_is_co
     found = explain(model, images(), "1")
     assert (found.kept, found.blocks, found.reasons, found.advice) == (0, 4, (), ())
     assert str(found).splitlines() == [
-        "1: all but one of 8 channels can be pruned",
+        "1: all but 4 of 8 channels can be pruned",
         "4 blocks of channels lose equally many each, for 1: Conv2d, 2: GroupNorm",
     ]
     follows = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
