@@ -1,20 +1,6 @@
 """Layers: what kinds there are, where they hold channels, and how they lose some."""
 
 from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
-from nni_topo.network.layers.constructors import (
-    Place,
-    number_at,
-    numbers_in,
-    numbers_read,
-    places_of,
-    put_sizes,
-    read_in_forward,
-    sizes_of,
-    sizes_shown,
-    stale_numbers,
-    whole_numbers,
-    with_numbers,
-)
 from nni_topo.network.layers.derived import (
     HEAD,
     InnerCall,
@@ -42,6 +28,17 @@ from nni_topo.network.layers.derived import (
     weight_used,
     with_heads,
     with_known_layers,
+)
+from nni_topo.network.layers.integer_attributes import (
+    Place,
+    number_at,
+    numbers_in,
+    numbers_read,
+    places_of,
+    put_sizes,
+    read_in_forward,
+    sizes_of,
+    with_numbers,
 )
 from nni_topo.network.layers.kinds import (
     CONVOLUTIONS,
@@ -189,10 +186,8 @@ __all__ = [
     "row_names",
     "silent_value",
     "sizes_of",
-    "sizes_shown",
     "spatial",
     "spread",
-    "stale_numbers",
     "takes_all_heads",
     "through_norms",
     "trial_inputs",
@@ -201,7 +196,6 @@ __all__ = [
     "weight_of",
     "weight_used",
     "weights_left",
-    "whole_numbers",
     "with_heads",
     "with_known_layers",
     "with_linear_layers",

@@ -22,11 +22,8 @@ from nni_topo.network.layers import (
     follows_channels,
     give_back_classes,
     kept_channels,
-    number_at,
     output_channels,
     put_sizes,
-    sizes_shown,
-    stale_numbers,
     with_known_layers,
 )
 from nni_topo.network.runtime import (
@@ -133,15 +130,13 @@ def to_dense(
     -------
     torch.nn.Module
         A new model of the same class with fewer channels, in the mode of ``model``, module by module, put there by its
-        own ``train`` and ``eval`` where it has such methods. Attributes that
-        hold a number of channels, as the size of a split, get the new number where the forward reads them so, the
-        constructors give a layer the same number, or timm and torchvision define what they count, such as
-        ``feature_info``; others that hold what was a layer's number of channels stay, and are
-        named in ``report.stale`` and a warning. Modules that share a weight lose the same channels and share it still;
-        what they shared and can't any more, as a bias to which only one of them adds a constant, ``report.notes``
-        names. Its ``report`` is a `DenseReport` of the
-        channels of every layer before and after, and why some stay although they are masked; a model with a
-        ``report`` of its own keeps that.
+        own ``train`` and ``eval`` where it has such methods. Attributes that hold a number of channels, as the size of
+        a split, get the new number where the forward reads them so, or where a table says what they count, such as
+        timm's ``feature_info`` (`register_width_attribute`); ``report.stale`` and a warning name those of the table
+        that couldn't be counted. All other attributes stay. Modules that share a weight lose the same channels and
+        share it still; what they shared and can't any more, as a bias to which only one of them adds a constant,
+        ``report.notes`` names. Its ``report`` is a `DenseReport` of the channels of every layer before and after, and
+        why some stay although they are masked; a model with a ``report`` of its own keeps that.
 
     Raises
     ------
@@ -204,10 +199,10 @@ def to_dense(
         masked = _masked_with_constants(task) if constants == "keep" else _masked_without_constants(task)
         dense = _cut(task, masked, tuple(customized_replacers))
         checked = _compare(task, masked, dense, rtol) if check else ""
-        counted = count_anew(task.original, dense, task.network.call)
+        stale = count_anew(task.original, dense, task.network.call)
         trained = run_in_training(task.original, dense, task.network.call) if check else TrainingRun()
         in_own_modes = run_in_own_modes(model, task.original, dense, task.network.call) if check else OwnModes()
-        _report(task, masked, dense, checked, trained, in_own_modes, stale_numbers(model, dense, counted))
+        _report(task, masked, dense, checked, trained, in_own_modes, stale)
         # Last, for all before compares it with the model's evaluated copy.
         put_modes_of(model, task.original, dense)
     give_back_classes(given, dense)
@@ -353,7 +348,6 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     put_sizes(copied, flow.sizes_kept(masked.is_kept))
     _take_own_widths(original, copied, flow)
     dense = narrowed(copied, flow, masked.resolved.masks, masked.is_kept, task.network.call)
-    _count_anew(original, dense)
     tie_again(dense, ties)
     tell_config(dense, original)
     forget_evaluated(dense)
@@ -367,16 +361,6 @@ def _take_own_widths(original: torch.nn.Module, dense: torch.nn.Module, flow: Ch
         before, after = ([each.shape for each in module.parameters()] for module in pair)
         if before != after:
             take_own_width(pair[1], dim)
-
-
-def _count_anew(original: torch.nn.Module, dense: torch.nn.Module) -> None:
-    """Update attributes that hold numbers of channels and aren't read by the forward, where their meaning is known."""
-    changed = {}
-    for place, size in sizes_shown(original, dense).items():
-        before = number_at(original, place)
-        if size != before and number_at(dense, place) == before:
-            changed[place] = size
-    put_sizes(dense, changed)
 
 
 def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) -> str:
@@ -419,8 +403,9 @@ def _report(
     report = dataclasses.replace(report, checked=checked, notes=notes)
     if report.stale:
         _logger.warning(
-            "attributes that hold what was a layer's number of channels stay as they are, for nothing shows what they "
-            "count: %s (all are in dense.report.stale)",
+            "attributes keep the number of the unpruned network, because the tensor whose channels they count by "
+            "register_width_attribute has another number of channels or wasn't computed: %s (all are in "
+            "dense.report.stale)",
             listed(f"{name} {number}" for name, number in report.stale.items()),
         )
     if flow.missed:
@@ -558,8 +543,9 @@ class DenseReport(ModelReport):
     checked : str, default=""
         On what inputs the dense model was found to compute what the masked one does; empty if that wasn't compared.
     stale : mapping of str to int, default={}
-        Attributes, by name, that hold what was the number of channels of a layer that lost some, and the number; they
-        may count something else.
+        Attributes, by name, and the number that they keep: the tensor whose channels they count, by the table of
+        `register_width_attribute`, has another number of channels or wasn't computed, and a layer of that width lost
+        some.
     notes : tuple of str, default=()
         What else to know of it: where it would train another way than the masked model or can't be trained, lacks a
         part of that, or holds tensors as wide as before.

@@ -4,7 +4,8 @@ Code around a network, and methods that its forward doesn't call, rely on such a
 ``feature_info``, a new classifier is made as wide as ``num_features``, ultralytics' exporter splits by ``c``. The table
 says of which tensor an attribute counts the channels. The tensor is measured in the unpruned and in the dense network.
 Where it has as many channels in the unpruned one as the attribute says, the attribute gets the number of the dense one.
-Any other attribute stays, and is named as stale.
+An entry of the table whose tensor has another number of channels, or can't be measured, stays, and is named as stale.
+Attributes that a forward reads are followed while it is traced, see `network.graph.traced_int`. All others stay.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ _TABLE: dict[tuple[type[nn.Module] | str, str], Described] = {
         (nn.Module, name): Described("", "output") for name in ("out_channels", "out_features", "out_chs", "out_planes")
     },
     ("torchvision.models.resnet.ResNet", "inplanes"): Described("layer4", "output"),  # by which a pyramid is made
+    ("torchvision.models.mobilenetv2.MobileNetV2", "last_channel"): Described("classifier", "input"),
     ("ultralytics.nn.modules.block.C2f", "c"): Described("m.0", "input"),
     ("ultralytics.nn.modules.block.C2fAttn", "c"): Described("m.0", "input"),
     ("ultralytics.nn.modules.block.RepNCSPELAN4", "c"): Described("cv2", "input"),
@@ -172,28 +174,18 @@ def timm_widths(name: str, module: nn.Module) -> Iterator[Claim]:
             yield (name, key, ()), Described(name, "pre_logits")
 
 
-def _counting_nothing(model: nn.Module) -> set[Place]:
-    """List attributes that count no channels of the finished network: ``base_width`` of torchvision's ResNets.
-
-    It is the width per group by which a bottleneck is made, 64 in a plain ResNet; nothing reads it afterwards.
-    """
-    return {
-        (name, "base_width", ())
-        for name, module in model.named_modules()
-        if type(module).__module__ == "torchvision.models.resnet" and "base_width" in vars(module)
-    }
-
-
 READERS = (timm_features, timm_widths, registered)
 """Functions of a module's name and the module that list what attributes count; of two claims the later one counts."""
 
 
-def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> set[Place]:
-    """Write the dense network's numbers into the attributes that the readers know, and return all that are right now.
+def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> dict[str, int]:
+    """Write the dense network's numbers into the attributes that the readers know, and return those that may be stale.
 
-    Attributes that the forward of their module reads are left alone: what it computes with them mustn't change.
+    These are attributes, by name, whose tensor doesn't have the number of channels that they say, or can't be measured,
+    while a parameter of their module had this size and is smaller now. Attributes that the forward of their module
+    reads are left alone: what it computes with them mustn't change.
     """
-    claims: dict[Place, Described] = {}
+    claims: dict[Place, tuple[int, Described]] = {}
     for name, module in original.named_modules():
         if type(module).__module__.startswith("torch.nn."):
             continue
@@ -205,21 +197,33 @@ def count_anew(original: nn.Module, dense: nn.Module, call: Call) -> set[Place]:
                 is_held = key.partition(".")[0] in vars(module) and key not in read  # no property
                 # An attribute that has another number already was counted anew with the layers.
                 if before is not None and is_held and number_at(dense, place) == before:
-                    claims[place] = described
-    settled = _counting_nothing(original)
+                    claims[place] = before, described
     if not claims:
-        return settled
-    wanted = set(claims.values())
+        return {}
+    wanted = {described for _, described in claims.values()}
     whole, narrow = _shapes(original, wanted, call), _shapes(dense, wanted, call)
     sizes: dict[Place, int] = {}
-    for place, described in claims.items():
-        before = number_at(original, place)
-        if before is not None and described in whole and described in narrow:
-            found = channels_kept(before, whole[described], narrow[described])
-            if found is not None:
-                sizes[place] = found
+    stale: dict[str, int] = {}
+    for place, (before, described) in claims.items():
+        found = channels_kept(before, whole.get(described, []), narrow.get(described, []))
+        name, key, path = place
+        if found is not None:
+            sizes[place] = found
+        elif before in _sizes_lost(original.get_submodule(name), dense.get_submodule(name)):
+            stale[f"{name}.{key}".lstrip(".") + "".join(f"[{each!r}]" for each in path)] = before
     put_sizes(dense, sizes)
-    return settled | set(sizes)
+    return stale
+
+
+def _sizes_lost(module: nn.Module, narrower: nn.Module) -> set[int]:
+    """Return the sizes of a module's parameters along the dimensions that are smaller in the dense network."""
+    shapes = {name: parameter.shape for name, parameter in narrower.named_parameters()}
+    lost = set[int]()
+    for name, parameter in module.named_parameters():
+        # A layer that was replaced may have parameters of other names.
+        after = shapes.get(name, parameter.shape)
+        lost.update(old for old, new in zip(parameter.shape, after, strict=False) if new < old)
+    return lost
 
 
 def channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int | None:

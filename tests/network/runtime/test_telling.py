@@ -36,12 +36,12 @@ def test_the_same_warning_is_told_once_within_a_call_and_again_in_the_next(caplo
 
 
 class Stale(nn.Module):
-    """Has an attribute that holds a number of channels, and that nothing reads."""
+    """Has an attribute that is said to count channels, and holds another number of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm, self.last = nn.Linear(8, 16), nn.GroupNorm(4, 16), nn.Linear(16, 3)
-        self.width = 16
+        self.in_features = 16
 
     def forward(self, x):
         return self.last(self.norm(self.first(x)).relu())
@@ -52,6 +52,6 @@ def test_shrink_gives_no_warning_twice(caplog):
     caplog.set_level(logging.WARNING)
     nni_topo.shrink(Stale().eval(), [torch.randn(64, 8)], {"flops": 0.5}, distill={"steps": 2})
     told = [record.getMessage() for record in caplog.records]
-    assert told, "the attribute width is stale, in every dense network that was made"
+    assert told, "the attribute in_features is stale, in every dense network that was made"
     assert len(told) == len(set(told))
-    assert sum("attributes that hold" in each for each in told) == 1
+    assert sum("attributes keep" in each for each in told) == 1

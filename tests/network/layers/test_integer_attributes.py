@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo.network.layers.constructors import (
-    _assigned_elsewhere,
+from nni_topo.network.layers.integer_attributes import (
     number_at,
     numbers_in,
     numbers_read,
@@ -18,8 +17,6 @@ from nni_topo.network.layers.constructors import (
     put_sizes,
     read_in_forward,
     sizes_of,
-    stale_numbers,
-    whole_numbers,
     with_numbers,
 )
 
@@ -74,7 +71,7 @@ class Holding(nn.Module):
 
 def test_numbers_of_a_models_own_modules_have_full_names():
     model = nn.ModuleDict({"inner": Holding()})
-    assert [(name, key) for _, name, key, _ in whole_numbers(model)] == [
+    assert [(name, key) for _, name, key, _ in numbers_read(model)] == [
         ("inner", "width"), ("inner", "sizes"), ("inner", "table"), ("inner", "mixed"),
     ]  # fmt: skip
     assert sizes_of(model) == {
@@ -96,80 +93,6 @@ def test_numbers_of_a_models_own_modules_have_full_names():
     assert sizes_of(model)["inner.width"] == 6
     assert (model["inner"].sizes, model["inner"].table) == ([3, 2], {"a": [1, "b"]})
     assert sizes == [3, 4]
-
-
-class Net(nn.Module):
-    """A layer, and numbers that may be its width."""
-
-    def __init__(self, width: int = 8, **attributes):
-        super().__init__()
-        self.first, self.last = nn.Conv2d(3, width, 1), nn.Conv2d(width, 4, 1)
-        vars(self).update(attributes)
-
-    def forward(self, images):
-        return self.last(self.first(images))
-
-
-STALE = {
-    "a width": ({"dim": 8}, {"dim": 8}),
-    "in a list": ({"dims": [8, 16]}, {"dims[0]": 8}),
-    "in a dict": ({"config": {"dim": 8}}, {"config['dim']": 8}),
-    "another number": ({"dim": 16}, {}),
-    "of a width that stays": ({"dim": 4}, {}),
-    "a kernel": ({"kernel_size": 8}, {}),
-    "camel case": ({"numHeads": 8}, {}),
-    "several words": ({"max_window": 8}, {}),
-    "an image's": ({"image_size": 8}, {}),
-    "a resolution": ({"input_resolution": 8}, {}),
-    "a size in several numbers": ({"input_size": (3, 8, 8)}, {}),
-    "a size in one": ({"input_size": 8}, {"input_size": 8}),
-    "within what describes weights": ({"pretrained_cfg": {"dim": 8}}, {}),
-    "of weights under two names": ((lambda held: {"pretrained_cfg": held, "cfg": held})({"dim": 8}), {}),
-    "several": ({"a": 8, "b": [1, 8]}, {"a": 8, "b[1]": 8}),
-    "beside what describes weights": ({"pretrained_cfg": {"dim": 8}, "dims": [8]}, {"dims[0]": 8}),
-    "the same number of weights": ({"pretrained_dim": 8, "dim": 8}, {"dim": 8}),
-    "a size by name": ({"size": {"size": 8}}, {"size['size']": 8}),
-}
-
-
-@pytest.mark.parametrize("name", STALE)
-def test_old_widths_that_attributes_still_hold_are_told_unless_they_count_something_else(name):
-    attributes, stale = STALE[name]
-    assert stale_numbers(Net(8, **attributes), Net(6, **attributes)) == stale
-    assert stale_numbers(Net(8, **attributes), Net(8, **attributes)) == {}
-    outer = [nn.Sequential(Net(width, **attributes)) for width in (8, 6)]
-    assert stale_numbers(*outer) == {f"0.{key}": number for key, number in stale.items()}
-
-
-def test_a_number_that_was_changed_or_is_read_is_not_stale():
-    assert stale_numbers(Net(8, dim=8), Net(6, dim=6)) == {}
-
-    class Reading(Net):
-        def forward(self, images):
-            return self.last(self.first(images)[:, : self.dim])
-
-    assert stale_numbers(Reading(8, dim=8, wide=8), Reading(6, dim=8, wide=8)) == {"wide": 8}
-    two = Net(2, dim=2)
-    assert stale_numbers(two, Net(1, dim=2)) == {"dim": 2}
-    assert stale_numbers(two, Net(2, dim=2)) == {}
-    one = Net(1, dim=1)
-    one.first = nn.Identity()  # of which no width is known
-    assert stale_numbers(Net(1, dim=1), one) == {}
-
-
-def test_numbers_that_are_known_to_be_right_are_not_stale():
-    nets = [Net(width, dims=[8, 8, 8]) for width in (8, 6)]
-    assert stale_numbers(*nets, right=[("", "dims", (0,)), ("", "dims", (2,))]) == {"dims[1]": 8}
-
-
-def test_a_number_of_layers_that_stay_is_not_stale():
-    class Sized(Net):
-        def __init__(self, width, other):
-            super().__init__(width)
-            self.dim, self.other = other, nn.Conv2d(3, other, 1)
-
-    assert stale_numbers(Sized(8, 8), Sized(6, 8)) == {}
-    assert stale_numbers(Sized(8, 8), Sized(6, 5)) == {}
 
 
 class Config:
@@ -245,32 +168,6 @@ def test_what_a_forward_reads_is_read_by_its_methods_and_properties_too():
     changed = type("Changed", (Reading,), {"forward": functools.wraps(Reading.helper)(lambda self: self.not_this)})
     assert "deep" in read_in_forward(changed)
     assert "not_this" not in read_in_forward(changed)
-
-
-class Setting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = 1
-
-    def one(self, x):
-        self.a = x
-
-    def two(self, x):
-        x = x + 1
-        self.b = x
-
-    def three(self, x):
-        x = -x
-        self.c = x
-
-    def four(self, x):
-        self.a, y = x, x
-        self.d.e = y
-
-
-def test_attributes_that_methods_assign_are_known_but_for_those_of_pytorch():
-    assert _assigned_elsewhere(Setting) == {"a", "b", "c", "e"}
-    assert _assigned_elsewhere(type("Derived", (Setting,), {})) == {"a", "b", "c", "e"}
 
 
 class Info:

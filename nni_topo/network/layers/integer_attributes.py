@@ -1,0 +1,172 @@
+"""Whole numbers that attributes of a model hold: where they are, which a forward reads, and how to replace them.
+
+What a number counts isn't known here: `network.graph.traced_int` sees it where a forward reads the number, and the
+table in `network.speedup.width_attributes` says it of other attributes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from nni_topo.network.runtime import put_attribute
+
+Place = tuple[str, str, tuple[int | str, ...]]
+"""A module, its attribute, and the keys that lead to a number in it where that is a list or a dict."""
+
+_MANY = 1000  # numbers that an attribute may hold
+_DEEP = 4  # lists and dicts within one another
+# PyTorch's own, and the line numbers of torch.fx's modules.
+_TABLES = frozenset(vars(nn.Module())) | {"_lineno_map", "_prologue_start"}
+
+
+def numbers_in(value: Any) -> dict[tuple[int | str, ...], int] | None:
+    """List the integers in a value by the keys that lead to them: itself, or a list, tuple or dict of plain values.
+
+    None where it holds anything else, as tensors, no integer, or very many.
+    """
+    found: dict[tuple[int | str, ...], int] = {}
+
+    def is_plain(each: Any, path: tuple[int | str, ...]) -> bool:
+        if type(each) is int:
+            found[path] = each
+        elif type(each) in (list, tuple, dict):
+            inside = each.items() if type(each) is dict else enumerate(each)
+            fits = len(path) < _DEEP and len(each) <= _MANY
+            return fits and all(type(key) in (int, str) and is_plain(one, (*path, key)) for key, one in inside)
+        return isinstance(each, (int, str, float, type(None)))
+
+    return found if is_plain(value, ()) and 0 < len(found) <= _MANY else None
+
+
+def with_numbers(value: Any, numbers: Mapping[tuple[int | str, ...], int], path: tuple[int | str, ...] = ()) -> Any:
+    """Put integers in place of those in a value, by the keys that lead to them; lists and dicts are new ones."""
+    if type(value) in (list, tuple):
+        return type(value)(with_numbers(each, numbers, (*path, at)) for at, each in enumerate(value))
+    if type(value) is dict:
+        return {key: with_numbers(each, numbers, (*path, key)) for key, each in value.items()}
+    return numbers.get(path, value)
+
+
+def numbers_read(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
+    """List a model's own modules and attributes that hold integers, see `numbers_in`: with name and key.
+
+    So are the lists in the ``config`` of modules, as models of Transformers have one. The key of such a list has a dot:
+    ``config.hidden_sizes``. A config that several modules hold is listed with the one that contains the others. It is
+    left out where none does, or where a further config holds it: there a forward may read numbers from it that
+    `put_sizes` wouldn't reach.
+    """
+    for name, module in model.named_modules():
+        for key, value in () if type(module).__module__.startswith("torch.nn.") else list(vars(module).items()):
+            if key not in _TABLES and numbers_in(value) is not None:
+                yield module, name, key, value
+    holders: dict[int, list[str]] = defaultdict(list)
+    configs = dict[int, Any]()
+    for name, module in model.named_modules():
+        config = vars(module).get("config")
+        if callable(getattr(config, "to_dict", None)) and not isinstance(config, type):
+            configs[id(config)] = config
+            holders[id(config)].append(name)
+    inner, waiting = set[int](), list(configs.values())
+    while waiting:
+        for each in vars(waiting.pop()).values():
+            if callable(getattr(each, "to_dict", None)) and hasattr(each, "__dict__") and id(each) not in inner:
+                inner.add(id(each))
+                waiting.append(each)
+    for key_of_config, config in configs.items():
+        first, *others = holders[key_of_config]
+        if key_of_config in inner or not all(not first or each.startswith(f"{first}.") for each in others):
+            continue
+        for key, value in list(vars(config).items()):
+            if type(value) in (list, tuple) and numbers_in(value) is not None:
+                yield model.get_submodule(first), first, f"config.{key}", value
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Any]]:
+    """List what `numbers_read` does, and the list ``info`` of objects that describe features, as timm's have them.
+
+    The key of such a list has a dot: ``feature_info.info``.
+    """
+    yield from numbers_read(model)
+    for name, module in model.named_modules():
+        for key, value in list(vars(module).items()):
+            inside = getattr(value, "info", None) if hasattr(value, "out_indices") else None
+            if isinstance(inside, list) and numbers_in(inside) is not None:
+                yield module, name, f"{key}.info", inside
+
+
+def sizes_of(model: nn.Module) -> dict[str, Any]:
+    """List the numbers that attributes of a model's own modules hold, by full name: int or list of int.
+
+    Of a dict, or of lists within lists, it is a dict of int by the keys that lead to each, joined by slashes.
+    """
+    sizes: dict[str, Any] = {}
+    for _, name, key, value in _stored(model):
+        full_name = f"{name}.{key}".lstrip(".")
+        if type(value) is int:
+            sizes[full_name] = value
+        elif type(value) in (list, tuple) and all(type(each) is int for each in value):
+            sizes[full_name] = list(value)
+        else:
+            sizes[full_name] = {"/".join(map(str, path)): each for path, each in (numbers_in(value) or {}).items()}
+    return sizes
+
+
+def places_of(model: nn.Module) -> dict[str, dict[str, Place]]:
+    """List where the numbers of `sizes_of` are: by full name, by the keys that lead to each, joined by slashes."""
+    places: dict[str, dict[str, Place]] = {}
+    for _, name, key, value in _stored(model):
+        inside = places[f"{name}.{key}".lstrip(".")] = {}
+        for path in numbers_in(value) or {}:
+            inside["/".join(map(str, path))] = name, key, path
+    return places
+
+
+def number_at(model: nn.Module, place: Place) -> int | None:
+    """Return the number at a place of a model's attributes, None where there is none."""
+    name, key, path = place
+    value: Any = model.get_submodule(name)
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return (numbers_in(value) or {}).get(path)
+
+
+def put_sizes(model: nn.Module, sizes: dict[Place, int]) -> None:
+    """Write sizes into a model's attributes."""
+    for (name, key, path), size in sizes.items():
+        module = model.get_submodule(name)
+        owner, _, listed = key.partition(".")
+        if listed:
+            held = getattr(module, owner)
+            described = copy.copy(held)  # other models may hold the same object
+            setattr(described, listed, with_numbers(getattr(described, listed), {path: size}))
+            for each in module.modules():  # those within may hold it too
+                if vars(each).get(owner) is held:
+                    put_attribute(each, owner, described)
+        else:
+            put_attribute(module, key, with_numbers(getattr(module, key), {path: size}))
+
+
+@lru_cache(maxsize=1024)
+def read_in_forward(kind: type) -> frozenset[str]:
+    """Name the attributes that a class's forward reads, or methods and properties that it reads."""
+    if kind.__module__.startswith("torch.nn."):
+        return frozenset()
+    names, left = set[str](), ["forward"]
+    while left:
+        found = inspect.getattr_static(kind, left.pop(), None)
+        found = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+        code = getattr(inspect.unwrap(found) if callable(found) else found, "__code__", None)
+        codes = [code] if code is not None else []
+        for each in codes:
+            new = set(each.co_names) - names
+            names |= new
+            left += sorted(new)
+            codes += [inner for inner in each.co_consts if inspect.iscode(inner)]
+    return frozenset(names)
