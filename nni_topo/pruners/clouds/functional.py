@@ -202,9 +202,9 @@ def check_read(
 def unread_error(names: list[str]) -> LayerError:
     """Build the error for layers that nothing reads, with the ways on."""
     return LayerError(
-        "a pruned layer must have next layers that read all of its channels, for these score them, got none: "
-        f"{leaving_out('the pruned layer')}, or let TopologicalPruner look at that layer itself, cloud='activation' "
-        f"or 'weight' ({', '.join(names)})",
+        "the channels of a pruned layer are scored by the linear layers and convolutions that read all of them, got "
+        f"none, as where only a recurrent layer does: {leaving_out('the pruned layer')}, or take a pruner that looks "
+        f"at the layer's own weights or outputs, such as TopologicalPruner(cloud='activation') ({', '.join(names)})",
         names,
     )
 
