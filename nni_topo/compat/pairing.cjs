@@ -1,5 +1,5 @@
 // Preloaded into NNI's manager (NODE_OPTIONS="--require=..."): a trial runs the parameters that the manager keeps for it, a resumed
-// experiment tries none of them twice, and a tuner may take a minute to start. Places in NNI 3.0:
+// experiment tries none of them twice, what an assessor ends is told as such, and a tuner may take a minute to start. In NNI 3.0:
 // nni_node/training_service/v3/compat.js (services local and remote), nni_node/core/nnimanager.js, tuner_command_channel.js.
 const Module = require("module");
 const { setTimeout: wait } = require("timers/promises");
@@ -9,7 +9,12 @@ const patched = new Set();
 
 Module._load = function (request, ...rest) {
   const loaded = load.call(this, request, ...rest);
-  if (request.endsWith("training_service/v3/compat")) once(loaded.V3asV1.prototype, pair);
+  if (request.endsWith("training_service/v3/compat")) {
+    once(loaded.V3asV1.prototype, (prototype) => {
+      pair(prototype);
+      noteEarlyStops(prototype);
+    });
+  }
   if (request === "core/nnimanager") {
     once(loaded.NNIManager.prototype, (prototype) => {
       remember(prototype);
@@ -51,6 +56,17 @@ function pair(prototype) {
       });
 
     return start.call(this);
+  };
+}
+
+// `cancelTrialJob`: notes that an assessor ends a trial after it has waited for the trial's end, where a trial that ends at once
+// counts as canceled by the user.
+function noteEarlyStops(prototype) {
+  const { cancelTrialJob } = prototype;
+
+  prototype.cancelTrialJob = function (id, isEarlyStopped) {
+    if (this.trialJobs[id] !== undefined) this.trialJobs[id].isEarlyStopped = Boolean(isEarlyStopped);
+    return cancelTrialJob.call(this, id, isEarlyStopped);
   };
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import inspect
+import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import nni_node
 import pytest
 from nni.experiment import launcher
 
-from nni_topo.compat import LOOPBACK, launching
+from nni_topo.compat import LOOPBACK, PAIRING, launching
 
 
 def tries() -> Any:
@@ -79,3 +81,29 @@ def test_a_bound_manager_answers_what_names_this_machine_alone(headers: dict[str
     connection.request("GET", "/", headers=headers)
     assert connection.getresponse().status == status
     connection.close()
+
+
+# A service whose trials end before the manager knows that it has stopped them.
+EARLY = """
+require("common/globals");
+const { V3asV1 } = require("training_service/v3/compat");
+const trials = { first: { status: "RUNNING" }, second: { status: "RUNNING" } };
+const status = {};
+const service = Object.assign(Object.create(V3asV1.prototype), {
+  trialJobs: trials,
+  v3: { stopTrial: async (id) => { status[id] = trials[id].isEarlyStopped ? "EARLY_STOPPED" : "USER_CANCELED"; } },
+});
+(async () => {
+  await service.cancelTrialJob("first", true);
+  await service.cancelTrialJob("second");
+  console.log(JSON.stringify(status));
+})();
+"""
+
+
+def test_what_an_assessor_ends_does_not_count_as_canceled_by_the_user():
+    folder = Path(nni_node.__file__).parent
+    command = [folder / "node", f"--require={PAIRING}", "-e", EARLY]
+    environment = {**os.environ, "NODE_PATH": str(folder)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout) == {"first": "EARLY_STOPPED", "second": "USER_CANCELED"}, done.stderr
