@@ -162,14 +162,7 @@ def test_a_pruned_family_computes_what_the_masked_one_does_and_goes_on(name: str
     model, inputs = _made(name)
     asked = [{"op_types": ["Linear", "Embedding", "Conv1d", "Conv2d"], "sparse_ratio": 0.5}]
     groups = nni_topo.dependency_groups(model, inputs, asked)
-    # Of layers that keep some channels in any case masks may remove these, which a dense network keeps with their
-    # weights: such layers are left out here, or tell by negative numbers which these are.
-    in_part = [name for entry in groups for name in entry["op_names"] if name in groups.skipped]
-    groups = groups.without([name for name in in_part if name not in groups.ties])
     masks = nni_topo.RandomPruner(copy.deepcopy(model), groups, seed=0).compress()[1]  # it selects tied channels as one
-    for name in in_part:
-        for mask in masks.get(name, {}).values():
-            mask[torch.tensor(groups.ties[name]) < 0] = 1
     dense, reference = nni_topo.to_dense(model, inputs, masks), nni_topo.masked_model(model, inputs, masks)
     left, before = (sum(each.numel() for each in net.parameters()) for net in (dense, model))
     assert left < most * before
