@@ -6,6 +6,8 @@ A change of structure must not change a result. ``record`` writes one JSON line 
   ties and shares;
 - of the dense network after random masks: the shape of every parameter and buffer, the layers that kept masked
   channels, parameter count and MACs, and a few numbers that describe each output, computed in double precision;
+- what differs in the user's model after groups, pruning, ``to_dense`` and an interruption of each; of small networks
+  also after `compensate`, `distill`, `shrink` and `export`: nothing, if all is right;
 - the seconds of the processor that `dependency_groups` and `to_dense` took;
 - the same few numbers of the inputs and of the original weights, so that nobody compares two different networks.
 
@@ -26,6 +28,7 @@ Only public names of the package are used, so that the same file records an old 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -33,12 +36,14 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import random
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +56,8 @@ from zoo_reference import run
 
 import nni_topo
 from nni_topo import zoo
+from nni_topo.errors import NniTopoError
+from nni_topo.testing import snapshot
 
 Record = dict[str, Any]
 OWN = [name for name, _ in entries() if name.startswith("own/")]
@@ -87,6 +94,7 @@ NOT_INSTALLED = "package not installed"
 OUTPUT_TOLERANCE = 1e-5
 OTHER_WEIGHTS = "not the same network or input"
 LEAST_SECONDS, MEDIAN_RATIO, LARGEST_RATIO = 0.2, 1.10, 1.5
+SMALL = 1_000_000  # parameters of a network with which every function is tried for changes of the user's model
 REPEATS, REPEATED_BELOW = 2, 1.5  # a network that takes fewer seconds is timed so often, and the least time counts
 
 
@@ -177,6 +185,70 @@ def pruned(model: nn.Module, inputs: Any, name: str) -> tuple[Any, nn.Module | N
     return groups, dense, seconds
 
 
+@contextlib.contextmanager
+def forwards_counted(last: int | None = None) -> Iterator[list[int]]:
+    """Count the calls of modules within a block; the one numbered ``last`` is interrupted as by Ctrl-C."""
+    count = [0]
+
+    def hook(module: nn.Module, args: Any) -> None:
+        count[0] += 1
+        if count[0] == last:
+            raise KeyboardInterrupt
+
+    handle = nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def changes(name: str, options: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Return what differs in a user's model after functions and after an interruption of each, and what was refused."""
+    model, inputs = build(name, options)
+    draw, found, refused = random.Random(name), list[str](), list[str]()
+    groups, masks = nni_topo.dependency_groups(model, inputs, asked_of(name)), dict[str, Any]()
+
+    def pruning() -> None:
+        pruner = nni_topo.TopologicalPruner(model, groups, example_inputs=inputs)
+        try:
+            masks.update(pruner.compress()[1])
+        finally:
+            pruner.unwrap_model()
+
+    verbs: dict[str, Callable[[], object]] = {
+        "dependency_groups": lambda: nni_topo.dependency_groups(model, inputs, asked_of(name)),
+        "pruning": pruning,
+        "to_dense": lambda: nni_topo.to_dense(model, inputs, masks),
+    }
+    if not groups:
+        del verbs["pruning"], verbs["to_dense"]
+    elif sum(parameter.numel() for parameter in model.parameters()) <= SMALL:
+        verbs |= {
+            "compensate": lambda: nni_topo.compensate(model, masks, [inputs]),
+            "distill": lambda: nni_topo.distill(nni_topo.to_dense(model, inputs, masks), model, [inputs], steps=1),
+            "shrink": lambda: nni_topo.shrink(model, [inputs], {"flops": 0.7}, distill=False),
+            "export": lambda: nni_topo.export(model, Path(folder) / "net.pt2", inputs, "torch.export"),
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        for verb, call in verbs.items():
+            last, before = None, snapshot(model)
+            for what in (verb, f"{verb}, interrupted"):
+                with forwards_counted(last) as count:
+                    try:
+                        call()
+                    except NniTopoError as error:
+                        refused.append(f"{what}: {brief(str(error))}")
+                    except KeyboardInterrupt:
+                        if last is None:
+                            raise
+                after = snapshot(model)
+                found += [f"{what}: {part}" for part, value in before.items() if after[part] != value]
+                if not count[0]:
+                    break
+                last, before = draw.randint(1, count[0]), after
+    return found, refused
+
+
 def measure(name: str, options: dict[str, str], *, timed: bool = True) -> Record:
     """Record one network."""
     model, inputs = build(name, options)
@@ -216,6 +288,8 @@ def measure(name: str, options: dict[str, str], *, timed: bool = True) -> Record
             again = pruned(*build(name, options), name)[2]
             seconds = [min(both) for both in zip(seconds, again, strict=True)]
     record["seconds"] = [round(each, 4) for each in seconds]
+    if timed:
+        record["changed"], record["refused"] = changes(name, options)
     return record
 
 
@@ -341,7 +415,7 @@ def differences(expected: Record, actual: Record, *, reasons: bool = False) -> l
         found += different_keys(key, before, after)
     for key in ("ties", "shares", "shapes", "kept_counts", "stale"):
         found += different_keys(key, expected.get(key, {}), actual.get(key, {}))
-    for key in ("named", "parameters", "macs", *(["notes"] if reasons else [])):
+    for key in ("named", "parameters", "macs", "changed", *(["notes"] if reasons else [])):
         if expected.get(key) != actual.get(key):
             found.append(f"{key}: was {expected.get(key)}, is {actual.get(key)}")
     if len(expected.get("notes", ())) != len(actual.get("notes", ())):

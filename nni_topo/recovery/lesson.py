@@ -572,15 +572,8 @@ def student_copy(dense: nn.Module, pool: Call) -> nn.Module:
 
 
 def _answering(unpruned: nn.Module) -> nn.Module:
-    """Return a copy of a network that shares its weights, in evaluation mode; one that can't be copied as it is.
-
-    It answers all along. The user's own, which other threads may use meanwhile, keeps its mode.
-    """
-    try:
-        copied = detached_copy(unpruned, light=True)
-    except (TypeError, RuntimeError, ConfigError):  # it holds what no copy can, such as a lock
-        return unpruned
-    answering: nn.Module = evaluating(copied)
+    """Return a copy of a network that shares its weights, in evaluation mode, as which it answers all along."""
+    answering: nn.Module = evaluating(detached_copy(unpruned, light=True))
     return answering
 
 

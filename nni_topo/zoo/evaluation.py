@@ -18,7 +18,6 @@ from nni_topo.network.runtime import (
     fitting,
     in_smaller_batches,
     leaves_models_alone,
-    left_alone,
 )
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.labelled import LabelledImages, batches_in_order, labels_of
@@ -105,6 +104,7 @@ def evaluate_loss(
 
 @checked(**_EVALUATION)
 @in_smaller_batches
+@leaves_models_alone
 def loss_and_accuracy(
     model: nn.Module, dataset: LabelledImages, *, device: str | torch.device | None = None, batch_size: int = 512
 ) -> tuple[float, float]:
@@ -114,7 +114,7 @@ def loss_and_accuracy(
     device = device_of(model) if device is None else device
     model.to(device)
     totals = torch.zeros(2, dtype=torch.float64)
-    with left_alone(model), evaluation_mode(model), torch.no_grad(), fitting(0, "dataset"):
+    with evaluation_mode(model), torch.no_grad(), fitting(0, "dataset"):
         for images, labels in batches_in_order(dataset, at_once(min(batch_size, len(dataset))), torch.device(device)):
             logits, labels = by_label(model(images).float(), labels)
             if int(labels.max()) >= logits.shape[1]:

@@ -23,8 +23,7 @@ PLAIN = "nni_topo_plain"  # in a node's meta: whether it is a tensor that is an 
 LINE = "nni_topo_line"  # in a node's meta: file and line of the forward that calls it
 
 
-# Around a function that somebody has registered, and around one that may write to parameters.
-_BETWEEN = frozenset({"nni_topo.network.channels.rules", "nni_topo.network.runtime.values"})
+_BETWEEN = frozenset({"nni_topo.network.channels.rules"})  # around a function that somebody has registered
 
 
 def forward_line() -> str:

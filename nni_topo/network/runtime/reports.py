@@ -6,7 +6,6 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -34,14 +33,13 @@ class ModelReport(ABC):
         """Parameters of the model that the report is of; None if they weren't counted."""
 
 
-# Also of models that have an attribute `report` of their own.
-_LATEST: WeakKeyDictionary[nn.Module, ModelReport] = WeakKeyDictionary()
+_BESIDE = "_nni_topo_report"  # the attribute of a model that has a ``report`` of its own
 
 
 def give_report(model: nn.Module, report: ModelReport) -> bool:
     """Let a model have a report, in place of an earlier one; False where ``report`` is an attribute of the model's."""
-    _LATEST[model] = report
     if not isinstance(getattr(model, "report", report), ModelReport):
+        vars(model)[_BESIDE] = report
         return False
     put_attribute(model, "report", report)
     return True
@@ -50,7 +48,7 @@ def give_report(model: nn.Module, report: ModelReport) -> bool:
 def report_of(model: nn.Module) -> ModelReport | None:
     """Return the latest report that the package gave a model; None for a model that it didn't return."""
     report = getattr(model, "report", None)
-    return report if isinstance(report, ModelReport) else _LATEST.get(model)
+    return report if isinstance(report, ModelReport) else vars(model).get(_BESIDE)
 
 
 def hand_on_report(model: nn.Module, changed: nn.Module, how: str) -> None:
@@ -82,6 +80,7 @@ def drop_report(model: nn.Module) -> None:
     """Take away the report that a copy of a model has, but that is of another model."""
     if isinstance(getattr(model, "report", None), ModelReport):
         vars(model).pop("report", None)
+    vars(model).pop(_BESIDE, None)
 
 
 def told_of_changes(changed_since: Sequence[str]) -> str:

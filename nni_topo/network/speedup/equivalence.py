@@ -54,7 +54,6 @@ from nni_topo.network.runtime import (
     is_transformed,
     leaves_models_alone,
     out_of_memory,
-    parameters_kept,
     put_modes_of,
     put_parameters,
     random_like,
@@ -369,7 +368,7 @@ def _note_call(names: set[str], name: str, args: tuple[Any, ...], kwargs: dict[s
 def _raised_in_training(model: torch.nn.Module, call: Call) -> str:
     """Run a light copy in training mode, which may change all but its parameters; say which error it raises, if any."""
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
-    with parameters_kept(model), random_state_kept(), torch.no_grad():
+    with random_state_kept(), torch.no_grad():
         try:
             training(model)(*args, **kwargs)
         except Exception as error:  # a user's forward may raise anything

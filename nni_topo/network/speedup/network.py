@@ -36,7 +36,6 @@ from nni_topo.network.runtime import (
     call_arguments,
     evaluating,
     out_of_memory,
-    parameters_kept,
     put_parameters,
     random_state_kept,
     running_call,
@@ -170,11 +169,6 @@ class Network:
         return self.remember("traced", self._trace, kept=lambda recorded: not recorded.reads_values)
 
     def _trace(self) -> _Known:
-        # What is made of the model afterwards has the parameters that it had before.
-        with parameters_kept(self.model):
-            return self._traced_as_needed()
-
-    def _traced_as_needed(self) -> _Known:
         # A forward that gives what its layers put out the width of its input is traced as one that doesn't, if it can
         # be rewritten so that it takes that width nowhere.
         found = self._traced_with({})

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from nni_topo.errors import checked
 from nni_topo.network.runtime import MODEL
 
-_TABLES = ("_parameters", "_buffers", "_modules")  # which have parts of their own
+# Tables have parts of their own. Lists of a recurrent layer's parameters are made anew when PyTorch copies the layer.
+_LEFT_OUT = ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs")
 
 
 @checked(model=MODEL)
@@ -48,7 +49,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             f"{name}.{key}": _content(value)
             for name, module in modules.items()
             for key, value in vars(module).items()
-            if key not in _TABLES and not key.endswith("_hooks")
+            if key not in _LEFT_OUT and not key.endswith("_hooks")
         },
         "gradients": {
             name: value.grad if value.grad is None else (id(value.grad), _bytes(value.grad))

@@ -121,18 +121,24 @@ def test_measured_tables_have_a_grid_for_every_layer():
 
 
 def timed_layers(model, inputs, **knobs):
-    """List the layers that are run for a table, but the model's own: what they print, and the shape of their input."""
-    own, found = set(model.modules()), []
+    """List the layers that are run alone for a table: what they print, and the shape of their input."""
+    depth, found = [0], []
 
-    def note(module, entering, _):
-        if module not in own:
+    def enter(module, entering):
+        if depth[0] == 0 and type(module) is not type(model):
             found.append((repr(module), tuple(entering[0].shape), entering[0].dtype))
+        depth[0] += 1
 
-    handle = nn.modules.module.register_module_forward_hook(note)
+    def leave(module, entering, output):
+        depth[0] -= 1
+
+    module = nn.modules.module
+    handles = module.register_module_forward_pre_hook(enter), module.register_module_forward_hook(leave)
     try:
         table = measure_latency(model, inputs, **knobs)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return table, found
 
 

@@ -5,6 +5,7 @@ Source: Janjic, MSc thesis, University of Manitoba, 2018, section 5.2.1, table 5
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -57,14 +58,17 @@ def with_dropout(model: nn.Module, rate: float, *, seed: int = 0) -> nn.Module:
     ConfigError
         If the rate is out of its range, or the model has no dropout.
     """
-    copied: nn.Module = detached_copy(model)
-    names = [name for name, module in copied.named_modules() if isinstance(module, nn.Dropout)]
+    return _put_dropout(detached_copy(model), rate, seed)
+
+
+def _put_dropout(model: nn.Module, rate: float, seed: int) -> nn.Module:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
     if not names:
         raise ConfigError(f"a model must have a torch.nn.Dropout, got none ({type(model).__name__})")
     for index, name in enumerate(names):
         parent, _, attribute = name.rpartition(".")
-        setattr(copied.get_submodule(parent), attribute, ActiveDropout(rate, seed + index))
-    return copied
+        setattr(model.get_submodule(parent), attribute, ActiveDropout(rate, seed + index))
+    return model
 
 
 @checked()
@@ -97,7 +101,7 @@ def study_dropout(
     found = {}
     for name, build in models.items():
         model = _with_cached_start(build())
-        found[name] = {rate: quality_of(evaluate, with_dropout(model, rate, seed=seed)) for rate in rates}
+        found[name] = {rate: quality_of(evaluate, _put_dropout(copy.deepcopy(model), rate, seed)) for rate in rates}
     return found
 
 
