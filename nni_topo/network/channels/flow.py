@@ -53,9 +53,7 @@ from nni_topo.network.channels.rules import (
 from nni_topo.network.channels.shared import couple_shared_weights
 from nni_topo.network.graph import (
     AS_NUMBERS,
-    IN_TRAINING,
     RANDOM,
-    TRAINED_OUTPUT,
     UNUSED,
     TracedInt,
     attribute_channels,
@@ -112,7 +110,6 @@ class Propagation(torch.fx.Interpreter):
         self._given = ChannelIds()
         self._given.dims = dims or {}
         self.layers = self._given.layers
-        self.in_training = dict[str, Layer]()  # those that run in training alone, which are no layers to be pruned
         self.channel_wise = set[str]()  # channel-wise convolutions, which make no channels of their own
         self.free_parameters = self._given.free_parameters
         self.attention = find_heads(graph_module)  # by module; of those that the graph calls
@@ -136,13 +133,8 @@ class Propagation(torch.fx.Interpreter):
 
     def channel_ids_of(self, name: str) -> np.ndarray:
         """List the ids of a layer's output channels: int, shape (channels,)."""
-        layer = self.all_layers[name]
+        layer = self.layers[name]
         return np.arange(layer.first, layer.first + layer.channels)
-
-    @property
-    def all_layers(self) -> dict[str, Layer]:
-        """All layers by name, those that run in training alone among them."""
-        return self.layers | self.in_training if self.in_training else self.layers
 
     def free_parameter_ids(self, name: str) -> np.ndarray:
         """List the ids of a free parameter's channels: int, shape (channels,)."""
@@ -444,7 +436,13 @@ def _is_channel_wise(module: torch.nn.Module, ids: torch.Tensor, shape: tuple[in
 class ChannelFlow(Propagation):
     """Follow the channels of a traced model, on its arguments, and answer questions about how they depend on others."""
 
-    def __init__(self, graph_module: torch.fx.GraphModule, args: tuple[Any, ...], missed: str = "") -> None:
+    def __init__(
+        self,
+        graph_module: torch.fx.GraphModule,
+        args: tuple[Any, ...],
+        read_in_training: Mapping[str, tuple[np.ndarray, reasons.Reason]] | None = None,
+        missed: str = "",
+    ) -> None:
         super().__init__(graph_module)
         self.missed = missed  # a note on modules that only training mode may reach, and that aren't followed
         with torch.no_grad():
@@ -463,7 +461,9 @@ class ChannelFlow(Propagation):
                 for ids in tensors_of(self.ids[node.name]):
                     self._given.pin(np.unique(ids.numpy()), reasons.read_as_numbers(node))
         couple_shared_weights(graph_module, self._given, self._entering, arriving)
-        self.in_training = self._set_apart()
+        for name, (is_read, reason) in (read_in_training or {}).items():
+            if name in self.layers:
+                self._given.pin(self.channel_ids_of(name)[is_read], reason)
         attribute_sizes = attribute_channels(graph_module.graph, self.ids, self._given.settled()[0])
         fold_numbers(graph_module.graph, attribute_sizes.keys())
         self._keep_fixed_places(attribute_sizes.keys())
@@ -515,31 +515,6 @@ class ChannelFlow(Propagation):
         """Tell whether each block is a head, all of whose channels are tied, and an attribute counts the heads."""
         rows = [self._before[row] for side in blocks.sides for row in side]
         return blocks.counted and all(len(row) > 1 and bool((row == row[0]).all()) for row in rows)
-
-    def _set_apart(self) -> dict[str, Layer]:
-        """Take out of the layers those that run in training alone, and keep their channels and their outputs.
-
-        They read fewer channels where a layer before them loses some. The effect of that isn't measured.
-        """
-        modes = dict[str, bool]()  # by what is called, whether that is in training alone
-        for node in self.traced.graph.nodes:
-            if node.op == "call_module" or node.target is attend:
-                holder: Any = node if node.op == "call_module" else node.args[0]
-                modes[str(holder.target)] = modes.get(str(holder.target), True) and IN_TRAINING in node.meta
-            if node.meta.get(TRAINED_OUTPUT):
-                for ids in tensors_of(self.ids[node.name]):
-                    self._given.pin(np.unique(ids.numpy()), reasons.training_output())
-        owners = {layer: name for name, each in self.attention.items() for layer in each.layers}
-        found = dict[str, Layer]()
-        for name in list(self.layers):
-            if modes.get(owners.get(name, name), False):
-                self._given.pin(self.channel_ids_of(name), reasons.training_only(name))
-                found[name] = self.layers.pop(name)
-                # These layers keep their heads, and so does all that has to have as many.
-                is_of_heads = self.heads.pop(name, None) is not None
-                if self.shared.pop(name, None) is not None or is_of_heads:
-                    self._given.pin(self._entering[name], reasons.training_reader(name))
-        return found
 
     def _keep_fixed_places(self, following: Collection[Place]) -> None:
         """Keep channels that a forward picks or counts by fixed numbers, as ``z[:, 1:4]`` or ``z.split(3, 1)``.
@@ -617,7 +592,7 @@ class ChannelFlow(Propagation):
         moved = self.group_ids(np.concatenate(moves))
         for node in self.traced.graph.nodes:
             name = str(node.target)
-            module: Any = self.fetch_attr(name) if node.op == "call_module" and name in self.all_layers else None
+            module: Any = self.fetch_attr(name) if node.op == "call_module" and name in self.layers else None
             if getattr(module, "groups", 1) > 1 and not is_depthwise(module):
                 entering = self.entering_group_ids(name)
                 if (np.diff(entering[np.isin(entering, moved)]) < 0).any():

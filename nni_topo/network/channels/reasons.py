@@ -64,9 +64,7 @@ Kind = Literal[
     "shared",
     "shared_by_heads",
     "shared_weight",
-    "training_output",
     "training_reader",
-    "training_only",
     "transposed_weight",
     "uncut_module",
     "unknown_class",
@@ -182,8 +180,6 @@ _ADVICE: dict[Kind, str] = {
     "recurrent_state": "use PyTorch's LSTM, GRU or RNN without a projection: their units can be pruned",
     "convolves_channels": "prune the layer whose channels the convolution slides along",
     "needs_all_channels": "prune the heads of the attention instead",
-    "training_output": "delete the layer from the model if it isn't trained any more",
-    "training_only": "delete the layer from the model if it isn't trained any more",
     "training_reader": "delete the layer from the model if it isn't trained any more",
     "dry_run_failed": "change the forward so that it runs on random weights and inputs",
     "head_by_head": (
@@ -276,7 +272,6 @@ result_depends = _of_operation("result_depends", "the result of an operation dep
 # Layers and modules that keep channels: kind and sentence.
 
 another_name = _of_layer("another_name", "it is {layer} under another name, and loses what that loses")
-training_only = _of_layer("training_only", "{layer} runs in training mode only")
 training_reader = _of_layer("training_reader", "{layer} reads them in training mode only")
 own_norm = _of_layer(
     "own_norm",
@@ -295,7 +290,6 @@ carries_constant = _of_layer(
 # What the kept layer is itself, or where its channels go: kind and sentence.
 
 model_output = _plain("model_output", "it gives the model's output")
-training_output = _plain("training_output", "they are an output of the model in training mode")
 coupled_with_itself = _plain("coupled_with_itself", "all of its channels are coupled with one another")
 kept_by_itself = _plain("coupled_with_itself", "some of its channels are coupled with one another")
 convolves_channels = _plain("convolves_channels", "it is a convolution along the channels of another layer")

@@ -142,7 +142,7 @@ class DenseOrder(torch.fx.Interpreter):
     def _through(self, node: Node, ids: Tensor, ascending: Any) -> Any:
         """Return the ids of a module's output, given those that enter it."""
         name = str(node.target)
-        layer, entering = self.flow.all_layers.get(name), self.flow.entering_channel_ids(name)
+        layer, entering = self.flow.layers.get(name), self.flow.entering_channel_ids(name)
         if len(entering):
             dim = next((d for d in range(1, ids.dim()) if varies(ids, d)), 1)
             self.entering[name] = ids.transpose(0, dim).flatten(1)[:, 0].numpy()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from nni_topo.network.channels import FIXED, ChannelFlow, einsum_letters, operation_name
-from nni_topo.network.graph import IN_TRAINING, tensor_shape
+from nni_topo.network.graph import tensor_shape
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -186,7 +186,7 @@ def products_of(graph: torch.fx.Graph, flow: ChannelFlow, times: int) -> list[Ma
         if node.op == "placeholder" or any(each in of_samples for each in node.all_input_nodes):
             of_samples.add(node)
         reader = _READERS.get(operation_name(node)) if node.op in ("call_function", "call_method") else None
-        if reader is not None and IN_TRAINING not in node.meta:
+        if reader is not None:
             products = reader(_ProductCall(node, flow, times, of_samples))
             found.extend(each for each in products if each.depends)
     return found

@@ -2,9 +2,7 @@
 
 from nni_topo.network.graph.nodes import (
     AS_NUMBERS,
-    IN_TRAINING,
     RANDOM,
-    TRAINED_OUTPUT,
     UNSHOWN,
     UNUSED,
     described,
@@ -29,24 +27,18 @@ from nni_topo.network.graph.traced_int import (
     resized,
 )
 from nni_topo.network.graph.tracing import Recording, arguments, layer_sizes, trace
-from nni_topo.network.graph.training_only import Steps, add_training, evaluated, unused_tensors
 
 __all__ = [
     "AS_NUMBERS",
-    "IN_TRAINING",
     "ON_NUMBERS",
     "RANDOM",
-    "TRAINED_OUTPUT",
     "UNSHOWN",
     "UNUSED",
     "Recording",
-    "Steps",
     "TracedInt",
-    "add_training",
     "arguments",
     "attribute_channels",
     "described",
-    "evaluated",
     "fold_numbers",
     "is_computed_of_attributes",
     "is_held",
@@ -63,5 +55,4 @@ __all__ = [
     "resized",
     "tensor_shape",
     "trace",
-    "unused_tensors",
 ]

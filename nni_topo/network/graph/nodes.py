@@ -13,8 +13,6 @@ from torch.fx import Graph, GraphModule
 
 RECORDED = "_recorded"  # the name of a constant in a recorded graph starts with it, a number follows
 RANDOM = "nni_topo_random"  # in a node's meta: whether it draws random numbers
-IN_TRAINING = "nni_topo_in_training"  # in a node's meta: whether only training mode reaches it
-TRAINED_OUTPUT = "nni_topo_trained_output"  # in a node's meta: whether its value is an output in training mode
 UNUSED = "nni_topo_unused"  # in a node's meta: whether something is made of its value of which nothing comes
 COMPARED = "nni_topo_compared"  # in a node's meta: attributes that the forward finds equal to sizes of its value
 UNSHOWN = "nni_topo_unshown"  # in a node's meta: whether of its number another is made that stays as it is
@@ -77,14 +75,11 @@ def owner_of(node: torch.fx.Node) -> str:
 
 
 def described(node: torch.fx.Node) -> str:
-    """Say where a node stands as `place` does, of a module its class too, and if it runs in training mode only.
-
-    As in "last.2: Fold, in training mode".
-    """
+    """Say where a node stands as `place` does, of a module its class too, as in "last.2: Fold"."""
     owner, text = node.graph.owning_module, place(node)
     if node.op == "call_module" and owner is not None:
         text += f": {type(owner.get_submodule(str(node.target))).__name__}"
-    return f"{text}, in training mode" if node.meta.get(IN_TRAINING) else text
+    return text
 
 
 def makes_mask(node: torch.fx.Node) -> bool:

@@ -81,7 +81,7 @@ def readers(
     """Run a model on two random inputs; return the layers that pruned channels enter as other values than zero."""
     entering, leaving = list[Any](), list[Any]()
     found = dict[str, Reader]()
-    for name in flow.all_layers:
+    for name in flow.layers:
         module = model.get_submodule(name)
         pruned, kept = (torch.from_numpy(np.asarray(each)) for each in _pruned_and_kept(flow, is_kept, name))
         if isinstance(module, WEIGHTED) and bool(pruned.any()):
@@ -138,7 +138,7 @@ def norms_of_constants(model: nn.Module, flow: ChannelFlow, is_kept: np.ndarray,
         pruned = torch.from_numpy(~is_kept[flow.entering_group_ids(name)])
         if is_plain_norm(module) and bool(pruned.any()):
             leaving.append((module, partial(look, name, pruned)))
-        if name in flow.all_layers and isinstance(module, WEIGHTED):
+        if name in flow.layers and isinstance(module, WEIGHTED):
             kept = torch.from_numpy(np.asarray(is_kept[flow.group_ids_of(name)]))
             leaving.append((module, partial(_zeroed, module, kept)))
     with torch.no_grad(), watched(leaving=leaving):

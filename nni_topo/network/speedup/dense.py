@@ -16,7 +16,6 @@ from nni.compression.speedup.replacer import Replacer
 from nni_topo.errors import ConfigError, checked, listed
 from nni_topo.network.attention import take_own_width, tell_config
 from nni_topo.network.channels import ChannelFlow, Reasons, reasons
-from nni_topo.network.graph import Steps, unused_tensors
 from nni_topo.network.layers import (
     PER_CHANNEL,
     follows_channels,
@@ -74,6 +73,7 @@ from nni_topo.network.speedup.explain import way_forward
 from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_outputs, narrowed
+from nni_topo.network.speedup.training_only import unused_tensors
 from nni_topo.network.speedup.width_attributes import count_anew
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
@@ -254,27 +254,16 @@ def _prepare(network: Network, masks: FullMasks, round_to: int | Literal["auto"]
     return _Task(network, flow, original, masks, round_to, resolve(original, flow, masks, round_to))
 
 
-def _runnable(task: _Task, model: torch.nn.Module, is_kept: np.ndarray) -> tuple[torch.nn.Module, Call]:
-    """Return what runs all layers of a model, and what to call it on.
-
-    Layers that run in training alone are among these where they read pruned channels.
-    """
-    if all(is_kept[task.flow.entering_group_ids(name)].all() for name in task.flow.in_training):
-        return model, task.network.call
-    graph_module, args = task.network.graph(model, in_training=True)
-    return Steps(graph_module), (args, {})
-
-
 def _masked_with_constants(task: _Task) -> _Masked:
     """Mask a model as NNI does, where batch norms make constants of pruned channels, and fold these into biases."""
     resolved, flow = task.rounded, task.flow
     # As in NNI's masked model, in which norms turn the zeros that arrive into other values.
     with left_alone(task.original):
-        runs, call = _runnable(task, task.original, resolved.is_kept)
-        kept = constants_read(runs, flow, resolved.is_kept, call)
-        lacking = dropped(runs, flow, resolved.is_kept, call)
-        if kept and runs is task.original and task.network.second is not None:
-            others = constants_read(runs, flow, resolved.is_kept, task.network.second.call)
+        call = task.network.call
+        kept = constants_read(task.original, flow, resolved.is_kept, call)
+        lacking = dropped(task.original, flow, resolved.is_kept, call)
+        if kept and task.network.second is not None:
+            others = constants_read(task.original, flow, resolved.is_kept, task.network.second.call)
             for name, values in kept.items():
                 is_same = (values - others.get(name, 0 * values)).abs() <= TOLERANCE * values.abs()
                 if not bool(is_same.all()):
@@ -290,8 +279,7 @@ def _masked_with_constants(task: _Task) -> _Masked:
     if bordered:
         notes.append(f"kept constants go on beyond the border that these layers pad with zeros: {', '.join(bordered)}")
     if kept:
-        runs, call = _runnable(task, task.original, resolved.is_kept)
-        notes += _notes_on_training(norms_of_constants(runs, flow, resolved.is_kept, call))
+        notes += _notes_on_training(norms_of_constants(task.original, flow, resolved.is_kept, call))
     # Each layer is cut for itself, so each needs tensors of its own.
     untie(reference, find_ties(reference))
     absorb(reference, flow, resolved.is_kept, kept, exactly=False)
@@ -305,8 +293,7 @@ def _masked_without_constants(task: _Task) -> _Masked:
     measured = task.rounded if task.round_to is None else resolve(task.original, flow, task.masks)
     probe = task.apply(measured)
     with left_alone(probe):
-        runs, call = _runnable(task, probe, measured.is_kept)
-        contributions = constant_contribution(runs, flow, measured.is_kept, call)
+        contributions = constant_contribution(probe, flow, measured.is_kept, task.network.call)
     if contributions.constant_channels:
         # What was measured holds for the channels pruned then: none that stayed may be pruned now because a constant
         # channel takes its place in the count.
@@ -319,8 +306,7 @@ def _masked_without_constants(task: _Task) -> _Masked:
     reference = probe if resolved is measured else task.apply(resolved)
     notes = []
     if contributions.constants or contributions.constant_channels:
-        runs, call = _runnable(task, reference, measured.is_kept)
-        notes = _notes_on_training(norms_of_constants(runs, flow, resolved.is_kept, call))
+        notes = _notes_on_training(norms_of_constants(reference, flow, resolved.is_kept, task.network.call))
     return _Masked(reference, resolved, contributions, tuple(notes))
 
 
@@ -389,8 +375,7 @@ def _report(
 ) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
     model, flow, resolved = task.network.model, task.flow, masked.resolved
-    trained: dict[str, Reasons] = {name: (reasons.training_only(name),) for name in flow.in_training}
-    report = dense_report(model, dense, task.masks, resolved.reasons | trained, stale)
+    report = dense_report(model, dense, task.masks, resolved.reasons, stale)
     notes = ((flow.missed,) if flow.missed else ()) + masked.notes
     if parted := _no_longer_shared(task.original, dense):
         notes += (f"modules that shared these have one each now, as they differ: {', '.join(parted)}",)

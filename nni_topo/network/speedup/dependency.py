@@ -457,8 +457,6 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
                     skipped[name] = (reasons.another_name(others[0]),)
                 elif name in flow.channel_wise:
                     skipped[name] = (reasons.convolves_channels(),)
-                elif name in flow.in_training:
-                    skipped[name] = (reasons.training_only(name),)
                 elif name and not _is_used(flow, network.model, name) and name not in network.sizes:
                     skipped[name] = (reasons.not_run(),)
                 else:

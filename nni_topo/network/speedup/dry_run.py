@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from nni_topo.errors import SpeedupError
 from nni_topo.network.attention import PrunedMultiheadAttention, attend
 from nni_topo.network.channels import FIXED, ChannelFlow, Reason, Shares, chosen_of, has_property, reasons, shares
-from nni_topo.network.graph import RANDOM, UNSHOWN, Steps, arguments, resized
+from nni_topo.network.graph import RANDOM, UNSHOWN, arguments, resized
 from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
 from nni_topo.network.runtime import (
     SAME_CHANNELS,
@@ -82,6 +82,20 @@ _MULTIHEAD = (nn.MultiheadAttention, PrunedMultiheadAttention)
 def unprunable(network: Network) -> dict[int, Reason]:
     """Return the channels that can't be pruned although nothing pins them: by group id, the reason."""
     return network.remember("unprunable", lambda: _find_unprunable(network))
+
+
+class _Steps(nn.Module):
+    """A graph as a module that runs it node by node; PyTorch prints nothing if a node fails."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__()
+        self._modules = graph_module._modules
+        self._runs = Interpreter(graph_module)
+        self._runs.extra_traceback = False
+
+    def forward(self, *args: Any) -> Any:
+        """Run the graph. ``args``: the values of its placeholders."""
+        return self._runs.run(*args)
 
 
 class _FailedRunError(Exception):
@@ -159,12 +173,12 @@ class _SecondSize:
         seed_torch(seed)
         full = _with_type(assembled(_with_random_weights(network.model)), torch.float64, torch.float32)
         entering: Call = (arguments(full.graph, network.model, network.call), {})
-        self._full = Steps(full)
+        self._full = _Steps(full)
         self._call = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)
 
     def changed_constants(self, full: GraphModule, args: tuple[Any, ...], is_kept: np.ndarray) -> dict[int, Reason]:
         """Return the channels whose constant contribution isn't the same at both sizes, by group id, and why."""
-        found = constant_contribution(Steps(full), self._first, is_kept, (args, {}))
+        found = constant_contribution(_Steps(full), self._first, is_kept, (args, {}))
         other_kept = np.ones(self._flow.size, dtype=np.bool_)
         for name in self._first.layers.keys() & self._flow.layers.keys():
             other_kept[self._flow.group_ids_of(name)] = is_kept[self._first.group_ids_of(name)]
@@ -609,7 +623,7 @@ class _DryRun:
     def _needless(self, node: Node) -> Tensor | None:
         """Return the input channels whose contribution is supplied as a constant; broadcasts to the layer's input."""
         name = str(node.target)
-        if name not in self.flow.all_layers:
+        if name not in self.flow.layers:
             return None
         supplied = self._contribution.supplied(name)
         if supplied is None:
@@ -619,7 +633,7 @@ class _DryRun:
 
     @cached_property
     def _contribution(self) -> ConstantContribution:
-        return constant_contribution(Steps(self.full), self.flow, self.is_kept, (self._args, {}))
+        return constant_contribution(_Steps(self.full), self.flow, self.is_kept, (self._args, {}))
 
     def _first_input(self, node: Node) -> Any:
         parents = node.all_input_nodes

@@ -20,13 +20,10 @@ from nni_topo.errors import NniTopoError, SpeedupError, raised
 from nni_topo.network.attention import Attention, find_attention, has_own_forward, take_own_width
 from nni_topo.network.channels import ChannelFlow, rules_registered
 from nni_topo.network.graph import (
-    add_training,
     arguments,
-    evaluated,
     layer_sizes,
     on_modules,
     trace,
-    unused_tensors,
 )
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, LayerSizes, Size, adopt, is_scripted, spatial, with_heads
 from nni_topo.network.runtime import (
@@ -42,6 +39,7 @@ from nni_topo.network.runtime import (
     unwrapped_copy,
 )
 from nni_topo.network.speedup.sizes import Compared, second_call
+from nni_topo.network.speedup.training_only import read_in_training, unused_tensors
 from nni_topo.sharing import first_names
 
 _logger = logging.getLogger(__name__)
@@ -142,14 +140,9 @@ class Network:
                 return None
         return call
 
-    def graph(
-        self, model: nn.Module, call: Call | None = None, *, in_training: bool = False
-    ) -> tuple[GraphModule, tuple[Any, ...]]:
-        """Put the graph on the modules of a model of this structure and run it on a call, by default its own.
-
-        ``in_training``: with what runs in training alone.
-        """
-        graph_module = self.traced()[0](model, in_training=in_training)
+    def graph(self, model: nn.Module, call: Call | None = None) -> tuple[GraphModule, tuple[Any, ...]]:
+        """Put the graph on the modules of a model of this structure and run it on a call, by default its own."""
+        graph_module = self.traced()[0](model)
         args = arguments(graph_module.graph, model, call or self.call)
         with torch.no_grad(), random_state_kept(), as_written():
             ShapeProp(graph_module).propagate(*args)
@@ -205,14 +198,12 @@ class Network:
         model = copied()
         recording = trace(model, self.call)
         graph_module, reads_values = recording.graph_module, recording.reads_values
-        missed = ""
+        read, missed = dict[str, Any](), ""
         if unused := unused_tensors(model, graph_module.graph):
             # What was traced may hold things of its tracer's.
-            model = copied()
-            graph_module, missed, also_reads = add_training(model, graph_module, unused, self.call, trace)
-            reads_values |= also_reads
+            read, missed = read_in_training(copied(), unused, self.call)
         try:
-            flow = ChannelFlow(graph_module, recording.args, missed)
+            flow = ChannelFlow(graph_module, recording.args, read, missed)
         except Exception as error:  # a forward may do with tensors what no rule has seen yet
             if isinstance(error, NniTopoError) or out_of_memory(error):
                 raise
@@ -262,8 +253,8 @@ class Network:
         return found
 
 
-def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module, *, in_training: bool = True) -> GraphModule:
-    graph = copy.deepcopy(graph) if in_training else evaluated(copy.deepcopy(graph))
+def _assembled(graph: Graph, constants: dict[str, Any], model: nn.Module) -> GraphModule:
+    graph = copy.deepcopy(graph)
     targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
     parts = {name: constants[name].clone() if name in constants else attrgetter(name)(model) for name in targets}
     assembled: GraphModule = evaluating(with_heads(on_modules(parts, graph, type(model).__name__)))

@@ -85,12 +85,12 @@ class DenseSpeedup:
     def channel_ids(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """List the ids of the channels that enter and leave a module."""
         entering = self.flow.entering_channel_ids(name)
-        is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.all_layers
+        is_layer = output_channels(self.bound_model.get_submodule(name)) is not None and name in self.flow.layers
         return entering, self.flow.channel_ids_of(name) if is_layer else entering
 
     def cut_unused(self, ties: Iterable[Iterable[str]]) -> None:
         """Cut modules that the forward doesn't use as those of their kind that had the same tensor: by its names."""
-        names = {str(node.target) for node in self.node_infos if node.op == "call_module"} | self.flow.all_layers.keys()
+        names = {str(node.target) for node in self.node_infos if node.op == "call_module"} | self.flow.layers.keys()
         done = set[str]()
         for places in ties:
             owners = list(dict.fromkeys(place.rpartition(".")[0] for place in places))
@@ -120,7 +120,7 @@ class _Cutter(Replacer):
     def replace_modules(self, speedup: DenseSpeedup) -> None:
         flow, model = speedup.flow, speedup.bound_model
         names = [str(node.target) for node in speedup.node_infos if node.op == "call_module"]
-        names += [*flow.heads, *flow.shared, *flow.in_training]
+        names += [*flow.heads, *flow.shared]
         for name in dict.fromkeys(names):
             module, (ins, outs) = model.get_submodule(name), speedup.kept(name)
             entering, leaving = speedup.channel_ids(name)
@@ -190,11 +190,11 @@ def _in_order(
     groups = getattr(module, "groups", getattr(module, "num_groups", 1))
     of_group = ins // max(len(flow.entering_channel_ids(name)) // groups, 1)
     if is_depthwise(module):
-        step = flow.all_layers[name].channels // len(flow.entering_channel_ids(name))
+        step = flow.layers[name].channels // len(flow.entering_channel_ids(name))
         outs = (ins[:, None] * step + torch.arange(step)).flatten()
     elif bool((of_group[1:] < of_group[:-1]).any()):
         return ascending[0], outs
-    return ins, outs if name in flow.all_layers else ins
+    return ins, outs if name in flow.layers else ins
 
 
 def kept_outputs(flow: ChannelFlow, is_kept: np.ndarray) -> KeptIndices:

@@ -464,25 +464,6 @@ def test_attention_that_changes_what_enters_needs_all_channels_and_loses_heads()
     same(dense, masked_model(model, inputs, masks), inputs)
 
 
-class Twice(nn.Module):
-    """A head runs in training alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last, self.extra = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 3)
-
-    def forward(self, x):
-        x = self.first(x).relu()
-        return (self.last(x), self.extra(x)) if self.training else self.last(x)
-
-
-def test_layers_that_run_in_training_alone_are_set_apart_and_read_what_others_do():
-    flow = Network.on(Twice().eval(), torch.randn(2, 5)).flow
-    assert (list(flow.layers), list(flow.in_training)) == (["first", "last"], ["extra"])
-    assert [reason.kind for reason in flow.why_pinned("first")] == []
-    assert flow.entering_group_ids("extra").tolist() == flow.group_ids_of("first").tolist()
-
-
 class Picking(nn.Module):
     """Picks channels, and does something with them."""
 

@@ -511,12 +511,13 @@ def test_layers_that_keep_their_channels_say_why_in_the_order_asked_for():
     found = unprunable_layers(Kinds().eval(), torch.randn(3, 4), asked)
     assert {name: [each.kind for each in why] for name, why in found.items()} == {
         "last": ["model_output"],
-        "beside": ["training_only"],
+        "beside": ["not_run"],
         "unused": ["not_run"],
         "alias": ["another_name"],
+        "first": ["training_reader"],
         "picked": ["result_depends"],
     }
-    assert list(found) == ["last", "beside", "unused", "alias", "picked"]
+    assert list(found) == ["last", "beside", "unused", "alias", "first", "picked"]
 
 
 class Holding(nn.Module):

@@ -402,23 +402,18 @@ class Deciding(nn.Module):
         return (self.last(x), self.beside(x)) if self.training else self.last(x)
 
 
-@pytest.mark.parametrize("evaluating", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-def test_a_graph_reads_values_if_the_forward_does_in_either_mode(evaluating, training):
-    network = Network.on(Deciding(evaluating=evaluating, training=training).eval(), torch.randn(2, 4))
-    known = network._recorded()
-    assert known.reads_values is (evaluating or training)
-    assert "beside" in known.flow.in_training
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_graph_reads_values_if_the_forward_does(reads):
+    network = Network.on(Deciding(evaluating=reads, training=False).eval(), torch.randn(2, 4))
+    assert network._recorded().reads_values is reads
 
 
-def test_a_graph_holds_what_training_alone_runs_where_it_is_asked_for_and_runs_on_any_call():
+def test_a_graph_runs_on_any_call():
     model, rows, others = Deciding(evaluating=False, training=False).eval(), torch.randn(2, 4), torch.randn(2, 4)
     network = Network.on(model, rows)
-    for in_training in (False, True):
-        graph_module, args = network.graph(model, in_training=in_training)
-        called = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
-        assert called == ["first", "last", *["beside"] * in_training]
-        assert torch.equal(args[0], rows)
+    graph_module, args = network.graph(model)
+    assert [node.target for node in graph_module.graph.nodes if node.op == "call_module"] == ["first", "last"]
+    assert torch.equal(args[0], rows)
     graph_module, args = network.graph(model, ((others,), {}))
     assert torch.equal(args[0], others)
     torch.testing.assert_close(graph_module(*args), model(others))

@@ -1,0 +1,184 @@
+"""Modules that run in training mode only, such as auxiliary heads: the layers that they read keep all channels.
+
+A model is traced in evaluation mode. If some of its parameters aren't used there, it is traced a second time, with the
+modules that hold these parameters in training mode, to see which layers' channels reach them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextlib import ExitStack
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from nni_topo.errors import SpeedupError
+from nni_topo.network.channels import FIXED, ChannelFlow, Reason, reasons
+from nni_topo.network.graph import RANDOM, is_in_parts, trace
+from nni_topo.network.runtime import (
+    Call,
+    called,
+    detached_copy,
+    evaluating,
+    out_of_memory,
+    random_state_kept,
+    tensors_of,
+)
+
+_logger = logging.getLogger(__name__)
+
+
+def unused_tensors(model: nn.Module, graph: Graph) -> list[str]:
+    """List the parameters and floating buffers of a model that no node of its graph uses, by name."""
+    used = set[int]()
+    for node in graph.nodes:
+        if node.op not in ("call_module", "get_attr"):
+            continue
+        found = _attribute(model, str(node.target))
+        if isinstance(found, nn.Module):
+            used.update(id(tensor) for tensor in (*found.parameters(), *found.buffers()))
+        else:
+            used.add(id(found))
+    # A number, and what counts or masks, has no channels.
+    held = [(name, each) for name, each in model.named_buffers() if each.dim() and each.is_floating_point()]
+    return [name for name, each in (*model.named_parameters(), *held) if id(each) not in used]
+
+
+Read = dict[str, tuple[np.ndarray, Reason]]
+
+
+def read_in_training(model: nn.Module, unused: list[str], call: Call) -> tuple[Read, str]:
+    """Find the channels of layers that modules read that run in training mode only.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, in evaluation mode. It isn't changed.
+    unused : list of str
+        The parameters that its graph of evaluation mode doesn't use.
+    call : Call
+        Arguments of the model.
+
+    Returns
+    -------
+    read : dict of str to (np.ndarray, Reason)
+        By layer: which of its channels have to stay for what training mode runs, bool, shape (channels,); and why.
+    missed : str
+        Which modules couldn't be followed, as a note for the user; empty if all could.
+    """
+    try:
+        # The copy has weights of its own, because a forward may write into them in training mode.
+        trained = detached_copy(model)
+        for name in unused:
+            owners = name.split(".")[:-1]
+            for length in range(len(owners) + 1):
+                # Only the modules that contain the parameter: dropout and batch norms beside it would compute something
+                # else in training mode, and don't decide where data goes.
+                owner = trained.get_submodule(".".join(owners[:length]))
+                owner.training = owner.training or not _only_computes_otherwise(owner)
+        recording = trace(trained, call)
+        graph = recording.graph_module.graph
+        if is_in_parts(graph):
+            raise SpeedupError("a model must be traced as a whole to follow training mode, got one traced in parts")
+        for node in graph.nodes:
+            _set_to_evaluation(node)
+        recording.graph_module.recompile()
+        flow = ChannelFlow(recording.graph_module, recording.args)
+    except Exception as error:  # a user's forward may raise anything
+        if out_of_memory(error):
+            raise
+        _logger.debug("%s can't be followed in training mode", type(model).__name__, exc_info=True)
+        not_run = _not_run(model, call, unused)
+        if not not_run:
+            return {}, ""
+        return {}, (
+            "these modules run in training mode only, which couldn't be traced, so channels that they read may be "
+            f"missing: {', '.join(not_run)}"
+        )
+    readers, met = dict[int, str](), _met_by_inputs(graph)  # by group of channels, the module that reads them
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op not in ("call_module", "get_attr") or node not in met:
+            continue
+        if not any(each == name or each.startswith(f"{name}.") for each in unused):
+            continue
+        for user in (node,) if node.op == "call_module" else node.users:
+            for tensor in (*user.all_input_nodes, user):  # what is coupled with a module's output stays, too
+                for ids in tensors_of(flow.ids[tensor.name]):
+                    for group in np.unique(flow.group_ids(ids.numpy().ravel())).tolist():
+                        readers.setdefault(group, name)
+    readers.pop(FIXED, None)
+    read: Read = {}
+    for layer in flow.layers:
+        groups = flow.group_ids_of(layer)
+        found = [readers[group] for group in groups.tolist() if group in readers]
+        if found:
+            read[layer] = np.isin(groups, list(readers)), reasons.training_reader(found[0])
+        elif why := flow.why_pinned(layer):
+            read[layer] = groups == FIXED, why[0]
+    return read, ""
+
+
+def _only_computes_otherwise(module: nn.Module) -> bool:
+    """Tell whether training mode changes what a module computes, but not which modules run: a layer of PyTorch's."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(
+        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    )
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    """Look up an attribute of a model; None if it has none, as for constants that only the tracer knows."""
+    try:
+        return attrgetter(name)(model)
+    except AttributeError:
+        return None
+
+
+def _not_run(model: nn.Module, call: Call, parameters: list[str]) -> list[str]:
+    """List the modules that hold these parameters and don't run in evaluation mode."""
+    ran = set[str]()
+    copied = evaluating(detached_copy(model, light=True))
+    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    with ExitStack() as stack, torch.no_grad(), random_state_kept():
+        for owner in owners:
+            stack.enter_context(called(copied.get_submodule(owner), partial(_note_call, ran, owner)))
+        copied(*call[0], **call[1])
+    return [owner for owner in owners if owner not in ran]
+
+
+def _note_call(ran: set[str], owner: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ran.add(owner)
+
+
+def _met_by_inputs(graph: Graph) -> set[Node]:
+    """Find the nodes of a graph that depend on an input, or whose values meet one or the output later."""
+    entered = set[Node]()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or not entered.isdisjoint(node.all_input_nodes):
+            entered.add(node)
+    met = set(entered)
+    for node in reversed(graph.nodes):
+        if not met.isdisjoint(node.users):
+            met.add(node)
+    return met
+
+
+def _set_to_evaluation(node: Node) -> None:
+    """Set the argument ``training`` of a function to False, as modules of both graphs are in evaluation mode."""
+    if node.op != "call_function":
+        return
+    try:
+        signature = inspect.signature(node.target)  # type: ignore[arg-type]
+        given = signature.bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):  # some functions of PyTorch's have no signature
+        return
+    if given.arguments.get("training") is True:
+        given.arguments["training"] = False
+        node.args, node.kwargs = given.args, given.kwargs
+        node.meta.pop(RANDOM, None)
