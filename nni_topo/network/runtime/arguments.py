@@ -268,8 +268,8 @@ def check_unwrapped(model: torch.nn.Module) -> None:
     for name, _ in model.named_modules():
         if name.endswith("_nni_wrapper"):
             raise SpeedupError(
-                "a model must be unwrapped before it is made dense or saved, call pruner.unwrap_model() first; "
-                f"got a model still wrapped by NNI ({name.removesuffix('._nni_wrapper')})"
+                "a model must be unwrapped (pruner.unwrap_model()) before it is analysed, made dense or saved, got one "
+                f"wrapped by NNI ({name.removesuffix('._nni_wrapper')})"
             )
 
 

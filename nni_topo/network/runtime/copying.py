@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from pickle import PicklingError
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from nni.compression.base.compressor import Compressor
+from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.memory import out_of_memory
 
-# What copy.deepcopy raises of what it can't copy: of locks and files, of pointers, of queues between processes.
+# What copy.deepcopy raises of what it can't copy: of pointers, of queues between processes.
 _NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
+# One for a model and its copies. In training under NNI a model holds methods of the pruner, and of the evaluator with
+# its trainer and data.
+_SHARED = (ModuleType, io.IOBase, type(threading.Lock()), type(threading.RLock()), Compressor, Evaluator)
+_CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -44,7 +54,9 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     """Return deep copies of models, as copy.deepcopy makes them, that share with each other what the models share.
 
     Weights that are computed with gradients, as those of a masked model in training are, become tensors of the copy's
-    own. What ``torch.compile`` has compiled is as it was written.
+    own. A function that holds a module or a tensor of a model, such as a forward that replaces its class's, or a hook,
+    holds the copy's. What ``torch.compile`` has compiled is as it was written. Locks, files and Python's modules are
+    shared.
 
     Parameters
     ----------
@@ -58,32 +70,41 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     Raises
     ------
     ConfigError
-        If copy.deepcopy can't copy a model, or a copy would compute with the model's own modules or tensors.
+        If copy.deepcopy can't copy a model, or a copy would hold what is the model's.
     """
     modules = [module for model in models for module in model.modules()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     in_both = set(memo)
+    own = {id(each) for module in modules for each in (module, *_tensors_of(module))}
     if light:
         for model in models:
             for parameter in model.parameters():
                 memo.setdefault(id(parameter), _same_memory(parameter))
-    for module in modules:
-        for value in _tensors_in(module):
+    functions = _Functions(own, memo)
+    for value in _reached([vars(module) for module in modules]):
+        if issubclass(type(value), Tensor):  # a proxy of one says that it is one, too
             if is_transformed(value):  # it has no memory and serves nobody after the transformation
                 memo.setdefault(id(value), value)
             elif not value.is_leaf:  # deepcopy refuses it
                 memo.setdefault(id(value), value.detach().clone())
+        elif isinstance(value, _SHARED):
+            memo[id(value)] = value
+        elif type(value) is FunctionType and not is_compiled_function(value):
+            functions.add(value)
     try:
         copied: list[Any] = copy.deepcopy(list(models), memo)
+        functions.fill()
     except _NOT_COPIED as error:
         if out_of_memory(error):
             raise
-        raise ConfigError(f"a model must be one that copy.deepcopy copies, got: {error} (model)") from error
+        raise ConfigError(
+            f"a model must be one that copy.deepcopy copies, got: {error} ({_not_copied(models, memo)})"
+        ) from error
     for module in modules:
         forward: Any = vars(module).get("forward")
         if is_compiled_function(forward) and not is_compiled_module(module):  # which compiles what it holds
             memo[id(module)].forward = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
-    _check_independent(modules, copied, in_both)
+    _check_independent(copied, own - in_both)
     return copied
 
 
@@ -96,56 +117,117 @@ def _same_memory(parameter: nn.Parameter) -> nn.Parameter:
     return other
 
 
-def _tensors_in(module: nn.Module) -> Iterator[Tensor]:
-    """Go over the tensors of a module, its children aside: in its attributes, and in tables and lists of these."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return
-    for value in vars(module).values():
-        held = value.values() if isinstance(value, dict) else value if type(value) in (list, tuple) else (value,)
-        yield from (each for each in held if issubclass(type(each), Tensor))  # a proxy of one says that it is one, too
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
 
 
-def _check_independent(modules: Iterable[nn.Module], copied: Iterable[nn.Module], shared: set[int]) -> None:
-    """Raise ConfigError for a copy that holds what is the model's, itself or by a function or a weak reference."""
-    own = {id(module) for module in modules}
-    own |= {id(tensor) for module in modules for tensor in module.buffers(recurse=False)} - shared
+def _reached(values: Iterable[Any]) -> Iterator[Any]:
+    """Go over values and what they hold: containers, functions, bound methods and partials; modules end a path."""
+    waiting, seen = list(values), set[int]()
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)
+        if kind in _ATOMS or id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if issubclass(kind, dict):
+            waiting += value.values()
+        elif issubclass(kind, _CONTAINERS):
+            waiting += value
+        elif kind is MethodType:
+            waiting += (value.__func__, value.__self__)
+        elif issubclass(kind, functools.partial):
+            waiting += (value.func, *value.args, *value.keywords.values())
+        elif kind is FunctionType and not is_compiled_function(value):
+            waiting += (*map(_content, value.__closure__ or ()), *(value.__defaults__ or ()), vars(value))
+            waiting += (value.__kwdefaults__ or {}).values()
+
+
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a variable that has no value yet
+        return None
+
+
+class _Functions:
+    """Functions that hold what is a model's: deepcopy, which hands functions on as they are, finds copies of these.
+
+    A copy holds the copies of what is the model's, and what else the function holds.
+    """
+
+    def __init__(self, own: set[int], memo: dict[int, Any]) -> None:
+        self._own, self._memo = own, memo
+        self._made: list[tuple[FunctionType, FunctionType]] = []
+        self._cells: dict[int, tuple[CellType, CellType]] = {}  # with the old one, so that no other gets its id
+
+    def add(self, function: FunctionType) -> None:
+        """Make a copy of a function if it needs one; what it holds comes later."""
+        if not self._is_own(function):
+            return
+        cells = [self._cells.setdefault(id(cell), (cell, CellType()))[1] for cell in function.__closure__ or ()]
+        copied = FunctionType(function.__code__, function.__globals__, function.__name__, None, tuple(cells) or None)
+        self._made.append((function, copied))
+        self._memo[id(function)] = copied
+
+    def fill(self) -> None:
+        """Let the copies hold what they should."""
+        for function, copied in self._made:
+            functools.update_wrapper(copied, function, updated=())
+            vars(copied).clear()
+            vars(copied).update({name: self._copy(value) for name, value in vars(function).items()})
+            if function.__defaults__ is not None:
+                copied.__defaults__ = tuple(map(self._copy, function.__defaults__))
+            if function.__kwdefaults__ is not None:
+                copied.__kwdefaults__ = {name: self._copy(value) for name, value in function.__kwdefaults__.items()}
+        for cell, new in self._cells.values():
+            with suppress(ValueError):  # a variable that has no value yet
+                new.cell_contents = self._copy(cell.cell_contents)
+
+    def _is_own(self, value: Any) -> bool:
+        return any(id(each) in self._own for each in _reached([value]))
+
+    def _copy(self, value: Any) -> Any:
+        return copy.deepcopy(value, self._memo) if self._is_own(value) else value
+
+
+def _not_copied(models: Iterable[nn.Module], memo: dict[int, Any]) -> str:
+    """Name the attribute that copy.deepcopy can't copy."""
+    for model in models:
+        for name, module in model.named_modules():
+            for attribute, value in vars(module).items():
+                if attribute not in ("_modules", "_parameters", "_buffers"):
+                    try:
+                        copy.deepcopy(value, dict(memo))
+                    except _NOT_COPIED:
+                        return f"{name}.{attribute}".lstrip(".")
+    return "model"
+
+
+def _check_independent(copied: Iterable[nn.Module], own: set[int]) -> None:
+    """Raise ConfigError for a copy that holds what is the model's, itself or by a weak reference."""
     for model in copied:
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             for attribute, value in vars(module).items():
-                every = (
-                    value.values() if isinstance(value, dict) else value if type(value) in (list, tuple) else (value,)
-                )
-                if any(id(held) in own for each in every for held in (each, *_held_by(each))):
-                    raise ConfigError(
-                        "a copy of a model must compute with its own modules, got one that is shared with the model, "
-                        "by a closure, a weak reference or the class's __deepcopy__ "
-                        f"({'.'.join(filter(None, (name, attribute)))}); make such a function a method"
-                    )
-
-
-def _held_by(value: Any) -> Iterator[Any]:
-    """Go over what a function, a bound method or a weak reference holds."""
-    if isinstance(value, MethodType):
-        yield value.__self__
-    elif isinstance(value, functools.partial):
-        yield from (*_held_by(value.func), *value.args, *value.keywords.values())
-    elif isinstance(value, weakref.ReferenceType):
-        yield value()
-    elif isinstance(value, FunctionType):
-        contents = [_content(cell) for cell in value.__closure__ or ()]
-        for held in (*contents, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
-            yield held
-            if isinstance(held, MethodType):
-                yield held.__self__
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # a variable that has no value yet
-        return None
+                place = f"{name}.{attribute}".lstrip(".")
+                for each in (value, *value.values()) if isinstance(value, dict) else (value,):
+                    if isinstance(each, weakref.ReferenceType) and id(each()) in own:
+                        raise ConfigError(
+                            "a model must hold its modules by themselves, for a copy of it has its own, got a weak "
+                            f"reference to one ({place}); a tuple of the module isn't registered either"
+                        )
+                    if id(each) in own and not isinstance(each, nn.Parameter):
+                        raise ConfigError(
+                            "a copy of a model must have modules and buffers of its own, got one that is the model's, "
+                            f"by the __deepcopy__ of a class ({place})"
+                        )
 
 
 def is_compiled_module(module: nn.Module) -> bool:

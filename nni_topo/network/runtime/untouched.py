@@ -78,7 +78,8 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
         models = list({id(each): each for given in (*args, *kwargs.values()) for each in _models_in(given)}.values())
         is_copied = _CALL.get() is None and not as_compiled
         copied = [each for each in models if is_copied and is_plain(each) and not _is_wrapped(each)]
-        others = [each for each in models if not any(each is model for model in copied)]
+        ids = {id(each) for each in copied}
+        others = [each for each in models if id(each) not in ids]
         try:
             with left_alone(*others, as_compiled=as_compiled), _copies(copied) as copies:
                 own: Any = [_replaced(given, copies) for given in args]
@@ -117,7 +118,8 @@ def _replaced(given: Any, copies: Mapping[int, nn.Module]) -> Any:
         return given
     if isinstance(given, Mapping):
         return {key: copies.get(id(each), each) for key, each in given.items()}
-    return [copies.get(id(each), each) for each in given]
+    replaced = [copies.get(id(each), each) for each in given]
+    return tuple(replaced) if isinstance(given, tuple) else replaced
 
 
 @contextmanager
@@ -135,8 +137,8 @@ def _copies(models: list[nn.Module]) -> Iterator[dict[int, nn.Module]]:
         names = [name for model in models for name, each in model.named_parameters() if id(each) in written]
         if names:
             _logger.warning(
-                "parameters that a forward writes to must take at most a quarter of the free memory to be left alone; "
-                "these have new values: %s",
+                "parameters that a forward or evaluate writes to must take at most a quarter of the free memory to be "
+                "left alone; these have new values: %s",
                 listed(names),
             )
 
@@ -286,6 +288,7 @@ def _forget_turns() -> None:
     """Let a forked process begin anew: the threads that had turns aren't there."""
     global _turn
     _turn, _thread.has_turn = threading.Lock(), False
+    _CALL.set(None)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -44,7 +44,7 @@ from nni_topo.network.layers import (
     weight_is_computed,
     with_known_layers,
 )
-from nni_topo.network.runtime import INPUTS, MODEL, UNGROUPED, leaves_models_alone
+from nni_topo.network.runtime import INPUTS, MODEL, UNGROUPED, check_unwrapped, leaves_models_alone
 from nni_topo.network.speedup.dry_run import unprunable
 from nni_topo.network.speedup.network import Network
 
@@ -207,6 +207,7 @@ def dependency_groups(
     >>> groups.skipped
     {'2': "it gives the model's output"}
     """
+    check_unwrapped(model)
     return groups_of(model, example_inputs, config_list, strict=strict)
 
 

@@ -20,7 +20,7 @@ from nni_topo.network.layers import (
     output_channels,
     with_known_layers,
 )
-from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
+from nni_topo.network.runtime import INPUTS, MODEL, check_unwrapped, leaves_models_alone
 from nni_topo.network.speedup.dependency import named_norms, unprunable_layers
 from nni_topo.network.speedup.dry_run import unprunable
 from nni_topo.network.speedup.network import Network
@@ -156,6 +156,7 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
     kept: the result of an operation depends on removed channels (1: Softmax)
     what to change: use an operation that treats every channel by itself, or leave the layer out ...
     """
+    check_unwrapped(model)
     model = with_known_layers(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = [name for name, module in modules.items() if _channels(module) is not None]

@@ -268,11 +268,17 @@ ATTRIBUTES = {
     "list": lambda block: ("steps", [lambda x: torch.relu(x) * block.scale]),
     "weak reference": lambda block: ("held", weakref.ref(block.first)),
     "lock": lambda block: ("held", threading.Lock()),
+    "module of Python's": lambda block: ("held", functools),
+    "states": lambda block: ("held", {"last": [(block.scale * 2, block.scale * 3)]}),
+    "device": lambda block: ("to", functools.wraps(block.to)(lambda *given: block.to(*given))),  # as accelerate does
 }
 FORWARDS = {
     "closure": lambda block, forward: lambda x: checkpoint(forward, x, use_reentrant=False),
     "wrapper": _wrapper,
+    "wrapped twice": lambda block, forward: _wrapper(block, _wrapper(block, forward)),
+    "decorators": lambda block, forward: torch.no_grad()(torch.autocast("cpu", enabled=False)(forward)),
     "default": lambda block, forward: lambda x, own=block: type(own).forward(own, x),
+    "weight": lambda block, forward: lambda x, scale=block.scale: forward(x) * (scale / block.scale),
     "compiled": lambda block, forward: torch.compile(forward, backend="eager"),
     "method": lambda block, forward: forward,
 }
@@ -283,39 +289,46 @@ def _network(how):
     return nn.Sequential(nn.Conv2d(3, 4, 1), Block(how), nn.ReLU(), nn.Conv2d(4, 6, 1)).eval()
 
 
-@pytest.mark.parametrize("how", ["compiled", "method", "partial"])
+HELD = [*FORWARDS, *(how for how in ATTRIBUTES if how != "weak reference"), "hook", "partial"]
+
+
+@pytest.mark.parametrize("how", HELD)
 def test_a_smaller_network_computes_without_the_one_it_was_made_of(how):
     images = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     model = _network(how)
-    small = nni_topo.shrink(model, images.split(16), {"flops": 0.6}, distill=False)
-    assert "1.first" in small.report.pruned_layers
+    held = {name: value for name, value in vars(model[1]).items() if name in ("forward", "act", "steps", "held", "to")}
+    groups = dependency_groups(model, images[:2], CONFIG)
+    pruner = RandomPruner(model, groups, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    small = to_dense(model, images[:2], masks)
+    assert len(small[1].first.weight) == 4
     with torch.no_grad():
         before = small(images)
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
         torch.testing.assert_close(small(images), before)
+    assert all(vars(model[1])[name] is value for name, value in held.items() if how not in FORWARDS)
 
 
-@pytest.mark.parametrize(
-    ("how", "place"),
-    [
-        ("attribute", "1.act"),
-        ("list", "1.steps"),
-        ("weak reference", "1.held"),
-        ("closure", "1.forward"),
-        ("wrapper", "1.forward"),
-        ("default", "1.forward"),
-        ("hook", "1.second._forward_hooks"),
-    ],
-)
-def test_a_model_whose_copy_would_compute_with_its_layers_is_refused(how, place):
-    with pytest.raises(ConfigError, match=rf"must compute with its own modules.*\({place}\)"):
-        dependency_groups(_network(how), torch.randn(1, 3, 6, 6), CONFIG)
+def test_a_function_keeps_what_is_not_of_the_model():
+    model, seen = _network("hook"), []
+    model[0].register_forward_hook(lambda module, args, output: seen.append((module, model[1].scale)))
+    copied = detached_copy(model)
+    copied(torch.randn(1, 3, 6, 6))
+    assert seen == [(copied[0], copied[1].scale)]
 
 
-def test_a_model_that_cannot_be_copied_is_refused():
-    with pytest.raises(ConfigError, match=r"copy\.deepcopy copies, got: .*lock"):
-        dependency_groups(_network("lock"), torch.randn(1, 3, 6, 6), CONFIG)
+def test_a_weak_reference_to_a_module_is_refused():
+    with pytest.raises(ConfigError, match=r"got a weak reference to one \(1\.held\)"):
+        dependency_groups(_network("weak reference"), torch.randn(1, 3, 6, 6), CONFIG)
+
+
+def test_a_model_that_cannot_be_copied_is_refused_with_the_attribute():
+    model = _network("method")
+    model[1].held = (each for each in range(3))
+    with pytest.raises(ConfigError, match=r"copy\.deepcopy copies, got: .*generator.*\(1\.held\)"):
+        dependency_groups(model, torch.randn(1, 3, 6, 6), CONFIG)
 
 
 def test_a_copy_has_a_generator_of_its_own_in_the_same_state():

@@ -14,6 +14,7 @@ from nni.compression.speedup.dependency import auto_set_denpendency_group_ids
 from speedup_nets import Chunked, Concatenated, Grouped, Residual, Shared, chain
 from torch import nn
 
+import nni_topo
 from nni_topo.errors import ConfigError, SpeedupError
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.rules import FIXED
@@ -595,3 +596,13 @@ def test_a_granularity_of_ones_own_makes_no_group_of_heads():
         "attention.0.proj": ([3, 6], "group_0"),
         "added.0": ([3, 6], "group_0"),
     }
+
+
+@pytest.mark.parametrize("function", [nni_topo.dependency_groups, nni_topo.explain])
+def test_a_model_that_is_still_wrapped_is_refused(function):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    entry = {"op_names": ["0"], "sparse_ratio": 0.5}
+    nni_topo.RandomPruner(model, [entry])
+    asked = "0" if function is nni_topo.explain else [entry]
+    with pytest.raises(SpeedupError, match=r"must be unwrapped .*wrapped by NNI \(0\)"):
+        function(model, torch.randn(3, 4), asked)
