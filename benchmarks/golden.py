@@ -415,9 +415,10 @@ def differences(expected: Record, actual: Record, *, reasons: bool = False) -> l
         found += different_keys(key, before, after)
     for key in ("ties", "shares", "shapes", "kept_counts", "stale"):
         found += different_keys(key, expected.get(key, {}), actual.get(key, {}))
-    for key in ("named", "parameters", "macs", "changed", *(["notes"] if reasons else [])):
+    for key in ("named", "parameters", "macs", *(["notes"] if reasons else [])):
         if expected.get(key) != actual.get(key):
             found.append(f"{key}: was {expected.get(key)}, is {actual.get(key)}")
+    found += [f"the user's model has changed: {each}" for each in actual.get("changed", ())]
     if len(expected.get("notes", ())) != len(actual.get("notes", ())):
         found.append(f"notes: were {expected.get('notes')}, are {actual.get('notes')}")
     return found + different_numbers("outputs", expected.get("outputs", []), actual.get("outputs", []))

@@ -124,3 +124,15 @@ def test_a_packed_file_is_the_same_whenever_it_is_packed(tmp_path):
     assert packed[0].read_bytes() == packed[1].read_bytes()
     assert golden.read_records(packed[0]) == records
     assert golden.main(["compare", str(packed[0]), str(lines)]) == 0
+
+
+def test_a_change_of_the_users_model_is_a_difference():
+    record = REFERENCE["own/unet"]
+    changed = {**record, "changed": ["pruning, interrupted: modes"]}
+    assert golden.differences(record, changed) == ["the user's model has changed: pruning, interrupted: modes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own/unet", "own/lstm", "transformers/bert"])
+def test_functions_and_interruptions_leave_the_users_model_as_it_was(name):
+    assert golden.changes(name, dict(golden.entries())[name]) == ([], [])
