@@ -258,6 +258,31 @@ def test_a_model_is_as_it_was(name, tmp_path):
     require_unchanged(others, other)
 
 
+@pytest.mark.parametrize("name", sorted(CALLS))
+@pytest.mark.quick_every(12)
+def test_a_model_is_as_it_was_after_interruptions(name, tmp_path):
+    kind, draw, count, last = KINDS.get(name, Busy), random.Random(name), 0, None
+
+    def interrupt(module, args):
+        nonlocal count
+        count += 1
+        if count == last:
+            raise KeyboardInterrupt
+
+    with nn.modules.module.register_module_forward_pre_hook(interrupt):
+        called(name, busy(kind), busy(kind), tmp_path)
+        forwards = count
+        for _ in range(8 if forwards else 0):
+            model, other = busy(kind), busy(kind)
+            before, others = snapshot(model), snapshot(other)
+            count, last = 0, draw.randint(1, forwards)
+            with suppress(KeyboardInterrupt):
+                called(name, model, other, tmp_path)
+            last = None
+            require_unchanged(before, model)
+            require_unchanged(others, other)
+
+
 def forgetful(model):
     """Let a model have methods that don't return it, such as the ``train`` of many that keep batch norms frozen."""
     kind = type(model)
