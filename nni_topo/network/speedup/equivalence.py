@@ -286,11 +286,11 @@ def run_in_training(original: torch.nn.Module, dense: torch.nn.Module, call: Cal
     # Where processes share a job, layers may wait in training mode for those of the other processes.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return TrainingRun()
-    copied = detached_copy(dense, light=True)
+    copied = detached_copy(dense)  # with weights of its own, into which a forward may write in training mode
     before = _plain_tensors(copied)
     failure = _raised_in_training(copied, call)
     if failure:
-        return TrainingRun("" if _raised_in_training(detached_copy(original, light=True), call) else failure)
+        return TrainingRun("" if _raised_in_training(detached_copy(original), call) else failure)
     after = _plain_tensors(copied)
     changed = {name: (each, after[name]) for name, each in before.items() if after.get(name, each) is not each}
     return TrainingRun(kept=changed)
@@ -366,7 +366,7 @@ def _note_call(names: set[str], name: str, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _raised_in_training(model: torch.nn.Module, call: Call) -> str:
-    """Run a light copy in training mode, which may change all but its parameters; say which error it raises, if any."""
+    """Run a copy in training mode, which may change it; say which error it raises, if any."""
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, call)
     with random_state_kept(), torch.no_grad():
         try:

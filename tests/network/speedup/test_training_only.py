@@ -421,6 +421,17 @@ def test_a_dense_model_that_fails_in_training_is_warned_of(kind, caplog):
     assert note in caplog.text
 
 
+def test_weights_that_follow_others_in_training_are_as_before():
+    torch.manual_seed(0)
+    model = Momentum()
+    with torch.no_grad():
+        model.target[0].weight.fill_(1.0)
+    pruned = {"online.2": {"weight": (torch.arange(6) < 3).float().view(6, 1, 1, 1)}}
+    dense = nni_topo.to_dense(model, IMAGES, pruned)
+    assert bool((model.target[0].weight == 1.0).all())
+    assert bool((dense.target[0].weight == 1.0).all())
+
+
 def test_an_average_in_a_plain_list_is_as_before():
     model = Averaged()
     before = model.averages[0].weight.clone()
