@@ -310,7 +310,7 @@ def test_parameters_and_buffers_are_finite(value: float) -> None:
 def test_a_wrapped_model_is_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].add_module("_nni_wrapper", nn.Identity())
-    with pytest.raises(NniTopoError, match=r"call pruner.unwrap_model\(\) first.*\(0\)"):
+    with pytest.raises(NniTopoError, match=r"must be unwrapped .*\(0\)"):
         check_model(model)
 
 

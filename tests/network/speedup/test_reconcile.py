@@ -231,7 +231,7 @@ def test_a_wrapped_model_is_refused(function):
     model = chain()
     pruner = L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}])
     _, masks = pruner.compress()
-    with pytest.raises(SpeedupError, match=r"call pruner.unwrap_model\(\) first; got .* \(0\)"):
+    with pytest.raises(SpeedupError, match=r"must be unwrapped .* \(0\)"):
         function(model, IMAGES, masks)
     pruner.unwrap_model()
     function(model, IMAGES, masks)
