@@ -30,6 +30,7 @@ _NOT_COPIED = (TypeError, ValueError, RuntimeError, PicklingError)
 # its trainer and data.
 _SHARED = (ModuleType, io.IOBase, type(threading.Lock()), type(threading.RLock()), Compressor, Evaluator)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -74,7 +75,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
     """
     modules = [module for model in models for module in model.modules()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-    in_both = set(memo)
+    shared_ids = set(memo)
     own = {id(each) for module in modules for each in (module, *_tensors_of(module))}
     if light:
         for model in models:
@@ -104,7 +105,7 @@ def copied_together(models: Sequence[nn.Module], *, light: bool = False, shared:
         forward: Any = vars(module).get("forward")
         if is_compiled_function(forward) and not is_compiled_module(module):  # which compiles what it holds
             memo[id(module)].forward = copy.deepcopy(forward._torchdynamo_orig_callable, memo)
-    _check_independent(copied, own - in_both)
+    _check_independent(copied, own - shared_ids)
     return copied
 
 
@@ -143,9 +144,6 @@ def _reached(values: Iterable[Any]) -> Iterator[Any]:
         elif kind is FunctionType and not is_compiled_function(value):
             waiting += (*map(_content, value.__closure__ or ()), *(value.__defaults__ or ()), vars(value))
             waiting += (value.__kwdefaults__ or {}).values()
-
-
-_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device})
 
 
 def _content(cell: CellType) -> Any:
@@ -221,7 +219,7 @@ def _check_independent(copied: Iterable[nn.Module], own: set[int]) -> None:
                     if isinstance(each, weakref.ReferenceType) and id(each()) in own:
                         raise ConfigError(
                             "a model must hold its modules by themselves, for a copy of it has its own, got a weak "
-                            f"reference to one ({place}); a tuple of the module isn't registered either"
+                            f"reference to one ({place}); hold the module in a tuple, which doesn't register it"
                         )
                     if id(each) in own and not isinstance(each, nn.Parameter):
                         raise ConfigError(

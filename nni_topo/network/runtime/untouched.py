@@ -66,8 +66,9 @@ def leaves_models_alone(function: Callable[_Given, _Made], *, as_compiled: bool 
     A copy has parameters of its own where these take at most a quarter of the free memory. Else it uses the memory of
     the model's; a warning then names parameters that a forward has written to.
 
-    Copied once, at the outermost call. What can't be copied is put back (`left_alone`): a model that NNI has wrapped,
-    one that is spread over devices, and any model if ``as_compiled`` is True, because a copy isn't compiled.
+    Models are copied once, at the outermost call. What isn't copied is put back (`left_alone`): a model that NNI has
+    wrapped, one that PyTorch spreads over processes, and any model if ``as_compiled`` is True, because a copy isn't
+    compiled.
 
     Where memory is short the function raises a DataError, unless `in_smaller_batches` around it starts again with
     fewer samples.
@@ -157,11 +158,11 @@ def _version(tensor: Tensor) -> int:
 
 
 @contextmanager
-def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
+def left_alone(*models: Any, as_compiled: bool = False, values: bool = False) -> Iterator[None]:
     """Put back, whatever happens in the block, what models hold, and the states of all global generators.
 
-    See `state_kept` for what is put back; of a user's own model that includes the values of parameters. What isn't a
-    module has nothing to put back.
+    See `state_kept` for what is put back; of a user's own model, or with ``values``, that includes the values of
+    parameters. What isn't a module has nothing to put back.
 
     Parts that ``torch.compile`` has compiled run as they are written, for compiled ones call no hooks and show no
     operations, unless ``as_compiled`` is True. A caller's ``torch.autocast`` is off likewise.
@@ -178,7 +179,8 @@ def left_alone(*models: Any, as_compiled: bool = False) -> Iterator[None]:
         call, ids = running_call(), {id(model) for model in modules}
         if is_outermost:
             call.models |= ids
-        with state_kept(*modules, values=not ids.isdisjoint(call.models)), random_state_kept(), compiler:
+        values = values or not ids.isdisjoint(call.models)
+        with state_kept(*modules, values=values), random_state_kept(), compiler:
             yield
 
 
@@ -274,7 +276,7 @@ def _note_tensor(tensor: Tensor, has_values: bool, put_back: list[_PutBack]) -> 
 @contextmanager
 def lent(model: nn.Module) -> Iterator[None]:
     """Lend a network to a user's function: what it does to the network, such as to train it, is put back."""
-    with left_alone(model), state_kept(model, values=True), turn_lent():
+    with left_alone(model, values=True), turn_lent():
         yield
 
 

@@ -170,7 +170,7 @@ def _met_by_inputs(graph: Graph) -> set[Node]:
 
 
 def _set_to_evaluation(node: Node) -> None:
-    """Set the argument ``training`` of a function to False, as modules of both graphs are in evaluation mode."""
+    """Set the argument ``training`` of a function to False, as dropout modules beside it are in evaluation mode."""
     if node.op != "call_function":
         return
     try:

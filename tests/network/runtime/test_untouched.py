@@ -372,7 +372,7 @@ def test_a_forked_process_has_a_turn_of_its_own():
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_an_interrupt_while_a_model_is_written_down_loses_no_gradient(place, monkeypatch):
+def test_an_interrupt_while_a_model_is_written_down_loses_no_gradient(place):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model(torch.randn(5, 3)).sum().backward()
     before = {name: (each.grad, each.grad.clone()) for name, each in model.named_parameters()}
