@@ -102,7 +102,7 @@ def _left(name: str, kind: str, share: float, options: argparse.Namespace) -> tu
 
 def _cost(net: nn.Module, kind: str, images: torch.Tensor) -> float:
     if kind == "memory":
-        return NetworkCost(net, images[:1])({}).memory
+        return NetworkCost.on(net, images[:1])({}).memory
     return zoo.count_macs(net, images[:1]) if kind == "flops" else zoo.count_params(net)
 
 

@@ -167,7 +167,7 @@ def rows(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[di
     if not keys:
         return
     run = Longer(options)
-    cost = NetworkCost(run.original, run.subject.example)({})
+    cost = NetworkCost.on(run.original, run.subject.example)({})
     for key in keys:
         course = COURSES[options.network][key[2]]
         began = time.perf_counter()
@@ -191,7 +191,7 @@ def rows(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[di
             progress=False,
         )
         seconds = time.perf_counter() - began
-        left = NetworkCost(found.model, run.subject.example)({})
+        left = NetworkCost.on(found.model, run.subject.example)({})
         yield {
             "key": key,
             "before": before,

@@ -304,7 +304,7 @@ def wanted(criterion: str, options: argparse.Namespace) -> list[str]:
 
 def cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Measure the cells that aren't done; a row's selection and weight reconstruction run once for all of them."""
-    cost = NetworkCost(subject.model, subject.example)({})
+    cost = NetworkCost.on(subject.model, subject.example)({})
     for share in options.shares or subject.shares:
         for criterion in options.only:
             names = [name for name in wanted(criterion, options) if (subject.name, share, criterion, name) not in done]
@@ -315,7 +315,7 @@ def cells(subject: Subject, options: argparse.Namespace, done: set[tuple[Any, ..
             for name in names:
                 state = options.out / f"{subject.name}-{share:g}-{criterion}-{name.replace(', ', '-')}.state"
                 dense, seconds, notes = row.recovered(name, {"steps": options.steps, "seconds": options.seconds}, state)
-                left = NetworkCost(dense, subject.example)({})
+                left = NetworkCost.on(dense, subject.example)({})
                 yield {
                     "key": (subject.name, share, criterion, name),
                     "figures": {key: asdict(figure) for key, figure in subject.figures(dense).items()},
@@ -351,7 +351,7 @@ def allocation_cells(
     """Measure `shrink` with the layers' widths by an allocation, or with blocks removed, too; some then distil."""
     if not isinstance(subject, Cnn):
         raise SystemExit(f"--allocations is for {Cnn.name} alone: the other network is pruned to a share of its heads")
-    cost, layers = NetworkCost(subject.model, subject.example)({}), subject.entries()[0]["op_names"]
+    cost, layers = NetworkCost.on(subject.model, subject.example)({}), subject.entries()[0]["op_names"]
     for share in options.shares or subject.shares:
         for name in options.allocations:
             key = (subject.name, share, OURS, f"widths, {name}")
@@ -370,7 +370,7 @@ def allocation_cells(
                 dense, spent, distilled = learned(subject, dense, limits, state)
                 state.unlink(missing_ok=True)
                 seconds, notes = seconds + spent, notes | distilled
-            left = NetworkCost(dense, subject.example)({})
+            left = NetworkCost.on(dense, subject.example)({})
             yield {
                 "key": key,
                 "allocation": name,

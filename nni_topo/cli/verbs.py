@@ -13,6 +13,7 @@ from rich.console import Console
 import nni_topo
 from nni_topo.disk import check_output_file, output_folder, read_json, write_figure, write_json
 from nni_topo.errors import ConfigError, check_knobs, number, one_of
+from nni_topo.network.speedup import Analysis
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.recovery import list_recoveries, recovery_info
@@ -329,7 +330,7 @@ class Shrink(TrainedVerb):
         """Return the layers with their bounds; None: all that can lose channels, without bounds."""
         if not self.caps and not self.floors:
             return None
-        layers = sorted_layers(start.net, start.example)[0]
+        layers = sorted_layers(Analysis.on(start.net, start.example))[0]
         bounds = {"max_sparse_ratio": self.caps, "min_sparse_ratio": self.floors}
         return [
             {"op_names": [name], **{key: shares[name] for key, shares in bounds.items() if name in shares}}

@@ -127,6 +127,9 @@ class StructuredPruner(Pruner):
         self._collected: Data | None = None  # of the first call of `masks_for`
         self._ties = config_list.ties if isinstance(config_list, DependencyGroups) else {}
         self._shares = config_list.shares if isinstance(config_list, DependencyGroups) else {}
+        self._findings = config_list.findings if isinstance(config_list, DependencyGroups) else None
+        if isinstance(self.planner, BudgetPlanner):
+            self.planner.findings = self._findings
         self.allocator = ConfigAllocator() if allocator is None else allocator
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
@@ -280,7 +283,14 @@ class StructuredPruner(Pruner):
         """What the hooks look at: the model, its targets with the ratios in force, the evaluator and the planner."""
         names = self._get_param_names_map() if self._is_wrapped else {}
         return PruningContext(
-            self.bound_model, self._target_spaces, self.evaluator, names, self.planner, self._ties, self._shares
+            self.bound_model,
+            self._target_spaces,
+            self.evaluator,
+            names,
+            self.planner,
+            self._ties,
+            self._shares,
+            self._findings,
         )
 
     def _activate_targets(self, cap: float = 0.0) -> None:

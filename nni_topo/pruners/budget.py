@@ -32,7 +32,7 @@ from nni_topo.network.attention import accepted_heads
 from nni_topo.network.channels import reasons
 from nni_topo.network.cost import Kept, LatencyTable, NetworkCost, measure_latency, time_shares
 from nni_topo.network.runtime import example_inputs_of, unwrapped_copy
-from nni_topo.network.speedup import Network, held_by_unselected, to_dense
+from nni_topo.network.speedup import Analysis, Findings, dense_of, held_by_unselected
 from nni_topo.pruners.agreement import Agreement
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_tolerance, solve_uniform
@@ -221,6 +221,7 @@ class BudgetPlanner(Planner):
         self.budget = budget
         self.allocations = allocations  # those that the pruner takes
         self.example_inputs = example_inputs
+        self.findings: Findings | None = None  # what is known of the model already
         # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
         self.latency_table = cast("LatencyTable | None", budget.latency_table)
         self.left = math.nan  # the share of the widths found, as it is counted or timed
@@ -259,7 +260,8 @@ class BudgetPlanner(Planner):
             return solve_error(worth, bounds, cost, share, Agreement(units).together)
 
         if self.budget.kind == "latency" and self.budget.latency_table is None:
-            time = network_time(model, self.example_inputs, share)
+            analysis = Analysis.on(model, self.example_inputs, self.findings)
+            time = network_time(analysis, self.example_inputs, share)
 
             def timed(solutions: Sequence[Sequence[int]]) -> list[float]:
                 return time([kept(removed) for removed in solutions])
@@ -297,7 +299,7 @@ class BudgetPlanner(Planner):
         at_bounds = "at their max_sparse_ratio, or keep the fewest channels that a budget leaves them"
         can_be_met = f"; a budget of {self.left:.4g} can be met"
         if is_over and not self._is_near(cost([most for _, most in bounds])):
-            flow = Network.on(model, self.example_inputs).flow
+            flow = Analysis.on(model, self.example_inputs, self.findings).flow
             held = held_by_unselected(flow, [unit.layers for unit in units])
             if held:
                 partners = dict.fromkeys(name for names in held.values() for name in names)
@@ -333,7 +335,8 @@ class BudgetPlanner(Planner):
         if self.latency_table is not None and (missing := layers - self.latency_table.layers.keys()):
             raise DataError(f"a latency table must hold every pruned layer, got none of that name ({min(missing)})")
         if self._cost is None:
-            self._cost = network_cost(self.budget.kind, model, self.example_inputs, self.latency_table)
+            analysis = Analysis.on(model, self.example_inputs, self.findings)
+            self._cost = network_cost(self.budget.kind, analysis, self.latency_table)
         return self._cost
 
 
@@ -447,27 +450,27 @@ def kept_if(
     return kept
 
 
-def network_cost(
-    kind: str, model: nn.Module, example_inputs: Any, table: LatencyTable | None = None
-) -> Callable[[Kept], float]:
-    """Return a function that gives the cost for a choice of kept channels; latency without a table is measured."""
-    cost = NetworkCost(model, example_inputs)
-    if kind == "latency":
-        seconds = table or measure_latency(model, example_inputs)
-        return lambda kept: seconds(cost.widths(kept))
+def network_cost(kind: str, analysis: Analysis, table: LatencyTable | None = None) -> Callable[[Kept], float]:
+    """Return a function that gives the cost for a choice of kept channels; that in time is read from a table."""
+    cost = NetworkCost(analysis)
+    if table is not None:
+        return lambda kept: table(cost.widths(kept))
     counted = attrgetter({"flops": "macs"}.get(kind, kind))
     return lambda kept: float(counted(cost(kept)))
 
 
-def network_time(model: nn.Module, example_inputs: Any, wanted: float) -> Callable[[Sequence[Kept]], list[float]]:
+def network_time(analysis: Analysis, example_inputs: Any, wanted: float) -> Callable[[Sequence[Kept]], list[float]]:
     """Return a function that times dense networks for choices of kept channels, as shares of the unpruned one's time.
 
     A single network that is far from the share ``wanted`` is timed roughly.
     """
-    unpruned, cost = unwrapped_copy(model), NetworkCost(model, example_inputs)
+    unpruned, cost = unwrapped_copy(analysis.model), NetworkCost(analysis)
 
     def shares(choices: Sequence[Kept]) -> list[float]:
-        nets = [to_dense(unpruned, example_inputs, cost.masks(kept), check=False) for kept in choices]
+        nets = []
+        for kept in choices:
+            masks = cost.masks(kept)
+            nets.append(dense_of(unpruned, example_inputs, masks, check=False, findings=analysis.findings))
         timed = time_shares(nets, unpruned, example_inputs, wanted, seconds=_SECONDS * len(nets))
         for found, off in timed:
             level = logging.WARNING if off > max(_MISSED_TIME, abs(found - wanted) / found) else logging.INFO

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, DataError, check_memory
 from nni_topo.network.channels import Share
 from nni_topo.network.runtime import evaluation_mode, padding_known, run
+from nni_topo.network.speedup import Analysis, Findings
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import ChannelCoupling, PruningUnit, TargetSpaces, block_shape, pruning_units
 from nni_topo.recovery.mixing import Pairs
@@ -62,6 +63,8 @@ class PruningContext:
         For layers that share some channels with others, the group id of each channel: equal ids are pruned together.
     shares : mapping of str to Share
         For layers whose channels are shuffled, how many channels of each segment are kept at a plain ratio.
+    findings : Findings or None
+        What is known of the model by its dependency groups.
     """
 
     model: nn.Module
@@ -71,6 +74,11 @@ class PruningContext:
     planner: Planner = field(default_factory=Planner)
     ties: ChannelCoupling = field(default_factory=dict)
     shares: Mapping[str, Share] = field(default_factory=dict)
+    findings: Findings | None = None
+
+    def analysis(self, example_inputs: Any) -> Analysis:
+        """Return how channels go through the model on some inputs."""
+        return Analysis.on(self.model, example_inputs, self.findings)
 
     @cached_property
     def units(self) -> list[PruningUnit]:

@@ -35,7 +35,7 @@ from nni_topo.network.runtime import (
     structure_call,
     tell_solved_on,
 )
-from nni_topo.network.speedup import MasksLike, by_reason
+from nni_topo.network.speedup import Analysis, Findings, MasksLike, by_reason
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics, plan_of
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
@@ -118,7 +118,7 @@ def compensation(
         )
     everything, calibration = calibration, samples_to_solve_on(model, calibration)
     sizes, call = survey(model, calibration)
-    networks = build_networks(model, call, masks)
+    networks = build_networks(Analysis(model, call), masks)
 
     kept_values = cache_bytes or 0
     kept_samples = _SAMPLES_KEPT if cache_bytes is None else cache_bytes
@@ -275,13 +275,19 @@ def compensate(*args: Any, **knobs: Any) -> nn.Module:
 
 
 def compensate_up_to(
-    model: nn.Module, masks: MasksLike, calibration: Iterable[Any], layer: str, *, seed: int = 0
+    model: nn.Module,
+    masks: MasksLike,
+    calibration: Iterable[Any],
+    layer: str,
+    *,
+    seed: int = 0,
+    findings: Findings | None = None,
 ) -> nn.Module:
     """Return the pruned network, traced, with the layers in front of `layer` reconstructed; errors of `compensate`."""
     check_model(model)
     calibration = batches_of(calibration, model, shared=True)
     sizes, call = survey(model, calibration)
-    networks = build_networks(model, call, masks)
+    networks = build_networks(Analysis(model, call, findings), masks)
     replay = Replay(model, networks.unpruned, networks.pruned, calibration, 2**30)
     plan = plan_of(networks, replay.touched_nodes)
     end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)

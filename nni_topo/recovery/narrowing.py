@@ -55,7 +55,7 @@ from nni_topo.network.runtime import (
     structure_call,
     watched,
 )
-from nni_topo.network.speedup import FullMasks, MasksLike, Network, check_masks, union
+from nni_topo.network.speedup import Analysis, Findings, FullMasks, MasksLike, check_masks, union
 from nni_topo.recovery.directions import Moments, directions
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 
@@ -133,7 +133,7 @@ def narrow_heads(
     check_knobs("narrow_heads", given, dict.fromkeys(given, number(0, 1, "neither")))
     check_model(model)
     batches = batches_of(calibration, model, shared=True)
-    flow = Network(model, structure_call(model, batches)).flow
+    flow = Analysis(model, structure_call(model, batches)).flow
     known = {each.name: each for each in flow.heads.values() if not each.recurrent}
     asked = given if isinstance(sparse_ratio, Mapping) else dict.fromkeys(known, sparse_ratio)
     modules = dict(model.named_modules())
@@ -185,14 +185,14 @@ def narrow_heads(
 
 
 def narrow_instead(
-    model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: MasksLike
+    model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: MasksLike, findings: Findings | None = None
 ) -> tuple[nn.Module, MasksLike]:
     """Keep the heads that masks prune, and make all heads of a module narrower instead, for the same cost.
 
     Where `narrow_heads` leaves the heads' size unchanged, heads are pruned; model and masks are as it returns them.
     """
     batches = batches_of(calibration, model, shared=True)
-    flow, full = Network(model, structure_call(model, batches)).flow, check_masks(model, masks)
+    flow, full = Analysis(model, structure_call(model, batches), findings).flow, check_masks(model, masks)
     is_kept = union(model, flow, full)
     ratios, rest = {}, 0.0
     # Rotary heads lose whole pairs, all heads as many: pruning heads comes nearer to the cost.

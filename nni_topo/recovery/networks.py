@@ -16,14 +16,13 @@ from nni_topo.network.channels import ChannelFlow
 from nni_topo.network.layers import fold
 from nni_topo.network.runtime import Call, detached_copy, evaluating
 from nni_topo.network.speedup import (
+    Analysis,
     FullMasks,
     MasksLike,
-    Network,
     apply_masks,
     check_masks,
     cut_alone,
     resolve_masks,
-    share_answers,
 )
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.plan import Plan, make_plan
@@ -39,35 +38,42 @@ class Networks:
     unpruned: GraphModule  # holds the model's own parameters, which mustn't be written to
     pruned: GraphModule
     result: nn.Module  # a copy of the model, of full size, to be returned
-    flow: ChannelFlow
+    analysis: Analysis  # of the model
     masks: FullMasks  # agree where layers share channels
     asked: FullMasks  # as they were given
     folded: set[str]  # layers that compute their weight: plain ones in the graphs, and where solved in the result
-    call: Call  # by which the model was traced
+
+    @property
+    def flow(self) -> ChannelFlow:
+        """How channels go through the model."""
+        return self.analysis.flow
+
+    @property
+    def call(self) -> Call:
+        """The call by which the model was traced."""
+        return self.analysis.call
 
 
-def build_networks(model: nn.Module, call: Call, masks: MasksLike) -> Networks:
+def build_networks(analysis: Analysis, masks: MasksLike) -> Networks:
     """Trace a model, complete its masks and make the networks; ConfigError or SpeedupError where that can't be."""
+    model = analysis.model
     checked = check_masks(model, masks)
     base = evaluating(detached_copy(model, light=True))
     # A weight that a forward computes from all others can't be solved anew one by one; what it computes can.
     folded = {name for name, module in base.named_modules() if fold(module)}
-    network = Network(model, call)
-    full = resolve_masks(base, network.flow, checked)
-    unpruned = without_side_effects(network.graph(base)[0], light=True)
+    full = resolve_masks(base, analysis.flow, checked)
+    unpruned = without_side_effects(analysis.graph(base)[0], light=True)
     pruned = detached_copy(unpruned, light=True)
-    _take_values(pruned, apply_masks(base, call, full))
-    result = detached_copy(model)
-    # The result has other weights, but is made dense by the same graph.
-    share_answers(model, result)
-    return Networks(unpruned, pruned, result, network.flow, full, checked, folded, call)
+    _take_values(pruned, apply_masks(base, analysis.call, full))
+    return Networks(unpruned, pruned, detached_copy(model), analysis, full, checked, folded)
 
 
 def dense_graph(networks: Networks) -> GraphModule | None:
     """Return the graph of the dense network of a result, with the nodes of the others; None where there is none."""
     try:
-        dense = cut_alone(networks.result, networks.call, networks.masks)
-        found = without_side_effects(Network(evaluating(dense), networks.call).graph(dense)[0])
+        # The result has other weights, but is made dense by the same graph.
+        dense = cut_alone(networks.analysis.of(networks.result), networks.masks)
+        found = without_side_effects(Analysis(evaluating(dense), networks.call).graph(dense)[0])
     except SpeedupError:
         return None
     same = [node.name for node in found.graph.nodes] == [node.name for node in networks.unpruned.graph.nodes]

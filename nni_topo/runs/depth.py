@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.cost import LatencyTable, measure_latency, time_shares
+from nni_topo.network.cost import LatencyTable, NetworkCost, cost_of, measure_latency, time_shares
 from nni_topo.network.io import take_out, take_out_part, tell_depth, tells_depth
 from nni_topo.network.layers import RECURRENT, WEIGHTED, is_transposed_linear
 from nni_topo.network.runtime import (
@@ -36,13 +36,13 @@ from nni_topo.network.runtime import (
     structure_call,
     tensors_of,
 )
-from nni_topo.network.speedup import dense_report_of, dependency_groups, to_dense
-from nni_topo.pruners.budget import Budget, BudgetOutcome, network_cost, outcome_of, tell_if_missed
+from nni_topo.network.speedup import Analysis, dense_of, dense_report_of, groups_of, to_dense
+from nni_topo.pruners.budget import Budget, BudgetOutcome, outcome_of, tell_if_missed
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import Outputs, judged
 from nni_topo.runs.allocating import Tried, check_held_out
 from nni_topo.runs.steps import PrunedNetwork, RecoveredNetwork, ShrinkSteps, layers_to_prune, with_described
-from nni_topo.runs.widths import fewest_channels, inner_layers, least_share
+from nni_topo.runs.widths import fewest_channels, inner_layers_of, least_share
 
 if TYPE_CHECKING:
     import pandas
@@ -635,11 +635,12 @@ class DepthSteps(ShrinkSteps):
             short = self._path(budget).states[count]
             layers: Any = None if self.prunable.is_default else _renamed(self.prunable.entries, self.model, short)
             own = {each.name: getattr(self, each.name) for each in fields(ShrinkSteps) if each.init}
-            prunable = layers_to_prune(short.net, self.images.example, layers)
+            analysis = Analysis.on(short.net, self.images.example)
+            prunable = layers_to_prune(analysis, layers)
             if self.is_described:
-                prunable = with_described(short.net, self.images.example, prunable)
+                prunable = with_described(analysis, prunable)
             own |= {
-                "model": short.net,
+                "analysis": analysis,
                 "prunable": prunable,
                 "_asked": {},
                 "_left_out": [],
@@ -666,8 +667,11 @@ class DepthSteps(ShrinkSteps):
                 ((self._lefts[key], _),) = time_shares([short.net], self.model, example, budget.share)
             else:
                 own = None if table is None else _table_of(table, short)
-                left = network_cost(budget.kind, short.net, example, own)({})
-                self._lefts[key] = float(left / network_cost(budget.kind, self.model, example, table)({}))
+                left, unpruned = (
+                    _cost(budget.kind, short.net, example, own),
+                    _cost(budget.kind, self.model, example, table),
+                )
+                self._lefts[key] = float(left / unpruned)
         return self._lefts.get(key, 1.0)
 
     def _overhead(self, budget: Budget) -> float:
@@ -677,10 +681,10 @@ class DepthSteps(ShrinkSteps):
             example, entries = self.example_for("latency"), self.prunable.entries
             table: Any = budget.latency_table
             if table is not None:
-                found = least_share(self.model, example, "latency", entries, table, self.round_to)
+                found = least_share(self.analysis_for("latency"), "latency", entries, table, self.round_to)
             else:
-                masks = fewest_channels(self.model, example, entries, self.round_to)
-                thin = to_dense(self.model, self.images.example, masks, check=False)
+                masks = fewest_channels(self.analysis_for("latency"), entries, self.round_to)
+                thin = dense_of(self.model, self.images.example, masks, check=False, findings=self.analysis.findings)
                 ((found, _),) = time_shares([thin], self.model, example, budget.share)
             self._lefts[key] = found
         return self._lefts[key]
@@ -699,11 +703,18 @@ class DepthSteps(ShrinkSteps):
         return self._paths[budget.kind]
 
 
+def _cost(kind: str, model: nn.Module, example: Any, table: LatencyTable | None) -> float:
+    """Return the cost of a network; a table says what it takes in time."""
+    if table is None:
+        return float(cost_of(kind, model, example))
+    return table(NetworkCost.on(model, example).widths({}))
+
+
 def cost_saved(
     model: nn.Module, example: Any, kind: str, table: LatencyTable | None = None
 ) -> Callable[[Removal], float]:
     """Return a function that gives the share of a network's cost that removing a block saves; of time by a table."""
-    unpruned = network_cost(kind, model, example, table)({})
+    unpruned = _cost(kind, model, example, table)
     known: dict[str, float] = {}
 
     def saved(candidate: Removal) -> float:
@@ -711,12 +722,12 @@ def cost_saved(
         if table is not None:
             layers = [name for name, _ in module.named_modules(prefix=candidate.name) if name in table.layers]
             return _seconds(table, layers) / _seconds(table, table.layers)
-        # Blocks of one kind cost the same, and counting takes a trace of the network.
+        # Blocks of one kind cost the same, and counting takes a run of the network.
         same = f"{candidate.block.rpartition('.')[0]} {module!r}"
         if same not in known:
             trial = detached_copy(model, light=True)
             _remove(trial, candidate, candidate.name)
-            known[same] = float(1.0 - network_cost(kind, trial, example)({}) / unpruned)
+            known[same] = float(1.0 - cost_of(kind, trial, example) / unpruned)
         return known[same]
 
     return saved
@@ -777,9 +788,10 @@ def _keeps(steps: ShrinkSteps) -> Callable[[str], str]:
     for names, settings in _resolved(steps.prunable.entries, steps.model):
         for name in names:
             named[name] = min(named.get(name, 1.0), float(settings.get("max_sparse_ratio", 1.0)))
-    prunable = inner_layers(steps.model, steps.images.example)
+    analysis = steps.analysis_for("flops")
+    prunable = inner_layers_of(analysis)
     coupled: dict[Any, list[str]] = {}
-    for entry in dependency_groups(steps.model, steps.images.example, [{"op_names": prunable, "sparse_ratio": 0.0}]):
+    for entry in groups_of(analysis, [{"op_names": prunable, "sparse_ratio": 0.0}]):
         key = entry.get("dependency_group_id", entry["op_names"][0])
         coupled.setdefault(key, []).extend(entry["op_names"])
 

@@ -13,7 +13,7 @@ from nni_topo.disk import LOCK, check_free_disk, only_process, output_folder, wr
 from nni_topo.errors import ConfigError
 from nni_topo.network.io import checkpoint as files
 from nni_topo.network.runtime import one_call, quiet_if_asked, tells_once
-from nni_topo.network.speedup import Network, check_masks, dependency_groups, resolve_masks
+from nni_topo.network.speedup import Analysis, check_masks, dependency_groups, resolve_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import check_knob_names, needs_rule, pruner_info
@@ -138,5 +138,5 @@ def _rounded(net: nn.Module, example: Tensor, masks: Masks, round_to: int | None
     if round_to is None:
         return masks
     on_device = {name: {t: mask.to(example.device) for t, mask in found.items()} for name, found in masks.items()}
-    flow = Network.on(net, example).flow
+    flow = Analysis.on(net, example).flow
     return resolve_masks(net, flow, check_masks(net, on_device), round_to)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from nni_topo import zoo
 from nni_topo.disk import DELETE
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.cost import cost_of
 from nni_topo.network.layers import output_channels, weights_left, zeros_held
 from nni_topo.network.runtime import HELD_OUT, Calibration, quiet_if_asked
-from nni_topo.network.speedup import to_dense
-from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome, network_cost
+from nni_topo.network.speedup import Analysis, dense_of, groups_of
+from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, needs_rule, pruner_info
 from nni_topo.recovery import CompensationReport, Distillation, compensation, distillation, recovery_info
@@ -38,7 +39,7 @@ from nni_topo.runs.choices import (
 )
 from nni_topo.runs.evaluators import recipe_evaluator
 from nni_topo.runs.provenance import Record
-from nni_topo.runs.widths import pruning_config, reasons_of_unpruned_layers
+from nni_topo.runs.widths import as_entries, reasons_of_unpruned_layers
 from nni_topo.zoo.evaluation import bits
 from nni_topo.zoo.external import pretrained_preprocessing
 from nni_topo.zoo.labelled import ImageFiles, subset
@@ -74,6 +75,11 @@ class Start:
     def example(self) -> Tensor:
         """Two test images, on the device."""
         return self.data.test[:2][0].to(self.device)
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """How channels go through the network."""
+        return Analysis.on(self.net, self.example)
 
     @cached_property
     def timed(self) -> Tensor:
@@ -221,14 +227,15 @@ def prune(start: Start, pruner: PrunerChoice, config_list: list[dict[str, Any]])
 
 def prune_to_ratios(start: Start, choice: PrunerChoice, target: Target, ratios: dict[str, float]) -> Pruned:
     """Prune a copy of the network with a ratio for every layer, or by the target where the pruner deals it out."""
+    config_list: list[dict[str, Any]]
     if pruner_info(choice.name).structured:
-        config_list = pruning_config(start.net, start.example, ratios)
+        config_list = groups_of(start.analysis, as_entries(ratios))
         if not needs_rule(choice.name, {}):
             # It finds the number itself, and a ratio is its limit: with the same minimum it keeps the others' widths.
             for entry in config_list:
                 entry["min_sparse_ratio"] = entry["sparse_ratio"]
     else:  # single weights know no groups of channels
-        config_list = [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
+        config_list = as_entries(ratios)
     # it deals out a budget itself
     allocation = choice.knobs.get("budget", {}).get("allocation")
     if allocation is not None and target.kind != "ratio":
@@ -249,13 +256,13 @@ def made_dense(
 ) -> tuple[nn.Module, CompensationReport | None]:
     """Return the dense network, compensated if asked for, and what compensation did."""
     if compensate is None:
-        return to_dense(start.net, start.example, masks), None
+        return dense_of(start.net, start.example, masks, findings=start.analysis.findings), None
     info = recovery_info(compensate.method)
     method = info.make(refine=compensate.refine) if "refine" in info.knobs() else info.make()
     # Others judge distillation.
     images = Calibration(start.images(compensate.images), hold_out=False)
     done = compensation(start.net, masks, images, method=method, progress=progress)
-    return to_dense(done.model, start.example, masks), done.report
+    return dense_of(done.model, start.example, masks, findings=start.analysis.findings), done.report
 
 
 def distilled(
@@ -322,7 +329,7 @@ def budget_facts(start: Start, dense: nn.Module, asked: Target | BudgetOutcome, 
     if asked.kind == "latency":
         left = times["latency_ms"] / times["latency_before_ms"]
     else:
-        before, after = (network_cost(asked.kind, net, start.example)({}) for net in (start.net, dense))
+        before, after = (cost_of(asked.kind, net, start.example) for net in (start.net, dense))
         left = after / before
     return {"budget": asdict(budget_outcome(asked.kind, share, left, why))}
 

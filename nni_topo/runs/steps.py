@@ -36,7 +36,7 @@ from nni_topo.errors import (
 )
 from nni_topo.network.attention import described_layers, is_pretrained
 from nni_topo.network.channels import reasons
-from nni_topo.network.cost import LatencyTable, NetworkCost, time_shares
+from nni_topo.network.cost import LatencyTable, cost_of, count_macs, count_params, time_shares
 from nni_topo.network.io import why_undescribed
 from nni_topo.network.layers import (
     has_channels,
@@ -70,18 +70,16 @@ from nni_topo.network.runtime import (
 )
 from nni_topo.network.speedup import (
     OUTPUT,
+    Analysis,
     DenseReport,
     DependencyGroups,
     MasksLike,
-    Network,
     by_reason,
     check_masks,
+    dense_of,
     dense_report_of,
-    dependency_groups,
     groups_of,
     held_by_unselected,
-    share_answers,
-    to_dense,
     unprunable_layers,
     widths_multiple,
 )
@@ -109,7 +107,7 @@ from nni_topo.recovery.registry import RECOVERIES
 from nni_topo.recovery.report import SMALL, CompensationReport
 from nni_topo.runs.allocating import Tried, allocations_to_try, check_held_out, compared
 from nni_topo.runs.choices import Target
-from nni_topo.runs.widths import planned_ratios, pruning_config, sorted_layers
+from nni_topo.runs.widths import as_entries, planned_ratios, sorted_layers
 
 if TYPE_CHECKING:
     from nni_topo.runs.depth import DepthOutcome
@@ -258,7 +256,7 @@ class RecoveredNetwork:
 class ShrinkSteps:
     """How a network is made smaller, apart from the budget."""
 
-    model: nn.Module
+    analysis: Analysis  # of the network that is made smaller
     images: ImageParts
     prunable: Prunable
     pruner: str | Callable[..., MasksLike]
@@ -275,6 +273,11 @@ class ShrinkSteps:
     # By kind of cost and allocation, the pruner that is asked again for every size: with what it has measured.
     _asked: dict[tuple[str, str], StructuredPruner] = field(default_factory=dict)
     _left_out: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that is made smaller."""
+        return self.analysis.model
 
     @classmethod
     def prepare(
@@ -300,15 +303,16 @@ class ShrinkSteps:
 
         ``is_described``: whether a config of Transformers has to describe the network.
         """
-        prunable = layers_to_prune(model, images.example, layers)
-        prunable = (with_described if is_described else _without_held)(model, images.example, prunable)
+        analysis = Analysis.on(model, images.example)
+        prunable = layers_to_prune(analysis, layers)
+        prunable = (with_described if is_described else _without_held)(analysis, prunable)
         give_back_memory(model)  # networks that were traced refer to themselves
         device = device_of(model)
         # In half precision a GPU takes five times as long over a linear layer of 511 channels as over one of 512.
         is_free = round_to is None and device.type != "cuda"
         width_unit = None if is_free or round_to == 1 else widths_multiple(round_to or "auto", device)
         return cls(
-            model=model,
+            analysis=analysis,
             images=images,
             prunable=prunable,
             pruner=pruner,
@@ -331,7 +335,7 @@ class ShrinkSteps:
         kind: Any = budget.kind
         target, entries = Target(kind, budget.share), self.prunable.entries
         told: dict[str, bool] = {"equal_blocks": True, "warns": False}
-        _, outcome = planned_ratios(self.model, self.images.example, target, entries, None, self.round_to, **told)
+        _, outcome = planned_ratios(self.analysis, target, entries, None, self.round_to, **told)
         if not outcome.is_met:
             self.leave_out(
                 f"the config of {type(self.model).__name__} describes no network that keeps {budget.share:g} of the "
@@ -344,8 +348,8 @@ class ShrinkSteps:
         give_back_memory(self.model)  # the pruner's copy refers to itself
         full = self.model
         if self.narrows and not budget.equal_blocks:
-            full, masks = narrow_instead(self.model, self.images.learned, masks)
-        make_dense = partial(to_dense, full, self.images.example, masks, round_to=self.round_to)
+            full, masks = narrow_instead(self.model, self.images.learned, masks, self.analysis.findings)
+        make_dense = partial(self._made_dense, full, masks)
         return PrunedNetwork(full, masks, make_dense, planned)
 
     def reconstruct(self, pruned: PrunedNetwork) -> RecoveredNetwork:
@@ -361,10 +365,12 @@ class ShrinkSteps:
             give_back_memory(self.model)  # so do the networks of the compensation
         else:
             full = _checked_network(self.compensate(pruned.full, pruned.masks, images), "compensate")
-        dense = to_dense(full, self.images.example, pruned.masks, round_to=self.round_to)
-        if pruned.is_made:
-            share_answers(pruned.dense, dense)
+        dense = self._made_dense(full, pruned.masks)
         return RecoveredNetwork(pruned, dense, dense_report_of(dense), report)
+
+    def _made_dense(self, full: nn.Module, masks: MasksLike) -> nn.Module:
+        """Make the model, or one with other weights, dense."""
+        return dense_of(full, self.images.example, masks, self.round_to, findings=self.analysis.findings)
 
     def recover(self, budget: Budget) -> tuple[RecoveredNetwork, tuple[Tried, ...]]:
         """Prune under a budget and reconstruct; for ``"auto"`` in each way that the pruner offers, the best is kept."""
@@ -400,7 +406,6 @@ class ShrinkSteps:
         chosen = {name: value for name, value in given.items() if value is not None or name not in own}
         try:
             done = distillation(dense, self.model, self.images.learned, **knobs | chosen)
-            share_answers(dense, done.model)
         except GradientError as error:
             if self.distill is not True:  # whoever gives knobs wants it
                 raise GradientError(f"{error}; distill=False leaves distillation out") from error
@@ -458,25 +463,25 @@ class ShrinkSteps:
         dense = recovered.dense
         if budget.kind != "latency":
             example: Any = self.images.example
-            return float(network_cost(budget.kind, dense, example)({}) / self._unpruned_cost(budget.kind, example))
+            return float(cost_of(budget.kind, dense, example) / self._unpruned_cost(budget.kind, example))
         args, kwargs = of_first(first_call(self.model, self.images.all), self.model, self.images.all)
         example = kwargs or args
         if budget.latency_table is not None:
             table: Any = budget.latency_table  # a file was read when the budget was made
-            cost = network_cost(budget.kind, self.model, example, table)
+            cost = network_cost(budget.kind, Analysis.on(self.model, example, self.analysis.findings), table)
             known = {row.name: row for row in recovered.layers.rows if row.name in table.layers}
             widths = {name: np.arange(row.before) < row.after for name, row in known.items()}
             return float(cost(widths) / cost({}))
         ((share, _),) = time_shares([dense], self.model, example, budget.share)
         return share
 
-    def _unpruned_cost(self, kind: str, example: Any) -> float:
+    def _unpruned_cost(self, kind: str, example: Any) -> int:
         if kind not in self._costs:
-            self._costs[kind] = network_cost(kind, self.model, example)({})
+            self._costs[kind] = cost_of(kind, self.model, example)
         return self._costs[kind]
 
     @cached_property
-    def _costs(self) -> dict[str, float]:
+    def _costs(self) -> dict[str, int]:
         """The costs of the unpruned network that are known."""
         return {}
 
@@ -487,6 +492,14 @@ class ShrinkSteps:
         args, kwargs = of_first(first_call(self.model, self.images.learned), self.model, self.images.learned)
         return kwargs or args
 
+    def analysis_for(self, kind: str) -> Analysis:
+        """Return the analysis of the network on the inputs by which a cost is counted."""
+        return self._timed if kind == "latency" else self.analysis
+
+    @cached_property
+    def _timed(self) -> Analysis:
+        return Analysis.on(self.model, self.example_for("latency"), self.analysis.findings)
+
     def _choose_channels(self, budget: Budget) -> tuple[MasksLike, BudgetOutcome | None]:
         """Run the pruner on a copy of the model, and return its masks and the outcome of the budget as it counts it.
 
@@ -496,9 +509,8 @@ class ShrinkSteps:
         if known is not None:
             return self._ask(known, budget)
         victim, entries, pruner = detached_copy(self.model), self.prunable.entries, self.pruner
-        share_answers(self.model, victim)
         # A copy: a function of the caller's may change what it is given.
-        groups = copy.deepcopy(self.prunable.groups) or dependency_groups(victim, self.images.example, entries)
+        groups = copy.deepcopy(self.prunable.groups) or groups_of(self.analysis, entries)
         config_list: list[dict[str, Any]] = groups.unnamed() if self.prunable.is_default else groups
         if callable(pruner):
             chosen = pruner(victim, config_list, self.images.learned)
@@ -512,8 +524,9 @@ class ShrinkSteps:
             kind: Any = budget.kind
             target = Target(kind, budget.share)
             told = {"equal_blocks": bool(budget.equal_blocks), "warns": not self.is_search}
-            ratios, outcome = planned_ratios(self.model, example, target, entries, table, self.round_to, **told)
-            config_list = pruning_config(self.model, example, ratios)
+            analysis = self.analysis_for(budget.kind)
+            ratios, outcome = planned_ratios(analysis, target, entries, table, self.round_to, **told)
+            config_list = groups_of(analysis, as_entries(ratios))
         offered = {
             "seed": self.seed,
             "calibration": self.images.learned,
@@ -579,14 +592,14 @@ def check_can_be_shared(
         check_knobs_together(distill)
 
 
-def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]] | None) -> Prunable:
+def layers_to_prune(analysis: Analysis, layers: list[str | Mapping[str, Any]] | None) -> Prunable:
     """Return config_list entries for the named layers; by default for all layers that can lose channels."""
     if layers is not None:
-        _check_have_channels(model, example, layers)
+        _check_have_channels(analysis, layers)
         entries = [dict(each) for each in layers if isinstance(each, Mapping)]
         names = [each for each in layers if isinstance(each, str)]
         return Prunable([{"op_names": names}, *entries] if names else entries, {}, is_default=False)
-    names, unpruned = sorted_layers(model, example)
+    names, unpruned = sorted_layers(analysis)
     if not names:
         # What can be changed comes first: a layer that gives the output keeps its channels in any case.
         layers_of = sorted(by_reason(unpruned).items(), key=lambda each: each[0] == OUTPUT)
@@ -596,13 +609,13 @@ def layers_to_prune(model: nn.Module, example: Any, layers: list[str | Mapping[s
     return Prunable([{"op_names": names}], unpruned, is_default=True)
 
 
-def _without_held(model: nn.Module, example: Any, prunable: Prunable) -> Prunable:
+def _without_held(analysis: Analysis, prunable: Prunable) -> Prunable:
     """Note which of the layers to prune keep all channels because layers that share these aren't among them.
 
     Raises ConfigError where that holds for all of them.
     """
-    groups = groups_of(model, example, prunable.entries, warns=not prunable.is_default)
-    held = held_by_unselected(Network.on(model, example).flow, groups.layers())
+    groups = groups_of(analysis, prunable.entries, warns=not prunable.is_default)
+    held = held_by_unselected(analysis.flow, groups.layers())
     why = {name: str(reasons.unselected(partners)) for name, partners in held.items()}
     if held and len(held) == len({name for group in groups.layers() for name in group}):
         told = "; ".join(f"{listed(names)}: {each}" for each, names in by_reason(why).items())
@@ -614,16 +627,17 @@ def _without_held(model: nn.Module, example: Any, prunable: Prunable) -> Prunabl
     if prunable.is_default:
         # Masks of theirs would only be taken back, and until then keep the layers from being reconstructed.
         entries = [{"op_names": [name for name in entries[0]["op_names"] if name not in held]}]
-        groups = groups_of(model, example, entries)
+        groups = groups_of(analysis, entries)
     return replace(prunable, entries=entries, unpruned=prunable.unpruned | why, groups=groups)
 
 
-def with_described(model: nn.Module, example: Any, prunable: Prunable) -> Prunable:
+def with_described(analysis: Analysis, prunable: Prunable) -> Prunable:
     """Leave out the layers of which a config of Transformers can't say that they have fewer channels.
 
     Raises ConfigError where the caller names such layers, or some of those to which a config gives one width, or none
     is left.
     """
+    model = analysis.model
     settings = described_layers(model)
     wholes: dict[str, list[str]] = {}
     for name, setting in settings.items():
@@ -643,10 +657,10 @@ def with_described(model: nn.Module, example: Any, prunable: Prunable) -> Prunab
             )
         unpruned = prunable.unpruned | dict.fromkeys((name for name in named if name not in kept), _NO_CONFIG)
         # What is left out may hold channels of others.
-        prunable = _without_held(model, example, replace(prunable, entries=[{"op_names": kept}], unpruned=unpruned))
+        prunable = _without_held(analysis, replace(prunable, entries=[{"op_names": kept}], unpruned=unpruned))
     if prunable.is_default:
         return prunable
-    prunable = _without_held(model, example, prunable)
+    prunable = _without_held(analysis, prunable)
     bounds: dict[str, tuple[float, float]] = {}
     for entry in prunable.groups or ():
         sizes = entry.get("granularity")
@@ -670,11 +684,12 @@ def with_described(model: nn.Module, example: Any, prunable: Prunable) -> Prunab
     return prunable
 
 
-def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapping[str, Any]]) -> None:
+def _check_have_channels(analysis: Analysis, layers: list[str | Mapping[str, Any]]) -> None:
     """Raise ConfigError for layers without channels of their own, and for named ones that have to keep all channels.
 
     Layers that a type selects may keep them, unless none is left.
     """
+    model = analysis.model
     selected: dict[str, nn.Module] = {}
     named: set[str] = set()
     by_head = False
@@ -691,10 +706,10 @@ def _check_have_channels(model: nn.Module, example: Any, layers: list[str | Mapp
         for name, module in selected.items()
         if not has_channels(module)
     ]
-    prunable, unpruned = sorted_layers(model, example)
+    prunable, unpruned = sorted_layers(analysis)
     with_channels = [name for name, module in selected.items() if has_channels(module)]
     others = [name for name in with_channels if name not in unpruned and name not in prunable]
-    unpruned |= reasons.as_text(unprunable_layers(model, example, others))
+    unpruned |= reasons.as_text(unprunable_layers(analysis, others))
     keeping = [name for name in with_channels if name in unpruned]
     if len(keeping) < len(with_channels) or by_head:
         keeping = [name for name in keeping if name in named]
@@ -778,7 +793,6 @@ class Measurements:
         seconds = time.perf_counter() - self._began if self.stages else 0.0
         found = self.answers.likenesses(net)
         solved, held_out = found[0], found[-1]  # one and the same where none is held out
-        cost = NetworkCost(net, self._data.example)({})
         accuracy = math.nan if self._evaluate is None else evaluated(self._evaluate, net, name)
         if (processes := self._data.all.processes) is not None:
             accuracy = processes.first(accuracy, "what evaluate returned")
@@ -786,8 +800,8 @@ class Measurements:
             raise ConfigError(f"evaluate must return a number for the model as it was given, got {accuracy} (shrink)")
         stage = Stage(
             network=name,
-            macs=cost.macs,
-            params=cost.params,
+            macs=count_macs(net, self._data.example),
+            params=count_params(net),
             distance=held_out.distance.value,
             distance_low=held_out.distance.low,
             distance_high=held_out.distance.high,

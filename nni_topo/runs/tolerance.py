@@ -307,7 +307,7 @@ def within_tolerance(steps: ShrinkSteps, judge: Judge, budget: Budget, asked: fl
         # Measured once for all candidates; the result is timed.
         budget = replace(budget, latency_table=measure_latency(steps.model, steps.example_for(kind)))
     table: Any = budget.latency_table
-    floor = least_share(steps.model, steps.example_for(kind), kind, steps.prunable.entries, table, steps.round_to)
+    floor = least_share(steps.analysis_for(kind), kind, steps.prunable.entries, table, steps.round_to)
     if floor * _NEAR >= 1.0:
         raise ConfigError(
             f"a network must have channels to remove, got one whose fewest channels keep {floor:.4g} of its {kind} "

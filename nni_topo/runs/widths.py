@@ -15,10 +15,11 @@ from nni_topo.network.channels import reasons
 from nni_topo.network.cost import LatencyTable, NetworkCost
 from nni_topo.network.layers import RECURRENT, is_transposed_linear
 from nni_topo.network.speedup import (
+    Analysis,
     DenseReport,
     DependencyGroups,
-    Network,
     dependency_groups,
+    groups_of,
     unprunable_layers,
     why_not_followed,
 )
@@ -32,8 +33,7 @@ _MOVES = 32
 
 
 def planned_ratios(
-    model: nn.Module,
-    example_inputs: Any,
+    analysis: Analysis,
     target: Target,
     entries: Sequence[Mapping[str, Any]] | None = None,
     table: LatencyTable | None = None,
@@ -48,11 +48,13 @@ def planned_ratios(
     lose channels. A budget of time is counted by the latency table. Every layer loses the same share; rounding to whole
     channels is distributed over the layers so that the network meets the budget. ``warns``: where it can't.
     """
-    config_list = _grouped(model, example_inputs, entries)
-    units = _units(model, example_inputs, config_list)
+    config_list = _grouped(analysis, entries)
+    units = _units(analysis, config_list)
     budget: dict[str, Any] = {target.kind: target.value, "latency_table": table, "equal_blocks": equal_blocks}
-    planner = BudgetPlanner(Budget(**budget), example_inputs, round_to=round_to, warns=warns)
-    kept = planner.rows(units, lambda unit: np.zeros(unit.blocks), model)
+    args, kwargs = analysis.call
+    planner = BudgetPlanner(Budget(**budget), kwargs or args, round_to=round_to, warns=warns)
+    planner.findings = analysis.findings
+    kept = planner.rows(units, lambda unit: np.zeros(unit.blocks), analysis.model)
     assert planner.outcome is not None  # the widths are found
     return _as_ratios(units, [unit.rows - kept[unit.name] for unit in units], config_list), planner.outcome
 
@@ -62,10 +64,11 @@ def layer_ratios(model: nn.Module, example_inputs: Any, target: Target) -> dict[
 
     ConfigError where the fewest channels leave more than twice the budget: networks of other sizes would be compared.
     """
+    analysis = Analysis.on(model, example_inputs)
     if target.kind == "ratio":
-        config_list = _grouped(model, example_inputs)
+        config_list = _grouped(analysis)
         return {name: target.value for entry in config_list for name in entry["op_names"]}
-    ratios, outcome = planned_ratios(model, example_inputs, target)
+    ratios, outcome = planned_ratios(analysis, target)
     if outcome.left > 2.0 * target.value:
         raise ConfigError(
             f"a {target.kind} target must be reachable, got {target.value:g} where the fewest channels of each layer "
@@ -75,27 +78,26 @@ def layer_ratios(model: nn.Module, example_inputs: Any, target: Target) -> dict[
 
 
 def least_share(
-    model: nn.Module,
-    example_inputs: Any,
+    analysis: Analysis,
     kind: str,
     entries: Sequence[Mapping[str, Any]],
     table: LatencyTable | None = None,
     round_to: int | None = None,
 ) -> float:
     """Return the share of a cost that the fewest channels of each layer leave, within the bounds of the entries."""
-    units = _units(model, example_inputs, _grouped(model, example_inputs, entries))
+    units = _units(analysis, _grouped(analysis, entries))
     rounded = Planner(round_to=round_to).rounded
-    left = share_left(units, network_cost(kind, model, example_inputs, table), rounded)
+    left = share_left(units, network_cost(kind, analysis, table), rounded)
     return left([unit.removable_rows[1] for unit in units])
 
 
 def fewest_channels(
-    model: nn.Module, example_inputs: Any, entries: Sequence[Mapping[str, Any]], round_to: int | None = None
+    analysis: Analysis, entries: Sequence[Mapping[str, Any]], round_to: int | None = None
 ) -> dict[str, dict[str, Tensor]]:
     """Return masks that leave each layer as few channels as the bounds of the entries allow."""
-    units = _units(model, example_inputs, _grouped(model, example_inputs, entries))
+    units = _units(analysis, _grouped(analysis, entries))
     kept = kept_if(units, Planner(round_to=round_to).rounded)([unit.removable_rows[1] for unit in units])
-    return NetworkCost(model, example_inputs).masks(kept)
+    return NetworkCost(analysis).masks(kept)
 
 
 def proposed_ratios(
@@ -105,12 +107,13 @@ def proposed_ratios(
 
     None as the share scales nothing.
     """
-    config_list = _grouped(model, example_inputs)
-    units = _units(model, example_inputs, config_list)
+    analysis = Analysis.on(model, example_inputs)
+    config_list = _grouped(analysis)
+    units = _units(analysis, config_list)
     if share is None:
         agreed = {name: float(proposed[unit.layers[0]]) for unit in units for name in unit.layers}
         return {name: agreed[name] for entry in config_list for name in entry["op_names"]}
-    left = share_left(units, network_cost("flops", model, example_inputs))
+    left = share_left(units, network_cost("flops", analysis))
     # the first layer's proposal stands for its dependency group; one factor for all scales the kept shares
     kept = [1.0 - proposed[unit.layers[0]] for unit in units]
 
@@ -132,22 +135,31 @@ def proposed_ratios(
 
 def pruning_config(model: nn.Module, example_inputs: Tensor, ratios: dict[str, float]) -> list[dict[str, Any]]:
     """Return a config_list with a ratio per layer, see :func:`layer_ratios`, and dependency groups."""
-    entries = [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
-    return dependency_groups(model, example_inputs, entries)
+    return dependency_groups(model, example_inputs, as_entries(ratios))
+
+
+def as_entries(ratios: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return config_list entries with a ratio per layer."""
+    return [{"op_names": [name], "sparse_ratio": float(ratio)} for name, ratio in ratios.items()]
 
 
 def inner_layers(model: nn.Module, example_inputs: Tensor) -> list[str]:
     """Return the convolutions and linear layers that can lose channels, in network order; no output layers."""
-    names = sorted_layers(model, example_inputs)[0]
+    return inner_layers_of(Analysis.on(model, example_inputs))
+
+
+def inner_layers_of(analysis: Analysis) -> list[str]:
+    """Return the convolutions and linear layers that can lose channels, in network order; no output layers."""
+    names, model = sorted_layers(analysis)[0], analysis.model
     return [name for name in names if not isinstance(model.get_submodule(name), RECURRENT)]
 
 
-def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], dict[str, str]]:
+def sorted_layers(analysis: Analysis) -> tuple[list[str], dict[str, str]]:
     """Return the layers that can lose channels, or units, in network order, and why all others can't.
 
     They are convolutions, linear and recurrent layers.
     """
-    flow = Network.on(model, example_inputs).flow
+    model, flow = analysis.model, analysis.flow
     prunable = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, *RECURRENT)
     names = [name for name in flow.layers if isinstance(model.get_submodule(name), prunable)]
     others = [
@@ -155,7 +167,7 @@ def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], 
         for name, module in model.named_modules()
         if name not in names and (isinstance(module, prunable) or is_transposed_linear(module))
     ]
-    whole = unprunable_layers(model, example_inputs, [*names, *others])
+    whole = unprunable_layers(analysis, [*names, *others])
     for name in names:
         if flow.reaches_output(name):
             whole.setdefault(name, (reasons.model_output(),))
@@ -167,7 +179,7 @@ def sorted_layers(model: nn.Module, example_inputs: Tensor) -> tuple[list[str], 
 def reasons_of_unpruned_layers(model: nn.Module, example_inputs: Tensor, dense: nn.Module) -> dict[str, str]:
     """Return for each layer that lost no channel in the dense network the reason why."""
     report: Any = getattr(dense, "report", None)
-    flow, found = Network.on(model, example_inputs).flow, {}
+    flow, found = Analysis.on(model, example_inputs).flow, {}
     for row in report.rows if isinstance(report, DenseReport) else ():
         if row.before > row.after:
             continue
@@ -182,16 +194,14 @@ def reasons_of_unpruned_layers(model: nn.Module, example_inputs: Tensor, dense: 
     return found
 
 
-def _grouped(
-    model: nn.Module, example_inputs: Any, entries: Sequence[Mapping[str, Any]] | None = None
-) -> DependencyGroups:
-    entries = entries or [{"op_names": inner_layers(model, example_inputs)}]
-    return dependency_groups(model, example_inputs, [{**entry, "sparse_ratio": 0.0} for entry in entries])
+def _grouped(analysis: Analysis, entries: Sequence[Mapping[str, Any]] | None = None) -> DependencyGroups:
+    entries = entries or [{"op_names": inner_layers_of(analysis)}]
+    return groups_of(analysis, [{**entry, "sparse_ratio": 0.0} for entry in entries])
 
 
-def _units(model: nn.Module, example_inputs: Any, config_list: DependencyGroups) -> list[PruningUnit]:
+def _units(analysis: Analysis, config_list: DependencyGroups) -> list[PruningUnit]:
     """Return the layers that lose the same channels, or heads, within the bounds of their entries."""
-    flow = Network.on(model, example_inputs).flow
+    flow = analysis.flow
     grouped: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for entry in config_list:
         grouped[entry.get("dependency_group_id", entry["op_names"][0])].append(entry)

@@ -107,10 +107,10 @@ def test_costs_of_fewer_heads_are_those_of_the_dense_model(name):
     model, inputs = make(name), _states(1, 7, 5)
     masks = head_masks(model, [0, 2])
     kept = {layer: next(iter(targets.values())).flatten(1).any(1).numpy() for layer, targets in masks.items()}
-    cost = NetworkCost(model, inputs)(kept)
+    cost = NetworkCost.on(model, inputs)(kept)
     dense = to_dense(model, inputs, masks)
     assert cost.params == sum(p.numel() for p in dense.parameters())
-    whole = NetworkCost(model, inputs)({})
+    whole = NetworkCost.on(model, inputs)({})
     assert (whole.macs, cost.macs) == (count_macs(model, inputs), count_macs(dense, inputs))
 
 

@@ -16,8 +16,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.speedup.dry_run import unprunable
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 
 sys.path.insert(0, str(_BENCHMARKS := Path(__file__).parents[2] / "benchmarks"))
 import zoo as bench
@@ -208,7 +207,7 @@ def test_the_rehearsal_changes_nothing_of_the_model():
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    assert unprunable(Network.on(model, inputs)) == {}
+    assert Analysis.on(model, inputs).unprunable == {}
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.network.cost.cost import NetworkCost
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
 ASKED = [{"op_types": ["Linear", "LSTM", "GRU", "RNN"], "sparse_ratio": 0.5}]
@@ -138,7 +138,7 @@ def test_cost_file_and_layers_behind_know_of_fewer_units(tmp_path):
     expected = model(rows)
     assert (dense(rows) - expected).square().mean() < (plain(rows) - expected).square().mean()
     units = masks["body"]["bias_ih_l0"].view(4, 10)[0].bool().numpy()
-    cost = NetworkCost(model, rows[:2])
+    cost = NetworkCost.on(model, rows[:2])
     found = cost({"body": units})
     assert found.params == sum(parameter.numel() for parameter in dense.parameters())
     # Of each of 7 rows: 4 x 6, which no linear layer reads, four gates of 5 units that read 6 + 5, and 5 x 3.
@@ -176,7 +176,7 @@ def test_costs_of_levels_and_directions_are_those_of_the_dense_layer(kind, shape
     masks = {"body": {name: torch.from_numpy(np.resize(units, len(each))).float().view(-1, *[1] * (each.dim() - 1))
                       for name, each in model.body.named_parameters()}}  # fmt: skip
     dense = nni_topo.to_dense(model, rows, masks)
-    found = NetworkCost(model, rows)({"body": units})
+    found = NetworkCost.on(model, rows)({"body": units})
     assert dense.body.hidden_size == 4
     assert found.params == sum(parameter.numel() for parameter in dense.parameters())
     # One product for each weight of the dense layer, at each of 7 rows; 4 x 6 and the head's as well.
@@ -199,7 +199,7 @@ class Started(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_makes_the_first_states_goes_with_the_units(kind):
-    flow = Network.on(Started(kind).eval(), torch.randn(2, 5, 4)).flow
+    flow = Analysis.on(Started(kind).eval(), torch.randn(2, 5, 4)).flow
     units = flow.group_ids_of("body")[:10].tolist()
     assert len(set(units)) == 10
     for name in flow.layers:

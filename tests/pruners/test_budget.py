@@ -11,7 +11,8 @@ from torch import nn
 
 from nni_topo import Budget, ReconstructionPruner, create_pruner, dependency_groups, shrink, to_dense, zoo
 from nni_topo.errors import ConfigError
-from nni_topo.pruners.budget import budget_outcome, network_cost, no_nearer
+from nni_topo.network.cost import cost_of
+from nni_topo.pruners.budget import budget_outcome, no_nearer
 from nni_topo.pruners.solving import solve_error, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner
 from nni_topo.runs.widths import inner_layers
@@ -179,7 +180,7 @@ def test_other_layers_lose_what_caps_and_floors_do_not_let_go(kind, caplog):
     _, masks = pruner.compress()
     pruner.unwrap_model()
     dense = to_dense(model, IMAGES, masks)
-    costs = [network_cost(kind, net, IMAGES)({}) for net in (dense, model)]
+    costs = [cost_of(kind, net, IMAGES) for net in (dense, model)]
     assert costs[0] / costs[1] == pytest.approx(0.5, abs=0.011)
     shares = {row.name: row.after / row.before for row in dense.report.rows}
     assert all(shares[name] >= 0.75 for name in middle)

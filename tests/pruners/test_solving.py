@@ -8,6 +8,7 @@ from toy_times import LAYERS, proportional
 
 from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.speedup import Analysis
 from nni_topo.pruners.budget import Budget, network_time
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner
@@ -254,7 +255,7 @@ def test_the_network_that_is_timed_has_the_widths_asked_for(images):
     seen = []
     model = toy_model()
     model.register_forward_pre_hook(lambda net, _: seen.append((net.stem.out_channels, net.hidden.out_features)))
-    time = network_time(model, images, 0.5)
+    time = network_time(Analysis.on(model, images), images, 0.5)
     kept = {"stem": np.arange(8) < 5, "inner": np.arange(8) < 5, "hidden": np.arange(16) < 3}
     assert all(share > 0.0 for share in time([kept, {}]))
     assert set(seen) == {(8, 16), (5, 3)}

@@ -12,6 +12,7 @@ from torch.fx import symbolic_trace
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.speedup import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import Block, compensate, compensation
 from nni_topo.recovery.block import (
@@ -488,7 +489,7 @@ def test_layers_that_are_used_once_may_learn_after_what_is_pruned():
     torch.manual_seed(0)
     masks = {"start": {"weight": (torch.arange(6) < 3).float()[:, None].expand(6, 4)}}
     call = ((torch.randn(8, 4),), {})
-    networks = build_networks(Uses().eval(), call, masks)
+    networks = build_networks(Analysis(Uses().eval(), call), masks)
     touched = touched_nodes(networks.unpruned, networks.pruned)
     found = {node.name: names for node, names in _learners(networks, touched).items()}
     assert found == {
@@ -536,7 +537,7 @@ class Flat(nn.Module):
 
 def learner(model, masks, batches, is_dense=False, off=0.0, cache_bytes=2**30, **knobs):
     """Return what learns all blocks of a model together; the dense network can be off by a constant."""
-    networks = build_networks(model, ((batches[0],), {}), masks)
+    networks = build_networks(Analysis(model, ((batches[0],), {})), masks)
     replay = Replay(model, networks.unpruned, networks.pruned, batches, 2**30)
     Reconstruct().tasks(plan_of(networks, replay.touched_nodes), networks)  # layers read removed channels no more
     sizes = tuple(len(each) for each in batches)
@@ -778,7 +779,7 @@ def test_projections_within_attention_learn_where_it_is_computed():
     weight = model.blocks[3].mlp.fc1.weight
     mask = (torch.arange(len(weight)) < len(weight) // 2).float()
     masks = {"blocks.3.mlp.fc1": {"weight": mask[:, None].expand_as(weight), "bias": mask}}
-    networks = build_networks(model, ((torch.randn(2, 1, 8, 8),), {}), masks)
+    networks = build_networks(Analysis(model, ((torch.randn(2, 1, 8, 8),), {})), masks)
     found = _learners(networks, touched_nodes(networks.unpruned, networks.pruned))
     owners = [list(dict.fromkeys(name.rpartition(".")[0] for name in names)) for names in found.values()]
     last = "blocks.4."

@@ -8,6 +8,7 @@ from every_sample import compensation
 from torch import nn
 from torch.fx import symbolic_trace
 
+from nni_topo.network.speedup import Analysis
 from nni_topo.recovery.networks import build_networks, dense_graph, plan_of
 from nni_topo.recovery.replay import touched_nodes
 from nni_topo.speedup import to_dense
@@ -64,7 +65,9 @@ def test_the_pruned_network_has_tensors_of_its_own_and_the_unpruned_one_those_of
     torch.manual_seed(0)
     model = Tied().eval()
     mask = (torch.arange(6) < 4).float()
-    networks = build_networks(model, ((torch.randn(3, 4),), {}), {"first": {"weight": mask[:, None].expand(6, 4)}})
+    networks = build_networks(
+        Analysis(model, ((torch.randn(3, 4),), {})), {"first": {"weight": mask[:, None].expand(6, 4)}}
+    )
     own = dict(model.named_parameters(remove_duplicate=False))
     pruned = dict(networks.pruned.named_parameters(remove_duplicate=False))
     unpruned = dict(networks.unpruned.named_parameters(remove_duplicate=False))
@@ -95,7 +98,9 @@ def test_layers_that_compute_their_weight_become_plain_where_they_are_solved():
     torch.manual_seed(0)
     model = nn.Sequential(Doubled(4, 4), nn.Linear(4, 6), Doubled(6, 5), nn.Linear(5, 2)).eval()
     mask = (torch.arange(6) < 4).float()
-    networks = build_networks(model, ((torch.randn(3, 4),), {}), {"1": {"weight": mask[:, None].expand(6, 4)}})
+    networks = build_networks(
+        Analysis(model, ((torch.randn(3, 4),), {})), {"1": {"weight": mask[:, None].expand(6, 4)}}
+    )
     assert networks.folded == {"0", "2"}
     plan_of(networks, touched_nodes(networks.unpruned, networks.pruned))
     assert [type(layer) for layer in networks.result] == [Doubled, nn.Linear, nn.Linear, nn.Linear]
@@ -107,7 +112,7 @@ def test_the_dense_graph_has_the_nodes_of_the_others_or_there_is_none():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
     mask = (torch.arange(6) < 4).float()
     masks = {"0": {"weight": mask[:, None].expand(6, 4), "bias": mask}}
-    networks = build_networks(model, ((torch.randn(3, 4),), {}), masks)
+    networks = build_networks(Analysis(model, ((torch.randn(3, 4),), {})), masks)
     found = dense_graph(networks)
     assert [node.name for node in found.graph.nodes] == [node.name for node in networks.unpruned.graph.nodes]
     assert found.get_submodule("0").weight.shape == (4, 4)

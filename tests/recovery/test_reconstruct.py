@@ -10,6 +10,7 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.maths.least_squares.normal import Fit, Solution
+from nni_topo.network.speedup import Analysis
 from nni_topo.recovery import Reconstruct, compensating, samples
 from nni_topo.recovery.networks import build_networks
 from nni_topo.recovery.plan import make_plan
@@ -355,7 +356,7 @@ def test_sums_by_shifts_over_all_positions_give_the_solution_of_rows_at_all_posi
 
 def tasks_of(net, masks, images, refine):
     """Return the tasks of all layers that read removed channels, as if nothing had been solved before."""
-    networks = build_networks(net, ((images,), {}), masks)
+    networks = build_networks(Analysis(net, ((images,), {})), masks)
     plan = make_plan(networks.unpruned, networks.flow, networks.masks, set(networks.unpruned.graph.nodes))
     return Reconstruct(refine=refine).tasks(plan, networks)
 

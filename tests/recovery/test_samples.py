@@ -11,6 +11,7 @@ from torch.fx import symbolic_trace
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
 from nni_topo.maths.least_squares.shifts import Patches
+from nni_topo.network.speedup import Analysis
 from nni_topo.recovery import samples
 from nni_topo.recovery.mixing import Channel
 from nni_topo.recovery.networks import build_networks, plan_of
@@ -156,7 +157,7 @@ def sampling(model, batches, kept, method=Reconstruct(refine=0), **knobs):  # no
     mask[list(kept)] = 1.0
     masks = {"0": {"weight": mask.view(-1, *[1] * (first.dim() - 1)).expand_as(first), "bias": mask}}
     call = ((), batches[0]) if isinstance(batches[0], dict) else ((batches[0],), {})
-    networks = build_networks(model.eval(), call, masks)
+    networks = build_networks(Analysis(model.eval(), call), masks)
     replay = Replay(model, networks.unpruned, networks.pruned, batches, 0)
     tasks = method.tasks(plan_of(networks, replay.touched_nodes), networks)
     sizes = tuple(len(each["states"] if isinstance(each, dict) else each) for each in batches)

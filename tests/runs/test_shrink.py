@@ -17,8 +17,9 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.cost import cost_of
 from nni_topo.network.runtime import Calibration
-from nni_topo.network.speedup import DenseReport, LayerChannels, Network
+from nni_topo.network.speedup import Analysis, DenseReport, LayerChannels, Network
 from nni_topo.pruners.budget import BudgetOutcome, network_cost
 from nni_topo.recovery import Reconstruct
 from nni_topo.recovery.distilling import Verdict
@@ -299,14 +300,14 @@ def test_budgets_are_met_beside_caps_and_floors(pruner, kind):
     small = shrunk({kind: 0.6}, pruner=pruner, layers=[tied, {"op_names": ["hidden"], "min_sparse_ratio": 0.5}])
     assert small.stem.out_channels == small.inner.out_channels == 6
     assert small.hidden.out_features <= 8
-    left, cost = network_cost(kind, small, toy_images(1))({}), network_cost(kind, whole, toy_images(1))({})
+    left, cost = cost_of(kind, small, toy_images(1)), cost_of(kind, whole, toy_images(1))
     assert left / cost == pytest.approx(0.6, abs=0.03)
 
 
 def test_a_budget_of_time_serves_pruners_of_nni_too():
     table = proportional(dict.fromkeys((*LAYERS, "head"), 1.0))
     small = shrunk({"latency": 0.6, "latency_table": table}, pruner="l1")
-    cost = network_cost("latency", toy_model(), toy_images(8), table)
+    cost = network_cost("latency", Analysis.on(toy_model(), toy_images(8)), table)
     widths = {row.name: (row.before, row.after) for row in small.report.layers.rows if row.name != "norm"}
 
     def share(more=()):
@@ -347,7 +348,7 @@ def test_budgets_are_met_in_multiples_of_channels_or_told(pruner, caplog):
 def test_a_pruner_that_finds_the_number_itself_tells_what_it_leaves(caplog):
     # With many bins clusters are split until few neurons go.
     small = shrunk({"params": 0.5}, pruner="subcluster", knobs={"energy": 1e-6, "growth": {"bins": 10}})
-    left, whole = (network_cost("params", net, toy_images(1))({}) for net in (small, toy_model()))
+    left, whole = (cost_of("params", net, toy_images(1)) for net in (small, toy_model()))
     assert left / whole > 0.51
     assert f"{left / whole:.4g} of the unpruned network's cost is kept" in caplog.text
     assert "because the pruner chooses how many channels it keeps" in caplog.text

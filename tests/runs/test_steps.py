@@ -16,7 +16,7 @@ from toy_times import LAYERS, proportional
 from nni_topo import compensate, create_pruner, shrink
 from nni_topo.errors import ConfigError, DataError, GradientError
 from nni_topo.network.runtime import Calibration
-from nni_topo.network.speedup import dense_report_of, to_dense
+from nni_topo.network.speedup import Analysis, dense_report_of, to_dense
 from nni_topo.pruners.budget import Budget, budget_outcome
 from nni_topo.recovery import Reconstruct, distillation
 from nni_topo.recovery.likeness import NO_SCALE
@@ -143,7 +143,7 @@ NAMED = "layers of this model that can be named: "
 def test_layers_that_keep_all_channels_are_refused_by_name(layers, got):
     model, example = Attending().eval(), torch.rand(2, 5, 8)
     with pytest.raises(ConfigError) as caught:
-        layers_to_prune(model, example, layers)
+        layers_to_prune(Analysis.on(model, example), layers)
     assert f"layers must be layers whose channels can be removed, got {got}" in str(caught.value)
     assert "attention" not in str(caught.value).partition(NAMED)[0]
 
@@ -165,7 +165,7 @@ def test_layers_that_keep_all_channels_are_refused_by_name(layers, got):
 )
 @pytest.mark.quick_every(2)
 def test_named_layers_become_entries_of_a_config_list(layers, entries):
-    found = layers_to_prune(Attending().eval(), torch.rand(2, 5, 8), layers)
+    found = layers_to_prune(Analysis.on(Attending().eval(), torch.rand(2, 5, 8)), layers)
     assert (found.entries, found.unpruned, found.is_default) == (entries, {}, False)
 
 
@@ -191,19 +191,19 @@ class Twice(nn.Module):
 )
 def test_layers_that_no_list_of_layers_has_are_refused_with_the_reason(name, why):
     with pytest.raises(ConfigError, match=f"got {name}, which keeps all channels: {why}; layers of"):
-        layers_to_prune(Twice(), torch.rand(2, 4), [name])
+        layers_to_prune(Analysis.on(Twice(), torch.rand(2, 4)), [name])
 
 
 def test_an_entry_for_heads_may_name_a_module_that_holds_layers():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))
     entry = {"op_names": ["0"], "granularity": "head"}
-    assert layers_to_prune(model, torch.rand(2, 4), [entry]).entries == [entry]
+    assert layers_to_prune(Analysis.on(model, torch.rand(2, 4)), [entry]).entries == [entry]
     with pytest.raises(ConfigError, match=r"got 0 \(Sequential\) without channels of its own;"):
-        layers_to_prune(model, torch.rand(2, 4), ["0"])
+        layers_to_prune(Analysis.on(model, torch.rand(2, 4)), ["0"])
 
 
 def test_by_default_all_layers_that_can_lose_channels_are_named():
-    found = layers_to_prune(Attending().eval(), torch.rand(2, 5, 8), None)
+    found = layers_to_prune(Analysis.on(Attending().eval(), torch.rand(2, 5, 8)), None)
     assert found.is_default
     assert "free" in found.entries[0]["op_names"]
     unused = "the forward doesn't use the layer"
@@ -226,7 +226,7 @@ class Outside(nn.Module):
 def test_what_can_be_changed_is_told_before_the_layers_that_give_the_output():
     words = "got none: idle: the forward doesn't use the layer; first, second: it gives the model's output (shrink)"
     with pytest.raises(ConfigError) as caught:
-        layers_to_prune(Outside(), torch.rand(2, 4), None)
+        layers_to_prune(Analysis.on(Outside(), torch.rand(2, 4)), None)
     assert str(caught.value).endswith(words)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
+from nni_topo.network.speedup import Analysis
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.choices import Target
@@ -180,7 +181,8 @@ def test_a_share_of_the_whole_removes_no_channel_of_a_deep_network():
 def test_channels_that_only_some_layers_share_are_counted_as_shared():
     # Res2Net: what a convolution makes of one quarter of a layer's channels is added to the next quarter
     net, images = Hierarchical().eval(), torch.zeros(2, 3, 8, 8)
-    units = _units(net, images, _grouped(net, images))
+    analysis = Analysis.on(net, images)
+    units = _units(analysis, _grouped(analysis))
     shared = {name: unit.ties for unit in units for name in unit.layers}
     enter = shared["enter.conv"]
     assert len(enter) == len(set(enter)) == 32
@@ -219,11 +221,11 @@ def test_all_layers_are_equally_wide_where_that_is_asked_for():
     net, images = linears(10, 3)
     target = Target("flops", 140 / 300)  # 6 and 5 channels: 60 + 30 + 50 products of 300
     assert set(layer_ratios(net, images, target).values()) == {0.45, 0.55}
-    assert len(set(planned_ratios(net, images, target, equal_blocks=True)[0].values())) == 1
+    assert len(set(planned_ratios(Analysis.on(net, images), target, equal_blocks=True)[0].values())) == 1
 
 
 def test_channels_are_kept_in_multiples():
-    ratios, outcome = planned_ratios(small_cnn(), IMAGES, Target("flops", 0.5), round_to=8)
+    ratios, outcome = planned_ratios(Analysis.on(small_cnn(), IMAGES), Target("flops", 0.5), round_to=8)
     assert outcome.asked == 0.5
     dense = dense_of(small_cnn(), ratios)
     assert {dense.get_submodule(name).weight.shape[0] % 8 for name in ratios} == {0}
@@ -241,7 +243,9 @@ def test_a_budget_below_half_of_what_the_fewest_channels_leave_is_refused(share,
         with pytest.raises(ConfigError, match=r"got 0.1 where .* leave 0.25 \(target\)"):
             layer_ratios(net, images, target)
         return
-    ratios = layer_ratios(net, images, target) if warns else planned_ratios(net, images, target, warns=False)[0]
+    ratios = (
+        layer_ratios(net, images, target) if warns else planned_ratios(Analysis.on(net, images), target, warns=False)[0]
+    )
     assert ratios == {"0": 3.5 / 4}
     assert (f"the flops budget of {share} is missed" in caplog.text) is warns
 
@@ -253,8 +257,8 @@ def test_a_budget_below_half_of_what_the_fewest_channels_leave_is_refused(share,
 def test_the_fewest_channels_are_those_that_bounds_and_multiples_allow(bounds, round_to, kept):
     net, images = linears(8, 2)
     entries = [{"op_names": ["0"], **bounds}]
-    assert least_share(net, images, "flops", entries, round_to=round_to) == kept / 8
-    masks = fewest_channels(net, images, entries, round_to)
+    assert least_share(Analysis.on(net, images), "flops", entries, round_to=round_to) == kept / 8
+    masks = fewest_channels(Analysis.on(net, images), entries, round_to)
     assert masks.keys() == {"0"}
     assert int(masks["0"]["weight"].flatten(1).any(1).sum()) == kept
 
@@ -297,7 +301,7 @@ OUTPUT = "it gives the model's output"
 
 
 def test_layers_that_can_lose_channels_are_told_from_those_that_cant_with_the_reason():
-    names, why = sorted_layers(Stubborn().eval(), torch.zeros(2, 3, 4, 4))
+    names, why = sorted_layers(Analysis.on(Stubborn().eval(), torch.zeros(2, 3, 4, 4)))
     assert names == ["free", "other", "states"]
     assert list(why) == ["mixed", "sized", "head", "idle"]
     assert (why["mixed"], why["head"], why["idle"]) == (MIXED, OUTPUT, UNUSED)

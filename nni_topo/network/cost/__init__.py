@@ -1,6 +1,6 @@
 """What a network costs: multiply-accumulates, parameters, time."""
 
-from nni_topo.network.cost.cost import Kept, NetworkCost
+from nni_topo.network.cost.cost import Kept, NetworkCost, cost_of
 from nni_topo.network.cost.latency import LatencyTable, LayerLatency, measure_latency
 from nni_topo.network.cost.measure import (
     ModeCost,
@@ -19,6 +19,7 @@ __all__ = [
     "LayerLatency",
     "ModeCost",
     "NetworkCost",
+    "cost_of",
     "count_macs",
     "count_params",
     "counting_macs",

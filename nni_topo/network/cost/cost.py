@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nni_topo.network.cost.measure import counted_run
+from nni_topo.network.cost.measure import count_macs, count_params, counted_run
 from nni_topo.network.cost.products import products_of
 from nni_topo.network.graph import layer_sizes
 from nni_topo.network.layers import (
@@ -27,7 +27,7 @@ from nni_topo.network.layers import (
     weight_of,
 )
 from nni_topo.network.runtime import batch_size, left_alone
-from nni_topo.network.speedup import Network
+from nni_topo.network.speedup import Analysis
 from nni_topo.sharing import first_names
 
 IntArray = NDArray[np.int64]
@@ -76,18 +76,23 @@ class _LayerCost:
 class NetworkCost:
     """Count a network's cost from the channels that are kept."""
 
+    @classmethod
+    def on(cls, model: torch.nn.Module, example_inputs: Any) -> NetworkCost:
+        """Take a model with example inputs, whatever container they come in."""
+        return cls(Analysis.on(model, example_inputs))
+
     # The unpruned network is counted once, as `count_macs` does. Of that count as much is told by the channels that are
     # kept as is known to depend on them: convolutions, linear and recurrent layers, products of activations, and what
     # attention computes within, head by head. The rest stays as it is in the unpruned network. So a search for a budget
     # asks for the cost of thousands of widths without building any. Batch norms count as parameters. A channel that
     # several layers share is pruned when all of them lose it; one of a layer without an entry stays.
-    def __init__(self, model: torch.nn.Module, example_inputs: Any) -> None:
-        network = Network.on(model, example_inputs)
-        self._flow = flow = network.flow
+    def __init__(self, analysis: Analysis) -> None:
+        model = analysis.model
+        self._flow = flow = analysis.flow
         self._modules = modules = dict(model.named_modules())
         attention = {name: each for name, each in flow.attention.items() if not each.recurrent}
         with left_alone(model):
-            call, self._samples, counted = counted_run(model, network.call, attention)
+            call, self._samples, counted = counted_run(model, analysis.call, attention)
         sizes = layer_sizes(model, call)
         self._layers = dict[str, _LayerCost]()
         shared, known = first_names(model), set[str]()
@@ -120,7 +125,7 @@ class NetworkCost:
                 own = [cost for at, cost in self._layers.items() if at == name or at.startswith(f"{name}.")]
                 between = counted.within[name] - sum(cost(nothing)[0] for cost in own)
                 self._attention.append((flow.group_ids_of(layer)[channels.ravel()], between))
-        times = 1 if call is network.call else batch_size(network.call)
+        times = 1 if call is analysis.call else batch_size(analysis.call)
         self._products = products_of(flow.traced.graph, flow, times)
         # Of everything else, which isn't pruned: multiply-accumulates of the call that was counted, and parameters.
         self._rest = 0, 0
@@ -188,6 +193,15 @@ class NetworkCost:
                     if isinstance(rows := getattr(module, own, None), torch.Tensor):
                         found[name][own] = stays.to(rows).view(-1, *[1] * (rows.dim() - 1)).expand_as(rows)
         return found
+
+
+def cost_of(kind: str, model: torch.nn.Module, example_inputs: Any) -> int:
+    """Count the multiply-accumulates (``flops``), ``params`` or bytes (``memory``) of a network as it is."""
+    if kind == "flops":
+        return count_macs(model, example_inputs)
+    if kind == "params":
+        return count_params(model)
+    return NetworkCost.on(model, example_inputs)({}).memory
 
 
 def _positions(module: Any, size: Size) -> int:

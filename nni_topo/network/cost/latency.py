@@ -45,7 +45,7 @@ from nni_topo.network.runtime import (
     unwrapped_copy,
     watched,
 )
-from nni_topo.network.speedup import Network
+from nni_topo.network.speedup import Analysis
 
 FloatArray = NDArray[np.float64]
 _SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -228,18 +228,18 @@ def measure_latency(
             "repeats and threads must be at least 1, and shares at least one number in (0, 1], "
             f"got {repeats}, {threads} and {shares} (measure_latency)"
         )
-    network = Network.on(model, example_inputs)
-    called = {name: model.get_submodule(name) for name in network.sizes}
+    analysis = Analysis.on(model, example_inputs)
+    called = {name: model.get_submodule(name) for name in analysis.sizes}
     modules = {name: module for name, module in called.items() if isinstance(module, WEIGHTED)}
     wholes = {name: module for name, module in called.items() if isinstance(module, _WHOLE)}
     timed: dict[Any, FloatArray] = {}
     layers: dict[str, LayerLatency] = {}
-    with thread_count(threads), torch.no_grad(), evaluation_mode(model), memory_kept(first_of_samples(network.call)):
+    with thread_count(threads), torch.no_grad(), evaluation_mode(model), memory_kept(first_of_samples(analysis.call)):
         inner = {id(each) for whole in wholes.values() for each in whole.modules()}
         outer = {name: module for name, module in modules.items() if id(module) not in inner}
-        rest, inside = _pass_times(model, {**outer, **wholes}, network.call, repeats)
+        rest, inside = _pass_times(model, {**outer, **wholes}, analysis.call, repeats)
         for name, module in modules.items():
-            calls = network.sizes[name]
+            calls = analysis.sizes[name]
             entering, leaving = _grid(module, shares)
             seconds = np.zeros((len(entering), len(leaving)))
             for inputs, _ in calls:
@@ -250,7 +250,7 @@ def measure_latency(
                     timed[key] = _timed_grid(module, inputs, entering, leaving, repeats)
                 seconds += timed[key]
             layers[name] = LayerLatency(entering, leaving, tuple(map(tuple, seconds.tolist())), _elements(calls))
-    widths = NetworkCost(model, example_inputs).widths({}) if wholes else {}
+    widths = NetworkCost(analysis).widths({}) if wholes else {}
     for name, whole in wholes.items():
         if name in widths:
             # The layers in it have times of their own. What is left is told by the weights: a difference of two
@@ -258,8 +258,8 @@ def measure_latency(
             held = {id(each) for each in whole.modules()}
             of_inner = sum(_weight_count(module) for module in modules.values() if id(module) in held)
             seconds_alone = inside[name] * (1.0 - of_inner / _weight_count(whole))
-            layers[name] = _proportional(seconds_alone, *widths[name], _elements(network.sizes[name]))
-    return LatencyTable(layers, rest, batch_size=batch_size(network.call), threads=threads)
+            layers[name] = _proportional(seconds_alone, *widths[name], _elements(analysis.sizes[name]))
+    return LatencyTable(layers, rest, batch_size=batch_size(analysis.call), threads=threads)
 
 
 def _weight_count(module: nn.Module) -> int:

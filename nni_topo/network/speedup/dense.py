@@ -30,7 +30,6 @@ from nni_topo.network.runtime import (
     MASKS,
     MODEL,
     ROUND_TO,
-    Call,
     ModelReport,
     as_code,
     as_sentence,
@@ -49,6 +48,7 @@ from nni_topo.network.runtime import (
     seed_torch,
     told_of_changes,
 )
+from nni_topo.network.speedup.analysis import Analysis, Findings
 from nni_topo.network.speedup.constant_channels import (
     TOLERANCE,
     ConstantContribution,
@@ -70,7 +70,6 @@ from nni_topo.network.speedup.equivalence import (
     run_in_training,
 )
 from nni_topo.network.speedup.explain import way_forward
-from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, Resolved, check_masks, resolve, warn_of_kept
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_outputs, narrowed
 from nni_topo.network.speedup.training_only import unused_tensors
@@ -183,25 +182,51 @@ def to_dense(
     the norms. After `compensate`, which solves for removed channels that are zero, ``"zero"`` is right. Neither setting
     loses less accuracy on every network.
 
-    Cost: two to four forward passes to trace the model, unless `dependency_groups` did, one to look for constants,
+    Cost: two to four forward passes to trace the model, one to look for constants,
     three to compare, and one in training mode; where the size may decide something, another trace and comparison; two
     more, and what ``forward_features`` takes, where a network holds attributes as timm's and torchvision's do.
     """
     check_model(model)
     if constants not in ("zero", "keep"):
         raise ConfigError(f'constants must be "zero" or "keep", got {constants!r}')
+    return dense_of(
+        model,
+        example_inputs,
+        masks,
+        round_to,
+        constants=constants,
+        check=check,
+        rtol=rtol,
+        customized_replacers=customized_replacers,
+    )
+
+
+@as_written()
+def dense_of(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    masks: MasksLike,
+    round_to: int | Literal["auto"] | None = None,
+    *,
+    constants: Literal["zero", "keep"] = "zero",
+    check: bool = True,
+    rtol: float = 1e-4,
+    customized_replacers: Sequence[Replacer] = (),
+    findings: Findings | None = None,
+) -> torch.nn.Module:
+    """Return what :func:`to_dense` does; ``findings``: what is known of the model, or of one with other weights."""
     given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     with random_state_kept(), torch.inference_mode(False):
         seed_torch(0)
-        task = _prepare(Network(model, call), full, round_to)
+        task = _prepare(Analysis(model, call, findings), full, round_to)
         masked = _masked_with_constants(task) if constants == "keep" else _masked_without_constants(task)
         dense = _cut(task, masked, tuple(customized_replacers))
         checked = _compare(task, masked, dense, rtol) if check else ""
-        stale = count_anew(task.original, dense, task.network.call)
-        trained = run_in_training(task.original, dense, task.network.call) if check else TrainingRun()
-        in_own_modes = run_in_own_modes(model, task.original, dense, task.network.call) if check else OwnModes()
+        stale = count_anew(task.original, dense, task.analysis.call)
+        trained = run_in_training(task.original, dense, task.analysis.call) if check else TrainingRun()
+        in_own_modes = run_in_own_modes(model, task.original, dense, task.analysis.call) if check else OwnModes()
         _report(task, masked, dense, checked, trained, in_own_modes, stale)
         # Last, for all before compares it with the model's evaluated copy.
         put_modes_of(model, task.original, dense)
@@ -209,11 +234,11 @@ def to_dense(
     return dense
 
 
-def cut_alone(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.Module:
+def cut_alone(analysis: Analysis, masks: FullMasks) -> torch.nn.Module:
     """Return the dense model of `to_dense`, in evaluation mode, without comparing it, a report or a warning."""
     with random_state_kept(), torch.inference_mode(False):
         seed_torch(0)
-        task = _prepare(Network(model, call), masks, None)
+        task = _prepare(analysis, masks, None)
         return _cut(task, _masked_without_constants(task), ())
 
 
@@ -221,7 +246,7 @@ def cut_alone(model: torch.nn.Module, call: Call, masks: FullMasks) -> torch.nn.
 class _Task:
     """What is to be made dense."""
 
-    network: Network
+    analysis: Analysis
     flow: ChannelFlow
     original: torch.nn.Module  # a light copy of the model in evaluation mode
     masks: FullMasks
@@ -230,7 +255,7 @@ class _Task:
 
     def apply(self, resolved: Resolved) -> torch.nn.Module:
         """Return the masked model for masks that agree."""
-        return apply_masks(self.original, self.network.call, resolved.masks)
+        return apply_masks(self.original, self.analysis.call, resolved.masks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,10 +273,10 @@ class _Masked:
         return self.resolved.is_kept
 
 
-def _prepare(network: Network, masks: FullMasks, round_to: int | Literal["auto"] | None) -> _Task:
+def _prepare(analysis: Analysis, masks: FullMasks, round_to: int | Literal["auto"] | None) -> _Task:
     """Make the masks agree, all that is known before anything is measured."""
-    original, flow = evaluating(detached_copy(network.model, light=True)), network.flow
-    return _Task(network, flow, original, masks, round_to, resolve(original, flow, masks, round_to))
+    original, flow = evaluating(detached_copy(analysis.model, light=True)), analysis.flow
+    return _Task(analysis, flow, original, masks, round_to, resolve(original, flow, masks, round_to))
 
 
 def _masked_with_constants(task: _Task) -> _Masked:
@@ -259,11 +284,11 @@ def _masked_with_constants(task: _Task) -> _Masked:
     resolved, flow = task.rounded, task.flow
     # As in NNI's masked model, in which norms turn the zeros that arrive into other values.
     with left_alone(task.original):
-        call = task.network.call
+        call = task.analysis.call
         kept = constants_read(task.original, flow, resolved.is_kept, call)
         lacking = dropped(task.original, flow, resolved.is_kept, call)
-        if kept and task.network.second is not None:
-            others = constants_read(task.original, flow, resolved.is_kept, task.network.second.call)
+        if kept and task.analysis.second is not None:
+            others = constants_read(task.original, flow, resolved.is_kept, task.analysis.second.call)
             for name, values in kept.items():
                 is_same = (values - others.get(name, 0 * values)).abs() <= TOLERANCE * values.abs()
                 if not bool(is_same.all()):
@@ -293,7 +318,7 @@ def _masked_without_constants(task: _Task) -> _Masked:
     measured = task.rounded if task.round_to is None else resolve(task.original, flow, task.masks)
     probe = task.apply(measured)
     with left_alone(probe):
-        contributions = constant_contribution(probe, flow, measured.is_kept, task.network.call)
+        contributions = constant_contribution(probe, flow, measured.is_kept, task.analysis.call)
     if contributions.constant_channels:
         # What was measured holds for the channels pruned then: none that stayed may be pruned now because a constant
         # channel takes its place in the count.
@@ -306,7 +331,7 @@ def _masked_without_constants(task: _Task) -> _Masked:
     reference = probe if resolved is measured else task.apply(resolved)
     notes = []
     if contributions.constants or contributions.constant_channels:
-        notes = _notes_on_training(norms_of_constants(reference, flow, resolved.is_kept, task.network.call))
+        notes = _notes_on_training(norms_of_constants(reference, flow, resolved.is_kept, task.analysis.call))
     return _Masked(reference, resolved, contributions, tuple(notes))
 
 
@@ -333,7 +358,7 @@ def _cut(task: _Task, masked: _Masked, replacers: Sequence[Replacer]) -> torch.n
     speedup.cut_unused(ties)
     put_sizes(copied, flow.sizes_kept(masked.is_kept))
     _take_own_widths(original, copied, flow)
-    dense = narrowed(copied, flow, masked.resolved.masks, masked.is_kept, task.network.call)
+    dense = narrowed(copied, flow, masked.resolved.masks, masked.is_kept, task.analysis.call)
     tie_again(dense, ties)
     tell_config(dense, original)
     forget_evaluated(dense)
@@ -352,15 +377,15 @@ def _take_own_widths(original: torch.nn.Module, dense: torch.nn.Module, flow: Ch
 def _compare(task: _Task, masked: _Masked, dense: torch.nn.Module, rtol: float) -> str:
     """Raise a SpeedupError unless the dense model computes what the masked one does; say on what they were compared."""
     kept = kept_outputs(task.flow, masked.is_kept)
-    advise = partial(way_forward, task.network, masked.reference, kept)
-    network, contributions = task.network, masked.contributions
+    advise = partial(way_forward, task.analysis, masked.reference, kept)
+    analysis, contributions = task.analysis, masked.contributions
     with left_alone(dense):
-        checked = check_equal(masked.reference, dense, network.call, kept, rtol, advise=advise)
-        if not (network.depends_on_size or contributions.constants or contributions.constant_channels):
+        checked = check_equal(masked.reference, dense, analysis.call, kept, rtol, advise=advise)
+        if not (analysis.depends_on_size or contributions.constants or contributions.constant_channels):
             return checked
-        if network.second is None:
+        if analysis.second is None:
             return f"{checked}; no other size was found that the model takes, so it is right at this size alone"
-        other = check_equal(masked.reference, dense, network.second.call, kept, rtol, advise=advise)
+        other = check_equal(masked.reference, dense, analysis.second.call, kept, rtol, advise=advise)
     return f"{checked}; {other}"
 
 
@@ -374,7 +399,7 @@ def _report(
     stale: Mapping[str, int],
 ) -> None:
     """Give a dense model its report, and warn of channels that it keeps for another reason than rounding."""
-    model, flow, resolved = task.network.model, task.flow, masked.resolved
+    model, flow, resolved = task.analysis.model, task.flow, masked.resolved
     report = dense_report(model, dense, task.masks, resolved.reasons, stale)
     notes = ((flow.missed,) if flow.missed else ()) + masked.notes
     if parted := _no_longer_shared(task.original, dense):

@@ -45,8 +45,7 @@ from nni_topo.network.layers import (
     with_known_layers,
 )
 from nni_topo.network.runtime import INPUTS, MODEL, UNGROUPED, check_unwrapped, leaves_models_alone
-from nni_topo.network.speedup.dry_run import unprunable
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis, Findings
 
 _logger = logging.getLogger(__name__)
 
@@ -87,6 +86,9 @@ class DependencyGroups(list[dict[str, Any]]):
         What ``skipped`` says in words, by layer: the kind of each reason and where it is found.
     """
 
+    findings: Findings | None = None
+    """How channels go through the model, which the package's pruners ask for."""
+
     @checked(ties=_BY_LAYER | NONE, shares=_BY_LAYER | NONE)
     def __init__(
         self,
@@ -106,11 +108,16 @@ class DependencyGroups(list[dict[str, Any]]):
 
     def with_entries(self, entries: Iterable[dict[str, Any]]) -> DependencyGroups:
         """Put others in place of the entries."""
-        return DependencyGroups(entries, self.skipped, self.named, self.ties, self.shares, self.reasons)
+        return self._copied(entries, self.named)
 
     def unnamed(self) -> DependencyGroups:
         """Return the groups as if ``op_types`` had selected all: layers that a pruner can't prune keep all channels."""
-        return DependencyGroups(self, self.skipped, (), self.ties, self.shares, self.reasons)
+        return self._copied(self, ())
+
+    def _copied(self, entries: Iterable[dict[str, Any]], named: Iterable[str]) -> DependencyGroups:
+        copied = DependencyGroups(entries, self.skipped, named, self.ties, self.shares, self.reasons)
+        copied.findings = self.findings
+        return copied
 
     def layers(self) -> list[list[str]]:
         """Return the layers of the entries, those of one group together."""
@@ -208,25 +215,19 @@ def dependency_groups(
     {'2': "it gives the model's output"}
     """
     check_unwrapped(model)
-    return groups_of(model, example_inputs, config_list, strict=strict)
+    return groups_of(Analysis.on(model, example_inputs), config_list, strict=strict)
 
 
-@leaves_models_alone
 def groups_of(
-    model: torch.nn.Module,
-    example_inputs: Any,
-    config_list: list[dict[str, Any]],
-    *,
-    strict: bool = False,
-    warns: bool = True,
+    analysis: Analysis, config_list: list[dict[str, Any]], *, strict: bool = False, warns: bool = True
 ) -> DependencyGroups:
     """Return what :func:`dependency_groups` does; unless it ``warns``, of a choice that isn't the user's own."""
-    check_names(model, config_list)
-    model = with_known_layers(model)
-    network = Network.on(model, example_inputs)
+    check_names(analysis.model, config_list)
+    analysis = analysis.of(with_known_layers(analysis.model))
+    model = analysis.model
     given = _select(model, config_list)
     try:
-        flow = network.flow
+        flow = analysis.flow
     except SpeedupError as error:
         if strict or given.layers & given.named:
             raise
@@ -235,7 +236,7 @@ def groups_of(
     order = _network_order(model, flow)
     groups = layer_groups(flow)
     # Named layers stay selected in any case: a pruner that can't prune one says so.
-    unpruned = _skipped(network, flow, [name for name in order if name in selection.by_type])
+    unpruned = _skipped(analysis, flow, [name for name in order if name in selection.by_type])
     projections = _projections_by_column(flow, groups, selection, unpruned)
     choice = _choose(model, flow, order, selection, unpruned, projections)
     choice = dataclasses.replace(
@@ -249,7 +250,7 @@ def groups_of(
     # Output projections that lose columns keep all rows.
     ties = partial_couplings(flow, choice.by_row - _followers(flow))
     in_part = {name: why for name, why in choice.in_part.items() if name not in selection.named}
-    return DependencyGroups(
+    found = DependencyGroups(
         entries,
         skipped=reasons.as_text(choice.left_out) | _told_in_part(flow, in_part),
         named=selection.named & selection.layers,
@@ -257,6 +258,8 @@ def groups_of(
         shares=shares(flow, asked_of(flow, entries, ties)),
         reasons=choice.left_out | in_part,
     )
+    found.findings = analysis.findings
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,29 +442,28 @@ def _parts(names: frozenset[str], flow: ChannelFlow) -> frozenset[str]:
     return (names - holders) | inner
 
 
-def unprunable_layers(model: torch.nn.Module, example_inputs: Any, names: Sequence[str]) -> dict[str, Reasons]:
+def unprunable_layers(analysis: Analysis, names: Sequence[str]) -> dict[str, Reasons]:
     """Return which of some layers have to keep all channels, and why."""
-    network = Network.on(model, example_inputs)
-    return _skipped(network, network.flow, list(names))
+    return _skipped(analysis, analysis.flow, list(names))
 
 
-def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str, Reasons]:
+def _skipped(analysis: Analysis, flow: ChannelFlow, asked: list[str]) -> dict[str, Reasons]:
     """Return which of the layers asked for have to keep all channels, and why."""
-    held, skipped, heads = unprunable(network), dict[str, Reasons](), list[str]()
+    held, skipped, heads = analysis.unprunable, dict[str, Reasons](), list[str]()
     for name in asked:
         if name not in flow.layers:
             # PyTorch's norms may be selected for masks of their own.
-            module = network.model.get_submodule(name)
+            module = analysis.model.get_submodule(name)
             if has_channels(module) or (module._parameters and not follows_channels(module)):
-                others = [other for other in flow.layers if network.model.get_submodule(other) is module]
+                others = [other for other in flow.layers if analysis.model.get_submodule(other) is module]
                 if others:
                     skipped[name] = (reasons.another_name(others[0]),)
                 elif name in flow.channel_wise:
                     skipped[name] = (reasons.convolves_channels(),)
-                elif name and not _is_used(flow, network.model, name) and name not in network.sizes:
+                elif name and not _is_used(flow, analysis.model, name) and name not in analysis.sizes:
                     skipped[name] = (reasons.not_run(),)
                 else:
-                    skipped[name] = (why_not_followed(network.model, name),)
+                    skipped[name] = (why_not_followed(analysis.model, name),)
             continue
         group_ids = flow.group_ids_of(name)
         found = dict.fromkeys(held[group_id] for group_id in group_ids.tolist() if group_id in held)
@@ -474,7 +476,7 @@ def _skipped(network: Network, flow: ChannelFlow, asked: list[str]) -> dict[str,
             skipped[name] = (own,)
         elif is_pinned or flow.reaches_output(name):
             if is_in_parts(flow.traced.graph):
-                skipped[name] = (reasons.untraced_output(is_noise=network.draws_others),)
+                skipped[name] = (reasons.untraced_output(is_noise=analysis.draws_others),)
             else:
                 heads.append(name)
     skipped |= dict.fromkeys(heads, (reasons.model_output(),))

@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -56,10 +56,12 @@ from nni_topo.network.speedup.constant_channels import (
     changed_constants,
     constant_contribution,
 )
-from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import grow, keep_read
 from nni_topo.network.speedup.replace import DenseSpeedup, kept_slices
 from nni_topo.network.speedup.sizes import differing
+
+if TYPE_CHECKING:
+    from nni_topo.network.speedup.analysis import Analysis
 
 _SINGLE = (torch.float64, torch.float32)
 _SIDES = (33, 64)  # pixels of images in one batch; strides halve 33 to 17, 9, 5, 3 and 2
@@ -77,11 +79,6 @@ _SIGNS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _MULTIHEAD = (nn.MultiheadAttention, PrunedMultiheadAttention)
-
-
-def unprunable(network: Network) -> dict[int, Reason]:
-    """Return the channels that can't be pruned although nothing pins them: by group id, the reason."""
-    return network.remember("unprunable", lambda: _find_unprunable(network))
 
 
 class _Steps(nn.Module):
@@ -107,12 +104,13 @@ class _FailedRunError(Exception):
 
 
 @as_written()
-def _find_unprunable(network: Network) -> dict[int, Reason]:
-    _, flow = network.traced()
+def find_unprunable(analysis: Analysis) -> dict[int, Reason]:
+    """Return the channels that can't be pruned although nothing pins them: by group id, the reason."""
+    flow = analysis.flow
     held: dict[int, Reason] | None = None
     for seed in range(_DRAWS):
         try:
-            held = _found_with(network, seed)
+            held = _found_with(analysis, seed)
         except _FailedRunError as failed:
             # With others it may not: where a router gives no token to an expert, the expert isn't called.
             held = _all_held(flow, reasons.dry_run_failed(failed.error))
@@ -123,14 +121,13 @@ def _find_unprunable(network: Network) -> dict[int, Reason]:
     return held
 
 
-def _found_with(network: Network, seed: int) -> dict[int, Reason] | None:
+def _found_with(analysis: Analysis, seed: int) -> dict[int, Reason] | None:
     """Return the unprunable channels that a dry run finds on random weights and inputs; None if it finds no end."""
-    (assembled, flow), held = network.traced(), dict[int, Reason]()
+    flow, held = analysis.flow, dict[int, Reason]()
     drawing = np.random.default_rng(0)
     with random_state_kept(), torch.no_grad():
         seed_torch(seed)
-        full = _with_type(assembled(_with_random_weights(network.model)), torch.float64, torch.float32)
-        entering: Call = (arguments(full.graph, network.model, network.call), {})
+        full, entering = _randomized(analysis)
         args = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)[0]
         halves = shares(flow, {name: layer.channels - layer.channels // 2 for name, layer in flow.layers.items()})
         for node in flow.traced.graph.nodes:
@@ -142,8 +139,8 @@ def _found_with(network: Network, seed: int) -> dict[int, Reason] | None:
                     if not layer.depthwise and name not in halves and np.isin(group_ids, read).any():
                         held.update(dict.fromkeys(group_ids.tolist(), reasons.result_depends(node)))
         inputs, clean, second = _Inputs(args), set[bool](), None
-        if network.depends_on_size and network.second is not None:
-            held.update(dict.fromkeys(differing(flow, network.second.flow).tolist(), reasons.depends_on_size()))
+        if analysis.depends_on_size and analysis.second is not None:
+            held.update(dict.fromkeys(differing(flow, analysis.second.flow).tolist(), reasons.depends_on_size()))
         for turn in range(_ROUNDS):
             # In turn: every block loses a part, as pruners choose; some blocks are pruned as a whole, as masks may.
             in_parts = bool(flow.blocks) and turn % 2 == 0
@@ -155,8 +152,8 @@ def _found_with(network: Network, seed: int) -> dict[int, Reason] | None:
                 if out_of_memory(error):
                     raise
                 raise _FailedRunError(error) from error
-            if not found and dry_run.has_constants and network.second is not None:
-                second = second or _SecondSize(network.second, flow, seed)
+            if not found and dry_run.has_constants and analysis.second is not None:
+                second = second or _SecondSize(analysis.second, flow, seed)
                 found = second.changed_constants(full, args, is_kept)
             held.update(found)
             clean = set() if found else clean | {in_parts}
@@ -168,11 +165,10 @@ def _found_with(network: Network, seed: int) -> dict[int, Reason] | None:
 class _SecondSize:
     """A network with random weights at a second size of its inputs, on which constants are measured again."""
 
-    def __init__(self, network: Network, flow: ChannelFlow, seed: int) -> None:
-        self._first, (assembled, self._flow) = flow, network.traced()
+    def __init__(self, analysis: Analysis, flow: ChannelFlow, seed: int) -> None:
+        self._first, self._flow = flow, analysis.flow
         seed_torch(seed)
-        full = _with_type(assembled(_with_random_weights(network.model)), torch.float64, torch.float32)
-        entering: Call = (arguments(full.graph, network.model, network.call), {})
+        full, entering = _randomized(analysis)
         self._full = _Steps(full)
         self._call = call_in_precision(random_like(entering, torch.Generator().manual_seed(seed)), torch.float32)
 
@@ -274,6 +270,12 @@ def _different(calls: list[Call]) -> list[Call]:
     for call in calls:
         found.setdefault(str([each.shape for each in tensors_of(call)]), call)
     return list(found.values())
+
+
+def _randomized(analysis: Analysis) -> tuple[GraphModule, Call]:
+    """Return the graph of a model with random weights, in single precision, and the values of its placeholders."""
+    full = _with_type(analysis.trace.assembled(_with_random_weights(analysis.model)), torch.float64, torch.float32)
+    return full, (arguments(full.graph, analysis.model, analysis.call), {})
 
 
 def _with_random_weights(model: nn.Module) -> nn.Module:

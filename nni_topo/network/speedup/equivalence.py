@@ -68,7 +68,7 @@ from nni_topo.network.runtime import (
     varied,
     watched,
 )
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.reconcile import (
     FullMasks,
     KeptIndices,
@@ -602,7 +602,7 @@ def masked_model(
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     try:
-        flow = Network(model, call).flow
+        flow = Analysis(model, call).flow
     except SpeedupError:
         if reconcile:
             raise

@@ -21,9 +21,8 @@ from nni_topo.network.layers import (
     with_known_layers,
 )
 from nni_topo.network.runtime import INPUTS, MODEL, check_unwrapped, leaves_models_alone
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import named_norms, unprunable_layers
-from nni_topo.network.speedup.dry_run import unprunable
-from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import KeptIndices
 
 # Who asks for an explanation may use either.
@@ -173,10 +172,11 @@ def explain(model: nn.Module, example_inputs: Any, layer: str) -> Explanation:
         hint = f"; it holds {_first(inner)}" if inner else ""
         raise ConfigError(f"{rule}, got {type(module).__name__} ({layer}){hint}")
     try:
-        flow = Network.on(model, example_inputs).flow
+        analysis = Analysis.on(model, example_inputs)
+        flow = analysis.flow
     except SpeedupError as error:
         return Explanation(layer, channels, channels, reasons=(reasons.untraced_model(error),))
-    why = unprunable_layers(model, example_inputs, [layer]).get(layer, ())
+    why = unprunable_layers(analysis, [layer]).get(layer, ())
     if layer not in flow.layers:
         return Explanation(layer, channels, channels, reasons=why)
     channels = flow.layers[layer].channels
@@ -213,21 +213,21 @@ def _channels(module: nn.Module) -> int | None:
     return output_channels(module)
 
 
-def way_forward(network: Network, reference: nn.Module, kept: KeptIndices, place: str | None) -> str:
+def way_forward(analysis: Analysis, reference: nn.Module, kept: KeptIndices, place: str | None) -> str:
     """Say why outputs differ from ``place`` on (None: after the last module), and what can be done about it."""
     try:
-        flow = network.flow
+        flow = analysis.flow
     except NniTopoError:
         return reasons.unchecked()
     pruned = {name for name in flow.layers if name in kept and _removed(flow, name, kept).any()}
-    held, why = unprunable(network), dict[str, Reasons]()
+    held, why = analysis.unprunable, dict[str, Reasons]()
     for name in flow.layers:
         if name in pruned:
             removed = flow.group_ids_of(name)[_removed(flow, name, kept).numpy()].tolist()
             found = dict.fromkeys(held[group_id] for group_id in removed if group_id in held)
             # Of values that aren't zero the place where they arrive says more.
             why[name] = tuple(each for each in found if each.kind != "nonzero_values")
-    why = {name: told for name, told in named_norms(network.model, why).items() if told}
+    why = {name: told for name, told in named_norms(analysis.model, why).items() if told}
     if why:
         return reasons.removed_all_the_same(why, tuple(itertools.chain.from_iterable(why.values())))
     before = _layers_before(flow, place, pruned)

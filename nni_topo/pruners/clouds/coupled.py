@@ -11,7 +11,6 @@ from nni_topo.errors import checked
 from nni_topo.network.channels import ChannelFlow, norms_after
 from nni_topo.network.layers import norm_scale
 from nni_topo.network.runtime import call_arguments
-from nni_topo.network.speedup import Network
 from nni_topo.pruners.clouds.functional import check_read, readers_of
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -60,7 +59,7 @@ class CoupledWeightCollector(DataCollector):
             If a weight is NaN or infinite.
         """
         weights = WeightCollector().collect(context)
-        flow = Network.on(context.model, self.example_inputs).flow
+        flow = context.analysis(self.example_inputs).flow
         norms = norm_scales(context, flow)
         listened = {}
         for unit in context.units:

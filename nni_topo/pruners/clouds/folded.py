@@ -10,7 +10,6 @@ from torch import Tensor
 from nni_topo.errors import DataError, checked
 from nni_topo.network.channels import norms_after
 from nni_topo.network.layers import through_norms
-from nni_topo.network.speedup import Network
 from nni_topo.pruners.clouds.weight import Preprocess, WeightCollector, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
 from nni_topo.pruners.units import PruningUnit, output_blocks
@@ -58,7 +57,7 @@ class FoldedWeightCollector(DataCollector):
             If a weight, a bias or a batch norm's statistics are NaN or infinite.
         """
         weights = WeightCollector().collect(context)
-        norms = norms_after(context.model, Network.on(context.model, self.example_inputs).flow)
+        norms = norms_after(context.model, context.analysis(self.example_inputs).flow)
 
         def points(_: PruningUnit, module: str, target: str) -> Tensor:
             outputs = output_blocks(context.target_spaces[module][target], "folded clouds")

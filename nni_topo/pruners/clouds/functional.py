@@ -26,7 +26,7 @@ from nni_topo.network.runtime import (
     structure_of,
     watched,
 )
-from nni_topo.network.speedup import Network
+from nni_topo.network.speedup import Analysis
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -91,7 +91,7 @@ class FunctionalCollector(DataCollector):
         """
         # The first batch has been tried out.
         call = structure_of(context.model, next(calls(context.model, self.calibration)))
-        flow = Network(context.model, call).flow
+        flow = Analysis(context.model, call, context.findings).flow
         readers = {unit.name: self.readers(unit, flow, context) for unit in context.units}
         moments = {name: [ChannelMoments(name) for _ in found] for name, found in readers.items()}
         each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]
@@ -180,7 +180,7 @@ def check_read(
     model: nn.Module, modules: Iterable[str], call: Call, kinds: tuple[type[nn.Module], ...] = (nn.Module,)
 ) -> None:
     """Raise ConfigError for layers some of whose channels no layer of these kinds reads, with all such names."""
-    flow = Network(model, call).flow
+    flow = Analysis(model, call).flow
     by_name = dict(model.named_modules())
     unread = [
         name

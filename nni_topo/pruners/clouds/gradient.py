@@ -28,7 +28,7 @@ from nni_topo.network.runtime import (
     structure_of,
     watched,
 )
-from nni_topo.network.speedup import Network
+from nni_topo.network.speedup import Analysis
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
@@ -204,7 +204,8 @@ class _Gates:
         self._samples = batch_size((args, kwargs))
         if self._watching:
             return
-        flow = Network(self._original, structure_of(self._original, (args, kwargs))).flow
+        call = structure_of(self._original, (args, kwargs))
+        flow = Analysis(self._original, call, self._context.findings).flow
         readers = [(unit.name, each) for unit in self._context.units for each in readers_of(unit, flow, self._context)]
         self.hooks.enter_context(watched([(reader.module, self._gate(name, reader)) for name, reader in readers]))
         self._watching = True

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nni_topo.errors import FLAG, ConfigError, DataError, LayerError, as_settings, check_knobs, one_of
 from nni_topo.maths import signals
 from nni_topo.network.layers import WEIGHTED, inner_of, weight_name
-from nni_topo.network.speedup import Network
 from nni_topo.pruners.clouds.coupled import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -82,7 +81,7 @@ class EnergyCollector(DataCollector):
     def _norm_scales(self, context: PruningContext) -> dict[str, Tensor]:
         if not self.batch_norm:
             return {}
-        return norm_scales(context, Network.on(context.model, self.example_inputs).flow)
+        return norm_scales(context, context.analysis(self.example_inputs).flow)
 
 
 @dataclass(eq=False)

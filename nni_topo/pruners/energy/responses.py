@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, call_of, inner_of
-from nni_topo.network.speedup import Network
+from nni_topo.network.speedup import Analysis
 
 
 def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[int, ...]]:
@@ -21,7 +21,7 @@ def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> 
             "a layer's input size must be known, from example_inputs or an evaluator that has a dummy_input or "
             f"evaluates, got neither ({names[0]})"
         )
-    planes = Network.on(model, example_inputs).planes
+    planes = Analysis.on(model, example_inputs).planes
     for name in names:
         if name not in planes:
             raise ConfigError(f"the input size of a layer must be known, got example_inputs that miss it ({name})")

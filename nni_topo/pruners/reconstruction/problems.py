@@ -42,7 +42,7 @@ from nni_topo.network.runtime import (
     tensors_of,
     watched,
 )
-from nni_topo.network.speedup import Network
+from nni_topo.network.speedup import Analysis, Findings
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of, unread_error
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.reconstruction.readings import Reading, column_count
@@ -113,9 +113,9 @@ class ReconstructionProblems:
                 yield unit, self._measured[unit.name]
             return
         with evaluation_mode(model):
-            network = self.network(model)
-            readers = {unit.name: linear_readers(unit, network.flow, context) for unit in context.units}
-            self.check_memory(readers, network)
+            analysis = self.analysis(model, context.findings)
+            readers = {unit.name: linear_readers(unit, analysis.flow, context) for unit in context.units}
+            self.check_memory(readers, analysis)
             chunks = list(self._together(context.units, readers))
             for units in chunks:
                 found = self.measure({unit.name: readers[unit.name] for unit in units}, model, model)
@@ -124,16 +124,16 @@ class ReconstructionProblems:
                 for unit in units:
                     yield unit, found.pop(unit.name)
 
-    def network(self, model: nn.Module) -> Network:
-        """Return a model, which takes the first batch, with a call to follow its channels with."""
-        return Network(model, structure_of(model, next(calls(model, self.calibration))))
+    def analysis(self, model: nn.Module, findings: Findings | None) -> Analysis:
+        """Return how channels go through a model, which takes the first batch."""
+        return Analysis(model, structure_of(model, next(calls(model, self.calibration))), findings)
 
-    def check_memory(self, readers: dict[str, list[ChannelReader]], network: Network) -> None:
+    def check_memory(self, readers: dict[str, list[ChannelReader]], analysis: Analysis) -> None:
         """Raise DataError for a unit whose least squares don't fit into memory."""
         wide = [(name, reader) for name, found in readers.items() for reader in found if column_count(reader) > _MANY]
         if not wide:
             return
-        model, shapes = network.model, network.sizes
+        model, shapes = analysis.model, analysis.sizes
         images = self.calibration.samples_of_all
         names = {id(module): name for name, module in model.named_modules()}
         cure = f"fewer samples than columns (calibration) take less, or {leaving_out()}"

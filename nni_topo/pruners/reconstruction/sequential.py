@@ -31,12 +31,12 @@ class SequentialProblems(ReconstructionProblems):
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
         """Yield every unit and its problem; before the next one the caller puts what it keeps of a unit into `kept`."""
         original = evaluating(unwrapped_copy(context.model))
-        traced = self.network(original)
-        flow = traced.flow
+        analysis = self.analysis(original, context.findings)
+        flow = analysis.flow
         modules = {module: name for name, module in original.named_modules()}
         own = PruningContext(original, context.target_spaces)
         readers = {unit.name: linear_readers(unit, flow, own) for unit in context.units}
-        self.check_memory(readers, traced)
+        self.check_memory(readers, analysis)
         rank = {name: index for index, name in enumerate(flow.layers)}
         first = {
             name: min((modules[reader.module] for reader in found), key=rank.__getitem__)
@@ -46,7 +46,10 @@ class SequentialProblems(ReconstructionProblems):
             masks = self._masks(context, kept)
             network: nn.Module = original
             if masks:
-                network = compensate_up_to(original, masks, self.calibration, first[unit.name], seed=self.seed)
+                last = first[unit.name]
+                network = compensate_up_to(
+                    original, masks, self.calibration, last, seed=self.seed, findings=analysis.findings
+                )
             yield unit, self.measure({unit.name: readers[unit.name]}, original, network)[unit.name]
 
     @staticmethod

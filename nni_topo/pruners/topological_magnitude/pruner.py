@@ -20,7 +20,7 @@ from nni_topo.errors import FUNCTION, NONE, ConfigError, instance, one_of, whole
 from nni_topo.maths.topology.layer_graphs import LayerGraph
 from nni_topo.network.layers import CONVOLUTIONS, graph_of_convolution
 from nni_topo.network.runtime import example_inputs_of
-from nni_topo.network.speedup import Network
+from nni_topo.network.speedup import Analysis
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
 from nni_topo.pruners.planner import Planner
@@ -221,7 +221,7 @@ def _rewind_state(
 
 
 def _graphs(model: nn.Module, example_inputs: Any) -> dict[str, LayerGraph]:
-    planes = Network.on(model, example_inputs).planes
+    planes = Analysis.on(model, example_inputs).planes
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
     return {n: graph_of_convolution(module, planes[n][0]) for n, module in convolutions.items() if n in planes}
 

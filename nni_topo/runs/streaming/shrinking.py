@@ -49,7 +49,7 @@ from nni_topo.errors import (
 )
 from nni_topo.maths.ties import first_smallest
 from nni_topo.network.attention import find_attention
-from nni_topo.network.cost import NetworkCost, counting_macs
+from nni_topo.network.cost import count_macs, counting_macs
 from nni_topo.network.io import tell_depth
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.runtime import (
@@ -747,7 +747,7 @@ class _Run:
         """Return the multiply-accumulates of one sample, or the parameters."""
         if self._budget.kind == "params":
             return _parameters(net)
-        return NetworkCost(net, example)({}).macs
+        return count_macs(net, example)
 
     def _macs_of_rest(self) -> float:
         """Return the multiply-accumulates of one sample outside of the blocks, as PyTorch counts them."""

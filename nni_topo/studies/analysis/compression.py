@@ -19,7 +19,7 @@ from torch import nn
 from nni_topo.errors import ConfigError, check_between, checked, unknown_name
 from nni_topo.network.layers import padded_size
 from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
-from nni_topo.network.speedup import Network
+from nni_topo.network.speedup import Analysis
 from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
 from nni_topo.studies.study import Findings, ModelVerb, Study, Tell
 from nni_topo.studies.tables import as_table
@@ -196,7 +196,7 @@ def critical_compression_ratio(
     if convention not in _CONVENTIONS:
         raise unknown_name("convention", convention, _CONVENTIONS, "critical_compression_ratio")
     layers, skipped = weight_layers(model)
-    sizes = Network.on(model, example_inputs).planes
+    sizes = Analysis.on(model, example_inputs).planes
     counts: dict[str, LayerCount] = {}
     for layer in layers:
         if layer.kind != "conv":

@@ -23,7 +23,7 @@ from nni_topo import zoo
 from nni_topo.errors import NONE, ConfigError, DataError, checked, unknown_name
 from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
 from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
-from nni_topo.network.speedup import Network
+from nni_topo.network.speedup import Analysis
 from nni_topo.runs.run import build_model, load_model_data, resolve_device
 from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
 from nni_topo.studies.pictures import finish
@@ -131,7 +131,7 @@ def neural_persistence(
     """
     _check(p, conv_graph, scale, example_inputs)
     layers, skipped = weight_layers(model)
-    sizes = Network.on(model, example_inputs).planes if conv_graph == "toeplitz" else {}
+    sizes = Analysis.on(model, example_inputs).planes if conv_graph == "toeplitz" else {}
     largest = {layer.name: _largest(layer) for layer in layers}
     values: dict[str, float] = {}
     deaths: dict[str, NDArray[np.float64]] = {}

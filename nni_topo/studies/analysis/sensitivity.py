@@ -21,7 +21,7 @@ from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, check_jobs, check_result, checked, instance
 from nni_topo.network.layers import CONVOLUTIONS, check_names
 from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone, lent, turn_lent
-from nni_topo.network.speedup import Network, dependency_groups, masked_model
+from nni_topo.network.speedup import Analysis, groups_of, masked_model
 from nni_topo.pruners.registry import PRUNERS, check_knob_names, create_pruner, pruner_info
 from nni_topo.runs.run import pruner_knobs
 from nni_topo.studies.pictures import figure_of, finish, single
@@ -269,6 +269,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, example_inputs: Any, evaluate: Evaluate, pruner: str, knobs: Knobs) -> None:
         self.model, self.example_inputs, self.evaluate, self.pruner = model, example_inputs, evaluate, pruner
+        self.analysis = Analysis.on(model, example_inputs)
         self.info = PRUNERS.info(pruner, "sensitivity")
         self._knobs = knobs
         self.knobs: dict[str, Any] = {}
@@ -283,7 +284,7 @@ class _Trial:
         if not self.info.structured:
             return [(name,) for name in entry["op_names"]]
         groups: dict[str, list[str]] = {}
-        for config in dependency_groups(self.model, self.example_inputs, [{**entry, "sparse_ratio": 0.5}]):
+        for config in groups_of(self.analysis, [{**entry, "sparse_ratio": 0.5}]):
             (name,) = config["op_names"]
             groups.setdefault(config.get("dependency_group_id", name), []).append(name)
         return [tuple(names) for names in groups.values()]
@@ -301,7 +302,7 @@ class _Trial:
         """Return the score of a copy with these layers pruned."""
         config: list[dict[str, Any]] = [{"op_names": list(n), "sparse_ratio": ratio} for n, ratio in ratios.items()]
         if self.info.structured:
-            config = dependency_groups(self.model, self.example_inputs, config)
+            config = groups_of(self.analysis, config)
         copied = detached_copy(self.model)
         if not isinstance(self._knobs, Mapping):
             made = self._knobs(copied)
@@ -324,7 +325,7 @@ class _Trial:
         return score
 
     def _all_layers(self) -> list[str]:
-        flow = Network.on(self.model, self.example_inputs).flow
+        flow = self.analysis.flow
         return [
             name
             for name in flow.layers

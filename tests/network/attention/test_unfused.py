@@ -152,7 +152,7 @@ def test_heads_and_widths_go(name, asked, tmp_path):
     kept = {layer: kept_channels(model.get_submodule(layer), targets).numpy() for layer, targets in masks.items()
             if kept_channels(model.get_submodule(layer), targets) is not None}  # fmt: skip
     if name != "swin v2":  # in which layers that stay compute the table of positions
-        assert NetworkCost(model, inputs)(kept).macs == count_macs(dense, inputs[:1])
+        assert NetworkCost.on(model, inputs)(kept).macs == count_macs(dense, inputs[:1])
     mended = to_dense(compensate(model, masks, [inputs]), inputs, masks)
     save(mended, tmp_path / "small.safetensors")
     loaded = load(tmp_path / "small.safetensors", model)

@@ -144,7 +144,7 @@ def test_a_budget_counts_what_will_be_left(name, budget):
     config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d"]}])
     pruner = nni_topo.RandomPruner(model, config, budget=budget, example_inputs=IMAGES)
     dense = to_dense(model, IMAGES, chosen(pruner))
-    whole, left = (NetworkCost(net, IMAGES)({}) for net in (model, dense))
+    whole, left = (NetworkCost.on(net, IMAGES)({}) for net in (model, dense))
     shares = {"flops": left.macs / whole.macs, "params": left.params / whole.params}
     ((kind, asked),) = budget.items()
     assert pruner.planner.left == pytest.approx(shares[kind], rel=1e-12)
@@ -160,7 +160,7 @@ def test_a_budget_by_error_is_met_where_channels_can_only_go_together(name, capl
         model, config, calibration=[IMAGES], budget={"flops": 0.4, "allocation": "error"}
     )
     dense = to_dense(model, IMAGES, chosen(pruner))
-    whole, left = (NetworkCost(net, IMAGES)({}).macs for net in (model, dense))
+    whole, left = (NetworkCost.on(net, IMAGES)({}).macs for net in (model, dense))
     assert left / whole == pytest.approx(0.4, abs=0.03)
     assert pruner.planner.left == pytest.approx(left / whole, rel=1e-12)
 
@@ -172,7 +172,7 @@ def test_the_widths_of_a_comparison_meet_its_budget(name):
     ratios = layer_ratios(model, IMAGES, Target("flops", 0.4))
     pruner = nni_topo.RandomPruner(model, pruning_config(model, IMAGES, ratios))
     dense = to_dense(model, IMAGES, chosen(pruner))
-    whole, left = (NetworkCost(net, IMAGES)({}).macs for net in (model, dense))
+    whole, left = (NetworkCost.on(net, IMAGES)({}).macs for net in (model, dense))
     assert left / whole == pytest.approx(0.4, abs=0.03)
 
 

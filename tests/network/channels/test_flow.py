@@ -29,7 +29,7 @@ from nni_topo import RandomPruner
 from nni_topo.network.channels.flow import norms_after, passes
 from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.io.checkpoint import load, save
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.sharing import find_ties
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
@@ -94,7 +94,7 @@ def coupled(flow, one, other):
 
 
 def test_convolutions_and_their_mirror_images_are_coupled():
-    flow = Network.on(Mirrored().eval(), IMAGES).flow
+    flow = Analysis.on(Mirrored().eval(), IMAGES).flow
     assert coupled(flow, "outer", "opening")
     assert bool((flow.group_ids_of("inner") == flow.entering_group_ids("opening")).all())
     assert bool((flow.group_ids_of("outer") == flow.entering_group_ids("last")).all())
@@ -102,7 +102,7 @@ def test_convolutions_and_their_mirror_images_are_coupled():
 
 
 def test_columns_of_an_embedding_are_coupled_with_what_the_head_of_its_weight_reads():
-    flow = Network.on(Bottleneck().eval(), TOKENS).flow
+    flow = Analysis.on(Bottleneck().eval(), TOKENS).flow
     assert coupled(flow, "e", "down")
     assert flow.reaches_output("o")
 
@@ -110,7 +110,7 @@ def test_columns_of_an_embedding_are_coupled_with_what_the_head_of_its_weight_re
 def test_a_weight_that_is_the_output_of_one_layer_keeps_the_channels_of_another():
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)).eval()
     model[1].weight = model[3].weight
-    flow = Network.on(model, torch.rand(2, 6)).flow
+    flow = Analysis.on(model, torch.rand(2, 6)).flow
     assert str(flow.why_pinned("1")[0]) == "1.weight is the same parameter as 3.weight, where these channels stay"
     assert flow.reaches_output("3")
     assert not flow.reaches_output("1")
@@ -132,9 +132,9 @@ def test_a_weight_that_is_tied_later_couples_from_then_on():
         nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 2)
     ).eval()
     inputs = torch.rand(2, 6)
-    assert not coupled(Network.on(model, inputs).flow, "2", "4")
+    assert not coupled(Analysis.on(model, inputs).flow, "2", "4")
     model[4].weight = model[2].weight
-    assert coupled(Network.on(model, inputs).flow, "2", "4")
+    assert coupled(Analysis.on(model, inputs).flow, "2", "4")
 
 
 def test_single_weights_of_one_of_two_places():
@@ -282,7 +282,7 @@ class Joined(nn.Module):
 
 def test_a_norm_behind_a_concatenation_is_no_single_layers():
     model = Joined().eval()
-    assert norms_after(model, Network.on(model, torch.ones(2, 1, 4, 4)).flow) == {"behind": "own"}
+    assert norms_after(model, Analysis.on(model, torch.ones(2, 1, 4, 4)).flow) == {"behind": "own"}
 
 
 class SharedBetween(nn.Module):
@@ -429,7 +429,7 @@ class Biasing(nn.Module):
 def test_a_layer_that_makes_biases_of_heads_loses_channels_with_them(is_by_sample):
     torch.manual_seed(0)
     model, inputs = Biasing(is_by_sample).eval(), torch.randn(2, 5, WIDTH)
-    flow = Network.on(model, inputs).flow
+    flow = Analysis.on(model, inputs).flow
     first_of_heads = flow.group_ids_of("attention.qkv")[[0, 3, 6, 9]]
     assert flow.group_ids_of("bias").tolist() == first_of_heads.tolist()
     assert (first_of_heads != FIXED).all()
@@ -453,7 +453,7 @@ def test_attention_that_changes_what_enters_needs_all_channels_and_loses_heads()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, WIDTH), Doubled(), nn.Linear(WIDTH, 3)).eval()
     inputs = torch.randn(2, 4, 5)
-    flow = Network.on(model, inputs).flow
+    flow = Analysis.on(model, inputs).flow
     assert [reason.kind for reason in flow.why_pinned("0")] == ["needs_all_channels"]
     entering = flow.entering_channel_ids("1.qkv")
     assert entering.tolist() == [FIXED] * WIDTH
@@ -490,7 +490,7 @@ class Picking(nn.Module):
 )
 def test_what_a_forward_picks_is_read_unless_it_only_moves_or_meets_others(after, read):
     model = Picking(after).eval()
-    flow = Network.on(model, torch.randn(2, 5)).flow
+    flow = Analysis.on(model, torch.randn(2, 5)).flow
     own = [reader for _, reader in flow.read() if reader not in ("first", "last")]
     assert len(own) == read
     assert [reader for _, reader in flow.read()][: len(flow.layers)] == ["first", "last"]
@@ -542,7 +542,7 @@ class SharedFilters(nn.Module):
 
 @pytest.mark.parametrize(("groups", "width"), [(1, 4), (2, 4), (4, 4)])
 def test_convolutions_of_one_weight_with_as_many_groups_lose_the_same_channels(groups, width):
-    flow = Network.on(SharedFilters((groups, groups), (width, width)).eval(), IMAGES).flow
+    flow = Analysis.on(SharedFilters((groups, groups), (width, width)).eval(), IMAGES).flow
     assert flow.group_ids_of("one").tolist() == flow.group_ids_of("two").tolist()
     assert flow.group_ids_of("a").tolist() == flow.group_ids_of("b").tolist()
     assert (flow.group_ids_of("one") != FIXED).all()
@@ -550,7 +550,7 @@ def test_convolutions_of_one_weight_with_as_many_groups_lose_the_same_channels(g
 
 
 def test_a_convolution_without_groups_keeps_what_one_of_its_weight_with_groups_reads():
-    flow = Network.on(SharedFilters((2, 1), (4, 2)).eval(), IMAGES).flow
+    flow = Analysis.on(SharedFilters((2, 1), (4, 2)).eval(), IMAGES).flow
     assert flow.group_ids_of("two").tolist() == [FIXED] * 8
     assert flow.group_ids_of("b").tolist() == [FIXED] * 2
     assert {reason.kind for reason in flow.why_pinned("two")} == {"shared_weight"}

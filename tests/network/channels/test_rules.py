@@ -17,7 +17,7 @@ from nni_topo.network.channels.ids import FIXED, carry, carry_reduced, staying
 from nni_topo.network.channels.rules import _from_zero, picked_along_others
 from nni_topo.network.graph import owner_of
 from nni_topo.network.runtime import tensors_of
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 
 WIDTHS = {"a": 4, "b": 4, "c": 8, "d": 2}
 IMAGES = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(0))
@@ -1541,7 +1541,7 @@ def followed(functions):
     """Send the channels of all layers through a graph of functions, and tell what becomes of them, by function."""
     torch.manual_seed(0)
     model = AllCalled(functions.values()).eval()
-    flow = Network.on(model, IMAGES).flow
+    flow = Analysis.on(model, IMAGES).flow
     names = {FIXED: "0"}
     for layer in flow.layers:
         for place, channel in enumerate(flow.channel_ids_of(layer).tolist()):
@@ -1616,12 +1616,12 @@ def test_channels_go_where_the_operations_put_them(kind, first):
     ],
 )
 def test_only_rows_of_a_fixed_number_and_equal_pieces_make_a_shuffle(function, reorders, chunks):
-    flow = Network.on(Called(function).eval(), IMAGES).flow
+    flow = Analysis.on(Called(function).eval(), IMAGES).flow
     assert (flow.reorders, flow.chunks, flow.shuffles) == (reorders, chunks, False)
 
 
 def test_rows_of_a_fixed_number_that_are_cut_into_pieces_are_shuffled():
-    flow = Network.on(Called(lambda n: n.c.view(3, 2, -1, 6).flatten(1, 2).chunk(2, 1)).eval(), IMAGES).flow
+    flow = Analysis.on(Called(lambda n: n.c.view(3, 2, -1, 6).flatten(1, 2).chunk(2, 1)).eval(), IMAGES).flow
     assert flow.shuffles
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nni_topo.network.channels.ids import FIXED
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 
 CHANNELS, HEIGHT, WIDTH = 4, 6, 5
 IMAGES = torch.randn(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -383,7 +383,7 @@ CALLS = all_calls()
 
 @pytest.fixture(scope="module")
 def flow():
-    return Network.on(Calls(list(CALLS.values())).eval(), IMAGES).flow
+    return Analysis.on(Calls(list(CALLS.values())).eval(), IMAGES).flow
 
 
 def nodes_of(flow, at: int) -> set[str]:

@@ -12,7 +12,7 @@ from torchvision.models.swin_transformer import PatchMerging
 
 import nni_topo
 from nni_topo.network.channels.ids import FIXED
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 
 IMAGES = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
 
@@ -52,7 +52,7 @@ KEPT = {
 
 @pytest.mark.parametrize("name", FREE)
 def test_a_constant_as_wide_as_the_channels_lets_them_go(name: str) -> None:
-    flow = Network.on(Between(FREE[name]).eval(), IMAGES).flow
+    flow = Analysis.on(Between(FREE[name]).eval(), IMAGES).flow
     assert flow.why_pinned("first") == ()
     assert (flow.group_ids_of("first") > FIXED).all()
     assert flow.entering_group_ids("last").tolist() == flow.group_ids_of("first").tolist()
@@ -60,7 +60,7 @@ def test_a_constant_as_wide_as_the_channels_lets_them_go(name: str) -> None:
 
 @pytest.mark.parametrize("name", KEPT)
 def test_a_constant_of_so_many_values_keeps_the_channels(name: str) -> None:
-    flow = Network.on(Between(KEPT[name]).eval(), IMAGES).flow
+    flow = Analysis.on(Between(KEPT[name]).eval(), IMAGES).flow
     assert [reason.kind for reason in flow.why_pinned("first")] == ["joins_constant"]
     assert flow.entering_group_ids("last").tolist() == [FIXED] * 8
 
@@ -80,7 +80,7 @@ class Gate(nn.Module):
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 def test_channels_that_a_convolution_slides_along_may_go(kernel: int) -> None:
-    flow = Network.on(Gate(nn.Conv1d(1, 1, kernel, padding=kernel // 2)).eval(), IMAGES).flow
+    flow = Analysis.on(Gate(nn.Conv1d(1, 1, kernel, padding=kernel // 2)).eval(), IMAGES).flow
     assert flow.channel_wise == {"conv"}
     assert list(flow.layers) == ["first", "last"]
     assert flow.why_pinned("first") == ()
@@ -95,7 +95,7 @@ def test_channels_that_a_convolution_slides_along_may_go(kernel: int) -> None:
     ],
 )
 def test_other_convolutions_along_channels_keep_them(conv: nn.Module) -> None:
-    flow = Network.on(Gate(conv).eval(), IMAGES).flow
+    flow = Analysis.on(Gate(conv).eval(), IMAGES).flow
     assert flow.channel_wise == set()
     assert len(set(flow.group_ids_of("first").tolist())) == 1  # all are coupled with one another
 
@@ -114,7 +114,7 @@ class Merging(nn.Module):
 def test_the_channels_of_merged_patches_stand_four_times_behind_one_another(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model, images = Merging().eval(), torch.randn(2, 3, *size)
-    flow = Network.on(model, images).flow
+    flow = Analysis.on(model, images).flow
     wanted = flow.group_ids_of("first").tolist()
     assert flow.why_pinned("first") == ()
     assert flow.entering_group_ids("merge.norm").tolist() == wanted * 4

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import nni_topo
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dry_run import _draw
-from nni_topo.network.speedup.network import Network
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ASKED = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -132,7 +132,7 @@ ELSEWHERE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_picks_along_other_dimensions_keep_no_channels(name):
     model = Picks(ELSEWHERE[name], 8).eval()
-    flow = Network.on(model, IMAGES).flow
+    flow = Analysis.on(model, IMAGES).flow
     assert flow.why_pinned("first") == ()
     assert flow.entering_group_ids("last").tolist() == flow.group_ids_of("first").tolist()
 
@@ -159,7 +159,7 @@ class Halves(nn.Module):
 
 
 def test_draws_leave_every_layer_a_channel_that_it_reads():
-    flow = Network.on(Halves().eval(), IMAGES).flow
+    flow = Analysis.on(Halves().eval(), IMAGES).flow
     drawing = np.random.default_rng(0)
     for _ in range(200):  # about one of eight would take all of one half
         left = _draw(flow, {}, drawing, {}, in_parts=False)

@@ -11,8 +11,8 @@ from torch import nn
 
 import nni_topo
 from nni_topo.network.channels.shuffle import asked_of, chosen_of, stays_in_place
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
-from nni_topo.network.speedup.network import Network
 from nni_topo.network.speedup.reconcile import check_masks, union
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -61,8 +61,8 @@ def test_where_a_number_cant_be_a_few_more_stay(caplog):
     model = shuffled(6, 4)
     groups, masks, dense = pruned(model, 0.5)
     assert groups.skipped == {}
-    left = union(model, Network.on(model, IMAGES).flow, check_masks(model, masks))
-    assert stays_in_place(Network.on(model, IMAGES).flow, left)
+    left = union(model, Analysis.on(model, IMAGES).flow, check_masks(model, masks))
+    assert stays_in_place(Analysis.on(model, IMAGES).flow, left)
     assert not dense.report.kept
     inner = [unit.branch[5].out_channels for unit in dense[1:5]]
     assert inner == [groups.shares[f"{place}.branch.5"].counts and sum(groups.shares[f"{place}.branch.5"].counts)
@@ -133,7 +133,7 @@ class Turned(nn.Module):
 @pytest.mark.parametrize("way", ["chunk", "joined", "slice", "groups", "norm"])
 def test_kept_channels_of_a_shuffle_are_in_the_half_that_they_were_in(way):
     torch.manual_seed(0)
-    flow = Network.on(Turned(way).eval(), IMAGES.float()).flow
+    flow = Analysis.on(Turned(way).eval(), IMAGES.float()).flow
     cases = [
         ([1, 2, 5, 6], True),  # 1 5 | 2 6
         ([1, 3, 4, 7], True),  # 1 4 | 3 7, where 4 came before 1
@@ -163,7 +163,7 @@ def test_kept_channels_of_a_shuffle_are_in_the_half_that_they_were_in(way):
     ],
 )
 def test_channels_that_should_stay_are_counted_of_plain_ratios(entry, expected):
-    flow = Network.on(Turned("norm").eval(), IMAGES.float()).flow
+    flow = Analysis.on(Turned("norm").eval(), IMAGES.float()).flow
     entries = [{"op_names": ["first"], **entry}, {"op_names": ["norm"], "sparse_ratio": 0.5}]
     assert asked_of(flow, entries, []) == {"first": expected, "one": 4, "two": 4}
     assert asked_of(flow, entries, ["first"]) == {"first": 8, "one": 4, "two": 4}

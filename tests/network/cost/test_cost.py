@@ -73,19 +73,19 @@ def test_the_cost_is_that_of_the_dense_model(name, ratio):
     config = pruning_config(model, images, dict.fromkeys(inner_layers(model, images), ratio))
     masks = l1_masks(model, config)
     dense = to_dense(model, images, masks, check=False)
-    assert NetworkCost(model, images)(kept_of(model, masks)) == real_cost(dense, images)
+    assert NetworkCost.on(model, images)(kept_of(model, masks)) == real_cost(dense, images)
 
 
 def test_the_whole_network():
     make, shape = NETS["mobilenet"]
     model, images = make(), torch.randn(2, *shape)
-    assert NetworkCost(model, images)({}) == real_cost(model, images)
+    assert NetworkCost.on(model, images)({}) == real_cost(model, images)
 
 
 def test_a_channel_that_another_layer_still_puts_out_stays():
     make, shape = NETS["resnet20"]
     model, images = make(), torch.randn(1, *shape)
-    cost = NetworkCost(model, images)
+    cost = NetworkCost.on(model, images)
     half = np.arange(8) % 2 == 0
     stem = next(name for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d))
     assert cost({stem: half}) == cost({})
@@ -94,7 +94,7 @@ def test_a_channel_that_another_layer_still_puts_out_stays():
 def test_transposed_convolutions_compute_at_their_inputs():
     model = torch.nn.Sequential(torch.nn.ConvTranspose2d(2, 4, 2, stride=2), torch.nn.Conv2d(4, 3, 1))
     images = torch.randn(1, 2, 5, 5)
-    assert NetworkCost(model, images)({}) == real_cost(model, images)
+    assert NetworkCost.on(model, images)({}) == real_cost(model, images)
 
 
 GROUPED = {
@@ -125,7 +125,7 @@ def test_a_grouped_convolution_reads_one_groups_channels(name):
     }
     dense = to_dense(model, images, masks)
     kept = {"0": np.array(entering), "1": np.array(leaving)}
-    found = NetworkCost(model, images)
+    found = NetworkCost.on(model, images)
     assert found(kept) == real_cost(dense, images)
     assert found({}) == real_cost(model, images)
     assert found.widths(kept)["1"] == (dense[1].in_channels, dense[1].out_channels)
@@ -133,7 +133,7 @@ def test_a_grouped_convolution_reads_one_groups_channels(name):
 
 def test_without_its_only_input_channel_a_convolution_costs_nothing():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Conv2d(1, 5, 1))
-    assert NetworkCost(model, torch.randn(1, 3, 4, 4))({"0": np.array([False])}).macs == 0
+    assert NetworkCost.on(model, torch.randn(1, 3, 4, 4))({"0": np.array([False])}).macs == 0
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_a_weight_that_several_modules_share_counts_once(make, removed, is_wrapp
     unpruned, kept = real_cost(model, images), {}
     for name, channels in removed.items():
         kept[name] = ~np.isin(np.arange(model.get_submodule(name).out_channels), channels)
-    dense = to_dense(model, images, NetworkCost(model, images).masks(kept))
+    dense = to_dense(model, images, NetworkCost.on(model, images).masks(kept))
     if is_wrapped:
         RandomPruner(model, [{"op_names": list(removed), "sparse_ratio": 0.5}]).compress()
-    cost = NetworkCost(model, images)
+    cost = NetworkCost.on(model, images)
     assert cost({}) == unpruned
     assert cost(kept) == real_cost(dense, images)
 
@@ -176,7 +176,7 @@ def test_positions_are_counted_beside_the_channels(module, size, positions):
 
 def test_costs_are_whole_numbers_where_groups_keep_unequally_many_channels():
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 6, 1, groups=2), torch.nn.Conv2d(6, 2, 1))
-    cost = NetworkCost(model, torch.randn(1, 4, 2, 2))({"0": np.array([True, True, True, False])})
+    cost = NetworkCost.on(model, torch.randn(1, 4, 2, 2))({"0": np.array([True, True, True, False])})
     # At four places: 4 * 3, then 6 * 1, as one group keeps a single channel, then 6 * 2; biases are 3, 6 and 2.
     assert dataclasses.astuple(cost) == (4 * 30, 30 + 11, 4 * (41 + 4 * 9))
     assert {type(each) for each in dataclasses.astuple(cost)} == {int}
@@ -197,7 +197,7 @@ class Windows(torch.nn.Module):
 def test_a_query_is_multiplied_with_the_keys_of_its_window():
     model, rows = Windows().eval(), torch.randn(4, 6, 5)
     products = 6 * 5 * WIDTH + 6 * 3 * WIDTH * WIDTH + 2 * 6 * 2 * WIDTH + 6 * WIDTH * WIDTH + 6 * WIDTH * 2
-    assert NetworkCost(model, rows)({}).macs == zoo.count_macs(model, rows) == products
+    assert NetworkCost.on(model, rows)({}).macs == zoo.count_macs(model, rows) == products
 
 
 class Cells(torch.nn.Module):
@@ -215,7 +215,7 @@ class Cells(torch.nn.Module):
 def test_what_keeps_all_units_costs_its_products_and_its_parameters(dtype, size):
     model = Cells().to(dtype)
     params = 3 * 4 * (6 + 4 + 2) + 5 * (4 + 5 + 2)
-    cost = NetworkCost(model, torch.randn(2, 6, dtype=dtype))({})
+    cost = NetworkCost.on(model, torch.randn(2, 6, dtype=dtype))({})
     assert cost == Cost(3 * 4 * (6 + 4) + 5 * (4 + 5), params, size * params)
 
 
@@ -223,7 +223,7 @@ def test_masks_are_of_the_layers_that_lose_channels_and_of_all_of_their_rows():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 5, 1, bias=False), torch.nn.Conv2d(5, 2, 1)
     )
-    cost = NetworkCost(model, torch.randn(1, 3, 2, 2))
+    cost = NetworkCost.on(model, torch.randn(1, 3, 2, 2))
     masks = cost.masks({"0": np.array([True, False, True, True]), "1": np.ones(5, dtype=bool)})
     assert {name: list(targets) for name, targets in masks.items()} == {"0": ["weight", "bias"]}
     assert masks["0"]["bias"].tolist() == [1, 0, 1, 1]

@@ -335,7 +335,7 @@ def test_attention_and_recurrent_layers_are_in_the_table():
     model, inputs = Mixed().eval(), torch.randn(4, 5, 8)
     table = measure_latency(model, inputs, repeats=2)
     assert table.layers.keys() >= {"entry", "attention", "mlp", "recurrent", "head"}
-    widths = NetworkCost(model, inputs).widths({})
+    widths = NetworkCost.on(model, inputs).widths({})
     for name in ("attention", "recurrent"):
         entering, leaving = widths[name]
         layer = table.layers[name]

@@ -76,7 +76,7 @@ class Positions(nn.Module):
 @pytest.mark.parametrize("trained", [True, False])
 def test_macs_where_a_view_of_a_parameter_enters_a_layer(trained: bool) -> None:
     model, tokens = Positions().requires_grad_(trained), torch.rand(3, 5, 8)
-    assert count_macs(model, tokens) == NetworkCost(model, tokens)({}).macs == 5 * 16 * 8 + 5 * 8 * 2
+    assert count_macs(model, tokens) == NetworkCost.on(model, tokens)({}).macs == 5 * 16 * 8 + 5 * 8 * 2
     assert all(each.requires_grad is trained for each in model.parameters())
 
 
@@ -436,7 +436,7 @@ class Steps(nn.Module):
 def test_recurrent_layers_count_by_both_counters(layer, products):
     model, rows = Steps(layer()), torch.randn(3, 7, 6)
     assert count_macs(model, rows) == 7 * products
-    assert NetworkCost(model, rows)({}).macs == 7 * products
+    assert NetworkCost.on(model, rows)({}).macs == 7 * products
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_recurrent_layers_count_by_both_counters(layer, products):
 def test_units_that_go_take_their_weights_along(layer):
     torch.manual_seed(0)
     model, rows = nn.Sequential(Steps(layer()), nn.Linear(16, 4)).eval(), torch.randn(3, 7, 6)
-    cost, kept = NetworkCost(model, rows), {"0.layer": np.arange(16) % 3 > 0}
+    cost, kept = NetworkCost.on(model, rows), {"0.layer": np.arange(16) % 3 > 0}
     dense = nni_topo.to_dense(model, rows, cost.masks(kept))
     assert dense[0].layer.hidden_size == 10
     assert (cost(kept).params, cost(kept).macs) == (count_params(dense), count_macs(dense, rows))

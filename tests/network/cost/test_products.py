@@ -146,7 +146,7 @@ def test_products_that_no_layer_makes_are_those_of_the_dense_model(kind, samples
     if kind == "folded":
         units = masks["rows"]["weight_hh_l0"].any(1).numpy()
         kept["rows"] = units[: len(units) // 3]
-    cost = NetworkCost(model, x)
+    cost = NetworkCost.on(model, x)
     assert cost({}).macs == count_macs(model, x)
     assert cost(kept).macs == count_macs(dense, x) < cost({}).macs
 
@@ -206,7 +206,7 @@ def cost_and_count(model: nn.Module, x: Tensor, ratio: float) -> tuple[int, int,
     pruner.unwrap_model()
     dense = nni_topo.to_dense(model, x, masks)
     kept = {name: each["weight"].any(1).numpy() for name, each in masks.items()}
-    cost = NetworkCost(model, x)
+    cost = NetworkCost.on(model, x)
     assert cost({}).macs == count_macs(model, x)
     return cost(kept).macs, count_macs(dense, x), cost({}).macs
 
@@ -222,7 +222,7 @@ def test_products_of_einstein_sums_are_those_of_the_dense_model(kind, ratio):
 
 def test_an_einstein_sum_is_counted_by_hand(monkeypatch):
     monkeypatch.setattr(torch.backends.opt_einsum.m, "enabled", False)
-    cost = NetworkCost(made(Letters, "nm,bmc,cd->bnd", {}), rows())
+    cost = NetworkCost.on(made(Letters, "nm,bmc,cd->bnd", {}), rows())
     before = 6 * PLACES * 10 + 6 * 10 * 9  # the graph, then the weight
     layers = PLACES * 6 * 10 + 6 * (9 * WIDTH + WIDTH * 2)
     assert cost({}).macs == layers + before
@@ -256,9 +256,9 @@ def test_a_model_that_a_pruner_has_wrapped_costs_what_it_did(kind):
     model, x = made(*KINDS[kind]), rows()
     macs = count_macs(model, x)
     pruner = nni_topo.RandomPruner(model, [{"op_types": ["Linear", "GRU"], "sparse_ratio": 0.4}])
-    assert NetworkCost(model, x)({}).macs == count_macs(model, x) == macs
+    assert NetworkCost.on(model, x)({}).macs == count_macs(model, x) == macs
     pruner.compress()
-    assert NetworkCost(model, x)({}).macs == count_macs(model, x) == macs
+    assert NetworkCost.on(model, x)({}).macs == count_macs(model, x) == macs
 
 
 def test_a_fixed_number_of_samples_is_divided_by():
@@ -272,7 +272,7 @@ def test_a_fixed_number_of_samples_is_divided_by():
             return self.head(self.one(x) @ self.two(x).mT)
 
     model, kept = Fixed().eval(), np.arange(8) < 5
-    cost = NetworkCost(model, rows(4))
+    cost = NetworkCost.on(model, rows(4))
     layers, product, head = 2 * PLACES * 6, PLACES * PLACES, PLACES * PLACES * 2
     assert cost({}).macs == 8 * (layers + product) + head
     assert cost({"one": kept, "two": kept}).macs == 5 * (layers + product) + head
@@ -296,7 +296,7 @@ class Pictures(nn.Module):
 def test_of_a_list_of_pictures_each_is_a_sample(count):
     model, pictures = Pictures().eval(), ([torch.rand(3, 4, 4) for _ in range(count)],)
     macs = count_macs(model, pictures)
-    assert macs == NetworkCost(model, pictures)({}).macs == 8 * 16 * (3 + 3 + 16) + 16 * 16 * 2
+    assert macs == NetworkCost.on(model, pictures)({}).macs == 8 * 16 * (3 + 3 + 16) + 16 * 16 * 2
 
 
 def test_a_fixed_number_of_samples_is_counted_as_one_of_them():
@@ -316,7 +316,7 @@ def test_the_run_that_counts_leaves_the_model_alone():
 
     model = Counting().train()
     state = torch.get_rng_state()
-    NetworkCost(model, rows())
+    NetworkCost.on(model, rows())
     assert (model.calls, model.training, model.inner.training) == (0, True, True)
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -335,7 +335,7 @@ def test_attention_that_pools_its_keys_is_counted_at_the_places_that_are_left():
                  proj_after_attn=False, num_classes=3, patch_embed_kernel=(3, 7, 7), patch_embed_stride=(2, 4, 4),
                  patch_embed_padding=(1, 3, 3)).eval()  # fmt: skip
     videos = torch.randn(2, 3, 4, 16, 16)
-    cost = NetworkCost(model, videos)
+    cost = NetworkCost.on(model, videos)
     assert cost({}).macs == count_macs(model, videos)
     attention = "blocks.0.attn"
     heads = cost({f"{attention}.qkv": np.array([True, False])}).macs
@@ -349,7 +349,7 @@ def test_relative_attention_with_weights_of_its_own_is_counted():
     config = transformers.XLNetConfig(vocab_size=50, d_model=16, n_layer=2, n_head=2, d_inner=32)
     model = transformers.XLNetModel(config).eval()
     inputs = {"input_ids": torch.randint(0, 50, (3, 7))}
-    cost, layer = NetworkCost(model, inputs), "layer.0.ff.layer_1"
+    cost, layer = NetworkCost.on(model, inputs), "layer.0.ff.layer_1"
     assert cost({}).macs == count_macs(model, inputs)
     # Seven places: each of 16 features is multiplied with 12 fewer inner ones, and back.
     assert cost({}).macs - cost({layer: np.arange(32) < 20}).macs == 7 * 2 * 16 * 12
@@ -365,7 +365,7 @@ def test_relative_positions_that_are_a_part_of_a_table_are_counted(version):
     )  # fmt: skip
     model = getattr(transformers, f"{version}Model")(config).eval()
     inputs = {"input_ids": torch.randint(0, 31, (3, 7))}
-    cost = NetworkCost(model, inputs)
+    cost = NetworkCost.on(model, inputs)
     assert cost({}).macs == count_macs(model, inputs) == count_macs(model.requires_grad_(False), inputs)
     # Seven places: each of 16 features is multiplied with 12 fewer inner ones, and back.
     layer = "encoder.layer.0.intermediate.dense"

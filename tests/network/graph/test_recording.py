@@ -22,7 +22,7 @@ from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph import recording
 from nni_topo.network.graph.nodes import UNUSED
 from nni_topo.network.graph.recording import LayerResults, record
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 
 
 class Wild(nn.Module):
@@ -366,7 +366,7 @@ def test_what_is_written_into_a_part_of_a_tensor_is_in_the_graph():
     for samples in (1, 5):
         x = torch.randn(samples, 4)
         torch.testing.assert_close(graph(x), model(x))
-    flow = Network.on(nn.Sequential(nn.Linear(2, 4), Writing(), nn.Linear(4, 3)), torch.randn(3, 2)).flow
+    flow = Analysis.on(nn.Sequential(nn.Linear(2, 4), Writing(), nn.Linear(4, 3)), torch.randn(3, 2)).flow
     assert (flow.group_ids_of("1.layer") == FIXED).all()
     assert not (flow.group_ids_of("0") == FIXED).any()
 

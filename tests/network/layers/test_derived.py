@@ -84,7 +84,7 @@ def test_their_cost_is_what_a_run_takes(name):
     model = make(name)
     masks = pruned(model)[1]
     kept = {key: each["weight"].flatten(1).amax(1).bool().numpy() for key, each in masks.items()}
-    cost = NetworkCost(model, images())
+    cost = NetworkCost.on(model, images())
     assert cost({}).macs == count_macs(model, images())
     assert cost({}).params == sum(each.numel() for each in model.parameters())
     dense = nni_topo.to_dense(model, images(), masks)
@@ -170,7 +170,7 @@ def test_a_layer_that_makes_pixels_of_channels_loses_blocks_of_them():
     assert [entry["op_names"] for entry in groups] == [["0"], ["2"]]
     dense = nni_topo.to_dense(model, images(2, 8), masks)
     assert dense[2].weight.shape[:2] == (8, 4)
-    assert NetworkCost(model, images(2, 8))({}).macs == count_macs(model, images(2, 8))
+    assert NetworkCost.on(model, images(2, 8))({}).macs == count_macs(model, images(2, 8))
     check_same(nni_topo.masked_model(model, images(2, 8), masks), dense)
 
 

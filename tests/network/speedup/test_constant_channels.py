@@ -10,6 +10,7 @@ import torch
 from speedup_nets import filter_mask, l1_masks, parameters
 from torch import nn
 
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.constant_channels import (
     ConstantChannels,
     ConstantContribution,
@@ -26,7 +27,6 @@ from nni_topo.network.speedup.constant_channels import (
     norms_of_constants,
     reads_plainly,
 )
-from nni_topo.network.speedup.network import Network
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 
 
@@ -463,7 +463,7 @@ def masked(*layers):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), *layers).double().eval()
     images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    flow = Network.on(model, images).flow
+    flow = Analysis.on(model, images).flow
     is_kept = np.ones(flow.size, dtype=bool)
     is_kept[flow.group_ids_of("0")[[1, 3]]] = False
     with torch.no_grad():

@@ -27,7 +27,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, SpeedupError
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.replace import _set_weight_size, kept_outputs
 from nni_topo.speedup import masked_model, to_dense
 from nni_topo.zoo import create_model
@@ -455,7 +455,7 @@ class Outputs(nn.Module):
 
 def test_the_kept_places_of_outputs_are_those_of_channels_in_each_dimension():
     model = Outputs().eval()
-    flow = Network.on(model, images(size=4)).flow
+    flow = Analysis.on(model, images(size=4)).flow
     is_kept = np.ones(flow.size, dtype=bool)
     is_kept[flow.group_ids_of("first")[[0, 2]]] = False
     found = {name: [each.tolist() for each in places] for name, places in kept_outputs(flow, is_kept).items()}

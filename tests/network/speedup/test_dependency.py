@@ -20,6 +20,7 @@ from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.rules import FIXED
 from nni_topo.network.graph.tracing import trace
 from nni_topo.network.runtime.inputs import arguments_of
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import (
     DependencyGroups,
     by_reason,
@@ -509,7 +510,7 @@ class Kinds(nn.Module):
 
 def test_layers_that_keep_their_channels_say_why_in_the_order_asked_for():
     asked = ["last", "beside", "second", "unused", "norm", "alias", "first", "single", "picked"]
-    found = unprunable_layers(Kinds().eval(), torch.randn(3, 4), asked)
+    found = unprunable_layers(Analysis.on(Kinds().eval(), torch.randn(3, 4)), asked)
     assert {name: [each.kind for each in why] for name, why in found.items()} == {
         "last": ["model_output"],
         "beside": ["not_run"],

@@ -17,15 +17,16 @@ from nni_topo.errors import SpeedupError
 from nni_topo.network.channels import FIXED
 from nni_topo.network.layers.kinds import register_module
 from nni_topo.network.speedup import dry_run as dry_runs
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dry_run import _DryRun
-from nni_topo.network.speedup.network import Network
 
 ROWS = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
 
 
 def dry_run(model: nn.Module, rows: torch.Tensor = ROWS) -> _DryRun:
     """Make one of a model of which the odd channels of the first layer go."""
-    assembled, flow = Network.on(model, rows).traced()
+    trace = Analysis.on(model, rows).trace
+    assembled, flow = trace.assembled, trace.flow
     left = np.ones(flow.size, dtype=bool)
     left[flow.group_ids_of("0")[1::2]] = False
     return _DryRun(flow, left, assembled(copy.deepcopy(model)))
@@ -241,7 +242,8 @@ class Products(TorchFunctionMode):
 
 
 def without_a_head(model: nn.Module, states: torch.Tensor) -> _DryRun:
-    assembled, flow = Network.on(model.eval(), states).traced()
+    trace = Analysis.on(model.eval(), states).trace
+    assembled, flow = trace.assembled, trace.flow
     left = np.ones(flow.size, dtype=bool)
     left[flow.group_ids_of("attention")[flow.heads["attention"].channels["attention"][1]]] = False
     if "gate" in flow.layers:
@@ -356,7 +358,7 @@ def test_a_layer_with_parameters_that_are_not_cut_keeps_its_own_channels_alone()
     assert widths[1:3] == [10, 12]  # what enters it and what it makes
     assert widths[0] < 8
     assert widths[3] < 4
-    kept = nni_topo.network.speedup.unprunable_layers(model, ROWS, ["0", "2", "4", "6"])
+    kept = nni_topo.network.speedup.unprunable_layers(Analysis.on(model, ROWS), ["0", "2", "4", "6"])
     assert kept.keys() == {"2", "4"}
 
 
@@ -375,7 +377,8 @@ class Thirds(nn.Module):
 def test_channels_before_a_wrong_size_are_to_blame_and_not_those_of_the_whole_network():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Thirds(), nn.Linear(4, 4)).eval()
-    assembled, flow = Network.on(model, ROWS).traced()
+    trace = Analysis.on(model, ROWS).trace
+    assembled, flow = trace.assembled, trace.flow
     left = np.ones(flow.size, dtype=bool)
     gone = flow.group_ids_of("2.layer")[9:]  # three of the last part, so that each part gets a channel less
     left[flow.group_ids_of("0")[1::2]] = left[gone] = False
@@ -567,7 +570,9 @@ def test_channels_with_values_are_listed_whatever_their_type(values):
 def test_channels_with_values_are_listed_whatever_dimension_holds_them():
     images, maps = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, 4)
     maps[1, 2, 3, 0] = -1.0
-    assembled, flow = Network.on(model := nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)).eval(), images).traced()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)).eval()
+    trace = Analysis.on(model, images).trace
+    assembled, flow = trace.assembled, trace.flow
     ids = flow.group_ids_of("0")
     for gone, listed in ([1, 2], [2]), ([0, 3], []):
         is_kept = np.ones(flow.size, dtype=bool)
@@ -582,7 +587,7 @@ def test_channels_with_values_are_listed_whatever_dimension_holds_them():
 def test_about_half_of_the_channels_are_drawn_and_none_that_must_stay(in_parts):
     images = torch.randn(2, 3, 8, 8)
     for model in (Grouped().eval(), chain().eval(), nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 2, 1)).eval()):
-        flow = Network.on(model, images).flow
+        flow = Analysis.on(model, images).flow
         drawing, first = np.random.default_rng(0), next(iter(flow.layers))
         held = {} if flow.blocks else {int(flow.group_ids_of(first)[0]): None}
         drawn = [dry_runs._draw(flow, held, drawing, {}, in_parts=in_parts) for _ in range(20)]
@@ -633,7 +638,7 @@ ROOTS = {
 @pytest.mark.quick_every(3)
 def test_a_number_that_is_made_of_how_many_channels_there_are_holds_them(dim, root):
     images, asked = torch.randn(2, 3, 5, 5), [{"op_names": ["first"], "sparse_ratio": 0.5}]
-    skipped = nni_topo.network.speedup.unprunable_layers(Divided(dim, root).eval(), images, ["first"])
+    skipped = nni_topo.network.speedup.unprunable_layers(Analysis.on(Divided(dim, root).eval(), images), ["first"])
     assert [each.kind for each in skipped.get("first", ())] == (["number_made"] if dim == 1 else [])
     assert len(nni_topo.dependency_groups(Divided(dim, root).eval(), images, asked)) == 1
 
@@ -643,7 +648,7 @@ def test_a_norm_makes_zeros_of_removed_channels_whatever_its_shift(norm):
     """What reads them could supply no constant: it has several groups and pads with zeros."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 4, 3, padding=1, groups=2)).eval()
-    assert nni_topo.network.speedup.unprunable_layers(model, torch.randn(2, 3, 5, 5), ["0"]) == {}
+    assert nni_topo.network.speedup.unprunable_layers(Analysis.on(model, torch.randn(2, 3, 5, 5)), ["0"]) == {}
 
 
 def test_a_norm_without_parameters_is_not_masked():
@@ -800,7 +805,8 @@ class Reading(nn.Module):
 def test_the_removed_units_of_a_recurrent_layer_are_zero_for_its_others():
     torch.manual_seed(0)
     model, rows = Reading().eval(), ROWS.reshape(4, 20, 6)
-    assembled, flow = Network.on(model, rows).traced()
+    trace = Analysis.on(model, rows).trace
+    assembled, flow = trace.assembled, trace.flow
     is_kept = np.ones(flow.size, dtype=bool)
     is_kept[flow.group_ids(flow.unit_channel_ids("units"))[[1, 3]]] = False
     both = _DryRun(flow, is_kept, assembled(copy.deepcopy(model)))

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from nni_topo.errors import ConfigError, SpeedupError, leaves_out_by
 from nni_topo.network.channels import reasons
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.explain import Explanation, way_forward
-from nni_topo.network.speedup.network import Network
 from nni_topo.speedup import dependency_groups, explain, to_dense
 
 GONE = [1, 2, 4, 5]
@@ -509,7 +509,7 @@ def test_a_stream_that_is_the_output_is_told_as_such_also_where_heads_go():
 def test_the_place_where_outputs_differ_is_named_where_a_layer_reads_it(place, told):
     net = Net(nn.Sigmoid()).eval()
     net.mixed = nn.Softmax(1)
-    network = Network.on(net, images())
+    network = Analysis.on(net, images())
     kept = {name: [torch.arange(2), torch.arange(size)] for name, size in (("first", 8), ("second", 6), ("head", 2))}
     kept["first"][1] = torch.tensor([0, 3, 6, 7])
     assert way_forward(network, net, kept, place).startswith(told)

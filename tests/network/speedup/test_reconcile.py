@@ -13,7 +13,7 @@ from torch import nn
 from nni_topo.errors import ConfigError, DataError, SpeedupError
 from nni_topo.network.channels.ids import Blocks
 from nni_topo.network.layers.kinds import kept_channels, spread
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.reconcile import (
     _bring_back,
     _even_out,
@@ -326,7 +326,7 @@ def test_widths_are_rounded_to_what_is_said_or_to_what_a_device_takes_at_once():
 
 
 def resolved(model, masks, inputs=IMAGES, **knobs):
-    flow = Network.on(model.eval(), inputs).flow
+    flow = Analysis.on(model.eval(), inputs).flow
     return resolve(model, flow, check_masks(model, masks), **knobs)
 
 
@@ -340,7 +340,7 @@ def test_masks_that_agree_stay_as_they_are():
     masks = {name: filter_mask(getattr(model, name), [1, 4]) for name in ("stem", "depthwise", "point")}
     masks["stem"]["weight"][0, 0, 0, 0] = 0  # a single weight
     given = check_masks(model, masks)
-    flow = Network.on(model.eval(), IMAGES).flow
+    flow = Analysis.on(model.eval(), IMAGES).flow
     found = resolve(model, flow, given)
     assert {name: set(targets) for name, targets in found.masks.items()} == {key: {"weight", "bias"} for key in masks}
     for name, targets in given.items():
@@ -423,7 +423,7 @@ def test_heads_are_narrower_where_keys_and_values_keep_equally_many_channels(que
     for name, places in (("q_proj", queries), ("k_proj", keys), ("v_proj", values)):
         layer = model.get_submodule(f"1.attention.{name}")
         masks[f"1.attention.{name}"] = filter_mask(layer, [at for at in range(12) if at % 3 not in places])
-    flow = Network.on(model, inputs).flow
+    flow = Analysis.on(model, inputs).flow
     given = check_masks(model, masks)
     found = find_narrow(model, flow, given, resolve(model, flow, given).is_kept)
     if narrow is None:
@@ -578,14 +578,14 @@ def test_blocks_that_remain_keep_as_many_channels_as_the_fullest(sides, may_vani
 
 def test_the_score_of_a_channel_is_the_sum_over_all_layers_that_share_it():
     model = Residual().eval()
-    flow = Network.on(model, IMAGES).flow
+    flow = Analysis.on(model, IMAGES).flow
     scores = _scores(model, flow)
     expected = sum(
         getattr(model, name).weight.detach().abs().double().flatten(1).sum(1) for name in ("stem", "depthwise", "point")
     )
     assert scores[flow.group_ids_of("stem")] == pytest.approx(expected.numpy())
     up = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Conv2d(6, 2, 1)).eval()
-    flow = Network.on(up, torch.randn(1, 4, 3, 3)).flow
+    flow = Analysis.on(up, torch.randn(1, 4, 3, 3)).flow
     columns = up[0].weight.detach().abs().double().sum((0, 2, 3))  # three, each of which makes a channel of both groups
     assert _scores(up, flow)[flow.group_ids_of("0")].tolist() == pytest.approx([*columns.tolist(), *columns.tolist()])
 

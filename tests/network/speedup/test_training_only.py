@@ -14,7 +14,7 @@ from torch.nn import functional
 import nni_topo
 from nni_topo.network.graph.nodes import RANDOM
 from nni_topo.network.speedup import training_only
-from nni_topo.network.speedup.network import Network
+from nni_topo.network.speedup.analysis import Analysis
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -265,7 +265,7 @@ def test_a_network_that_evaluation_reaches_whole_is_traced_once(monkeypatch):
         return plain(self, x)
 
     monkeypatch.setattr(Exit, "forward", forward)
-    assert Network.on(model, IMAGES).flow.why_pinned("a") == ()
+    assert Analysis.on(model, IMAGES).flow.why_pinned("a") == ()
     assert modes
     assert not any(modes)
 

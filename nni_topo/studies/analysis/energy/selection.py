@@ -39,7 +39,7 @@ from nni_topo.network.runtime import (
     leaves_models_alone,
     watched,
 )
-from nni_topo.network.speedup import Network, masked_model
+from nni_topo.network.speedup import Analysis, masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
@@ -147,7 +147,7 @@ class _Search:
         energies = pruner._collect_data()[layer]["weight"][:, 0]
         self.energies: FloatArray = (energies / energies.sum()).numpy()
         self.filters = len(self.energies)
-        flow = Network.on(model, example_inputs).flow
+        flow = Analysis.on(model, example_inputs).flow
         self.place = model.get_submodule(norms_after(model, flow).get(layer, layer))
         self.terms = taylor_terms(model, self.place, batches).cpu().numpy()
 

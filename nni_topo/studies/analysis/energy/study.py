@@ -18,7 +18,7 @@ from nni_topo.errors import ConfigError, checked, instance
 from nni_topo.network.cost import NetworkCost
 from nni_topo.network.layers import kept_channels
 from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
-from nni_topo.network.speedup import dependency_groups, masked_model, to_dense
+from nni_topo.network.speedup import Analysis, dense_of, dependency_groups, masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
 from nni_topo.studies.study import Findings
@@ -324,11 +324,11 @@ def _whole_networks(
     rows: list[LayerEnergy],
     evaluate: EvaluateQuality | None,
 ) -> dict[float, WholeNetwork]:
-    cost = NetworkCost(model, example_inputs)
-    found = {}
+    analysis = Analysis.on(model, example_inputs)
+    cost, found = NetworkCost(analysis), {}
     for threshold, selected in masks.items():
         macs = cost({name: _kept(model, name, selected).numpy() for row in rows for name in row.layers}).macs
-        dense = to_dense(model, example_inputs, selected)
+        dense = dense_of(model, example_inputs, selected, findings=analysis.findings)
         quality = None if evaluate is None else quality_of(evaluate, dense)
         removed = sum(row.removed[threshold] for row in rows)
         found[threshold] = WholeNetwork(removed, macs / cost({}).macs, quality)

@@ -1,0 +1,244 @@
+"""An Analysis: what is found about a model is found once, and handed on only where it holds."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from nni_topo import RandomPruner, dependency_groups, shrink, to_dense
+from nni_topo.network.graph import tracing
+from nni_topo.network.speedup.analysis import Analysis, Findings
+from nni_topo.pruners.testing.toys import toy_images, toy_model
+
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """The models that were traced, by class name."""
+    done = []
+    record = tracing.record
+
+    def counted(model, *args, **kwargs):
+        done.append(type(model).__name__)
+        return record(model, *args, **kwargs)
+
+    monkeypatch.setattr(tracing, "record", counted)
+    return done
+
+
+def two_layers(width=4):
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 2, 3, groups=2)).eval()
+
+
+@pytest.mark.parametrize("pruner", ["reconstruction", "l1"])
+def test_shrink_traces_a_network_three_times_at_most(pruner, traces):
+    shrink(toy_model(), [toy_images(16)], {"flops": 0.5}, pruner=pruner, distill=False)
+    assert len(traces) <= 3
+
+
+def test_a_pruner_takes_over_what_its_dependency_groups_found(traces):
+    model, images = toy_model(), toy_images(2)
+    groups = dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    victim = copy.deepcopy(model)
+    pruner = RandomPruner(victim, copy.deepcopy(groups).unnamed())
+    assert pruner.context.analysis(images).flow is groups.findings.trace.flow
+    assert len(traces) == 1
+    other = pruner.context.analysis(toy_images(3)).flow  # of another size
+    assert other is not groups.findings.trace.flow
+
+
+class Depending(nn.Module):
+    """Uses its second layer, or not, by what no walk over the model's attributes shows."""
+
+    uses_other = True
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        told = {"other": True}
+        self.asks = lambda: told["other"]
+
+    def forward(self, x):
+        if type(self).uses_other and self.asks():
+            return self.last(torch.relu(self.one(x) + self.other(x)))
+        return self.last(torch.relu(self.one(x)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(type(model), "uses_other", False),
+        lambda model: model.asks.__closure__[0].cell_contents.update(other=False),
+    ],
+    ids=["class", "closure"],
+)
+def test_another_call_sees_all_that_changed_since(change, monkeypatch):
+    monkeypatch.setattr(Depending, "uses_other", True)
+    model, asked = Depending().eval(), [{"op_names": ["one", "other"], "sparse_ratio": 0.5}]
+    assert all("dependency_group_id" in entry for entry in dependency_groups(model, IMAGES, asked))
+    masks = {"one": {"weight": (torch.arange(4) < 2).float()[:, None, None, None]}}
+    change(model)
+    assert not any("dependency_group_id" in entry for entry in dependency_groups(model, IMAGES, asked))
+    dense = to_dense(model, IMAGES, masks)
+    assert dense.one.out_channels == 2
+
+
+class Noting(nn.Module):
+    """Followed part by part, and noting sizes at its first run, as detectors' pooling does."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = two_layers()
+        self.head = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def forward(self, x):
+        places = self.backbone(x).flatten(2).transpose(1, 2).flatten(0, 1)
+        if not hasattr(self, "seen"):
+            self.seen = tuple(places.shape)
+        return self.head(torch.stack([place * float(place.sum()) for place in places]))  # which no graph could hold
+
+
+def test_a_model_that_notes_something_at_its_first_run_is_followed_part_by_part():
+    model = Noting().eval()
+    config = dependency_groups(model, IMAGES, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
+    assert "seen" not in vars(model)
+    pruner = RandomPruner(model, config, seed=0)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    assert to_dense(model, IMAGES, masks).head[0].out_features == 3  # of 5
+
+
+def test_other_weights_change_no_findings_and_the_graph_takes_the_new_ones(traces):
+    model = two_layers()
+    analysis = Analysis.on(model, IMAGES)
+    flow, other = analysis.flow, copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight.mul_(3.0)
+    assert analysis.of(other).flow is flow
+    graph, args = analysis.of(other).graph(other)
+    torch.testing.assert_close(graph(*args), other(IMAGES))
+    assert traces == ["Sequential"]
+
+
+def test_what_the_forward_makes_itself_is_in_the_graph():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 4, 1)
+            self.shift = torch.ones(4, 1, 1)
+            self.factor = [torch.ones(8, 8)]
+
+        def forward(self, x):
+            scale = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1)
+            return self.layer(x) * scale * self.factor[0] + self.shift
+
+    model = Net().eval()
+    analysis = Analysis.on(model, IMAGES)
+    assert analysis.flow.layers
+    model.shift = torch.full((4, 1, 1), 5.0)
+    graph, args = analysis.graph(model)
+    torch.testing.assert_close(graph(*args), model(IMAGES))
+    assert "_tensor_constant0" not in vars(model)
+
+
+class Deciding(nn.Module):
+    """Reads a value to decide, if asked to."""
+
+    def __init__(self, *, reads):
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+        self.reads = reads
+
+    def forward(self, x):
+        if self.reads and x.sum() > 0:
+            return self.last(self.other(x).relu())
+        return self.last(self.first(x).relu())
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_findings_hold_for_other_values_unless_values_decide(reads):
+    model, rows = Deciding(reads=reads).eval(), torch.ones(2, 4)
+    findings = Analysis.on(model, rows).findings
+    assert set(Analysis.on(model, rows, findings).flow.layers) == {"other" if reads else "first", "last"}
+    assert (Analysis.on(model, rows.clone(), findings).findings is findings) is True
+    assert (Analysis.on(model, -rows, findings).findings is findings) is not reads
+    assert set(Analysis.on(model, -rows, findings).flow.layers) == {"first", "last"}
+
+
+@pytest.mark.parametrize(
+    ("given", "other", "is_known"),
+    [
+        ((IMAGES,), (IMAGES + 1.0,), True),
+        ((IMAGES,), (IMAGES[:1],), False),
+        ((IMAGES,), (IMAGES.double(),), False),
+        ((IMAGES, True), (IMAGES, True), True),
+        ((IMAGES, True), (IMAGES, False), False),
+        ((IMAGES, 1), (IMAGES, True), False),
+        (({"a": IMAGES},), ({"a": IMAGES},), True),
+        (({"a": IMAGES},), ({"b": IMAGES},), False),
+        (([IMAGES, IMAGES],), ([IMAGES],), False),
+        ((IMAGES, torch.add), (IMAGES, torch.add), True),
+        ((IMAGES, object()), (IMAGES, object()), False),
+    ],
+)
+def test_findings_fit_calls_of_the_same_shapes_and_settings(given, other, is_known):
+    model = two_layers()
+    findings = Analysis(model, (given, {})).findings
+    assert (Analysis(model, (other, {}), findings).findings is findings) is is_known
+
+
+def test_a_copy_of_findings_is_the_same_and_another_process_traces_anew():
+    analysis = Analysis.on(two_layers(), IMAGES)
+    assert analysis.flow.layers
+    assert copy.deepcopy(analysis.findings) is analysis.findings
+    again = pickle.loads(pickle.dumps(analysis.findings))
+    assert isinstance(again, Findings)
+    assert again.trace is None
+    assert Analysis(analysis.model, analysis.call, again).findings is not again
+
+
+def test_findings_hold_no_model():
+    model = two_layers()
+    findings = Analysis.on(model, IMAGES).findings
+    analysis = Analysis.on(model, IMAGES, findings)
+    assert analysis.flow.layers
+    assert analysis.sizes
+    assert analysis.unprunable == {}
+    held = weakref.ref(model)
+    del model, analysis
+    gc.collect()
+    assert held() is None
+
+
+def test_a_graph_runs_on_any_call():
+    model, rows, others = Deciding(reads=False).eval(), torch.randn(2, 4), torch.randn(2, 4)
+    analysis = Analysis.on(model, rows)
+    graph_module, args = analysis.graph(model)
+    assert [node.target for node in graph_module.graph.nodes if node.op == "call_module"] == ["first", "last"]
+    assert torch.equal(args[0], rows)
+    graph_module, args = analysis.graph(model, ((others,), {}))
+    assert torch.equal(args[0], others)
+    torch.testing.assert_close(graph_module(*args), model(others))
+
+
+class Pyramid(nn.Module):
+    """A convolution that is called on images of two sizes, and a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(3, 3, 3, stride=2, padding=1)
+        self.up, self.head = nn.ConvTranspose2d(3, 4, 2, stride=2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.up(self.down(self.down(x))).mean((2, 3)))
+
+
+def test_convolutions_have_the_planes_of_their_first_call():
+    assert Analysis.on(Pyramid().eval(), torch.rand(2, 3, 12, 8)).planes == {
+        "down": ((12, 8), (6, 4)), "up": ((3, 2), (6, 4)),
+    }  # fmt: skip
