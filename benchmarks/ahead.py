@@ -39,8 +39,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nni_topo import RecoveryInfo, register_recovery
 from nni_topo.errors import DataError, check_fields, whole
-from nni_topo.network.layers import by_output, is_plain_norm, of_output, through_norms
-from nni_topo.network.runtime import bar, tensors_of
+from nni_topo.network.layers.kinds import by_output, is_plain_norm, of_output, through_norms
+from nni_topo.network.runtime.inputs import tensors_of
+from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask, add_constant
 from nni_topo.recovery.registry import Tools

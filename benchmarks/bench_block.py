@@ -28,7 +28,7 @@ from torch.nn.functional import avg_pool2d
 from torch.utils.data import TensorDataset
 
 from nni_topo import compensate, create_pruner, dependency_groups, distill, to_dense, zoo
-from nni_topo.network.runtime import markdown_table
+from nni_topo.network.runtime.reports import markdown_table
 from nni_topo.recovery.lesson import judged
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.network.runtime import markdown_table
+from nni_topo.network.runtime.reports import markdown_table
 from nni_topo.runs.provenance import provenance
 from nni_topo.runs.run import resolve_device
 from nni_topo.runs.widths import inner_layers

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.cost import LatencyTable, measure_latency, time_shares
-from nni_topo.network.runtime import Calibration
+from nni_topo.network.cost.latency import LatencyTable, measure_latency
+from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.runs.depth import DepthPath, Removal, cost_saved, removable_blocks
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import interval, markdown_table

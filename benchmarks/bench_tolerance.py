@@ -38,7 +38,7 @@ from torch.utils.data import TensorDataset
 import nni_topo
 from nni_topo import zoo
 from nni_topo.maths.limits import limit_of_share
-from nni_topo.network.runtime import Calibration
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.runs.frontier import SHARES
 from nni_topo.runs.tolerance import PARTS
 from nni_topo.studies.records import append_record, read_records

@@ -33,7 +33,7 @@ from nni_topo.network import (  # noqa: E402
     to_dense,
     zeros_held,
 )
-from nni_topo.network.runtime import Calibration  # noqa: E402
+from nni_topo.network.runtime.calibration import Calibration  # noqa: E402
 from nni_topo.pruners import testing  # noqa: E402
 from nni_topo.pruners.base import StructuredPruner  # noqa: E402
 from nni_topo.pruners.budget import Budget  # noqa: E402

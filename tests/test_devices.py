@@ -33,7 +33,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.maths.least_squares import shifts
-from nni_topo.network.layers import keep_original_width
+from nni_topo.network.layers.original_width import keep_original_width
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.pruners.registry import create_pruner, list_pruners
 from nni_topo.recovery import distillation

@@ -8,7 +8,7 @@ from torch import nn
 
 import nni_topo
 from nni_topo import zoo
-from nni_topo.network.cost import measure_latency
+from nni_topo.network.cost.latency import measure_latency
 from nni_topo.testing import toy_images, toy_model
 
 IMAGES = [toy_images(32)]

@@ -20,8 +20,7 @@ from torch import nn
 import nni_topo
 from nni_topo import Calibration
 from nni_topo.errors import ConfigError, NniTopoError, ProcessError
-from nni_topo.network.runtime import digest
-from nni_topo.network.runtime.processes import _buckets
+from nni_topo.network.runtime.processes import _buckets, digest
 from nni_topo.recovery.reconstruct import Reconstruct, ReconstructTask
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")

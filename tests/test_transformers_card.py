@@ -17,7 +17,7 @@ import torch
 from transformers_nets import SIZES, inputs_of, logits, transformers
 
 import nni_topo
-from nni_topo.network.speedup import DenseReport, LayerChannels
+from nni_topo.network.speedup.dense import DenseReport, LayerChannels
 from nni_topo.runs.depth import DepthOutcome, RemovedBlock
 from nni_topo.runs.tolerance import ToleranceOutcome
 from nni_topo.testing import require_unchanged, snapshot

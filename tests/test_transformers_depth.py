@@ -8,8 +8,8 @@ from transformers_nets import inputs_of, logits, make
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.io import take_out_part
-from nni_topo.network.runtime import Calibration
+from nni_topo.network.io.checkpoint import take_out_part
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.runs.depth import removable_blocks
 
 

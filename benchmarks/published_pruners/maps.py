@@ -13,17 +13,12 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.attention import find_heads
-from nni_topo.network.layers import feature_dimension
-from nni_topo.network.runtime import (
-    Calibration,
-    batches_of,
-    bind_arguments,
-    calls,
-    first_call,
-    inputs_seen,
-    watched,
-)
+from nni_topo.network.attention.heads import find_heads
+from nni_topo.network.layers.kinds import feature_dimension
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import first_call
+from nni_topo.network.runtime.hooks import batches_of, inputs_seen, watched
+from nni_topo.network.runtime.inputs import bind_arguments, calls
 from nni_topo.pruners.clouds.features import TracedNetwork, tapped_network
 from nni_topo.pruners.clouds.moments import check_finite, check_reached
 from nni_topo.pruners.hooks import Data, DataCollector, MetricCalculator, Metrics, PruningContext

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
-from nni_topo.network.runtime import Calibration
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.moments import check_finite

@@ -13,7 +13,7 @@ from torch import nn
 
 from nni_topo import TopologicalPruner
 from nni_topo.clustering import partition
-from nni_topo.network.channels import ChannelFlow
+from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.clouds.functional import ChannelReader, FunctionalCollector
 from nni_topo.pruners.hooks import PruningContext

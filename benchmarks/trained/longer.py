@@ -31,7 +31,7 @@ import nni_topo
 from benchmarks.trained import measures, photos, pretrained, sentences
 from benchmarks.trained.report import figure, title_of
 from benchmarks.trained.run import Cnn, Encoder
-from nni_topo.network.cost import NetworkCost
+from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.runs.provenance import provenance
 from nni_topo.studies.records import append_record, read_records
 from nni_topo.studies.tables import markdown_table, with_tables

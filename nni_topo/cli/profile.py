@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import nni_topo
-from nni_topo.network.cost import ModeCost, profile
+from nni_topo.network.cost.measure import ModeCost, profile
 from nni_topo.runs.run import resolve_device
 from nni_topo.studies.study import ModelVerb, Names
 from nni_topo.studies.tables import as_table

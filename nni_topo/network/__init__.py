@@ -1,20 +1,16 @@
 """From NNI's masks to a smaller dense model: dependency groups, the masked reference, ModelSpeedup."""
 
-from nni_topo.network.channels import Operation, register_operator
-from nni_topo.network.cost import LatencyTable, LayerLatency, ModeCost, measure_latency, profile
-from nni_topo.network.io import Exported, export, load, save, save_pretrained
-from nni_topo.network.layers import as_torch_layers, register_module, zeros_held
-from nni_topo.network.speedup import (
-    DenseReport,
-    DependencyGroups,
-    Explanation,
-    LayerChannels,
-    dependency_groups,
-    explain,
-    masked_model,
-    register_width_attribute,
-    to_dense,
-)
+from nni_topo.network.channels.rules import Operation, register_operator
+from nni_topo.network.cost.latency import LatencyTable, LayerLatency, measure_latency
+from nni_topo.network.cost.measure import ModeCost, profile
+from nni_topo.network.io.checkpoint import load, save, save_pretrained
+from nni_topo.network.io.exporting import Exported, export
+from nni_topo.network.layers.kinds import as_torch_layers, register_module, zeros_held
+from nni_topo.network.speedup.dense import DenseReport, LayerChannels, to_dense
+from nni_topo.network.speedup.dependency import DependencyGroups, dependency_groups
+from nni_topo.network.speedup.equivalence import masked_model
+from nni_topo.network.speedup.explain import Explanation, explain
+from nni_topo.network.speedup.width_attributes import register_width_attribute
 
 __all__ = [
     "DenseReport",

@@ -22,9 +22,12 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import NONE, ConfigError, LayerError, Rule, instance
-from nni_topo.network.layers import kept_channels, plain_layer
-from nni_topo.network.runtime import in_smaller_batches, left_alone, quiet
-from nni_topo.network.speedup import DependencyGroups
+from nni_topo.network.layers.derived import plain_layer
+from nni_topo.network.layers.kinds import kept_channels
+from nni_topo.network.runtime.inputs import in_smaller_batches
+from nni_topo.network.runtime.progress import quiet
+from nni_topo.network.runtime.untouched import left_alone
+from nni_topo.network.speedup.dependency import DependencyGroups
 from nni_topo.pruners.allocators import ConfigAllocator
 from nni_topo.pruners.budget import Budget, BudgetPlanner
 from nni_topo.pruners.checks import check_no_ratios, check_request, matched_modules, pruner_arguments
@@ -127,9 +130,9 @@ class StructuredPruner(Pruner):
         self._collected: Data | None = None  # of the first call of `masks_for`
         self._ties = config_list.ties if isinstance(config_list, DependencyGroups) else {}
         self._shares = config_list.shares if isinstance(config_list, DependencyGroups) else {}
-        self._findings = config_list.findings if isinstance(config_list, DependencyGroups) else None
+        self._facts = config_list.facts if isinstance(config_list, DependencyGroups) else None
         if isinstance(self.planner, BudgetPlanner):
-            self.planner.findings = self._findings
+            self.planner.facts = self._facts
         self.allocator = ConfigAllocator() if allocator is None else allocator
         self.interval_steps = -1
         self.total_times: int | Literal["unlimited"] = 1
@@ -290,7 +293,7 @@ class StructuredPruner(Pruner):
             self.planner,
             self._ties,
             self._shares,
-            self._findings,
+            self._facts,
         )
 
     def _activate_targets(self, cap: float = 0.0) -> None:

@@ -28,11 +28,16 @@ from nni_topo.errors import (
     one_of,
     unknown_name,
 )
-from nni_topo.network.attention import accepted_heads
+from nni_topo.network.attention.config import accepted_heads
 from nni_topo.network.channels import reasons
-from nni_topo.network.cost import Kept, LatencyTable, NetworkCost, measure_latency, time_shares
-from nni_topo.network.runtime import example_inputs_of, unwrapped_copy
-from nni_topo.network.speedup import Analysis, Findings, dense_of, held_by_unselected
+from nni_topo.network.cost.cost import Kept, NetworkCost
+from nni_topo.network.cost.latency import LatencyTable, measure_latency
+from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.runtime.copying import unwrapped_copy
+from nni_topo.network.runtime.hooks import example_inputs_of
+from nni_topo.network.speedup.analysis import Analysis, Facts
+from nni_topo.network.speedup.dense import dense_of
+from nni_topo.network.speedup.dependency import held_by_unselected
 from nni_topo.pruners.agreement import Agreement
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_tolerance, solve_uniform
@@ -221,7 +226,7 @@ class BudgetPlanner(Planner):
         self.budget = budget
         self.allocations = allocations  # those that the pruner takes
         self.example_inputs = example_inputs
-        self.findings: Findings | None = None  # what is known of the model already
+        self.facts: Facts | None = None  # what is known of the model already
         # Where none is given it is measured at the first use; with a table, an allocation is deterministic.
         self.latency_table = cast("LatencyTable | None", budget.latency_table)
         self.left = math.nan  # the share of the widths found, as it is counted or timed
@@ -260,7 +265,7 @@ class BudgetPlanner(Planner):
             return solve_error(worth, bounds, cost, share, Agreement(units).together)
 
         if self.budget.kind == "latency" and self.budget.latency_table is None:
-            analysis = Analysis.on(model, self.example_inputs, self.findings)
+            analysis = Analysis.on(model, self.example_inputs, self.facts)
             time = network_time(analysis, self.example_inputs, share)
 
             def timed(solutions: Sequence[Sequence[int]]) -> list[float]:
@@ -299,7 +304,7 @@ class BudgetPlanner(Planner):
         at_bounds = "at their max_sparse_ratio, or keep the fewest channels that a budget leaves them"
         can_be_met = f"; a budget of {self.left:.4g} can be met"
         if is_over and not self._is_near(cost([most for _, most in bounds])):
-            flow = Analysis.on(model, self.example_inputs, self.findings).flow
+            flow = Analysis.on(model, self.example_inputs, self.facts).flow
             held = held_by_unselected(flow, [unit.layers for unit in units])
             if held:
                 partners = dict.fromkeys(name for names in held.values() for name in names)
@@ -335,7 +340,7 @@ class BudgetPlanner(Planner):
         if self.latency_table is not None and (missing := layers - self.latency_table.layers.keys()):
             raise DataError(f"a latency table must hold every pruned layer, got none of that name ({min(missing)})")
         if self._cost is None:
-            analysis = Analysis.on(model, self.example_inputs, self.findings)
+            analysis = Analysis.on(model, self.example_inputs, self.facts)
             self._cost = network_cost(self.budget.kind, analysis, self.latency_table)
         return self._cost
 
@@ -470,7 +475,7 @@ def network_time(analysis: Analysis, example_inputs: Any, wanted: float) -> Call
         nets = []
         for kept in choices:
             masks = cost.masks(kept)
-            nets.append(dense_of(unpruned, example_inputs, masks, check=False, findings=analysis.findings))
+            nets.append(dense_of(unpruned, example_inputs, masks, check=False, facts=analysis.facts))
         timed = time_shares(nets, unpruned, example_inputs, wanted, seconds=_SECONDS * len(nets))
         for found, off in timed:
             level = logging.WARNING if off > max(_MISSED_TIME, abs(found - wanted) / found) else logging.INFO

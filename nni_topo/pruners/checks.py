@@ -39,19 +39,12 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
-from nni_topo.network.layers import CONVOLUTIONS, check_names, is_recurrent
-from nni_topo.network.runtime import (
-    BATCHES,
-    CONFIG_LIST,
-    INPUTS,
-    LEGACY_KEYS,
-    MODEL,
-    check_entry,
-    in_smaller_batches,
-    left_alone,
-    quiet_if_asked,
-)
-from nni_topo.network.speedup import DependencyGroups, by_reason
+from nni_topo.network.layers.kinds import CONVOLUTIONS, check_names, is_recurrent
+from nni_topo.network.runtime.arguments import BATCHES, CONFIG_LIST, INPUTS, LEGACY_KEYS, MODEL, check_entry
+from nni_topo.network.runtime.inputs import in_smaller_batches
+from nni_topo.network.runtime.progress import quiet_if_asked
+from nni_topo.network.runtime.untouched import left_alone
+from nni_topo.network.speedup.dependency import DependencyGroups, by_reason
 
 _Given = ParamSpec("_Given")
 _Returned = TypeVar("_Returned")

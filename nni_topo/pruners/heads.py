@@ -17,8 +17,9 @@ from nni.compression.utils.scaling import Scaling
 from torch import Tensor
 
 from nni_topo.compat.wrapping import calling, scaling, target_settings
-from nni_topo.network.attention import IntArray, find_heads, is_fused_attention, set_unfused
-from nni_topo.network.layers import is_recurrent, row_names, weight_name
+from nni_topo.network.attention.heads import IntArray, find_heads
+from nni_topo.network.attention.unfused.multihead import is_fused_attention, set_unfused
+from nni_topo.network.layers.kinds import is_recurrent, row_names, weight_name
 from nni_topo.pruners.transposed import OutputScaling, scale_by_outputs
 from nni_topo.pruners.units import TargetSpaces, holds_columns
 

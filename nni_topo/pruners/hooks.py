@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, check_memory
-from nni_topo.network.channels import Share
-from nni_topo.network.runtime import evaluation_mode, padding_known, run
-from nni_topo.network.speedup import Analysis, Findings
+from nni_topo.network.channels.shuffle import Share
+from nni_topo.network.runtime.fits import run
+from nni_topo.network.runtime.hooks import padding_known
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.planner import Losses, Planner
 from nni_topo.pruners.units import ChannelCoupling, PruningUnit, TargetSpaces, block_shape, pruning_units
 from nni_topo.recovery.mixing import Pairs
@@ -63,7 +65,7 @@ class PruningContext:
         For layers that share some channels with others, the group id of each channel: equal ids are pruned together.
     shares : mapping of str to Share
         For layers whose channels are shuffled, how many channels of each segment are kept at a plain ratio.
-    findings : Findings or None
+    facts : Facts or None
         What is known of the model by its dependency groups.
     """
 
@@ -74,11 +76,11 @@ class PruningContext:
     planner: Planner = field(default_factory=Planner)
     ties: ChannelCoupling = field(default_factory=dict)
     shares: Mapping[str, Share] = field(default_factory=dict)
-    findings: Findings | None = None
+    facts: Facts | None = None
 
     def analysis(self, example_inputs: Any) -> Analysis:
         """Return how channels go through the model on some inputs."""
-        return Analysis.on(self.model, example_inputs, self.findings)
+        return Analysis.on(self.model, example_inputs, self.facts)
 
     @cached_property
     def units(self) -> list[PruningUnit]:

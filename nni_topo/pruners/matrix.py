@@ -19,7 +19,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, Rule, whole
-from nni_topo.network.runtime import example_inputs_of
+from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.checks import pruner_arguments

@@ -14,7 +14,7 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ConfigError, checked, instance, is_class, rule_of, unknown_name
-from nni_topo.network.runtime import CONFIG_LIST, MODEL
+from nni_topo.network.runtime.arguments import CONFIG_LIST, MODEL
 from nni_topo.pruners.checks import check_request, of_single_weights
 from nni_topo.pruners.heads import show_heads_to_nni
 from nni_topo.pruners.hooks import DataCollector, MetricCalculator, SparsityAllocator

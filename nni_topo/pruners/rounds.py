@@ -18,7 +18,7 @@ from nni.compression.base.target_space import PruningTargetSpace
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime import bar
+from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.units import is_active
 from nni_topo.sharing import parameter_holders
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from nni_topo.maths.ties import FLOOR, RELATIVE, first_smallest, leveled
-from nni_topo.network.runtime import bar
+from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.planner import FloatArray
 
 Position = TypeVar("Position", int, float)

@@ -14,7 +14,7 @@ from nni.compression.base.target_space import PruningTargetSpace, TargetType
 from nni.compression.utils.scaling import Scaling
 from torch import Tensor
 
-from nni_topo.network.layers import TRANSPOSED, channels_swapped
+from nni_topo.network.layers.kinds import TRANSPOSED, channels_swapped
 from nni_topo.pruners.units import TargetSpaces
 
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.channels import Share
-from nni_topo.network.layers import channel_dimension, output_channels, spread, weight_of
+from nni_topo.network.channels.shuffle import Share
+from nni_topo.network.layers.kinds import channel_dimension, output_channels, spread, weight_of
 
 TargetSpaces = dict[str, dict[str, PruningTargetSpace]]
 """NNI's ``{module name: {target name: target space}}``."""

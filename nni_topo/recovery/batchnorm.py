@@ -11,22 +11,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import DataError, checked
-from nni_topo.network.runtime import (
-    BATCHES,
-    MODEL,
-    Processes,
-    batches_of,
-    calls,
-    detached_copy,
-    evaluation_mode,
-    fitting,
-    hand_on_report,
-    in_smaller_batches,
-    in_step,
-    leaves_models_alone,
-    left_alone,
-    structure_call,
-)
+from nni_topo.network.runtime.arguments import BATCHES, MODEL
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.fits import structure_call
+from nni_topo.network.runtime.hooks import batches_of
+from nni_topo.network.runtime.inputs import calls, fitting, in_smaller_batches
+from nni_topo.network.runtime.processes import Processes, in_step
+from nni_topo.network.runtime.reports import hand_on_report
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import leaves_models_alone, left_alone
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:

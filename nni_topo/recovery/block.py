@@ -27,18 +27,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from nni_topo.errors import NONE, DataError, check_fields, number, whole
-from nni_topo.network.layers import PER_CHANNEL, WEIGHTED, by_output, of_output
-from nni_topo.network.runtime import (
-    PRECISION,
-    BatchStore,
-    Precision,
-    at_once,
-    bar,
-    computing_in,
-    device_of,
-    nbytes_of,
-    out_of_memory,
-)
+from nni_topo.network.layers.kinds import PER_CHANNEL, WEIGHTED, by_output, of_output
+from nni_topo.network.runtime.calibration import BatchStore, nbytes_of
+from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.inputs import at_once
+from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.precision import PRECISION, Precision, computing_in
+from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.course import Course, RateSchedule, RateTrial
 from nni_topo.recovery.networks import Networks, dense_graph
 from nni_topo.recovery.rates import RATES, try_rates

@@ -26,32 +26,18 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, checked, listed, unknown_name
 from nni_topo.maths.least_squares.normal import NormalEquations, Solution, fit
-from nni_topo.network.io import take_out, tell_depth
-from nni_topo.network.layers import CONVOLUTIONS, NORMS
-from nni_topo.network.runtime import (
-    BATCHES,
-    MODEL,
-    Calibration,
-    Call,
-    as_written,
-    batch_size,
-    batches_of,
-    calls,
-    check_model,
-    detached_copy,
-    evaluation_mode,
-    first_call,
-    fitting,
-    hand_on_report,
-    in_step,
-    leaves_models_alone,
-    left_alone,
-    real_positions_of,
-    structure_call,
-    tell_solved_on,
-    tensors_of,
-    watched,
-)
+from nni_topo.network.io.checkpoint import take_out, tell_depth
+from nni_topo.network.layers.kinds import CONVOLUTIONS, NORMS
+from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.fits import first_call, structure_call
+from nni_topo.network.runtime.hooks import batches_of, watched
+from nni_topo.network.runtime.inputs import Call, batch_size, calls, fitting, real_positions_of, tensors_of
+from nni_topo.network.runtime.processes import in_step
+from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import as_written, leaves_models_alone, left_alone
 from nni_topo.recovery.samples import (
     HELD_OUT_ENTRIES,
     check_ridge,

@@ -24,23 +24,14 @@ from nni_topo.errors import NONE, SEED, DataError, checked, one_of, taking, whol
 from nni_topo.maths.clustering import partition
 from nni_topo.maths.ties import FloatArray, IntArray, first_smallest
 from nni_topo.maths.topology import farthest_points
-from nni_topo.network.runtime import (
-    BATCHES,
-    MODEL,
-    Calibration,
-    bar,
-    batch_size,
-    batches_of,
-    calls,
-    check_samples_first,
-    evaluation_mode,
-    fitting,
-    leaves_models_alone,
-    quiet_if_asked,
-    real_positions_of,
-    structure_call,
-    watched,
-)
+from nni_topo.network.runtime.arguments import BATCHES, MODEL
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import check_samples_first, structure_call
+from nni_topo.network.runtime.hooks import batches_of, watched
+from nni_topo.network.runtime.inputs import batch_size, calls, fitting, real_positions_of
+from nni_topo.network.runtime.progress import bar, quiet_if_asked
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.recovery.lesson import Outputs, read_outputs
 
 

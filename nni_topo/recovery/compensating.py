@@ -14,28 +14,19 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from nni_topo.errors import NONE, ConfigError, checked, instance, listed, whole
-from nni_topo.network.layers import give_back_classes, with_known_layers
-from nni_topo.network.runtime import (
-    BATCHES,
-    MASKS,
-    MODEL,
-    Calibration,
-    Call,
-    bar,
-    batch_size,
-    batches_of,
-    calls,
-    check_model,
-    check_samples_first,
-    hand_on_report,
-    in_smaller_batches,
-    in_step,
-    leaves_models_alone,
-    quiet_if_asked,
-    structure_call,
-    tell_solved_on,
-)
-from nni_topo.network.speedup import Analysis, Findings, MasksLike, by_reason
+from nni_topo.network.layers.derived import give_back_classes, with_known_layers
+from nni_topo.network.runtime.arguments import BATCHES, MASKS, MODEL, check_model
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import check_samples_first, structure_call
+from nni_topo.network.runtime.hooks import batches_of
+from nni_topo.network.runtime.inputs import Call, batch_size, calls, in_smaller_batches
+from nni_topo.network.runtime.processes import in_step
+from nni_topo.network.runtime.progress import bar, quiet_if_asked
+from nni_topo.network.runtime.reports import hand_on_report, tell_solved_on
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.analysis import Analysis, Facts
+from nni_topo.network.speedup.dependency import by_reason
+from nni_topo.network.speedup.reconcile import MasksLike
 from nni_topo.recovery.networks import Networks, build_networks, copy_norm_statistics, plan_of
 from nni_topo.recovery.reconstruct import Reconstruct
 from nni_topo.recovery.registry import RecoveryMethod, Tools, recovery_method
@@ -281,13 +272,13 @@ def compensate_up_to(
     layer: str,
     *,
     seed: int = 0,
-    findings: Findings | None = None,
+    facts: Facts | None = None,
 ) -> nn.Module:
     """Return the pruned network, traced, with the layers in front of `layer` reconstructed; errors of `compensate`."""
     check_model(model)
     calibration = batches_of(calibration, model, shared=True)
     sizes, call = survey(model, calibration)
-    networks = build_networks(Analysis(model, call, findings), masks)
+    networks = build_networks(Analysis(model, call, facts), masks)
     replay = Replay(model, networks.unpruned, networks.pruned, calibration, 2**30)
     plan = plan_of(networks, replay.touched_nodes)
     end = next(rank for node, rank in replay.order.items() if node.op == "call_module" and node.target == layer)

@@ -17,8 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.disk import DELETE, read_tensors, reading, write_tensors
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.layers import by_output, inputs_laid_out, zeros_held
-from nni_topo.network.runtime import Precision, Processes, backward_in, bar, device_of
+from nni_topo.network.layers.kinds import by_output, zeros_held
+from nni_topo.network.layers.memory_format import inputs_laid_out
+from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.precision import Precision, backward_in
+from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.batchnorm import batch_norms
 
 _FORMAT = "nni-topo distillation 5"

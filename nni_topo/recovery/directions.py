@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nni_topo.network.runtime import Processes
+from nni_topo.network.runtime.processes import Processes
 
 _LEAST = 1e-7  # of the largest singular value
 

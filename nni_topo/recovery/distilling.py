@@ -44,36 +44,19 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
-from nni_topo.network.io import fingerprint, model_fingerprint
-from nni_topo.network.runtime import (
-    BATCHES,
-    HELD_OUT,
-    MODEL,
-    PRECISION,
-    Calibration,
-    Call,
-    Precision,
-    backward_in,
-    batch_size,
-    batches_of,
-    calls,
-    check_model,
-    check_precision,
-    check_samples_first,
-    detached_copy,
-    device_of,
-    first_call,
-    hand_on_report,
-    in_smaller_batches,
-    in_step,
-    leaves_models_alone,
-    not_under_autocast,
-    out_of_memory,
-    quiet_if_asked,
-    solved_on,
-    tell_solved_on,
-    tensors_of,
-)
+from nni_topo.network.io.checkpoint import fingerprint, model_fingerprint
+from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
+from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
+from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.fits import check_samples_first, first_call
+from nni_topo.network.runtime.hooks import batches_of
+from nni_topo.network.runtime.inputs import Call, batch_size, calls, in_smaller_batches, tensors_of
+from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.precision import PRECISION, Precision, backward_in, check_precision, not_under_autocast
+from nni_topo.network.runtime.processes import in_step
+from nni_topo.network.runtime.progress import quiet_if_asked
+from nni_topo.network.runtime.reports import hand_on_report, solved_on, tell_solved_on
+from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.recovery.batchnorm import batch_norms, recalibrate_batch_norm
 from nni_topo.recovery.course import (
     MOST_LOST,

@@ -15,37 +15,32 @@ from torch.nn.functional import kl_div, log_softmax, normalize
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError, check_memory, listed, raised
-from nni_topo.network.layers import lay_out
-from nni_topo.network.runtime import (
+from nni_topo.network.layers.memory_format import lay_out
+from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.fits import failure_on, samples_second
+from nni_topo.network.runtime.hooks import watched
+from nni_topo.network.runtime.inputs import (
     Call,
-    Precision,
-    Processes,
     arguments_of,
     at_once,
     batch_size,
     bind_arguments,
     calls,
     cast_floats,
-    computing_in,
-    detached_copy,
-    device_of,
-    evaluating,
-    evaluation_mode,
-    failure_on,
-    free_memory_of,
     lists_of_samples,
     map_tensors,
     on_device,
-    random_state_kept,
     real_positions_of,
     returned_by_name,
     returned_tensors,
-    samples_second,
-    seed_torch,
     taken,
     tensors_of,
-    watched,
 )
+from nni_topo.network.runtime.memory import free_memory_of
+from nni_topo.network.runtime.precision import Precision, computing_in
+from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.training_mode import evaluating, evaluation_mode
+from nni_topo.network.runtime.untouched import random_state_kept, seed_torch
 from nni_topo.recovery.course import Batches
 
 Objective = Literal["auto", "kl", "squares", "cosine"]

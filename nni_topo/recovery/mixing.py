@@ -37,7 +37,7 @@ from nni_topo.errors import (
 )
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit, fit_by
 from nni_topo.maths.ties import first_largest_along
-from nni_topo.network.layers import TRANSPOSED, by_output, kept_channels, of_output, weight_of
+from nni_topo.network.layers.kinds import TRANSPOSED, by_output, kept_channels, of_output, weight_of
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Plan, Solvable, pruned_group_ids
 from nni_topo.recovery.reconstruct import add_constant

@@ -29,33 +29,22 @@ from nni.compression.utils import Evaluator
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, check_knobs, checked, number, unknown_name
-from nni_topo.network.attention import Attention, IntArray, by_table, find_frequencies, mixing_called, projected
-from nni_topo.network.layers import by_channel, row_names, weight_name, weight_of
-from nni_topo.network.runtime import (
-    BATCHES,
-    MODEL,
-    SAME_CHANNELS,
-    Calibration,
-    Processes,
-    agree,
-    as_written,
-    batches_of,
-    bind_arguments,
-    called,
-    check_model,
-    detached_copy,
-    device_of,
-    evaluation_mode,
-    first_call,
-    in_step,
-    leaves_models_alone,
-    left_alone,
-    returned_tensors,
-    run,
-    structure_call,
-    watched,
-)
-from nni_topo.network.speedup import Analysis, Findings, FullMasks, MasksLike, check_masks, union
+from nni_topo.network.attention.heads import Attention, IntArray
+from nni_topo.network.attention.rotary import by_table, find_frequencies
+from nni_topo.network.attention.unfused.multihead import mixing_called, projected
+from nni_topo.network.layers.kinds import by_channel, row_names, weight_name, weight_of
+from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
+from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.fits import first_call, run, structure_call
+from nni_topo.network.runtime.hooks import batches_of, called, watched
+from nni_topo.network.runtime.inputs import bind_arguments, returned_tensors
+from nni_topo.network.runtime.processes import Processes, in_step
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import as_written, leaves_models_alone, left_alone
+from nni_topo.network.speedup.analysis import Analysis, Facts
+from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, union
 from nni_topo.recovery.directions import Moments, directions
 from nni_topo.recovery.pairs import PairLogits, pairs_that_stay
 
@@ -185,14 +174,14 @@ def narrow_heads(
 
 
 def narrow_instead(
-    model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: MasksLike, findings: Findings | None = None
+    model: nn.Module, calibration: Iterable[Any] | Evaluator, masks: MasksLike, facts: Facts | None = None
 ) -> tuple[nn.Module, MasksLike]:
     """Keep the heads that masks prune, and make all heads of a module narrower instead, for the same cost.
 
     Where `narrow_heads` leaves the heads' size unchanged, heads are pruned; model and masks are as it returns them.
     """
     batches = batches_of(calibration, model, shared=True)
-    flow, full = Analysis(model, structure_call(model, batches), findings).flow, check_masks(model, masks)
+    flow, full = Analysis(model, structure_call(model, batches), facts).flow, check_masks(model, masks)
     is_kept = union(model, flow, full)
     ratios, rest = {}, 0.0
     # Rotary heads lose whole pairs, all heads as many: pruning heads comes nearer to the cost.

@@ -12,18 +12,15 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.layers import fold
-from nni_topo.network.runtime import Call, detached_copy, evaluating
-from nni_topo.network.speedup import (
-    Analysis,
-    FullMasks,
-    MasksLike,
-    apply_masks,
-    check_masks,
-    cut_alone,
-    resolve_masks,
-)
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.layers.derived import fold
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.inputs import Call
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dense import cut_alone
+from nni_topo.network.speedup.equivalence import apply_masks
+from nni_topo.network.speedup.reconcile import FullMasks, MasksLike, check_masks, resolve_masks
 from nni_topo.recovery.batchnorm import recalibrate_batch_norm
 from nni_topo.recovery.plan import Plan, make_plan
 from nni_topo.recovery.replay import without_side_effects

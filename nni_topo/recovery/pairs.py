@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from nni_topo.maths.ties import FloatArray, first_smallest
-from nni_topo.network.attention import IntArray
-from nni_topo.network.runtime import counted_places
+from nni_topo.network.attention.heads import IntArray
+from nni_topo.network.runtime.hooks import counted_places
 
 _QUERIES = 16  # of a sequence, evenly spread, whose logits are looked at
 _NOTHING = 1e-12  # of the largest logits

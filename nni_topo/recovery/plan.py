@@ -12,19 +12,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from nni_topo.network.channels import FIXED, ChannelFlow, followers, passes
-from nni_topo.network.graph import tensor_shape
-from nni_topo.network.layers import (
-    PER_CHANNEL,
-    TRANSPOSED,
-    WEIGHTED,
-    by_output,
-    has_own_forward,
-    inner_of,
-    is_plain_norm,
-    kept_channels,
-)
-from nni_topo.network.speedup import FullMasks
+from nni_topo.network.channels.flow import ChannelFlow, followers, passes
+from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.graph.nodes import tensor_shape
+from nni_topo.network.layers.derived import has_own_forward, inner_of
+from nni_topo.network.layers.kinds import PER_CHANNEL, TRANSPOSED, WEIGHTED, by_output, is_plain_norm, kept_channels
+from nni_topo.network.speedup.reconcile import FullMasks
 
 
 @dataclass(frozen=True)

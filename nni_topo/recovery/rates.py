@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from nni_topo.network.runtime import Processes, bar
+from nni_topo.network.runtime.processes import Processes
+from nni_topo.network.runtime.progress import bar
 from nni_topo.recovery.course import Batches, Clock, Course, RateSchedule, RateTrial, Teacher
 
 RATES = (6e-3, 2e-3, 6e-4, 2e-4, 6e-5)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nni_topo.errors import check_fields, whole
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, fit
 from nni_topo.maths.least_squares.shifts import Geometry, Patches
-from nni_topo.network.layers import by_output, of_output, through_norms
+from nni_topo.network.layers.kinds import by_output, of_output, through_norms
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan
 from nni_topo.recovery.registry import RecoveryMethod

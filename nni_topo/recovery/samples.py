@@ -16,9 +16,15 @@ from torch.nn import functional
 from nni_topo.errors import ConfigError, DataError, check_memory
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
 from nni_topo.maths.least_squares.shifts import Geometry, Patches, pays
-from nni_topo.network.graph import tensor_shape
-from nni_topo.network.layers import TRANSPOSED, InnerCall, call_of, has_own_forward
-from nni_topo.network.runtime import Calibration, Processes, calls, device_of, failure_on, free_memory_of
+from nni_topo.network.graph.nodes import tensor_shape
+from nni_topo.network.layers.derived import InnerCall, call_of, has_own_forward
+from nni_topo.network.layers.kinds import TRANSPOSED
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.fits import failure_on
+from nni_topo.network.runtime.inputs import calls
+from nni_topo.network.runtime.memory import free_memory_of
+from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery.plan import Solvable
 from nni_topo.recovery.replay import Replay, Values
 

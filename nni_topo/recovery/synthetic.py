@@ -21,20 +21,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import SEED, ConfigError, check_integer, checked
-from nni_topo.network.runtime import (
-    INPUTS,
-    MODEL,
-    bar,
-    call_arguments,
-    check_fits,
-    check_model,
-    detached_copy,
-    evaluating,
-    leaves_models_alone,
-    quiet_if_asked,
-    tensors_of,
-    watched,
-)
+from nni_topo.network.runtime.arguments import INPUTS, MODEL, check_model
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.fits import call_arguments, check_fits
+from nni_topo.network.runtime.hooks import watched
+from nni_topo.network.runtime.inputs import tensors_of
+from nni_topo.network.runtime.progress import bar, quiet_if_asked
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.runtime.untouched import leaves_models_alone
 
 _RATE = 0.1
 _CLASSES = 0.1  # weight of the classes beside the statistics

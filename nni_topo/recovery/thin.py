@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nni_topo.network.layers import CONVOLUTIONS
+from nni_topo.network.layers.kinds import CONVOLUTIONS
 from nni_topo.recovery.samples import Task
 
 _WORTH = 0.9  # of the weights to compute at most: taking channels out and putting them back takes time, too

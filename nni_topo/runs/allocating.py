@@ -11,7 +11,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.runtime import HELD_OUT, Calibration
+from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
 from nni_topo.pruners.budget import AUTO
 from nni_topo.pruners.registry import PRUNERS, pruner_info
 from nni_topo.recovery.lesson import Outputs, judged

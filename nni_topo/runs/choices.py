@@ -22,7 +22,8 @@ from nni_topo.errors import (
     unknown_name,
     whole,
 )
-from nni_topo.network.runtime import CONFIG_LIST, Precision
+from nni_topo.network.runtime.arguments import CONFIG_LIST
+from nni_topo.network.runtime.precision import Precision
 from nni_topo.pruners.budget import BUDGETS
 from nni_topo.pruners.registry import PRUNERS
 from nni_topo.recovery.distilling import KNOBS

@@ -21,22 +21,21 @@ from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.cost import LatencyTable, NetworkCost, cost_of, measure_latency, time_shares
-from nni_topo.network.io import take_out, take_out_part, tell_depth, tells_depth
-from nni_topo.network.layers import RECURRENT, WEIGHTED, is_transposed_linear
-from nni_topo.network.runtime import (
-    Calibration,
-    Call,
-    detached_copy,
-    evaluation_mode,
-    leaves_models_alone,
-    left_alone,
-    out_of_memory,
-    returned_tensors,
-    structure_call,
-    tensors_of,
-)
-from nni_topo.network.speedup import Analysis, dense_of, dense_report_of, groups_of, to_dense
+from nni_topo.network.cost.cost import NetworkCost, cost_of
+from nni_topo.network.cost.latency import LatencyTable, measure_latency
+from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.io.checkpoint import take_out, take_out_part, tell_depth, tells_depth
+from nni_topo.network.layers.kinds import RECURRENT, WEIGHTED, is_transposed_linear
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.fits import structure_call
+from nni_topo.network.runtime.inputs import Call, returned_tensors, tensors_of
+from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import leaves_models_alone, left_alone
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dense import dense_of, dense_report_of, to_dense
+from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.pruners.budget import Budget, BudgetOutcome, outcome_of, tell_if_missed
 from nni_topo.recovery.blocks import Gap, Stream, find_writer, gap_after, run_watched, solutions
 from nni_topo.recovery.lesson import Outputs, judged
@@ -684,7 +683,7 @@ class DepthSteps(ShrinkSteps):
                 found = least_share(self.analysis_for("latency"), "latency", entries, table, self.round_to)
             else:
                 masks = fewest_channels(self.analysis_for("latency"), entries, self.round_to)
-                thin = dense_of(self.model, self.images.example, masks, check=False, findings=self.analysis.findings)
+                thin = dense_of(self.model, self.images.example, masks, check=False, facts=self.analysis.facts)
                 ((found, _),) = time_shares([thin], self.model, example, budget.share)
             self._lefts[key] = found
         return self._lefts[key]

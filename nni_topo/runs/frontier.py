@@ -17,19 +17,15 @@ from nni_topo.disk import output_folder, path_of, write_figure, write_json
 from nni_topo.errors import ANYTHING, ConfigError, checked, is_finite, leaves_out_by, shown
 from nni_topo.maths.knee import knee
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.cost import measure_latency, time_shares
-from nni_topo.network.io import save
-from nni_topo.network.runtime import (
-    BATCHES,
-    MODEL,
-    ROUND_TO,
-    batches_of,
-    check_model,
-    first_call,
-    leaves_models_alone,
-    quiet_if_asked,
-    tells_once,
-)
+from nni_topo.network.cost.latency import measure_latency
+from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.io.checkpoint import save
+from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO, check_model
+from nni_topo.network.runtime.fits import first_call
+from nni_topo.network.runtime.hooks import batches_of
+from nni_topo.network.runtime.progress import quiet_if_asked
+from nni_topo.network.runtime.telling import tells_once
+from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.pruners.budget import Budget, outcome_of
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import course_length

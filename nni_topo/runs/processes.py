@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime import digest
+from nni_topo.network.runtime.processes import digest
 from nni_topo.pruners.hooks import Masks
 from nni_topo.runs.run import on_cpu
 from nni_topo.zoo import DataBundle

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from nni_topo.disk import LOCK, check_free_disk, only_process, output_folder, write_json, write_tensors
 from nni_topo.errors import ConfigError
 from nni_topo.network.io import checkpoint as files
-from nni_topo.network.runtime import one_call, quiet_if_asked, tells_once
-from nni_topo.network.speedup import Analysis, check_masks, dependency_groups, resolve_masks
+from nni_topo.network.runtime.progress import quiet_if_asked
+from nni_topo.network.runtime.telling import tells_once
+from nni_topo.network.runtime.untouched import one_call
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dependency import dependency_groups
+from nni_topo.network.speedup.reconcile import check_masks, resolve_masks
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import check_knob_names, needs_rule, pruner_info

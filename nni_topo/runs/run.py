@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from nni_topo import zoo
 from nni_topo.disk import DELETE
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.cost import cost_of
-from nni_topo.network.layers import output_channels, weights_left, zeros_held
-from nni_topo.network.runtime import HELD_OUT, Calibration, quiet_if_asked
-from nni_topo.network.speedup import Analysis, dense_of, groups_of
+from nni_topo.network.cost.cost import cost_of
+from nni_topo.network.layers.kinds import output_channels, weights_left, zeros_held
+from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
+from nni_topo.network.runtime.progress import quiet_if_asked
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dense import dense_of
+from nni_topo.network.speedup.dependency import groups_of
 from nni_topo.pruners.budget import BudgetOutcome, BudgetPlanner, budget_outcome
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import create_pruner, needs_rule, pruner_info
@@ -256,13 +259,13 @@ def made_dense(
 ) -> tuple[nn.Module, CompensationReport | None]:
     """Return the dense network, compensated if asked for, and what compensation did."""
     if compensate is None:
-        return dense_of(start.net, start.example, masks, findings=start.analysis.findings), None
+        return dense_of(start.net, start.example, masks, facts=start.analysis.facts), None
     info = recovery_info(compensate.method)
     method = info.make(refine=compensate.refine) if "refine" in info.knobs() else info.make()
     # Others judge distillation.
     images = Calibration(start.images(compensate.images), hold_out=False)
     done = compensation(start.net, masks, images, method=method, progress=progress)
-    return dense_of(done.model, start.example, masks, findings=start.analysis.findings), done.report
+    return dense_of(done.model, start.example, masks, facts=start.analysis.facts), done.report
 
 
 def distilled(

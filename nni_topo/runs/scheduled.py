@@ -13,7 +13,7 @@ from torch import nn
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, unknown_name
-from nni_topo.network.speedup import to_dense
+from nni_topo.network.speedup.dense import to_dense
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.runs.choices import PrunerChoice
 from nni_topo.runs.evaluators import batches_of, recipe_evaluator

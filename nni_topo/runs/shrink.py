@@ -12,37 +12,28 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import ANYTHING, NONE, ConfigError, checked, leaves_out_by, listed, number, one_of
-from nni_topo.network.attention import is_pretrained
-from nni_topo.network.io import tell_pruned_heads, why_undescribed
-from nni_topo.network.layers import with_transposed_weights
-from nni_topo.network.runtime import (
-    BATCHES,
-    MODEL,
-    ROUND_TO,
-    Calibration,
+from nni_topo.network.attention.config import is_pretrained
+from nni_topo.network.io.checkpoint import tell_pruned_heads, why_undescribed
+from nni_topo.network.layers.kinds import with_transposed_weights
+from nni_topo.network.runtime.arguments import BATCHES, MODEL, ROUND_TO, check_model
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import structure_call
+from nni_topo.network.runtime.hooks import batches_of
+from nni_topo.network.runtime.processes import in_step
+from nni_topo.network.runtime.progress import quiet_if_asked
+from nni_topo.network.runtime.reports import (
     ModelReport,
     as_code,
     as_sentence,
-    batches_of,
-    check_model,
     give_report,
-    in_step,
-    leaves_models_alone,
     markdown_table,
-    quiet_if_asked,
-    structure_call,
-    tells_once,
     told_of_changes,
 )
-from nni_topo.network.speedup import (
-    OUTPUT,
-    DenseReport,
-    MasksLike,
-    by_reason,
-    dense_report_of,
-    sizes_in_markdown,
-    to_dense,
-)
+from nni_topo.network.runtime.telling import tells_once
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.dense import DenseReport, dense_report_of, sizes_in_markdown, to_dense
+from nni_topo.network.speedup.dependency import OUTPUT, by_reason
+from nni_topo.network.speedup.reconcile import MasksLike
 from nni_topo.pruners.budget import AUTO, BUDGETS, Budget, BudgetOutcome, as_budget
 from nni_topo.recovery import RecoveryMethod
 from nni_topo.recovery.distilling import Verdict

@@ -34,55 +34,38 @@ from nni_topo.errors import (
     taking,
     unknown_name,
 )
-from nni_topo.network.attention import described_layers, is_pretrained
+from nni_topo.network.attention.config import described_layers, is_pretrained
 from nni_topo.network.channels import reasons
-from nni_topo.network.cost import LatencyTable, cost_of, count_macs, count_params, time_shares
-from nni_topo.network.io import why_undescribed
-from nni_topo.network.layers import (
+from nni_topo.network.cost.cost import cost_of
+from nni_topo.network.cost.latency import LatencyTable
+from nni_topo.network.cost.measure import count_macs, count_params, time_shares
+from nni_topo.network.io.checkpoint import why_undescribed
+from nni_topo.network.layers.kinds import (
     has_channels,
     is_transposed_linear,
     with_linear_layers,
     with_plain_weights,
     without_plain_weights,
 )
-from nni_topo.network.runtime import (
-    BY_HEAD,
-    HELD_OUT,
-    Calibration,
-    Call,
-    bind_arguments,
-    calls,
-    check_entry,
-    check_samples_first,
-    detached_copy,
-    device_of,
-    evaluation_mode,
-    failure_on,
-    first_call,
-    give_back_memory,
-    leaves_models_alone,
-    lent,
-    on_device,
-    returned_by_name,
-    samples_second,
-    structure_call,
-    tensors_of,
-)
-from nni_topo.network.speedup import (
+from nni_topo.network.runtime.arguments import BY_HEAD, check_entry
+from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
+from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.fits import check_samples_first, failure_on, first_call, samples_second, structure_call
+from nni_topo.network.runtime.inputs import Call, bind_arguments, calls, on_device, returned_by_name, tensors_of
+from nni_topo.network.runtime.memory import give_back_memory
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import leaves_models_alone, lent
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dense import DenseReport, dense_of, dense_report_of
+from nni_topo.network.speedup.dependency import (
     OUTPUT,
-    Analysis,
-    DenseReport,
     DependencyGroups,
-    MasksLike,
     by_reason,
-    check_masks,
-    dense_of,
-    dense_report_of,
     groups_of,
     held_by_unselected,
     unprunable_layers,
-    widths_multiple,
 )
+from nni_topo.network.speedup.reconcile import MasksLike, check_masks, widths_multiple
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import (
     AUTO,
@@ -348,7 +331,7 @@ class ShrinkSteps:
         give_back_memory(self.model)  # the pruner's copy refers to itself
         full = self.model
         if self.narrows and not budget.equal_blocks:
-            full, masks = narrow_instead(self.model, self.images.learned, masks, self.analysis.findings)
+            full, masks = narrow_instead(self.model, self.images.learned, masks, self.analysis.facts)
         make_dense = partial(self._made_dense, full, masks)
         return PrunedNetwork(full, masks, make_dense, planned)
 
@@ -370,7 +353,7 @@ class ShrinkSteps:
 
     def _made_dense(self, full: nn.Module, masks: MasksLike) -> nn.Module:
         """Make the model, or one with other weights, dense."""
-        return dense_of(full, self.images.example, masks, self.round_to, findings=self.analysis.findings)
+        return dense_of(full, self.images.example, masks, self.round_to, facts=self.analysis.facts)
 
     def recover(self, budget: Budget) -> tuple[RecoveredNetwork, tuple[Tried, ...]]:
         """Prune under a budget and reconstruct; for ``"auto"`` in each way that the pruner offers, the best is kept."""
@@ -468,7 +451,7 @@ class ShrinkSteps:
         example = kwargs or args
         if budget.latency_table is not None:
             table: Any = budget.latency_table  # a file was read when the budget was made
-            cost = network_cost(budget.kind, Analysis.on(self.model, example, self.analysis.findings), table)
+            cost = network_cost(budget.kind, Analysis.on(self.model, example, self.analysis.facts), table)
             known = {row.name: row for row in recovered.layers.rows if row.name in table.layers}
             widths = {name: np.arange(row.before) < row.after for name, row in known.items()}
             return float(cost(widths) / cost({}))
@@ -498,7 +481,7 @@ class ShrinkSteps:
 
     @cached_property
     def _timed(self) -> Analysis:
-        return Analysis.on(self.model, self.example_for("latency"), self.analysis.findings)
+        return Analysis.on(self.model, self.example_for("latency"), self.analysis.facts)
 
     def _choose_channels(self, budget: Budget) -> tuple[MasksLike, BudgetOutcome | None]:
         """Run the pruner on a copy of the model, and return its masks and the outcome of the budget as it counts it.

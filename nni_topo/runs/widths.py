@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.network.channels import reasons
-from nni_topo.network.cost import LatencyTable, NetworkCost
-from nni_topo.network.layers import RECURRENT, is_transposed_linear
-from nni_topo.network.speedup import (
-    Analysis,
-    DenseReport,
+from nni_topo.network.cost.cost import NetworkCost
+from nni_topo.network.cost.latency import LatencyTable
+from nni_topo.network.layers.kinds import RECURRENT, is_transposed_linear
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dense import DenseReport
+from nni_topo.network.speedup.dependency import (
     DependencyGroups,
     dependency_groups,
     groups_of,
@@ -53,7 +54,7 @@ def planned_ratios(
     budget: dict[str, Any] = {target.kind: target.value, "latency_table": table, "equal_blocks": equal_blocks}
     args, kwargs = analysis.call
     planner = BudgetPlanner(Budget(**budget), kwargs or args, round_to=round_to, warns=warns)
-    planner.findings = analysis.findings
+    planner.facts = analysis.facts
     kept = planner.rows(units, lambda unit: np.zeros(unit.blocks), analysis.model)
     assert planner.outcome is not None  # the widths are found
     return _as_ratios(units, [unit.rows - kept[unit.name] for unit in units], config_list), planner.outcome

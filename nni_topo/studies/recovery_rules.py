@@ -33,8 +33,9 @@ from torch.fx import Node
 
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution, fit, fit_by
 from nni_topo.maths.ties import first_largest_along
-from nni_topo.network.channels import norms_after
-from nni_topo.network.layers import WEIGHTED, by_output, through_norms, weight_used
+from nni_topo.network.channels.flow import norms_after
+from nni_topo.network.layers.derived import weight_used
+from nni_topo.network.layers.kinds import WEIGHTED, by_output, through_norms
 from nni_topo.recovery.mixing import PairTask, readers_of_removed
 from nni_topo.recovery.networks import Networks
 from nni_topo.recovery.plan import Equation, Plan, Solvable, pruned_group_ids

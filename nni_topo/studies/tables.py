@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy import special, stats
 
-from nni_topo.network.runtime import markdown_table
+from nni_topo.network.runtime.reports import markdown_table
 from nni_topo.pruners.registry import list_pruners, pruner_info
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.baselines import PREFIX

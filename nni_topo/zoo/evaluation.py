@@ -9,16 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import NONE, DataError, checked, whole
-from nni_topo.network.runtime import (
-    COMPUTING,
-    DEVICE,
-    at_once,
-    device_of,
-    evaluation_mode,
-    fitting,
-    in_smaller_batches,
-    leaves_models_alone,
-)
+from nni_topo.network.runtime.arguments import COMPUTING, DEVICE
+from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.inputs import at_once, fitting, in_smaller_batches
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.zoo.data import DataBundle
 from nni_topo.zoo.labelled import LabelledImages, batches_in_order, labels_of
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from nni_topo.errors import check_fields, number, whole
-from nni_topo.network.runtime import Precision
+from nni_topo.network.runtime.precision import Precision
 
 LearningRateSchedule = Literal["constant", "cosine", "one-cycle"]
 Augmentation = Literal["none", "crop", "crop-flip"]

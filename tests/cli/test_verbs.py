@@ -30,7 +30,7 @@ from nni_topo.cli import VERBS, _failed, main, studies, verbs
 from nni_topo.cli.doctor import Doctor
 from nni_topo.cli.profile import Profile
 from nni_topo.errors import ConfigError
-from nni_topo.network.cost import ModeCost
+from nni_topo.network.cost.measure import ModeCost
 from nni_topo.runs.choices import (
     CompensationChoice,
     DataChoice,

@@ -11,7 +11,7 @@ from torch import nn
 
 from nni_topo import Budget, ReconstructionPruner, create_pruner, dependency_groups, shrink, to_dense, zoo
 from nni_topo.errors import ConfigError
-from nni_topo.network.cost import cost_of
+from nni_topo.network.cost.cost import cost_of
 from nni_topo.pruners.budget import budget_outcome, no_nearer
 from nni_topo.pruners.solving import solve_error, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner

@@ -6,7 +6,7 @@ from nni.compression.pruning import AGPPruner, LinearPruner
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.speedup import dependency_groups
+from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.checks import check_request
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.registry import create_pruner

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import nni_topo
 from nni_topo.errors import ConfigError
-from nni_topo.network.runtime import example_inputs_of
+from nni_topo.network.runtime.hooks import example_inputs_of
 from nni_topo.pruners.testing import toy_evaluator, toy_images, toy_model
 
 CONFIG = [{"op_names": ["stem", "inner"], "sparse_ratio": 0.5, "dependency_group_id": "sum"}]

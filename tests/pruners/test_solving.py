@@ -8,7 +8,7 @@ from toy_times import LAYERS, proportional
 
 from nni_topo import dependency_groups, to_dense
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.budget import Budget, network_time
 from nni_topo.pruners.solving import solve_error, solve_timed, solve_uniform
 from nni_topo.pruners.topological.pruner import TopologicalPruner

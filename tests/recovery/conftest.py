@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 from twin_nets import *  # noqa: F403
 
-from nni_topo.network.runtime import Processes
+from nni_topo.network.runtime.processes import Processes
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.fx import symbolic_trace
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import Block, compensate, compensation
 from nni_topo.recovery.block import (

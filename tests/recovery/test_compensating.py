@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from nni_topo import Calibration, zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.network.speedup import apply_masks
+from nni_topo.network.speedup.equivalence import apply_masks
 from nni_topo.recovery import Reconstruct, compensate, compensating, compensation
 from nni_topo.recovery.registry import list_recoveries
 from nni_topo.recovery.report import CompensationReport, LayerReport

@@ -8,7 +8,7 @@ from every_sample import compensation
 from torch import nn
 from torch.fx import symbolic_trace
 
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery.networks import build_networks, dense_graph, plan_of
 from nni_topo.recovery.replay import touched_nodes
 from nni_topo.speedup import to_dense

@@ -7,7 +7,7 @@ from every_sample import compensation
 from torch import nn
 from torch.fx import symbolic_trace
 
-from nni_topo.network.speedup import Network
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import plan
 
 BETWEEN = {
@@ -178,7 +178,7 @@ class Vector(nn.Module):
 
 def test_modules_that_can_not_be_solved_are_named_by_their_type():
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).eval()
-    flow = Network(net, ((torch.zeros(2, 3),), {})).flow
+    flow = Analysis(net, ((torch.zeros(2, 3),), {})).flow
     graph, node = node_of(net, "_1")
     assert "1" in flow.layers
     assert plan._why_not(graph, node, net[1], flow, {}) == "called in an unusual way"  # no shapes are known
@@ -209,8 +209,8 @@ def test_a_module_by_the_name_of_a_sum_is_none_and_a_function_is_no_norm():
 
 def traced(net, *shape):
     """Return a graph whose shapes are known, and where channels go."""
-    network = Network(net.eval(), ((torch.zeros(shape),), {}))
-    return network.graph(net)[0], network.flow
+    analysis = Analysis(net.eval(), ((torch.zeros(shape),), {}))
+    return analysis.graph(net)[0], analysis.flow
 
 
 def hooked(layer):

@@ -10,7 +10,7 @@ from torch import nn
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.maths.least_squares.normal import Fit, Solution
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import Reconstruct, compensating, samples
 from nni_topo.recovery.networks import build_networks
 from nni_topo.recovery.plan import make_plan

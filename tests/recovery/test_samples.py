@@ -11,7 +11,7 @@ from torch.fx import symbolic_trace
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.least_squares.normal import Fit, NormalEquations, Solution
 from nni_topo.maths.least_squares.shifts import Patches
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.recovery import samples
 from nni_topo.recovery.mixing import Channel
 from nni_topo.recovery.networks import build_networks, plan_of

@@ -16,7 +16,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
 from nni_topo.network.attention.heads import find_attention
-from nni_topo.network.runtime import Calibration
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.recovery import distilling
 from nni_topo.runs import frontier as module

@@ -17,9 +17,10 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, GradientError, SpeedupError
 from nni_topo.network.attention.heads import find_attention
-from nni_topo.network.cost import cost_of
-from nni_topo.network.runtime import Calibration
-from nni_topo.network.speedup import Analysis, DenseReport, LayerChannels, Network
+from nni_topo.network.cost.cost import cost_of
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dense import DenseReport, LayerChannels
 from nni_topo.pruners.budget import BudgetOutcome, network_cost
 from nni_topo.recovery import Reconstruct
 from nni_topo.recovery.distilling import Verdict
@@ -42,19 +43,6 @@ def shrunk(budget=None, **knobs):
     return nni_topo.shrink(
         toy_model().eval(), list(toy_images(64).split(32)), budget or {"flops": 0.5}, **{"distill": False, **knobs}
     )
-
-
-def test_the_network_is_traced_once_and_so_is_the_smaller_one(monkeypatch):
-    traced, trace = [], Network._trace
-
-    def counted(network):
-        traced.append(network.model)
-        return trace(network)
-
-    monkeypatch.setattr(Network, "_trace", counted)
-    small = shrunk(distill={"steps": 2, "lr": 1e-4})
-    assert [stage.network for stage in small.report.stages] == ["unpruned", "pruned", "reconstructed", "distilled"]
-    assert len(traced) == 2
 
 
 def test_a_report_shows_intervals_and_the_first_layers_of_many():

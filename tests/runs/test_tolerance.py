@@ -14,7 +14,7 @@ from toy_times import proportional
 import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.maths.limits import limit_of_bounded, limit_of_mean, limit_of_share
-from nni_topo.network.runtime import Calibration
+from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems
 from nni_topo.recovery.distilling import Verdict
 from nni_topo.recovery.likeness import Answers

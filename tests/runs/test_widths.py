@@ -7,7 +7,7 @@ from torch import nn
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.pruners.units import PruningUnit
 from nni_topo.runs.choices import Target
@@ -270,7 +270,8 @@ def test_coupled_layers_have_the_narrower_bounds_and_blocks_that_fit_all():
         {"op_names": ["inner"], "min_sparse_ratio": 0.25},
         {"op_names": ["hidden"]},
     ]
-    units = {unit.layers: unit for unit in _units(model, images, _grouped(model, images, entries))}
+    analysis = Analysis.on(model, images)
+    units = {unit.layers: unit for unit in _units(analysis, _grouped(analysis, entries))}
     assert {layers: (unit.min_sparse_ratio, unit.max_sparse_ratio) for layers, unit in units.items()} == {
         ("stem", "inner"): (0.25, 0.75),
         ("hidden",): (0.0, 1.0),

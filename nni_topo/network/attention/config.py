@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nni_topo.network.attention.heads import COUNTS, SHARED_COUNTS, Attention, find_attention
-from nni_topo.network.layers import WEIGHTED, is_transposed_linear, output_channels
+from nni_topo.network.layers.kinds import WEIGHTED, is_transposed_linear, output_channels
 from nni_topo.sharing import named_tensors
 
 Widths = dict[str, dict[str, int]]

@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map, tree_map_only
 
 from nni_topo.errors import ConfigError, NniTopoError
-from nni_topo.network.attention import Attention, attend, find_heads, is_mixed, states_read
+from nni_topo.network.attention.heads import Attention, attend, find_heads, is_mixed, states_read
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
     FIXED,
@@ -51,14 +51,11 @@ from nni_topo.network.channels.rules import (
     rule_of,
 )
 from nni_topo.network.channels.shared import couple_shared_weights
-from nni_topo.network.graph import (
+from nni_topo.network.graph.nodes import (
     AS_NUMBERS,
     RANDOM,
     UNUSED,
-    TracedInt,
-    attribute_channels,
     described,
-    fold_numbers,
     is_held,
     is_of_forward,
     makes_mask,
@@ -66,22 +63,21 @@ from nni_topo.network.graph import (
     plain_name,
     tensor_shape,
 )
-from nni_topo.network.layers import (
+from nni_topo.network.graph.traced_int import TracedInt, attribute_channels, fold_numbers
+from nni_topo.network.layers.derived import is_head
+from nni_topo.network.layers.integer_attributes import Place
+from nni_topo.network.layers.kinds import (
     CONVOLUTIONS,
     NORMS,
     PER_CHANNEL,
     RULES,
     TRANSPOSED,
-    ChannelwiseConv1d,
-    Place,
     can_be_cut,
     can_follow,
-    channel_dim,
     entering_channels,
     has_complex_weights,
     has_no_width,
     is_depthwise,
-    is_head,
     is_normalizing,
     is_plain_norm,
     is_scripted,
@@ -89,7 +85,10 @@ from nni_topo.network.layers import (
     row_names,
     weight_name,
 )
-from nni_topo.network.runtime import out_of_memory, tensors_of
+from nni_topo.network.layers.original_width import channel_dim
+from nni_topo.network.layers.slicing import ChannelwiseConv1d
+from nni_topo.network.runtime.inputs import tensors_of
+from nni_topo.network.runtime.memory import out_of_memory
 
 _logger = logging.getLogger(__name__)
 

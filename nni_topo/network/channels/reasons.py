@@ -14,7 +14,7 @@ from typing import Literal
 from torch.fx import Node
 
 from nni_topo.errors import leaving_out, listed, raised
-from nni_topo.network.graph import described, line_of, place
+from nni_topo.network.graph.nodes import described, line_of, place
 
 Kind = Literal[
     "another_name",

@@ -34,7 +34,7 @@ from torch.overrides import get_testing_overrides, handle_torch_function, has_to
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, Rule, checked, raised, shown
-from nni_topo.network.attention import FIRST, LAST
+from nni_topo.network.attention.unfused.own_width import FIRST, LAST
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import (
     FIXED,
@@ -51,17 +51,10 @@ from nni_topo.network.channels.ids import (
     staying,
     varies,
 )
-from nni_topo.network.graph import (
-    ON_NUMBERS,
-    TracedInt,
-    described,
-    is_computed_of_attributes,
-    owner_of,
-    plain_name,
-    put,
-    tensor_shape,
-)
-from nni_topo.network.runtime import tensors_of
+from nni_topo.network.graph.nodes import described, owner_of, plain_name, tensor_shape
+from nni_topo.network.graph.recording import put
+from nni_topo.network.graph.traced_int import ON_NUMBERS, TracedInt, is_computed_of_attributes
+from nni_topo.network.runtime.inputs import tensors_of
 
 Modules = Callable[[str], Any]
 """Looks up a module of a traced model by name."""

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from nni_topo.network.channels import reasons
 from nni_topo.network.channels.ids import FIXED, ChannelIds
-from nni_topo.network.layers import PER_CHANNEL, TRANSPOSED, is_depthwise, is_recurrent, row_names
+from nni_topo.network.layers.kinds import PER_CHANNEL, TRANSPOSED, is_depthwise, is_recurrent, row_names
 from nni_topo.sharing import find_ties
 
 _Dimensions = list[np.ndarray | None]

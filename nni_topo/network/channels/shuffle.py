@@ -24,9 +24,9 @@ from nni_topo.network.channels.constraints import coupled_names
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.ids import FIXED, carry, compressed, given_shapes, varies
 from nni_topo.network.channels.rules import module_rule, rule_of
-from nni_topo.network.graph import resized
-from nni_topo.network.layers import is_depthwise
-from nni_topo.network.runtime import tensors_of
+from nni_topo.network.graph.traced_int import resized
+from nni_topo.network.layers.kinds import is_depthwise
+from nni_topo.network.runtime.inputs import tensors_of
 
 
 class DenseOrder(torch.fx.Interpreter):

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from nni_topo.network.cost.measure import count_macs, count_params, counted_run
 from nni_topo.network.cost.products import products_of
-from nni_topo.network.graph import layer_sizes
-from nni_topo.network.layers import (
+from nni_topo.network.graph.tracing import layer_sizes
+from nni_topo.network.layers.derived import Size
+from nni_topo.network.layers.kinds import (
     NORMS,
     RECURRENT,
     TRANSPOSED,
-    Size,
     has_bias,
     is_recurrent,
     row_names,
@@ -26,8 +26,9 @@ from nni_topo.network.layers import (
     weight_name,
     weight_of,
 )
-from nni_topo.network.runtime import batch_size, left_alone
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.runtime.inputs import batch_size
+from nni_topo.network.runtime.untouched import left_alone
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.sharing import first_names
 
 IntArray = NDArray[np.int64]

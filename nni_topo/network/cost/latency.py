@@ -18,34 +18,24 @@ from nni_topo.disk import path_of, read_json, reading, write_json
 from nni_topo.errors import ConfigError, DataError, checked
 from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.network.cost.measure import memory_kept, now, thread_count
-from nni_topo.network.layers import (
+from nni_topo.network.layers.derived import Size, has_own_forward, head, inner_of, is_followed
+from nni_topo.network.layers.kinds import (
     CONVOLUTIONS,
     RECURRENT,
     TRANSPOSED,
     WEIGHTED,
-    Size,
-    cut,
-    has_own_forward,
-    head,
-    inner_of,
     is_depthwise,
-    is_followed,
     output_channels,
     weight_of,
 )
-from nni_topo.network.runtime import (
-    INPUTS,
-    MODEL,
-    Call,
-    batch_size,
-    evaluation_mode,
-    first_of_samples,
-    leaves_models_alone,
-    tensors_of,
-    unwrapped_copy,
-    watched,
-)
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.layers.slicing import cut
+from nni_topo.network.runtime.arguments import INPUTS, MODEL
+from nni_topo.network.runtime.copying import unwrapped_copy
+from nni_topo.network.runtime.hooks import watched
+from nni_topo.network.runtime.inputs import Call, batch_size, first_of_samples, tensors_of
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.analysis import Analysis
 
 FloatArray = NDArray[np.float64]
 _SHARES = (0.25, 0.5, 0.75, 1.0)

@@ -20,28 +20,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nni_topo.errors import ConfigError, checked, unknown_name
-from nni_topo.network.layers import RECURRENT, recurrent_products
-from nni_topo.network.runtime import (
-    COMPUTING,
-    INPUTS,
-    NETWORK,
-    SHAPES,
+from nni_topo.network.layers.kinds import RECURRENT, recurrent_products
+from nni_topo.network.runtime.arguments import COMPUTING, INPUTS, NETWORK, SHAPES
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.fits import call_arguments, fitting_call
+from nni_topo.network.runtime.inputs import (
     Call,
     arguments_of,
-    as_written,
     batch_size,
-    call_arguments,
-    detached_copy,
-    evaluation_mode,
     first_of_samples,
-    fitting_call,
-    leaves_models_alone,
     lists_of_samples,
-    out_of_memory,
     taken,
     tensors_of,
-    trim_heap,
 )
+from nni_topo.network.runtime.memory import out_of_memory, trim_heap
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import as_written, leaves_models_alone
 
 _WARMUP_ROUNDS = 5  # untimed rounds before the timed ones
 _LEAST_ROUNDS = 8  # of a comparison of times

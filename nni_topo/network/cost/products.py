@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
 
-from nni_topo.network.channels import FIXED, ChannelFlow, einsum_letters, operation_name
-from nni_topo.network.graph import tensor_shape
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.channels.rules import einsum_letters, operation_name
+from nni_topo.network.graph.nodes import tensor_shape
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]

@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.attention import is_attention
+from nni_topo.network.attention.heads import is_attention
 from nni_topo.network.graph.nodes import (
     AS_NUMBERS,
     COMPARED,
@@ -47,20 +47,21 @@ from nni_topo.network.graph.nodes import (
     plain_name,
 )
 from nni_topo.network.graph.traced_int import TracedInt, UnshownSizes, attributes_traced, forget_places
-from nni_topo.network.layers import HEAD, is_followed, is_inner, is_one, is_scripted, with_heads
-from nni_topo.network.runtime import (
-    LISTS,
+from nni_topo.network.layers.derived import HEAD, is_followed, is_inner, with_heads
+from nni_topo.network.layers.kinds import is_one, is_scripted
+from nni_topo.network.runtime.comparison import difference
+from nni_topo.network.runtime.copying import is_transformed
+from nni_topo.network.runtime.fits import LISTS
+from nni_topo.network.runtime.inputs import (
     batch_size,
     call_by_name,
-    difference,
     first_of_samples,
-    forget_evaluated,
-    is_transformed,
     let_go,
-    out_of_memory,
     returned_tensors,
     tensors_of,
 )
+from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.training_mode import forget_evaluated
 
 _Undone = Callable[[nn.Module], AbstractContextManager[None]]
 

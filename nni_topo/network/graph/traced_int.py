@@ -28,7 +28,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from nni_topo.network.graph.nodes import COMPARED, plain_name
-from nni_topo.network.layers import Place, numbers_in, numbers_read, with_numbers
+from nni_topo.network.layers.integer_attributes import Place, numbers_in, numbers_read, with_numbers
 
 
 class UnclearPlaces(set[Place]):

@@ -18,44 +18,36 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, SpeedupError, raised
-from nni_topo.network.attention import Attention, Given, find_attention, is_unfused, mixing_called, open_attention
+from nni_topo.network.attention.heads import Attention, Given, find_attention, open_attention
+from nni_topo.network.attention.unfused.multihead import is_unfused, mixing_called
 from nni_topo.network.graph.nodes import RANDOM
 from nni_topo.network.graph.recording import LayerResults, made_tensors_dropped, record
 from nni_topo.network.graph.submodules import by_parts, is_in_parts, part_arguments
-from nni_topo.network.layers import (
-    CONVOLUTIONS,
-    RECURRENT,
-    WEIGHTED,
-    LayerSizes,
-    call_of,
-    check_covers_kernel,
-    has_own_forward,
-    inner_of,
-    is_scripted,
-)
-from nni_topo.network.runtime import (
+from nni_topo.network.layers.derived import LayerSizes, call_of, check_covers_kernel, has_own_forward, inner_of
+from nni_topo.network.layers.kinds import CONVOLUTIONS, RECURRENT, WEIGHTED, is_scripted
+from nni_topo.network.runtime.comparison import difference, same_program
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.fits import form_that_fits
+from nni_topo.network.runtime.hooks import called, watched
+from nni_topo.network.runtime.inputs import (
     Call,
-    as_written,
     batch_size,
     bind_arguments,
-    called,
     cure_of_argument,
-    detached_copy,
-    difference,
-    drawn_since,
-    evaluation_mode,
-    form_that_fits,
-    left_alone,
     let_go,
-    out_of_memory,
+    returned_tensors,
+    tensors_of,
+)
+from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import (
+    as_written,
+    drawn_since,
+    left_alone,
     random_state_kept,
     random_states,
-    returned_tensors,
-    same_program,
     state_kept,
-    tensors_of,
     torch_random_kept,
-    watched,
 )
 
 _logger = logging.getLogger(__name__)

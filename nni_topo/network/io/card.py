@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nni_topo._version import __version__
-from nni_topo.network.runtime import ModelReport
+from nni_topo.network.runtime.reports import ModelReport
 
 CARD = "README.md"
 _TAGS = ["nni_topo", "pruned"]

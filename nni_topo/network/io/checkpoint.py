@@ -41,48 +41,28 @@ from nni_topo.disk import (
     write_tensors,
 )
 from nni_topo.errors import FLAG, ConfigError, DataError, Rule, check_knobs, listed, raised, shown, taking
-from nni_topo.network.attention import (
-    FIRST,
-    LAST,
-    Attention,
-    built_by_config,
-    find_attention,
-    is_pretrained,
-    own_width_of,
-    resize,
-    set_size,
-    take_own_width,
-)
+from nni_topo.network.attention.config import built_by_config, is_pretrained
+from nni_topo.network.attention.heads import Attention, find_attention, resize, set_size
+from nni_topo.network.attention.unfused.own_width import FIRST, LAST, own_width_of, take_own_width
 from nni_topo.network.io.card import CARD, may_write_card, model_card
 from nni_topo.network.io.exporting import FORMATS
-from nni_topo.network.layers import (
-    HEADS_TAKEN,
-    Place,
+from nni_topo.network.layers.by_head import HEADS_TAKEN, takes_all_heads
+from nni_topo.network.layers.derived import fold
+from nni_topo.network.layers.integer_attributes import Place, places_of, put_sizes, sizes_of
+from nni_topo.network.layers.kinds import (
     as_torch_layers,
     can_follow,
-    fold,
     is_transposed_linear,
-    keep_original_width,
-    make_channelwise,
-    places_of,
-    put_sizes,
-    response_norm,
-    sizes_of,
-    takes_all_heads,
     weight_of,
     with_linear_layers,
 )
-from nni_topo.network.runtime import (
-    NETWORK,
-    check_float,
-    check_unwrapped,
-    detached_copy,
-    drop_report,
-    leaves_models_alone,
-    model_within,
-    report_of,
-    tensors_of,
-)
+from nni_topo.network.layers.original_width import keep_original_width, response_norm
+from nni_topo.network.layers.slicing import make_channelwise
+from nni_topo.network.runtime.arguments import NETWORK, check_float, check_unwrapped
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.inputs import model_within, tensors_of
+from nni_topo.network.runtime.reports import drop_report, report_of
+from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.sharing import find_ties, named_tensors, tie_again, untie
 
 _FORMAT = "nni-topo dense model"

@@ -25,29 +25,16 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from nni_topo.disk import check_output_file, output_folder, path_of, whole_file
 from nni_topo.errors import ConfigError, DataError, ExportError, all_of, shown, unknown_name, whole
-from nni_topo.network.runtime import (
-    Call,
-    as_written,
-    batch_size,
-    batches_of,
-    call_arguments,
-    calls,
-    check_fits,
-    check_model,
-    detached_copy,
-    difference,
-    evaluating,
-    failure_on,
-    first_call,
-    in_full_precision,
-    leaves_models_alone,
-    map_tensors,
-    report_of,
-    returned_tensors,
-    same_program,
-    taken,
-    tensors_of,
-)
+from nni_topo.network.runtime.arguments import check_model
+from nni_topo.network.runtime.comparison import difference, same_program
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.fits import call_arguments, check_fits, failure_on, first_call
+from nni_topo.network.runtime.hooks import batches_of
+from nni_topo.network.runtime.inputs import Call, batch_size, calls, map_tensors, returned_tensors, taken, tensors_of
+from nni_topo.network.runtime.precision import in_full_precision
+from nni_topo.network.runtime.reports import report_of
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.runtime.untouched import as_written, leaves_models_alone
 
 Format = Literal["onnx", "torch.export"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch.export"}

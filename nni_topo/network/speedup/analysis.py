@@ -17,26 +17,20 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from nni_topo.errors import NniTopoError, SpeedupError, raised
-from nni_topo.network.attention import Attention, find_attention, has_own_forward, take_own_width
-from nni_topo.network.channels import ChannelFlow, Reason
-from nni_topo.network.graph import (
-    arguments,
-    layer_sizes,
-    on_modules,
-    trace,
-)
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, LayerSizes, Size, adopt, spatial, with_heads
-from nni_topo.network.runtime import (
-    Call,
-    as_written,
-    call_arguments,
-    evaluating,
-    out_of_memory,
-    put_parameters,
-    random_state_kept,
-    tensors_of,
-    unwrapped_copy,
-)
+from nni_topo.network.attention.heads import Attention, find_attention
+from nni_topo.network.attention.unfused.own_width import has_own_forward, take_own_width
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.reasons import Reason
+from nni_topo.network.graph.nodes import on_modules
+from nni_topo.network.graph.tracing import arguments, layer_sizes, trace
+from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
+from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.runtime.copying import put_parameters, unwrapped_copy
+from nni_topo.network.runtime.fits import call_arguments
+from nni_topo.network.runtime.inputs import Call, tensors_of
+from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.runtime.untouched import as_written, random_state_kept
 from nni_topo.network.speedup.dry_run import find_unprunable
 from nni_topo.network.speedup.sizes import Compared, second_call
 from nni_topo.network.speedup.training_only import read_in_training, unused_tensors
@@ -56,7 +50,7 @@ class Trace:
     compared: Compared
 
 
-class Findings:
+class Facts:
     """What was found about a model on inputs of some shapes. It holds no weights.
 
     It is handed on together with the model, or with a copy of it that has other weights, so that nothing is found out
@@ -69,12 +63,12 @@ class Findings:
         self.trace: Trace | None = None
         self.sizes: LayerSizes | None = None
         self.unprunable: dict[int, Reason] | None = None
-        self.second: Findings | None = None  # on inputs of another size
+        self.second: Facts | None = None  # on inputs of another size
         self.second_call: Call | None = None
         self.is_second_known = False
 
     def fits(self, call: Call) -> bool:
-        """Tell whether the findings are those of a call."""
+        """Tell whether the facts are those of a call."""
         inputs, values = _described(call), tensors_of(call)
         return (
             len(inputs) == len(self.inputs)
@@ -82,11 +76,11 @@ class Findings:
             and all(torch.equal(one, other) for one, other in zip(values, self.values, strict=False))
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Findings:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Facts:
         return self
 
     def __reduce__(self) -> Any:
-        return Findings, ()  # another process traces anew
+        return Facts, ()  # another process traces anew
 
 
 class Analysis:
@@ -98,24 +92,24 @@ class Analysis:
         The model. It isn't changed, and mustn't be changed by others but for its weights.
     call : Call
         Arguments of the model.
-    findings : Findings or None, default=None
+    facts : Facts or None, default=None
         What is known of it already; used if it fits the call.
     """
 
-    def __init__(self, model: nn.Module, call: Call, findings: Findings | None = None) -> None:
+    def __init__(self, model: nn.Module, call: Call, facts: Facts | None = None) -> None:
         self.model = model
         self.call = call
-        self.findings = findings if findings is not None and findings.fits(call) else Findings()
-        self.findings.inputs = _described(call)
+        self.facts = facts if facts is not None and facts.fits(call) else Facts()
+        self.facts.inputs = _described(call)
 
     @classmethod
-    def on(cls, model: nn.Module, example_inputs: Any, findings: Findings | None = None) -> Analysis:
+    def on(cls, model: nn.Module, example_inputs: Any, facts: Facts | None = None) -> Analysis:
         """Take a model with example inputs, whatever container they come in."""
-        return cls(model, call_arguments(example_inputs, model), findings)
+        return cls(model, call_arguments(example_inputs, model), facts)
 
     def of(self, model: nn.Module) -> Analysis:
         """Return the analysis of a copy of the model that has other weights."""
-        return Analysis(model, self.call, self.findings)
+        return Analysis(model, self.call, self.facts)
 
     @property
     def flow(self) -> ChannelFlow:
@@ -125,25 +119,25 @@ class Analysis:
     @property
     def trace(self) -> Trace:
         """The graph of the model."""
-        if self.findings.trace is None:
-            self.findings.trace = _trace(self.model, self.call)
-            if self.findings.trace.reads_values:
-                self.findings.values = [each.clone() for each in tensors_of(self.call)]
-        return self.findings.trace
+        if self.facts.trace is None:
+            self.facts.trace = _trace(self.model, self.call)
+            if self.facts.trace.reads_values:
+                self.facts.values = [each.clone() for each in tensors_of(self.call)]
+        return self.facts.trace
 
     @property
     def sizes(self) -> LayerSizes:
         """Shapes of what enters and leaves each layer, by call."""
-        if self.findings.sizes is None:
-            self.findings.sizes = layer_sizes(self.model, self.call)
-        return self.findings.sizes
+        if self.facts.sizes is None:
+            self.facts.sizes = layer_sizes(self.model, self.call)
+        return self.facts.sizes
 
     @property
     def unprunable(self) -> dict[int, Reason]:
         """The channels that a dry run finds to be unprunable although nothing pins them: by group id, the reason."""
-        if self.findings.unprunable is None:
-            self.findings.unprunable = find_unprunable(self)
-        return self.findings.unprunable
+        if self.facts.unprunable is None:
+            self.facts.unprunable = find_unprunable(self)
+        return self.facts.unprunable
 
     @property
     def attention(self) -> dict[str, Attention]:
@@ -177,7 +171,7 @@ class Analysis:
     @property
     def second(self) -> Analysis | None:
         """The same model on inputs of another size; None if no other is found that it takes and can be traced on."""
-        known = self.findings
+        known = self.facts
         if not known.is_second_known:
             copied: nn.Module = evaluating(unwrapped_copy(self.model, light=True))
             call = second_call(copied, self.call, self.trace.compared)
@@ -188,7 +182,7 @@ class Analysis:
                 except NniTopoError as error:
                     _logger.debug("%s can't be traced at another size: %s", type(self.model).__name__, error)
                 else:
-                    known.second, known.second_call = other.findings, call
+                    known.second, known.second_call = other.facts, call
             known.is_second_known = True
         return None if known.second_call is None else Analysis(self.model, known.second_call, known.second)
 

@@ -20,22 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.maths.ties import first_largest
-from nni_topo.network.channels import ChannelFlow, Reason, only_norm_after, reasons
-from nni_topo.network.layers import (
-    CONVOLUTIONS,
-    TRANSPOSED,
-    WEIGHTED,
-    by_channel,
-    call_of,
-    has_own_forward,
-    inner_of,
-    is_depthwise,
-    is_followed,
-    is_plain_norm,
-    keep,
-    kind_of,
-)
-from nni_topo.network.runtime import Call, fitting, random_like, run_few, watched
+from nni_topo.network.channels import reasons
+from nni_topo.network.channels.flow import ChannelFlow, only_norm_after
+from nni_topo.network.channels.reasons import Reason
+from nni_topo.network.layers.derived import call_of, has_own_forward, inner_of, is_followed, kind_of
+from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, WEIGHTED, by_channel, is_depthwise, is_plain_norm
+from nni_topo.network.layers.slicing import keep
+from nni_topo.network.runtime.hooks import watched
+from nni_topo.network.runtime.inputs import Call, fitting, random_like, run_few
 
 TOLERANCE = 1e-5  # of a channel's largest value; rounding is below
 

@@ -14,41 +14,34 @@ import torch
 from nni.compression.speedup.replacer import Replacer
 
 from nni_topo.errors import ConfigError, checked, listed
-from nni_topo.network.attention import take_own_width, tell_config
-from nni_topo.network.channels import ChannelFlow, Reasons, reasons
-from nni_topo.network.layers import (
-    PER_CHANNEL,
-    follows_channels,
-    give_back_classes,
-    kept_channels,
-    output_channels,
-    put_sizes,
-    with_known_layers,
-)
-from nni_topo.network.runtime import (
-    INPUTS,
-    MASKS,
-    MODEL,
-    ROUND_TO,
+from nni_topo.network.attention.config import tell_config
+from nni_topo.network.attention.unfused.own_width import take_own_width
+from nni_topo.network.channels import reasons
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.reasons import Reasons
+from nni_topo.network.layers.derived import give_back_classes, with_known_layers
+from nni_topo.network.layers.integer_attributes import put_sizes
+from nni_topo.network.layers.kinds import PER_CHANNEL, follows_channels, kept_channels, output_channels
+from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, ROUND_TO, check_model
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.fits import call_arguments
+from nni_topo.network.runtime.reports import (
     ModelReport,
     as_code,
     as_sentence,
-    as_written,
-    call_arguments,
-    check_model,
-    detached_copy,
-    evaluating,
-    forget_evaluated,
     give_report,
-    leaves_models_alone,
-    left_alone,
     markdown_table,
-    put_modes_of,
-    random_state_kept,
-    seed_torch,
     told_of_changes,
 )
-from nni_topo.network.speedup.analysis import Analysis, Findings
+from nni_topo.network.runtime.training_mode import evaluating, forget_evaluated, put_modes_of
+from nni_topo.network.runtime.untouched import (
+    as_written,
+    leaves_models_alone,
+    left_alone,
+    random_state_kept,
+    seed_torch,
+)
+from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.network.speedup.constant_channels import (
     TOLERANCE,
     ConstantContribution,
@@ -212,15 +205,15 @@ def dense_of(
     check: bool = True,
     rtol: float = 1e-4,
     customized_replacers: Sequence[Replacer] = (),
-    findings: Findings | None = None,
+    facts: Facts | None = None,
 ) -> torch.nn.Module:
-    """Return what :func:`to_dense` does; ``findings``: what is known of the model, or of one with other weights."""
+    """Return what :func:`to_dense` does; ``facts``: what is known of the model, or of one with other weights."""
     given, model = model, with_known_layers(model)
     call = call_arguments(example_inputs, model)
     full = check_masks(model, masks)
     with random_state_kept(), torch.inference_mode(False):
         seed_torch(0)
-        task = _prepare(Analysis(model, call, findings), full, round_to)
+        task = _prepare(Analysis(model, call, facts), full, round_to)
         masked = _masked_with_constants(task) if constants == "keep" else _masked_without_constants(task)
         dense = _cut(task, masked, tuple(customized_replacers))
         checked = _compare(task, masked, dense, rtol) if check else ""

@@ -17,22 +17,16 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from nni_topo.compat.wrapping import derived_types
 from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked, hint_of, listed
-from nni_topo.network.attention import Attention, is_attention
-from nni_topo.network.channels import (
-    FIXED,
-    ChannelFlow,
-    Reason,
-    Reasons,
-    Share,
-    asked_of,
-    blocks_of,
-    coupled_names,
-    partial_couplings,
-    reasons,
-    shares,
-)
-from nni_topo.network.graph import is_in_parts
-from nni_topo.network.layers import (
+from nni_topo.network.attention.heads import Attention, is_attention
+from nni_topo.network.channels import reasons
+from nni_topo.network.channels.constraints import blocks_of, coupled_names, partial_couplings
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.channels.reasons import Reason, Reasons
+from nni_topo.network.channels.shuffle import Share, asked_of, shares
+from nni_topo.network.graph.submodules import is_in_parts
+from nni_topo.network.layers.derived import with_known_layers
+from nni_topo.network.layers.kinds import (
     RECURRENT,
     check_names,
     follows_channels,
@@ -40,12 +34,12 @@ from nni_topo.network.layers import (
     has_complex_weights,
     is_recurrent,
     is_transposed_linear,
-    plain_norm,
     weight_is_computed,
-    with_known_layers,
 )
-from nni_topo.network.runtime import INPUTS, MODEL, UNGROUPED, check_unwrapped, leaves_models_alone
-from nni_topo.network.speedup.analysis import Analysis, Findings
+from nni_topo.network.layers.original_width import plain_norm
+from nni_topo.network.runtime.arguments import INPUTS, MODEL, UNGROUPED, check_unwrapped
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.analysis import Analysis, Facts
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +80,7 @@ class DependencyGroups(list[dict[str, Any]]):
         What ``skipped`` says in words, by layer: the kind of each reason and where it is found.
     """
 
-    findings: Findings | None = None
+    facts: Facts | None = None
     """How channels go through the model, which the package's pruners ask for."""
 
     @checked(ties=_BY_LAYER | NONE, shares=_BY_LAYER | NONE)
@@ -116,7 +110,7 @@ class DependencyGroups(list[dict[str, Any]]):
 
     def _copied(self, entries: Iterable[dict[str, Any]], named: Iterable[str]) -> DependencyGroups:
         copied = DependencyGroups(entries, self.skipped, named, self.ties, self.shares, self.reasons)
-        copied.findings = self.findings
+        copied.facts = self.facts
         return copied
 
     def layers(self) -> list[list[str]]:
@@ -258,7 +252,7 @@ def groups_of(
         shares=shares(flow, asked_of(flow, entries, ties)),
         reasons=choice.left_out | in_part,
     )
-    found.findings = analysis.findings
+    found.facts = analysis.facts
     return found
 
 

@@ -23,34 +23,35 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.attention import PrunedMultiheadAttention, attend
-from nni_topo.network.channels import FIXED, ChannelFlow, Reason, Shares, chosen_of, has_property, reasons, shares
-from nni_topo.network.graph import RANDOM, UNSHOWN, arguments, resized
-from nni_topo.network.layers import is_normalizing, is_recurrent, per_channel_names
-from nni_topo.network.runtime import (
-    SAME_CHANNELS,
+from nni_topo.network.attention.heads import attend
+from nni_topo.network.attention.unfused.multihead import PrunedMultiheadAttention
+from nni_topo.network.channels import reasons
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.channels.reasons import Reason
+from nni_topo.network.channels.rules import has_property
+from nni_topo.network.channels.shuffle import Shares, chosen_of, shares
+from nni_topo.network.graph.nodes import RANDOM, UNSHOWN
+from nni_topo.network.graph.traced_int import resized
+from nni_topo.network.graph.tracing import arguments
+from nni_topo.network.layers.kinds import is_normalizing, is_recurrent, per_channel_names
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, difference
+from nni_topo.network.runtime.copying import RandomWeights, detached_copy, put_parameters, to_precision, unwrapped_copy
+from nni_topo.network.runtime.inputs import (
     Call,
-    RandomWeights,
     Variation,
-    as_written,
-    bar,
     call_in_precision,
-    detached_copy,
-    difference,
-    evaluating,
-    out_of_memory,
-    put_parameters,
     random_like,
-    random_state_kept,
-    seed_torch,
     shrunk,
     tensors_of,
-    to_precision,
     together,
-    unwrapped_copy,
     variations_of,
     varied,
 )
+from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.progress import bar
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.runtime.untouched import as_written, random_state_kept, seed_torch
 from nni_topo.network.speedup.constant_channels import (
     ConstantContribution,
     changed_constants,

@@ -18,56 +18,46 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import FLAG, NniTopoError, SpeedupError, checked, leaving_out, raised
-from nni_topo.network.layers import (
-    WEIGHTED,
-    channel_dim,
-    fold,
-    give_back_classes,
-    is_depthwise,
-    is_normalizing,
-    keep,
-    per_channel_names,
-    silent_value,
-    with_known_layers,
-)
-from nni_topo.network.runtime import (
-    INPUTS,
-    MASKS,
-    MODEL,
-    TILT,
-    Call,
+from nni_topo.network.layers.derived import fold, give_back_classes, with_known_layers
+from nni_topo.network.layers.kinds import WEIGHTED, is_depthwise, is_normalizing, per_channel_names
+from nni_topo.network.layers.original_width import channel_dim, silent_value
+from nni_topo.network.layers.slicing import keep
+from nni_topo.network.runtime.arguments import INPUTS, MASKS, MODEL, check_model
+from nni_topo.network.runtime.comparison import difference
+from nni_topo.network.runtime.copying import (
     RandomWeights,
-    Variation,
-    as_written,
-    call_arguments,
-    call_in_precision,
-    called,
-    check_model,
     detached_copy,
-    difference,
-    evaluating,
-    failures_in_own_modes,
-    first_samples,
-    hand_on_report,
-    has_own_modes,
     in_double,
     is_transformed,
-    leaves_models_alone,
-    out_of_memory,
-    put_modes_of,
     put_parameters,
+    to_precision,
+)
+from nni_topo.network.runtime.fits import call_arguments
+from nni_topo.network.runtime.hooks import called, watched
+from nni_topo.network.runtime.inputs import (
+    TILT,
+    Call,
+    Variation,
+    call_in_precision,
+    first_samples,
     random_like,
-    random_state_kept,
     returned_tensors,
     run_few,
     tensors_of,
-    to_precision,
     together,
-    training,
     variations_of,
     varied,
-    watched,
 )
+from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.reports import hand_on_report
+from nni_topo.network.runtime.training_mode import (
+    evaluating,
+    failures_in_own_modes,
+    has_own_modes,
+    put_modes_of,
+    training,
+)
+from nni_topo.network.runtime.untouched import as_written, leaves_models_alone, random_state_kept
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.reconcile import (
     FullMasks,

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, NniTopoError, SpeedupError, checked, leaves_out_by, unknown_name
-from nni_topo.network.channels import FIXED, ChannelFlow, Reasons, blocks_of, partial_couplings, reasons
-from nni_topo.network.graph import described, line_of
-from nni_topo.network.layers import (
-    RECURRENT,
-    feature_dimension,
-    is_transposed_linear,
-    output_channels,
-    with_known_layers,
-)
-from nni_topo.network.runtime import INPUTS, MODEL, check_unwrapped, leaves_models_alone
+from nni_topo.network.channels import reasons
+from nni_topo.network.channels.constraints import blocks_of, partial_couplings
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.channels.reasons import Reasons
+from nni_topo.network.graph.nodes import described, line_of
+from nni_topo.network.layers.derived import with_known_layers
+from nni_topo.network.layers.kinds import RECURRENT, feature_dimension, is_transposed_linear, output_channels
+from nni_topo.network.runtime.arguments import INPUTS, MODEL, check_unwrapped
+from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dependency import named_norms, unprunable_layers
 from nni_topo.network.speedup.reconcile import KeptIndices

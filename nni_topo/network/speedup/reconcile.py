@@ -13,20 +13,15 @@ import torch
 
 from nni_topo.errors import ConfigError, SpeedupError, leaving_out, listed, unknown_name
 from nni_topo.maths.ties import descending
-from nni_topo.network.attention import by_table, find_frequencies, pairs_of
-from nni_topo.network.channels import (
-    FIXED,
-    Blocks,
-    ChannelFlow,
-    Reason,
-    Reasons,
-    reasons,
-    regrouped,
-    shares,
-    stays_in_place,
-)
-from nni_topo.network.layers import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
-from nni_topo.network.runtime import MASKS, device_of
+from nni_topo.network.attention.rotary import by_table, find_frequencies, pairs_of
+from nni_topo.network.channels import reasons
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.ids import FIXED, Blocks
+from nni_topo.network.channels.reasons import Reason, Reasons
+from nni_topo.network.channels.shuffle import regrouped, shares, stays_in_place
+from nni_topo.network.layers.kinds import channel_dimension, kept_channels, row_names, spread, weight_name, weight_of
+from nni_topo.network.runtime.arguments import MASKS
+from nni_topo.network.runtime.copying import device_of
 
 _logger = logging.getLogger(__name__)
 

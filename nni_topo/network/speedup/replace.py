@@ -14,40 +14,21 @@ from nni.compression.speedup.container import NodeInfo
 from nni.compression.speedup.replacer import Replacer
 from torch import nn
 
-from nni_topo.network.attention import (
-    Attention,
-    by_table,
-    find_attention,
-    find_frequencies,
-    keep_frequencies,
-    pairs_of,
-    resize,
-    set_size,
-)
-from nni_topo.network.channels import ChannelFlow, DenseOrder, reasons
-from nni_topo.network.graph import tensor_shape
-from nni_topo.network.layers import (
-    CONVOLUTIONS,
-    HEAD,
-    cut,
-    cut_channelwise,
-    is_depthwise,
-    keep,
-    output_channels,
-    row_names,
-    weight_name,
-    weight_of,
-)
-from nni_topo.network.runtime import (
-    SAME_CHANNELS,
-    Call,
-    agree,
-    device_of,
-    evaluation_mode,
-    left_alone,
-    out_of_memory,
-    tensors_of,
-)
+from nni_topo.network.attention.heads import Attention, find_attention, resize, set_size
+from nni_topo.network.attention.rotary import by_table, find_frequencies, keep_frequencies, pairs_of
+from nni_topo.network.channels import reasons
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.shuffle import DenseOrder
+from nni_topo.network.graph.nodes import tensor_shape
+from nni_topo.network.layers.derived import HEAD
+from nni_topo.network.layers.kinds import CONVOLUTIONS, is_depthwise, output_channels, row_names, weight_name, weight_of
+from nni_topo.network.layers.slicing import cut, cut_channelwise, keep
+from nni_topo.network.runtime.comparison import SAME_CHANNELS, agree
+from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.inputs import Call, tensors_of
+from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import left_alone
 from nni_topo.network.speedup.reconcile import Dimensions, FullMasks, KeptIndices, find_narrow, keys_of_queries
 
 _logger = logging.getLogger(__name__)

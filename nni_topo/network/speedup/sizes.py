@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nni_topo.network.channels import FIXED, ChannelFlow
-from nni_topo.network.runtime import Call, first_samples, map_tensors, random_state_kept, tensors_of
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.runtime.inputs import Call, first_samples, map_tensors, tensors_of
+from nni_topo.network.runtime.untouched import random_state_kept
 
 _SMALL = 64  # places, which any input may have
 _MULTIPLES = (8, 16, 32)  # by which networks divide the sides of images

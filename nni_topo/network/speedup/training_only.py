@@ -19,17 +19,19 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from nni_topo.errors import SpeedupError
-from nni_topo.network.channels import FIXED, ChannelFlow, Reason, reasons
-from nni_topo.network.graph import RANDOM, is_in_parts, trace
-from nni_topo.network.runtime import (
-    Call,
-    called,
-    detached_copy,
-    evaluating,
-    out_of_memory,
-    random_state_kept,
-    tensors_of,
-)
+from nni_topo.network.channels import reasons
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.channels.reasons import Reason
+from nni_topo.network.graph.nodes import RANDOM
+from nni_topo.network.graph.submodules import is_in_parts
+from nni_topo.network.graph.tracing import trace
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.hooks import called
+from nni_topo.network.runtime.inputs import Call, tensors_of
+from nni_topo.network.runtime.memory import out_of_memory
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.runtime.untouched import random_state_kept
 
 _logger = logging.getLogger(__name__)
 

@@ -13,20 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nni_topo.errors import LayerError, checked, leaving_out, listed
-from nni_topo.network.attention import mixing_called
-from nni_topo.network.channels import FIXED, ChannelFlow
-from nni_topo.network.layers import WEIGHTED, by_channel, is_depthwise, weight_of, weight_used
-from nni_topo.network.runtime import (
-    Calibration,
-    Call,
-    calls,
-    device_of,
-    run,
-    structure_call,
-    structure_of,
-    watched,
-)
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.attention.unfused.multihead import mixing_called
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.channels.ids import FIXED
+from nni_topo.network.layers.derived import weight_used
+from nni_topo.network.layers.kinds import WEIGHTED, by_channel, is_depthwise, weight_of
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.fits import run, structure_call, structure_of
+from nni_topo.network.runtime.hooks import watched
+from nni_topo.network.runtime.inputs import Call, calls
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext
@@ -91,7 +88,7 @@ class FunctionalCollector(DataCollector):
         """
         # The first batch has been tried out.
         call = structure_of(context.model, next(calls(context.model, self.calibration)))
-        flow = Analysis(context.model, call, context.findings).flow
+        flow = Analysis(context.model, call, context.facts).flow
         readers = {unit.name: self.readers(unit, flow, context) for unit in context.units}
         moments = {name: [ChannelMoments(name) for _ in found] for name, found in readers.items()}
         each = [pair for name in readers for pair in zip(readers[name], moments[name], strict=True)]

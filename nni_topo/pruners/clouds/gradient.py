@@ -12,23 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nni_topo.errors import ConfigError, DataError, checked, whole
-from nni_topo.network.layers import feature_dimension
-from nni_topo.network.runtime import (
-    arguments_of,
-    batch_size,
-    calibration_of,
-    called,
-    copied,
-    detached_copy,
-    device_of,
-    evaluating,
-    inputs_of,
-    parts,
-    structure_call,
-    structure_of,
-    watched,
-)
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.layers.kinds import feature_dimension
+from nni_topo.network.runtime.calibration import calibration_of
+from nni_topo.network.runtime.copying import detached_copy, device_of
+from nni_topo.network.runtime.fits import structure_call, structure_of
+from nni_topo.network.runtime.hooks import called, watched
+from nni_topo.network.runtime.inputs import arguments_of, batch_size, copied, inputs_of, parts
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.weight import Preprocess, checked_preprocess, preprocess_points
@@ -205,7 +196,7 @@ class _Gates:
         if self._watching:
             return
         call = structure_of(self._original, (args, kwargs))
-        flow = Analysis(self._original, call, self._context.findings).flow
+        flow = Analysis(self._original, call, self._context.facts).flow
         readers = [(unit.name, each) for unit in self._context.units for each in readers_of(unit, flow, self._context)]
         self.hooks.enter_context(watched([(reader.module, self._gate(name, reader)) for name, reader in readers]))
         self._watching = True

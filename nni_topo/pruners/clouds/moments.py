@@ -9,7 +9,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from nni_topo.errors import DataError, check_memory, leaving_out
-from nni_topo.network.runtime import Processes
+from nni_topo.network.runtime.processes import Processes
 
 _TURN = 2**24
 _MATRICES = 6  # of the rows' inner products that lie beside each other at most, until they are points

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nni_topo.errors import DataError, check_memory, checked, one_of
-from nni_topo.network.layers import by_channel
-from nni_topo.network.runtime import calibration_of, watched
+from nni_topo.network.layers.kinds import by_channel
+from nni_topo.network.runtime.calibration import calibration_of
+from nni_topo.network.runtime.hooks import watched
 from nni_topo.pruners.clouds.moments import ChannelMoments, points_of_gram
 from nni_topo.pruners.clouds.narrowing import Narrowing, chunks
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext

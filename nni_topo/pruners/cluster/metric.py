@@ -14,7 +14,7 @@ from nni_topo.errors import DataError, leaving_out
 from nni_topo.maths.clustering import partition
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
 from nni_topo.maths.ties import FLOOR, RELATIVE, descending, leveled
-from nni_topo.network.channels import Layer
+from nni_topo.network.channels.ids import Layer
 from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.cluster.survivors import best_of, survivor_scores
 from nni_topo.pruners.hooks import Data, KeptSet, MetricCalculator, PruningContext

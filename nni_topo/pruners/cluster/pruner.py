@@ -15,7 +15,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError, one_of, whole
 from nni_topo.maths.clustering.partition import ALGORITHMS, GRAPHS, Algorithm, NeighbourGraph, check_used
-from nni_topo.network.runtime import pruner_batches
+from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.checks import pruner_arguments

@@ -17,7 +17,7 @@ from torch import nn
 from nni_topo.errors import ConfigError, LayerError, all_of, one_of
 from nni_topo.maths.clustering.partition import FloatArray, IntArray
 from nni_topo.maths.ties import first_largest, leveled
-from nni_topo.network.layers import by_output, through_norms
+from nni_topo.network.layers.kinds import by_output, through_norms
 from nni_topo.pruners.clouds.features import TracedNetwork
 from nni_topo.pruners.clouds.functional import read_strength, readers_of
 from nni_topo.pruners.hooks import PruningContext

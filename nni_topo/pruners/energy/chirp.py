@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from nni_topo.errors import FLAG, ConfigError, DataError, LayerError, as_settings, check_knobs, one_of
 from nni_topo.maths import signals
-from nni_topo.network.layers import WEIGHTED, inner_of, weight_name
+from nni_topo.network.layers.derived import inner_of
+from nni_topo.network.layers.kinds import WEIGHTED, weight_name
 from nni_topo.pruners.clouds.coupled import norm_scales
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.pruners.hooks import Data, DataCollector, PruningContext

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nni_topo.network.layers import by_channel, call_of, is_followed
-from nni_topo.network.runtime import calibration_of, watched
+from nni_topo.network.layers.derived import call_of, is_followed
+from nni_topo.network.layers.kinds import by_channel
+from nni_topo.network.runtime.calibration import calibration_of
+from nni_topo.network.runtime.hooks import watched
 from nni_topo.pruners.clouds.moments import check_reached
 from nni_topo.pruners.energy.chirp import EnergyCollector, masked_parameters
 from nni_topo.pruners.hooks import PruningContext

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, Rule, instance, number, one_of, settings
 from nni_topo.maths import signals
 from nni_topo.maths.ties import descending
-from nni_topo.network.runtime import example_inputs_of, pruner_batches
+from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.checks import pruner_arguments

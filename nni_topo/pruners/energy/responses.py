@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, call_of, inner_of
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.layers.derived import call_of, inner_of
+from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
+from nni_topo.network.speedup.analysis import Analysis
 
 
 def input_sizes(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from torch import nn
 from nni_topo.disk import check_output_file, path_of
 from nni_topo.errors import FUNCTION, NONE, PATH, ConfigError, as_settings, settings, whole
 from nni_topo.maths.search.weights import HistoryRow, WeightGeneticAlgorithm, WeightSearch
-from nni_topo.network.runtime import BATCHES
+from nni_topo.network.runtime.arguments import BATCHES
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
 from nni_topo.pruners.genetic_weight.metric import GeneticMetric, OnGeneration, checked_validation

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nni_topo.network.runtime import bar
+from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.planner import Losses
 from nni_topo.pruners.reconstruction.problems import ReconstructionProblems

@@ -26,23 +26,16 @@ from torch import nn
 from nni_topo.errors import DataError, check_memory, leaving_out
 from nni_topo.maths.least_squares.exchange import exchange
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix, forward_selection
-from nni_topo.network.attention import mixing_called
-from nni_topo.network.channels import ChannelFlow
-from nni_topo.network.layers import WEIGHTED, output_channels
-from nni_topo.network.runtime import (
-    Calibration,
-    Call,
-    calls,
-    device_of,
-    evaluation_mode,
-    fitting,
-    real_positions_of,
-    structure_call,
-    structure_of,
-    tensors_of,
-    watched,
-)
-from nni_topo.network.speedup import Analysis, Findings
+from nni_topo.network.attention.unfused.multihead import mixing_called
+from nni_topo.network.channels.flow import ChannelFlow
+from nni_topo.network.layers.kinds import WEIGHTED, output_channels
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copying import device_of
+from nni_topo.network.runtime.fits import structure_call, structure_of
+from nni_topo.network.runtime.hooks import watched
+from nni_topo.network.runtime.inputs import Call, calls, fitting, real_positions_of, tensors_of
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.clouds.functional import ChannelReader, check_read, readers_of, unread_error
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.reconstruction.readings import Reading, column_count
@@ -113,7 +106,7 @@ class ReconstructionProblems:
                 yield unit, self._measured[unit.name]
             return
         with evaluation_mode(model):
-            analysis = self.analysis(model, context.findings)
+            analysis = self.analysis(model, context.facts)
             readers = {unit.name: linear_readers(unit, analysis.flow, context) for unit in context.units}
             self.check_memory(readers, analysis)
             chunks = list(self._together(context.units, readers))
@@ -124,9 +117,9 @@ class ReconstructionProblems:
                 for unit in units:
                     yield unit, found.pop(unit.name)
 
-    def analysis(self, model: nn.Module, findings: Findings | None) -> Analysis:
+    def analysis(self, model: nn.Module, facts: Facts | None) -> Analysis:
         """Return how channels go through a model, which takes the first batch."""
-        return Analysis(model, structure_of(model, next(calls(model, self.calibration))), findings)
+        return Analysis(model, structure_of(model, next(calls(model, self.calibration))), facts)
 
     def check_memory(self, readers: dict[str, list[ChannelReader]], analysis: Analysis) -> None:
         """Raise DataError for a unit whose least squares don't fit into memory."""

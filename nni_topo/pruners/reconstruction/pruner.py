@@ -20,7 +20,9 @@ from nni.compression.utils import Evaluator
 from torch import nn
 
 from nni_topo.errors import FLAG, ConfigError, whole
-from nni_topo.network.runtime import in_step, inputs_of, on_device, pruner_batches
+from nni_topo.network.runtime.hooks import pruner_batches
+from nni_topo.network.runtime.inputs import inputs_of, on_device
+from nni_topo.network.runtime.processes import in_step
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import ALLOCATIONS, Budget, BudgetPlanner, check_shared_budget, planned
 from nni_topo.pruners.checks import pruner_arguments

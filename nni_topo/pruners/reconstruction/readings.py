@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix
 from nni_topo.maths.least_squares.normal import NormalEquations
 from nni_topo.maths.least_squares.shifts import pays
-from nni_topo.network.layers import by_output, call_of, has_own_forward, weight_used
+from nni_topo.network.layers.derived import call_of, has_own_forward, weight_used
+from nni_topo.network.layers.kinds import by_output
 from nni_topo.pruners.clouds.functional import ChannelReader
 from nni_topo.recovery.samples import (
     draw_unpadded,

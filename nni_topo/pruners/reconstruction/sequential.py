@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from nni_topo.network.runtime import evaluating, unwrapped_copy
+from nni_topo.network.runtime.copying import unwrapped_copy
+from nni_topo.network.runtime.training_mode import evaluating
 from nni_topo.pruners.hooks import Masks, PruningContext
 from nni_topo.pruners.reconstruction.problems import (
     BoolArray,
@@ -31,7 +32,7 @@ class SequentialProblems(ReconstructionProblems):
     ) -> Iterator[tuple[PruningUnit, ReconstructionProblem]]:
         """Yield every unit and its problem; before the next one the caller puts what it keeps of a unit into `kept`."""
         original = evaluating(unwrapped_copy(context.model))
-        analysis = self.analysis(original, context.findings)
+        analysis = self.analysis(original, context.facts)
         flow = analysis.flow
         modules = {module: name for name, module in original.named_modules()}
         own = PruningContext(original, context.target_spaces)
@@ -48,7 +49,7 @@ class SequentialProblems(ReconstructionProblems):
             if masks:
                 last = first[unit.name]
                 network = compensate_up_to(
-                    original, masks, self.calibration, last, seed=self.seed, findings=analysis.findings
+                    original, masks, self.calibration, last, seed=self.seed, facts=analysis.facts
                 )
             yield unit, self.measure({unit.name: readers[unit.name]}, original, network)[unit.name]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from nni_topo.errors import NONE, ConfigError, all_of, as_settings, settings
 from nni_topo.maths.clustering.subclustering import ENERGY, Growth, SplitTree
-from nni_topo.network.runtime import pruner_batches
+from nni_topo.network.runtime.hooks import pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import pruner_arguments
 from nni_topo.pruners.clouds.features import POOL, Pool

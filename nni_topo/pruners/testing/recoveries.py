@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nni_topo.network.speedup import masked_model, to_dense
+from nni_topo.network.speedup.dense import to_dense
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.testing.checks import require
 from nni_topo.pruners.testing.snapshots import require_unchanged, snapshot
 from nni_topo.pruners.testing.toys import ToyModel, toy_images, toy_model

@@ -11,7 +11,7 @@ from nni.compression import TorchEvaluator
 from torch import Tensor, nn
 
 from nni_topo.errors import checked, whole
-from nni_topo.network.runtime import MODEL
+from nni_topo.network.runtime.arguments import MODEL
 
 
 class ToyModel(nn.Module):

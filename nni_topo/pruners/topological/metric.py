@@ -13,7 +13,7 @@ import numpy as np
 from nni_topo.errors import FLAG, check_knobs, leaving_out, one_of
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, Generation, SubsetGeneticAlgorithm
-from nni_topo.network.runtime import bar
+from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.hooks import Data, KeptSet, PruningContext
 from nni_topo.pruners.selection import Cloud, Clouds, SelectionMetric
 from nni_topo.pruners.units import KeptBlocks

@@ -21,7 +21,7 @@ from torch import nn
 
 from nni_topo.errors import NONE, Rule, all_of, as_settings, instance, one_of, settings, whole
 from nni_topo.maths.search.subsets import Generation
-from nni_topo.network.runtime import example_inputs_of, pruner_batches
+from nni_topo.network.runtime.hooks import example_inputs_of, pruner_batches
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.budget import Budget, planned
 from nni_topo.pruners.checks import pruner_arguments

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from nni_topo.errors import FUNCTION, NONE, ConfigError, instance, one_of, whole
 from nni_topo.maths.topology.layer_graphs import LayerGraph
-from nni_topo.network.layers import CONVOLUTIONS, graph_of_convolution
-from nni_topo.network.runtime import example_inputs_of
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.layers.derived import graph_of_convolution
+from nni_topo.network.layers.kinds import CONVOLUTIONS
+from nni_topo.network.runtime.hooks import example_inputs_of
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.pruners.base import StructuredPruner
 from nni_topo.pruners.checks import check_weight_target, of_single_weights, pruner_arguments
 from nni_topo.pruners.planner import Planner

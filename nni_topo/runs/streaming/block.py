@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime import Call, batch_size, bind_arguments, on_device, real_positions, taken
+from nni_topo.network.runtime.inputs import Call, batch_size, bind_arguments, on_device, real_positions, taken
 from nni_topo.runs.streaming.skeleton import Skeleton, states_of
 
 STATES, UNPRUNED, PADDING_MASK = "hidden_states", "unpruned_states", "attention_mask"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nni_topo.disk import disk_errors, read_json, reading, write_json
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime import Processes
+from nni_topo.network.runtime.processes import Processes
 from nni_topo.runs.streaming.shards import INDEX, write_shard
 
 FOLDER = ".shrink_pretrained"

@@ -48,36 +48,29 @@ from nni_topo.errors import (
     whole,
 )
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.attention import find_attention
-from nni_topo.network.cost import count_macs, counting_macs
-from nni_topo.network.io import tell_depth
+from nni_topo.network.attention.heads import find_attention
+from nni_topo.network.cost.measure import count_macs, counting_macs
 from nni_topo.network.io.card import CARD, may_write_card, model_card
-from nni_topo.network.runtime import (
-    HELD_OUT,
-    Calibration,
+from nni_topo.network.io.checkpoint import tell_depth
+from nni_topo.network.runtime.calibration import HELD_OUT, Calibration
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.inputs import (
     Call,
-    Processes,
-    bar,
     bind_arguments,
     calls,
     cast_floats,
-    detached_copy,
-    evaluating,
-    evaluation_mode,
     fitting,
-    free_memory_of,
-    freed_at_once,
-    give_back_memory,
-    in_step,
     on_device,
-    one_call,
-    out_of_memory,
-    quiet_if_asked,
     real_positions_of,
     taken,
-    tells_once,
 )
-from nni_topo.network.speedup import DenseReport
+from nni_topo.network.runtime.memory import free_memory_of, freed_at_once, give_back_memory, out_of_memory
+from nni_topo.network.runtime.processes import Processes, in_step
+from nni_topo.network.runtime.progress import bar, quiet_if_asked
+from nni_topo.network.runtime.telling import tells_once
+from nni_topo.network.runtime.training_mode import evaluating, evaluation_mode
+from nni_topo.network.runtime.untouched import one_call
+from nni_topo.network.speedup.dense import DenseReport
 from nni_topo.pruners.budget import Budget, BudgetOutcome, as_budget, budget_outcome
 from nni_topo.recovery import RecoveryMethod, distillation
 from nni_topo.recovery.blocks import gap_after, solutions

@@ -17,9 +17,10 @@ from rich.console import RenderableType
 from torch import nn
 
 from nni_topo.errors import ConfigError, check_between, checked, unknown_name
-from nni_topo.network.layers import padded_size
-from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.layers.derived import padded_size
+from nni_topo.network.runtime.arguments import INPUTS, MODEL
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
 from nni_topo.studies.study import Findings, ModelVerb, Study, Tell
 from nni_topo.studies.tables import as_table

@@ -21,8 +21,9 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, check_integer, check_jobs, checked, unknown_name
-from nni_topo.network.runtime import INPUTS, MODEL
-from nni_topo.network.speedup import dependency_groups, masked_model
+from nni_topo.network.runtime.arguments import INPUTS, MODEL
+from nni_topo.network.speedup.dependency import dependency_groups
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.registry import PRUNERS, pruner_info
 from nni_topo.runs.choices import PrunerChoice, Target

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.maths.topology.layer_graphs import LayerGraph, linear_graph
-from nni_topo.network.layers import CONVOLUTIONS, graph_of_convolution
+from nni_topo.network.layers.derived import graph_of_convolution
+from nni_topo.network.layers.kinds import CONVOLUTIONS
 
 _RECURRENT: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LSTM: ("input", "forget", "cell", "output"),

@@ -22,8 +22,9 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.errors import NONE, ConfigError, DataError, checked, unknown_name
 from nni_topo.maths.topology.layer_trees import channel_tree, spanning_forest
-from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
-from nni_topo.network.speedup import Analysis
+from nni_topo.network.runtime.arguments import INPUTS, MODEL
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.runs.run import build_model, load_model_data, resolve_device
 from nni_topo.studies.analysis.layers import WeightLayer, weight_layers
 from nni_topo.studies.pictures import finish

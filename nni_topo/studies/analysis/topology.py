@@ -16,8 +16,10 @@ from torch import nn
 from nni_topo.errors import ConfigError, checked
 from nni_topo.maths import topology
 from nni_topo.maths.search.subsets import Generation
-from nni_topo.network.runtime import CONFIG_LIST, MODEL, detached_copy, leaves_models_alone
-from nni_topo.network.speedup import dependency_groups
+from nni_topo.network.runtime.arguments import CONFIG_LIST, MODEL
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.budget import Budget
 from nni_topo.pruners.hooks import Masks
 from nni_topo.pruners.topological.pruner import TopologicalPruner

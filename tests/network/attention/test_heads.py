@@ -12,7 +12,8 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from nni_topo import compensate, create_pruner, dependency_groups, load, masked_model, save, to_dense, zoo
-from nni_topo.network.attention import accepted_heads, find_attention
+from nni_topo.network.attention.config import accepted_heads
+from nni_topo.network.attention.heads import find_attention
 from nni_topo.network.attention.unfused.multihead import multihead
 from nni_topo.zoo.transformers import FeedForward, SelfAttention, TransformerBlock
 

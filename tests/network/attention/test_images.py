@@ -12,8 +12,7 @@ from torch.nn import functional
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.attention import own_width_of
-from nni_topo.network.attention.unfused.own_width import own_width_class
+from nni_topo.network.attention.unfused.own_width import own_width_class, own_width_of
 
 WIDTH, HEADS, SIZE, KEYS = 16, 4, 4, 2
 IMAGES = torch.rand(2, 3, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

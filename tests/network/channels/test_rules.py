@@ -15,8 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention as attended
 
 from nni_topo.network.channels.ids import FIXED, carry, carry_reduced, staying
 from nni_topo.network.channels.rules import _from_zero, picked_along_others
-from nni_topo.network.graph import owner_of
-from nni_topo.network.runtime import tensors_of
+from nni_topo.network.graph.nodes import owner_of
+from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.network.speedup.analysis import Analysis
 
 WIDTHS = {"a": 4, "b": 4, "c": 8, "d": 2}

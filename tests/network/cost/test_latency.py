@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.cost import NetworkCost, latency
+from nni_topo.network.cost import latency
+from nni_topo.network.cost.cost import NetworkCost
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.speedup import LatencyTable, LayerLatency, measure_latency
 from nni_topo.testing import toy_images, toy_model

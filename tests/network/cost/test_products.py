@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nni_topo
-from nni_topo.network.cost import NetworkCost, count_macs
+from nni_topo.network.cost.cost import NetworkCost
+from nni_topo.network.cost.measure import count_macs
 
 WIDTH, HEADS, SIZE, PLACES = 12, 3, 4, 5
 

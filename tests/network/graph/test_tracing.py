@@ -18,8 +18,8 @@ from nni_topo.network.graph import tracing
 from nni_topo.network.graph.nodes import plain_name
 from nni_topo.network.graph.recording import record
 from nni_topo.network.graph.tracing import layer_sizes, trace
-from nni_topo.network.runtime import random_state_kept
-from nni_topo.network.speedup import masked_model
+from nni_topo.network.runtime.untouched import random_state_kept
+from nni_topo.network.speedup.equivalence import masked_model
 
 
 def test_a_model_may_put_out_nan():

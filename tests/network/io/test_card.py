@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from nni_topo.network.io.card import _base_model, may_write_card, model_card
-from nni_topo.network.runtime import ModelReport
+from nni_topo.network.runtime.reports import ModelReport
 
 TEXT = "# A pruned net\n\nIt is smaller.\n"
 MARK = (

@@ -37,7 +37,7 @@ from nni_topo.network.io.checkpoint import (
     take_out_part,
     tell_depth,
 )
-from nni_topo.network.layers import as_torch_layers
+from nni_topo.network.layers.kinds import as_torch_layers
 from nni_topo.network.layers.original_width import keep_original_width
 from nni_topo.network.layers.slicing import cut_channelwise
 from nni_topo.speedup import to_dense

@@ -16,7 +16,7 @@ import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, ExportError
 from nni_topo.network.io.exporting import _check, _free, _named, _outputs, _return_tensors_alone
-from nni_topo.network.runtime import tensors_of
+from nni_topo.network.runtime.inputs import tensors_of
 from nni_topo.testing import toy_images, toy_model
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.runtime import Calibration, check_fits, check_samples_first, first_call, structure_call
-from nni_topo.network.runtime.fits import _runs
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import _runs, check_fits, check_samples_first, first_call, structure_call
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 BATCHED = r"with a batch dimension: image.unsqueeze\(0\) of one, or the batches of a DataLoader"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.layers.kinds import by_channel
-from nni_topo.network.runtime import call_arguments, calls, run
 from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.fits import call_arguments, run
 from nni_topo.network.runtime.hooks import (
     batches_of,
     called,
@@ -22,6 +22,7 @@ from nni_topo.network.runtime.hooks import (
     padding_known,
     watched,
 )
+from nni_topo.network.runtime.inputs import calls
 
 
 class Twice(nn.Module):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import nni_topo
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, DataError, SpeedupError
-from nni_topo.network.cost import measure_latency
+from nni_topo.network.cost.latency import measure_latency
 from nni_topo.network.graph.traced_int import TracedInt
-from nni_topo.network.runtime import structure_of
+from nni_topo.network.runtime.fits import structure_of
 from nni_topo.network.runtime.inputs import (
     VARIATIONS,
     arguments_of,

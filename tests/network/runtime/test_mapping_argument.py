@@ -8,8 +8,8 @@ from torch import nn
 
 import nni_topo
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.network.cost import count_macs, latencies
-from nni_topo.network.runtime import arguments_of, real_positions_of
+from nni_topo.network.cost.measure import count_macs, latencies
+from nni_topo.network.runtime.inputs import arguments_of, real_positions_of
 
 
 class ByName(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nni_topo
-from nni_topo.network.runtime import bar
+from nni_topo.network.runtime.progress import bar
 from nni_topo.pruners.rounds import prune_in_rounds
 from nni_topo.testing import toy_images, toy_model
 

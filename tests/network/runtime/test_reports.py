@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo.network.runtime import report_of
 from nni_topo.network.runtime.reports import (
     as_code,
     as_sentence,
     drop_report,
     give_report,
     markdown_table,
+    report_of,
     told_of_changes,
 )
 from nni_topo.testing import toy_images, toy_model

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 import nni_topo
-from nni_topo.network.runtime import tells_once
-from nni_topo.network.runtime.telling import _ONCE
+from nni_topo.network.runtime.telling import _ONCE, tells_once
 
 LOGGER = logging.getLogger("nni_topo.runs.steps")
 OTHERS = logging.getLogger("elsewhere")

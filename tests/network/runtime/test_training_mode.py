@@ -9,8 +9,8 @@ from own_mode_nets import Adapted, Averaged, ForEvaluation, Scaling
 from torch import nn
 
 import nni_topo
-from nni_topo.network.runtime import (
-    detached_copy,
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.training_mode import (
     evaluating,
     evaluation_mode,
     failures_in_own_modes,

@@ -11,7 +11,7 @@ from torch import nn
 
 from nni_topo import RandomPruner, dependency_groups, shrink, to_dense
 from nni_topo.network.graph import tracing
-from nni_topo.network.speedup.analysis import Analysis, Findings
+from nni_topo.network.speedup.analysis import Analysis, Facts
 from nni_topo.pruners.testing.toys import toy_images, toy_model
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -46,10 +46,10 @@ def test_a_pruner_takes_over_what_its_dependency_groups_found(traces):
     groups = dependency_groups(model, images, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     victim = copy.deepcopy(model)
     pruner = RandomPruner(victim, copy.deepcopy(groups).unnamed())
-    assert pruner.context.analysis(images).flow is groups.findings.trace.flow
+    assert pruner.context.analysis(images).flow is groups.facts.trace.flow
     assert len(traces) == 1
     other = pruner.context.analysis(toy_images(3)).flow  # of another size
-    assert other is not groups.findings.trace.flow
+    assert other is not groups.facts.trace.flow
 
 
 class Depending(nn.Module):
@@ -113,7 +113,7 @@ def test_a_model_that_notes_something_at_its_first_run_is_followed_part_by_part(
     assert to_dense(model, IMAGES, masks).head[0].out_features == 3  # of 5
 
 
-def test_other_weights_change_no_findings_and_the_graph_takes_the_new_ones(traces):
+def test_other_weights_change_no_facts_and_the_graph_takes_the_new_ones(traces):
     model = two_layers()
     analysis = Analysis.on(model, IMAGES)
     flow, other = analysis.flow, copy.deepcopy(model)
@@ -161,13 +161,13 @@ class Deciding(nn.Module):
 
 
 @pytest.mark.parametrize("reads", [False, True])
-def test_findings_hold_for_other_values_unless_values_decide(reads):
+def test_facts_hold_for_other_values_unless_values_decide(reads):
     model, rows = Deciding(reads=reads).eval(), torch.ones(2, 4)
-    findings = Analysis.on(model, rows).findings
-    assert set(Analysis.on(model, rows, findings).flow.layers) == {"other" if reads else "first", "last"}
-    assert (Analysis.on(model, rows.clone(), findings).findings is findings) is True
-    assert (Analysis.on(model, -rows, findings).findings is findings) is not reads
-    assert set(Analysis.on(model, -rows, findings).flow.layers) == {"first", "last"}
+    facts = Analysis.on(model, rows).facts
+    assert set(Analysis.on(model, rows, facts).flow.layers) == {"other" if reads else "first", "last"}
+    assert (Analysis.on(model, rows.clone(), facts).facts is facts) is True
+    assert (Analysis.on(model, -rows, facts).facts is facts) is not reads
+    assert set(Analysis.on(model, -rows, facts).flow.layers) == {"first", "last"}
 
 
 @pytest.mark.parametrize(
@@ -186,26 +186,26 @@ def test_findings_hold_for_other_values_unless_values_decide(reads):
         ((IMAGES, object()), (IMAGES, object()), False),
     ],
 )
-def test_findings_fit_calls_of_the_same_shapes_and_settings(given, other, is_known):
+def test_facts_fit_calls_of_the_same_shapes_and_settings(given, other, is_known):
     model = two_layers()
-    findings = Analysis(model, (given, {})).findings
-    assert (Analysis(model, (other, {}), findings).findings is findings) is is_known
+    facts = Analysis(model, (given, {})).facts
+    assert (Analysis(model, (other, {}), facts).facts is facts) is is_known
 
 
-def test_a_copy_of_findings_is_the_same_and_another_process_traces_anew():
+def test_a_copy_of_facts_is_the_same_and_another_process_traces_anew():
     analysis = Analysis.on(two_layers(), IMAGES)
     assert analysis.flow.layers
-    assert copy.deepcopy(analysis.findings) is analysis.findings
-    again = pickle.loads(pickle.dumps(analysis.findings))
-    assert isinstance(again, Findings)
+    assert copy.deepcopy(analysis.facts) is analysis.facts
+    again = pickle.loads(pickle.dumps(analysis.facts))
+    assert isinstance(again, Facts)
     assert again.trace is None
-    assert Analysis(analysis.model, analysis.call, again).findings is not again
+    assert Analysis(analysis.model, analysis.call, again).facts is not again
 
 
-def test_findings_hold_no_model():
+def test_facts_hold_no_model():
     model = two_layers()
-    findings = Analysis.on(model, IMAGES).findings
-    analysis = Analysis.on(model, IMAGES, findings)
+    facts = Analysis.on(model, IMAGES).facts
+    analysis = Analysis.on(model, IMAGES, facts)
     assert analysis.flow.layers
     assert analysis.sizes
     assert analysis.unprunable == {}

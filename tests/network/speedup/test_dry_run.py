@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import nni_topo
 from nni_topo.errors import SpeedupError
-from nni_topo.network.channels import FIXED
+from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.layers.kinds import register_module
 from nni_topo.network.speedup import dry_run as dry_runs
 from nni_topo.network.speedup.analysis import Analysis

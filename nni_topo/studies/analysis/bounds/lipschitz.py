@@ -20,8 +20,9 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_topo.errors import ConfigError
-from nni_topo.network.graph import tensor_shape
-from nni_topo.network.layers import CONVOLUTIONS, TRANSPOSED, call_of, has_own_forward, inner_of, kind_of, norm_scale
+from nni_topo.network.graph.nodes import tensor_shape
+from nni_topo.network.layers.derived import call_of, has_own_forward, inner_of, kind_of
+from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED, norm_scale
 from nni_topo.studies.analysis.bounds.pooling import pooling_constant, pooling_of
 
 # Upper bounds of the slopes; a parameter can make a leaky or exponential unit steeper, see _steepness.

@@ -28,7 +28,8 @@ from torch.func import jvp, vjp
 from torch.fx import GraphModule
 
 from nni_topo.errors import ConfigError, check_integer, checked, is_finite
-from nni_topo.network.runtime import INPUTS, MODEL, leaves_models_alone
+from nni_topo.network.runtime.arguments import INPUTS, MODEL
+from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.studies.analysis.bounds.lipschitz import largest_changes, norm
 from nni_topo.studies.analysis.bounds.segments import ChainSegment, chain, traced
 

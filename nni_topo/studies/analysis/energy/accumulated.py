@@ -12,9 +12,12 @@ from typing import Any
 from torch import nn
 
 from nni_topo.errors import checked
-from nni_topo.network.layers import output_channels
-from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
-from nni_topo.network.speedup import dependency_groups, to_dense
+from nni_topo.network.layers.kinds import output_channels
+from nni_topo.network.runtime.arguments import INPUTS, MODEL
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.dense import to_dense
+from nni_topo.network.speedup.dependency import dependency_groups
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.studies.analysis.energy.study import LITTLE, EnergyStudy, EvaluateQuality, Quality, quality_of
 

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, checked
-from nni_topo.network.runtime import MODEL, detached_copy, evaluating, leaves_models_alone
+from nni_topo.network.runtime.arguments import MODEL
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.runtime.untouched import leaves_models_alone
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -15,7 +15,8 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.maths.search.subsets import EvolutionSettings
-from nni_topo.network.speedup import dependency_groups, masked_model
+from nni_topo.network.speedup.dependency import dependency_groups
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.recovery import recalibrate_batch_norm
 from nni_topo.runs.choices import PrunerChoice
 from nni_topo.runs.provenance import Record

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from nni_topo.errors import ConfigError, check_fields, checked, number, unknown_name, whole
 from nni_topo.maths.signals import Chirp
 from nni_topo.maths.ties import first_smallest
-from nni_topo.network.layers import weight_used
-from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
-from nni_topo.network.speedup import masked_model
+from nni_topo.network.layers.derived import weight_used
+from nni_topo.network.runtime.arguments import INPUTS, MODEL
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.energy.responses import chirp_response_energy, input_sizes
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of

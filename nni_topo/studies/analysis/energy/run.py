@@ -16,7 +16,7 @@ from torch import nn
 from nni_topo import zoo
 from nni_topo.errors import number, unknown_name
 from nni_topo.maths.signals import Chirp
-from nni_topo.network.speedup import to_dense
+from nni_topo.network.speedup.dense import to_dense
 from nni_topo.pruners.hooks import Masks
 from nni_topo.runs.provenance import Record
 from nni_topo.runs.run import Start

@@ -26,20 +26,17 @@ from torch.nn.functional import cross_entropy
 from nni_topo.errors import ConfigError, checked, unknown_name
 from nni_topo.maths.search.subsets import BoolArray, EvolutionSettings, FloatArray, SubsetGeneticAlgorithm
 from nni_topo.maths.ties import descending
-from nni_topo.network.channels import norms_after
-from nni_topo.network.layers import spread
-from nni_topo.network.runtime import (
-    BATCHES,
-    INPUTS,
-    MODEL,
-    Calibration,
-    detached_copy,
-    evaluation_mode,
-    fitting,
-    leaves_models_alone,
-    watched,
-)
-from nni_topo.network.speedup import Analysis, masked_model
+from nni_topo.network.channels.flow import norms_after
+from nni_topo.network.layers.kinds import spread
+from nni_topo.network.runtime.arguments import BATCHES, INPUTS, MODEL
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.hooks import watched
+from nni_topo.network.runtime.inputs import fitting
+from nni_topo.network.runtime.training_mode import evaluation_mode
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.studies.analysis.energy.study import EvaluateQuality, Quality, quality_of
 

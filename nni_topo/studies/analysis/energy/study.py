@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, checked, instance
-from nni_topo.network.cost import NetworkCost
-from nni_topo.network.layers import kept_channels
-from nni_topo.network.runtime import INPUTS, MODEL, detached_copy, leaves_models_alone
-from nni_topo.network.speedup import Analysis, dense_of, dependency_groups, masked_model
+from nni_topo.network.cost.cost import NetworkCost
+from nni_topo.network.layers.kinds import kept_channels
+from nni_topo.network.runtime.arguments import INPUTS, MODEL
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.untouched import leaves_models_alone
+from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dense import dense_of
+from nni_topo.network.speedup.dependency import dependency_groups
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.energy.pruner import EnergyFilterPruner
 from nni_topo.pruners.hooks import Masks, Metrics, unit_scores
 from nni_topo.studies.study import Findings
@@ -328,7 +333,7 @@ def _whole_networks(
     cost, found = NetworkCost(analysis), {}
     for threshold, selected in masks.items():
         macs = cost({name: _kept(model, name, selected).numpy() for row in rows for name in row.layers}).macs
-        dense = dense_of(model, example_inputs, selected, findings=analysis.findings)
+        dense = dense_of(model, example_inputs, selected, facts=analysis.facts)
         quality = None if evaluate is None else quality_of(evaluate, dense)
         removed = sum(row.removed[threshold] for row in rows)
         found[threshold] = WholeNetwork(removed, macs / cost({}).macs, quality)

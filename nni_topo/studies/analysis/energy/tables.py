@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rich.console import RenderableType
 
-from nni_topo.network.runtime import markdown_table
+from nni_topo.network.runtime.reports import markdown_table
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.tables import as_table
 

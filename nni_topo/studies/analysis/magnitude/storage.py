@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nni_topo.network.layers import has_own_forward
-from nni_topo.network.runtime import detached_copy
+from nni_topo.network.layers.derived import has_own_forward
+from nni_topo.network.runtime.copying import detached_copy
 
 
 def stored_bytes(model: nn.Module) -> dict[str, int]:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from nni_topo import zoo
 from nni_topo.disk import only_process
 from nni_topo.errors import ConfigError, check_integer, instance, number, whole
-from nni_topo.network.cost import time_shares
-from nni_topo.network.layers import CONVOLUTIONS, weights_left
-from nni_topo.network.runtime import detached_copy
-from nni_topo.network.speedup import dependency_groups, masked_model
+from nni_topo.network.cost.measure import time_shares
+from nni_topo.network.layers.kinds import CONVOLUTIONS, weights_left
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.speedup.dependency import dependency_groups
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import create_pruner, pruner_info
 from nni_topo.pruners.rounds import even_steps, prune_in_rounds
 from nni_topo.runs.provenance import Record

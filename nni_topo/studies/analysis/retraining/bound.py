@@ -15,16 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from nni_topo.errors import ConfigError, DataError, checked, is_finite, unknown_name
-from nni_topo.network.runtime import (
-    BATCHES,
-    MODEL,
-    Calibration,
-    call_arguments,
-    check_model,
-    detached_copy,
-    evaluating,
-    leaves_models_alone,
-)
+from nni_topo.network.runtime.arguments import BATCHES, MODEL, check_model
+from nni_topo.network.runtime.calibration import Calibration
+from nni_topo.network.runtime.copying import detached_copy
+from nni_topo.network.runtime.fits import call_arguments
+from nni_topo.network.runtime.training_mode import evaluating
+from nni_topo.network.runtime.untouched import leaves_models_alone
 
 BoundKind = Literal["node", "connection"]
 

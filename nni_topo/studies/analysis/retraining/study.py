@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from nni_topo import zoo
 from nni_topo.errors import ConfigError, check_integer, is_finite
-from nni_topo.network.speedup import masked_model
+from nni_topo.network.speedup.equivalence import masked_model
 from nni_topo.pruners.registry import pruner_info
 from nni_topo.runs.run import Start, build_model, made_dense, retrain
 from nni_topo.studies.analysis.deviation import CONNECTIONS, PointsStudy, PrunersStudy, study_masks

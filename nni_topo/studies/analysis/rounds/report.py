@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nni_topo.network.runtime import markdown_table
+from nni_topo.network.runtime.reports import markdown_table
 from nni_topo.runs.provenance import Record
 from nni_topo.studies.pictures import finish, panels
 from nni_topo.studies.tables import Interval, interval, show_accuracies
