@@ -94,6 +94,17 @@ def _share_targets(pruner: Compressor) -> None:
         setattr(wrapper, _TIED, tuple(shared))
 
 
+class ListedModules:
+    """The modules of a model, listed once: NNI's ``select_modules_by_config`` lists them for each entry it is given."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._found = list(model.named_modules(remove_duplicate=False))
+
+    def named_modules(self, remove_duplicate: bool = False) -> list[tuple[str, torch.nn.Module]]:
+        """Return them with their names, those of several names several times."""
+        return self._found
+
+
 def wrap_modules_once() -> bool:
     """Take a module with two names for one layer, under the first of its names that the config_list selects.
 
@@ -115,10 +126,11 @@ def _by_one_name(
 ) -> list[dict[str, Any]]:
     """Write a config_list so that no module is selected under two names; entries that select none so are kept."""
     chosen = {id(wrapper.module): name for name, wrapper in existed.items()}
-    order = {name: index for index, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    listed: Any = ListedModules(model)
+    order = {name: index for index, (name, _) in enumerate(listed.named_modules())}
     written = []
     for config in config_list:
-        modules, settings, fused = select_modules_by_config(model, config)
+        modules, settings, fused = select_modules_by_config(listed, config)
         for name in sorted(modules, key=order.__getitem__):
             chosen.setdefault(id(modules[name]), name)
         names = {chosen[id(module)] for module in modules.values()}

@@ -23,7 +23,7 @@ from nni.compression.utils import Evaluator
 from schema import SchemaError
 from torch import Tensor, nn
 
-from nni_topo.compat.wrapping import derived_types, interruptions_later
+from nni_topo.compat.wrapping import ListedModules, derived_types, interruptions_later
 from nni_topo.errors import (
     ANYTHING,
     FLAG,
@@ -187,12 +187,12 @@ def check_request(
     matched: dict[str, nn.Module] = {}
     first: dict[tuple[str, str], str] = {}
     followed: dict[tuple[str, str], tuple[str, str]] = {}
-    modern = modern_config(model, config_list)
+    modern, listed = modern_config(model, config_list), ListedModules(model)
     for index, config in enumerate(modern):
         place = f"config_list[{index}]"
         _check_schema(config, place)
         # In network order, so that an error names the same layer each time: NNI's order depends on the hash seed.
-        modules = matched_modules(model, [config])
+        modules = _matched(listed, [config])
         if not modules:
             _logger.warning("%s matches no module: %s", place, config)
         for name, module in modules.items():
@@ -227,10 +227,14 @@ def check_request(
 
 def matched_modules(model: nn.Module, config_list: list[dict[str, Any]]) -> dict[str, nn.Module]:
     """Return the modules that a checked config_list names, by name in network order."""
+    return _matched(ListedModules(model), config_list)
+
+
+def _matched(listed: Any, config_list: list[dict[str, Any]]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for config in config_list:
-        found.update(select_modules_by_config(model, config)[0])
-    return {name: found[name] for name, _ in model.named_modules(remove_duplicate=False) if name in found}
+        found.update(select_modules_by_config(listed, config)[0])
+    return {name: found[name] for name, _ in listed.named_modules() if name in found}
 
 
 def _check_unwrapped(model: nn.Module, existed_wrappers: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from nni.compression.base.config import select_modules_by_config, trans_legacy_c
 from nni.compression.base.setting import PruningSetting
 from torch.nn.utils.parametrize import is_parametrized
 
-from nni_topo.compat.wrapping import derived_types
+from nni_topo.compat.wrapping import ListedModules, derived_types
 from nni_topo.errors import NONE, ConfigError, Rule, SpeedupError, checked, hint_of, listed
 from nni_topo.network.attention.heads import Attention, is_attention
 from nni_topo.network.channels import reasons
@@ -287,6 +287,7 @@ class _Choice:
 
 def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selection:
     """Return what the entries of a config_list select, as NNI reads them, derived classes included."""
+    listed: Any = ListedModules(model)
     entries, named, by_head = list[tuple[frozenset[str], dict[str, Any]]](), set[str](), set[str]()
     for index, config in enumerate(trans_legacy_config_list(copy.deepcopy(config_list))):
         named.update(config.get("op_names") or ())
@@ -296,7 +297,7 @@ def _select(model: torch.nn.Module, config_list: list[dict[str, Any]]) -> _Selec
         asks_for_heads = config.get("granularity") == "head"
         if asks_for_heads:
             del config["granularity"]
-        modules, settings, _ = select_modules_by_config(model, config)
+        modules, settings, _ = select_modules_by_config(listed, config)
         if asks_for_heads:
             # A pattern for attention modules matches what is in them, too, such as dropout.
             modules = {name: module for name, module in modules.items() if next(module.parameters(), None) is not None}
