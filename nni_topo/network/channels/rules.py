@@ -1830,13 +1830,7 @@ def _sampled(op: Operation) -> Any:
 
 _USER_RULES = ("follow", "couple", "keep")
 _MOST_DIMS = 8  # dimensions of a tensor in a network; a wrong dim is found where it is written, not when a model runs
-_registered = 0
 _WRAPPED: set[Any] = set()  # functions that were registered, and what forwards call instead
-
-
-def rules_registered() -> int:
-    """Count the calls of `register_operator`. What is remembered of a model holds as long as this count stays."""
-    return _registered
 
 
 @checked(
@@ -1911,7 +1905,6 @@ def register_operator(
     ...     return Swish.apply(torch.cat([images, images], 1))
     >>> twice = nni_topo.register_operator(twice, lambda call: torch.cat([call.ids[0], call.ids[0]], 1))
     """
-    global _registered
     _check_operator(operator, rule, dim)
     key, seen = _key_of(operator)
     if key in _TABLE or (callable(operator) and operator in _WRAPPED):
@@ -1940,7 +1933,6 @@ def register_operator(
     _TABLE[key] = OperatorRule(apply, is_registered=True)
     if seen is not operator:
         _WRAPPED.update((operator, seen))
-    _registered += 1
     return seen
 
 

@@ -176,7 +176,7 @@ def left_alone(*models: Any, as_compiled: bool = False, values: bool = False) ->
     precision = nullcontext() if as_compiled else _autocast_off()
     with one_call(), inference, precision, nullcontext() if as_compiled else _on_cpu():
         compiler = _compiler_off() if runs_written else nullcontext()
-        call, ids = running_call(), {id(model) for model in modules}
+        call, ids = _CALL.get() or _Call(), {id(model) for model in modules}
         if is_outermost:
             call.models |= ids
         values = values or not ids.isdisjoint(call.models)
@@ -340,14 +340,6 @@ def turn_lent() -> Iterator[None]:
         yield
     finally:
         _take_turn()
-
-
-def running_call() -> Any:
-    """Return what stands for the public function that runs, the outermost one; None where none runs.
-
-    Between two calls anything may change on which a model's forward depends, globals and closures too.
-    """
-    return _CALL.get()
 
 
 @contextmanager
