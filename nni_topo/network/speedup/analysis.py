@@ -202,8 +202,10 @@ def _trace(model: nn.Module, call: Call) -> Trace:
     rewritten so that it takes that width nowhere.
     """
     found = _traced_with(model, call, {})
-    own_widths, modules = dict[str, int](), dict(unwrapped_copy(model, light=True).named_modules())
     foreign = found.flow.foreign_widths()
+    if not foreign:
+        return found
+    own_widths, modules = dict[str, int](), dict(unwrapped_copy(model, light=True).named_modules())
     for name, (dim, by_kept, _) in foreign.items():
         if name not in modules or has_own_forward(modules[name]):
             continue
