@@ -19,6 +19,7 @@ from nni_topo.errors import ConfigError, DataError
 from nni_topo.network.cost.latency import LatencyTable, LayerLatency
 from nni_topo.network.runtime.calibration import Calibration
 from nni_topo.network.runtime.inputs import calls
+from nni_topo.network.speedup.analysis import Analysis
 from nni_topo.network.speedup.dense import DenseReport
 from nni_topo.pruners.budget import Budget, BudgetOutcome
 from nni_topo.recovery.lesson import Judgement
@@ -577,6 +578,7 @@ def staged(losses, *, whole=(0.0, 9.0, 9.0, 9.0, 9.0), kept=None, refused=(), ov
     judges = Calibration([torch.zeros(8, 1)])
     steps = Staged(**dict.fromkeys(names), removable=Removable((), {}, {"4": "wanted"}))
     object.__setattr__(steps, "images", ImageParts(judges, judges, judges, judges, None))
+    object.__setattr__(steps, "analysis", Analysis(nn.Identity(), ((torch.zeros(1, 1),), {})))
     return steps.told((1.0, 0.8, 0.6, 0.4, 0.2), whole, kept or {}, refused, overhead)
 
 
