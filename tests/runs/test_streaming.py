@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import nni_topo
 from nni_topo.disk import MIN_FREE_BYTES, only_process
 from nni_topo.errors import ConfigError, DataError
+from nni_topo.network.io.checkpoint import take_out
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.recovery.likeness import Answers
 from nni_topo.runs.streaming import shrinking
@@ -812,7 +813,7 @@ def test_the_block_before_a_gap_makes_up_for_it(tmp_path, caplog):
     with torch.no_grad():
         wanted = in_memory(**batches[0]).logits
     assert torch.allclose(logits(tmp_path / "small", batches[0]), wanted, atol=1e-3)
-    plain = nni_topo.network.io.take_out(model, "model.layers", 1, 2)
+    plain = take_out(model, "model.layers", 1, 2)
     with torch.no_grad():
         far = model(**batches[0]).logits
     assert plain is None

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 
 import torch.fx
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx.node import map_aggregate
+from torch.fx.passes.shape_prop import TensorMetadata
 
 RECORDED = "_recorded"  # the name of a constant in a recorded graph starts with it, a number follows
 RANDOM = "nni_topo_random"  # in a node's meta: whether it draws random numbers
@@ -99,6 +101,30 @@ def plain_name(node: torch.fx.Node) -> str:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     # Underscores before (``__add__``) and after (``add_``) a name say how it is called, not what it does to channels.
     return "getitem" if node.target is operator.getitem else name.strip("_")
+
+
+class ShapeNoting(Interpreter):
+    """Run a graph, and note the shape and type of each tensor that its nodes give, in ``node.meta["tensor_meta"]``.
+
+    PyTorch's ``ShapeProp`` notes the same, and loads SymPy for it.
+    """
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """Run a node; of a container each tensor is noted, in its place."""
+        has_tensors = False
+
+        def noted(value: Any) -> Any:
+            nonlocal has_tensors
+            if not isinstance(value, torch.Tensor):
+                return value
+            has_tensors = True
+            return TensorMetadata(value.shape, value.dtype, value.requires_grad, (), None, False, {})
+
+        found = super().run_node(n)
+        shapes = map_aggregate(found, noted)
+        if has_tensors:
+            n.meta["tensor_meta"] = shapes
+        return found
 
 
 # Attributes of graph modules that PyTorch and this package use.

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map_only
 
 from nni_topo.errors import ConfigError, SpeedupError, raised
 from nni_topo.network.attention.heads import Attention, Given, find_attention, open_attention
 from nni_topo.network.attention.unfused.multihead import is_unfused, mixing_called
-from nni_topo.network.graph.nodes import RANDOM
+from nni_topo.network.graph.nodes import RANDOM, ShapeNoting
 from nni_topo.network.graph.recording import LayerResults, made_tensors_dropped, record
 from nni_topo.network.graph.submodules import by_parts, is_in_parts, part_arguments
 from nni_topo.network.layers.derived import LayerSizes, call_of, check_covers_kernel, has_own_forward, inner_of
@@ -89,7 +88,7 @@ def trace(model: torch.nn.Module, inputs: Call) -> Recording:
         try:
             with torch.no_grad(), random_state_kept():
                 graph_module, args, reads_values = by_parts(model, inputs, _trace_whole)
-                ShapeProp(graph_module).propagate(*args)
+                ShapeNoting(graph_module).run(*args)
         except Exception as inner:  # parts fail in as many ways as a model is written
             if out_of_memory(inner):
                 raise
@@ -201,7 +200,7 @@ def _trace_and_check(
             args = _placed(graph_module.graph, named)
             # The graph draws what the model drew, and layers that get what they got there aren't computed again.
             with undone(model), results.given():
-                actual = _RandomNoting(graph_module).propagate(*args)
+                actual = _RandomNoting(graph_module).run(*args)
             _check_same(expected, actual, model, is_drawn=is_drawn)
         return Recording(graph_module, args, recorded.reads_values, recorded.compared)
     except _OtherNumbersError:
@@ -215,7 +214,7 @@ def _trace_and_check(
         ) from error
 
 
-class _RandomNoting(ShapeProp):
+class _RandomNoting(ShapeNoting):
     """Note the shapes of what a graph's nodes give, and which draw random numbers."""
 
     def run_node(self, n: torch.fx.Node) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from nni_topo.errors import NniTopoError, SpeedupError, raised
@@ -21,7 +20,7 @@ from nni_topo.network.attention.heads import Attention, find_attention
 from nni_topo.network.attention.unfused.own_width import has_own_forward, take_own_width
 from nni_topo.network.channels.flow import ChannelFlow
 from nni_topo.network.channels.reasons import Reason
-from nni_topo.network.graph.nodes import on_modules
+from nni_topo.network.graph.nodes import ShapeNoting, on_modules
 from nni_topo.network.graph.tracing import arguments, layer_sizes, trace
 from nni_topo.network.layers.derived import LayerSizes, Size, adopt, spatial, with_heads
 from nni_topo.network.layers.kinds import CONVOLUTIONS, TRANSPOSED
@@ -191,7 +190,7 @@ class Analysis:
         graph_module = self.trace.assembled(model)
         args = arguments(graph_module.graph, model, call or self.call)
         with torch.no_grad(), random_state_kept(), as_written():
-            ShapeProp(graph_module).propagate(*args)
+            ShapeNoting(graph_module).run(*args)
         return graph_module, args
 
 

@@ -18,6 +18,7 @@ from nni_topo.network.channels.ids import FIXED
 from nni_topo.network.layers.kinds import register_module
 from nni_topo.network.speedup import dry_run as dry_runs
 from nni_topo.network.speedup.analysis import Analysis
+from nni_topo.network.speedup.dependency import unprunable_layers
 from nni_topo.network.speedup.dry_run import _DryRun
 
 ROWS = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
@@ -358,7 +359,7 @@ def test_a_layer_with_parameters_that_are_not_cut_keeps_its_own_channels_alone()
     assert widths[1:3] == [10, 12]  # what enters it and what it makes
     assert widths[0] < 8
     assert widths[3] < 4
-    kept = nni_topo.network.speedup.unprunable_layers(Analysis.on(model, ROWS), ["0", "2", "4", "6"])
+    kept = unprunable_layers(Analysis.on(model, ROWS), ["0", "2", "4", "6"])
     assert kept.keys() == {"2", "4"}
 
 
@@ -638,7 +639,7 @@ ROOTS = {
 @pytest.mark.quick_every(3)
 def test_a_number_that_is_made_of_how_many_channels_there_are_holds_them(dim, root):
     images, asked = torch.randn(2, 3, 5, 5), [{"op_names": ["first"], "sparse_ratio": 0.5}]
-    skipped = nni_topo.network.speedup.unprunable_layers(Analysis.on(Divided(dim, root).eval(), images), ["first"])
+    skipped = unprunable_layers(Analysis.on(Divided(dim, root).eval(), images), ["first"])
     assert [each.kind for each in skipped.get("first", ())] == (["number_made"] if dim == 1 else [])
     assert len(nni_topo.dependency_groups(Divided(dim, root).eval(), images, asked)) == 1
 
@@ -648,7 +649,7 @@ def test_a_norm_makes_zeros_of_removed_channels_whatever_its_shift(norm):
     """What reads them could supply no constant: it has several groups and pads with zeros."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.Conv2d(8, 4, 3, padding=1, groups=2)).eval()
-    assert nni_topo.network.speedup.unprunable_layers(Analysis.on(model, torch.randn(2, 3, 5, 5)), ["0"]) == {}
+    assert unprunable_layers(Analysis.on(model, torch.randn(2, 3, 5, 5)), ["0"]) == {}
 
 
 def test_a_norm_without_parameters_is_not_masked():
