@@ -75,17 +75,6 @@ def test_an_evaluator_tells_the_example_inputs(name: str) -> None:
                 assert torch.equal(masks[layer][target], mask), (layer, target)
 
 
-def test_the_norm_pruner_is_replaced_by_name_alone() -> None:
-    """The energy pruner with NNI's three arguments, in the place of NNI's L1NormPruner."""
-    model = toy_model()
-    before = copy.deepcopy(model.state_dict())
-    pruner = nni_topo.EnergyFilterPruner(model, CONFIG, toy_evaluator(model))
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    assert int(masks["stem"]["weight"].sum()) == 4 * 27
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ("kind", "knobs"),
     [(nni_topo.ReconstructionPruner, {}), (nni_topo.TopologicalPruner, {"cloud": "functional"})],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import DataError
 from nni_topo.maths.least_squares.greedy import Products, SampleMatrix
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.pruners.reconstruction import ReconstructionPruner
@@ -85,11 +85,6 @@ def test_the_choice_weighs_the_layers_that_read_alike():
     assert problem.choose(1)[0] == np.mean(single, axis=0).argmin()
 
 
-def test_everything_kept_loses_nothing():
-    problem = problem_of(chain(), ["0"])["0"]
-    assert lost(problem, np.ones((1, 6), dtype=bool))[0] == pytest.approx(0.0, abs=1e-3)
-
-
 def test_a_channel_that_is_the_sum_of_two_others_goes_first():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)).eval()
     with torch.no_grad():
@@ -97,11 +92,6 @@ def test_a_channel_that_is_the_sum_of_two_others_goes_first():
     batches = [torch.randn(200, 4, generator=torch.Generator().manual_seed(0))]
     problem = problem_of(model, ["0"], batches=batches)["0"]
     assert lost(problem, ~np.eye(3, dtype=bool)).max() < 1e-3
-
-
-def test_a_flattened_map_has_a_column_for_each_place():
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, 7))
-    assert problem_of(model.eval(), ["0"])["0"].layers[0].block == 4
 
 
 def test_a_grouped_convolution_behind_is_read_group_by_group():
@@ -129,14 +119,6 @@ def test_few_samples_are_not_multiplied_with_each_other(images, kind):
     assert np.square(layer.cross).sum() > 0.0
     again = ReconstructionProblem((Products(layer.gram, layer.cross, layer.block),))
     np.testing.assert_array_equal(problem.choose(8), again.choose(8))
-
-
-def test_all_readers_of_a_group_count():
-    model = toy_model().eval()
-    grouped = dependency_groups(model, IMAGES[:2], config("stem", "inner", "hidden"))
-    pruner = RandomPruner(model, grouped)
-    found = {unit.name: p for unit, p in ReconstructionProblems(BATCHES).each(pruner.context, {})}
-    assert [len(problem.layers) for problem in found.values()] == [2, 1]  # inner and hidden read the stem's channels
 
 
 def test_the_first_of_sequence_is_the_same_and_later_ones_see_what_went():
@@ -279,20 +261,6 @@ def test_groups_of_a_grouped_convolution_lose_the_same_number():
     _, masks = pruner.compress()
     kept = masks["0"]["bias"].reshape(2, 4).sum(1)
     assert kept.tolist() == [2, 2]
-
-
-@pytest.mark.parametrize(
-    ("knobs", "error", "message"),
-    [
-        ({}, ConfigError, "ReconstructionPruner needs calibration data or an evaluator, got neither"),
-        ({"calibration": BATCHES, "sequential": "backwards"}, ConfigError, "sequential.*backwards"),
-        ({"calibration": BATCHES, "swaps": -1}, ConfigError, "swaps must be an integer of at least 0, got -1"),
-        ({"calibration": BATCHES, "budget": {"flops": 2.0}}, ConfigError, r"must be in \(0, 1\], got 2.0"),
-    ],
-)
-def test_bad_knobs_are_refused(knobs, error, message):
-    with pytest.raises(error, match=message):
-        ReconstructionPruner(toy_model(), [{"op_names": ["stem"]}], **knobs)
 
 
 def test_activations_that_are_not_finite_are_named():

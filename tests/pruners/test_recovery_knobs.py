@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import nni_topo
-from nni_topo.errors import ConfigError
 from nni_topo.pruners.registry import create_pruner
 from nni_topo.speedup import dependency_groups, masked_model, to_dense
 from nni_topo.testing import toy_images, toy_model
@@ -88,19 +87,3 @@ def test_a_budget_counts_rounded_widths():
     dense = to_dense(model, IMAGES[:2], masks)
     share = nni_topo.zoo.count_macs(dense, IMAGES[:1]) / nni_topo.zoo.count_macs(model, IMAGES[:1])
     assert 0.3 < share < 0.7
-
-
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        ({"round_to": 0}, "round_to must be an integer of at least 1 or None, got 0"),
-        ({"round_to": 2.0}, "round_to must be an integer of at least 1 or None, got 2.0"),
-    ],
-)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.quick_every(3)
-def test_bad_knobs_are_refused_before_the_model_is_wrapped(name, knobs, message):
-    model = toy_model()
-    with pytest.raises(ConfigError, match=message):
-        make(name, model, config(model), **knobs)
-    assert not any(hasattr(module, "_nni_wrapper") for module in model.modules())

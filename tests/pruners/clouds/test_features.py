@@ -81,14 +81,6 @@ def test_evaluation_data_serve_where_there_is_no_calibration():
     np.testing.assert_allclose(pdist(evaluated["hidden"]), pdist(given_data["hidden"]), atol=1e-9)
 
 
-def test_the_model_keeps_its_mode_and_its_statistics():
-    model = toy_model().train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    collected(model, [toy_images()], ["stem"])
-    assert model.training
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
 @given(st.integers(0, 100), st.integers(1, 8), st.integers(1, 12))
 def test_embedding_has_the_inner_products(seed, points, dimensions):
     rows = torch.randn(points, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from nni_topo import Calibration
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.processes import Processes
 from nni_topo.pruners.clouds.functional import FunctionalCollector
 from nni_topo.pruners.random import RandomPruner
@@ -153,19 +153,6 @@ def test_a_table_of_words_reads_no_channels():
 def test_the_output_layer_has_no_reader():
     with pytest.raises(ConfigError, match=r"got none.*exclude.*\(head.weight\)"):
         cloud_of(toy_model(), config("head"), [toy_images(4)], "head")
-
-
-def test_no_batch_is_refused():
-    with pytest.raises(DataError, match="at least one batch"):
-        cloud_of(toy_model(), config("hidden"), [], "hidden")
-
-
-def test_the_model_is_left_as_it_was():
-    model = toy_model().train()
-    pruner = RandomPruner(model, config("hidden"))
-    FunctionalCollector([toy_images(4)]).collect(pruner.context)
-    assert model.training
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_cloud_of_images_that_processes_share_is_that_of_all_of_them():

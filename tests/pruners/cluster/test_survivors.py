@@ -7,7 +7,7 @@ from torch import nn
 
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.clouds.features import FeatureCollector
-from nni_topo.pruners.cluster.survivors import SURVIVOR, best_of, offsets, rules_of, survivor_scores
+from nni_topo.pruners.cluster.survivors import best_of, survivor_scores
 from nni_topo.pruners.random import RandomPruner
 from nni_topo.testing import toy_images, toy_model
 
@@ -81,17 +81,3 @@ def test_a_bias_that_is_not_there():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
     with pytest.raises(ConfigError, match=r"survivor 'bias' needs a bias or a batch norm, got neither \(1.weight\)"):
         scored(("bias",), model, ("1",))
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6, bias=False), nn.ReLU(), nn.Linear(6, 2))
-    context = RandomPruner(model, [{"op_names": ["1"], "sparse_ratio": 0.5}]).context
-    collector = FeatureCollector([toy_images(4)])
-    collector.collect(context)
-    assert offsets(context.units[0], context, collector.network) is None
-
-
-def test_names_of_rules():
-    assert rules_of("weight") == ("weight",)
-    assert rules_of(["bias", "weight"]) == ("bias", "weight")
-    with pytest.raises(ConfigError, match="did you mean weight"):
-        SURVIVOR.check("survivor", "weigth", "here")
-    with pytest.raises(ConfigError, match="at least 1"):
-        SURVIVOR.check("survivor", [], "here")

@@ -241,26 +241,6 @@ def test_cumulative_shares_by_hand():
     assert cumulative_shares(torch.zeros(4)).tolist() == [1.0, 0.75, 0.5, 0.25]
 
 
-@pytest.mark.parametrize(
-    ("model", "collector", "error", "words"),
-    [
-        (nn.Sequential(nn.Conv2d(1, 2, 5)), ChirpEnergyCollector(None), ConfigError, "must be known.*(0)"),
-        (
-            nn.Sequential(nn.Conv2d(1, 2, 5, padding=1)),
-            ChirpEnergyCollector(torch.ones(1, 1, 2, 9)),
-            ConfigError,
-            "kernel 5x5, got 4x11 \\(0\\)",
-        ),
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2)), None, ConfigError, "must meet a convolution.*\\(1\\)"),
-    ],
-)
-def test_layers_that_have_no_energy_are_named(model, collector, error, words):
-    collector = collector or ChirpEnergyCollector(torch.ones(1, 1, 4, 4), linear="refuse")
-    context = context_of(model, [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
-    with pytest.raises(error, match=words):
-        collector.collect(context)
-
-
 def test_a_layer_that_is_not_reached_is_named():
     class Idle(nn.Module):
         def __init__(self):
@@ -291,9 +271,3 @@ def test_an_energy_that_overflows_is_refused():
         model[0].weight.mul_(1e200)
     with pytest.raises(DataError, match=r"must be finite.*\(0.weight\)"):
         ChirpEnergyCollector(torch.ones(1, 1, 6, 6, dtype=torch.float64)).collect(context_of(model))
-
-
-@pytest.mark.parametrize("knobs", [{"normalization": "areas"}, {"linear": "refused"}, {"signal": {"sweep": "thesi"}}])
-def test_unknown_knobs_name_the_nearest(knobs):
-    with pytest.raises(ConfigError, match="did you mean"):
-        ChirpEnergyCollector(None, **knobs)
