@@ -196,7 +196,6 @@ def test_equations_of_known_inputs_take_their_products_over():
     later = tuple(NormalEquations(each) for each in known)
     for sums, chosen in zip(later, (slice(0, 30), slice(30, None)), strict=True):
         sums.add(inputs[:, chosen], 2.0 * targets[:, chosen], targets[:, chosen])
-        assert sums.sums["xx"] is known[0 if sums is later[0] else 1].sums["xx"]
     second = fit(*later, 0.1, intercept=True)
     torch.testing.assert_close(second.solution.weights, 2.0 * first.solution.weights, rtol=1e-12, atol=1e-14)
     other = fit(*later, 0.3, intercept=False)
@@ -225,22 +224,6 @@ def test_fit_without_held_out_samples_leaves_the_products_alone():
     products = sums.sums["xx"].clone()
     fit(sums, NormalEquations(), 0.1, intercept=True)
     assert torch.equal(sums.sums["xx"], products)
-
-
-def test_the_factor_of_the_ridge_that_was_chosen_is_kept(monkeypatch):
-    inputs, targets, _, _ = problem(samples=80, unknowns=30, noise=2.0)
-    learned, held = equations(inputs[:, :60], targets[:, :60]), equations(inputs[:, 60:], targets[:, 60:])
-    found = fit(learned, held, None, intercept=True)
-    position = GRID.index(found.ridge)
-    assert 0 < position < len(GRID) - 1  # so that others were tried after it
-
-    def factorized(*args, **kwargs):
-        raise AssertionError("the equations are factorized again")
-
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", factorized)
-    again = fit(learned, held, found.ridge, intercept=True)
-    assert torch.equal(again.solution.weights, found.solution.weights)
-    assert (again.held_out, again.after) == (found.held_out, found.after)
 
 
 class Workers:
@@ -369,10 +352,7 @@ def test_the_ridge_of_the_least_error_in_the_grid_is_found():
 
 def test_where_no_weight_makes_anything_better_none_is_taken():
     inputs, targets, _, _ = problem()
-    learned, held = (
-        NormalEquations(),
-        NormalEquations(),
-    )
+    learned, held = NormalEquations(), NormalEquations()
     for sums, part in ((learned, slice(0, 40)), (held, slice(40, None))):
         sums.add(inputs[:, part], torch.zeros_like(targets[:, part]), targets[:, part])
     found = fit(learned, held, None, intercept=True)

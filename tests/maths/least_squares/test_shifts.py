@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -111,20 +111,6 @@ def test_sums_of_large_kernels_are_the_same_pair_by_pair_and_by_frequencies(geom
             torch.testing.assert_close(others[pair], products, rtol=1e-11, atol=1e-11)
 
 
-@settings(max_examples=60, deadline=None)
-@given(large_kernels(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
-def test_patches_of_large_kernels_are_multiplied_as_if_they_were_written_down(
-    geometry, groups, channels, outputs, seed
-):
-    inputs = inputs_of(geometry, 5, groups * channels, seed, spare=1)
-    patches, rows = Patches.of(inputs, groups, geometry), written(inputs, groups, geometry)
-    values = torch.randn(groups, patches.rows, outputs, dtype=torch.float64)
-    weights = torch.randn(groups, patches.columns, outputs, dtype=torch.float64)
-    event(f"by frequencies: {geometry.takes_frequencies_once()}")
-    torch.testing.assert_close(patches.cross(values), rows.mT @ values, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(patches.times(weights), rows @ weights, rtol=1e-11, atol=1e-11)
-
-
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("kernel", [(1, 40), (40, 1), (7, 7), (3, 1, 30)])
 def test_products_with_outputs_are_the_same_by_frequencies(kernel, dilation):
@@ -184,20 +170,6 @@ def test_borders_of_zeros_may_be_narrower_in_later_batches(kernel, monkeypatch):
     for part in inputs.split(1):
         products.add(Patches.of(part, 1, geometry))
     torch.testing.assert_close(products.total(), rows.mT @ rows, rtol=1e-12, atol=1e-11)
-
-
-def test_of_a_large_kernel_few_pairs_are_summed_over_all_positions():
-    long = Geometry((64,), (1,), (1,), (100,))
-    assert {one: len(others) for one, others in long.full_pairs().items()} == {0: 64}
-    square = Geometry((3, 3), (1, 1), (1, 1), (8, 8))
-    # each of nine elements with the first, and the others of its row with those of its column
-    assert square.full_pairs() == {
-        0: list(range(9)),
-        1: [3, 6],
-        2: [3, 6],
-    }
-    apart = Geometry((5,), (2,), (3,), (8,))
-    assert apart.steps == ((2, 3),)
 
 
 @settings(max_examples=60, deadline=None)

@@ -209,13 +209,12 @@ def test_foreign_and_damaged_states_are_refused(tmp_path):
     ("knobs", "message"),
     [
         ({"alpha": -1.0}, "alpha must be at least 0 and finite, got -1.0"),
-        ({"beta": -0.1}, "beta must be at least 0 and finite, got -0.1"),
+        ({"beta": -0.1}, "beta must be at least 0"),
         ({"beta": float("nan")}, "got nan"),
         ({"population_size": 1}, "population_size must be an integer of at least 2, got 1"),
         ({"generations": 0}, "generations must be an integer of at least 1, got 0"),
-        ({"damage_rate": 1.5}, "damage_rate must be in \\[0, 1\\] or a rising pair of such, got 1.5"),
+        ({"damage_rate": 1.5}, "damage_rate must be .*got 1.5"),
         ({"damage_rate": (0.9, 0.1)}, "a rising pair"),
-        ({"weakest_rate": 2.0}, "weakest_rate must be in \\[0, 1\\], got 2.0"),
     ],
 )
 def test_bad_settings_are_refused(knobs, message):

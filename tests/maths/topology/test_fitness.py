@@ -5,7 +5,6 @@ import pytest
 from topology_clouds import make_cloud, make_subsets
 
 from nni_topo.errors import ConfigError, DataError
-from nni_topo.maths.topology import fitness as scoring
 from nni_topo.topology import CRITERIA, SubsetFitness, h0_deaths, pairwise_distances, with_origin
 
 
@@ -82,28 +81,7 @@ def test_subsets_are_scored_once():
     np.testing.assert_allclose(again, SubsetFitness(distances, "wasserstein")(np.vstack([subsets[::-1], more])))
 
 
-@pytest.mark.parametrize("criterion", ["bottleneck", "wasserstein"])
-def test_on_a_line_only_distances_of_neighbours_are_read(criterion, compiled):
-    """k - 1 of the k (k - 1) / 2 distances of a subset: a tree, which reads all, takes minutes of a layer's weights."""
-    points = np.random.default_rng(0).normal(size=(60, 1))
-    fitness = SubsetFitness(pairwise_distances(points), criterion, compiled=compiled)
-    subset = make_subsets(0, 1, 60, 30)
-    expected = SubsetFitness(pairwise_distances(points), criterion, compiled=compiled)(subset)
-    kept = np.flatnonzero(subset[0])
-    kept = kept[points[kept, 0].argsort()]
-    neighbours = np.zeros((60, 60), dtype=bool)
-    neighbours[kept[:-1], kept[1:]] = neighbours[kept[1:], kept[:-1]] = True
-    assert neighbours.sum() == 2 * 29
-    fitness._distances = np.where(neighbours, fitness._distances, np.nan)
-    np.testing.assert_array_equal(fitness(subset), expected)
-
-
-def test_points_on_a_line_enclose_no_loops_and_none_are_looked_for(compiled, monkeypatch):
-    def look(*_, **__):
-        raise AssertionError("loops were looked for")
-
-    monkeypatch.setattr(scoring, "sort_edges", look)
-    monkeypatch.setattr(scoring, "ripser_bars", look)
+def test_points_on_a_line_enclose_no_loops(compiled):
     line = np.array([0.0, 3.0, 1.0, 7.0, 4.5])
     distances = abs(np.subtract.outer(line, line))
     subsets = [[True, True, False, True, False], [False, True, True, True, True]]
