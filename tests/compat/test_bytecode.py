@@ -251,14 +251,6 @@ def in_if(value: Any) -> object:
     return 2
 
 
-def in_not(value: Any) -> object:
-    return not value
-
-
-def in_not_of_comparison(value: Any) -> object:
-    return not value < 3
-
-
 def in_and(value: Any) -> object:
     return value and 1
 
@@ -295,23 +287,6 @@ def test_running_instruction_of_a_truth_test_is_a_branch(
         assert tracing.code_units(code)[last // 2].opcode in concrete_proxy.ConcreteProxy.jump_opcodes
 
 
-@pytest.mark.parametrize("test", [in_not, in_not_of_comparison])
-def test_running_instruction_of_a_negation(test: Callable[[Any], object]) -> None:
-    witness = Witness()
-    test(witness)
-    code, last = witness.seen[0]
-    assert tracing.code_units(code)[last // 2].opname == "UNARY_NOT"
-
-
-@pytest.mark.parametrize("function", [*CASES, module, Witness.__bool__])
-def test_code_units_hold_every_instruction_at_its_offset(function: Callable[..., object]) -> None:
-    units = tracing.code_units(function.__code__)
-    assert len(units) == len(function.__code__.co_code) // 2
-    for instruction in dis.get_instructions(function):
-        if instruction.opname not in ("EXTENDED_ARG", "TO_BOOL") and "bool(" not in instruction.argrepr:
-            assert units[instruction.offset // 2] == instruction
-
-
 def test_patches_are_needed_on_the_pythons_that_have_caches_or_other_jumps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -324,18 +299,6 @@ def test_patches_are_needed_on_the_pythons_that_have_caches_or_other_jumps(
     assert tracing.restore_branch_opcodes() is False
 
 
-def test_the_units_of_an_extended_argument_hold_its_instruction() -> None:
-    body = "    x = x + 1\n" * 200
-    namespace: dict[str, Any] = {}
-    exec(f"def far(x):\n    if x:\n{body.replace('    x', '        x')}    return x\n", namespace)
-    code = namespace["far"].__code__
-    units, instructions = tracing.code_units(code), list(dis.get_instructions(code))
-    extended = [place for place, found in enumerate(instructions) if found.opname == "EXTENDED_ARG"]
-    assert extended
-    for place in extended:
-        assert units[instructions[place].offset // 2] == instructions[place + 1]
-
-
 def test_the_units_behind_the_last_instruction_are_its_own() -> None:
     whole = in_comparison.__code__
     comparison = next(found for found in dis.get_instructions(whole) if found.opname == "COMPARE_OP")
@@ -346,19 +309,3 @@ def test_the_units_behind_the_last_instruction_are_its_own() -> None:
     units = tracing.code_units(cut)
     assert len(units) == len(cut.co_code) // 2
     assert all(unit == last for unit in units[comparison.offset // 2 :])
-
-
-@pytest.mark.parametrize(
-    ("name", "branches"),
-    [
-        ("POP_JUMP_IF_TRUE", True),
-        ("POP_JUMP_FORWARD_IF_FALSE", True),
-        ("JUMP_IF_FALSE_OR_POP", True),
-        ("POP_JUMP_IF_NONE", False),
-        ("POP_JUMP_FORWARD_IF_NOT_NONE", False),
-        ("JUMP_FORWARD", False),
-        ("INSTRUMENTED_POP_JUMP_IF_TRUE", False),
-    ],
-)
-def test_branches_on_truth_go_by_their_names(name: str, branches: bool) -> None:
-    assert tracing._branches_on_truth(name) is branches

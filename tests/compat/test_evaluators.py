@@ -17,7 +17,7 @@ from nni.compression.utils import evaluator
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from nni_topo.compat import CompatReport, evaluators
+from nni_topo.compat import evaluators
 
 PATCHES = (
     "set_lightning_steps",
@@ -64,11 +64,6 @@ def test_a_library_that_cannot_be_imported_is_told(library: str, monkeypatch: py
     cls: Any = evaluator.LightningEvaluator if library == "pytorch_lightning" else evaluator.TransformersEvaluator
     with pytest.raises(AssertionError, match=f"^{library} is not installed"):
         cls(None, None)
-
-
-def test_patches_are_applied_once(compat_report: CompatReport) -> None:
-    assert {"import_trainers_late", *PATCHES} <= set(compat_report.applied)
-    assert not any(getattr(evaluators, name)() for name in PATCHES)
 
 
 ALONE = f"""

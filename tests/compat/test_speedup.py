@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -113,12 +112,6 @@ def test_sizes_are_leaves_in_speedup_only() -> None:
     assert tree_map is not utils.tree_map
 
 
-def test_sizes_are_left_alone_where_they_are_leaves() -> None:
-    before = utils.tree_map, utils.tree_flatten
-    assert speedup.keep_size_whole() is False
-    assert (utils.tree_map, utils.tree_flatten) == before
-
-
 def test_sizes_are_patched_where_pytorch_opens_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(utils, "tree_map", tree_map)
     monkeypatch.setattr(utils, "tree_flatten", tree_flatten)
@@ -191,17 +184,6 @@ def test_sparsity_text_is_the_text_of_nni(dtype: torch.dtype) -> None:
     )
     assert speedup.sparsity_text(masks) == text
     assert speedup.sparsity_text({}) == ""
-
-
-def test_log_of_a_speedup_tells_the_sparsity(caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(0)
-    model = Sized().eval()
-    logger = logging.getLogger("test_speedup")
-    with caplog.at_level(logging.INFO, logger=logger.name):
-        ModelSpeedup(model, INPUTS, masks_of(model), logger=logger).speedup_model()
-    assert (
-        "Update direct mask for call_module: conv1, weight:  0.5000 bias:  0.5000 , output mask:  0.5000" in caplog.text
-    )
 
 
 def test_sparsity_text_replaces_the_slow_function_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import builtins
 import functools
 from contextlib import nullcontext
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from nni.common.concrete_trace_utils import concrete_trace, concrete_tracer, operator_patcher
+from nni.common.concrete_trace_utils import concrete_trace, concrete_tracer
 from torch import Tensor, nn
 from torch.fx.graph_module import GraphModule
 
@@ -134,15 +133,6 @@ def test_super_is_the_base_of_the_defining_class(kind: type[nn.Module]) -> None:
     torch.testing.assert_close(concrete_trace(kind(), (x,))(-x), kind()(-x))
 
 
-def test_super_is_patched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def by_instance(self: ast.NodeTransformer, node: ast.Call) -> ast.AST:
-        return ast.parse("super(self.__class__, self)", mode="eval").body
-
-    monkeypatch.setattr(operator_patcher.TransformerOp, "visit_Call", by_instance)
-    assert tracing.name_class_of_super() is True
-    assert tracing.name_class_of_super() is False
-
-
 @pytest.mark.parametrize("scale", [1.5, None, 3])
 @pytest.mark.quick_every(2)
 def test_types_of_builtin_classes_are_evaluated_as_types(scale: float | None) -> None:
@@ -204,13 +194,6 @@ def test_functions_with_a_gradient_of_their_own_are_themselves_after_a_trace(mod
     assert Doubled.apply(torch.ones(2)).tolist() == [2.0, 2.0]  # a default, which PyTorch's method in C doesn't know
 
 
-def test_stand_ins_and_wrappers_are_patched_once() -> None:
-    assert tracing.run_leaves_with_classes() is False
-    assert tracing.write_stand_ins_as_types() is False
-    assert tracing.compare_stand_ins_as_types() is False
-    assert tracing.call_functions_of_python() is False
-
-
 def test_every_method_has_its_position_on_tensor() -> None:
     methods = [function for function in TABLE if isinstance(function, MethodDescriptorType)]
     assert len(methods) > 500
@@ -221,16 +204,6 @@ def test_every_method_has_its_position_on_tensor() -> None:
 
 def test_methods_overridden_in_python_are_listed_by_their_override() -> None:
     assert TABLE[torch.Tensor.split] == ([], False, torch.Tensor.split)
-
-
-def test_methods_are_restored_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    method, static = torch.Tensor.add, torch.Tensor._make_subclass
-    monkeypatch.setitem(TABLE, method, ([], False, None))
-    monkeypatch.setitem(TABLE, static, ([], False, None))
-    assert tracing.restore_tensor_methods() is True
-    assert TABLE[method] == ([(torch.Tensor, "add")], False, None)
-    assert static not in TABLE
-    assert tracing.restore_tensor_methods() is False
 
 
 def test_purity_is_left_alone_where_it_takes_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,17 +254,3 @@ def test_type_parameters_are_copied_where_they_are_a_tuple(
     kind = type("Kind", (SimpleNamespace,), {"__type_params__": parameters})
     wrapper = tracing._wraps(kind(__name__="wrapped"))(lambda: 2)
     assert getattr(wrapper, "__type_params__", ()) == copied
-
-
-def test_annotations_are_postponed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(operator_patcher, "compile")
-    assert tracing.postpone_annotations() is True
-    assert tracing.postpone_annotations() is False
-
-
-@pytest.mark.parametrize("parameters", [(), object()])
-def test_a_wrapper_has_the_names_of_what_it_wraps_whatever_type_parameters_that_has(parameters):
-    wrapped = SimpleNamespace(__name__="wrapped", __qualname__="it.wrapped", __type_params__=parameters)
-    wrapper = tracing._wraps(wrapped)(lambda: 2)
-    assert (wrapper.__name__, wrapper.__qualname__, wrapper()) == ("wrapped", "it.wrapped", 2)
-    assert wrapper.__wrapped__ is wrapped

@@ -1,4 +1,7 @@
-"""NNI's traps: each test shows what plain NNI does, then what the package's pruners and the strict mode do."""
+"""NNI's traps: each test shows what plain NNI does, then what the package's pruners and the strict mode do.
+
+What the strict mode does for every pruner of NNI is in `tests/pruners/test_strict.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,76 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from compat_pruners import STEM, TIED, kept, nnis, ours
+from compat_pruners import STEM, kept, nnis, ours
 from nni.compression.base.compressor import Pruner
 from nni.compression.pruning import L1NormPruner, LinearPruner
 from nni.compression.pruning.tools import generate_sparsity
 from nni.compression.speedup import ModelSpeedup
 from schema import SchemaError
-from torch import Tensor, nn
+from torch import Tensor
 
 import nni_topo
-from nni_topo.errors import ConfigError, DataError
+from nni_topo.errors import ConfigError
 from nni_topo.hooks import ConfigAllocator, PruningContext
 from nni_topo.testing import toy_evaluator, toy_model
-
-
-def test_config_that_matches_nothing() -> None:
-    config = [{"op_types": ["LSTM"], "sparse_ratio": 0.5}]
-    assert kept(nnis(config)) == {}
-    with pytest.raises(ConfigError, match="match at least one module, got none"):
-        ours(config)
-    nni_topo.enable_strict()
-    with pytest.raises(ConfigError, match="match at least one module, got none"):
-        nnis(config)
-
-
-def test_nan_metrics() -> None:
-    def broken() -> nn.Module:
-        model = toy_model()
-        nn.init.constant_(model.stem.weight, float("nan"))
-        return model
-
-    _, masks = nnis(STEM, broken()).compress()
-    assert masks["stem"]["bias"].tolist() == [1.0] * 4 + [0.0] * 4  # an arbitrary half
-    with pytest.raises(DataError, match=r"NaN or infinite.*stem\.weight"):
-        ours(STEM, broken())
-    nni_topo.enable_strict()
-    with pytest.raises(DataError, match=r"NaN or infinite.*stem\.weight"):
-        nnis(STEM, broken())
-
-
-def test_nan_metrics_of_finite_weights() -> None:
-    pruner = nnis(STEM)
-    metrics = {"stem": {"weight": torch.full((8, 1, 1, 1), float("nan"))}}
-    assert int(generate_sparsity(metrics, pruner._target_spaces)["stem"]["bias"].sum()) == 4
-    with pytest.raises(DataError, match=r"8 of 8 NaN or infinite \(stem\.weight\)"):
-        ours(STEM)._generate_sparsity(metrics)
-    nni_topo.enable_strict()
-    with pytest.raises(DataError, match=r"8 of 8 NaN or infinite \(stem\.weight\)"):
-        pruner._generate_sparsity(metrics)
-
-
-def test_threshold_that_empties_a_layer() -> None:
-    config = [{"op_names": ["stem"], "sparse_threshold": 1e6}]
-    assert kept(nnis(config)) == {"stem": 0}
-    assert kept(ours(config)) == {"stem": 1}
-    nni_topo.enable_strict()
-    assert kept(nnis(config)) == {"stem": 1}
-
-
-def test_threshold_with_a_dependency_group() -> None:
-    config = [{**TIED, "sparse_threshold": 0.5}]
-    with pytest.raises(AssertionError) as caught:
-        kept(nnis(config))
-    assert str(caught.value) == ""
-    scores = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.6]).reshape(8, 1, 1, 1)
-    metrics = {name: {"weight": scores.clone()} for name in ("stem", "inner")}
-    masks = ours(config)._generate_sparsity(metrics)
-    assert masks["stem"]["bias"].tolist() == masks["inner"]["bias"].tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
-    nni_topo.enable_strict()
-    counts = kept(nnis([{**TIED, "sparse_threshold": 3.5}]))
-    assert counts["stem"] == counts["inner"] < 8
 
 
 def global_metrics() -> dict[str, dict[str, Tensor]]:
@@ -90,32 +35,6 @@ def global_metrics() -> dict[str, dict[str, Tensor]]:
 
 def filters(masks: dict[str, dict[str, Tensor]]) -> dict[str, int]:
     return {name: int(targets["bias"].sum()) for name, targets in masks.items()}
-
-
-def test_global_group_with_a_dependency_group() -> None:
-    extra = {"global_group_id": 1, "sparse_ratio": 0.5}
-    config = [{**TIED, **extra}, {"op_names": ["hidden"], **extra}]
-    alone = generate_sparsity(global_metrics(), nnis(config)._target_spaces)
-    assert filters(alone) == {"stem": 4, "inner": 4, "hidden": 8}  # the group isn't ranked, hidden pays for itself
-    # of 920 elements 460 may go: four of the pair's rows of 99, which rank below all of hidden's
-    expected = {"stem": 4, "inner": 4, "hidden": 16}
-    assert filters(ours(config)._generate_sparsity(global_metrics())) == expected
-    nni_topo.enable_strict()
-    assert filters(nnis(config)._generate_sparsity(global_metrics())) == expected
-
-
-def test_maximum_ratio_in_a_dependency_group() -> None:
-    config = [{**TIED, "sparse_ratio": 0.75, "max_sparse_ratio": 0.25}]
-    assert kept(nnis(config)) == {"stem": 2, "inner": 2}
-    assert kept(ours(config)) == {"stem": 6, "inner": 6}
-    nni_topo.enable_strict()
-    assert kept(nnis(config)) == {"stem": 6, "inner": 6}
-
-
-def test_minimum_ratio_in_a_dependency_group() -> None:
-    config = [{**TIED, "sparse_ratio": 0.25, "min_sparse_ratio": 0.5}]
-    assert kept(nnis(config)) == {"stem": 6, "inner": 6}
-    assert kept(ours(config)) == {"stem": 4, "inner": 4}
 
 
 def test_maximum_ratio_in_a_global_group() -> None:
@@ -185,16 +104,6 @@ def test_global_sparsity_and_the_order_of_layers() -> None:
     orders = [sorted(metrics), sorted(metrics, reverse=True)]
     assert masks_in(orders[0], generate_sparsity) != masks_in(orders[1], generate_sparsity)
     assert masks_in(orders[0], by_config) == masks_in(orders[1], by_config)
-
-
-def test_global_sparsity_of_layers_of_different_scale() -> None:
-    config = [{"op_names": ["stem", "hidden"], "sparse_ratio": 0.6, "global_group_id": 1}]
-    metrics = {name: score for name, score in global_metrics().items() if name != "inner"}
-    assert filters(generate_sparsity(metrics, nnis(config)._target_spaces))["stem"] == 0  # a dead layer
-    assert filters(ours(config)._generate_sparsity(metrics))["stem"] == 1  # the floor
-    nni_topo.enable_strict(normalization="mean")
-    scaled = filters(nnis(config)._generate_sparsity(metrics))
-    assert scaled["stem"] >= 3
 
 
 def test_update_masks_with_an_unknown_module(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from speedup_nets import filter_mask
 from tied_nets import LanguageModel, TiedConvolutions, TiedNorms, TwoBlocks, TwoNames, zeroed
 from torch import nn
 
-from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPruner, compat
+from nni_topo import MatrixPruner, RandomPruner, StructuredPruner, TopologicalPruner
 from nni_topo.compat import wrapping
 from nni_topo.errors import ConfigError
 from nni_topo.network.runtime.copying import unwrapped_copy
@@ -265,18 +265,6 @@ def test_the_first_name_is_the_one_that_the_model_has_first():
     assert wrapping._by_one_name(model, [entry], {}) == [{"op_names": ["zebra"], "sparse_ratio": 0.5}]
 
 
-def test_an_entry_that_selects_each_module_once_is_passed_on():
-    entry = {"op_types": ["Conv2d"], "sparse_ratio": 0.5}
-    assert wrapping._by_one_name(TiedConvolutions(), [entry], {})[0] is entry
-
-
-def test_wrappers_hold_the_parameters_that_layers_share_and_copies_of_others():
-    model = TiedConvolutions()
-    weights = {name: model.get_submodule(name).weight for name in ("stem", "one", "two")}
-    wrappers = L1NormPruner(model, request(weights))._module_wrappers
-    assert [name for name, weight in weights.items() if wrappers[name].weight is weight] == ["one", "two"]
-
-
 def test_shared_parameters_are_left_alone_where_unwrapping_makes_no_new_ones(monkeypatch):
     def unwrap(self):
         self.module.forward = self.module_forward
@@ -473,13 +461,6 @@ def test_what_is_no_model_gets_nnis_error():
         LevelPruner(3, request(["stem"]))
     with pytest.raises(TypeError, match="model"):
         LevelPruner(config_list=request(["stem"]))
-
-
-def test_nothing_of_the_guard_stays(compat_report):
-    assert "undo_failed_constructors" in compat_report.applied
-    pruner = RandomPruner(TiedConvolutions(), request(["stem"]))
-    assert not [name for name in vars(pruner) if name.startswith("_nni_topo")]
-    assert compat.enable() is compat_report
 
 
 @pytest.mark.parametrize("name", ["l1", "random"])
