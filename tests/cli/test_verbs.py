@@ -152,6 +152,13 @@ MISTAKES = [
     (f"{SHRINK} --pruner l11", "pruner must be a known name, got 'l11'; did you mean l1?"),
     (f"{SHRINK} --method solve", "method must be a known name, got 'solve'"),
     (f"{SHRINK} --depth yes", "Unrecognized options: yes"),
+    (f"{SHRINK} --floors features.conv1 1.0", "floors must be in [0, 1), got 1.0 (features.conv1)"),
+    (f"{SHRINK} --budget flops", "without a share of its own, got neither"),
+    (f"{SHRINK} --budget flops --params 0.5", "without a share of its own, got --params"),
+    (f"{SHRINK} --budget flops --shares 0.5 --memory 0.5", "without a share of its own, got --memory"),
+    (f"{SHRINK} --shares 0.5 --params 0.5", "--shares says how much is kept, got --params beside it"),
+    (f"{SHRINK} --tolerance 0.5 --pruner subcluster", "--shares, --tolerance and --depth need a pruner"),
+    (f"{SHRINK} --depth --pruner subcluster", "--shares, --tolerance and --depth need a pruner"),
     (f"{SHRINK} --prune l1", "Unrecognized options: --prune, l1"),
     ("shrink --plan PLAN", "flops must be in (0, 1], got 1.5"),
     ("shrink", "--model"),
@@ -350,46 +357,6 @@ def shrinking(**flags):
 )
 def test_the_budget_of_shrink_is_what_the_flags_say(flags, budget):
     assert shrinking(**flags)._budget() == budget
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"budget": "flops"}, r"without a share of its own, got neither \(nni-topo shrink\)"),
-        ({"budget": "flops", "params": 0.5}, "without a share of its own, got --params"),
-        ({"budget": "flops", "shares": (0.5,), "memory": 0.5}, "without a share of its own, got --memory"),
-        ({"shares": (0.5,), "params": 0.5}, "--shares says how much is kept, got --params beside it"),
-        ({"shares": (0.5,), "tolerance": 0.5}, "--shares says how much is kept, got --tolerance beside it"),
-    ],
-)
-def test_two_ways_to_say_how_much_is_kept_are_one_too_many(flags, words):
-    with pytest.raises(ConfigError, match=words):
-        shrinking(**flags)._budget()
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"caps": {"conv": 1.5}}, r"caps must be in \[0, 1\], got 1.5 \(conv\)"),
-        ({"caps": {"conv": 1.0}, "floors": {"conv": 1.0}}, r"floors must be in \[0, 1\), got 1.0 \(conv\)"),
-        ({"measure": "answers"}, "measure must be a known name, got 'answers'"),
-        ({"images": 1}, "images must be .*got 1"),
-        ({"seconds": -1.0}, "seconds must be .*got -1"),
-        ({"shares": (0.5, 0.5)}, "shares must be descending"),
-        ({"shares": (0.5,), "pruner": "subcluster"}, "--shares, --tolerance and --depth need a pruner"),
-        ({"tolerance": 0.5, "pruner": "subcluster"}, "--shares, --tolerance and --depth need a pruner"),
-        ({"depth": True, "pruner": "subcluster"}, "--shares, --tolerance and --depth need a pruner"),
-        ({"tolerance": 1.0}, r"tolerance must be in \(0, 1\)"),
-        ({"method": "recnstruct"}, "did you mean"),
-    ],
-)
-def test_flags_of_shrink_are_checked_before_anything_is_loaded(flags, words):
-    verb = shrinking(**flags)
-    with pytest.raises(ConfigError, match=words):
-        verb._check(verb._budget())
-    for edge in ({}, {"caps": {"conv": 0.0}, "floors": {"conv": 0.0}}, {"measure": "distance", "images": 2}):
-        good = shrinking(**edge)
-        good._check(good._budget())
 
 
 TINY = """
