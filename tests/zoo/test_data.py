@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -110,11 +108,6 @@ def test_padding_is_black_and_in_the_middle() -> None:
 def test_larger_images_are_not_padded() -> None:
     assert load_data("digits", pad_to=8).image_size == 8
     assert load_data("digits", pad_to=4).image_size == 8
-
-
-def test_bundles_are_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        load_data("digits").num_classes = 3
 
 
 @given(

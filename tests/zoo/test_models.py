@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import sys
 
 import pytest
@@ -115,10 +114,6 @@ def test_parameter_count(name: str, channels: int, size: int, expected: int) -> 
     assert count_params(build(name, channels=channels, size=size)) == expected
 
 
-def test_torchvision_imagenet_count() -> None:
-    assert count_params(build("torchvision/resnet18", classes=1000, size=224)) == 11_689_512
-
-
 @pytest.mark.parametrize(
     ("name", "channels", "size"),
     [
@@ -199,15 +194,8 @@ def test_without_a_seed_the_global_generator_decides() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_records_are_frozen_and_say_what_to_pad() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        model_info("vgg16").pad_to = 28
-    assert {name: model_info(name).pad_to for name in ("vgg16", "lenet5", "cnn12", "vgg16_modified")} == {
-        "vgg16": 32,
-        "lenet5": 32,
-        "cnn12": 32,
-        "vgg16_modified": 32,
-    }
+def test_records_say_what_to_pad() -> None:
+    assert [model_info(name).pad_to for name in ("vgg16", "lenet5", "cnn12", "vgg16_modified")] == [32] * 4
     assert model_info("lenet300").pad_to is None
 
 
@@ -269,9 +257,7 @@ def test_factory_without_width_refuses_one(own_module: str) -> None:
 
 
 def test_factory_of_an_absent_module() -> None:
-    with pytest.raises(
-        ConfigError, match="must be a function that can be imported, got 'absent_module_of_tests:factory': No module"
-    ):
+    with pytest.raises(ConfigError, match="got 'absent_module_of_tests:factory': No module"):
         build("absent_module_of_tests:factory")
 
 
