@@ -15,40 +15,8 @@ from nni.common.concrete_trace_utils import concrete_tracer
 
 from nni_topo import compat
 
-ALWAYS_BROKEN = {
-    "keep_pytree_nodes",
-    "restore_tensor_methods",
-    "accept_purity_argument",
-    "postpone_annotations",
-    "name_class_of_super",
-    "run_leaves_with_classes",
-    "keep_apply_of_functions",
-    "write_stand_ins_as_types",
-    "compare_stand_ins_as_types",
-    "call_functions_of_python",
-    "keep_size_whole",
-    "restore_randomized_output",
-    "count_masks_faster",
-    "untie_layers",
-    "keep_shared_parameters",
-    "wrap_modules_once",
-    "leave_no_forward",
-    "unwrap_models_once",
-    "call_layers_of_attention",
-    "ask_for_blocks",
-    "ask_for_targets",
-    "keep_interruptions",
-    "undo_failed_constructors",
-    "keep_given_masks",
-    "keep_graph_for_all_outputs",
-    "import_trainers_late",
-    "set_lightning_steps",
-    "evaluate_within_training",
-    "make_default_optimizer",
-    "patch_trainer_steps",
-    "pass_loss_arguments",
-    "wait_for_manager",
-}
+BY_PYTHON = {"wrap_type_itself", "index_code_units", "restore_branch_opcodes"}
+ALWAYS_BROKEN = {"keep_pytree_nodes", *(patch.__name__ for patch in compat.patches())} - BY_PYTHON
 
 BYTECODE = {"index_code_units"} if sys.version_info >= (3, 11) else set()
 BYTECODE |= {"restore_branch_opcodes"} if sys.version_info[:2] == (3, 11) else set()
