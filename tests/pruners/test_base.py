@@ -66,9 +66,9 @@ def test_a_pruner_says_which_masks_it_would_make_for_other_budgets(name, monkeyp
     assert counts == [1]
     # Nothing is masked yet.
     assert all(mask is None or bool(mask.all()) for masks in asked.get_masks().values() for mask in masks.values())
-    with pytest.raises(ConfigError, match="of flops with allocation 'uniform', as the pruner's own, got params"):
+    with pytest.raises(ConfigError, match="as the pruner's own, got params"):
         asked.masks_for(Budget(params=0.5))
-    with pytest.raises(ConfigError, match="RandomPruner must have a budget to be asked for another one, got none"):
+    with pytest.raises(ConfigError, match="must have a budget"):
         RandomPruner(toy_model(), HALF).masks_for(Budget(flops=0.5))
 
 

@@ -19,12 +19,8 @@ from nni_topo.testing import toy_evaluator, toy_images, toy_model
         ([{"op_types": ["LSTM"], "sparse_ratio": 0.5}], "at least one module, got none"),
         ([{"op_types": ["Linear"], "sparse_ratio": 1.2}], r"in \[0, 1\), got 1\.2 \(config_list\[0\]\)"),
         (
-            [{"op_types": ["Linear"], "target_settings": {"weight": {"sparse_ratio": -0.5}}}],
-            r"got -0\.5 \(config_list\[0\]\.target_settings\.weight\)",
-        ),
-        (
             [{"op_types": ["Linear"], "sparse_ratio": 0.5}, {"op_types": ["Conv2d"], "sparsty": 0.5}],
-            r"key of a config_list entry .*, got 'sparsty'; did you mean sparse_ratio, .*\(config_list\[1\]\)",
+            r"got 'sparsty'; .*\(config_list\[1\]\)",
         ),
         ([{"op_types": ["Linear"], 3: 0.5}], r"got '3'; known: "),
         (

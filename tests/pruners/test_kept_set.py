@@ -114,14 +114,6 @@ def test_parts_that_would_differ_or_be_emptied_are_refused(chosen, got):
         context.keep({"0.weight": np.array(chosen, dtype=bool)})
 
 
-def test_layers_that_are_not_compared_need_no_losses():
-    def asked(unit):
-        raise AssertionError(unit.name)
-
-    context = last_ones(LAYERS).context
-    assert context.rows(asked) == {"0.weight": 6, "1.weight": 6, "2.weight": 6}
-
-
 @pytest.mark.parametrize("make", [searched, last_ones])
 def test_saved_masks_and_pruners_hold_the_choice(make):
     pruner = make(TOGETHER)

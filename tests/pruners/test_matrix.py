@@ -8,7 +8,6 @@ import nni_topo
 from nni_topo.errors import ConfigError
 from nni_topo.pruners.matrix import MatrixPruner
 from nni_topo.pruners.registry import create_pruner
-from nni_topo.pruners.rounds import even_steps, prune_in_rounds
 from nni_topo.speedup import dependency_groups
 from nni_topo.testing import STRUCTURED_CHECKS, toy_images, toy_model
 
@@ -66,19 +65,6 @@ def test_inner_matrices_lose_the_square_and_stay_dense():
     dense = nni_topo.to_dense(model, inputs, masks)
     assert [tuple(layer.weight.shape) for layer in dense[::2]] == [(20, 20), (20, 20), (5, 20)]
     assert all(bool(layer.weight.all()) for layer in dense[::2])
-
-
-def test_in_rounds_norms_are_measured_again():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-    pruner = MatrixPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.75}], example_inputs=torch.zeros(1, 3))
-    seen = []
-
-    def train():
-        seen.append(int(pruner.get_masks()["0"]["bias"].sum()))
-
-    prune_in_rounds(pruner, even_steps(2), train)
-    assert seen == [4, 2]
 
 
 def test_a_layer_that_is_not_there_is_named():

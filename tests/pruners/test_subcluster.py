@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pickle
 import resource
 import time
 
@@ -252,16 +251,6 @@ def test_a_wide_layer_takes_less_than_a_minute():
     assert 205 <= run(pruner).sum() < 4096
     assert time.process_time() - began < 60.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20
-
-
-def test_pruners_can_be_pickled():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 2))
-    pruner = SubclusterPruner(model, [{"op_names": ["0"]}], calibration=[torch.randn(64, 4)], energy=0.9)
-    _, masks = pruner.compress()
-    again = pickle.loads(pickle.dumps(pruner))
-    assert again.trees.keys() == pruner.trees.keys()
-    assert torch.equal(again.get_masks()["0"]["bias"], masks["0"]["bias"])
 
 
 def test_thresholds_that_are_no_number_are_refused():

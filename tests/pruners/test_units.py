@@ -110,13 +110,6 @@ def test_a_group_whose_members_disagree_is_refused(first, second, words):
         units_of(model, config)
 
 
-def test_a_group_with_different_block_counts_is_refused():
-    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 6))
-    config = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "dependency_group_id": "g"}]
-    with pytest.raises(ConfigError, match="number of blocks, got 6, 8"):
-        units_of(model, config)
-
-
 class Reduced(nn.Module):
     """A convolution whose channels a linear layer's outputs are added to, as in attention with fewer keys."""
 

@@ -204,28 +204,6 @@ def test_equations_of_known_inputs_take_their_products_over():
     torch.testing.assert_close(other.solution.weights, alone.solution.weights, rtol=1e-9, atol=1e-12)
 
 
-def test_fit_gives_back_the_products_of_the_samples_to_learn_from():
-    """The next task with the same inputs goes on from them, so a fit must leave them as they were."""
-    inputs, targets, _, _ = problem(samples=40, noise=0.5)
-    few, rest = equations(inputs[:, :30], targets[:, :30]), equations(inputs[:, 30:], targets[:, 30:])
-    products, held = few.sums["xx"].clone(), rest.sums["xx"].clone()
-    first = fit(few, rest, 0.1, intercept=True)
-    torch.testing.assert_close(few.sums["xx"], products, rtol=1e-12, atol=0.0)
-    assert torch.equal(rest.sums["xx"], held)
-    again, others = equations(inputs[:, :30], targets[:, :30]), equations(inputs[:, 30:], targets[:, 30:])
-    again.sums["xx"] = few.sums["xx"]
-    second = fit(again, others, 0.1, intercept=True)
-    torch.testing.assert_close(second.solution.weights, first.solution.weights, rtol=1e-9, atol=0.0)
-
-
-def test_fit_without_held_out_samples_leaves_the_products_alone():
-    inputs, targets, _, _ = problem()
-    sums = equations(inputs, targets)
-    products = sums.sums["xx"].clone()
-    fit(sums, NormalEquations(), 0.1, intercept=True)
-    assert torch.equal(sums.sums["xx"], products)
-
-
 class Workers:
     """Some threads with samples of their own, as one of them sees them."""
 

@@ -83,11 +83,6 @@ def test_initial_individuals_are_used():
     assert algorithm.best_individual()[0] == 0.0
 
 
-def test_patience_ends_a_search_that_stands_still():
-    algorithm = search(10, 5, lambda genes: np.zeros(len(genes)), generations=50, patience=3)
-    assert len(algorithm.trace) == 4
-
-
 def test_patience_counts_from_the_first_generation_on():
     best = np.isin(np.arange(30), np.arange(0, 30, 2))
     settings = EvolutionSettings(generations=50, patience=2)

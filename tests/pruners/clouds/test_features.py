@@ -15,7 +15,7 @@ from nni_topo.pruners.clouds.features import FeatureCollector
 from nni_topo.pruners.clouds.moments import embedding
 from nni_topo.pruners.hooks import PruningContext
 from nni_topo.pruners.random import RandomPruner
-from nni_topo.testing import toy_evaluator, toy_images, toy_model
+from nni_topo.testing import toy_images, toy_model
 
 
 def collected(model, images, names, evaluator=None, **knobs):
@@ -72,13 +72,6 @@ def test_dead_neurons_are_exactly_zero():
         model[0].bias[2] = -1.0
     points, _ = collected(model, [torch.randn(50, 4)], ["0"])
     assert (~points["0"].any(1)).nonzero()[0].tolist() == [2]
-
-
-def test_evaluation_data_serve_where_there_is_no_calibration():
-    model = toy_model()
-    given_data, _ = collected(toy_model(), [toy_images()], ["hidden"])
-    evaluated, _ = collected(model, None, ["hidden"], toy_evaluator(model))
-    np.testing.assert_allclose(pdist(evaluated["hidden"]), pdist(given_data["hidden"]), atol=1e-9)
 
 
 @given(st.integers(0, 100), st.integers(1, 8), st.integers(1, 12))

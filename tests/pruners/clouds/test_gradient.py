@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from nni_topo import dependency_groups
 from nni_topo.errors import ConfigError, DataError
 from nni_topo.hooks import GradientCollector
 from nni_topo.pruners.random import RandomPruner
@@ -201,14 +200,3 @@ def test_an_evaluator_in_training_is_refused():
     evaluator.bind_model(model, pruner.context.parameter_names)
     with pytest.raises(ConfigError, match="while the evaluator trains"):
         GradientCollector().collect(pruner.context)
-
-
-def test_dependency_groups_of_the_package_fit():
-    config = dependency_groups(toy_model(), toy_images(2), [{"op_types": ["Conv2d", "Linear"], "sparse_ratio": 0.5}])
-    config = [entry for entry in config if entry["op_names"] != ["head"]]
-    data = collected(toy_model(), config, labelled())
-    assert {name: cloud["weight"].shape for name, cloud in data.items()} == {
-        "stem": (8, 8),
-        "inner": (8, 0),
-        "hidden": (16, 16),
-    }

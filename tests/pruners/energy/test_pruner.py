@@ -132,18 +132,6 @@ def test_a_global_group_is_one_threshold_over_the_layers():
     assert pruned.max() <= stays.min()
 
 
-@pytest.mark.parametrize("rule", [{"sparse_ratio": 0.5}, {"sparse_threshold": 0.3}])
-def test_groups_lose_the_same_filters_by_ratio_and_by_threshold(rule):
-    config = nni_topo.dependency_groups(toy_model(), toy_images(1), [{"op_types": ["Conv2d"], **rule}])
-    model = toy_model()
-    pruner = nni_topo.EnergyFilterPruner(model, config, example_inputs=toy_images(1))
-    _, masks = pruner.compress()
-    pruner.unwrap_model()
-    assert torch.equal(masks["stem"]["bias"], masks["inner"]["bias"])
-    assert 0 < masks["stem"]["bias"].sum() < 8
-    assert nni_topo.to_dense(model, toy_images(2), masks).stem.out_channels == int(masks["stem"]["bias"].sum())
-
-
 def test_a_grouped_convolution_loses_as_many_filters_of_each_group():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2))
