@@ -23,14 +23,6 @@ def test_trainers_are_hidden_from_the_thread_that_imports() -> None:
         assert other.submit(finder.find_spec, "transformers").result() is None
 
 
-def test_trainers_are_hidden_before_any_finder_is_asked() -> None:
-    before = list(sys.meta_path)
-    with importing._trainers_hidden():
-        assert isinstance(sys.meta_path[0], importing._Hidden)
-        assert sys.meta_path[1:] == before
-    assert sys.meta_path == before
-
-
 def test_trainers_are_found_by_an_nni_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importing, "KNOWN_NNI_VERSIONS", ("2.10",))
     before = list(sys.meta_path)

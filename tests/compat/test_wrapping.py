@@ -311,56 +311,6 @@ def test_settings_that_a_derived_class_has_are_kept(monkeypatch):
     assert PruningSetting.registry["OwnConvolution"] is own
 
 
-def test_settings_of_a_module_come_before_those_of_its_class(monkeypatch):
-    own = {"weight": PruningSetting.registry["Linear"]["weight"]}
-    asked = [lambda module: None, lambda module: own if isinstance(module, nn.Linear) else None]
-    monkeypatch.setattr(wrapping, "target_settings", asked)
-    config = {"sparse_ratio": 0.25}
-    found = PruningSetting.get(nn.Linear(2, 3), config)
-    assert list(found) == ["weight"]
-    assert found["weight"]["sparse_ratio"] == 0.25
-    assert list(PruningSetting.get(nn.Conv2d(2, 3, 1), config)) == ["weight", "bias"]
-    assert list(PruningSetting.registry["Linear"]) == ["weight", "bias"]
-
-
-class Mixing(nn.Linear):
-    """Computes with the weight of a layer that it doesn't call."""
-
-    def __init__(self):
-        super().__init__(4, 4)
-        self.out = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return super().forward(x) @ self.out.weight.T
-
-
-class Calling(Mixing):
-    def forward(self, x):
-        return self.out(nn.Linear.forward(self, x))
-
-
-def test_modules_call_their_wrapped_layers_while_they_are_wrapped(monkeypatch):
-    changed = []
-
-    def change(module, calls):
-        changed.append((module, calls))
-        module.__class__ = Calling if calls else Mixing
-
-    monkeypatch.setattr(wrapping, "calling", [(lambda module: isinstance(module, Mixing), change)])
-    linear = PruningSetting.registry["Linear"]
-    monkeypatch.setattr(PruningSetting, "registry", {**PruningSetting.registry, "Mixing": linear})
-    model = nn.Sequential(Mixing(), Mixing(), nn.Sequential(nn.Linear(4, 4)), Mixing())
-    expected = model(torch.ones(2, 4))
-    pruner = LevelPruner(model, request(["0", "0.out", "1.out", "2.0"]))
-    first, second = model[0], model[1]
-    assert changed == [(first, True), (second, True)]
-    assert pruner._module_wrappers["0"].module_forward.__func__ is Calling.forward
-    pruner.unwrap_model()
-    assert changed[2:] == [(first, False), (second, False)]
-    assert {type(module) for module in (model[0], model[1], model[3])} == {Mixing}
-    assert torch.equal(model(torch.ones(2, 4)), expected)
-
-
 class Failing(StructuredPruner):
     """Raises after NNI has wrapped the model."""
 
