@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from nni_topo.errors import Rule, checked, is_class
 from nni_topo.network.layers.integer_attributes import Place, number_at, put_sizes, read_in_forward
 from nni_topo.network.runtime.hooks import called, watched
-from nni_topo.network.runtime.inputs import Call
+from nni_topo.network.runtime.inputs import Call, run_few
 from nni_topo.network.runtime.memory import out_of_memory
 from nni_topo.network.runtime.training_mode import evaluation_mode
 from nni_topo.network.runtime.untouched import left_alone
@@ -250,7 +250,10 @@ def channels_kept(number: int, before: list[Shape], after: list[Shape]) -> int |
 
 
 def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Described, list[Shape]]:
-    """Run a model and return the shapes of the tensors that are there, of each at the first call of its module."""
+    """Run a model and return the shapes of the tensors that are there, of each at the first call of its module.
+
+    Of timm's networks also those of the features, and of what enters the classifier of a network or a head.
+    """
     values: dict[Described, Any] = {}
     arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}  # of the modules whose methods are called after
     modules = dict(model.named_modules())
@@ -268,15 +271,26 @@ def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Descri
             for name in names:
                 looking.enter_context(called(modules[name], partial(entered, name)))
             looking.enter_context(watched(leaving=[(modules[name], partial(left, name)) for name in names]))
-            model(*call[0], **call[1])
+            run_few(model, call)
+        features: dict[str, Any] = {}
         for each in wanted:
-            if each.part in ("features", "pre_logits") and each.module in arguments:
-                try:
-                    values[each] = _by_method(modules[each.module], each.part, *arguments[each.module])
-                except Exception as error:  # a method of the user's, which the model itself needn't call
-                    if out_of_memory(error):
-                        raise
-                    _logger.debug("%s of %s can't be measured", each.part, each.module, exc_info=True)
+            if each.part not in ("features", "pre_logits") or each.module not in arguments:
+                continue
+            module: Any = modules[each.module]
+            args, kwargs = arguments[each.module]
+            try:
+                if not hasattr(module, "forward_features"):
+                    values[each] = module(*args, **{**kwargs, "pre_logits": True})
+                    continue
+                if each.module not in features:
+                    features[each.module] = module.forward_features(*args, **kwargs)
+                values[each] = features[each.module]
+                if each.part == "pre_logits":
+                    values[each] = module.forward_head(features[each.module], pre_logits=True)
+            except Exception as error:  # a method of the user's, which the model itself needn't call
+                if out_of_memory(error):
+                    raise
+                _logger.debug("%s of %s can't be measured", each.part, each.module, exc_info=True)
     found: dict[Described, list[Shape]] = {}
     for each in wanted:
         value = values.get(Described(each.module, each.part) if each.at is not None else each)
@@ -286,14 +300,6 @@ def _shapes(model: nn.Module, wanted: set[Described], call: Call) -> dict[Descri
         if tensors:
             found[each] = [tuple(tensor.shape) for tensor in tensors]
     return found
-
-
-def _by_method(module: Any, part: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Compute the features of one of timm's networks, or what enters the classifier of a network or a head."""
-    if not hasattr(module, "forward_features"):
-        return module(*args, **{**kwargs, "pre_logits": True})
-    features = module.forward_features(*args, **kwargs)
-    return features if part == "features" else module.forward_head(features, pre_logits=True)
 
 
 def _takes_pre_logits(function: Any) -> bool:
